@@ -1,0 +1,187 @@
+"""Train lightly's own SimCLR for a fixed time and save its encoder as a timm folder.
+
+What runs is lightly's PyTorch example, examples/pytorch/simclr.py of github.com/lightly-ai/lightly
+(docs.lightly.ai/examples/simclr.html), with its settings: SimCLRTransform(input_size=32,
+gaussian_blur=0.0), batches of 256 (shuffled, the last short one dropped), NTXentLoss(),
+SimCLRProjectionHead(512, 512, 128), the two views through the model one after the other, SGD with
+lr 0.06, fp32.
+
+What differs from the example: it stops by the clock and not after 10 epochs, reads JPEG files
+through LightlyDataset (the example's own commented-out line) with two workers and not eight, and
+the encoder is timm's resnet18 and not torchvision's. The two networks are the same, but timm starts
+the last batch norm of each block at zero; --torchvision_init starts them at one, as in the example.
+
+    python lightly_simclr.py --data /tmp/data/cifar10/train --out /tmp/lightly_simclr --minutes 8
+
+Writes OUT/encoder, for timm.create_model("local-dir:OUT/encoder", pretrained=True), and
+OUT/result.json, which it also prints as one JSON line, the last on stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import timm
+import torch
+from lightly.data import LightlyDataset
+from lightly.loss import NTXentLoss
+from lightly.models.modules import SimCLRProjectionHead
+from lightly.transforms import SimCLRTransform
+from lightly.transforms.utils import IMAGENET_NORMALIZE
+from timm.models import save_for_hf
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+LEARNING_RATE = 0.06
+
+
+def blur_probability(image_size: int) -> float:
+    """The example turns the blur off at 32 pixels; larger images keep SimCLRTransform's default."""
+    return 0.0 if image_size <= 32 else 0.5
+
+
+def make_dataset(folder: str | Path, image_size: int) -> LightlyDataset:
+    """The images below a folder, each as two views."""
+    transform = SimCLRTransform(image_size, gaussian_blur=blur_probability(image_size))
+    return LightlyDataset(str(folder), transform=transform)
+
+
+def make_loader(
+    folder: str | Path, image_size: int, batch_size: int, num_workers: int
+) -> DataLoader:
+    """The example's loader; workers start anew each epoch, as they do there."""
+    return DataLoader(
+        make_dataset(folder, image_size),
+        batch_size=batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=num_workers,
+    )
+
+
+class SimCLR(nn.Module):
+    """An encoder and lightly's projection head, of the example's sizes."""
+
+    def __init__(self, torchvision_init: bool = False) -> None:
+        super().__init__()
+        self.encoder = timm.create_model(
+            "resnet18", num_classes=0, zero_init_last=not torchvision_init
+        )
+        self.head = SimCLRProjectionHead(512, 512, 128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Project a batch of views."""
+        return self.head(self.encoder(x))
+
+
+def train(model: SimCLR, loader: DataLoader) -> Iterator[Tensor]:
+    """Run the example's loop without end, yielding the loss after every optimizer step."""
+    # The example has no learning rate schedule, no momentum and no weight decay: its optimizer is
+    # `torch.optim.SGD(model.parameters(), lr=0.06)` and its loop steps no scheduler
+    # (github.com/lightly-ai/lightly, examples/pytorch/simclr.py).
+    criterion = NTXentLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    model.train()
+    while True:
+        for (x0, x1), *_ in loader:
+            loss = criterion(model(x0), model(x1))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield loss.detach()
+
+
+def save_encoder(encoder: nn.Module, folder: Path, image_size: int) -> None:
+    """Write model.safetensors and config.json as timm's own hub export does."""
+    preprocessing = {
+        "input_size": (3, image_size, image_size),
+        "mean": tuple(IMAGENET_NORMALIZE["mean"]),
+        "std": tuple(IMAGENET_NORMALIZE["std"]),
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+    }
+    save_for_hf(encoder, folder, safe_serialization=True, data_config=preprocessing)
+    # timm copies what it knows of the published resnet18 weights; none of it is true of these.
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    known = {*preprocessing, "num_classes", "pool_size", "fixed_input_size", "custom_load"}
+    known |= {"first_conv", "classifier"}
+    cfg = config["pretrained_cfg"]
+    config["pretrained_cfg"] = {key: cfg[key] for key in cfg if key in known}
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", required=True, help="folder of images, or of folders of images")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument("--num_workers", type=int, default=2)
+    parser.add_argument("--image_size", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--torchvision_init", action="store_true", help="as in the example")
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    loader = make_loader(args.data, args.image_size, args.batch_size, args.num_workers)
+    if not len(loader):
+        parser.error(f"{args.data} holds fewer images than one batch of {args.batch_size}")
+    model = SimCLR(args.torchvision_init)
+
+    losses: list[Tensor] = []
+    seconds = 0.0
+    start, cpu_start = time.perf_counter(), time.process_time()  # before the workers start
+    for loss in train(model, loader):
+        losses.append(loss)
+        seconds = time.perf_counter() - start
+        if len(losses) % 50 == 0:
+            print(f"step {len(losses)}  {seconds:.0f} s  loss {loss.item():.4f}", flush=True)
+        if seconds >= 60 * args.minutes:
+            break
+
+    cpu_seconds = time.process_time() - cpu_start
+
+    save_encoder(model.encoder.eval(), args.out / "encoder", args.image_size)
+    images = len(losses) * args.batch_size
+    tail = torch.stack(losses[-50:])
+    result = {
+        "peer": "lightly",
+        "images": images,
+        "seconds": round(seconds, 3),
+        "images_per_second": round(images / seconds, 2),
+        "steps": len(losses),
+        "epochs": round(len(losses) / len(loader), 3),
+        # What the training process got of the machine, its workers aside: about 1.5 of two cores
+        # at 32 pixels where nothing else runs. Less means that other work slowed the run.
+        "cores_used": round(cpu_seconds / seconds, 3),
+        "mean_loss_last_50_steps": round(tail.mean().item(), 4),
+        "settings": {
+            **{key: str(value) if key == "out" else value for key, value in vars(args).items()},
+            "optimizer": "SGD",
+            "learning_rate": LEARNING_RATE,
+            "schedule": None,
+            "momentum": 0.0,
+            "weight_decay": 0.0,
+            "temperature": 0.5,
+            "projection_head": [512, 512, 128],
+            "gaussian_blur": blur_probability(args.image_size),
+            "precision": "fp32",
+            "threads": torch.get_num_threads(),
+        },
+        "versions": {name: version(name) for name in ("lightly", "torch", "torchvision", "timm")},
+    }
+    (args.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Self-supervised vision pre-training: one function a step, imported when it is first used."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from vissl_lite.commands.demo import demo
+    from vissl_lite.commands.finetune import finetune
+    from vissl_lite.commands.predict import predict
+    from vissl_lite.commands.pretrain import pretrain
+    from vissl_lite.commands.probe import probe
+    from vissl_lite.encoder import load_encoder
+    from vissl_lite.errors import UserError
+
+# Importing torch takes seconds; nobody who asks for the version or for help should wait for it.
+_PLACES = {
+    "demo": "vissl_lite.commands.demo",
+    "finetune": "vissl_lite.commands.finetune",
+    "predict": "vissl_lite.commands.predict",
+    "pretrain": "vissl_lite.commands.pretrain",
+    "probe": "vissl_lite.commands.probe",
+    "load_encoder": "vissl_lite.encoder",
+    "UserError": "vissl_lite.errors",
+}
+
+__all__ = [
+    "UserError",
+    "demo",
+    "finetune",
+    "load_encoder",
+    "predict",
+    "pretrain",
+    "probe",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PLACES:
+        return getattr(importlib.import_module(_PLACES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

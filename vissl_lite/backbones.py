@@ -1,0 +1,64 @@
+"""ResNets for small images, as timm models: importing this module registers them with timm.
+
+timm's ResNets reduce the image 32 times, so that 32 pixels end as a single position. CIFAR tables
+use a first convolution of 3x3 with stride 1 and no max-pooling, which reduces 8 times (SimCLR,
+Chen et al. 2020, appendix B.9). As registered models, their name and weights still describe the
+whole encoder, and ``timm.create_model`` builds them.
+"""
+
+from typing import Any
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import nn
+
+
+class SmallImageResNet(ResNet):
+    """timm's ResNet with a first convolution of 3x3, stride 1, and no max-pooling."""
+
+    def __init__(self, *args: Any, in_chans: int = 3, **kwargs: Any) -> None:
+        super().__init__(*args, in_chans=in_chans, **kwargs)
+        self.conv1 = nn.Conv2d(in_chans, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        self.maxpool = nn.Identity()
+        for stage in self.feature_info:
+            stage["reduction"] = max(1, stage["reduction"] // 4)
+
+
+_CONFIG = {
+    "input_size": (3, 32, 32),
+    "pool_size": (4, 4),
+    "num_classes": 1000,
+    "crop_pct": 1.0,
+    "interpolation": "bilinear",
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+    "first_conv": "conv1",
+    "classifier": "fc",
+    "url": "",
+}
+default_cfgs = generate_default_cfgs(
+    {name: _CONFIG for name in ("resnet18_cifar", "resnet34_cifar", "resnet50_cifar")}
+)
+
+
+def _build(name: str, pretrained: bool, arguments: dict[str, Any]) -> ResNet:
+    return build_model_with_cfg(SmallImageResNet, name, pretrained, **arguments)
+
+
+@register_model
+def resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """ResNet-18 for images of about 32 to 64 pixels; 11.2 million parameters."""
+    return _build("resnet18_cifar", pretrained, dict(block=BasicBlock, layers=(2, 2, 2, 2)) | kwargs)
+
+
+@register_model
+def resnet34_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """ResNet-34 for images of about 32 to 64 pixels; 21.3 million parameters."""
+    return _build("resnet34_cifar", pretrained, dict(block=BasicBlock, layers=(3, 4, 6, 3)) | kwargs)
+
+
+@register_model
+def resnet50_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """ResNet-50 for images of about 32 to 64 pixels; 23.5 million parameters."""
+    return _build("resnet50_cifar", pretrained, dict(block=Bottleneck, layers=(3, 4, 6, 3)) | kwargs)

@@ -1,0 +1,375 @@
+"""``vissl-lite pretrain``: train an encoder on unlabelled images."""
+
+import inspect
+import logging
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vissl_lite import __version__
+from vissl_lite.data.images import BROKEN_IMAGE, find_images
+from vissl_lite.data.labelled import load_labelled
+from vissl_lite.data.stream import ViewDataset
+from vissl_lite.encoder import Encoder, build_encoder, load_encoder, load_weights, save_encoder
+from vissl_lite.errors import UserError, did_you_mean
+from vissl_lite.evaluation.watch import Watch
+from vissl_lite.optim import OptimizerSettings, check_optimizer
+from vissl_lite.pictures import plot_curves
+from vissl_lite.pretext import PretextTask, pretext_class
+from vissl_lite.run import (
+    METRICS,
+    RESULTS,
+    MetricsFile,
+    check_out,
+    is_main_process,
+    open_run,
+    resumed_config,
+    write_results,
+)
+from vissl_lite.training import CHECKPOINT, Hardware, Pace, StreamData, fit, read_checkpoint
+
+log = logging.getLogger(__name__)
+
+DEFAULT_BACKBONE = "resnet18"
+CURVES = (
+    "loss", "accuracy", "knn", "feature_std", "effective_rank", "lr", "images_per_second",
+    "data_wait",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """What pre-training made.
+
+    Attributes:
+        run: the folder that was written.
+        encoder: the encoder folder in it.
+        metrics: the last values of what was watched: ``loss``, ``feature_std``, ``effective_rank``,
+            and ``knn`` where there were labels.
+        steps: optimizer steps.
+        seconds: of training.
+    """
+
+    run: Path
+    encoder: Path
+    metrics: dict[str, float]
+    steps: int
+    seconds: float
+
+
+def pretrain(
+    data: list[str] | str,
+    out: str,
+    pretext: str | dict[str, Any] = "simclr",
+    backbone: str | None = None,
+    image_size: int | None = None,
+    epochs: int | None = None,
+    max_time: str | int | None = None,
+    batch_size: int | None = None,
+    init: str = "random",
+    probe_data: str | None = None,
+    optimizer: str | None = None,
+    lr: float | None = None,
+    weight_decay: float | None = None,
+    warmup: float = 0.1,
+    seed: int = 0,
+    precision: str = "auto",
+    devices: int | str = "auto",
+    num_nodes: int = 1,
+    strategy: str = "auto",
+    num_workers: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> PretrainResult:
+    """Train an encoder on unlabelled images.
+
+    Args:
+        data: Folders (searched recursively, class folders ignored) or .txt files of paths.
+        out: The run folder to write.
+        pretext: The pretext task; its hyperparameters as --pretext.NAME (in Python and YAML a
+            mapping of name and hyperparameters).
+        backbone: A timm architecture; default that of --init, or resnet18.
+        image_size: Side in pixels; default that of --init, or of the images, at most 224.
+        epochs: Times that every image is seen; default 100 without --max_time.
+        max_time: Time budget, as HH:MM:SS or seconds; the schedule ends when it ends.
+        batch_size: Images a step over all devices; default 256, or all if there are fewer.
+        init: Where to start: random, pretrained (timm's weights), a run, an encoder folder, or a
+            file with a timm state dict.
+        probe_data: Labelled images to judge the encoder by while it trains (kNN, on validation
+            images).
+        optimizer: A timm optimizer; default the pretext's.
+        lr: Peak learning rate; default the pretext's, scaled to the batch.
+        weight_decay: Default the pretext's.
+        warmup: Share of the training in which the learning rate rises.
+        seed: Of everything random.
+        precision: auto, or one of Lightning's such as 32-true or bf16-mixed.
+        devices: How many devices to use, or auto.
+        num_nodes: How many machines to use.
+        strategy: Lightning's strategy, such as ddp.
+        num_workers: Data workers a device; default by the cores there are.
+        resume: Continue the run in --out; its own options are kept.
+        overwrite: Replace the run in --out.
+
+    Returns:
+        Paths and last metrics.
+
+    Raises:
+        UserError: something that was given can't work; nothing is written then.
+    """
+    started = time.monotonic()
+    given = _plain(locals())
+    config = {name: given[name] for name in inspect.signature(pretrain).parameters}
+    if resume:
+        defaults = {n: p.default for n, p in inspect.signature(pretrain).parameters.items()}
+        config = resumed_config(Path(out), config, defaults)
+    check_out(Path(out), resume=resume, overwrite=overwrite)
+    if resume and (Path(out) / RESULTS).is_file():
+        return _finished(Path(out))
+
+    options = _Options(**{k: v for k, v in config.items() if k in _Options.__annotations__})
+    paths = find_images(options.sources())
+    size = min(options.batch_size or 256, len(paths))
+    if options.batch_size is not None and options.batch_size > len(paths):
+        raise UserError(f"--batch_size {options.batch_size} is larger than the data set: "
+                        f"{len(paths)} images")  # fmt: skip
+    if size < 2:
+        raise UserError(f"{len(paths)} image can't train anything: two or more are needed")
+    labelled = None
+    if options.probe_data is not None:
+        labelled = load_labelled(options.probe_data, options.seed, need_test=False)
+    torch.manual_seed(options.seed)
+    encoder = make_encoder(options.backbone, options.image_size, options.init, paths)
+    task = make_task(options.pretext, encoder)
+    task.optimizer_settings = options.optimizer_settings(task, size)
+    seconds = parse_time(options.max_time)
+    epochs = options.epochs if options.epochs or seconds else 100
+    hardware = Hardware(precision, devices, num_nodes, strategy, num_workers)
+
+    config |= {"backbone": encoder.backbone, "image_size": encoder.image_size, "batch_size": size}
+    with open_run(Path(out), config, resume=resume) as run:
+        log.info(
+            "%d images, %s on %s at %d pixels, batch %d",
+            len(paths), options.pretext_name(), encoder.backbone, encoder.image_size, size,
+        )  # fmt: skip
+        batches = None if epochs is None else epochs * (len(paths) // size)
+        rate = task.optimizer_settings.lr
+        pace = Pace(rate, options.warmup, options.seed, batches, seconds, started)
+        dataset = ViewDataset(paths, task.views(), options.seed)
+        stream = StreamData(dataset, size, epochs, pace, hardware.workers())
+        watch = Watch(paths, labelled, stream, pace, options.seed)
+        metrics = MetricsFile(run / METRICS) if is_main_process() else None
+        trainer = fit(
+            task, stream, pace, hardware, [watch], metrics, run / "checkpoints", resume,
+            title=options.pretext_name(),
+        )  # fmt: skip
+        if not trainer.is_global_zero:
+            return PretrainResult(run, run / "encoder", {}, pace.batches, pace.elapsed())
+        assert metrics is not None
+        about = {
+            "version": __version__,
+            "pretext": config["pretext"],
+            "optimizer": vars(task.optimizer_settings),
+            "data": options.sources(),
+            "images": len(paths),
+            "step": pace.batches,
+            "seed": options.seed,
+        }
+        save_encoder(task.trained_encoder(), run / "encoder", about)
+        plot_curves(metrics, CURVES, run / "curves.png")
+        losses = metrics.series("loss")[1]
+        result = PretrainResult(
+            run,
+            run / "encoder",
+            {**({"loss": losses[-1]} if losses else {}), **watch.last},
+            pace.batches,
+            pace.elapsed(),
+        )
+        write_results(
+            run,
+            {
+                **result.metrics,
+                "steps": result.steps,
+                "epochs": pace.batches / stream.batches_per_epoch,
+                "seconds": round(result.seconds, 1),
+                "images": len(paths),
+                "collapsed": watch.collapsed,
+            },
+        )
+        _say_what_next(result, options.probe_data)
+    return result
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What shapes the run, checked. The same names as the parameters of ``pretrain``."""
+
+    data: list[str] | str
+    pretext: str | dict[str, Any]
+    backbone: str | None
+    image_size: int | None
+    epochs: int | None
+    max_time: str | int | None
+    batch_size: int | None
+    init: str
+    probe_data: str | None
+    optimizer: str | None
+    lr: float | None
+    weight_decay: float | None
+    warmup: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "epochs", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} {value} must be at least 1")
+        if self.epochs is not None and self.max_time is not None:
+            raise UserError("give --epochs or --max_time, not both")
+        if not 0 <= self.warmup < 1:
+            raise UserError(f"--warmup {self.warmup} is not a share: it must be in [0, 1)")
+        if self.lr is not None and self.lr <= 0:
+            raise UserError(f"--lr {self.lr} must be above 0")
+        if self.seed < 0:
+            raise UserError(f"--seed {self.seed} must not be negative")
+        if self.optimizer is not None:
+            check_optimizer(self.optimizer)
+        pretext_class(self.pretext_name())
+
+    def sources(self) -> list[str]:
+        return [self.data] if isinstance(self.data, str) else list(self.data)
+
+    def pretext_name(self) -> str:
+        if isinstance(self.pretext, str):
+            return self.pretext
+        return str(self.pretext.get("name", "simclr"))
+
+    def optimizer_settings(self, task: PretextTask, batch_size: int) -> OptimizerSettings:
+        own = task.optimizer_settings
+        name = self.optimizer or own.name
+        # The pretext's rate is for 256 images and its own optimizer. Adam's follows the square
+        # root of the batch (Malladi et al. 2022), SGD's the batch (Goyal et al. 2017).
+        power = 0.5 if name.startswith("adam") else 1.0
+        scaled = own.lr * (batch_size / 256) ** power
+        decay = own.weight_decay if self.weight_decay is None else self.weight_decay
+        return replace(own, name=name, lr=self.lr or scaled, weight_decay=decay)
+
+
+def parse_time(text: str | int | None) -> float | None:
+    """Seconds from ``HH:MM:SS``, ``MM:SS``, seconds, or days as in ``1-00:00:00``.
+
+    Raises:
+        UserError: it is none of these, or not above 0.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"(?:(?:(?:(\d+)[-:])?(\d+):)?(\d+):)?(\d+)", str(text).strip())
+    if match is None:
+        raise UserError(f"--max_time {text} is no time: give HH:MM:SS or seconds")
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    if total == 0:
+        raise UserError(f"--max_time {text} leaves no time")
+    return float(total)
+
+
+def make_encoder(
+    backbone: str | None, image_size: int | None, init: str, paths: Sequence[str]
+) -> Encoder:
+    """The encoder to start from.
+
+    Args:
+        backbone: a timm name; None for that of ``init``, or the default.
+        image_size: side in pixels; None for that of ``init``, or what suits the images.
+        init: ``random``, ``pretrained``, a run, an encoder folder, or a state dict file.
+        paths: the images.
+
+    Raises:
+        UserError: there is no such thing, or it is of another backbone.
+    """
+    if Path(init).is_dir():
+        encoder = load_encoder(init)
+        if backbone is not None and backbone.split(".")[0] != encoder.backbone:
+            raise UserError(f"--init {init} is a {encoder.backbone}, not --backbone {backbone}")
+        encoder.image_size = image_size or encoder.image_size
+        return encoder
+    size = image_size or suitable_size(paths)
+    name = backbone or DEFAULT_BACKBONE
+    if init in ("random", "pretrained"):
+        return build_encoder(name, size, pretrained=init == "pretrained")
+    if not Path(init).is_file():
+        raise UserError(
+            f"--init {init} does not exist: give random, pretrained, a run, an encoder folder or a "
+            f"state dict file"
+        )
+    encoder = build_encoder(name, size)
+    load_weights(encoder, Path(init))
+    return encoder
+
+
+def suitable_size(paths: Sequence[str]) -> int:
+    """The median shorter side of some images, as a multiple of 32, between 32 and 224 pixels."""
+    sides = []
+    for path in paths[:: max(1, len(paths) // 50)]:
+        try:
+            with Image.open(path) as image:
+                sides.append(min(image.size))
+        except BROKEN_IMAGE:
+            continue
+    median = float(np.median(sides)) if sides else 224
+    return int(min(224, max(32, round(median / 32) * 32)))
+
+
+def make_task(pretext: str | Mapping[str, Any], encoder: Encoder) -> PretextTask:
+    """Build a pretext task from its name, or from a mapping of name and hyperparameters.
+
+    Raises:
+        UserError: the pretext or one of its hyperparameters is unknown.
+    """
+    hyperparameters = dict(pretext) if isinstance(pretext, Mapping) else {"name": pretext}
+    name = str(hyperparameters.pop("name", "simclr"))
+    made = pretext_class(name)
+    known = [p for p in inspect.signature(made).parameters if p != "encoder"]
+    for given in hyperparameters:
+        if given not in known:
+            raise UserError(f"{name} has no {given}: {did_you_mean(given, known)}")
+    return made(encoder, **hyperparameters)
+
+
+def _plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Paths as text, so that the parameters can be written down and compared."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Path):
+            return str(value)
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return value
+
+    return {name: plain(value) for name, value in parameters.items()}
+
+
+def _finished(out: Path) -> PretrainResult:
+    """The result of a run that had nothing left to resume."""
+    import json
+
+    results = json.loads((out / RESULTS).read_text())
+    names = ("loss", "feature_std", "effective_rank", "knn")
+    metrics = {name: results[name] for name in names if name in results}
+    return PretrainResult(out, out / "encoder", metrics, results["steps"], results["seconds"])
+
+
+def _say_what_next(result: PretrainResult, labelled: str | None) -> None:
+    log.info("The encoder is in %s. Load it with plain timm:", result.encoder)
+    log.info('  timm.create_model("local-dir:%s", pretrained=True)', result.encoder)
+    log.info("Next:")
+    log.info(
+        "  vissl-lite probe --encoder %s --data %s --out %s",
+        result.run, labelled or "LABELLED", result.run.with_name(f"{result.run.name}-probe"),
+    )  # fmt: skip

@@ -1,0 +1,209 @@
+"""Image files: find them, decode them. An image is an ``(H, W, 3)`` RGB uint8 array."""
+
+import os
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vissl_lite.errors import UserError
+
+EXTENSIONS = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+)
+
+# What decoding raises on a broken file; anything else is a bug of ours and must surface.
+BROKEN_IMAGE = (OSError, ValueError, SyntaxError, EOFError, cv2.error, Image.DecompressionBombError)
+
+
+def find_images(sources: Sequence[str | Path]) -> list[str]:
+    """All image files in folders (searched recursively) and in text files of paths.
+
+    Links to folders are followed, each folder once; hidden files and folders are left out. The
+    paths of one source come sorted, so that an image has the same index on every machine.
+
+    Args:
+        sources: folders, image files, or ``.txt`` files with one path a line (relative to the
+            text file; empty lines and lines that start with ``#`` are skipped).
+
+    Returns:
+        The paths, sources in the order given, without repetitions.
+
+    Raises:
+        UserError: a source does not exist, can't be read, or holds no image.
+    """
+    found: dict[str, None] = {}
+    for source in map(Path, sources):
+        if source.is_dir():
+            paths = _walk(source)
+        elif source.suffix.lower() == ".txt" and source.is_file():
+            paths = _read_list(source)
+        elif source.suffix.lower() in EXTENSIONS and source.is_file():
+            paths = [str(source)]
+        elif source.exists():
+            raise UserError(f"{source} is neither a folder, an image nor a .txt file of paths")
+        else:
+            raise UserError(f"{source} does not exist")
+        if not paths:
+            kinds = " ".join(sorted(e[1:] for e in EXTENSIONS))
+            raise UserError(f"no images found in {source} (looked for {kinds}, recursively)")
+        found.update(dict.fromkeys(paths))
+    return list(found)
+
+
+def _walk(folder: Path) -> list[str]:
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename} can't be read: {error.strerror}")
+
+    paths, seen = [], set()
+    for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        paths += [
+            os.path.join(root, name)
+            for name in sorted(files)
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
+        ]
+    return paths
+
+
+def _read_list(file: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} can't be read as a text file of paths: {error}") from None
+    paths = [str(file.parent / line) for line in lines if line and not line.startswith("#")]
+    missing = [path for path in paths if not os.path.exists(path)]
+    if missing:
+        raise UserError(f"{file} names {len(missing)} missing files, the first {missing[0]}")
+    return paths
+
+
+def read_image(path: str | Path, shortest: int | None = None) -> np.ndarray:
+    """Decode an image file to RGB.
+
+    Plain 8-bit JPEG and PNG files go through OpenCV, the rest through Pillow: the first frame of a
+    GIF, palettes, alpha (laid over white), CMYK, 16 bits. EXIF orientation is applied. Sixteen-bit
+    grey values are scaled to eight bits: by 1/16 where all fit into 12 bits (as cameras and
+    scanners store them), else by 1/257. Floating-point images are scaled from their own minimum
+    and maximum.
+
+    Args:
+        path: the file.
+        shortest: the shorter side, in pixels, that is needed. A JPEG that is at least twice as
+            large is decoded at 1/2, 1/4 or 1/8 of its size, several times as fast.
+
+    Returns:
+        ``(H, W, 3)`` uint8.
+
+    Raises:
+        OSError, ValueError, SyntaxError, cv2.error: the file is missing or broken
+            (``BROKEN_IMAGE``).
+    """
+    data = Path(path).read_bytes()
+    flags = cv2.IMREAD_COLOR_RGB
+    jpeg = _jpeg_frame(data)
+    if jpeg is not None and jpeg[2] != 4:
+        if b"\xff\xd9" not in data:  # OpenCV would fill the missing part with grey
+            raise ValueError(f"{path} is cut short")
+        if shortest is not None:
+            flags |= _reduction(min(jpeg[:2]) // max(shortest, 1))
+    elif not _is_plain_png(data):
+        return _read_with_pillow(data, path)
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    if image is None:
+        raise ValueError(f"{path} can't be decoded")
+    return image
+
+
+def _reduction(times: int) -> int:
+    """OpenCV's flag for decoding a JPEG that is ``times`` as large as needed."""
+    if times >= 8:
+        return 64
+    if times >= 4:
+        return 32
+    return 16 if times >= 2 else 0
+
+
+def _jpeg_frame(data: bytes) -> tuple[int, int, int] | None:
+    """Height, width and number of channels from a JPEG's frame header; None if it has none.
+
+    Reads the markers by hand (ITU T.81, B.1.1): opening a file with Pillow for them costs more
+    than decoding a small one.
+    """
+    if data[:2] != b"\xff\xd8":
+        return None
+    at = 2
+    while at + 9 < len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height = int.from_bytes(data[at + 5 : at + 7], "big")
+            width = int.from_bytes(data[at + 7 : at + 9], "big")
+            return height, width, data[at + 9]
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return None
+
+
+def _is_plain_png(data: bytes) -> bool:
+    """Whether a PNG is 8-bit grey or RGB without transparency, which OpenCV decodes as it is."""
+    return (
+        data[:8] == b"\x89PNG\r\n\x1a\n" and data[24] == 8 and data[25] in (0, 2)
+    ) and b"tRNS" not in data[33:1024]
+
+
+def _read_with_pillow(data: bytes, path: str | Path) -> np.ndarray:
+    try:
+        image: Image.Image = Image.open(BytesIO(data))
+    except UnidentifiedImageError:
+        # 16-bit colour TIFFs and the like, which Pillow does not know
+        decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_ANYDEPTH | 256)
+        if decoded is None:
+            raise ValueError(f"{path} can't be decoded") from None
+        return _to_eight_bits(decoded)
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        return np.repeat(_to_eight_bits(np.asarray(image))[..., None], 3, axis=2)
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return np.asarray(image.convert("RGB"))
+
+
+def _to_eight_bits(values: np.ndarray) -> np.ndarray:
+    if values.dtype == np.uint8:
+        return values
+    if np.issubdtype(values.dtype, np.floating):
+        low, high = np.nanmin(values), np.nanmax(values)
+        scaled = (values - low) * (255.0 / max(high - low, np.finfo(np.float32).tiny))
+        return np.nan_to_num(scaled).round().astype(np.uint8)
+    values = np.clip(values, 0, 65535)
+    return (values // 16 if values.max() < 4096 else values // 257).astype(np.uint8)
+
+
+def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """Resize the shorter side to ``size`` and take the central square: how judged images go in.
+
+    Args:
+        image: ``(H, W, C)``.
+        size: side of the result in pixels.
+
+    Returns:
+        ``(size, size, C)``, the dtype of the image.
+    """
+    height, width = image.shape[:2]
+    if min(height, width) != size:
+        scale = size / min(height, width)
+        shape = (max(size, round(width * scale)), max(size, round(height * scale)))
+        how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+        image = cv2.resize(image, shape, interpolation=how)
+        height, width = image.shape[:2]
+    top, left = (height - size) // 2, (width - size) // 2
+    return image[top : top + size, left : left + size]

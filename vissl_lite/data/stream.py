@@ -1,0 +1,156 @@
+"""The stream of batches that trains an encoder: views of images, in an order that can be resumed.
+
+The whole run is one stream. Its sampler gives keys (epoch, image index) and can start anywhere, so
+resuming continues with the very batch that came next, and no worker waits at the end of an epoch.
+"""
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from vissl_lite.data.images import BROKEN_IMAGE, read_image
+from vissl_lite.data.views import Views
+
+Key = tuple[int, int]  # (epoch, image index)
+
+
+class Batch(NamedTuple):
+    """What a training step gets.
+
+    Attributes:
+        views: one ``(B, C, H, W)`` uint8 tensor a view, channels last in memory.
+        indices: ``(B,)`` int64, the images' numbers in the data set.
+        broken: paths of images that could not be read and gave way to their successors.
+    """
+
+    views: list[Tensor]
+    indices: Tensor
+    broken: list[str]
+
+
+class Item(NamedTuple):
+    """The views of one image; see ``Batch``."""
+
+    views: list[np.ndarray]
+    index: int
+    broken: list[str]
+
+
+class ViewDataset(Dataset[Item]):
+    """Decodes images and makes their views. Keyed by (epoch, image index).
+
+    Args:
+        paths: image files.
+        views: the augmentations.
+        seed: the run's seed.
+    """
+
+    def __init__(self, paths: Sequence[str], views: Views, seed: int) -> None:
+        self.paths, self.views, self.seed = paths, views, seed
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, key: Key) -> Item:
+        epoch, index = key
+        broken: list[str] = []
+        while True:
+            try:
+                image = read_image(self.paths[index], self.views.shortest)
+                break
+            except BROKEN_IMAGE:
+                broken.append(self.paths[index])
+                if len(broken) == len(self.paths):
+                    raise
+                index = (index + 1) % len(self.paths)
+        return Item(self.views(image, self.seed, epoch, index), index, broken)
+
+
+class StreamSampler(Sampler[list[Key]]):
+    """Batches of keys: every epoch a new permutation, what does not fill a batch left for the next.
+
+    Args:
+        images: number of images.
+        batch_size: images a batch over all ranks; at most ``images``, a multiple of ``world``.
+        seed: the run's seed: the order depends on it and on the epoch alone.
+        epochs: how many; None for a stream without end.
+        start: number of the first batch, to resume.
+        rank: this process, which gets every ``world``-th image of each batch.
+        world: number of processes.
+        weights: ``(images,)`` positive sampling weights: each epoch then draws with replacement.
+    """
+
+    def __init__(
+        self,
+        images: int,
+        batch_size: int,
+        seed: int,
+        epochs: int | None = None,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        weights: np.ndarray | None = None,
+    ) -> None:
+        self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.epochs, self.start, self.rank, self.world = epochs, start, rank, world
+        self.weights = None if weights is None else weights / weights.sum()
+        self.batches_per_epoch = images // batch_size
+
+    def __len__(self) -> int:
+        if self.epochs is None:
+            raise TypeError("this stream has no end")
+        return self.epochs * self.batches_per_epoch
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        first, skip = divmod(self.start, self.batches_per_epoch)
+        for epoch in itertools.count(first) if self.epochs is None else range(first, self.epochs):
+            random = np.random.default_rng((self.seed, epoch))
+            if self.weights is None:
+                order = random.permutation(self.images)
+            else:
+                order = random.choice(self.images, self.images, p=self.weights)
+            for batch in range(skip, self.batches_per_epoch):
+                at = batch * self.batch_size
+                mine = order[at + self.rank : at + self.batch_size : self.world]
+                yield [(epoch, int(index)) for index in mine]
+            skip = 0
+
+
+def collate(items: Sequence[Item]) -> Batch:
+    """Join items to a batch; images stay uint8 and channels last."""
+    views = [
+        torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+        for arrays in zip(*(item.views for item in items), strict=True)
+    ]
+    indices = torch.tensor([item.index for item in items])
+    return Batch(views, indices, [path for item in items for path in item.broken])
+
+
+def yielding_worker(worker: int) -> None:
+    """Start of a data worker: one thread, and at low priority, so that the training step comes
+    first wherever the two compete for a core."""
+    cv2.setNumThreads(0)
+    if hasattr(os, "nice"):
+        os.nice(10)
+
+
+def stream(
+    dataset: ViewDataset, sampler: StreamSampler, workers: int, pin_memory: bool
+) -> DataLoader[Batch]:
+    """The loader of a training stream."""
+    return DataLoader(
+        dataset,  # type: ignore[arg-type]  # torch's types know int keys only
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=yielding_worker,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if workers else None,
+    )

@@ -1,0 +1,121 @@
+"""Views: augmented versions of an image. The only file that imports Albumentations.
+
+Albumentations keeps its random state inside its transforms: copied into worker processes it
+repeats itself there and again every epoch. Here every view's generators are keyed afresh from
+(seed, epoch, image index, view number), so that a view is a pure function of those four.
+"""
+
+import os
+import random
+from collections.abc import Sequence
+
+import numpy as np
+
+# At import Albumentations asks the network for its newest version, and warns where there is none.
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+import albumentations as A  # noqa: E402, N812
+
+ImageTransform = A.BasicTransform | A.Compose
+
+
+class Views:
+    """Augmentation pipelines, one a view, each drawing from a random stream of its own.
+
+    Args:
+        pipelines: one sequence of Albumentations transforms for each view. The same sequence may
+            stand for several views: they differ by their view number.
+        shortest: shorter side in pixels that decoding has to keep; see ``read_image``.
+    """
+
+    def __init__(self, pipelines: Sequence[Sequence[ImageTransform]], shortest: int) -> None:
+        self.shortest = shortest
+        # A Philox stream is keyed by assignment, in a microsecond; building a generator costs ten.
+        self._bits = np.random.Philox(0)
+        self._state = self._bits.state
+        self._python = random.Random(0)
+        generator = np.random.Generator(self._bits)
+        made: dict[int, A.Compose] = {}
+        self._pipelines = [made.setdefault(id(p), A.Compose(list(p))) for p in pipelines]
+        for pipeline in made.values():
+            pipeline.set_random_state(generator, self._python)
+
+    def __len__(self) -> int:
+        return len(self._pipelines)
+
+    def __call__(self, image: np.ndarray, seed: int, epoch: int, index: int) -> list[np.ndarray]:
+        """All views of one image.
+
+        Args:
+            image: ``(H, W, C)`` uint8.
+            seed: the run's seed.
+            epoch: how often the image has been seen before.
+            index: the image's number in the data set.
+
+        Returns:
+            One ``(h, w, C)`` uint8 array for each view.
+        """
+        views = []
+        for number, pipeline in enumerate(self._pipelines):
+            self._rekey(seed, epoch, index, number)
+            views.append(pipeline(image=image)["image"])
+        return views
+
+    def _rekey(self, seed: int, epoch: int, index: int, view: int) -> None:
+        # Philox takes four 64-bit counter words; it counts up in the first, so that one stays 0.
+        self._state["state"]["counter"][:] = (0, view, index, epoch)
+        self._state["state"]["key"][:] = (seed, 0)
+        self._state["buffer_pos"] = 4  # empty: the next number comes from the new counter
+        self._state["has_uint32"] = 0
+        self._bits.state = self._state
+        self._python.seed(int(self._bits.random_raw()))
+
+
+def random_crop(size: int, smallest: float) -> ImageTransform:
+    """A random part of the image, resized to a square.
+
+    Args:
+        size: side in pixels.
+        smallest: smallest share of the image's area, in (0, 1].
+    """
+    return A.RandomResizedCrop((size, size), scale=(smallest, 1.0))
+
+
+def crop_decode_size(size: int, smallest: float) -> int:
+    """Shorter side that an image must keep, so that its smallest crop needs no enlarging.
+
+    A crop of area share s and aspect ratio 3/4 has a shorter side of sqrt(3 s / 4) of the image's.
+    """
+    return int(size / (smallest * 0.75) ** 0.5)
+
+
+def flip(vertical: bool = False) -> list[ImageTransform]:
+    """Horizontal flip with probability 1/2, and a vertical one too if asked for."""
+    return [A.HorizontalFlip(p=0.5)] + ([A.VerticalFlip(p=0.5)] if vertical else [])
+
+
+def colour_distortion(strength: float) -> list[ImageTransform]:
+    """Colour jitter with probability 0.8, then grey with probability 0.2 (SimCLR, appendix A).
+
+    Args:
+        strength: s of the paper: brightness, contrast and saturation change by up to 0.8 s, the
+            hue by up to 0.2 s of the circle. 1 for ImageNet, 0.5 for CIFAR-10.
+    """
+    jitter = A.ColorJitter(
+        brightness=0.8 * strength,
+        contrast=0.8 * strength,
+        saturation=0.8 * strength,
+        hue=min(0.5, 0.2 * strength),
+        p=0.8,
+    )
+    return [jitter, A.ToGray(p=0.2)]
+
+
+def blur(size: int, probability: float = 0.5) -> ImageTransform:
+    """Gaussian blur, sigma between 0.1 and 2 pixels at 224 (SimCLR, appendix A), less at smaller.
+
+    Args:
+        size: side of the view in pixels.
+        probability: of being applied.
+    """
+    return A.GaussianBlur(sigma_limit=(0.1, 2.0 * size / 224), blur_limit=0, p=probability)

@@ -1,0 +1,383 @@
+"""Encoder: a timm backbone with weights. What pre-training makes and everything else takes."""
+
+import json
+import logging
+import os
+import pickle
+import socket
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vissl_lite import backbones as _registers_small_image_resnets  # noqa: F401
+from vissl_lite.errors import UserError, did_you_mean
+
+log = logging.getLogger(__name__)
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+class Encoder(nn.Module):
+    """A timm model without classifier.
+
+    It shares the model's own children, parameters and buffers instead of holding the model as a
+    child, so that the names in ``state_dict()`` stay timm's own.
+
+    Args:
+        model: a timm model, made with ``num_classes=0``.
+        model_args: arguments beside the name that ``timm.create_model`` needs to build it again.
+        image_size: side in pixels of the images it is made for.
+
+    Attributes:
+        model: the timm model.
+        num_features: D, the length of a pooled feature vector.
+        backbone: the name of the architecture.
+        mean, std: of each channel, for values in [0, 1]: how images are normalised.
+    """
+
+    def __init__(self, model: nn.Module, model_args: dict[str, Any], image_size: int) -> None:
+        super().__init__()
+        object.__setattr__(self, "model", model)  # past nn.Module, which would register a child
+        self._modules, self._parameters, self._buffers = (
+            model._modules,
+            model._parameters,
+            model._buffers,
+        )
+        self.model: Any
+        self.model_args = model_args
+        self.image_size = image_size
+        self.num_features = int(getattr(self.model, "head_hidden_size", self.model.num_features))
+        config = self.model.pretrained_cfg
+        self.backbone: str = config["architecture"]
+        self.mean: tuple[float, ...] = tuple(config["mean"])
+        self.std: tuple[float, ...] = tuple(config["std"])
+
+    def train(self, mode: bool = True) -> "Encoder":
+        self.model.training = mode  # the model itself is no child, see above
+        return super().train(mode)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pooled features.
+
+        Args:
+            images: ``(B, C, H, W)``, normalised.
+
+        Returns:
+            ``(B, D)``.
+        """
+        features: Tensor = self.model(images)
+        return features
+
+    def stage_names(self) -> list[str]:
+        """timm's names of the modules whose outputs ``stages`` gives, fine to coarse."""
+        info = self.model.feature_info
+        modules = [str(stage["module"]) for stage in (info if isinstance(info, list) else info.info)]
+        return [modules[i] for i in self._stage_indices(len(modules))]
+
+    def stages(self, images: Tensor) -> list[Tensor]:
+        """Feature maps at each stage; of a ViT, at four evenly spaced blocks.
+
+        Args:
+            images: ``(B, C, H, W)``, normalised.
+
+        Returns:
+            ``(B, C_i, H_i, W_i)`` for each stage, fine to coarse.
+
+        Raises:
+            UserError: timm offers no intermediate features of this backbone.
+        """
+        if not hasattr(self.model, "forward_intermediates"):
+            raise UserError(f"timm gives no intermediate features of {self.backbone}")
+        maps: list[Tensor] = self.model.forward_intermediates(
+            images, output_fmt="NCHW", intermediates_only=True
+        )
+        return [maps[i] for i in self._stage_indices(len(maps))]
+
+    def _stage_indices(self, count: int) -> list[int]:
+        # Pyramids have four to six stages; more means a stack of equal blocks.
+        if count <= 6 and not hasattr(self.model, "blocks"):
+            return list(range(count))
+        if count <= 5:  # EfficientNet-like pyramids keep their stages in `blocks`
+            return list(range(count))
+        return [round(count * quarter / 4) - 1 for quarter in (1, 2, 3, 4)]
+
+
+class Normalize(nn.Module):
+    """Turns uint8 images into normalised floating-point ones, on the device.
+
+    Args:
+        mean: of each channel, for values in [0, 1].
+        std: of each channel, likewise.
+    """
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        scale = 1 / (255 * torch.tensor(std))
+        shift = -torch.tensor(mean) / torch.tensor(std)
+        self.register_buffer("scale", scale.view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("shift", shift.view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(B, C, H, W)`` uint8 to float32, the memory format kept."""
+        return torch.addcmul(self.shift, images.to(self.scale.dtype), self.scale)
+
+
+def build_encoder(backbone: str, image_size: int | None = None, pretrained: bool = False) -> Encoder:
+    """Make an encoder for a backbone.
+
+    Args:
+        backbone: a timm architecture name, with a tag (``resnet18.a1_in1k``) or without.
+        image_size: side of the images in pixels; default the backbone's own. Backbones whose
+            weights depend on the size are built for it.
+        pretrained: load timm's weights from the hub (or its cache); else random ones.
+
+    Raises:
+        UserError: the name is unknown, the size does not suit the backbone, or the weights can't
+            be had.
+    """
+    name = backbone.split(".")[0]
+    if not timm.is_model(name):
+        raise UserError(f"unknown backbone {backbone}: {did_you_mean(name, timm.list_models())}")
+    size_args: dict[str, Any] = {}
+    if image_size is not None:
+        size_args = {"img_size": image_size, "dynamic_img_size": True}
+    model, model_args = None, {}
+    # Not every backbone takes a size, nor every one that does a changing size.
+    for model_args in (size_args, {"img_size": image_size} if size_args else {}, {}):
+        try:
+            model = _create(backbone, pretrained, model_args)
+            break
+        except TypeError as error:
+            if "img_size" not in str(error) or not model_args:
+                raise
+        except (AssertionError, ValueError, RuntimeError) as error:
+            raise UserError(f"{backbone} can't be built for {image_size} pixels: {error}") from None
+    assert model is not None
+    size = image_size or int(model.pretrained_cfg["input_size"][-1])  # type: ignore[index]
+    return Encoder(model, model_args, size)
+
+
+def _create(backbone: str, pretrained: bool, model_args: dict[str, Any]) -> nn.Module:
+    def create() -> nn.Module:
+        return timm.create_model(backbone, pretrained=pretrained, num_classes=0, **model_args)
+
+    if not pretrained:
+        return create()
+    import huggingface_hub.constants as hub
+
+    # Where there is no network the hub's client tries for a minute; the cache is enough to ask.
+    was_offline, hub.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE or not _online()
+    try:
+        return create()
+    except (TypeError, AssertionError, ValueError):
+        raise
+    except RuntimeError as error:
+        if "pretrained" in str(error).lower():
+            raise UserError(f"timm has no pre-trained weights for {backbone}") from None
+        raise
+    except Exception as error:  # the hub's client raises what its HTTP library raises
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"the pre-trained weights of {backbone} can't be downloaded and are not in the cache "
+            f"({reason}); give a file with --init FILE, or start from --init random"
+        ) from None
+    finally:
+        hub.HF_HUB_OFFLINE = was_offline
+
+
+def _online() -> bool:
+    """Whether the hub's host answers; assumed so behind a proxy, where asking it proves nothing."""
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
+        return True
+    host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").split("//")[-1].split("/")[0]
+    name, _, port = host.partition(":")
+    try:
+        socket.create_connection((name, int(port or 443)), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def save_encoder(encoder: Encoder, folder: Path, about: dict[str, Any]) -> None:
+    """Write an encoder folder, in timm's own format.
+
+    ``timm.create_model("local-dir:FOLDER", pretrained=True)`` gives the same outputs.
+
+    Args:
+        encoder: what to save.
+        folder: where; made if missing.
+        about: how it was trained; stands under ``vissl_lite`` in ``config.json``.
+    """
+    save_model(
+        encoder.model, folder, encoder.model_args, encoder.image_size, {"vissl_lite": about}
+    )
+
+
+def save_model(
+    model: Any, folder: Path, model_args: dict[str, Any], image_size: int, extra: dict[str, Any]
+) -> None:
+    """Write any timm model as a folder that timm loads; each file appears whole or not at all.
+
+    Args:
+        model: the timm model.
+        folder: where; made if missing.
+        model_args: arguments that ``timm.create_model`` needs beside the name.
+        image_size: side in pixels.
+        extra: more keys of ``config.json``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = dict(model.pretrained_cfg)
+    channels = config["input_size"][0]
+    kept = ("mean", "std", "interpolation", "first_conv", "classifier", "license")
+    content = {
+        "architecture": config["architecture"],
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "pretrained_cfg": {
+            **{key: config[key] for key in kept if config.get(key) is not None},
+            "tag": "vissl_lite",
+            "input_size": [channels, image_size, image_size],
+            "fixed_input_size": False,
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+            "num_classes": model.num_classes,
+        },
+        "model_args": model_args,
+        **extra,
+    }
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, folder / f"{WEIGHTS}.part", metadata={"format": "pt"})
+    os.replace(folder / f"{WEIGHTS}.part", folder / WEIGHTS)
+    (folder / f"{CONFIG}.part").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(folder / f"{CONFIG}.part", folder / CONFIG)
+
+
+def load_encoder(source: str | Path, image_size: int | None = None) -> Encoder:
+    """Load an encoder.
+
+    Args:
+        source: a run, an encoder folder, ``timm:NAME`` (pre-trained weights from the hub) or
+            ``random:NAME`` (untrained; reproducible through ``torch.manual_seed``).
+        image_size: for ``timm:`` and ``random:``, side of the images in pixels; default the
+            backbone's own. Folders know their size.
+
+    Raises:
+        UserError: there is no encoder, or it is damaged.
+    """
+    kind, _, name = str(source).partition(":")
+    if name and kind in ("timm", "random"):
+        return build_encoder(name, image_size, pretrained=kind == "timm")
+    folder = Path(source)
+    if not folder.exists():
+        raise UserError(
+            f"no encoder at {source}: give a run, an encoder folder, timm:NAME or random:NAME"
+        )
+    for inside in (folder, folder / "encoder"):
+        if (inside / CONFIG).is_file():
+            model, config = load_model(inside, num_classes=0)
+            size = config["pretrained_cfg"]["input_size"][-1]
+            return Encoder(model, config.get("model_args", {}), size)
+    raise UserError(f"{source} holds no encoder: neither {CONFIG} nor encoder/{CONFIG} is there")
+
+
+def load_model(folder: Path, num_classes: int | None = None) -> tuple[Any, dict[str, Any]]:
+    """Build a timm model from its folder and load the weights.
+
+    Args:
+        folder: with ``config.json`` and ``model.safetensors``.
+        num_classes: 0 to leave out a classifier; default what the folder holds.
+
+    Returns:
+        The model, with the folder's ``pretrained_cfg``, and the content of ``config.json``.
+
+    Raises:
+        UserError: the folder is damaged or its weights are another architecture's.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        name, saved = config["architecture"], config["pretrained_cfg"]
+        _ = saved["mean"], saved["std"], saved["input_size"]
+        model_args = config.get("model_args", {})
+        has_classes = config.get("num_classes", saved.get("num_classes", 0))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / CONFIG} is damaged: {error!r}") from None
+    if not timm.is_model(name):
+        raise UserError(f"{folder / CONFIG}: unknown backbone {name}")
+    if "label_names" in config:
+        saved = saved | {"label_names": config["label_names"]}
+    classes = has_classes if num_classes is None else num_classes
+    overlay = {key: value for key, value in saved.items() if key != "tag"}
+    model = timm.create_model(
+        name, num_classes=classes, pretrained_cfg_overlay=overlay, **model_args
+    )
+    weights = read_weights(folder / WEIGHTS)
+    if classes == 0 and has_classes:
+        weights = _without_classifier(weights, model)
+    _load(model, weights, str(folder), name)
+    return model, config
+
+
+def load_weights(encoder: Encoder, file: Path) -> None:
+    """Load a plain timm state dict, without running any code that the file may hold.
+
+    Args:
+        encoder: takes the weights; a classifier in the file is left out.
+        file: ``.safetensors``, or what ``torch.save`` wrote of a state dict, bare or under the key
+            ``state_dict`` or ``model``.
+
+    Raises:
+        UserError: the file can't be read safely, or is of another architecture.
+    """
+    weights = _without_classifier(read_weights(file), encoder.model)
+    _load(encoder.model, weights, str(file), encoder.backbone)
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """Read tensors by name from a safetensors or torch file; nothing is unpickled but tensors.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds anything else than tensors.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{file} does not exist") from None
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, SafetensorError) as error:
+        reason = str(error).splitlines()[0][:200]
+        if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower():
+            reason = "it holds pickled Python objects beside tensors, which are never executed"
+        raise UserError(f"{file} can't be loaded: {reason}") from None
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise UserError(f"{file} is no state dict: expected tensors by name")
+    return {str(name).removeprefix("module."): value for name, value in content.items()}
+
+
+def _without_classifier(weights: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    classifier = model.pretrained_cfg.get("classifier") or ()
+    names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    return {k: v for k, v in weights.items() if not k.startswith(tuple(f"{n}." for n in names))}
+
+
+def _load(model: nn.Module, weights: dict[str, Tensor], source: str, name: str) -> None:
+    own = model.state_dict()
+    missing = sorted(set(own) - set(weights))
+    unexpected = sorted(set(weights) - set(own))
+    shaped = [key for key in own if key in weights and own[key].shape != weights[key].shape]
+    if missing or unexpected or shaped:
+        example = (missing or unexpected or shaped)[0]
+        raise UserError(
+            f"the weights in {source} are not those of {name}: {len(missing)} tensors missing, "
+            f"{len(unexpected)} too many, {len(shaped)} of another shape, the first {example}"
+        )
+    model.load_state_dict(weights)
+    log.debug("%d tensors loaded from %s", len(weights), source)

@@ -1,0 +1,1 @@
+"""Judging an encoder: features, kNN, linear probe, and watching a run while it trains."""

@@ -1,0 +1,65 @@
+"""The linear probe: multinomial logistic regression on frozen features."""
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+
+# Candidates for the L2 penalty on the mean loss: lambda in mean(loss) + lambda / 2 * |weights|^2.
+PENALTIES = tuple(10.0**power for power in (0, -1, -2, -3, -4, -5, -6))
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """A fitted probe.
+
+    Attributes:
+        penalty: the L2 penalty that did best on the validation part.
+        val_accuracy: there, with that penalty.
+        test_predictions: ``(M,)`` class indices.
+    """
+
+    penalty: float
+    val_accuracy: float
+    test_predictions: np.ndarray
+
+
+def linear_probe(
+    train: tuple[np.ndarray, np.ndarray],
+    val: tuple[np.ndarray, np.ndarray],
+    test: np.ndarray,
+) -> LinearProbe:
+    """Fit on the training part, choose the penalty on the validation part, then refit on both.
+
+    Features are standardised by the training part. The test part is predicted once, at the end.
+
+    Args:
+        train: ``(N, D)`` features and ``(N,)`` class indices.
+        val: likewise.
+        test: ``(M, D)`` features; their labels never arrive here.
+    """
+    mean, scale = train[0].mean(axis=0), train[0].std(axis=0) + 1e-6
+
+    def standardise(features: np.ndarray) -> np.ndarray:
+        return ((features - mean) / scale).astype(np.float32)
+
+    x, x_val = standardise(train[0]), standardise(val[0])
+    best, best_accuracy = PENALTIES[0], -1.0
+    model = LogisticRegression(max_iter=300, tol=1e-3, warm_start=True)
+    for penalty in PENALTIES:  # strong to weak: each solution is a start close to the next
+        accuracy = float((_fit(model, penalty, x, train[1]).predict(x_val) == val[1]).mean())
+        if accuracy > best_accuracy:
+            best, best_accuracy = penalty, accuracy
+    x, y = np.concatenate([x, x_val]), np.concatenate([train[1], val[1]])
+    return LinearProbe(best, best_accuracy, _fit(model, best, x, y).predict(standardise(test)))
+
+
+def _fit(
+    model: LogisticRegression, penalty: float, x: np.ndarray, y: np.ndarray
+) -> LogisticRegression:
+    model.C = 1 / (penalty * len(x))  # scikit-learn weighs the sum of the losses
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # accuracy settles long before
+        return model.fit(x, y)

@@ -1,0 +1,79 @@
+"""Optimizers (timm's) and the learning-rate schedule."""
+
+import math
+from dataclasses import dataclass
+
+import timm.optim
+from torch import nn
+from torch.optim import Optimizer
+
+from vissl_lite.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """How to optimize.
+
+    Attributes:
+        name: a timm optimizer, such as ``adamw``, ``sgd`` or ``lars``.
+        lr: peak learning rate.
+        weight_decay: on weight matrices and kernels; biases and norms get none.
+        layer_decay: factor on the learning rate from one layer to the one below it (BEiT, Bao et
+            al. 2021); 1 trains all layers alike.
+    """
+
+    name: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    layer_decay: float = 1.0
+
+
+def check_optimizer(name: str) -> None:
+    """Raise a UserError for a name that timm does not know."""
+    known = timm.optim.list_optimizers()
+    if name not in known:
+        raise UserError(f"unknown optimizer {name}: {did_you_mean(name, known)}")
+
+
+def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> Optimizer:
+    """The optimizer of a module's trainable parameters.
+
+    Args:
+        module: with ``layer_decay`` below 1, a timm model, which knows the order of its layers.
+        settings: what to build.
+
+    Returns:
+        An optimizer; ``lr_scale``, where a parameter group has it, is left to ``set_lr``.
+    """
+    decay = settings.layer_decay if settings.layer_decay < 1 else None
+    fused = {"fused": True} if settings.name in ("adamw", "adam") else {}
+    optimizer: Optimizer = timm.optim.create_optimizer_v2(
+        module,
+        opt=settings.name,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        momentum=0.9,
+        layer_decay=decay,
+        **fused,
+    )
+    return optimizer
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """Set the learning rate, scaled in groups that ask for it (layer-wise decay)."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def cosine_with_warmup(fraction: float, warmup: float) -> float:
+    """Factor on the peak learning rate: a linear warm-up, then half a cosine down to 0.
+
+    SGDR (Loshchilov & Hutter 2017, eq. 5) without restarts.
+
+    Args:
+        fraction: of the training that is done, in [0, 1].
+        warmup: share of the training in which the rate rises, in [0, 1).
+    """
+    if fraction < warmup:
+        return fraction / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (fraction - warmup) / (1 - warmup))))

@@ -1,0 +1,64 @@
+"""Rotation (RotNet): tell by which of four angles an image was turned.
+
+Gidaris, Singh & Komodakis 2018, "Unsupervised Representation Learning by Predicting Image
+Rotations", arXiv 1803.07728.
+"""
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from vissl_lite.data.views import Views, crop_decode_size, flip, random_crop
+from vissl_lite.encoder import Encoder
+from vissl_lite.optim import OptimizerSettings
+from vissl_lite.pretext.base import PretextTask
+
+
+def rotation_views(size: int, smallest_crop: float) -> Views:
+    """One view: a random crop, perhaps flipped. Turning it is left to the loss.
+
+    Args:
+        size: side in pixels.
+        smallest_crop: smallest share of the image's area.
+    """
+    one = [random_crop(size, smallest_crop), *flip()]
+    return Views([one], shortest=crop_decode_size(size, smallest_crop))
+
+
+def all_rotations(images: Tensor) -> tuple[Tensor, Tensor]:
+    """All four rotations of each image; feeding all at once helps (paper, section 2.2).
+
+    Args:
+        images: ``(B, C, S, S)``.
+
+    Returns:
+        ``(4 B, C, S, S)`` images and ``(4 B,)`` labels: k for k quarter turns.
+    """
+    turned = torch.cat([torch.rot90(images, k, dims=(2, 3)) for k in range(4)])
+    labels = torch.arange(4, device=images.device).repeat_interleave(len(images))
+    return turned.contiguous(memory_format=torch.channels_last), labels
+
+
+class Rotation(PretextTask):
+    """Rotation prediction. Has no signal on images without an up, such as from a microscope.
+
+    Args:
+        encoder: what is trained.
+        smallest_crop: smallest share of the image's area in a view.
+    """
+
+    optimizer_settings = OptimizerSettings("adamw", lr=1e-3, weight_decay=0.05)
+
+    def __init__(self, encoder: Encoder, smallest_crop: float = 0.5) -> None:
+        super().__init__(encoder)
+        self.head = nn.Linear(encoder.num_features, 4)
+        self.smallest_crop = smallest_crop
+
+    def views(self) -> Views:
+        return rotation_views(self.encoder.image_size, self.smallest_crop)
+
+    def loss(self, views: list[Tensor]) -> Tensor:
+        images, labels = all_rotations(views[0])
+        logits = self.head(self.encoder(images)).float()
+        self.log("accuracy", (logits.argmax(dim=1) == labels).float().mean())
+        return F.cross_entropy(logits, labels)

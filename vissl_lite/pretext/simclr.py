@@ -1,0 +1,91 @@
+"""SimCLR: two views of an image find each other among the views of all other images.
+
+Chen, Kornblith, Norouzi & Hinton 2020, "A Simple Framework for Contrastive Learning of Visual
+Representations", arXiv 2002.05709.
+"""
+
+import torch
+from torch import Tensor
+
+from vissl_lite.data.views import (
+    Views,
+    blur,
+    colour_distortion,
+    crop_decode_size,
+    flip,
+    random_crop,
+)
+from vissl_lite.encoder import Encoder
+from vissl_lite.optim import OptimizerSettings
+from vissl_lite.pretext.base import PretextTask
+from vissl_lite.pretext.heads import mlp
+from vissl_lite.pretext.losses import nt_xent
+
+
+def simclr_views(
+    size: int, smallest_crop: float, colour: float, use_blur: bool, vertical_flip: bool
+) -> Views:
+    """Two views, each a random crop, flipped, its colours distorted, perhaps blurred (section 3).
+
+    Args:
+        size: side in pixels.
+        smallest_crop: smallest share of the image's area.
+        colour: strength of the colour distortion.
+        use_blur: blur half of the views.
+        vertical_flip: flip upside down too: for pictures without an up, such as from a microscope.
+    """
+    one = [random_crop(size, smallest_crop), *flip(vertical_flip), *colour_distortion(colour)]
+    if use_blur:
+        one.append(blur(size))
+    return Views([one, one], shortest=crop_decode_size(size, smallest_crop))
+
+
+class SimCLR(PretextTask):
+    """SimCLR.
+
+    Args:
+        encoder: what is trained.
+        temperature: of the loss. The paper finds 0.5 best for long training on CIFAR-10 and 0.1
+            for large batches on ImageNet (table 5, appendix B.9).
+        hidden_size: of the projection head; default that of the features (section 4.2).
+        projection_size: of the embeddings that the loss compares (section 4.2).
+        smallest_crop: smallest share of the image's area in a view; the paper has 0.08.
+        colour: strength of the colour distortion; default 1 as for ImageNet, 0.5 for images below
+            64 pixels as for CIFAR-10 (appendix B.9).
+        blur: blur half of the views; default not below 64 pixels (appendix B.9).
+        vertical_flip: flip upside down too.
+    """
+
+    optimizer_settings = OptimizerSettings("adamw", lr=1e-3, weight_decay=0.05)
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        temperature: float = 0.2,
+        hidden_size: int | None = None,
+        projection_size: int = 128,
+        smallest_crop: float = 0.2,
+        colour: float | None = None,
+        blur: bool | None = None,
+        vertical_flip: bool = False,
+    ) -> None:
+        super().__init__(encoder)
+        features = encoder.num_features
+        self.head = mlp(features, hidden_size or features, projection_size)
+        self.temperature = temperature
+        small = encoder.image_size < 64
+        self.smallest_crop = smallest_crop
+        self.colour = colour if colour is not None else (0.5 if small else 1.0)
+        self.blur = blur if blur is not None else not small
+        self.vertical_flip = vertical_flip
+
+    def views(self) -> Views:
+        return simclr_views(
+            self.encoder.image_size, self.smallest_crop, self.colour, self.blur, self.vertical_flip
+        )
+
+    def loss(self, views: list[Tensor]) -> Tensor:
+        # One pass over both views is faster than two, and BatchNorm then sees both together, as
+        # in the authors' code (tf2/run.py).
+        z1, z2 = self.head(self.encoder(torch.cat(views))).chunk(2)
+        return nt_xent(z1, z2, self.temperature)

@@ -1,0 +1,244 @@
+"""The run: the folder that a command writes, with what was asked, what came out, and the log."""
+
+import csv
+import json
+import logging
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from vissl_lite.errors import UserError
+
+log = logging.getLogger("vissl_lite")
+console = Console(stderr=True)
+
+CONFIG, RESULTS, METRICS, LOG = "config.yaml", "results.json", "metrics.csv", "log.txt"
+
+# Options that say how to run, not what: they may differ when a run is resumed.
+FREE_TO_CHANGE = frozenset(
+    {"out", "resume", "overwrite", "num_workers", "devices", "num_nodes", "strategy"}
+)
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that writes; Lightning, torchrun and SLURM start the others."""
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+        if os.environ.get(name, "").isdigit():
+            return os.environ[name] == "0"
+    return True
+
+
+def check_out(out: Path, resume: bool = False, overwrite: bool = False) -> None:
+    """Refuse a folder that a run must not be written to. Nothing is changed yet.
+
+    Raises:
+        UserError: the folder holds another run or other files, or can't be written.
+    """
+    if not is_main_process() or resume:
+        return
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: --out must name a folder")
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / CONFIG).is_file():
+            raise UserError(f"{out} holds other files: give a new folder with --out")
+        if not overwrite:
+            raise UserError(f"{out} holds another run: give a new folder, or --overwrite")
+    parent = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"{out} can't be written: no permission in {parent}")
+
+
+@contextmanager
+def open_run(out: Path, config: Mapping[str, Any], resume: bool = False) -> Iterator[Path]:
+    """Make the folder (in place of an older run), write ``config.yaml``, keep the log.
+
+    Args:
+        out: checked by ``check_out`` before.
+        config: the parameters, enough to repeat the run.
+        resume: keep what is there and append to it.
+
+    Yields:
+        The folder.
+    """
+    if not is_main_process():
+        yield out
+        return
+    if not resume:
+        if out.is_dir():
+            shutil.rmtree(out)
+        out.mkdir(parents=True)
+        kept = {k: v for k, v in config.items() if k not in ("resume", "overwrite")}
+        write_atomically(out / CONFIG, yaml.safe_dump(kept, sort_keys=False))
+    file = logging.FileHandler(out / LOG, encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(file)
+    _log_to_console()
+    packages = ("vissl-lite", "torch", "timm", "lightning", "albumentations")
+    log.debug(
+        "Python %s on %s; %s",
+        platform.python_version(),
+        platform.platform(),
+        ", ".join(f"{name} {version(name)}" for name in packages),
+    )
+    try:
+        yield out
+    except UserError as error:
+        log.debug("stopped: %s", error)
+        raise
+    except Exception:
+        file.handle(_record_of_exception())
+        raise
+    finally:
+        log.removeHandler(file)
+        file.close()
+
+
+def _record_of_exception() -> logging.LogRecord:
+    return log.makeRecord(
+        log.name, logging.ERROR, __file__, 0, "stopped by an error", (), sys.exc_info()
+    )
+
+
+class _ConsoleHandler(logging.Handler):
+    """Prints above a progress bar, and leaves long lines (commands, paths) whole."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "yellow" if record.levelno >= logging.WARNING else None
+        console.print(record.getMessage(), style=style, soft_wrap=True, markup=False,
+                      highlight=False)  # fmt: skip
+
+
+def _log_to_console() -> None:
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+    if not any(isinstance(handler, _ConsoleHandler) for handler in log.handlers):
+        log.addHandler(_ConsoleHandler(logging.INFO))
+
+
+def read_config(out: Path) -> dict[str, Any]:
+    """The parameters of a run.
+
+    Raises:
+        UserError: the folder holds no run, or its file is damaged.
+    """
+    file = out / CONFIG
+    if not file.is_file():
+        raise UserError(f"{out} holds no run to resume ({CONFIG} is missing)")
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{file} is damaged: {str(error).splitlines()[0]}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{file} is damaged: it holds no parameters")
+    return config
+
+
+def resumed_config(
+    out: Path, given: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The parameters to resume a run with: its own, and of the given ones those free to change.
+
+    Args:
+        out: the run.
+        given: the parameters now; one that has its default value agrees with everything.
+        defaults: of the function, by parameter.
+
+    Raises:
+        UserError: options contradict the run; all are named.
+    """
+    config = read_config(out)
+    contradictions = [
+        f"--{name} {value} (the run has {config[name]})"
+        for name, value in given.items()
+        if name not in FREE_TO_CHANGE
+        and name in config
+        and value != config[name]
+        and value != defaults.get(name)
+    ]
+    if contradictions:
+        raise UserError(f"these options contradict the run {out}: {', '.join(contradictions)}")
+    free = {name: value for name, value in given.items() if name in FREE_TO_CHANGE}
+    return {**given, **config, **free}
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write a text file that appears whole or not at all."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, file)
+
+
+def write_results(run: Path, results: Mapping[str, Any]) -> None:
+    """Write ``results.json``."""
+    write_atomically(run / RESULTS, json.dumps(results, indent=2) + "\n")
+
+
+class MetricsFile:
+    """``metrics.csv``: a row for each logged step, a column for each metric.
+
+    Args:
+        file: appended to where it exists.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.rows: list[dict[str, Any]] = []
+        self.columns: list[str] = ["step", "seconds"]
+        self._written = -1  # rows in the file; -1: write the file anew
+        self._started = time.monotonic()
+        if file.exists():
+            with file.open(newline="", encoding="utf-8") as opened:
+                reader = csv.DictReader(opened)
+                self.rows = [{k: _number(v) for k, v in row.items() if v} for row in reader]
+                self.columns = list(reader.fieldnames or self.columns)
+            if self.rows:
+                self._started -= self.rows[-1]["seconds"]
+
+    def forget_after(self, step: int) -> None:
+        """Drop rows of later steps: a resumed run does them again."""
+        self.rows = [row for row in self.rows if row["step"] <= step]
+        self._written = -1
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Add values to the row of a step."""
+        if not self.rows or self.rows[-1]["step"] != step:
+            self.rows.append({"step": step})
+        self.rows[-1]["seconds"] = round(time.monotonic() - self._started, 2)
+        self.rows[-1].update(values)
+        new = [name for name in values if name not in self.columns]
+        if new:
+            self.columns += new
+            self._written = -1
+
+    def flush(self, final: bool = False) -> None:
+        """Write what is new; the last row stays open for more values unless this is final."""
+        done = len(self.rows) if final else max(0, len(self.rows) - 1)
+        if self._written < 0 or self._written > done:
+            with self.file.open("w", newline="", encoding="utf-8") as out:
+                writer = csv.DictWriter(out, self.columns)
+                writer.writeheader()
+                writer.writerows(self.rows[:done])
+        elif done > self._written:
+            with self.file.open("a", newline="", encoding="utf-8") as out:
+                csv.DictWriter(out, self.columns).writerows(self.rows[self._written : done])
+        self._written = done
+
+    def series(self, name: str) -> tuple[list[float], list[float]]:
+        """The steps and values of one metric."""
+        points = [(row["step"], row[name]) for row in self.rows if name in row]
+        return [step for step, _ in points], [value for _, value in points]
+
+
+def _number(text: str) -> float | int:
+    value = float(text)
+    return int(value) if value.is_integer() and "." not in text else value

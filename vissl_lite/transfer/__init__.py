@@ -1,0 +1,1 @@
+"""Transfer: fine-tuning an encoder on labels."""
