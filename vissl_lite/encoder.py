@@ -181,7 +181,7 @@ def _create(backbone: str, pretrained: bool, model_args: dict[str, Any]) -> nn.M
             raise UserError(f"timm has no pre-trained weights for {backbone}") from None
         raise
     except Exception as error:  # the hub's client raises what its HTTP library raises
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].split(". ")[0]
         raise UserError(
             f"the pre-trained weights of {backbone} can't be downloaded and are not in the cache "
             f"({reason}); give a file with --init FILE, or start from --init random"

@@ -157,18 +157,30 @@ def resumed_config(
         UserError: options contradict the run; all are named.
     """
     config = read_config(out)
+    own, usual = flatten(config), flatten(defaults)
     contradictions = [
-        f"--{name} {value} (the run has {config[name]})"
-        for name, value in given.items()
+        f"--{name} {value} (the run has {own[name]})"
+        for name, value in flatten(given).items()
         if name not in FREE_TO_CHANGE
-        and name in config
-        and value != config[name]
-        and value != defaults.get(name)
+        and name in own
+        and value != own[name]
+        and value != usual.get(name)
     ]
     if contradictions:
         raise UserError(f"these options contradict the run {out}: {', '.join(contradictions)}")
     free = {name: value for name, value in given.items() if name in FREE_TO_CHANGE}
     return {**given, **config, **free}
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def write_atomically(file: Path, text: str) -> None:

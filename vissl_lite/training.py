@@ -32,6 +32,14 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT = "last.ckpt"
 
+# Lightning's warnings that do not apply: the stream can be resumed, and few workers are meant.
+_NOISE = (
+    ".*does not have many workers.*",
+    ".*ended before the epoch ended.*",
+    ".*isinstance.treespec, LeafSpec.*",
+    ".*`IterableDataset` has `__len__`.*",
+)
+
 # At most this share of the images may be unreadable.
 BROKEN_SHARE = 0.2
 
@@ -517,7 +525,7 @@ def fit(
         num_sanity_val_steps=0,
     )
     with warnings.catch_warnings():
-        for message in (".*does not have many workers.*", ".*ended before the epoch ended.*"):
+        for message in _NOISE:
             warnings.filterwarnings("ignore", message)
         trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
     return trainer

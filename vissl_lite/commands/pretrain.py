@@ -9,12 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
 from vissl_lite import __version__
-from vissl_lite.data.images import BROKEN_IMAGE, find_images
+from vissl_lite.data.images import find_images, suitable_size
 from vissl_lite.data.labelled import load_labelled
 from vissl_lite.data.stream import ViewDataset
 from vissl_lite.encoder import Encoder, build_encoder, load_encoder, load_weights, save_encoder
@@ -124,10 +122,11 @@ def pretrain(
         UserError: something that was given can't work; nothing is written then.
     """
     started = time.monotonic()
-    given = _plain(locals())
-    config = {name: given[name] for name in inspect.signature(pretrain).parameters}
+    config = {**_plain(locals()), "pretext": whole_pretext(pretext)}
+    del config["started"]
     if resume:
         defaults = {n: p.default for n, p in inspect.signature(pretrain).parameters.items()}
+        defaults["pretext"] = whole_pretext(defaults["pretext"])
         config = resumed_config(Path(out), config, defaults)
     check_out(Path(out), resume=resume, overwrite=overwrite)
     if resume and (Path(out) / RESULTS).is_file():
@@ -146,7 +145,7 @@ def pretrain(
         labelled = load_labelled(options.probe_data, options.seed, need_test=False)
     torch.manual_seed(options.seed)
     encoder = make_encoder(options.backbone, options.image_size, options.init, paths)
-    task = make_task(options.pretext, encoder)
+    task = options.task(encoder)
     task.optimizer_settings = options.optimizer_settings(task, size)
     seconds = parse_time(options.max_time)
     epochs = options.epochs if options.epochs or seconds else 100
@@ -156,7 +155,7 @@ def pretrain(
     with open_run(Path(out), config, resume=resume) as run:
         log.info(
             "%d images, %s on %s at %d pixels, batch %d",
-            len(paths), options.pretext_name(), encoder.backbone, encoder.image_size, size,
+            len(paths), options.pretext["name"], encoder.backbone, encoder.image_size, size,
         )  # fmt: skip
         batches = None if epochs is None else epochs * (len(paths) // size)
         rate = task.optimizer_settings.lr
@@ -167,7 +166,7 @@ def pretrain(
         metrics = MetricsFile(run / METRICS) if is_main_process() else None
         trainer = fit(
             task, stream, pace, hardware, [watch], metrics, run / "checkpoints", resume,
-            title=options.pretext_name(),
+            title=options.pretext["name"],
         )  # fmt: skip
         if not trainer.is_global_zero:
             return PretrainResult(run, run / "encoder", {}, pace.batches, pace.elapsed())
@@ -211,7 +210,7 @@ class _Options:
     """What shapes the run, checked. The same names as the parameters of ``pretrain``."""
 
     data: list[str] | str
-    pretext: str | dict[str, Any]
+    pretext: dict[str, Any]
     backbone: str | None
     image_size: int | None
     epochs: int | None
@@ -240,15 +239,13 @@ class _Options:
             raise UserError(f"--seed {self.seed} must not be negative")
         if self.optimizer is not None:
             check_optimizer(self.optimizer)
-        pretext_class(self.pretext_name())
 
     def sources(self) -> list[str]:
         return [self.data] if isinstance(self.data, str) else list(self.data)
 
-    def pretext_name(self) -> str:
-        if isinstance(self.pretext, str):
-            return self.pretext
-        return str(self.pretext.get("name", "simclr"))
+    def task(self, encoder: Encoder) -> PretextTask:
+        hyperparameters = {k: v for k, v in self.pretext.items() if k != "name"}
+        return pretext_class(self.pretext["name"])(encoder, **hyperparameters)
 
     def optimizer_settings(self, task: PretextTask, batch_size: int) -> OptimizerSettings:
         own = task.optimizer_settings
@@ -313,33 +310,20 @@ def make_encoder(
     return encoder
 
 
-def suitable_size(paths: Sequence[str]) -> int:
-    """The median shorter side of some images, as a multiple of 32, between 32 and 224 pixels."""
-    sides = []
-    for path in paths[:: max(1, len(paths) // 50)]:
-        try:
-            with Image.open(path) as image:
-                sides.append(min(image.size))
-        except BROKEN_IMAGE:
-            continue
-    median = float(np.median(sides)) if sides else 224
-    return int(min(224, max(32, round(median / 32) * 32)))
-
-
-def make_task(pretext: str | Mapping[str, Any], encoder: Encoder) -> PretextTask:
-    """Build a pretext task from its name, or from a mapping of name and hyperparameters.
+def whole_pretext(pretext: str | Mapping[str, Any]) -> dict[str, Any]:
+    """A pretext's name and all its hyperparameters, those not given with their defaults.
 
     Raises:
-        UserError: the pretext or one of its hyperparameters is unknown.
+        UserError: the pretext or a hyperparameter is unknown.
     """
-    hyperparameters = dict(pretext) if isinstance(pretext, Mapping) else {"name": pretext}
-    name = str(hyperparameters.pop("name", "simclr"))
-    made = pretext_class(name)
-    known = [p for p in inspect.signature(made).parameters if p != "encoder"]
-    for given in hyperparameters:
-        if given not in known:
-            raise UserError(f"{name} has no {given}: {did_you_mean(given, known)}")
-    return made(encoder, **hyperparameters)
+    given = dict(pretext) if isinstance(pretext, Mapping) else {"name": pretext}
+    name = str(given.pop("name", "simclr"))
+    parameters = inspect.signature(pretext_class(name)).parameters
+    known = {p.name: p.default for p in parameters.values() if p.name != "encoder"}
+    for one in given:
+        if one not in known:
+            raise UserError(f"unknown option --pretext.{one} of {name}: {did_you_mean(one, known)}")
+    return {"name": name, **known, **given}
 
 
 def _plain(parameters: Mapping[str, Any]) -> dict[str, Any]:

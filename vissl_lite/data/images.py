@@ -207,3 +207,16 @@ def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
         height, width = image.shape[:2]
     top, left = (height - size) // 2, (width - size) // 2
     return image[top : top + size, left : left + size]
+
+
+def suitable_size(paths: Sequence[str]) -> int:
+    """The median shorter side of some images, as a multiple of 32, between 32 and 224 pixels."""
+    sides = []
+    for path in paths[:: max(1, len(paths) // 50)]:
+        try:
+            with Image.open(path) as image:
+                sides.append(min(image.size))
+        except BROKEN_IMAGE:
+            continue
+    median = float(np.median(sides)) if sides else 224
+    return int(min(224, max(32, round(median / 32) * 32)))

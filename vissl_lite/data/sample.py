@@ -183,7 +183,7 @@ def _object(name: str, rng: Generator, size: int) -> Plane:
     trial = _fill([Part(points / 4 + 0.5, ink) for points, ink in parts], 64, oversample=1)
     rows, columns = np.nonzero(trial > 0)
     centre = (np.array([columns.mean(), rows.mean()]) + 0.5) / 64 * 4 - 2
-    scale = np.sqrt(rng.uniform(0.10, 0.22) / (len(rows) / 64**2)) / 4
+    scale = np.sqrt(rng.uniform(*LOOK.area) / (len(rows) / 64**2)) / 4
     place = rng.uniform(0.4, 0.6, 2)
     return _fill([Part((points - centre) * scale + place, ink) for points, ink in parts], size)
 
@@ -234,13 +234,15 @@ def _texture(rng: Generator, size: int) -> Plane:
 class _Look:
     """How strong the nuisances are."""
 
+    area: tuple[float, float] = (0.10, 0.22)  # the object's share of the picture
     contrast: tuple[float, float] = (0.22, 0.45)  # brightness of the object against the ground
     chroma: float = 0.2
     texture: float = 0.12
     behind: int = 7
     front: int = 3
-    noise: float = 0.05
-    blur: float = 0.9
+    noise: tuple[float, float] = (0.01, 0.05)
+    blur: tuple[float, float] = (0.0, 0.9)
+    light: float = 0.5
 
 
 LOOK = _Look()
@@ -267,11 +269,11 @@ def _camera(canvas: Canvas, rng: Generator) -> Image.Image:
     """What a poor camera makes of the scene: uneven light, dark corners, blur and noise."""
     size = len(canvas)
     y, x = np.mgrid[:size, :size].astype(np.float32) / size - 0.5
-    slope_x, slope_y = rng.uniform(-0.5, 0.5, 2)
+    slope_x, slope_y = rng.uniform(-LOOK.light, LOOK.light, 2)
     light = 1 + slope_x * x + slope_y * y - rng.uniform(0, 0.8) * (x**2 + y**2)
     image = Image.fromarray(np.uint8(np.clip(canvas * light[..., None], 0, 1) * 255))
-    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, LOOK.blur) * size / 64))
-    grain = rng.standard_normal(canvas.shape, np.float32) * rng.uniform(0.01, LOOK.noise) * 255
+    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(*LOOK.blur) * size / 64))
+    grain = rng.standard_normal(canvas.shape, np.float32) * rng.uniform(*LOOK.noise) * 255
     return Image.fromarray(np.uint8(np.clip(np.asarray(image) + grain, 0, 255)))
 
 
@@ -291,7 +293,7 @@ def draw(name: str, rng: Generator, size: int = 64) -> tuple[Image.Image, np.nda
     if not 0.05 < ground + contrast < 0.95:
         contrast = -contrast
     canvas = _surface(rng, size, ground)
-    for _ in range(rng.integers(2, LOOK.behind + 1)):
+    for _ in range(rng.integers(0, LOOK.behind + 1)):
         brightness = ground + rng.uniform(-1, 1) * abs(contrast)
         canvas = _over(canvas, _scrap(rng, size, rng.uniform(0.08, 0.3)), _colour(rng, brightness))
 

@@ -1,0 +1,193 @@
+"""The console command ``vissl-lite``: verbs to functions, nothing else.
+
+jsonargparse makes each verb's options from its function: the signature is the schema, the
+docstring the help, and ``--config FILE`` the same in YAML.
+"""
+
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_origin
+
+from vissl_lite import __version__
+from vissl_lite.errors import UserError, did_you_mean
+
+VERBS = {
+    "demo": "the whole story on sample data, in minutes",
+    "pretrain": "train an encoder on unlabelled images",
+    "probe": "judge a frozen encoder by kNN and a linear classifier",
+    "finetune": "train a classifier on labelled images, from an encoder or from nothing",
+    "predict": "classify a folder of images with a fine-tuned model",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Args:
+        arguments: without the program's name; default those of the process.
+
+    Returns:
+        The exit status: 0, or 2 for a mistake of the user's, 130 when interrupted.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if not given or given[0] in ("-h", "--help"):
+            print(_overview())
+            return 0
+        if given[0] == "--version":
+            print(f"vissl-lite {__version__}")
+            return 0
+        if given[0] not in VERBS:
+            raise UserError(f"unknown command {given[0]}: {did_you_mean(given[0], VERBS)}")
+        _run(given[0], given[1:])
+    except UserError as error:
+        print(f"vissl-lite: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("vissl-lite: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _overview() -> str:
+    verbs = "\n".join(f"  {verb:9} {what}" for verb, what in VERBS.items())
+    return (
+        "usage: vissl-lite VERB [--config FILE] [--option value ...]\n\n"
+        "Self-supervised vision pre-training: train an encoder on unlabelled images,\n"
+        "judge it, fine-tune it on a few labels.\n\n"
+        f"{verbs}\n\n"
+        "vissl-lite VERB --help lists a verb's options."
+    )
+
+
+def _run(verb: str, given: list[str]) -> None:
+    function = getattr(importlib.import_module(f"vissl_lite.commands.{verb}"), verb)
+    given, pretext = _prepare(function, given)
+    parser = make_parser(verb, function, pretext)
+    options = parser.parse_args(given).as_dict()
+    options.pop("config", None)
+    function(**options)
+
+
+def make_parser(verb: str, function: Callable[..., Any], pretext: str = "simclr") -> Any:
+    """The parser of a verb.
+
+    Args:
+        verb: its name.
+        function: what it calls.
+        pretext: whose hyperparameters become options, where the function takes a pretext.
+    """
+    import jsonargparse
+
+    class Parser(jsonargparse.ArgumentParser):
+        """Says a mistake in one line, with the closest option where one is unknown."""
+
+        def error(self, message: str, *_: Any) -> NoReturn:
+            known = [name for action in self._actions for name in action.option_strings]
+            known = [name for name in known if name.startswith("--") and not name.endswith("+")]
+            raise UserError(_one_line(message, known))
+
+    parser = Parser(prog=f"vissl-lite {verb}", description=VERBS[verb], allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file of options")
+    skip = {"pretext"} & set(inspect.signature(function).parameters)
+    parser.add_function_arguments(function, skip=skip)
+    if skip:
+        from vissl_lite.pretext import PRETEXTS, pretext_class
+
+        made = pretext_class(pretext)
+        parser.add_argument(
+            "--pretext.name", default=pretext, help=f"or --pretext: one of {', '.join(PRETEXTS)}"
+        )
+        parser.add_class_arguments(made, "pretext", skip={"encoder"})
+    return parser
+
+
+def _prepare(function: Callable[..., Any], given: list[str]) -> tuple[list[str], str]:
+    """Rewrite arguments for jsonargparse: ``--flag`` alone, ``--data A B``, ``--pretext NAME``.
+
+    Configuration files come first, so that options on the command line win; to resume, the run's
+    own comes before them.
+
+    Returns:
+        The arguments, and the pretext that they name.
+    """
+    import yaml
+
+    parameters = inspect.signature(function).parameters
+    configs: list[dict[str, Any]] = []
+    rewritten: list[str] = []
+    words = [part for word in given for part in _split_option(word)]
+    while words:
+        option = words.pop(0)
+        values = []
+        while words and not words[0].startswith("--"):
+            values.append(words.pop(0))
+        name = option.removeprefix("--")
+        kind = parameters[name].annotation if name in parameters else None
+        if option == "--config" and values:
+            configs.append(_read_yaml(values[0]))
+        elif option == "--pretext":
+            rewritten += ["--pretext.name", *values]
+        elif kind is bool and not values:
+            rewritten += [option, "true"]
+        elif len(values) > 1 and _takes_list(kind):
+            rewritten += [option, yaml.safe_dump(values, default_flow_style=True, width=1 << 30)]
+        else:
+            rewritten += [option, *values]
+    at = {rewritten[i]: rewritten[i + 1] for i in range(len(rewritten) - 1)}
+    if at.get("--resume") == "true" and "--out" in at:
+        run = Path(at["--out"]) / "config.yaml"
+        if run.is_file():
+            configs.insert(0, _read_yaml(run))
+    pretext = "simclr"
+    for config in configs:
+        if isinstance(config.get("pretext"), str):
+            config["pretext"] = {"name": config["pretext"]}
+        pretext = config.get("pretext", {}).get("name", pretext)
+    front = [f"--config={yaml.safe_dump(config, sort_keys=False)}" for config in configs]
+    return front + rewritten, at.get("--pretext.name", pretext)
+
+
+def _split_option(word: str) -> list[str]:
+    return word.split("=", 1) if word.startswith("--") else [word]
+
+
+def _takes_list(kind: Any) -> bool:
+    return get_origin(kind) is list or any(get_origin(part) is list for part in get_args(kind))
+
+
+def _read_yaml(file: str | Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {file} can't be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {file} is not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--config {file} holds no options")
+    return content
+
+
+def _one_line(message: str, known: Sequence[str]) -> str:
+    """jsonargparse's message as one line that says what was given and what would work."""
+    unknown = re.search(r"(?:Unrecognized arguments|unrecognized arguments): *(--[\w.]+)", message)
+    unknown = unknown or re.search(r"[Kk]ey '?\"?([\w.]+)'?\"? is not expected", message)
+    if unknown:
+        name = f"--{unknown[1].removeprefix('--')}"
+        return f"unknown option {name}: {did_you_mean(name, known)}"
+    wrong = re.search(r'Parser key "([\w.]+)":', message)
+    value = re.search(r"Given value: (.*)", message)
+    expected = re.findall(r"Expected an? <class '(\w+)'>", message)
+    if wrong and value and expected:
+        kinds = " or ".join(dict.fromkeys(kind for kind in expected if kind != "NoneType"))
+        return f"--{wrong[1]} {value[1]} is not of the type {kinds}"
+    missing = re.search(r"following arguments are required: (.*)", message)
+    if missing:
+        return f"--{missing[1].replace(', ', ', --')} must be given"
+    return " ".join(message.split())

@@ -1,0 +1,174 @@
+"""``vissl-lite probe``: judge a frozen encoder."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from vissl_lite.data.images import suitable_size
+from vissl_lite.data.labelled import LabelledImages, Part, load_labelled, take_labels
+from vissl_lite.encoder import Encoder, load_encoder
+from vissl_lite.errors import UserError
+from vissl_lite.evaluation.features import extract
+from vissl_lite.evaluation.knn import knn_predict
+from vissl_lite.evaluation.linear import linear_probe
+from vissl_lite.run import check_out, console, open_run, write_results
+from vissl_lite.training import progress_bar
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """How good frozen features are, as accuracy on the test part.
+
+    Attributes:
+        run: the folder that was written.
+        knn: of the encoder's output.
+        linear: likewise.
+        layers: ``{"layer3": {"knn": ..., "linear": ...}, ...}`` for each stage, if asked for.
+    """
+
+    run: Path
+    knn: float
+    linear: float
+    layers: dict[str, dict[str, float]]
+
+
+def probe(
+    encoder: str,
+    data: str,
+    out: str,
+    layers: bool = False,
+    k: int = 20,
+    temperature: float = 0.07,
+    fraction: float | None = None,
+    shots: int | None = None,
+    image_size: int | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> ProbeResult:
+    """Judge a frozen encoder by kNN and by a linear classifier on its features.
+
+    Args:
+        encoder: A run, an encoder folder, timm:NAME (pre-trained weights) or random:NAME
+            (untrained, the baseline).
+        data: Labelled images: train/<class> and test/<class> folders, plain class folders, or a
+            .csv file.
+        out: The run folder to write.
+        layers: Judge every stage too: pretext tasks are often best before the last one.
+        k: Neighbours that vote.
+        temperature: A neighbour of similarity s votes with weight exp(s / temperature).
+        fraction: Use this share of the labels.
+        shots: Use this many labels a class.
+        image_size: Side in pixels; default the encoder's, or for random:NAME that of the images.
+        seed: Of the split, the part of the labels, and an untrained encoder.
+        overwrite: Replace the run in --out.
+
+    Returns:
+        The accuracies.
+
+    Raises:
+        UserError: something that was given can't work; nothing is written then.
+    """
+    config = dict(locals())
+    if k < 1:
+        raise UserError(f"--k {k} must be at least 1")
+    if temperature <= 0:
+        raise UserError(f"--temperature {temperature} must be above 0")
+    check_out(Path(out), overwrite=overwrite)
+    labelled = take_labels(load_labelled(data, seed), fraction, shots, seed)
+    torch.manual_seed(seed)
+    judged = encoder_for(encoder, image_size, labelled)
+    with open_run(Path(out), config) as run:
+        labelled.write(run / "split.csv")
+        scores = probe_encoder(judged, labelled, layers, k, temperature)
+        last = scores.pop("last")
+        results: dict[str, Any] = {
+            **last,
+            "layers": scores,
+            "encoder": encoder,
+            "k": min(k, len(labelled.train) + len(labelled.val)),
+            "temperature": temperature,
+            "image_size": judged.image_size,
+            "train_images": len(labelled.train) + len(labelled.val),
+            "test_images": len(labelled.test),
+            "classes": labelled.classes,
+        }
+        write_results(run, results)
+        table = Table("layer", "kNN", "linear", title=f"{encoder}: test accuracy")
+        for name, row in {**scores, "last": last}.items():
+            table.add_row(name, f"{row['knn']:.3f}", f"{row['linear']:.3f}")
+        console.print(table)
+        log.info("Written: %s", run / "results.json")
+    return ProbeResult(run, last["knn"], last["linear"], scores)
+
+
+def encoder_for(source: str, image_size: int | None, labelled: LabelledImages) -> Encoder:
+    """Load an encoder to be used on labelled images, at the size that suits both."""
+    if image_size is not None and image_size < 1:
+        raise UserError(f"--image_size {image_size} must be at least 1")
+    if image_size is None and source.startswith("random:"):
+        image_size = suitable_size(labelled.train.paths)
+    encoder = load_encoder(source, image_size)
+    encoder.image_size = image_size or encoder.image_size
+    return encoder
+
+
+def probe_encoder(
+    encoder: Encoder,
+    labelled: LabelledImages,
+    layers: bool = False,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> dict[str, dict[str, float]]:
+    """kNN and linear accuracy on the test part, by layer (``last``: the encoder's output).
+
+    kNN votes among training and validation images; the linear probe chooses its penalty on the
+    validation part and is then fitted to both. Test labels are used for counting alone.
+
+    Args:
+        encoder: the frozen encoder.
+        labelled: the data.
+        layers: judge every stage too.
+        k: neighbours.
+        temperature: of their votes.
+    """
+    parts = (labelled.train, labelled.val, labelled.test)
+    with progress_bar() as bar:
+        task = bar.add_task("features", total=sum(len(part) for part in parts), info="")
+
+        def advance(images: int) -> None:
+            bar.advance(task, images)
+
+        (train, y_train), (val, y_val), (test, y_test) = (
+            _features(encoder, part, layers, advance) for part in parts
+        )
+        fitting = bar.add_task("linear probes", total=len(test), info="")
+        scores = {}
+        for name in test:
+            both = [train[name], val[name]] if len(y_val) else [train[name]]
+            labels = np.concatenate([y_train, y_val])
+            near = knn_predict(np.concatenate(both), labels, test[name], k, temperature)
+            fitted = linear_probe((train[name], y_train), (val[name], y_val), test[name])
+            scores[name] = {
+                "knn": float((near == y_test).mean()),
+                "linear": float((fitted.test_predictions == y_test).mean()),
+            }
+            bar.advance(fitting)
+    return scores
+
+
+def _features(
+    encoder: Encoder, part: Part, layers: bool, progress: Callable[[int], None]
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    if len(part) == 0:  # too few labels for a validation part
+        names = ["last", *(encoder.stage_names() if layers else [])]
+        return dict.fromkeys(names, np.empty((0, 1), np.float32)), part.labels
+    features, good = extract(encoder, part.paths, layers, progress)
+    return features, part.labels[good]
