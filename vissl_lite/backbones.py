@@ -38,7 +38,7 @@ _CONFIG = {
     "url": "",
 }
 default_cfgs = generate_default_cfgs(
-    {name: _CONFIG for name in ("resnet18_cifar", "resnet34_cifar", "resnet50_cifar")}
+    dict.fromkeys(("resnet18_cifar", "resnet34_cifar", "resnet50_cifar"), _CONFIG)
 )
 
 
@@ -49,16 +49,22 @@ def _build(name: str, pretrained: bool, arguments: dict[str, Any]) -> ResNet:
 @register_model
 def resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """ResNet-18 for images of about 32 to 64 pixels; 11.2 million parameters."""
-    return _build("resnet18_cifar", pretrained, dict(block=BasicBlock, layers=(2, 2, 2, 2)) | kwargs)
+    return _build(
+        "resnet18_cifar", pretrained, {"block": BasicBlock, "layers": (2, 2, 2, 2), **kwargs}
+    )
 
 
 @register_model
 def resnet34_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """ResNet-34 for images of about 32 to 64 pixels; 21.3 million parameters."""
-    return _build("resnet34_cifar", pretrained, dict(block=BasicBlock, layers=(3, 4, 6, 3)) | kwargs)
+    return _build(
+        "resnet34_cifar", pretrained, {"block": BasicBlock, "layers": (3, 4, 6, 3), **kwargs}
+    )
 
 
 @register_model
 def resnet50_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """ResNet-50 for images of about 32 to 64 pixels; 23.5 million parameters."""
-    return _build("resnet50_cifar", pretrained, dict(block=Bottleneck, layers=(3, 4, 6, 3)) | kwargs)
+    return _build(
+        "resnet50_cifar", pretrained, {"block": Bottleneck, "layers": (3, 4, 6, 3), **kwargs}
+    )

@@ -93,7 +93,9 @@ def make_parser(verb: str, function: Callable[..., Any], pretext: str = "simclr"
 
     parser = Parser(prog=f"vissl-lite {verb}", description=VERBS[verb], allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of options")
-    skip = {"pretext"} & set(inspect.signature(function).parameters)
+    skip: set[str | int] = set()
+    if "pretext" in inspect.signature(function).parameters:
+        skip.add("pretext")
     parser.add_function_arguments(function, skip=skip)
     if skip:
         from vissl_lite.pretext import PRETEXTS, pretext_class

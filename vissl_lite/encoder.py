@@ -76,7 +76,9 @@ class Encoder(nn.Module):
     def stage_names(self) -> list[str]:
         """timm's names of the modules whose outputs ``stages`` gives, fine to coarse."""
         info = self.model.feature_info
-        modules = [str(stage["module"]) for stage in (info if isinstance(info, list) else info.info)]
+        modules = [
+            str(stage["module"]) for stage in (info if isinstance(info, list) else info.info)
+        ]
         return [modules[i] for i in self._stage_indices(len(modules))]
 
     def stages(self, images: Tensor) -> list[Tensor]:
@@ -117,6 +119,8 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
+        self.scale: Tensor
+        self.shift: Tensor
         scale = 1 / (255 * torch.tensor(std))
         shift = -torch.tensor(mean) / torch.tensor(std)
         self.register_buffer("scale", scale.view(1, -1, 1, 1), persistent=False)
@@ -127,7 +131,9 @@ class Normalize(nn.Module):
         return torch.addcmul(self.shift, images.to(self.scale.dtype), self.scale)
 
 
-def build_encoder(backbone: str, image_size: int | None = None, pretrained: bool = False) -> Encoder:
+def build_encoder(
+    backbone: str, image_size: int | None = None, pretrained: bool = False
+) -> Encoder:
     """Make an encoder for a backbone.
 
     Args:
@@ -146,7 +152,7 @@ def build_encoder(backbone: str, image_size: int | None = None, pretrained: bool
     size_args: dict[str, Any] = {}
     if image_size is not None:
         size_args = {"img_size": image_size, "dynamic_img_size": True}
-    model, model_args = None, {}
+    model, model_args = None, size_args
     # Not every backbone takes a size, nor every one that does a changing size.
     for model_args in (size_args, {"img_size": image_size} if size_args else {}, {}):
         try:
@@ -213,9 +219,7 @@ def save_encoder(encoder: Encoder, folder: Path, about: dict[str, Any]) -> None:
         folder: where; made if missing.
         about: how it was trained; stands under ``vissl_lite`` in ``config.json``.
     """
-    save_model(
-        encoder.model, folder, encoder.model_args, encoder.image_size, {"vissl_lite": about}
-    )
+    save_model(encoder.model, folder, encoder.model_args, encoder.image_size, {"vissl_lite": about})
 
 
 def save_model(

@@ -36,6 +36,7 @@ CHECKPOINT = "last.ckpt"
 _NOISE = (
     ".*does not have many workers.*",
     ".*ended before the epoch ended.*",
+    ".*module.s. in eval mode at the start of training.*",
     ".*isinstance.treespec, LeafSpec.*",
     ".*`IterableDataset` has `__len__`.*",
 )
@@ -173,7 +174,9 @@ class Pace(Callback):
         if self.seconds is None:
             return
         last = time.monotonic() - self._step_started
-        self._step_seconds = last if not self._step_seconds else 0.8 * self._step_seconds + 0.2 * last
+        self._step_seconds = (
+            last if not self._step_seconds else 0.8 * self._step_seconds + 0.2 * last
+        )
         left = self.seconds - self.reserve - self.elapsed()
         if trainer.world_size > 1:
             left = trainer.strategy.broadcast(left)
@@ -256,8 +259,8 @@ class BrokenImages(Callback):
 class Meter(Callback):
     """Logs the speed, the share of the time spent waiting for data, the epoch and the rate."""
 
-    def __init__(self, data: StreamData, pace: Pace) -> None:
-        self.data, self.pace = data, pace
+    def __init__(self, data: StreamData, pace: Pace, log_every: int) -> None:
+        self.data, self.pace, self.log_every = data, pace, log_every
         self._restart()
 
     def _restart(self) -> None:
@@ -281,7 +284,7 @@ class Meter(Callback):
         batch_idx: int,
     ) -> None:
         self._steps += 1
-        if self.pace.batches % trainer.log_every_n_steps == 0:
+        if self.pace.batches % self.log_every == 0:
             seconds = max(time.monotonic() - self._since, 1e-9)
             values = {
                 "epoch": self.pace.batches / self.data.batches_per_epoch,
@@ -494,10 +497,17 @@ def fit(
         The trainer, done.
     """
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    module.train()  # Lightning leaves the modes of modules as it finds them
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    every = [pace, BrokenImages(len(data.dataset)), Meter(data, pace), Bar(title, data, pace)]
-    every += callbacks
+    log_every = max(1, min(50, math.ceil(data.batches_per_epoch / 5)))
+    every = [
+        pace,
+        BrokenImages(len(data.dataset)),
+        Meter(data, pace, log_every),
+        Bar(title, data, pace),
+        *callbacks,
+    ]
     last = None
     if checkpoints is not None:
         every.append(Checkpoints(checkpoints))
@@ -514,7 +524,7 @@ def fit(
         precision=choose_precision(hardware.precision, module),  # type: ignore[arg-type]
         max_epochs=1,  # the stream: its length is the whole run
         logger=MetricsLogger(metrics) if metrics is not None else False,
-        log_every_n_steps=max(1, min(50, math.ceil(data.batches_per_epoch / 5))),
+        log_every_n_steps=log_every,
         callbacks=every,
         plugins=[AtomicCheckpointIO()],
         use_distributed_sampler=False,

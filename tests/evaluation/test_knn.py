@@ -9,9 +9,7 @@ def literal_knn(bank, labels, queries, k, temperature):
     """InstDisc, section 3.4: the k nearest by cosine, each voting exp(s / temperature)."""
     predicted = []
     for query in queries:
-        cosines = [
-            float(query @ key / np.linalg.norm(query) / np.linalg.norm(key)) for key in bank
-        ]
+        cosines = [float(query @ key / np.linalg.norm(query) / np.linalg.norm(key)) for key in bank]
         votes: dict[int, float] = {}
         for index in sorted(range(len(bank)), key=lambda i: -cosines[i])[:k]:
             vote = math.exp(cosines[index] / temperature)

@@ -11,9 +11,9 @@ import torch
 from vissl_lite.data.images import find_images
 from vissl_lite.data.stream import Batch, Key, ViewDataset, collate
 from vissl_lite.encoder import build_encoder, save_encoder
+from vissl_lite.errors import UserError
 from vissl_lite.optim import build_optimizer
 from vissl_lite.pretext import PRETEXTS, PretextTask, pretext_class
-from vissl_lite.errors import UserError
 
 BACKBONES = ["test_resnet", "test_vit"]
 every_pretext = pytest.mark.parametrize("name", PRETEXTS)
@@ -36,7 +36,8 @@ def test_loss_is_finite_and_its_gradient_reaches_the_encoder(
     task, batch = task_and_batch(name, backbone, photos)
     loss = task.training_step(batch, 0)
     loss.backward()
-    assert loss.shape == () and loss.isfinite()
+    assert loss.shape == ()
+    assert loss.isfinite()
     gradients = [p.grad for p in task.encoder.parameters() if p.requires_grad]
     assert all(g is not None and g.isfinite().all() for g in gradients)
     assert any(g.abs().sum() > 0 for g in gradients if g is not None)

@@ -172,7 +172,7 @@ def _std(values: np.ndarray) -> float:
 def _draw(labelled: LabelledImages, scores: Scores, shots: int, file: Path) -> None:
     columns = len(labelled.classes)
     figure = Figure(figsize=(10, 6.5), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(1, 2))
+    above, below = np.ravel(np.array(figure.subfigures(2, 1, height_ratios=(1, 2))))
     grid = above.subplots(2, columns, squeeze=False)
     for column, name in enumerate(labelled.classes):
         members = np.flatnonzero(labelled.train.labels == column)

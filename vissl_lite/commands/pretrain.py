@@ -20,7 +20,8 @@ from vissl_lite.errors import UserError, did_you_mean
 from vissl_lite.evaluation.watch import Watch
 from vissl_lite.optim import OptimizerSettings, check_optimizer
 from vissl_lite.pictures import plot_curves
-from vissl_lite.pretext import PretextTask, pretext_class
+from vissl_lite.pretext import pretext_class
+from vissl_lite.pretext.base import PretextTask
 from vissl_lite.run import (
     METRICS,
     RESULTS,
@@ -31,7 +32,7 @@ from vissl_lite.run import (
     resumed_config,
     write_results,
 )
-from vissl_lite.training import CHECKPOINT, Hardware, Pace, StreamData, fit, read_checkpoint
+from vissl_lite.training import Hardware, Pace, StreamData, fit
 
 log = logging.getLogger(__name__)
 
@@ -122,8 +123,10 @@ def pretrain(
         UserError: something that was given can't work; nothing is written then.
     """
     started = time.monotonic()
-    config = {**_plain(locals()), "pretext": whole_pretext(pretext)}
+    config = _plain(locals())
     del config["started"]
+    config["data"] = [config["data"]] if isinstance(config["data"], str) else config["data"]
+    config["pretext"] = whole_pretext(pretext)
     if resume:
         defaults = {n: p.default for n, p in inspect.signature(pretrain).parameters.items()}
         defaults["pretext"] = whole_pretext(defaults["pretext"])
@@ -133,7 +136,7 @@ def pretrain(
         return _finished(Path(out))
 
     options = _Options(**{k: v for k, v in config.items() if k in _Options.__annotations__})
-    paths = find_images(options.sources())
+    paths = find_images(options.data)
     size = min(options.batch_size or 256, len(paths))
     if options.batch_size is not None and options.batch_size > len(paths):
         raise UserError(f"--batch_size {options.batch_size} is larger than the data set: "
@@ -175,7 +178,7 @@ def pretrain(
             "version": __version__,
             "pretext": config["pretext"],
             "optimizer": vars(task.optimizer_settings),
-            "data": options.sources(),
+            "data": options.data,
             "images": len(paths),
             "step": pace.batches,
             "seed": options.seed,
@@ -209,7 +212,7 @@ def pretrain(
 class _Options:
     """What shapes the run, checked. The same names as the parameters of ``pretrain``."""
 
-    data: list[str] | str
+    data: list[str]
     pretext: dict[str, Any]
     backbone: str | None
     image_size: int | None
@@ -239,9 +242,6 @@ class _Options:
             raise UserError(f"--seed {self.seed} must not be negative")
         if self.optimizer is not None:
             check_optimizer(self.optimizer)
-
-    def sources(self) -> list[str]:
-        return [self.data] if isinstance(self.data, str) else list(self.data)
 
     def task(self, encoder: Encoder) -> PretextTask:
         hyperparameters = {k: v for k, v in self.pretext.items() if k != "name"}

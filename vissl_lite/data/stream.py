@@ -39,7 +39,7 @@ class Item(NamedTuple):
     """The views of one image; see ``Batch``."""
 
     views: list[np.ndarray]
-    index: int
+    number: int
     broken: list[str]
 
 
@@ -129,7 +129,7 @@ def collate(items: Sequence[Item]) -> Batch:
         torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
         for arrays in zip(*(item.views for item in items), strict=True)
     ]
-    indices = torch.tensor([item.index for item in items])
+    indices = torch.tensor([item.number for item in items])
     return Batch(views, indices, [path for item in items for path in item.broken])
 
 

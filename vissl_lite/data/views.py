@@ -8,15 +8,16 @@ repeats itself there and again every epoch. Here every view's generators are key
 import os
 import random
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 
 # At import Albumentations asks the network for its newest version, and warns where there is none.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
-import albumentations as A  # noqa: E402, N812
+import albumentations as A  # noqa: N812
 
-ImageTransform = A.BasicTransform | A.Compose
+ImageTransform: TypeAlias = A.BasicTransform | A.Compose
 
 
 class Views:

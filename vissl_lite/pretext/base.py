@@ -1,7 +1,6 @@
 """What every pretext task has in common: the training step, normalising, the optimizer."""
 
 from abc import ABC, abstractmethod
-from typing import Any
 
 import lightning.pytorch as pl
 from torch import Tensor
@@ -41,7 +40,7 @@ class PretextTask(pl.LightningModule, ABC):
 
     @abstractmethod
     def loss(self, views: list[Tensor]) -> Tensor:
-        """The loss of a batch; metrics of the task's own go to ``self.log``.
+        """The loss of a batch; metrics of the task's own go to ``measure``.
 
         Args:
             views: one normalised ``(B, C, H, W)`` tensor for each view. Labels never arrive here.
@@ -56,13 +55,13 @@ class PretextTask(pl.LightningModule, ABC):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.loss([self.normalize(view) for view in batch.views])
-        self.log("loss", loss.detach())
+        self.measure("loss", loss)
         return loss
 
-    def log(self, name: str, value: Any, **kwargs: Any) -> None:
+    def measure(self, name: str, value: Tensor) -> None:
         """Log a metric of this step; outside a training run, as in a notebook, do nothing."""
         if self._trainer is not None:
-            super().log(name, value, **kwargs)
+            self.log(name, value.detach())
 
     def configure_optimizers(self) -> Optimizer:
         return build_optimizer(self, self.optimizer_settings)

@@ -60,5 +60,5 @@ class Rotation(PretextTask):
     def loss(self, views: list[Tensor]) -> Tensor:
         images, labels = all_rotations(views[0])
         logits = self.head(self.encoder(images)).float()
-        self.log("accuracy", (logits.argmax(dim=1) == labels).float().mean())
+        self.measure("accuracy", (logits.argmax(dim=1) == labels).float().mean())
         return F.cross_entropy(logits, labels)

@@ -4,7 +4,7 @@ import copy
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from vissl_lite.data.stream import Batch, ViewDataset
 from vissl_lite.data.views import Views, crop_decode_size, flip, random_crop
 from vissl_lite.encoder import Encoder, Normalize, load_model
 from vissl_lite.errors import UserError
-from vissl_lite.evaluation.features import run_over
+from vissl_lite.inference import run_over
 from vissl_lite.optim import OptimizerSettings, build_optimizer
 from vissl_lite.run import MetricsFile
 from vissl_lite.training import Hardware, Pace, StreamData, fit
@@ -58,7 +58,7 @@ class ClassifierSettings:
     frozen: bool = False
     epochs: int | None = None
     batch_size: int | None = None
-    optimizer: OptimizerSettings = OptimizerSettings(lr=1e-3, weight_decay=0.05)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     warmup: float = 0.1
     label_smoothing: float = 0.1
     balanced: bool = False
@@ -82,6 +82,7 @@ class Classifier(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.model, self.normalize, self.settings = model, normalize, settings
+        self.labels: Tensor
         self.register_buffer("labels", torch.from_numpy(labels), persistent=False)
         if settings.frozen:
             model.requires_grad_(False)
@@ -124,17 +125,19 @@ class _KeepBest(Callback):
     ) -> None:
         if self.pace.batches % self.every and self.pace.batches != self.pace.total:
             return
-        logits, good = class_logits(module.model, module.normalize, self.val.paths, self.size)
+        assert isinstance(module, Classifier)
+        model, normalize = module.model, module.normalize
+        logits, good = class_logits(model, normalize, self.val.paths, self.size)
         target = torch.from_numpy(self.val.labels[good])
         loss = float(F.cross_entropy(logits, target))
         accuracy = float((logits.argmax(dim=1) == target).float().mean())
         for logger in trainer.loggers:
             values = {"val_top1": accuracy, "val_loss": loss}
             logger.log_metrics(values, step=self.pace.batches - 1)
-        self._since_best += 1
+        self._since_best = 0 if accuracy > self.best[0] else self._since_best + 1
         if (accuracy, -loss) > self.best:
-            self.best, self._since_best = (accuracy, -loss), 0
-            self.weights = copy.deepcopy(module.model.state_dict())
+            self.best = (accuracy, -loss)
+            self.weights = copy.deepcopy(model.state_dict())
         if self.patience is not None and self._since_best >= self.patience:
             trainer.should_stop = True
 

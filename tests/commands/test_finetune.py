@@ -1,0 +1,114 @@
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+import vissl_lite
+from vissl_lite.cli import main
+from vissl_lite.encoder import build_encoder, save_encoder
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(5)
+    save_encoder(build_encoder("test_resnet", 32), folder, {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(encoder: Path, labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "tuned"
+    arguments = ["--encoder", encoder, "--data", labelled, "--out", out, "--epochs", 12]
+    options = ["--batch_size", "10", "--balanced", "--num_workers", "0"]
+    assert main(["finetune", "--task", "classification", *map(str, arguments), *options]) == 0
+    return out
+
+
+def test_learns_and_reports_on_test_images(tuned: Path) -> None:
+    results = json.loads((tuned / "results.json").read_text())
+    assert results["test"]["top1"] > 0.8
+    assert results["test"]["macro_f1"] > 0.8
+    assert results["test_images"] == 18
+    assert (tuned / "confusion.png").stat().st_size > 3000
+    assert (tuned / "curves.png").stat().st_size > 3000
+
+
+def test_plain_timm_loads_the_model_with_its_classes_named(tuned: Path) -> None:
+    model = timm.create_model(f"local-dir:{tuned / 'model'}", pretrained=True)
+    assert model.num_classes == 3
+    assert list(model.pretrained_cfg["label_names"]) == ["blue", "green", "red"]
+
+
+def test_predict_writes_path_class_and_probability(
+    tuned: Path, labelled: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "predictions"
+    arguments = ["--model", tuned, "--data", labelled / "test", "--out", out]
+    assert main(["predict", *map(str, arguments)]) == 0
+    with (out / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 18
+    right = [Path(row["path"]).parent.name == row["class"] for row in rows]
+    top1 = json.loads((tuned / "results.json").read_text())["test"]["top1"]
+    assert sum(right) / 18 == pytest.approx(top1)
+    assert all(1 / 3 <= float(row["probability"]) <= 1 for row in rows)
+
+
+def test_predict_skips_broken_images(tuned: Path, labelled: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    sources = [str(labelled / "test" / "red"), str(tmp_path)]
+    result = vissl_lite.predict(str(tuned / "model"), sources, str(tmp_path / "run"))
+    assert result.images == 6
+    assert "broken.png" in (result.run / "log.txt").read_text()
+
+
+def test_frozen_leaves_the_encoder_as_it_was(encoder: Path, labelled: Path, tmp_path: Path) -> None:
+    result = vissl_lite.finetune(
+        str(labelled), str(tmp_path / "run"), str(encoder), frozen=True, epochs=2, num_workers=0
+    )
+    before, after = (
+        load_file(encoder / "model.safetensors"),
+        load_file(result.model / "model.safetensors"),
+    )
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name
+    assert set(after) - set(before) == {"fc.weight", "fc.bias"}
+
+
+def test_the_same_seed_gives_the_same_model(encoder: Path, labelled: Path, tmp_path: Path) -> None:
+    models = []
+    for name in ("a", "b"):
+        result = vissl_lite.finetune(
+            str(labelled), str(tmp_path / name), str(encoder), shots=4, epochs=2, num_workers=0
+        )
+        models.append(load_file(result.model / "model.safetensors"))
+    for name, tensor in models[0].items():
+        torch.testing.assert_close(tensor, models[1][name], msg=name)
+
+
+def test_stops_early_on_validation_images(encoder: Path, labelled: Path, tmp_path: Path) -> None:
+    """With a rate that changes nothing the first look stays the best one."""
+    out = tmp_path / "run"
+    vissl_lite.finetune(
+        str(labelled), str(out), str(encoder), frozen=True, epochs=40, lr=1e-12, patience=3,
+        num_workers=0,
+    )  # fmt: skip
+    with (out / "metrics.csv").open(newline="") as file:
+        looks = [row for row in csv.DictReader(file) if row["val_top1"]]
+    assert len(looks) == 4
+
+
+def test_few_labels_are_stratified(encoder: Path, labelled: Path, tmp_path: Path) -> None:
+    result = vissl_lite.finetune(
+        str(labelled), str(tmp_path / "run"), str(encoder), fraction=0.4, epochs=1, num_workers=0
+    )
+    with (result.run / "split.csv").open(newline="") as file:
+        rows = [(row["split"], row["label"]) for row in csv.DictReader(file)]
+    for name in ("red", "green", "blue"):
+        assert rows.count(("train", name)) == 4
+        assert rows.count(("test", name)) == 6

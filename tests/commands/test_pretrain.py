@@ -1,0 +1,301 @@
+"""``vissl-lite pretrain`` through the command line: what it writes, resume, time budget, DDP."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from vissl_lite.cli import main
+from vissl_lite.commands.pretrain import parse_time, pretrain
+from vissl_lite.errors import UserError
+from vissl_lite.pretext.simclr import SimCLR
+
+SMALL = ["--backbone", "test_resnet", "--image_size", "32", "--batch_size", "8"]
+COMMAND = [sys.executable, "-m", "vissl_lite", "pretrain"]
+
+
+def run(*arguments: str | Path) -> int:
+    return main(["pretrain", *map(str, arguments)])
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "encoder" / "model.safetensors")
+
+
+def assert_equal_weights(one: Path, other: Path) -> None:
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        torch.testing.assert_close(tensor, b[name], msg=name, atol=1e-6, rtol=1e-5)
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    with (out / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def finished(photos: Path, labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    status = run(
+        "--data", photos, "--out", out, "--epochs", 4, "--num_workers", 0, *SMALL,
+        "--probe_data", labelled, "--pretext.temperature", 0.3,
+    )  # fmt: skip
+    assert status == 0
+    return out
+
+
+def test_writes_an_encoder_that_plain_timm_loads(finished: Path) -> None:
+    model = timm.create_model(f"local-dir:{finished / 'encoder'}", pretrained=True).eval()
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, model.num_features)
+
+
+def test_writes_results_curves_log_and_config(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    assert results["steps"] == 12
+    assert results["epochs"] == 4
+    assert 0 <= results["knn"] <= 1
+    assert (finished / "curves.png").stat().st_size > 5000
+    assert "simclr on test_resnet at 32 pixels" in (finished / "log.txt").read_text()
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    assert config["pretext"]["temperature"] == 0.3
+    assert config["batch_size"] == 8
+
+
+def test_logs_the_curve_of_every_measure(finished: Path) -> None:
+    table = rows(finished)
+    for name in ("loss", "lr", "images_per_second", "data_wait", "epoch"):
+        assert [float(row[name]) for row in table if row[name]], name
+    for name in ("feature_std", "effective_rank", "knn"):
+        assert len([row for row in table if row[name]]) >= 2, name  # before and after
+
+
+def test_its_config_repeats_the_run(finished: Path, tmp_path: Path) -> None:
+    assert run("--config", finished / "config.yaml", "--out", tmp_path / "again") == 0
+    assert_equal_weights(finished, tmp_path / "again")
+
+
+def test_another_seed_gives_another_encoder(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "other"
+    assert run("--config", finished / "config.yaml", "--out", out, "--seed", 1) == 0
+    same = [
+        torch.equal(a, b)
+        for a, b in zip(weights(finished).values(), weights(out).values(), strict=True)
+    ]
+    assert not all(same)
+
+
+def test_workers_change_nothing(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "workers"
+    assert run("--config", finished / "config.yaml", "--out", out, "--num_workers", 2) == 0
+    assert_equal_weights(finished, out)
+
+
+class KilledError(Exception):
+    """Stands for whatever ends a process at the worst moment."""
+
+
+@pytest.mark.parametrize("pretext", ["rotation", "simclr"])
+@pytest.mark.parametrize("last_step", [1, 5, 6])
+def test_resume_continues_as_if_nothing_had_happened(
+    pretext: str, last_step: int, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the middle of an epoch (of 3 steps) and at the end of one."""
+    from vissl_lite.training import Checkpoints, Pace
+
+    options = ["--data", photos, *SMALL, "--epochs", 3, "--pretext", pretext, "--num_workers", 1]
+    assert run(*options, "--out", tmp_path / "whole") == 0
+
+    saved = Checkpoints.on_train_batch_end
+
+    def save_then_die(self, trainer, module, outputs, batch, batch_idx):
+        self.save(trainer)
+        pace = next(c for c in trainer.callbacks if isinstance(c, Pace))
+        if pace.batches == last_step:
+            raise KilledError
+
+    monkeypatch.setattr(Checkpoints, "on_train_batch_end", save_then_die)
+    with pytest.raises(KilledError):
+        run(*options, "--out", tmp_path / "resumed")
+    monkeypatch.setattr(Checkpoints, "on_train_batch_end", saved)
+    assert not (tmp_path / "resumed" / "encoder").exists()
+    assert run("--out", tmp_path / "resumed", "--resume") == 0
+    assert_equal_weights(tmp_path / "whole", tmp_path / "resumed")
+    steps = [int(row["step"]) for row in rows(tmp_path / "resumed")]
+    assert steps == sorted(set(steps))
+
+
+def test_resume_after_kill_9_at_any_moment(photos: Path, tmp_path: Path) -> None:
+    options = ["--data", str(photos), *SMALL, "--epochs", "60"]
+    process = subprocess.Popen(
+        [*COMMAND, *options, "--out", str(tmp_path / "killed")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    checkpoint = tmp_path / "killed" / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert checkpoint.exists()
+    if (tmp_path / "killed" / "results.json").exists():
+        pytest.fail("the run ended before it was killed: give it more epochs")
+    assert run("--out", tmp_path / "killed", "--resume") == 0
+    assert run(*options, "--out", tmp_path / "whole") == 0
+    assert_equal_weights(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_resuming_a_finished_run_gives_its_result(finished: Path, photos: Path) -> None:
+    before = (finished / "results.json").read_text()
+    result = pretrain(data=str(photos), out=str(finished), resume=True)
+    assert result.steps == 12
+    assert (finished / "results.json").read_text() == before
+
+
+def test_a_checkpoint_with_a_pickle_is_never_executed(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Bomb:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    out = tmp_path / "run"
+    assert run("--data", photos, *SMALL, "--epochs", 1, "--out", out) == 0
+    (out / "results.json").unlink()
+    torch.save({"state_dict": {}, "global_step": 1, "bomb": Bomb()}, out / "checkpoints/last.ckpt")
+    assert run("--out", out, "--resume") == 2
+    assert "never executed" in capsys.readouterr().err
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_time_budget_is_kept_schedule_and_all(photos: Path, tmp_path: Path) -> None:
+    started = time.monotonic()
+    assert run("--data", photos, *SMALL, "--max_time", 12, "--out", tmp_path / "run") == 0
+    spent = time.monotonic() - started
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["seconds"] == pytest.approx(
+        12, rel=0.05
+    )
+    assert spent < 20
+    rates = [float(row["lr"]) for row in rows(tmp_path / "run") if row["lr"]]
+    assert max(rates) > 0.9 * max(rates[len(rates) // 20 :])
+    assert rates[-1] < 0.02 * max(rates)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("00:15:00", 900), ("90", 90), (90, 90), ("02:30", 150), ("1-00:00:01", 86401)],
+)
+def test_times(text: str | int, seconds: int) -> None:
+    assert parse_time(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-5", "1:2:3:4:5"])
+def test_no_times(text: str) -> None:
+    with pytest.raises(UserError, match="max_time"):
+        parse_time(text)
+
+
+def test_yaml_may_name_the_pretext_alone(photos: Path, tmp_path: Path) -> None:
+    config = {"data": [str(photos)], "pretext": "rotation", "epochs": 1, "batch_size": 8}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({**config, "backbone": "test_resnet"}))
+    out = tmp_path / "run"
+    assert run("--config", tmp_path / "c.yaml", "--out", out, "--image_size", 32) == 0
+    assert any(row.get("accuracy") for row in rows(out))
+
+
+@pytest.mark.parametrize("source", ["run", "folder", "file"])
+def test_init_takes_a_run_a_folder_or_a_state_dict(
+    source: str, finished: Path, photos: Path, tmp_path: Path
+) -> None:
+    if source == "file":
+        torch.save(weights(finished), tmp_path / "weights.pth")
+    init = {"run": finished, "folder": finished / "encoder", "file": tmp_path / "weights.pth"}
+    out = tmp_path / "run"
+    status = run(
+        "--data", photos, "--out", out, *SMALL, "--epochs", 1, "--init", init[source],
+        "--lr", 1e-12, "--num_workers", 0,
+    )  # fmt: skip
+    assert status == 0
+    for name, tensor in weights(out).items():
+        if "running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(tensor, weights(finished)[name], msg=name)
+
+
+def test_broken_images_are_named_and_too_many_stop_the_run(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few, many = tmp_path / "few", tmp_path / "many"
+    for folder, count in ((few, 2), (many, 12)):
+        folder.mkdir()
+        for index in range(count):
+            (folder / f"broken{index}.jpg").write_bytes(b"not an image")
+    assert run("--data", photos, few, *SMALL, "--epochs", 1, "--out", tmp_path / "a") == 0
+    log = (tmp_path / "a" / "log.txt").read_text()
+    assert "broken0.jpg" in log
+    assert "broken1.jpg" in log
+    capsys.readouterr()
+    assert run("--data", photos, many, *SMALL, "--epochs", 5, "--out", tmp_path / "b") == 2
+    assert "of 36 images can't be read" in capsys.readouterr().err
+
+
+def test_a_collapse_is_said_in_plain_words(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def push_all_together(self: SimCLR, views: list[torch.Tensor]) -> torch.Tensor:
+        for parameter in self.encoder.parameters():
+            parameter.data.mul_(0.0)
+        return sum(p.sum() * 0 for p in self.parameters())  # type: ignore[return-value]
+
+    monkeypatch.setattr(SimCLR, "loss", push_all_together)
+    out = tmp_path / "run"
+    assert run("--data", photos, *SMALL, "--epochs", 1, "--out", out) == 0
+    log = (out / "log.txt").read_text()
+    assert "has collapsed" in log
+    assert "--lr" in log
+    assert json.loads((out / "results.json").read_text())["collapsed"] is True
+
+
+def test_two_processes_train_one_encoder(photos: Path, tmp_path: Path) -> None:
+    """``--devices 2 --strategy ddp`` on the CPU: as many steps as one process, at equal batch."""
+    out = tmp_path / "ddp"
+    options = ["--data", str(photos), *SMALL, "--epochs", "2", "--num_workers", "0"]
+    done = subprocess.run(
+        [*COMMAND, *options, "--out", str(out), "--devices", "2", "--strategy", "ddp"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((out / "results.json").read_text())["steps"] == 6
+    assert all(tensor.isfinite().all() for tensor in weights(out).values())
+
+
+def test_from_python_with_a_vit(photos: Path, tmp_path: Path) -> None:
+    import vissl_lite
+
+    result = vissl_lite.pretrain(
+        data=[str(photos)],
+        out=str(tmp_path / "run"),
+        pretext={"name": "rotation", "smallest_crop": 0.8},
+        backbone="test_vit",
+        image_size=32,
+        epochs=1,
+        batch_size=8,
+        num_workers=0,
+    )
+    assert result.encoder == tmp_path / "run" / "encoder"
+    assert {"loss", "feature_std", "effective_rank"} <= result.metrics.keys()
+    assert vissl_lite.load_encoder(result.run).backbone == "test_vit"

@@ -1,0 +1,51 @@
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from vissl_lite import training
+from vissl_lite.errors import UserError
+from vissl_lite.training import AtomicCheckpointIO, choose_precision, read_checkpoint
+
+
+@pytest.mark.parametrize(
+    ("backbone", "has_bf16", "expected"),
+    [
+        ("test_resnet", True, "bf16-mixed"),
+        ("test_vit", True, "bf16-mixed"),
+        ("test_resnet", False, "32-true"),
+        ("mobilenetv3_small_050", True, "32-true"),  # depthwise convolutions gain nothing
+        ("convnext_atto", True, "32-true"),
+    ],
+)
+def test_auto_precision_on_the_cpu(
+    backbone: str, has_bf16: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "cpu_has_bf16", lambda: has_bf16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    model = timm.create_model(backbone, num_classes=0)
+    assert choose_precision("auto", model) == expected
+    assert choose_precision("64-true", model) == "64-true"
+
+
+def test_a_checkpoint_that_fails_halfway_leaves_the_last_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"global_step": 1}, file)
+
+    def write_half(content: dict, path: str) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", write_half)
+    with pytest.raises(OSError, match="disk full"):
+        AtomicCheckpointIO().save_checkpoint({"global_step": 2}, file)
+    assert read_checkpoint(file) == {"global_step": 1}
+
+
+def test_a_damaged_checkpoint_is_the_users_to_know(tmp_path: Path) -> None:
+    (tmp_path / "last.ckpt").write_bytes(b"PK\x03\x04 and then nothing")
+    with pytest.raises(UserError, match="damaged"):
+        read_checkpoint(tmp_path / "last.ckpt")
