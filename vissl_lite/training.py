@@ -496,7 +496,7 @@ def fit(
     Returns:
         The trainer, done.
     """
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    module.to(memory_format=torch.channels_last)
     module.train()  # Lightning leaves the modes of modules as it finds them
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

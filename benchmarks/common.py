@@ -1,0 +1,47 @@
+"""What the benchmarks share: where and when a figure was made, and how it is kept."""
+
+import json
+import platform
+import subprocess
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def where_and_when() -> dict[str, str]:
+    """Hardware, versions, commit and date."""
+    cpu = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        flags = info.read_text()
+        bf16 = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags]
+        cpu = f"{len(lines)} cores of {lines[0].split(':')[1].strip()} ({', '.join(bf16)})"
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    packages = ("torch", "timm", "lightning", "albumentations")
+    return {
+        "cpu": cpu,
+        "commit": commit,
+        "date": date.today().isoformat(),
+        "versions": ", ".join(f"{name} {version(name)}" for name in packages),
+    }
+
+
+def keep(name: str, results: dict[str, Any]) -> None:
+    """Write a benchmark's results beside the ones that are there, with where and when."""
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"{name}.json"
+    before = json.loads(file.read_text()) if file.exists() else {}
+    text = json.dumps({**before, **results, "made": where_and_when()}, indent=2)
+    file.write_text(text + "\n")
+
+
+def last_json_line(command: list[str]) -> dict[str, Any]:
+    """Run a command and read the last line that it prints."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])

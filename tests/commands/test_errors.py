@@ -1,0 +1,455 @@
+"""Mistakes of the user's: status 2, one line that says what would work, nothing written."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from vissl_lite.cli import VERBS, main
+from vissl_lite.encoder import build_encoder, save_encoder
+
+Refused = Callable[..., str]
+
+SMALL = ("--backbone", "test_resnet", "--image_size", "32", "--epochs", "1")
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    return {
+        str(f.relative_to(folder)): f.read_bytes() if f.is_file() else None
+        for f in folder.rglob("*")
+    }
+
+
+@pytest.fixture
+def refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Refused:
+    """Runs a command in an empty folder of its own; gives the line that refuses it."""
+    here = tmp_path / "here"
+    here.mkdir(exist_ok=True)
+    monkeypatch.chdir(here)
+
+    def run(*arguments: object) -> str:
+        before = tree(tmp_path)
+        assert main([str(argument) for argument in arguments]) == 2
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        assert shown.err.startswith("vissl-lite: ")
+        assert shown.err.count("\n") == 1
+        assert shown.err.endswith("\n")
+        assert "Traceback" not in shown.err
+        assert tree(tmp_path) == before
+        return shown.err
+
+    return run
+
+
+@pytest.fixture
+def few(tmp_path: Path) -> Path:
+    """Four small images."""
+    folder = tmp_path / "few"
+    folder.mkdir()
+    for index in range(4):
+        Image.new("RGB", (40, 40), (60 * index, 0, 0)).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
+    save_encoder(build_encoder("test_resnet", 32), tmp_path / "encoder", {})
+    return tmp_path / "encoder"
+
+
+@pytest.fixture
+def old_run(tmp_path: Path, few: Path) -> Path:
+    """A run of pretrain that stopped early."""
+    config = {
+        "data": [str(few)],
+        "out": str(tmp_path / "old"),
+        "pretext": {"name": "simclr", "temperature": 0.5},
+        "backbone": "test_resnet",
+        "image_size": 32,
+        "epochs": 10,
+        "batch_size": 4,
+    }
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "old" / "log.txt").write_text("stopped\n")
+    return tmp_path / "old"
+
+
+def classes(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        for index in range(5):
+            Image.new("RGB", (32, 32)).save(folder / name / f"{index}.png")
+    return folder
+
+
+# Names
+
+
+def test_an_unknown_command(refused: Refused) -> None:
+    assert "unknown command pretrian: did you mean pretrain?" in refused("pretrian", "--data", "x")
+
+
+def test_an_unknown_option(refused: Refused, few: Path) -> None:
+    error = refused("pretrain", "--data", few, "--out", "run", "--epoch", 3)
+    assert "unknown option --epoch: did you mean --epochs" in error
+
+
+@pytest.mark.parametrize("verb", ["probe", "finetune", "predict", "demo"])
+def test_an_unknown_option_of_each_command(verb: str, refused: Refused) -> None:
+    needed = {"demo": [], "predict": ["--model", "m", "--data", "d"]}
+    given = needed.get(verb, ["--encoder", "e", "--data", "d"])
+    error = refused(verb, *given, "--out", "run", "--overwrit")
+    assert "unknown option --overwrit: did you mean --overwrite" in error
+
+
+@pytest.mark.parametrize("form", [("--pretext", "simcrl"), ("--pretext=simcrl",)])
+def test_an_unknown_pretext(form: tuple[str, ...], refused: Refused, few: Path) -> None:
+    error = refused("pretrain", "--data", few, "--out", "run", *form)
+    assert "unknown pretext simcrl: did you mean simclr?" in error
+
+
+def test_an_unknown_hyperparameter(refused: Refused, few: Path) -> None:
+    given = ("pretrain", "--data", few, "--out", "run", *SMALL)
+    error = refused(*given, "--pretext.temprature", 0.1)
+    assert "unknown option --pretext.temprature: did you mean --pretext.temperature" in error
+
+
+def test_a_hyperparameter_of_another_pretext(refused: Refused, few: Path) -> None:
+    given = ("pretrain", "--data", few, "--out", "run", *SMALL, "--pretext", "rotation")
+    error = refused(*given, "--pretext.temperature", 0.1)
+    assert "unknown option --pretext.temperature" in error
+
+
+def test_an_unknown_backbone(refused: Refused, few: Path) -> None:
+    error = refused("pretrain", "--data", few, "--out", "run", "--backbone", "resnet81")
+    assert "unknown backbone resnet81: did you mean " in error
+    assert "resnet18" in error
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "finetune"])
+def test_an_unknown_optimizer(verb: str, refused: Refused, labelled: Path) -> None:
+    error = refused(verb, "--data", labelled, "--out", "run", "--optimizer", "adamww")
+    assert "unknown optimizer adamww: did you mean " in error
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "kind"),
+    [("--epochs", "ten", "int"), ("--lr", "small", "float"), ("--resume", "perhaps", "bool"),
+     ("--batch_size", "2.5", "int"), ("--pretext.temperature", "hot", "float")],
+)  # fmt: skip
+def test_a_value_of_the_wrong_type(
+    option: str, value: str, kind: str, refused: Refused, few: Path
+) -> None:
+    error = refused("pretrain", "--data", few, "--out", "run", option, value)
+    assert option in error
+    assert value in error
+    assert f"of the type {kind}" in error
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_is_needed_is_said(verb: str, refused: Refused) -> None:
+    if verb == "demo":
+        assert "--seeds 0 must be at least 1" in refused(verb, "--seeds", 0)
+    else:
+        error = refused(verb)
+        assert "--data" in error
+        assert "--out" in error
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--epochs", 0), ("--batch_size", 0), ("--image_size", 0), ("--lr", 0), ("--warmup", 1),
+     ("--warmup", -0.1), ("--seed", -1), ("--weight_decay", -1)],
+)  # fmt: skip
+def test_a_number_out_of_range(
+    option: str, value: float, refused: Refused, few: Path
+) -> None:
+    error = refused("pretrain", "--data", few, "--out", "run", "--backbone", "test_resnet",
+                    f"{option}={value}")  # fmt: skip
+    assert f"{option} {value}" in error
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--epochs", 0), ("--batch_size", 0), ("--lr", 0), ("--seed", -1), ("--patience", 0),
+     ("--smallest_crop", 0), ("--smallest_crop", 2), ("--layer_decay", -1)],
+)  # fmt: skip
+def test_a_number_out_of_range_in_finetune(
+    option: str, value: float, refused: Refused, labelled: Path
+) -> None:
+    error = refused("finetune", "--data", labelled, "--out", "run",
+                    "--encoder", "random:test_resnet", f"{option}={value}")  # fmt: skip
+    assert f"{option} {value}" in error
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("temperature", 0), ("temperature", -1), ("smallest_crop", 0), ("smallest_crop", 2)],
+)
+def test_a_hyperparameter_out_of_range(
+    option: str, value: float, refused: Refused, few: Path
+) -> None:
+    error = refused("pretrain", "--data", few, "--out", "run", *SMALL,
+                    f"--pretext.{option}={value}")  # fmt: skip
+    assert option in error
+
+
+@pytest.mark.parametrize(
+    ("time", "message"),
+    [("soon", "is no time: give HH:MM:SS or seconds"), ("1:2:3:4:5", "is no time"),
+     ("00:00:00", "leaves no time"), ("-5", "is no time")],
+)  # fmt: skip
+def test_a_time_that_is_none(time: str, message: str, refused: Refused, few: Path) -> None:
+    error = refused("pretrain", "--data", few, "--out", "run", "--backbone", "test_resnet",
+                    f"--max_time={time}")  # fmt: skip
+    assert f"--max_time {time} {message}" in error
+
+
+def test_epochs_with_a_time(refused: Refused, few: Path) -> None:
+    error = refused("pretrain", "--data", few, "--out", "run", "--epochs", 3, "--max_time", 60)
+    assert "give --epochs or --max_time, not both" in error
+
+
+def test_fraction_with_shots(refused: Refused, labelled: Path) -> None:
+    for verb in ("probe", "finetune"):
+        error = refused(verb, "--encoder", "random:test_resnet", "--data", labelled,
+                        "--out", "run", "--fraction", 0.5, "--shots", 3)  # fmt: skip
+        assert "give --fraction or --shots, not both" in error
+
+
+# Data
+
+
+def test_no_images(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "none").mkdir()
+    error = refused("pretrain", "--data", tmp_path / "none", "--out", "run")
+    assert "no images found in" in error
+
+
+def test_a_missing_folder(refused: Refused, few: Path) -> None:
+    error = refused("pretrain", "--data", few, "nowhere", "--out", "run")
+    assert "nowhere does not exist" in error
+
+
+def test_one_image(refused: Refused, few: Path) -> None:
+    error = refused("pretrain", "--data", few / "1.png", "--out", "run", *SMALL)
+    assert "two or more are needed" in error
+
+
+def test_a_batch_larger_than_the_data_set(refused: Refused, few: Path) -> None:
+    error = refused("pretrain", "--data", few, "--out", "run", *SMALL, "--batch_size", 5)
+    assert "--batch_size 5 is larger than the data set: 4 images" in error
+
+
+def test_a_batch_larger_than_the_training_part(refused: Refused, labelled: Path) -> None:
+    error = refused("finetune", "--data", labelled, "--out", "run", "--batch_size", 500)
+    assert "--batch_size 500 is larger than the training part: 30 images" in error
+
+
+@pytest.mark.parametrize("verb", ["probe", "finetune"])
+def test_one_class_only(verb: str, refused: Refused, tmp_path: Path) -> None:
+    data = classes(tmp_path / "set", "cats")
+    error = refused(verb, "--encoder", "random:test_resnet", "--data", data, "--out", "run")
+    assert "has one class only (cats): two or more are needed" in error
+
+
+@pytest.mark.parametrize("verb", ["probe", "finetune"])
+def test_no_test_images(verb: str, refused: Refused, tmp_path: Path) -> None:
+    classes(tmp_path / "set" / "train", "cats", "dogs")
+    error = refused(verb, "--encoder", "random:test_resnet", "--data", tmp_path / "set",
+                    "--out", "run")  # fmt: skip
+    assert "has no test images: add test/<class>/" in error
+
+
+def test_labelled_images_to_watch_by_that_have_one_class(
+    refused: Refused, few: Path, tmp_path: Path
+) -> None:
+    data = classes(tmp_path / "set", "cats")
+    error = refused("pretrain", "--data", few, "--out", "run", *SMALL, "--probe_data", data)
+    assert "has one class only" in error
+
+
+# Encoders
+
+
+def test_no_encoder(refused: Refused, labelled: Path) -> None:
+    error = refused("probe", "--encoder", "nowhere", "--data", labelled, "--out", "run")
+    assert "no encoder at nowhere: give a run, an encoder folder, timm:NAME or random" in error
+
+
+def test_no_model(refused: Refused, few: Path) -> None:
+    error = refused("predict", "--model", "nowhere", "--data", few, "--out", "run")
+    assert "no model at nowhere: give a run of finetune" in error
+
+
+def test_an_encoder_is_no_classifier(refused: Refused, few: Path, encoder: Path) -> None:
+    error = refused("predict", "--model", encoder, "--data", few, "--out", "run")
+    assert "is no classifier" in error
+
+
+@pytest.mark.parametrize("verb", ["probe", "finetune"])
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_damaged_encoder(
+    file: str, verb: str, refused: Refused, encoder: Path, labelled: Path
+) -> None:
+    content = (encoder / file).read_bytes()
+    (encoder / file).write_bytes(content[: len(content) // 2])
+    error = refused(verb, "--encoder", encoder, "--data", labelled, "--out", "run")
+    assert file in error
+
+
+class Evil:
+    """Unpickling it makes a file."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.trace,)
+
+
+def test_weights_with_code_in_them(refused: Refused, few: Path, tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "args": Evil(tmp_path / "executed")}, tmp_path / "evil.pth")
+    error = refused("pretrain", "--data", few, "--out", "run", *SMALL,
+                    "--init", tmp_path / "evil.pth")  # fmt: skip
+    assert "evil.pth can't be loaded: it holds pickled Python objects" in error
+    assert not (tmp_path / "executed").exists()
+
+
+def test_weights_that_are_missing_or_no_weights(
+    refused: Refused, few: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "notes.pth").write_text("these are notes")
+    for init, message in (("gone.pth", "--init gone.pth does not exist: give random, pretrained"),
+                          (tmp_path / "notes.pth", "notes.pth can't be loaded")):  # fmt: skip
+        assert message in refused("pretrain", "--data", few, "--out", "run", *SMALL, "--init", init)
+
+
+def test_an_encoder_of_another_backbone(refused: Refused, few: Path, encoder: Path) -> None:
+    error = refused("pretrain", "--data", few, "--out", "run", "--init", encoder,
+                    "--backbone", "resnet18")  # fmt: skip
+    assert "is a test_resnet, not --backbone resnet18" in error
+
+
+def test_a_size_that_does_not_suit_the_backbone(
+    refused: Refused, few: Path, labelled: Path
+) -> None:
+    # the patches of test_vit have 16 pixels
+    given = ("--out", "run", "--image_size", 40)
+    error = refused("pretrain", "--data", few, "--backbone", "test_vit", "--epochs", 1, *given)
+    assert "test_vit can't be built for 40 pixels" in error
+    for verb in ("probe", "finetune"):
+        error = refused(verb, "--data", labelled, "--encoder", "random:test_vit", *given)
+        assert "test_vit can't be built for 40 pixels" in error
+
+
+def test_a_size_that_does_not_suit_an_encoder_folder(
+    refused: Refused, labelled: Path, tmp_path: Path
+) -> None:
+    save_encoder(build_encoder("test_vit", 32), tmp_path / "vit", {})
+    error = refused("probe", "--data", labelled, "--encoder", tmp_path / "vit", "--out", "run",
+                    "--image_size", 40)  # fmt: skip
+    assert "40 pixels" in error
+
+
+# The run
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "probe", "finetune"])
+def test_another_run_in_out(verb: str, refused: Refused, old_run: Path, labelled: Path) -> None:
+    given = () if verb == "pretrain" else ("--encoder", "random:test_resnet")
+    error = refused(verb, "--data", labelled, "--out", old_run, *given)
+    assert "holds another run: give a new folder, or --overwrite" in error
+
+
+def test_other_files_in_out(refused: Refused, few: Path) -> None:
+    error = refused("pretrain", "--data", few, "--out", few, "--overwrite")
+    assert "holds other files: give a new folder with --out" in error
+
+
+def test_nothing_to_resume(refused: Refused, few: Path) -> None:
+    error = refused("pretrain", "--data", few, "--out", "run", "--resume")
+    assert "run holds no run to resume" in error
+
+
+def test_options_that_contradict_the_run_to_resume(refused: Refused, old_run: Path) -> None:
+    error = refused("pretrain", "--out", old_run, "--resume", "--epochs", 20,
+                    "--backbone", "test_vit", "--pretext.temperature", 0.1)  # fmt: skip
+    assert "these options contradict the run" in error
+    assert "--epochs 20 (the run has 10)" in error
+    assert "--backbone test_vit (the run has test_resnet)" in error
+    assert "--pretext.temperature 0.1 (the run has 0.5)" in error
+
+
+def test_another_pretext_contradicts_the_run_to_resume(refused: Refused, old_run: Path) -> None:
+    error = refused("pretrain", "--out", old_run, "--resume", "--pretext", "rotation")
+    assert "--pretext.name rotation (the run has simclr)" in error
+
+
+# Configuration files
+
+
+def test_a_missing_configuration(refused: Refused) -> None:
+    error = refused("pretrain", "--config", "gone.yaml")
+    assert "--config gone.yaml can't be read: No such file or directory" in error
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [1", "is not YAML"), ("- 1", "holds no options"), ("epoch: 3", "unknown option --epoch"),
+     ("epochs: ten", "--epochs ten is not of the type int"),
+     ("pretext: simcrl", "unknown pretext simcrl: did you mean simclr"),
+     ("pretext: 3", "pretext"), ("pretext: {name: [a]}", "pretext"),
+     ("pretext: {name: simclr, temprature: 1}", "temprature")],
+)  # fmt: skip
+def test_a_configuration_with_a_mistake(
+    text: str, message: str, refused: Refused, few: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    error = refused("pretrain", "--config", tmp_path / "c.yaml", "--data", few, "--out", "run")
+    assert message in error
+
+
+# Help
+
+
+def test_help_and_version_take_no_time() -> None:
+    for option, expected in (("--help", "pretrain"), ("--version", "vissl-lite ")):
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", "-m", "vissl_lite", option],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert expected in done.stdout
+        imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+        assert "vissl_lite.cli" in imported
+        slow = ("torch", "timm", "lightning", "cv2", "albumentations", "numpy", "jsonargparse")
+        assert not imported.intersection(slow)
+
+
+def test_the_overview_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert all(f"  {verb} " in shown.out for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_command_explains_its_options(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([verb, "--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--out" in shown
+    assert VERBS[verb] in " ".join(shown.split())

@@ -1,0 +1,133 @@
+import pytest
+import timm
+import torch
+from torch import nn
+
+from vissl_lite.errors import UserError
+from vissl_lite.optim import (
+    OptimizerSettings,
+    build_optimizer,
+    check_optimizer,
+    cosine_with_warmup,
+    set_lr,
+)
+
+every_backbone = pytest.mark.parametrize("backbone", ["test_resnet", "test_vit"])
+
+
+@pytest.mark.parametrize(
+    ("fraction", "warmup", "expected"),
+    [
+        (0.0, 0.1, 0.0),
+        (0.05, 0.1, 0.5),
+        (0.1, 0.1, 1.0),
+        (0.55, 0.1, 0.5),  # halfway down
+        (1.0, 0.1, 0.0),
+        (1.2, 0.1, 0.0),  # a time budget may be overrun by a step
+        (0.0, 0.0, 1.0),
+        (0.5, 0.0, 0.5),
+        (1.0, 0.0, 0.0),
+    ],
+)
+def test_cosine_with_warmup_at_its_corners(fraction: float, warmup: float, expected: float) -> None:
+    assert cosine_with_warmup(fraction, warmup) == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_rate_rises_once_and_falls_once_without_a_jump() -> None:
+    rates = [cosine_with_warmup(step / 1000, 0.2) for step in range(1001)]
+    assert rates[:201] == sorted(rates[:201])
+    assert rates[200:] == sorted(rates[200:], reverse=True)
+    assert max(abs(b - a) for a, b in zip(rates, rates[1:], strict=False)) < 0.006
+
+
+@every_backbone
+@pytest.mark.parametrize("layer_decay", [1.0, 0.5])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+def test_weights_decay_and_biases_and_norms_do_not(
+    name: str, layer_decay: float, backbone: str
+) -> None:
+    model = timm.create_model(backbone, num_classes=3)
+    settings = OptimizerSettings(name, weight_decay=0.3, layer_decay=layer_decay)
+    decay = {
+        id(parameter): group["weight_decay"]
+        for group in build_optimizer(model, settings).param_groups
+        for parameter in group["params"]
+    }
+    assert len(decay) == len(list(model.parameters()))
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    for key, parameter in model.named_parameters():
+        matrix = parameter.ndim > 1 and key not in exempt
+        assert decay[id(parameter)] == (0.3 if matrix else 0.0), key
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    groups = build_optimizer(model, OptimizerSettings()).param_groups
+    kept = {id(parameter) for group in groups for parameter in group["params"]}
+    assert kept == {id(parameter) for parameter in model[1].parameters()}
+
+
+@every_backbone
+def test_layer_decay_scales_the_rate_down_from_the_last_layer(backbone: str) -> None:
+    model = timm.create_model(backbone, num_classes=3)
+    optimizer = build_optimizer(model, OptimizerSettings(lr=0.1, layer_decay=0.5))
+    set_lr(optimizer, 2.0)
+    rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    rates = {key: rate[id(p)] for key, p in model.named_parameters()}
+    first, last = next(iter(rates)), list(rates)[-1]
+    assert rates[last] == max(rates.values()) == 2.0
+    assert rates[first] == min(rates.values()) < 0.5
+    values = sorted(set(rates.values()))
+    assert all(b == pytest.approx(2 * a) for a, b in zip(values, values[1:], strict=False))
+
+
+def test_set_lr_is_the_same_for_all_without_layer_decay() -> None:
+    optimizer = build_optimizer(timm.create_model("test_vit", num_classes=3), OptimizerSettings())
+    set_lr(optimizer, 0.25)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.25}
+
+
+def test_set_lr_counts_from_the_peak_each_time() -> None:
+    model = timm.create_model("test_vit", num_classes=3)
+    optimizer = build_optimizer(model, OptimizerSettings(layer_decay=0.5))
+    set_lr(optimizer, 2.0)
+    once = [group["lr"] for group in optimizer.param_groups]
+    set_lr(optimizer, 5.0)
+    set_lr(optimizer, 2.0)
+    assert [group["lr"] for group in optimizer.param_groups] == once
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "lars", "lamb"])
+def test_each_optimizer_moves_the_weights_downhill(name: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 4)
+    optimizer = build_optimizer(model, OptimizerSettings(name, lr=1e-2, weight_decay=0.0))
+    x = torch.randn(16, 4)
+    losses = []
+    for _ in range(5):
+        loss = model(x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("adamww", "unknown optimizer adamww: did you mean .*adamw"),
+        ("sdg", "did you mean .*sgd"),
+        ("qqqqqqq", "none of the .* known names is close to it"),
+    ],
+)
+def test_an_unknown_optimizer_is_a_mistake(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_optimizer(name)
+
+
+def test_a_known_optimizer_is_fine() -> None:
+    for name in ("adamw", "sgd", "lars"):
+        check_optimizer(name)
