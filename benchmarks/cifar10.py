@@ -4,7 +4,7 @@ Each arm trains for the same wall-clock time, one after the other on the same ma
 encoder is judged by the same probe: kNN (k = 200, T = 0.1) and linear, at every stage, on the test
 split; the linear probe's penalty is chosen on training images. Last-epoch encoders throughout.
 
-    python benchmarks/cifar10.py --data DATA/cifar10 --out RUNS --minutes 8 --peer_python PEERS/bin/python
+    python benchmarks/cifar10.py --data DATA/cifar10 --out RUNS --peer_python PEERS/bin/python
 
 Results: benchmarks/results/cifar10.json.
 """

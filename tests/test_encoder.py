@@ -159,7 +159,9 @@ def test_normalize_is_the_plain_formula() -> None:
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.1)
     x = torch.randint(0, 256, (2, 3, 5, 7), dtype=torch.uint8)
     x = x.contiguous(memory_format=torch.channels_last)
-    expected = (x.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    expected = (x.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(
+        3, 1, 1
+    )
     out = Normalize(mean, std)(x)
     assert out.dtype == torch.float32
     assert out.is_contiguous(memory_format=torch.channels_last)
@@ -293,7 +295,9 @@ def test_a_classifiers_folder_gives_its_encoder(backbone: str, tmp_path: Path) -
 
 
 def test_nothing_there_is_a_mistake(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no encoder at .*give a run, an encoder folder, timm:NAME"):
+    with pytest.raises(
+        UserError, match=r"no encoder at .*give a run, an encoder folder, timm:NAME"
+    ):
         load_encoder(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"holds no encoder: neither config\.json"):
         load_encoder(tmp_path)

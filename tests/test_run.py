@@ -293,7 +293,11 @@ def test_a_row_for_each_step_and_a_column_for_each_metric(metrics: MetricsFile) 
     metrics.add(0, {"lr": 0.25})
     metrics.add(10, {"loss": 1.0, "lr": 0.5})
     metrics.flush(final=True)
-    assert lines(metrics.file) == [["step", "loss", "lr"], ["0", "1.5", "0.25"], ["10", "1.0", "0.5"]]
+    assert lines(metrics.file) == [
+        ["step", "loss", "lr"],
+        ["0", "1.5", "0.25"],
+        ["10", "1.0", "0.5"],
+    ]
 
 
 def test_the_last_row_stays_open_until_the_end(metrics: MetricsFile) -> None:
@@ -343,7 +347,8 @@ def test_what_was_written_reads_back(metrics: MetricsFile) -> None:
     assert again.series("lr") == ([7], [1e-07])
     assert again.series("images") == ([0], [3])
     assert [list(row) for row in again.rows] == [
-        ["step", "seconds", "loss", "images"], ["step", "seconds", "loss", "lr"],
+        ["step", "seconds", "loss", "images"],
+        ["step", "seconds", "loss", "lr"],
     ]
     assert again.rows[0] == metrics.rows[0]
     assert math.isnan(again.series("loss")[1][1])

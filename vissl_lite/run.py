@@ -77,7 +77,7 @@ def open_run(out: Path, config: Mapping[str, Any], resume: bool = False) -> Iter
         if out.is_dir():
             shutil.rmtree(out)
         out.mkdir(parents=True)
-        kept = {k: v for k, v in config.items() if k not in ("resume", "overwrite")}
+        kept = {k: v for k, v in plain(config).items() if k not in ("resume", "overwrite")}
         write_atomically(out / CONFIG, yaml.safe_dump(kept, sort_keys=False))
     file = logging.FileHandler(out / LOG, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -123,6 +123,19 @@ def _log_to_console() -> None:
     log.propagate = False
     if not any(isinstance(handler, _ConsoleHandler) for handler in log.handlers):
         log.addHandler(_ConsoleHandler(logging.INFO))
+
+
+def plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Paths as text, so that the parameters can be written down and compared."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Path):
+            return str(value)
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return value
+
+    return {name: plain(value) for name, value in parameters.items()}
 
 
 def read_config(out: Path) -> dict[str, Any]:

@@ -504,7 +504,6 @@ def fit(
     every = [
         pace,
         BrokenImages(len(data.dataset)),
-        Meter(data, pace, log_every),
         Bar(title, data, pace),
         *callbacks,
     ]
@@ -516,6 +515,7 @@ def fit(
             done = read_checkpoint(last)["global_step"]
             if metrics is not None:
                 metrics.forget_after(done - 1)
+    every.append(Meter(data, pace, log_every))  # last: what the others do is no waiting for data
     trainer = pl.Trainer(
         accelerator="auto",
         devices=_devices(hardware),

@@ -305,7 +305,9 @@ def test_fewer_labels_are_part_of_more(data: LabelledImages) -> None:
 
 def test_which_labels_follows_the_seed(data: LabelledImages) -> None:
     assert_same(take_labels(data, 0.2, None, 1), take_labels(data, 0.2, None, 1))
-    assert take_labels(data, 0.2, None, 1).train.paths != take_labels(data, 0.2, None, 2).train.paths
+    assert (
+        take_labels(data, 0.2, None, 1).train.paths != take_labels(data, 0.2, None, 2).train.paths
+    )
 
 
 def test_all_labels_by_default(data: LabelledImages) -> None:

@@ -108,7 +108,10 @@ def test_flips_are_even_along_each_part_of_the_key(axis: str) -> None:
     image = gradient()
     flipped = np.array(
         [
-            [view[0, 0, 1] != 0 for view in views(image, **{"seed": 0, "epoch": 0, "index": 0, axis: n})]
+            [
+                view[0, 0, 1] != 0
+                for view in views(image, **{"seed": 0, "epoch": 0, "index": 0, axis: n})
+            ]
             for n in range(400)
         ]
     )

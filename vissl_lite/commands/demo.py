@@ -141,14 +141,13 @@ def _finetuned(encoder: Encoder, few: LabelledImages, arm: str, seed: int) -> fl
 
 def _tell(scores: Scores, labelled: LabelledImages, shots: int, run: Path) -> None:
     classes = len(labelled.classes)
-    table = Table(
-        "",
-        UNTRAINED,
-        TRAINED,
-        "gain",
-        title=f"test accuracy with {shots} labels a class ({classes} classes, chance "
-        f"{1 / classes:.2f}), mean ± standard deviation",
+    console.print(
+        f"Test accuracy with {shots} labels a class ({classes} classes, chance {1 / classes:.2f}), "
+        f"mean ± standard deviation over seeds:",
+        highlight=False,
+        soft_wrap=True,
     )
+    table = Table("", UNTRAINED, TRAINED, "gain")
     for measure, arms in scores.items():
         before, after = np.array(arms[UNTRAINED]), np.array(arms[TRAINED])
         cells = [f"{x.mean():.3f} ± {_std(x):.3f}" for x in (before, after, after - before)]

@@ -155,7 +155,8 @@ def finetune(
             "classes": labelled.classes,
         }
         write_results(run, results)
-        table = Table("test images", "top-1", "macro F1", title=f"fine-tuned from {encoder}")
+        console.print(f"fine-tuned from {encoder}", highlight=False, soft_wrap=True)
+        table = Table("test images", "top-1", "macro F1")
         table.add_row(str(len(labelled.test)), f"{scores.top1:.3f}", f"{scores.macro_f1:.3f}")
         console.print(table)
         log.info("The model is in %s, the confusion matrix in %s",

@@ -29,6 +29,7 @@ from vissl_lite.run import (
     check_out,
     is_main_process,
     open_run,
+    plain,
     resumed_config,
     write_results,
 )
@@ -123,7 +124,7 @@ def pretrain(
         UserError: something that was given can't work; nothing is written then.
     """
     started = time.monotonic()
-    config = _plain(locals())
+    config = plain(locals())
     del config["started"]
     config["data"] = [config["data"]] if isinstance(config["data"], str) else config["data"]
     config["pretext"] = whole_pretext(pretext)
@@ -171,6 +172,8 @@ def pretrain(
             task, stream, pace, hardware, [watch], metrics, run / "checkpoints", resume,
             title=options.pretext["name"],
         )  # fmt: skip
+        if not watch.last:  # resumed after the last step: nothing was trained
+            watch.look(trainer, task)
         if not trainer.is_global_zero:
             return PretrainResult(run, run / "encoder", {}, pace.batches, pace.elapsed())
         assert metrics is not None
@@ -324,19 +327,6 @@ def whole_pretext(pretext: str | Mapping[str, Any]) -> dict[str, Any]:
         if one not in known:
             raise UserError(f"unknown option --pretext.{one} of {name}: {did_you_mean(one, known)}")
     return {"name": name, **known, **given}
-
-
-def _plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Paths as text, so that the parameters can be written down and compared."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Path):
-            return str(value)
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        return value
-
-    return {name: plain(value) for name, value in parameters.items()}
 
 
 def _finished(out: Path) -> PretrainResult:

@@ -101,7 +101,8 @@ def probe(
             "classes": labelled.classes,
         }
         write_results(run, results)
-        table = Table("layer", "kNN", "linear", title=f"{encoder}: test accuracy")
+        console.print(f"{encoder}: test accuracy", highlight=False, soft_wrap=True)
+        table = Table("layer", "kNN", "linear")
         for name, row in {**scores, "last": last}.items():
             table.add_row(name, f"{row['knn']:.3f}", f"{row['linear']:.3f}")
         console.print(table)

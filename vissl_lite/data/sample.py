@@ -183,7 +183,7 @@ def _object(name: str, rng: Generator, size: int) -> Plane:
     trial = _fill([Part(points / 4 + 0.5, ink) for points, ink in parts], 64, oversample=1)
     rows, columns = np.nonzero(trial > 0)
     centre = (np.array([columns.mean(), rows.mean()]) + 0.5) / 64 * 4 - 2
-    scale = np.sqrt(rng.uniform(*LOOK.area) / (len(rows) / 64**2)) / 4
+    scale = np.sqrt(rng.uniform(*_LOOK.area) / (len(rows) / 64**2)) / 4
     place = rng.uniform(0.4, 0.6, 2)
     return _fill([Part((points - centre) * scale + place, ink) for points, ink in parts], size)
 
@@ -232,32 +232,37 @@ def _texture(rng: Generator, size: int) -> Plane:
 
 @dataclass(frozen=True)
 class _Look:
-    """How strong the nuisances are."""
+    """How strong the nuisances are: (least, most), drawn afresh for every image.
 
-    area: tuple[float, float] = (0.10, 0.22)  # the object's share of the picture
-    contrast: tuple[float, float] = (0.22, 0.45)  # brightness of the object against the ground
-    chroma: float = 0.2
-    texture: float = 0.12
-    behind: int = 7
-    front: int = 3
-    noise: tuple[float, float] = (0.01, 0.05)
-    blur: tuple[float, float] = (0.0, 0.9)
-    light: float = 0.5
+    They were tuned by measurement. Stronger ones, above all textures and camera faults that differ
+    between images, give contrastive learning an easier mark than the shape, and a short
+    pre-training then learns to tell noise from noise.
+    """
+
+    area: tuple[float, float] = (0.16, 0.30)  # the object's share of the picture
+    contrast: tuple[float, float] = (0.3, 0.5)  # brightness of the object against the ground
+    scraps_behind: tuple[int, int] = (0, 3)
+    scraps_before: tuple[int, int] = (0, 1)
+    noise: tuple[float, float] = (0.015, 0.025)  # standard deviation
+    blur: tuple[float, float] = (0.4, 0.6)  # radius in pixels of a 64-pixel picture
+    chroma: float = 0.12  # largest distance of a colour from grey
+    texture: float = 0.06  # largest brightness step in a texture
+    light: float = 0.4  # largest slope of the light across the picture
 
 
-LOOK = _Look()
+_LOOK = _Look()
 
 
 def _colour(rng: Generator, brightness: float) -> np.ndarray:
     """An RGB colour (3,) of the brightness given and of any hue."""
     tint = rng.uniform(-1, 1, 3)
-    return (brightness + LOOK.chroma * (tint - tint.mean())).astype(np.float32)
+    return (brightness + _LOOK.chroma * (tint - tint.mean())).astype(np.float32)
 
 
 def _surface(rng: Generator, size: int, brightness: float) -> Canvas:
     """A textured sheet in two related colours."""
     first = _colour(rng, brightness)
-    second = _colour(rng, brightness + rng.uniform(-1, 1) * LOOK.texture)
+    second = _colour(rng, brightness + rng.uniform(-1, 1) * _LOOK.texture)
     return first + _texture(rng, size)[..., None] * (second - first)
 
 
@@ -269,11 +274,11 @@ def _camera(canvas: Canvas, rng: Generator) -> Image.Image:
     """What a poor camera makes of the scene: uneven light, dark corners, blur and noise."""
     size = len(canvas)
     y, x = np.mgrid[:size, :size].astype(np.float32) / size - 0.5
-    slope_x, slope_y = rng.uniform(-LOOK.light, LOOK.light, 2)
-    light = 1 + slope_x * x + slope_y * y - rng.uniform(0, 0.8) * (x**2 + y**2)
+    slope_x, slope_y = rng.uniform(-_LOOK.light, _LOOK.light, 2)
+    light = 1 + slope_x * x + slope_y * y - rng.uniform(0, 2 * _LOOK.light) * (x**2 + y**2)
     image = Image.fromarray(np.uint8(np.clip(canvas * light[..., None], 0, 1) * 255))
-    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(*LOOK.blur) * size / 64))
-    grain = rng.standard_normal(canvas.shape, np.float32) * rng.uniform(*LOOK.noise) * 255
+    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(*_LOOK.blur) * size / 64))
+    grain = rng.standard_normal(canvas.shape, np.float32) * rng.uniform(*_LOOK.noise) * 255
     return Image.fromarray(np.uint8(np.clip(np.asarray(image) + grain, 0, 255)))
 
 
@@ -289,18 +294,18 @@ def draw(name: str, rng: Generator, size: int = 64) -> tuple[Image.Image, np.nda
         The picture (RGB, size x size), and the pixels where the object is seen, (size, size) bool.
     """
     ground = rng.uniform(0.2, 0.8)
-    contrast = rng.uniform(*LOOK.contrast) * rng.choice([-1, 1])
+    contrast = rng.uniform(*_LOOK.contrast) * rng.choice([-1, 1])
     if not 0.05 < ground + contrast < 0.95:
         contrast = -contrast
     canvas = _surface(rng, size, ground)
-    for _ in range(rng.integers(0, LOOK.behind + 1)):
+    for _ in range(rng.integers(*_LOOK.scraps_behind, endpoint=True)):
         brightness = ground + rng.uniform(-1, 1) * abs(contrast)
         canvas = _over(canvas, _scrap(rng, size, rng.uniform(0.08, 0.3)), _colour(rng, brightness))
 
     shape = _object(name, rng, size)
     canvas = _over(canvas, shape, _surface(rng, size, ground + contrast))
     seen = shape
-    for _ in range(rng.integers(0, LOOK.front + 1)):
+    for _ in range(rng.integers(*_LOOK.scraps_before, endpoint=True)):
         scrap = _scrap(rng, size, rng.uniform(0.08, 0.2))
         brightness = ground + rng.uniform(-1, 1) * abs(contrast)
         canvas = _over(canvas, scrap, _colour(rng, brightness))
