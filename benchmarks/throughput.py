@@ -24,7 +24,10 @@ from vissl_lite.encoder import build_encoder
 from vissl_lite.optim import build_optimizer
 from vissl_lite.pretext.simclr import SimCLR
 from vissl_lite.run import MetricsFile
-from vissl_lite.training import Hardware, Pace, StreamData, choose_precision, fit
+from vissl_lite.training.fit import fit
+from vissl_lite.training.hardware import Hardware, choose_precision
+from vissl_lite.training.pace import Pace
+from vissl_lite.training.stream import StreamData
 
 HERE = Path(__file__).parent
 

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import timm
 import torch
@@ -37,7 +39,7 @@ def test_the_rate_rises_once_and_falls_once_without_a_jump() -> None:
     rates = [cosine_with_warmup(step / 1000, 0.2) for step in range(1001)]
     assert rates[:201] == sorted(rates[:201])
     assert rates[200:] == sorted(rates[200:], reverse=True)
-    assert max(abs(b - a) for a, b in zip(rates, rates[1:], strict=False)) < 0.006
+    assert max(abs(b - a) for a, b in itertools.pairwise(rates)) < 0.006
 
 
 @every_backbone
@@ -79,7 +81,7 @@ def test_layer_decay_scales_the_rate_down_from_the_last_layer(backbone: str) -> 
     assert rates[last] == max(rates.values()) == 2.0
     assert rates[first] == min(rates.values()) < 0.5
     values = sorted(set(rates.values()))
-    assert all(b == pytest.approx(2 * a) for a, b in zip(values, values[1:], strict=False))
+    assert all(b == pytest.approx(2 * a) for a, b in itertools.pairwise(values))
 
 
 def test_set_lr_is_the_same_for_all_without_layer_decay() -> None:

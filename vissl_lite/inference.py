@@ -12,7 +12,7 @@ from vissl_lite.data.images import BROKEN_IMAGE, read_image, resize_and_crop
 from vissl_lite.data.stream import yielding_worker
 from vissl_lite.encoder import Normalize
 from vissl_lite.errors import UserError
-from vissl_lite.training import cpu_has_bf16
+from vissl_lite.training.hardware import cpu_has_bf16
 
 log = logging.getLogger(__name__)
 

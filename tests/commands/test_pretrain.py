@@ -111,7 +111,8 @@ def test_resume_continues_as_if_nothing_had_happened(
     pretext: str, last_step: int, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed in the middle of an epoch (of 3 steps) and at the end of one."""
-    from vissl_lite.training import Checkpoints, Pace
+    from vissl_lite.training.checkpoints import Checkpoints
+    from vissl_lite.training.pace import Pace
 
     options = ["--data", photos, *SMALL, "--epochs", 3, "--pretext", pretext, "--num_workers", 1]
     assert run(*options, "--out", tmp_path / "whole") == 0

@@ -1,4 +1,5 @@
 import csv
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -196,7 +197,7 @@ def test_a_folder_without_class_folders_is_a_mistake(tmp_path: Path) -> None:
 
 
 def test_a_class_folder_without_images_is_a_mistake(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no images found in .*b "):
+    with pytest.raises(UserError, match=r"no images found in .*b "):
         load_labelled(fill(tmp_path, {"a": 3, "b": 0}))
 
 
@@ -297,7 +298,7 @@ def test_fewer_labels_are_part_of_more(data: LabelledImages) -> None:
         ]  # fmt: skip
         members.sort(key=len)
         assert len(members[0]) < len(members[-1])
-        for less, more in zip(members, members[1:], strict=False):
+        for less, more in itertools.pairwise(members):
             assert less <= more
     for few in taken:
         assert set(few.val.paths) <= set(data.val.paths)

@@ -54,7 +54,7 @@ def test_the_same_key_gives_the_same_pixels_whatever_was_drawn_before() -> None:
     for index in range(20):
         views(gradient(), 1, 2, index)
     random.seed(5)
-    np.random.seed(5)  # noqa: NPY002
+    np.random.seed(5)
     assert same(views(gradient(), *key), first)
     assert same(two_views()(gradient(), *key), first)
 

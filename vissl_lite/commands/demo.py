@@ -20,7 +20,7 @@ from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pictures import plot_bars
 from vissl_lite.run import check_out, console, open_run, write_results
-from vissl_lite.training import progress_bar
+from vissl_lite.training.progress import progress_bar
 from vissl_lite.transfer.classification import (
     ClassifierSettings,
     score_classifier,

@@ -16,7 +16,7 @@ from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings, check_optimizer
 from vissl_lite.pictures import plot_confusion, plot_curves
 from vissl_lite.run import METRICS, MetricsFile, check_out, console, open_run, write_results
-from vissl_lite.training import Hardware
+from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.classification import (
     ClassifierSettings,
     score_classifier,

@@ -8,7 +8,7 @@ from pathlib import Path
 from vissl_lite.data.images import find_images
 from vissl_lite.inference import run_over
 from vissl_lite.run import check_out, open_run, write_results
-from vissl_lite.training import progress_bar
+from vissl_lite.training.progress import progress_bar
 from vissl_lite.transfer.classification import load_classifier
 
 log = logging.getLogger(__name__)

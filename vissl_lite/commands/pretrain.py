@@ -33,7 +33,10 @@ from vissl_lite.run import (
     resumed_config,
     write_results,
 )
-from vissl_lite.training import Hardware, Pace, StreamData, fit
+from vissl_lite.training.fit import fit
+from vissl_lite.training.hardware import Hardware
+from vissl_lite.training.pace import Pace
+from vissl_lite.training.stream import StreamData
 
 log = logging.getLogger(__name__)
 

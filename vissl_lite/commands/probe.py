@@ -18,7 +18,7 @@ from vissl_lite.evaluation.features import extract
 from vissl_lite.evaluation.knn import knn_predict
 from vissl_lite.evaluation.linear import linear_probe
 from vissl_lite.run import check_out, console, open_run, write_results
-from vissl_lite.training import progress_bar
+from vissl_lite.training.progress import progress_bar
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Draws a small sample data set: shapes under a bad camera, with labels, masks and boxes.
+"""Draw a small sample data set: shapes under a poor camera, with labels, masks and boxes.
 
 Each image shows one main object (an arrow, a gear, a spiral, ...) in any colour, texture, size,
 position and rotation, on a textured background, between scraps of clutter, some of them in front.
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.random import Generator
@@ -28,6 +28,8 @@ from vissl_lite.errors import UserError
 Points = np.ndarray  # (N, 2) float: the corners (x, y) of a polygon, y pointing down
 Plane = np.ndarray  # (size, size) float32 in 0..1: one number a pixel
 Canvas = np.ndarray  # (size, size, 3) float32, about 0..1: an RGB picture in the making
+Note = dict[str, Any]  # a COCO annotation
+Progress = Callable[[int, int], None]  # is called with (images done, images in all)
 
 
 class Part(NamedTuple):
@@ -64,7 +66,7 @@ def _ribbon(path: Points, width: float | np.ndarray) -> Points:
 
 
 def _densify(points: Points, pieces: int = 6) -> Points:
-    """Cuts every edge into pieces, so that a warp can bend it."""
+    """Cut every edge into pieces, so that a warp can bend it."""
     step = np.arange(pieces)[:, None] / pieces
     edges = np.roll(points, -1, axis=0) - points
     return (points[:, None] + step * edges[:, None]).reshape(-1, 2)
@@ -76,7 +78,7 @@ def _densify(points: Points, pieces: int = 6) -> Points:
 def _arrow(rng: Generator) -> list[Part]:
     neck, wing, shaft = rng.uniform(-0.1, 0.35), rng.uniform(0.55, 0.85), rng.uniform(0.15, 0.28)
     upper = [(1.0, 0.0), (neck, wing), (neck, shaft), (-1.0, shaft)]
-    return [Part(np.array(upper + [(x, -y) for x, y in reversed(upper[1:])]))]
+    return [Part(np.array([*upper, *((x, -y) for x, y in reversed(upper[1:]))]))]
 
 
 def _crescent(rng: Generator) -> list[Part]:
@@ -132,18 +134,10 @@ def _star(rng: Generator) -> list[Part]:
     return [Part(_polar(np.tile([1.0, rng.uniform(0.35, 0.5)], rng.integers(4, 8))))]
 
 
-SHAPES: dict[str, Callable[[Generator], list[Part]]] = {
-    "arrow": _arrow,
-    "crescent": _crescent,
-    "cross": _cross,
-    "flower": _flower,
-    "gear": _gear,
-    "heart": _heart,
-    "ladder": _ladder,
-    "ring": _ring,
-    "spiral": _spiral,
-    "star": _star,
-}
+_DRAWERS: tuple[Callable[[Generator], list[Part]], ...] = (
+    *(_arrow, _crescent, _cross, _flower, _gear, _heart, _ladder, _ring, _spiral, _star),
+)
+SHAPES = {drawer.__name__.strip("_"): drawer for drawer in _DRAWERS}
 CLASSES = tuple(SHAPES)  # in the alphabet's order, as image-folder readers number them
 
 # ------------------------------------------------------------- planes: masks and textures
@@ -283,7 +277,7 @@ def _camera(canvas: Canvas, rng: Generator) -> Image.Image:
 
 
 def draw(name: str, rng: Generator, size: int = 64) -> tuple[Image.Image, np.ndarray]:
-    """Draws one picture of a class.
+    """Draw one picture of a class.
 
     Args:
         name: one of `CLASSES`.
@@ -342,8 +336,8 @@ class _Job(NamedTuple):
     number: int
 
 
-def _draw_file(job: _Job) -> dict | None:
-    """Draws and writes one image; returns its COCO annotation if it is a labelled one."""
+def _draw_file(job: _Job) -> Note | None:
+    """Draw and write one image; return its COCO annotation if it is a labelled one."""
     folder, plan, split, index = job
     rng = np.random.default_rng([plan.seed, ("unlabelled", *LABELLED).index(split), index])
     if split == "unlabelled":
@@ -369,7 +363,7 @@ def _draw_file(job: _Job) -> dict | None:
     }
 
 
-def _coco(plan: _Plan, annotations: list[dict]) -> dict:
+def _coco(plan: _Plan, annotations: list[Note]) -> dict[str, Any]:
     """The COCO file of a split, of its annotations."""
     images = [
         {
@@ -384,12 +378,10 @@ def _coco(plan: _Plan, annotations: list[dict]) -> dict:
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def _run(
-    jobs: list[_Job], processes: int | None, progress: Callable[[int, int], None] | None
-) -> list[dict | None]:
-    """Runs the jobs, in this process or in a pool, and returns their results in order."""
+def _run(jobs: list[_Job], processes: int | None, progress: Progress | None) -> list[Note | None]:
+    """Run the jobs, in this process or in a pool, and return their results in order."""
 
-    def collect(results: Iterable[dict | None]) -> list[dict | None]:
+    def collect(results: Iterable[Note | None]) -> list[Note | None]:
         kept = []
         for done, result in enumerate(results, start=1):
             kept.append(result)
@@ -397,7 +389,7 @@ def _run(
                 progress(done, len(jobs))
         return kept
 
-    processes = processes or len(os.sched_getaffinity(0))
+    processes = processes or os.cpu_count() or 1
     if processes == 1:
         return collect(map(_draw_file, jobs))
     with ProcessPoolExecutor(processes) as pool:
@@ -425,8 +417,8 @@ background, clutter and camera are random.
 """
 
 
-def _write(folder: Path, plan: _Plan, processes: int | None, progress) -> None:
-    """Draws the whole set into a folder that exists and is empty."""
+def _write(folder: Path, plan: _Plan, processes: int | None, progress: Progress | None) -> None:
+    """Draw the whole set into a folder that exists and is empty."""
     (folder / "unlabelled").mkdir()
     (folder / "annotations").mkdir()
     for split in LABELLED:
@@ -437,7 +429,9 @@ def _write(folder: Path, plan: _Plan, processes: int | None, progress) -> None:
     jobs = [_Job(folder, plan, split, i) for split, count in counts.items() for i in range(count)]
     results = _run(jobs, processes, progress)
     for split in LABELLED:
-        notes = [note for job, note in zip(jobs, results) if job.split == split and note]
+        notes = [
+            note for job, note in zip(jobs, results, strict=True) if job.split == split and note
+        ]
         (folder / "annotations" / f"{split}.json").write_text(json.dumps(_coco(plan, notes)))
     (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n")
     facts = {**asdict(plan), "kinds": len(CLASSES), "names": ", ".join(CLASSES)}
@@ -469,9 +463,9 @@ def make_sample_data(
     test: int = 1000,
     size: int = 64,
     processes: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Path:
-    """Draws the sample data set into a folder, or finds it there already.
+    """Draw the sample data set into a folder, or find it there already.
 
     Args:
         out: the folder to make; it appears only when it is complete.

@@ -12,7 +12,8 @@ from vissl_lite.data.labelled import LabelledImages, Part
 from vissl_lite.data.stream import Batch
 from vissl_lite.evaluation.features import extract
 from vissl_lite.evaluation.knn import knn_predict
-from vissl_lite.training import Pace, StreamData
+from vissl_lite.training.pace import Pace
+from vissl_lite.training.stream import StreamData
 
 log = logging.getLogger(__name__)
 

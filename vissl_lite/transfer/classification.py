@@ -29,7 +29,10 @@ from vissl_lite.errors import UserError
 from vissl_lite.inference import run_over
 from vissl_lite.optim import OptimizerSettings, build_optimizer
 from vissl_lite.run import MetricsFile
-from vissl_lite.training import Hardware, Pace, StreamData, fit
+from vissl_lite.training.fit import fit
+from vissl_lite.training.hardware import Hardware
+from vissl_lite.training.pace import Pace
+from vissl_lite.training.stream import StreamData
 
 log = logging.getLogger(__name__)
 

@@ -4,9 +4,10 @@ import pytest
 import timm
 import torch
 
-from vissl_lite import training
 from vissl_lite.errors import UserError
-from vissl_lite.training import AtomicCheckpointIO, choose_precision, read_checkpoint
+from vissl_lite.training import hardware
+from vissl_lite.training.checkpoints import AtomicCheckpointIO, read_checkpoint
+from vissl_lite.training.hardware import choose_precision
 
 
 @pytest.mark.parametrize(
@@ -22,7 +23,7 @@ from vissl_lite.training import AtomicCheckpointIO, choose_precision, read_check
 def test_auto_precision_on_the_cpu(
     backbone: str, has_bf16: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "cpu_has_bf16", lambda: has_bf16)
+    monkeypatch.setattr(hardware, "cpu_has_bf16", lambda: has_bf16)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     model = timm.create_model(backbone, num_classes=0)
     assert choose_precision("auto", model) == expected

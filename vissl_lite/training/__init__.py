@@ -1,0 +1,1 @@
+"""Training on Lightning: where, how long, from which stream, with which checkpoints."""

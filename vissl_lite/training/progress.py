@@ -1,0 +1,154 @@
+"""What a run tells while it goes: speed, metrics, a progress bar."""
+
+import logging
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from vissl_lite.data.stream import Batch
+from vissl_lite.run import MetricsFile, console, is_main_process
+from vissl_lite.training.pace import Pace
+from vissl_lite.training.stream import StreamData
+
+log = logging.getLogger(__name__)
+
+
+class Meter(Callback):
+    """Logs the speed, the share of the time spent waiting for data, the epoch and the rate."""
+
+    def __init__(self, data: StreamData, pace: Pace, log_every: int) -> None:
+        self.data, self.pace, self.log_every = data, pace, log_every
+        self._restart()
+
+    def _restart(self) -> None:
+        self._since = self._step_ended = time.monotonic()
+        self._steps, self._waited = 0, 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._restart()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        self._waited += time.monotonic() - self._step_ended
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        self._steps += 1
+        if self.pace.batches % self.log_every == 0:
+            seconds = max(time.monotonic() - self._since, 1e-9)
+            values = {
+                "epoch": self.pace.batches / self.data.batches_per_epoch,
+                "lr": trainer.optimizers[0].param_groups[-1]["lr"],
+                "images_per_second": self._steps * self.data.batch_size / seconds,
+                "data_wait": self._waited / seconds,
+            }
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=self.pace.batches - 1)
+            self._restart()
+        self._step_ended = time.monotonic()
+
+
+class MetricsLogger(Logger):
+    """Lightning's way to ``metrics.csv``."""
+
+    def __init__(self, metrics: MetricsFile) -> None:
+        super().__init__()
+        self.metrics = metrics
+
+    @property
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        values = {k: float(v) for k, v in metrics.items()}
+        if "images_per_second" not in values:
+            values.pop("epoch", None)  # Lightning's own, which a stream does not have
+        self.metrics.add(int(step or 0), values)
+        self.metrics.flush()
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """``config.yaml`` holds them."""
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self.metrics.flush(final=True)
+
+
+class Bar(Callback):
+    """A progress bar; a line now and then where the output is no terminal."""
+
+    def __init__(self, title: str, data: StreamData, pace: Pace) -> None:
+        self.title, self.data, self.pace = title, data, pace
+        self._said = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._bar = progress_bar()
+        if is_main_process():
+            self._bar.start()
+        self._task = self._bar.add_task(self.title, total=1.0, info="")
+        self._began, self._first = time.monotonic(), self.pace.batches
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        now = time.monotonic()
+        if now - self._said < (0.5 if console.is_terminal else 20) or not is_main_process():
+            return
+        self._said = now
+        speed = (self.pace.batches - self._first) * self.data.batch_size / (now - self._began)
+        epoch = self.pace.batches / self.data.batches_per_epoch
+        loss = float(outputs["loss"])
+        info = f"epoch {epoch:.1f}  loss {loss:.3f}  {speed:.0f} images/s"
+        self._bar.update(self._task, completed=self.pace.fraction, info=info)
+        if not console.is_terminal:
+            log.info("%s %3.0f %%  %s", self.title, 100 * self.pace.fraction, info)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._bar.update(self._task, completed=1.0)
+        self._bar.stop()
+
+    def on_exception(
+        self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        with suppress(AttributeError):  # before training started
+            self._bar.stop()
+
+
+def progress_bar() -> Progress:
+    """The one look of all progress bars; tasks need a field ``info``."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TextColumn("{task.fields[info]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
