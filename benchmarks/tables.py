@@ -1,0 +1,145 @@
+"""Write the tables of benchmarks/README.md, and the demo's in the README, from what was measured.
+
+python benchmarks/tables.py
+
+Reads benchmarks/results/*.json; nothing is typed in by hand. Text between a pair of markers
+<!-- NAME:begin --> and <!-- NAME:end --> is replaced.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from common import RESULTS
+
+ROOT = Path(__file__).parents[1]
+
+
+def load(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def made(results: dict, command: str) -> str:
+    """Command, commit, hardware and date, as every table must say."""
+    m = results["made"]
+    return f"`{command}`, commit {m['commit']}, {m['cpu']}, {m['date']}; {m['versions']}."
+
+
+def plus_minus(value: dict) -> str:
+    return f"{value['mean']:.3f} ± {value['std']:.3f}"
+
+
+def cifar10() -> str:
+    results = load("cifar10")
+    names = {
+        "untrained": "untrained `resnet18`",
+        "lightly": "lightly's SimCLR, `resnet18`",
+        "rotation": "rotation, `resnet18`",
+        "simclr": "SimCLR, `resnet18`",
+        "simclr-small": "SimCLR, `resnet10t`",
+    }
+    rows = []
+    for arm, name in names.items():
+        if arm not in results:
+            continue
+        r = results[arm]
+        speed = f"{r['images_per_second']:.0f}" if "images_per_second" in r else ""
+        best = f"{r['best_layer_knn']:.3f} / {r['best_layer_linear']:.3f} ({r['best_layer']})"
+        rows.append([name, speed, f"{r['knn']:.3f}", f"{r['linear']:.3f}", best])
+    header = ["encoder", "images/s", "kNN", "linear", "best stage: kNN / linear"]
+    command = "python benchmarks/cifar10.py --data DATA/cifar10 --out RUNS --peer_python PYTHON"
+    return table(header, rows) + "\n\n" + made(results, command)
+
+
+def few_labels() -> str:
+    results = load("cifar10")
+    names = {"untrained": "untrained", "simclr": "SimCLR, 8 minutes"}
+    rows = [
+        [names[arm], plus_minus(r["linear"]), plus_minus(r["finetuned"])]
+        for arm, r in results["few_labels"].items()
+    ]
+    command = "python benchmarks/cifar10.py ... --arms few"
+    return (
+        table(["encoder (`resnet18`)", "linear", "fine-tuned"], rows)
+        + "\n\n"
+        + made(results, command)
+    )
+
+
+def throughput() -> str:
+    results = load("throughput")
+    m, r = results["medians"], results["ratios"]
+    rows = [
+        ["the training step alone, one batch", f"{m['alone']:.1f}", ""],
+        ["vissl_lite from files", f"{m['files']:.1f}", f"{100 * m['wait']:.1f} %"],
+    ]
+    peers = [name for name in m if name not in ("alone", "files", "wait")]
+    rows += [[f"{peer} from files", f"{m[peer]:.1f}", ""] for peer in peers]
+    ratios = ", ".join(f"{r[f'times_{peer}']:.2f} times {peer}" for peer in peers)
+    command = "python benchmarks/throughput.py --data DATA/ucmerced --peer_python PYTHON"
+    return (
+        table(["", "images/s", "waiting for data"], rows)
+        + f"\n\nFrom files: {r['share_of_step_alone']:.2f} of the step alone, {ratios}.\n\n"
+        + made(results, command)
+    )
+
+
+def views() -> str:
+    results = load("views")
+    rows = [
+        [name, f"{r['views_32']:,.0f}", f"{r['views_224']:,.0f}"]
+        for name, r in results.items()
+        if name != "made"
+    ]
+    command = "python benchmarks/views.py --small DATA/cifar10/train --large DATA/bccd/JPEGImages"
+    header = ["", "32 px, CIFAR files", "224 px, 640×480 JPEGs"]
+    return table(header, rows) + "\n\n" + made(results, command)
+
+
+def demo() -> str:
+    results = load("demo")
+    rows = []
+    for measure, arms in results["summary"].items():
+        cells = [plus_minus(arms[arm]) for arm in ("untrained", "pre-trained", "gain")]
+        rows.append([measure, *cells[:2], f"+{cells[2]}" if arms["gain"]["mean"] > 0 else cells[2]])
+    header = [f"test accuracy, {results['shots']} labels a class", "untrained", "pre-trained"]
+    seconds = f"{results['seconds']:.0f} seconds in all. "
+    picture = "![the sample data, and the table as a picture](benchmarks/results/demo.png)\n\n"
+    return (
+        table([*header, "gain"], rows)
+        + f"\n\n{picture}{seconds}"
+        + made(results, "python benchmarks/demo.py")
+    )
+
+
+def rotation() -> str:
+    source = (ROOT / "vissl_lite/pretext/rotation.py").read_text()
+    return "```python\n" + source[source.index("def rotation_views") :].rstrip() + "\n```"
+
+
+def fill(file: Path, **makers) -> None:
+    text = file.read_text()
+    for name, make in makers.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+        if not pattern.search(text):
+            raise SystemExit(f"{file} has no {begin}")
+        content = f"{begin}\n{make()}\n{end}"
+        text = pattern.sub(lambda _, content=content: content, text)
+    file.write_text(text)
+
+
+if __name__ == "__main__":
+    fill(
+        ROOT / "benchmarks/README.md",
+        cifar10=cifar10,
+        few_labels=few_labels,
+        throughput=throughput,
+        views=views,
+    )
+    fill(ROOT / "README.md", demo=demo, rotation=rotation)
