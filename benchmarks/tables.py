@@ -97,7 +97,7 @@ def views() -> str:
         if name != "made"
     ]
     command = "python benchmarks/views.py --small DATA/cifar10/train --large DATA/bccd/JPEGImages"
-    header = ["", "32 px, CIFAR files", "224 px, 640×480 JPEGs"]
+    header = ["", "32 px, CIFAR files", "224 px, 640x480 JPEGs"]
     return table(header, rows) + "\n\n" + made(results, command)
 
 

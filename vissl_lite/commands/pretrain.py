@@ -102,7 +102,7 @@ def pretrain(
         image_size: Side in pixels; default that of --init, or of the images, at most 224.
         epochs: Times that every image is seen; default 100 without --max_time.
         max_time: Time budget, as HH:MM:SS or seconds; the schedule ends when it ends.
-        batch_size: Images a step over all devices; default 256, or all if there are fewer.
+        batch_size: Images a step over all devices; default 128, or all if there are fewer.
         init: Where to start: random, pretrained (timm's weights), a run, an encoder folder, or a
             file with a timm state dict.
         probe_data: Labelled images to judge the encoder by while it trains (kNN, on validation
@@ -141,7 +141,7 @@ def pretrain(
 
     options = _Options(**{k: v for k, v in config.items() if k in _Options.__annotations__})
     paths = find_images(options.data)
-    size = min(options.batch_size or 256, len(paths))
+    size = min(options.batch_size or 128, len(paths))
     if options.batch_size is not None and options.batch_size > len(paths):
         raise UserError(f"--batch_size {options.batch_size} is larger than the data set: "
                         f"{len(paths)} images")  # fmt: skip

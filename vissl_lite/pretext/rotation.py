@@ -47,7 +47,7 @@ class Rotation(PretextTask):
         smallest_crop: smallest share of the image's area in a view.
     """
 
-    optimizer_settings = OptimizerSettings("adamw", lr=1e-3, weight_decay=0.05)
+    optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4)
 
     def __init__(self, encoder: Encoder, smallest_crop: float = 0.5) -> None:
         super().__init__(encoder)
