@@ -70,6 +70,11 @@ def _run(verb: str, given: list[str]) -> None:
     parser = make_parser(verb, function, pretext)
     options = parser.parse_args(given).as_dict()
     options.pop("config", None)
+    if options.get("resume") and (Path(options["out"]) / "config.yaml").is_file():
+        # The run's own options were read first: any that differs now was given to contradict them.
+        from vissl_lite.run import resumed_config
+
+        resumed_config(Path(options["out"]), options, defaults={})
     function(**options)
 
 
@@ -145,13 +150,20 @@ def _prepare(function: Callable[..., Any], given: list[str]) -> tuple[list[str],
         run = Path(at["--out"]) / "config.yaml"
         if run.is_file():
             configs.insert(0, _read_yaml(run))
-    pretext = "simclr"
-    for config in configs:
-        if isinstance(config.get("pretext"), str):
-            config["pretext"] = {"name": config["pretext"]}
-        pretext = config.get("pretext", {}).get("name", pretext)
+    pretext = at.get("--pretext.name")
+    for config in reversed(configs):  # the last one to name a pretext wins
+        if "pretext" not in config:
+            continue
+        named = config["pretext"]
+        named = {"name": named} if isinstance(named, str) else named
+        if not isinstance(named, dict) or not isinstance(named.get("name", ""), str):
+            raise UserError(f"pretext: {named} is neither a name nor a mapping with one")
+        pretext = pretext or named.get("name")
+        if named.get("name", pretext) != pretext:
+            named = {"name": named["name"]}  # another pretext's hyperparameters do not count
+        config["pretext"] = named
     front = [f"--config={yaml.safe_dump(config, sort_keys=False)}" for config in configs]
-    return front + rewritten, at.get("--pretext.name", pretext)
+    return front + rewritten, pretext or "simclr"
 
 
 def _split_option(word: str) -> list[str]:
@@ -178,13 +190,15 @@ def _read_yaml(file: str | Path) -> dict[str, Any]:
 
 def _one_line(message: str, known: Sequence[str]) -> str:
     """jsonargparse's message as one line that says what was given and what would work."""
-    unknown = re.search(r"(?:Unrecognized arguments|unrecognized arguments): *(--[\w.]+)", message)
-    unknown = unknown or re.search(r"[Kk]ey '?\"?([\w.]+)'?\"? is not expected", message)
-    if unknown:
-        name = f"--{unknown[1].removeprefix('--')}"
+    grouped = re.search(r"Group '(\w+)' does not accept option '([\w.]+)'", message)
+    unknown = re.search(r"[Uu]nrecognized arguments: *(--[\w.]+)", message)
+    unknown = unknown or re.search(r"Option '([\w.]+)' is not accepted", message)
+    name = f"{grouped[1]}.{grouped[2]}" if grouped else unknown[1] if unknown else None
+    if name is not None:
+        name = f"--{name.removeprefix('--')}"
         return f"unknown option {name}: {did_you_mean(name, known)}"
     wrong = re.search(r'Parser key "([\w.]+)":', message)
-    value = re.search(r"Given value: (.*)", message)
+    value = re.search(r"(?:Given|Got) value: (.*)", message)
     expected = re.findall(r"Expected an? <class '(\w+)'>", message)
     if wrong and value and expected:
         kinds = " or ".join(dict.fromkeys(kind for kind in expected if kind != "NoneType"))

@@ -57,6 +57,27 @@ class Encoder(nn.Module):
         self.mean: tuple[float, ...] = tuple(config["mean"])
         self.std: tuple[float, ...] = tuple(config["std"])
 
+    def use_image_size(self, size: int) -> None:
+        """Take images of another size.
+
+        Args:
+            size: side in pixels.
+
+        Raises:
+            UserError: the backbone can't take it.
+        """
+        device = next(self.parameters()).device
+        was_training = self.training
+        try:
+            with torch.no_grad():
+                self.eval()(torch.zeros(1, len(self.mean), size, size, device=device))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            reason = _first_line(error)
+            raise UserError(f"{self.backbone} can't be built for {size} pixels: {reason}") from None
+        finally:
+            self.train(was_training)
+        self.image_size = size
+
     def train(self, mode: bool = True) -> "Encoder":
         self.model.training = mode  # the model itself is no child, see above
         return super().train(mode)
@@ -164,8 +185,16 @@ def build_encoder(
         except (AssertionError, ValueError, RuntimeError) as error:
             raise UserError(f"{backbone} can't be built for {image_size} pixels: {error}") from None
     assert model is not None
-    size = image_size or int(model.pretrained_cfg["input_size"][-1])  # type: ignore[index]
-    return Encoder(model, model_args, size)
+    config: Any = model.pretrained_cfg
+    encoder = Encoder(model, model_args, int(config["input_size"][-1]))
+    if image_size is not None:
+        encoder.use_image_size(image_size)
+    return encoder
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0][:200] if lines else type(error).__name__
 
 
 def _create(backbone: str, pretrained: bool, model_args: dict[str, Any]) -> nn.Module:
@@ -187,7 +216,7 @@ def _create(backbone: str, pretrained: bool, model_args: dict[str, Any]) -> nn.M
             raise UserError(f"timm has no pre-trained weights for {backbone}") from None
         raise
     except Exception as error:  # the hub's client raises what its HTTP library raises
-        reason = str(error).splitlines()[0].split(". ")[0]
+        reason = _first_line(error).split(". ")[0]
         raise UserError(
             f"the pre-trained weights of {backbone} can't be downloaded and are not in the cache "
             f"({reason}); give a file with --init FILE, or start from --init random"
@@ -305,10 +334,12 @@ def load_model(folder: Path, num_classes: int | None = None) -> tuple[Any, dict[
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         name, saved = config["architecture"], config["pretrained_cfg"]
-        _ = saved["mean"], saved["std"], saved["input_size"]
-        model_args = config.get("model_args", {})
+        _ = tuple(saved["mean"]), tuple(saved["std"]), int(saved["input_size"][-1])
+        model_args = dict(config.get("model_args", {}))
+        if not isinstance(name, str):
+            raise TypeError(f"architecture {name}")
         has_classes = config.get("num_classes", saved.get("num_classes", 0))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / CONFIG} is damaged: {error!r}") from None
     if not timm.is_model(name):
         raise UserError(f"{folder / CONFIG}: unknown backbone {name}")
@@ -316,9 +347,12 @@ def load_model(folder: Path, num_classes: int | None = None) -> tuple[Any, dict[
         saved = saved | {"label_names": config["label_names"]}
     classes = has_classes if num_classes is None else num_classes
     overlay = {key: value for key, value in saved.items() if key != "tag"}
-    model = timm.create_model(
-        name, num_classes=classes, pretrained_cfg_overlay=overlay, **model_args
-    )
+    try:
+        model = timm.create_model(
+            name, num_classes=classes, pretrained_cfg_overlay=overlay, **model_args
+        )
+    except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError) as error:
+        raise UserError(f"{folder / CONFIG} is damaged: {_first_line(error)}") from None
     weights = read_weights(folder / WEIGHTS)
     if classes == 0 and has_classes:
         weights = _without_classifier(weights, model)
@@ -341,6 +375,13 @@ def load_weights(encoder: Encoder, file: Path) -> None:
     _load(encoder.model, weights, str(file), encoder.backbone)
 
 
+# What torch.load raises on bytes that are no checkpoint, whatever they happen to mean as a pickle
+_UNREADABLE = (
+    pickle.UnpicklingError, SafetensorError, RuntimeError, OSError, EOFError, LookupError,
+    ValueError, TypeError, AttributeError,
+)  # fmt: skip
+
+
 def read_weights(file: Path) -> dict[str, Tensor]:
     """Read tensors by name from a safetensors or torch file; nothing is unpickled but tensors.
 
@@ -353,8 +394,8 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{file} does not exist") from None
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, SafetensorError) as error:
-        reason = str(error).splitlines()[0][:200]
+    except _UNREADABLE as error:
+        reason = _first_line(error)
         if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower():
             reason = "it holds pickled Python objects beside tensors, which are never executed"
         raise UserError(f"{file} can't be loaded: {reason}") from None

@@ -54,6 +54,8 @@ def check_out(out: Path, resume: bool = False, overwrite: bool = False) -> None:
         if not overwrite:
             raise UserError(f"{out} holds another run: give a new folder, or --overwrite")
     parent = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not parent.is_dir():
+        raise UserError(f"{out} can't be made: {parent} is a file")
     if not os.access(parent, os.W_OK):
         raise UserError(f"{out} can't be written: no permission in {parent}")
 
@@ -163,8 +165,9 @@ def resumed_config(
 
     Args:
         out: the run.
-        given: the parameters now; one that has its default value agrees with everything.
-        defaults: of the function, by parameter.
+        given: the parameters now.
+        defaults: of the function, by parameter: a value that is its default agrees with everything,
+            since a function can't tell whether it was given.
 
     Raises:
         UserError: options contradict the run; all are named.
@@ -176,13 +179,17 @@ def resumed_config(
         for name, value in flatten(given).items()
         if name not in FREE_TO_CHANGE
         and name in own
-        and value != own[name]
+        and _listed(value) != _listed(own[name])
         and value != usual.get(name)
     ]
     if contradictions:
         raise UserError(f"these options contradict the run {out}: {', '.join(contradictions)}")
     free = {name: value for name, value in given.items() if name in FREE_TO_CHANGE}
     return {**given, **config, **free}
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -59,6 +59,21 @@ def test_the_same_key_gives_the_same_pixels_whatever_was_drawn_before() -> None:
     assert same(two_views()(gradient(), *key), first)
 
 
+class OneDraw(A.ImageOnlyTransform):
+    """Takes half a 64-bit word from the generator, which keeps the other half for later."""
+
+    def apply(self, img: np.ndarray, **_: Any) -> np.ndarray:
+        draw = self.random_generator.integers(0, 2**32, dtype=np.uint32)
+        return np.full_like(img, draw % 251)
+
+
+def test_nothing_is_left_over_from_one_view_for_the_next() -> None:
+    views = Views([[OneDraw(p=1)]], shortest=SIZE)
+    first = [views(gradient(), 0, 0, index) for index in range(8)]
+    again = [views(gradient(), 0, 0, index) for index in reversed(range(8))][::-1]
+    assert all(same(a, b) for a, b in zip(first, again, strict=True))
+
+
 def test_a_views_pixels_do_not_depend_on_the_views_beside_it() -> None:
     beside = Views([[random_crop(SIZE, 0.2)], [A.GaussNoise(p=1)]], shortest=SIZE)
     alone = Views([[random_crop(SIZE, 0.2)]], shortest=SIZE)

@@ -108,6 +108,15 @@ def finetune(
     for name, share in (("warmup", warmup), ("label_smoothing", label_smoothing)):
         if not 0 <= share < 1:
             raise UserError(f"--{name} {share} is not a share: it must be in [0, 1)")
+    for name, number in (("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
+        if number is not None and number < 1:
+            raise UserError(f"--{name} {number} must be at least 1")
+    if lr <= 0:
+        raise UserError(f"--lr {lr} must be above 0")
+    if seed < 0:
+        raise UserError(f"--seed {seed} must not be negative")
+    if not 0 < smallest_crop <= 1:
+        raise UserError(f"--smallest_crop {smallest_crop} is not a share: above 0, at most 1")
     check_out(Path(out), overwrite=overwrite)
     labelled = take_labels(load_labelled(data, seed), fraction, shots, seed)
     if batch_size is not None and batch_size > len(labelled.train):

@@ -153,6 +153,7 @@ def pretrain(
     torch.manual_seed(options.seed)
     encoder = make_encoder(options.backbone, options.image_size, options.init, paths)
     task = options.task(encoder)
+    views = task.views()
     task.optimizer_settings = options.optimizer_settings(task, size)
     seconds = parse_time(options.max_time)
     epochs = options.epochs if options.epochs or seconds else 100
@@ -167,7 +168,7 @@ def pretrain(
         batches = None if epochs is None else epochs * (len(paths) // size)
         rate = task.optimizer_settings.lr
         pace = Pace(rate, options.warmup, options.seed, batches, seconds, started)
-        dataset = ViewDataset(paths, task.views(), options.seed)
+        dataset = ViewDataset(paths, views, options.seed)
         stream = StreamData(dataset, size, epochs, pace, hardware.workers())
         watch = Watch(paths, labelled, stream, pace, options.seed)
         metrics = MetricsFile(run / METRICS) if is_main_process() else None
@@ -300,7 +301,8 @@ def make_encoder(
         encoder = load_encoder(init)
         if backbone is not None and backbone.split(".")[0] != encoder.backbone:
             raise UserError(f"--init {init} is a {encoder.backbone}, not --backbone {backbone}")
-        encoder.image_size = image_size or encoder.image_size
+        if image_size is not None:
+            encoder.use_image_size(image_size)
         return encoder
     size = image_size or suitable_size(paths)
     name = backbone or DEFAULT_BACKBONE

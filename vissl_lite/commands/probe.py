@@ -81,6 +81,8 @@ def probe(
         raise UserError(f"--k {k} must be at least 1")
     if temperature <= 0:
         raise UserError(f"--temperature {temperature} must be above 0")
+    if seed < 0:
+        raise UserError(f"--seed {seed} must not be negative")
     check_out(Path(out), overwrite=overwrite)
     labelled = take_labels(load_labelled(data, seed), fraction, shots, seed)
     torch.manual_seed(seed)
@@ -117,7 +119,8 @@ def encoder_for(source: str, image_size: int | None, labelled: LabelledImages) -
     if image_size is None and source.startswith("random:"):
         image_size = suitable_size(labelled.train.paths)
     encoder = load_encoder(source, image_size)
-    encoder.image_size = image_size or encoder.image_size
+    if image_size is not None:
+        encoder.use_image_size(image_size)
     return encoder
 
 

@@ -80,7 +80,7 @@ def _read_list(file: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} can't be read as a text file of paths: {error}") from None
     paths = [str(file.parent / line) for line in lines if line and not line.startswith("#")]
-    missing = [path for path in paths if not os.path.exists(path)]
+    missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
         raise UserError(f"{file} names {len(missing)} missing files, the first {missing[0]}")
     return paths
@@ -153,9 +153,10 @@ def _jpeg_frame(data: bytes) -> tuple[int, int, int] | None:
 
 def _is_plain_png(data: bytes) -> bool:
     """Whether a PNG is 8-bit grey or RGB without transparency, which OpenCV decodes as it is."""
-    return (
-        data[:8] == b"\x89PNG\r\n\x1a\n" and data[24] == 8 and data[25] in (0, 2)
-    ) and b"tRNS" not in data[33:1024]
+    if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 33:
+        return False
+    depth, kind = data[24], data[25]
+    return depth == 8 and kind in (0, 2) and b"tRNS" not in data[33 : data.find(b"IDAT")]
 
 
 def _read_with_pillow(data: bytes, path: str | Path) -> np.ndarray:
@@ -182,7 +183,7 @@ def _to_eight_bits(values: np.ndarray) -> np.ndarray:
         return values
     if np.issubdtype(values.dtype, np.floating):
         low, high = np.nanmin(values), np.nanmax(values)
-        scaled = (values - low) * (255.0 / max(high - low, np.finfo(np.float32).tiny))
+        scaled = (values - low) * (255.0 / ((high - low) or 1.0))
         return np.nan_to_num(scaled).round().astype(np.uint8)
     values = np.clip(values, 0, 65535)
     return (values // 16 if values.max() < 4096 else values // 257).astype(np.uint8)

@@ -222,6 +222,11 @@ def _read_csv(file: Path) -> dict[str, _Pairs]:
     label = _column(file, columns, _LABEL_COLUMNS)
     if not rows:
         raise UserError(f"{file} has no rows")
+    for row in rows:
+        for column in (path, label):
+            if not row[column]:
+                raise UserError(f"{file} has a row whose {column} is missing: {row}")
+    rows.sort(key=lambda row: row[path])  # the split must not depend on the order of rows
     pairs = [(str(file.parent / row[path]), row[label]) for row in rows]
     missing = [one for one, _ in pairs if not Path(one).is_file()]
     if missing:

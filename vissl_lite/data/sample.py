@@ -174,10 +174,11 @@ def _object(name: str, rng: Generator, size: int) -> Plane:
     and a centre that tell nothing about the class.
     """
     parts = _warp(SHAPES[name](rng), rng)
-    trial = _fill([Part(points / 4 + 0.5, ink) for points, ink in parts], 64, oversample=1)
-    rows, columns = np.nonzero(trial > 0)
-    centre = (np.array([columns.mean(), rows.mean()]) + 0.5) / 64 * 4 - 2
-    scale = np.sqrt(rng.uniform(*_LOOK.area) / (len(rows) / 64**2)) / 4
+    # one unit is a third of the trial's width; fine pixels, as polygons come out half a pixel fat
+    trial = _fill([Part(points / 3 + 0.5, ink) for points, ink in parts], 128, oversample=1)
+    rows, columns = np.nonzero(trial)
+    centre = ((np.array([columns.mean(), rows.mean()]) + 0.5) / 128 - 0.5) * 3
+    scale = np.sqrt(rng.uniform(*_LOOK.area) / trial.mean()) / 3
     place = rng.uniform(0.4, 0.6, 2)
     return _fill([Part((points - centre) * scale + place, ink) for points, ink in parts], size)
 
@@ -233,7 +234,7 @@ class _Look:
     pre-training then learns to tell noise from noise.
     """
 
-    area: tuple[float, float] = (0.16, 0.30)  # the object's share of the picture
+    area: tuple[float, float] = (0.14, 0.27)  # the object's share of the picture
     contrast: tuple[float, float] = (0.3, 0.5)  # brightness of the object against the ground
     scraps_behind: tuple[int, int] = (0, 3)
     scraps_before: tuple[int, int] = (0, 1)

@@ -5,6 +5,7 @@ repeats itself there and again every epoch. Here every view's generators are key
 (seed, epoch, image index, view number), so that a view is a pure function of those four.
 """
 
+import copy
 import os
 import random
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ import numpy as np
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 import albumentations as A  # noqa: N812
+
+from vissl_lite.errors import UserError
 
 ImageTransform: TypeAlias = A.BasicTransform | A.Compose
 
@@ -37,9 +40,12 @@ class Views:
         self._python = random.Random(0)
         generator = np.random.Generator(self._bits)
         made: dict[int, A.Compose] = {}
-        self._pipelines = [made.setdefault(id(p), A.Compose(list(p))) for p in pipelines]
-        for pipeline in made.values():
-            pipeline.set_random_state(generator, self._python)
+        for pipeline in pipelines:
+            # a copy: the same transforms may serve other Views, with generators of their own
+            made.setdefault(id(pipeline), A.Compose(copy.deepcopy(list(pipeline))))
+        self._pipelines = [made[id(pipeline)] for pipeline in pipelines]
+        for composed in made.values():
+            composed.set_random_state(generator, self._python)
 
     def __len__(self) -> int:
         return len(self._pipelines)
@@ -78,7 +84,12 @@ def random_crop(size: int, smallest: float) -> ImageTransform:
     Args:
         size: side in pixels.
         smallest: smallest share of the image's area, in (0, 1].
+
+    Raises:
+        UserError: the share is out of range.
     """
+    if not 0 < smallest <= 1:
+        raise UserError(f"smallest_crop {smallest} is not a share: it must be above 0, at most 1")
     return A.RandomResizedCrop((size, size), scale=(smallest, 1.0))
 
 

@@ -51,7 +51,10 @@ def effective_rank(features: np.ndarray) -> float:
 
     Returns:
         The exponential of the entropy of the normalised singular values, between 1 and min(N, D).
+        Not a number if a feature is none.
     """
+    if not np.isfinite(features).all():
+        return float("nan")
     values = np.linalg.svd(features.astype(np.float64), compute_uv=False)
     shares = values / max(values.sum(), 1e-300) + 1e-7
     return float(np.exp(-(shares * np.log(shares)).sum()))
@@ -146,8 +149,14 @@ class Watch(Callback):
 
     def _judge(self) -> None:
         std, rank = self.last["feature_std"], self.last["effective_rank"]
-        bad = not np.isfinite(std) or std < COLLAPSED_STD or rank < COLLAPSED_RANK
-        if bad and self.pace.batches > 0 and not self.collapsed:
+        diverged = not np.isfinite(std)
+        bad = diverged or std < COLLAPSED_STD or rank < COLLAPSED_RANK
+        if diverged and self.pace.batches > 0:
+            log.warning(
+                "The training has diverged: the features are no longer finite numbers. Try a lower "
+                "--lr or a longer --warmup."
+            )
+        elif bad and self.pace.batches > 0 and not self.collapsed:
             log.warning(
                 "The encoder has collapsed: it gives nearly the same features for all images "
                 "(feature_std %.3f, effective_rank %.1f). Try a lower --lr, a longer --warmup, a "

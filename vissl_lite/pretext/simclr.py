@@ -16,6 +16,7 @@ from vissl_lite.data.views import (
     random_crop,
 )
 from vissl_lite.encoder import Encoder
+from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import PretextTask
 from vissl_lite.pretext.heads import mlp
@@ -56,7 +57,7 @@ class SimCLR(PretextTask):
         vertical_flip: flip upside down too.
     """
 
-    # The paper's LARS is for batches of thousands; at 64 to 256 AdamW with a high rate learns faster.
+    # The paper's LARS is for batches of thousands; at 64 to 256 AdamW learns faster.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4)
 
     def __init__(
@@ -71,6 +72,8 @@ class SimCLR(PretextTask):
         vertical_flip: bool = False,
     ) -> None:
         super().__init__(encoder)
+        if temperature <= 0:
+            raise UserError(f"--pretext.temperature {temperature} must be above 0")
         features = encoder.num_features
         self.head = mlp(features, hidden_size or features, projection_size)
         self.temperature = temperature
