@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from vissl_lite.data.images import BROKEN_IMAGE, read_image, resize_and_crop
-from vissl_lite.data.stream import yielding_worker
+from vissl_lite.data.stream import single_threaded
 from vissl_lite.encoder import Normalize
 from vissl_lite.errors import UserError
 from vissl_lite.training.hardware import cpu_has_bf16
@@ -81,7 +81,7 @@ def run_over(
         # a worker costs a tenth of a second to start, and few images are read as fast here
         num_workers=0 if len(paths) < 512 else (8 if torch.cuda.is_available() else 1),
         collate_fn=_collate,
-        worker_init_fn=yielding_worker,
+        worker_init_fn=single_threaded,
     )
     outputs: list[list[Tensor]] = []
     good: list[bool] = []

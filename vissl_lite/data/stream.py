@@ -5,7 +5,6 @@ resuming continues with the very batch that came next, and no worker waits at th
 """
 
 import itertools
-import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -133,12 +132,9 @@ def collate(items: Sequence[Item]) -> Batch:
     return Batch(views, indices, [path for item in items for path in item.broken])
 
 
-def yielding_worker(worker: int) -> None:
-    """Start of a data worker: one thread, and at low priority, so that the training step comes
-    first wherever the two compete for a core."""
+def single_threaded(worker: int) -> None:
+    """Start of a data worker: OpenCV on one thread. (A lower priority made training slower.)"""
     cv2.setNumThreads(0)
-    if hasattr(os, "nice"):
-        os.nice(10)
 
 
 def stream(
@@ -150,7 +146,7 @@ def stream(
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=collate,
-        worker_init_fn=yielding_worker,
+        worker_init_fn=single_threaded,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
     )
