@@ -11,7 +11,7 @@ through LightlyDataset (the example's own commented-out line) with two workers a
 the encoder is timm's resnet18 and not torchvision's. The two networks are the same, but timm starts
 the last batch norm of each block at zero; --torchvision_init starts them at one, as in the example.
 
-    python lightly_simclr.py --data /tmp/data/cifar10/train --out /tmp/lightly_simclr --minutes 8
+    python lightly_simclr.py --data DATA/cifar10/train --out RUN --minutes 8
 
 Writes OUT/encoder, for timm.create_model("local-dir:OUT/encoder", pretrained=True), and
 OUT/result.json, which it also prints as one JSON line, the last on stdout.

@@ -20,8 +20,8 @@ the first step run from before the peer is imported to the end of its first opti
 cores_used says what the training process, its workers aside, got of the machine while it was timed;
 well below the number of cores, at 224 pixels, it means that other work slowed the run.
 
-    python throughput.py --data /tmp/data/ucmerced --peer lightly --steps 30
-    python throughput.py --data /tmp/data/bccd/JPEGImages --peer lightly-train --steps 30
+    python throughput.py --data DATA/ucmerced --peer lightly --steps 30
+    python throughput.py --data DATA/bccd/JPEGImages --peer lightly-train --steps 30
 
 Prints one JSON line on stdout; what the peer prints goes to stderr.
 """

@@ -57,8 +57,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--small", default="/tmp/data/cifar10/train", help="files for 32 pixels")
-    parser.add_argument("--large", default="/tmp/data/bccd/JPEGImages", help="files for 224 pixels")
+    parser.add_argument("--small", required=True, help="files for 32 pixels")
+    parser.add_argument("--large", required=True, help="files for 224 pixels")
     parser.add_argument("--seconds", type=float, default=15.0, help="timed, for each")
     args = parser.parse_args()
 

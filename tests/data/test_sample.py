@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vissl_lite.data.sample import CLASSES, draw, make_sample_data
+from vissl_lite.data.drawing import CLASSES, draw
+from vissl_lite.data.sample import make_sample_data
 from vissl_lite.errors import UserError
 
 COUNTS = {"unlabelled": 12, "train": 20, "val": 10, "test": 30}

@@ -13,7 +13,7 @@ PER_EPOCH = IMAGES // BATCH
 
 
 def views() -> Views:
-    one = [random_crop(16, 0.3), *flip(), *colour_distortion(0.5)]
+    one = [random_crop(16, 0.3), flip(), *colour_distortion(0.5)]
     return Views([one, one], shortest=16)
 
 
@@ -197,4 +197,4 @@ def test_an_error_of_ours_is_not_taken_for_a_broken_image(photos: Path) -> None:
 
     data = dataset(photos)
     with pytest.raises(ZeroDivisionError):
-        ViewDataset(data.paths, Failing([flip()], shortest=16), 0)[0, 0]
+        ViewDataset(data.paths, Failing([[flip()]], shortest=16), 0)[0, 0]

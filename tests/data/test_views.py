@@ -26,7 +26,7 @@ def gradient() -> np.ndarray:
 
 
 def two_views() -> Views:
-    one = [random_crop(SIZE, 0.2), *flip(vertical=True), *colour_distortion(1.0), blur(SIZE)]
+    one = [random_crop(SIZE, 0.2), flip(upright=False), *colour_distortion(1.0), blur(SIZE)]
     nested = A.OneOf([A.GaussNoise(p=1), A.Posterize(p=1)], p=0.5)
     one.append(nested)
     return Views([one, one], shortest=SIZE)
@@ -119,7 +119,7 @@ def test_the_images_of_a_batch_get_different_crops() -> None:
 
 @pytest.mark.parametrize("axis", ["seed", "epoch", "index"])
 def test_flips_are_even_along_each_part_of_the_key(axis: str) -> None:
-    views = Views([flip(), flip()], shortest=SIZE)
+    views = Views([[flip()], [flip()]], shortest=SIZE)
     image = gradient()
     flipped = np.array(
         [
@@ -162,9 +162,9 @@ def test_the_smallest_crop_of_a_decoded_image_needs_no_enlarging(smallest: float
     assert 99 <= shorter <= 100
 
 
-def test_flips_are_horizontal_unless_vertical_ones_are_asked_for() -> None:
+def test_flips_are_horizontal_where_images_have_an_up() -> None:
     image = gradient()
-    for vertical, corners in ((False, 2), (True, 4)):
-        views = Views([flip(vertical)], shortest=SIZE)
+    for upright, corners in ((True, 2), (False, 4)):
+        views = Views([[flip(upright)]], shortest=SIZE)
         seen = {tuple(views(image, 0, 0, index)[0][0, 0]) for index in range(40)}
         assert len(seen) == corners

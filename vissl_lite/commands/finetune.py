@@ -61,6 +61,7 @@ def finetune(
     balanced: bool = False,
     patience: int | None = 10,
     smallest_crop: float = 0.35,
+    upright: bool = True,
     seed: int = 0,
     precision: str = "auto",
     num_workers: int | None = None,
@@ -92,6 +93,8 @@ def finetune(
         patience: Stop after so many of the 25 looks at the validation images without a better
             accuracy; null never stops early.
         smallest_crop: Smallest share of the image's area in a training view.
+        upright: Whether the images have an up; without one, as from a microscope, training views
+            are turned and flipped in all directions.
         seed: Of everything random, the part of the labels included.
         precision: auto, or one of Lightning's such as 32-true or bf16-mixed.
         num_workers: Data workers; default by the cores there are.
@@ -136,6 +139,7 @@ def finetune(
         balanced=balanced,
         patience=patience,
         smallest_crop=smallest_crop,
+        upright=upright,
         seed=seed,
     )
     with open_run(Path(out), config) as run:

@@ -101,9 +101,14 @@ def crop_decode_size(size: int, smallest: float) -> int:
     return int(size / (smallest * 0.75) ** 0.5)
 
 
-def flip(vertical: bool = False) -> list[ImageTransform]:
-    """Horizontal flip with probability 1/2, and a vertical one too if asked for."""
-    return [A.HorizontalFlip(p=0.5)] + ([A.VerticalFlip(p=0.5)] if vertical else [])
+def flip(upright: bool = True) -> ImageTransform:
+    """A flip that leaves the meaning of an image.
+
+    Args:
+        upright: the images have an up: flip left and right, half of the time. Else any of the
+            eight flips and quarter turns of a square.
+    """
+    return A.HorizontalFlip(p=0.5) if upright else A.D4(p=1.0)
 
 
 def colour_distortion(strength: float) -> list[ImageTransform]:

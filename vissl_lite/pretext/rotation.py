@@ -21,7 +21,7 @@ def rotation_views(size: int, smallest_crop: float) -> Views:
         size: side in pixels.
         smallest_crop: smallest share of the image's area.
     """
-    one = [random_crop(size, smallest_crop), *flip()]
+    one = [random_crop(size, smallest_crop), flip()]
     return Views([one], shortest=crop_decode_size(size, smallest_crop))
 
 

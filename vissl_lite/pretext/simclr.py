@@ -24,7 +24,7 @@ from vissl_lite.pretext.losses import nt_xent
 
 
 def simclr_views(
-    size: int, smallest_crop: float, colour: float, use_blur: bool, vertical_flip: bool
+    size: int, smallest_crop: float, colour: float, use_blur: bool, upright: bool
 ) -> Views:
     """Two views, each a random crop, flipped, its colours distorted, perhaps blurred (section 3).
 
@@ -33,9 +33,9 @@ def simclr_views(
         smallest_crop: smallest share of the image's area.
         colour: strength of the colour distortion.
         use_blur: blur half of the views.
-        vertical_flip: flip upside down too: for pictures without an up, such as from a microscope.
+        upright: whether the images have an up.
     """
-    one = [random_crop(size, smallest_crop), *flip(vertical_flip), *colour_distortion(colour)]
+    one = [random_crop(size, smallest_crop), flip(upright), *colour_distortion(colour)]
     if use_blur:
         one.append(blur(size))
     return Views([one, one], shortest=crop_decode_size(size, smallest_crop))
@@ -54,7 +54,8 @@ class SimCLR(PretextTask):
         colour: strength of the colour distortion; default 1 as for ImageNet, 0.5 for images below
             64 pixels as for CIFAR-10 (appendix B.9).
         blur: blur half of the views; default not below 64 pixels (appendix B.9).
-        vertical_flip: flip upside down too.
+        upright: whether the images have an up. Without one, as from a microscope or a satellite,
+            views are turned and flipped in all directions.
     """
 
     # The paper's LARS is for batches of thousands; at 64 to 256 AdamW learns faster.
@@ -69,7 +70,7 @@ class SimCLR(PretextTask):
         smallest_crop: float = 0.2,
         colour: float | None = None,
         blur: bool | None = None,
-        vertical_flip: bool = False,
+        upright: bool = True,
     ) -> None:
         super().__init__(encoder)
         if temperature <= 0:
@@ -81,11 +82,11 @@ class SimCLR(PretextTask):
         self.smallest_crop = smallest_crop
         self.colour = colour if colour is not None else (0.5 if small else 1.0)
         self.blur = blur if blur is not None else not small
-        self.vertical_flip = vertical_flip
+        self.upright = upright
 
     def views(self) -> Views:
         return simclr_views(
-            self.encoder.image_size, self.smallest_crop, self.colour, self.blur, self.vertical_flip
+            self.encoder.image_size, self.smallest_crop, self.colour, self.blur, self.upright
         )
 
     def loss(self, views: list[Tensor]) -> Tensor:

@@ -55,6 +55,7 @@ class ClassifierSettings:
         patience: stop after so many looks at the validation part without a better accuracy; there
             are 25 looks in a training. None never stops early.
         smallest_crop: smallest share of the image's area in a training view.
+        upright: whether the images have an up; without one they are turned and flipped.
         seed: of everything random.
     """
 
@@ -67,6 +68,7 @@ class ClassifierSettings:
     balanced: bool = False
     patience: int | None = 10
     smallest_crop: float = 0.35
+    upright: bool = True
     seed: int = 0
 
 
@@ -145,14 +147,15 @@ class _KeepBest(Callback):
             trainer.should_stop = True
 
 
-def classifier_views(size: int, smallest_crop: float) -> Views:
+def classifier_views(size: int, smallest_crop: float, upright: bool) -> Views:
     """One training view: a random crop, perhaps flipped.
 
     Args:
         size: side in pixels.
         smallest_crop: smallest share of the image's area.
+        upright: whether the images have an up; see ``flip``.
     """
-    one = [random_crop(size, smallest_crop), *flip()]
+    one = [random_crop(size, smallest_crop), flip(upright)]
     return Views([one], shortest=crop_decode_size(size, smallest_crop))
 
 
@@ -195,7 +198,7 @@ def train_classifier(
     normalize = Normalize(encoder.mean, encoder.std)
     task = Classifier(model, normalize, data.train.labels, settings)
     pace = Pace(settings.optimizer.lr, settings.warmup, settings.seed, epochs * per_epoch)
-    views = classifier_views(encoder.image_size, settings.smallest_crop)
+    views = classifier_views(encoder.image_size, settings.smallest_crop, settings.upright)
     dataset = ViewDataset(data.train.paths, views, settings.seed)
     weights = None
     if settings.balanced:
