@@ -58,7 +58,7 @@ def few_labels(name: str, encoder: str, data: Path, out: Path) -> dict:
         few = ["--encoder", encoder, "--data", data, "--fraction", 0.01, "--seed", seed]
         command("probe", *few, "--image_size", 32, "--out", f"{run}-linear")
         linear.append(results_of(Path(f"{run}-linear"))["linear"])
-        command("finetune", *few, "--image_size", 32, "--out", run)
+        command("finetune", *few, "--image_size", 32, "--epochs", 30, "--out", run)
         tuned.append(results_of(run)["test"]["top1"])
     return {
         measure: {"mean": float(np.mean(v)), "std": float(np.std(v, ddof=1)), "runs": v}

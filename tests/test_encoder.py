@@ -477,3 +477,11 @@ def test_a_file_of_anything_else_is_no_state_dict(content: Any, tmp_path: Path) 
 def test_a_missing_file_is_a_mistake(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         read_weights(tmp_path / name)
+
+
+def test_a_folder_that_timm_itself_saved_loads(tmp_path: Path) -> None:
+    model = timm.create_model("test_resnet", num_classes=0).eval()
+    timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(load_encoder(tmp_path).eval()(images), model(images))

@@ -336,6 +336,7 @@ def load_model(folder: Path, num_classes: int | None = None) -> tuple[Any, dict[
         name, saved = config["architecture"], config["pretrained_cfg"]
         _ = tuple(saved["mean"]), tuple(saved["std"]), int(saved["input_size"][-1])
         model_args = dict(config.get("model_args", {}))
+        model_args.pop("num_classes", None)  # timm writes it here too
         if not isinstance(name, str):
             raise TypeError(f"architecture {name}")
         has_classes = config.get("num_classes", saved.get("num_classes", 0))
