@@ -79,7 +79,11 @@ def main() -> None:
         if arm == "lightly":
             if options.peer_python is None:
                 continue
-            script = [options.peer_python, str(HERE / "peers" / "lightly_simclr.py")]
+            script = [
+                options.peer_python,
+                str(HERE / "peers" / "lightly_simclr.py"),
+                "--torchvision_init",
+            ]
             where = ["--data", str(data / "train"), "--out", str(out / "lightly")]
             peer = last_json_line([*script, *where, "--minutes", str(options.minutes)])
             scores = judge("lightly", str(out / "lightly" / "encoder"), data, out)
