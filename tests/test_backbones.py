@@ -55,3 +55,10 @@ def test_it_differs_from_timms_resnet_in_the_stem_alone() -> None:
 def test_other_numbers_of_channels_work() -> None:
     model = timm.create_model("resnet18_cifar", in_chans=1, num_classes=3)
     assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 3)
+
+
+def test_the_slim_one_is_half_as_wide_and_configured(caplog: pytest.LogCaptureFixture) -> None:
+    slim, full = (timm.create_model(n, num_classes=0) for n in ("resnet10t_slim", "resnet10t"))
+    assert not caplog.records  # timm warns of a model without configuration
+    assert slim.num_features * 2 == full.num_features == 512
+    assert slim.feature_info[-1]["num_chs"] == 256

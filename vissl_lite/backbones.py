@@ -37,8 +37,14 @@ _CONFIG = {
     "classifier": "fc",
     "url": "",
 }
+_SLIM = {**_CONFIG, "input_size": (3, 64, 64), "pool_size": (2, 2), "first_conv": "conv1.0"}
 default_cfgs = generate_default_cfgs(
-    dict.fromkeys(("resnet18_cifar", "resnet34_cifar", "resnet50_cifar"), _CONFIG)
+    {
+        "resnet18_cifar": _CONFIG,
+        "resnet34_cifar": _CONFIG,
+        "resnet50_cifar": _CONFIG,
+        "resnet10t_slim": _SLIM,
+    }
 )
 
 
