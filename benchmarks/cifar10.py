@@ -58,12 +58,24 @@ def few_labels(name: str, encoder: str, data: Path, out: Path) -> dict:
         few = ["--encoder", encoder, "--data", data, "--fraction", 0.01, "--seed", seed]
         command("probe", *few, "--image_size", 32, "--out", f"{run}-linear")
         linear.append(results_of(Path(f"{run}-linear"))["linear"])
-        command("finetune", *few, "--image_size", 32, "--epochs", 30, "--out", run)
+        command("finetune", *few, "--image_size", 32, "--epochs", 15, "--out", run)
         tuned.append(results_of(run)["test"]["top1"])
     return {
         measure: {"mean": float(np.mean(v)), "std": float(np.std(v, ddof=1)), "runs": v}
         for measure, v in (("linear", linear), ("finetuned", tuned))
     }
+
+
+def train_lightly(python: str, data: Path, out: Path, minutes: float) -> None:
+    script = [python, str(HERE / "peers" / "lightly_simclr.py"), "--torchvision_init"]
+    where = ["--data", str(data / "train"), "--out", str(out / "lightly")]
+    last_json_line([*script, *where, "--minutes", str(minutes)])
+
+
+def train(arm: str, data: Path, out: Path, minutes: float) -> None:
+    config = HERE.parent / "configs" / "cifar10" / OURS[arm]
+    where = ["--data", data / "train", "--out", out / arm]
+    command("pretrain", "--config", config, *where, "--max_time", round(minutes * 60))
 
 
 def main() -> None:
@@ -73,41 +85,32 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--peer_python", help="interpreter of the environment with lightly")
     parser.add_argument("--arms", nargs="+", default=["lightly", *OURS, "untrained", "few"])
+    parser.add_argument("--steps", nargs="+", default=["train", "judge"])
     options = parser.parse_args()
     data, out = options.data, options.out
     for arm in options.arms:
-        if arm == "lightly":
-            if options.peer_python is None:
-                continue
-            script = [
-                options.peer_python,
-                str(HERE / "peers" / "lightly_simclr.py"),
-                "--torchvision_init",
-            ]
-            where = ["--data", str(data / "train"), "--out", str(out / "lightly")]
-            peer = last_json_line([*script, *where, "--minutes", str(options.minutes)])
-            scores = judge("lightly", str(out / "lightly" / "encoder"), data, out)
-            keep("cifar10", {"lightly": {**peer, **scores}})
+        if arm == "few":
+            scratch = few_labels("untrained", "random:resnet18", data, out)
+            trained = few_labels("simclr", str(out / "simclr"), data, out)
+            keep("few_labels", {"untrained": scratch, "simclr": trained})
         elif arm == "untrained":
             keep("cifar10", {"untrained": judge(arm, "random:resnet18", data, out)})
-        elif arm == "few":
-            scratch = few_labels("untrained", "random:resnet18", data, out)
-            keep("cifar10", {"few_labels": {"untrained": scratch}})
-            trained = few_labels("simclr", str(out / "simclr"), data, out)
-            keep("cifar10", {"few_labels": {"untrained": scratch, "simclr": trained}})
+        elif arm == "lightly":
+            if "train" in options.steps:
+                train_lightly(options.peer_python, data, out, options.minutes)
+            if "judge" in options.steps:
+                peer = json.loads((out / "lightly" / "result.json").read_text())
+                scores = judge("lightly", str(out / "lightly" / "encoder"), data, out)
+                keep("cifar10", {"lightly": {**peer, **scores}})
         else:
-            config = HERE.parent / "configs" / "cifar10" / OURS[arm]
-            seconds = round(options.minutes * 60)
-            command(
-                "pretrain", "--config", config, "--data", data / "train", "--out", out / arm,
-                "--max_time", seconds,
-            )  # fmt: skip
-            run = results_of(out / arm)
-            size = read_config(out / arm)["batch_size"]
-            speed = run["steps"] * size / run["seconds"]
-            scores = judge(arm, str(out / arm), data, out)
-            row = {"images_per_second": speed, "epochs": run["epochs"], **scores}
-            keep("cifar10", {arm: {**row, "seconds": run["seconds"]}})
+            if "train" in options.steps:
+                train(arm, data, out, options.minutes)
+            if "judge" in options.steps:
+                run = results_of(out / arm)
+                speed = run["steps"] * read_config(out / arm)["batch_size"] / run["seconds"]
+                scores = judge(arm, str(out / arm), data, out)
+                row = {"seconds": run["seconds"], "epochs": run["epochs"], **scores}
+                keep("cifar10", {arm: {"images_per_second": speed, **row}})
 
 
 if __name__ == "__main__":

@@ -50,18 +50,19 @@ def cifar10() -> str:
         r = results[arm]
         speed = f"{r['images_per_second']:.0f}" if "images_per_second" in r else ""
         best = f"{r['best_layer_knn']:.3f} / {r['best_layer_linear']:.3f} ({r['best_layer']})"
-        rows.append([name, speed, f"{r['knn']:.3f}", f"{r['linear']:.3f}", best])
-    header = ["encoder", "images/s", "kNN", "linear", "best stage: kNN / linear"]
+        minutes = f"{r['seconds'] / 60:.0f}" if "seconds" in r else ""
+        rows.append([name, minutes, speed, f"{r['knn']:.3f}", f"{r['linear']:.3f}", best])
+    header = ["encoder", "minutes", "images/s", "kNN", "linear", "best stage: kNN / linear"]
     command = "python benchmarks/cifar10.py --data DATA/cifar10 --out RUNS --peer_python PYTHON"
     return table(header, rows) + "\n\n" + made(results, command)
 
 
 def few_labels() -> str:
-    results = load("cifar10")
+    results = load("few_labels")
     names = {"untrained": "untrained", "simclr": "SimCLR, 8 minutes"}
     rows = [
-        [names[arm], plus_minus(r["linear"]), plus_minus(r["finetuned"])]
-        for arm, r in results["few_labels"].items()
+        [name, plus_minus(results[arm]["linear"]), plus_minus(results[arm]["finetuned"])]
+        for arm, name in names.items()
     ]
     command = "python benchmarks/cifar10.py ... --arms few"
     return (
