@@ -35,7 +35,7 @@ HERE = Path(__file__).parent
 def from_files(data: Path, backbone: str, size: int, batch: int, steps: int) -> tuple[float, float]:
     """Images a second and the share of waiting for data, start-up left out."""
     task = SimCLR(build_encoder(backbone, size))
-    paths = find_images([data])
+    paths = find_images([data])[: steps * batch]
     epochs = -(-steps * batch // len(paths))
     pace = Pace(1e-3, 0.1, 0, steps)
     dataset = ViewDataset(paths, task.views(), 0)

@@ -6,6 +6,8 @@ Results: benchmarks/results/views.json.
 """
 
 import argparse
+import json
+import subprocess
 import time
 from pathlib import Path
 
@@ -43,6 +45,7 @@ def main() -> None:
     parser.add_argument("--small", type=Path, required=True)
     parser.add_argument("--large", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=15)
+    parser.add_argument("--peer_python", help="interpreter of the environment with lightly")
     options = parser.parse_args()
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
@@ -52,6 +55,16 @@ def main() -> None:
             "views_224": views_a_second(options.large, 224, options.seconds),
         }
     }
+    if options.peer_python:
+        script = [options.peer_python, str(Path(__file__).parent / "peers" / "views.py")]
+        folders = ["--small", str(options.small), "--large", str(options.large)]
+        command = [*script, *folders, "--seconds", str(options.seconds)]
+        printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        small, large = (json.loads(line) for line in printed.strip().splitlines()[-2:])
+        results["lightly"] = {
+            "views_32": small["views_per_cpu_second"],
+            "views_224": large["views_per_cpu_second"],
+        }
     print(results)
     keep("views", results)
 
