@@ -107,7 +107,8 @@ def read_image(path: str | Path, shortest: int | None = None) -> np.ndarray:
         OSError, ValueError, SyntaxError, cv2.error: the file is missing or broken
             (``BROKEN_IMAGE``).
     """
-    data = Path(path).read_bytes()
+    with open(path, "rb") as file:
+        data = file.read()
     flags = cv2.IMREAD_COLOR_RGB
     jpeg = _jpeg_frame(data)
     if jpeg is not None and jpeg[2] != 4:

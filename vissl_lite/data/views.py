@@ -70,8 +70,9 @@ class Views:
 
     def _rekey(self, seed: int, epoch: int, index: int, view: int) -> None:
         # Philox takes four 64-bit counter words; it counts up in the first, so that one stays 0.
-        self._state["state"]["counter"][:] = (0, view, index, epoch)
-        self._state["state"]["key"][:] = (seed, 0)
+        counter, key = self._state["state"]["counter"], self._state["state"]["key"]
+        counter[0], counter[1], counter[2], counter[3] = 0, view, index, epoch
+        key[0], key[1] = seed, 0
         self._state["buffer_pos"] = 4  # empty: the next number comes from the new counter
         self._state["has_uint32"] = 0
         self._bits.state = self._state
