@@ -139,7 +139,7 @@ def demo(
 def _finetuned(encoder: Encoder, few: LabelledImages, arm: str, seed: int) -> float:
     """Test accuracy after fine-tuning: layer-wise decay as ``finetune`` has it, all else equal."""
     settings = ClassifierSettings(
-        epochs=150,
+        epochs=60,
         batch_size=min(50, len(few.train)),
         optimizer=OptimizerSettings(lr=2e-3, layer_decay=1.0 if arm == UNTRAINED else 0.75),
         smallest_crop=0.5,
