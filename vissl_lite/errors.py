@@ -28,3 +28,21 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if len(known) <= 12:
         return f"there are {', '.join(known)}"
     return f"none of the {len(known)} known names is close to it"
+
+
+def check_count(name: str, value: int | None) -> None:
+    """Raise a UserError for an option that is given and below 1."""
+    if value is not None and value < 1:
+        raise UserError(f"--{name} {value} must be at least 1")
+
+
+def check_positive(name: str, value: float | None) -> None:
+    """Raise a UserError for an option that is given and not above 0."""
+    if value is not None and value <= 0:
+        raise UserError(f"--{name} {value} must be above 0")
+
+
+def check_seed(value: int) -> None:
+    """Raise a UserError for a negative seed."""
+    if value < 0:
+        raise UserError(f"--seed {value} must not be negative")

@@ -12,7 +12,7 @@ from vissl_lite import __version__
 from vissl_lite.commands.probe import encoder_for
 from vissl_lite.data.labelled import load_labelled, take_labels
 from vissl_lite.encoder import save_model
-from vissl_lite.errors import UserError
+from vissl_lite.errors import UserError, check_count, check_positive, check_seed
 from vissl_lite.optim import OptimizerSettings, check_optimizer
 from vissl_lite.pictures import plot_confusion, plot_curves
 from vissl_lite.run import METRICS, MetricsFile, check_out, console, open_run, write_results
@@ -112,12 +112,9 @@ def finetune(
         if not 0 <= share < 1:
             raise UserError(f"--{name} {share} is not a share: it must be in [0, 1)")
     for name, number in (("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
-        if number is not None and number < 1:
-            raise UserError(f"--{name} {number} must be at least 1")
-    if lr <= 0:
-        raise UserError(f"--lr {lr} must be above 0")
-    if seed < 0:
-        raise UserError(f"--seed {seed} must not be negative")
+        check_count(name, number)
+    check_positive("lr", lr)
+    check_seed(seed)
     if not 0 < smallest_crop <= 1:
         raise UserError(f"--smallest_crop {smallest_crop} is not a share: above 0, at most 1")
     check_out(Path(out), overwrite=overwrite)

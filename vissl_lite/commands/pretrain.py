@@ -1,6 +1,7 @@
 """``vissl-lite pretrain``: train an encoder on unlabelled images."""
 
 import inspect
+import json
 import logging
 import re
 import time
@@ -16,7 +17,7 @@ from vissl_lite.data.images import find_images, suitable_size
 from vissl_lite.data.labelled import load_labelled
 from vissl_lite.data.stream import ViewDataset
 from vissl_lite.encoder import Encoder, build_encoder, load_encoder, load_weights, save_encoder
-from vissl_lite.errors import UserError, did_you_mean
+from vissl_lite.errors import UserError, check_count, check_positive, check_seed, did_you_mean
 from vissl_lite.evaluation.watch import Watch
 from vissl_lite.optim import OptimizerSettings, check_optimizer
 from vissl_lite.pictures import plot_curves
@@ -236,17 +237,13 @@ class _Options:
 
     def __post_init__(self) -> None:
         for name in ("image_size", "epochs", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name} {value} must be at least 1")
+            check_count(name, getattr(self, name))
         if self.epochs is not None and self.max_time is not None:
             raise UserError("give --epochs or --max_time, not both")
         if not 0 <= self.warmup < 1:
             raise UserError(f"--warmup {self.warmup} is not a share: it must be in [0, 1)")
-        if self.lr is not None and self.lr <= 0:
-            raise UserError(f"--lr {self.lr} must be above 0")
-        if self.seed < 0:
-            raise UserError(f"--seed {self.seed} must not be negative")
+        check_positive("lr", self.lr)
+        check_seed(self.seed)
         if self.optimizer is not None:
             check_optimizer(self.optimizer)
 
@@ -336,8 +333,6 @@ def whole_pretext(pretext: str | Mapping[str, Any]) -> dict[str, Any]:
 
 def _finished(out: Path) -> PretrainResult:
     """The result of a run that had nothing left to resume."""
-    import json
-
     results = json.loads((out / RESULTS).read_text())
     names = ("loss", "feature_std", "effective_rank", "knn")
     metrics = {name: results[name] for name in names if name in results}

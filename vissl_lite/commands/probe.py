@@ -13,7 +13,7 @@ from rich.table import Table
 from vissl_lite.data.images import suitable_size
 from vissl_lite.data.labelled import LabelledImages, Part, load_labelled, take_labels
 from vissl_lite.encoder import Encoder, load_encoder
-from vissl_lite.errors import UserError
+from vissl_lite.errors import check_count, check_positive, check_seed
 from vissl_lite.evaluation.features import extract
 from vissl_lite.evaluation.knn import knn_predict
 from vissl_lite.evaluation.linear import linear_probe
@@ -77,12 +77,9 @@ def probe(
         UserError: something that was given can't work; nothing is written then.
     """
     config = dict(locals())
-    if k < 1:
-        raise UserError(f"--k {k} must be at least 1")
-    if temperature <= 0:
-        raise UserError(f"--temperature {temperature} must be above 0")
-    if seed < 0:
-        raise UserError(f"--seed {seed} must not be negative")
+    check_count("k", k)
+    check_positive("temperature", temperature)
+    check_seed(seed)
     check_out(Path(out), overwrite=overwrite)
     labelled = take_labels(load_labelled(data, seed), fraction, shots, seed)
     torch.manual_seed(seed)
@@ -114,8 +111,7 @@ def probe(
 
 def encoder_for(source: str, image_size: int | None, labelled: LabelledImages) -> Encoder:
     """Load an encoder to be used on labelled images, at the size that suits both."""
-    if image_size is not None and image_size < 1:
-        raise UserError(f"--image_size {image_size} must be at least 1")
+    check_count("image_size", image_size)
     if image_size is None and source.startswith("random:"):
         image_size = suitable_size(labelled.train.paths)
     encoder = load_encoder(source, image_size)
