@@ -1,8 +1,9 @@
-"""ResNets for small images and machines, as timm models: importing this module registers them.
+"""Backbones for small images and machines, as timm models: importing this module registers them.
 
 timm's ResNets reduce the image 32 times, so that 32 pixels end as a single position. CIFAR tables
 use a first convolution of 3x3 with stride 1 and no max-pooling, which reduces 8 times (SimCLR,
-Chen et al. 2020, appendix B.9). As registered models, their name and weights still describe the
+Chen et al. 2020, appendix B.9). Its ViTs cut patches of 16 pixels, four to such an image; patches of
+4 make 64. As registered models, their name and weights still describe the
 whole encoder, and ``timm.create_model`` builds them.
 """
 
@@ -10,6 +11,7 @@ from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
 
 
@@ -38,12 +40,19 @@ _CONFIG = {
     "url": "",
 }
 _SLIM = {**_CONFIG, "input_size": (3, 64, 64), "pool_size": (2, 2), "first_conv": "conv1.0"}
+_VIT = {
+    **{key: value for key, value in _CONFIG.items() if key != "pool_size"},
+    "first_conv": "patch_embed.proj",
+    "classifier": "head",
+}
 default_cfgs = generate_default_cfgs(
     {
         "resnet18_cifar": _CONFIG,
         "resnet34_cifar": _CONFIG,
         "resnet50_cifar": _CONFIG,
         "resnet10t_slim": _SLIM,
+        "vit_tiny_patch4_32": _VIT,
+        "vit_slim_patch4_32": _VIT,
     }
 )
 
@@ -89,3 +98,28 @@ def resnet10t_slim(pretrained: bool = False, **kwargs: Any) -> ResNet:
         **kwargs,
     }
     return build_model_with_cfg(ResNet, "resnet10t_slim", pretrained, **arguments)
+
+
+def _build_vit(name: str, pretrained: bool, arguments: dict[str, Any]) -> VisionTransformer:
+    return build_model_with_cfg(
+        VisionTransformer,
+        name,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+        **arguments,
+    )
+
+
+@register_model
+def vit_tiny_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """timm's ViT-Tiny with patches of 4 pixels for images of 32; 5.4 million parameters."""
+    sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 12, "num_heads": 3}
+    return _build_vit("vit_tiny_patch4_32", pretrained, {**sizes, **kwargs})
+
+
+@register_model
+def vit_slim_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """Six layers of width 128, for minutes on a CPU; 1.2 million parameters."""
+    sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4}
+    return _build_vit("vit_slim_patch4_32", pretrained, {**sizes, **kwargs})

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import pickle
 import socket
@@ -57,14 +58,27 @@ class Encoder(nn.Module):
         self.mean: tuple[float, ...] = tuple(config["mean"])
         self.std: tuple[float, ...] = tuple(config["std"])
 
-    def use_image_size(self, size: int) -> None:
-        """Take images of another size.
+    @property
+    def patch_size(self) -> int | None:
+        """Side in pixels of a transformer's patches; None for a convolutional backbone."""
+        embed = getattr(self.model, "patch_embed", None)
+        size = getattr(embed, "patch_size", None)
+        return int(size[0]) if size is not None else None
+
+    def fitting_size(self, size: float) -> int:
+        """The size nearest to the given one that whole patches fill; for a CNN, a multiple of 8.
 
         Args:
             size: side in pixels.
+        """
+        step = self.patch_size or 8
+        return max(2 * step if self.patch_size is None else step, round(size / step) * step)
 
-        Raises:
-            UserError: the backbone can't take it.
+    def check_image_size(self, size: int) -> None:
+        """Raise a UserError if the backbone can't take images of this size.
+
+        Args:
+            size: side in pixels.
         """
         device = next(self.parameters()).device
         was_training = self.training
@@ -76,6 +90,17 @@ class Encoder(nn.Module):
             raise UserError(f"{self.backbone} can't be built for {size} pixels: {reason}") from None
         finally:
             self.train(was_training)
+
+    def use_image_size(self, size: int) -> None:
+        """Take images of another size.
+
+        Args:
+            size: side in pixels.
+
+        Raises:
+            UserError: the backbone can't take it.
+        """
+        self.check_image_size(size)
         self.image_size = size
 
     def train(self, mode: bool = True) -> "Encoder":
@@ -93,6 +118,35 @@ class Encoder(nn.Module):
         """
         features: Tensor = self.model(images)
         return features
+
+    def pooled_and_map(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled features together with the last feature map, in one pass.
+
+        Args:
+            images: ``(B, C, H, W)``, normalised.
+
+        Returns:
+            ``(B, D)`` and ``(B, D', h, w)``; D' is ``map_features``.
+        """
+        last = self.model.forward_features(images)
+        return self.model.forward_head(last, pre_logits=True), self._as_map(last, images)
+
+    @property
+    def map_features(self) -> int:
+        """Channels of the last feature map; ``num_features`` but for a few mobile backbones."""
+        return int(self.model.num_features)
+
+    def _as_map(self, last: Tensor, images: Tensor) -> Tensor:
+        if last.ndim == 3:  # tokens, after class and register tokens
+            last = last[:, getattr(self.model, "num_prefix_tokens", 0) :]
+            patch = self.patch_size or 1
+            rows = images.shape[2] // patch
+            if rows * (images.shape[3] // patch) != last.shape[1]:
+                rows = math.isqrt(last.shape[1])
+            return last.transpose(1, 2).unflatten(2, (rows, -1))
+        if getattr(self.model, "output_fmt", "NCHW") == "NHWC":
+            return last.permute(0, 3, 1, 2)
+        return last
 
     def stage_names(self) -> list[str]:
         """timm's names of the modules whose outputs ``stages`` gives, fine to coarse."""

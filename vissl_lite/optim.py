@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import timm.optim
 from torch import nn
@@ -20,12 +21,25 @@ class OptimizerSettings:
         weight_decay: on weight matrices and kernels; biases and norms get none.
         layer_decay: factor on the learning rate from one layer to the one below it (BEiT, Bao et
             al. 2021); 1 trains all layers alike.
+        scaling: how the rate grows with the batch: ``linear`` (Goyal et al. 2017), ``sqrt``
+            (Malladi et al. 2022, for Adam) or ``none``.
+        clip_norm: largest norm of the gradient; 0 does not clip it.
     """
 
     name: str = "adamw"
     lr: float = 1e-3
     weight_decay: float = 0.05
     layer_decay: float = 1.0
+    scaling: Literal["linear", "sqrt", "none"] = "linear"
+    clip_norm: float = 0.0
+
+    def scaled_lr(self, batch_size: int) -> float:
+        """The learning rate for a batch, if ``lr`` is that for 256 images.
+
+        Args:
+            batch_size: images an optimizer step, over all devices and accumulated batches.
+        """
+        return self.lr * (batch_size / 256) ** {"linear": 1.0, "sqrt": 0.5, "none": 0.0}[self.scaling]
 
 
 def check_optimizer(name: str) -> None:

@@ -79,19 +79,55 @@ class Views:
         self._python.seed(int(self._bits.random_raw()))
 
 
-def random_crop(size: int, smallest: float) -> ImageTransform:
+def random_crop(size: int, smallest: float, largest: float = 1.0) -> ImageTransform:
     """A random part of the image, resized to a square.
 
     Args:
         size: side in pixels.
         smallest: smallest share of the image's area, in (0, 1].
+        largest: largest share.
 
     Raises:
         UserError: the share is out of range.
     """
     if not 0 < smallest <= 1:
         raise UserError(f"smallest_crop {smallest} is not a share: it must be above 0, at most 1")
-    return A.RandomResizedCrop((size, size), scale=(smallest, 1.0))
+    return A.RandomResizedCrop((size, size), scale=(smallest, max(smallest, largest)))
+
+
+def distorted_crop(
+    size: int,
+    smallest_crop: float,
+    colour: float | None = None,
+    blur_probability: float = 0.5,
+    solarize: float = 0.0,
+    upright: bool = True,
+    largest_crop: float = 1.0,
+) -> list[ImageTransform]:
+    """A random crop, flipped, its colours distorted, perhaps blurred and solarized.
+
+    One view of the pretexts that compare views: SimCLR (appendix A) and, with other
+    probabilities, BYOL (Grill et al. 2020, appendix B) and those after it.
+
+    Args:
+        size: side in pixels.
+        smallest_crop: smallest share of the image's area.
+        colour: strength of the colour distortion, see ``colour_distortion``; default 1, below 64
+            pixels 0.5 (SimCLR, appendix B.9).
+        blur_probability: of being blurred; views below 64 pixels never are (likewise).
+        solarize: probability of inverting the bright pixels.
+        upright: whether the images have an up; see ``flip``.
+        largest_crop: largest share of the image's area.
+    """
+    small = size < 64
+    strength = colour if colour is not None else (0.5 if small else 1.0)
+    steps = [random_crop(size, smallest_crop, largest_crop), flip(upright)]
+    steps += colour_distortion(strength)
+    if blur_probability > 0 and not small:
+        steps.append(blur(size, blur_probability))
+    if solarize > 0:
+        steps.append(A.Solarize(threshold_range=(0.5, 0.5), p=solarize))
+    return steps
 
 
 def crop_decode_size(size: int, smallest: float) -> int:

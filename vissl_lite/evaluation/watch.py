@@ -133,7 +133,7 @@ class Watch(Callback):
             if len(self.queries):
                 self.last["knn"] = self._knn(encoder)
             for logger in trainer.loggers:
-                logger.log_metrics(self.last, step=max(0, self.pace.batches - 1))
+                logger.log_metrics(self.last, step=max(0, self.pace.steps - 1))
             self._judge()
         trainer.strategy.barrier()
         seconds = time.monotonic() - started

@@ -6,8 +6,11 @@ from vissl_lite.pretext.rotation import Rotation
 from vissl_lite.pretext.simclr import SimCLR
 
 PRETEXTS: dict[str, type[PretextTask]] = {
-    "rotation": Rotation,
-    "simclr": SimCLR,
+    made.about.name: made
+    for made in (
+        Rotation,
+        SimCLR,
+    )
 }
 
 

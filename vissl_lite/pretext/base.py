@@ -1,15 +1,57 @@
 """What every pretext task has in common: the training step, normalising, the optimizer."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
+from timm.models import VisionTransformer
 from torch import Tensor
 from torch.optim import Optimizer
 
 from vissl_lite.data.stream import Batch
 from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder, Normalize
+from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings, build_optimizer
+
+Backbones = Literal["any", "ViT", "CNN", "patches"]
+
+# What the kinds of backbones are, and some of each.
+KINDS: dict[Backbones, tuple[str, str]] = {
+    "any": ("any backbone", "resnet18, vit_tiny_patch16_224"),
+    "ViT": ("a plain ViT", "vit_tiny_patch16_224, vit_small_patch16_224, vit_tiny_patch4_32"),
+    "CNN": ("a convolutional backbone", "resnet18, resnet50, convnext_atto, resnet10t_slim"),
+    "patches": (
+        "a ViT or a Swin Transformer",
+        "vit_tiny_patch16_224, swin_tiny_patch4_window7_224, vit_tiny_patch4_32",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class About:
+    """What ``vissl-lite list pretexts`` says of a pretext.
+
+    Attributes:
+        name: as in ``--pretext``.
+        family: predictive, contrastive, clustering, non-contrastive, self-distilling or masked.
+        views: how many of an image it takes.
+        paper: authors, year, where to find it.
+        use: one line: when to use it.
+        backbones: which ones it works on; see ``KINDS``.
+        negatives: whether it compares the images of a batch with one another, so that gradient
+            accumulation can't stand for a larger batch.
+    """
+
+    name: str
+    family: str
+    views: str
+    paper: str
+    use: str
+    backbones: Backbones = "any"
+    negatives: bool = False
 
 
 class PretextTask(pl.LightningModule, ABC):
@@ -18,21 +60,32 @@ class PretextTask(pl.LightningModule, ABC):
     A subclass is one file: hyperparameters are the arguments of its ``__init__`` after
     ``encoder``, with the paper's defaults. Randomness that makes pixels belongs into ``views``,
     which data workers run; randomness that makes the task's own labels belongs into ``loss``.
+    What has to survive a resumed run (queues, centres, teachers) is a buffer or a module.
 
     Args:
         encoder: what is trained.
 
     Attributes:
+        about: what the pretext is.
         optimizer_settings: the pretext's own defaults, for a batch of 256 images; a run replaces
             them by what its options say.
+        upright: whether the images have an up; a run sets it.
+        progress: share of the run that is done, in [0, 1]; a run sets it before every step.
+
+    Raises:
+        UserError: the pretext does not work on this backbone.
     """
 
+    about: About
     optimizer_settings = OptimizerSettings()
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
+        check_backbone(self.about, encoder)
         self.encoder = encoder
         self.normalize = Normalize(encoder.mean, encoder.std)
+        self.upright = True
+        self.progress = 0.0
 
     @abstractmethod
     def views(self) -> Views:
@@ -48,6 +101,9 @@ class PretextTask(pl.LightningModule, ABC):
         Returns:
             A scalar.
         """
+
+    def after_step(self) -> None:
+        """Called once after every optimizer step: where a momentum teacher follows."""
 
     def trained_encoder(self) -> Encoder:
         """What the training is for. A method with a momentum teacher may give that."""
@@ -65,3 +121,28 @@ class PretextTask(pl.LightningModule, ABC):
 
     def configure_optimizers(self) -> Optimizer:
         return build_optimizer(self, self.optimizer_settings)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        if self.optimizer_settings.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.parameters(), self.optimizer_settings.clip_norm)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.after_step()
+
+
+def check_backbone(about: About, encoder: Encoder) -> None:
+    """Raise a UserError, naming backbones that would do, if a pretext can't work on this one."""
+    model = encoder.model
+    fits = {
+        "any": True,
+        "ViT": isinstance(model, VisionTransformer),
+        "CNN": not hasattr(model, "patch_embed") and hasattr(model, "forward_intermediates"),
+        "patches": hasattr(model, "patch_embed") and encoder.patch_size is not None,
+    }
+    if not fits[about.backbones]:
+        kind, examples = KINDS[about.backbones]
+        raise UserError(
+            f"the pretext {about.name} needs {kind}, which {encoder.backbone} is not: "
+            f"try one of {examples}"
+        )

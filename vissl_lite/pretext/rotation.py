@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from vissl_lite.data.views import Views, crop_decode_size, flip, random_crop
 from vissl_lite.encoder import Encoder
 from vissl_lite.optim import OptimizerSettings
-from vissl_lite.pretext.base import PretextTask
+from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.signal import Signal
 
 
 def rotation_views(size: int, smallest_crop: float) -> Views:
@@ -47,11 +48,19 @@ class Rotation(PretextTask):
         smallest_crop: smallest share of the image's area in a view.
     """
 
-    optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4)
+    about = About(
+        name="rotation",
+        family="predictive",
+        views="1",
+        paper="Gidaris et al. 2018, arXiv 1803.07728",
+        use="pictures with an up; learns what stands upright, quickly",
+    )
+    optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
 
     def __init__(self, encoder: Encoder, smallest_crop: float = 0.5) -> None:
         super().__init__(encoder)
         self.head = nn.Linear(encoder.num_features, 4)
+        self.signal = Signal("rotation", chance=1 / 4)
         self.smallest_crop = smallest_crop
 
     def views(self) -> Views:
@@ -60,5 +69,7 @@ class Rotation(PretextTask):
     def loss(self, views: list[Tensor]) -> Tensor:
         images, labels = all_rotations(views[0])
         logits = self.head(self.encoder(images)).float()
-        self.measure("accuracy", (logits.argmax(dim=1) == labels).float().mean())
+        accuracy = (logits.argmax(dim=1) == labels).float().mean()
+        self.measure("accuracy", accuracy)
+        self.signal.watch(accuracy, self.progress)
         return F.cross_entropy(logits, labels)

@@ -7,37 +7,25 @@ Representations", arXiv 2002.05709.
 import torch
 from torch import Tensor
 
-from vissl_lite.data.views import (
-    Views,
-    blur,
-    colour_distortion,
-    crop_decode_size,
-    flip,
-    random_crop,
-)
+from vissl_lite.data.views import Views, crop_decode_size, distorted_crop
 from vissl_lite.encoder import Encoder
-from vissl_lite.errors import UserError
+from vissl_lite.errors import check_positive
 from vissl_lite.optim import OptimizerSettings
-from vissl_lite.pretext.base import PretextTask
+from vissl_lite.pretext.base import About, PretextTask
 from vissl_lite.pretext.heads import mlp
 from vissl_lite.pretext.losses import nt_xent
 
 
-def simclr_views(
-    size: int, smallest_crop: float, colour: float, use_blur: bool, upright: bool
-) -> Views:
+def simclr_views(size: int, smallest_crop: float, colour: float | None, upright: bool) -> Views:
     """Two views, each a random crop, flipped, its colours distorted, perhaps blurred (section 3).
 
     Args:
         size: side in pixels.
         smallest_crop: smallest share of the image's area.
         colour: strength of the colour distortion.
-        use_blur: blur half of the views.
         upright: whether the images have an up.
     """
-    one = [random_crop(size, smallest_crop), flip(upright), *colour_distortion(colour)]
-    if use_blur:
-        one.append(blur(size))
+    one = distorted_crop(size, smallest_crop, colour, upright=upright)
     return Views([one, one], shortest=crop_decode_size(size, smallest_crop))
 
 
@@ -53,13 +41,18 @@ class SimCLR(PretextTask):
         smallest_crop: smallest share of the image's area in a view; the paper has 0.08.
         colour: strength of the colour distortion; default 1 as for ImageNet, 0.5 for images below
             64 pixels as for CIFAR-10 (appendix B.9).
-        blur: blur half of the views; default not below 64 pixels (appendix B.9).
-        upright: whether the images have an up. Without one, as from a microscope or a satellite,
-            views are turned and flipped in all directions.
     """
 
+    about = About(
+        name="simclr",
+        family="contrastive",
+        views="2",
+        paper="Chen et al. 2020, arXiv 2002.05709",
+        use="the first to try: simple, steady, good in short runs",
+        negatives=True,
+    )
     # The paper's LARS is for batches of thousands; at 64 to 256 AdamW learns faster.
-    optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4)
+    optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
 
     def __init__(
         self,
@@ -69,25 +62,17 @@ class SimCLR(PretextTask):
         projection_size: int = 128,
         smallest_crop: float = 0.2,
         colour: float | None = None,
-        blur: bool | None = None,
-        upright: bool = True,
     ) -> None:
         super().__init__(encoder)
-        if temperature <= 0:
-            raise UserError(f"--pretext.temperature {temperature} must be above 0")
+        check_positive("pretext.temperature", temperature)
         features = encoder.num_features
         self.head = mlp(features, hidden_size or features, projection_size)
         self.temperature = temperature
-        small = encoder.image_size < 64
-        self.smallest_crop = smallest_crop
-        self.colour = colour if colour is not None else (0.5 if small else 1.0)
-        self.blur = blur if blur is not None else not small
-        self.upright = upright
+        self.smallest_crop, self.colour = smallest_crop, colour
 
     def views(self) -> Views:
-        return simclr_views(
-            self.encoder.image_size, self.smallest_crop, self.colour, self.blur, self.upright
-        )
+        size = self.encoder.image_size
+        return simclr_views(size, self.smallest_crop, self.colour, self.upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
         # One pass over both views is faster than two, and BatchNorm then sees both together, as

@@ -75,6 +75,8 @@ class Checkpoints(Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return  # gathered gradients are in no checkpoint
         now = time.monotonic()
         if self._saved_at is None:
             self._saved_at = now - 1.0  # the first comes early, to learn how long one takes

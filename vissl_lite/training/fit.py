@@ -63,7 +63,7 @@ def fit(
     module.train()  # Lightning leaves the modes of modules as it finds them
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    log_every = max(1, min(50, math.ceil(data.batches_per_epoch / 5)))
+    log_every = max(1, min(50, math.ceil(data.batches_per_epoch / pace.accumulate / 5)))
     every = [
         pace,
         BrokenImages(len(data.dataset)),
@@ -88,6 +88,7 @@ def fit(
         max_epochs=1,  # the stream: its length is the whole run
         logger=MetricsLogger(metrics) if metrics is not None else False,
         log_every_n_steps=log_every,
+        accumulate_grad_batches=pace.accumulate,
         callbacks=every,
         plugins=[AtomicCheckpointIO()],
         use_distributed_sampler=False,

@@ -15,6 +15,8 @@ from vissl_lite.optim import cosine_with_warmup, set_lr
 class Pace(Callback):
     """Where a run stands: sets the learning rate, seeds each step, ends a time budget on time.
 
+    A pretext's schedules read the share of the run that is done from its ``progress``.
+
     Everything random in a step follows from (seed, step, rank), so that a resumed run draws what
     an uninterrupted one would have drawn, with no generator's state to save.
 
@@ -25,6 +27,7 @@ class Pace(Callback):
         batches: length of the run, or
         seconds: its time budget.
         started: ``time.monotonic()`` at the start of the command, which the budget counts from.
+        accumulate: batches an optimizer step.
     """
 
     def __init__(
@@ -35,7 +38,9 @@ class Pace(Callback):
         batches: int | None = None,
         seconds: float | None = None,
         started: float | None = None,
+        accumulate: int = 1,
     ) -> None:
+        self.accumulate = accumulate
         self.lr, self.warmup, self.seed = lr, warmup, seed
         self.total, self.seconds = batches, seconds
         self.started = time.monotonic() if started is None else started
@@ -44,6 +49,11 @@ class Pace(Callback):
         self.reserve = 0.0  # seconds kept for what comes after the last step
         self._earlier = 0.0  # seconds spent before a resume
         self._step_seconds = 0.0
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps so far."""
+        return -(-self.batches // self.accumulate)
 
     def elapsed(self) -> float:
         """Seconds of training so far, over all resumes."""
@@ -64,6 +74,7 @@ class Pace(Callback):
         rate = self.lr * cosine_with_warmup(self.fraction, self.warmup)
         for optimizer in trainer.optimizers:
             set_lr(optimizer, rate)
+        module.progress = self.fraction  # type: ignore[assignment]
         step = np.random.SeedSequence((self.seed, self.batches, trainer.global_rank))
         torch.manual_seed(int(step.generate_state(1, np.uint64)[0]) >> 1)
 
@@ -85,7 +96,8 @@ class Pace(Callback):
         left = self.seconds - self.reserve - self.elapsed()
         if trainer.world_size > 1:
             left = trainer.strategy.broadcast(left)
-        if left < self._step_seconds / 2:
+        whole_step = self.batches % self.accumulate == 0
+        if whole_step and left < self.accumulate * self._step_seconds / 2:
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class Meter(Callback):
         batch_idx: int,
     ) -> None:
         self._steps += 1
-        if self.pace.batches % self.log_every == 0:
+        if self.pace.batches % (self.log_every * self.pace.accumulate) == 0:
             seconds = max(time.monotonic() - self._since, 1e-9)
             values = {
                 "epoch": self.pace.batches / self.data.batches_per_epoch,
@@ -57,7 +57,7 @@ class Meter(Callback):
                 "data_wait": self._waited / seconds,
             }
             for logger in trainer.loggers:
-                logger.log_metrics(values, step=self.pace.batches - 1)
+                logger.log_metrics(values, step=self.pace.steps - 1)
             self._restart()
         self._step_ended = time.monotonic()
 

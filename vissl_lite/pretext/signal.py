@@ -1,0 +1,62 @@
+"""Does a predictive task have a signal? Says so when its labels can't be told, or all too easily."""
+
+import logging
+
+import torch
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+# Share of the run after which guessing is suspicious, and before which perfection is.
+WARM, EARLY = 0.2, 0.15
+
+# Weight of a new batch in the running accuracy.
+NEW = 0.05
+
+
+class Signal(nn.Module):
+    """Watches the accuracy of a task with a known chance level, and warns once.
+
+    A task at chance after the warm-up teaches nothing (rotation under a microscope); one solved at
+    once teaches a shortcut (borders, watermarks, time stamps; Doersch et al. 2015, section 3.1,
+    call them trivial solutions). Its state is saved with the module, so that a resumed run goes on.
+
+    Args:
+        task: the pretext's name, for the warning.
+        chance: accuracy of guessing.
+    """
+
+    def __init__(self, task: str, chance: float) -> None:
+        super().__init__()
+        self.task, self.chance = task, chance
+        self.accuracy: Tensor
+        self.warned: Tensor
+        self.register_buffer("accuracy", torch.tensor(chance))
+        self.register_buffer("warned", torch.tensor(False))
+
+    def watch(self, accuracy: Tensor, progress: float) -> None:
+        """Take a batch's accuracy.
+
+        Args:
+            accuracy: a scalar.
+            progress: share of the run that is done.
+        """
+        self.accuracy.lerp_(accuracy.detach(), NEW)
+        if EARLY < progress < WARM or self.warned:
+            return
+        if progress >= WARM and self.accuracy < self.chance + 0.1 * (1 - self.chance):
+            log.warning(
+                "%s has hardly a signal on these images: it is right in %.0f %% of all cases, where "
+                "guessing gives %.0f %%. Images without an up or without parts can't be learnt from "
+                "in this way; try another pretext, such as simclr.",
+                self.task, 100 * self.accuracy, 100 * self.chance,
+            )  # fmt: skip
+            self.warned.fill_(True)
+        elif progress <= EARLY and self.accuracy > 0.97:
+            log.warning(
+                "%s is solved almost at once (%.0f %% right after %.0f %% of the run): a shortcut "
+                "such as borders, watermarks or time stamps may give it away, and then the encoder "
+                "learns that instead. Crop them away or try another pretext.",
+                self.task, 100 * self.accuracy, 100 * progress,
+            )  # fmt: skip
+            self.warned.fill_(True)
