@@ -1,8 +1,10 @@
 """What every pretext must hold, over all that are listed."""
 
+import copy
 import inspect
 from pathlib import Path
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import timm
@@ -14,22 +16,39 @@ from vissl_lite.encoder import build_encoder, save_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import build_optimizer
 from vissl_lite.pretext import PRETEXTS, PretextTask, pretext_class
+from vissl_lite.pretext.base import KINDS
 
-BACKBONES = ["test_resnet", "test_vit"]
+EXAMPLES = {
+    "any": ["test_resnet", "test_vit"],
+    "ViT": ["test_vit", "vit_slim_patch4_32"],
+    "CNN": ["test_resnet", "test_efficientnet"],
+    "patches": ["test_vit", "vit_slim_patch4_32"],
+}
+PAIRS = [
+    (name, backbone) for name, made in PRETEXTS.items() for backbone in EXAMPLES[made.about.backbones]
+]
 every_pretext = pytest.mark.parametrize("name", PRETEXTS)
-every_backbone = pytest.mark.parametrize("backbone", BACKBONES)
+every_pair = pytest.mark.parametrize(("name", "backbone"), PAIRS)
+
+
+def make_task(name: str, backbone: str) -> PretextTask:
+    torch.manual_seed(0)
+    size = 64 if backbone == "test_vit" and pretext_class(name).about.family == "masked" else 32
+    return pretext_class(name)(build_encoder(backbone, size))
+
+
+def make_batch(task: PretextTask, photos: Path, first: int = 0) -> Batch:
+    dataset = ViewDataset(find_images([photos]), task.views(), seed=0)
+    keys: list[Key] = [(0, index) for index in range(first, first + 12)]
+    return collate([dataset[key] for key in keys])
 
 
 def task_and_batch(name: str, backbone: str, photos: Path) -> tuple[PretextTask, Batch]:
-    torch.manual_seed(0)
-    task = pretext_class(name)(build_encoder(backbone, 32))
-    dataset = ViewDataset(find_images([photos]), task.views(), seed=0)
-    keys: list[Key] = [(0, index) for index in range(12)]
-    return task, collate([dataset[key] for key in keys])
+    task = make_task(name, backbone)
+    return task, make_batch(task, photos)
 
 
-@every_pretext
-@every_backbone
+@every_pair
 def test_loss_is_finite_and_its_gradient_reaches_the_encoder(
     name: str, backbone: str, photos: Path
 ) -> None:
@@ -43,14 +62,16 @@ def test_loss_is_finite_and_its_gradient_reaches_the_encoder(
     assert any(g.abs().sum() > 0 for g in gradients if g is not None)
 
 
-@every_pretext
-@every_backbone
+@every_pair
 def test_loss_falls_when_a_batch_is_repeated(name: str, backbone: str, photos: Path) -> None:
     task, batch = task_and_batch(name, backbone, photos)
     optimizer = build_optimizer(task, task.optimizer_settings)
     losses = []
-    for _ in range(15):
+    state = {key: value.clone() for key, value in task.named_buffers()}
+    for _ in range(25):
         torch.manual_seed(1)  # the same labels where a loss draws them
+        for key, value in task.named_buffers():
+            value.copy_(state[key])  # a queue full of the same images would be another task
         loss = task.training_step(batch, 0)
         optimizer.zero_grad()
         loss.backward()
@@ -59,19 +80,20 @@ def test_loss_falls_when_a_batch_is_repeated(name: str, backbone: str, photos: P
     assert np.mean(losses[-3:]) < 0.9 * losses[0]
 
 
-@every_pretext
-@every_backbone
+@every_pair
 def test_bf16_agrees_with_float32(name: str, backbone: str, photos: Path) -> None:
     task, batch = task_and_batch(name, backbone, photos)
+    copied = copy.deepcopy(task)  # a step changes queues and centres
+    torch.manual_seed(1)
     exact = task.training_step(batch, 0)
+    torch.manual_seed(1)
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = task.training_step(batch, 0)
+        rounded = copied.training_step(batch, 0)
     assert rounded.dtype == torch.float32
     torch.testing.assert_close(rounded, exact, atol=0.05, rtol=0.05)
 
 
-@every_pretext
-@every_backbone
+@every_pair
 def test_encoder_folder_loads_in_plain_timm_with_equal_outputs(
     name: str, backbone: str, photos: Path, tmp_path: Path
 ) -> None:
@@ -85,13 +107,89 @@ def test_encoder_folder_loads_in_plain_timm_with_equal_outputs(
 
 
 @every_pretext
-def test_views_are_uint8_squares_of_the_encoders_size(name: str, photos: Path) -> None:
-    task, batch = task_and_batch(name, "test_resnet", photos)
+def test_views_are_uint8_squares(name: str, photos: Path) -> None:
+    task = make_task(name, EXAMPLES[pretext_class(name).about.backbones][0])
+    batch = make_batch(task, photos)
     assert len(batch.views) == len(task.views())
     for view in batch.views:
         assert view.dtype == torch.uint8
-        assert view.shape == (12, 3, 32, 32)
+        assert view.shape[:2] == (12, 3)
+        assert view.shape[2] == view.shape[3]
         assert view.is_contiguous(memory_format=torch.channels_last)
+
+
+@every_pair
+def test_a_teacher_moves_only_after_a_step_and_never_by_gradient(
+    name: str, backbone: str, photos: Path
+) -> None:
+    task, batch = task_and_batch(name, backbone, photos)
+    teacher = {n: p for n, p in task.named_parameters() if "teacher" in n or "target" in n}
+    before = {n: p.clone() for n, p in teacher.items()}
+    task.training_step(batch, 0).backward()
+    for parameter_name, parameter in teacher.items():
+        assert parameter.grad is None, parameter_name
+        assert not parameter.requires_grad
+    with torch.no_grad():  # as an optimizer would
+        for parameter in task.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.1 * parameter.grad.sign()
+    assert all(torch.equal(before[n], p) for n, p in teacher.items())
+    task.after_step()
+    if teacher:
+        assert not all(torch.equal(before[n], p) for n, p in teacher.items())
+
+
+@every_pair
+def test_accumulating_two_batches_is_one_step(name: str, backbone: str, photos: Path) -> None:
+    """The optimizer steps once, and so does the teacher: ``after_step`` is called once."""
+    task = make_task(name, backbone)
+    steps = []
+    task.after_step = lambda: steps.append(task.global_step)  # type: ignore[method-assign]
+    batches = [make_batch(task, photos, first) for first in (0, 12)]
+    loader = torch.utils.data.DataLoader(batches, batch_size=None)
+    before = [p.clone() for p in task.encoder.parameters()]
+    trainer = pl.Trainer(
+        max_epochs=1, accumulate_grad_batches=2, accelerator="cpu", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(task, loader)
+    assert len(steps) == 1
+    assert any(
+        not torch.equal(a, b) for a, b in zip(before, task.encoder.parameters(), strict=True)
+    )
+
+
+@every_pair
+def test_everything_that_a_resumed_run_needs_is_in_the_state(
+    name: str, backbone: str, photos: Path
+) -> None:
+    """Queues, centres and teachers included: a copy by ``state_dict`` goes on in the same way."""
+    task, batch = task_and_batch(name, backbone, photos)
+    optimizer = build_optimizer(task, task.optimizer_settings)
+    for _ in range(2):
+        optimizer.zero_grad()
+        task.training_step(batch, 0).backward()
+        optimizer.step()
+        task.after_step()
+    torch.manual_seed(5)
+    other = pretext_class(name)(build_encoder(backbone, task.encoder.image_size))
+    other.load_state_dict(task.state_dict())
+    torch.manual_seed(6)
+    expected = task.training_step(make_batch(task, photos, 12), 0)
+    torch.manual_seed(6)
+    assert torch.equal(other.training_step(make_batch(task, photos, 12), 0), expected)
+
+
+@pytest.mark.parametrize("name", [n for n, made in PRETEXTS.items() if made.about.backbones != "any"])
+def test_a_backbone_that_does_not_suit_names_some_that_do(name: str) -> None:
+    kind = pretext_class(name).about.backbones
+    wrong = {"ViT": "test_resnet", "patches": "test_resnet", "CNN": "test_vit"}[kind]
+    with pytest.raises(UserError, match=f"{name} needs .*{wrong} is not: try one of") as raised:
+        pretext_class(name)(build_encoder(wrong, 32))
+    assert len(str(raised.value).splitlines()) == 1
+    for suggested in KINDS[kind][1].split(", "):
+        size = 32 if suggested.endswith("_32") else 224
+        pretext_class(name)(build_encoder(suggested, size))
 
 
 @every_pretext

@@ -22,7 +22,7 @@ from vissl_lite.evaluation.watch import Watch
 from vissl_lite.optim import OptimizerSettings, check_optimizer
 from vissl_lite.pictures import plot_curves
 from vissl_lite.pretext import pretext_class
-from vissl_lite.pretext.base import PretextTask
+from vissl_lite.pretext.base import About, PretextTask
 from vissl_lite.run import (
     METRICS,
     RESULTS,
@@ -77,6 +77,8 @@ def pretrain(
     epochs: int | None = None,
     max_time: str | int | None = None,
     batch_size: int | None = None,
+    accumulate_grad_batches: int = 1,
+    upright: bool = True,
     init: str = "random",
     probe_data: str | None = None,
     optimizer: str | None = None,
@@ -103,7 +105,12 @@ def pretrain(
         image_size: Side in pixels; default that of --init, or of the images, at most 224.
         epochs: Times that every image is seen; default 100 without --max_time.
         max_time: Time budget, as HH:MM:SS or seconds; the schedule ends when it ends.
-        batch_size: Images a step over all devices; default 128, or all if there are fewer.
+        batch_size: Images that go through the network together, over all devices; default 128, or
+            all if there are fewer.
+        accumulate_grad_batches: Batches an optimizer step: for a larger step than the memory holds.
+            Pretexts that compare the images of a batch get no more of them to compare.
+        upright: Whether the images have an up. Without one, as from a microscope or a satellite,
+            views are turned and flipped in all directions.
         init: Where to start: random, pretrained (timm's weights), a run, an encoder folder, or a
             file with a timm state dict.
         probe_data: Labelled images to judge the encoder by while it trains (kNN, on validation
@@ -154,8 +161,10 @@ def pretrain(
     torch.manual_seed(options.seed)
     encoder = make_encoder(options.backbone, options.image_size, options.init, paths)
     task = options.task(encoder)
+    task.upright = options.upright
     views = task.views()
-    task.optimizer_settings = options.optimizer_settings(task, size)
+    accumulate = options.accumulate_grad_batches
+    task.optimizer_settings = options.optimizer_settings(task, size * accumulate)
     seconds = parse_time(options.max_time)
     epochs = options.epochs if options.epochs or seconds else 100
     hardware = Hardware(precision, devices, num_nodes, strategy, num_workers)
@@ -166,9 +175,11 @@ def pretrain(
             "%d images, %s on %s at %d pixels, batch %d",
             len(paths), options.pretext["name"], encoder.backbone, encoder.image_size, size,
         )  # fmt: skip
+        if accumulate > 1:
+            log.info("%s", accumulation_note(task.about, size, accumulate))
         batches = None if epochs is None else epochs * (len(paths) // size)
         rate = task.optimizer_settings.lr
-        pace = Pace(rate, options.warmup, options.seed, batches, seconds, started)
+        pace = Pace(rate, options.warmup, options.seed, batches, seconds, started, accumulate)
         dataset = ViewDataset(paths, views, options.seed)
         stream = StreamData(dataset, size, epochs, pace, hardware.workers())
         watch = Watch(paths, labelled, stream, pace, options.seed)
@@ -180,7 +191,7 @@ def pretrain(
         if not watch.last:  # resumed after the last step: nothing was trained
             watch.look(trainer, task)
         if not trainer.is_global_zero:
-            return PretrainResult(run, run / "encoder", {}, pace.batches, pace.elapsed())
+            return PretrainResult(run, run / "encoder", {}, pace.steps, pace.elapsed())
         assert metrics is not None
         about = {
             "version": __version__,
@@ -188,7 +199,7 @@ def pretrain(
             "optimizer": vars(task.optimizer_settings),
             "data": options.data,
             "images": len(paths),
-            "step": pace.batches,
+            "step": pace.steps,
             "seed": options.seed,
         }
         save_encoder(task.trained_encoder(), run / "encoder", about)
@@ -198,7 +209,7 @@ def pretrain(
             run,
             run / "encoder",
             {**({"loss": losses[-1]} if losses else {}), **watch.last},
-            pace.batches,
+            pace.steps,
             pace.elapsed(),
         )
         write_results(
@@ -227,6 +238,8 @@ class _Options:
     epochs: int | None
     max_time: str | int | None
     batch_size: int | None
+    accumulate_grad_batches: int
+    upright: bool
     init: str
     probe_data: str | None
     optimizer: str | None
@@ -236,7 +249,7 @@ class _Options:
     seed: int
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "epochs", "batch_size"):
+        for name in ("image_size", "epochs", "batch_size", "accumulate_grad_batches"):
             check_count(name, getattr(self, name))
         if self.epochs is not None and self.max_time is not None:
             raise UserError("give --epochs or --max_time, not both")
@@ -252,14 +265,33 @@ class _Options:
         return pretext_class(self.pretext["name"])(encoder, **hyperparameters)
 
     def optimizer_settings(self, task: PretextTask, batch_size: int) -> OptimizerSettings:
+        """What trains the task; ``batch_size`` is that of an optimizer step."""
         own = task.optimizer_settings
         name = self.optimizer or own.name
-        # The pretext's rate is for 256 images and its own optimizer. Adam's follows the square
-        # root of the batch (Malladi et al. 2022), SGD's the batch (Goyal et al. 2017).
-        power = 0.5 if name.startswith("adam") else 1.0
-        scaled = own.lr * (batch_size / 256) ** power
+        if name != own.name and self.lr is None:
+            raise UserError(
+                f"--optimizer {name} needs an --lr: {task.about.name}'s {own.lr} is for {own.name}"
+            )
         decay = own.weight_decay if self.weight_decay is None else self.weight_decay
-        return replace(own, name=name, lr=self.lr or scaled, weight_decay=decay)
+        lr = self.lr or own.scaled_lr(batch_size)
+        return replace(own, name=name, lr=lr, weight_decay=decay)
+
+
+def accumulation_note(about: About, batch_size: int, accumulate: int) -> str:
+    """What accumulating gradients does and does not.
+
+    Args:
+        about: the pretext.
+        batch_size: images that go through the network together.
+        accumulate: batches an optimizer step.
+    """
+    note = f"an optimizer step sees {accumulate} batches of {batch_size} images"
+    if about.negatives:
+        note += (
+            f"; that adds no negatives: {about.name} compares an image with the {batch_size - 1} "
+            f"others of its own batch only"
+        )
+    return note
 
 
 def parse_time(text: str | int | None) -> float | None:

@@ -1,15 +1,42 @@
 """Pretext tasks: one file each. A new one is a file and a line here."""
 
 from vissl_lite.errors import UserError, did_you_mean
+from vissl_lite.pretext.barlow_twins import BarlowTwins
 from vissl_lite.pretext.base import PretextTask
+from vissl_lite.pretext.byol import BYOL
+from vissl_lite.pretext.densecl import DenseCL
+from vissl_lite.pretext.dino import DINO
+from vissl_lite.pretext.lejepa import LeJEPA
+from vissl_lite.pretext.moco import MoCo
+from vissl_lite.pretext.moco_v3 import MoCoV3
+from vissl_lite.pretext.multi import Multi
+from vissl_lite.pretext.nnclr import NNCLR
 from vissl_lite.pretext.rotation import Rotation
 from vissl_lite.pretext.simclr import SimCLR
+from vissl_lite.pretext.simsiam import SimSiam
+from vissl_lite.pretext.swav import SwAV
+from vissl_lite.pretext.vicreg import VICReg
+from vissl_lite.pretext.visreg import VISReg
 
+# In the order of ``vissl-lite list pretexts``: by family, the simplest first.
 PRETEXTS: dict[str, type[PretextTask]] = {
     made.about.name: made
     for made in (
         Rotation,
         SimCLR,
+        MoCo,
+        MoCoV3,
+        NNCLR,
+        DenseCL,
+        SwAV,
+        BYOL,
+        SimSiam,
+        BarlowTwins,
+        VICReg,
+        LeJEPA,
+        VISReg,
+        DINO,
+        Multi,
     )
 }
 

@@ -1,0 +1,78 @@
+"""Barlow Twins: features agree between views, and no two features say the same.
+
+Zbontar, Jing, Misra, LeCun & Deny 2021, "Barlow Twins: Self-Supervised Learning via Redundancy
+Reduction", arXiv 2103.03230.
+"""
+
+import torch
+from torch import Tensor
+
+from vissl_lite.data.views import Views, crop_decode_size, distorted_crop
+from vissl_lite.encoder import Encoder
+from vissl_lite.errors import check_positive
+from vissl_lite.optim import OptimizerSettings
+from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.heads import mlp
+from vissl_lite.pretext.losses import barlow_twins
+
+
+def barlow_twins_views(
+    size: int, smallest_crop: float, colour: float | None, upright: bool
+) -> Views:
+    """Two views, distorted as BYOL's (section 2.2).
+
+    Args:
+        size: side in pixels.
+        smallest_crop: smallest share of the image's area.
+        colour: strength of the colour distortion.
+        upright: whether the images have an up.
+    """
+    first = distorted_crop(size, smallest_crop, colour, 1.0, upright=upright)
+    second = distorted_crop(size, smallest_crop, colour, 0.1, solarize=0.2, upright=upright)
+    return Views([first, second], shortest=crop_decode_size(size, smallest_crop))
+
+
+class BarlowTwins(PretextTask):
+    """Barlow Twins.
+
+    Args:
+        encoder: what is trained.
+        lambd: weight of the redundancy term (section 2.2).
+        projection_size: of the projector's three layers and of the embeddings; the paper has 8192
+            and finds that more is better, at a cost.
+        smallest_crop: smallest share of the image's area in a view; the paper has 0.08.
+        colour: strength of the colour distortion; the paper has about 0.5.
+    """
+
+    about = About(
+        name="barlow_twins",
+        family="non-contrastive",
+        views="2",
+        paper="Zbontar et al. 2021, arXiv 2103.03230",
+        use="batches of 128 to 1024; needs neither negatives nor a teacher",
+    )
+    # The paper's LARS is for batches of 2048; at 64 to 256 AdamW learns faster.
+    optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        lambd: float = 0.005,
+        projection_size: int = 1024,
+        smallest_crop: float = 0.2,
+        colour: float | None = None,
+    ) -> None:
+        super().__init__(encoder)
+        check_positive("pretext.lambd", lambd)
+        size = projection_size
+        self.projector = mlp(encoder.num_features, size, size, size)
+        self.lambd = lambd
+        self.smallest_crop, self.colour = smallest_crop, colour
+
+    def views(self) -> Views:
+        size = self.encoder.image_size
+        return barlow_twins_views(size, self.smallest_crop, self.colour, self.upright)
+
+    def loss(self, views: list[Tensor]) -> Tensor:
+        z1, z2 = self.projector(self.encoder(torch.cat(views))).chunk(2)
+        return barlow_twins(z1, z2, self.lambd)

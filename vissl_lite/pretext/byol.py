@@ -1,0 +1,88 @@
+"""BYOL: a network predicts what its own slow average sees in the other view. No negatives.
+
+Grill, Strub, Altché et al. 2020, "Bootstrap Your Own Latent: A New Approach to Self-Supervised
+Learning", arXiv 2006.07733.
+"""
+
+import torch
+from torch import Tensor
+
+from vissl_lite.data.views import Views, crop_decode_size, distorted_crop
+from vissl_lite.encoder import Encoder
+from vissl_lite.optim import OptimizerSettings
+from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.heads import mlp
+from vissl_lite.pretext.losses import negative_cosine
+from vissl_lite.pretext.momentum import cosine, follow, frozen_copy
+
+
+def byol_views(size: int, smallest_crop: float, colour: float | None, upright: bool) -> Views:
+    """Two views: one always blurred, the other seldom but sometimes solarized (appendix B).
+
+    Args:
+        size: side in pixels.
+        smallest_crop: smallest share of the image's area.
+        colour: strength of the colour distortion.
+        upright: whether the images have an up.
+    """
+    first = distorted_crop(size, smallest_crop, colour, 1.0, upright=upright)
+    second = distorted_crop(size, smallest_crop, colour, 0.1, solarize=0.2, upright=upright)
+    return Views([first, second], shortest=crop_decode_size(size, smallest_crop))
+
+
+class BYOL(PretextTask):
+    """BYOL.
+
+    Args:
+        encoder: what is trained.
+        momentum: of the teacher at the start; rises to 1 along a cosine (section 3.3). The paper
+            has 0.996 for a thousand epochs, and less for fewer.
+        hidden_size: of both heads; the paper has 4096.
+        projection_size: of the embeddings (section 3.3).
+        smallest_crop: smallest share of the image's area in a view; the paper has 0.08.
+        colour: strength of the colour distortion; the paper has about 0.5.
+    """
+
+    about = About(
+        name="byol",
+        family="non-contrastive",
+        views="2",
+        paper="Grill et al. 2020, arXiv 2006.07733",
+        use="small batches and long runs; needs no negatives",
+    )
+    # The paper's LARS is for batches of 4096; at 64 to 256 AdamW learns faster.
+    optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        momentum: float = 0.99,
+        hidden_size: int = 1024,
+        projection_size: int = 256,
+        smallest_crop: float = 0.2,
+        colour: float | None = None,
+    ) -> None:
+        super().__init__(encoder)
+        self.projector = mlp(encoder.num_features, hidden_size, projection_size)
+        self.predictor = mlp(projection_size, hidden_size, projection_size)
+        self.teacher_encoder = frozen_copy(encoder)
+        self.teacher_projector = frozen_copy(self.projector)
+        self.momentum = momentum
+        self.smallest_crop, self.colour = smallest_crop, colour
+
+    def views(self) -> Views:
+        size = self.encoder.image_size
+        return byol_views(size, self.smallest_crop, self.colour, self.upright)
+
+    def loss(self, views: list[Tensor]) -> Tensor:
+        both = torch.cat(views)
+        p1, p2 = self.predictor(self.projector(self.encoder(both))).chunk(2)
+        with torch.no_grad():
+            t1, t2 = self.teacher_projector(self.teacher_encoder(both)).chunk(2)
+        # equation 2, for both orders of the views
+        return 4 + 2 * (negative_cosine(p1, t2) + negative_cosine(p2, t1))
+
+    def after_step(self) -> None:
+        momentum = cosine(self.momentum, 1, self.progress)
+        follow(self.teacher_encoder, self.encoder, momentum)
+        follow(self.teacher_projector, self.projector, momentum)

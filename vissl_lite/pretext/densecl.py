@@ -1,0 +1,166 @@
+"""DenseCL: MoCo for whole images and, beside it, for every place of the feature map.
+
+Wang, Zhang, Shen, Kong & Li 2021, "Dense Contrastive Learning for Self-Supervised Visual
+Pre-Training", arXiv 2011.09157.
+"""
+
+import logging
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from vissl_lite.data.views import Views, crop_decode_size, distorted_crop
+from vissl_lite.encoder import Encoder
+from vissl_lite.errors import UserError, check_count, check_positive
+from vissl_lite.optim import OptimizerSettings
+from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.losses import info_nce
+from vissl_lite.pretext.momentum import follow, frozen_copy
+from vissl_lite.pretext.queue import Queue
+
+log = logging.getLogger(__name__)
+
+
+def densecl_views(size: int, smallest_crop: float, colour: float | None, upright: bool) -> Views:
+    """Two views, distorted as those of MoCo v2 (section 4.1).
+
+    Args:
+        size: side in pixels.
+        smallest_crop: smallest share of the image's area.
+        colour: strength of the colour distortion.
+        upright: whether the images have an up.
+    """
+    one = distorted_crop(size, smallest_crop, colour, upright=upright)
+    return Views([one, one], shortest=crop_decode_size(size, smallest_crop))
+
+
+@torch.no_grad()
+def correspondence(map1: Tensor, map2: Tensor) -> Tensor:
+    """For each place of one feature map, the most similar place of the other (equation 4).
+
+    Args:
+        map1: ``(B, C, N)`` features at N places of the first views.
+        map2: ``(B, C, N)`` of the second views.
+
+    Returns:
+        ``(B, N)`` places of the second map.
+    """
+    map1, map2 = F.normalize(map1.float(), dim=1), F.normalize(map2.float(), dim=1)
+    return (map1.transpose(1, 2) @ map2).argmax(dim=2)
+
+
+class DenseHead(nn.Module):
+    """MoCo's head on the pooled features, and the same as 1x1 convolutions on the map (figure 2).
+
+    Args:
+        features: of the pooled vector.
+        map_features: channels of the feature map.
+        projection_size: of the embeddings.
+    """
+
+    def __init__(self, features: int, map_features: int, projection_size: int) -> None:
+        super().__init__()
+        self.whole = nn.Sequential(
+            nn.Linear(features, features),
+            nn.ReLU(inplace=True),
+            nn.Linear(features, projection_size),
+        )
+        self.dense = nn.Sequential(
+            nn.Conv2d(map_features, map_features, kernel_size=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(map_features, projection_size, kernel_size=1),
+        )
+
+    def forward(self, pooled: Tensor, feature_map: Tensor) -> tuple[Tensor, Tensor]:
+        """``(B, D)`` and ``(B, D', h, w)`` to ``(B, E)`` and ``(B, E, h w)``."""
+        return self.whole(pooled), self.dense(feature_map).flatten(2)
+
+
+class DenseCL(PretextTask):
+    """DenseCL.
+
+    Args:
+        encoder: what is trained. Its last feature map should have several places: at 32 pixels
+            ``resnet18`` has one only, ``resnet18_cifar`` sixteen.
+        temperature: of both losses; the paper has 0.2, in short training 0.1 is better.
+        momentum: of the teacher; the paper has 0.999, for runs of a hundred thousands of steps.
+        queue_size: negatives for each of the losses; the paper has 65536.
+        projection_size: of the embeddings that the losses compare.
+        dense_weight: lambda, the share of the dense loss (equation 3; 0.5 in section 4.1).
+        smallest_crop: smallest share of the image's area in a view.
+        colour: strength of the colour distortion.
+    """
+
+    about = About(
+        name="densecl",
+        family="contrastive",
+        views="2",
+        paper="Wang et al. 2021, arXiv 2011.09157",
+        use="before detection or segmentation: learns from every place of the map",
+    )
+    # as moco: the paper's SGD is for hundreds of epochs
+    optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        temperature: float = 0.1,
+        momentum: float = 0.99,
+        queue_size: int = 4096,
+        projection_size: int = 128,
+        dense_weight: float = 0.5,
+        smallest_crop: float = 0.2,
+        colour: float | None = None,
+    ) -> None:
+        super().__init__(encoder)
+        check_positive("pretext.temperature", temperature)
+        check_count("pretext.queue_size", queue_size)
+        if not 0 <= dense_weight <= 1:
+            raise UserError(f"--pretext.dense_weight {dense_weight} must be in [0, 1]")
+        self.head = DenseHead(encoder.num_features, encoder.map_features, projection_size)
+        self.teacher_encoder, self.teacher_head = frozen_copy(encoder), frozen_copy(self.head)
+        self.queue = Queue(queue_size, projection_size)
+        self.dense_queue = Queue(queue_size, projection_size)
+        self.temperature, self.momentum = temperature, momentum
+        self.dense_weight = dense_weight
+        self.smallest_crop, self.colour = smallest_crop, colour
+        self._map_checked = False
+
+    def views(self) -> Views:
+        size = self.encoder.image_size
+        return densecl_views(size, self.smallest_crop, self.colour, self.upright)
+
+    def loss(self, views: list[Tensor]) -> Tensor:
+        pooled, map1 = self.encoder.pooled_and_map(views[0])
+        query, dense_query = self.head(pooled, map1)
+        with torch.no_grad():
+            pooled, map2 = self.teacher_encoder.pooled_and_map(views[1])
+            key, dense_keys = self.teacher_head(pooled, map2)
+            self._check_map(map1)
+            partner = correspondence(map1.flatten(2), map2.flatten(2))
+            dense_key = dense_keys.gather(2, partner[:, None].expand_as(dense_keys))
+        whole = info_nce(query, key, self.queue.items, self.temperature)
+        dense = info_nce(
+            dense_query.transpose(1, 2).flatten(0, 1),
+            dense_key.transpose(1, 2).flatten(0, 1),
+            self.dense_queue.items,
+            self.temperature,
+        )
+        self.queue.push(key)
+        self.dense_queue.push(dense_keys.mean(dim=2))  # one for each image (section 3.3)
+        self.measure("dense_loss", dense)
+        return (1 - self.dense_weight) * whole + self.dense_weight * dense
+
+    def _check_map(self, feature_map: Tensor) -> None:
+        if not self._map_checked and feature_map.shape[2:].numel() == 1:
+            log.warning(
+                "densecl: the last feature map of %s at %d pixels has a single place, so that its "
+                "dense loss is an ordinary one; give a larger --image_size or another --backbone",
+                self.encoder.backbone, self.encoder.image_size,
+            )  # fmt: skip
+        self._map_checked = True
+
+    def after_step(self) -> None:
+        follow(self.teacher_encoder, self.encoder, self.momentum)
+        follow(self.teacher_head, self.head, self.momentum)

@@ -1,0 +1,144 @@
+"""DINO: every crop predicts how a momentum teacher describes the large crops.
+
+Caron, Touvron, Misra, Jégou, Mairal, Bojanowski & Joulin 2021, "Emerging Properties in
+Self-Supervised Vision Transformers", arXiv 2104.14294.
+"""
+
+import torch
+from torch import Tensor
+
+from vissl_lite.data.views import Views
+from vissl_lite.encoder import Encoder
+from vissl_lite.errors import check_count, check_positive
+from vissl_lite.optim import OptimizerSettings
+from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.heads import PrototypeHead
+from vissl_lite.pretext.losses import Centre, cross_entropy
+from vissl_lite.pretext.momentum import cosine, follow, frozen_copy
+from vissl_lite.pretext.multicrop import by_size, default_small_crops, multicrop_views
+
+
+class DINO(PretextTask):
+    """DINO.
+
+    Args:
+        encoder: what is trained; the teacher is what a run saves, as it is the better one.
+        prototypes: outputs of the heads; the paper has 65536, for 1.3 million images.
+        temperature: of the student (section 3.3).
+        teacher_temperature: of the teacher, after the warm-up; the paper has 0.04 to 0.07.
+        warm_teacher_temperature: of the teacher, at the start.
+        temperature_warmup: share of the run in which it rises; the paper has 30 epochs of 300 or
+            more.
+        momentum: of the teacher at the start; rises to 1 along a cosine. The paper has 0.996, for
+            batches of 1024 and hundreds of epochs.
+        centre_momentum: of the centre that is taken from the teacher's outputs (equation 4).
+        frozen_share: share of the run in which the last layer stays as it is; the paper has one
+            epoch of a hundred (appendix C).
+        hidden_size: of the heads (appendix C: 2048).
+        bottleneck_size: before the last layer (appendix C).
+        head_norm: BatchNorm in the heads. The paper's ViTs have none; CNNs need it.
+        small_crops: number of small views beside the two large ones; default 6, none below 64
+            pixels; the paper has 8 to 10.
+        smallest_crop: smallest share of the image's area in a small view.
+        smallest_large_crop: smallest share in a large view (0.4 in the authors' recipes).
+        colour: strength of the colour distortion; the paper has about 0.5.
+    """
+
+    about = About(
+        name="dino",
+        family="self-distilling",
+        views="2 + 6 small",
+        paper="Caron et al. 2021, arXiv 2104.14294",
+        use="ViTs and long runs; strong kNN features",
+    )
+    # The paper has 5e-4 at 256 with linear scaling, for hundreds of epochs; gradients clipped at 3.
+    optimizer_settings = OptimizerSettings(
+        "adamw", lr=1e-3, weight_decay=0.04, scaling="sqrt", clip_norm=3.0
+    )
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        prototypes: int = 2048,
+        temperature: float = 0.1,
+        teacher_temperature: float = 0.04,
+        warm_teacher_temperature: float = 0.04,
+        temperature_warmup: float = 0.1,
+        momentum: float = 0.99,
+        centre_momentum: float = 0.9,
+        frozen_share: float = 0.01,
+        hidden_size: int = 1024,
+        bottleneck_size: int = 256,
+        head_norm: bool | None = None,
+        small_crops: int | None = None,
+        smallest_crop: float = 0.05,
+        smallest_large_crop: float = 0.3,
+        colour: float | None = None,
+    ) -> None:
+        super().__init__(encoder)
+        for name, value in (
+            ("temperature", temperature),
+            ("teacher_temperature", teacher_temperature),
+            ("warm_teacher_temperature", warm_teacher_temperature),
+        ):
+            check_positive(f"pretext.{name}", value)
+        check_count("pretext.prototypes", prototypes)
+        norm = encoder.patch_size is None if head_norm is None else head_norm
+        self.head = PrototypeHead(
+            encoder.num_features, hidden_size, bottleneck_size, prototypes, norm
+        )
+        self.teacher_encoder, self.teacher_head = frozen_copy(encoder), frozen_copy(self.head)
+        self.centre = Centre(prototypes, centre_momentum)
+        self.temperature = temperature
+        self.teacher_temperatures = (warm_teacher_temperature, teacher_temperature)
+        self.temperature_warmup = temperature_warmup
+        self.momentum, self.frozen_share = momentum, frozen_share
+        chosen = default_small_crops(encoder) if small_crops is None else small_crops
+        self.small_crops = chosen
+        self.smallest_crop, self.smallest_large_crop = smallest_crop, smallest_large_crop
+        self.colour = colour
+
+    def views(self) -> Views:
+        return multicrop_views(
+            self.encoder,
+            2,
+            self.small_crops,
+            self.smallest_crop,
+            self.smallest_large_crop,
+            self.colour,
+            self.upright,
+            solarize=True,
+        )
+
+    def loss(self, views: list[Tensor]) -> Tensor:
+        scores = by_size(lambda images: self.head(self.encoder(images)), views)
+        with torch.no_grad():
+            outputs = self.teacher_head(self.teacher_encoder(torch.cat(views[:2])))
+            targets = self.centre.targets(outputs, self.teacher_temperature()).chunk(2)
+            self.centre.update(outputs)
+        terms = [
+            cross_entropy(target, score, self.temperature).mean()
+            for large, target in enumerate(targets)
+            for view, score in enumerate(scores)
+            if view != large
+        ]
+        return torch.stack(terms).mean()
+
+    def teacher_temperature(self) -> float:
+        """Its value at this moment of the run (section 3.3: a linear warm-up)."""
+        start, end = self.teacher_temperatures
+        if self.progress >= self.temperature_warmup:
+            return end
+        return start + (end - start) * self.progress / self.temperature_warmup
+
+    def on_after_backward(self) -> None:
+        if self.progress < self.frozen_share:
+            self.head.freeze_last()
+
+    def after_step(self) -> None:
+        momentum = cosine(self.momentum, 1, self.progress)
+        follow(self.teacher_encoder, self.encoder, momentum)
+        follow(self.teacher_head, self.head, momentum)
+
+    def trained_encoder(self) -> Encoder:
+        return self.teacher_encoder

@@ -1,0 +1,96 @@
+"""LeJEPA: views agree, and their embeddings are spread as a round Gaussian. Nothing else.
+
+Balestriero & LeCun 2025, "LeJEPA: Provable and Scalable Self-Supervised Learning Without the
+Heuristics", arXiv 2511.08544.
+"""
+
+import torch
+from torch import Tensor
+
+from vissl_lite.data.views import Views
+from vissl_lite.encoder import Encoder
+from vissl_lite.errors import UserError, check_count
+from vissl_lite.optim import OptimizerSettings
+from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.heads import mlp
+from vissl_lite.pretext.losses import random_directions, sigreg
+from vissl_lite.pretext.multicrop import by_size, default_small_crops, multicrop_views
+
+
+class LeJEPA(PretextTask):
+    """LeJEPA.
+
+    Args:
+        encoder: what is trained.
+        lambd: weight of the regularisation against the agreement of views, in [0, 1] (equation
+            LeJEPA, section 5; 0.05 is the authors' default, 0.02 in their small example).
+        directions: that the distribution is looked at from, drawn anew every step; the paper has
+            1024.
+        hidden_size: of the projection head; 2048 in the authors' example.
+        projection_size: of the embeddings.
+        large_crops: views of the encoder's size.
+        small_crops: small views beside them; default 6 as in the paper, none below 64 pixels.
+        smallest_crop: smallest share of the image's area in a small view.
+        smallest_large_crop: smallest share in a large view; the paper has 0.3.
+        colour: strength of the colour distortion.
+    """
+
+    about = About(
+        name="lejepa",
+        family="non-contrastive",
+        views="2 + 6 small",
+        paper="Balestriero & LeCun 2025, arXiv 2511.08544",
+        use="any backbone with one knob to turn; its loss tells how good the encoder is",
+    )
+    # the authors' example: AdamW 2e-3 at 256, decay 0.05
+    optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=0.05, scaling="sqrt")
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        lambd: float = 0.05,
+        directions: int = 256,
+        hidden_size: int = 1024,
+        projection_size: int = 64,
+        large_crops: int = 2,
+        small_crops: int | None = None,
+        smallest_crop: float = 0.05,
+        smallest_large_crop: float = 0.3,
+        colour: float | None = None,
+    ) -> None:
+        super().__init__(encoder)
+        if not 0 < lambd < 1:
+            raise UserError(f"--pretext.lambd {lambd} must be between 0 and 1")
+        check_count("pretext.large_crops", large_crops)
+        self.head = mlp(encoder.num_features, hidden_size, hidden_size, projection_size)
+        self.lambd, self.directions = lambd, directions
+        self.large_crops = large_crops
+        chosen = default_small_crops(encoder) if small_crops is None else small_crops
+        self.small_crops = chosen
+        self.smallest_crop, self.smallest_large_crop = smallest_crop, smallest_large_crop
+        self.colour = colour
+
+    def views(self) -> Views:
+        return multicrop_views(
+            self.encoder,
+            self.large_crops,
+            self.small_crops,
+            self.smallest_crop,
+            self.smallest_large_crop,
+            self.colour,
+            self.upright,
+            solarize=False,
+        )
+
+    def loss(self, views: list[Tensor]) -> Tensor:
+        z = torch.stack([one.float() for one in by_size(self._embed, views)])  # (V, B, D)
+        centre = z[: self.large_crops].mean(dim=0)
+        agreement = (z - centre).square().mean()
+        directions = random_directions(z.shape[2], self.directions, like=z)
+        normality = torch.stack([sigreg(view, directions) for view in z]).mean()
+        self.measure("agreement", agreement)
+        self.measure("normality", normality)
+        return (1 - self.lambd) * agreement + self.lambd * normality
+
+    def _embed(self, images: Tensor) -> Tensor:
+        return self.head(self.encoder(images))

@@ -1,0 +1,98 @@
+"""MoCo v2: a view finds the other, as a slow teacher sees it, beside a queue of earlier images.
+
+He, Fan, Wu, Xie & Girshick 2020, "Momentum Contrast for Unsupervised Visual Representation
+Learning", arXiv 1911.05722; Chen, Fan, Girshick & He 2020, "Improved Baselines with Momentum
+Contrastive Learning" (v2), arXiv 2003.04297.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from vissl_lite.data.views import Views, crop_decode_size, distorted_crop
+from vissl_lite.encoder import Encoder
+from vissl_lite.errors import check_count, check_positive
+from vissl_lite.optim import OptimizerSettings
+from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.losses import info_nce
+from vissl_lite.pretext.momentum import follow, frozen_copy
+from vissl_lite.pretext.queue import Queue
+
+
+def moco_views(size: int, smallest_crop: float, colour: float | None, upright: bool) -> Views:
+    """Two views: crop, flip, colour distortion, blur (v2, section 2).
+
+    Args:
+        size: side in pixels.
+        smallest_crop: smallest share of the image's area.
+        colour: strength of the colour distortion.
+        upright: whether the images have an up.
+    """
+    one = distorted_crop(size, smallest_crop, colour, upright=upright)
+    return Views([one, one], shortest=crop_decode_size(size, smallest_crop))
+
+
+class MoCo(PretextTask):
+    """MoCo v2.
+
+    The paper shuffles images between GPUs, lest BatchNorm give away which views belong together.
+    Here BatchNorm runs over all GPUs together, as in the later methods.
+
+    Args:
+        encoder: what is trained.
+        temperature: of the loss; the paper has 0.2 (v2, table 1), in short training 0.1 is better.
+        momentum: of the teacher; the paper has 0.999, for runs of a hundred thousands of steps.
+        queue_size: negatives; the paper has 65536, for 1.3 million images.
+        projection_size: of the embeddings that the loss compares.
+        smallest_crop: smallest share of the image's area in a view.
+        colour: strength of the colour distortion; the paper has 0.5.
+    """
+
+    about = About(
+        name="moco",
+        family="contrastive",
+        views="2",
+        paper="He et al. 2020, arXiv 1911.05722; v2 2003.04297",
+        use="small batches: negatives come from a queue, not from the batch",
+    )
+    # The paper's SGD, 0.03 at 256, is for hundreds of epochs; in short runs AdamW learns faster.
+    optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        temperature: float = 0.1,
+        momentum: float = 0.99,
+        queue_size: int = 4096,
+        projection_size: int = 128,
+        smallest_crop: float = 0.2,
+        colour: float | None = None,
+    ) -> None:
+        super().__init__(encoder)
+        check_positive("pretext.temperature", temperature)
+        check_count("pretext.queue_size", queue_size)
+        features = encoder.num_features
+        self.head = nn.Sequential(
+            nn.Linear(features, features),
+            nn.ReLU(inplace=True),
+            nn.Linear(features, projection_size),
+        )
+        self.teacher_encoder, self.teacher_head = frozen_copy(encoder), frozen_copy(self.head)
+        self.queue = Queue(queue_size, projection_size)
+        self.temperature, self.momentum = temperature, momentum
+        self.smallest_crop, self.colour = smallest_crop, colour
+
+    def views(self) -> Views:
+        size = self.encoder.image_size
+        return moco_views(size, self.smallest_crop, self.colour, self.upright)
+
+    def loss(self, views: list[Tensor]) -> Tensor:
+        query = self.head(self.encoder(views[0]))
+        with torch.no_grad():
+            key = self.teacher_head(self.teacher_encoder(views[1]))
+        loss = info_nce(query, key, self.queue.items, self.temperature)
+        self.queue.push(key)
+        return loss
+
+    def after_step(self) -> None:
+        follow(self.teacher_encoder, self.encoder, self.momentum)
+        follow(self.teacher_head, self.head, self.momentum)

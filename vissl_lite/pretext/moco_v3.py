@@ -1,0 +1,97 @@
+"""MoCo v3: contrast with a momentum teacher, without a queue; made for vision transformers.
+
+Chen, Xie & He 2021, "An Empirical Study of Training Self-Supervised Vision Transformers",
+arXiv 2104.02057.
+"""
+
+import torch
+from torch import Tensor
+
+from vissl_lite.data.views import Views, crop_decode_size, distorted_crop
+from vissl_lite.encoder import Encoder
+from vissl_lite.errors import check_positive
+from vissl_lite.optim import OptimizerSettings
+from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.heads import mlp
+from vissl_lite.pretext.losses import contrast
+from vissl_lite.pretext.momentum import cosine, follow, frozen_copy
+
+
+def moco_v3_views(size: int, smallest_crop: float, colour: float | None, upright: bool) -> Views:
+    """Two views, distorted as BYOL's: one blurred, the other sometimes solarized (appendix A).
+
+    Args:
+        size: side in pixels.
+        smallest_crop: smallest share of the image's area.
+        colour: strength of the colour distortion.
+        upright: whether the images have an up.
+    """
+    first = distorted_crop(size, smallest_crop, colour, 1.0, upright=upright)
+    second = distorted_crop(size, smallest_crop, colour, 0.1, solarize=0.2, upright=upright)
+    return Views([first, second], shortest=crop_decode_size(size, smallest_crop))
+
+
+class MoCoV3(PretextTask):
+    """MoCo v3.
+
+    Args:
+        encoder: what is trained. A ViT's patch projection stays as it is, which keeps the training
+            stable (section 4.2).
+        temperature: of the loss (appendix A has 0.2); in short training 0.1 is better.
+        momentum: of the teacher at the start; rises to 1 along a cosine (appendix A).
+        hidden_size: of the heads; the paper has 4096.
+        projection_size: of the embeddings that the loss compares; the paper has 256.
+        smallest_crop: smallest share of the image's area in a view; the paper has 0.08.
+        colour: strength of the colour distortion; the paper has about 0.5.
+    """
+
+    about = About(
+        name="moco_v3",
+        family="contrastive",
+        views="2",
+        paper="Chen et al. 2021, arXiv 2104.02057",
+        use="ViTs with batches of 256 and more",
+        negatives=True,
+    )
+    # appendix A has AdamW with 1.5e-4 and decay 0.1, for batches of 4096 and 300 epochs
+    optimizer_settings = OptimizerSettings("adamw", lr=1e-3, weight_decay=0.05, scaling="sqrt")
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        temperature: float = 0.1,
+        momentum: float = 0.99,
+        hidden_size: int = 1024,
+        projection_size: int = 256,
+        smallest_crop: float = 0.2,
+        colour: float | None = None,
+    ) -> None:
+        super().__init__(encoder)
+        check_positive("pretext.temperature", temperature)
+        features = encoder.num_features
+        self.projector = mlp(features, hidden_size, hidden_size, projection_size, last_norm=True)
+        self.predictor = mlp(projection_size, hidden_size, projection_size, last_norm=True)
+        self.teacher_encoder = frozen_copy(encoder)
+        self.teacher_projector = frozen_copy(self.projector)
+        if encoder.patch_size is not None:
+            for parameter in encoder.model.patch_embed.parameters():
+                parameter.requires_grad_(False)
+        self.temperature, self.momentum = temperature, momentum
+        self.smallest_crop, self.colour = smallest_crop, colour
+
+    def views(self) -> Views:
+        size = self.encoder.image_size
+        return moco_v3_views(size, self.smallest_crop, self.colour, self.upright)
+
+    def loss(self, views: list[Tensor]) -> Tensor:
+        both = torch.cat(views)
+        query1, query2 = self.predictor(self.projector(self.encoder(both))).chunk(2)
+        with torch.no_grad():
+            key1, key2 = self.teacher_projector(self.teacher_encoder(both)).chunk(2)
+        loss = contrast(query1, key2, self.temperature) + contrast(query2, key1, self.temperature)
+        return 2 * self.temperature * loss  # algorithm 1
+
+    def after_step(self) -> None:
+        momentum = cosine(self.momentum, 1, self.progress)
+        follow(self.teacher_encoder, self.encoder, momentum)
+        follow(self.teacher_projector, self.projector, momentum)

@@ -1,0 +1,80 @@
+"""Rotation and SimCLR together: one encoder, two tasks, their losses weighted.
+
+What each of them learns complements the other (Doersch & Zisserman 2017, "Multi-task
+Self-Supervised Visual Learning", arXiv 1708.07860).
+"""
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from vissl_lite.data.views import Views
+from vissl_lite.encoder import Encoder
+from vissl_lite.errors import check_positive
+from vissl_lite.optim import OptimizerSettings
+from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.heads import mlp
+from vissl_lite.pretext.losses import nt_xent
+from vissl_lite.pretext.rotation import all_rotations
+from vissl_lite.pretext.signal import Signal
+from vissl_lite.pretext.simclr import simclr_views
+
+
+class Multi(PretextTask):
+    """Rotation prediction on SimCLR's first view, and SimCLR on both.
+
+    Args:
+        encoder: what is trained.
+        rotation_weight: of rotation's loss; SimCLR's has 1.
+        temperature: of SimCLR's loss.
+        projection_size: of the embeddings that SimCLR's loss compares.
+        smallest_crop: smallest share of the image's area in a view.
+        colour: strength of the colour distortion.
+    """
+
+    about = About(
+        name="multi",
+        family="predictive and contrastive",
+        views="2",
+        paper="Doersch & Zisserman 2017, arXiv 1708.07860",
+        use="rotation and simclr at once, on pictures with an up",
+        negatives=True,
+    )
+    optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        rotation_weight: float = 1.0,
+        temperature: float = 0.1,
+        projection_size: int = 128,
+        smallest_crop: float = 0.2,
+        colour: float | None = None,
+    ) -> None:
+        super().__init__(encoder)
+        check_positive("pretext.temperature", temperature)
+        features = encoder.num_features
+        self.contrast_head = mlp(features, features, projection_size)
+        self.rotation_head = nn.Linear(features, 4)
+        self.signal = Signal("rotation", chance=1 / 4)
+        self.rotation_weight, self.temperature = rotation_weight, temperature
+        self.smallest_crop, self.colour = smallest_crop, colour
+
+    def views(self) -> Views:
+        size = self.encoder.image_size
+        return simclr_views(size, self.smallest_crop, self.colour, self.upright)
+
+    def loss(self, views: list[Tensor]) -> Tensor:
+        turned, labels = all_rotations(views[0])
+        # the first quarter of the turned images are the first views as they are
+        features = self.encoder(torch.cat([turned, views[1]]))
+        count = len(views[0])
+        z1, z2 = self.contrast_head(torch.cat([features[:count], features[-count:]])).chunk(2)
+        logits = self.rotation_head(features[:-count]).float()
+        contrast, rotation = nt_xent(z1, z2, self.temperature), F.cross_entropy(logits, labels)
+        accuracy = (logits.argmax(dim=1) == labels).float().mean()
+        self.measure("accuracy", accuracy)
+        self.measure("contrast_loss", contrast)
+        self.measure("rotation_loss", rotation)
+        self.signal.watch(accuracy, self.progress)
+        return contrast + self.rotation_weight * rotation

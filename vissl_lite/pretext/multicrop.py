@@ -1,0 +1,84 @@
+"""Multi-crop: two large crops and many small ones of each image (SwAV, Caron et al. 2020)."""
+
+from collections.abc import Callable
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from vissl_lite.data.views import Views, crop_decode_size, distorted_crop
+from vissl_lite.encoder import Encoder
+from vissl_lite.errors import UserError
+
+
+def multicrop_views(
+    encoder: Encoder,
+    large_crops: int,
+    small_crops: int,
+    smallest_crop: float,
+    largest_small_crop: float,
+    colour: float | None,
+    upright: bool,
+    solarize: bool,
+) -> Views:
+    """Large crops of the encoder's size, then small ones of 96/224 of it.
+
+    Args:
+        encoder: what they are for.
+        large_crops: how many.
+        small_crops: how many.
+        smallest_crop: smallest share of the image's area in a small crop.
+        largest_small_crop: where the shares of small crops end and those of large ones begin.
+        colour: strength of the colour distortion; see ``distorted_crop``.
+        upright: whether the images have an up.
+        solarize: blur the first view always, the second seldom, and solarize that sometimes (BYOL,
+            Grill et al. 2020, appendix B); else blur each view half of the time.
+
+    Raises:
+        UserError: the backbone can't take the small crops.
+    """
+    size = encoder.image_size
+    if solarize:
+        kinds = [(1.0, 0.0), (0.1, 0.2)]
+        pairs = [
+            distorted_crop(size, largest_small_crop, colour, blur, inverted, upright)
+            for blur, inverted in kinds
+        ]
+    else:
+        pairs = [distorted_crop(size, largest_small_crop, colour, upright=upright)]
+    pipelines = [pairs[number % len(pairs)] for number in range(large_crops)]
+    shortest = crop_decode_size(size, largest_small_crop)
+    if small_crops:
+        small = encoder.fitting_size(size * 96 / 224)
+        try:
+            encoder.check_image_size(small)
+        except UserError as error:
+            raise UserError(f"{error}; --pretext.small_crops 0 does without") from None
+        one = distorted_crop(
+            small, smallest_crop, colour, upright=upright, largest_crop=largest_small_crop
+        )
+        pipelines += [one] * small_crops
+        shortest = max(shortest, crop_decode_size(small, smallest_crop))
+    return Views(pipelines, shortest)
+
+
+def by_size(network: Callable[[Tensor], Tensor], views: list[Tensor]) -> list[Tensor]:
+    """Run a network over views, in one pass for each run of views of equal size.
+
+    Args:
+        network: takes ``(N, C, H, W)``, gives ``(N, ...)``.
+        views: ``(B, C, H, W)`` each.
+
+    Returns:
+        One ``(B, ...)`` output for each view.
+    """
+    outputs: list[Tensor] = []
+    for _, group in groupby(views, key=lambda view: view.shape[-1]):
+        same = list(group)
+        outputs += network(torch.cat(same)).chunk(len(same))
+    return outputs
+
+
+def default_small_crops(encoder: Encoder) -> int:
+    """Six, as SwAV has on ImageNet; none below 64 pixels, where they would show next to nothing."""
+    return 6 if encoder.image_size >= 64 else 0

@@ -1,0 +1,107 @@
+"""NNCLR: SimCLR, but a view has to find the other view of its nearest neighbour.
+
+Dwibedi, Aytar, Tompson, Sermanet & Zisserman 2021, "With a Little Help from My Friends:
+Nearest-Neighbor Contrastive Learning of Visual Representations", arXiv 2104.14548.
+"""
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from vissl_lite.data.views import Views, crop_decode_size, distorted_crop
+from vissl_lite.encoder import Encoder
+from vissl_lite.errors import check_count, check_positive
+from vissl_lite.optim import OptimizerSettings
+from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.heads import mlp
+from vissl_lite.pretext.losses import contrast
+from vissl_lite.pretext.queue import Queue
+
+
+def nnclr_views(size: int, smallest_crop: float, colour: float | None, upright: bool) -> Views:
+    """Two views, distorted as SimCLR's (section 4.1).
+
+    Args:
+        size: side in pixels.
+        smallest_crop: smallest share of the image's area.
+        colour: strength of the colour distortion.
+        upright: whether the images have an up.
+    """
+    one = distorted_crop(size, smallest_crop, colour, upright=upright)
+    return Views([one, one], shortest=crop_decode_size(size, smallest_crop))
+
+
+@torch.no_grad()
+def nearest_neighbours(embeddings: Tensor, support: Tensor) -> Tensor:
+    """The most similar item of a support set (equation 2).
+
+    Args:
+        embeddings: ``(B, D)``.
+        support: ``(Q, D)``, normalised.
+
+    Returns:
+        ``(B, D)``, normalised, without gradient.
+    """
+    similarity = F.normalize(embeddings.float(), dim=1) @ support.T
+    return support[similarity.argmax(dim=1)]
+
+
+class NNCLR(PretextTask):
+    """NNCLR.
+
+    Args:
+        encoder: what is trained.
+        temperature: of the loss (section 4.1).
+        queue_size: of the support set; the paper has 98304, for 1.3 million images.
+        hidden_size: of the projection head; the paper has 2048 (section 4.1).
+        projection_size: of the embeddings that the loss compares (section 4.1).
+        prediction_hidden_size: of the prediction head; the paper has 4096.
+        smallest_crop: smallest share of the image's area in a view; the paper has 0.08.
+        colour: strength of the colour distortion.
+    """
+
+    about = About(
+        name="nnclr",
+        family="contrastive",
+        views="2",
+        paper="Dwibedi et al. 2021, arXiv 2104.14548",
+        use="images of few kinds, where neighbours make good positives",
+        negatives=True,
+    )
+    # The paper's LARS is for batches of 4096; at 64 to 256 AdamW learns faster.
+    optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        temperature: float = 0.1,
+        queue_size: int = 4096,
+        hidden_size: int = 1024,
+        projection_size: int = 256,
+        prediction_hidden_size: int = 1024,
+        smallest_crop: float = 0.2,
+        colour: float | None = None,
+    ) -> None:
+        super().__init__(encoder)
+        check_positive("pretext.temperature", temperature)
+        check_count("pretext.queue_size", queue_size)
+        features = encoder.num_features
+        self.projector = mlp(features, hidden_size, hidden_size, projection_size, last_norm=True)
+        self.predictor = mlp(projection_size, prediction_hidden_size, projection_size)
+        self.queue = Queue(queue_size, projection_size)
+        self.temperature = temperature
+        self.smallest_crop, self.colour = smallest_crop, colour
+
+    def views(self) -> Views:
+        size = self.encoder.image_size
+        return nnclr_views(size, self.smallest_crop, self.colour, self.upright)
+
+    def loss(self, views: list[Tensor]) -> Tensor:
+        z = self.projector(self.encoder(torch.cat(views)))
+        p1, p2 = self.predictor(z).chunk(2)
+        z1, z2 = z.chunk(2)
+        nn1 = nearest_neighbours(z1, self.queue.items)
+        nn2 = nearest_neighbours(z2, self.queue.items)
+        loss = contrast(nn1, p2, self.temperature) + contrast(nn2, p1, self.temperature)
+        self.queue.push(z1)  # one view of each image (section 3.2)
+        return loss / 2

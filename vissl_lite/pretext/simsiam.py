@@ -1,0 +1,71 @@
+"""SimSiam: a view predicts the other; stopping the gradient is all that keeps it from collapse.
+
+Chen & He 2021, "Exploring Simple Siamese Representation Learning", arXiv 2011.10566.
+"""
+
+import torch
+from torch import Tensor
+
+from vissl_lite.data.views import Views, crop_decode_size, distorted_crop
+from vissl_lite.encoder import Encoder
+from vissl_lite.optim import OptimizerSettings
+from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.heads import mlp
+from vissl_lite.pretext.losses import negative_cosine
+
+
+def simsiam_views(size: int, smallest_crop: float, colour: float | None, upright: bool) -> Views:
+    """Two views, distorted as those of MoCo v2 (section 3).
+
+    Args:
+        size: side in pixels.
+        smallest_crop: smallest share of the image's area.
+        colour: strength of the colour distortion.
+        upright: whether the images have an up.
+    """
+    one = distorted_crop(size, smallest_crop, colour, upright=upright)
+    return Views([one, one], shortest=crop_decode_size(size, smallest_crop))
+
+
+class SimSiam(PretextTask):
+    """SimSiam.
+
+    Args:
+        encoder: what is trained.
+        projection_size: of the projector's three layers and of the embeddings; 2048 in the paper.
+        hidden_size: bottleneck of the predictor, a quarter of that (section 3).
+        smallest_crop: smallest share of the image's area in a view (section 3).
+        colour: strength of the colour distortion; the paper has 0.5.
+    """
+
+    about = About(
+        name="simsiam",
+        family="non-contrastive",
+        views="2",
+        paper="Chen & He 2021, arXiv 2011.10566",
+        use="when memory is short: no negatives, no teacher",
+    )
+    optimizer_settings = OptimizerSettings("sgd", lr=0.05, weight_decay=1e-4)  # section 3
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        projection_size: int = 2048,
+        hidden_size: int = 512,
+        smallest_crop: float = 0.2,
+        colour: float | None = None,
+    ) -> None:
+        super().__init__(encoder)
+        size = projection_size
+        self.projector = mlp(encoder.num_features, size, size, size, last_norm=True)
+        self.predictor = mlp(size, hidden_size, size)
+        self.smallest_crop, self.colour = smallest_crop, colour
+
+    def views(self) -> Views:
+        size = self.encoder.image_size
+        return simsiam_views(size, self.smallest_crop, self.colour, self.upright)
+
+    def loss(self, views: list[Tensor]) -> Tensor:
+        z = self.projector(self.encoder(torch.cat(views)))
+        (z1, z2), (p1, p2) = z.chunk(2), self.predictor(z).chunk(2)
+        return (negative_cosine(p1, z2) + negative_cosine(p2, z1)) / 2  # equation 4

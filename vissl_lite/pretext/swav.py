@@ -1,0 +1,138 @@
+"""SwAV: views of an image predict each other's cluster, out of clusters that are all of one size.
+
+Caron, Misra, Mairal, Goyal, Bojanowski & Joulin 2020, "Unsupervised Learning of Visual Features by
+Contrasting Cluster Assignments", arXiv 2006.09882.
+"""
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from vissl_lite.data.views import Views
+from vissl_lite.encoder import Encoder
+from vissl_lite.errors import check_count, check_positive
+from vissl_lite.optim import OptimizerSettings
+from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.heads import mlp
+from vissl_lite.pretext.losses import cross_entropy, sinkhorn
+from vissl_lite.pretext.multicrop import by_size, default_small_crops, multicrop_views
+from vissl_lite.pretext.queue import Queue
+
+
+def swapped_prediction(scores: list[Tensor], codes: list[Tensor], temperature: float) -> Tensor:
+    """Every view predicts the codes of the large views but its own (equation 6).
+
+    Args:
+        scores: ``(B, K)`` similarities to the prototypes, of each view, the large ones first.
+        codes: ``(B, K)`` assignments of each large view.
+        temperature: above 0.
+
+    Returns:
+        A scalar, the mean over pairs of views. Computed in float32.
+    """
+    terms = [
+        cross_entropy(code, score, temperature).mean()
+        for large, code in enumerate(codes)
+        for view, score in enumerate(scores)
+        if view != large
+    ]
+    return torch.stack(terms).mean()
+
+
+class SwAV(PretextTask):
+    """SwAV.
+
+    Args:
+        encoder: what is trained.
+        prototypes: number of clusters; the paper has 3000, for 1000 classes.
+        temperature: of the predictions (appendix A.1).
+        epsilon: smoothness of the assignments (section 3.1).
+        sinkhorn_iterations: (section 3.1).
+        queue_size: embeddings of earlier images that take part in the assignment, which small
+            batches need (section 3.1, 3840 for batches of 256); 0 for none.
+        queue_start: share of the run after which they do; the paper has 15 epochs of 200.
+        hidden_size: of the projection head; the paper has 2048.
+        projection_size: of the embeddings (appendix A.1).
+        small_crops: number of small views beside the two large ones; default 6 as in the paper,
+            none below 64 pixels.
+        smallest_crop: smallest share of the image's area in a small view (section 5).
+        smallest_large_crop: smallest share in a large view; the paper has 0.14.
+        colour: strength of the colour distortion.
+    """
+
+    about = About(
+        name="swav",
+        family="clustering",
+        views="2 + 6 small",
+        paper="Caron et al. 2020, arXiv 2006.09882",
+        use="images that fall into groups of like size; good with small crops",
+    )
+    # The paper's LARS, 0.6 at 256, is for long training; in short runs AdamW learns faster.
+    optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-6, scaling="sqrt")
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        prototypes: int = 512,
+        temperature: float = 0.1,
+        epsilon: float = 0.05,
+        sinkhorn_iterations: int = 3,
+        queue_size: int = 3840,
+        queue_start: float = 0.1,
+        hidden_size: int = 1024,
+        projection_size: int = 128,
+        small_crops: int | None = None,
+        smallest_crop: float = 0.05,
+        smallest_large_crop: float = 0.2,
+        colour: float | None = None,
+    ) -> None:
+        super().__init__(encoder)
+        check_positive("pretext.temperature", temperature)
+        check_positive("pretext.epsilon", epsilon)
+        check_count("pretext.prototypes", prototypes)
+        self.head = mlp(encoder.num_features, hidden_size, projection_size)
+        self.prototypes = nn.Linear(projection_size, prototypes, bias=False)
+        self.queues = nn.ModuleList(
+            Queue(queue_size, projection_size) for _ in range(2 if queue_size else 0)
+        )
+        self.temperature, self.epsilon = temperature, epsilon
+        self.sinkhorn_iterations, self.queue_start = sinkhorn_iterations, queue_start
+        chosen = default_small_crops(encoder) if small_crops is None else small_crops
+        self.small_crops = chosen
+        self.smallest_crop, self.smallest_large_crop = smallest_crop, smallest_large_crop
+        self.colour = colour
+
+    def views(self) -> Views:
+        return multicrop_views(
+            self.encoder,
+            2,
+            self.small_crops,
+            self.smallest_crop,
+            self.smallest_large_crop,
+            self.colour,
+            self.upright,
+            solarize=False,
+        )
+
+    def loss(self, views: list[Tensor]) -> Tensor:
+        z = [F.normalize(one.float(), dim=1) for one in by_size(self._embed, views)]
+        prototypes = F.normalize(self.prototypes.weight.float(), dim=1)
+        with torch.autocast(z[0].device.type, enabled=False):
+            scores = [one @ prototypes.T for one in z]
+        codes = [self._codes(number, z[number], scores[number], prototypes) for number in range(2)]
+        return swapped_prediction(scores, codes, self.temperature)
+
+    def _embed(self, images: Tensor) -> Tensor:
+        return self.head(self.encoder(images))
+
+    @torch.no_grad()
+    def _codes(self, view: int, z: Tensor, scores: Tensor, prototypes: Tensor) -> Tensor:
+        """Assignments of a batch, with earlier images beside it once the embeddings are stable."""
+        if not len(self.queues):
+            return sinkhorn(scores, self.epsilon, self.sinkhorn_iterations)
+        queue = self.queues[view]
+        earlier = None
+        if self.progress >= self.queue_start:
+            earlier = queue.items @ prototypes.T
+        queue.push(z)
+        return sinkhorn(scores, self.epsilon, self.sinkhorn_iterations, earlier)

@@ -1,0 +1,76 @@
+"""VICReg: views agree (invariance), features vary (variance), none repeats another (covariance).
+
+Bardes, Ponce & LeCun 2022, "VICReg: Variance-Invariance-Covariance Regularization for
+Self-Supervised Learning", arXiv 2105.04906.
+"""
+
+import torch
+from torch import Tensor
+
+from vissl_lite.data.views import Views, crop_decode_size, distorted_crop
+from vissl_lite.encoder import Encoder
+from vissl_lite.optim import OptimizerSettings
+from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.heads import mlp
+from vissl_lite.pretext.losses import vicreg
+
+
+def vicreg_views(size: int, smallest_crop: float, colour: float | None, upright: bool) -> Views:
+    """Two views, distorted as BYOL's, but both alike (appendix C.1).
+
+    Args:
+        size: side in pixels.
+        smallest_crop: smallest share of the image's area.
+        colour: strength of the colour distortion.
+        upright: whether the images have an up.
+    """
+    one = distorted_crop(size, smallest_crop, colour, 0.5, solarize=0.1, upright=upright)
+    return Views([one, one], shortest=crop_decode_size(size, smallest_crop))
+
+
+class VICReg(PretextTask):
+    """VICReg.
+
+    Args:
+        encoder: what is trained.
+        sim_weight: of the invariance term (section 4.2).
+        std_weight: of the variance term (section 4.2).
+        cov_weight: of the covariance term (section 4.2).
+        projection_size: of the expander's three layers and of the embeddings; the paper has 8192.
+        smallest_crop: smallest share of the image's area in a view; the paper has 0.08.
+        colour: strength of the colour distortion; the paper has about 0.5.
+    """
+
+    about = About(
+        name="vicreg",
+        family="non-contrastive",
+        views="2",
+        paper="Bardes et al. 2022, arXiv 2105.04906",
+        use="batches of 128 to 1024; three terms that tell what goes wrong",
+    )
+    # The paper's LARS is for batches of 2048; at 64 to 256 AdamW learns faster.
+    optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        sim_weight: float = 25.0,
+        std_weight: float = 25.0,
+        cov_weight: float = 1.0,
+        projection_size: int = 1024,
+        smallest_crop: float = 0.2,
+        colour: float | None = None,
+    ) -> None:
+        super().__init__(encoder)
+        size = projection_size
+        self.projector = mlp(encoder.num_features, size, size, size)
+        self.sim_weight, self.std_weight, self.cov_weight = sim_weight, std_weight, cov_weight
+        self.smallest_crop, self.colour = smallest_crop, colour
+
+    def views(self) -> Views:
+        size = self.encoder.image_size
+        return vicreg_views(size, self.smallest_crop, self.colour, self.upright)
+
+    def loss(self, views: list[Tensor]) -> Tensor:
+        z1, z2 = self.projector(self.encoder(torch.cat(views))).chunk(2)
+        return vicreg(z1, z2, self.sim_weight, self.std_weight, self.cov_weight)

@@ -1,0 +1,97 @@
+"""VISReg: as LeJEPA, but the spread of the embeddings and its shape are regularised apart.
+
+Wu, Balestriero & Levine 2026, "VISReg: Variance-Invariance-Sketching Regularization for JEPA
+training", arXiv 2606.02572.
+"""
+
+import torch
+from torch import Tensor
+
+from vissl_lite.data.views import Views
+from vissl_lite.encoder import Encoder
+from vissl_lite.errors import UserError, check_count
+from vissl_lite.optim import OptimizerSettings
+from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.heads import mlp
+from vissl_lite.pretext.losses import random_directions, visreg
+from vissl_lite.pretext.multicrop import by_size, default_small_crops, multicrop_views
+
+
+class VISReg(PretextTask):
+    """VISReg.
+
+    Args:
+        encoder: what is trained.
+        lambd: weight of the regularisation against the agreement of views, in [0, 1]; the authors'
+            default.
+        directions: that the shape is looked at from, drawn anew every step; the authors' default.
+        hidden_size: of the projection head; 2048 in the authors' example.
+        projection_size: of the embeddings.
+        large_crops: views of the encoder's size; the authors have 4.
+        small_crops: small views beside them; default 6 as the authors have, none below 64 pixels.
+        smallest_crop: smallest share of the image's area in a small view.
+        smallest_large_crop: smallest share in a large view.
+        colour: strength of the colour distortion.
+    """
+
+    about = About(
+        name="visreg",
+        family="non-contrastive",
+        views="2 + 6 small",
+        paper="Wu et al. 2026, arXiv 2606.02572",
+        use="small, poor or long-tailed data: its gradient does not vanish at collapse",
+    )
+    # the authors' recipe: AdamW, decay 0.05, gradients clipped at 1
+    optimizer_settings = OptimizerSettings(
+        "adamw", lr=2e-3, weight_decay=0.05, scaling="sqrt", clip_norm=1.0
+    )
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        lambd: float = 0.9,
+        directions: int = 256,
+        hidden_size: int = 1024,
+        projection_size: int = 128,
+        large_crops: int = 2,
+        small_crops: int | None = None,
+        smallest_crop: float = 0.05,
+        smallest_large_crop: float = 0.3,
+        colour: float | None = None,
+    ) -> None:
+        super().__init__(encoder)
+        if not 0 < lambd < 1:
+            raise UserError(f"--pretext.lambd {lambd} must be between 0 and 1")
+        check_count("pretext.large_crops", large_crops)
+        self.head = mlp(encoder.num_features, hidden_size, hidden_size, projection_size)
+        self.lambd, self.directions = lambd, directions
+        self.large_crops = large_crops
+        chosen = default_small_crops(encoder) if small_crops is None else small_crops
+        self.small_crops = chosen
+        self.smallest_crop, self.smallest_large_crop = smallest_crop, smallest_large_crop
+        self.colour = colour
+
+    def views(self) -> Views:
+        return multicrop_views(
+            self.encoder,
+            self.large_crops,
+            self.small_crops,
+            self.smallest_crop,
+            self.smallest_large_crop,
+            self.colour,
+            self.upright,
+            solarize=False,
+        )
+
+    def loss(self, views: list[Tensor]) -> Tensor:
+        z = torch.stack([one.float() for one in by_size(self._embed, views)])  # (V, B, D)
+        centre = z[: self.large_crops].mean(dim=0)
+        agreement = (z - centre).square().mean()
+        directions = random_directions(z.shape[2], self.directions, like=z)
+        spread = torch.stack([visreg(view, directions) for view in z]).mean()
+        self.measure("agreement", agreement)
+        self.measure("spread", spread)
+        return (1 - self.lambd) * agreement + self.lambd * spread
+
+    def _embed(self, images: Tensor) -> Tensor:
+        return self.head(self.encoder(images))
