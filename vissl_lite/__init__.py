@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from vissl_lite.commands.demo import demo
     from vissl_lite.commands.finetune import finetune
+    from vissl_lite.commands.list import list_
     from vissl_lite.commands.predict import predict
     from vissl_lite.commands.pretrain import pretrain
     from vissl_lite.commands.probe import probe
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 _PLACES = {
     "demo": "vissl_lite.commands.demo",
     "finetune": "vissl_lite.commands.finetune",
+    "list_": "vissl_lite.commands.list",
     "predict": "vissl_lite.commands.predict",
     "pretrain": "vissl_lite.commands.pretrain",
     "probe": "vissl_lite.commands.probe",
@@ -29,6 +31,7 @@ __all__ = [
     "UserError",
     "demo",
     "finetune",
+    "list_",
     "load_encoder",
     "predict",
     "pretrain",

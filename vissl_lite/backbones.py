@@ -2,9 +2,9 @@
 
 timm's ResNets reduce the image 32 times, so that 32 pixels end as a single position. CIFAR tables
 use a first convolution of 3x3 with stride 1 and no max-pooling, which reduces 8 times (SimCLR,
-Chen et al. 2020, appendix B.9). Its ViTs cut patches of 16 pixels, four to such an image; patches of
-4 make 64. As registered models, their name and weights still describe the
-whole encoder, and ``timm.create_model`` builds them.
+Chen et al. 2020, appendix B.9). Its ViTs cut patches of 16 pixels, four to such an image; patches
+of 4 make 64. As registered models, their name and weights still describe the whole encoder, and
+``timm.create_model`` builds them.
 """
 
 from typing import Any

@@ -21,6 +21,7 @@ VERBS = {
     "probe": "judge a frozen encoder by kNN and a linear classifier",
     "finetune": "train a classifier on labelled images, from an encoder or from nothing",
     "predict": "classify a folder of images with a fine-tuned model",
+    "list": "what there is: list pretexts, list backbones [PATTERN]",
 }
 
 
@@ -65,7 +66,8 @@ def _overview() -> str:
 
 
 def _run(verb: str, given: list[str]) -> None:
-    function = getattr(importlib.import_module(f"vissl_lite.commands.{verb}"), verb)
+    name = "list_" if verb == "list" else verb  # not to hide Python's own
+    function = getattr(importlib.import_module(f"vissl_lite.commands.{verb}"), name)
     given, pretext = _prepare(function, given)
     parser = make_parser(verb, function, pretext)
     options = parser.parse_args(given).as_dict()
@@ -128,6 +130,10 @@ def _prepare(function: Callable[..., Any], given: list[str]) -> tuple[list[str],
     configs: list[dict[str, Any]] = []
     rewritten: list[str] = []
     words = [part for word in given for part in _split_option(word)]
+    if function.__name__ == "list_":  # the one verb whose parameters may stand without their names
+        for name in parameters:
+            if words and not words[0].startswith("-"):
+                rewritten += [f"--{name}", words.pop(0)]
     while words:
         option = words.pop(0)
         values = []

@@ -39,7 +39,9 @@ class OptimizerSettings:
         Args:
             batch_size: images an optimizer step, over all devices and accumulated batches.
         """
-        return self.lr * (batch_size / 256) ** {"linear": 1.0, "sqrt": 0.5, "none": 0.0}[self.scaling]
+        return (
+            self.lr * (batch_size / 256) ** {"linear": 1.0, "sqrt": 0.5, "none": 0.0}[self.scaling]
+        )
 
 
 def check_optimizer(name: str) -> None:

@@ -162,6 +162,8 @@ def test_a_value_of_the_wrong_type(
 def test_what_is_needed_is_said(verb: str, refused: Refused) -> None:
     if verb == "demo":
         assert "--seeds 0 must be at least 1" in refused(verb, "--seeds", 0)
+    elif verb == "list":
+        assert "--what must be given" in refused(verb)
     else:
         error = refused(verb)
         assert "--data" in error
@@ -449,5 +451,22 @@ def test_each_command_explains_its_options(verb: str, capsys: pytest.CaptureFixt
         main([verb, "--help"])
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
-    assert "--out" in shown
+    assert ("--what" if verb == "list" else "--out") in shown
     assert VERBS[verb] in " ".join(shown.split())
+
+
+def test_a_pretext_that_the_backbone_can_not_do(refused: Refused, few: Path) -> None:
+    error = refused(
+        "pretrain", "--data", few, "--out", "run", "--pretext", "mae", "--backbone", "resnet18"
+    )
+    assert "mae needs a plain ViT, which resnet18 is not: try one of vit_tiny_patch16_224" in error
+
+
+def test_an_optimizer_without_its_learning_rate(refused: Refused, few: Path) -> None:
+    error = refused("pretrain", "--data", few, "--out", "run", "--optimizer", "sgd")
+    assert "--optimizer sgd needs an --lr: simclr's 0.002 is for adamw" in error
+
+
+def test_a_list_of_nothing(refused: Refused) -> None:
+    assert "no list of pretext: did you mean pretexts?" in refused("list", "pretext")
+    assert "did you mean resnet18" in refused("list", "backbones", "resnt18")

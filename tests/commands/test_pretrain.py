@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from vissl_lite.cli import main
 from vissl_lite.commands.pretrain import parse_time, pretrain
 from vissl_lite.errors import UserError
+from vissl_lite.pretext import PRETEXTS
 from vissl_lite.pretext.simclr import SimCLR
 
 SMALL = ["--backbone", "test_resnet", "--image_size", "32", "--batch_size", "8"]
@@ -105,8 +106,14 @@ class KilledError(Exception):
     """Stands for whatever ends a process at the worst moment."""
 
 
-@pytest.mark.parametrize("pretext", ["rotation", "simclr"])
-@pytest.mark.parametrize("last_step", [1, 5, 6])
+def backbone_for(pretext: str) -> list[str]:
+    transformer = PRETEXTS[pretext].about.backbones in ("ViT", "patches")
+    return ["--backbone", "vit_slim_patch4_32" if transformer else "test_resnet"]
+
+
+@pytest.mark.parametrize(
+    ("pretext", "last_step"), [("simclr", 1), ("simclr", 6), *((name, 5) for name in PRETEXTS)]
+)
 def test_resume_continues_as_if_nothing_had_happened(
     pretext: str, last_step: int, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,7 +121,8 @@ def test_resume_continues_as_if_nothing_had_happened(
     from vissl_lite.training.checkpoints import Checkpoints
     from vissl_lite.training.pace import Pace
 
-    options = ["--data", photos, *SMALL, "--epochs", 3, "--pretext", pretext, "--num_workers", 1]
+    options = ["--data", photos, *SMALL, "--epochs", 3, "--pretext", pretext, "--num_workers", 0]
+    options += backbone_for(pretext)
     assert run(*options, "--out", tmp_path / "whole") == 0
 
     saved = Checkpoints.on_train_batch_end
@@ -134,6 +142,52 @@ def test_resume_continues_as_if_nothing_had_happened(
     assert_equal_weights(tmp_path / "whole", tmp_path / "resumed")
     steps = [int(row["step"]) for row in rows(tmp_path / "resumed")]
     assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize("pretext", ["simclr", "byol"])
+def test_resume_between_accumulated_batches(
+    pretext: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the first of two batches of a step: it goes on from the step before."""
+    from vissl_lite.training.checkpoints import Checkpoints
+    from vissl_lite.training.pace import Pace
+
+    options = ["--data", photos, *SMALL, "--epochs", 4, "--pretext", pretext]
+    options += ["--accumulate_grad_batches", 2]
+    assert run(*options, "--out", tmp_path / "whole") == 0
+    assert json.loads((tmp_path / "whole" / "results.json").read_text())["steps"] == 6
+
+    def hurry_then_die(self, trainer, module, outputs, batch, batch_idx):
+        self._saved_at = -1e9  # due at once
+        on_time(self, trainer, module, outputs, batch, batch_idx)
+        if next(c for c in trainer.callbacks if isinstance(c, Pace)).batches == 5:
+            raise KilledError
+
+    on_time = Checkpoints.on_train_batch_end
+    monkeypatch.setattr(Checkpoints, "on_train_batch_end", hurry_then_die)
+    with pytest.raises(KilledError):
+        run(*options, "--out", tmp_path / "resumed")
+    monkeypatch.setattr(Checkpoints, "on_train_batch_end", on_time)
+    assert run("--out", tmp_path / "resumed", "--resume") == 0
+    assert_equal_weights(tmp_path / "whole", tmp_path / "resumed")
+
+
+def test_accumulation_says_what_it_does_not_do(photos: Path, tmp_path: Path) -> None:
+    options = ["--data", photos, *SMALL, "--epochs", 1, "--accumulate_grad_batches", 2]
+    for pretext, said in (("simclr", True), ("moco", False)):
+        out = tmp_path / pretext
+        assert run(*options, "--pretext", pretext, "--out", out) == 0
+        log = (out / "log.txt").read_text()
+        assert "an optimizer step sees 2 batches of 8 images" in log
+        assert ("compares an image with the 7 others" in log) == said
+
+
+def test_upright_reaches_the_views(photos: Path, tmp_path: Path) -> None:
+    options = ["--data", photos, *SMALL, "--epochs", 1]
+    assert run(*options, "--out", tmp_path / "up") == 0
+    assert run(*options, "--upright", "false", "--out", tmp_path / "any") == 0
+    up, any_way = weights(tmp_path / "up"), weights(tmp_path / "any")
+    assert not all(torch.equal(up[name], any_way[name]) for name in up)
 
 
 def test_resume_after_kill_9_at_any_moment(photos: Path, tmp_path: Path) -> None:

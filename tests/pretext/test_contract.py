@@ -25,7 +25,9 @@ EXAMPLES = {
     "patches": ["test_vit", "vit_slim_patch4_32"],
 }
 PAIRS = [
-    (name, backbone) for name, made in PRETEXTS.items() for backbone in EXAMPLES[made.about.backbones]
+    (name, backbone)
+    for name, made in PRETEXTS.items()
+    for backbone in EXAMPLES[made.about.backbones]
 ]
 every_pretext = pytest.mark.parametrize("name", PRETEXTS)
 every_pair = pytest.mark.parametrize(("name", "backbone"), PAIRS)
@@ -180,7 +182,9 @@ def test_everything_that_a_resumed_run_needs_is_in_the_state(
     assert torch.equal(other.training_step(make_batch(task, photos, 12), 0), expected)
 
 
-@pytest.mark.parametrize("name", [n for n, made in PRETEXTS.items() if made.about.backbones != "any"])
+@pytest.mark.parametrize(
+    "name", [n for n, made in PRETEXTS.items() if made.about.backbones != "any"]
+)
 def test_a_backbone_that_does_not_suit_names_some_that_do(name: str) -> None:
     kind = pretext_class(name).about.backbones
     wrong = {"ViT": "test_resnet", "patches": "test_resnet", "CNN": "test_vit"}[kind]

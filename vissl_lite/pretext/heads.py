@@ -1,10 +1,14 @@
 """Heads: what sits on the encoder while it is trained, and is thrown away after."""
 
+import math
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+
+from vissl_lite.encoder import Encoder
+from vissl_lite.errors import check_count
 
 
 def mlp(*sizes: int, last_norm: bool = False) -> nn.Sequential:
@@ -63,3 +67,66 @@ class PrototypeHead(nn.Module):
     def freeze_last(self) -> None:
         """Forget the prototypes' gradient, so that the coming step leaves them as they are."""
         self.prototypes.weight.grad = None
+
+
+class Decoder(nn.Module):
+    """Turns an encoder's last feature map into a map of a quarter of the image's resolution.
+
+    Convolutions of 3x3 between doublings. The pooled features are added to the map everywhere: each
+    place then knows of the whole image, which in Pathak et al. 2016 (section 3.1) a channel-wise
+    fully-connected layer does, and what is trained includes all layers up to the pooled features.
+
+    Args:
+        encoder: whose features are decoded.
+        outputs: channels of the result.
+        width: channels in between.
+    """
+
+    STRIDE = 4
+
+    def __init__(self, encoder: Encoder, outputs: int, width: int) -> None:
+        super().__init__()
+        check_count("pretext.decoder_width", width)
+        self.project = nn.Conv2d(encoder.map_features, width, 1)
+        self.context = nn.Linear(encoder.num_features, width)
+        ratio = encoder.image_size / self.STRIDE / _map_side(encoder)
+        layers: list[nn.Module] = []
+        for step in range(1 + max(0, round(math.log2(ratio)))):
+            if step > 0:
+                layers.append(nn.Upsample(scale_factor=2, mode="nearest"))
+            layers.append(nn.Conv2d(width, width, 3, padding=1, bias=False))
+            layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        self.layers = nn.Sequential(*layers)
+        self.last = nn.Conv2d(width, outputs, 1)
+
+    @classmethod
+    def size(cls, images: Tensor) -> int:
+        """Side of the map that stands for square ``(B, C, S, S)`` images."""
+        return -(-images.shape[-1] // cls.STRIDE)
+
+    def forward(self, pooled: Tensor, last: Tensor, size: int) -> Tensor:
+        """Decode.
+
+        Args:
+            pooled: ``(B, D)``.
+            last: ``(B, D', h, w)``.
+            size: side of the result.
+
+        Returns:
+            ``(B, outputs, size, size)``.
+        """
+        x = self.layers(self.project(last) + self.context(pooled)[:, :, None, None])
+        if x.shape[-1] != size:  # the map's size is no power of two of it
+            x = F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
+        return self.last(x)
+
+
+@torch.no_grad()
+def _map_side(encoder: Encoder) -> int:
+    """Side of the last feature map of an image of the encoder's size."""
+    device = next(encoder.parameters()).device
+    size, was_training = encoder.image_size, encoder.training
+    image = torch.zeros(1, len(encoder.mean), size, size, device=device)
+    side = encoder.eval().pooled_and_map(image)[1].shape[-1]
+    encoder.train(was_training)
+    return int(side)

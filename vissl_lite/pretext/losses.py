@@ -181,7 +181,7 @@ def _covariance(z: Tensor) -> Tensor:
 
 
 def random_directions(size: int, count: int, like: Tensor) -> Tensor:
-    """Unit vectors drawn evenly from the sphere, ``(size, count)``, float32, on a tensor's device."""
+    """Unit vectors drawn evenly, ``(size, count)`` float32, on the device of a tensor."""
     return F.normalize(torch.randn(size, count, device=like.device), dim=0)
 
 

@@ -1,4 +1,4 @@
-"""Does a predictive task have a signal? Says so when its labels can't be told, or all too easily."""
+"""Does a predictive task have a signal? Warns when its labels can't be told, or all too easily."""
 
 import logging
 
@@ -10,8 +10,8 @@ log = logging.getLogger(__name__)
 # Share of the run after which guessing is suspicious, and before which perfection is.
 WARM, EARLY = 0.2, 0.15
 
-# Weight of a new batch in the running accuracy.
-NEW = 0.05
+# Weight of a new batch in the running accuracy, and how often that is looked at.
+NEW, EVERY = 0.05, 10
 
 
 class Signal(nn.Module):
@@ -29,6 +29,7 @@ class Signal(nn.Module):
     def __init__(self, task: str, chance: float) -> None:
         super().__init__()
         self.task, self.chance = task, chance
+        self._seen = 0
         self.accuracy: Tensor
         self.warned: Tensor
         self.register_buffer("accuracy", torch.tensor(chance))
@@ -41,14 +42,16 @@ class Signal(nn.Module):
             accuracy: a scalar.
             progress: share of the run that is done.
         """
-        self.accuracy.lerp_(accuracy.detach(), NEW)
-        if EARLY < progress < WARM or self.warned:
+        self.accuracy.lerp_(accuracy.detach().float(), NEW)
+        self._seen += 1
+        # comparing waits for a GPU: seldom
+        if self._seen % EVERY or EARLY < progress < WARM or self.warned:
             return
         if progress >= WARM and self.accuracy < self.chance + 0.1 * (1 - self.chance):
             log.warning(
-                "%s has hardly a signal on these images: it is right in %.0f %% of all cases, where "
-                "guessing gives %.0f %%. Images without an up or without parts can't be learnt from "
-                "in this way; try another pretext, such as simclr.",
+                "%s has hardly a signal on these images: it is right in %.0f %% of all cases, "
+                "where guessing gives %.0f %%. Images without an up or without parts can't be "
+                "learnt from in this way; try another pretext, such as simclr.",
                 self.task, 100 * self.accuracy, 100 * self.chance,
             )  # fmt: skip
             self.warned.fill_(True)

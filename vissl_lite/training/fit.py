@@ -18,6 +18,7 @@ from vissl_lite.training.checkpoints import (
     read_checkpoint,
 )
 from vissl_lite.training.hardware import Hardware, choose_precision
+from vissl_lite.training.memory import out_of_memory
 from vissl_lite.training.pace import Pace
 from vissl_lite.training.progress import Bar, Meter, MetricsLogger
 from vissl_lite.training.stream import BrokenImages, StreamData
@@ -58,6 +59,9 @@ def fit(
 
     Returns:
         The trainer, done.
+
+    Raises:
+        UserError: the batch does not fit into the device's memory; it says which one would.
     """
     module.to(memory_format=torch.channels_last)
     module.train()  # Lightning leaves the modes of modules as it finds them
@@ -101,7 +105,13 @@ def fit(
     with warnings.catch_warnings():
         for message in _NOISE:
             warnings.filterwarnings("ignore", message)
-        trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
+        too_large = False
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
+        except torch.OutOfMemoryError:
+            too_large = True  # tried out below, once the exception has let go of its tensors
+        if too_large:
+            raise out_of_memory(module, trainer, data.dataset, data.batch_size, pace.accumulate)
     return trainer
 
 

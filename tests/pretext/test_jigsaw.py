@@ -1,0 +1,212 @@
+"""Permutations, tiles, and the shortcuts that are closed."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from vissl_lite.encoder import build_encoder
+from vissl_lite.errors import UserError
+from vissl_lite.pretext.jigsaw import (
+    Jigsaw,
+    all_permutations,
+    distant_permutations,
+    jigsaw_views,
+    normalise_tiles,
+    shuffle,
+)
+from vissl_lite.pretext.patches import Grid
+
+
+def made(backbone: str = "test_resnet", size: int = 32, **options: object) -> Jigsaw:
+    torch.manual_seed(0)
+    return Jigsaw(build_encoder(backbone, size), **options)  # type: ignore[arg-type]
+
+
+def mean_distance(permutations: np.ndarray) -> float:
+    pairs = itertools.combinations(permutations, 2)
+    return float(np.mean([np.sum(one != other) for one, other in pairs]))
+
+
+# Permutations
+
+
+def test_all_permutations_are_those_of_itertools() -> None:
+    for tiles in (1, 2, 5):
+        expected = list(itertools.permutations(range(tiles)))
+        assert all_permutations(tiles).tolist() == [list(one) for one in expected]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_distant_permutations_are_those_of_algorithm_1(seed: int) -> None:
+    """Term by term: all distances anew for each permutation that is added."""
+    left = [list(one) for one in itertools.permutations(range(4))]
+    place = int(np.random.default_rng(seed).integers(len(left)))
+    chosen = []
+    while len(chosen) < 12:
+        chosen.append(left.pop(place))
+        sums = []
+        for candidate in left:
+            total = 0
+            for other in chosen:
+                for position in range(4):
+                    total += candidate[position] != other[position]
+            sums.append(total)
+        place = sums.index(max(sums))
+    assert distant_permutations(4, 12, seed).tolist() == chosen
+
+
+def test_all_of_them_can_be_chosen() -> None:
+    assert len(np.unique(distant_permutations(4, 24), axis=0)) == 24
+
+
+def test_a_hundred_are_distinct_far_apart_and_found_once() -> None:
+    found = distant_permutations(9, 100)
+    assert distant_permutations(9, 100) is found
+    assert (np.sort(found, axis=1) == np.arange(9)).all()
+    assert len(np.unique(found, axis=0)) == 100
+    for seed in range(5):
+        random = np.random.default_rng(seed)
+        drawn = np.stack([random.permutation(9) for _ in range(100)])
+        assert mean_distance(found) > mean_distance(drawn) + 0.05
+
+
+# Tiles
+
+
+def test_sizes_are_the_papers_at_224() -> None:
+    grid = made("resnet18", 224).grid
+    assert grid == Grid(side=64, step=75, slack=11)
+    assert grid.image_size == 225
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_vit", "vit_slim_patch4_32"])
+def test_tiles_have_16_pixels_at_least(backbone: str) -> None:
+    assert made(backbone, 32).grid.side == 16
+
+
+@pytest.mark.parametrize("backbone", ["test_vit", "vit_slim_patch4_32"])
+def test_it_works_for_a_vit(backbone: str) -> None:
+    task = made(backbone)
+    size = task.grid.image_size
+    loss = task.loss([torch.randn(3, 3, size, size)])
+    loss.backward()
+    # at the start it guesses
+    assert loss.item() == pytest.approx(math.log(100), rel=0.1)
+    assert all(p.grad is not None for p in task.encoder.parameters())
+
+
+def test_normalising_removes_brightness_contrast_and_tint() -> None:
+    tiles = torch.randn(6, 3, 16, 16)
+    normal = normalise_tiles(tiles)
+    assert normal.mean(dim=(2, 3)).abs().max() < 1e-6
+    torch.testing.assert_close(normal.std(dim=(2, 3)), torch.ones(6, 3))
+    contrast, brightness = 0.1 + torch.rand(6, 3, 1, 1), torch.randn(6, 3, 1, 1)
+    torch.testing.assert_close(
+        normalise_tiles(contrast * tiles + brightness), normal, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_flat_tiles_stay_flat() -> None:
+    flat = 0.7 + 1e-4 * torch.randn(1, 3, 16, 16)
+    assert normalise_tiles(flat).abs().max() < 0.1
+
+
+def test_features_are_shuffled_as_tiles_would_be() -> None:
+    task = made().eval()
+    tiles = torch.randn(4, 9, 3, 16, 16)
+    orders = task.permutations[torch.tensor([0, 5, 17, 99])]
+    with torch.no_grad():
+        first = task.encoder(shuffle(tiles, orders).flatten(0, 1)).unflatten(0, (4, 9))
+        after = shuffle(task.encoder(tiles.flatten(0, 1)).unflatten(0, (4, 9)), orders)
+    torch.testing.assert_close(first, after)
+    for puzzle in range(4):
+        for place in range(9):
+            expected = tiles[puzzle, orders[puzzle, place]]
+            assert torch.equal(shuffle(tiles, orders)[puzzle, place], expected)
+
+
+def test_the_head_sees_features_in_the_order_of_the_label(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = made(tile_features=1)
+    monkeypatch.setattr(task.encoder, "forward", lambda tiles: torch.arange(18.0)[:, None])
+    monkeypatch.setattr(task.reduce, "forward", lambda features: features)
+    seen: list[Tensor] = []
+    monkeypatch.setattr(task.head, "forward", lambda x: seen.append(x) or torch.zeros(2, 100))
+    labels: list[Tensor] = []
+    monkeypatch.setattr(F, "cross_entropy", lambda logits, y: labels.append(y) or logits.sum())
+    task.loss([torch.randn(2, 3, task.grid.image_size, task.grid.image_size)])
+    orders = task.permutations[labels[0]]
+    assert torch.equal(seen[0], (orders + torch.tensor([[0], [9]])).float())
+
+
+def test_labels_are_drawn_from_all_permutations(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = made(permutations=3)
+    drawn: list[int] = []
+    monkeypatch.setattr(
+        F, "cross_entropy", lambda logits, y: drawn.extend(y.tolist()) or logits.sum()
+    )
+    for _ in range(5):
+        task.loss([torch.randn(12, 3, task.grid.image_size, task.grid.image_size)])
+    assert len(drawn) == 60
+    assert min(drawn.count(label) for label in range(3)) > 5
+
+
+# Shortcuts
+
+
+def told_from_borders(task: Jigsaw, count: int = 64) -> float:
+    """Share of the middle tile's straight neighbours that matching of borders puts in place."""
+    size = task.grid.image_size
+    picture = F.avg_pool2d(torch.randn(count, 1, size + 2, size + 2), 3, stride=1)
+    tiles = task.tiles(picture.repeat(1, 3, 1, 1))[:, 0].unflatten(0, (-1, 9))
+    middle, right = tiles[:, 4], 0
+    for label, place in enumerate([1, 3, 5, 7]):  # above, left, right, below
+        other = tiles[:, place]
+        differences = torch.stack(
+            [
+                (other[:, -1] - middle[:, 0]).abs().mean(dim=1),
+                (other[:, :, -1] - middle[:, :, 0]).abs().mean(dim=1),
+                (other[:, :, 0] - middle[:, :, -1]).abs().mean(dim=1),
+                (other[:, 0] - middle[:, -1]).abs().mean(dim=1),
+            ]
+        )
+        right += (differences.argmin(dim=0) == label).sum().item()
+    return right / (4 * count)
+
+
+def test_borders_put_tiles_in_place_only_without_gap() -> None:
+    assert told_from_borders(made(tile_size=64, cell_size=64)) > 0.95
+    deviation = math.sqrt(0.25 * 0.75 / 256)
+    # a few tiles touch by chance, as the paper's do
+    assert told_from_borders(made(tile_size=64)) < 0.27 + 4 * deviation
+
+
+def test_three_of_ten_views_are_grey() -> None:
+    views = jigsaw_views(32, 0.5, grey_share=0.3, upright=True)
+    image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    made_views = [views(image, seed=0, epoch=0, index=index)[0] for index in range(400)]
+    assert all(view.shape == (32, 32, 3) for view in made_views)
+    grey = [(view == view[..., :1]).all() for view in made_views]
+    assert np.mean(grey) == pytest.approx(0.3, abs=0.08)
+    never = jigsaw_views(32, 0.5, grey_share=0.0, upright=True)
+    assert all(never(image, 0, 0, index)[0].std(axis=2).max() > 0 for index in range(20))
+
+
+# What a user did wrong
+
+
+def test_errors_say_what_would_work() -> None:
+    with pytest.raises(UserError, match="362880"):
+        made(permutations=400_000)
+    with pytest.raises(UserError, match="it takes two"):
+        made(permutations=1)
+    with pytest.raises(UserError, match="tile_size"):
+        made("test_vit", tile_size=20)
+    with pytest.raises(UserError, match="give 16 or more"):
+        made(cell_size=12)
+    with pytest.raises(UserError, match="grey"):
+        made(grey=1.5)

@@ -1,0 +1,54 @@
+"""``vissl-lite list``: the pretexts, and the backbones that timm knows."""
+
+import sys
+from fnmatch import fnmatch
+
+import timm
+from rich.console import Console
+from rich.table import Table
+
+from vissl_lite import backbones as _registers_our_own  # noqa: F401
+from vissl_lite.errors import UserError, did_you_mean
+from vissl_lite.pretext import PRETEXTS
+from vissl_lite.pretext.base import KINDS
+
+KNOWN = ("pretexts", "backbones")
+
+
+def list_(what: str, pattern: str = "*") -> list[str]:
+    """Print and return names that --pretext or --backbone takes.
+
+    Args:
+        what: pretexts (with family, backbones, views, paper and when to use each) or backbones.
+        pattern: Shell wildcards (resnet*, *small*); without any, a part of the name.
+
+    Returns:
+        The names.
+
+    Raises:
+        UserError: there is no such list, or no name fits.
+    """
+    if what not in KNOWN:
+        raise UserError(f"no list of {what}: {did_you_mean(what, KNOWN)}")
+    names = list(PRETEXTS) if what == "pretexts" else timm.list_models()
+    wanted = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
+    found = [name for name in names if fnmatch(name, wanted)]
+    if not found:
+        raise UserError(
+            f"no {what.removesuffix('s')} fits {pattern}: {did_you_mean(pattern, names)}"
+        )
+    if what == "pretexts":
+        _print_pretexts(found)
+    else:
+        sys.stdout.write("".join(f"{name}\n" for name in found))
+    return found
+
+
+def _print_pretexts(names: list[str]) -> None:
+    table = Table("pretext", "family", "backbones", "views", "paper", "when to use it", box=None)
+    for name in names:
+        about = PRETEXTS[name].about
+        kind = KINDS[about.backbones][0]
+        table.add_row(name, about.family, kind, about.views, about.paper, about.use)
+    # where the output is no terminal, a line each
+    Console(width=None if sys.stdout.isatty() else 240).print(table)

@@ -1,0 +1,312 @@
+"""Colorization: tell the colours of an image from its lightness.
+
+Zhang, Isola & Efros 2016, "Colorful Image Colorization", arXiv 1603.08511.
+"""
+
+import logging
+from functools import lru_cache
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from vissl_lite.data.views import Views, crop_decode_size, flip, random_crop
+from vissl_lite.encoder import Encoder
+from vissl_lite.errors import UserError
+from vissl_lite.optim import OptimizerSettings
+from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.heads import Decoder
+from vissl_lite.pretext.losses import world
+
+log = logging.getLogger(__name__)
+
+# The grid of the ab plane, and how far it reaches from grey (section 2.1).
+BIN, REACH = 10, 110
+
+# A colour is spread over so many bins, by a Gaussian of this standard deviation (section 2.1). The
+# distribution of colours is smoothed by the same one (section 2.2).
+NEAREST, SIGMA = 5, 5.0
+
+# Batches to look at before saying that images have no colours, and the mean distance from grey
+# (in the ab plane, where pure red lies at 105) below which they have none.
+LOOK, GREY = 20, 2.0
+
+# IEC 61966-2-1: linear sRGB to XYZ. Its row sums are white (D65).
+XYZ = (
+    (0.4124564, 0.3575761, 0.1804375),
+    (0.2126729, 0.7151522, 0.0721750),
+    (0.0193339, 0.1191920, 0.9503041),
+)
+
+
+def colorization_views(size: int, smallest_crop: float, upright: bool) -> Views:
+    """One view: a random crop, flipped, its colours as they are.
+
+    Args:
+        size: side in pixels.
+        smallest_crop: smallest share of the image's area.
+        upright: whether the images have an up.
+    """
+    one = [random_crop(size, smallest_crop), flip(upright)]
+    return Views([one], shortest=crop_decode_size(size, smallest_crop))
+
+
+def rgb_to_lab(rgb: Tensor) -> Tensor:
+    """CIE Lab of sRGB colours, under D65.
+
+    Args:
+        rgb: ``(N, 3, ...)``, in [0, 1].
+
+    Returns:
+        ``(N, 3, ...)``: lightness in [0, 100], then a and b, about -110 to 100.
+    """
+    low = rgb <= 0.04045
+    red, green, blue = torch.where(low, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4).unbind(1)
+    bend = 6 / 29
+    roots = []
+    for r, g, b in XYZ:  # sums by hand: a matrix product would be rounded under autocast
+        value = (r * red + g * green + b * blue) / (r + g + b)
+        root = value.clamp(min=bend**3) ** (1 / 3)
+        roots.append(torch.where(value > bend**3, root, value / (3 * bend**2) + 4 / 29))
+    x, y, z = roots
+    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=1)
+
+
+@lru_cache(maxsize=1)
+def gamut_bins() -> Tensor:
+    """The bins of the ab plane that hold an sRGB colour (section 2.1): 261 of 529.
+
+    The paper lists 313 in its authors' file without saying how they were found. These are all that
+    any 8-bit colour falls into: the surface of the cube is enough, because a line along the
+    lightness leaves the cube through it, and every third level, because all 256 find no other bin.
+    Bins that no image can reach would be dead outputs.
+
+    Returns:
+        ``(261, 2)`` float32 centres, multiples of 10. Shared: not to be changed.
+    """
+    level = torch.arange(0, 256, 3, dtype=torch.float64) / 255
+    one, other = torch.cartesian_prod(level, level).unbind(1)
+    faces = []
+    for end in (torch.zeros_like(one), torch.ones_like(one)):
+        faces += [(end, one, other), (one, end, other), (one, other, end)]
+    surface = torch.cat([torch.stack(face, dim=1) for face in faces])
+    bins = (rgb_to_lab(surface)[:, 1:] / BIN).round().unique(dim=0) * BIN
+    return bins.float()
+
+
+def cell(colours: Tensor) -> Tensor:
+    """The number of the grid's square that a colour lies in, in the gamut or not.
+
+    Args:
+        colours: ``(N, 2)``, a and b.
+
+    Returns:
+        ``(N,)`` int64.
+    """
+    last = REACH // BIN
+    a, b = (colours / BIN).round().long().clamp(-last, last).unbind(1)
+    return (a + last) * (2 * last + 1) + b + last
+
+
+def candidate_bins(bins: Tensor) -> Tensor:
+    """For each square of the grid, bins that hold the five nearest to all colours in it.
+
+    Comparing a colour with these 22 instead of all 261 makes the encoding ten times as fast. A
+    colour lies at most h, half a diagonal, from its square's centre; so its five nearest bins lie
+    at most 2 h further from that than the centre's own fifth.
+
+    Args:
+        bins: ``(Q, 2)`` centres.
+
+    Returns:
+        ``(529, K)`` int64.
+    """
+    side = torch.arange(-REACH, REACH + 1, BIN, device=bins.device, dtype=bins.dtype)
+    distance = torch.cdist(torch.cartesian_prod(side, side), bins)
+    ordered, order = distance.sort(dim=1, stable=True)
+    reach = ordered[:, NEAREST - 1 : NEAREST] + BIN * 2**0.5 + 1e-3
+    return order[:, : int((ordered <= reach).sum(dim=1).max())]
+
+
+def soft_encode(colours: Tensor, bins: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """Spread each colour over its five nearest bins (section 2.1).
+
+    Args:
+        colours: ``(N, 2)``, a and b.
+        bins: ``(Q, 2)`` centres.
+        candidates: see ``candidate_bins``.
+
+    Returns:
+        ``(N, 5)`` numbers of bins, the nearest first, and ``(N, 5)`` their shares, each row's sum 1.
+    """
+    near = candidates[cell(colours)]
+    distance = (bins[near] - colours[:, None]).square().sum(dim=2)
+    distance, place = distance.topk(NEAREST, largest=False)
+    return near.gather(1, place), F.softmax(-distance / (2 * SIGMA**2), dim=1)
+
+
+def smoothing_matrix(bins: Tensor) -> Tensor:
+    """Spreads a distribution over bins by a Gaussian in the ab plane (section 2.2).
+
+    Args:
+        bins: ``(Q, 2)`` centres.
+
+    Returns:
+        ``(Q, Q)``; each column's sum is 1, so that a distribution stays one.
+    """
+    difference = bins[:, None] - bins[None]
+    kernel = torch.exp(-difference.square().sum(dim=2) / (2 * SIGMA**2))
+    return kernel / kernel.sum(dim=0)
+
+
+def rarity_weights(counts: Tensor, smoothing: Tensor, uniform: float) -> Tensor:
+    """Weights that make rare colours count more (eq. 4).
+
+    w is proportional to ((1 - lambda) p + lambda / Q)^-1, with the smoothed distribution p, and of
+    expectation 1 under p.
+
+    Args:
+        counts: ``(Q,)``, of pixels by bin.
+        smoothing: see ``smoothing_matrix``.
+        uniform: lambda, in [0, 1]: 1 makes all colours equal.
+
+    Returns:
+        ``(Q,)`` float32.
+    """
+    counts = counts.float()
+    share = (smoothing * (counts / counts.sum())).sum(dim=1)
+    weights = 1 / ((1 - uniform) * share + uniform / len(counts))
+    return weights / (share * weights).sum()
+
+
+def colour_cross_entropy(logits: Tensor, nearest: Tensor, shares: Tensor, rarity: Tensor) -> Tensor:
+    """Cross-entropy of soft-encoded colours, each pixel weighted by its nearest bin (eq. 2, 3).
+
+    Args:
+        logits: ``(N, Q)``.
+        nearest: ``(N, 5)`` numbers of bins, the nearest first.
+        shares: ``(N, 5)`` of the colour in them.
+        rarity: ``(Q,)`` weights.
+
+    Returns:
+        A scalar, the mean over pixels; the paper has their sum. Computed in float32.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        logits = logits.float()
+        # The shares' sum is 1, so that log-probabilities of all Q bins are not needed.
+        entropy = logits.logsumexp(dim=1) - (shares * logits.gather(1, nearest)).sum(dim=1)
+        return (rarity[nearest[:, 0]] * entropy).mean()
+
+
+class Colorization(PretextTask):
+    """Colorization by classification, rare colours weighted up.
+
+    The encoder sees lightness alone, the same in all three channels, so that it still takes RGB
+    afterwards. A small decoder predicts the distribution of colours at a quarter of the resolution
+    (56 of 224, as in the paper). How frequent colours are is counted on the user's own images
+    while training; the paper counts on ImageNet beforehand.
+
+    Args:
+        encoder: what is trained; takes images of three channels.
+        uniform: lambda of the weights: 1 makes all colours equal, 0 weights them by their rarity
+            alone (section 2.2).
+        decoder_width: channels of the decoder.
+        smallest_crop: smallest share of the image's area in a view.
+    """
+
+    about = About(
+        name="colorization",
+        family="predictive",
+        views="1",
+        paper="Zhang et al. 2016, arXiv 1603.08511",
+        use="colour photographs whose colours depend on what they show",
+    )
+    # The paper's ADAM, with decoupled weight decay; its rate is 3e-5 for VGG without warm-up.
+    optimizer_settings = OptimizerSettings("adamw", lr=1e-3, weight_decay=1e-4, scaling="sqrt")
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        uniform: float = 0.5,
+        decoder_width: int = 128,
+        smallest_crop: float = 0.3,
+    ) -> None:
+        super().__init__(encoder)
+        if len(encoder.mean) != 3:
+            raise UserError(
+                f"the pretext colorization needs images of 3 channels: {encoder.backbone} takes "
+                f"{len(encoder.mean)}"
+            )
+        if not 0 < uniform <= 1:
+            raise UserError(f"--pretext.uniform {uniform} is not a share above 0, at most 1")
+        bins = gamut_bins().clone()
+        self.decoder = Decoder(encoder, len(bins), decoder_width)
+        self.bins: Tensor
+        self.candidates: Tensor
+        self.smoothing: Tensor
+        self.register_buffer("bins", bins, persistent=False)
+        self.register_buffer("candidates", candidate_bins(bins), persistent=False)
+        self.register_buffer("smoothing", smoothing_matrix(bins), persistent=False)
+        # What was seen of the images; a resumed run goes on with it.
+        self.counts: Tensor
+        self.chroma: Tensor
+        self.looked: Tensor
+        self.register_buffer("counts", torch.ones(len(bins), dtype=torch.long))
+        self.register_buffer("chroma", torch.tensor(0.0))
+        self.register_buffer("looked", torch.tensor(0))
+        self.uniform, self.smallest_crop = uniform, smallest_crop
+
+    def views(self) -> Views:
+        return colorization_views(self.encoder.image_size, self.smallest_crop, self.upright)
+
+    @torch.no_grad()
+    def split(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What the encoder sees, and what it is asked for.
+
+        Args:
+            images: ``(B, 3, S, S)``, normalised.
+
+        Returns:
+            ``(B, 3, S, S)``: lightness as a grey image, normalised; and ``(B, 2, s, s)``: a and b,
+            averaged to a quarter of the resolution.
+        """
+        scale, shift = self.normalize.scale, self.normalize.shift
+        lab = rgb_to_lab(((images - shift) / (255 * scale)).clamp(0, 1))
+        grey = lab[:, :1] / 100 * (255 * scale) + shift
+        grey = grey.contiguous(memory_format=torch.channels_last)
+        return grey, F.adaptive_avg_pool2d(lab[:, 1:], Decoder.size(images))
+
+    @torch.no_grad()
+    def look(self, colours: Tensor, nearest: Tensor) -> None:
+        """Count the colours of a batch; after some, warn once if there are hardly any.
+
+        Args:
+            colours: ``(N, 2)``, a and b.
+            nearest: ``(N,)`` numbers of the nearest bins.
+        """
+        counts = torch.bincount(nearest, minlength=len(self.counts))
+        if world()[1] > 1:
+            dist.all_reduce(counts)
+        self.counts += counts
+        if self.looked == LOOK:
+            return
+        self.looked += 1
+        self.chroma += colours.norm(dim=1).mean() / LOOK
+        if self.looked == LOOK and self.chroma < GREY:
+            log.warning(
+                "the images are grey, or nearly so: their colours lie %.1f from grey on average, "
+                "where pure red lies at 105. There is nothing to learn from colouring them; try "
+                "another pretext, such as simclr.",
+                self.chroma,
+            )
+
+    def loss(self, views: list[Tensor]) -> Tensor:
+        grey, target = self.split(views[0])
+        colours = target.permute(0, 2, 3, 1).reshape(-1, 2)
+        nearest, shares = soft_encode(colours, self.bins, self.candidates)
+        self.look(colours, nearest[:, 0])
+        rarity = rarity_weights(self.counts, self.smoothing, self.uniform)
+        logits = self.decoder(*self.encoder.pooled_and_map(grey), Decoder.size(grey))
+        logits = logits.permute(0, 2, 3, 1).flatten(0, 2)
+        return colour_cross_entropy(logits, nearest, shares, rarity)

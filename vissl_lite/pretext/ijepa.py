@@ -1,0 +1,273 @@
+"""I-JEPA: predict the features of image blocks from those of the context around them.
+
+Assran, Duval, Misra, Bojanowski, Vincent, Rabbat, LeCun & Ballas 2023, "Self-Supervised Learning
+from Images with a Joint-Embedding Predictive Architecture", arXiv 2301.08243.
+"""
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from vissl_lite.data.views import Views
+from vissl_lite.encoder import Encoder
+from vissl_lite.errors import UserError, check_count
+from vissl_lite.optim import OptimizerSettings
+from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.masking import (
+    PatchPredictor,
+    check_patches,
+    cropped_views,
+    encode_visible,
+    narrow_width,
+    take,
+)
+from vissl_lite.pretext.momentum import follow, frozen_copy
+
+Range = tuple[float, float]
+
+
+def draw(between: Range, device: torch.device) -> float:
+    """A number, equally likely anywhere in a range."""
+    low, high = between
+    return low + (high - low) * float(torch.rand((), device=device))
+
+
+def block_size(side: int, scale: float, aspect: float, largest: int) -> tuple[int, int]:
+    """Rows and columns of a block of patches, each between 1 and ``largest``.
+
+    Args:
+        side: patches along an edge of the image.
+        scale: the block's share of the image's area.
+        aspect: its height by its width.
+        largest: number of rows or columns.
+    """
+    area = scale * side * side
+    rows, columns = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+    return min(max(rows, 1), largest), min(max(columns, 1), largest)
+
+
+def place_blocks(
+    batch: int, count: int, side: int, size: tuple[int, int], device: torch.device
+) -> Tensor:
+    """Blocks of one size, each anywhere in the image.
+
+    Args:
+        batch: B, images.
+        count: T, blocks an image.
+        side: patches along an edge of the image.
+        size: rows and columns of a block.
+        device: where to draw.
+
+    Returns:
+        ``(B, T, rows * columns)`` indices of patches.
+    """
+    rows, columns = size
+    top = torch.randint(side - rows + 1, (batch, count, 1, 1), device=device)
+    left = torch.randint(side - columns + 1, (batch, count, 1, 1), device=device)
+    down = top + torch.arange(rows, device=device)[:, None]
+    along = left + torch.arange(columns, device=device)
+    return (down * side + along).flatten(2)
+
+
+def cover(blocks: Tensor, side: int) -> Tensor:
+    """Which patches a block of each image covers.
+
+    Args:
+        blocks: ``(B, K)`` indices of patches.
+        side: patches along an edge of the image.
+
+    Returns:
+        ``(B, side * side)``, true where covered.
+    """
+    empty = torch.zeros(len(blocks), side * side, dtype=torch.bool, device=blocks.device)
+    return empty.scatter(1, blocks, True)
+
+
+def draw_context(context: Tensor, targets: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Take the targets out of the context, leaving a context to predict from.
+
+    On a small grid the targets may cover it all. Here a quarter of the patches stays context: a
+    target that would leave fewer becomes a repetition of the first one. (The authors' code keeps
+    10 patches of 256 by letting the context overlap with targets.) The first target is never given
+    up; if it covers the whole of the context block, the context is everything else.
+
+    All contexts of a batch are cut to the size of the smallest, by leaving out patches at random.
+
+    Args:
+        context: ``(B, N)``, true within the context block.
+        targets: ``(B, T, K)`` indices of patches; none of the blocks is the whole image.
+        side: patches along an edge of the image.
+
+    Returns:
+        ``(B, K')`` indices of context patches, at least one; and the targets, perhaps replaced.
+    """
+    least = max(1, side * side // 4)
+    first = cover(targets[:, 0], side)
+    left = context & ~first
+    left = torch.where(left.any(dim=1, keepdim=True), left, ~first)
+    kept = [targets[:, 0]]
+    for block in targets.unbind(1)[1:]:
+        less = left & ~cover(block, side)
+        fits = less.sum(dim=1, keepdim=True) >= least
+        left = torch.where(fits, less, left)
+        kept.append(torch.where(fits, block, targets[:, 0]))
+    smallest = int(left.sum(dim=1).min())
+    lot = torch.rand(left.shape, device=left.device) + ~left  # those in the context come first
+    return lot.argsort(dim=1)[:, :smallest], torch.stack(kept, dim=1)
+
+
+class IJEPA(PretextTask):
+    """I-JEPA.
+
+    The run's result is the target encoder, which the paper evaluates. The paper's ViT has neither
+    class nor register tokens, and its features are the mean over the patches: where the encoder
+    has such tokens, the predictor sees them, and they learn through attention only.
+
+    Args:
+        encoder: what is trained; a plain ViT.
+        targets: blocks to predict in each image (section 3).
+        target_scale: smallest and largest share of the image that a target covers (section 3); one
+            size is drawn for a batch, as in the authors' code.
+        target_aspect: smallest and largest height by width of a target (section 3).
+        context_scale: smallest and largest share of the image that the context block covers before
+            the targets are taken out of it (section 3).
+        momentum: of the target encoder at the start; it rises linearly to 1 over the run
+            (appendix A.1).
+        predictor_width: of the predictor's blocks, a multiple of 32; default half the encoder's,
+            as the paper's 384 is of ViT-B's 768 (appendix A.1).
+        predictor_depth: number of the predictor's blocks; default half the encoder's, as the
+            paper's 6 is of ViT-B's 12, and a quarter of it below the width of ViT-S (384): the
+            predictor runs once for every target.
+        smallest_crop: smallest share of the image's area in a view; 0.3 as in the authors' code
+            (configs), which does not flip.
+    """
+
+    about = About(
+        name="ijepa",
+        family="masked",
+        views="1",
+        paper="Assran et al. 2023, arXiv 2301.08243",
+        use="ViTs, where colour and texture must not be distorted; wants long runs",
+        backbones="ViT",
+    )
+    # The paper's 1e-3 is for 2048 images and 600 epochs of ImageNet (appendix A.1); its weight
+    # decay rises from 0.04 to 0.4.
+    optimizer_settings = OptimizerSettings("adamw", lr=1e-3, weight_decay=0.05, scaling="linear")
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        targets: int = 4,
+        target_scale: Range = (0.15, 0.2),
+        target_aspect: Range = (0.75, 1.5),
+        context_scale: Range = (0.85, 1.0),
+        momentum: float = 0.996,
+        predictor_width: int | None = None,
+        predictor_depth: int | None = None,
+        smallest_crop: float = 0.3,
+    ) -> None:
+        super().__init__(encoder)
+        check_patches(self.about, encoder)
+        check_count("pretext.targets", targets)
+        _check_range("target_scale", target_scale, 1.0)
+        _check_range("target_aspect", target_aspect, float("inf"))
+        _check_range("context_scale", context_scale, 1.0)
+        if not 0 <= momentum <= 1:
+            raise UserError(f"--pretext.momentum {momentum} must be between 0 and 1")
+        assert encoder.patch_size is not None
+        self.side = encoder.image_size // encoder.patch_size
+        features, depth = encoder.map_features, len(encoder.model.blocks)
+        self.predictor = PatchPredictor(
+            features,
+            self.side,
+            width=predictor_width or narrow_width(features, 1 / 2),
+            depth=predictor_depth or max(1, depth // (4 if features < 384 else 2)),
+            outputs=features,
+        )
+        self.target_encoder = frozen_copy(encoder)
+        self.count, self.momentum = targets, momentum
+        self.target_scale, self.target_aspect = target_scale, target_aspect
+        self.context_scale = context_scale
+        self.smallest_crop = smallest_crop
+
+    def views(self) -> Views:
+        return cropped_views(self.encoder.image_size, self.smallest_crop, self.upright)
+
+    def loss(self, views: list[Tensor]) -> Tensor:
+        images = views[0]
+        context, targets = self.draw_blocks(len(images), images.device)
+        # smooth L1 as in the authors' code; the paper has the squared distance (section 3)
+        return F.smooth_l1_loss(
+            self.predict(images, context, targets).float(), self.features(images, targets)
+        )
+
+    def draw_blocks(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Draw the patches of each image's context and targets (section 3).
+
+        Args:
+            batch: B, images.
+            device: where to draw.
+
+        Returns:
+            ``(B, K)`` and ``(B, T, K')`` indices of patches; no target overlaps with the context.
+        """
+        side = self.side
+        scale, aspect = draw(self.target_scale, device), draw(self.target_aspect, device)
+        size = block_size(side, scale, aspect, largest=side - 1)
+        targets = place_blocks(batch, self.count, side, size, device)
+        size = block_size(side, draw(self.context_scale, device), 1.0, largest=side)
+        context = place_blocks(batch, 1, side, size, device)[:, 0]
+        return draw_context(cover(context, side), targets, side)
+
+    def predict(self, images: Tensor, context: Tensor, targets: Tensor) -> Tensor:
+        """Predict the features of each target by itself, from the context.
+
+        Args:
+            images: ``(B, C, S, S)``, normalised.
+            context: ``(B, K)`` indices of patches.
+            targets: ``(B, T, K')`` indices of patches.
+
+        Returns:
+            ``(B, T, K', D)``.
+        """
+        prefix, seen = encode_visible(self.encoder, images, context)
+        times = targets.shape[1]
+        predicted: Tensor = self.predictor(
+            prefix.repeat_interleave(times, dim=0),
+            seen.repeat_interleave(times, dim=0),
+            context.repeat_interleave(times, dim=0),
+            targets.flatten(0, 1),
+        )
+        return predicted.unflatten(0, (-1, times))
+
+    @torch.no_grad()
+    def features(self, images: Tensor, targets: Tensor) -> Tensor:
+        """The target encoder's features of the targets, from the whole image.
+
+        Args:
+            images: ``(B, C, S, S)``, normalised.
+            targets: ``(B, T, K')`` indices of patches.
+
+        Returns:
+            ``(B, T, K', D)`` in float32, each normalised over D as in the authors' code.
+        """
+        model = self.target_encoder.model
+        tokens = model.forward_features(images)[:, model.num_prefix_tokens :].float()
+        tokens = F.layer_norm(tokens, tokens.shape[-1:])
+        return take(tokens, targets.flatten(1)).unflatten(1, targets.shape[1:])
+
+    def after_step(self) -> None:
+        momentum = self.momentum + (1 - self.momentum) * self.progress
+        follow(self.target_encoder, self.encoder, momentum)
+
+    def trained_encoder(self) -> Encoder:
+        return self.target_encoder
+
+
+def _check_range(name: str, values: Range, largest: float) -> None:
+    if not 0 < values[0] <= values[1] <= largest:
+        above = f" and at most {largest:g}" if largest < float("inf") else ""
+        raise UserError(
+            f"--pretext.{name} {list(values)} is no range: it takes two numbers, the smaller one "
+            f"first, above 0{above}"
+        )

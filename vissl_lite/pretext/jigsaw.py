@@ -1,0 +1,237 @@
+"""Jigsaw: tell by which permutation nine tiles of an image were shuffled.
+
+Noroozi & Favaro 2016, "Unsupervised Learning of Visual Representations by Solving Jigsaw Puzzles",
+arXiv 1603.09246.
+"""
+
+import math
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from vissl_lite.data.views import (
+    ImageTransform,
+    Views,
+    colour_distortion,
+    crop_decode_size,
+    flip,
+    random_crop,
+)
+from vissl_lite.encoder import Encoder
+from vissl_lite.errors import UserError, check_count
+from vissl_lite.optim import OptimizerSettings
+from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.heads import mlp
+from vissl_lite.pretext.patches import PLACES, Grid, patch_side
+from vissl_lite.pretext.signal import Signal
+
+# Contrast below which a tile counts as flat, in normalised values: its noise is not blown up.
+FLAT = 0.01
+
+# Spread of the last layer's first weights: small, so that training starts at guessing.
+FIRST_WEIGHTS = 0.01
+
+
+def grey(probability: float) -> ImageTransform:
+    """Turns an image grey with some probability; it keeps its channels.
+
+    Args:
+        probability: of being applied.
+    """
+    to_grey = colour_distortion(0.0)[-1]
+    to_grey.p = probability
+    return to_grey
+
+
+def jigsaw_views(size: int, smallest_crop: float, grey_share: float, upright: bool) -> Views:
+    """One view: a random crop, flipped, perhaps grey. Cutting it up is left to the loss.
+
+    Args:
+        size: side in pixels.
+        smallest_crop: smallest share of the image's area.
+        grey_share: probability of being made grey.
+        upright: whether the images have an up.
+    """
+    one = [random_crop(size, smallest_crop), flip(upright), grey(grey_share)]
+    return Views([one], shortest=crop_decode_size(size, smallest_crop))
+
+
+def all_permutations(tiles: int) -> np.ndarray:
+    """All permutations in lexicographic order.
+
+    Args:
+        tiles: how many things are permuted; up to about ten.
+
+    Returns:
+        ``(tiles!, tiles)`` uint8.
+    """
+    if tiles == 0:
+        return np.zeros((1, 0), np.uint8)
+    rest = all_permutations(tiles - 1)
+    parts = []
+    for first in range(tiles):
+        first_column = np.full((len(rest), 1), first, np.uint8)
+        parts.append(np.hstack([first_column, rest + (rest >= first)]))
+    return np.vstack(parts)
+
+
+@lru_cache(maxsize=4)
+def distant_permutations(tiles: int, count: int, seed: int = 0) -> np.ndarray:
+    """Permutations that are far apart in Hamming distance (algorithm 1).
+
+    The first is drawn at random; each further one has the largest sum of distances to those before
+    it, the first in lexicographic order where several do.
+
+    Args:
+        tiles: of a puzzle.
+        count: how many, at most ``tiles!``.
+        seed: of the first one. Part of the task's definition, not of a run.
+
+    Returns:
+        ``(count, tiles)`` uint8; read-only.
+    """
+    candidates = np.ascontiguousarray(all_permutations(tiles).T)
+    distance = np.zeros(candidates.shape[1], np.int32)
+    chosen = [int(np.random.default_rng(seed).integers(len(distance)))]
+    while len(chosen) < count:
+        for column, tile in zip(candidates, candidates[:, chosen[-1]], strict=True):
+            distance += column != tile
+        distance[chosen[-1]] = np.iinfo(np.int32).min // 2  # never again
+        chosen.append(int(distance.argmax()))
+    found = np.ascontiguousarray(candidates[:, chosen].T)
+    found.flags.writeable = False
+    return found
+
+
+def normalise_tiles(tiles: Tensor) -> Tensor:
+    """Mean 0 and standard deviation 1 of each channel of each tile.
+
+    Neighbours are alike in brightness and contrast, which alone would put many tiles in order (the
+    paper's shortcut of low-level statistics).
+
+    Args:
+        tiles: ``(N, C, S, S)``.
+
+    Returns:
+        The same shape. Flat tiles stay flat.
+    """
+    deviation, mean = torch.std_mean(tiles, dim=(2, 3), keepdim=True)
+    return (tiles - mean) / deviation.clamp(min=FLAT)
+
+
+def shuffle(tiles: Tensor, permutations: Tensor) -> Tensor:
+    """Put tiles, or what was computed from each of them, in another order.
+
+    Args:
+        tiles: ``(B, 9, ...)``.
+        permutations: ``(B, 9)`` int64: which tile comes first, second and so on.
+
+    Returns:
+        The same shape as ``tiles``.
+    """
+    return tiles[torch.arange(len(tiles), device=tiles.device)[:, None], permutations]
+
+
+class Jigsaw(PretextTask):
+    """Jigsaw puzzles.
+
+    The nine tiles go through the encoder one by one (the paper's context-free network), so they
+    are shuffled after it, when they are features: that is the same and costs nothing.
+
+    Of the paper's guards against shortcuts, the gap between tiles hides lines that cross a border,
+    and normalising each channel of each tile hides brightness, contrast and tint. The displacement
+    of colours by the lens grows towards an image's borders and survives normalising; puzzles of
+    grey images, which have none, are what keeps the encoder from relying on it. The paper also
+    shifts the channels of coloured images by up to two pixels, which is left out here.
+
+    Args:
+        encoder: what is trained.
+        permutations: to tell apart. The paper finds 1000 best on ImageNet, and near to that 100,
+            which a small set of images learns sooner.
+        tile_size: side of a tile in pixels; default what fits the encoder, about 2/7 of its
+            images, at least 16: 64 at 224 as in the paper.
+        cell_size: side in pixels of the cell in which a tile lies at random; default 75/64 of the
+            tile as in the paper, so that tiles lie 11/64 of a tile apart on average.
+        tile_features: to which a shared linear layer reduces each tile's features; 512 in the
+            paper (its fc6), for a million images.
+        hidden_size: of the head on all nine; 4096 in the paper (its fc7).
+        grey: share of the images made grey; 0.3 in the paper.
+        smallest_crop: smallest share of the image's area in the view that is cut up; the paper
+            takes 225^2 pixels of an image with a shorter side of 256.
+    """
+
+    about = About(
+        name="jigsaw",
+        family="predictive",
+        views="1",
+        paper="Noroozi & Favaro 2016, arXiv 1603.09246",
+        use="pictures of things with parts; learns how they belong together",
+    )
+    # The paper's SGD needs days; AdamW learns in hours.
+    optimizer_settings = OptimizerSettings("adamw", lr=1e-3, weight_decay=1e-4, scaling="sqrt")
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        permutations: int = 100,
+        tile_size: int | None = None,
+        cell_size: int | None = None,
+        tile_features: int = 128,
+        hidden_size: int = 512,
+        grey: float = 0.3,
+        smallest_crop: float = 0.5,
+    ) -> None:
+        super().__init__(encoder)
+        if not 2 <= permutations <= math.factorial(PLACES):
+            raise UserError(
+                f"--pretext.permutations {permutations}: nine tiles have {math.factorial(PLACES)}, "
+                f"and it takes two to tell them apart"
+            )
+        if not 0 <= grey <= 1:
+            raise UserError(f"--pretext.grey {grey} is not a share: it must be in [0, 1]")
+        check_count("pretext.tile_features", tile_features)
+        check_count("pretext.hidden_size", hidden_size)
+        share = max(2 / 7, 16 / encoder.image_size)
+        tile = patch_side(encoder, tile_size, share, "tile_size")
+        cell = round(tile * 75 / 64) if cell_size is None else cell_size
+        if cell < tile:
+            raise UserError(
+                f"--pretext.cell_size {cell} can't hold tiles of {tile} pixels: give {tile} or more"
+            )
+        self.grid = Grid(tile, step=cell, slack=cell - tile)
+        self.reduce = nn.Linear(encoder.num_features, tile_features)
+        self.head = mlp(PLACES * tile_features, hidden_size, permutations)
+        nn.init.normal_(self.head[-1].weight, std=FIRST_WEIGHTS)
+        nn.init.zeros_(self.head[-1].bias)
+        self.signal = Signal("jigsaw", chance=1 / permutations)
+        self.permutations: Tensor
+        orders = torch.from_numpy(distant_permutations(PLACES, permutations).astype(np.int64))
+        self.register_buffer("permutations", orders, persistent=False)
+        self.grey, self.smallest_crop = grey, smallest_crop
+
+    def views(self) -> Views:
+        return jigsaw_views(self.grid.image_size, self.smallest_crop, self.grey, self.upright)
+
+    def tiles(self, images: Tensor) -> Tensor:
+        """Nine tiles of each image, normalised each for itself: what the encoder sees.
+
+        Args:
+            images: ``(B, C, S, S)``, normalised.
+
+        Returns:
+            ``(9 B, C, side, side)``: image by image, each in reading order.
+        """
+        return normalise_tiles(self.grid.cut(images))
+
+    def loss(self, views: list[Tensor]) -> Tensor:
+        tiles = self.reduce(self.encoder(self.tiles(views[0]))).unflatten(0, (-1, PLACES))
+        labels = torch.randint(len(self.permutations), (len(tiles),), device=tiles.device)
+        puzzles = shuffle(tiles, self.permutations[labels])
+        logits = self.head(puzzles.flatten(1)).float()
+        accuracy = (logits.argmax(dim=1) == labels).float().mean()
+        self.measure("accuracy", accuracy)
+        self.signal.watch(accuracy, self.progress)
+        return F.cross_entropy(logits, labels)

@@ -1,0 +1,124 @@
+"""MAE: encode a quarter of an image's patches, and decode the pixels of all others from them.
+
+He, Chen, Xie, Li, Dollar & Girshick 2021, "Masked Autoencoders Are Scalable Vision Learners",
+arXiv 2111.06377.
+"""
+
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from vissl_lite.data.views import Views
+from vissl_lite.encoder import Encoder
+from vissl_lite.optim import OptimizerSettings
+from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.masking import (
+    PatchPredictor,
+    check_patches,
+    check_ratio,
+    cropped_views,
+    encode_visible,
+    narrow_width,
+    normalized_patches,
+    patchify,
+    positions,
+    random_mask,
+    take,
+)
+
+
+class MAE(PretextTask):
+    """Masked autoencoder.
+
+    What comes after the last patch tokens is not trained: a class token learns only through
+    attention (that of the encoder and that of the decoder, which sees it, as in the paper,
+    appendix A.1), a pooling with weights of its own not at all. Fine-tuning shows more of what was
+    learnt than a linear probe (section 4.3).
+
+    Args:
+        encoder: what is trained; a plain ViT.
+        mask_ratio: share of the patches that are masked (figure 5).
+        decoder_width: of the decoder's blocks, a multiple of 32; default two thirds of the
+            encoder's, as the paper's 512 is of ViT-B's 768 (table 1b).
+        decoder_depth: number of the decoder's blocks; default the paper's 8 (table 1a) from the
+            width of ViT-S (384) on, and 2 below it. The decoder runs over all patches, the encoder
+            over a quarter: 8 blocks would cost more than the whole of a ViT-Tiny, and one is
+            enough before fine-tuning (table 1a).
+        normalize_pixels: predict pixels normalised within their patch (table 1d).
+        smallest_crop: smallest share of the image's area in a view; 0.2 as in the authors' code
+            (main_pretrain.py).
+    """
+
+    about = About(
+        name="mae",
+        family="masked",
+        views="1",
+        paper="He et al. 2021, arXiv 2111.06377",
+        use="ViTs that will be fine-tuned; the cheapest step of all; wants long runs",
+        backbones="ViT",
+    )
+    # Ten times the paper's rate (table 8), which is for 800 epochs of ImageNet.
+    optimizer_settings = OptimizerSettings("adamw", lr=1.5e-3, weight_decay=0.05, scaling="linear")
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        mask_ratio: float = 0.75,
+        decoder_width: int | None = None,
+        decoder_depth: int | None = None,
+        normalize_pixels: bool = True,
+        smallest_crop: float = 0.2,
+    ) -> None:
+        super().__init__(encoder)
+        check_patches(self.about, encoder)
+        check_ratio(mask_ratio)
+        assert encoder.patch_size is not None
+        self.patch = encoder.patch_size
+        self.side = encoder.image_size // self.patch
+        features = encoder.map_features
+        self.decoder = PatchPredictor(
+            features,
+            self.side,
+            width=decoder_width or narrow_width(features, 2 / 3),
+            depth=decoder_depth or (2 if features < 384 else 8),
+            outputs=self.patch**2 * len(encoder.mean),
+        )
+        self.mask_ratio, self.normalize_pixels = mask_ratio, normalize_pixels
+        self.smallest_crop = smallest_crop
+
+    def views(self) -> Views:
+        return cropped_views(self.encoder.image_size, self.smallest_crop, self.upright)
+
+    def loss(self, views: list[Tensor]) -> Tensor:
+        images = views[0]
+        mask = random_mask(len(images), self.side**2, self.mask_ratio, images.device)
+        targets = self.targets(images)
+        # the mean over masked patches alone (section 3)
+        return F.mse_loss(self.predict(images, mask).float(), take(targets, positions(mask)))
+
+    def targets(self, images: Tensor) -> Tensor:
+        """What is to be predicted of each patch.
+
+        Args:
+            images: ``(B, C, S, S)``, normalised.
+
+        Returns:
+            ``(B, N, patch * patch * C)``.
+        """
+        if self.normalize_pixels:
+            return normalized_patches(images, self.patch)
+        return patchify(images, self.patch)
+
+    def predict(self, images: Tensor, mask: Tensor) -> Tensor:
+        """Predict the masked patches from the visible ones.
+
+        Args:
+            images: ``(B, C, S, S)``, normalised.
+            mask: ``(B, N)``, true for the M patches that are masked.
+
+        Returns:
+            ``(B, M, patch * patch * C)``.
+        """
+        visible = positions(~mask)
+        prefix, seen = encode_visible(self.encoder, images, visible)
+        predicted: Tensor = self.decoder(prefix, seen, visible, positions(mask))
+        return predicted

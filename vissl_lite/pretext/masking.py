@@ -1,0 +1,265 @@
+"""What the masked pretexts share: masks, patches, an encoder on the visible ones, a predictor."""
+
+import math
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from vissl_lite.data.views import Views, crop_decode_size, flip, random_crop
+from vissl_lite.encoder import Encoder
+from vissl_lite.errors import UserError
+from vissl_lite.pretext.base import KINDS, About
+
+
+def cropped_views(size: int, smallest_crop: float, upright: bool) -> Views:
+    """One view: a random crop, perhaps flipped; its colours are what has to be predicted.
+
+    Args:
+        size: side in pixels.
+        smallest_crop: smallest share of the image's area.
+        upright: whether the images have an up.
+    """
+    one = [random_crop(size, smallest_crop), flip(upright)]
+    return Views([one], shortest=crop_decode_size(size, smallest_crop))
+
+
+def check_ratio(ratio: float) -> None:
+    """Raise a UserError for a masked share that is not between 0 and 1."""
+    if not 0 < ratio < 1:
+        raise UserError(f"--pretext.mask_ratio {ratio} is not a share: it must be between 0 and 1")
+
+
+def check_patches(about: About, encoder: Encoder) -> None:
+    """Raise a UserError unless one convolution cuts the image into at least 2 x 2 whole patches.
+
+    Patches that overlap, or that come from a convolutional stem, see the pixels beside them: what
+    is masked would still be seen.
+
+    Args:
+        about: the pretext that asks.
+        encoder: with a ``patch_embed``.
+    """
+    patch, size = encoder.patch_size, encoder.image_size
+    embed = encoder.model.patch_embed
+    cuts = [module for module in embed.modules() if isinstance(module, nn.Conv2d)]
+    if len(cuts) != 1 or not cuts[0].kernel_size == cuts[0].stride == (patch, patch):
+        raise UserError(
+            f"the pretext {about.name} needs patches that do not overlap, and those of "
+            f"{encoder.backbone} do: try one of {KINDS[about.backbones][1]}"
+        )
+    if size % patch or size < 2 * patch:
+        near = max(2, round(size / patch)) * patch
+        raise UserError(
+            f"the pretext {about.name} needs at least 2 x 2 whole patches: images of {size} pixels "
+            f"do not hold them with patches of {patch}, those of {near} do"
+        )
+
+
+def random_mask(batch: int, count: int, ratio: float, device: torch.device) -> Tensor:
+    """Masks that hide equally many of all patches of each image, drawn anew for each.
+
+    Args:
+        batch: B, images.
+        count: N, patches of an image; at least 2.
+        ratio: share that is masked. At least one patch is masked and one stays visible.
+        device: where to draw.
+
+    Returns:
+        ``(B, N)``, true where masked.
+    """
+    masked = min(max(round(ratio * count), 1), count - 1)
+    shuffled = torch.rand(batch, count, device=device).argsort(dim=1)
+    mask = torch.zeros(batch, count, dtype=torch.bool, device=device)
+    return mask.scatter(1, shuffled[:, :masked], True)
+
+
+def positions(chosen: Tensor) -> Tensor:
+    """Where a mask is true, in ascending order.
+
+    Args:
+        chosen: ``(B, N)``, equally often true in each row.
+
+    Returns:
+        ``(B, K)`` indices below N.
+    """
+    return chosen.nonzero()[:, 1].view(len(chosen), -1)
+
+
+def take(tokens: Tensor, where: Tensor) -> Tensor:
+    """Some of each image's tokens.
+
+    Args:
+        tokens: ``(B, N, D)``.
+        where: ``(B, K)`` indices below N.
+
+    Returns:
+        ``(B, K, D)``.
+    """
+    return tokens.gather(1, where[:, :, None].expand(-1, -1, tokens.shape[2]))
+
+
+def patchify(images: Tensor, patch: int) -> Tensor:
+    """Cut images into patches, row by row as timm does.
+
+    Args:
+        images: ``(B, C, H, W)``.
+        patch: side in pixels.
+
+    Returns:
+        ``(B, N, patch * patch * C)``: rows, columns, channels of each patch.
+    """
+    cut = images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # B C row y column x
+    return cut.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def unpatchify(patches: Tensor, patch: int) -> Tensor:
+    """Join patches to square images; undoes ``patchify``.
+
+    Args:
+        patches: ``(B, N, patch * patch * C)``, N a square.
+        patch: side in pixels.
+
+    Returns:
+        ``(B, C, S, S)``.
+    """
+    side = math.isqrt(patches.shape[1])
+    cut = patches.unflatten(2, (patch, patch, -1)).unflatten(1, (side, side))  # B row column y x C
+    return cut.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+def normalized_patches(images: Tensor, patch: int) -> Tensor:
+    """Patches, each with mean 0 and variance 1 over its own pixels and channels.
+
+    Such targets stress local contrast (MAE, He et al. 2021, section 3 and table 1d). Variance as
+    in the authors' code: unbiased, plus 1e-6.
+
+    Args:
+        images: ``(B, C, H, W)``.
+        patch: side in pixels.
+
+    Returns:
+        ``(B, N, patch * patch * C)`` in float32.
+    """
+    patches = patchify(images.float(), patch)
+    variance, mean = torch.var_mean(patches, dim=2, keepdim=True)
+    return (patches - mean) / (variance + 1e-6).sqrt()
+
+
+def encode_visible(encoder: Encoder, images: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Run a ViT on some patches of each image; the others cost nothing (MAE, section 3).
+
+    The way of timm's ``VisionTransformer.forward_features``, with the choice of patches in the
+    place of its patch dropout: after the position embedding, so that each patch keeps its own.
+
+    Args:
+        encoder: with a plain ViT.
+        images: ``(B, C, S, S)``, normalised.
+        visible: ``(B, K)`` indices of patches.
+
+    Returns:
+        ``(B, P, D)`` class and register tokens (P may be 0), and ``(B, K, D)`` patch tokens.
+    """
+    model = encoder.model
+    first = model.num_prefix_tokens
+    tokens = model._pos_embed(model.patch_embed(images))
+    tokens = torch.cat([tokens[:, :first], take(tokens[:, first:], visible)], dim=1)
+    tokens = model.norm(model.blocks(model.norm_pre(tokens)))
+    return tokens[:, :first], tokens[:, first:]
+
+
+def sine_cosine_positions(rows: int, columns: int, width: int) -> Tensor:
+    """Fixed position embeddings: sines and cosines of the row, then of the column.
+
+    Those of the transformer (Vaswani et al. 2017, section 3.5), for each axis on half the width,
+    as in MAE (appendix A.1) and I-JEPA.
+
+    Args:
+        rows: of patches.
+        columns: of patches.
+        width: a multiple of 4.
+
+    Returns:
+        ``(rows * columns, width)``, row by row.
+    """
+    frequencies = 10000.0 ** -(torch.arange(width // 4) / (width // 4))
+
+    def along(count: int) -> Tensor:
+        angles = torch.arange(count)[:, None] * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+    by_row = along(rows)[:, None].expand(-1, columns, -1)
+    by_column = along(columns)[None].expand(rows, -1, -1)
+    return torch.cat([by_row, by_column], dim=2).flatten(0, 1)
+
+
+def narrow_width(features: int, share: float) -> int:
+    """A share of an encoder's width, in whole heads of 32 as in MAE's decoder (512 with 16 heads).
+
+    Args:
+        features: width of the encoder.
+        share: of it.
+    """
+    return max(1, round(features * share / 32)) * 32
+
+
+class PatchPredictor(nn.Module):
+    """A narrow transformer that predicts something of patches that it does not see.
+
+    MAE's decoder and I-JEPA's predictor. Tokens of patches that are seen and a learnt mask token
+    for each patch that is wanted, each with a fixed position embedding, go through blocks;
+    the mask tokens become the predictions. As attention knows no order but by the positions, the
+    papers' unshuffling of tokens is not needed.
+
+    Args:
+        features: width of the encoder.
+        side: patches along an edge of the image.
+        width: a multiple of 32.
+        depth: number of blocks.
+        outputs: length of a prediction.
+    """
+
+    def __init__(self, features: int, side: int, width: int, depth: int, outputs: int) -> None:
+        super().__init__()
+        if width < 32 or width % 32 or depth < 1:
+            raise UserError(
+                f"a predictor of width {width} and depth {depth} can't be built: the width must be "
+                "a multiple of 32, the depth at least 1"
+            )
+        self.embed = nn.Linear(features, width)
+        self.mask_token = nn.Parameter(torch.zeros(width))
+        self.positions: Tensor
+        self.register_buffer(
+            "positions", sine_cosine_positions(side, side, width), persistent=False
+        )
+        self.blocks = nn.Sequential(
+            *(Block(width, num_heads=width // 32, qkv_bias=True) for _ in range(depth))
+        )
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, outputs)
+        nn.init.normal_(self.mask_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)  # as the authors of MAE do
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.head.weight, std=0.02)  # first predictions near 0 learn faster
+
+    def forward(self, prefix: Tensor, seen: Tensor, where: Tensor, wanted: Tensor) -> Tensor:
+        """Predict.
+
+        Args:
+            prefix: ``(B, P, D)`` class and register tokens, which have no position; P may be 0.
+            seen: ``(B, K, D)`` tokens of patches, in any order.
+            where: ``(B, K)`` their indices.
+            wanted: ``(B, M)`` indices of the patches to predict.
+
+        Returns:
+            ``(B, M, outputs)``.
+        """
+        known = self.embed(torch.cat([prefix, seen], dim=1))
+        first = prefix.shape[1]
+        seen = known[:, first:] + self.positions[where]
+        unknown = self.mask_token + self.positions[wanted]
+        tokens = self.blocks(torch.cat([known[:, :first], seen, unknown], dim=1))
+        predicted: Tensor = self.head(self.norm(tokens[:, -wanted.shape[1] :]))
+        return predicted

@@ -1,0 +1,175 @@
+"""Relative patch: tell in which of eight directions a patch lies from another one.
+
+Doersch, Gupta & Efros 2015, "Unsupervised Visual Representation Learning by Context Prediction",
+arXiv 1505.05192.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from vissl_lite.data.views import Views, crop_decode_size, flip, random_crop
+from vissl_lite.encoder import Encoder
+from vissl_lite.errors import UserError, check_count
+from vissl_lite.optim import OptimizerSettings
+from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.heads import mlp
+from vissl_lite.pretext.patches import PLACES, Grid, patch_side
+from vissl_lite.pretext.signal import Signal
+
+Colour = Literal["drop", "project", "keep"]
+
+# Places of the grid, in reading order: the label of a neighbour is its number in this list.
+CENTRE = 4
+NEIGHBOURS = [0, 1, 2, 3, 5, 6, 7, 8]
+
+
+def relative_patch_views(size: int, smallest_crop: float, upright: bool) -> Views:
+    """One view: a random crop, flipped. Cutting patches out of it is left to the loss.
+
+    Args:
+        size: side in pixels.
+        smallest_crop: smallest share of the image's area.
+        upright: whether the images have an up.
+    """
+    one = [random_crop(size, smallest_crop), flip(upright)]
+    return Views([one], shortest=crop_decode_size(size, smallest_crop))
+
+
+def drop_colours(patches: Tensor) -> Tensor:
+    """Keep one random channel of each patch, make the others noise (section 3.1).
+
+    No two channels are left whose displacement could tell where in the photograph a patch lies.
+
+    Args:
+        patches: ``(N, C, S, S)``, normalised.
+
+    Returns:
+        The same shape; the noise is Gaussian with a hundredth of the kept channel's standard
+        deviation.
+    """
+    count, channels = patches.shape[:2]
+    kept = torch.randint(channels, (count,), device=patches.device)
+    image = torch.arange(count, device=patches.device)
+    deviation = patches[image, kept].std(dim=(1, 2))[:, None, None, None]
+    noise = torch.randn_like(patches) * deviation / 100
+    return torch.where(F.one_hot(kept, channels).bool()[:, :, None, None], patches, noise)
+
+
+def project_colours(patches: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Remove the direction from magenta to green: B = I - a^T a / (a a^T), a = [-1, 2, -1].
+
+    From section 3.1; B acts on RGB values. Fringes of green and magenta vanish. A displacement of
+    red against blue is at a right angle to them and stays: ``drop_colours`` removes that too.
+
+    Args:
+        patches: ``(N, 3, S, S)``, normalised: values times
+        scale: ``(1, 3, 1, 1)`` plus
+        shift: ``(1, 3, 1, 1)``.
+
+    Returns:
+        The same shape, normalised in the same way.
+    """
+    colours = (patches - shift) / scale
+    axis = colours.new_tensor([-1.0, 2.0, -1.0])[None, :, None, None]
+    along = (colours * axis).sum(dim=1, keepdim=True) / axis.square().sum()
+    return (colours - along * axis) * scale + shift
+
+
+class RelativePatch(PretextTask):
+    """Relative patch prediction.
+
+    Nine patches in three rows and columns go through the encoder one by one, and each neighbour's
+    features meet the centre's in a small head (the paper's late fusion, figure 3). Gaps and jitter
+    keep the lines that cross a border from giving the direction away, the treatment of colours
+    keeps the lens from doing so (section 3.1). The paper's third guard, against pixelation, is left
+    out: patches are cut from one crop, after it is resized.
+
+    Args:
+        encoder: what is trained.
+        patch_size: side of a patch in pixels; default what fits the encoder, about 3/7 of its
+            images: 96 at 224 as in the paper (section 3).
+        gap: pixels between patches; default half of a patch: 48 for 96 (section 3.2).
+        jitter: pixels by which a patch may lie off its place in each direction; default 7/96 of a
+            patch: 7 for 96 (section 3.2).
+        colour: against chromatic aberration (section 3.1). ``drop`` keeps one random channel of
+            each patch; ``project`` removes the direction from green to magenta; ``keep`` does
+            nothing.
+        hidden_size: of the head. The paper's has two layers of 4096, for a million images.
+        smallest_crop: smallest share of the image's area in the view that holds the grid; in the
+            paper the grid takes from a third of an image to all of it (398^2 of 150,000 to 450,000
+            pixels, section 3.2).
+    """
+
+    about = About(
+        name="relative_patch",
+        family="predictive",
+        views="1",
+        paper="Doersch et al. 2015, arXiv 1505.05192",
+        use="pictures of things with parts; nine small patches an image",
+    )
+    # The paper's SGD needs weeks; AdamW learns in hours.
+    optimizer_settings = OptimizerSettings("adamw", lr=1e-3, weight_decay=1e-4, scaling="sqrt")
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        patch_size: int | None = None,
+        gap: int | None = None,
+        jitter: int | None = None,
+        colour: Colour = "drop",
+        hidden_size: int = 512,
+        smallest_crop: float = 0.33,
+    ) -> None:
+        super().__init__(encoder)
+        if colour not in ("drop", "project", "keep"):
+            raise UserError(f"--pretext.colour {colour} is unknown: give drop, project or keep")
+        if colour == "project" and len(encoder.mean) != 3:
+            raise UserError(
+                f"--pretext.colour project needs images of 3 channels, {encoder.backbone} takes "
+                f"{len(encoder.mean)}: give drop or keep"
+            )
+        check_count("pretext.hidden_size", hidden_size)
+        side = patch_side(encoder, patch_size, 3 / 7, "patch_size")
+        gap = side // 2 if gap is None else gap
+        jitter = round(side * 7 / 96) if jitter is None else jitter
+        for name, value in (("gap", gap), ("jitter", jitter)):
+            if value < 0:
+                raise UserError(f"--pretext.{name} {value} must not be negative")
+        self.grid = Grid(side, step=side + gap, slack=2 * jitter)
+        self.head = mlp(2 * encoder.num_features, hidden_size, len(NEIGHBOURS))
+        self.signal = Signal("relative_patch", chance=1 / len(NEIGHBOURS))
+        self.colour, self.smallest_crop = colour, smallest_crop
+
+    def views(self) -> Views:
+        return relative_patch_views(self.grid.image_size, self.smallest_crop, self.upright)
+
+    def patches(self, images: Tensor) -> Tensor:
+        """Nine patches of each image, their colours treated: what the encoder sees.
+
+        Args:
+            images: ``(B, C, S, S)``, normalised.
+
+        Returns:
+            ``(9 B, C, side, side)``: image by image, each in reading order.
+        """
+        patches = self.grid.cut(images)
+        if self.colour == "drop":
+            return drop_colours(patches)
+        if self.colour == "project":
+            return project_colours(patches, self.normalize.scale, self.normalize.shift)
+        return patches
+
+    def loss(self, views: list[Tensor]) -> Tensor:
+        features = self.encoder(self.patches(views[0])).unflatten(0, (-1, PLACES))
+        neighbours = features[:, NEIGHBOURS]
+        centres = features[:, [CENTRE]].expand_as(neighbours)
+        pairs = torch.cat([centres, neighbours], dim=2).flatten(0, 1)
+        labels = torch.arange(len(NEIGHBOURS), device=pairs.device).repeat(len(features))
+        logits = self.head(pairs).float()
+        accuracy = (logits.argmax(dim=1) == labels).float().mean()
+        self.measure("accuracy", accuracy)
+        self.signal.watch(accuracy, self.progress)
+        return F.cross_entropy(logits, labels)

@@ -1,0 +1,185 @@
+"""SimMIM: replace patches by a mask token, and predict their pixels with one linear layer.
+
+Xie, Zhang, Cao, Lin, Bao, Yao, Dai & Hu 2021, "SimMIM: A Simple Framework for Masked Image
+Modeling", arXiv 2111.09886.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vissl_lite.data.views import Views
+from vissl_lite.encoder import Encoder
+from vissl_lite.errors import UserError
+from vissl_lite.optim import OptimizerSettings
+from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.masking import check_patches, check_ratio, cropped_views, random_mask
+
+
+@contextmanager
+def masked_patches(model: Any, mask: Tensor, token: Tensor) -> Iterator[None]:
+    """Within it, a model sees a token instead of each masked patch.
+
+    A forward hook on the patch embedding, which comes before everything else.
+
+    Args:
+        model: a timm model with a ``patch_embed``.
+        mask: ``(B, h, w)``, true where a patch is masked.
+        token: ``(D,)``, what stands there instead.
+    """
+
+    def replace(embed: nn.Module, images: tuple[Tensor, ...], tokens: Tensor) -> Tensor:
+        shown = token.to(tokens.dtype)
+        if tokens.ndim == 3:
+            return torch.where(mask.flatten(1)[:, :, None], shown, tokens)
+        if getattr(embed, "output_fmt", "NCHW") == "NHWC":
+            return torch.where(mask[..., None], shown, tokens)
+        return torch.where(mask[:, None], shown[:, None, None], tokens)
+
+    hook = model.patch_embed.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def default_mask_unit(size: int, patch: int) -> int:
+    """Side of what is masked as a whole: about a seventh of the image, as 32 is of 224.
+
+    Of the multiples of the patch that divide the image into at least 2 x 2, the one nearest to a
+    seventh; of two equally near ones the larger. 32 at 192 and 224 pixels with patches of 4 or 16
+    as in the paper, 8 at 64 pixels with patches of 4.
+
+    Args:
+        size: side of the image in pixels, a multiple of the patch.
+        patch: side of the encoder's patches in pixels.
+    """
+    units = [unit for unit in range(patch, size // 2 + 1, patch) if size % unit == 0]
+    return min(units, key=lambda unit: (abs(unit - size / 7), -unit))
+
+
+def enlarge(mask: Tensor, factor: int) -> Tensor:
+    """Repeat each place of a mask in a square.
+
+    Args:
+        mask: ``(B, h, w)``.
+        factor: side of the square.
+
+    Returns:
+        ``(B, h * factor, w * factor)``.
+    """
+    return mask.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+
+
+def masked_l1(predicted: Tensor, images: Tensor, mask: Tensor) -> Tensor:
+    """Mean distance over the masked pixels and their channels (section 3.4).
+
+    Args:
+        predicted: ``(B, C, S, S)``.
+        images: ``(B, C, S, S)``.
+        mask: ``(B, S, S)``, true where masked.
+
+    Returns:
+        A scalar, computed in float32.
+    """
+    distance = (predicted.float() - images.float()).abs() * mask[:, None]
+    return distance.sum() / (mask.sum() * images.shape[1])
+
+
+class SimMIM(PretextTask):
+    """SimMIM.
+
+    The encoder runs over all positions, masked ones too: that takes hierarchical transformers such
+    as Swin, but costs a ViT several times what MAE does. What comes after the last feature map is
+    not trained: a class token learns only through attention, a pooling with weights of its own not
+    at all.
+
+    Args:
+        encoder: what is trained; a ViT or a Swin Transformer.
+        mask_ratio: share of the image that is masked (table 1).
+        mask_unit: side in pixels of what is masked as a whole; default about a seventh of the
+            image as the paper's 32 is of 224, see ``default_mask_unit``.
+        smallest_crop: smallest share of the image's area in a view (section 4.1).
+    """
+
+    about = About(
+        name="simmim",
+        family="masked",
+        views="1",
+        paper="Xie et al. 2021, arXiv 2111.09886",
+        use="Swin Transformers, and ViTs that will be fine-tuned; wants long runs",
+        backbones="patches",
+    )
+    # The paper's 8e-4 for 2048 images, 1e-4 for 256 (section 4.1), is for long runs on ImageNet.
+    optimizer_settings = OptimizerSettings("adamw", lr=1e-3, weight_decay=0.05, scaling="linear")
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        mask_ratio: float = 0.6,
+        mask_unit: int | None = None,
+        smallest_crop: float = 0.67,
+    ) -> None:
+        super().__init__(encoder)
+        check_patches(self.about, encoder)
+        check_ratio(mask_ratio)
+        size, patch = encoder.image_size, encoder.patch_size
+        assert patch is not None
+        unit = default_mask_unit(size, patch) if mask_unit is None else mask_unit
+        if unit < 1 or unit % patch or size % unit or unit == size:
+            raise UserError(
+                f"--pretext.mask_unit {unit} does not suit: it must be a multiple of the patch "
+                f"({patch}) that divides the image ({size}), such as "
+                f"{default_mask_unit(size, patch)}"
+            )
+        stride = self._stride()
+        channels = len(encoder.mean)
+        self.head = nn.Sequential(
+            nn.Conv2d(encoder.map_features, stride**2 * channels, 1), nn.PixelShuffle(stride)
+        )
+        width = encoder.model.patch_embed.proj.out_channels
+        self.mask_token = nn.Parameter(torch.empty(width).normal_(std=0.02))
+        self.patch, self.unit, self.mask_ratio = patch, unit, mask_ratio
+        self.smallest_crop = smallest_crop
+
+    def _stride(self) -> int:
+        """Pixels between the positions of the last feature map."""
+        size, device = self.encoder.image_size, next(self.encoder.parameters()).device
+        blank = torch.zeros(1, len(self.encoder.mean), size, size, device=device)
+        with torch.no_grad():
+            side = self.encoder.pooled_and_map(blank)[1].shape[-1]
+        if size % side:
+            raise UserError(
+                f"the pretext simmim can't split {size} pixels among the {side} x {side} positions "
+                f"of {self.encoder.backbone}'s last feature map: choose a multiple of 32"
+            )
+        return int(size // side)
+
+    def views(self) -> Views:
+        return cropped_views(self.encoder.image_size, self.smallest_crop, self.upright)
+
+    def loss(self, views: list[Tensor]) -> Tensor:
+        images = views[0]
+        side = self.encoder.image_size // self.unit
+        mask = random_mask(len(images), side**2, self.mask_ratio, images.device)
+        mask = mask.unflatten(1, (side, side))
+        return masked_l1(self.predict(images, mask), images, enlarge(mask, self.unit))
+
+    def predict(self, images: Tensor, mask: Tensor) -> Tensor:
+        """Predict all pixels, the masked ones from the visible ones.
+
+        Args:
+            images: ``(B, C, S, S)``, normalised.
+            mask: ``(B, S / unit, S / unit)``, true where masked.
+
+        Returns:
+            ``(B, C, S, S)``.
+        """
+        patches = enlarge(mask, self.unit // self.patch)
+        with masked_patches(self.encoder.model, patches, self.mask_token):
+            last = self.encoder.pooled_and_map(images)[1]
+        predicted: Tensor = self.head(last)
+        return predicted

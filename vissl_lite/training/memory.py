@@ -1,0 +1,88 @@
+"""Out of memory: which batch would have fitted."""
+
+from collections.abc import Callable
+
+import lightning.pytorch as pl
+import torch
+
+from vissl_lite.data.stream import Batch, ViewDataset, collate
+from vissl_lite.errors import UserError
+
+
+def out_of_memory(
+    module: pl.LightningModule,
+    trainer: pl.Trainer,
+    dataset: ViewDataset,
+    batch_size: int,
+    accumulate: int,
+) -> UserError:
+    """The error for a batch that did not fit, with one that would: tried out, not computed.
+
+    Args:
+        module: whose ``training_step`` ran out of memory.
+        trainer: where it ran.
+        dataset: its images.
+        batch_size: what did not fit, over all devices.
+        accumulate: batches an optimizer step.
+    """
+    trainer.strategy.model_to_device()  # Lightning has moved it to the CPU
+    module.trainer = None  # type: ignore[assignment]  # a trial is not logged
+    item = dataset[0, 0]
+
+    def try_out(size: int) -> None:
+        batch = _to_device(collate([item] * size), module.device)
+        with trainer.precision_plugin.forward_context():
+            loss = module.training_step(batch, 0)
+        loss.backward()
+        # an optimizer such as Adam keeps two more of each parameter
+        _ = [torch.empty_like(p) for p in module.parameters() if p.requires_grad for _ in range(2)]
+
+    def clean() -> None:
+        module.zero_grad(set_to_none=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    devices = trainer.world_size
+    fits = devices * largest_that_fits(try_out, clean, batch_size // devices)
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "this machine"
+    if not fits:
+        return UserError(
+            f"not even two images fit into the memory of {where}: give a smaller --image_size or "
+            f"--backbone"
+        )
+    times = -(-batch_size * accumulate // fits)
+    return UserError(
+        f"--batch_size {batch_size} does not fit into the memory of {where}; {fits} would "
+        f"(--batch_size {fits} --accumulate_grad_batches {times} keeps the optimizer's batch)"
+    )
+
+
+def largest_that_fits(
+    try_out: Callable[[int], None], clean: Callable[[], None], too_large: int
+) -> int:
+    """Halve a batch until it fits.
+
+    Args:
+        try_out: takes a size; raises ``torch.OutOfMemoryError`` if that does not fit.
+        clean: called after each trial.
+        too_large: a size that does not fit.
+
+    Returns:
+        The largest size tried that fits; 0 if not even 2 does.
+    """
+    size = too_large // 2
+    while size >= 2:
+        failed = False
+        try:
+            try_out(size)
+        except torch.OutOfMemoryError:
+            failed = True  # cleaned up below, once the exception has let go of its tensors
+        clean()
+        if not failed:
+            return size
+        size //= 2
+    return 0
+
+
+def _to_device(batch: Batch, device: torch.device) -> Batch:
+    return Batch([view.to(device) for view in batch.views], batch.indices, batch.broken)
