@@ -73,7 +73,7 @@ def train_lightly(python: str, data: Path, out: Path, minutes: float) -> None:
 
 
 def train(arm: str, data: Path, out: Path, minutes: float) -> None:
-    config = HERE.parent / "configs" / "cifar10" / OURS[arm]
+    config = HERE.parent / "configs" / "cifar10_minutes" / OURS[arm]
     where = ["--data", data / "train", "--out", out / arm]
     command("pretrain", "--config", config, *where, "--max_time", round(minutes * 60))
 

@@ -37,7 +37,8 @@ def test_masks_are_blocks_anywhere_and_of_each_image_its_own() -> None:
     mask = random_blocks(400, 32, 0.25, CPU)[:, 0]
     assert len(mask.flatten(1).unique(dim=0)) == 400
     frequency = mask.float().mean(dim=0)
-    assert frequency.min() > 0  # corners too
+    for border in (frequency[0], frequency[-1], frequency[:, 0], frequency[:, -1]):
+        assert border.mean() > 0.02
     assert frequency.max() < 0.5
     # blocks: a masked pixel has masked neighbours, along rows and along columns
     for along in (mask, mask.transpose(1, 2)):
@@ -118,9 +119,9 @@ def test_the_whole_image_is_filled_at_full_resolution(backbone: str, size: int) 
 
 def test_each_place_of_the_decoder_fills_its_own_square(monkeypatch: pytest.MonkeyPatch) -> None:
     task = made()
-    decoded = torch.arange(64.0).view(1, 1, 8, 8).expand(1, 48, 8, 8)
+    decoded = torch.arange(64.0).view(1, 1, 8, 8).expand(2, 48, 8, 8)
     monkeypatch.setattr(task.decoder, "forward", lambda *_: decoded)
-    filled = task.fill(torch.zeros(1, 3, 32, 32), torch.zeros(1, 1, 32, 32, dtype=torch.bool))
+    filled = task.fill(torch.zeros(2, 3, 32, 32), torch.zeros(2, 1, 32, 32, dtype=torch.bool))
     for row in range(32):
         for column in range(32):
             assert (filled[0, :, row, column] == row // 4 * 8 + column // 4).all()

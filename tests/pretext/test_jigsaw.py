@@ -49,14 +49,17 @@ def test_distant_permutations_are_those_of_algorithm_1(seed: int) -> None:
     chosen = []
     while len(chosen) < 12:
         chosen.append(left.pop(place))
-        sums = []
+        sums, nearest = [], []
         for candidate in left:
-            total = 0
+            distances = []
             for other in chosen:
-                for position in range(4):
-                    total += candidate[position] != other[position]
-            sums.append(total)
-        place = sums.index(max(sums))
+                distances.append(
+                    sum(candidate[position] != other[position] for position in range(4))
+                )
+            sums.append(sum(distances))
+            nearest.append(min(distances))
+        ties = [at for at in range(len(left)) if sums[at] == max(sums)]
+        place = max(ties, key=lambda at: nearest[at])  # the first of the largest
     assert distant_permutations(4, 12, seed).tolist() == chosen
 
 
@@ -73,6 +76,9 @@ def test_a_hundred_are_distinct_far_apart_and_found_once() -> None:
         random = np.random.default_rng(seed)
         drawn = np.stack([random.permutation(9) for _ in range(100)])
         assert mean_distance(found) > mean_distance(drawn) + 0.05
+    # no code of 9 symbols in 9 places has more: each place holds every symbol equally often
+    assert mean_distance(found) == pytest.approx(9 * 8 / 9 * 100 / 99, abs=0.01)
+    assert min(np.sum(a != b) for a, b in itertools.combinations(found, 2)) >= 4
 
 
 # Tiles

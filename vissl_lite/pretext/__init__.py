@@ -4,16 +4,25 @@ from vissl_lite.errors import UserError, did_you_mean
 from vissl_lite.pretext.barlow_twins import BarlowTwins
 from vissl_lite.pretext.base import PretextTask
 from vissl_lite.pretext.byol import BYOL
+from vissl_lite.pretext.colorization import Colorization
 from vissl_lite.pretext.densecl import DenseCL
 from vissl_lite.pretext.dino import DINO
+from vissl_lite.pretext.ibot import IBOT
+from vissl_lite.pretext.ijepa import IJEPA
+from vissl_lite.pretext.inpainting import Inpainting
+from vissl_lite.pretext.jigsaw import Jigsaw
 from vissl_lite.pretext.lejepa import LeJEPA
+from vissl_lite.pretext.mae import MAE
 from vissl_lite.pretext.moco import MoCo
 from vissl_lite.pretext.moco_v3 import MoCoV3
 from vissl_lite.pretext.multi import Multi
 from vissl_lite.pretext.nnclr import NNCLR
+from vissl_lite.pretext.relative_patch import RelativePatch
 from vissl_lite.pretext.rotation import Rotation
 from vissl_lite.pretext.simclr import SimCLR
+from vissl_lite.pretext.simmim import SimMIM
 from vissl_lite.pretext.simsiam import SimSiam
+from vissl_lite.pretext.spark import SparK
 from vissl_lite.pretext.swav import SwAV
 from vissl_lite.pretext.vicreg import VICReg
 from vissl_lite.pretext.visreg import VISReg
@@ -23,6 +32,10 @@ PRETEXTS: dict[str, type[PretextTask]] = {
     made.about.name: made
     for made in (
         Rotation,
+        RelativePatch,
+        Jigsaw,
+        Colorization,
+        Inpainting,
         SimCLR,
         MoCo,
         MoCoV3,
@@ -36,6 +49,11 @@ PRETEXTS: dict[str, type[PretextTask]] = {
         LeJEPA,
         VISReg,
         DINO,
+        IBOT,
+        MAE,
+        SimMIM,
+        SparK,
+        IJEPA,
         Multi,
     )
 }

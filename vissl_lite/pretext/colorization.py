@@ -77,10 +77,10 @@ def rgb_to_lab(rgb: Tensor) -> Tensor:
 def gamut_bins() -> Tensor:
     """The bins of the ab plane that hold an sRGB colour (section 2.1): 261 of 529.
 
-    The paper lists 313 in its authors' file without saying how they were found. These are all that
-    any 8-bit colour falls into: the surface of the cube is enough, because a line along the
-    lightness leaves the cube through it, and every third level, because all 256 find no other bin.
-    Bins that no image can reach would be dead outputs.
+    The paper keeps 313, a list of its authors that reaches beyond sRGB. These are all that any
+    8-bit colour falls into; bins that no image can reach would be dead outputs. The surface of the
+    cube is enough, because a line along the lightness leaves the cube through it, and so is every
+    third level, because all 256 find no other bin.
 
     Returns:
         ``(261, 2)`` float32 centres, multiples of 10. Shared: not to be changed.
@@ -138,7 +138,7 @@ def soft_encode(colours: Tensor, bins: Tensor, candidates: Tensor) -> tuple[Tens
         candidates: see ``candidate_bins``.
 
     Returns:
-        ``(N, 5)`` numbers of bins, the nearest first, and ``(N, 5)`` their shares, each row's sum 1.
+        ``(N, 5)`` numbers of bins, the nearest first, and ``(N, 5)`` their shares, of sum 1.
     """
     near = candidates[cell(colours)]
     distance = (bins[near] - colours[:, None]).square().sum(dim=2)
@@ -222,7 +222,7 @@ class Colorization(PretextTask):
         paper="Zhang et al. 2016, arXiv 1603.08511",
         use="colour photographs whose colours depend on what they show",
     )
-    # The paper's ADAM, with decoupled weight decay; its rate is 3e-5 for VGG without warm-up.
+    # The paper's ADAM, with decoupled weight decay, and a higher rate for short runs.
     optimizer_settings = OptimizerSettings("adamw", lr=1e-3, weight_decay=1e-4, scaling="sqrt")
 
     def __init__(

@@ -167,15 +167,14 @@ class IJEPA(PretextTask):
         smallest_crop: float = 0.3,
     ) -> None:
         super().__init__(encoder)
-        check_patches(self.about, encoder)
+        patch = check_patches(self.about, encoder)
         check_count("pretext.targets", targets)
         _check_range("target_scale", target_scale, 1.0)
         _check_range("target_aspect", target_aspect, float("inf"))
         _check_range("context_scale", context_scale, 1.0)
         if not 0 <= momentum <= 1:
             raise UserError(f"--pretext.momentum {momentum} must be between 0 and 1")
-        assert encoder.patch_size is not None
-        self.side = encoder.image_size // encoder.patch_size
+        self.side = encoder.image_size // patch
         features, depth = encoder.map_features, len(encoder.model.blocks)
         self.predictor = PatchPredictor(
             features,

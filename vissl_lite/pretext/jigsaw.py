@@ -83,7 +83,8 @@ def distant_permutations(tiles: int, count: int, seed: int = 0) -> np.ndarray:
     """Permutations that are far apart in Hamming distance (algorithm 1).
 
     The first is drawn at random; each further one has the largest sum of distances to those before
-    it, the first in lexicographic order where several do.
+    it. Where several do, which the paper leaves open, it is the one whose nearest is furthest, and
+    the first of these in lexicographic order: else near-twins get in.
 
     Args:
         tiles: of a puzzle.
@@ -94,13 +95,18 @@ def distant_permutations(tiles: int, count: int, seed: int = 0) -> np.ndarray:
         ``(count, tiles)`` uint8; read-only.
     """
     candidates = np.ascontiguousarray(all_permutations(tiles).T)
-    distance = np.zeros(candidates.shape[1], np.int32)
-    chosen = [int(np.random.default_rng(seed).integers(len(distance)))]
+    total = np.zeros(candidates.shape[1], np.int32)
+    nearest = np.full(candidates.shape[1], tiles, np.uint8)
+    chosen = [int(np.random.default_rng(seed).integers(len(total)))]
     while len(chosen) < count:
+        distance = np.zeros(len(total), np.uint8)
         for column, tile in zip(candidates, candidates[:, chosen[-1]], strict=True):
             distance += column != tile
-        distance[chosen[-1]] = np.iinfo(np.int32).min // 2  # never again
-        chosen.append(int(distance.argmax()))
+        total += distance
+        np.minimum(nearest, distance, out=nearest)
+        total[chosen[-1]] = np.iinfo(np.int32).min // 2  # never again
+        best = np.flatnonzero(total == total.max())
+        chosen.append(int(best[nearest[best].argmax()]))
     found = np.ascontiguousarray(candidates[:, chosen].T)
     found.flags.writeable = False
     return found
@@ -149,8 +155,8 @@ class Jigsaw(PretextTask):
 
     Args:
         encoder: what is trained.
-        permutations: to tell apart. The paper finds 1000 best on ImageNet, and near to that 100,
-            which a small set of images learns sooner.
+        permutations: to tell apart. The paper finds 1000 best on ImageNet; 100 ask less of small
+            sets of images.
         tile_size: side of a tile in pixels; default what fits the encoder, about 2/7 of its
             images, at least 16: 64 at 224 as in the paper.
         cell_size: side in pixels of the cell in which a tile lies at random; default 75/64 of the
@@ -170,7 +176,7 @@ class Jigsaw(PretextTask):
         paper="Noroozi & Favaro 2016, arXiv 1603.09246",
         use="pictures of things with parts; learns how they belong together",
     )
-    # The paper's SGD needs days; AdamW learns in hours.
+    # The paper's SGD runs for days on ImageNet; AdamW suits short runs.
     optimizer_settings = OptimizerSettings("adamw", lr=1e-3, weight_decay=1e-4, scaling="sqrt")
 
     def __init__(
@@ -204,8 +210,10 @@ class Jigsaw(PretextTask):
         self.grid = Grid(tile, step=cell, slack=cell - tile)
         self.reduce = nn.Linear(encoder.num_features, tile_features)
         self.head = mlp(PLACES * tile_features, hidden_size, permutations)
-        nn.init.normal_(self.head[-1].weight, std=FIRST_WEIGHTS)
-        nn.init.zeros_(self.head[-1].bias)
+        last = self.head[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.normal_(last.weight, std=FIRST_WEIGHTS)
+        nn.init.zeros_(last.bias)
         self.signal = Signal("jigsaw", chance=1 / permutations)
         self.permutations: Tensor
         orders = torch.from_numpy(distant_permutations(PLACES, permutations).astype(np.int64))

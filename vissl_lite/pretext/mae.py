@@ -69,10 +69,8 @@ class MAE(PretextTask):
         smallest_crop: float = 0.2,
     ) -> None:
         super().__init__(encoder)
-        check_patches(self.about, encoder)
         check_ratio(mask_ratio)
-        assert encoder.patch_size is not None
-        self.patch = encoder.patch_size
+        self.patch = check_patches(self.about, encoder)
         self.side = encoder.image_size // self.patch
         features = encoder.map_features
         self.decoder = PatchPredictor(

@@ -1,6 +1,9 @@
 """What the masked pretexts share: masks, patches, an encoder on the visible ones, a predictor."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block
@@ -30,8 +33,8 @@ def check_ratio(ratio: float) -> None:
         raise UserError(f"--pretext.mask_ratio {ratio} is not a share: it must be between 0 and 1")
 
 
-def check_patches(about: About, encoder: Encoder) -> None:
-    """Raise a UserError unless one convolution cuts the image into at least 2 x 2 whole patches.
+def check_patches(about: About, encoder: Encoder) -> int:
+    """Raise a UserError unless masking can hide an encoder's patches.
 
     Patches that overlap, or that come from a convolutional stem, see the pixels beside them: what
     is masked would still be seen.
@@ -39,8 +42,15 @@ def check_patches(about: About, encoder: Encoder) -> None:
     Args:
         about: the pretext that asks.
         encoder: with a ``patch_embed``.
+
+    Returns:
+        Their side in pixels.
+
+    Raises:
+        UserError: it is not one convolution that cuts the image into at least 2 x 2 whole patches.
     """
     patch, size = encoder.patch_size, encoder.image_size
+    assert patch is not None  # as there is a patch_embed
     embed = encoder.model.patch_embed
     cuts = [module for module in embed.modules() if isinstance(module, nn.Conv2d)]
     if len(cuts) != 1 or not cuts[0].kernel_size == cuts[0].stride == (patch, patch):
@@ -54,6 +64,7 @@ def check_patches(about: About, encoder: Encoder) -> None:
             f"the pretext {about.name} needs at least 2 x 2 whole patches: images of {size} pixels "
             f"do not hold them with patches of {patch}, those of {near} do"
         )
+    return patch
 
 
 def random_mask(batch: int, count: int, ratio: float, device: torch.device) -> Tensor:
@@ -144,6 +155,33 @@ def normalized_patches(images: Tensor, patch: int) -> Tensor:
     patches = patchify(images.float(), patch)
     variance, mean = torch.var_mean(patches, dim=2, keepdim=True)
     return (patches - mean) / (variance + 1e-6).sqrt()
+
+
+@contextmanager
+def masked_patches(model: Any, mask: Tensor, token: Tensor) -> Iterator[None]:
+    """Within it, a model sees a token instead of each masked patch.
+
+    A forward hook on the patch embedding, which comes before everything else.
+
+    Args:
+        model: a timm model with a ``patch_embed``.
+        mask: ``(B, h, w)``, true where a patch is masked.
+        token: ``(D,)``, what stands there instead.
+    """
+
+    def replace(embed: nn.Module, images: tuple[Tensor, ...], tokens: Tensor) -> Tensor:
+        shown = token.to(tokens.dtype)
+        if tokens.ndim == 3:
+            return torch.where(mask.flatten(1)[:, :, None], shown, tokens)
+        if getattr(embed, "output_fmt", "NCHW") == "NHWC":
+            return torch.where(mask[..., None], shown, tokens)
+        return torch.where(mask[:, None], shown[:, None, None], tokens)
+
+    hook = model.patch_embed.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def encode_visible(encoder: Encoder, images: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:

@@ -84,8 +84,8 @@ class RelativePatch(PretextTask):
     Nine patches in three rows and columns go through the encoder one by one, and each neighbour's
     features meet the centre's in a small head (the paper's late fusion, figure 3). Gaps and jitter
     keep the lines that cross a border from giving the direction away, the treatment of colours
-    keeps the lens from doing so (section 3.1). The paper's third guard, against pixelation, is left
-    out: patches are cut from one crop, after it is resized.
+    keeps the lens from doing so (section 3.1). The paper also makes some patches coarse, against
+    pixelation (section 3.2), which is left out here.
 
     Args:
         encoder: what is trained.
@@ -110,7 +110,7 @@ class RelativePatch(PretextTask):
         paper="Doersch et al. 2015, arXiv 1505.05192",
         use="pictures of things with parts; nine small patches an image",
     )
-    # The paper's SGD needs weeks; AdamW learns in hours.
+    # The paper's SGD runs for weeks on ImageNet; AdamW suits short runs.
     optimizer_settings = OptimizerSettings("adamw", lr=1e-3, weight_decay=1e-4, scaling="sqrt")
 
     def __init__(

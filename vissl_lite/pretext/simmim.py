@@ -4,10 +4,6 @@ Xie, Zhang, Cao, Lin, Bao, Yao, Dai & Hu 2021, "SimMIM: A Simple Framework for M
 Modeling", arXiv 2111.09886.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -16,41 +12,20 @@ from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
-from vissl_lite.pretext.masking import check_patches, check_ratio, cropped_views, random_mask
-
-
-@contextmanager
-def masked_patches(model: Any, mask: Tensor, token: Tensor) -> Iterator[None]:
-    """Within it, a model sees a token instead of each masked patch.
-
-    A forward hook on the patch embedding, which comes before everything else.
-
-    Args:
-        model: a timm model with a ``patch_embed``.
-        mask: ``(B, h, w)``, true where a patch is masked.
-        token: ``(D,)``, what stands there instead.
-    """
-
-    def replace(embed: nn.Module, images: tuple[Tensor, ...], tokens: Tensor) -> Tensor:
-        shown = token.to(tokens.dtype)
-        if tokens.ndim == 3:
-            return torch.where(mask.flatten(1)[:, :, None], shown, tokens)
-        if getattr(embed, "output_fmt", "NCHW") == "NHWC":
-            return torch.where(mask[..., None], shown, tokens)
-        return torch.where(mask[:, None], shown[:, None, None], tokens)
-
-    hook = model.patch_embed.register_forward_hook(replace)
-    try:
-        yield
-    finally:
-        hook.remove()
+from vissl_lite.pretext.masking import (
+    check_patches,
+    check_ratio,
+    cropped_views,
+    masked_patches,
+    random_mask,
+)
 
 
 def default_mask_unit(size: int, patch: int) -> int:
-    """Side of what is masked as a whole: about a seventh of the image, as 32 is of 224.
+    """Side of what is masked as a whole: about a sixth of the image, as 32 is of 192 (section 4.1).
 
     Of the multiples of the patch that divide the image into at least 2 x 2, the one nearest to a
-    seventh; of two equally near ones the larger. 32 at 192 and 224 pixels with patches of 4 or 16
+    sixth; of two equally near ones the larger. 32 at 192 and 224 pixels with patches of 4 or 16
     as in the paper, 8 at 64 pixels with patches of 4.
 
     Args:
@@ -58,7 +33,7 @@ def default_mask_unit(size: int, patch: int) -> int:
         patch: side of the encoder's patches in pixels.
     """
     units = [unit for unit in range(patch, size // 2 + 1, patch) if size % unit == 0]
-    return min(units, key=lambda unit: (abs(unit - size / 7), -unit))
+    return min(units, key=lambda unit: (abs(unit - size / 6), -unit))
 
 
 def enlarge(mask: Tensor, factor: int) -> Tensor:
@@ -100,8 +75,8 @@ class SimMIM(PretextTask):
     Args:
         encoder: what is trained; a ViT or a Swin Transformer.
         mask_ratio: share of the image that is masked (table 1).
-        mask_unit: side in pixels of what is masked as a whole; default about a seventh of the
-            image as the paper's 32 is of 224, see ``default_mask_unit``.
+        mask_unit: side in pixels of what is masked as a whole; default about a sixth of the
+            image as the paper's 32 is of 192, see ``default_mask_unit``.
         smallest_crop: smallest share of the image's area in a view (section 4.1).
     """
 
@@ -124,10 +99,8 @@ class SimMIM(PretextTask):
         smallest_crop: float = 0.67,
     ) -> None:
         super().__init__(encoder)
-        check_patches(self.about, encoder)
         check_ratio(mask_ratio)
-        size, patch = encoder.image_size, encoder.patch_size
-        assert patch is not None
+        size, patch = encoder.image_size, check_patches(self.about, encoder)
         unit = default_mask_unit(size, patch) if mask_unit is None else mask_unit
         if unit < 1 or unit % patch or size % unit or unit == size:
             raise UserError(

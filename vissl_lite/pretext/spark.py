@@ -289,6 +289,7 @@ class Decoder(nn.Module):
         layers = zip(self.norms, self.mask_tokens, self.projections, self.blocks, strict=True)
         for features, (norm, token, project, block) in zip(maps[::-1], layers, strict=True):
             mask = mask_at(visible, *features.shape[2:])
+            assert isinstance(norm, _BatchNorm)
             normed = visible_batch_norm(norm, features, mask)
             dense = torch.where(mask > 0, normed, token[:, None, None].to(normed.dtype))
             level = project(dense)
@@ -365,13 +366,14 @@ class SparK(PretextTask):
         try:
             with torch.no_grad():
                 sides = [features.shape[2] for features in pyramid(encoder, white)]
-                grid = choose_grid(size, sides)
-                if grid is None:
+                chosen = choose_grid(size, sides)
+                if chosen is None:
                     near = max(32, encoder.fitting_size(size))
                     raise UserError(
                         f"the pretext spark can't mask images of {size} pixels for "
                         f"{encoder.backbone}, whose feature maps have sides of {sides}: try {near}"
                     )
+                grid = chosen
                 visible = torch.zeros(2, 1, grid, grid, device=white.device)
                 visible[..., 0, 0] = 1
                 maps = self.encode(white, visible)

@@ -1,0 +1,187 @@
+"""iBOT: DINO, and beside it the teacher's description of every patch that the student can't see.
+
+Zhou, Wei, Wang, Shen, Xie, Yuille & Kong 2022, "iBOT: Image BERT Pre-Training with Online
+Tokenizer", arXiv 2111.07832; with DINOv2's regulariser KoLeo (Oquab et al. 2023, arXiv 2304.07193).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from vissl_lite.data.views import Views
+from vissl_lite.encoder import Encoder
+from vissl_lite.errors import check_count, check_positive
+from vissl_lite.optim import OptimizerSettings
+from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.heads import PrototypeHead
+from vissl_lite.pretext.losses import Centre, cross_entropy, koleo
+from vissl_lite.pretext.masking import check_patches, masked_patches
+from vissl_lite.pretext.momentum import cosine, follow, frozen_copy
+from vissl_lite.pretext.multicrop import by_size, default_small_crops, multicrop_views
+
+
+def some_masks(batch: int, rows: int, columns: int, like: Tensor) -> Tensor:
+    """Half of the images get a mask of a tenth to half of their patches (section 4.1).
+
+    Args:
+        batch: B, images.
+        rows: of patches.
+        columns: of patches.
+        like: where to draw.
+
+    Returns:
+        ``(B, rows, columns)``, true where masked; at least one place of the batch is.
+    """
+    share = torch.empty(batch, 1, device=like.device).uniform_(0.1, 0.5)
+    share = share * (torch.rand(batch, 1, device=like.device) < 0.5)
+    rank = torch.rand(batch, rows * columns, device=like.device).argsort(dim=1).argsort(dim=1)
+    mask = rank < share * rows * columns
+    mask[0] |= (rank[0] == 0) & ~mask.any()
+    return mask.unflatten(1, (rows, columns))
+
+
+def patch_loss(targets: Tensor, scores: Tensor, mask: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy on masked patches: a mean over each image's, then over images (equation 2).
+
+    Args:
+        targets: ``(M, K)`` distributions for the masked patches, image after image.
+        scores: ``(M, K)`` of the student for them.
+        mask: ``(B, N)``, true for the M masked patches.
+        temperature: of the scores.
+
+    Returns:
+        A scalar, computed in float32.
+    """
+    count = mask.sum(dim=1)
+    weights = (1 / count.clamp_min(1))[:, None].expand_as(mask)[mask]
+    total = (weights * cross_entropy(targets, scores, temperature)).sum()
+    return total / (count > 0).sum()
+
+
+class IBOT(PretextTask):
+    """iBOT.
+
+    Args:
+        encoder: what is trained; the teacher is what a run saves, as it is the better one.
+        prototypes: outputs of the heads; the paper has 8192, for 1.3 million images.
+        patch_weight: of the loss on masked patches.
+        koleo_weight: of the term that spreads the embeddings of a batch; DINOv2 has 0.1, iBOT none.
+        temperature: of the student (section 4.1).
+        teacher_temperature: of the teacher; the paper has up to 0.07.
+        momentum: of the teacher at the start; rises to 1 along a cosine. The paper has 0.996, for
+            batches of 1024 and hundreds of epochs.
+        centre_momentum: of the centres that are taken from the teacher's outputs.
+        frozen_share: share of the run in which the last layer stays as it is.
+        hidden_size: of the head, which images and patches share (section 4.1).
+        bottleneck_size: before the last layer.
+        small_crops: number of small views beside the two large ones; default 6, none below 64
+            pixels; the paper has 10.
+        smallest_crop: smallest share of the image's area in a small view.
+        smallest_large_crop: smallest share in a large view (0.32 in the authors' recipes).
+        colour: strength of the colour distortion; the paper has about 0.5.
+    """
+
+    about = About(
+        name="ibot",
+        family="self-distilling and masked",
+        views="2 + 6 small",
+        paper="Zhou et al. 2022, arXiv 2111.07832; DINOv2 2304.07193",
+        use="ViTs and long runs; before detection or segmentation, as patches learn too",
+        backbones="ViT",
+    )
+    # The paper has 5e-4 at 256 with linear scaling, for hundreds of epochs; gradients clipped at 3.
+    optimizer_settings = OptimizerSettings(
+        "adamw", lr=1e-3, weight_decay=0.04, scaling="sqrt", clip_norm=3.0
+    )
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        prototypes: int = 2048,
+        patch_weight: float = 1.0,
+        koleo_weight: float = 0.1,
+        temperature: float = 0.1,
+        teacher_temperature: float = 0.04,
+        momentum: float = 0.99,
+        centre_momentum: float = 0.9,
+        frozen_share: float = 0.01,
+        hidden_size: int = 1024,
+        bottleneck_size: int = 256,
+        small_crops: int | None = None,
+        smallest_crop: float = 0.05,
+        smallest_large_crop: float = 0.32,
+        colour: float | None = None,
+    ) -> None:
+        super().__init__(encoder)
+        check_patches(self.about, encoder)
+        check_positive("pretext.temperature", temperature)
+        check_positive("pretext.teacher_temperature", teacher_temperature)
+        check_count("pretext.prototypes", prototypes)
+        features = encoder.num_features
+        self.head = PrototypeHead(features, hidden_size, bottleneck_size, prototypes, norm=False)
+        self.teacher_encoder, self.teacher_head = frozen_copy(encoder), frozen_copy(self.head)
+        self.mask_token = nn.Parameter(torch.empty(features).normal_(std=0.02))
+        self.centre = Centre(prototypes, centre_momentum)
+        self.patch_centre = Centre(prototypes, centre_momentum)
+        self.patch_weight, self.koleo_weight = patch_weight, koleo_weight
+        self.temperature, self.teacher_temperature = temperature, teacher_temperature
+        self.momentum, self.frozen_share = momentum, frozen_share
+        chosen = default_small_crops(encoder) if small_crops is None else small_crops
+        self.small_crops = chosen
+        self.smallest_crop, self.smallest_large_crop = smallest_crop, smallest_large_crop
+        self.colour = colour
+
+    def views(self) -> Views:
+        return multicrop_views(
+            self.encoder,
+            2,
+            self.small_crops,
+            self.smallest_crop,
+            self.smallest_large_crop,
+            self.colour,
+            self.upright,
+            solarize=True,
+        )
+
+    def loss(self, views: list[Tensor]) -> Tensor:
+        large = torch.cat(views[:2])
+        with torch.no_grad():
+            pooled, patches = self.teacher_encoder.pooled_and_map(large)
+            rows, columns = patches.shape[2:]
+            mask = some_masks(len(large), rows, columns, like=large)
+            outputs = self.teacher_head(pooled)
+            patch_outputs = self.teacher_head(patches.permute(0, 2, 3, 1)[mask])
+            targets = self.centre.targets(outputs, self.teacher_temperature)
+            patch_targets = self.patch_centre.targets(patch_outputs, self.teacher_temperature)
+            self.centre.update(outputs)
+            self.patch_centre.update(patch_outputs.mean(dim=0, keepdim=True))
+
+        with masked_patches(self.encoder.model, mask, self.mask_token):
+            pooled, patches = self.encoder.pooled_and_map(large)
+        scores = list(self.head(pooled).chunk(2))
+        scores += by_size(lambda images: self.head(self.encoder(images)), views[2:])
+        patch_scores = self.head(patches.permute(0, 2, 3, 1)[mask])
+
+        terms = [
+            cross_entropy(target, score, self.temperature).mean()
+            for number, target in enumerate(targets.chunk(2))
+            for view, score in enumerate(scores)
+            if view != number
+        ]
+        of_images = torch.stack(terms).mean()
+        of_patches = patch_loss(patch_targets, patch_scores, mask.flatten(1), self.temperature)
+        self.measure("image_loss", of_images)
+        self.measure("patch_loss", of_patches)
+        spread = sum(koleo(z) for z in pooled.chunk(2))
+        return of_images + self.patch_weight * of_patches + self.koleo_weight * spread
+
+    def on_after_backward(self) -> None:
+        if self.progress < self.frozen_share:
+            self.head.freeze_last()
+
+    def after_step(self) -> None:
+        momentum = cosine(self.momentum, 1, self.progress)
+        follow(self.teacher_encoder, self.encoder, momentum)
+        follow(self.teacher_head, self.head, momentum)
+
+    def trained_encoder(self) -> Encoder:
+        return self.teacher_encoder
