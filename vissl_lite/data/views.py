@@ -162,7 +162,16 @@ def colour_distortion(strength: float) -> list[ImageTransform]:
         hue=min(0.5, 0.2 * strength),
         p=0.8,
     )
-    return [jitter, A.ToGray(p=0.2)]
+    return [jitter, grey(0.2)]
+
+
+def grey(probability: float) -> ImageTransform:
+    """Makes an image grey; it keeps its channels.
+
+    Args:
+        probability: of being applied.
+    """
+    return A.ToGray(p=probability)
 
 
 def blur(size: int, probability: float = 0.5) -> ImageTransform:

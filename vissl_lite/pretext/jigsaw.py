@@ -12,14 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from vissl_lite.data.views import (
-    ImageTransform,
-    Views,
-    colour_distortion,
-    crop_decode_size,
-    flip,
-    random_crop,
-)
+from vissl_lite.data.views import Views, crop_decode_size, flip, grey, random_crop
 from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError, check_count
 from vissl_lite.optim import OptimizerSettings
@@ -33,17 +26,6 @@ FLAT = 0.01
 
 # Spread of the last layer's first weights: small, so that training starts at guessing.
 FIRST_WEIGHTS = 0.01
-
-
-def grey(probability: float) -> ImageTransform:
-    """Turns an image grey with some probability; it keeps its channels.
-
-    Args:
-        probability: of being applied.
-    """
-    to_grey = colour_distortion(0.0)[-1]
-    to_grey.p = probability
-    return to_grey
 
 
 def jigsaw_views(size: int, smallest_crop: float, grey_share: float, upright: bool) -> Views:
