@@ -47,10 +47,10 @@ def test_loss_equals_the_literal_one() -> None:
 
 def test_context_encoder_sees_the_context_only() -> None:
     task, images = ijepa(), torch.randn(2, 3, 64, 64)
-    context, targets = torch.tensor([[0, 1], [0, 1]]), torch.tensor([[[10, 11]], [[14, 15]]])
+    context, targets = torch.tensor([[5, 6], [5, 6]]), torch.tensor([[[10, 11]], [[14, 15]]])
     predicted = task.predict(images, context, targets)
     changed = torch.randn(2, 3, 64, 64)
-    changed[..., :16, :32] = images[..., :16, :32]
+    changed[..., 16:32, 16:48] = images[..., 16:32, 16:48]
     assert torch.equal(task.predict(changed, context, targets), predicted)
     assert not torch.allclose(task.features(changed, targets), task.features(images, targets))
 

@@ -1,0 +1,109 @@
+"""CIFAR-10, 200 epochs on one GPU: the recipes of configs/cifar10 beside lightly's published table.
+
+Every arm is a run of its own, kept in ``--out``: a call that is cut off is repeated as it stands, and
+goes on where it was. Encoders are those of the last step; kNN with k = 200 and T = 0.1, and a linear
+probe whose penalty is chosen on training images.
+
+    python benchmarks/gpu/cifar10.py --data DATA/cifar10 --out RUNS --arms simclr byol
+
+Without a GPU, to see that it works:
+
+    python benchmarks/gpu/cifar10.py --data DATA/cifar10 --out RUNS --epochs 1 --images 2000 \
+        --batch_size 64 --backbone resnet18
+
+Results: RUNS/gpu_cifar10.json; a complete table is kept in benchmarks/results/ with ``--keep``.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from common import keep, where_and_when  # noqa: E402
+
+from vissl_lite.cli import main as vissl_lite  # noqa: E402
+from vissl_lite.data.images import find_images  # noqa: E402
+
+ARMS = (
+    "simclr", "byol", "simsiam", "barlow_twins", "moco", "dino", "swav", "vicreg", "lejepa",
+)  # fmt: skip
+
+
+def run(*arguments: object) -> None:
+    status = vissl_lite([str(argument) for argument in arguments])
+    if status:
+        raise SystemExit(status)
+
+
+def train(arm: str, options: argparse.Namespace, listed: Path) -> dict:
+    out = options.out / arm
+    if not (out / "results.json").exists():
+        if (out / "config.yaml").exists():
+            run("pretrain", "--out", out, "--resume")
+        else:
+            recipe = HERE.parents[1] / "configs" / "cifar10" / f"{arm}.yaml"
+            extra = ["--epochs", options.epochs]
+            if options.batch_size:
+                extra += ["--batch_size", options.batch_size]
+            if options.backbone:
+                extra += ["--backbone", options.backbone]
+            run("pretrain", "--config", recipe, "--data", listed, "--out", out, *extra)
+    return json.loads((out / "results.json").read_text())
+
+
+def judge(arm: str, options: argparse.Namespace) -> dict:
+    out = options.out / f"{arm}-probe"
+    if not (out / "results.json").exists():
+        few = ["--fraction", options.fraction] if options.fraction else []
+        run(
+            "probe", "--encoder", options.out / arm, "--data", options.data, "--out", out,
+            "--k", 200, "--temperature", 0.1, "--overwrite", *few,
+        )  # fmt: skip
+    return json.loads((out / "results.json").read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS))
+    parser.add_argument("--epochs", type=int, default=200)
+    parser.add_argument("--images", type=int, help="train on so many only, for a trial")
+    parser.add_argument("--batch_size", type=int, help="instead of the recipe's, for a trial")
+    parser.add_argument("--backbone", help="instead of the recipe's, for a trial")
+    parser.add_argument("--fraction", type=float, help="of the labels to probe by, for a trial")
+    parser.add_argument("--keep", action="store_true", help="into benchmarks/results")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    listed = options.data / "train"
+    if options.images:
+        paths = find_images([str(listed)])
+        step = max(1, len(paths) // options.images)
+        listed = options.out / "images.txt"
+        listed.write_text("".join(f"{Path(path).resolve()}\n" for path in paths[::step]))
+    file = options.out / "gpu_cifar10.json"
+    rows = json.loads(file.read_text()) if file.exists() else {}
+    for arm in options.arms:
+        trained, scores = train(arm, options, listed), judge(arm, options)
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        rows[arm] = {
+            "device": device,
+            "epochs": trained["epochs"],
+            "minutes": trained["seconds"] / 60,
+            "images_per_second": trained["images"] * trained["epochs"] / trained["seconds"],
+            "knn": scores["knn"],
+            "linear": scores["linear"],
+        }
+        file.write_text(json.dumps({**rows, "made": where_and_when()}, indent=2) + "\n")
+        print(arm, json.dumps(rows[arm]), flush=True)
+    if options.keep:
+        keep("gpu_cifar10", rows)
+
+
+if __name__ == "__main__":
+    main()

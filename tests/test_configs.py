@@ -1,0 +1,48 @@
+"""Recipes: every one can be run as it stands."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from vissl_lite.cli import _prepare, make_parser
+from vissl_lite.commands.pretrain import pretrain, whole_pretext
+from vissl_lite.encoder import build_encoder
+from vissl_lite.optim import build_optimizer, check_optimizer
+from vissl_lite.pretext import PRETEXTS, pretext_class
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+RECIPES = sorted(CONFIGS.glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("folder", ["cifar10", "imagenette", "imagenet"])
+def test_every_pretext_has_a_recipe(folder: str) -> None:
+    assert {path.stem for path in (CONFIGS / folder).glob("*.yaml")} == set(PRETEXTS)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_options_are_known_and_of_the_right_type(path: Path) -> None:
+    arguments = ["--config", str(path), "--data", "DATA", "--out", "RUN"]
+    given, pretext = _prepare(pretrain, arguments)
+    options = make_parser("pretrain", pretrain, pretext).parse_args(given).as_dict()
+    content = yaml.safe_load(path.read_text())
+    assert options["pretext"]["name"] == content["pretext"]["name"]
+    assert path.stem.startswith(content["pretext"]["name"])
+    for name, value in content.items():
+        if name != "pretext":
+            assert options[name] == value
+    check_optimizer(content["optimizer"])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_the_pretext_can_be_built_on_its_backbone(path: Path) -> None:
+    """Without memory or arithmetic, on the meta device, where the pretext allows it."""
+    content = yaml.safe_load(path.read_text())
+    options = whole_pretext(content["pretext"])
+    made = pretext_class(options.pop("name"))
+    looks_at_values = made.about.name in ("spark", "colorization")  # at masks, at colours
+    with torch.device("cpu" if looks_at_values else "meta"):
+        task = made(build_encoder(content["backbone"], content["image_size"]), **options)
+    assert len(task.views()) >= 1
+    build_optimizer(task, task.optimizer_settings)
