@@ -132,7 +132,8 @@ class IJEPA(PretextTask):
         context_scale: smallest and largest share of the image that the context block covers before
             the targets are taken out of it (section 3).
         momentum: of the target encoder at the start; it rises linearly to 1 over the run
-            (appendix A.1).
+            (appendix A.1). In a run of only some hundred steps the target encoder stays near its
+            start with the paper's 0.996 (after 300, over half of it is left): lower it there.
         predictor_width: of the predictor's blocks, a multiple of 32; default half the encoder's,
             as the paper's 384 is of ViT-B's 768 (appendix A.1).
         predictor_depth: number of the predictor's blocks; default half the encoder's, as the
