@@ -1,10 +1,10 @@
 """Every pretext for the same minutes on CIFAR-10: does the encoder beat an untrained one?
 
 Each pretext trains with its defaults, on one core, for the same wall-clock time; as many run side
-by side as ``--jobs`` says, each on a core of its own. ViT pretexts train ``vit_slim_patch4_32``, all
-others ``resnet18``. Then one probe judges all encoders: kNN (k = 200, T = 0.1) and linear, at every
-stage, fitted to a fifth of the training labels (the penalty chosen on some of these), on the test
-split. Encoders are those of the last step.
+by side as ``--jobs`` says, each on a core of its own. ViT pretexts train ``vit_slim_patch4_32``,
+all others ``resnet18``. Then one probe judges all encoders: kNN (k = 200, T = 0.1) and linear, at
+every stage, fitted to a fifth of the training labels (the penalty chosen on some of these), on the
+test split. Encoders are those of the last step.
 
     python benchmarks/pretexts.py --data DATA/cifar10 --out RUNS
 

@@ -1,8 +1,8 @@
-"""CIFAR-10, 200 epochs on one GPU: the recipes of configs/cifar10 beside lightly's published table.
+"""CIFAR-10, 200 epochs on one GPU: the recipes of configs/cifar10 beside lightly's table.
 
-Every arm is a run of its own, kept in ``--out``: a call that is cut off is repeated as it stands, and
-goes on where it was. Encoders are those of the last step; kNN with k = 200 and T = 0.1, and a linear
-probe whose penalty is chosen on training images.
+Every arm is a run of its own, kept in ``--out``: a call that is cut off is repeated as it stands,
+and goes on where it was. Encoders are those of the last step; kNN with k = 200 and T = 0.1, and a
+linear probe whose penalty is chosen on training images.
 
     python benchmarks/gpu/cifar10.py --data DATA/cifar10 --out RUNS --arms simclr byol
 

@@ -19,7 +19,7 @@ from vissl_lite.pretext.jigsaw import (
     normalise_tiles,
     shuffle,
 )
-from vissl_lite.pretext.patches import Grid
+from vissl_lite.pretext.parts.patches import Grid
 
 
 def made(backbone: str = "test_resnet", size: int = 32, **options: object) -> Jigsaw:

@@ -4,7 +4,12 @@ import torch
 from vissl_lite.encoder import build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.pretext.mae import MAE
-from vissl_lite.pretext.masking import encode_visible, normalized_patches, positions, random_mask
+from vissl_lite.pretext.parts.masking import (
+    encode_visible,
+    normalized_patches,
+    positions,
+    random_mask,
+)
 
 
 def mae(backbone: str = "test_vit", size: int = 64, **arguments: float) -> MAE:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vissl_lite.encoder import build_encoder
 from vissl_lite.errors import UserError
-from vissl_lite.pretext.patches import Grid, cut
+from vissl_lite.pretext.parts.patches import Grid, cut
 from vissl_lite.pretext.relative_patch import (
     NEIGHBOURS,
     RelativePatch,

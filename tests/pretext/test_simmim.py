@@ -3,7 +3,7 @@ import torch
 
 from vissl_lite.encoder import build_encoder
 from vissl_lite.errors import UserError
-from vissl_lite.pretext.masking import random_mask
+from vissl_lite.pretext.parts.masking import random_mask
 from vissl_lite.pretext.simmim import (
     SimMIM,
     default_mask_unit,

@@ -9,7 +9,7 @@ from torch import nn
 from vissl_lite.encoder import build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.pretext import spark as module_under_test
-from vissl_lite.pretext.masking import normalized_patches, patchify, random_mask
+from vissl_lite.pretext.parts.masking import normalized_patches, patchify, random_mask
 from vissl_lite.pretext.spark import (
     SparK,
     choose_grid,

@@ -252,7 +252,9 @@ class _Options:
         for name in ("image_size", "epochs", "batch_size", "accumulate_grad_batches"):
             check_count(name, getattr(self, name))
         if self.epochs is not None and self.max_time is not None:
-            raise UserError("give --epochs or --max_time, not both")
+            raise UserError(
+                "give --epochs or --max_time, not both (--epochs null takes back a --config's)"
+            )
         if not 0 <= self.warmup < 1:
             raise UserError(f"--warmup {self.warmup} is not a share: it must be in [0, 1)")
         check_positive("lr", self.lr)

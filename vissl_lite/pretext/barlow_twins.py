@@ -12,8 +12,8 @@ from vissl_lite.encoder import Encoder
 from vissl_lite.errors import check_positive
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
-from vissl_lite.pretext.heads import mlp
-from vissl_lite.pretext.losses import barlow_twins
+from vissl_lite.pretext.parts.heads import mlp
+from vissl_lite.pretext.parts.losses import barlow_twins
 
 
 def barlow_twins_views(

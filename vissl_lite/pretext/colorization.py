@@ -16,8 +16,8 @@ from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
-from vissl_lite.pretext.heads import Decoder
-from vissl_lite.pretext.losses import world
+from vissl_lite.pretext.parts.heads import Decoder
+from vissl_lite.pretext.parts.losses import world
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError, check_count
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
-from vissl_lite.pretext.masking import (
+from vissl_lite.pretext.parts.masking import (
     PatchPredictor,
     check_patches,
     cropped_views,
@@ -21,7 +21,7 @@ from vissl_lite.pretext.masking import (
     narrow_width,
     take,
 )
-from vissl_lite.pretext.momentum import follow, frozen_copy
+from vissl_lite.pretext.parts.momentum import follow, frozen_copy
 
 Range = tuple[float, float]
 

@@ -13,7 +13,7 @@ from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
-from vissl_lite.pretext.heads import Decoder
+from vissl_lite.pretext.parts.heads import Decoder
 
 # Blocks that are tried for each image, and the shares that they reach: with less there might be no
 # whole pixel, with more only corners would be left, which few blocks cover.

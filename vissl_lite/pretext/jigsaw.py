@@ -17,9 +17,9 @@ from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError, check_count
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
-from vissl_lite.pretext.heads import mlp
-from vissl_lite.pretext.patches import PLACES, Grid, patch_side
-from vissl_lite.pretext.signal import Signal
+from vissl_lite.pretext.parts.heads import mlp
+from vissl_lite.pretext.parts.patches import PLACES, Grid, patch_side
+from vissl_lite.pretext.parts.signal import Signal
 
 # Contrast below which a tile counts as flat, in normalised values: its noise is not blown up.
 FLAT = 0.01

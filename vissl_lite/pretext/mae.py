@@ -11,7 +11,7 @@ from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
-from vissl_lite.pretext.masking import (
+from vissl_lite.pretext.parts.masking import (
     PatchPredictor,
     check_patches,
     check_ratio,

@@ -13,9 +13,9 @@ from vissl_lite.encoder import Encoder
 from vissl_lite.errors import check_count, check_positive
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
-from vissl_lite.pretext.losses import info_nce
-from vissl_lite.pretext.momentum import follow, frozen_copy
-from vissl_lite.pretext.queue import Queue
+from vissl_lite.pretext.parts.losses import info_nce
+from vissl_lite.pretext.parts.momentum import follow, frozen_copy
+from vissl_lite.pretext.parts.queue import Queue
 
 
 def moco_views(size: int, smallest_crop: float, colour: float | None, upright: bool) -> Views:

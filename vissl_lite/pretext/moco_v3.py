@@ -12,9 +12,9 @@ from vissl_lite.encoder import Encoder
 from vissl_lite.errors import check_positive
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
-from vissl_lite.pretext.heads import mlp
-from vissl_lite.pretext.losses import contrast
-from vissl_lite.pretext.momentum import cosine, follow, frozen_copy
+from vissl_lite.pretext.parts.heads import mlp
+from vissl_lite.pretext.parts.losses import contrast
+from vissl_lite.pretext.parts.momentum import cosine, follow, frozen_copy
 
 
 def moco_v3_views(size: int, smallest_crop: float, colour: float | None, upright: bool) -> Views:

@@ -13,10 +13,10 @@ from vissl_lite.encoder import Encoder
 from vissl_lite.errors import check_positive
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
-from vissl_lite.pretext.heads import mlp
-from vissl_lite.pretext.losses import nt_xent
+from vissl_lite.pretext.parts.heads import mlp
+from vissl_lite.pretext.parts.losses import nt_xent
+from vissl_lite.pretext.parts.signal import Signal
 from vissl_lite.pretext.rotation import all_rotations
-from vissl_lite.pretext.signal import Signal
 from vissl_lite.pretext.simclr import simclr_views
 
 

@@ -12,7 +12,7 @@ from vissl_lite.data.views import Views, crop_decode_size, flip, random_crop
 from vissl_lite.encoder import Encoder
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
-from vissl_lite.pretext.signal import Signal
+from vissl_lite.pretext.parts.signal import Signal
 
 
 def rotation_views(size: int, smallest_crop: float) -> Views:

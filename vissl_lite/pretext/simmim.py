@@ -12,7 +12,7 @@ from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
-from vissl_lite.pretext.masking import (
+from vissl_lite.pretext.parts.masking import (
     check_patches,
     check_ratio,
     cropped_views,

@@ -26,8 +26,8 @@ from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import KINDS, About, PretextTask
-from vissl_lite.pretext.losses import gather
-from vissl_lite.pretext.masking import (
+from vissl_lite.pretext.parts.losses import gather
+from vissl_lite.pretext.parts.masking import (
     check_ratio,
     cropped_views,
     normalized_patches,

@@ -13,10 +13,10 @@ from vissl_lite.encoder import Encoder
 from vissl_lite.errors import check_count, check_positive
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
-from vissl_lite.pretext.heads import mlp
-from vissl_lite.pretext.losses import cross_entropy, sinkhorn
-from vissl_lite.pretext.multicrop import by_size, default_small_crops, multicrop_views
-from vissl_lite.pretext.queue import Queue
+from vissl_lite.pretext.parts.heads import mlp
+from vissl_lite.pretext.parts.losses import cross_entropy, sinkhorn
+from vissl_lite.pretext.parts.multicrop import by_size, default_small_crops, multicrop_views
+from vissl_lite.pretext.parts.queue import Queue
 
 
 def swapped_prediction(scores: list[Tensor], codes: list[Tensor], temperature: float) -> Tensor:
@@ -92,9 +92,8 @@ class SwAV(PretextTask):
         check_count("pretext.prototypes", prototypes)
         self.head = mlp(encoder.num_features, hidden_size, projection_size)
         self.prototypes = nn.Linear(projection_size, prototypes, bias=False)
-        self.queues = nn.ModuleList(
-            Queue(queue_size, projection_size) for _ in range(2 if queue_size else 0)
-        )
+        self.queues = [Queue(queue_size, projection_size) for _ in range(2 if queue_size else 0)]
+        self.earlier = nn.ModuleList(self.queues)  # so that a checkpoint holds them
         self.temperature, self.epsilon = temperature, epsilon
         self.sinkhorn_iterations, self.queue_start = sinkhorn_iterations, queue_start
         chosen = default_small_crops(encoder) if small_crops is None else small_crops

@@ -11,8 +11,8 @@ from vissl_lite.data.views import Views, crop_decode_size, distorted_crop
 from vissl_lite.encoder import Encoder
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
-from vissl_lite.pretext.heads import mlp
-from vissl_lite.pretext.losses import vicreg
+from vissl_lite.pretext.parts.heads import mlp
+from vissl_lite.pretext.parts.losses import vicreg
 
 
 def vicreg_views(size: int, smallest_crop: float, colour: float | None, upright: bool) -> Views:

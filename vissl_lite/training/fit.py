@@ -9,6 +9,8 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins import LayerSync
+from timm.layers import convert_sync_batchnorm
 
 from vissl_lite.run import MetricsFile
 from vissl_lite.training.checkpoints import (
@@ -83,6 +85,7 @@ def fit(
             if metrics is not None:
                 metrics.forget_after(done - 1)
     every.append(Meter(data, pace, log_every))  # last: what the others do is no waiting for data
+    synchronised = [SyncBatchNorm()] if torch.cuda.is_available() else []
     trainer = pl.Trainer(
         accelerator="auto",
         devices=_devices(hardware),
@@ -94,9 +97,8 @@ def fit(
         log_every_n_steps=log_every,
         accumulate_grad_batches=pace.accumulate,
         callbacks=every,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), *synchronised],
         use_distributed_sampler=False,
-        sync_batchnorm=torch.cuda.is_available(),
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -113,6 +115,16 @@ def fit(
         if too_large:
             raise out_of_memory(module, trainer, data.dataset, data.batch_size, pace.accumulate)
     return trainer
+
+
+class SyncBatchNorm(LayerSync):
+    """BatchNorm over all GPUs by timm's conversion: torch's drops what timm adds to its norms."""
+
+    def apply(self, model: torch.nn.Module) -> torch.nn.Module:
+        return convert_sync_batchnorm(model)
+
+    def revert(self, model: torch.nn.Module) -> torch.nn.Module:
+        return model  # in evaluation they are ordinary BatchNorms
 
 
 def _devices(hardware: Hardware) -> int | str:

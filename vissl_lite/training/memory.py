@@ -26,13 +26,14 @@ def out_of_memory(
         accumulate: batches an optimizer step.
     """
     trainer.strategy.model_to_device()  # Lightning has moved it to the CPU
-    module.trainer = None  # type: ignore[assignment]  # a trial is not logged
+    module.trainer = None  # a trial is not logged
     item = dataset[0, 0]
 
     def try_out(size: int) -> None:
         batch = _to_device(collate([item] * size), module.device)
         with trainer.precision_plugin.forward_context():
             loss = module.training_step(batch, 0)
+        assert isinstance(loss, torch.Tensor)
         loss.backward()
         # an optimizer such as Adam keeps two more of each parameter
         _ = [torch.empty_like(p) for p in module.parameters() if p.requires_grad for _ in range(2)]

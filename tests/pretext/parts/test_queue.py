@@ -1,7 +1,7 @@
 import torch
 from torch.nn.functional import normalize
 
-from vissl_lite.pretext.queue import Queue
+from vissl_lite.pretext.parts.queue import Queue
 
 
 def test_holds_the_latest_normalised_and_replaces_the_oldest() -> None:

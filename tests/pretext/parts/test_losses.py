@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from vissl_lite.pretext.losses import (
+from vissl_lite.pretext.parts.losses import (
     Centre,
     barlow_twins,
     contrast,
@@ -27,7 +27,7 @@ from vissl_lite.pretext.losses import (
     vicreg,
     visreg,
 )
-from vissl_lite.pretext.queue import Queue
+from vissl_lite.pretext.parts.queue import Queue
 
 
 def literal_nt_xent(z1: torch.Tensor, z2: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from vissl_lite.encoder import build_encoder
-from vissl_lite.pretext.momentum import cosine, follow, frozen_copy
+from vissl_lite.pretext.parts.momentum import cosine, follow, frozen_copy
 
 
 def test_follow_moves_parameters_by_the_momentum_and_leaves_buffers() -> None:

@@ -8,7 +8,7 @@ from torch import nn
 from vissl_lite.encoder import Encoder, build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.pretext.base import About
-from vissl_lite.pretext.masking import (
+from vissl_lite.pretext.parts.masking import (
     PatchPredictor,
     check_patches,
     check_ratio,

@@ -1,0 +1,1 @@
+"""What several pretexts are made of."""
