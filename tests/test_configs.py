@@ -32,7 +32,7 @@ def test_options_are_known_and_of_the_right_type(path: Path) -> None:
     for name, value in content.items():
         if name != "pretext":
             assert options[name] == value
-    check_optimizer(content["optimizer"])
+    check_optimizer(content.get("optimizer", "adamw"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import socket
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,8 @@ class Encoder(nn.Module):
         Returns:
             ``(B, D)``.
         """
-        features: Tensor = self.model(images)
+        with _exact_if_tiny(images):
+            features: Tensor = self.model(images)
         return features
 
     def pooled_and_map(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,8 +130,9 @@ class Encoder(nn.Module):
         Returns:
             ``(B, D)`` and ``(B, D', h, w)``; D' is ``map_features``.
         """
-        last = self.model.forward_features(images)
-        return self.model.forward_head(last, pre_logits=True), self._as_map(last, images)
+        with _exact_if_tiny(images):
+            last = self.model.forward_features(images)
+            return self.model.forward_head(last, pre_logits=True), self._as_map(last, images)
 
     @property
     def map_features(self) -> int:
@@ -182,6 +185,17 @@ class Encoder(nn.Module):
         if count <= 5:  # EfficientNet-like pyramids keep their stages in `blocks`
             return list(range(count))
         return [round(count * quarter / 4) - 1 for quarter in (1, 2, 3, 4)]
+
+
+def _exact_if_tiny(images: Tensor) -> AbstractContextManager[Any]:
+    """No bf16 on the CPU for images below 32 pixels.
+
+    oneDNN leaves parts of the gradient of a strided convolution uninitialised if its bf16 input is a
+    single place, as in the last stage of a ResNet at 16 pixels (torch 2.15): some of it is NaN.
+    """
+    if images.device.type == "cpu" and images.shape[-1] < 32:
+        return torch.autocast("cpu", enabled=False)
+    return nullcontext()
 
 
 class Normalize(nn.Module):

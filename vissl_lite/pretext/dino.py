@@ -53,7 +53,7 @@ class DINO(PretextTask):
     )
     # The paper has 5e-4 at 256 with linear scaling, for hundreds of epochs; gradients clipped at 3.
     optimizer_settings = OptimizerSettings(
-        "adamw", lr=1e-3, weight_decay=0.04, scaling="sqrt", clip_norm=3.0
+        "adamw", lr=2e-3, weight_decay=0.04, scaling="sqrt", clip_norm=3.0
     )
 
     def __init__(

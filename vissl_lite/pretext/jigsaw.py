@@ -21,6 +21,9 @@ from vissl_lite.pretext.parts.heads import mlp
 from vissl_lite.pretext.parts.patches import PLACES, Grid, patch_side
 from vissl_lite.pretext.parts.signal import Signal
 
+# Puzzles made of each image. Features are shuffled, not tiles: more of them cost next to nothing.
+SHUFFLES = 4
+
 # Contrast below which a tile counts as flat, in normalised values: its noise is not blown up.
 FLAT = 0.01
 
@@ -218,6 +221,7 @@ class Jigsaw(PretextTask):
 
     def loss(self, views: list[Tensor]) -> Tensor:
         tiles = self.reduce(self.encoder(self.tiles(views[0]))).unflatten(0, (-1, PLACES))
+        tiles = tiles.repeat(SHUFFLES, 1, 1)
         labels = torch.randint(len(self.permutations), (len(tiles),), device=tiles.device)
         puzzles = shuffle(tiles, self.permutations[labels])
         logits = self.head(puzzles.flatten(1)).float()

@@ -44,13 +44,15 @@ class SwAV(PretextTask):
 
     Args:
         encoder: what is trained.
-        prototypes: number of clusters; the paper has 3000, for 1000 classes.
+        prototypes: number of clusters; the paper has 3000, for 1000 classes and batches of 4096.
+            With batches of 64, more than 128 learn nothing in the first minutes.
         temperature: of the predictions (appendix A.1).
         epsilon: smoothness of the assignments (section 3.1).
         sinkhorn_iterations: (section 3.1).
         queue_size: embeddings of earlier images that take part in the assignment, which small
-            batches need (section 3.1, 3840 for batches of 256); 0 for none.
-        queue_start: share of the run after which they do; the paper has 15 epochs of 200.
+            batches need (section 3.1, 3840 for batches of 256: fifteen batches); 0 for none.
+        queue_start: share of the run after which they do, when embeddings change slowly enough;
+            the paper has 15 epochs of 200, short runs want more.
         hidden_size: of the projection head; the paper has 2048.
         projection_size: of the embeddings (appendix A.1).
         small_crops: number of small views beside the two large ones; default 6 as in the paper,
@@ -73,12 +75,12 @@ class SwAV(PretextTask):
     def __init__(
         self,
         encoder: Encoder,
-        prototypes: int = 512,
+        prototypes: int = 128,
         temperature: float = 0.1,
         epsilon: float = 0.05,
         sinkhorn_iterations: int = 3,
-        queue_size: int = 3840,
-        queue_start: float = 0.1,
+        queue_size: int = 1024,
+        queue_start: float = 0.5,
         hidden_size: int = 1024,
         projection_size: int = 128,
         small_crops: int | None = None,

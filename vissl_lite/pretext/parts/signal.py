@@ -10,6 +10,9 @@ log = logging.getLogger(__name__)
 # Share of the run after which guessing is suspicious, and before which perfection is.
 WARM, EARLY = 0.2, 0.15
 
+# Accuracy, as a multiple of that of guessing, below which a task has hardly a signal.
+HARDLY = 1.3
+
 # Weight of a new batch in the running accuracy, and how often that is looked at.
 NEW, EVERY = 0.05, 10
 
@@ -47,7 +50,7 @@ class Signal(nn.Module):
         # comparing waits for a GPU: seldom
         if self._seen % EVERY or EARLY < progress < WARM or self.warned:
             return
-        if progress >= WARM and self.accuracy < self.chance + 0.1 * (1 - self.chance):
+        if progress >= WARM and self.accuracy < HARDLY * self.chance:
             log.warning(
                 "%s has hardly a signal on these images: it is right in %.0f %% of all cases, "
                 "where guessing gives %.0f %%. Images without an up or without parts can't be "
