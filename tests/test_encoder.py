@@ -485,3 +485,14 @@ def test_a_folder_that_timm_itself_saved_loads(tmp_path: Path) -> None:
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(load_encoder(tmp_path).eval()(images), model(images))
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(16, torch.float32), (32, torch.bfloat16)])
+def test_images_below_32_pixels_are_not_computed_in_bf16_on_a_cpu(
+    size: int, dtype: torch.dtype
+) -> None:
+    """Where oneDNN's gradients of strided convolutions are partly uninitialised."""
+    encoder = build_encoder("resnet18", 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert encoder(torch.randn(2, 3, size, size)).dtype == dtype
+        assert encoder.pooled_and_map(torch.randn(2, 3, size, size))[1].dtype == dtype

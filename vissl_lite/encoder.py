@@ -190,8 +190,8 @@ class Encoder(nn.Module):
 def _exact_if_tiny(images: Tensor) -> AbstractContextManager[Any]:
     """No bf16 on the CPU for images below 32 pixels.
 
-    oneDNN leaves parts of the gradient of a strided convolution uninitialised if its bf16 input is a
-    single place, as in the last stage of a ResNet at 16 pixels (torch 2.15): some of it is NaN.
+    oneDNN leaves parts of the gradient of a strided convolution uninitialised where its bf16 input
+    is a single place, as in the last stage of a ResNet at 16 pixels (torch 2.15): some are NaN.
     """
     if images.device.type == "cpu" and images.shape[-1] < 32:
         return torch.autocast("cpu", enabled=False)

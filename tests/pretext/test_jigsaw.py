@@ -12,6 +12,7 @@ from torch import Tensor
 from vissl_lite.encoder import build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.pretext.jigsaw import (
+    SHUFFLES,
     Jigsaw,
     all_permutations,
     distant_permutations,
@@ -141,12 +142,13 @@ def test_the_head_sees_features_in_the_order_of_the_label(monkeypatch: pytest.Mo
     monkeypatch.setattr(task.encoder, "forward", lambda tiles: torch.arange(18.0)[:, None])
     monkeypatch.setattr(task.reduce, "forward", lambda features: features)
     seen: list[Tensor] = []
-    monkeypatch.setattr(task.head, "forward", lambda x: seen.append(x) or torch.zeros(2, 100))
+    monkeypatch.setattr(task.head, "forward", lambda x: seen.append(x) or torch.zeros(8, 100))
     labels: list[Tensor] = []
     monkeypatch.setattr(F, "cross_entropy", lambda logits, y: labels.append(y) or logits.sum())
     task.loss([torch.randn(2, 3, task.grid.image_size, task.grid.image_size)])
     orders = task.permutations[labels[0]]
-    assert torch.equal(seen[0], (orders + torch.tensor([[0], [9]])).float())
+    first = torch.tensor([0, 9]).repeat(SHUFFLES)[:, None]  # each image's own features
+    assert torch.equal(seen[0], (orders + first).float())
 
 
 def test_labels_are_drawn_from_all_permutations(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +159,7 @@ def test_labels_are_drawn_from_all_permutations(monkeypatch: pytest.MonkeyPatch)
     )
     for _ in range(5):
         task.loss([torch.randn(12, 3, task.grid.image_size, task.grid.image_size)])
-    assert len(drawn) == 60
+    assert len(drawn) == 60 * SHUFFLES
     assert min(drawn.count(label) for label in range(3)) > 5
 
 
