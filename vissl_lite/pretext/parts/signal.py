@@ -14,7 +14,7 @@ WARM, EARLY = 0.2, 0.15
 HARDLY = 1.3
 
 # Weight of a new batch in the running accuracy, and how often that is looked at.
-NEW, EVERY = 0.05, 10
+NEW, EVERY = 0.1, 10
 
 
 class Signal(nn.Module):

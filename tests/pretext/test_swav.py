@@ -1,0 +1,44 @@
+import pytest
+import torch
+
+from vissl_lite.encoder import build_encoder
+from vissl_lite.pretext.swav import SwAV, swapped_prediction
+
+
+def test_each_view_predicts_the_large_ones_but_itself() -> None:
+    """Equation 6, term by term."""
+    scores = [torch.randn(3, 5).double() for _ in range(4)]
+    codes = [torch.rand(3, 5).softmax(dim=1).double() for _ in range(2)]
+    terms = []
+    for large in range(2):
+        for view in range(4):
+            if view != large:
+                for n in range(3):
+                    p = (scores[view][n] / 0.1).exp() / (scores[view][n] / 0.1).exp().sum()
+                    terms.append(-(codes[large][n] * p.log()).sum())
+    loss = swapped_prediction(scores, codes, 0.1)
+    assert loss.item() == pytest.approx(float(torch.stack(terms).mean()), rel=1e-5)
+
+
+def test_the_queue_takes_part_once_the_run_is_on_its_way() -> None:
+    torch.manual_seed(0)
+    task = SwAV(build_encoder("test_resnet", 32), queue_size=64, queue_start=0.5)
+    views = [torch.randn(8, 3, 32, 32) for _ in range(2)]
+    before = [queue.items.clone() for queue in task.queues]
+    losses = {}
+    for progress in (0.0, 0.9):
+        for queue, items in zip(task.queues, before, strict=True):
+            queue.items.copy_(items)
+        task.progress = progress
+        losses[progress] = float(task.loss(views))
+    assert losses[0.0] != pytest.approx(losses[0.9], rel=1e-4)
+    assert not any(
+        torch.equal(queue.items, items) for queue, items in zip(task.queues, before, strict=True)
+    )
+
+
+def test_without_a_queue() -> None:
+    task = SwAV(build_encoder("test_resnet", 32), queue_size=0)
+    assert task.queues == []
+    task.progress = 1.0
+    assert task.loss([torch.randn(8, 3, 32, 32) for _ in range(2)]).isfinite()
