@@ -12,6 +12,8 @@ from pathlib import Path
 
 from common import RESULTS
 
+from vissl_lite.pretext import PRETEXTS
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -54,6 +56,29 @@ def cifar10() -> str:
         rows.append([name, minutes, speed, f"{r['knn']:.3f}", f"{r['linear']:.3f}", best])
     header = ["encoder", "minutes", "images/s", "kNN", "linear", "best stage: kNN / linear"]
     command = "python benchmarks/cifar10.py --data DATA/cifar10 --out RUNS --peer_python PYTHON"
+    return table(header, rows) + "\n\n" + made(results, command)
+
+
+def pretexts() -> str:
+    results = load("pretexts")
+    untrained = {r["backbone"]: r for name, r in results.items() if name.startswith("untrained")}
+    rows = []
+    for name in [*(n for n in results if n.startswith("untrained")), *PRETEXTS]:
+        if name not in results:
+            continue
+        r = results[name]
+        best = f"{r['best_layer_knn']:.3f} / {r['best_layer_linear']:.3f} ({r['best_layer']})"
+        row = [f"`{name}`" if name in PRETEXTS else name.replace(" ", " `") + "`"]
+        if name in PRETEXTS:
+            gain = r["linear"] - untrained[r["backbone"]]["linear"]
+            small = "ViT" if r["backbone"].startswith("vit") else ""
+            row += [small, f"{r['images_per_second']:.0f}", f"{r['knn']:.3f}", f"{r['linear']:.3f}"]
+            row.append(f"{gain:+.3f}")
+        else:
+            row += ["", "", f"{r['knn']:.3f}", f"{r['linear']:.3f}", ""]
+        rows.append([*row, best])
+    header = ["encoder", "", "images/s", "kNN", "linear", "gain", "best stage: kNN / linear"]
+    command = "python benchmarks/pretexts.py --data DATA/cifar10 --out RUNS"
     return table(header, rows) + "\n\n" + made(results, command)
 
 
@@ -138,6 +163,7 @@ def fill(file: Path, **makers) -> None:
 if __name__ == "__main__":
     fill(
         ROOT / "benchmarks/README.md",
+        pretexts=pretexts,
         cifar10=cifar10,
         few_labels=few_labels,
         throughput=throughput,

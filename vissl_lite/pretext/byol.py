@@ -7,27 +7,14 @@ Learning", arXiv 2006.07733.
 import torch
 from torch import Tensor
 
-from vissl_lite.data.views import Views, crop_decode_size, distorted_crop
+from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.parts.crops import BYOL_BLUR, BYOL_SOLARIZE, two_views
 from vissl_lite.pretext.parts.heads import mlp
 from vissl_lite.pretext.parts.losses import negative_cosine
 from vissl_lite.pretext.parts.momentum import cosine, follow, frozen_copy
-
-
-def byol_views(size: int, smallest_crop: float, colour: float | None, upright: bool) -> Views:
-    """Two views: one always blurred, the other seldom but sometimes solarized (appendix B).
-
-    Args:
-        size: side in pixels.
-        smallest_crop: smallest share of the image's area.
-        colour: strength of the colour distortion.
-        upright: whether the images have an up.
-    """
-    first = distorted_crop(size, smallest_crop, colour, 1.0, upright=upright)
-    second = distorted_crop(size, smallest_crop, colour, 0.1, solarize=0.2, upright=upright)
-    return Views([first, second], shortest=crop_decode_size(size, smallest_crop))
 
 
 class BYOL(PretextTask):
@@ -72,7 +59,9 @@ class BYOL(PretextTask):
 
     def views(self) -> Views:
         size = self.encoder.image_size
-        return byol_views(size, self.smallest_crop, self.colour, self.upright)
+        return two_views(
+            size, self.smallest_crop, self.colour, self.upright, BYOL_BLUR, BYOL_SOLARIZE
+        )
 
     def loss(self, views: list[Tensor]) -> Tensor:
         both = torch.cat(views)

@@ -12,10 +12,10 @@ from vissl_lite.encoder import Encoder
 from vissl_lite.errors import check_count, check_positive
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.parts.crops import by_size, default_small_crops, multicrop_views
 from vissl_lite.pretext.parts.heads import PrototypeHead
 from vissl_lite.pretext.parts.losses import Centre, cross_entropy
 from vissl_lite.pretext.parts.momentum import cosine, follow, frozen_copy
-from vissl_lite.pretext.parts.multicrop import by_size, default_small_crops, multicrop_views
 
 
 class DINO(PretextTask):

@@ -12,9 +12,9 @@ from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError, check_count
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.parts.crops import by_size, default_small_crops, multicrop_views
 from vissl_lite.pretext.parts.heads import mlp
 from vissl_lite.pretext.parts.losses import random_directions, sigreg
-from vissl_lite.pretext.parts.multicrop import by_size, default_small_crops, multicrop_views
 
 
 class LeJEPA(PretextTask):

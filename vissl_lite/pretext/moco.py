@@ -8,27 +8,15 @@ Contrastive Learning" (v2), arXiv 2003.04297.
 import torch
 from torch import Tensor, nn
 
-from vissl_lite.data.views import Views, crop_decode_size, distorted_crop
+from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
 from vissl_lite.errors import check_count, check_positive
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.parts.crops import two_views
 from vissl_lite.pretext.parts.losses import info_nce
 from vissl_lite.pretext.parts.momentum import follow, frozen_copy
 from vissl_lite.pretext.parts.queue import Queue
-
-
-def moco_views(size: int, smallest_crop: float, colour: float | None, upright: bool) -> Views:
-    """Two views: crop, flip, colour distortion, blur (v2, section 2).
-
-    Args:
-        size: side in pixels.
-        smallest_crop: smallest share of the image's area.
-        colour: strength of the colour distortion.
-        upright: whether the images have an up.
-    """
-    one = distorted_crop(size, smallest_crop, colour, upright=upright)
-    return Views([one, one], shortest=crop_decode_size(size, smallest_crop))
 
 
 class MoCo(PretextTask):
@@ -83,7 +71,7 @@ class MoCo(PretextTask):
 
     def views(self) -> Views:
         size = self.encoder.image_size
-        return moco_views(size, self.smallest_crop, self.colour, self.upright)
+        return two_views(size, self.smallest_crop, self.colour, self.upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
         query = self.head(self.encoder(views[0]))

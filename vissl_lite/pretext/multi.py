@@ -13,11 +13,11 @@ from vissl_lite.encoder import Encoder
 from vissl_lite.errors import check_positive
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.parts.crops import two_views
 from vissl_lite.pretext.parts.heads import mlp
 from vissl_lite.pretext.parts.losses import nt_xent
 from vissl_lite.pretext.parts.signal import Signal
 from vissl_lite.pretext.rotation import all_rotations
-from vissl_lite.pretext.simclr import simclr_views
 
 
 class Multi(PretextTask):
@@ -62,7 +62,7 @@ class Multi(PretextTask):
 
     def views(self) -> Views:
         size = self.encoder.image_size
-        return simclr_views(size, self.smallest_crop, self.colour, self.upright)
+        return two_views(size, self.smallest_crop, self.colour, self.upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
         turned, labels = all_rotations(views[0])

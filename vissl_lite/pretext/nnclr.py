@@ -8,27 +8,15 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from vissl_lite.data.views import Views, crop_decode_size, distorted_crop
+from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
 from vissl_lite.errors import check_count, check_positive
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.parts.crops import two_views
 from vissl_lite.pretext.parts.heads import mlp
 from vissl_lite.pretext.parts.losses import contrast
 from vissl_lite.pretext.parts.queue import Queue
-
-
-def nnclr_views(size: int, smallest_crop: float, colour: float | None, upright: bool) -> Views:
-    """Two views, distorted as SimCLR's (section 4.1).
-
-    Args:
-        size: side in pixels.
-        smallest_crop: smallest share of the image's area.
-        colour: strength of the colour distortion.
-        upright: whether the images have an up.
-    """
-    one = distorted_crop(size, smallest_crop, colour, upright=upright)
-    return Views([one, one], shortest=crop_decode_size(size, smallest_crop))
 
 
 @torch.no_grad()
@@ -94,7 +82,7 @@ class NNCLR(PretextTask):
 
     def views(self) -> Views:
         size = self.encoder.image_size
-        return nnclr_views(size, self.smallest_crop, self.colour, self.upright)
+        return two_views(size, self.smallest_crop, self.colour, self.upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
         z = self.projector(self.encoder(torch.cat(views)))

@@ -7,26 +7,14 @@ Representations", arXiv 2002.05709.
 import torch
 from torch import Tensor
 
-from vissl_lite.data.views import Views, crop_decode_size, distorted_crop
+from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
 from vissl_lite.errors import check_positive
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.parts.crops import two_views
 from vissl_lite.pretext.parts.heads import mlp
 from vissl_lite.pretext.parts.losses import nt_xent
-
-
-def simclr_views(size: int, smallest_crop: float, colour: float | None, upright: bool) -> Views:
-    """Two views, each a random crop, flipped, its colours distorted, perhaps blurred (section 3).
-
-    Args:
-        size: side in pixels.
-        smallest_crop: smallest share of the image's area.
-        colour: strength of the colour distortion.
-        upright: whether the images have an up.
-    """
-    one = distorted_crop(size, smallest_crop, colour, upright=upright)
-    return Views([one, one], shortest=crop_decode_size(size, smallest_crop))
 
 
 class SimCLR(PretextTask):
@@ -72,7 +60,7 @@ class SimCLR(PretextTask):
 
     def views(self) -> Views:
         size = self.encoder.image_size
-        return simclr_views(size, self.smallest_crop, self.colour, self.upright)
+        return two_views(size, self.smallest_crop, self.colour, self.upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
         # One pass over both views is faster than two, and BatchNorm then sees both together, as

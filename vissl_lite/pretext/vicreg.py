@@ -7,25 +7,13 @@ Self-Supervised Learning", arXiv 2105.04906.
 import torch
 from torch import Tensor
 
-from vissl_lite.data.views import Views, crop_decode_size, distorted_crop
+from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.parts.crops import two_views
 from vissl_lite.pretext.parts.heads import mlp
 from vissl_lite.pretext.parts.losses import vicreg
-
-
-def vicreg_views(size: int, smallest_crop: float, colour: float | None, upright: bool) -> Views:
-    """Two views, distorted as BYOL's, but both alike (appendix C.1).
-
-    Args:
-        size: side in pixels.
-        smallest_crop: smallest share of the image's area.
-        colour: strength of the colour distortion.
-        upright: whether the images have an up.
-    """
-    one = distorted_crop(size, smallest_crop, colour, 0.5, solarize=0.1, upright=upright)
-    return Views([one, one], shortest=crop_decode_size(size, smallest_crop))
 
 
 class VICReg(PretextTask):
@@ -69,7 +57,7 @@ class VICReg(PretextTask):
 
     def views(self) -> Views:
         size = self.encoder.image_size
-        return vicreg_views(size, self.smallest_crop, self.colour, self.upright)
+        return two_views(size, self.smallest_crop, self.colour, self.upright, solarize=(0.1, 0.1))
 
     def loss(self, views: list[Tensor]) -> Tensor:
         z1, z2 = self.projector(self.encoder(torch.cat(views))).chunk(2)

@@ -1,4 +1,4 @@
-"""Multi-crop: two large crops and many small ones of each image (SwAV, Caron et al. 2020)."""
+"""Views of the pretexts that compare views: two crops of an image, or large and small ones."""
 
 from collections.abc import Callable
 from itertools import groupby
@@ -11,6 +11,36 @@ from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError
 
 
+def two_views(
+    size: int,
+    smallest_crop: float,
+    colour: float | None,
+    upright: bool,
+    blur: tuple[float, float] = (0.5, 0.5),
+    solarize: tuple[float, float] = (0.0, 0.0),
+) -> Views:
+    """Two random crops, flipped, their colours distorted, perhaps blurred (SimCLR, appendix A).
+
+    Args:
+        size: side in pixels.
+        smallest_crop: smallest share of the image's area.
+        colour: strength of the colour distortion; see ``distorted_crop``.
+        upright: whether the images have an up.
+        blur: probability for each view.
+        solarize: probability for each view.
+    """
+    first, second = (
+        distorted_crop(size, smallest_crop, colour, blurred, inverted, upright)
+        for blurred, inverted in zip(blur, solarize, strict=True)
+    )
+    return Views([first, second], shortest=crop_decode_size(size, smallest_crop))
+
+
+# BYOL (Grill et al. 2020, appendix B): one view is always blurred, the other seldom, but sometimes
+# solarized.
+BYOL_BLUR, BYOL_SOLARIZE = (1.0, 0.1), (0.0, 0.2)
+
+
 def multicrop_views(
     encoder: Encoder,
     large_crops: int,
@@ -21,7 +51,7 @@ def multicrop_views(
     upright: bool,
     solarize: bool,
 ) -> Views:
-    """Large crops of the encoder's size, then small ones of 96/224 of it.
+    """Large crops of the encoder's size, then small ones of 96/224 of it (SwAV, Caron et al. 2020).
 
     Args:
         encoder: what they are for.
@@ -31,18 +61,16 @@ def multicrop_views(
         largest_small_crop: where the shares of small crops end and those of large ones begin.
         colour: strength of the colour distortion; see ``distorted_crop``.
         upright: whether the images have an up.
-        solarize: blur the first view always, the second seldom, and solarize that sometimes (BYOL,
-            Grill et al. 2020, appendix B); else blur each view half of the time.
+        solarize: blur and solarize the large crops as BYOL does; else blur each half of the time.
 
     Raises:
         UserError: the backbone can't take the small crops.
     """
     size = encoder.image_size
     if solarize:
-        kinds = [(1.0, 0.0), (0.1, 0.2)]
         pairs = [
-            distorted_crop(size, largest_small_crop, colour, blur, inverted, upright)
-            for blur, inverted in kinds
+            distorted_crop(size, largest_small_crop, colour, blurred, inverted, upright)
+            for blurred, inverted in zip(BYOL_BLUR, BYOL_SOLARIZE, strict=True)
         ]
     else:
         pairs = [distorted_crop(size, largest_small_crop, colour, upright=upright)]

@@ -4,7 +4,7 @@ import torch
 
 from vissl_lite.encoder import build_encoder
 from vissl_lite.errors import UserError
-from vissl_lite.pretext.parts.multicrop import by_size, default_small_crops, multicrop_views
+from vissl_lite.pretext.parts.crops import by_size, default_small_crops, multicrop_views
 
 
 def test_large_crops_of_the_encoders_size_then_small_ones() -> None:
