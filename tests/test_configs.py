@@ -46,3 +46,16 @@ def test_the_pretext_can_be_built_on_its_backbone(path: Path) -> None:
         task = made(build_encoder(content["backbone"], content["image_size"]), **options)
     assert len(task.views()) >= 1
     build_optimizer(task, task.optimizer_settings)
+
+
+def test_a_recipes_learning_rate_follows_the_batch() -> None:
+    """A paper's recipe on a machine that can't hold its batch: a batch of 256 instead of 4096."""
+    from vissl_lite.commands.pretrain import _Options
+
+    content = yaml.safe_load((CONFIGS / "imagenet" / "simclr.yaml").read_text())
+    options = {name: content.get(name) for name in _Options.__annotations__}
+    options |= {"data": ["DATA"], "seed": 0, "init": "random", "accumulate_grad_batches": 1}
+    task = pretext_class("simclr")(build_encoder("test_resnet", 32))
+    settings = _Options(**options).optimizer_settings
+    assert settings(task, 4096).lr == pytest.approx(4.8)  # section 4.1 of the paper: 0.3 x B / 256
+    assert settings(task, 256).lr == pytest.approx(0.3)

@@ -322,10 +322,12 @@ def test_a_collapse_is_said_in_plain_words(
     assert json.loads((out / "results.json").read_text())["collapsed"] is True
 
 
-def test_two_processes_train_one_encoder(photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("pretext", ["simclr", "swav", "dino"])
+def test_two_processes_train_one_encoder(pretext: str, photos: Path, tmp_path: Path) -> None:
     """``--devices 2 --strategy ddp`` on the CPU: as many steps as one process, at equal batch."""
     out = tmp_path / "ddp"
     options = ["--data", str(photos), *SMALL, "--epochs", "2", "--num_workers", "0"]
+    options += ["--pretext", pretext]
     done = subprocess.run(
         [*COMMAND, *options, "--out", str(out), "--devices", "2", "--strategy", "ddp"],
         capture_output=True,

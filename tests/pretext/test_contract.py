@@ -70,6 +70,8 @@ def test_loss_is_finite_and_its_gradient_reaches_the_encoder(
     gradients = [p.grad for p in task.encoder.parameters() if p.requires_grad]
     assert all(g is not None and g.isfinite().all() for g in gradients)
     assert any(g.abs().sum() > 0 for g in gradients if g is not None)
+    # what DistributedDataParallel waits for
+    assert all(p.grad is not None for p in task.parameters() if p.requires_grad)
 
 
 @every_pair

@@ -83,6 +83,7 @@ def pretrain(
     probe_data: str | None = None,
     optimizer: str | None = None,
     lr: float | None = None,
+    base_lr: float | None = None,
     weight_decay: float | None = None,
     warmup: float = 0.1,
     seed: int = 0,
@@ -116,7 +117,8 @@ def pretrain(
         probe_data: Labelled images to judge the encoder by while it trains (kNN, on validation
             images).
         optimizer: A timm optimizer; default the pretext's.
-        lr: Peak learning rate; default the pretext's, scaled to the batch.
+        lr: Peak learning rate; default the pretext's, scaled to the batch by its own rule.
+        base_lr: The same for a batch of 256 images, as papers give it: it grows with the batch.
         weight_decay: Default the pretext's.
         warmup: Share of the training in which the learning rate rises.
         seed: Of everything random.
@@ -172,8 +174,9 @@ def pretrain(
     config |= {"backbone": encoder.backbone, "image_size": encoder.image_size, "batch_size": size}
     with open_run(Path(out), config, resume=resume) as run:
         log.info(
-            "%d images, %s on %s at %d pixels, batch %d",
+            "%d images, %s on %s at %d pixels, batch %d, %s with %.2g",
             len(paths), options.pretext["name"], encoder.backbone, encoder.image_size, size,
+            task.optimizer_settings.name, task.optimizer_settings.lr,
         )  # fmt: skip
         if accumulate > 1:
             log.info("%s", accumulation_note(task.about, size, accumulate))
@@ -244,6 +247,7 @@ class _Options:
     probe_data: str | None
     optimizer: str | None
     lr: float | None
+    base_lr: float | None
     weight_decay: float | None
     warmup: float
     seed: int
@@ -258,6 +262,9 @@ class _Options:
         if not 0 <= self.warmup < 1:
             raise UserError(f"--warmup {self.warmup} is not a share: it must be in [0, 1)")
         check_positive("lr", self.lr)
+        check_positive("base_lr", self.base_lr)
+        if self.lr is not None and self.base_lr is not None:
+            raise UserError("give --lr or --base_lr, not both")
         check_seed(self.seed)
         if self.optimizer is not None:
             check_optimizer(self.optimizer)
@@ -270,10 +277,12 @@ class _Options:
         """What trains the task; ``batch_size`` is that of an optimizer step."""
         own = task.optimizer_settings
         name = self.optimizer or own.name
-        if name != own.name and self.lr is None:
+        if name != own.name and self.lr is None and self.base_lr is None:
             raise UserError(
                 f"--optimizer {name} needs an --lr: {task.about.name}'s {own.lr} is for {own.name}"
             )
+        if self.base_lr is not None:  # linearly: the rule of the papers that give it so
+            own = replace(own, lr=self.base_lr, scaling="linear")
         decay = own.weight_decay if self.weight_decay is None else self.weight_decay
         lr = self.lr or own.scaled_lr(batch_size)
         return replace(own, name=name, lr=lr, weight_decay=decay)
