@@ -82,6 +82,21 @@ def pretexts() -> str:
     return table(header, rows) + "\n\n" + made(results, command)
 
 
+def gpu_cifar10() -> str:
+    if not (RESULTS / "gpu_cifar10.json").exists():
+        return "Not measured yet; the jobs stand in [gpu/README.md](gpu/README.md)."
+    results = load("gpu_cifar10")
+    rows = [
+        [name, r["device"], f"{r['minutes']:.1f}", f"{r['images_per_second']:,.0f}",
+         f"{r['knn']:.3f}", f"{r['linear']:.3f}"]
+        for name, r in results.items()
+        if name != "made"
+    ]  # fmt: skip
+    header = ["pretext", "device", "minutes", "images/s", "kNN", "linear"]
+    command = "python benchmarks/gpu/cifar10.py --data DATA/cifar10 --out RUNS --keep"
+    return table(header, rows) + "\n\n" + made(results, command)
+
+
 def few_labels() -> str:
     results = load("few_labels")
     names = {"untrained": "untrained", "simclr": "SimCLR, 8 minutes"}
@@ -164,6 +179,7 @@ if __name__ == "__main__":
     fill(
         ROOT / "benchmarks/README.md",
         pretexts=pretexts,
+        gpu_cifar10=gpu_cifar10,
         cifar10=cifar10,
         few_labels=few_labels,
         throughput=throughput,

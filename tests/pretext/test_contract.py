@@ -217,6 +217,12 @@ def test_hyperparameters_are_documented_typed_and_have_defaults(name: str) -> No
         assert f"{parameter.name}:" in (made.__doc__ or "")
 
 
+@every_pretext
+def test_the_loss_is_given_views_and_nothing_else(name: str) -> None:
+    """No labels of the user's, and no indices to look them up by."""
+    assert list(inspect.signature(pretext_class(name).loss).parameters) == ["self", "views"]
+
+
 def test_unknown_name_gives_the_close_ones() -> None:
     with pytest.raises(UserError, match="did you mean rotation"):
         pretext_class("rotations")
