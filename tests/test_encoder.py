@@ -13,10 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vissl_lite import encoder as module
-from vissl_lite.encoder import (
-    Encoder,
-    Normalize,
-    build_encoder,
+from vissl_lite.encoder import Encoder, Normalize, build_encoder
+from vissl_lite.encoder_folder import (
     load_encoder,
     load_model,
     load_weights,

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from vissl_lite.commands.predict import predict
     from vissl_lite.commands.pretrain import pretrain
     from vissl_lite.commands.probe import probe
-    from vissl_lite.encoder import load_encoder
+    from vissl_lite.encoder_folder import load_encoder
     from vissl_lite.errors import UserError
 
 # Importing torch takes seconds; nobody who asks for the version or for help should wait for it.
@@ -23,7 +23,7 @@ _PLACES = {
     "predict": "vissl_lite.commands.predict",
     "pretrain": "vissl_lite.commands.pretrain",
     "probe": "vissl_lite.commands.probe",
-    "load_encoder": "vissl_lite.encoder",
+    "load_encoder": "vissl_lite.encoder_folder",
     "UserError": "vissl_lite.errors",
 }
 

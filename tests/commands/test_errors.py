@@ -11,7 +11,8 @@ import yaml
 from PIL import Image
 
 from vissl_lite.cli import VERBS, main
-from vissl_lite.encoder import build_encoder, save_encoder
+from vissl_lite.encoder import build_encoder
+from vissl_lite.encoder_folder import save_encoder
 
 Refused = Callable[..., str]
 

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 import vissl_lite
 from vissl_lite.cli import main
-from vissl_lite.encoder import build_encoder, save_encoder
+from vissl_lite.encoder import build_encoder
+from vissl_lite.encoder_folder import save_encoder
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ import torch
 
 from vissl_lite.data.images import find_images
 from vissl_lite.data.stream import Batch, Key, ViewDataset, collate
-from vissl_lite.encoder import build_encoder, save_encoder
+from vissl_lite.encoder import build_encoder
+from vissl_lite.encoder_folder import save_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import build_optimizer
 from vissl_lite.pretext import PRETEXTS, PretextTask, pretext_class

@@ -15,7 +15,8 @@ from vissl_lite.commands.probe import probe_encoder
 from vissl_lite.data.images import read_image
 from vissl_lite.data.labelled import LabelledImages, load_labelled, take_labels
 from vissl_lite.data.sample import make_sample_data
-from vissl_lite.encoder import Encoder, load_encoder
+from vissl_lite.encoder import Encoder
+from vissl_lite.encoder_folder import load_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pictures import plot_bars

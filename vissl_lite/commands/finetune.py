@@ -11,7 +11,7 @@ from rich.table import Table
 from vissl_lite import __version__
 from vissl_lite.commands.probe import encoder_for
 from vissl_lite.data.labelled import load_labelled, take_labels
-from vissl_lite.encoder import save_model
+from vissl_lite.encoder_folder import save_model
 from vissl_lite.errors import UserError, check_count, check_positive, check_seed
 from vissl_lite.optim import OptimizerSettings, check_optimizer
 from vissl_lite.pictures import plot_confusion, plot_curves

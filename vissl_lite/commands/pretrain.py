@@ -16,7 +16,8 @@ from vissl_lite import __version__
 from vissl_lite.data.images import find_images, suitable_size
 from vissl_lite.data.labelled import load_labelled
 from vissl_lite.data.stream import ViewDataset
-from vissl_lite.encoder import Encoder, build_encoder, load_encoder, load_weights, save_encoder
+from vissl_lite.encoder import Encoder, build_encoder
+from vissl_lite.encoder_folder import load_encoder, load_weights, save_encoder
 from vissl_lite.errors import UserError, check_count, check_positive, check_seed, did_you_mean
 from vissl_lite.evaluation.watch import Watch
 from vissl_lite.optim import OptimizerSettings, check_optimizer

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from vissl_lite.data.images import suitable_size
 from vissl_lite.data.labelled import LabelledImages, Part, load_labelled, take_labels
-from vissl_lite.encoder import Encoder, load_encoder
+from vissl_lite.encoder import Encoder
+from vissl_lite.encoder_folder import load_encoder
 from vissl_lite.errors import check_count, check_positive, check_seed
 from vissl_lite.evaluation.features import extract
 from vissl_lite.evaluation.knn import knn_predict

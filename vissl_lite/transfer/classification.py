@@ -24,7 +24,8 @@ from torchmetrics.functional.classification import (
 from vissl_lite.data.labelled import LabelledImages, Part
 from vissl_lite.data.stream import Batch, ViewDataset
 from vissl_lite.data.views import Views, crop_decode_size, flip, random_crop
-from vissl_lite.encoder import Encoder, Normalize, load_model
+from vissl_lite.encoder import Encoder, Normalize
+from vissl_lite.encoder_folder import load_model
 from vissl_lite.errors import UserError
 from vissl_lite.inference import run_over
 from vissl_lite.optim import OptimizerSettings, build_optimizer
