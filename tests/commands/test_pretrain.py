@@ -16,9 +16,11 @@ import yaml
 from safetensors.torch import load_file
 
 from vissl_lite.cli import main
-from vissl_lite.commands.pretrain import parse_time, pretrain
+from vissl_lite.commands.pretrain import default_backbone, parse_time, pretrain
+from vissl_lite.encoder import build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.pretext import PRETEXTS
+from vissl_lite.pretext.base import check_backbone
 from vissl_lite.pretext.simclr import SimCLR
 
 SMALL = ["--backbone", "test_resnet", "--image_size", "32", "--batch_size", "8"]
@@ -338,6 +340,12 @@ def test_two_processes_train_one_encoder(pretext: str, photos: Path, tmp_path: P
     assert done.returncode == 0, done.stderr
     assert json.loads((out / "results.json").read_text())["steps"] == 6
     assert all(tensor.isfinite().all() for tensor in weights(out).values())
+
+
+@pytest.mark.parametrize("name", PRETEXTS)
+@pytest.mark.parametrize("size", [32, 64, 224])
+def test_the_default_backbone_suits_the_pretext(name: str, size: int) -> None:
+    check_backbone(PRETEXTS[name].about, build_encoder(default_backbone(name, size), size))
 
 
 def test_from_python_with_a_vit(photos: Path, tmp_path: Path) -> None:

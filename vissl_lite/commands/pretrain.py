@@ -42,7 +42,6 @@ from vissl_lite.training.stream import StreamData
 
 log = logging.getLogger(__name__)
 
-DEFAULT_BACKBONE = "resnet18"
 CURVES = (
     "loss", "accuracy", "knn", "feature_std", "effective_rank", "lr", "images_per_second",
     "data_wait",
@@ -103,7 +102,8 @@ def pretrain(
         out: The run folder to write.
         pretext: The pretext task; its hyperparameters as --pretext.NAME (in Python and YAML a
             mapping of name and hyperparameters).
-        backbone: A timm architecture; default that of --init, or resnet18.
+        backbone: A timm architecture; default that of --init, or resnet18, for pretexts of
+            transformers vit_tiny_patch16_224 (below 64 pixels vit_tiny_patch4_32).
         image_size: Side in pixels; default that of --init, or of the images, at most 224.
         epochs: Times that every image is seen; default 100 without --max_time.
         max_time: Time budget, as HH:MM:SS or seconds; the schedule ends when it ends.
@@ -162,7 +162,9 @@ def pretrain(
     if options.probe_data is not None:
         labelled = load_labelled(options.probe_data, options.seed, need_test=False)
     torch.manual_seed(options.seed)
-    encoder = make_encoder(options.backbone, options.image_size, options.init, paths)
+    encoder = make_encoder(
+        options.backbone, options.image_size, options.init, paths, options.pretext["name"]
+    )
     task = options.task(encoder)
     task.upright = options.upright
     views = task.views()
@@ -325,7 +327,7 @@ def parse_time(text: str | int | None) -> float | None:
 
 
 def make_encoder(
-    backbone: str | None, image_size: int | None, init: str, paths: Sequence[str]
+    backbone: str | None, image_size: int | None, init: str, paths: Sequence[str], pretext: str
 ) -> Encoder:
     """The encoder to start from.
 
@@ -334,6 +336,7 @@ def make_encoder(
         image_size: side in pixels; None for that of ``init``, or what suits the images.
         init: ``random``, ``pretrained``, a run, an encoder folder, or a state dict file.
         paths: the images.
+        pretext: which pretext the default has to suit.
 
     Raises:
         UserError: there is no such thing, or it is of another backbone.
@@ -346,7 +349,7 @@ def make_encoder(
             encoder.use_image_size(image_size)
         return encoder
     size = image_size or suitable_size(paths)
-    name = backbone or DEFAULT_BACKBONE
+    name = backbone or default_backbone(pretext, size)
     if init in ("random", "pretrained"):
         return build_encoder(name, size, pretrained=init == "pretrained")
     if not Path(init).is_file():
@@ -357,6 +360,18 @@ def make_encoder(
     encoder = build_encoder(name, size)
     load_weights(encoder, Path(init))
     return encoder
+
+
+def default_backbone(pretext: str, image_size: int) -> str:
+    """A small backbone that suits a pretext.
+
+    Args:
+        pretext: its name.
+        image_size: side in pixels.
+    """
+    if pretext_class(pretext).about.backbones in ("any", "CNN"):
+        return "resnet18"
+    return "vit_tiny_patch16_224" if image_size >= 64 else "vit_tiny_patch4_32"
 
 
 def whole_pretext(pretext: str | Mapping[str, Any]) -> dict[str, Any]:
