@@ -42,6 +42,12 @@ def check_positive(name: str, value: float | None) -> None:
         raise UserError(f"--{name} {value} must be above 0")
 
 
+def check_share(name: str, value: float) -> None:
+    """Raise a UserError for an option that is not in [0, 1]."""
+    if not 0 <= value <= 1:
+        raise UserError(f"--{name} {value} must be in [0, 1]")
+
+
 def check_seed(value: int) -> None:
     """Raise a UserError for a negative seed."""
     if value < 0:

@@ -218,6 +218,32 @@ def test_hyperparameters_are_documented_typed_and_have_defaults(name: str) -> No
         assert f"{parameter.name}:" in (made.__doc__ or "")
 
 
+# What no hyperparameter of such a name can be, whatever the pretext.
+IMPOSSIBLE = {
+    "temperature": -0.1, "teacher_temperature": 0.0, "warm_teacher_temperature": 0.0,
+    "momentum": 1.5, "queue_size": -1, "prototypes": 0, "hidden_size": 0, "projection_size": 0,
+    "prediction_hidden_size": 0, "bottleneck_size": 0, "smallest_crop": 0.0,
+    "smallest_large_crop": 2.0, "large_crops": 0, "mask_ratio": 1.0, "decoder_width": -1,
+    "decoder_depth": -1, "permutations": 1, "patch_size": -1, "tile_size": -1, "gap": -1,
+    "jitter": -1, "mask_unit": 5, "grey": 1.5, "masked": 0.0, "epsilon": 0.0,
+    "sinkhorn_iterations": 0, "targets": 0, "predictor_width": 33, "dense_weight": 2.0,
+    "tile_features": 0, "cell_size": 1, "uniform": 0.0, "predictor_depth": -1,
+}  # fmt: skip
+
+
+@every_pretext
+def test_impossible_hyperparameters_are_the_users_mistake(name: str) -> None:
+    made = pretext_class(name)
+    encoder = build_encoder(EXAMPLES[made.about.backbones][-1], 32)
+    known = [n for n in inspect.signature(made).parameters if n in IMPOSSIBLE]
+    known += ["lambd"] if name in ("lejepa", "visreg", "barlow_twins") else []
+    assert known
+    for option in known:
+        with pytest.raises(UserError) as raised:
+            made(encoder, **{option: IMPOSSIBLE.get(option, -1.0)}).views()
+        assert len(str(raised.value).splitlines()) == 1, option
+
+
 @every_pretext
 def test_the_loss_is_given_views_and_nothing_else(name: str) -> None:
     """No labels of the user's, and no indices to look them up by."""

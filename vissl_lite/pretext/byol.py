@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
+from vissl_lite.errors import check_share
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
 from vissl_lite.pretext.parts.crops import BYOL_BLUR, BYOL_SOLARIZE, two_views
@@ -50,6 +51,7 @@ class BYOL(PretextTask):
         colour: float | None = None,
     ) -> None:
         super().__init__(encoder)
+        check_share("pretext.momentum", momentum)
         self.projector = mlp(encoder.num_features, hidden_size, projection_size)
         self.predictor = mlp(projection_size, hidden_size, projection_size)
         self.teacher_encoder = frozen_copy(encoder)

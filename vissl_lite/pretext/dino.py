@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
-from vissl_lite.errors import check_count, check_positive
+from vissl_lite.errors import check_count, check_positive, check_share
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
 from vissl_lite.pretext.parts.crops import by_size, default_small_crops, multicrop_views
@@ -76,6 +76,7 @@ class DINO(PretextTask):
         colour: float | None = None,
     ) -> None:
         super().__init__(encoder)
+        check_share("pretext.momentum", momentum)
         for name, value in (
             ("temperature", temperature),
             ("teacher_temperature", teacher_temperature),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
-from vissl_lite.errors import check_positive
+from vissl_lite.errors import check_positive, check_share
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
 from vissl_lite.pretext.parts.crops import BYOL_BLUR, BYOL_SOLARIZE, two_views
@@ -54,6 +54,7 @@ class MoCoV3(PretextTask):
         colour: float | None = None,
     ) -> None:
         super().__init__(encoder)
+        check_share("pretext.momentum", momentum)
         check_positive("pretext.temperature", temperature)
         features = encoder.num_features
         self.projector = mlp(features, hidden_size, hidden_size, projection_size, last_norm=True)

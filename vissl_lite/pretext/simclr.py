@@ -54,7 +54,8 @@ class SimCLR(PretextTask):
         super().__init__(encoder)
         check_positive("pretext.temperature", temperature)
         features = encoder.num_features
-        self.head = mlp(features, hidden_size or features, projection_size)
+        hidden = features if hidden_size is None else hidden_size
+        self.head = mlp(features, hidden, projection_size)
         self.temperature = temperature
         self.smallest_crop, self.colour = smallest_crop, colour
 

@@ -92,6 +92,8 @@ class SwAV(PretextTask):
         check_positive("pretext.temperature", temperature)
         check_positive("pretext.epsilon", epsilon)
         check_count("pretext.prototypes", prototypes)
+        check_count("pretext.sinkhorn_iterations", sinkhorn_iterations)
+        check_count("pretext.queue_size", queue_size or None)
         self.head = mlp(encoder.num_features, hidden_size, projection_size)
         self.prototypes = nn.Linear(projection_size, prototypes, bias=False)
         self.queues = [Queue(queue_size, projection_size) for _ in range(2 if queue_size else 0)]

@@ -64,9 +64,14 @@ def multicrop_views(
         solarize: blur and solarize the large crops as BYOL does; else blur each half of the time.
 
     Raises:
-        UserError: the backbone can't take the small crops.
+        UserError: the backbone can't take the small crops, or the shares are none.
     """
     size = encoder.image_size
+    if not 0 < smallest_crop <= largest_small_crop:
+        raise UserError(
+            f"--pretext.smallest_crop {smallest_crop} must be above 0 and at most "
+            f"--pretext.smallest_large_crop {largest_small_crop}"
+        )
     if solarize:
         pairs = [
             distorted_crop(size, largest_small_crop, colour, blurred, inverted, upright)

@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from vissl_lite.encoder import Encoder
-from vissl_lite.errors import check_count
+from vissl_lite.errors import UserError, check_count
 
 
 def mlp(*sizes: int, last_norm: bool = False) -> nn.Sequential:
@@ -17,7 +17,11 @@ def mlp(*sizes: int, last_norm: bool = False) -> nn.Sequential:
     Args:
         sizes: features in, hidden features, features out.
         last_norm: end with a BatchNorm.
+
+    Raises:
+        UserError: a layer has no features.
     """
+    check_sizes(*sizes)
     layers: list[nn.Module] = []
     for index, (before, after) in enumerate(pairwise(sizes)):
         last = index == len(sizes) - 2
@@ -27,6 +31,14 @@ def mlp(*sizes: int, last_norm: bool = False) -> nn.Sequential:
         elif last_norm:
             layers.append(nn.BatchNorm1d(after))
     return nn.Sequential(*layers)
+
+
+def check_sizes(*sizes: int) -> None:
+    """Raise a UserError for a layer without features."""
+    if min(sizes) < 1:
+        raise UserError(
+            f"a head can't have a layer of {min(sizes)} features: its sizes are {sizes}"
+        )
 
 
 class PrototypeHead(nn.Module):
@@ -46,6 +58,7 @@ class PrototypeHead(nn.Module):
         self, features: int, hidden: int, bottleneck: int, prototypes: int, norm: bool
     ) -> None:
         super().__init__()
+        check_sizes(features, hidden, bottleneck, prototypes)
         layers: list[nn.Module] = []
         for before in (features, hidden):
             layers.append(nn.Linear(before, hidden, bias=not norm))
