@@ -128,13 +128,15 @@ def _log_to_console() -> None:
 
 
 def plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Paths as text, so that the parameters can be written down and compared."""
+    """Paths as text and tuples as lists, so that parameters can be written down and compared."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Path):
             return str(value)
         if isinstance(value, list | tuple):
             return [plain(item) for item in value]
+        if isinstance(value, Mapping):
+            return {name: plain(item) for name, item in value.items()}
         return value
 
     return {name: plain(value) for name, value in parameters.items()}
@@ -173,10 +175,10 @@ def resumed_config(
         UserError: options contradict the run; all are named.
     """
     config = read_config(out)
-    own, usual = flatten(config), flatten(defaults)
+    own, usual = flatten(config), flatten(plain(defaults))
     contradictions = [
         f"--{name} {value} (the run has {own[name]})"
-        for name, value in flatten(given).items()
+        for name, value in flatten(plain(given)).items()
         if name not in FREE_TO_CHANGE
         and name in own
         and _listed(value) != _listed(own[name])
