@@ -17,8 +17,9 @@ def watch(signal: Signal, accuracies: list[float]) -> None:
     [
         ([0.25] * 400, "rotation has hardly a signal on these images: it is right in 25 %"),
         ([0.27, 0.23] * 200, "hardly a signal"),
-        ([1.0] * 400, "rotation is solved almost at once"),
+        ([1.0] * 400, "rotation is solved early"),
         ([0.25] * 40 + [0.6] * 360, None),
+        ([0.25] * 60 + [1.0] * 340, "rotation is solved early (99 % right after"),
         ([0.4] * 400, None),
         ([0.3 + 0.7 * step / 400 for step in range(400)], None),
     ],
