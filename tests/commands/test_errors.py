@@ -471,3 +471,12 @@ def test_an_optimizer_without_its_learning_rate(refused: Refused, few: Path) -> 
 def test_a_list_of_nothing(refused: Refused) -> None:
     assert "no list of pretext: did you mean pretexts?" in refused("list", "pretext")
     assert "did you mean resnet18" in refused("list", "backbones", "resnt18")
+
+
+def test_an_encoder_that_has_diverged(refused: Refused, labelled: Path, tmp_path: Path) -> None:
+    encoder = build_encoder("test_resnet", 32)
+    with torch.no_grad():
+        next(encoder.parameters()).fill_(float("nan"))
+    save_encoder(encoder, tmp_path / "nan", {})
+    error = refused("probe", "--encoder", tmp_path / "nan", "--data", labelled, "--out", "run")
+    assert "its training has diverged" in error

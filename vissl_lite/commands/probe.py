@@ -14,7 +14,7 @@ from vissl_lite.data.images import suitable_size
 from vissl_lite.data.labelled import LabelledImages, Part, load_labelled, take_labels
 from vissl_lite.encoder import Encoder
 from vissl_lite.encoder_folder import load_encoder
-from vissl_lite.errors import check_count, check_positive, check_seed
+from vissl_lite.errors import UserError, check_count, check_positive, check_seed
 from vissl_lite.evaluation.features import extract
 from vissl_lite.evaluation.knn import knn_predict
 from vissl_lite.evaluation.linear import linear_probe
@@ -118,6 +118,11 @@ def encoder_for(source: str, image_size: int | None, labelled: LabelledImages) -
     encoder = load_encoder(source, image_size)
     if image_size is not None:
         encoder.use_image_size(image_size)
+    if not all(p.isfinite().all() for p in encoder.parameters()):
+        raise UserError(
+            f"the weights of {source} are not finite numbers: its training has diverged; train it "
+            f"again with a lower --lr or a longer --warmup"
+        )
     return encoder
 
 
