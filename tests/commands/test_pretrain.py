@@ -242,7 +242,7 @@ def test_a_time_budget_is_kept_schedule_and_all(photos: Path, tmp_path: Path) ->
     assert run("--data", photos, *SMALL, "--max_time", 12, "--out", tmp_path / "run") == 0
     spent = time.monotonic() - started
     assert json.loads((tmp_path / "run" / "results.json").read_text())["seconds"] == pytest.approx(
-        12, rel=0.05
+        12, rel=0.1
     )
     assert spent < 20
     rates = [float(row["lr"]) for row in rows(tmp_path / "run") if row["lr"]]

@@ -209,6 +209,7 @@ def pretrain(
             "seed": options.seed,
         }
         save_encoder(task.trained_encoder(), run / "encoder", about)
+        seconds_spent = pace.elapsed()
         plot_curves(metrics, CURVES, run / "curves.png")
         losses = metrics.series("loss")[1]
         result = PretrainResult(
@@ -216,7 +217,7 @@ def pretrain(
             run / "encoder",
             {**({"loss": losses[-1]} if losses else {}), **watch.last},
             pace.steps,
-            pace.elapsed(),
+            seconds_spent,
         )
         write_results(
             run,
