@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from vissl_lite.encoder import build_encoder
-from vissl_lite.pretext.swav import SwAV, swapped_prediction
+from vissl_lite.pretext.parts.losses import swapped_prediction
+from vissl_lite.pretext.swav import SwAV
 
 
 def test_each_view_predicts_the_large_ones_but_itself() -> None:

@@ -11,11 +11,12 @@ import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from vissl_lite.data.views import Views, crop_decode_size, flip, random_crop
+from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.parts.crops import cropped_views
 from vissl_lite.pretext.parts.heads import Decoder
 from vissl_lite.pretext.parts.losses import world
 
@@ -38,18 +39,6 @@ XYZ = (
     (0.2126729, 0.7151522, 0.0721750),
     (0.0193339, 0.1191920, 0.9503041),
 )
-
-
-def colorization_views(size: int, smallest_crop: float, upright: bool) -> Views:
-    """One view: a random crop, flipped, its colours as they are.
-
-    Args:
-        size: side in pixels.
-        smallest_crop: smallest share of the image's area.
-        upright: whether the images have an up.
-    """
-    one = [random_crop(size, smallest_crop), flip(upright)]
-    return Views([one], shortest=crop_decode_size(size, smallest_crop))
 
 
 def rgb_to_lab(rgb: Tensor) -> Tensor:
@@ -258,7 +247,7 @@ class Colorization(PretextTask):
         self.uniform, self.smallest_crop = uniform, smallest_crop
 
     def views(self) -> Views:
-        return colorization_views(self.encoder.image_size, self.smallest_crop, self.upright)
+        return cropped_views(self.encoder.image_size, self.smallest_crop, self.upright)
 
     @torch.no_grad()
     def split(self, images: Tensor) -> tuple[Tensor, Tensor]:

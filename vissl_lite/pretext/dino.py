@@ -12,9 +12,9 @@ from vissl_lite.encoder import Encoder
 from vissl_lite.errors import check_count, check_positive, check_share
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
-from vissl_lite.pretext.parts.crops import by_size, default_small_crops, multicrop_views
+from vissl_lite.pretext.parts.crops import by_size, multicrop_views
 from vissl_lite.pretext.parts.heads import PrototypeHead
-from vissl_lite.pretext.parts.losses import Centre, cross_entropy
+from vissl_lite.pretext.parts.losses import Centre, swapped_prediction
 from vissl_lite.pretext.parts.momentum import cosine, follow, frozen_copy
 
 
@@ -94,8 +94,7 @@ class DINO(PretextTask):
         self.teacher_temperatures = (warm_teacher_temperature, teacher_temperature)
         self.temperature_warmup = temperature_warmup
         self.momentum, self.frozen_share = momentum, frozen_share
-        chosen = default_small_crops(encoder) if small_crops is None else small_crops
-        self.small_crops = chosen
+        self.small_crops = small_crops
         self.smallest_crop, self.smallest_large_crop = smallest_crop, smallest_large_crop
         self.colour = colour
 
@@ -117,13 +116,7 @@ class DINO(PretextTask):
             outputs = self.teacher_head(self.teacher_encoder(torch.cat(views[:2])))
             targets = self.centre.targets(outputs, self.teacher_temperature()).chunk(2)
             self.centre.update(outputs)
-        terms = [
-            cross_entropy(target, score, self.temperature).mean()
-            for large, target in enumerate(targets)
-            for view, score in enumerate(scores)
-            if view != large
-        ]
-        return torch.stack(terms).mean()
+        return swapped_prediction(scores, targets, self.temperature)
 
     def teacher_temperature(self) -> float:
         """Its value at this moment of the run (section 3.3: a linear warm-up)."""

@@ -12,9 +12,9 @@ from vissl_lite.encoder import Encoder
 from vissl_lite.errors import check_count, check_positive, check_share
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
-from vissl_lite.pretext.parts.crops import by_size, default_small_crops, multicrop_views
+from vissl_lite.pretext.parts.crops import by_size, multicrop_views
 from vissl_lite.pretext.parts.heads import PrototypeHead
-from vissl_lite.pretext.parts.losses import Centre, cross_entropy, koleo
+from vissl_lite.pretext.parts.losses import Centre, cross_entropy, koleo, swapped_prediction
 from vissl_lite.pretext.parts.masking import check_patches, masked_patches
 from vissl_lite.pretext.parts.momentum import cosine, follow, frozen_copy
 
@@ -126,8 +126,7 @@ class IBOT(PretextTask):
         self.patch_weight, self.koleo_weight = patch_weight, koleo_weight
         self.temperature, self.teacher_temperature = temperature, teacher_temperature
         self.momentum, self.frozen_share = momentum, frozen_share
-        chosen = default_small_crops(encoder) if small_crops is None else small_crops
-        self.small_crops = chosen
+        self.small_crops = small_crops
         self.smallest_crop, self.smallest_large_crop = smallest_crop, smallest_large_crop
         self.colour = colour
 
@@ -162,13 +161,7 @@ class IBOT(PretextTask):
         scores += by_size(lambda images: self.head(self.encoder(images)), views[2:])
         patch_scores = self.head(patches.permute(0, 2, 3, 1)[mask])
 
-        terms = [
-            cross_entropy(target, score, self.temperature).mean()
-            for number, target in enumerate(targets.chunk(2))
-            for view, score in enumerate(scores)
-            if view != number
-        ]
-        of_images = torch.stack(terms).mean()
+        of_images = swapped_prediction(scores, targets.chunk(2), self.temperature)
         of_patches = patch_loss(patch_targets, patch_scores, mask.flatten(1), self.temperature)
         self.measure("image_loss", of_images)
         self.measure("patch_loss", of_patches)

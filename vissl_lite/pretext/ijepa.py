@@ -13,10 +13,10 @@ from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError, check_count
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.parts.crops import cropped_views
 from vissl_lite.pretext.parts.masking import (
     PatchPredictor,
     check_patches,
-    cropped_views,
     encode_visible,
     narrow_width,
     take,

@@ -8,28 +8,17 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from vissl_lite.data.views import Views, crop_decode_size, flip, random_crop
+from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.parts.crops import cropped_views
 from vissl_lite.pretext.parts.heads import Decoder
 
 # Blocks that are tried for each image, and the shares that they reach: with less there might be no
 # whole pixel, with more only corners would be left, which few blocks cover.
 BLOCKS, SMALLEST, LARGEST = 24, 0.01, 0.7
-
-
-def inpainting_views(size: int, smallest_crop: float, upright: bool) -> Views:
-    """One view: a random crop, flipped. Masking is left to the loss.
-
-    Args:
-        size: side in pixels.
-        smallest_crop: smallest share of the image's area.
-        upright: whether the images have an up.
-    """
-    one = [random_crop(size, smallest_crop), flip(upright)]
-    return Views([one], shortest=crop_decode_size(size, smallest_crop))
 
 
 def random_blocks(count: int, size: int, share: float, device: torch.device) -> Tensor:
@@ -119,7 +108,7 @@ class Inpainting(PretextTask):
         self.masked, self.smallest_crop = masked, smallest_crop
 
     def views(self) -> Views:
-        return inpainting_views(self.encoder.image_size, self.smallest_crop, self.upright)
+        return cropped_views(self.encoder.image_size, self.smallest_crop, self.upright)
 
     def fill(self, images: Tensor, mask: Tensor) -> Tensor:
         """The whole image as the encoder and the decoder imagine it.

@@ -12,7 +12,7 @@ from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError, check_count
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
-from vissl_lite.pretext.parts.crops import by_size, default_small_crops, multicrop_views
+from vissl_lite.pretext.parts.crops import by_size, multicrop_views
 from vissl_lite.pretext.parts.heads import mlp
 from vissl_lite.pretext.parts.losses import random_directions, sigreg
 
@@ -65,8 +65,7 @@ class LeJEPA(PretextTask):
         self.head = mlp(encoder.num_features, hidden_size, hidden_size, projection_size)
         self.lambd, self.directions = lambd, directions
         self.large_crops = large_crops
-        chosen = default_small_crops(encoder) if small_crops is None else small_crops
-        self.small_crops = chosen
+        self.small_crops = small_crops
         self.smallest_crop, self.smallest_large_crop = smallest_crop, smallest_large_crop
         self.colour = colour
 

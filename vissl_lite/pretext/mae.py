@@ -11,11 +11,11 @@ from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.parts.crops import cropped_views
 from vissl_lite.pretext.parts.masking import (
     PatchPredictor,
     check_patches,
     check_ratio,
-    cropped_views,
     encode_visible,
     narrow_width,
     normalized_patches,

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from vissl_lite.data.views import Views, crop_decode_size, flip, random_crop
+from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError, check_count
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.parts.crops import cropped_views
 from vissl_lite.pretext.parts.heads import mlp
 from vissl_lite.pretext.parts.patches import PLACES, Grid, patch_side
 from vissl_lite.pretext.parts.signal import Signal
@@ -24,18 +25,6 @@ Colour = Literal["drop", "project", "keep"]
 # Places of the grid, in reading order: the label of a neighbour is its number in this list.
 CENTRE = 4
 NEIGHBOURS = [0, 1, 2, 3, 5, 6, 7, 8]
-
-
-def relative_patch_views(size: int, smallest_crop: float, upright: bool) -> Views:
-    """One view: a random crop, flipped. Cutting patches out of it is left to the loss.
-
-    Args:
-        size: side in pixels.
-        smallest_crop: smallest share of the image's area.
-        upright: whether the images have an up.
-    """
-    one = [random_crop(size, smallest_crop), flip(upright)]
-    return Views([one], shortest=crop_decode_size(size, smallest_crop))
 
 
 def drop_colours(patches: Tensor) -> Tensor:
@@ -144,7 +133,7 @@ class RelativePatch(PretextTask):
         self.colour, self.smallest_crop = colour, smallest_crop
 
     def views(self) -> Views:
-        return relative_patch_views(self.grid.image_size, self.smallest_crop, self.upright)
+        return cropped_views(self.grid.image_size, self.smallest_crop, self.upright)
 
     def patches(self, images: Tensor) -> Tensor:
         """Nine patches of each image, their colours treated: what the encoder sees.

@@ -12,10 +12,10 @@ from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.parts.crops import cropped_views
 from vissl_lite.pretext.parts.masking import (
     check_patches,
     check_ratio,
-    cropped_views,
     masked_patches,
     random_mask,
 )

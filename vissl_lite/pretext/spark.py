@@ -26,10 +26,10 @@ from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError, check_count
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import KINDS, About, PretextTask
+from vissl_lite.pretext.parts.crops import cropped_views
 from vissl_lite.pretext.parts.losses import gather
 from vissl_lite.pretext.parts.masking import (
     check_ratio,
-    cropped_views,
     normalized_patches,
     patchify,
     positions,

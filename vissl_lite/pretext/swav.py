@@ -13,30 +13,10 @@ from vissl_lite.encoder import Encoder
 from vissl_lite.errors import check_count, check_positive
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
-from vissl_lite.pretext.parts.crops import by_size, default_small_crops, multicrop_views
+from vissl_lite.pretext.parts.crops import by_size, multicrop_views
 from vissl_lite.pretext.parts.heads import mlp
-from vissl_lite.pretext.parts.losses import cross_entropy, sinkhorn
+from vissl_lite.pretext.parts.losses import sinkhorn, swapped_prediction
 from vissl_lite.pretext.parts.queue import Queue
-
-
-def swapped_prediction(scores: list[Tensor], codes: list[Tensor], temperature: float) -> Tensor:
-    """Every view predicts the codes of the large views but its own (equation 6).
-
-    Args:
-        scores: ``(B, K)`` similarities to the prototypes, of each view, the large ones first.
-        codes: ``(B, K)`` assignments of each large view.
-        temperature: above 0.
-
-    Returns:
-        A scalar, the mean over pairs of views. Computed in float32.
-    """
-    terms = [
-        cross_entropy(code, score, temperature).mean()
-        for large, code in enumerate(codes)
-        for view, score in enumerate(scores)
-        if view != large
-    ]
-    return torch.stack(terms).mean()
 
 
 class SwAV(PretextTask):
@@ -100,8 +80,7 @@ class SwAV(PretextTask):
         self.earlier = nn.ModuleList(self.queues)  # so that a checkpoint holds them
         self.temperature, self.epsilon = temperature, epsilon
         self.sinkhorn_iterations, self.queue_start = sinkhorn_iterations, queue_start
-        chosen = default_small_crops(encoder) if small_crops is None else small_crops
-        self.small_crops = chosen
+        self.small_crops = small_crops
         self.smallest_crop, self.smallest_large_crop = smallest_crop, smallest_large_crop
         self.colour = colour
 

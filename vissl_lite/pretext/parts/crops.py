@@ -1,4 +1,4 @@
-"""Views of the pretexts that compare views: two crops of an image, or large and small ones."""
+"""Views that several pretexts take: one crop of an image, two, or large and small ones."""
 
 from collections.abc import Callable
 from itertools import groupby
@@ -6,9 +6,21 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from vissl_lite.data.views import Views, crop_decode_size, distorted_crop
+from vissl_lite.data.views import Views, crop_decode_size, distorted_crop, flip, random_crop
 from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError
+
+
+def cropped_views(size: int, smallest_crop: float, upright: bool) -> Views:
+    """One view: a random crop, perhaps flipped, for tasks that predict part of the image.
+
+    Args:
+        size: side in pixels.
+        smallest_crop: smallest share of the image's area.
+        upright: whether the images have an up.
+    """
+    one = [random_crop(size, smallest_crop), flip(upright)]
+    return Views([one], shortest=crop_decode_size(size, smallest_crop))
 
 
 def two_views(
@@ -44,7 +56,7 @@ BYOL_BLUR, BYOL_SOLARIZE = (1.0, 0.1), (0.0, 0.2)
 def multicrop_views(
     encoder: Encoder,
     large_crops: int,
-    small_crops: int,
+    small_crops: int | None,
     smallest_crop: float,
     largest_small_crop: float,
     colour: float | None,
@@ -56,7 +68,7 @@ def multicrop_views(
     Args:
         encoder: what they are for.
         large_crops: how many.
-        small_crops: how many.
+        small_crops: how many; default ``default_small_crops``.
         smallest_crop: smallest share of the image's area in a small crop.
         largest_small_crop: where the shares of small crops end and those of large ones begin.
         colour: strength of the colour distortion; see ``distorted_crop``.
@@ -81,6 +93,8 @@ def multicrop_views(
         pairs = [distorted_crop(size, largest_small_crop, colour, upright=upright)]
     pipelines = [pairs[number % len(pairs)] for number in range(large_crops)]
     shortest = crop_decode_size(size, largest_small_crop)
+    if small_crops is None:
+        small_crops = default_small_crops(encoder)
     if small_crops:
         small = encoder.fitting_size(size * 96 / 224)
         try:

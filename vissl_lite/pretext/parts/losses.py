@@ -1,5 +1,6 @@
 """Losses as pure functions, and the gathering across processes that some of them need."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -277,6 +278,28 @@ def cross_entropy(targets: Tensor, scores: Tensor, temperature: float) -> Tensor
         ``(B,)``. Computed in float32.
     """
     return -(targets * F.log_softmax(scores.float() / temperature, dim=1)).sum(dim=1)
+
+
+def swapped_prediction(
+    scores: Sequence[Tensor], codes: Sequence[Tensor], temperature: float
+) -> Tensor:
+    """Every view predicts the codes of the large views but its own (SwAV, eq. 6; DINO, eq. 3).
+
+    Args:
+        scores: ``(B, K)`` similarities to the prototypes, of each view, the large ones first.
+        codes: ``(B, K)`` distributions of each large view: assignments, or what a teacher says.
+        temperature: above 0.
+
+    Returns:
+        A scalar, the mean over pairs of views. Computed in float32.
+    """
+    terms = [
+        cross_entropy(code, score, temperature).mean()
+        for large, code in enumerate(codes)
+        for view, score in enumerate(scores)
+        if view != large
+    ]
+    return torch.stack(terms).mean()
 
 
 def koleo(z: Tensor) -> Tensor:

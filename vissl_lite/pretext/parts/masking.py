@@ -9,22 +9,9 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from vissl_lite.data.views import Views, crop_decode_size, flip, random_crop
 from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.pretext.base import KINDS, About
-
-
-def cropped_views(size: int, smallest_crop: float, upright: bool) -> Views:
-    """One view: a random crop, perhaps flipped; its colours are what has to be predicted.
-
-    Args:
-        size: side in pixels.
-        smallest_crop: smallest share of the image's area.
-        upright: whether the images have an up.
-    """
-    one = [random_crop(size, smallest_crop), flip(upright)]
-    return Views([one], shortest=crop_decode_size(size, smallest_crop))
 
 
 def check_ratio(ratio: float) -> None:
