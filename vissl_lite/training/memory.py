@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities import move_data_to_device
 
-from vissl_lite.data.stream import Batch, ViewDataset, collate
+from vissl_lite.data.stream import ViewDataset, collate
 from vissl_lite.errors import UserError
 
 
@@ -30,7 +31,7 @@ def out_of_memory(
     item = dataset[0, 0]
 
     def try_out(size: int) -> None:
-        batch = _to_device(collate([item] * size), module.device)
+        batch = move_data_to_device(collate([item] * size), module.device)
         with trainer.precision_plugin.forward_context():
             loss = module.training_step(batch, 0)
         assert isinstance(loss, torch.Tensor)
@@ -83,7 +84,3 @@ def largest_that_fits(
             return size
         size //= 2
     return 0
-
-
-def _to_device(batch: Batch, device: torch.device) -> Batch:
-    return Batch([view.to(device) for view in batch.views], batch.indices, batch.broken)
