@@ -75,6 +75,36 @@ def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> Optimizer
     return optimizer
 
 
+def build_optimizer_with_head(
+    encoder: nn.Module, head: nn.Module, settings: OptimizerSettings
+) -> Optimizer:
+    """The optimizer of an encoder and a head: layer-wise decay in the encoder alone.
+
+    Args:
+        encoder: a timm model.
+        head: its trainable parameters, less the encoder's, get the full learning rate.
+        settings: what to build.
+    """
+    groups = timm.optim.param_groups_layer_decay(
+        encoder, settings.weight_decay, layer_decay=settings.layer_decay
+    )
+    below = {id(p) for p in encoder.parameters()}
+    rest = [p for p in head.parameters() if p.requires_grad and id(p) not in below]
+    groups += [
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    fused = {"fused": True} if settings.name in ("adamw", "adam") else {}
+    optimizer: Optimizer = timm.optim.create_optimizer_v2(
+        [group for group in groups if group["params"]],
+        opt=settings.name,
+        lr=settings.lr,
+        momentum=0.9,
+        **fused,
+    )
+    return optimizer
+
+
 def set_lr(optimizer: Optimizer, lr: float) -> None:
     """Set the learning rate, scaled in groups that ask for it (layer-wise decay)."""
     for group in optimizer.param_groups:

@@ -8,12 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from vissl_lite.data.images import find_images
+from vissl_lite.data.splits import TEST_SHARE, VAL_NAMES, VAL_SHARE
 from vissl_lite.errors import UserError
 
-# Share of a class that goes to validation and to test where the data name no such part.
-VAL_SHARE = TEST_SHARE = 0.2
-
-_VAL_NAMES = ("val", "valid", "validation")
 _PATH_COLUMNS = ("path", "image", "file", "filename")
 _LABEL_COLUMNS = ("label", "class")
 
@@ -179,7 +176,7 @@ _Pairs = list[tuple[str, str]]  # (path, class name)
 
 def _read_folder(folder: Path) -> dict[str, _Pairs]:
     if (folder / "train").is_dir():
-        val = next((folder / name for name in _VAL_NAMES if (folder / name).is_dir()), None)
+        val = next((folder / name for name in VAL_NAMES if (folder / name).is_dir()), None)
         test = folder / "test"
         return {
             "train": _class_folders(folder / "train"),
@@ -235,7 +232,7 @@ def _read_csv(file: Path) -> dict[str, _Pairs]:
         return _split(pairs)
     parts: dict[str, _Pairs] = {"train": [], "val": [], "test": []}
     for pair, row in zip(pairs, rows, strict=True):
-        name = "val" if row["split"] in _VAL_NAMES else row["split"]
+        name = "val" if row["split"] in VAL_NAMES else row["split"]
         if name not in parts:
             raise UserError(f"{file}: the split {row['split']!r} is none of train, val, test")
         parts[name].append(pair)

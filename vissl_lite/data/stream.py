@@ -5,8 +5,9 @@ resuming continues with the very batch that came next, and no worker waits at th
 """
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -27,11 +28,13 @@ class Batch(NamedTuple):
         views: one ``(B, C, H, W)`` uint8 tensor a view, channels last in memory.
         indices: ``(B,)`` int64, the images' numbers in the data set.
         broken: paths of images that could not be read and gave way to their successors.
+        targets: what a data set gives beside each image, such as its boxes; else empty.
     """
 
     views: list[Tensor]
     indices: Tensor
     broken: list[str]
+    targets: list[Any]
 
 
 class Item(NamedTuple):
@@ -40,19 +43,19 @@ class Item(NamedTuple):
     views: list[np.ndarray]
     number: int
     broken: list[str]
+    target: Any = None
 
 
-class ViewDataset(Dataset[Item]):
-    """Decodes images and makes their views. Keyed by (epoch, image index).
+class KeyedDataset(Dataset[Item], ABC):
+    """Items keyed by (epoch, image index); a broken image gives way to its successor.
 
     Args:
         paths: image files.
-        views: the augmentations.
         seed: the run's seed.
     """
 
-    def __init__(self, paths: Sequence[str], views: Views, seed: int) -> None:
-        self.paths, self.views, self.seed = paths, views, seed
+    def __init__(self, paths: Sequence[str], seed: int) -> None:
+        self.paths, self.seed = paths, seed
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -62,14 +65,35 @@ class ViewDataset(Dataset[Item]):
         broken: list[str] = []
         while True:
             try:
-                image = read_image(self.paths[index], self.views.shortest)
-                break
+                return self.item(epoch, index)._replace(broken=broken)
             except BROKEN_IMAGE:
                 broken.append(self.paths[index])
                 if len(broken) == len(self.paths):
                     raise
                 index = (index + 1) % len(self.paths)
-        return Item(self.views(image, self.seed, epoch, index), index, broken)
+
+    @abstractmethod
+    def item(self, epoch: int, index: int) -> Item:
+        """What the stream gives of one image; raises what decoding raises (``BROKEN_IMAGE``)."""
+
+
+class ViewDataset(KeyedDataset):
+    """Decodes images and makes their views.
+
+    Args:
+        paths: image files.
+        views: the augmentations.
+        seed: the run's seed.
+    """
+
+    def __init__(self, paths: Sequence[str], views: Views, seed: int) -> None:
+        super().__init__(paths, seed)
+        self.views = views
+
+    def item(self, epoch: int, index: int) -> Item:
+        """All views of one image."""
+        image = read_image(self.paths[index], self.views.shortest)
+        return Item(self.views(image, self.seed, epoch, index), index, [])
 
 
 class StreamSampler(Sampler[list[Key]]):
@@ -129,7 +153,8 @@ def collate(items: Sequence[Item]) -> Batch:
         for arrays in zip(*(item.views for item in items), strict=True)
     ]
     indices = torch.tensor([item.number for item in items])
-    return Batch(views, indices, [path for item in items for path in item.broken])
+    broken = [path for item in items for path in item.broken]
+    return Batch(views, indices, broken, [i.target for i in items if i.target is not None])
 
 
 def single_threaded(worker: int) -> None:
@@ -138,7 +163,7 @@ def single_threaded(worker: int) -> None:
 
 
 def stream(
-    dataset: ViewDataset, sampler: StreamSampler, workers: int, pin_memory: bool
+    dataset: KeyedDataset, sampler: StreamSampler, workers: int, pin_memory: bool
 ) -> DataLoader[Batch]:
     """The loader of a training stream."""
     return DataLoader(

@@ -23,6 +23,32 @@ from vissl_lite.errors import UserError
 ImageTransform: TypeAlias = A.BasicTransform | A.Compose
 
 
+class _RandomStream:
+    """The generators that transforms draw from, keyed afresh for every view."""
+
+    def __init__(self) -> None:
+        # A Philox stream is keyed by assignment, in a microsecond; building a generator costs ten.
+        self._bits = np.random.Philox(0)
+        self._state = self._bits.state
+        self._python = random.Random(0)
+        self._generator = np.random.Generator(self._bits)
+
+    def feed(self, pipeline: A.Compose) -> A.Compose:
+        """Make a pipeline draw from here."""
+        pipeline.set_random_state(self._generator, self._python)
+        return pipeline
+
+    def rekey(self, seed: int, epoch: int, index: int, view: int) -> None:
+        # Philox takes four 64-bit counter words; it counts up in the first, so that one stays 0.
+        counter, key = self._state["state"]["counter"], self._state["state"]["key"]
+        counter[0], counter[1], counter[2], counter[3] = 0, view, index, epoch
+        key[0], key[1] = seed, 0
+        self._state["buffer_pos"] = 4  # empty: the next number comes from the new counter
+        self._state["has_uint32"] = 0
+        self._bits.state = self._state
+        self._python.seed(int(self._bits.random_raw()))
+
+
 class Views:
     """Augmentation pipelines, one a view, each drawing from a random stream of its own.
 
@@ -34,18 +60,14 @@ class Views:
 
     def __init__(self, pipelines: Sequence[Sequence[ImageTransform]], shortest: int) -> None:
         self.shortest = shortest
-        # A Philox stream is keyed by assignment, in a microsecond; building a generator costs ten.
-        self._bits = np.random.Philox(0)
-        self._state = self._bits.state
-        self._python = random.Random(0)
-        generator = np.random.Generator(self._bits)
+        self._random = _RandomStream()
         made: dict[int, A.Compose] = {}
         for pipeline in pipelines:
             # a copy: the same transforms may serve other Views, with generators of their own
-            made.setdefault(id(pipeline), A.Compose(copy.deepcopy(list(pipeline))))
+            made.setdefault(
+                id(pipeline), self._random.feed(A.Compose(copy.deepcopy(list(pipeline))))
+            )
         self._pipelines = [made[id(pipeline)] for pipeline in pipelines]
-        for composed in made.values():
-            composed.set_random_state(generator, self._python)
 
     def __len__(self) -> int:
         return len(self._pipelines)
@@ -64,19 +86,76 @@ class Views:
         """
         views = []
         for number, pipeline in enumerate(self._pipelines):
-            self._rekey(seed, epoch, index, number)
+            self._random.rekey(seed, epoch, index, number)
             views.append(pipeline(image=image)["image"])
         return views
 
-    def _rekey(self, seed: int, epoch: int, index: int, view: int) -> None:
-        # Philox takes four 64-bit counter words; it counts up in the first, so that one stays 0.
-        counter, key = self._state["state"]["counter"], self._state["state"]["key"]
-        counter[0], counter[1], counter[2], counter[3] = 0, view, index, epoch
-        key[0], key[1] = seed, 0
-        self._state["buffer_pos"] = 4  # empty: the next number comes from the new counter
-        self._state["has_uint32"] = 0
-        self._bits.state = self._state
-        self._python.seed(int(self._bits.random_raw()))
+
+class BoxView:
+    """One augmented version of an image together with its boxes.
+
+    Args:
+        pipeline: Albumentations transforms.
+        smallest: a box of which less than this share is left in the view is dropped.
+    """
+
+    def __init__(self, pipeline: Sequence[ImageTransform], smallest: float = 0.25) -> None:
+        self._random = _RandomStream()
+        boxes = A.BboxParams("pascal_voc", ["labels"], min_visibility=smallest, clip=True)
+        composed = A.Compose(copy.deepcopy(list(pipeline)), bbox_params=boxes)
+        self._pipeline = self._random.feed(composed)
+
+    def __call__(
+        self,
+        image: np.ndarray,
+        boxes: np.ndarray,
+        labels: np.ndarray,
+        seed: int,
+        epoch: int,
+        index: int,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The view, its boxes and their labels.
+
+        Args:
+            image: ``(H, W, C)`` uint8.
+            boxes: ``(N, 4)`` x1, y1, x2, y2 in pixels.
+            labels: ``(N,)`` class indices.
+            seed: the run's seed.
+            epoch: how often the image has been seen before.
+            index: the image's number in the data set.
+        """
+        self._random.rekey(seed, epoch, index, 0)
+        made = self._pipeline(image=image, bboxes=boxes, labels=labels)
+        kept = np.asarray(made["bboxes"], np.float32).reshape(-1, 4)
+        return made["image"], kept, np.asarray(made["labels"], np.int64).reshape(-1)
+
+
+class MaskView:
+    """One augmented version of an image together with its mask.
+
+    Args:
+        pipeline: Albumentations transforms.
+    """
+
+    def __init__(self, pipeline: Sequence[ImageTransform]) -> None:
+        self._random = _RandomStream()
+        self._pipeline = self._random.feed(A.Compose(copy.deepcopy(list(pipeline))))
+
+    def __call__(
+        self, image: np.ndarray, mask: np.ndarray, seed: int, epoch: int, index: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The view and its mask.
+
+        Args:
+            image: ``(H, W, C)`` uint8.
+            mask: ``(H, W)`` uint8.
+            seed: the run's seed.
+            epoch: how often the image has been seen before.
+            index: the image's number in the data set.
+        """
+        self._random.rekey(seed, epoch, index, 0)
+        made = self._pipeline(image=image, mask=mask)
+        return made["image"], made["mask"]
 
 
 def random_crop(size: int, smallest: float, largest: float = 1.0) -> ImageTransform:

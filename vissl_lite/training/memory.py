@@ -6,14 +6,14 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities import move_data_to_device
 
-from vissl_lite.data.stream import ViewDataset, collate
+from vissl_lite.data.stream import KeyedDataset, collate
 from vissl_lite.errors import UserError
 
 
 def out_of_memory(
     module: pl.LightningModule,
     trainer: pl.Trainer,
-    dataset: ViewDataset,
+    dataset: KeyedDataset,
     batch_size: int,
     accumulate: int,
 ) -> UserError:

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
-from vissl_lite.data.stream import Batch, StreamSampler, ViewDataset, stream
+from vissl_lite.data.stream import Batch, KeyedDataset, StreamSampler, stream
 from vissl_lite.errors import UserError
 from vissl_lite.training.pace import Pace
 
@@ -32,7 +32,7 @@ class StreamData(pl.LightningDataModule):
 
     def __init__(
         self,
-        dataset: ViewDataset,
+        dataset: KeyedDataset,
         batch_size: int,
         epochs: int | None,
         pace: Pace,

@@ -1,10 +1,8 @@
 """Classification: fine-tune an encoder, whole or frozen, on labelled images."""
 
 import copy
-import logging
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,6 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics.functional.classification import (
@@ -21,56 +18,30 @@ from torchmetrics.functional.classification import (
     multiclass_f1_score,
 )
 
-from vissl_lite.data.labelled import LabelledImages, Part
+from vissl_lite.data.labelled import LabelledImages
 from vissl_lite.data.stream import Batch, ViewDataset
 from vissl_lite.data.views import Views, crop_decode_size, flip, random_crop
 from vissl_lite.encoder import Encoder, Normalize
 from vissl_lite.encoder_folder import load_model
 from vissl_lite.errors import UserError
 from vissl_lite.inference import run_over
-from vissl_lite.optim import OptimizerSettings, build_optimizer
+from vissl_lite.optim import build_optimizer
 from vissl_lite.run import MetricsFile
-from vissl_lite.training.fit import fit
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.training.pace import Pace
-from vissl_lite.training.stream import StreamData
-
-log = logging.getLogger(__name__)
-
-# How often the validation part is looked at during a training.
-LOOKS = 25
+from vissl_lite.transfer.base import Judgement, TransferSettings, train
 
 
-@dataclass(frozen=True)
-class ClassifierSettings:
+@dataclass(frozen=True, kw_only=True)
+class ClassifierSettings(TransferSettings):
     """How to train a classifier.
 
     Attributes:
-        frozen: train the classifier alone, on the encoder as it is.
-        epochs: None for as many as make 1,000 steps, between 10 and 100.
-        batch_size: None for 64, or a quarter of the images where they are few.
-        optimizer: name, peak learning rate, weight decay, layer-wise decay.
-        warmup: share of the training in which the learning rate rises.
         label_smoothing: share of the target that is spread over all classes (Szegedy et al. 2016).
         balanced: sample all classes equally often.
-        patience: stop after so many looks at the validation part without a better accuracy; there
-            are 25 looks in a training. None never stops early.
-        smallest_crop: smallest share of the image's area in a training view.
-        upright: whether the images have an up; without one they are turned and flipped.
-        seed: of everything random.
     """
 
-    frozen: bool = False
-    epochs: int | None = None
-    batch_size: int | None = None
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    warmup: float = 0.1
     label_smoothing: float = 0.1
     balanced: bool = False
-    patience: int | None = 10
-    smallest_crop: float = 0.35
-    upright: bool = True
-    seed: int = 0
 
 
 class Classifier(pl.LightningModule):
@@ -111,43 +82,6 @@ class Classifier(pl.LightningModule):
         return build_optimizer(self.model, self.settings.optimizer)
 
 
-class _KeepBest(Callback):
-    """Looks at the validation part now and then; keeps the best weights; stops early."""
-
-    def __init__(self, val: Part, size: int, pace: Pace, every: int, patience: int | None) -> None:
-        self.val, self.size, self.pace = val, size, pace
-        self.every, self.patience = every, patience
-        self.best: tuple[float, float] = (-1.0, -math.inf)  # accuracy, then the lower loss
-        self.weights: dict[str, Tensor] = {}
-        self._since_best = 0
-
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        module: pl.LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-    ) -> None:
-        if self.pace.batches % self.every and self.pace.batches != self.pace.total:
-            return
-        assert isinstance(module, Classifier)
-        model, normalize = module.model, module.normalize
-        logits, good = class_logits(model, normalize, self.val.paths, self.size)
-        target = torch.from_numpy(self.val.labels[good])
-        loss = float(F.cross_entropy(logits, target))
-        accuracy = float((logits.argmax(dim=1) == target).float().mean())
-        for logger in trainer.loggers:
-            values = {"val_top1": accuracy, "val_loss": loss}
-            logger.log_metrics(values, step=self.pace.batches - 1)
-        self._since_best = 0 if accuracy > self.best[0] else self._since_best + 1
-        if (accuracy, -loss) > self.best:
-            self.best = (accuracy, -loss)
-            self.weights = copy.deepcopy(model.state_dict())
-        if self.patience is not None and self._since_best >= self.patience:
-            trainer.should_stop = True
-
-
 def classifier_views(size: int, smallest_crop: float, upright: bool) -> Views:
     """One training view: a random crop, perhaps flipped.
 
@@ -185,34 +119,28 @@ def train_classifier(
     Raises:
         UserError: the batch is larger than the training part.
     """
-    images = len(data.train)
-    if settings.batch_size is not None and settings.batch_size > images:
-        raise UserError(
-            f"--batch_size {settings.batch_size} is larger than the training part: {images} images"
-        )
-    batch_size = settings.batch_size or max(min(64, images // 4), min(8, images))
-    per_epoch = images // batch_size
-    epochs = settings.epochs or min(100, max(10, math.ceil(1000 / per_epoch)))
+    batch_size = settings.batch(len(data.train), usual=64)
     torch.manual_seed(settings.seed)  # the new classifier's weights
     model = copy.deepcopy(encoder).model
     model.reset_classifier(len(data.classes))
     normalize = Normalize(encoder.mean, encoder.std)
     task = Classifier(model, normalize, data.train.labels, settings)
-    pace = Pace(settings.optimizer.lr, settings.warmup, settings.seed, epochs * per_epoch)
     views = classifier_views(encoder.image_size, settings.smallest_crop, settings.upright)
     dataset = ViewDataset(data.train.paths, views, settings.seed)
+
+    def judge() -> Judgement:
+        logits, good = class_logits(model, normalize, data.val.paths, encoder.image_size)
+        target = torch.from_numpy(data.val.labels[good])
+        loss = float(F.cross_entropy(logits, target))
+        accuracy = float((logits.argmax(dim=1) == target).float().mean())
+        return Judgement((accuracy, -loss), {"val_top1": accuracy, "val_loss": loss})
+
     weights = None
     if settings.balanced:
         weights = 1 / np.bincount(data.train.labels)[data.train.labels]
-    hardware = hardware or Hardware(devices=1)
-    stream = StreamData(dataset, batch_size, epochs, pace, hardware.workers(), weights)
-    every = max(per_epoch, math.ceil(epochs * per_epoch / LOOKS))
-    best = _KeepBest(data.val, encoder.image_size, pace, every, settings.patience)
-    callbacks = [best] if len(data.val) else []
-    fit(task, stream, pace, hardware, callbacks, metrics, title=title)
-    if best.weights:
-        model.load_state_dict(best.weights)
-    return model.cpu()
+    look = judge if len(data.val) else None
+    train(task, model, dataset, batch_size, settings, look, hardware, metrics, title, weights)
+    return model
 
 
 def class_logits(

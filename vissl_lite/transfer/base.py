@@ -1,0 +1,228 @@
+"""What the transfers share: training with looks at the validation part, the model folder."""
+
+import copy
+import json
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import numpy as np
+from lightning.pytorch.callbacks import Callback
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vissl_lite.data.stream import Batch, KeyedDataset
+from vissl_lite.encoder import Encoder
+from vissl_lite.encoder_folder import load_encoder, read_weights, save_encoder
+from vissl_lite.errors import UserError
+from vissl_lite.optim import OptimizerSettings
+from vissl_lite.run import MetricsFile, write_atomically
+from vissl_lite.training.fit import fit
+from vissl_lite.training.hardware import Hardware
+from vissl_lite.training.pace import Pace
+from vissl_lite.training.stream import StreamData
+
+log = logging.getLogger(__name__)
+
+# How often the validation part is looked at during a training.
+LOOKS = 25
+
+HEAD, HEAD_WEIGHTS = "head.json", "head.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferSettings:
+    """How to train on labels, whatever the task.
+
+    Attributes:
+        frozen: train the head alone, on the encoder as it is.
+        epochs: None for as many as make 1,000 steps, between 10 and 100.
+        batch_size: None for the task's own, or a quarter of the images where they are few.
+        optimizer: name, peak learning rate, weight decay, layer-wise decay.
+        warmup: share of the training in which the learning rate rises.
+        patience: stop after so many looks at the validation part without a better figure; there
+            are 25 looks in a training. None never stops early.
+        smallest_crop: smallest share of the image's area in a training view.
+        upright: whether the images have an up; without one they are turned and flipped.
+        seed: of everything random.
+    """
+
+    frozen: bool = False
+    epochs: int | None = None
+    batch_size: int | None = None
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    warmup: float = 0.1
+    patience: int | None = 10
+    smallest_crop: float = 0.35
+    upright: bool = True
+    seed: int = 0
+
+    def batch(self, images: int, usual: int) -> int:
+        """The batch size for a training part.
+
+        Args:
+            images: in the training part.
+            usual: the task's own batch size.
+
+        Raises:
+            UserError: what was asked for is larger than the training part.
+        """
+        if self.batch_size is not None and self.batch_size > images:
+            raise UserError(
+                f"--batch_size {self.batch_size} is larger than the training part: {images} images"
+            )
+        return self.batch_size or max(min(usual, images // 4), min(8, images))
+
+
+class Judgement(NamedTuple):
+    """What a look at the validation part saw.
+
+    Attributes:
+        rank: larger is better; the first number decides, the others where it is equal.
+        values: what is logged, by name.
+    """
+
+    rank: tuple[float, ...]
+    values: dict[str, float]
+
+
+class KeepBest(Callback):
+    """Looks at the validation part now and then; keeps the best weights; stops early.
+
+    Args:
+        model: whose weights.
+        judge: looks at the validation part.
+        pace: of the training.
+        every: batches from one look to the next; the last batch is followed by one too.
+        patience: see ``TransferSettings``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        judge: Callable[[], Judgement],
+        pace: Pace,
+        every: int,
+        patience: int | None,
+    ) -> None:
+        self.model, self.judge, self.pace = model, judge, pace
+        self.every, self.patience = every, patience
+        self.best: tuple[float, ...] = ()
+        self.weights: dict[str, Tensor] = {}
+        self._since_best = 0
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        if self.pace.batches % self.every and self.pace.batches != self.pace.total:
+            return
+        seen = self.judge()
+        for logger in trainer.loggers:
+            logger.log_metrics(seen.values, step=self.pace.batches - 1)
+        self._since_best = 0 if seen.rank[:1] > self.best[:1] else self._since_best + 1
+        if seen.rank > self.best:
+            self.best = seen.rank
+            self.weights = copy.deepcopy(self.model.state_dict())
+        if self.patience is not None and self._since_best >= self.patience:
+            trainer.should_stop = True
+
+
+def train(
+    task: pl.LightningModule,
+    model: nn.Module,
+    dataset: KeyedDataset,
+    batch_size: int,
+    settings: TransferSettings,
+    judge: Callable[[], Judgement] | None,
+    hardware: Hardware | None = None,
+    metrics: MetricsFile | None = None,
+    title: str = "finetune",
+    weights: np.ndarray | None = None,
+) -> None:
+    """Train a task's model; the weights that the validation part finds best are in it afterwards.
+
+    Args:
+        task: with ``training_step`` and ``configure_optimizers``.
+        model: in it; left on the CPU.
+        dataset: the training images.
+        batch_size: images a step.
+        settings: how.
+        judge: looks at the validation part; None where there is none: the last weights stay.
+        hardware: where; default one device.
+        metrics: where what is logged goes.
+        title: of the progress bar.
+        weights: sampling weights; see ``StreamSampler``.
+    """
+    per_epoch = len(dataset) // batch_size
+    epochs = settings.epochs or min(100, max(10, math.ceil(1000 / per_epoch)))
+    total = epochs * per_epoch
+    pace = Pace(settings.optimizer.lr, settings.warmup, settings.seed, total)
+    hardware = hardware or Hardware(devices=1)
+    stream = StreamData(dataset, batch_size, epochs, pace, hardware.workers(), weights)
+    best = None
+    if judge is not None:
+        every = max(per_epoch, math.ceil(total / LOOKS))
+        best = KeepBest(model, judge, pace, every, settings.patience)
+    fit(task, stream, pace, hardware, [best] if best else [], metrics, title=title)
+    if best and best.weights:
+        model.load_state_dict(best.weights)
+    model.cpu()
+
+
+def save_with_head(model: nn.Module, encoder: Encoder, folder: Path, about: dict[str, Any]) -> None:
+    """Write a model that is an encoder and a head: ``encoder/`` in timm's format, and the head.
+
+    Args:
+        model: holds the encoder as its child ``encoder``; all its other tensors are the head's.
+        encoder: that child.
+        folder: the model folder.
+        about: what is needed to build the head again: ``task``, ``classes`` and so on.
+    """
+    save_encoder(encoder, folder / "encoder", about)
+    head = {
+        name: tensor.contiguous()
+        for name, tensor in model.state_dict().items()
+        if not name.startswith("encoder.")
+    }
+    save_file(head, folder / HEAD_WEIGHTS)
+    write_atomically(folder / HEAD, json.dumps(about, indent=2) + "\n")
+
+
+def load_with_head(
+    folder: Path, build: Callable[[Encoder, dict[str, Any]], nn.Module]
+) -> tuple[Any, dict[str, Any]]:
+    """Load what ``save_with_head`` wrote.
+
+    Args:
+        folder: the model folder.
+        build: makes the model from the encoder and the content of ``head.json``.
+
+    Returns:
+        The model and the content of ``head.json``.
+
+    Raises:
+        UserError: the folder is damaged.
+    """
+    encoder = load_encoder(folder / "encoder")
+    weights = read_weights(folder / HEAD_WEIGHTS)
+    try:
+        about = json.loads((folder / HEAD).read_text(encoding="utf-8"))
+        model = build(encoder, about)
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
+        raise UserError(f"{folder} is damaged: {error!r}") from None
+    missing = [name for name in missing if not name.startswith("encoder.")]
+    if missing or unexpected:
+        raise UserError(
+            f"{folder} is damaged: its weights do not fit, as {[*missing, *unexpected][0]}"
+        )
+    return model, about
