@@ -382,3 +382,20 @@ def test_series_gives_the_steps_that_have_the_metric(metrics: MetricsFile) -> No
     assert metrics.series("loss") == ([0, 1], [1.5, 1.0])
     assert metrics.series("knn") == ([1], [0.5])
     assert metrics.series("none") == ([], [])
+
+
+def test_what_is_logged_before_the_run_is_in_its_log_once(tmp_path: Path) -> None:
+    log = logging.getLogger("vissl_lite.data.anything")
+    log.warning("3 boxes mended")
+    with open_run(tmp_path / "a", {}):
+        log.info("training")
+        with open_run(tmp_path / "b", {}):
+            log.info("within")
+    assert (tmp_path / "a" / "log.txt").read_text().count("3 boxes mended") == 1
+    log.info("between")
+    with open_run(tmp_path / "c", {}):
+        pass
+    text = (tmp_path / "c" / "log.txt").read_text()
+    assert "between" in text
+    assert "3 boxes mended" not in text
+    assert "within" not in text

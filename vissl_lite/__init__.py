@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from vissl_lite.commands.demo import demo
+    from vissl_lite.commands.export import export
     from vissl_lite.commands.finetune import finetune
     from vissl_lite.commands.list import list_
     from vissl_lite.commands.predict import predict
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 # Importing torch takes seconds; nobody who asks for the version or for help should wait for it.
 _PLACES = {
     "demo": "vissl_lite.commands.demo",
+    "export": "vissl_lite.commands.export",
     "finetune": "vissl_lite.commands.finetune",
     "list_": "vissl_lite.commands.list",
     "predict": "vissl_lite.commands.predict",
@@ -30,6 +32,7 @@ _PLACES = {
 __all__ = [
     "UserError",
     "demo",
+    "export",
     "finetune",
     "list_",
     "load_encoder",

@@ -21,6 +21,7 @@ VERBS = {
     "probe": "judge a frozen encoder by kNN and a linear classifier",
     "finetune": "train a classifier on labelled images, from an encoder or from nothing",
     "predict": "classify a folder of images with a fine-tuned model",
+    "export": "write an encoder or a model as an ONNX file or a timm folder",
     "list": "what there is: list pretexts, list backbones [PATTERN]",
 }
 

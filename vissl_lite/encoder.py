@@ -168,6 +168,26 @@ class Encoder(nn.Module):
         )
         return [maps[i] for i in self._stage_indices(len(maps))]
 
+    def stage_shapes(self, height: int, width: int) -> list[tuple[int, int, int]]:
+        """Channels, height and width of each stage's map, from a dry run.
+
+        Args:
+            height: of the images in pixels.
+            width: likewise.
+
+        Raises:
+            AssertionError, RuntimeError, ValueError: the backbone can't take this size.
+        """
+        device = next(self.parameters()).device
+        was_training = self.training
+        try:
+            with torch.no_grad():  # in evaluation mode, which leaves running statistics alone
+                blank = torch.zeros(1, len(self.mean), height, width, device=device)
+                maps = self.eval().stages(blank)
+        finally:
+            self.train(was_training)
+        return [(m.shape[1], m.shape[2], m.shape[3]) for m in maps]
+
     def _stage_indices(self, count: int) -> list[int]:
         # Pyramids have four to six stages; more means a stack of equal blocks.
         if count <= 6 and not hasattr(self.model, "blocks"):

@@ -1,7 +1,8 @@
 """Running a model over many images."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -71,10 +72,6 @@ def run_over(
     Raises:
         UserError: no image can be read.
     """
-    place, was_training = next(model.parameters()).device, model.training
-    device = torch.device("cuda") if torch.cuda.is_available() else place
-    model.to(device).eval()
-    normalize = normalize.to(device)
     loader = DataLoader(
         CentredImages(paths, image_size),
         batch_size=batch_size,
@@ -85,22 +82,57 @@ def run_over(
     )
     outputs: list[list[Tensor]] = []
     good: list[bool] = []
+    with evaluating(model, normalize) as device:
+        for images, kept in loader:
+            good += kept
+            if images is not None:
+                images = images.to(device, memory_format=torch.channels_last)
+                outputs.append([o.float().cpu() for o in compute(normalize(images))])
+            if progress is not None:
+                progress(len(kept))
+    report_broken(paths, np.array(good))
+    return [torch.cat(parts) for parts in zip(*outputs, strict=True)], np.array(good)
+
+
+@contextmanager
+def evaluating(model: nn.Module, normalize: Normalize) -> Iterator[torch.device]:
+    """Evaluation mode without gradient, in bf16 where there are instructions for it.
+
+    Args:
+        model: put on the accelerator if there is one, and back where it was afterwards.
+        normalize: goes with it.
+
+    Yields:
+        The device.
+    """
+    place = next(model.parameters()).device
+    modes = [(module, module.training) for module in model.modules()]  # parents before children
+    device = torch.device("cuda") if torch.cuda.is_available() else place
+    model.to(device).eval()
+    normalize.to(device)
     bf16 = device.type == "cuda" or cpu_has_bf16()
     try:
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            for images, kept in loader:
-                good += kept
-                if images is not None:
-                    images = images.to(device, memory_format=torch.channels_last)
-                    outputs.append([o.float().cpu() for o in compute(normalize(images))])
-                if progress is not None:
-                    progress(len(kept))
+            yield device
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.train(training)  # frozen norms stay frozen
         model.to(place)
-    broken = [path for path, fine in zip(paths, good, strict=True) if not fine]
-    for path in broken:
-        log.warning("skipped, can't be read: %s", path)
-    if not outputs:
+        normalize.to(place)
+
+
+def report_broken(paths: Sequence[str], good: np.ndarray) -> None:
+    """Name the images that could not be read.
+
+    Args:
+        paths: N image files.
+        good: ``(N,)`` bool: which of them could be read.
+
+    Raises:
+        UserError: none could.
+    """
+    for path, fine in zip(paths, good, strict=True):
+        if not fine:
+            log.warning("skipped, can't be read: %s", path)
+    if not good.any():
         raise UserError(f"none of {len(paths)} images can be read, the first {paths[0]}")
-    return [torch.cat(parts) for parts in zip(*outputs, strict=True)], np.array(good)

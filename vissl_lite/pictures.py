@@ -1,11 +1,16 @@
-"""Pictures of curves and tables, drawn with matplotlib on its own canvas (no display needed)."""
+"""Pictures of curves, tables and predictions, drawn without a display."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from PIL import Image, ImageDraw, ImageFont
+from torchvision.utils import draw_bounding_boxes
 
 from vissl_lite.run import MetricsFile
 
@@ -32,13 +37,16 @@ def plot_curves(metrics: MetricsFile, names: Sequence[str], file: Path) -> None:
     figure.savefig(file, dpi=100)
 
 
-def plot_confusion(counts: np.ndarray, classes: Sequence[str], file: Path) -> None:
+def plot_confusion(
+    counts: np.ndarray, classes: Sequence[str], file: Path, unit: str = "images"
+) -> None:
     """A confusion matrix.
 
     Args:
-        counts: ``(K, K)`` images, by true class (row) and predicted class (column).
+        counts: ``(K, K)`` images or pixels, by true class (row) and predicted class (column).
         classes: K names.
         file: the PNG to write.
+        unit: what is counted: images are written into their cells, pixels as shares.
     """
     size = min(14.0, 2.5 + 0.42 * len(classes))
     figure = Figure(figsize=(size + 0.8, size), layout="constrained")
@@ -56,7 +64,7 @@ def plot_confusion(counts: np.ndarray, classes: Sequence[str], file: Path) -> No
                 axes.text(
                     column,
                     row,
-                    str(counts[row, column]),
+                    str(counts[row, column]) if unit == "images" else f"{shares[row, column]:.2f}",
                     ha="center",
                     va="center",
                     fontsize=8,
@@ -86,3 +94,163 @@ def plot_bars(axes: Axes, values: Mapping[str, Mapping[str, Sequence[float]]], t
     axes.set_title(title)
     axes.grid(alpha=0.3, axis="y")
     axes.legend()
+
+
+def class_colours(classes: int) -> list[tuple[int, int, int]]:
+    """A colour for each class, RGB from 0 to 255, the same in every picture."""
+    shades = colormaps["tab10" if classes <= 10 else "tab20"]
+    return [
+        tuple(round(255 * part) for part in shades(index % shades.N)[:3])  # type: ignore[misc]
+        for index in range(classes)
+    ]
+
+
+def draw_boxes(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    classes: Sequence[str],
+    scores: np.ndarray | None = None,
+) -> np.ndarray:
+    """An image with boxes, the class (and score) above each.
+
+    Args:
+        image: ``(H, W, 3)`` uint8.
+        boxes: ``(N, 4)`` x1, y1, x2, y2 in pixels.
+        labels: ``(N,)`` class indices.
+        classes: their names.
+        scores: ``(N,)``.
+    """
+    if len(boxes) == 0:
+        return image
+    colours = class_colours(len(classes))
+    words = [classes[label] for label in labels]
+    if scores is not None:
+        words = [f"{word} {score:.2f}" for word, score in zip(words, scores, strict=True)]
+    drawn = draw_bounding_boxes(
+        torch.from_numpy(image).permute(2, 0, 1),
+        torch.from_numpy(boxes),
+        labels=words,
+        colors=[colours[label] for label in labels],
+        width=max(1, min(image.shape[:2]) // 200),
+    )
+    return drawn.permute(1, 2, 0).numpy()
+
+
+def draw_words(image: np.ndarray, words: str) -> np.ndarray:
+    """An image with a line of text below it.
+
+    Args:
+        image: ``(H, W, 3)`` uint8; a small one is enlarged to be 160 pixels wide.
+        words: the text.
+    """
+    picture = Image.fromarray(image)
+    if picture.width < 160:
+        shape = (160, round(picture.height * 160 / picture.width))
+        picture = picture.resize(shape, Image.Resampling.NEAREST)
+    line = max(16, picture.width // 24)
+    whole = Image.new("RGB", (picture.width, picture.height + line + 4), "white")
+    whole.paste(picture)
+    font = ImageFont.load_default(line * 3 // 4)
+    ImageDraw.Draw(whole).text((3, picture.height + 2), words, fill="black", font=font)
+    return np.asarray(whole)
+
+
+def draw_mask(image: np.ndarray, mask: np.ndarray, classes: int) -> np.ndarray:
+    """An image with its classes laid over it in colour; the first class, 0, is left clear.
+
+    Args:
+        image: ``(H, W, 3)`` uint8.
+        mask: ``(H, W)`` class indices; what is no class is left clear too.
+        classes: how many there are.
+    """
+    drawn = image.astype(np.float32)
+    for index, colour in enumerate(class_colours(classes)):
+        if index:
+            drawn[mask == index] = 0.45 * drawn[mask == index] + 0.55 * np.array(colour)
+    return drawn.round().astype(np.uint8)
+
+
+def plot_pictures(
+    rows: Sequence[Sequence[np.ndarray]],
+    columns: Sequence[str],
+    file: Path,
+    legend: Sequence[str] = (),
+) -> None:
+    """Rows of images, such as each test image's truth beside what was predicted.
+
+    Args:
+        rows: images ``(H, W, 3)`` uint8, as many in each row.
+        columns: what each column shows; used again where rows stand side by side.
+        file: the PNG to write.
+        legend: names of classes, in their colours.
+    """
+    beside = 1 if len(rows) < 3 else 2
+    lines = -(-len(rows) // beside)
+    figure = Figure(figsize=(3.4 * len(columns) * beside, 2.8 * lines), layout="constrained")
+    grid = figure.subplots(lines, len(columns) * beside, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for index, row in enumerate(rows):
+        line, side = divmod(index, beside)
+        for column, image in enumerate(row):
+            axes = grid[line, side * len(columns) + column]
+            axes.imshow(image)
+            if line == 0:
+                axes.set_title(columns[column])
+    if legend:
+        colours = np.array(class_colours(len(legend))) / 255
+        patches = [
+            Patch(color=tuple(colour), label=name)
+            for colour, name in zip(colours, legend, strict=True)
+        ]
+        figure.legend(handles=patches, loc="outside lower center", ncols=min(6, len(legend)))
+    figure.savefig(file, dpi=100)
+
+
+def plot_titled(
+    images: Sequence[np.ndarray], titles: Sequence[str], right: Sequence[bool], file: Path
+) -> None:
+    """Images with what was predicted above each, in red where it is wrong.
+
+    Args:
+        images: ``(H, W, 3)`` uint8, of any sizes.
+        titles: one each.
+        right: whether the prediction is.
+        file: the PNG to write.
+    """
+    columns = min(8, len(images))
+    lines = -(-len(images) // columns)
+    figure = Figure(figsize=(1.7 * columns, 2.1 * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, image, title, fine in zip(grid.flat, images, titles, right, strict=False):
+        axes.imshow(image)
+        axes.set_title(title, fontsize=8, color="black" if fine else "tab:red")
+    figure.savefig(file, dpi=110)
+
+
+def plot_per_class(scores: Mapping[str, Mapping[str, float]], file: Path) -> None:
+    """Bars for each class, best first.
+
+    Args:
+        scores: by class, then by measure, from 0 to 1.
+        file: the PNG to write.
+    """
+    measures = list(next(iter(scores.values()), {}))
+    names = sorted(scores, key=lambda name: scores[name][measures[0]])
+    height = 1.2 + 0.16 * len(names) * (len(measures) + 1)
+    figure = Figure(figsize=(6.5, height), layout="constrained")
+    axes = figure.add_subplot()
+    thick = 0.8 / max(1, len(measures))
+    for index, measure in enumerate(reversed(measures)):
+        at = np.arange(len(names)) + (index - (len(measures) - 1) / 2) * thick
+        bars = axes.barh(at, [scores[name][measure] for name in names], thick, label=measure)
+        axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlim(0, 1.08)
+    axes.grid(alpha=0.3, axis="x")
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], loc="lower right")
+    figure.savefig(file, dpi=100)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ log = logging.getLogger("vissl_lite")
 console = Console(stderr=True)
 
 CONFIG, RESULTS, METRICS, LOG = "config.yaml", "results.json", "metrics.csv", "log.txt"
+
+# Keeps what is logged before there is a run, such as what was mended in the data: it goes into the
+# log once that is open.
+_early = MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
+log.addHandler(_early)
+log.setLevel(logging.DEBUG)
 
 # Options that say how to run, not what: they may differ when a run is resumed.
 FREE_TO_CHANGE = frozenset(
@@ -83,8 +90,12 @@ def open_run(out: Path, config: Mapping[str, Any], resume: bool = False) -> Iter
         write_atomically(out / CONFIG, yaml.safe_dump(kept, sort_keys=False))
     file = logging.FileHandler(out / LOG, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.removeHandler(_early)
     log.addHandler(file)
     _log_to_console()
+    for record in _early.buffer:
+        log.handle(record)
+    _early.buffer.clear()
     packages = ("vissl-lite", "torch", "timm", "lightning", "albumentations")
     log.debug(
         "Python %s on %s; %s",
@@ -103,6 +114,8 @@ def open_run(out: Path, config: Mapping[str, Any], resume: bool = False) -> Iter
     finally:
         log.removeHandler(file)
         file.close()
+        if not any(isinstance(handler, logging.FileHandler) for handler in log.handlers):
+            log.addHandler(_early)
 
 
 def _record_of_exception() -> logging.LogRecord:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vissl_lite.cli import main
 from vissl_lite.data.labelled import LabelledImages, Part, load_labelled, take_labels
 from vissl_lite.errors import UserError
 
@@ -356,3 +357,179 @@ def test_paths_are_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     load_labelled("set").write(Path("split.csv"))
     monkeypatch.chdir("/")
     assert len(load_labelled(tmp_path / "split.csv").train) == 6
+
+
+# Several labels an image
+
+# images 0 to 3, and what they are expected to be: cat; dog; both; neither
+TRUTH = [[1, 0], [0, 1], [1, 1], [0, 0]]
+
+
+def many(file: Path, **options: bool) -> LabelledImages:
+    return load_labelled(file, multi_label=True, **options)
+
+
+def random_tags(folder: Path, images: int = 50) -> Path:
+    """Images with labels of three classes by chance."""
+    random = np.random.default_rng(0)
+    names = np.array(["a", "b", "c"])
+    rows = [[f"{i:02}.jpg", "|".join(names[random.random(3) < 0.5])] for i in range(images)]
+    return table(folder, rows, "path,labels")
+
+
+@pytest.mark.parametrize(
+    ("header", "cells"),
+    [
+        ("cat,dog", [["1", "0"], ["0", "1"], ["1", "1"], ["0", "0"]]),
+        ("dog, cat ", [["", "1.0"], ["1.0", "0.0"], ["1", "1"], ["", ""]]),  # classes are sorted
+        ("cat,dog", [["True", "false"], ["", "TRUE"], [" true", "1"], ["False", "0"]]),
+        ("labels", [["cat"], ["dog"], ["dog|cat"], [""]]),
+        ("labels", [["cat, "], [" dog"], ["cat ,dog,cat"], [" "]]),
+        ("labels", [["cat;"], ["dog"], ["cat;dog"], [""]]),
+        ("label", [["cat"], ["dog"], ["cat|dog"], ["|"]]),
+    ],
+)
+def test_the_forms_of_several_labels(header: str, cells: list[list[str]], tmp_path: Path) -> None:
+    rows = [
+        [f"{part}{i}.jpg", *cell, part]
+        for part in ("train", "test")
+        for i, cell in enumerate(cells)
+    ]
+    data = many(table(tmp_path, rows, f"image,{header},split"), need_val=False)
+    assert data.multi_label
+    assert data.classes == ["cat", "dog"]
+    assert data.train.labels.tolist() == data.test.labels.tolist() == TRUTH
+    assert data.train.labels.dtype == np.int64
+    assert data.val.labels.shape == (0, 2)
+
+
+def test_columns_of_other_things_are_no_classes_and_the_note_says_so(tmp_path: Path) -> None:
+    """The column without a name is the row numbers that pandas writes."""
+    rows = [[f"{i}.jpg", str(i), "ward 5", "65", str(i % 2)] for i in range(20)]
+    data = many(table(tmp_path, rows, "path,,place,age,ill"))
+    assert data.classes == ["ill"]
+    assert data.note.endswith("left out, as no 0 or 1 is in them: place, age")
+
+
+def test_a_divided_label_is_said_and_a_column_class_is_never_divided(tmp_path: Path) -> None:
+    rows = [[f"{i}.jpg", ("salt; pepper", "sugar")[i % 2]] for i in range(20)]
+    data = many(table(tmp_path, rows))
+    assert data.classes == ["pepper", "salt", "sugar"]
+    assert "'salt; pepper' is read as several labels" in data.note
+    data = many(table(tmp_path, rows, "path,class"))
+    assert not data.multi_label
+    assert data.classes == ["salt; pepper", "sugar"]
+    data.write(tmp_path / "split.csv")
+    assert_same(load_labelled(tmp_path / "split.csv"), data)
+
+
+def test_several_labels_are_split_by_chance_alike_for_every_seed(tmp_path: Path) -> None:
+    file = random_tags(tmp_path)
+    data = many(file)
+    assert [len(part) for part in parts(data)] == [30, 10, 10]
+    assert_disjoint(data)
+    assert data.test.paths != sorted(p for part in parts(data) for p in part.paths)[:10]
+    assert_same(load_labelled(file, seed=7, multi_label=True), data)
+    rows = list(csv.reader(file.open()))[1:]
+    assert_same(many(table(tmp_path, rows[::-1], "path,labels")), data)
+    truth = {path: set(filter(None, names.split("|"))) for path, names in rows}
+    for part in parts(data):
+        for path, row in zip(part.paths, part.labels, strict=True):
+            assert {data.classes[i] for i in np.flatnonzero(row)} == truth[Path(path).name]
+
+
+def test_a_validation_part_of_several_labels_follows_the_seed(tmp_path: Path) -> None:
+    rows = [
+        [f"{i:02}.jpg", "a|b" if i % 2 else "a", "test" if i < 5 else "train"] for i in range(30)
+    ]
+    file = table(tmp_path, rows, "path,labels,split")
+    one, other = (load_labelled(file, seed, multi_label=True) for seed in (0, 1))
+    assert [len(part) for part in parts(one)] == [20, 5, 5]
+    assert_disjoint(one)
+    assert one.val.paths != other.val.paths
+    assert one.test.paths == other.test.paths
+
+
+def test_a_share_of_several_labels_is_part_of_a_larger_one(tmp_path: Path) -> None:
+    data = many(random_tags(tmp_path))
+    less, more = (take_labels(data, fraction, None, seed=0) for fraction in (0.1, 0.5))
+    assert [len(part) for part in parts(less)] == [3, 1, 10]
+    assert [len(part) for part in parts(more)] == [15, 5, 10]
+    assert set(less.train.paths) < set(more.train.paths) < set(data.train.paths)
+    with pytest.raises(UserError, match=r"--shots 3 .* several labels: give --fraction"):
+        take_labels(data, None, 3, seed=0)
+
+
+def test_a_class_that_training_lacks_is_kept(tmp_path: Path) -> None:
+    rows = [
+        ["0.jpg", "a", "train"],
+        ["1.jpg", "", "train"],
+        ["2.jpg", "b", "test"],
+        ["3.jpg", "a", "test"],
+    ]
+    data = many(table(tmp_path, rows, "path,labels,split"), need_val=False)
+    assert data.classes == ["a", "b"]
+    assert data.train.labels.tolist() == [[1, 0], [0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("header", "columns"),
+    [
+        ("labels", ["labels"]),
+        ("a,b,nobody", ["a", "b", "nobody"]),  # which no name in a column labels would show
+        ('a,"b, red"', ["a", "b, red"]),
+    ],
+)
+def test_several_labels_written_down_read_back_as_the_same_data(
+    header: str, columns: list[str], tmp_path: Path
+) -> None:
+    random = np.random.default_rng(1)
+    bits = random.integers(0, 2, (40, 2))
+    file = tmp_path / "data.csv"
+    lines = [f"path,{header}"]
+    for i, (a, b) in enumerate(bits):
+        (tmp_path / f"{i}.jpg").write_bytes(b"")
+        named = "|".join(name for name, yes in zip("ab", (a, b), strict=True) if yes)
+        cells = named if header == "labels" else f"{a},{b}" + ",0" * (len(columns) - 2)
+        lines.append(f"{i}.jpg,{cells}")
+    file.write_text("\n".join(lines))
+    data = take_labels(many(file), 0.7, None, seed=0)
+    data.write(tmp_path / "split.csv")
+    with (tmp_path / "split.csv").open(newline="") as written:
+        assert next(csv.reader(written)) == ["path", *columns, "split"]
+    assert_same(many(tmp_path / "split.csv"), data)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path,a,b\n0.jpg,1,0\n1.jpg,-1,1\n", "the column a has '-1' beside 0 and 1"),
+        ("path,species\n0.jpg,0\n1.jpg,1\n2.jpg,2\n", "the column species has '2' beside 0 and 1"),
+        ("path,a,b\n0.jpg,1,0\n1.jpg,1\n", "has a row whose b is missing"),
+        ("path,label\n0.jpg,a|b\n1.jpg,\n", "has a row whose label is missing"),
+        ("path,labels\n0.jpg,\n1.jpg,\n2.jpg,|\n", "names no class: the labels of all images"),
+        ("path,split\n0.jpg,train\n", "no column label or class.* give a column labels, or one of"),
+        (
+            "path,labels\n0.jpg,a\n1.jpg,a\n2.jpg,a\n",
+            "of no class are there test images with it and",
+        ),
+    ],
+)
+def test_several_labels_with_a_mistake(text: str, message: str, tmp_path: Path) -> None:
+    for index in range(3):
+        (tmp_path / f"{index}.jpg").write_bytes(b"")
+    (tmp_path / "data.csv").write_text(text)
+    with pytest.raises(UserError, match=message):
+        many(tmp_path / "data.csv")
+
+
+def test_the_probe_refuses_several_labels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = random_tags(tmp_path), tmp_path / "run"
+    given = ["--encoder", "random:test_resnet", "--data", file, "--out", out]
+    assert main(["probe", *map(str, given)]) == 2
+    error = capsys.readouterr().err
+    assert "has several labels an image: give finetune such a file" in error
+    assert error.count("\n") == 1
+    assert not out.exists()

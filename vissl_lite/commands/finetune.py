@@ -1,29 +1,43 @@
-"""``vissl-lite finetune``: train a classifier on labelled images."""
+"""``vissl-lite finetune``: train a classifier, a detector or a segmenter on labelled images."""
 
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from rich.table import Table
 
 from vissl_lite import __version__
 from vissl_lite.commands.probe import encoder_for
+from vissl_lite.data.boxes import load_boxes, take_boxes
 from vissl_lite.data.labelled import load_labelled, take_labels
-from vissl_lite.encoder_folder import save_model
+from vissl_lite.data.masks import load_masks, take_masks
 from vissl_lite.errors import UserError, check_count, check_positive, check_seed
 from vissl_lite.optim import OptimizerSettings, check_optimizer
-from vissl_lite.pictures import plot_confusion, plot_curves
+from vissl_lite.pictures import plot_curves
 from vissl_lite.run import METRICS, MetricsFile, check_out, console, open_run, write_results
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.transfer.classification import (
-    ClassifierSettings,
-    score_classifier,
-    train_classifier,
-)
+from vissl_lite.transfer.classification import ClassifierSettings, check_settings
+from vissl_lite.transfer.detection import DetectorSettings
+from vissl_lite.transfer.pyramid import report_use
+from vissl_lite.transfer.segmentation import SegmenterSettings, weigh_classes
+from vissl_lite.transfer.tasks import Classification, Detection, Scores, Segmentation, Task
 
 log = logging.getLogger(__name__)
+
+TaskName = Literal["classification", "detection", "segmentation"]
+
+# Options that mean something for some tasks alone.
+_ONLY_FOR = {
+    "annotations": ("detection", "segmentation"),
+    "detector": ("detection",),
+    "frozen_norm": ("detection", "segmentation"),
+    "shots": ("classification",),
+    "label_smoothing": ("classification",),
+    "balanced": ("classification",),
+    "class_weights": ("classification", "segmentation"),
+}
 
 
 @dataclass(frozen=True)
@@ -33,20 +47,27 @@ class FinetuneResult:
     Attributes:
         run: the folder that was written.
         model: the model folder in it.
-        test: ``top1`` and ``macro_f1`` on the test part.
+        test: figures on the test part: ``top1`` and ``macro_f1``, with several labels an image
+            ``map``, ``auroc`` and ``macro_f1``; for detection ``map`` and ``map_50``; for
+            segmentation ``miou``, ``dice`` and ``accuracy``.
+        per_class: by class name, then by figure.
     """
 
     run: Path
     model: Path
     test: dict[str, float]
+    per_class: dict[str, dict[str, float]]
 
 
 def finetune(
     data: str,
     out: str,
     encoder: str = "random:resnet18",
-    task: Literal["classification"] = "classification",
+    task: TaskName = "classification",
+    annotations: str | None = None,
+    detector: Literal["fcos", "retinanet", "faster_rcnn"] | None = None,
     frozen: bool = False,
+    frozen_norm: bool | None = None,
     fraction: float | None = None,
     shots: int | None = None,
     epochs: int | None = None,
@@ -57,8 +78,9 @@ def finetune(
     weight_decay: float = 0.05,
     layer_decay: float | None = None,
     warmup: float = 0.1,
-    label_smoothing: float = 0.1,
+    label_smoothing: float | None = None,
     balanced: bool = False,
+    class_weights: Literal["balanced"] | dict[str, float] | None = None,
     patience: int | None = 10,
     smallest_crop: float = 0.35,
     upright: bool = True,
@@ -67,31 +89,42 @@ def finetune(
     num_workers: int | None = None,
     overwrite: bool = False,
 ) -> FinetuneResult:
-    """Train a classifier on labelled images, from an encoder or from nothing.
+    """Train a classifier, a detector or a segmenter, from an encoder or from nothing.
 
     Args:
-        data: Labelled images: train/<class> and test/<class> folders, plain class folders, or a
-            .csv file.
+        data: Labelled images. Classification: train/<class> and test/<class> folders, plain class
+            folders, or a .csv file, with a column a class or several labels in one if an image may
+            have several. Detection: a folder with COCO .json, Pascal VOC .xml or YOLO .txt
+            annotations. Segmentation: a folder with images/ and masks/, or a .csv file. Or the
+            folder of the images alone, see --annotations.
         out: The run folder to write.
         encoder: A run, an encoder folder, timm:NAME (pre-trained weights) or random:NAME
             (untrained: training from scratch).
         task: What to learn.
-        frozen: Train the classifier alone and leave the encoder as it is.
+        annotations: Where the boxes or masks are, if --data is the folder of the images alone.
+        detector: Which detector; default fcos.
+        frozen: Train the head alone and leave the encoder as it is.
+        frozen_norm: Leave the encoder's BatchNorms as they are, for detection and segmentation;
+            default true, or false for random:NAME.
         fraction: Use this share of the training and validation labels.
         shots: Use this many training and validation labels a class.
         epochs: Default as many as make 1,000 steps, between 10 and 100.
-        batch_size: Default 64, or a quarter of the images where they are few.
-        image_size: Side in pixels; default the encoder's, or for random:NAME that of the images.
+        batch_size: Default 64 for classification and 8 else, or a quarter of the images where they
+            are few.
+        image_size: Side in pixels. Default for classification the encoder's, or for random:NAME
+            that of the images; for detection the images' longer side, at most 416; for segmentation
+            their shorter side, at most 224: larger images are segmented in overlapping windows.
         optimizer: A timm optimizer.
         lr: Peak learning rate.
         weight_decay: On weight matrices and kernels.
         layer_decay: Factor on the learning rate from one layer to the one below; default 0.75, or
             1 for random:NAME.
         warmup: Share of the training in which the learning rate rises.
-        label_smoothing: Share of the target that is spread over all classes.
+        label_smoothing: Share of the target that is spread over all classes; default 0.1.
         balanced: Sample all classes equally often.
+        class_weights: What classes weigh in the loss: balanced, or a weight for each name.
         patience: Stop after so many of the 25 looks at the validation images without a better
-            accuracy; null never stops early.
+            figure; null never stops early.
         smallest_crop: Smallest share of the image's area in a training view.
         upright: Whether the images have an up; without one, as from a microscope, training views
             are turned and flipped in all directions.
@@ -107,8 +140,11 @@ def finetune(
         UserError: something that was given can't work; nothing is written then.
     """
     config = dict(locals())
+    for name, tasks in _ONLY_FOR.items():
+        if config[name] not in (None, False) and task not in tasks:
+            raise UserError(f"--{name} is for --task {' or '.join(tasks)}, not for {task}")
     check_optimizer(optimizer)
-    for name, share in (("warmup", warmup), ("label_smoothing", label_smoothing)):
+    for name, share in (("warmup", warmup), ("label_smoothing", label_smoothing or 0.0)):
         if not 0 <= share < 1:
             raise UserError(f"--{name} {share} is not a share: it must be in [0, 1)")
     for name, number in (("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
@@ -118,60 +154,92 @@ def finetune(
     if not 0 < smallest_crop <= 1:
         raise UserError(f"--smallest_crop {smallest_crop} is not a share: above 0, at most 1")
     check_out(Path(out), overwrite=overwrite)
-    labelled = take_labels(load_labelled(data, seed), fraction, shots, seed)
-    if batch_size is not None and batch_size > len(labelled.train):
-        raise UserError(f"--batch_size {batch_size} is larger than the training part: "
-                        f"{len(labelled.train)} images")  # fmt: skip
-    torch.manual_seed(seed)
-    start = encoder_for(encoder, image_size, labelled)
+    from_scratch = encoder.startswith("random:")
     if layer_decay is None:
-        layer_decay = 1.0 if encoder.startswith("random:") else 0.75
-    settings = ClassifierSettings(
-        frozen=frozen,
-        epochs=epochs,
-        batch_size=batch_size,
-        optimizer=OptimizerSettings(optimizer, lr, weight_decay, layer_decay),
-        warmup=warmup,
-        label_smoothing=label_smoothing,
-        balanced=balanced,
-        patience=patience,
-        smallest_crop=smallest_crop,
-        upright=upright,
-        seed=seed,
-    )
+        layer_decay = 1.0 if from_scratch else 0.75
+    common: dict[str, Any] = {
+        "frozen": frozen,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "optimizer": OptimizerSettings(optimizer, lr, weight_decay, layer_decay),
+        "warmup": warmup,
+        "patience": patience,
+        "smallest_crop": smallest_crop,
+        "upright": upright,
+        "seed": seed,
+    }
+    still = not from_scratch if frozen_norm is None else frozen_norm
+    transfer: Task
+    if task == "classification":
+        labelled = load_labelled(data, seed, multi_label=True)
+        smoothing = 0.1 if label_smoothing is None else label_smoothing
+        classifier = ClassifierSettings(
+            **common, label_smoothing=smoothing, balanced=balanced, class_weights=class_weights
+        )
+        labelled = take_labels(labelled, fraction, shots, seed)
+        check_settings(classifier, labelled)
+        transfer = Classification(labelled, classifier)
+    elif task == "detection":
+        boxes = take_boxes(load_boxes(data, annotations, seed), fraction, seed)
+        transfer = Detection(
+            boxes, DetectorSettings(**common, kind=detector or "fcos", frozen_norm=still)
+        )
+    else:
+        masks = take_masks(load_masks(data, annotations, seed), fraction, seed)
+        segmenter = SegmenterSettings(**common, class_weights=class_weights, frozen_norm=still)
+        weigh_classes(masks, class_weights)
+        transfer = Segmentation(masks, segmenter)
+    if batch_size is not None and batch_size > len(transfer.data.train):
+        raise UserError(f"--batch_size {batch_size} is larger than the training part: "
+                        f"{len(transfer.data.train)} images")  # fmt: skip
+    if image_size is None and (from_scratch or task != "classification"):
+        image_size = transfer.image_size()
+    torch.manual_seed(seed)
+    start = encoder_for(encoder, image_size)
     with open_run(Path(out), config) as run:
-        labelled.write(run / "split.csv")
+        transfer.write_split(run)
         log.info(
             "%d training, %d validation, %d test images of %d classes; %s at %d pixels",
-            len(labelled.train), len(labelled.val), len(labelled.test), len(labelled.classes),
-            start.backbone, start.image_size,
+            len(transfer.data.train), len(transfer.data.val), len(transfer.data.test),
+            len(transfer.data.classes), start.backbone, start.image_size,
         )  # fmt: skip
+        if task != "classification":
+            report_use(start, encoder)
         metrics = MetricsFile(run / METRICS)
         hardware = Hardware(precision, devices=1, num_workers=num_workers)
-        model = train_classifier(start, labelled, settings, hardware, metrics)
-        scores = score_classifier(model, start, labelled)
+        model = transfer.train(start, hardware, metrics)
+        scores = transfer.score(model, start)
         about = {"version": __version__, "task": task, "encoder": encoder, "data": data}
-        extra = {"label_names": labelled.classes, "vissl_lite": about}
-        save_model(model, run / "model", start.model_args, start.image_size, extra)
-        plot_confusion(scores.confusion, labelled.classes, run / "confusion.png")
-        plot_curves(metrics, ("loss", "val_loss", "val_top1", "lr"), run / "curves.png")
-        test = {"top1": scores.top1, "macro_f1": scores.macro_f1}
+        transfer.save(model, start, run / "model", about)
+        transfer.draw(model, start, scores, run)
+        plot_curves(metrics, transfer.curves, run / "curves.png")
+        best = max(metrics.series(transfer.chosen_by)[1], default=None)
         results = {
-            "test": test,
-            "val": {"top1": max(metrics.series("val_top1")[1], default=None)},
-            "train_images": len(labelled.train),
-            "val_images": len(labelled.val),
-            "test_images": len(labelled.test),
-            "classes": labelled.classes,
+            "test": scores.metrics,
+            "per_class": scores.per_class,
+            "val": {transfer.chosen_by.removeprefix("val_"): best},
+            "train_images": len(transfer.data.train),
+            "val_images": len(transfer.data.val),
+            "test_images": len(transfer.data.test),
+            "classes": transfer.data.classes,
         }
         write_results(run, results)
-        console.print(f"fine-tuned from {encoder}", highlight=False, soft_wrap=True)
-        table = Table("test images", "top-1", "macro F1")
-        table.add_row(str(len(labelled.test)), f"{scores.top1:.3f}", f"{scores.macro_f1:.3f}")
-        console.print(table)
-        log.info("The model is in %s, the confusion matrix in %s",
-                 run / "model", run / "confusion.png")  # fmt: skip
-        log.info("Next:")
-        log.info("  vissl-lite predict --model %s --data FOLDER --out %s", run,
-                 run.with_name(f"{run.name}-predictions"))  # fmt: skip
-    return FinetuneResult(run, run / "model", test)
+        _tell(transfer, scores, encoder, run)
+    return FinetuneResult(run, run / "model", scores.metrics, scores.per_class)
+
+
+def _tell(transfer: Task, scores: Scores, encoder: str, run: Path) -> None:
+    console.print(f"fine-tuned from {encoder}", highlight=False, soft_wrap=True)
+    table = Table("test images", *scores.metrics)
+    table.add_row(str(len(transfer.data.test)), *(f"{x:.3f}" for x in scores.metrics.values()))
+    console.print(table)
+    if 1 < len(scores.per_class) <= 30:
+        measures = list(next(iter(scores.per_class.values())))
+        by_class = Table("class", *measures)
+        for name, row in scores.per_class.items():
+            by_class.add_row(name, *(f"{row[measure]:.3f}" for measure in measures))
+        console.print(by_class)
+    log.info("The model is in %s, test predictions in %s", run / "model", run / "test.png")
+    log.info("Next:")
+    log.info("  vissl-lite predict --model %s --data FOLDER --out %s", run,
+             run.with_name(f"{run.name}-predictions"))  # fmt: skip

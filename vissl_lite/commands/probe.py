@@ -84,7 +84,9 @@ def probe(
     check_out(Path(out), overwrite=overwrite)
     labelled = take_labels(load_labelled(data, seed), fraction, shots, seed)
     torch.manual_seed(seed)
-    judged = encoder_for(encoder, image_size, labelled)
+    if image_size is None and encoder.startswith("random:"):
+        image_size = suitable_size(labelled.train.paths)
+    judged = encoder_for(encoder, image_size)
     with open_run(Path(out), config) as run:
         labelled.write(run / "split.csv")
         scores = probe_encoder(judged, labelled, layers, k, temperature)
@@ -110,11 +112,17 @@ def probe(
     return ProbeResult(run, last["knn"], last["linear"], scores)
 
 
-def encoder_for(source: str, image_size: int | None, labelled: LabelledImages) -> Encoder:
-    """Load an encoder to be used on labelled images, at the size that suits both."""
+def encoder_for(source: str, image_size: int | None) -> Encoder:
+    """Load an encoder to be used on labelled images.
+
+    Args:
+        source: a run, an encoder folder, ``timm:NAME`` or ``random:NAME``.
+        image_size: side in pixels; default the encoder's.
+
+    Raises:
+        UserError: there is no such encoder, it has diverged, or it can't take the size.
+    """
     check_count("image_size", image_size)
-    if image_size is None and source.startswith("random:"):
-        image_size = suitable_size(labelled.train.paths)
     encoder = load_encoder(source, image_size)
     if image_size is not None:
         encoder.use_image_size(image_size)

@@ -1,7 +1,7 @@
 """Image files: find them, decode them. An image is an ``(H, W, 3)`` RGB uint8 array."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -211,14 +211,22 @@ def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
     return image[top : top + size, left : left + size]
 
 
-def suitable_size(paths: Sequence[str]) -> int:
-    """The median shorter side of some images, as a multiple of 32, between 32 and 224 pixels."""
+def suitable_size(
+    paths: Sequence[str], side: Callable[[tuple[int, int]], int] = min, most: int = 224
+) -> int:
+    """A side in pixels that suits images: their median one, as a multiple of 32.
+
+    Args:
+        paths: image files, of which some are looked at.
+        side: which of the two, the shorter (``min``) or the longer (``max``).
+        most: largest result; the smallest is 32.
+    """
     sides = []
     for path in paths[:: max(1, len(paths) // 50)]:
         try:
             with Image.open(path) as image:
-                sides.append(min(image.size))
+                sides.append(side(image.size))
         except BROKEN_IMAGE:
             continue
-    median = float(np.median(sides)) if sides else 224
-    return int(min(224, max(32, round(median / 32) * 32)))
+    median = float(np.median(sides)) if sides else most
+    return int(min(most, max(32, round(median / 32) * 32)))

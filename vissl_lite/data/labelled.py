@@ -1,18 +1,23 @@
 """Labelled images for classification: class folders or a CSV file, and their splits."""
 
 import csv
-from collections.abc import Sequence
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from vissl_lite.data.images import find_images
-from vissl_lite.data.splits import TEST_SHARE, VAL_NAMES, VAL_SHARE
+from vissl_lite.data.label_files import (
+    LABEL_SEPARATORS,
+    SEPARATORS,
+    FoundLabels,
+    read_csv,
+    read_folder,
+)
+from vissl_lite.data.splits import TEST_SHARE, VAL_SHARE, hold_out, split_in_three, take_share
 from vissl_lite.errors import UserError
 
-_PATH_COLUMNS = ("path", "image", "file", "filename")
-_LABEL_COLUMNS = ("label", "class")
+PARTS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,9 @@ class Part:
 
     Attributes:
         paths: image files.
-        labels: ``(N,)`` int64, indices into the data set's classes.
+        labels: where each image has one class, ``(N,)`` int64, indices into the data set's
+            classes; where it may have several or none (multi-label), ``(N, K)`` int64: 1 for each
+            class that an image has, else 0.
     """
 
     paths: list[str]
@@ -40,81 +47,133 @@ class Part:
 class LabelledImages:
     """Classes and the three parts; nothing is ever chosen on the test part.
 
-    ``test`` is empty only where the caller asked for no test part.
+    Attributes:
+        classes: K names, sorted.
+        train, val: may lose labels to ``take_labels``.
+        test: empty only where the caller asked for no test part.
+        note: what the log of a run should say about how the labels were read; mostly nothing.
     """
 
     classes: list[str]
     train: Part
     val: Part
     test: Part
+    note: str = ""
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may have several classes, or none."""
+        return self.train.labels.ndim == 2
 
     def write(self, file: Path) -> None:
-        """Write down the splits: a CSV file that can be given as ``--data`` again."""
+        """Write down the splits: a CSV file that can be given as ``--data`` again.
+
+        One class an image goes into a column ``label`` (``class``, where a name would be split),
+        several into a column ``labels``, or into a column for each class where that could not be
+        read back: a name has a separator in it, or no image has the class.
+        """
+        columns = self._label_columns()
         with file.open("w", newline="", encoding="utf-8") as out:
             rows = csv.writer(out)
-            rows.writerow(["path", "label", "split"])
-            for name in ("train", "val", "test"):
+            rows.writerow(["path", *columns, "split"])
+            for name in PARTS:
                 part: Part = getattr(self, name)
                 for path, label in zip(part.paths, part.labels, strict=True):
-                    rows.writerow([Path(path).absolute(), self.classes[label], name])
+                    if not self.multi_label:
+                        cells = [self.classes[label]]
+                    elif columns == ["labels"]:
+                        cells = ["|".join(self.classes[i] for i in np.flatnonzero(label))]
+                    else:
+                        cells = label.tolist()
+                    rows.writerow([Path(path).absolute(), *cells, name])
+
+    def _label_columns(self) -> list[str]:
+        separators = SEPARATORS if self.multi_label else LABEL_SEPARATORS
+        divisible = any(re.search(separators, name) for name in self.classes)
+        if not self.multi_label:
+            return ["class" if divisible else "label"]
+        seen = np.concatenate([getattr(self, name).labels for name in PARTS]).any(axis=0)
+        return self.classes if divisible or not seen.all() else ["labels"]
 
 
 def load_labelled(
-    source: str | Path, seed: int = 0, need_test: bool = True, need_val: bool = True
+    source: str | Path,
+    seed: int = 0,
+    need_test: bool = True,
+    need_val: bool = True,
+    multi_label: bool = False,
 ) -> LabelledImages:
     """Read a labelled data set.
+
+    Several labels an image (multi-label) come in a CSV file: in a column ``labels``, names
+    separated by ``|``, ``;`` or ``,`` (none where it is empty); in a column ``label`` in which
+    some value has ``|`` or ``;``; or, without such a column, in a column for each class that
+    holds 0 or 1 (false or true, empty for 0) alone.
 
     Args:
         source: a folder ``train/<class>/*`` with ``test/`` and optionally ``val/``; or plain class
             folders; or a CSV file with the columns ``path`` and ``label``, and optionally
             ``split`` (train, val, test), paths relative to the file. Without splits a seeded,
             stratified 60/20/20 split is made; without a validation part, 20 % of the training part
-            becomes one.
+            becomes one. With several labels an image both go by chance.
         seed: of the splits that are made here.
         need_test: whether missing test images are an error.
         need_val: whether to take a missing validation part out of the training part.
+        multi_label: whether the caller can take several labels an image.
 
     Returns:
         The parts, each sorted by path.
 
     Raises:
-        UserError: nothing there, one class only, no test images, or a class in a part that the
-            training part lacks.
+        UserError: nothing there, one class only, no test images, a class in a part that the
+            training part lacks, or several labels an image where one is needed.
     """
     source = Path(source)
     if source.is_dir():
-        parts = _read_folder(source)
+        found = read_folder(source)
     elif source.is_file() and source.suffix.lower() == ".csv":
-        parts = _read_csv(source)
+        found = read_csv(source)
     elif source.exists():
         raise UserError(f"{source} is neither a folder with class folders nor a .csv file")
     else:
         raise UserError(f"{source} does not exist")
-    classes = sorted({label for _, label in parts["train"]})
-    if len(classes) < 2:
-        raise UserError(f"{source} has one class only ({classes[0]}): two or more are needed")
-    for name in ("val", "test"):
-        unknown = sorted({label for _, label in parts[name]} - set(classes))
-        if unknown:
-            raise UserError(f"{source}: the {name} images have the class {unknown[0]}, which no "
-                            f"training image has")  # fmt: skip
-    number = {name: index for index, name in enumerate(classes)}
-    train, val, test = (
-        Part([path for path, _ in part], np.array([number[c] for _, c in part], dtype=np.int64))
-        for part in (parts["train"], parts["val"], parts["test"])
-    )
+    if found.multi_label and not multi_label:
+        raise UserError(f"{source} has several labels an image: give finetune such a file; here "
+                        f"each image needs one, in a column class")  # fmt: skip
+    parts = _parts(found)
+    classes = _classes(source, found, parts)
+    train, val, test = (_numbered(parts[name], classes, found.multi_label) for name in PARTS)
     if need_test and len(test) == 0:
         raise UserError(
             f"{source} has no test images: add test/<class>/, or give plain class folders or a "
             f"CSV file without splits to have them split"
         )
-    data = LabelledImages(classes, train, val, test)
+    if need_test and found.multi_label and not has_both(test.labels).any():
+        raise UserError(f"{source}: of no class are there test images with it and without it, so "
+                        f"that no score can be given: more test images are needed")  # fmt: skip
+    data = LabelledImages(classes, train, val, test, found.note)
     return hold_out_val(data, seed) if need_val and len(val) == 0 else data
 
 
+def has_both(labels: np.ndarray) -> np.ndarray:
+    """Which classes some of the images have and some have not: ``(K,)`` bool.
+
+    Args:
+        labels: ``(N, K)`` of 0 and 1.
+    """
+    return np.asarray(labels.any(axis=0) & ~labels.all(axis=0))
+
+
 def hold_out_val(data: LabelledImages, seed: int) -> LabelledImages:
-    """Take a stratified validation part out of the training part; none where labels are too few."""
-    held, kept = _stratified(data.train.labels, VAL_SHARE, seed)
+    """Take a validation part out of the training part; none where labels are too few.
+
+    It is stratified, or with several labels an image by chance.
+    """
+    if data.multi_label:
+        left, part = hold_out(range(len(data.train)), seed)
+        kept, held = np.array(left, np.int64), np.array(part, np.int64)
+    else:
+        held, kept = _stratified(data.train.labels, VAL_SHARE, seed)
     return replace(data, train=data.train.take(kept), val=data.train.take(held))
 
 
@@ -127,12 +186,13 @@ def take_labels(
 
     Args:
         data: the whole.
-        fraction: share of each class in (0, 1]; at least one image of each.
+        fraction: share of each class in (0, 1]; at least one image of each. With several labels
+            an image, where no class has images to itself, share of the images.
         shots: images a class, instead.
         seed: which ones.
 
     Raises:
-        UserError: both are given, or a number is out of range.
+        UserError: both are given, a number is out of range, or shots with several labels an image.
     """
     if fraction is None and shots is None:
         return data
@@ -142,8 +202,13 @@ def take_labels(
         raise UserError(f"--fraction {fraction} is not a share: it must be above 0 and at most 1")
     if shots is not None and shots < 1:
         raise UserError(f"--shots {shots} must be at least 1")
+    if shots is not None and data.multi_label:
+        raise UserError(f"--shots {shots} counts images of one class each, but here an image has "
+                        f"several labels: give --fraction")  # fmt: skip
 
     def some(part: Part) -> Part:
+        if data.multi_label:
+            return part.take(np.array(take_share(range(len(part)), fraction, seed), np.int64))
         chosen = [
             members[: shots if shots is not None else max(1, round(len(members) * (fraction or 1)))]
             for members in _shuffled_classes(part.labels, seed)
@@ -171,78 +236,50 @@ def _stratified(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray
     return np.concatenate(off), np.concatenate(rest)
 
 
-_Pairs = list[tuple[str, str]]  # (path, class name)
+_Named = list[tuple[str, tuple[str, ...]]]  # (path, names of its classes)
 
 
-def _read_folder(folder: Path) -> dict[str, _Pairs]:
-    if (folder / "train").is_dir():
-        val = next((folder / name for name in VAL_NAMES if (folder / name).is_dir()), None)
-        test = folder / "test"
-        return {
-            "train": _class_folders(folder / "train"),
-            "val": _class_folders(val) if val else [],
-            "test": _class_folders(test) if test.is_dir() else [],
-        }
-    return _split(_class_folders(folder))
-
-
-def _class_folders(folder: Path) -> _Pairs:
-    classes = sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
-    if not classes:
-        raise UserError(f"{folder} has no class folders: expected {folder}/<class>/*.jpg")
-    return [(path, one.name) for one in classes for path in find_images([one])]
-
-
-def _split(pairs: _Pairs) -> dict[str, _Pairs]:
-    # The split of plain folders does not follow the run's seed: the test part must stay the test
-    # part from one run to the next.
-    labels = np.unique([label for _, label in pairs], return_inverse=True)[1]
+def _parts(found: FoundLabels) -> dict[str, _Named]:
+    if found.splits is not None:
+        given = list(zip(found.images, found.splits, strict=True))
+        return {name: [image for image, part in given if part == name] for name in PARTS}
+    if found.multi_label:
+        return split_in_three(found.images)
+    # This split does not follow the run's seed: the test part must stay the test part from one
+    # run to the next.
+    labels = np.unique([name for _, (name,) in found.images], return_inverse=True)[1]
     test, rest = _stratified(labels, TEST_SHARE, seed=0)
     within, _ = _stratified(labels[rest], VAL_SHARE / (1 - TEST_SHARE), seed=1)
-    val = set(rest[within].tolist())
-    return {
-        "train": [pairs[i] for i in sorted(rest.tolist()) if i not in val],
-        "val": [pairs[i] for i in sorted(val)],
-        "test": [pairs[i] for i in sorted(test.tolist())],
-    }
+    val = rest[within]
+    members = {"train": np.setdiff1d(rest, val), "val": val, "test": test}
+    return {name: [found.images[i] for i in np.sort(indices)] for name, indices in members.items()}
 
 
-def _read_csv(file: Path) -> dict[str, _Pairs]:
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as opened:
-            reader = csv.DictReader(opened)
-            rows = list(reader)
-            columns = list(reader.fieldnames or [])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{file} can't be read as a CSV file: {error}") from None
-    path = _column(file, columns, _PATH_COLUMNS)
-    label = _column(file, columns, _LABEL_COLUMNS)
-    if not rows:
-        raise UserError(f"{file} has no rows")
-    for row in rows:
-        for column in (path, label):
-            if not row[column]:
-                raise UserError(f"{file} has a row whose {column} is missing: {row}")
-    rows.sort(key=lambda row: row[path])  # the split must not depend on the order of rows
-    pairs = [(str(file.parent / row[path]), row[label]) for row in rows]
-    missing = [one for one, _ in pairs if not Path(one).is_file()]
-    if missing:
-        raise UserError(f"{file} names {len(missing)} missing files, the first {missing[0]}")
-    if "split" not in columns:
-        return _split(pairs)
-    parts: dict[str, _Pairs] = {"train": [], "val": [], "test": []}
-    for pair, row in zip(pairs, rows, strict=True):
-        name = "val" if row["split"] in VAL_NAMES else row["split"]
-        if name not in parts:
-            raise UserError(f"{file}: the split {row['split']!r} is none of train, val, test")
-        parts[name].append(pair)
-    if not parts["train"]:
-        raise UserError(f"{file} has no training images (split train)")
-    return parts
+def _classes(source: Path, found: FoundLabels, parts: dict[str, _Named]) -> list[str]:
+    """The names of all classes, sorted."""
+    names = {part: {n for _, of in images for n in of} for part, images in parts.items()}
+    if found.multi_label:  # a class may be missing from training, as chance splits such data
+        classes = sorted(set(found.classes).union(*names.values()))
+        if not classes:
+            raise UserError(f"{source} names no class: the labels of all images are empty")
+        return classes
+    classes = sorted(names["train"])
+    if len(classes) < 2:
+        raise UserError(f"{source} has one class only ({classes[0]}): two or more are needed")
+    for part in ("val", "test"):
+        unknown = sorted(names[part] - set(classes))
+        if unknown:
+            raise UserError(f"{source}: the {part} images have the class {unknown[0]}, which no "
+                            f"training image has")  # fmt: skip
+    return classes
 
 
-def _column(file: Path, columns: Sequence[str], names: Sequence[str]) -> str:
-    for name in names:
-        if name in columns:
-            return name
-    raise UserError(f"{file} has no column {' or '.join(names)}: it has {', '.join(columns)}")
+def _numbered(images: _Named, classes: list[str], multi_label: bool) -> Part:
+    number = {name: index for index, name in enumerate(classes)}
+    paths = [path for path, _ in images]
+    if not multi_label:
+        return Part(paths, np.array([number[name] for _, (name,) in images], np.int64))
+    labels = np.zeros((len(images), len(classes)), np.int64)
+    for row, (_, names) in enumerate(images):
+        labels[row, [number[name] for name in names]] = 1
+    return Part(paths, labels)

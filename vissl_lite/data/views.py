@@ -11,6 +11,7 @@ import random
 from collections.abc import Sequence
 from typing import TypeAlias
 
+import cv2
 import numpy as np
 
 # At import Albumentations asks the network for its newest version, and warns where there is none.
@@ -21,6 +22,12 @@ import albumentations as A  # noqa: N812
 from vissl_lite.errors import UserError
 
 ImageTransform: TypeAlias = A.BasicTransform | A.Compose
+
+# Grey, where a view reaches past its image.
+PADDING = 114
+
+# An image whose shorter side is more than so many times a view's is segmented at its own scale.
+LARGE = 1.5
 
 
 class _RandomStream:
@@ -261,3 +268,65 @@ def blur(size: int, probability: float = 0.5) -> ImageTransform:
         probability: of being applied.
     """
     return A.GaussianBlur(sigma_limit=(0.1, 2.0 * size / 224), blur_limit=0, p=probability)
+
+
+def box_pipeline(
+    canvas: tuple[int, int], smallest_crop: float, upright: bool
+) -> list[ImageTransform]:
+    """A training view for detection: scale jitter (Ghiasi et al. 2021), a flip, mild colours.
+
+    The image is fitted into the canvas, then enlarged or shrunk about its own size, and moved.
+
+    Args:
+        canvas: height and width in pixels.
+        smallest_crop: smallest share of the image's area that an enlargement leaves; it is shrunk
+            by as much.
+        upright: whether the images have an up; without one they are flipped in both directions,
+            and turned where the canvas is a square.
+    """
+    height, width = canvas
+    zoom = smallest_crop**-0.5
+    turn = [flip()] if upright else [A.D4() if height == width else A.VerticalFlip(), flip()]
+    return [
+        A.LongestMaxSize(max_size_hw=canvas),
+        A.PadIfNeeded(height, width, fill=PADDING),
+        *turn,
+        A.Affine(
+            scale=(1 / zoom, zoom),
+            balanced_scale=True,
+            keep_ratio=True,
+            translate_percent=(-0.1, 0.1),
+            fill=PADDING,
+            p=1.0 if smallest_crop < 1 else 0.0,
+        ),
+        _mild_colours(),
+    ]
+
+
+def mask_pipeline(
+    size: int, smallest_crop: float, upright: bool, own_scale: bool = False
+) -> list[ImageTransform]:
+    """A training view for segmentation: a random crop, a flip, mild colours.
+
+    The crop lies inside the image, so no pixel of the mask is made up.
+
+    Args:
+        size: side in pixels.
+        smallest_crop: smallest share of the image's area.
+        upright: whether the images have an up; see ``flip``.
+        own_scale: for images more than ``LARGE`` times as large as the view: the crop has about
+            its size, enlarged or shrunk by as much as ``smallest_crop`` does, but not more than
+            ``LARGE`` times.
+    """
+    crop = random_crop(size, smallest_crop)
+    if own_scale:
+        zoom = min(LARGE, smallest_crop**-0.5)
+        crop = A.RandomSizedCrop((round(size / zoom), round(size * zoom)), (size, size))
+    # OpenCV's plain nearest neighbour is up to half a pixel off
+    crop.mask_interpolation = cv2.INTER_NEAREST_EXACT
+    return [crop, flip(upright), _mild_colours()]
+
+
+def _mild_colours() -> ImageTransform:
+    """Colours may tell what a thing is: they change less than where views are compared."""
+    return A.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.02, p=0.8)

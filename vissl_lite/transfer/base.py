@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vissl_lite.data.stream import Batch, KeyedDataset
 from vissl_lite.encoder import Encoder
-from vissl_lite.encoder_folder import load_encoder, read_weights, save_encoder
+from vissl_lite.encoder_folder import CONFIG, load_encoder, read_weights, save_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.run import MetricsFile, write_atomically
@@ -182,16 +182,17 @@ def save_with_head(model: nn.Module, encoder: Encoder, folder: Path, about: dict
     """Write a model that is an encoder and a head: ``encoder/`` in timm's format, and the head.
 
     Args:
-        model: holds the encoder as its child ``encoder``; all its other tensors are the head's.
-        encoder: that child.
+        model: holds the encoder somewhere; all its other tensors are the head's.
+        encoder: that part of it.
         folder: the model folder.
         about: what is needed to build the head again: ``task``, ``classes`` and so on.
     """
     save_encoder(encoder, folder / "encoder", about)
+    inside = _prefix(model, encoder)
     head = {
         name: tensor.contiguous()
         for name, tensor in model.state_dict().items()
-        if not name.startswith("encoder.")
+        if not name.startswith(inside)
     }
     save_file(head, folder / HEAD_WEIGHTS)
     write_atomically(folder / HEAD, json.dumps(about, indent=2) + "\n")
@@ -220,9 +221,35 @@ def load_with_head(
         missing, unexpected = model.load_state_dict(weights, strict=False)
     except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
         raise UserError(f"{folder} is damaged: {error!r}") from None
-    missing = [name for name in missing if not name.startswith("encoder.")]
+    inside = _prefix(model, encoder)
+    missing = [name for name in missing if not name.startswith(inside)]
     if missing or unexpected:
         raise UserError(
             f"{folder} is damaged: its weights do not fit, as {[*missing, *unexpected][0]}"
         )
     return model, about
+
+
+def _prefix(model: nn.Module, encoder: Encoder) -> str:
+    return next(f"{name}." for name, module in model.named_modules() if module is encoder)
+
+
+def find_model(source: Path) -> tuple[Path, str]:
+    """The model folder and its task.
+
+    Args:
+        source: a run of ``finetune``, or the ``model`` folder in it.
+
+    Raises:
+        UserError: there is no model, or it is damaged.
+    """
+    for folder in (source / "model", source):
+        if (folder / HEAD).is_file():
+            try:
+                about = json.loads((folder / HEAD).read_text(encoding="utf-8"))
+                return folder, str(about["task"])
+            except (OSError, ValueError, LookupError, TypeError) as error:
+                raise UserError(f"{folder / HEAD} is damaged: {error!r}") from None
+        if (folder / CONFIG).is_file():
+            return folder, "classification"  # a timm model with classes
+    raise UserError(f"no model at {source}: give a run of finetune, or its model folder")

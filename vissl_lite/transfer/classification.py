@@ -1,6 +1,11 @@
-"""Classification: fine-tune an encoder, whole or frozen, on labelled images."""
+"""Classification: fine-tune an encoder, whole or frozen, on labelled images.
+
+An image has one class, or any number of them (multi-label): the data say which.
+"""
 
 import copy
+import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,23 +17,30 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics.functional.classification import (
-    multiclass_accuracy,
-    multiclass_confusion_matrix,
-    multiclass_f1_score,
-)
 
 from vissl_lite.data.labelled import LabelledImages
 from vissl_lite.data.stream import Batch, ViewDataset
 from vissl_lite.data.views import Views, crop_decode_size, flip, random_crop
 from vissl_lite.encoder import Encoder, Normalize
 from vissl_lite.encoder_folder import load_model
-from vissl_lite.errors import UserError
+from vissl_lite.errors import UserError, did_you_mean
 from vissl_lite.inference import run_over
 from vissl_lite.optim import build_optimizer
 from vissl_lite.run import MetricsFile
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.base import Judgement, TransferSettings, train
+from vissl_lite.transfer.class_scores import (
+    TestScores,
+    judge_one,
+    judge_several,
+    score_one,
+    score_several,
+)
+
+log = logging.getLogger(__name__)
+
+# Bounds of a class's balanced positive weight: beyond them a few images decide every step.
+LEAST_WEIGHT, MOST_WEIGHT = 0.1, 100.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +48,104 @@ class ClassifierSettings(TransferSettings):
     """How to train a classifier.
 
     Attributes:
-        label_smoothing: share of the target that is spread over all classes (Szegedy et al. 2016).
+        label_smoothing: share s of the target that is spread over all classes (Szegedy et al. 2016,
+            section 7); with several labels an image over yes and no, so that targets are s / 2 and
+            1 - s / 2.
         balanced: sample all classes equally often.
+        class_weights: what classes weigh in the loss, see ``loss_weights``: ``balanced``, or a
+            weight by name. None for all alike.
     """
 
     label_smoothing: float = 0.1
     balanced: bool = False
+    class_weights: str | dict[str, float] | None = None
+
+
+def check_settings(settings: ClassifierSettings, data: LabelledImages) -> None:
+    """Raise a UserError if settings do not suit the data.
+
+    Args:
+        settings: how to train.
+        data: on what.
+    """
+    if settings.balanced and data.multi_label:
+        raise UserError("--balanced samples images by their one class, but here an image has "
+                        "several labels: give --class_weights balanced")  # fmt: skip
+    loss_weights(settings.class_weights, data)
+
+
+def loss_weights(chosen: str | dict[str, float] | None, data: LabelledImages) -> Tensor:
+    """What each class weighs in the loss.
+
+    With one class an image a weight multiplies the loss of the images of the class; ``balanced``
+    is one over the number of its training images. Only ratios count: the mean over the training
+    images is 1, which leaves the learning rate its meaning.
+
+    With several labels an image it multiplies the loss of having the class, not that of having it
+    not; ``balanced`` is the training images without the class over those with it, between 0.1 and
+    100.
+
+    Args:
+        chosen: ``balanced``, or weights by class name (1 for classes not named); None for 1.
+        data: whose training part is counted.
+
+    Returns:
+        ``(K,)``.
+
+    Raises:
+        UserError: an unknown word or class name, or a weight that is not positive.
+    """
+    labels, count = data.train.labels, len(data.classes)
+    if isinstance(chosen, dict):
+        chosen = {str(name): weight for name, weight in chosen.items()}  # YAML reads 0 as a number
+        for name, weight in chosen.items():
+            if name not in data.classes:
+                raise UserError(f"--class_weights: unknown class {name}: "
+                                f"{did_you_mean(name, data.classes)}")  # fmt: skip
+            if not 0 < weight < math.inf:
+                raise UserError(f"--class_weights: {weight} for {name} must be above 0 and finite")
+        weights = np.array([chosen.get(name, 1.0) for name in data.classes])
+    elif chosen is None:
+        weights = np.ones(count)
+    elif chosen != "balanced":
+        raise UserError(f"--class_weights {chosen}: give balanced, or a weight for each class name")
+    elif data.multi_label:
+        have = labels.sum(axis=0)
+        weights = (len(labels) - have) / np.maximum(have, 1)
+        weights = np.clip(weights, LEAST_WEIGHT, MOST_WEIGHT)
+    else:
+        weights = 1 / np.maximum(np.bincount(labels, minlength=count), 1)
+    if not data.multi_label:
+        weights = weights / weights[labels].mean()
+    return torch.from_numpy(weights).float()
+
+
+def one_label_loss(logits: Tensor, target: Tensor, weights: Tensor, smoothing: float) -> Tensor:
+    """Cross-entropy, each image weighted by its class.
+
+    Args:
+        logits: ``(B, K)``.
+        target: ``(B,)`` class indices.
+        weights: ``(K,)``.
+        smoothing: share of the target that is spread over all classes.
+    """
+    losses = F.cross_entropy(logits, target, label_smoothing=smoothing, reduction="none")
+    return (weights[target] * losses).mean()
+
+
+def several_labels_loss(
+    logits: Tensor, target: Tensor, weights: Tensor, smoothing: float
+) -> Tensor:
+    """Binary cross-entropy, averaged over images and classes.
+
+    Args:
+        logits: ``(B, K)``.
+        target: ``(B, K)`` of 0 and 1.
+        weights: ``(K,)``, on the side of the loss that asks for the class.
+        smoothing: s; targets are s / 2 and 1 - s / 2.
+    """
+    soft = target * (1 - smoothing) + smoothing / 2
+    return F.binary_cross_entropy_with_logits(logits, soft, pos_weight=weights)
 
 
 class Classifier(pl.LightningModule):
@@ -50,17 +154,21 @@ class Classifier(pl.LightningModule):
     Args:
         model: a timm model with K classes.
         normalize: for its images.
-        labels: ``(N,)`` class indices of the training images.
+        data: whose training part it is trained on.
         settings: how to train it.
     """
 
     def __init__(
-        self, model: Any, normalize: Normalize, labels: np.ndarray, settings: ClassifierSettings
+        self, model: Any, normalize: Normalize, data: LabelledImages, settings: ClassifierSettings
     ) -> None:
         super().__init__()
         self.model, self.normalize, self.settings = model, normalize, settings
+        self.loss = several_labels_loss if data.multi_label else one_label_loss
         self.labels: Tensor
-        self.register_buffer("labels", torch.from_numpy(labels), persistent=False)
+        self.weights: Tensor
+        weights = loss_weights(settings.class_weights, data)
+        self.register_buffer("labels", torch.from_numpy(data.train.labels), persistent=False)
+        self.register_buffer("weights", weights, persistent=False)
         if settings.frozen:
             model.requires_grad_(False)
             model.get_classifier().requires_grad_(True)
@@ -74,7 +182,7 @@ class Classifier(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         logits = self.model(self.normalize(batch.views[0])).float()
         target = self.labels[batch.indices]
-        loss = F.cross_entropy(logits, target, label_smoothing=self.settings.label_smoothing)
+        loss = self.loss(logits, target, self.weights, self.settings.label_smoothing)
         self.log("loss", loss.detach())
         return loss
 
@@ -106,8 +214,8 @@ def train_classifier(
 
     Args:
         encoder: left as it is.
-        data: trained on ``train``; the weights with the best accuracy on ``val`` are kept, the
-            last ones where ``val`` is empty.
+        data: trained on ``train``; the weights with the best accuracy on ``val`` (with several
+            labels an image, mean average precision) are kept, the last ones where ``val`` is empty.
         settings: how.
         hardware: where; default one device.
         metrics: where what is logged goes.
@@ -117,23 +225,26 @@ def train_classifier(
         A timm model with a class for each of the data's.
 
     Raises:
-        UserError: the batch is larger than the training part.
+        UserError: the batch is larger than the training part, or settings do not suit the data.
     """
+    check_settings(settings, data)
+    if data.note:
+        log.info("%s", data.note)
+    if data.multi_label:
+        _warn_of_constant_classes(data)
     batch_size = settings.batch(len(data.train), usual=64)
     torch.manual_seed(settings.seed)  # the new classifier's weights
     model = copy.deepcopy(encoder).model
     model.reset_classifier(len(data.classes))
     normalize = Normalize(encoder.mean, encoder.std)
-    task = Classifier(model, normalize, data.train.labels, settings)
+    task = Classifier(model, normalize, data, settings)
     views = classifier_views(encoder.image_size, settings.smallest_crop, settings.upright)
     dataset = ViewDataset(data.train.paths, views, settings.seed)
 
     def judge() -> Judgement:
         logits, good = class_logits(model, normalize, data.val.paths, encoder.image_size)
         target = torch.from_numpy(data.val.labels[good])
-        loss = float(F.cross_entropy(logits, target))
-        accuracy = float((logits.argmax(dim=1) == target).float().mean())
-        return Judgement((accuracy, -loss), {"val_top1": accuracy, "val_loss": loss})
+        return (judge_several if data.multi_label else judge_one)(logits, target)
 
     weights = None
     if settings.balanced:
@@ -143,27 +254,20 @@ def train_classifier(
     return model
 
 
+def _warn_of_constant_classes(data: LabelledImages) -> None:
+    labels = data.train.labels
+    for what, which in (("no", ~labels.any(axis=0)), ("every", labels.all(axis=0))):
+        if which.any():
+            log.warning("can't be learnt, as %s training image has it: %s",
+                        what, ", ".join(np.array(data.classes)[which]))  # fmt: skip
+
+
 def class_logits(
     model: Any, normalize: Normalize, paths: Sequence[str], size: int
 ) -> tuple[Tensor, np.ndarray]:
     """``(N, K)`` logits of the readable images, and ``(M,)`` bool: which of all M these are."""
     (logits,), good = run_over(model, lambda images: [model(images)], normalize, paths, size)
     return logits, good
-
-
-@dataclass(frozen=True)
-class TestScores:
-    """How well a classifier does on the test part.
-
-    Attributes:
-        top1: share of images classified rightly.
-        macro_f1: F1 averaged over classes, each counting alike.
-        confusion: ``(K, K)`` images, by true class (row) and predicted class (column).
-    """
-
-    top1: float
-    macro_f1: float
-    confusion: np.ndarray
 
 
 def score_classifier(model: Any, encoder: Encoder, data: LabelledImages) -> TestScores:
@@ -176,22 +280,35 @@ def score_classifier(model: Any, encoder: Encoder, data: LabelledImages) -> Test
     """
     normalize = Normalize(encoder.mean, encoder.std)
     logits, good = class_logits(model, normalize, data.test.paths, encoder.image_size)
-    target, classes = torch.from_numpy(data.test.labels[good]), len(data.classes)
-    return TestScores(
-        float(multiclass_accuracy(logits, target, classes, average="micro")),
-        float(multiclass_f1_score(logits, target, classes, average="macro")),
-        multiclass_confusion_matrix(logits, target, classes).numpy(),
-    )
+    target = torch.from_numpy(data.test.labels[good])
+    return (score_several if data.multi_label else score_one)(logits, target, data.classes)
 
 
-def load_classifier(folder: Path) -> tuple[nn.Module, Normalize, int, list[str]]:
+@dataclass(frozen=True)
+class LoadedClassifier:
+    """A fine-tuned model and what is needed to use it.
+
+    Attributes:
+        model: from a batch of images to ``(B, K)`` logits.
+        normalize: for its images.
+        image_size: their side in pixels.
+        classes: K names.
+        multi_label: whether an image may have several: the probability of each is then the
+            sigmoid of its logit, else all of them are a softmax.
+    """
+
+    model: nn.Module
+    normalize: Normalize
+    image_size: int
+    classes: list[str]
+    multi_label: bool
+
+
+def load_classifier(folder: Path) -> LoadedClassifier:
     """Load a fine-tuned model.
 
     Args:
         folder: a run of ``finetune``, or the ``model`` folder in it.
-
-    Returns:
-        The model, how to normalise for it, the images' side in pixels, the names of the classes.
 
     Raises:
         UserError: there is no model, or it is damaged.
@@ -203,6 +320,11 @@ def load_classifier(folder: Path) -> tuple[nn.Module, Normalize, int, list[str]]
             if not names or model.num_classes != len(names):
                 raise UserError(f"{inside} is no classifier: its config.json names no classes")
             saved = config["pretrained_cfg"]
-            normalize = Normalize(tuple(saved["mean"]), tuple(saved["std"]))
-            return model, normalize, int(saved["input_size"][-1]), list(names)
+            return LoadedClassifier(
+                model,
+                Normalize(tuple(saved["mean"]), tuple(saved["std"])),
+                int(saved["input_size"][-1]),
+                list(names),
+                bool(config.get("vissl_lite", {}).get("multi_label", False)),
+            )
     raise UserError(f"no model at {folder}: give a run of finetune, or its model folder")

@@ -1,0 +1,73 @@
+import logging
+
+import pytest
+import torch
+
+from vissl_lite.encoder import build_encoder
+from vissl_lite.transfer.pyramid import Pyramid, freeze_norms, report_use
+
+BACKBONES = ("test_resnet", "test_vit", "test_convnext", "vit_slim_patch4_32")
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("finest", [4, 8])
+def test_maps_have_the_strides_that_it_names(backbone: str, finest: int) -> None:
+    encoder = build_encoder(backbone, 64)
+    pyramid = Pyramid(encoder, 32, finest)
+    maps = pyramid(encoder.stages(torch.zeros(2, 3, 64, 96)))
+    assert len(maps) == len(pyramid.strides) >= 2
+    assert pyramid.strides == sorted(pyramid.strides)
+    for level, stride in zip(maps, pyramid.strides, strict=True):
+        assert level.shape == (2, 32, 64 // stride, 96 // stride)
+
+
+def test_maps_finer_than_asked_for_are_left_out() -> None:
+    encoder = build_encoder("test_resnet", 64)
+    assert Pyramid(encoder, 32, finest=4).strides == [4, 8, 16, 32]
+    assert Pyramid(encoder, 32, finest=8).strides == [8, 16, 32]
+
+
+def test_the_two_coarsest_maps_stay_whatever_is_asked_for() -> None:
+    encoder = build_encoder("vit_slim_patch4_32", 32)
+    assert Pyramid(encoder, 32, finest=8).strides == [4, 8]
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_vit"])
+def test_gradient_reaches_the_first_layer(backbone: str) -> None:
+    encoder = build_encoder(backbone, 64)
+    pyramid = Pyramid(encoder, 32)
+    total = sum(level.square().sum() for level in pyramid(encoder.stages(torch.rand(2, 3, 64, 64))))
+    assert isinstance(total, torch.Tensor)
+    total.backward()
+    first = next(encoder.parameters())
+    assert first.grad is not None
+    assert first.grad.abs().sum() > 0
+    assert all(p.grad is not None for p in pyramid.parameters())
+
+
+def test_frozen_norms_keep_their_statistics_and_their_parameters() -> None:
+    encoder = build_encoder("test_resnet", 64)
+    encoder.train()
+    freeze_norms(encoder)
+    norms = {name for name, m in encoder.named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
+    assert norms
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    encoder(torch.rand(4, 3, 64, 64)).sum().backward()
+    for name, parameter in encoder.named_parameters():
+        assert parameter.requires_grad != (name.rpartition(".")[0] in norms), name
+    assert all(torch.equal(before[name], tensor) for name, tensor in encoder.state_dict().items())
+
+
+def test_the_log_says_how_many_tensors_are_used(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("vissl_lite")
+    was, logger.propagate = logger.propagate, True
+    try:
+        with caplog.at_level(logging.INFO):
+            report_use(build_encoder("test_resnet", 64), "runs/a")
+            report_use(build_encoder("test_vit", 64), "runs/b")
+    finally:
+        logger.propagate = was
+    resnet, vit = caplog.messages
+    total = len(list(build_encoder("test_resnet", 64).parameters()))
+    assert resnet == f"{total} of the {total} tensors of runs/a are used"
+    assert "not used: norm.weight, norm.bias" in vit

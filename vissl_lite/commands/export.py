@@ -1,0 +1,379 @@
+"""``vissl-lite export``: an encoder or a model as a file that runs without vissl_lite."""
+
+import importlib.util
+import json
+import logging
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import timm
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from vissl_lite import __version__
+from vissl_lite.data.images import find_images
+from vissl_lite.encoder import Normalize, first_line
+from vissl_lite.encoder_folder import CONFIG, WEIGHTS, load_encoder
+from vissl_lite.errors import UserError, check_count
+from vissl_lite.inference import CentredImages
+from vissl_lite.run import console
+from vissl_lite.transfer.base import find_model
+from vissl_lite.transfer.classification import load_classifier
+from vissl_lite.transfer.segmentation import load_segmenter
+
+# Largest difference between what is written and torch, as a share of the largest output.
+TOLERANCE = 1e-3
+
+# Of ONNX's operators: old enough for the runtimes in use, and the exporter's own in every version.
+OPSET = 18
+
+CHECKED = 4  # images to check by, as a batch of one and a batch of three
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was exported.
+
+    Attributes:
+        path: the ONNX file, or the folder in timm's format.
+        task: encoder, classification or segmentation.
+        difference: the largest one from torch's outputs, as a share of the largest of these.
+    """
+
+    path: Path
+    task: str
+    difference: float
+
+
+@dataclass(frozen=True)
+class _Network:
+    """A model from decoded images to what a user wants to know.
+
+    Attributes:
+        layers: how to normalise, the model, and the last step: ``(B, 3, H, W)`` uint8 to floats.
+        task: encoder, classification or segmentation.
+        output: the name of what comes out.
+        image_size: side in pixels.
+        timm_folder: where it stands in timm's format; None where it does not.
+        about: more facts for users of the ONNX file, by name.
+        any_size: whether images of other sizes mean something to it.
+    """
+
+    layers: nn.Sequential
+    task: str
+    output: str
+    image_size: int
+    timm_folder: Path | None
+    about: dict[str, str] = field(default_factory=dict)
+    any_size: bool = False
+
+
+def export(
+    out: str,
+    encoder: str | None = None,
+    model: str | None = None,
+    format: Literal["onnx", "safetensors"] = "onnx",
+    image_size: int | None = None,
+    check_data: list[str] | str | None = None,
+    overwrite: bool = False,
+) -> ExportResult:
+    """Write an encoder or a fine-tuned model for use without vissl_lite, and check it.
+
+    An ONNX file takes decoded RGB images, (B, 3, H, W) uint8, and normalises them itself; out come
+    features of an encoder and probabilities of a model.
+
+    Args:
+        out: What to write: FILE.onnx, or for safetensors a folder that timm.create_model loads.
+        encoder: A run, an encoder folder, timm:NAME (pre-trained weights) or random:NAME.
+        model: A run of finetune, or the model folder in it; instead of --encoder.
+        format: onnx, or safetensors in timm's format.
+        image_size: Side in pixels of an ONNX file's images; default the encoder's or model's.
+        check_data: Folders of images, or .txt files of paths, to compare with torch by; default
+            images made up for it.
+        overwrite: Replace what is in --out.
+
+    Returns:
+        What was written, and how far its outputs are from torch's.
+
+    Raises:
+        UserError: something that was given can't work; nothing is written then.
+        RuntimeError: the outputs are not torch's; nothing is written then.
+    """
+    if (encoder is None) == (model is None):
+        raise UserError("give what to export: --encoder or --model, one of the two")
+    check_count("image_size", image_size)
+    path = Path(out)
+    _check_out(path, format, overwrite)
+    if format == "onnx":
+        _check_packages()
+    elif image_size is not None:
+        raise UserError("--image_size is for --format onnx: a timm folder is copied as it is")
+    if encoder is not None:
+        network = _encoder_network(encoder, image_size)
+    else:
+        assert model is not None
+        network = _model_network(model)
+    network.layers.eval()
+    if image_size is not None:
+        network = _at_size(network, image_size)
+    images = _images_to_check(check_data, network.image_size)
+    batches = [images[:1], images[1:]]
+    with _draft(path if format == "onnx" else path / CONFIG) as draft:
+        if format == "onnx":
+            difference = _make_onnx(network, batches, draft / path.name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(draft / path.name, path)
+        else:
+            difference = _make_timm_folder(network, batches, draft)
+            path.mkdir(parents=True, exist_ok=True)
+            for name in (WEIGHTS, CONFIG):
+                os.replace(draft / name, path / name)
+    source = "made-up" if check_data is None else "given"
+    for line in (
+        f"{path}: {network.task}, images of {network.image_size} pixels",
+        f"checked on {CHECKED} {source} images: differs from torch by {difference:.1e} of the "
+        f"largest output",
+    ):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    return ExportResult(path, network.task, difference)
+
+
+def _check_out(out: Path, format: str, overwrite: bool) -> None:
+    """Refuse a place that must not be written to. Nothing is changed yet."""
+    if format == "onnx":
+        if out.suffix.lower() != ".onnx" or out.is_dir():
+            raise UserError(f"--out {out} is no ONNX file: give a name that ends in .onnx")
+        if out.exists() and not overwrite:
+            raise UserError(f"{out} exists: give a new file, or --overwrite")
+    else:
+        if out.is_file() or out.suffix.lower() in (".onnx", ".safetensors"):
+            raise UserError(f"--out {out} is a file: for safetensors give a folder")
+        inside = {entry.name for entry in out.iterdir()} if out.is_dir() else set()
+        if inside - {CONFIG, WEIGHTS}:
+            raise UserError(f"{out} holds other files: give a new folder with --out")
+        if inside and not overwrite:
+            raise UserError(f"{out} holds an encoder or a model: give a new folder, or --overwrite")
+    parent = next(p for p in out.absolute().parents if p.exists())
+    if not parent.is_dir():
+        raise UserError(f"{out} can't be made: {parent} is a file")
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"{out} can't be written: no permission in {parent}")
+
+
+def _check_packages() -> None:
+    needed = ("onnx", "onnxscript", "onnxruntime")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"--format onnx needs {', '.join(missing)}: "
+                        f"pip install 'vissl-lite[export]'")  # fmt: skip
+
+
+def _encoder_network(source: str, image_size: int | None) -> _Network:
+    encoder = load_encoder(source, image_size)
+    # not `encoder` itself, whose care for bf16 on small images the exporter can't follow
+    layers = nn.Sequential(Normalize(encoder.mean, encoder.std), encoder.model, nn.Identity())
+    places = (Path(source), Path(source) / "encoder")
+    folder = next((place for place in places if (place / CONFIG).is_file()), None)
+    return _Network(layers, "encoder", "features", encoder.image_size, folder)
+
+
+def _classification_network(folder: Path) -> _Network:
+    loaded = load_classifier(folder)
+    last = nn.Sigmoid() if loaded.multi_label else nn.Softmax(dim=1)
+    layers = nn.Sequential(loaded.normalize, loaded.model, last)
+    about = {"classes": json.dumps(loaded.classes), "multi_label": json.dumps(loaded.multi_label)}
+    return _Network(layers, "classification", "probabilities", loaded.image_size, folder, about)
+
+
+def _segmentation_network(folder: Path) -> _Network:
+    segmenter, classes = load_segmenter(folder)
+    encoder = segmenter.encoder
+    layers = nn.Sequential(Normalize(encoder.mean, encoder.std), segmenter, nn.Softmax(dim=1))
+    about = {"classes": json.dumps(classes)}
+    return _Network(
+        layers, "segmentation", "probabilities", encoder.image_size, None, about, any_size=True
+    )
+
+
+# By the task of a model: from its folder to its network.
+_NETWORKS: dict[str, Callable[[Path], _Network]] = {
+    "classification": _classification_network,
+    "segmentation": _segmentation_network,
+}
+
+
+def _model_network(source: str) -> _Network:
+    folder, task = find_model(Path(source))
+    if task not in _NETWORKS:
+        raise UserError(f"{source}: models for {task} can't be exported yet, only their encoder: "
+                        f"--encoder {folder / 'encoder'}")  # fmt: skip
+    return _NETWORKS[task](folder)
+
+
+def _at_size(network: _Network, size: int) -> _Network:
+    try:
+        _outputs(network.layers, [torch.zeros(1, 3, size, size, dtype=torch.uint8)])
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise UserError(f"--image_size {size} does not suit the model: {first_line(error)}"
+                        ) from None  # fmt: skip
+    return replace(network, image_size=size)
+
+
+def _images_to_check(sources: list[str] | str | None, size: int) -> Tensor:
+    """``(CHECKED, 3, size, size)`` uint8: the first images that can be read, or made-up ones."""
+    if sources is None:
+        coarse = torch.rand(CHECKED, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+        smooth = F.interpolate(coarse, (size, size), mode="bicubic")
+        return (255 * smooth.clamp(0, 1)).to(torch.uint8)
+    paths = find_images([sources] if isinstance(sources, str) else sources)
+    images = CentredImages(paths, size)
+    read = (images[index] for index in range(len(paths)))
+    good = list(islice((image for image in read if image is not None), CHECKED))
+    if not good:
+        raise UserError(f"none of {len(paths)} images can be read, the first {paths[0]}")
+    return torch.stack((good * CHECKED)[:CHECKED])
+
+
+@contextmanager
+def _draft(out: Path) -> Iterator[Path]:
+    """A folder on the disk of the file ``out``, which is gone afterwards."""
+    place = next(parent for parent in out.absolute().parents if parent.exists())
+    with TemporaryDirectory(prefix=".vissl-lite-", dir=place) as folder:
+        yield Path(folder)
+
+
+def _outputs(layers: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
+    with torch.no_grad():
+        return [layers(batch) for batch in batches]
+
+
+def _compare(expected: Sequence[Tensor], found: Sequence[Tensor], what: str) -> float:
+    """The largest difference, as a share of the largest expected output of its batch.
+
+    Raises:
+        UserError: the expected outputs are not finite numbers.
+        RuntimeError: the difference is larger than ``TOLERANCE``.
+    """
+    if not all(one.isfinite().all() for one in expected):
+        raise UserError("the outputs are not finite numbers: the training has diverged; train it "
+                        "again with a lower --lr or a longer --warmup")  # fmt: skip
+    difference = max(
+        float((one - two).abs().max() / one.abs().max().clamp_min(1e-12))
+        if one.shape == two.shape
+        else math.inf
+        for one, two in zip(expected, found, strict=True)
+    )
+    if not difference <= TOLERANCE:  # so that what is not a number does not pass
+        raise RuntimeError(
+            f"{what} differs from torch by {difference:.2g} of the largest output, which is more "
+            f"than {TOLERANCE}: nothing was written"
+        )
+    return difference
+
+
+def _make_timm_folder(network: _Network, batches: list[Tensor], draft: Path) -> float:
+    """Copy a network's folder in timm's format and load the copy with timm alone."""
+    folder = network.timm_folder
+    if folder is None and network.task == "encoder":
+        raise UserError("--format safetensors copies an encoder folder: there is none to timm:NAME "
+                        "and random:NAME, which timm builds by name")  # fmt: skip
+    if folder is None:
+        raise UserError(f"--format safetensors is for encoders and classifiers: of a model for "
+                        f"{network.task} the folder encoder is in timm's format already"
+                        )  # fmt: skip
+    for name in (WEIGHTS, CONFIG):
+        shutil.copyfile(folder / name, draft / name)
+    normalize, _, last = network.layers
+    loaded = timm.create_model(f"local-dir:{draft}", pretrained=True).eval()
+    expected = _outputs(network.layers, batches)
+    found = _outputs(nn.Sequential(normalize, loaded, last), batches)
+    if found[0].shape != expected[0].shape:
+        raise UserError(f"{folder} holds a classifier too: export it with --model")
+    return _compare(expected, found, "the folder that timm loads")
+
+
+def _make_onnx(network: _Network, batches: list[Tensor], file: Path) -> float:
+    """Write a network as an ONNX file and run it in ONNX Runtime."""
+    import onnx
+    import onnxruntime
+
+    if sum(p.numel() * p.element_size() for p in network.layers.parameters()) > 2e9:
+        raise UserError("the weights take more than the 2 GB that an ONNX file can hold")
+    if network.any_size:  # odd ones too
+        size = network.image_size
+        batches = [*batches, batches[0].repeat(1, 1, 1, 2)[..., : size + size // 2 + 1]]
+    expected = _outputs(network.layers, batches)
+    program = _trace(network)
+    names = {"size": str(network.image_size), "version": __version__}
+    onnx.helper.set_model_props(program, {"task": network.task, **network.about, **names})
+    program.doc_string = (
+        f"images: uint8 RGB as decoded, the shorter side resized to {network.image_size} pixels"
+        f"{'' if network.any_size else ', the central square taken'}; they are normalised inside"
+    )
+    onnx.save(program, file)
+    onnx.checker.check_model(str(file), full_check=True)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only
+    session = onnxruntime.InferenceSession(str(file), options, ["CPUExecutionProvider"])
+    if not isinstance(session.get_inputs()[0].shape[3], str):
+        batches, expected = batches[:2], expected[:2]
+    found = [torch.from_numpy(session.run(None, {"images": b.numpy()})[0]) for b in batches]
+    return _compare(expected, found, "the ONNX file")
+
+
+def _trace(network: _Network) -> Any:
+    """The network as an ``onnx.ModelProto``; sizes stay free if the exporter manages that.
+
+    Raises:
+        UserError: torch's exporter can't do this model.
+    """
+    for module in network.layers.modules():
+        if hasattr(module, "fused_attn"):  # timm's: the exporter stumbles over some, as in BEiT
+            module.fused_attn = False  # type: ignore[assignment]
+    size = network.image_size
+
+    def trace(width: int, free: dict[int, str]) -> Any:
+        # Two images: torch.export takes a batch of one for a constant.
+        example = torch.zeros(2, 3, size, width, dtype=torch.uint8)
+        with _silence():
+            program = torch.onnx.export(
+                network.layers, (example,), dynamo=True, verbose=False, external_data=False,
+                input_names=["images"], output_names=[network.output], opset_version=OPSET,
+                dynamic_shapes=(free,),
+            )  # fmt: skip
+        assert program is not None
+        return program.model_proto
+
+    ways: list[Callable[[], Any]] = [lambda: trace(size, {0: "batch"})]
+    if network.any_size:  # an example that is no square: torch.export takes equal sides for one
+        ways.insert(0, lambda: trace(2 * size, {0: "batch", 2: "height", 3: "width"}))
+    for way in ways:
+        try:
+            return way()
+        except torch.onnx.OnnxExporterError as error:
+            cause = error.__cause__
+            reason = first_line(cause if isinstance(cause, Exception) else error)
+    raise UserError(f"torch {torch.__version__} can't export this model to ONNX: {reason}")
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Nothing on the terminal of what the exporter tells its developers."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

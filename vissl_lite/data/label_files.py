@@ -1,0 +1,176 @@
+"""Labels as they lie on the disk: class folders, or a CSV file in one of several forms."""
+
+import csv
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from vissl_lite.data.images import find_images
+from vissl_lite.data.splits import VAL_NAMES
+from vissl_lite.errors import UserError
+
+_PATH_COLUMNS = ("path", "image", "file", "filename")
+_LABEL_COLUMNS = ("label", "class")
+
+# What stands between names: in a column labels; in a column label, where a comma may be part of
+# a name (a column class is never divided).
+SEPARATORS, LABEL_SEPARATORS = "[|;,]", "[|;]"
+
+# Cells of a column that stands for a class; pandas writes 1.0 where other cells are empty.
+_YES, _NO = frozenset({"1", "1.0", "true"}), frozenset({"0", "0.0", "false", ""})
+
+_Rows = list[dict[str, str]]
+
+
+class FoundLabels(NamedTuple):
+    """What class folders or a CSV file say about images.
+
+    Attributes:
+        images: path, and the names of the classes: one, unless this is multi-label.
+        splits: train, val or test for each image; None where nothing is said.
+        multi_label: whether an image may have several classes, or none.
+        classes: names that are known without an image, from the header.
+        note: what the log of a run should say about how the labels were read.
+    """
+
+    images: list[tuple[str, tuple[str, ...]]]
+    splits: list[str] | None = None
+    multi_label: bool = False
+    classes: Sequence[str] = ()
+    note: str = ""
+
+
+class _Column(NamedTuple):
+    """The labels of the rows of a CSV file; the rest as in ``FoundLabels``."""
+
+    names: list[tuple[str, ...]]
+    multi_label: bool = False
+    classes: Sequence[str] = ()
+    note: str = ""
+
+
+def read_folder(folder: Path) -> FoundLabels:
+    """Labels from ``train/<class>/*`` (with ``test/`` and perhaps ``val/``) or ``<class>/*``.
+
+    Raises:
+        UserError: there are no class folders, or one has no images.
+    """
+    if not (folder / "train").is_dir():
+        return FoundLabels(_class_folders(folder))
+    val = next((folder / name for name in VAL_NAMES if (folder / name).is_dir()), folder / "val")
+    images, splits = [], []
+    for name, part in (("train", folder / "train"), ("val", val), ("test", folder / "test")):
+        found = _class_folders(part) if part.is_dir() else []
+        images += found
+        splits += [name] * len(found)
+    return FoundLabels(images, splits)
+
+
+def _class_folders(folder: Path) -> list[tuple[str, tuple[str, ...]]]:
+    classes = sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+    if not classes:
+        raise UserError(f"{folder} has no class folders: expected {folder}/<class>/*.jpg")
+    return [(path, (one.name,)) for one in classes for path in find_images([one])]
+
+
+def read_csv(file: Path) -> FoundLabels:
+    """Labels from a CSV file; ``load_labelled`` says which forms there are.
+
+    Returns:
+        The images sorted by path, so that no split depends on the order of rows.
+
+    Raises:
+        UserError: the file can't be read, lacks a column or a value, or names missing files.
+    """
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as opened:
+            reader = csv.DictReader(opened)
+            rows = list(reader)
+            columns = list(reader.fieldnames or [])
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{file} can't be read as a CSV file: {error}") from None
+    path = next((name for name in _PATH_COLUMNS if name in columns), None)
+    if path is None:
+        raise UserError(f"{file} has no column {' or '.join(_PATH_COLUMNS)}: it has "
+                        f"{', '.join(columns)}")  # fmt: skip
+    if not rows:
+        raise UserError(f"{file} has no rows")
+    _cells(file, rows, path)
+    rows.sort(key=lambda row: row[path])
+    labels = _labels(file, columns, rows, path)
+    paths = [str(file.parent / row[path]) for row in rows]
+    missing = [one for one in paths if not Path(one).is_file()]
+    if missing:
+        raise UserError(f"{file} names {len(missing)} missing files, the first {missing[0]}")
+    splits = _splits(file, rows) if "split" in columns else None
+    images = list(zip(paths, labels.names, strict=True))
+    return FoundLabels(images, splits, labels.multi_label, labels.classes, labels.note)
+
+
+def _cells(file: Path, rows: _Rows, column: str, may_be_empty: bool = False) -> list[str]:
+    """A column; a row that is cut short is an error, and so is an empty cell unless allowed."""
+    for row in rows:
+        if row[column] is None or not (row[column] or may_be_empty):
+            raise UserError(f"{file} has a row whose {column} is missing: {row}")
+    return [row[column] for row in rows]
+
+
+def _splits(file: Path, rows: _Rows) -> list[str]:
+    splits = ["val" if row["split"] in VAL_NAMES else row["split"] for row in rows]
+    unknown = [name for name in splits if name not in ("train", "val", "test")]
+    if unknown:
+        raise UserError(f"{file}: the split {unknown[0]!r} is none of train, val, test")
+    if "train" not in splits:
+        raise UserError(f"{file} has no training images (split train)")
+    return splits
+
+
+def _labels(file: Path, columns: list[str], rows: _Rows, path: str) -> _Column:
+    one = next((name for name in _LABEL_COLUMNS if name in columns), None)
+    if one is not None:
+        cells = _cells(file, rows, one)
+        divided = next((cell for cell in cells if re.search(LABEL_SEPARATORS, cell)), None)
+        if one == "class" or divided is None:
+            return _Column([(cell,) for cell in cells])
+        note = (f"{file}: {divided!r} is read as several labels of one image; call the column "
+                f"class to have names taken as they stand")  # fmt: skip
+        return _Column([_divide(cell, LABEL_SEPARATORS) for cell in cells], True, note=note)
+    if "labels" in columns:
+        cells = _cells(file, rows, "labels", may_be_empty=True)
+        return _Column([_divide(cell, SEPARATORS) for cell in cells], True)
+    return _class_columns(file, columns, rows, path)
+
+
+def _divide(cell: str, separators: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in re.split(separators, cell) if name.strip())
+
+
+def _class_columns(file: Path, columns: list[str], rows: _Rows, path: str) -> _Column:
+    """Labels from a column for each class, of 0 and 1 alone.
+
+    Columns without any 0 or 1, such as notes, are left out; in one that holds something else
+    beside them a label may have gone wrong, so that is an error.
+    """
+    has: dict[str, list[bool]] = {}
+    left_out = []
+    for column in columns:
+        if column in (path, "split") or not column.strip():  # pandas' row numbers have no name
+            continue
+        cells = [cell.strip().lower() for cell in _cells(file, rows, column, may_be_empty=True)]
+        odd = [cell for cell in cells if cell not in _YES | _NO]
+        if not odd:
+            has[column.strip()] = [cell in _YES for cell in cells]
+        elif any(cell and cell not in odd for cell in cells):
+            raise UserError(f"{file}: the column {column} has {odd[0]!r} beside 0 and 1; without a "
+                            f"column label or labels, the column of a class holds 0 or 1, and "
+                            f"other columns neither")  # fmt: skip
+        else:
+            left_out.append(column)
+    if not has:
+        raise UserError(f"{file} has no column {' or '.join(_LABEL_COLUMNS)}: it has "
+                        f"{', '.join(columns)}; for several labels an image give a column labels, "
+                        f"or one of 0 and 1 for each class")  # fmt: skip
+    names = [tuple(name for name in has if has[name][row]) for row in range(len(rows))]
+    note = f"{file}: left out, as no 0 or 1 is in them: {', '.join(left_out)}" if left_out else ""
+    return _Column(names, True, list(has), note)

@@ -1,0 +1,303 @@
+"""Detection: fine-tune an encoder into a detector, on images with boxes."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torchmetrics.detection import MeanAveragePrecision
+from torchvision.ops import box_iou
+
+from vissl_lite.data.boxes import BoxedImage, LabelledBoxes
+from vissl_lite.data.images import read_image
+from vissl_lite.data.stream import Batch, Item, KeyedDataset
+from vissl_lite.data.views import BoxView, box_pipeline
+from vissl_lite.encoder import Encoder, Normalize
+from vissl_lite.errors import UserError
+from vissl_lite.optim import build_optimizer_with_head
+from vissl_lite.run import MetricsFile
+from vissl_lite.training.hardware import Hardware
+from vissl_lite.transfer.base import (
+    HEAD,
+    Judgement,
+    TransferSettings,
+    load_with_head,
+    save_with_head,
+    train,
+)
+from vissl_lite.transfer.detector import Detections, Detector, Kind, choose_canvas, detect
+from vissl_lite.transfer.pyramid import freeze_norms
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorSettings(TransferSettings):
+    """How to train a detector.
+
+    Attributes:
+        kind: which of torchvision's detectors.
+        frozen_norm: leave the encoder's BatchNorms as they are.
+    """
+
+    kind: Kind = "fcos"
+    frozen_norm: bool = True
+
+
+class _DetectorTask(pl.LightningModule):
+    """A detector, and how it is trained."""
+
+    def __init__(self, detector: Detector, normalize: Normalize, settings: DetectorSettings):
+        super().__init__()
+        self.detector, self.normalize, self.settings = detector, normalize, settings
+        if settings.frozen:
+            detector.encoder.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "_DetectorTask":
+        super().train(mode)
+        if self.settings.frozen:
+            self.detector.encoder.eval()
+        elif self.settings.frozen_norm:
+            freeze_norms(self.detector.encoder)
+        return self
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        targets = [{"boxes": boxes, "labels": labels} for boxes, labels in batch.targets]
+        losses = self.detector.losses(self.normalize(batch.views[0]), targets)
+        loss = torch.stack(list(losses.values())).sum()
+        self.log("loss", loss.detach())
+        return loss
+
+    def configure_optimizers(self) -> Optimizer:
+        encoder = self.detector.encoder.model
+        return build_optimizer_with_head(encoder, self.detector, self.settings.optimizer)
+
+
+class BoxDataset(KeyedDataset):
+    """Decodes images and makes their training views, boxes included.
+
+    Args:
+        images: with their boxes; the ignored ones are left out.
+        canvas: height and width of a view.
+        settings: smallest crop, whether images have an up, seed.
+    """
+
+    def __init__(
+        self, images: Sequence[BoxedImage], canvas: tuple[int, int], settings: DetectorSettings
+    ) -> None:
+        super().__init__([image.path for image in images], settings.seed)
+        self.images = images
+        self.view = BoxView(box_pipeline(canvas, settings.smallest_crop, settings.upright))
+        self.shortest = round(min(canvas) * settings.smallest_crop**-0.5)
+
+    def item(self, epoch: int, index: int) -> Item:
+        """A view of one image; its target is ``(N, 4)`` boxes and ``(N,)`` labels."""
+        truth = self.images[index]
+        image = read_image(truth.path, self.shortest)
+        kept = ~truth.ignored
+        boxes = truth.boxes[kept] * (image.shape[1] / truth.size[1])
+        view, boxes, labels = self.view(image, boxes, truth.labels[kept], self.seed, epoch, index)
+        large = ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(axis=1)
+        target = torch.from_numpy(boxes[large]), torch.from_numpy(labels[large])
+        return Item([view], index, [], target)
+
+
+@dataclass(frozen=True)
+class DetectionScores:
+    """How well a detector does.
+
+    Attributes:
+        map: mean average precision over IoU thresholds from 0.5 to 0.95, as COCO computes it.
+        map_50: at IoU 0.5.
+        per_class: by class name, ``{"ap": ...}``; classes without a box are left out.
+        found: for each readable image what was found.
+        images: these images.
+    """
+
+    map: float
+    map_50: float
+    per_class: dict[str, dict[str, float]]
+    found: list[Detections]
+    images: list[BoxedImage]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """``map`` and ``map_50``."""
+        return {"map": self.map, "map_50": self.map_50}
+
+
+def score_detector(
+    detector: Detector,
+    part: Sequence[BoxedImage],
+    classes: Sequence[str],
+    progress: Callable[[int], None] | None = None,
+) -> DetectionScores:
+    """Score a detector on images with boxes.
+
+    Args:
+        detector: from ``train_detector``.
+        part: the images.
+        classes: their names.
+        progress: called with the number of images done since the last call.
+    """
+    found, _, good = detect(detector, [image.path for image in part], progress)
+    images = [image for image, fine in zip(part, good, strict=True) if fine]
+    metric = MeanAveragePrecision(class_metrics=True, backend="faster_coco_eval")
+    metric.warn_on_many_detections = False
+    metric.update(
+        [
+            {
+                "boxes": torch.from_numpy(one.boxes),
+                "scores": torch.from_numpy(one.scores),
+                "labels": torch.from_numpy(one.labels),
+            }
+            for one in found
+        ],
+        [
+            {
+                "boxes": torch.from_numpy(image.boxes),
+                "labels": torch.from_numpy(image.labels),
+                "iscrowd": torch.from_numpy(image.ignored.astype(np.int64)),
+            }
+            for image in images
+        ],
+    )
+    values = metric.compute()
+    numbers, precisions = values["classes"].reshape(-1), values["map_per_class"].reshape(-1)
+    per_class = {
+        classes[int(number)]: {"ap": float(precision)}
+        for number, precision in zip(numbers, precisions, strict=True)
+        if precision >= 0
+    }
+    return DetectionScores(
+        max(0.0, float(values["map"])),
+        max(0.0, float(values["map_50"])),
+        per_class,
+        found,
+        images,
+    )
+
+
+def best_threshold(found: Sequence[Detections], images: Sequence[BoxedImage]) -> float:
+    """The score from which on to believe boxes, so that F1 is best at IoU 0.5.
+
+    Args:
+        found: for each image, best first.
+        images: the truth.
+
+    Returns:
+        The score; 0.5 where nothing is found rightly.
+    """
+    scores, right, wanted = [], [], 0
+    for one, image in zip(found, images, strict=True):
+        truth, labels = image.boxes[~image.ignored], image.labels[~image.ignored]
+        wanted += len(truth)
+        overlap = box_iou(torch.from_numpy(one.boxes), torch.from_numpy(truth)).numpy()
+        overlap[one.labels[:, None] != labels[None]] = 0
+        for row, score in zip(overlap, one.scores, strict=True):
+            best = int(row.argmax()) if len(row) else 0
+            hit = len(row) > 0 and row[best] >= 0.5
+            if hit:
+                overlap[:, best] = 0  # each true box is found once
+            scores.append(float(score))
+            right.append(hit)
+    if not any(right):
+        return 0.5
+    order = np.argsort(-np.array(scores), kind="stable")
+    hits = np.cumsum(np.array(right)[order])
+    f1 = 2 * hits / (np.arange(1, len(hits) + 1) + wanted)
+    return float(np.array(scores)[order][f1.argmax()])
+
+
+def train_detector(
+    encoder: Encoder,
+    data: LabelledBoxes,
+    settings: DetectorSettings,
+    hardware: Hardware | None = None,
+    metrics: MetricsFile | None = None,
+    title: str = "finetune",
+) -> Detector:
+    """Fine-tune a copy of an encoder into a detector. The test part is not looked at.
+
+    Args:
+        encoder: left as it is.
+        data: trained on ``train``; the weights with the best mean average precision on ``val`` are
+            kept, the last ones where ``val`` is empty.
+        settings: how.
+        hardware: where; default one device.
+        metrics: where what is logged goes.
+        title: of the progress bar.
+
+    Raises:
+        UserError: the batch is larger than the training part.
+    """
+    batch_size = settings.batch(len(data.train), usual=8)
+    canvas = choose_canvas(data.train, encoder)
+    torch.manual_seed(settings.seed)  # the new head's weights
+    detector = Detector(copy.deepcopy(encoder), len(data.classes), settings.kind, canvas)
+    task = _DetectorTask(detector, Normalize(encoder.mean, encoder.std), settings)
+
+    def judge() -> Judgement:
+        scores = score_detector(detector, data.val, data.classes)
+        values = {"val_map": scores.map, "val_map_50": scores.map_50}
+        return Judgement((scores.map, scores.map_50), values)
+
+    look = judge if data.val else None
+    dataset = BoxDataset(data.train, canvas, settings)
+    train(task, detector, dataset, batch_size, settings, look, hardware, metrics, title)
+    judged = score_detector(detector, data.val or data.train, data.classes)
+    detector.threshold = best_threshold(judged.found, judged.images)
+    return detector
+
+
+def save_detector(
+    detector: Detector,
+    folder: Path,
+    classes: Sequence[str],
+    about: dict[str, Any],
+) -> None:
+    """Write a model folder; see ``save_with_head``.
+
+    Args:
+        detector: from ``train_detector``.
+        folder: where.
+        classes: their names.
+        about: more to say.
+    """
+    what = {
+        "task": "detection",
+        "classes": list(classes),
+        "detector": detector.kind,
+        "canvas": list(detector.canvas),
+        "threshold": detector.threshold,
+    }
+    save_with_head(detector, detector.encoder, folder, {**what, **about})
+
+
+def load_detector(folder: Path) -> tuple[Detector, list[str]]:
+    """Load what ``save_detector`` wrote.
+
+    Args:
+        folder: the model folder.
+
+    Returns:
+        The detector and the names of its classes.
+
+    Raises:
+        UserError: the folder is damaged.
+    """
+
+    def build(encoder: Encoder, about: dict[str, Any]) -> Detector:
+        if about["detector"] not in get_args(Kind):
+            raise UserError(f"{folder / HEAD} names an unknown detector: {about['detector']}")
+        height, width = about["canvas"]
+        detector = Detector(encoder, len(about["classes"]), about["detector"], (height, width))
+        detector.threshold = float(about["threshold"])
+        return detector
+
+    detector, about = load_with_head(folder, build)
+    return detector, list(about["classes"])

@@ -1,0 +1,129 @@
+"""A feature pyramid over an encoder's stages: what detectors and segmenters stand on."""
+
+import logging
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.ops import FeaturePyramidNetwork
+
+from vissl_lite.encoder import Encoder
+
+log = logging.getLogger(__name__)
+
+
+class Pyramid(nn.Module):
+    """Maps of equal depth at several strides.
+
+    For a convolutional or hierarchical encoder the feature pyramid network of Lin et al. 2017; for
+    a plain ViT, whose stages all have one stride, the simple feature pyramid of its last map (Li et
+    al. 2022, ViTDet, section 3). GroupNorm stands where batches of two would upset BatchNorm.
+
+    Args:
+        encoder: whose ``stages`` come in.
+        channels: of each map that goes out, a multiple of 8.
+        finest: smallest stride in pixels that is wanted. Maps that are finer are left out, but for
+            the two coarsest, which always stay.
+
+    Attributes:
+        channels: as given.
+        strides: of the maps that go out, fine to coarse.
+    """
+
+    def __init__(self, encoder: Encoder, channels: int, finest: int = 4) -> None:
+        super().__init__()
+        self.channels = channels
+        size = encoder.image_size
+        shapes = encoder.stage_shapes(size, size)
+        depths = [depth for depth, _, _ in shapes]
+        strides = [max(1, round(size / width)) for _, _, width in shapes]
+        self.plain = len(set(strides)) == 1 and len(strides) > 1
+        if self.plain:
+            depth, stride = depths[-1], strides[-1]
+            offered = [stride * scale // 4 for scale in (1, 2, 4, 8) if stride * scale >= 4]
+            self.strides = _wanted(offered, finest)
+            self.levels = nn.ModuleList(
+                _simple_level(depth, channels, stride, wanted) for wanted in self.strides
+            )
+        else:
+            last = {stride: index for index, stride in enumerate(strides)}
+            self.strides = _wanted(sorted(last), finest)
+            self.chosen = [last[stride] for stride in self.strides]
+            self.fpn = FeaturePyramidNetwork(
+                [depths[index] for index in self.chosen], channels, norm_layer=group_norm
+            )
+
+    def forward(self, stages: list[Tensor]) -> list[Tensor]:
+        """The maps of a pyramid.
+
+        Args:
+            stages: of the encoder, ``(B, C_i, H_i, W_i)``, fine to coarse.
+
+        Returns:
+            ``(B, channels, H / stride, W / stride)`` for each of the strides.
+        """
+        if self.plain:
+            return [level(stages[-1]) for level in self.levels]
+        chosen = OrderedDict((str(index), stages[index]) for index in self.chosen)
+        return list(self.fpn(chosen).values())
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm of groups of at least four channels, 32 groups at most (Wu & He 2018)."""
+    return nn.GroupNorm(min(32, channels // 4), channels)
+
+
+def _wanted(strides: list[int], finest: int) -> list[int]:
+    coarse = [stride for stride in strides if stride >= finest]
+    return coarse if len(coarse) >= 2 else strides[-2:]
+
+
+def _simple_level(depth: int, channels: int, stride: int, wanted: int) -> nn.Sequential:
+    """One level of ViTDet's pyramid: the map enlarged or shrunk, then two convolutions."""
+    steps: list[nn.Module] = []
+    while wanted < stride:
+        steps += [nn.ConvTranspose2d(depth, depth // 2, 2, stride=2)]
+        depth, stride = depth // 2, stride // 2
+        if wanted < stride:
+            steps += [nn.GroupNorm(1, depth), nn.GELU()]
+    if wanted > stride:
+        steps.append(nn.MaxPool2d(2))
+    for size, before in ((1, depth), (3, channels)):
+        convolution = nn.Conv2d(before, channels, size, padding=size // 2, bias=False)
+        steps += [convolution, group_norm(channels)]
+    return nn.Sequential(*steps)
+
+
+def freeze_norms(encoder: nn.Module) -> None:
+    """Let an encoder's BatchNorms stand still, as batches of detectors are too small for them.
+
+    Their statistics and their affine parameters stay as pre-training left them (He et al. 2017,
+    Mask R-CNN). To be called after each ``train()``.
+    """
+    for module in encoder.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+            module.requires_grad_(False)
+
+
+def report_use(encoder: Encoder, source: str) -> None:
+    """Log how many of an encoder's tensors a pyramid's gradient reaches.
+
+    Args:
+        encoder: as the model holds it.
+        source: where its weights come from.
+    """
+    size = encoder.image_size
+    device = next(encoder.parameters()).device
+    was_training = encoder.training
+    encoder.eval()
+    images = torch.zeros(1, len(encoder.mean), size, size, device=device)
+    named = [(name, p) for name, p in encoder.named_parameters() if p.requires_grad]
+    total = sum(stage.sum() for stage in encoder.stages(images))
+    assert isinstance(total, Tensor)
+    reached = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
+    encoder.train(was_training)
+    unused = [name for (name, _), grad in zip(named, reached, strict=True) if grad is None]
+    log.info("%d of the %d tensors of %s are used%s", len(named) - len(unused), len(named), source,
+             f"; not used: {', '.join(unused)}" if unused else "")  # fmt: skip
