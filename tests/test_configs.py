@@ -7,13 +7,15 @@ import torch
 import yaml
 
 from vissl_lite.cli import _prepare, make_parser
+from vissl_lite.commands.finetune import finetune
 from vissl_lite.commands.pretrain import pretrain, whole_pretext
 from vissl_lite.encoder import build_encoder
 from vissl_lite.optim import build_optimizer, check_optimizer
 from vissl_lite.pretext import PRETEXTS, pretext_class
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-RECIPES = sorted(CONFIGS.glob("*/*.yaml"))
+TRANSFERS = sorted((CONFIGS / "sample").glob("*.yaml"))
+RECIPES = sorted(set(CONFIGS.glob("*/*.yaml")) - set(TRANSFERS))
 
 
 @pytest.mark.parametrize("folder", ["cifar10", "imagenette", "imagenet"])
@@ -33,6 +35,15 @@ def test_options_are_known_and_of_the_right_type(path: Path) -> None:
         if name != "pretext":
             assert options[name] == value
     check_optimizer(content.get("optimizer", "adamw"))
+
+
+@pytest.mark.parametrize("path", TRANSFERS, ids=lambda path: path.stem)
+def test_every_transfer_has_a_recipe_for_the_sample_data(path: Path) -> None:
+    given, _ = _prepare(finetune, ["--config", str(path), "--data", "DATA", "--out", "RUN"])
+    options = make_parser("finetune", finetune).parse_args(given).as_dict()
+    content = yaml.safe_load(path.read_text())
+    assert options["task"] == path.stem
+    assert {name: options[name] for name in content} == content
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -165,6 +165,8 @@ def test_what_is_needed_is_said(verb: str, refused: Refused) -> None:
         assert "--seeds 0 must be at least 1" in refused(verb, "--seeds", 0)
     elif verb == "list":
         assert "--what must be given" in refused(verb)
+    elif verb == "export":
+        assert "--out must be given" in refused(verb)
     else:
         error = refused(verb)
         assert "--data" in error

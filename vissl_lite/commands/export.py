@@ -125,7 +125,10 @@ def export(
         network = _model_network(model)
     network.layers.eval()
     if image_size is not None:
-        network = _at_size(network, image_size)
+        refusal = _refusal(network, image_size, image_size)
+        if refusal is not None:
+            raise UserError(f"--image_size {image_size} does not suit the model: {refusal}")
+        network = replace(network, image_size=image_size)
     images = _images_to_check(check_data, network.image_size)
     batches = [images[:1], images[1:]]
     with _draft(path if format == "onnx" else path / CONFIG) as draft:
@@ -200,8 +203,10 @@ def _segmentation_network(folder: Path) -> _Network:
     encoder = segmenter.encoder
     layers = nn.Sequential(Normalize(encoder.mean, encoder.std), segmenter, nn.Softmax(dim=1))
     about = {"classes": json.dumps(classes)}
+    # The exporter takes hours to follow windows of attention, as in Swin, over a free size.
+    windows = any(hasattr(module, "window_size") for module in encoder.modules())
     return _Network(
-        layers, "segmentation", "probabilities", encoder.image_size, None, about, any_size=True
+        layers, "segmentation", "probabilities", encoder.image_size, None, about, not windows
     )
 
 
@@ -220,13 +225,13 @@ def _model_network(source: str) -> _Network:
     return _NETWORKS[task](folder)
 
 
-def _at_size(network: _Network, size: int) -> _Network:
+def _refusal(network: _Network, height: int, width: int) -> str | None:
+    """Why a network can't take images of this size; None if it can."""
     try:
-        _outputs(network.layers, [torch.zeros(1, 3, size, size, dtype=torch.uint8)])
+        _outputs(network.layers, [torch.zeros(1, 3, height, width, dtype=torch.uint8)])
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise UserError(f"--image_size {size} does not suit the model: {first_line(error)}"
-                        ) from None  # fmt: skip
-    return replace(network, image_size=size)
+        return first_line(error)
+    return None
 
 
 def _images_to_check(sources: list[str] | str | None, size: int) -> Tensor:
@@ -309,9 +314,11 @@ def _make_onnx(network: _Network, batches: list[Tensor], file: Path) -> float:
 
     if sum(p.numel() * p.element_size() for p in network.layers.parameters()) > 2e9:
         raise UserError("the weights take more than the 2 GB that an ONNX file can hold")
-    if network.any_size:  # odd ones too
-        size = network.image_size
-        batches = [*batches, batches[0].repeat(1, 1, 1, 2)[..., : size + size // 2 + 1]]
+    size = network.image_size
+    odd = size + size // 2 + 1
+    network = replace(network, any_size=network.any_size and not _refusal(network, size, odd))
+    if network.any_size:
+        batches = [*batches, batches[0].repeat(1, 1, 1, 2)[..., :odd]]
     expected = _outputs(network.layers, batches)
     program = _trace(network)
     names = {"size": str(network.image_size), "version": __version__}

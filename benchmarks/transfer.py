@@ -1,0 +1,157 @@
+"""Does pre-training help on small labelled sets? Detection, segmentation, classification.
+
+    python benchmarks/domains.py --data FOLDER --out DOMAINS
+    python benchmarks/transfer.py pretrain SET --data FOLDER --domains DOMAINS --out OUT
+    python benchmarks/transfer.py SET --data FOLDER --domains DOMAINS --out OUT --seeds 2
+
+``SET`` is ``bccd`` (detection), ``water`` (segmentation) or ``ucmerced`` (classification). Four
+arms each: an untrained ResNet-18, one pre-trained by us on the training images, an ImageNet-trained
+``tf_efficientnet_lite0``, and that one further pre-trained by us. All arms of a set get the same
+images, seeds and epochs; weights are chosen on validation images. Runs that are there are kept.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import keep
+
+import vissl_lite
+
+CONTRAST = {"name": "simclr", "temperature": 0.2, "smallest_crop": 0.25}
+COLOUR = {"name": "colorization"}
+
+# Pre-training of each set: images, pretext, side, batch, minutes from nothing and from ImageNet
+PRETRAIN: dict[str, tuple[str, dict[str, Any], int, int, float, float]] = {
+    "bccd": ("bccd-crops", COLOUR, 96, 32, 11, 9),
+    "ucmerced": ("ucmerced/train", CONTRAST, 96, 64, 16, 10),
+    "water": ("water-crops", CONTRAST, 64, 64, 4, 4),
+}
+
+
+def pretrain(name: str, given: argparse.Namespace) -> None:
+    images, pretext, size, batch, *minutes = PRETRAIN[name]
+    place = given.domains / images if (given.domains / images).exists() else given.data / images
+    starts = (
+        ("resnet18", "random", 1e-3),
+        ("tf_efficientnet_lite0", str(given.domains / "lite0"), 3e-4),
+    )
+    for (backbone, init, lr), time_budget in zip(starts, minutes, strict=True):
+        out = given.out / f"{name}-{'resnet18' if init == 'random' else 'lite0'}"
+        if not (out / "encoder" / "config.json").exists():
+            vissl_lite.pretrain(
+                data=str(place), out=str(out), pretext=pretext, backbone=backbone, init=init,
+                image_size=size, batch_size=batch, lr=lr, weight_decay=1e-4, upright=False,
+                max_time=round(60 * time_budget), num_workers=0, overwrite=True,
+            )  # fmt: skip
+
+
+def arms(name: str, given: argparse.Namespace) -> dict[str, str]:
+    return {
+        "untrained": "random:resnet18",
+        "ours": str(given.out / f"{name}-resnet18"),
+        "ImageNet": str(given.domains / "lite0"),
+        "ImageNet, then ours": str(given.out / f"{name}-lite0"),
+    }
+
+
+def once(out: Path, arguments: dict[str, Any]) -> dict[str, Any]:
+    """One fine-tuning, or what is left of an earlier one; with the CPU minutes that it took."""
+    file = out / "took.json"
+    if not file.exists():
+        shutil.rmtree(out, ignore_errors=True)
+        torch.manual_seed(arguments["seed"])
+        started = time.process_time()
+        vissl_lite.finetune(out=str(out), num_workers=0, **arguments)
+        file.write_text(json.dumps((time.process_time() - started) / 60))
+    found = json.loads((out / "results.json").read_text())
+    return {"test": found["test"], "cpu_minutes": json.loads(file.read_text())}
+
+
+def detection(given: argparse.Namespace, arm: str, encoder: str, seed: int) -> dict[str, Any]:
+    return once(
+        given.out / "bccd" / f"{arm}-{seed}",
+        {
+            "data": str(given.data / "bccd"), "task": "detection", "encoder": encoder,
+            "image_size": 320, "epochs": given.epochs or 15, "batch_size": 8, "upright": False,
+            "seed": seed, "patience": None, "lr": 1e-3,
+        },
+    )  # fmt: skip
+
+
+def segmentation(given: argparse.Namespace, arm: str, encoder: str, seed: int) -> dict[str, Any]:
+    return once(
+        given.out / "water" / f"{arm}-{seed}",
+        {
+            "data": str(given.domains / "water-rgb"), "task": "segmentation", "encoder": encoder,
+            "image_size": 128, "epochs": given.epochs or 40, "batch_size": 6, "upright": False,
+            "seed": seed, "patience": None,
+        },
+    )  # fmt: skip
+
+
+SHOTS = {1: 100, 5: 40, 10: 30, 40: 10}  # labels a class, epochs
+
+
+def classification(given: argparse.Namespace, arm: str, encoder: str, seed: int) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for shots, epochs in SHOTS.items():
+        some = {"shots": shots} if shots < 40 else {}
+        data = str(given.data / "ucmerced")
+        run = given.out / "ucmerced" / f"{arm}-{shots}-{seed}"
+        tuned = once(
+            run,
+            {
+                "data": data, "encoder": encoder, "image_size": 96, "epochs": epochs, **some,
+                "batch_size": 8 if shots == 1 else 24, "upright": False, "seed": seed,
+                "patience": None,
+            },
+        )  # fmt: skip
+        probed = run.with_name(f"{run.name}-probe")
+        if not (probed / "results.json").exists():
+            vissl_lite.probe(encoder, data, str(probed), image_size=96, seed=seed, overwrite=True,
+                             **some)  # fmt: skip
+        linear = json.loads((probed / "results.json").read_text())["linear"]
+        made[str(shots)] = {**tuned, "linear": linear}
+    return made
+
+
+SETS = {"bccd": detection, "water": segmentation, "ucmerced": classification}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", nargs="+", choices=[*SETS, "pretrain"])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--domains", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", help="part of them; the table waits for all")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--core", type=int, help="use this one core")
+    given = parser.parse_args()
+    if given.core is not None:
+        os.sched_setaffinity(0, {given.core})
+        torch.set_num_threads(1)
+    name = given.what[-1]
+    if given.what[0] == "pretrain":
+        pretrain(name, given)
+        raise SystemExit
+    results: dict[str, dict[str, Any]] = {}
+    for seed in given.seeds:
+        for arm, encoder in arms(name, given).items():
+            if given.arms and arm not in given.arms:
+                continue
+            results.setdefault(arm, {})[str(seed)] = SETS[name](given, arm, encoder, seed)
+            print(name, arm, seed, json.dumps(results[arm][str(seed)]), flush=True)
+    if not given.arms:
+        keep("transfer", {name: results})
+    for arm, runs in results.items():
+        if name != "ucmerced":
+            figures = {k: [run["test"][k] for run in runs.values()] for k in runs["0"]["test"]}
+            print(arm, {k: f"{np.mean(v):.3f} ± {np.std(v):.3f}" for k, v in figures.items()})
