@@ -79,8 +79,8 @@ def detection(given: argparse.Namespace, arm: str, encoder: str, seed: int) -> d
         given.out / "bccd" / f"{arm}-{seed}",
         {
             "data": str(given.data / "bccd"), "task": "detection", "encoder": encoder,
-            "image_size": 320, "epochs": given.epochs or 15, "batch_size": 8, "upright": False,
-            "seed": seed, "patience": None, "lr": 1e-3,
+            "image_size": 320, "epochs": given.epochs or 6, "batch_size": 8, "upright": False,
+            "seed": seed, "patience": None, "detector": given.detector,
         },
     )  # fmt: skip
 
@@ -133,6 +133,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", help="part of them; the table waits for all")
     parser.add_argument("--epochs", type=int)
+    parser.add_argument("--detector", default="faster_rcnn")
     parser.add_argument("--core", type=int, help="use this one core")
     given = parser.parse_args()
     if given.core is not None:

@@ -18,6 +18,7 @@ from vissl_lite.data.images import read_image
 from vissl_lite.encoder import Encoder, build_encoder
 from vissl_lite.encoder_folder import load_encoder, save_encoder, save_model
 from vissl_lite.errors import UserError
+from vissl_lite.transfer import network
 
 
 @pytest.fixture(scope="module")
@@ -120,11 +121,12 @@ def test_several_labels_have_a_probability_each(tmp_path: Path) -> None:
     start.model.reset_classifier(3)
     extra = {"label_names": ["a", "b", "c"], "vissl_lite": {"multi_label": True}}
     save_model(start.model, tmp_path / "model", start.model_args, 32, extra)
-    network = command._model_network(str(tmp_path))
-    shares = network.layers.eval()(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
-    logits = network.layers[1](network.layers[0](torch.zeros(1, 3, 32, 32, dtype=torch.uint8)))
+    made = network.model_network(str(tmp_path))
+    images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    shares = made.layers.eval()(images)
+    logits = made.layers[1](made.layers[0](images))
     torch.testing.assert_close(shares, logits.sigmoid())
-    assert network.about["multi_label"] == "true"
+    assert made.about["multi_label"] == "true"
 
 
 class SmallSegmenter(nn.Module):
@@ -145,7 +147,7 @@ def test_a_segmenter_takes_images_of_any_size(
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "head.json").write_text('{"task": "segmentation"}')
     segmenter = SmallSegmenter(build_encoder("test_resnet", 32))
-    monkeypatch.setattr(command, "load_segmenter", lambda folder: (segmenter, ["a", "b", "c", "d"]))
+    monkeypatch.setattr(network, "load_segmenter", lambda folder: (segmenter, ["a", "b", "c", "d"]))
     out = tmp_path / "segmenter.onnx"
     assert vissl_lite.export(str(out), model=str(tmp_path)).task == "segmentation"
     for height, width in ((32, 32), (45, 70)):
@@ -191,7 +193,7 @@ def test_outputs_that_are_not_torchs_are_not_written(
         return other if name.startswith("local-dir:") else create(name, **arguments)
 
     monkeypatch.setattr(timm, "create_model", create_other)
-    monkeypatch.setattr(command, "_trace", lambda network: onnx.parser.parse_model(NO_ENCODER))
+    monkeypatch.setattr(command, "_trace", lambda made: onnx.parser.parse_model(NO_ENCODER))
     out = tmp_path / "new" / ("file.onnx" if format == "onnx" else "folder")
     with pytest.raises(RuntimeError, match=r"differs from torch by .* nothing was written"):
         vissl_lite.export(str(out), encoder=str(encoder), format=format)  # type: ignore[arg-type]
@@ -270,7 +272,7 @@ def test_a_segmenter_is_no_timm_folder(
 ) -> None:
     (tmp_path / "head.json").write_text('{"task": "segmentation"}')
     segmenter = SmallSegmenter(load_encoder(encoder))
-    monkeypatch.setattr(command, "load_segmenter", lambda folder: (segmenter, ["a"]))
+    monkeypatch.setattr(network, "load_segmenter", lambda folder: (segmenter, ["a"]))
     with pytest.raises(UserError, match="the folder encoder is in timm's format already"):
         vissl_lite.export(str(tmp_path / "x"), model=str(tmp_path), format="safetensors")
 

@@ -1,7 +1,6 @@
 """``vissl-lite export``: an encoder or a model as a file that runs without vissl_lite."""
 
 import importlib.util
-import json
 import logging
 import math
 import os
@@ -9,7 +8,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,14 +21,12 @@ from torch import Tensor, nn
 
 from vissl_lite import __version__
 from vissl_lite.data.images import find_images
-from vissl_lite.encoder import Normalize, first_line
-from vissl_lite.encoder_folder import CONFIG, WEIGHTS, load_encoder
+from vissl_lite.encoder import first_line
+from vissl_lite.encoder_folder import CONFIG, WEIGHTS
 from vissl_lite.errors import UserError, check_count
 from vissl_lite.inference import CentredImages
 from vissl_lite.run import console
-from vissl_lite.transfer.base import find_model
-from vissl_lite.transfer.classification import load_classifier
-from vissl_lite.transfer.segmentation import load_segmenter
+from vissl_lite.transfer.network import Network, encoder_network, model_network
 
 # Largest difference between what is written and torch, as a share of the largest output.
 TOLERANCE = 1e-3
@@ -53,29 +50,6 @@ class ExportResult:
     path: Path
     task: str
     difference: float
-
-
-@dataclass(frozen=True)
-class _Network:
-    """A model from decoded images to what a user wants to know.
-
-    Attributes:
-        layers: how to normalise, the model, and the last step: ``(B, 3, H, W)`` uint8 to floats.
-        task: encoder, classification or segmentation.
-        output: the name of what comes out.
-        image_size: side in pixels.
-        timm_folder: where it stands in timm's format; None where it does not.
-        about: more facts for users of the ONNX file, by name.
-        any_size: whether images of other sizes mean something to it.
-    """
-
-    layers: nn.Sequential
-    task: str
-    output: str
-    image_size: int
-    timm_folder: Path | None
-    about: dict[str, str] = field(default_factory=dict)
-    any_size: bool = False
 
 
 def export(
@@ -119,10 +93,10 @@ def export(
     elif image_size is not None:
         raise UserError("--image_size is for --format onnx: a timm folder is copied as it is")
     if encoder is not None:
-        network = _encoder_network(encoder, image_size)
+        network = encoder_network(encoder, image_size)
     else:
         assert model is not None
-        network = _model_network(model)
+        network = model_network(model)
     network.layers.eval()
     if image_size is not None:
         refusal = _refusal(network, image_size, image_size)
@@ -181,51 +155,7 @@ def _check_packages() -> None:
                         f"pip install 'vissl-lite[export]'")  # fmt: skip
 
 
-def _encoder_network(source: str, image_size: int | None) -> _Network:
-    encoder = load_encoder(source, image_size)
-    # not `encoder` itself, whose care for bf16 on small images the exporter can't follow
-    layers = nn.Sequential(Normalize(encoder.mean, encoder.std), encoder.model, nn.Identity())
-    places = (Path(source), Path(source) / "encoder")
-    folder = next((place for place in places if (place / CONFIG).is_file()), None)
-    return _Network(layers, "encoder", "features", encoder.image_size, folder)
-
-
-def _classification_network(folder: Path) -> _Network:
-    loaded = load_classifier(folder)
-    last = nn.Sigmoid() if loaded.multi_label else nn.Softmax(dim=1)
-    layers = nn.Sequential(loaded.normalize, loaded.model, last)
-    about = {"classes": json.dumps(loaded.classes), "multi_label": json.dumps(loaded.multi_label)}
-    return _Network(layers, "classification", "probabilities", loaded.image_size, folder, about)
-
-
-def _segmentation_network(folder: Path) -> _Network:
-    segmenter, classes = load_segmenter(folder)
-    encoder = segmenter.encoder
-    layers = nn.Sequential(Normalize(encoder.mean, encoder.std), segmenter, nn.Softmax(dim=1))
-    about = {"classes": json.dumps(classes)}
-    # The exporter takes hours to follow windows of attention, as in Swin, over a free size.
-    windows = any(hasattr(module, "window_size") for module in encoder.modules())
-    return _Network(
-        layers, "segmentation", "probabilities", encoder.image_size, None, about, not windows
-    )
-
-
-# By the task of a model: from its folder to its network.
-_NETWORKS: dict[str, Callable[[Path], _Network]] = {
-    "classification": _classification_network,
-    "segmentation": _segmentation_network,
-}
-
-
-def _model_network(source: str) -> _Network:
-    folder, task = find_model(Path(source))
-    if task not in _NETWORKS:
-        raise UserError(f"{source}: models for {task} can't be exported yet, only their encoder: "
-                        f"--encoder {folder / 'encoder'}")  # fmt: skip
-    return _NETWORKS[task](folder)
-
-
-def _refusal(network: _Network, height: int, width: int) -> str | None:
+def _refusal(network: Network, height: int, width: int) -> str | None:
     """Why a network can't take images of this size; None if it can."""
     try:
         _outputs(network.layers, [torch.zeros(1, 3, height, width, dtype=torch.uint8)])
@@ -286,7 +216,7 @@ def _compare(expected: Sequence[Tensor], found: Sequence[Tensor], what: str) -> 
     return difference
 
 
-def _make_timm_folder(network: _Network, batches: list[Tensor], draft: Path) -> float:
+def _make_timm_folder(network: Network, batches: list[Tensor], draft: Path) -> float:
     """Copy a network's folder in timm's format and load the copy with timm alone."""
     folder = network.timm_folder
     if folder is None and network.task == "encoder":
@@ -307,7 +237,7 @@ def _make_timm_folder(network: _Network, batches: list[Tensor], draft: Path) -> 
     return _compare(expected, found, "the folder that timm loads")
 
 
-def _make_onnx(network: _Network, batches: list[Tensor], file: Path) -> float:
+def _make_onnx(network: Network, batches: list[Tensor], file: Path) -> float:
     """Write a network as an ONNX file and run it in ONNX Runtime."""
     import onnx
     import onnxruntime
@@ -338,7 +268,7 @@ def _make_onnx(network: _Network, batches: list[Tensor], file: Path) -> float:
     return _compare(expected, found, "the ONNX file")
 
 
-def _trace(network: _Network) -> Any:
+def _trace(network: Network) -> Any:
     """The network as an ``onnx.ModelProto``; sizes stay free if the exporter manages that.
 
     Raises:

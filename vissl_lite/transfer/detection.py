@@ -44,7 +44,7 @@ class DetectorSettings(TransferSettings):
         frozen_norm: leave the encoder's BatchNorms as they are.
     """
 
-    kind: Kind = "fcos"
+    kind: Kind = "faster_rcnn"
     frozen_norm: bool = True
 
 
