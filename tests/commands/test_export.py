@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import vissl_lite
+from vissl_lite import inference
 from vissl_lite.cli import main
 from vissl_lite.commands import export as command
 from vissl_lite.data.images import read_image
@@ -19,6 +20,8 @@ from vissl_lite.encoder import Encoder, build_encoder
 from vissl_lite.encoder_folder import load_encoder, save_encoder, save_model
 from vissl_lite.errors import UserError
 from vissl_lite.transfer import network
+from vissl_lite.transfer.detection import save_detector
+from vissl_lite.transfer.detector import Detector, Kind, detect, fit_into
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +46,17 @@ def run(file: Path, images: np.ndarray) -> np.ndarray:
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"images": images})
     return np.asarray(found)
+
+
+def outspoken(kind: Kind) -> Detector:
+    """A detector with random weights so large that it finds boxes of all classes anywhere."""
+    torch.manual_seed(0)
+    detector = Detector(build_encoder("test_resnet", 64), 3, kind, (64, 96)).eval()
+    heads = detector.net.roi_heads.box_predictor
+    heads.cls_score.weight.data *= 5
+    heads.bbox_pred.weight.data *= 10
+    detector.net.rpn.head.cls_logits.weight.data *= 50
+    return detector
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -255,16 +269,41 @@ def test_a_file_that_is_there_stays(
     assert out.read_text() == "mine"
 
 
-@pytest.mark.parametrize(
-    ("head", "message"),
-    [('{"task": "detection"}', "models for detection can't be exported yet"), ("{", "is damaged")],
-)
-def test_models_of_other_tasks(
-    head: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "head.json").write_text(head)
-    error = refused(capsys, "--model", tmp_path, "--out", tmp_path / "x.onnx")
-    assert message in error
+def test_a_damaged_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "head.json").write_text("{")
+    assert "is damaged" in refused(capsys, "--model", tmp_path, "--out", tmp_path / "x.onnx")
+
+
+def test_a_detector_gives_the_boxes_of_predict(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(inference, "cpu_has_bf16", lambda: False)  # as the ONNX file computes
+    detector = outspoken("faster_rcnn")
+    save_detector(detector, tmp_path / "model", ["a", "b", "c"], {})
+    out = tmp_path / "detector.onnx"
+    images = photos / "a"  # 40 by 48 pixels, fitted into 64 by 96
+    given = ("--model", tmp_path, "--out", out)
+    assert main(["export", *map(str, given), "--check_data", str(images)]) == 0
+    assert "images of 64 x 96 pixels" in capsys.readouterr().err
+    facts = {fact.key: fact.value for fact in onnx.load(out).metadata_props}
+    assert (facts["task"], facts["size"]) == ("detection", "64 x 96")
+    assert float(facts["threshold"]) == detector.threshold
+    paths = sorted(str(path) for path in images.iterdir())[:5]
+    expected, _, _ = detect(detector, paths)
+    fitted = [fit_into(read_image(path), (64, 96)) for path in paths]
+    session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    batch = np.stack([image for image, _ in fitted]).transpose(0, 3, 1, 2)
+    boxes, scores, labels = session.run(["boxes", "scores", "labels"], {"images": batch})
+    assert boxes.shape == (5, 100, 4)
+    for index, (one, (_, scale)) in enumerate(zip(expected, fitted, strict=True)):
+        assert len(one.scores) > 3
+        for box, score, label in zip(*one, strict=True):
+            found = (boxes[index] / scale).clip(0, (48, 40, 48, 40))
+            near = (labels[index] == label) & (np.abs(scores[index] - score) < 1e-4)
+            assert (near & (np.abs(found - box).max(axis=1) < 0.01)).any()
+    error = refused(capsys, *given, "--overwrite", "--image_size", 64)
+    assert "a detector has the size that it was trained at" in error
 
 
 def test_a_segmenter_is_no_timm_folder(

@@ -7,25 +7,26 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from vissl_lite import __version__
-from vissl_lite.data.images import find_images
+from vissl_lite.data.images import BROKEN_IMAGE, find_images, read_image, resize_and_crop
 from vissl_lite.encoder import first_line
 from vissl_lite.encoder_folder import CONFIG, WEIGHTS
 from vissl_lite.errors import UserError, check_count
-from vissl_lite.inference import CentredImages
 from vissl_lite.run import console
+from vissl_lite.transfer.detector import fit_into
+from vissl_lite.transfer.fixed_detector import TRANSLATIONS
 from vissl_lite.transfer.network import Network, encoder_network, model_network
 
 # Largest difference between what is written and torch, as a share of the largest output.
@@ -43,7 +44,7 @@ class ExportResult:
 
     Attributes:
         path: the ONNX file, or the folder in timm's format.
-        task: encoder, classification or segmentation.
+        task: encoder, classification, detection or segmentation.
         difference: the largest one from torch's outputs, as a share of the largest of these.
     """
 
@@ -63,8 +64,9 @@ def export(
 ) -> ExportResult:
     """Write an encoder or a fine-tuned model for use without vissl_lite, and check it.
 
-    An ONNX file takes decoded RGB images, (B, 3, H, W) uint8, and normalises them itself; out come
-    features of an encoder and probabilities of a model.
+    An ONNX file takes decoded RGB images, (B, 3, H, W) uint8, and normalises them itself. Out come
+    features of an encoder and probabilities of a classifier or segmenter; of a detector boxes (x1,
+    y1, x2, y2 in pixels), scores and labels, best first, 100 an image, padded with zeros.
 
     Args:
         out: What to write: FILE.onnx, or for safetensors a folder that timm.create_model loads.
@@ -99,11 +101,14 @@ def export(
         network = model_network(model)
     network.layers.eval()
     if image_size is not None:
+        if network.task == "detection":
+            raise UserError("--image_size is not for detection: a detector has the size that it "
+                            "was trained at")  # fmt: skip
         refusal = _refusal(network, image_size, image_size)
         if refusal is not None:
             raise UserError(f"--image_size {image_size} does not suit the model: {refusal}")
-        network = replace(network, image_size=image_size)
-    images = _images_to_check(check_data, network.image_size)
+        network = replace(network, image_size=(image_size, image_size))
+    images = _images_to_check(check_data, network)
     batches = [images[:1], images[1:]]
     with _draft(path if format == "onnx" else path / CONFIG) as draft:
         if format == "onnx":
@@ -117,7 +122,7 @@ def export(
                 os.replace(draft / name, path / name)
     source = "made-up" if check_data is None else "given"
     for line in (
-        f"{path}: {network.task}, images of {network.image_size} pixels",
+        f"{path}: {network.task}, images of {_shown(network.image_size)} pixels",
         f"checked on {CHECKED} {source} images: differs from torch by {difference:.1e} of the "
         f"largest output",
     ):
@@ -164,19 +169,30 @@ def _refusal(network: Network, height: int, width: int) -> str | None:
     return None
 
 
-def _images_to_check(sources: list[str] | str | None, size: int) -> Tensor:
-    """``(CHECKED, 3, size, size)`` uint8: the first images that can be read, or made-up ones."""
+def _shown(size: tuple[int, int]) -> str:
+    """Height and width in words: 224, or 256 x 320."""
+    return str(size[0]) if size[0] == size[1] else f"{size[0]} x {size[1]}"
+
+
+def _images_to_check(sources: list[str] | str | None, network: Network) -> Tensor:
+    """``(CHECKED, 3, H, W)`` uint8: the first images that can be read, or made-up ones."""
+    size = network.image_size
     if sources is None:
         coarse = torch.rand(CHECKED, 3, 6, 6, generator=torch.Generator().manual_seed(0))
-        smooth = F.interpolate(coarse, (size, size), mode="bicubic")
+        smooth = F.interpolate(coarse, size, mode="bicubic")
         return (255 * smooth.clamp(0, 1)).to(torch.uint8)
     paths = find_images([sources] if isinstance(sources, str) else sources)
-    images = CentredImages(paths, size)
-    read = (images[index] for index in range(len(paths)))
-    good = list(islice((image for image in read if image is not None), CHECKED))
+    good: list[np.ndarray] = []
+    for path in paths:
+        with suppress(*BROKEN_IMAGE):
+            image = read_image(path)
+            whole = network.task == "detection"
+            good.append(fit_into(image, size)[0] if whole else resize_and_crop(image, size[0]))
+        if len(good) == CHECKED:
+            break
     if not good:
         raise UserError(f"none of {len(paths)} images can be read, the first {paths[0]}")
-    return torch.stack((good * CHECKED)[:CHECKED])
+    return torch.from_numpy(np.stack((good * CHECKED)[:CHECKED])).permute(0, 3, 1, 2)
 
 
 @contextmanager
@@ -188,12 +204,14 @@ def _draft(out: Path) -> Iterator[Path]:
 
 
 def _outputs(layers: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
+    """All outputs for all batches, one after another."""
     with torch.no_grad():
-        return [layers(batch) for batch in batches]
+        said = [layers(batch) for batch in batches]
+    return [one for whole in said for one in (whole if isinstance(whole, tuple) else (whole,))]
 
 
 def _compare(expected: Sequence[Tensor], found: Sequence[Tensor], what: str) -> float:
-    """The largest difference, as a share of the largest expected output of its batch.
+    """The largest difference, as a share of the largest expected value of its output.
 
     Raises:
         UserError: the expected outputs are not finite numbers.
@@ -203,7 +221,7 @@ def _compare(expected: Sequence[Tensor], found: Sequence[Tensor], what: str) -> 
         raise UserError("the outputs are not finite numbers: the training has diverged; train it "
                         "again with a lower --lr or a longer --warmup")  # fmt: skip
     difference = max(
-        float((one - two).abs().max() / one.abs().max().clamp_min(1e-12))
+        float((one - two).abs().max() / one.abs().max().float().clamp_min(1e-12))
         if one.shape == two.shape
         else math.inf
         for one, two in zip(expected, found, strict=True)
@@ -244,28 +262,32 @@ def _make_onnx(network: Network, batches: list[Tensor], file: Path) -> float:
 
     if sum(p.numel() * p.element_size() for p in network.layers.parameters()) > 2e9:
         raise UserError("the weights take more than the 2 GB that an ONNX file can hold")
-    size = network.image_size
+    size = network.image_size[0]
     odd = size + size // 2 + 1
     network = replace(network, any_size=network.any_size and not _refusal(network, size, odd))
     if network.any_size:
         batches = [*batches, batches[0].repeat(1, 1, 1, 2)[..., :odd]]
     expected = _outputs(network.layers, batches)
     program = _trace(network)
-    names = {"size": str(network.image_size), "version": __version__}
+    names = {"size": _shown(network.image_size), "version": __version__}
     onnx.helper.set_model_props(program, {"task": network.task, **network.about, **names})
-    program.doc_string = (
-        f"images: uint8 RGB as decoded, the shorter side resized to {network.image_size} pixels"
-        f"{'' if network.any_size else ', the central square taken'}; they are normalised inside"
-    )
+    if network.task == "detection":
+        fitted = f"fitted into {_shown(network.image_size)} pixels, at the upper left, on grey"
+    else:
+        cut = "" if network.any_size else ", the central square taken"
+        fitted = f"the shorter side resized to {_shown(network.image_size)} pixels{cut}"
+    program.doc_string = f"images: uint8 RGB as decoded, {fitted}; they are normalised inside"
     onnx.save(program, file)
     onnx.checker.check_model(str(file), full_check=True)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
     session = onnxruntime.InferenceSession(str(file), options, ["CPUExecutionProvider"])
     if not isinstance(session.get_inputs()[0].shape[3], str):
-        batches, expected = batches[:2], expected[:2]
-    found = [torch.from_numpy(session.run(None, {"images": b.numpy()})[0]) for b in batches]
-    return _compare(expected, found, "the ONNX file")
+        batches = batches[:2]
+    found = [
+        torch.from_numpy(one) for b in batches for one in session.run(None, {"images": b.numpy()})
+    ]
+    return _compare(expected[: len(found)], found, "the ONNX file")
 
 
 def _trace(network: Network) -> Any:
@@ -277,23 +299,23 @@ def _trace(network: Network) -> Any:
     for module in network.layers.modules():
         if hasattr(module, "fused_attn"):  # timm's: the exporter stumbles over some, as in BEiT
             module.fused_attn = False  # type: ignore[assignment]
-    size = network.image_size
+    height, width = network.image_size
 
     def trace(width: int, free: dict[int, str]) -> Any:
         # Two images: torch.export takes a batch of one for a constant.
-        example = torch.zeros(2, 3, size, width, dtype=torch.uint8)
+        example = torch.zeros(2, 3, height, width, dtype=torch.uint8)
         with _silence():
             program = torch.onnx.export(
                 network.layers, (example,), dynamo=True, verbose=False, external_data=False,
-                input_names=["images"], output_names=[network.output], opset_version=OPSET,
-                dynamic_shapes=(free,),
+                input_names=["images"], output_names=list(network.outputs), opset_version=OPSET,
+                dynamic_shapes=(free,), custom_translation_table=dict(TRANSLATIONS),
             )  # fmt: skip
         assert program is not None
         return program.model_proto
 
-    ways: list[Callable[[], Any]] = [lambda: trace(size, {0: "batch"})]
+    ways: list[Callable[[], Any]] = [lambda: trace(width, {0: "batch"})]
     if network.any_size:  # an example that is no square: torch.export takes equal sides for one
-        ways.insert(0, lambda: trace(2 * size, {0: "batch", 2: "height", 3: "width"}))
+        ways.insert(0, lambda: trace(2 * width, {0: "batch", 2: "height", 3: "width"}))
     for way in ways:
         try:
             return way()

@@ -111,7 +111,12 @@ class Detector(nn.Module):
             sizes = tuple(tuple(round(4 * s * o) for o in octave) for s in strides)
             anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(strides))
             self.net = RetinaNet(
-                maps, classes, anchor_generator=anchors, score_thresh=LEAST_SCORE, **usual
+                maps,
+                classes,
+                anchor_generator=anchors,
+                score_thresh=LEAST_SCORE,
+                detections_per_img=100,  # as the other two
+                **usual,
             )
             heads = [self.net.head]
         else:

@@ -9,9 +9,10 @@ from torch import nn
 
 from vissl_lite.encoder import Normalize
 from vissl_lite.encoder_folder import CONFIG, load_encoder
-from vissl_lite.errors import UserError
 from vissl_lite.transfer.base import find_model
 from vissl_lite.transfer.classification import load_classifier
+from vissl_lite.transfer.detection import load_detector
+from vissl_lite.transfer.fixed_detector import FixedDetector
 from vissl_lite.transfer.segmentation import load_segmenter
 
 
@@ -20,10 +21,10 @@ class Network:
     """A model from decoded images to what a user wants to know.
 
     Attributes:
-        layers: how to normalise, the model, and the last step: ``(B, 3, H, W)`` uint8 to floats.
-        task: encoder, classification or segmentation.
-        output: the name of what comes out.
-        image_size: side in pixels.
+        layers: how to normalise, the model, and the last step: from ``(B, 3, H, W)`` uint8.
+        task: encoder, classification, detection or segmentation.
+        outputs: the names of what comes out.
+        image_size: height and width in pixels.
         timm_folder: where it stands in timm's format; None where it does not.
         about: more facts for users of the ONNX file, by name.
         any_size: whether images of other sizes mean something to it.
@@ -31,8 +32,8 @@ class Network:
 
     layers: nn.Sequential
     task: str
-    output: str
-    image_size: int
+    outputs: tuple[str, ...]
+    image_size: tuple[int, int]
     timm_folder: Path | None
     about: dict[str, str] = field(default_factory=dict)
     any_size: bool = False
@@ -53,7 +54,8 @@ def encoder_network(source: str, image_size: int | None) -> Network:
     layers = nn.Sequential(Normalize(encoder.mean, encoder.std), encoder.model, nn.Identity())
     places = (Path(source), Path(source) / "encoder")
     folder = next((place for place in places if (place / CONFIG).is_file()), None)
-    return Network(layers, "encoder", "features", encoder.image_size, folder)
+    size = encoder.image_size
+    return Network(layers, "encoder", ("features",), (size, size), folder)
 
 
 def _classification_network(folder: Path) -> Network:
@@ -61,7 +63,17 @@ def _classification_network(folder: Path) -> Network:
     last = nn.Sigmoid() if loaded.multi_label else nn.Softmax(dim=1)
     layers = nn.Sequential(loaded.normalize, loaded.model, last)
     about = {"classes": json.dumps(loaded.classes), "multi_label": json.dumps(loaded.multi_label)}
-    return Network(layers, "classification", "probabilities", loaded.image_size, folder, about)
+    size = loaded.image_size
+    return Network(layers, "classification", ("probabilities",), (size, size), folder, about)
+
+
+def _detection_network(folder: Path) -> Network:
+    detector, classes = load_detector(folder)
+    normalize = Normalize(detector.encoder.mean, detector.encoder.std)
+    layers = nn.Sequential(normalize, FixedDetector(detector), nn.Identity())
+    about = {"classes": json.dumps(classes), "threshold": str(detector.threshold)}
+    outputs = ("boxes", "scores", "labels")
+    return Network(layers, "detection", outputs, detector.canvas, None, about)
 
 
 def _segmentation_network(folder: Path) -> Network:
@@ -71,14 +83,14 @@ def _segmentation_network(folder: Path) -> Network:
     about = {"classes": json.dumps(classes)}
     # Windows of attention, as in Swin, over a free size keep the exporter busy without end.
     windows = any(hasattr(module, "window_size") for module in encoder.modules())
-    return Network(
-        layers, "segmentation", "probabilities", encoder.image_size, None, about, not windows
-    )
+    shape = (encoder.image_size, encoder.image_size)
+    return Network(layers, "segmentation", ("probabilities",), shape, None, about, not windows)
 
 
 # By the task of a model: from its folder to its network.
 _NETWORKS: dict[str, Callable[[Path], Network]] = {
     "classification": _classification_network,
+    "detection": _detection_network,
     "segmentation": _segmentation_network,
 }
 
@@ -90,10 +102,7 @@ def model_network(source: str) -> Network:
         source: a run of ``finetune``, or the ``model`` folder in it.
 
     Raises:
-        UserError: there is no model, it is damaged, or there is no network for its task yet.
+        UserError: there is no model, or it is damaged.
     """
     folder, task = find_model(Path(source))
-    if task not in _NETWORKS:
-        raise UserError(f"{source}: models for {task} can't be exported yet, only their encoder: "
-                        f"--encoder {folder / 'encoder'}")  # fmt: skip
     return _NETWORKS[task](folder)
