@@ -206,6 +206,10 @@ def _one_line(message: str, known: Sequence[str]) -> str:
         return f"unknown option {name}: {did_you_mean(name, known)}"
     wrong = re.search(r'Parser key "([\w.]+)":', message)
     value = re.search(r"(?:Given|Got) value: (.*)", message)
+    choices = re.search(r"typing\.Literal\[(.*?)\]", message)
+    if wrong and value and choices:
+        names = choices[1].replace("'", "").split(", ")
+        return f"--{wrong[1]} {value[1]} is none of {', '.join(names)}"
     expected = re.findall(r"Expected an? <class '(\w+)'>", message)
     if wrong and value and expected:
         kinds = " or ".join(dict.fromkeys(kind for kind in expected if kind != "NoneType"))

@@ -163,9 +163,10 @@ class Encoder(nn.Module):
         """
         if not hasattr(self.model, "forward_intermediates"):
             raise UserError(f"timm gives no intermediate features of {self.backbone}")
-        maps: list[Tensor] = self.model.forward_intermediates(
-            images, output_fmt="NCHW", intermediates_only=True
-        )
+        with _exact_if_tiny(images):
+            maps: list[Tensor] = self.model.forward_intermediates(
+                images, output_fmt="NCHW", intermediates_only=True
+            )
         return [maps[i] for i in self._stage_indices(len(maps))]
 
     def stage_shapes(self, height: int, width: int) -> list[tuple[int, int, int]]:

@@ -175,7 +175,7 @@ def plot_pictures(
     rows: Sequence[Sequence[np.ndarray]],
     columns: Sequence[str],
     file: Path,
-    legend: Sequence[str] = (),
+    legend: Mapping[str, tuple[int, int, int]],
 ) -> None:
     """Rows of images, such as each test image's truth beside what was predicted.
 
@@ -183,7 +183,7 @@ def plot_pictures(
         rows: images ``(H, W, 3)`` uint8, as many in each row.
         columns: what each column shows; used again where rows stand side by side.
         file: the PNG to write.
-        legend: names of classes, in their colours.
+        legend: the colour of each class by name.
     """
     beside = 1 if len(rows) < 3 else 2
     lines = -(-len(rows) // beside)
@@ -198,13 +198,11 @@ def plot_pictures(
             axes.imshow(image)
             if line == 0:
                 axes.set_title(columns[column])
-    if legend:
-        colours = np.array(class_colours(len(legend))) / 255
-        patches = [
-            Patch(color=tuple(colour), label=name)
-            for colour, name in zip(colours, legend, strict=True)
-        ]
-        figure.legend(handles=patches, loc="outside lower center", ncols=min(6, len(legend)))
+    patches = [
+        Patch(color=(red / 255, green / 255, blue / 255), label=name)
+        for name, (red, green, blue) in legend.items()
+    ]
+    figure.legend(handles=patches, loc="outside lower center", ncols=min(6, len(legend)))
     figure.savefig(file, dpi=100)
 
 

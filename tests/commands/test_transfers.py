@@ -182,6 +182,10 @@ def test_several_labels_an_image(labelled: Path, encoder: Path, tmp_path: Path) 
         (["--task", "segmentation", "--class_weights.starr", "2"], "star"),
         (["--task", "detection", "--batch_size", "21"], "training part: 20 images"),
         (["--task", "detection", "--annotations", "/nowhere"], "/nowhere"),
+        (["--task", "tracking"], "--task tracking is none of classification, detection, segm"),
+        (["--task", "detection", "--detector", "yolo"], "is none of fcos, retinanet, faster_rcnn"),
+        (["--task", "classification", "--multi_scale"], "--multi_scale is for --task detection"),
+        (["--task", "classification", "--class_weights", "odd"], "odd"),
     ],
 )
 def test_what_a_task_can_not_take_is_one_line(

@@ -16,6 +16,7 @@ from vissl_lite.transfer.detection import (
     DetectorSettings,
     best_threshold,
     load_detector,
+    rescaled,
     save_detector,
     score_detector,
     train_detector,
@@ -153,6 +154,26 @@ def test_an_image_without_boxes_can_be_trained_on(data: LabelledBoxes) -> None:
     assert item.target[0].shape == (0, 4)
     some = LabelledBoxes(data.classes, [empty, *data.train[:7]], [], data.test, {})
     train_detector(build_encoder("test_resnet", 64), some, DetectorSettings(epochs=1, batch_size=8))
+
+
+def test_boxes_are_rescaled_with_their_images() -> None:
+    image = torch.zeros(1, 3, 128, 160)
+    image[:, :, 32:64, 80:120] = 1
+    box, shapes = torch.tensor([80.0, 32, 120, 64]), set()
+    for _ in range(30):
+        made, stretch = rescaled(image)
+        shapes.add(tuple(made.shape[-2:]))
+        ys, xs = (made[0, 0] > 0.5).nonzero(as_tuple=True)
+        edges = torch.tensor([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
+        assert (edges - box * stretch).abs().max() <= 1
+    assert len(shapes) > 2
+    assert all(side % 32 == 0 for shape in shapes for side in shape)
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_vit"])
+def test_training_at_several_scales(data: LabelledBoxes, backbone: str) -> None:
+    settings = DetectorSettings(epochs=1, batch_size=8, multi_scale=True)
+    train_detector(build_encoder(backbone, 64), replace(data, val=[]), settings)
 
 
 def answers(images: list[BoxedImage]) -> list[Detections]:

@@ -19,7 +19,7 @@ from vissl_lite.pictures import plot_curves
 from vissl_lite.run import METRICS, MetricsFile, check_out, console, open_run, write_results
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.classification import ClassifierSettings, check_settings
-from vissl_lite.transfer.detection import DetectorSettings
+from vissl_lite.transfer.detection import DetectorSettings, check_rescaling
 from vissl_lite.transfer.pyramid import report_use
 from vissl_lite.transfer.segmentation import SegmenterSettings, weigh_classes
 from vissl_lite.transfer.tasks import Classification, Detection, Scores, Segmentation, Task
@@ -32,6 +32,7 @@ TaskName = Literal["classification", "detection", "segmentation"]
 _ONLY_FOR = {
     "annotations": ("detection", "segmentation"),
     "detector": ("detection",),
+    "multi_scale": ("detection",),
     "frozen_norm": ("detection", "segmentation"),
     "shots": ("classification",),
     "label_smoothing": ("classification",),
@@ -66,6 +67,7 @@ def finetune(
     task: TaskName = "classification",
     annotations: str | None = None,
     detector: Literal["fcos", "retinanet", "faster_rcnn"] | None = None,
+    multi_scale: bool = False,
     frozen: bool = False,
     frozen_norm: bool | None = None,
     fraction: float | None = None,
@@ -103,6 +105,7 @@ def finetune(
         task: What to learn.
         annotations: Where the boxes or masks are, if --data is the folder of the images alone.
         detector: Which detector; default faster_rcnn, which learns fastest from few images.
+        multi_scale: Resize each training batch by 0.75 to 1.25 times, for detection.
         frozen: Train the head alone and leave the encoder as it is.
         frozen_norm: Leave the encoder's BatchNorms as they are, for detection and segmentation;
             default true, or false for random:NAME.
@@ -181,9 +184,11 @@ def finetune(
         transfer = Classification(labelled, classifier)
     elif task == "detection":
         boxes = take_boxes(load_boxes(data, annotations, seed), fraction, seed)
-        transfer = Detection(
-            boxes, DetectorSettings(**common, kind=detector or "faster_rcnn", frozen_norm=still)
+        kind = detector or "faster_rcnn"
+        detection = DetectorSettings(
+            **common, kind=kind, frozen_norm=still, multi_scale=multi_scale
         )
+        transfer = Detection(boxes, detection)
     else:
         masks = take_masks(load_masks(data, annotations, seed), fraction, seed)
         segmenter = SegmenterSettings(**common, class_weights=class_weights, frozen_norm=still)
@@ -196,6 +201,8 @@ def finetune(
         image_size = transfer.image_size()
     torch.manual_seed(seed)
     start = encoder_for(encoder, image_size)
+    if multi_scale:
+        check_rescaling(start)
     with open_run(Path(out), config) as run:
         transfer.write_split(run)
         log.info(

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import lightning.pytorch as pl
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics.detection import MeanAveragePrecision
@@ -42,8 +43,11 @@ class DetectorSettings(TransferSettings):
     Attributes:
         kind: which of torchvision's detectors.
         frozen_norm: leave the encoder's BatchNorms as they are.
+        multi_scale: resize each batch, by 0.75 to 1.25 times (YOLO9000, Redmon & Farhadi 2017,
+            section 2). The average step costs a little more.
     """
 
+    multi_scale: bool = False
     kind: Kind = "faster_rcnn"
     frozen_norm: bool = True
 
@@ -66,8 +70,12 @@ class _DetectorTask(pl.LightningModule):
         return self
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        targets = [{"boxes": boxes, "labels": labels} for boxes, labels in batch.targets]
-        losses = self.detector.losses(self.normalize(batch.views[0]), targets)
+        images = self.normalize(batch.views[0])
+        stretch = torch.ones(4, device=images.device)
+        if self.settings.multi_scale:
+            images, stretch = rescaled(images)
+        targets = [{"boxes": boxes * stretch, "labels": labels} for boxes, labels in batch.targets]
+        losses = self.detector.losses(images, targets)
         loss = torch.stack(list(losses.values())).sum()
         self.log("loss", loss.detach())
         return loss
@@ -75,6 +83,34 @@ class _DetectorTask(pl.LightningModule):
     def configure_optimizers(self) -> Optimizer:
         encoder = self.detector.encoder.model
         return build_optimizer_with_head(encoder, self.detector, self.settings.optimizer)
+
+
+def rescaled(images: Tensor) -> tuple[Tensor, Tensor]:
+    """A batch at a random scale from 0.75 to 1.25, its sides multiples of 32 as before.
+
+    Args:
+        images: ``(B, C, H, W)``.
+
+    Returns:
+        ``(B, C, h, w)`` and ``(4,)``: what boxes (x1, y1, x2, y2) are to be multiplied with.
+    """
+    scale = 0.75 + 0.5 * float(torch.rand(()))
+    before = images.shape[-2:]
+    after = [max(32, round(side * scale / 32) * 32) for side in before]
+    images = F.interpolate(images, after, mode="bilinear", antialias=scale < 1)
+    y, x = (new / old for new, old in zip(after, before, strict=True))
+    return images, torch.tensor([x, y, x, y], device=images.device)
+
+
+def check_rescaling(encoder: Encoder) -> None:
+    """Raise a UserError if an encoder takes images of its own size alone."""
+    other = encoder.image_size + 32
+    try:
+        encoder.stage_shapes(other, other)
+    except (AssertionError, RuntimeError, ValueError):
+        raise UserError(
+            f"--multi_scale is not for {encoder.backbone}, which takes images of one size"
+        ) from None
 
 
 class BoxDataset(KeyedDataset):

@@ -14,6 +14,7 @@ from vissl_lite.data.masks import LabelledMasks, read_mask
 from vissl_lite.encoder import Encoder, Normalize
 from vissl_lite.encoder_folder import save_model
 from vissl_lite.pictures import (
+    class_colours,
     draw_boxes,
     draw_mask,
     plot_confusion,
@@ -215,7 +216,8 @@ class Detection(Task):
                     ),
                 ]
             )
-        plot_pictures(rows, ("truth", "prediction"), run / "test.png", classes)
+        colours = dict(zip(classes, class_colours(len(classes)), strict=True))
+        plot_pictures(rows, ("truth", "prediction"), run / "test.png", colours)
         plot_per_class(scores.per_class, run / "per_class.png")
 
 
@@ -266,7 +268,9 @@ class Segmentation(Task):
                     draw_mask(image, found, len(classes)),
                 ]
             )
-        plot_pictures(rows, ("image", "truth", "prediction"), run / "test.png", classes)
+        colours = dict(zip(classes, class_colours(len(classes)), strict=True))
+        del colours[classes[0]]  # which is left clear
+        plot_pictures(rows, ("image", "truth", "prediction"), run / "test.png", colours)
         plot_per_class(scores.per_class, run / "per_class.png")
         plot_confusion(scores.confusion, classes, run / "confusion.png", "pixels")
 
