@@ -6,9 +6,8 @@ from collections import defaultdict
 from functools import cached_property
 from pathlib import Path
 
-from vissl_lite.data.images import EXTENSIONS
+from vissl_lite.data.images import EXTENSIONS, walk
 from vissl_lite.data.splits import VAL_NAMES
-from vissl_lite.errors import UserError
 
 SPLITS = ("train", "val", "test")
 
@@ -51,22 +50,7 @@ class FileTree:
     @cached_property
     def files(self) -> list[str]:
         """All paths, relative to the folder, with forward slashes, sorted."""
-
-        def refuse(error: OSError) -> None:
-            raise UserError(f"{error.filename} can't be read: {error.strerror}")
-
-        paths, seen = [], set()
-        for root, folders, files in os.walk(self.folder, onerror=refuse, followlinks=True):
-            real = os.path.realpath(root)
-            if real in seen:  # a link that leads back
-                folders.clear()
-                continue
-            seen.add(real)
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            inside = Path(root).relative_to(self.folder).as_posix()
-            prefix = "" if inside == "." else f"{inside}/"
-            paths += [prefix + name for name in files if not name.startswith(".")]
-        return sorted(paths)
+        return sorted(Path(path).relative_to(self.folder).as_posix() for path in walk(self.folder))
 
     def ending(self, *suffixes: str) -> list[str]:
         """The files with one of these suffixes, in lower case and with a dot."""

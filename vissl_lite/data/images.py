@@ -1,7 +1,7 @@
 """Image files: find them, decode them. An image is an ``(H, W, 3)`` RGB uint8 array."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def find_images(sources: Sequence[str | Path]) -> list[str]:
     found: dict[str, None] = {}
     for source in map(Path, sources):
         if source.is_dir():
-            paths = _walk(source)
+            paths = walk(source, EXTENSIONS)
         elif source.suffix.lower() == ".txt" and source.is_file():
             paths = _read_list(source)
         elif source.suffix.lower() in EXTENSIONS and source.is_file():
@@ -54,7 +54,19 @@ def find_images(sources: Sequence[str | Path]) -> list[str]:
     return list(found)
 
 
-def _walk(folder: Path) -> list[str]:
+def walk(folder: str | Path, suffixes: Collection[str] | None = None) -> list[str]:
+    """The files below a folder, folder by folder, sorted; hidden ones are left out.
+
+    Links to folders are followed, each folder once.
+
+    Args:
+        folder: where to begin; the paths begin with it.
+        suffixes: only files with one of these, in lower case and with a dot.
+
+    Raises:
+        UserError: a folder can't be read.
+    """
+
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename} can't be read: {error.strerror}")
 
@@ -69,7 +81,8 @@ def _walk(folder: Path) -> list[str]:
         paths += [
             os.path.join(root, name)
             for name in sorted(files)
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
+            if not name.startswith(".")
+            and (suffixes is None or os.path.splitext(name)[1].lower() in suffixes)
         ]
     return paths
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vissl_lite.data.label_files import (
+from vissl_lite.data.labelled.files import (
     LABEL_SEPARATORS,
     SEPARATORS,
     FoundLabels,

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from vissl_lite.data.images import BROKEN_IMAGE
-from vissl_lite.data.mask_files import (
+from vissl_lite.data.masks.files import (
     MASK_FOLDERS,
     Parts,
     read_csv,

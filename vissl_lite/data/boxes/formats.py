@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vissl_lite.data.box_mending import FLAT, Note, Repairs
+from vissl_lite.data.boxes.mending import FLAT, Note, Repairs
 from vissl_lite.data.file_tree import FileTree, split_below, split_of_file, split_of_path
 from vissl_lite.errors import UserError
 

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from vissl_lite.data.box_formats import (
+from vissl_lite.data.boxes.formats import (
     Annotations,
     missing_key,
     read_coco,
@@ -14,8 +14,8 @@ from vissl_lite.data.box_formats import (
     read_lines,
     read_voc,
 )
-from vissl_lite.data.box_mending import Repairs
-from vissl_lite.data.box_yolo import label_files, read_labels, read_yaml, read_yolo
+from vissl_lite.data.boxes.mending import Repairs
+from vissl_lite.data.boxes.yolo import label_files, read_labels, read_yaml, read_yolo
 from vissl_lite.data.file_tree import (
     SPLITS,
     FileTree,

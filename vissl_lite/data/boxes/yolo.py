@@ -10,14 +10,14 @@ from typing import Any
 
 import yaml
 
-from vissl_lite.data.box_formats import (
+from vissl_lite.data.boxes.formats import (
     MISSING_IMAGE,
     UNKNOWN_CLASS,
     UNREADABLE_FILE,
     Annotations,
     read_lines,
 )
-from vissl_lite.data.box_mending import SHARES, Note, Repairs
+from vissl_lite.data.boxes.mending import SHARES, Note, Repairs
 from vissl_lite.data.file_tree import FileTree, split_below, split_of_path
 from vissl_lite.data.images import find_images
 from vissl_lite.data.splits import VAL_NAMES

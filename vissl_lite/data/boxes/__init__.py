@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vissl_lite.data.box_layouts import read_annotations
-from vissl_lite.data.box_mending import Note, Repairs, mend
+from vissl_lite.data.boxes.layouts import read_annotations
+from vissl_lite.data.boxes.mending import Note, Repairs, mend
 from vissl_lite.data.file_tree import SPLITS
 from vissl_lite.data.splits import hold_out, split_in_three, take_share
 from vissl_lite.errors import UserError
