@@ -8,6 +8,7 @@ Reads benchmarks/results/*.json; nothing is typed in by hand. Text between a pai
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 from common import RESULTS
@@ -158,6 +159,60 @@ def demo() -> str:
     )
 
 
+ARMS = {
+    "untrained": "`resnet18`, untrained",
+    "ours": "`resnet18`, pre-trained by us",
+    "ImageNet": "`tf_efficientnet_lite0`, ImageNet",
+    "ImageNet, then ours": "the same, further pre-trained by us",
+}
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    if len(values) == 1:
+        return f"{values[0]:.3f} (one seed)"
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+
+
+def dense(name: str, measures: dict[str, str]) -> str:
+    """A row for each arm: figures over seeds, and the CPU minutes of a run."""
+    results = load("transfer")
+    rows = []
+    for arm, label in ARMS.items():
+        runs = list(results[name][arm].values())
+        minutes = statistics.mean(run["cpu_minutes"] for run in runs)
+        figures = [spread([run["test"][measure] for run in runs]) for measure in measures]
+        rows.append([label, *figures, str(len(runs)), f"{minutes:.1f}"])
+    header = ["encoder", *measures.values(), "seeds", "CPU minutes a run"]
+    command = f"python benchmarks/transfer.py {name} --data DATA --domains DOMAINS --out RUNS"
+    return table(header, rows) + "\n\n" + made(results, command)
+
+
+def bccd() -> str:
+    return dense("bccd", {"map_50": "test mAP50", "map": "test mAP"})
+
+
+def water() -> str:
+    return dense("water", {"miou": "test mIoU", "dice": "test Dice"})
+
+
+def ucmerced() -> str:
+    results = load("transfer")
+    rows = []
+    for arm, label in ARMS.items():
+        runs = list(results["ucmerced"][arm].values())
+        for kind in ("linear", "fine-tuned"):
+            row = [label, kind]
+            for shots in runs[0]:
+                at = [run[shots] for run in runs if shots in run]
+                row.append(spread([r["linear"] if kind == "linear" else r["test"]["top1"]
+                                   for r in at]))  # fmt: skip
+            rows.append(row)
+    header = ["encoder", "", *(f"{shots} a class" for shots in runs[0])]
+    command = "python benchmarks/transfer.py ucmerced --data DATA --domains DOMAINS --out RUNS"
+    return table(header, rows) + "\n\n" + made(results, command)
+
+
 def rotation() -> str:
     source = (ROOT / "vissl_lite/pretext/rotation.py").read_text()
     return "```python\n" + source[source.index("def rotation_views") :].rstrip() + "\n```"
@@ -184,5 +239,8 @@ if __name__ == "__main__":
         few_labels=few_labels,
         throughput=throughput,
         views=views,
+        bccd=bccd,
+        water=water,
+        ucmerced=ucmerced,
     )
     fill(ROOT / "README.md", demo=demo, rotation=rotation)

@@ -1,0 +1,71 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vissl_lite.pictures import (
+    class_colours,
+    draw_boxes,
+    draw_mask,
+    draw_words,
+    plot_confusion,
+    plot_per_class,
+    plot_pictures,
+    plot_titled,
+)
+
+
+def grey(height: int = 60, width: int = 80) -> np.ndarray:
+    return np.full((height, width, 3), 128, np.uint8)
+
+
+def test_boxes_are_drawn_where_they_are_in_their_classes_colour() -> None:
+    image = grey()
+    drawn = draw_boxes(image, np.array([[20.0, 30, 50, 50]]), np.array([1]), ["a", "b"])
+    assert drawn.shape == image.shape
+    assert class_colours(2)[1] in {tuple(drawn[row, 35]) for row in (49, 50)}  # the lower edge
+    assert tuple(drawn[40, 75]) == (128, 128, 128)
+    assert (image == 128).all()  # left as it was
+    nothing = draw_boxes(image, np.empty((0, 4)), np.empty(0, int), ["a"])
+    assert np.array_equal(nothing, image)
+
+
+def test_a_mask_leaves_the_first_class_and_what_is_ignored_clear() -> None:
+    mask = np.zeros((60, 80), np.uint8)
+    mask[:20], mask[20:40] = 1, 255
+    drawn = draw_mask(grey(), mask, 3)
+    assert (drawn[20:] == 128).all()
+    expected = 0.45 * 128 + 0.55 * np.array(class_colours(3)[1])
+    assert np.abs(drawn[5, 5] - expected).max() <= 1
+
+
+def test_words_stand_below_an_image() -> None:
+    large = draw_words(grey(300, 400), "star 0.91")
+    assert large.shape[1] == 400
+    assert (large[:300] == 128).all()
+    assert (large[300:].min(axis=2) < 100).any()
+    small = draw_words(grey(30, 40), "star")
+    assert small.shape[1] == 160
+
+
+@pytest.mark.parametrize("classes", [2, 10, 11, 25])
+def test_colours_tell_the_first_twenty_classes_apart(classes: int) -> None:
+    colours = class_colours(classes)
+    assert len(colours) == classes
+    assert len(set(colours)) == min(classes, 20)
+
+
+def test_figures_are_written_whatever_their_number(tmp_path: Path) -> None:
+    legend = dict(zip(["a", "b"], class_colours(2), strict=True))
+    for rows in (1, 5):
+        plot_pictures(
+            [[grey(), grey(90, 30)]] * rows, ("truth", "found"), tmp_path / "p.png", legend
+        )
+        assert Image.open(tmp_path / "p.png").width > 300
+    plot_titled([grey()] * 11, ["a"] * 11, [True] * 11, tmp_path / "t.png")
+    plot_per_class({"a": {"ap": 0.5, "f1": 0.25}, "b": {"ap": 1.0, "f1": 0.0}}, tmp_path / "c.png")
+    plot_per_class({}, tmp_path / "none.png")
+    plot_confusion(np.array([[5, 0], [2, 3]]), ["a", "b"], tmp_path / "m.png", "pixels")
+    for name in ("t", "c", "none", "m"):
+        assert Image.open(tmp_path / f"{name}.png").width > 100
