@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import FeaturePyramidNetwork
 
 from vissl_lite.encoder import Encoder
+from vissl_lite.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +114,9 @@ def report_use(encoder: Encoder, source: str) -> None:
     Args:
         encoder: as the model holds it.
         source: where its weights come from.
+
+    Raises:
+        UserError: none of them: training would go on as if from nothing.
     """
     size = encoder.image_size
     device = next(encoder.parameters()).device
@@ -125,5 +129,7 @@ def report_use(encoder: Encoder, source: str) -> None:
     reached = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
     encoder.train(was_training)
     unused = [name for (name, _), grad in zip(named, reached, strict=True) if grad is None]
+    if len(unused) == len(named):
+        raise UserError(f"none of the {len(named)} tensors of {source} would be used")
     log.info("%d of the %d tensors of %s are used%s", len(named) - len(unused), len(named), source,
              f"; not used: {', '.join(unused)}" if unused else "")  # fmt: skip

@@ -1,4 +1,8 @@
-"""The segmenter: an encoder, a pyramid and a head; its loss; how it runs over whole images."""
+"""The segmenter: an encoder, a pyramid and a head; its loss; how it runs over whole images.
+
+(segmentation_models_pytorch builds timm encoders of its own, with names of its own: ours do not fit
+in as they are.)
+"""
 
 import math
 from collections.abc import Sequence
