@@ -108,7 +108,8 @@ def finetune(
         multi_scale: Resize each training batch by 0.75 to 1.25 times, for detection.
         frozen: Train the head alone and leave the encoder as it is.
         frozen_norm: Leave the encoder's BatchNorms as they are, for detection and segmentation;
-            default true, or false for random:NAME.
+            default where a batch has fewer than 8 images, which is too few for them; never for
+            random:NAME.
         fraction: Use this share of the training and validation labels.
         shots: Use this many training and validation labels a class.
         epochs: Default as many as make 1,000 steps, between 10 and 100.
@@ -171,7 +172,8 @@ def finetune(
         "upright": upright,
         "seed": seed,
     }
-    still = not from_scratch if frozen_norm is None else frozen_norm
+    few = batch_size is not None and batch_size < 8
+    still = few and not from_scratch if frozen_norm is None else frozen_norm
     transfer: Task
     if task == "classification":
         labelled = load_labelled(data, seed, multi_label=True)

@@ -42,14 +42,14 @@ class DetectorSettings(TransferSettings):
 
     Attributes:
         kind: which of torchvision's detectors.
-        frozen_norm: leave the encoder's BatchNorms as they are.
+        frozen_norm: leave the encoder's BatchNorms as they are, for batches too small for them.
         multi_scale: resize each batch, by 0.75 to 1.25 times (YOLO9000, Redmon & Farhadi 2017,
             section 2). The average step costs a little more.
     """
 
     multi_scale: bool = False
     kind: Kind = "faster_rcnn"
-    frozen_norm: bool = True
+    frozen_norm: bool = False
 
 
 class _DetectorTask(pl.LightningModule):

@@ -51,11 +51,11 @@ class SegmenterSettings(TransferSettings):
     Attributes:
         class_weights: weights of the classes in the loss, by name, 1 for those left out; or
             ``balanced``: by how rare a class's pixels are. None weighs all alike.
-        frozen_norm: leave the encoder's BatchNorms as they are.
+        frozen_norm: leave the encoder's BatchNorms as they are, for batches too small for them.
     """
 
     class_weights: str | dict[str, float] | None = None
-    frozen_norm: bool = True
+    frozen_norm: bool = False
 
 
 def weigh_classes(
