@@ -3,7 +3,8 @@
 import math
 import os
 import socket
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import timm
@@ -71,14 +72,21 @@ class Encoder(nn.Module):
         Args:
             size: side in pixels.
         """
-        device = next(self.parameters()).device
-        was_training = self.training
         try:
-            with torch.no_grad():
-                self.eval()(torch.zeros(1, len(self.mean), size, size, device=device))
+            with self._dry_run(size, size) as blank:
+                self(blank)
         except (AssertionError, RuntimeError, ValueError) as error:
             reason = first_line(error)
             raise UserError(f"{self.backbone} can't be built for {size} pixels: {reason}") from None
+
+    @contextmanager
+    def _dry_run(self, height: int, width: int) -> Iterator[Tensor]:
+        """A blank image to try out; in evaluation mode, which leaves running statistics alone."""
+        device, was_training = next(self.parameters()).device, self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield torch.zeros(1, len(self.mean), height, width, device=device)
         finally:
             self.train(was_training)
 
@@ -128,6 +136,11 @@ class Encoder(nn.Module):
     def map_features(self) -> int:
         """Channels of the last feature map; ``num_features`` but for a few mobile backbones."""
         return int(self.model.num_features)
+
+    def map_side(self) -> int:
+        """Side of the last feature map for images of the encoder's size, from a dry run."""
+        with self._dry_run(self.image_size, self.image_size) as blank:
+            return int(self.pooled_and_map(blank)[1].shape[-1])
 
     def _as_map(self, last: Tensor, images: Tensor) -> Tensor:
         if last.ndim == 3:  # tokens, after class and register tokens
@@ -179,14 +192,8 @@ class Encoder(nn.Module):
         Raises:
             AssertionError, RuntimeError, ValueError: the backbone can't take this size.
         """
-        device = next(self.parameters()).device
-        was_training = self.training
-        try:
-            with torch.no_grad():  # in evaluation mode, which leaves running statistics alone
-                blank = torch.zeros(1, len(self.mean), height, width, device=device)
-                maps = self.eval().stages(blank)
-        finally:
-            self.train(was_training)
+        with self._dry_run(height, width) as blank:
+            maps = self.stages(blank)
         return [(m.shape[1], m.shape[2], m.shape[3]) for m in maps]
 
     def _stage_indices(self, count: int) -> list[int]:

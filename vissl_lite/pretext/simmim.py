@@ -120,16 +120,13 @@ class SimMIM(PretextTask):
 
     def _stride(self) -> int:
         """Pixels between the positions of the last feature map."""
-        size, device = self.encoder.image_size, next(self.encoder.parameters()).device
-        blank = torch.zeros(1, len(self.encoder.mean), size, size, device=device)
-        with torch.no_grad():
-            side = self.encoder.pooled_and_map(blank)[1].shape[-1]
+        size, side = self.encoder.image_size, self.encoder.map_side()
         if size % side:
             raise UserError(
                 f"the pretext simmim can't split {size} pixels among the {side} x {side} positions "
                 f"of {self.encoder.backbone}'s last feature map: choose a multiple of 32"
             )
-        return int(size // side)
+        return size // side
 
     def views(self) -> Views:
         return cropped_views(self.encoder.image_size, self.smallest_crop, self.upright)

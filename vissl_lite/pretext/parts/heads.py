@@ -102,7 +102,7 @@ class Decoder(nn.Module):
         check_count("pretext.decoder_width", width)
         self.project = nn.Conv2d(encoder.map_features, width, 1)
         self.context = nn.Linear(encoder.num_features, width)
-        ratio = encoder.image_size / self.STRIDE / _map_side(encoder)
+        ratio = encoder.image_size / self.STRIDE / encoder.map_side()
         layers: list[nn.Module] = []
         for step in range(1 + max(0, round(math.log2(ratio)))):
             if step > 0:
@@ -132,14 +132,3 @@ class Decoder(nn.Module):
         if x.shape[-1] != size:  # the map's size is no power of two of it
             x = F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
         return self.last(x)
-
-
-@torch.no_grad()
-def _map_side(encoder: Encoder) -> int:
-    """Side of the last feature map of an image of the encoder's size."""
-    device = next(encoder.parameters()).device
-    size, was_training = encoder.image_size, encoder.training
-    image = torch.zeros(1, len(encoder.mean), size, size, device=device)
-    side = encoder.eval().pooled_and_map(image)[1].shape[-1]
-    encoder.train(was_training)
-    return int(side)
