@@ -133,6 +133,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", help="part of them; the table waits for all")
     parser.add_argument("--epochs", type=int)
+    parser.add_argument("--collect", action="store_true", help="take the runs that are there")
     parser.add_argument("--detector", default="faster_rcnn")
     parser.add_argument("--core", type=int, help="use this one core")
     given = parser.parse_args()
@@ -147,6 +148,9 @@ if __name__ == "__main__":
     for seed in given.seeds:
         for arm, encoder in arms(name, given).items():
             if given.arms and arm not in given.arms:
+                continue
+            last = f"{arm}-{seed}" if name != "ucmerced" else f"{arm}-{max(SHOTS)}-{seed}-probe"
+            if given.collect and not (given.out / name / last / "results.json").exists():
                 continue
             results.setdefault(arm, {})[str(seed)] = SETS[name](given, arm, encoder, seed)
             print(name, arm, seed, json.dumps(results[arm][str(seed)]), flush=True)

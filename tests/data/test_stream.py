@@ -7,6 +7,7 @@ import torch
 from vissl_lite.data.images import BROKEN_IMAGE, find_images
 from vissl_lite.data.stream import Batch, StreamSampler, ViewDataset, collate, stream
 from vissl_lite.data.views import Views, colour_distortion, flip, random_crop
+from vissl_lite.errors import UserError
 
 IMAGES, BATCH, EPOCHS = 24, 7, 2
 PER_EPOCH = IMAGES // BATCH
@@ -188,6 +189,9 @@ def test_a_set_of_broken_images_alone_is_an_error(photos: Path, tmp_path: Path) 
         Path(path).write_text("broken")
     with pytest.raises(BROKEN_IMAGE):
         ViewDataset(paths, views(), 0)[0, 1]
+    with pytest.raises(UserError, match="none of 3 images can be read"):
+        ViewDataset(paths, views(), 0).check_readable()
+    ViewDataset([*paths, find_images([photos])[0]], views(), 0).check_readable()
 
 
 def test_an_error_of_ours_is_not_taken_for_a_broken_image(photos: Path) -> None:

@@ -1,9 +1,13 @@
 """Image files: find them, decode them. An image is an ``(H, W, 3)`` RGB uint8 array."""
 
+import logging
 import os
 from collections.abc import Callable, Collection, Sequence
 from io import BytesIO
 from pathlib import Path
+
+# Broken files are named in our log; the decoders need not print pages about each.
+os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")
 
 import cv2
 import numpy as np
@@ -14,6 +18,8 @@ from vissl_lite.errors import UserError
 EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 )
+
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 # What decoding raises on a broken file; anything else is a bug of ours and must surface.
 BROKEN_IMAGE = (OSError, ValueError, SyntaxError, EOFError, cv2.error, Image.DecompressionBombError)

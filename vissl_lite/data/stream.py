@@ -7,6 +7,7 @@ resuming continues with the very batch that came next, and no worker waits at th
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import cv2
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vissl_lite.data.images import BROKEN_IMAGE, read_image
 from vissl_lite.data.views import Views
+from vissl_lite.errors import UserError
 
 Key = tuple[int, int]  # (epoch, image index)
 
@@ -71,6 +73,14 @@ class KeyedDataset(Dataset[Item], ABC):
                 if len(broken) == len(self.paths):
                     raise
                 index = (index + 1) % len(self.paths)
+
+    def check_readable(self) -> None:
+        """Raise a UserError if not even one image can be read."""
+        for index in range(len(self)):
+            with suppress(*BROKEN_IMAGE):
+                self.item(0, index)
+                return
+        raise UserError(f"none of {len(self)} images can be read, the first {self.paths[0]}")
 
     @abstractmethod
     def item(self, epoch: int, index: int) -> Item:

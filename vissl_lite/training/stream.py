@@ -28,6 +28,9 @@ class StreamData(pl.LightningDataModule):
         pace: knows how many batches are done.
         workers: data workers a device.
         weights: sampling weights; see ``StreamSampler``.
+
+    Raises:
+        UserError: no image can be read.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class StreamData(pl.LightningDataModule):
         weights: np.ndarray | None = None,
     ) -> None:
         super().__init__()
+        dataset.check_readable()
         self.dataset, self.batch_size, self.epochs = dataset, batch_size, epochs
         self.pace, self.workers, self.weights = pace, workers, weights
         self.batches_per_epoch = len(dataset) // batch_size
