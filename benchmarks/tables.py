@@ -192,6 +192,20 @@ def bccd() -> str:
     return dense("bccd", {"map_50": "test mAP50", "map": "test mAP"})
 
 
+def detectors() -> str:
+    """The same encoder, seed and about the same CPU minutes."""
+    results = load("transfer")
+    rows = []
+    for detector in ("faster_rcnn", "fcos"):
+        key = "bccd" if detector == "faster_rcnn" else f"bccd-{detector}"
+        run = results[key]["ImageNet"]["0"]
+        figures = [f"{run['test'][measure]:.3f}" for measure in ("map_50", "map")]
+        rows.append([f"`{detector}`", *figures, f"{run['cpu_minutes']:.1f}"])
+    command = "python benchmarks/transfer.py bccd --detector fcos --arms ImageNet --epochs 8 ..."
+    header = ["detector", "test mAP50", "test mAP", "CPU minutes"]
+    return table(header, rows) + "\n\n" + made(results, command)
+
+
 def water() -> str:
     return dense("water", {"miou": "test mIoU", "dice": "test Dice"})
 
@@ -240,6 +254,7 @@ if __name__ == "__main__":
         throughput=throughput,
         views=views,
         bccd=bccd,
+        detectors=detectors,
         water=water,
         ucmerced=ucmerced,
     )

@@ -154,7 +154,9 @@ if __name__ == "__main__":
                 continue
             results.setdefault(arm, {})[str(seed)] = SETS[name](given, arm, encoder, seed)
             print(name, arm, seed, json.dumps(results[arm][str(seed)]), flush=True)
-    if not given.arms:
+    if given.detector != "faster_rcnn":
+        keep("transfer", {f"{name}-{given.detector}": results})
+    elif not given.arms:
         keep("transfer", {name: results})
     for arm, runs in results.items():
         if name != "ucmerced":
