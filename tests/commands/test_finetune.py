@@ -9,16 +9,6 @@ from safetensors.torch import load_file
 
 import vissl_lite
 from vissl_lite.cli import main
-from vissl_lite.encoder import build_encoder
-from vissl_lite.encoder_folder import save_encoder
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("encoder")
-    torch.manual_seed(5)
-    save_encoder(build_encoder("test_resnet", 32), folder, {})
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -7,29 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
-import torch
 from PIL import Image
 
 import vissl_lite
 from vissl_lite.cli import main
 from vissl_lite.data.boxes import load_boxes
 from vissl_lite.data.sample import make_sample_data
-from vissl_lite.encoder import build_encoder
-from vissl_lite.encoder_folder import save_encoder
 
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("sample") / "data"
     return make_sample_data(out, unlabelled=0, train=20, val=10, test=10, size=48, processes=1)
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("encoder")
-    torch.manual_seed(5)
-    save_encoder(build_encoder("test_resnet", 32), folder, {})
-    return folder
 
 
 def run(*words: object) -> int:

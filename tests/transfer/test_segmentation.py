@@ -247,7 +247,7 @@ def test_class_weights_that_can_not_be(
 
 
 def test_folders_that_hold_no_segmenter(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no segmenter at .*: give a run of finetune"):
+    with pytest.raises(UserError, match=r"no model at .*: give a run of finetune"):
         load_segmenter(tmp_path)
     segmenter = Segmenter(build_encoder("test_resnet", 32), classes=2, channels=16)
     save_segmenter(segmenter, tmp_path, ["a", "b"], {})

@@ -194,11 +194,10 @@ def finetune(
     else:
         masks = take_masks(load_masks(data, annotations, seed), fraction, seed)
         segmenter = SegmenterSettings(**common, class_weights=class_weights, frozen_norm=still)
-        weigh_classes(masks, class_weights)
+        if class_weights != "balanced":  # which can't be wrong, and takes reading every mask
+            weigh_classes(masks, class_weights)
         transfer = Segmentation(masks, segmenter)
-    if batch_size is not None and batch_size > len(transfer.data.train):
-        raise UserError(f"--batch_size {batch_size} is larger than the training part: "
-                        f"{len(transfer.data.train)} images")  # fmt: skip
+    transfer.settings.batch(len(transfer.data.train), usual=1)  # before anything is written
     if image_size is None and (from_scratch or task != "classification"):
         image_size = transfer.image_size()
     torch.manual_seed(seed)

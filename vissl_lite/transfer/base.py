@@ -199,20 +199,24 @@ def save_with_head(model: nn.Module, encoder: Encoder, folder: Path, about: dict
 
 
 def load_with_head(
-    folder: Path, build: Callable[[Encoder, dict[str, Any]], nn.Module]
+    source: Path, task: str, build: Callable[[Encoder, dict[str, Any]], nn.Module]
 ) -> tuple[Any, dict[str, Any]]:
     """Load what ``save_with_head`` wrote.
 
     Args:
-        folder: the model folder.
+        source: a run of ``finetune``, or the ``model`` folder in it.
+        task: which task the model must be for.
         build: makes the model from the encoder and the content of ``head.json``.
 
     Returns:
         The model and the content of ``head.json``.
 
     Raises:
-        UserError: the folder is damaged.
+        UserError: there is no model for this task, or it is damaged.
     """
+    folder, found = find_model(source)
+    if found != task:
+        raise UserError(f"{folder} is a model for {found}, not for {task}")
     encoder = load_encoder(folder / "encoder")
     weights = read_weights(folder / HEAD_WEIGHTS)
     try:

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torch.optim import Optimizer
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_iou
 
@@ -19,55 +17,39 @@ from vissl_lite.data.boxes import BoxedImage, LabelledBoxes
 from vissl_lite.data.images import read_image
 from vissl_lite.data.stream import Batch, Item, KeyedDataset
 from vissl_lite.data.views import BoxView, box_pipeline
-from vissl_lite.encoder import Encoder, Normalize
+from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError
-from vissl_lite.optim import build_optimizer_with_head
 from vissl_lite.run import MetricsFile
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.base import (
     HEAD,
     Judgement,
-    TransferSettings,
     load_with_head,
     save_with_head,
     train,
 )
 from vissl_lite.transfer.detector import Detections, Detector, Kind, choose_canvas, detect
-from vissl_lite.transfer.pyramid import freeze_norms
+from vissl_lite.transfer.pyramid import PyramidSettings, PyramidTask
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectorSettings(TransferSettings):
+class DetectorSettings(PyramidSettings):
     """How to train a detector.
 
     Attributes:
         kind: which of torchvision's detectors.
-        frozen_norm: leave the encoder's BatchNorms as they are, for batches too small for them.
         multi_scale: resize each batch, by 0.75 to 1.25 times (YOLO9000, Redmon & Farhadi 2017,
             section 2). The average step costs a little more.
     """
 
     multi_scale: bool = False
     kind: Kind = "faster_rcnn"
-    frozen_norm: bool = False
 
 
-class _DetectorTask(pl.LightningModule):
+class _DetectorTask(PyramidTask):
     """A detector, and how it is trained."""
 
-    def __init__(self, detector: Detector, normalize: Normalize, settings: DetectorSettings):
-        super().__init__()
-        self.detector, self.normalize, self.settings = detector, normalize, settings
-        if settings.frozen:
-            detector.encoder.requires_grad_(False)
-
-    def train(self, mode: bool = True) -> "_DetectorTask":
-        super().train(mode)
-        if self.settings.frozen:
-            self.detector.encoder.eval()
-        elif self.settings.frozen_norm:
-            freeze_norms(self.detector.encoder)
-        return self
+    settings: DetectorSettings
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images = self.normalize(batch.views[0])
@@ -75,14 +57,10 @@ class _DetectorTask(pl.LightningModule):
         if self.settings.multi_scale:
             images, stretch = rescaled(images)
         targets = [{"boxes": boxes * stretch, "labels": labels} for boxes, labels in batch.targets]
-        losses = self.detector.losses(images, targets)
+        losses = self.model.losses(images, targets)
         loss = torch.stack(list(losses.values())).sum()
         self.log("loss", loss.detach())
         return loss
-
-    def configure_optimizers(self) -> Optimizer:
-        encoder = self.detector.encoder.model
-        return build_optimizer_with_head(encoder, self.detector, self.settings.optimizer)
 
 
 def rescaled(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -275,7 +253,7 @@ def train_detector(
     canvas = choose_canvas(data.train, encoder)
     torch.manual_seed(settings.seed)  # the new head's weights
     detector = Detector(copy.deepcopy(encoder), len(data.classes), settings.kind, canvas)
-    task = _DetectorTask(detector, Normalize(encoder.mean, encoder.std), settings)
+    task = _DetectorTask(detector, settings)
 
     def judge() -> Judgement:
         scores = score_detector(detector, data.val, data.classes)
@@ -318,13 +296,13 @@ def load_detector(folder: Path) -> tuple[Detector, list[str]]:
     """Load what ``save_detector`` wrote.
 
     Args:
-        folder: the model folder.
+        folder: a run of ``finetune``, or the ``model`` folder in it.
 
     Returns:
         The detector and the names of its classes.
 
     Raises:
-        UserError: the folder is damaged.
+        UserError: there is no detector, or it is damaged.
     """
 
     def build(encoder: Encoder, about: dict[str, Any]) -> Detector:
@@ -335,5 +313,5 @@ def load_detector(folder: Path) -> tuple[Detector, list[str]]:
         detector.threshold = float(about["threshold"])
         return detector
 
-    detector, about = load_with_head(folder, build)
+    detector, about = load_with_head(folder, "detection", build)
     return detector, list(about["classes"])

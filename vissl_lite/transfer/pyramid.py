@@ -2,14 +2,20 @@
 
 import logging
 from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
 from torchvision.ops import FeaturePyramidNetwork
 
-from vissl_lite.encoder import Encoder
+from vissl_lite.encoder import Encoder, Normalize
 from vissl_lite.errors import UserError
+from vissl_lite.optim import build_optimizer_with_head
+from vissl_lite.transfer.base import TransferSettings
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +112,46 @@ def freeze_norms(encoder: nn.Module) -> None:
         if isinstance(module, _BatchNorm):
             module.eval()
             module.requires_grad_(False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PyramidSettings(TransferSettings):
+    """How to train an encoder with a pyramid and a head.
+
+    Attributes:
+        frozen_norm: leave the encoder's BatchNorms as they are, for batches too small for them.
+    """
+
+    frozen_norm: bool = False
+
+
+class PyramidTask(pl.LightningModule):
+    """A model that holds an encoder: what stands still of it, and its optimizer.
+
+    Args:
+        model: a detector or segmenter, with its encoder as ``encoder``.
+        settings: how to train it.
+    """
+
+    def __init__(self, model: Any, settings: PyramidSettings) -> None:
+        super().__init__()
+        self.model, self.settings = model, settings
+        encoder: Encoder = self.model.encoder
+        self.normalize = Normalize(encoder.mean, encoder.std)
+        if settings.frozen:
+            encoder.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "PyramidTask":
+        super().train(mode)
+        if self.settings.frozen:
+            self.model.encoder.eval()
+        elif self.settings.frozen_norm:
+            freeze_norms(self.model.encoder)
+        return self
+
+    def configure_optimizers(self) -> Optimizer:
+        encoder = self.model.encoder.model
+        return build_optimizer_with_head(encoder, self.model, self.settings.optimizer)
 
 
 def report_use(encoder: Encoder, source: str) -> None:

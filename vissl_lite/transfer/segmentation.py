@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from vissl_lite.data.images import BROKEN_IMAGE, read_image
@@ -21,18 +19,15 @@ from vissl_lite.data.views import MaskView, mask_pipeline
 from vissl_lite.encoder import Encoder, Normalize
 from vissl_lite.errors import UserError, did_you_mean
 from vissl_lite.inference import evaluating, report_broken
-from vissl_lite.optim import build_optimizer_with_head
 from vissl_lite.run import MetricsFile
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.base import (
-    HEAD,
     Judgement,
-    TransferSettings,
     load_with_head,
     save_with_head,
     train,
 )
-from vissl_lite.transfer.pyramid import freeze_norms
+from vissl_lite.transfer.pyramid import PyramidSettings, PyramidTask
 from vissl_lite.transfer.segmenter import (
     Segmenter,
     at_own_scale,
@@ -45,17 +40,15 @@ IMAGES = 8  # that are read at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmenterSettings(TransferSettings):
+class SegmenterSettings(PyramidSettings):
     """How to train a segmenter.
 
     Attributes:
         class_weights: weights of the classes in the loss, by name, 1 for those left out; or
             ``balanced``: by how rare a class's pixels are. None weighs all alike.
-        frozen_norm: leave the encoder's BatchNorms as they are, for batches too small for them.
     """
 
     class_weights: str | dict[str, float] | None = None
-    frozen_norm: bool = False
 
 
 def weigh_classes(
@@ -126,37 +119,21 @@ class MaskDataset(KeyedDataset):
         return Item([view, mask[..., None]], index, [])
 
 
-class _SegmenterTask(pl.LightningModule):
+class _SegmenterTask(PyramidTask):
     """A segmenter, and how it is trained."""
 
     def __init__(
         self, segmenter: Segmenter, weights: Tensor | None, settings: SegmenterSettings
     ) -> None:
-        super().__init__()
-        self.segmenter, self.settings = segmenter, settings
-        self.normalize = Normalize(segmenter.encoder.mean, segmenter.encoder.std)
+        super().__init__(segmenter, settings)
         self.weights: Tensor | None
         self.register_buffer("weights", weights, persistent=False)
-        if settings.frozen:
-            segmenter.encoder.requires_grad_(False)
-
-    def train(self, mode: bool = True) -> "_SegmenterTask":
-        super().train(mode)
-        if self.settings.frozen:
-            self.segmenter.encoder.eval()
-        elif self.settings.frozen_norm:
-            freeze_norms(self.segmenter.encoder)
-        return self
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, masks = batch.views
-        loss = segmentation_loss(self.segmenter(self.normalize(images)), masks[:, 0], self.weights)
+        loss = segmentation_loss(self.model(self.normalize(images)), masks[:, 0], self.weights)
         self.log("loss", loss.detach())
         return loss
-
-    def configure_optimizers(self) -> Optimizer:
-        encoder = self.segmenter.encoder.model
-        return build_optimizer_with_head(encoder, self.segmenter, self.settings.optimizer)
 
 
 def train_segmenter(
@@ -331,12 +308,7 @@ def load_segmenter(folder: Path) -> tuple[Segmenter, list[str]]:
     """
 
     def build(encoder: Encoder, about: dict[str, Any]) -> Segmenter:
-        if about["task"] != "segmentation":
-            raise UserError(f"{folder} is a model for {about['task']}, not for segmentation")
         return Segmenter(encoder, len(about["classes"]), about["channels"])
 
-    for inside in (folder / "model", folder):
-        if (inside / HEAD).is_file():
-            segmenter, about = load_with_head(inside, build)
-            return segmenter, list(about["classes"])
-    raise UserError(f"no segmenter at {folder}: give a run of finetune, or its model folder")
+    segmenter, about = load_with_head(folder, "segmentation", build)
+    return segmenter, list(about["classes"])

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
-from torch import nn
 
 from vissl_lite.data.boxes import LabelledBoxes
 from vissl_lite.data.images import read_image, suitable_size
@@ -24,6 +23,7 @@ from vissl_lite.pictures import (
 )
 from vissl_lite.run import MetricsFile
 from vissl_lite.training.hardware import Hardware
+from vissl_lite.transfer.base import TransferSettings
 from vissl_lite.transfer.classification import (
     ClassifierSettings,
     class_logits,
@@ -66,16 +66,16 @@ class Task(ABC):
     """A labelled data set and how to learn from it.
 
     Attributes:
-        name: of the task.
         curves: what is drawn of the training.
         chosen_by: the validation figure that chooses the weights.
         data: with ``classes``, ``train``, ``val`` and ``test``.
+        settings: how to train.
     """
 
-    name: ClassVar[str]
     curves: ClassVar[tuple[str, ...]]
     chosen_by: ClassVar[str]
     data: Any
+    settings: TransferSettings
 
     @abstractmethod
     def image_size(self) -> int:
@@ -86,13 +86,7 @@ class Task(ABC):
         """Write down which image is in which part, to be given as ``--data`` again."""
 
     @abstractmethod
-    def train(
-        self,
-        encoder: Encoder,
-        hardware: Hardware | None = None,
-        metrics: MetricsFile | None = None,
-        title: str = "finetune",
-    ) -> Any:
+    def train(self, encoder: Encoder, hardware: Hardware, metrics: MetricsFile) -> Any:
         """A model trained on the training part, chosen on the validation part."""
 
     @abstractmethod
@@ -111,11 +105,11 @@ class Task(ABC):
 class Classification(Task):
     """One class or several labels for each image; see ``train_classifier``."""
 
-    name = "classification"
     curves = ("loss", "val_loss", "val_top1", "val_map", "lr")
 
     def __init__(self, data: LabelledImages, settings: ClassifierSettings) -> None:
-        self.data, self.settings = data, settings
+        self.data = data
+        self.settings: ClassifierSettings = settings
         self.chosen_by = "val_map" if data.multi_label else "val_top1"  # type: ignore[misc]
 
     def image_size(self) -> int:
@@ -124,14 +118,8 @@ class Classification(Task):
     def write_split(self, run: Path) -> None:
         self.data.write(run / "split.csv")
 
-    def train(
-        self,
-        encoder: Encoder,
-        hardware: Hardware | None = None,
-        metrics: MetricsFile | None = None,
-        title: str = "finetune",
-    ) -> Any:
-        return train_classifier(encoder, self.data, self.settings, hardware, metrics, title)
+    def train(self, encoder: Encoder, hardware: Hardware, metrics: MetricsFile) -> Any:
+        return train_classifier(encoder, self.data, self.settings, hardware, metrics)
 
     def score(self, model: Any, encoder: Encoder) -> Scores:
         return score_classifier(model, encoder, self.data)
@@ -173,12 +161,12 @@ class Classification(Task):
 class Detection(Task):
     """Boxes of objects; see ``train_detector``."""
 
-    name = "detection"
     curves = ("loss", "val_map", "val_map_50", "lr")
     chosen_by = "val_map"
 
     def __init__(self, data: LabelledBoxes, settings: DetectorSettings) -> None:
-        self.data, self.settings = data, settings
+        self.data = data
+        self.settings: DetectorSettings = settings
 
     def image_size(self) -> int:
         return suitable_size([image.path for image in self.data.train], side=max, most=416)
@@ -186,14 +174,8 @@ class Detection(Task):
     def write_split(self, run: Path) -> None:
         self.data.write(run / "split")
 
-    def train(
-        self,
-        encoder: Encoder,
-        hardware: Hardware | None = None,
-        metrics: MetricsFile | None = None,
-        title: str = "finetune",
-    ) -> Any:
-        return train_detector(encoder, self.data, self.settings, hardware, metrics, title)
+    def train(self, encoder: Encoder, hardware: Hardware, metrics: MetricsFile) -> Any:
+        return train_detector(encoder, self.data, self.settings, hardware, metrics)
 
     def score(self, model: Any, encoder: Encoder) -> Scores:
         return score_detector(model, self.data.test, self.data.classes)
@@ -224,12 +206,12 @@ class Detection(Task):
 class Segmentation(Task):
     """A class for every pixel; see ``train_segmenter``."""
 
-    name = "segmentation"
     curves = ("loss", "val_loss", "val_miou", "val_dice", "lr")
     chosen_by = "val_miou"
 
     def __init__(self, data: LabelledMasks, settings: SegmenterSettings) -> None:
-        self.data, self.settings = data, settings
+        self.data = data
+        self.settings: SegmenterSettings = settings
 
     def image_size(self) -> int:
         return suitable_size([image.path for image in self.data.train])
@@ -237,14 +219,8 @@ class Segmentation(Task):
     def write_split(self, run: Path) -> None:
         self.data.write(run / "split.csv")
 
-    def train(
-        self,
-        encoder: Encoder,
-        hardware: Hardware | None = None,
-        metrics: MetricsFile | None = None,
-        title: str = "finetune",
-    ) -> nn.Module:
-        return train_segmenter(encoder, self.data, self.settings, hardware, metrics, title)
+    def train(self, encoder: Encoder, hardware: Hardware, metrics: MetricsFile) -> Any:
+        return train_segmenter(encoder, self.data, self.settings, hardware, metrics)
 
     def score(self, model: Any, encoder: Encoder) -> Scores:
         return score_segmenter(model, self.data.test, self.data.classes)

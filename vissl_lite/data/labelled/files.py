@@ -1,11 +1,11 @@
 """Labels as they lie on the disk: class folders, or a CSV file in one of several forms."""
 
-import csv
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from vissl_lite.data.csv_file import Rows, cells, check_files, need_rows, read_rows, splits
 from vissl_lite.data.images import find_images
 from vissl_lite.data.splits import VAL_NAMES
 from vissl_lite.errors import UserError
@@ -19,8 +19,6 @@ SEPARATORS, LABEL_SEPARATORS = "[|;,]", "[|;]"
 
 # Cells of a column that stands for a class; pandas writes 1.0 where other cells are empty.
 _YES, _NO = frozenset({"1", "1.0", "true"}), frozenset({"0", "0.0", "false", ""})
-
-_Rows = list[dict[str, str]]
 
 
 class FoundLabels(NamedTuple):
@@ -83,62 +81,35 @@ def read_csv(file: Path) -> FoundLabels:
     Raises:
         UserError: the file can't be read, lacks a column or a value, or names missing files.
     """
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as opened:
-            reader = csv.DictReader(opened)
-            rows = list(reader)
-            columns = list(reader.fieldnames or [])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{file} can't be read as a CSV file: {error}") from None
+    columns, rows = read_rows(file)
     path = next((name for name in _PATH_COLUMNS if name in columns), None)
     if path is None:
         raise UserError(f"{file} has no column {' or '.join(_PATH_COLUMNS)}: it has "
                         f"{', '.join(columns)}")  # fmt: skip
-    if not rows:
-        raise UserError(f"{file} has no rows")
-    _cells(file, rows, path)
+    need_rows(file, rows)
+    cells(file, rows, path)
     rows.sort(key=lambda row: row[path])
     labels = _labels(file, columns, rows, path)
     paths = [str(file.parent / row[path]) for row in rows]
-    missing = [one for one in paths if not Path(one).is_file()]
-    if missing:
-        raise UserError(f"{file} names {len(missing)} missing files, the first {missing[0]}")
-    splits = _splits(file, rows) if "split" in columns else None
+    check_files(file, paths)
+    parts = splits(file, rows) if "split" in columns else None
     images = list(zip(paths, labels.names, strict=True))
-    return FoundLabels(images, splits, labels.multi_label, labels.classes, labels.note)
+    return FoundLabels(images, parts, labels.multi_label, labels.classes, labels.note)
 
 
-def _cells(file: Path, rows: _Rows, column: str, may_be_empty: bool = False) -> list[str]:
-    """A column; a row that is cut short is an error, and so is an empty cell unless allowed."""
-    for row in rows:
-        if row[column] is None or not (row[column] or may_be_empty):
-            raise UserError(f"{file} has a row whose {column} is missing: {row}")
-    return [row[column] for row in rows]
-
-
-def _splits(file: Path, rows: _Rows) -> list[str]:
-    splits = ["val" if row["split"] in VAL_NAMES else row["split"] for row in rows]
-    unknown = [name for name in splits if name not in ("train", "val", "test")]
-    if unknown:
-        raise UserError(f"{file}: the split {unknown[0]!r} is none of train, val, test")
-    if "train" not in splits:
-        raise UserError(f"{file} has no training images (split train)")
-    return splits
-
-
-def _labels(file: Path, columns: list[str], rows: _Rows, path: str) -> _Column:
+def _labels(file: Path, columns: list[str], rows: Rows, path: str) -> _Column:
     one = next((name for name in _LABEL_COLUMNS if name in columns), None)
     if one is not None:
-        cells = _cells(file, rows, one)
-        divided = next((cell for cell in cells if re.search(LABEL_SEPARATORS, cell)), None)
+        found = cells(file, rows, one)
+        divided = next((cell for cell in found if re.search(LABEL_SEPARATORS, cell)), None)
         if one == "class" or divided is None:
-            return _Column([(cell,) for cell in cells])
+            return _Column([(cell,) for cell in found])
         note = (f"{file}: {divided!r} is read as several labels of one image; call the column "
                 f"class to have names taken as they stand")  # fmt: skip
-        return _Column([_divide(cell, LABEL_SEPARATORS) for cell in cells], True, note=note)
+        return _Column([_divide(cell, LABEL_SEPARATORS) for cell in found], True, note=note)
     if "labels" in columns:
-        cells = _cells(file, rows, "labels", may_be_empty=True)
-        return _Column([_divide(cell, SEPARATORS) for cell in cells], True)
+        found = cells(file, rows, "labels", may_be_empty=True)
+        return _Column([_divide(cell, SEPARATORS) for cell in found], True)
     return _class_columns(file, columns, rows, path)
 
 
@@ -146,7 +117,7 @@ def _divide(cell: str, separators: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in re.split(separators, cell) if name.strip())
 
 
-def _class_columns(file: Path, columns: list[str], rows: _Rows, path: str) -> _Column:
+def _class_columns(file: Path, columns: list[str], rows: Rows, path: str) -> _Column:
     """Labels from a column for each class, of 0 and 1 alone.
 
     Columns without any 0 or 1, such as notes, are left out; in one that holds something else
@@ -157,11 +128,11 @@ def _class_columns(file: Path, columns: list[str], rows: _Rows, path: str) -> _C
     for column in columns:
         if column in (path, "split") or not column.strip():  # pandas' row numbers have no name
             continue
-        cells = [cell.strip().lower() for cell in _cells(file, rows, column, may_be_empty=True)]
-        odd = [cell for cell in cells if cell not in _YES | _NO]
+        found = [cell.strip().lower() for cell in cells(file, rows, column, may_be_empty=True)]
+        odd = [cell for cell in found if cell not in _YES | _NO]
         if not odd:
-            has[column.strip()] = [cell in _YES for cell in cells]
-        elif any(cell and cell not in odd for cell in cells):
+            has[column.strip()] = [cell in _YES for cell in found]
+        elif any(cell and cell not in odd for cell in found):
             raise UserError(f"{file}: the column {column} has {odd[0]!r} beside 0 and 1; without a "
                             f"column label or labels, the column of a class holds 0 or 1, and "
                             f"other columns neither")  # fmt: skip

@@ -1,9 +1,9 @@
 """Where images and their masks lie on the disk: two folders, or a CSV file."""
 
-import csv
 from collections.abc import Iterable
 from pathlib import Path
 
+from vissl_lite.data.csv_file import cells, check_files, need_rows, read_rows, splits
 from vissl_lite.data.images import find_images
 from vissl_lite.data.splits import VAL_NAMES, split_in_three
 from vissl_lite.errors import UserError
@@ -139,31 +139,18 @@ def read_csv(file: Path) -> Parts:
     Raises:
         UserError: the file can't be read, lacks a column or a value, or names missing files.
     """
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as opened:
-            reader = csv.DictReader(opened)
-            rows, columns = list(reader), list(reader.fieldnames or [])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{file} can't be read as a CSV file: {error}") from None
+    columns, rows = read_rows(file)
     for name in ("path", "mask"):
         if name not in columns:
             raise UserError(f"{file} has no column {name}: it has {', '.join(columns)}")
-        if not all(row[name] for row in rows):
-            raise UserError(f"{file} has a row whose {name} is missing")
-    if not rows:
-        raise UserError(f"{file} has no rows")
+        cells(file, rows, name)
+    need_rows(file, rows)
     rows.sort(key=lambda row: row["path"])  # the split must not depend on the order of rows
     pairs = [(str(file.parent / row["path"]), str(file.parent / row["mask"])) for row in rows]
-    files = [path for pair in pairs for path in pair]
-    missing = [path for path in files if not Path(path).is_file()]
-    if missing:
-        raise UserError(f"{file} names {len(missing)} missing files, the first {missing[0]}")
+    check_files(file, [path for pair in pairs for path in pair])
     if "split" not in columns:
         return split_in_three(pairs)
     parts: Parts = {"train": [], "val": [], "test": []}
-    for pair, row in zip(pairs, rows, strict=True):
-        name = "val" if row["split"] in VAL_NAMES else row["split"]
-        if name not in parts:
-            raise UserError(f"{file}: the split {row['split']!r} is none of train, val, test")
-        parts[name].append(pair)
+    for pair, part in zip(pairs, splits(file, rows), strict=True):
+        parts[part].append(pair)
     return parts

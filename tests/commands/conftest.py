@@ -1,0 +1,18 @@
+"""What tests of several commands begin with."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from vissl_lite.encoder import build_encoder
+from vissl_lite.encoder_folder import save_encoder
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained encoder's folder."""
+    folder = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(5)
+    save_encoder(build_encoder("test_resnet", 32), folder, {})
+    return folder

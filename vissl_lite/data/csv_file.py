@@ -1,0 +1,61 @@
+"""Tables of images in a CSV file: what all forms of them have in common."""
+
+import csv
+from collections.abc import Collection
+from pathlib import Path
+
+from vissl_lite.data.splits import VAL_NAMES
+from vissl_lite.errors import UserError
+
+Rows = list[dict[str, str]]
+
+
+def read_rows(file: Path) -> tuple[list[str], Rows]:
+    """The columns and rows of a CSV file.
+
+    Raises:
+        UserError: it can't be read.
+    """
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as opened:
+            reader = csv.DictReader(opened)
+            rows = list(reader)
+            return list(reader.fieldnames or []), rows
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{file} can't be read as a CSV file: {error}") from None
+
+
+def need_rows(file: Path, rows: Rows) -> None:
+    """Raise a UserError if there is nothing but a header."""
+    if not rows:
+        raise UserError(f"{file} has no rows")
+
+
+def cells(file: Path, rows: Rows, column: str, may_be_empty: bool = False) -> list[str]:
+    """A column; a row that is cut short is an error, and so is an empty cell unless allowed."""
+    for row in rows:
+        if row[column] is None or not (row[column] or may_be_empty):
+            raise UserError(f"{file} has a row whose {column} is missing: {row}")
+    return [row[column] for row in rows]
+
+
+def check_files(file: Path, paths: Collection[str]) -> None:
+    """Raise a UserError if files that a CSV file names are missing."""
+    missing = [path for path in paths if not Path(path).is_file()]
+    if missing:
+        raise UserError(f"{file} names {len(missing)} missing files, the first {missing[0]}")
+
+
+def splits(file: Path, rows: Rows) -> list[str]:
+    """The column split: train, val or test for each row.
+
+    Raises:
+        UserError: it says something else, or there are no training images.
+    """
+    names = ["val" if row["split"] in VAL_NAMES else row["split"] for row in rows]
+    unknown = [name for name in names if name not in ("train", "val", "test")]
+    if unknown:
+        raise UserError(f"{file}: the split {unknown[0]!r} is none of train, val, test")
+    if "train" not in names:
+        raise UserError(f"{file} has no training images (split train)")
+    return names
