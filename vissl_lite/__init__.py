@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from vissl_lite.commands.compare import compare
     from vissl_lite.commands.demo import demo
     from vissl_lite.commands.export import export
     from vissl_lite.commands.finetune import finetune
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 # Importing torch takes seconds; nobody who asks for the version or for help should wait for it.
 _PLACES = {
+    "compare": "vissl_lite.commands.compare",
     "demo": "vissl_lite.commands.demo",
     "export": "vissl_lite.commands.export",
     "finetune": "vissl_lite.commands.finetune",
@@ -31,6 +33,7 @@ _PLACES = {
 
 __all__ = [
     "UserError",
+    "compare",
     "demo",
     "export",
     "finetune",

@@ -21,6 +21,7 @@ VERBS = {
     "probe": "judge a frozen encoder by kNN and a linear classifier",
     "finetune": "train a classifier on labelled images, from an encoder or from nothing",
     "predict": "classify a folder of images with a fine-tuned model",
+    "compare": "did pre-training help? encoders on the same few labels, with intervals",
     "export": "write an encoder or a model as an ONNX file or a timm folder",
     "list": "what there is: list pretexts, list backbones [PATTERN]",
 }
@@ -130,6 +131,7 @@ def _prepare(function: Callable[..., Any], given: list[str]) -> tuple[list[str],
     parameters = inspect.signature(function).parameters
     configs: list[dict[str, Any]] = []
     rewritten: list[str] = []
+    lists: dict[str, list[str]] = {}  # given as --data A B, or as --data A --data B
     words = [part for word in given for part in _split_option(word)]
     if function.__name__ == "list_":  # the one verb whose parameters may stand without their names
         for name in parameters:
@@ -148,10 +150,17 @@ def _prepare(function: Callable[..., Any], given: list[str]) -> tuple[list[str],
             rewritten += ["--pretext.name", *values]
         elif kind is bool and not values:
             rewritten += [option, "true"]
-        elif len(values) > 1 and _takes_list(kind):
-            rewritten += [option, yaml.safe_dump(values, default_flow_style=True, width=1 << 30)]
+        elif values and _takes_list(kind) and not values[0].startswith("["):  # a YAML list
+            lists.setdefault(option, []).extend(values)
         else:
             rewritten += [option, *values]
+    for option, values in lists.items():
+        if len(values) == 1:
+            rewritten += [option, *values]
+            continue
+        kind = parameters[option.removeprefix("--")].annotation
+        items = [_number(value) if _takes_numbers(kind) else value for value in values]
+        rewritten += [option, yaml.safe_dump(items, default_flow_style=True, width=1 << 30)]
     at = {rewritten[i]: rewritten[i + 1] for i in range(len(rewritten) - 1)}
     if at.get("--resume") == "true" and "--out" in at:
         run = Path(at["--out"]) / "config.yaml"
@@ -179,6 +188,17 @@ def _split_option(word: str) -> list[str]:
 
 def _takes_list(kind: Any) -> bool:
     return get_origin(kind) is list or any(get_origin(part) is list for part in get_args(kind))
+
+
+def _takes_numbers(kind: Any) -> bool:
+    return kind in (int, float) or any(_takes_numbers(part) for part in get_args(kind))
+
+
+def _number(text: str) -> float | str:
+    try:
+        return int(text) if text.lstrip("-").isdigit() else float(text)
+    except ValueError:
+        return text  # for the parser to complain of
 
 
 def _read_yaml(file: str | Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vissl_lite import backbones as _registers_small_image_resnets  # noqa: F401
-from vissl_lite.errors import UserError, did_you_mean
+from vissl_lite.errors import UserError, WeightsUnavailable, did_you_mean
 
 
 class Encoder(nn.Module):
@@ -250,8 +250,8 @@ def build_encoder(
         pretrained: load timm's weights from the hub (or its cache); else random ones.
 
     Raises:
-        UserError: the name is unknown, the size does not suit the backbone, or the weights can't
-            be had.
+        UserError: the name is unknown, or the size does not suit the backbone.
+        WeightsUnavailable: the weights can't be had.
     """
     name = backbone.split(".")[0]
     if not timm.is_model(name):
@@ -304,7 +304,7 @@ def _create(backbone: str, pretrained: bool, model_args: dict[str, Any]) -> nn.M
         raise
     except Exception as error:  # the hub's client raises what its HTTP library raises
         reason = first_line(error).split(". ")[0]
-        raise UserError(
+        raise WeightsUnavailable(
             f"the pre-trained weights of {backbone} can't be downloaded and are not in the cache "
             f"({reason}); give a file with --init FILE, or start from --init random"
         ) from None

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vissl_lite.encoder import Encoder, build_encoder, first_line
-from vissl_lite.errors import UserError
+from vissl_lite.errors import UserError, check_count
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +99,28 @@ def load_encoder(source: str | Path, image_size: int | None = None) -> Encoder:
             size = config["pretrained_cfg"]["input_size"][-1]
             return Encoder(model, config.get("model_args", {}), size)
     raise UserError(f"{source} holds no encoder: neither {CONFIG} nor encoder/{CONFIG} is there")
+
+
+def encoder_for(source: str, image_size: int | None) -> Encoder:
+    """Load an encoder to be used on labelled images.
+
+    Args:
+        source: a run, an encoder folder, ``timm:NAME`` or ``random:NAME``.
+        image_size: side in pixels; default the encoder's.
+
+    Raises:
+        UserError: there is no such encoder, it has diverged, or it can't take the size.
+    """
+    check_count("image_size", image_size)
+    encoder = load_encoder(source, image_size)
+    if image_size is not None:
+        encoder.use_image_size(image_size)
+    if not all(p.isfinite().all() for p in encoder.parameters()):
+        raise UserError(
+            f"the weights of {source} are not finite numbers: its training has diverged; train it "
+            f"again with a lower --lr or a longer --warmup"
+        )
+    return encoder
 
 
 def load_model(folder: Path, num_classes: int | None = None) -> tuple[Any, dict[str, Any]]:

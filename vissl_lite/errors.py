@@ -11,6 +11,10 @@ class UserError(Exception):
     """
 
 
+class WeightsUnavailable(UserError):
+    """Weights that exist, but can't be had here and now, as without a network."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Words for an error about an unknown name: the closest known names, or all if there are few.
 

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -34,6 +35,7 @@ log.setLevel(logging.DEBUG)
 # Options that say how to run, not what: they may differ when a run is resumed.
 FREE_TO_CHANGE = frozenset(
     {"out", "resume", "overwrite", "num_workers", "devices", "num_nodes", "strategy"}
+    | {"encoder", "seeds", "baseline"}  # a comparison may be resumed with more of them
 )
 
 
@@ -86,8 +88,7 @@ def open_run(out: Path, config: Mapping[str, Any], resume: bool = False) -> Iter
         if out.is_dir():
             shutil.rmtree(out)
         out.mkdir(parents=True)
-        kept = {k: v for k, v in plain(config).items() if k not in ("resume", "overwrite")}
-        write_atomically(out / CONFIG, yaml.safe_dump(kept, sort_keys=False))
+        write_config(out, config)
     file = logging.FileHandler(out / LOG, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.removeHandler(_early)
@@ -116,6 +117,12 @@ def open_run(out: Path, config: Mapping[str, Any], resume: bool = False) -> Iter
         file.close()
         if not any(isinstance(handler, logging.FileHandler) for handler in log.handlers):
             log.addHandler(_early)
+
+
+def write_config(out: Path, config: Mapping[str, Any]) -> None:
+    """Write ``config.yaml``: the parameters, enough to repeat the run."""
+    kept = {k: v for k, v in plain(config).items() if k not in ("resume", "overwrite")}
+    write_atomically(out / CONFIG, yaml.safe_dump(kept, sort_keys=False))
 
 
 def _record_of_exception() -> logging.LogRecord:
@@ -228,6 +235,12 @@ def write_atomically(file: Path, text: str) -> None:
 def write_results(run: Path, results: Mapping[str, Any]) -> None:
     """Write ``results.json``."""
     write_atomically(run / RESULTS, json.dumps(results, indent=2) + "\n")
+
+
+def logged_warnings(run: Path) -> list[str]:
+    """The warnings in the log of a run, those from before a resume too; each one once."""
+    text = (run / LOG).read_text(encoding="utf-8")
+    return list(dict.fromkeys(re.findall(r"^\S+ \S+ WARNING (.+)$", text, re.MULTILINE)))
 
 
 class MetricsFile:

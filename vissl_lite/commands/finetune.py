@@ -9,10 +9,10 @@ import torch
 from rich.table import Table
 
 from vissl_lite import __version__
-from vissl_lite.commands.probe import encoder_for
 from vissl_lite.data.boxes import load_boxes, take_boxes
 from vissl_lite.data.labelled import load_labelled, take_labels
 from vissl_lite.data.masks import load_masks, take_masks
+from vissl_lite.encoder_folder import encoder_for
 from vissl_lite.errors import UserError, check_count, check_positive, check_seed
 from vissl_lite.optim import OptimizerSettings, check_optimizer
 from vissl_lite.pictures import plot_curves

@@ -13,8 +13,8 @@ from rich.table import Table
 from vissl_lite.data.images import suitable_size
 from vissl_lite.data.labelled import LabelledImages, Part, load_labelled, take_labels
 from vissl_lite.encoder import Encoder
-from vissl_lite.encoder_folder import load_encoder
-from vissl_lite.errors import UserError, check_count, check_positive, check_seed
+from vissl_lite.encoder_folder import encoder_for
+from vissl_lite.errors import check_count, check_positive, check_seed
 from vissl_lite.evaluation.features import extract
 from vissl_lite.evaluation.knn import knn_predict
 from vissl_lite.evaluation.linear import linear_probe
@@ -110,28 +110,6 @@ def probe(
         console.print(table)
         log.info("Written: %s", run / "results.json")
     return ProbeResult(run, last["knn"], last["linear"], scores)
-
-
-def encoder_for(source: str, image_size: int | None) -> Encoder:
-    """Load an encoder to be used on labelled images.
-
-    Args:
-        source: a run, an encoder folder, ``timm:NAME`` or ``random:NAME``.
-        image_size: side in pixels; default the encoder's.
-
-    Raises:
-        UserError: there is no such encoder, it has diverged, or it can't take the size.
-    """
-    check_count("image_size", image_size)
-    encoder = load_encoder(source, image_size)
-    if image_size is not None:
-        encoder.use_image_size(image_size)
-    if not all(p.isfinite().all() for p in encoder.parameters()):
-        raise UserError(
-            f"the weights of {source} are not finite numbers: its training has diverged; train it "
-            f"again with a lower --lr or a longer --warmup"
-        )
-    return encoder
 
 
 def probe_encoder(

@@ -68,4 +68,5 @@ def _fit(
     model.C = 1 / (penalty * len(x))  # scikit-learn weighs the sum of the losses
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # accuracy settles long before
+        warnings.filterwarnings("ignore", "The number of unique classes")  # one label a class
         return model.fit(x, y)

@@ -69,11 +69,13 @@ class TestScores:
             are those that the means are over.
         confusion: ``(K, K)`` images, by true class (row) and predicted class (column); None with
             several labels.
+        right: ``(N,)`` bool: which images are classified rightly; None with several labels.
     """
 
     metrics: dict[str, float]
     per_class: dict[str, dict[str, float]]
     confusion: np.ndarray | None = None
+    right: np.ndarray | None = None
 
     @property
     def top1(self) -> float:
@@ -105,7 +107,8 @@ def score_one(logits: Tensor, target: Tensor, classes: Sequence[str]) -> TestSco
         "macro_f1": float(multiclass_f1_score(logits, target, count, average="macro")),
     }
     confusion = multiclass_confusion_matrix(logits, target, count).numpy()
-    return TestScores(metrics, _by_class(each, classes), confusion)
+    right = (logits.argmax(dim=1) == target).numpy()
+    return TestScores(metrics, _by_class(each, classes), confusion, right)
 
 
 def score_several(logits: Tensor, target: Tensor, classes: Sequence[str]) -> TestScores:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -43,6 +43,8 @@ from vissl_lite.transfer.segmentation import (
     train_segmenter,
 )
 from vissl_lite.transfer.segmenter import segment
+
+TaskName = Literal["classification", "detection", "segmentation"]
 
 SHOWN = 8  # test images in the picture of predictions beside the truth
 
@@ -254,3 +256,17 @@ class Segmentation(Task):
 def spread(images: int, wanted: int) -> np.ndarray:
     """Indices of up to so many images, evenly spread."""
     return np.unique(np.linspace(0, images - 1, min(images, wanted)).round().astype(int))
+
+
+def make_task(data: Any, **settings: Any) -> Task:
+    """The task that a labelled data set is for.
+
+    Args:
+        data: ``LabelledImages``, ``LabelledBoxes`` or ``LabelledMasks``.
+        settings: of ``ClassifierSettings``, ``DetectorSettings`` or ``SegmenterSettings``.
+    """
+    if isinstance(data, LabelledBoxes):
+        return Detection(data, DetectorSettings(**settings))
+    if isinstance(data, LabelledMasks):
+        return Segmentation(data, SegmenterSettings(**settings))
+    return Classification(data, ClassifierSettings(**settings))

@@ -1,0 +1,64 @@
+"""How many labels the arms of a comparison get."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vissl_lite.data.boxes import LabelledBoxes, take_boxes
+from vissl_lite.data.labelled import LabelledImages, take_labels
+from vissl_lite.data.masks import LabelledMasks, take_masks
+from vissl_lite.errors import UserError
+
+FRACTIONS = (0.01, 0.05, 0.1, 1.0)
+
+
+@dataclass(frozen=True)
+class Amount:
+    """An amount of labels, as a share of all or as so many a class.
+
+    Attributes:
+        name: such as ``1%`` or ``10 a class``.
+        fraction: share of the training and validation labels, or
+        shots: training labels a class, and as many validation labels.
+    """
+
+    name: str
+    fraction: float | None = None
+    shots: int | None = None
+
+    def of(self, data: Any, seed: int) -> Any:
+        """So many of a data set's labels; smaller amounts of one seed are parts of larger ones.
+
+        Args:
+            data: ``LabelledImages``, ``LabelledBoxes`` or ``LabelledMasks``.
+            seed: which ones.
+        """
+        if isinstance(data, LabelledBoxes):
+            return take_boxes(data, self.fraction, seed)
+        if isinstance(data, LabelledMasks):
+            return take_masks(data, self.fraction, seed)
+        assert isinstance(data, LabelledImages)
+        return take_labels(data, self.fraction, self.shots, seed)
+
+
+def make_amounts(fractions: Sequence[float] | None, shots: Sequence[int] | None) -> list[Amount]:
+    """The amounts that were asked for, smallest first.
+
+    Args:
+        fractions: shares in (0, 1]; default 1, 5, 10 and 100 % if there are no shots.
+        shots: labels a class, instead.
+
+    Raises:
+        UserError: both are given, or one is out of range.
+    """
+    if fractions and shots:
+        raise UserError("give --fractions or --shots, not both")
+    if shots:
+        if min(shots) < 1:
+            raise UserError(f"--shots {min(shots)} must be at least 1")
+        return [Amount(f"{count} a class", shots=count) for count in sorted(set(shots))]
+    shares = sorted(set(fractions or FRACTIONS))
+    for share in shares:
+        if not 0 < share <= 1:
+            raise UserError(f"--fractions {share} is not a share: it must be above 0 and at most 1")
+    return [Amount(f"{100 * share:g}%", fraction=share) for share in shares]

@@ -1,0 +1,142 @@
+"""The protocols of a comparison: how an encoder is judged with some labels. Test labels only count.
+
+``knn`` and ``linear`` judge the frozen encoder, from features that are computed once; ``finetune``
+trains a copy of it. What is swept (the linear probe's penalty, the learning rate of fine-tuning) is
+chosen on the validation part.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from vissl_lite.data.labelled import LabelledImages, Part
+from vissl_lite.encoder import Encoder
+from vissl_lite.evaluation.features import extract
+from vissl_lite.evaluation.knn import knn_predict
+from vissl_lite.evaluation.linear import linear_probe
+from vissl_lite.run import MetricsFile
+from vissl_lite.training.hardware import Hardware
+from vissl_lite.transfer.class_scores import TestScores
+from vissl_lite.transfer.tasks import Task
+
+Protocol = Literal["knn", "linear", "finetune"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one run of a protocol gave.
+
+    Attributes:
+        value: the figure that is compared, on the test part.
+        metrics: all figures on the test part, by name.
+        chosen: what the validation part chose, such as ``{"penalty": 0.01}``.
+        right: ``(M,)`` bool: which test images were classified rightly, where that is the figure.
+        layers: for frozen protocols, accuracy by stage, if asked for.
+    """
+
+    value: float
+    metrics: dict[str, float]
+    chosen: dict[str, float] = field(default_factory=dict)
+    right: np.ndarray | None = None
+    layers: dict[str, float] = field(default_factory=dict)
+
+
+class Features:
+    """The features of many images, for data sets that are parts of them.
+
+    Args:
+        encoder: whose, frozen.
+        paths: the images.
+        layers: those of every stage too.
+        progress: called with the number of images done since the last call.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        paths: Sequence[str],
+        layers: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self.by_layer, good = extract(encoder, paths, layers, progress)
+        read = [path for path, fine in zip(paths, good, strict=True) if fine]
+        self._row = {path: row for row, path in enumerate(read)}
+
+    def of(self, part: Part, layer: str) -> tuple[np.ndarray, np.ndarray]:
+        """``(N, D)`` features and ``(N,)`` labels of the readable images of a part."""
+        kept = [index for index, path in enumerate(part.paths) if path in self._row]
+        rows = [self._row[part.paths[index]] for index in kept]
+        return self.by_layer[layer][rows], part.labels[kept]
+
+
+def judge_frozen(
+    protocol: Literal["knn", "linear"], features: Features, data: LabelledImages, k: int = 20
+) -> Score:
+    """kNN or a linear probe with some of the labels.
+
+    kNN votes among training and validation images; the linear probe chooses its penalty on the
+    validation part and is fitted again to both.
+
+    Args:
+        protocol: which.
+        features: of the images of all its parts.
+        data: with the labels that may be used.
+        k: neighbours.
+    """
+    scores = {name: _frozen(protocol, features, data, k, name) for name in features.by_layer}
+    last = scores.pop("last")
+    return replace(last, layers={name: score.value for name, score in scores.items()})
+
+
+def _frozen(protocol: str, features: Features, data: LabelledImages, k: int, layer: str) -> Score:
+    train, val, test = (features.of(part, layer) for part in (data.train, data.val, data.test))
+    chosen: dict[str, float] = {}
+    if protocol == "knn":
+        bank = np.concatenate([train[0], val[0]])
+        predicted = knn_predict(bank, np.concatenate([train[1], val[1]]), test[0], k)
+    else:
+        fitted = linear_probe(train, val, test[0])
+        chosen, predicted = {"penalty": fitted.penalty}, fitted.test_predictions
+    right = predicted == test[1]
+    accuracy = float(right.mean())
+    return Score(accuracy, {"accuracy": accuracy}, chosen, right)
+
+
+def finetune_best(
+    encoder: Encoder,
+    make_task: Callable[[float], Task],
+    rates: Sequence[float],
+    hardware: Hardware,
+    curves: Path,
+) -> Score:
+    """Fine-tune with each learning rate; score the one that the validation part finds best.
+
+    Args:
+        encoder: left as it is.
+        make_task: the task with a learning rate.
+        rates: learning rates; one alone is not swept.
+        hardware: where.
+        curves: folder for the metrics of each training.
+    """
+    curves.mkdir(parents=True, exist_ok=True)
+    best: tuple[float, float, Task, Any] | None = None
+    for rate in rates:
+        task = make_task(rate)
+        file = curves / f"lr-{rate:g}.csv"
+        file.unlink(missing_ok=True)  # of a run that was cut off
+        metrics = MetricsFile(file)
+        model = task.train(encoder, hardware, metrics)
+        seen = [value for value in metrics.series(task.chosen_by)[1] if math.isfinite(value)]
+        val = max(seen, default=-math.inf)
+        if best is None or val > best[0]:
+            best = val, rate, task, model
+    assert best is not None
+    _, rate, task, model = best
+    scores = task.score(model, encoder)
+    name = task.chosen_by.removeprefix("val_")
+    right = scores.right if isinstance(scores, TestScores) else None
+    return Score(scores.metrics[name], scores.metrics, {"lr": rate}, right)

@@ -1,0 +1,123 @@
+"""Runs a comparison arm by arm, and keeps each finished run."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from vissl_lite.comparison.amounts import Amount
+from vissl_lite.comparison.plan import Plan
+from vissl_lite.comparison.protocols import (
+    Features,
+    Protocol,
+    Score,
+    finetune_best,
+    judge_frozen,
+)
+from vissl_lite.comparison.store import Cell, Store, digest_weights, digest_words
+from vissl_lite.data.labelled import LabelledImages
+from vissl_lite.encoder import Encoder
+from vissl_lite.training.hardware import Hardware
+from vissl_lite.training.progress import progress_bar
+from vissl_lite.transfer.tasks import Task
+
+log = logging.getLogger(__name__)
+
+# Learning rates of fine-tuning that the validation part chooses from.
+RATES = (3e-4, 1e-3, 3e-3)
+
+
+class Runner:
+    """Runs the cells of an arm that no earlier try has finished."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        data: Any,
+        amounts: Sequence[Amount],
+        store: Store,
+        hardware: Hardware,
+    ) -> None:
+        self.plan, self.data, self.amounts = plan, data, amounts
+        self.store, self.hardware = store, hardware
+        self.parts = {
+            (amount.name, seed): amount.of(data, seed)
+            for amount in amounts
+            for seed in plan.all_seeds()
+        }
+
+    def run(self, arm: str, protocols: Sequence[Protocol]) -> dict[Cell, Score]:
+        """All scores of an arm."""
+        scores: dict[Cell, Score] = {}
+        same: dict[tuple[str, str, str], Score] = {}  # what other seeds gave with the same labels
+        features: Features | None = None
+        weights = ""
+        for seed in self.plan.all_seeds():
+            encoder = self.plan.load(arm, seed, self.data)
+            if digest_weights(encoder) != weights:  # the first seed, or an untrained encoder
+                weights, features = digest_weights(encoder), None
+            for protocol in protocols:
+                for amount in self.amounts:
+                    cell = Cell(arm, protocol, amount.name, seed)
+                    some = self.parts[amount.name, seed]
+                    about = self._about(some, encoder, weights)
+                    key = (protocol, about["labels"], weights)
+                    score = self.store.load(cell, about)
+                    if score is None and key in same:
+                        score = same[key]
+                        self.store.keep(cell, score, about)
+                    if score is None:
+                        if protocol == "finetune":
+                            score = self._finetune(cell, encoder, some, scores)
+                        else:
+                            features = features or self._features(arm, encoder)
+                            score = judge_frozen(protocol, features, some, self.plan.k)
+                        self.store.keep(cell, score, about)
+                    if protocol != "finetune":  # which has a seed of its own
+                        same[key] = score
+                    scores[cell] = score
+                    log.info("%s, %s, %s, seed %d: %.3f", arm, protocol, amount.name, seed,
+                             score.value)  # fmt: skip
+        return scores
+
+    def _about(self, some: Any, encoder: Encoder, weights: str) -> dict[str, Any]:
+        """What must be the same for an earlier run of a cell to count."""
+        names = [f"{part} {path}" for part in ("train", "val", "test")
+                 for path in paths_of(getattr(some, part))]  # fmt: skip
+        if isinstance(some, LabelledImages):
+            names += [str(part.labels.tolist()) for part in (some.train, some.val, some.test)]
+        return {
+            "weights": weights,
+            "labels": digest_words(names),
+            "image_size": encoder.image_size,
+            "layers": self.plan.layers,
+        }
+
+    def _features(self, arm: str, encoder: Encoder) -> Features:
+        used: dict[str, None] = {}
+        for some in self.parts.values():
+            used |= dict.fromkeys([*some.train.paths, *some.val.paths])
+        paths = [*used, *self.data.test.paths]
+        with progress_bar() as bar:
+            task = bar.add_task("features", total=len(paths), info=arm)
+            return Features(encoder, paths, self.plan.layers, partial(bar.advance, task))
+
+    def _finetune(
+        self, cell: Cell, encoder: Encoder, some: Any, scores: Mapping[Cell, Score]
+    ) -> Score:
+        rates: Sequence[float] = self.plan.lr or RATES
+        first = Cell(cell.arm, cell.protocol, cell.amount, self.plan.seed)
+        if first in scores:  # chosen with the first seed, for the others too
+            rates = [scores[first].chosen["lr"]]
+        elif len(some.val) == 0:
+            rates = [sorted(rates)[len(rates) // 2]]  # nothing to choose by
+        untrained = cell.arm.startswith("random:")
+        make: Callable[[float], Task] = partial(
+            self.plan.make_task, some, seed=cell.seed, untrained=untrained
+        )
+        return finetune_best(encoder, make, rates, self.hardware, self.store.place(cell))
+
+
+def paths_of(part: Any) -> list[str]:
+    """The image files of a part of a labelled data set, of whatever task."""
+    return part.paths if hasattr(part, "paths") else [str(one.path) for one in part]

@@ -1,0 +1,115 @@
+"""The runs of a comparison on the disk, one file each: an interrupted one goes on from them."""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from vissl_lite.comparison.protocols import Score
+from vissl_lite.run import write_atomically
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the comparison.
+
+    Attributes:
+        arm: the encoder, as it was given.
+        protocol: how it is judged.
+        amount: of labels, by name, such as ``1%``.
+        seed: which labels these are.
+    """
+
+    arm: str
+    protocol: str
+    amount: str
+    seed: int
+
+
+class Store:
+    """Keeps the score of each finished cell.
+
+    Args:
+        folder: made when the first is kept.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def place(self, cell: Cell) -> Path:
+        """The cell's file, without suffix: also where the curves of its trainings are."""
+        # two arms may differ in what a file name can't hold
+        digest = hashlib.blake2b(cell.arm.encode(), digest_size=3).hexdigest()
+        arm = re.sub(r"[^\w.-]+", "-", cell.arm).strip("-.")[-60:]
+        amount = re.sub(r"[^\w.]+", "-", cell.amount).strip("-")
+        return self.folder / f"{arm}-{digest}" / f"{cell.protocol}-{amount}-seed{cell.seed}"
+
+    def keep(self, cell: Cell, score: Score, about: dict[str, Any]) -> None:
+        """Write a finished cell.
+
+        Args:
+            cell: which.
+            score: what it gave.
+            about: what must be the same for it to count: see ``load``.
+        """
+        file = self.place(cell).with_suffix(".json")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        content = {
+            "arm": cell.arm,
+            "protocol": cell.protocol,
+            "amount": cell.amount,
+            "seed": cell.seed,
+            "value": score.value,
+            "metrics": score.metrics,
+            "chosen": score.chosen,
+            "layers": score.layers,
+            "about": about,
+        }
+        if score.right is not None:
+            content["test_images"] = len(score.right)
+            content["right"] = np.packbits(score.right).tobytes().hex()
+        write_atomically(file, json.dumps(content) + "\n")
+
+    def load(self, cell: Cell, about: dict[str, Any]) -> Score | None:
+        """The score of a cell that was finished earlier, with the same weights and labels.
+
+        Args:
+            cell: which.
+            about: from ``about_run``.
+
+        Returns:
+            None if it is missing or damaged, or if the encoder or the data have changed since.
+        """
+        file = self.place(cell).with_suffix(".json")
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if content["about"] != about or content["arm"] != cell.arm:
+                return None
+            right = None
+            if "right" in content:
+                bits = np.frombuffer(bytes.fromhex(content["right"]), np.uint8)
+                right = np.unpackbits(bits, count=content["test_images"]).astype(bool)
+            return Score(content["value"], content["metrics"], content["chosen"], right,
+                         content["layers"])  # fmt: skip
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
+
+
+def digest_weights(model: nn.Module) -> str:
+    """A short digest of all parameters and buffers: whether an encoder is still the same."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def digest_words(words: Sequence[str]) -> str:
+    """A short digest of names in their order: whether the images of a part are still the same."""
+    return hashlib.blake2b("\n".join(words).encode(), digest_size=8).hexdigest()
