@@ -5,14 +5,18 @@ import pytest
 from PIL import Image
 
 from vissl_lite.pictures import (
+    Picture,
     class_colours,
     draw_boxes,
     draw_mask,
     draw_words,
     plot_confusion,
+    plot_exhibit,
+    plot_neighbours,
     plot_per_class,
     plot_pictures,
     plot_titled,
+    plot_views,
 )
 
 
@@ -69,3 +73,46 @@ def test_figures_are_written_whatever_their_number(tmp_path: Path) -> None:
     plot_confusion(np.array([[5, 0], [2, 3]]), ["a", "b"], tmp_path / "m.png", "pixels")
     for name in ("t", "c", "none", "m"):
         assert Image.open(tmp_path / f"{name}.png").width > 100
+
+
+def colours(file: Path) -> dict[tuple[int, ...], int]:
+    """How many pixels of each colour a picture has."""
+    image = Image.open(file).convert("RGB")
+    return {colour: count for count, colour in image.getcolors(image.width * image.height)}
+
+
+GREEN, RED = (44, 160, 44), (214, 39, 40)
+
+
+def test_predictions_are_framed_by_whether_they_are_right(tmp_path: Path) -> None:
+    file = tmp_path / "e.png"
+    for right, seen in ((None, set()), (True, {GREEN}), (False, {RED})):
+        rows = [[Picture(grey()), Picture(grey(), "by 90°", right)]]
+        plot_exhibit(("given", "made of it"), rows, file)
+        assert {one for one in (GREEN, RED) if colours(file).get(one, 0) > 300} == seen
+    sizes = set()
+    for count in (1, 3, 4):
+        plot_exhibit(("given",), [[Picture(grey())]] * count, file)
+        sizes.add(Image.open(file).size)
+        assert colours(file)[(128, 128, 128)] > count * 10_000
+    assert len(sizes) == 3
+
+
+def test_small_views_are_drawn_small(tmp_path: Path) -> None:
+    red, blue = np.zeros((64, 64, 3), np.uint8), np.zeros((32, 32, 3), np.uint8)
+    red[..., 0], blue[..., 2] = 255, 255
+    plot_views([grey(50, 300), grey(300, 50)], [[red, blue]] * 2, tmp_path / "v.png")
+    counts = colours(tmp_path / "v.png")
+    assert counts[(255, 0, 0)] > 10_000
+    assert counts.get((0, 0, 0), 0) < 2000  # but white around them
+    assert counts[(255, 0, 0)] / counts[(0, 0, 255)] == pytest.approx(4, rel=0.1)
+
+
+def test_neighbours_of_another_class_are_framed_red(tmp_path: Path) -> None:
+    rows, values = [[grey()] * 3] * 2, np.array([[0.91, 0.5], [0.9, -0.1]])
+    plot_neighbours(rows, values, tmp_path / "n.png")
+    assert not colours(tmp_path / "n.png").keys() & {GREEN, RED}
+    classes = [["cat", "cat", "dog"], ["dog", "dog", "dog"]]
+    plot_neighbours(rows, values, tmp_path / "n.png", classes)
+    counts = colours(tmp_path / "n.png")
+    assert counts[GREEN] == pytest.approx(3 * counts[RED], rel=0.2)

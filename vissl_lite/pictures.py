@@ -1,6 +1,7 @@
 """Pictures of curves, tables and predictions, drawn without a display."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -252,3 +253,109 @@ def plot_per_class(scores: Mapping[str, Mapping[str, float]], file: Path) -> Non
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], loc="lower right")
     figure.savefig(file, dpi=100)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image, and what is to be said of it.
+
+    Attributes:
+        image: ``(H, W, 3)`` uint8.
+        caption: stands below it.
+        right: whether what the caption says is: the image gets a green or a red frame.
+    """
+
+    image: np.ndarray
+    caption: str = ""
+    right: bool | None = None
+
+
+def plot_exhibit(columns: Sequence[str], rows: Sequence[Sequence[Picture]], file: Path) -> None:
+    """Rows of pictures, such as what a pretext was given beside what it made of it.
+
+    Args:
+        columns: their titles; used again where rows stand side by side.
+        rows: as many pictures in each as there are columns.
+        file: the PNG to write.
+    """
+    beside = 2 if len(rows) > 3 and len(columns) <= 4 else 1
+    lines = -(-len(rows) // beside)
+    widths = ([1.0] * len(columns) + [0.15]) * beside  # a narrow column keeps rows apart
+    del widths[-1]
+    height = 1.9 if any(picture.caption for row in rows for picture in row) else 1.7
+    figure = Figure(figsize=(1.7 * sum(widths), 0.4 + height * lines), layout="constrained")
+    grid = figure.subplots(lines, len(widths), squeeze=False, width_ratios=widths)
+    for axes in grid.flat:
+        axes.axis("off")
+    for index, row in enumerate(rows):
+        line, side = divmod(index, beside)
+        for column, picture in enumerate(row):
+            axes = grid[line, side * (len(columns) + 1) + column]
+            _show(axes, picture)
+            if line == 0:
+                axes.set_title(columns[column], fontsize=9)
+    figure.savefig(file, dpi=110)
+
+
+def _show(axes: Axes, picture: Picture) -> None:
+    colour = {None: "black", True: "tab:green", False: "tab:red"}[picture.right]
+    axes.imshow(picture.image)
+    axes.axis("on")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_xlabel(picture.caption, fontsize=8, color=colour)
+    axes.spines[:].set(visible=picture.right is not None, color=colour, linewidth=3)
+
+
+def plot_views(
+    images: Sequence[np.ndarray], views: Sequence[Sequence[np.ndarray]], file: Path
+) -> None:
+    """Images beside their augmented views; small views are shown as small as they are.
+
+    Args:
+        images: ``(H, W, 3)`` uint8, of any sizes.
+        views: of each image, ``(S, S, 3)`` uint8.
+        file: the PNG to write.
+    """
+    largest = max(len(view) for view in views[0])
+    rows = [
+        [Picture(image), *(Picture(_on_white(view, largest)) for view in made)]
+        for image, made in zip(images, views, strict=True)
+    ]
+    names = [f"view {number + 1}" for number in range(len(views[0]))]
+    plot_exhibit(["image", *names], rows, file)
+
+
+def _on_white(view: np.ndarray, side: int) -> np.ndarray:
+    """A square image in the middle of a white one with sides of ``side`` pixels."""
+    before = (side - len(view)) // 2
+    after = side - len(view) - before
+    return np.pad(view, ((before, after), (before, after), (0, 0)), constant_values=255)
+
+
+def plot_neighbours(
+    rows: Sequence[Sequence[np.ndarray]],
+    similarities: np.ndarray,
+    file: Path,
+    classes: Sequence[Sequence[str]] | None = None,
+) -> None:
+    """Images beside their nearest neighbours.
+
+    Args:
+        rows: K + 1 images each, ``(H, W, 3)`` uint8: the one that was asked for, then its
+            neighbours, the nearest first.
+        similarities: ``(Q, K)`` of the neighbours.
+        file: the PNG to write.
+        classes: of each image, in the same order as ``rows``: neighbours of the same class as the
+            first image are right.
+    """
+    shown = []
+    for index, images in enumerate(rows):
+        names = [""] * len(images) if classes is None else classes[index]
+        row = [Picture(images[0], names[0])]
+        for image, name, value in zip(images[1:], names[1:], similarities[index], strict=True):
+            right = None if classes is None else name == names[0]
+            row.append(Picture(image, f"{value:.2f} {name}".strip(), right))
+        shown.append(row)
+    count = len(rows[0]) - 1
+    plot_exhibit(["image", *(f"neighbour {number + 1}" for number in range(count))], shown, file)

@@ -15,9 +15,11 @@ from vissl_lite.pretext import colorization as module
 from vissl_lite.pretext.colorization import (
     LOOK,
     Colorization,
+    annealed_mean,
     candidate_bins,
     colour_cross_entropy,
     gamut_bins,
+    lab_to_rgb,
     rarity_weights,
     rgb_to_lab,
     smoothing_matrix,
@@ -293,3 +295,51 @@ def test_errors_say_what_would_work() -> None:
         Colorization(encoder)
     with pytest.raises(UserError, match="uniform 0"):
         made(uniform=0.0)
+
+
+# What it shows
+
+
+AB = ((30.0, 20.0), (-30.0, 10.0))  # of two bins
+
+
+def test_lab_becomes_rgb_again() -> None:
+    cube = torch.cartesian_prod(*[torch.linspace(0, 1, 18)] * 3)  # dark ones too
+    torch.testing.assert_close(lab_to_rgb(rgb_to_lab(cube)), cube, atol=2e-4, rtol=0)
+    beyond = lab_to_rgb(torch.tensor([[50.0, 120.0, -120.0], [0.0, 0.0, 0.0]]))
+    assert beyond.min() == 0
+    assert beyond.isfinite().all()
+
+
+def test_the_annealed_mean_is_that_of_equation_5() -> None:
+    bins, logits = gamut_bins(), 3 * torch.randn(1, 261, 1, 2)
+    ours = annealed_mean(logits, bins)
+    for place in range(2):
+        shares = logits[0, :, 0, place].double().softmax(dim=0)
+        weights = [math.exp(math.log(share) / 0.38) for share in shares.tolist()]
+        for axis in range(2):
+            mean = sum(w * c for w, c in zip(weights, bins[:, axis].tolist(), strict=True))
+            assert ours[0, axis, 0, place].item() == pytest.approx(mean / sum(weights), abs=0.01)
+
+
+def test_right_colours_give_the_image_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = made("vit_slim_patch4_32")
+    left, right = (int((task.bins == torch.tensor(ab)).all(dim=1).nonzero()) for ab in AB)
+    lab = torch.full((2, 3, 32, 32), 60.0)  # lightness
+    lab[1, 0] = 45.0
+    lab[:, 1:, :, :16] = torch.tensor(AB[0])[:, None, None]
+    lab[:, 1:, :, 16:] = torch.tensor(AB[1])[:, None, None]
+    batch = (255 * lab_to_rgb(lab)).round().byte()
+    logits = torch.zeros(2, len(task.bins), 8, 8)
+    logits[:, left, :, :4] = logits[:, right, :, 4:] = 30.0
+    monkeypatch.setattr(task, "predict", lambda grey: logits)
+    before = task.counts.clone()
+    shown = task.show([task.normalize(batch)])
+    for row, image in zip(shown.rows, batch.permute(0, 2, 3, 1).numpy(), strict=True):
+        grey, painted, truth = (picture.image for picture in row)
+        assert np.array_equal(truth, image)
+        assert grey.std(axis=2).max() == 0
+        sides = np.r_[0:12, 20:32]  # not where colours are interpolated
+        difference = painted[:, sides].astype(int) - truth[:, sides]
+        assert np.abs(difference).max() <= 2
+    assert torch.equal(task.counts, before)

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 
+from vissl_lite import inference
 from vissl_lite.data.images import find_images
 from vissl_lite.data.stream import Batch, Key, ViewDataset, collate
 from vissl_lite.encoder import build_encoder
@@ -19,6 +20,7 @@ from vissl_lite.errors import UserError
 from vissl_lite.optim import build_optimizer
 from vissl_lite.pretext import PRETEXTS, PretextTask, pretext_class
 from vissl_lite.pretext.base import KINDS
+from vissl_lite.pretext.parts.exhibit import exhibit
 
 EXAMPLES = {
     "any": ["test_resnet", "test_vit"],
@@ -253,3 +255,41 @@ def test_the_loss_is_given_views_and_nothing_else(name: str) -> None:
 def test_unknown_name_gives_the_close_ones() -> None:
     with pytest.raises(UserError, match="did you mean rotation"):
         pretext_class("rotations")
+
+
+SEEN = {
+    "rotation", "relative_patch", "jigsaw", "colorization", "inpainting", "mae", "simmim", "spark",
+    "multi",
+}  # fmt: skip
+
+
+@every_pair
+def test_showing_it_at_work_leaves_everything_as_it_was(
+    name: str, backbone: str, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "cpu_has_bf16", lambda: True)  # what is most likely to break
+    task, batch = task_and_batch(name, backbone, photos)
+    task.training_step(batch, 0)  # queues and centres hold something
+    task.normalize.eval()  # as a user may have frozen a part
+    state = copy.deepcopy(task.state_dict())
+    modes = [module.training for module in task.modules()]
+    random = torch.get_rng_state()
+    views, paths = task.views(), find_images([photos])
+    with monkeypatch.context() as patch:
+        patch.setattr(task, "measure", lambda *_: pytest.fail("it is no step of the training"))
+        shown, again = (exhibit(task, paths, views, seed=3) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [module.training for module in task.modules()] == modes
+    assert all(torch.equal(state[key], value) for key, value in task.state_dict().items())
+    task.training_step(batch, 0).backward()  # and it can be trained on
+    assert (shown is not None) == (name in SEEN)
+    if shown is None or again is None:
+        return
+    assert len(shown.rows) == 8
+    for row, same in zip(shown.rows, again.rows, strict=True):
+        assert len(row) == len(shown.columns)
+        for picture, twin in zip(row, same, strict=True):
+            assert picture.image.dtype == np.uint8
+            assert picture.image.shape[2:] == (3,)
+            assert np.array_equal(picture.image, twin.image)
+    assert not np.array_equal(shown.rows[0][0].image, shown.rows[1][0].image)

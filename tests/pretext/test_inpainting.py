@@ -1,13 +1,17 @@
 """Masks, what they hide, and the loss against a literal loop."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from vissl_lite.encoder import build_encoder
 from vissl_lite.errors import UserError
+from vissl_lite.pretext.base import PretextTask
 from vissl_lite.pretext.inpainting import Inpainting, masked_l2, random_blocks
 
+Check = Callable[[PretextTask], None]
 CPU = torch.device("cpu")
 
 
@@ -139,3 +143,12 @@ def test_errors_say_what_would_work() -> None:
             made(masked=share)
     with pytest.raises(UserError, match="decoder_width"):
         made(decoder_width=0)
+
+
+def test_a_perfect_prediction_gives_the_image_back(
+    gives_the_image_back: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = made()
+    # and of what was not hidden, nonsense
+    monkeypatch.setattr(task, "fill", lambda images, mask: torch.where(mask, images, 9.0))
+    gives_the_image_back(task)

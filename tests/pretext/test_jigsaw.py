@@ -20,6 +20,7 @@ from vissl_lite.pretext.jigsaw import (
     normalise_tiles,
     shuffle,
 )
+from vissl_lite.pretext.parts.exhibit import to_pixels
 from vissl_lite.pretext.parts.patches import Grid
 
 
@@ -218,3 +219,45 @@ def test_errors_say_what_would_work() -> None:
         made(cell_size=12)
     with pytest.raises(UserError, match="grey"):
         made(grey=1.5)
+
+
+# What it shows
+
+
+@pytest.mark.parametrize("off", [0, 1])
+def test_a_solved_puzzle_is_the_image_again(off: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = made()
+    asked: list[Tensor] = []
+
+    def guess(features: Tensor, labels: Tensor) -> Tensor:
+        asked.append(labels)
+        return F.one_hot((labels + off) % 100, 100).float()
+
+    monkeypatch.setattr(task, "guess", guess)
+    size = task.grid.image_size
+    images = task.normalize(torch.randint(256, (8, 3, size, size), dtype=torch.uint8))
+    rows = task.show([images]).rows
+    whole = to_pixels(images, task.normalize)
+    for row, label, image in zip(rows, asked[0].tolist(), whole, strict=True):
+        shuffled, placed, truth = (tiles_of(picture.image) for picture in row)
+        orders = task.permutations[[label, (label + off) % 100]].tolist()
+        for place in range(9):
+            assert np.array_equal(shuffled[place], truth[orders[0][place]])
+            assert np.array_equal(placed[orders[1][place]], shuffled[place])
+            down, right = place // 3 * task.grid.step, place % 3 * task.grid.step
+            reach = task.grid.side + task.grid.slack
+            cell = image[down : down + reach, right : right + reach]
+            windows = np.lib.stride_tricks.sliding_window_view(cell, (16, 16), axis=(0, 1))
+            assert (windows.transpose(0, 1, 3, 4, 2) == truth[place]).all(axis=(2, 3, 4)).any()
+        assert np.array_equal(row[1].image, row[2].image) == (off == 0)
+        assert row[1].right == (off == 0)
+        fits = sum(one == other for one, other in zip(*orders, strict=True))
+        assert row[1].caption == f"{fits} of 9 in place"
+
+
+def tiles_of(picture: np.ndarray) -> np.ndarray:
+    """The nine tiles of 16 pixels, a white line between them: ``(9, 16, 16, 3)``."""
+    assert picture.shape == (50, 50, 3)
+    assert (picture[[16, 33]] == 255).all()
+    assert (picture[:, [16, 33]] == 255).all()
+    return np.stack([picture[y : y + 16, x : x + 16] for y in (0, 17, 34) for x in (0, 17, 34)])

@@ -1,15 +1,21 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from vissl_lite.encoder import build_encoder
 from vissl_lite.errors import UserError
+from vissl_lite.pretext.base import PretextTask
 from vissl_lite.pretext.mae import MAE
 from vissl_lite.pretext.parts.masking import (
     encode_visible,
     normalized_patches,
     positions,
     random_mask,
+    take,
 )
+
+Check = Callable[[PretextTask], None]
 
 
 def mae(backbone: str = "test_vit", size: int = 64, **arguments: float) -> MAE:
@@ -97,3 +103,16 @@ def test_decoder_is_scaled_to_the_encoder() -> None:
 def test_convolutional_backbones_are_refused() -> None:
     with pytest.raises(UserError, match="needs a plain ViT"):
         mae("test_resnet")
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_perfect_prediction_gives_the_image_back(
+    normalize: bool, gives_the_image_back: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = mae(normalize_pixels=normalize)
+
+    def predict(images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return take(task.targets(images), positions(mask))
+
+    monkeypatch.setattr(task, "predict", predict)
+    gives_the_image_back(task)

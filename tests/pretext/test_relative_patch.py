@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -9,7 +10,12 @@ from torch import Tensor
 
 from vissl_lite.encoder import build_encoder
 from vissl_lite.errors import UserError
+from vissl_lite.pictures import Picture
+from vissl_lite.pretext.parts.exhibit import to_pixels
 from vissl_lite.pretext.parts.patches import Grid, cut
+from vissl_lite.pretext.relative_patch import (
+    DIRECTIONS as DIRECTIONS_IN_WORDS,
+)
 from vissl_lite.pretext.relative_patch import (
     NEIGHBOURS,
     RelativePatch,
@@ -241,3 +247,41 @@ def test_errors_say_what_would_work() -> None:
     encoder.check_image_size = lambda size: None  # type: ignore[method-assign]
     with pytest.raises(UserError, match="3 channels"):
         RelativePatch(encoder, colour="project")
+
+
+# What it shows
+
+
+def test_patches_are_shown_at_the_true_place_and_at_the_predicted_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    task = made(size=32, jitter=2)
+    size, side = task.grid.image_size, task.grid.side
+    images = task.normalize(torch.randint(120, (8, 3, size, size), dtype=torch.uint8))
+    whole = to_pixels(images, task.normalize)
+
+    def bright(picture: Picture, image: np.ndarray) -> set[int]:
+        """Places at which the picture is not faded; all that is not must be the image's own."""
+        assert (picture.image[picture.image < 185] == image[picture.image < 185]).all()
+        return {place for place in range(9) if (at_place(picture.image, place) < 185).mean() > 0.5}
+
+    def at_place(picture: np.ndarray, place: int) -> np.ndarray:
+        down, right = place // 3 * task.grid.step, place % 3 * task.grid.step
+        return picture[down : down + side + 4, right : right + side + 4]
+
+    monkeypatch.setattr(task, "guess", lambda patches: torch.eye(8).repeat(len(images), 1))
+    for row, image in zip(task.show([images]).rows, whole, strict=True):
+        label = DIRECTIONS_IN_WORDS.index(row[0].caption)
+        assert bright(row[0], image) == {4, NEIGHBOURS[label]}
+        assert row[1].right
+        assert row[1].caption == row[0].caption
+        assert np.array_equal(row[0].image, row[1].image)
+
+    always = torch.eye(8)[[1]].repeat(8 * len(images), 1)
+    monkeypatch.setattr(task, "guess", lambda patches: always)
+    rows = task.show([images]).rows
+    assert {row[1].right for row in rows} == {True, False}
+    for row in rows:
+        assert row[1].caption == "above"
+        assert row[1].right == (row[0].caption == "above")
+        assert (at_place(row[1].image, 1) < 185).mean() > 0.5

@@ -1,6 +1,10 @@
+import numpy as np
+import pytest
 import torch
+from torch import Tensor
 
-from vissl_lite.pretext.rotation import all_rotations
+from vissl_lite.encoder import Normalize
+from vissl_lite.pretext.rotation import all_rotations, show_rotations
 
 
 def test_labels_count_quarter_turns() -> None:
@@ -12,3 +16,25 @@ def test_labels_count_quarter_turns() -> None:
         for _ in range(label):  # one quarter turn counter-clockwise: columns become rows
             expected = expected.transpose(1, 2).flip(1)
         torch.testing.assert_close(turned[index], expected)
+
+
+@pytest.mark.parametrize("off", [0, 1])
+def test_what_was_told_right_is_shown_upright_and_green(off: int) -> None:
+    normalize = Normalize((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    upright = torch.randint(256, (8, 3, 6, 6), dtype=torch.uint8)
+    images = normalize(upright)
+
+    def guess(turned: Tensor) -> Tensor:
+        everything = torch.stack([torch.rot90(images, k, dims=(2, 3)) for k in range(4)], dim=1)
+        same = (everything == turned[:, None]).all(dim=(2, 3, 4))
+        return same.float().roll(off, dims=1)
+
+    shown = show_rotations(images, normalize, guess)
+    told = {row[0].caption for row in shown.rows}
+    assert len(told) > 1
+    for row, image in zip(shown.rows, upright.permute(0, 2, 3, 1).numpy(), strict=True):
+        quarters = int(row[0].caption.removeprefix("by ").removesuffix("°")) // 90
+        assert np.array_equal(row[0].image, np.rot90(image, quarters))
+        assert np.array_equal(row[1].image, np.rot90(image, -off))
+        assert row[1].right == (off == 0)
+        assert row[1].caption == f"by {(quarters + off) % 4 * 90}°"

@@ -1,8 +1,11 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from vissl_lite.encoder import build_encoder
 from vissl_lite.errors import UserError
+from vissl_lite.pretext.base import PretextTask
 from vissl_lite.pretext.parts.masking import random_mask
 from vissl_lite.pretext.simmim import (
     SimMIM,
@@ -11,6 +14,7 @@ from vissl_lite.pretext.simmim import (
     masked_l1,
 )
 
+Check = Callable[[PretextTask], None]
 HALF = torch.tensor([[[True, False], [False, True]]]).expand(2, -1, -1)
 
 
@@ -108,3 +112,15 @@ def test_a_mask_unit_that_does_not_suit_is_the_users_mistake(unit: int) -> None:
 def test_convolutional_backbones_are_refused() -> None:
     with pytest.raises(UserError, match="a ViT or a Swin"):
         simmim("test_resnet")
+
+
+def test_a_perfect_prediction_gives_the_image_back(
+    gives_the_image_back: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = simmim()
+
+    def predict(images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return torch.where(enlarge(mask, task.unit)[:, None], images, 9.0)  # elsewhere nonsense
+
+    monkeypatch.setattr(task, "predict", predict)
+    gives_the_image_back(task)

@@ -1,4 +1,5 @@
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,7 +10,13 @@ from torch import nn
 from vissl_lite.encoder import build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.pretext import spark as module_under_test
-from vissl_lite.pretext.parts.masking import normalized_patches, patchify, random_mask
+from vissl_lite.pretext.base import PretextTask
+from vissl_lite.pretext.parts.masking import (
+    normalized_patches,
+    patchify,
+    random_mask,
+    unpatchify,
+)
 from vissl_lite.pretext.spark import (
     SparK,
     choose_grid,
@@ -20,6 +27,7 @@ from vissl_lite.pretext.spark import (
     visible_group_norm,
 )
 
+Check = Callable[[PretextTask], None]
 BACKBONES = ["test_resnet", "convnext_atto", "mobilenetv3_small_050", "test_efficientnet_gn"]
 
 
@@ -306,3 +314,16 @@ def test_sizes_that_cannot_be_masked_are_refused() -> None:
 def test_networks_that_cannot_be_masked_are_refused(backbone: str, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         spark(backbone)
+
+
+def test_a_perfect_prediction_gives_the_image_back(
+    gives_the_image_back: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = spark()
+    unit = task.encoder.image_size // task.grid
+
+    def predict(images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return unpatchify(normalized_patches(images, unit), unit)
+
+    monkeypatch.setattr(task, "predict", predict)
+    gives_the_image_back(task)

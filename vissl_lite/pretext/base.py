@@ -15,6 +15,7 @@ from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder, Normalize
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings, build_optimizer
+from vissl_lite.pictures import Picture
 
 Backbones = Literal["any", "ViT", "CNN", "patches"]
 
@@ -52,6 +53,19 @@ class About:
     use: str
     backbones: Backbones = "any"
     negatives: bool = False
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """What a pretext does with some images, to look at.
+
+    Attributes:
+        columns: their titles.
+        rows: one for each image, with a picture for each column.
+    """
+
+    columns: tuple[str, ...]
+    rows: list[list[Picture]]
 
 
 class PretextTask(pl.LightningModule, ABC):
@@ -101,6 +115,25 @@ class PretextTask(pl.LightningModule, ABC):
         Returns:
             A scalar.
         """
+
+    def show(self, views: list[Tensor]) -> Exhibit | None:
+        """What the task makes of some images; None where only their neighbours could tell.
+
+        For ``parts.exhibit.exhibit``, which calls it in evaluation mode and without gradient, and
+        puts the random state back. It measures nothing and leaves all buffers as they are.
+
+        Args:
+            views: as for ``loss``, of a few images.
+        """
+        return None
+
+    def chance_loss(self, images: int) -> float | None:
+        """The loss of guessing where it is known, to warn of a run that does no better.
+
+        Args:
+            images: in a batch, over all devices.
+        """
+        return None
 
     def after_step(self) -> None:
         """Called once after every optimizer step: where a momentum teacher follows."""

@@ -15,8 +15,9 @@ from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
-from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.base import About, Exhibit, PretextTask
 from vissl_lite.pretext.parts.crops import cropped_views
+from vissl_lite.pretext.parts.exhibit import beside
 from vissl_lite.pretext.parts.heads import Decoder
 from vissl_lite.pretext.parts.losses import world
 
@@ -28,6 +29,10 @@ BIN, REACH = 10, 110
 # A colour is spread over so many bins, by a Gaussian of this standard deviation (section 2.1). The
 # distribution of colours is smoothed by the same one (section 2.2).
 NEAREST, SIGMA = 5, 5.0
+
+# Between the mode of a predicted distribution, which is vivid, and its mean, which is smooth
+# (section 2.3, eq. 5).
+TEMPERATURE = 0.38
 
 # Batches to look at before saying that images have no colours, and the mean distance from grey
 # (in the ab plane, where pure red lies at 105) below which they have none.
@@ -60,6 +65,28 @@ def rgb_to_lab(rgb: Tensor) -> Tensor:
         roots.append(torch.where(value > bend**3, root, value / (3 * bend**2) + 4 / 29))
     x, y, z = roots
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=1)
+
+
+def lab_to_rgb(lab: Tensor) -> Tensor:
+    """sRGB colours of CIE Lab; undoes ``rgb_to_lab``.
+
+    Args:
+        lab: ``(N, 3, ...)``.
+
+    Returns:
+        ``(N, 3, ...)``; what no sRGB colour can be is cut off at 0 and 1.
+    """
+    lightness, a, b = lab.unbind(1)
+    y = (lightness + 16) / 116
+    bend = 6 / 29
+    xyz = [
+        torch.where(root > bend, root**3, 3 * bend**2 * (root - 4 / 29)) * sum(white)
+        for root, white in zip((y + a / 500, y, y - b / 200), XYZ, strict=True)
+    ]
+    inverse = torch.linalg.inv(torch.tensor(XYZ, dtype=torch.float64)).tolist()
+    linear = torch.stack([r * xyz[0] + g * xyz[1] + b * xyz[2] for r, g, b in inverse], dim=1)
+    bright = 1.055 * linear.clamp(min=0.0031308) ** (1 / 2.4) - 0.055
+    return torch.where(linear <= 0.0031308, 12.92 * linear, bright).clamp(0, 1)
 
 
 @lru_cache(maxsize=1)
@@ -188,6 +215,21 @@ def colour_cross_entropy(logits: Tensor, nearest: Tensor, shares: Tensor, rarity
         return (rarity[nearest[:, 0]] * entropy).mean()
 
 
+def annealed_mean(logits: Tensor, bins: Tensor) -> Tensor:
+    """The one colour that a predicted distribution stands for (section 2.3, eq. 5).
+
+    Args:
+        logits: ``(B, Q, h, w)``.
+        bins: ``(Q, 2)`` centres.
+
+    Returns:
+        ``(B, 2, h, w)``, a and b, computed in float32.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        shares = F.softmax(logits.float() / TEMPERATURE, dim=1)
+        return torch.einsum("bqhw,qc->bchw", shares, bins)
+
+
 class Colorization(PretextTask):
     """Colorization by classification, rare colours weighted up.
 
@@ -290,12 +332,29 @@ class Colorization(PretextTask):
                 self.chroma,
             )
 
+    def predict(self, grey: Tensor) -> Tensor:
+        """Logits of the bins at a quarter of the resolution: ``(B, 3, S, S)`` to ``(B, Q, s, s)``.
+
+        Args:
+            grey: lightness as normalised grey images.
+        """
+        return self.decoder(*self.encoder.pooled_and_map(grey), Decoder.size(grey))
+
     def loss(self, views: list[Tensor]) -> Tensor:
         grey, target = self.split(views[0])
         colours = target.permute(0, 2, 3, 1).reshape(-1, 2)
         nearest, shares = soft_encode(colours, self.bins, self.candidates)
         self.look(colours, nearest[:, 0])
         rarity = rarity_weights(self.counts, self.smoothing, self.uniform)
-        logits = self.decoder(*self.encoder.pooled_and_map(grey), Decoder.size(grey))
-        logits = logits.permute(0, 2, 3, 1).flatten(0, 2)
+        logits = self.predict(grey).permute(0, 2, 3, 1).flatten(0, 2)
         return colour_cross_entropy(logits, nearest, shares, rarity)
+
+    def show(self, views: list[Tensor]) -> Exhibit:
+        scale, shift = 255 * self.normalize.scale, self.normalize.shift
+        grey, _ = self.split(views[0])
+        colours = annealed_mean(self.predict(grey), self.bins)
+        colours = F.interpolate(colours, grey.shape[2:], mode="bilinear", align_corners=False)
+        lightness = 100 * ((grey - shift) / scale)[:, :1]
+        painted = lab_to_rgb(torch.cat([lightness, colours], dim=1)) * scale + shift
+        rows = beside(self.normalize, grey, painted, views[0])
+        return Exhibit(("grey", "predicted colours", "truth"), rows)

@@ -12,8 +12,9 @@ from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
-from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.base import About, Exhibit, PretextTask
 from vissl_lite.pretext.parts.crops import cropped_views
+from vissl_lite.pretext.parts.exhibit import reconstruction
 from vissl_lite.pretext.parts.heads import Decoder
 
 # Blocks that are tried for each image, and the shares that they reach: with less there might be no
@@ -129,3 +130,8 @@ class Inpainting(PretextTask):
         images = views[0]
         mask = random_blocks(len(images), images.shape[-1], self.masked, images.device)
         return masked_l2(self.fill(images, mask), images, mask)
+
+    def show(self, views: list[Tensor]) -> Exhibit:
+        images = views[0]
+        mask = random_blocks(len(images), images.shape[-1], self.masked, images.device)
+        return reconstruction(self.normalize, images, mask, self.fill(images, mask), "filled in")

@@ -16,9 +16,11 @@ from vissl_lite.data.views import Views, crop_decode_size, flip, grey, random_cr
 from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError, check_count
 from vissl_lite.optim import OptimizerSettings
-from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pictures import Picture
+from vissl_lite.pretext.base import About, Exhibit, PretextTask
+from vissl_lite.pretext.parts.exhibit import to_pixels
 from vissl_lite.pretext.parts.heads import mlp
-from vissl_lite.pretext.parts.patches import PLACES, Grid, patch_side
+from vissl_lite.pretext.parts.patches import PLACES, ROWS, Grid, patch_side
 from vissl_lite.pretext.parts.signal import Signal
 
 # Puzzles made of each image. Features are shuffled, not tiles: more of them cost next to nothing.
@@ -126,6 +128,22 @@ def shuffle(tiles: Tensor, permutations: Tensor) -> Tensor:
     return tiles[torch.arange(len(tiles), device=tiles.device)[:, None], permutations]
 
 
+def join(tiles: np.ndarray) -> np.ndarray:
+    """Lay nine tiles together, white lines between them.
+
+    Args:
+        tiles: ``(9, S, S, 3)`` uint8, in reading order.
+
+    Returns:
+        ``(H, H, 3)`` uint8.
+    """
+    line = max(1, tiles.shape[1] // 16)
+    framed = np.pad(tiles, ((0, 0), (0, line), (0, line), (0, 0)), constant_values=255)
+    side = framed.shape[1]
+    laid = framed.reshape(ROWS, ROWS, side, side, 3).transpose(0, 2, 1, 3, 4)
+    return laid.reshape(ROWS * side, ROWS * side, 3)[:-line, :-line]
+
+
 class Jigsaw(PretextTask):
     """Jigsaw puzzles.
 
@@ -219,13 +237,43 @@ class Jigsaw(PretextTask):
         """
         return normalise_tiles(self.grid.cut(images))
 
+    def features(self, tiles: Tensor) -> Tensor:
+        """What is known of each tile: ``(9 B, C, side, side)`` to ``(B, 9, tile_features)``."""
+        return self.reduce(self.encoder(tiles)).unflatten(0, (-1, PLACES))
+
+    def guess(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Shuffle, and tell by which permutation.
+
+        Args:
+            features: ``(B, 9, tile_features)``.
+            labels: ``(B,)`` numbers of permutations.
+
+        Returns:
+            ``(B, permutations)`` logits in float32.
+        """
+        return self.head(shuffle(features, self.permutations[labels]).flatten(1)).float()
+
     def loss(self, views: list[Tensor]) -> Tensor:
-        tiles = self.reduce(self.encoder(self.tiles(views[0]))).unflatten(0, (-1, PLACES))
-        tiles = tiles.repeat(SHUFFLES, 1, 1)
-        labels = torch.randint(len(self.permutations), (len(tiles),), device=tiles.device)
-        puzzles = shuffle(tiles, self.permutations[labels])
-        logits = self.head(puzzles.flatten(1)).float()
+        features = self.features(self.tiles(views[0])).repeat(SHUFFLES, 1, 1)
+        labels = torch.randint(len(self.permutations), (len(features),), device=features.device)
+        logits = self.guess(features, labels)
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
         self.measure("accuracy", accuracy)
         self.signal.watch(accuracy, self.progress)
         return F.cross_entropy(logits, labels)
+
+    def show(self, views: list[Tensor]) -> Exhibit:
+        cut = self.grid.cut(views[0])
+        labels = torch.randint(len(self.permutations), (len(views[0]),), device=cut.device)
+        guessed = self.guess(self.features(normalise_tiles(cut)), labels).argmax(dim=1)
+        tiles = to_pixels(cut, self.normalize)
+        rows = []
+        for number, truth in enumerate(tiles.reshape(-1, PLACES, *tiles.shape[1:])):
+            order = self.permutations[labels[number]].cpu().numpy()
+            said = self.permutations[guessed[number]].cpu().numpy()
+            shuffled = truth[order]
+            fits = int((order == said).sum())
+            placed = join(shuffled[said.argsort()])
+            solved = Picture(placed, f"{fits} of 9 in place", right=fits == PLACES)
+            rows.append([Picture(join(shuffled)), solved, Picture(join(truth))])
+        return Exhibit(("shuffled", "placed as predicted", "truth"), rows)

@@ -10,12 +10,14 @@ from torch import Tensor
 from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
 from vissl_lite.optim import OptimizerSettings
-from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.base import About, Exhibit, PretextTask
 from vissl_lite.pretext.parts.crops import cropped_views
+from vissl_lite.pretext.parts.exhibit import reconstruction
 from vissl_lite.pretext.parts.masking import (
     PatchPredictor,
     check_patches,
     check_ratio,
+    denormalized_patches,
     encode_visible,
     narrow_width,
     normalized_patches,
@@ -23,6 +25,7 @@ from vissl_lite.pretext.parts.masking import (
     positions,
     random_mask,
     take,
+    unpatchify,
 )
 
 
@@ -92,6 +95,23 @@ class MAE(PretextTask):
         targets = self.targets(images)
         # the mean over masked patches alone (section 3)
         return F.mse_loss(self.predict(images, mask).float(), take(targets, positions(mask)))
+
+    def show(self, views: list[Tensor]) -> Exhibit:
+        images, title = views[0], "reconstructed"
+        mask = random_mask(len(images), self.side**2, self.mask_ratio, images.device)
+        predicted = self.predict(images, mask).float()
+        where = positions(mask)[:, :, None].expand_as(predicted)
+        patches = self.targets(images).scatter(1, where, predicted)
+        if self.normalize_pixels:
+            patches = denormalized_patches(patches, images, self.patch)
+            title = "reconstructed, mean and\ncontrast of patches given"
+        return reconstruction(
+            self.normalize,
+            images,
+            mask.view(-1, 1, self.side, self.side),
+            unpatchify(patches, self.patch),
+            title,
+        )
 
     def targets(self, images: Tensor) -> Tensor:
         """What is to be predicted of each patch.

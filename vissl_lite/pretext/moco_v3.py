@@ -4,6 +4,8 @@ Chen, Xie & He 2021, "An Empirical Study of Training Self-Supervised Vision Tran
 arXiv 2104.02057.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -72,6 +74,9 @@ class MoCoV3(PretextTask):
         return two_views(
             size, self.smallest_crop, self.colour, self.upright, BYOL_BLUR, BYOL_SOLARIZE
         )
+
+    def chance_loss(self, images: int) -> float:
+        return 4 * self.temperature * math.log(images)  # all embeddings equal
 
     def loss(self, views: list[Tensor]) -> Tensor:
         both = torch.cat(views)

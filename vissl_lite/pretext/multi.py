@@ -12,12 +12,12 @@ from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
 from vissl_lite.errors import check_positive
 from vissl_lite.optim import OptimizerSettings
-from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.base import About, Exhibit, PretextTask
 from vissl_lite.pretext.parts.crops import two_views
 from vissl_lite.pretext.parts.heads import mlp
 from vissl_lite.pretext.parts.losses import nt_xent
 from vissl_lite.pretext.parts.signal import Signal
-from vissl_lite.pretext.rotation import all_rotations
+from vissl_lite.pretext.rotation import all_rotations, show_rotations
 
 
 class Multi(PretextTask):
@@ -78,3 +78,7 @@ class Multi(PretextTask):
         self.measure("rotation_loss", rotation)
         self.signal.watch(accuracy, self.progress)
         return contrast + self.rotation_weight * rotation
+
+    def show(self, views: list[Tensor]) -> Exhibit:
+        guess = nn.Sequential(self.encoder, self.rotation_head)
+        return show_rotations(views[0], self.normalize, guess)

@@ -4,6 +4,8 @@ Dwibedi, Aytar, Tompson, Sermanet & Zisserman 2021, "With a Little Help from My 
 Nearest-Neighbor Contrastive Learning of Visual Representations", arXiv 2104.14548.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
@@ -83,6 +85,9 @@ class NNCLR(PretextTask):
     def views(self) -> Views:
         size = self.encoder.image_size
         return two_views(size, self.smallest_crop, self.colour, self.upright)
+
+    def chance_loss(self, images: int) -> float:
+        return math.log(images)  # all embeddings equal
 
     def loss(self, views: list[Tensor]) -> Tensor:
         z = self.projector(self.encoder(torch.cat(views)))

@@ -6,6 +6,7 @@ arXiv 1505.05192.
 
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
@@ -14,10 +15,12 @@ from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError, check_count
 from vissl_lite.optim import OptimizerSettings
-from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pictures import Picture
+from vissl_lite.pretext.base import About, Exhibit, PretextTask
 from vissl_lite.pretext.parts.crops import cropped_views
+from vissl_lite.pretext.parts.exhibit import to_pixels
 from vissl_lite.pretext.parts.heads import mlp
-from vissl_lite.pretext.parts.patches import PLACES, Grid, patch_side
+from vissl_lite.pretext.parts.patches import PLACES, Grid, cut, patch_side
 from vissl_lite.pretext.parts.signal import Signal
 
 Colour = Literal["drop", "project", "keep"]
@@ -25,6 +28,9 @@ Colour = Literal["drop", "project", "keep"]
 # Places of the grid, in reading order: the label of a neighbour is its number in this list.
 CENTRE = 4
 NEIGHBOURS = [0, 1, 2, 3, 5, 6, 7, 8]
+DIRECTIONS = (
+    "above left", "above", "above right", "left", "right", "below left", "below", "below right",
+)  # fmt: skip
 
 
 def drop_colours(patches: Tensor) -> Tensor:
@@ -144,21 +150,58 @@ class RelativePatch(PretextTask):
         Returns:
             ``(9 B, C, side, side)``: image by image, each in reading order.
         """
-        patches = self.grid.cut(images)
+        return self.treat(self.grid.cut(images))
+
+    def treat(self, patches: Tensor) -> Tensor:
+        """Patches ``(N, C, side, side)`` with their colours treated as was asked for."""
         if self.colour == "drop":
             return drop_colours(patches)
         if self.colour == "project":
             return project_colours(patches, self.normalize.scale, self.normalize.shift)
         return patches
 
-    def loss(self, views: list[Tensor]) -> Tensor:
-        features = self.encoder(self.patches(views[0])).unflatten(0, (-1, PLACES))
+    def guess(self, patches: Tensor) -> Tensor:
+        """In which direction each neighbour lies.
+
+        Args:
+            patches: ``(9 B, C, side, side)``, treated.
+
+        Returns:
+            ``(8 B, 8)`` logits in float32, image by image.
+        """
+        features = self.encoder(patches).unflatten(0, (-1, PLACES))
         neighbours = features[:, NEIGHBOURS]
         centres = features[:, [CENTRE]].expand_as(neighbours)
         pairs = torch.cat([centres, neighbours], dim=2).flatten(0, 1)
-        labels = torch.arange(len(NEIGHBOURS), device=pairs.device).repeat(len(features))
-        logits = self.head(pairs).float()
+        return self.head(pairs).float()
+
+    def loss(self, views: list[Tensor]) -> Tensor:
+        logits = self.guess(self.patches(views[0]))
+        labels = torch.arange(len(NEIGHBOURS), device=logits.device).repeat(len(views[0]))
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
         self.measure("accuracy", accuracy)
         self.signal.watch(accuracy, self.progress)
         return F.cross_entropy(logits, labels)
+
+    def show(self, views: list[Tensor]) -> Exhibit:
+        images, side = views[0], self.grid.side
+        down, right = self.grid.draw(len(images), images.device)
+        patches = cut(images, down, right, side)
+        guessed = self.guess(self.treat(patches)).argmax(dim=1).view(len(images), -1)
+        pixels = to_pixels(patches, self.normalize).reshape(len(images), PLACES, side, side, 3)
+        rows = []
+        for number, whole in enumerate(to_pixels(images, self.normalize)):
+            label = int(torch.randint(len(NEIGHBOURS), ()))
+            said = int(guessed[number, label])
+            faded = (0.25 * whole + 0.75 * 255).astype(np.uint8)
+            pair = (pixels[number, CENTRE], pixels[number, NEIGHBOURS[label]])
+            pictures = []
+            for place in (NEIGHBOURS[label], NEIGHBOURS[said]):
+                picture = faded.copy()
+                for patch, at in zip(pair, (CENTRE, place), strict=True):
+                    y, x = int(down[number, at]), int(right[number, at])
+                    picture[y : y + side, x : x + side] = patch
+                pictures.append(picture)
+            truth = Picture(pictures[0], DIRECTIONS[label])
+            rows.append([truth, Picture(pictures[1], DIRECTIONS[said], right=said == label)])
+        return Exhibit(("two patches", "placed as predicted"), rows)

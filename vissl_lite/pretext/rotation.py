@@ -4,14 +4,18 @@ Gidaris, Singh & Komodakis 2018, "Unsupervised Representation Learning by Predic
 Rotations", arXiv 1803.07728.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from vissl_lite.data.views import Views, crop_decode_size, flip, random_crop
-from vissl_lite.encoder import Encoder
+from vissl_lite.encoder import Encoder, Normalize
 from vissl_lite.optim import OptimizerSettings
-from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pictures import Picture
+from vissl_lite.pretext.base import About, Exhibit, PretextTask
+from vissl_lite.pretext.parts.exhibit import to_pixels
 from vissl_lite.pretext.parts.signal import Signal
 
 
@@ -38,6 +42,40 @@ def all_rotations(images: Tensor) -> tuple[Tensor, Tensor]:
     turned = torch.cat([torch.rot90(images, k, dims=(2, 3)) for k in range(4)])
     labels = torch.arange(4, device=images.device).repeat_interleave(len(images))
     return turned.contiguous(memory_format=torch.channels_last), labels
+
+
+def turn(images: Tensor, turns: Tensor) -> Tensor:
+    """Turn each image by quarter turns of its own.
+
+    Args:
+        images: ``(B, C, S, S)``.
+        turns: ``(B,)`` how many; negative ones turn back.
+    """
+    each = zip(images, turns.tolist(), strict=True)
+    return torch.stack([torch.rot90(image, count, dims=(1, 2)) for image, count in each])
+
+
+def show_rotations(
+    images: Tensor, normalize: Normalize, guess: Callable[[Tensor], Tensor]
+) -> Exhibit:
+    """Images turned at random, and turned back by what was predicted.
+
+    Args:
+        images: ``(B, 3, S, S)``, normalised.
+        normalize: what was applied to them.
+        guess: the logits ``(B, 4)`` of images.
+    """
+    turns = torch.randint(4, (len(images),), device=images.device)
+    turned = turn(images, turns)
+    guessed = guess(turned).argmax(dim=1)
+    given, back = to_pixels(turned, normalize), to_pixels(turn(turned, -guessed), normalize)
+    rows = [
+        [Picture(one, f"by {90 * true}°"), Picture(other, f"by {90 * said}°", right=true == said)]
+        for one, other, true, said in zip(
+            given, back, turns.tolist(), guessed.tolist(), strict=True
+        )
+    ]
+    return Exhibit(("turned", "turned back\nas predicted"), rows)
 
 
 class Rotation(PretextTask):
@@ -73,3 +111,6 @@ class Rotation(PretextTask):
         self.measure("accuracy", accuracy)
         self.signal.watch(accuracy, self.progress)
         return F.cross_entropy(logits, labels)
+
+    def show(self, views: list[Tensor]) -> Exhibit:
+        return show_rotations(views[0], self.normalize, nn.Sequential(self.encoder, self.head))

@@ -4,6 +4,8 @@ Chen, Kornblith, Norouzi & Hinton 2020, "A Simple Framework for Contrastive Lear
 Representations", arXiv 2002.05709.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -62,6 +64,9 @@ class SimCLR(PretextTask):
     def views(self) -> Views:
         size = self.encoder.image_size
         return two_views(size, self.smallest_crop, self.colour, self.upright)
+
+    def chance_loss(self, images: int) -> float:
+        return math.log(2 * images - 1)  # all embeddings equal
 
     def loss(self, views: list[Tensor]) -> Tensor:
         # One pass over both views is faster than two, and BatchNorm then sees both together, as

@@ -11,8 +11,9 @@ from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
-from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.base import About, Exhibit, PretextTask
 from vissl_lite.pretext.parts.crops import cropped_views
+from vissl_lite.pretext.parts.exhibit import reconstruction
 from vissl_lite.pretext.parts.masking import (
     check_patches,
     check_ratio,
@@ -133,10 +134,20 @@ class SimMIM(PretextTask):
 
     def loss(self, views: list[Tensor]) -> Tensor:
         images = views[0]
+        mask = self.draw_mask(images)
+        return masked_l1(self.predict(images, mask), images, enlarge(mask, self.unit))
+
+    def show(self, views: list[Tensor]) -> Exhibit:
+        images = views[0]
+        mask = self.draw_mask(images)
+        predicted = self.predict(images, mask)
+        return reconstruction(self.normalize, images, mask[:, None], predicted, "reconstructed")
+
+    def draw_mask(self, images: Tensor) -> Tensor:
+        """A random mask for each image: ``(B, S / unit, S / unit)``, true where masked."""
         side = self.encoder.image_size // self.unit
         mask = random_mask(len(images), side**2, self.mask_ratio, images.device)
-        mask = mask.unflatten(1, (side, side))
-        return masked_l1(self.predict(images, mask), images, enlarge(mask, self.unit))
+        return mask.unflatten(1, (side, side))
 
     def predict(self, images: Tensor, mask: Tensor) -> Tensor:
         """Predict all pixels, the masked ones from the visible ones.

@@ -25,16 +25,19 @@ from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError, check_count
 from vissl_lite.optim import OptimizerSettings
-from vissl_lite.pretext.base import KINDS, About, PretextTask
+from vissl_lite.pretext.base import KINDS, About, Exhibit, PretextTask
 from vissl_lite.pretext.parts.crops import cropped_views
+from vissl_lite.pretext.parts.exhibit import reconstruction
 from vissl_lite.pretext.parts.losses import gather
 from vissl_lite.pretext.parts.masking import (
     check_ratio,
+    denormalized_patches,
     normalized_patches,
     patchify,
     positions,
     random_mask,
     take,
+    unpatchify,
 )
 
 MaskOf = Callable[[Tensor], Tensor]  # the mask at a feature map's resolution and of its type
@@ -404,6 +407,18 @@ class SparK(PretextTask):
         # normalised patches, and the masked ones only (section 3.3)
         where = positions(mask)
         return F.mse_loss(take(predicted, where), take(normalized_patches(images, unit), where))
+
+    def show(self, views: list[Tensor]) -> Exhibit:
+        images, unit = views[0], self.encoder.image_size // self.grid
+        mask = random_mask(len(images), self.grid**2, self.mask_ratio, images.device)
+        predicted = patchify(self.predict(images, mask).float(), unit)
+        return reconstruction(
+            self.normalize,
+            images,
+            mask.view(-1, 1, self.grid, self.grid),
+            unpatchify(denormalized_patches(predicted, images, unit), unit),
+            "reconstructed, mean and\ncontrast of patches given",
+        )
 
     def encode(self, images: Tensor, visible: Tensor) -> list[Tensor]:
         """Feature maps of the visible places.

@@ -144,6 +144,21 @@ def normalized_patches(images: Tensor, patch: int) -> Tensor:
     return (patches - mean) / (variance + 1e-6).sqrt()
 
 
+def denormalized_patches(patches: Tensor, images: Tensor, patch: int) -> Tensor:
+    """Patches with the mean and variance of an image's own; undoes ``normalized_patches``.
+
+    Args:
+        patches: ``(B, N, patch * patch * C)``, normalised each for itself.
+        images: ``(B, C, H, W)``, where their means and variances are taken from.
+        patch: side in pixels.
+
+    Returns:
+        ``(B, N, patch * patch * C)`` in float32.
+    """
+    variance, mean = torch.var_mean(patchify(images.float(), patch), dim=2, keepdim=True)
+    return patches.float() * (variance + 1e-6).sqrt() + mean
+
+
 @contextmanager
 def masked_patches(model: Any, mask: Tensor, token: Tensor) -> Iterator[None]:
     """Within it, a model sees a token instead of each masked patch.
