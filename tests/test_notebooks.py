@@ -10,6 +10,15 @@ from nbclient import NotebookClient
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
 SMALL = {
+    "pretrain_probe_finetune": """
+images, shots = 64, 2
+minutes = 0.05
+epochs = 1
+""",
+    "read_a_comparison": """
+images, shots = 64, [1, 3]
+minutes = 0.05
+""",
     "three_transfers": """
 unlabelled, train, test = 64, 40, 20
 minutes = 0.05

@@ -26,6 +26,6 @@ def test_a_wheel_holds_every_module(tmp_path: Path) -> None:
     subprocess.run([*command, str(tmp_path), str(ROOT)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     inside = set(zipfile.ZipFile(wheel).namelist())
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "vissl_lite").rglob("*.py")}
-    assert modules <= inside
+    needed = [*(ROOT / "vissl_lite").rglob("*.py"), *(ROOT / "vissl_lite").rglob("*.jinja")]
+    assert {str(path.relative_to(ROOT)) for path in needed} <= inside
     assert not [name for name in inside if name.startswith(("tests", "benchmarks"))]

@@ -8,12 +8,15 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from vissl_lite.commands.compare import compare
     from vissl_lite.commands.demo import demo
+    from vissl_lite.commands.embed import embed
+    from vissl_lite.commands.explore import explore
     from vissl_lite.commands.export import export
     from vissl_lite.commands.finetune import finetune
     from vissl_lite.commands.list import list_
     from vissl_lite.commands.predict import predict
     from vissl_lite.commands.pretrain import pretrain
     from vissl_lite.commands.probe import probe
+    from vissl_lite.commands.report import report
     from vissl_lite.encoder_folder import load_encoder
     from vissl_lite.errors import UserError
 
@@ -21,12 +24,15 @@ if TYPE_CHECKING:
 _PLACES = {
     "compare": "vissl_lite.commands.compare",
     "demo": "vissl_lite.commands.demo",
+    "embed": "vissl_lite.commands.embed",
+    "explore": "vissl_lite.commands.explore",
     "export": "vissl_lite.commands.export",
     "finetune": "vissl_lite.commands.finetune",
     "list_": "vissl_lite.commands.list",
     "predict": "vissl_lite.commands.predict",
     "pretrain": "vissl_lite.commands.pretrain",
     "probe": "vissl_lite.commands.probe",
+    "report": "vissl_lite.commands.report",
     "load_encoder": "vissl_lite.encoder_folder",
     "UserError": "vissl_lite.errors",
 }
@@ -35,6 +41,8 @@ __all__ = [
     "UserError",
     "compare",
     "demo",
+    "embed",
+    "explore",
     "export",
     "finetune",
     "list_",
@@ -42,6 +50,7 @@ __all__ = [
     "predict",
     "pretrain",
     "probe",
+    "report",
 ]
 
 

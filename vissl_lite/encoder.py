@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vissl_lite import backbones as _registers_small_image_resnets  # noqa: F401
-from vissl_lite.errors import UserError, WeightsUnavailable, did_you_mean
+from vissl_lite.errors import UserError, WeightsUnavailableError, did_you_mean
 
 
 class Encoder(nn.Module):
@@ -251,7 +251,7 @@ def build_encoder(
 
     Raises:
         UserError: the name is unknown, or the size does not suit the backbone.
-        WeightsUnavailable: the weights can't be had.
+        WeightsUnavailableError: the weights can't be had.
     """
     name = backbone.split(".")[0]
     if not timm.is_model(name):
@@ -304,9 +304,9 @@ def _create(backbone: str, pretrained: bool, model_args: dict[str, Any]) -> nn.M
         raise
     except Exception as error:  # the hub's client raises what its HTTP library raises
         reason = first_line(error).split(". ")[0]
-        raise WeightsUnavailable(
+        raise WeightsUnavailableError(
             f"the pre-trained weights of {backbone} can't be downloaded and are not in the cache "
-            f"({reason}); give a file with --init FILE, or start from --init random"
+            f"({reason}); pretrain takes a file of weights too (--init FILE), or random ones"
         ) from None
     finally:
         hub.HF_HUB_OFFLINE = was_offline

@@ -11,7 +11,7 @@ class UserError(Exception):
     """
 
 
-class WeightsUnavailable(UserError):
+class WeightsUnavailableError(UserError):
     """Weights that exist, but can't be had here and now, as without a network."""
 
 

@@ -119,6 +119,17 @@ def open_run(out: Path, config: Mapping[str, Any], resume: bool = False) -> Iter
             log.addHandler(_early)
 
 
+@contextmanager
+def logged_to_console() -> Iterator[None]:
+    """What is logged is shown at once: a command that writes a file has no run to log to."""
+    log.removeHandler(_early)
+    _log_to_console()
+    try:
+        yield
+    finally:
+        log.addHandler(_early)
+
+
 def write_config(out: Path, config: Mapping[str, Any]) -> None:
     """Write ``config.yaml``: the parameters, enough to repeat the run."""
     kept = {k: v for k, v in plain(config).items() if k not in ("resume", "overwrite")}

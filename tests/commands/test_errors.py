@@ -165,6 +165,8 @@ def test_what_is_needed_is_said(verb: str, refused: Refused) -> None:
         assert "--seeds 0 must be at least 1" in refused(verb, "--seeds", 0)
     elif verb == "list":
         assert "--what must be given" in refused(verb)
+    elif verb == "report":
+        assert "--run must be given" in refused(verb)
     elif verb == "export":
         assert "--out must be given" in refused(verb)
     else:
@@ -218,6 +220,24 @@ def test_a_time_that_is_none(time: str, message: str, refused: Refused, few: Pat
     error = refused("pretrain", "--data", few, "--out", "run", "--backbone", "test_resnet",
                     f"--max_time={time}")  # fmt: skip
     assert f"--max_time {time} {message}" in error
+
+
+def test_a_logger_that_is_none(refused: Refused, few: Path) -> None:
+    error = refused("pretrain", "--data", few, "--out", "run", *SMALL, "--logger", "tensorbord")
+    assert "unknown --logger tensorbord: did you mean tensorboard?" in error
+
+
+def test_a_logger_that_is_not_installed(
+    refused: Refused, few: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vissl_lite.training.loggers.find_spec", lambda name: None)
+    arguments = ("--data", few, "--out", "run", *SMALL, "--logger", "tensorboard", "wandb")
+    assert "pip install tensorboard" in refused("pretrain", *arguments)
+
+
+def test_what_to_do_on_collapse(refused: Refused, few: Path) -> None:
+    error = refused("pretrain", "--data", few, "--out", "run", *SMALL, "--on_collapse", "cry")
+    assert "--on_collapse cry is none of warn, stop" in error
 
 
 def test_epochs_with_a_time(refused: Refused, few: Path) -> None:
@@ -454,7 +474,7 @@ def test_each_command_explains_its_options(verb: str, capsys: pytest.CaptureFixt
         main([verb, "--help"])
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
-    assert ("--what" if verb == "list" else "--out") in shown
+    assert {"list": "--what", "report": "--run"}.get(verb, "--out") in shown
     assert VERBS[verb] in " ".join(shown.split())
 
 

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from rich.table import Table
 
+from vissl_lite.commands.leaks import guard
+from vissl_lite.commands.report import add_report, add_test_embeddings
 from vissl_lite.comparison.outcome import Judged, Outcome
 from vissl_lite.comparison.plan import Plan
 from vissl_lite.comparison.protocols import (
@@ -70,6 +72,7 @@ def compare(
     batch_size: int | None = None,
     image_size: int | None = None,
     upright: bool = True,
+    leaks: Literal["warn", "exclude", "error"] = "warn",
     seed: int = 0,
     precision: str = "auto",
     num_workers: int | None = None,
@@ -105,6 +108,8 @@ def compare(
         image_size: Side in pixels; default each encoder's own, or for random:NAME that of the
             images (for detection and segmentation that of finetune).
         upright: Whether the images have an up, for finetune.
+        leaks: What to do about test images that an encoder has seen in pre-training, or that are in
+            the training part too: warn, exclude them for all encoders, or stop with an error.
         seed: The first of the seeds.
         precision: auto, or one of Lightning's such as 32-true or bf16-mixed.
         num_workers: Data workers of finetune; default by the cores there are.
@@ -130,6 +135,7 @@ def compare(
     wanted = plan.choose_protocols(whole)
     arms, basis = plan.choose_arms()
     found, left_out = plan.try_arms(arms, basis, whole)
+    whole, leaked = guard(whole, found, leaks, out)
     amounts, labels = plan.choose_amounts(whole)
     hardware = Hardware(precision, devices=1, num_workers=num_workers)
 
@@ -158,9 +164,15 @@ def compare(
             "val_images": len(whole.val),
             "test_images": len(whole.test),
             "classes": whole.classes,
+            **leaked.figures(),
+            "leaks_by_arm": {arm: leaked.count_of(arm) for arm in found},
         }
+        leaked.write(run)
         write_results(run, results)
         _tell(outcome, run)
+        first = plan.load(found[0], plan.seed, whole)
+        add_test_embeddings(run, first, whole, plan.seed)
+        add_report(run)
     return CompareResult(run, outcome.verdict, outcome.sentences(), outcome.judged, left_out)
 
 
@@ -178,6 +190,10 @@ def _tell(outcome: Outcome, run: Path) -> None:
         for arm in outcome.arms:
             figures = (outcome.runs(arm, protocol, amount) for amount in outcome.labels)
             table.add_row(arm, *(f"{one.mean:.3f} ± {one.std:.3f}" for one in figures))
+            if arm != outcome.baseline:
+                found = outcome.judged[protocol][arm].by_amount.values()
+                gains = (f"{one.mean:+.3f}\n({one.low:+.3f} to {one.high:+.3f})" for one in found)
+                table.add_row("  difference (95 %)", *gains, style="dim")
         console.print(table)
     for sentence in outcome.sentences():
         log.info("%s", sentence)

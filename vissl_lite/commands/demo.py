@@ -12,6 +12,7 @@ from rich.table import Table
 
 from vissl_lite.commands.pretrain import pretrain
 from vissl_lite.commands.probe import probe_encoder
+from vissl_lite.commands.report import add_report
 from vissl_lite.data.images import read_image
 from vissl_lite.data.labelled import LabelledImages, load_labelled, take_labels
 from vissl_lite.data.sample import make_sample_data
@@ -134,6 +135,7 @@ def demo(
             },
         )
         _tell(scores, labelled, shots, run)
+        add_report(run)
     return DemoResult(run, scores, picture)
 
 

@@ -9,10 +9,12 @@ import torch
 from rich.table import Table
 
 from vissl_lite import __version__
+from vissl_lite.commands.leaks import guard
+from vissl_lite.commands.report import add_report, add_test_embeddings
 from vissl_lite.data.boxes import load_boxes, take_boxes
 from vissl_lite.data.labelled import load_labelled, take_labels
 from vissl_lite.data.masks import load_masks, take_masks
-from vissl_lite.encoder_folder import encoder_for
+from vissl_lite.encoder_folder import encoder_for, load_encoder
 from vissl_lite.errors import UserError, check_count, check_positive, check_seed
 from vissl_lite.optim import OptimizerSettings, check_optimizer
 from vissl_lite.pictures import plot_curves
@@ -86,6 +88,7 @@ def finetune(
     patience: int | None = 10,
     smallest_crop: float = 0.35,
     upright: bool = True,
+    leaks: Literal["warn", "exclude", "error"] = "warn",
     seed: int = 0,
     precision: str = "auto",
     num_workers: int | None = None,
@@ -132,6 +135,8 @@ def finetune(
         smallest_crop: Smallest share of the image's area in a training view.
         upright: Whether the images have an up; without one, as from a microscope, training views
             are turned and flipped in all directions.
+        leaks: What to do about test images that were seen in pre-training or are in the training
+            part too: warn, exclude them, or stop with an error.
         seed: Of everything random, the part of the labels included.
         precision: auto, or one of Lightning's such as 32-true or bf16-mixed.
         num_workers: Data workers; default by the cores there are.
@@ -204,8 +209,10 @@ def finetune(
     start = encoder_for(encoder, image_size)
     if multi_scale:
         check_rescaling(start)
+    transfer.data, found = guard(transfer.data, [encoder], leaks, out)
     with open_run(Path(out), config) as run:
         transfer.write_split(run)
+        found.write(run)
         log.info(
             "%d training, %d validation, %d test images of %d classes; %s at %d pixels",
             len(transfer.data.train), len(transfer.data.val), len(transfer.data.test),
@@ -230,9 +237,12 @@ def finetune(
             "val_images": len(transfer.data.val),
             "test_images": len(transfer.data.test),
             "classes": transfer.data.classes,
+            **found.figures(),
         }
         write_results(run, results)
         _tell(transfer, scores, encoder, run)
+        add_test_embeddings(run, load_encoder(run / "model"), transfer.data, seed)
+        add_report(run)
     return FinetuneResult(run, run / "model", scores.metrics, scores.per_class)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vissl_lite.commands.report import add_report
 from vissl_lite.data.images import BROKEN_IMAGE, find_images, read_image
 from vissl_lite.encoder import Normalize
 from vissl_lite.errors import check_count
@@ -114,6 +115,7 @@ def predict(
         log.info("%d images, %s: %s", images, task, file)
         if pictures:
             log.info("Pictures of it: %s", run / "pictures")
+        add_report(run)
     return PredictResult(run, file, images)
 
 

@@ -4,12 +4,14 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from rich.table import Table
 
+from vissl_lite.commands.leaks import guard
+from vissl_lite.commands.report import add_report, add_test_embeddings
 from vissl_lite.data.images import suitable_size
 from vissl_lite.data.labelled import LabelledImages, Part, load_labelled, take_labels
 from vissl_lite.encoder import Encoder
@@ -51,6 +53,7 @@ def probe(
     fraction: float | None = None,
     shots: int | None = None,
     image_size: int | None = None,
+    leaks: Literal["warn", "exclude", "error"] = "warn",
     seed: int = 0,
     overwrite: bool = False,
 ) -> ProbeResult:
@@ -68,6 +71,8 @@ def probe(
         fraction: Use this share of the labels.
         shots: Use this many labels a class.
         image_size: Side in pixels; default the encoder's, or for random:NAME that of the images.
+        leaks: What to do about test images that were seen in pre-training or are in the training
+            part too: warn, exclude them, or stop with an error.
         seed: Of the split, the part of the labels, and an untrained encoder.
         overwrite: Replace the run in --out.
 
@@ -87,8 +92,10 @@ def probe(
     if image_size is None and encoder.startswith("random:"):
         image_size = suitable_size(labelled.train.paths)
     judged = encoder_for(encoder, image_size)
+    labelled, found = guard(labelled, [encoder], leaks, out)
     with open_run(Path(out), config) as run:
         labelled.write(run / "split.csv")
+        found.write(run)
         scores = probe_encoder(judged, labelled, layers, k, temperature)
         last = scores.pop("last")
         results: dict[str, Any] = {
@@ -101,6 +108,7 @@ def probe(
             "train_images": len(labelled.train) + len(labelled.val),
             "test_images": len(labelled.test),
             "classes": labelled.classes,
+            **found.figures(),
         }
         write_results(run, results)
         console.print(f"{encoder}: test accuracy", highlight=False, soft_wrap=True)
@@ -109,6 +117,8 @@ def probe(
             table.add_row(name, f"{row['knn']:.3f}", f"{row['linear']:.3f}")
         console.print(table)
         log.info("Written: %s", run / "results.json")
+        add_test_embeddings(run, judged, labelled, seed)
+        add_report(run)
     return ProbeResult(run, last["knn"], last["linear"], scores)
 
 

@@ -16,7 +16,7 @@ from vissl_lite.encoder import Encoder
 from vissl_lite.encoder_folder import encoder_for
 from vissl_lite.errors import (
     UserError,
-    WeightsUnavailable,
+    WeightsUnavailableError,
     check_count,
     check_positive,
     check_seed,
@@ -130,7 +130,7 @@ class Plan:
             try:
                 self.load(name, self.seed, data)
                 found.append(name)
-            except WeightsUnavailable as error:
+            except WeightsUnavailableError as error:
                 left_out[name] = str(error)
         if basis in left_out:
             raise UserError(f"the baseline can't be had: {left_out[basis]}")

@@ -16,6 +16,7 @@ from vissl_lite.comparison.protocols import (
 )
 from vissl_lite.comparison.store import Cell, Store, digest_weights, digest_words
 from vissl_lite.data.labelled import LabelledImages
+from vissl_lite.data.leaks import paths_of
 from vissl_lite.encoder import Encoder
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.training.progress import progress_bar
@@ -116,8 +117,3 @@ class Runner:
             self.plan.make_task, some, seed=cell.seed, untrained=untrained
         )
         return finetune_best(encoder, make, rates, self.hardware, self.store.place(cell))
-
-
-def paths_of(part: Any) -> list[str]:
-    """The image files of a part of a labelled data set, of whatever task."""
-    return part.paths if hasattr(part, "paths") else [str(one.path) for one in part]

@@ -127,7 +127,17 @@ def read_image(path: str | Path, shortest: int | None = None) -> np.ndarray:
             (``BROKEN_IMAGE``).
     """
     with open(path, "rb") as file:
-        data = file.read()
+        return decode_image(file.read(), path, shortest)
+
+
+def decode_image(data: bytes, path: str | Path, shortest: int | None = None) -> np.ndarray:
+    """Decode the bytes of an image file; see ``read_image``.
+
+    Args:
+        data: the file's bytes.
+        path: named in errors.
+        shortest: the shorter side, in pixels, that is needed.
+    """
     flags = cv2.IMREAD_COLOR_RGB
     jpeg = _jpeg_frame(data)
     if jpeg is not None and jpeg[2] != 4:

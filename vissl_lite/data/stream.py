@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vissl_lite.data.images import BROKEN_IMAGE, read_image
+from vissl_lite.data.fingerprints import fingerprint
+from vissl_lite.data.images import BROKEN_IMAGE, decode_image
 from vissl_lite.data.views import Views
 from vissl_lite.errors import UserError
 
@@ -31,12 +32,14 @@ class Batch(NamedTuple):
         indices: ``(B,)`` int64, the images' numbers in the data set.
         broken: paths of images that could not be read and gave way to their successors.
         targets: what a data set gives beside each image, such as its boxes; else empty.
+        fingerprints: ``(B, F)`` uint8, see ``fingerprint``, where the data set gives them.
     """
 
     views: list[Tensor]
     indices: Tensor
     broken: list[str]
     targets: list[Any]
+    fingerprints: np.ndarray | None = None
 
 
 class Item(NamedTuple):
@@ -46,6 +49,7 @@ class Item(NamedTuple):
     number: int
     broken: list[str]
     target: Any = None
+    fingerprint: np.ndarray | None = None
 
 
 class KeyedDataset(Dataset[Item], ABC):
@@ -88,7 +92,7 @@ class KeyedDataset(Dataset[Item], ABC):
 
 
 class ViewDataset(KeyedDataset):
-    """Decodes images and makes their views.
+    """Decodes images and makes their views; in the first epoch, takes their fingerprints, too.
 
     Args:
         paths: image files.
@@ -102,8 +106,12 @@ class ViewDataset(KeyedDataset):
 
     def item(self, epoch: int, index: int) -> Item:
         """All views of one image."""
-        image = read_image(self.paths[index], self.views.shortest)
-        return Item(self.views(image, self.seed, epoch, index), index, [])
+        with open(self.paths[index], "rb") as file:
+            data = file.read()
+        image = decode_image(data, self.paths[index], self.views.shortest)
+        taken = fingerprint(data, image) if epoch == 0 else None
+        views = self.views(image, self.seed, epoch, index)
+        return Item(views, index, [], fingerprint=taken)
 
 
 class StreamSampler(Sampler[list[Key]]):
@@ -164,7 +172,10 @@ def collate(items: Sequence[Item]) -> Batch:
     ]
     indices = torch.tensor([item.number for item in items])
     broken = [path for item in items for path in item.broken]
-    return Batch(views, indices, broken, [i.target for i in items if i.target is not None])
+    targets = [item.target for item in items if item.target is not None]
+    taken = [item.fingerprint for item in items if item.fingerprint is not None]
+    # a batch lies within an epoch: all of its images have one, or none
+    return Batch(views, indices, broken, targets, np.stack(taken) if taken else None)
 
 
 def single_threaded(worker: int) -> None:

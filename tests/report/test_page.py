@@ -1,0 +1,242 @@
+"""Pages without a browser: what is in them, whatever state the run folder is in."""
+
+import json
+import math
+import re
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from markupsafe import Markup
+from PIL import Image
+
+from vissl_lite.report.charts import POINTS, curves
+from vissl_lite.report.folder import read_run
+from vissl_lite.report.page import Block, write_page
+from vissl_lite.report.run_report import write_report
+
+STAMP = "2026-11-23 16:40:0"
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "pretrain": {
+        "data": ["images"],
+        "out": "run",
+        "pretext": {"name": "simclr", "temperature": 0.5},
+        "backbone": "resnet18",
+        "lr": None,
+    },
+    "probe": {"encoder": "runs/a", "data": "labelled", "out": "run", "k": 20, "temperature": 0.07},
+    "finetune": {"data": "labelled", "encoder": "runs/a", "task": "classification",
+                 "detector": None},
+    "compare": {"encoder": ["runs/a", "timm:resnet18"], "data": "labelled", "protocols": None,
+                "detector": None},
+    "predict": {"model": "runs/m", "data": "images", "out": "run", "pictures": 3},
+    "demo": {"out": "run", "unlabelled": 4000},
+}  # fmt: skip
+
+
+def make(folder: Path, verb: str = "pretrain", log: str = "", **results: Any) -> Path:
+    """A run folder; finished if there are results."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIGS[verb], sort_keys=False))
+    first = f"{STAMP}0,000 DEBUG Python 3.11.7 on Linux; vissl-lite 0.1.0, torch 2.15.0\n"
+    (folder / "log.txt").write_text(first + log)
+    if results:
+        (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+def words(folder: Path) -> str:
+    """What the report says, without its tags, in one line."""
+    text = write_report(folder).read_text(encoding="utf-8")
+    body = re.sub(r"<(script|style).*?</\1>", " ", text[text.index("<body") :], flags=re.DOTALL)
+    return " ".join(unescape(re.sub(r"<[^>]*>", " ", body)).split())
+
+
+@pytest.mark.parametrize("verb", CONFIGS)
+def test_the_command_is_known_by_its_options(verb: str, tmp_path: Path) -> None:
+    shown = words(make(tmp_path / "run", verb, seconds=600))
+    assert shown.startswith(f"{verb} finished no warnings run")
+    assert "10 min 0 s" in shown
+    assert f"vissl-lite {verb} --config {tmp_path}/run/config.yaml --out NEW_FOLDER" in shown
+    assert "Python 3.11.7 on Linux; vissl-lite 0.1.0, torch 2.15.0" in shown
+
+
+def test_warnings_and_leaks_come_before_the_figures(tmp_path: Path) -> None:
+    log = "".join(f"{STAMP}1,000 WARNING skipped, can't be read: /a/{i}.png\n" for i in range(40))
+    log += f"{STAMP}2,000 WARNING 2 boxes without area, left out\n"
+    kept = ["2 boxes without area, left out", "The encoder has collapsed."]
+    run = make(tmp_path / "run", "probe", log, knn=0.5, linear=0.625, leaks=3, warnings=kept)
+    rows = [f"test,/t/{i}.png,train,,/u/{i}.png,exact,1.0\n" for i in range(25)]
+    columns = "part,path,where,encoder,twin,kind,similarity\n"
+    usual = "val,/v/0.png,pretraining,runs/a,/w/0.png,exact,1.0\n"  # no harm
+    (run / "leaks.csv").write_text(columns + usual + "".join(rows))
+    shown = words(run)
+    assert "/t/0.png /u/0.png train exact" in shown
+    assert "The first 20 of 25" in shown
+    assert "/v/0.png" not in shown
+    assert "43 warnings" in shown  # leaks, the collapse, the boxes once, and each file
+    order = [
+        shown.index(part)
+        for part in ("Leaks: 3 of the judged images", "boxes without area", "has collapsed",
+                     "/a/0.png and 39 more of the kind", "0.625 linear accuracy")
+    ]  # fmt: skip
+    assert order == sorted(order)
+    assert shown.count("boxes without area") == 2  # and in the last lines of the log
+    assert "/a/1.png" not in shown.split("How it was made")[0]
+    with (run / "log.txt").open("a") as file:
+        file.write(f"{STAMP}3,000 WARNING Leaks: 3 test images are in the training part.\n")
+    shown = words(run).split("How it was made")[0]
+    assert "Leaks: 3 of the judged" not in shown  # the log says it better
+    assert shown.index("Leaks: 3 test images are") < shown.index("has collapsed")
+
+
+def test_a_run_that_was_stopped_says_by_what(tmp_path: Path) -> None:
+    log = (f"{STAMP}5,000 ERROR stopped by an error\nTraceback (most recent call last):\n"
+           f"  File x\nRuntimeError: <disk> is full\n")  # fmt: skip
+    shown = words(make(tmp_path / "run", "pretrain", log))
+    assert "Stopped by an error: RuntimeError: <disk> is full" in shown
+    assert "--resume goes on" in shown
+    shown = words(make(tmp_path / "run", "probe", f"{STAMP}1,000 INFO working\n"))
+    assert "Not finished: there is no results.json" in shown
+    assert "--resume" not in shown
+
+
+def test_what_is_damaged_is_left_out_and_said(tmp_path: Path) -> None:
+    run = make(tmp_path / "run", loss=1.0)
+    (run / "results.json").write_text('{"loss": 1')
+    (run / "metrics.csv").write_bytes(
+        b"step,seconds,loss\n0,0.1,5\n1,0.2,4\n2,0.3,\xff\n3,0.4,2,9\n4"
+    )
+    Image.fromarray(np.zeros((50, 50, 3), np.uint8)).save(run / "views.png")
+    whole = (run / "views.png").read_bytes()
+    (run / "views.png").write_bytes(whole[: len(whole) // 2])
+    (run / "map.npz").write_bytes(b"PK no map")
+    (run / "log.txt").write_bytes(b"\xff\xfe nothing that we wrote\n")
+    shown = words(run)
+    assert "results.json is damaged" in shown
+    assert "views.png is damaged" in shown
+    assert "map.npz is damaged" in shown
+    assert "1 damaged rows of metrics.csv are left out" in shown
+    assert read_run(run).metrics["loss"] == ([0, 1, 3], [5, 4, 2])
+    (run / "config.yaml").write_text("a: [1")
+    (run / "metrics.csv").write_text("")
+    shown = words(run)
+    assert "config.yaml is damaged" in shown
+    assert "metrics.csv can't be read: there are no curves" in shown
+
+
+def test_a_comparison_begins_with_its_verdict(tmp_path: Path) -> None:
+    sentence = "runs/a helped: knn accuracy +0.100 against random:resnet18."
+    found = {
+        "metric": "accuracy",
+        "amounts": ["1%", "10%"],
+        "arms": {
+            "runs/a": {"1%": {"mean": 0.4, "std": 0.01, "runs": [0.4], "labels": 1500},
+                       "10%": {"mean": 0.6, "std": 0.02, "runs": [0.6], "labels": 15000}},
+            "random:resnet18": {"1%": {"mean": 0.3, "std": 0.01, "runs": [0.3], "labels": 1500}},
+        },
+        "differences": {"runs/a": {"1%": {"mean": 0.1, "low": 0.05, "high": 0.15}}},
+        "verdicts": {"runs/a": {"verdict": "helped", "sentence": sentence}},
+        "layers": {"runs/a": {"layer1": {"1%": 0.1, "10%": 0.2}}},
+    }  # fmt: skip
+    log = f"{STAMP}1,000 WARNING left out: timm:resnet18: no network\n"
+    run = make(tmp_path / "run", "compare", log, protocols={"knn": found}, verdict="helped",
+               baseline="random:resnet18", left_out={"timm:resnet18": "no network"},
+               leaks={"runs/a": 2}, sentences=[sentence])  # fmt: skip
+    shown = words(run)
+    assert shown.index(sentence) < shown.index("The comparison")
+    assert shown.count(sentence) == 1
+    assert "2 warnings" in shown  # the leaks and what was left out, which is in the log as well
+    assert "Stage by stage" in shown
+    assert "left out: timm:resnet18: no network" in shown
+    assert "Leaks: 2 of the judged images were seen in training (runs/a)" in shown
+    assert "encoder 1% 1,500 labels 10% 15,000 labels in all" in shown
+    assert "runs/a 0.400 ± 0.010 +0.100 (+0.050 to +0.150) 0.600 ± 0.020 helped" in shown
+    assert "random:resnet18 0.300 ± 0.010 baseline" in shown
+
+
+@pytest.mark.parametrize("damage", [
+    {"protocols": {"knn": {}}}, {"protocols": ["knn"]}, {"protocols": {"knn": {"arms": {"a": 3}}}},
+    {"protocols": {"knn": {"arms": {"a": {"1%": None}}, "verdicts": {"a": "helped"}}}},
+    {"layers": {"layer1": {"knn": "good"}}}, {"per_class": {"cat": {"f1": None}}}, {"scores": []},
+    {"test": {"top1": math.nan}}, {"warnings": "none"}, {"leaks": {"a": None}}, {"seconds": "ten"},
+])  # fmt: skip
+def test_results_with_parts_missing_make_a_page(damage: dict[str, Any], tmp_path: Path) -> None:
+    assert "How it was made" in words(make(tmp_path / "run", "finetune", **damage))
+
+
+def test_the_figures_of_finetune_and_its_classes(tmp_path: Path) -> None:
+    run = make(tmp_path / "run", "finetune", test={"top1": 0.75}, train_images=12345,
+               per_class={"<b>cat</b>": {"f1": 0.5}, "dog": {"f1": 1.0}})  # fmt: skip
+    Image.new("RGB", (8, 8)).save(run / "per_class.png")
+    Image.new("RGB", (8, 8)).save(run / "confusion.png")
+    Image.new("RGB", (8, 8)).save(run / "my_own.png")
+    shown = words(run)
+    assert "0.750 accuracy (test) 12,345 training images" in shown
+    assert "class f1 <b>cat</b> 0.500 dog 1.000" in shown
+    text = (run / "report.html").read_text()
+    assert "<b>cat" not in text
+    assert text.count("<img ") == 2  # the table says what per_class.png does
+    assert "My own" in text
+
+
+def test_large_pictures_become_small_ones(tmp_path: Path) -> None:
+    run = make(tmp_path / "run", seconds=1)
+    noise = np.random.default_rng(0).integers(0, 256, (150, 240, 3), dtype=np.uint8)
+    smooth = Image.fromarray(noise).resize((2400, 1500), Image.Resampling.BICUBIC)
+    smooth.save(run / "test.png", compress_level=1)
+    assert write_report(run).stat().st_size < (run / "test.png").stat().st_size / 10
+    assert "data:image/webp" in (run / "report.html").read_text()
+
+
+def test_predictions_are_shown_small_and_only_some(tmp_path: Path) -> None:
+    run = make(tmp_path / "run", "predict", images=30, skipped=0)
+    (run / "pictures" / "a").mkdir(parents=True)
+    for index in range(30):
+        Image.new("RGB", (600, 400)).save(run / "pictures" / "a" / f"{index:02}.jpg.png")
+    shown = words(run)
+    assert "24 of 30 in the folder pictures" in shown
+    assert "a/00.jpg" in shown
+
+
+def test_a_page_takes_bokeh_once_and_only_where_there_is_a_chart(tmp_path: Path) -> None:
+    write_page(tmp_path / "plain.html", "<a>", [Block("A & B", Markup("<p>text</p>"), "1 < 2")])
+    plain = (tmp_path / "plain.html").read_text()
+    assert len(plain) < 20_000
+    assert "<title>&lt;a&gt;</title>" in plain
+    assert "A &amp; B" in plain
+    assert "1 &lt; 2" in plain
+    series = {name: ([0.0, 1.0], [1.0, 2.0]) for name in ("loss", "knn", "</script>")}
+    write_page(tmp_path / "charts.html", "charts", [Block("Curves", curves(series))])
+    charts = (tmp_path / "charts.html").read_text()
+    assert 1_000_000 < len(charts) < 2_000_000
+    assert charts.count("data-root-id=") == 3
+    assert not re.search(r"<(script|link|img)[^>]* (src|href)=.http", charts)
+
+
+def test_names_that_are_no_utf8_do_not_stop_a_page(tmp_path: Path) -> None:
+    write_page(tmp_path / "page.html", "bad \udcff name", [Block("", Markup("\udcff"))])
+    assert "bad ? name" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_validation_stands_with_training_and_long_lines_are_thinned() -> None:
+    steps = [float(step) for step in range(5000)]
+    series = {
+        "step": (steps, steps),
+        "seconds": (steps, steps),
+        "lr": (steps, steps),
+        "val_map": (steps[:3], steps[:3]),
+        "val_loss": (steps[:3], [3.0, math.nan, 1.0]),
+        "loss": (steps, [1000 / (step + 1) for step in steps]),
+    }
+    charts = curves(series)
+    assert [chart.heading for chart in charts] == ["loss", "val map", "lr"]
+    lines = [one.data_source.data for one in charts[0].content.renderers]
+    assert {line["name"][0] for line in lines} == {"loss", "val_loss"}
+    assert max(len(line["x"]) for line in lines) == POINTS
+    assert type(charts[0].content.y_scale).__name__ == "LogScale"
+    assert type(charts[2].content.y_scale).__name__ == "LinearScale"

@@ -1,0 +1,116 @@
+"""``vissl-lite report``: make the page of a run again."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vissl_lite.data.images import read_image
+from vissl_lite.data.labelled import LabelledImages
+from vissl_lite.data.leaks import paths_of
+from vissl_lite.encoder import Encoder
+from vissl_lite.errors import UserError
+from vissl_lite.evaluation.embedding import make_map
+from vissl_lite.pictures import plot_neighbours
+from vissl_lite.run import CONFIG, console
+
+log = logging.getLogger(__name__)
+
+MAP, NEIGHBOURS_SHOWN = "map.npz", 7
+
+
+def report(run: str) -> Path:
+    """Write report.html of a run again, from what its folder holds.
+
+    Args:
+        run: The run folder, of any command; also of one that is still running or was stopped.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: the folder holds no run, or can't be written.
+    """
+    from vissl_lite.report.run_report import write_report  # Bokeh takes its time
+
+    folder = Path(run)
+    if not folder.is_dir():
+        raise UserError(f"no run at {run}: give a folder that another command wrote with --out")
+    if not (folder / CONFIG).is_file():
+        raise UserError(
+            f"{run} holds no run ({CONFIG} is missing): give a folder that another command wrote "
+            f"with --out"
+        )
+    try:
+        file = write_report(folder)
+    except OSError as error:
+        raise UserError(f"the report of {run} can't be written: {error.strerror}") from None
+    console.print(f"Written: {file}", highlight=False, soft_wrap=True, markup=False)
+    return file
+
+
+def add_embeddings(
+    run: Path,
+    encoder: Encoder,
+    paths: Sequence[str],
+    labels: np.ndarray | None = None,
+    classes: Sequence[str] = (),
+    seed: int = 0,
+) -> None:
+    """Leave a map of images and their nearest neighbours in a run, for its report.
+
+    A failure is a warning and no more.
+
+    Args:
+        run: the folder; gets map.npz and neighbours.png.
+        encoder: whose embeddings.
+        paths: N image files, of which up to 1,000 are shown.
+        labels: ``(N,)`` class indices, where each image has one.
+        classes: their names.
+        seed: chooses the images.
+    """
+    try:
+        image_map = make_map(encoder, paths, labels, classes, seed=seed)
+        image_map.save(run / MAP)
+        count = min(NEIGHBOURS_SHOWN, len(image_map.paths) - 1)
+        if count < 1:
+            return
+        queries = np.linspace(0, len(image_map.paths) - 1, min(6, len(image_map.paths))).astype(int)
+        shown = [[query, *image_map.neighbours[query, :count]] for query in queries]
+        names = None
+        if image_map.labels is not None:
+            names = [[classes[image_map.labels[index]] for index in row] for row in shown]
+        images = [[read_image(image_map.paths[index], 96) for index in row] for row in shown]
+        similarities = image_map.similarities[queries, :count]
+        plot_neighbours(images, similarities, run / "neighbours.png", names)
+    except Exception as error:  # such as features that are no numbers
+        _warn("the map of the embeddings", error)
+
+
+def add_test_embeddings(run: Path, encoder: Encoder, data: Any, seed: int) -> None:
+    """The same of the test images of labelled data, of whatever task."""
+    labels = None
+    if isinstance(data, LabelledImages) and not data.multi_label:
+        labels = data.test.labels
+    add_embeddings(run, encoder, paths_of(data.test), labels, data.classes, seed)
+
+
+def add_report(run: Path) -> None:
+    """Write the report of a run that has done its work; a failure is a warning and no more.
+
+    Args:
+        run: the folder, with all its other files written.
+    """
+    try:
+        from vissl_lite.report.run_report import write_report
+
+        log.info("The report is %s", write_report(run))
+    except Exception as error:  # whatever it is: it must not cost the run
+        _warn("report.html", error)
+
+
+def _warn(what: str, error: Exception) -> None:
+    log.warning("%s can't be made: %r", what, error)
+    log.debug("why", exc_info=True)

@@ -1,0 +1,283 @@
+"""Embeddings looked at: flat maps, nearest neighbours, odd ones out, near-duplicates."""
+
+import importlib.util
+import os
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.utils.extmath import randomized_svd
+
+from vissl_lite.data.images import BROKEN_IMAGE, read_image, resize_and_crop
+from vissl_lite.encoder import Encoder
+from vissl_lite.errors import UserError
+from vissl_lite.evaluation.features import extract
+
+Method = Literal["pca", "umap"]
+
+NEIGHBOURS = 10  # of each image, that a map knows
+THUMBNAIL, QUALITY = 64, 70  # side in pixels, of JPEG: about 1.3 kB a photograph
+
+# UMAP looks at the 15 nearest images: among fewer than these there is nothing to unfold.
+UMAP_LEAST = 100
+
+# Similarity from which two images count as near-duplicates, see near_duplicates; and how many pairs
+# are kept, since an encoder that has collapsed finds all of them alike.
+SAME, PAIRS = 0.98, 200
+
+# What numpy raises on a file that is none of its own
+_UNREADABLE = (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageMap:
+    """What is to be seen of the embeddings of N images; holds all that a page about them shows.
+
+    Attributes:
+        paths: N absolute paths.
+        labels: ``(N,)`` class indices, or None.
+        classes: names of the classes; empty without labels.
+        coordinates: ``(N, 2)`` by method: ``pca``, and ``umap`` where it could be had.
+        neighbours: ``(N, k)`` indices of the images most alike, nearest first.
+        similarities: ``(N, k)`` their cosine similarities.
+        oddness: ``(N,)`` distance to the k-th neighbour.
+        duplicates: ``(P, 2)`` indices of near-duplicates, most alike first.
+        thumbnails: N JPEG files.
+    """
+
+    paths: list[str]
+    labels: np.ndarray | None
+    classes: list[str]
+    coordinates: dict[str, np.ndarray]
+    neighbours: np.ndarray
+    similarities: np.ndarray
+    oddness: np.ndarray
+    duplicates: np.ndarray
+    thumbnails: list[bytes]
+
+    def save(self, file: Path) -> None:
+        """Write it as one NPZ file without pickled objects, which appears whole or not at all."""
+        more: dict[str, Any] = {} if self.labels is None else {"labels": self.labels}
+        more |= {f"coordinates_{name}": flat for name, flat in self.coordinates.items()}
+        part = file.with_name(f"{file.name}.part")
+        with part.open("wb") as opened:
+            np.savez_compressed(
+                opened,
+                paths=np.array(self.paths, dtype=np.str_),
+                classes=np.array(self.classes, dtype=np.str_),
+                neighbours=self.neighbours,
+                similarities=self.similarities,
+                oddness=self.oddness,
+                duplicates=self.duplicates,
+                thumbnails=np.frombuffer(b"".join(self.thumbnails), np.uint8),
+                sizes=np.array([len(one) for one in self.thumbnails], np.int64),
+                **more,
+            )
+        os.replace(part, file)
+
+    @classmethod
+    def load(cls, file: Path) -> "ImageMap":
+        """Read what ``save`` wrote; nothing is unpickled.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        try:
+            with np.load(file, allow_pickle=False) as content:
+                ends = np.cumsum(content["sizes"])
+                joined = content["thumbnails"].tobytes()
+                begins = ends - content["sizes"]
+                prefix = "coordinates_"
+                return cls(
+                    content["paths"].tolist(),
+                    content.get("labels"),
+                    content["classes"].tolist(),
+                    {
+                        name.removeprefix(prefix): content[name]
+                        for name in content.files
+                        if name.startswith(prefix)
+                    },
+                    content["neighbours"],
+                    content["similarities"],
+                    content["oddness"],
+                    content["duplicates"],
+                    [joined[a:b] for a, b in zip(begins, ends, strict=True)],
+                )
+        except FileNotFoundError:
+            raise UserError(f"{file} does not exist") from None
+        except _UNREADABLE as error:
+            raise UserError(f"{file} is no map of images, or damaged: {error}") from None
+
+
+def make_map(
+    encoder: Encoder,
+    paths: Sequence[str],
+    labels: np.ndarray | None = None,
+    classes: Sequence[str] = (),
+    most: int = 1000,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> ImageMap:
+    """Embed images and prepare all that a map of them shows.
+
+    Args:
+        encoder: whose embeddings.
+        paths: image files. Broken ones are left out, and named in the log.
+        labels: ``(N,)`` class indices.
+        classes: their names.
+        most: more images than these are sampled.
+        seed: chooses the sample, and where UMAP begins.
+        progress: called with the number of images embedded since the last call.
+
+    Raises:
+        UserError: no image can be read.
+    """
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(paths))[:most])
+    layers, good = extract(encoder, [paths[i] for i in chosen], progress=progress)
+    chosen, features = chosen[good], layers["last"]
+    neighbours, similarities = nearest(features, NEIGHBOURS)
+    return ImageMap(
+        paths=[os.path.abspath(paths[i]) for i in chosen],
+        labels=None if labels is None else labels[chosen],
+        classes=[] if labels is None else list(classes),
+        coordinates={name: flat_map(features, name, seed) for name in methods(len(features))},
+        neighbours=neighbours,
+        similarities=similarities,
+        oddness=oddness(features, NEIGHBOURS),
+        duplicates=near_duplicates(features, SAME)[:PAIRS],
+        thumbnails=[thumbnail(paths[i]) for i in chosen],
+    )
+
+
+def methods(images: int) -> list[Method]:
+    """Which flat maps can be had: UMAP if ``umap-learn`` is installed and the images suffice.
+
+    Args:
+        images: how many there are.
+    """
+    umap = images >= UMAP_LEAST and importlib.util.find_spec("umap") is not None
+    return ["pca", "umap"] if umap else ["pca"]
+
+
+def flat_map(features: np.ndarray, method: Method, seed: int) -> np.ndarray:
+    """Features in two dimensions, by their directions: lengths don't count, as for neighbours.
+
+    Args:
+        features: ``(N, D)``.
+        method: ``pca``: the two directions of largest variance, signs fixed; or ``umap``: McInnes
+            et al. 2018 (arXiv 1802.03426) with its authors' defaults and cosine distance.
+        seed: the same one gives the same map on the same machine.
+
+    Returns:
+        ``(N, 2)`` float32.
+    """
+    directions = unit(features)
+    if method == "umap":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its advice is for those who choose its options
+            import umap
+
+            near = min(15, len(features) - 1)
+            model = umap.UMAP(n_neighbors=near, metric="cosine", random_state=seed, n_jobs=1)
+            return np.nan_to_num(model.fit_transform(directions)).astype(np.float32)
+    centred = directions - directions.mean(axis=0)
+    axes = min(2, *centred.shape)
+    left, lengths, _ = randomized_svd(centred, axes, random_state=seed)
+    return np.pad(left * lengths, ((0, 0), (0, 2 - axes))).astype(np.float32)
+
+
+def nearest(features: np.ndarray, k: int, block: int = 1024) -> tuple[np.ndarray, np.ndarray]:
+    """The most similar other images of each image, by cosine similarity.
+
+    Args:
+        features: ``(N, D)``.
+        k: how many; at most N - 1 are given.
+        block: images at a time, so that N² similarities never are in memory.
+
+    Returns:
+        ``(N, k)`` int64 indices and ``(N, k)`` float32 similarities, most similar first.
+    """
+    keys = torch.from_numpy(unit(features))
+    indices, similarities = [], []
+    for start in range(0, len(keys), block):
+        similarity = keys[start : start + block] @ keys.T
+        similarity.diagonal(start).fill_(-torch.inf)  # no image is its own neighbour
+        values, index = similarity.topk(min(k, len(keys) - 1), dim=1)
+        indices.append(index)
+        similarities.append(values)
+    return torch.cat(indices).numpy(), torch.cat(similarities).numpy()
+
+
+def oddness(features: np.ndarray, k: int) -> np.ndarray:
+    """How far each image is from all others: the distance to its k-th neighbour.
+
+    Ramaswamy et al. 2000 ("Efficient algorithms for mining outliers", section 2), with cosine
+    distance: 1 - similarity. One odd image is far, and so is a group of less than k.
+
+    Args:
+        features: ``(N, D)``.
+        k: which neighbour; the last one where there are fewer.
+
+    Returns:
+        ``(N,)`` float32; zeros for a single image.
+    """
+    similarities = nearest(features, k)[1]
+    if similarities.shape[1] == 0:
+        return np.zeros(len(features), np.float32)
+    return np.asarray(1 - similarities[:, -1], np.float32)
+
+
+def near_duplicates(
+    features: np.ndarray, threshold: float, most: int = 10_000, block: int = 1024
+) -> np.ndarray:
+    """Pairs of images whose features are nearly the same.
+
+    The mean of all features is taken out first: an encoder that has learnt little gives all images
+    a similarity of nearly 1, and what tells them apart is the rest.
+
+    Args:
+        features: ``(N, D)``.
+        threshold: cosine similarity from which a pair counts.
+        most: pairs at most, those most alike.
+        block: images at a time.
+
+    Returns:
+        ``(P, 2)`` int64 indices, the smaller first, the pairs most alike first.
+    """
+    finite = np.nan_to_num(features, nan=0, posinf=0, neginf=0)
+    keys = torch.from_numpy(unit(finite - finite.mean(axis=0)))
+    pairs, values = torch.empty(0, 2, dtype=torch.int64), torch.empty(0)
+    for start in range(0, len(keys), block):
+        similarity = (keys[start : start + block] @ keys.T).triu(start + 1)
+        rows, columns = (similarity >= threshold).nonzero(as_tuple=True)
+        pairs = torch.cat([pairs, torch.stack([rows + start, columns], dim=1)])
+        values = torch.cat([values, similarity[rows, columns]])
+        order = values.argsort(descending=True, stable=True)[:most]
+        pairs, values = pairs[order], values[order]
+    return pairs.numpy()
+
+
+def unit(features: np.ndarray) -> np.ndarray:
+    """``(N, D)`` float32 features scaled to length 1; what is no finite number counts as 0."""
+    finite = np.nan_to_num(features, nan=0, posinf=0, neginf=0)
+    lengths = np.linalg.norm(finite, axis=1, keepdims=True)
+    return np.asarray(finite / np.maximum(lengths, 1e-12), np.float32)
+
+
+def thumbnail(path: str) -> bytes:
+    """An image as a small JPEG file: the square that the encoder sees; grey if it can't be read."""
+    try:
+        small = resize_and_crop(read_image(path, THUMBNAIL), THUMBNAIL)
+    except BROKEN_IMAGE:  # it was read a moment ago, but can have gone since
+        small = np.full((THUMBNAIL, THUMBNAIL, 3), 128, np.uint8)
+    written = BytesIO()
+    Image.fromarray(small).save(written, "JPEG", quality=QUALITY, optimize=True)
+    return written.getvalue()

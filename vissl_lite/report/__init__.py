@@ -1,0 +1,1 @@
+"""Pages that show a run, and maps of images: self-contained HTML."""

@@ -1,0 +1,153 @@
+"""What a command left in its run folder, as far as it can be read."""
+
+import csv
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vissl_lite.run import CONFIG, LOG, METRICS, RESULTS
+
+# An option that only this command has; the first one found in the configuration names it.
+_TELLING = {
+    "pretext": "pretrain",
+    "protocols": "compare",
+    "detector": "finetune",
+    "temperature": "probe",
+    "unlabelled": "demo",
+    "model": "predict",
+}
+
+_LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d+ ([A-Z]+) (.*)")
+
+
+@dataclass
+class Record:
+    """An entry of the log.
+
+    Attributes:
+        time: when.
+        level: as ``logging`` names it.
+        message: may have several lines, as a traceback has.
+    """
+
+    time: datetime
+    level: str
+    message: str
+
+
+@dataclass
+class RunFolder:
+    """A run, read.
+
+    Attributes:
+        folder: where.
+        config: its options; empty if they can't be read.
+        results: None where the run has not ended, or they can't be read.
+        records: its log.
+        metrics: by name, the steps and values of what was measured.
+        unreadable: a sentence for each thing that is left out because it is damaged.
+    """
+
+    folder: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any] | None = None
+    records: list[Record] = field(default_factory=list)
+    metrics: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
+    unreadable: list[str] = field(default_factory=list)
+
+    @property
+    def command(self) -> str:
+        """The verb that wrote the run; empty if its options do not tell."""
+        return next((verb for option, verb in _TELLING.items() if option in self.config), "")
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The results, or nothing."""
+        return self.results or {}
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return (self.folder / name).is_file()
+
+    def started(self) -> datetime | None:
+        """When the log begins."""
+        return self.records[0].time if self.records else None
+
+    def seconds(self) -> float | None:
+        """From the first entry of the log to the last."""
+        if len(self.records) < 2:
+            return None
+        return (self.records[-1].time - self.records[0].time).total_seconds()
+
+
+def read_run(folder: Path) -> RunFolder:
+    """Read a run folder; what is missing or damaged stays empty.
+
+    Args:
+        folder: of a run of any command, perhaps not ended.
+    """
+    run = RunFolder(folder)
+    run.config = _mapping(run, CONFIG, yaml.safe_load) or {}
+    run.results = _mapping(run, RESULTS, json.loads)
+    if run.has(LOG):
+        run.records = _read_log((folder / LOG).read_text(encoding="utf-8", errors="replace"))
+    if run.has(METRICS):
+        _read_metrics(run)
+    return run
+
+
+def _mapping(run: RunFolder, name: str, parse: Any) -> dict[str, Any] | None:
+    if not run.has(name):
+        return None
+    try:
+        content = parse((run.folder / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        content = str(error)
+    if isinstance(content, dict):
+        return {str(key): value for key, value in content.items()}
+    run.unreadable.append(f"{name} is damaged and left out.")
+    return None
+
+
+def _read_log(text: str) -> list[Record]:
+    records: list[Record] = []
+    for line in text.splitlines():
+        match = _LINE.fullmatch(line)
+        if match:
+            time = datetime.strptime(match[1], "%Y-%m-%d %H:%M:%S")
+            records.append(Record(time, match[2], match[3]))
+        elif records:
+            records[-1].message += f"\n{line}"
+    return records
+
+
+def _read_metrics(run: RunFolder) -> None:
+    """Row by row: a run that was killed may have left half a row, which spoils no other."""
+    left_out = 0
+    try:
+        with (run.folder / METRICS).open(newline="", encoding="utf-8", errors="replace") as file:
+            reader = csv.DictReader(file)
+            names = list(reader.fieldnames or [])
+            for row in reader:
+                try:
+                    values = {name: float(row[name]) for name in names if row[name]}
+                    step = values.pop("step")
+                except (KeyError, ValueError):
+                    left_out += 1
+                    continue
+                for name, value in values.items():
+                    steps, series = run.metrics.setdefault(name, ([], []))
+                    steps.append(step)
+                    series.append(value if math.isfinite(value) else math.nan)
+    except (OSError, csv.Error):
+        run.metrics.clear()
+    if not run.metrics:
+        run.unreadable.append(f"{METRICS} can't be read: there are no curves.")
+    elif left_out:
+        run.unreadable.append(f"{left_out} damaged rows of {METRICS} are left out.")

@@ -1,0 +1,284 @@
+"""The map of images: points to hover, click, select and save, without a server or a network."""
+
+import html
+import os
+from base64 import b64encode
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from bokeh.layouts import column, row
+from bokeh.models import (
+    Button,
+    CDSView,
+    ColumnDataSource,
+    CustomJS,
+    Div,
+    GlyphRenderer,
+    HoverTool,
+    IndexFilter,
+    LayoutDOM,
+    Legend,
+    LegendItem,
+    MultiChoice,
+    RadioButtonGroup,
+)
+from bokeh.plotting import figure
+
+from vissl_lite.evaluation.embedding import ImageMap
+from vissl_lite.pictures import class_colours
+from vissl_lite.report.charts import GREY
+
+# More classes than these get colours, but no legend: it would be longer than the map.
+LEGEND_MOST = 50
+
+ODD, PAIRS, SELECTED = 24, 24, 60  # thumbnails shown at most: odd ones, pairs, selected ones
+
+NAMES = {"pca": "PCA", "umap": "UMAP"}
+
+# After all colours have been used, the shape of the points goes on telling classes apart.
+SHAPES = ("circle", "square", "triangle", "diamond", "inverted_triangle", "hex")
+
+_TOOLTIP = """
+<div style="max-width: 260px; overflow-wrap: anywhere">
+  <img src="data:image/jpeg;base64,@thumbnail" width="128" height="128"><br>
+  <b>@class_name</b><br>@path
+</div>
+"""
+
+_STYLE = """
+.cards { display: flex; flex-wrap: wrap; gap: 6px; margin: 6px 0; }
+.cards button { width: 76px; padding: 3px; border: 1px solid #8888; border-radius: 4px;
+  background: none; color: inherit; font: 11px sans-serif; cursor: pointer;
+  overflow-wrap: anywhere; }
+.cards button:hover { border-color: currentcolor; }
+.cards img { display: block; margin: 0 auto 2px; }
+.pair { display: flex; gap: 2px; padding: 2px; background: #8882; border-radius: 4px; }
+"""
+
+# Bokeh draws each block of HTML apart from the page, where a function of ours would not be seen.
+_SELECT = (
+    "for (const page of Bokeh.documents) { const points = page.get_model_by_id('%s'); "
+    "if (points != null) points.selected.indices = [%s] }"
+)
+
+_SHOW_SELECTED = """
+const data = source.data, chosen = source.selected.indices
+const safe = (text) => text.replace(/[&<>"']/g, (sign) => `&#${sign.charCodeAt(0)};`)
+const card = (index, words) => `<button title="${safe(data.path[index])}"
+  onclick="${select.replace('INDEX', index)}"><img width="64" height="64"
+  src="data:image/jpeg;base64,${data.thumbnail[index]}">${safe(words)}</button>`
+const cards = (list) => `<div class="cards">${list.join("")}</div>`
+if (chosen.length == 0) {
+  shown.text = hint
+} else if (chosen.length == 1) {
+  const index = chosen[0]
+  const near = neighbours[index].map((other, place) =>
+    card(other, `${similarities[index][place].toFixed(2)} ${data.class_name[other]}`))
+  shown.text = `<b>${safe(data.path[index])}</b> and its nearest neighbours, with their cosine
+    similarity` + cards([card(index, data.class_name[index]), ...near])
+} else {
+  const some = chosen.slice(0, most)
+  const words = some.length < chosen.length ? `, the first ${most} of them` : ""
+  shown.text = `<b>${chosen.length} images selected</b>${words}: click one for its neighbours`
+    + cards(some.map((index) => card(index, data.class_name[index])))
+}
+if (save != null) {
+  save.disabled = chosen.length == 0
+  save.label = chosen.length == 0 ? nothing : `Save the paths of ${chosen.length} selected`
+}
+"""
+
+_SHOW_METHOD = """
+const method = methods[cb_obj.active]
+for (const range of ranges)
+  range.have_updated_interactively = false  // so that it follows the points again
+source.data = {...source.data, x: source.data[`${method}_x`], y: source.data[`${method}_y`]}
+"""
+
+_SHOW_CLASSES = """
+for (const [name, points] of layers)
+  points.visible = cb_obj.value.length == 0 || cb_obj.value.includes(name)
+"""
+
+_SAVE = """
+const lines = source.selected.indices.map((index) => `${folder}${source.data.path[index]}\\n`)
+const link = document.createElement("a")
+link.href = URL.createObjectURL(new Blob(lines, {type: "text/plain"}))
+link.download = "selected.txt"
+link.click()
+setTimeout(() => URL.revokeObjectURL(link.href), 1000)
+"""
+
+_HINT = "Click a point to see its nearest neighbours; hover to see the image."
+_NOTHING = "Save the paths of selected images"
+
+
+def map_layout(image_map: ImageMap, explore: bool = False) -> LayoutDOM:
+    """The map as a Bokeh layout that needs nothing but the page it stands in.
+
+    It takes Bokeh's core and its widgets: ``Resources(components=["bokeh", "bokeh-widgets"])``.
+
+    Args:
+        image_map: what to show.
+        explore: add what helps to look through a folder: selecting by lasso, saving the selected
+            paths, a filter by class, the odd ones out and near-duplicates.
+    """
+    folder = common_folder(image_map.paths)
+    source = _source(image_map, len(folder))
+    tools = "pan,wheel_zoom,tap,reset" + (",box_select,lasso_select" if explore else "")
+    points = figure(
+        height=560,
+        sizing_mode="stretch_width",
+        tools=tools,
+        # in a report the wheel goes on scrolling the page, unless zooming is switched on
+        active_scroll="wheel_zoom" if explore else None,
+        background_fill_color=None,
+        border_fill_color=None,
+        outline_line_color=None,
+    )
+    points.toolbar.logo = None
+    points.axis.visible = False
+    points.grid.grid_line_color = GREY
+    points.grid.grid_line_alpha = 0.25
+    points.add_tools(HoverTool(tooltips=_TOOLTIP, limit=1))
+    layers = _draw(points, source, image_map)
+    shown = _html(_HINT)
+    controls: list[Any] = []
+    if len(image_map.coordinates) > 1:
+        methods = list(reversed(image_map.coordinates))
+        switch = RadioButtonGroup(labels=[NAMES[name] for name in methods], active=0)
+        ranges = [points.x_range, points.y_range]
+        known = {"source": source, "methods": methods, "ranges": ranges}
+        switch.js_on_change("active", CustomJS(args=known, code=_SHOW_METHOD))
+        controls.append(switch)
+    save = None
+    if explore:
+        if len(layers) > 1:
+            # Bokeh takes what is shown of them for HTML
+            names = [(name, html.escape(name)) for name, _ in layers]
+            some = MultiChoice(options=names, placeholder="all classes; choose some", width=320)
+            some.js_on_change("value", CustomJS(args={"layers": layers}, code=_SHOW_CLASSES))
+            controls.append(some)
+        save = Button(label=_NOTHING, disabled=True)
+        save.js_on_click(CustomJS(args={"source": source, "folder": folder}, code=_SAVE))
+        controls.append(save)
+    known = {
+        "source": source,
+        "shown": shown,
+        "save": save,
+        "neighbours": image_map.neighbours.tolist(),
+        "similarities": image_map.similarities.round(3).tolist(),
+        "select": _SELECT % (source.id, "INDEX"),
+        "most": SELECTED,
+        "hint": _HINT,
+        "nothing": _NOTHING,
+    }
+    source.selected.js_on_change("indices", CustomJS(args=known, code=_SHOW_SELECTED))
+    lists = [_odd_ones(source, image_map), _near_duplicates(source, image_map)] if explore else []
+    parts = [row(*controls, sizing_mode="stretch_width")] if controls else []
+    return column(*parts, points, shown, *lists, sizing_mode="stretch_width")
+
+
+def common_folder(paths: Sequence[str]) -> str:
+    """The innermost folder that holds all of these absolute paths, with a separator at its end."""
+    return os.path.join(os.path.commonpath([os.path.dirname(path) for path in paths]), "")
+
+
+def _source(image_map: ImageMap, skip: int) -> ColumnDataSource:
+    """The points, a row each; of a path what follows the first ``skip`` letters."""
+    first = list(image_map.coordinates.values())[-1]
+    columns: dict[str, Any] = {
+        "x": first[:, 0],
+        "y": first[:, 1],
+        "path": [path[skip:] for path in image_map.paths],
+        "class_name": _class_names(image_map),
+        "thumbnail": [b64encode(one).decode() for one in image_map.thumbnails],
+    }
+    for name, flat in image_map.coordinates.items():
+        columns |= {f"{name}_x": flat[:, 0], f"{name}_y": flat[:, 1]}
+    return ColumnDataSource(columns)
+
+
+def _class_names(image_map: ImageMap) -> list[str]:
+    if image_map.labels is None:
+        return [""] * len(image_map.paths)
+    return [image_map.classes[label] for label in image_map.labels]
+
+
+def _draw(
+    points: figure, source: ColumnDataSource, image_map: ImageMap
+) -> list[tuple[str, GlyphRenderer]]:
+    """Draw the points, a layer a class where there are not too many; give the layers by name."""
+    shades = class_colours(len(image_map.classes) or 1)
+    colours = [f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in shades]
+    look = {
+        "size": 8, "alpha": 0.8, "line_color": "white", "line_width": 0.5,
+        "nonselection_alpha": 0.15,
+    }  # fmt: skip
+    labels = image_map.labels
+    if labels is None or len(image_map.classes) > LEGEND_MOST:
+        of_each = np.zeros(len(image_map.paths), np.int64) if labels is None else labels
+        source.data["colour"] = [colours[label] for label in of_each]
+        return [("", points.scatter("x", "y", source=source, fill_color="colour", **look))]
+    layers = []
+    for label, name in enumerate(image_map.classes):
+        inside = np.flatnonzero(labels == label)
+        if len(inside) == 0:
+            continue
+        layer = points.scatter(
+            "x", "y", source=source, view=CDSView(filter=IndexFilter(inside.tolist())),
+            fill_color=colours[label], marker=SHAPES[label // 20 % len(SHAPES)], **look,
+        )  # fmt: skip
+        layers.append((name, layer))
+    items = [LegendItem(label={"value": _short(name)}, renderers=[one]) for name, one in layers]
+    legend = Legend(
+        items=items, click_policy="hide", ncols=1 if len(items) <= 25 else 2, spacing=0,
+        label_text_font_size="11px", glyph_height=16, label_height=16, padding=4,
+        label_text_color=GREY, background_fill_color=None, border_line_color=None,
+    )  # fmt: skip
+    points.add_layout(legend, "right")
+    return layers
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 24 else f"{name[:23]}…"
+
+
+def _html(text: str) -> Div:
+    # Dollar signs in a path are no formula: a renderer for these would be fetched.
+    return Div(text=text, stylesheets=[_STYLE], disable_math=True, sizing_mode="stretch_width")
+
+
+def _card(source: ColumnDataSource, index: int, words: str) -> str:
+    """A thumbnail that selects its point when it is clicked; see ``_SHOW_SELECTED``, too."""
+    path = html.escape(source.data["path"][index])
+    return (
+        f'<button title="{path}" onclick="{_SELECT % (source.id, index)}"><img width="64" '
+        f'height="64" src="data:image/jpeg;base64,{source.data["thumbnail"][index]}">'
+        f"{html.escape(words)}</button>"
+    )
+
+
+def _odd_ones(source: ColumnDataSource, image_map: ImageMap) -> Div:
+    order = np.argsort(-image_map.oddness, kind="stable")[:ODD]
+    cards = [_card(source, int(index), f"{image_map.oddness[index]:.3f}") for index in order]
+    return _html(
+        f"<b>Odd ones out</b>: farthest from all others, with the distance to their neighbour "
+        f'number {image_map.neighbours.shape[1]}<div class="cards">{"".join(cards)}</div>'
+    )
+
+
+def _near_duplicates(source: ColumnDataSource, image_map: ImageMap) -> Div:
+    if len(image_map.duplicates) == 0:
+        return _html("<b>Near-duplicates</b>: none, no two images are nearly the same")
+    names = source.data["class_name"]
+    pairs = [
+        f'<div class="pair">{_card(source, first, names[first])}'
+        f"{_card(source, second, names[second])}</div>"
+        for first, second in image_map.duplicates[:PAIRS].tolist()
+    ]
+    return _html(
+        f"<b>Near-duplicates</b>: the {len(pairs)} pairs most alike to this encoder"
+        f'<div class="cards">{"".join(pairs)}</div>'
+    )

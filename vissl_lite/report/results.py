@@ -1,0 +1,236 @@
+"""What came out of a run: figures, tables, verdicts."""
+
+import csv
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from markupsafe import Markup
+
+from vissl_lite.data.leaks import LEAKS
+from vissl_lite.report.charts import stages
+from vissl_lite.report.folder import RunFolder
+from vissl_lite.report.page import Block, render
+
+# What figures are called where a person reads them.
+NAMES = {
+    "knn": "kNN accuracy",
+    "linear": "linear accuracy",
+    "top1": "accuracy",
+    "macro_f1": "F1, mean over classes",
+    "map": "mean average precision",
+    "map_50": "the same at IoU 0.5",
+    "ap": "average precision",
+    "auroc": "AUROC",
+    "miou": "mean IoU",
+    "dice": "Dice, mean over classes",
+    "accuracy": "accuracy",
+    "loss": "last loss",
+    "feature_std": "spread of the features",
+    "effective_rank": "directions used",
+    "skipped": "could not be read",
+    "train_images": "training images",
+    "val_images": "validation images",
+    "test_images": "test images",
+}
+
+# Figures that are shown apart from the results' main ones, or elsewhere in the page.
+_ELSEWHERE = frozenset({"seconds", "k", "temperature", "image_size", "leaks", "watch_share"})
+
+# Leaks that are listed at most.
+LISTED = 20
+
+BADGES = {"helped": "good", "hurt": "bad", "no difference": "warn"}
+
+
+def number(value: Any) -> str:
+    """A figure as it is read: whole numbers whole, others with three places or digits."""
+    if not _is_figure(value):
+        return str(value)
+    if not math.isfinite(value):
+        return "not a number"
+    if isinstance(value, int) or (value.is_integer() and abs(value) > 1):
+        return f"{value:,.0f}"
+    return f"{value:.3f}" if 0.001 <= abs(value) < 100 or value == 0 else f"{value:.3g}"
+
+
+def main_figures(run: RunFolder) -> list[tuple[str, str]]:
+    """The figures that stand at the top in large digits: name and figure."""
+    results = run.figures
+    named: dict[str, Any] = {}
+    if isinstance(results.get("test"), dict):
+        named |= {f"{_name(name)} (test)": value for name, value in results["test"].items()}
+    for measure, arms in _scores(results).items():
+        for arm, values in arms.items():
+            named[f"{measure}, {arm}"] = _mean(values)
+    for name, value in results.items():
+        if name not in _ELSEWHERE and _is_figure(value):
+            named[_name(name)] = value
+    if isinstance(results.get("classes"), list):
+        named["classes"] = len(results["classes"])
+    return [(name, number(value)) for name, value in named.items()]
+
+
+def verdicts(run: RunFolder) -> Markup | None:
+    """What a comparison found, in its own sentences."""
+    said = [
+        {"text": one["sentence"], "kind": BADGES.get(str(one.get("verdict")), "")}
+        for protocol in _mappings(run.figures.get("protocols")).values()
+        for one in _mappings(protocol.get("verdicts")).values()
+        if "sentence" in one
+    ]
+    if not said and isinstance(run.figures.get("sentences"), list):
+        said = [{"text": str(one), "kind": ""} for one in run.figures["sentences"]]
+    return render("said", said=said) if said else None
+
+
+def comparison(run: RunFolder) -> list[Block]:
+    """A table for each protocol of a comparison: mean ± deviation, and the difference below it."""
+    tables = []
+    for protocol, found in _mappings(run.figures.get("protocols")).items():
+        arms, differences = _mappings(found.get("arms")), _mappings(found.get("differences"))
+        amounts = list(dict.fromkeys(amount for arm in arms.values() for amount in arm))
+        rows = []
+        for arm, figures in arms.items():
+            verdict = _mappings(found.get("verdicts")).get(arm, {}).get("verdict")
+            against = _mappings(differences.get(arm))
+            cells = [_compared(figures.get(one), against.get(one)) for one in amounts]
+            overall = _difference(against.get("overall"))
+            kind = BADGES.get(str(verdict), "")
+            rows.append({"arm": arm, "cells": cells, "verdict": verdict or "baseline",
+                         "kind": kind, "overall": overall})  # fmt: skip
+        columns = [_amount(one, arms) for one in amounts]
+        metric = found.get("metric", "accuracy")
+        tables.append(render("compared", rows=rows, columns=columns,
+                             caption=f"{protocol}: test {metric}"))  # fmt: skip
+    if not tables:
+        return []
+    basis = run.figures.get("baseline")
+    note = "Mean ± standard deviation over seeds" + (
+        f"; below it the difference from {basis} with its 95 % interval." if basis else "."
+    )
+    return [Block("The comparison", Markup("").join(tables), note)]
+
+
+def _amount(name: str, arms: Mapping[str, Any]) -> tuple[str, str]:
+    counts = {_mapping(arm.get(name)).get("labels") for arm in arms.values()} - {None}
+    return name, f"{number(counts.pop())} labels" if len(counts) == 1 else ""
+
+
+def _compared(figures: Any, difference: Any) -> tuple[str, str]:
+    one = _mapping(figures)
+    if "mean" not in one:
+        return "", ""
+    spread = f" ± {number(one['std'])}" if "std" in one else ""
+    return f"{number(one['mean'])}{spread}", _difference(difference)
+
+
+def _difference(found: Any) -> str:
+    mean, low, high = (_mapping(found).get(name) for name in ("mean", "low", "high"))
+    if not (_is_figure(mean) and _is_figure(low) and _is_figure(high)):
+        return ""
+    return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def result_blocks(run: RunFolder) -> list[Block]:
+    """Tables and charts of the results, beside what stands at the top."""
+    return [*comparison(run), *_layers(run), *_by_class(run), *_leaks(run)]
+
+
+def _layers(run: RunFolder) -> list[Block]:
+    note = "Test accuracy on the features of every stage. Many pretexts are best before the last."
+    layers = _stages(run.figures.get("layers"))
+    if layers:
+        last = _stages({"last": {name: run.figures.get(name) for name in ("knn", "linear")}})
+        return [Block("Stage by stage", stages({**layers, **last}), note)]
+    charts = []
+    for protocol, found in _mappings(run.figures.get("protocols")).items():
+        by_stage: dict[str, dict[str, float]] = {}
+        for arm, scores in _mappings(found.get("layers")).items():
+            for stage, amounts in _stages(scores).items():
+                by_stage.setdefault(stage, {})[arm] = list(amounts.values())[-1]  # most labels
+        if by_stage:
+            charts.append(Block(protocol, stages(by_stage)))
+    return [Block("Stage by stage", charts, f"{note} With the most labels.")] if charts else []
+
+
+def _stages(layers: Any) -> dict[str, dict[str, float]]:
+    """Of what should be figures by stage the stages that have some."""
+    rows = {
+        stage: {name: value for name, value in row.items() if _is_figure(value)}
+        for stage, row in _mappings(layers).items()
+    }
+    return {stage: row for stage, row in rows.items() if row}
+
+
+def _by_class(run: RunFolder) -> list[Block]:
+    scores = _mappings(run.figures.get("per_class"))
+    measures = list(dict.fromkeys(measure for row in scores.values() for measure in row))
+    if not measures:
+        return []
+
+    def cell(value: Any) -> Any:
+        if not _is_figure(value) or not math.isfinite(value):
+            return {"text": "none", "unset": True}
+        return {"text": number(value), "share": min(1.0, max(0.0, float(value)))}
+
+    rows = [[name, *(cell(row.get(measure)) for measure in measures)]
+            for name, row in scores.items()]  # fmt: skip
+    columns = ["class", *map(_name, measures)]
+    return [Block("Class by class", render("table", columns=columns, rows=rows),
+                  "On the test part.")]  # fmt: skip
+
+
+def _scores(results: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:
+    """What ``demo`` writes: by measure, by arm, a figure a seed."""
+    return {
+        measure: {
+            arm: values for arm, values in arms.items() if isinstance(values, list) and values
+        }
+        for measure, arms in _mappings(results.get("scores")).items()
+    }
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")
+
+
+def _leaks(run: RunFolder) -> list[Block]:
+    """The judged images that were seen before, beside where; ``data/leaks.py`` lists them."""
+    if not run.has(LEAKS):
+        return []
+    columns = ("path", "twin", "where", "kind")
+    try:
+        with (run.folder / LEAKS).open(newline="", encoding="utf-8", errors="replace") as file:
+            found = [
+                [row[name] or "" for name in columns]
+                for row in csv.DictReader(file)
+                if (row["part"], row["where"]) != ("val", "pretraining")  # which is no harm
+            ]
+    except (OSError, KeyError, csv.Error):
+        run.unreadable.append(f"{LEAKS} is damaged and left out.")
+        return []
+    if not found:
+        return []
+    names = ["judged image", "the same picture", "in", "how"]
+    html = render("table", columns=names, rows=found[:LISTED])
+    more = f" The first {LISTED} of {len(found)}." if len(found) > LISTED else ""
+    note = f"Judged images that were seen in training; {LEAKS} lists them.{more}"
+    return [Block("Leaks", html, note)]
+
+
+def _name(name: str) -> str:
+    return NAMES.get(name, name.replace("_", " "))
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _mappings(value: Any) -> dict[str, dict[str, Any]]:
+    """Of a mapping of mappings those that are."""
+    return {str(k): v for k, v in _mapping(value).items() if isinstance(v, dict)}
