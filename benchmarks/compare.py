@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import RESULTS, keep
+from common import RESULTS, keep, where_and_when
 from matplotlib.figure import Figure
 
 JOBS: dict[str, list[object]] = {
@@ -89,7 +89,8 @@ def main() -> None:
     results = json.loads((given.out / "results.json").read_text())
     results = rename(results, {source: name for name, source in arms.items()})
     kept = ("protocols", "labels", "seeds", "baseline", "sentences", "leaks", "test_images")
-    keep("compare", {given.job: {name: results[name] for name in kept if name in results}})
+    found = {name: results[name] for name in kept if name in results}
+    keep("compare", {given.job: {**found, "made": where_and_when()}})
     if given.job == "layers":
         plot_layers(results, RESULTS / "layers.png")
     else:

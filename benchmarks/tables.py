@@ -227,9 +227,82 @@ def ucmerced() -> str:
     return table(header, rows) + "\n\n" + made(results, command)
 
 
+def compared(job: str, command: str) -> str:
+    """A table a protocol, the difference from the baseline below each arm; then the verdicts."""
+    results = load("compare")[job]
+    parts = []
+    for protocol, found in results["protocols"].items():
+        rows = []
+        for arm, by_amount in found["arms"].items():
+            rows.append([arm, *(plus_minus(one) for one in by_amount.values())])
+            if arm != results["baseline"]:
+                gains = [found["differences"][arm][amount] for amount in by_amount]
+                cells = [f"{g['mean']:+.3f} ({g['low']:+.3f} to {g['high']:+.3f})" for g in gains]
+                rows.append(["difference, 95 %", *cells])
+        labels = [f"{count:,} labels ({amount})" for amount, count in results["labels"].items()]
+        parts.append(table([f"{protocol}, test {found['metric']}", *labels], rows))
+    parts += [f"> {sentence}" for sentence in results["sentences"]]
+    return "\n\n".join([*parts, made(results, command)])
+
+
+def compare_cifar10() -> str:
+    command = "python benchmarks/compare.py cifar10 --data DATA/cifar10 --arm NAME=RUN --out OUT"
+    return compared("cifar10", command)
+
+
+def compare_finetune() -> str:
+    command = "python benchmarks/compare.py cifar10-finetune --data DATA/cifar10 --arm NAME=RUN"
+    return compared("cifar10-finetune", command)
+
+
+def compare_ucmerced() -> str:
+    command = "python benchmarks/compare.py ucmerced --data DATA/ucmerced --arm NAME=RUN --out OUT"
+    return compared("ucmerced", command)
+
+
+def verdict() -> str:
+    """The README's example: the comparison of fine-tuning."""
+    results = load("compare")["cifar10-finetune"]
+    words = "\n\n".join(f"> {sentence}" for sentence in results["sentences"])
+    link = "[measured](benchmarks/README.md#did-it-help-compare-on-cifar-10-and-uc-merced)"
+    return f"CIFAR-10, fine-tuned on 50 and on 500 labels ({link}):\n\n{words}"
+
+
+def layers() -> str:
+    command = "python benchmarks/compare.py layers --data DATA/cifar10 --arm rotation=RUN ..."
+    picture = "![accuracy over the stages of five encoders](results/layers.png)"
+    return picture + "\n\n" + made(load("compare")["layers"], command)
+
+
+def leaks() -> str:
+    results = load("leaks")
+    planted, whole = results["planted"], results["whole"]
+    rows = [
+        [kind.replace("_", " "), str(one["images"]), f"{one['recall']:.3f}",
+         f"{one['least_similarity']:.3f}"]
+        for kind, one in planted["kinds"].items()
+    ]  # fmt: skip
+    header = ["test images that are training images", "how many", "recall", "least similarity"]
+    rest = (
+        f"Found among {planted['new_images']} new images: {planted['found_among_new']}. "
+        f"{whole['images']:,} images on {whole['cores']} core(s): "
+        f"fingerprints {whole['fingerprints']['seconds']:.0f} s "
+        f"({whole['fingerprints']['cpu_seconds']:.0f} s of CPU), matching 10,000 against 50,000 "
+        f"{whole['matching']['seconds']:.0f} s ({whole['matching']['cpu_seconds']:.0f} s of CPU); "
+        f"a fingerprint costs {whole['fingerprint_us_an_image']:.0f} microseconds beside "
+        f"{whole['decoding_us_an_image']:.0f} of decoding."
+    )
+    command = "python benchmarks/leaks.py --data DATA/cifar10"
+    return table(header, rows) + "\n\n" + rest + "\n\n" + made(results, command)
+
+
 def rotation() -> str:
+    """The file without its imports and what draws the pictures of the report."""
     source = (ROOT / "vissl_lite/pretext/rotation.py").read_text()
-    return "```python\n" + source[source.index("def rotation_views") :].rstrip() + "\n```"
+    begin, drawing = source.index("def rotation_views"), source.index("def turn(")
+    method, show = source.index("class Rotation"), source.index("    def show(")
+    shown = source[begin:drawing] + source[method:show].rstrip()
+    return "```python\n" + shown + "\n```"
 
 
 def fill(file: Path, **makers) -> None:
@@ -257,5 +330,10 @@ if __name__ == "__main__":
         detectors=detectors,
         water=water,
         ucmerced=ucmerced,
+        compare_cifar10=compare_cifar10,
+        compare_finetune=compare_finetune,
+        compare_ucmerced=compare_ucmerced,
+        layers=layers,
+        leaks=leaks,
     )
-    fill(ROOT / "README.md", demo=demo, rotation=rotation)
+    fill(ROOT / "README.md", demo=demo, rotation=rotation, verdict=verdict)

@@ -8,7 +8,8 @@ import yaml
 
 from vissl_lite.cli import _prepare, make_parser
 from vissl_lite.commands.finetune import finetune
-from vissl_lite.commands.pretrain import pretrain, whole_pretext
+from vissl_lite.commands.pretrain import pretrain
+from vissl_lite.commands.pretrain_options import Options, whole_pretext
 from vissl_lite.encoder import build_encoder
 from vissl_lite.optim import build_optimizer, check_optimizer
 from vissl_lite.pretext import PRETEXTS, pretext_class
@@ -61,12 +62,11 @@ def test_the_pretext_can_be_built_on_its_backbone(path: Path) -> None:
 
 def test_a_recipes_learning_rate_follows_the_batch() -> None:
     """A paper's recipe on a machine that can't hold its batch: a batch of 256 instead of 4096."""
-    from vissl_lite.commands.pretrain import _Options
-
     content = yaml.safe_load((CONFIGS / "imagenet" / "simclr.yaml").read_text())
-    options = {name: content.get(name) for name in _Options.__annotations__}
+    options = {name: content.get(name) for name in Options.__annotations__}
     options |= {"data": ["DATA"], "seed": 0, "init": "random", "accumulate_grad_batches": 1}
+    options |= {"on_collapse": "warn"}
     task = pretext_class("simclr")(build_encoder("test_resnet", 32))
-    settings = _Options(**options).optimizer_settings
+    settings = Options(**options).optimizer_settings
     assert settings(task, 4096).lr == pytest.approx(4.8)  # section 4.1 of the paper: 0.3 x B / 256
     assert settings(task, 256).lr == pytest.approx(0.3)

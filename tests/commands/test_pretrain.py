@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,12 +17,16 @@ import yaml
 from safetensors.torch import load_file
 
 from vissl_lite.cli import main
-from vissl_lite.commands.pretrain import default_backbone, parse_time, pretrain
+from vissl_lite.commands.pretrain import pretrain
+from vissl_lite.commands.pretrain_options import default_backbone, parse_time
 from vissl_lite.encoder import build_encoder
 from vissl_lite.errors import UserError
+from vissl_lite.evaluation import watch
+from vissl_lite.evaluation.watch import MEASURES
 from vissl_lite.pretext import PRETEXTS
 from vissl_lite.pretext.base import check_backbone
 from vissl_lite.pretext.simclr import SimCLR
+from vissl_lite.training.checkpoints import Checkpoints, read_checkpoint
 
 SMALL = ["--backbone", "test_resnet", "--image_size", "32", "--batch_size", "8"]
 COMMAND = [sys.executable, "-m", "vissl_lite", "pretrain"]
@@ -68,6 +73,10 @@ def test_writes_results_curves_log_and_config(finished: Path) -> None:
     assert results["steps"] == 12
     assert results["epochs"] == 4
     assert 0 <= results["knn"] <= 1
+    assert 0 <= results["linear"] <= 1
+    assert 0 < results["watch_share"] < 1
+    assert results["stopped"] is None
+    assert "watching took" in (finished / "log.txt").read_text()
     assert (finished / "curves.png").stat().st_size > 5000
     assert "simclr on test_resnet at 32 pixels" in (finished / "log.txt").read_text()
     config = yaml.safe_load((finished / "config.yaml").read_text())
@@ -79,7 +88,7 @@ def test_logs_the_curve_of_every_measure(finished: Path) -> None:
     table = rows(finished)
     for name in ("loss", "lr", "images_per_second", "data_wait", "epoch"):
         assert [float(row[name]) for row in table if row[name]], name
-    for name in ("feature_std", "effective_rank", "knn"):
+    for name in MEASURES:
         assert len([row for row in table if row[name]]) >= 2, name  # before and after
 
 
@@ -120,7 +129,6 @@ def test_resume_continues_as_if_nothing_had_happened(
     pretext: str, last_step: int, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed in the middle of an epoch (of 3 steps) and at the end of one."""
-    from vissl_lite.training.checkpoints import Checkpoints
     from vissl_lite.training.pace import Pace
 
     options = ["--data", photos, *SMALL, "--epochs", 3, "--pretext", pretext, "--num_workers", 0]
@@ -151,7 +159,6 @@ def test_resume_between_accumulated_batches(
     pretext: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed after the first of two batches of a step: it goes on from the step before."""
-    from vissl_lite.training.checkpoints import Checkpoints
     from vissl_lite.training.pace import Pace
 
     options = ["--data", photos, *SMALL, "--epochs", 4, "--pretext", pretext]
@@ -321,7 +328,95 @@ def test_a_collapse_is_said_in_plain_words(
     log = (out / "log.txt").read_text()
     assert "has collapsed" in log
     assert "--lr" in log
-    assert json.loads((out / "results.json").read_text())["collapsed"] is True
+    results = json.loads((out / "results.json").read_text())
+    assert results["collapsed"] is True
+    assert results["steps"] == 3
+    assert results["stopped"] is None
+    assert [line for line in results["warnings"] if "has collapsed" in line]
+
+
+def test_a_collapse_may_end_the_run(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends cleanly, at the first look after the warm-up, and its encoder is there."""
+    loss = SimCLR.loss
+
+    def collapse_at_last(self: SimCLR, views: list[torch.Tensor]) -> torch.Tensor:
+        if self.progress > 0.5:
+            for parameter in self.encoder.parameters():
+                parameter.data.mul_(0.0)
+        return loss(self, views)
+
+    monkeypatch.setattr(SimCLR, "loss", collapse_at_last)
+    monkeypatch.setattr(watch, "TIME_SHARE", 100)  # a look after every step
+    out = tmp_path / "run"
+    options = ["--data", photos, *SMALL, "--epochs", 8, "--on_collapse", "stop", "--out", out]
+    assert run(*options) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["stopped"] == "collapsed"
+    assert 12 < results["steps"] < 16
+    assert any("as --on_collapse stop asks for" in line for line in results["warnings"])
+    assert weights(out)
+    assert run("--out", out, "--resume") == 0  # it is done
+
+
+@pytest.mark.parametrize("bad", ["loss", "weights"])
+def test_a_loss_that_is_no_number_ends_the_run_and_leaves_a_good_checkpoint(
+    bad: str,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    loss, saved = SimCLR.loss, Checkpoints.on_train_batch_end
+
+    def spoilt(self: SimCLR, views: list[torch.Tensor]) -> torch.Tensor:
+        late = self.progress >= 0.5
+        return loss(self, views) * (float("nan") if late and bad == "loss" else 1)
+
+    def spoil_then_save(self, trainer, module, outputs, batch, batch_idx):
+        if module.progress >= 0.5 and bad == "weights":
+            next(module.encoder.parameters()).data.fill_(float("inf"))
+        self._saved_at = -1e9  # due after every step
+        saved(self, trainer, module, outputs, batch, batch_idx)
+
+    monkeypatch.setattr(SimCLR, "loss", spoilt)
+    monkeypatch.setattr(Checkpoints, "on_train_batch_end", spoil_then_save)
+    out = tmp_path / "run"
+    assert run("--data", photos, *SMALL, "--epochs", 8, "--lr", 0.01, "--out", out) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "simclr has diverged: after step 13" in error
+    assert "lower --lr (it was 0.01)" in error
+    assert "simclr has diverged" in (out / "log.txt").read_text()
+    assert not (out / "results.json").exists()
+    state = read_checkpoint(out / "checkpoints" / "last.ckpt")
+    assert state["global_step"] == 12
+    assert all(tensor.isfinite().all() for tensor in state["state_dict"].values())
+
+
+def test_a_run_no_better_than_guessing_is_warned_of(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def guess(self: SimCLR, views: list[torch.Tensor]) -> torch.Tensor:
+        return math.log(15) + sum(p.sum() * 0 for p in self.parameters())  # type: ignore[return-value]
+
+    monkeypatch.setattr(SimCLR, "loss", guess)
+    out = tmp_path / "run"
+    assert run("--data", photos, *SMALL, "--epochs", 10, "--out", out) == 0
+    warnings = json.loads((out / "results.json").read_text())["warnings"]
+    assert [line for line in warnings if "simclr does no better than guessing" in line]
+
+
+def test_tensorboard_gets_the_curves_where_it_is_installed(finished: Path, tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(finished / "tensorboard")).Reload()
+    table = rows(finished)
+    for name in (*MEASURES, "loss", "lr", "epoch"):
+        curve = [(event.step, pytest.approx(event.value)) for event in events.Scalars(name)]
+        assert curve == [(int(row["step"]), float(row[name])) for row in table if row[name]], name
+    out = tmp_path / "none"
+    assert run("--config", finished / "config.yaml", "--out", out, "--logger", "none") == 0
+    assert not (out / "tensorboard").exists()
 
 
 @pytest.mark.parametrize("pretext", ["simclr", "swav", "dino"])

@@ -3,33 +3,32 @@
 import inspect
 import json
 import logging
-import re
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from vissl_lite import __version__
-from vissl_lite.data.images import find_images, suitable_size
+from vissl_lite.commands.pretrain_options import Options, make_encoder, parse_time, whole_pretext
+from vissl_lite.commands.report import add_embeddings, add_pretext, add_report
+from vissl_lite.data.images import find_images
 from vissl_lite.data.labelled import load_labelled
+from vissl_lite.data.leaks import seen_by
 from vissl_lite.data.stream import ViewDataset
-from vissl_lite.encoder import Encoder, build_encoder
-from vissl_lite.encoder_folder import load_encoder, load_weights, save_encoder
-from vissl_lite.errors import UserError, check_count, check_positive, check_seed, did_you_mean
-from vissl_lite.evaluation.watch import Watch
-from vissl_lite.optim import OptimizerSettings, check_optimizer
+from vissl_lite.encoder_folder import save_encoder
+from vissl_lite.errors import UserError
+from vissl_lite.evaluation.watch import MEASURES, Watch
 from vissl_lite.pictures import plot_curves
-from vissl_lite.pretext import pretext_class
-from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.pretext.base import About
 from vissl_lite.run import (
     METRICS,
     RESULTS,
     MetricsFile,
     check_out,
     is_main_process,
+    logged_warnings,
     open_run,
     plain,
     resumed_config,
@@ -37,14 +36,16 @@ from vissl_lite.run import (
 )
 from vissl_lite.training.fit import fit
 from vissl_lite.training.hardware import Hardware
+from vissl_lite.training.loggers import logger_names, make_loggers
 from vissl_lite.training.pace import Pace
+from vissl_lite.training.seen import KeepFingerprints
 from vissl_lite.training.stream import StreamData
 
 log = logging.getLogger(__name__)
 
 CURVES = (
-    "loss", "accuracy", "knn", "feature_std", "effective_rank", "lr", "images_per_second",
-    "data_wait",
+    "loss", "accuracy", "knn", "linear", "feature_std", "effective_rank", "alignment",
+    "uniformity", "lr", "images_per_second", "data_wait",
 )  # fmt: skip
 
 
@@ -56,7 +57,7 @@ class PretrainResult:
         run: the folder that was written.
         encoder: the encoder folder in it.
         metrics: the last values of what was watched: ``loss``, ``feature_std``, ``effective_rank``,
-            and ``knn`` where there were labels.
+            ``alignment``, ``uniformity``, and ``knn`` and ``linear`` where there were labels.
         steps: optimizer steps.
         seconds: of training.
     """
@@ -86,6 +87,8 @@ def pretrain(
     base_lr: float | None = None,
     weight_decay: float | None = None,
     warmup: float = 0.1,
+    on_collapse: Literal["warn", "stop"] = "warn",
+    logger: list[str] | str | None = None,
     seed: int = 0,
     precision: str = "auto",
     devices: int | str = "auto",
@@ -115,13 +118,16 @@ def pretrain(
             views are turned and flipped in all directions.
         init: Where to start: random, pretrained (timm's weights), a run, an encoder folder, or a
             file with a timm state dict.
-        probe_data: Labelled images to judge the encoder by while it trains (kNN, on validation
-            images).
+        probe_data: Labelled images to judge the encoder by while it trains (kNN and a linear probe,
+            on validation images).
         optimizer: A timm optimizer; default the pretext's.
         lr: Peak learning rate; default the pretext's, scaled to the batch by its own rule.
         base_lr: The same for a batch of 256 images, as papers give it: it grows with the batch.
         weight_decay: Default the pretext's.
         warmup: Share of the training in which the learning rate rises.
+        on_collapse: What to do when all images get nearly the same features: warn, or stop.
+        logger: Where curves go beside metrics.csv: tensorboard, wandb, mlflow, or none; default
+            tensorboard where it is installed.
         seed: Of everything random.
         precision: auto, or one of Lightning's such as 32-true or bf16-mixed.
         devices: How many devices to use, or auto.
@@ -135,7 +141,8 @@ def pretrain(
         Paths and last metrics.
 
     Raises:
-        UserError: something that was given can't work; nothing is written then.
+        UserError: something that was given can't work, and nothing is written then; or the loss is
+            no longer a number.
     """
     started = time.monotonic()
     config = plain(locals())
@@ -150,7 +157,7 @@ def pretrain(
     if resume and (Path(out) / RESULTS).is_file():
         return _finished(Path(out))
 
-    options = _Options(**{k: v for k, v in config.items() if k in _Options.__annotations__})
+    options = Options(**{k: v for k, v in config.items() if k in Options.__annotations__})
     paths = find_images(options.data)
     size = min(options.batch_size or 128, len(paths))
     if options.batch_size is not None and options.batch_size > len(paths):
@@ -174,6 +181,9 @@ def pretrain(
     epochs = options.epochs if options.epochs or seconds else 100
     hardware = Hardware(precision, devices, num_nodes, strategy, num_workers)
 
+    before = (
+        seen_by(options.init) if Path(options.init).is_dir() else None
+    )  # --overwrite may end it
     config |= {"backbone": encoder.backbone, "image_size": encoder.image_size, "batch_size": size}
     with open_run(Path(out), config, resume=resume) as run:
         log.info(
@@ -188,11 +198,16 @@ def pretrain(
         pace = Pace(rate, options.warmup, options.seed, batches, seconds, started, accumulate)
         dataset = ViewDataset(paths, views, options.seed)
         stream = StreamData(dataset, size, epochs, pace, hardware.workers())
-        watch = Watch(paths, labelled, stream, pace, options.seed)
+        watch = Watch(
+            paths, labelled, stream, pace, options.seed, options.upright,
+            stop_on_collapse=options.on_collapse == "stop",
+        )  # fmt: skip
+        keep = KeepFingerprints(run, stream, pace, before)
         metrics = MetricsFile(run / METRICS) if is_main_process() else None
         trainer = fit(
-            task, stream, pace, hardware, [watch], metrics, run / "checkpoints", resume,
-            title=options.pretext["name"],
+            task, stream, pace, hardware, [watch, keep], metrics, run / "checkpoints", resume,
+            title=options.pretext["name"], loggers=make_loggers(logger_names(options.logger), run),
+            chance_loss=task.chance_loss(size),
         )  # fmt: skip
         if not watch.last:  # resumed after the last step: nothing was trained
             watch.look(trainer, task)
@@ -211,6 +226,12 @@ def pretrain(
         save_encoder(task.trained_encoder(), run / "encoder", about)
         seconds_spent = pace.elapsed()
         plot_curves(metrics, CURVES, run / "curves.png")
+        add_pretext(run, task, paths, views, options.seed)
+        if labelled is None:
+            add_embeddings(run, task.trained_encoder(), paths, seed=options.seed)
+        else:
+            part = labelled.val
+            add_embeddings(run, task.trained_encoder(), part.paths, part.labels, labelled.classes)
         losses = metrics.series("loss")[1]
         result = PretrainResult(
             run,
@@ -227,69 +248,15 @@ def pretrain(
                 "epochs": pace.batches / stream.batches_per_epoch,
                 "seconds": round(result.seconds, 1),
                 "images": len(paths),
+                "watch_share": round(watch.share, 4),
                 "collapsed": watch.collapsed,
+                "stopped": "collapsed" if watch.stopped else None,
+                "warnings": logged_warnings(run),
             },
         )
         _say_what_next(result, options.probe_data)
+        add_report(run)
     return result
-
-
-@dataclass(frozen=True)
-class _Options:
-    """What shapes the run, checked. The same names as the parameters of ``pretrain``."""
-
-    data: list[str]
-    pretext: dict[str, Any]
-    backbone: str | None
-    image_size: int | None
-    epochs: int | None
-    max_time: str | int | None
-    batch_size: int | None
-    accumulate_grad_batches: int
-    upright: bool
-    init: str
-    probe_data: str | None
-    optimizer: str | None
-    lr: float | None
-    base_lr: float | None
-    weight_decay: float | None
-    warmup: float
-    seed: int
-
-    def __post_init__(self) -> None:
-        for name in ("image_size", "epochs", "batch_size", "accumulate_grad_batches"):
-            check_count(name, getattr(self, name))
-        if self.epochs is not None and self.max_time is not None:
-            raise UserError(
-                "give --epochs or --max_time, not both (--epochs null takes back a --config's)"
-            )
-        if not 0 <= self.warmup < 1:
-            raise UserError(f"--warmup {self.warmup} is not a share: it must be in [0, 1)")
-        check_positive("lr", self.lr)
-        check_positive("base_lr", self.base_lr)
-        if self.lr is not None and self.base_lr is not None:
-            raise UserError("give --lr or --base_lr, not both")
-        check_seed(self.seed)
-        if self.optimizer is not None:
-            check_optimizer(self.optimizer)
-
-    def task(self, encoder: Encoder) -> PretextTask:
-        hyperparameters = {k: v for k, v in self.pretext.items() if k != "name"}
-        return pretext_class(self.pretext["name"])(encoder, **hyperparameters)
-
-    def optimizer_settings(self, task: PretextTask, batch_size: int) -> OptimizerSettings:
-        """What trains the task; ``batch_size`` is that of an optimizer step."""
-        own = task.optimizer_settings
-        name = self.optimizer or own.name
-        if name != own.name and self.lr is None and self.base_lr is None:
-            raise UserError(
-                f"--optimizer {name} needs an --lr: {task.about.name}'s {own.lr} is for {own.name}"
-            )
-        if self.base_lr is not None:  # linearly: the rule of the papers that give it so
-            own = replace(own, lr=self.base_lr, scaling="linear")
-        decay = own.weight_decay if self.weight_decay is None else self.weight_decay
-        lr = self.lr or own.scaled_lr(batch_size)
-        return replace(own, name=name, lr=lr, weight_decay=decay)
 
 
 def accumulation_note(about: About, batch_size: int, accumulate: int) -> str:
@@ -309,92 +276,10 @@ def accumulation_note(about: About, batch_size: int, accumulate: int) -> str:
     return note
 
 
-def parse_time(text: str | int | None) -> float | None:
-    """Seconds from ``HH:MM:SS``, ``MM:SS``, seconds, or days as in ``1-00:00:00``.
-
-    Raises:
-        UserError: it is none of these, or not above 0.
-    """
-    if text is None:
-        return None
-    match = re.fullmatch(r"(?:(?:(?:(\d+)[-:])?(\d+):)?(\d+):)?(\d+)", str(text).strip())
-    if match is None:
-        raise UserError(f"--max_time {text} is no time: give HH:MM:SS or seconds")
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-    if total == 0:
-        raise UserError(f"--max_time {text} leaves no time")
-    return float(total)
-
-
-def make_encoder(
-    backbone: str | None, image_size: int | None, init: str, paths: Sequence[str], pretext: str
-) -> Encoder:
-    """The encoder to start from.
-
-    Args:
-        backbone: a timm name; None for that of ``init``, or the default.
-        image_size: side in pixels; None for that of ``init``, or what suits the images.
-        init: ``random``, ``pretrained``, a run, an encoder folder, or a state dict file.
-        paths: the images.
-        pretext: which pretext the default has to suit.
-
-    Raises:
-        UserError: there is no such thing, or it is of another backbone.
-    """
-    if Path(init).is_dir():
-        encoder = load_encoder(init)
-        if backbone is not None and backbone.split(".")[0] != encoder.backbone:
-            raise UserError(f"--init {init} is a {encoder.backbone}, not --backbone {backbone}")
-        if image_size is not None:
-            encoder.use_image_size(image_size)
-        return encoder
-    size = image_size or suitable_size(paths)
-    name = backbone or default_backbone(pretext, size)
-    if init in ("random", "pretrained"):
-        return build_encoder(name, size, pretrained=init == "pretrained")
-    if not Path(init).is_file():
-        raise UserError(
-            f"--init {init} does not exist: give random, pretrained, a run, an encoder folder or a "
-            f"state dict file"
-        )
-    encoder = build_encoder(name, size)
-    load_weights(encoder, Path(init))
-    return encoder
-
-
-def default_backbone(pretext: str, image_size: int) -> str:
-    """A small backbone that suits a pretext.
-
-    Args:
-        pretext: its name.
-        image_size: side in pixels.
-    """
-    if pretext_class(pretext).about.backbones in ("any", "CNN"):
-        return "resnet18"
-    return "vit_tiny_patch16_224" if image_size >= 64 else "vit_tiny_patch4_32"
-
-
-def whole_pretext(pretext: str | Mapping[str, Any]) -> dict[str, Any]:
-    """A pretext's name and all its hyperparameters, those not given with their defaults.
-
-    Raises:
-        UserError: the pretext or a hyperparameter is unknown.
-    """
-    given = dict(pretext) if isinstance(pretext, Mapping) else {"name": pretext}
-    name = str(given.pop("name", "simclr"))
-    parameters = inspect.signature(pretext_class(name)).parameters
-    known = {p.name: p.default for p in parameters.values() if p.name != "encoder"}
-    for one in given:
-        if one not in known:
-            raise UserError(f"unknown option --pretext.{one} of {name}: {did_you_mean(one, known)}")
-    return {"name": name, **known, **given}
-
-
 def _finished(out: Path) -> PretrainResult:
     """The result of a run that had nothing left to resume."""
     results = json.loads((out / RESULTS).read_text())
-    names = ("loss", "feature_std", "effective_rank", "knn")
+    names = ("loss", *MEASURES)
     metrics = {name: results[name] for name in names if name in results}
     return PretrainResult(out, out / "encoder", metrics, results["steps"], results["seconds"])
 

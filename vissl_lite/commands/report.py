@@ -7,13 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from vissl_lite.data.images import read_image
+from vissl_lite.data.images import read_image, resize_and_crop
 from vissl_lite.data.labelled import LabelledImages
 from vissl_lite.data.leaks import paths_of
+from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.evaluation.embedding import make_map
-from vissl_lite.pictures import plot_neighbours
+from vissl_lite.pictures import plot_exhibit, plot_neighbours
+from vissl_lite.pretext.base import PretextTask
+from vissl_lite.pretext.parts.exhibit import draw_views, exhibit
 from vissl_lite.run import CONFIG, console
 
 log = logging.getLogger(__name__)
@@ -51,6 +54,29 @@ def report(run: str) -> Path:
     return file
 
 
+def add_pretext(
+    run: Path, task: PretextTask, paths: Sequence[str], views: Views, seed: int
+) -> None:
+    """Leave pictures of the views, and of the pretext at work, in a run of ``pretrain``.
+
+    A failure is a warning and no more.
+
+    Args:
+        run: the folder; gets views.png and, where there is something to see, pretext.png.
+        task: the pretext, trained.
+        paths: the training images.
+        views: the pretext's.
+        seed: chooses the images.
+    """
+    try:
+        draw_views(paths, views, seed, run / "views.png")
+        shown = exhibit(task, paths, views, seed)
+        if shown is not None:
+            plot_exhibit(shown.columns, shown.rows, run / "pretext.png")
+    except Exception as error:
+        _warn("the picture of the pretext", error)
+
+
 def add_embeddings(
     run: Path,
     encoder: Encoder,
@@ -82,11 +108,15 @@ def add_embeddings(
         names = None
         if image_map.labels is not None:
             names = [[classes[image_map.labels[index]] for index in row] for row in shown]
-        images = [[read_image(image_map.paths[index], 96) for index in row] for row in shown]
+        images = [[_small(image_map.paths[index]) for index in row] for row in shown]
         similarities = image_map.similarities[queries, :count]
         plot_neighbours(images, similarities, run / "neighbours.png", names)
     except Exception as error:  # such as features that are no numbers
         _warn("the map of the embeddings", error)
+
+
+def _small(path: str) -> np.ndarray:
+    return resize_and_crop(read_image(path, 96), 96)
 
 
 def add_test_embeddings(run: Path, encoder: Encoder, data: Any, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""Watching an encoder while it trains: spread of its features, kNN on labelled images, collapse."""
+"""Watching an encoder while it trains: measures with and without labels, collapse."""
 
 import logging
 import time
@@ -6,75 +6,73 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+import torch
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 
 from vissl_lite.data.labelled import LabelledImages, Part
-from vissl_lite.data.stream import Batch
+from vissl_lite.data.stream import Batch, ViewDataset, collate
+from vissl_lite.data.views import Views, crop_decode_size, distorted_crop
+from vissl_lite.encoder import Encoder, Normalize
 from vissl_lite.evaluation.features import extract
 from vissl_lite.evaluation.knn import knn_predict
+from vissl_lite.evaluation.linear import linear_probe
+from vissl_lite.evaluation.measures import alignment, effective_rank, feature_std, uniformity
+from vissl_lite.inference import evaluating
 from vissl_lite.training.pace import Pace
 from vissl_lite.training.stream import StreamData
 
 log = logging.getLogger(__name__)
 
-# Images whose features are watched, and labelled ones at most: enough to see a trend.
-WATCHED, BANK, QUERIES = 256, 5000, 1000
+# Share of the training time that watching may take, looks at the start and at the end included, and
+# into how many looks that is to be cut: the first one may cost twice, see ``Watch._plan``.
+TIME_SHARE, LOOKS = 0.02, 8
 
-# Share of the training time that watching may take, beside a look at the start and at the end.
-TIME_SHARE = 0.03
+# Looks between the first and the last at most: more make no better curve.
+MANY = 100
+
+# Training images that are watched, labelled ones that are learnt from, and validation images that
+# are judged, at least and at most. The least still shows a trend; fewer would show noise.
+LEAST, MOST = (64, 200, 100), (256, 5000, 1000)
+
+# Labelled images to learn from, for each class at least.
+LEAST_OF_CLASS = 5
+
+# Smallest share of the image's area in the two views that alignment compares: SimCLR's here.
+SMALLEST_CROP = 0.2
 
 # Below these the features tell no images apart. An untrained ResNet-18 has a deviation of about
 # 0.2 and a rank in the tens; a collapsed one has a deviation of 0.
 COLLAPSED_STD, COLLAPSED_RANK = 0.02, 1.05
 
 
-def feature_std(features: np.ndarray) -> float:
-    """Spread of features on the unit sphere, as SimSiam watches it (Chen & He 2021, section 4.1).
-
-    Args:
-        features: ``(N, D)``.
-
-    Returns:
-        The standard deviation of the normalised features, averaged over dimensions and scaled by
-        the square root of D: 0 if all are equal, 1 if they are spread evenly.
-    """
-    norms = np.linalg.norm(features, axis=1, keepdims=True)
-    unit = features / np.maximum(norms, 1e-12)
-    return float(unit.std(axis=0).mean() * np.sqrt(features.shape[1]))
-
-
-def effective_rank(features: np.ndarray) -> float:
-    """RankMe (Garrido et al. 2023, eq. 1): how many directions the features use.
-
-    Args:
-        features: ``(N, D)``.
-
-    Returns:
-        The exponential of the entropy of the normalised singular values, between 1 and min(N, D).
-        Not a number if a feature is none.
-    """
-    if not np.isfinite(features).all():
-        return float("nan")
-    values = np.linalg.svd(features.astype(np.float64), compute_uv=False)
-    shares = values / max(values.sum(), 1e-300) + 1e-7
-    return float(np.exp(-(shares * np.log(shares)).sum()))
+# What a look gives, the last two where there are labels.
+MEASURES = ("feature_std", "effective_rank", "alignment", "uniformity", "knn", "linear")
 
 
 class Watch(Callback):
-    """Logs ``feature_std`` and ``effective_rank`` of training images, and ``knn`` where labels are.
+    """Logs what ``evaluation/measures.py`` has, and ``knn`` and ``linear`` where labels are.
 
-    Looks at the start, at the end, and between epochs as often as its share of the time allows.
+    Looks at the start, at the end, and between as often as its share of the time allows. Where a
+    look would cost too much of it, it sees fewer images.
+
+    Alignment is that of two crops as SimCLR makes them, whatever the pretext: so it can be compared
+    across pretexts.
 
     Args:
         paths: the training images.
-        labelled: for kNN: training images vote on validation images; test images stay unseen.
+        labelled: training images are learnt from, validation images are judged; test images stay
+            unseen.
         data: the training stream.
         pace: the run's.
         seed: chooses the images.
+        upright: whether the images have an up.
+        stop_on_collapse: end the run at the first look after the warm-up that shows a collapse.
 
     Attributes:
         last: the values of the last look, by name.
         collapsed: whether they showed a collapse.
+        stopped: whether that ended the run.
     """
 
     def __init__(
@@ -84,18 +82,34 @@ class Watch(Callback):
         data: StreamData,
         pace: Pace,
         seed: int,
+        upright: bool = True,
+        stop_on_collapse: bool = False,
     ) -> None:
         random = np.random.default_rng(seed)
-        chosen = random.permutation(len(paths))[:WATCHED]
-        self.paths = [paths[i] for i in np.sort(chosen)]
+        chosen = random.permutation(len(paths))[: MOST[0]]
+        self.paths = [paths[i] for i in chosen]
         self.bank = self.queries = Part([], np.empty(0, np.int64))
+        self._classes = 0
         if labelled is not None:
-            self.bank = _some(labelled.train, BANK, random)
-            self.queries = _some(labelled.val, QUERIES, random)
-        self.data, self.pace = data, pace
+            self.bank = _some(labelled.train, MOST[1], random)
+            self.queries = _some(labelled.val, MOST[2], random)
+            self._classes = len(labelled.classes)
+        self.data, self.pace, self.seed = data, pace, seed
+        self.upright, self.stop_on_collapse = upright, stop_on_collapse
         self.last: dict[str, float] = {}
-        self.collapsed = False
-        self._spent = self._longest = 0.0
+        self.collapsed = self.stopped = False
+        self._sizes: tuple[int, ...] = ()  # of LEAST and MOST; none before the first look
+        self._views: list[Tensor] = []
+        self._forward = 0.0  # seconds an image through the encoder
+        self._looked_at = -1  # number of batches at the last look
+        self._looked_after = 0.0  # share of the run at the last look
+        # Seconds: in all, in the first look, in the last one.
+        self._spent = self._first = self._cost = 0.0
+
+    @property
+    def share(self) -> float:
+        """What watching has cost so far, as a share of the time."""
+        return self._spent / max(self.pace.elapsed(), 1e-9)
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self.pace.batches == 0:
@@ -109,54 +123,160 @@ class Watch(Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        if self.pace.batches % self.data.batches_per_epoch or trainer.should_stop:
+        seldom = self.pace.batches % max(1, self.data.batches_per_epoch // 20)
+        if seldom or trainer.should_stop or self.pace.batches == self.pace.total:
             return
-        due = self._spent + self._longest < TIME_SHARE * self.pace.elapsed()
+        due = self._due()
         if trainer.world_size > 1:
             due = trainer.strategy.broadcast(due)
-        if due:
-            self.look(trainer, module)
+        if not due:
+            return
+        self.look(trainer, module)
+        if self.stop_on_collapse and self.collapsed and self.pace.fraction >= self.pace.warmup:
+            log.warning("The run ends here, as --on_collapse stop asks for.")
+            self.stopped = trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.look(trainer, module)
+        if self._looked_at != self.pace.batches:
+            self.look(trainer, module)
+        log.info("watching took %.1f %% of the time", 100 * self.share)
+
+    def _due(self) -> bool:
+        """Whether what the first and the last look leave has gathered enough for another one."""
+        if self.pace.fraction < self._looked_after + 1 / MANY:
+            return False
+        whole = self.pace.seconds or self.pace.elapsed() / self.pace.fraction
+        between = TIME_SHARE * whole - self._first - self._cost
+        return self._spent - self._first + self._cost <= between * self.pace.fraction
 
     def look(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Compute and log everything now."""
         started = time.monotonic()
+        first = not self._sizes
+        self._looked_at, self._looked_after = self.pace.batches, self.pace.fraction
         if trainer.is_global_zero:
             encoder = module.trained_encoder()  # type: ignore[operator]
-            features = extract(encoder, self.paths)[0]["last"]
-            self.last = {
-                "feature_std": feature_std(features),
-                "effective_rank": effective_rank(features),
-            }
-            if len(self.queries):
-                self.last["knn"] = self._knn(encoder)
+            if first:
+                self._plan(encoder)
+            else:
+                self._measure(encoder)
             for logger in trainer.loggers:
                 logger.log_metrics(self.last, step=max(0, self.pace.steps - 1))
             self._judge()
+        else:
+            self._sizes = LEAST  # of no use here, but it says that the first look is done
         trainer.strategy.barrier()
         seconds = time.monotonic() - started
         self._spent += seconds
-        self._longest = max(self._longest, seconds)
-        self.pace.reserve = self._longest  # the last look belongs into a time budget too
+        if first:
+            self._first = seconds
+        else:
+            self._cost = seconds
+        if trainer.world_size > 1:
+            told = trainer.strategy.broadcast((self.collapsed, self._cost))
+            self.collapsed, self._cost = told
+        self.pace.reserve = self._cost  # the last look belongs into a time budget too
 
-    def _knn(self, encoder: Any) -> float:
-        bank, good = extract(encoder, self.bank.paths)
-        queries, fine = extract(encoder, self.queries.paths)
-        predicted = knn_predict(bank["last"], self.bank.labels[good], queries["last"])
-        return float((predicted == self.queries.labels[fine]).mean())
+    def _plan(self, encoder: Encoder) -> None:
+        """The first look: with as few images as make sense, then with as many as it may take."""
+        bank = max(LEAST[1], LEAST_OF_CLASS * self._classes)
+        least = (LEAST[0], min(bank, MOST[1]), LEAST[2])
+        self._sizes = least
+        self._features_of_views(encoder, least[0])  # the first pass is slower than those to come
+        started = time.monotonic()
+        self._measure(encoder)
+        self._cost = time.monotonic() - started
+        whole = self.pace.seconds
+        if whole is None:
+            # No step has been made: one costs three passes through the encoder at least.
+            assert self.pace.total is not None
+            whole = 3 * self._forward * self.data.batch_size * self.pace.total
+        factor = TIME_SHARE * whole / LOOKS / self._cost
+        if factor > 1:
+            self._sizes = tuple(
+                min(high, int(factor * low)) for low, high in zip(least, MOST, strict=True)
+            )
+            started = time.monotonic()
+            self._measure(encoder)
+            self._cost = time.monotonic() - started
+        watched, bank, queries = self._sizes
+        seen = f"{min(watched, len(self.paths))} images"
+        if len(self.queries):
+            seen += (
+                f", {min(bank, len(self.bank))} labelled to learn from, "
+                f"{min(queries, len(self.queries))} to judge"
+            )
+        log.info("a look at the encoder takes %.2f s: %s", self._cost, seen)
+        if factor < 1:
+            log.info(
+                "that is much for a run as short as this: looks are few, and see few images, to "
+                "stay near %.0f %% of the time",
+                100 * TIME_SHARE,
+            )
+
+    def _measure(self, encoder: Encoder) -> None:
+        watched, bank, queries = self._sizes
+        features, good = extract(encoder, self.paths[:watched])
+        self.paths = _without(self.paths, good)
+        one, other = self._features_of_views(encoder, watched)
+        self.last = {
+            "feature_std": feature_std(features["last"]),
+            "effective_rank": effective_rank(features["last"]),
+            "alignment": alignment(one, other),
+            "uniformity": uniformity(features["last"]),
+        }
+        if len(self.queries):
+            self.last |= self._accuracies(encoder, bank, queries)
+
+    def _features_of_views(self, encoder: Encoder, count: int) -> list[np.ndarray]:
+        """Features of two views of each watched image, ``(N, D)`` each; always the same views."""
+        paths = self.paths[:count]
+        if not self._views or len(self._views[0]) != len(paths):
+            size = encoder.image_size
+            crop = distorted_crop(size, SMALLEST_CROP, upright=self.upright)
+            views = Views([crop, crop], crop_decode_size(size, SMALLEST_CROP))
+            images = ViewDataset(paths, views, self.seed)
+            self._views = collate([images[0, index] for index in range(len(paths))]).views
+        started = time.monotonic()
+        normalize = Normalize(encoder.mean, encoder.std)
+        with evaluating(encoder, normalize) as device:
+            features = [
+                torch.cat([
+                    encoder(normalize(some.to(device, memory_format=torch.channels_last))).float()
+                    for some in view.split(128)
+                ]).cpu().numpy()
+                for view in self._views
+            ]  # fmt: skip
+        self._forward = (time.monotonic() - started) / (2 * len(paths))
+        return features
+
+    def _accuracies(self, encoder: Encoder, bank: int, queries: int) -> dict[str, float]:
+        """Of kNN and a linear probe on validation images, fitted to training images alone."""
+        near, good = extract(encoder, self.bank.paths[:bank])
+        self.bank = Part(_without(self.bank.paths, good), _kept(self.bank.labels, good))
+        asked, good = extract(encoder, self.queries.paths[:queries])
+        self.queries = Part(_without(self.queries.paths, good), _kept(self.queries.labels, good))
+        learnt = near["last"], self.bank.labels[: len(near["last"])]
+        truth = self.queries.labels[: len(asked["last"])]
+        accuracies = {"knn": float((knn_predict(*learnt, asked["last"]) == truth).mean())}
+        # A fit to features that are no numbers, or to one class, would fail.
+        finite = np.isfinite(near["last"]).all() and np.isfinite(asked["last"]).all()
+        if finite and len(np.unique(learnt[1])) > 1:
+            none = np.empty((0, 1), np.float32), np.empty(0, np.int64)
+            predicted = linear_probe(learnt, none, asked["last"]).test_predictions
+            accuracies["linear"] = float((predicted == truth).mean())
+        return accuracies
 
     def _judge(self) -> None:
         std, rank = self.last["feature_std"], self.last["effective_rank"]
         diverged = not np.isfinite(std)
-        bad = diverged or std < COLLAPSED_STD or rank < COLLAPSED_RANK
-        if diverged and self.pace.batches > 0:
+        bad = self.pace.batches > 0 and (diverged or std < COLLAPSED_STD or rank < COLLAPSED_RANK)
+        if bad and not self.collapsed and diverged:
             log.warning(
                 "The training has diverged: the features are no longer finite numbers. Try a lower "
                 "--lr or a longer --warmup."
             )
-        elif bad and self.pace.batches > 0 and not self.collapsed:
+        elif bad and not self.collapsed:
             log.warning(
                 "The encoder has collapsed: it gives nearly the same features for all images "
                 "(feature_std %.3f, effective_rank %.1f). Try a lower --lr, a longer --warmup, a "
@@ -164,8 +284,32 @@ class Watch(Callback):
                 std,
                 rank,
             )
-        self.collapsed = bad and self.pace.batches > 0
+        self.collapsed = bad
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "sizes": list(self._sizes),
+            "seconds": [self._spent, self._first, self._cost],
+            "collapsed": self.collapsed,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._sizes = tuple(state_dict["sizes"])
+        self._spent, self._first, self._cost = state_dict["seconds"]
+        self.collapsed = state_dict["collapsed"]
+        self.pace.reserve = self._cost
 
 
 def _some(part: Part, most: int, random: np.random.Generator) -> Part:
-    return part.take(random.permutation(len(part))[:most])
+    """Images of a part in an order by chance, so that its first ones are a fair choice too."""
+    order = random.permutation(len(part))[:most]
+    return Part([part.paths[i] for i in order], part.labels[order])
+
+
+def _kept(values: np.ndarray, good: np.ndarray) -> np.ndarray:
+    """Values without those of images that could not be read; ``good`` is of the first ones."""
+    return np.concatenate([values[: len(good)][good], values[len(good) :]])
+
+
+def _without(paths: list[str], good: np.ndarray) -> list[str]:
+    return [path for i, path in enumerate(paths) if i >= len(good) or good[i]]

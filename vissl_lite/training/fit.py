@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import LayerSync
 from timm.layers import convert_sync_batchnorm
 
@@ -19,6 +20,7 @@ from vissl_lite.training.checkpoints import (
     Checkpoints,
     read_checkpoint,
 )
+from vissl_lite.training.guard import LossGuard
 from vissl_lite.training.hardware import Hardware, choose_precision
 from vissl_lite.training.memory import out_of_memory
 from vissl_lite.training.pace import Pace
@@ -45,6 +47,8 @@ def fit(
     checkpoints: Path | None = None,
     resume: bool = False,
     title: str = "training",
+    loggers: Sequence[Logger] = (),
+    chance_loss: float | None = None,
 ) -> pl.Trainer:
     """Train a module on a stream.
 
@@ -58,12 +62,15 @@ def fit(
         checkpoints: folder to keep ``last.ckpt`` in.
         resume: continue from ``last.ckpt`` if it is there.
         title: of the progress bar.
+        loggers: further ones beside ``metrics``.
+        chance_loss: the loss of guessing, where it is known; see ``LossGuard``.
 
     Returns:
         The trainer, done.
 
     Raises:
-        UserError: the batch does not fit into the device's memory; it says which one would.
+        UserError: the batch does not fit into the device's memory; it says which one would. Or the
+            loss is no longer a number.
     """
     module.to(memory_format=torch.channels_last)
     module.train()  # Lightning leaves the modes of modules as it finds them
@@ -73,6 +80,7 @@ def fit(
     every = [
         pace,
         BrokenImages(len(data.dataset)),
+        LossGuard(pace, log_every, title, chance_loss),
         Bar(title, data, pace),
         *callbacks,
     ]
@@ -93,7 +101,7 @@ def fit(
         strategy=hardware.strategy,
         precision=choose_precision(hardware.precision, module),  # type: ignore[arg-type]
         max_epochs=1,  # the stream: its length is the whole run
-        logger=MetricsLogger(metrics) if metrics is not None else False,
+        logger=[*([] if metrics is None else [MetricsLogger(metrics)]), *loggers],
         log_every_n_steps=log_every,
         accumulate_grad_batches=pace.accumulate,
         callbacks=every,

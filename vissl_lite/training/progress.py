@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as pl
@@ -48,10 +49,11 @@ class Meter(Callback):
         batch_idx: int,
     ) -> None:
         self._steps += 1
+        # through Lightning, which else logs an epoch of its own, and a stream is but one of those
+        module.log("epoch", self.pace.batches / self.data.batches_per_epoch)
         if self.pace.batches % (self.log_every * self.pace.accumulate) == 0:
             seconds = max(time.monotonic() - self._since, 1e-9)
             values = {
-                "epoch": self.pace.batches / self.data.batches_per_epoch,
                 "lr": trainer.optimizers[0].param_groups[-1]["lr"],
                 "images_per_second": self._steps * self.data.batch_size / seconds,
                 "data_wait": self._waited / seconds,
@@ -79,10 +81,7 @@ class MetricsLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        values = {k: float(v) for k, v in metrics.items()}
-        if "images_per_second" not in values:
-            values.pop("epoch", None)  # Lightning's own, which a stream does not have
-        self.metrics.add(int(step or 0), values)
+        self.metrics.add(int(step or 0), {k: float(v) for k, v in metrics.items()})
         self.metrics.flush()
 
     @rank_zero_only
@@ -107,6 +106,7 @@ class Bar(Callback):
             self._bar.start()
         self._task = self._bar.add_task(self.title, total=1.0, info="")
         self._began, self._first = time.monotonic(), self.pace.batches
+        self._first_fraction: float | None = None
 
     def on_train_batch_end(
         self,
@@ -117,16 +117,31 @@ class Bar(Callback):
         batch_idx: int,
     ) -> None:
         now = time.monotonic()
+        if self._first_fraction is None:
+            self._first_fraction = self.pace.fraction
+            self._bar.update(self._task, completed=self.pace.fraction)
         if now - self._said < (0.5 if console.is_terminal else 20) or not is_main_process():
             return
         self._said = now
         speed = (self.pace.batches - self._first) * self.data.batch_size / (now - self._began)
         epoch = self.pace.batches / self.data.batches_per_epoch
-        loss = float(outputs["loss"])
+        # Lightning divides it, for the gradients of accumulated batches to add up
+        loss = float(outputs["loss"]) * self.pace.accumulate
         info = f"epoch {epoch:.1f}  loss {loss:.3f}  {speed:.0f} images/s"
         self._bar.update(self._task, completed=self.pace.fraction, info=info)
         if not console.is_terminal:
+            left = self._seconds_left(now)
+            if left is not None:
+                info += f"  {timedelta(seconds=round(left))} left"
             log.info("%s %3.0f %%  %s", self.title, 100 * self.pace.fraction, info)
+
+    def _seconds_left(self, now: float) -> float | None:
+        """What is left of a time budget, or at the pace since training went on; None at first."""
+        if self.pace.seconds is not None:
+            return max(0.0, self.pace.seconds - self.pace.elapsed())
+        assert self._first_fraction is not None
+        done = self.pace.fraction - self._first_fraction
+        return (now - self._began) * (1 - self.pace.fraction) / done if done > 0 else None
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._bar.update(self._task, completed=1.0)

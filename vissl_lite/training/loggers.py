@@ -1,0 +1,59 @@
+"""Loggers beside ``metrics.csv``: Lightning's own, by name."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from lightning.pytorch.loggers import Logger
+
+from vissl_lite.errors import UserError, did_you_mean
+
+# By the name of their package.
+LOGGERS = ("tensorboard", "wandb", "mlflow")
+
+
+def logger_names(given: Sequence[str] | str | None) -> list[str]:
+    """The loggers to use; nothing is imported yet.
+
+    Args:
+        given: names of ``LOGGERS``, or ``none``; None for TensorBoard where it is installed.
+
+    Raises:
+        UserError: a name is unknown, or its package is not installed.
+    """
+    if given is None:
+        return ["tensorboard"] if find_spec("tensorboard") else []
+    names = list(dict.fromkeys([given] if isinstance(given, str) else given))
+    for name in names:
+        if name not in (*LOGGERS, "none"):
+            raise UserError(f"unknown --logger {name}: {did_you_mean(name, (*LOGGERS, 'none'))}")
+        if name != "none" and find_spec(name) is None:
+            raise UserError(f"--logger {name} needs a package that is missing: pip install {name}")
+    if "none" in names:
+        if len(names) > 1:
+            raise UserError(f"--logger {' '.join(names)} contradicts itself: none stands alone")
+        return []
+    return names
+
+
+def make_loggers(names: Sequence[str], run: Path) -> list[Logger]:
+    """Lightning's loggers, writing into the run.
+
+    Weights & Biases and MLflow send to where their own environment variables say, else MLflow
+    writes into the run, too.
+
+    Args:
+        names: of ``logger_names``.
+        run: the run folder, whose name is theirs.
+    """
+    # here, as each import is for those alone who use it
+    from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
+
+    made: list[Logger] = []
+    if "tensorboard" in names:
+        made.append(TensorBoardLogger(run, name="", version="tensorboard"))
+    if "wandb" in names:
+        made.append(WandbLogger(name=run.name, save_dir=run, project="vissl-lite"))
+    if "mlflow" in names:
+        made.append(MLFlowLogger("vissl-lite", run.name, save_dir=str(run / "mlruns")))
+    return made
