@@ -399,3 +399,15 @@ def test_what_is_logged_before_the_run_is_in_its_log_once(tmp_path: Path) -> Non
     assert "between" in text
     assert "3 boxes mended" not in text
     assert "within" not in text
+
+
+def test_names_that_are_not_utf_8_are_logged(tmp_path: Path, capsys: Any) -> None:
+    with open_run(tmp_path / "run", {}):
+        record = log.makeRecord("a", logging.WARNING, "", 0, "skipped: %s", ("a\udcff.png",), None)
+        for handler in log.handlers:  # ours alone: what pytest catches, xdist can't send
+            if handler.__class__.__name__ in ("FileHandler", "_ConsoleHandler"):
+                handler.handle(record)
+    assert "skipped: a\\udcff.png" in (tmp_path / "run" / "log.txt").read_text()
+    shown = capsys.readouterr().err
+    assert "skipped: a\\udcff.png" in shown
+    assert "Traceback" not in shown

@@ -89,7 +89,8 @@ def open_run(out: Path, config: Mapping[str, Any], resume: bool = False) -> Iter
             shutil.rmtree(out)
         out.mkdir(parents=True)
         write_config(out, config)
-    file = logging.FileHandler(out / LOG, encoding="utf-8")
+    # file names need not be UTF-8
+    file = logging.FileHandler(out / LOG, encoding="utf-8", errors="backslashreplace")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.removeHandler(_early)
     log.addHandler(file)
@@ -147,7 +148,8 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         style = "yellow" if record.levelno >= logging.WARNING else None
-        console.print(record.getMessage(), style=style, soft_wrap=True, markup=False,
+        words = record.getMessage().encode(errors="backslashreplace").decode()
+        console.print(words, style=style, soft_wrap=True, markup=False,
                       highlight=False)  # fmt: skip
 
 

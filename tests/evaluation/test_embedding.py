@@ -104,7 +104,8 @@ def test_umap_is_there_where_it_is_installed_and_there_is_something_to_unfold(
 def test_a_map_of_images_with_labels_is_saved_and_read_back(tmp_path: Path) -> None:
     paths = []
     for index in range(9):
-        paths.append(str(tmp_path / f"{index} ä\udcff.png"))  # a name that is not UTF-8
+        # all but the broken one with names that are not UTF-8
+        paths.append(str(tmp_path / ("3.png" if index == 3 else f"{index} ä\udcff.png")))
         blobs(index, 80, 60).save(paths[-1])
     Path(paths[3]).write_bytes(b"no picture")
     labels = np.arange(9) % 3
