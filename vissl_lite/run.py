@@ -53,6 +53,7 @@ def check_out(out: Path, resume: bool = False, overwrite: bool = False) -> None:
     Raises:
         UserError: the folder holds another run or other files, or can't be written.
     """
+    _early.buffer.clear()  # of an earlier command in this process
     if not is_main_process() or resume:
         return
     if out.exists() and not out.is_dir():

@@ -81,7 +81,7 @@ def test_warnings_and_leaks_come_before_the_figures(tmp_path: Path) -> None:
     assert "43 warnings" in shown  # leaks, the collapse, the boxes once, and each file
     order = [
         shown.index(part)
-        for part in ("Leaks: 3 of the judged images", "boxes without area", "has collapsed",
+        for part in ("Leaks: 3 of the test images", "boxes without area", "has collapsed",
                      "/a/0.png and 39 more of the kind", "0.625 linear accuracy")
     ]  # fmt: skip
     assert order == sorted(order)
@@ -153,7 +153,7 @@ def test_a_comparison_begins_with_its_verdict(tmp_path: Path) -> None:
     assert "2 warnings" in shown  # the leaks and what was left out, which is in the log as well
     assert "Stage by stage" in shown
     assert "left out: timm:resnet18: no network" in shown
-    assert "Leaks: 2 of the judged images were seen in training (runs/a)" in shown
+    assert "Leaks: 2 of the test images were seen in training (runs/a)" in shown
     assert "encoder 1% 1,500 labels 10% 15,000 labels in all" in shown
     assert "runs/a 0.400 ± 0.010 +0.100 (+0.050 to +0.150) 0.600 ± 0.020 helped" in shown
     assert "random:resnet18 0.300 ± 0.010 baseline" in shown
