@@ -226,12 +226,6 @@ def pretrain(
         save_encoder(task.trained_encoder(), run / "encoder", about)
         seconds_spent = pace.elapsed()
         plot_curves(metrics, CURVES, run / "curves.png")
-        add_pretext(run, task, paths, views, options.seed)
-        if labelled is None:
-            add_embeddings(run, task.trained_encoder(), paths, seed=options.seed)
-        else:
-            part = labelled.val
-            add_embeddings(run, task.trained_encoder(), part.paths, part.labels, labelled.classes)
         losses = metrics.series("loss")[1]
         result = PretrainResult(
             run,
@@ -255,6 +249,12 @@ def pretrain(
             },
         )
         _say_what_next(result, options.probe_data)
+        add_pretext(run, task, paths, views, options.seed)
+        if labelled is None:
+            add_embeddings(run, task.trained_encoder(), paths, seed=options.seed)
+        else:
+            part = labelled.val
+            add_embeddings(run, task.trained_encoder(), part.paths, part.labels, labelled.classes)
         add_report(run)
     return result
 
