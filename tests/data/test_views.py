@@ -1,6 +1,7 @@
 import copy
 import pickle
 import random
+from collections.abc import Callable
 from typing import Any
 
 import albumentations as A  # noqa: N812
@@ -8,15 +9,19 @@ import cv2
 import numpy as np
 import pytest
 
+from vissl_lite.data.view_steps import jitter, turn_hue
 from vissl_lite.data.views import (
     BoxView,
+    ImageTransform,
     MaskView,
     Views,
     blur,
     box_pipeline,
     colour_distortion,
     crop_decode_size,
+    distorted_crop,
     flip,
+    grey,
     mask_pipeline,
     random_crop,
 )
@@ -37,6 +42,12 @@ def two_views() -> Views:
     return Views([one, one], shortest=SIZE)
 
 
+def fast_views() -> Views:
+    """Views of transforms that are all our own steps; ``two_views`` are Albumentations' own."""
+    one = distorted_crop(64, 0.2, solarize=0.5, upright=False)
+    return Views([one, one], shortest=64)
+
+
 def crops() -> Views:
     one = [random_crop(SIZE, 0.2)]
     return Views([one, one], shortest=SIZE)
@@ -53,15 +64,18 @@ def test_a_view_has_the_size_asked_for_and_stays_uint8() -> None:
     assert all(view.shape == (SIZE, SIZE, 3) and view.dtype == np.uint8 for view in made)
 
 
-def test_the_same_key_gives_the_same_pixels_whatever_was_drawn_before() -> None:
-    views, key = two_views(), (7, 3, 11)
+@pytest.mark.parametrize("make", [two_views, fast_views])
+def test_the_same_key_gives_the_same_pixels_whatever_was_drawn_before(
+    make: Callable[[], Views],
+) -> None:
+    views, key = make(), (7, 3, 11)
     first = views(gradient(), *key)
     for index in range(20):
         views(gradient(), 1, 2, index)
     random.seed(5)
     np.random.seed(5)
     assert same(views(gradient(), *key), first)
-    assert same(two_views()(gradient(), *key), first)
+    assert same(make()(gradient(), *key), first)
 
 
 class OneDraw(A.ImageOnlyTransform):
@@ -142,22 +156,124 @@ def test_flips_are_even_along_each_part_of_the_key(axis: str) -> None:
 
 
 @pytest.mark.parametrize("duplicate", [lambda v: pickle.loads(pickle.dumps(v)), copy.deepcopy])
-def test_a_copy_in_another_process_makes_the_same_views(duplicate: Any) -> None:
-    views = two_views()
+@pytest.mark.parametrize("make", [two_views, fast_views])
+def test_a_copy_in_another_process_makes_the_same_views(
+    make: Callable[[], Views], duplicate: Any
+) -> None:
+    views = make()
     views(gradient(), 9, 9, 9)
     copied = duplicate(views)
     assert copied.shortest == views.shortest
     for key in ((0, 0, 0), (3, 1, 4), (0, 0, 0)):
         made = copied(gradient(), *key)
         assert same(made, views(gradient(), *key))
-        assert same(made, two_views()(gradient(), *key))
+        assert same(made, make()(gradient(), *key))
     assert not same(copied(gradient(), 0, 0, 1), copied(gradient(), 0, 0, 2))
 
 
-def test_the_image_itself_is_left_alone() -> None:
+@pytest.mark.parametrize("make", [two_views, fast_views])
+def test_the_image_itself_is_left_alone(make: Callable[[], Views]) -> None:
     image = gradient()
-    two_views()(image, 0, 0, 0)
+    for index in range(20):
+        make()(image, 0, 0, index)
     np.testing.assert_array_equal(image, gradient())
+
+
+def colourful(height: int = 64, width: int = 64) -> np.ndarray:
+    """Smooth patches of all colours, black, white and grey ones among them."""
+    coarse = np.random.default_rng(1).integers(0, 256, (8, 8, 3), np.uint8)
+    coarse[0], coarse[1, :4], coarse[1, 4:] = np.arange(0, 256, 32)[:, None], 0, 255
+    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def by_albumentations(pipeline: list[ImageTransform], image: np.ndarray, index: int) -> np.ndarray:
+    """The view that Albumentations makes: one transform that we don't know leaves it all to it."""
+    views = Views([[*pipeline, A.InvertImg(p=0)]], shortest=SIZE)
+    return views(image, 4, 0, index)[0]
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "apart"),
+    [
+        ([random_crop(SIZE, 0.2)], 0),
+        ([random_crop(SIZE, 1.0)], 0),
+        ([flip()], 0),
+        ([flip(upright=False)], 0),
+        ([grey(0.5)], 0),
+        ([blur(224, 0.7)], 1),
+        ([A.Solarize(threshold_range=(0.5, 0.5), p=0.5)], 0),
+        ([A.ColorJitter(brightness=0.8, contrast=0, saturation=0, hue=0, p=0.8)], 1),
+        ([A.ColorJitter(brightness=0, contrast=0.8, saturation=0, hue=0, p=0.8)], 1),
+        ([A.ColorJitter(brightness=0, contrast=0, saturation=0.8, hue=0, p=0.8)], 1),
+        (
+            [A.ColorJitter(brightness=0, contrast=0, saturation=0, hue=0.5, p=0.8)],
+            9,
+        ),  # a step of hue
+        ([A.ColorJitter(brightness=0.8, contrast=0.8, saturation=0.8, hue=0, p=0.8)], 5),
+    ],
+)
+@pytest.mark.parametrize("shape", [(64, 64), (24, 24), (9, 90), (90, 9), (2, 3)])
+def test_each_step_draws_and_makes_what_albumentations_does(
+    shape: tuple[int, int], pipeline: list[ImageTransform], apart: int
+) -> None:
+    image = colourful(*shape)
+    views = Views([pipeline], shortest=SIZE)
+    for index in range(25):
+        made, expected = views(image, 4, 0, index)[0], by_albumentations(pipeline, image, index)
+        assert made.shape == expected.shape
+        assert made.flags.c_contiguous
+        difference = np.abs(made.astype(int) - expected)
+        assert difference.max() <= apart
+        assert difference.mean() <= min(apart, 1.5)
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_whole_views_are_those_of_albumentations_up_to_rounding(size: int) -> None:
+    image, pipeline = colourful(), distorted_crop(size, 0.2, 1.0, solarize=0.3, upright=False)
+    views = Views([pipeline], shortest=size)
+    differences = []
+    for index in range(60):
+        made, expected = views(image, 4, 0, index)[0], by_albumentations(pipeline, image, index)
+        differences.append(np.abs(made.astype(int) - expected))
+    # a wrong draw would put them tens of steps apart; OpenCV's hues come in steps of 2 degrees
+    assert np.mean(differences) < 0.5
+    assert np.quantile(differences, 0.99) <= 4
+    assert max(view.mean() for view in differences) < 2
+
+
+def test_brightening_cuts_off_before_what_follows() -> None:
+    image = np.full((4, 4, 3), 200, np.uint8)
+    assert np.all(jitter(image, [1.8, 1, 1, 0], [0, 1, 2, 3]) == 255)
+    image[:2] = 0
+    darkened_last = jitter(image, [0.5, 1.8, 1, 0], [1, 0, 2, 3])
+    assert darkened_last.max() == 127  # of 255, not of the 280 that the contrast would have made
+    assert darkened_last.min() == 0
+
+
+def test_a_jitter_of_no_strength_changes_nothing() -> None:
+    views = Views([colour_distortion(0.0)[:1]], shortest=SIZE)
+    assert all(same(views(colourful(), 0, 0, i), [colourful()]) for i in range(10))
+
+
+@pytest.mark.parametrize("turn", [-180, -90, -77, -76, -30, -1, 0, 1, 30, 76, 77, 90, 180])
+def test_hues_turn_in_both_directions(turn: int) -> None:
+    hues = np.arange(0, 180, 30)
+    cone = np.uint8([[[hue, 255, 255] for hue in hues]])
+    turned = cv2.cvtColor(turn_hue(cv2.cvtColor(cone, cv2.COLOR_HSV2RGB), turn), cv2.COLOR_RGB2HSV)
+    apart = (turned[0, :, 0].astype(int) - hues - turn) % 180
+    assert np.all(np.minimum(apart, 180 - apart) <= 1)
+
+
+class Darker(A.HorizontalFlip):
+    """Somebody's own transform, made of one that has a step here."""
+
+    def apply(self, img: np.ndarray, **_: Any) -> np.ndarray:
+        return img // 2
+
+
+def test_a_transform_of_ones_own_is_applied_as_it_is() -> None:
+    views = Views([[Darker(p=1)]], shortest=SIZE)
+    np.testing.assert_array_equal(views(gradient(), 0, 0, 0)[0], gradient() // 2)
 
 
 @pytest.mark.parametrize("smallest", [0.08, 0.2, 0.5, 1.0])

@@ -7,7 +7,6 @@ repeats itself there and again every epoch. Here every view's generators are key
 
 import copy
 import os
-import random
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -19,6 +18,18 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 import albumentations as A  # noqa: N812
 
+from vissl_lite.data.view_steps import (
+    Blur,
+    Crop,
+    Grey,
+    Jitter,
+    Mirror,
+    RandomStream,
+    Solarize,
+    Step,
+    Steps,
+    Turn,
+)
 from vissl_lite.errors import UserError
 
 ImageTransform: TypeAlias = A.BasicTransform | A.Compose
@@ -28,32 +39,6 @@ PADDING = 114
 
 # An image whose shorter side is more than so many times a view's is segmented at its own scale.
 LARGE = 1.5
-
-
-class _RandomStream:
-    """The generators that transforms draw from, keyed afresh for every view."""
-
-    def __init__(self) -> None:
-        # A Philox stream is keyed by assignment, in a microsecond; building a generator costs ten.
-        self._bits = np.random.Philox(0)
-        self._state = self._bits.state
-        self._python = random.Random(0)
-        self._generator = np.random.Generator(self._bits)
-
-    def feed(self, pipeline: A.Compose) -> A.Compose:
-        """Make a pipeline draw from here."""
-        pipeline.set_random_state(self._generator, self._python)
-        return pipeline
-
-    def rekey(self, seed: int, epoch: int, index: int, view: int) -> None:
-        # Philox takes four 64-bit counter words; it counts up in the first, so that one stays 0.
-        counter, key = self._state["state"]["counter"], self._state["state"]["key"]
-        counter[0], counter[1], counter[2], counter[3] = 0, view, index, epoch
-        key[0], key[1] = seed, 0
-        self._state["buffer_pos"] = 4  # empty: the next number comes from the new counter
-        self._state["has_uint32"] = 0
-        self._bits.state = self._state
-        self._python.seed(int(self._bits.random_raw()))
 
 
 class Views:
@@ -67,14 +52,17 @@ class Views:
 
     def __init__(self, pipelines: Sequence[Sequence[ImageTransform]], shortest: int) -> None:
         self.shortest = shortest
-        self._random = _RandomStream()
-        made: dict[int, A.Compose] = {}
+        self._random = RandomStream()
+        made: dict[int, Steps | A.Compose] = {}
         for pipeline in pipelines:
-            # a copy: the same transforms may serve other Views, with generators of their own
-            made.setdefault(
-                id(pipeline), self._random.feed(A.Compose(copy.deepcopy(list(pipeline))))
-            )
+            if id(pipeline) not in made:
+                made[id(pipeline)] = self._made(pipeline)
         self._pipelines = [made[id(pipeline)] for pipeline in pipelines]
+
+    def _made(self, pipeline: Sequence[ImageTransform]) -> Steps | A.Compose:
+        steps = [_step(transform) for transform in pipeline]
+        known = [step for step in steps if step is not None]
+        return known if len(known) == len(steps) else _composed(pipeline, self._random)
 
     def __len__(self) -> int:
         return len(self._pipelines)
@@ -83,19 +71,56 @@ class Views:
         """All views of one image.
 
         Args:
-            image: ``(H, W, C)`` uint8.
+            image: ``(H, W, 3)`` uint8.
             seed: the run's seed.
             epoch: how often the image has been seen before.
             index: the image's number in the data set.
 
         Returns:
-            One ``(h, w, C)`` uint8 array for each view.
+            One ``(h, w, 3)`` uint8 array for each view.
         """
         views = []
         for number, pipeline in enumerate(self._pipelines):
             self._random.rekey(seed, epoch, index, number)
-            views.append(pipeline(image=image)["image"])
+            if isinstance(pipeline, A.Compose):
+                views.append(pipeline(image=image)["image"])
+            else:
+                views.append(self._random.run(pipeline, image))
         return views
+
+
+def _composed(
+    pipeline: Sequence[ImageTransform], stream: RandomStream, boxes: A.BboxParams | None = None
+) -> A.Compose:
+    # a copy: the same transforms may serve other views, with generators of their own
+    composed = A.Compose(copy.deepcopy(list(pipeline)), bbox_params=boxes)
+    composed.set_random_state(stream.generator, stream.python)
+    return composed
+
+
+def _step(transform: ImageTransform) -> tuple[float, Step] | None:
+    """Probability and pixel work of a transform that ``view_steps`` knows; None for any other."""
+    if not type(transform).__module__.startswith("albumentations."):
+        return None  # somebody's own one, which may be made of one of these
+    step: Step | None = None
+    match transform:
+        case A.RandomResizedCrop(area_for_downscale=None):
+            size, scale = tuple(transform.size), tuple(transform.scale)
+            step = Crop(size, scale, tuple(transform.ratio), transform.interpolation)
+        case A.HorizontalFlip():
+            step = Mirror()
+        case A.D4():
+            step = Turn()
+        case A.ColorJitter():
+            ranges = transform.brightness, transform.contrast, transform.saturation, transform.hue
+            step = Jitter(*ranges)
+        case A.ToGray(method="weighted_average", num_output_channels=3):
+            step = Grey()
+        case A.GaussianBlur(blur_limit=(0, 0)):
+            step = Blur(transform.sigma_limit)
+        case A.Solarize(threshold_range=(0.5, 0.5)):
+            step = Solarize()
+    return None if step is None else (transform.p, step)
 
 
 class BoxView:
@@ -107,10 +132,9 @@ class BoxView:
     """
 
     def __init__(self, pipeline: Sequence[ImageTransform], smallest: float = 0.25) -> None:
-        self._random = _RandomStream()
+        self._random = RandomStream()
         boxes = A.BboxParams("pascal_voc", ["labels"], min_visibility=smallest, clip=True)
-        composed = A.Compose(copy.deepcopy(list(pipeline)), bbox_params=boxes)
-        self._pipeline = self._random.feed(composed)
+        self._pipeline = _composed(pipeline, self._random, boxes)
 
     def __call__(
         self,
@@ -145,8 +169,8 @@ class MaskView:
     """
 
     def __init__(self, pipeline: Sequence[ImageTransform]) -> None:
-        self._random = _RandomStream()
-        self._pipeline = self._random.feed(A.Compose(copy.deepcopy(list(pipeline))))
+        self._random = RandomStream()
+        self._pipeline = _composed(pipeline, self._random)
 
     def __call__(
         self, image: np.ndarray, mask: np.ndarray, seed: int, epoch: int, index: int
