@@ -101,6 +101,33 @@ def test_a_loop_of_links_ends_with_each_image_once(link: str, target: str, tree:
     assert len(real) == len(set(real)) == 3
 
 
+def test_a_folder_has_its_own_files_first_then_its_folders_all_sorted(tmp_path: Path) -> None:
+    expected = ["Z.jpg", "b.jpg", "a/2.jpg", "a/a.jpg/1.png", "a.b/1.jpg", "a0/1.jpg", "c/10.jpg"]
+    for name in reversed(expected):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert names(find_images([tmp_path]), tmp_path) == expected
+    assert find_images([f"{tmp_path}/"]) == find_images([tmp_path])
+    assert find_images([tmp_path, tmp_path]) == find_images([tmp_path])
+
+
+def test_odd_names_are_found_as_they_are(tmp_path: Path) -> None:
+    odd = [b"caf\xe9.jpg", b"two\nlines.jpg", "日本.JPG".encode()]
+    try:
+        for name in odd:
+            (tmp_path / os.fsdecode(name)).write_bytes(name)
+    except OSError:
+        pytest.skip("this file system takes no names that are not UTF-8")
+    found = find_images([tmp_path])
+    assert sorted(Path(path).read_bytes() for path in found) == sorted(odd)
+
+
+def test_links_that_lead_nowhere_do_no_harm(tree: Path) -> None:
+    (tree / "gone").symlink_to(tree / "nothing")
+    (tree / "itself").symlink_to(tree / "itself")
+    assert names(find_images([tree]), tree) == ["b.jpg", "a/x.PNG", "a/deep/y.webp"]
+
+
 def test_several_sources_come_in_order_without_repetition(tree: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()

@@ -1,3 +1,5 @@
+import gc
+import os
 from pathlib import Path
 
 import numpy as np
@@ -5,7 +7,15 @@ import pytest
 import torch
 
 from vissl_lite.data.images import BROKEN_IMAGE, find_images
-from vissl_lite.data.stream import Batch, StreamSampler, ViewDataset, collate, stream
+from vissl_lite.data.stream import (
+    Batch,
+    Item,
+    KeyedDataset,
+    StreamSampler,
+    ViewDataset,
+    collate,
+    stream,
+)
 from vissl_lite.data.views import Views, colour_distortion, flip, random_crop
 from vissl_lite.errors import UserError
 
@@ -192,6 +202,23 @@ def test_a_set_of_broken_images_alone_is_an_error(photos: Path, tmp_path: Path) 
     with pytest.raises(UserError, match="none of 3 images can be read"):
         ViewDataset(paths, views(), 0).check_readable()
     ViewDataset([*paths, find_images([photos])[0]], views(), 0).check_readable()
+
+
+class Worker(KeyedDataset):
+    """Tells what a data worker holds, beside the path it was asked for."""
+
+    def item(self, epoch: int, index: int) -> Item:
+        told = (type(self.paths).__name__, self.paths[index], gc.get_freeze_count() > 0)
+        return Item([np.zeros((1, 1, 3), np.uint8)], index, [], told)
+
+
+def test_workers_copy_neither_paths_nor_what_the_main_process_has() -> None:
+    paths = ["plain.jpg", "two\nlines.jpg", os.fsdecode(b"caf\xe9.jpg"), "日本.jpg"]
+    sampler = StreamSampler(4, 2, seed=0, epochs=1)
+    batches = list(stream(Worker(paths, 0), sampler, 2, pin_memory=False))
+    expected = [("PathList", path, True) for path in paths]  # a list would be copied bit by bit
+    assert sorted(told for batch in batches for told in batch.targets) == sorted(expected)
+    assert gc.get_freeze_count() == 0  # here, garbage is collected as ever
 
 
 def test_an_error_of_ours_is_not_taken_for_a_broken_image(photos: Path) -> None:

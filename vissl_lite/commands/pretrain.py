@@ -16,6 +16,7 @@ from vissl_lite.commands.report import add_embeddings, add_pretext, add_report
 from vissl_lite.data.images import find_images
 from vissl_lite.data.labelled import load_labelled
 from vissl_lite.data.leaks import seen_by
+from vissl_lite.data.path_list import PathList
 from vissl_lite.data.stream import ViewDataset
 from vissl_lite.encoder_folder import save_encoder
 from vissl_lite.errors import UserError
@@ -158,7 +159,7 @@ def pretrain(
         return _finished(Path(out))
 
     options = Options(**{k: v for k, v in config.items() if k in Options.__annotations__})
-    paths = find_images(options.data)
+    paths = PathList(find_images(options.data))
     size = min(options.batch_size or 128, len(paths))
     if options.batch_size is not None and options.batch_size > len(paths):
         raise UserError(f"--batch_size {options.batch_size} is larger than the data set: "

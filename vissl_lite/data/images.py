@@ -41,7 +41,7 @@ def find_images(sources: Sequence[str | Path]) -> list[str]:
     Raises:
         UserError: a source does not exist, can't be read, or holds no image.
     """
-    found: dict[str, None] = {}
+    found: list[str] = []
     for source in map(Path, sources):
         if source.is_dir():
             paths = walk(source, EXTENSIONS)
@@ -56,8 +56,10 @@ def find_images(sources: Sequence[str | Path]) -> list[str]:
         if not paths:
             kinds = " ".join(sorted(e[1:] for e in EXTENSIONS))
             raise UserError(f"no images found in {source} (looked for {kinds}, recursively)")
-        found.update(dict.fromkeys(paths))
-    return list(found)
+        found += paths
+    # one folder holds each path once: a million need no dictionary
+    one_folder = len(sources) == 1 and os.path.isdir(sources[0])
+    return found if one_folder else list(dict.fromkeys(found))
 
 
 def walk(folder: str | Path, suffixes: Collection[str] | None = None) -> list[str]:
@@ -73,24 +75,45 @@ def walk(folder: str | Path, suffixes: Collection[str] | None = None) -> list[st
         UserError: a folder can't be read.
     """
 
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename} can't be read: {error.strerror}")
-
-    paths, seen = [], set()
-    for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+    endings = None if suffixes is None else tuple(suffixes)
+    paths: list[str] = []
+    seen, ahead = set(), [os.fspath(folder)]
+    while ahead:
+        root = ahead.pop()
         real = os.path.realpath(root)
         if real in seen:  # a link that leads back
-            folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        paths += [
-            os.path.join(root, name)
-            for name in sorted(files)
-            if not name.startswith(".")
-            and (suffixes is None or os.path.splitext(name)[1].lower() in suffixes)
-        ]
+        files, folders = _entries(root, endings)
+        start = os.path.join(root, "")
+        paths += [start + name for name in files]
+        ahead += [start + name for name in reversed(folders)]
     return paths
+
+
+def _entries(folder: str, endings: tuple[str, ...] | None) -> tuple[list[str], list[str]]:
+    """Names of the files with one of these endings and of the folders in a folder, sorted."""
+    files, folders = [], []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                name = entry.name
+                if name.startswith("."):
+                    continue
+                if _is_folder(entry):
+                    folders.append(name)
+                elif endings is None or name.lower().endswith(endings):
+                    files.append(name)
+    except OSError as error:
+        raise UserError(f"{folder} can't be read: {error.strerror}") from None
+    return sorted(files), sorted(folders)
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _read_list(file: Path) -> list[str]:

@@ -4,6 +4,7 @@ The whole run is one stream. Its sampler gives keys (epoch, image index) and can
 resuming continues with the very batch that came next, and no worker waits at the end of an epoch.
 """
 
+import gc
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vissl_lite.data.fingerprints import fingerprint
 from vissl_lite.data.images import BROKEN_IMAGE, decode_image
+from vissl_lite.data.path_list import PathList
 from vissl_lite.data.views import Views
 from vissl_lite.errors import UserError
 
@@ -61,7 +63,8 @@ class KeyedDataset(Dataset[Item], ABC):
     """
 
     def __init__(self, paths: Sequence[str], seed: int) -> None:
-        self.paths, self.seed = paths, seed
+        # packed: the workers of a run must not copy a list of a million strings
+        self.paths, self.seed = PathList.of(paths), seed
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -181,6 +184,9 @@ def collate(items: Sequence[Item]) -> Batch:
 def single_threaded(worker: int) -> None:
     """Start of a data worker: OpenCV on one thread. (A lower priority made training slower.)"""
     cv2.setNumThreads(0)
+    # Collecting garbage writes to every object that it looks at, and so would copy all of those
+    # that this process shares with the one that forked it.
+    gc.freeze()
 
 
 def stream(

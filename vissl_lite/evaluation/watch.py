@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -77,7 +78,7 @@ class Watch(Callback):
 
     def __init__(
         self,
-        paths: list[str],
+        paths: Sequence[str],
         labelled: LabelledImages | None,
         data: StreamData,
         pace: Pace,

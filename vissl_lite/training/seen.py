@@ -68,22 +68,24 @@ class KeepFingerprints(Callback):
         if not trainer.is_global_zero:
             return
         paths = self.data.dataset.paths
-        found = _read(self.parts, paths)
+        records = _read(self.parts)
+        indices = records["index"]
+        found = Fingerprints.of(records["fingerprint"], _absolute(paths, indices))
         if self.pace.batches > self.data.batches_per_epoch:
-            known = set(found.paths)
-            rest = [path for path in map(os.path.abspath, paths) if path not in known]
-            found = found.join(fingerprints_of(rest))
+            rest = np.setdiff1d(np.arange(len(paths)), indices, assume_unique=True)
+            found = found.join(fingerprints_of(_absolute(paths, rest)))
         if self.file.exists():  # written, and killed before the last checkpoint was
             found = Fingerprints.load(self.file).join(found)
         (found if self.before is None else self.before.join(found)).save(self.file)
         shutil.rmtree(self.parts)
 
 
-def _read(parts: Path, paths: Sequence[str]) -> Fingerprints:
-    """What all processes have written, each image once, with absolute paths."""
+def _read(parts: Path) -> np.ndarray:
+    """The ``_RECORD``s that all processes have written, each image once, by their numbers."""
     files = [np.fromfile(file, _RECORD) for file in sorted(parts.glob("*.bin"))]
     records = np.concatenate([np.empty(0, _RECORD), *files])
-    indices, first = np.unique(records["index"], return_index=True)
-    return Fingerprints.of(
-        records["fingerprint"][first], [os.path.abspath(paths[index]) for index in indices]
-    )
+    return records[np.unique(records["index"], return_index=True)[1]]
+
+
+def _absolute(paths: Sequence[str], indices: np.ndarray) -> list[str]:
+    return [os.path.abspath(paths[index]) for index in indices]
