@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from vissl_lite.data.whole_file import whole_file
 from vissl_lite.encoder import Encoder, build_encoder, first_line
 from vissl_lite.errors import UserError, check_count
 
@@ -67,10 +67,10 @@ def save_model(
         **extra,
     }
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, folder / f"{WEIGHTS}.part", metadata={"format": "pt"})
-    os.replace(folder / f"{WEIGHTS}.part", folder / WEIGHTS)
-    (folder / f"{CONFIG}.part").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(folder / f"{CONFIG}.part", folder / CONFIG)
+    with whole_file(folder / WEIGHTS) as part:
+        save_file(tensors, part, metadata={"format": "pt"})
+    with whole_file(folder / CONFIG) as part:
+        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def load_encoder(source: str | Path, image_size: int | None = None) -> Encoder:

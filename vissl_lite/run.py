@@ -19,12 +19,14 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from vissl_lite.data.whole_file import check_place, whole_file
 from vissl_lite.errors import UserError
 
 log = logging.getLogger("vissl_lite")
 console = Console(stderr=True)
 
 CONFIG, RESULTS, METRICS, LOG = "config.yaml", "results.json", "metrics.csv", "log.txt"
+MAP = "map.npz"
 
 # Keeps what is logged before there is a run, such as what was mended in the data: it goes into the
 # log once that is open.
@@ -63,11 +65,7 @@ def check_out(out: Path, resume: bool = False, overwrite: bool = False) -> None:
             raise UserError(f"{out} holds other files: give a new folder with --out")
         if not overwrite:
             raise UserError(f"{out} holds another run: give a new folder, or --overwrite")
-    parent = next(p for p in (out, *out.absolute().parents) if p.exists())
-    if not parent.is_dir():
-        raise UserError(f"{out} can't be made: {parent} is a file")
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"{out} can't be written: no permission in {parent}")
+    check_place(out)
 
 
 @contextmanager
@@ -241,9 +239,8 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def write_atomically(file: Path, text: str) -> None:
     """Write a text file that appears whole or not at all."""
-    part = file.with_name(f"{file.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, file)
+    with whole_file(file) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def write_results(run: Path, results: Mapping[str, Any]) -> None:

@@ -40,15 +40,16 @@ def test_neighbours_are_those_of_the_whole_similarity_matrix_in_blocks_of_any_si
 def test_few_images_have_few_neighbours() -> None:
     assert nearest(features(3), 10)[0].shape == (3, 2)
     assert nearest(features(1), 10)[0].shape == (1, 0)
-    assert oddness(features(1), 10).tolist() == [0]
+    assert oddness(nearest(features(1), 10)[1]).tolist() == [0]
 
 
 def test_what_is_far_from_all_is_odd_and_so_are_two_of_it() -> None:
     given = features(20) * 0.1 + 1
     given[[4, 9]] = [-1, 1, -1, 1, -1, 1]
-    odd = oddness(given, 3)
+    odd = oddness(nearest(given, 3)[1])
     assert set(np.argsort(-odd)[:2]) == {4, 9}
-    assert oddness(given, 1)[4] == pytest.approx(0, abs=1e-5)  # the other one is beside it
+    by_one = oddness(nearest(given, 1)[1])
+    assert by_one[4] == pytest.approx(0, abs=1e-5)  # the other one is beside it
 
 
 @pytest.mark.parametrize("block", [3, 100])
@@ -77,7 +78,7 @@ def test_features_of_a_collapsed_or_diverged_encoder_can_be_drawn(given: np.ndar
     shown = flat_map(given.astype(np.float32), "pca", 0)
     assert shown.shape == (len(given), 2)
     assert np.isfinite(shown).all()
-    assert np.isfinite(oddness(given.astype(np.float32), 3)).all()
+    assert np.isfinite(oddness(nearest(given.astype(np.float32), 3)[1])).all()
     assert near_duplicates(given.astype(np.float32), 0.98).shape[1] == 2
 
 

@@ -2,9 +2,7 @@
 
 import importlib.util
 import logging
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vissl_lite.data.images import find_images, suitable_size
+from vissl_lite.data.whole_file import check_place, whole_file
 from vissl_lite.encoder import Encoder, Normalize
 from vissl_lite.encoder_folder import encoder_for
 from vissl_lite.errors import UserError, check_count, did_you_mean
@@ -100,30 +99,7 @@ def check_file(file: Path, overwrite: bool) -> None:
         raise UserError(f"--out {file} is a folder: give the name of a file")
     if file.exists() and not overwrite:
         raise UserError(f"{file} exists: give a new file, or --overwrite")
-    parent = next(p for p in file.absolute().parents if p.exists())
-    if not parent.is_dir():
-        raise UserError(f"{file} can't be made: {parent} is a file")
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"{file} can't be written: no permission in {parent}")
-
-
-@contextmanager
-def whole_file(file: Path) -> Iterator[Path]:
-    """A file to write beside one that then appears whole or not at all.
-
-    Args:
-        file: what is to appear; its folder is made if missing.
-
-    Yields:
-        What to write.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.part")
-    try:
-        yield part
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
+    check_place(file)
 
 
 def encoder_for_images(source: str, image_size: int | None, paths: Sequence[str]) -> Encoder:

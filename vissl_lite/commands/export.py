@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vissl_lite import __version__
 from vissl_lite.data.images import BROKEN_IMAGE, find_images, read_image, resize_and_crop
+from vissl_lite.data.whole_file import check_place
 from vissl_lite.encoder import first_line
 from vissl_lite.encoder_folder import CONFIG, WEIGHTS
 from vissl_lite.errors import UserError, check_count
@@ -145,11 +146,7 @@ def _check_out(out: Path, format: str, overwrite: bool) -> None:
             raise UserError(f"{out} holds other files: give a new folder with --out")
         if inside and not overwrite:
             raise UserError(f"{out} holds an encoder or a model: give a new folder, or --overwrite")
-    parent = next(p for p in out.absolute().parents if p.exists())
-    if not parent.is_dir():
-        raise UserError(f"{out} can't be made: {parent} is a file")
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"{out} can't be written: no permission in {parent}")
+    check_place(out)
 
 
 def _check_packages() -> None:

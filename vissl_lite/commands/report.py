@@ -17,11 +17,11 @@ from vissl_lite.evaluation.embedding import make_map
 from vissl_lite.pictures import plot_exhibit, plot_neighbours
 from vissl_lite.pretext.base import PretextTask
 from vissl_lite.pretext.parts.exhibit import draw_views, exhibit
-from vissl_lite.run import CONFIG, console
+from vissl_lite.run import CONFIG, MAP, console
 
 log = logging.getLogger(__name__)
 
-MAP, NEIGHBOURS_SHOWN = "map.npz", 7
+NEIGHBOURS_SHOWN = 7
 
 
 def report(run: str) -> Path:

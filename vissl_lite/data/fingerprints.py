@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from vissl_lite.data.images import BROKEN_IMAGE, decode_image
+from vissl_lite.data.whole_file import whole_file
 from vissl_lite.errors import UserError
 
 EXACT_BYTES = 16
@@ -152,10 +153,9 @@ class Fingerprints:
         """Write an ``.npz`` file that appears whole or not at all."""
         # one text: an array of text takes the longest path's room for each
         paths = "\0".join(self.paths).encode("utf-8", "surrogateescape")
-        part = file.with_name(f"{file.name}.part")
-        with part.open("wb") as out:
-            np.savez(out, exact=self.exact, looks=self.looks, paths=np.frombuffer(paths, np.uint8))
-        os.replace(part, file)
+        text = np.frombuffer(paths, np.uint8)
+        with whole_file(file) as part, part.open("wb") as out:
+            np.savez(out, exact=self.exact, looks=self.looks, paths=text)
 
     @classmethod
     def load(cls, file: Path) -> "Fingerprints":

@@ -17,9 +17,11 @@ from PIL import Image
 from sklearn.utils.extmath import randomized_svd
 
 from vissl_lite.data.images import BROKEN_IMAGE, read_image, resize_and_crop
+from vissl_lite.data.whole_file import whole_file
 from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.evaluation.features import extract
+from vissl_lite.evaluation.measures import unit_vectors
 
 Method = Literal["pca", "umap"]
 
@@ -67,8 +69,7 @@ class ImageMap:
         """Write it as one NPZ file without pickled objects, which appears whole or not at all."""
         more: dict[str, Any] = {} if self.labels is None else {"labels": self.labels}
         more |= {f"coordinates_{name}": flat for name, flat in self.coordinates.items()}
-        part = file.with_name(f"{file.name}.part")
-        with part.open("wb") as opened:
+        with whole_file(file) as part, part.open("wb") as opened:
             np.savez_compressed(
                 opened,
                 paths=np.array(self.paths, dtype=np.str_),
@@ -81,7 +82,6 @@ class ImageMap:
                 sizes=np.array([len(one) for one in self.thumbnails], np.int64),
                 **more,
             )
-        os.replace(part, file)
 
     @classmethod
     def load(cls, file: Path) -> "ImageMap":
@@ -151,7 +151,7 @@ def make_map(
         coordinates={name: flat_map(features, name, seed) for name in methods(len(features))},
         neighbours=neighbours,
         similarities=similarities,
-        oddness=oddness(features, NEIGHBOURS),
+        oddness=oddness(similarities),
         duplicates=near_duplicates(features, SAME)[:PAIRS],
         thumbnails=[thumbnail(paths[i]) for i in chosen],
     )
@@ -216,22 +216,20 @@ def nearest(features: np.ndarray, k: int, block: int = 1024) -> tuple[np.ndarray
     return torch.cat(indices).numpy(), torch.cat(similarities).numpy()
 
 
-def oddness(features: np.ndarray, k: int) -> np.ndarray:
+def oddness(similarities: np.ndarray) -> np.ndarray:
     """How far each image is from all others: the distance to its k-th neighbour.
 
     Ramaswamy et al. 2000 ("Efficient algorithms for mining outliers", section 2), with cosine
     distance: 1 - similarity. One odd image is far, and so is a group of less than k.
 
     Args:
-        features: ``(N, D)``.
-        k: which neighbour; the last one where there are fewer.
+        similarities: ``(N, k)`` to the nearest k neighbours, as ``nearest`` gives them.
 
     Returns:
         ``(N,)`` float32; zeros for a single image.
     """
-    similarities = nearest(features, k)[1]
     if similarities.shape[1] == 0:
-        return np.zeros(len(features), np.float32)
+        return np.zeros(len(similarities), np.float32)
     return np.asarray(1 - similarities[:, -1], np.float32)
 
 
@@ -268,8 +266,7 @@ def near_duplicates(
 def unit(features: np.ndarray) -> np.ndarray:
     """``(N, D)`` float32 features scaled to length 1; what is no finite number counts as 0."""
     finite = np.nan_to_num(features, nan=0, posinf=0, neginf=0)
-    lengths = np.linalg.norm(finite, axis=1, keepdims=True)
-    return np.asarray(finite / np.maximum(lengths, 1e-12), np.float32)
+    return np.asarray(unit_vectors(finite), np.float32)
 
 
 def thumbnail(path: str) -> bytes:

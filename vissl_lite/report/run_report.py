@@ -16,9 +16,9 @@ from vissl_lite.report.gallery import pictures, predicted
 from vissl_lite.report.map import map_layout
 from vissl_lite.report.page import Block, render, write_page
 from vissl_lite.report.results import main_figures, result_blocks, verdicts
-from vissl_lite.run import CONFIG, METRICS, RESULTS, flatten
+from vissl_lite.run import CONFIG, MAP, METRICS, RESULTS, flatten
 
-REPORT, MAP = "report.html", "map.npz"
+REPORT = "report.html"
 
 # What a warning of leaks begins with.
 LEAKING = "Leaks:"

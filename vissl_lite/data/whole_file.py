@@ -1,0 +1,42 @@
+"""Files that appear whole or not at all, and whether they may be written."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vissl_lite.errors import UserError
+
+
+@contextmanager
+def whole_file(file: Path) -> Iterator[Path]:
+    """A file to write beside one that then appears whole or not at all.
+
+    Args:
+        file: what is to appear; its folder is made if missing.
+
+    Yields:
+        What to write.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.name}.part")
+    try:
+        yield part
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def check_place(out: Path) -> None:
+    """Raise a UserError if a file or folder can't be made there. Nothing is changed yet.
+
+    Args:
+        out: what is to be made, with all folders that are missing.
+    """
+    parent = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if parent.is_file() and parent == out:
+        parent = parent.absolute().parent
+    if not parent.is_dir():
+        raise UserError(f"{out} can't be made: {parent} is a file")
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"{out} can't be written: no permission in {parent}")
