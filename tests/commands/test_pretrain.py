@@ -199,6 +199,32 @@ def test_upright_reaches_the_views(photos: Path, tmp_path: Path) -> None:
     assert not all(torch.equal(up[name], any_way[name]) for name in up)
 
 
+def test_views_grow_to_their_size(photos: Path, tmp_path: Path) -> None:
+    options = ["--data", photos, "--backbone", "test_resnet", "--image_size", 64]
+    options += ["--batch_size", 8, "--epochs", 5, "--num_workers", 0]
+    grown = ["--progressive_resizing", "true", "--out", tmp_path / "grown"]
+    assert run(*options, *grown) == 0
+    sizes = [float(row["view_size"]) for row in rows(tmp_path / "grown") if row["view_size"]]
+    assert sizes[0] == sizes[-1] == 64  # the first step is a whole one, to try out the memory
+    assert sizes[1] == 32
+    assert sizes[1:] == sorted(sizes[1:])
+    config = json.loads((tmp_path / "grown" / "encoder" / "config.json").read_text())
+    assert config["pretrained_cfg"]["input_size"] == [3, 64, 64]
+    assert run(*options, "--out", tmp_path / "plain") == 0
+    grown_weights, plain_weights = weights(tmp_path / "grown"), weights(tmp_path / "plain")
+    assert not all(torch.equal(grown_weights[name], plain_weights[name]) for name in plain_weights)
+
+
+def test_masked_views_can_not_grow(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--data", photos, "--out", tmp_path / "run", "--pretext", "mae"]
+    assert run(*options, "--backbone", "test_vit", "--progressive_resizing", "true") == 2
+    error = capsys.readouterr().err
+    assert "the views of mae can't change their size; those of rotation, simclr" in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_resume_after_kill_9_at_any_moment(photos: Path, tmp_path: Path) -> None:
     options = ["--data", str(photos), *SMALL, "--epochs", "60"]
     process = subprocess.Popen(

@@ -21,6 +21,7 @@ from vissl_lite.optim import build_optimizer
 from vissl_lite.pretext import PRETEXTS, PretextTask, pretext_class
 from vissl_lite.pretext.base import KINDS
 from vissl_lite.pretext.parts.exhibit import exhibit
+from vissl_lite.pretext.parts.resizing import shrink
 
 EXAMPLES = {
     "any": ["test_resnet", "test_vit"],
@@ -59,6 +60,22 @@ def make_batch(task: PretextTask, photos: Path, first: int = 0) -> Batch:
 def task_and_batch(name: str, backbone: str, photos: Path) -> tuple[PretextTask, Batch]:
     task = make_task(name, backbone)
     return task, make_batch(task, photos)
+
+
+@pytest.mark.parametrize(
+    ("name", "backbone"), [pair for pair in PAIRS if PRETEXTS[pair[0]].about.any_size]
+)
+def test_views_that_grow_can_be_learnt_from_at_each_size(
+    name: str, backbone: str, photos: Path
+) -> None:
+    task = pretext_class(name)(build_encoder(backbone, 64))
+    batch = make_batch(task, photos)
+    for share in (0.5, 0.75, 1.0):
+        small = [shrink(view, share, task.encoder) for view in batch.views]
+        assert small[0].shape[-1] == 64 * share
+        loss = task.loss([task.normalize(view) for view in small])
+        loss.backward()
+        assert loss.isfinite()
 
 
 @every_pair

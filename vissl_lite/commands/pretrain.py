@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 CURVES = (
     "loss", "accuracy", "knn", "linear", "feature_std", "effective_rank", "alignment",
-    "uniformity", "lr", "images_per_second", "data_wait",
+    "uniformity", "lr", "view_size", "images_per_second", "data_wait",
 )  # fmt: skip
 
 
@@ -81,6 +81,7 @@ def pretrain(
     batch_size: int | None = None,
     accumulate_grad_batches: int = 1,
     upright: bool = True,
+    progressive_resizing: bool = False,
     init: str = "random",
     probe_data: str | None = None,
     optimizer: str | None = None,
@@ -117,6 +118,8 @@ def pretrain(
             Pretexts that compare the images of a batch get no more of them to compare.
         upright: Whether the images have an up. Without one, as from a microscope or a satellite,
             views are turned and flipped in all directions.
+        progressive_resizing: Train on views of half the side for the first half of the run, then on
+            larger ones, and on whole ones in the last fifth: about half the time an epoch.
         init: Where to start: random, pretrained (timm's weights), a run, an encoder folder, or a
             file with a timm state dict.
         probe_data: Labelled images to judge the encoder by while it trains (kNN and a linear probe,
@@ -174,7 +177,6 @@ def pretrain(
         options.backbone, options.image_size, options.init, paths, options.pretext["name"]
     )
     task = options.task(encoder)
-    task.upright = options.upright
     views = task.views()
     accumulate = options.accumulate_grad_batches
     task.optimizer_settings = options.optimizer_settings(task, size * accumulate)

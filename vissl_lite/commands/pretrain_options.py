@@ -12,8 +12,9 @@ from vissl_lite.encoder import Encoder, build_encoder
 from vissl_lite.encoder_folder import load_encoder, load_weights
 from vissl_lite.errors import UserError, check_count, check_positive, check_seed, did_you_mean
 from vissl_lite.optim import OptimizerSettings, check_optimizer
-from vissl_lite.pretext import pretext_class
+from vissl_lite.pretext import PRETEXTS, pretext_class
 from vissl_lite.pretext.base import PretextTask
+from vissl_lite.pretext.parts.resizing import SMALLEST
 from vissl_lite.training.loggers import logger_names
 
 
@@ -30,6 +31,7 @@ class Options:
     batch_size: int | None
     accumulate_grad_batches: int
     upright: bool
+    progressive_resizing: bool
     init: str
     probe_data: str | None
     optimizer: str | None
@@ -63,7 +65,11 @@ class Options:
 
     def task(self, encoder: Encoder) -> PretextTask:
         hyperparameters = {k: v for k, v in self.pretext.items() if k != "name"}
-        return pretext_class(self.pretext["name"])(encoder, **hyperparameters)
+        task = pretext_class(self.pretext["name"])(encoder, **hyperparameters)
+        if self.progressive_resizing:
+            _check_resizing(task)
+        task.upright, task.progressive_resizing = self.upright, self.progressive_resizing
+        return task
 
     def optimizer_settings(self, task: PretextTask, batch_size: int) -> OptimizerSettings:
         """What trains the task; ``batch_size`` is that of an optimizer step."""
@@ -78,6 +84,20 @@ class Options:
         decay = own.weight_decay if self.weight_decay is None else self.weight_decay
         lr = self.lr or own.scaled_lr(batch_size)
         return replace(own, name=name, lr=lr, weight_decay=decay)
+
+
+def _check_resizing(task: PretextTask) -> None:
+    if not task.about.any_size:
+        able = ", ".join(name for name, made in PRETEXTS.items() if made.about.any_size)
+        raise UserError(
+            f"--progressive_resizing: the views of {task.about.name} can't change their size; "
+            f"those of {able} can"
+        )
+    encoder = task.encoder
+    try:
+        encoder.check_image_size(encoder.fitting_size(encoder.image_size * SMALLEST))
+    except UserError as error:
+        raise UserError(f"--progressive_resizing: {error}") from None
 
 
 def parse_time(text: str | int | None) -> float | None:

@@ -35,6 +35,7 @@ class BarlowTwins(PretextTask):
         views="2",
         paper="Zbontar et al. 2021, arXiv 2103.03230",
         use="batches of 128 to 1024; needs neither negatives nor a teacher",
+        any_size=True,
     )
     # The paper's LARS is for batches of 2048; at 64 to 256 AdamW learns faster.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")

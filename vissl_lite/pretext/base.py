@@ -16,6 +16,7 @@ from vissl_lite.encoder import Encoder, Normalize
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings, build_optimizer
 from vissl_lite.pictures import Picture
+from vissl_lite.pretext.parts.resizing import share_of_side, shrink
 
 Backbones = Literal["any", "ViT", "CNN", "patches"]
 
@@ -44,6 +45,7 @@ class About:
         backbones: which ones it works on; see ``KINDS``.
         negatives: whether it compares the images of a batch with one another, so that gradient
             accumulation can't stand for a larger batch.
+        any_size: whether its views may be smaller than the images that the encoder is made for.
     """
 
     name: str
@@ -53,6 +55,7 @@ class About:
     use: str
     backbones: Backbones = "any"
     negatives: bool = False
+    any_size: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class PretextTask(pl.LightningModule, ABC):
         optimizer_settings: the pretext's own defaults, for a batch of 256 images; a run replaces
             them by what its options say.
         upright: whether the images have an up; a run sets it.
+        progressive_resizing: whether views begin small and grow; a run sets it.
         progress: share of the run that is done, in [0, 1]; a run sets it before every step.
 
     Raises:
@@ -99,6 +103,7 @@ class PretextTask(pl.LightningModule, ABC):
         self.encoder = encoder
         self.normalize = Normalize(encoder.mean, encoder.std)
         self.upright = True
+        self.progressive_resizing = False
         self.progress = 0.0
 
     @abstractmethod
@@ -143,9 +148,18 @@ class PretextTask(pl.LightningModule, ABC):
         return self.encoder
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self.loss([self.normalize(view) for view in batch.views])
+        loss = self.loss([self.normalize(view) for view in self._resized(batch.views)])
         self.measure("loss", loss)
         return loss
+
+    def _resized(self, views: list[Tensor]) -> list[Tensor]:
+        if not self.progressive_resizing:
+            return views
+        # the first step is a whole one: a batch too large for the memory shows at once
+        share = share_of_side(self.progress) if self.global_step else 1.0
+        views = [shrink(view, share, self.encoder) for view in views]
+        self.measure("view_size", torch.tensor(float(views[0].shape[-1])))
+        return views
 
     def measure(self, name: str, value: Tensor) -> None:
         """Log a metric of this step; outside a training run, as in a notebook, do nothing."""

@@ -86,6 +86,7 @@ class DenseCL(PretextTask):
         views="2",
         paper="Wang et al. 2021, arXiv 2011.09157",
         use="before detection or segmentation: learns from every place of the map",
+        any_size=True,
     )
     # as moco: the paper's SGD is for hundreds of epochs
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")

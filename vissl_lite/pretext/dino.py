@@ -50,6 +50,7 @@ class DINO(PretextTask):
         views="2 + 6 small",
         paper="Caron et al. 2021, arXiv 2104.14294",
         use="ViTs and long runs; strong kNN features",
+        any_size=True,
     )
     # The paper has 5e-4 at 256 with linear scaling, for hundreds of epochs; gradients clipped at 3.
     optimizer_settings = OptimizerSettings(

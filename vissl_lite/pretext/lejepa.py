@@ -41,6 +41,7 @@ class LeJEPA(PretextTask):
         views="2 + 6 small",
         paper="Balestriero & LeCun 2025, arXiv 2511.08544",
         use="any backbone with one knob to turn; its loss tells how good the encoder is",
+        any_size=True,
     )
     # the authors' example: AdamW 2e-3 at 256, decay 0.05
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=0.05, scaling="sqrt")

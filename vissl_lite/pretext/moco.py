@@ -41,6 +41,7 @@ class MoCo(PretextTask):
         views="2",
         paper="He et al. 2020, arXiv 1911.05722; v2 2003.04297",
         use="small batches: negatives come from a queue, not from the batch",
+        any_size=True,
     )
     # The paper's SGD, 0.03 at 256, is for hundreds of epochs; in short runs AdamW learns faster.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")

@@ -39,6 +39,7 @@ class Multi(PretextTask):
         paper="Doersch & Zisserman 2017, arXiv 1708.07860",
         use="rotation and simclr at once, on pictures with an up",
         negatives=True,
+        any_size=True,
     )
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
 

@@ -57,6 +57,7 @@ class NNCLR(PretextTask):
         paper="Dwibedi et al. 2021, arXiv 2104.14548",
         use="images of few kinds, where neighbours make good positives",
         negatives=True,
+        any_size=True,
     )
     # The paper's LARS is for batches of 4096; at 64 to 256 AdamW learns faster.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")

@@ -92,6 +92,7 @@ class Rotation(PretextTask):
         views="1",
         paper="Gidaris et al. 2018, arXiv 1803.07728",
         use="pictures with an up; learns what stands upright, quickly",
+        any_size=True,
     )
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
 

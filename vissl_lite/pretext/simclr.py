@@ -40,6 +40,7 @@ class SimCLR(PretextTask):
         paper="Chen et al. 2020, arXiv 2002.05709",
         use="the first to try: simple, steady, good in short runs",
         negatives=True,
+        any_size=True,
     )
     # The paper's LARS is for batches of thousands; at 64 to 256 AdamW learns faster.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")

@@ -32,6 +32,7 @@ class SimSiam(PretextTask):
         views="2",
         paper="Chen & He 2021, arXiv 2011.10566",
         use="when memory is short: no negatives, no teacher",
+        any_size=True,
     )
     optimizer_settings = OptimizerSettings("sgd", lr=0.05, weight_decay=1e-4)  # section 3
 

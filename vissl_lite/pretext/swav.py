@@ -48,6 +48,7 @@ class SwAV(PretextTask):
         views="2 + 6 small",
         paper="Caron et al. 2020, arXiv 2006.09882",
         use="images that fall into groups of like size; good with small crops",
+        any_size=True,
     )
     # The paper's LARS, 0.6 at 256, is for long training; in short runs AdamW learns faster.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-6, scaling="sqrt")

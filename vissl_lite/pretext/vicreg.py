@@ -35,6 +35,7 @@ class VICReg(PretextTask):
         views="2",
         paper="Bardes et al. 2022, arXiv 2105.04906",
         use="batches of 128 to 1024; three terms that tell what goes wrong",
+        any_size=True,
     )
     # The paper's LARS is for batches of 2048; at 64 to 256 AdamW learns faster.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")

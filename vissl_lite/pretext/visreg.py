@@ -40,6 +40,7 @@ class VISReg(PretextTask):
         views="2 + 6 small",
         paper="Wu et al. 2026, arXiv 2606.02572",
         use="small, poor or long-tailed data: its gradient does not vanish at collapse",
+        any_size=True,
     )
     # the authors' recipe: AdamW, decay 0.05, gradients clipped at 1
     optimizer_settings = OptimizerSettings(

@@ -24,8 +24,8 @@ MEASURES = {
     "effective_rank": "How many directions the features use (RankMe). Near 1 is a collapse.",
     "alignment": "Distance between the features of two views of an image: lower is closer.",
     "uniformity": "How evenly the features fill the sphere: lower is more even.",
-    "lidar": "How many directions tell images apart beyond the differences between views.",
     "lr": "The learning rate: it rises in the warm-up and falls to the end.",
+    "view_size": "Side of the views in pixels.",
     "images_per_second": "Speed of the training.",
     "data_wait": "Share of the time spent waiting for images. Much above 0.1 asks for more workers"
     " or smaller files.",

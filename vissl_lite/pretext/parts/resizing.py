@@ -1,0 +1,48 @@
+"""Views that begin small and grow while an encoder trains: most steps cost a fraction."""
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from vissl_lite.encoder import Encoder
+
+# The side that views begin with, as a share of their own; when it begins to rise, and when it is
+# whole, as shares of the run (the defaults of Composer's ProgressiveResizing, MosaicML 2022, after
+# Howard 2018, "Training Imagenet in 3 hours for USD 25").
+SMALLEST, RISES, WHOLE = 0.5, 0.5, 0.8
+# Few sizes: compilers and cuDNN look for the best kernels for each of them anew.
+SIZES = 4
+
+
+def share_of_side(progress: float) -> float:
+    """The side of views at a moment of the run, as a share of their own.
+
+    Args:
+        progress: share of the run that is done, in [0, 1].
+    """
+    risen = min(1.0, max(0.0, (progress - RISES) / (WHOLE - RISES)))
+    if risen == 1:
+        return 1.0
+    return SMALLEST + (1 - SMALLEST) * int(risen * SIZES) / SIZES
+
+
+def shrink(views: Tensor, share: float, encoder: Encoder) -> Tensor:
+    """Smaller views, each pixel a mean of those that it stands for.
+
+    They are shrunk on the device: how far the run is by then, no data worker can know.
+
+    Args:
+        views: ``(B, C, S, S)`` uint8.
+        share: of the side, in (0, 1].
+        encoder: gives the nearest size that it can take.
+
+    Returns:
+        ``(B, C, s, s)`` uint8.
+    """
+    size = min(encoder.fitting_size(views.shape[-1] * share), views.shape[-1])
+    if size == views.shape[-1]:
+        return views
+    if views.device.type == "cpu":  # bytes are fast there, and on other devices not to be had
+        return F.interpolate(views, size=(size, size), mode="bilinear", antialias=True)
+    small = F.interpolate(views.float(), size=(size, size), mode="bilinear", antialias=True)
+    return small.round().to(torch.uint8)
