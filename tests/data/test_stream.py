@@ -1,11 +1,15 @@
 import gc
 import os
 from pathlib import Path
+from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from tests.conftest import blobs
 from vissl_lite.data.images import BROKEN_IMAGE, find_images
 from vissl_lite.data.stream import (
     Batch,
@@ -119,9 +123,9 @@ def test_two_ranks_together_see_what_one_process_sees(photos: Path) -> None:
     ranks = [read(photos, batch_size=6, rank=rank, world=2) for rank in (0, 1)]
     for batch, *shares in zip(one, *ranks, strict=True):
         assert [len(share.indices) for share in shares] == [3, 3]
-        assert torch.equal(torch.stack([s.indices for s in shares], 1).flatten(), batch.indices)
+        assert torch.equal(torch.cat([share.indices for share in shares]), batch.indices)
         for number, view in enumerate(batch.views):
-            joined = torch.stack([share.views[number] for share in shares], 1).flatten(0, 1)
+            joined = torch.cat([share.views[number] for share in shares])
             assert torch.equal(joined, view)
 
 
@@ -200,8 +204,8 @@ def test_a_set_of_broken_images_alone_is_an_error(photos: Path, tmp_path: Path) 
     with pytest.raises(BROKEN_IMAGE):
         ViewDataset(paths, views(), 0)[0, 1]
     with pytest.raises(UserError, match="none of 3 images can be read"):
-        ViewDataset(paths, views(), 0).check_readable()
-    ViewDataset([*paths, find_images([photos])[0]], views(), 0).check_readable()
+        ViewDataset(paths, views(), 0).first()
+    assert ViewDataset([*paths, find_images([photos])[0]], views(), 0).first().number == 3
 
 
 class Worker(KeyedDataset):
@@ -219,6 +223,66 @@ def test_workers_copy_neither_paths_nor_what_the_main_process_has() -> None:
     expected = [("PathList", path, True) for path in paths]  # a list would be copied bit by bit
     assert sorted(told for batch in batches for told in batch.targets) == sorted(expected)
     assert gc.get_freeze_count() == 0  # here, garbage is collected as ever
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Six photographs that are many times as large as their views, one on its side."""
+    folder = tmp_path_factory.mktemp("large")
+    for index in range(6):
+        exif = Image.Exif()
+        exif[0x0112] = 6 if index == 2 else 1
+        blobs(index, 300, 400).save(folder / f"{index}.jpg", quality=95, exif=exif)
+    return find_images([folder])
+
+
+def decoded_sizes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Will hold height and width of every image that OpenCV decodes."""
+    sizes, decode = [], cv2.imdecode
+
+    def seen(*arguments: Any) -> Any:
+        image = decode(*arguments)
+        sizes.append(image.shape[:2])
+        return image
+
+    monkeypatch.setattr(cv2, "imdecode", seen)
+    return sizes
+
+
+def test_large_photographs_are_decoded_as_small_as_their_own_crops_allow(
+    large: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = [random_crop(16, 0.05), flip(), *colour_distortion(0.5)]
+    data, whole = (ViewDataset(large, Views([one, one], shortest=82), 0) for _ in range(2))
+    sizes = decoded_sizes(monkeypatch)
+    monkeypatch.setattr(whole.views, "times", lambda *_: 1)
+    apart = []
+    for epoch in range(4):
+        for index in range(6):
+            ours, plain = data[epoch, index], whole[epoch, index]
+            apart += [
+                np.abs(a.astype(int) - b).mean()
+                for a, b in zip(ours.views, plain.views, strict=True)
+            ]
+            if epoch == 0:  # the leak guard knows the image at any size
+                looks = [item.fingerprint[16:].view(np.int8) * 1.0 for item in (ours, plain)]
+                lengths = np.linalg.norm(looks[0]) * np.linalg.norm(looks[1])
+                assert looks[0] @ looks[1] > 0.98 * lengths
+                assert np.array_equal(ours.fingerprint[:16], plain.fingerprint[:16])
+    assert max(apart) < 20  # of other crops or colours: 50 and more
+    assert set(sizes[1::2]) == {(300, 400), (400, 300)}
+    assert {max(size) for size in sizes[::2]} >= {50, 100}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_views_of_large_photographs_do_not_depend_on_workers(
+    workers: int, large: list[str]
+) -> None:
+    def batches(workers: int) -> list[Batch]:
+        sampler = StreamSampler(6, 3, 0, epochs=2)
+        return list(stream(ViewDataset(large, views(), 0), sampler, workers, pin_memory=False))
+
+    assert content(batches(workers)) == content(batches(0))
 
 
 def test_an_error_of_ours_is_not_taken_for_a_broken_image(photos: Path) -> None:

@@ -283,6 +283,75 @@ def test_the_smallest_crop_of_a_decoded_image_needs_no_enlarging(smallest: float
     assert 99 <= shorter <= 100
 
 
+def cuts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Will hold height and width of every part of an image that is resized to a view."""
+    found, resize = [], cv2.resize
+
+    def seen(image: np.ndarray, *rest: Any, **named: Any) -> np.ndarray:
+        found.append(image.shape[:2])
+        return resize(image, *rest, **named)
+
+    monkeypatch.setattr(cv2, "resize", seen)
+    return found
+
+
+@pytest.mark.parametrize(("height", "width"), [(600, 800), (811, 407), (100, 1500), (193, 193)])
+def test_an_image_is_reduced_no_further_than_its_own_crops_allow(
+    height: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, small = [random_crop(SIZE, 0.05), flip()], [random_crop(SIZE // 2, 0.02, 0.3)]
+    views = Views([one, small, one], shortest=crop_decode_size(SIZE, 0.02))
+    whole, all_times = np.zeros((height, width, 3), np.uint8), set()
+    found = cuts(monkeypatch)
+    for index in range(40):
+        times = views.times(height, width, 0, 1, index)
+        all_times.add(times)
+        found.clear()
+        views(whole, 0, 1, index)
+        needed = np.array([SIZE, SIZE // 2, SIZE])
+        fits = np.array(found).min(axis=1) // needed
+        assert times == max(1, fits.min())
+        reduced = np.zeros((-(-height // times), -(-width // times), 3), np.uint8)
+        found.clear()
+        made = views(reduced, 0, 1, index, (height, width))
+        assert [view.shape[0] for view in made] == needed.tolist()
+        if times > 1:  # nothing is enlarged
+            assert (np.array(found) >= needed[:, None]).all()
+        assert times >= min(height, width) // views.shortest
+    assert len(all_times) > 1
+
+
+def test_views_of_a_reduced_image_are_those_of_the_whole_image() -> None:
+    whole = colourful(480, 640)
+    one = distorted_crop(64, 0.2, 0.5, blur_probability=0.3, solarize=0.2, upright=False)
+    views = Views([one, one], shortest=64)
+    for index in range(30):
+        expected = views(whole, 3, 1, index)
+        assert same(views(whole, 3, 1, index, (480, 640)), expected)
+        for times in (2, 4):
+            small = cv2.resize(
+                whole, None, fx=1 / times, fy=1 / times, interpolation=cv2.INTER_AREA
+            )
+            for ours, theirs in zip(views(small, 3, 1, index, (480, 640)), expected, strict=True):
+                assert np.abs(ours.astype(int) - theirs).mean() < 12  # other draws: 50 and more
+
+
+def test_what_is_not_sure_to_begin_with_a_crop_goes_by_the_smallest_that_may_be_drawn() -> None:
+    crop, noisy = random_crop(SIZE, 0.2), A.GaussNoise(p=1)
+    by_chance = A.RandomResizedCrop((SIZE, SIZE), p=0.5)
+    for pipeline in ([crop, noisy], [flip(), crop], [by_chance]):
+        views = Views([[crop], pipeline], shortest=100)
+        assert {views.times(399, 500, 0, 0, index) for index in range(20)} <= {1, 2, 3}
+        assert views.times(199, 500, 0, 0, 0) == 1
+        small = np.zeros((200, 250, 3), np.uint8)
+        views(small, 0, 0, 0, (399, 500))  # drawn from the image as it is
+
+
+@pytest.mark.parametrize(("height", "width"), [(0, 0), (0, 900), (1, 900), (1, 1)])
+def test_images_of_next_to_no_size_are_not_reduced(height: int, width: int) -> None:
+    assert crops().times(height, width, 0, 0, 0) == 1
+
+
 def test_flips_are_horizontal_where_images_have_an_up() -> None:
     image = gradient()
     for upright, corners in ((True, 2), (False, 4)):

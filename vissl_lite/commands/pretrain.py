@@ -11,19 +11,21 @@ from typing import Any, Literal
 import torch
 
 from vissl_lite import __version__
+from vissl_lite.commands.pretrain_data import find_training_images
 from vissl_lite.commands.pretrain_options import Options, make_encoder, parse_time, whole_pretext
 from vissl_lite.commands.report import add_embeddings, add_pretext, add_report
-from vissl_lite.data.images import find_images
+from vissl_lite.data.cache import CachePlan, forks_workers, plan_cache
 from vissl_lite.data.labelled import load_labelled
 from vissl_lite.data.leaks import seen_by
 from vissl_lite.data.path_list import PathList
-from vissl_lite.data.stream import ViewDataset
+from vissl_lite.data.views import Views
 from vissl_lite.encoder_folder import save_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.evaluation.watch import MEASURES, Watch
 from vissl_lite.pictures import plot_curves
 from vissl_lite.pretext.base import About
 from vissl_lite.run import (
+    CONFIG,
     METRICS,
     RESULTS,
     MetricsFile,
@@ -91,19 +93,22 @@ def pretrain(
     warmup: float = 0.1,
     on_collapse: Literal["warn", "stop"] = "warn",
     logger: list[str] | str | None = None,
+    cache: bool = False,
     seed: int = 0,
     precision: str = "auto",
     devices: int | str = "auto",
     num_nodes: int = 1,
     strategy: str = "auto",
     num_workers: int | None = None,
+    compile: bool = False,
     resume: bool = False,
     overwrite: bool = False,
 ) -> PretrainResult:
     """Train an encoder on unlabelled images.
 
     Args:
-        data: Folders (searched recursively, class folders ignored) or .txt files of paths.
+        data: Folders (searched recursively, class folders ignored) or .txt files of paths; or
+            shards, on a disk or behind URLs, such as "train-{000000..000099}.tar".
         out: The run folder to write.
         pretext: The pretext task; its hyperparameters as --pretext.NAME (in Python and YAML a
             mapping of name and hyperparameters).
@@ -132,13 +137,18 @@ def pretrain(
         on_collapse: What to do when all images get nearly the same features: warn, or stop.
         logger: Where curves go beside metrics.csv: tensorboard, wandb, mlflow, or none; default
             tensorboard where it is installed.
+        cache: Keep decoded images, down-sized as far as the smallest crop allows, for later epochs:
+            in memory where they fit into half of what is free, else in one file in the run's folder
+            as long as it trains.
         seed: Of everything random.
         precision: auto, or one of Lightning's such as 32-true or bf16-mixed.
-        devices: How many devices to use, or auto.
-        num_nodes: How many machines to use.
-        strategy: Lightning's strategy, such as ddp.
+        devices: How many devices of each machine to use, or auto.
+        num_nodes: How many machines to use (see docs/scaling.md).
+        strategy: auto, or one of Lightning's such as ddp.
         num_workers: Data workers a device; default by the cores there are.
-        resume: Continue the run in --out; its own options are kept.
+        compile: Train the encoder through torch.compile: the first step takes a minute or more,
+            later ones less time on most GPUs. It needs Triton, or a C++ compiler without a GPU.
+        resume: Continue the run in --out, if there is one; its own options are kept.
         overwrite: Replace the run in --out.
 
     Returns:
@@ -149,6 +159,7 @@ def pretrain(
             no longer a number.
     """
     started = time.monotonic()
+    resume = resume and (Path(out) / CONFIG).is_file()  # a job's script may always ask for it
     config = plain(locals())
     del config["started"]
     config["data"] = [config["data"]] if isinstance(config["data"], str) else config["data"]
@@ -162,13 +173,14 @@ def pretrain(
         return _finished(Path(out))
 
     options = Options(**{k: v for k, v in config.items() if k in Options.__annotations__})
-    paths = PathList(find_images(options.data))
-    size = min(options.batch_size or 128, len(paths))
-    if options.batch_size is not None and options.batch_size > len(paths):
+    images = find_training_images(options, Path(out), resume)
+    paths, count = images.paths, len(images)
+    size = min(options.batch_size or 128, count)
+    if options.batch_size is not None and options.batch_size > count:
         raise UserError(f"--batch_size {options.batch_size} is larger than the data set: "
-                        f"{len(paths)} images")  # fmt: skip
+                        f"{count} images")  # fmt: skip
     if size < 2:
-        raise UserError(f"{len(paths)} image can't train anything: two or more are needed")
+        raise UserError(f"{count} image can't train anything: two or more are needed")
     labelled = None
     if options.probe_data is not None:
         labelled = load_labelled(options.probe_data, options.seed, need_test=False)
@@ -182,7 +194,9 @@ def pretrain(
     task.optimizer_settings = options.optimizer_settings(task, size * accumulate)
     seconds = parse_time(options.max_time)
     epochs = options.epochs if options.epochs or seconds else 100
-    hardware = Hardware(precision, devices, num_nodes, strategy, num_workers)
+    hardware = Hardware(precision, devices, num_nodes, strategy, num_workers, compile)
+    hardware.check()
+    plan = _cache_plan(options, paths, views, Path(out), hardware) if options.cache else None
 
     before = (
         seen_by(options.init) if Path(options.init).is_dir() else None
@@ -191,15 +205,18 @@ def pretrain(
     with open_run(Path(out), config, resume=resume) as run:
         log.info(
             "%d images, %s on %s at %d pixels, batch %d, %s with %.2g",
-            len(paths), options.pretext["name"], encoder.backbone, encoder.image_size, size,
+            count, options.pretext["name"], encoder.backbone, encoder.image_size, size,
             task.optimizer_settings.name, task.optimizer_settings.lr,
         )  # fmt: skip
         if accumulate > 1:
             log.info("%s", accumulation_note(task.about, size, accumulate))
-        batches = None if epochs is None else epochs * (len(paths) // size)
+        batches = None if epochs is None else epochs * (count // size)
         rate = task.optimizer_settings.lr
         pace = Pace(rate, options.warmup, options.seed, batches, seconds, started, accumulate)
-        dataset = ViewDataset(paths, views, options.seed)
+        kept = None if plan is None else plan.open(run, maker=is_main_process())
+        images.keep(run)
+        paths = images.paths
+        dataset = images.source(views, options.seed, kept)
         stream = StreamData(dataset, size, epochs, pace, hardware.workers())
         watch = Watch(
             paths, labelled, stream, pace, options.seed, options.upright,
@@ -212,7 +229,9 @@ def pretrain(
             title=options.pretext["name"], loggers=make_loggers(logger_names(options.logger), run),
             chance_loss=task.chance_loss(size),
         )  # fmt: skip
-        if not watch.last:  # resumed after the last step: nothing was trained
+        if kept is not None and trainer.is_global_zero:
+            kept.remove()
+        if not watch.looked:  # resumed after the last step: nothing was trained
             watch.look(trainer, task)
         if not trainer.is_global_zero:
             return PretrainResult(run, run / "encoder", {}, pace.steps, pace.elapsed())
@@ -222,7 +241,7 @@ def pretrain(
             "pretext": config["pretext"],
             "optimizer": vars(task.optimizer_settings),
             "data": options.data,
-            "images": len(paths),
+            "images": count,
             "step": pace.steps,
             "seed": options.seed,
         }
@@ -244,7 +263,7 @@ def pretrain(
                 "steps": result.steps,
                 "epochs": pace.batches / stream.batches_per_epoch,
                 "seconds": round(result.seconds, 1),
-                "images": len(paths),
+                "images": count,
                 "watch_share": round(watch.share, 4),
                 "collapsed": watch.collapsed,
                 "stopped": "collapsed" if watch.stopped else None,
@@ -260,6 +279,18 @@ def pretrain(
             add_embeddings(run, task.trained_encoder(), part.paths, part.labels, labelled.classes)
         add_report(run)
     return result
+
+
+def _cache_plan(
+    options: Options, paths: PathList, views: Views, out: Path, hardware: Hardware
+) -> CachePlan:
+    """Where ``--cache`` keeps what; a UserError where it can't."""
+    if hardware.num_nodes > 1:
+        raise UserError(
+            f"--cache is for one machine, not for --num_nodes {hardware.num_nodes}: leave it out"
+        )
+    shareable = hardware.one_process() and forks_workers(hardware.workers())
+    return plan_cache(paths, views.shortest, out, shareable)
 
 
 def accumulation_note(about: About, batch_size: int, accumulate: int) -> str:

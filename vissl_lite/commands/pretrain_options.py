@@ -41,6 +41,7 @@ class Options:
     warmup: float
     on_collapse: str
     logger: list[str] | str | None
+    cache: bool
     seed: int
 
     def __post_init__(self) -> None:

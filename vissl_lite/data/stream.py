@@ -6,6 +6,7 @@ resuming continues with the very batch that came next, and no worker waits at th
 
 import gc
 import itertools
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -17,13 +18,28 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vissl_lite.data.fingerprints import fingerprint
-from vissl_lite.data.images import BROKEN_IMAGE, decode_image
+from vissl_lite.data.cache import ImageCache, decode_down_sized
+from vissl_lite.data.fingerprints import Fingerprints, fingerprint, fingerprints_of
+from vissl_lite.data.images import BROKEN_IMAGE, decode_reduced
 from vissl_lite.data.path_list import PathList
 from vissl_lite.data.views import Views
 from vissl_lite.errors import UserError
 
 Key = tuple[int, int]  # (epoch, image index)
+
+
+class Lost(NamedTuple):
+    """A shard that can't be read to its end.
+
+    Attributes:
+        shard: its file or URL.
+        images: how many are missing.
+        why: what went wrong.
+    """
+
+    shard: str
+    images: int
+    why: str
 
 
 class Batch(NamedTuple):
@@ -35,6 +51,8 @@ class Batch(NamedTuple):
         broken: paths of images that could not be read and gave way to their successors.
         targets: what a data set gives beside each image, such as its boxes; else empty.
         fingerprints: ``(B, F)`` uint8, see ``fingerprint``, where the data set gives them.
+        names: of the images, where they come with fingerprints and are not known before.
+        lost: shards that were found to be broken, other images in the place of theirs.
     """
 
     views: list[Tensor]
@@ -42,6 +60,8 @@ class Batch(NamedTuple):
     broken: list[str]
     targets: list[Any]
     fingerprints: np.ndarray | None = None
+    names: Sequence[str] = ()
+    lost: Sequence[Lost] = ()
 
 
 class Item(NamedTuple):
@@ -52,9 +72,65 @@ class Item(NamedTuple):
     broken: list[str]
     target: Any = None
     fingerprint: np.ndarray | None = None
+    name: str | None = None
 
 
-class KeyedDataset(Dataset[Item], ABC):
+class Source(ABC):
+    """The images of a run, from wherever they come; they are numbered.
+
+    Attributes:
+        seed: the run's.
+    """
+
+    seed: int
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many images there are."""
+
+    @abstractmethod
+    def first(self) -> Item:
+        """What the stream gives of the first image that can be read.
+
+        Raises:
+            UserError: not even one image can be read.
+        """
+
+    @abstractmethod
+    def loader(
+        self,
+        batch_size: int,
+        epochs: int | None,
+        start: int,
+        rank: int,
+        world: int,
+        workers: int,
+        pin_memory: bool,
+        weights: np.ndarray | None = None,
+    ) -> "DataLoader[Batch]":
+        """The training stream of one process.
+
+        Args:
+            batch_size: images a batch over all ranks; a multiple of ``world``.
+            epochs: how many; None for a stream without end.
+            start: number of the first batch, to resume.
+            rank: this process.
+            world: number of processes.
+            workers: data workers.
+            pin_memory: whether batches lie where a GPU can fetch them from.
+            weights: sampling weights, where images come in any order; see ``StreamSampler``.
+        """
+
+    @abstractmethod
+    def name(self, number: int) -> str:
+        """Where an image is, from wherever one looks."""
+
+    @abstractmethod
+    def fingerprints(self, numbers: np.ndarray) -> Fingerprints:
+        """The fingerprints of some images; those that can't be read are left out."""
+
+
+class KeyedDataset(Dataset[Item], Source):
     """Items keyed by (epoch, image index); a broken image gives way to its successor.
 
     Args:
@@ -81,13 +157,33 @@ class KeyedDataset(Dataset[Item], ABC):
                     raise
                 index = (index + 1) % len(self.paths)
 
-    def check_readable(self) -> None:
-        """Raise a UserError if not even one image can be read."""
+    def first(self) -> Item:
         for index in range(len(self)):
             with suppress(*BROKEN_IMAGE):
-                self.item(0, index)
-                return
+                return self.item(0, index)
         raise UserError(f"none of {len(self)} images can be read, the first {self.paths[0]}")
+
+    def loader(
+        self,
+        batch_size: int,
+        epochs: int | None,
+        start: int,
+        rank: int,
+        world: int,
+        workers: int,
+        pin_memory: bool,
+        weights: np.ndarray | None = None,
+    ) -> "DataLoader[Batch]":
+        sampler = StreamSampler(
+            len(self), batch_size, self.seed, epochs, start, rank, world, weights
+        )  # fmt: skip
+        return stream(self, sampler, workers, pin_memory)
+
+    def name(self, number: int) -> str:
+        return os.path.abspath(self.paths[number])
+
+    def fingerprints(self, numbers: np.ndarray) -> Fingerprints:
+        return fingerprints_of([self.name(number) for number in numbers])
 
     @abstractmethod
     def item(self, epoch: int, index: int) -> Item:
@@ -101,20 +197,37 @@ class ViewDataset(KeyedDataset):
         paths: image files.
         views: the augmentations.
         seed: the run's seed.
+        cache: keeps what has been decoded; without one, every epoch decodes each image, as small as
+            the crops that it draws allow.
     """
 
-    def __init__(self, paths: Sequence[str], views: Views, seed: int) -> None:
+    def __init__(
+        self, paths: Sequence[str], views: Views, seed: int, cache: ImageCache | None = None
+    ) -> None:
         super().__init__(paths, seed)
-        self.views = views
+        self.views, self.cache = views, cache
 
     def item(self, epoch: int, index: int) -> Item:
         """All views of one image."""
-        with open(self.paths[index], "rb") as file:
-            data = file.read()
-        image = decode_image(data, self.paths[index], self.views.shortest)
-        taken = fingerprint(data, image) if epoch == 0 else None
-        views = self.views(image, self.seed, epoch, index)
+        kept = None if self.cache is None else self.cache.get(index)
+        taken = None
+        if kept is None or epoch == 0:
+            with open(self.paths[index], "rb") as file:
+                data = file.read()
+            kept = kept or self._decode(data, epoch, index)
+            taken = fingerprint(data, kept[0]) if epoch == 0 else None
+        image, whole = kept
+        views = self.views(image, self.seed, epoch, index, whole)
         return Item(views, index, [], fingerprint=taken)
+
+    def _decode(self, data: bytes, epoch: int, index: int) -> tuple[np.ndarray, tuple[int, int]]:
+        """``(h, w, 3)`` uint8, and height and width of the whole image."""
+        path, key = self.paths[index], (self.seed, epoch, index)
+        if self.cache is None:
+            return decode_reduced(data, path, lambda h, w: self.views.times(h, w, *key))
+        image, whole = decode_down_sized(data, path, self.cache.plan.shortest)
+        self.cache.put(index, image, whole)
+        return image, whole
 
 
 class StreamSampler(Sampler[list[Key]]):
@@ -126,7 +239,7 @@ class StreamSampler(Sampler[list[Key]]):
         seed: the run's seed: the order depends on it and on the epoch alone.
         epochs: how many; None for a stream without end.
         start: number of the first batch, to resume.
-        rank: this process, which gets every ``world``-th image of each batch.
+        rank: this process: joined in the order of ranks, the shares are the batch.
         world: number of processes.
         weights: ``(images,)`` positive sampling weights: each epoch then draws with replacement.
     """
@@ -161,8 +274,8 @@ class StreamSampler(Sampler[list[Key]]):
             else:
                 order = random.choice(self.images, self.images, p=self.weights)
             for batch in range(skip, self.batches_per_epoch):
-                at = batch * self.batch_size
-                mine = order[at + self.rank : at + self.batch_size : self.world]
+                share = self.batch_size // self.world
+                mine = order[batch * self.batch_size + self.rank * share :][:share]
                 yield [(epoch, int(index)) for index in mine]
             skip = 0
 
@@ -178,7 +291,9 @@ def collate(items: Sequence[Item]) -> Batch:
     targets = [item.target for item in items if item.target is not None]
     taken = [item.fingerprint for item in items if item.fingerprint is not None]
     # a batch lies within an epoch: all of its images have one, or none
-    return Batch(views, indices, broken, targets, np.stack(taken) if taken else None)
+    prints = np.stack(taken) if taken else None
+    names = [item.name for item in items if taken and item.name is not None]
+    return Batch(views, indices, broken, targets, prints, names)
 
 
 def single_threaded(worker: int) -> None:

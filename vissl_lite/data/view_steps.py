@@ -59,15 +59,26 @@ class RandomStream:
         self._bits.state = self._state
         self.python.seed(int(self._bits.random_raw()))
 
-    def run(self, steps: Steps, image: np.ndarray) -> np.ndarray:
+    def first_place(self, crop: "Crop", height: int, width: int) -> tuple[int, int, int, int]:
+        """Where the crop lies that ``run`` will begin with; the stream has to be keyed again."""
+        self.python.random()
+        return crop.place(height, width, self.python)
+
+    def run(
+        self, steps: Steps, image: np.ndarray, whole: tuple[int, int] | None = None
+    ) -> np.ndarray:
         """What Albumentations' ``Compose`` makes of an image.
 
         Args:
             steps: in the order in which they are applied.
             image: ``(H, W, 3)`` uint8.
+            whole: height and width of the image before it was reduced: a crop that comes first is
+                drawn for these.
         """
         python, generator = self.python, self.generator
         python.random()  # whether anything is done at all, which it always is
+        if whole is not None and (crop := first_crop(steps)) is not None:
+            image, steps = crop.cut(image, crop.place(*whole, python), whole), steps[1:]
         for probability, step in steps:
             if probability > 0 and (probability >= 1 or python.random() < probability):
                 image = step(image, python, generator)
@@ -93,7 +104,26 @@ class Crop:
     def __call__(
         self, image: np.ndarray, python: random.Random, generator: np.random.Generator
     ) -> np.ndarray:
-        top, left, height, width = self.place(image.shape[0], image.shape[1], python)
+        whole = image.shape[0], image.shape[1]
+        return self.cut(image, self.place(*whole, python), whole)
+
+    def cut(
+        self, image: np.ndarray, place: tuple[int, int, int, int], whole: tuple[int, int]
+    ) -> np.ndarray:
+        """The part of an image, resized.
+
+        Args:
+            image: ``(H, W, 3)`` uint8, maybe reduced.
+            place: top, left, height and width in the whole image.
+            whole: the whole image's height and width.
+        """
+        top, left, height, width = place
+        rows, columns = image.shape[:2]
+        if (rows, columns) != whole:
+            down, across = rows / whole[0], columns / whole[1]
+            height, width = max(1, round(height * down)), max(1, round(width * across))
+            top = min(round(top * down), rows - height)
+            left = min(round(left * across), columns - width)
         part = image[top : top + height, left : left + width]
         if (height, width) == self.size:
             return np.ascontiguousarray(part)
@@ -123,6 +153,12 @@ class Crop:
         elif columns / rows > wide:
             width = round(rows * wide)
         return (rows - height) // 2, (columns - width) // 2, height, width
+
+
+def first_crop(steps: Steps) -> Crop | None:
+    """The crop that steps certainly begin with; None if they do not."""
+    probability, step = steps[0]
+    return step if probability >= 1 and isinstance(step, Crop) else None
 
 
 class Mirror:

@@ -29,6 +29,7 @@ from vissl_lite.data.view_steps import (
     Step,
     Steps,
     Turn,
+    first_crop,
 )
 from vissl_lite.errors import UserError
 
@@ -67,7 +68,44 @@ class Views:
     def __len__(self) -> int:
         return len(self._pipelines)
 
-    def __call__(self, image: np.ndarray, seed: int, epoch: int, index: int) -> list[np.ndarray]:
+    def times(self, height: int, width: int, seed: int, epoch: int, index: int) -> int:
+        """How many times as large as its views need an image is: decoding may reduce it so far.
+
+        A crop that a view begins with is drawn here as it will be drawn from the image, so that it
+        is this crop that counts and not the smallest that might be drawn, as for ``shortest``.
+
+        Args:
+            height: of the whole image in pixels.
+            width: likewise.
+            seed: the run's seed.
+            epoch: how often the image has been seen before.
+            index: the image's number in the data set.
+
+        Returns:
+            At least 1.
+        """
+        least = min(height, width)
+        bounds = [least]
+        for number, pipeline in enumerate(self._pipelines):
+            crop = None if isinstance(pipeline, A.Compose) else first_crop(pipeline)
+            bound = least // max(1, self.shortest if crop is None else min(crop.size))
+            if crop is not None and bound > 1:
+                self._random.rekey(seed, epoch, index, number)
+                _, _, rows, columns = self._random.first_place(crop, height, width)
+                bound = min(rows // crop.size[0], columns // crop.size[1])
+            if bound < 2:  # as it is with all small images: no more crops are drawn
+                return 1
+            bounds.append(bound)
+        return min(bounds)
+
+    def __call__(
+        self,
+        image: np.ndarray,
+        seed: int,
+        epoch: int,
+        index: int,
+        whole: tuple[int, int] | None = None,
+    ) -> list[np.ndarray]:
         """All views of one image.
 
         Args:
@@ -75,6 +113,7 @@ class Views:
             seed: the run's seed.
             epoch: how often the image has been seen before.
             index: the image's number in the data set.
+            whole: height and width of the image before it was reduced; default: it was not.
 
         Returns:
             One ``(h, w, 3)`` uint8 array for each view.
@@ -85,7 +124,7 @@ class Views:
             if isinstance(pipeline, A.Compose):
                 views.append(pipeline(image=image)["image"])
             else:
-                views.append(self._random.run(pipeline, image))
+                views.append(self._random.run(pipeline, image, whole))
         return views
 
 

@@ -6,9 +6,10 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vissl_lite.data.stream import Batch, KeyedDataset, StreamSampler, stream
+from vissl_lite.data.stream import Batch, Source
 from vissl_lite.errors import UserError
 from vissl_lite.training.pace import Pace
 
@@ -29,13 +30,17 @@ class StreamData(pl.LightningDataModule):
         workers: data workers a device.
         weights: sampling weights; see ``StreamSampler``.
 
+    Attributes:
+        indices: those of the batch at hand, on the CPU: to read them from the batch itself would
+            wait for a GPU to end its work.
+
     Raises:
         UserError: no image can be read.
     """
 
     def __init__(
         self,
-        dataset: KeyedDataset,
+        dataset: Source,
         batch_size: int,
         epochs: int | None,
         pace: Pace,
@@ -43,45 +48,61 @@ class StreamData(pl.LightningDataModule):
         weights: np.ndarray | None = None,
     ) -> None:
         super().__init__()
-        dataset.check_readable()
+        dataset.first()
         self.dataset, self.batch_size, self.epochs = dataset, batch_size, epochs
         self.pace, self.workers, self.weights = pace, workers, weights
         self.batches_per_epoch = len(dataset) // batch_size
+        self.indices: Tensor
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        self.indices = batch.indices
+        return batch
 
     def train_dataloader(self) -> DataLoader[Batch]:
         assert self.trainer is not None
         world = self.trainer.world_size
         if self.batch_size % world:
             raise UserError(f"--batch_size {self.batch_size} can't be shared by {world} devices")
-        sampler = StreamSampler(
-            len(self.dataset),
+        return self.dataset.loader(
             self.batch_size,
-            self.dataset.seed,
             self.epochs,
             start=self.pace.batches,
             rank=self.trainer.global_rank,
             world=world,
+            workers=self.workers,
+            pin_memory=torch.cuda.is_available(),
             weights=self.weights,
         )
-        return stream(self.dataset, sampler, self.workers, torch.cuda.is_available())
 
 
 class BrokenImages(Callback):
-    """Counts and names images that could not be read; too many of them stop the run."""
+    """Counts and names images that could not be read; too many of them stop the run.
+
+    Args:
+        images: how many the data set has.
+
+    Attributes:
+        paths: what can't be read, and how many images each is: a shard may be many.
+    """
 
     def __init__(self, images: int) -> None:
         self.images = images
-        self.paths: dict[str, None] = {}
+        self.paths: dict[str, int] = {}
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         for path in batch.broken:
             if path not in self.paths:
-                self.paths[path] = None
+                self.paths[path] = 1
                 log.warning("skipped, can't be read: %s", path)
-        if len(self.paths) > BROKEN_SHARE * self.images:
+        for lost in batch.lost:
+            if lost.shard not in self.paths:
+                log.warning("skipped, can't be read: %s, %s", lost.shard, lost.why)
+            self.paths[lost.shard] = max(lost.images, self.paths.get(lost.shard, 0))
+        broken = sum(self.paths.values())
+        if broken > BROKEN_SHARE * self.images:
             raise UserError(
-                f"{len(self.paths)} of {self.images} images can't be read, the first "
+                f"{broken} of {self.images} images can't be read, the first "
                 f"{next(iter(self.paths))}"
             )
