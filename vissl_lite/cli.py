@@ -26,6 +26,7 @@ VERBS = {
     "embed": "write the features of images as a Parquet or NPZ file",
     "explore": "a map of a folder of images, as one HTML file",
     "export": "write an encoder or a model as an ONNX file or a timm folder",
+    "shard": "write images as tar files, to stream them from a disk or a URL",
     "list": "what there is: list pretexts, list backbones [PATTERN]",
 }
 

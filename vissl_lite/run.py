@@ -36,7 +36,7 @@ log.setLevel(logging.DEBUG)
 
 # Options that say how to run, not what: they may differ when a run is resumed.
 FREE_TO_CHANGE = frozenset(
-    {"out", "resume", "overwrite", "num_workers", "devices", "num_nodes", "strategy"}
+    {"out", "resume", "overwrite", "num_workers", "devices", "num_nodes", "strategy", "compile"}
     | {"encoder", "seeds", "baseline"}  # a comparison may be resumed with more of them
 )
 

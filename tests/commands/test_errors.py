@@ -403,8 +403,11 @@ def test_other_files_in_out(refused: Refused, few: Path) -> None:
 
 
 def test_nothing_to_resume(refused: Refused, few: Path) -> None:
-    error = refused("pretrain", "--data", few, "--out", "run", "--resume")
-    assert "run holds no run to resume" in error
+    """Then the run starts, as a job's script always resumes: with options of its own."""
+    error = refused("pretrain", "--out", "run", "--resume")
+    assert "--data must be given" in error
+    error = refused("pretrain", "--data", few, "--out", few, "--resume")
+    assert "holds other files" in error
 
 
 def test_options_that_contradict_the_run_to_resume(refused: Refused, old_run: Path) -> None:

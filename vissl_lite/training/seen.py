@@ -1,8 +1,9 @@
 """Keeps the fingerprints of the images that a run has trained on: for the leak guard."""
 
+import json
 import os
 import shutil
-from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.callbacks import Callback
 
-from vissl_lite.data.fingerprints import EXACT_BYTES, LOOK_BYTES, Fingerprints, fingerprints_of
+from vissl_lite.data.fingerprints import EXACT_BYTES, LOOK_BYTES, Fingerprints
 from vissl_lite.data.leaks import FINGERPRINTS
 from vissl_lite.data.stream import Batch
 from vissl_lite.training.pace import Pace
@@ -57,23 +58,28 @@ class KeepFingerprints(Callback):
     ) -> None:
         if batch.fingerprints is None:
             return
+        if batch.names:  # before the records, so that none is without
+            pairs = zip(self.data.indices.tolist(), batch.names, strict=True)
+            with self._part.with_suffix(".names").open("a", encoding="ascii") as out:
+                out.writelines(f"{json.dumps(pair)}\n" for pair in pairs)
         records = np.empty(len(batch.fingerprints), _RECORD)
-        records["index"] = batch.indices.cpu().numpy()
+        records["index"] = self.data.indices.numpy()
         records["fingerprint"] = batch.fingerprints
-        with self._part.open("ab") as out:
-            out.write(records.tobytes())
+        with self._part.open("ab") as part:
+            part.write(records.tobytes())
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         trainer.strategy.barrier()
         if not trainer.is_global_zero:
             return
-        paths = self.data.dataset.paths
-        records = _read(self.parts)
+        source = self.data.dataset
+        records, names = _read(self.parts), _read_names(self.parts)
         indices = records["index"]
-        found = Fingerprints.of(records["fingerprint"], _absolute(paths, indices))
+        seen = [names.get(index) or source.name(index) for index in indices.tolist()]
+        found = Fingerprints.of(records["fingerprint"], seen)
         if self.pace.batches > self.data.batches_per_epoch:
-            rest = np.setdiff1d(np.arange(len(paths)), indices, assume_unique=True)
-            found = found.join(fingerprints_of(_absolute(paths, rest)))
+            rest = np.setdiff1d(np.arange(len(source)), indices, assume_unique=True)
+            found = found.join(source.fingerprints(rest))
         if self.file.exists():  # written, and killed before the last checkpoint was
             found = Fingerprints.load(self.file).join(found)
         (found if self.before is None else self.before.join(found)).save(self.file)
@@ -87,5 +93,12 @@ def _read(parts: Path) -> np.ndarray:
     return records[np.unique(records["index"], return_index=True)[1]]
 
 
-def _absolute(paths: Sequence[str], indices: np.ndarray) -> list[str]:
-    return [os.path.abspath(paths[index]) for index in indices]
+def _read_names(parts: Path) -> dict[int, str]:
+    """Names of images by their numbers, where they came with the batches."""
+    names: dict[int, str] = {}
+    for file in sorted(parts.glob("*.names")):
+        for line in file.read_text(encoding="ascii").splitlines():
+            with suppress(ValueError):  # the last one, cut off
+                number, name = json.loads(line)
+                names[number] = name
+    return names
