@@ -112,6 +112,11 @@ class Watch(Callback):
         """What watching has cost so far, as a share of the time."""
         return self._spent / max(self.pace.elapsed(), 1e-9)
 
+    @property
+    def looked(self) -> bool:
+        """Whether there was a look, in this process or, as only one of several does, in another."""
+        return self._looked_at >= 0
+
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self.pace.batches == 0:
             self.look(trainer, module)

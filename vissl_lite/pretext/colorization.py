@@ -19,7 +19,7 @@ from vissl_lite.pretext.base import About, Exhibit, PretextTask
 from vissl_lite.pretext.parts.crops import cropped_views
 from vissl_lite.pretext.parts.exhibit import beside
 from vissl_lite.pretext.parts.heads import Decoder
-from vissl_lite.pretext.parts.losses import world
+from vissl_lite.training.processes import world
 
 log = logging.getLogger(__name__)
 

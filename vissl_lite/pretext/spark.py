@@ -28,17 +28,19 @@ from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import KINDS, About, Exhibit, PretextTask
 from vissl_lite.pretext.parts.crops import cropped_views
 from vissl_lite.pretext.parts.exhibit import reconstruction
-from vissl_lite.pretext.parts.losses import gather
 from vissl_lite.pretext.parts.masking import (
     check_ratio,
     denormalized_patches,
     normalized_patches,
+    number_masked,
     patchify,
     positions,
     random_mask,
     take,
     unpatchify,
 )
+from vissl_lite.training.processes import gather
+from vissl_lite.training.sync_batchnorm import Synchronised
 
 MaskOf = Callable[[Tensor], Tensor]  # the mask at a feature map's resolution and of its type
 
@@ -63,7 +65,7 @@ def visible_batch_norm(norm: _BatchNorm, features: Tensor, mask: Tensor) -> Tens
     """BatchNorm over the visible places; the masked ones become 0.
 
     Args:
-        norm: whose parameters, running statistics and mode are used. A ``SyncBatchNorm`` takes the
+        norm: whose parameters, running statistics and mode are used. A synchronised one takes the
             statistics of all processes together.
         features: ``(B, C, h, w)``.
         mask: ``(B, 1, h, w)``, 1 where visible, else 0.
@@ -76,7 +78,7 @@ def visible_batch_norm(norm: _BatchNorm, features: Tensor, mask: Tensor) -> Tens
     if norm.training or mean is None or variance is None:
 
         def over_places(summed: Tensor) -> Tensor:
-            if isinstance(norm, nn.SyncBatchNorm):
+            if isinstance(norm, nn.SyncBatchNorm | Synchronised):
                 return gather(summed[None]).sum(dim=0)
             return summed
 
@@ -405,7 +407,7 @@ class SparK(PretextTask):
         unit = self.encoder.image_size // self.grid
         predicted = patchify(self.predict(images, mask).float(), unit)
         # normalised patches, and the masked ones only (section 3.3)
-        where = positions(mask)
+        where = positions(mask, number_masked(mask.shape[1], self.mask_ratio))
         return F.mse_loss(take(predicted, where), take(normalized_patches(images, unit), where))
 
     def show(self, views: list[Tensor]) -> Exhibit:

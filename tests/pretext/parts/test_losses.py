@@ -3,6 +3,7 @@
 import math
 import os
 import socket
+from collections.abc import Callable
 from statistics import NormalDist
 
 import numpy as np
@@ -11,12 +12,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from vissl_lite.pretext.parts import losses
 from vissl_lite.pretext.parts.losses import (
     Centre,
     barlow_twins,
     contrast,
     cross_entropy,
-    gather,
     info_nce,
     koleo,
     negative_cosine,
@@ -28,6 +29,7 @@ from vissl_lite.pretext.parts.losses import (
     visreg,
 )
 from vissl_lite.pretext.parts.queue import Queue
+from vissl_lite.training.processes import gather
 
 
 def literal_nt_xent(z1: torch.Tensor, z2: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -91,6 +93,32 @@ def test_nt_xent_is_computed_in_float32_under_autocast() -> None:
 def test_gather_in_one_process_is_the_tensor_itself() -> None:
     tensor = torch.randn(3, 2)
     assert gather(tensor) is tensor
+
+
+@pytest.mark.parametrize("loss", [nt_xent, contrast])
+def test_rows_some_at_a_time_change_nothing(
+    loss: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss and gradient of each embedding, with chunks that do not come out even."""
+    z1, z2 = (z.requires_grad_() for z in embeddings(11))
+    whole = loss(z1, z2, 0.2)
+    expected = torch.autograd.grad(3 * whole, [z1, z2])
+    for rows in (1, 4):
+        monkeypatch.setattr(losses, "CHUNK_BYTES", rows * 4 * (22 if loss is nt_xent else 11))
+        chunked = loss(z1, z2, 0.2)
+        torch.testing.assert_close(chunked, whole)
+        for one, other in zip(torch.autograd.grad(3 * chunked, [z1, z2]), expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_contrast_has_the_gradient_of_the_paper_for_queries_alone_too() -> None:
+    for fixed in (0, 1, 2):
+        inputs = [z.requires_grad_(number != fixed) for number, z in enumerate(embeddings(6))]
+        needed = [z for z in inputs if z.requires_grad]
+        ours = torch.autograd.grad(contrast(*inputs, 0.2), needed)
+        paper = torch.autograd.grad(literal_contrast(*inputs, 0.2), needed)
+        for one, other in zip(ours, paper, strict=True):
+            torch.testing.assert_close(one, other.float(), atol=1e-5, rtol=1e-4)
 
 
 def literal_contrast(query: torch.Tensor, key: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -55,7 +55,7 @@ def test_visible_and_masked_tokens_put_back_restore_the_whole() -> None:
     tokens = torch.randn(3, 10, 2)
     mask = random_mask(3, 10, 0.7, CPU)
     restored = torch.zeros_like(tokens)
-    for where in (positions(mask), positions(~mask)):
+    for where in (positions(mask, 7), positions(~mask, 3)):
         for image in range(3):
             for place, token in zip(where[image], take(tokens, where)[image], strict=True):
                 restored[image, place] += token

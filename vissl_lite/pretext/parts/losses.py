@@ -1,4 +1,4 @@
-"""Losses as pure functions, and the gathering across processes that some of them need."""
+"""Losses as pure functions of embeddings; where they look at the whole batch, of all processes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,40 +8,56 @@ import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from vissl_lite.training.processes import gather, world
 
-class _Gather(torch.autograd.Function):
-    """All processes' tensors, joined; the gradient comes back from all of them."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, tensor.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)  # every process's loss depends on this process's tensor
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+# Of similarities that are there at a time. With more, matrix products become no faster. The whole
+# matrix of 1024 images in each of 64 processes would be 1 GB, and autograd would keep several.
+CHUNK_BYTES = 2**26
 
 
-def world() -> tuple[int, int]:
-    """This process's rank and the number of processes; (0, 1) outside distributed training."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+class _FindAmong(torch.autograd.Function):
+    """Cross-entropy of each query's similarities to all keys, some rows at a time.
 
-
-def gather(tensor: Tensor) -> Tensor:
-    """Join a tensor over all processes, with gradient.
-
-    Args:
-        tensor: ``(B, ...)``, of the same shape in every process.
-
-    Returns:
-        ``(B * world, ...)``, in the order of ranks; the tensor itself in a single process.
+    The gradient is made along with the loss, while the rows are there: nothing that is as large as
+    queries times keys is kept, or computed twice.
     """
-    return _Gather.apply(tensor) if world()[1] > 1 else tensor
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, answer: Tensor, left_out: Tensor | None
+    ) -> Tensor:
+        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        query_gradient = torch.empty_like(query) if wanted else None
+        key_gradient = torch.zeros_like(key) if ctx.needs_input_grad[1] else None
+        total = query.new_zeros(())
+        rows = max(1, CHUNK_BYTES // (4 * len(key)))
+        for start in range(0, len(query), rows):
+            part = slice(start, start + rows)
+            scores = query[part] @ key.T
+            if left_out is not None:
+                scores.scatter_(1, left_out[part, None], float("-inf"))
+            norm = scores.logsumexp(dim=1, keepdim=True)
+            total += (norm - scores.gather(1, answer[part, None])).sum()
+            if query_gradient is None:
+                continue
+            scores.sub_(norm).exp_()  # now the probabilities
+            scores.scatter_add_(1, answer[part, None], -torch.ones_like(norm))
+            query_gradient[part] = scores @ key
+            if key_gradient is not None:
+                key_gradient.addmm_(scores.T, query[part])
+        ctx.save_for_backward(query_gradient, key_gradient)
+        return total / len(query)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query_gradient, key_gradient = ctx.saved_tensors
+        share = gradient / len(query_gradient)
+        return (
+            share * query_gradient,
+            None if key_gradient is None else share * key_gradient,
+            None,
+            None,
+        )
 
 
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
@@ -49,7 +65,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
 
     Every embedding has to find the other view of its image among all other embeddings of both
     views, those of other processes included. The mean of the processes' losses is the loss of the
-    joined batch, and so is its gradient.
+    joined batch, and so is its gradient. Memory grows with the batch alone, time with its square.
 
     Args:
         z1: ``(B, D)`` embeddings of the first views; need not be normalised.
@@ -65,11 +81,10 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
         others = torch.cat([gather(z1), gather(z2)])
         total = len(others) // 2
         own = torch.arange(size, device=z1.device) + rank
-        similarity = torch.cat([z1, z2]) @ others.T / temperature
         itself = torch.cat([own, own + total])
         partner = torch.cat([own + total, own])
-        similarity = similarity.scatter(1, itself[:, None], float("-inf"))
-        return F.cross_entropy(similarity, partner)
+        loss: Tensor = _FindAmong.apply(torch.cat([z1, z2]) / temperature, others, partner, itself)
+        return loss
 
 
 def contrast(query: Tensor, key: Tensor, temperature: float) -> Tensor:
@@ -89,7 +104,8 @@ def contrast(query: Tensor, key: Tensor, temperature: float) -> Tensor:
     with torch.autocast(query.device.type, enabled=False):
         query, key = F.normalize(query.float(), dim=1), F.normalize(key.float(), dim=1)
         own = torch.arange(len(query), device=query.device) + world()[0] * len(query)
-        return F.cross_entropy(query @ gather(key).T / temperature, own)
+        loss: Tensor = _FindAmong.apply(query / temperature, gather(key), own, None)
+        return loss
 
 
 def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tensor:
@@ -177,7 +193,8 @@ def _lack_of_spread(z: Tensor) -> Tensor:
 
 
 def _covariance(z: Tensor) -> Tensor:
-    covariance = z.T.cov()
+    centred = z - z.mean(dim=0)
+    covariance = centred.T @ centred / (len(z) - 1)  # as z.T.cov(), which waits for a GPU
     return (covariance.square().sum() - covariance.diagonal().square().sum()) / z.shape[1]
 
 
@@ -254,16 +271,25 @@ def sinkhorn(
         ``(B, K)`` float32, each row a distribution; without gradient.
     """
     with torch.autocast(scores.device.type, enabled=False):
-        size = len(scores)
-        codes = gather(scores.float())
+        size, processes = len(scores), world()[1]
+        codes = scores.float()
         if earlier is not None:
             codes = torch.cat([codes, earlier.float()])
-        codes = ((codes - codes.max()) / epsilon).exp()
+        rows = processes * size + len(codes) - size
+        highest = codes.max()
+        if processes > 1:
+            dist.all_reduce(highest, dist.ReduceOp.MAX)
+        codes = ((codes - highest) / epsilon).exp()
         for _ in range(iterations):
+            # each process keeps its own rows: only the sums of columns travel
+            columns = codes[:size].sum(dim=0)
+            if processes > 1:
+                dist.all_reduce(columns)
+            columns += codes[size:].sum(dim=0)  # the same everywhere
             # a prototype that underflows gets nothing, rather than an infinite share
-            codes = codes / (codes.sum(dim=0, keepdim=True).clamp_min(1e-30) * codes.shape[1])
-            codes = codes / (codes.sum(dim=1, keepdim=True) * len(codes))
-        return len(codes) * codes[world()[0] * size :][:size]
+            codes = codes / (columns.clamp_min(1e-30) * codes.shape[1])
+            codes = codes / (codes.sum(dim=1, keepdim=True) * rows)
+        return rows * codes[:size]
 
 
 def cross_entropy(targets: Tensor, scores: Tensor, temperature: float) -> Tensor:

@@ -54,34 +54,45 @@ def check_patches(about: About, encoder: Encoder) -> int:
     return patch
 
 
+def number_masked(count: int, ratio: float) -> int:
+    """How many patches to mask: at least one, and one stays visible.
+
+    Args:
+        count: patches of an image; at least 2.
+        ratio: share that is to be masked.
+    """
+    return min(max(round(ratio * count), 1), count - 1)
+
+
 def random_mask(batch: int, count: int, ratio: float, device: torch.device) -> Tensor:
     """Masks that hide equally many of all patches of each image, drawn anew for each.
 
     Args:
         batch: B, images.
         count: N, patches of an image; at least 2.
-        ratio: share that is masked. At least one patch is masked and one stays visible.
+        ratio: share that is masked; see ``number_masked``.
         device: where to draw.
 
     Returns:
         ``(B, N)``, true where masked.
     """
-    masked = min(max(round(ratio * count), 1), count - 1)
+    masked = number_masked(count, ratio)
     shuffled = torch.rand(batch, count, device=device).argsort(dim=1)
     mask = torch.zeros(batch, count, dtype=torch.bool, device=device)
     return mask.scatter(1, shuffled[:, :masked], True)
 
 
-def positions(chosen: Tensor) -> Tensor:
+def positions(chosen: Tensor, count: int) -> Tensor:
     """Where a mask is true, in ascending order.
 
     Args:
         chosen: ``(B, N)``, equally often true in each row.
+        count: K, how often; known to the caller, as to ask the mask would wait for a GPU.
 
     Returns:
         ``(B, K)`` indices below N.
     """
-    return chosen.nonzero()[:, 1].view(len(chosen), -1)
+    return chosen.byte().argsort(dim=1, descending=True, stable=True)[:, :count]
 
 
 def take(tokens: Tensor, where: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from vissl_lite.pretext.parts.losses import gather
+from vissl_lite.training.processes import gather
 
 
 class Queue(nn.Module):
