@@ -1,6 +1,7 @@
 """What the benchmarks share: where and when a figure was made, and how it is kept."""
 
 import json
+import os
 import platform
 import subprocess
 from datetime import date
@@ -20,9 +21,10 @@ def where_and_when() -> dict[str, str]:
         flags = info.read_text()
         bf16 = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags]
         cpu = f"{len(lines)} cores of {lines[0].split(':')[1].strip()} ({', '.join(bf16)})"
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    asked = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    commit = asked.stdout.strip() or os.environ.get("COMMIT", "unknown")  # a copy without .git
     packages = ("torch", "timm", "lightning", "albumentations")
     return {
         "cpu": cpu,

@@ -2,7 +2,8 @@
 
 Every arm is a run of its own, kept in ``--out``: a call that is cut off is repeated as it stands,
 and goes on where it was. Encoders are those of the last step; kNN with k = 200 and T = 0.1, and a
-linear probe whose penalty is chosen on training images.
+linear probe whose penalty is chosen on training images. Time to accuracy is that of kNN while it
+trains (``--probe_data``).
 
     python benchmarks/gpu/cifar10.py --data DATA/cifar10 --out RUNS --arms simclr byol
 
@@ -15,6 +16,7 @@ Results: RUNS/gpu_cifar10.json; a complete table is kept in benchmarks/results/ 
 """
 
 import argparse
+import csv
 import json
 import sys
 from pathlib import Path
@@ -33,6 +35,9 @@ ARMS = (
     "simclr", "byol", "simsiam", "barlow_twins", "moco", "dino", "swav", "vicreg", "lejepa",
 )  # fmt: skip
 
+# Accuracies whose time is noted.
+LEVELS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
+
 
 def run(*arguments: object) -> None:
     status = vissl_lite([str(argument) for argument in arguments])
@@ -47,13 +52,28 @@ def train(arm: str, options: argparse.Namespace, listed: Path) -> dict:
             run("pretrain", "--out", out, "--resume")
         else:
             recipe = HERE.parents[1] / "configs" / "cifar10" / f"{arm}.yaml"
-            extra = ["--epochs", options.epochs]
+            extra = ["--epochs", options.epochs, "--probe_data", options.data]
             if options.batch_size:
                 extra += ["--batch_size", options.batch_size]
             if options.backbone:
                 extra += ["--backbone", options.backbone]
             run("pretrain", "--config", recipe, "--data", listed, "--out", out, *extra)
     return json.loads((out / "results.json").read_text())
+
+
+def accuracy_over_time(run: Path) -> dict:
+    """kNN on validation images against minutes of training, and when it first got how far.
+
+    The looks that ``--probe_data`` takes, at few images: a little below what ``judge`` finds.
+    """
+    with (run / "metrics.csv").open(newline="") as file:
+        looks = [row for row in csv.DictReader(file) if row.get("knn")]
+    curve = [(round(float(row["seconds"]) / 60, 2), float(row["knn"])) for row in looks]
+    reached = {
+        f"{level:.2f}": next((minutes for minutes, knn in curve if knn >= level), None)
+        for level in LEVELS
+    }
+    return {"curve": curve, "minutes_to": reached}
 
 
 def judge(arm: str, options: argparse.Namespace) -> dict:
@@ -98,6 +118,7 @@ def main() -> None:
             "images_per_second": trained["images"] * trained["epochs"] / trained["seconds"],
             "knn": scores["knn"],
             "linear": scores["linear"],
+            **accuracy_over_time(options.out / arm),
         }
         file.write_text(json.dumps({**rows, "made": where_and_when()}, indent=2) + "\n")
         print(arm, json.dumps(rows[arm]), flush=True)

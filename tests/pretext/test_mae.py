@@ -58,7 +58,7 @@ def test_masked_pixels_do_not_reach_encoder_and_prediction() -> None:
     task, images = mae(), torch.randn(2, 3, 64, 64)
     mask = torch.ones(2, 16, dtype=torch.bool)
     mask[:, [0, 6, 9, 15]] = False
-    latent = encode_visible(task.encoder, images, positions(~mask))
+    latent = encode_visible(task.encoder, images, positions(~mask, 4))
     predicted = task.predict(images, mask)
     changed = torch.randn(2, 3, 64, 64)
     for place in (0, 6, 9, 15):
@@ -66,7 +66,7 @@ def test_masked_pixels_do_not_reach_encoder_and_prediction() -> None:
         square = (..., slice(row, row + 16), slice(column, column + 16))
         changed[square] = images[square]
     for one, other in zip(
-        encode_visible(task.encoder, changed, positions(~mask)), latent, strict=True
+        encode_visible(task.encoder, changed, positions(~mask, 4)), latent, strict=True
     ):
         assert torch.equal(one, other)
     assert torch.equal(task.predict(changed, mask), predicted)
@@ -112,7 +112,7 @@ def test_a_perfect_prediction_gives_the_image_back(
     task = mae(normalize_pixels=normalize)
 
     def predict(images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return take(task.targets(images), positions(mask))
+        return take(task.targets(images), positions(mask, task.masked))
 
     monkeypatch.setattr(task, "predict", predict)
     gives_the_image_back(task)

@@ -50,3 +50,20 @@ def test_a_damaged_checkpoint_is_the_users_to_know(tmp_path: Path) -> None:
     (tmp_path / "last.ckpt").write_bytes(b"PK\x03\x04 and then nothing")
     with pytest.raises(UserError, match="damaged"):
         read_checkpoint(tmp_path / "last.ckpt")
+
+
+def test_tf32_is_for_training_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with hardware.tf32():
+        assert torch.get_float32_matmul_precision() == "highest"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with hardware.tf32():
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_gpu_that_emulates_bf16_gets_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
+    assert choose_precision("auto", torch.nn.Identity()) == "16-mixed"

@@ -163,15 +163,34 @@ class PretextTask(pl.LightningModule, ABC):
 
     def measure(self, name: str, value: Tensor) -> None:
         """Log a metric of this step; outside a training run, as in a notebook, do nothing."""
-        if self._trainer is not None:
-            self.log(name, value.detach())
+        if self._trainer is None:
+            return
+        value = value.detach()
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        written = (self.global_step + 1) % every == 0
+        if written and self.trainer.world_size > 1:  # of all processes, and not at other steps
+            value = self.trainer.strategy.reduce(value.float().clone(), reduce_op="mean")
+        self.log(name, value)
 
     def configure_optimizers(self) -> Optimizer:
         return build_optimizer(self, self.optimizer_settings)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if self.optimizer_settings.clip_norm:
+            self._unscale(optimizer)
             torch.nn.utils.clip_grad_norm_(self.parameters(), self.optimizer_settings.clip_norm)
+
+    def _unscale(self, optimizer: Optimizer) -> None:
+        # In float16 a fused optimizer takes the scale out of the gradients as it steps, and
+        # Lightning leaves that to it: too late for what is clipped.
+        plugin = None if self._trainer is None else self._trainer.precision_plugin
+        scaler = getattr(plugin, "scaler", None)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            scaler.unscale_(optimizer)
+
+    def on_fit_start(self) -> None:
+        # views are of few sizes: worth a search for the fastest convolutions on a GPU
+        torch.backends.cudnn.benchmark = True
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

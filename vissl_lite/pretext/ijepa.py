@@ -26,10 +26,10 @@ from vissl_lite.pretext.parts.momentum import follow, frozen_copy
 Range = tuple[float, float]
 
 
-def draw(between: Range, device: torch.device) -> float:
+def draw(between: Range) -> float:
     """A number, equally likely anywhere in a range."""
     low, high = between
-    return low + (high - low) * float(torch.rand((), device=device))
+    return low + (high - low) * float(torch.rand(()))
 
 
 def block_size(side: int, scale: float, aspect: float, largest: int) -> tuple[int, int]:
@@ -195,7 +195,9 @@ class IJEPA(PretextTask):
 
     def loss(self, views: list[Tensor]) -> Tensor:
         images = views[0]
-        context, targets = self.draw_blocks(len(images), images.device)
+        # on the CPU: their numbers are shapes, and to read those would wait for a GPU at each step
+        blocks = self.draw_blocks(len(images), torch.device("cpu"))
+        context, targets = (one.to(images.device, non_blocking=True) for one in blocks)
         # smooth L1 as in the authors' code; the paper has the squared distance (section 3)
         return F.smooth_l1_loss(
             self.predict(images, context, targets).float(), self.features(images, targets)
@@ -212,10 +214,10 @@ class IJEPA(PretextTask):
             ``(B, K)`` and ``(B, T, K')`` indices of patches; no target overlaps with the context.
         """
         side = self.side
-        scale, aspect = draw(self.target_scale, device), draw(self.target_aspect, device)
+        scale, aspect = draw(self.target_scale), draw(self.target_aspect)
         size = block_size(side, scale, aspect, largest=side - 1)
         targets = place_blocks(batch, self.count, side, size, device)
-        size = block_size(side, draw(self.context_scale, device), 1.0, largest=side)
+        size = block_size(side, draw(self.context_scale), 1.0, largest=side)
         context = place_blocks(batch, 1, side, size, device)[:, 0]
         return draw_context(cover(context, side), targets, side)
 

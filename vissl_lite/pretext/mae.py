@@ -21,6 +21,7 @@ from vissl_lite.pretext.parts.masking import (
     encode_visible,
     narrow_width,
     normalized_patches,
+    number_masked,
     patchify,
     positions,
     random_mask,
@@ -84,6 +85,7 @@ class MAE(PretextTask):
             outputs=self.patch**2 * len(encoder.mean),
         )
         self.mask_ratio, self.normalize_pixels = mask_ratio, normalize_pixels
+        self.masked = number_masked(self.side**2, mask_ratio)
         self.smallest_crop = smallest_crop
 
     def views(self) -> Views:
@@ -94,13 +96,14 @@ class MAE(PretextTask):
         mask = random_mask(len(images), self.side**2, self.mask_ratio, images.device)
         targets = self.targets(images)
         # the mean over masked patches alone (section 3)
-        return F.mse_loss(self.predict(images, mask).float(), take(targets, positions(mask)))
+        where = positions(mask, self.masked)
+        return F.mse_loss(self.predict(images, mask).float(), take(targets, where))
 
     def show(self, views: list[Tensor]) -> Exhibit:
         images, title = views[0], "reconstructed"
         mask = random_mask(len(images), self.side**2, self.mask_ratio, images.device)
         predicted = self.predict(images, mask).float()
-        where = positions(mask)[:, :, None].expand_as(predicted)
+        where = positions(mask, self.masked)[:, :, None].expand_as(predicted)
         patches = self.targets(images).scatter(1, where, predicted)
         if self.normalize_pixels:
             patches = denormalized_patches(patches, images, self.patch)
@@ -136,7 +139,7 @@ class MAE(PretextTask):
         Returns:
             ``(B, M, patch * patch * C)``.
         """
-        visible = positions(~mask)
+        visible = positions(~mask, mask.shape[1] - self.masked)
         prefix, seen = encode_visible(self.encoder, images, visible)
-        predicted: Tensor = self.decoder(prefix, seen, visible, positions(mask))
+        predicted: Tensor = self.decoder(prefix, seen, visible, positions(mask, self.masked))
         return predicted

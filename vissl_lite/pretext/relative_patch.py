@@ -50,7 +50,8 @@ def drop_colours(patches: Tensor) -> Tensor:
     image = torch.arange(count, device=patches.device)
     deviation = patches[image, kept].std(dim=(1, 2))[:, None, None, None]
     noise = torch.randn_like(patches) * deviation / 100
-    return torch.where(F.one_hot(kept, channels).bool()[:, :, None, None], patches, noise)
+    stays = kept[:, None] == torch.arange(channels, device=patches.device)
+    return torch.where(stays[:, :, None, None], patches, noise)
 
 
 def project_colours(patches: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -170,8 +171,8 @@ class RelativePatch(PretextTask):
             ``(8 B, 8)`` logits in float32, image by image.
         """
         features = self.encoder(patches).unflatten(0, (-1, PLACES))
-        neighbours = features[:, NEIGHBOURS]
-        centres = features[:, [CENTRE]].expand_as(neighbours)
+        neighbours = torch.cat([features[:, :CENTRE], features[:, CENTRE + 1 :]], dim=1)
+        centres = features[:, CENTRE : CENTRE + 1].expand_as(neighbours)
         pairs = torch.cat([centres, neighbours], dim=2).flatten(0, 1)
         return self.head(pairs).float()
 

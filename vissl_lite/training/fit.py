@@ -4,15 +4,16 @@ import logging
 import math
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins import LayerSync
-from timm.layers import convert_sync_batchnorm
+from lightning.pytorch.strategies import DDPStrategy
 
+from vissl_lite.errors import UserError
 from vissl_lite.run import MetricsFile
 from vissl_lite.training.checkpoints import (
     CHECKPOINT,
@@ -20,12 +21,14 @@ from vissl_lite.training.checkpoints import (
     Checkpoints,
     read_checkpoint,
 )
+from vissl_lite.training.compiling import compiled
 from vissl_lite.training.guard import LossGuard
-from vissl_lite.training.hardware import Hardware, choose_precision
+from vissl_lite.training.hardware import Hardware, choose_precision, tf32
 from vissl_lite.training.memory import out_of_memory
 from vissl_lite.training.pace import Pace
 from vissl_lite.training.progress import Bar, Meter, MetricsLogger
 from vissl_lite.training.stream import BrokenImages, StreamData
+from vissl_lite.training.sync_batchnorm import SyncBatchNorm
 
 # Lightning's warnings that do not apply: the stream can be resumed, and few workers are meant.
 _NOISE = (
@@ -34,6 +37,7 @@ _NOISE = (
     ".*module.s. in eval mode at the start of training.*",
     ".*isinstance.treespec, LeafSpec.*",
     ".*`IterableDataset` has `__len__`.*",
+    ".*broadcast_buffers. is deprecated.*",  # what is to replace it is not there in older torches
 )
 
 
@@ -93,10 +97,9 @@ def fit(
             if metrics is not None:
                 metrics.forget_after(done - 1)
     every.append(Meter(data, pace, log_every))  # last: what the others do is no waiting for data
-    synchronised = [SyncBatchNorm()] if torch.cuda.is_available() else []
     trainer = pl.Trainer(
         accelerator="auto",
-        devices=_devices(hardware),
+        devices=hardware.devices_here(),
         num_nodes=hardware.num_nodes,
         strategy=hardware.strategy,
         precision=choose_precision(hardware.precision, module),  # type: ignore[arg-type]
@@ -105,14 +108,19 @@ def fit(
         log_every_n_steps=log_every,
         accumulate_grad_batches=pace.accumulate,
         callbacks=every,
-        plugins=[AtomicCheckpointIO(), *synchronised],
+        plugins=[AtomicCheckpointIO(), SyncBatchNorm()],
         use_distributed_sampler=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    with warnings.catch_warnings():
+    if isinstance(trainer.strategy, DDPStrategy):
+        # Running statistics, queues and centres are made of all processes' batches and the same in
+        # each: no need to send them at every step. A queue may be a third of the network.
+        trainer.strategy._ddp_kwargs.setdefault("broadcast_buffers", False)
+    fast = compiled(module) if hardware.compile else nullcontext()
+    with warnings.catch_warnings(), tf32(), fast:
         for message in _NOISE:
             warnings.filterwarnings("ignore", message)
         too_large = False
@@ -120,22 +128,18 @@ def fit(
             trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
         except torch.OutOfMemoryError:
             too_large = True  # tried out below, once the exception has let go of its tensors
+        except RuntimeError as error:
+            if trainer.world_size > 1 and _lost_another(error):
+                raise UserError(
+                    "another process of this run has ended, and so this one does: its own output "
+                    "says why; start all of them again, with --resume"
+                ) from error
+            raise
         if too_large:
             raise out_of_memory(module, trainer, data.dataset, data.batch_size, pace.accumulate)
     return trainer
 
 
-class SyncBatchNorm(LayerSync):
-    """BatchNorm over all GPUs by timm's conversion: torch's drops what timm adds to its norms."""
-
-    def apply(self, model: torch.nn.Module) -> torch.nn.Module:
-        return convert_sync_batchnorm(model)
-
-    def revert(self, model: torch.nn.Module) -> torch.nn.Module:
-        return model  # in evaluation they are ordinary BatchNorms
-
-
-def _devices(hardware: Hardware) -> int | str:
-    if hardware.devices == "auto" and not torch.cuda.is_available():
-        return 1
-    return hardware.devices
+def _lost_another(error: RuntimeError) -> bool:
+    """Whether torch.distributed could no longer reach another process."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)

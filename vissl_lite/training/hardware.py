@@ -1,10 +1,18 @@
-"""Where and how to compute: devices, precision, data workers."""
+"""Where and how to compute: devices, machines, strategy, precision, data workers."""
 
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from vissl_lite.errors import UserError
+from vissl_lite.training.compiling import check_compiler
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -13,10 +21,12 @@ class Hardware:
 
     Attributes:
         precision: ``auto``, or a precision of Lightning such as ``32-true`` or ``bf16-mixed``.
-        devices: number of devices, or ``auto``.
+        devices: number of devices on each machine, or ``auto``.
         num_nodes: number of machines.
-        strategy: ``auto``, ``ddp`` and so on.
+        strategy: ``auto``, ``ddp``, or another of Lightning's that keeps the whole network in each
+            process.
         num_workers: data workers a device; None decides by the cores there are.
+        compile: whether encoders are trained through ``torch.compile``; see ``compiling``.
     """
 
     precision: str = "auto"
@@ -24,6 +34,46 @@ class Hardware:
     num_nodes: int = 1
     strategy: str = "auto"
     num_workers: int | None = None
+    compile: bool = False
+
+    def check(self) -> None:
+        """Raise a UserError, the same in all processes, if the run can't be made up like this."""
+        if self.strategy.startswith(("fsdp", "deepspeed")):
+            raise UserError(
+                f"--strategy {self.strategy} cuts the network into parts, where momentum teachers, "
+                f"watching and the encoder folder need it whole in each process: give --strategy "
+                f"ddp, and for large networks fewer images a device (--accumulate_grad_batches)"
+            )
+        if self.compile:
+            check_compiler()
+        started = _started()
+        if started is None:
+            return
+        by, devices, machines = started
+        if self.devices not in ("auto", -1, "-1", devices, str(devices)) or (
+            self.num_nodes != machines
+        ):
+            raise UserError(
+                f"{by} started {devices} process(es) on each of {machines} machine(s), which "
+                f"--devices {self.devices} --num_nodes {self.num_nodes} are not: give --devices "
+                f"{devices} --num_nodes {machines}"
+            )
+
+    def devices_here(self) -> int | str:
+        """Devices on this machine, as Lightning wants them: what started the processes knows."""
+        if self.devices != "auto":
+            return self.devices
+        started = _started()
+        if started is not None:
+            return started[1]
+        return "auto" if torch.cuda.is_available() else 1
+
+    def one_process(self) -> bool:
+        """Whether one process trains, here, beside which there are none but its data workers."""
+        devices = self.devices_here()
+        if devices == "auto":
+            devices = torch.cuda.device_count()
+        return self.num_nodes == 1 and devices in (1, "1")
 
     def workers(self) -> int:
         """Data workers for each device.
@@ -36,6 +86,25 @@ class Hardware:
         if not torch.cuda.is_available():
             return 1
         return max(1, min(16, _cores() // max(1, torch.cuda.device_count())))
+
+
+def _started() -> tuple[str, int, int] | None:
+    """Who has started this process and the others: its name, processes a machine, machines."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        return "torchrun", here, int(os.environ["WORLD_SIZE"]) // here
+    if under_slurm():
+        machines = int(os.environ.get("SLURM_NNODES", 1))
+        tasks = os.environ.get("SLURM_NTASKS_PER_NODE")
+        here = int(tasks) if tasks else int(os.environ["SLURM_NTASKS"]) // machines
+        return "SLURM", here, machines
+    return None
+
+
+def under_slurm() -> bool:
+    """Whether SLURM runs this process as a task, not in a shell that it has given somebody."""
+    interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    return "SLURM_NTASKS" in os.environ and not interactive
 
 
 def _cores() -> int:
@@ -54,11 +123,33 @@ def choose_precision(precision: str, model: nn.Module) -> str:
     if precision != "auto":
         return precision
     if torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+        # some older GPUs emulate bf16, slowly
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16-mixed" if native else "16-mixed"
     depthwise = any(
         isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1 for m in model.modules()
     )
     return "bf16-mixed" if cpu_has_bf16() and not depthwise else "32-true"
+
+
+@contextmanager
+def tf32() -> Iterator[None]:
+    """Within it, a GPU multiplies float32 matrices as TF32: 10 bits of a fraction instead of 23.
+
+    The one place that decides so. In training that is no loss: what the losses multiply in float32
+    comes out of a network in bf16, which keeps 7 bits, and their sums stay in float32. With
+    ``--precision 32-true`` it makes a step several times as fast; cuDNN's convolutions do the same
+    by torch's own default. Outside, where features are compared and probes are fitted, float32 is
+    exact.
+    """
+    before = torch.get_float32_matmul_precision()
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
+        log.debug("float32 matrices are multiplied as TF32 while training, and exactly elsewhere")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def cpu_has_bf16() -> bool:

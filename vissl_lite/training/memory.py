@@ -6,14 +6,14 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities import move_data_to_device
 
-from vissl_lite.data.stream import KeyedDataset, collate
+from vissl_lite.data.stream import Source, collate
 from vissl_lite.errors import UserError
 
 
 def out_of_memory(
     module: pl.LightningModule,
     trainer: pl.Trainer,
-    dataset: KeyedDataset,
+    dataset: Source,
     batch_size: int,
     accumulate: int,
 ) -> UserError:
@@ -28,7 +28,7 @@ def out_of_memory(
     """
     trainer.strategy.model_to_device()  # Lightning has moved it to the CPU
     module.trainer = None  # a trial is not logged
-    item = dataset[0, 0]
+    item = dataset.first()
 
     def try_out(size: int) -> None:
         batch = move_data_to_device(collate([item] * size), module.device)

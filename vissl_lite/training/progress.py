@@ -49,9 +49,10 @@ class Meter(Callback):
         batch_idx: int,
     ) -> None:
         self._steps += 1
-        # through Lightning, which else logs an epoch of its own, and a stream is but one of those
-        module.log("epoch", self.pace.batches / self.data.batches_per_epoch)
         if self.pace.batches % (self.log_every * self.pace.accumulate) == 0:
+            # Through Lightning, which else logs an epoch of its own, and a stream is but one of
+            # those. It makes a tensor of it, which waits for a GPU: not at every step.
+            module.log("epoch", self.pace.batches / self.data.batches_per_epoch)
             seconds = max(time.monotonic() - self._since, 1e-9)
             values = {
                 "lr": trainer.optimizers[0].param_groups[-1]["lr"],
