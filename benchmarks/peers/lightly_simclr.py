@@ -36,7 +36,7 @@ from lightly.loss import NTXentLoss
 from lightly.models.modules import SimCLRProjectionHead
 from lightly.transforms import SimCLRTransform
 from lightly.transforms.utils import IMAGENET_NORMALIZE
-from timm.models import save_for_hf
+from timm_folder import save_encoder
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -70,14 +70,14 @@ def make_loader(
 
 
 class SimCLR(nn.Module):
-    """An encoder and lightly's projection head, of the example's sizes."""
+    """An encoder and lightly's projection head: for resnet18 of the example's sizes."""
 
-    def __init__(self, torchvision_init: bool = False) -> None:
+    def __init__(self, backbone: str = "resnet18", torchvision_init: bool = False) -> None:
         super().__init__()
-        self.encoder = timm.create_model(
-            "resnet18", num_classes=0, zero_init_last=not torchvision_init
-        )
-        self.head = SimCLRProjectionHead(512, 512, 128)
+        optional = {"zero_init_last": False} if torchvision_init else {}
+        self.encoder = timm.create_model(backbone, num_classes=0, **optional)
+        width = self.encoder.num_features
+        self.head = SimCLRProjectionHead(width, width, 128)
 
     def forward(self, x: Tensor) -> Tensor:
         """Project a batch of views."""
@@ -117,27 +117,6 @@ def train(
             yield loss.detach()
 
 
-def save_encoder(encoder: nn.Module, folder: Path, image_size: int) -> None:
-    """Write model.safetensors and config.json as timm's own hub export does."""
-    preprocessing = {
-        "input_size": (3, image_size, image_size),
-        "mean": tuple(IMAGENET_NORMALIZE["mean"]),
-        "std": tuple(IMAGENET_NORMALIZE["std"]),
-        "interpolation": "bilinear",
-        "crop_pct": 1.0,
-        "crop_mode": "center",
-    }
-    save_for_hf(encoder, folder, safe_serialization=True, data_config=preprocessing)
-    # timm copies what it knows of the published resnet18 weights; none of it is true of these.
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    known = {*preprocessing, "num_classes", "pool_size", "fixed_input_size", "custom_load"}
-    known |= {"first_conv", "classifier"}
-    cfg = config["pretrained_cfg"]
-    config["pretrained_cfg"] = {key: cfg[key] for key in cfg if key in known}
-    path.write_text(json.dumps(config, indent=2) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -158,7 +137,7 @@ def main() -> None:
     loader = make_loader(args.data, args.image_size, args.batch_size, args.num_workers, jitter)
     if not len(loader):
         parser.error(f"{args.data} holds fewer images than one batch of {args.batch_size}")
-    model = SimCLR(args.torchvision_init)
+    model = SimCLR(torchvision_init=args.torchvision_init)
 
     losses: list[Tensor] = []
     seconds = 0.0
@@ -173,7 +152,8 @@ def main() -> None:
 
     cpu_seconds = time.process_time() - cpu_start
 
-    save_encoder(model.encoder.eval(), args.out / "encoder", args.image_size)
+    mean, std = IMAGENET_NORMALIZE["mean"], IMAGENET_NORMALIZE["std"]
+    save_encoder(model.encoder, args.out / "encoder", args.image_size, mean, std)
     images = len(losses) * args.batch_size
     tail = torch.stack(losses[-50:])
     result = {

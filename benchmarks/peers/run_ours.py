@@ -1,0 +1,40 @@
+"""vissl_lite as its README runs it: the command ``vissl-lite pretrain``.
+
+Given are the images, the pretext, the backbone, the size and the batch; all else is the default,
+as are DINO's two views of 224 pixels and six of 96. (``precision`` is bf16 where the CPU has it.)
+For --minutes, the recipe of configs/cifar10_minutes/simclr.yaml, with --max_time.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from work import Work
+
+from vissl_lite import __version__
+from vissl_lite.cli import main
+
+RECIPE = Path(__file__).parents[2] / "configs/cifar10_minutes/simclr.yaml"
+
+
+def about() -> dict[str, object]:
+    return {"version": __version__, "precision": "auto", "workers": "auto"}
+
+
+def train(work: Work) -> int:
+    """Run the command; returns how many images it trained on."""
+    options: list[object] = ["--data", work.data, "--out", work.out / "run", "--overwrite"]
+    if work.seconds is None:
+        options += ["--pretext", work.pretext, "--backbone", work.backbone]
+        options += ["--image_size", work.image_size, "--batch_size", work.batch_size]
+        options += ["--epochs", work.epochs]
+    else:
+        options += ["--config", RECIPE, "--max_time", round(work.seconds)]
+    status = main(["pretrain", *map(str, options)])
+    if status:
+        raise SystemExit(status)
+    (work.out / "encoder").unlink(missing_ok=True)
+    (work.out / "encoder").symlink_to(work.out / "run" / "encoder")
+    results = json.loads((work.out / "run" / "results.json").read_text())
+    return round(results["epochs"] * results["images"])
