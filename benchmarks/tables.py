@@ -89,13 +89,67 @@ def gpu_cifar10() -> str:
     results = load("gpu_cifar10")
     rows = [
         [name, r["device"], f"{r['minutes']:.1f}", f"{r['images_per_second']:,.0f}",
-         f"{r['knn']:.3f}", f"{r['linear']:.3f}"]
+         f"{r['knn']:.3f}", f"{r['linear']:.3f}",
+         *("" if r["minutes_to"][level] is None else f"{r['minutes_to'][level]:.1f}"
+           for level in ("0.70", "0.80"))]
         for name, r in results.items()
         if name != "made"
     ]  # fmt: skip
-    header = ["pretext", "device", "minutes", "images/s", "kNN", "linear"]
+    header = ["pretext", "device", "minutes", "images/s", "kNN", "linear",
+              "minutes to kNN 0.70", "to 0.80"]  # fmt: skip
     command = "python benchmarks/gpu/cifar10.py --data DATA/cifar10 --out RUNS --keep"
     return table(header, rows) + "\n\n" + made(results, command)
+
+
+def gpu_throughput() -> str:
+    if not (RESULTS / "gpu_throughput.json").exists():
+        return "Not measured yet; the jobs stand in [gpu/README.md](gpu/README.md)."
+    results = load("gpu_throughput")
+    rows = [
+        [name, str(r["batch_size"]), f"{r['limit']:,.0f}", f"{r['files']:,.0f}",
+         f"{r['share']:.2f}", f"{100 * r['data_wait']:.1f} %",
+         f"{r['gib']:.0f}" if r["gib"] else "", f"{r['first_step_seconds']:.0f}"]
+        for name, r in results.items()
+        if name != "made"
+    ]  # fmt: skip
+    header = ["", "batch", "limit, images/s", "from files", "share", "waiting for data", "GiB",
+              "first step, s"]  # fmt: skip
+    devices = {r["device"] for name, r in results.items() if name != "made"}
+    workers = {str(r["workers"]) for name, r in results.items() if name != "made"}
+    where = f"{', '.join(sorted(devices))}, {', '.join(sorted(workers))} data workers."
+    command = "python benchmarks/gpu/throughput.py"
+    return table(header, rows) + f"\n\n{where} " + made(results, command)
+
+
+GROWTH = {
+    "side": "image side, `resnet18`",
+    "side_vit": "image side, `vit_tiny_patch16_224`",
+    "batch": "images a batch",
+    "views": "views an image (lejepa)",
+    "backbone": "GMACs of the backbone",
+    "images": "images in the folder (listing them)",
+    "processes": "processes on two cores, equal global batch",
+}
+
+
+def growth() -> str:
+    if not (RESULTS / "growth.json").exists():
+        return "Not measured yet."
+    results = load("growth")
+    rows = []
+    for sweep, name in GROWTH.items():
+        if sweep not in results:
+            continue
+        row = [name]
+        for cost in ("seconds", "mb"):
+            f = results[sweep][cost]
+            row += [f"{f['exponent']:.2f}", f"{f['from']:,.3g} to {f['to']:,.3g}"
+                    + ("" if f["off_by"] <= 1.1 else f" (within {f['off_by']:.1f})")]  # fmt: skip
+        rows.append(row)
+    header = ["with", "time: exponent", "holds for", "memory: exponent", "holds for"]
+    picture = "![time and memory, measured and fitted](results/growth.png)"
+    command = "python benchmarks/growth.py"
+    return f"{picture}\n\n" + table(header, rows) + "\n\n" + made(results, command)
 
 
 def few_labels() -> str:
@@ -113,22 +167,73 @@ def few_labels() -> str:
     )
 
 
-def throughput() -> str:
-    results = load("throughput")
-    m, r = results["medians"], results["ratios"]
-    rows = [
-        ["the training step alone, one batch", f"{m['alone']:.1f}", ""],
-        ["vissl_lite from files", f"{m['files']:.1f}", f"{100 * m['wait']:.1f} %"],
+PEERS = ("lightly", "lightly-train", "stable-pretraining")
+HELP = ("vissl-lite --help", "lightly-ssl-train --help", "lightly-train --help", "spt --help")
+
+
+def peers() -> str:
+    """Speed, the ratios that matter, memory and start-up, case by case; medians over rounds."""
+    if not (RESULTS / "peers.json").exists():
+        return "Not measured yet."
+    results = load("peers")
+    tools = ("ours", *PEERS)
+    speeds, costs = [], []
+    for case, runs in results["speed"].items():
+        found = {
+            tool: {
+                measure: statistics.median(one[measure] for one in each)
+                for measure in ("images_per_second", "peak_memory", "seconds_to_first_step")
+            }
+            for tool, each in runs.items()
+            if each
+        }
+        rate = {tool: one["images_per_second"] for tool, one in found.items()}
+        best = max((rate[tool] for tool in PEERS if tool in rate), default=None)
+        ours = rate.get("ours")
+        batch = next((one["batch_size"] for each in runs.values() for one in each), "")
+        row = [
+            f"{case}, batch {batch}",
+            *(f"{rate[tool]:.1f}" if tool in rate else "" for tool in tools),
+        ]
+        row.append(f"{ours / best:.2f}" if ours and best else "")
+        row.append(f"{rate['alone']:.1f}" if "alone" in rate else "")
+        row.append(f"{ours / rate['alone']:.2f}" if ours and "alone" in rate else "")
+        speeds.append(row)
+        costs.append([case])
+        for tool in tools:
+            one = found.get(tool, {"peak_memory": 0, "seconds_to_first_step": 0})
+            cell = f"{one['peak_memory'] / 2**30:.2f} / {one['seconds_to_first_step']:.1f}"
+            costs[-1].append(cell if tool in found else "")
+    header = ["images/s", *tools, "ours / best peer", "the step alone", "ours / step alone"]
+    helps = [[
+        f"{statistics.median(results['help'][tool]):.2f}" if results["help"].get(tool) else ""
+        for tool in tools
+    ]]  # fmt: skip
+    command = "python benchmarks/against_peers.py speed --data DATA --peer_python PYTHON"
+    parts = [
+        table(header, speeds),
+        table(["peak memory in GiB / seconds to the first step", *tools], costs),
+        table([f"`{program}`, seconds" for program in HELP], helps),
+        made(results, command),
     ]
-    peers = [name for name in m if name not in ("alone", "files", "wait")]
-    rows += [[f"{peer} from files", f"{m[peer]:.1f}", ""] for peer in peers]
-    ratios = ", ".join(f"{r[f'times_{peer}']:.2f} times {peer}" for peer in peers)
-    command = "python benchmarks/throughput.py --data DATA/ucmerced --peer_python PYTHON"
-    return (
-        table(["", "images/s", "waiting for data"], rows)
-        + f"\n\nFrom files: {r['share_of_step_alone']:.2f} of the step alone, {ratios}.\n\n"
-        + made(results, command)
+    return "\n\n".join(parts)
+
+
+def peers_accuracy() -> str:
+    """SimCLR on CIFAR-10 for equal minutes."""
+    if not (RESULTS / "peers.json").exists() or not load("peers")["accuracy"]:
+        return "Not measured yet."
+    results = load("peers")
+    rows = [
+        [tool, str(r["cores"]), f"{r['minutes']:.1f}", f"{r['images_per_second']:.0f}",
+         f"{r['knn']:.3f}", f"{r['linear']:.3f}"]
+        for tool, r in results["accuracy"].items()
+    ]  # fmt: skip
+    command = (
+        "python benchmarks/against_peers.py accuracy --data DATA --out RUNS --peer_python PYTHON"
     )
+    header = ["`resnet18`, 32 pixels", "cores", "minutes", "images/s", "kNN", "linear"]
+    return table(header, rows) + "\n\n" + made(results, command)
 
 
 def views() -> str:
@@ -274,6 +379,47 @@ def layers() -> str:
     return picture + "\n\n" + made(load("compare")["layers"], command)
 
 
+def photographs() -> str:
+    """Views a second by way of decoding and with a cache; accuracy of short runs."""
+    if not (RESULTS / "photographs.json").exists():
+        return "Not measured yet."
+    results = load("photographs")
+    parts = []
+    if "speed" in results:
+        rows = []
+        for name, one in results["speed"].items():
+            rates = one["views_per_second"]
+            cells = [f"{rate:,.1f}" for rate in rates.values()]
+            times = f"{rates['drawn crops'] / rates['whole']:.1f} / "
+            times += f"{rates['drawn crops'] / rates['Pillow']:.1f}"
+            rows.append([f"{name}, {one['megabytes']:.2f} MB", *cells, times])
+        header = ["views/s", "whole, by Pillow", "whole, by OpenCV", "as any crop allows",
+                  "as the drawn crops allow", "times OpenCV / Pillow"]  # fmt: skip
+        parts.append(table(header, rows))
+    if "cache" in results:
+        rows = [
+            [name, one["where"], f"{one['megabytes_an_image']:.2f}", f"{one['decoding']:,.0f}",
+             f"{one['first_epoch']:,.0f}", f"{one['cache']:,.0f}",
+             f"{one['cache'] / one['decoding']:.1f}"]
+            for name, one in results["cache"].items()
+        ]  # fmt: skip
+        header = ["views/s", "kept in", "MB an image", "no cache", "cache, first epoch",
+                  "cache, later epochs", "later: times no cache"]  # fmt: skip
+        parts.append(table(header, rows))
+    if "accuracy" in results:
+        one = results["accuracy"]
+        rows = [
+            [arm, spread(runs["knn"]), spread(runs["linear"]),
+             f"{statistics.mean(runs['seconds']) / 60:.1f}"]
+            for arm, runs in one["arms"].items()
+        ]  # fmt: skip
+        parts.append(table(["images decoded", "kNN", "linear", "CPU minutes"], rows))
+        parts.append(f"{one['images']} images of {one['side']} x {one['side']} pixels, "
+                     f"{one['epochs']} epochs of SimCLR, `resnet10t` at 64 pixels.")  # fmt: skip
+    command = "python benchmarks/photographs.py speed|cache|accuracy --data DATA"
+    return "\n\n".join([*parts, made(results, command)])
+
+
 def leaks() -> str:
     results = load("leaks")
     planted, whole = results["planted"], results["whole"]
@@ -294,6 +440,125 @@ def leaks() -> str:
     )
     command = "python benchmarks/leaks.py --data DATA/cifar10"
     return table(header, rows) + "\n\n" + rest + "\n\n" + made(results, command)
+
+
+def listing() -> str:
+    results = load("listing")
+    rows = [
+        [f"{then['images']:,}", *(f"{one[name]:.{digits}f}" for name, digits in shown
+                                  for one in (then, now))]
+        for then, now in zip(results["before"], results["now"], strict=True)
+        for shown in [[("listing_seconds", 2), ("first_batch_seconds", 2),
+                       ("main_rss_mb_of_paths", 0), ("worker_own_mb_after_epoch", 0)]]
+    ]  # fmt: skip
+    header = ["images", "listing, s: before", "now", "first batch, s: before", "now",
+              "paths in the main process, MB: before", "now",
+              "a worker's own memory after an epoch, MB: before", "now"]  # fmt: skip
+    command = "python benchmarks/listing.py --photos DATA/cifar10/train"
+    return table(header, rows) + "\n\n" + made(results, command)
+
+
+def resizing() -> str:
+    results = load("resizing")
+    rows = [
+        [row["arm"], str(row["epochs"]), str(row["seeds"]), f"{row['minutes']:.1f}",
+         f"{row['knn']:.3f}", f"{row['linear']:.3f}"]
+        for row in results["rows"]
+    ]  # fmt: skip
+    header = ["views", "epochs", "seeds", "minutes of one core", "kNN", "linear"]
+    command = "python benchmarks/resizing.py --data DATA/ucmerced --out RUNS"
+    picture = "![accuracy against minutes, with and without](results/resizing.png)"
+    return table(header, rows) + f"\n\n{picture}\n\n" + made(results, command)
+
+
+def shards() -> str:
+    if not (RESULTS / "shards.json").exists():
+        return "Not measured yet."
+    results = load("shards")
+    rows = [
+        [name, *(f"{results[size][name][figure]:,.{digits}f}" for size in ("32", "224")
+                 for figure, digits in (("images_per_second", 0), ("cpu_ms", 2)))]
+        for name in results["224"]
+    ]  # fmt: skip
+    header = ["one data worker", "32 px, CIFAR files: images/s", "CPU ms an image",
+              "224 px, 640x480 JPEGs: images/s", "CPU ms an image"]  # fmt: skip
+    command = "python benchmarks/shards.py --small DATA/cifar10/train --large DATA/bccd/JPEGImages"
+    return table(header, rows) + "\n\n" + made(results, command)
+
+
+# What the cost of a loss goes with, as benchmarks/losses.py computes it: floats, multiplications.
+COSTS = {
+    "nt_xent, whole": ("NT-Xent, written plainly", "4 B G", "12 B G D"),
+    "nt_xent": ("NT-Xent: simclr, multi", "min(4 B G, 2^24) + 4 (B + G) D", "12 B G D"),
+    "contrast": ("nnclr, moco_v3", "min(B G, 2^24) + 2 (B + G) D", "3 B G D"),
+    "info_nce": ("moco, densecl", "B Q", "2 B Q D"),
+    "swav": ("swav", "V B K", "V B K"),
+    "dino": ("dino", "V B K", "V B K"),
+    "negative_cosine": ("byol, simsiam", "2 B D", "2 B D"),
+    "barlow_twins": ("barlow_twins", "2 G D + D^2", "3 G D^2"),
+    "vicreg": ("vicreg", "2 G D + D^2", "6 G D^2"),
+    "sigreg": ("lejepa, a view", "17 G S", "17 G S"),
+    "visreg": ("visreg, a view", "G S", "G S"),
+}
+
+
+def losses() -> str:
+    results = load("losses")
+    rows = []
+    for name, (of, floats, products) in COSTS.items():
+        each = results["losses"][name]
+        last = each[max(each, key=int)]
+        rows.append([
+            of, floats, f"{last['copies']:.1f}", products, f"{last['giga_a_second']:.3g}",
+            *(f"{one['mib']:,.0f} MiB, {one['milliseconds']:,.0f} ms" for one in each.values()),
+        ])  # fmt: skip
+    header = ["loss of", "floats", "times", "multiplications", "10^9 a second",
+              *(f"B = G = {batch}" for batch in each)]  # fmt: skip
+    command = "OMP_NUM_THREADS=1 python benchmarks/losses.py"
+    return table(header, rows) + "\n\n" + made(results, command)
+
+
+# Multiplications of a step of ResNet-50 at 224 pixels: two views, a forward and a backward pass.
+RESNET50 = 2 * 3 * 4.1e9
+
+
+def at_scale() -> str:
+    """What the constants of ``losses`` say of many processes."""
+    measured = load("losses")["losses"]
+
+    def mib(name: str, floats: float) -> str:
+        last = measured[name][max(measured[name], key=int)]
+        return f"{last['copies'] * floats * 4 / 2**20:,.0f}"
+
+    rows = []
+    for b, number in ((128, 1), (128, 8), (128, 64), (128, 512), (1024, 8), (1024, 64)):
+        g = b * number
+        pairs, vectors = 4 * b * g, 4 * (b + g) * 128
+        share = 12 * b * g * 128 / (b * RESNET50)
+        rows.append([
+            f"{number} x {b}", f"{g:,}", mib("nt_xent, whole", pairs),
+            mib("nt_xent", min(pairs, 2**24) + vectors), f"{100 * share:.2f} %",
+            mib("barlow_twins", 2 * g * 1024 + 1024**2), mib("vicreg", 2 * g * 1024 + 1024**2),
+            mib("sigreg", 17 * g * 256),
+        ])  # fmt: skip
+    header = ["processes x B", "G", "NT-Xent plainly, MiB", "NT-Xent, MiB", "its share of the step",
+              "barlow_twins, MiB", "vicreg, MiB", "lejepa, a view, MiB"]  # fmt: skip
+    return table(header, rows)
+
+
+def processes() -> str:
+    results = load("losses")
+    rows = []
+    for number, one in results["processes"].items():
+        measured, predicted = one["measured"], one["predicted"]
+        parts = [f"{predicted[part] / 1e6:.2f}" for part in ("gradient", "embeddings", "norms")]
+        mb = [f"{each['bytes'] / 1e6:.1f}" for each in (predicted, measured)]
+        seconds = [f"{each['seconds']:.2f}" for each in (predicted, measured)]
+        rows.append([number, *parts, *mb, *seconds])
+    header = ["processes", "gradient, MB", "embeddings, MB", "BatchNorm, MB", "together, predicted",
+              "measured", "seconds a step, predicted", "measured"]  # fmt: skip
+    command = "OMP_NUM_THREADS=1 python benchmarks/losses.py"
+    return table(header, rows) + "\n\n" + made(results, command)
 
 
 def rotation() -> str:
@@ -322,9 +587,12 @@ if __name__ == "__main__":
         ROOT / "benchmarks/README.md",
         pretexts=pretexts,
         gpu_cifar10=gpu_cifar10,
+        gpu_throughput=gpu_throughput,
+        growth=growth,
         cifar10=cifar10,
         few_labels=few_labels,
-        throughput=throughput,
+        peers=peers,
+        peers_accuracy=peers_accuracy,
         views=views,
         bccd=bccd,
         detectors=detectors,
@@ -335,5 +603,9 @@ if __name__ == "__main__":
         compare_ucmerced=compare_ucmerced,
         layers=layers,
         leaks=leaks,
+        listing=listing,
+        shards=shards,
+        resizing=resizing,
     )
+    fill(ROOT / "docs/scaling.md", losses=losses, at_scale=at_scale, processes=processes)
     fill(ROOT / "README.md", demo=demo, rotation=rotation, verdict=verdict)

@@ -12,11 +12,13 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SMALL = {
     "pretrain_probe_finetune": """
 images, shots = 64, 2
+train, val, test = 60, 40, 60
 minutes = 0.05
 epochs = 1
 """,
     "read_a_comparison": """
 images, shots = 64, [1, 3]
+train, val, test = 60, 40, 60
 minutes = 0.05
 """,
     "three_transfers": """
