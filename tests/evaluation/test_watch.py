@@ -44,11 +44,11 @@ def trainer() -> Any:
 class Task(nn.Module):
     """As much of a pretext as is watched."""
 
-    def __init__(self, encoder: Encoder | None = None) -> None:
+    def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         self.encoder = encoder
 
-    def trained_encoder(self) -> Encoder | None:
+    def trained_encoder(self) -> nn.Module:
         return self.encoder
 
 
@@ -63,7 +63,7 @@ def make_watch(
 
 
 def look(watch: Watch, encoder: Encoder) -> dict[str, float]:
-    watch.look(trainer(), Task(encoder))  # type: ignore[arg-type]
+    watch.look(trainer(), encoder)
     return watch.last
 
 
@@ -96,6 +96,23 @@ def test_a_look_gives_every_measure_and_is_the_same_twice(
     assert tuple(first) == MEASURES
     assert first["alignment"] > 0
     assert first["linear"] == 1  # colours tell the classes apart
+
+
+def test_the_untrained_encoder_is_looked_at_after_the_first_step(photos: Path) -> None:
+    paths = find_images([photos])
+    encoder = build_encoder("test_resnet", 32)
+    untrained = look(make_watch(paths), encoder)
+    watch, running = make_watch(paths), trainer()
+    task: Any = Task(encoder)
+    watch.on_train_start(running, task)
+    assert not watch.looked
+    for parameter in encoder.parameters():
+        parameter.data.mul_(1.1)
+    watch.pace.batches = 1
+    watch.on_train_batch_end(running, task, None, Any, 0)  # type: ignore[arg-type]
+    assert watch.last == untrained
+    watch.on_train_end(running, task)
+    assert watch.last != untrained
 
 
 def test_a_look_changes_nothing_about_the_training(photos: Path, encoder: Encoder) -> None:
@@ -181,7 +198,7 @@ def test_watching_stays_within_its_share(
 
     monkeypatch.setattr(watch, "_measure", measure)
     monkeypatch.setattr(watch, "_features_of_views", lambda encoder, count: [])
-    running, module, batch = trainer(), Task(), SimpleNamespace(broken=[])
+    running, module, batch = trainer(), Task(nn.Identity()), SimpleNamespace(broken=[])
     watch.on_train_start(running, module)  # type: ignore[arg-type]
     while not running.should_stop and pace.batches < steps:
         pace.on_train_batch_start(running, module, batch, 0)  # type: ignore[arg-type]

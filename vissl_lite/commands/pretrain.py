@@ -232,7 +232,7 @@ def pretrain(
         if kept is not None and trainer.is_global_zero:
             kept.remove()
         if not watch.looked:  # resumed after the last step: nothing was trained
-            watch.look(trainer, task)
+            watch.look(trainer, task.trained_encoder())
         if not trainer.is_global_zero:
             return PretrainResult(run, run / "encoder", {}, pace.steps, pace.elapsed())
         assert metrics is not None

@@ -1,5 +1,6 @@
 """Watching an encoder while it trains: measures with and without labels, collapse."""
 
+import copy
 import logging
 import time
 from collections.abc import Sequence
@@ -55,7 +56,8 @@ class Watch(Callback):
     """Logs what ``evaluation/measures.py`` has, and ``knn`` and ``linear`` where labels are.
 
     Looks at the start, at the end, and between as often as its share of the time allows. Where a
-    look would cost too much of it, it sees fewer images.
+    look would cost too much of it, it sees fewer images. The look at the untrained encoder is made
+    after the first step, at a copy: so that a step which fails does so at once.
 
     Alignment is that of two crops as SimCLR makes them, whatever the pretext: so it can be compared
     across pretexts.
@@ -99,6 +101,7 @@ class Watch(Callback):
         self.upright, self.stop_on_collapse = upright, stop_on_collapse
         self.last: dict[str, float] = {}
         self.collapsed = self.stopped = False
+        self._untrained: Encoder | None = None  # from the start to the look after the first step
         self._sizes: tuple[int, ...] = ()  # of LEAST and MOST; none before the first look
         self._views: list[Tensor] = []
         self._forward = 0.0  # seconds an image through the encoder
@@ -119,7 +122,7 @@ class Watch(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self.pace.batches == 0:
-            self.look(trainer, module)
+            self._untrained = copy.deepcopy(module.trained_encoder())  # type: ignore[operator]
 
     def on_train_batch_end(
         self,
@@ -129,6 +132,10 @@ class Watch(Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
+        if self._untrained is not None:
+            self.look(trainer, self._untrained)
+            self._untrained = None
+            return
         seldom = self.pace.batches % max(1, self.data.batches_per_epoch // 20)
         if seldom or trainer.should_stop or self.pace.batches == self.pace.total:
             return
@@ -137,14 +144,14 @@ class Watch(Callback):
             due = trainer.strategy.broadcast(due)
         if not due:
             return
-        self.look(trainer, module)
+        self.look(trainer, module.trained_encoder())  # type: ignore[operator]
         if self.stop_on_collapse and self.collapsed and self.pace.fraction >= self.pace.warmup:
             log.warning("The run ends here, as --on_collapse stop asks for.")
             self.stopped = trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self._looked_at != self.pace.batches:
-            self.look(trainer, module)
+            self.look(trainer, module.trained_encoder())  # type: ignore[operator]
         log.info("watching took %.1f %% of the time", 100 * self.share)
 
     def _due(self) -> bool:
@@ -155,13 +162,13 @@ class Watch(Callback):
         between = TIME_SHARE * whole - self._first - self._cost
         return self._spent - self._first + self._cost <= between * self.pace.fraction
 
-    def look(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def look(self, trainer: pl.Trainer, encoder: Encoder) -> None:
         """Compute and log everything now."""
         started = time.monotonic()
         first = not self._sizes
-        self._looked_at, self._looked_after = self.pace.batches, self.pace.fraction
+        self._looked_at = 0 if encoder is self._untrained else self.pace.batches
+        self._looked_after = self.pace.fraction
         if trainer.is_global_zero:
-            encoder = module.trained_encoder()  # type: ignore[operator]
             if first:
                 self._plan(encoder)
             else:
@@ -276,7 +283,7 @@ class Watch(Callback):
     def _judge(self) -> None:
         std, rank = self.last["feature_std"], self.last["effective_rank"]
         diverged = not np.isfinite(std)
-        bad = self.pace.batches > 0 and (diverged or std < COLLAPSED_STD or rank < COLLAPSED_RANK)
+        bad = self._looked_at > 0 and (diverged or std < COLLAPSED_STD or rank < COLLAPSED_RANK)
         if bad and not self.collapsed and diverged:
             log.warning(
                 "The training has diverged: the features are no longer finite numbers. Try a lower "
