@@ -603,6 +603,7 @@ if __name__ == "__main__":
         compare_ucmerced=compare_ucmerced,
         layers=layers,
         leaks=leaks,
+        photographs=photographs,
         listing=listing,
         shards=shards,
         resizing=resizing,

@@ -40,6 +40,9 @@ LEAST, MOST = (64, 200, 100), (256, 5000, 1000)
 # Labelled images to learn from, for each class at least.
 LEAST_OF_CLASS = 5
 
+# Images whose views are made and passed through the encoder together: few, for the memory's sake.
+AT_ONCE = 32
+
 # Smallest share of the image's area in the two views that alignment compares: SimCLR's here.
 SMALLEST_CROP = 0.2
 
@@ -103,7 +106,6 @@ class Watch(Callback):
         self.collapsed = self.stopped = False
         self._untrained: Encoder | None = None  # from the start to the look after the first step
         self._sizes: tuple[int, ...] = ()  # of LEAST and MOST; none before the first look
-        self._views: list[Tensor] = []
         self._forward = 0.0  # seconds an image through the encoder
         self._looked_at = -1  # number of batches at the last look
         self._looked_after = 0.0  # share of the run at the last look
@@ -244,24 +246,23 @@ class Watch(Callback):
     def _features_of_views(self, encoder: Encoder, count: int) -> list[np.ndarray]:
         """Features of two views of each watched image, ``(N, D)`` each; always the same views."""
         paths = self.paths[:count]
-        if not self._views or len(self._views[0]) != len(paths):
-            size = encoder.image_size
-            crop = distorted_crop(size, SMALLEST_CROP, upright=self.upright)
-            views = Views([crop, crop], crop_decode_size(size, SMALLEST_CROP))
-            images = ViewDataset(paths, views, self.seed)
-            self._views = collate([images[0, index] for index in range(len(paths))]).views
-        started = time.monotonic()
+        size = encoder.image_size
+        crop = distorted_crop(size, SMALLEST_CROP, upright=self.upright)
+        views = Views([crop, crop], crop_decode_size(size, SMALLEST_CROP))
+        images = ViewDataset(paths, views, self.seed)
         normalize = Normalize(encoder.mean, encoder.std)
+        features: list[list[Tensor]] = [[], []]
+        self._forward = 0.0
         with evaluating(encoder, normalize) as device:
-            features = [
-                torch.cat([
-                    encoder(normalize(some.to(device, memory_format=torch.channels_last))).float()
-                    for some in view.split(128)
-                ]).cpu().numpy()
-                for view in self._views
-            ]  # fmt: skip
-        self._forward = (time.monotonic() - started) / (2 * len(paths))
-        return features
+            for start in range(0, len(paths), AT_ONCE):
+                some = range(start, min(start + AT_ONCE, len(paths)))
+                batch = collate([images[0, index] for index in some]).views
+                started = time.monotonic()
+                for view, found in zip(batch, features, strict=True):
+                    view = view.to(device, memory_format=torch.channels_last)
+                    found.append(encoder(normalize(view)).float().cpu())
+                self._forward += (time.monotonic() - started) / (2 * len(paths))
+        return [torch.cat(parts).numpy() for parts in features]
 
     def _accuracies(self, encoder: Encoder, bank: int, queries: int) -> dict[str, float]:
         """Of kNN and a linear probe on validation images, fitted to training images alone."""

@@ -194,6 +194,7 @@ class PretextTask(pl.LightningModule, ABC):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
+        self.zero_grad()  # now, and not after the next forward pass, which needs the memory
         self.after_step()
 
 
