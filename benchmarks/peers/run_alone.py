@@ -15,6 +15,7 @@ from vissl_lite.data.stream import ViewDataset, collate
 from vissl_lite.encoder import build_encoder
 from vissl_lite.optim import build_optimizer
 from vissl_lite.pretext import pretext_class
+from vissl_lite.training.attention import quick_attention
 from vissl_lite.training.hardware import choose_precision
 
 
@@ -31,12 +32,13 @@ def train(work: Work) -> int:
     batch = collate([dataset[(0, index)] for index in range(work.batch_size)])
     optimizer = build_optimizer(task, task.optimizer_settings)
     bf16 = choose_precision("auto", task) == "bf16-mixed"
-    while True:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = task.loss([task.normalize(view) for view in batch.views])
-        optimizer.zero_grad()
-        loss.backward()
-        task.on_after_backward()
-        task.on_before_optimizer_step(optimizer)
-        optimizer.step()
-        task.after_step()
+    with quick_attention(task):
+        while True:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = task.loss([task.normalize(view) for view in batch.views])
+            optimizer.zero_grad()
+            loss.backward()
+            task.on_after_backward()
+            task.on_before_optimizer_step(optimizer)
+            optimizer.step()
+            task.after_step()

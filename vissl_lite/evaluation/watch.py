@@ -1,6 +1,5 @@
 """Watching an encoder while it trains: measures with and without labels, collapse."""
 
-import copy
 import logging
 import time
 from collections.abc import Sequence
@@ -60,7 +59,7 @@ class Watch(Callback):
 
     Looks at the start, at the end, and between as often as its share of the time allows. Where a
     look would cost too much of it, it sees fewer images. The look at the untrained encoder is made
-    after the first step, at a copy: so that a step which fails does so at once.
+    after the first step, which puts its weights back for it: so a step that fails does so at once.
 
     Alignment is that of two crops as SimCLR makes them, whatever the pretext: so it can be compared
     across pretexts.
@@ -104,7 +103,8 @@ class Watch(Callback):
         self.upright, self.stop_on_collapse = upright, stop_on_collapse
         self.last: dict[str, float] = {}
         self.collapsed = self.stopped = False
-        self._untrained: Encoder | None = None  # from the start to the look after the first step
+        # The encoder's weights, from the start to the look after the first step.
+        self._untrained: dict[str, Tensor] | None = None
         self._sizes: tuple[int, ...] = ()  # of LEAST and MOST; none before the first look
         self._forward = 0.0  # seconds an image through the encoder
         self._looked_at = -1  # number of batches at the last look
@@ -124,7 +124,7 @@ class Watch(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self.pace.batches == 0:
-            self._untrained = copy.deepcopy(module.trained_encoder())  # type: ignore[operator]
+            self._untrained = _weights(module.trained_encoder())  # type: ignore[operator]
 
     def on_train_batch_end(
         self,
@@ -134,8 +134,12 @@ class Watch(Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
+        encoder: Encoder = module.trained_encoder()  # type: ignore[operator]
         if self._untrained is not None:
-            self.look(trainer, self._untrained)
+            trained = _weights(encoder)
+            encoder.load_state_dict(self._untrained)
+            self.look(trainer, encoder)
+            encoder.load_state_dict(trained)
             self._untrained = None
             return
         seldom = self.pace.batches % max(1, self.data.batches_per_epoch // 20)
@@ -146,7 +150,7 @@ class Watch(Callback):
             due = trainer.strategy.broadcast(due)
         if not due:
             return
-        self.look(trainer, module.trained_encoder())  # type: ignore[operator]
+        self.look(trainer, encoder)
         if self.stop_on_collapse and self.collapsed and self.pace.fraction >= self.pace.warmup:
             log.warning("The run ends here, as --on_collapse stop asks for.")
             self.stopped = trainer.should_stop = True
@@ -168,7 +172,7 @@ class Watch(Callback):
         """Compute and log everything now."""
         started = time.monotonic()
         first = not self._sizes
-        self._looked_at = 0 if encoder is self._untrained else self.pace.batches
+        self._looked_at = self.pace.batches if self._untrained is None else 0
         self._looked_after = self.pace.fraction
         if trainer.is_global_zero:
             if first:
@@ -312,6 +316,11 @@ class Watch(Callback):
         self._spent, self._first, self._cost = state_dict["seconds"]
         self.collapsed = state_dict["collapsed"]
         self.pace.reserve = self._cost
+
+
+def _weights(encoder: Encoder) -> dict[str, Tensor]:
+    """A copy of an encoder's state."""
+    return {name: value.clone() for name, value in encoder.state_dict().items()}
 
 
 def _some(part: Part, most: int, random: np.random.Generator) -> Part:

@@ -4,7 +4,6 @@ import logging
 import math
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -15,6 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from vissl_lite.errors import UserError
 from vissl_lite.run import MetricsFile
+from vissl_lite.training.attention import quick_attention
 from vissl_lite.training.checkpoints import (
     CHECKPOINT,
     AtomicCheckpointIO,
@@ -119,7 +119,7 @@ def fit(
         # Running statistics, queues and centres are made of all processes' batches and the same in
         # each: no need to send them at every step. A queue may be a third of the network.
         trainer.strategy._ddp_kwargs.setdefault("broadcast_buffers", False)
-    fast = compiled(module) if hardware.compile else nullcontext()
+    fast = compiled(module) if hardware.compile else quick_attention(module)
     with warnings.catch_warnings(), tf32(), fast:
         for message in _NOISE:
             warnings.filterwarnings("ignore", message)
