@@ -236,6 +236,21 @@ def peers_accuracy() -> str:
     return table(header, rows) + "\n\n" + made(results, command)
 
 
+def attention() -> str:
+    if not (RESULTS / "attention.json").exists():
+        return "Not measured yet."
+    results = load("attention")
+    rows = [
+        [name, f"{one['torch']:,.0f}", f"{one['ours']:,.0f}", f"{one['torch'] / one['ours']:.2f}"]
+        for name, one in [
+            *results["attention"].items(),
+            *((f"step of ViT-S, {name}, bfloat16", one) for name, one in results["step"].items()),
+        ]
+    ]
+    header = ["forward and backward, ms", "torch's attention", "ours", "times as fast"]
+    return table(header, rows) + "\n\n" + made(results, "python benchmarks/attention.py")
+
+
 def views() -> str:
     results = load("views")
     rows = [
@@ -604,6 +619,7 @@ if __name__ == "__main__":
         layers=layers,
         leaks=leaks,
         photographs=photographs,
+        attention=attention,
         listing=listing,
         shards=shards,
         resizing=resizing,

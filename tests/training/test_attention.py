@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torch.nn import functional as F
 
 from vissl_lite.encoder import build_encoder
 from vissl_lite.training import attention
