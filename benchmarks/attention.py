@@ -2,7 +2,7 @@
 
     python benchmarks/attention.py
 
-Forward and backward of the attention alone, and a training step of a ViT-S, in milliseconds; the two
+Forward and backward of the attention alone, and a step of a ViT-S, in milliseconds; the two
 take turns, medians over the rounds.
 """
 
