@@ -193,7 +193,8 @@ def decode_reduced(
         if data.rfind(b"\xff\xd9") < 0:  # OpenCV would fill the missing part with grey
             raise ValueError(f"{path} is cut short")
         whole = jpeg.height, jpeg.width
-        factor = max(one for one in _REDUCED if one <= max(1, times(*whole)))
+        larger = max(1, times(*whole))
+        factor = max(one for one in _REDUCED if one <= larger)
         flags |= _REDUCED[factor]
     elif not _is_plain_png(data):
         read = _read_with_pillow(data, path)

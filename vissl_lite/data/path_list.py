@@ -49,7 +49,7 @@ class PathList(Sequence[str]):
         return self._text.nbytes + self._ends.nbytes
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return self._ends.shape[0] - 1
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -61,9 +61,10 @@ class PathList(Sequence[str]):
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
         at = as_index(index)  # NumPy's integers, too
-        if not -len(self) <= at < len(self):
-            raise IndexError(f"path {at} of {len(self)}")
-        at %= len(self)
+        count = len(self)
+        if not -count <= at < count:
+            raise IndexError(f"path {at} of {count}")
+        at %= count
         # no view is kept: a tensor's memory moves when PyTorch shares it
         text, ends = self._text.numpy(), self._ends.numpy()
         return text[ends[at] : ends[at + 1]].tobytes().decode("utf-8", "surrogatepass")

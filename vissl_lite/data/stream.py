@@ -212,17 +212,20 @@ class ViewDataset(KeyedDataset):
         kept = None if self.cache is None else self.cache.get(index)
         taken = None
         if kept is None or epoch == 0:
-            with open(self.paths[index], "rb") as file:
+            path = self.paths[index]
+            with open(path, "rb") as file:
                 data = file.read()
-            kept = kept or self._decode(data, epoch, index)
+            kept = kept or self._decode(data, path, epoch, index)
             taken = fingerprint(data, kept[0]) if epoch == 0 else None
         image, whole = kept
         views = self.views(image, self.seed, epoch, index, whole)
         return Item(views, index, [], fingerprint=taken)
 
-    def _decode(self, data: bytes, epoch: int, index: int) -> tuple[np.ndarray, tuple[int, int]]:
+    def _decode(
+        self, data: bytes, path: str, epoch: int, index: int
+    ) -> tuple[np.ndarray, tuple[int, int]]:
         """``(h, w, 3)`` uint8, and height and width of the whole image."""
-        path, key = self.paths[index], (self.seed, epoch, index)
+        key = self.seed, epoch, index
         if self.cache is None:
             return decode_reduced(data, path, lambda h, w: self.views.times(h, w, *key))
         image, whole = decode_down_sized(data, path, self.cache.plan.shortest)
