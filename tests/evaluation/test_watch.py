@@ -51,6 +51,9 @@ class Task(nn.Module):
     def trained_encoder(self) -> nn.Module:
         return self.encoder
 
+    def whole(self) -> "Task":
+        return self
+
 
 def make_watch(
     paths: list[str],
@@ -63,7 +66,7 @@ def make_watch(
 
 
 def look(watch: Watch, encoder: Encoder) -> dict[str, float]:
-    watch.look(trainer(), encoder)
+    watch.look(trainer(), Task(encoder))
     return watch.last
 
 

@@ -144,7 +144,8 @@ def pretrain(
         precision: auto, or one of Lightning's such as 32-true or bf16-mixed.
         devices: How many devices of each machine to use, or auto.
         num_nodes: How many machines to use (see docs/scaling.md).
-        strategy: auto, or one of Lightning's such as ddp.
+        strategy: auto, ddp, fsdp for networks that are too large for a device (each then keeps a
+            share of the weights), or another of Lightning's.
         num_workers: Data workers a device; default by the cores there are.
         compile: Train the encoder through torch.compile: the first step takes a minute or more,
             later ones less time on most GPUs. It needs Triton, or a C++ compiler without a GPU.
@@ -232,7 +233,8 @@ def pretrain(
         if kept is not None and trainer.is_global_zero:
             kept.remove()
         if not watch.looked:  # resumed after the last step: nothing was trained
-            watch.look(trainer, task.trained_encoder())
+            watch.look(trainer, task)
+        task = task.whole()
         if not trainer.is_global_zero:
             return PretrainResult(run, run / "encoder", {}, pace.steps, pace.elapsed())
         assert metrics is not None

@@ -134,11 +134,11 @@ class Watch(Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        encoder: Encoder = module.trained_encoder()  # type: ignore[operator]
         if self._untrained is not None:
+            encoder: Encoder = module.trained_encoder()  # type: ignore[operator]
             trained = _weights(encoder)
             encoder.load_state_dict(self._untrained)
-            self.look(trainer, encoder)
+            self.look(trainer, module)
             encoder.load_state_dict(trained)
             self._untrained = None
             return
@@ -150,14 +150,14 @@ class Watch(Callback):
             due = trainer.strategy.broadcast(due)
         if not due:
             return
-        self.look(trainer, encoder)
+        self.look(trainer, module)
         if self.stop_on_collapse and self.collapsed and self.pace.fraction >= self.pace.warmup:
             log.warning("The run ends here, as --on_collapse stop asks for.")
             self.stopped = trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self._looked_at != self.pace.batches:
-            self.look(trainer, module.trained_encoder())  # type: ignore[operator]
+            self.look(trainer, module)
         log.info("watching took %.1f %% of the time", 100 * self.share)
 
     def _due(self) -> bool:
@@ -168,9 +168,10 @@ class Watch(Callback):
         between = TIME_SHARE * whole - self._first - self._cost
         return self._spent - self._first + self._cost <= between * self.pace.fraction
 
-    def look(self, trainer: pl.Trainer, encoder: Encoder) -> None:
+    def look(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Compute and log everything now."""
         started = time.monotonic()
+        encoder: Encoder = module.whole().trained_encoder()  # type: ignore[operator]
         first = not self._sizes
         self._looked_at = self.pace.batches if self._untrained is None else 0
         self._looked_after = self.pace.fraction

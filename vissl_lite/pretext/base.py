@@ -1,5 +1,6 @@
 """What every pretext task has in common: the training step, normalising, the optimizer."""
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings, build_optimizer
 from vissl_lite.pictures import Picture
 from vissl_lite.pretext.parts.resizing import share_of_side, shrink
+from vissl_lite.training.sharding import fill, is_sharded, shard
 
 Backbones = Literal["any", "ViT", "CNN", "patches"]
 
@@ -105,6 +107,7 @@ class PretextTask(pl.LightningModule, ABC):
         self.upright = True
         self.progressive_resizing = False
         self.progress = 0.0
+        self._copy: list[PretextTask] = []  # see ``whole``
 
     @abstractmethod
     def views(self) -> Views:
@@ -146,6 +149,27 @@ class PretextTask(pl.LightningModule, ABC):
     def trained_encoder(self) -> Encoder:
         """What the training is for. A method with a momentum teacher may give that."""
         return self.encoder
+
+    def whole(self) -> "PretextTask":
+        """The task with all of its weights, in the main process. All processes have to call it.
+
+        It is the task itself, but under ``--strategy fsdp``: there, a copy on the CPU.
+        """
+        if not is_sharded(self):
+            return self
+        copied = self._copy[0] if self._copy else None
+        fill(copied, self)
+        return copied or self
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh
+        if mesh is None or is_sharded(self):  # each process keeps all of it, or has its share
+            return
+        self._device_mesh = None  # which can't be copied
+        # in a list, or it would count as a part of the task
+        self._copy = [copy.deepcopy(self)] if self.global_rank == 0 else []
+        self._device_mesh = mesh
+        shard(self, mesh)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.loss([self.normalize(view) for view in self._resized(batch.views)])

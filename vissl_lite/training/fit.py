@@ -27,6 +27,7 @@ from vissl_lite.training.hardware import Hardware, choose_precision, tf32
 from vissl_lite.training.memory import out_of_memory
 from vissl_lite.training.pace import Pace
 from vissl_lite.training.progress import Bar, Meter, MetricsLogger
+from vissl_lite.training.sharding import sharded_strategy
 from vissl_lite.training.stream import BrokenImages, StreamData
 from vissl_lite.training.sync_batchnorm import SyncBatchNorm
 
@@ -101,7 +102,7 @@ def fit(
         accelerator="auto",
         devices=hardware.devices_here(),
         num_nodes=hardware.num_nodes,
-        strategy=hardware.strategy,
+        strategy=sharded_strategy() if hardware.sharded else hardware.strategy,
         precision=choose_precision(hardware.precision, module),  # type: ignore[arg-type]
         max_epochs=1,  # the stream: its length is the whole run
         logger=[*([] if metrics is None else [MetricsLogger(metrics)]), *loggers],

@@ -11,6 +11,7 @@ from torch import nn
 
 from vissl_lite.errors import UserError
 from vissl_lite.training.compiling import check_compiler
+from vissl_lite.training.sharding import STRATEGY, check_sharding
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +24,8 @@ class Hardware:
         precision: ``auto``, or a precision of Lightning such as ``32-true`` or ``bf16-mixed``.
         devices: number of devices on each machine, or ``auto``.
         num_nodes: number of machines.
-        strategy: ``auto``, ``ddp``, or another of Lightning's that keeps the whole network in each
-            process.
+        strategy: ``auto``, ``ddp``, ``fsdp`` (see ``sharding``), or another of Lightning's that
+            keeps the whole network in each process.
         num_workers: data workers a device; None decides by the cores there are.
         compile: whether encoders are trained through ``torch.compile``; see ``compiling``.
     """
@@ -38,12 +39,15 @@ class Hardware:
 
     def check(self) -> None:
         """Raise a UserError, the same in all processes, if the run can't be made up like this."""
-        if self.strategy.startswith(("fsdp", "deepspeed")):
+        if self.strategy.startswith("deepspeed") or (
+            self.strategy.startswith("fsdp") and not self.sharded
+        ):
             raise UserError(
-                f"--strategy {self.strategy} cuts the network into parts, where momentum teachers, "
-                f"watching and the encoder folder need it whole in each process: give --strategy "
-                f"ddp, and for large networks fewer images a device (--accumulate_grad_batches)"
+                f"--strategy {self.strategy} is not known here: give --strategy fsdp for networks "
+                f"that are too large for a device, else ddp"
             )
+        if self.sharded:
+            check_sharding(self.precision, self.compile)
         if self.compile:
             check_compiler()
         started = _started()
@@ -58,6 +62,11 @@ class Hardware:
                 f"--devices {self.devices} --num_nodes {self.num_nodes} are not: give --devices "
                 f"{devices} --num_nodes {machines}"
             )
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process keeps but a part of the network."""
+        return self.strategy == STRATEGY
 
     def devices_here(self) -> int | str:
         """Devices on this machine, as Lightning wants them: what started the processes knows."""
