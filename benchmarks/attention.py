@@ -18,7 +18,8 @@ import torch.nn.functional as F  # noqa: N812
 from common import keep
 from torch import Tensor
 
-from vissl_lite.training.attention import attend, quick_attention
+from vissl_lite.training.attention import attend
+from vissl_lite.training.quick import quick_operations
 
 # Images, heads and tokens: views of 224 and of 96 pixels, what MAE keeps of one, and larger ones;
 # always as much work in the linear layers beside it.
@@ -45,7 +46,7 @@ def alone(compute: Callable[..., Tensor], inputs: list[Tensor]) -> float:
 def step(model: torch.nn.Module, images: Tensor, quick: bool) -> float:
     """Milliseconds of a forward and a backward pass of a network."""
     start = time.perf_counter()
-    with quick_attention(model) if quick else nullcontext():
+    with quick_operations() if quick else nullcontext():
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(images).float().square().mean()
         model.zero_grad()

@@ -14,7 +14,6 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from vissl_lite.errors import UserError
 from vissl_lite.run import MetricsFile
-from vissl_lite.training.attention import quick_attention
 from vissl_lite.training.checkpoints import (
     CHECKPOINT,
     AtomicCheckpointIO,
@@ -27,6 +26,7 @@ from vissl_lite.training.hardware import Hardware, choose_precision, tf32
 from vissl_lite.training.memory import out_of_memory
 from vissl_lite.training.pace import Pace
 from vissl_lite.training.progress import Bar, Meter, MetricsLogger
+from vissl_lite.training.quick import quick_operations
 from vissl_lite.training.sharding import sharded_strategy
 from vissl_lite.training.stream import BrokenImages, StreamData
 from vissl_lite.training.sync_batchnorm import SyncBatchNorm
@@ -120,7 +120,7 @@ def fit(
         # Running statistics, queues and centres are made of all processes' batches and the same in
         # each: no need to send them at every step. A queue may be a third of the network.
         trainer.strategy._ddp_kwargs.setdefault("broadcast_buffers", False)
-    fast = compiled(module) if hardware.compile else quick_attention(module)
+    fast = compiled(module) if hardware.compile else quick_operations()
     with warnings.catch_warnings(), tf32(), fast:
         for message in _NOISE:
             warnings.filterwarnings("ignore", message)
