@@ -118,10 +118,10 @@ def tree(pid: int) -> list[int]:
     return found
 
 
-def memory(pid: int) -> int:
-    """Proportional set size of a process and all that it started, in bytes."""
+def memory(pid: int, alone: bool = False) -> int:
+    """Proportional set size of a process, and all that it started if not alone, in bytes."""
     total = 0
-    for one in tree(pid):
+    for one in [pid] if alone else tree(pid):
         try:
             lines = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
         except OSError:

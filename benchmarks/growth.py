@@ -72,6 +72,7 @@ def measure(point: dict[str, Any]) -> dict[str, float]:
     from vissl_lite.encoder import build_encoder
     from vissl_lite.pretext import pretext_class
     from vissl_lite.training.hardware import choose_precision
+    from vissl_lite.training.quick import quick_operations
 
     torch.set_num_threads(1)
     several = "WORLD_SIZE" in os.environ
@@ -99,7 +100,7 @@ def measure(point: dict[str, Any]) -> dict[str, float]:
     seconds = []
     for _ in range(point["steps"]):
         start = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with quick_operations(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = network([task.normalize(view) for view in views])
         optimizer.zero_grad()
         loss.backward()

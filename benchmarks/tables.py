@@ -236,29 +236,28 @@ def peers_accuracy() -> str:
     return table(header, rows) + "\n\n" + made(results, command)
 
 
-def attention() -> str:
-    if not (RESULTS / "attention.json").exists():
-        return "Not measured yet."
-    results = load("attention")
+def operations() -> str:
+    results = load("operations")
     rows = [
-        [name, f"{one['torch']:,.0f}", f"{one['ours']:,.0f}", f"{one['torch'] / one['ours']:.2f}"]
-        for name, one in [
-            *results["attention"].items(),
-            *((f"step of ViT-S, {name}, bfloat16", one) for name, one in results["step"].items()),
-        ]
-    ]
-    header = ["forward and backward, ms", "torch's attention", "ours", "times as fast"]
-    return table(header, rows) + "\n\n" + made(results, "python benchmarks/attention.py")
+        [f"{kind}: {name}", f"{one['torch']:,.1f}", f"{one['ours']:,.1f}",
+         f"{one['torch'] / one['ours']:.2f}"]
+        for kind in ("attention", "convolution", "network")
+        for name, one in results[kind].items()
+    ]  # fmt: skip
+    header = ["forward and backward, ms", "torch's", "ours", "times as fast"]
+    return table(header, rows) + "\n\n" + made(results, "python benchmarks/operations.py")
 
 
 def views() -> str:
     results = load("views")
     rows = [
         [name, f"{r['views_32']:,.0f}", f"{r['views_224']:,.0f}"]
-        for name, r in results.items()
-        if name != "made"
+        for name, r in results["arms"].items()
     ]
-    command = "python benchmarks/views.py --small DATA/cifar10/train --large DATA/bccd/JPEGImages"
+    command = (
+        "python benchmarks/views.py --small DATA/cifar10/train --large DATA/bccd/JPEGImages "
+        "--before BEFORE --peer_python PYTHON"
+    )
     header = ["", "32 px, CIFAR files", "224 px, 640x480 JPEGs"]
     return table(header, rows) + "\n\n" + made(results, command)
 
@@ -576,6 +575,18 @@ def processes() -> str:
     return table(header, rows) + "\n\n" + made(results, command)
 
 
+def sharding() -> str:
+    results = load("sharding")
+    rows = []
+    for name, run in results["runs"].items():
+        processes, strategy = name.split()
+        gib = [f"{run[which] / 2**30:.2f}" for which in ("least", "most")]
+        rows.append([processes, strategy, *gib, f"{run['seconds']:.2f}"])
+    header = ["processes", "strategy", "GiB of the least", "GiB of the most", "seconds a step"]
+    command = "OMP_NUM_THREADS=1 python benchmarks/sharding.py --data DATA/ucmerced/train"
+    return table(header, rows) + "\n\n" + made(results, command)
+
+
 def rotation() -> str:
     """The file without its imports and what draws the pictures of the report."""
     source = (ROOT / "vissl_lite/pretext/rotation.py").read_text()
@@ -619,10 +630,11 @@ if __name__ == "__main__":
         layers=layers,
         leaks=leaks,
         photographs=photographs,
-        attention=attention,
+        operations=operations,
         listing=listing,
         shards=shards,
         resizing=resizing,
     )
-    fill(ROOT / "docs/scaling.md", losses=losses, at_scale=at_scale, processes=processes)
+    fill(ROOT / "docs/scaling.md", losses=losses, at_scale=at_scale, processes=processes,
+         sharding=sharding)  # fmt: skip
     fill(ROOT / "README.md", demo=demo, rotation=rotation, verdict=verdict)

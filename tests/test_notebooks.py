@@ -22,7 +22,7 @@ train, val, test = 60, 40, 60
 minutes = 0.05
 """,
     "three_transfers": """
-unlabelled, train, test = 64, 40, 20
+unlabelled, train, val, test = 64, 40, 20, 20
 minutes = 0.05
 epochs = {"classification": 1, "detection": 1, "segmentation": 1}
 """,

@@ -63,8 +63,12 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.set_num_threads(1)
+    rates = {}
     for folder, image_size in ((args.small, 32), (args.large, 224)):
-        print(json.dumps(measure(folder, image_size, args.seconds)), flush=True)
+        measured = measure(folder, image_size, args.seconds)
+        print(json.dumps(measured), flush=True)
+        rates[f"views_{image_size}"] = measured["views_per_cpu_second"]
+    print(json.dumps(rates))
 
 
 if __name__ == "__main__":

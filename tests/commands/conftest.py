@@ -7,6 +7,13 @@ import torch
 
 from vissl_lite.encoder import build_encoder
 from vissl_lite.encoder_folder import save_encoder
+from vissl_lite.evaluation import embedding
+
+
+@pytest.fixture(autouse=True)
+def no_umap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which compiles itself for 15 seconds; ``test_embedding`` tests how it is used."""
+    monkeypatch.setattr(embedding, "UMAP_LEAST", 10**9)
 
 
 @pytest.fixture(scope="session")

@@ -117,11 +117,19 @@ class KilledError(Exception):
     """Stands for whatever ends a process at the worst moment."""
 
 
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For runs of which the weights alone matter: pictures take longer than they do."""
+    for name in ("add_pretext", "add_embeddings", "add_report", "plot_curves"):
+        monkeypatch.setattr(f"vissl_lite.commands.pretrain.{name}", lambda *_, **__: None)
+
+
 def backbone_for(pretext: str) -> list[str]:
     transformer = PRETEXTS[pretext].about.backbones in ("ViT", "patches")
     return ["--backbone", "vit_slim_patch4_32" if transformer else "test_resnet"]
 
 
+@pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize(
     ("pretext", "last_step"), [("simclr", 1), ("simclr", 6), *((name, 5) for name in PRETEXTS)]
 )
@@ -154,6 +162,7 @@ def test_resume_continues_as_if_nothing_had_happened(
     assert steps == sorted(set(steps))
 
 
+@pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize("pretext", ["simclr", "byol"])
 def test_resume_between_accumulated_batches(
     pretext: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

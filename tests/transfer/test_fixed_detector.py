@@ -35,8 +35,14 @@ def test_it_finds_what_the_detector_finds(kind: Kind) -> None:
         assert (scores[index, :count] > 0.05).all()
         assert all((what[index, count:] == 0).all() for what in (boxes, scores, labels))
         torch.testing.assert_close(scores[index, :count], one["scores"])
-        torch.testing.assert_close(boxes[index, :count], one["boxes"], atol=1e-3, rtol=1e-4)
-        assert torch.equal(labels[index, :count], one["labels"])
+        # one to one: where scores are equal but for rounding, the order may be another
+        left = set(range(count))
+        for box, score, label in zip(one["boxes"], one["scores"], one["labels"], strict=True):
+            near = (boxes[index, :count] - box).abs().amax(dim=1) < 1e-3 + 1e-4 * box.abs().max()
+            alike = near & ((scores[index, :count] - score).abs() < 1e-4)
+            same = left & set((alike & (labels[index, :count] == label)).nonzero()[:, 0].tolist())
+            assert same
+            left.remove(min(same))
 
 
 def test_an_image_does_not_depend_on_the_others_in_the_batch() -> None:

@@ -14,7 +14,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.utils.extmath import randomized_svd
 
 from vissl_lite.data.images import BROKEN_IMAGE, read_image, resize_and_crop
 from vissl_lite.data.whole_file import whole_file
@@ -188,6 +187,8 @@ def flat_map(features: np.ndarray, method: Method, seed: int) -> np.ndarray:
             near = min(15, len(features) - 1)
             model = umap.UMAP(n_neighbors=near, metric="cosine", random_state=seed, n_jobs=1)
             return np.nan_to_num(model.fit_transform(directions)).astype(np.float32)
+    from sklearn.utils.extmath import randomized_svd  # here: no training has to wait for it
+
     centred = directions - directions.mean(axis=0)
     axes = min(2, *centred.shape)
     left, lengths, _ = randomized_svd(centred, axes, random_state=seed)

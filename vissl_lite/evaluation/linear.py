@@ -2,10 +2,13 @@
 
 import warnings
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
+
+# scikit-learn itself is imported where it is used: a training without labels starts without it.
+if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
 
 # Candidates for the L2 penalty on the mean loss: lambda in mean(loss) + lambda / 2 * |weights|^2.
 PENALTIES = tuple(10.0**power for power in (0, -1, -2, -3, -4, -5, -6))
@@ -42,6 +45,8 @@ def linear_probe(
         val: likewise; may be empty where labels are too few: then the penalty is 0.01.
         test: ``(M, D)`` features; their labels never arrive here.
     """
+    from sklearn.linear_model import LogisticRegression
+
     mean, scale = train[0].mean(axis=0), train[0].std(axis=0) + 1e-6
 
     def standardise(features: np.ndarray) -> np.ndarray:
@@ -63,8 +68,10 @@ def linear_probe(
 
 
 def _fit(
-    model: LogisticRegression, penalty: float, x: np.ndarray, y: np.ndarray
-) -> LogisticRegression:
+    model: "LogisticRegression", penalty: float, x: np.ndarray, y: np.ndarray
+) -> "LogisticRegression":
+    from sklearn.exceptions import ConvergenceWarning
+
     model.C = 1 / (penalty * len(x))  # scikit-learn weighs the sum of the losses
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # accuracy settles long before

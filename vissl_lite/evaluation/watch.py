@@ -171,11 +171,14 @@ class Watch(Callback):
     def look(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Compute and log everything now."""
         started = time.monotonic()
-        encoder: Encoder = module.whole().trained_encoder()  # type: ignore[operator]
+        whole: pl.LightningModule = module.whole()  # type: ignore[operator]
+        encoder: Encoder = whole.trained_encoder()  # type: ignore[operator]
         first = not self._sizes
         self._looked_at = self.pace.batches if self._untrained is None else 0
         self._looked_after = self.pace.fraction
         if trainer.is_global_zero:
+            # a whole copy of a network in parts waits on the CPU
+            encoder.to(next(module.parameters()).device)
             if first:
                 self._plan(encoder)
             else:
@@ -183,6 +186,8 @@ class Watch(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(self.last, step=max(0, self.pace.steps - 1))
             self._judge()
+            if whole is not module:
+                encoder.cpu()
         else:
             self._sizes = LEAST  # of no use here, but it says that the first look is done
         trainer.strategy.barrier()

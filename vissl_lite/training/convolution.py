@@ -54,7 +54,9 @@ def convolution(
     rows, columns = ((side + 2 * pad - kernel) // step + 1 for side, kernel, step, pad in sides)
     if weight.shape[2:] == (1, 1) and around == (0, 0):
         pixels = images[:, :, :: steps[0], :: steps[1]].permute(0, 2, 3, 1)
-        return F.linear(pixels, weight.flatten(1), bias).permute(0, 3, 1, 2)
+        # flat, or torch would multiply image by image
+        products = F.linear(pixels.flatten(0, 2), weight.flatten(1), bias)
+        return products.view(*pixels.shape[:3], -1).permute(0, 3, 1, 2)
     if rows == columns == 1:
         return _one_pixel(images, weight, bias, around)
     if min(rows, columns) > 0 and rows * columns <= FEW_PIXELS:
@@ -117,7 +119,8 @@ def _of_images(
 def _product(images: Tensor, weight: Tensor, bias: None, stride: Pair, padding: Pair) -> Tensor:
     """``torch.conv2d`` as a product of the images' patches with the kernels."""
     patches = _patches(images, (weight.shape[2], weight.shape[3]), stride, padding)
-    return (patches @ weight.permute(0, 2, 3, 1).flatten(1).t()).permute(0, 3, 1, 2)
+    products = patches.flatten(0, 2) @ weight.permute(0, 2, 3, 1).flatten(1).t()
+    return products.view(*patches.shape[:3], -1).permute(0, 3, 1, 2)
 
 
 def _patches(images: Tensor, sides: Pair, stride: Pair, padding: Pair) -> Tensor:

@@ -27,7 +27,7 @@ from vissl_lite.training.memory import out_of_memory
 from vissl_lite.training.pace import Pace
 from vissl_lite.training.progress import Bar, Meter, MetricsLogger
 from vissl_lite.training.quick import quick_operations
-from vissl_lite.training.sharding import sharded_strategy
+from vissl_lite.training.sharding import PRECISIONS, sharded_strategy
 from vissl_lite.training.stream import BrokenImages, StreamData
 from vissl_lite.training.sync_batchnorm import SyncBatchNorm
 
@@ -98,12 +98,15 @@ def fit(
             if metrics is not None:
                 metrics.forget_after(done - 1)
     every.append(Meter(data, pace, log_every))  # last: what the others do is no waiting for data
+    precision = choose_precision(hardware.precision, module)
+    if hardware.sharded and precision not in PRECISIONS:
+        precision = "32-true"  # on a GPU without bf16
     trainer = pl.Trainer(
         accelerator="auto",
         devices=hardware.devices_here(),
         num_nodes=hardware.num_nodes,
         strategy=sharded_strategy() if hardware.sharded else hardware.strategy,
-        precision=choose_precision(hardware.precision, module),  # type: ignore[arg-type]
+        precision=precision,  # type: ignore[arg-type]
         max_epochs=1,  # the stream: its length is the whole run
         logger=[*([] if metrics is None else [MetricsLogger(metrics)]), *loggers],
         log_every_n_steps=log_every,

@@ -8,6 +8,7 @@ from lightning.fabric.utilities import move_data_to_device
 
 from vissl_lite.data.stream import Source, collate
 from vissl_lite.errors import UserError
+from vissl_lite.training.sharding import is_sharded
 
 
 def out_of_memory(
@@ -19,6 +20,8 @@ def out_of_memory(
 ) -> UserError:
     """The error for a batch that did not fit, with one that would: tried out, not computed.
 
+    Of a network in parts, whose processes can't try alone, it names none.
+
     Args:
         module: whose ``training_step`` ran out of memory.
         trainer: where it ran.
@@ -26,6 +29,12 @@ def out_of_memory(
         batch_size: what did not fit, over all devices.
         accumulate: batches an optimizer step.
     """
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "this machine"
+    if is_sharded(module):
+        return UserError(
+            f"--batch_size {batch_size} does not fit into the memory of {where}: give a smaller "
+            f"one, with --accumulate_grad_batches, or more devices"
+        )
     trainer.strategy.model_to_device()  # Lightning has moved it to the CPU
     module.trainer = None  # a trial is not logged
     item = dataset.first()
@@ -46,7 +55,6 @@ def out_of_memory(
 
     devices = trainer.world_size
     fits = devices * largest_that_fits(try_out, clean, batch_size // devices)
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "this machine"
     if not fits:
         return UserError(
             f"not even two images fit into the memory of {where}: give a smaller --image_size or "

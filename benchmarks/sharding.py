@@ -1,0 +1,71 @@
+"""A network in parts (--strategy fsdp) against one in each process (ddp): memory and time.
+
+    OMP_NUM_THREADS=1 python benchmarks/sharding.py --data DATA/ucmerced/train
+
+`vissl-lite pretrain` with a ViT-B at 64 pixels, SimCLR, 16 images over all processes, which all run
+on this machine through gloo: what one process takes at its peak (its proportional set size, in
+which pages that are shared count once), and seconds a step.
+
+Results: benchmarks/results/sharding.json.
+"""
+
+import argparse
+import csv
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+from against_peers import memory, tree
+from common import keep
+
+RUNS = ((1, "auto"), (2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp"))
+
+
+def measured(data: Path, processes: int, strategy: str, steps: int) -> dict[str, float]:
+    """Peak memory in bytes of the process that has least and most, and seconds a step."""
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        (folder / "images").mkdir()
+        for number, file in enumerate(sorted(data.resolve().rglob("*.jpg"))[: 16 * steps]):
+            (folder / "images" / f"{number}.jpg").symlink_to(file)
+        command = [str(Path(sys.executable).absolute().parent / "vissl-lite"), "pretrain"]
+        command += ["--data", str(folder / "images"), "--out", str(folder / "run")]
+        command += ["--backbone", "vit_base_patch16_224", "--image_size", "64"]
+        command += ["--batch_size", "16", "--epochs", "1", "--logger", "none"]
+        command += ["--devices", str(processes), "--strategy", strategy, "--num_workers", "0"]
+        log = (folder / "log.txt").open("w")
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        peaks: dict[int, int] = {}
+        while process.poll() is None:
+            for one in tree(process.pid):
+                peaks[one] = max(peaks.get(one, 0), memory(one, alone=True))
+            time.sleep(0.2)
+        if process.returncode:
+            raise SystemExit((folder / "log.txt").read_text())
+        with (folder / "run" / "metrics.csv").open(newline="") as file:
+            rates = [float(row["images_per_second"]) for row in csv.DictReader(file)
+                     if row["images_per_second"]]  # fmt: skip
+    trained = sorted(peaks.values())[-processes:]  # without helpers that only start the others
+    return {"least": trained[0], "most": trained[-1], "seconds": 16 / median(rates[1:])}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=12)
+    options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    results = {}
+    for processes, strategy in RUNS:
+        name = f"{processes} {strategy}"
+        results[name] = measured(options.data, processes, strategy, options.steps)
+        print(name, results[name], flush=True)
+        keep("sharding", {"runs": results})
+
+
+if __name__ == "__main__":
+    main()
