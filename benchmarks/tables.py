@@ -219,6 +219,31 @@ def peers() -> str:
     return "\n\n".join(parts)
 
 
+def in_short() -> str:
+    """For the README: images a second against the fastest of the peers, and after equal minutes."""
+    results = load("peers")
+    rows = []
+    for case, runs in results["speed"].items():
+        rate = {
+            tool: statistics.median(one["images_per_second"] for one in each)
+            for tool, each in runs.items()
+            if each
+        }
+        if "ours" not in rate or any(tool not in rate for tool in PEERS):
+            continue
+        best = max(PEERS, key=lambda tool: rate[tool])
+        backbone, pretext, side = case.rsplit("-", 2)
+        rows.append([f"{pretext}, `{backbone}`, {side} px", f"{rate['ours']:.1f}",
+                     f"{rate[best]:.1f} ({best})", f"{rate['ours'] / rate[best]:.2f}"])  # fmt: skip
+    knn = ", ".join(f"{one['knn']:.3f} ({tool})" for tool, one in results["accuracy"].items())
+    minutes = results["accuracy"]["lightly"]["minutes"]
+    return (
+        table(["images a second", "vissl_lite", "the fastest peer", "times as fast"], rows)
+        + f"\n\nkNN accuracy on CIFAR-10 after the same {minutes:.0f} minutes: {knn}. "
+        + made(results, "python benchmarks/against_peers.py ...")
+    )
+
+
 def peers_accuracy() -> str:
     """SimCLR on CIFAR-10 for equal minutes."""
     if not (RESULTS / "peers.json").exists() or not load("peers")["accuracy"]:
@@ -637,4 +662,4 @@ if __name__ == "__main__":
     )
     fill(ROOT / "docs/scaling.md", losses=losses, at_scale=at_scale, processes=processes,
          sharding=sharding)  # fmt: skip
-    fill(ROOT / "README.md", demo=demo, rotation=rotation, verdict=verdict)
+    fill(ROOT / "README.md", demo=demo, rotation=rotation, verdict=verdict, in_short=in_short)

@@ -14,6 +14,7 @@ from vissl_lite.data.stream import single_threaded
 from vissl_lite.encoder import Normalize
 from vissl_lite.errors import UserError
 from vissl_lite.training.hardware import cpu_has_bf16
+from vissl_lite.training.quick import quick_operations
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +113,8 @@ def evaluating(model: nn.Module, normalize: Normalize) -> Iterator[torch.device]
     normalize.to(device)
     bf16 = device.type == "cuda" or cpu_has_bf16()
     try:
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        half = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+        with torch.inference_mode(), half, quick_operations():
             yield device
     finally:
         for module, training in modes:

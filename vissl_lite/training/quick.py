@@ -1,4 +1,4 @@
-"""Training on a CPU in bf16: torch's operations by faster ones, where there are such."""
+"""Networks on a CPU in bf16: torch's operations by faster ones, where there are such."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +22,8 @@ _FASTER: dict[Callable[..., Any], Callable[..., Any]] = {
 def quick_operations() -> Iterator[None]:
     """Within it, networks that compute in bf16 on a CPU attend and convolve by our operations.
 
-    Under autocast alone, which is how they train: in float32 torch's own are as fast.
+    Under autocast alone, which is how they train and are judged: in float32 torch's own are as
+    fast.
     """
     if torch.cuda.is_available():
         yield
