@@ -29,7 +29,7 @@ images).
 
     python benchmarks/against_peers.py accuracy --data DATA --out RUNS --peer_python PYTHON
 
-Results: benchmarks/results/peers.json.
+Results: benchmarks/results/peers.json and peers_accuracy.json.
 """
 
 import argparse
@@ -189,11 +189,12 @@ def help_seconds(tool: str, peer_python: str) -> float:
     return round(time.perf_counter() - start, 3)
 
 
-def kept() -> dict[str, Any]:
+def kept(name: str = "peers") -> dict[str, Any]:
     """What has been measured."""
-    file = RESULTS / "peers.json"
+    file = RESULTS / f"{name}.json"
     found = json.loads(file.read_text()) if file.exists() else {}
-    return {"speed": {}, "help": {}, "accuracy": {}, **found}
+    empty = {"accuracy": {}} if name == "peers_accuracy" else {"speed": {}, "help": {}}
+    return {**empty, **found}
 
 
 def speed(o: argparse.Namespace) -> None:
@@ -260,14 +261,14 @@ def accuracy(o: argparse.Namespace) -> None:
         program = Path(sys.executable).absolute().parent / "vissl-lite"
         run([*cores, str(program), "probe", *map(str, judged)], out / "probe.txt")
         scores = json.loads((out / "probe" / "results.json").read_text())
-        results = kept()
+        results = kept("peers_accuracy")
         results["accuracy"][tool] = {
             **json.loads((out / "result.json").read_text()),
             "knn": scores["knn"],
             "linear": scores["linear"],
             "cores": o.cores or os.cpu_count(),
         }
-        keep("peers", results)
+        keep("peers_accuracy", results)
         print(tool, results["accuracy"][tool], flush=True)
 
 

@@ -220,7 +220,7 @@ def peers() -> str:
 
 
 def in_short() -> str:
-    """For the README: images a second against the fastest of the peers, and after equal minutes."""
+    """For the README: images a second against the fastest of the peers."""
     results = load("peers")
     rows = []
     for case, runs in results["speed"].items():
@@ -235,20 +235,16 @@ def in_short() -> str:
         backbone, pretext, side = case.rsplit("-", 2)
         rows.append([f"{pretext}, `{backbone}`, {side} px", f"{rate['ours']:.1f}",
                      f"{rate[best]:.1f} ({best})", f"{rate['ours'] / rate[best]:.2f}"])  # fmt: skip
-    knn = ", ".join(f"{one['knn']:.3f} ({tool})" for tool, one in results["accuracy"].items())
-    minutes = results["accuracy"]["lightly"]["minutes"]
     return (
         table(["images a second", "vissl_lite", "the fastest peer", "times as fast"], rows)
-        + f"\n\nkNN accuracy on CIFAR-10 after the same {minutes:.0f} minutes: {knn}. "
-        + made(results, "python benchmarks/against_peers.py ...")
+        + "\n\n"
+        + made(results, "python benchmarks/against_peers.py speed --data DATA ...")
     )
 
 
 def peers_accuracy() -> str:
     """SimCLR on CIFAR-10 for equal minutes."""
-    if not (RESULTS / "peers.json").exists() or not load("peers")["accuracy"]:
-        return "Not measured yet."
-    results = load("peers")
+    results = load("peers_accuracy")
     rows = [
         [tool, str(r["cores"]), f"{r['minutes']:.1f}", f"{r['images_per_second']:.0f}",
          f"{r['knn']:.3f}", f"{r['linear']:.3f}"]
