@@ -600,6 +600,8 @@ def sharding() -> str:
     results = load("sharding")
     rows = []
     for name, run in results["runs"].items():
+        if not {"least", "most", "seconds"} <= run.keys():
+            continue
         processes, strategy = name.split()
         gib = [f"{run[which] / 2**30:.2f}" for which in ("least", "most")]
         rows.append([processes, strategy, *gib, f"{run['seconds']:.2f}"])

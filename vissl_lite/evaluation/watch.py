@@ -177,8 +177,8 @@ class Watch(Callback):
         self._looked_at = self.pace.batches if self._untrained is None else 0
         self._looked_after = self.pace.fraction
         if trainer.is_global_zero:
-            # a whole copy of a network in parts waits on the CPU
-            encoder.to(next(module.parameters()).device)
+            if whole is not module:  # a copy of a network in parts, which waits on the CPU
+                encoder.to(next(module.parameters()).device)
             if first:
                 self._plan(encoder)
             else:
