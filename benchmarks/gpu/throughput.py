@@ -23,7 +23,6 @@ import statistics
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +44,7 @@ from vissl_lite.training.compiling import compiled  # noqa: E402
 from vissl_lite.training.fit import fit  # noqa: E402
 from vissl_lite.training.hardware import Hardware, choose_precision, tf32  # noqa: E402
 from vissl_lite.training.pace import Pace  # noqa: E402
+from vissl_lite.training.quick import quick_operations  # noqa: E402
 from vissl_lite.training.stream import StreamData  # noqa: E402
 
 # Images a batch that fit into 80 GB with either backbone.
@@ -118,7 +118,7 @@ def limit(
         torch.cuda.reset_peak_memory_stats()
     first = warm = start = time.perf_counter()
     settled = min(steps - 1, 10)
-    with tf32(), compiled(task) if compile else nullcontext():
+    with tf32(), compiled(task) if compile else quick_operations():
         for step in range(steps):
             with torch.autocast(DEVICE.type, half, enabled=precision != "32-true"):
                 loss = task.loss([task.normalize(view) for view in views])
