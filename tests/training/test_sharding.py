@@ -17,7 +17,7 @@ from vissl_lite.pretext import PRETEXTS, pretext_class
 from vissl_lite.training.fit import fit
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.training.pace import Pace
-from vissl_lite.training.sharding import repeated_blocks
+from vissl_lite.training.sharding import check_same_sharding, repeated_blocks
 from vissl_lite.training.stream import StreamData
 
 BACKBONES = {"any": "test_resnet", "ViT": "test_vit", "CNN": "test_resnet", "patches": "test_vit"}
@@ -88,6 +88,13 @@ def test_blocks_in_blocks_come_first() -> None:
     inner = [nn.Sequential(nn.Linear(2, 2), nn.ReLU()) for _ in range(4)]
     outer = [nn.Sequential(*inner[:2]), nn.Sequential(*inner[2:])]
     assert list(repeated_blocks(nn.Sequential(*outer))) == [*inner[:2], *inner[2:], *outer]
+
+
+@pytest.mark.parametrize(("saved", "sharded"), [({"sharded": True}, False), ({}, True)])
+def test_a_run_is_resumed_as_it_began(saved: dict[str, bool], sharded: bool) -> None:
+    with pytest.raises(UserError, match=f"with{'' if saved else 'out'} --strategy fsdp: resume"):
+        check_same_sharding(saved, sharded)
+    check_same_sharding(saved, not sharded)
 
 
 def test_what_does_not_go_together_is_said_at_once() -> None:

@@ -18,6 +18,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from vissl_lite.data.stream import Batch
 from vissl_lite.errors import UserError
 from vissl_lite.training.hardware import under_slurm
+from vissl_lite.training.sharding import mark_sharding
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +117,11 @@ class Checkpoints(Callback):
             self.save(trainer)
         if stop:
             self._stop(trainer, signal.Signals(stop))
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        mark_sharding(checkpoint, module)
 
     def _stop(self, trainer: pl.Trainer, received: signal.Signals) -> None:
         log.warning(

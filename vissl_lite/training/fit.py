@@ -27,7 +27,7 @@ from vissl_lite.training.memory import out_of_memory
 from vissl_lite.training.pace import Pace
 from vissl_lite.training.progress import Bar, Meter, MetricsLogger
 from vissl_lite.training.quick import quick_operations
-from vissl_lite.training.sharding import PRECISIONS, sharded_strategy
+from vissl_lite.training.sharding import PRECISIONS, check_same_sharding, sharded_strategy
 from vissl_lite.training.stream import BrokenImages, StreamData
 from vissl_lite.training.sync_batchnorm import SyncBatchNorm
 
@@ -75,7 +75,7 @@ def fit(
 
     Raises:
         UserError: the batch does not fit into the device's memory; it says which one would. Or the
-            loss is no longer a number.
+            loss is no longer a number, or the run to continue had another kind of strategy.
     """
     module.to(memory_format=torch.channels_last)
     module.train()  # Lightning leaves the modes of modules as it finds them
@@ -94,7 +94,9 @@ def fit(
         every.append(Checkpoints(checkpoints))
         if resume and (checkpoints / CHECKPOINT).is_file():
             last = checkpoints / CHECKPOINT
-            done = read_checkpoint(last)["global_step"]
+            saved = read_checkpoint(last)
+            check_same_sharding(saved, hardware.sharded)
+            done = saved["global_step"]
             if metrics is not None:
                 metrics.forget_after(done - 1)
     every.append(Meter(data, pace, log_every))  # last: what the others do is no waiting for data

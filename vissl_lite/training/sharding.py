@@ -6,6 +6,7 @@ arXiv 2304.11277; per parameter: ``torch.distributed.fsdp.fully_shard``).
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -83,6 +84,24 @@ def repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:
 def is_sharded(module: nn.Module) -> bool:
     """Whether ``shard`` has cut it."""
     return isinstance(module, FSDPModule)
+
+
+def mark_sharding(checkpoint: dict[str, Any], module: nn.Module) -> None:
+    """Note in a checkpoint whether it is of a network in parts; see ``check_same_sharding``."""
+    checkpoint["sharded"] = is_sharded(module)
+
+
+def check_same_sharding(checkpoint: dict[str, Any], sharded: bool) -> None:
+    """Raise a UserError if a checkpoint is of the other kind.
+
+    The optimizer's states of a network in parts stand in another order.
+    """
+    before = checkpoint.get("sharded", False)
+    if before != sharded:
+        raise UserError(
+            f"the run was trained {'with' if before else 'without'} --strategy {STRATEGY}: resume "
+            f"it like that"
+        )
 
 
 @torch.no_grad()
