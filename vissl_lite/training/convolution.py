@@ -17,8 +17,8 @@ from torch.nn.modules.utils import _pair
 # gradient 93 to 40 ms, the rest as fast. For 14x14 pixels it is slower.
 FEW_PIXELS = 49
 
-# Likewise for the result itself and the gradient of the images: 2x2. For 512 images of 256
-# channels: 27 to 6 ms, 27 to 7 ms, and the weights' gradient 63 to 8 ms.
+# Pixels of an image, up to which the result and the gradient of the images are, too: 2x2. For 512
+# images of 256 channels: 27 to 6 ms, 27 to 7 ms, and the weights' gradient 63 to 8 ms.
 TINY = 4
 
 Pair = tuple[int, int]

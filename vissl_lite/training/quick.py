@@ -44,6 +44,7 @@ class _Replaced(TorchFunctionMode):
         faster = _FASTER.get(func)
         if (
             faster is not None
+            and args  # else all is given by name, which no network does
             and torch.is_autocast_enabled("cpu")
             and torch.get_autocast_dtype("cpu") == torch.bfloat16
             and args[0].device.type == "cpu"
