@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from vissl_lite.data.whole_file import write_atomically
 from vissl_lite.errors import UserError
 from vissl_lite.run import (
     MetricsFile,
@@ -16,7 +17,6 @@ from vissl_lite.run import (
     open_run,
     read_config,
     resumed_config,
-    write_atomically,
     write_results,
 )
 
@@ -41,8 +41,8 @@ def log_as_it_was() -> Iterator[None]:
 
 @pytest.fixture
 def old_run(tmp_path: Path) -> Path:
-    with open_run(tmp_path / "old", {"lr": 0.1}) as out:
-        (out / "old.txt").write_text("old")
+    with open_run(tmp_path / "old", "probe", {"lr": 0.1}) as out:
+        (out / "runs.csv").write_text("old")
     return tmp_path / "old"
 
 
@@ -72,7 +72,7 @@ def test_another_run_is_not_written_over_unasked(old_run: Path) -> None:
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_other_files_are_never_written_over(overwrite: bool, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="holds other files: give a new folder with --out"):
+    with pytest.raises(UserError, match=r"holds other files.*: give a new folder with --out"):
         check_out(tmp_path, overwrite=overwrite)
 
 
@@ -103,25 +103,26 @@ def test_other_processes_neither_check_nor_write(
     monkeypatch.setenv("RANK", "1")
     (tmp_path / "other.txt").write_text("")
     check_out(tmp_path)
-    with open_run(tmp_path / "run", {}) as out:
+    with open_run(tmp_path / "run", "probe", {}) as out:
         assert out == tmp_path / "run"
     assert not (tmp_path / "run").exists()
 
 
 def test_overwriting_removes_what_was_there(old_run: Path) -> None:
-    with open_run(old_run, {"lr": 0.2}):
+    with open_run(old_run, "probe", {"lr": 0.2}):
         pass
-    assert sorted(tree(old_run)) == ["config.yaml", "log.txt"]
+    assert sorted(tree(old_run)) == [".lock", "config.yaml", "log.txt", "run.json"]
     assert read_config(old_run) == {"lr": 0.2}
 
 
 def test_resuming_keeps_what_was_there_and_appends_to_the_log(old_run: Path) -> None:
     before = tree(old_run)
-    with open_run(old_run, {"lr": 0.9}, resume=True):
+    with open_run(old_run, "probe", {"lr": 0.9}, resume=True):
         log.info("second part")
     after = tree(old_run)
     assert after["log.txt"].startswith(before.pop("log.txt"))
     assert b"second part" in after.pop("log.txt")
+    del before["run.json"], after["run.json"]  # which may say when it was resumed
     assert after == before
 
 
@@ -131,7 +132,7 @@ def test_config_yaml_holds_the_parameters_that_repeat_the_run(tmp_path: Path) ->
         "pretext": {"name": "simclr", "temperature": 0.2, "blur": None},
         "epochs": 3,
     }
-    with open_run(tmp_path / "run", {**config, "resume": False, "overwrite": True}) as out:
+    with open_run(tmp_path / "run", "probe", {**config, "resume": False, "overwrite": True}) as out:
         text = (out / "config.yaml").read_text()  # there from the start
     assert yaml.safe_load(text) == config == read_config(tmp_path / "run")
     assert text.index("data") < text.index("pretext") < text.index("epochs")
@@ -141,7 +142,7 @@ def test_config_yaml_holds_the_parameters_that_repeat_the_run(tmp_path: Path) ->
 
 
 def test_the_log_holds_messages_and_versions(tmp_path: Path) -> None:
-    with open_run(tmp_path / "run", {}) as out:
+    with open_run(tmp_path / "run", "probe", {}) as out:
         log.info("batch %d of [bold]%s[/bold]", 3, "five")
         logging.getLogger("vissl_lite.training").warning("from a module")
     text = (out / "log.txt").read_text()
@@ -153,7 +154,7 @@ def test_the_log_holds_messages_and_versions(tmp_path: Path) -> None:
 def test_the_console_shows_messages_but_no_details(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with open_run(tmp_path / "run", {}):
+    with open_run(tmp_path / "run", "probe", {}):
         log.info("a [red]message[/red]")
         log.debug("a detail")
     shown = capsys.readouterr().err
@@ -162,9 +163,9 @@ def test_the_console_shows_messages_but_no_details(
 
 
 def test_the_log_ends_with_the_run(tmp_path: Path) -> None:
-    with open_run(tmp_path / "one", {}):
+    with open_run(tmp_path / "one", "probe", {}):
         pass
-    with open_run(tmp_path / "two", {}):
+    with open_run(tmp_path / "two", "probe", {}):
         log.info("in the second")
     log.info("after both")
     assert "in the second" not in (tmp_path / "one" / "log.txt").read_text()
@@ -172,12 +173,12 @@ def test_the_log_ends_with_the_run(tmp_path: Path) -> None:
 
 
 def test_the_log_says_why_a_run_stopped(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), open_run(tmp_path / "crash", {}):
+    with pytest.raises(ZeroDivisionError), open_run(tmp_path / "crash", "probe", {}):
         _ = 1 / 0
     text = (tmp_path / "crash" / "log.txt").read_text()
     assert "Traceback" in text
     assert "ZeroDivisionError: division by zero" in text
-    with pytest.raises(UserError), open_run(tmp_path / "mistake", {}):
+    with pytest.raises(UserError), open_run(tmp_path / "mistake", "probe", {}):
         raise UserError("too many images are broken")
     text = (tmp_path / "mistake" / "log.txt").read_text()
     assert "stopped: too many images are broken" in text
@@ -387,13 +388,13 @@ def test_series_gives_the_steps_that_have_the_metric(metrics: MetricsFile) -> No
 def test_what_is_logged_before_the_run_is_in_its_log_once(tmp_path: Path) -> None:
     log = logging.getLogger("vissl_lite.data.anything")
     log.warning("3 boxes mended")
-    with open_run(tmp_path / "a", {}):
+    with open_run(tmp_path / "a", "probe", {}):
         log.info("training")
-        with open_run(tmp_path / "b", {}):
+        with open_run(tmp_path / "b", "probe", {}):
             log.info("within")
     assert (tmp_path / "a" / "log.txt").read_text().count("3 boxes mended") == 1
     log.info("between")
-    with open_run(tmp_path / "c", {}):
+    with open_run(tmp_path / "c", "probe", {}):
         pass
     text = (tmp_path / "c" / "log.txt").read_text()
     assert "between" in text
@@ -402,10 +403,10 @@ def test_what_is_logged_before_the_run_is_in_its_log_once(tmp_path: Path) -> Non
 
 
 def test_names_that_are_not_utf_8_are_logged(tmp_path: Path, capsys: Any) -> None:
-    with open_run(tmp_path / "run", {}):
+    with open_run(tmp_path / "run", "probe", {}):
         record = log.makeRecord("a", logging.WARNING, "", 0, "skipped: %s", ("a\udcff.png",), None)
         for handler in log.handlers:  # ours alone: what pytest catches, xdist can't send
-            if handler.__class__.__name__ in ("FileHandler", "_ConsoleHandler"):
+            if handler.__class__.__name__ in ("_LogFile", "_ConsoleHandler"):
                 handler.handle(record)
     assert "skipped: a\\udcff.png" in (tmp_path / "run" / "log.txt").read_text()
     shown = capsys.readouterr().err

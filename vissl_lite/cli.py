@@ -7,13 +7,17 @@ docstring the help, and ``--config FILE`` the same in YAML.
 import importlib
 import inspect
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
 from vissl_lite import __version__
-from vissl_lite.errors import UserError, did_you_mean
+from vissl_lite.errors import MachineError, Terminated, UserError, did_you_mean
+from vissl_lite.faults import machine_error
 
 VERBS = {
     "demo": "the whole story on sample data, in minutes",
@@ -38,9 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; default those of the process.
 
     Returns:
-        The exit status: 0, or 2 for a mistake of the user's, 130 when interrupted.
+        The exit status: 0, or 2 for a mistake of the user's, 1 for a fault of the machine, 130
+        when interrupted, 143 when stopped by SIGTERM.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    with _ended_by_sigterm():
+        return _main(given)
+
+
+def _main(given: list[str]) -> int:
     try:
         if not given or given[0] in ("-h", "--help"):
             print(_overview())
@@ -51,13 +61,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given[0] not in VERBS:
             raise UserError(f"unknown command {given[0]}: {did_you_mean(given[0], VERBS)}")
         _run(given[0], given[1:])
+    except MachineError as error:
+        return _say(str(error), 1)
     except UserError as error:
-        print(f"vissl-lite: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("vissl-lite: interrupted", file=sys.stderr)
-        return 130
+        return _say(str(error), 2)
+    except KeyboardInterrupt as stop:
+        return _say("interrupted", 130, stop)
+    except Terminated as stop:
+        return _say(str(stop), int(stop.code or 0), stop)
+    except Exception as error:
+        fault = machine_error(error)
+        if fault is None:
+            raise
+        return _say(str(fault), 1)
     return 0
+
+
+def _say(words: str, status: int, stop: BaseException | None = None) -> int:
+    """Print why a command ended, and what of it is kept; gives back the exit status."""
+    kept = getattr(stop, "__notes__", [])[-1:]  # the last one is of the outermost run
+    with suppress(OSError):  # a terminal that is closed
+        print("; ".join([f"vissl-lite: {words}", *kept]), file=sys.stderr)
+    return status
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Within it, SIGTERM is an exception, so that what is half-written is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, _: Any) -> None:
+        raise Terminated(number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _overview() -> str:

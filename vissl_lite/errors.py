@@ -1,6 +1,7 @@
 """What a user did wrong, said in one line."""
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
@@ -9,6 +10,28 @@ class UserError(Exception):
 
     The command line prints it as one line and exits with status 2; from Python it is raised.
     """
+
+
+class MachineError(UserError):
+    """Something that the machine refused, such as a full disk: what, and how to go on.
+
+    The command line prints it as one line and exits with status 1.
+    """
+
+
+class Terminated(SystemExit):
+    """The process was told to stop by a signal; it exits with status 128 + the signal's number.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.signal = signal.Signals(number)
+
+    def __str__(self) -> str:
+        return f"stopped by {self.signal.name}"
 
 
 class WeightsUnavailableError(UserError):

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from vissl_lite.data.images import BROKEN_IMAGE, read_image, resize_and_crop
-from vissl_lite.data.stream import single_threaded
+from vissl_lite.data.workers import WorkerLoader
 from vissl_lite.encoder import Normalize
 from vissl_lite.errors import UserError
 from vissl_lite.training.hardware import cpu_has_bf16
@@ -73,13 +73,12 @@ def run_over(
     Raises:
         UserError: no image can be read.
     """
-    loader = DataLoader(
+    loader = WorkerLoader(
         CentredImages(paths, image_size),
-        batch_size=batch_size,
+        _collate,
         # a worker costs a tenth of a second to start, and few images are read as fast here
-        num_workers=0 if len(paths) < 512 else (8 if torch.cuda.is_available() else 1),
-        collate_fn=_collate,
-        worker_init_fn=single_threaded,
+        0 if len(paths) < 512 else (8 if torch.cuda.is_available() else 1),
+        batch_size=batch_size,
     )
     outputs: list[list[Tensor]] = []
     good: list[bool] = []

@@ -6,11 +6,10 @@ import logging
 import os
 import platform
 import re
-import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -19,13 +18,16 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from vissl_lite.data.whole_file import check_place, whole_file
-from vissl_lite.errors import UserError
+from vissl_lite.data.whole_file import whole_file, write_atomically
+from vissl_lite.errors import MachineError, Terminated, UserError
+from vissl_lite.faults import machine_error
+from vissl_lite.run_folder import CONFIG, check_folder, read_record, written_by
 
 log = logging.getLogger("vissl_lite")
 console = Console(stderr=True)
 
-CONFIG, RESULTS, METRICS, LOG = "config.yaml", "results.json", "metrics.csv", "log.txt"
+RESULTS, METRICS, LOG = "results.json", "metrics.csv", "log.txt"
+CHECKPOINTS, CHECKPOINT = "checkpoints", "last.ckpt"
 MAP = "map.npz"
 
 # Keeps what is logged before there is a run, such as what was mended in the data: it goes into the
@@ -49,65 +51,121 @@ def is_main_process() -> bool:
     return True
 
 
-def check_out(out: Path, resume: bool = False, overwrite: bool = False) -> None:
-    """Refuse a folder that a run must not be written to. Nothing is changed yet.
+def check_out(
+    out: Path,
+    inputs: Sequence[tuple[str, str | Sequence[str] | None]] = (),
+    resume: bool = False,
+    overwrite: bool = False,
+    command: str | None = None,
+) -> bool:
+    """Refuse a folder that a run must not be written to; see ``check_folder``.
+
+    Args:
+        out: the folder.
+        inputs: options and what they name, one or several; None is passed over.
+        resume: whether to continue what is there.
+        overwrite: whether to replace it.
+        command: which one is to be continued.
+
+    Returns:
+        Whether there is a run to continue; else a new one begins.
 
     Raises:
-        UserError: the folder holds another run or other files, or can't be written.
+        UserError: nothing is changed then.
     """
     _early.buffer.clear()  # of an earlier command in this process
-    if not is_main_process() or resume:
-        return
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file: --out must name a folder")
-    if out.is_dir() and any(out.iterdir()):
-        if not (out / CONFIG).is_file():
-            raise UserError(f"{out} holds other files: give a new folder with --out")
-        if not overwrite:
-            raise UserError(f"{out} holds another run: give a new folder, or --overwrite")
-    check_place(out)
+    if not is_main_process():
+        return resume and (out / CONFIG).is_file()
+    named = [
+        (option, one)
+        for option, given in inputs
+        for one in ([given] if isinstance(given, str) else given or ())
+    ]
+    return check_folder(out, named, resume, overwrite, command)
 
 
 @contextmanager
-def open_run(out: Path, config: Mapping[str, Any], resume: bool = False) -> Iterator[Path]:
-    """Make the folder (in place of an older run), write ``config.yaml``, keep the log.
+def open_run(
+    out: Path, command: str, config: Mapping[str, Any], resume: bool = False
+) -> Iterator[Path]:
+    """Make the folder a run (in place of an older one), write ``config.yaml``, keep the log.
 
     Args:
         out: checked by ``check_out`` before.
+        command: who writes it.
         config: the parameters, enough to repeat the run.
         resume: keep what is there and append to it.
 
     Yields:
         The folder.
+
+    Raises:
+        UserError: another process writes to it.
+        MachineError: the machine refused something, such as room on a full disk.
     """
     if not is_main_process():
         yield out
         return
-    if not resume:
-        if out.is_dir():
-            shutil.rmtree(out)
-        out.mkdir(parents=True)
-        write_config(out, config)
-    # file names need not be UTF-8
-    file = logging.FileHandler(out / LOG, encoding="utf-8", errors="backslashreplace")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    try:
+        with written_by(command, out, resume), _kept_log(out):
+            if not resume:
+                write_config(out, config)
+            packages = ("vissl-lite", "torch", "timm", "lightning", "albumentations")
+            log.debug(
+                "Python %s on %s; %s",
+                platform.python_version(),
+                platform.platform(),
+                ", ".join(f"{name} {version(name)}" for name in packages),
+            )
+            yield out
+    except (KeyboardInterrupt, Terminated) as error:
+        error.add_note(_what_is_kept(command, out))
+        raise
+    except Exception as error:
+        fault = None if _is_mistake(error) else machine_error(error, out)
+        if fault is None:
+            raise
+        raise MachineError(f"{fault}; {_what_is_kept(command, out)}") from error
+
+
+def is_finished(out: Path) -> bool:
+    """Whether a run has come to its end, with all that it writes."""
+    record = read_record(out)
+    return record is not None and record.status == "finished"
+
+
+def _is_mistake(error: Exception) -> bool:
+    return isinstance(error, UserError) and not isinstance(error, MachineError)
+
+
+def _what_is_kept(command: str, run: Path) -> str:
+    """What a run that ended early leaves, and how to go on."""
+    if command in ("pretrain", "finetune"):
+        if (run / CHECKPOINTS / CHECKPOINT).is_file():
+            return (f"the training up to its last checkpoint is kept in {run}: the same command "
+                    f"with --resume continues it")  # fmt: skip
+        return (f"no checkpoint of {run} was written yet: the same command with --resume starts "
+                f"it again")  # fmt: skip
+    if command == "compare":
+        return (f"what has finished is kept in {run}: the same command with --resume continues "
+                f"from there")  # fmt: skip
+    return f"{run} is not finished: the same command with --overwrite starts again"
+
+
+@contextmanager
+def _kept_log(out: Path) -> Iterator[None]:
+    """What is logged goes to ``log.txt``, with what ended the run, and to the console."""
+    file = _LogFile(out / LOG)
     log.removeHandler(_early)
     log.addHandler(file)
     _log_to_console()
     for record in _early.buffer:
         log.handle(record)
     _early.buffer.clear()
-    packages = ("vissl-lite", "torch", "timm", "lightning", "albumentations")
-    log.debug(
-        "Python %s on %s; %s",
-        platform.python_version(),
-        platform.platform(),
-        ", ".join(f"{name} {version(name)}" for name in packages),
-    )
     try:
-        yield out
-    except UserError as error:
-        log.debug("stopped: %s", error)
+        yield
+    except (UserError, KeyboardInterrupt, Terminated) as error:
+        log.debug("stopped: %s", str(error) or "interrupted (Ctrl-C)")
         raise
     except Exception:
         file.handle(_record_of_exception())
@@ -117,6 +175,23 @@ def open_run(out: Path, config: Mapping[str, Any], resume: bool = False) -> Iter
         file.close()
         if not any(isinstance(handler, logging.FileHandler) for handler in log.handlers):
             log.addHandler(_early)
+
+
+class _LogFile(logging.FileHandler):
+    """``log.txt``. Where it can't be written, as on a full disk, the run itself says so."""
+
+    def __init__(self, file: Path) -> None:
+        # file names need not be UTF-8
+        super().__init__(file, encoding="utf-8", errors="backslashreplace")
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with suppress(OSError):  # it writes what it has kept
+            super().close()
 
 
 @contextmanager
@@ -237,12 +312,6 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """Write a text file that appears whole or not at all."""
-    with whole_file(file) as part:
-        part.write_text(text, encoding="utf-8")
-
-
 def write_results(run: Path, results: Mapping[str, Any]) -> None:
     """Write ``results.json``."""
     write_atomically(run / RESULTS, json.dumps(results, indent=2) + "\n")
@@ -257,52 +326,64 @@ def logged_warnings(run: Path) -> list[str]:
 class MetricsFile:
     """``metrics.csv``: a row for each logged step, a column for each metric.
 
+    Rows are appended; where one that is written changes, or a column is new, the whole file is
+    written beside the old one, which it then replaces.
+
     Args:
-        file: appended to where it exists.
+        file: appended to where it exists. A last line that was cut off is dropped.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self.rows: list[dict[str, Any]] = []
         self.columns: list[str] = ["step", "seconds"]
-        self._written = -1  # rows in the file; -1: write the file anew
+        self._written = 0  # rows in the file
+        self._stale = True  # whether the file has to be written anew
         self._started = time.monotonic()
         if file.exists():
-            with file.open(newline="", encoding="utf-8") as opened:
-                reader = csv.DictReader(opened)
-                self.rows = [{k: _number(v) for k, v in row.items() if v} for row in reader]
-                self.columns = list(reader.fieldnames or self.columns)
+            text = file.read_text(encoding="utf-8")
+            whole = text[: text.rfind("\n") + 1].splitlines()
+            reader = csv.DictReader(whole)
+            self.rows = [{k: _number(v) for k, v in row.items() if v} for row in reader]
+            self.columns = list(reader.fieldnames or self.columns)
             if self.rows:
                 self._started -= self.rows[-1]["seconds"]
 
     def forget_after(self, step: int) -> None:
         """Drop rows of later steps: a resumed run does them again."""
         self.rows = [row for row in self.rows if row["step"] <= step]
-        self._written = -1
+        self._written, self._stale = 0, True
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Add values to the row of a step."""
         if not self.rows or self.rows[-1]["step"] != step:
             self.rows.append({"step": step})
-        self.rows[-1]["seconds"] = round(time.monotonic() - self._started, 2)
-        self.rows[-1].update(values)
+        row = self.rows[-1]
+        if all(name in row and row[name] == value for name, value in values.items()):
+            return
+        row["seconds"] = round(time.monotonic() - self._started, 2)
+        row.update(values)
         new = [name for name in values if name not in self.columns]
-        if new:
-            self.columns += new
-            self._written = -1
+        self.columns += new
+        if new or len(self.rows) <= self._written:
+            self._stale = True
 
     def flush(self, final: bool = False) -> None:
         """Write what is new; the last row stays open for more values unless this is final."""
-        done = len(self.rows) if final else max(0, len(self.rows) - 1)
-        if self._written < 0 or self._written > done:
-            with self.file.open("w", newline="", encoding="utf-8") as out:
-                writer = csv.DictWriter(out, self.columns)
+        done = len(self.rows) if final else max(self._written, len(self.rows) - 1)
+        if self._stale:
+            with (
+                whole_file(self.file) as part,
+                part.open("w", newline="", encoding="utf-8") as out,
+            ):
+                writer = csv.DictWriter(out, self.columns, lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(self.rows[:done])
         elif done > self._written:
             with self.file.open("a", newline="", encoding="utf-8") as out:
-                csv.DictWriter(out, self.columns).writerows(self.rows[self._written : done])
-        self._written = done
+                writer = csv.DictWriter(out, self.columns, lineterminator="\n")
+                writer.writerows(self.rows[self._written : done])
+        self._written, self._stale = done, False
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
         """The steps and values of one metric."""

@@ -81,7 +81,7 @@ def from_files(
     stream.batches_per_epoch = 5 * max(1, steps // 10)  # ten rows of metrics
     with tempfile.TemporaryDirectory() as folder:
         metrics = MetricsFile(Path(folder) / "metrics.csv")
-        fit(task, stream, pace, hardware, metrics=metrics)
+        fit(task, stream, pace, hardware, files=TrainingFiles(metrics))
         speeds = metrics.series("images_per_second")[1]
         waits = metrics.series("data_wait")[1]
     settled = slice(min(2, len(speeds) - 1), None)

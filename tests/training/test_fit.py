@@ -11,7 +11,7 @@ from vissl_lite.data.images import find_images
 from vissl_lite.data.stream import Batch, ViewDataset
 from vissl_lite.data.views import Views, flip, random_crop
 from vissl_lite.run import MetricsFile
-from vissl_lite.training.fit import fit
+from vissl_lite.training.fit import TrainingFiles, fit
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.training.pace import Pace
 from vissl_lite.training.seen import KeepFingerprints
@@ -70,7 +70,7 @@ def test_values_are_read_only_at_steps_that_are_logged(
     )
     module = Small()
     keep = KeepFingerprints(tmp_path, data, pace)
-    fit(module, data, pace, Hardware(devices=1), [keep], metrics)
+    fit(module, data, pace, Hardware(devices=1), [keep], TrainingFiles(metrics))
     assert [batch for batch in to_cpu if 0 < batch < 12] == []
     quiet = [count for step, count in enumerate(module.reads, 1) if step % 4 and step > 1]
     assert quiet == [0] * 8

@@ -13,7 +13,7 @@ from vissl_lite.data.fingerprints import Fingerprints, fingerprints_of
 from vissl_lite.data.images import find_images
 from vissl_lite.data.stream import Batch, ViewDataset
 from vissl_lite.data.views import Views, flip, random_crop
-from vissl_lite.training.fit import fit
+from vissl_lite.training.fit import TrainingFiles, fit
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.training.pace import Pace
 from vissl_lite.training.seen import KeepFingerprints
@@ -59,7 +59,14 @@ def train(
     callbacks: list[Callback] = [KeepFingerprints(run, data, pace, before)]
     if kill_after is not None:
         callbacks.append(Kill(kill_after))
-    fit(Small(), data, pace, Hardware(devices=1), callbacks, None, run / "checkpoints", resume=True)
+    fit(
+        Small(),
+        data,
+        pace,
+        Hardware(devices=1),
+        callbacks,
+        TrainingFiles(None, run / "checkpoints", True),
+    )
 
 
 def test_all_images_are_kept_as_their_files_give_them(photos: Path, tmp_path: Path) -> None:

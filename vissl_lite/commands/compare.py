@@ -126,10 +126,11 @@ def compare(
     config = plain(locals())
     for name in ("encoder", "protocols", "fractions", "shots", "lr"):
         config[name] = _listed(config[name])
+    inputs = [(name, config[name]) for name in ("encoder", "baseline", "data", "annotations")]
+    resume = check_out(Path(out), inputs, resume, overwrite, "compare")
     if resume:
         defaults = {n: p.default for n, p in inspect.signature(compare).parameters.items()}
         config = resumed_config(Path(out), config, defaults)
-    check_out(Path(out), resume=resume, overwrite=overwrite)
     plan = Plan(**{name: config[name] for name in Plan.__annotations__})
     whole = plan.load_data()
     wanted = plan.choose_protocols(whole)
@@ -139,7 +140,7 @@ def compare(
     amounts, labels = plan.choose_amounts(whole)
     hardware = Hardware(precision, devices=1, num_workers=num_workers)
 
-    with open_run(Path(out), config, resume=resume) as run:
+    with open_run(Path(out), "compare", config, resume) as run:
         if resume:
             write_config(run, config)  # there may be more encoders and seeds than before
         for name, why in left_out.items():

@@ -84,7 +84,7 @@ def demo(
         raise UserError(f"--seeds {seeds} must be at least 1")
     check_out(Path(out), overwrite=overwrite)
     started = time.monotonic()
-    with open_run(Path(out), config) as run:
+    with open_run(Path(out), "demo", config) as run:
         data = run / "data"
         with progress_bar() as bar:
             task = bar.add_task("drawing", total=None, info="sample images")

@@ -1,5 +1,7 @@
 """``vissl-lite finetune``: train a classifier, a detector or a segmenter on labelled images."""
 
+import inspect
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,20 @@ from vissl_lite.encoder_folder import encoder_for, load_encoder
 from vissl_lite.errors import UserError, check_count, check_positive, check_seed
 from vissl_lite.optim import OptimizerSettings, check_optimizer
 from vissl_lite.pictures import plot_curves
-from vissl_lite.run import METRICS, MetricsFile, check_out, console, open_run, write_results
+from vissl_lite.run import (
+    CHECKPOINTS,
+    METRICS,
+    RESULTS,
+    MetricsFile,
+    check_out,
+    console,
+    is_finished,
+    open_run,
+    plain,
+    resumed_config,
+    write_results,
+)
+from vissl_lite.training.fit import TrainingFiles
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.classification import ClassifierSettings, check_settings
 from vissl_lite.transfer.detection import DetectorSettings, check_rescaling
@@ -92,6 +107,7 @@ def finetune(
     seed: int = 0,
     precision: str = "auto",
     num_workers: int | None = None,
+    resume: bool = False,
     overwrite: bool = False,
 ) -> FinetuneResult:
     """Train a classifier, a detector or a segmenter, from an encoder or from nothing.
@@ -140,6 +156,8 @@ def finetune(
         seed: Of everything random, the part of the labels included.
         precision: auto, or one of Lightning's such as 32-true or bf16-mixed.
         num_workers: Data workers; default by the cores there are.
+        resume: Continue the run in --out from its last checkpoint, if there is one; its own options
+            are kept.
         overwrite: Replace the run in --out.
 
     Returns:
@@ -148,7 +166,16 @@ def finetune(
     Raises:
         UserError: something that was given can't work; nothing is written then.
     """
-    config = dict(locals())
+    config = plain(locals())
+    inputs = [(name, config[name]) for name in ("data", "annotations", "encoder")]
+    resume = check_out(Path(out), inputs, resume, overwrite, "finetune")
+    if resume:
+        defaults = {n: p.default for n, p in inspect.signature(finetune).parameters.items()}
+        own = resumed_config(Path(out), config, defaults)
+        if is_finished(Path(out)):
+            return _finished(Path(out))
+        if own != config:  # options that were left out, from Python
+            return finetune(**own)
     for name, tasks in _ONLY_FOR.items():
         if config[name] not in (None, False) and task not in tasks:
             raise UserError(f"--{name} is for --task {' or '.join(tasks)}, not for {task}")
@@ -162,7 +189,6 @@ def finetune(
     check_seed(seed)
     if not 0 < smallest_crop <= 1:
         raise UserError(f"--smallest_crop {smallest_crop} is not a share: above 0, at most 1")
-    check_out(Path(out), overwrite=overwrite)
     from_scratch = encoder.startswith("random:")
     if layer_decay is None:
         layer_decay = 1.0 if from_scratch else 0.75
@@ -210,7 +236,7 @@ def finetune(
     if multi_scale:
         check_rescaling(start)
     transfer.data, found = guard(transfer.data, [encoder], leaks, out)
-    with open_run(Path(out), config) as run:
+    with open_run(Path(out), "finetune", config, resume) as run:
         transfer.write_split(run)
         found.write(run)
         log.info(
@@ -222,7 +248,8 @@ def finetune(
             report_use(start, encoder)
         metrics = MetricsFile(run / METRICS)
         hardware = Hardware(precision, devices=1, num_workers=num_workers)
-        model = transfer.train(start, hardware, metrics)
+        files = TrainingFiles(metrics, run / CHECKPOINTS, resume)
+        model = transfer.train(start, hardware, files)
         scores = transfer.score(model, start)
         about = {"version": __version__, "task": task, "encoder": encoder, "data": data}
         transfer.save(model, start, run / "model", about)
@@ -244,6 +271,12 @@ def finetune(
         add_test_embeddings(run, load_encoder(run / "model"), transfer.data, seed)
         add_report(run)
     return FinetuneResult(run, run / "model", scores.metrics, scores.per_class)
+
+
+def _finished(out: Path) -> FinetuneResult:
+    """The result of a run that had nothing left to resume."""
+    results = json.loads((out / RESULTS).read_text())
+    return FinetuneResult(out, out / "model", results["test"], results["per_class"])
 
 
 def _tell(transfer: Task, scores: Scores, encoder: str, run: Path) -> None:

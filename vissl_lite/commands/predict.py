@@ -15,11 +15,12 @@ from PIL import Image
 
 from vissl_lite.commands.report import add_report
 from vissl_lite.data.images import BROKEN_IMAGE, find_images, read_image
+from vissl_lite.data.whole_file import write_atomically
 from vissl_lite.encoder import Normalize
 from vissl_lite.errors import check_count
 from vissl_lite.inference import evaluating, report_broken, run_over
 from vissl_lite.pictures import class_colours, draw_boxes, draw_mask, draw_words
-from vissl_lite.run import check_out, open_run, write_atomically, write_results
+from vissl_lite.run import check_out, open_run, write_results
 from vissl_lite.training.progress import progress_bar
 from vissl_lite.transfer.base import find_model
 from vissl_lite.transfer.classification import LoadedClassifier, load_classifier
@@ -95,12 +96,12 @@ def predict(
     config = dict(locals())
     if pictures:
         check_count("pictures", pictures)
-    check_out(Path(out), overwrite=overwrite)
+    check_out(Path(out), [("model", model), ("data", data)], overwrite=overwrite)
     folder, task = find_model(Path(model))
     load, use = _USES[task]
     loaded = load(folder)
     paths = find_images([data] if isinstance(data, str) else data)
-    with open_run(Path(out), config) as run:
+    with open_run(Path(out), "predict", config) as run:
         with progress_bar() as bar:
             shown = bar.add_task("predict", total=len(paths), info="")
             job = _Job(paths, run, pictures, lambda images: bar.advance(shown, images))

@@ -25,11 +25,12 @@ from vissl_lite.evaluation.watch import MEASURES, Watch
 from vissl_lite.pictures import plot_curves
 from vissl_lite.pretext.base import About
 from vissl_lite.run import (
-    CONFIG,
+    CHECKPOINTS,
     METRICS,
     RESULTS,
     MetricsFile,
     check_out,
+    is_finished,
     is_main_process,
     logged_warnings,
     open_run,
@@ -37,7 +38,7 @@ from vissl_lite.run import (
     resumed_config,
     write_results,
 )
-from vissl_lite.training.fit import fit
+from vissl_lite.training.fit import TrainingFiles, fit
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.training.loggers import logger_names, make_loggers
 from vissl_lite.training.pace import Pace
@@ -160,18 +161,19 @@ def pretrain(
             no longer a number.
     """
     started = time.monotonic()
-    resume = resume and (Path(out) / CONFIG).is_file()  # a job's script may always ask for it
     config = plain(locals())
     del config["started"]
     config["data"] = [config["data"]] if isinstance(config["data"], str) else config["data"]
     config["pretext"] = whole_pretext(pretext)
+    inputs = [(name, config[name]) for name in ("data", "init", "probe_data")]
+    # a job's script may always ask to resume
+    resume = check_out(Path(out), inputs, resume, overwrite, "pretrain")
     if resume:
         defaults = {n: p.default for n, p in inspect.signature(pretrain).parameters.items()}
         defaults["pretext"] = whole_pretext(defaults["pretext"])
         config = resumed_config(Path(out), config, defaults)
-    check_out(Path(out), resume=resume, overwrite=overwrite)
-    if resume and (Path(out) / RESULTS).is_file():
-        return _finished(Path(out))
+        if is_finished(Path(out)):
+            return _finished(Path(out))
 
     options = Options(**{k: v for k, v in config.items() if k in Options.__annotations__})
     images = find_training_images(options, Path(out), resume)
@@ -203,7 +205,7 @@ def pretrain(
         seen_by(options.init) if Path(options.init).is_dir() else None
     )  # --overwrite may end it
     config |= {"backbone": encoder.backbone, "image_size": encoder.image_size, "batch_size": size}
-    with open_run(Path(out), config, resume=resume) as run:
+    with open_run(Path(out), "pretrain", config, resume) as run:
         log.info(
             "%d images, %s on %s at %d pixels, batch %d, %s with %.2g",
             count, options.pretext["name"], encoder.backbone, encoder.image_size, size,
@@ -226,8 +228,9 @@ def pretrain(
         keep = KeepFingerprints(run, stream, pace, before)
         metrics = MetricsFile(run / METRICS) if is_main_process() else None
         trainer = fit(
-            task, stream, pace, hardware, [watch, keep], metrics, run / "checkpoints", resume,
-            title=options.pretext["name"], loggers=make_loggers(logger_names(options.logger), run),
+            task, stream, pace, hardware, [watch, keep],
+            TrainingFiles(metrics, run / CHECKPOINTS, resume), title=options.pretext["name"],
+            loggers=make_loggers(logger_names(options.logger), run),
             chance_loss=task.chance_loss(size),
         )  # fmt: skip
         if kept is not None and trainer.is_global_zero:

@@ -86,14 +86,14 @@ def probe(
     check_count("k", k)
     check_positive("temperature", temperature)
     check_seed(seed)
-    check_out(Path(out), overwrite=overwrite)
+    check_out(Path(out), [("encoder", encoder), ("data", data)], overwrite=overwrite)
     labelled = take_labels(load_labelled(data, seed), fraction, shots, seed)
     torch.manual_seed(seed)
     if image_size is None and encoder.startswith("random:"):
         image_size = suitable_size(labelled.train.paths)
     judged = encoder_for(encoder, image_size)
     labelled, found = guard(labelled, [encoder], leaks, out)
-    with open_run(Path(out), config) as run:
+    with open_run(Path(out), "probe", config) as run:
         labelled.write(run / "split.csv")
         found.write(run)
         scores = probe_encoder(judged, labelled, layers, k, temperature)

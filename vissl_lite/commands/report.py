@@ -17,7 +17,8 @@ from vissl_lite.evaluation.embedding import make_map
 from vissl_lite.pictures import plot_exhibit, plot_neighbours
 from vissl_lite.pretext.base import PretextTask
 from vissl_lite.pretext.parts.exhibit import draw_views, exhibit
-from vissl_lite.run import CONFIG, MAP, console
+from vissl_lite.run import MAP, console
+from vissl_lite.run_folder import CONFIG
 
 log = logging.getLogger(__name__)
 

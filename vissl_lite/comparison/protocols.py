@@ -19,6 +19,7 @@ from vissl_lite.evaluation.features import extract
 from vissl_lite.evaluation.knn import knn_predict
 from vissl_lite.evaluation.linear import linear_probe
 from vissl_lite.run import MetricsFile
+from vissl_lite.training.fit import TrainingFiles
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.class_scores import TestScores
 from vissl_lite.transfer.tasks import Task
@@ -129,7 +130,7 @@ def finetune_best(
         file = curves / f"lr-{rate:g}.csv"
         file.unlink(missing_ok=True)  # of a run that was cut off
         metrics = MetricsFile(file)
-        model = task.train(encoder, hardware, metrics)
+        model = task.train(encoder, hardware, TrainingFiles(metrics))
         seen = [value for value in metrics.series(task.chosen_by)[1] if math.isfinite(value)]
         val = max(seen, default=-math.inf)
         if best is None or val > best[0]:

@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from vissl_lite.comparison.protocols import Score
-from vissl_lite.run import write_atomically
+from vissl_lite.data.whole_file import write_atomically
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from hashlib import blake2b
 from itertools import pairwise
 from operator import index as as_index
 from typing import overload
@@ -76,6 +77,12 @@ class PathList(Sequence[str]):
             for begin, end in pairwise(ends):
                 piece = text[begin - ends[0] : end - ends[0]]
                 yield piece.decode("utf-8", "surrogatepass")
+
+    def digest(self) -> str:
+        """A digest of all paths in their order, 32 hexadecimal digits."""
+        digest = blake2b(self._ends.numpy().tobytes(), digest_size=16)
+        digest.update(self._text.numpy().tobytes())
+        return digest.hexdigest()
 
     def __repr__(self) -> str:
         return f"PathList of {len(self)} paths"

@@ -15,19 +15,21 @@ import random
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from hashlib import blake2b
 from itertools import count as counting
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from vissl_lite.data.fingerprints import EXACT_BYTES, LOOK_BYTES, Fingerprints, fingerprint
 from vissl_lite.data.images import BROKEN_IMAGE, decode_image, decode_reduced
 from vissl_lite.data.shards import BrokenShardError, Shards
-from vissl_lite.data.stream import Batch, Item, Lost, Source, collate, single_threaded
+from vissl_lite.data.stream import Batch, Item, Lost, Source, collate
 from vissl_lite.data.views import Views
+from vissl_lite.data.workers import WorkerLoader
 from vissl_lite.errors import UserError
 
 # Undecoded images that a worker holds to mix them: bytes in all, and their number at least, at
@@ -273,17 +275,20 @@ class ShardSource(Source):
         workers: int,
         pin_memory: bool,
         weights: np.ndarray | None = None,
-    ) -> DataLoader[Batch]:
+    ) -> WorkerLoader[Batch]:
         assert weights is None, "shards are read from front to back"
-        return DataLoader(
+        return WorkerLoader(
             ShardStream(self.shards, self.views, self.seed, batch_size, epochs, start, rank, world),
+            _as_it_is,  # no list, as nothing is to be joined
+            workers,
             batch_size=None,
-            collate_fn=_as_it_is,  # type: ignore[arg-type]  # no list, as nothing is to be joined
-            num_workers=workers,
-            worker_init_fn=single_threaded,
             pin_memory=pin_memory,
             prefetch_factor=4 if workers else None,
         )
+
+    def digest(self) -> str:
+        words = "\0".join([*self.shards.urls, str(self.shards.counts.tolist())])
+        return blake2b(words.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
     def name(self, number: int) -> str:
         shard = int(np.searchsorted(np.cumsum(self.shards.counts), number, side="right"))

@@ -4,7 +4,6 @@ The whole run is one stream. Its sampler gives keys (epoch, image index) and can
 resuming continues with the very batch that came next, and no worker waits at the end of an epoch.
 """
 
-import gc
 import itertools
 import os
 from abc import ABC, abstractmethod
@@ -12,17 +11,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from vissl_lite.data.cache import ImageCache, decode_down_sized
 from vissl_lite.data.fingerprints import Fingerprints, fingerprint, fingerprints_of
 from vissl_lite.data.images import BROKEN_IMAGE, decode_reduced
 from vissl_lite.data.path_list import PathList
 from vissl_lite.data.views import Views
+from vissl_lite.data.workers import WorkerLoader
 from vissl_lite.errors import UserError
 
 Key = tuple[int, int]  # (epoch, image index)
@@ -107,7 +106,7 @@ class Source(ABC):
         workers: int,
         pin_memory: bool,
         weights: np.ndarray | None = None,
-    ) -> "DataLoader[Batch]":
+    ) -> WorkerLoader[Batch]:
         """The training stream of one process.
 
         Args:
@@ -120,6 +119,10 @@ class Source(ABC):
             pin_memory: whether batches lie where a GPU can fetch them from.
             weights: sampling weights, where images come in any order; see ``StreamSampler``.
         """
+
+    @abstractmethod
+    def digest(self) -> str:
+        """A digest of which images there are, in their order: a run is resumed on the same."""
 
     @abstractmethod
     def name(self, number: int) -> str:
@@ -173,11 +176,14 @@ class KeyedDataset(Dataset[Item], Source):
         workers: int,
         pin_memory: bool,
         weights: np.ndarray | None = None,
-    ) -> "DataLoader[Batch]":
+    ) -> WorkerLoader[Batch]:
         sampler = StreamSampler(
             len(self), batch_size, self.seed, epochs, start, rank, world, weights
         )  # fmt: skip
         return stream(self, sampler, workers, pin_memory)
+
+    def digest(self) -> str:
+        return self.paths.digest()
 
     def name(self, number: int) -> str:
         return os.path.abspath(self.paths[number])
@@ -299,24 +305,15 @@ def collate(items: Sequence[Item]) -> Batch:
     return Batch(views, indices, broken, targets, prints, names)
 
 
-def single_threaded(worker: int) -> None:
-    """Start of a data worker: OpenCV on one thread. (A lower priority made training slower.)"""
-    cv2.setNumThreads(0)
-    # Collecting garbage writes to every object that it looks at, and so would copy all of those
-    # that this process shares with the one that forked it.
-    gc.freeze()
-
-
 def stream(
     dataset: KeyedDataset, sampler: StreamSampler, workers: int, pin_memory: bool
-) -> DataLoader[Batch]:
+) -> WorkerLoader[Batch]:
     """The loader of a training stream."""
-    return DataLoader(
-        dataset,  # type: ignore[arg-type]  # torch's types know int keys only
+    return WorkerLoader(
+        dataset,
+        collate,
+        workers,
         batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=collate,
-        worker_init_fn=single_threaded,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
     )

@@ -7,6 +7,11 @@ from pathlib import Path
 
 from vissl_lite.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows: there, nothing keeps two processes apart
+    fcntl = None  # type: ignore[assignment]
+
 
 @contextmanager
 def whole_file(file: Path) -> Iterator[Path]:
@@ -17,14 +22,34 @@ def whole_file(file: Path) -> Iterator[Path]:
 
     Yields:
         What to write.
+
+    Raises:
+        UserError: another process is writing the same file.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f"{file.name}.part")
+    descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        yield part
-        os.replace(part, file)
+        if fcntl is not None:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another process is writing {file}: wait for it") from None
+            except OSError:  # a file system without locks
+                pass
+        try:
+            yield part
+            os.replace(part, file)
+        finally:
+            part.unlink(missing_ok=True)
     finally:
-        part.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write a text file that appears whole or not at all."""
+    with whole_file(file) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def check_place(out: Path) -> None:

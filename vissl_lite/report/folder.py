@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from vissl_lite.run import CONFIG, LOG, METRICS, RESULTS
+from vissl_lite.run import LOG, METRICS, RESULTS
+from vissl_lite.run_folder import CONFIG
 
 # An option that only this command has; the first one found in the configuration names it.
 _TELLING = {

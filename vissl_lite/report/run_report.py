@@ -16,7 +16,8 @@ from vissl_lite.report.gallery import pictures, predicted
 from vissl_lite.report.map import map_layout
 from vissl_lite.report.page import Block, render, write_page
 from vissl_lite.report.results import main_figures, result_blocks, verdicts
-from vissl_lite.run import CONFIG, MAP, METRICS, RESULTS, flatten
+from vissl_lite.run import MAP, METRICS, RESULTS, flatten
+from vissl_lite.run_folder import CONFIG
 
 REPORT = "report.html"
 

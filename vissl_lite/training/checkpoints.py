@@ -17,12 +17,24 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from vissl_lite.data.stream import Batch
 from vissl_lite.errors import UserError
+from vissl_lite.run import CHECKPOINT, MetricsFile
 from vissl_lite.training.hardware import under_slurm
 from vissl_lite.training.sharding import mark_sharding
+from vissl_lite.training.stream import StreamData
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT = "last.ckpt"
+
+class Stopping(BaseException):
+    """Ends a training that was told to stop by a signal.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.signal = signal.Signals(number)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -31,11 +43,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        part = f"{path}.part"
-        torch.save(checkpoint, part)
-        with open(part, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(part, path)
+        part = Path(f"{path}.part")
+        try:
+            with part.open("wb") as opened:  # its errors say more than those of torch's own writer
+                torch.save(checkpoint, opened)
+                opened.flush()
+                os.fsync(opened.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
@@ -63,12 +79,18 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
 class Checkpoints(Callback):
     """Keeps ``last.ckpt``, as often as one per cent of the time allows, and when told to stop.
 
-    SIGTERM, by which machines are taken back, ends the run after the step that it is in, with a
-    checkpoint. So does SIGUSR1 under SLURM (``#SBATCH --signal=USR1@SECONDS``), and then the job is
-    put into the queue again. It is enough that one process gets the signal.
+    SIGTERM, by which machines are taken back, and SIGINT (Ctrl-C) end the run after the step that
+    it is in, or at once while it waits for data, with a checkpoint. So does SIGUSR1 under SLURM
+    (``#SBATCH --signal=USR1@SECONDS``), and then the job is put into the queue again. It is enough
+    that one process gets the signal. A second Ctrl-C ends the run at once, without a checkpoint.
+
+    It is the last callback that sees a step, so that a checkpoint holds what the others did.
 
     Args:
         folder: made if missing.
+        data: the training stream.
+        metrics: written out before each checkpoint, so that a resumed run has all its rows.
+        log_every: optimizer steps between rows.
     """
 
     TIME_SHARE = 0.01
@@ -76,21 +98,35 @@ class Checkpoints(Callback):
     # Steps after which processes on GPUs agree on what to do: each time waits for the GPU.
     AGREE_EVERY = 10
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(
+        self, folder: Path, data: StreamData, metrics: MetricsFile | None, log_every: int
+    ) -> None:
+        self.folder, self.data = folder, data
+        self.metrics, self.log_every = metrics, log_every
         self._saved_at: float | None = None
         self._seconds = 0.0
         self._signal = 0
+        self._alone = True
+        self._whole = True  # whether no gradients have been gathered that no step has used yet
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._alone = trainer.world_size == 1
         # In place of Lightning's handlers, which save from within a step, into the current folder,
         # and wait for the other processes there. Lightning puts back what was before.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, *([signal.SIGUSR1] if under_slurm() else [])):
+            for number in (
+                signal.SIGINT,
+                signal.SIGTERM,
+                *([signal.SIGUSR1] if under_slurm() else []),
+            ):
                 signal.signal(number, self._receive)
 
     def _receive(self, number: int, _: Any) -> None:
+        if number == self._signal == signal.SIGINT:
+            raise KeyboardInterrupt
         self._signal = number
+        if self._alone and self.data.waiting:
+            raise Stopping(number)  # nothing else is going on
 
     def on_train_batch_end(
         self,
@@ -100,7 +136,8 @@ class Checkpoints(Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        self._whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if not self._whole:
             return  # gathered gradients are in no checkpoint
         now = time.monotonic()
         if self._saved_at is None:
@@ -113,31 +150,47 @@ class Checkpoints(Callback):
                 return
             said = torch.tensor([due, stop], device=module.device)
             due, stop = trainer.strategy.reduce(said, reduce_op="max").tolist()
-        if due or stop:
+        if due and not stop:
             self.save(trainer)
+            stop = self._signal if self._alone else 0  # it may have come while that was written
         if stop:
-            self._stop(trainer, signal.Signals(stop))
+            raise Stopping(stop)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         mark_sharding(checkpoint, module)
 
-    def _stop(self, trainer: pl.Trainer, received: signal.Signals) -> None:
-        log.warning(
-            "told to stop by %s: step %d is saved, and --resume goes on from there",
-            received.name, trainer.global_step,
-        )  # fmt: skip
-        if received == signal.SIGUSR1 and trainer.is_global_zero:
+    def on_exception(
+        self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        if not isinstance(exception, Stopping):
+            return
+        if self._whole and trainer.global_step:
+            self.save(trainer)
+        log.warning("told to stop by %s after step %d", exception.signal.name, trainer.global_step)
+        if exception.signal == signal.SIGUSR1 and trainer.is_global_zero:
             _requeue()
-        raise SystemExit(128 + received)
+
+    @property
+    def told_to_stop(self) -> int:
+        """The number of the signal that has come; 0 if none has."""
+        return self._signal
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.save(trainer)
+        if self._signal and self._alone:
+            raise Stopping(self._signal)
 
     def save(self, trainer: pl.Trainer) -> None:
         """Write the checkpoint now."""
         started = time.monotonic()
+        if self.metrics is not None:
+            step = trainer.global_step - 1
+            logs = (step + 1) % self.log_every == 0 or trainer.should_stop
+            if logs:  # Lightning does, after this
+                self.metrics.add(step, {k: float(v) for k, v in trainer.logged_metrics.items()})
+            self.metrics.flush(final=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         trainer.save_checkpoint(self.folder / CHECKPOINT, weights_only=False)
         self._saved_at = time.monotonic()

@@ -2,8 +2,10 @@
 
 import logging
 import math
+import signal
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -12,12 +14,13 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 
-from vissl_lite.errors import UserError
-from vissl_lite.run import MetricsFile
+from vissl_lite.errors import Terminated, UserError
+from vissl_lite.faults import says_out_of_memory
+from vissl_lite.run import CHECKPOINT, MetricsFile
 from vissl_lite.training.checkpoints import (
-    CHECKPOINT,
     AtomicCheckpointIO,
     Checkpoints,
+    Stopping,
     read_checkpoint,
 )
 from vissl_lite.training.compiling import compiled
@@ -25,7 +28,7 @@ from vissl_lite.training.guard import LossGuard
 from vissl_lite.training.hardware import Hardware, choose_precision, tf32
 from vissl_lite.training.memory import out_of_memory
 from vissl_lite.training.pace import Pace
-from vissl_lite.training.progress import Bar, Meter, MetricsLogger
+from vissl_lite.training.progress import Bar, Meter, MetricsLogger, StepEnd
 from vissl_lite.training.quick import quick_operations
 from vissl_lite.training.sharding import PRECISIONS, check_same_sharding, sharded_strategy
 from vissl_lite.training.stream import BrokenImages, StreamData
@@ -42,15 +45,31 @@ _NOISE = (
 )
 
 
+@dataclass(frozen=True)
+class TrainingFiles:
+    """What a training writes.
+
+    Attributes:
+        metrics: where what is logged goes.
+        checkpoints: folder to keep ``last.ckpt`` in.
+        resume: continue from ``last.ckpt`` if it is there.
+    """
+
+    metrics: MetricsFile | None = None
+    checkpoints: Path | None = None
+    resume: bool = False
+
+
+NO_FILES = TrainingFiles()
+
+
 def fit(
     module: pl.LightningModule,
     data: StreamData,
     pace: Pace,
     hardware: Hardware,
     callbacks: Sequence[Callback] = (),
-    metrics: MetricsFile | None = None,
-    checkpoints: Path | None = None,
-    resume: bool = False,
+    files: TrainingFiles = NO_FILES,
     title: str = "training",
     loggers: Sequence[Logger] = (),
     chance_loss: float | None = None,
@@ -63,19 +82,19 @@ def fit(
         pace: its length and learning rate.
         hardware: where and how.
         callbacks: further ones, run before the checkpoint is written.
-        metrics: where what is logged goes.
-        checkpoints: folder to keep ``last.ckpt`` in.
-        resume: continue from ``last.ckpt`` if it is there.
+        files: where metrics and checkpoints go.
         title: of the progress bar.
-        loggers: further ones beside ``metrics``.
+        loggers: further ones beside ``files.metrics``.
         chance_loss: the loss of guessing, where it is known; see ``LossGuard``.
 
     Returns:
         The trainer, done.
 
     Raises:
-        UserError: the batch does not fit into the device's memory; it says which one would. Or the
-            loss is no longer a number, or the run to continue had another kind of strategy.
+        UserError: the batch does not fit into memory; it says which one would. Or the loss is no
+            longer a number, or the run to continue had another kind of strategy or other images.
+        KeyboardInterrupt, Terminated: a signal said so; the training is saved, if it has begun and
+            is kept at all.
     """
     module.to(memory_format=torch.channels_last)
     module.train()  # Lightning leaves the modes of modules as it finds them
@@ -89,17 +108,20 @@ def fit(
         Bar(title, data, pace),
         *callbacks,
     ]
-    last = None
-    if checkpoints is not None:
-        every.append(Checkpoints(checkpoints))
-        if resume and (checkpoints / CHECKPOINT).is_file():
-            last = checkpoints / CHECKPOINT
+    meter = Meter(data, pace, log_every)
+    every.append(meter)
+    last, keeper, metrics = None, None, files.metrics
+    if files.checkpoints is not None:
+        keeper = Checkpoints(files.checkpoints, data, metrics, log_every)
+        every.append(keeper)
+        if files.resume and (files.checkpoints / CHECKPOINT).is_file():
+            last = files.checkpoints / CHECKPOINT
             saved = read_checkpoint(last)
             check_same_sharding(saved, hardware.sharded)
             done = saved["global_step"]
             if metrics is not None:
                 metrics.forget_after(done - 1)
-    every.append(Meter(data, pace, log_every))  # last: what the others do is no waiting for data
+    every.append(StepEnd(meter))
     precision = choose_precision(hardware.precision, module)
     if hardware.sharded and precision not in PRECISIONS:
         precision = "32-true"  # on a GPU without bf16
@@ -132,20 +154,33 @@ def fit(
         too_large = False
         try:
             trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
-        except torch.OutOfMemoryError:
-            too_large = True  # tried out below, once the exception has let go of its tensors
-        except RuntimeError as error:
+        except Stopping as stop:
+            raise _ended_by(stop.signal) from None
+        except SystemExit as error:  # which Lightning makes of a Ctrl-C
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
+            raise
+        except (RuntimeError, MemoryError) as error:
             if trainer.world_size > 1 and _lost_another(error):
                 raise UserError(
                     "another process of this run has ended, and so this one does: its own output "
                     "says why; start all of them again, with --resume"
                 ) from error
-            raise
+            if not says_out_of_memory(error) or "DataLoader worker" in str(error):
+                raise
+            too_large = True  # tried out below, once the exception has let go of its tensors
         if too_large:
             raise out_of_memory(module, trainer, data.dataset, data.batch_size, pace.accumulate)
+    if keeper is not None and keeper.told_to_stop:
+        raise _ended_by(keeper.told_to_stop)
     return trainer
 
 
-def _lost_another(error: RuntimeError) -> bool:
+def _ended_by(number: int) -> BaseException:
+    """What a signal ends a process with."""
+    return KeyboardInterrupt() if number == signal.SIGINT else Terminated(number)
+
+
+def _lost_another(error: Exception) -> bool:
     """Whether torch.distributed could no longer reach another process."""
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)

@@ -8,6 +8,7 @@ from lightning.fabric.utilities import move_data_to_device
 
 from vissl_lite.data.stream import Source, collate
 from vissl_lite.errors import UserError
+from vissl_lite.faults import says_out_of_memory
 from vissl_lite.training.sharding import is_sharded
 
 
@@ -73,7 +74,8 @@ def largest_that_fits(
     """Halve a batch until it fits.
 
     Args:
-        try_out: takes a size; raises ``torch.OutOfMemoryError`` if that does not fit.
+        try_out: takes a size; raises an error that says so if that does not fit; see
+            ``says_out_of_memory``.
         clean: called after each trial.
         too_large: a size that does not fit.
 
@@ -85,7 +87,9 @@ def largest_that_fits(
         failed = False
         try:
             try_out(size)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not says_out_of_memory(error):
+                raise
             failed = True  # cleaned up below, once the exception has let go of its tensors
         clean()
         if not failed:

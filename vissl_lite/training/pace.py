@@ -45,6 +45,7 @@ class Pace(Callback):
         self.total, self.seconds = batches, seconds
         self.started = time.monotonic() if started is None else started
         self.batches = 0
+        self.ended = False  # whether training has come to its end
         self.fraction = 0.0
         self.reserve = 0.0  # seconds kept for what comes after the last step
         self._earlier = 0.0  # seconds spent before a resume
@@ -58,6 +59,13 @@ class Pace(Callback):
     def elapsed(self) -> float:
         """Seconds of training so far, over all resumes."""
         return self._earlier + time.monotonic() - self.started
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self.ended:  # before the run was killed, which was resumed for what comes after it
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.ended = True
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, batch_idx: int
@@ -101,8 +109,8 @@ class Pace(Callback):
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:
-        return {"batches": self.batches, "elapsed": self.elapsed()}
+        return {"batches": self.batches, "elapsed": self.elapsed(), "ended": self.ended}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.batches = state_dict["batches"]
+        self.batches, self.ended = state_dict["batches"], state_dict["ended"]
         self._earlier = state_dict["elapsed"]

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -22,7 +22,11 @@ log = logging.getLogger(__name__)
 
 
 class Meter(Callback):
-    """Logs the speed, the share of the time spent waiting for data, the epoch and the rate."""
+    """Logs the speed, the share of the time spent waiting for data, the epoch and the rate.
+
+    What runs between two steps beside the loading of data is no waiting for it: ``StepEnd`` comes
+    after that.
+    """
 
     def __init__(self, data: StreamData, pace: Pace, log_every: int) -> None:
         self.data, self.pace, self.log_every = data, pace, log_every
@@ -62,7 +66,31 @@ class Meter(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=self.pace.steps - 1)
             self._restart()
+
+    def step_ended(self) -> None:
+        """Waiting for the next batch begins now."""
         self._step_ended = time.monotonic()
+
+
+class StepEnd(Callback):
+    """The last callback: tells a meter when all others are done with a step.
+
+    Args:
+        meter: what measures the waiting.
+    """
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        self.meter.step_ended()
 
 
 class MetricsLogger(Logger):
@@ -91,7 +119,8 @@ class MetricsLogger(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        self.metrics.flush(final=True)
+        with suppress(OSError) if status == "failed" else nullcontext():  # it has failed already
+            self.metrics.flush(final=True)
 
 
 class Bar(Callback):

@@ -1,15 +1,16 @@
 """The training stream of a run, as Lightning wants it, and the images in it that are broken."""
 
 import logging
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from vissl_lite.data.stream import Batch, Source
+from vissl_lite.data.workers import WorkerLoader
 from vissl_lite.errors import UserError
 from vissl_lite.training.pace import Pace
 
@@ -53,17 +54,18 @@ class StreamData(pl.LightningDataModule):
         self.pace, self.workers, self.weights = pace, workers, weights
         self.batches_per_epoch = len(dataset) // batch_size
         self.indices: Tensor
+        self._loader: WorkerLoader[Batch] | None = None
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         self.indices = batch.indices
         return batch
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> WorkerLoader[Batch]:
         assert self.trainer is not None
         world = self.trainer.world_size
         if self.batch_size % world:
             raise UserError(f"--batch_size {self.batch_size} can't be shared by {world} devices")
-        return self.dataset.loader(
+        self._loader = self.dataset.loader(
             self.batch_size,
             self.epochs,
             start=self.pace.batches,
@@ -73,6 +75,23 @@ class StreamData(pl.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             weights=self.weights,
         )
+        return self._loader
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the next batch is being waited for just now."""
+        return self._loader is not None and self._loader.waiting
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"images": len(self.dataset), "digest": self.dataset.digest()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict != self.state_dict():
+            raise UserError(
+                f"the training images are not those that the run began with "
+                f"({state_dict['images']} then, {len(self.dataset)} now): put them back, or start "
+                f"a new run with --overwrite"
+            )
 
 
 class BrokenImages(Callback):

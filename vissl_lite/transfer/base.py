@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vissl_lite.data.stream import Batch, KeyedDataset
+from vissl_lite.data.whole_file import write_atomically
 from vissl_lite.encoder import Encoder
 from vissl_lite.encoder_folder import CONFIG, load_encoder, read_weights, save_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
-from vissl_lite.run import MetricsFile, write_atomically
-from vissl_lite.training.fit import fit
+from vissl_lite.training.fit import NO_FILES, TrainingFiles, fit
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.training.pace import Pace
 from vissl_lite.training.stream import StreamData
@@ -115,6 +115,13 @@ class KeepBest(Callback):
         self.weights: dict[str, Tensor] = {}
         self._since_best = 0
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": list(self.best), "weights": self.weights, "since_best": self._since_best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best, self.weights = tuple(state_dict["best"]), state_dict["weights"]
+        self._since_best = state_dict["since_best"]
+
     def on_train_batch_end(
         self,
         trainer: pl.Trainer,
@@ -130,7 +137,7 @@ class KeepBest(Callback):
             logger.log_metrics(seen.values, step=self.pace.batches - 1)
         self._since_best = 0 if seen.rank[:1] > self.best[:1] else self._since_best + 1
         if seen.rank > self.best:
-            self.best = seen.rank
+            self.best = tuple(map(float, seen.rank))
             self.weights = copy.deepcopy(self.model.state_dict())
         if self.patience is not None and self._since_best >= self.patience:
             trainer.should_stop = True
@@ -144,7 +151,7 @@ def train(
     settings: TransferSettings,
     judge: Callable[[], Judgement] | None,
     hardware: Hardware | None = None,
-    metrics: MetricsFile | None = None,
+    files: TrainingFiles = NO_FILES,
     title: str = "finetune",
     weights: np.ndarray | None = None,
 ) -> None:
@@ -158,7 +165,7 @@ def train(
         settings: how.
         judge: looks at the validation part; None where there is none: the last weights stay.
         hardware: where; default one device.
-        metrics: where what is logged goes.
+        files: where metrics and checkpoints go; a checkpoint holds the best weights so far, too.
         title: of the progress bar.
         weights: sampling weights; see ``StreamSampler``.
     """
@@ -172,7 +179,7 @@ def train(
     if judge is not None:
         every = max(per_epoch, math.ceil(total / LOOKS))
         best = KeepBest(model, judge, pace, every, settings.patience)
-    fit(task, stream, pace, hardware, [best] if best else [], metrics, title=title)
+    fit(task, stream, pace, hardware, [best] if best else [], files, title=title)
     if best and best.weights:
         model.load_state_dict(best.weights)
     model.cpu()

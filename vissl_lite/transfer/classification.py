@@ -26,7 +26,7 @@ from vissl_lite.encoder_folder import load_model
 from vissl_lite.errors import UserError, did_you_mean
 from vissl_lite.inference import run_over
 from vissl_lite.optim import build_optimizer
-from vissl_lite.run import MetricsFile
+from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.base import Judgement, TransferSettings, train
 from vissl_lite.transfer.class_scores import (
@@ -207,7 +207,7 @@ def train_classifier(
     data: LabelledImages,
     settings: ClassifierSettings,
     hardware: Hardware | None = None,
-    metrics: MetricsFile | None = None,
+    files: TrainingFiles = NO_FILES,
     title: str = "finetune",
 ) -> Any:
     """Fine-tune a copy of an encoder. The test part is not looked at.
@@ -218,7 +218,7 @@ def train_classifier(
             labels an image, mean average precision) are kept, the last ones where ``val`` is empty.
         settings: how.
         hardware: where; default one device.
-        metrics: where what is logged goes.
+        files: where metrics and checkpoints go.
         title: of the progress bar.
 
     Returns:
@@ -250,7 +250,7 @@ def train_classifier(
     if settings.balanced:
         weights = 1 / np.bincount(data.train.labels)[data.train.labels]
     look = judge if len(data.val) else None
-    train(task, model, dataset, batch_size, settings, look, hardware, metrics, title, weights)
+    train(task, model, dataset, batch_size, settings, look, hardware, files, title, weights)
     return model
 
 

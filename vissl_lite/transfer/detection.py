@@ -19,7 +19,7 @@ from vissl_lite.data.stream import Batch, Item, KeyedDataset
 from vissl_lite.data.views import BoxView, box_pipeline
 from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError
-from vissl_lite.run import MetricsFile
+from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.base import (
     HEAD,
@@ -232,7 +232,7 @@ def train_detector(
     data: LabelledBoxes,
     settings: DetectorSettings,
     hardware: Hardware | None = None,
-    metrics: MetricsFile | None = None,
+    files: TrainingFiles = NO_FILES,
     title: str = "finetune",
 ) -> Detector:
     """Fine-tune a copy of an encoder into a detector. The test part is not looked at.
@@ -243,7 +243,7 @@ def train_detector(
             kept, the last ones where ``val`` is empty.
         settings: how.
         hardware: where; default one device.
-        metrics: where what is logged goes.
+        files: where metrics and checkpoints go.
         title: of the progress bar.
 
     Raises:
@@ -262,7 +262,7 @@ def train_detector(
 
     look = judge if data.val else None
     dataset = BoxDataset(data.train, canvas, settings)
-    train(task, detector, dataset, batch_size, settings, look, hardware, metrics, title)
+    train(task, detector, dataset, batch_size, settings, look, hardware, files, title)
     judged = score_detector(detector, data.val or data.train, data.classes)
     detector.threshold = best_threshold(judged.found, judged.images)
     return detector

@@ -19,7 +19,7 @@ from vissl_lite.data.views import MaskView, mask_pipeline
 from vissl_lite.encoder import Encoder, Normalize
 from vissl_lite.errors import UserError, did_you_mean
 from vissl_lite.inference import evaluating, report_broken
-from vissl_lite.run import MetricsFile
+from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.base import (
     Judgement,
@@ -141,7 +141,7 @@ def train_segmenter(
     data: LabelledMasks,
     settings: SegmenterSettings,
     hardware: Hardware | None = None,
-    metrics: MetricsFile | None = None,
+    files: TrainingFiles = NO_FILES,
     title: str = "finetune",
 ) -> Segmenter:
     """Train a segmenter on a copy of an encoder. The test part is not looked at.
@@ -152,7 +152,7 @@ def train_segmenter(
             last ones where ``val`` is empty.
         settings: how.
         hardware: where; default one device.
-        metrics: where what is logged goes.
+        files: where metrics and checkpoints go.
         title: of the progress bar.
 
     Raises:
@@ -171,7 +171,7 @@ def train_segmenter(
         return Judgement((scores.miou, -scores.loss), values)
 
     look = judge if data.val else None
-    train(task, segmenter, dataset, batch_size, settings, look, hardware, metrics, title)
+    train(task, segmenter, dataset, batch_size, settings, look, hardware, files, title)
     return segmenter
 
 

@@ -21,7 +21,7 @@ from vissl_lite.pictures import (
     plot_pictures,
     plot_titled,
 )
-from vissl_lite.run import MetricsFile
+from vissl_lite.training.fit import TrainingFiles
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.base import TransferSettings
 from vissl_lite.transfer.classification import (
@@ -88,7 +88,7 @@ class Task(ABC):
         """Write down which image is in which part, to be given as ``--data`` again."""
 
     @abstractmethod
-    def train(self, encoder: Encoder, hardware: Hardware, metrics: MetricsFile) -> Any:
+    def train(self, encoder: Encoder, hardware: Hardware, files: TrainingFiles) -> Any:
         """A model trained on the training part, chosen on the validation part."""
 
     @abstractmethod
@@ -120,8 +120,8 @@ class Classification(Task):
     def write_split(self, run: Path) -> None:
         self.data.write(run / "split.csv")
 
-    def train(self, encoder: Encoder, hardware: Hardware, metrics: MetricsFile) -> Any:
-        return train_classifier(encoder, self.data, self.settings, hardware, metrics)
+    def train(self, encoder: Encoder, hardware: Hardware, files: TrainingFiles) -> Any:
+        return train_classifier(encoder, self.data, self.settings, hardware, files)
 
     def score(self, model: Any, encoder: Encoder) -> Scores:
         return score_classifier(model, encoder, self.data)
@@ -176,8 +176,8 @@ class Detection(Task):
     def write_split(self, run: Path) -> None:
         self.data.write(run / "split")
 
-    def train(self, encoder: Encoder, hardware: Hardware, metrics: MetricsFile) -> Any:
-        return train_detector(encoder, self.data, self.settings, hardware, metrics)
+    def train(self, encoder: Encoder, hardware: Hardware, files: TrainingFiles) -> Any:
+        return train_detector(encoder, self.data, self.settings, hardware, files)
 
     def score(self, model: Any, encoder: Encoder) -> Scores:
         return score_detector(model, self.data.test, self.data.classes)
@@ -221,8 +221,8 @@ class Segmentation(Task):
     def write_split(self, run: Path) -> None:
         self.data.write(run / "split.csv")
 
-    def train(self, encoder: Encoder, hardware: Hardware, metrics: MetricsFile) -> Any:
-        return train_segmenter(encoder, self.data, self.settings, hardware, metrics)
+    def train(self, encoder: Encoder, hardware: Hardware, files: TrainingFiles) -> Any:
+        return train_segmenter(encoder, self.data, self.settings, hardware, files)
 
     def score(self, model: Any, encoder: Encoder) -> Scores:
         return score_segmenter(model, self.data.test, self.data.classes)

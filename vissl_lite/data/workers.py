@@ -1,0 +1,185 @@
+"""Data workers: the processes that read images for the one that computes."""
+
+import gc
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
+
+import cv2
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from vissl_lite.errors import UserError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# What a whole group of processes gets: by Ctrl-C, systemd, SLURM, timeout.
+_FOR_THE_GROUP = frozenset({signal.SIGINT, signal.SIGTERM})
+
+
+class WorkerLoader(Generic[T]):
+    """A ``DataLoader`` whose workers leave signals and a full ``/dev/shm`` to the main process.
+
+    - Workers ignore SIGINT and SIGTERM but from the process that started them: when a whole group
+      of processes is told to stop, the main process still needs its batches to save what it has.
+    - Batches come through shared memory; where that is full, as with Docker's 64 MB, through a
+      pipe. (Left to PyTorch, a batch that finds no room is lost, and is waited for without end.)
+
+    Args:
+        dataset: the images.
+        collate: makes a batch of items, or of what the dataset gives.
+        workers: how many; 0 reads in the process itself.
+        options: of ``DataLoader``.
+
+    Attributes:
+        waiting: whether the main process is waiting for a batch just now.
+    """
+
+    def __init__(
+        self,
+        dataset: "Dataset[Any]",
+        collate: Callable[[Any], T],
+        workers: int,
+        **options: Any,
+    ) -> None:
+        self.loader: DataLoader[Any] = DataLoader(
+            dataset,
+            num_workers=workers,
+            collate_fn=_Sender(collate),
+            worker_init_fn=start_worker,
+            **options,
+        )
+        self.waiting = False
+        self._said = False
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[T]:
+        with _signals_held_back():  # a new worker inherits that, until it can ignore them itself
+            batches = iter(self.loader)
+        return self._received(batches)
+
+    def _received(self, batches: Iterator[Any]) -> Iterator[T]:
+        while True:
+            self.waiting = True
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except UserError as error:
+                raise type(error)(_without_traceback(str(error))) from None
+            finally:
+                self.waiting = False
+            if isinstance(batch, _Piped):
+                self._say(batch.why)
+                batch = pickle.loads(batch.content)
+            yield batch
+
+    def _say(self, why: str) -> None:
+        if not self._said:
+            self._said = True
+            log.warning(
+                "There is too little shared memory for the batches of the data workers: they come "
+                "through pipes instead, which is slower (%s). Enlarge /dev/shm, as with docker run "
+                "--shm-size 8g, or give fewer --num_workers or a smaller --batch_size.", why,
+            )  # fmt: skip
+
+
+def _without_traceback(text: str) -> str:
+    """The message of an error that PyTorch has passed on from a worker, its traceback in front."""
+    if not text.startswith("Caught "):
+        return text
+    return text.strip().splitlines()[-1].split("Error: ", 1)[-1]
+
+
+class _Piped:
+    """A batch that found no room in shared memory.
+
+    Args:
+        content: the pickled batch.
+        why: what went wrong.
+    """
+
+    def __init__(self, content: bytes, why: str) -> None:
+        self.content, self.why = content, why
+
+
+class _Sender:
+    """Collates, and in a worker puts the batch into shared memory, or else pickles it.
+
+    Args:
+        collate: makes the batch.
+    """
+
+    def __init__(self, collate: Callable[[Any], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, items: Any) -> Any:
+        batch = self.collate(items)
+        if get_worker_info() is None:
+            return batch
+        try:
+            for tensor in _tensors(batch):
+                tensor.share_memory_()
+        except RuntimeError as error:
+            if "shared memory" not in str(error):
+                raise
+            return _Piped(pickle.dumps(batch, protocol=5), str(error))
+        return batch
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested lists and tuples that hold anything."""
+    if isinstance(value, Tensor):
+        if value.numel():
+            yield value
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _tensors(one)
+
+
+def start_worker(worker: int) -> None:
+    """Start of a data worker: OpenCV on one thread; signals that are for the main process ignored.
+
+    (A lower priority made training slower.)
+
+    Args:
+        worker: its number.
+    """
+    cv2.setNumThreads(0)
+    # Collecting garbage writes to every object that it looks at, and so would copy all of those
+    # that this process shares with the one that forked it.
+    gc.freeze()
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_GROUP)
+        parent = multiprocessing.parent_process()
+        threading.Thread(target=_obey, args=(parent and parent.pid,), daemon=True).start()
+
+
+def _obey(parent: int | None) -> None:
+    """Take the signals of this process: end when it is the parent that sends one."""
+    while True:
+        if signal.sigwaitinfo(_FOR_THE_GROUP).si_pid == parent:
+            os._exit(0)
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Within it, signals for the group of processes wait."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_GROUP)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,0 +1,323 @@
+"""The folder of a run: whose it is, which of its files a run wrote, and who may write to it.
+
+``run.json`` is written first and marks a folder as a run. A folder without it is never written
+over, and of a folder with it only files that a run writes are removed.
+"""
+
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+from vissl_lite.data.whole_file import check_place, write_atomically
+from vissl_lite.errors import Terminated, UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows: there, nothing keeps two processes apart
+    fcntl = None  # type: ignore[assignment]
+
+RUN, LOCK, CONFIG = "run.json", ".lock", "config.yaml"
+
+Status = Literal["running", "finished", "stopped", "failed"]
+
+# What a run writes, relative to its folder. ``*`` stands for a name, ``**`` for folders.
+_TRAINING = (
+    "checkpoints/last.ckpt", "encoder/config.json", "encoder/model.safetensors", "cache.bin",
+    "fingerprints.npz", "fingerprints/*.bin", "fingerprints/*.names", "sample/*", "metrics.csv",
+    "model/config.json", "model/model.safetensors", "model/head.json", "model/head.safetensors",
+    "model/encoder/config.json", "model/encoder/model.safetensors", "tensorboard/events.out.*",
+    "tensorboard/hparams.yaml", "wandb/**/*", "mlruns/**/*",
+)  # fmt: skip
+_RESULTS = (
+    RUN, LOCK, CONFIG, "log.txt", "results.json", "report.html", "map.npz", "leaks.csv",
+    "split.csv", "classes.txt", "split/*.json", "runs.csv", "runs/*/*.json", "runs/*/*.csv",
+    "predictions.csv", "predictions.json", "masks.csv", "masks/**/*.png", "pictures/**/*.png",
+    *(f"{name}.png" for name in (
+        "compare", "confusion", "curves", "demo", "neighbours", "per_class", "pretext", "test",
+        "views",
+    )),
+)  # fmt: skip
+_SAMPLE = (
+    "README.md", "classes.txt", "sample.json", "unlabelled/*.jpg", "annotations/*.json",
+    "labelled/*/*/*.jpg", "masks/*/*/*.png",
+)  # fmt: skip
+OWNED = (
+    *_RESULTS,
+    *_TRAINING,
+    *(f"pretrain/{name}" for name in (*_RESULTS, *_TRAINING)),  # of demo,
+    *(f"data/{name}" for name in _SAMPLE),  # likewise
+)
+
+# What a process that ended at once may leave before there is a run.
+_BEFORE_A_RUN = frozenset({LOCK, f"{RUN}.part"})
+
+_held: set[str] = set()  # folders that this process writes to
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What ``run.json`` says of a run.
+
+    Attributes:
+        command: which command writes it.
+        status: ``running`` also of a process that was killed: its lock is then free.
+        reason: why the run was stopped or has failed; else None.
+        started: date and time, ISO 8601 with the time zone.
+        seconds: how long the command ran the last time, until ``status`` was written.
+        version: of vissl-lite.
+        python: version of Python.
+        host: the machine's name.
+    """
+
+    command: str
+    status: Status = "running"
+    reason: str | None = None
+    started: str = ""
+    seconds: float = 0.0
+    version: str = version("vissl-lite")
+    python: str = platform.python_version()
+    host: str = platform.node()
+
+    def write(self, folder: Path) -> None:
+        """Write ``run.json``; it appears whole or not at all."""
+        write_atomically(folder / RUN, json.dumps(asdict(self), indent=2) + "\n")
+
+
+def read_record(folder: Path) -> RunRecord | None:
+    """What a run says of itself; None if the folder is not a run."""
+    try:
+        content = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        known = {name: content[name] for name in RunRecord.__dataclass_fields__}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    words = all(isinstance(known[name], str) for name in ("command", "status"))
+    return RunRecord(**known) if words else None
+
+
+def check_folder(
+    out: Path,
+    inputs: Sequence[tuple[str, str]] = (),
+    resume: bool = False,
+    overwrite: bool = False,
+    command: str | None = None,
+) -> bool:
+    """Refuse a folder that a run must not be written to. Nothing is changed yet.
+
+    Args:
+        out: the folder.
+        inputs: options and what they name, which the run reads: ``("data", "photos")``.
+        resume: whether to continue what is there.
+        overwrite: whether to replace it.
+        command: which one is to be continued.
+
+    Returns:
+        Whether there is a run to continue; else a new one begins.
+
+    Raises:
+        UserError: the folder holds other files or a run that is neither to be continued nor to be
+            replaced, another process writes to it, an input lies in it or it in an input, or it
+            can't be written.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: --out must name a folder")
+    check_place(out)
+    check_apart(out, inputs)
+    try:
+        names = set(os.listdir(out)) if out.is_dir() else set()
+    except OSError as error:
+        raise UserError(f"{out} can't be read: {error.strerror}") from None
+    record = read_record(out)
+    if record is None:
+        if names - _BEFORE_A_RUN:
+            advice = "" if not overwrite else ", and --overwrite replaces runs of vissl-lite alone"
+            raise UserError(f"{out} holds other files{advice}: give a new folder with --out")
+        return False
+    if is_locked(out):
+        raise UserError(f"another process is writing to {out}: wait for it, or give another --out")
+    if resume and command is not None and record.command != command:
+        raise UserError(f"{out} holds a run of {record.command}, which {command} can't resume: "
+                        f"give another --out")  # fmt: skip
+    if resume:
+        return (out / CONFIG).is_file()  # a run that was killed before that has done nothing yet
+    if not overwrite:
+        again = f"{out} holds another run: give a new folder, or --overwrite"
+        if record.status != "finished" and record.command in ("pretrain", "finetune", "compare"):
+            again = (f"{out} holds a run that has not finished: --resume continues it, --overwrite "
+                     f"replaces it")  # fmt: skip
+        raise UserError(again)
+    return False
+
+
+def check_apart(out: Path, inputs: Sequence[tuple[str, str]]) -> None:
+    """Raise a UserError if a folder to be written lies in what is read, or the other way round.
+
+    Args:
+        out: the folder to be written.
+        inputs: options and the files or folders that they name; what does not exist, such as URLs
+            and names of backbones, is passed over. Of a text file of paths, the paths count too.
+    """
+    own = os.path.realpath(out)
+    for option, given in inputs:
+        if not given or not os.path.exists(given):
+            continue
+        there = os.path.realpath(given)
+        if there == own or Path(there).is_relative_to(own):
+            raise UserError(f"--{option} {given} lies in --out {out}, which is to be written: give "
+                            f"another --out")  # fmt: skip
+        if os.path.isdir(there) and Path(own).is_relative_to(there):
+            raise UserError(f"--out {out} lies in --{option} {given}, which is to be read: give an "
+                            f"--out outside it")  # fmt: skip
+        listed = _first_inside(there, own) if there.endswith(".txt") else None
+        if listed is not None:
+            raise UserError(f"--{option} {given} names {listed}, which lies in --out {out}: give "
+                            f"another --out")  # fmt: skip
+
+
+def _first_inside(file: str, folder: str) -> str | None:
+    """The first path in a text file that lies in a folder."""
+    if not os.path.isfile(file):
+        return None
+    start, beside = os.path.join(folder, ""), os.path.dirname(file)
+    with open(file, encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            path = line.strip()
+            whole = os.path.normpath(os.path.join(beside, path))
+            if path and not path.startswith("#") and whole.startswith(start):
+                return path
+    return None
+
+
+@contextmanager
+def written_by(command: str, out: Path, resume: bool = False) -> Iterator[None]:
+    """Make a folder a run, or keep it one, and write down how the run ends.
+
+    Args:
+        command: who writes it.
+        out: checked by ``check_folder``; it is used as it is if it exists.
+        resume: keep what is there; else what an earlier run wrote is removed.
+
+    Raises:
+        UserError: another process writes to it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with lock(out):
+        if not resume:
+            remove_run(out)
+        begun = time.monotonic()
+        record = RunRecord(command, started=datetime.now().astimezone().isoformat("T", "seconds"))
+        record.write(out)
+
+        def end(status: Status, reason: str | None = None) -> None:
+            seconds = round(time.monotonic() - begun, 1)
+            with suppress(OSError):  # a full disk: the error that ends the run says so
+                replace(record, status=status, reason=reason, seconds=seconds).write(out)
+
+        try:
+            yield
+        except (KeyboardInterrupt, Terminated) as error:
+            end("stopped", str(error) or "interrupted (Ctrl-C)")
+            raise
+        except BaseException as error:
+            end("failed", " ".join(str(error).split()) or type(error).__name__)
+            raise
+        end("finished")
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing to a folder; the system frees it when a process ends.
+
+    Args:
+        folder: it exists; gets the file ``.lock``, which stays: it means nothing by itself.
+
+    Raises:
+        UserError: another process has locked it, or this one.
+    """
+    real = os.path.realpath(folder)
+    refusal = UserError(f"another process is writing to {folder}: wait for it, or give another "
+                        f"--out")  # fmt: skip
+    if real in _held:
+        raise refusal
+    # A lock of POSIX's kind (lockf): data workers, which are forks of this process, do not keep it.
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    _held.add(real)
+    try:
+        if fcntl is not None:
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise refusal from None
+            except OSError:  # a file system without locks
+                pass
+        yield
+    finally:
+        _held.discard(real)
+        os.close(descriptor)
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process, perhaps this one, is writing to a folder.
+
+    Args:
+        folder: a run.
+    """
+    if os.path.realpath(folder) in _held:
+        return True
+    try:
+        with lock(folder):
+            return False
+    except UserError:
+        return True
+    except OSError:  # of a file system that can't be written to
+        return False
+
+
+def remove_run(folder: Path) -> None:
+    """Remove the files that a run writes; folders that are then empty go with them.
+
+    Other files, links to folders, and the folder itself stay.
+
+    Args:
+        folder: a run, locked.
+    """
+    files = [name for name in _files_of_run(folder) if name not in (LOCK, RUN)]
+    for name in [*files, RUN]:  # as long as there is anything left of it, it is a run
+        with suppress(FileNotFoundError):
+            os.unlink(folder / name)
+    inside = {parent for name in files for parent in Path(name).parents} - {Path()}
+    for emptied in sorted(inside, key=lambda one: len(one.parts), reverse=True):
+        with suppress(OSError):  # not empty, or a link
+            os.rmdir(folder / emptied)
+
+
+def _files_of_run(folder: Path) -> list[str]:
+    """The files in a folder that a run writes, relative to it."""
+    exact = [name for name in OWNED if "*" not in name]
+    # through a link to a folder too, such as of checkpoints on a larger disk
+    found = [n for name in exact for n in (name, f"{name}.part") if os.path.lexists(folder / n)]
+    for root, _, names in os.walk(folder):
+        base = os.path.relpath(root, folder)
+        paths = (name if base == "." else f"{base}/{name}" for name in names)
+        found += [path for path in paths if _owned().fullmatch(path)]
+    return list(dict.fromkeys(found))
+
+
+@cache
+def _owned() -> "re.Pattern[str]":
+    """What matches the path of a file that a run writes."""
+    pieces = {"**/": "(?:[^/]+/)*", "*": "[^/]*"}
+    patterns = (
+        "".join(pieces.get(part, re.escape(part)) for part in re.split(r"(\*\*/|\*)", name))
+        for name in OWNED
+    )
+    return re.compile(f"(?:{'|'.join(patterns)})(?:\\.part)?", re.DOTALL)
