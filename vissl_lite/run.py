@@ -131,7 +131,7 @@ def open_run(
 def is_finished(out: Path) -> bool:
     """Whether a run has come to its end, with all that it writes."""
     record = read_record(out)
-    return record is not None and record.status == "finished"
+    return record is not None and record.status == "finished" and (out / RESULTS).is_file()
 
 
 def _is_mistake(error: Exception) -> bool:

@@ -10,7 +10,7 @@ import platform
 import re
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import cache
@@ -219,7 +219,8 @@ def written_by(command: str, out: Path, resume: bool = False) -> Iterator[None]:
 
         def end(status: Status, reason: str | None = None) -> None:
             seconds = round(time.monotonic() - begun, 1)
-            with suppress(OSError):  # a full disk: the error that ends the run says so
+            # of a full disk, the error that ends the run tells already
+            with nullcontext() if status == "finished" else suppress(OSError):
                 replace(record, status=status, reason=reason, seconds=seconds).write(out)
 
         try:

@@ -14,6 +14,7 @@ from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.evaluation.embedding import make_map
+from vissl_lite.faults import machine_error
 from vissl_lite.pictures import plot_exhibit, plot_neighbours
 from vissl_lite.pretext.base import PretextTask
 from vissl_lite.pretext.parts.exhibit import draw_views, exhibit
@@ -60,7 +61,7 @@ def add_pretext(
 ) -> None:
     """Leave pictures of the views, and of the pretext at work, in a run of ``pretrain``.
 
-    A failure is a warning and no more.
+    A failure is a warning and no more, but for faults of the machine.
 
     Args:
         run: the folder; gets views.png and, where there is something to see, pretext.png.
@@ -88,7 +89,7 @@ def add_embeddings(
 ) -> None:
     """Leave a map of images and their nearest neighbours in a run, for its report.
 
-    A failure is a warning and no more.
+    A failure is a warning and no more, but for faults of the machine.
 
     Args:
         run: the folder; gets map.npz and neighbours.png.
@@ -129,7 +130,9 @@ def add_test_embeddings(run: Path, encoder: Encoder, data: Any, seed: int) -> No
 
 
 def add_report(run: Path) -> None:
-    """Write the report of a run that has done its work; a failure is a warning and no more.
+    """Write the report of a run that has done its work.
+
+    A failure is a warning and no more, but for faults of the machine.
 
     Args:
         run: the folder, with all its other files written.
@@ -143,5 +146,8 @@ def add_report(run: Path) -> None:
 
 
 def _warn(what: str, error: Exception) -> None:
+    """Say that something can't be made; a fault of the machine, such as a full disk, is raised."""
+    if machine_error(error) is not None:
+        raise error
     log.warning("%s can't be made: %r", what, error)
     log.debug("why", exc_info=True)

@@ -109,10 +109,11 @@ class Checkpoints(Callback):
         self._alone = True
         self._whole = True  # whether no gradients have been gathered that no step has used yet
 
-    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._alone = trainer.world_size == 1
         # In place of Lightning's handlers, which save from within a step, into the current folder,
-        # and wait for the other processes there. Lightning puts back what was before.
+        # and wait for the other processes there, or end the run as if it were done. It sets them
+        # after on_fit_start, and puts back what was before them at the end.
         if threading.current_thread() is threading.main_thread():
             for number in (
                 signal.SIGINT,

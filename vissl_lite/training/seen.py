@@ -72,6 +72,9 @@ class KeepFingerprints(Callback):
         trainer.strategy.barrier()
         if not trainer.is_global_zero:
             return
+        if self.file.exists() and not any(self.parts.iterdir()):
+            shutil.rmtree(self.parts)  # killed after the last step, and resumed
+            return
         source = self.data.dataset
         records, names = _read(self.parts), _read_names(self.parts)
         indices = records["index"]
