@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vissl_lite.data.masks import IGNORE
 from vissl_lite.data.views import LARGE
 from vissl_lite.encoder import Encoder, Normalize
+from vissl_lite.errors import UserError
 from vissl_lite.inference import evaluating
 from vissl_lite.transfer.pyramid import Pyramid, group_norm
 
@@ -191,6 +192,9 @@ def segment_all(
         images: ``(H, W, C)`` uint8, of any sizes.
         size: side in pixels of the segmenter's views.
         device: where the results are too.
+
+    Raises:
+        UserError: the outputs are no finite numbers.
     """
     fitted = [_fit(image, size) for image in images]
     places = [
@@ -207,6 +211,11 @@ def segment_all(
         tiles = np.stack([fitted[n][y : y + size, x : x + size] for n, y, x in some])
         batch = torch.from_numpy(tiles).to(device).permute(0, 3, 1, 2)
         shares = segmenter(normalize(batch)).softmax(dim=1)
+        if not shares.isfinite().all():
+            raise UserError(
+                "the segmenter's outputs are not finite numbers: its training has diverged, or its "
+                "weights or the mean and std in its config.json are damaged"
+            )
         for (n, y, x), share in zip(some, shares, strict=True):
             if n not in sums:
                 sums[n] = share.new_zeros(share.shape[0], *fitted[n].shape[:2])
