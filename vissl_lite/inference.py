@@ -71,7 +71,7 @@ def run_over(
         they stand for.
 
     Raises:
-        UserError: no image can be read, or outputs are no finite numbers.
+        UserError: no image can be read.
     """
     loader = WorkerLoader(
         CentredImages(paths, image_size),
@@ -87,16 +87,14 @@ def run_over(
             good += kept
             if images is not None:
                 images = images.to(device, memory_format=torch.channels_last)
-                found = [o.float().cpu() for o in compute(normalize(images))]
-                check_outputs(found, paths[len(good) - len(kept) : len(good)])
-                outputs.append(found)
+                outputs.append([o.float().cpu() for o in compute(normalize(images))])
             if progress is not None:
                 progress(len(kept))
     report_broken(paths, np.array(good))
     return [torch.cat(parts) for parts in zip(*outputs, strict=True)], np.array(good)
 
 
-def check_outputs(outputs: Iterable[Tensor], paths: Sequence[str]) -> None:
+def check_outputs(outputs: Iterable[Tensor | np.ndarray], place: str) -> None:
     """Raise a UserError for outputs that are no finite numbers.
 
     All images are refused with the one that shows it: a model whose sums overflow on one image is
@@ -104,13 +102,12 @@ def check_outputs(outputs: Iterable[Tensor], paths: Sequence[str]) -> None:
 
     Args:
         outputs: of a model, whose weights are finite.
-        paths: the images they are for.
+        place: which images they are for, in words.
     """
-    if not all(one.isfinite().all() for one in outputs):
+    if not all(torch.as_tensor(one).isfinite().all() for one in outputs):
         raise UserError(
-            f"the model's outputs are not finite numbers, for {paths[0]} or the "
-            f"{len(paths) - 1} images behind it: its training has diverged, or its weights or the "
-            f"mean and std in its config.json are damaged"
+            f"the outputs for {place} are not finite numbers: the training of the model has "
+            f"diverged, or its weights or the mean and std in its config.json are damaged"
         )
 
 

@@ -280,7 +280,7 @@ def _finite_heads(detector: Detector) -> Iterator[list[str]]:
     def check(module: nn.Module, arguments: Any, output: Any) -> None:
         said = output.values() if isinstance(output, dict) else output
         flat = [one for some in said for one in (some if isinstance(some, list) else [some])]
-        check_outputs(flat, named)
+        check_outputs(flat, f"{named[0]} or one of the {len(named)} images from there on")
 
     hooks = [head.register_forward_hook(check) for head in detector.heads]
     try:

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from vissl_lite.data.masks import IGNORE
 from vissl_lite.data.views import LARGE
 from vissl_lite.encoder import Encoder, Normalize
-from vissl_lite.errors import UserError
-from vissl_lite.inference import evaluating
+from vissl_lite.inference import check_outputs, evaluating
 from vissl_lite.transfer.pyramid import Pyramid, group_norm
 
 CHANNELS = 128  # of the pyramid and the head; the paper's head has as many
@@ -211,11 +210,7 @@ def segment_all(
         tiles = np.stack([fitted[n][y : y + size, x : x + size] for n, y, x in some])
         batch = torch.from_numpy(tiles).to(device).permute(0, 3, 1, 2)
         shares = segmenter(normalize(batch)).softmax(dim=1)
-        if not shares.isfinite().all():
-            raise UserError(
-                "the segmenter's outputs are not finite numbers: its training has diverged, or its "
-                "weights or the mean and std in its config.json are damaged"
-            )
+        check_outputs([shares], f"a window in one of {len(images)} images")
         for (n, y, x), share in zip(some, shares, strict=True):
             if n not in sums:
                 sums[n] = share.new_zeros(share.shape[0], *fitted[n].shape[:2])
