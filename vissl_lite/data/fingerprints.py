@@ -166,13 +166,14 @@ class Fingerprints:
         """
         content = read_npz(file)
         try:
-            exact, looks, text = content["exact"], content["looks"], content["paths"]
+            exact, looks = content["exact"], content["looks"]
+            text = content["paths"].tobytes().decode("utf-8", "surrogateescape")
         except KeyError as error:
             raise UserError(f"{file} is damaged: {error} is missing") from None
-        text = text.tobytes().decode("utf-8", "surrogateescape")
         paths = text.split("\0") if text else []
         if (
-            (exact.dtype, looks.dtype) != (np.uint8, np.int8)
+            exact.dtype != np.uint8
+            or looks.dtype != np.int8
             or exact.shape != (len(paths), EXACT_BYTES)
             or looks.shape != (len(paths), LOOK_BYTES)
         ):

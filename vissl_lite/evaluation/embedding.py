@@ -34,7 +34,7 @@ UMAP_LEAST = 100
 # are kept, since an encoder that has collapsed finds all of them alike.
 SAME, PAIRS = 0.98, 200
 
-# Bytes that the arrays of a file may take: 5,000 paths of 4,096 letters, at 4 bytes each, are 82 MB.
+# Bytes that the arrays of a file may take: 5,000 paths of 4,096 letters are 82 MB.
 LARGEST = 512 * 2**20
 
 
@@ -112,11 +112,14 @@ class ImageMap:
         labels, classes = None, _array(content, "classes", "U", (len(content["classes"]),))
         if "labels" in content:
             labels = _indices(content, "labels", (count,), len(classes))
+        paths = _array(content, "paths", "U", (count,)).tolist()
+        if not all(map(os.path.isabs, paths)):
+            raise ValueError("paths are not absolute")
         sizes = _indices(content, "sizes", (count,), len(content["thumbnails"]) + 1)
         joined = _array(content, "thumbnails", "u", (int(sizes.sum()),)).tobytes()
         ends = np.cumsum(sizes)
         return cls(
-            _array(content, "paths", "U", (count,)).tolist(),
+            paths,
             labels,
             classes.tolist(),
             flat,
