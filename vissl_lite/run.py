@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from vissl_lite.data.json_file import read_json
 from vissl_lite.data.whole_file import whole_file, write_atomically
 from vissl_lite.errors import MachineError, Terminated, UserError
 from vissl_lite.faults import machine_error
@@ -31,6 +32,7 @@ RESULTS, METRICS, LOG = "results.json", "metrics.csv", "log.txt"
 CHECKPOINTS, CHECKPOINT = "checkpoints", "last.ckpt"
 MAP = "map.npz"
 
+LARGEST_RESULTS = 64 * 2**20  # bytes of results.json
 _LARGEST_CONFIG = 4 * 2**20  # bytes of config.yaml, and values in it
 
 # Keeps what is logged before there is a run, such as what was mended in the data: it goes into the
@@ -354,6 +356,22 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def write_results(run: Path, results: Mapping[str, Any]) -> None:
     """Write ``results.json``."""
     write_atomically(run / RESULTS, json.dumps(results, indent=2) + "\n")
+
+
+def read_results(run: Path, *needed: str) -> dict[str, Any]:
+    """Read ``results.json``.
+
+    Args:
+        run: the folder.
+        needed: what it has to hold.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    found = read_json(run / RESULTS, LARGEST_RESULTS)
+    if not isinstance(found, dict) or any(name not in found for name in needed):
+        raise UserError(f"{run / RESULTS} is damaged: it does not hold {', '.join(needed)}")
+    return found
 
 
 def logged_warnings(run: Path) -> list[str]:

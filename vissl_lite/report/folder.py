@@ -10,10 +10,10 @@ from typing import Any
 
 from vissl_lite.data.json_file import read_json
 from vissl_lite.errors import UserError
-from vissl_lite.run import LOG, METRICS, RESULTS, read_metrics, read_yaml
+from vissl_lite.run import LARGEST_RESULTS, LOG, METRICS, RESULTS, read_metrics, read_yaml
 from vissl_lite.run_folder import CONFIG
 
-LARGEST = 64 * 2**20  # bytes of results.json, letters of log.txt, that are read
+LARGEST_LOG = 64 * 2**20  # letters of log.txt that are read
 
 # An option that only this command has; the first one found in the configuration names it.
 _TELLING = {
@@ -96,11 +96,11 @@ def read_run(folder: Path) -> RunFolder:
     """
     run = RunFolder(folder)
     run.config = _mapping(run, CONFIG, read_yaml) or {}
-    run.results = _mapping(run, RESULTS, lambda file: read_json(file, LARGEST))
+    run.results = _mapping(run, RESULTS, lambda file: read_json(file, LARGEST_RESULTS))
     if run.has(LOG):
         try:
             with (folder / LOG).open(encoding="utf-8", errors="replace") as log:
-                run.records = _read_log(log.read(LARGEST))
+                run.records = _read_log(log.read(LARGEST_LOG))
         except OSError:
             run.unreadable.append(f"{LOG} can't be read and is left out.")
         if not run.records and (folder / LOG).stat().st_size:

@@ -123,7 +123,11 @@ class KeepBest(Callback):
         return {"best": list(self.best), "weights": self.weights, "since_best": self._since_best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best, self.weights = tuple(state_dict["best"]), state_dict["weights"]
+        own, weights = self.model.state_dict(), state_dict["weights"]
+        shapes = {name: one.shape for name, one in weights.items() if isinstance(one, Tensor)}
+        if weights and shapes != {name: one.shape for name, one in own.items()}:
+            raise UserError("the best weights in the checkpoint are damaged, or of another model")
+        self.best, self.weights = tuple(state_dict["best"]), weights
         self._since_best = state_dict["since_best"]
 
     def on_train_batch_end(
