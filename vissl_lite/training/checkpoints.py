@@ -75,6 +75,9 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     return content
 
 
+_LIGHTNING_2 = re.compile(r"2\.\d{1,4}\.\d{1,4}([.+-]?[a-z0-9]+)?")
+
+
 def check_checkpoint(
     file: Path, content: dict[str, Any], module: pl.LightningModule, trainer: pl.Trainer,
     data: StreamData, sharded: bool,
@@ -97,9 +100,7 @@ def check_checkpoint(
     """
     try:
         version = content["pytorch-lightning_version"]
-        if not isinstance(version, str) or not re.fullmatch(
-            r"2\.\d{1,4}\.\d{1,4}[\w.+-]*", version
-        ):
+        if not isinstance(version, str) or not _LIGHTNING_2.fullmatch(version):
             raise ValueError("it is not of Lightning 2")
         _check_like(content["epoch"], 0, "epoch")
         _check_like(content["global_step"], 0, "global_step")
@@ -194,9 +195,10 @@ def _check_like(saved: Any, fresh: Any, what: str) -> None:
     elif isinstance(fresh, int):
         if type(saved) is not int or not 0 <= saved < 2**53:
             raise ValueError(f"{what} is no whole number")
-    elif fresh is None or isinstance(fresh, float):
-        if not _is_finite(saved) and not (fresh is None and saved is None):
-            raise ValueError(f"{what} is no finite number")
+    elif fresh is None and saved is None:
+        pass
+    elif (fresh is None or isinstance(fresh, float)) and not _is_finite(saved):
+        raise ValueError(f"{what} is no finite number")
 
 
 def _is_finite(value: Any) -> bool:

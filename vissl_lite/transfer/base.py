@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 LOOKS = 25
 
 HEAD, HEAD_WEIGHTS = "head.json", "head.safetensors"
+HEAD_TASKS = ("detection", "segmentation")  # whose models are an encoder and a head
 LARGEST_HEAD = 16 * 2**20  # bytes of head.json
 
 
@@ -253,8 +254,8 @@ def _read_head(file: Path) -> dict[str, Any]:
     about = read_json(file, largest=LARGEST_HEAD)
     if not isinstance(about, dict):
         raise UserError(f"{file} is damaged: it holds no mapping")
-    if not isinstance(about.get("task"), str):
-        raise UserError(f"{file} is damaged: it names no task")
+    if about.get("task") not in HEAD_TASKS:
+        raise UserError(f"{file} is damaged: its task is none of {', '.join(HEAD_TASKS)}")
     try:
         checked_names(about.get("classes"), "classes")
     except TypeError as error:
