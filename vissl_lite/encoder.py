@@ -85,7 +85,8 @@ class Encoder(nn.Module):
         device, was_training = next(self.parameters()).device, self.training
         self.eval()
         try:
-            with torch.no_grad():
+            # on the device whatever the caller makes new tensors on
+            with torch.no_grad(), device:
                 yield torch.zeros(1, len(self.mean), height, width, device=device)
         finally:
             self.train(was_training)

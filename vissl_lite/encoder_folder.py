@@ -3,22 +3,25 @@
 import json
 import logging
 import pickle
+import struct
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vissl_lite.data.whole_file import whole_file
 from vissl_lite.encoder import Encoder, build_encoder, first_line
+from vissl_lite.encoder_config import CONFIG, SENSELESS, create, draw_up, read_model_config
 from vissl_lite.errors import UserError, check_count
 
 log = logging.getLogger(__name__)
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS = "model.safetensors"
 
 
 def save_encoder(encoder: Encoder, folder: Path, about: dict[str, Any]) -> None:
@@ -83,7 +86,7 @@ def load_encoder(source: str | Path, image_size: int | None = None) -> Encoder:
             backbone's own. Folders know their size.
 
     Raises:
-        UserError: there is no encoder, or it is damaged.
+        UserError: there is no encoder, or it is damaged, or its training has diverged.
     """
     kind, _, name = str(source).partition(":")
     if name and kind in ("timm", "random"):
@@ -96,8 +99,7 @@ def load_encoder(source: str | Path, image_size: int | None = None) -> Encoder:
     for inside in (folder, folder / "encoder"):
         if (inside / CONFIG).is_file():
             model, config = load_model(inside, num_classes=0)
-            size = config["pretrained_cfg"]["input_size"][-1]
-            return Encoder(model, config.get("model_args", {}), size)
+            return Encoder(model, config["model_args"], config["pretrained_cfg"]["input_size"][-1])
     raise UserError(f"{source} holds no encoder: neither {CONFIG} nor encoder/{CONFIG} is there")
 
 
@@ -109,17 +111,12 @@ def encoder_for(source: str, image_size: int | None) -> Encoder:
         image_size: side in pixels; default the encoder's.
 
     Raises:
-        UserError: there is no such encoder, it has diverged, or it can't take the size.
+        UserError: there is no such encoder, or it can't take the size.
     """
     check_count("image_size", image_size)
     encoder = load_encoder(source, image_size)
     if image_size is not None:
         encoder.use_image_size(image_size)
-    if not all(p.isfinite().all() for p in encoder.parameters()):
-        raise UserError(
-            f"the weights of {source} are not finite numbers: its training has diverged; train it "
-            f"again with a lower --lr or a longer --warmup"
-        )
     return encoder
 
 
@@ -136,34 +133,41 @@ def load_model(folder: Path, num_classes: int | None = None) -> tuple[Any, dict[
     Raises:
         UserError: the folder is damaged or its weights are another architecture's.
     """
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        name, saved = config["architecture"], config["pretrained_cfg"]
-        _ = tuple(saved["mean"]), tuple(saved["std"]), int(saved["input_size"][-1])
-        model_args = dict(config.get("model_args", {}))
-        model_args.pop("num_classes", None)  # timm writes it here too
-        if not isinstance(name, str):
-            raise TypeError(f"architecture {name}")
-        has_classes = config.get("num_classes", saved.get("num_classes", 0))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / CONFIG} is damaged: {error!r}") from None
-    if not timm.is_model(name):
-        raise UserError(f"{folder / CONFIG}: unknown backbone {name}")
-    if "label_names" in config:
-        saved = saved | {"label_names": config["label_names"]}
+    config = read_model_config(folder / CONFIG)
+    name, has_classes = config["architecture"], config["num_classes"]
     classes = has_classes if num_classes is None else num_classes
-    overlay = {key: value for key, value in saved.items() if key != "tag"}
+    shapes = _read_shapes(folder / WEIGHTS)
     try:
-        model = timm.create_model(
-            name, num_classes=classes, pretrained_cfg_overlay=overlay, **model_args
-        )
-    except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError) as error:
+        drawn = draw_up(config, classes, len(shapes), (folder / WEIGHTS).stat().st_size)
+    except SENSELESS as error:
         raise UserError(f"{folder / CONFIG} is damaged: {first_line(error)}") from None
+    if classes == 0 and has_classes:
+        shapes = _without_classifier(shapes, drawn)
+    _compare(drawn, shapes, str(folder), name)
+    model = create(config, classes)
     weights = read_weights(folder / WEIGHTS)
     if classes == 0 and has_classes:
         weights = _without_classifier(weights, model)
     _load(model, weights, str(folder), name)
     return model, config
+
+
+def check_finite(module: nn.Module, source: str) -> None:
+    """Raise a UserError for weights and buffers that no image can go through.
+
+    Args:
+        module: with the weights.
+        source: where they come from.
+    """
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    if not all(one.isfinite().all() for _, one in tensors):
+        raise UserError(
+            f"the weights of {source} are not finite numbers: its training has diverged, or the "
+            f"file is damaged; train it again with a lower --lr or a longer --warmup"
+        )
+    for name, one in tensors:
+        if name.endswith("running_var") and (one < 0).any():
+            raise UserError(f"the weights of {source} are damaged: the variance {name} is negative")
 
 
 def load_weights(encoder: Encoder, file: Path) -> None:
@@ -184,8 +188,31 @@ def load_weights(encoder: Encoder, file: Path) -> None:
 # What torch.load raises on bytes that are no checkpoint, whatever they happen to mean as a pickle
 _UNREADABLE = (
     pickle.UnpicklingError, SafetensorError, RuntimeError, OSError, EOFError, LookupError,
-    ValueError, TypeError, AttributeError,
+    ValueError, TypeError, AttributeError, ArithmeticError, AssertionError, MemoryError,
+    struct.error, zipfile.BadZipFile,
 )  # fmt: skip
+
+
+def read_torch(file: Path) -> Any:
+    """Read what ``torch.save`` wrote; nothing is unpickled but tensors and plain values.
+
+    Raises:
+        UserError: the file is missing or damaged, or holds other Python objects.
+    """
+    if not file.is_file():
+        raise UserError(f"{file} does not exist")
+    try:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                # torch writes no others; a small file could become a very large one
+                if any(one.compress_type != zipfile.ZIP_STORED for one in archive.infolist()):
+                    raise ValueError("it is compressed")
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        reason = first_line(error)
+        if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower():
+            reason = "it holds pickled Python objects beside tensors, which are never executed"
+        raise UserError(f"{file} can't be loaded: {reason}") from None
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
@@ -194,17 +221,14 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the file is missing, damaged, or holds anything else than tensors.
     """
-    try:
-        if file.suffix == ".safetensors":
+    if file.suffix == ".safetensors":
+        if not file.is_file():
+            raise UserError(f"{file} does not exist")
+        try:
             return load_file(file)
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{file} does not exist") from None
-    except _UNREADABLE as error:
-        reason = first_line(error)
-        if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower():
-            reason = "it holds pickled Python objects beside tensors, which are never executed"
-        raise UserError(f"{file} can't be loaded: {reason}") from None
+        except _UNREADABLE as error:
+            raise UserError(f"{file} can't be loaded: {first_line(error)}") from None
+    content = read_torch(file)
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -213,22 +237,65 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     return {str(name).removeprefix("module."): value for name, value in content.items()}
 
 
-def _without_classifier(weights: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+def _read_shapes(file: Path) -> dict[str, list[int]]:
+    """The shapes of the tensors in a safetensors file, by name; only its header is read.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    if not file.is_file():
+        raise UserError(f"{file} does not exist")
+    try:
+        with safe_open(file, "pt") as opened:
+            names = opened.keys()
+            return {name: opened.get_slice(name).get_shape() for name in names}
+    except _UNREADABLE as error:
+        raise UserError(f"{file} can't be loaded: {first_line(error)}") from None
+
+
+def _without_classifier(weights: Mapping[str, Any], model: Any) -> dict[str, Any]:
     classifier = model.pretrained_cfg.get("classifier") or ()
     names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     return {k: v for k, v in weights.items() if not k.startswith(tuple(f"{n}." for n in names))}
 
 
-def _load(model: nn.Module, weights: dict[str, Tensor], source: str, name: str) -> None:
+def _compare(model: nn.Module, shapes: Mapping[str, Sequence[int]], source: str, name: str) -> None:
+    """Raise a UserError if tensors of these shapes are not those of a model."""
     own = model.state_dict()
-    missing = sorted(set(own) - set(weights))
-    unexpected = sorted(set(weights) - set(own))
-    shaped = [key for key in own if key in weights and own[key].shape != weights[key].shape]
+    missing = sorted(set(own) - set(shapes))
+    unexpected = sorted(set(shapes) - set(own))
+    shaped = [key for key in own if key in shapes and list(own[key].shape) != list(shapes[key])]
     if missing or unexpected or shaped:
         example = (missing or unexpected or shaped)[0]
         raise UserError(
             f"the weights in {source} are not those of {name}: {len(missing)} tensors missing, "
             f"{len(unexpected)} too many, {len(shaped)} of another shape, the first {example}"
         )
-    model.load_state_dict(weights)
+
+
+def _load(model: nn.Module, weights: dict[str, Tensor], source: str, name: str) -> None:
+    _compare(model, {key: value.shape for key, value in weights.items()}, source, name)
+    load_tensors(model, weights, source)
     log.debug("%d tensors loaded from %s", len(weights), source)
+
+
+def load_tensors(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Copy tensors into a module that has all of them, in these shapes.
+
+    Args:
+        module: takes them; may have others beside them.
+        weights: by name.
+        source: where they come from.
+
+    Raises:
+        UserError: they are of another kind of number, or not finite.
+    """
+    own = module.state_dict()
+    for key, value in weights.items():
+        if value.is_complex() or value.is_floating_point() != own[key].is_floating_point():
+            raise UserError(f"the weights in {source} are damaged: {key} is of {value.dtype}")
+    try:
+        module.load_state_dict(weights, strict=False)
+    except (RuntimeError, NotImplementedError) as error:  # kinds of number that torch can't copy
+        raise UserError(f"the weights in {source} are damaged: {first_line(error)}") from None
+    check_finite(module, source)

@@ -1,7 +1,7 @@
 """Running a model over many images."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -92,6 +92,23 @@ def run_over(
                 progress(len(kept))
     report_broken(paths, np.array(good))
     return [torch.cat(parts) for parts in zip(*outputs, strict=True)], np.array(good)
+
+
+def check_outputs(outputs: Iterable[Tensor | np.ndarray], place: str) -> None:
+    """Raise a UserError for outputs that are no finite numbers.
+
+    All images are refused with the one that shows it: a model whose sums overflow on one image is
+    not to be trusted on others.
+
+    Args:
+        outputs: of a model, whose weights are finite.
+        place: which images they are for, in words.
+    """
+    if not all(torch.as_tensor(one).isfinite().all() for one in outputs):
+        raise UserError(
+            f"the outputs for {place} are not finite numbers: the training of the model has "
+            f"diverged, or its weights or the mean and std in its config.json are damaged"
+        )
 
 
 @contextmanager

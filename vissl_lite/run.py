@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -18,6 +19,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from vissl_lite.data.json_file import read_json
 from vissl_lite.data.whole_file import whole_file, write_atomically
 from vissl_lite.errors import MachineError, Terminated, UserError
 from vissl_lite.faults import machine_error
@@ -29,6 +31,9 @@ console = Console(stderr=True)
 RESULTS, METRICS, LOG = "results.json", "metrics.csv", "log.txt"
 CHECKPOINTS, CHECKPOINT = "checkpoints", "last.ckpt"
 MAP = "map.npz"
+
+LARGEST_RESULTS = 64 * 2**20  # bytes of results.json
+_LARGEST_CONFIG = 4 * 2**20  # bytes of config.yaml, and values in it
 
 # Keeps what is logged before there is a run, such as what was mended in the data: it goes into the
 # log once that is open.
@@ -258,13 +263,49 @@ def read_config(out: Path) -> dict[str, Any]:
     file = out / CONFIG
     if not file.is_file():
         raise UserError(f"{out} holds no run to resume ({CONFIG} is missing)")
+    return read_yaml(file)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """Read a YAML file of parameters.
+
+    Raises:
+        UserError: it is damaged, holds no parameters, or a few lines that stand for very many.
+    """
     try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{file} is damaged: {str(error).splitlines()[0]}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{file} is damaged: it holds no parameters")
-    return config
+        if file.stat().st_size > _LARGEST_CONFIG:
+            raise ValueError(f"it takes more than {_LARGEST_CONFIG} bytes")
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no parameters")
+        _check_extent(content)
+        return {str(key): value for key, value in content.items()}
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+    raise UserError(f"{file} is damaged: {reason}")
+
+
+def _check_extent(content: Any) -> None:
+    """Raise a ValueError for a value that takes long to walk through, as one that holds itself.
+
+    In YAML a value may stand at several places; each of ten lines may hold the one before it twice.
+    """
+    left, waiting = _LARGEST_CONFIG, [content]
+    while waiting:
+        value = waiting.pop()
+        inside: list[Any] = []
+        if isinstance(value, dict):
+            inside = [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple | set):
+            inside = list(value)
+        elif isinstance(value, int) and value.bit_length() > 64:
+            raise ValueError("it holds a number of more than 64 bits")
+        waiting += inside
+        left -= 1 + len(inside)
+        if left < 0 or len(waiting) > _LARGEST_CONFIG:
+            raise ValueError("it holds itself, or stands for too many values")
 
 
 def resumed_config(
@@ -317,9 +358,27 @@ def write_results(run: Path, results: Mapping[str, Any]) -> None:
     write_atomically(run / RESULTS, json.dumps(results, indent=2) + "\n")
 
 
+def read_results(run: Path, *needed: str) -> dict[str, Any]:
+    """Read ``results.json``.
+
+    Args:
+        run: the folder.
+        needed: what it has to hold.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    found = read_json(run / RESULTS, LARGEST_RESULTS)
+    if not isinstance(found, dict) or any(name not in found for name in needed):
+        raise UserError(f"{run / RESULTS} is damaged: it does not hold {', '.join(needed)}")
+    return found
+
+
 def logged_warnings(run: Path) -> list[str]:
     """The warnings in the log of a run, those from before a resume too; each one once."""
-    text = (run / LOG).read_text(encoding="utf-8")
+    if not (run / LOG).is_file():
+        return []
+    text = (run / LOG).read_text(encoding="utf-8", errors="replace")
     return list(dict.fromkeys(re.findall(r"^\S+ \S+ WARNING (.+)$", text, re.MULTILINE)))
 
 
@@ -341,11 +400,9 @@ class MetricsFile:
         self._stale = True  # whether the file has to be written anew
         self._started = time.monotonic()
         if file.exists():
-            text = file.read_text(encoding="utf-8")
-            whole = text[: text.rfind("\n") + 1].splitlines()
-            reader = csv.DictReader(whole)
-            self.rows = [{k: _number(v) for k, v in row.items() if v} for row in reader]
-            self.columns = list(reader.fieldnames or self.columns)
+            self.columns, self.rows, damaged = read_metrics(file)
+            if damaged:
+                log.warning("%d damaged rows of %s are left out", damaged, file)
             if self.rows:
                 self._started -= self.rows[-1]["seconds"]
 
@@ -389,6 +446,36 @@ class MetricsFile:
         """The steps and values of one metric."""
         points = [(row["step"], row[name]) for row in self.rows if name in row]
         return [step for step, _ in points], [value for _, value in points]
+
+
+def read_metrics(file: Path) -> tuple[list[str], list[dict[str, Any]], int]:
+    """Read ``metrics.csv``, row by row: a damaged one spoils no other.
+
+    Returns:
+        The columns; the rows, without empty cells; and how many rows are damaged and left out, at
+        least 1 where nothing can be read. A last row that is cut off, as when a run was killed, is
+        left out too, and does not count.
+    """
+    columns, rows, damaged = ["step", "seconds"], list[dict[str, Any]](), 0
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+        reader = csv.reader(text[: text.rfind("\n") + 1].splitlines())
+        names = next(reader, columns)
+        if not {"step", "seconds"} <= set(names) or len(set(names)) < len(names):
+            return columns, [], 1
+        for cells in reader:
+            try:
+                if len(cells) != len(names):
+                    raise ValueError("a row of another length")
+                row = {k: _number(v) for k, v in zip(names, cells, strict=True) if v}
+                if not math.isfinite(row["seconds"]) or int(row["step"]) != row["step"]:
+                    raise ValueError("no time or step")
+                rows.append(row)
+            except (ValueError, LookupError, OverflowError):
+                damaged += 1
+        return names, rows, damaged
+    except (OSError, csv.Error):
+        return columns, [], 1
 
 
 def _number(text: str) -> float | int:

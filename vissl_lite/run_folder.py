@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+from vissl_lite.data.json_file import read_json
 from vissl_lite.data.whole_file import check_place, write_atomically
 from vissl_lite.errors import Terminated, UserError
 
@@ -26,6 +27,7 @@ try:
 except ImportError:  # Windows: there, nothing keeps two processes apart
     fcntl = None  # type: ignore[assignment]
 
+LARGEST_RECORD = 2**20  # bytes of run.json
 RUN, LOCK, CONFIG = "run.json", ".lock", "config.yaml"
 
 Status = Literal["running", "finished", "stopped", "failed"]
@@ -96,9 +98,9 @@ class RunRecord:
 def read_record(folder: Path) -> RunRecord | None:
     """What a run says of itself; None if the folder is not a run."""
     try:
-        content = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        content = read_json(folder / RUN, LARGEST_RECORD)
         known = {name: content[name] for name in RunRecord.__dataclass_fields__}
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (UserError, LookupError, TypeError):
         return None
     words = all(isinstance(known[name], str) for name in ("command", "status"))
     return RunRecord(**known) if words else None

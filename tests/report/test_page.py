@@ -120,8 +120,9 @@ def test_what_is_damaged_is_left_out_and_said(tmp_path: Path) -> None:
     assert "results.json is damaged" in shown
     assert "views.png is damaged" in shown
     assert "map.npz is damaged" in shown
-    assert "1 damaged rows of metrics.csv are left out" in shown
-    assert read_run(run).metrics["loss"] == ([0, 1, 3], [5, 4, 2])
+    assert "log.txt is damaged" in shown
+    assert "2 damaged rows of metrics.csv are left out" in shown
+    assert read_run(run).metrics["loss"] == ([0, 1], [5, 4])
     (run / "config.yaml").write_text("a: [1")
     (run / "metrics.csv").write_text("")
     shown = words(run)

@@ -16,7 +16,7 @@ from vissl_lite.data.whole_file import check_place, whole_file
 from vissl_lite.encoder import Encoder, Normalize
 from vissl_lite.encoder_folder import encoder_for
 from vissl_lite.errors import UserError, check_count, did_you_mean
-from vissl_lite.inference import run_over
+from vissl_lite.inference import check_outputs, run_over
 from vissl_lite.run import logged_to_console
 from vissl_lite.training.progress import progress_bar
 
@@ -158,6 +158,7 @@ def _features(
             encoder.image_size,
             lambda images: bar.advance(task, images),
         )
+    check_outputs([features], f"some of the {len(features)} images")
     return features.numpy(), good
 
 

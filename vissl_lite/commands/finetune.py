@@ -1,7 +1,6 @@
 """``vissl-lite finetune``: train a classifier, a detector or a segmenter on labelled images."""
 
 import inspect
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +22,13 @@ from vissl_lite.pictures import plot_curves
 from vissl_lite.run import (
     CHECKPOINTS,
     METRICS,
-    RESULTS,
     MetricsFile,
     check_out,
     console,
     is_finished,
     open_run,
     plain,
+    read_results,
     resumed_config,
     write_results,
 )
@@ -275,7 +274,7 @@ def finetune(
 
 def _finished(out: Path) -> FinetuneResult:
     """The result of a run that had nothing left to resume."""
-    results = json.loads((out / RESULTS).read_text())
+    results = read_results(out, "test", "per_class")
     return FinetuneResult(out, out / "model", results["test"], results["per_class"])
 
 

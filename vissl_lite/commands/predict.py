@@ -18,7 +18,7 @@ from vissl_lite.data.images import BROKEN_IMAGE, find_images, read_image
 from vissl_lite.data.whole_file import write_atomically
 from vissl_lite.encoder import Normalize
 from vissl_lite.errors import check_count
-from vissl_lite.inference import evaluating, report_broken, run_over
+from vissl_lite.inference import check_outputs, evaluating, report_broken, run_over
 from vissl_lite.pictures import class_colours, draw_boxes, draw_mask, draw_words
 from vissl_lite.run import check_out, open_run, write_results
 from vissl_lite.training.progress import progress_bar
@@ -130,6 +130,7 @@ def _classify(loaded: LoadedClassifier, job: _Job) -> tuple[Path, int, list[str]
         loaded.image_size,
         job.advance,
     )
+    check_outputs([logits], f"some of the {len(logits)} images")
     shares = (logits.sigmoid() if loaded.multi_label else logits.softmax(dim=1)).numpy()
     file = job.run / "predictions.csv"
     read = [path for path, fine in zip(job.paths, good, strict=True) if fine]

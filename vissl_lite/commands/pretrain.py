@@ -1,7 +1,6 @@
 """``vissl-lite pretrain``: train an encoder on unlabelled images."""
 
 import inspect
-import json
 import logging
 import time
 from dataclasses import dataclass
@@ -27,7 +26,6 @@ from vissl_lite.pretext.base import About
 from vissl_lite.run import (
     CHECKPOINTS,
     METRICS,
-    RESULTS,
     MetricsFile,
     check_out,
     is_finished,
@@ -35,6 +33,7 @@ from vissl_lite.run import (
     logged_warnings,
     open_run,
     plain,
+    read_results,
     resumed_config,
     write_results,
 )
@@ -317,7 +316,7 @@ def accumulation_note(about: About, batch_size: int, accumulate: int) -> str:
 
 def _finished(out: Path) -> PretrainResult:
     """The result of a run that had nothing left to resume."""
-    results = json.loads((out / RESULTS).read_text())
+    results = read_results(out, "steps", "seconds")
     names = ("loss", *MEASURES)
     metrics = {name: results[name] for name in names if name in results}
     return PretrainResult(out, out / "encoder", metrics, results["steps"], results["seconds"])

@@ -20,6 +20,7 @@ from vissl_lite.errors import check_count, check_positive, check_seed
 from vissl_lite.evaluation.features import extract
 from vissl_lite.evaluation.knn import knn_predict
 from vissl_lite.evaluation.linear import linear_probe
+from vissl_lite.inference import check_outputs
 from vissl_lite.run import check_out, console, open_run, write_results
 from vissl_lite.training.progress import progress_bar
 
@@ -173,4 +174,5 @@ def _features(
         names = ["last", *(encoder.stage_names() if layers else [])]
         return dict.fromkeys(names, np.empty((0, 1), np.float32)), part.labels
     features, good = extract(encoder, part.paths, layers, progress)
+    check_outputs(features.values(), f"some of the {len(part.paths)} images")
     return features, part.labels[good]

@@ -18,6 +18,7 @@ from vissl_lite.encoder import Encoder
 from vissl_lite.evaluation.features import extract
 from vissl_lite.evaluation.knn import knn_predict
 from vissl_lite.evaluation.linear import linear_probe
+from vissl_lite.inference import check_outputs
 from vissl_lite.run import MetricsFile
 from vissl_lite.training.fit import TrainingFiles
 from vissl_lite.training.hardware import Hardware
@@ -54,6 +55,9 @@ class Features:
         paths: the images.
         layers: those of every stage too.
         progress: called with the number of images done since the last call.
+
+    Raises:
+        UserError: no image can be read, or the features are no finite numbers.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class Features:
         progress: Callable[[int], None] | None = None,
     ) -> None:
         self.by_layer, good = extract(encoder, paths, layers, progress)
+        check_outputs(self.by_layer.values(), f"some of the {len(paths)} images")
         read = [path for path, fine in zip(paths, good, strict=True) if fine]
         self._row = {path: row for row, path in enumerate(read)}
 

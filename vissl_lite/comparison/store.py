@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,14 @@ import numpy as np
 from torch import nn
 
 from vissl_lite.comparison.protocols import Score
+from vissl_lite.data.json_file import read_json
 from vissl_lite.data.whole_file import write_atomically
+from vissl_lite.encoder import first_line
+from vissl_lite.errors import UserError
+
+log = logging.getLogger(__name__)
+
+LARGEST = 64 * 2**20  # bytes of a file; a bit for each test image
 
 
 @dataclass(frozen=True)
@@ -84,21 +92,42 @@ class Store:
             about: from ``about_run``.
 
         Returns:
-            None if it is missing or damaged, or if the encoder or the data have changed since.
+            None if it is missing or damaged (which is said), or if the encoder or the data have
+            changed since.
         """
         file = self.place(cell).with_suffix(".json")
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = read_json(file, LARGEST)
             if content["about"] != about or content["arm"] != cell.arm:
                 return None
             right = None
             if "right" in content:
-                bits = np.frombuffer(bytes.fromhex(content["right"]), np.uint8)
-                right = np.unpackbits(bits, count=content["test_images"]).astype(bool)
-            return Score(content["value"], content["metrics"], content["chosen"], right,
-                         content["layers"])  # fmt: skip
-        except (OSError, ValueError, LookupError, TypeError):
+                right = _unpacked(content["right"], content["test_images"])
+            figures = [_figures(content[name]) for name in ("metrics", "chosen", "layers")]
+            (value,) = _figures({"value": content["value"]}).values()
+        except (UserError, ValueError, LookupError, TypeError) as error:
+            if file.exists():
+                log.warning("damaged, and so done again: %s (%s)", file, first_line(error))
             return None
+        return Score(value, figures[0], figures[1], right, figures[2])
+
+
+def _figures(found: Any) -> dict[str, float]:
+    """Numbers by name; a TypeError for anything else."""
+    if not isinstance(found, dict):
+        raise TypeError("figures are missing")
+    for value in found.values():
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise TypeError(f"{str(value)[:60]!r} is no number")
+    return found
+
+
+def _unpacked(text: Any, count: Any) -> np.ndarray:
+    """``(count,)`` bool from the hexadecimal digits of their bits; or a ValueError, TypeError."""
+    bits = np.frombuffer(bytes.fromhex(text), np.uint8)
+    if type(count) is not int or not 0 < count <= 8 * len(bits) < count + 8:
+        raise ValueError(f"{len(bits)} bytes for {str(count)[:60]} test images")
+    return np.unpackbits(bits, count=count).astype(bool)
 
 
 def digest_weights(model: nn.Module) -> str:

@@ -8,7 +8,6 @@ of a picture stands for all eight positions.
 """
 
 import os
-import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from vissl_lite.data.images import BROKEN_IMAGE, decode_image
+from vissl_lite.data.npz_file import read_npz
 from vissl_lite.data.whole_file import whole_file
 from vissl_lite.errors import UserError
 
@@ -164,15 +164,16 @@ class Fingerprints:
         Raises:
             UserError: the file is damaged.
         """
+        content = read_npz(file)
         try:
-            with np.load(file, allow_pickle=False) as content:
-                exact, looks = content["exact"], content["looks"]
-                text = content["paths"].tobytes().decode("utf-8", "surrogateescape")
-        except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{file} is damaged: {error}") from None
+            exact, looks = content["exact"], content["looks"]
+            text = content["paths"].tobytes().decode("utf-8", "surrogateescape")
+        except KeyError as error:
+            raise UserError(f"{file} is damaged: {error} is missing") from None
         paths = text.split("\0") if text else []
         if (
-            (exact.dtype, looks.dtype) != (np.uint8, np.int8)
+            exact.dtype != np.uint8
+            or looks.dtype != np.int8
             or exact.shape != (len(paths), EXACT_BYTES)
             or looks.shape != (len(paths), LOOK_BYTES)
         ):

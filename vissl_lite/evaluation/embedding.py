@@ -3,8 +3,6 @@
 import importlib.util
 import os
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -16,11 +14,13 @@ import torch
 from PIL import Image
 
 from vissl_lite.data.images import BROKEN_IMAGE, read_image, resize_and_crop
+from vissl_lite.data.npz_file import read_npz
 from vissl_lite.data.whole_file import whole_file
 from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.evaluation.features import extract
 from vissl_lite.evaluation.measures import unit_vectors
+from vissl_lite.inference import check_outputs
 
 Method = Literal["pca", "umap"]
 
@@ -34,8 +34,8 @@ UMAP_LEAST = 100
 # are kept, since an encoder that has collapsed finds all of them alike.
 SAME, PAIRS = 0.98, 200
 
-# What numpy raises on a file that is none of its own
-_UNREADABLE = (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error)
+# Bytes that the arrays of a file may take: 5,000 paths of 4,096 letters are 82 MB.
+LARGEST = 512 * 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,31 +89,67 @@ class ImageMap:
         Raises:
             UserError: the file is missing or damaged.
         """
+        content = read_npz(file, LARGEST)
         try:
-            with np.load(file, allow_pickle=False) as content:
-                ends = np.cumsum(content["sizes"])
-                joined = content["thumbnails"].tobytes()
-                begins = ends - content["sizes"]
-                prefix = "coordinates_"
-                return cls(
-                    content["paths"].tolist(),
-                    content.get("labels"),
-                    content["classes"].tolist(),
-                    {
-                        name.removeprefix(prefix): content[name]
-                        for name in content.files
-                        if name.startswith(prefix)
-                    },
-                    content["neighbours"],
-                    content["similarities"],
-                    content["oddness"],
-                    content["duplicates"],
-                    [joined[a:b] for a, b in zip(begins, ends, strict=True)],
-                )
-        except FileNotFoundError:
-            raise UserError(f"{file} does not exist") from None
-        except _UNREADABLE as error:
-            raise UserError(f"{file} is no map of images, or damaged: {error}") from None
+            return cls._of(content)
+        except (LookupError, TypeError, ValueError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise UserError(f"{file} is no map of images, or damaged: {reason}") from None
+
+    @classmethod
+    def _of(cls, content: dict[str, np.ndarray]) -> "ImageMap":
+        """From the arrays of a file; LookupError, TypeError or ValueError for others."""
+        count = len(content["paths"])
+        near, pairs = content["neighbours"], content["duplicates"]
+        k, prefix = near.shape[-1], "coordinates_"
+        flat = {
+            name.removeprefix(prefix): _array(content, name, "f", (count, 2))
+            for name in content
+            if name in (f"{prefix}pca", f"{prefix}umap")
+        }
+        if not flat or count == 0:
+            raise ValueError("it has no coordinates")
+        labels, classes = None, _array(content, "classes", "U", (len(content["classes"]),))
+        if "labels" in content:
+            labels = _indices(content, "labels", (count,), len(classes))
+        paths = _array(content, "paths", "U", (count,)).tolist()
+        if not all(map(os.path.isabs, paths)):
+            raise ValueError("paths are not absolute")
+        sizes = _indices(content, "sizes", (count,), len(content["thumbnails"]) + 1)
+        joined = _array(content, "thumbnails", "u", (int(sizes.sum()),)).tobytes()
+        ends = np.cumsum(sizes)
+        return cls(
+            paths,
+            labels,
+            classes.tolist(),
+            flat,
+            _indices(content, "neighbours", (count, k), count),
+            _array(content, "similarities", "f", (count, k)),
+            _array(content, "oddness", "f", (count,)),
+            _indices(content, "duplicates", (len(pairs), 2), count),
+            [joined[a:b] for a, b in zip(ends - sizes, ends, strict=True)],
+        )
+
+
+def _array(
+    content: dict[str, np.ndarray], name: str, kind: str, shape: tuple[int, ...]
+) -> np.ndarray:
+    """An array of a kind (as ``dtype.kind``) and shape, of finite numbers; or a ValueError."""
+    array = content[name]
+    if array.dtype.kind != kind or array.shape != shape:
+        raise ValueError(f"{name} is {array.dtype} of shape {array.shape}")
+    if kind == "f" and not np.isfinite(array).all():
+        raise ValueError(f"{name} holds what is no finite number")
+    return array
+
+
+def _indices(
+    content: dict[str, np.ndarray], name: str, shape: tuple[int, ...], below: int
+) -> np.ndarray:
+    array = _array(content, name, "i", shape)
+    if array.size and not (array.min() >= 0 and array.max() < below):
+        raise ValueError(f"{name} holds numbers outside 0 to {below - 1}")
+    return array
 
 
 def make_map(
@@ -137,11 +173,12 @@ def make_map(
         progress: called with the number of images embedded since the last call.
 
     Raises:
-        UserError: no image can be read.
+        UserError: no image can be read, or the features are no finite numbers.
     """
     chosen = np.sort(np.random.default_rng(seed).permutation(len(paths))[:most])
     layers, good = extract(encoder, [paths[i] for i in chosen], progress=progress)
     chosen, features = chosen[good], layers["last"]
+    check_outputs([features], f"some of the {len(features)} images")
     neighbours, similarities = nearest(features, NEIGHBOURS)
     return ImageMap(
         paths=[os.path.abspath(paths[i]) for i in chosen],

@@ -1,18 +1,19 @@
 """What a command left in its run folder, as far as it can be read."""
 
-import csv
-import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from vissl_lite.run import LOG, METRICS, RESULTS
+from vissl_lite.data.json_file import read_json
+from vissl_lite.errors import UserError
+from vissl_lite.run import LARGEST_RESULTS, LOG, METRICS, RESULTS, read_metrics, read_yaml
 from vissl_lite.run_folder import CONFIG
+
+LARGEST_LOG = 64 * 2**20  # letters of log.txt that are read
 
 # An option that only this command has; the first one found in the configuration names it.
 _TELLING = {
@@ -94,22 +95,28 @@ def read_run(folder: Path) -> RunFolder:
         folder: of a run of any command, perhaps not ended.
     """
     run = RunFolder(folder)
-    run.config = _mapping(run, CONFIG, yaml.safe_load) or {}
-    run.results = _mapping(run, RESULTS, json.loads)
+    run.config = _mapping(run, CONFIG, read_yaml) or {}
+    run.results = _mapping(run, RESULTS, lambda file: read_json(file, LARGEST_RESULTS))
     if run.has(LOG):
-        run.records = _read_log((folder / LOG).read_text(encoding="utf-8", errors="replace"))
+        try:
+            with (folder / LOG).open(encoding="utf-8", errors="replace") as log:
+                run.records = _read_log(log.read(LARGEST_LOG))
+        except OSError:
+            run.unreadable.append(f"{LOG} can't be read and is left out.")
+        if not run.records and (folder / LOG).stat().st_size:
+            run.unreadable.append(f"{LOG} is damaged and left out.")
     if run.has(METRICS):
         _read_metrics(run)
     return run
 
 
-def _mapping(run: RunFolder, name: str, parse: Any) -> dict[str, Any] | None:
+def _mapping(run: RunFolder, name: str, read: Callable[[Path], Any]) -> dict[str, Any] | None:
     if not run.has(name):
         return None
     try:
-        content = parse((run.folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        content = str(error)
+        content = read(run.folder / name)
+    except UserError:
+        content = None
     if isinstance(content, dict):
         return {str(key): value for key, value in content.items()}
     run.unreadable.append(f"{name} is damaged and left out.")
@@ -118,36 +125,30 @@ def _mapping(run: RunFolder, name: str, parse: Any) -> dict[str, Any] | None:
 
 def _read_log(text: str) -> list[Record]:
     records: list[Record] = []
+    more: dict[int, list[str]] = {}  # lines that follow an entry, as of a traceback
     for line in text.splitlines():
         match = _LINE.fullmatch(line)
-        if match:
-            time = datetime.strptime(match[1], "%Y-%m-%d %H:%M:%S")
+        try:
+            time = datetime.strptime(match[1], "%Y-%m-%d %H:%M:%S") if match else None
+        except ValueError:  # digits, but no date
+            time = None
+        if match and time is not None:
             records.append(Record(time, match[2], match[3]))
         elif records:
-            records[-1].message += f"\n{line}"
+            more.setdefault(len(records) - 1, []).append(line)
+    for number, lines in more.items():
+        records[number].message = "\n".join([records[number].message, *lines])
     return records
 
 
 def _read_metrics(run: RunFolder) -> None:
-    """Row by row: a run that was killed may have left half a row, which spoils no other."""
-    left_out = 0
-    try:
-        with (run.folder / METRICS).open(newline="", encoding="utf-8", errors="replace") as file:
-            reader = csv.DictReader(file)
-            names = list(reader.fieldnames or [])
-            for row in reader:
-                try:
-                    values = {name: float(row[name]) for name in names if row[name]}
-                    step = values.pop("step")
-                except (KeyError, ValueError):
-                    left_out += 1
-                    continue
-                for name, value in values.items():
-                    steps, series = run.metrics.setdefault(name, ([], []))
-                    steps.append(step)
-                    series.append(value if math.isfinite(value) else math.nan)
-    except (OSError, csv.Error):
-        run.metrics.clear()
+    names, rows, left_out = read_metrics(run.folder / METRICS)
+    for row in rows:
+        for name in names:
+            if name in row and name != "step":
+                steps, series = run.metrics.setdefault(name, ([], []))
+                steps.append(row["step"])
+                series.append(row[name] if math.isfinite(row[name]) else math.nan)
     if not run.metrics:
         run.unreadable.append(f"{METRICS} can't be read: there are no curves.")
     elif left_out:

@@ -2,9 +2,10 @@
 
 import logging
 import os
-import pickle
+import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,8 +15,11 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
 
 from vissl_lite.data.stream import Batch
+from vissl_lite.encoder import first_line
+from vissl_lite.encoder_folder import read_torch
 from vissl_lite.errors import UserError
 from vissl_lite.run import CHECKPOINT, MetricsFile
 from vissl_lite.training.hardware import under_slurm
@@ -63,17 +67,142 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     """Read a training checkpoint; nothing is unpickled but tensors and plain values.
 
     Raises:
-        UserError: the file is damaged, or holds other Python objects.
+        UserError: the file is damaged, or holds other Python objects or something else.
+    """
+    content = read_torch(file)
+    if not isinstance(content, dict) or type(content.get("global_step")) is not int:
+        raise UserError(f"{file} is damaged: it is no checkpoint of a training")
+    return content
+
+
+_LIGHTNING_2 = re.compile(r"2\.\d{1,4}\.\d{1,4}([.+-]?[a-z0-9]+)?")
+
+
+def check_checkpoint(
+    file: Path, content: dict[str, Any], module: pl.LightningModule, trainer: pl.Trainer,
+    data: StreamData, sharded: bool,
+) -> None:  # fmt: skip
+    """Refuse a checkpoint that this training can't continue from. Nothing is changed.
+
+    What a checkpoint holds has to be of the kind that a new training would write: the same names,
+    types and shapes, and finite numbers.
+
+    Args:
+        file: to be named.
+        content: from ``read_checkpoint``.
+        module: that is to go on, whole.
+        trainer: with the callbacks of the run.
+        data: the training stream.
+        sharded: whether the network lies in parts: the optimizer's state is left to torch then.
+
+    Raises:
+        UserError: it is damaged, or of another training.
     """
     try:
-        content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{file} holds pickled Python objects beside tensors, which are never executed"
-        ) from None
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise UserError(f"{file} is damaged: {str(error).splitlines()[0]}") from None
-    return content
+        version = content["pytorch-lightning_version"]
+        if not isinstance(version, str) or not _LIGHTNING_2.fullmatch(version):
+            raise ValueError("it is not of Lightning 2")
+        _check_like(content["epoch"], 0, "epoch")
+        _check_like(content["global_step"], 0, "global_step")
+        _check_like(content["lr_schedulers"], [], "lr_schedulers")
+        _check_names(content["state_dict"], module.state_dict(), "state_dict")
+        _check_like(content["loops"]["fit_loop"], trainer.fit_loop.state_dict(), "loops")
+        _check_like(content[type(data).__qualname__], data.state_dict(), "data")
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if state := callback.state_dict():
+                kept = content["callbacks"][callback.state_key]
+                _check_like(kept, state, type(callback).__name__)
+        optimizers = content["optimizer_states"]
+        if not isinstance(optimizers, list) or len(optimizers) != 1:
+            raise ValueError("it has not one optimizer")
+        if not sharded:
+            _check_optimizer(optimizers[0], module)
+    except (LookupError, TypeError, ValueError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
+        raise UserError(f"{file} is damaged, or of another training: {reason}") from None
+
+
+def _check_optimizer(saved: Any, module: pl.LightningModule) -> None:
+    optimizer: Any = module.configure_optimizers()
+    fresh = optimizer.state_dict()
+    groups = [  # a rate of 1 is as good as one of 1.0
+        {name: float(one) if type(one) is int else one for name, one in group.items()}
+        for group in fresh["param_groups"]
+    ]
+    _check_like(saved["param_groups"], groups, "optimizer")
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    if not isinstance(saved["state"], dict):
+        raise TypeError("the optimizer's state is no mapping")
+    plain = isinstance(optimizer, (torch.optim.SGD, torch.optim.Adam))  # AdamW is one, too
+    kinds = set()
+    for number, state in saved["state"].items():
+        if type(number) is not int or not 0 <= number < len(weights):
+            raise ValueError(f"the optimizer has no weight {str(number)[:60]!r}")
+        if not isinstance(state, dict):
+            raise TypeError("a state of the optimizer is no mapping")
+        kinds.add(frozenset(state))
+        for name, value in state.items():
+            like = weights[number] if name in _LIKE_WEIGHTS else value
+            if name == "step" and isinstance(value, Tensor) and value.ndim:
+                raise ValueError("the optimizer's step is no number")
+            if isinstance(value, Tensor) or name in _LIKE_WEIGHTS:
+                _check_like(value, like.detach(), f"optimizer {str(name)[:60]}")
+    if plain and kinds - _STATES:
+        raise ValueError("the optimizer's state is of another optimizer")
+
+
+# What an optimizer keeps for each weight in its shape; and all that torch's own ones keep.
+_LIKE_WEIGHTS = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer"})
+_STATES = {frozenset({"step", "exp_avg", "exp_avg_sq"}), frozenset({"momentum_buffer"}),
+           frozenset[str]()}  # fmt: skip
+
+
+def _check_names(saved: Any, own: dict[str, Any], what: str) -> None:
+    if not isinstance(saved, dict):
+        raise TypeError(f"{what} is no mapping")
+    for name in sorted({*own, *map(str, saved)}):
+        if name not in own or name not in saved:
+            raise ValueError(f"{name[:80]} is in {what} or in the network alone")
+    _check_like(saved, own, what)
+
+
+def _check_like(saved: Any, fresh: Any, what: str) -> None:
+    """Raise a TypeError or ValueError if a value is not of the kind of another one.
+
+    Mappings have all its keys and may have more; lists have its length, unless it is empty; numbers
+    are finite, whole ones where it is whole and not negative then; None may have become a number.
+    """
+    if isinstance(fresh, Tensor):
+        if not isinstance(saved, Tensor) or saved.shape != fresh.shape:
+            raise ValueError(f"{what} has another shape")
+        if saved.is_floating_point() != fresh.is_floating_point() or not saved.isfinite().all():
+            raise ValueError(f"{what} holds other than finite numbers")
+    elif isinstance(fresh, dict):
+        if not isinstance(saved, dict):
+            raise TypeError(f"{what} is no mapping")
+        for key, value in fresh.items():
+            _check_like(saved[key], value, f"{what}.{key}")
+    elif isinstance(fresh, list | tuple):
+        if not isinstance(saved, list | tuple) or (fresh and len(saved) != len(fresh)):
+            raise TypeError(f"{what} is no list of {len(fresh) or 'any number of'} values")
+        for one, like in zip(saved, fresh, strict=False):
+            _check_like(one, like, what)
+        if not fresh and not all(isinstance(one, str) or _is_finite(one) for one in saved):
+            raise TypeError(f"{what} holds other than numbers and words")
+    elif isinstance(fresh, bool | str):
+        if type(saved) is not type(fresh):
+            raise TypeError(f"{what} is not of {type(fresh).__name__}")
+    elif isinstance(fresh, int):
+        if type(saved) is not int or not 0 <= saved < 2**53:
+            raise ValueError(f"{what} is no whole number")
+    elif fresh is None and saved is None:
+        pass
+    elif (fresh is None or isinstance(fresh, float)) and not _is_finite(saved):
+        raise ValueError(f"{what} is no finite number")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 class Checkpoints(Callback):

@@ -21,6 +21,7 @@ from vissl_lite.training.checkpoints import (
     AtomicCheckpointIO,
     Checkpoints,
     Stopping,
+    check_checkpoint,
     read_checkpoint,
 )
 from vissl_lite.training.compiling import compiled
@@ -118,9 +119,6 @@ def fit(
             last = files.checkpoints / CHECKPOINT
             saved = read_checkpoint(last)
             check_same_sharding(saved, hardware.sharded)
-            done = saved["global_step"]
-            if metrics is not None:
-                metrics.forget_after(done - 1)
     every.append(StepEnd(meter))
     precision = choose_precision(hardware.precision, module)
     if hardware.sharded and precision not in PRECISIONS:
@@ -143,6 +141,11 @@ def fit(
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
+    if last is not None:
+        check_checkpoint(last, saved, module, trainer, data, hardware.sharded)
+        if metrics is not None:
+            metrics.forget_after(saved["global_step"] - 1)
+        del saved
     if isinstance(trainer.strategy, DDPStrategy):
         # Running statistics, queues and centres are made of all processes' batches and the same in
         # each: no need to send them at every step. A queue may be a third of the network.

@@ -4,21 +4,24 @@ import copy
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import numpy as np
+import torch
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vissl_lite.data.json_file import read_json
 from vissl_lite.data.stream import Batch, KeyedDataset
 from vissl_lite.data.whole_file import write_atomically
-from vissl_lite.encoder import Encoder
-from vissl_lite.encoder_folder import CONFIG, load_encoder, read_weights, save_encoder
+from vissl_lite.encoder import Encoder, first_line
+from vissl_lite.encoder_config import CONFIG, SENSELESS, checked_names
+from vissl_lite.encoder_folder import load_encoder, load_tensors, read_weights, save_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.training.fit import NO_FILES, TrainingFiles, fit
@@ -32,6 +35,8 @@ log = logging.getLogger(__name__)
 LOOKS = 25
 
 HEAD, HEAD_WEIGHTS = "head.json", "head.safetensors"
+HEAD_TASKS = ("detection", "segmentation")  # whose models are an encoder and a head
+LARGEST_HEAD = 16 * 2**20  # bytes of head.json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +124,11 @@ class KeepBest(Callback):
         return {"best": list(self.best), "weights": self.weights, "since_best": self._since_best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best, self.weights = tuple(state_dict["best"]), state_dict["weights"]
+        own, weights = self.model.state_dict(), state_dict["weights"]
+        shapes = {name: one.shape for name, one in weights.items() if isinstance(one, Tensor)}
+        if weights and shapes != {name: one.shape for name, one in own.items()}:
+            raise UserError("the best weights in the checkpoint are damaged, or of another model")
+        self.best, self.weights = tuple(state_dict["best"]), weights
         self._since_best = state_dict["since_best"]
 
     def on_train_batch_end(
@@ -226,19 +235,47 @@ def load_with_head(
         raise UserError(f"{folder} is a model for {found}, not for {task}")
     encoder = load_encoder(folder / "encoder")
     weights = read_weights(folder / HEAD_WEIGHTS)
+    about = _read_head(folder / HEAD)
     try:
-        about = json.loads((folder / HEAD).read_text(encoding="utf-8"))
+        # Drawn up without memory first: the head has to have the tensors that its file holds.
+        with torch.device("meta"):
+            drawn = build(encoder, about)
+        _compare(drawn, encoder, weights, folder)
         model = build(encoder, about)
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
-        raise UserError(f"{folder} is damaged: {error!r}") from None
-    inside = _prefix(model, encoder)
-    missing = [name for name in missing if not name.startswith(inside)]
-    if missing or unexpected:
-        raise UserError(
-            f"{folder} is damaged: its weights do not fit, as {[*missing, *unexpected][0]}"
-        )
+    except SENSELESS as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
+        raise UserError(f"{folder / HEAD} is damaged: {reason}") from None
+    load_tensors(model, weights, str(folder / HEAD_WEIGHTS))
     return model, about
+
+
+def _read_head(file: Path) -> dict[str, Any]:
+    """The content of ``head.json``, its task and classes checked."""
+    about = read_json(file, largest=LARGEST_HEAD)
+    if not isinstance(about, dict):
+        raise UserError(f"{file} is damaged: it holds no mapping")
+    if about.get("task") not in HEAD_TASKS:
+        raise UserError(f"{file} is damaged: its task is none of {', '.join(HEAD_TASKS)}")
+    try:
+        checked_names(about.get("classes"), "classes")
+    except TypeError as error:
+        raise UserError(f"{file} is damaged: {error}") from None
+    return about
+
+
+def _compare(
+    drawn: nn.Module, encoder: Encoder, weights: Mapping[str, Tensor], folder: Path
+) -> None:
+    """Raise a UserError if the weights are not those of a model without its encoder."""
+    inside = _prefix(drawn, encoder)
+    own = {
+        name: tensor.shape
+        for name, tensor in drawn.state_dict().items()
+        if not name.startswith(inside)
+    }
+    for name in sorted(own.keys() | weights.keys()):
+        if name not in own or name not in weights or own[name] != weights[name].shape:
+            raise UserError(f"{folder} is damaged: its weights do not fit, as {name}")
 
 
 def _prefix(model: nn.Module, encoder: Encoder) -> str:
@@ -256,11 +293,7 @@ def find_model(source: Path) -> tuple[Path, str]:
     """
     for folder in (source / "model", source):
         if (folder / HEAD).is_file():
-            try:
-                about = json.loads((folder / HEAD).read_text(encoding="utf-8"))
-                return folder, str(about["task"])
-            except (OSError, ValueError, LookupError, TypeError) as error:
-                raise UserError(f"{folder / HEAD} is damaged: {error!r}") from None
+            return folder, _read_head(folder / HEAD)["task"]
         if (folder / CONFIG).is_file():
             return folder, "classification"  # a timm model with classes
     raise UserError(f"no model at {source}: give a run of finetune, or its model folder")

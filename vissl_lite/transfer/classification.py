@@ -316,15 +316,15 @@ def load_classifier(folder: Path) -> LoadedClassifier:
     for inside in (folder / "model", folder):
         if (inside / "config.json").is_file():
             model, config = load_model(inside)
-            names = config.get("label_names")
-            if not names or model.num_classes != len(names):
+            names, about = config.get("label_names"), config.get("vissl_lite", {})
+            if names is None or model.num_classes != len(names):
                 raise UserError(f"{inside} is no classifier: its config.json names no classes")
+            multi_label = about.get("multi_label", False)
+            if not isinstance(multi_label, bool):
+                raise UserError(f"{inside / 'config.json'} is damaged: multi_label is neither true "
+                                f"nor false")  # fmt: skip
             saved = config["pretrained_cfg"]
-            return LoadedClassifier(
-                model,
-                Normalize(tuple(saved["mean"]), tuple(saved["std"])),
-                int(saved["input_size"][-1]),
-                list(names),
-                bool(config.get("vissl_lite", {}).get("multi_label", False)),
-            )
+            normalize = Normalize(tuple(saved["mean"]), tuple(saved["std"]))
+            size = saved["input_size"][-1]
+            return LoadedClassifier(model, normalize, size, names, multi_label)
     raise UserError(f"no model at {folder}: give a run of finetune, or its model folder")

@@ -22,7 +22,6 @@ from vissl_lite.errors import UserError
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.base import (
-    HEAD,
     Judgement,
     load_with_head,
     save_with_head,
@@ -306,11 +305,19 @@ def load_detector(folder: Path) -> tuple[Detector, list[str]]:
     """
 
     def build(encoder: Encoder, about: dict[str, Any]) -> Detector:
-        if about["detector"] not in get_args(Kind):
-            raise UserError(f"{folder / HEAD} names an unknown detector: {about['detector']}")
-        height, width = about["canvas"]
-        detector = Detector(encoder, len(about["classes"]), about["detector"], (height, width))
-        detector.threshold = float(about["threshold"])
+        kind, canvas, threshold = about["detector"], about["canvas"], about["threshold"]
+        if kind not in get_args(Kind):
+            raise ValueError(f"unknown detector {str(kind)[:60]!r}")
+        if not isinstance(canvas, list) or len(canvas) != 2:
+            raise ValueError("the canvas is no height and width")
+        most = encoder.image_size + 32  # ``choose_canvas`` rounds up to steps of 32
+        if not all(type(side) is int and 1 <= side <= most for side in canvas):
+            raise ValueError(f"the sides of the canvas are not from 1 to {most} pixels")
+        if not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+            raise ValueError("the threshold is no number from 0 to 1")
+        encoder.stage_shapes(*canvas)
+        detector = Detector(encoder, len(about["classes"]), kind, (canvas[0], canvas[1]))
+        detector.threshold = float(threshold)
         return detector
 
     detector, about = load_with_head(folder, "detection", build)

@@ -1,7 +1,8 @@
 """The detector: torchvision's on a feature pyramid over an encoder, and what it finds in images."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import cv2
@@ -17,7 +18,7 @@ from vissl_lite.data.boxes import BoxedImage
 from vissl_lite.data.images import BROKEN_IMAGE, read_image
 from vissl_lite.data.views import PADDING
 from vissl_lite.encoder import Encoder, Normalize
-from vissl_lite.inference import evaluating, report_broken
+from vissl_lite.inference import check_outputs, evaluating, report_broken
 from vissl_lite.transfer.pyramid import Pyramid
 
 Kind = Literal["fcos", "retinanet", "faster_rcnn"]
@@ -138,6 +139,7 @@ class Detector(nn.Module):
                 **usual,
             )
             heads = [self.net.rpn.head, self.net.roi_heads.box_predictor]
+        self.heads = heads  # a list, so that their weights keep their names
         for head in heads:
             head.register_forward_hook(_to_float)
         self.net.transform = _AsTheyAre()
@@ -232,14 +234,15 @@ def detect(
         which of all M images these are.
 
     Raises:
-        UserError: no image can be read.
+        UserError: no image can be read, or what the heads say is not finite.
     """
     normalize = Normalize(detector.encoder.mean, detector.encoder.std)
     found: list[Detections] = []
     sizes: list[tuple[int, int]] = []
     good: list[bool] = []
-    with evaluating(detector, normalize) as device:
+    with evaluating(detector, normalize) as device, _finite_heads(detector) as named:
         for start in range(0, len(paths), batch_size):
+            named[:] = paths[start : start + batch_size]
             fitted, scales = [], []
             for path in paths[start : start + batch_size]:
                 try:
@@ -263,6 +266,28 @@ def detect(
                 progress(len(paths[start : start + batch_size]))
     report_broken(paths, np.array(good))
     return found, sizes, np.array(good)
+
+
+@contextmanager
+def _finite_heads(detector: Detector) -> Iterator[list[str]]:
+    """Refuse what is not finite where the heads say it: torchvision's next steps would drop it.
+
+    Yields:
+        A list for the images that are on their way, to be named.
+    """
+    named: list[str] = []
+
+    def check(module: nn.Module, arguments: Any, output: Any) -> None:
+        said = output.values() if isinstance(output, dict) else output
+        flat = [one for some in said for one in (some if isinstance(some, list) else [some])]
+        check_outputs(flat, f"{named[0]} or one of the {len(named)} images from there on")
+
+    hooks = [head.register_forward_hook(check) for head in detector.heads]
+    try:
+        yield named
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _on_image(output: dict[str, Tensor], scale: float, size: tuple[int, int]) -> Detections:

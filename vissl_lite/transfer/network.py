@@ -8,7 +8,8 @@ from pathlib import Path
 from torch import nn
 
 from vissl_lite.encoder import Normalize
-from vissl_lite.encoder_folder import CONFIG, load_encoder
+from vissl_lite.encoder_config import CONFIG
+from vissl_lite.encoder_folder import load_encoder
 from vissl_lite.transfer.base import find_model
 from vissl_lite.transfer.classification import load_classifier
 from vissl_lite.transfer.detection import load_detector

@@ -308,7 +308,10 @@ def load_segmenter(folder: Path) -> tuple[Segmenter, list[str]]:
     """
 
     def build(encoder: Encoder, about: dict[str, Any]) -> Segmenter:
-        return Segmenter(encoder, len(about["classes"]), about["channels"])
+        channels = about["channels"]
+        if type(channels) is not int or channels < 8 or channels % 8:
+            raise ValueError("channels is no positive multiple of 8")
+        return Segmenter(encoder, len(about["classes"]), channels)
 
     segmenter, about = load_with_head(folder, "segmentation", build)
     return segmenter, list(about["classes"])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vissl_lite.data.masks import IGNORE
 from vissl_lite.data.views import LARGE
 from vissl_lite.encoder import Encoder, Normalize
-from vissl_lite.inference import evaluating
+from vissl_lite.inference import check_outputs, evaluating
 from vissl_lite.transfer.pyramid import Pyramid, group_norm
 
 CHANNELS = 128  # of the pyramid and the head; the paper's head has as many
@@ -191,6 +191,9 @@ def segment_all(
         images: ``(H, W, C)`` uint8, of any sizes.
         size: side in pixels of the segmenter's views.
         device: where the results are too.
+
+    Raises:
+        UserError: the outputs are no finite numbers.
     """
     fitted = [_fit(image, size) for image in images]
     places = [
@@ -207,6 +210,7 @@ def segment_all(
         tiles = np.stack([fitted[n][y : y + size, x : x + size] for n, y, x in some])
         batch = torch.from_numpy(tiles).to(device).permute(0, 3, 1, 2)
         shares = segmenter(normalize(batch)).softmax(dim=1)
+        check_outputs([shares], f"a window in one of {len(images)} images")
         for (n, y, x), share in zip(some, shares, strict=True):
             if n not in sums:
                 sums[n] = share.new_zeros(share.shape[0], *fitted[n].shape[:2])

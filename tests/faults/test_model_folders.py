@@ -1,0 +1,383 @@
+"""Encoder and model folders that are damaged, or that a stranger made to do harm."""
+
+import json
+import math
+import pickle
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tampering import STRIDES, Tried, damaged
+
+from vissl_lite.cli import main
+from vissl_lite.commands.export import export
+from vissl_lite.encoder import Normalize, build_encoder
+from vissl_lite.encoder_folder import load_encoder, read_weights, save_encoder, save_model
+from vissl_lite.errors import UserError
+from vissl_lite.transfer.classification import load_classifier
+from vissl_lite.transfer.detection import load_detector, save_detector
+from vissl_lite.transfer.detector import Detector, detect
+from vissl_lite.transfer.segmentation import load_segmenter, save_segmenter
+from vissl_lite.transfer.segmenter import Segmenter
+
+CLASSES = ["cat", "dog"]
+KINDS = ("encoder", "vit", "classifier", "fcos", "retinanet", "faster_rcnn", "segmenter")
+
+
+def make(kind: str, folder: Path) -> Path:
+    """A folder of a kind, its weights random."""
+    torch.manual_seed(0)
+    encoder = build_encoder("test_vit" if kind == "vit" else "test_resnet", 32)
+    if kind in ("encoder", "vit"):
+        save_encoder(encoder, folder, {"pretext": {"name": "simclr"}})
+    elif kind == "classifier":
+        encoder.model.reset_classifier(len(CLASSES))
+        extra = {"label_names": CLASSES, "vissl_lite": {"multi_label": False}}
+        save_model(encoder.model, folder, {}, 32, extra)
+    elif kind == "segmenter":
+        save_segmenter(Segmenter(encoder, len(CLASSES), 16), folder, CLASSES, {})
+    else:
+        detector = Detector(encoder, len(CLASSES), kind, (32, 32))  # type: ignore[arg-type]
+        save_detector(detector, folder, CLASSES, {})
+    return folder
+
+
+def use(kind: str, folder: Path) -> None:
+    """Load a folder and look at an image with it; what comes out is finite."""
+    image = torch.full((1, 3, 32, 32), 100, dtype=torch.uint8)
+    with torch.no_grad():
+        if kind in ("encoder", "vit"):
+            encoder = load_encoder(folder).eval()
+            image = image.new_full((1, 3, encoder.image_size, encoder.image_size), 100)
+            found = [encoder(Normalize(encoder.mean, encoder.std)(image))]
+        elif kind == "classifier":
+            loaded = load_classifier(folder)
+            image = image.new_full((1, 3, loaded.image_size, loaded.image_size), 100)
+            found = [loaded.model.eval()(loaded.normalize(image))]
+        elif kind == "segmenter":
+            segmenter, _ = load_segmenter(folder)
+            encoder = segmenter.eval().encoder
+            found = [segmenter(Normalize(encoder.mean, encoder.std)(image))]
+        else:
+            detector, _ = load_detector(folder)
+            encoder = detector.eval().encoder
+            image = image.new_full((1, 3, *detector.canvas), 100)
+            found = list(detector(Normalize(encoder.mean, encoder.std)(image))[0].values())
+    if not all(one.isfinite().all() for one in found):
+        raise UserError("the outputs are not finite")  # as the commands say
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def folder(kind: str, tmp_path: Path) -> Path:
+    return make(kind, tmp_path / "model")
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+def test_what_a_json_file_says_is_refused_or_works(stride: int, kind: str, folder: Path) -> None:
+    tried = Tried(lambda: use(kind, folder))
+    for name in ("config.json", "head.json"):
+        if (folder / name).exists():
+            tried.sweep_json(folder / name, stride)
+    print(kind, "json", dict(tried.counts))
+    assert tried.counts["refused"] > 30
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+def test_bytes_of_weights_are_refused_or_work(stride: int, kind: str, folder: Path) -> None:
+    tried = Tried(lambda: use(kind, folder))
+    for name in ("model.safetensors", "head.safetensors"):
+        if (folder / name).exists():
+            tried.sweep_bytes(folder / name, flips=120 // stride)
+    print(kind, "weights", dict(tried.counts))
+    assert tried.counts["refused"] >= 12
+
+
+BAD_TENSORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "nan": lambda t: t.clone().fill_(math.nan),
+    "one nan": lambda t: t.clone().index_put_((torch.tensor(0),) * t.ndim, torch.tensor(math.nan)),
+    "inf": lambda t: t.clone().fill_(math.inf),
+    "float64": lambda t: t.double().fill_(1e300),
+    "shape": lambda t: t[None],
+    "empty": lambda t: t[:0],
+    "whole numbers": lambda t: t.int(),
+    "complex": lambda t: t.to(torch.complex64),
+    "float8": lambda t: t.to(torch.float8_e4m3fn).fill_(math.nan),
+    "bool": lambda t: t.bool(),
+}
+
+
+@pytest.mark.parametrize("damage", BAD_TENSORS)
+def test_tensors_of_another_kind_are_refused(damage: str, kind: str, folder: Path) -> None:
+    """The first and the last weight, and running statistics."""
+    file = next(f for f in (folder / "head.safetensors", folder / "model.safetensors")
+                if f.exists())  # fmt: skip
+    whole = load_file(file)
+    floats = [name for name, one in whole.items() if one.is_floating_point() and one.ndim]
+    statistics = [name for name in floats if "running" in name]
+    tried = Tried(lambda: use(kind, folder))
+    for name in {floats[0], floats[-1], *statistics[:2]}:
+        save_file({**whole, name: BAD_TENSORS[damage](whole[name]).contiguous()}, file)
+        assert not tried(f"{name} {damage}")
+    save_file({k: v for k, v in whole.items() if k != floats[0]}, file)
+    assert not tried("one missing")
+    save_file({**whole, "more": torch.zeros(1)}, file)
+    assert not tried("one more")
+
+
+def test_a_negative_variance_is_refused(tmp_path: Path) -> None:
+    folder = make("encoder", tmp_path / "encoder")
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("running_var"))
+    save_file({**weights, name: -weights[name]}, folder / "model.safetensors")
+    with pytest.raises(UserError, match="variance .* is negative"):
+        load_encoder(folder)
+
+
+# What a stranger's folder must not reach
+
+
+watched: list[str] | None = None
+
+
+def hook(event: str, arguments: tuple[Any, ...]) -> None:
+    if watched is not None and (
+        event.startswith(("socket.", "subprocess.", "os.system", "os.exec", "urllib.", "shutil."))
+        or event in ("pickle.find_class", "os.remove", "os.mkdir")
+    ):
+        watched.append(f"{event} {arguments!r:.200}")
+    elif watched is not None and event == "open" and isinstance(arguments[0], str | Path):
+        watched.append(f"open {arguments[0]}")
+
+
+sys.addaudithook(hook)
+
+
+@pytest.fixture
+def events() -> Iterator[list[str]]:
+    """What is opened, connected to and run; nothing is imported for the first time meanwhile."""
+    global watched
+    watched = []
+    yield watched
+    watched = None
+
+
+def reaching(trap: Path) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Names of what would be reached, ``pretrained_cfg`` and ``model_args`` that reach it."""
+    url, file = "https://127.0.0.1:9/w.safetensors", str(trap)
+    cfgs: list[dict[str, Any]] = [
+        {"url": url}, {"file": file}, {"hf_hub_id": "timm/resnet18.a1_in1k", "source": "hf-hub"},
+        {"hf_hub_id": "x/y", "hf_hub_filename": "w.bin"}, {"url": url, "custom_load": True},
+        {"file": file, "custom_load": True}, {"state_dict": {"a": 1}}, {"source": "local-dir"},
+        {"file": file, "source": "local-dir"},
+    ]  # fmt: skip
+    args: list[dict[str, Any]] = [
+        {}, {"pretrained": True}, {"checkpoint_path": file}, {"cache_dir": file},
+        {"pretrained": True, "pretrained_cfg": {"url": url}},
+        {"pretrained": True, "pretrained_cfg_overlay": {"file": file}},
+        {"pretrained_strict": False}, {"features_only": True, "out_indices": [1]},
+        {"pruned": True}, {"scriptable": True}, {"exportable": True}, {"no_jit": True},
+        {"model_cfg": {}}, {"feature_cfg": {}}, {"kwargs_filter": ["x"]}, {"block": "os.system"},
+        {"norm_layer": "x"}, {"act_layer": "relu"}, {"device": "cuda"}, {"dtype": "float16"},
+        {"pretrained_model_args": {"a": 1}},
+    ]  # fmt: skip
+    return [(f"{c} {a}", c, a) for c in cfgs for a in args]
+
+
+@pytest.mark.parametrize("kind", ["encoder", "classifier"])
+def test_no_place_that_a_config_names_is_reached(
+    kind: str, tmp_path: Path, events: list[str]
+) -> None:
+    folder = make(kind, tmp_path / "model")
+    trap = tmp_path / "trap.pth"
+    trap.write_bytes(pickle.dumps({"a": 1}))
+    use(kind, folder)  # what is imported is imported now
+    whole = json.loads((folder / "config.json").read_text())
+    tried = Tried(lambda: use(kind, folder))
+    inside = (str(folder), sys.prefix, sys.base_prefix)
+    for what, cfg, args in reaching(trap):
+        content = {**whole, "pretrained_cfg": whole["pretrained_cfg"] | cfg, "model_args": args}
+        content |= {"url": "https://127.0.0.1:9", "checkpoint_path": str(trap), "_target_": "os.x"}
+        (folder / "config.json").write_text(json.dumps(content))
+        events.clear()
+        assert tried(what) == (args == {}), what
+        reached = [one for one in events if not one.startswith("open ")
+                   or not one.removeprefix("open ").startswith(inside)]  # fmt: skip
+        assert not reached, (what, reached)
+    assert tried.counts == {"loaded": 9, "refused": 9 * 20}
+
+
+def test_the_hook_sees_what_is_opened_and_connected_to(tmp_path: Path, events: list[str]) -> None:
+    import socket
+
+    (tmp_path / "x").write_text("x")
+    with socket.socket() as one, pytest.raises(OSError, match="refused"):
+        one.connect(("127.0.0.1", 9))
+    assert any("x" in one for one in events if one.startswith("open"))
+    assert any(one.startswith("socket.connect") for one in events)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("model_args",), {"img_size": 10**6}),
+        (("model_args",), {"img_size": 4096}),
+        (("model_args",), {"embed_dim": 10**9}),
+        (("model_args",), {"embed_dim": 2**20}),
+        (("model_args",), {"depth": 10**6}),
+        (("model_args",), {"patch_size": 1}),
+        (("model_args",), {"num_heads": 2**20}),
+        (("model_args",), {"mlp_ratio": 1000.0}),
+        (("model_args",), {"reg_tokens": 2**20}),
+        (("num_classes",), 2**20),
+        (("architecture",), "vit_giant_patch14_dinov2"),
+        (("pretrained_cfg", "input_size"), [3, 10**6, 10**6]),
+        (("pretrained_cfg", "input_size"), [3, 4096, 4096]),
+        (("pretrained_cfg", "input_size"), [2**20, 32, 32]),
+    ],
+)
+def test_sizes_that_the_weights_do_not_have_take_no_memory(
+    place: tuple[str, ...], value: Any, tmp_path: Path
+) -> None:
+    folder = make("vit", tmp_path / "encoder")
+    config = json.loads((folder / "config.json").read_text())
+    inner = config
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    Tried(lambda: load_encoder(folder))(f"{place} {value}")  # what it asserts is the test
+
+
+@pytest.mark.parametrize("shape", [[10**6, 10**6], [0, 10**9], [2**62], [-1], [], ["a"], [10**30]])
+def test_headers_of_safetensors_promise_in_vain(shape: Any, tmp_path: Path) -> None:
+    folder = make("encoder", tmp_path / "encoder")
+    header = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}}).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(4)
+    (folder / "model.safetensors").write_bytes(content)
+    tried = Tried(lambda: load_encoder(folder))
+    assert not tried(str(shape))
+    (folder / "model.safetensors").write_bytes((2**62).to_bytes(8, "little") + header)
+    assert not tried("a header of 2**62 bytes")
+
+
+def test_weights_for_init_are_refused_or_read(tmp_path: Path) -> None:
+    file = tmp_path / "w.pth"
+    torch.save({"state_dict": build_encoder("test_resnet", 32).state_dict(), "epoch": 3}, file)
+    tried = Tried(lambda: read_weights(file))
+    for what, content in damaged(file.read_bytes(), flips=60):
+        file.write_bytes(content)
+        tried(what)
+    print("pth", dict(tried.counts))
+    assert tried.counts["refused"] > 10
+
+
+def test_a_torch_file_that_would_grow_is_refused(tmp_path: Path) -> None:
+    import zipfile
+
+    torch.save({"a": torch.zeros(2**22)}, tmp_path / "w.pth")
+    with zipfile.ZipFile(tmp_path / "w.pth") as whole, zipfile.ZipFile(
+        tmp_path / "small.pth", "w", zipfile.ZIP_DEFLATED
+    ) as small:  # fmt: skip
+        for name in whole.namelist():
+            small.writestr(name, whole.read(name))
+    with pytest.raises(UserError, match="it is compressed"):
+        read_weights(tmp_path / "small.pth")
+
+
+# Through the command line, one of each kind
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    (tmp_path / "data").mkdir()
+    for number in range(2):
+        noise = np.random.default_rng(number).integers(0, 256, (40, 40, 3), np.uint8)
+        Image.fromarray(noise).save(tmp_path / "data" / f"{number}.png")
+    return tmp_path / "data"
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    capsys.readouterr()
+    assert main([str(one) for one in arguments]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize("kind", ["classifier", "fcos", "retinanet", "faster_rcnn", "segmenter"])
+def test_a_head_of_nan_is_refused_by_predict_and_export(
+    kind: str, folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = folder / ("model.safetensors" if kind == "classifier" else "head.safetensors")
+    weights = load_file(file)
+    save_file({k: v * math.nan if v.is_floating_point() else v for k, v in weights.items()}, file)
+    for command in (
+        ("predict", "--model", folder, "--data", pictures, "--out", tmp_path / "run"),
+        ("export", "--model", folder, "--out", tmp_path / "m.onnx"),
+    ):
+        assert "are not finite numbers" in refused(capsys, *command)
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "m.onnx").exists()
+
+
+@pytest.mark.parametrize("key", ["mean", "std"])
+@pytest.mark.parametrize("value", [0, -1, 1e-30, 1e30, math.nan, math.inf, "x", None, True])
+def test_statistics_that_can_not_be_are_refused(
+    value: Any, key: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if (key, value) == ("mean", 0) or (key, value) == ("mean", 1e-30):
+        pytest.skip("0 is the mean of some of timm's models")
+    folder = make("encoder", tmp_path / "encoder")
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"][key] = [0.5, value, 0.5]
+    (folder / "config.json").write_text(json.dumps(config))
+    command = ("embed", "--encoder", folder, "--data", pictures, "--out", tmp_path / "f.npz")
+    assert f"is damaged: {key} is no number" in refused(capsys, *command)
+    assert not (tmp_path / "f.npz").exists()
+
+
+@pytest.mark.parametrize("kind", ["encoder", "classifier", "fcos", "faster_rcnn", "segmenter"])
+def test_sums_that_overflow_are_refused(
+    kind: str, folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Finite weights, but what goes through them is not."""
+    for file in folder.rglob("*.safetensors"):
+        weights = load_file(file)
+        many = {k: v.fill_(3e38) for k, v in weights.items() if k.endswith("weight")}
+        save_file({**weights, **many}, file)
+    if kind == "encoder":
+        command: tuple[object, ...] = ("embed", "--encoder", folder, "--out", tmp_path / "f.npz")
+    else:
+        command = ("predict", "--model", folder, "--out", tmp_path / "run")
+    assert "are not finite numbers" in refused(capsys, *command, "--data", pictures)
+
+
+def test_detections_are_not_dropped_in_silence(tmp_path: Path, pictures: Path) -> None:
+    detector, _ = load_detector(make("fcos", tmp_path / "model"))
+    detector.net.head.classification_head.cls_logits.bias.data.fill_(math.nan)
+    with pytest.raises(UserError, match="are not finite numbers"):
+        detect(detector, [str(file) for file in sorted(pictures.iterdir())])
+
+
+def test_a_timm_folder_is_exported_without_what_a_stranger_wrote_into_it(tmp_path: Path) -> None:
+    folder = make("encoder", tmp_path / "encoder")
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"]["url"] = "https://127.0.0.1:9/w"
+    config["more"] = "x"
+    (folder / "config.json").write_text(json.dumps(config))
+    export(str(tmp_path / "out"), encoder=str(folder), format="safetensors")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "url" not in written["pretrained_cfg"]
+    assert "more" not in written
+    assert written["vissl_lite"] == config["vissl_lite"]
