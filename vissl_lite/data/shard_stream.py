@@ -70,7 +70,7 @@ class Order:
     """
 
     def __init__(self, shards: Shards, seed: int, epoch: int, lost: list[Lost]) -> None:
-        self.shards, self.lost = shards, lost
+        self.shards, self.lost, self.first = shards, lost, epoch == 0
         self.order = np.random.default_rng((seed, epoch)).permutation(len(shards.urls))
         self.ends = np.cumsum(shards.counts[self.order])
 
@@ -96,7 +96,7 @@ class Order:
                 left = some[parts == part] - begin
                 url = self.shards.place(shard)
                 try:
-                    for member in self.shards.read(shard, left):
+                    for member in self.shards.read(shard, left, name_rest=self.first):
                         left = left[1:]
                         number = int(starts[shard]) + member.position
                         yield Found(number, f"{url}!{member.name}", member.data)
@@ -255,15 +255,15 @@ class ShardSource(Source):
         return len(self.shards)
 
     def first(self) -> Item:
-        why = ""
+        why, lost = "", list[str]()
         for shard in np.flatnonzero(self.shards.counts)[: IN_A_ROW + 1].tolist():
             numbers = self.shards.starts[shard] + np.arange(self.shards.counts[shard])
-            for found in read_images(self.shards, numbers):
+            for found in read_images(self.shards, numbers, lost):
                 try:
                     return _item(found, self.views, self.seed, 0)
                 except BROKEN_IMAGE as error:
                     why = why or str(error)
-        raise _unreadable(self.shards, why)
+        raise _unreadable(self.shards, why or lost[0])
 
     def loader(
         self,
@@ -304,15 +304,26 @@ class ShardSource(Source):
         return Fingerprints.of(np.concatenate(records), names)
 
 
-def read_images(shards: Shards, numbers: np.ndarray) -> Iterator[Found]:
-    """Some images by their numbers, ascending; what can't be read is left out."""
+def read_images(
+    shards: Shards, numbers: np.ndarray, lost: list[str] | None = None
+) -> Iterator[Found]:
+    """Some images by their numbers, ascending; what can't be read is left out.
+
+    Args:
+        shards: where they are.
+        numbers: of the images.
+        lost: gets why some of a shard can't be read.
+    """
     starts = shards.starts
     places = np.searchsorted(np.cumsum(shards.counts), numbers, side="right")
     for shard in np.unique(places).tolist():
         place, start = shards.place(shard), int(starts[shard])
-        with suppress(BrokenShardError):
+        try:
             for member in shards.read(shard, numbers[places == shard] - start):
                 yield Found(start + member.position, f"{place}!{member.name}", member.data)
+        except BrokenShardError as error:
+            if lost is not None:
+                lost.append(str(error))
 
 
 def write_sample(shards: Shards, folder: Path) -> None:
@@ -325,20 +336,20 @@ def write_sample(shards: Shards, folder: Path) -> None:
     Raises:
         UserError: none can be read.
     """
-    some = np.flatnonzero(shards.counts)
+    some, lost = np.flatnonzero(shards.counts), list[str]()
     if len(some) > SAMPLE_SHARDS:
         some = some[np.linspace(0, len(some) - 1, SAMPLE_SHARDS).astype(int)]
     for shard in some.tolist():
         each = min(-(-SAMPLE // len(some)), int(shards.counts[shard]))
         room = SAMPLE_BYTES // len(some)
-        for found in read_images(shards, shards.starts[shard] + np.arange(each)):
+        for found in read_images(shards, shards.starts[shard] + np.arange(each), lost):
             suffix = os.path.splitext(found.name)[1]
             (folder / f"{found.number:09}{suffix}").write_bytes(found.data)
             room -= len(found.data)
             if room <= 0:
                 break
     if not any(folder.iterdir()):
-        raise _unreadable(shards, "")
+        raise _unreadable(shards, lost[0])
 
 
 def _unreadable(shards: Shards, why: str) -> UserError:
