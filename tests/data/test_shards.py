@@ -18,7 +18,7 @@ import pytest
 from tests.conftest import blobs
 from vissl_lite.data import download, shard_stream, shards
 from vissl_lite.data.fingerprints import fingerprints_of
-from vissl_lite.data.shard_index import find_shards, write_index
+from vissl_lite.data.shard_index import find_shards, index_text
 from vissl_lite.data.shard_stream import ShardSource, ShardStream, mixed, read_images, write_sample
 from vissl_lite.data.shards import Shards
 from vissl_lite.data.stream import Batch, ViewDataset
@@ -63,7 +63,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         file = folder / f"train-{shard:06}.tar"
         write_tar(file, members)
         listed.append((file.name, count, file.stat().st_size))
-    write_index(folder, listed)
+    (folder / "index.json").write_text(index_text(listed))
     return folder
 
 

@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urljoin, urlparse
 from urllib.request import url2pathname
@@ -26,6 +25,7 @@ from vissl_lite.errors import UserError
 log = logging.getLogger(__name__)
 
 INDEX = "index.json"
+INDEX_PART = f"{INDEX}.part"  # of shards that are not all there yet
 _MISSING = "it does not exist"
 
 # Bytes of the largest index: it has room for 300,000 shards.
@@ -305,11 +305,10 @@ def _count(file: str) -> int:
     return whole
 
 
-def write_index(folder: Path, shards: Sequence[tuple[str, int, int]]) -> Path:
-    """Write the index of shards; it appears whole or not at all.
+def index_text(shards: Sequence[tuple[str, int, int]]) -> str:
+    """The content of an index.
 
     Args:
-        folder: where the shards are.
         shards: name, number of images and bytes of each.
     """
     entries = [{"url": n, "nsamples": count, "filesize": size} for n, count, size in shards]
@@ -319,8 +318,4 @@ def write_index(folder: Path, shards: Sequence[tuple[str, int, int]]) -> Path:
         "images": sum(count for _, count, _ in shards),
         "shardlist": entries,
     }
-    file = folder / INDEX
-    part = file.with_name(f"{file.name}.part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, file)
-    return file
+    return json.dumps(content, indent=1) + "\n"
