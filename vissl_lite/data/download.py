@@ -136,19 +136,18 @@ class _Download(io.RawIOBase):
             process = self._process or self._start()
             assert process.stdout is not None
             self._wait_for(process.stdout)
-            size = os.readv(process.stdout.fileno(), [buffer])
-            again = min(size, self._skip)
-            if size:
-                self._skip -= again
-                new = size - again
-                if new:
-                    self._at += new
-                    self._tries = 0
-                    self._waited = max(0.0, self._waited - new / SLOWEST)
-                    buffer[:new] = buffer[again:size]
-                    return new
-            elif self._ended(process):
+            data = os.read(process.stdout.fileno(), len(buffer))
+            if not data and self._ended(process):
                 return 0
+            again = min(len(data), self._skip)
+            self._skip -= again
+            new = len(data) - again
+            if new:
+                self._at += new
+                self._tries = 0
+                self._waited = max(0.0, self._waited - new / SLOWEST)
+                buffer[:new] = data[again:]
+                return new
 
     def close(self) -> None:
         self._stop()
@@ -172,6 +171,8 @@ class _Download(io.RawIOBase):
         return self._process
 
     def _wait_for(self, file: IO[bytes]) -> None:
+        if not hasattr(select, "poll"):  # Windows, where nothing tells whether a pipe has something
+            return
         ready = select.poll()
         ready.register(file, select.POLLIN)
         while True:
@@ -232,7 +233,7 @@ class _Download(io.RawIOBase):
             return _HOPELESS[status], False
         if status in _UNREACHABLE:
             return _UNREACHABLE[status], self._persistent
-        return _LOST.get(status, f"curl ended with {status}"), status in _LOST
+        return _LOST.get(status, f"curl ended with {status}"), status in _LOST or status < 0
 
     def _stop(self) -> None:
         process, self._process = self._process, None
@@ -241,18 +242,13 @@ class _Download(io.RawIOBase):
         for file in (process.stdout, process.stderr):
             if file is not None:
                 file.close()
-        if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(2)
-            except TimeoutExpired:
-                process.kill()
-                process.wait()
+        process.kill()  # SIGTERM may be blocked, as it is in data workers
+        process.wait()
 
 
 def _curl(url: str, start: int) -> list[str]:
     """The command that writes what is behind a URL, from some byte on."""
-    command = ["curl", "--silent", "--fail", "--globoff", "--location", "--max-redirs", "10"]
+    command = ["curl", "--silent", "--no-buffer", "--fail", "--globoff", "--location", "--max-redirs", "10"]
     command += ["--proto", f"={','.join(CURL_SCHEMES)}", "--proto-redir", "=http,https"]
     # Who started it may have been killed; as nobody reads for long, curl may be wrong to give up,
     # and then it is started again.

@@ -43,14 +43,6 @@ SAMPLE, SAMPLE_SHARDS, SAMPLE_BYTES = 512, 8, 256 << 20
 IN_A_ROW = 8
 
 
-class ShardsUnreachableError(UserError):
-    """Nothing can be read any more; a data worker raises it."""
-
-    def __init__(self, text: str) -> None:
-        # PyTorch passes it on with the worker's whole traceback in front
-        super().__init__(text.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
-
-
 class Found(NamedTuple):
     """An image out of a shard: its number among all, its name, and the image file's bytes."""
 
@@ -85,7 +77,7 @@ class Order:
             again: how many shards in a row could not be read.
 
         Raises:
-            ShardsUnreachableError: too many shards in a row can't be read.
+            UserError: too many shards in a row can't be read.
         """
         images, starts = int(self.ends[-1]), self.shards.starts
         for some in (places[places < images], places[places >= images] - images):
@@ -104,7 +96,7 @@ class Order:
                     missing = int(self.shards.counts[shard]) - error.at
                     self.lost.append(Lost(url, missing, f"from image {error.at} on: {error}"))
                     if again == IN_A_ROW:
-                        raise ShardsUnreachableError(
+                        raise UserError(
                             f"{url} can't be read, nor can the {again} shards before it: {error}"
                         ) from None
                     yield from self.read(end + left - error.at, again + 1)

@@ -34,6 +34,7 @@ _GROWTH, _SMALL = 200, 64 << 20
 BROKEN_TAR = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
 
 _BLOCK = 512
+_NOT_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _COMPRESSED: dict[bytes, Callable[..., Any]] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
@@ -47,7 +48,7 @@ def open_regular(file: str) -> io.BufferedReader:
     Raises:
         OSError: it is not there, is no regular file, or must not be read.
     """
-    number = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    number = os.open(file, os.O_RDONLY | _NOT_WAITING)
     try:
         mode = os.fstat(number).st_mode
         if not stat.S_ISREG(mode):
@@ -215,7 +216,10 @@ class _Inflated:
 
 def _sum_is_right(header: bytes) -> bool:
     """Whether the checksum is that of the header; old tars took bytes as signed."""
-    given = _number(header[148:156])
+    try:
+        given = _number(header[148:156])
+    except ValueError:
+        return False
     total = sum(header) - sum(header[148:156]) + 8 * 32
     if given == total:
         return True
