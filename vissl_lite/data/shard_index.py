@@ -111,6 +111,8 @@ def find_shards(sources: Sequence[str]) -> Shards | None:
     if counts.sum() > _MOST_IN_ALL:
         raise UserError(f"{len(urls)} shards are said to hold {counts.sum():,} images: they can't")
     if not counts.sum():
+        if not urls:
+            raise UserError(f"{sources[0]} lists no shards")
         raise UserError(f"no images found in {len(urls)} shards, the first {urls[0]}")
     sized = [(size, count) for count, size in found if size]
     mean = sum(s for s, _ in sized) / max(1, sum(c for _, c in sized)) if sized else None

@@ -250,8 +250,8 @@ def _pax(data: bytes) -> dict[bytes, bytes]:
     fields, at = {}, 0
     while at < len(data) and data[at]:
         space = data.find(b" ", at, at + 20)
-        end = at + (_decimal(data[at:space]) if space > at else 0)
-        if not space < end <= len(data):
+        end = at + _decimal(data[at:space]) if space > at else 0
+        if not at < space < end <= len(data):
             raise ValueError("it has a header that is damaged")
         key, _, value = data[space + 1 : end - 1].partition(b"=")
         fields[key] = value
