@@ -28,6 +28,10 @@ PATIENCE, COMMAND_PATIENCE, SAY_AFTER = 30.0, 300.0, 5.0
 # Bytes per second: a server that is slower is one that stalls.
 SLOWEST = 10_000
 
+# Seconds without a byte after which a connection that has brought some is taken for lost: another
+# may do better.
+QUIET = 10.0
+
 # Seconds to wait before a lost connection is tried again; anew after each byte that came.
 PAUSES = (1.0, 2.0, 4.0, 8.0)
 
@@ -65,6 +69,7 @@ _LOST = {
     56: "the connection was lost",
     92: "the connection was lost",
 }
+_SILENT = "the server sends nothing"
 _HTTP_ERROR, _NO_RANGES, _BEHIND_THE_END = 22, 33, 416
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
 
@@ -123,9 +128,9 @@ class _Download(io.RawIOBase):
         self._curl = scheme(url) in CURL_SCHEMES
         self._patience = PATIENCE if self._curl else COMMAND_PATIENCE
         self._at = self._skip = 0  # bytes that came, and those of them that come again
-        self._ranges = True
+        self._ranges, self._flowing = True, False
         self._waited, self._said, self._tries = 0.0, False, 0
-        self._why = "the server sends nothing" if self._curl else "the command writes nothing"
+        self._why = _SILENT if self._curl else "the command writes nothing"
         self._process: Popen[bytes] | None = None
 
     def readable(self) -> bool:
@@ -135,10 +140,16 @@ class _Download(io.RawIOBase):
         while True:
             process = self._process or self._start()
             assert process.stdout is not None
-            self._wait_for(process.stdout)
+            if not self._wait_for(process.stdout):
+                self._stop()
+                self._pause(_SILENT)
+                continue
             data = os.read(process.stdout.fileno(), len(buffer))
-            if not data and self._ended(process):
-                return 0
+            if not data:
+                if self._ended(process):
+                    return 0
+                continue
+            self._flowing = True
             again = min(len(data), self._skip)
             self._skip -= again
             new = len(data) - again
@@ -154,6 +165,7 @@ class _Download(io.RawIOBase):
         super().close()
 
     def _start(self) -> "Popen[bytes]":
+        self._flowing = False
         self._skip = 0 if self._curl and self._ranges else self._at
         try:
             if self._curl:
@@ -170,17 +182,23 @@ class _Download(io.RawIOBase):
         assert self._process is not None
         return self._process
 
-    def _wait_for(self, file: IO[bytes]) -> None:
+    def _wait_for(self, file: IO[bytes]) -> bool:
+        """Whether there is something to read, or the end; else the connection seems to be lost."""
         if not hasattr(select, "poll"):  # Windows, where nothing tells whether a pipe has something
-            return
+            return True
         ready = select.poll()
         ready.register(file, select.POLLIN)
+        quiet = 0.0
         while True:
             start = time.monotonic()
             came = ready.poll(1000 * _TICK)
-            self._pay(min(time.monotonic() - start, 2 * _TICK))
+            waited = min(time.monotonic() - start, 2 * _TICK)
+            self._pay(waited)
+            quiet += waited
             if came:
-                return
+                return True
+            if quiet > QUIET and self._curl and self._flowing:
+                return False
 
     def _pay(self, seconds: float) -> None:
         self._waited += seconds
@@ -189,7 +207,9 @@ class _Download(io.RawIOBase):
         if self._waited > SAY_AFTER and not self._said:
             self._said = True
             left = self._patience - self._waited
-            log.warning("waiting for %s: %s; given up in %.0f s", self.url, self._state(), left)
+            log.warning(
+                "waiting for %s: %s; given up in %.0f s at most", self.url, self._state(), left
+            )
 
     def _state(self) -> str:
         slow = self._at and not self._tries
@@ -212,7 +232,14 @@ class _Download(io.RawIOBase):
             self._ranges = False  # from the front, then
             return False
         why, again = self._reason(status, code)
-        if not again or self._tries == len(PAUSES):
+        if not again:
+            raise DownloadError(why)
+        self._pause(why)
+        return False
+
+    def _pause(self, why: str) -> None:
+        """Wait before the next try, if there is one left."""
+        if self._tries == len(PAUSES):
             raise DownloadError(why)
         self._why = why
         end = time.monotonic() + PAUSES[self._tries]
@@ -220,7 +247,6 @@ class _Download(io.RawIOBase):
         while (left := min(end - time.monotonic(), _TICK)) > 0:
             time.sleep(left)
             self._pay(left)
-        return False
 
     def _reason(self, status: int, code: int) -> tuple[str, bool]:
         """What the end of curl means, and whether another try may help."""
@@ -248,7 +274,16 @@ class _Download(io.RawIOBase):
 
 def _curl(url: str, start: int) -> list[str]:
     """The command that writes what is behind a URL, from some byte on."""
-    command = ["curl", "--silent", "--no-buffer", "--fail", "--globoff", "--location", "--max-redirs", "10"]
+    command = [
+        "curl",
+        "--silent",
+        "--no-buffer",
+        "--fail",
+        "--globoff",
+        "--location",
+        "--max-redirs",
+        "10",
+    ]
     command += ["--proto", f"={','.join(CURL_SCHEMES)}", "--proto-redir", "=http,https"]
     # Who started it may have been killed; as nobody reads for long, curl may be wrong to give up,
     # and then it is started again.
