@@ -200,6 +200,20 @@ class _LogFile(logging.FileHandler):
 
 
 @contextmanager
+def warned_at_once() -> Iterator[None]:
+    """Warnings before there is a run are shown when they come, and go into its log later."""
+    if not is_main_process():
+        yield
+        return
+    handler = _ConsoleHandler(logging.WARNING)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
+@contextmanager
 def logged_to_console() -> Iterator[None]:
     """What is logged is shown at once: a command that writes a file has no run to log to."""
     log.removeHandler(_early)
@@ -226,6 +240,9 @@ class _ConsoleHandler(logging.Handler):
     """Prints above a progress bar, and leaves long lines (commands, paths) whole."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if hasattr(record, "shown"):
+            return
+        record.shown = True
         style = "yellow" if record.levelno >= logging.WARNING else None
         words = record.getMessage().encode(errors="backslashreplace").decode()
         console.print(words, style=style, soft_wrap=True, markup=False,

@@ -15,7 +15,7 @@ from vissl_lite.data.shards import Shards
 from vissl_lite.data.stream import Source, ViewDataset
 from vissl_lite.data.views import Views
 from vissl_lite.errors import UserError
-from vissl_lite.run import is_main_process
+from vissl_lite.run import is_main_process, warned_at_once
 
 SAMPLE = "sample"
 
@@ -47,7 +47,10 @@ class TrainingImages:
         """Move the files that are temporary into the run."""
         if self.temporary is None or not is_main_process():
             return
-        shutil.copytree(self.temporary.name, run / SAMPLE, dirs_exist_ok=True)
+        part = run / f"{SAMPLE}.part"
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(self.temporary.name, part)
+        part.rename(run / SAMPLE)  # a run that is resumed has all of them or none
         self.temporary.cleanup()
         self.temporary, self.paths = None, PathList(find_images([run / SAMPLE]))
 
@@ -63,7 +66,8 @@ def find_training_images(options: Options, run: Path, resume: bool) -> TrainingI
     Raises:
         UserError: there are none, or they can't be read.
     """
-    shards = find_shards(options.data)
+    with warned_at_once():
+        shards = find_shards(options.data)
     if shards is None:
         return TrainingImages(PathList(find_images(options.data)))
     if options.cache:
@@ -74,5 +78,6 @@ def find_training_images(options: Options, run: Path, resume: bool) -> TrainingI
     if not is_main_process() and (options.image_size or Path(options.init).is_dir()):
         return TrainingImages(PathList([]), shards)  # it looks at none
     temporary = tempfile.TemporaryDirectory(prefix="vissl-lite-")
-    write_sample(shards, Path(temporary.name))
+    with warned_at_once():
+        write_sample(shards, Path(temporary.name))
     return TrainingImages(PathList(find_images([temporary.name])), shards, temporary)

@@ -4,24 +4,30 @@ import logging
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from vissl_lite.data.images import find_images
 from vissl_lite.data.path_list import PathList
-from vissl_lite.data.shard_index import INDEX, write_index
+from vissl_lite.data.shard_index import INDEX, INDEX_PART, index_text, parse_index
+from vissl_lite.data.tar_reader import LARGEST, open_regular
 from vissl_lite.errors import UserError, check_count
 from vissl_lite.run import logged_to_console
 from vissl_lite.training.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
-_OURS = re.compile(r"train-\d{6,}\.tar(\.part)?|index\.json(\.part)?")
+# The index of the shards that are about to be replaced.
+_INDEX_BEFORE = f"{INDEX}.before"
+_INDICES = (INDEX, INDEX_PART, _INDEX_BEFORE)
+_SHARD = re.compile(r"train-\d{6,}\.tar")
+_PART = re.compile(r"train-\d{6,}\.tar\.part")
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ def shard(
     The image files go in as they are, in an order by chance, the same each time: shards are read
     from front to back, and neighbours end up in one batch. They are not decoded: pretrain names and
     skips those that are broken. The file index.json says how many images each shard holds; it is
-    written last.
+    written last. Until all shards are written, older ones stay, and so a disk needs room for both.
 
     Args:
         data: Folders (searched recursively) or .txt files of paths.
@@ -76,34 +82,25 @@ def shard(
         raise UserError("give --shard_size_mb or --images_per_shard, not both")
     sources = [data] if isinstance(data, str) else data
     folder = Path(out)
-    _check_folder(folder, overwrite)
+    _check_inputs(folder, sources)
+    old = _check_folder(folder, overwrite)
     paths = PathList(find_images(sources))
     base = _common_folder(sources, paths)
     most = (shard_size_mb or 100) * 10**6 if images_per_shard is None else None
-    with logged_to_console():
-        written: list[tuple[str, int, int]] = []
-        left_out: list[str] = []
-        members = _members(paths, base, left_out)
-        waiting = next(members, None)
-        if waiting is None:
+    left_out: list[str] = []
+    with logged_to_console(), closing(_members(paths, base, left_out)) as members:
+        first = next(members, None)
+        if first is None:
             raise UserError(f"none of {len(paths)} image files can be read, the first {paths[0]}")
         folder.mkdir(parents=True, exist_ok=True)
-        old = [folder / name for name in os.listdir(folder)]
-        for file in sorted(old, key=lambda file: file.name != INDEX):  # it stands for the others
-            file.unlink()
-        while waiting is not None:
-            name = f"train-{len(written):06}.tar"
-            images = 0
-            with _whole_tar(folder / name) as tar:
-                while waiting is not None:
-                    member, content = waiting
-                    tar.addfile(member, BytesIO(content))
-                    images += 1
-                    waiting = next(members, None)
-                    if images == images_per_shard or (most is not None and tar.offset >= most):
-                        break
-            written.append((name, images, os.path.getsize(folder / name)))
-        index = write_index(folder, written)
+        old = _remove_unfinished(folder, old)
+        try:
+            written = _write_parts(folder, chain([first], members), images_per_shard, most)
+            (folder / INDEX_PART).write_text(index_text(written), encoding="utf-8")
+        except BaseException:
+            _remove_parts(folder)
+            raise
+        index = _replace(folder, old, written)
         result = ShardResult(folder, index, len(written), sum(n for _, n, _ in written), left_out)
         if left_out:
             log.warning(
@@ -116,20 +113,68 @@ def shard(
     return result
 
 
-def _check_folder(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that must not be written to. Nothing is changed yet."""
+def _check_inputs(folder: Path, sources: Sequence[str]) -> None:
+    """Refuse to write where the images are. Nothing is changed yet."""
+    out = os.path.realpath(folder)
+    for source in sources:
+        data = os.path.realpath(source)
+        if not os.path.exists(data):
+            continue
+        if os.path.commonpath([out, data]) == out:
+            raise UserError(
+                f"--data {source} lies inside --out {folder}: --overwrite would delete it"
+            )
+        if os.path.commonpath([out, data]) == data:
+            raise UserError(
+                f"--out {folder} lies inside --data {source}: give a folder outside of it"
+            )
+
+
+def _check_folder(folder: Path, overwrite: bool) -> list[Path]:
+    """The shards and parts of them that are there and may be replaced. Nothing is changed yet.
+
+    Raises:
+        UserError: the folder holds other files, or shards without ``overwrite``, or it can't be
+            written.
+    """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: --out must name a folder")
-    names = os.listdir(folder) if folder.is_dir() else []
-    if any(not _OURS.fullmatch(name) for name in names):
-        raise UserError(f"{folder} holds other files: give a new folder with --out")
-    if names and not overwrite:
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    for file in files:
+        ours = _SHARD.fullmatch(file.name) or _PART.fullmatch(file.name) or file.name in _INDICES
+        if not ours or file.is_dir():
+            raise UserError(
+                f"{folder} holds other files, such as {file.name}: give a new folder with --out"
+            )
+    listed = {name for index in _INDICES for name in _listed(folder / index)}
+    foreign = [f.name for f in files if _SHARD.fullmatch(f.name) and f.name not in listed]
+    if foreign:
+        raise UserError(
+            f"{folder} holds {foreign[0]}, which no {INDEX} there lists, so that it may be of "
+            f"another program: give a new folder with --out, or move it away"
+        )
+    if files and not overwrite:
+        if not (folder / INDEX).is_file():
+            raise UserError(
+                f"{folder} holds shards that were not written to the end, as {INDEX} is missing: "
+                f"write them again with --overwrite"
+            )
         raise UserError(f"{folder} holds other shards: give a new folder, or --overwrite")
     parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not parent.is_dir():
         raise UserError(f"{folder} can't be made: {parent} is a file")
     if not os.access(parent, os.W_OK):
         raise UserError(f"{folder} can't be written: no permission in {parent}")
+    return files
+
+
+def _listed(index: Path) -> list[str]:
+    """The shards that an index lists; none where it can't be read."""
+    try:
+        with open_regular(str(index)) as file:
+            return [entry.url for entry in parse_index(file.read())]
+    except (OSError, ValueError):
+        return []
 
 
 def _common_folder(sources: Sequence[str], paths: Sequence[str]) -> str:
@@ -143,7 +188,7 @@ def _common_folder(sources: Sequence[str], paths: Sequence[str]) -> str:
 
 def _members(
     paths: Sequence[str], base: str, left_out: list[str]
-) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
+) -> Generator[tuple[tarfile.TarInfo, bytes], None, None]:
     """The image files as members of a tar, in an order by chance.
 
     Args:
@@ -158,7 +203,9 @@ def _members(
             path = paths[int(index)]
             bar.update(task, advance=1)
             try:
-                with open(path, "rb") as file:
+                with open_regular(path) as file:
+                    if os.fstat(file.fileno()).st_size > LARGEST:
+                        raise OSError("no reader of shards would read it")
                     content = file.read()
             except OSError:
                 left_out.append(path)
@@ -187,12 +234,81 @@ def unique_key(name: str, taken: set[str]) -> str:
     return unique
 
 
-@contextmanager
-def _whole_tar(file: Path) -> Iterator[tarfile.TarFile]:
-    """A tar file to write that appears whole or not at all."""
-    part = file.with_name(f"{file.name}.part")
-    # names go in as they are on the disk, whatever they are encoded in
-    with tarfile.open(part, "w", format=tarfile.GNU_FORMAT, encoding="utf-8",
-                      errors="surrogateescape") as tar:  # fmt: skip
-        yield tar
-    os.replace(part, file)
+def _remove_unfinished(folder: Path, files: Sequence[Path]) -> list[Path]:
+    """Remove what a run left that was killed; the shards that are there to their end remain.
+
+    Returns:
+        These shards.
+    """
+    finished = (folder / INDEX).is_file()
+    # what is listed in an index goes before the index
+    for file in sorted(files, key=lambda file: file.name in _INDICES):
+        if file.name != INDEX and not (finished and _SHARD.fullmatch(file.name)):
+            file.unlink()
+    return [file for file in files if finished and _SHARD.fullmatch(file.name)]
+
+
+def _write_parts(
+    folder: Path,
+    members: Iterator[tuple[tarfile.TarInfo, bytes]],
+    images_per_shard: int | None,
+    most: int | None,
+) -> list[tuple[str, int, int]]:
+    """Write shards under names that end in ``.part``.
+
+    Args:
+        folder: where.
+        members: the images.
+        images_per_shard: where a shard ends.
+        most: bytes after which it ends, where that is not given.
+
+    Returns:
+        Name, number of images and bytes of each.
+    """
+    written: list[tuple[str, int, int]] = []
+    waiting = next(members, None)
+    while waiting is not None:
+        name, images = f"train-{len(written):06}.tar", 0
+        part = folder / f"{name}.part"
+        # names go in as they are on the disk, whatever they are encoded in
+        with tarfile.open(part, "w", format=tarfile.GNU_FORMAT, encoding="utf-8",
+                          errors="surrogateescape") as tar:  # fmt: skip
+            while waiting is not None:
+                member, content = waiting
+                tar.addfile(member, BytesIO(content))
+                images += 1
+                waiting = next(members, None)
+                if images == images_per_shard or (most is not None and tar.offset >= most):
+                    break
+        written.append((name, images, os.path.getsize(part)))
+    return written
+
+
+def _remove_parts(folder: Path) -> None:
+    """Remove what was not written to the end, and the folder if that leaves it empty."""
+    for file in folder.iterdir():
+        if _PART.fullmatch(file.name) or file.name == INDEX_PART:
+            file.unlink()
+    with suppress(OSError):  # it holds older shards
+        folder.rmdir()
+
+
+def _replace(folder: Path, old: Sequence[Path], written: Sequence[tuple[str, int, int]]) -> Path:
+    """Put new shards in the place of old ones.
+
+    The index of the old ones goes first and that of the new ones comes last, so that an index
+    stands for shards that are all there. Whenever this is killed, what is there is listed in a file
+    by which ``_check_folder`` knows it again.
+    """
+    index = folder / INDEX
+    if index.is_file():
+        os.replace(index, folder / _INDEX_BEFORE)
+    names = [name for name, _, _ in written]
+    for name in names:
+        os.replace(folder / f"{name}.part", folder / name)
+    for file in old:
+        if file.name not in names:
+            file.unlink()
+    (folder / _INDEX_BEFORE).unlink(missing_ok=True)
+    os.replace(folder / INDEX_PART, index)
+    return index

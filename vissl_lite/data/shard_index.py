@@ -8,32 +8,70 @@ import json
 import logging
 import os
 import re
-import tarfile
 from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
-from typing import Any
-from urllib.parse import urlparse
+from dataclasses import dataclass
+from typing import NamedTuple
+from urllib.parse import urljoin, urlparse
 from urllib.request import url2pathname
 
 import numpy as np
 
-from vissl_lite.data.shards import BROKEN_TAR, ImageMembers, Shards, for_gopen, is_remote
+from vissl_lite.data.braces import expand
+from vissl_lite.data.download import CURL_SCHEMES, fetch, scheme
+from vissl_lite.data.shards import ImageMembers, Shards, is_remote
+from vissl_lite.data.tar_reader import BROKEN_TAR, TarReader, open_regular
 from vissl_lite.errors import UserError
 
 log = logging.getLogger(__name__)
 
 INDEX = "index.json"
+INDEX_PART = f"{INDEX}.part"  # of shards that are not all there yet
+_MISSING = "it does not exist"
+
+# Bytes of the largest index: it has room for 300,000 shards.
+_LARGEST = 32 << 20
+
+# More images or bytes in a shard, and more images in all, are a mistake; an image takes a block of
+# a tar at least.
+_MOST_IMAGES, _MOST_BYTES, _MOST_IN_ALL, _BLOCK = 10**8, 1 << 50, 10**10, 512
 
 # The name of a shard in a command.
 _TAR = re.compile(r"[^/\s]+\.(?:tar\.gz|tgz|tar)\b")
 
 
+class Entry(NamedTuple):
+    """A shard in an index.
+
+    Attributes:
+        url: as it stands there.
+        images: how many it holds.
+        size: in bytes; None where it is not known.
+    """
+
+    url: str
+    images: int
+    size: int | None
+
+
+@dataclass(frozen=True)
+class _Index:
+    """An index that was looked for.
+
+    Attributes:
+        entries: by the places of the shards; None where there is no index.
+        named: the same by their names, where only one has it.
+        why: it can't be used.
+    """
+
+    entries: dict[str, Entry] | None
+    named: dict[str, Entry]
+    why: str = ""
+
+
 def are_shards(source: str) -> bool:
     """Whether a source of images is one of shards: tar files, URLs, an index or its folder."""
     if os.path.isdir(source):
-        index = os.path.join(source, INDEX)
-        return os.path.isfile(index) and _parse(Path(index).read_bytes()) is not None
+        return _index(os.path.join(source, INDEX), {}).entries is not None
     return is_remote(source) or bool(re.search(r"(\.tar|\.tar\.gz|\.tgz|\.json)$", source))
 
 
@@ -63,69 +101,95 @@ def find_shards(sources: Sequence[str]) -> Shards | None:
         )
     if importlib.util.find_spec("webdataset") is None:
         raise UserError("shards need webdataset: pip install 'vissl-lite[shards]'")
-    known: dict[str, dict[str, Any]] = {}  # what the indices say, by their places
+    known: dict[str, _Index] = {}  # by their places
     urls = list(dict.fromkeys(url for source in sources for url in _expand(source, known)))
     found = [_look_up(url, known) for url in urls]
+    for place, index in known.items():
+        if index.why not in ("", _MISSING):
+            log.warning("%s can't be used, and the shards are counted: %s", place, index.why)
     counts = np.array([count for count, _ in found], np.int64)
+    if counts.sum() > _MOST_IN_ALL:
+        raise UserError(f"{len(urls)} shards are said to hold {counts.sum():,} images: they can't")
     if not counts.sum():
+        if not urls:
+            raise UserError(f"{sources[0]} lists no shards")
         raise UserError(f"no images found in {len(urls)} shards, the first {urls[0]}")
     sized = [(size, count) for count, size in found if size]
     mean = sum(s for s, _ in sized) / max(1, sum(c for _, c in sized)) if sized else None
     return Shards(urls, counts, mean)
 
 
-def _expand(source: str, known: dict[str, dict[str, Any]]) -> list[str]:
-    from webdataset.shardlists import expand_urls
-
+def _expand(source: str, known: dict[str, _Index]) -> list[str]:
+    """The shards that a source names."""
     if os.path.isdir(source) or source.endswith(".json"):
-        place = os.path.join(source, INDEX) if os.path.isdir(source) else source
-        entries = _index(place, known)
-        if entries is None:
-            raise UserError(f"{place} is no index of shards that can be read")
-        for entry in entries.values():  # commands are for who runs this to give
-            if urlparse(entry["url"]).scheme == "pipe":
-                raise UserError(f"{place} names a command, which is never run: {entry['url']}")
-        # an index may list what is elsewhere
-        urls = [_beside(place, entry["url"]) for entry in entries.values()]
-        for url in urls:
-            known[_beside(url, INDEX)] = entries
-        return urls
-    urls = [source] if os.path.exists(source) else expand_urls(source)
-    return [url2pathname(urlparse(url).path) if url.startswith("file:") else url for url in urls]
+        place = os.path.join(source, INDEX) if os.path.isdir(source) else _local(source)
+        if place.startswith("pipe:"):
+            raise UserError(f"{place} can't give an index: give commands that write the shards")
+        index = _index(place, known)
+        if index.entries is None:
+            raise UserError(f"{place} is not an index of shards that can be read: {index.why}")
+        for url in index.entries:
+            known[_beside(url, INDEX)] = index
+        return list(index.entries)
+    urls = [source] if os.path.exists(source) else expand(source)
+    return [_local(url) for url in urls]
+
+
+def _local(url: str) -> str:
+    """The path of a URL of a file; others stay."""
+    if not url.startswith("file:"):
+        return url
+    try:
+        return url2pathname(urlparse(url).path)
+    except ValueError as error:
+        raise UserError(f"{url} is not a URL: {error}") from None
 
 
 def _beside(place: str, name: str) -> str:
     """The place of another file in the folder of an index or a shard; in a command, too."""
-    if "://" in name or os.path.isabs(name):
-        return name
     if place.startswith("pipe:"):
         return _TAR.sub(name, place)
     return re.sub(r"[^/]*$", "", _without_query(place)) + name
 
 
-def _look_up(url: str, known: dict[str, dict[str, Any]]) -> tuple[int, int]:
+def _look_up(url: str, known: dict[str, _Index]) -> tuple[int, int]:
     """How many images a shard holds and how many bytes it takes, 0 where that is not known."""
     place = _beside(url, INDEX)
-    entries = _index(place, known)
-    entry = None if entries is None else entries.get(_name(url))
+    index = _index(place, known)
+    entry = None
+    if index.entries is not None:
+        entry = index.entries.get(url) or index.named.get(_name(url))
     size = os.path.getsize(url) if os.path.isfile(url) else None
-    if entry is not None and entry.get("filesize", size) == (size or entry.get("filesize")):
-        return entry["nsamples"], entry.get("filesize", 0)
+    if entry is not None and (None in (size, entry.size) or entry.size == size):
+        return entry.images, entry.size or 0
     if size is not None:  # there is no index, or it is of another file
         return _count(url), size
     if not is_remote(url):
-        raise UserError(f"{url} does not exist")
-    if entries is not None:
+        wrong = "is not a regular file" if os.path.exists(url) else "does not exist"
+        raise UserError(f"{url} {wrong}")
+    _check_scheme(url)
+    if index.entries is not None:
         raise UserError(
-            f"{place} lists {len(entries)} shards, and {_name(url)} is not among them: the last is "
-            f"{list(entries)[-1]}"
+            f"{place} lists {len(index.entries)} shards, and {_name(url)} is not among them: the "
+            f"last is {_name(list(index.entries)[-1])}"
         )
-    if url.startswith("s3:"):
-        raise UserError(f'{url} can\'t be opened: give "pipe:aws s3 cp {url} -"')
     raise UserError(
-        f"{place} can't be read, which says how many images the shards hold: vissl-lite shard "
-        f'writes it, as {{"shardlist": [{{"url": "{_name(url)}", "nsamples": 1000}}]}}'
+        f"{place} can't be read, which says how many images the shards hold ({index.why}): "
+        f'vissl-lite shard writes it, as {{"shardlist": [{{"url": "{_name(url)}", '
+        f'"nsamples": 1000}}]}}'
     )
+
+
+def _check_scheme(url: str) -> None:
+    """Raise a UserError for a URL of a kind that nothing opens."""
+    from webdataset.gopen import gopen_schemes
+
+    kind = scheme(url)
+    if kind == "s3":
+        raise UserError(f'{url} can\'t be opened: give "pipe:aws s3 cp {url} -"')
+    known = {*CURL_SCHEMES, *gopen_schemes} - {"__default__"}
+    if kind not in known:
+        raise UserError(f"{url} can't be opened: there are {', '.join(sorted(known))}")
 
 
 def _name(url: str) -> str:
@@ -138,48 +202,115 @@ def _without_query(url: str) -> str:
     return url.split("?")[0] if "://" in url else url
 
 
-def _index(place: str, known: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
-    """The entries of an index by the names of the shards; None where there is none."""
-    from webdataset.gopen import gopen
-
+def _index(place: str, known: dict[str, _Index]) -> _Index:
+    """An index, read once."""
     if place not in known:
-        content = b""
-        with suppress(*BROKEN_TAR), gopen(for_gopen(place)) as file:
-            content = file.read()
-        known[place] = _parse(content) or {}
-    return known[place] or None
+        known[place] = _read_index(place)
+    return known[place]
 
 
-def _parse(content: bytes) -> dict[str, Any] | None:
+def _read_index(place: str) -> _Index:
     try:
-        entries = json.loads(content)["shardlist"]
-        return {_name(e["url"]): {**e, "nsamples": int(e["nsamples"])} for e in entries}
-    except (ValueError, LookupError, TypeError):
-        return None
+        if is_remote(place):
+            content = fetch(place, _LARGEST)
+        else:
+            with open_regular(place) as file:
+                content = file.read(_LARGEST + 1)
+            if len(content) > _LARGEST:
+                raise ValueError(f"it is larger than {_LARGEST >> 20} MiB")
+        entries = parse_index(content)
+        placed = {_resolve(place, entry.url): entry for entry in entries}
+        if len(placed) < len(entries):
+            raise ValueError("it names a shard twice")
+    except FileNotFoundError:
+        return _Index(None, {}, _MISSING)
+    except BROKEN_TAR as error:
+        return _Index(None, {}, getattr(error, "strerror", None) or str(error))
+    names = [_name(url) for url in placed]
+    once = dict(zip(names, placed.values(), strict=True))
+    if len(once) < len(names):
+        once = {}
+    return _Index(placed, once)
+
+
+def parse_index(content: bytes) -> list[Entry]:
+    """The shards that an index lists.
+
+    Args:
+        content: JSON: an object with a list ``shardlist`` of objects with ``url``, ``nsamples``
+            and perhaps ``filesize``; what else there is does not matter.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        read = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"it is not JSON that can be read ({error}); it begins with {content[:16]!r}"
+        ) from None
+    listed = read.get("shardlist") if isinstance(read, dict) else None
+    if not isinstance(listed, list):
+        raise ValueError("it has no list of shards, named shardlist")
+    entries = []
+    for number, one in enumerate(listed):
+        if not isinstance(one, dict):
+            raise ValueError(f"shard {number} in it has no url and no nsamples")
+        url, images, size = one.get("url"), one.get("nsamples"), one.get("filesize")
+        if not isinstance(url, str) or not url or len(url) > 4096 or not url.isprintable():
+            raise ValueError(f"shard {number} in it has a url that is none")
+        if type(images) is not int or not 0 <= images <= _MOST_IMAGES:
+            raise ValueError(f"{url} in it has an nsamples that is no number of images")
+        if size is not None and (type(size) is not int or not 0 <= size <= _MOST_BYTES):
+            raise ValueError(f"{url} in it has a filesize that is no number of bytes")
+        if size is not None and images * _BLOCK > size:
+            raise ValueError(f"{url} in it can't hold {images} images in {size} bytes")
+        entries.append(Entry(url, images, size))
+    return entries
+
+
+def _resolve(place: str, url: str) -> str:
+    """The place of a shard in an index: beside it, or elsewhere.
+
+    Raises:
+        UserError: an index may not name that.
+    """
+    kind = url.strip().partition(":")[0].lower()
+    if kind == "pipe":  # commands are for who runs this to give
+        raise UserError(f"{place} names a command, which is never run: {url}")
+    if kind == "file":
+        raise UserError(f"{place} names {url}: an index must give names beside it, or URLs")
+    if "://" in url:
+        _check_scheme(url)
+        return url
+    if scheme(place) in ("http", "https") and is_remote(place):
+        return urljoin(_without_query(place), url)  # never a file of this machine
+    return os.path.join(os.path.dirname(place), url)
 
 
 def _count(file: str) -> int:
     """Images in a tar file, by its headers; what is wrong with it is said in the log."""
-    images, size, whole = ImageMembers(), os.path.getsize(file), True
+    images, whole, complete = ImageMembers(), 0, True
     try:
-        with tarfile.open(file) as tar:
-            for member in tar:
-                if member.isreg():
-                    images(member.name)
+        with open_regular(file) as opened:
+            tar = TarReader(opened)
+            while (name := tar.next()) is not None:
+                images(name)
+                tar.skip()
+                whole = images.count
     except BROKEN_TAR as error:
-        # the header of an image that is cut off may have been there
-        whole, images.count = False, images.whole
-        log.warning("can't be read behind image %d: %s (%s)", images.count, file, error)
-    if whole and not images.count:
-        log.warning("holds no images: %s (%d bytes)", file, size)
-    return images.count
+        complete = False
+        why = getattr(error, "strerror", None) or str(error)
+        log.warning("can't be read behind image %d: %s (%s)", whole, file, why)
+    if complete and not whole:
+        log.warning("holds no images: %s (%d bytes)", file, os.path.getsize(file))
+    return whole
 
 
-def write_index(folder: Path, shards: Sequence[tuple[str, int, int]]) -> Path:
-    """Write the index of shards; it appears whole or not at all.
+def index_text(shards: Sequence[tuple[str, int, int]]) -> str:
+    """The content of an index.
 
     Args:
-        folder: where the shards are.
         shards: name, number of images and bytes of each.
     """
     entries = [{"url": n, "nsamples": count, "filesize": size} for n, count, size in shards]
@@ -189,8 +320,4 @@ def write_index(folder: Path, shards: Sequence[tuple[str, int, int]]) -> Path:
         "images": sum(count for _, count, _ in shards),
         "shardlist": entries,
     }
-    file = folder / INDEX
-    part = file.with_name(f"{file.name}.part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, file)
-    return file
+    return json.dumps(content, indent=1) + "\n"

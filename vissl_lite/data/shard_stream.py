@@ -43,14 +43,6 @@ SAMPLE, SAMPLE_SHARDS, SAMPLE_BYTES = 512, 8, 256 << 20
 IN_A_ROW = 8
 
 
-class ShardsUnreachableError(UserError):
-    """Nothing can be read any more; a data worker raises it."""
-
-    def __init__(self, text: str) -> None:
-        # PyTorch passes it on with the worker's whole traceback in front
-        super().__init__(text.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
-
-
 class Found(NamedTuple):
     """An image out of a shard: its number among all, its name, and the image file's bytes."""
 
@@ -70,7 +62,7 @@ class Order:
     """
 
     def __init__(self, shards: Shards, seed: int, epoch: int, lost: list[Lost]) -> None:
-        self.shards, self.lost = shards, lost
+        self.shards, self.lost, self.first = shards, lost, epoch == 0
         self.order = np.random.default_rng((seed, epoch)).permutation(len(shards.urls))
         self.ends = np.cumsum(shards.counts[self.order])
 
@@ -85,7 +77,7 @@ class Order:
             again: how many shards in a row could not be read.
 
         Raises:
-            ShardsUnreachableError: too many shards in a row can't be read.
+            UserError: too many shards in a row can't be read.
         """
         images, starts = int(self.ends[-1]), self.shards.starts
         for some in (places[places < images], places[places >= images] - images):
@@ -96,7 +88,7 @@ class Order:
                 left = some[parts == part] - begin
                 url = self.shards.place(shard)
                 try:
-                    for member in self.shards.read(shard, left):
+                    for member in self.shards.read(shard, left, name_rest=self.first):
                         left = left[1:]
                         number = int(starts[shard]) + member.position
                         yield Found(number, f"{url}!{member.name}", member.data)
@@ -104,7 +96,7 @@ class Order:
                     missing = int(self.shards.counts[shard]) - error.at
                     self.lost.append(Lost(url, missing, f"from image {error.at} on: {error}"))
                     if again == IN_A_ROW:
-                        raise ShardsUnreachableError(
+                        raise UserError(
                             f"{url} can't be read, nor can the {again} shards before it: {error}"
                         ) from None
                     yield from self.read(end + left - error.at, again + 1)
@@ -255,15 +247,15 @@ class ShardSource(Source):
         return len(self.shards)
 
     def first(self) -> Item:
-        why = ""
+        why, lost = "", list[str]()
         for shard in np.flatnonzero(self.shards.counts)[: IN_A_ROW + 1].tolist():
             numbers = self.shards.starts[shard] + np.arange(self.shards.counts[shard])
-            for found in read_images(self.shards, numbers):
+            for found in read_images(self.shards, numbers, lost):
                 try:
                     return _item(found, self.views, self.seed, 0)
                 except BROKEN_IMAGE as error:
                     why = why or str(error)
-        raise _unreadable(self.shards, why)
+        raise _unreadable(self.shards, why or lost[0])
 
     def loader(
         self,
@@ -304,15 +296,26 @@ class ShardSource(Source):
         return Fingerprints.of(np.concatenate(records), names)
 
 
-def read_images(shards: Shards, numbers: np.ndarray) -> Iterator[Found]:
-    """Some images by their numbers, ascending; what can't be read is left out."""
+def read_images(
+    shards: Shards, numbers: np.ndarray, lost: list[str] | None = None
+) -> Iterator[Found]:
+    """Some images by their numbers, ascending; what can't be read is left out.
+
+    Args:
+        shards: where they are.
+        numbers: of the images.
+        lost: gets why some of a shard can't be read.
+    """
     starts = shards.starts
     places = np.searchsorted(np.cumsum(shards.counts), numbers, side="right")
     for shard in np.unique(places).tolist():
         place, start = shards.place(shard), int(starts[shard])
-        with suppress(BrokenShardError):
+        try:
             for member in shards.read(shard, numbers[places == shard] - start):
                 yield Found(start + member.position, f"{place}!{member.name}", member.data)
+        except BrokenShardError as error:
+            if lost is not None:
+                lost.append(str(error))
 
 
 def write_sample(shards: Shards, folder: Path) -> None:
@@ -325,20 +328,20 @@ def write_sample(shards: Shards, folder: Path) -> None:
     Raises:
         UserError: none can be read.
     """
-    some = np.flatnonzero(shards.counts)
+    some, lost = np.flatnonzero(shards.counts), list[str]()
     if len(some) > SAMPLE_SHARDS:
         some = some[np.linspace(0, len(some) - 1, SAMPLE_SHARDS).astype(int)]
     for shard in some.tolist():
         each = min(-(-SAMPLE // len(some)), int(shards.counts[shard]))
         room = SAMPLE_BYTES // len(some)
-        for found in read_images(shards, shards.starts[shard] + np.arange(each)):
+        for found in read_images(shards, shards.starts[shard] + np.arange(each), lost):
             suffix = os.path.splitext(found.name)[1]
             (folder / f"{found.number:09}{suffix}").write_bytes(found.data)
             room -= len(found.data)
             if room <= 0:
                 break
     if not any(folder.iterdir()):
-        raise _unreadable(shards, "")
+        raise _unreadable(shards, lost[0])
 
 
 def _unreadable(shards: Shards, why: str) -> UserError:

@@ -6,11 +6,9 @@ Performance I/O For Large Scale Deep Learning", section IV). Its first member wh
 is that of an image file is read, others such as labels are passed over.
 """
 
+import logging
 import os
 import re
-import tarfile
-import time
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,26 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vissl_lite.data.download import open_url
 from vissl_lite.data.images import EXTENSIONS
+from vissl_lite.data.tar_reader import BROKEN_TAR, TarReader, open_regular
 
-# Seconds to wait before a connection that was lost is tried again, from the image that it was at.
-PAUSES = (1.0, 4.0)
-
-# What reading a tar raises that is damaged or that can't be reached.
-BROKEN_TAR = (OSError, EOFError, ValueError, tarfile.TarError, zlib.error)
-
-# How curl ends (its manual, section "Exit codes"). What is ours to stop ends by a closed pipe; what
-# the server refuses it will refuse again, and curl has waited for a busy one by itself.
-_STOPPED, _REFUSED = (0, 23, 141, -13), 22
-_CURL = {
-    6: "the host is unknown",
-    7: "there is no connection",
-    18: "the connection was lost",
-    22: "the server refuses it, as it does what is not there",
-    28: "the server does not answer",
-    52: "the connection was lost",
-    56: "the connection was lost",
-}
+log = logging.getLogger(__name__)
 
 
 class BrokenShardError(Exception):
@@ -91,41 +74,49 @@ class Shards:
 
     def place(self, shard: int) -> str:
         """Where a shard is, from wherever one looks."""
-        return for_gopen(self.urls[shard])
+        return full_name(self.urls[shard])
 
-    def read(self, shard: int, positions: Sequence[int] | np.ndarray) -> Iterator[Member]:
-        """Some images of a shard, one after the other.
-
-        A connection that is lost is tried again from the image that it was at.
+    def read(
+        self, shard: int, positions: Sequence[int] | np.ndarray, name_rest: bool = False
+    ) -> Iterator[Member]:
+        """Some images of a shard, one after the other, each once.
 
         Args:
             shard: which.
             positions: numbers of images in it, ascending.
+            name_rest: whether the log says so where the last image that is known is read and the
+                shard has more.
 
         Raises:
             BrokenShardError: not all of them are there.
         """
-        left = np.asarray(positions)
-        pauses = list(PAUSES)
-        while len(left):
-            try:
-                for member in _read(self.urls[shard], left):
-                    left = left[1:]
-                    pauses = list(PAUSES)
-                    yield member
-                return
-            except _LostError as error:
-                if not pauses or not error.again:
-                    raise BrokenShardError(error.at, str(error)) from None
-                time.sleep(pauses.pop(0))
-
-
-class _LostError(BrokenShardError):
-    """A shard ended too early; ``again`` where another try may help."""
-
-    def __init__(self, at: int, why: str, again: bool) -> None:
-        super().__init__(at, why)
-        self.again = again
+        if not len(positions):
+            return
+        url, count = self.urls[shard], int(self.counts[shard])
+        wanted, last = set(np.asarray(positions).tolist()), int(positions[-1])
+        images, whole = ImageMembers(), 0
+        try:
+            with open_url(url) if is_remote(url) else open_regular(url) as file:
+                tar = TarReader(file)
+                while (name := tar.next()) is not None:
+                    if not images(name) or images.count - 1 not in wanted:
+                        tar.skip()
+                        whole = images.count
+                        continue
+                    data = tar.read()
+                    whole = images.count
+                    yield Member(whole - 1, name, data)
+                    if whole - 1 == last:
+                        if name_rest and whole == count and _holds_more(tar, images):
+                            log.warning(
+                                "%s holds more images than the %d that its index.json says: the "
+                                "rest is left out", url, count,
+                            )  # fmt: skip
+                        return
+        except BROKEN_TAR as error:
+            why = getattr(error, "strerror", None) or str(error)
+            raise BrokenShardError(whole, why) from None
+        raise BrokenShardError(whole, "it ends there")
 
 
 class ImageMembers:
@@ -133,15 +124,13 @@ class ImageMembers:
 
     Attributes:
         count: how many were.
-        whole: how many of them are there to their end, as another member follows.
     """
 
     def __init__(self) -> None:
-        self.count = self.whole = 0
+        self.count = 0
         self._key: str | None = None
 
     def __call__(self, name: str) -> bool:
-        self.whole = self.count
         folder, _, file = name.rpartition("/")
         stem, _, extension = file.partition(".")
         # WebDataset passes over what __ stands around, as its own meta data
@@ -155,47 +144,18 @@ class ImageMembers:
         return True
 
 
-def _read(url: str, positions: np.ndarray) -> Iterator[Member]:
-    """Images of a shard from one attempt to open it."""
-    from webdataset.gopen import Pipe, gopen, set_options
-    from webdataset.tariterators import tar_file_iterator
-
-    wanted, end = set(positions.tolist()), int(positions[-1]) + 1
-    images, stream = ImageMembers(), None
-    given = -1
-
-    def chosen(name: str) -> bool:
-        return images(name) and images.count - 1 in wanted
-
-    why = ""
-    try:
-        stream = gopen(for_gopen(url))
-        set_options(stream, ignore_errors=True)  # what arrived is read before the loss is noticed
-        for member in tar_file_iterator(stream, select_files=chosen):
-            given = images.count - 1
-            yield Member(given, member["fname"], member["data"])
-            if images.count == end:
-                return
-    except BROKEN_TAR as error:
-        why = f"{getattr(error, 'strerror', None) or error}".split(" @ ")[0]
-        if given < images.count - 1:  # of an image that is cut off the header was there
-            images.count = images.whole
-    finally:
-        if stream is not None:
-            with suppress(OSError):
-                stream.close()
-    status: int = stream.status if isinstance(stream, Pipe) else 0
-    if status not in _STOPPED:
-        program = url.split(":")[0]
-        curl = _CURL.get(status) if program in ("http", "https") else None
-        why = curl or f"{program} ended with {status}"
-    elif not why:
-        why = "the file ends there"
-    raise _LostError(images.count, why, again=status not in (*_STOPPED, _REFUSED))
+def _holds_more(tar: TarReader, images: ImageMembers) -> bool:
+    """Whether an image follows in a tar."""
+    with suppress(*BROKEN_TAR):
+        while (name := tar.next()) is not None:
+            if images(name):
+                return True
+            tar.skip()
+    return False
 
 
-def for_gopen(url: str) -> str:
-    """A local name, made absolute, does not look like a URL."""
+def full_name(url: str) -> str:
+    """A local name is made absolute."""
     return url if is_remote(url) else os.path.abspath(url)
 
 

@@ -9,12 +9,14 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import cv2
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from vissl_lite.data.worker_log import WorkerLog
 from vissl_lite.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,7 @@ class WorkerLoader(Generic[T]):
 
     - Workers ignore SIGINT and SIGTERM but from the process that started them: when a whole group
       of processes is told to stop, the main process still needs its batches to save what it has.
+    - What workers log, the main process logs: it has the log and the progress bar.
     - Batches come through shared memory; where that is full, as with Docker's 64 MB, through a
       pipe. (Left to PyTorch, a batch that finds no room is lost, and is waited for without end.)
 
@@ -54,7 +57,7 @@ class WorkerLoader(Generic[T]):
             dataset,
             num_workers=workers,
             collate_fn=_Sender(collate),
-            worker_init_fn=start_worker,
+            worker_init_fn=partial(start_worker, lines=WorkerLog()) if workers else None,
             **options,
         )
         self.waiting = False
@@ -147,14 +150,16 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(one)
 
 
-def start_worker(worker: int) -> None:
+def start_worker(worker: int, lines: WorkerLog) -> None:
     """Start of a data worker: OpenCV on one thread; signals that are for the main process ignored.
 
     (A lower priority made training slower.)
 
     Args:
         worker: its number.
+        lines: takes what it logs.
     """
+    lines.attach()
     cv2.setNumThreads(0)
     # Collecting garbage writes to every object that it looks at, and so would copy all of those
     # that this process shares with the one that forked it.

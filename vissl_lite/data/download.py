@@ -1,0 +1,294 @@
+"""Bytes from a URL or a command, with a bound on how long is waited for them.
+
+HTTP and the like go through ``curl``, which knows the proxies, certificates and passwords of the
+machine; it is started with a list of arguments, never through a shell. The rest is opened by
+WebDataset's ``gopen``.
+
+Waiting is paid from an account: every second without a byte costs one, every byte that is new earns
+``1 / SLOWEST`` seconds. So one rule covers a server that stalls, that sends a byte now and then,
+that can't be reached and that drops its connections. Time in which nobody reads costs nothing.
+"""
+
+import io
+import logging
+import os
+import select
+import time
+from contextlib import suppress
+from http.client import responses
+from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
+from typing import IO, Protocol
+
+log = logging.getLogger(__name__)
+
+# Seconds to wait for a server, and for a command, which may have to make what it writes first; and
+# seconds after which the log says so.
+PATIENCE, COMMAND_PATIENCE, SAY_AFTER = 30.0, 300.0, 5.0
+
+# Bytes per second: a server that is slower is one that stalls.
+SLOWEST = 10_000
+
+# Seconds without a byte after which a connection that has brought some is taken for lost: another
+# may do better.
+QUIET = 10.0
+
+# Seconds to wait before a lost connection is tried again; anew after each byte that came.
+PAUSES = (1.0, 2.0, 4.0, 8.0)
+
+# Seconds that curl tries to connect, and the longest single wait that is counted: a process that
+# was stopped for an hour has not waited for the server.
+_CONNECT, _TICK = 10, 0.5
+
+BUFFER = 1 << 18
+
+# What curl reads.
+CURL_SCHEMES = ("http", "https", "ftps", "sftp", "scp")
+
+# How curl ends (its manual, section "Exit codes") where another try is of no use, and where it is.
+_HOPELESS = {
+    1: "the server does not speak the protocol of the URL",
+    3: "it is not a URL",
+    8: "the server does not speak the protocol of the URL",
+    47: "the server redirects without end",
+    51: "the server's certificate is not trusted",
+    60: "the server's certificate is not trusted",
+    67: "the server refuses the login",
+    78: "the server does not have it",
+}
+_UNREACHABLE = {
+    5: "the proxy is unknown",
+    6: "the host is unknown",
+    7: "there is no connection",
+}
+_LOST = {
+    18: "the connection was lost",
+    28: "the server does not answer",
+    35: "there is no secure connection",
+    52: "the connection was lost",
+    55: "the connection was lost",
+    56: "the connection was lost",
+    92: "the connection was lost",
+}
+_SILENT = "the server sends nothing"
+_HTTP_ERROR, _NO_RANGES, _BEHIND_THE_END = 22, 33, 416
+_PASSING = (408, 425, 429, 500, 502, 503, 504)
+
+
+class DownloadError(OSError):
+    """What is behind a URL can't be had, or no further; the message says why."""
+
+
+class Readable(Protocol):
+    """What bytes can be read from, all that are asked for unless it ends."""
+
+    def read(self, size: int, /) -> bytes:
+        """The next bytes."""
+
+
+def scheme(url: str) -> str:
+    """``http`` of a URL; ``pipe`` of a command."""
+    return url.partition(":")[0].lower()
+
+
+def open_url(url: str, persistent: bool = True) -> "io.BufferedReader":
+    """What is behind a URL, or what a command behind ``pipe:`` writes, to read from front to back.
+
+    Reading raises a ``DownloadError``.
+
+    Args:
+        url: where.
+        persistent: whether a host that is unknown or lets nobody in, or a command that fails, is
+            tried again.
+    """
+    return io.BufferedReader(_Download(url, persistent), BUFFER)
+
+
+def fetch(url: str, most: int) -> bytes:
+    """All that is behind a URL.
+
+    Args:
+        url: where.
+        most: bytes.
+
+    Raises:
+        DownloadError: it can't be read to its end, or it is larger.
+    """
+    with open_url(url, persistent=False) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise DownloadError(f"it is larger than {most >> 20} MiB")
+    return content
+
+
+class _Download(io.RawIOBase):
+    """The raw stream. A lost connection is taken up where it was, by the server or by us."""
+
+    def __init__(self, url: str, persistent: bool) -> None:
+        self.url, self._persistent = url, persistent
+        self._curl = scheme(url) in CURL_SCHEMES
+        self._patience = PATIENCE if self._curl else COMMAND_PATIENCE
+        self._at = self._skip = 0  # bytes that came, and those of them that come again
+        self._ranges, self._flowing = True, False
+        self._waited, self._said, self._tries = 0.0, False, 0
+        self._why = _SILENT if self._curl else "the command writes nothing"
+        self._process: Popen[bytes] | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: "memoryview[int]", /) -> int:  # type: ignore[override]
+        while True:
+            process = self._process or self._start()
+            assert process.stdout is not None
+            if not self._wait_for(process.stdout):
+                self._stop()
+                self._pause(_SILENT)
+                continue
+            data = os.read(process.stdout.fileno(), len(buffer))
+            if not data:
+                if self._ended(process):
+                    return 0
+                continue
+            self._flowing = True
+            again = min(len(data), self._skip)
+            self._skip -= again
+            new = len(data) - again
+            if new:
+                self._at += new
+                self._tries = 0
+                self._waited = max(0.0, self._waited - new / SLOWEST)
+                buffer[:new] = data[again:]
+                return new
+
+    def close(self) -> None:
+        self._stop()
+        super().close()
+
+    def _start(self) -> "Popen[bytes]":
+        self._flowing = False
+        self._skip = 0 if self._curl and self._ranges else self._at
+        try:
+            if self._curl:
+                command = _curl(self.url, self._at - self._skip)
+                self._process = Popen(command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE)
+            else:
+                from webdataset.gopen import gopen
+
+                self._opened = gopen(self.url)  # it ends the command when nothing refers to it
+                self._process = self._opened.proc
+        except FileNotFoundError as error:
+            program = error.filename or scheme(self.url)
+            raise DownloadError(f"{program} is not installed, which opens it") from None
+        assert self._process is not None
+        return self._process
+
+    def _wait_for(self, file: IO[bytes]) -> bool:
+        """Whether there is something to read, or the end; else the connection seems to be lost."""
+        if not hasattr(select, "poll"):  # Windows, where nothing tells whether a pipe has something
+            return True
+        ready = select.poll()
+        ready.register(file, select.POLLIN)
+        quiet = 0.0
+        while True:
+            start = time.monotonic()
+            came = ready.poll(1000 * _TICK)
+            waited = min(time.monotonic() - start, 2 * _TICK)
+            self._pay(waited)
+            quiet += waited
+            if came:
+                return True
+            if quiet > QUIET and self._curl and self._flowing:
+                return False
+
+    def _pay(self, seconds: float) -> None:
+        self._waited += seconds
+        if self._waited > self._patience:
+            raise DownloadError(f"{self._state()}, given up after {self._patience:.0f} s")
+        if self._waited > SAY_AFTER and not self._said:
+            self._said = True
+            left = self._patience - self._waited
+            log.warning(
+                "waiting for %s: %s; given up in %.0f s at most", self.url, self._state(), left
+            )
+
+    def _state(self) -> str:
+        slow = self._at and not self._tries
+        return f"fewer than {SLOWEST} bytes per second come" if slow else self._why
+
+    def _ended(self, process: "Popen[bytes]") -> bool:
+        """Whether that was all; if not, another try is to be made, or an error is raised."""
+        with suppress(TimeoutExpired):
+            process.wait(_CONNECT)
+        status, answer = process.returncode, b""
+        if process.stderr is not None and status is not None:
+            answer = process.stderr.read()[-3:]
+        self._stop()
+        code = int(answer) if answer.isdigit() else 0  # of HTTP
+        if not status or (code == _BEHIND_THE_END and self._at):
+            if self._skip:
+                raise DownloadError("it is shorter than it was")
+            return True
+        if self._curl and status == _NO_RANGES and self._ranges:
+            self._ranges = False  # from the front, then
+            return False
+        why, again = self._reason(status, code)
+        if not again:
+            raise DownloadError(why)
+        self._pause(why)
+        return False
+
+    def _pause(self, why: str) -> None:
+        """Wait before the next try, if there is one left."""
+        if self._tries == len(PAUSES):
+            raise DownloadError(why)
+        self._why = why
+        end = time.monotonic() + PAUSES[self._tries]
+        self._tries += 1
+        while (left := min(end - time.monotonic(), _TICK)) > 0:
+            time.sleep(left)
+            self._pay(left)
+
+    def _reason(self, status: int, code: int) -> tuple[str, bool]:
+        """What the end of curl means, and whether another try may help."""
+        if not self._curl:
+            program = "the command" if scheme(self.url) == "pipe" else scheme(self.url)
+            return f"{program} ended with {status}", self._persistent
+        if status == _HTTP_ERROR and code:
+            return f"the server answers {code} {responses.get(code, '')}".strip(), code in _PASSING
+        if status in _HOPELESS:
+            return _HOPELESS[status], False
+        if status in _UNREACHABLE:
+            return _UNREACHABLE[status], self._persistent
+        return _LOST.get(status, f"curl ended with {status}"), status in _LOST or status < 0
+
+    def _stop(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        for file in (process.stdout, process.stderr):
+            if file is not None:
+                file.close()
+        process.kill()  # SIGTERM may be blocked, as it is in data workers
+        process.wait()
+
+
+def _curl(url: str, start: int) -> list[str]:
+    """The command that writes what is behind a URL, from some byte on."""
+    command = [
+        "curl",
+        "--silent",
+        "--no-buffer",
+        "--fail",
+        "--globoff",
+        "--location",
+        "--max-redirs",
+        "10",
+    ]
+    command += ["--proto", f"={','.join(CURL_SCHEMES)}", "--proto-redir", "=http,https"]
+    # Who started it may have been killed; as nobody reads for long, curl may be wrong to give up,
+    # and then it is started again.
+    command += ["--connect-timeout", str(_CONNECT), "--speed-limit", "1", "--speed-time", "300"]
+    command += ["--write-out", "%{stderr}%{http_code}"]
+    if start:
+        command += ["--continue-at", str(start)]
+    return [*command, "--url", url]
