@@ -14,9 +14,10 @@ import numpy as np
 
 from vissl_lite.data.images import find_images
 from vissl_lite.data.path_list import PathList
+from vissl_lite.data.reading import read_regular
 from vissl_lite.data.shard_index import INDEX, write_index
 from vissl_lite.errors import UserError, check_count
-from vissl_lite.run import logged_to_console
+from vissl_lite.run import forget_log, logged_to_console
 from vissl_lite.training.progress import progress_bar
 
 log = logging.getLogger(__name__)
@@ -118,6 +119,7 @@ def shard(
 
 def _check_folder(folder: Path, overwrite: bool) -> None:
     """Refuse a folder that must not be written to. Nothing is changed yet."""
+    forget_log()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: --out must name a folder")
     names = os.listdir(folder) if folder.is_dir() else []
@@ -158,9 +160,8 @@ def _members(
             path = paths[int(index)]
             bar.update(task, advance=1)
             try:
-                with open(path, "rb") as file:
-                    content = file.read()
-            except OSError:
+                content = read_regular(path)
+            except (OSError, ValueError):  # ValueError: it is too large
                 left_out.append(path)
                 continue
             stem, suffix = os.path.splitext(os.path.relpath(os.path.abspath(path), base))

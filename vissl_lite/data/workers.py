@@ -9,12 +9,14 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import cv2
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from vissl_lite.data.reading import limit_pixels, max_pixels
 from vissl_lite.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -54,7 +56,7 @@ class WorkerLoader(Generic[T]):
             dataset,
             num_workers=workers,
             collate_fn=_Sender(collate),
-            worker_init_fn=start_worker,
+            worker_init_fn=partial(start_worker, most=max_pixels()),
             **options,
         )
         self.waiting = False
@@ -147,14 +149,16 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(one)
 
 
-def start_worker(worker: int) -> None:
+def start_worker(worker: int, most: int) -> None:
     """Start of a data worker: OpenCV on one thread; signals that are for the main process ignored.
 
     (A lower priority made training slower.)
 
     Args:
         worker: its number.
+        most: pixels that an image may have, of which a worker that is started anew knows nothing.
     """
+    limit_pixels(most)
     cv2.setNumThreads(0)
     # Collecting garbage writes to every object that it looks at, and so would copy all of those
     # that this process shares with the one that forked it.
