@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from vissl_lite.data.images import BROKEN_IMAGE, read_image, resize_and_crop
+from vissl_lite.data.reading import Broken, reason, report_skipped
 from vissl_lite.data.workers import WorkerLoader
 from vissl_lite.encoder import Normalize
 from vissl_lite.errors import UserError
@@ -19,8 +20,8 @@ from vissl_lite.training.quick import quick_operations
 log = logging.getLogger(__name__)
 
 
-class CentredImages(Dataset[Tensor | None]):
-    """Images as they are judged: the shorter side resized, the centre taken; None if broken.
+class CentredImages(Dataset[Tensor | str]):
+    """Images as they are judged: the shorter side resized, the centre taken; if broken, why.
 
     Args:
         paths: image files.
@@ -33,17 +34,18 @@ class CentredImages(Dataset[Tensor | None]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> Tensor | None:
+    def __getitem__(self, index: int) -> Tensor | str:
         try:
             image = resize_and_crop(read_image(self.paths[index], self.size), self.size)
-        except BROKEN_IMAGE:
-            return None
+        except BROKEN_IMAGE as error:
+            return reason(error, self.paths[index])
         return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
 
 
-def _collate(items: Sequence[Tensor | None]) -> tuple[Tensor | None, list[bool]]:
-    good = [item for item in items if item is not None]
-    return (torch.stack(good) if good else None), [item is not None for item in items]
+def _collate(items: Sequence[Tensor | str]) -> tuple[Tensor | None, list[str | None]]:
+    good = [item for item in items if isinstance(item, Tensor)]
+    faults = [item if isinstance(item, str) else None for item in items]
+    return (torch.stack(good) if good else None), faults
 
 
 def run_over(
@@ -73,6 +75,43 @@ def run_over(
     Raises:
         UserError: no image can be read.
     """
+    outputs: list[list[Tensor]] = []
+    good = run_in_batches(
+        model, compute, normalize, paths, image_size,
+        lambda some, found: outputs.append(found), progress, batch_size,
+    )  # fmt: skip
+    return [torch.cat(parts) for parts in zip(*outputs, strict=True)], good
+
+
+def run_in_batches(
+    model: nn.Module,
+    compute: Callable[[Tensor], list[Tensor]],
+    normalize: Normalize,
+    paths: Sequence[str],
+    image_size: int,
+    use: Callable[[list[str], list[Tensor]], None],
+    progress: Callable[[int], None] | None = None,
+    batch_size: int = 128,
+) -> np.ndarray:
+    """The same as ``run_over``, but each batch is used at once, so that nothing has to be kept.
+
+    Args:
+        model: see ``run_over``, as for the others.
+        compute: from a batch to tensors.
+        normalize: from uint8.
+        paths: image files.
+        image_size: side in pixels.
+        use: called with the paths of the images of a batch that can be read and their tensors,
+            float32 on the CPU.
+        progress: called with the number of images done since the last call.
+        batch_size: images at a time.
+
+    Returns:
+        ``(N,)`` bool: which images can be read.
+
+    Raises:
+        UserError: no image can be read.
+    """
     loader = WorkerLoader(
         CentredImages(paths, image_size),
         _collate,
@@ -80,18 +119,17 @@ def run_over(
         0 if len(paths) < 512 else (8 if torch.cuda.is_available() else 1),
         batch_size=batch_size,
     )
-    outputs: list[list[Tensor]] = []
-    good: list[bool] = []
+    faults: list[str | None] = []
     with evaluating(model, normalize) as device:
-        for images, kept in loader:
-            good += kept
+        for images, found in loader:
             if images is not None:
+                read = [paths[len(faults) + i] for i, fault in enumerate(found) if fault is None]
                 images = images.to(device, memory_format=torch.channels_last)
-                outputs.append([o.float().cpu() for o in compute(normalize(images))])
+                use(read, [o.float().cpu() for o in compute(normalize(images))])
+            faults += found
             if progress is not None:
-                progress(len(kept))
-    report_broken(paths, np.array(good))
-    return [torch.cat(parts) for parts in zip(*outputs, strict=True)], np.array(good)
+                progress(len(found))
+    return report_broken(paths, faults)
 
 
 def check_outputs(outputs: Iterable[Tensor | np.ndarray], place: str) -> None:
@@ -139,18 +177,24 @@ def evaluating(model: nn.Module, normalize: Normalize) -> Iterator[torch.device]
         normalize.to(place)
 
 
-def report_broken(paths: Sequence[str], good: np.ndarray) -> None:
+def report_broken(paths: Sequence[str], faults: Sequence[str | None]) -> np.ndarray:
     """Name the images that could not be read.
 
     Args:
         paths: N image files.
-        good: ``(N,)`` bool: which of them could be read.
+        faults: why each of them can't be read; None where it could.
+
+    Returns:
+        ``(N,)`` bool: which of them could be read.
 
     Raises:
         UserError: none could.
     """
-    for path, fine in zip(paths, good, strict=True):
-        if not fine:
-            log.warning("skipped, can't be read: %s", path)
-    if not good.any():
-        raise UserError(f"none of {len(paths)} images can be read, the first {paths[0]}")
+    broken = [Broken(p, why) for p, why in zip(paths, faults, strict=True) if why is not None]
+    if len(broken) == len(paths):
+        first = broken[0]
+        raise UserError(
+            f"none of {len(paths)} images can be read, the first {first.path} ({first.why})"
+        )
+    report_skipped(broken)
+    return np.array([why is None for why in faults])

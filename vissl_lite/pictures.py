@@ -147,7 +147,7 @@ def draw_words(image: np.ndarray, words: str) -> np.ndarray:
     """
     picture = Image.fromarray(image)
     if picture.width < 160:
-        shape = (160, round(picture.height * 160 / picture.width))
+        shape = (160, min(round(picture.height * 160 / picture.width), max(1600, picture.height)))
         picture = picture.resize(shape, Image.Resampling.NEAREST)
     line = max(16, picture.width // 24)
     whole = Image.new("RGB", (picture.width, picture.height + line + 4), "white")

@@ -20,6 +20,7 @@ import yaml
 from rich.console import Console
 
 from vissl_lite.data.json_file import read_json
+from vissl_lite.data.reading import printable
 from vissl_lite.data.whole_file import whole_file, write_atomically
 from vissl_lite.errors import MachineError, Terminated, UserError
 from vissl_lite.faults import machine_error
@@ -56,6 +57,11 @@ def is_main_process() -> bool:
     return True
 
 
+def forget_log() -> None:
+    """Forget what was logged outside of a run, by an earlier command in this process."""
+    _early.buffer.clear()
+
+
 def check_out(
     out: Path,
     inputs: Sequence[tuple[str, str | Sequence[str] | None]] = (),
@@ -78,7 +84,7 @@ def check_out(
     Raises:
         UserError: nothing is changed then.
     """
-    _early.buffer.clear()  # of an earlier command in this process
+    forget_log()
     if not is_main_process():
         return resume and (out / CONFIG).is_file()
     named = [
@@ -164,9 +170,7 @@ def _kept_log(out: Path) -> Iterator[None]:
     log.removeHandler(_early)
     log.addHandler(file)
     _log_to_console()
-    for record in _early.buffer:
-        log.handle(record)
-    _early.buffer.clear()
+    _repeat_early()
     try:
         yield
     except (UserError, KeyboardInterrupt, Terminated) as error:
@@ -188,7 +192,7 @@ class _LogFile(logging.FileHandler):
     def __init__(self, file: Path) -> None:
         # file names need not be UTF-8
         super().__init__(file, encoding="utf-8", errors="backslashreplace")
-        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         if not isinstance(sys.exc_info()[1], OSError):
@@ -218,10 +222,18 @@ def logged_to_console() -> Iterator[None]:
     """What is logged is shown at once: a command that writes a file has no run to log to."""
     log.removeHandler(_early)
     _log_to_console()
+    _repeat_early()
     try:
         yield
     finally:
         log.addHandler(_early)
+
+
+def _repeat_early() -> None:
+    """Log what was logged before there was a place for it."""
+    for record in _early.buffer:
+        log.handle(record)
+    _early.buffer.clear()
 
 
 def write_config(out: Path, config: Mapping[str, Any]) -> None:
@@ -236,6 +248,13 @@ def _record_of_exception() -> logging.LogRecord:
     )
 
 
+class _Formatter(logging.Formatter):
+    """An entry takes a line, whatever the files are called that it names."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        return printable(super().formatMessage(record))
+
+
 class _ConsoleHandler(logging.Handler):
     """Prints above a progress bar, and leaves long lines (commands, paths) whole."""
 
@@ -244,8 +263,7 @@ class _ConsoleHandler(logging.Handler):
             return
         record.shown = True
         style = "yellow" if record.levelno >= logging.WARNING else None
-        words = record.getMessage().encode(errors="backslashreplace").decode()
-        console.print(words, style=style, soft_wrap=True, markup=False,
+        console.print(printable(record.getMessage()), style=style, soft_wrap=True, markup=False,
                       highlight=False)  # fmt: skip
 
 

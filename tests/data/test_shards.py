@@ -197,7 +197,7 @@ def test_mixing_takes_each_place_once_from_near(images: int, window: int) -> Non
 
 
 def broken_names(batches: list[Batch]) -> set[str]:
-    return {name.rpartition("/")[2] for batch in batches for name in batch.broken}
+    return {one.path.rpartition("/")[2] for batch in batches for one in batch.broken}
 
 
 def lost(batches: list[Batch]) -> dict[str, tuple[int, str]]:

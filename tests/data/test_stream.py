@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from tests.conftest import blobs
-from vissl_lite.data.images import BROKEN_IMAGE, find_images
+from vissl_lite.data.images import find_images
+from vissl_lite.data.reading import Broken
 from vissl_lite.data.stream import (
     Batch,
     Item,
@@ -181,7 +182,8 @@ def test_a_broken_image_gives_way_to_its_successor_and_is_named(
     data = spoilt(photos, *broken)
     item = data[1, asked]
     assert item.number == successor
-    assert item.broken == [data.paths[index] for index in broken]
+    why = "No such file or directory"
+    assert item.broken == [Broken(data.paths[index], why) for index in broken]
     for ours, expected in zip(item.views, dataset(photos)[1, successor].views, strict=True):
         np.testing.assert_array_equal(ours, expected)
 
@@ -191,7 +193,7 @@ def test_batches_name_all_their_broken_images(workers: int, photos: Path) -> Non
     data = spoilt(photos, 3, 10)
     sampler = StreamSampler(IMAGES, 12, 0, epochs=1)
     batches = list(stream(data, sampler, workers, pin_memory=False))
-    named = [path for batch in batches for path in batch.broken]
+    named = [one.path for batch in batches for one in batch.broken]
     assert sorted(named) == sorted([data.paths[3], data.paths[10]])
     seen = indices(batches).ravel().tolist()
     assert sorted(seen) == sorted([*set(range(24)) - {3, 10}, 4, 11])
@@ -201,7 +203,7 @@ def test_a_set_of_broken_images_alone_is_an_error(photos: Path, tmp_path: Path) 
     paths = [str(tmp_path / f"{index}.jpg") for index in range(3)]
     for path in paths:
         Path(path).write_text("broken")
-    with pytest.raises(BROKEN_IMAGE):
+    with pytest.raises(UserError, match=r"1 of 3 images can't be read, the first .*1\.jpg \(no "):
         ViewDataset(paths, views(), 0)[0, 1]
     with pytest.raises(UserError, match="none of 3 images can be read"):
         ViewDataset(paths, views(), 0).first()

@@ -110,16 +110,17 @@ class Tried:
         Args:
             what: the damage, to be named where it does harm.
         """
+        said = ""
         started, peak = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         try:
             self.load()
             outcome = "loaded"
         except UserError as error:
-            outcome = "refused"
-            assert len(str(error).splitlines()) == 1, what
-            assert len(str(error)) < 1000, what
+            outcome, said = "refused", str(error)
         except Exception as error:
             raise AssertionError(f"{what}: {error!r}") from error
+        assert len(said.splitlines()) == (outcome == "refused"), f"{what}: {said}"
+        assert len(said) < 1000, what
         spent = time.process_time() - started
         grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak)
         assert spent < SECONDS, f"{what} took {spent:.1f} seconds"

@@ -140,7 +140,7 @@ def test_a_negative_variance_is_refused(tmp_path: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     name = next(name for name in weights if name.endswith("running_var"))
     save_file({**weights, name: -weights[name]}, folder / "model.safetensors")
-    with pytest.raises(UserError, match="variance .* is negative"):
+    with pytest.raises(UserError, match=r"variance .* is negative"):
         load_encoder(folder)
 
 

@@ -1078,13 +1078,13 @@ def test_shards_are_never_written_where_the_images_are(
     (tmp_path / "out" / "list.txt").write_text("photos/a/01.jpg\n")
     count = len(list(tmp_path.rglob("*")))
     for data, out, message in (
-        (mine, tmp_path / "out", "lies inside --out"),
-        (mine, tmp_path / "link", "lies inside --out"),
-        (mine, mine, "lies inside --out"),
-        (mine / "a" / "01.jpg", mine / "a", "lies inside --out"),
-        (tmp_path / "out" / "list.txt", tmp_path / "out", "lies inside --out"),
-        (mine, mine / "shards", "lies inside --data"),
-        (tmp_path / "link", tmp_path / "out" / "new", "lies inside --data"),
+        (mine, tmp_path / "out", "lies in --out"),
+        (mine, tmp_path / "link", "lies in --out"),
+        (mine, mine, "lies in --out"),
+        (mine / "a" / "01.jpg", mine / "a", "lies in --out"),
+        (tmp_path / "out" / "list.txt", tmp_path / "out", "lies in --out"),
+        (mine, mine / "shards", "lies in --data"),
+        (tmp_path / "link", tmp_path / "out" / "new", "lies in --data"),
         (photos, tmp_path / "out", "holds other files, such as list.txt"),
     ):
         for options in ((), ("--overwrite",)):

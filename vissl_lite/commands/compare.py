@@ -18,6 +18,7 @@ from vissl_lite.comparison.protocols import (
 )
 from vissl_lite.comparison.runner import Runner
 from vissl_lite.comparison.store import Cell, Store
+from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.run import (
     check_out,
     console,
@@ -73,6 +74,7 @@ def compare(
     image_size: int | None = None,
     upright: bool = True,
     leaks: Literal["warn", "exclude", "error"] = "warn",
+    max_pixels: int = MAX_PIXELS,
     seed: int = 0,
     precision: str = "auto",
     num_workers: int | None = None,
@@ -110,6 +112,8 @@ def compare(
         upright: Whether the images have an up, for finetune.
         leaks: What to do about test images that an encoder has seen in pre-training, or that are in
             the training part too: warn, exclude them for all encoders, or stop with an error.
+        max_pixels: Skip images with more pixels (height times width): a small file may decode to
+            billions. The default is what Pillow takes.
         seed: The first of the seeds.
         precision: auto, or one of Lightning's such as 32-true or bf16-mixed.
         num_workers: Data workers of finetune; default by the cores there are.
@@ -131,6 +135,7 @@ def compare(
     if resume:
         defaults = {n: p.default for n, p in inspect.signature(compare).parameters.items()}
         config = resumed_config(Path(out), config, defaults)
+    limit_pixels(config["max_pixels"])
     plan = Plan(**{name: config[name] for name in Plan.__annotations__})
     whole = plan.load_data()
     wanted = plan.choose_protocols(whole)

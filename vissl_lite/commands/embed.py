@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from vissl_lite.data.images import find_images, suitable_size
+from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.data.whole_file import check_place, whole_file
 from vissl_lite.encoder import Encoder, Normalize
 from vissl_lite.encoder_folder import encoder_for
 from vissl_lite.errors import UserError, check_count, did_you_mean
 from vissl_lite.inference import check_outputs, run_over
-from vissl_lite.run import logged_to_console
+from vissl_lite.run import forget_log, logged_to_console
 from vissl_lite.training.progress import progress_bar
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ def embed(
     format: Literal["parquet", "npz"] | None = None,
     layer: str | None = None,
     image_size: int | None = None,
+    max_pixels: int = MAX_PIXELS,
     overwrite: bool = False,
 ) -> EmbedResult:
     """Write the features of images: a row of numbers for each.
@@ -60,6 +62,8 @@ def embed(
         layer: The stage whose mean-pooled map to write, as probe --layers names them; default the
             encoder's output.
         image_size: Side in pixels; default the encoder's, or for random:NAME that of the images.
+        max_pixels: Skip images with more pixels (height times width): a small file may decode to
+            billions. The default is what Pillow takes.
         overwrite: Replace the file.
 
     Returns:
@@ -68,6 +72,7 @@ def embed(
     Raises:
         UserError: something that was given can't work; nothing is written then.
     """
+    limit_pixels(max_pixels)
     file = Path(out)
     if format is None and file.suffix.lower() not in (".parquet", ".npz"):
         raise UserError(f"--out {file} ends in neither .parquet nor .npz: give one, or --format")
@@ -95,6 +100,7 @@ def check_file(file: Path, overwrite: bool) -> None:
     Raises:
         UserError: it exists, is a folder, or can't be written.
     """
+    forget_log()
     if file.is_dir():
         raise UserError(f"--out {file} is a folder: give the name of a file")
     if file.exists() and not overwrite:

@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from vissl_lite.commands.embed import check_file, encoder_for_images
 from vissl_lite.data.images import find_images
+from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.data.splits import VAL_NAMES
 from vissl_lite.errors import UserError, check_count, check_seed
 from vissl_lite.evaluation.embedding import make_map
@@ -29,6 +30,7 @@ def explore(
     out: str,
     most: int = 5000,
     image_size: int | None = None,
+    max_pixels: int = MAX_PIXELS,
     seed: int = 0,
     overwrite: bool = False,
 ) -> Path:
@@ -44,6 +46,8 @@ def explore(
         out: The file to write: FILE.html.
         most: Show at most so many images; of more a sample.
         image_size: Side in pixels; default the encoder's, or for random:NAME that of the images.
+        max_pixels: Skip images with more pixels (height times width): a small file may decode to
+            billions. The default is what Pillow takes.
         seed: Of the sample and the map.
         overwrite: Replace the file.
 
@@ -53,6 +57,7 @@ def explore(
     Raises:
         UserError: something that was given can't work; nothing is written then.
     """
+    limit_pixels(max_pixels)
     check_count("most", most)
     check_seed(seed)
     file = Path(out)

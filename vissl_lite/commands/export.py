@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from vissl_lite import __version__
 from vissl_lite.data.images import BROKEN_IMAGE, find_images, read_image, resize_and_crop
+from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.data.whole_file import check_place
 from vissl_lite.encoder import first_line
 from vissl_lite.encoder_config import CONFIG, read_model_config
@@ -63,6 +64,7 @@ def export(
     format: Literal["onnx", "safetensors"] = "onnx",
     image_size: int | None = None,
     check_data: list[str] | str | None = None,
+    max_pixels: int = MAX_PIXELS,
     overwrite: bool = False,
 ) -> ExportResult:
     """Write an encoder or a fine-tuned model for use without vissl_lite, and check it.
@@ -79,6 +81,8 @@ def export(
         image_size: Side in pixels of an ONNX file's images; default the encoder's or model's.
         check_data: Folders of images, or .txt files of paths, to compare with torch by; default
             images made up for it.
+        max_pixels: Skip images of --check_data with more pixels (height times width): a small file
+            may decode to billions. The default is what Pillow takes.
         overwrite: Replace what is in --out.
 
     Returns:
@@ -90,6 +94,7 @@ def export(
     """
     if (encoder is None) == (model is None):
         raise UserError("give what to export: --encoder or --model, one of the two")
+    limit_pixels(max_pixels)
     check_count("image_size", image_size)
     path = Path(out)
     _check_out(path, format, overwrite)

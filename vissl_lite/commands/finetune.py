@@ -11,10 +11,11 @@ from rich.table import Table
 
 from vissl_lite import __version__
 from vissl_lite.commands.leaks import guard
-from vissl_lite.commands.report import add_report, add_test_embeddings
+from vissl_lite.commands.report import add_report, add_test_embeddings, add_test_pictures
 from vissl_lite.data.boxes import load_boxes, take_boxes
 from vissl_lite.data.labelled import load_labelled, take_labels
 from vissl_lite.data.masks import load_masks, take_masks
+from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.encoder_folder import encoder_for, load_encoder
 from vissl_lite.errors import UserError, check_count, check_positive, check_seed
 from vissl_lite.optim import OptimizerSettings, check_optimizer
@@ -103,6 +104,7 @@ def finetune(
     smallest_crop: float = 0.35,
     upright: bool = True,
     leaks: Literal["warn", "exclude", "error"] = "warn",
+    max_pixels: int = MAX_PIXELS,
     seed: int = 0,
     precision: str = "auto",
     num_workers: int | None = None,
@@ -152,6 +154,8 @@ def finetune(
             are turned and flipped in all directions.
         leaks: What to do about test images that were seen in pre-training or are in the training
             part too: warn, exclude them, or stop with an error.
+        max_pixels: Skip images with more pixels (height times width): a small file may decode to
+            billions. The default is what Pillow takes.
         seed: Of everything random, the part of the labels included.
         precision: auto, or one of Lightning's such as 32-true or bf16-mixed.
         num_workers: Data workers; default by the cores there are.
@@ -178,6 +182,7 @@ def finetune(
     for name, tasks in _ONLY_FOR.items():
         if config[name] not in (None, False) and task not in tasks:
             raise UserError(f"--{name} is for --task {' or '.join(tasks)}, not for {task}")
+    limit_pixels(max_pixels)
     check_optimizer(optimizer)
     for name, share in (("warmup", warmup), ("label_smoothing", label_smoothing or 0.0)):
         if not 0 <= share < 1:
@@ -249,10 +254,10 @@ def finetune(
         hardware = Hardware(precision, devices=1, num_workers=num_workers)
         files = TrainingFiles(metrics, run / CHECKPOINTS, resume)
         model = transfer.train(start, hardware, files)
-        scores = transfer.score(model, start)
         about = {"version": __version__, "task": task, "encoder": encoder, "data": data}
-        transfer.save(model, start, run / "model", about)
-        transfer.draw(model, start, scores, run)
+        transfer.save(model, start, run / "model", about)  # first: the test images may have gone
+        scores = transfer.score(model, start)
+        add_test_pictures(run, transfer, model, start, scores)
         plot_curves(metrics, transfer.curves, run / "curves.png")
         best = max(metrics.series(transfer.chosen_by)[1], default=None)
         results = {

@@ -17,6 +17,7 @@ from vissl_lite.data.cache import CachePlan, forks_workers, plan_cache
 from vissl_lite.data.labelled import load_labelled
 from vissl_lite.data.leaks import seen_by
 from vissl_lite.data.path_list import PathList
+from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.data.views import Views
 from vissl_lite.encoder_folder import save_encoder
 from vissl_lite.errors import UserError
@@ -94,6 +95,7 @@ def pretrain(
     on_collapse: Literal["warn", "stop"] = "warn",
     logger: list[str] | str | None = None,
     cache: bool = False,
+    max_pixels: int = MAX_PIXELS,
     seed: int = 0,
     precision: str = "auto",
     devices: int | str = "auto",
@@ -140,6 +142,8 @@ def pretrain(
         cache: Keep decoded images, down-sized as far as the smallest crop allows, for later epochs:
             in memory where they fit into half of what is free, else in one file in the run's folder
             as long as it trains.
+        max_pixels: Skip images with more pixels (height times width): a small file may decode to
+            billions. The default is what Pillow takes.
         seed: Of everything random.
         precision: auto, or one of Lightning's such as 32-true or bf16-mixed.
         devices: How many devices of each machine to use, or auto.
@@ -173,6 +177,7 @@ def pretrain(
         config = resumed_config(Path(out), config, defaults)
         if is_finished(Path(out)):
             return _finished(Path(out))
+    limit_pixels(config["max_pixels"])
 
     options = Options(**{k: v for k, v in config.items() if k in Options.__annotations__})
     images = find_training_images(options, Path(out), resume)

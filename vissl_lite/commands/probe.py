@@ -14,6 +14,7 @@ from vissl_lite.commands.leaks import guard
 from vissl_lite.commands.report import add_report, add_test_embeddings
 from vissl_lite.data.images import suitable_size
 from vissl_lite.data.labelled import LabelledImages, Part, load_labelled, take_labels
+from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.encoder import Encoder
 from vissl_lite.encoder_folder import encoder_for
 from vissl_lite.errors import check_count, check_positive, check_seed
@@ -55,6 +56,7 @@ def probe(
     shots: int | None = None,
     image_size: int | None = None,
     leaks: Literal["warn", "exclude", "error"] = "warn",
+    max_pixels: int = MAX_PIXELS,
     seed: int = 0,
     overwrite: bool = False,
 ) -> ProbeResult:
@@ -74,6 +76,8 @@ def probe(
         image_size: Side in pixels; default the encoder's, or for random:NAME that of the images.
         leaks: What to do about test images that were seen in pre-training or are in the training
             part too: warn, exclude them, or stop with an error.
+        max_pixels: Skip images with more pixels (height times width): a small file may decode to
+            billions. The default is what Pillow takes.
         seed: Of the split, the part of the labels, and an untrained encoder.
         overwrite: Replace the run in --out.
 
@@ -84,6 +88,7 @@ def probe(
         UserError: something that was given can't work; nothing is written then.
     """
     config = dict(locals())
+    limit_pixels(max_pixels)
     check_count("k", k)
     check_positive("temperature", temperature)
     check_seed(seed)

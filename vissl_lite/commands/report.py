@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vissl_lite.data.images import read_image, resize_and_crop
+from vissl_lite.data.images import BROKEN_IMAGE, read_image, resize_and_crop
 from vissl_lite.data.labelled import LabelledImages
 from vissl_lite.data.leaks import paths_of
 from vissl_lite.data.views import Views
@@ -20,6 +20,7 @@ from vissl_lite.pretext.base import PretextTask
 from vissl_lite.pretext.parts.exhibit import draw_views, exhibit
 from vissl_lite.run import MAP, console
 from vissl_lite.run_folder import CONFIG
+from vissl_lite.transfer.tasks import Task
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +128,24 @@ def add_test_embeddings(run: Path, encoder: Encoder, data: Any, seed: int) -> No
     if isinstance(data, LabelledImages) and not data.multi_label:
         labels = data.test.labels
     add_embeddings(run, encoder, paths_of(data.test), labels, data.classes, seed)
+
+
+def add_test_pictures(run: Path, task: Task, model: Any, encoder: Encoder, scores: Any) -> None:
+    """Leave pictures of test predictions in a run of ``finetune``.
+
+    Images that have gone are a warning and no more.
+
+    Args:
+        run: the folder.
+        task: of the run.
+        model: what it has trained.
+        encoder: what that came from.
+        scores: of the model on the test part.
+    """
+    try:
+        task.draw(model, encoder, scores, run)
+    except (UserError, *BROKEN_IMAGE) as error:
+        _warn("the pictures of the test images", error)
 
 
 def add_report(run: Path) -> None:

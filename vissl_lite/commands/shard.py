@@ -15,10 +15,12 @@ import numpy as np
 
 from vissl_lite.data.images import find_images
 from vissl_lite.data.path_list import PathList
+from vissl_lite.data.reading import open_regular, read_regular
 from vissl_lite.data.shard_index import INDEX, INDEX_PART, index_text, parse_index
-from vissl_lite.data.tar_reader import LARGEST, open_regular
+from vissl_lite.data.tar_reader import LARGEST
 from vissl_lite.errors import UserError, check_count
-from vissl_lite.run import logged_to_console
+from vissl_lite.run import forget_log, logged_to_console
+from vissl_lite.run_folder import check_apart
 from vissl_lite.training.progress import progress_bar
 
 log = logging.getLogger(__name__)
@@ -82,7 +84,7 @@ def shard(
         raise UserError("give --shard_size_mb or --images_per_shard, not both")
     sources = [data] if isinstance(data, str) else data
     folder = Path(out)
-    _check_inputs(folder, sources)
+    check_apart(folder, [("data", source) for source in sources])
     old = _check_folder(folder, overwrite)
     paths = PathList(find_images(sources))
     base = _common_folder(sources, paths)
@@ -113,23 +115,6 @@ def shard(
     return result
 
 
-def _check_inputs(folder: Path, sources: Sequence[str]) -> None:
-    """Refuse to write where the images are. Nothing is changed yet."""
-    out = os.path.realpath(folder)
-    for source in sources:
-        data = os.path.realpath(source)
-        if not os.path.exists(data):
-            continue
-        if os.path.commonpath([out, data]) == out:
-            raise UserError(
-                f"--data {source} lies inside --out {folder}: --overwrite would delete it"
-            )
-        if os.path.commonpath([out, data]) == data:
-            raise UserError(
-                f"--out {folder} lies inside --data {source}: give a folder outside of it"
-            )
-
-
 def _check_folder(folder: Path, overwrite: bool) -> list[Path]:
     """The shards and parts of them that are there and may be replaced. Nothing is changed yet.
 
@@ -137,6 +122,7 @@ def _check_folder(folder: Path, overwrite: bool) -> list[Path]:
         UserError: the folder holds other files, or shards without ``overwrite``, or it can't be
             written.
     """
+    forget_log()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: --out must name a folder")
     files = sorted(folder.iterdir()) if folder.is_dir() else []
@@ -171,7 +157,7 @@ def _check_folder(folder: Path, overwrite: bool) -> list[Path]:
 def _listed(index: Path) -> list[str]:
     """The shards that an index lists; none where it can't be read."""
     try:
-        with open_regular(str(index)) as file:
+        with open_regular(index) as file:
             return [entry.url for entry in parse_index(file.read())]
     except (OSError, ValueError):
         return []
@@ -203,11 +189,10 @@ def _members(
             path = paths[int(index)]
             bar.update(task, advance=1)
             try:
-                with open_regular(path) as file:
-                    if os.fstat(file.fileno()).st_size > LARGEST:
-                        raise OSError("no reader of shards would read it")
-                    content = file.read()
-            except OSError:
+                content = read_regular(path)
+                if len(content) > LARGEST:
+                    raise ValueError("no reader of shards would read it")
+            except (OSError, ValueError):  # ValueError: it is too large
                 left_out.append(path)
                 continue
             stem, suffix = os.path.splitext(os.path.relpath(os.path.abspath(path), base))

@@ -9,12 +9,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 
 from vissl_lite.data.labelled import LabelledImages, Part
 from vissl_lite.encoder import Encoder
+from vissl_lite.errors import UserError
 from vissl_lite.evaluation.features import extract
 from vissl_lite.evaluation.knn import knn_predict
 from vissl_lite.evaluation.linear import linear_probe
@@ -57,7 +58,9 @@ class Features:
         progress: called with the number of images done since the last call.
 
     Raises:
-        UserError: no image can be read, or the features are no finite numbers.
+        UserError: an image can't be read, or the features are no finite numbers. Images that never
+            could be read are left out before: one encoder must not be judged without an image that
+            others are judged by.
     """
 
     def __init__(
@@ -68,15 +71,21 @@ class Features:
         progress: Callable[[int], None] | None = None,
     ) -> None:
         self.by_layer, good = extract(encoder, paths, layers, progress)
+        if not good.all():
+            _gone([path for path, fine in zip(paths, good, strict=True) if not fine])
         check_outputs(self.by_layer.values(), f"some of the {len(paths)} images")
-        read = [path for path, fine in zip(paths, good, strict=True) if fine]
-        self._row = {path: row for row, path in enumerate(read)}
+        self._row = {path: row for row, path in enumerate(paths)}
 
     def of(self, part: Part, layer: str) -> tuple[np.ndarray, np.ndarray]:
-        """``(N, D)`` features and ``(N,)`` labels of the readable images of a part."""
-        kept = [index for index, path in enumerate(part.paths) if path in self._row]
-        rows = [self._row[part.paths[index]] for index in kept]
-        return self.by_layer[layer][rows], part.labels[kept]
+        """``(N, D)`` features and ``(N,)`` labels of the images of a part."""
+        return self.by_layer[layer][[self._row[path] for path in part.paths]], part.labels
+
+
+def _gone(paths: Sequence[str]) -> NoReturn:
+    raise UserError(
+        f"{len(paths)} images that could be read can't be any more, the first {paths[0]}: encoders "
+        f"are compared on the same images; bring them back, and --resume goes on"
+    )
 
 
 def judge_frozen(
@@ -145,4 +154,7 @@ def finetune_best(
     scores = task.score(model, encoder)
     name = task.chosen_by.removeprefix("val_")
     right = scores.right if isinstance(scores, TestScores) else None
+    test = task.data.test.paths if isinstance(task.data, LabelledImages) else []
+    if right is not None and len(right) < len(test):
+        _gone([path for path in test if not Path(path).is_file()] or test)
     return Score(scores.metrics[name], scores.metrics, {"lr": rate}, right)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class Store:
     def place(self, cell: Cell) -> Path:
         """The cell's file, without suffix: also where the curves of its trainings are."""
         # two arms may differ in what a file name can't hold
-        digest = hashlib.blake2b(cell.arm.encode(), digest_size=3).hexdigest()
+        digest = hashlib.blake2b(os.fsencode(cell.arm), digest_size=3).hexdigest()
         arm = re.sub(r"[^\w.-]+", "-", cell.arm).strip("-.")[-60:]
         amount = re.sub(r"[^\w.]+", "-", cell.amount).strip("-")
         return self.folder / f"{arm}-{digest}" / f"{cell.protocol}-{amount}-seed{cell.seed}"
@@ -141,4 +142,4 @@ def digest_weights(model: nn.Module) -> str:
 
 def digest_words(words: Sequence[str]) -> str:
     """A short digest of names in their order: whether the images of a part are still the same."""
-    return hashlib.blake2b("\n".join(words).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(os.fsencode("\n".join(words)), digest_size=8).hexdigest()

@@ -98,6 +98,9 @@ class FileTree:
         Returns:
             Its path, or None if there is none, or several that are equally near.
         """
+        exact = os.path.join(self.folder, name)
+        if (os.path.isabs(name) or "\\" in name) and os.path.isfile(exact):
+            return exact
         name = name.replace("\\", "/")
         if os.path.isabs(name) and os.path.isfile(name):
             return name

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vissl_lite.data.images import BROKEN_IMAGE, decode_image
 from vissl_lite.data.npz_file import read_npz
+from vissl_lite.data.reading import Broken, read_regular, reason, report_skipped
 from vissl_lite.data.whole_file import whole_file
 from vissl_lite.errors import UserError
 
@@ -184,31 +185,44 @@ class Fingerprints:
 def fingerprints_of(
     paths: Sequence[str], progress: Callable[[int], None] | None = None
 ) -> Fingerprints:
-    """The fingerprints of image files; those that can't be read are left out.
+    """The fingerprints of image files; those that can't be read are left out, and named in the log.
 
     Args:
         paths: image files.
         progress: called with the number of images done since the last call.
     """
-    records, readable = [], []
+    found, broken = read_fingerprints(paths, progress)
+    report_skipped(broken)
+    return found
+
+
+def read_fingerprints(
+    paths: Sequence[str], progress: Callable[[int], None] | None = None
+) -> tuple[Fingerprints, list[Broken]]:
+    """The same as ``fingerprints_of``, and what can't be read in place of a log of it."""
+    records: list[np.ndarray] = []
+    readable: list[str] = []
+    broken: list[Broken] = []
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
         for path, record in zip(paths, threads.map(_fingerprint_of, paths), strict=True):
-            if record is not None:
+            if isinstance(record, str):
+                broken.append(Broken(path, record))
+            else:
                 records.append(record)
                 readable.append(path)
             if progress is not None:
                 progress(1)
     empty = np.empty((0, EXACT_BYTES + LOOK_BYTES), np.uint8)
-    return Fingerprints.of(np.stack(records) if records else empty, readable)
+    return Fingerprints.of(np.stack(records) if records else empty, readable), broken
 
 
-def _fingerprint_of(path: str) -> np.ndarray | None:
+def _fingerprint_of(path: str) -> np.ndarray | str:
+    """The fingerprint of a file, or why there is none."""
     try:
-        with open(path, "rb") as file:
-            data = file.read()
+        data = read_regular(path)
         return fingerprint(data, decode_image(data, path, 2 * _SIDE))
-    except BROKEN_IMAGE:
-        return None
+    except BROKEN_IMAGE as error:
+        return reason(error, path)
 
 
 class Match(NamedTuple):

@@ -1,18 +1,48 @@
 """What the first bytes of an image file say: its size, without decoding it.
 
 Read by hand for JPEG and PNG: opening a file with Pillow for it costs more than decoding a small
-one.
+one. Read by hand for WebP, of which Pillow makes room for all pixels when it opens the file, and
+for TIFF, of which OpenCV reads kinds that Pillow does not know.
 """
 
-from typing import NamedTuple
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+
+from vissl_lite.data.reading import check_pixels, max_pixels, open_regular
 
 # Cameras put a thumbnail of up to 64 KB before the size; most other files have it at the start.
 _START = 4096
 
+# Segments of a JPEG before its size at most; a colour profile takes up to 255.
+_MOST_MARKERS = 10_000
+
 _ORIENTATION = 0x0112  # the EXIF tag
 _ON_ITS_SIDE = range(5, 9)  # its values that make height of width
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+# What Pillow may open: what the suffixes of images stand for, and AVIF, which web servers send
+# under other names. Pillow knows dozens, and hands one of them to Ghostscript.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
+
+# What Pillow raises on bytes that it does not expect, beside what ``BROKEN_IMAGE`` names.
+_CONFUSED = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
+    struct.error, zlib.error,
+)  # fmt: skip
+
+# Tags of a TIFF: width and height of the image and of a tile; the types of integers, with their
+# bytes, that they may have.
+_TIFF_SIDES = ((257, 256), (323, 322))
+_TIFF_INTEGERS = {1: 1, 3: 2, 4: 4, 6: 1, 8: 2, 9: 4, 16: 8, 17: 8}
+_MOST_TAGS = 65535
 
 
 class JpegHeader(NamedTuple):
@@ -40,8 +70,22 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
     if data[:2] != b"\xff\xd8":
         return None
     at, turned = 2, False
-    while at + 9 < len(data) and data[at] == 0xFF:
+    for _ in range(_MOST_MARKERS):
+        # as libjpeg does: what stands between markers is passed over, and a marker may follow
+        # upon any number of fill bytes
+        at = data.find(b"\xff", at)
+        if at < 0:
+            return None
+        if data[at + 1 : at + 2] == b"\xff":
+            at = len(data) - len(data[at:].lstrip(b"\xff")) - 1
+        if at + 9 >= len(data):
+            return None
         marker = data[at + 1]
+        if marker <= 0x01 or 0xD0 <= marker <= 0xD7:  # these have no length
+            at += 2
+            continue
+        if marker in (0xD8, 0xD9, 0xDA):  # no size comes after these
+            return None
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             height = int.from_bytes(data[at + 5 : at + 7], "big")
             width = int.from_bytes(data[at + 7 : at + 9], "big")
@@ -51,7 +95,7 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
         end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
         if marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
             turned = _lies_on_its_side(data[at + 10 : end])
-        at = end
+        at = max(end, at + 4)
     return None
 
 
@@ -77,19 +121,167 @@ def image_size(path: str) -> tuple[int, int]:
         path: the file.
 
     Raises:
-        OSError, ValueError, SyntaxError: it is missing, or no image (``BROKEN_IMAGE``).
+        OSError, ValueError, SyntaxError: it is missing, no image, or has more pixels than are
+            allowed (``BROKEN_IMAGE``).
     """
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path) as file:
         data = file.read(_START)
-        if data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) >= 24:
-            return int.from_bytes(data[20:24], "big"), int.from_bytes(data[16:20], "big")
+        if is_png(data):
+            return png_size(data, path)
         if data[:2] == b"\xff\xd8":
             header = jpeg_header(data) or jpeg_header(data + file.read())
             if header is None:
-                raise ValueError(f"{path} has no size")
+                raise ValueError(f"{path}: no size in it")
+            check_pixels(header.height, header.width, path)
             return header.height, header.width
-    with Image.open(path) as image:
-        width, height = image.size
-        # of a TIFF, Pillow gives the size as it is shown
-        turned = image.format != "TIFF" and image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE
+        with opened_image(file, path) as image:
+            width, height = image.size
+            # of a TIFF, Pillow gives the size as it is shown
+            turned = image.format != "TIFF" and orientation(image) in _ON_ITS_SIDE
     return (width, height) if turned else (height, width)
+
+
+def is_png(data: bytes) -> bool:
+    """Whether a file begins as a PNG, its size included."""
+    return data[:8] == PNG and data[12:16] == b"IHDR" and len(data) >= 33
+
+
+def png_size(data: bytes, path: str | Path) -> tuple[int, int]:
+    """Height and width of a PNG.
+
+    Args:
+        data: what the file begins with, of which ``is_png`` says yes.
+        path: named in errors.
+
+    Raises:
+        ValueError: it has more pixels than are allowed.
+    """
+    height, width = int.from_bytes(data[20:24], "big"), int.from_bytes(data[16:20], "big")
+    check_pixels(height, width, path)
+    return height, width
+
+
+@contextmanager
+def opened_image(file: BinaryIO, path: str | Path) -> Iterator[Image.Image]:
+    """An image file opened with Pillow, with no more pixels than are allowed; nothing is decoded.
+
+    Within it, what Pillow raises on bytes that it does not expect becomes a ValueError.
+
+    Args:
+        file: the file.
+        path: named in errors.
+
+    Raises:
+        UnidentifiedImageError: Pillow does not know the format.
+        OSError, ValueError, SyntaxError: it is damaged, or has too many pixels.
+    """
+    try:
+        _check_by_hand(file, path)
+        with Image.open(file, formats=_formats()) as image:
+            check_pixels(image.height, image.width, path)
+            yield image
+    except UnidentifiedImageError:
+        raise UnidentifiedImageError(f"{path}: no image of a format that is known") from None
+    except Image.DecompressionBombError:
+        raise ValueError(f"{path}: more pixels than --max_pixels {max_pixels()}") from None
+    except _CONFUSED as error:
+        raise ValueError(f"{path}: {error or type(error).__name__}") from error
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an image, 1 to 8; 1 where there is none, or none that can be read."""
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except (OSError, ValueError, SyntaxError, *_CONFUSED):
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+@cache
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
+
+
+def _check_by_hand(file: BinaryIO, path: str | Path) -> None:
+    """Check the pixels of a file before Pillow opens it, which may make room or warn at once."""
+    file.seek(0)
+    start = file.read(33)
+    if is_png(start):
+        png_size(start, path)
+    elif is_tiff(start):
+        check_tiff(file, path)
+    else:
+        size = _size_in_start(start)
+        if size is not None:
+            check_pixels(*size, path)
+    file.seek(0)
+
+
+def _size_in_start(start: bytes) -> tuple[int, int] | None:
+    """Height and width of a GIF, BMP or WebP file; None of others.
+
+    GIF89a, section 18; Windows' BITMAPINFOHEADER and the older BITMAPCOREHEADER; RFC 9649, sections
+    2.5 to 2.7, with RFC 6386, section 9.1.
+    """
+
+    def number(at: int, length: int) -> int:
+        return int.from_bytes(start[at : at + length], "little")
+
+    if start[:4] == b"GIF8":
+        return number(8, 2), number(6, 2)
+    if start[:2] == b"BM":
+        length = 2 if number(14, 4) == 12 else 4
+        height, width = number(18 + length, length), number(18, length)
+        # a height below zero: the first row is at the top
+        return (height if height < 1 << 31 else (1 << 32) - height), width
+    kind = start[12:16] if start[:4] == b"RIFF" and start[8:12] == b"WEBP" else b""
+    if kind == b"VP8X":
+        return number(27, 3) + 1, number(24, 3) + 1
+    if kind == b"VP8 ":
+        return number(28, 2) & 0x3FFF, number(26, 2) & 0x3FFF
+    if kind == b"VP8L":
+        bits = number(21, 4)
+        return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
+    return None
+
+
+def is_tiff(data: bytes) -> bool:
+    """Whether a file begins as a TIFF or a BigTIFF."""
+    return data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+def check_tiff(file: BinaryIO, path: str | Path) -> None:
+    """Check the pixels of a TIFF, and of one of its tiles, which are decoded whole.
+
+    Reads the first directory by hand (TIFF 6.0, section 2; libtiff's BigTIFF design).
+
+    Args:
+        file: the file.
+        path: named in errors.
+
+    Raises:
+        ValueError: there are too many, or none.
+    """
+    file.seek(0)
+    start = file.read(16)
+    order = "little" if start[:1] == b"I" else "big"
+    big = b"+" in start[2:4]
+
+    def number(data: bytes) -> int:
+        return int.from_bytes(data, order)  # type: ignore[arg-type]
+
+    file.seek(number(start[8:16] if big else start[4:8]))
+    length = 20 if big else 12
+    count = min(number(file.read(8 if big else 2)), _MOST_TAGS)
+    directory = file.read(length * count)
+    values: dict[int, int] = {}
+    for at in range(0, len(directory) - length + 1, length):
+        tag, kind = number(directory[at : at + 2]), number(directory[at + 2 : at + 4])
+        value = at + (12 if big else 8)
+        if kind in _TIFF_INTEGERS:
+            found = number(directory[value : value + _TIFF_INTEGERS[kind]])
+            values[tag] = max(found, values.get(tag, 0))  # which of two counts, readers disagree
+    for number_of, (down, across) in enumerate(_TIFF_SIDES):
+        if number_of == 0 or down in values or across in values:
+            check_pixels(values.get(down, 0), values.get(across, 0), path)

@@ -11,10 +11,22 @@ os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from vissl_lite.data.headers import jpeg_header
+from vissl_lite.data.headers import (
+    check_tiff,
+    image_size,
+    is_png,
+    is_tiff,
+    jpeg_header,
+    opened_image,
+    orientation,
+    png_size,
+)
+from vissl_lite.data.reading import check_pixels, read_regular
 from vissl_lite.errors import UserError
+
+log = logging.getLogger(__name__)
 
 EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
@@ -29,12 +41,24 @@ BROKEN_IMAGE = (OSError, ValueError, SyntaxError, EOFError, cv2.error, Image.Dec
 # What a JPEG can be divided by in decoding, and OpenCV's flags for it.
 _REDUCED = {1: 0, 2: 16, 4: 32, 8: 64}
 
+# What turns an image upright, by its EXIF orientation (EXIF 2.32, 4.6.4, tag 274).
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
 
 def find_images(sources: Sequence[str | Path]) -> list[str]:
     """All image files in folders (searched recursively) and in text files of paths.
 
-    Links to folders are followed, each folder once; hidden files and folders are left out. The
-    paths of one source come sorted, so that an image has the same index on every machine.
+    Links to folders are followed, each folder once; hidden files and folders are left out, and so
+    are pipes, devices and links to nothing, which the log counts. The paths of one source come
+    sorted, so that an image has the same index on every machine.
 
     Args:
         sources: folders, image files, or ``.txt`` files with one path a line (relative to the
@@ -48,8 +72,9 @@ def find_images(sources: Sequence[str | Path]) -> list[str]:
     """
     found: list[str] = []
     for source in map(Path, sources):
+        odd: list[str] = []
         if source.is_dir():
-            paths = walk(source, EXTENSIONS)
+            paths = walk(source, EXTENSIONS, odd)
         elif source.suffix.lower() == ".txt" and source.is_file():
             paths = _read_list(source)
         elif source.suffix.lower() in EXTENSIONS and source.is_file():
@@ -58,6 +83,9 @@ def find_images(sources: Sequence[str | Path]) -> list[str]:
             raise UserError(f"{source} is neither a folder, an image nor a .txt file of paths")
         else:
             raise UserError(f"{source} does not exist")
+        if not paths and odd:
+            raise UserError(f"no images found in {source}: {len(odd)} are no regular files but "
+                            f"{_ODD}, the first {odd[0]}")  # fmt: skip
         if not paths:
             kinds = " ".join(sorted(e[1:] for e in EXTENSIONS))
             raise UserError(f"no images found in {source} (looked for {kinds}, recursively)")
@@ -67,14 +95,21 @@ def find_images(sources: Sequence[str | Path]) -> list[str]:
     return found if one_folder else list(dict.fromkeys(found))
 
 
-def walk(folder: str | Path, suffixes: Collection[str] | None = None) -> list[str]:
-    """The files below a folder, folder by folder, sorted; hidden ones are left out.
+_ODD = "pipes, devices or links to nothing"
 
-    Links to folders are followed, each folder once.
+
+def walk(
+    folder: str | Path, suffixes: Collection[str] | None = None, odd: list[str] | None = None
+) -> list[str]:
+    """The regular files below a folder, folder by folder, sorted; hidden ones are left out.
+
+    Links to folders are followed, each folder once. Pipes, devices and links to nothing are left
+    out, and counted in the log.
 
     Args:
         folder: where to begin; the paths begin with it.
         suffixes: only files with one of these, in lower case and with a dot.
+        odd: gets the paths of those that are no regular files.
 
     Raises:
         UserError: a folder can't be read.
@@ -82,6 +117,7 @@ def walk(folder: str | Path, suffixes: Collection[str] | None = None) -> list[st
 
     endings = None if suffixes is None else tuple(suffixes)
     paths: list[str] = []
+    odd = [] if odd is None else odd
     seen, ahead = set(), [os.fspath(folder)]
     while ahead:
         root = ahead.pop()
@@ -89,43 +125,61 @@ def walk(folder: str | Path, suffixes: Collection[str] | None = None) -> list[st
         if real in seen:  # a link that leads back
             continue
         seen.add(real)
-        files, folders = _entries(root, endings)
+        files, folders, others = _entries(root, endings)
         start = os.path.join(root, "")
         paths += [start + name for name in files]
+        odd += [start + name for name in others]
         ahead += [start + name for name in reversed(folders)]
+    if odd:
+        log.warning("left out, as no regular files but %s: %d, the first %s", _ODD, len(odd),
+                    odd[0])  # fmt: skip
     return paths
 
 
-def _entries(folder: str, endings: tuple[str, ...] | None) -> tuple[list[str], list[str]]:
-    """Names of the files with one of these endings and of the folders in a folder, sorted."""
-    files, folders = [], []
+def _entries(
+    folder: str, endings: tuple[str, ...] | None
+) -> tuple[list[str], list[str], list[str]]:
+    """What is in a folder, by name, sorted.
+
+    Returns:
+        Regular files with one of the endings, folders, and what else has one of the endings.
+    """
+    files: list[str] = []
+    folders: list[str] = []
+    others: list[str] = []
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
                 name = entry.name
                 if name.startswith("."):
                     continue
-                if _is_folder(entry):
+                if _is(entry.is_dir):
                     folders.append(name)
                 elif endings is None or name.lower().endswith(endings):
-                    files.append(name)
+                    # the folder says which it is; of a link, what is_dir has found is known
+                    (files if _is(entry.is_file) else others).append(name)
     except OSError as error:
         raise UserError(f"{folder} can't be read: {error.strerror}") from None
-    return sorted(files), sorted(folders)
+    return sorted(files), sorted(folders), sorted(others)
 
 
-def _is_folder(entry: "os.DirEntry[str]") -> bool:
+def _is(kind: Callable[[], bool]) -> bool:
     try:
-        return entry.is_dir()
+        return kind()
     except OSError:  # a link to itself
         return False
 
 
 def _read_list(file: Path) -> list[str]:
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        content = file.read_bytes()
+    except OSError as error:
         raise UserError(f"{file} can't be read as a text file of paths: {error}") from None
+    if b"\0" in content:  # UTF-16, or no text at all
+        raise UserError(f"{file} can't be read as a text file of paths: it is not in UTF-8")
+    # names on the disk need not be UTF-8
+    text = content.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
+    lines = [line.strip() for line in text.split("\n")]
     paths = [str(file.parent / line) for line in lines if line and not line.startswith("#")]
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
@@ -151,11 +205,10 @@ def read_image(path: str | Path, shortest: int | None = None) -> np.ndarray:
         ``(H, W, 3)`` uint8.
 
     Raises:
-        OSError, ValueError, SyntaxError, cv2.error: the file is missing or broken
-            (``BROKEN_IMAGE``).
+        OSError, ValueError, SyntaxError, cv2.error: the file is missing, no regular file, broken,
+            or has more pixels than are allowed (``BROKEN_IMAGE``).
     """
-    with open(path, "rb") as file:
-        return decode_image(file.read(), path, shortest)
+    return decode_image(read_regular(path), path, shortest)
 
 
 def decode_image(data: bytes, path: str | Path, shortest: int | None = None) -> np.ndarray:
@@ -188,20 +241,26 @@ def decode_reduced(
     """
     flags, whole, factor = cv2.IMREAD_COLOR_RGB, None, 1
     jpeg = jpeg_header(data)
+    if jpeg is not None:
+        check_pixels(jpeg.height, jpeg.width, path)
+    elif data[:2] == b"\xff\xd8":
+        raise ValueError(f"{path}: no size in it")
     if jpeg is not None and jpeg.channels != 4:
         # from behind: looking through megabytes takes a tenth of the time of decoding them
         if data.rfind(b"\xff\xd9") < 0:  # OpenCV would fill the missing part with grey
-            raise ValueError(f"{path} is cut short")
+            raise ValueError(f"{path}: cut short")
         whole = jpeg.height, jpeg.width
         larger = max(1, times(*whole))
         factor = max(one for one in _REDUCED if one <= larger)
         flags |= _REDUCED[factor]
-    elif not _is_plain_png(data):
+    elif _is_plain_png(data):
+        png_size(data, path)
+    else:
         read = _read_with_pillow(data, path)
         return read, (read.shape[0], read.shape[1])
     image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     if image is None:
-        raise ValueError(f"{path} can't be decoded")
+        raise ValueError(f"{path}: can't be decoded")
     height, width = image.shape[:2]
     # a header may have an orientation that OpenCV does not follow
     if whole is None or (height, width) != (-(-whole[0] // factor), -(-whole[1] // factor)):
@@ -211,7 +270,7 @@ def decode_reduced(
 
 def _is_plain_png(data: bytes) -> bool:
     """Whether a PNG is 8-bit grey or RGB without transparency, which OpenCV decodes as it is."""
-    if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 33:
+    if not is_png(data):
         return False
     depth, kind = data[24], data[25]
     return depth == 8 and kind in (0, 2) and b"tRNS" not in data[33 : data.find(b"IDAT")]
@@ -219,14 +278,24 @@ def _is_plain_png(data: bytes) -> bool:
 
 def _read_with_pillow(data: bytes, path: str | Path) -> np.ndarray:
     try:
-        image: Image.Image = Image.open(BytesIO(data))
+        with opened_image(BytesIO(data), path) as image:
+            return _from_pillow(image)
     except UnidentifiedImageError:
-        # 16-bit colour TIFFs and the like, which Pillow does not know
-        decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_ANYDEPTH | 256)
-        if decoded is None:
-            raise ValueError(f"{path} can't be decoded") from None
-        return _to_eight_bits(decoded)
-    image = ImageOps.exif_transpose(image)
+        if not is_tiff(data):
+            raise
+    # 16-bit colour and the like, which Pillow does not know
+    check_tiff(BytesIO(data), path)
+    decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_ANYDEPTH | 256)
+    if decoded is None:
+        raise ValueError(f"{path}: can't be decoded")
+    return _to_eight_bits(decoded)
+
+
+def _from_pillow(image: Image.Image) -> np.ndarray:
+    image.load()  # by which a TIFF is turned, and what EXIF data stands behind the pixels is read
+    turn = _UPRIGHT.get(orientation(image))
+    if turn is not None:
+        image = image.transpose(turn)
     if image.mode.startswith("I") or image.mode == "F":
         return np.repeat(_to_eight_bits(np.asarray(image))[..., None], 3, axis=2)
     if "A" in image.getbands() or "transparency" in image.info:
@@ -247,6 +316,11 @@ def _to_eight_bits(values: np.ndarray) -> np.ndarray:
     return (values // 16 if values.max() < 4096 else values // 257).astype(np.uint8)
 
 
+# An image longer than so many times its shorter side is cut before its shorter side is enlarged: a
+# line of a hundred thousand pixels would become billions.
+_STRIP = 16
+
+
 def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
     """Resize the shorter side to ``size`` and take the central square: how judged images go in.
 
@@ -259,6 +333,11 @@ def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
     """
     height, width = image.shape[:2]
     if min(height, width) != size:
+        longest = _STRIP * min(height, width)
+        if max(height, width) > longest:
+            top, left = max(0, height - longest) // 2, max(0, width - longest) // 2
+            image = image[top : top + longest, left : left + longest]
+            height, width = image.shape[:2]
         scale = size / min(height, width)
         shape = (max(size, round(width * scale)), max(size, round(height * scale)))
         how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
@@ -281,8 +360,7 @@ def suitable_size(
     sides = []
     for path in paths[:: max(1, len(paths) // 50)]:
         try:
-            with Image.open(path) as image:
-                sides.append(side(image.size))
+            sides.append(side(image_size(path)))
         except BROKEN_IMAGE:
             continue
     median = float(np.median(sides)) if sides else most

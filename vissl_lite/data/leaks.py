@@ -1,6 +1,5 @@
 """The leak guard: are judged images among those that an encoder or its head was trained on?"""
 
-import csv
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -10,7 +9,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from vissl_lite.data.fingerprints import Fingerprints, find_matches, fingerprints_of
+from vissl_lite.data.csv_file import csv_writer
+from vissl_lite.data.fingerprints import Fingerprints, find_matches, read_fingerprints
+from vissl_lite.data.reading import report_skipped
 from vissl_lite.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -59,10 +60,12 @@ class Leaks:
         found: test images first. Validation images among the pre-training images are in it too,
             though they are no harm: often all but the test part is pre-trained on, unlabelled.
         left_out: by part, the files not to be used; empty unless asked for.
+        broken: by part, the files that can't be read, and why. They are named in the log.
     """
 
     found: list[Leak]
     left_out: dict[str, set[str]]
+    broken: dict[str, dict[str, str]]
 
     @property
     def count(self) -> int:
@@ -83,8 +86,7 @@ class Leaks:
         """Write ``leaks.csv`` into a run, if anything was found."""
         if not self.found:
             return
-        with (folder / LEAKS).open("w", newline="", encoding="utf-8") as out:
-            rows = csv.writer(out)
+        with csv_writer(folder / LEAKS) as rows:
             rows.writerow(Leak._fields)
             rows.writerows(self.found)
 
@@ -133,7 +135,11 @@ def check_leaks(
     Raises:
         UserError: there are leaks and they are an error, or no test image would be left.
     """
-    prints = {name: fingerprints_of(parts[name], progress) for name in ("train", "val", "test")}
+    prints, broken = {}, {}
+    for name in ("train", "val", "test"):
+        prints[name], skipped = read_fingerprints(parts[name], progress)
+        report_skipped(skipped)
+        broken[name] = dict(skipped)
     banks = [("pretraining", name, bank) for name, bank in seen.items() if bank is not None]
     found = []
     for part in ("test", "val"):
@@ -145,7 +151,7 @@ def check_leaks(
                 Leak(part, match.path, where, encoder, match.twin, match.kind, match.similarity)
                 for match in find_matches(prints[part], bank)
             ]
-    result = Leaks(found, {"test": set(), "val": set()})
+    result = Leaks(found, {"test": set(), "val": set()}, broken)
     usual = {leak.path for leak in found if (leak.part, leak.where) == ("val", "pretraining")}
     harm = [leak for leak in found if (leak.part, leak.where) != ("val", "pretraining")]
     if usual:
@@ -159,7 +165,7 @@ def check_leaks(
             f"them out, --leaks warn goes on"
         )
     if leaks == "exclude":
-        result = Leaks(found, _left_out(harm, prints))
+        result = Leaks(found, _left_out(harm, prints), broken)
         if result.left_out["test"].issuperset(parts["test"]):
             raise UserError(f"--leaks exclude leaves no test image: {_in_words(harm)}")
         log.warning(

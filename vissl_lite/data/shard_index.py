@@ -18,8 +18,9 @@ import numpy as np
 
 from vissl_lite.data.braces import expand
 from vissl_lite.data.download import CURL_SCHEMES, fetch, scheme
+from vissl_lite.data.reading import open_regular
 from vissl_lite.data.shards import ImageMembers, Shards, is_remote
-from vissl_lite.data.tar_reader import BROKEN_TAR, TarReader, open_regular
+from vissl_lite.data.tar_reader import BROKEN_TAR, TarReader
 from vissl_lite.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -26,6 +26,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from vissl_lite.data.fingerprints import EXACT_BYTES, LOOK_BYTES, Fingerprints, fingerprint
 from vissl_lite.data.images import BROKEN_IMAGE, decode_image, decode_reduced
+from vissl_lite.data.reading import Broken, reason
 from vissl_lite.data.shards import BrokenShardError, Shards
 from vissl_lite.data.stream import Batch, Item, Lost, Source, collate
 from vissl_lite.data.views import Views
@@ -208,7 +209,7 @@ class ShardStream(IterableDataset[Batch]):
 
     def _item(self, epoch: int, ahead: deque[Found], found: Iterator[Found]) -> Item:
         """The next image's views; a broken image gives way to its successor."""
-        broken: list[str] = []
+        broken: list[Broken] = []
         while True:
             if len(broken) == len(ahead):
                 ahead.append(next(found))
@@ -217,8 +218,8 @@ class ShardStream(IterableDataset[Batch]):
                 item = _item(one, self.views, self.seed, epoch)
                 ahead.popleft()
                 return item._replace(broken=broken)
-            except BROKEN_IMAGE:
-                broken.append(one.name)
+            except BROKEN_IMAGE as error:
+                broken.append(Broken(one.name, reason(error, one.name)))
                 if len(broken) == len(self.shards):
                     raise
 

@@ -18,7 +18,8 @@ import numpy as np
 
 from vissl_lite.data.download import open_url
 from vissl_lite.data.images import EXTENSIONS
-from vissl_lite.data.tar_reader import BROKEN_TAR, TarReader, open_regular
+from vissl_lite.data.reading import open_regular
+from vissl_lite.data.tar_reader import BROKEN_TAR, TarReader
 
 log = logging.getLogger(__name__)
 

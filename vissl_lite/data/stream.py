@@ -8,7 +8,6 @@ import itertools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,11 +19,24 @@ from vissl_lite.data.cache import ImageCache, decode_down_sized
 from vissl_lite.data.fingerprints import Fingerprints, fingerprint, fingerprints_of
 from vissl_lite.data.images import BROKEN_IMAGE, decode_reduced
 from vissl_lite.data.path_list import PathList
+from vissl_lite.data.reading import Broken, printable, read_regular, reason
 from vissl_lite.data.views import Views
 from vissl_lite.data.workers import WorkerLoader
 from vissl_lite.errors import UserError
 
 Key = tuple[int, int]  # (epoch, image index)
+
+# At most this share of the images may be unreadable.
+BROKEN_SHARE = 0.2
+
+
+def too_many_broken(broken: int, images: int, first: Broken) -> UserError:
+    """The error that ends a run in which more than ``BROKEN_SHARE`` can't be read."""
+    # in one line, as it may come from a data worker, of whose errors the last line is kept
+    return UserError(
+        f"{broken} of {images} images can't be read, the first {printable(first.path)} "
+        f"({first.why})"
+    )
 
 
 class Lost(NamedTuple):
@@ -47,7 +59,7 @@ class Batch(NamedTuple):
     Attributes:
         views: one ``(B, C, H, W)`` uint8 tensor a view, channels last in memory.
         indices: ``(B,)`` int64, the images' numbers in the data set.
-        broken: paths of images that could not be read and gave way to their successors.
+        broken: images that could not be read and gave way to their successors.
         targets: what a data set gives beside each image, such as its boxes; else empty.
         fingerprints: ``(B, F)`` uint8, see ``fingerprint``, where the data set gives them.
         names: of the images, where they come with fingerprints and are not known before.
@@ -56,7 +68,7 @@ class Batch(NamedTuple):
 
     views: list[Tensor]
     indices: Tensor
-    broken: list[str]
+    broken: list[Broken]
     targets: list[Any]
     fingerprints: np.ndarray | None = None
     names: Sequence[str] = ()
@@ -68,7 +80,7 @@ class Item(NamedTuple):
 
     views: list[np.ndarray]
     number: int
-    broken: list[str]
+    broken: list[Broken]
     target: Any = None
     fingerprint: np.ndarray | None = None
     name: str | None = None
@@ -150,21 +162,27 @@ class KeyedDataset(Dataset[Item], Source):
 
     def __getitem__(self, key: Key) -> Item:
         epoch, index = key
-        broken: list[str] = []
+        broken: list[Broken] = []
         while True:
             try:
                 return self.item(epoch, index)._replace(broken=broken)
-            except BROKEN_IMAGE:
-                broken.append(self.paths[index])
-                if len(broken) == len(self.paths):
-                    raise
+            except BROKEN_IMAGE as error:
+                path = self.paths[index]
+                broken.append(Broken(path, reason(error, path)))
+                if len(broken) > BROKEN_SHARE * len(self.paths):  # as when the folder is gone
+                    raise too_many_broken(len(broken), len(self.paths), broken[0]) from None
                 index = (index + 1) % len(self.paths)
 
     def first(self) -> Item:
+        why = ""
         for index in range(len(self)):
-            with suppress(*BROKEN_IMAGE):
+            try:
                 return self.item(0, index)
-        raise UserError(f"none of {len(self)} images can be read, the first {self.paths[0]}")
+            except BROKEN_IMAGE as error:
+                why = why or reason(error, self.paths[index])
+        raise UserError(
+            f"none of {len(self)} images can be read, the first {self.paths[0]} ({why})"
+        )
 
     def loader(
         self,
@@ -219,8 +237,7 @@ class ViewDataset(KeyedDataset):
         taken = None
         if kept is None or epoch == 0:
             path = self.paths[index]
-            with open(path, "rb") as file:
-                data = file.read()
+            data = read_regular(path)
             kept = kept or self._decode(data, path, epoch, index)
             taken = fingerprint(data, kept[0]) if epoch == 0 else None
         image, whole = kept
@@ -296,7 +313,7 @@ def collate(items: Sequence[Item]) -> Batch:
         for arrays in zip(*(item.views for item in items), strict=True)
     ]
     indices = torch.tensor([item.number for item in items])
-    broken = [path for item in items for path in item.broken]
+    broken = [one for item in items for one in item.broken]
     targets = [item.target for item in items if item.target is not None]
     taken = [item.fingerprint for item in items if item.fingerprint is not None]
     # a batch lies within an epoch: all of its images have one, or none

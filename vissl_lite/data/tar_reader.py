@@ -13,12 +13,11 @@ import gzip
 import io
 import lzma
 import os
-import stat
 import zlib
 from collections.abc import Callable
 from typing import IO, Any
 
-from vissl_lite.data.download import BUFFER, Readable
+from vissl_lite.data.download import Readable
 
 # Bytes of the largest file in a tar that is read: the largest 8-bit RGB image that Pillow decodes.
 LARGEST = 512 << 20
@@ -34,30 +33,11 @@ _GROWTH, _SMALL = 200, 64 << 20
 BROKEN_TAR = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
 
 _BLOCK = 512
-_NOT_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _COMPRESSED: dict[bytes, Callable[..., Any]] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
     b"\xfd7zXZ": lzma.open,
 }
-
-
-def open_regular(file: str) -> io.BufferedReader:
-    """Open a file to read it, if it is one: to open a FIFO would wait for a writer.
-
-    Raises:
-        OSError: it is not there, is no regular file, or must not be read.
-    """
-    number = os.open(file, os.O_RDONLY | _NOT_WAITING)
-    try:
-        mode = os.fstat(number).st_mode
-        if not stat.S_ISREG(mode):
-            kind = "a folder" if stat.S_ISDIR(mode) else "a device, a FIFO or a socket"
-            raise OSError(f"it is {kind}, not a file")
-        return io.BufferedReader(io.FileIO(number), BUFFER)
-    except BaseException:
-        os.close(number)
-        raise
 
 
 class TarReader:

@@ -16,6 +16,7 @@ import cv2
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from vissl_lite.data.reading import limit_pixels, max_pixels
 from vissl_lite.data.worker_log import WorkerLog
 from vissl_lite.errors import UserError
 
@@ -57,7 +58,9 @@ class WorkerLoader(Generic[T]):
             dataset,
             num_workers=workers,
             collate_fn=_Sender(collate),
-            worker_init_fn=partial(start_worker, lines=WorkerLog()) if workers else None,
+            worker_init_fn=(
+                partial(start_worker, most=max_pixels(), lines=WorkerLog()) if workers else None
+            ),
             **options,
         )
         self.waiting = False
@@ -150,16 +153,18 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(one)
 
 
-def start_worker(worker: int, lines: WorkerLog) -> None:
+def start_worker(worker: int, most: int, lines: WorkerLog) -> None:
     """Start of a data worker: OpenCV on one thread; signals that are for the main process ignored.
 
     (A lower priority made training slower.)
 
     Args:
         worker: its number.
+        most: pixels that an image may have, of which a worker that is started anew knows nothing.
         lines: takes what it logs.
     """
     lines.attach()
+    limit_pixels(most)
     cv2.setNumThreads(0)
     # Collecting garbage writes to every object that it looks at, and so would copy all of those
     # that this process shares with the one that forked it.

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vissl_lite.errors import UserError
+
 # scikit-learn itself is imported where it is used: a training without labels starts without it.
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
@@ -44,7 +46,14 @@ def linear_probe(
         train: ``(N, D)`` features and ``(N,)`` class indices.
         val: likewise; may be empty where labels are too few: then the penalty is 0.01.
         test: ``(M, D)`` features; their labels never arrive here.
+
+    Raises:
+        UserError: the training images are of one class only, as when those of the others have
+            gone.
     """
+    if len(np.unique(train[1])) < 2:
+        raise UserError("the training images that can be read are of one class only: a linear "
+                        "probe needs two or more")  # fmt: skip
     from sklearn.linear_model import LogisticRegression
 
     mean, scale = train[0].mean(axis=0), train[0].std(axis=0) + 1e-6
@@ -64,6 +73,8 @@ def linear_probe(
         if accuracy > best_accuracy:
             best, best_accuracy = penalty, accuracy
     x, y = np.concatenate([x, x_val]), np.concatenate([train[1], val[1]])
+    if set(y) != set(train[1]):  # no start for it: it has other classes
+        model = LogisticRegression(max_iter=300, tol=1e-3)
     return LinearProbe(best, best_accuracy, _fit(model, best, x, y).predict(standardise(test)))
 
 

@@ -15,6 +15,7 @@ from vissl_lite.data.labelled import LabelledImages, Part
 from vissl_lite.data.stream import Batch, ViewDataset, collate
 from vissl_lite.data.views import Views, crop_decode_size, distorted_crop
 from vissl_lite.encoder import Encoder, Normalize
+from vissl_lite.errors import MachineError, UserError
 from vissl_lite.evaluation.features import extract
 from vissl_lite.evaluation.knn import knn_predict
 from vissl_lite.evaluation.linear import linear_probe
@@ -179,13 +180,18 @@ class Watch(Callback):
         if trainer.is_global_zero:
             if whole is not module:  # a copy of a network in parts, which waits on the CPU
                 encoder.to(next(module.parameters()).device)
-            if first:
-                self._plan(encoder)
-            else:
-                self._measure(encoder)
-            for logger in trainer.loggers:
-                logger.log_metrics(self.last, step=max(0, self.pace.steps - 1))
-            self._judge()
+            try:
+                if first:
+                    self._plan(encoder)
+                else:
+                    self._measure(encoder)
+                for logger in trainer.loggers:
+                    logger.log_metrics(self.last, step=max(0, self.pace.steps - 1))
+                self._judge()
+            except UserError as error:  # the images have gone: what was learnt is still there
+                if first or isinstance(error, MachineError):
+                    raise
+                log.warning("no look at the encoder: %s", error)
             if whole is not module:
                 encoder.cpu()
         else:

@@ -4,9 +4,9 @@ import base64
 from io import BytesIO
 from pathlib import Path
 
-from PIL import Image
-
+from vissl_lite.data.headers import opened_image
 from vissl_lite.data.images import BROKEN_IMAGE
+from vissl_lite.data.reading import read_regular
 from vissl_lite.report.folder import RunFolder
 from vissl_lite.report.page import Block, render
 
@@ -45,10 +45,11 @@ def data_uri(file: Path, longest: int = LARGEST) -> str:
     Raises:
         OSError, ValueError, SyntaxError: it can't be read (``BROKEN_IMAGE``).
     """
-    with Image.open(file) as opened:
+    data = read_regular(file)
+    with opened_image(BytesIO(data), file) as opened:
         opened.load()  # reads all of it, so that one cut short is found
-        if max(opened.size) <= longest and opened.format == "PNG" and file.stat().st_size < KEPT:
-            kind, data = "png", file.read_bytes()
+        if max(opened.size) <= longest and opened.format == "PNG" and len(data) < KEPT:
+            kind = "png"
         else:
             picture = opened.convert("RGBA" if "A" in opened.getbands() else "RGB")
             picture.thumbnail((longest, longest))

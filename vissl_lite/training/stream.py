@@ -9,15 +9,13 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from vissl_lite.data.stream import Batch, Source
+from vissl_lite.data.reading import Broken
+from vissl_lite.data.stream import BROKEN_SHARE, Batch, Source, too_many_broken
 from vissl_lite.data.workers import WorkerLoader
 from vissl_lite.errors import UserError
 from vissl_lite.training.pace import Pace
 
 log = logging.getLogger(__name__)
-
-# At most this share of the images may be unreadable.
-BROKEN_SHARE = 0.2
 
 
 class StreamData(pl.LightningDataModule):
@@ -107,21 +105,18 @@ class BrokenImages(Callback):
     def __init__(self, images: int) -> None:
         self.images = images
         self.paths: dict[str, int] = {}
+        self._first: Broken | None = None
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        for path in batch.broken:
-            if path not in self.paths:
-                self.paths[path] = 1
-                log.warning("skipped, can't be read: %s", path)
-        for lost in batch.lost:
-            if lost.shard not in self.paths:
-                log.warning("skipped, can't be read: %s, %s", lost.shard, lost.why)
-            self.paths[lost.shard] = max(lost.images, self.paths.get(lost.shard, 0))
+        images = [(one, 1) for one in batch.broken]
+        shards = [(Broken(lost.shard, lost.why), lost.images) for lost in batch.lost]
+        for one, count in images + shards:
+            if one.path not in self.paths:
+                log.warning("skipped, can't be read: %s (%s)", *one)
+            self._first = self._first or one
+            self.paths[one.path] = max(count, self.paths.get(one.path, 0))
         broken = sum(self.paths.values())
-        if broken > BROKEN_SHARE * self.images:
-            raise UserError(
-                f"{broken} of {self.images} images can't be read, the first "
-                f"{next(iter(self.paths))}"
-            )
+        if self._first is not None and broken > BROKEN_SHARE * self.images:
+            raise too_many_broken(broken, self.images, self._first)

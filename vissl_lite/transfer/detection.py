@@ -157,7 +157,7 @@ def score_detector(
         classes: their names.
         progress: called with the number of images done since the last call.
     """
-    found, _, good = detect(detector, [image.path for image in part], progress)
+    found, good = detect(detector, [image.path for image in part], progress)
     images = [image for image, fine in zip(part, good, strict=True) if fine]
     metric = MeanAveragePrecision(class_metrics=True, backend="faster_coco_eval")
     metric.warn_on_many_detections = False

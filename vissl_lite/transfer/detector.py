@@ -16,6 +16,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from vissl_lite.data.boxes import BoxedImage
 from vissl_lite.data.images import BROKEN_IMAGE, read_image
+from vissl_lite.data.reading import reason
 from vissl_lite.data.views import PADDING
 from vissl_lite.encoder import Encoder, Normalize
 from vissl_lite.inference import check_outputs, evaluating, report_broken
@@ -220,7 +221,7 @@ def detect(
     paths: Sequence[str],
     progress: Callable[[int], None] | None = None,
     batch_size: int = 8,
-) -> tuple[list[Detections], list[tuple[int, int]], np.ndarray]:
+) -> tuple[list[Detections], np.ndarray]:
     """Find objects in images.
 
     Args:
@@ -230,27 +231,58 @@ def detect(
         batch_size: images at a time.
 
     Returns:
-        For each readable image what is found in it, and its height and width; and ``(M,)`` bool:
-        which of all M images these are.
+        For each readable image what is found in it; and ``(M,)`` bool: which of all M images these
+        are.
+
+    Raises:
+        UserError: no image can be read.
+    """
+    found: list[Detections] = []
+    good = detect_in_batches(
+        detector, paths, lambda some, those, sizes: found.extend(those), progress, batch_size
+    )
+    return found, good
+
+
+def detect_in_batches(
+    detector: Detector,
+    paths: Sequence[str],
+    use: Callable[[list[str], list[Detections], list[tuple[int, int]]], None],
+    progress: Callable[[int], None] | None = None,
+    batch_size: int = 8,
+) -> np.ndarray:
+    """The same as ``detect``, but each batch is used at once, so that nothing has to be kept.
+
+    Args:
+        detector: put on the accelerator if there is one, and back afterwards.
+        paths: image files. Broken ones are left out, and named in the log.
+        use: called with the paths of the images of a batch that can be read, what is found in
+            each, and their heights and widths.
+        progress: called with the number of images done since the last call.
+        batch_size: images at a time.
+
+    Returns:
+        ``(M,)`` bool: which images can be read.
 
     Raises:
         UserError: no image can be read, or what the heads say is not finite.
     """
     normalize = Normalize(detector.encoder.mean, detector.encoder.std)
-    found: list[Detections] = []
-    sizes: list[tuple[int, int]] = []
-    good: list[bool] = []
+    faults: list[str | None] = []
     with evaluating(detector, normalize) as device, _finite_heads(detector) as named:
         for start in range(0, len(paths), batch_size):
-            named[:] = paths[start : start + batch_size]
-            fitted, scales = [], []
-            for path in paths[start : start + batch_size]:
+            some = paths[start : start + batch_size]
+            named[:] = some
+            read: list[str] = []
+            fitted, scales, sizes = [], [], []
+            for path in some:
                 try:
                     image = read_image(path)
-                except BROKEN_IMAGE:
-                    good.append(False)
+                except BROKEN_IMAGE as error:
+                    faults.append(reason(error, path))
                     continue
-                good.append(True)
+                faults.append(None)
+                read.append(path)
                 whole, scale = fit_into(image, detector.canvas)
                 fitted.append(whole)
                 scales.append(scale)
@@ -258,14 +290,11 @@ def detect(
             if fitted:
                 batch = torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2).to(device)
                 outputs = detector(normalize(batch))
-                found += [
-                    _on_image(one, scale, size)
-                    for one, scale, size in zip(outputs, scales, sizes[-len(fitted) :], strict=True)
-                ]
+                those = [_on_image(*one) for one in zip(outputs, scales, sizes, strict=True)]
+                use(read, those, sizes)
             if progress is not None:
-                progress(len(paths[start : start + batch_size]))
-    report_broken(paths, np.array(good))
-    return found, sizes, np.array(good)
+                progress(len(some))
+    return report_broken(paths, faults)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from vissl_lite.data.images import BROKEN_IMAGE, read_image
 from vissl_lite.data.masks import IGNORE, LabelledMasks, MaskedImage, read_mask
+from vissl_lite.data.reading import reason
 from vissl_lite.data.stream import Batch, Item, KeyedDataset
 from vissl_lite.data.views import MaskView, mask_pipeline
 from vissl_lite.encoder import Encoder, Normalize
@@ -84,7 +85,12 @@ def weigh_classes(
         raise UserError(f"--class_weights {class_weights} is neither balanced nor weights by name")
     pixels = np.zeros(256, np.int64)
     for one in data.train:
-        pixels += np.bincount(read_mask(one.mask, one.binary).ravel(), minlength=256)
+        try:
+            mask = read_mask(one.mask, one.binary)
+        except BROKEN_IMAGE as error:  # it was read a moment ago
+            raise UserError(f"the mask {one.mask} can't be read ({reason(error, one.mask)})"
+                            ) from None  # fmt: skip
+        pixels += np.bincount(mask.ravel(), minlength=256)
     pixels = pixels[:count]
     average = pixels.sum() / max(1, np.count_nonzero(pixels))
     weights = np.where(pixels > 0, np.clip(average / np.maximum(pixels, 1), 0.1, 10), 1)
@@ -241,11 +247,11 @@ def score_segmenter(
     normalize = Normalize(segmenter.encoder.mean, segmenter.encoder.std)
     confusion = np.zeros((len(classes), len(classes)), np.int64)
     losses: list[float] = []
-    good: list[bool] = []
+    faults: list[str | None] = []
     with evaluating(segmenter, normalize) as device:
         for pairs in _read(part):
-            good += [pair is not None for pair in pairs]
-            found = [pair for pair in pairs if pair is not None]
+            faults += [pair if isinstance(pair, str) else None for pair in pairs]
+            found = [pair for pair in pairs if not isinstance(pair, str)]
             images = [image for image, _ in found]
             shares = segment_all(segmenter, normalize, images, size, device)
             for (_, mask), share in zip(found, shares, strict=True):
@@ -259,20 +265,24 @@ def score_segmenter(
                 confusion += counts.cpu().numpy()
             if progress is not None:
                 progress(len(pairs))
-    report_broken([one.path for one in part], np.array(good))
+    report_broken([one.path for one in part], faults)
     return score_confusion(confusion, classes, float(np.mean(losses)))
 
 
 def _read(
     part: Sequence[MaskedImage],
-) -> Iterator[list[tuple[np.ndarray, np.ndarray] | None]]:
-    """Images and masks, some at a time; None for those that can't be read."""
+) -> Iterator[list[tuple[np.ndarray, np.ndarray] | str]]:
+    """Images and masks, some at a time; for those that can't be read, why."""
 
-    def read(one: MaskedImage) -> tuple[np.ndarray, np.ndarray] | None:
+    def read(one: MaskedImage) -> tuple[np.ndarray, np.ndarray] | str:
         try:
-            return read_image(one.path), read_mask(one.mask, one.binary)
-        except BROKEN_IMAGE:
-            return None
+            image = read_image(one.path)
+        except BROKEN_IMAGE as error:
+            return reason(error, one.path)
+        try:
+            return image, read_mask(one.mask, one.binary)
+        except BROKEN_IMAGE as error:
+            return f"its mask {one.mask}: {reason(error, one.mask)}"
 
     with ThreadPoolExecutor(4) as pool:
         for start in range(0, len(part), IMAGES):

@@ -23,6 +23,9 @@ CHANNELS = 128  # of the pyramid and the head; the paper's head has as many
 
 WINDOWS = 16  # that go through the model at a time
 
+# How many times as long as the side of a window an image gets by being enlarged, at most.
+STRIP = 64
+
 
 class PyramidHead(nn.Module):
     """The semantic head of Kirillov et al. 2019 (Panoptic Feature Pyramid Networks), section 3.
@@ -170,7 +173,8 @@ def _fit(image: np.ndarray, size: int) -> np.ndarray:
     """The image with a shorter side of ``size``; a large one as it is."""
     if at_own_scale(image, size):
         return image
-    scale = size / min(image.shape[:2])
+    # a line of pixels is not enlarged to billions, but grows in one direction more
+    scale = min(size / min(image.shape[:2]), STRIP * size / max(image.shape[:2]))
     height, width = (max(size, round(side * scale)) for side in image.shape[:2])
     way = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
     return np.asarray(cv2.resize(image, (width, height), interpolation=way))

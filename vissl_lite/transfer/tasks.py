@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
+import cv2
 import numpy as np
 
 from vissl_lite.data.boxes import LabelledBoxes
@@ -47,6 +48,7 @@ from vissl_lite.transfer.segmenter import segment
 TaskName = Literal["classification", "detection", "segmentation"]
 
 SHOWN = 8  # test images in the picture of predictions beside the truth
+LARGEST = 1024  # longer side in pixels of one of them
 
 
 class Scores(Protocol):
@@ -194,9 +196,15 @@ class Detection(Task):
             sure = found.scores >= model.threshold
             rows.append(
                 [
-                    draw_boxes(image, truth.boxes, truth.labels, classes),
-                    draw_boxes(
-                        image, found.boxes[sure], found.labels[sure], classes, found.scores[sure]
+                    _shrunk(draw_boxes(image, truth.boxes, truth.labels, classes)),
+                    _shrunk(
+                        draw_boxes(
+                            image,
+                            found.boxes[sure],
+                            found.labels[sure],
+                            classes,
+                            found.scores[sure],
+                        )
                     ),
                 ]
             )
@@ -241,9 +249,9 @@ class Segmentation(Task):
             found = segment(model, normalize, image, encoder.image_size).argmax(axis=0)
             rows.append(
                 [
-                    image,
-                    draw_mask(image, truth, len(classes)),
-                    draw_mask(image, found, len(classes)),
+                    _shrunk(image),
+                    _shrunk(draw_mask(image, truth, len(classes))),
+                    _shrunk(draw_mask(image, found, len(classes))),
                 ]
             )
         colours = dict(zip(classes, class_colours(len(classes)), strict=True))
@@ -251,6 +259,15 @@ class Segmentation(Task):
         plot_pictures(rows, ("image", "truth", "prediction"), run / "test.png", colours)
         plot_per_class(scores.per_class, run / "per_class.png")
         plot_confusion(scores.confusion, classes, run / "confusion.png", "pixels")
+
+
+def _shrunk(image: np.ndarray) -> np.ndarray:
+    """An image no larger than a figure shows it: all of a figure's are in memory together."""
+    factor = max(image.shape[:2]) / LARGEST
+    if factor <= 1:
+        return image
+    height, width = (max(1, round(side / factor)) for side in image.shape[:2])
+    return np.asarray(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA))
 
 
 def spread(images: int, wanted: int) -> np.ndarray:

@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
+from vissl_lite.data.headers import opened_image, orientation
 from vissl_lite.data.images import BROKEN_IMAGE, read_image
+from vissl_lite.data.reading import open_regular, reason
 
 log = logging.getLogger(__name__)
 
@@ -82,19 +83,19 @@ def read_size(path: str) -> tuple[int, int, int]:
             (``BROKEN_IMAGE``).
     """
     try:
-        with Image.open(path) as image:
+        with open_regular(path) as file, opened_image(file, path) as image:
             width, height = image.size
             # to look for a PNG's EXIF data behind its pixels, Pillow would decode it all
             has_exif = image.format != "PNG" or "exif" in image.info
-            exif = image.getexif() if has_exif else {}
+            turn = orientation(image) if has_exif else 1
             if image.format == "TIFF":  # newer versions of Pillow give the size as it is shown
+                exif = image.getexif()
                 width, height = exif.get(256, width), exif.get(257, height)
-            orientation = exif.get(274, 1)
     except BROKEN_IMAGE:
         height, width = read_image(path).shape[:2]
         return height, width, 1
-    if orientation in (5, 6, 7, 8):
-        return width, height, orientation
+    if turn in (5, 6, 7, 8):
+        return width, height, turn
     return height, width, 1
 
 
@@ -132,7 +133,8 @@ def mend(
     path = notes[0].image
     try:
         height, width, orientation = read_size(path)
-    except BROKEN_IMAGE:
+    except BROKEN_IMAGE as error:
+        log.debug("can't be read: %s (%s)", path, reason(error, path))
         repairs.add("image not readable, left out", path)
         return None
     repairs.add("annotation of an image that has one already, joined", path, len(notes) - 1)

@@ -20,6 +20,7 @@ from vissl_lite.data.boxes.formats import (
 from vissl_lite.data.boxes.mending import SHARES, Note, Repairs
 from vissl_lite.data.file_tree import FileTree, split_below, split_of_path
 from vissl_lite.data.images import find_images
+from vissl_lite.data.reading import read_text
 from vissl_lite.data.splits import VAL_NAMES
 from vissl_lite.errors import UserError
 
@@ -189,8 +190,7 @@ def _read_file(file: str, image: str, split: str | None, repairs: Repairs) -> No
     """
     note = Note(image, split, SHARES, [], [], [])
     try:
-        with open(file, encoding="utf-8-sig") as opened:
-            lines = opened.read().splitlines()
+        lines = read_text(file).splitlines()
     except (OSError, UnicodeDecodeError):
         repairs.add(UNREADABLE_FILE, file)
         return None

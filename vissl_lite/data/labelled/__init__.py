@@ -1,12 +1,12 @@
 """Labelled images for classification: class folders or a CSV file, and their splits."""
 
-import csv
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from vissl_lite.data.csv_file import csv_writer
 from vissl_lite.data.labelled.files import (
     LABEL_SEPARATORS,
     SEPARATORS,
@@ -73,8 +73,7 @@ class LabelledImages:
         read back: a name has a separator in it, or no image has the class.
         """
         columns = self._label_columns()
-        with file.open("w", newline="", encoding="utf-8") as out:
-            rows = csv.writer(out)
+        with csv_writer(file) as rows:
             rows.writerow(["path", *columns, "split"])
             for name in PARTS:
                 part: Part = getattr(self, name)

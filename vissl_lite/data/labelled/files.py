@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from vissl_lite.data.csv_file import Rows, cells, check_files, need_rows, read_rows, splits
+from vissl_lite.data.csv_file import Rows, cells, check_files, is_utf8, need_rows, read_rows, splits
 from vissl_lite.data.images import find_images
 from vissl_lite.data.splits import VAL_NAMES
 from vissl_lite.errors import UserError
@@ -69,6 +69,10 @@ def _class_folders(folder: Path) -> list[tuple[str, tuple[str, ...]]]:
     classes = sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
     if not classes:
         raise UserError(f"{folder} has no class folders: expected {folder}/<class>/*.jpg")
+    for one in classes:
+        if not is_utf8(one.name):  # it goes into models, tables and pictures
+            raise UserError(f"{folder}: the class folder {one.name!a} has a name that is not "
+                            f"UTF-8: rename it")  # fmt: skip
     return [(path, (one.name,)) for one in classes for path in find_images([one])]
 
 

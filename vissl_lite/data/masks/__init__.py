@@ -1,15 +1,16 @@
 """Images with masks for semantic segmentation: folders or a CSV file, and their splits."""
 
-import csv
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
 
+from vissl_lite.data.csv_file import csv_writer
+from vissl_lite.data.headers import image_size, opened_image
 from vissl_lite.data.images import BROKEN_IMAGE
 from vissl_lite.data.masks.files import (
     MASK_FOLDERS,
@@ -18,6 +19,7 @@ from vissl_lite.data.masks.files import (
     read_folder,
     read_two_folders,
 )
+from vissl_lite.data.reading import read_regular, reason
 from vissl_lite.data.splits import hold_out, take_share
 from vissl_lite.errors import UserError
 
@@ -28,7 +30,6 @@ IGNORE = 255
 
 _NAME_FILES = ("classes.txt", "labels.txt")
 _BACKGROUND = ("background", "bg", "void", "none", "unlabelled", "unlabeled")
-_TURNED = (5, 6, 7, 8)  # the EXIF orientations that swap height and width
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,7 @@ class LabelledMasks:
 
         The names of the classes stand in ``classes.txt`` beside it.
         """
-        with file.open("w", newline="", encoding="utf-8") as out:
-            rows = csv.writer(out)
+        with csv_writer(file) as rows:
             rows.writerow(["path", "mask", "split"])
             for name in ("train", "val", "test"):
                 for one in getattr(self, name):
@@ -151,9 +151,10 @@ def read_mask(path: str | Path, binary: bool = False) -> np.ndarray:
 
     Raises:
         UserError: it holds colours, values above 255, or what JPEG's compression left of them.
-        OSError, ValueError, SyntaxError: the file is missing or broken (``BROKEN_IMAGE``).
+        OSError, ValueError, SyntaxError: the file is missing, broken, or has more pixels than are
+            allowed (``BROKEN_IMAGE``).
     """
-    with Image.open(path) as image:
+    with opened_image(BytesIO(read_regular(path)), path) as image:
         if image.format == "JPEG":
             raise UserError(f"the mask {path} is a JPEG file, whose compression changes the class "
                             f"numbers: save masks as PNG")  # fmt: skip
@@ -233,8 +234,8 @@ def _values(pair: tuple[str, str]) -> np.ndarray:
     try:
         mask = read_mask(file)
     except BROKEN_IMAGE as error:
-        raise UserError(f"the mask {file} can't be read ({error}): mend it, or remove it "
-                        f"together with {path}") from None  # fmt: skip
+        raise UserError(f"the mask {file} can't be read ({reason(error, file)}): mend it, or "
+                        f"remove it together with {path}") from None  # fmt: skip
     height, width = mask.shape
     size = _image_size(path)
     if size is not None and size != (height, width):
@@ -247,9 +248,6 @@ def _values(pair: tuple[str, str]) -> np.ndarray:
 def _image_size(path: str) -> tuple[int, int] | None:
     """Height and width as shown, from the header; None if it is broken, which training skips."""
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(0x0112) in _TURNED
+        return image_size(path)
     except BROKEN_IMAGE:
         return None
-    return (width, height) if turned else (height, width)

@@ -1,0 +1,453 @@
+"""Data folders that hold what is no image, images that can't be read, or that lose their images."""
+
+import errno
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vissl_lite.cli import main
+from vissl_lite.data import reading
+from vissl_lite.data.sample import make_sample_data
+from vissl_lite.evaluation import embedding
+
+BACKBONE = ["--image_size", 32, "--seed", 0]
+ENCODER = ["--encoder", "random:test_resnet"]
+SHORT = ["--epochs", 1, "--num_workers", 0]
+
+
+@pytest.fixture(autouse=True)
+def no_umap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedding, "UMAP_LEAST", 10**9)
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample data: ten classes, two training images and one for each other part."""
+    folder = tmp_path_factory.mktemp("sample") / "data"
+    return make_sample_data(folder, unlabelled=24, train=20, val=10, test=10, size=32, processes=1)
+
+
+@pytest.fixture
+def data(sample: Path, tmp_path: Path) -> Path:
+    """A copy of it that may be damaged."""
+    return Path(shutil.copytree(sample, tmp_path / "data"))
+
+
+@pytest.fixture(scope="module")
+def models(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model for each task."""
+    folder = tmp_path_factory.mktemp("models")
+    for task in TASKS:
+        assert run("finetune", *task_options(task, sample), *ENCODER, *SHORT, *BACKBONE,
+                   "--out", folder / task) == 0  # fmt: skip
+    return {task: folder / task for task in TASKS}
+
+
+TASKS = ("classification", "detection", "segmentation")
+
+
+def task_options(task: str, data: Path) -> list[Any]:
+    source = data / "labelled" if task == "classification" else data
+    return ["--task", task, "--data", source]
+
+
+def run(*words: Any) -> int:
+    return main([str(word) for word in words])
+
+
+def ends_well(*words: Any, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Run a command that must end without an error, or with one line that says what is wrong."""
+    capsys.readouterr()
+    status = run(*words)
+    shown = capsys.readouterr().err
+    assert "Traceback" not in shown
+    assert status in (0, 2)
+    if status == 2:
+        said = [line for line in shown.splitlines() if line.startswith("vissl-lite: ")]
+        assert len(said) == 1
+        assert shown.rstrip().endswith(said[0])
+    return status, shown
+
+
+# What can stand in the place of an image.
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+def folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def device(file: Path) -> None:
+    file.unlink()
+    file.symlink_to("/dev/zero")
+
+
+def link_to_pipe(file: Path) -> None:
+    file.unlink()
+    target = file.parents[1] / f"pipe-{file.stem}"
+    os.mkfifo(target)
+    file.symlink_to(target)
+
+
+def dangling(file: Path) -> None:
+    file.unlink()
+    file.symlink_to("/nowhere/at/all.jpg")
+
+
+def bomb(file: Path) -> None:
+    """A PNG of 65,535 x 65,535 pixels in a few bytes."""
+    file.write_bytes(png_header(65535, 65535))
+
+
+def sparse(file: Path) -> None:
+    """A hundred gigabytes of zeros that take no room."""
+    with file.open("wb") as out:
+        out.truncate(100 << 30)
+
+
+def gone(file: Path) -> None:
+    file.unlink()
+
+
+LISTED = (empty, cut, bomb, sparse)  # these are found as images, and can't be read
+NOT_LISTED = (pipe, folder, device, link_to_pipe, dangling)
+KINDS = (*LISTED, *NOT_LISTED)
+
+
+def png_header(width: int, height: int, depth: int = 8, kind: int = 2) -> bytes:
+    """The start of a PNG, before any pixels."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        check = zlib.crc32(name + content).to_bytes(4, "big")
+        return len(content).to_bytes(4, "big") + name + content + check
+
+    sides = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    palette = chunk(b"PLTE", bytes(768)) if kind == 3 else b""
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", sides + bytes([depth, kind, 0, 0, 0]))
+        + palette
+        + chunk(b"IDAT", zlib.compress(bytes(100_000)))
+        + chunk(b"IEND", b"")
+    )
+
+
+def images_of(data: Path, task: str, part: str, name: str = "") -> list[Path]:
+    """The images of a part, or of a class of it."""
+    return sorted((data / "labelled" / part / name).rglob("*.jpg"))
+
+
+# One image of many
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("command", ["pretrain", "embed", "explore", *TASKS])
+def test_one_bad_image_is_skipped_and_named_with_the_reason(
+    command: str,
+    kind: Callable[[Path], None],
+    data: Path,
+    tmp_path: Path,
+    models: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source, out = data / "unlabelled", tmp_path / "out"
+    bad = sorted(source.iterdir())[5]
+    kind(bad)
+    if command == "pretrain":
+        words = ["--backbone", "test_resnet", *SHORT, *BACKBONE, "--batch_size", 12]
+    elif command in ("embed", "explore"):
+        out = out.with_suffix(".npz" if command == "embed" else ".html")
+        words = [*ENCODER, "--image_size", 32]
+    else:
+        words = ["--model", models[command]]
+    verb = "predict" if command in TASKS else command
+    status, shown = ends_well(verb, "--data", source, *words, "--out", out, capsys=capsys)
+    assert status == 0
+    said = " ".join(shown.split())
+    reasons = {
+        empty: "(no image of a format that is known)", cut: "(cut short)",
+        bomb: "(4294836225 pixels, more than --max_pixels 178956970)",
+        sparse: "(107374182400 bytes, more than",
+    }  # fmt: skip
+    if kind in LISTED:
+        assert f"skipped, can't be read: {bad} {reasons[kind]}" in said
+    elif kind is not folder:
+        assert (
+            f"no regular files but pipes, devices or links to nothing: 1, the first {bad}" in said
+        )
+    if command == "classification":
+        rows = (out / "predictions.csv").read_text().splitlines()
+        assert len(rows) == 1 + 23
+    elif command == "detection":
+        assert len(json.loads((out / "predictions.json").read_text())["images"]) == 23
+    elif command == "segmentation":
+        assert len(list((out / "masks").iterdir())) == 23
+    elif command == "embed":
+        assert len(np.load(out)["paths"]) == 23
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("command", ["pretrain", "embed", "explore", *TASKS])
+def test_bad_images_alone_are_one_line_of_error(
+    command: str,
+    kind: Callable[[Path], None],
+    data: Path,
+    tmp_path: Path,
+    models: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source, out = data / "unlabelled", tmp_path / "out"
+    for file in sorted(source.iterdir()):
+        kind(file)
+    if command == "pretrain":
+        words = ["--backbone", "test_resnet", *SHORT, *BACKBONE]
+    elif command in ("embed", "explore"):
+        out = out.with_suffix(".npz" if command == "embed" else ".html")
+        words = [*ENCODER, "--image_size", 32]
+    else:
+        words = ["--model", models[command]]
+    verb = "predict" if command in TASKS else command
+    status, shown = ends_well(verb, "--data", source, *words, "--out", out, capsys=capsys)
+    assert status == 2
+    words = "none of 24 images can be read" if kind in LISTED else "no images found in"
+    assert words in shown
+    assert "kinds" not in shown
+
+
+def test_all_kinds_at_once(
+    data: Path, tmp_path: Path, models: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = data / "unlabelled", tmp_path / "out"
+    for kind, file in zip(KINDS, sorted(source.iterdir()), strict=False):
+        kind(file)
+    words = ["--model", models["classification"], "--data", source, "--out", out]
+    status, shown = ends_well("predict", *words, capsys=capsys)
+    assert status == 0
+    assert shown.count("skipped, can't be read: ") == len(LISTED)
+    assert "links to nothing: 4, the first" in shown
+    assert len((out / "predictions.csv").read_text().splitlines()) == 1 + 24 - len(KINDS)
+
+
+# A class or a part of labelled data
+
+
+def judge(verb: str, data: Path, out: Path) -> list[Any]:
+    more = {
+        "probe": ENCODER,
+        "finetune": [*ENCODER, *SHORT],
+        "compare": ["--encoder", "random:test_resnet", "random:test_vit", "--fractions", 1],
+    }[verb]
+    return [verb, "--data", data / "labelled", *more, *BACKBONE, "--out", out]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [cut, pipe])
+@pytest.mark.parametrize("part", ["train", "val", "test"])
+@pytest.mark.parametrize("name", ["", "*"])
+@pytest.mark.parametrize("verb", ["probe", "finetune", "compare"])
+def test_a_class_or_a_part_that_can_not_be_read(
+    verb: str,
+    name: str,
+    part: str,
+    kind: Callable[[Path], None],
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    classes = sorted(path.name for path in (data / "labelled" / part).iterdir())
+    name = classes[3] if name else ""
+    for file in images_of(data, "classification", part, name):
+        kind(file)
+    status, shown = ends_well(*judge(verb, data, tmp_path / "out"), capsys=capsys)
+    if kind is pipe:
+        assert "no images found in" in shown
+        assert status == 2
+    elif name and part == "train":
+        assert f"none of 2 training images of the class {name} can be read" in shown
+        assert status == 2
+    elif name:
+        assert status == 0
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert results["test_images"] == (9 if part == "test" else 10)
+    else:
+        assert f"{part} images can be read, the first" in shown
+        assert status == 2
+
+
+@pytest.mark.parametrize("verb", ["probe", "finetune", "compare"])
+def test_one_class_left_of_two(
+    verb: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classes = sorted(path.name for path in (data / "labelled" / "train").iterdir())
+    for part in ("train", "val", "test"):
+        for name in classes[2:]:
+            shutil.rmtree(data / "labelled" / part / name)
+    for file in images_of(data, "classification", "train", classes[0]):
+        cut(file)
+    status, shown = ends_well(*judge(verb, data, tmp_path / "out"), capsys=capsys)
+    assert status == 2
+    assert f"training images of the class {classes[0]} can be read" in shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*KINDS, gone])
+@pytest.mark.parametrize("part", ["train", "val", "test"])
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_a_part_of_detection_or_segmentation_data(
+    task: str,
+    part: str,
+    kind: Callable[[Path], None],
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for file in images_of(data, task, part):
+        kind(file)
+    words = [*task_options(task, data), *ENCODER, *SHORT, *BACKBONE, "--out", tmp_path / "out"]
+    status, shown = ends_well("finetune", *words, capsys=capsys)
+    if task == "segmentation" or part == "test":
+        assert status == 2
+    elif part == "val":  # which then is made of training images
+        assert status == 0
+        assert "10 images " in shown
+
+
+@pytest.mark.parametrize("kind", [kind for kind in (*KINDS, gone) if kind is not sparse])
+@pytest.mark.parametrize("what", ["mask", "annotations"])
+def test_masks_and_annotations(
+    what: str,
+    kind: Callable[[Path], None],
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if what == "mask":
+        kind(sorted((data / "masks" / "train").rglob("*.png"))[3])
+        words = task_options("segmentation", data)
+    else:
+        kind(data / "annotations" / "train.json")
+        words = task_options("detection", data)
+    words += [*ENCODER, *SHORT, *BACKBONE, "--out", tmp_path / "out"]
+    status, _ = ends_well("finetune", *words, capsys=capsys)
+    assert status == 2
+    assert not (tmp_path / "out").exists()
+
+
+# Images that go while a command runs
+
+
+class Unmount:
+    """Lets so many files be opened; then none is there any more."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.opened, self.left = 0, 10**9
+        really = reading._open
+
+        def unless_gone(path: Any) -> tuple[int, int]:
+            self.opened += 1
+            if self.opened > self.left:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
+            return really(path)
+
+        monkeypatch.setattr(reading, "_open", unless_gone)
+
+
+@pytest.fixture
+def unmount(monkeypatch: pytest.MonkeyPatch) -> Unmount:
+    return Unmount(monkeypatch)
+
+
+STEPS = 8
+COMMANDS: dict[str, Callable[[Path, dict[str, Path]], list[Any]]] = {
+    "pretrain": lambda data, models: [
+        "pretrain", "--data", data / "unlabelled", "--backbone", "test_resnet", *SHORT, *BACKBONE,
+        "--batch_size", 6, "--probe_data", data / "labelled",
+    ],
+    "probe": lambda data, models: judge("probe", data, Path())[:-2],
+    "compare": lambda data, models: judge("compare", data, Path())[:-2],
+    "embed": lambda data, models: [
+        "embed", "--data", data / "unlabelled", *ENCODER, "--image_size", 32, "--format", "npz",
+    ],
+    "explore": lambda data, models: [
+        "explore", "--data", data / "unlabelled", *ENCODER, "--image_size", 32,
+    ],
+}  # fmt: skip
+for _task in TASKS:
+    COMMANDS[f"finetune {_task}"] = lambda data, models, task=_task: [
+        "finetune", *task_options(task, data), *ENCODER, *SHORT, *BACKBONE,
+    ]  # fmt: skip
+    COMMANDS[f"predict {_task}"] = lambda data, models, task=_task: [
+        "predict", "--model", models[task], "--data", data / "unlabelled", "--pictures", 30,
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_folder_that_is_unmounted_while_a_command_runs(
+    command: str,
+    sample: Path,
+    models: dict[str, Path],
+    unmount: Unmount,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = COMMANDS[command](sample, models)
+    suffix = ".html" if command == "explore" else ""
+    out = ["--out", tmp_path / f"whole{suffix}"]
+    assert ends_well(*words, *out, capsys=capsys)[0] == 0
+    opened = unmount.opened
+    assert opened >= 24
+    for step in range(STEPS + 1):
+        unmount.opened, unmount.left = 0, opened * step // STEPS
+        out = ["--out", tmp_path / f"{step}{suffix}"]
+        status, shown = ends_well(*words, *out, capsys=capsys)
+        if step == 0:
+            assert status == 2
+            assert "No such file or directory" in shown or "20 images not readable" in shown
+        if step == STEPS:
+            assert status == 0
+
+
+def test_a_model_is_there_though_the_test_images_have_gone(
+    sample: Path, unmount: Unmount, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vissl_lite.transfer.tasks import Classification
+
+    train = Classification.train
+
+    def train_and_vanish(self: Classification, *given: Any) -> Any:
+        model = train(self, *given)
+        unmount.left = 0
+        return model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Classification, "train", train_and_vanish)
+        words = COMMANDS["finetune classification"](sample, {})
+        status, shown = ends_well(*words, "--out", tmp_path / "run", capsys=capsys)
+    assert status == 2
+    assert "none of 10 images can be read" in shown
+    unmount.left = 10**9
+    assert run("predict", "--model", tmp_path / "run", "--data", sample / "unlabelled",
+               "--out", tmp_path / "use") == 0  # fmt: skip

@@ -1,0 +1,179 @@
+"""Opening what lies in a user's folder: regular files only, and no more pixels than are allowed.
+
+A pipe in a folder of images would be waited for and a device read until the memory is full. A file
+of two kilobytes may decode to billions of pixels: its header is asked before anything is decoded.
+"""
+
+import errno
+import logging
+import os
+import stat
+from collections.abc import Sequence
+from io import BufferedReader
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from vissl_lite.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# Where Pillow refuses an image by default, at twice its ``MAX_IMAGE_PIXELS``: 1.5 GB in memory as
+# 8-bit RGB with the copies that decoding makes.
+MAX_PIXELS = 178_956_970
+
+# Where OpenCV refuses one (``OPENCV_IO_MAX_IMAGE_PIXELS``).
+_OPENCV_PIXELS = 1 << 30
+
+# An image file may hold so many bytes for each pixel that is allowed, as four channels of 32 bits
+# have, and some more: what else is in a file, such as the video of a phone's moving picture.
+_BYTES_PER_PIXEL, _OTHER_BYTES = 16, 64 << 20
+
+# Files that can't be read which are named one by one.
+NAMED = 20
+
+_max_pixels = MAX_PIXELS
+
+# What the system lacks counts as no flag. A terminal must not become this process's own.
+_FLAGS = os.O_RDONLY
+for _name in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"):
+    _FLAGS |= getattr(os, _name, 0)
+
+
+class Broken(NamedTuple):
+    """A file that can't be read, and why."""
+
+    path: str
+    why: str
+
+
+def limit_pixels(most: int) -> None:
+    """Set how many pixels an image may have in this process; Pillow's own limit follows.
+
+    ``WorkerLoader`` gives the limit to its data workers, however they are started.
+
+    Args:
+        most: height times width, as the file's header has them, from 1 to 2**30.
+
+    Raises:
+        UserError: it is out of range.
+    """
+    global _max_pixels
+    if not 1 <= most <= _OPENCV_PIXELS:
+        raise UserError(
+            f"--max_pixels {most} must be from 1 to {_OPENCV_PIXELS}, which is all that OpenCV "
+            f"decodes"
+        )
+    _max_pixels = Image.MAX_IMAGE_PIXELS = most
+
+
+def max_pixels() -> int:
+    """How many pixels an image may have; see ``limit_pixels``."""
+    return _max_pixels
+
+
+def check_pixels(height: int, width: int, path: str | Path) -> None:
+    """Raise a ValueError if an image of this size is not to be decoded.
+
+    Args:
+        height: in pixels, from the file's header.
+        width: likewise.
+        path: named in the error.
+    """
+    if height < 1 or width < 1:
+        raise ValueError(f"{path}: {width} x {height} pixels")
+    if height * width > _max_pixels:
+        raise ValueError(f"{path}: {height * width} pixels, more than --max_pixels {_max_pixels}")
+
+
+def _open(path: str | Path) -> tuple[int, int]:
+    """A file descriptor and the file's size in bytes; an error unless it is a regular file."""
+    # without O_NONBLOCK, opening a pipe would wait for who writes to it
+    descriptor = os.open(path, _FLAGS)
+    about = os.fstat(descriptor)  # not of the path: what lies there can be replaced
+    if not stat.S_ISREG(about.st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    return descriptor, about.st_size
+
+
+def open_regular(path: str | Path) -> BufferedReader:
+    """Open a file to read its bytes, and never wait for it.
+
+    Raises:
+        OSError: it is missing, or a folder, a pipe, a device or a socket.
+    """
+    return open(_open(path)[0], "rb")
+
+
+def read_regular(path: str | Path) -> bytes:
+    """The bytes of an image file.
+
+    Raises:
+        OSError: see ``open_regular``.
+        ValueError: the file is larger than an image of ``max_pixels`` can be.
+    """
+    descriptor, size = _open(path)
+    try:
+        most = _BYTES_PER_PIXEL * _max_pixels + _OTHER_BYTES
+        if size > most:
+            raise ValueError(
+                f"{path}: {size} bytes, more than the {most} for --max_pixels {_max_pixels}"
+            )
+        data = os.read(descriptor, size)
+        while len(data) < size:  # a call gives 2 GB at most, and the file may have been cut since
+            more = os.read(descriptor, size - len(data))
+            if not more:
+                break
+            data += more
+        return data
+    finally:
+        os.close(descriptor)
+
+
+def read_text(file: str | Path) -> str:
+    """A text file in UTF-8 that a user's folder holds, such as annotations.
+
+    Raises:
+        OSError: see ``open_regular``.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    with open_regular(file) as opened:
+        return opened.read().decode("utf-8-sig")
+
+
+def printable(text: str) -> str:
+    """Text in one line that looks as it is, such as a message that names a file.
+
+    What is not printable, such as a newline or a mark that turns the direction of writing, becomes
+    an escape sequence, and so do bytes that are not UTF-8 (lone surrogates).
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
+def reason(error: Exception, path: str | Path) -> str:
+    """Why a file can't be read, in a few words.
+
+    Args:
+        error: one of ``BROKEN_IMAGE``.
+        path: the file, which the words need not name again.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    words = getattr(error, "err", None) or str(error)  # OpenCV's begins with its version
+    return words.removeprefix(f"{path}: ").split("\n")[0] or type(error).__name__
+
+
+def report_skipped(broken: Sequence[Broken]) -> None:
+    """Say in the log which files are skipped, and why: the first ones, and how many more."""
+    for number, one in enumerate(broken):
+        level = logging.WARNING if number < NAMED else logging.DEBUG
+        log.log(level, "skipped, can't be read: %s (%s)", one.path, one.why)
+    if len(broken) > NAMED:
+        log.warning("skipped, can't be read: %d more files", len(broken) - NAMED)
