@@ -41,7 +41,7 @@ from vissl_lite.encoder import build_encoder  # noqa: E402
 from vissl_lite.pretext import PretextTask, pretext_class  # noqa: E402
 from vissl_lite.run import MetricsFile  # noqa: E402
 from vissl_lite.training.compiling import compiled  # noqa: E402
-from vissl_lite.training.fit import fit  # noqa: E402
+from vissl_lite.training.fit import TrainingFiles, fit  # noqa: E402
 from vissl_lite.training.hardware import Hardware, choose_precision, tf32  # noqa: E402
 from vissl_lite.training.pace import Pace  # noqa: E402
 from vissl_lite.training.quick import quick_operations  # noqa: E402
