@@ -1,0 +1,90 @@
+"""JSON files that somebody else may have written, or that were damaged: read, or refused."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from vissl_lite.errors import UserError
+
+# Size in bytes of the largest file that is read unless told otherwise: annotations of a data set.
+LARGEST = 4 * 2**30
+
+# Digits of the longest integer: all of 64 bits. Longer ones overflow whatever takes them.
+DIGITS = 20
+
+
+def read_json(file: Path, largest: int = LARGEST) -> Any:
+    """Read a JSON file.
+
+    The values are as JSON has them: of any type at any place, and floating-point numbers may be
+    NaN or infinite. Who uses them checks them.
+
+    Args:
+        file: in UTF-8, with or without a byte order mark.
+        largest: size in bytes of the largest file that is read.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        UserError: there is no such file, it is larger, or it is no JSON. So are an object that has
+            a key twice, an integer of more than 20 digits, and half of a character (a lone
+            surrogate), which can't be printed.
+    """
+    try:
+        if not file.is_file():  # what never ends, as a pipe, is no file either
+            raise UserError(f"{file} is no file")
+        with file.open("rb") as opened:
+            size = opened.seek(0, 2)
+            if size > largest:
+                raise UserError(f"{file} takes {size} bytes, which is more than the {largest} "
+                                f"that such a file may")  # fmt: skip
+            opened.seek(0)
+            content = opened.read()
+    except OSError as error:
+        raise UserError(f"{file} can't be read: {error.strerror or error}") from None
+    return parse_json(content, str(file))
+
+
+def parse_json(content: bytes, name: str) -> Any:
+    """Parse JSON; see ``read_json``.
+
+    Args:
+        content: in UTF-8, with or without a byte order mark.
+        name: of the file or URL, for errors.
+
+    Raises:
+        UserError: likewise.
+    """
+    try:
+        found = json.loads(
+            content.decode("utf-8-sig"), object_pairs_hook=_object, parse_int=_integer
+        )
+        if b"\\ud" in content or b"\\uD" in content:
+            json.dumps(found, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{name} is no JSON that can be read: it is not in UTF-8") from None
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{name} is no JSON that can be read: a text has half a character"
+        ) from None
+    except RecursionError:
+        raise UserError(f"{name} is no JSON that can be read: it is nested too deeply") from None
+    except ValueError as error:
+        raise UserError(f"{name} is no JSON that can be read: {error}") from None
+    return found
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"an object has the key {twice[:80]!r} twice")
+    return content
+
+
+def _integer(digits: str) -> int:
+    if len(digits.lstrip("-")) > DIGITS:
+        raise ValueError(f"the number {digits[:DIGITS]}... has {len(digits.lstrip('-'))} digits")
+    return int(digits)
