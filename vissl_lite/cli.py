@@ -6,6 +6,7 @@ docstring the help, and ``--config FILE`` the same in YAML.
 
 import importlib
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +14,10 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
 from vissl_lite import __version__
-from vissl_lite.errors import UserError, did_you_mean
+from vissl_lite.errors import UserError, brief, check_arguments, did_you_mean
+
+# jsonargparse's name for how values are parsed: here, by ``_parse_value``.
+_MODE = "vissl_lite"
 
 VERBS = {
     "demo": "the whole story on sample data, in minutes",
@@ -49,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"vissl-lite {__version__}")
             return 0
         if given[0] not in VERBS:
-            raise UserError(f"unknown command {given[0]}: {did_you_mean(given[0], VERBS)}")
+            raise UserError(f"unknown command {brief(given[0])}: {did_you_mean(given[0], VERBS)}")
         _run(given[0], given[1:])
     except UserError as error:
         print(f"vissl-lite: {error}", file=sys.stderr)
@@ -78,7 +82,8 @@ def _run(verb: str, given: list[str]) -> None:
     parser = make_parser(verb, function, pretext)
     options = parser.parse_args(given).as_dict()
     options.pop("config", None)
-    if options.get("resume") and (Path(options["out"]) / "config.yaml").is_file():
+    check_arguments(function, options)
+    if options.get("resume") and _is_run(options["out"]):
         # The run's own options were read first: any that differs now was given to contradict them.
         from vissl_lite.run import resumed_config
 
@@ -104,7 +109,11 @@ def make_parser(verb: str, function: Callable[..., Any], pretext: str = "simclr"
             known = [name for name in known if name.startswith("--") and not name.endswith("+")]
             raise UserError(_one_line(message, known))
 
-    parser = Parser(prog=f"vissl-lite {verb}", description=VERBS[verb], allow_abbrev=False)
+    jsonargparse.set_loader(_MODE, _parse_value, exceptions=(UserError,))
+    parser = Parser(
+        prog=f"vissl-lite {verb}", description=VERBS[verb], allow_abbrev=False, parser_mode=_MODE,
+        print_config=None,
+    )  # fmt: skip
     parser.add_argument("--config", action="config", help="YAML file of options")
     skip: set[str | int] = set()
     if "pretext" in inspect.signature(function).parameters:
@@ -148,8 +157,13 @@ def _prepare(function: Callable[..., Any], given: list[str]) -> tuple[list[str],
             values.append(words.pop(0))
         name = option.removeprefix("--")
         kind = parameters[name].annotation if name in parameters else None
+        single = name in parameters and not _takes_list(kind)
         if option == "--config" and values:
-            configs.append(_read_yaml(values[0]))
+            configs += [_read_config(value) for value in values]
+        elif single and len(values) > 1:
+            raise UserError(f"{option} takes one value, not {brief(' '.join(values))}")
+        elif single and option in rewritten:
+            raise UserError(f"{option} is given twice")
         elif option == "--pretext":
             rewritten += ["--pretext.name", *values]
         elif kind is bool and not values:
@@ -167,9 +181,9 @@ def _prepare(function: Callable[..., Any], given: list[str]) -> tuple[list[str],
         rewritten += [option, yaml.safe_dump(items, default_flow_style=True, width=1 << 30)]
     at = {rewritten[i]: rewritten[i + 1] for i in range(len(rewritten) - 1)}
     if at.get("--resume") == "true" and "--out" in at:
-        run = Path(at["--out"]) / "config.yaml"
-        if run.is_file():
-            configs.insert(0, _read_yaml(run))
+        if _is_run(at["--out"]):
+            run = Path(at["--out"]) / "config.yaml"
+            configs.insert(0, _read_config(run, str(run)))
     pretext = at.get("--pretext.name")
     for config in reversed(configs):  # the last one to name a pretext wins
         if "pretext" not in config:
@@ -177,7 +191,7 @@ def _prepare(function: Callable[..., Any], given: list[str]) -> tuple[list[str],
         named = config["pretext"]
         named = {"name": named} if isinstance(named, str) else named
         if not isinstance(named, dict) or not isinstance(named.get("name", ""), str):
-            raise UserError(f"pretext: {named} is neither a name nor a mapping with one")
+            raise UserError(f"pretext: {brief(named)} is neither a name nor a mapping with one")
         pretext = pretext or named.get("name")
         if named.get("name", pretext) != pretext:
             named = {"name": named["name"]}  # another pretext's hyperparameters do not count
@@ -205,18 +219,28 @@ def _number(text: str) -> float | str:
         return text  # for the parser to complain of
 
 
-def _read_yaml(file: str | Path) -> dict[str, Any]:
-    import yaml
+def _is_run(out: str) -> bool:
+    return os.path.isfile(os.path.join(out, "config.yaml"))
 
-    try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--config {file} can't be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {file} is not YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"--config {file} holds no options")
+
+def _read_config(file: str | Path, name: str | None = None) -> dict[str, Any]:
+    from vissl_lite.data.yaml_file import read_yaml
+
+    name = f"--config {brief(file)}" if name is None else name
+    content = read_yaml(Path(file), name)
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UserError(f"{name} holds no options: expected a mapping from their names")
     return content
+
+
+def _parse_value(text: str) -> Any:
+    """A value as jsonargparse has it parsed where its option takes more than text."""
+    from vissl_lite.data.yaml_file import parse_yaml
+
+    value = parse_yaml(text, "the value")
+    if isinstance(value, dict) and all(inner is None for inner in value.values()):
+        return text  # braces in a name, as in {a,b}.tar
+    return value
 
 
 def _one_line(message: str, known: Sequence[str]) -> str:

@@ -18,6 +18,7 @@ from vissl_lite.comparison.protocols import (
 )
 from vissl_lite.comparison.runner import Runner
 from vissl_lite.comparison.store import Cell, Store
+from vissl_lite.errors import check_arguments
 from vissl_lite.run import (
     check_out,
     console,
@@ -124,12 +125,16 @@ def compare(
         UserError: something that was given can't work; nothing is written then.
     """
     config = plain(locals())
+    check_arguments(compare, config)
     for name in ("encoder", "protocols", "fractions", "shots", "lr"):
         config[name] = _listed(config[name])
     if resume:
         defaults = {n: p.default for n, p in inspect.signature(compare).parameters.items()}
         config = resumed_config(Path(out), config, defaults)
+        check_arguments(compare, config)
     check_out(Path(out), resume=resume, overwrite=overwrite)
+    hardware = Hardware(config["precision"], devices=1, num_workers=config["num_workers"])
+    hardware.check()
     plan = Plan(**{name: config[name] for name in Plan.__annotations__})
     whole = plan.load_data()
     wanted = plan.choose_protocols(whole)
@@ -137,7 +142,6 @@ def compare(
     found, left_out = plan.try_arms(arms, basis, whole)
     whole, leaked = guard(whole, found, leaks, out)
     amounts, labels = plan.choose_amounts(whole)
-    hardware = Hardware(precision, devices=1, num_workers=num_workers)
 
     with open_run(Path(out), config, resume=resume) as run:
         if resume:

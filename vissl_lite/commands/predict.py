@@ -16,7 +16,7 @@ from PIL import Image
 from vissl_lite.commands.report import add_report
 from vissl_lite.data.images import BROKEN_IMAGE, find_images, read_image
 from vissl_lite.encoder import Normalize
-from vissl_lite.errors import check_count
+from vissl_lite.errors import check_arguments, check_not_negative
 from vissl_lite.inference import evaluating, report_broken, run_over
 from vissl_lite.pictures import class_colours, draw_boxes, draw_mask, draw_words
 from vissl_lite.run import check_out, open_run, write_atomically, write_results
@@ -93,8 +93,8 @@ def predict(
         UserError: something that was given can't work; nothing is written then.
     """
     config = dict(locals())
-    if pictures:
-        check_count("pictures", pictures)
+    check_arguments(predict, config)
+    check_not_negative("pictures", pictures)
     check_out(Path(out), overwrite=overwrite)
     folder, task = find_model(Path(model))
     load, use = _USES[task]

@@ -20,7 +20,7 @@ from vissl_lite.data.leaks import seen_by
 from vissl_lite.data.path_list import PathList
 from vissl_lite.data.views import Views
 from vissl_lite.encoder_folder import save_encoder
-from vissl_lite.errors import UserError
+from vissl_lite.errors import UserError, check_arguments
 from vissl_lite.evaluation.watch import MEASURES, Watch
 from vissl_lite.pictures import plot_curves
 from vissl_lite.pretext.base import About
@@ -160,6 +160,7 @@ def pretrain(
             no longer a number.
     """
     started = time.monotonic()
+    check_arguments(pretrain, locals())
     resume = resume and (Path(out) / CONFIG).is_file()  # a job's script may always ask for it
     config = plain(locals())
     del config["started"]
@@ -169,11 +170,15 @@ def pretrain(
         defaults = {n: p.default for n, p in inspect.signature(pretrain).parameters.items()}
         defaults["pretext"] = whole_pretext(defaults["pretext"])
         config = resumed_config(Path(out), config, defaults)
+        check_arguments(pretrain, config)
+        config["pretext"] = whole_pretext(config["pretext"])
     check_out(Path(out), resume=resume, overwrite=overwrite)
     if resume and (Path(out) / RESULTS).is_file():
         return _finished(Path(out))
 
     options = Options(**{k: v for k, v in config.items() if k in Options.__annotations__})
+    hardware = Hardware(precision, devices, num_nodes, strategy, num_workers, compile)
+    hardware.check()
     images = find_training_images(options, Path(out), resume)
     paths, count = images.paths, len(images)
     size = min(options.batch_size or 128, count)
@@ -195,8 +200,6 @@ def pretrain(
     task.optimizer_settings = options.optimizer_settings(task, size * accumulate)
     seconds = parse_time(options.max_time)
     epochs = options.epochs if options.epochs or seconds else 100
-    hardware = Hardware(precision, devices, num_nodes, strategy, num_workers, compile)
-    hardware.check()
     plan = _cache_plan(options, paths, views, Path(out), hardware) if options.cache else None
 
     before = (

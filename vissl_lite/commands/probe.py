@@ -16,7 +16,13 @@ from vissl_lite.data.images import suitable_size
 from vissl_lite.data.labelled import LabelledImages, Part, load_labelled, take_labels
 from vissl_lite.encoder import Encoder
 from vissl_lite.encoder_folder import encoder_for
-from vissl_lite.errors import check_count, check_positive, check_seed
+from vissl_lite.errors import (
+    check_arguments,
+    check_count,
+    check_image_size,
+    check_positive,
+    check_seed,
+)
 from vissl_lite.evaluation.features import extract
 from vissl_lite.evaluation.knn import knn_predict
 from vissl_lite.evaluation.linear import linear_probe
@@ -83,7 +89,9 @@ def probe(
         UserError: something that was given can't work; nothing is written then.
     """
     config = dict(locals())
+    check_arguments(probe, config)
     check_count("k", k)
+    check_image_size(image_size)
     check_positive("temperature", temperature)
     check_seed(seed)
     check_out(Path(out), overwrite=overwrite)

@@ -15,7 +15,7 @@ import numpy as np
 from vissl_lite.data.images import find_images
 from vissl_lite.data.path_list import PathList
 from vissl_lite.data.shard_index import INDEX, write_index
-from vissl_lite.errors import UserError, check_count
+from vissl_lite.errors import UserError, check_arguments, check_count
 from vissl_lite.run import logged_to_console
 from vissl_lite.training.progress import progress_bar
 
@@ -70,6 +70,7 @@ def shard(
     Raises:
         UserError: something that was given can't work; nothing is written then.
     """
+    check_arguments(shard, locals())
     check_count("shard_size_mb", shard_size_mb)
     check_count("images_per_shard", images_per_shard)
     if shard_size_mb is not None and images_per_shard is not None:

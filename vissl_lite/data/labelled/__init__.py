@@ -15,7 +15,7 @@ from vissl_lite.data.labelled.files import (
     read_folder,
 )
 from vissl_lite.data.splits import TEST_SHARE, VAL_SHARE, hold_out, split_in_three, take_share
-from vissl_lite.errors import UserError
+from vissl_lite.errors import UserError, check_count, check_positive_share
 
 PARTS = ("train", "val", "test")
 
@@ -198,10 +198,8 @@ def take_labels(
         return data
     if fraction is not None and shots is not None:
         raise UserError("give --fraction or --shots, not both")
-    if fraction is not None and not 0 < fraction <= 1:
-        raise UserError(f"--fraction {fraction} is not a share: it must be above 0 and at most 1")
-    if shots is not None and shots < 1:
-        raise UserError(f"--shots {shots} must be at least 1")
+    check_positive_share("fraction", fraction)
+    check_count("shots", shots)
     if shots is not None and data.multi_label:
         raise UserError(f"--shots {shots} counts images of one class each, but here an image has "
                         f"several labels: give --fraction")  # fmt: skip
