@@ -9,12 +9,21 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from vissl_lite import __version__
-from vissl_lite.errors import UserError, brief, check_arguments, did_you_mean
+from vissl_lite.errors import (
+    UserError,
+    annotations,
+    brief,
+    check_argument,
+    check_arguments,
+    did_you_mean,
+    kinds_of,
+)
 
 # jsonargparse's name for how values are parsed: here, by ``_parse_value``.
 _MODE = "vissl_lite"
@@ -156,6 +165,8 @@ def _prepare(function: Callable[..., Any], given: list[str]) -> tuple[list[str],
         while words and not words[0].startswith("--"):
             values.append(words.pop(0))
         name = option.removeprefix("--")
+        if name.endswith("+"):  # which means something to jsonargparse
+            raise UserError(f"unknown option {brief(option)}: {did_you_mean(name, parameters)}")
         kind = parameters[name].annotation if name in parameters else None
         single = name in parameters and not _takes_list(kind)
         if option == "--config" and values:
@@ -180,10 +191,9 @@ def _prepare(function: Callable[..., Any], given: list[str]) -> tuple[list[str],
         items = [_number(value) if _takes_numbers(kind) else value for value in values]
         rewritten += [option, yaml.safe_dump(items, default_flow_style=True, width=1 << 30)]
     at = {rewritten[i]: rewritten[i + 1] for i in range(len(rewritten) - 1)}
-    if at.get("--resume") == "true" and "--out" in at:
-        if _is_run(at["--out"]):
-            run = Path(at["--out"]) / "config.yaml"
-            configs.insert(0, _read_config(run, str(run)))
+    if at.get("--resume") == "true" and "--out" in at and _is_run(at["--out"]):
+        run = Path(at["--out"]) / "config.yaml"
+        configs.insert(0, _read_config(run, str(run)))
     pretext = at.get("--pretext.name")
     for config in reversed(configs):  # the last one to name a pretext wins
         if "pretext" not in config:
@@ -196,6 +206,17 @@ def _prepare(function: Callable[..., Any], given: list[str]) -> tuple[list[str],
         if named.get("name", pretext) != pretext:
             named = {"name": named["name"]}  # another pretext's hyperparameters do not count
         config["pretext"] = named
+    kinds = annotations(function)
+    if "pretext" in kinds:
+        from vissl_lite.pretext import pretext_class
+
+        hyperparameters = annotations(pretext_class(pretext or "simclr"))
+        kinds |= {f"pretext.{name}": kind for name, kind in hyperparameters.items()}
+    for option, value in pairwise(rewritten):
+        name = option.removeprefix("--")
+        if option.startswith("--") and name in kinds:
+            check_argument(name, _typed(value, kinds[name]), kinds[name])
+    configs = [_typed_config(config, kinds) for config in configs]
     front = [f"--config={yaml.safe_dump(config, sort_keys=False)}" for config in configs]
     return front + rewritten, pretext or "simclr"
 
@@ -219,6 +240,55 @@ def _number(text: str) -> float | str:
         return text  # for the parser to complain of
 
 
+def _typed_config(
+    config: Mapping[str, Any], kinds: Mapping[str, Any], prefix: str = ""
+) -> dict[str, Any]:
+    """Options of a file, checked as far as they are known, in the types that they should have."""
+    typed = {}
+    for name, value in config.items():
+        kind = kinds.get(prefix + name)
+        if name.endswith("+") or name.startswith("__"):  # which mean something to jsonargparse
+            raise UserError(f"unknown option --{brief(name)}: {did_you_mean(name, kinds)}")
+        if prefix + name == "pretext" and isinstance(value, dict):
+            value = _typed_config(value, kinds, "pretext.")
+        elif kind is not None:
+            value = _typed(value, kind)
+            check_argument(prefix + name, value, kind)
+        typed[name] = value
+    return typed
+
+
+def _typed(value: Any, kind: Any) -> Any:
+    """A value in which text that stands for a number, a list and so on has become that.
+
+    What then is of the right type holds no text that jsonargparse would still parse as YAML.
+    """
+    kinds = kinds_of(kind)
+    if isinstance(value, str):
+        plain = {int, float, bool}.intersection(kinds)
+        listed = value.startswith("[") and _takes_list(kind)
+        choice = any(get_origin(one) is Literal and value in get_args(one) for one in kinds)
+        if choice or (str in kinds and not plain and not listed):
+            return value
+        try:
+            parsed = _parse_value(value)
+        except UserError:
+            if str in kinds and plain:
+                raise
+            return value
+        if float in kinds and isinstance(parsed, str):
+            parsed = _number(parsed)  # 1e-3, which YAML 1.1 takes for text
+        if isinstance(parsed, str) or (str in kinds and not isinstance(parsed, list)):
+            return value
+        return _typed(parsed, kind)
+    inner = [part for one in kinds for part in get_args(one) if get_origin(one) is not Literal]
+    if isinstance(value, list) and inner:
+        return [_typed(one, inner[0]) for one in value]
+    if isinstance(value, dict) and inner:
+        return {key: _typed(one, inner[-1]) for key, one in value.items()}
+    return value
+
+
 def _is_run(out: str) -> bool:
     return os.path.isfile(os.path.join(out, "config.yaml"))
 
@@ -230,6 +300,8 @@ def _read_config(file: str | Path, name: str | None = None) -> dict[str, Any]:
     content = read_yaml(Path(file), name)
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"{name} holds no options: expected a mapping from their names")
+    if "config" in content:
+        raise UserError(f"{name} names another file: give each of them with --config")
     return content
 
 
@@ -237,7 +309,7 @@ def _parse_value(text: str) -> Any:
     """A value as jsonargparse has it parsed where its option takes more than text."""
     from vissl_lite.data.yaml_file import parse_yaml
 
-    value = parse_yaml(text, "the value")
+    value = parse_yaml(text, f"the value {brief(text)}")
     if isinstance(value, dict) and all(inner is None for inner in value.values()):
         return text  # braces in a name, as in {a,b}.tar
     return value
@@ -254,15 +326,22 @@ def _one_line(message: str, known: Sequence[str]) -> str:
         return f"unknown option {name}: {did_you_mean(name, known)}"
     wrong = re.search(r'Parser key "([\w.]+)":', message)
     value = re.search(r"(?:Given|Got) value: (.*)", message)
+    given = brief(value[1]) if value else ""
     choices = re.search(r"typing\.Literal\[(.*?)\]", message)
     if wrong and value and choices:
         names = choices[1].replace("'", "").split(", ")
-        return f"--{wrong[1]} {value[1]} is none of {', '.join(names)}"
+        return f"--{wrong[1]} {given} is none of {', '.join(names)}"
     expected = re.findall(r"Expected an? <class '(\w+)'>", message)
     if wrong and value and expected:
         kinds = " or ".join(dict.fromkeys(kind for kind in expected if kind != "NoneType"))
-        return f"--{wrong[1]} {value[1]} is not of the type {kinds}"
+        return f"--{wrong[1]} {given} is not of the type {kinds}"
     missing = re.search(r"following arguments are required: (.*)", message)
     if missing:
         return f"--{missing[1].replace(', ', ', --')} must be given"
-    return " ".join(message.split())
+    bare = re.search(r"argument (--[\w.]+).*: expected one argument", message)
+    if bare:
+        return f"{bare[1]} needs a value"
+    stray = re.search(r"[Uu]nrecognized arguments: (.*)", message)
+    if stray:
+        return f"{brief(stray[1])} belongs to no option: options begin with --"
+    return brief(message)

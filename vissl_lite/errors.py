@@ -88,13 +88,33 @@ def check_arguments(
     Raises:
         UserError: an argument can't be right, whatever it means.
     """
-    called = function.__init__ if inspect.isclass(function) else function
-    for name, kind in get_type_hints(called).items():
-        if name in arguments and name != "return":
-            value = arguments[name]
-            if not _matches(value, kind):
-                raise UserError(f"--{prefix}{name} {brief(value)} is {_no_match(kind)}")
-            _check_sane(f"--{prefix}{name}", value)
+    for name, kind in annotations(function).items():
+        if name in arguments:
+            check_argument(prefix + name, arguments[name], kind)
+
+
+def annotations(function: Callable[..., Any]) -> dict[str, Any]:
+    """The types of a function's parameters, or of those of a class's ``__init__``, by name."""
+    hints = get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    return {name: kind for name, kind in hints.items() if name != "return"}
+
+
+def check_argument(name: str, value: object, kind: Any) -> None:
+    """Check one argument; see ``check_arguments``.
+
+    Args:
+        name: in messages, after the ``--``.
+        value: what was given.
+        kind: the type that the parameter is annotated with.
+    """
+    if not _matches(value, kind):
+        raise UserError(f"--{name} {brief(value)} is {_no_match(kind)}")
+    _check_sane(f"--{name}", value)
+
+
+def kinds_of(kind: Any) -> tuple[Any, ...]:
+    """The types that an annotation allows: the members of a union, else itself."""
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
 def _matches(value: object, kind: Any) -> bool:
@@ -126,8 +146,7 @@ def _matches(value: object, kind: Any) -> bool:
 
 def _no_match(kind: Any) -> str:
     """Words for what a value is not: ``none of warn, stop``, ``not of the type int or str``."""
-    union = get_origin(kind) in (Union, UnionType)
-    parts = [part for part in (get_args(kind) if union else (kind,)) if part is not NoneType]
+    parts = [part for part in kinds_of(kind) if part is not NoneType]
     choices = [choice for part in parts if get_origin(part) is Literal for choice in get_args(part)]
     if choices and len(parts) == 1:
         return f"none of {', '.join(map(str, choices))}"

@@ -28,6 +28,7 @@ from vissl_lite.pretext.parts.resizing import SMALLEST
 from vissl_lite.training.loggers import logger_names
 
 LONGEST_DAYS = 3650  # of training
+LARGEST_STEP = 100_000  # batches
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,9 @@ class Options:
     seed: int
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate_grad_batches"):
+        for name in ("epochs", "batch_size"):
             check_count(name, getattr(self, name))
+        check_count("accumulate_grad_batches", self.accumulate_grad_batches, LARGEST_STEP)
         check_image_size(self.image_size)
         parse_time(self.max_time)
         if self.epochs is not None and self.max_time is not None:
