@@ -1,11 +1,17 @@
 """Tables of images in a CSV file: what all forms of them have in common."""
 
 import csv
+import os
+from collections import Counter
 from collections.abc import Collection
+from io import StringIO
 from pathlib import Path
 
 from vissl_lite.data.splits import VAL_NAMES
-from vissl_lite.errors import UserError
+from vissl_lite.data.text_file import read_text
+from vissl_lite.errors import UserError, brief
+
+MOST_COLUMNS = 10_000
 
 Rows = list[dict[str, str]]
 
@@ -14,15 +20,20 @@ def read_rows(file: Path) -> tuple[list[str], Rows]:
     """The columns and rows of a CSV file.
 
     Raises:
-        UserError: it can't be read.
+        UserError: it can't be read, or has a column twice or too many of them.
     """
+    reader = csv.DictReader(StringIO(read_text(file), newline=""), strict=True)
     try:
-        with file.open(newline="", encoding="utf-8-sig") as opened:
-            reader = csv.DictReader(opened)
-            rows = list(reader)
-            return list(reader.fieldnames or []), rows
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{file} can't be read as a CSV file: {error}") from None
+        columns = list(reader.fieldnames or [])
+        if len(columns) > MOST_COLUMNS:
+            raise UserError(f"{file} has {len(columns)} columns, more than {MOST_COLUMNS}")
+        twice = [name for name, count in Counter(columns).items() if count > 1 and name.strip()]
+        if twice:
+            raise UserError(f"{file} has the column {brief(twice[0])} twice")
+        return columns, list(reader)
+    except csv.Error as error:
+        line = reader.line_num
+        raise UserError(f"{file} can't be read as a CSV file: {error} (line {line})") from None
 
 
 def need_rows(file: Path, rows: Rows) -> None:
@@ -35,15 +46,15 @@ def cells(file: Path, rows: Rows, column: str, may_be_empty: bool = False) -> li
     """A column; a row that is cut short is an error, and so is an empty cell unless allowed."""
     for row in rows:
         if row[column] is None or not (row[column] or may_be_empty):
-            raise UserError(f"{file} has a row whose {column} is missing: {row}")
+            raise UserError(f"{file} has a row whose {column} is missing: {brief(row)}")
     return [row[column] for row in rows]
 
 
 def check_files(file: Path, paths: Collection[str]) -> None:
     """Raise a UserError if files that a CSV file names are missing."""
-    missing = [path for path in paths if not Path(path).is_file()]
+    missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
-        raise UserError(f"{file} names {len(missing)} missing files, the first {missing[0]}")
+        raise UserError(f"{file} names {len(missing)} missing files, the first {brief(missing[0])}")
 
 
 def splits(file: Path, rows: Rows) -> list[str]:
@@ -55,7 +66,7 @@ def splits(file: Path, rows: Rows) -> list[str]:
     names = ["val" if row["split"] in VAL_NAMES else row["split"] for row in rows]
     unknown = [name for name in names if name not in ("train", "val", "test")]
     if unknown:
-        raise UserError(f"{file}: the split {unknown[0]!r} is none of train, val, test")
+        raise UserError(f"{file}: the split {brief(repr(unknown[0]))} is none of train, val, test")
     if "train" not in names:
         raise UserError(f"{file} has no training images (split train)")
     return names

@@ -23,17 +23,17 @@ def read_bytes(file: str | Path, largest: int = LARGEST, name: str | None = None
     """
     name = str(file) if name is None else name
     try:
-        if not stat.S_ISREG(os.stat(file).st_mode):
+        found = os.stat(file)
+        if not stat.S_ISREG(found.st_mode):
             raise UserError(f"{name} can't be read: it is no regular file")
+        if found.st_size > largest:
+            raise UserError(f"{name} can't be read: it has more than {largest} bytes")
         with open(file, "rb") as opened:
-            content = opened.read(largest + 1)
+            return opened.read()
     except OSError as error:
         raise UserError(f"{name} can't be read: {error.strerror or error}") from None
     except ValueError as error:  # a NUL byte in the path
         raise UserError(f"{name} can't be read: {error}") from None
-    if len(content) > largest:
-        raise UserError(f"{name} can't be read: it has more than {largest} bytes")
-    return content
 
 
 def read_text(file: str | Path, largest: int = LARGEST, name: str | None = None) -> str:

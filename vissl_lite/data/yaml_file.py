@@ -10,7 +10,7 @@ from vissl_lite.data.text_file import read_text
 from vissl_lite.errors import UserError, brief
 
 # Size in bytes of the largest text that is read, how many values it may hold, and how deep.
-LARGEST, MOST, DEEPEST = 2**20, 100_000, 32
+LARGEST, MOST, DEEPEST = 2**25, 10**6, 32
 
 # Digits of the longest integer: all of 64 bits. Longer ones overflow whatever takes them.
 _DIGITS = 20
@@ -30,10 +30,10 @@ def read_yaml(file: Path, name: str | None = None) -> Any:
         and None. A date is text.
 
     Raises:
-        UserError: there is no such file, it is larger than 1 MiB, or it is no YAML. Refused is what
-            plain data have no need of: aliases, which can stand for more than any memory holds,
-            other tags than ``!!str``, ``!!seq`` and ``!!map``, a key given twice, an integer of
-            more than 20 digits, more than 100,000 values, and nesting deeper than 32.
+        UserError: there is no such file, it is larger than 32 MiB, or it is no YAML. Refused, too,
+            is what plain data have no need of: aliases, which can stand for more than any memory
+            holds, other tags than ``!!str``, ``!!seq`` and ``!!map``, a key given twice, an
+            integer of more than 20 digits, more than a million values, nesting deeper than 32.
     """
     return parse_yaml(read_text(file, LARGEST, name), str(file) if name is None else name)
 
