@@ -31,7 +31,7 @@ from vissl_lite.errors import UserError
 SOON, LITTLE = 1.0, 2**30
 
 examples = settings(
-    max_examples=150,
+    max_examples=100,
     deadline=None,  # ``read`` keeps the time, without what hypothesis itself does
     derandomize=True,
     suppress_health_check=list(HealthCheck),
@@ -69,7 +69,8 @@ def read(load: Callable[[], Any]) -> Any:
 ODD = [
     None, True, False, 0, -1, 1, 2**63, -(2**63), 10**19, 1e308, -1e308, 1e-320, 0.5,
     float("nan"), float("inf"), float("-inf"), "", " ", "x", "1", "-1", "1e999", "nan", "1_0",
-    "9" * 5000, "a\nb", "\0", "\x1b[31m", "é\u2028ü", "x" * 5000, "../../../etc/passwd", "/dev/zero",
+    "9" * 5000, "a\nb", "\0", "\x1b[31m", "é\u2028ü", "x" * 5000, "../../../etc/passwd",
+    "/dev/zero",
     [], {}, [1], [None] * 4, [[]], {"a": 1}, [0, 0, 10, 10], [1, 2, 3], ["1", "2", "3", "4"],
     [float("nan")] * 4, [1e308] * 4, [1e-320] * 4, [-5, -5, 1e30, 1e30], [0, 0, -10, -10],
     [True] * 4, "1234", [[1], 2, 3, 4],
@@ -77,7 +78,9 @@ ODD = [
 odd = st.sampled_from(ODD)
 json_values = st.recursive(
     odd | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4)
+    ),
     max_leaves=8,
 )  # fmt: skip
 
