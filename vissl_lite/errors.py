@@ -133,8 +133,10 @@ def _matches(value: object, kind: Any) -> bool:
             and all(map(_matches, value, parts))
         )
     if origin in (dict, Mapping):
+        # a name may look like a number, and YAML then reads one
         return isinstance(value, Mapping) and all(
-            _matches(key, parts[0]) and _matches(one, parts[1]) for key, one in value.items()
+            isinstance(key, str | int | float) and _matches(one, parts[1])
+            for key, one in value.items()
         )
     if kind in (int, float):  # NumPy's numbers count; True and False do not
         number = Integral if kind is int else Real

@@ -367,6 +367,15 @@ def test_the_functions_themselves_refuse_them() -> None:
         assert "\n" not in str(refused.value)
 
 
+def test_names_of_classes_may_look_like_numbers(tried: Tried, place: Path) -> None:
+    given = words(needed("finetune", place))
+    for weights in ("{1: 2}", "{1: 2, cats: 1}", "{1.5: 1e-3}"):
+        said = tried("finetune", *given, f"--class_weights={weights}")
+        assert said is not None
+        assert "unknown class 1" in said
+    assert tried("finetune", *given, "--class_weights={cats: 1e-3, dogs: '2'}") is None
+
+
 def test_numbers_of_numpy_and_paths_are_taken() -> None:
     check_arguments(command("probe"), {"encoder": Path("e"), "k": np.int64(3), "seed": 0})
     check_arguments(command("probe"), {"temperature": np.float32(0.1), "fraction": 1})
