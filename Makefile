@@ -1,16 +1,20 @@
-# make demo    the main job on sample data
-# make test    checks and tests
-# make check   lint, types, layers
+# make demo        the main job on sample data
+# make test        checks and tests
+# make test-slow   tests that take long
+# make check       lint, types, layers
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test test-slow check clean
 
 demo: .venv/installed
 	$(BIN)/vissl-lite demo --out runs/demo --overwrite
 
 test: check
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-slow: .venv/installed-dev
+	$(BIN)/python -m pytest -n 2 -m slow
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -6,18 +6,33 @@ docstring the help, and ``--config FILE`` the same in YAML.
 
 import importlib
 import inspect
+import os
 import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from vissl_lite import __version__
-from vissl_lite.errors import MachineError, Terminated, UserError, did_you_mean
+from vissl_lite.errors import (
+    MachineError,
+    Terminated,
+    UserError,
+    annotations,
+    brief,
+    check_argument,
+    check_arguments,
+    did_you_mean,
+    kinds_of,
+)
 from vissl_lite.faults import machine_error
+
+# jsonargparse's name for how values are parsed: here, by ``_parse_value``.
+_MODE = "vissl_lite"
 
 VERBS = {
     "demo": "the whole story on sample data, in minutes",
@@ -59,7 +74,7 @@ def _main(given: list[str]) -> int:
             print(f"vissl-lite {__version__}")
             return 0
         if given[0] not in VERBS:
-            raise UserError(f"unknown command {given[0]}: {did_you_mean(given[0], VERBS)}")
+            raise UserError(f"unknown command {brief(given[0])}: {did_you_mean(given[0], VERBS)}")
         _run(given[0], given[1:])
     except MachineError as error:
         return _say(str(error), 1)
@@ -120,7 +135,8 @@ def _run(verb: str, given: list[str]) -> None:
     parser = make_parser(verb, function, pretext)
     options = parser.parse_args(given).as_dict()
     options.pop("config", None)
-    if options.get("resume") and (Path(options["out"]) / "config.yaml").is_file():
+    check_arguments(function, options)
+    if options.get("resume") and _is_run(options["out"]):
         # The run's own options were read first: any that differs now was given to contradict them.
         from vissl_lite.run import resumed_config
 
@@ -146,7 +162,11 @@ def make_parser(verb: str, function: Callable[..., Any], pretext: str = "simclr"
             known = [name for name in known if name.startswith("--") and not name.endswith("+")]
             raise UserError(_one_line(message, known))
 
-    parser = Parser(prog=f"vissl-lite {verb}", description=VERBS[verb], allow_abbrev=False)
+    jsonargparse.set_loader(_MODE, _parse_value, exceptions=(UserError,))
+    parser = Parser(
+        prog=f"vissl-lite {verb}", description=VERBS[verb], allow_abbrev=False, parser_mode=_MODE,
+        print_config=None,
+    )  # fmt: skip
     parser.add_argument("--config", action="config", help="YAML file of options")
     skip: set[str | int] = set()
     if "pretext" in inspect.signature(function).parameters:
@@ -189,9 +209,16 @@ def _prepare(function: Callable[..., Any], given: list[str]) -> tuple[list[str],
         while words and not words[0].startswith("--"):
             values.append(words.pop(0))
         name = option.removeprefix("--")
+        if name.endswith("+"):  # which means something to jsonargparse
+            raise UserError(f"unknown option {brief(option)}: {did_you_mean(name, parameters)}")
         kind = parameters[name].annotation if name in parameters else None
+        single = name in parameters and not _takes_list(kind)
         if option == "--config" and values:
-            configs.append(_read_yaml(values[0]))
+            configs += [_read_config(value) for value in values]
+        elif single and len(values) > 1:
+            raise UserError(f"{option} takes one value, not {brief(' '.join(values))}")
+        elif single and option in rewritten:
+            raise UserError(f"{option} is given twice")
         elif option == "--pretext":
             rewritten += ["--pretext.name", *values]
         elif kind is bool and not values:
@@ -208,10 +235,9 @@ def _prepare(function: Callable[..., Any], given: list[str]) -> tuple[list[str],
         items = [_number(value) if _takes_numbers(kind) else value for value in values]
         rewritten += [option, yaml.safe_dump(items, default_flow_style=True, width=1 << 30)]
     at = {rewritten[i]: rewritten[i + 1] for i in range(len(rewritten) - 1)}
-    if at.get("--resume") == "true" and "--out" in at:
+    if at.get("--resume") == "true" and "--out" in at and _is_run(at["--out"]):
         run = Path(at["--out"]) / "config.yaml"
-        if run.is_file():
-            configs.insert(0, _read_yaml(run))
+        configs.insert(0, _read_config(run, str(run)))
     pretext = at.get("--pretext.name")
     for config in reversed(configs):  # the last one to name a pretext wins
         if "pretext" not in config:
@@ -219,11 +245,22 @@ def _prepare(function: Callable[..., Any], given: list[str]) -> tuple[list[str],
         named = config["pretext"]
         named = {"name": named} if isinstance(named, str) else named
         if not isinstance(named, dict) or not isinstance(named.get("name", ""), str):
-            raise UserError(f"pretext: {named} is neither a name nor a mapping with one")
+            raise UserError(f"pretext: {brief(named)} is neither a name nor a mapping with one")
         pretext = pretext or named.get("name")
         if named.get("name", pretext) != pretext:
             named = {"name": named["name"]}  # another pretext's hyperparameters do not count
         config["pretext"] = named
+    kinds = annotations(function)
+    if "pretext" in kinds:
+        from vissl_lite.pretext import pretext_class
+
+        hyperparameters = annotations(pretext_class(pretext or "simclr"))
+        kinds |= {f"pretext.{name}": kind for name, kind in hyperparameters.items()}
+    for option, value in pairwise(rewritten):
+        name = option.removeprefix("--")
+        if option.startswith("--") and name in kinds:
+            check_argument(name, _typed(value, kinds[name]), kinds[name])
+    configs = [_typed_config(config, kinds) for config in configs]
     front = [f"--config={yaml.safe_dump(config, sort_keys=False)}" for config in configs]
     return front + rewritten, pretext or "simclr"
 
@@ -247,18 +284,79 @@ def _number(text: str) -> float | str:
         return text  # for the parser to complain of
 
 
-def _read_yaml(file: str | Path) -> dict[str, Any]:
-    import yaml
+def _typed_config(
+    config: Mapping[str, Any], kinds: Mapping[str, Any], prefix: str = ""
+) -> dict[str, Any]:
+    """Options of a file, checked as far as they are known, in the types that they should have."""
+    typed = {}
+    for name, value in config.items():
+        kind = kinds.get(prefix + name)
+        if name.endswith("+") or name.startswith("__"):  # which mean something to jsonargparse
+            raise UserError(f"unknown option --{brief(name)}: {did_you_mean(name, kinds)}")
+        if prefix + name == "pretext" and isinstance(value, dict):
+            value = _typed_config(value, kinds, "pretext.")
+        elif kind is not None:
+            value = _typed(value, kind)
+            check_argument(prefix + name, value, kind)
+        typed[name] = value
+    return typed
 
-    try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--config {file} can't be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {file} is not YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"--config {file} holds no options")
+
+def _typed(value: Any, kind: Any) -> Any:
+    """A value in which text that stands for a number, a list and so on has become that.
+
+    What then is of the right type holds no text that jsonargparse would still parse as YAML.
+    """
+    kinds = kinds_of(kind)
+    if isinstance(value, str):
+        plain = {int, float, bool}.intersection(kinds)
+        listed = value.startswith("[") and _takes_list(kind)
+        choice = any(get_origin(one) is Literal and value in get_args(one) for one in kinds)
+        if choice or (str in kinds and not plain and not listed):
+            return value
+        try:
+            parsed = _parse_value(value)
+        except UserError:
+            if str in kinds and plain:
+                raise
+            return value
+        if float in kinds and isinstance(parsed, str):
+            parsed = _number(parsed)  # 1e-3, which YAML 1.1 takes for text
+        if isinstance(parsed, str) or (str in kinds and not isinstance(parsed, list)):
+            return value
+        return _typed(parsed, kind)
+    inner = [part for one in kinds for part in get_args(one) if get_origin(one) is not Literal]
+    if isinstance(value, list) and inner:
+        return [_typed(one, inner[0]) for one in value]
+    if isinstance(value, dict) and inner:
+        return {key: _typed(one, inner[-1]) for key, one in value.items()}
+    return value
+
+
+def _is_run(out: str) -> bool:
+    return os.path.isfile(os.path.join(out, "config.yaml"))
+
+
+def _read_config(file: str | Path, name: str | None = None) -> dict[str, Any]:
+    from vissl_lite.data.yaml_file import read_yaml
+
+    name = f"--config {brief(file)}" if name is None else name
+    content = read_yaml(Path(file), name)
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UserError(f"{name} holds no options: expected a mapping from their names")
+    if "config" in content:
+        raise UserError(f"{name} names another file: give each of them with --config")
     return content
+
+
+def _parse_value(text: str) -> Any:
+    """A value as jsonargparse has it parsed where its option takes more than text."""
+    from vissl_lite.data.yaml_file import parse_yaml
+
+    value = parse_yaml(text, f"the value {brief(text)}")
+    if isinstance(value, dict) and all(inner is None for inner in value.values()):
+        return text  # braces in a name, as in {a,b}.tar
+    return value
 
 
 def _one_line(message: str, known: Sequence[str]) -> str:
@@ -272,15 +370,22 @@ def _one_line(message: str, known: Sequence[str]) -> str:
         return f"unknown option {name}: {did_you_mean(name, known)}"
     wrong = re.search(r'Parser key "([\w.]+)":', message)
     value = re.search(r"(?:Given|Got) value: (.*)", message)
+    given = brief(value[1]) if value else ""
     choices = re.search(r"typing\.Literal\[(.*?)\]", message)
     if wrong and value and choices:
         names = choices[1].replace("'", "").split(", ")
-        return f"--{wrong[1]} {value[1]} is none of {', '.join(names)}"
+        return f"--{wrong[1]} {given} is none of {', '.join(names)}"
     expected = re.findall(r"Expected an? <class '(\w+)'>", message)
     if wrong and value and expected:
         kinds = " or ".join(dict.fromkeys(kind for kind in expected if kind != "NoneType"))
-        return f"--{wrong[1]} {value[1]} is not of the type {kinds}"
+        return f"--{wrong[1]} {given} is not of the type {kinds}"
     missing = re.search(r"following arguments are required: (.*)", message)
     if missing:
         return f"--{missing[1].replace(', ', ', --')} must be given"
-    return " ".join(message.split())
+    bare = re.search(r"argument (--[\w.]+).*: expected one argument", message)
+    if bare:
+        return f"{bare[1]} needs a value"
+    stray = re.search(r"[Uu]nrecognized arguments: (.*)", message)
+    if stray:
+        return f"{brief(stray[1])} belongs to no option: options begin with --"
+    return brief(message)

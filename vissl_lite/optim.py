@@ -9,7 +9,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from vissl_lite.errors import UserError, did_you_mean
+from vissl_lite.errors import UserError, check_not_negative, check_positive, did_you_mean
+
+# Of a learning rate and a weight decay. Papers have up to 20 and so; float32 steps with 1e30 are
+# not finite.
+LARGEST_RATE = 1e6
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,12 @@ def check_optimizer(name: str) -> None:
     known = timm.optim.list_optimizers()
     if name not in known:
         raise UserError(f"unknown optimizer {name}: {did_you_mean(name, known)}")
+
+
+def check_rates(lr: float | None, weight_decay: float | None) -> None:
+    """Raise a UserError for a learning rate or a weight decay that is given and can't train."""
+    check_positive("lr", lr, LARGEST_RATE)
+    check_not_negative("weight_decay", weight_decay, LARGEST_RATE)
 
 
 def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> Optimizer:

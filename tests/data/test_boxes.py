@@ -508,11 +508,11 @@ def test_a_file_that_is_not_what_it_should_be(tmp_path: Path) -> None:
     file.write_text("[1, 2]")
     assert "no list 'images'" in refusal(file)
     file.write_text("{")
-    assert "notes.json can't be read as JSON" in refusal(tmp_path)
+    assert "notes.json is no JSON that can be read" in refusal(tmp_path)
     other = write(tmp_path / "a.yaml", "lr: 3")
     assert "a.yaml is not YOLO's data.yaml" in refusal(other)
     other.write_text("names: [a\nb: {")
-    assert "a.yaml can't be read as YAML" in refusal(other)
+    assert "a.yaml is not YAML that can be read" in refusal(other)
     other.write_text("names: [a]\ntrain: nowhere")
     assert "a.yaml names nowhere for train, which does not exist" in refusal(other)
 

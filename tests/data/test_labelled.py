@@ -238,7 +238,7 @@ def test_a_csv_file_with_a_mistake(text: str, message: str, tmp_path: Path) -> N
 
 def test_a_csv_file_that_is_no_text_is_a_mistake(tmp_path: Path) -> None:
     (tmp_path / "data.csv").write_bytes(b"\xff\xfe\x00\xd8")
-    with pytest.raises(UserError, match="can't be read as a CSV file"):
+    with pytest.raises(UserError, match="it is not text in UTF-8"):
         load_labelled(tmp_path / "data.csv")
 
 

@@ -19,6 +19,7 @@ from vissl_lite.comparison.protocols import (
 from vissl_lite.comparison.runner import Runner
 from vissl_lite.comparison.store import Cell, Store
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
+from vissl_lite.errors import check_arguments
 from vissl_lite.run import (
     check_out,
     console,
@@ -128,6 +129,7 @@ def compare(
         UserError: something that was given can't work; nothing is written then.
     """
     config = plain(locals())
+    check_arguments(compare, config)
     for name in ("encoder", "protocols", "fractions", "shots", "lr"):
         config[name] = _listed(config[name])
     inputs = [(name, config[name]) for name in ("encoder", "baseline", "data", "annotations")]
@@ -135,7 +137,10 @@ def compare(
     if resume:
         defaults = {n: p.default for n, p in inspect.signature(compare).parameters.items()}
         config = resumed_config(Path(out), config, defaults)
+        check_arguments(compare, config)
     limit_pixels(config["max_pixels"])
+    hardware = Hardware(config["precision"], devices=1, num_workers=config["num_workers"])
+    hardware.check()
     plan = Plan(**{name: config[name] for name in Plan.__annotations__})
     whole = plan.load_data()
     wanted = plan.choose_protocols(whole)
@@ -143,7 +148,6 @@ def compare(
     found, left_out = plan.try_arms(arms, basis, whole)
     whole, leaked = guard(whole, found, leaks, out)
     amounts, labels = plan.choose_amounts(whole)
-    hardware = Hardware(precision, devices=1, num_workers=num_workers)
 
     with open_run(Path(out), "compare", config, resume) as run:
         if resume:

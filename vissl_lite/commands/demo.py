@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from vissl_lite.commands.pretrain import pretrain
+from vissl_lite.commands.pretrain_options import parse_time
 from vissl_lite.commands.probe import probe_encoder
 from vissl_lite.commands.report import add_report
 from vissl_lite.data.images import read_image
@@ -18,7 +19,7 @@ from vissl_lite.data.labelled import LabelledImages, load_labelled, take_labels
 from vissl_lite.data.sample import make_sample_data
 from vissl_lite.encoder import Encoder
 from vissl_lite.encoder_folder import load_encoder
-from vissl_lite.errors import UserError
+from vissl_lite.errors import UserError, check_arguments, check_count
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pictures import plot_bars
 from vissl_lite.run import check_out, console, open_run, write_results
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 
 # Small, so that two minutes on two cores are about twenty epochs. The images have no up.
 BACKBONE, SIZE = "resnet10t_slim", 48
+LARGEST_SET = 10**6  # images to draw
 UNTRAINED, TRAINED = "untrained", "pre-trained"
 
 Scores = dict[str, dict[str, list[float]]]  # by measure, by arm: one accuracy a seed
@@ -80,8 +82,12 @@ def demo(
         UserError: something that was given can't work.
     """
     config = dict(locals())
-    if seeds < 1:
-        raise UserError(f"--seeds {seeds} must be at least 1")
+    check_arguments(demo, config)
+    check_count("seeds", seeds, 1000)
+    check_count("shots", shots)
+    if not 2 <= unlabelled <= LARGEST_SET:
+        raise UserError(f"--unlabelled {unlabelled} must be from 2 to {LARGEST_SET}")
+    parse_time(max_time)
     check_out(Path(out), overwrite=overwrite)
     started = time.monotonic()
     with open_run(Path(out), "demo", config) as run:

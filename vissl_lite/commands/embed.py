@@ -16,7 +16,7 @@ from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.data.whole_file import check_place, whole_file
 from vissl_lite.encoder import Encoder, Normalize
 from vissl_lite.encoder_folder import encoder_for
-from vissl_lite.errors import UserError, check_count, did_you_mean
+from vissl_lite.errors import UserError, check_arguments, check_image_size, did_you_mean
 from vissl_lite.inference import check_outputs, run_over
 from vissl_lite.run import forget_log, logged_to_console
 from vissl_lite.training.progress import progress_bar
@@ -72,7 +72,9 @@ def embed(
     Raises:
         UserError: something that was given can't work; nothing is written then.
     """
+    check_arguments(embed, locals())
     limit_pixels(max_pixels)
+    check_image_size(image_size)
     file = Path(out)
     if format is None and file.suffix.lower() not in (".parquet", ".npz"):
         raise UserError(f"--out {file} ends in neither .parquet nor .npz: give one, or --format")
@@ -120,7 +122,6 @@ def encoder_for_images(source: str, image_size: int | None, paths: Sequence[str]
     Raises:
         UserError: there is no such encoder, it has diverged, or it can't take the size.
     """
-    check_count("image_size", image_size)
     torch.manual_seed(0)
     if image_size is None and source.startswith("random:"):
         image_size = suitable_size(paths)

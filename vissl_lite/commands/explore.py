@@ -11,7 +11,7 @@ from vissl_lite.commands.embed import check_file, encoder_for_images
 from vissl_lite.data.images import find_images
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.data.splits import VAL_NAMES
-from vissl_lite.errors import UserError, check_count, check_seed
+from vissl_lite.errors import UserError, check_arguments, check_count, check_image_size, check_seed
 from vissl_lite.evaluation.embedding import make_map
 from vissl_lite.report.map import map_layout
 from vissl_lite.report.page import Block, write_page
@@ -57,8 +57,10 @@ def explore(
     Raises:
         UserError: something that was given can't work; nothing is written then.
     """
+    check_arguments(explore, locals())
     limit_pixels(max_pixels)
     check_count("most", most)
+    check_image_size(image_size)
     check_seed(seed)
     file = Path(out)
     if file.suffix.lower() not in (".html", ".htm"):

@@ -27,7 +27,7 @@ from vissl_lite.data.whole_file import check_place
 from vissl_lite.encoder import first_line
 from vissl_lite.encoder_config import CONFIG, read_model_config
 from vissl_lite.encoder_folder import WEIGHTS
-from vissl_lite.errors import UserError, check_count
+from vissl_lite.errors import UserError, check_arguments, check_image_size
 from vissl_lite.run import console
 from vissl_lite.transfer.detector import fit_into
 from vissl_lite.transfer.fixed_detector import TRANSLATIONS
@@ -92,10 +92,11 @@ def export(
         UserError: something that was given can't work; nothing is written then.
         RuntimeError: the outputs are not torch's; nothing is written then.
     """
+    check_arguments(export, locals())
     if (encoder is None) == (model is None):
         raise UserError("give what to export: --encoder or --model, one of the two")
     limit_pixels(max_pixels)
-    check_count("image_size", image_size)
+    check_image_size(image_size)
     path = Path(out)
     _check_out(path, format, overwrite)
     if format == "onnx":

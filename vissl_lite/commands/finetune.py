@@ -17,8 +17,16 @@ from vissl_lite.data.labelled import load_labelled, take_labels
 from vissl_lite.data.masks import load_masks, take_masks
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.encoder_folder import encoder_for, load_encoder
-from vissl_lite.errors import UserError, check_count, check_positive, check_seed
-from vissl_lite.optim import OptimizerSettings, check_optimizer
+from vissl_lite.errors import (
+    UserError,
+    check_arguments,
+    check_count,
+    check_image_size,
+    check_positive_share,
+    check_seed,
+    check_warmup,
+)
+from vissl_lite.optim import OptimizerSettings, check_optimizer, check_rates
 from vissl_lite.pictures import plot_curves
 from vissl_lite.run import (
     CHECKPOINTS,
@@ -170,6 +178,7 @@ def finetune(
         UserError: something that was given can't work; nothing is written then.
     """
     config = plain(locals())
+    check_arguments(finetune, config)
     inputs = [(name, config[name]) for name in ("data", "annotations", "encoder")]
     resume = check_out(Path(out), inputs, resume, overwrite, "finetune")
     if resume:
@@ -184,15 +193,18 @@ def finetune(
             raise UserError(f"--{name} is for --task {' or '.join(tasks)}, not for {task}")
     limit_pixels(max_pixels)
     check_optimizer(optimizer)
-    for name, share in (("warmup", warmup), ("label_smoothing", label_smoothing or 0.0)):
-        if not 0 <= share < 1:
-            raise UserError(f"--{name} {share} is not a share: it must be in [0, 1)")
-    for name, number in (("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
-        check_count(name, number)
-    check_positive("lr", lr)
+    check_warmup("warmup", warmup)
+    check_warmup("label_smoothing", label_smoothing)
+    check_positive_share("fraction", fraction)
+    check_positive_share("layer_decay", layer_decay)
+    check_positive_share("smallest_crop", smallest_crop)
+    check_image_size(image_size)
+    check_rates(lr, weight_decay)
+    for name in ("epochs", "batch_size", "patience", "shots"):
+        check_count(name, config[name])
     check_seed(seed)
-    if not 0 < smallest_crop <= 1:
-        raise UserError(f"--smallest_crop {smallest_crop} is not a share: above 0, at most 1")
+    hardware = Hardware(precision, devices=1, num_workers=num_workers)
+    hardware.check()
     from_scratch = encoder.startswith("random:")
     if layer_decay is None:
         layer_decay = 1.0 if from_scratch else 0.75
@@ -251,7 +263,6 @@ def finetune(
         if task != "classification":
             report_use(start, encoder)
         metrics = MetricsFile(run / METRICS)
-        hardware = Hardware(precision, devices=1, num_workers=num_workers)
         files = TrainingFiles(metrics, run / CHECKPOINTS, resume)
         model = transfer.train(start, hardware, files)
         about = {"version": __version__, "task": task, "encoder": encoder, "data": data}

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vissl_lite import backbones as _registers_our_own  # noqa: F401
-from vissl_lite.errors import UserError, did_you_mean
+from vissl_lite.errors import UserError, check_arguments, did_you_mean
 from vissl_lite.pretext import PRETEXTS
 from vissl_lite.pretext.base import KINDS
 
@@ -28,6 +28,7 @@ def list_(what: str, pattern: str = "*") -> list[str]:
     Raises:
         UserError: there is no such list, or no name fits.
     """
+    check_arguments(list_, locals())
     if what not in KNOWN:
         raise UserError(f"no list of {what}: {did_you_mean(what, KNOWN)}")
     names = list(PRETEXTS) if what == "pretexts" else timm.list_models()

@@ -22,7 +22,7 @@ from vissl_lite.data.images import BROKEN_IMAGE, find_images, read_image
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels, reason
 from vissl_lite.data.whole_file import whole_file
 from vissl_lite.encoder import Normalize
-from vissl_lite.errors import check_count
+from vissl_lite.errors import check_arguments, check_not_negative
 from vissl_lite.inference import check_outputs, evaluating, report_broken, run_in_batches
 from vissl_lite.pictures import class_colours, draw_boxes, draw_mask, draw_words
 from vissl_lite.run import check_out, open_run, write_results
@@ -157,9 +157,9 @@ def predict(
         UserError: something that was given can't work; nothing is written then.
     """
     config = dict(locals())
+    check_arguments(predict, config)
     limit_pixels(max_pixels)
-    if pictures:
-        check_count("pictures", pictures)
+    check_not_negative("pictures", pictures)
     check_out(Path(out), [("model", model), ("data", data)], overwrite=overwrite)
     folder, task = find_model(Path(model))
     load, use = _USES[task]

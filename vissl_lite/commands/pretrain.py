@@ -20,7 +20,7 @@ from vissl_lite.data.path_list import PathList
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.data.views import Views
 from vissl_lite.encoder_folder import save_encoder
-from vissl_lite.errors import UserError
+from vissl_lite.errors import UserError, check_arguments
 from vissl_lite.evaluation.watch import MEASURES, Watch
 from vissl_lite.pictures import plot_curves
 from vissl_lite.pretext.base import About
@@ -164,6 +164,7 @@ def pretrain(
             no longer a number.
     """
     started = time.monotonic()
+    check_arguments(pretrain, locals())
     config = plain(locals())
     del config["started"]
     config["data"] = [config["data"]] if isinstance(config["data"], str) else config["data"]
@@ -175,11 +176,15 @@ def pretrain(
         defaults = {n: p.default for n, p in inspect.signature(pretrain).parameters.items()}
         defaults["pretext"] = whole_pretext(defaults["pretext"])
         config = resumed_config(Path(out), config, defaults)
+        check_arguments(pretrain, config)
+        config["pretext"] = whole_pretext(config["pretext"])
         if is_finished(Path(out)):
             return _finished(Path(out))
     limit_pixels(config["max_pixels"])
 
     options = Options(**{k: v for k, v in config.items() if k in Options.__annotations__})
+    hardware = Hardware(precision, devices, num_nodes, strategy, num_workers, compile)
+    hardware.check()
     images = find_training_images(options, Path(out), resume)
     paths, count = images.paths, len(images)
     size = min(options.batch_size or 128, count)
@@ -201,8 +206,6 @@ def pretrain(
     task.optimizer_settings = options.optimizer_settings(task, size * accumulate)
     seconds = parse_time(options.max_time)
     epochs = options.epochs if options.epochs or seconds else 100
-    hardware = Hardware(precision, devices, num_nodes, strategy, num_workers, compile)
-    hardware.check()
     plan = _cache_plan(options, paths, views, Path(out), hardware) if options.cache else None
 
     before = (

@@ -10,12 +10,25 @@ from typing import Any
 from vissl_lite.data.images import suitable_size
 from vissl_lite.encoder import Encoder, build_encoder
 from vissl_lite.encoder_folder import load_encoder, load_weights
-from vissl_lite.errors import UserError, check_count, check_positive, check_seed, did_you_mean
-from vissl_lite.optim import OptimizerSettings, check_optimizer
+from vissl_lite.errors import (
+    UserError,
+    brief,
+    check_count,
+    check_hyperparameters,
+    check_image_size,
+    check_positive,
+    check_seed,
+    check_warmup,
+    did_you_mean,
+)
+from vissl_lite.optim import LARGEST_RATE, OptimizerSettings, check_optimizer, check_rates
 from vissl_lite.pretext import PRETEXTS, pretext_class
 from vissl_lite.pretext.base import PretextTask
 from vissl_lite.pretext.parts.resizing import SMALLEST
 from vissl_lite.training.loggers import logger_names
+
+LONGEST_DAYS = 3650  # of training
+LARGEST_STEP = 100_000  # batches
 
 
 @dataclass(frozen=True)
@@ -45,16 +58,18 @@ class Options:
     seed: int
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "epochs", "batch_size", "accumulate_grad_batches"):
+        for name in ("epochs", "batch_size"):
             check_count(name, getattr(self, name))
+        check_count("accumulate_grad_batches", self.accumulate_grad_batches, LARGEST_STEP)
+        check_image_size(self.image_size)
+        parse_time(self.max_time)
         if self.epochs is not None and self.max_time is not None:
             raise UserError(
                 "give --epochs or --max_time, not both (--epochs null takes back a --config's)"
             )
-        if not 0 <= self.warmup < 1:
-            raise UserError(f"--warmup {self.warmup} is not a share: it must be in [0, 1)")
-        check_positive("lr", self.lr)
-        check_positive("base_lr", self.base_lr)
+        check_warmup("warmup", self.warmup)
+        check_rates(self.lr, self.weight_decay)
+        check_positive("base_lr", self.base_lr, LARGEST_RATE)
         if self.lr is not None and self.base_lr is not None:
             raise UserError("give --lr or --base_lr, not both")
         check_seed(self.seed)
@@ -105,17 +120,21 @@ def parse_time(text: str | int | None) -> float | None:
     """Seconds from ``HH:MM:SS``, ``MM:SS``, seconds, or days as in ``1-00:00:00``.
 
     Raises:
-        UserError: it is none of these, or not above 0.
+        UserError: it is none of these, not above 0, or longer than ten years.
     """
     if text is None:
         return None
     match = re.fullmatch(r"(?:(?:(?:(\d+)[-:])?(\d+):)?(\d+):)?(\d+)", str(text).strip())
     if match is None:
-        raise UserError(f"--max_time {text} is no time: give HH:MM:SS or seconds")
+        raise UserError(f"--max_time {brief(text)} is no time: give HH:MM:SS or seconds")
+    if len(match[0]) > 20:
+        raise UserError(f"--max_time {brief(text)} is longer than {LONGEST_DAYS} days")
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
     total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
     if total == 0:
         raise UserError(f"--max_time {text} leaves no time")
+    if total > LONGEST_DAYS * 24 * 60 * 60:
+        raise UserError(f"--max_time {text} is longer than {LONGEST_DAYS} days")
     return float(total)
 
 
@@ -180,4 +199,5 @@ def whole_pretext(pretext: str | Mapping[str, Any]) -> dict[str, Any]:
     for one in given:
         if one not in known:
             raise UserError(f"unknown option --pretext.{one} of {name}: {did_you_mean(one, known)}")
+    check_hyperparameters(pretext_class(name), given)
     return {"name": name, **known, **given}

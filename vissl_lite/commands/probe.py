@@ -17,7 +17,13 @@ from vissl_lite.data.labelled import LabelledImages, Part, load_labelled, take_l
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.encoder import Encoder
 from vissl_lite.encoder_folder import encoder_for
-from vissl_lite.errors import check_count, check_positive, check_seed
+from vissl_lite.errors import (
+    check_arguments,
+    check_count,
+    check_image_size,
+    check_positive,
+    check_seed,
+)
 from vissl_lite.evaluation.features import extract
 from vissl_lite.evaluation.knn import knn_predict
 from vissl_lite.evaluation.linear import linear_probe
@@ -88,8 +94,10 @@ def probe(
         UserError: something that was given can't work; nothing is written then.
     """
     config = dict(locals())
+    check_arguments(probe, config)
     limit_pixels(max_pixels)
     check_count("k", k)
+    check_image_size(image_size)
     check_positive("temperature", temperature)
     check_seed(seed)
     check_out(Path(out), [("encoder", encoder), ("data", data)], overwrite=overwrite)

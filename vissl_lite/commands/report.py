@@ -12,7 +12,7 @@ from vissl_lite.data.labelled import LabelledImages
 from vissl_lite.data.leaks import paths_of
 from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
-from vissl_lite.errors import UserError
+from vissl_lite.errors import UserError, check_arguments
 from vissl_lite.evaluation.embedding import make_map
 from vissl_lite.faults import machine_error
 from vissl_lite.pictures import plot_exhibit, plot_neighbours
@@ -39,6 +39,7 @@ def report(run: str) -> Path:
     Raises:
         UserError: the folder holds no run, or can't be written.
     """
+    check_arguments(report, {"run": run})
     from vissl_lite.report.run_report import write_report  # Bokeh takes its time
 
     folder = Path(run)

@@ -18,7 +18,7 @@ from vissl_lite.data.path_list import PathList
 from vissl_lite.data.reading import open_regular, read_regular
 from vissl_lite.data.shard_index import INDEX, INDEX_PART, index_text, parse_index
 from vissl_lite.data.tar_reader import LARGEST
-from vissl_lite.errors import UserError, check_count
+from vissl_lite.errors import UserError, check_arguments, check_count
 from vissl_lite.run import forget_log, logged_to_console
 from vissl_lite.run_folder import check_apart
 from vissl_lite.training.progress import progress_bar
@@ -78,6 +78,7 @@ def shard(
     Raises:
         UserError: something that was given can't work; nothing is written then.
     """
+    check_arguments(shard, locals())
     check_count("shard_size_mb", shard_size_mb)
     check_count("images_per_shard", images_per_shard)
     if shard_size_mb is not None and images_per_shard is not None:

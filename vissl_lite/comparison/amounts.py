@@ -7,7 +7,7 @@ from typing import Any
 from vissl_lite.data.boxes import LabelledBoxes, take_boxes
 from vissl_lite.data.labelled import LabelledImages, take_labels
 from vissl_lite.data.masks import LabelledMasks, take_masks
-from vissl_lite.errors import UserError
+from vissl_lite.errors import UserError, check_count
 
 FRACTIONS = (0.01, 0.05, 0.1, 1.0)
 
@@ -54,8 +54,7 @@ def make_amounts(fractions: Sequence[float] | None, shots: Sequence[int] | None)
     if fractions and shots:
         raise UserError("give --fractions or --shots, not both")
     if shots:
-        if min(shots) < 1:
-            raise UserError(f"--shots {min(shots)} must be at least 1")
+        check_count("shots", min(shots))
         return [Amount(f"{count} a class", shots=count) for count in sorted(set(shots))]
     shares = sorted(set(fractions or FRACTIONS))
     for share in shares:

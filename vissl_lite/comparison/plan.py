@@ -18,11 +18,14 @@ from vissl_lite.errors import (
     UserError,
     WeightsUnavailableError,
     check_count,
-    check_positive,
+    check_image_size,
     check_seed,
 )
-from vissl_lite.optim import OptimizerSettings
+from vissl_lite.optim import OptimizerSettings, check_rates
 from vissl_lite.transfer.tasks import Task, TaskName, make_task
+
+# Draws of labels; each is a training.
+LARGEST_SEEDS = 10_000
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +56,14 @@ class Plan:
     def __post_init__(self) -> None:
         if self.seeds < 3:
             raise UserError(f"--seeds {self.seeds} must be at least 3: fewer show no spread")
-        for name in ("k", "epochs", "batch_size", "image_size"):
+        check_count("seeds", self.seeds, LARGEST_SEEDS)
+        for name in ("k", "epochs", "batch_size"):
             check_count(name, getattr(self, name))
+        check_image_size(self.image_size)
         for rate in self.lr or ():
-            check_positive("lr", rate)
-        check_seed(self.seed)
+            check_rates(rate, None)
+        make_amounts(self.fractions, self.shots)
+        check_seed(self.seed, self.seeds - 1)
         twice = [name for name in self.encoder if self.encoder.count(name) > 1]
         if twice:
             raise UserError(f"--encoder {twice[0]} is given twice")

@@ -1,15 +1,19 @@
 """Tables of images in a CSV file: what all forms of them have in common."""
 
 import csv
-import io
+import os
+from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from vissl_lite.data.reading import open_regular
 from vissl_lite.data.splits import VAL_NAMES
-from vissl_lite.errors import UserError
+from vissl_lite.data.text_file import read_bytes
+from vissl_lite.errors import UserError, brief
+
+MOST_COLUMNS = 10_000
 
 Rows = list[dict[str, str]]
 
@@ -34,22 +38,27 @@ def read_rows(file: Path) -> tuple[list[str], Rows]:
     """The columns and rows of a CSV file.
 
     Raises:
-        UserError: it can't be read, or is not UTF-8 but for names of files.
+        UserError: it can't be read, is not UTF-8 but for names of files, or has a column twice or
+            too many of them.
     """
+    text = read_bytes(file).decode("utf-8-sig", "surrogateescape")
+    reader = csv.DictReader(StringIO(text, newline=""), strict=True)
     try:
-        with open_regular(file) as opened:
-            content = opened.read()
-        text = content.decode("utf-8-sig", "surrogateescape")
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        rows = list(reader)
         columns = list(reader.fieldnames or [])
-        others = [name for name in columns if name not in PATH_COLUMNS]
-        words = [*columns, *(row[name] or "" for row in rows for name in others)]
-        if not is_utf8("".join(words)):
-            content.decode("utf-8-sig")
-        return columns, rows
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{file} can't be read as a CSV file: {error}") from None
+        if len(columns) > MOST_COLUMNS:
+            raise UserError(f"{file} has {len(columns)} columns, more than {MOST_COLUMNS}")
+        twice = [name for name, count in Counter(columns).items() if count > 1 and name.strip()]
+        if twice:
+            raise UserError(f"{file} has the column {brief(twice[0])} twice")
+        rows = list(reader)
+    except csv.Error as error:
+        line = reader.line_num
+        raise UserError(f"{file} can't be read as a CSV file: {error} (line {line})") from None
+    others = [name for name in columns if name not in PATH_COLUMNS]
+    words = [*columns, *(row[name] or "" for row in rows for name in others)]
+    if not is_utf8("".join(words)):
+        raise UserError(f"{file} can't be read: it is not text in UTF-8")
+    return columns, rows
 
 
 def is_utf8(text: str) -> bool:
@@ -71,15 +80,15 @@ def cells(file: Path, rows: Rows, column: str, may_be_empty: bool = False) -> li
     """A column; a row that is cut short is an error, and so is an empty cell unless allowed."""
     for row in rows:
         if row[column] is None or not (row[column] or may_be_empty):
-            raise UserError(f"{file} has a row whose {column} is missing: {row}")
+            raise UserError(f"{file} has a row whose {column} is missing: {brief(row)}")
     return [row[column] for row in rows]
 
 
 def check_files(file: Path, paths: Collection[str]) -> None:
     """Raise a UserError if files that a CSV file names are missing."""
-    missing = [path for path in paths if not Path(path).is_file()]
+    missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
-        raise UserError(f"{file} names {len(missing)} missing files, the first {missing[0]}")
+        raise UserError(f"{file} names {len(missing)} missing files, the first {brief(missing[0])}")
 
 
 def splits(file: Path, rows: Rows) -> list[str]:
@@ -91,7 +100,7 @@ def splits(file: Path, rows: Rows) -> list[str]:
     names = ["val" if row["split"] in VAL_NAMES else row["split"] for row in rows]
     unknown = [name for name in names if name not in ("train", "val", "test")]
     if unknown:
-        raise UserError(f"{file}: the split {unknown[0]!r} is none of train, val, test")
+        raise UserError(f"{file}: the split {brief(repr(unknown[0]))} is none of train, val, test")
     if "train" not in names:
         raise UserError(f"{file} has no training images (split train)")
     return names

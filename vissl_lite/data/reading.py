@@ -132,17 +132,6 @@ def read_regular(path: str | Path) -> bytes:
         os.close(descriptor)
 
 
-def read_text(file: str | Path) -> str:
-    """A text file in UTF-8 that a user's folder holds, such as annotations.
-
-    Raises:
-        OSError: see ``open_regular``.
-        UnicodeDecodeError: it is not UTF-8.
-    """
-    with open_regular(file) as opened:
-        return opened.read().decode("utf-8-sig")
-
-
 def printable(text: str) -> str:
     """Text in one line that looks as it is, such as a message that names a file.
 

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from vissl_lite.errors import UserError
+from vissl_lite.errors import check_positive_share
 
 # Share of the images that goes to validation and to test where the data name no such part.
 VAL_SHARE = TEST_SHARE = 0.2
@@ -52,7 +52,6 @@ def take_share(items: Sequence[T], fraction: float | None, seed: int) -> list[T]
     """
     if fraction is None:
         return list(items)
-    if not 0 < fraction <= 1:
-        raise UserError(f"--fraction {fraction} is not a share: it must be above 0 and at most 1")
+    check_positive_share("fraction", fraction)
     order = np.random.default_rng((seed, 2)).permutation(len(items))
     return [items[i] for i in np.sort(order[: max(1, round(len(items) * fraction))])]

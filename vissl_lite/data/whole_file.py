@@ -12,6 +12,9 @@ try:
 except ImportError:  # Windows: there, nothing keeps two processes apart
     fcntl = None  # type: ignore[assignment]
 
+# Bytes that a name and a path may have, so that there is room for suffixes and files within.
+LONGEST_NAME, LONGEST = 240, 3800
+
 
 @contextmanager
 def whole_file(file: Path) -> Iterator[Path]:
@@ -58,6 +61,9 @@ def check_place(out: Path) -> None:
     Args:
         out: what is to be made, with all folders that are missing.
     """
+    if len(os.fsencode(out.absolute())) > LONGEST or len(os.fsencode(out.name)) > LONGEST_NAME:
+        raise UserError(f"{out} is too long a name: give one of at most {LONGEST_NAME} bytes, and "
+                        f"{LONGEST} with its folders")  # fmt: skip
     parent = next(p for p in (out, *out.absolute().parents) if p.exists())
     if parent.is_file() and parent == out:
         parent = parent.absolute().parent

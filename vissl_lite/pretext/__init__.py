@@ -1,6 +1,6 @@
 """Pretext tasks: one file each. A new one is a file and a line here."""
 
-from vissl_lite.errors import UserError, did_you_mean
+from vissl_lite.errors import UserError, brief, did_you_mean
 from vissl_lite.pretext.barlow_twins import BarlowTwins
 from vissl_lite.pretext.base import PretextTask
 from vissl_lite.pretext.byol import BYOL
@@ -66,5 +66,5 @@ def pretext_class(name: str) -> type[PretextTask]:
         UserError: the name is unknown.
     """
     if name not in PRETEXTS:
-        raise UserError(f"unknown pretext {name}: {did_you_mean(name, PRETEXTS)}")
+        raise UserError(f"unknown pretext {brief(name)}: {did_you_mean(name, PRETEXTS)}")
     return PRETEXTS[name]

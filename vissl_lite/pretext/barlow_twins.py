@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
-from vissl_lite.errors import check_positive
+from vissl_lite.errors import check_positive, check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
 from vissl_lite.pretext.parts.crops import BYOL_BLUR, BYOL_SOLARIZE, two_views
@@ -50,6 +50,7 @@ class BarlowTwins(PretextTask):
     ) -> None:
         super().__init__(encoder)
         check_positive("pretext.lambd", lambd)
+        check_sizes(projection_size=projection_size)
         size = projection_size
         self.projector = mlp(encoder.num_features, size, size, size)
         self.lambd = lambd

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
-from vissl_lite.errors import check_share
+from vissl_lite.errors import check_share, check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
 from vissl_lite.pretext.parts.crops import BYOL_BLUR, BYOL_SOLARIZE, two_views
@@ -53,6 +53,7 @@ class BYOL(PretextTask):
     ) -> None:
         super().__init__(encoder)
         check_share("pretext.momentum", momentum)
+        check_sizes(hidden_size=hidden_size, projection_size=projection_size)
         self.projector = mlp(encoder.num_features, hidden_size, projection_size)
         self.predictor = mlp(projection_size, hidden_size, projection_size)
         self.teacher_encoder = frozen_copy(encoder)

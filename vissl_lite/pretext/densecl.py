@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
-from vissl_lite.errors import UserError, check_count, check_positive, check_share
+from vissl_lite.errors import (
+    LARGEST_QUEUE,
+    check_positive,
+    check_share,
+    check_sizes,
+)
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
 from vissl_lite.pretext.parts.crops import two_views
@@ -105,10 +110,9 @@ class DenseCL(PretextTask):
         super().__init__(encoder)
         check_share("pretext.momentum", momentum)
         check_positive("pretext.temperature", temperature)
-        check_count("pretext.queue_size", queue_size)
-        check_count("pretext.projection_size", projection_size)
-        if not 0 <= dense_weight <= 1:
-            raise UserError(f"--pretext.dense_weight {dense_weight} must be in [0, 1]")
+        check_share("pretext.dense_weight", dense_weight)
+        check_sizes(LARGEST_QUEUE, queue_size=queue_size)
+        check_sizes(projection_size=projection_size)
         self.head = DenseHead(encoder.num_features, encoder.map_features, projection_size)
         self.teacher_encoder, self.teacher_head = frozen_copy(encoder), frozen_copy(self.head)
         self.queue = Queue(queue_size, projection_size)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
-from vissl_lite.errors import check_count, check_positive, check_share
+from vissl_lite.errors import LARGEST_QUEUE, check_positive, check_share, check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
 from vissl_lite.pretext.parts.crops import by_size, multicrop_views
@@ -77,14 +77,21 @@ class DINO(PretextTask):
         colour: float | None = None,
     ) -> None:
         super().__init__(encoder)
-        check_share("pretext.momentum", momentum)
+        for name, value in (
+            ("momentum", momentum),
+            ("centre_momentum", centre_momentum),
+            ("frozen_share", frozen_share),
+            ("temperature_warmup", temperature_warmup),
+        ):
+            check_share(f"pretext.{name}", value)
         for name, value in (
             ("temperature", temperature),
             ("teacher_temperature", teacher_temperature),
             ("warm_teacher_temperature", warm_teacher_temperature),
         ):
             check_positive(f"pretext.{name}", value)
-        check_count("pretext.prototypes", prototypes)
+        check_sizes(LARGEST_QUEUE, prototypes=prototypes)
+        check_sizes(hidden_size=hidden_size, bottleneck_size=bottleneck_size)
         norm = encoder.patch_size is None if head_norm is None else head_norm
         self.head = PrototypeHead(
             encoder.num_features, hidden_size, bottleneck_size, prototypes, norm

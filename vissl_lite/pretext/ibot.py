@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
-from vissl_lite.errors import check_count, check_positive, check_share
+from vissl_lite.errors import LARGEST_QUEUE, check_positive, check_share, check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
 from vissl_lite.pretext.parts.crops import by_size, multicrop_views
@@ -112,11 +112,17 @@ class IBOT(PretextTask):
         colour: float | None = None,
     ) -> None:
         super().__init__(encoder)
-        check_share("pretext.momentum", momentum)
+        for name, value in (
+            ("momentum", momentum),
+            ("centre_momentum", centre_momentum),
+            ("frozen_share", frozen_share),
+        ):
+            check_share(f"pretext.{name}", value)
         check_patches(self.about, encoder)
         check_positive("pretext.temperature", temperature)
         check_positive("pretext.teacher_temperature", teacher_temperature)
-        check_count("pretext.prototypes", prototypes)
+        check_sizes(LARGEST_QUEUE, prototypes=prototypes)
+        check_sizes(hidden_size=hidden_size, bottleneck_size=bottleneck_size)
         features = encoder.num_features
         self.head = PrototypeHead(features, hidden_size, bottleneck_size, prototypes, norm=False)
         self.teacher_encoder, self.teacher_head = frozen_copy(encoder), frozen_copy(self.head)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
-from vissl_lite.errors import UserError, check_count
+from vissl_lite.errors import LARGEST_DEPTH, UserError, check_share, check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
 from vissl_lite.pretext.parts.crops import cropped_views
@@ -169,12 +169,12 @@ class IJEPA(PretextTask):
     ) -> None:
         super().__init__(encoder)
         patch = check_patches(self.about, encoder)
-        check_count("pretext.targets", targets)
+        check_sizes(LARGEST_DEPTH, targets=targets, predictor_depth=predictor_depth)
+        check_sizes(predictor_width=predictor_width)
         _check_range("target_scale", target_scale, 1.0)
         _check_range("target_aspect", target_aspect, float("inf"))
         _check_range("context_scale", context_scale, 1.0)
-        if not 0 <= momentum <= 1:
-            raise UserError(f"--pretext.momentum {momentum} must be between 0 and 1")
+        check_share("pretext.momentum", momentum)
         self.side = encoder.image_size // patch
         features, depth = encoder.map_features, len(encoder.model.blocks)
         self.predictor = PatchPredictor(

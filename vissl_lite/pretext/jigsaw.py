@@ -4,7 +4,6 @@ Noroozi & Favaro 2016, "Unsupervised Learning of Visual Representations by Solvi
 arXiv 1603.09246.
 """
 
-import math
 from functools import lru_cache
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from vissl_lite.data.views import Views, crop_decode_size, flip, grey, random_crop
 from vissl_lite.encoder import Encoder
-from vissl_lite.errors import UserError, check_count
+from vissl_lite.errors import UserError, check_share, check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pictures import Picture
 from vissl_lite.pretext.base import About, Exhibit, PretextTask
@@ -31,6 +30,9 @@ FLAT = 0.01
 
 # Spread of the last layer's first weights: small, so that training starts at guessing.
 FIRST_WEIGHTS = 0.01
+
+# The paper's largest set of permutations; the time to find them grows with their number.
+LARGEST_SET = 1000
 
 
 def jigsaw_views(size: int, smallest_crop: float, grey_share: float, upright: bool) -> Views:
@@ -194,15 +196,13 @@ class Jigsaw(PretextTask):
         smallest_crop: float = 0.5,
     ) -> None:
         super().__init__(encoder)
-        if not 2 <= permutations <= math.factorial(PLACES):
+        if not 2 <= permutations <= LARGEST_SET:
             raise UserError(
-                f"--pretext.permutations {permutations}: nine tiles have {math.factorial(PLACES)}, "
-                f"and it takes two to tell them apart"
+                f"--pretext.permutations {permutations} must be from 2 to {LARGEST_SET}: it takes "
+                "two to tell them apart, and the paper has no use for more"
             )
-        if not 0 <= grey <= 1:
-            raise UserError(f"--pretext.grey {grey} is not a share: it must be in [0, 1]")
-        check_count("pretext.tile_features", tile_features)
-        check_count("pretext.hidden_size", hidden_size)
+        check_share("pretext.grey", grey)
+        check_sizes(tile_features=tile_features, hidden_size=hidden_size)
         share = max(2 / 7, 16 / encoder.image_size)
         tile = patch_side(encoder, tile_size, share, "tile_size")
         cell = round(tile * 75 / 64) if cell_size is None else cell_size

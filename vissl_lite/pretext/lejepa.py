@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
-from vissl_lite.errors import UserError, check_count
+from vissl_lite.errors import LARGEST_DEPTH, UserError, check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
 from vissl_lite.pretext.parts.crops import by_size, multicrop_views
@@ -62,7 +62,8 @@ class LeJEPA(PretextTask):
         super().__init__(encoder)
         if not 0 < lambd < 1:
             raise UserError(f"--pretext.lambd {lambd} must be between 0 and 1")
-        check_count("pretext.large_crops", large_crops)
+        check_sizes(LARGEST_DEPTH, large_crops=large_crops)
+        check_sizes(directions=directions, hidden_size=hidden_size, projection_size=projection_size)
         self.head = mlp(encoder.num_features, hidden_size, hidden_size, projection_size)
         self.lambd, self.directions = lambd, directions
         self.large_crops = large_crops

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
+from vissl_lite.errors import LARGEST_DEPTH, check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, Exhibit, PretextTask
 from vissl_lite.pretext.parts.crops import cropped_views
@@ -74,6 +75,8 @@ class MAE(PretextTask):
     ) -> None:
         super().__init__(encoder)
         check_ratio(mask_ratio)
+        check_sizes(decoder_width=decoder_width)
+        check_sizes(LARGEST_DEPTH, decoder_depth=decoder_depth)
         self.patch = check_patches(self.about, encoder)
         self.side = encoder.image_size // self.patch
         features = encoder.map_features

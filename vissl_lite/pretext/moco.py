@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
-from vissl_lite.errors import check_count, check_positive, check_share
+from vissl_lite.errors import LARGEST_QUEUE, check_positive, check_share, check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
 from vissl_lite.pretext.parts.crops import two_views
@@ -59,8 +59,8 @@ class MoCo(PretextTask):
         super().__init__(encoder)
         check_share("pretext.momentum", momentum)
         check_positive("pretext.temperature", temperature)
-        check_count("pretext.queue_size", queue_size)
-        check_count("pretext.projection_size", projection_size)
+        check_sizes(LARGEST_QUEUE, queue_size=queue_size)
+        check_sizes(projection_size=projection_size)
         features = encoder.num_features
         self.head = nn.Sequential(
             nn.Linear(features, features),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
-from vissl_lite.errors import check_positive, check_share
+from vissl_lite.errors import check_positive, check_share, check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
 from vissl_lite.pretext.parts.crops import BYOL_BLUR, BYOL_SOLARIZE, two_views
@@ -59,6 +59,7 @@ class MoCoV3(PretextTask):
         super().__init__(encoder)
         check_share("pretext.momentum", momentum)
         check_positive("pretext.temperature", temperature)
+        check_sizes(hidden_size=hidden_size, projection_size=projection_size)
         features = encoder.num_features
         self.projector = mlp(features, hidden_size, hidden_size, projection_size, last_norm=True)
         self.predictor = mlp(projection_size, hidden_size, projection_size, last_norm=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
-from vissl_lite.errors import check_positive
+from vissl_lite.errors import check_positive, check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, Exhibit, PretextTask
 from vissl_lite.pretext.parts.crops import two_views
@@ -54,6 +54,7 @@ class Multi(PretextTask):
     ) -> None:
         super().__init__(encoder)
         check_positive("pretext.temperature", temperature)
+        check_sizes(projection_size=projection_size)
         features = encoder.num_features
         self.contrast_head = mlp(features, features, projection_size)
         self.rotation_head = nn.Linear(features, 4)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
-from vissl_lite.errors import check_count, check_positive
+from vissl_lite.errors import LARGEST_QUEUE, check_positive, check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
 from vissl_lite.pretext.parts.crops import two_views
@@ -75,7 +75,12 @@ class NNCLR(PretextTask):
     ) -> None:
         super().__init__(encoder)
         check_positive("pretext.temperature", temperature)
-        check_count("pretext.queue_size", queue_size)
+        check_sizes(LARGEST_QUEUE, queue_size=queue_size)
+        check_sizes(
+            hidden_size=hidden_size,
+            projection_size=projection_size,
+            prediction_hidden_size=prediction_hidden_size,
+        )
         features = encoder.num_features
         self.projector = mlp(features, hidden_size, hidden_size, projection_size, last_norm=True)
         self.predictor = mlp(projection_size, prediction_hidden_size, projection_size)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
-from vissl_lite.errors import UserError, check_count
+from vissl_lite.errors import UserError, check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pictures import Picture
 from vissl_lite.pretext.base import About, Exhibit, PretextTask
@@ -127,7 +127,7 @@ class RelativePatch(PretextTask):
                 f"--pretext.colour project needs images of 3 channels, {encoder.backbone} takes "
                 f"{len(encoder.mean)}: give drop or keep"
             )
-        check_count("pretext.hidden_size", hidden_size)
+        check_sizes(hidden_size=hidden_size)
         side = patch_side(encoder, patch_size, 3 / 7, "patch_size")
         gap = side // 2 if gap is None else gap
         jitter = round(side * 7 / 96) if jitter is None else jitter

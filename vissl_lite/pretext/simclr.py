@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
-from vissl_lite.errors import check_positive
+from vissl_lite.errors import check_positive, check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
 from vissl_lite.pretext.parts.crops import two_views
@@ -56,6 +56,7 @@ class SimCLR(PretextTask):
     ) -> None:
         super().__init__(encoder)
         check_positive("pretext.temperature", temperature)
+        check_sizes(hidden_size=hidden_size, projection_size=projection_size)
         features = encoder.num_features
         hidden = features if hidden_size is None else hidden_size
         self.head = mlp(features, hidden, projection_size)

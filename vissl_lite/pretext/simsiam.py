@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
+from vissl_lite.errors import check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
 from vissl_lite.pretext.parts.crops import two_views
@@ -45,6 +46,7 @@ class SimSiam(PretextTask):
         colour: float | None = None,
     ) -> None:
         super().__init__(encoder)
+        check_sizes(hidden_size=hidden_size, projection_size=projection_size)
         size = projection_size
         self.projector = mlp(encoder.num_features, size, size, size, last_norm=True)
         self.predictor = mlp(size, hidden_size, size)

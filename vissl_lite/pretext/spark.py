@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
-from vissl_lite.errors import UserError, check_count
+from vissl_lite.errors import UserError, check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import KINDS, About, Exhibit, PretextTask
 from vissl_lite.pretext.parts.crops import cropped_views
@@ -351,7 +351,7 @@ class SparK(PretextTask):
     ) -> None:
         super().__init__(encoder)
         check_ratio(mask_ratio)
-        check_count("pretext.decoder_width", decoder_width)
+        check_sizes(decoder_width=decoder_width)
         self.grid, maps = self._try_out()
         channels = [features.shape[1] for features in maps]
         self.stride = encoder.image_size // maps[0].shape[2]

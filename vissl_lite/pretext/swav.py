@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
-from vissl_lite.errors import check_count, check_positive
+from vissl_lite.errors import LARGEST_QUEUE, check_positive, check_share, check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
 from vissl_lite.pretext.parts.crops import by_size, multicrop_views
@@ -72,9 +72,10 @@ class SwAV(PretextTask):
         super().__init__(encoder)
         check_positive("pretext.temperature", temperature)
         check_positive("pretext.epsilon", epsilon)
-        check_count("pretext.prototypes", prototypes)
-        check_count("pretext.sinkhorn_iterations", sinkhorn_iterations)
-        check_count("pretext.queue_size", queue_size or None)
+        check_share("pretext.queue_start", queue_start)
+        check_sizes(LARGEST_QUEUE, prototypes=prototypes, queue_size=queue_size or None)
+        check_sizes(hidden_size=hidden_size, projection_size=projection_size)
+        check_sizes(100, sinkhorn_iterations=sinkhorn_iterations)
         self.head = mlp(encoder.num_features, hidden_size, projection_size)
         self.prototypes = nn.Linear(projection_size, prototypes, bias=False)
         self.queues = [Queue(queue_size, projection_size) for _ in range(2 if queue_size else 0)]

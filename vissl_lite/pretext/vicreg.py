@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
+from vissl_lite.errors import check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
 from vissl_lite.pretext.parts.crops import two_views
@@ -51,6 +52,7 @@ class VICReg(PretextTask):
         colour: float | None = None,
     ) -> None:
         super().__init__(encoder)
+        check_sizes(projection_size=projection_size)
         size = projection_size
         self.projector = mlp(encoder.num_features, size, size, size)
         self.sim_weight, self.std_weight, self.cov_weight = sim_weight, std_weight, cov_weight

@@ -2,16 +2,26 @@
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import get_args
 
 import torch
+from lightning.fabric.plugins.precision.precision import (
+    _PRECISION_INPUT_STR,
+    _PRECISION_INPUT_STR_ALIAS,
+)
+from lightning.pytorch.strategies import StrategyRegistry
 from torch import nn
 
-from vissl_lite.errors import UserError
+from vissl_lite.errors import UserError, check_count, did_you_mean
 from vissl_lite.training.compiling import check_compiler
 from vissl_lite.training.sharding import STRATEGY, check_sharding
+
+LARGEST_CLUSTER = 100_000  # machines
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +55,21 @@ class Hardware:
             raise UserError(
                 f"--strategy {self.strategy} is not known here: give --strategy fsdp for networks "
                 f"that are too large for a device, else ddp"
+            )
+        _check_precision(self.precision)
+        names = StrategyRegistry.available_strategies()
+        known = ["auto", STRATEGY, *(name for name in names if name.startswith("ddp"))]
+        if self.strategy not in known:
+            raise UserError(
+                f"--strategy {self.strategy} is not known: {did_you_mean(self.strategy, known)}"
+            )
+        check_count("num_nodes", self.num_nodes, LARGEST_CLUSTER)
+        _check_devices(self.devices)
+        workers = max(32, 4 * _cores())
+        if self.num_workers is not None and not 0 <= self.num_workers <= workers:
+            raise UserError(
+                f"--num_workers {self.num_workers} must be from 0 to {workers} on a machine of "
+                f"{_cores()} cores"
             )
         if self.sharded:
             check_sharding(self.precision, self.compile)
@@ -95,6 +120,32 @@ class Hardware:
         if not torch.cuda.is_available():
             return 1
         return max(1, min(16, _cores() // max(1, torch.cuda.device_count())))
+
+
+def _check_precision(precision: str) -> None:
+    known = ["auto", *get_args(_PRECISION_INPUT_STR), *get_args(_PRECISION_INPUT_STR_ALIAS)]
+    if precision not in known:
+        raise UserError(f"--precision {precision} is not known: {did_you_mean(precision, known)}")
+    if precision.startswith("transformer-engine") and not find_spec("transformer_engine"):
+        raise UserError(
+            f"--precision {precision} needs a package that is missing: pip install "
+            f"transformer_engine"
+        )
+
+
+def _check_devices(devices: int | str) -> None:
+    """Raise a UserError for what is neither a number of devices here nor a list of them."""
+    if devices == "auto":
+        return
+    gpus = torch.cuda.device_count()
+    there, kind = (gpus, "GPU(s)") if gpus else (max(32, _cores()), "processes on the CPU")
+    if gpus and str(devices) == "-1":  # all
+        return
+    numbers = str(devices).split(",") if gpus else [str(devices)]
+    good = all(re.fullmatch("[0-9]{1,9}", number.strip()) for number in numbers)
+    most = there if len(numbers) == 1 else there - 1
+    if not good or max(map(int, numbers)) > most or (len(numbers) == 1 and int(devices) < 1):
+        raise UserError(f"--devices {devices} must be auto or from 1 to {there} {kind}")
 
 
 def _started() -> tuple[str, int, int] | None:

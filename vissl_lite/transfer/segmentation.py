@@ -74,6 +74,7 @@ def weigh_classes(
         return None
     count = len(data.classes)
     if isinstance(class_weights, dict):
+        class_weights = {str(name): weight for name, weight in class_weights.items()}
         for name, weight in class_weights.items():
             if name not in data.classes:
                 raise UserError(f"--class_weights names the unknown class {name}: "

@@ -4,7 +4,7 @@ The standard library's parsers and PyYAML are enough: `supervision` reads these 
 too, but brings a second OpenCV and stops with an assertion at the first dirty file.
 """
 
-import json
+import math
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from vissl_lite.data.boxes.mending import FLAT, Note, Repairs
 from vissl_lite.data.file_tree import FileTree, split_below, split_of_file, split_of_path
+from vissl_lite.data.json_file import read_json
+from vissl_lite.data.text_file import read_bytes
 from vissl_lite.errors import UserError
 
 Corners = tuple[float, float, float, float]
@@ -20,6 +22,12 @@ MISSING_IMAGE = "image missing, or not the only one of its name, left out"
 UNREADABLE_FILE = "file not readable, left out with the image"
 _UNREADABLE_BOX = "box not readable, left out"
 UNKNOWN_CLASS = "box of an unknown class, left out"
+
+# Classes that a data set may name: more than in any that there is.
+MOST_CLASSES = 100_000
+
+# Size in bytes of the largest annotation file of one image.
+LARGEST_FILE = 2**24
 
 
 class Annotations(NamedTuple):
@@ -34,22 +42,6 @@ class Annotations(NamedTuple):
     classes: list[str]
     notes: list[Note]
     named: int
-
-
-def read_json(file: Path) -> Any:
-    """The content of a JSON file; `UserError` if it can't be read."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} can't be read as JSON: {error}") from None
-
-
-def read_lines(file: Path) -> list[str]:
-    """The lines of a text file; `UserError` if it can't be read."""
-    try:
-        return file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} can't be read as text: {error}") from None
 
 
 def missing_key(content: Any) -> str | None:
@@ -76,40 +68,35 @@ def read_coco(file: Path, split: str | None, tree: FileTree, repairs: Repairs) -
     key = missing_key(content)
     if key is not None:
         raise UserError(f"{file} is not in COCO's format: it has no list {key!r}")
-    categories = {
-        _identity(one["id"]): str(one.get("name", one["id"])).strip()
-        for one in content["categories"]
-        if isinstance(one, dict) and "id" in one
-    }
+    categories = _categories(file, content["categories"], repairs)
     notes: dict[int | str, Note | None] = {}  # None: the image is left out
     for one in content["images"]:
-        name = one.get("file_name") or one.get("coco_url") if isinstance(one, dict) else None
-        if not name or one.get("id") is None:
+        one = one if isinstance(one, dict) else {}
+        name, identity = one.get("file_name") or one.get("coco_url"), _identity(one.get("id"))
+        if not (name and isinstance(name, str)) or identity is None:
             repairs.add("image without a file name or an id, left out", str(file))
             continue
-        identity = _identity(one["id"])
         if identity in notes:
-            repairs.add("image with the id of another, left out", str(name))
+            repairs.add("image with the id of another, left out", name)
             continue
-        image = tree.image(str(name), split or split_of_file(file.name))
+        image = tree.image(name, split or split_of_file(file.name))
         if image is None:
-            repairs.add(MISSING_IMAGE, str(name))
+            repairs.add(MISSING_IMAGE, name)
         size = (_number(one.get("height")), _number(one.get("width")))
         notes[identity] = None if image is None else Note(image, split, size, [], [], [])
     for one in content["annotations"]:
-        try:
-            identity = _identity(one["image_id"])
-            x, y, width, height = map(float, one["bbox"])
-        except (LookupError, TypeError, ValueError):
+        box = _numbers(one.get("bbox")) if isinstance(one, dict) else None
+        if box is None:
             repairs.add(_UNREADABLE_BOX, str(file))
             continue
-        if identity not in notes:
+        (x, y, width, height), identity = box, _identity(one.get("image_id"))
+        if identity is None or identity not in notes:
             repairs.add("box of an image not listed, left out", str(file))
             continue
         note, category = notes[identity], _identity(one.get("category_id"))
-        if note is not None and category not in categories:
+        if note is not None and (category is None or category not in categories):
             repairs.add(UNKNOWN_CLASS, note.image)
-        elif note is not None:
+        elif note is not None and category is not None:
             note.boxes.append((x, y, x + width, y + height))
             note.names.append(categories[category])
             note.ignored.append(_number(one.get("iscrowd")) > 0)
@@ -118,12 +105,47 @@ def read_coco(file: Path, split: str | None, tree: FileTree, repairs: Repairs) -
     return Annotations([categories[one] for one in ids], kept, len(notes))
 
 
-def _identity(value: Any) -> int | str:
+def _categories(file: Path, listed: list[Any], repairs: Repairs) -> dict[int | str, str]:
+    """The names of the classes by their ids."""
+    if len(listed) > MOST_CLASSES:
+        raise UserError(f"{file} lists {len(listed)} categories, more than {MOST_CLASSES}")
+    names: dict[int | str, str] = {}
+    for one in listed:
+        identity = _identity(one.get("id")) if isinstance(one, dict) else None
+        if identity is None:
+            repairs.add("category without an id, left out", str(file))
+            continue
+        name = one.get("name", identity)
+        if not isinstance(name, str | int | float):
+            repairs.add("category whose name is no text, named by its id", str(file))
+            name = identity
+        if identity in names:
+            repairs.add("category with the id of another, left out", f"{file}: {name}")
+            continue
+        names[identity] = str(name).strip()
+    return names
+
+
+def _identity(value: Any) -> int | str | None:
     """An id of a file; some tools write numbers as text in one place and not in the other."""
-    try:
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20:
         return int(value)
-    except (TypeError, ValueError, OverflowError):
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, float) and math.isfinite(value):
         return str(value)
+    return value if isinstance(value, int | str) and not isinstance(value, bool) else None
+
+
+def _numbers(box: Any) -> tuple[float, float, float, float] | None:
+    """The four numbers of a box; None if they are none. They need not be finite."""
+    if not isinstance(box, list) or len(box) != 4 or any(isinstance(one, bool) for one in box):
+        return None
+    try:
+        x, y, width, height = map(float, box)
+    except (TypeError, ValueError):
+        return None
+    return x, y, width, height
 
 
 def _number(value: Any) -> float:
@@ -154,8 +176,8 @@ def read_voc(
     for path, split in files:
         file = str(folder / path)
         try:
-            root = ET.parse(file).getroot()
-        except (ET.ParseError, OSError, ValueError, LookupError):
+            root = ET.fromstring(read_bytes(file, LARGEST_FILE))
+        except (ET.ParseError, UserError, ValueError, LookupError):
             repairs.add(UNREADABLE_FILE, file)
             continue
         if root.tag != "annotation":

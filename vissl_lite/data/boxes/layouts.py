@@ -1,5 +1,6 @@
 """Finds the annotations of a detection data set: which files, in which format, of which split."""
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,12 +11,10 @@ from vissl_lite.data.boxes.formats import (
     Annotations,
     missing_key,
     read_coco,
-    read_json,
-    read_lines,
     read_voc,
 )
 from vissl_lite.data.boxes.mending import Repairs
-from vissl_lite.data.boxes.yolo import label_files, read_labels, read_yaml, read_yolo
+from vissl_lite.data.boxes.yolo import data_yaml, label_files, read_labels, read_yolo
 from vissl_lite.data.file_tree import (
     SPLITS,
     FileTree,
@@ -24,8 +23,10 @@ from vissl_lite.data.file_tree import (
     split_of_path,
 )
 from vissl_lite.data.images import EXTENSIONS
+from vissl_lite.data.json_file import read_json
 from vissl_lite.data.splits import VAL_NAMES
-from vissl_lite.errors import UserError
+from vissl_lite.data.text_file import read_text
+from vissl_lite.errors import UserError, brief
 
 _LAYOUTS = (
     "COCO (annotations/train.json, or train/_annotations.coco.json), Pascal VOC "
@@ -47,8 +48,8 @@ class _Layout(NamedTuple):
 def read_annotations(source: Path, annotations: Path | None, repairs: Repairs) -> Annotations:
     """Recognise and read; see ``load_boxes`` for what and for the errors."""
     for path in (source, annotations):
-        if path is not None and not path.exists():
-            raise UserError(f"{path} does not exist")
+        if path is not None and not os.path.exists(path):  # which takes any name for a question
+            raise UserError(f"{brief(path)} does not exist")
     if annotations is not None:
         if not source.is_dir():
             raise UserError(f"{source} is no folder of images, which --annotations goes with")
@@ -57,7 +58,7 @@ def read_annotations(source: Path, annotations: Path | None, repairs: Repairs) -
         within = source.parent.name.lower() == "annotations"
         return read_coco(source, None, FileTree(source.parents[1 if within else 0]), repairs)
     if source.is_file() and source.suffix.lower() in (".yaml", ".yml"):
-        content = read_yaml(source)
+        content = data_yaml(source)
         if content is None:
             raise UserError(f"{source} is not YOLO's data.yaml: it has no train, or no names")
         return read_yolo(source, content, repairs)
@@ -196,7 +197,10 @@ def _image_sets(folder: Path) -> dict[str | None, list[str]]:
         if not file.is_file():
             continue
         # some tools write paths or suffixes
-        names = (line.strip().replace("\\", "/").rpartition("/")[2] for line in read_lines(file))
+        names = (
+            line.strip().replace("\\", "/").rpartition("/")[2]
+            for line in read_text(file).splitlines()
+        )
         stems = [Path(n).stem if n.lower().endswith(tuple(EXTENSIONS)) else n for n in names if n]
         sets["val" if name in VAL_NAMES else name] = stems
     whole = sets.pop("trainval", None)
@@ -212,7 +216,7 @@ def _image_sets(folder: Path) -> dict[str | None, list[str]]:
 def _yolo(tree: FileTree) -> _Layout | None:
     """The layout of a YAML file at the top."""
     files = [tree.folder / path for path in tree.ending(".yaml", ".yml") if "/" not in path]
-    found = [(file, content) for file in files if (content := read_yaml(file)) is not None]
+    found = [(file, content) for file in files if (content := data_yaml(file)) is not None]
     if len(found) > 1:
         raise UserError(f"{tree.folder} holds several data sets, {found[0][0].name} and "
                         f"{found[1][0].name}: give one of these files")  # fmt: skip

@@ -9,6 +9,10 @@ import numpy as np
 from vissl_lite.data.headers import opened_image, orientation
 from vissl_lite.data.images import BROKEN_IMAGE, read_image
 from vissl_lite.data.reading import open_regular, reason
+from vissl_lite.errors import brief
+
+# Repairs of a kind that the log names one by one.
+LOGGED = 100
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +24,9 @@ _THINNEST = 0.01
 
 # In pixels. Boxes written as shares end this far outside their image by rounding alone.
 _ROUNDING = 0.1
+
+# Coordinates beyond this overflow float32 where they are multiplied.
+LARGEST = 1e18
 
 FLAT = "box without area, left out"
 # The one kind that is no mistake.
@@ -60,7 +67,8 @@ class Repairs:
     def add(self, kind: str, where: str, times: int | np.integer[Any] = 1) -> None:
         """Count a repair; ``where`` is the file that it concerns."""
         if times:
-            log.debug("%s: %s", kind, where)
+            if self.counts.get(kind, 0) < LOGGED:
+                log.debug("%s: %s", kind, brief(where))
             self.counts[kind] = self.counts.get(kind, 0) + int(times)
             self._first.setdefault(kind, where)
 
@@ -70,7 +78,9 @@ class Repairs:
             noun, _, rest = kind.partition(" ")
             plural = "" if count == 1 else "es" if noun == "box" else "s"
             level = logging.INFO if kind == BACKGROUND else logging.WARNING
-            log.log(level, f"%d {noun}{plural} {rest}, the first in %s", count, self._first[kind])
+            log.log(
+                level, f"%d {noun}{plural} {rest}, the first in %s", count, brief(self._first[kind])
+            )
 
 
 def read_size(path: str) -> tuple[int, int, int]:
@@ -143,8 +153,10 @@ def mend(
         boxes = np.array(note.boxes, np.float64).reshape(-1, 4)
         labels = np.array([numbers[name] for name in note.names], np.float64)
         rows = np.column_stack([boxes, labels, np.array(note.ignored, np.float64)])
-        rows = _upright(rows, path, repairs)
-        rows[:, :4] = _fitted(rows[:, :4], note.size, (height, width), orientation, path, repairs)
+        rows = _upright(_finite(rows, path, repairs), path, repairs)
+        with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is left out
+            fitted = _fitted(rows[:, :4], note.size, (height, width), orientation, path, repairs)
+        rows = _finite(np.column_stack([fitted, rows[:, 4:]]), path, repairs)
         columns.append(_inside(rows, height, width, path, repairs))
     unique = list(dict.fromkeys(map(tuple, np.concatenate(columns).tolist())))
     repairs.add("box given twice, left out", path, sum(map(len, columns)) - len(unique))
@@ -159,11 +171,15 @@ def mend(
     )
 
 
-def _upright(rows: np.ndarray, path: str, repairs: Repairs) -> np.ndarray:
-    """Rows whose boxes are finite, the first corner above and left of the second."""
-    finite = np.isfinite(rows[:, :4]).all(axis=1)
+def _finite(rows: np.ndarray, path: str, repairs: Repairs) -> np.ndarray:
+    """Rows whose boxes are finite, also as float32."""
+    finite = (np.abs(rows[:, :4]) < LARGEST).all(axis=1)
     repairs.add("box not finite, left out", path, np.count_nonzero(~finite))
-    rows = rows[finite]
+    return rows[finite]
+
+
+def _upright(rows: np.ndarray, path: str, repairs: Repairs) -> np.ndarray:
+    """Rows of which the first corner of the box is above and left of the second."""
     low, high = np.minimum(rows[:, :2], rows[:, 2:4]), np.maximum(rows[:, :2], rows[:, 2:4])
     swapped = (rows[:, :2] > rows[:, 2:4]).any(axis=1)
     repairs.add("box with swapped corners, put right", path, np.count_nonzero(swapped))

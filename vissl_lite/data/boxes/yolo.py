@@ -8,37 +8,33 @@ import os
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vissl_lite.data.boxes.formats import (
+    LARGEST_FILE,
     MISSING_IMAGE,
+    MOST_CLASSES,
     UNKNOWN_CLASS,
     UNREADABLE_FILE,
     Annotations,
-    read_lines,
 )
 from vissl_lite.data.boxes.mending import SHARES, Note, Repairs
 from vissl_lite.data.file_tree import FileTree, split_below, split_of_path
 from vissl_lite.data.images import find_images
-from vissl_lite.data.reading import read_text
 from vissl_lite.data.splits import VAL_NAMES
-from vissl_lite.errors import UserError
+from vissl_lite.data.text_file import read_text
+from vissl_lite.data.yaml_file import read_yaml
+from vissl_lite.errors import UserError, brief
 
 _KEYS = {"train": ("train",), "val": VAL_NAMES, "test": ("test",)}
 _CLASSES = "classes.txt"
 
 
-def read_yaml(file: Path) -> dict[str, Any] | None:
+def data_yaml(file: Path) -> dict[str, Any] | None:
     """The content of a ``data.yaml``; None if the file is another YAML file.
 
     Raises:
-        UserError: it is no YAML.
+        UserError: it is no YAML; see ``read_yaml``.
     """
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{file} can't be read as YAML: {reason}") from None
+    content = read_yaml(file)
     if not isinstance(content, dict) or not ("names" in content or "nc" in content):
         return None
     return content if any(key in content for key in ("train", *VAL_NAMES)) else None
@@ -65,7 +61,7 @@ def read_yolo(file: Path, content: dict[str, Any], repairs: Repairs) -> Annotati
         for entry in value if isinstance(value, list) else [value]:
             place = _place(file.parent, str(content.get("path") or ""), str(entry))
             if place is None and split == "train":
-                raise UserError(f"{file} names {entry} for train, which does not exist")
+                raise UserError(f"{file} names {brief(entry)} for train, which does not exist")
             if place is None:
                 repairs.add(f"folder of {split} images missing, left out", str(entry))
                 continue
@@ -102,7 +98,7 @@ def read_labels(labels: FileTree, images: FileTree, repairs: Repairs) -> Annotat
     names = None
     for folder in (labels.folder, images.folder):
         if names is None and (folder / _CLASSES).is_file():
-            lines = enumerate(read_lines(folder / _CLASSES))
+            lines = enumerate(read_text(folder / _CLASSES).splitlines())
             names = {str(i): line.strip() for i, line in lines if line.strip()}
     notes: list[Note] = []
     seen = set()
@@ -134,11 +130,17 @@ def _class_names(file: Path, names: Any) -> dict[str, str] | None:
     if names is None:
         return None
     if isinstance(names, list):
-        return {str(i): str(name) for i, name in enumerate(names)}
+        names = dict(enumerate(names))
     try:
-        return {str(int(key)): str(name) for key, name in names.items()}
-    except (AttributeError, TypeError, ValueError):
+        by_id = {str(int(key)): name for key, name in names.items()}
+    except (AttributeError, TypeError, ValueError, OverflowError):
         raise UserError(f"{file}: names must be a list, or a mapping from ids to names") from None
+    if len(by_id) > MOST_CLASSES:
+        raise UserError(f"{file} names {len(by_id)} classes, more than {MOST_CLASSES}")
+    for name in by_id.values():
+        if not isinstance(name, str | int | float):
+            raise UserError(f"{file}: the name {brief(name)} of a class is no text")
+    return {key: str(name) for key, name in by_id.items()}
 
 
 def _place(folder: Path, root: str, entry: str) -> Path | None:
@@ -149,7 +151,7 @@ def _place(folder: Path, root: str, entry: str) -> Path | None:
         below = below[3:]
     for base in (folder / root, folder.parent / root, folder, folder.parent):
         for name in (below, entry):
-            if (base / name).exists():
+            if os.path.exists(base / name):
                 return base / name
     return None
 
@@ -157,9 +159,9 @@ def _place(folder: Path, root: str, entry: str) -> Path | None:
 def _listed(file: Path, tree: FileTree, split: str, repairs: Repairs) -> list[str]:
     """The images in a text file of paths, which are relative to it or to the data set."""
     paths = []
-    for line in filter(None, map(str.strip, read_lines(file))):
+    for line in filter(None, map(str.strip, read_text(file).splitlines())):
         beside = file.parent / line
-        path = str(beside) if beside.is_file() else tree.image(line, split)
+        path = str(beside) if os.path.isfile(beside) else tree.image(line, split)
         if path is None:
             repairs.add(MISSING_IMAGE, line)
         else:
@@ -190,8 +192,8 @@ def _read_file(file: str, image: str, split: str | None, repairs: Repairs) -> No
     """
     note = Note(image, split, SHARES, [], [], [])
     try:
-        lines = read_text(file).splitlines()
-    except (OSError, UnicodeDecodeError):
+        lines = read_text(file, LARGEST_FILE).splitlines()
+    except UserError:
         repairs.add(UNREADABLE_FILE, file)
         return None
     for line in lines:

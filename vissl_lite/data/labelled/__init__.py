@@ -1,5 +1,6 @@
 """Labelled images for classification: class folders or a CSV file, and their splits."""
 
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,10 @@ from vissl_lite.data.labelled.files import (
     read_folder,
 )
 from vissl_lite.data.splits import TEST_SHARE, VAL_SHARE, hold_out, split_in_three, take_share
-from vissl_lite.errors import UserError
+from vissl_lite.errors import UserError, brief, check_count, check_positive_share
+
+# Cells of a table of images and classes, eight bytes each.
+LARGEST_TABLE = 2**29
 
 PARTS = ("train", "val", "test")
 
@@ -128,14 +132,14 @@ def load_labelled(
             training part lacks, or several labels an image where one is needed.
     """
     source = Path(source)
+    if not os.path.exists(source):
+        raise UserError(f"{brief(source)} does not exist")
     if source.is_dir():
         found = read_folder(source)
     elif source.is_file() and source.suffix.lower() == ".csv":
         found = read_csv(source)
-    elif source.exists():
-        raise UserError(f"{source} is neither a folder with class folders nor a .csv file")
     else:
-        raise UserError(f"{source} does not exist")
+        raise UserError(f"{source} is neither a folder with class folders nor a .csv file")
     if found.multi_label and not multi_label:
         raise UserError(f"{source} has several labels an image: give finetune such a file; here "
                         f"each image needs one, in a column class")  # fmt: skip
@@ -197,10 +201,8 @@ def take_labels(
         return data
     if fraction is not None and shots is not None:
         raise UserError("give --fraction or --shots, not both")
-    if fraction is not None and not 0 < fraction <= 1:
-        raise UserError(f"--fraction {fraction} is not a share: it must be above 0 and at most 1")
-    if shots is not None and shots < 1:
-        raise UserError(f"--shots {shots} must be at least 1")
+    check_positive_share("fraction", fraction)
+    check_count("shots", shots)
     if shots is not None and data.multi_label:
         raise UserError(f"--shots {shots} counts images of one class each, but here an image has "
                         f"several labels: give --fraction")  # fmt: skip
@@ -219,9 +221,11 @@ def take_labels(
 
 def _shuffled_classes(labels: np.ndarray, seed: int) -> list[np.ndarray]:
     """The indices of each class, shuffled."""
+    order = np.argsort(labels, kind="stable")
+    numbers, begins = np.unique(labels[order], return_index=True)
     return [
-        np.random.default_rng((seed, int(label))).permutation(np.flatnonzero(labels == label))
-        for label in np.unique(labels)
+        np.random.default_rng((seed, int(number))).permutation(members)
+        for number, members in zip(numbers, np.split(order, begins)[1:], strict=True)
     ]
 
 
@@ -278,6 +282,9 @@ def _numbered(images: _Named, classes: list[str], multi_label: bool) -> Part:
     paths = [path for path, _ in images]
     if not multi_label:
         return Part(paths, np.array([number[name] for _, (name,) in images], np.int64))
+    if len(images) * len(classes) > LARGEST_TABLE:
+        raise UserError(f"{len(images)} images with {len(classes)} classes, of which each may have "
+                        f"any, are more than the memory holds: give fewer classes")  # fmt: skip
     labels = np.zeros((len(images), len(classes)), np.int64)
     for row, (_, names) in enumerate(images):
         labels[row, [number[name] for name in names]] = 1

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from vissl_lite.data.csv_file import Rows, cells, check_files, is_utf8, need_rows, read_rows, splits
 from vissl_lite.data.images import find_images
 from vissl_lite.data.splits import VAL_NAMES
-from vissl_lite.errors import UserError
+from vissl_lite.errors import UserError, brief
 
 _PATH_COLUMNS = ("path", "image", "file", "filename")
 _LABEL_COLUMNS = ("label", "class")
@@ -89,7 +89,7 @@ def read_csv(file: Path) -> FoundLabels:
     path = next((name for name in _PATH_COLUMNS if name in columns), None)
     if path is None:
         raise UserError(f"{file} has no column {' or '.join(_PATH_COLUMNS)}: it has "
-                        f"{', '.join(columns)}")  # fmt: skip
+                        f"{brief(', '.join(columns))}")  # fmt: skip
     need_rows(file, rows)
     cells(file, rows, path)
     rows.sort(key=lambda row: row[path])
@@ -108,8 +108,8 @@ def _labels(file: Path, columns: list[str], rows: Rows, path: str) -> _Column:
         divided = next((cell for cell in found if re.search(LABEL_SEPARATORS, cell)), None)
         if one == "class" or divided is None:
             return _Column([(cell,) for cell in found])
-        note = (f"{file}: {divided!r} is read as several labels of one image; call the column "
-                f"class to have names taken as they stand")  # fmt: skip
+        note = (f"{file}: {brief(repr(divided))} is read as several labels of one image; call the "
+                f"column class to have names taken as they stand")  # fmt: skip
         return _Column([_divide(cell, LABEL_SEPARATORS) for cell in found], True, note=note)
     if "labels" in columns:
         found = cells(file, rows, "labels", may_be_empty=True)
@@ -136,16 +136,18 @@ def _class_columns(file: Path, columns: list[str], rows: Rows, path: str) -> _Co
         odd = [cell for cell in found if cell not in _YES | _NO]
         if not odd:
             has[column.strip()] = [cell in _YES for cell in found]
-        elif any(cell and cell not in odd for cell in found):
-            raise UserError(f"{file}: the column {column} has {odd[0]!r} beside 0 and 1; without a "
-                            f"column label or labels, the column of a class holds 0 or 1, and "
-                            f"other columns neither")  # fmt: skip
+        elif any(cell and cell in _YES | _NO for cell in found):
+            raise UserError(f"{file}: the column {brief(column)} has {brief(repr(odd[0]))} beside "
+                            f"0 and 1; without a column label or labels, the column of a class "
+                            f"holds 0 or 1, and other columns neither")  # fmt: skip
         else:
             left_out.append(column)
     if not has:
         raise UserError(f"{file} has no column {' or '.join(_LABEL_COLUMNS)}: it has "
-                        f"{', '.join(columns)}; for several labels an image give a column labels, "
-                        f"or one of 0 and 1 for each class")  # fmt: skip
+                        f"{brief(', '.join(columns))}; for several labels an image give a column "
+                        f"labels, or one of 0 and 1 for each class")  # fmt: skip
     names = [tuple(name for name in has if has[name][row]) for row in range(len(rows))]
-    note = f"{file}: left out, as no 0 or 1 is in them: {', '.join(left_out)}" if left_out else ""
+    note = ""
+    if left_out:
+        note = f"{file}: left out, as no 0 or 1 is in them: {brief(', '.join(left_out))}"
     return _Column(names, True, list(has), note)

@@ -1,6 +1,8 @@
 """Images with masks for semantic segmentation: folders or a CSV file, and their splits."""
 
 import logging
+import os
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -21,7 +23,8 @@ from vissl_lite.data.masks.files import (
 )
 from vissl_lite.data.reading import read_regular, reason
 from vissl_lite.data.splits import hold_out, take_share
-from vissl_lite.errors import UserError
+from vissl_lite.data.text_file import read_text
+from vissl_lite.errors import UserError, brief
 
 log = logging.getLogger(__name__)
 
@@ -107,15 +110,15 @@ def load_masks(
     source = Path(source)
     masks = None if annotations is None else Path(annotations)
     for path in (source, masks):
-        if path is not None and not path.exists():
-            raise UserError(f"{path} does not exist")
+        if path is not None and not os.path.exists(path):
+            raise UserError(f"{brief(path)} does not exist")
     if masks is not None:
         parts = read_two_folders(source, masks)
         beside = [source, masks, masks.parent, source.parent]
     elif source.is_dir():
         parts = read_folder(source)
         beside = [source, *(source / name for name in MASK_FOLDERS)]
-    elif source.suffix.lower() == ".csv":
+    elif source.suffix.lower() == ".csv" and source.is_file():
         parts = read_csv(source)
         beside = [source.parent]
     else:
@@ -180,14 +183,10 @@ def _read_names(folders: list[Path]) -> list[str] | None:
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         return None
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} can't be read as names of classes: {error}") from None
-    names = [line for line in lines if line]
-    twice = [name for name in names if names.count(name) > 1]
+    names = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+    twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise UserError(f"{file} names the class {twice[0]} twice")
+        raise UserError(f"{file} names the class {brief(twice[0])} twice")
     # the sample data's file lists the objects, even where there are too few images to show it
     return ["background", *names] if file.with_name("sample.json").is_file() else names
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from vissl_lite.data.csv_file import cells, check_files, need_rows, read_rows, splits
 from vissl_lite.data.images import find_images
 from vissl_lite.data.splits import VAL_NAMES, split_in_three
-from vissl_lite.errors import UserError
+from vissl_lite.data.text_file import read_text
+from vissl_lite.errors import UserError, brief
 
 IMAGE_FOLDERS = ("images", "JPEGImages", "labelled")
 MASK_FOLDERS = ("masks", "labels", "annotations", "gt", "SegmentationClass")
@@ -86,7 +87,7 @@ def _read_voc(folder: Path, lists: Path) -> Parts:
     parts: Parts = {"train": [], "val": [], "test": []}
     for name in parts:
         file = lists / f"{name}.txt"
-        keys = file.read_text(encoding="utf-8").split() if file.is_file() else []
+        keys = read_text(file).split() if file.is_file() else []
         for kind, found in (("image", images), ("mask", masks)):
             missing = [key for key in keys if key not in found]
             if missing:
@@ -142,7 +143,7 @@ def read_csv(file: Path) -> Parts:
     columns, rows = read_rows(file)
     for name in ("path", "mask"):
         if name not in columns:
-            raise UserError(f"{file} has no column {name}: it has {', '.join(columns)}")
+            raise UserError(f"{file} has no column {name}: it has {brief(', '.join(columns))}")
         cells(file, rows, name)
     need_rows(file, rows)
     rows.sort(key=lambda row: row["path"])  # the split must not depend on the order of rows

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vissl_lite.data.views import Views, crop_decode_size, distorted_crop, flip, random_crop
 from vissl_lite.encoder import Encoder
-from vissl_lite.errors import UserError
+from vissl_lite.errors import LARGEST_DEPTH, UserError, check_count
 
 
 def cropped_views(size: int, smallest_crop: float, upright: bool) -> Views:
@@ -95,6 +95,7 @@ def multicrop_views(
     shortest = crop_decode_size(size, largest_small_crop)
     if small_crops is None:
         small_crops = default_small_crops(encoder)
+    check_count("pretext.small_crops", small_crops or None, LARGEST_DEPTH)
     if small_crops:
         small = encoder.fitting_size(size * 96 / 224)
         try:

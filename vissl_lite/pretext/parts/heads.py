@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from vissl_lite.encoder import Encoder
-from vissl_lite.errors import UserError, check_count
+from vissl_lite.errors import check_sizes
 
 
 def mlp(*sizes: int, last_norm: bool = False) -> nn.Sequential:
@@ -17,11 +17,7 @@ def mlp(*sizes: int, last_norm: bool = False) -> nn.Sequential:
     Args:
         sizes: features in, hidden features, features out.
         last_norm: end with a BatchNorm.
-
-    Raises:
-        UserError: a layer has no features.
     """
-    check_sizes(*sizes)
     layers: list[nn.Module] = []
     for index, (before, after) in enumerate(pairwise(sizes)):
         last = index == len(sizes) - 2
@@ -31,14 +27,6 @@ def mlp(*sizes: int, last_norm: bool = False) -> nn.Sequential:
         elif last_norm:
             layers.append(nn.BatchNorm1d(after))
     return nn.Sequential(*layers)
-
-
-def check_sizes(*sizes: int) -> None:
-    """Raise a UserError for a layer without features."""
-    if min(sizes) < 1:
-        raise UserError(
-            f"a head can't have a layer of {min(sizes)} features: its sizes are {sizes}"
-        )
 
 
 class PrototypeHead(nn.Module):
@@ -58,7 +46,6 @@ class PrototypeHead(nn.Module):
         self, features: int, hidden: int, bottleneck: int, prototypes: int, norm: bool
     ) -> None:
         super().__init__()
-        check_sizes(features, hidden, bottleneck, prototypes)
         layers: list[nn.Module] = []
         for before in (features, hidden):
             layers.append(nn.Linear(before, hidden, bias=not norm))
@@ -99,7 +86,7 @@ class Decoder(nn.Module):
 
     def __init__(self, encoder: Encoder, outputs: int, width: int) -> None:
         super().__init__()
-        check_count("pretext.decoder_width", width)
+        check_sizes(decoder_width=width)
         self.project = nn.Conv2d(encoder.map_features, width, 1)
         self.context = nn.Linear(encoder.num_features, width)
         ratio = encoder.image_size / self.STRIDE / encoder.map_side()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vissl_lite.encoder import Encoder
-from vissl_lite.errors import UserError, check_count
+from vissl_lite.errors import LARGEST_IMAGE, UserError, check_count
 
 # Rows and columns of the grid, and all its places.
 ROWS = 3
@@ -26,6 +26,11 @@ class Grid:
     side: int
     step: int
     slack: int
+
+    def __post_init__(self) -> None:
+        if self.image_size > LARGEST_IMAGE:
+            raise UserError(f"the patches of this pretext would need images of {self.image_size} "
+                            f"pixels, more than {LARGEST_IMAGE}: give smaller ones")  # fmt: skip
 
     @property
     def image_size(self) -> int:
@@ -90,7 +95,7 @@ def patch_side(encoder: Encoder, given: int | None, share: float, option: str) -
     Raises:
         UserError: the encoder can't take patches of this size.
     """
-    check_count(f"pretext.{option}", given)
+    check_count(f"pretext.{option}", given, LARGEST_IMAGE)
     side = given or encoder.fitting_size(share * encoder.image_size)
     try:
         encoder.check_image_size(side)

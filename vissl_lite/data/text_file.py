@@ -1,0 +1,48 @@
+"""Text files that somebody else may have written: read whole, or refused in one line."""
+
+import os
+from pathlib import Path
+
+from vissl_lite.data.reading import open_regular
+from vissl_lite.errors import UserError
+
+# Size in bytes of the largest text file that is read unless told otherwise: a table of a large set.
+LARGEST = 2**30
+
+
+def read_bytes(file: str | Path, largest: int = LARGEST, name: str | None = None) -> bytes:
+    """Read a file.
+
+    Args:
+        file: only a regular file is read: of a pipe or a device the end may never come.
+        largest: size in bytes of the largest file that is read.
+        name: of the file in errors; default its path.
+
+    Raises:
+        UserError: there is no such file, it is larger, or it can't be read.
+    """
+    name = str(file) if name is None else name
+    try:
+        with open_regular(file) as opened:
+            if os.fstat(opened.fileno()).st_size > largest:
+                raise UserError(f"{name} can't be read: it has more than {largest} bytes")
+            return opened.read()
+    except OSError as error:
+        raise UserError(f"{name} can't be read: {error.strerror or error}") from None
+    except ValueError as error:  # a NUL byte in the path
+        raise UserError(f"{name} can't be read: {error}") from None
+
+
+def read_text(file: str | Path, largest: int = LARGEST, name: str | None = None) -> str:
+    """Read a text file in UTF-8, with or without a byte order mark; see ``read_bytes``.
+
+    Raises:
+        UserError: it can't be read, or is in another encoding.
+    """
+    content = read_bytes(file, largest, name)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{name or file} can't be read: it is not text in UTF-8 (byte {error.start})"
+        ) from None
