@@ -544,8 +544,8 @@ def test_an_index_that_is_too_large_or_no_file(tmp_path: Path, server: Server) -
     server.files["/ok/large.json"] = bytes(shard_index._LARGEST + 1)
     for source, why in (
         (tmp_path / "large.json", "it is larger than 32 MiB"),
-        (tmp_path / "fifo.json", "a FIFO"),
-        (tmp_path / "zero.json", "it is a device"),
+        (tmp_path / "fifo.json", "not a regular file"),
+        (tmp_path / "zero.json", "not a regular file"),
         (f"{server.url}/ok/large.json", "it is larger than 32 MiB"),
     ):
         with pytest.raises(UserError, match=why):
@@ -833,10 +833,10 @@ def test_what_is_not_a_file_is_not_opened(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(tmp_path / "socket.tar"))
         for name, why in (
-            ("fifo", "it is a device, a FIFO or a socket, not a file"),
-            ("zero", "it is a device, a FIFO or a socket, not a file"),
+            ("fifo", "not a regular file"),
+            ("zero", "not a regular file"),
             ("socket", "No such device or address"),
-            ("folder", "it is a folder, not a file"),
+            ("folder", "not a regular file"),
             ("link", "No such file or directory"),
             ("loop", "Too many levels of symbolic links"),
         ):
