@@ -6,7 +6,6 @@ docstring the help, and ``--config FILE`` the same in YAML.
 
 import importlib
 import inspect
-import os
 import re
 import signal
 import sys
@@ -136,7 +135,7 @@ def _run(verb: str, given: list[str]) -> None:
     options = parser.parse_args(given).as_dict()
     options.pop("config", None)
     check_arguments(function, options)
-    if options.get("resume") and _is_run(options["out"]):
+    if options.get("resume") and _is_run_of(verb, options["out"]):
         # The run's own options were read first: any that differs now was given to contradict them.
         from vissl_lite.run import resumed_config
 
@@ -235,7 +234,8 @@ def _prepare(function: Callable[..., Any], given: list[str]) -> tuple[list[str],
         items = [_number(value) if _takes_numbers(kind) else value for value in values]
         rewritten += [option, yaml.safe_dump(items, default_flow_style=True, width=1 << 30)]
     at = {rewritten[i]: rewritten[i + 1] for i in range(len(rewritten) - 1)}
-    if at.get("--resume") == "true" and "--out" in at and _is_run(at["--out"]):
+    resume = at.get("--resume") == "true" and "--out" in at
+    if resume and _is_run_of(function.__name__, at["--out"]):
         run = Path(at["--out"]) / "config.yaml"
         configs.insert(0, _read_config(run, str(run)))
     pretext = at.get("--pretext.name")
@@ -333,8 +333,12 @@ def _typed(value: Any, kind: Any) -> Any:
     return value
 
 
-def _is_run(out: str) -> bool:
-    return os.path.isfile(os.path.join(out, "config.yaml"))
+def _is_run_of(command: str, out: str) -> bool:
+    """Whether a folder holds a run of a command that has written down its options."""
+    from vissl_lite.run_folder import CONFIG, read_record
+
+    record = read_record(Path(out))
+    return record is not None and record.command == command and (Path(out) / CONFIG).is_file()
 
 
 def _read_config(file: str | Path, name: str | None = None) -> dict[str, Any]:

@@ -373,8 +373,8 @@ def resumed_config(
     return {**given, **config, **free}
 
 
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,7 +5,7 @@ import os
 import re
 import tarfile
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import chain
@@ -18,9 +18,10 @@ from vissl_lite.data.path_list import PathList
 from vissl_lite.data.reading import open_regular, read_regular
 from vissl_lite.data.shard_index import INDEX, INDEX_PART, index_text, parse_index
 from vissl_lite.data.tar_reader import LARGEST
+from vissl_lite.data.whole_file import check_place
 from vissl_lite.errors import UserError, check_arguments, check_count
 from vissl_lite.run import forget_log, logged_to_console
-from vissl_lite.run_folder import check_apart
+from vissl_lite.run_folder import LOCK, check_apart, lock
 from vissl_lite.training.progress import progress_bar
 
 log = logging.getLogger(__name__)
@@ -85,8 +86,10 @@ def shard(
         raise UserError("give --shard_size_mb or --images_per_shard, not both")
     sources = [data] if isinstance(data, str) else data
     folder = Path(out)
+    forget_log()
+    check_place(folder)
     check_apart(folder, [("data", source) for source in sources])
-    old = _check_folder(folder, overwrite)
+    _check_folder(folder, overwrite)
     paths = PathList(find_images(sources))
     base = _common_folder(sources, paths)
     most = (shard_size_mb or 100) * 10**6 if images_per_shard is None else None
@@ -95,15 +98,15 @@ def shard(
         first = next(members, None)
         if first is None:
             raise UserError(f"none of {len(paths)} image files can be read, the first {paths[0]}")
-        folder.mkdir(parents=True, exist_ok=True)
-        old = _remove_unfinished(folder, old)
-        try:
-            written = _write_parts(folder, chain([first], members), images_per_shard, most)
-            (folder / INDEX_PART).write_text(index_text(written), encoding="utf-8")
-        except BaseException:
-            _remove_parts(folder)
-            raise
-        index = _replace(folder, old, written)
+        with _locked(folder):
+            old = _remove_unfinished(folder, _check_folder(folder, overwrite))
+            try:
+                written = _write_parts(folder, chain([first], members), images_per_shard, most)
+                (folder / INDEX_PART).write_text(index_text(written), encoding="utf-8")
+            except BaseException:
+                _remove_parts(folder)
+                raise
+            index = _replace(folder, old, written)
         result = ShardResult(folder, index, len(written), sum(n for _, n, _ in written), left_out)
         if left_out:
             log.warning(
@@ -116,17 +119,29 @@ def shard(
     return result
 
 
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """A folder that no other process writes to; it goes again if it stays empty."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder):
+        try:
+            yield
+        finally:
+            (folder / LOCK).unlink(missing_ok=True)
+            with suppress(OSError):  # it holds something
+                folder.rmdir()
+
+
 def _check_folder(folder: Path, overwrite: bool) -> list[Path]:
     """The shards and parts of them that are there and may be replaced. Nothing is changed yet.
 
     Raises:
-        UserError: the folder holds other files, or shards without ``overwrite``, or it can't be
-            written.
+        UserError: the folder holds other files, or shards without ``overwrite``.
     """
-    forget_log()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: --out must name a folder")
     files = sorted(folder.iterdir()) if folder.is_dir() else []
+    files = [file for file in files if file.name != LOCK]
     for file in files:
         ours = _SHARD.fullmatch(file.name) or _PART.fullmatch(file.name) or file.name in _INDICES
         if not ours or file.is_dir():
@@ -147,11 +162,6 @@ def _check_folder(folder: Path, overwrite: bool) -> list[Path]:
                 f"write them again with --overwrite"
             )
         raise UserError(f"{folder} holds other shards: give a new folder, or --overwrite")
-    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not parent.is_dir():
-        raise UserError(f"{folder} can't be made: {parent} is a file")
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"{folder} can't be written: no permission in {parent}")
     return files
 
 
@@ -271,12 +281,10 @@ def _write_parts(
 
 
 def _remove_parts(folder: Path) -> None:
-    """Remove what was not written to the end, and the folder if that leaves it empty."""
+    """Remove what was not written to the end."""
     for file in folder.iterdir():
         if _PART.fullmatch(file.name) or file.name == INDEX_PART:
             file.unlink()
-    with suppress(OSError):  # it holds older shards
-        folder.rmdir()
 
 
 def _replace(folder: Path, old: Sequence[Path], written: Sequence[tuple[str, int, int]]) -> Path:

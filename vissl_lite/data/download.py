@@ -274,16 +274,8 @@ class _Download(io.RawIOBase):
 
 def _curl(url: str, start: int) -> list[str]:
     """The command that writes what is behind a URL, from some byte on."""
-    command = [
-        "curl",
-        "--silent",
-        "--no-buffer",
-        "--fail",
-        "--globoff",
-        "--location",
-        "--max-redirs",
-        "10",
-    ]
+    command = ["curl", "--silent", "--no-buffer", "--fail", "--globoff"]
+    command += ["--location", "--max-redirs", "10"]
     command += ["--proto", f"={','.join(CURL_SCHEMES)}", "--proto-redir", "=http,https"]
     # Who started it may have been killed; as nobody reads for long, curl may be wrong to give up,
     # and then it is started again.

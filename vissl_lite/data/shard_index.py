@@ -18,6 +18,7 @@ import numpy as np
 
 from vissl_lite.data.braces import expand
 from vissl_lite.data.download import CURL_SCHEMES, fetch, scheme
+from vissl_lite.data.json_file import parse_json
 from vissl_lite.data.reading import open_regular
 from vissl_lite.data.shards import ImageMembers, Shards, is_remote
 from vissl_lite.data.tar_reader import BROKEN_TAR, TarReader
@@ -84,7 +85,7 @@ def find_shards(sources: Sequence[str]) -> Shards | None:
 
     Args:
         sources: names with braces, as ``train-{000000..000099}.tar``, of files or of URLs that
-            ``webdataset.gopen`` opens; indices, or folders with one.
+            curl or ``webdataset.gopen`` open; indices, or folders with one.
 
     Returns:
         None where no source is of that kind.
@@ -245,11 +246,9 @@ def parse_index(content: bytes) -> list[Entry]:
         ValueError: it is something else.
     """
     try:
-        read = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"it is not JSON that can be read ({error}); it begins with {content[:16]!r}"
-        ) from None
+        read = parse_json(content, "it")
+    except UserError as error:
+        raise ValueError(f"{error}; it begins with {content[:16]!r}") from None
     listed = read.get("shardlist") if isinstance(read, dict) else None
     if not isinstance(listed, list):
         raise ValueError("it has no list of shards, named shardlist")
