@@ -9,7 +9,14 @@ from PIL import Image
 from vissl_lite.data.boxes import BoxedImage
 from vissl_lite.encoder import build_encoder
 from vissl_lite.errors import UserError
-from vissl_lite.transfer.detector import Detector, Kind, choose_canvas, detect, fit_into
+from vissl_lite.transfer.detector import (
+    Detector,
+    Kind,
+    choose_canvas,
+    detect,
+    detect_in_batches,
+    fit_into,
+)
 
 KINDS: tuple[Kind, ...] = ("fcos", "retinanet", "faster_rcnn")
 
@@ -105,8 +112,10 @@ def test_boxes_come_back_in_pixels_of_the_image_best_first(tmp_path: Path) -> No
     Image.new("RGB", (128, 64)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"broken")
     paths = [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
-    (found,), sizes, good = detect(detector, paths)
+    (found,), good = detect(detector, paths)
     assert good.tolist() == [True, False]
+    sizes: list[tuple[int, int]] = []
+    detect_in_batches(detector, paths, lambda _, __, some: sizes.extend(some))
     assert sizes == [(64, 128)]
     # the second lies in the padding below the image
     assert found.labels.tolist() == [2, 0]
