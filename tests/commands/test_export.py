@@ -290,7 +290,7 @@ def test_a_detector_gives_the_boxes_of_predict(
     assert (facts["task"], facts["size"]) == ("detection", "64 x 96")
     assert float(facts["threshold"]) == detector.threshold
     paths = sorted(str(path) for path in images.iterdir())[:5]
-    expected, _, _ = detect(detector, paths)
+    expected, _ = detect(detector, paths)
     fitted = [fit_into(read_image(path), (64, 96)) for path in paths]
     session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
     batch = np.stack([image for image, _ in fitted]).transpose(0, 3, 1, 2)
