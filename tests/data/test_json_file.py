@@ -53,6 +53,11 @@ def test_damage_is_said_in_one_line(content: bytes, reason: str, tmp_path: Path)
     assert len(str(raised.value).splitlines()) == 1
 
 
+def test_names_of_files_need_not_be_utf8(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('["caf\\udce9.jpg"]')
+    assert os.fsencode(read_json(tmp_path / "a.json")[0]) == b"caf\xe9.jpg"
+
+
 def test_a_byte_order_mark_and_pairs_of_surrogates_are_fine(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": "\\ud83d\\ude00"}')
     assert read_json(tmp_path / "a.json") == {"a": "\U0001f600"}

@@ -12,6 +12,7 @@ import pytest
 
 from vissl_lite.cli import main
 from vissl_lite.commands.predict import MOST_BYTES, file_name
+from vissl_lite.data.boxes import load_boxes
 from vissl_lite.data.csv_file import read_rows
 from vissl_lite.data.file_tree import FileTree
 from vissl_lite.data.images import find_images
@@ -242,7 +243,7 @@ def test_a_table_may_hold_names_in_other_encodings_but_no_other_text(tmp_path: P
     file.write_bytes(b"path,label\ncaf\xe9.jpg,green\n")
     assert read_rows(file)[1] == [{"path": "caf\udce9.jpg", "label": "green"}]
     file.write_bytes(b"path,label\na.jpg,gr\xfcn\n")
-    with pytest.raises(UserError, match="can't be read as a CSV file: 'utf-8' codec"):
+    with pytest.raises(UserError, match="can't be read: it is not text in UTF-8"):
         read_rows(file)
 
 
@@ -257,6 +258,14 @@ def test_a_class_whose_name_is_not_utf8_is_a_mistake(sample: Path, tmp_path: Pat
             shutil.copy(os.fsencode(image), folder)
     with pytest.raises(UserError, match=r"class folder 'gr\\udcfcn' has a name that is not UTF-8"):
         load_labelled(tmp_path)
+
+
+def test_a_class_of_boxes_whose_name_is_not_utf8_is_a_mistake(data: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(data / "detection", tmp_path / "boxes")
+    file = source / "annotations.json"
+    file.write_text(file.read_text().replace('"name": "x"', '"name": "gr\\udcfcn"'))
+    with pytest.raises(UserError, match=r"the class 'gr\\udcfcn' is not text in UTF-8"):
+        load_boxes(source)
 
 
 def test_a_backslash_may_be_part_of_a_name(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def read_json(file: Path, largest: int = LARGEST) -> Any:
     Raises:
         UserError: there is no such file, it is larger, or it is no JSON. So are an object that has
             a key twice, an integer of more than 20 digits, and half of a character (a lone
-            surrogate), which can't be printed.
+            surrogate), which can't be printed, unless it stands for a byte of a file's name.
     """
     try:
         if not file.is_file():  # what never ends, as a pipe, is no file either
@@ -62,7 +62,8 @@ def parse_json(content: bytes, name: str) -> Any:
             content.decode("utf-8-sig"), object_pairs_hook=_object, parse_int=_integer
         )
         if b"\\ud" in content or b"\\uD" in content:
-            json.dumps(found, ensure_ascii=False).encode("utf-8")
+            # names of files that are not UTF-8 are written so (PEP 383)
+            json.dumps(found, ensure_ascii=False).encode("utf-8", "surrogateescape")
     except UnicodeDecodeError:
         raise UserError(f"{name} is no JSON that can be read: it is not in UTF-8") from None
     except UnicodeEncodeError:

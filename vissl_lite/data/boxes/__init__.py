@@ -10,6 +10,7 @@ import numpy as np
 
 from vissl_lite.data.boxes.layouts import read_annotations
 from vissl_lite.data.boxes.mending import Note, Repairs, mend
+from vissl_lite.data.csv_file import is_utf8
 from vissl_lite.data.file_tree import SPLITS
 from vissl_lite.data.splits import hold_out, split_in_three, take_share
 from vissl_lite.errors import UserError
@@ -110,6 +111,9 @@ def load_boxes(
     repairs = Repairs()
     found = read_annotations(source, None if annotations is None else Path(annotations), repairs)
     classes = list(dict.fromkeys(found.classes))
+    for name in classes:
+        if not is_utf8(name):  # it goes into models, tables and pictures
+            raise UserError(f"{source}: the name of the class {name!a} is not text in UTF-8")
     numbers = {name: index for index, name in enumerate(classes)}
     splits, by_image = _sort(found.notes, source, repairs)
     images: dict[str | None, list[BoxedImage]] = defaultdict(list)
