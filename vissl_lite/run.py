@@ -34,7 +34,7 @@ CHECKPOINTS, CHECKPOINT = "checkpoints", "last.ckpt"
 MAP = "map.npz"
 
 LARGEST_RESULTS = 64 * 2**20  # bytes of results.json
-_LARGEST_CONFIG = 4 * 2**20  # bytes of config.yaml, and values in it
+_LARGEST_CONFIG, _MOST_VALUES = 4 * 2**20, 2**20  # bytes of config.yaml, values in it
 
 # Keeps what is logged before there is a run, such as what was mended in the data: it goes into the
 # log once that is open.
@@ -327,7 +327,7 @@ def _check_extent(content: Any) -> None:
 
     In YAML a value may stand at several places; each of ten lines may hold the one before it twice.
     """
-    left, waiting = _LARGEST_CONFIG, [content]
+    left, waiting = _MOST_VALUES, [content]
     while waiting:
         value = waiting.pop()
         inside: list[Any] = []
@@ -339,7 +339,7 @@ def _check_extent(content: Any) -> None:
             raise ValueError("it holds a number of more than 64 bits")
         waiting += inside
         left -= 1 + len(inside)
-        if left < 0 or len(waiting) > _LARGEST_CONFIG:
+        if left < 0:
             raise ValueError("it holds itself, or stands for too many values")
 
 

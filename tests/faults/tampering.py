@@ -110,11 +110,10 @@ class Tried:
         Args:
             what: the damage, to be named where it does harm.
         """
-        said = ""
+        outcome, said = "loaded", ""
         started, peak = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         try:
             self.load()
-            outcome = "loaded"
         except UserError as error:
             outcome, said = "refused", str(error)
         except Exception as error:

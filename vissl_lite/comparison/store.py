@@ -108,7 +108,8 @@ class Store:
             (value,) = _figures({"value": content["value"]}).values()
         except (UserError, ValueError, LookupError, TypeError) as error:
             if file.exists():
-                log.warning("damaged, and so done again: %s (%s)", file, first_line(error))
+                reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
+                log.warning("damaged, and so done again: %s (%s)", file, reason)
             return None
         return Score(value, figures[0], figures[1], right, figures[2])
 
@@ -127,7 +128,7 @@ def _unpacked(text: Any, count: Any) -> np.ndarray:
     """``(count,)`` bool from the hexadecimal digits of their bits; or a ValueError, TypeError."""
     bits = np.frombuffer(bytes.fromhex(text), np.uint8)
     if type(count) is not int or not 0 < count <= 8 * len(bits) < count + 8:
-        raise ValueError(f"{len(bits)} bytes for {str(count)[:60]} test images")
+        raise ValueError(f"{len(bits)} bytes for {str(count)[:60]!r} test images")
     return np.unpackbits(bits, count=count).astype(bool)
 
 

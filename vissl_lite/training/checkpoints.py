@@ -112,6 +112,7 @@ def check_checkpoint(
             if state := callback.state_dict():
                 kept = content["callbacks"][callback.state_key]
                 _check_like(kept, state, type(callback).__name__)
+        _check_count(content, data)
         optimizers = content["optimizer_states"]
         if not isinstance(optimizers, list) or len(optimizers) != 1:
             raise ValueError("it has not one optimizer")
@@ -120,6 +121,21 @@ def check_checkpoint(
     except (LookupError, TypeError, ValueError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
         raise UserError(f"{file} is damaged, or of another training: {reason}") from None
+
+
+def _check_count(content: dict[str, Any], data: StreamData) -> None:
+    """Refuse steps and batches that contradict one another."""
+    pace, steps = data.pace, content["global_step"]
+    batches = content["callbacks"][pace.state_key]["batches"]
+    loop = content["loops"]["fit_loop"]
+    ready = loop["epoch_loop.batch_progress"]["current"]["ready"]
+    stepped = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
+    if (
+        (steps, stepped["total"]["completed"]) != (-(-batches // pace.accumulate),) * 2
+        or abs(ready - batches) > 1
+        or (pace.total is not None and batches > pace.total)
+    ):
+        raise ValueError(f"it has seen {batches} batches in {steps} steps")
 
 
 def _check_optimizer(saved: Any, module: pl.LightningModule) -> None:
@@ -142,11 +158,14 @@ def _check_optimizer(saved: Any, module: pl.LightningModule) -> None:
             raise TypeError("a state of the optimizer is no mapping")
         kinds.add(frozenset(state))
         for name, value in state.items():
-            like = weights[number] if name in _LIKE_WEIGHTS else value
-            if name == "step" and isinstance(value, Tensor) and value.ndim:
+            place = f"optimizer {str(name)[:60]}"
+            if name in _LIKE_WEIGHTS:
+                _check_like(value, weights[number].detach(), place)
+            elif isinstance(value, Tensor):
+                _check_like(value, value, place)
+            step = value.item() if isinstance(value, Tensor) and not value.ndim else value
+            if name == "step" and not _is_finite(step):
                 raise ValueError("the optimizer's step is no number")
-            if isinstance(value, Tensor) or name in _LIKE_WEIGHTS:
-                _check_like(value, like.detach(), f"optimizer {str(name)[:60]}")
     if plain and kinds - _STATES:
         raise ValueError("the optimizer's state is of another optimizer")
 
