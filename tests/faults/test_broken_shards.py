@@ -650,7 +650,7 @@ def test_pretrain_from_a_server_that_misbehaves(
     command += ["--data", f"{server.url}/ok/index.json", "--epochs", "2", "--out", str(run)]
     assert main([*command, "--num_workers", "1"]) == 0
     log = (run / "log.txt").read_text()
-    assert log.count(f"skipped, can't be read: {server.url}/stall/9.tar, from image 3 on: ") == 1
+    assert log.count(f"skipped, can't be read: {server.url}/stall/9.tar (from image 3 on: ") == 1
     assert f"WARNING waiting for {server.url}/stall/9.tar: " in log
     listed[:3] = [{"url": f"/nothing/{n}.tar", "nsamples": IMAGES} for n in range(3)]
     server.files["/ok/index.json"] = json.dumps({"shardlist": listed}).encode()
