@@ -139,8 +139,8 @@ def test_resume_continues_as_if_nothing_had_happened(
     """Killed in the middle of an epoch (of 3 steps) and at the end of one."""
     from vissl_lite.training.pace import Pace
 
-    options = ["--data", photos, *SMALL, "--epochs", 3, "--pretext", pretext, "--num_workers", 0]
-    options += backbone_for(pretext)
+    options = ["--data", photos, *SMALL[2:], "--epochs", 3, "--pretext", pretext]
+    options += ["--num_workers", 0, *backbone_for(pretext)]
     assert run(*options, "--out", tmp_path / "whole") == 0
 
     saved = Checkpoints.on_train_batch_end
