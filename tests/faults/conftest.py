@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +30,18 @@ PICTURES = (
 )  # fmt: skip
 
 PATIENCE = 240  # seconds for what takes a few on an idle machine
+
+
+def last_given(words: Sequence[str]) -> list[str]:
+    """The words of a command, of options given more than once the last: it refuses two values."""
+    options: dict[str, list[str]] = {}
+    option = ""
+    for word in words:
+        if word.startswith("--"):
+            option = word
+            options[option] = []
+        options.setdefault(option, []).append(word)
+    return [word for given in options.values() for word in given]
 
 
 class Child:
@@ -61,7 +73,7 @@ class Child:
                 sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
                 if before is not None:
                     before()
-                status = main([str(word) for word in words])
+                status = main(last_given([str(word) for word in words]))
                 if after is not None:
                     after()
             except BaseException:
