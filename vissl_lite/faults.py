@@ -27,11 +27,17 @@ _REFUSED = {
     errno.ENOMEM: _MEMORY,
 }
 
+# What torch, oneDNN and C++ say where memory can't be had.
+_NO_MEMORY = re.compile(
+    "can't allocate memory|std::bad_alloc|out of memory|could not create a (?:primitive|memory)$",
+    re.MULTILINE,
+)
+
 # What other libraries say, and what it means.
 _SAID = (
     (r"shared memory", "/dev/shm is full: enlarge it (docker run --shm-size), or give "
      "--num_workers 0"),
-    (r"can't allocate memory|std::bad_alloc|out of memory", _MEMORY),
+    (_NO_MEMORY, _MEMORY),
     (r"PytorchStreamWriter failed|file write failed|unexpected pos",
      "a file can't be written: the disk is full, or the file would grow beyond the limit on file "
      "sizes (ulimit -f)"),
@@ -48,7 +54,7 @@ def says_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory could not be had, on a CPU or a GPU."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
-    return re.search("can't allocate memory|std::bad_alloc|out of memory", str(error)) is not None
+    return _NO_MEMORY.search(str(error)) is not None
 
 
 def machine_error(error: BaseException, written: Path | None = None) -> MachineError | None:

@@ -236,6 +236,7 @@ def test_bad_images_alone_are_one_line_of_error(
     assert "kinds" not in shown
 
 
+@pytest.mark.slow
 def test_all_kinds_at_once(
     data: Path, tmp_path: Path, models: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -116,6 +116,7 @@ def warnings(folder: Path) -> list[str]:
     return [line for line in lines if " WARNING " in line and " Leaks: " not in line]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_the_split_that_is_written_is_read_again(task: str, models: Path, tmp_path: Path) -> None:
     assert warnings(models / task) == []
@@ -188,6 +189,7 @@ def test_features_and_a_map(data: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "a Parquet file can't hold the name" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_pretraining_and_its_leaks(data: Path, tmp_path: Path) -> None:
     source = data / "labelled"
     assert run("pretrain", "--data", source, "--backbone", "test_resnet", "--image_size", 32,
@@ -203,6 +205,7 @@ def test_pretraining_and_its_leaks(data: Path, tmp_path: Path) -> None:
                "--image_size", 32, "--out", tmp_path / "compare") == 0  # fmt: skip
 
 
+@pytest.mark.slow
 def test_shards(data: Path, tmp_path: Path) -> None:
     assert run("shard", "--data", data / "labelled", "--out", tmp_path / "shards") == 0
     assert run("pretrain", "--data", tmp_path / "shards", "--backbone", "test_resnet", *SHORT,
@@ -218,6 +221,7 @@ def test_a_list_of_paths_holds_names_that_are_not_utf8(data: Path, tmp_path: Pat
     assert find_images([tmp_path / "list.txt"]) == kept
 
 
+@pytest.mark.slow
 def test_every_entry_of_the_log_is_one_line(models: Path, data: Path, tmp_path: Path) -> None:
     source = shutil.copytree(data / "detection", tmp_path / "images")
     for path in find_images([source]):
@@ -299,9 +303,9 @@ def test_predictions_are_there_when_a_failure_comes_late(
         drawn.clear()
         monkeypatch.setattr(predict, how, fail_late)
         out = tmp_path / task
-        with pytest.raises(MemoryError):
-            run("predict", "--model", models / task, "--data", data / "detection",
+        status = run("predict", "--model", models / task, "--data", data / "detection",
                 "--pictures", 99, "--out", out)  # fmt: skip
+        assert status == 1
         assert (out / file).read_bytes().count(b"\n") >= 8
         assert not (out / file.removesuffix(".part")).exists()
         assert not (out / "results.json").exists()

@@ -130,7 +130,7 @@ SUFFIX = {"embed": ".npz", "explore": ".html", "export": ".onnx"}
 @pytest.mark.parametrize(
     "command", ["probe", "predict", "compare", "embed", "explore", "export", "shard"]
 )
-@pytest.mark.parametrize("size", [0, 12])
+@pytest.mark.parametrize("size", [0, pytest.param(12, marks=pytest.mark.slow)])
 def test_a_full_disk_is_one_sentence_in_every_command(
     command: str,
     size: int,

@@ -1,6 +1,7 @@
 """``--out`` and ``--overwrite`` never cost a user a file that is not a run's, nor an input."""
 
 import os
+import shutil
 import signal
 import stat
 from pathlib import Path
@@ -66,15 +67,29 @@ def test_what_is_not_the_runs_stays_in_its_folder(
     assert read_record(out) != first or first is None
 
 
+@pytest.fixture(scope="module")
+def probed(labelled: Path, encoder_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of probe, to be copied."""
+    run = tmp_path_factory.mktemp("probed") / "run"
+    words = ["probe", "--encoder", encoder_folder, "--data", labelled, "--out", run]
+    assert main(list(map(str, words))) == 0
+    return run
+
+
 @pytest.mark.parametrize("command", ["pretrain", "probe", "finetune", "predict", "compare"])
 @pytest.mark.parametrize("inside", ["input in out", "out in input", "the same"])
 def test_inputs_and_out_lie_apart(
-    command: str, inside: str, labelled: Path, encoder_folder: Path, tmp_path: Path, capsys: Any
+    command: str,
+    inside: str,
+    probed: Path,
+    labelled: Path,
+    encoder_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Of every option that names something to read, before any of it is touched."""
     run = tmp_path / "run"
-    words = ["probe", "--encoder", encoder_folder, "--data", labelled, "--out", run]
-    assert main(list(map(str, words))) == 0
+    shutil.copytree(probed, run)
     (run / "images").mkdir()
     out, given = {
         "input in out": (run, run / "images"),

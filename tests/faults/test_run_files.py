@@ -252,7 +252,15 @@ def test_a_report_is_made_of_what_can_be_read(stride: int, run: Path) -> None:
 
 @pytest.mark.usefixtures("unwritten")
 @pytest.mark.parametrize(
-    "name", ["results.json", "log.txt", "metrics.csv", "map.npz", "leaks.csv", "config.yaml"]
+    "name",
+    [
+        "results.json",
+        "log.txt",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("metrics.csv", "map.npz", "leaks.csv", "config.yaml")
+        ),
+    ],
 )
 def test_a_report_leaves_damaged_files_out(name: str, run: Path) -> None:
     whole = (run / name).read_bytes()

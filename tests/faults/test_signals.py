@@ -68,20 +68,18 @@ def test_a_training_told_to_stop_saves_and_goes_on(
     same(out, undisturbed(command, EPOCHS))
 
 
-@pytest.mark.parametrize(
-    ("where", "call"),
-    [
-        ((AtomicCheckpointIO, "save_checkpoint"), 0),  # a checkpoint is being written
-        ((Checkpoints, "on_train_end"), 0),  # the last one
-        ((ViewDataset, "item"), 40),  # it waits for data
-        ((pretrain, "add_report"), 0),  # what comes after training
-    ],
-    ids=["checkpoint", "last checkpoint", "data", "report"],
-)
+MOMENTS = {
+    "checkpoint": (AtomicCheckpointIO, "save_checkpoint", 0),  # one is being written
+    "last checkpoint": (Checkpoints, "on_train_end", 0),
+    "data": (ViewDataset, "item", 40),  # it waits for data
+    "report": (pretrain, "add_report", 0),  # what comes after training
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("number", list(TOLD))
 def test_at_whatever_moment(
-    where: tuple[Any, str],
-    call: int,
+    moment: str,
     number: signal.Signals,
     fork: Any,
     training: Training,
@@ -89,9 +87,10 @@ def test_at_whatever_moment(
     same: Same,
     tmp_path: Path,
 ) -> None:
+    owner, name, call = MOMENTS[moment]
     out = tmp_path / "stopped"
     inside = ["--num_workers", 0]
-    child = fork(*training("pretrain", out, 4), *inside, before=send_at(call, number, *where))
+    child = fork(*training("pretrain", out, 4), *inside, before=send_at(call, number, owner, name))
     check_stopped(child, out, number)
     assert fork(*training("pretrain", out, 4), *inside, "--resume").status() == 0
     same(out, undisturbed("pretrain", 4, *inside))

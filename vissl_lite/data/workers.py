@@ -6,10 +6,12 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 import cv2
@@ -165,6 +167,7 @@ def start_worker(worker: int, most: int, lines: WorkerLog) -> None:
     """
     lines.attach()
     limit_pixels(most)
+    sys.excepthook = _report
     cv2.setNumThreads(0)
     # Collecting garbage writes to every object that it looks at, and so would copy all of those
     # that this process shares with the one that forked it.
@@ -173,6 +176,12 @@ def start_worker(worker: int, most: int, lines: WorkerLog) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_GROUP)
         parent = multiprocessing.parent_process()
         threading.Thread(target=_obey, args=(parent and parent.pid,), daemon=True).start()
+
+
+def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print what went wrong beside the reading of images, such as in the threads that send them."""
+    if not isinstance(error, EOFError | ConnectionError):  # the main process has gone
+        sys.__excepthook__(kind, error, trace)
 
 
 def _obey(parent: int | None) -> None:

@@ -115,6 +115,8 @@ def fit(
     if files.checkpoints is not None:
         keeper = Checkpoints(files.checkpoints, data, metrics, log_every)
         every.append(keeper)
+        if files.resume and metrics is not None and not (files.checkpoints / CHECKPOINT).is_file():
+            metrics.forget_after(-1)  # killed before there was a checkpoint: all is done again
         if files.resume and (files.checkpoints / CHECKPOINT).is_file():
             last = files.checkpoints / CHECKPOINT
             saved = read_checkpoint(last)

@@ -8,7 +8,6 @@ from lightning.fabric.utilities import move_data_to_device
 
 from vissl_lite.data.stream import Source, collate
 from vissl_lite.errors import UserError
-from vissl_lite.faults import says_out_of_memory
 from vissl_lite.training.sharding import is_sharded
 
 
@@ -74,8 +73,8 @@ def largest_that_fits(
     """Halve a batch until it fits.
 
     Args:
-        try_out: takes a size; raises an error that says so if that does not fit; see
-            ``says_out_of_memory``.
+        try_out: takes a size; raises a ``RuntimeError``, of which ``torch.OutOfMemoryError`` is
+            one, or a ``MemoryError`` if that does not fit.
         clean: called after each trial.
         too_large: a size that does not fit.
 
@@ -87,9 +86,7 @@ def largest_that_fits(
         failed = False
         try:
             try_out(size)
-        except (RuntimeError, MemoryError) as error:
-            if not says_out_of_memory(error):
-                raise
+        except (RuntimeError, MemoryError):  # a CPU's operators have many words for it
             failed = True  # cleaned up below, once the exception has let go of its tensors
         clean()
         if not failed:
