@@ -236,6 +236,12 @@ def _repeat_early() -> None:
     _early.buffer.clear()
 
 
+def beside(run: Path, suffix: str) -> Path:
+    """A folder beside a run, to suggest for what comes next: ``runs/a-probe`` for ``runs/a``."""
+    named = run if run.name else run.absolute()  # the current folder has no name of its own
+    return named.with_name(f"{named.name}-{suffix}")
+
+
 def write_config(out: Path, config: Mapping[str, Any]) -> None:
     """Write ``config.yaml``: the parameters, enough to repeat the run."""
     kept = {k: v for k, v in plain(config).items() if k not in ("resume", "overwrite")}

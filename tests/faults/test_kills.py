@@ -181,6 +181,56 @@ def test_killed_again_and_again(
     same(out, whole)
 
 
+OTHERS = ("probe", "predict", "compare", "embed", "explore", "export")
+SUFFIX = {"embed": ".npz", "explore": ".html", "export": ".onnx"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("command", OTHERS)
+def test_any_command_is_killed_and_starts_again(
+    command: str,
+    seed: int,
+    fork: Any,
+    labelled: Path,
+    photos: Path,
+    encoder_folder: Path,
+    undisturbed: Undisturbed,
+    tmp_path: Path,
+) -> None:
+    """At a moment by chance; the same command then gives what it gives undisturbed."""
+    model = undisturbed("finetune", 8, "--num_workers", 0)
+    options: dict[str, list[object]] = {
+        "probe": ["--encoder", encoder_folder, "--data", labelled],
+        "predict": ["--model", model, "--data", photos],
+        "compare": ["--encoder", encoder_folder, "--data", labelled, "--protocols", "knn",
+                    "--shots", 2],
+        "embed": ["--encoder", encoder_folder, "--data", photos],
+        "explore": ["--encoder", encoder_folder, "--data", photos],
+        "export": ["--encoder", encoder_folder],
+    }  # fmt: skip
+    suffix = SUFFIX.get(command, "")
+    out, whole = tmp_path / f"killed{suffix}", tmp_path / f"whole{suffix}"
+    begun = time.monotonic()
+    assert fork(command, *options[command], "--out", whole).status() == 0
+    moment = random.Random(seed).uniform(0, time.monotonic() - begun)
+    child = fork(command, *options[command], "--out", out)
+    time.sleep(moment)
+    if child.running():
+        child.send(signal.SIGKILL)
+    child.status()
+    again = fork(command, *options[command], "--out", out, "--overwrite")
+    assert again.status() == 0, again.text()
+    if suffix:
+        assert out.is_file()
+        if suffix == ".npz":
+            mine, theirs = np.load(out), np.load(whole)
+            assert (mine["features"] == theirs["features"]).all()
+    else:
+        assert results(out) == results(whole)
+    assert not list(tmp_path.rglob("*.part"))
+
+
 def test_the_clock_of_a_time_budget_is_not_the_one_that_people_set(
     fork: Any, training: Training, tmp_path: Path
 ) -> None:

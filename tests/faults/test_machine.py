@@ -1,6 +1,7 @@
 """A machine that refuses: full disks, limits on files and memory, little shared memory."""
 
 import ctypes
+import errno
 import json
 import os
 import resource
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+from vissl_lite.data.images import read_image
 from vissl_lite.data.workers import WorkerLoader
 from vissl_lite.errors import MachineError, UserError
 from vissl_lite.faults import machine_error
@@ -248,6 +250,18 @@ def test_data_workers_end_when_the_process_that_started_them_says_so() -> None:
     first.terminate()
     first.join(20)
     assert first.exitcode == 0
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_no_image_is_called_broken_for_what_the_machine_lacks(
+    number: int, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(MachineError):
+        read_image(photos / "a" / "01.jpg")
 
 
 @pytest.mark.parametrize(

@@ -194,3 +194,14 @@ def test_one_process_writes_to_a_run(
     assert first.status() == -signal.SIGKILL
     assert not run_folder.is_locked(out)
     assert fork(*training("pretrain", out, 1), "--overwrite").status() == 0
+
+
+def test_the_current_folder_may_be_a_run(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    inode = tmp_path.stat().st_ino
+    assert pretrain("--data", photos, "--out", ".") == 0
+    assert pretrain("--data", photos, "--out", ".", "--overwrite") == 0
+    assert tmp_path.stat().st_ino == inode
+    assert f"--out {tmp_path}-probe" in (tmp_path / "log.txt").read_text()

@@ -32,6 +32,7 @@ from vissl_lite.run import (
     CHECKPOINTS,
     METRICS,
     MetricsFile,
+    beside,
     check_out,
     console,
     is_finished,
@@ -308,4 +309,4 @@ def _tell(transfer: Task, scores: Scores, encoder: str, run: Path) -> None:
     log.info("The model is in %s, test predictions in %s", run / "model", run / "test.png")
     log.info("Next:")
     log.info("  vissl-lite predict --model %s --data FOLDER --out %s", run,
-             run.with_name(f"{run.name}-predictions"))  # fmt: skip
+             beside(run, "predictions"))  # fmt: skip

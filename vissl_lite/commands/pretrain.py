@@ -28,6 +28,7 @@ from vissl_lite.run import (
     CHECKPOINTS,
     METRICS,
     MetricsFile,
+    beside,
     check_out,
     is_finished,
     is_main_process,
@@ -336,5 +337,5 @@ def _say_what_next(result: PretrainResult, labelled: str | None) -> None:
     log.info("Next:")
     log.info(
         "  vissl-lite probe --encoder %s --data %s --out %s",
-        result.run, labelled or "LABELLED", result.run.with_name(f"{result.run.name}-probe"),
+        result.run, labelled or "LABELLED", beside(result.run, "probe"),
     )  # fmt: skip

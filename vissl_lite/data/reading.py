@@ -16,6 +16,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from vissl_lite.errors import UserError
+from vissl_lite.faults import machine_error
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,10 @@ _max_pixels = MAX_PIXELS
 _FLAGS = os.O_RDONLY
 for _name in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"):
     _FLAGS |= getattr(os, _name, 0)
+
+
+# What opening a file says of the machine: not that file is broken, no file could be opened.
+_NOT_THE_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class Broken(NamedTuple):
@@ -88,9 +93,18 @@ def check_pixels(height: int, width: int, path: str | Path) -> None:
 
 
 def _open(path: str | Path) -> tuple[int, int]:
-    """A file descriptor and the file's size in bytes; an error unless it is a regular file."""
+    """A file descriptor and the file's size in bytes.
+
+    Raises:
+        OSError: it is missing, or not a regular file.
+        MachineError: no file can be opened now.
+    """
     # without O_NONBLOCK, opening a pipe would wait for who writes to it
-    descriptor = os.open(path, _FLAGS)
+    try:
+        descriptor = os.open(path, _FLAGS)
+    except OSError as error:
+        fault = machine_error(error) if error.errno in _NOT_THE_FILES else None
+        raise fault or error from None
     about = os.fstat(descriptor)  # not of the path: what lies there can be replaced
     if not stat.S_ISREG(about.st_mode):
         os.close(descriptor)

@@ -53,7 +53,7 @@ def make_loggers(names: Sequence[str], run: Path) -> list[Logger]:
     if "tensorboard" in names:
         made.append(TensorBoardLogger(run, name="", version="tensorboard"))
     if "wandb" in names:
-        made.append(WandbLogger(name=run.name, save_dir=run, project="vissl-lite"))
+        made.append(WandbLogger(name=run.absolute().name, save_dir=run, project="vissl-lite"))
     if "mlflow" in names:
-        made.append(MLFlowLogger("vissl-lite", run.name, save_dir=str(run / "mlruns")))
+        made.append(MLFlowLogger("vissl-lite", run.absolute().name, save_dir=str(run / "mlruns")))
     return made
