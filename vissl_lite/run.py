@@ -22,6 +22,7 @@ from rich.console import Console
 from vissl_lite.data.json_file import read_json
 from vissl_lite.data.reading import printable
 from vissl_lite.data.whole_file import whole_file, write_atomically
+from vissl_lite.data.yaml_file import read_yaml
 from vissl_lite.errors import MachineError, Terminated, UserError
 from vissl_lite.faults import machine_error
 from vissl_lite.run_folder import CONFIG, check_folder, read_record, written_by
@@ -34,7 +35,6 @@ CHECKPOINTS, CHECKPOINT = "checkpoints", "last.ckpt"
 MAP = "map.npz"
 
 LARGEST_RESULTS = 64 * 2**20  # bytes of results.json
-_LARGEST_CONFIG, _MOST_VALUES = 4 * 2**20, 2**20  # bytes of config.yaml, values in it
 
 # Keeps what is logged before there is a run, such as what was mended in the data: it goes into the
 # log once that is open.
@@ -304,49 +304,10 @@ def read_config(out: Path) -> dict[str, Any]:
     file = out / CONFIG
     if not file.is_file():
         raise UserError(f"{out} holds no run to resume ({CONFIG} is missing)")
-    return read_yaml(file)
-
-
-def read_yaml(file: Path) -> dict[str, Any]:
-    """Read a YAML file of parameters.
-
-    Raises:
-        UserError: it is damaged, holds no parameters, or a few lines that stand for very many.
-    """
-    try:
-        if file.stat().st_size > _LARGEST_CONFIG:
-            raise ValueError(f"it takes more than {_LARGEST_CONFIG} bytes")
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it holds no parameters")
-        _check_extent(content)
-        return {str(key): value for key, value in content.items()}
-    except RecursionError:
-        reason = "it is nested too deeply"
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-    raise UserError(f"{file} is damaged: {reason}")
-
-
-def _check_extent(content: Any) -> None:
-    """Raise a ValueError for a value that takes long to walk through, as one that holds itself.
-
-    In YAML a value may stand at several places; each of ten lines may hold the one before it twice.
-    """
-    left, waiting = _MOST_VALUES, [content]
-    while waiting:
-        value = waiting.pop()
-        inside: list[Any] = []
-        if isinstance(value, dict):
-            inside = [*value.keys(), *value.values()]
-        elif isinstance(value, list | tuple | set):
-            inside = list(value)
-        elif isinstance(value, int) and value.bit_length() > 64:
-            raise ValueError("it holds a number of more than 64 bits")
-        waiting += inside
-        left -= 1 + len(inside)
-        if left < 0:
-            raise ValueError("it holds itself, or stands for too many values")
+    content = read_yaml(file)
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is damaged: it holds no parameters")
+    return {str(name): value for name, value in content.items()}
 
 
 def resumed_config(

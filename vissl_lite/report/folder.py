@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from vissl_lite.data.json_file import read_json
+from vissl_lite.data.yaml_file import read_yaml
 from vissl_lite.errors import UserError
-from vissl_lite.run import LARGEST_RESULTS, LOG, METRICS, RESULTS, read_metrics, read_yaml
+from vissl_lite.run import LARGEST_RESULTS, LOG, METRICS, RESULTS, read_metrics
 from vissl_lite.run_folder import CONFIG
 
 LARGEST_LOG = 64 * 2**20  # letters of log.txt that are read
