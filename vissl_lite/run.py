@@ -76,7 +76,7 @@ def check_out(
         inputs: options and what they name, one or several; None is passed over.
         resume: whether to continue what is there.
         overwrite: whether to replace it.
-        command: which one is to be continued.
+        command: the one that writes, if it can continue a run.
 
     Returns:
         Whether there is a run to continue; else a new one begins.

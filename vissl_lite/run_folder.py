@@ -120,7 +120,7 @@ def check_folder(
         inputs: options and what they name, which the run reads: ``("data", "photos")``.
         resume: whether to continue what is there.
         overwrite: whether to replace it.
-        command: which one is to be continued.
+        command: the one that writes, if it can continue a run.
 
     Returns:
         Whether there is a run to continue; else a new one begins.
@@ -153,7 +153,7 @@ def check_folder(
         return (out / CONFIG).is_file()  # a run that was killed before that has done nothing yet
     if not overwrite:
         again = f"{out} holds another run: give a new folder, or --overwrite"
-        if record.status != "finished" and record.command in ("pretrain", "finetune", "compare"):
+        if record.status != "finished" and record.command == command:
             again = (f"{out} holds a run that has not finished: --resume continues it, --overwrite "
                      f"replaces it")  # fmt: skip
         raise UserError(again)
@@ -276,6 +276,8 @@ def is_locked(folder: Path) -> bool:
     """
     if os.path.realpath(folder) in _held:
         return True
+    if not (folder / LOCK).exists():
+        return False
     try:
         with lock(folder):
             return False

@@ -13,6 +13,7 @@ from PIL import Image
 from vissl_lite.cli import VERBS, main
 from vissl_lite.encoder import build_encoder
 from vissl_lite.encoder_folder import save_encoder
+from vissl_lite.run_folder import RunRecord
 
 Refused = Callable[..., str]
 
@@ -81,6 +82,7 @@ def old_run(tmp_path: Path, few: Path) -> Path:
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "config.yaml").write_text(yaml.safe_dump(config))
     (tmp_path / "old" / "log.txt").write_text("stopped\n")
+    RunRecord("pretrain", "stopped").write(tmp_path / "old")
     return tmp_path / "old"
 
 
@@ -394,19 +396,28 @@ def test_a_size_that_does_not_suit_an_encoder_folder(
 def test_another_run_in_out(verb: str, refused: Refused, old_run: Path, labelled: Path) -> None:
     given = () if verb == "pretrain" else ("--encoder", "random:test_resnet")
     error = refused(verb, "--data", labelled, "--out", old_run, *given)
-    assert "holds another run: give a new folder, or --overwrite" in error
+    if verb == "pretrain":
+        assert "has not finished: --resume continues it, --overwrite replaces it" in error
+    else:
+        assert "holds another run: give a new folder, or --overwrite" in error
 
 
-def test_other_files_in_out(refused: Refused, few: Path) -> None:
+def test_other_files_in_out(refused: Refused, few: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("years of work")
+    error = refused("pretrain", "--data", few, "--out", tmp_path / "other", "--overwrite")
+    assert "holds other files, and --overwrite replaces runs of vissl-lite alone" in error
     error = refused("pretrain", "--data", few, "--out", few, "--overwrite")
-    assert "holds other files: give a new folder with --out" in error
+    assert f"--data {few} lies in --out {few}" in error
 
 
-def test_nothing_to_resume(refused: Refused, few: Path) -> None:
+def test_nothing_to_resume(refused: Refused, few: Path, tmp_path: Path) -> None:
     """Then the run starts, as a job's script always resumes: with options of its own."""
     error = refused("pretrain", "--out", "run", "--resume")
     assert "--data must be given" in error
-    error = refused("pretrain", "--data", few, "--out", few, "--resume")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("years of work")
+    error = refused("pretrain", "--data", few, "--out", tmp_path / "other", "--resume")
     assert "holds other files" in error
 
 

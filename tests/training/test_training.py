@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import timm
@@ -36,14 +37,15 @@ def test_a_checkpoint_that_fails_halfway_leaves_the_last_one(
     file = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint({"global_step": 1}, file)
 
-    def write_half(content: dict, path: str) -> None:
-        Path(path).write_bytes(b"half")
+    def write_half(content: dict, opened: BinaryIO) -> None:
+        opened.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", write_half)
     with pytest.raises(OSError, match="disk full"):
         AtomicCheckpointIO().save_checkpoint({"global_step": 2}, file)
     assert read_checkpoint(file) == {"global_step": 1}
+    assert [one.name for one in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_a_damaged_checkpoint_is_the_users_to_know(tmp_path: Path) -> None:
