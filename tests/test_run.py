@@ -248,10 +248,10 @@ def test_all_contradictions_are_named(stopped: Path) -> None:
     ("text", "message"),
     [
         (None, "holds no run to resume"),
-        ("a: [1", "is damaged"),
+        ("a: [1", "is not YAML that can be read"),
         ("", "is damaged"),
         ("[1, 2]", "is damaged"),
-        ("\x00", "is damaged"),
+        ("\x00", "is not YAML that can be read"),
     ],
 )
 def test_a_run_without_readable_parameters_is_a_mistake(

@@ -14,6 +14,7 @@ from vissl_lite.encoder import build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.run import MetricsFile
+from vissl_lite.training.fit import TrainingFiles
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.segmentation import (
     MaskDataset,
@@ -71,7 +72,7 @@ def test_learns_keeps_the_best_weights_and_comes_back_from_the_disk(
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     metrics = MetricsFile(tmp_path / "metrics.csv")
     chosen = settings(7, frozen_norm=False, smallest_crop=0.6)
-    segmenter = train_segmenter(encoder, data, chosen, HERE, metrics)
+    segmenter = train_segmenter(encoder, data, chosen, HERE, TrainingFiles(metrics))
     for name, tensor in encoder.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     scores = score_segmenter(segmenter, data.test, data.classes)
