@@ -224,7 +224,6 @@ def _prepare(function: Callable[..., Any], given: list[str]) -> tuple[list[str],
             lists.setdefault(option, []).extend(values)
         else:
             rewritten += [option, *values]
-    _check_given_once(rewritten)
     for option, values in lists.items():
         if len(values) == 1:
             rewritten += [option, *values]
@@ -262,15 +261,6 @@ def _prepare(function: Callable[..., Any], given: list[str]) -> tuple[list[str],
     configs = [_typed_config(config, kinds) for config in configs]
     front = [f"--config={yaml.safe_dump(config, sort_keys=False)}" for config in configs]
     return front + rewritten, pretext or "simclr"
-
-
-def _check_given_once(rewritten: Sequence[str]) -> None:
-    """Refuse an option with two values, of which one would be lost."""
-    given: dict[str, str] = {}
-    for option, value in pairwise(rewritten):
-        if option.startswith("--") and given.setdefault(option, value) != value:
-            raise UserError(f"{option} is given twice, as {brief(given[option])} and as "
-                            f"{brief(value)}")  # fmt: skip
 
 
 def _split_option(word: str) -> list[str]:

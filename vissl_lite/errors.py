@@ -172,6 +172,9 @@ def _matches(value: object, kind: Any) -> bool:
 def _no_match(kind: Any) -> str:
     """Words for what a value is not: ``none of warn, stop``, ``not of the type int or str``."""
     parts = [part for part in kinds_of(kind) if part is not NoneType]
+    inner = [get_args(part)[0] if get_origin(part) is list else part for part in parts]
+    if len(set(inner)) == 1 and get_origin(inner[0]) is Literal:  # one of them, or several
+        parts = inner[:1]
     choices = [choice for part in parts if get_origin(part) is Literal for choice in get_args(part)]
     if choices and len(parts) == 1:
         return f"none of {', '.join(map(str, choices))}"

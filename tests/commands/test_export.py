@@ -159,7 +159,7 @@ def test_a_segmenter_takes_images_of_any_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "head.json").write_text('{"task": "segmentation"}')
+    (tmp_path / "model" / "head.json").write_text('{"task": "segmentation", "classes": ["a", "b"]}')
     segmenter = SmallSegmenter(build_encoder("test_resnet", 32))
     monkeypatch.setattr(network, "load_segmenter", lambda folder: (segmenter, ["a", "b", "c", "d"]))
     out = tmp_path / "segmenter.onnx"
@@ -219,7 +219,7 @@ def test_an_encoder_that_has_diverged(encoder: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         next(broken.parameters()).fill_(float("nan"))
     save_encoder(broken, tmp_path / "encoder", {})
-    with pytest.raises(UserError, match="the training has diverged"):
+    with pytest.raises(UserError, match="its training has diverged"):
         vissl_lite.export(str(tmp_path / "out"), str(tmp_path / "encoder"), format="safetensors")
     assert not (tmp_path / "out").exists()
 
@@ -234,7 +234,10 @@ def test_what_can_not_be_exported(
         ((*out, "--encoder", encoder, "--model", tuned), "--encoder or --model, one of the two"),
         ((*out, "--encoder", tmp_path / "gone"), "no encoder at"),
         ((*out, "--model", tmp_path / "gone"), "no model at"),
-        ((*out, "--encoder", encoder, "--image_size", 0), "--image_size 0 must be at least 1"),
+        (
+            (*out, "--encoder", encoder, "--image_size", 0),
+            "--image_size 0 must be from 8 to 4096 pixels",
+        ),
         ((*out, "--encoder", encoder, "--check_data", tmp_path / "gone"), "does not exist"),
         ((*out, "--encoder", "random:test_vit", "--image_size", 40), "40 pixels"),
         ((*folder, "--encoder", "random:test_vit"), "copies an encoder folder"),
@@ -271,7 +274,9 @@ def test_a_file_that_is_there_stays(
 
 def test_a_damaged_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "head.json").write_text("{")
-    assert "is damaged" in refused(capsys, "--model", tmp_path, "--out", tmp_path / "x.onnx")
+    assert "is no JSON that can be read" in refused(
+        capsys, "--model", tmp_path, "--out", tmp_path / "x.onnx"
+    )
 
 
 def test_a_detector_gives_the_boxes_of_predict(
@@ -309,7 +314,7 @@ def test_a_detector_gives_the_boxes_of_predict(
 def test_a_segmenter_is_no_timm_folder(
     encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "head.json").write_text('{"task": "segmentation"}')
+    (tmp_path / "head.json").write_text('{"task": "segmentation", "classes": ["a", "b"]}')
     segmenter = SmallSegmenter(load_encoder(encoder))
     monkeypatch.setattr(network, "load_segmenter", lambda folder: (segmenter, ["a"]))
     with pytest.raises(UserError, match="the folder encoder is in timm's format already"):

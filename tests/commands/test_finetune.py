@@ -51,8 +51,9 @@ def test_predict_writes_path_class_and_probability(
 
 
 def test_predict_skips_broken_images(tuned: Path, labelled: Path, tmp_path: Path) -> None:
-    (tmp_path / "broken.png").write_bytes(b"nothing")
-    sources = [str(labelled / "test" / "red"), str(tmp_path)]
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "broken.png").write_bytes(b"nothing")
+    sources = [str(labelled / "test" / "red"), str(tmp_path / "photos")]
     result = vissl_lite.predict(str(tuned / "model"), sources, str(tmp_path / "run"))
     assert result.images == 6
     assert "broken.png" in (result.run / "log.txt").read_text()

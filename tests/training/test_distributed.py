@@ -133,7 +133,13 @@ def alone(photos: Path) -> dict[str, tuple[Tensors, Tensors]]:
         return {name: train(name, photos, 1) for name in PRETEXTS}
 
 
-@pytest.mark.parametrize(("processes", "strategy"), [(2, "ddp"), (4, "ddp"), (2, "fsdp")])
+@pytest.mark.parametrize(
+    ("processes", "strategy"),
+    [
+        (2, "ddp"),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in ((4, "ddp"), (2, "fsdp"))),
+    ],
+)
 def test_several_processes_train_what_one_does(
     processes: int,
     strategy: str,
@@ -211,7 +217,9 @@ def words_for(photos: Path, out: Path, epochs: int, *more: str) -> list[str]:
     return list(map(str, words))
 
 
-@pytest.mark.parametrize(("strategy", "epochs"), [("ddp", 15), ("fsdp", 6)])
+@pytest.mark.parametrize(
+    ("strategy", "epochs"), [("ddp", 15), pytest.param("fsdp", 6, marks=pytest.mark.slow)]
+)
 def test_a_run_goes_on_after_one_of_its_processes_is_killed(
     strategy: str, epochs: int, photos: Path, tmp_path: Path
 ) -> None:
@@ -272,6 +280,7 @@ def test_a_slurm_job_whose_time_is_up_goes_into_the_queue_again(
     assert [file.name for file in Path.cwd().glob("hpc_ckpt*")] == []
 
 
+@pytest.mark.slow
 def test_two_machines_are_two_torchruns(photos: Path, tmp_path: Path) -> None:
     """Two agents on localhost meet by torchrun's rendezvous; devices are what torchrun says."""
     words = words_for(photos, tmp_path / "run", 1, "--num_nodes", "2", "--strategy", "ddp")

@@ -58,6 +58,7 @@ def one_of(rank: int, port: int, names: list[str], photos: Path) -> None:
         train(name, photos)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [0, 1])
 def test_every_pretext_trains_in_parts(part: int, photos: Path) -> None:
     """Half of them at a time: two processes start faster than a pair for each."""
