@@ -26,7 +26,7 @@ def test_speed_and_time_left(
     pace = Pace(
         0.1, 0.1, 0, 1000 if budget == "epochs" else None, 500 if budget == "time" else None
     )
-    pace.load_state_dict({"batches": resumed_at, "elapsed": resumed_at / 2})
+    pace.load_state_dict({"batches": resumed_at, "elapsed": resumed_at / 2, "ended": False})
     bar = Bar("simclr", SimpleNamespace(batch_size=64, batches_per_epoch=100), pace)  # type: ignore[arg-type]
     unused: Any = SimpleNamespace(world_size=1, optimizers=[], global_rank=0)
     bar.on_train_start(unused, unused)
