@@ -28,7 +28,7 @@ from vissl_lite.data.yaml_file import parse_yaml
 from vissl_lite.errors import UserError
 
 # In seconds and bytes; the bytes are on top of what the process has when it begins to read.
-SOON, LITTLE = 1.0, 2**30
+SOON, LITTLE = 5.0, 2**30
 
 examples = settings(
     max_examples=100,
