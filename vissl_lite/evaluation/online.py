@@ -14,7 +14,7 @@ from torch import Tensor
 from vissl_lite.data.labelled import LabelledImages, Part
 from vissl_lite.data.stream import Batch, ViewDataset, collate
 from vissl_lite.data.views import Views, crop_decode_size, distorted_crop
-from vissl_lite.encoder import Encoder, Normalize
+from vissl_lite.encoder import Encoder
 from vissl_lite.errors import MachineError, UserError
 from vissl_lite.evaluation.features import extract
 from vissl_lite.evaluation.measures import alignment, effective_rank, feature_std, uniformity
@@ -142,17 +142,16 @@ class EncoderMetrics:
         crop = distorted_crop(size, MIN_CROP_SCALE, upright=self._upright)
         views = Views([crop, crop], crop_decode_size(size, MIN_CROP_SCALE))
         images = ViewDataset(paths, views, self._seed)
-        normalize = Normalize(encoder.mean, encoder.std)
         features: list[list[Tensor]] = [[], []]
         seconds = 0.0
-        with evaluating(encoder, normalize) as device:
+        with evaluating(encoder) as device:
             for start in range(0, len(paths), VIEWS_BATCH_SIZE):
                 some = range(start, min(start + VIEWS_BATCH_SIZE, len(paths)))
                 batch = collate([images[0, index] for index in some]).views
                 started = time.monotonic()
                 for view, found in zip(batch, features, strict=True):
                     view = view.to(device, memory_format=torch.channels_last)
-                    found.append(encoder(normalize(view)).float().cpu())
+                    found.append(encoder(encoder.normalize(view)).float().cpu())
                 seconds += time.monotonic() - started
         self.seconds_per_image = seconds / (2 * len(paths))
         return [torch.cat(parts).numpy() for parts in features]
@@ -227,7 +226,9 @@ class OnlineEvaluation(Callback):
             return
         self.evaluate(trainer, module)
         if self._stop_on_collapse and self.collapsed and self._pace.fraction >= self._pace.warmup:
-            log.warning("The run ends here, as --on_collapse stop asks for.")
+            log.warning(
+                "The run ends here, as --on_collapse stop asks for.", extra={"code": "training.ended"}
+            )
             self.stopped = trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -274,7 +275,10 @@ class OnlineEvaluation(Callback):
             except UserError as error:  # the images have gone: what was learnt is still there
                 if first or isinstance(error, MachineError):
                     raise
-                log.warning("The encoder can't be evaluated: %s", error)
+                log.warning(
+                    "The encoder can't be evaluated: %(why)s", {"why": error},
+                    extra={"code": "evaluation.failed"},
+                )  # fmt: skip
         seconds = time.monotonic() - started
         self._spent += seconds
         if first:
@@ -323,14 +327,17 @@ class OnlineEvaluation(Callback):
         if bad and not self.collapsed and diverged:
             log.warning(
                 "The training has diverged: the features are no longer finite numbers. Try a lower "
-                "--lr or a longer --warmup."
+                "--lr or a longer --warmup.",
+                extra={"code": "features.diverged"},
             )
         elif bad and not self.collapsed:
             log.warning(
                 "The encoder has collapsed: it gives nearly the same features for all images "
-                "(feature_std %.3f, effective_rank %.1f). Try a lower --lr, a longer --warmup, a "
-                "larger --batch_size, or another pretext.", std, rank,
-            )  # fmt: skip
+                "(feature_std %(feature_std).3f, effective_rank %(effective_rank).1f). Try a lower "
+                "--lr, a longer --warmup, a larger --batch_size, or another pretext.",
+                {"feature_std": std, "effective_rank": rank},
+                extra={"code": "features.collapsed"},
+            )
         self.collapsed = bad
 
     def state_dict(self) -> dict[str, Any]:
