@@ -56,8 +56,8 @@ _SAMPLE = (
 OWNED = (
     *_RESULTS,
     *_TRAINING,
-    *(f"pretrain/{name}" for name in (*_RESULTS, *_TRAINING)),  # of demo,
-    *(f"data/{name}" for name in _SAMPLE),  # likewise
+    *(f"{part}/{name}" for part in ("pretrain", "compare") for name in (*_RESULTS, *_TRAINING)),
+    *(f"data/{name}" for name in _SAMPLE),  # these are of demo
 )
 
 # What a process that ended at once may leave before there is a run.
