@@ -45,7 +45,7 @@ _RESULTS = (
     "split.csv", "classes.txt", "split/*.json", "runs.csv", "runs/*/*.json", "runs/*/*.csv",
     "predictions.csv", "predictions.json", "masks.csv", "masks/**/*.png", "pictures/**/*.png",
     *(f"{name}.png" for name in (
-        "compare", "confusion", "curves", "demo", "neighbours", "per_class", "pretext", "test",
+        "compare", "confusion", "curves", "neighbours", "per_class", "pretext", "test",
         "views",
     )),
 )  # fmt: skip

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 # Small, so that two minutes on two cores are about twenty epochs.
 BACKBONE, IMAGE_SIZE = "resnet10t_slim", 48
+EPOCHS = 60  # of fine-tuning
 MAX_UNLABELLED = 10**6  # images to draw
 
 # The protocols of the comparison, and what results.json calls them.
@@ -117,7 +118,7 @@ def demo(options: DemoOptions) -> DemoResult:
             image_size=IMAGE_SIZE,
             upright=False,
             lr=2e-3,
-            epochs=60,
+            epochs=EPOCHS,
         )
         found = read_results(compared.run, "protocols", "sentences", "test_images")
         results = {
