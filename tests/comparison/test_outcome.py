@@ -36,7 +36,7 @@ def outcome(amounts: tuple[str, ...] = ("1%", "10%"), rates: dict[str, float] = 
     [
         (0.9, "helped", "10 labels with it are better than all 100 without"),
         (0.5, "no difference", "made no difference that these seeds can show"),
-        (0.2, "hurt", "good hurt: linear accuracy -0.3"),
+        (0.2, "hurt", "good hurt: linear accuracy -0."),
     ],
 )
 def test_the_verdict_and_its_words(rate: float, verdict: str, words: str) -> None:
