@@ -45,7 +45,7 @@ _RESULTS = (
     "split.csv", "classes.txt", "split/*.json", "runs.csv", "runs/*/*.json", "runs/*/*.csv",
     "predictions.csv", "predictions.json", "masks.csv", "masks/**/*.png", "pictures/**/*.png",
     *(f"{name}.png" for name in (
-        "compare", "confusion", "curves", "demo", "neighbours", "per_class", "pretext", "test",
+        "compare", "confusion", "curves", "neighbours", "per_class", "pretext", "test",
         "views",
     )),
 )  # fmt: skip
@@ -56,8 +56,8 @@ _SAMPLE = (
 OWNED = (
     *_RESULTS,
     *_TRAINING,
-    *(f"pretrain/{name}" for name in (*_RESULTS, *_TRAINING)),  # of demo,
-    *(f"data/{name}" for name in _SAMPLE),  # likewise
+    *(f"{part}/{name}" for part in ("pretrain", "compare") for name in (*_RESULTS, *_TRAINING)),
+    *(f"data/{name}" for name in _SAMPLE),  # these are of demo
 )
 
 # What a process that ended at once may leave before there is a run.

@@ -1,6 +1,7 @@
-"""``vissl-lite probe``: judge a frozen encoder."""
+"""``vissl-lite probe``: evaluate a frozen encoder."""
 
 import logging
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,13 +18,13 @@ from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.encoder import Encoder
 from vissl_lite.encoder_folder import encoder_for
 from vissl_lite.errors import (
-    check_arguments,
     check_count,
     check_image_size,
     check_positive,
     check_seed,
 )
 from vissl_lite.evaluation.probe import PROBES, evaluate_features, extract_part
+from vissl_lite.options import Options, StrPath, command
 from vissl_lite.run import check_out, console, open_run, write_results
 from vissl_lite.training.progress import progress_bar
 
@@ -35,9 +36,9 @@ class ProbeResult:
     """How good frozen features are, as accuracy on the test part.
 
     Attributes:
-        run: the folder that was written.
-        knn: of the encoder's output.
-        linear: likewise.
+        run: Folder that was written.
+        knn: kNN accuracy of the encoder's output.
+        linear: Accuracy of the linear probe on the encoder's output.
         layers: ``{"layer3": {"knn": ..., "linear": ...}, ...}`` for each stage, if asked for.
     """
 
@@ -46,88 +47,99 @@ class ProbeResult:
     linear: float
     layers: dict[str, dict[str, float]]
 
+    def __fspath__(self) -> str:
+        return str(self.run)
 
-def probe(
-    encoder: str,
-    data: str,
-    out: str,
-    layers: bool = False,
-    k: int = 20,
-    temperature: float = 0.07,
-    fraction: float | None = None,
-    shots: int | None = None,
-    image_size: int | None = None,
-    leaks: Literal["warn", "exclude", "error"] = "warn",
-    max_pixels: int = MAX_PIXELS,
-    seed: int = 0,
-    overwrite: bool = False,
-) -> ProbeResult:
-    """Judge a frozen encoder by kNN and by a linear classifier on its features.
 
-    Args:
-        encoder: A run, an encoder folder, timm:NAME (pre-trained weights) or random:NAME
-            (untrained, the baseline).
-        data: Labelled images: train/<class> and test/<class> folders, plain class folders, or a
-            .csv file.
-        out: The run folder to write.
-        layers: Judge every stage too: pretext tasks are often best before the last one.
-        k: Neighbours that vote.
-        temperature: A neighbour of similarity s votes with weight exp(s / temperature).
-        fraction: Use this share of the labels.
-        shots: Use this many labels a class.
-        image_size: Side in pixels; default the encoder's, or for random:NAME that of the images.
-        leaks: What to do about test images that were seen in pre-training or are in the training
-            part too: warn, exclude them, or stop with an error.
-        max_pixels: Skip images with more pixels (height times width): a small file may decode to
-            billions. The default is what Pillow takes.
-        seed: Of the split, the part of the labels, and an untrained encoder.
-        overwrite: Replace the run in --out.
+@dataclass(frozen=True, kw_only=True)
+class ProbeOptions(Options):
+    """Options of ``probe``."""
+
+    encoder: StrPath
+    """A run, an encoder folder, timm:NAME (pre-trained weights) or random:NAME (untrained, the
+    baseline)."""
+    data: StrPath
+    """Labelled images: train/<class> and test/<class> folders, plain class folders, or a .csv
+    file."""
+    out: StrPath
+    """The run folder to write."""
+    layers: bool = False
+    """Also evaluate every stage: pretext tasks are often best before the last one."""
+    k: int = 20
+    """Number of neighbors that vote."""
+    temperature: float = 0.07
+    """A neighbor of similarity s votes with weight exp(s / temperature)."""
+    fraction: float | None = None
+    """Use this share of the labels."""
+    shots: int | None = None
+    """Use this many labels per class."""
+    image_size: int | None = None
+    """Side in pixels; default the encoder's, or for random:NAME that of the images."""
+    leaks: Literal["warn", "exclude", "error"] = "warn"
+    """What to do about test images that were seen in pre-training or are in the training part too:
+    warn, exclude them, or stop with an error."""
+    max_pixels: int = MAX_PIXELS
+    """Skip images with more pixels (height times width): a small file may decode to billions. The
+    default is what Pillow takes."""
+    seed: int = 0
+    """Seed of the split, of the choice of labels, and of an untrained encoder."""
+    overwrite: bool = False
+    """Replace the run in --out."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("k", self.k)
+        check_image_size(self.image_size)
+        check_positive("temperature", self.temperature)
+        check_seed(self.seed)
+
+
+@command(ProbeOptions)
+def probe(options: ProbeOptions) -> ProbeResult:
+    """Evaluate a frozen encoder by kNN and by a linear classifier on its features.
 
     Returns:
         The accuracies.
 
     Raises:
-        UserError: something that was given can't work; nothing is written then.
+        UserError: An option cannot be right; nothing is written then.
     """
-    config = dict(locals())
-    check_arguments(probe, config)
-    limit_pixels(max_pixels)
-    check_count("k", k)
-    check_image_size(image_size)
-    check_positive("temperature", temperature)
-    check_seed(seed)
-    check_out(Path(out), [("encoder", encoder), ("data", data)], overwrite=overwrite)
-    labelled = take_labels(load_labelled(data, seed), fraction, shots, seed)
-    torch.manual_seed(seed)
-    if image_size is None and encoder.startswith("random:"):
-        image_size = suitable_size(labelled.train.paths)
-    judged = encoder_for(encoder, image_size)
-    labelled, found = guard(labelled, [encoder], leaks, out)
-    with open_run(Path(out), "probe", config) as run:
+    out, name, data = Path(options.out), os.fspath(options.encoder), os.fspath(options.data)
+    limit_pixels(options.max_pixels)
+    check_out(out, [("encoder", name), ("data", data)], overwrite=options.overwrite)
+    labelled = load_labelled(data, options.seed)
+    labelled = take_labels(labelled, options.fraction, options.shots, options.seed)
+    torch.manual_seed(options.seed)
+    size = options.image_size
+    if size is None and name.startswith("random:"):
+        size = suitable_size(labelled.train.paths)
+    encoder = encoder_for(name, size)
+    labelled, found = guard(labelled, [name], options.leaks, str(out))
+    with open_run(out, "probe", options.as_config()) as run:
         labelled.write(run / "split.csv")
         found.write(run)
-        scores = probe_encoder(judged, labelled, layers, k, temperature)
+        scores = probe_encoder(encoder, labelled, options.layers, options.k, options.temperature)
         last = scores.pop("last")
         results: dict[str, Any] = {
             **last,
             "layers": scores,
-            "encoder": encoder,
-            "k": min(k, len(labelled.train) + len(labelled.val)),
-            "temperature": temperature,
-            "image_size": judged.image_size,
+            "encoder": name,
+            "k": min(options.k, len(labelled.train) + len(labelled.val)),
+            "temperature": options.temperature,
+            "image_size": encoder.image_size,
             "train_images": len(labelled.train) + len(labelled.val),
             "test_images": len(labelled.test),
             "classes": labelled.classes,
             **found.figures(),
         }
         write_results(run, results)
-        console.print(f"{encoder}: test accuracy", highlight=False, soft_wrap=True)
+        console.print(f"{name}: test accuracy", highlight=False, soft_wrap=True)
         table = Table("layer", "kNN", "linear")
-        for name, row in {**scores, "last": last}.items():
-            table.add_row(name, f"{row['knn']:.3f}", f"{row['linear']:.3f}")
+        for layer, row in {**scores, "last": last}.items():
+            table.add_row(layer, f"{row['knn']:.3f}", f"{row['linear']:.3f}")
         console.print(table)
         log.info("Written: %s", run / "results.json")
-        add_test_embeddings(run, judged, labelled, seed)
+        add_test_embeddings(run, encoder, labelled, options.seed)
         add_report(run)
     return ProbeResult(run, last["knn"], last["linear"], scores)
 

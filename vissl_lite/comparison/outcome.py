@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from vissl_lite.comparison.protocols import Score
 from vissl_lite.comparison.statistics import Difference, Runs, Verdict, difference, labels_worth
 from vissl_lite.comparison.store import Cell
+from vissl_lite.pictures import plot_bars
 
 
 @dataclass(frozen=True)
@@ -200,11 +201,30 @@ class Outcome:
                                            self.metric[protocol], score.value, chosen])  # fmt: skip
 
     def plot(self, file: Path) -> None:
-        """Figures over labels, a panel a protocol, bands of one standard deviation.
+        """Plot the figures, for one amount of labels as bars, else over the number of labels.
 
         Args:
-            file: the PNG to write.
+            file: PNG file to write.
         """
+        figure = self._bars() if len(self.labels) == 1 else self._curves()
+        figure.savefig(file, dpi=110)
+
+    def _bars(self) -> Figure:
+        """Bars of means with a dot for every seed, grouped by protocol."""
+        ((amount, count),) = self.labels.items()
+        values = {
+            f"{protocol}: {self.metric[protocol]}": {
+                arm: self.runs(arm, protocol, amount).values.tolist() for arm in self.arms
+            }
+            for protocol in self.protocols
+        }
+        figure = Figure(figsize=(8, 4.6), layout="constrained")
+        title = f"test images, {count} labels ({amount}), {len(self.seeds)} seeds"
+        plot_bars(figure.subplots(), values, title)
+        return figure
+
+    def _curves(self) -> Figure:
+        """Curves over the number of labels with bands of one standard deviation, by protocol."""
         wide = len(self.protocols)
         figure = Figure(figsize=(1.0 + 4.6 * wide, 4.6), layout="constrained")
         panels = figure.subplots(1, wide, squeeze=False)[0]
@@ -225,4 +245,4 @@ class Outcome:
             axes.grid(alpha=0.3)
         handles, names = panels[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=1 if wide < 2 else 2)
-        figure.savefig(file, dpi=110)
+        return figure

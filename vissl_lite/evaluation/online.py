@@ -227,7 +227,8 @@ class OnlineEvaluation(Callback):
         self.evaluate(trainer, module)
         if self._stop_on_collapse and self.collapsed and self._pace.fraction >= self._pace.warmup:
             log.warning(
-                "The run ends here, as --on_collapse stop asks for.", extra={"code": "training.ended"}
+                "The run ends here, as --on_collapse stop asks for.",
+                extra={"code": "training.ended"},
             )
             self.stopped = trainer.should_stop = True
 

@@ -14,7 +14,6 @@ from vissl_lite.report.page import Block, render
 PICTURES = {
     "compare.png": ("Accuracy against labels", "Means over the seeds; bands are one standard"
                     " deviation. The broken line is the baseline."),
-    "demo.png": ("The sample data, and the comparison", "A dot for every seed."),
     "test.png": ("Test images", "What the model predicts, beside the truth."),
     "confusion.png": ("What is taken for what", "Rows are the truth, columns what was predicted."),
     "per_class.png": ("Classes", "On the test part, best first."),

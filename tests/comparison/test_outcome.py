@@ -1,0 +1,72 @@
+"""What a comparison says of its scores."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vissl_lite.comparison.outcome import Outcome
+from vissl_lite.comparison.protocols import Score
+from vissl_lite.comparison.store import Cell
+
+RATES = {"good": 0.9, "random:net": 0.5}
+
+
+def outcome(amounts: tuple[str, ...] = ("1%", "10%"), rates: dict[str, float] = RATES) -> Outcome:
+    random = np.random.default_rng(0)
+    scores = {}
+    for arm, rate in rates.items():
+        for protocol in ("knn", "linear"):
+            for step, amount in enumerate(amounts):
+                for seed in range(3):
+                    right = random.random(400) < rate + 0.05 * step
+                    value = float(right.mean())
+                    scores[Cell(arm, protocol, amount, seed)] = Score(
+                        value, {"accuracy": value}, {"penalty": 0.1}, right, {"layer1": 0.5}
+                    )
+    labels = {name: 10 * 10**step for step, name in enumerate(amounts)}
+    metric = dict.fromkeys(("knn", "linear"), "accuracy")
+    return Outcome(scores, list(rates), ["knn", "linear"], labels, [0, 1, 2], "random:net", metric)
+
+
+@pytest.mark.parametrize(
+    ("rate", "verdict", "words"),
+    [
+        (0.9, "helped", "10 labels with it are better than all 100 without"),
+        (0.5, "no difference", "made no difference that these seeds can show"),
+        (0.2, "hurt", "good hurt: linear accuracy -0."),
+    ],
+)
+def test_the_verdict_and_its_words(rate: float, verdict: str, words: str) -> None:
+    found = outcome(rates={"good": rate, "random:net": 0.5})
+    assert found.verdict == verdict
+    assert len(found.sentences()) == 2  # one per protocol
+    assert words in found.sentences()[-1]
+
+
+def test_results_hold_the_figures_of_every_seed() -> None:
+    results: dict[str, Any] = outcome().as_dict()
+    assert results["arms"] == results["protocols"]["linear"]["arms"]  # of the last protocol
+    figures = results["arms"]["good"]["10%"]
+    assert figures["labels"] == 100
+    assert figures["mean"] == pytest.approx(np.mean(figures["runs"]))
+    assert figures["std"] == pytest.approx(np.std(figures["runs"], ddof=1))
+    assert results["protocols"]["knn"]["layers"]["good"] == {"layer1": {"1%": 0.5, "10%": 0.5}}
+    difference = results["protocols"]["linear"]["differences"]["good"]["10%"]
+    assert difference["low"] < difference["mean"] < difference["high"]
+
+
+def test_the_table_has_a_row_for_every_run(tmp_path: Path) -> None:
+    outcome().write_csv(tmp_path / "runs.csv")
+    with (tmp_path / "runs.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 2 * 2 * 3
+    assert {row["chosen"] for row in rows} == {"penalty=0.1"}
+
+
+@pytest.mark.parametrize("amounts", [("1%",), ("1%", "10%")])
+def test_one_amount_and_several_are_drawn(amounts: tuple[str, ...], tmp_path: Path) -> None:
+    outcome(amounts).plot(tmp_path / "compare.png")
+    assert (tmp_path / "compare.png").stat().st_size > 3000
