@@ -6,12 +6,12 @@ import pytest
 import torch
 import yaml
 
-from vissl_lite.cli import _prepare, make_parser
+from vissl_lite.cli import parse_words
 from vissl_lite.commands.finetune import finetune
-from vissl_lite.commands.pretrain import pretrain
-from vissl_lite.commands.pretrain_options import Options, whole_pretext
+from vissl_lite.commands.pretrain_options import PretrainOptions, whole_pretext
 from vissl_lite.encoder import build_encoder
 from vissl_lite.optim import build_optimizer, check_optimizer
+from vissl_lite.options import options_of
 from vissl_lite.pretext import PRETEXTS, pretext_class
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -27,8 +27,7 @@ def test_every_pretext_has_a_recipe(folder: str) -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_options_are_known_and_of_the_right_type(path: Path) -> None:
     arguments = ["--config", str(path), "--data", "DATA", "--out", "RUN"]
-    given, pretext = _prepare(pretrain, arguments)
-    options = make_parser("pretrain", pretrain, pretext).parse_args(given).as_dict()
+    options = PretrainOptions.merged(parse_words(PretrainOptions, arguments))
     content = yaml.safe_load(path.read_text())
     assert options["pretext"]["name"] == content["pretext"]["name"]
     assert path.stem.startswith(content["pretext"]["name"])
@@ -40,11 +39,12 @@ def test_options_are_known_and_of_the_right_type(path: Path) -> None:
 
 @pytest.mark.parametrize("path", TRANSFERS, ids=lambda path: path.stem)
 def test_every_transfer_has_a_recipe_for_the_sample_data(path: Path) -> None:
-    given, _ = _prepare(finetune, ["--config", str(path), "--data", "DATA", "--out", "RUN"])
-    options = make_parser("finetune", finetune).parse_args(given).as_dict()
+    options = options_of(finetune)
+    arguments = ["--config", str(path), "--data", "DATA", "--out", "RUN"]
+    made = options(**options.merged(parse_words(options, arguments))).as_config()
     content = yaml.safe_load(path.read_text())
-    assert options["task"] == path.stem
-    assert {name: options[name] for name in content} == content
+    assert made["task"] == path.stem
+    assert {name: made[name] for name in content} == content
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -63,10 +63,8 @@ def test_the_pretext_can_be_built_on_its_backbone(path: Path) -> None:
 def test_a_recipes_learning_rate_follows_the_batch() -> None:
     """A paper's recipe on a machine that can't hold its batch: a batch of 256 instead of 4096."""
     content = yaml.safe_load((CONFIGS / "imagenet" / "simclr.yaml").read_text())
-    options = {name: content.get(name) for name in Options.__annotations__}
-    options |= {"data": ["DATA"], "seed": 0, "init": "random", "accumulate_grad_batches": 1}
-    options |= {"on_collapse": "warn"}
+    options = PretrainOptions(data="DATA", out="RUN", base_lr=content["base_lr"])
     task = pretext_class("simclr")(build_encoder("test_resnet", 32))
-    settings = Options(**options).optimizer_settings
+    settings = options.optimizer_settings
     assert settings(task, 4096).lr == pytest.approx(4.8)  # section 4.1 of the paper: 0.3 x B / 256
     assert settings(task, 256).lr == pytest.approx(0.3)

@@ -21,24 +21,6 @@ if TYPE_CHECKING:
     from vissl_lite.encoder_folder import load_encoder
     from vissl_lite.errors import UserError
 
-# Importing torch takes seconds; nobody who asks for the version or for help should wait for it.
-_PLACES = {
-    "compare": "vissl_lite.commands.compare",
-    "demo": "vissl_lite.commands.demo",
-    "embed": "vissl_lite.commands.embed",
-    "explore": "vissl_lite.commands.explore",
-    "export": "vissl_lite.commands.export",
-    "finetune": "vissl_lite.commands.finetune",
-    "list_": "vissl_lite.commands.list",
-    "predict": "vissl_lite.commands.predict",
-    "pretrain": "vissl_lite.commands.pretrain",
-    "probe": "vissl_lite.commands.probe",
-    "report": "vissl_lite.commands.report",
-    "shard": "vissl_lite.commands.shard",
-    "load_encoder": "vissl_lite.encoder_folder",
-    "UserError": "vissl_lite.errors",
-}
-
 __all__ = [
     "UserError",
     "compare",
@@ -55,6 +37,13 @@ __all__ = [
     "report",
     "shard",
 ]
+
+# Importing torch takes seconds, for which nobody waits who asks for the version or for help: the
+# imports above are for type checkers, and a name is imported when it is first used.
+_PLACES = {name: f"vissl_lite.commands.{name.rstrip('_')}" for name in __all__} | {
+    "UserError": "vissl_lite.errors",
+    "load_encoder": "vissl_lite.encoder_folder",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -175,7 +175,7 @@ class Options:
                 f"these options contradict the run {self.given.get('out')}: "
                 f"{', '.join(contradictions)}"
             )
-        free = {n: getattr(self, n) for n in known & self.free_to_change}
+        free = {n: getattr(self, n) for n in self.free_to_change.intersection(self.given)}
         return self.replace(**{**config, **free})
 
 

@@ -12,17 +12,18 @@ from collections.abc import Callable, Mapping
 from itertools import product
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
-from vissl_lite.cli import VERBS, main
+from vissl_lite.cli import COMMANDS, find_command, main
 from vissl_lite.encoder import build_encoder
 from vissl_lite.encoder_folder import save_encoder
-from vissl_lite.errors import UserError, annotations, check_arguments, kinds_of
+from vissl_lite.errors import LISTS, UserError, annotations, kinds_of, takes_any
+from vissl_lite.options import option_types, options_of
 from vissl_lite.pretext import PRETEXTS
 
 # Where commands begin to write, after all checks.
@@ -38,11 +39,6 @@ class _Start:
 
     def __init__(self, *_: object, **__: object) -> None:
         raise Started
-
-
-def command(verb: str) -> Callable[..., Any]:
-    name = "list_" if verb == "list" else verb
-    return getattr(importlib.import_module(f"vissl_lite.commands.{verb}"), name)
 
 
 def files(place: Path) -> set[str]:
@@ -77,8 +73,8 @@ def tried(
 ) -> Tried:
     """Runs a command: the line that refuses it, or None if it would have started."""
     monkeypatch.chdir(place / "here")
-    for verb in VERBS:
-        module = importlib.import_module(f"vissl_lite.commands.{verb}")
+    for command in COMMANDS:
+        module = importlib.import_module(f"vissl_lite.commands.{command}")
         for name in STARTS:
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, _Start)
@@ -112,10 +108,10 @@ def called(tried: Tried, place: Path) -> Called:
     """Calls a command's function: the error that refuses it, or None if it would have started."""
     before = files(place)
 
-    def run(verb: str, given: Mapping[str, Any]) -> str | None:
+    def run(command: str, given: Mapping[str, Any]) -> str | None:
         said = None
         try:
-            command(verb)(**given)
+            find_command(command)(**given)
         except UserError as error:
             said = str(error)
             assert len(said.splitlines()) == 1, given
@@ -127,7 +123,7 @@ def called(tried: Tried, place: Path) -> Called:
     return run
 
 
-def needed(verb: str, place: Path) -> dict[str, str]:
+def needed(command: str, place: Path) -> dict[str, str]:
     """Options that make a command start."""
     encoder, data = str(place / "encoder"), str(place / "labelled")
     train = str(place / "labelled" / "train")
@@ -144,7 +140,7 @@ def needed(verb: str, place: Path) -> dict[str, str]:
         "export": {"encoder": encoder, "out": "encoder.onnx"},
         "shard": {"data": train, "out": "shards"},
         "list": {"what": "pretexts"},
-    }[verb]
+    }[command]
 
 
 def words(given: Mapping[str, str], **changed: str) -> list[str]:
@@ -163,15 +159,16 @@ NUMBERS = (
 def hostile(kind: Any) -> list[str]:
     """Values that no option of a type can have."""
     kinds = kinds_of(kind)
-    lists = [one for one in kinds if get_origin(one) in (list, tuple)]
+    lists = [one for one in kinds if get_origin(one) in (*LISTS, tuple)]
+    texts = any(str in kinds_of(part) for one in lists for part in get_args(one))
     values: list[str] = []
-    if str in kinds or list[str] in kinds:
+    if str in kinds or texts:
         values += PATHS
-    if list[str] in kinds:
+    if texts:
         values += ["[]", "['']", "[1, 2", "[[a]]"]
     if {int, float}.intersection(kinds) and str not in kinds:
         values += [one for one in NUMBERS if not (lists and one == "[1, 2]")]
-    if lists and not {str, list[str]}.intersection(kinds):
+    if lists and str not in kinds and not texts:
         values += ["[]", "[[1]]", "[x]", "0.5x", "[.nan, 1]", "[1e400]", "{a: 1}", "*a"]
     if int in kinds and str not in kinds:
         values += ["0.5", "1e3", str(2**64)]
@@ -188,44 +185,48 @@ def hostile(kind: Any) -> list[str]:
 EXTREMES = (0, -1, 1, 10**12, 2**63 - 1, 1e-30, 0.999, 1e30)
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_values_that_no_option_of_the_type_can_have(verb: str, tried: Tried, place: Path) -> None:
-    given = needed(verb, place)
-    for name, kind in annotations(command(verb)).items():
+@pytest.mark.parametrize("command", COMMANDS)
+def test_values_that_no_option_of_the_type_can_have(
+    command: str, tried: Tried, place: Path
+) -> None:
+    given = needed(command, place)
+    for name, kind in option_types(options_of(find_command(command))).items():
         for value in hostile(kind):
-            assert tried(verb, *words(given, **{name: value})) is not None, (name, value[:80])
+            assert tried(command, *words(given, **{name: value})) is not None, (name, value[:80])
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_values_that_may_be_out_of_range(verb: str, called: Called, place: Path) -> None:
-    given = {name: int(one) if one.isdigit() else one for name, one in needed(verb, place).items()}
-    for name, kind in annotations(command(verb)).items():
+@pytest.mark.parametrize("command", COMMANDS)
+def test_values_that_may_be_out_of_range(command: str, called: Called, place: Path) -> None:
+    given = {
+        name: int(one) if one.isdigit() else one for name, one in needed(command, place).items()
+    }
+    for name, kind in option_types(options_of(find_command(command))).items():
         kinds = kinds_of(kind)
         for value in EXTREMES:
             if float in kinds or (int in kinds and isinstance(value, int)):
-                said = called(verb, {**given, name: value})
+                said = called(command, {**given, name: value})
                 assert said is not None or value != -1, name
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_configurations_in_which_every_option_is_of_a_wrong_type(
-    verb: str, tried: Tried, place: Path, tmp_path: Path
+    command: str, tried: Tried, place: Path, tmp_path: Path
 ) -> None:
-    given = needed(verb, place)
+    given = needed(command, place)
     wrong: dict[Any, list[Any]] = {
         str: [None, 5, True, ["a"], {"a": "b"}, ""],
         int: [None, "x", True, 0.5, [1], {"a": 1}, math.nan, 10**19],
         float: [None, "x", False, [0.5], {"a": 1}, math.nan, math.inf, -math.inf],
         bool: [None, "x", 1, 0, [True], math.nan],
     }
-    for name, kind in annotations(command(verb)).items():
+    for name, kind in option_types(options_of(find_command(command))).items():
         kinds = kinds_of(kind)
         for value in [{"a": {"b": [1]}}, [[1]], [None], [], *wrong.get(kind, ())]:
             if value is None and NoneType in kinds:
                 continue
             file = tmp_path / "config.yaml"
             file.write_text(yaml.safe_dump({**given, name: value}))
-            assert tried(verb, "--config", str(file)) is not None, (name, value)
+            assert tried(command, "--config", str(file)) is not None, (name, value)
 
 
 @pytest.mark.parametrize(
@@ -255,20 +256,20 @@ def test_configurations_that_are_no_text(tried: Tried, place: Path, tmp_path: Pa
         assert tried("pretrain", *given, "--config", str(tmp_path / name)) is not None, name
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_options_that_are_no_options(verb: str, tried: Tried, place: Path) -> None:
-    given = needed(verb, place)
-    for name, kind in annotations(command(verb)).items():
+@pytest.mark.parametrize("command", COMMANDS)
+def test_options_that_are_no_options(command: str, tried: Tried, place: Path) -> None:
+    given = needed(command, place)
+    for name, kind in option_types(options_of(find_command(command))).items():
         rest = words({other: one for other, one in given.items() if other != name})
         if bool not in kinds_of(kind):
-            assert tried(verb, *rest, f"--{name}") is not None, name
-        if name in given and get_origin(kinds_of(kind)[0]) is not list:
+            assert tried(command, *rest, f"--{name}") is not None, name
+        if name in given and not takes_any(kind, LISTS):
             value = given[name]
-            assert tried(verb, *rest, f"--{name}", value, value) is not None, name
+            assert tried(command, *rest, f"--{name}", value, value) is not None, name
     for stray in ("--", "--=", "-x", "--x.y.z", "---out=x", "x", "--out.x=y", "--data+=x",
                   "--seed.init_args.x=1", "--print_config", "--config"):  # fmt: skip
-        assert tried(verb, *words(given), stray) is not None, stray
-    assert tried(verb, "stray", "word", "third", *words(given)) is not None
+        assert tried(command, *words(given), stray) is not None, stray
+    assert tried(command, "stray", "word", "third", *words(given)) is not None
 
 
 def _large(value: object) -> bool:
@@ -349,7 +350,7 @@ def test_what_is_said(option: str, value: str, message: str, tried: Tried, place
 
 
 def test_the_functions_themselves_refuse_them() -> None:
-    for verb, given in (
+    for command, given in (
         ("probe", {"encoder": "e", "data": "d", "out": ""}),
         ("probe", {"encoder": "e", "data": "d", "out": "o", "k": None}),
         ("probe", {"encoder": "e", "data": "d", "out": "o", "temperature": math.nan}),
@@ -362,7 +363,7 @@ def test_the_functions_themselves_refuse_them() -> None:
         ("demo", {"seeds": True}),
     ):
         with pytest.raises(UserError) as refused:
-            command(verb)(**given)
+            find_command(command)(**given)
         assert "\n" not in str(refused.value)
 
 
@@ -376,8 +377,10 @@ def test_names_of_classes_may_look_like_numbers(tried: Tried, place: Path) -> No
 
 
 def test_numbers_of_numpy_and_paths_are_taken() -> None:
-    check_arguments(command("probe"), {"encoder": Path("e"), "k": np.int64(3), "seed": 0})
-    check_arguments(command("probe"), {"temperature": np.float32(0.1), "fraction": 1})
+    options = options_of(find_command("probe"))
+    given = {"encoder": Path("e"), "data": "d", "out": "o", "k": np.int64(3), "fraction": 1}
+    made = options(**given, temperature=np.float32(0.5))
+    assert made.as_config().items() >= {"encoder": "e", "k": 3, "temperature": 0.5}.items()
 
 
 def test_a_message_is_one_line() -> None:

@@ -1,7 +1,7 @@
 """``vissl-lite compare``: did pre-training help, and by how much?"""
 
-import inspect
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,13 +19,12 @@ from vissl_lite.comparison.protocols import (
 from vissl_lite.comparison.runner import Runner
 from vissl_lite.comparison.store import Cell, Store
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
-from vissl_lite.errors import check_arguments
+from vissl_lite.options import Options, Paths, StrPath, command
 from vissl_lite.run import (
     check_out,
     console,
     open_run,
-    plain,
-    resumed_config,
+    read_config,
     write_config,
     write_results,
 )
@@ -55,72 +54,77 @@ class CompareResult:
     left_out: dict[str, str]
 
 
-def compare(
-    encoder: list[str] | str,
-    data: str,
-    out: str,
-    task: TaskName = "classification",
-    protocols: list[Protocol] | Protocol | None = None,
-    fractions: list[float] | float | None = None,
-    shots: list[int] | int | None = None,
-    seeds: int = 3,
-    baseline: str | None = None,
-    layers: bool = False,
-    annotations: str | None = None,
-    detector: Literal["fcos", "retinanet", "faster_rcnn"] | None = None,
-    k: int = 20,
-    lr: list[float] | float | None = None,
-    epochs: int | None = None,
-    batch_size: int | None = None,
-    image_size: int | None = None,
-    upright: bool = True,
-    leaks: Literal["warn", "exclude", "error"] = "warn",
-    max_pixels: int = MAX_PIXELS,
-    seed: int = 0,
-    precision: str = "auto",
-    num_workers: int | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-) -> CompareResult:
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions(Options):
+    """Options of ``compare``."""
+
+    free_to_change = Options.free_to_change | {"encoder", "seeds", "baseline"}
+
+    encoder: Paths
+    """Runs, encoder folders, timm:NAME (pre-trained weights) or random:NAME (untrained)."""
+    data: StrPath
+    """Labelled images, as for finetune."""
+    out: StrPath
+    """The run folder to write."""
+    task: TaskName = "classification"
+    """What to learn from the labels."""
+    protocols: Sequence[Protocol] | Protocol | None = None
+    """How to judge an encoder: knn and linear for a frozen one, finetune to train it. Default knn
+    and linear, or finetune for detection, segmentation and several labels an image."""
+    fractions: Sequence[float] | float | None = None
+    """Shares of the labels; default 0.01 0.05 0.1 1."""
+    shots: Sequence[int] | int | None = None
+    """Labels a class, instead."""
+    seeds: int = 3
+    """How often each amount of labels is drawn, at least 3; the same for all encoders."""
+    baseline: StrPath | None = None
+    """The encoder that others are held against; default the untrained one, which is added if it is
+    not among them."""
+    layers: bool = False
+    """Judge every stage by knn and linear too."""
+    annotations: StrPath | None = None
+    """Where the boxes or masks are, if --data is the folder of the images alone."""
+    detector: Literal["fcos", "retinanet", "faster_rcnn"] | None = None
+    """Which detector; default faster_rcnn."""
+    k: int = 20
+    """Neighbours that vote in knn."""
+    lr: Sequence[float] | float | None = None
+    """Learning rates of finetune to choose from; default 0.0003 0.001 0.003. They are chosen for
+    each encoder and amount of labels with the first seed."""
+    epochs: int | None = None
+    """Of finetune; default as many as make 1,000 steps, between 10 and 100."""
+    batch_size: int | None = None
+    """Of finetune; default its own."""
+    image_size: int | None = None
+    """Side in pixels; default each encoder's own, or for random:NAME that of the images (for
+    detection and segmentation that of finetune)."""
+    upright: bool = True
+    """Whether the images have an up, for finetune."""
+    leaks: Literal["warn", "exclude", "error"] = "warn"
+    """What to do about test images that an encoder has seen in pre-training, or that are in the
+    training part too: warn, exclude them for all encoders, or stop with an error."""
+    max_pixels: int = MAX_PIXELS
+    """Skip images with more pixels (height times width): a small file may decode to billions. The
+    default is what Pillow takes."""
+    seed: int = 0
+    """The first of the seeds."""
+    precision: str = "auto"
+    """auto, or one of Lightning's such as 32-true or bf16-mixed."""
+    num_workers: int | None = None
+    """Data workers of finetune; default by the cores there are."""
+    resume: bool = False
+    """Continue the comparison in --out: what is missing is run, further encoders and seeds
+    included."""
+    overwrite: bool = False
+    """Replace the run in --out."""
+
+
+@command(CompareOptions)
+def compare(options: CompareOptions) -> CompareResult:
     """Compare encoders on the same few labels: did pre-training help, and by how much?
 
     Every encoder gets the same labels, seeds and budget. What has to be chosen, such as learning
     rates, is chosen for each of them on validation images alone.
-
-    Args:
-        encoder: Runs, encoder folders, timm:NAME (pre-trained weights) or random:NAME (untrained).
-        data: Labelled images, as for finetune.
-        out: The run folder to write.
-        task: What to learn from the labels.
-        protocols: How to judge an encoder: knn and linear for a frozen one, finetune to train it.
-            Default knn and linear, or finetune for detection, segmentation and several labels an
-            image.
-        fractions: Shares of the labels; default 0.01 0.05 0.1 1.
-        shots: Labels a class, instead.
-        seeds: How often each amount of labels is drawn, at least 3; the same for all encoders.
-        baseline: The encoder that others are held against; default the untrained one, which is
-            added if it is not among them.
-        layers: Judge every stage by knn and linear too.
-        annotations: Where the boxes or masks are, if --data is the folder of the images alone.
-        detector: Which detector; default faster_rcnn.
-        k: Neighbours that vote in knn.
-        lr: Learning rates of finetune to choose from; default 0.0003 0.001 0.003. They are chosen
-            for each encoder and amount of labels with the first seed.
-        epochs: Of finetune; default as many as make 1,000 steps, between 10 and 100.
-        batch_size: Of finetune; default its own.
-        image_size: Side in pixels; default each encoder's own, or for random:NAME that of the
-            images (for detection and segmentation that of finetune).
-        upright: Whether the images have an up, for finetune.
-        leaks: What to do about test images that an encoder has seen in pre-training, or that are in
-            the training part too: warn, exclude them for all encoders, or stop with an error.
-        max_pixels: Skip images with more pixels (height times width): a small file may decode to
-            billions. The default is what Pillow takes.
-        seed: The first of the seeds.
-        precision: auto, or one of Lightning's such as 32-true or bf16-mixed.
-        num_workers: Data workers of finetune; default by the cores there are.
-        resume: Continue the comparison in --out: what is missing is run, further encoders and seeds
-            included.
-        overwrite: Replace the run in --out.
 
     Returns:
         The verdicts.
@@ -128,28 +132,27 @@ def compare(
     Raises:
         UserError: something that was given can't work; nothing is written then.
     """
-    config = plain(locals())
-    check_arguments(compare, config)
     for name in ("encoder", "protocols", "fractions", "shots", "lr"):
-        config[name] = _listed(config[name])
-    inputs = [(name, config[name]) for name in ("encoder", "baseline", "data", "annotations")]
-    resume = check_out(Path(out), inputs, resume, overwrite, "compare")
+        options = options.replace(**{name: _listed(getattr(options, name))})
+    inputs = [
+        (name, getattr(options, name)) for name in ("encoder", "baseline", "data", "annotations")
+    ]
+    resume = check_out(Path(options.out), inputs, options.resume, options.overwrite, "compare")
     if resume:
-        defaults = {n: p.default for n, p in inspect.signature(compare).parameters.items()}
-        config = resumed_config(Path(out), config, defaults)
-        check_arguments(compare, config)
-    limit_pixels(config["max_pixels"])
-    hardware = Hardware(config["precision"], devices=1, num_workers=config["num_workers"])
+        options = options.resumed(read_config(Path(options.out)))
+    config = options.as_config()
+    limit_pixels(options.max_pixels)
+    hardware = Hardware(options.precision, devices=1, num_workers=options.num_workers)
     hardware.check()
     plan = Plan(**{name: config[name] for name in Plan.__annotations__})
     whole = plan.load_data()
     wanted = plan.choose_protocols(whole)
     arms, basis = plan.choose_arms()
     found, left_out = plan.try_arms(arms, basis, whole)
-    whole, leaked = guard(whole, found, leaks, out)
+    whole, leaked = guard(whole, found, options.leaks, str(options.out))
     amounts, labels = plan.choose_amounts(whole)
 
-    with open_run(Path(out), "compare", config, resume) as run:
+    with open_run(Path(options.out), "compare", config, resume) as run:
         if resume:
             write_config(run, config)  # there may be more encoders and seeds than before
         for name, why in left_out.items():

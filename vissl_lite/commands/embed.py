@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,9 @@ from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.data.whole_file import check_place, whole_file
 from vissl_lite.encoder import Encoder
 from vissl_lite.encoder_folder import encoder_for
-from vissl_lite.errors import UserError, check_arguments, check_image_size, did_you_mean
+from vissl_lite.errors import UserError, check_image_size, did_you_mean
 from vissl_lite.inference import check_outputs, run_over
+from vissl_lite.options import Options, Paths, StrPath, command, path_list
 from vissl_lite.run import forget_log, logged_to_console
 from vissl_lite.training.progress import progress_bar
 
@@ -39,32 +41,40 @@ class EmbedResult:
     num_features: int
 
 
-def embed(
-    encoder: str,
-    data: list[str] | str,
-    out: str,
-    format: Literal["parquet", "npz"] | None = None,
-    layer: str | None = None,
-    image_size: int | None = None,
-    max_pixels: int = MAX_PIXELS,
-    overwrite: bool = False,
-) -> EmbedResult:
+@dataclass(frozen=True, kw_only=True)
+class EmbedOptions(Options):
+    """Options of ``embed``."""
+
+    encoder: StrPath
+    """A run, an encoder folder, timm:NAME (pre-trained weights) or random:NAME."""
+    data: Paths
+    """Folders (searched recursively) or .txt files of paths."""
+    out: StrPath
+    """The file to write: FILE.parquet or FILE.npz."""
+    format: Literal["parquet", "npz"] | None = None
+    """parquet or npz; default by the name of --out."""
+    layer: str | None = None
+    """The stage whose mean-pooled map to write, as probe --layers names them; default the encoder's
+    output."""
+    image_size: int | None = None
+    """Side in pixels; default the encoder's, or for random:NAME that of the images."""
+    max_pixels: int = MAX_PIXELS
+    """Skip images with more pixels (height times width): a small file may decode to billions. The
+    default is what Pillow takes."""
+    overwrite: bool = False
+    """Replace the file."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_image_size(self.image_size)
+
+
+@command(EmbedOptions)
+def embed(options: EmbedOptions) -> EmbedResult:
     """Write the features of images: a row of numbers for each.
 
     An .npz file holds the arrays paths (N) and features (N, D), a .parquet file the columns path
     and embedding (a list of D numbers), all float32.
-
-    Args:
-        encoder: A run, an encoder folder, timm:NAME (pre-trained weights) or random:NAME.
-        data: Folders (searched recursively) or .txt files of paths.
-        out: The file to write: FILE.parquet or FILE.npz.
-        format: parquet or npz; default by the name of --out.
-        layer: The stage whose mean-pooled map to write, as probe --layers names them; default the
-            encoder's output.
-        image_size: Side in pixels; default the encoder's, or for random:NAME that of the images.
-        max_pixels: Skip images with more pixels (height times width): a small file may decode to
-            billions. The default is what Pillow takes.
-        overwrite: Replace the file.
 
     Returns:
         The file, the number of images and of features.
@@ -72,23 +82,21 @@ def embed(
     Raises:
         UserError: something that was given can't work; nothing is written then.
     """
-    check_arguments(embed, locals())
-    limit_pixels(max_pixels)
-    check_image_size(image_size)
-    file = Path(out)
-    if format is None and file.suffix.lower() not in (".parquet", ".npz"):
+    limit_pixels(options.max_pixels)
+    file = Path(options.out)
+    if options.format is None and file.suffix.lower() not in (".parquet", ".npz"):
         raise UserError(f"--out {file} ends in neither .parquet nor .npz: give one, or --format")
-    check_file(file, overwrite)
-    kind = format or file.suffix.lower().removeprefix(".")
+    check_file(file, options.overwrite)
+    kind = options.format or file.suffix.lower().removeprefix(".")
     if kind == "parquet" and importlib.util.find_spec("pyarrow") is None:
         raise UserError("a Parquet file needs pyarrow: pip install 'vissl-lite[parquet]'; "
                         "or give --format npz")  # fmt: skip
-    paths = find_images([data] if isinstance(data, str) else data)
+    paths = find_images(path_list(options.data))
     if kind == "parquet":
         _check_utf8(paths)
-    judged = encoder_for_images(encoder, image_size, paths)
+    judged = encoder_for_images(os.fspath(options.encoder), options.image_size, paths)
     with logged_to_console():
-        features, good = _features(judged, paths, layer)
+        features, good = _features(judged, paths, options.layer)
         read = [path for path, fine in zip(paths, good, strict=True) if fine]
         with whole_file(file) as part:
             (_write_parquet if kind == "parquet" else _write_npz)(part, read, features)

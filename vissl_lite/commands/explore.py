@@ -1,7 +1,9 @@
 """``vissl-lite explore``: a folder of images as a map in one HTML file."""
 
 import logging
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,9 @@ from vissl_lite.commands.embed import check_file, encoder_for_images
 from vissl_lite.data.images import find_images
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.data.splits import VAL_NAMES
-from vissl_lite.errors import UserError, check_arguments, check_count, check_image_size, check_seed
+from vissl_lite.errors import UserError, check_count, check_image_size, check_seed
 from vissl_lite.evaluation.embedding import make_map
+from vissl_lite.options import Options, Paths, StrPath, command, path_list
 from vissl_lite.report.map import map_layout
 from vissl_lite.report.page import Block, write_page
 from vissl_lite.run import logged_to_console
@@ -24,32 +27,42 @@ log = logging.getLogger(__name__)
 CLASSES_MOST = 50
 
 
-def explore(
-    encoder: str,
-    data: list[str] | str,
-    out: str,
-    most: int = 5000,
-    image_size: int | None = None,
-    max_pixels: int = MAX_PIXELS,
-    seed: int = 0,
-    overwrite: bool = False,
-) -> Path:
+@dataclass(frozen=True, kw_only=True)
+class ExploreOptions(Options):
+    """Options of ``explore``."""
+
+    encoder: StrPath
+    """A run, an encoder folder, timm:NAME (pre-trained weights) or random:NAME."""
+    data: Paths
+    """Folders (searched recursively) or .txt files of paths. The names of class folders become
+    colours."""
+    out: StrPath
+    """The file to write: FILE.html."""
+    most: int = 5000
+    """Show at most so many images; of more a sample."""
+    image_size: int | None = None
+    """Side in pixels; default the encoder's, or for random:NAME that of the images."""
+    max_pixels: int = MAX_PIXELS
+    """Skip images with more pixels (height times width): a small file may decode to billions. The
+    default is what Pillow takes."""
+    seed: int = 0
+    """Of the sample and the map."""
+    overwrite: bool = False
+    """Replace the file."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("most", self.most)
+        check_image_size(self.image_size)
+        check_seed(self.seed)
+
+
+@command(ExploreOptions)
+def explore(options: ExploreOptions) -> Path:
     """Make a map of images, by what an encoder sees in them: one HTML file that needs no network.
 
     Click a point for its nearest neighbours; see the odd ones out and near-duplicates; select
     points and save their paths as a text file, which pretrain --data and predict --data read.
-
-    Args:
-        encoder: A run, an encoder folder, timm:NAME (pre-trained weights) or random:NAME.
-        data: Folders (searched recursively) or .txt files of paths. The names of class folders
-            become colours.
-        out: The file to write: FILE.html.
-        most: Show at most so many images; of more a sample.
-        image_size: Side in pixels; default the encoder's, or for random:NAME that of the images.
-        max_pixels: Skip images with more pixels (height times width): a small file may decode to
-            billions. The default is what Pillow takes.
-        seed: Of the sample and the map.
-        overwrite: Replace the file.
 
     Returns:
         The file.
@@ -57,25 +70,21 @@ def explore(
     Raises:
         UserError: something that was given can't work; nothing is written then.
     """
-    check_arguments(explore, locals())
-    limit_pixels(max_pixels)
-    check_count("most", most)
-    check_image_size(image_size)
-    check_seed(seed)
-    file = Path(out)
+    limit_pixels(options.max_pixels)
+    file = Path(options.out)
     if file.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out {file} is no HTML file: give a name that ends in .html")
-    check_file(file, overwrite)
-    sources = [data] if isinstance(data, str) else data
+    check_file(file, options.overwrite)
+    encoder, most, sources = os.fspath(options.encoder), options.most, path_list(options.data)
     paths = find_images(sources)
     labels, classes = folder_classes(sources, paths)
-    judged = encoder_for_images(encoder, image_size, paths)
+    judged = encoder_for_images(encoder, options.image_size, paths)
     with logged_to_console(), progress_bar() as bar:
         task = bar.add_task("embed", total=min(most, len(paths)), info="")
         image_map = make_map(
-            judged, paths, labels, classes, most, seed, lambda images: bar.advance(task, images)
+            judged, paths, labels, classes, most, options.seed, lambda done: bar.advance(task, done)
         )
-        words = f"{len(image_map.paths)} images of {', '.join(map(str, sources))}, as {encoder} "
+        words = f"{len(image_map.paths)} images of {', '.join(sources)}, as {encoder} "
         words += f"sees them at {judged.image_size} pixels"
         if len(paths) > most:
             words += f"; a sample of {len(paths)}, --most {len(paths)} shows all"

@@ -27,7 +27,8 @@ from vissl_lite.data.whole_file import check_place
 from vissl_lite.encoder import first_line
 from vissl_lite.encoder_config import CONFIG, read_model_config
 from vissl_lite.encoder_folder import WEIGHTS
-from vissl_lite.errors import UserError, check_arguments, check_image_size
+from vissl_lite.errors import UserError, check_image_size
+from vissl_lite.options import Options, Paths, StrPath, command, path_list
 from vissl_lite.run import console
 from vissl_lite.transfer.detector import fit_into
 from vissl_lite.transfer.fixed_detector import TRANSLATIONS
@@ -57,33 +58,37 @@ class ExportResult:
     difference: float
 
 
-def export(
-    out: str,
-    encoder: str | None = None,
-    model: str | None = None,
-    format: Literal["onnx", "safetensors"] = "onnx",
-    image_size: int | None = None,
-    check_data: list[str] | str | None = None,
-    max_pixels: int = MAX_PIXELS,
-    overwrite: bool = False,
-) -> ExportResult:
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(Options):
+    """Options of ``export``."""
+
+    out: StrPath
+    """What to write: FILE.onnx, or for safetensors a folder that timm.create_model loads."""
+    encoder: StrPath | None = None
+    """A run, an encoder folder, timm:NAME (pre-trained weights) or random:NAME."""
+    model: StrPath | None = None
+    """A run of finetune, or the model folder in it; instead of --encoder."""
+    format: Literal["onnx", "safetensors"] = "onnx"
+    """onnx, or safetensors in timm's format."""
+    image_size: int | None = None
+    """Side in pixels of an ONNX file's images; default the encoder's or model's."""
+    check_data: Paths | None = None
+    """Folders of images, or .txt files of paths, to compare with torch by; default images made up
+    for it."""
+    max_pixels: int = MAX_PIXELS
+    """Skip images of --check_data with more pixels (height times width): a small file may decode to
+    billions. The default is what Pillow takes."""
+    overwrite: bool = False
+    """Replace what is in --out."""
+
+
+@command(ExportOptions)
+def export(options: ExportOptions) -> ExportResult:
     """Write an encoder or a fine-tuned model for use without vissl_lite, and check it.
 
     An ONNX file takes decoded RGB images, (B, 3, H, W) uint8, and normalises them itself. Out come
     features of an encoder and probabilities of a classifier or segmenter; of a detector boxes (x1,
     y1, x2, y2 in pixels), scores and labels, best first, 100 an image, padded with zeros.
-
-    Args:
-        out: What to write: FILE.onnx, or for safetensors a folder that timm.create_model loads.
-        encoder: A run, an encoder folder, timm:NAME (pre-trained weights) or random:NAME.
-        model: A run of finetune, or the model folder in it; instead of --encoder.
-        format: onnx, or safetensors in timm's format.
-        image_size: Side in pixels of an ONNX file's images; default the encoder's or model's.
-        check_data: Folders of images, or .txt files of paths, to compare with torch by; default
-            images made up for it.
-        max_pixels: Skip images of --check_data with more pixels (height times width): a small file
-            may decode to billions. The default is what Pillow takes.
-        overwrite: Replace what is in --out.
 
     Returns:
         What was written, and how far its outputs are from torch's.
@@ -92,35 +97,34 @@ def export(
         UserError: something that was given can't work; nothing is written then.
         RuntimeError: the outputs are not torch's; nothing is written then.
     """
-    check_arguments(export, locals())
-    if (encoder is None) == (model is None):
+    if (options.encoder is None) == (options.model is None):
         raise UserError("give what to export: --encoder or --model, one of the two")
-    limit_pixels(max_pixels)
-    check_image_size(image_size)
-    path = Path(out)
-    _check_out(path, format, overwrite)
-    if format == "onnx":
+    limit_pixels(options.max_pixels)
+    check_image_size(options.image_size)
+    path = Path(options.out)
+    _check_out(path, options.format, options.overwrite)
+    if options.format == "onnx":
         _check_packages()
-    elif image_size is not None:
+    elif options.image_size is not None:
         raise UserError("--image_size is for --format onnx: a timm folder is copied as it is")
-    if encoder is not None:
-        network = encoder_network(encoder, image_size)
+    if options.encoder is not None:
+        network = encoder_network(os.fspath(options.encoder), options.image_size)
     else:
-        assert model is not None
-        network = model_network(model)
+        assert options.model is not None
+        network = model_network(os.fspath(options.model))
     network.layers.eval()
-    if image_size is not None:
+    if options.image_size is not None:
         if network.task == "detection":
             raise UserError("--image_size is not for detection: a detector has the size that it "
                             "was trained at")  # fmt: skip
-        refusal = _refusal(network, image_size, image_size)
+        refusal = _refusal(network, options.image_size, options.image_size)
         if refusal is not None:
-            raise UserError(f"--image_size {image_size} does not suit the model: {refusal}")
-        network = replace(network, image_size=(image_size, image_size))
-    images = _images_to_check(check_data, network)
+            raise UserError(f"--image_size {options.image_size} does not suit the model: {refusal}")
+        network = replace(network, image_size=(options.image_size, options.image_size))
+    images = _images_to_check(options.check_data, network)
     batches = [images[:1], images[1:]]
-    with _draft(path if format == "onnx" else path / CONFIG) as draft:
-        if format == "onnx":
+    with _draft(path if options.format == "onnx" else path / CONFIG) as draft:
+        if options.format == "onnx":
             difference = _make_onnx(network, batches, draft / path.name)
             path.parent.mkdir(parents=True, exist_ok=True)
             os.replace(draft / path.name, path)
@@ -129,7 +133,7 @@ def export(
             path.mkdir(parents=True, exist_ok=True)
             for name in (WEIGHTS, CONFIG):
                 os.replace(draft / name, path / name)
-    source = "made-up" if check_data is None else "given"
+    source = "made-up" if options.check_data is None else "given"
     for line in (
         f"{path}: {network.task}, images of {_shown(network.image_size)} pixels",
         f"checked on {CHECKED} {source} images: differs from torch by {difference:.1e} of the "
@@ -179,14 +183,14 @@ def _shown(size: tuple[int, int]) -> str:
     return str(size[0]) if size[0] == size[1] else f"{size[0]} x {size[1]}"
 
 
-def _images_to_check(sources: list[str] | str | None, network: Network) -> Tensor:
+def _images_to_check(sources: Paths | None, network: Network) -> Tensor:
     """``(CHECKED, 3, H, W)`` uint8: the first images that can be read, or made-up ones."""
     size = network.image_size
     if sources is None:
         coarse = torch.rand(CHECKED, 3, 6, 6, generator=torch.Generator().manual_seed(0))
         smooth = F.interpolate(coarse, size, mode="bicubic")
         return (255 * smooth.clamp(0, 1)).to(torch.uint8)
-    paths = find_images([sources] if isinstance(sources, str) else sources)
+    paths = find_images(path_list(sources))
     good: list[np.ndarray] = []
     for path in paths:
         with suppress(*BROKEN_IMAGE):

@@ -1,7 +1,7 @@
 """``vissl-lite finetune``: train a classifier, a detector or a segmenter on labelled images."""
 
-import inspect
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,6 @@ from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.encoder_folder import encoder_for, load_encoder
 from vissl_lite.errors import (
     UserError,
-    check_arguments,
     check_count,
     check_image_size,
     check_positive_share,
@@ -27,6 +26,7 @@ from vissl_lite.errors import (
     check_warmup,
 )
 from vissl_lite.optim import OptimizerSettings, check_optimizer, check_rates
+from vissl_lite.options import Options, StrPath, command
 from vissl_lite.pictures import plot_curves
 from vissl_lite.run import (
     CHECKPOINTS,
@@ -37,9 +37,8 @@ from vissl_lite.run import (
     console,
     is_finished,
     open_run,
-    plain,
+    read_config,
     read_results,
-    resumed_config,
     write_results,
 )
 from vissl_lite.training.fit import TrainingFiles
@@ -85,92 +84,97 @@ class FinetuneResult:
     test: dict[str, float]
     per_class: dict[str, dict[str, float]]
 
+    def __fspath__(self) -> str:
+        return str(self.run)
 
-def finetune(
-    data: str,
-    out: str,
-    encoder: str = "random:resnet18",
-    task: TaskName = "classification",
-    annotations: str | None = None,
-    detector: Literal["fcos", "retinanet", "faster_rcnn"] | None = None,
-    multi_scale: bool = False,
-    frozen: bool = False,
-    frozen_norm: bool | None = None,
-    fraction: float | None = None,
-    shots: int | None = None,
-    epochs: int | None = None,
-    batch_size: int | None = None,
-    image_size: int | None = None,
-    optimizer: str = "adamw",
-    lr: float = 1e-3,
-    weight_decay: float = 0.05,
-    layer_decay: float | None = None,
-    warmup: float = 0.1,
-    label_smoothing: float | None = None,
-    balanced: bool = False,
-    class_weights: Literal["balanced"] | dict[str, float] | None = None,
-    patience: int | None = 10,
-    smallest_crop: float = 0.35,
-    upright: bool = True,
-    leaks: Literal["warn", "exclude", "error"] = "warn",
-    max_pixels: int = MAX_PIXELS,
-    seed: int = 0,
-    precision: str = "auto",
-    num_workers: int | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-) -> FinetuneResult:
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(Options):
+    """Options of ``finetune``."""
+
+    data: StrPath
+    """Labelled images. Classification: train/<class> and test/<class> folders, plain class folders,
+    or a .csv file, with a column a class or several labels in one if an image may have several.
+    Detection: a folder with COCO .json, Pascal VOC .xml or YOLO .txt annotations. Segmentation: a
+    folder with images/ and masks/, or a .csv file. Or the folder of the images alone, see
+    --annotations."""
+    out: StrPath
+    """The run folder to write."""
+    encoder: StrPath = "random:resnet18"
+    """A run, an encoder folder, timm:NAME (pre-trained weights) or random:NAME (untrained: training
+    from scratch)."""
+    task: TaskName = "classification"
+    """What to learn."""
+    annotations: StrPath | None = None
+    """Where the boxes or masks are, if --data is the folder of the images alone."""
+    detector: Literal["fcos", "retinanet", "faster_rcnn"] | None = None
+    """Which detector; default faster_rcnn, which learns fastest from few images."""
+    multi_scale: bool = False
+    """Resize each training batch by 0.75 to 1.25 times, for detection."""
+    frozen: bool = False
+    """Train the head alone and leave the encoder as it is."""
+    frozen_norm: bool | None = None
+    """Leave the encoder's BatchNorms as they are, for detection and segmentation; default where a
+    batch has fewer than 8 images, which is too few for them; never for random:NAME."""
+    fraction: float | None = None
+    """Use this share of the training and validation labels."""
+    shots: int | None = None
+    """Use this many training and validation labels a class."""
+    epochs: int | None = None
+    """Default as many as make 1,000 steps, between 10 and 100."""
+    batch_size: int | None = None
+    """Default 64 for classification and 8 else, or a quarter of the images where they are few."""
+    image_size: int | None = None
+    """Side in pixels. Default for classification the encoder's, or for random:NAME that of the
+    images; for detection the images' longer side, at most 416; for segmentation their shorter side,
+    at most 224: larger images are segmented in overlapping windows."""
+    optimizer: str = "adamw"
+    """A timm optimizer."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.05
+    """On weight matrices and kernels."""
+    layer_decay: float | None = None
+    """Factor on the learning rate from one layer to the one below; default 0.75, or 1 for
+    random:NAME."""
+    warmup: float = 0.1
+    """Share of the training in which the learning rate rises."""
+    label_smoothing: float | None = None
+    """Share of the target that is spread over all classes; default 0.1."""
+    balanced: bool = False
+    """Sample all classes equally often."""
+    class_weights: Literal["balanced"] | dict[str, float] | None = None
+    """What classes weigh in the loss: balanced, or a weight for each name."""
+    patience: int | None = 10
+    """Stop after so many of the 25 looks at the validation images without a better figure; null
+    never stops early."""
+    smallest_crop: float = 0.35
+    """Smallest share of the image's area in a training view."""
+    upright: bool = True
+    """Whether the images have an up; without one, as from a microscope, training views are turned
+    and flipped in all directions."""
+    leaks: Literal["warn", "exclude", "error"] = "warn"
+    """What to do about test images that were seen in pre-training or are in the training part too:
+    warn, exclude them, or stop with an error."""
+    max_pixels: int = MAX_PIXELS
+    """Skip images with more pixels (height times width): a small file may decode to billions. The
+    default is what Pillow takes."""
+    seed: int = 0
+    """Of everything random, the part of the labels included."""
+    precision: str = "auto"
+    """auto, or one of Lightning's such as 32-true or bf16-mixed."""
+    num_workers: int | None = None
+    """Data workers; default by the cores there are."""
+    resume: bool = False
+    """Continue the run in --out from its last checkpoint, if there is one; its own options are
+    kept."""
+    overwrite: bool = False
+    """Replace the run in --out."""
+
+
+@command(FinetuneOptions)
+def finetune(options: FinetuneOptions) -> FinetuneResult:
     """Train a classifier, a detector or a segmenter, from an encoder or from nothing.
-
-    Args:
-        data: Labelled images. Classification: train/<class> and test/<class> folders, plain class
-            folders, or a .csv file, with a column a class or several labels in one if an image may
-            have several. Detection: a folder with COCO .json, Pascal VOC .xml or YOLO .txt
-            annotations. Segmentation: a folder with images/ and masks/, or a .csv file. Or the
-            folder of the images alone, see --annotations.
-        out: The run folder to write.
-        encoder: A run, an encoder folder, timm:NAME (pre-trained weights) or random:NAME
-            (untrained: training from scratch).
-        task: What to learn.
-        annotations: Where the boxes or masks are, if --data is the folder of the images alone.
-        detector: Which detector; default faster_rcnn, which learns fastest from few images.
-        multi_scale: Resize each training batch by 0.75 to 1.25 times, for detection.
-        frozen: Train the head alone and leave the encoder as it is.
-        frozen_norm: Leave the encoder's BatchNorms as they are, for detection and segmentation;
-            default where a batch has fewer than 8 images, which is too few for them; never for
-            random:NAME.
-        fraction: Use this share of the training and validation labels.
-        shots: Use this many training and validation labels a class.
-        epochs: Default as many as make 1,000 steps, between 10 and 100.
-        batch_size: Default 64 for classification and 8 else, or a quarter of the images where they
-            are few.
-        image_size: Side in pixels. Default for classification the encoder's, or for random:NAME
-            that of the images; for detection the images' longer side, at most 416; for segmentation
-            their shorter side, at most 224: larger images are segmented in overlapping windows.
-        optimizer: A timm optimizer.
-        lr: Peak learning rate.
-        weight_decay: On weight matrices and kernels.
-        layer_decay: Factor on the learning rate from one layer to the one below; default 0.75, or
-            1 for random:NAME.
-        warmup: Share of the training in which the learning rate rises.
-        label_smoothing: Share of the target that is spread over all classes; default 0.1.
-        balanced: Sample all classes equally often.
-        class_weights: What classes weigh in the loss: balanced, or a weight for each name.
-        patience: Stop after so many of the 25 looks at the validation images without a better
-            figure; null never stops early.
-        smallest_crop: Smallest share of the image's area in a training view.
-        upright: Whether the images have an up; without one, as from a microscope, training views
-            are turned and flipped in all directions.
-        leaks: What to do about test images that were seen in pre-training or are in the training
-            part too: warn, exclude them, or stop with an error.
-        max_pixels: Skip images with more pixels (height times width): a small file may decode to
-            billions. The default is what Pillow takes.
-        seed: Of everything random, the part of the labels included.
-        precision: auto, or one of Lightning's such as 32-true or bf16-mixed.
-        num_workers: Data workers; default by the cores there are.
-        resume: Continue the run in --out from its last checkpoint, if there is one; its own options
-            are kept.
-        overwrite: Replace the run in --out.
 
     Returns:
         Paths and test metrics.
@@ -178,82 +182,98 @@ def finetune(
     Raises:
         UserError: something that was given can't work; nothing is written then.
     """
-    config = plain(locals())
-    check_arguments(finetune, config)
+    config = options.as_config()
     inputs = [(name, config[name]) for name in ("data", "annotations", "encoder")]
-    resume = check_out(Path(out), inputs, resume, overwrite, "finetune")
+    resume = check_out(Path(options.out), inputs, options.resume, options.overwrite, "finetune")
     if resume:
-        defaults = {n: p.default for n, p in inspect.signature(finetune).parameters.items()}
-        own = resumed_config(Path(out), config, defaults)
-        if is_finished(Path(out)):
-            return _finished(Path(out))
-        if own != config:  # options that were left out, from Python
-            return finetune(**own)
+        options = options.resumed(read_config(Path(options.out)))
+        config = options.as_config()
+        if is_finished(Path(options.out)):
+            return _finished(Path(options.out))
     for name, tasks in _ONLY_FOR.items():
-        if config[name] not in (None, False) and task not in tasks:
-            raise UserError(f"--{name} is for --task {' or '.join(tasks)}, not for {task}")
-    limit_pixels(max_pixels)
-    check_optimizer(optimizer)
-    check_warmup("warmup", warmup)
-    check_warmup("label_smoothing", label_smoothing)
-    check_positive_share("fraction", fraction)
+        if config[name] not in (None, False) and options.task not in tasks:
+            raise UserError(f"--{name} is for --task {' or '.join(tasks)}, not for {options.task}")
+    limit_pixels(options.max_pixels)
+    image_size, layer_decay = options.image_size, options.layer_decay
+    data, encoder = os.fspath(options.data), os.fspath(options.encoder)
+    annotations = None if options.annotations is None else os.fspath(options.annotations)
+    check_optimizer(options.optimizer)
+    check_warmup("warmup", options.warmup)
+    check_warmup("label_smoothing", options.label_smoothing)
+    check_positive_share("fraction", options.fraction)
     check_positive_share("layer_decay", layer_decay)
-    check_positive_share("smallest_crop", smallest_crop)
+    check_positive_share("smallest_crop", options.smallest_crop)
     check_image_size(image_size)
-    check_rates(lr, weight_decay)
+    check_rates(options.lr, options.weight_decay)
     for name in ("epochs", "batch_size", "patience", "shots"):
         check_count(name, config[name])
-    check_seed(seed)
-    hardware = Hardware(precision, devices=1, num_workers=num_workers)
+    check_seed(options.seed)
+    hardware = Hardware(options.precision, devices=1, num_workers=options.num_workers)
     hardware.check()
     from_scratch = encoder.startswith("random:")
     if layer_decay is None:
         layer_decay = 1.0 if from_scratch else 0.75
     common: dict[str, Any] = {
-        "frozen": frozen,
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "optimizer": OptimizerSettings(optimizer, lr, weight_decay, layer_decay),
-        "warmup": warmup,
-        "patience": patience,
-        "smallest_crop": smallest_crop,
-        "upright": upright,
-        "seed": seed,
+        "frozen": options.frozen,
+        "epochs": options.epochs,
+        "batch_size": options.batch_size,
+        "optimizer": OptimizerSettings(
+            options.optimizer, options.lr, options.weight_decay, layer_decay
+        ),
+        "warmup": options.warmup,
+        "patience": options.patience,
+        "smallest_crop": options.smallest_crop,
+        "upright": options.upright,
+        "seed": options.seed,
     }
-    few = batch_size is not None and batch_size < 8
-    still = few and not from_scratch if frozen_norm is None else frozen_norm
+    few = options.batch_size is not None and options.batch_size < 8
+    still = few and not from_scratch if options.frozen_norm is None else options.frozen_norm
     transfer: Task
-    if task == "classification":
-        labelled = load_labelled(data, seed, multi_label=True)
-        smoothing = 0.1 if label_smoothing is None else label_smoothing
+    if options.task == "classification":
+        labelled = load_labelled(data, options.seed, multi_label=True)
+        smoothing = 0.1 if options.label_smoothing is None else options.label_smoothing
         classifier = ClassifierSettings(
-            **common, label_smoothing=smoothing, balanced=balanced, class_weights=class_weights
+            **common,
+            label_smoothing=smoothing,
+            balanced=options.balanced,
+            class_weights=options.class_weights,
         )
-        labelled = take_labels(labelled, fraction, shots, seed)
+        labelled = take_labels(labelled, options.fraction, options.shots, options.seed)
         check_settings(classifier, labelled)
         transfer = Classification(labelled, classifier)
-    elif task == "detection":
-        boxes = take_boxes(load_boxes(data, annotations, seed), fraction, seed)
-        kind = detector or "faster_rcnn"
+    elif options.task == "detection":
+        boxes = take_boxes(
+            load_boxes(data, annotations, options.seed),
+            options.fraction,
+            options.seed,
+        )
+        kind = options.detector or "faster_rcnn"
         detection = DetectorSettings(
-            **common, kind=kind, frozen_norm=still, multi_scale=multi_scale
+            **common, kind=kind, frozen_norm=still, multi_scale=options.multi_scale
         )
         transfer = Detection(boxes, detection)
     else:
-        masks = take_masks(load_masks(data, annotations, seed), fraction, seed)
-        segmenter = SegmenterSettings(**common, class_weights=class_weights, frozen_norm=still)
-        if class_weights != "balanced":  # which can't be wrong, and takes reading every mask
-            weigh_classes(masks, class_weights)
+        masks = take_masks(
+            load_masks(data, annotations, options.seed),
+            options.fraction,
+            options.seed,
+        )
+        segmenter = SegmenterSettings(
+            **common, class_weights=options.class_weights, frozen_norm=still
+        )
+        # which can't be wrong, and takes reading every mask
+        if options.class_weights != "balanced":
+            weigh_classes(masks, options.class_weights)
         transfer = Segmentation(masks, segmenter)
     transfer.settings.batch(len(transfer.data.train), usual=1)  # before anything is written
-    if image_size is None and (from_scratch or task != "classification"):
+    if image_size is None and (from_scratch or options.task != "classification"):
         image_size = transfer.image_size()
-    torch.manual_seed(seed)
+    torch.manual_seed(options.seed)
     start = encoder_for(encoder, image_size)
-    if multi_scale:
+    if options.multi_scale:
         check_rescaling(start)
-    transfer.data, found = guard(transfer.data, [encoder], leaks, out)
-    with open_run(Path(out), "finetune", config, resume) as run:
+    transfer.data, found = guard(transfer.data, [encoder], options.leaks, str(options.out))
+    with open_run(Path(options.out), "finetune", config, resume) as run:
         transfer.write_split(run)
         found.write(run)
         log.info(
@@ -261,12 +281,17 @@ def finetune(
             len(transfer.data.train), len(transfer.data.val), len(transfer.data.test),
             len(transfer.data.classes), start.backbone, start.image_size,
         )  # fmt: skip
-        if task != "classification":
+        if options.task != "classification":
             report_use(start, encoder)
         metrics = MetricsFile(run / METRICS)
         files = TrainingFiles(metrics, run / CHECKPOINTS, resume)
         model = transfer.train(start, hardware, files)
-        about = {"version": __version__, "task": task, "encoder": encoder, "data": data}
+        about = {
+            "version": __version__,
+            "task": options.task,
+            "encoder": encoder,
+            "data": data,
+        }
         transfer.save(model, start, run / "model", about)  # first: the test images may have gone
         scores = transfer.score(model, start)
         add_test_pictures(run, transfer, model, start, scores)
@@ -284,7 +309,7 @@ def finetune(
         }
         write_results(run, results)
         _tell(transfer, scores, encoder, run)
-        add_test_embeddings(run, load_encoder(run / "model"), transfer.data, seed)
+        add_test_embeddings(run, load_encoder(run / "model"), transfer.data, options.seed)
         add_report(run)
     return FinetuneResult(run, run / "model", scores.metrics, scores.per_class)
 

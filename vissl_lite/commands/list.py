@@ -1,6 +1,7 @@
 """``vissl-lite list``: the pretexts, and the backbones that timm knows."""
 
 import sys
+from dataclasses import dataclass
 from fnmatch import fnmatch
 
 import timm
@@ -8,19 +9,27 @@ from rich.console import Console
 from rich.table import Table
 
 from vissl_lite import backbones as _registers_our_own  # noqa: F401
-from vissl_lite.errors import UserError, check_arguments, did_you_mean
+from vissl_lite.errors import UserError, did_you_mean
+from vissl_lite.options import Options, command
 from vissl_lite.pretext import PRETEXTS
 from vissl_lite.pretext.base import KINDS
 
 KNOWN = ("pretexts", "backbones")
 
 
-def list_(what: str, pattern: str = "*") -> list[str]:
-    """Print and return names that --pretext or --backbone takes.
+@dataclass(frozen=True)
+class ListOptions(Options):
+    """Options of ``list``."""
 
-    Args:
-        what: pretexts (with family, backbones, views, paper and when to use each) or backbones.
-        pattern: Shell wildcards (resnet*, *small*); without any, a part of the name.
+    what: str
+    """pretexts (with family, backbones, views, paper and when to use each) or backbones."""
+    pattern: str = "*"
+    """Shell wildcards (resnet*, *small*); without any, a part of the name."""
+
+
+@command(ListOptions)
+def list_(options: ListOptions) -> list[str]:
+    """Print and return names that --pretext or --backbone takes.
 
     Returns:
         The names.
@@ -28,7 +37,7 @@ def list_(what: str, pattern: str = "*") -> list[str]:
     Raises:
         UserError: there is no such list, or no name fits.
     """
-    check_arguments(list_, locals())
+    what, pattern = options.what, options.pattern
     if what not in KNOWN:
         raise UserError(f"no list of {what}: {did_you_mean(what, KNOWN)}")
     names = list(PRETEXTS) if what == "pretexts" else timm.list_models()

@@ -22,8 +22,9 @@ from vissl_lite.data.images import BROKEN_IMAGE, find_images, read_image
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels, reason
 from vissl_lite.data.whole_file import whole_file
 from vissl_lite.encoder import Normalize
-from vissl_lite.errors import check_arguments, check_not_negative
+from vissl_lite.errors import check_not_negative
 from vissl_lite.inference import check_outputs, evaluating, report_broken, run_in_batches
+from vissl_lite.options import Options, Paths, StrPath, command, path_list
 from vissl_lite.pictures import class_colours, draw_boxes, draw_mask, draw_words
 from vissl_lite.run import check_out, open_run, write_results
 from vissl_lite.training.progress import progress_bar
@@ -122,14 +123,27 @@ def _growing(file: Path) -> Iterator[TextIO]:
     os.replace(part, file)
 
 
-def predict(
-    model: str,
-    data: list[str] | str,
-    out: str,
-    pictures: int = 0,
-    max_pixels: int = MAX_PIXELS,
-    overwrite: bool = False,
-) -> PredictResult:
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions(Options):
+    """Options of ``predict``."""
+
+    model: StrPath
+    """A run of finetune, or the model folder in it."""
+    data: Paths
+    """Folders (searched recursively) or .txt files of paths."""
+    out: StrPath
+    """The run folder to write."""
+    pictures: int = 0
+    """Draw the predictions into so many of the images, below pictures."""
+    max_pixels: int = MAX_PIXELS
+    """Skip images with more pixels (height times width): a small file may decode to billions. The
+    default is what Pillow takes."""
+    overwrite: bool = False
+    """Replace the run in --out."""
+
+
+@command(PredictOptions)
+def predict(options: PredictOptions) -> PredictResult:
     """Use a fine-tuned model on images: classify them, find objects in them, or segment them.
 
     Writes predictions.csv for classification, predictions.json in COCO's format for detection, and
@@ -141,34 +155,24 @@ def predict(
     which Python reads as the same names. A mask or picture has the name of its image and .png,
     unless that would be too long: then it is cut and ends in a hash, as the log says.
 
-    Args:
-        model: A run of finetune, or the model folder in it.
-        data: Folders (searched recursively) or .txt files of paths.
-        out: The run folder to write.
-        pictures: Draw the predictions into so many of the images, below pictures.
-        max_pixels: Skip images with more pixels (height times width): a small file may decode to
-            billions. The default is what Pillow takes.
-        overwrite: Replace the run in --out.
-
     Returns:
         Paths and the number of images.
 
     Raises:
         UserError: something that was given can't work; nothing is written then.
     """
-    config = dict(locals())
-    check_arguments(predict, config)
-    limit_pixels(max_pixels)
-    check_not_negative("pictures", pictures)
-    check_out(Path(out), [("model", model), ("data", data)], overwrite=overwrite)
+    limit_pixels(options.max_pixels)
+    check_not_negative("pictures", options.pictures)
+    model, sources = os.fspath(options.model), path_list(options.data)
+    check_out(Path(options.out), [("model", model), ("data", sources)], overwrite=options.overwrite)
     folder, task = find_model(Path(model))
     load, use = _USES[task]
     loaded = load(folder)
-    paths = find_images([data] if isinstance(data, str) else data)
-    with open_run(Path(out), "predict", config) as run:
+    paths = find_images(sources)
+    with open_run(Path(options.out), "predict", options.as_config()) as run:
         with progress_bar() as bar:
             shown = bar.add_task("predict", total=len(paths), info="")
-            job = _Job(paths, run, pictures, lambda images: bar.advance(shown, images))
+            job = _Job(paths, run, options.pictures, lambda images: bar.advance(shown, images))
             file, images, classes = use(loaded, job)
         results = {
             "task": task,
@@ -178,7 +182,7 @@ def predict(
         }
         write_results(run, results)
         log.info("%d images, %s: %s", images, task, file)
-        if pictures:
+        if options.pictures:
             log.info("Pictures of it: %s", run / "pictures")
         add_report(run)
     return PredictResult(run, file, images)

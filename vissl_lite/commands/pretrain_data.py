@@ -5,7 +5,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from vissl_lite.commands.pretrain_options import Options
+from vissl_lite.commands.pretrain_options import PretrainOptions
 from vissl_lite.data.cache import ImageCache
 from vissl_lite.data.images import find_images
 from vissl_lite.data.path_list import PathList
@@ -15,6 +15,7 @@ from vissl_lite.data.shards import Shards
 from vissl_lite.data.stream import Source, ViewDataset
 from vissl_lite.data.views import Views
 from vissl_lite.errors import UserError
+from vissl_lite.options import path_list
 from vissl_lite.run import is_main_process, warned_at_once
 
 SAMPLE = "sample"
@@ -55,7 +56,7 @@ class TrainingImages:
         self.temporary, self.paths = None, PathList(find_images([run / SAMPLE]))
 
 
-def find_training_images(options: Options, run: Path, resume: bool) -> TrainingImages:
+def find_training_images(options: PretrainOptions, run: Path, resume: bool) -> TrainingImages:
     """The images that ``--data`` names.
 
     Args:
@@ -66,10 +67,11 @@ def find_training_images(options: Options, run: Path, resume: bool) -> TrainingI
     Raises:
         UserError: there are none, or they can't be read.
     """
+    sources = path_list(options.data)
     with warned_at_once():
-        shards = find_shards(options.data)
+        shards = find_shards(sources)
     if shards is None:
-        return TrainingImages(PathList(find_images(options.data)))
+        return TrainingImages(PathList(find_images(sources)))
     if options.cache:
         raise UserError("--cache is for image files: shards are read from front to back, once an "
                         "epoch")  # fmt: skip

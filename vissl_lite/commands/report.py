@@ -1,7 +1,9 @@
 """``vissl-lite report``: make the page of a run again."""
 
 import logging
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ from vissl_lite.data.labelled import LabelledImages
 from vissl_lite.data.leaks import paths_of
 from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
-from vissl_lite.errors import UserError, check_arguments
+from vissl_lite.errors import UserError
 from vissl_lite.evaluation.embedding import make_map
 from vissl_lite.faults import machine_error
+from vissl_lite.options import Options, StrPath, command
 from vissl_lite.pictures import plot_exhibit, plot_neighbours
 from vissl_lite.pretext.base import PretextTask
 from vissl_lite.pretext.parts.exhibit import draw_views, exhibit
@@ -27,11 +30,17 @@ log = logging.getLogger(__name__)
 NEIGHBOURS_SHOWN = 7
 
 
-def report(run: str) -> Path:
-    """Write report.html of a run again, from what its folder holds.
+@dataclass(frozen=True)
+class ReportOptions(Options):
+    """Options of ``report``."""
 
-    Args:
-        run: The run folder, of any command; also of one that is still running or was stopped.
+    run: StrPath
+    """The run folder, of any command; also of one that is still running or was stopped."""
+
+
+@command(ReportOptions)
+def report(options: ReportOptions) -> Path:
+    """Write report.html of a run again, from what its folder holds.
 
     Returns:
         The file.
@@ -39,9 +48,9 @@ def report(run: str) -> Path:
     Raises:
         UserError: the folder holds no run, or can't be written.
     """
-    check_arguments(report, {"run": run})
     from vissl_lite.report.run_report import write_report  # Bokeh takes its time
 
+    run = os.fspath(options.run)
     folder = Path(run)
     if not folder.is_dir():
         raise UserError(f"no run at {run}: give a folder that another command wrote with --out")

@@ -19,7 +19,8 @@ from vissl_lite.data.reading import open_regular, read_regular
 from vissl_lite.data.shard_index import INDEX, INDEX_PART, index_text, parse_index
 from vissl_lite.data.tar_reader import LARGEST
 from vissl_lite.data.whole_file import check_place
-from vissl_lite.errors import UserError, check_arguments, check_count
+from vissl_lite.errors import UserError, check_count
+from vissl_lite.options import Options, Paths, StrPath, command, path_list
 from vissl_lite.run import forget_log, logged_to_console
 from vissl_lite.run_folder import LOCK, check_apart, lock
 from vissl_lite.training.progress import progress_bar
@@ -52,13 +53,31 @@ class ShardResult:
     left_out: list[str] = field(default_factory=list)
 
 
-def shard(
-    data: list[str] | str,
-    out: str,
-    shard_size_mb: int | None = None,
-    images_per_shard: int | None = None,
-    overwrite: bool = False,
-) -> ShardResult:
+@dataclass(frozen=True, kw_only=True)
+class ShardOptions(Options):
+    """Options of ``shard``."""
+
+    data: Paths
+    """Folders (searched recursively) or .txt files of paths."""
+    out: StrPath
+    """The folder to write train-000000.tar, train-000001.tar and so on to."""
+    shard_size_mb: int | None = None
+    """Size of a shard in megabytes, about; default 100."""
+    images_per_shard: int | None = None
+    """Number of images of a shard instead."""
+    overwrite: bool = False
+    """Replace the shards in --out."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("shard_size_mb", self.shard_size_mb)
+        check_count("images_per_shard", self.images_per_shard)
+        if self.shard_size_mb is not None and self.images_per_shard is not None:
+            raise UserError("give --shard_size_mb or --images_per_shard, not both")
+
+
+@command(ShardOptions)
+def shard(options: ShardOptions) -> ShardResult:
     """Write images as shards: tar files that pretrain streams from a disk or a URL.
 
     The image files go in as they are, in an order by chance, the same each time: shards are read
@@ -66,42 +85,32 @@ def shard(
     skips those that are broken. The file index.json says how many images each shard holds; it is
     written last. Until all shards are written, older ones stay, and so a disk needs room for both.
 
-    Args:
-        data: Folders (searched recursively) or .txt files of paths.
-        out: The folder to write train-000000.tar, train-000001.tar and so on to.
-        shard_size_mb: Size of a shard in megabytes, about; default 100.
-        images_per_shard: Number of images of a shard instead.
-        overwrite: Replace the shards in --out.
-
     Returns:
         The folder, the index, how many shards and images.
 
     Raises:
         UserError: something that was given can't work; nothing is written then.
     """
-    check_arguments(shard, locals())
-    check_count("shard_size_mb", shard_size_mb)
-    check_count("images_per_shard", images_per_shard)
-    if shard_size_mb is not None and images_per_shard is not None:
-        raise UserError("give --shard_size_mb or --images_per_shard, not both")
-    sources = [data] if isinstance(data, str) else data
-    folder = Path(out)
+    sources = path_list(options.data)
+    folder = Path(options.out)
     forget_log()
     check_place(folder)
     check_apart(folder, [("data", source) for source in sources])
-    _check_folder(folder, overwrite)
+    _check_folder(folder, options.overwrite)
     paths = PathList(find_images(sources))
     base = _common_folder(sources, paths)
-    most = (shard_size_mb or 100) * 10**6 if images_per_shard is None else None
+    most = (options.shard_size_mb or 100) * 10**6 if options.images_per_shard is None else None
     left_out: list[str] = []
     with logged_to_console(), closing(_members(paths, base, left_out)) as members:
         first = next(members, None)
         if first is None:
             raise UserError(f"none of {len(paths)} image files can be read, the first {paths[0]}")
         with _locked(folder):
-            old = _remove_unfinished(folder, _check_folder(folder, overwrite))
+            old = _remove_unfinished(folder, _check_folder(folder, options.overwrite))
             try:
-                written = _write_parts(folder, chain([first], members), images_per_shard, most)
+                written = _write_parts(
+                    folder, chain([first], members), options.images_per_shard, most
+                )
                 (folder / INDEX_PART).write_text(index_text(written), encoding="utf-8")
             except BaseException:
                 _remove_parts(folder)
