@@ -184,12 +184,12 @@ def accuracy(options: argparse.Namespace) -> dict[str, Any]:
                 with decoded_whole(arm == "whole"):
                     seconds = seconds_of(
                         lambda out=out, seed=seed: pretrain(
-                            str(folder / "large"), str(out), backbone="resnet10t", image_size=64,
-                            batch_size=64, epochs=options.epochs, upright=False, logger="none",
-                            num_workers=0, seed=seed,
+                            data=str(folder / "large"), out=str(out), backbone="resnet10t",
+                            image_size=64, batch_size=64, epochs=options.epochs, upright=False,
+                            logger="none", num_workers=0, seed=seed,
                         )
                     )  # fmt: skip
-                judged = probe(str(out), str(options.data), f"{out}-probe")
+                judged = probe(encoder=str(out), data=str(options.data), out=f"{out}-probe")
                 figures = arms.setdefault(arm, {"knn": [], "linear": [], "seconds": []})
                 figures["knn"].append(judged.knn)
                 figures["linear"].append(judged.linear)

@@ -60,7 +60,7 @@ def compare(photos: Path, size: int, images: int) -> dict[str, Any]:
         listed = Path(folder, "list.txt")
         listed.write_text("".join(f"{Path(path).absolute()}\n" for path in paths))
         out = Path(folder, "shards")
-        shard(str(listed), str(out), images_per_shard=-(-len(paths) // SHARDS))
+        shard(data=str(listed), out=str(out), images_per_shard=-(-len(paths) // SHARDS))
         server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(out)))
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/train-{{000000..{SHARDS - 1:06}}}.tar"

@@ -115,8 +115,8 @@ def classification(given: argparse.Namespace, arm: str, encoder: str, seed: int)
         )  # fmt: skip
         probed = run.with_name(f"{run.name}-probe")
         if not (probed / "results.json").exists():
-            vissl_lite.probe(encoder, data, str(probed), image_size=96, seed=seed, overwrite=True,
-                             **some)  # fmt: skip
+            vissl_lite.probe(encoder=encoder, data=data, out=str(probed), image_size=96, seed=seed,
+                             overwrite=True, **some)  # fmt: skip
         linear = json.loads((probed / "results.json").read_text())["linear"]
         made[str(shots)] = {**tuned, "linear": linear}
     return made

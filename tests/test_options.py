@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 import yaml
 
+from vissl_lite.cli import find_command
+from vissl_lite.commands.pretrain import PretrainResult
 from vissl_lite.errors import UserError, check_count
 from vissl_lite.options import (
     Options,
     Paths,
     StrPath,
     command,
+    flatten,
     option_docs,
     options_of,
     path_list,
@@ -167,6 +170,19 @@ def test_the_function_says_what_it_takes() -> None:
     assert doc is not None
     assert doc.startswith("Train something.\n\nAt length.\n\nArgs:\n    out: The folder to write.")
     assert doc.endswith("    method: The method.\n\nReturns:\n    The options.")
+
+
+def test_flatten_joins_keys_by_dots() -> None:
+    assert flatten({"a": 1, "b": {"c": 2, "d": {"e": [3]}}}) == {"a": 1, "b.c": 2, "b.d.e": [3]}
+
+
+def test_a_result_of_pretrain_stands_for_its_run() -> None:
+    """So that it can be handed on as ``encoder=``."""
+    result = PretrainResult(Path("run"), Path("run") / "encoder", {}, 1, 1.0)
+    for name in ("finetune", "probe", "compare", "embed", "explore", "export"):
+        options = options_of(find_command(name))
+        given = dict.fromkeys(required(options), "x.html") | {"encoder": result}
+        assert options(**given).as_config()["encoder"] == "run"
 
 
 CALLS = """

@@ -13,10 +13,8 @@ from vissl_lite.errors import UserError
 from vissl_lite.run import (
     MetricsFile,
     check_out,
-    flatten,
     open_run,
     read_config,
-    resumed_config,
     write_results,
 )
 
@@ -187,62 +185,6 @@ def test_the_log_says_why_a_run_stopped(tmp_path: Path) -> None:
 
 # Resuming
 
-DEFAULTS: dict[str, Any] = {
-    "epochs": None,
-    "lr": None,
-    "seed": 0,
-    "out": "x",
-    "num_workers": None,
-    "resume": False,
-    "pretext": {"name": "simclr", "temperature": 0.2, "blur": None},
-}
-OWN: dict[str, Any] = {
-    "epochs": 10,
-    "lr": 0.1,
-    "seed": 5,
-    "out": "here",
-    "num_workers": 1,
-    "pretext": {"name": "simclr", "temperature": 0.5, "blur": None},
-}
-
-
-@pytest.fixture
-def stopped(tmp_path: Path) -> Path:
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(OWN))
-    return tmp_path
-
-
-def test_a_resumed_run_has_its_own_parameters(stopped: Path) -> None:
-    given = {**DEFAULTS, "out": "there", "num_workers": 7, "resume": True}
-    config = resumed_config(stopped, given, DEFAULTS)
-    assert config == {**OWN, "out": "there", "num_workers": 7, "resume": True}
-
-
-def test_saying_the_same_again_is_no_contradiction(stopped: Path) -> None:
-    assert resumed_config(stopped, {**OWN, "resume": True}, DEFAULTS) == {**OWN, "resume": True}
-
-
-def test_all_contradictions_are_named(stopped: Path) -> None:
-    given = {
-        **DEFAULTS,
-        "epochs": 20,
-        "seed": 6,
-        "pretext": {"name": "rotation", "temperature": 0.07, "blur": True},
-    }
-    with pytest.raises(UserError) as caught:
-        resumed_config(stopped, given, DEFAULTS)
-    message = str(caught.value)
-    assert "contradict the run" in message
-    for part in (
-        "--epochs 20 (the run has 10)",
-        "--seed 6 (the run has 5)",
-        "--pretext.name rotation (the run has simclr)",
-        "--pretext.temperature 0.07 (the run has 0.5)",
-        "--pretext.blur True (the run has None)",
-    ):
-        assert part in message
-    assert "--lr" not in message
-
 
 @pytest.mark.parametrize(
     ("text", "message"),
@@ -261,10 +203,6 @@ def test_a_run_without_readable_parameters_is_a_mistake(
         (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
         read_config(tmp_path)
-
-
-def test_flatten_joins_keys_by_dots() -> None:
-    assert flatten({"a": 1, "b": {"c": 2, "d": {"e": [3]}}}) == {"a": 1, "b.c": 2, "b.d.e": [3]}
 
 
 def test_results_are_json_that_appears_whole(tmp_path: Path) -> None:

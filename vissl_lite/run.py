@@ -42,12 +42,6 @@ _early = MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
 log.addHandler(_early)
 log.setLevel(logging.DEBUG)
 
-# Options that say how to run, not what: they may differ when a run is resumed.
-FREE_TO_CHANGE = frozenset(
-    {"out", "resume", "overwrite", "num_workers", "devices", "num_nodes", "strategy", "compile"}
-    | {"encoder", "seeds", "baseline"}  # a comparison may be resumed with more of them
-)
-
 
 def is_main_process() -> bool:
     """Whether this is the process that writes; Lightning, torchrun and SLURM start the others."""
@@ -308,51 +302,6 @@ def read_config(out: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{file} is damaged: it holds no parameters")
     return {str(name): value for name, value in content.items()}
-
-
-def resumed_config(
-    out: Path, given: Mapping[str, Any], defaults: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The parameters to resume a run with: its own, and of the given ones those free to change.
-
-    Args:
-        out: the run.
-        given: the parameters now.
-        defaults: of the function, by parameter: a value that is its default agrees with everything,
-            since a function can't tell whether it was given.
-
-    Raises:
-        UserError: options contradict the run; all are named.
-    """
-    config = read_config(out)
-    own, usual = flatten(config), flatten(plain(defaults))
-    contradictions = [
-        f"--{name} {value} (the run has {own[name]})"
-        for name, value in flatten(plain(given)).items()
-        if name not in FREE_TO_CHANGE
-        and name in own
-        and _listed(value) != _listed(own[name])
-        and value != usual.get(name)
-    ]
-    if contradictions:
-        raise UserError(f"these options contradict the run {out}: {', '.join(contradictions)}")
-    free = {name: value for name, value in given.items() if name in FREE_TO_CHANGE}
-    return {**given, **config, **free}
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keys joined by dots."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def write_results(run: Path, results: Mapping[str, Any]) -> None:

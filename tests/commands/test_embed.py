@@ -19,13 +19,13 @@ def test_both_formats_hold_the_features_of_the_encoder(
 ) -> None:
     paths = find_images([photos])
     expected = extract(load_encoder(encoder), paths)[0]["last"]
-    result = embed(str(encoder), str(photos), str(tmp_path / "new" / "e.npz"))
+    result = embed(encoder=str(encoder), data=str(photos), out=str(tmp_path / "new" / "e.npz"))
     assert (result.images, result.num_features) == expected.shape
     with np.load(result.path, allow_pickle=False) as read:
         assert read["paths"].tolist() == paths
         assert np.array_equal(read["features"], expected)
         assert read["features"].dtype == np.float32
-    embed(str(encoder), [str(photos)], str(tmp_path / "e.parquet"))
+    embed(encoder=str(encoder), data=[str(photos)], out=str(tmp_path / "e.parquet"))
     table = pq.read_table(tmp_path / "e.parquet")
     assert table.column("path").to_pylist() == paths
     assert str(table.schema.field("embedding").type).startswith("fixed_size_list<")
@@ -36,11 +36,17 @@ def test_both_formats_hold_the_features_of_the_encoder(
 def test_a_stage_by_its_name(encoder: Path, photos: Path, tmp_path: Path) -> None:
     expected = extract(load_encoder(encoder), find_images([photos]), layers=True)[0]["layer2"]
     # the format decides, whatever the name
-    embed(str(encoder), str(photos), str(tmp_path / "e.bin"), format="npz", layer="layer2")
+    embed(
+        encoder=str(encoder),
+        data=str(photos),
+        out=str(tmp_path / "e.bin"),
+        format="npz",
+        layer="layer2",
+    )
     with np.load(tmp_path / "e.bin") as read:
         assert np.array_equal(read["features"], expected)
     with pytest.raises(UserError, match=r"no layer layr2: did you mean layer"):
-        embed(str(encoder), str(photos), str(tmp_path / "x.npz"), layer="layr2")
+        embed(encoder=str(encoder), data=str(photos), out=str(tmp_path / "x.npz"), layer="layr2")
     assert not (tmp_path / "x.npz").exists()
 
 
@@ -52,7 +58,7 @@ def test_broken_images_are_left_out_and_named(
     for index in range(3):
         blobs(index).save(folder / f"{index}.png")
     (folder / "1.png").write_bytes(b"no picture")
-    embed(str(encoder), str(folder), str(tmp_path / "e.npz"))
+    embed(encoder=str(encoder), data=str(folder), out=str(tmp_path / "e.npz"))
     with np.load(tmp_path / "e.npz") as read:
         assert [Path(path).name for path in read["paths"]] == ["0.png", "2.png"]
         assert read["features"].shape[0] == 2
@@ -62,7 +68,7 @@ def test_broken_images_are_left_out_and_named(
     for path in folder.iterdir():
         path.write_bytes(b"")
     with pytest.raises(UserError, match="none of 3 images can be read"):
-        embed(str(encoder), str(folder), str(tmp_path / "none.npz"))
+        embed(encoder=str(encoder), data=str(folder), out=str(tmp_path / "none.npz"))
     assert not (tmp_path / "none.npz").exists()
 
 
@@ -72,8 +78,8 @@ def test_names_that_are_not_utf8(encoder: Path, tmp_path: Path) -> None:
     blobs(0).save(folder / "ok.png")
     blobs(1).save(str(folder / "caf\udce9.png"))
     with pytest.raises(UserError, match=r"caf\\udce9\.png, which is not UTF-8"):
-        embed(str(encoder), str(folder), str(tmp_path / "e.parquet"))
-    embed(str(encoder), str(folder), str(tmp_path / "e.npz"))
+        embed(encoder=str(encoder), data=str(folder), out=str(tmp_path / "e.parquet"))
+    embed(encoder=str(encoder), data=str(folder), out=str(tmp_path / "e.npz"))
     with np.load(tmp_path / "e.npz") as read:
         assert all(Path(path).is_file() for path in read["paths"].tolist())
 
@@ -88,11 +94,11 @@ def test_places_that_can_not_be_written(encoder: Path, photos: Path, tmp_path: P
         (file / "e.npz", f"{file} is a file"),
     ):
         with pytest.raises(UserError, match=words):
-            embed(str(encoder), str(photos), str(out))
+            embed(encoder=str(encoder), data=str(photos), out=str(out))
     with pytest.raises(UserError, match="is a folder"):
-        embed(str(encoder), str(photos), str(tmp_path), format="npz")
+        embed(encoder=str(encoder), data=str(photos), out=str(tmp_path), format="npz")
     assert file.read_bytes() == b"precious"
-    embed(str(encoder), str(photos), str(file), overwrite=True)
+    embed(encoder=str(encoder), data=str(photos), out=str(file), overwrite=True)
     assert file.read_bytes() != b"precious"
 
 
@@ -106,7 +112,7 @@ def test_an_old_file_stays_whole_when_writing_fails(
     monkeypatch.setattr(embed_module, "_write_npz", full)
     (tmp_path / "e.npz").write_bytes(b"old")
     with pytest.raises(OSError, match="no space"):
-        embed(str(encoder), str(photos), str(tmp_path / "e.npz"), overwrite=True)
+        embed(encoder=str(encoder), data=str(photos), out=str(tmp_path / "e.npz"), overwrite=True)
     assert [f.read_bytes() for f in tmp_path.iterdir()] == [b"old"]
 
 
@@ -115,4 +121,4 @@ def test_parquet_needs_its_extra(
 ) -> None:
     monkeypatch.setattr(embed_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'vissl-lite\[parquet\]'"):
-        embed(str(encoder), str(photos), str(tmp_path / "e.parquet"))
+        embed(encoder=str(encoder), data=str(photos), out=str(tmp_path / "e.parquet"))

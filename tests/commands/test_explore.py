@@ -10,14 +10,16 @@ from vissl_lite.errors import UserError
 
 
 def test_a_folder_becomes_one_page(encoder: Path, labelled: Path, tmp_path: Path) -> None:
-    file = explore(str(encoder), str(labelled), str(tmp_path / "new" / "map.html"), most=20)
+    file = explore(
+        encoder=str(encoder), data=str(labelled), out=str(tmp_path / "new" / "map.html"), most=20
+    )
     page = file.read_text(encoding="utf-8")
     assert f"20 images of {labelled}" in page
     assert "a sample of 54, --most 54 shows all" in page
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=.?https?:", page)
     assert [f.name for f in file.parent.iterdir()] == ["map.html"]
     with pytest.raises(UserError, match="exists: give a new file, or --overwrite"):
-        explore(str(encoder), str(labelled), str(file))
+        explore(encoder=str(encoder), data=str(labelled), out=str(file))
 
 
 def test_mistakes_are_said_before_anything_is_embedded(encoder: Path, tmp_path: Path) -> None:
@@ -27,7 +29,7 @@ def test_mistakes_are_said_before_anything_is_embedded(encoder: Path, tmp_path: 
         ("map.html", 10, "nowhere does not exist"),
     ):
         with pytest.raises(UserError, match=words):
-            explore(str(encoder), "nowhere", str(tmp_path / out), most)
+            explore(encoder=str(encoder), data="nowhere", out=str(tmp_path / out), most=most)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -36,7 +38,7 @@ def test_names_that_are_not_utf8_or_look_like_html(encoder: Path, tmp_path: Path
     (folder / "a").mkdir(parents=True)
     for index, name in enumerate(("</script>", "\udcff")):
         blobs(index).save(str(folder / "a" / f"{name.replace('/', '')}.png"))
-    file = explore(str(encoder), str(folder), str(tmp_path / "map.html"))
+    file = explore(encoder=str(encoder), data=str(folder), out=str(tmp_path / "map.html"))
     text = file.read_text(encoding="utf-8")
     assert "caf? &lt;script&gt;" in text
 

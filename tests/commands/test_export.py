@@ -106,7 +106,7 @@ def test_an_encoder_takes_images_as_they_are_decoded(
 def test_a_vit_at_another_size(tmp_path: Path) -> None:
     save_encoder(build_encoder("test_vit", 32), tmp_path / "vit", {})
     out = tmp_path / "vit.onnx"
-    result = vissl_lite.export(str(out), encoder=str(tmp_path / "vit"), image_size=64)
+    result = vissl_lite.export(out=str(out), encoder=str(tmp_path / "vit"), image_size=64)
     assert result.difference < 1e-4
     assert run(out, np.zeros((5, 3, 64, 64), np.uint8)).shape == (5, 64)
 
@@ -115,7 +115,7 @@ def test_a_classifier_gives_the_probabilities_of_predict(
     tuned: Path, labelled: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "classifier.onnx"
-    result = vissl_lite.export(str(out), model=str(tuned))
+    result = vissl_lite.export(out=str(out), model=str(tuned))
     assert (result.path, result.task) == (out, "classification")
     facts = {fact.key: fact.value for fact in onnx.load(out).metadata_props}
     assert json.loads(facts["classes"]) == ["blue", "green", "red"]
@@ -124,7 +124,9 @@ def test_a_classifier_gives_the_probabilities_of_predict(
     file = labelled / "test" / "red" / "3.png"
     (found,) = run(out, read_image(file).transpose(2, 0, 1)[None])
     assert found.sum() == pytest.approx(1, abs=1e-5)
-    predicted = vissl_lite.predict(str(tuned), str(file), str(tmp_path / "predictions"))
+    predicted = vissl_lite.predict(
+        model=str(tuned), data=str(file), out=str(tmp_path / "predictions")
+    )
     _, name, probability = predicted.predictions.read_text().splitlines()[1].split(",")
     assert ["blue", "green", "red"][found.argmax()] == name
     assert found.max() == pytest.approx(float(probability), abs=0.02)  # predict may use bf16
@@ -163,7 +165,7 @@ def test_a_segmenter_takes_images_of_any_size(
     segmenter = SmallSegmenter(build_encoder("test_resnet", 32))
     monkeypatch.setattr(network, "load_segmenter", lambda folder: (segmenter, ["a", "b", "c", "d"]))
     out = tmp_path / "segmenter.onnx"
-    assert vissl_lite.export(str(out), model=str(tmp_path)).task == "segmentation"
+    assert vissl_lite.export(out=str(out), model=str(tmp_path)).task == "segmentation"
     for height, width in ((32, 32), (45, 70)):
         found = run(out, np.full((3, 3, height, width), 90, np.uint8))
         assert found.shape == (3, 4, height, width)
@@ -210,7 +212,7 @@ def test_outputs_that_are_not_torchs_are_not_written(
     monkeypatch.setattr(command, "_trace", lambda made: onnx.parser.parse_model(NO_ENCODER))
     out = tmp_path / "new" / ("file.onnx" if format == "onnx" else "folder")
     with pytest.raises(RuntimeError, match=r"differs from torch by .* nothing was written"):
-        vissl_lite.export(str(out), encoder=str(encoder), format=format)  # type: ignore[arg-type]
+        vissl_lite.export(out=str(out), encoder=str(encoder), format=format)  # type: ignore[arg-type]
     assert not any(tmp_path.iterdir())
 
 
@@ -220,7 +222,9 @@ def test_an_encoder_that_has_diverged(encoder: Path, tmp_path: Path) -> None:
         next(broken.parameters()).fill_(float("nan"))
     save_encoder(broken, tmp_path / "encoder", {})
     with pytest.raises(UserError, match="its training has diverged"):
-        vissl_lite.export(str(tmp_path / "out"), str(tmp_path / "encoder"), format="safetensors")
+        vissl_lite.export(
+            out=str(tmp_path / "out"), encoder=str(tmp_path / "encoder"), format="safetensors"
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -318,7 +322,7 @@ def test_a_segmenter_is_no_timm_folder(
     segmenter = SmallSegmenter(load_encoder(encoder))
     monkeypatch.setattr(network, "load_segmenter", lambda folder: (segmenter, ["a"]))
     with pytest.raises(UserError, match="the folder encoder is in timm's format already"):
-        vissl_lite.export(str(tmp_path / "x"), model=str(tmp_path), format="safetensors")
+        vissl_lite.export(out=str(tmp_path / "x"), model=str(tmp_path), format="safetensors")
 
 
 def test_packages_that_are_missing(

@@ -54,14 +54,19 @@ def test_predict_skips_broken_images(tuned: Path, labelled: Path, tmp_path: Path
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "broken.png").write_bytes(b"nothing")
     sources = [str(labelled / "test" / "red"), str(tmp_path / "photos")]
-    result = vissl_lite.predict(str(tuned / "model"), sources, str(tmp_path / "run"))
+    result = vissl_lite.predict(model=str(tuned / "model"), data=sources, out=str(tmp_path / "run"))
     assert result.images == 6
     assert "broken.png" in (result.run / "log.txt").read_text()
 
 
 def test_frozen_leaves_the_encoder_as_it_was(encoder: Path, labelled: Path, tmp_path: Path) -> None:
     result = vissl_lite.finetune(
-        str(labelled), str(tmp_path / "run"), str(encoder), frozen=True, epochs=2, num_workers=0
+        data=str(labelled),
+        out=str(tmp_path / "run"),
+        encoder=str(encoder),
+        frozen=True,
+        epochs=2,
+        num_workers=0,
     )
     before, after = (
         load_file(encoder / "model.safetensors"),
@@ -76,7 +81,12 @@ def test_the_same_seed_gives_the_same_model(encoder: Path, labelled: Path, tmp_p
     models = []
     for name in ("a", "b"):
         result = vissl_lite.finetune(
-            str(labelled), str(tmp_path / name), str(encoder), shots=4, epochs=2, num_workers=0
+            data=str(labelled),
+            out=str(tmp_path / name),
+            encoder=str(encoder),
+            shots=4,
+            epochs=2,
+            num_workers=0,
         )
         models.append(load_file(result.model / "model.safetensors"))
     for name, tensor in models[0].items():
@@ -87,8 +97,8 @@ def test_stops_early_on_validation_images(encoder: Path, labelled: Path, tmp_pat
     """With a rate that changes nothing the first look stays the best one."""
     out = tmp_path / "run"
     vissl_lite.finetune(
-        str(labelled), str(out), str(encoder), frozen=True, epochs=40, lr=1e-12, patience=3,
-        num_workers=0,
+        data=str(labelled), out=str(out), encoder=str(encoder), frozen=True, epochs=40, lr=1e-12,
+        patience=3, num_workers=0,
     )  # fmt: skip
     with (out / "metrics.csv").open(newline="") as file:
         looks = [row for row in csv.DictReader(file) if row["val_top1"]]
@@ -97,7 +107,12 @@ def test_stops_early_on_validation_images(encoder: Path, labelled: Path, tmp_pat
 
 def test_few_labels_are_stratified(encoder: Path, labelled: Path, tmp_path: Path) -> None:
     result = vissl_lite.finetune(
-        str(labelled), str(tmp_path / "run"), str(encoder), fraction=0.4, epochs=1, num_workers=0
+        data=str(labelled),
+        out=str(tmp_path / "run"),
+        encoder=str(encoder),
+        fraction=0.4,
+        epochs=1,
+        num_workers=0,
     )
     with (result.run / "split.csv").open(newline="") as file:
         rows = [(row["split"], row["label"]) for row in csv.DictReader(file)]

@@ -9,7 +9,9 @@ from vissl_lite.errors import UserError
 
 @pytest.fixture
 def run(labelled: Path, tmp_path: Path) -> Path:
-    vissl_lite.probe("random:test_resnet", str(labelled), str(tmp_path / "run"), layers=True)
+    vissl_lite.probe(
+        encoder="random:test_resnet", data=str(labelled), out=str(tmp_path / "run"), layers=True
+    )
     return tmp_path / "run"
 
 

@@ -43,7 +43,7 @@ def seen(run: Path) -> list[str]:
 def made(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 photographs in three shards."""
     folder = tmp_path_factory.mktemp("made") / "shards"
-    result = vissl_lite.shard(str(photos), str(folder), images_per_shard=10)
+    result = vissl_lite.shard(data=str(photos), out=str(folder), images_per_shard=10)
     assert (result.shards, result.images, result.left_out) == (3, 24, [])
     assert result.index == folder / "index.json"
     return folder
@@ -79,7 +79,7 @@ def test_names_that_would_become_one_sample_or_none(tmp_path: Path) -> None:
         content[name] = file.read_bytes()
     with (folder / "x" / "huge.jpg").open("wb") as out:
         out.truncate(10**11)  # zeros that take no room
-    result = vissl_lite.shard(str(folder), str(tmp_path / "shards"), shard_size_mb=1)
+    result = vissl_lite.shard(data=str(folder), out=str(tmp_path / "shards"), shard_size_mb=1)
     assert result.images == len(content)
     assert result.left_out == [str(folder / "x" / "huge.jpg")]
     shards = find_shards([str(tmp_path / "shards")])
@@ -109,7 +109,7 @@ def test_several_sources_keep_their_folders(photos: Path, tmp_path: Path) -> Non
         ([str(listed)], {"a/01.jpg", "b/02.jpg"}),
         ([str(photos / "a")], {"01.jpg", "03.jpg"}),
     ):
-        vissl_lite.shard(sources, str(tmp_path / "shards"), overwrite=True)
+        vissl_lite.shard(data=sources, out=str(tmp_path / "shards"), overwrite=True)
         with tarfile.open(tmp_path / "shards" / "train-000000.tar") as tar:
             assert names <= set(tar.getnames())
 
@@ -187,7 +187,7 @@ def test_a_run_from_shards_resumes_with_what_came_next(
 
     monkeypatch.setattr(Checkpoints, "on_train_batch_end", save_then_die)
     with pytest.raises(BaseException):  # noqa: B017, PT011 # as Lightning passes it on
-        vissl_lite.pretrain(str(made), str(tmp_path / "resumed"), backbone="test_resnet",
+        vissl_lite.pretrain(data=str(made), out=str(tmp_path / "resumed"), backbone="test_resnet",
                             image_size=32, batch_size=8, epochs=2, num_workers=0)  # fmt: skip
     monkeypatch.setattr(Checkpoints, "on_train_batch_end", saved)
     assert main(["pretrain", "--out", str(tmp_path / "resumed"), "--resume"]) == 0

@@ -129,7 +129,8 @@ def test_explicit_folders_do_as_well_as_recognised_ones(
 ) -> None:
     for task, where in (("detection", "annotations"), ("segmentation", "masks")):
         result = vissl_lite.finetune(
-            str(sample / "labelled"), str(tmp_path / task), str(encoder), task,  # type: ignore[arg-type]
+            data=str(sample / "labelled"), out=str(tmp_path / task), encoder=str(encoder),
+            task=task,  # type: ignore[arg-type]
             annotations=str(sample / where), epochs=1, fraction=0.5, num_workers=0,
         )  # fmt: skip
         results = json.loads((result.run / "results.json").read_text())

@@ -981,7 +981,7 @@ def test_a_kill_between_any_two_changes_of_files_is_made_good(
     for last in [0, 1, 5, 6, *range(20, 200)]:
         out = tmp_path / f"out-{last}"
         if each:
-            vissl_lite.shard(str(photos), str(out), images_per_shard=each)
+            vissl_lite.shard(data=str(photos), out=str(out), images_per_shard=each)
         old = tars_in(out) if each else {}
         changes, killed = 0, False
         with monkeypatch.context() as patch:
@@ -1019,7 +1019,7 @@ def test_kills_at_random_moments(tmp_path: Path) -> None:
     photos.mkdir()
     for number in range(600):
         (photos / f"{number}.jpg").write_bytes(CONTENT["00.jpg"] + b"%d" % number)
-    vissl_lite.shard(str(photos), str(whole), images_per_shard=20)
+    vissl_lite.shard(data=str(photos), out=str(whole), images_per_shard=20)
     expected = tars_in(whole)
     # forks of one process: an import of torch takes longer than all the rest
     program = (
@@ -1043,7 +1043,7 @@ def test_kills_at_random_moments(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program, str(photos), str(out)],
                           capture_output=True, text=True, timeout=600, check=True)  # fmt: skip
     assert len(set(done.stdout.splitlines())) > 1  # it was killed in different states
-    vissl_lite.shard(str(photos), str(out), images_per_shard=20, overwrite=True)
+    vissl_lite.shard(data=str(photos), out=str(out), images_per_shard=20, overwrite=True)
     assert tars_in(out) == expected
 
 
@@ -1080,7 +1080,7 @@ def test_a_full_disk_leaves_what_was_there(
     for folder in (out, tmp_path / "new"):
         written = 0
         with pytest.raises(OSError, match="No space left"):
-            vissl_lite.shard(str(photos), str(folder), images_per_shard=5, overwrite=True)
+            vissl_lite.shard(data=str(photos), out=str(folder), images_per_shard=5, overwrite=True)
     assert tars_in(out) == before
     assert not (tmp_path / "new").exists()
 
@@ -1142,7 +1142,7 @@ def test_what_is_no_file_or_vanishes_is_left_out(
     found = sorted(map(str, mine.rglob("*.jpg")))  # as they were when they were listed
     (mine / "gone.jpg").unlink()
     monkeypatch.setattr(shard_command, "find_images", lambda sources: found)
-    result = vissl_lite.shard(str(mine), str(tmp_path / "out"))
+    result = vissl_lite.shard(data=str(mine), out=str(tmp_path / "out"))
     assert result.images == 24
     assert {Path(path).name for path in result.left_out} == {
         "fifo.jpg", "zero.jpg", "large.jpg", "gone.jpg"

@@ -320,7 +320,7 @@ def test_hyperparameters(name: str, tried: Tried, called: Called, place: Path) -
      ("seed", str(2**64), "too large a number"),
      ("seed", str(2**32), "--seed 4294967296 must be at most 4294967295"),
      ("seed", str(10**400), "(401 characters) is not of the type int"),
-     ("weight_decay", "-1", "--weight_decay -1.0 must not be negative"),
+     ("weight_decay", "-1", "--weight_decay -1 must not be negative"),
      ("lr", "1e400", "--lr inf must be a finite number"),
      ("lr", "1e30", "--lr 1e+30 must be at most 1e+06"),
      ("data", "", "--data must not be empty"),
@@ -338,7 +338,7 @@ def test_hyperparameters(name: str, tried: Tried, called: Called, place: Path) -
      ("max_time", "-1", "is no time"),
      ("max_time", "", "--max_time must not be empty"),
      ("accumulate_grad_batches", str(10**9), "must be at most"),
-     ("warmup", "1", "--warmup 1.0 is not a share")],
+     ("warmup", "1", "--warmup 1 is not a share")],
 )  # fmt: skip
 def test_what_is_said(option: str, value: str, message: str, tried: Tried, place: Path) -> None:
     given = needed("pretrain", place)

@@ -378,7 +378,7 @@ def test_a_timm_folder_is_exported_without_what_a_stranger_wrote_into_it(tmp_pat
     config["pretrained_cfg"]["url"] = "https://127.0.0.1:9/w"
     config["more"] = "x"
     (folder / "config.json").write_text(json.dumps(config))
-    export(str(tmp_path / "out"), encoder=str(folder), format="safetensors")
+    export(out=str(tmp_path / "out"), encoder=str(folder), format="safetensors")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "url" not in written["pretrained_cfg"]
     assert "more" not in written

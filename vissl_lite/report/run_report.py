@@ -10,13 +10,14 @@ import yaml
 
 from vissl_lite.errors import UserError
 from vissl_lite.evaluation.embedding import ImageMap
+from vissl_lite.options import flatten
 from vissl_lite.report.charts import curves
 from vissl_lite.report.folder import Record, RunFolder, read_run
 from vissl_lite.report.gallery import pictures, predicted
 from vissl_lite.report.map import map_layout
 from vissl_lite.report.page import Block, render, write_page
 from vissl_lite.report.results import main_figures, result_blocks, verdicts
-from vissl_lite.run import MAP, METRICS, RESULTS, flatten
+from vissl_lite.run import MAP, METRICS, RESULTS
 from vissl_lite.run_folder import CONFIG
 
 REPORT = "report.html"

@@ -1,0 +1,148 @@
+"""The command line: words to options, configuration files, help."""
+
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vissl_lite.cli import find_command, main, parse_words
+from vissl_lite.commands.pretrain_options import PretrainOptions
+from vissl_lite.errors import UserError
+from vissl_lite.options import Options, Paths, options_of, parse_value
+
+
+@dataclass(frozen=True)
+class Some(Options):
+    """Options of nothing."""
+
+    what: str
+    """What."""
+    data: Paths = "here"
+    _: KW_ONLY
+    lr: float | list[float] | None = None
+    epochs: int | None = None
+    flag: bool = False
+    weights: dict[str, float] | None = None
+
+
+def parsed(options: type[Options], *words: str) -> dict[str, Any]:
+    return options.merged(parse_words(options, words))
+
+
+@pytest.mark.parametrize(
+    ("words", "values"),
+    [("--what a", {"what": "a"}), ("--what=a", {"what": "a"}), ("a", {"what": "a"}),
+     ("a b --epochs 3", {"what": "a", "data": "b", "epochs": 3}),
+     ("--flag", {"flag": True}), ("--flag false", {"flag": False}),
+     ("--flag --what a", {"flag": True, "what": "a"}),
+     ("--data a b", {"data": ["a", "b"]}), ("--data a --data b", {"data": ["a", "b"]}),
+     ("--data [a,b]", {"data": ["a", "b"]}), ("--data {a,b}.tar", {"data": "{a,b}.tar"}),
+     ("--epochs 1 --epochs 2", {"epochs": 2}), ("--epochs null", {"epochs": None}),
+     ("--lr 1e-3", {"lr": 0.001}), ("--lr -1e-3 1", {"lr": [-0.001, 1]}),
+     ("--weights={a: 1e-1}", {"weights": {"a": 0.1}}),
+     ("--weights.a 1 --weights.b 2", {"weights": {"a": 1, "b": 2}}),
+     ("--what=--flag", {"what": "--flag"})],
+)  # fmt: skip
+def test_words_become_values(words: str, values: dict[str, Any]) -> None:
+    split = [words] if words.startswith("--weights=") else words.split()
+    assert parsed(Some, *split) == values
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [("--what a b", "--what takes one value, not a b"), ("--what", "--what needs a value"),
+     ("a b c", "c belongs to no option"), ("-x", "-x belongs to no option"),
+     ("--flg", "unknown option --flg: did you mean --flag"),
+     ("--epochs.x 1", "unknown option --epochs.x")],
+)  # fmt: skip
+def test_words_that_are_no_options(words: str, message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        parsed(Some, *words.split())
+    assert message in str(refused.value)
+
+
+def test_the_command_line_wins_over_files_and_the_last_file_over_the_first(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("epochs: 1\nwhat: a\nlr: 1e-3\n")
+    (tmp_path / "b.yaml").write_text("epochs: 2\nwhat: b\n")
+    files = ["--config", str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")]
+    assert parsed(Some, "--what", "c", *files) == {"what": "c", "epochs": 2, "lr": 0.001}
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "result"),
+    [("1:00:00", str | int | None, "1:00:00"), ("90", str | int | None, 90), ("null", str, "null"),
+     ("x", int | None, "x"), ("", int | None, ""), (["1", "x"], list[int], [1, "x"])],
+)  # fmt: skip
+def test_text_becomes_what_it_stands_for(value: Any, kind: Any, result: Any) -> None:
+    assert parse_value("name", value, kind) == result
+
+
+# The pretext and its hyperparameters
+
+
+@pytest.mark.parametrize(
+    ("words", "pretext"),
+    [("--pretext dino", {"name": "dino"}), ("--pretext.name dino", {"name": "dino"}),
+     ("--pretext.temperature 0.5", {"name": "simclr", "temperature": 0.5}),
+     ("--pretext.momentum 0.9 --pretext dino", {"name": "dino", "momentum": 0.9})],
+)  # fmt: skip
+def test_a_pretext_and_its_hyperparameters(words: str, pretext: dict[str, Any]) -> None:
+    assert parsed(PretrainOptions, *words.split()) == {"pretext": pretext}
+
+
+SHARED = """
+epochs: 100
+pretext: {name: simclr, temperature: 0.5}
+overrides:
+  dino: {epochs: 50, pretext: {momentum: 0.95}}
+  mae: {batch_size: 32}
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "values"),
+    [("", {"epochs": 100, "pretext": {"name": "simclr", "temperature": 0.5}}),
+     ("--pretext dino", {"epochs": 50, "pretext": {"name": "dino", "momentum": 0.95}}),
+     ("--pretext dino --epochs 3 --pretext.momentum 0.9",
+      {"epochs": 3, "pretext": {"name": "dino", "momentum": 0.9}}),
+     ("--pretext mae", {"epochs": 100, "batch_size": 32, "pretext": {"name": "mae"}})],
+)  # fmt: skip
+def test_a_file_may_differ_by_pretext(words: str, values: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "shared.yaml").write_text(SHARED)
+    given = ["--config", str(tmp_path / "shared.yaml"), *words.split()]
+    assert parsed(PretrainOptions, *given) == values
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [("{dion: {epochs: 1}}", "unknown pretext dion: did you mean dino"),
+     ("[dino]", "overrides must be a mapping"), ("{dino: 1}", "overrides must be a mapping"),
+     ("{simclr: {epoch: 1}}", "unknown option --epoch")],
+)  # fmt: skip
+def test_overrides_with_a_mistake(overrides: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "shared.yaml").write_text(f"overrides: {overrides}\n")
+    with pytest.raises(UserError) as refused:
+        parsed(PretrainOptions, "--config", str(tmp_path / "shared.yaml"))
+    assert message in str(refused.value)
+
+
+# Help
+
+
+def test_help_shows_the_hyperparameters_of_the_pretext(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", "--pretext", "mae", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--pretext.mask_ratio" in shown or "--pretext.masked" in shown
+    assert "--on_collapse {warn,stop}" in shown
+    assert "(default 0.1)" in shown
+    assert shown.index("--data DATA ...") < shown.index("--epochs EPOCHS")
+
+
+def test_rows_for_the_documentation() -> None:
+    rows = {row.name: row for row in options_of(find_command("embed")).rows()}
+    assert rows["data"].required
+    assert rows["data"].values == "DATA ..."
+    assert rows["format"].values == "{parquet,npz}"
+    assert rows["overwrite"] == ("overwrite", "", None, False, "Replace the file.")
+    assert all(row.help for row in rows.values())
