@@ -197,7 +197,7 @@ def test_segmentation_is_compared_by_fine_tuning(tmp_path: Path) -> None:
         (("--encoder", "random:test_vit", "random:test_resnet", "--protocols", "cnn"),
          "none of knn, linear, finetune"),
         (("--encoder", "random:test_vit", "random:test_resnet", "--fractions", 2),
-         "--fractions 2.0 is not a share"),
+         "--fractions 2 is not a share"),
         (("--encoder", "random:test_vit", "random:test_resnet", "--fractions", 1, "--shots", 1),
          "give --fractions or --shots, not both"),
         (("--encoder", "random:test_vit", "random:test_resnet", "--baseline", "random:test_vti"),
