@@ -49,6 +49,8 @@ class Encoder(nn.Module):
         self.backbone: str = config["architecture"]
         self.mean: tuple[float, ...] = tuple(config["mean"])
         self.std: tuple[float, ...] = tuple(config["std"])
+        object.__setattr__(self, "_normalize", Normalize(self.mean, self.std))
+        self._normalize: Normalize
 
     @property
     def patch_size(self) -> int | None:
@@ -106,6 +108,18 @@ class Encoder(nn.Module):
     def train(self, mode: bool = True) -> "Encoder":
         self.model.training = mode  # the model itself is no child, see above
         return super().train(mode)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Scale a raw batch to what the backbone takes, on the device where the batch is.
+
+        Args:
+            images: ``(B, C, H, W)`` uint8.
+
+        Returns:
+            ``(B, C, H, W)`` float32, in the memory format of ``images``.
+        """
+        normalized: Tensor = self._normalize.to(images.device)(images)
+        return normalized
 
     def forward(self, images: Tensor) -> Tensor:
         """Pooled features.
