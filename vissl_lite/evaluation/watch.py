@@ -14,7 +14,7 @@ from torch import Tensor
 from vissl_lite.data.labelled import LabelledImages, Part
 from vissl_lite.data.stream import Batch, ViewDataset, collate
 from vissl_lite.data.views import Views, crop_decode_size, distorted_crop
-from vissl_lite.encoder import Encoder, Normalize
+from vissl_lite.encoder import Encoder
 from vissl_lite.errors import MachineError, UserError
 from vissl_lite.evaluation.features import extract
 from vissl_lite.evaluation.knn import knn_predict
@@ -266,17 +266,16 @@ class Watch(Callback):
         crop = distorted_crop(size, SMALLEST_CROP, upright=self.upright)
         views = Views([crop, crop], crop_decode_size(size, SMALLEST_CROP))
         images = ViewDataset(paths, views, self.seed)
-        normalize = Normalize(encoder.mean, encoder.std)
         features: list[list[Tensor]] = [[], []]
         self._forward = 0.0
-        with evaluating(encoder, normalize) as device:
+        with evaluating(encoder) as device:
             for start in range(0, len(paths), AT_ONCE):
                 some = range(start, min(start + AT_ONCE, len(paths)))
                 batch = collate([images[0, index] for index in some]).views
                 started = time.monotonic()
                 for view, found in zip(batch, features, strict=True):
                     view = view.to(device, memory_format=torch.channels_last)
-                    found.append(encoder(normalize(view)).float().cpu())
+                    found.append(encoder(encoder.normalize(view)).float().cpu())
                 self._forward += (time.monotonic() - started) / (2 * len(paths))
         return [torch.cat(parts).numpy() for parts in features]
 
