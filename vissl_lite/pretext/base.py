@@ -109,7 +109,7 @@ class PretextTask(pl.LightningModule, ABC):
         self._copy: list[PretextTask] = []  # see ``whole``
 
     @abstractmethod
-    def views(self) -> Views:
+    def views(self, upright: bool = True) -> Views:
         """The augmentations that make the views of an image."""
 
     @abstractmethod

@@ -61,10 +61,10 @@ class BYOL(PretextTask):
         self.momentum = momentum
         self.smallest_crop, self.colour = smallest_crop, colour
 
-    def views(self) -> Views:
+    def views(self, upright: bool = True) -> Views:
         size = self.encoder.image_size
         return two_views(
-            size, self.smallest_crop, self.colour, self.upright, BYOL_BLUR, BYOL_SOLARIZE
+            size, self.smallest_crop, self.colour, upright, BYOL_BLUR, BYOL_SOLARIZE
         )
 
     def loss(self, views: list[Tensor]) -> Tensor:

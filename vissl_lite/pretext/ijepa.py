@@ -190,8 +190,8 @@ class IJEPA(PretextTask):
         self.context_scale = context_scale
         self.smallest_crop = smallest_crop
 
-    def views(self) -> Views:
-        return cropped_views(self.encoder.image_size, self.smallest_crop, self.upright)
+    def views(self, upright: bool = True) -> Views:
+        return cropped_views(self.encoder.image_size, self.smallest_crop, upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
         images = views[0]

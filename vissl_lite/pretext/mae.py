@@ -91,8 +91,8 @@ class MAE(PretextTask):
         self.masked = number_masked(self.side**2, mask_ratio)
         self.smallest_crop = smallest_crop
 
-    def views(self) -> Views:
-        return cropped_views(self.encoder.image_size, self.smallest_crop, self.upright)
+    def views(self, upright: bool = True) -> Views:
+        return cropped_views(self.encoder.image_size, self.smallest_crop, upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
         images = views[0]

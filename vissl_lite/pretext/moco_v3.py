@@ -71,10 +71,10 @@ class MoCoV3(PretextTask):
         self.temperature, self.momentum = temperature, momentum
         self.smallest_crop, self.colour = smallest_crop, colour
 
-    def views(self) -> Views:
+    def views(self, upright: bool = True) -> Views:
         size = self.encoder.image_size
         return two_views(
-            size, self.smallest_crop, self.colour, self.upright, BYOL_BLUR, BYOL_SOLARIZE
+            size, self.smallest_crop, self.colour, upright, BYOL_BLUR, BYOL_SOLARIZE
         )
 
     def chance_loss(self, images: int) -> float:

@@ -129,8 +129,8 @@ class SimMIM(PretextTask):
             )
         return size // side
 
-    def views(self) -> Views:
-        return cropped_views(self.encoder.image_size, self.smallest_crop, self.upright)
+    def views(self, upright: bool = True) -> Views:
+        return cropped_views(self.encoder.image_size, self.smallest_crop, upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
         images = views[0]

@@ -398,8 +398,8 @@ class SparK(PretextTask):
             )
         return grid, maps
 
-    def views(self) -> Views:
-        return cropped_views(self.encoder.image_size, self.smallest_crop, self.upright)
+    def views(self, upright: bool = True) -> Views:
+        return cropped_views(self.encoder.image_size, self.smallest_crop, upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
         images = views[0]
