@@ -144,4 +144,15 @@ def cosine_with_warmup(fraction: float, warmup: float) -> float:
     """
     if fraction < warmup:
         return fraction / warmup
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (fraction - warmup) / (1 - warmup))))
+    return cosine_schedule(1.0, 0.0, min(1.0, (fraction - warmup) / (1 - warmup)))
+
+
+def cosine_schedule(start: float, end: float, progress: float) -> float:
+    """Half a cosine from ``start`` to ``end``.
+
+    Args:
+        start: Value at progress 0.
+        end: Value at progress 1.
+        progress: Share of the way, in [0, 1].
+    """
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2

@@ -10,12 +10,12 @@ from torch import Tensor
 from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
 from vissl_lite.errors import LARGEST_QUEUE, check_positive, check_share, check_sizes
-from vissl_lite.optim import OptimizerSettings
+from vissl_lite.optim import OptimizerSettings, cosine_schedule
 from vissl_lite.pretext.base import About, PretextTask
 from vissl_lite.pretext.parts.crops import MultiCrop, by_size
 from vissl_lite.pretext.parts.heads import PrototypeHead
 from vissl_lite.pretext.parts.losses import Centre, swapped_prediction
-from vissl_lite.pretext.parts.momentum import cosine, follow, frozen_copy
+from vissl_lite.pretext.parts.momentum import follow, frozen_copy
 
 
 class DINO(PretextTask):
@@ -129,7 +129,7 @@ class DINO(PretextTask):
             self.head.freeze_last()
 
     def after_step(self) -> None:
-        momentum = cosine(self.momentum, 1, self.progress)
+        momentum = cosine_schedule(self.momentum, 1, self.progress)
         follow(self.teacher_encoder, self.encoder, momentum)
         follow(self.teacher_head, self.head, momentum)
 

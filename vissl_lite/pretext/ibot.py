@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
 from vissl_lite.errors import LARGEST_QUEUE, check_positive, check_share, check_sizes
-from vissl_lite.optim import OptimizerSettings
+from vissl_lite.optim import OptimizerSettings, cosine_schedule
 from vissl_lite.pretext.base import About, PretextTask
 from vissl_lite.pretext.parts.crops import MultiCrop, by_size
 from vissl_lite.pretext.parts.heads import PrototypeHead
 from vissl_lite.pretext.parts.losses import Centre, cross_entropy, koleo, swapped_prediction
 from vissl_lite.pretext.parts.masking import check_patches, masked_patches
-from vissl_lite.pretext.parts.momentum import cosine, follow, frozen_copy
+from vissl_lite.pretext.parts.momentum import follow, frozen_copy
 
 
 def some_masks(batch: int, rows: int, columns: int, like: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ class IBOT(PretextTask):
             self.head.freeze_last()
 
     def after_step(self) -> None:
-        momentum = cosine(self.momentum, 1, self.progress)
+        momentum = cosine_schedule(self.momentum, 1, self.progress)
         follow(self.teacher_encoder, self.encoder, momentum)
         follow(self.teacher_head, self.head, momentum)
 

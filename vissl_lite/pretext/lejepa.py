@@ -66,9 +66,7 @@ class LeJEPA(PretextTask):
         check_sizes(directions=directions, hidden_size=hidden_size, projection_size=projection_size)
         self.head = mlp(encoder.num_features, hidden_size, hidden_size, projection_size)
         self.lambd, self.directions = lambd, directions
-        self.crops = MultiCrop(
-            large_crops, small_crops, smallest_crop, smallest_large_crop, colour
-        )
+        self.crops = MultiCrop(large_crops, small_crops, smallest_crop, smallest_large_crop, colour)
 
     def views(self, upright: bool = True) -> Views:
         return self.crops.views(self.encoder, upright)

@@ -82,9 +82,7 @@ class SwAV(PretextTask):
         self.earlier = nn.ModuleList(self.queues)  # so that a checkpoint holds them
         self.temperature, self.epsilon = temperature, epsilon
         self.sinkhorn_iterations, self.queue_start = sinkhorn_iterations, queue_start
-        self.crops = MultiCrop(
-            2, small_crops, smallest_crop, smallest_large_crop, colour
-        )
+        self.crops = MultiCrop(2, small_crops, smallest_crop, smallest_large_crop, colour)
 
     def views(self, upright: bool = True) -> Views:
         return self.crops.views(self.encoder, upright)

@@ -64,35 +64,38 @@ def number_masked(count: int, ratio: float) -> int:
     return min(max(round(ratio * count), 1), count - 1)
 
 
-def random_mask(batch: int, count: int, ratio: float, device: torch.device) -> Tensor:
-    """Masks that hide equally many of all patches of each image, drawn anew for each.
+def random_mask(
+    batch: int, count: int, ratio: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Choose the patches to mask, equally many in each image, anew for each image.
 
     Args:
-        batch: B, images.
-        count: N, patches of an image; at least 2.
-        ratio: share that is masked; see ``number_masked``.
-        device: where to draw.
+        batch: B, number of images.
+        count: N, number of patches of an image; at least 2.
+        ratio: Share of the patches that is masked; see ``number_masked``.
+        device: Device to draw on.
 
     Returns:
-        ``(B, N)``, true where masked.
+        ``(B, N - M)`` indices of the visible patches and ``(B, M)`` of the masked ones, both
+        ascending.
     """
     masked = number_masked(count, ratio)
     shuffled = torch.rand(batch, count, device=device).argsort(dim=1)
-    mask = torch.zeros(batch, count, dtype=torch.bool, device=device)
-    return mask.scatter(1, shuffled[:, :masked], True)
+    return shuffled[:, masked:].sort(dim=1).values, shuffled[:, :masked].sort(dim=1).values
 
 
-def positions(chosen: Tensor, count: int) -> Tensor:
-    """Where a mask is true, in ascending order.
+def indices_to_mask(indices: Tensor, count: int) -> Tensor:
+    """Mask of the patches with the given indices.
 
     Args:
-        chosen: ``(B, N)``, equally often true in each row.
-        count: K, how often; known to the caller, as to ask the mask would wait for a GPU.
+        indices: ``(B, K)``, below N.
+        count: N, number of patches of an image.
 
     Returns:
-        ``(B, K)`` indices below N.
+        ``(B, N)`` bool, true at the indices.
     """
-    return chosen.byte().argsort(dim=1, descending=True, stable=True)[:, :count]
+    empty = torch.zeros(len(indices), count, dtype=torch.bool, device=indices.device)
+    return empty.scatter(1, indices, True)
 
 
 def take(tokens: Tensor, where: Tensor) -> Tensor:
@@ -200,12 +203,12 @@ def masked_patches(model: Any, mask: Tensor, token: Tensor) -> Iterator[None]:
 def encode_visible(encoder: Encoder, images: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
     """Run a ViT on some patches of each image; the others cost nothing (MAE, section 3).
 
-    The way of timm's ``VisionTransformer.forward_features``, with the choice of patches in the
-    place of its patch dropout: after the position embedding, so that each patch keeps its own.
+    A forward hook chooses them in the place of timm's patch dropout, which comes after the position
+    embedding: each patch keeps its own position.
 
     Args:
-        encoder: with a plain ViT.
-        images: ``(B, C, S, S)``, normalised.
+        encoder: Encoder with a plain ViT.
+        images: ``(B, C, S, S)``, normalized.
         visible: ``(B, K)`` indices of patches.
 
     Returns:
@@ -213,9 +216,15 @@ def encode_visible(encoder: Encoder, images: Tensor, visible: Tensor) -> tuple[T
     """
     model = encoder.model
     first = model.num_prefix_tokens
-    tokens = model._pos_embed(model.patch_embed(images))
-    tokens = torch.cat([tokens[:, :first], take(tokens[:, first:], visible)], dim=1)
-    tokens = model.norm(model.blocks(model.norm_pre(tokens)))
+
+    def choose(_: nn.Module, __: tuple[Tensor, ...], tokens: Tensor) -> Tensor:
+        return torch.cat([tokens[:, :first], take(tokens[:, first:], visible)], dim=1)
+
+    hook = model.patch_drop.register_forward_hook(choose)
+    try:
+        tokens = model.forward_features(images)
+    finally:
+        hook.remove()
     return tokens[:, :first], tokens[:, first:]
 
 
