@@ -6,6 +6,7 @@ from typing import Literal
 
 import timm.optim
 from torch import nn
+from torch.amp import GradScaler
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
@@ -125,6 +126,23 @@ def _fused(name: str, module: nn.Module) -> dict[str, bool]:
         able = (AdamW, Adam)
     fits = timm.optim.get_optimizer_class(name, bind_defaults=False) in able
     return {"fused": True} if fits else {}
+
+
+def clip_gradients(
+    module: nn.Module, max_norm: float, optimizer: Optimizer, scaler: GradScaler | None
+) -> None:
+    """Scale a module's gradients down to a norm, where theirs is larger.
+
+    Args:
+        module: Module with gradients.
+        max_norm: Largest norm of all gradients together.
+        optimizer: Optimizer that is about to step.
+        scaler: What has scaled the loss, with float16. A fused optimizer takes the scale out of the
+            gradients as it steps, and Lightning leaves that to it: too late for what is clipped.
+    """
+    if scaler is not None and optimizer.defaults.get("fused"):
+        scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_(module.parameters(), max_norm)
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:

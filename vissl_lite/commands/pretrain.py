@@ -43,6 +43,7 @@ from vissl_lite.training.fit import TrainingFiles, fit
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.training.loggers import logger_names, make_loggers
 from vissl_lite.training.pace import Pace
+from vissl_lite.training.resizing import ProgressiveResizing
 from vissl_lite.training.seen import KeepFingerprints
 from vissl_lite.training.stream import StreamData
 
@@ -202,7 +203,7 @@ def pretrain(
         options.backbone, options.image_size, options.init, paths, options.pretext["name"]
     )
     task = options.task(encoder)
-    views = task.views()
+    views = task.views(options.upright)
     accumulate = options.accumulate_grad_batches
     task.optimizer_settings = options.optimizer_settings(task, size * accumulate)
     seconds = parse_time(options.max_time)
@@ -233,10 +234,12 @@ def pretrain(
             paths, labelled, stream, pace, options.seed, options.upright,
             stop_on_collapse=options.on_collapse == "stop",
         )  # fmt: skip
-        keep = KeepFingerprints(run, stream, pace, before)
+        callbacks = [watch, KeepFingerprints(run, stream, pace, before)]
+        if options.progressive_resizing:
+            callbacks.append(ProgressiveResizing(pace, task.encoder))
         metrics = MetricsFile(run / METRICS) if is_main_process() else None
         trainer = fit(
-            task, stream, pace, hardware, [watch, keep],
+            task, stream, pace, hardware, callbacks,
             TrainingFiles(metrics, run / CHECKPOINTS, resume), title=options.pretext["name"],
             loggers=make_loggers(logger_names(options.logger), run),
             chance_loss=task.chance_loss(size),

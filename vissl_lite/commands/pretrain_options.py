@@ -24,8 +24,8 @@ from vissl_lite.errors import (
 from vissl_lite.optim import LARGEST_RATE, OptimizerSettings, check_optimizer, check_rates
 from vissl_lite.pretext import PRETEXTS, pretext_class
 from vissl_lite.pretext.base import PretextTask
-from vissl_lite.pretext.parts.resizing import SMALLEST
 from vissl_lite.training.loggers import logger_names
+from vissl_lite.training.resizing import SMALLEST
 
 LONGEST_DAYS = 3650  # of training
 LARGEST_STEP = 100_000  # batches
@@ -84,7 +84,6 @@ class Options:
         task = pretext_class(self.pretext["name"])(encoder, **hyperparameters)
         if self.progressive_resizing:
             _check_resizing(task)
-        task.upright, task.progressive_resizing = self.upright, self.progressive_resizing
         return task
 
     def optimizer_settings(self, task: PretextTask, batch_size: int) -> OptimizerSettings:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -228,31 +229,6 @@ def encode_visible(encoder: Encoder, images: Tensor, visible: Tensor) -> tuple[T
     return tokens[:, :first], tokens[:, first:]
 
 
-def sine_cosine_positions(rows: int, columns: int, width: int) -> Tensor:
-    """Fixed position embeddings: sines and cosines of the row, then of the column.
-
-    Those of the transformer (Vaswani et al. 2017, section 3.5), for each axis on half the width,
-    as in MAE (appendix A.1) and I-JEPA.
-
-    Args:
-        rows: of patches.
-        columns: of patches.
-        width: a multiple of 4.
-
-    Returns:
-        ``(rows * columns, width)``, row by row.
-    """
-    frequencies = 10000.0 ** -(torch.arange(width // 4) / (width // 4))
-
-    def along(count: int) -> Tensor:
-        angles = torch.arange(count)[:, None] * frequencies
-        return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-    by_row = along(rows)[:, None].expand(-1, columns, -1)
-    by_column = along(columns)[None].expand(rows, -1, -1)
-    return torch.cat([by_row, by_column], dim=2).flatten(0, 1)
-
-
 def narrow_width(features: int, share: float) -> int:
     """A share of an encoder's width, in whole heads of 32 as in MAE's decoder (512 with 16 heads).
 
@@ -289,9 +265,9 @@ class PatchPredictor(nn.Module):
         self.embed = nn.Linear(features, width)
         self.mask_token = nn.Parameter(torch.zeros(width))
         self.positions: Tensor
-        self.register_buffer(
-            "positions", sine_cosine_positions(side, side, width), persistent=False
-        )
+        # sines and cosines of the row, then of the column, as in MAE (appendix A.1) and I-JEPA
+        positions = build_sincos2d_pos_embed([side, side], width, interleave_sin_cos=True)
+        self.register_buffer("positions", positions, persistent=False)
         self.blocks = nn.Sequential(
             *(Block(width, num_heads=width // 32, qkv_bias=True) for _ in range(depth))
         )
