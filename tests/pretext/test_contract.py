@@ -21,7 +21,7 @@ from vissl_lite.optim import build_optimizer
 from vissl_lite.pretext import PRETEXTS, PretextTask, pretext_class
 from vissl_lite.pretext.base import KINDS
 from vissl_lite.pretext.parts.exhibit import exhibit
-from vissl_lite.pretext.parts.resizing import shrink
+from vissl_lite.training.resizing import shrink
 
 EXAMPLES = {
     "any": ["test_resnet", "test_vit"],

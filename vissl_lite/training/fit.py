@@ -64,6 +64,23 @@ class TrainingFiles:
 NO_FILES = TrainingFiles()
 
 
+@contextmanager
+def settings_restored() -> Iterator[None]:
+    """Keep Lightning's chatter and cuDNN's search for convolutions to a training."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    benchmark = torch.backends.cudnn.benchmark
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@settings_restored()
 def fit(
     module: pl.LightningModule,
     data: StreamData,
@@ -147,7 +164,7 @@ def fit(
             metrics.forget_after(saved["global_step"] - 1)
         del saved
     fast = compiled(module) if hardware.compile else quick_operations()
-    with warnings.catch_warnings(), settings_restored(), tf32(), fast:
+    with warnings.catch_warnings(), tf32(), fast:
         for message in _NOISE:
             warnings.filterwarnings("ignore", message)
         too_large = False
@@ -173,22 +190,6 @@ def fit(
     if keeper is not None and keeper.told_to_stop:
         raise _ended_by(keeper.told_to_stop)
     return trainer
-
-
-@contextmanager
-def settings_restored() -> Iterator[None]:
-    """Keep Lightning's chatter and cuDNN's search for convolutions to a training."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    benchmark = torch.backends.cudnn.benchmark
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = benchmark
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _ended_by(number: int) -> BaseException:
