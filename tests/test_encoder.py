@@ -169,7 +169,6 @@ def test_what_is_not_a_number_is_black() -> None:
     assert not encoder.denormalize(torch.full((1, 3, 2, 2), torch.nan)).any()
 
 
-
 # Building
 
 
@@ -380,14 +379,13 @@ WRITERS: dict[str, Callable[[dict[str, Tensor], Path], None]] = {
 }
 
 
-@every_backbone
 @pytest.mark.parametrize("name", WRITERS)
 def test_weights_load_from_each_kind_of_file_without_their_classifier(
-    name: str, backbone: str, tmp_path: Path
+    name: str, tmp_path: Path
 ) -> None:
-    state = classifier_state(backbone)
+    state = classifier_state(CNN)
     WRITERS[name](state, tmp_path / name)
-    encoder = made(backbone)
+    encoder = made(CNN)
     load_weights(encoder, tmp_path / name)
     loaded = encoder.model.state_dict()
     assert len(loaded) == len(state) - 2
@@ -424,7 +422,7 @@ def plain_pickle(content: Any, file: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [torch.save, plain_pickle])
-@pytest.mark.parametrize("name", ["w.pth", "w.pt", "w.bin", "w.pkl", "w.safetensors"])
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
 def test_code_in_a_file_is_never_executed(name: str, write: Any, tmp_path: Path) -> None:
     trace, file = tmp_path / "executed", tmp_path / name
     write({"state_dict": made().state_dict(), "extra": Evil(trace)}, file)
@@ -445,14 +443,13 @@ def test_the_refusal_of_code_says_why(tmp_path: Path) -> None:
         load_weights(made(), tmp_path / "w.pth")
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"text, not weights", b"\x80", b"\x80\x04", b"PK\x03\x04", bytes(range(256))]
-)
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
-def test_a_damaged_file_is_a_mistake(name: str, content: bytes, tmp_path: Path) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match="can't be loaded"):
-        read_weights(tmp_path / name)
+def test_a_damaged_file_is_a_mistake(name: str, tmp_path: Path) -> None:
+    text, pickles = (b"", b"text, not weights"), (b"\x80", b"\x80\x04", b"PK\x03\x04")
+    for content in (*text, *pickles, bytes(range(256))):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match="can't be loaded"):
+            read_weights(tmp_path / name)
 
 
 @pytest.mark.parametrize("kept", [0.3, 0.9])

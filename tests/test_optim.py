@@ -10,6 +10,7 @@ from vissl_lite.optim import (
     OptimizerSettings,
     build_optimizer,
     check_optimizer,
+    cosine_schedule,
     cosine_with_warmup,
     set_lr,
 )
@@ -33,6 +34,11 @@ every_backbone = pytest.mark.parametrize("backbone", ["test_resnet", "test_vit"]
 )
 def test_cosine_with_warmup_at_its_corners(fraction: float, warmup: float, expected: float) -> None:
     assert cosine_with_warmup(fraction, warmup) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(("progress", "value"), [(0, 0.99), (0.5, 0.995), (1, 1.0)])
+def test_cosine_rises_from_start_to_end(progress: float, value: float) -> None:
+    assert cosine_schedule(0.99, 1.0, progress) == pytest.approx(value)
 
 
 def test_the_rate_rises_once_and_falls_once_without_a_jump() -> None:

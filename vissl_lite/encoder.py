@@ -36,8 +36,9 @@ class Encoder(nn.Module):
         self.model: Any = model
         self.model_args = model_args
         self.image_size = image_size
-        self.num_features = int(getattr(self.model, "head_hidden_size", self.model.num_features))
-        config = self.model.pretrained_cfg
+        timm_model: Any = model
+        self.num_features = int(getattr(model, "head_hidden_size", timm_model.num_features))
+        config = timm_model.pretrained_cfg
         self.backbone: str = config["architecture"]
         self.mean: tuple[float, ...] = tuple(config["mean"])
         self.std: tuple[float, ...] = tuple(config["std"])

@@ -6,6 +6,7 @@ from typing import Literal
 
 import timm.optim
 from torch import nn
+from torch.amp import GradScaler
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
@@ -127,6 +128,23 @@ def _fused(name: str, module: nn.Module) -> dict[str, bool]:
     return {"fused": True} if fits else {}
 
 
+def clip_gradients(
+    module: nn.Module, max_norm: float, optimizer: Optimizer, scaler: GradScaler | None
+) -> None:
+    """Scale a module's gradients down to a norm, where theirs is larger.
+
+    Args:
+        module: Module with gradients.
+        max_norm: Largest norm of all gradients together.
+        optimizer: Optimizer that is about to step.
+        scaler: What has scaled the loss, with float16. A fused optimizer takes the scale out of the
+            gradients as it steps, and Lightning leaves that to it: too late for what is clipped.
+    """
+    if scaler is not None and optimizer.defaults.get("fused"):
+        scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_(module.parameters(), max_norm)
+
+
 def set_lr(optimizer: Optimizer, lr: float) -> None:
     """Set the learning rate, scaled in groups that ask for it (layer-wise decay)."""
     for group in optimizer.param_groups:
@@ -144,4 +162,15 @@ def cosine_with_warmup(fraction: float, warmup: float) -> float:
     """
     if fraction < warmup:
         return fraction / warmup
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (fraction - warmup) / (1 - warmup))))
+    return cosine_schedule(1.0, 0.0, min(1.0, (fraction - warmup) / (1 - warmup)))
+
+
+def cosine_schedule(start: float, end: float, progress: float) -> float:
+    """Half a cosine from ``start`` to ``end``.
+
+    Args:
+        start: Value at progress 0.
+        end: Value at progress 1.
+        progress: Share of the way, in [0, 1].
+    """
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2

@@ -3,7 +3,8 @@ import torch
 
 from vissl_lite.encoder import build_encoder
 from vissl_lite.errors import UserError
-from vissl_lite.pretext.ijepa import IJEPA, block_size, cover, draw_context, place_blocks
+from vissl_lite.pretext.ijepa import IJEPA, block_size, draw_context, place_blocks
+from vissl_lite.pretext.parts.masking import indices_to_mask
 
 CPU = torch.device("cpu")
 
@@ -79,7 +80,7 @@ def test_targets_that_cover_everything_give_way_to_the_context() -> None:
 
 
 def test_a_target_on_the_whole_context_leaves_everything_else() -> None:
-    corner = cover(torch.tensor([[0, 1]]), 4)
+    corner = indices_to_mask(torch.tensor([[0, 1]]), 16)
     context, targets = draw_context(corner, torch.tensor([[[0, 1, 4, 5]]]), side=4)
     assert sorted(context[0].tolist()) == [2, 3, *range(6, 16)]
     assert targets.tolist() == [[[0, 1, 4, 5]]]

@@ -12,6 +12,7 @@ from vissl_lite.errors import UserError
 from vissl_lite.pretext import spark as module_under_test
 from vissl_lite.pretext.base import PretextTask
 from vissl_lite.pretext.parts.masking import (
+    indices_to_mask,
     normalized_patches,
     patchify,
     random_mask,
@@ -37,7 +38,8 @@ def spark(backbone: str = "test_resnet", size: int = 64, **arguments: float) -> 
 
 
 def some_visible(task: SparK, batch: int) -> torch.Tensor:
-    mask = random_mask(batch, task.grid**2, 0.6, torch.device("cpu"))
+    masked = random_mask(batch, task.grid**2, 0.6, torch.device("cpu"))[1]
+    mask = indices_to_mask(masked, task.grid**2)
     return (~mask).float().view(batch, 1, task.grid, task.grid)
 
 
@@ -215,15 +217,14 @@ def test_loss_equals_the_literal_one() -> None:
     torch.manual_seed(5)
     ours = task.loss([images])
     torch.manual_seed(5)
-    mask = random_mask(3, 16, 0.6, images.device)
-    predicted = patchify(task.predict(images, mask).detach(), 16).double()
+    masked = random_mask(3, 16, 0.6, images.device)[1]
+    predicted = patchify(task.predict(images, masked).detach(), 16).double()
     targets = normalized_patches(images, 16).double()
     patches = []
     for image in range(3):
-        for place in range(16):
-            if mask[image, place]:
-                error = predicted[image, place] - targets[image, place]
-                patches.append(float((error**2).sum()) / (16 * 16 * 3))
+        for place in masked[image].tolist():
+            error = predicted[image, place] - targets[image, place]
+            patches.append(float((error**2).sum()) / (16 * 16 * 3))
     assert len(patches) == 3 * 10
     assert ours.item() == pytest.approx(sum(patches) / len(patches), rel=1e-5)
 

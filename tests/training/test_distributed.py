@@ -50,14 +50,17 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def shared_mask(count: int, patches: int, ratio: float, device: torch.device) -> torch.Tensor:
+def shared_mask(
+    count: int, patches: int, ratio: float, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """This process's rows of a mask that is drawn for the whole batch."""
     rank, processes = world()
     step = torch.Generator().manual_seed(shared_mask.drawn)
     shared_mask.drawn += 1
     order = torch.rand(count * processes, patches, generator=step).argsort(dim=1)
-    mask = order < max(1, round(ratio * patches))
-    return mask[rank * count : (rank + 1) * count]
+    own = order[rank * count : (rank + 1) * count]
+    masked = max(1, round(ratio * patches))
+    return own[:, masked:], own[:, :masked]
 
 
 Tensors = dict[str, torch.Tensor]

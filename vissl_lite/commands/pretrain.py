@@ -43,6 +43,7 @@ from vissl_lite.training.fit import TrainingFiles, fit
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.training.loggers import logger_names, make_loggers
 from vissl_lite.training.pace import Pace
+from vissl_lite.training.resizing import ProgressiveResizing
 from vissl_lite.training.seen import KeepFingerprints
 from vissl_lite.training.stream import StreamData
 
@@ -158,7 +159,7 @@ def _prepare(options: PretrainOptions, resume: bool) -> _Training:
         options.backbone, options.image_size, options.init, images.paths, options.pretext_name
     )
     task = options.task(encoder)
-    views = task.views()
+    views = task.views(options.upright)
     task.optimizer_settings = options.optimizer_settings(
         task, size * options.accumulate_grad_batches
     )
@@ -198,14 +199,16 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
         pace,
         stop_on_collapse=options.on_collapse == "stop",
     )
-    keep = KeepFingerprints(run, stream, pace, training.seen)
+    callbacks = [online, KeepFingerprints(run, stream, pace, training.seen)]
+    if options.progressive_resizing:
+        callbacks.append(ProgressiveResizing(pace, task.encoder))
     metrics = MetricsFile(run / METRICS) if is_main_process() else None
     trainer = fit(
         task,
         stream,
         pace,
         hardware,
-        [online, keep],
+        callbacks,
         TrainingFiles(metrics, run / CHECKPOINTS, resume),
         title=options.pretext_name,
         loggers=make_loggers(logger_names(options.logger), run),

@@ -37,8 +37,8 @@ from vissl_lite.options import (
 )
 from vissl_lite.pretext import PRETEXTS, pretext_class
 from vissl_lite.pretext.base import PretextTask
-from vissl_lite.pretext.parts.resizing import SMALLEST
 from vissl_lite.training.loggers import logger_names
+from vissl_lite.training.resizing import SMALLEST
 
 DEFAULT_PRETEXT = "simclr"
 LONGEST_DAYS = 3650  # of training
@@ -205,7 +205,6 @@ class PretrainOptions(Options):
         task = pretext_class(self.pretext_name)(encoder, **given)
         if self.progressive_resizing:
             _check_resizing(task)
-        task.upright, task.progressive_resizing = self.upright, self.progressive_resizing
         return task
 
     def optimizer_settings(self, task: PretextTask, batch_size: int) -> OptimizerSettings:

@@ -56,11 +56,9 @@ class BarlowTwins(PretextTask):
         self.lambd = lambd
         self.smallest_crop, self.colour = smallest_crop, colour
 
-    def views(self) -> Views:
+    def views(self, upright: bool = True) -> Views:
         size = self.encoder.image_size
-        return two_views(
-            size, self.smallest_crop, self.colour, self.upright, BYOL_BLUR, BYOL_SOLARIZE
-        )
+        return two_views(size, self.smallest_crop, self.colour, upright, BYOL_BLUR, BYOL_SOLARIZE)
 
     def loss(self, views: list[Tensor]) -> Tensor:
         z1, z2 = self.projector(self.encoder(torch.cat(views))).chunk(2)

@@ -1,6 +1,5 @@
 """What every pretext task has in common: the training step, normalising, the optimizer."""
 
-import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,10 +14,10 @@ from vissl_lite.data.stream import Batch
 from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError
-from vissl_lite.optim import OptimizerSettings, build_optimizer
+from vissl_lite.optim import OptimizerSettings, build_optimizer, clip_gradients
 from vissl_lite.pictures import Picture
-from vissl_lite.pretext.parts.resizing import share_of_side, shrink
-from vissl_lite.training.sharding import fill, is_sharded, shard
+from vissl_lite.training.processes import trainer_of
+from vissl_lite.training.sharding import UnshardedCopy, is_sharded, shard
 
 Backbones = Literal["any", "ViT", "CNN", "patches"]
 
@@ -88,9 +87,7 @@ class PretextTask(pl.LightningModule, ABC):
         about: what the pretext is.
         optimizer_settings: the pretext's own defaults, for a batch of 256 images; a run replaces
             them by what its options say.
-        upright: whether the images have an up; a run sets it.
-        progressive_resizing: whether views begin small and grow; a run sets it.
-        progress: share of the run that is done, in [0, 1]; a run sets it before every step.
+        progress: share of the run that is done, in [0, 1]; ``Pace`` sets it before every step.
 
     Raises:
         UserError: the pretext does not work on this backbone.
@@ -103,13 +100,11 @@ class PretextTask(pl.LightningModule, ABC):
         super().__init__()
         check_backbone(self.about, encoder)
         self.encoder = encoder
-        self.upright = True
-        self.progressive_resizing = False
         self.progress = 0.0
-        self._copy: list[PretextTask] = []  # see ``whole``
+        self._unsharded = UnshardedCopy()
 
     @abstractmethod
-    def views(self) -> Views:
+    def views(self, upright: bool = True) -> Views:
         """The augmentations that make the views of an image."""
 
     @abstractmethod
@@ -154,45 +149,27 @@ class PretextTask(pl.LightningModule, ABC):
 
         It is the task itself, but under ``--strategy fsdp``: there, a copy on the CPU.
         """
-        if not is_sharded(self):
-            return self
-        copied = self._copy[0] if self._copy else None
-        fill(copied, self)
-        return copied or self
+        return self._unsharded.of(self)
 
     def configure_model(self) -> None:
-        mesh = self.device_mesh
-        if mesh is None or is_sharded(self):  # each process keeps all of it, or has its share
-            return
-        self._device_mesh = None  # which can't be copied
-        # in a list, or it would count as a part of the task
-        self._copy = [copy.deepcopy(self)] if self.global_rank == 0 else []
-        self._device_mesh = mesh
-        shard(self, mesh)
+        if self.device_mesh is not None and not is_sharded(self):
+            self._unsharded.keep(self)
+            shard(self, self.device_mesh)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self.loss([self.encoder.normalize(view) for view in self._resized(batch.views)])
+        loss = self.loss([self.encoder.normalize(view) for view in batch.views])
         self.measure("loss", loss)
         return loss
 
-    def _resized(self, views: list[Tensor]) -> list[Tensor]:
-        if not self.progressive_resizing:
-            return views
-        # the first step is a whole one: a batch too large for the memory shows at once
-        share = share_of_side(self.progress) if self.global_step else 1.0
-        views = [shrink(view, share, self.encoder) for view in views]
-        self.measure("view_size", torch.tensor(float(views[0].shape[-1])))
-        return views
-
     def measure(self, name: str, value: Tensor) -> None:
         """Log a metric of this step; outside a training run, as in a notebook, do nothing."""
-        if self._trainer is None:
+        trainer = trainer_of(self)
+        if trainer is None:
             return
         value = value.detach()
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        written = (self.global_step + 1) % every == 0
-        if written and self.trainer.world_size > 1:  # of all processes, and not at other steps
-            value = self.trainer.strategy.reduce(value.float().clone(), reduce_op="mean")
+        written = (self.global_step + 1) % trainer.log_every_n_steps == 0
+        if written and trainer.world_size > 1:  # of all processes, and not at other steps
+            value = trainer.strategy.reduce(value.float().clone(), reduce_op="mean")
         self.log(name, value)
 
     def configure_optimizers(self) -> Optimizer:
@@ -200,19 +177,12 @@ class PretextTask(pl.LightningModule, ABC):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if self.optimizer_settings.clip_norm:
-            self._unscale(optimizer)
-            torch.nn.utils.clip_grad_norm_(self.parameters(), self.optimizer_settings.clip_norm)
-
-    def _unscale(self, optimizer: Optimizer) -> None:
-        # In float16 a fused optimizer takes the scale out of the gradients as it steps, and
-        # Lightning leaves that to it: too late for what is clipped.
-        plugin = None if self._trainer is None else self._trainer.precision_plugin
-        scaler = getattr(plugin, "scaler", None)
-        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-            scaler.unscale_(optimizer)
+            trainer = trainer_of(self)
+            scaler = None if trainer is None else getattr(trainer.precision_plugin, "scaler", None)
+            clip_gradients(self, self.optimizer_settings.clip_norm, optimizer, scaler)
 
     def on_fit_start(self) -> None:
-        # views are of few sizes: worth a search for the fastest convolutions on a GPU
+        # views are of few sizes: worth a search for the fastest convolutions; ``fit`` undoes it
         torch.backends.cudnn.benchmark = True
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -10,12 +10,12 @@ from torch import Tensor
 from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
 from vissl_lite.errors import check_share, check_sizes
-from vissl_lite.optim import OptimizerSettings
+from vissl_lite.optim import OptimizerSettings, cosine_schedule
 from vissl_lite.pretext.base import About, PretextTask
 from vissl_lite.pretext.parts.crops import BYOL_BLUR, BYOL_SOLARIZE, two_views
 from vissl_lite.pretext.parts.heads import mlp
 from vissl_lite.pretext.parts.losses import negative_cosine
-from vissl_lite.pretext.parts.momentum import cosine, follow, frozen_copy
+from vissl_lite.pretext.parts.momentum import follow, frozen_copy
 
 
 class BYOL(PretextTask):
@@ -61,11 +61,9 @@ class BYOL(PretextTask):
         self.momentum = momentum
         self.smallest_crop, self.colour = smallest_crop, colour
 
-    def views(self) -> Views:
+    def views(self, upright: bool = True) -> Views:
         size = self.encoder.image_size
-        return two_views(
-            size, self.smallest_crop, self.colour, self.upright, BYOL_BLUR, BYOL_SOLARIZE
-        )
+        return two_views(size, self.smallest_crop, self.colour, upright, BYOL_BLUR, BYOL_SOLARIZE)
 
     def loss(self, views: list[Tensor]) -> Tensor:
         both = torch.cat(views)
@@ -76,6 +74,6 @@ class BYOL(PretextTask):
         return 4 + 2 * (negative_cosine(p1, t2) + negative_cosine(p2, t1))
 
     def after_step(self) -> None:
-        momentum = cosine(self.momentum, 1, self.progress)
+        momentum = cosine_schedule(self.momentum, 1, self.progress)
         follow(self.teacher_encoder, self.encoder, momentum)
         follow(self.teacher_projector, self.projector, momentum)

@@ -288,8 +288,8 @@ class Colorization(PretextTask):
         self.register_buffer("looked", torch.tensor(0))
         self.uniform, self.smallest_crop = uniform, smallest_crop
 
-    def views(self) -> Views:
-        return cropped_views(self.encoder.image_size, self.smallest_crop, self.upright)
+    def views(self, upright: bool = True) -> Views:
+        return cropped_views(self.encoder.image_size, self.smallest_crop, upright)
 
     @torch.no_grad()
     def split(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -122,9 +122,9 @@ class DenseCL(PretextTask):
         self.smallest_crop, self.colour = smallest_crop, colour
         self._map_checked = False
 
-    def views(self) -> Views:
+    def views(self, upright: bool = True) -> Views:
         size = self.encoder.image_size
-        return two_views(size, self.smallest_crop, self.colour, self.upright)
+        return two_views(size, self.smallest_crop, self.colour, upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
         pooled, map1 = self.encoder.pooled_and_map(views[0])

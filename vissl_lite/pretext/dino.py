@@ -10,12 +10,12 @@ from torch import Tensor
 from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
 from vissl_lite.errors import LARGEST_QUEUE, check_positive, check_share, check_sizes
-from vissl_lite.optim import OptimizerSettings
+from vissl_lite.optim import OptimizerSettings, cosine_schedule
 from vissl_lite.pretext.base import About, PretextTask
-from vissl_lite.pretext.parts.crops import by_size, multicrop_views
+from vissl_lite.pretext.parts.crops import MultiCrop, by_size
 from vissl_lite.pretext.parts.heads import PrototypeHead
 from vissl_lite.pretext.parts.losses import Centre, swapped_prediction
-from vissl_lite.pretext.parts.momentum import cosine, follow, frozen_copy
+from vissl_lite.pretext.parts.momentum import follow, frozen_copy
 
 
 class DINO(PretextTask):
@@ -102,21 +102,12 @@ class DINO(PretextTask):
         self.teacher_temperatures = (warm_teacher_temperature, teacher_temperature)
         self.temperature_warmup = temperature_warmup
         self.momentum, self.frozen_share = momentum, frozen_share
-        self.small_crops = small_crops
-        self.smallest_crop, self.smallest_large_crop = smallest_crop, smallest_large_crop
-        self.colour = colour
-
-    def views(self) -> Views:
-        return multicrop_views(
-            self.encoder,
-            2,
-            self.small_crops,
-            self.smallest_crop,
-            self.smallest_large_crop,
-            self.colour,
-            self.upright,
-            solarize=True,
+        self.crops = MultiCrop(
+            2, small_crops, smallest_crop, smallest_large_crop, colour, solarize=True
         )
+
+    def views(self, upright: bool = True) -> Views:
+        return self.crops.views(self.encoder, upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
         scores = by_size(lambda images: self.head(self.encoder(images)), views)
@@ -138,7 +129,7 @@ class DINO(PretextTask):
             self.head.freeze_last()
 
     def after_step(self) -> None:
-        momentum = cosine(self.momentum, 1, self.progress)
+        momentum = cosine_schedule(self.momentum, 1, self.progress)
         follow(self.teacher_encoder, self.encoder, momentum)
         follow(self.teacher_head, self.head, momentum)
 

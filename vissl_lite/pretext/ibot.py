@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
 from vissl_lite.errors import LARGEST_QUEUE, check_positive, check_share, check_sizes
-from vissl_lite.optim import OptimizerSettings
+from vissl_lite.optim import OptimizerSettings, cosine_schedule
 from vissl_lite.pretext.base import About, PretextTask
-from vissl_lite.pretext.parts.crops import by_size, multicrop_views
+from vissl_lite.pretext.parts.crops import MultiCrop, by_size
 from vissl_lite.pretext.parts.heads import PrototypeHead
 from vissl_lite.pretext.parts.losses import Centre, cross_entropy, koleo, swapped_prediction
 from vissl_lite.pretext.parts.masking import check_patches, masked_patches
-from vissl_lite.pretext.parts.momentum import cosine, follow, frozen_copy
+from vissl_lite.pretext.parts.momentum import follow, frozen_copy
 
 
 def some_masks(batch: int, rows: int, columns: int, like: Tensor) -> Tensor:
@@ -132,21 +132,12 @@ class IBOT(PretextTask):
         self.patch_weight, self.koleo_weight = patch_weight, koleo_weight
         self.temperature, self.teacher_temperature = temperature, teacher_temperature
         self.momentum, self.frozen_share = momentum, frozen_share
-        self.small_crops = small_crops
-        self.smallest_crop, self.smallest_large_crop = smallest_crop, smallest_large_crop
-        self.colour = colour
-
-    def views(self) -> Views:
-        return multicrop_views(
-            self.encoder,
-            2,
-            self.small_crops,
-            self.smallest_crop,
-            self.smallest_large_crop,
-            self.colour,
-            self.upright,
-            solarize=True,
+        self.crops = MultiCrop(
+            2, small_crops, smallest_crop, smallest_large_crop, colour, solarize=True
         )
+
+    def views(self, upright: bool = True) -> Views:
+        return self.crops.views(self.encoder, upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
         large = torch.cat(views[:2])
@@ -179,7 +170,7 @@ class IBOT(PretextTask):
             self.head.freeze_last()
 
     def after_step(self) -> None:
-        momentum = cosine(self.momentum, 1, self.progress)
+        momentum = cosine_schedule(self.momentum, 1, self.progress)
         follow(self.teacher_encoder, self.encoder, momentum)
         follow(self.teacher_head, self.head, momentum)
 

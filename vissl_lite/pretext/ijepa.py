@@ -18,6 +18,7 @@ from vissl_lite.pretext.parts.masking import (
     PatchPredictor,
     check_patches,
     encode_visible,
+    indices_to_mask,
     narrow_width,
     take,
 )
@@ -69,20 +70,6 @@ def place_blocks(
     return (down * side + along).flatten(2)
 
 
-def cover(blocks: Tensor, side: int) -> Tensor:
-    """Which patches a block of each image covers.
-
-    Args:
-        blocks: ``(B, K)`` indices of patches.
-        side: patches along an edge of the image.
-
-    Returns:
-        ``(B, side * side)``, true where covered.
-    """
-    empty = torch.zeros(len(blocks), side * side, dtype=torch.bool, device=blocks.device)
-    return empty.scatter(1, blocks, True)
-
-
 def draw_context(context: Tensor, targets: Tensor, side: int) -> tuple[Tensor, Tensor]:
     """Take the targets out of the context, leaving a context to predict from.
 
@@ -102,12 +89,12 @@ def draw_context(context: Tensor, targets: Tensor, side: int) -> tuple[Tensor, T
         ``(B, K')`` indices of context patches, at least one; and the targets, perhaps replaced.
     """
     least = max(1, side * side // 4)
-    first = cover(targets[:, 0], side)
+    first = indices_to_mask(targets[:, 0], side * side)
     left = context & ~first
     left = torch.where(left.any(dim=1, keepdim=True), left, ~first)
     kept = [targets[:, 0]]
     for block in targets.unbind(1)[1:]:
-        less = left & ~cover(block, side)
+        less = left & ~indices_to_mask(block, side * side)
         fits = less.sum(dim=1, keepdim=True) >= least
         left = torch.where(fits, less, left)
         kept.append(torch.where(fits, block, targets[:, 0]))
@@ -190,8 +177,8 @@ class IJEPA(PretextTask):
         self.context_scale = context_scale
         self.smallest_crop = smallest_crop
 
-    def views(self) -> Views:
-        return cropped_views(self.encoder.image_size, self.smallest_crop, self.upright)
+    def views(self, upright: bool = True) -> Views:
+        return cropped_views(self.encoder.image_size, self.smallest_crop, upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
         images = views[0]
@@ -219,7 +206,7 @@ class IJEPA(PretextTask):
         targets = place_blocks(batch, self.count, side, size, device)
         size = block_size(side, draw(self.context_scale), 1.0, largest=side)
         context = place_blocks(batch, 1, side, size, device)[:, 0]
-        return draw_context(cover(context, side), targets, side)
+        return draw_context(indices_to_mask(context, side * side), targets, side)
 
     def predict(self, images: Tensor, context: Tensor, targets: Tensor) -> Tensor:
         """Predict the features of each target by itself, from the context.

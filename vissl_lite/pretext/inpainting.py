@@ -108,8 +108,8 @@ class Inpainting(PretextTask):
         self.decoder = Decoder(encoder, len(encoder.mean) * Decoder.STRIDE**2, decoder_width)
         self.masked, self.smallest_crop = masked, smallest_crop
 
-    def views(self) -> Views:
-        return cropped_views(self.encoder.image_size, self.smallest_crop, self.upright)
+    def views(self, upright: bool = True) -> Views:
+        return cropped_views(self.encoder.image_size, self.smallest_crop, upright)
 
     def fill(self, images: Tensor, mask: Tensor) -> Tensor:
         """The whole image as the encoder and the decoder imagine it.

@@ -223,8 +223,8 @@ class Jigsaw(PretextTask):
         self.register_buffer("permutations", orders, persistent=False)
         self.grey, self.smallest_crop = grey, smallest_crop
 
-    def views(self) -> Views:
-        return jigsaw_views(self.grid.image_size, self.smallest_crop, self.grey, self.upright)
+    def views(self, upright: bool = True) -> Views:
+        return jigsaw_views(self.grid.image_size, self.smallest_crop, self.grey, upright)
 
     def tiles(self, images: Tensor) -> Tensor:
         """Nine tiles of each image, normalised each for itself: what the encoder sees.

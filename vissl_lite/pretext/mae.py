@@ -20,11 +20,10 @@ from vissl_lite.pretext.parts.masking import (
     check_ratio,
     denormalized_patches,
     encode_visible,
+    indices_to_mask,
     narrow_width,
     normalized_patches,
-    number_masked,
     patchify,
-    positions,
     random_mask,
     take,
     unpatchify,
@@ -88,42 +87,57 @@ class MAE(PretextTask):
             outputs=self.patch**2 * len(encoder.mean),
         )
         self.mask_ratio, self.normalize_pixels = mask_ratio, normalize_pixels
-        self.masked = number_masked(self.side**2, mask_ratio)
         self.smallest_crop = smallest_crop
 
-    def views(self) -> Views:
-        return cropped_views(self.encoder.image_size, self.smallest_crop, self.upright)
+    def views(self, upright: bool = True) -> Views:
+        return cropped_views(self.encoder.image_size, self.smallest_crop, upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
         images = views[0]
-        mask = random_mask(len(images), self.side**2, self.mask_ratio, images.device)
-        targets = self.targets(images)
+        visible, masked = self.draw_mask(images)
+        prefix, tokens = self.forward_encoder(images, visible)
+        predicted = self.forward_decoder(prefix, tokens, visible, masked)
         # the mean over masked patches alone (section 3)
-        where = positions(mask, self.masked)
-        return F.mse_loss(self.predict(images, mask).float(), take(targets, where))
+        return F.mse_loss(predicted.float(), take(self.targets(images), masked))
 
-    def show(self, views: list[Tensor]) -> Exhibit:
-        images, title = views[0], "reconstructed"
-        mask = random_mask(len(images), self.side**2, self.mask_ratio, images.device)
-        predicted = self.predict(images, mask).float()
-        where = positions(mask, self.masked)[:, :, None].expand_as(predicted)
-        patches = self.targets(images).scatter(1, where, predicted)
-        if self.normalize_pixels:
-            patches = denormalized_patches(patches, images, self.patch)
-            title = "reconstructed, mean and\ncontrast of patches given"
-        return reconstruction(
-            self.encoder,
-            images,
-            mask.view(-1, 1, self.side, self.side),
-            unpatchify(patches, self.patch),
-            title,
-        )
+    def draw_mask(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose the visible patches, ``(B, N - M)``, and the masked ones, ``(B, M)``."""
+        return random_mask(len(images), self.side**2, self.mask_ratio, images.device)
+
+    def forward_encoder(self, images: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode the visible patches.
+
+        Args:
+            images: ``(B, C, S, S)``, normalized.
+            visible: ``(B, K)`` indices of patches.
+
+        Returns:
+            ``(B, P, D)`` class and register tokens, and ``(B, K, D)`` patch tokens.
+        """
+        return encode_visible(self.encoder, images, visible)
+
+    def forward_decoder(
+        self, prefix: Tensor, tokens: Tensor, visible: Tensor, masked: Tensor
+    ) -> Tensor:
+        """Predict the masked patches.
+
+        Args:
+            prefix: ``(B, P, D)`` class and register tokens.
+            tokens: ``(B, K, D)`` tokens of the visible patches.
+            visible: ``(B, K)`` their indices.
+            masked: ``(B, M)`` indices of the masked patches.
+
+        Returns:
+            ``(B, M, patch * patch * C)``.
+        """
+        predicted: Tensor = self.decoder(prefix, tokens, visible, masked)
+        return predicted
 
     def targets(self, images: Tensor) -> Tensor:
         """What is to be predicted of each patch.
 
         Args:
-            images: ``(B, C, S, S)``, normalised.
+            images: ``(B, C, S, S)``, normalized.
 
         Returns:
             ``(B, N, patch * patch * C)``.
@@ -132,17 +146,15 @@ class MAE(PretextTask):
             return normalized_patches(images, self.patch)
         return patchify(images, self.patch)
 
-    def predict(self, images: Tensor, mask: Tensor) -> Tensor:
-        """Predict the masked patches from the visible ones.
-
-        Args:
-            images: ``(B, C, S, S)``, normalised.
-            mask: ``(B, N)``, true for the M patches that are masked.
-
-        Returns:
-            ``(B, M, patch * patch * C)``.
-        """
-        visible = positions(~mask, mask.shape[1] - self.masked)
-        prefix, seen = encode_visible(self.encoder, images, visible)
-        predicted: Tensor = self.decoder(prefix, seen, visible, positions(mask, self.masked))
-        return predicted
+    def show(self, views: list[Tensor]) -> Exhibit:
+        images, title = views[0], "reconstructed"
+        visible, masked = self.draw_mask(images)
+        prefix, tokens = self.forward_encoder(images, visible)
+        predicted = self.forward_decoder(prefix, tokens, visible, masked).float()
+        where = masked[:, :, None].expand_as(predicted)
+        patches = self.targets(images).scatter(1, where, predicted)
+        if self.normalize_pixels:
+            patches = denormalized_patches(patches, images, self.patch)
+            title = "reconstructed, mean and\ncontrast of patches given"
+        mask = indices_to_mask(masked, self.side**2).view(-1, 1, self.side, self.side)
+        return reconstruction(self.encoder, images, mask, unpatchify(patches, self.patch), title)

@@ -72,9 +72,9 @@ class MoCo(PretextTask):
         self.temperature, self.momentum = temperature, momentum
         self.smallest_crop, self.colour = smallest_crop, colour
 
-    def views(self) -> Views:
+    def views(self, upright: bool = True) -> Views:
         size = self.encoder.image_size
-        return two_views(size, self.smallest_crop, self.colour, self.upright)
+        return two_views(size, self.smallest_crop, self.colour, upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
         query = self.head(self.encoder(views[0]))

@@ -12,12 +12,12 @@ from torch import Tensor
 from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
 from vissl_lite.errors import check_positive, check_share, check_sizes
-from vissl_lite.optim import OptimizerSettings
+from vissl_lite.optim import OptimizerSettings, cosine_schedule
 from vissl_lite.pretext.base import About, PretextTask
 from vissl_lite.pretext.parts.crops import BYOL_BLUR, BYOL_SOLARIZE, two_views
 from vissl_lite.pretext.parts.heads import mlp
 from vissl_lite.pretext.parts.losses import contrast
-from vissl_lite.pretext.parts.momentum import cosine, follow, frozen_copy
+from vissl_lite.pretext.parts.momentum import follow, frozen_copy
 
 
 class MoCoV3(PretextTask):
@@ -71,11 +71,9 @@ class MoCoV3(PretextTask):
         self.temperature, self.momentum = temperature, momentum
         self.smallest_crop, self.colour = smallest_crop, colour
 
-    def views(self) -> Views:
+    def views(self, upright: bool = True) -> Views:
         size = self.encoder.image_size
-        return two_views(
-            size, self.smallest_crop, self.colour, self.upright, BYOL_BLUR, BYOL_SOLARIZE
-        )
+        return two_views(size, self.smallest_crop, self.colour, upright, BYOL_BLUR, BYOL_SOLARIZE)
 
     def chance_loss(self, images: int) -> float:
         return 4 * self.temperature * math.log(images)  # all embeddings equal
@@ -89,6 +87,6 @@ class MoCoV3(PretextTask):
         return 2 * self.temperature * loss  # algorithm 1
 
     def after_step(self) -> None:
-        momentum = cosine(self.momentum, 1, self.progress)
+        momentum = cosine_schedule(self.momentum, 1, self.progress)
         follow(self.teacher_encoder, self.encoder, momentum)
         follow(self.teacher_projector, self.projector, momentum)

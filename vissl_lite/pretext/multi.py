@@ -62,9 +62,9 @@ class Multi(PretextTask):
         self.rotation_weight, self.temperature = rotation_weight, temperature
         self.smallest_crop, self.colour = smallest_crop, colour
 
-    def views(self) -> Views:
+    def views(self, upright: bool = True) -> Views:
         size = self.encoder.image_size
-        return two_views(size, self.smallest_crop, self.colour, self.upright)
+        return two_views(size, self.smallest_crop, self.colour, upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
         turned, labels = all_rotations(views[0])

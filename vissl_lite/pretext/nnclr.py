@@ -88,9 +88,9 @@ class NNCLR(PretextTask):
         self.temperature = temperature
         self.smallest_crop, self.colour = smallest_crop, colour
 
-    def views(self) -> Views:
+    def views(self, upright: bool = True) -> Views:
         size = self.encoder.image_size
-        return two_views(size, self.smallest_crop, self.colour, self.upright)
+        return two_views(size, self.smallest_crop, self.colour, upright)
 
     def chance_loss(self, images: int) -> float:
         return math.log(images)  # all embeddings equal

@@ -139,8 +139,8 @@ class RelativePatch(PretextTask):
         self.signal = Signal("relative_patch", chance=1 / len(NEIGHBOURS))
         self.colour, self.smallest_crop = colour, smallest_crop
 
-    def views(self) -> Views:
-        return cropped_views(self.grid.image_size, self.smallest_crop, self.upright)
+    def views(self, upright: bool = True) -> Views:
+        return cropped_views(self.grid.image_size, self.smallest_crop, upright)
 
     def patches(self, images: Tensor) -> Tensor:
         """Nine patches of each image, their colours treated: what the encoder sees.

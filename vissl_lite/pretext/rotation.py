@@ -100,7 +100,7 @@ class Rotation(PretextTask):
         self.signal = Signal("rotation", chance=1 / 4)
         self.smallest_crop = smallest_crop
 
-    def views(self) -> Views:
+    def views(self, upright: bool = True) -> Views:
         return rotation_views(self.encoder.image_size, self.smallest_crop)
 
     def loss(self, views: list[Tensor]) -> Tensor:

@@ -63,9 +63,9 @@ class SimCLR(PretextTask):
         self.temperature = temperature
         self.smallest_crop, self.colour = smallest_crop, colour
 
-    def views(self) -> Views:
+    def views(self, upright: bool = True) -> Views:
         size = self.encoder.image_size
-        return two_views(size, self.smallest_crop, self.colour, self.upright)
+        return two_views(size, self.smallest_crop, self.colour, upright)
 
     def chance_loss(self, images: int) -> float:
         return math.log(2 * images - 1)  # all embeddings equal

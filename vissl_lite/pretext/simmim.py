@@ -17,6 +17,7 @@ from vissl_lite.pretext.parts.exhibit import reconstruction
 from vissl_lite.pretext.parts.masking import (
     check_patches,
     check_ratio,
+    indices_to_mask,
     masked_patches,
     random_mask,
 )
@@ -129,8 +130,8 @@ class SimMIM(PretextTask):
             )
         return size // side
 
-    def views(self) -> Views:
-        return cropped_views(self.encoder.image_size, self.smallest_crop, self.upright)
+    def views(self, upright: bool = True) -> Views:
+        return cropped_views(self.encoder.image_size, self.smallest_crop, upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
         images = views[0]
@@ -146,8 +147,8 @@ class SimMIM(PretextTask):
     def draw_mask(self, images: Tensor) -> Tensor:
         """A random mask for each image: ``(B, S / unit, S / unit)``, true where masked."""
         side = self.encoder.image_size // self.unit
-        mask = random_mask(len(images), side**2, self.mask_ratio, images.device)
-        return mask.unflatten(1, (side, side))
+        _, masked = random_mask(len(images), side**2, self.mask_ratio, images.device)
+        return indices_to_mask(masked, side**2).unflatten(1, (side, side))
 
     def predict(self, images: Tensor, mask: Tensor) -> Tensor:
         """Predict all pixels, the masked ones from the visible ones.

@@ -52,9 +52,9 @@ class SimSiam(PretextTask):
         self.predictor = mlp(size, hidden_size, size)
         self.smallest_crop, self.colour = smallest_crop, colour
 
-    def views(self) -> Views:
+    def views(self, upright: bool = True) -> Views:
         size = self.encoder.image_size
-        return two_views(size, self.smallest_crop, self.colour, self.upright)
+        return two_views(size, self.smallest_crop, self.colour, upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
         z = self.projector(self.encoder(torch.cat(views)))

@@ -31,10 +31,9 @@ from vissl_lite.pretext.parts.exhibit import reconstruction
 from vissl_lite.pretext.parts.masking import (
     check_ratio,
     denormalized_patches,
+    indices_to_mask,
     normalized_patches,
-    number_masked,
     patchify,
-    positions,
     random_mask,
     take,
     unpatchify,
@@ -398,29 +397,31 @@ class SparK(PretextTask):
             )
         return grid, maps
 
-    def views(self) -> Views:
-        return cropped_views(self.encoder.image_size, self.smallest_crop, self.upright)
+    def views(self, upright: bool = True) -> Views:
+        return cropped_views(self.encoder.image_size, self.smallest_crop, upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
-        images = views[0]
-        mask = random_mask(len(images), self.grid**2, self.mask_ratio, images.device)
-        unit = self.encoder.image_size // self.grid
-        predicted = patchify(self.predict(images, mask).float(), unit)
+        images, unit = views[0], self.encoder.image_size // self.grid
+        masked = self.draw_mask(images)
+        predicted = patchify(self.predict(images, masked).float(), unit)
         # normalised patches, and the masked ones only (section 3.3)
-        where = positions(mask, number_masked(mask.shape[1], self.mask_ratio))
-        return F.mse_loss(take(predicted, where), take(normalized_patches(images, unit), where))
+        return F.mse_loss(take(predicted, masked), take(normalized_patches(images, unit), masked))
 
     def show(self, views: list[Tensor]) -> Exhibit:
         images, unit = views[0], self.encoder.image_size // self.grid
-        mask = random_mask(len(images), self.grid**2, self.mask_ratio, images.device)
-        predicted = patchify(self.predict(images, mask).float(), unit)
+        masked = self.draw_mask(images)
+        predicted = patchify(self.predict(images, masked).float(), unit)
         return reconstruction(
             self.encoder,
             images,
-            mask.view(-1, 1, self.grid, self.grid),
+            indices_to_mask(masked, self.grid**2).view(-1, 1, self.grid, self.grid),
             unpatchify(denormalized_patches(predicted, images, unit), unit),
             "reconstructed, mean and\ncontrast of patches given",
         )
+
+    def draw_mask(self, images: Tensor) -> Tensor:
+        """Choose the masked places of each image: ``(B, M)`` indices below g * g."""
+        return random_mask(len(images), self.grid**2, self.mask_ratio, images.device)[1]
 
     def encode(self, images: Tensor, visible: Tensor) -> list[Tensor]:
         """Feature maps of the visible places.
@@ -435,16 +436,17 @@ class SparK(PretextTask):
         with sparse(self.encoder.model, visible):
             return pyramid(self.encoder, images * mask_at(visible, *images.shape[2:]))
 
-    def predict(self, images: Tensor, mask: Tensor) -> Tensor:
+    def predict(self, images: Tensor, masked: Tensor) -> Tensor:
         """Predict all pixels, the masked ones from the visible ones.
 
         Args:
             images: ``(B, C, S, S)``, normalised.
-            mask: ``(B, g * g)``, true where masked.
+            masked: ``(B, M)`` indices of the masked places.
 
         Returns:
             ``(B, C, S, S)``.
         """
+        mask = indices_to_mask(masked, self.grid**2)
         visible = (~mask).to(images.dtype).view(-1, 1, self.grid, self.grid)
         decoded = self.decoder(self.encode(images, visible), visible)
         return F.pixel_shuffle(decoded, self.stride)

@@ -13,7 +13,7 @@ from vissl_lite.encoder import Encoder
 from vissl_lite.errors import LARGEST_QUEUE, check_positive, check_share, check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
-from vissl_lite.pretext.parts.crops import by_size, multicrop_views
+from vissl_lite.pretext.parts.crops import MultiCrop, by_size
 from vissl_lite.pretext.parts.heads import mlp
 from vissl_lite.pretext.parts.losses import sinkhorn, swapped_prediction
 from vissl_lite.pretext.parts.queue import Queue
@@ -82,21 +82,10 @@ class SwAV(PretextTask):
         self.earlier = nn.ModuleList(self.queues)  # so that a checkpoint holds them
         self.temperature, self.epsilon = temperature, epsilon
         self.sinkhorn_iterations, self.queue_start = sinkhorn_iterations, queue_start
-        self.small_crops = small_crops
-        self.smallest_crop, self.smallest_large_crop = smallest_crop, smallest_large_crop
-        self.colour = colour
+        self.crops = MultiCrop(2, small_crops, smallest_crop, smallest_large_crop, colour)
 
-    def views(self) -> Views:
-        return multicrop_views(
-            self.encoder,
-            2,
-            self.small_crops,
-            self.smallest_crop,
-            self.smallest_large_crop,
-            self.colour,
-            self.upright,
-            solarize=False,
-        )
+    def views(self, upright: bool = True) -> Views:
+        return self.crops.views(self.encoder, upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
         z = [F.normalize(one.float(), dim=1) for one in by_size(self._embed, views)]

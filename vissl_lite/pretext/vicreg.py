@@ -58,9 +58,9 @@ class VICReg(PretextTask):
         self.sim_weight, self.std_weight, self.cov_weight = sim_weight, std_weight, cov_weight
         self.smallest_crop, self.colour = smallest_crop, colour
 
-    def views(self) -> Views:
+    def views(self, upright: bool = True) -> Views:
         size = self.encoder.image_size
-        return two_views(size, self.smallest_crop, self.colour, self.upright, solarize=(0.1, 0.1))
+        return two_views(size, self.smallest_crop, self.colour, upright, solarize=(0.1, 0.1))
 
     def loss(self, views: list[Tensor]) -> Tensor:
         z1, z2 = self.projector(self.encoder(torch.cat(views))).chunk(2)

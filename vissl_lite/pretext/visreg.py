@@ -12,7 +12,7 @@ from vissl_lite.encoder import Encoder
 from vissl_lite.errors import LARGEST_DEPTH, UserError, check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import About, PretextTask
-from vissl_lite.pretext.parts.crops import by_size, multicrop_views
+from vissl_lite.pretext.parts.crops import MultiCrop, by_size
 from vissl_lite.pretext.parts.heads import mlp
 from vissl_lite.pretext.parts.losses import random_directions, visreg
 
@@ -67,26 +67,14 @@ class VISReg(PretextTask):
         check_sizes(directions=directions, hidden_size=hidden_size, projection_size=projection_size)
         self.head = mlp(encoder.num_features, hidden_size, hidden_size, projection_size)
         self.lambd, self.directions = lambd, directions
-        self.large_crops = large_crops
-        self.small_crops = small_crops
-        self.smallest_crop, self.smallest_large_crop = smallest_crop, smallest_large_crop
-        self.colour = colour
+        self.crops = MultiCrop(large_crops, small_crops, smallest_crop, smallest_large_crop, colour)
 
-    def views(self) -> Views:
-        return multicrop_views(
-            self.encoder,
-            self.large_crops,
-            self.small_crops,
-            self.smallest_crop,
-            self.smallest_large_crop,
-            self.colour,
-            self.upright,
-            solarize=False,
-        )
+    def views(self, upright: bool = True) -> Views:
+        return self.crops.views(self.encoder, upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
         z = torch.stack([one.float() for one in by_size(self._embed, views)])  # (V, B, D)
-        centre = z[: self.large_crops].mean(dim=0)
+        centre = z[: self.crops.global_crops].mean(dim=0)
         agreement = (z - centre).square().mean()
         directions = random_directions(z.shape[2], self.directions, like=z)
         spread = torch.stack([visreg(view, directions) for view in z]).mean()

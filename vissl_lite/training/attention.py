@@ -60,10 +60,12 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         scaled = query * ctx.scale
-        weights = _weights(scaled, key)
-        of_value = weights.transpose(-2, -1) @ gradient
+        with torch.enable_grad():
+            products = (scaled @ key.transpose(-2, -1)).detach().requires_grad_()
+            weights = torch.softmax(products, dim=-1)
+        of_value = weights.detach().transpose(-2, -1) @ gradient
         of_weights = gradient @ value.transpose(-2, -1)
-        of_products = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+        (of_products,) = torch.autograd.grad(weights, products, of_weights)
         of_query = (of_products @ key) * ctx.scale
         return of_query, of_products.transpose(-2, -1) @ scaled, of_value, None
 

@@ -5,12 +5,12 @@ and all of what they do with images of 32 pixels, takes it 2 to 20 times as long
 matrices that it is.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torch.nn.modules.utils import _pair
 
 # Pixels of a result, up to which the gradient of the weights is a product: 7x7. Forward and
 # backward of 512 channels to 512, for 64 images of 7x7 pixels on two cores with AMX: the weights'
@@ -22,6 +22,14 @@ FEW_PIXELS = 49
 TINY = 4
 
 Pair = tuple[int, int]
+
+
+def _pair(value: int | Sequence[int]) -> Pair:
+    """One number for both directions, as torch takes it, or one for each."""
+    if isinstance(value, int):
+        return value, value
+    down, along = value
+    return down, along
 
 
 def convolution(

@@ -4,7 +4,8 @@ import logging
 import math
 import signal
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import DDPStrategy
 
 from vissl_lite.errors import Terminated, UserError
 from vissl_lite.faults import says_out_of_memory
@@ -31,7 +31,7 @@ from vissl_lite.training.memory import out_of_memory
 from vissl_lite.training.pace import Pace
 from vissl_lite.training.progress import Bar, Meter, MetricsLogger, StepEnd
 from vissl_lite.training.quick import quick_operations
-from vissl_lite.training.sharding import PRECISIONS, check_same_sharding, sharded_strategy
+from vissl_lite.training.sharding import PRECISIONS, check_same_sharding
 from vissl_lite.training.stream import BrokenImages, StreamData
 from vissl_lite.training.sync_batchnorm import SyncBatchNorm
 
@@ -64,6 +64,23 @@ class TrainingFiles:
 NO_FILES = TrainingFiles()
 
 
+@contextmanager
+def settings_restored() -> Iterator[None]:
+    """Keep Lightning's chatter and cuDNN's search for convolutions to a training."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    benchmark = torch.backends.cudnn.benchmark
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@settings_restored()
 def fit(
     module: pl.LightningModule,
     data: StreamData,
@@ -99,8 +116,6 @@ def fit(
     """
     module.to(memory_format=torch.channels_last)
     module.train()  # Lightning leaves the modes of modules as it finds them
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     log_every = max(1, min(50, math.ceil(data.batches_per_epoch / pace.accumulate / 5)))
     every = [
         pace,
@@ -129,7 +144,7 @@ def fit(
         accelerator="auto",
         devices=hardware.devices_here(),
         num_nodes=hardware.num_nodes,
-        strategy=sharded_strategy() if hardware.sharded else hardware.strategy,
+        strategy=hardware.lightning_strategy(),
         precision=precision,  # type: ignore[arg-type]
         max_epochs=1,  # the stream: its length is the whole run
         logger=[*([] if metrics is None else [MetricsLogger(metrics)]), *loggers],
@@ -148,10 +163,6 @@ def fit(
         if metrics is not None:
             metrics.forget_after(saved["global_step"] - 1)
         del saved
-    if isinstance(trainer.strategy, DDPStrategy):
-        # Running statistics, queues and centres are made of all processes' batches and the same in
-        # each: no need to send them at every step. A queue may be a third of the network.
-        trainer.strategy._ddp_kwargs.setdefault("broadcast_buffers", False)
     fast = compiled(module) if hardware.compile else quick_operations()
     with warnings.catch_warnings(), tf32(), fast:
         for message in _NOISE:

@@ -7,21 +7,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import get_args
 
 import torch
-from lightning.fabric.plugins.precision.precision import (
-    _PRECISION_INPUT_STR,
-    _PRECISION_INPUT_STR_ALIAS,
-)
-from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, Strategy, StrategyRegistry
 from torch import nn
 
 from vissl_lite.errors import UserError, check_count, did_you_mean
 from vissl_lite.training.compiling import check_compiler
-from vissl_lite.training.sharding import STRATEGY, check_sharding
+from vissl_lite.training.sharding import STRATEGY, check_sharding, sharded_strategy
 
 LARGEST_CLUSTER = 100_000  # machines
+
+# Lightning's names.
+PRECISIONS = (
+    "auto", "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true",
+    "transformer-engine", "transformer-engine-float16", "64", "32", "16", "bf16",
+)  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -104,10 +105,28 @@ class Hardware:
 
     def one_process(self) -> bool:
         """Whether one process trains, here, beside which there are none but its data workers."""
-        devices = self.devices_here()
-        if devices == "auto":
-            devices = torch.cuda.device_count()
-        return self.num_nodes == 1 and devices in (1, "1")
+        return self.processes() == 1
+
+    def processes(self) -> int:
+        """How many processes train, on all machines."""
+        devices = str(self.devices_here())
+        if devices in ("auto", "-1"):
+            here = torch.cuda.device_count()
+        else:
+            numbers = devices.split(",")
+            here = len(numbers) if len(numbers) > 1 else int(devices)
+        return self.num_nodes * here
+
+    def lightning_strategy(self) -> Strategy | str:
+        """Lightning's strategy for the processes there are."""
+        if self.sharded:
+            return sharded_strategy(self.processes())
+        if self.strategy == "auto" and self.one_process():
+            return "auto"
+        name = "ddp" if self.strategy == "auto" else self.strategy
+        # Running statistics, queues and centers are made of all processes' batches and the same in
+        # each: no need to send them at every step. A queue may be a third of the network.
+        return DDPStrategy(**StrategyRegistry[name]["init_params"], broadcast_buffers=False)
 
     def workers(self) -> int:
         """Data workers for each device.
@@ -123,9 +142,10 @@ class Hardware:
 
 
 def _check_precision(precision: str) -> None:
-    known = ["auto", *get_args(_PRECISION_INPUT_STR), *get_args(_PRECISION_INPUT_STR_ALIAS)]
-    if precision not in known:
-        raise UserError(f"--precision {precision} is not known: {did_you_mean(precision, known)}")
+    if precision not in PRECISIONS:
+        raise UserError(
+            f"--precision {precision} is not known: {did_you_mean(precision, PRECISIONS)}"
+        )
     if precision.startswith("transformer-engine") and not find_spec("transformer_engine"):
         raise UserError(
             f"--precision {precision} needs a package that is missing: pip install "

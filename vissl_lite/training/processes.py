@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -40,3 +41,11 @@ def gather(tensor: Tensor) -> Tensor:
         ``(B * world, ...)``, in the order of ranks; the tensor itself in a single process.
     """
     return _Gather.apply(tensor) if world()[1] > 1 else tensor
+
+
+def trainer_of(module: pl.LightningModule) -> Any:
+    """The trainer that runs a module; None outside a training."""
+    try:
+        return module.trainer
+    except RuntimeError:  # Lightning's only way to say so
+        return None

@@ -5,8 +5,9 @@ and gets the whole of a block from the others just before it computes with it (Z
 arXiv 2304.11277; per parameter: ``torch.distributed.fsdp.fully_shard``).
 """
 
+import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -21,20 +22,21 @@ from vissl_lite.training.sync_batchnorm import SyncBatchNorm
 
 STRATEGY = "fsdp"
 
+Module = TypeVar("Module", bound=nn.Module)
+
 # What Lightning can do with a network in parts.
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true", "16-true")
 
 
-def sharded_strategy() -> ModelParallelStrategy:
-    """Lightning's strategy: all processes share one network, and checkpoints are single files."""
-    return _AllProcesses(tensor_parallel_size=1, save_distributed_checkpoint=False)
+def sharded_strategy(processes: int) -> ModelParallelStrategy:
+    """Lightning's strategy: all processes share one network, and checkpoints are single files.
 
-
-class _AllProcesses(ModelParallelStrategy):
-    def setup_environment(self) -> None:
-        # how many there are is known by now; Lightning's own default is one share a machine
-        self._data_parallel_size = self.num_nodes * self.num_processes
-        super().setup_environment()
+    Args:
+        processes: How many there are, on all machines.
+    """
+    return ModelParallelStrategy(
+        data_parallel_size=processes, tensor_parallel_size=1, save_distributed_checkpoint=False
+    )
 
 
 def check_sharding(precision: str, compile: bool) -> None:
@@ -104,15 +106,34 @@ def check_same_sharding(checkpoint: dict[str, Any], sharded: bool) -> None:
         )
 
 
-@torch.no_grad()
-def fill(copy: nn.Module | None, module: nn.Module) -> None:
-    """Give a whole copy the weights and buffers of a sharded module. All processes have to call it.
+class UnshardedCopy:
+    """A copy of a module with all of its weights, on the CPU of the main process."""
 
-    Args:
-        copy: of the module, made before it was cut; None in all processes but the main one.
-        module: cut by ``shard``.
-    """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(module, options=options)  # empty but in the main process
-    if copy is not None:
-        copy.load_state_dict(state)
+    def __init__(self) -> None:
+        self.copy: Any = None
+
+    def keep(self, module: pl.LightningModule) -> None:
+        """Copy a module before it is cut."""
+        if module.global_rank == 0:
+            # the processes themselves can't be copied
+            self.copy = copy.deepcopy(module, {id(module.device_mesh): module.device_mesh})
+
+    def of(self, module: Module) -> Module:
+        """The module with its weights of now. All processes have to call it.
+
+        Args:
+            module: As given to ``keep``, cut by ``shard`` or not.
+
+        Returns:
+            The copy, with the weights and buffers of the module. The module itself if it is not
+            cut, and in all processes but the main one.
+        """
+        if not is_sharded(module):
+            return module
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(module, options=options)  # empty but in the main process
+        if self.copy is None:
+            return module
+        self.copy.load_state_dict(state)
+        whole: Module = self.copy
+        return whole

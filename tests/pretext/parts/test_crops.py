@@ -4,12 +4,12 @@ import torch
 
 from vissl_lite.encoder import build_encoder
 from vissl_lite.errors import UserError
-from vissl_lite.pretext.parts.crops import by_size, default_small_crops, multicrop_views
+from vissl_lite.pretext.parts.crops import MultiCrop, by_size, default_local_crops
 
 
 def test_large_crops_of_the_encoders_size_then_small_ones() -> None:
     encoder = build_encoder("test_resnet", 64)
-    views = multicrop_views(encoder, 2, 3, 0.05, 0.3, None, upright=True, solarize=True)
+    views = MultiCrop(2, 3, 0.05, 0.3, None, solarize=True).views(encoder, upright=True)
     image = np.random.default_rng(0).integers(0, 256, (80, 90, 3), dtype=np.uint8)
     sizes = [view.shape for view in views(image, 0, 0, 0)]
     assert sizes == [(64, 64, 3)] * 2 + [(24, 24, 3)] * 3
@@ -17,7 +17,7 @@ def test_large_crops_of_the_encoders_size_then_small_ones() -> None:
 
 def test_small_crops_show_less_of_the_image_than_large_ones() -> None:
     encoder = build_encoder("test_resnet", 64)
-    views = multicrop_views(encoder, 2, 2, 0.05, 0.3, 0.0, upright=True, solarize=False)
+    views = MultiCrop(2, 2, 0.05, 0.3, 0.0).views(encoder, upright=True)
     ramp = np.linspace(0, 255, 128, dtype=np.uint8)
     image = np.stack(
         [ramp + 0 * ramp[:, None], ramp[:, None] + 0 * ramp, 0 * ramp + 0 * ramp[:, None]], 2
@@ -36,7 +36,7 @@ def test_small_crops_show_less_of_the_image_than_large_ones() -> None:
 def test_a_backbone_of_one_size_says_how_to_do_without_small_crops() -> None:
     encoder = build_encoder("mixer_s32_224", 224)
     with pytest.raises(UserError, match=r"--pretext\.small_crops 0 does without"):
-        multicrop_views(encoder, 2, 2, 0.05, 0.3, None, upright=True, solarize=False)
+        MultiCrop(2, 2, 0.05, 0.3, None).views(encoder, upright=True)
 
 
 def test_by_size_runs_once_for_each_size_and_keeps_the_order() -> None:
@@ -54,4 +54,4 @@ def test_by_size_runs_once_for_each_size_and_keeps_the_order() -> None:
 
 @pytest.mark.parametrize(("size", "number"), [(32, 0), (64, 6), (224, 6)])
 def test_small_images_have_no_small_crops(size: int, number: int) -> None:
-    assert default_small_crops(build_encoder("test_resnet", size)) == number
+    assert default_local_crops(build_encoder("test_resnet", size)) == number

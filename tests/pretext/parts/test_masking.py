@@ -13,13 +13,12 @@ from vissl_lite.pretext.parts.masking import (
     check_patches,
     check_ratio,
     encode_visible,
+    indices_to_mask,
     masked_patches,
     narrow_width,
     normalized_patches,
     patchify,
-    positions,
     random_mask,
-    sine_cosine_positions,
     take,
     unpatchify,
 )
@@ -35,7 +34,10 @@ ABOUT = About("masked", "masked", "1", "nobody", "never", backbones="ViT")
 def test_each_mask_hides_the_same_number_and_never_all_or_nothing(
     count: int, ratio: float, masked: int
 ) -> None:
-    mask = random_mask(50, count, ratio, CPU)
+    visible, places = random_mask(50, count, ratio, CPU)
+    mask = indices_to_mask(places, count)
+    assert torch.equal(indices_to_mask(visible, count), ~mask)
+    assert all((one.diff(dim=1) > 0).all() for one in (visible, places))
     assert mask.shape == (50, count)
     assert mask.sum(dim=1).tolist() == [masked] * 50
     assert len(torch.unique(mask, dim=0)) > 1
@@ -45,17 +47,16 @@ def test_each_mask_hides_the_same_number_and_never_all_or_nothing(
 
 def test_masks_follow_the_seed() -> None:
     torch.manual_seed(3)
-    one = random_mask(4, 16, 0.5, CPU)
-    assert not torch.equal(random_mask(4, 16, 0.5, CPU), one)
+    one = random_mask(4, 16, 0.5, CPU)[1]
+    assert not torch.equal(random_mask(4, 16, 0.5, CPU)[1], one)
     torch.manual_seed(3)
-    assert torch.equal(random_mask(4, 16, 0.5, CPU), one)
+    assert torch.equal(random_mask(4, 16, 0.5, CPU)[1], one)
 
 
 def test_visible_and_masked_tokens_put_back_restore_the_whole() -> None:
     tokens = torch.randn(3, 10, 2)
-    mask = random_mask(3, 10, 0.7, CPU)
     restored = torch.zeros_like(tokens)
-    for where in (positions(mask, 7), positions(~mask, 3)):
+    for where in random_mask(3, 10, 0.7, CPU):
         for image in range(3):
             for place, token in zip(where[image], take(tokens, where)[image], strict=True):
                 restored[image, place] += token
@@ -103,13 +104,13 @@ def test_an_even_patch_has_zeros_for_targets() -> None:
 
 
 def test_positions_are_sines_and_cosines_of_row_and_column() -> None:
-    ours = sine_cosine_positions(2, 3, 8)
-    for row in range(2):
+    ours = PatchPredictor(8, side=3, width=32, depth=1, outputs=1).positions
+    for row in range(3):
         for column in range(3):
             expected = []
             for place in (row, column):
                 for wave in (math.sin, math.cos):
-                    expected += [wave(place / 10000 ** (i / 2)) for i in range(2)]
+                    expected += [wave(place / 10000 ** (i / 8)) for i in range(8)]
             torch.testing.assert_close(ours[3 * row + column], torch.tensor(expected))
 
 

@@ -1,8 +1,7 @@
-import pytest
 import torch
 
 from vissl_lite.encoder import build_encoder
-from vissl_lite.pretext.parts.momentum import cosine, follow, frozen_copy
+from vissl_lite.pretext.parts.momentum import follow, frozen_copy
 
 
 def test_follow_moves_parameters_by_the_momentum_and_leaves_buffers() -> None:
@@ -29,9 +28,3 @@ def test_a_copied_encoder_is_one_of_its_own() -> None:
         next(encoder.parameters()).add_(1.0)
     assert not torch.equal(next(teacher.parameters()), next(encoder.parameters()))
     assert teacher.state_dict().keys() == encoder.state_dict().keys()
-    assert next(teacher.parameters()) is next(teacher.model.parameters())
-
-
-@pytest.mark.parametrize(("progress", "value"), [(0, 0.99), (0.5, 0.995), (1, 1.0)])
-def test_cosine_rises_from_start_to_end(progress: float, value: float) -> None:
-    assert cosine(0.99, 1.0, progress) == pytest.approx(value)

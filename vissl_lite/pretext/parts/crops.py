@@ -1,6 +1,7 @@
 """Views that several pretexts take: one crop of an image, two, or large and small ones."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -53,61 +54,63 @@ def two_views(
 BYOL_BLUR, BYOL_SOLARIZE = (1.0, 0.1), (0.0, 0.2)
 
 
-def multicrop_views(
-    encoder: Encoder,
-    large_crops: int,
-    small_crops: int | None,
-    smallest_crop: float,
-    largest_small_crop: float,
-    colour: float | None,
-    upright: bool,
-    solarize: bool,
-) -> Views:
-    """Large crops of the encoder's size, then small ones of 96/224 of it (SwAV, Caron et al. 2020).
+@dataclass(frozen=True)
+class MultiCrop:
+    """Global crops of the encoder's size, then local ones of 96/224 of it (SwAV, Caron 2020).
 
-    Args:
-        encoder: what they are for.
-        large_crops: how many.
-        small_crops: how many; default ``default_small_crops``.
-        smallest_crop: smallest share of the image's area in a small crop.
-        largest_small_crop: where the shares of small crops end and those of large ones begin.
-        colour: strength of the colour distortion; see ``distorted_crop``.
-        upright: whether the images have an up.
-        solarize: blur and solarize the large crops as BYOL does; else blur each half of the time.
-
-    Raises:
-        UserError: the backbone can't take the small crops, or the shares are none.
+    Attributes:
+        global_crops: Number of global crops.
+        local_crops: Number of local crops; default ``default_local_crops``.
+        min_crop_scale: Smallest share of the image's area in a local crop.
+        min_global_scale: Smallest share in a global crop, and largest share in a local one.
+        color: Strength of the color distortion; see ``distorted_crop``.
+        solarize: Blur and solarize the global crops as BYOL does; else blur each half of the time.
     """
-    size = encoder.image_size
-    if not 0 < smallest_crop <= largest_small_crop:
-        raise UserError(
-            f"--pretext.smallest_crop {smallest_crop} must be above 0 and at most "
-            f"--pretext.smallest_large_crop {largest_small_crop}"
-        )
-    if solarize:
-        pairs = [
-            distorted_crop(size, largest_small_crop, colour, blurred, inverted, upright)
-            for blurred, inverted in zip(BYOL_BLUR, BYOL_SOLARIZE, strict=True)
+
+    global_crops: int
+    local_crops: int | None
+    min_crop_scale: float
+    min_global_scale: float
+    color: float | None
+    solarize: bool = False
+
+    def views(self, encoder: Encoder, upright: bool) -> Views:
+        """Build the augmentations.
+
+        Args:
+            encoder: The encoder that the views are for.
+            upright: Whether the images have an up.
+
+        Raises:
+            UserError: The backbone can't take the local crops, or the shares are none.
+        """
+        size, border = encoder.image_size, self.min_global_scale
+        if not 0 < self.min_crop_scale <= border:
+            raise UserError(
+                f"--pretext.smallest_crop {self.min_crop_scale} must be above 0 and at most "
+                f"--pretext.smallest_large_crop {border}"
+            )
+        chances = zip(BYOL_BLUR, BYOL_SOLARIZE, strict=True) if self.solarize else [(0.5, 0.0)]
+        kinds = [
+            distorted_crop(size, border, self.color, blur, solarize, upright)
+            for blur, solarize in chances
         ]
-    else:
-        pairs = [distorted_crop(size, largest_small_crop, colour, upright=upright)]
-    pipelines = [pairs[number % len(pairs)] for number in range(large_crops)]
-    shortest = crop_decode_size(size, largest_small_crop)
-    if small_crops is None:
-        small_crops = default_small_crops(encoder)
-    check_count("pretext.small_crops", small_crops or None, LARGEST_DEPTH)
-    if small_crops:
-        small = encoder.fitting_size(size * 96 / 224)
-        try:
-            encoder.check_image_size(small)
-        except UserError as error:
-            raise UserError(f"{error}; --pretext.small_crops 0 does without") from None
-        one = distorted_crop(
-            small, smallest_crop, colour, upright=upright, largest_crop=largest_small_crop
-        )
-        pipelines += [one] * small_crops
-        shortest = max(shortest, crop_decode_size(small, smallest_crop))
-    return Views(pipelines, shortest)
+        pipelines = [kinds[number % len(kinds)] for number in range(self.global_crops)]
+        shortest = crop_decode_size(size, border)
+        count = default_local_crops(encoder) if self.local_crops is None else self.local_crops
+        check_count("pretext.small_crops", count or None, LARGEST_DEPTH)
+        if count:
+            small = encoder.fitting_size(size * 96 / 224)
+            try:
+                encoder.check_image_size(small)
+            except UserError as error:
+                raise UserError(f"{error}; --pretext.small_crops 0 does without") from None
+            local = distorted_crop(
+                small, self.min_crop_scale, self.color, upright=upright, largest_crop=border
+            )
+            pipelines += [local] * count
+            shortest = max(shortest, crop_decode_size(small, self.min_crop_scale))
+        return Views(pipelines, shortest)
 
 
 def by_size(network: Callable[[Tensor], Tensor], views: list[Tensor]) -> list[Tensor]:
@@ -127,6 +130,6 @@ def by_size(network: Callable[[Tensor], Tensor], views: list[Tensor]) -> list[Te
     return outputs
 
 
-def default_small_crops(encoder: Encoder) -> int:
+def default_local_crops(encoder: Encoder) -> int:
     """Six, as SwAV has on ImageNet; none below 64 pixels, where they would show next to nothing."""
     return 6 if encoder.image_size >= 64 else 0

@@ -41,8 +41,8 @@ def exhibit(task: PretextTask, paths: Sequence[str], views: Views, seed: int) ->
         others = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=others, device_type="cuda"):
             torch.manual_seed(seed)
-            views = [view.to(device) for view in collate(items).views]
-            return task.show([task.encoder.normalize(view) for view in views])
+            raw = [view.to(device) for view in collate(items).views]
+            return task.show([task.encoder.normalize(view) for view in raw])
 
 
 def draw_views(paths: Sequence[str], views: Views, seed: int, file: Path) -> None:

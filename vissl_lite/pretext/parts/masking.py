@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -64,35 +65,38 @@ def number_masked(count: int, ratio: float) -> int:
     return min(max(round(ratio * count), 1), count - 1)
 
 
-def random_mask(batch: int, count: int, ratio: float, device: torch.device) -> Tensor:
-    """Masks that hide equally many of all patches of each image, drawn anew for each.
+def random_mask(
+    batch: int, count: int, ratio: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Choose the patches to mask, equally many in each image, anew for each image.
 
     Args:
-        batch: B, images.
-        count: N, patches of an image; at least 2.
-        ratio: share that is masked; see ``number_masked``.
-        device: where to draw.
+        batch: B, number of images.
+        count: N, number of patches of an image; at least 2.
+        ratio: Share of the patches that is masked; see ``number_masked``.
+        device: Device to draw on.
 
     Returns:
-        ``(B, N)``, true where masked.
+        ``(B, N - M)`` indices of the visible patches and ``(B, M)`` of the masked ones, both
+        ascending.
     """
     masked = number_masked(count, ratio)
     shuffled = torch.rand(batch, count, device=device).argsort(dim=1)
-    mask = torch.zeros(batch, count, dtype=torch.bool, device=device)
-    return mask.scatter(1, shuffled[:, :masked], True)
+    return shuffled[:, masked:].sort(dim=1).values, shuffled[:, :masked].sort(dim=1).values
 
 
-def positions(chosen: Tensor, count: int) -> Tensor:
-    """Where a mask is true, in ascending order.
+def indices_to_mask(indices: Tensor, count: int) -> Tensor:
+    """Mask of the patches with the given indices.
 
     Args:
-        chosen: ``(B, N)``, equally often true in each row.
-        count: K, how often; known to the caller, as to ask the mask would wait for a GPU.
+        indices: ``(B, K)``, below N.
+        count: N, number of patches of an image.
 
     Returns:
-        ``(B, K)`` indices below N.
+        ``(B, N)`` bool, true at the indices.
     """
-    return chosen.byte().argsort(dim=1, descending=True, stable=True)[:, :count]
+    empty = torch.zeros(len(indices), count, dtype=torch.bool, device=indices.device)
+    return empty.scatter(1, indices, True)
 
 
 def take(tokens: Tensor, where: Tensor) -> Tensor:
@@ -200,12 +204,12 @@ def masked_patches(model: Any, mask: Tensor, token: Tensor) -> Iterator[None]:
 def encode_visible(encoder: Encoder, images: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
     """Run a ViT on some patches of each image; the others cost nothing (MAE, section 3).
 
-    The way of timm's ``VisionTransformer.forward_features``, with the choice of patches in the
-    place of its patch dropout: after the position embedding, so that each patch keeps its own.
+    A forward hook chooses them in the place of timm's patch dropout, which comes after the position
+    embedding: each patch keeps its own position.
 
     Args:
-        encoder: with a plain ViT.
-        images: ``(B, C, S, S)``, normalised.
+        encoder: Encoder with a plain ViT.
+        images: ``(B, C, S, S)``, normalized.
         visible: ``(B, K)`` indices of patches.
 
     Returns:
@@ -213,35 +217,16 @@ def encode_visible(encoder: Encoder, images: Tensor, visible: Tensor) -> tuple[T
     """
     model = encoder.model
     first = model.num_prefix_tokens
-    tokens = model._pos_embed(model.patch_embed(images))
-    tokens = torch.cat([tokens[:, :first], take(tokens[:, first:], visible)], dim=1)
-    tokens = model.norm(model.blocks(model.norm_pre(tokens)))
+
+    def choose(_: nn.Module, __: tuple[Tensor, ...], tokens: Tensor) -> Tensor:
+        return torch.cat([tokens[:, :first], take(tokens[:, first:], visible)], dim=1)
+
+    hook = model.patch_drop.register_forward_hook(choose)
+    try:
+        tokens = model.forward_features(images)
+    finally:
+        hook.remove()
     return tokens[:, :first], tokens[:, first:]
-
-
-def sine_cosine_positions(rows: int, columns: int, width: int) -> Tensor:
-    """Fixed position embeddings: sines and cosines of the row, then of the column.
-
-    Those of the transformer (Vaswani et al. 2017, section 3.5), for each axis on half the width,
-    as in MAE (appendix A.1) and I-JEPA.
-
-    Args:
-        rows: of patches.
-        columns: of patches.
-        width: a multiple of 4.
-
-    Returns:
-        ``(rows * columns, width)``, row by row.
-    """
-    frequencies = 10000.0 ** -(torch.arange(width // 4) / (width // 4))
-
-    def along(count: int) -> Tensor:
-        angles = torch.arange(count)[:, None] * frequencies
-        return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-    by_row = along(rows)[:, None].expand(-1, columns, -1)
-    by_column = along(columns)[None].expand(rows, -1, -1)
-    return torch.cat([by_row, by_column], dim=2).flatten(0, 1)
 
 
 def narrow_width(features: int, share: float) -> int:
@@ -280,9 +265,9 @@ class PatchPredictor(nn.Module):
         self.embed = nn.Linear(features, width)
         self.mask_token = nn.Parameter(torch.zeros(width))
         self.positions: Tensor
-        self.register_buffer(
-            "positions", sine_cosine_positions(side, side, width), persistent=False
-        )
+        # sines and cosines of the row, then of the column, as in MAE (appendix A.1) and I-JEPA
+        positions = build_sincos2d_pos_embed([side, side], width, interleave_sin_cos=True)
+        self.register_buffer("positions", positions, persistent=False)
         self.blocks = nn.Sequential(
             *(Block(width, num_heads=width // 32, qkv_bias=True) for _ in range(depth))
         )

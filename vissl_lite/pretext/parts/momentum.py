@@ -1,11 +1,10 @@
 """Momentum teachers: copies of a network that follow it slowly and get no gradient."""
 
 import copy
-import math
 from typing import TypeVar
 
-import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -22,7 +21,6 @@ def frozen_copy(student: Module) -> Module:
     return teacher
 
 
-@torch.no_grad()
 def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """Move a teacher's parameters towards the student's: t = m t + (1 - m) s (MoCo, eq. 2).
 
@@ -31,15 +29,5 @@ def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
         student: of the same structure.
         momentum: m, in [0, 1].
     """
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
-
-
-def cosine(start: float, end: float, progress: float) -> float:
-    """From ``start`` to ``end`` along half a cosine (BYOL, Grill et al. 2020, section 3.3).
-
-    Args:
-        start: value at progress 0.
-        end: value at progress 1.
-        progress: share of the training that is done, in [0, 1].
-    """
-    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+    update = get_ema_multi_avg_fn(momentum)
+    update(list(teacher.parameters()), list(student.parameters()), None)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vissl_lite.encoder import build_encoder
-from vissl_lite.pretext.parts.resizing import share_of_side, shrink
+from vissl_lite.training.resizing import share_of_side, shrink
 
 
 def test_views_are_small_for_half_of_the_run_and_whole_in_the_last_fifth() -> None:

@@ -1,10 +1,14 @@
 """Views that begin small and grow while an encoder trains: most steps cost a fraction."""
 
+import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F  # noqa: N812
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from vissl_lite.data.stream import Batch
 from vissl_lite.encoder import Encoder
+from vissl_lite.training.pace import Pace
 
 # The side that views begin with, as a share of their own; when it begins to rise, and when it is
 # whole, as shares of the run (the defaults of Composer's ProgressiveResizing, MosaicML 2022, after
@@ -46,3 +50,23 @@ def shrink(views: Tensor, share: float, encoder: Encoder) -> Tensor:
         return F.interpolate(views, size=(size, size), mode="bilinear", antialias=True)
     small = F.interpolate(views.float(), size=(size, size), mode="bilinear", antialias=True)
     return small.round().to(torch.uint8)
+
+
+class ProgressiveResizing(Callback):
+    """Shrinks the views of each batch on the device, and logs their side as ``view_size``.
+
+    Args:
+        pace: The pace of the run.
+        encoder: Encoder that the views are for.
+    """
+
+    def __init__(self, pace: Pace, encoder: Encoder) -> None:
+        self.pace, self.encoder = pace, encoder
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        # the first step is a whole one: a batch too large for the memory shows at once
+        share = share_of_side(self.pace.fraction) if trainer.global_step else 1.0
+        batch.views[:] = [shrink(view, share, self.encoder) for view in batch.views]
+        module.log("view_size", float(batch.views[0].shape[-1]))
