@@ -1,299 +1,289 @@
-"""What the transfers share: training with looks at the validation part, the model folder."""
+"""Classification, detection and segmentation behind one interface, as fine-tuning wants them."""
 
-import copy
-import json
-import logging
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Literal, Protocol
 
-import lightning.pytorch as pl
+import cv2
 import numpy as np
-import torch
-from lightning.pytorch.callbacks import Callback
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
-from vissl_lite.data.json_file import read_json
-from vissl_lite.data.stream import Batch, KeyedDataset
-from vissl_lite.data.whole_file import write_atomically
-from vissl_lite.encoder import Encoder, first_line
-from vissl_lite.encoder_config import CONFIG, SENSELESS, checked_names
-from vissl_lite.encoder_folder import load_encoder, load_tensors, read_weights, save_encoder
-from vissl_lite.errors import UserError
-from vissl_lite.optim import OptimizerSettings
-from vissl_lite.training.fit import NO_FILES, TrainingFiles, fit
+from vissl_lite.data.boxes import LabelledBoxes
+from vissl_lite.data.images import read_image, suitable_size
+from vissl_lite.data.labelled import LabelledImages
+from vissl_lite.data.masks import LabelledMasks, read_mask
+from vissl_lite.encoder import Encoder, Normalize
+from vissl_lite.encoder_folder import save_model
+from vissl_lite.pictures import (
+    class_colours,
+    draw_boxes,
+    draw_mask,
+    plot_confusion,
+    plot_per_class,
+    plot_pictures,
+    plot_titled,
+)
+from vissl_lite.training.fit import TrainingFiles
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.training.pace import Pace
-from vissl_lite.training.stream import StreamData
+from vissl_lite.transfer.base import TransferSettings
+from vissl_lite.transfer.classification import (
+    ClassifierSettings,
+    class_logits,
+    score_classifier,
+    train_classifier,
+)
+from vissl_lite.transfer.detection import (
+    DetectorSettings,
+    save_detector,
+    score_detector,
+    train_detector,
+)
+from vissl_lite.transfer.segmentation import (
+    SegmenterSettings,
+    save_segmenter,
+    score_segmenter,
+    train_segmenter,
+)
+from vissl_lite.transfer.segmenter import segment
 
-log = logging.getLogger(__name__)
+TaskName = Literal["classification", "detection", "segmentation"]
 
-# How often the validation part is looked at during a training.
-LOOKS = 25
-
-HEAD, HEAD_WEIGHTS = "head.json", "head.safetensors"
-HEAD_TASKS = ("detection", "segmentation")  # whose models are an encoder and a head
-LARGEST_HEAD = 16 * 2**20  # bytes of head.json
+SHOWN = 8  # test images in the picture of predictions beside the truth
+LARGEST = 1024  # longer side in pixels of one of them
 
 
-@dataclass(frozen=True, kw_only=True)
-class TransferSettings:
-    """How to train on labels, whatever the task.
+class Scores(Protocol):
+    """How well a model does on the test part.
 
     Attributes:
-        frozen: train the head alone, on the encoder as it is.
-        epochs: None for as many as make 1,000 steps, between 10 and 100.
-        batch_size: None for the task's own, or a quarter of the images where they are few.
-        optimizer: name, peak learning rate, weight decay, layer-wise decay.
-        warmup: share of the training in which the learning rate rises.
-        patience: stop after so many looks at the validation part without a better figure; there
-            are 25 looks in a training. None never stops early.
-        smallest_crop: smallest share of the image's area in a training view.
-        upright: whether the images have an up; without one they are turned and flipped.
-        seed: of everything random.
+        metrics: by name; the first one is the task's usual figure.
+        per_class: by class, then by name.
     """
 
-    frozen: bool = False
-    epochs: int | None = None
-    batch_size: int | None = None
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    warmup: float = 0.1
-    patience: int | None = 10
-    smallest_crop: float = 0.35
-    upright: bool = True
-    seed: int = 0
+    @property
+    def metrics(self) -> dict[str, float]: ...
 
-    def batch(self, images: int, usual: int) -> int:
-        """The batch size for a training part.
+    @property
+    def per_class(self) -> dict[str, dict[str, float]]: ...
 
-        Args:
-            images: in the training part.
-            usual: the task's own batch size.
 
-        Raises:
-            UserError: what was asked for is larger than the training part.
-        """
-        if self.batch_size is not None and self.batch_size > images:
-            raise UserError(
-                f"--batch_size {self.batch_size} is larger than the training part: {images} images"
+class Task(ABC):
+    """A labelled data set and how to learn from it.
+
+    Attributes:
+        curves: what is drawn of the training.
+        chosen_by: the validation figure that chooses the weights.
+        data: with ``classes``, ``train``, ``val`` and ``test``.
+        settings: how to train.
+    """
+
+    curves: ClassVar[tuple[str, ...]]
+    chosen_by: ClassVar[str]
+    data: Any
+    settings: TransferSettings
+
+    @abstractmethod
+    def image_size(self) -> int:
+        """A side in pixels that suits the images where nothing else is asked for."""
+
+    @abstractmethod
+    def write_split(self, run: Path) -> None:
+        """Write down which image is in which part, to be given as ``--data`` again."""
+
+    @abstractmethod
+    def train(self, encoder: Encoder, hardware: Hardware, files: TrainingFiles) -> Any:
+        """A model trained on the training part, chosen on the validation part."""
+
+    @abstractmethod
+    def score(self, model: Any, encoder: Encoder) -> Scores:
+        """The model on the test part."""
+
+    @abstractmethod
+    def save(self, model: Any, encoder: Encoder, folder: Path, about: dict[str, Any]) -> None:
+        """Write the model folder."""
+
+    @abstractmethod
+    def draw(self, model: Any, encoder: Encoder, scores: Any, run: Path) -> None:
+        """Draw test predictions beside the truth (``test.png``) and the figures by class."""
+
+
+class Classification(Task):
+    """One class or several labels for each image; see ``train_classifier``."""
+
+    curves = ("loss", "val_loss", "val_top1", "val_map", "lr")
+
+    def __init__(self, data: LabelledImages, settings: ClassifierSettings) -> None:
+        self.data = data
+        self.settings: ClassifierSettings = settings
+        self.chosen_by = "val_map" if data.multi_label else "val_top1"  # type: ignore[misc]
+
+    def image_size(self) -> int:
+        return suitable_size(self.data.train.paths)
+
+    def write_split(self, run: Path) -> None:
+        self.data.write(run / "split.csv")
+
+    def train(self, encoder: Encoder, hardware: Hardware, files: TrainingFiles) -> Any:
+        return train_classifier(encoder, self.data, self.settings, hardware, files)
+
+    def score(self, model: Any, encoder: Encoder) -> Scores:
+        return score_classifier(model, encoder, self.data)
+
+    def save(self, model: Any, encoder: Encoder, folder: Path, about: dict[str, Any]) -> None:
+        about = {**about, "multi_label": self.data.multi_label}
+        extra = {"label_names": self.data.classes, "vissl_lite": about}
+        save_model(model, folder, encoder.model_args, encoder.image_size, extra)
+
+    def draw(self, model: Any, encoder: Encoder, scores: Any, run: Path) -> None:
+        if scores.confusion is not None:
+            plot_confusion(scores.confusion, self.data.classes, run / "confusion.png")
+        plot_per_class(scores.per_class, run / "per_class.png")
+        some = spread(len(self.data.test), 2 * SHOWN)
+        part = self.data.test.take(some)
+        normalize = Normalize(encoder.mean, encoder.std)
+        logits, good = class_logits(model, normalize, part.paths, encoder.image_size)
+        part = part.take(np.flatnonzero(good))
+        if self.data.multi_label:
+            found, true = (logits > 0).numpy(), part.labels > 0
+        else:
+            found = np.eye(len(self.data.classes), dtype=bool)[logits.argmax(dim=1).numpy()]
+            true = np.eye(len(self.data.classes), dtype=bool)[part.labels]
+        words = [[self._words(row) for row in rows] for rows in (true, found)]
+        titles = [
+            true_word if true_word == found_word else f"{found_word}\n(true: {true_word})"
+            for true_word, found_word in zip(*words, strict=True)
+        ]
+        images = [read_image(path, 256) for path in part.paths]
+        right = [bool((a == b).all()) for a, b in zip(true, found, strict=True)]
+        plot_titled(images, titles, right, run / "test.png")
+
+    def _words(self, has: np.ndarray) -> str:
+        return ", ".join(name for name, one in zip(self.data.classes, has, strict=True) if one) or (
+            "none"
+        )
+
+
+class Detection(Task):
+    """Boxes of objects; see ``train_detector``."""
+
+    curves = ("loss", "val_map", "val_map_50", "lr")
+    chosen_by = "val_map"
+
+    def __init__(self, data: LabelledBoxes, settings: DetectorSettings) -> None:
+        self.data = data
+        self.settings: DetectorSettings = settings
+
+    def image_size(self) -> int:
+        return suitable_size([image.path for image in self.data.train], side=max, most=416)
+
+    def write_split(self, run: Path) -> None:
+        self.data.write(run / "split")
+
+    def train(self, encoder: Encoder, hardware: Hardware, files: TrainingFiles) -> Any:
+        return train_detector(encoder, self.data, self.settings, hardware, files)
+
+    def score(self, model: Any, encoder: Encoder) -> Scores:
+        return score_detector(model, self.data.test, self.data.classes)
+
+    def save(self, model: Any, encoder: Encoder, folder: Path, about: dict[str, Any]) -> None:
+        save_detector(model, folder, self.data.classes, about)
+
+    def draw(self, model: Any, encoder: Encoder, scores: Any, run: Path) -> None:
+        classes = self.data.classes
+        rows = []
+        for index in spread(len(scores.images), SHOWN):
+            truth, found = scores.images[index], scores.found[index]
+            image = read_image(truth.path)
+            sure = found.scores >= model.threshold
+            rows.append(
+                [
+                    _shrunk(draw_boxes(image, truth.boxes, truth.labels, classes)),
+                    _shrunk(
+                        draw_boxes(
+                            image,
+                            found.boxes[sure],
+                            found.labels[sure],
+                            classes,
+                            found.scores[sure],
+                        )
+                    ),
+                ]
             )
-        return self.batch_size or max(min(usual, images // 4), min(8, images))
+        colours = dict(zip(classes, class_colours(len(classes)), strict=True))
+        plot_pictures(rows, ("truth", "prediction"), run / "test.png", colours)
+        plot_per_class(scores.per_class, run / "per_class.png")
 
 
-class Judgement(NamedTuple):
-    """What a look at the validation part saw.
+class Segmentation(Task):
+    """A class for every pixel; see ``train_segmenter``."""
 
-    Attributes:
-        rank: larger is better; the first number decides, the others where it is equal.
-        values: what is logged, by name.
-    """
+    curves = ("loss", "val_loss", "val_miou", "val_dice", "lr")
+    chosen_by = "val_miou"
 
-    rank: tuple[float, ...]
-    values: dict[str, float]
+    def __init__(self, data: LabelledMasks, settings: SegmenterSettings) -> None:
+        self.data = data
+        self.settings: SegmenterSettings = settings
 
+    def image_size(self) -> int:
+        return suitable_size([image.path for image in self.data.train])
 
-class KeepBest(Callback):
-    """Looks at the validation part now and then; keeps the best weights; stops early.
+    def write_split(self, run: Path) -> None:
+        self.data.write(run / "split.csv")
 
-    Args:
-        model: whose weights.
-        judge: looks at the validation part.
-        pace: of the training.
-        every: batches from one look to the next; the last batch is followed by one too.
-        patience: see ``TransferSettings``.
-    """
+    def train(self, encoder: Encoder, hardware: Hardware, files: TrainingFiles) -> Any:
+        return train_segmenter(encoder, self.data, self.settings, hardware, files)
 
-    def __init__(
-        self,
-        model: nn.Module,
-        judge: Callable[[], Judgement],
-        pace: Pace,
-        every: int,
-        patience: int | None,
-    ) -> None:
-        self.model, self.judge, self.pace = model, judge, pace
-        self.every, self.patience = every, patience
-        self.best: tuple[float, ...] = ()
-        self.weights: dict[str, Tensor] = {}
-        self._since_best = 0
+    def score(self, model: Any, encoder: Encoder) -> Scores:
+        return score_segmenter(model, self.data.test, self.data.classes)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": list(self.best), "weights": self.weights, "since_best": self._since_best}
+    def save(self, model: Any, encoder: Encoder, folder: Path, about: dict[str, Any]) -> None:
+        save_segmenter(model, folder, self.data.classes, about)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        own, weights = self.model.state_dict(), state_dict["weights"]
-        shapes = {name: one.shape for name, one in weights.items() if isinstance(one, Tensor)}
-        if weights and shapes != {name: one.shape for name, one in own.items()}:
-            raise UserError("the best weights in the checkpoint are damaged, or of another model")
-        self.best, self.weights = tuple(state_dict["best"]), weights
-        self._since_best = state_dict["since_best"]
-
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        module: pl.LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-    ) -> None:
-        if self.pace.batches % self.every and self.pace.batches != self.pace.total:
-            return
-        seen = self.judge()
-        for logger in trainer.loggers:
-            logger.log_metrics(seen.values, step=self.pace.batches - 1)
-        self._since_best = 0 if seen.rank[:1] > self.best[:1] else self._since_best + 1
-        if seen.rank > self.best:
-            self.best = tuple(map(float, seen.rank))
-            self.weights = copy.deepcopy(self.model.state_dict())
-        if self.patience is not None and self._since_best >= self.patience:
-            trainer.should_stop = True
+    def draw(self, model: Any, encoder: Encoder, scores: Any, run: Path) -> None:
+        classes = self.data.classes
+        normalize = Normalize(encoder.mean, encoder.std)
+        rows = []
+        for index in spread(len(self.data.test), SHOWN):
+            one = self.data.test[index]
+            image = read_image(one.path)
+            truth = read_mask(one.mask, one.binary)
+            found = segment(model, normalize, image, encoder.image_size).argmax(axis=0)
+            rows.append(
+                [
+                    _shrunk(image),
+                    _shrunk(draw_mask(image, truth, len(classes))),
+                    _shrunk(draw_mask(image, found, len(classes))),
+                ]
+            )
+        colours = dict(zip(classes, class_colours(len(classes)), strict=True))
+        del colours[classes[0]]  # which is left clear
+        plot_pictures(rows, ("image", "truth", "prediction"), run / "test.png", colours)
+        plot_per_class(scores.per_class, run / "per_class.png")
+        plot_confusion(scores.confusion, classes, run / "confusion.png", "pixels")
 
 
-def train(
-    task: pl.LightningModule,
-    model: nn.Module,
-    dataset: KeyedDataset,
-    batch_size: int,
-    settings: TransferSettings,
-    judge: Callable[[], Judgement] | None,
-    hardware: Hardware | None = None,
-    files: TrainingFiles = NO_FILES,
-    title: str = "finetune",
-    weights: np.ndarray | None = None,
-) -> None:
-    """Train a task's model; the weights that the validation part finds best are in it afterwards.
+def _shrunk(image: np.ndarray) -> np.ndarray:
+    """An image no larger than a figure shows it: all of a figure's are in memory together."""
+    factor = max(image.shape[:2]) / LARGEST
+    if factor <= 1:
+        return image
+    height, width = (max(1, round(side / factor)) for side in image.shape[:2])
+    return np.asarray(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA))
+
+
+def spread(images: int, wanted: int) -> np.ndarray:
+    """Indices of up to so many images, evenly spread."""
+    return np.unique(np.linspace(0, images - 1, min(images, wanted)).round().astype(int))
+
+
+def make_task(data: Any, **settings: Any) -> Task:
+    """The task that a labelled data set is for.
 
     Args:
-        task: with ``training_step`` and ``configure_optimizers``.
-        model: in it; left on the CPU.
-        dataset: the training images.
-        batch_size: images a step.
-        settings: how.
-        judge: looks at the validation part; None where there is none: the last weights stay.
-        hardware: where; default one device.
-        files: where metrics and checkpoints go; a checkpoint holds the best weights so far, too.
-        title: of the progress bar.
-        weights: sampling weights; see ``StreamSampler``.
+        data: ``LabelledImages``, ``LabelledBoxes`` or ``LabelledMasks``.
+        settings: of ``ClassifierSettings``, ``DetectorSettings`` or ``SegmenterSettings``.
     """
-    per_epoch = len(dataset) // batch_size
-    epochs = settings.epochs or min(100, max(10, math.ceil(1000 / per_epoch)))
-    total = epochs * per_epoch
-    pace = Pace(settings.optimizer.lr, settings.warmup, settings.seed, total)
-    hardware = hardware or Hardware(devices=1)
-    stream = StreamData(dataset, batch_size, epochs, pace, hardware.workers(), weights)
-    best = None
-    if judge is not None:
-        every = max(per_epoch, math.ceil(total / LOOKS))
-        best = KeepBest(model, judge, pace, every, settings.patience)
-    fit(task, stream, pace, hardware, [best] if best else [], files, title=title)
-    if best and best.weights:
-        model.load_state_dict(best.weights)
-    model.cpu()
-
-
-def save_with_head(model: nn.Module, encoder: Encoder, folder: Path, about: dict[str, Any]) -> None:
-    """Write a model that is an encoder and a head: ``encoder/`` in timm's format, and the head.
-
-    Args:
-        model: holds the encoder somewhere; all its other tensors are the head's.
-        encoder: that part of it.
-        folder: the model folder.
-        about: what is needed to build the head again: ``task``, ``classes`` and so on.
-    """
-    save_encoder(encoder, folder / "encoder", about)
-    inside = _prefix(model, encoder)
-    head = {
-        name: tensor.contiguous()
-        for name, tensor in model.state_dict().items()
-        if not name.startswith(inside)
-    }
-    save_file(head, folder / HEAD_WEIGHTS)
-    write_atomically(folder / HEAD, json.dumps(about, indent=2) + "\n")
-
-
-def load_with_head(
-    source: Path, task: str, build: Callable[[Encoder, dict[str, Any]], nn.Module]
-) -> tuple[Any, dict[str, Any]]:
-    """Load what ``save_with_head`` wrote.
-
-    Args:
-        source: a run of ``finetune``, or the ``model`` folder in it.
-        task: which task the model must be for.
-        build: makes the model from the encoder and the content of ``head.json``.
-
-    Returns:
-        The model and the content of ``head.json``.
-
-    Raises:
-        UserError: there is no model for this task, or it is damaged.
-    """
-    folder, found = find_model(source)
-    if found != task:
-        raise UserError(f"{folder} is a model for {found}, not for {task}")
-    encoder = load_encoder(folder / "encoder")
-    weights = read_weights(folder / HEAD_WEIGHTS)
-    about = _read_head(folder / HEAD)
-    try:
-        # Drawn up without memory first: the head has to have the tensors that its file holds.
-        with torch.device("meta"):
-            drawn = build(encoder, about)
-        _compare(drawn, encoder, weights, folder)
-        model = build(encoder, about)
-    except SENSELESS as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
-        raise UserError(f"{folder / HEAD} is damaged: {reason}") from None
-    load_tensors(model, weights, str(folder / HEAD_WEIGHTS))
-    return model, about
-
-
-def _read_head(file: Path) -> dict[str, Any]:
-    """The content of ``head.json``, its task and classes checked."""
-    about = read_json(file, largest=LARGEST_HEAD)
-    if not isinstance(about, dict):
-        raise UserError(f"{file} is damaged: it holds no mapping")
-    if about.get("task") not in HEAD_TASKS:
-        raise UserError(f"{file} is damaged: its task is none of {', '.join(HEAD_TASKS)}")
-    try:
-        checked_names(about.get("classes"), "classes")
-    except TypeError as error:
-        raise UserError(f"{file} is damaged: {error}") from None
-    return about
-
-
-def _compare(
-    drawn: nn.Module, encoder: Encoder, weights: Mapping[str, Tensor], folder: Path
-) -> None:
-    """Raise a UserError if the weights are not those of a model without its encoder."""
-    inside = _prefix(drawn, encoder)
-    own = {
-        name: tensor.shape
-        for name, tensor in drawn.state_dict().items()
-        if not name.startswith(inside)
-    }
-    for name in sorted(own.keys() | weights.keys()):
-        if name not in own or name not in weights or own[name] != weights[name].shape:
-            raise UserError(f"{folder} is damaged: its weights do not fit, as {name}")
-
-
-def _prefix(model: nn.Module, encoder: Encoder) -> str:
-    return next(f"{name}." for name, module in model.named_modules() if module is encoder)
-
-
-def find_model(source: Path) -> tuple[Path, str]:
-    """The model folder and its task.
-
-    Args:
-        source: a run of ``finetune``, or the ``model`` folder in it.
-
-    Raises:
-        UserError: there is no model, or it is damaged.
-    """
-    for folder in (source / "model", source):
-        if (folder / HEAD).is_file():
-            return folder, _read_head(folder / HEAD)["task"]
-        if (folder / CONFIG).is_file():
-            return folder, "classification"  # a timm model with classes
-    raise UserError(f"no model at {source}: give a run of finetune, or its model folder")
+    if isinstance(data, LabelledBoxes):
+        return Detection(data, DetectorSettings(**settings))
+    if isinstance(data, LabelledMasks):
+        return Segmentation(data, SegmenterSettings(**settings))
+    return Classification(data, ClassifierSettings(**settings))
