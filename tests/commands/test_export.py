@@ -20,8 +20,8 @@ from vissl_lite.encoder import Encoder, build_encoder
 from vissl_lite.encoder_folder import load_encoder, save_encoder, save_model
 from vissl_lite.errors import UserError
 from vissl_lite.transfer import network
-from vissl_lite.transfer.detection import save_detector
-from vissl_lite.transfer.detector import Detector, Kind, detect, fit_into
+from vissl_lite.transfer.detection.model import Detector, Kind, detect, fit_into
+from vissl_lite.transfer.detection.training import save_detector
 
 
 @pytest.fixture(scope="module")

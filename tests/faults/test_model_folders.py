@@ -20,11 +20,11 @@ from vissl_lite.commands.export import export
 from vissl_lite.encoder import Normalize, build_encoder
 from vissl_lite.encoder_folder import load_encoder, read_weights, save_encoder, save_model
 from vissl_lite.errors import UserError
-from vissl_lite.transfer.classification import load_classifier
-from vissl_lite.transfer.detection import load_detector, save_detector
-from vissl_lite.transfer.detector import Detector, detect
-from vissl_lite.transfer.segmentation import load_segmenter, save_segmenter
-from vissl_lite.transfer.segmenter import Segmenter
+from vissl_lite.transfer.classification.training import load_classifier
+from vissl_lite.transfer.detection.model import Detector, detect
+from vissl_lite.transfer.detection.training import load_detector, save_detector
+from vissl_lite.transfer.segmentation.model import Segmenter
+from vissl_lite.transfer.segmentation.training import load_segmenter, save_segmenter
 
 CLASSES = ["cat", "dog"]
 KINDS = ("encoder", "vit", "classifier", "fcos", "retinanet", "faster_rcnn", "segmenter")

@@ -15,7 +15,6 @@ from vissl_lite.commands.pretrain_options import parse_time
 from vissl_lite.commands.probe import probe_encoder
 from vissl_lite.commands.report import add_report
 from vissl_lite.data.images import read_image
-from vissl_lite.data.labelled import LabelledImages, load_labelled, take_labels
 from vissl_lite.data.sample import make_sample_data
 from vissl_lite.encoder import Encoder
 from vissl_lite.encoder_folder import load_encoder
@@ -24,7 +23,8 @@ from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pictures import plot_bars
 from vissl_lite.run import check_out, console, open_run, write_results
 from vissl_lite.training.progress import progress_bar
-from vissl_lite.transfer.classification import (
+from vissl_lite.transfer.classification.data import LabelledImages, load_labelled, take_labels
+from vissl_lite.transfer.classification.training import (
     ClassifierSettings,
     score_classifier,
     train_classifier,

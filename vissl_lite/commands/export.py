@@ -29,9 +29,9 @@ from vissl_lite.encoder_config import CONFIG, read_model_config
 from vissl_lite.encoder_folder import WEIGHTS
 from vissl_lite.errors import UserError, check_arguments, check_image_size
 from vissl_lite.run import console
-from vissl_lite.transfer.detector import fit_into
-from vissl_lite.transfer.fixed_detector import TRANSLATIONS
-from vissl_lite.transfer.network import Network, encoder_network, model_network
+from vissl_lite.transfer.detection.export import TRANSLATIONS
+from vissl_lite.transfer.detection.model import fit_into
+from vissl_lite.transfer.exporting import Network, encoder_network, model_network
 
 # Largest difference between what is written and torch, as a share of the largest output.
 TOLERANCE = 1e-3

@@ -12,9 +12,6 @@ from rich.table import Table
 from vissl_lite import __version__
 from vissl_lite.commands.leaks import guard
 from vissl_lite.commands.report import add_report, add_test_embeddings, add_test_pictures
-from vissl_lite.data.boxes import load_boxes, take_boxes
-from vissl_lite.data.labelled import load_labelled, take_labels
-from vissl_lite.data.masks import load_masks, take_masks
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.encoder_folder import encoder_for, load_encoder
 from vissl_lite.errors import (
@@ -44,11 +41,14 @@ from vissl_lite.run import (
 )
 from vissl_lite.training.fit import TrainingFiles
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.transfer.classification import ClassifierSettings, check_settings
-from vissl_lite.transfer.detection import DetectorSettings, check_rescaling
+from vissl_lite.transfer.base import Classification, Detection, Scores, Segmentation, Task
+from vissl_lite.transfer.classification.data import load_labelled, take_labels
+from vissl_lite.transfer.classification.training import ClassifierSettings, check_settings
+from vissl_lite.transfer.detection.data import load_boxes, take_boxes
+from vissl_lite.transfer.detection.training import DetectorSettings, check_rescaling
 from vissl_lite.transfer.pyramid import report_use
-from vissl_lite.transfer.segmentation import SegmenterSettings, weigh_classes
-from vissl_lite.transfer.tasks import Classification, Detection, Scores, Segmentation, Task
+from vissl_lite.transfer.segmentation.data import load_masks, take_masks
+from vissl_lite.transfer.segmentation.training import SegmenterSettings, weigh_classes
 
 log = logging.getLogger(__name__)
 

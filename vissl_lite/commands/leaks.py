@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from vissl_lite.data.boxes import LabelledBoxes
-from vissl_lite.data.labelled import LabelledImages, has_both
 from vissl_lite.data.leaks import LEAKS, Leaks, Policy, check_leaks, paths_of, seen_by, without
 from vissl_lite.errors import UserError
 from vissl_lite.training.progress import progress_bar
+from vissl_lite.transfer.classification.data import LabelledImages, has_both
+from vissl_lite.transfer.detection.data import LabelledBoxes
 
 
 def guard(data: Any, encoders: Sequence[str], leaks: Policy, out: str) -> tuple[Any, Leaks]:

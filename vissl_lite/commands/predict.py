@@ -27,12 +27,12 @@ from vissl_lite.inference import check_outputs, evaluating, report_broken, run_i
 from vissl_lite.pictures import class_colours, draw_boxes, draw_mask, draw_words
 from vissl_lite.run import check_out, open_run, write_results
 from vissl_lite.training.progress import progress_bar
-from vissl_lite.transfer.base import find_model
-from vissl_lite.transfer.classification import LoadedClassifier, load_classifier
-from vissl_lite.transfer.detection import load_detector
-from vissl_lite.transfer.detector import Detections, Detector, detect_in_batches
-from vissl_lite.transfer.segmentation import load_segmenter
-from vissl_lite.transfer.segmenter import Segmenter, segment
+from vissl_lite.transfer.classification.training import LoadedClassifier, load_classifier
+from vissl_lite.transfer.detection.model import Detections, Detector, detect_in_batches
+from vissl_lite.transfer.detection.training import load_detector
+from vissl_lite.transfer.finetuning import find_model
+from vissl_lite.transfer.segmentation.model import Segmenter, segment
+from vissl_lite.transfer.segmentation.training import load_segmenter
 
 log = logging.getLogger(__name__)
 

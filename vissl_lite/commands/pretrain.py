@@ -14,7 +14,6 @@ from vissl_lite.commands.pretrain_data import find_training_images
 from vissl_lite.commands.pretrain_options import Options, make_encoder, parse_time, whole_pretext
 from vissl_lite.commands.report import add_embeddings, add_pretext, add_report
 from vissl_lite.data.cache import CachePlan, forks_workers, plan_cache
-from vissl_lite.data.labelled import load_labelled
 from vissl_lite.data.leaks import seen_by
 from vissl_lite.data.path_list import PathList
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
@@ -45,6 +44,7 @@ from vissl_lite.training.loggers import logger_names, make_loggers
 from vissl_lite.training.pace import Pace
 from vissl_lite.training.seen import KeepFingerprints
 from vissl_lite.training.stream import StreamData
+from vissl_lite.transfer.classification.data import load_labelled
 
 log = logging.getLogger(__name__)
 

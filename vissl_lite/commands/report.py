@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from vissl_lite.data.images import BROKEN_IMAGE, read_image, resize_and_crop
-from vissl_lite.data.labelled import LabelledImages
 from vissl_lite.data.leaks import paths_of
 from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
@@ -20,7 +19,8 @@ from vissl_lite.pretext.base import PretextTask
 from vissl_lite.pretext.parts.exhibit import draw_views, exhibit
 from vissl_lite.run import MAP, console
 from vissl_lite.run_folder import CONFIG
-from vissl_lite.transfer.tasks import Task
+from vissl_lite.transfer.base import Task
+from vissl_lite.transfer.classification.data import LabelledImages
 
 log = logging.getLogger(__name__)
 

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vissl_lite.data.boxes import LabelledBoxes, take_boxes
-from vissl_lite.data.labelled import LabelledImages, take_labels
-from vissl_lite.data.masks import LabelledMasks, take_masks
 from vissl_lite.errors import UserError, check_count
+from vissl_lite.transfer.classification.data import LabelledImages, take_labels
+from vissl_lite.transfer.detection.data import LabelledBoxes, take_boxes
+from vissl_lite.transfer.segmentation.data import LabelledMasks, take_masks
 
 FRACTIONS = (0.01, 0.05, 0.1, 1.0)
 

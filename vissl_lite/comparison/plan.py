@@ -9,9 +9,6 @@ import torch
 
 from vissl_lite.comparison.amounts import Amount, make_amounts
 from vissl_lite.comparison.protocols import Protocol
-from vissl_lite.data.boxes import load_boxes
-from vissl_lite.data.labelled import LabelledImages, load_labelled
-from vissl_lite.data.masks import load_masks
 from vissl_lite.encoder import Encoder
 from vissl_lite.encoder_folder import encoder_for
 from vissl_lite.errors import (
@@ -22,7 +19,10 @@ from vissl_lite.errors import (
     check_seed,
 )
 from vissl_lite.optim import OptimizerSettings, check_rates
-from vissl_lite.transfer.tasks import Task, TaskName, make_task
+from vissl_lite.transfer.base import Task, TaskName, make_task
+from vissl_lite.transfer.classification.data import LabelledImages, load_labelled
+from vissl_lite.transfer.detection.data import load_boxes
+from vissl_lite.transfer.segmentation.data import load_masks
 
 # Draws of labels; each is a training.
 LARGEST_SEEDS = 10_000

@@ -13,7 +13,6 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 
-from vissl_lite.data.labelled import LabelledImages, Part
 from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.evaluation.features import extract
@@ -23,8 +22,9 @@ from vissl_lite.inference import check_outputs
 from vissl_lite.run import MetricsFile
 from vissl_lite.training.fit import TrainingFiles
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.transfer.class_scores import TestScores
-from vissl_lite.transfer.tasks import Task
+from vissl_lite.transfer.base import Task
+from vissl_lite.transfer.classification.data import LabelledImages, Part
+from vissl_lite.transfer.classification.metrics import TestScores
 
 Protocol = Literal["knn", "linear", "finetune"]
 

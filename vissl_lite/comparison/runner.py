@@ -15,12 +15,12 @@ from vissl_lite.comparison.protocols import (
     judge_frozen,
 )
 from vissl_lite.comparison.store import Cell, Store, digest_weights, digest_words
-from vissl_lite.data.labelled import LabelledImages
 from vissl_lite.data.leaks import paths_of
 from vissl_lite.encoder import Encoder
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.training.progress import progress_bar
-from vissl_lite.transfer.tasks import Task
+from vissl_lite.transfer.base import Task
+from vissl_lite.transfer.classification.data import LabelledImages
 
 log = logging.getLogger(__name__)
 

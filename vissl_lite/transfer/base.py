@@ -7,10 +7,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import cv2
 import numpy as np
 
-from vissl_lite.data.boxes import LabelledBoxes
 from vissl_lite.data.images import read_image, suitable_size
-from vissl_lite.data.labelled import LabelledImages
-from vissl_lite.data.masks import LabelledMasks, read_mask
 from vissl_lite.encoder import Encoder, Normalize
 from vissl_lite.encoder_folder import save_model
 from vissl_lite.pictures import (
@@ -24,26 +21,29 @@ from vissl_lite.pictures import (
 )
 from vissl_lite.training.fit import TrainingFiles
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.transfer.base import TransferSettings
-from vissl_lite.transfer.classification import (
+from vissl_lite.transfer.classification.data import LabelledImages
+from vissl_lite.transfer.classification.training import (
     ClassifierSettings,
     class_logits,
     score_classifier,
     train_classifier,
 )
-from vissl_lite.transfer.detection import (
+from vissl_lite.transfer.detection.data import LabelledBoxes
+from vissl_lite.transfer.detection.training import (
     DetectorSettings,
     save_detector,
     score_detector,
     train_detector,
 )
-from vissl_lite.transfer.segmentation import (
+from vissl_lite.transfer.finetuning import TransferSettings
+from vissl_lite.transfer.segmentation.data import LabelledMasks, read_mask
+from vissl_lite.transfer.segmentation.model import segment
+from vissl_lite.transfer.segmentation.training import (
     SegmenterSettings,
     save_segmenter,
     score_segmenter,
     train_segmenter,
 )
-from vissl_lite.transfer.segmenter import segment
 
 TaskName = Literal["classification", "detection", "segmentation"]
 

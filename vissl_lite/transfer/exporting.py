@@ -10,11 +10,11 @@ from torch import nn
 from vissl_lite.encoder import Normalize
 from vissl_lite.encoder_config import CONFIG
 from vissl_lite.encoder_folder import load_encoder
-from vissl_lite.transfer.base import find_model
-from vissl_lite.transfer.classification import load_classifier
-from vissl_lite.transfer.detection import load_detector
-from vissl_lite.transfer.fixed_detector import FixedDetector
-from vissl_lite.transfer.segmentation import load_segmenter
+from vissl_lite.transfer.classification.training import load_classifier
+from vissl_lite.transfer.detection.export import FixedDetector
+from vissl_lite.transfer.detection.training import load_detector
+from vissl_lite.transfer.finetuning import find_model
+from vissl_lite.transfer.segmentation.training import load_segmenter
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from vissl_lite.encoder import Encoder, Normalize
 from vissl_lite.errors import UserError
 from vissl_lite.optim import build_optimizer_with_head
-from vissl_lite.transfer.base import TransferSettings
+from vissl_lite.transfer.finetuning import TransferSettings
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from vissl_lite.cli import main
-from vissl_lite.data.labelled import LabelledImages, Part, load_labelled, take_labels
 from vissl_lite.errors import UserError
+from vissl_lite.transfer.classification.data import LabelledImages, Part, load_labelled, take_labels
 
 
 def fill(folder: Path, counts: dict[str, int]) -> Path:

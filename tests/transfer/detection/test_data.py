@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vissl_lite.data.boxes import BoxedImage, LabelledBoxes, load_boxes, take_boxes
 from vissl_lite.data.images import read_image
 from vissl_lite.data.sample import make_sample_data
 from vissl_lite.errors import UserError
+from vissl_lite.transfer.detection.data import BoxedImage, LabelledBoxes, load_boxes, take_boxes
 
 HEIGHT, WIDTH = 30, 40
 Object = tuple[str, Sequence[float]]  # class, corners

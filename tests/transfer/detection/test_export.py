@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from vissl_lite.encoder import build_encoder
-from vissl_lite.transfer.detector import Detector, Kind
-from vissl_lite.transfer.fixed_detector import FixedDetector, suppress
+from vissl_lite.transfer.detection.export import FixedDetector, suppress
+from vissl_lite.transfer.detection.model import Detector, Kind
 
 
 def outspoken(kind: Kind, classes: int = 3) -> Detector:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from vissl_lite.data.boxes import BoxedImage
 from vissl_lite.encoder import build_encoder
 from vissl_lite.errors import UserError
-from vissl_lite.transfer.detector import (
+from vissl_lite.transfer.detection.data import BoxedImage
+from vissl_lite.transfer.detection.model import (
     Detector,
     Kind,
     choose_canvas,

@@ -6,12 +6,13 @@ import pytest
 import torch
 from PIL import Image
 
-from vissl_lite.data.boxes import BoxedImage, LabelledBoxes
 from vissl_lite.encoder import build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.transfer import detection
-from vissl_lite.transfer.detection import (
+from vissl_lite.transfer.detection.data import BoxedImage, LabelledBoxes
+from vissl_lite.transfer.detection.model import Detections, detect
+from vissl_lite.transfer.detection.training import (
     BoxDataset,
     DetectorSettings,
     best_threshold,
@@ -21,7 +22,6 @@ from vissl_lite.transfer.detection import (
     score_detector,
     train_detector,
 )
-from vissl_lite.transfer.detector import Detections, detect
 
 
 def squares(folder: Path, count: int, seed: int) -> list[BoxedImage]:

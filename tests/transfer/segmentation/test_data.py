@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vissl_lite.data.masks import IGNORE, LabelledMasks, load_masks, read_mask, take_masks
 from vissl_lite.data.sample import make_sample_data
 from vissl_lite.errors import UserError
+from vissl_lite.transfer.segmentation.data import (
+    IGNORE,
+    LabelledMasks,
+    load_masks,
+    read_mask,
+    take_masks,
+)
 
 HEIGHT, WIDTH = 6, 8
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vissl_lite.encoder import Normalize, build_encoder
-from vissl_lite.transfer.segmenter import (
+from vissl_lite.transfer.segmentation.model import (
     Segmenter,
     dice_loss,
     segment,

@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from vissl_lite.data.masks import IGNORE, LabelledMasks, load_masks, read_mask
 from vissl_lite.data.stream import StreamSampler, stream
 from vissl_lite.encoder import build_encoder
 from vissl_lite.errors import UserError
@@ -16,7 +15,9 @@ from vissl_lite.optim import OptimizerSettings
 from vissl_lite.run import MetricsFile
 from vissl_lite.training.fit import TrainingFiles
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.transfer.segmentation import (
+from vissl_lite.transfer.segmentation.data import IGNORE, LabelledMasks, load_masks, read_mask
+from vissl_lite.transfer.segmentation.model import Segmenter
+from vissl_lite.transfer.segmentation.training import (
     MaskDataset,
     SegmenterSettings,
     load_segmenter,
@@ -26,7 +27,6 @@ from vissl_lite.transfer.segmentation import (
     train_segmenter,
     weigh_classes,
 )
-from vissl_lite.transfer.segmenter import Segmenter
 
 HERE = Hardware("32-true", devices=1, num_workers=0)
 FAST = OptimizerSettings("adamw", lr=4e-3)

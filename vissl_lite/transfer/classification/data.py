@@ -7,16 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from vissl_lite.data.csv_file import csv_writer
-from vissl_lite.data.labelled.files import (
+from vissl_lite.data.text_file import csv_writer
+from vissl_lite.errors import UserError, brief, check_count, check_positive_share
+from vissl_lite.transfer.classification.files import (
     LABEL_SEPARATORS,
     SEPARATORS,
     FoundLabels,
     read_csv,
     read_folder,
 )
-from vissl_lite.data.splits import TEST_SHARE, VAL_SHARE, hold_out, split_in_three, take_share
-from vissl_lite.errors import UserError, brief, check_count, check_positive_share
+from vissl_lite.transfer.sources import TEST_SHARE, VAL_SHARE, hold_out, split_in_three, take_share
 
 # Cells of a table of images and classes, eight bytes each.
 LARGEST_TABLE = 2**29

@@ -5,10 +5,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from vissl_lite.data.csv_file import Rows, cells, check_files, is_utf8, need_rows, read_rows, splits
 from vissl_lite.data.images import find_images
-from vissl_lite.data.splits import VAL_NAMES
 from vissl_lite.errors import UserError, brief
+from vissl_lite.transfer.sources import (
+    VAL_NAMES,
+    Rows,
+    cells,
+    check_files,
+    is_utf8,
+    need_rows,
+    read_rows,
+    splits,
+)
 
 _PATH_COLUMNS = ("path", "image", "file", "filename")
 _LABEL_COLUMNS = ("label", "class")

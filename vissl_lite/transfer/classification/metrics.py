@@ -20,8 +20,8 @@ from torchmetrics.functional.classification import (
     multiclass_recall,
 )
 
-from vissl_lite.data.labelled import has_both
-from vissl_lite.transfer.base import Judgement
+from vissl_lite.transfer.classification.data import has_both
+from vissl_lite.transfer.finetuning import Judgement
 
 log = logging.getLogger(__name__)
 

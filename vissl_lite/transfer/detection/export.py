@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import batched_nms, roi_align
 
-from vissl_lite.transfer.detector import LEAST_SCORE, Detector
+from vissl_lite.transfer.detection.model import LEAST_SCORE, Detector
 
 MOST = 100  # boxes an image
 

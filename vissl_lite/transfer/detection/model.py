@@ -14,12 +14,12 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign
 
-from vissl_lite.data.boxes import BoxedImage
 from vissl_lite.data.images import BROKEN_IMAGE, read_image
 from vissl_lite.data.reading import reason
 from vissl_lite.data.views import PADDING
 from vissl_lite.encoder import Encoder, Normalize
 from vissl_lite.inference import check_outputs, evaluating, report_broken
+from vissl_lite.transfer.detection.data import BoxedImage
 from vissl_lite.transfer.pyramid import Pyramid
 
 Kind = Literal["fcos", "retinanet", "faster_rcnn"]

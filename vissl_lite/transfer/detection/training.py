@@ -13,7 +13,6 @@ from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_iou
 
-from vissl_lite.data.boxes import BoxedImage, LabelledBoxes
 from vissl_lite.data.images import read_image
 from vissl_lite.data.stream import Batch, Item, KeyedDataset
 from vissl_lite.data.views import BoxView, box_pipeline
@@ -21,13 +20,14 @@ from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.transfer.base import (
+from vissl_lite.transfer.detection.data import BoxedImage, LabelledBoxes
+from vissl_lite.transfer.detection.model import Detections, Detector, Kind, choose_canvas, detect
+from vissl_lite.transfer.finetuning import (
     Judgement,
     load_with_head,
     save_with_head,
     train,
 )
-from vissl_lite.transfer.detector import Detections, Detector, Kind, choose_canvas, detect
 from vissl_lite.transfer.pyramid import PyramidSettings, PyramidTask
 
 

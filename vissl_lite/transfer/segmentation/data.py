@@ -11,20 +11,19 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from vissl_lite.data.csv_file import csv_writer
 from vissl_lite.data.headers import image_size, opened_image
 from vissl_lite.data.images import BROKEN_IMAGE
-from vissl_lite.data.masks.files import (
+from vissl_lite.data.reading import read_regular, reason
+from vissl_lite.data.text_file import csv_writer, read_text
+from vissl_lite.errors import UserError, brief
+from vissl_lite.transfer.segmentation.files import (
     MASK_FOLDERS,
     Parts,
     read_csv,
     read_folder,
     read_two_folders,
 )
-from vissl_lite.data.reading import read_regular, reason
-from vissl_lite.data.splits import hold_out, take_share
-from vissl_lite.data.text_file import read_text
-from vissl_lite.errors import UserError, brief
+from vissl_lite.transfer.sources import hold_out, take_share
 
 log = logging.getLogger(__name__)
 

@@ -3,11 +3,18 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from vissl_lite.data.csv_file import cells, check_files, need_rows, read_rows, splits
 from vissl_lite.data.images import find_images
-from vissl_lite.data.splits import VAL_NAMES, split_in_three
 from vissl_lite.data.text_file import read_text
 from vissl_lite.errors import UserError, brief
+from vissl_lite.transfer.sources import (
+    VAL_NAMES,
+    cells,
+    check_files,
+    need_rows,
+    read_rows,
+    split_in_three,
+    splits,
+)
 
 IMAGE_FOLDERS = ("images", "JPEGImages", "labelled")
 MASK_FOLDERS = ("masks", "labels", "annotations", "gt", "SegmentationClass")

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from vissl_lite.data.masks import IGNORE
 from vissl_lite.data.views import LARGE
 from vissl_lite.encoder import Encoder, Normalize
 from vissl_lite.inference import check_outputs, evaluating
 from vissl_lite.transfer.pyramid import Pyramid, group_norm
+from vissl_lite.transfer.segmentation.data import IGNORE
 
 CHANNELS = 128  # of the pyramid and the head; the paper's head has as many
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from vissl_lite.data.images import BROKEN_IMAGE, read_image
-from vissl_lite.data.masks import IGNORE, LabelledMasks, MaskedImage, read_mask
 from vissl_lite.data.reading import reason
 from vissl_lite.data.stream import Batch, Item, KeyedDataset
 from vissl_lite.data.views import MaskView, mask_pipeline
@@ -22,14 +21,15 @@ from vissl_lite.errors import UserError, did_you_mean
 from vissl_lite.inference import evaluating, report_broken
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.transfer.base import (
+from vissl_lite.transfer.finetuning import (
     Judgement,
     load_with_head,
     save_with_head,
     train,
 )
 from vissl_lite.transfer.pyramid import PyramidSettings, PyramidTask
-from vissl_lite.transfer.segmenter import (
+from vissl_lite.transfer.segmentation.data import IGNORE, LabelledMasks, MaskedImage, read_mask
+from vissl_lite.transfer.segmentation.model import (
     Segmenter,
     at_own_scale,
     enlarge,

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from vissl_lite.data.boxes.layouts import read_annotations
-from vissl_lite.data.boxes.mending import Note, Repairs, mend
-from vissl_lite.data.csv_file import is_utf8
-from vissl_lite.data.file_tree import SPLITS
-from vissl_lite.data.splits import hold_out, split_in_three, take_share
+from vissl_lite.transfer.detection.data.discovery import read_annotations
+from vissl_lite.transfer.detection.data.annotations import Note
+from vissl_lite.transfer.detection.data.cleaning import Repairs, mend
+from vissl_lite.transfer.sources import is_utf8
+from vissl_lite.transfer.sources import SPLITS
+from vissl_lite.transfer.sources import hold_out, split_in_three, take_share
 from vissl_lite.errors import UserError
 
 log = logging.getLogger(__name__)

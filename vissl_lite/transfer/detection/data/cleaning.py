@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -10,14 +10,12 @@ from vissl_lite.data.headers import opened_image, orientation
 from vissl_lite.data.images import BROKEN_IMAGE, read_image
 from vissl_lite.data.reading import open_regular, reason
 from vissl_lite.errors import brief
+from vissl_lite.transfer.detection.data.annotations import SHARES, Note
 
 # Repairs of a kind that the log names one by one.
 LOGGED = 100
 
 log = logging.getLogger(__name__)
-
-# The size of the image in notes whose boxes are shares of its width and height, as in YOLO's files.
-SHARES = (1.0, 1.0)
 
 # In pixels. Thinner boxes lose their area to rounding in the float32 arithmetic of the views.
 _THINNEST = 0.01
@@ -31,26 +29,6 @@ LARGEST = 1e18
 FLAT = "box without area, left out"
 # The one kind that is no mistake.
 BACKGROUND = "image without boxes, kept as background"
-
-
-class Note(NamedTuple):
-    """What an annotation file says of an image.
-
-    Attributes:
-        image: path of the file.
-        split: train, val or test; None where the annotations name no splits.
-        size: height and width of the image in the coordinates of the boxes; zeros where not said.
-        boxes: x1, y1, x2, y2 of each.
-        names: the class of each.
-        ignored: COCO's ``iscrowd`` or VOC's ``difficult`` of each.
-    """
-
-    image: str
-    split: str | None
-    size: tuple[float, float]
-    boxes: list[tuple[float, float, float, float]]
-    names: list[str]
-    ignored: list[bool]
 
 
 class Repairs:

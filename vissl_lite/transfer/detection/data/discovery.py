@@ -7,15 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from vissl_lite.data.boxes.formats import (
-    Annotations,
-    missing_key,
-    read_coco,
-    read_voc,
-)
-from vissl_lite.data.boxes.mending import Repairs
-from vissl_lite.data.boxes.yolo import data_yaml, label_files, read_labels, read_yolo
-from vissl_lite.data.file_tree import (
+from vissl_lite.transfer.detection.data.annotations import Annotations
+from vissl_lite.transfer.detection.data.coco import missing_key, read_coco
+from vissl_lite.transfer.detection.data.voc import read_voc
+from vissl_lite.transfer.detection.data.cleaning import Repairs
+from vissl_lite.transfer.detection.data.yolo import data_yaml, label_files, read_labels, read_yolo
+from vissl_lite.transfer.sources import (
     SPLITS,
     FileTree,
     split_of_file,
@@ -24,7 +21,7 @@ from vissl_lite.data.file_tree import (
 )
 from vissl_lite.data.images import EXTENSIONS
 from vissl_lite.data.json_file import read_json
-from vissl_lite.data.splits import VAL_NAMES
+from vissl_lite.transfer.sources import VAL_NAMES
 from vissl_lite.data.text_file import read_text
 from vissl_lite.errors import UserError, brief
 

@@ -8,18 +8,20 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vissl_lite.data.boxes.formats import (
+from vissl_lite.transfer.detection.data.annotations import (
     LARGEST_FILE,
     MISSING_IMAGE,
     MOST_CLASSES,
+    SHARES,
     UNKNOWN_CLASS,
     UNREADABLE_FILE,
     Annotations,
+    Note,
 )
-from vissl_lite.data.boxes.mending import SHARES, Note, Repairs
-from vissl_lite.data.file_tree import FileTree, split_below, split_of_path
+from vissl_lite.transfer.detection.data.cleaning import Repairs
+from vissl_lite.transfer.sources import FileTree, split_below, split_of_path
 from vissl_lite.data.images import find_images
-from vissl_lite.data.splits import VAL_NAMES
+from vissl_lite.transfer.sources import VAL_NAMES
 from vissl_lite.data.text_file import read_text
 from vissl_lite.data.yaml_file import read_yaml
 from vissl_lite.errors import UserError, brief

@@ -10,7 +10,6 @@ from PIL import Image
 from sklearn import metrics as sk
 from torch import Tensor
 
-from vissl_lite.data.labelled import LabelledImages, Part
 from vissl_lite.data.stream import Batch
 from vissl_lite.encoder import Normalize, build_encoder
 from vissl_lite.encoder_folder import save_model
@@ -18,7 +17,8 @@ from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer import class_scores
-from vissl_lite.transfer.classification import (
+from vissl_lite.transfer.classification.data import LabelledImages, Part
+from vissl_lite.transfer.classification.training import (
     Classifier,
     ClassifierSettings,
     check_settings,

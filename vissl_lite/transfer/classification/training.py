@@ -18,7 +18,6 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vissl_lite.data.labelled import LabelledImages
 from vissl_lite.data.stream import Batch, ViewDataset
 from vissl_lite.data.views import Views, crop_decode_size, flip, random_crop
 from vissl_lite.encoder import Encoder, Normalize
@@ -28,14 +27,15 @@ from vissl_lite.inference import run_over
 from vissl_lite.optim import build_optimizer
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.transfer.base import Judgement, TransferSettings, train
-from vissl_lite.transfer.class_scores import (
+from vissl_lite.transfer.classification.data import LabelledImages
+from vissl_lite.transfer.classification.metrics import (
     TestScores,
     judge_one,
     judge_several,
     score_one,
     score_several,
 )
+from vissl_lite.transfer.finetuning import Judgement, TransferSettings, train
 
 log = logging.getLogger(__name__)
 
