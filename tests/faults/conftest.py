@@ -19,7 +19,7 @@ from vissl_lite.cli import main
 from vissl_lite.commands import compare, finetune, predict, pretrain, probe
 from vissl_lite.encoder import build_encoder
 from vissl_lite.encoder_folder import save_encoder
-from vissl_lite.transfer.base import Classification
+from vissl_lite.transfer.finetuning import Classification
 
 PICTURES = (
     (pretrain, "plot_curves"), (pretrain, "add_pretext"), (pretrain, "add_embeddings"),

@@ -30,7 +30,7 @@ from vissl_lite.run import (
     write_results,
 )
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.transfer.base import TaskName
+from vissl_lite.transfer.finetuning import TaskName
 
 log = logging.getLogger(__name__)
 

@@ -41,11 +41,11 @@ from vissl_lite.run import (
 )
 from vissl_lite.training.fit import TrainingFiles
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.transfer.base import Classification, Detection, Scores, Segmentation, Task
 from vissl_lite.transfer.classification.data import load_labelled, take_labels
 from vissl_lite.transfer.classification.training import ClassifierSettings, check_settings
 from vissl_lite.transfer.detection.data import load_boxes, take_boxes
 from vissl_lite.transfer.detection.training import DetectorSettings, check_rescaling
+from vissl_lite.transfer.finetuning import Classification, Detection, Scores, Segmentation, Task
 from vissl_lite.transfer.pyramid import report_use
 from vissl_lite.transfer.segmentation.data import load_masks, take_masks
 from vissl_lite.transfer.segmentation.training import SegmenterSettings, weigh_classes

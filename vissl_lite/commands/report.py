@@ -19,8 +19,8 @@ from vissl_lite.pretext.base import PretextTask
 from vissl_lite.pretext.parts.exhibit import draw_views, exhibit
 from vissl_lite.run import MAP, console
 from vissl_lite.run_folder import CONFIG
-from vissl_lite.transfer.base import Task
 from vissl_lite.transfer.classification.data import LabelledImages
+from vissl_lite.transfer.finetuning import Task
 
 log = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from vissl_lite.errors import (
     check_seed,
 )
 from vissl_lite.optim import OptimizerSettings, check_rates
-from vissl_lite.transfer.base import Task, TaskName, make_task
 from vissl_lite.transfer.classification.data import LabelledImages, load_labelled
 from vissl_lite.transfer.detection.data import load_boxes
+from vissl_lite.transfer.finetuning import Task, TaskName, make_task
 from vissl_lite.transfer.segmentation.data import load_masks
 
 # Draws of labels; each is a training.

@@ -19,8 +19,8 @@ from vissl_lite.data.leaks import paths_of
 from vissl_lite.encoder import Encoder
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.training.progress import progress_bar
-from vissl_lite.transfer.base import Task
 from vissl_lite.transfer.classification.data import LabelledImages
+from vissl_lite.transfer.finetuning import Task
 
 log = logging.getLogger(__name__)
 

@@ -8,13 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from vissl_lite.transfer.detection.data.discovery import read_annotations
+from vissl_lite.errors import UserError
 from vissl_lite.transfer.detection.data.annotations import Note
 from vissl_lite.transfer.detection.data.cleaning import Repairs, mend
-from vissl_lite.transfer.sources import is_utf8
-from vissl_lite.transfer.sources import SPLITS
-from vissl_lite.transfer.sources import hold_out, split_in_three, take_share
-from vissl_lite.errors import UserError
+from vissl_lite.transfer.detection.data.discovery import read_annotations
+from vissl_lite.transfer.sources import SPLITS, hold_out, is_utf8, split_in_three, take_share
 
 log = logging.getLogger(__name__)
 

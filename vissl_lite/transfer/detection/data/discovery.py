@@ -7,23 +7,23 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from vissl_lite.data.images import EXTENSIONS
+from vissl_lite.data.json_file import read_json
+from vissl_lite.data.text_file import read_text
+from vissl_lite.errors import UserError, brief
 from vissl_lite.transfer.detection.data.annotations import Annotations
+from vissl_lite.transfer.detection.data.cleaning import Repairs
 from vissl_lite.transfer.detection.data.coco import missing_key, read_coco
 from vissl_lite.transfer.detection.data.voc import read_voc
-from vissl_lite.transfer.detection.data.cleaning import Repairs
 from vissl_lite.transfer.detection.data.yolo import data_yaml, label_files, read_labels, read_yolo
 from vissl_lite.transfer.sources import (
     SPLITS,
+    VAL_NAMES,
     FileTree,
     split_of_file,
     split_of_folder,
     split_of_path,
 )
-from vissl_lite.data.images import EXTENSIONS
-from vissl_lite.data.json_file import read_json
-from vissl_lite.transfer.sources import VAL_NAMES
-from vissl_lite.data.text_file import read_text
-from vissl_lite.errors import UserError, brief
 
 _LAYOUTS = (
     "COCO (annotations/train.json, or train/_annotations.coco.json), Pascal VOC "

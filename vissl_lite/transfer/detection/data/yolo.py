@@ -8,6 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from vissl_lite.data.images import find_images
+from vissl_lite.data.text_file import read_text
+from vissl_lite.data.yaml_file import read_yaml
+from vissl_lite.errors import UserError, brief
 from vissl_lite.transfer.detection.data.annotations import (
     LARGEST_FILE,
     MISSING_IMAGE,
@@ -19,12 +23,7 @@ from vissl_lite.transfer.detection.data.annotations import (
     Note,
 )
 from vissl_lite.transfer.detection.data.cleaning import Repairs
-from vissl_lite.transfer.sources import FileTree, split_below, split_of_path
-from vissl_lite.data.images import find_images
-from vissl_lite.transfer.sources import VAL_NAMES
-from vissl_lite.data.text_file import read_text
-from vissl_lite.data.yaml_file import read_yaml
-from vissl_lite.errors import UserError, brief
+from vissl_lite.transfer.sources import VAL_NAMES, FileTree, split_below, split_of_path
 
 _KEYS = {"train": ("train",), "val": VAL_NAMES, "test": ("test",)}
 _CLASSES = "classes.txt"
