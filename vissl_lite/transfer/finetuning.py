@@ -1,4 +1,4 @@
-"""What the transfers share: training with looks at the validation part, the model folder."""
+"""Fine-tuning, whatever the task: settings, the training loop, early stopping, model folders."""
 
 import copy
 import json
@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import lightning.pytorch as pl
 import numpy as np
@@ -35,8 +35,9 @@ log = logging.getLogger(__name__)
 LOOKS = 25
 
 HEAD, HEAD_WEIGHTS = "head.json", "head.safetensors"
-HEAD_TASKS = ("detection", "segmentation")  # whose models are an encoder and a head
 LARGEST_HEAD = 16 * 2**20  # bytes of head.json
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,7 @@ class TransferSettings:
         smallest_crop: smallest share of the image's area in a training view.
         upright: whether the images have an up; without one they are turned and flipped.
         seed: of everything random.
+        pretrained: whether the encoder's weights are more than random ones.
     """
 
     frozen: bool = False
@@ -65,6 +67,7 @@ class TransferSettings:
     smallest_crop: float = 0.35
     upright: bool = True
     seed: int = 0
+    pretrained: bool = False
 
     def batch(self, images: int, usual: int) -> int:
         """The batch size for a training part.
@@ -215,8 +218,8 @@ def save_with_head(model: nn.Module, encoder: Encoder, folder: Path, about: dict
 
 
 def load_with_head(
-    source: Path, task: str, build: Callable[[Encoder, dict[str, Any]], nn.Module]
-) -> tuple[Any, dict[str, Any]]:
+    source: Path, task: str, build: Callable[[Encoder, dict[str, Any]], ModuleT]
+) -> tuple[ModuleT, dict[str, Any]]:
     """Load what ``save_with_head`` wrote.
 
     Args:
@@ -230,12 +233,13 @@ def load_with_head(
     Raises:
         UserError: there is no model for this task, or it is damaged.
     """
-    folder, found = find_model(source)
-    if found != task:
-        raise UserError(f"{folder} is a model for {found}, not for {task}")
+    folder = model_folder(source)
+    about = read_head(folder)
+    if about is None or about["task"] != task:
+        raise UserError(f"{folder} is a model for {about['task'] if about else 'classification'}, "
+                        f"not for {task}")  # fmt: skip
     encoder = load_encoder(folder / "encoder")
     weights = read_weights(folder / HEAD_WEIGHTS)
-    about = _read_head(folder / HEAD)
     try:
         # Drawn up without memory first: the head has to have the tensors that its file holds.
         with torch.device("meta"):
@@ -249,13 +253,23 @@ def load_with_head(
     return model, about
 
 
-def _read_head(file: Path) -> dict[str, Any]:
-    """The content of ``head.json``, its task and classes checked."""
+def read_head(folder: Path) -> dict[str, Any] | None:
+    """The content of ``head.json``, its classes checked; None for a folder in timm's format.
+
+    Args:
+        folder: the model folder.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    file = folder / HEAD
+    if not file.is_file():
+        return None
     about = read_json(file, largest=LARGEST_HEAD)
     if not isinstance(about, dict):
         raise UserError(f"{file} is damaged: it holds no mapping")
-    if about.get("task") not in HEAD_TASKS:
-        raise UserError(f"{file} is damaged: its task is none of {', '.join(HEAD_TASKS)}")
+    if not isinstance(about.get("task"), str):
+        raise UserError(f"{file} is damaged: it names no task")
     try:
         checked_names(about.get("classes"), "classes")
     except TypeError as error:
@@ -282,18 +296,16 @@ def _prefix(model: nn.Module, encoder: Encoder) -> str:
     return next(f"{name}." for name, module in model.named_modules() if module is encoder)
 
 
-def find_model(source: Path) -> tuple[Path, str]:
-    """The model folder and its task.
+def model_folder(source: Path) -> Path:
+    """The folder of a fine-tuned model.
 
     Args:
         source: a run of ``finetune``, or the ``model`` folder in it.
 
     Raises:
-        UserError: there is no model, or it is damaged.
+        UserError: there is no model.
     """
     for folder in (source / "model", source):
-        if (folder / HEAD).is_file():
-            return folder, _read_head(folder / HEAD)["task"]
-        if (folder / CONFIG).is_file():
-            return folder, "classification"  # a timm model with classes
+        if (folder / HEAD).is_file() or (folder / CONFIG).is_file():
+            return folder
     raise UserError(f"no model at {source}: give a run of finetune, or its model folder")
