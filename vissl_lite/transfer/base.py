@@ -1,54 +1,170 @@
-"""Classification, detection and segmentation behind one interface, as fine-tuning wants them."""
+"""The interface of a task, as the commands see it: its data, its models and its scores.
+
+A task is a folder that holds a subclass of ``Task``; ``tasks.py`` lists them. See
+docs/extending.md for one to start from.
+"""
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence, Sized
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Generic, Literal, Protocol, Self, TypeVar
 
-import cv2
 import numpy as np
 
-from vissl_lite.data.images import read_image, suitable_size
-from vissl_lite.encoder import Encoder, Normalize
-from vissl_lite.encoder_folder import save_model
-from vissl_lite.pictures import (
-    class_colours,
-    draw_boxes,
-    draw_mask,
-    plot_confusion,
-    plot_per_class,
-    plot_pictures,
-    plot_titled,
-)
-from vissl_lite.training.fit import TrainingFiles
+from vissl_lite.encoder import Encoder
+from vissl_lite.errors import UserError
+from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.transfer.classification.data import LabelledImages
-from vissl_lite.transfer.classification.training import (
-    ClassifierSettings,
-    class_logits,
-    score_classifier,
-    train_classifier,
-)
-from vissl_lite.transfer.detection.data import LabelledBoxes
-from vissl_lite.transfer.detection.training import (
-    DetectorSettings,
-    save_detector,
-    score_detector,
-    train_detector,
-)
+from vissl_lite.transfer.exporting import ExportModel
 from vissl_lite.transfer.finetuning import TransferSettings
-from vissl_lite.transfer.segmentation.data import LabelledMasks, read_mask
-from vissl_lite.transfer.segmentation.model import segment
-from vissl_lite.transfer.segmentation.training import (
-    SegmenterSettings,
-    save_segmenter,
-    score_segmenter,
-    train_segmenter,
-)
+from vissl_lite.transfer.options import TaskOptions
+from vissl_lite.transfer.prediction import Predictions
+from vissl_lite.transfer.sources import take_share
 
-TaskName = Literal["classification", "detection", "segmentation"]
+Split = Literal["train", "val", "test"]
+PARTS: tuple[Split, ...] = ("train", "val", "test")
 
-SHOWN = 8  # test images in the picture of predictions beside the truth
-LARGEST = 1024  # longer side in pixels of one of them
+
+class LabelledDataset(ABC):
+    """Images with labels, in three parts; nothing is ever chosen on the test part.
+
+    Attributes:
+        classes: K names.
+        train: to train on.
+        val: to choose by; may be empty.
+        test: to report on.
+    """
+
+    classes: list[str]
+    train: Sized
+    val: Sized
+    test: Sized
+
+    @abstractmethod
+    def paths(self, part: Split) -> list[str]:
+        """The image files of a part."""
+
+    @abstractmethod
+    def take(self, kept: Mapping[Split, Sequence[int]]) -> Self:
+        """The data set with some of its images.
+
+        Args:
+            kept: indices by part, ascending; a part that is not named stays whole.
+        """
+
+    @abstractmethod
+    def subsample(
+        self, fraction: float | None = None, shots: int | None = None, seed: int = 0
+    ) -> Self:
+        """A seeded part of the labels, of training and validation alike.
+
+        A smaller amount is always contained in a larger one of the same seed.
+
+        Args:
+            fraction: share in (0, 1]; None takes all.
+            shots: labels per class, instead, where each image has one class.
+            seed: which ones.
+
+        Raises:
+            UserError: both are given, a number is out of range, or the data have no such labels.
+        """
+
+    @abstractmethod
+    def write_split(self, run: Path) -> None:
+        """Write down which image is in which part, to be given as ``--data`` again."""
+
+    def without(
+        self,
+        left_out: Mapping[str, Collection[str]],
+        broken: Mapping[str, Mapping[str, str]],
+    ) -> Self:
+        """The data set without some image files.
+
+        Args:
+            left_out: by part, files that are not to be used.
+            broken: by part, files that can't be read, and why.
+
+        Raises:
+            UserError: what is left is too little to train on or to evaluate by.
+        """
+        for part in PARTS:
+            paths, gone = self.paths(part), broken.get(part, {})
+            if paths and len(gone) == len(set(paths)):
+                raise UserError(f"none of {len(paths)} {part} images can be read, the first "
+                                f"{paths[0]} ({gone[paths[0]]})")  # fmt: skip
+        kept: dict[Split, Sequence[int]] = {}
+        for part in PARTS:
+            out = {*left_out.get(part, ()), *broken.get(part, ())}
+            kept[part] = [i for i, path in enumerate(self.paths(part)) if path not in out]
+        return self.take(kept)
+
+    def image_classes(self, part: Split) -> np.ndarray | None:
+        """``(N,)`` class indices of the images of a part; None unless each image has one class."""
+        return None
+
+    def identity(self) -> list[str]:
+        """Words that are the same only where all images are, and the labels that belong to them."""
+        return [f"{part} {path}" for part in PARTS for path in self.paths(part)]
+
+
+class Record(Protocol):
+    """An image and its label."""
+
+    @property
+    def path(self) -> str:
+        """The image file."""
+
+
+RecordT = TypeVar("RecordT", bound=Record)
+
+
+@dataclass(frozen=True)
+class ListDataset(LabelledDataset, Generic[RecordT]):
+    """A data set whose parts are lists of records, each with the ``path`` of its image."""
+
+    classes: list[str]
+    train: list[RecordT]
+    val: list[RecordT]
+    test: list[RecordT]
+
+    def part(self, name: Split) -> list[RecordT]:
+        """A part by name."""
+        parts = {"train": self.train, "val": self.val, "test": self.test}
+        return parts[name]
+
+    def paths(self, part: Split) -> list[str]:
+        return [str(one.path) for one in self.part(part)]
+
+    def take(self, kept: Mapping[Split, Sequence[int]]) -> Self:
+        parts = {name: [self.part(name)[i] for i in indices] for name, indices in kept.items()}
+        return replace(self, **parts)
+
+    def subsample(
+        self, fraction: float | None = None, shots: int | None = None, seed: int = 0
+    ) -> Self:
+        if shots is not None:
+            raise UserError(f"--shots {shots} counts images of one class each, which these images "
+                            f"are not: give --fraction")  # fmt: skip
+        if fraction is None:
+            return self
+        train, val = (take_share(part, fraction, seed) for part in (self.train, self.val))
+        return replace(self, train=train, val=val)
+
+
+class TrainedModel(Protocol):
+    """A fine-tuned model.
+
+    Attributes:
+        encoder: the part of it that came from pre-training: knows how images go in.
+        classes: K names.
+    """
+
+    @property
+    def encoder(self) -> Encoder: ...
+
+    @property
+    def classes(self) -> list[str]: ...
 
 
 class Scores(Protocol):
@@ -57,6 +173,7 @@ class Scores(Protocol):
     Attributes:
         metrics: by name; the first one is the task's usual figure.
         per_class: by class, then by name.
+        right: ``(N,)`` bool: which images are classified rightly, if that is what is counted.
     """
 
     @property
@@ -65,225 +182,151 @@ class Scores(Protocol):
     @property
     def per_class(self) -> dict[str, dict[str, float]]: ...
 
+    @property
+    def right(self) -> np.ndarray | None: ...
 
-class Task(ABC):
-    """A labelled data set and how to learn from it.
+
+DatasetT = TypeVar("DatasetT", bound=LabelledDataset)
+ModelT = TypeVar("ModelT", bound=TrainedModel)
+SettingsT = TypeVar("SettingsT", bound=TransferSettings)
+ScoresT = TypeVar("ScoresT", bound=Scores)
+
+
+class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
+    """What can be learned from labels: one object for each task, without any state.
 
     Attributes:
-        curves: what is drawn of the training.
-        chosen_by: the validation figure that chooses the weights.
-        data: with ``classes``, ``train``, ``val`` and ``test``.
-        settings: how to train.
+        name: as in ``--task``.
+        options: dataclass of the options that only some tasks have.
+        settings: dataclass of all settings of a training: ``TransferSettings`` and the options.
+        curves: metrics of the training that are drawn.
+        takes_shots: whether labels can be counted per class.
     """
 
-    curves: ClassVar[tuple[str, ...]]
-    chosen_by: ClassVar[str]
-    data: Any
-    settings: TransferSettings
+    name: str
+    options: type[TaskOptions]
+    settings: type[SettingsT]
+    curves: tuple[str, ...]
+    takes_shots: bool = False
+
+    def make_settings(self, options: object, **common: Any) -> SettingsT:
+        """The settings of a training.
+
+        Args:
+            options: has the task's own options among its attributes.
+            **common: of ``TransferSettings``.
+        """
+        own = {field.name: getattr(options, field.name) for field in fields(self.options)}
+        return self.settings(**common, **own)
 
     @abstractmethod
-    def image_size(self) -> int:
-        """A side in pixels that suits the images where nothing else is asked for."""
+    def load_data(self, source: str, settings: SettingsT) -> DatasetT:
+        """Read a labelled data set.
+
+        Args:
+            source: folder or file, as the user gave it.
+            settings: the seed of splits that are made here, and the task's own options.
+
+        Raises:
+            UserError: nothing is there, or it can't be used.
+        """
 
     @abstractmethod
-    def write_split(self, run: Path) -> None:
-        """Write down which image is in which part, to be given as ``--data`` again."""
+    def image_size(self, data: DatasetT, settings: SettingsT) -> int | None:
+        """A side in pixels that suits the images; None for the encoder's own size."""
+
+    def check(self, encoder: Encoder, data: DatasetT, settings: SettingsT) -> None:
+        """Raise a UserError if settings do not suit the encoder or the data.
+
+        It is called before anything is written.
+        """
+
+    def report_use(self, encoder: Encoder, source: str) -> None:
+        """Log how much of an encoder the model uses, where that is not all of it.
+
+        Args:
+            encoder: as it was loaded.
+            source: where its weights come from.
+
+        Raises:
+            UserError: none of it.
+        """
 
     @abstractmethod
-    def train(self, encoder: Encoder, hardware: Hardware, files: TrainingFiles) -> Any:
-        """A model trained on the training part, chosen on the validation part."""
+    def validation_metric(self, data: DatasetT) -> str:
+        """The logged figure of the validation part that chooses the weights, such as ``val_map``.
+
+        Without ``val_``, it is the name of the metric of the test part that encoders are compared
+        by.
+        """
 
     @abstractmethod
-    def score(self, model: Any, encoder: Encoder) -> Scores:
+    def train(
+        self,
+        encoder: Encoder,
+        data: DatasetT,
+        settings: SettingsT,
+        hardware: Hardware | None = None,
+        files: TrainingFiles = NO_FILES,
+    ) -> ModelT:
+        """Fine-tune a copy of an encoder; the validation part chooses the weights.
+
+        Args:
+            encoder: left as it is.
+            data: of which the test part is not looked at.
+            settings: how.
+            hardware: where; default one device.
+            files: where metrics and checkpoints go.
+        """
+
+    @abstractmethod
+    def evaluate(self, model: ModelT, data: DatasetT) -> ScoresT:
         """The model on the test part."""
 
     @abstractmethod
-    def save(self, model: Any, encoder: Encoder, folder: Path, about: dict[str, Any]) -> None:
-        """Write the model folder."""
-
-    @abstractmethod
-    def draw(self, model: Any, encoder: Encoder, scores: Any, run: Path) -> None:
+    def visualize(self, model: ModelT, data: DatasetT, scores: ScoresT, run: Path) -> None:
         """Draw test predictions beside the truth (``test.png``) and the figures by class."""
 
+    @abstractmethod
+    def save(self, model: ModelT, folder: Path, about: dict[str, Any]) -> None:
+        """Write the model folder.
 
-class Classification(Task):
-    """One class or several labels for each image; see ``train_classifier``."""
+        Args:
+            model: from ``train``.
+            folder: made if missing.
+            about: how it was trained.
+        """
 
-    curves = ("loss", "val_loss", "val_top1", "val_map", "lr")
+    @abstractmethod
+    def load(self, folder: Path) -> ModelT:
+        """Read a model folder, or the one in a run.
 
-    def __init__(self, data: LabelledImages, settings: ClassifierSettings) -> None:
-        self.data = data
-        self.settings: ClassifierSettings = settings
-        self.chosen_by = "val_map" if data.multi_label else "val_top1"  # type: ignore[misc]
+        Raises:
+            UserError: there is no model for this task, or it is damaged.
+        """
 
-    def image_size(self) -> int:
-        return suitable_size(self.data.train.paths)
+    @abstractmethod
+    def predict(self, model: ModelT, predictions: Predictions) -> tuple[Path, int]:
+        """Write predictions for images.
 
-    def write_split(self, run: Path) -> None:
-        self.data.write(run / "split.csv")
+        Args:
+            model: from ``load``.
+            predictions: the images, and where files and pictures go.
 
-    def train(self, encoder: Encoder, hardware: Hardware, files: TrainingFiles) -> Any:
-        return train_classifier(encoder, self.data, self.settings, hardware, files)
+        Returns:
+            The file or folder of the predictions, and how many images could be read.
+        """
 
-    def score(self, model: Any, encoder: Encoder) -> Scores:
-        return score_classifier(model, encoder, self.data)
+    @abstractmethod
+    def export_model(self, model: ModelT, folder: Path) -> ExportModel:
+        """The model as a network from decoded images to what a user wants to know.
 
-    def save(self, model: Any, encoder: Encoder, folder: Path, about: dict[str, Any]) -> None:
-        about = {**about, "multi_label": self.data.multi_label}
-        extra = {"label_names": self.data.classes, "vissl_lite": about}
-        save_model(model, folder, encoder.model_args, encoder.image_size, extra)
-
-    def draw(self, model: Any, encoder: Encoder, scores: Any, run: Path) -> None:
-        if scores.confusion is not None:
-            plot_confusion(scores.confusion, self.data.classes, run / "confusion.png")
-        plot_per_class(scores.per_class, run / "per_class.png")
-        some = spread(len(self.data.test), 2 * SHOWN)
-        part = self.data.test.take(some)
-        normalize = Normalize(encoder.mean, encoder.std)
-        logits, good = class_logits(model, normalize, part.paths, encoder.image_size)
-        part = part.take(np.flatnonzero(good))
-        if self.data.multi_label:
-            found, true = (logits > 0).numpy(), part.labels > 0
-        else:
-            found = np.eye(len(self.data.classes), dtype=bool)[logits.argmax(dim=1).numpy()]
-            true = np.eye(len(self.data.classes), dtype=bool)[part.labels]
-        words = [[self._words(row) for row in rows] for rows in (true, found)]
-        titles = [
-            true_word if true_word == found_word else f"{found_word}\n(true: {true_word})"
-            for true_word, found_word in zip(*words, strict=True)
-        ]
-        images = [read_image(path, 256) for path in part.paths]
-        right = [bool((a == b).all()) for a, b in zip(true, found, strict=True)]
-        plot_titled(images, titles, right, run / "test.png")
-
-    def _words(self, has: np.ndarray) -> str:
-        return ", ".join(name for name, one in zip(self.data.classes, has, strict=True) if one) or (
-            "none"
-        )
-
-
-class Detection(Task):
-    """Boxes of objects; see ``train_detector``."""
-
-    curves = ("loss", "val_map", "val_map_50", "lr")
-    chosen_by = "val_map"
-
-    def __init__(self, data: LabelledBoxes, settings: DetectorSettings) -> None:
-        self.data = data
-        self.settings: DetectorSettings = settings
-
-    def image_size(self) -> int:
-        return suitable_size([image.path for image in self.data.train], side=max, most=416)
-
-    def write_split(self, run: Path) -> None:
-        self.data.write(run / "split")
-
-    def train(self, encoder: Encoder, hardware: Hardware, files: TrainingFiles) -> Any:
-        return train_detector(encoder, self.data, self.settings, hardware, files)
-
-    def score(self, model: Any, encoder: Encoder) -> Scores:
-        return score_detector(model, self.data.test, self.data.classes)
-
-    def save(self, model: Any, encoder: Encoder, folder: Path, about: dict[str, Any]) -> None:
-        save_detector(model, folder, self.data.classes, about)
-
-    def draw(self, model: Any, encoder: Encoder, scores: Any, run: Path) -> None:
-        classes = self.data.classes
-        rows = []
-        for index in spread(len(scores.images), SHOWN):
-            truth, found = scores.images[index], scores.found[index]
-            image = read_image(truth.path)
-            sure = found.scores >= model.threshold
-            rows.append(
-                [
-                    _shrunk(draw_boxes(image, truth.boxes, truth.labels, classes)),
-                    _shrunk(
-                        draw_boxes(
-                            image,
-                            found.boxes[sure],
-                            found.labels[sure],
-                            classes,
-                            found.scores[sure],
-                        )
-                    ),
-                ]
-            )
-        colours = dict(zip(classes, class_colours(len(classes)), strict=True))
-        plot_pictures(rows, ("truth", "prediction"), run / "test.png", colours)
-        plot_per_class(scores.per_class, run / "per_class.png")
-
-
-class Segmentation(Task):
-    """A class for every pixel; see ``train_segmenter``."""
-
-    curves = ("loss", "val_loss", "val_miou", "val_dice", "lr")
-    chosen_by = "val_miou"
-
-    def __init__(self, data: LabelledMasks, settings: SegmenterSettings) -> None:
-        self.data = data
-        self.settings: SegmenterSettings = settings
-
-    def image_size(self) -> int:
-        return suitable_size([image.path for image in self.data.train])
-
-    def write_split(self, run: Path) -> None:
-        self.data.write(run / "split.csv")
-
-    def train(self, encoder: Encoder, hardware: Hardware, files: TrainingFiles) -> Any:
-        return train_segmenter(encoder, self.data, self.settings, hardware, files)
-
-    def score(self, model: Any, encoder: Encoder) -> Scores:
-        return score_segmenter(model, self.data.test, self.data.classes)
-
-    def save(self, model: Any, encoder: Encoder, folder: Path, about: dict[str, Any]) -> None:
-        save_segmenter(model, folder, self.data.classes, about)
-
-    def draw(self, model: Any, encoder: Encoder, scores: Any, run: Path) -> None:
-        classes = self.data.classes
-        normalize = Normalize(encoder.mean, encoder.std)
-        rows = []
-        for index in spread(len(self.data.test), SHOWN):
-            one = self.data.test[index]
-            image = read_image(one.path)
-            truth = read_mask(one.mask, one.binary)
-            found = segment(model, normalize, image, encoder.image_size).argmax(axis=0)
-            rows.append(
-                [
-                    _shrunk(image),
-                    _shrunk(draw_mask(image, truth, len(classes))),
-                    _shrunk(draw_mask(image, found, len(classes))),
-                ]
-            )
-        colours = dict(zip(classes, class_colours(len(classes)), strict=True))
-        del colours[classes[0]]  # which is left clear
-        plot_pictures(rows, ("image", "truth", "prediction"), run / "test.png", colours)
-        plot_per_class(scores.per_class, run / "per_class.png")
-        plot_confusion(scores.confusion, classes, run / "confusion.png", "pixels")
-
-
-def _shrunk(image: np.ndarray) -> np.ndarray:
-    """An image no larger than a figure shows it: all of a figure's are in memory together."""
-    factor = max(image.shape[:2]) / LARGEST
-    if factor <= 1:
-        return image
-    height, width = (max(1, round(side / factor)) for side in image.shape[:2])
-    return np.asarray(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA))
+        Args:
+            model: from ``load``.
+            folder: that it was loaded from.
+        """
 
 
 def spread(images: int, wanted: int) -> np.ndarray:
     """Indices of up to so many images, evenly spread."""
     return np.unique(np.linspace(0, images - 1, min(images, wanted)).round().astype(int))
-
-
-def make_task(data: Any, **settings: Any) -> Task:
-    """The task that a labelled data set is for.
-
-    Args:
-        data: ``LabelledImages``, ``LabelledBoxes`` or ``LabelledMasks``.
-        settings: of ``ClassifierSettings``, ``DetectorSettings`` or ``SegmenterSettings``.
-    """
-    if isinstance(data, LabelledBoxes):
-        return Detection(data, DetectorSettings(**settings))
-    if isinstance(data, LabelledMasks):
-        return Segmentation(data, SegmenterSettings(**settings))
-    return Classification(data, ClassifierSettings(**settings))

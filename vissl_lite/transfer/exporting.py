@@ -1,34 +1,45 @@
-"""Networks for use elsewhere: from decoded images to what one wants to know about them."""
+"""Models for use elsewhere: from decoded images to what one wants to know about them."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from torch import nn
 
+from vissl_lite.data.images import resize_and_crop
 from vissl_lite.encoder import Normalize
 from vissl_lite.encoder_config import CONFIG
 from vissl_lite.encoder_folder import load_encoder
-from vissl_lite.transfer.classification.training import load_classifier
-from vissl_lite.transfer.detection.export import FixedDetector
-from vissl_lite.transfer.detection.training import load_detector
-from vissl_lite.transfer.finetuning import find_model
-from vissl_lite.transfer.segmentation.training import load_segmenter
+
+
+def crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The shorter side resized, the central square taken.
+
+    Args:
+        image: ``(h, w, C)`` uint8.
+        size: height and width, which are equal.
+    """
+    return resize_and_crop(image, size[0])
 
 
 @dataclass(frozen=True)
-class Network:
+class ExportModel:
     """A model from decoded images to what a user wants to know.
 
     Attributes:
-        layers: how to normalise, the model, and the last step: from ``(B, 3, H, W)`` uint8.
-        task: encoder, classification, detection or segmentation.
+        layers: normalization, the model, and the last step: from ``(B, 3, H, W)`` uint8.
+        task: ``encoder``, or the name of the task.
         outputs: the names of what comes out.
         image_size: height and width in pixels.
         timm_folder: where it stands in timm's format; None where it does not.
         about: more facts for users of the ONNX file, by name.
         any_size: whether images of other sizes mean something to it.
+        fixed_size: why images can't have another size than it was trained at; empty if they can.
+        prepare: from an image and ``image_size`` to what goes in, and
+        preparation: the same in words, in which ``{size}`` is the size. None for ``crop``.
+        translations: operators of its own, for torch's ONNX exporter.
     """
 
     layers: nn.Sequential
@@ -38,10 +49,14 @@ class Network:
     timm_folder: Path | None
     about: dict[str, str] = field(default_factory=dict)
     any_size: bool = False
+    fixed_size: str = ""
+    prepare: Callable[[np.ndarray, tuple[int, int]], np.ndarray] = crop
+    preparation: str | None = None
+    translations: dict[Any, Callable[..., Any]] = field(default_factory=dict)
 
 
-def encoder_network(source: str, image_size: int | None) -> Network:
-    """The network of an encoder.
+def export_encoder(source: str, image_size: int | None) -> ExportModel:
+    """An encoder to be exported.
 
     Args:
         source: see ``load_encoder``.
@@ -56,54 +71,4 @@ def encoder_network(source: str, image_size: int | None) -> Network:
     places = (Path(source), Path(source) / "encoder")
     folder = next((place for place in places if (place / CONFIG).is_file()), None)
     size = encoder.image_size
-    return Network(layers, "encoder", ("features",), (size, size), folder)
-
-
-def _classification_network(folder: Path) -> Network:
-    loaded = load_classifier(folder)
-    last = nn.Sigmoid() if loaded.multi_label else nn.Softmax(dim=1)
-    layers = nn.Sequential(loaded.normalize, loaded.model, last)
-    about = {"classes": json.dumps(loaded.classes), "multi_label": json.dumps(loaded.multi_label)}
-    size = loaded.image_size
-    return Network(layers, "classification", ("probabilities",), (size, size), folder, about)
-
-
-def _detection_network(folder: Path) -> Network:
-    detector, classes = load_detector(folder)
-    normalize = Normalize(detector.encoder.mean, detector.encoder.std)
-    layers = nn.Sequential(normalize, FixedDetector(detector), nn.Identity())
-    about = {"classes": json.dumps(classes), "threshold": str(detector.threshold)}
-    outputs = ("boxes", "scores", "labels")
-    return Network(layers, "detection", outputs, detector.canvas, None, about)
-
-
-def _segmentation_network(folder: Path) -> Network:
-    segmenter, classes = load_segmenter(folder)
-    encoder = segmenter.encoder
-    layers = nn.Sequential(Normalize(encoder.mean, encoder.std), segmenter, nn.Softmax(dim=1))
-    about = {"classes": json.dumps(classes)}
-    # Windows of attention, as in Swin, over a free size keep the exporter busy without end.
-    windows = any(hasattr(module, "window_size") for module in encoder.modules())
-    shape = (encoder.image_size, encoder.image_size)
-    return Network(layers, "segmentation", ("probabilities",), shape, None, about, not windows)
-
-
-# By the task of a model: from its folder to its network.
-_NETWORKS: dict[str, Callable[[Path], Network]] = {
-    "classification": _classification_network,
-    "detection": _detection_network,
-    "segmentation": _segmentation_network,
-}
-
-
-def model_network(source: str) -> Network:
-    """The network of a fine-tuned model.
-
-    Args:
-        source: a run of ``finetune``, or the ``model`` folder in it.
-
-    Raises:
-        UserError: there is no model, or it is damaged.
-    """
-    folder, task = find_model(Path(source))
-    return _NETWORKS[task](folder)
+    return ExportModel(layers, "encoder", ("features",), (size, size), folder)
