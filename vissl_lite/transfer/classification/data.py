@@ -2,8 +2,10 @@
 
 import os
 import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -16,12 +18,11 @@ from vissl_lite.transfer.classification.files import (
     read_csv,
     read_folder,
 )
+from vissl_lite.transfer.base import PARTS, LabelledDataset, Split
 from vissl_lite.transfer.sources import TEST_SHARE, VAL_SHARE, hold_out, split_in_three, take_share
 
 # Cells of a table of images and classes, eight bytes each.
 LARGEST_TABLE = 2**29
-
-PARTS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,12 @@ class Part:
 
 
 @dataclass(frozen=True)
-class LabelledImages:
+class LabelledImages(LabelledDataset):
     """Classes and the three parts; nothing is ever chosen on the test part.
 
     Attributes:
         classes: K names, sorted.
-        train, val: may lose labels to ``take_labels``.
+        train, val: may lose labels to ``subsample``.
         test: empty only where the caller asked for no test part.
         note: what the log of a run should say about how the labels were read; mostly nothing.
     """
@@ -89,6 +90,90 @@ class LabelledImages:
                     else:
                         cells = label.tolist()
                     rows.writerow([Path(path).absolute(), *cells, name])
+
+    def write_split(self, run: Path) -> None:
+        self.write(run / "split.csv")
+
+    def part(self, name: Split) -> Part:
+        """A part by name."""
+        return {"train": self.train, "val": self.val, "test": self.test}[name]
+
+    def paths(self, part: Split) -> list[str]:
+        return self.part(part).paths
+
+    def take(self, kept: Mapping[Split, Sequence[int]]) -> Self:
+        parts = {
+            name: self.part(name).take(np.array(indices, np.int64))
+            for name, indices in kept.items()
+        }
+        return replace(self, **parts)
+
+    def subsample(
+        self, fraction: float | None = None, shots: int | None = None, seed: int = 0
+    ) -> Self:
+        """A seeded, stratified part of the labels, of training and validation alike.
+
+        A smaller amount is always contained in a larger one of the same seed.
+
+        Args:
+            fraction: share of each class in (0, 1]; at least one image of each. With several labels
+                an image, where no class has images to itself, share of the images.
+            shots: images a class, instead.
+            seed: which ones.
+
+        Raises:
+            UserError: both are given, a number is out of range, or shots with several labels an
+                image.
+        """
+        if fraction is None and shots is None:
+            return self
+        if fraction is not None and shots is not None:
+            raise UserError("give --fraction or --shots, not both")
+        check_positive_share("fraction", fraction)
+        check_count("shots", shots)
+        if shots is not None and self.multi_label:
+            raise UserError(f"--shots {shots} counts images of one class each, but here an image "
+                            f"has several labels: give --fraction")  # fmt: skip
+
+        def some(part: Part) -> Part:
+            if self.multi_label:
+                return part.take(np.array(take_share(range(len(part)), fraction, seed), np.int64))
+            chosen = [
+                members[
+                    : shots if shots is not None else max(1, round(len(members) * (fraction or 1)))
+                ]
+                for members in _shuffled_classes(part.labels, seed)
+            ]
+            return part.take(np.concatenate(chosen)) if chosen else part
+
+        return replace(self, train=some(self.train), val=some(self.val))
+
+    def without(
+        self, left_out: Mapping[str, Collection[str]], broken: Mapping[str, Mapping[str, str]]
+    ) -> Self:
+        left = super().without(left_out, broken)
+        gone = broken.get("train", {})
+        for number, name in enumerate(() if self.multi_label else self.classes):
+            members = np.flatnonzero(self.train.labels == number).tolist()
+            paths = [self.train.paths[i] for i in members]
+            if paths and gone.keys() >= set(paths):
+                raise UserError(f"none of {len(paths)} training images of the class {name} can be "
+                                f"read, the first {paths[0]} ({gone[paths[0]]})")  # fmt: skip
+        changed = any(map(len, left_out.values())) or any(map(len, broken.values()))
+        if changed and self.multi_label and not has_both(left.test.labels).any():
+            cause = "--leaks exclude leaves" if left_out.get("test") else "what can be read has"
+            raise UserError(
+                f"{cause} no class that some test images have and some have not, so that no score "
+                f"can be given: more test images are needed"
+            )
+        return left
+
+    def image_classes(self, part: Split) -> np.ndarray | None:
+        return None if self.multi_label else self.part(part).labels
+
+    def identity(self) -> list[str]:
+        labels = [str(self.part(name).labels.tolist()) for name in PARTS]
+        return [*super().identity(), *labels]
 
     def _label_columns(self) -> list[str]:
         separators = SEPARATORS if self.multi_label else LABEL_SEPARATORS
@@ -178,45 +263,6 @@ def hold_out_val(data: LabelledImages, seed: int) -> LabelledImages:
     else:
         held, kept = _stratified(data.train.labels, VAL_SHARE, seed)
     return replace(data, train=data.train.take(kept), val=data.train.take(held))
-
-
-def take_labels(
-    data: LabelledImages, fraction: float | None, shots: int | None, seed: int
-) -> LabelledImages:
-    """A seeded, stratified part of the labels, of training and validation alike.
-
-    A smaller amount is always contained in a larger one of the same seed.
-
-    Args:
-        data: the whole.
-        fraction: share of each class in (0, 1]; at least one image of each. With several labels
-            an image, where no class has images to itself, share of the images.
-        shots: images a class, instead.
-        seed: which ones.
-
-    Raises:
-        UserError: both are given, a number is out of range, or shots with several labels an image.
-    """
-    if fraction is None and shots is None:
-        return data
-    if fraction is not None and shots is not None:
-        raise UserError("give --fraction or --shots, not both")
-    check_positive_share("fraction", fraction)
-    check_count("shots", shots)
-    if shots is not None and data.multi_label:
-        raise UserError(f"--shots {shots} counts images of one class each, but here an image has "
-                        f"several labels: give --fraction")  # fmt: skip
-
-    def some(part: Part) -> Part:
-        if data.multi_label:
-            return part.take(np.array(take_share(range(len(part)), fraction, seed), np.int64))
-        chosen = [
-            members[: shots if shots is not None else max(1, round(len(members) * (fraction or 1)))]
-            for members in _shuffled_classes(part.labels, seed)
-        ]
-        return part.take(np.concatenate(chosen)) if chosen else part
-
-    return replace(data, train=some(data.train), val=some(data.val))
 
 
 def _shuffled_classes(labels: np.ndarray, seed: int) -> list[np.ndarray]:

@@ -1,153 +1,94 @@
-"""Classification, detection and segmentation behind one interface, as fine-tuning wants them."""
+"""Classification as the commands see it."""
 
-from abc import ABC, abstractmethod
+import csv
+import json
+from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any
 
-import cv2
 import numpy as np
+from torch import Tensor, nn
 
 from vissl_lite.data.images import read_image, suitable_size
 from vissl_lite.encoder import Encoder, Normalize
-from vissl_lite.encoder_folder import save_model
-from vissl_lite.pictures import (
-    class_colours,
-    draw_boxes,
-    draw_mask,
-    plot_confusion,
-    plot_per_class,
-    plot_pictures,
-    plot_titled,
-)
-from vissl_lite.training.fit import TrainingFiles
+from vissl_lite.inference import check_outputs, run_in_batches
+from vissl_lite.pictures import draw_words, plot_confusion, plot_per_class, plot_titled
+from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.transfer.classification.data import LabelledImages
-from vissl_lite.transfer.classification.training import (
-    ClassifierSettings,
+from vissl_lite.transfer.base import Task, spread
+from vissl_lite.transfer.classification.data import LabelledImages, load_labelled
+from vissl_lite.transfer.classification.metrics import TestScores
+from vissl_lite.transfer.classification.model import (
+    Classifier,
     class_logits,
+    load_classifier,
+    save_classifier,
     score_classifier,
-    train_classifier,
 )
-from vissl_lite.transfer.detection.data import LabelledBoxes
-from vissl_lite.transfer.detection.training import (
-    DetectorSettings,
-    save_detector,
-    score_detector,
-    train_detector,
-)
-from vissl_lite.transfer.finetuning import TransferSettings
-from vissl_lite.transfer.segmentation.data import LabelledMasks, read_mask
-from vissl_lite.transfer.segmentation.model import segment
-from vissl_lite.transfer.segmentation.training import (
-    SegmenterSettings,
-    save_segmenter,
-    score_segmenter,
-    train_segmenter,
-)
+from vissl_lite.transfer.classification.options import ClassificationOptions, ClassifierSettings
+from vissl_lite.transfer.classification.training import check_settings, train_classifier
+from vissl_lite.transfer.exporting import ExportModel
+from vissl_lite.transfer.prediction import Predictions, growing_file
 
-TaskName = Literal["classification", "detection", "segmentation"]
-
-SHOWN = 8  # test images in the picture of predictions beside the truth
-LARGEST = 1024  # longer side in pixels of one of them
+SHOWN = 16  # test images in the picture of predictions beside the truth
 
 
-class Scores(Protocol):
-    """How well a model does on the test part.
-
-    Attributes:
-        metrics: by name; the first one is the task's usual figure.
-        per_class: by class, then by name.
-    """
-
-    @property
-    def metrics(self) -> dict[str, float]: ...
-
-    @property
-    def per_class(self) -> dict[str, dict[str, float]]: ...
-
-
-class Task(ABC):
-    """A labelled data set and how to learn from it.
-
-    Attributes:
-        curves: what is drawn of the training.
-        chosen_by: the validation figure that chooses the weights.
-        data: with ``classes``, ``train``, ``val`` and ``test``.
-        settings: how to train.
-    """
-
-    curves: ClassVar[tuple[str, ...]]
-    chosen_by: ClassVar[str]
-    data: Any
-    settings: TransferSettings
-
-    @abstractmethod
-    def image_size(self) -> int:
-        """A side in pixels that suits the images where nothing else is asked for."""
-
-    @abstractmethod
-    def write_split(self, run: Path) -> None:
-        """Write down which image is in which part, to be given as ``--data`` again."""
-
-    @abstractmethod
-    def train(self, encoder: Encoder, hardware: Hardware, files: TrainingFiles) -> Any:
-        """A model trained on the training part, chosen on the validation part."""
-
-    @abstractmethod
-    def score(self, model: Any, encoder: Encoder) -> Scores:
-        """The model on the test part."""
-
-    @abstractmethod
-    def save(self, model: Any, encoder: Encoder, folder: Path, about: dict[str, Any]) -> None:
-        """Write the model folder."""
-
-    @abstractmethod
-    def draw(self, model: Any, encoder: Encoder, scores: Any, run: Path) -> None:
-        """Draw test predictions beside the truth (``test.png``) and the figures by class."""
-
-
-class Classification(Task):
+class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestScores]):
     """One class or several labels for each image; see ``train_classifier``."""
 
+    name = "classification"
+    options = ClassificationOptions
+    settings = ClassifierSettings
     curves = ("loss", "val_loss", "val_top1", "val_map", "lr")
+    takes_shots = True
 
-    def __init__(self, data: LabelledImages, settings: ClassifierSettings) -> None:
-        self.data = data
-        self.settings: ClassifierSettings = settings
-        self.chosen_by = "val_map" if data.multi_label else "val_top1"  # type: ignore[misc]
+    def load_data(self, source: str, settings: ClassifierSettings) -> LabelledImages:
+        return load_labelled(source, settings.seed, multi_label=True)
 
-    def image_size(self) -> int:
-        return suitable_size(self.data.train.paths)
+    def image_size(self, data: LabelledImages, settings: ClassifierSettings) -> int | None:
+        return None if settings.pretrained else suitable_size(data.train.paths)
 
-    def write_split(self, run: Path) -> None:
-        self.data.write(run / "split.csv")
+    def check(self, encoder: Encoder, data: LabelledImages, settings: ClassifierSettings) -> None:
+        check_settings(settings, data)
 
-    def train(self, encoder: Encoder, hardware: Hardware, files: TrainingFiles) -> Any:
-        return train_classifier(encoder, self.data, self.settings, hardware, files)
+    def validation_metric(self, data: LabelledImages) -> str:
+        return "val_map" if data.multi_label else "val_top1"
 
-    def score(self, model: Any, encoder: Encoder) -> Scores:
-        return score_classifier(model, encoder, self.data)
+    def train(
+        self,
+        encoder: Encoder,
+        data: LabelledImages,
+        settings: ClassifierSettings,
+        hardware: Hardware | None = None,
+        files: TrainingFiles = NO_FILES,
+    ) -> Classifier:
+        return train_classifier(encoder, data, settings, hardware, files)
 
-    def save(self, model: Any, encoder: Encoder, folder: Path, about: dict[str, Any]) -> None:
-        about = {**about, "multi_label": self.data.multi_label}
-        extra = {"label_names": self.data.classes, "vissl_lite": about}
-        save_model(model, folder, encoder.model_args, encoder.image_size, extra)
+    def evaluate(self, model: Classifier, data: LabelledImages) -> TestScores:
+        return score_classifier(model, data)
 
-    def draw(self, model: Any, encoder: Encoder, scores: Any, run: Path) -> None:
+    def save(self, model: Classifier, folder: Path, about: dict[str, Any]) -> None:
+        save_classifier(model, folder, about)
+
+    def load(self, folder: Path) -> Classifier:
+        return load_classifier(folder)
+
+    def visualize(
+        self, model: Classifier, data: LabelledImages, scores: TestScores, run: Path
+    ) -> None:
         if scores.confusion is not None:
-            plot_confusion(scores.confusion, self.data.classes, run / "confusion.png")
+            plot_confusion(scores.confusion, data.classes, run / "confusion.png")
         plot_per_class(scores.per_class, run / "per_class.png")
-        some = spread(len(self.data.test), 2 * SHOWN)
-        part = self.data.test.take(some)
-        normalize = Normalize(encoder.mean, encoder.std)
-        logits, good = class_logits(model, normalize, part.paths, encoder.image_size)
+        part = data.test.take(spread(len(data.test), SHOWN))
+        logits, good = class_logits(model, part.paths)
         part = part.take(np.flatnonzero(good))
-        if self.data.multi_label:
+        if data.multi_label:
             found, true = (logits > 0).numpy(), part.labels > 0
         else:
-            found = np.eye(len(self.data.classes), dtype=bool)[logits.argmax(dim=1).numpy()]
-            true = np.eye(len(self.data.classes), dtype=bool)[part.labels]
-        words = [[self._words(row) for row in rows] for rows in (true, found)]
+            found = np.eye(len(data.classes), dtype=bool)[logits.argmax(dim=1).numpy()]
+            true = np.eye(len(data.classes), dtype=bool)[part.labels]
+        words = [[_words(row, data.classes) for row in rows] for rows in (true, found)]
         titles = [
             true_word if true_word == found_word else f"{found_word}\n(true: {true_word})"
             for true_word, found_word in zip(*words, strict=True)
@@ -156,134 +97,54 @@ class Classification(Task):
         right = [bool((a == b).all()) for a, b in zip(true, found, strict=True)]
         plot_titled(images, titles, right, run / "test.png")
 
-    def _words(self, has: np.ndarray) -> str:
-        return ", ".join(name for name, one in zip(self.data.classes, has, strict=True) if one) or (
-            "none"
-        )
+    def predict(self, model: Classifier, predictions: Predictions) -> tuple[Path, int]:
+        """A row for each image: its class and probability; or, with several labels, all of them."""
+        file = predictions.run / "predictions.csv"
+        with growing_file(file) as out:
+            rows = csv.writer(out)
+            if model.multi_label:
+                rows.writerow(["path", "labels", *model.classes])
+            else:
+                rows.writerow(["path", "class", "probability"])
+            numbers = count()
 
-
-class Detection(Task):
-    """Boxes of objects; see ``train_detector``."""
-
-    curves = ("loss", "val_map", "val_map_50", "lr")
-    chosen_by = "val_map"
-
-    def __init__(self, data: LabelledBoxes, settings: DetectorSettings) -> None:
-        self.data = data
-        self.settings: DetectorSettings = settings
-
-    def image_size(self) -> int:
-        return suitable_size([image.path for image in self.data.train], side=max, most=416)
-
-    def write_split(self, run: Path) -> None:
-        self.data.write(run / "split")
-
-    def train(self, encoder: Encoder, hardware: Hardware, files: TrainingFiles) -> Any:
-        return train_detector(encoder, self.data, self.settings, hardware, files)
-
-    def score(self, model: Any, encoder: Encoder) -> Scores:
-        return score_detector(model, self.data.test, self.data.classes)
-
-    def save(self, model: Any, encoder: Encoder, folder: Path, about: dict[str, Any]) -> None:
-        save_detector(model, folder, self.data.classes, about)
-
-    def draw(self, model: Any, encoder: Encoder, scores: Any, run: Path) -> None:
-        classes = self.data.classes
-        rows = []
-        for index in spread(len(scores.images), SHOWN):
-            truth, found = scores.images[index], scores.found[index]
-            image = read_image(truth.path)
-            sure = found.scores >= model.threshold
-            rows.append(
-                [
-                    _shrunk(draw_boxes(image, truth.boxes, truth.labels, classes)),
-                    _shrunk(
-                        draw_boxes(
-                            image,
-                            found.boxes[sure],
-                            found.labels[sure],
-                            classes,
-                            found.scores[sure],
+            def use(paths: list[str], outputs: list[Tensor]) -> None:
+                (logits,) = outputs
+                check_outputs(
+                    [logits], f"{paths[0]} or one of the {len(paths)} images from there on"
+                )
+                for path, row in zip(paths, model.probabilities(logits).numpy(), strict=True):
+                    best = int(row.argmax())
+                    if model.multi_label:
+                        words = "|".join(
+                            name for name, p in zip(model.classes, row, strict=True) if p >= 0.5
                         )
-                    ),
-                ]
+                        rows.writerow([path, words, *(f"{p:.4f}" for p in row)])
+                    else:
+                        words = f"{model.classes[best]} {row[best]:.2f}"
+                        rows.writerow([path, model.classes[best], f"{row[best]:.4f}"])
+                    predictions.draw(next(numbers), path, partial(draw_words, words=words or "none"))
+                out.flush()
+
+            good = run_in_batches(
+                model,
+                lambda images: [model(images)],
+                Normalize(model.encoder.mean, model.encoder.std),
+                predictions.paths,
+                model.encoder.image_size,
+                use,
+                predictions.advance,
             )
-        colours = dict(zip(classes, class_colours(len(classes)), strict=True))
-        plot_pictures(rows, ("truth", "prediction"), run / "test.png", colours)
-        plot_per_class(scores.per_class, run / "per_class.png")
+        return file, int(good.sum())
+
+    def export_model(self, model: Classifier, folder: Path) -> ExportModel:
+        encoder = model.encoder
+        last = nn.Sigmoid() if model.multi_label else nn.Softmax(dim=1)
+        layers = nn.Sequential(Normalize(encoder.mean, encoder.std), model.network, last)
+        about = {"classes": json.dumps(model.classes), "multi_label": json.dumps(model.multi_label)}
+        size = (encoder.image_size, encoder.image_size)
+        return ExportModel(layers, self.name, ("probabilities",), size, folder, about)
 
 
-class Segmentation(Task):
-    """A class for every pixel; see ``train_segmenter``."""
-
-    curves = ("loss", "val_loss", "val_miou", "val_dice", "lr")
-    chosen_by = "val_miou"
-
-    def __init__(self, data: LabelledMasks, settings: SegmenterSettings) -> None:
-        self.data = data
-        self.settings: SegmenterSettings = settings
-
-    def image_size(self) -> int:
-        return suitable_size([image.path for image in self.data.train])
-
-    def write_split(self, run: Path) -> None:
-        self.data.write(run / "split.csv")
-
-    def train(self, encoder: Encoder, hardware: Hardware, files: TrainingFiles) -> Any:
-        return train_segmenter(encoder, self.data, self.settings, hardware, files)
-
-    def score(self, model: Any, encoder: Encoder) -> Scores:
-        return score_segmenter(model, self.data.test, self.data.classes)
-
-    def save(self, model: Any, encoder: Encoder, folder: Path, about: dict[str, Any]) -> None:
-        save_segmenter(model, folder, self.data.classes, about)
-
-    def draw(self, model: Any, encoder: Encoder, scores: Any, run: Path) -> None:
-        classes = self.data.classes
-        normalize = Normalize(encoder.mean, encoder.std)
-        rows = []
-        for index in spread(len(self.data.test), SHOWN):
-            one = self.data.test[index]
-            image = read_image(one.path)
-            truth = read_mask(one.mask, one.binary)
-            found = segment(model, normalize, image, encoder.image_size).argmax(axis=0)
-            rows.append(
-                [
-                    _shrunk(image),
-                    _shrunk(draw_mask(image, truth, len(classes))),
-                    _shrunk(draw_mask(image, found, len(classes))),
-                ]
-            )
-        colours = dict(zip(classes, class_colours(len(classes)), strict=True))
-        del colours[classes[0]]  # which is left clear
-        plot_pictures(rows, ("image", "truth", "prediction"), run / "test.png", colours)
-        plot_per_class(scores.per_class, run / "per_class.png")
-        plot_confusion(scores.confusion, classes, run / "confusion.png", "pixels")
-
-
-def _shrunk(image: np.ndarray) -> np.ndarray:
-    """An image no larger than a figure shows it: all of a figure's are in memory together."""
-    factor = max(image.shape[:2]) / LARGEST
-    if factor <= 1:
-        return image
-    height, width = (max(1, round(side / factor)) for side in image.shape[:2])
-    return np.asarray(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA))
-
-
-def spread(images: int, wanted: int) -> np.ndarray:
-    """Indices of up to so many images, evenly spread."""
-    return np.unique(np.linspace(0, images - 1, min(images, wanted)).round().astype(int))
-
-
-def make_task(data: Any, **settings: Any) -> Task:
-    """The task that a labelled data set is for.
-
-    Args:
-        data: ``LabelledImages``, ``LabelledBoxes`` or ``LabelledMasks``.
-        settings: of ``ClassifierSettings``, ``DetectorSettings`` or ``SegmenterSettings``.
-    """
-    if isinstance(data, LabelledBoxes):
-        return Detection(data, DetectorSettings(**settings))
-    if isinstance(data, LabelledMasks):
-        return Segmentation(data, SegmenterSettings(**settings))
-    return Classification(data, ClassifierSettings(**settings))
+def _words(has: np.ndarray, classes: list[str]) -> str:
+    return ", ".join(name for name, one in zip(classes, has, strict=True) if one) or "none"

@@ -35,30 +35,14 @@ from vissl_lite.transfer.classification.metrics import (
     score_one,
     score_several,
 )
+from vissl_lite.transfer.classification.model import Classifier, class_logits
+from vissl_lite.transfer.classification.options import ClassifierSettings
 from vissl_lite.transfer.finetuning import Judgement, TransferSettings, train
 
 log = logging.getLogger(__name__)
 
 # Bounds of a class's balanced positive weight: beyond them a few images decide every step.
 LEAST_WEIGHT, MOST_WEIGHT = 0.1, 100.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassifierSettings(TransferSettings):
-    """How to train a classifier.
-
-    Attributes:
-        label_smoothing: share s of the target that is spread over all classes (Szegedy et al. 2016,
-            section 7); with several labels an image over yes and no, so that targets are s / 2 and
-            1 - s / 2.
-        balanced: sample all classes equally often.
-        class_weights: what classes weigh in the loss, see ``loss_weights``: ``balanced``, or a
-            weight by name. None for all alike.
-    """
-
-    label_smoothing: float = 0.1
-    balanced: bool = False
-    class_weights: str | dict[str, float] | None = None
 
 
 def check_settings(settings: ClassifierSettings, data: LabelledImages) -> None:
@@ -148,21 +132,20 @@ def several_labels_loss(
     return F.binary_cross_entropy_with_logits(logits, soft, pos_weight=weights)
 
 
-class Classifier(pl.LightningModule):
-    """A timm model with a classifier, and how it is trained.
+class ClassifierTraining(pl.LightningModule):
+    """How a classifier is trained.
 
     Args:
-        model: a timm model with K classes.
-        normalize: for its images.
+        classifier: with K classes.
         data: whose training part it is trained on.
         settings: how to train it.
     """
 
     def __init__(
-        self, model: Any, normalize: Normalize, data: LabelledImages, settings: ClassifierSettings
+        self, classifier: Classifier, data: LabelledImages, settings: ClassifierSettings
     ) -> None:
         super().__init__()
-        self.model, self.normalize, self.settings = model, normalize, settings
+        self.model, self.settings = classifier, settings
         self.loss = several_labels_loss if data.multi_label else one_label_loss
         self.labels: Tensor
         self.weights: Tensor
@@ -170,24 +153,24 @@ class Classifier(pl.LightningModule):
         self.register_buffer("labels", torch.from_numpy(data.train.labels), persistent=False)
         self.register_buffer("weights", weights, persistent=False)
         if settings.frozen:
-            model.requires_grad_(False)
-            model.get_classifier().requires_grad_(True)
+            classifier.requires_grad_(False)
+            classifier.network.get_classifier().requires_grad_(True)
 
-    def train(self, mode: bool = True) -> "Classifier":
+    def train(self, mode: bool = True) -> "ClassifierTraining":
         super().train(mode)
         if self.settings.frozen:
             self.model.eval()  # a frozen encoder's norms and dropout stand still too
         return self
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        logits = self.model(self.normalize(batch.views[0])).float()
+        logits = self.model(self.model.encoder.normalize(batch.views[0])).float()
         target = self.labels[batch.indices]
         loss = self.loss(logits, target, self.weights, self.settings.label_smoothing)
         self.log("loss", loss.detach())
         return loss
 
     def configure_optimizers(self) -> Optimizer:
-        return build_optimizer(self.model, self.settings.optimizer)
+        return build_optimizer(self.model.network, self.settings.optimizer)
 
 
 def classifier_views(size: int, smallest_crop: float, upright: bool) -> Views:
@@ -209,7 +192,7 @@ def train_classifier(
     hardware: Hardware | None = None,
     files: TrainingFiles = NO_FILES,
     title: str = "finetune",
-) -> Any:
+) -> Classifier:
     """Fine-tune a copy of an encoder. The test part is not looked at.
 
     Args:
@@ -222,7 +205,7 @@ def train_classifier(
         title: of the progress bar.
 
     Returns:
-        A timm model with a class for each of the data's.
+        A classifier with a class for each of the data's.
 
     Raises:
         UserError: the batch is larger than the training part, or settings do not suit the data.
@@ -234,15 +217,13 @@ def train_classifier(
         _warn_of_constant_classes(data)
     batch_size = settings.batch(len(data.train), usual=64)
     torch.manual_seed(settings.seed)  # the new classifier's weights
-    model = copy.deepcopy(encoder).model
-    model.reset_classifier(len(data.classes))
-    normalize = Normalize(encoder.mean, encoder.std)
-    task = Classifier(model, normalize, data, settings)
+    classifier = Classifier(copy.deepcopy(encoder), data.classes, data.multi_label)
+    training = ClassifierTraining(classifier, data, settings)
     views = classifier_views(encoder.image_size, settings.smallest_crop, settings.upright)
     dataset = ViewDataset(data.train.paths, views, settings.seed)
 
     def judge() -> Judgement:
-        logits, good = class_logits(model, normalize, data.val.paths, encoder.image_size)
+        logits, good = class_logits(classifier, data.val.paths)
         target = torch.from_numpy(data.val.labels[good])
         return (judge_several if data.multi_label else judge_one)(logits, target)
 
@@ -250,8 +231,10 @@ def train_classifier(
     if settings.balanced:
         weights = 1 / np.bincount(data.train.labels)[data.train.labels]
     look = judge if len(data.val) else None
-    train(task, model, dataset, batch_size, settings, look, hardware, files, title, weights)
-    return model
+    train(
+        training, classifier, dataset, batch_size, settings, look, hardware, files, title, weights
+    )
+    return classifier
 
 
 def _warn_of_constant_classes(data: LabelledImages) -> None:
@@ -260,71 +243,3 @@ def _warn_of_constant_classes(data: LabelledImages) -> None:
         if which.any():
             log.warning("can't be learnt, as %s training image has it: %s",
                         what, ", ".join(np.array(data.classes)[which]))  # fmt: skip
-
-
-def class_logits(
-    model: Any, normalize: Normalize, paths: Sequence[str], size: int
-) -> tuple[Tensor, np.ndarray]:
-    """``(N, K)`` logits of the readable images, and ``(M,)`` bool: which of all M these are."""
-    (logits,), good = run_over(model, lambda images: [model(images)], normalize, paths, size)
-    return logits, good
-
-
-def score_classifier(model: Any, encoder: Encoder, data: LabelledImages) -> TestScores:
-    """Score a model on the test part.
-
-    Args:
-        model: from ``train_classifier``.
-        encoder: what it came from: knows how images go in.
-        data: whose test part.
-    """
-    normalize = Normalize(encoder.mean, encoder.std)
-    logits, good = class_logits(model, normalize, data.test.paths, encoder.image_size)
-    target = torch.from_numpy(data.test.labels[good])
-    return (score_several if data.multi_label else score_one)(logits, target, data.classes)
-
-
-@dataclass(frozen=True)
-class LoadedClassifier:
-    """A fine-tuned model and what is needed to use it.
-
-    Attributes:
-        model: from a batch of images to ``(B, K)`` logits.
-        normalize: for its images.
-        image_size: their side in pixels.
-        classes: K names.
-        multi_label: whether an image may have several: the probability of each is then the
-            sigmoid of its logit, else all of them are a softmax.
-    """
-
-    model: nn.Module
-    normalize: Normalize
-    image_size: int
-    classes: list[str]
-    multi_label: bool
-
-
-def load_classifier(folder: Path) -> LoadedClassifier:
-    """Load a fine-tuned model.
-
-    Args:
-        folder: a run of ``finetune``, or the ``model`` folder in it.
-
-    Raises:
-        UserError: there is no model, or it is damaged.
-    """
-    for inside in (folder / "model", folder):
-        if (inside / "config.json").is_file():
-            model, config = load_model(inside)
-            names, about = config.get("label_names"), config.get("vissl_lite", {})
-            if names is None or model.num_classes != len(names):
-                raise UserError(f"{inside} is no classifier: its config.json names no classes")
-            multi_label = about.get("multi_label", False)
-            if not isinstance(multi_label, bool):
-                raise UserError(f"{inside / 'config.json'} is damaged: multi_label is neither true "
-                                f"nor false")  # fmt: skip
-            saved = config["pretrained_cfg"]
-            normalize = Normalize(tuple(saved["mean"]), tuple(saved["std"]))
-            size = saved["input_size"][-1]
-            return LoadedClassifier(model, normalize, size, names, multi_label)
-    raise UserError(f"no model at {folder}: give a run of finetune, or its model folder")
