@@ -11,6 +11,7 @@ import numpy as np
 
 from vissl_lite.data.text_file import csv_writer
 from vissl_lite.errors import UserError, brief, check_count, check_positive_share
+from vissl_lite.transfer.base import PARTS, LabelledDataset, Split
 from vissl_lite.transfer.classification.files import (
     LABEL_SEPARATORS,
     SEPARATORS,
@@ -18,7 +19,6 @@ from vissl_lite.transfer.classification.files import (
     read_csv,
     read_folder,
 )
-from vissl_lite.transfer.base import PARTS, LabelledDataset, Split
 from vissl_lite.transfer.sources import TEST_SHARE, VAL_SHARE, hold_out, split_in_three, take_share
 
 # Cells of a table of images and classes, eight bytes each.

@@ -123,7 +123,9 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
                     else:
                         words = f"{model.classes[best]} {row[best]:.2f}"
                         rows.writerow([path, model.classes[best], f"{row[best]:.4f}"])
-                    predictions.draw(next(numbers), path, partial(draw_words, words=words or "none"))
+                    predictions.draw(
+                        next(numbers), path, partial(draw_words, words=words or "none")
+                    )
                 out.flush()
 
             good = run_in_batches(

@@ -6,38 +6,29 @@ An image has one class, or any number of them (multi-label): the data say which.
 import copy
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from vissl_lite.data.stream import Batch, ViewDataset
 from vissl_lite.data.views import Views, crop_decode_size, flip, random_crop
-from vissl_lite.encoder import Encoder, Normalize
-from vissl_lite.encoder_folder import load_model
+from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError, did_you_mean
-from vissl_lite.inference import run_over
 from vissl_lite.optim import build_optimizer
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.classification.data import LabelledImages
 from vissl_lite.transfer.classification.metrics import (
-    TestScores,
     judge_one,
     judge_several,
-    score_one,
-    score_several,
 )
 from vissl_lite.transfer.classification.model import Classifier, class_logits
 from vissl_lite.transfer.classification.options import ClassifierSettings
-from vissl_lite.transfer.finetuning import Judgement, TransferSettings, train
+from vissl_lite.transfer.finetuning import Judgement, train
 
 log = logging.getLogger(__name__)
 

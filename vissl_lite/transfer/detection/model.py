@@ -3,7 +3,8 @@
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
 
 import cv2
 import numpy as np
@@ -20,9 +21,9 @@ from vissl_lite.data.views import PADDING
 from vissl_lite.encoder import Encoder, Normalize
 from vissl_lite.inference import check_outputs, evaluating, report_broken
 from vissl_lite.transfer.detection.data import BoxedImage
-from vissl_lite.transfer.pyramid import Pyramid
-
-Kind = Literal["fcos", "retinanet", "faster_rcnn"]
+from vissl_lite.transfer.detection.options import DetectorName
+from vissl_lite.transfer.finetuning import load_with_head, save_with_head
+from vissl_lite.transfer.pyramid import Pyramid, PyramidModel
 
 # Boxes below this score are not worth a line; mean average precision wants the weak ones too.
 LEAST_SCORE = 0.05
@@ -81,12 +82,12 @@ def _to_float(module: nn.Module, arguments: Any, output: Any) -> Any:
     return type(output)(_to_float(module, arguments, value) for value in output)
 
 
-class Detector(nn.Module):
+class Detector(PyramidModel):
     """An encoder, a pyramid and one of torchvision's detectors.
 
     Args:
         encoder: becomes a part of it.
-        classes: number of classes K.
+        classes: K names.
         kind: ``fcos`` (Tian et al. 2019), ``retinanet`` (Lin et al. 2017) or ``faster_rcnn`` (Ren
             et al. 2015, with the pyramid of Lin et al. 2017).
         canvas: height and width in pixels that images are fitted into.
@@ -95,8 +96,11 @@ class Detector(nn.Module):
         threshold: the score from which on to believe a box; training sets it.
     """
 
-    def __init__(self, encoder: Encoder, classes: int, kind: Kind, canvas: tuple[int, int]) -> None:
+    def __init__(
+        self, encoder: Encoder, classes: Sequence[str], kind: DetectorName, canvas: tuple[int, int]
+    ) -> None:
         super().__init__()
+        self.classes, count = list(classes), len(classes)
         self.kind, self.canvas, self.threshold = kind, canvas, 0.5
         pyramid = Pyramid(encoder, CHANNELS, finest=4 if kind == "faster_rcnn" else 8)
         maps, strides = _Maps(encoder, pyramid), pyramid.strides
@@ -105,7 +109,7 @@ class Detector(nn.Module):
         if kind == "fcos":
             anchors = AnchorGenerator(tuple((s,) for s in strides), ((1.0,),) * len(strides))
             self.net = FCOS(
-                maps, classes, anchor_generator=anchors, score_thresh=LEAST_SCORE, **usual
+                maps, count, anchor_generator=anchors, score_thresh=LEAST_SCORE, **usual
             )
             heads = [self.net.head]
         elif kind == "retinanet":
@@ -114,7 +118,7 @@ class Detector(nn.Module):
             anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(strides))
             self.net = RetinaNet(
                 maps,
-                classes,
+                count,
                 anchor_generator=anchors,
                 score_thresh=LEAST_SCORE,
                 detections_per_img=100,  # as the other two
@@ -127,7 +131,7 @@ class Detector(nn.Module):
             names = [str(index) for index in range(len(strides))]
             self.net = FasterRCNN(
                 maps,
-                classes + 1,  # the first is the background
+                count + 1,  # the first is the background
                 rpn_anchor_generator=anchors,
                 box_roi_pool=MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2),
                 box_score_thresh=LEAST_SCORE,
@@ -328,3 +332,50 @@ def _on_image(output: dict[str, Tensor], scale: float, size: tuple[int, int]) ->
     real = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(axis=1)
     order = np.argsort(-scores[real], kind="stable")
     return Detections(boxes[real][order], scores[real][order], labels[real][order])
+
+
+def save_detector(detector: Detector, folder: Path, about: dict[str, Any]) -> None:
+    """Write a model folder; see ``save_with_head``.
+
+    Args:
+        detector: from ``train_detector``.
+        folder: where.
+        about: more to say.
+    """
+    what = {
+        "task": "detection",
+        "classes": detector.classes,
+        "detector": detector.kind,
+        "canvas": list(detector.canvas),
+        "threshold": detector.threshold,
+    }
+    save_with_head(detector, detector.encoder, folder, {**what, **about})
+
+
+def load_detector(folder: Path) -> Detector:
+    """Load what ``save_detector`` wrote.
+
+    Args:
+        folder: a run of ``finetune``, or the ``model`` folder in it.
+
+    Raises:
+        UserError: there is no detector, or it is damaged.
+    """
+
+    def build(encoder: Encoder, about: dict[str, Any]) -> Detector:
+        kind, canvas, threshold = about["detector"], about["canvas"], about["threshold"]
+        if kind not in get_args(DetectorName):
+            raise ValueError(f"unknown detector {str(kind)[:60]!r}")
+        if not isinstance(canvas, list) or len(canvas) != 2:
+            raise ValueError("the canvas is no height and width")
+        most = encoder.image_size + 32  # ``choose_canvas`` rounds up to steps of 32
+        if not all(type(side) is int and 1 <= side <= most for side in canvas):
+            raise ValueError(f"the sides of the canvas are not from 1 to {most} pixels")
+        if not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+            raise ValueError("the threshold is no number from 0 to 1")
+        encoder.stage_shapes(*canvas)
+        detector = Detector(encoder, about["classes"], kind, (canvas[0], canvas[1]))
+        detector.threshold = float(threshold)
+        return detector
+
+    return load_with_head(folder, "detection", build)[0]

@@ -4,7 +4,7 @@ import logging
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from vissl_lite.data.images import BROKEN_IMAGE
 from vissl_lite.data.reading import read_regular, reason
 from vissl_lite.data.text_file import csv_writer, read_text
 from vissl_lite.errors import UserError, brief
+from vissl_lite.options import StrPath
+from vissl_lite.transfer.base import ListDataset
 from vissl_lite.transfer.segmentation.files import (
     MASK_FOLDERS,
     Parts,
@@ -23,7 +25,7 @@ from vissl_lite.transfer.segmentation.files import (
     read_folder,
     read_two_folders,
 )
-from vissl_lite.transfer.sources import hold_out, take_share
+from vissl_lite.transfer.sources import hold_out
 
 log = logging.getLogger(__name__)
 
@@ -50,16 +52,14 @@ class MaskedImage:
 
 
 @dataclass(frozen=True)
-class LabelledMasks:
+class LabelledMasks(ListDataset[MaskedImage]):
     """Classes, in the order of their indices, and the three parts.
 
     ``test`` is empty only where the caller asked for no test part.
     """
 
-    classes: list[str]
-    train: list[MaskedImage]
-    val: list[MaskedImage]
-    test: list[MaskedImage]
+    def write_split(self, run: Path) -> None:
+        self.write(run / "split.csv")
 
     def write(self, file: Path) -> None:
         """Write down the splits: a CSV file that can be given as ``--data`` again.
@@ -76,8 +76,8 @@ class LabelledMasks:
 
 
 def load_masks(
-    source: str | Path,
-    annotations: str | Path | None = None,
+    source: StrPath,
+    annotations: StrPath | None = None,
     seed: int = 0,
     need_test: bool = True,
 ) -> LabelledMasks:
@@ -132,12 +132,6 @@ def load_masks(
     if not parts["val"]:
         parts["train"], parts["val"] = hold_out(parts["train"], seed)
     return _with_classes(source, parts, _read_names(beside))
-
-
-def take_masks(data: LabelledMasks, fraction: float | None, seed: int) -> LabelledMasks:
-    """A seeded share of the training and validation images; see ``take_share``."""
-    train, val = (take_share(part, fraction, seed) for part in (data.train, data.val))
-    return replace(data, train=train, val=val)
 
 
 def read_mask(path: str | Path, binary: bool = False) -> np.ndarray:

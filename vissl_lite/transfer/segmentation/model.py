@@ -6,6 +6,8 @@ in as they are.)
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -16,7 +18,8 @@ from torch import Tensor, nn
 from vissl_lite.data.views import LARGE
 from vissl_lite.encoder import Encoder, Normalize
 from vissl_lite.inference import check_outputs, evaluating
-from vissl_lite.transfer.pyramid import Pyramid, group_norm
+from vissl_lite.transfer.finetuning import load_with_head, save_with_head
+from vissl_lite.transfer.pyramid import Pyramid, PyramidModel, group_norm
 from vissl_lite.transfer.segmentation.data import IGNORE
 
 CHANNELS = 128  # of the pyramid and the head; the paper's head has as many
@@ -70,21 +73,23 @@ class PyramidHead(nn.Module):
         return logits
 
 
-class Segmenter(nn.Module):
+class Segmenter(PyramidModel):
     """An encoder, a feature pyramid and a head that gives every pixel a class.
 
     Args:
         encoder: becomes a part of it.
-        classes: number of classes K.
+        classes: K names.
         channels: of the pyramid and the head, a multiple of 8.
     """
 
-    def __init__(self, encoder: Encoder, classes: int, channels: int = CHANNELS) -> None:
+    encoder: Encoder
+
+    def __init__(self, encoder: Encoder, classes: Sequence[str], channels: int = CHANNELS) -> None:
         super().__init__()
-        self.classes, self.channels = classes, channels
+        self.classes, self.channels = list(classes), channels
         self.encoder = encoder
         self.pyramid = Pyramid(encoder, channels, finest=4)
-        self.head = PyramidHead(channels, self.pyramid.strides, classes)
+        self.head = PyramidHead(channels, self.pyramid.strides, len(self.classes))
         self._step = math.lcm(encoder.patch_size or 1, self.pyramid.strides[0])
 
     def forward(self, images: Tensor) -> Tensor:
@@ -181,24 +186,19 @@ def _fit(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def segment_all(
-    segmenter: Segmenter,
-    normalize: Normalize,
-    images: Sequence[np.ndarray],
-    size: int,
-    device: torch.device,
+    segmenter: Segmenter, images: Sequence[np.ndarray], device: torch.device
 ) -> list[Tensor]:
     """See ``segment``: for each image ``(K, h, w)`` probabilities, still as small as it went in.
 
     Args:
         segmenter: ``evaluating`` on the device.
-        normalize: likewise.
         images: ``(H, W, C)`` uint8, of any sizes.
-        size: side in pixels of the segmenter's views.
         device: where the results are too.
 
     Raises:
         UserError: the outputs are no finite numbers.
     """
+    size = segmenter.encoder.image_size
     fitted = [_fit(image, size) for image in images]
     places = [
         (number, top, left)
@@ -213,7 +213,7 @@ def segment_all(
         some = places[start : start + WINDOWS]
         tiles = np.stack([fitted[n][y : y + size, x : x + size] for n, y, x in some])
         batch = torch.from_numpy(tiles).to(device).permute(0, 3, 1, 2)
-        shares = segmenter(normalize(batch)).softmax(dim=1)
+        shares = segmenter(segmenter.encoder.normalize(batch)).softmax(dim=1)
         check_outputs([shares], f"a window in one of {len(images)} images")
         for (n, y, x), share in zip(some, shares, strict=True):
             if n not in sums:
@@ -228,23 +228,53 @@ def enlarge(shares: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(shares[None], (height, width), mode="bilinear")[0]
 
 
-def segment(segmenter: Segmenter, normalize: Normalize, image: np.ndarray, size: int) -> np.ndarray:
+def segment(segmenter: Segmenter, image: np.ndarray) -> np.ndarray:
     """Probabilities of the classes for every pixel of an image of any size.
 
     The scale is that of the training views: an image whose shorter side is at most ``LARGE`` times
-    ``size`` is resized to it, a larger one keeps its own scale. Windows of ``size`` by ``size``
+    ``size`` is resized to it, a larger one keeps its own scale. Windows of ``size`` by ``size`` (the encoder's image size)
     that overlap by half cover the image; what they say is averaged with the weight sin^2, which
     falls to almost nothing at a window's border, where it knows least.
 
     Args:
         segmenter: put on the accelerator if there is one, and back afterwards.
-        normalize: for its images.
         image: ``(H, W, C)`` uint8.
-        size: side in pixels of the segmenter's views.
 
     Returns:
         ``(K, H, W)`` float32; they sum to one over the classes.
     """
+    normalize = Normalize(segmenter.encoder.mean, segmenter.encoder.std)
     with evaluating(segmenter, normalize) as device:
-        shares = segment_all(segmenter, normalize, [image], size, device)[0]
+        shares = segment_all(segmenter, [image], device)[0]
         return enlarge(shares, *image.shape[:2]).cpu().numpy()
+
+
+def save_segmenter(segmenter: Segmenter, folder: Path, about: dict[str, Any]) -> None:
+    """Write a model folder: ``encoder/`` in timm's format, and the head.
+
+    Args:
+        segmenter: what to save.
+        folder: where; made if missing.
+        about: how it was trained.
+    """
+    head = {"task": "segmentation", "classes": segmenter.classes, "channels": segmenter.channels}
+    save_with_head(segmenter, segmenter.encoder, folder, {**about, **head})
+
+
+def load_segmenter(folder: Path) -> Segmenter:
+    """Load what ``save_segmenter`` wrote.
+
+    Args:
+        folder: a run of ``finetune``, or the ``model`` folder in it.
+
+    Raises:
+        UserError: there is no segmenter, or it is damaged.
+    """
+
+    def build(encoder: Encoder, about: dict[str, Any]) -> Segmenter:
+        channels = about["channels"]
+        if type(channels) is not int or channels < 8 or channels % 8:
+            raise ValueError("channels is no positive multiple of 8")
+        return Segmenter(encoder, about["classes"], channels)
+
+    return load_with_head(folder, "segmentation", build)[0]

@@ -3,16 +3,20 @@
 import json
 import logging
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
 from vissl_lite.errors import UserError
+from vissl_lite.options import StrPath
+from vissl_lite.transfer.base import ListDataset
 from vissl_lite.transfer.detection.data.annotations import Note
 from vissl_lite.transfer.detection.data.cleaning import Repairs, mend
 from vissl_lite.transfer.detection.data.discovery import read_annotations
-from vissl_lite.transfer.sources import SPLITS, hold_out, is_utf8, split_in_three, take_share
+from vissl_lite.transfer.sources import SPLITS, hold_out, is_utf8, split_in_three
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +42,7 @@ class BoxedImage:
 
 
 @dataclass(frozen=True)
-class LabelledBoxes:
+class LabelledBoxes(ListDataset[BoxedImage]):
     """Classes and the three parts; nothing is ever chosen on the test part.
 
     Attributes:
@@ -49,11 +53,27 @@ class LabelledBoxes:
         repairs: what was repaired or left out, such as ``{"box without area, left out": 2}``.
     """
 
-    classes: list[str]
-    train: list[BoxedImage]
-    val: list[BoxedImage]
-    test: list[BoxedImage]
     repairs: dict[str, int]
+
+    def subsample(
+        self, fraction: float | None = None, shots: int | None = None, seed: int = 0
+    ) -> Self:
+        some = super().subsample(fraction, shots, seed)
+        if fraction is not None:
+            _check(some, f"--fraction {fraction}", "take a larger share")
+        return some
+
+    def without(
+        self, left_out: Mapping[str, Collection[str]], broken: Mapping[str, Mapping[str, str]]
+    ) -> Self:
+        left = super().without(left_out, broken)
+        if broken.get("train") and all(one.ignored.all() for one in left.train):
+            path, why = next(iter(broken["train"].items()))
+            raise UserError(f"no training image with boxes can be read, the first {path} ({why})")
+        return left
+
+    def write_split(self, run: Path) -> None:
+        self.write(run / "split")
 
     def write(self, folder: Path) -> None:
         """Write down the splits in COCO's format: a folder that can be given as data again.
@@ -69,8 +89,8 @@ class LabelledBoxes:
 
 
 def load_boxes(
-    source: str | Path,
-    annotations: str | Path | None = None,
+    source: StrPath,
+    annotations: StrPath | None = None,
     seed: int = 0,
     need_test: bool = True,
 ) -> LabelledBoxes:
@@ -128,27 +148,6 @@ def load_boxes(
     parts = _parts(images, source, seed, need_test)
     data = LabelledBoxes(classes, **parts, repairs=repairs.counts)
     _check(data, str(source), "draw some, or name the annotations with --annotations")
-    return data
-
-
-def take_boxes(data: LabelledBoxes, fraction: float | None, seed: int) -> LabelledBoxes:
-    """A seeded share of the images of the training and the validation part.
-
-    A smaller share is always contained in a larger one of the same seed.
-
-    Args:
-        data: the whole.
-        fraction: share in (0, 1]; None takes all.
-        seed: which ones.
-
-    Raises:
-        UserError: the share is out of range, or has no box to train on.
-    """
-    if fraction is None:
-        return data
-    train, val = (take_share(part, fraction, seed) for part in (data.train, data.val))
-    data = replace(data, train=train, val=val)
-    _check(data, f"--fraction {fraction}", "take a larger share")
     return data
 
 

@@ -1,0 +1,78 @@
+"""The table of tasks, and what is read off it."""
+
+import types
+from collections.abc import Collection
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vissl_lite.errors import UserError, did_you_mean
+from vissl_lite.transfer.base import Task
+from vissl_lite.transfer.classification.task import Classification
+from vissl_lite.transfer.detection.task import Detection
+from vissl_lite.transfer.finetuning import HEAD, model_folder, read_head
+from vissl_lite.transfer.segmentation.task import Segmentation
+
+# A task whose kinds of data, models and settings are its own affair.
+AnyTask = Task[Any, Any, Any, Any]
+
+TASKS: dict[str, AnyTask] = {
+    "classification": Classification(),
+    "detection": Detection(),
+    "segmentation": Segmentation(),
+}
+
+# All options that only some tasks have, for commands that work with any task.
+if TYPE_CHECKING:
+    from vissl_lite.transfer.options import TaskOptions as AllTaskOptions
+else:
+    AllTaskOptions = types.new_class(
+        "AllTaskOptions", tuple(task.options for task in TASKS.values())
+    )
+
+
+def find_task(name: str) -> AnyTask:
+    """A task by its name.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    if name not in TASKS:
+        raise UserError(f"unknown --task {name}: {did_you_mean(name, list(TASKS))}")
+    return TASKS[name]
+
+
+def check_given(task: AnyTask, given: Collection[str]) -> None:
+    """Raise a UserError for options that are given, but are those of other tasks.
+
+    Args:
+        task: that was chosen.
+        given: names of options; those that all tasks have pass.
+    """
+    for name in given:
+        owners = [one.name for one in TASKS.values() if name in _own_options(one)]
+        if owners and task.name not in owners:
+            raise UserError(f"--{name} is for --task {' or '.join(owners)}, not for {task.name}")
+
+
+def _own_options(task: AnyTask) -> set[str]:
+    shots = {"shots"} if task.takes_shots else set()
+    return {field.name for field in fields(task.options)} | shots
+
+
+def find_model(source: Path) -> tuple[AnyTask, Path]:
+    """The task of a fine-tuned model, and the model folder.
+
+    Args:
+        source: a run of ``finetune``, or the ``model`` folder in it.
+
+    Raises:
+        UserError: there is no model, or it is damaged.
+    """
+    folder = model_folder(source)
+    head = read_head(folder)
+    if head is None:
+        return TASKS["classification"], folder  # a timm model with classes
+    if head["task"] not in TASKS:
+        raise UserError(f"{folder / HEAD} is damaged: its task is none of {', '.join(TASKS)}")
+    return TASKS[head["task"]], folder
