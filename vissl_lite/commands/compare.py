@@ -30,7 +30,6 @@ from vissl_lite.run import (
     write_results,
 )
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.transfer.finetuning import TaskName
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +58,7 @@ def compare(
     encoder: list[str] | str,
     data: str,
     out: str,
-    task: TaskName = "classification",
+    task: str = "classification",
     protocols: list[Protocol] | Protocol | None = None,
     fractions: list[float] | float | None = None,
     shots: list[int] | int | None = None,

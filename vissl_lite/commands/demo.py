@@ -23,12 +23,10 @@ from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pictures import plot_bars
 from vissl_lite.run import check_out, console, open_run, write_results
 from vissl_lite.training.progress import progress_bar
-from vissl_lite.transfer.classification.data import LabelledImages, load_labelled, take_labels
-from vissl_lite.transfer.classification.training import (
-    ClassifierSettings,
-    score_classifier,
-    train_classifier,
-)
+from vissl_lite.transfer.classification.data import LabelledImages, load_labelled
+from vissl_lite.transfer.classification.model import score_classifier
+from vissl_lite.transfer.classification.options import ClassifierSettings
+from vissl_lite.transfer.classification.training import train_classifier
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +117,7 @@ def demo(
             measure: {UNTRAINED: [], TRAINED: []} for measure in ("kNN", "linear", "fine-tuned")
         }
         for seed in range(seeds):
-            few = take_labels(labelled, None, shots, seed)
+            few = labelled.subsample(shots=shots, seed=seed)
             for arm in (UNTRAINED, TRAINED):
                 torch.manual_seed(seed)
                 source = f"random:{BACKBONE}" if arm == UNTRAINED else str(pretrained.run)
@@ -157,7 +155,7 @@ def _finetuned(encoder: Encoder, few: LabelledImages, arm: str, seed: int) -> fl
     )
     title = f"fine-tuning, {arm}, seed {seed}"
     model = train_classifier(encoder, few, settings, title=title)
-    return score_classifier(model, encoder, few).top1
+    return score_classifier(model, few).top1
 
 
 def _tell(scores: Scores, labelled: LabelledImages, shots: int, run: Path) -> None:

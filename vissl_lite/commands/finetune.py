@@ -4,6 +4,7 @@ import inspect
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,6 @@ from vissl_lite.commands.report import add_report, add_test_embeddings, add_test
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.encoder_folder import encoder_for, load_encoder
 from vissl_lite.errors import (
-    UserError,
     check_arguments,
     check_count,
     check_image_size,
@@ -41,30 +41,10 @@ from vissl_lite.run import (
 )
 from vissl_lite.training.fit import TrainingFiles
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.transfer.classification.data import load_labelled, take_labels
-from vissl_lite.transfer.classification.training import ClassifierSettings, check_settings
-from vissl_lite.transfer.detection.data import load_boxes, take_boxes
-from vissl_lite.transfer.detection.training import DetectorSettings, check_rescaling
-from vissl_lite.transfer.finetuning import Classification, Detection, Scores, Segmentation, Task
-from vissl_lite.transfer.pyramid import report_use
-from vissl_lite.transfer.segmentation.data import load_masks, take_masks
-from vissl_lite.transfer.segmentation.training import SegmenterSettings, weigh_classes
+from vissl_lite.transfer.base import LabelledDataset, Scores, TrainedModel
+from vissl_lite.transfer.tasks import check_given, find_task
 
 log = logging.getLogger(__name__)
-
-TaskName = Literal["classification", "detection", "segmentation"]
-
-# Options that mean something for some tasks alone.
-_ONLY_FOR = {
-    "annotations": ("detection", "segmentation"),
-    "detector": ("detection",),
-    "multi_scale": ("detection",),
-    "frozen_norm": ("detection", "segmentation"),
-    "shots": ("classification",),
-    "label_smoothing": ("classification",),
-    "balanced": ("classification",),
-    "class_weights": ("classification", "segmentation"),
-}
 
 
 @dataclass(frozen=True)
@@ -90,7 +70,7 @@ def finetune(
     data: str,
     out: str,
     encoder: str = "random:resnet18",
-    task: TaskName = "classification",
+    task: str = "classification",
     annotations: str | None = None,
     detector: Literal["fcos", "retinanet", "faster_rcnn"] | None = None,
     multi_scale: bool = False,
@@ -189,9 +169,8 @@ def finetune(
             return _finished(Path(out))
         if own != config:  # options that were left out, from Python
             return finetune(**own)
-    for name, tasks in _ONLY_FOR.items():
-        if config[name] not in (None, False) and task not in tasks:
-            raise UserError(f"--{name} is for --task {' or '.join(tasks)}, not for {task}")
+    chosen = find_task(task)
+    check_given(chosen, [n for n, value in config.items() if value not in (None, False)])
     limit_pixels(max_pixels)
     check_optimizer(optimizer)
     check_warmup("warmup", warmup)
@@ -220,71 +199,57 @@ def finetune(
         "upright": upright,
         "seed": seed,
     }
-    few = batch_size is not None and batch_size < 8
-    still = few and not from_scratch if frozen_norm is None else frozen_norm
-    transfer: Task
-    if task == "classification":
-        labelled = load_labelled(data, seed, multi_label=True)
-        smoothing = 0.1 if label_smoothing is None else label_smoothing
-        classifier = ClassifierSettings(
-            **common, label_smoothing=smoothing, balanced=balanced, class_weights=class_weights
-        )
-        labelled = take_labels(labelled, fraction, shots, seed)
-        check_settings(classifier, labelled)
-        transfer = Classification(labelled, classifier)
-    elif task == "detection":
-        boxes = take_boxes(load_boxes(data, annotations, seed), fraction, seed)
-        kind = detector or "faster_rcnn"
-        detection = DetectorSettings(
-            **common, kind=kind, frozen_norm=still, multi_scale=multi_scale
-        )
-        transfer = Detection(boxes, detection)
-    else:
-        masks = take_masks(load_masks(data, annotations, seed), fraction, seed)
-        segmenter = SegmenterSettings(**common, class_weights=class_weights, frozen_norm=still)
-        if class_weights != "balanced":  # which can't be wrong, and takes reading every mask
-            weigh_classes(masks, class_weights)
-        transfer = Segmentation(masks, segmenter)
-    transfer.settings.batch(len(transfer.data.train), usual=1)  # before anything is written
-    if image_size is None and (from_scratch or task != "classification"):
-        image_size = transfer.image_size()
+    own = {
+        "annotations": annotations,
+        "detector": detector or "faster_rcnn",
+        "multi_scale": multi_scale,
+        "frozen_norm": frozen_norm,
+        "label_smoothing": 0.1 if label_smoothing is None else label_smoothing,
+        "balanced": balanced,
+        "class_weights": class_weights,
+    }
+    settings = chosen.make_settings(SimpleNamespace(**own), **common, pretrained=not from_scratch)
+    labelled: LabelledDataset = chosen.load_data(data, settings)
+    labelled = labelled.subsample(fraction, shots, seed)
+    settings.batch(len(labelled.train), usual=1)  # before anything is written
+    if image_size is None:
+        image_size = chosen.image_size(labelled, settings)
     torch.manual_seed(seed)
     start = encoder_for(encoder, image_size)
-    if multi_scale:
-        check_rescaling(start)
-    transfer.data, found = guard(transfer.data, [encoder], leaks, out)
+    chosen.check(start, labelled, settings)
+    labelled, found = guard(labelled, [encoder], leaks, out)
     with open_run(Path(out), "finetune", config, resume) as run:
-        transfer.write_split(run)
+        labelled.write_split(run)
         found.write(run)
         log.info(
             "%d training, %d validation, %d test images of %d classes; %s at %d pixels",
-            len(transfer.data.train), len(transfer.data.val), len(transfer.data.test),
-            len(transfer.data.classes), start.backbone, start.image_size,
+            len(labelled.train), len(labelled.val), len(labelled.test),
+            len(labelled.classes), start.backbone, start.image_size,
         )  # fmt: skip
-        if task != "classification":
-            report_use(start, encoder)
+        chosen.report_use(start, encoder)
         metrics = MetricsFile(run / METRICS)
         files = TrainingFiles(metrics, run / CHECKPOINTS, resume)
-        model = transfer.train(start, hardware, files)
+        model: TrainedModel = chosen.train(start, labelled, settings, hardware, files)
         about = {"version": __version__, "task": task, "encoder": encoder, "data": data}
-        transfer.save(model, start, run / "model", about)  # first: the test images may have gone
-        scores = transfer.score(model, start)
-        add_test_pictures(run, transfer, model, start, scores)
-        plot_curves(metrics, transfer.curves, run / "curves.png")
-        best = max(metrics.series(transfer.chosen_by)[1], default=None)
+        chosen.save(model, run / "model", about)  # first: the test images may have gone
+        scores: Scores = chosen.evaluate(model, labelled)
+        add_test_pictures(run, chosen, model, labelled, scores)
+        plot_curves(metrics, chosen.curves, run / "curves.png")
+        metric = chosen.validation_metric(labelled)
+        best = max(metrics.series(metric)[1], default=None)
         results = {
             "test": scores.metrics,
             "per_class": scores.per_class,
-            "val": {transfer.chosen_by.removeprefix("val_"): best},
-            "train_images": len(transfer.data.train),
-            "val_images": len(transfer.data.val),
-            "test_images": len(transfer.data.test),
-            "classes": transfer.data.classes,
+            "val": {metric.removeprefix("val_"): best},
+            "train_images": len(labelled.train),
+            "val_images": len(labelled.val),
+            "test_images": len(labelled.test),
+            "classes": labelled.classes,
             **found.figures(),
         }
         write_results(run, results)
-        _tell(transfer, scores, encoder, run)
-        add_test_embeddings(run, load_encoder(run / "model"), transfer.data, seed)
+        _tell(len(labelled.test), scores, encoder, run)
+        add_test_embeddings(run, load_encoder(run / "model"), labelled, seed)
         add_report(run)
     return FinetuneResult(run, run / "model", scores.metrics, scores.per_class)
 
@@ -295,10 +260,10 @@ def _finished(out: Path) -> FinetuneResult:
     return FinetuneResult(out, out / "model", results["test"], results["per_class"])
 
 
-def _tell(transfer: Task, scores: Scores, encoder: str, run: Path) -> None:
+def _tell(images: int, scores: Scores, encoder: str, run: Path) -> None:
     console.print(f"fine-tuned from {encoder}", highlight=False, soft_wrap=True)
     table = Table("test images", *scores.metrics)
-    table.add_row(str(len(transfer.data.test)), *(f"{x:.3f}" for x in scores.metrics.values()))
+    table.add_row(str(images), *(f"{x:.3f}" for x in scores.metrics.values()))
     console.print(table)
     if 1 < len(scores.per_class) <= 30:
         measures = list(next(iter(scores.per_class.values())))

@@ -25,7 +25,7 @@ from vissl_lite.errors import (
 from vissl_lite.evaluation.probe import PROBES, evaluate_features, extract_part
 from vissl_lite.run import check_out, console, open_run, write_results
 from vissl_lite.training.progress import progress_bar
-from vissl_lite.transfer.classification.data import LabelledImages, load_labelled, take_labels
+from vissl_lite.transfer.classification.data import LabelledImages, load_labelled
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def probe(
     check_positive("temperature", temperature)
     check_seed(seed)
     check_out(Path(out), [("encoder", encoder), ("data", data)], overwrite=overwrite)
-    labelled = take_labels(load_labelled(data, seed), fraction, shots, seed)
+    labelled = load_labelled(data, seed).subsample(fraction, shots, seed)
     torch.manual_seed(seed)
     if image_size is None and encoder.startswith("random:"):
         image_size = suitable_size(labelled.train.paths)

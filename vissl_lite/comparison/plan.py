@@ -2,8 +2,9 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, fields
+from types import SimpleNamespace
+from typing import Literal
 
 import torch
 
@@ -19,10 +20,9 @@ from vissl_lite.errors import (
     check_seed,
 )
 from vissl_lite.optim import OptimizerSettings, check_rates
-from vissl_lite.transfer.classification.data import LabelledImages, load_labelled
-from vissl_lite.transfer.detection.data import load_boxes
-from vissl_lite.transfer.finetuning import Task, TaskName, make_task
-from vissl_lite.transfer.segmentation.data import load_masks
+from vissl_lite.transfer.base import LabelledDataset
+from vissl_lite.transfer.finetuning import TransferSettings
+from vissl_lite.transfer.tasks import check_given, find_task
 
 # Draws of labels; each is a training.
 LARGEST_SEEDS = 10_000
@@ -36,7 +36,7 @@ class Plan:
 
     encoder: list[str]
     data: str
-    task: TaskName
+    task: str
     protocols: list[Protocol] | None
     fractions: list[float] | None
     shots: list[int] | None
@@ -67,25 +67,18 @@ class Plan:
         twice = [name for name in self.encoder if self.encoder.count(name) > 1]
         if twice:
             raise UserError(f"--encoder {twice[0]} is given twice")
-        if self.annotations is not None and self.task == "classification":
-            raise UserError("--annotations is for --task detection or segmentation")
-        if self.detector is not None and self.task != "detection":
-            raise UserError(f"--detector is for --task detection, not for {self.task}")
-        if self.shots is not None and self.task != "classification":
-            raise UserError(f"--shots is for --task classification: give --fractions for "
-                            f"{self.task}")  # fmt: skip
+        names = ("annotations", "detector", "shots")
+        check_given(find_task(self.task), [n for n in names if getattr(self, n) is not None])
 
     def all_seeds(self) -> list[int]:
         return list(range(self.seed, self.seed + self.seeds))
 
-    def load_data(self) -> Any:
-        if self.task == "classification":
-            return load_labelled(self.data, self.seed, multi_label=True)
-        load = load_boxes if self.task == "detection" else load_masks
-        return load(self.data, self.annotations, self.seed)
+    def load_data(self) -> LabelledDataset:
+        data: LabelledDataset = find_task(self.task).load_data(self.data, self.settings())
+        return data
 
-    def choose_protocols(self, data: Any) -> list[Protocol]:
-        frozen = isinstance(data, LabelledImages) and not data.multi_label
+    def choose_protocols(self, data: LabelledDataset) -> list[Protocol]:
+        frozen = data.image_classes("train") is not None
         wanted: list[Protocol] = list(
             dict.fromkeys(self.protocols or (["knn", "linear"] if frozen else ["finetune"]))
         )
@@ -113,7 +106,7 @@ class Plan:
             raise UserError(f"nothing to compare {basis} with: give two encoders or more")
         return arms, basis
 
-    def choose_amounts(self, data: Any) -> tuple[list[Amount], dict[str, int]]:
+    def choose_amounts(self, data: LabelledDataset) -> tuple[list[Amount], dict[str, int]]:
         """The amounts of labels that differ, and how many labels each is."""
         amounts: list[Amount] = []
         labels: dict[str, int] = {}
@@ -128,7 +121,7 @@ class Plan:
         return amounts, labels
 
     def try_arms(
-        self, arms: Sequence[str], basis: str, data: Any
+        self, arms: Sequence[str], basis: str, data: LabelledDataset
     ) -> tuple[list[str], dict[str, str]]:
         """The arms that can be had, and why the others can't."""
         found, left_out = [], {}
@@ -145,29 +138,34 @@ class Plan:
                             f"{next(iter(left_out.values()))}")  # fmt: skip
         return found, left_out
 
-    def load(self, arm: str, seed: int, data: Any) -> Encoder:
+    def load(self, arm: str, seed: int, data: LabelledDataset) -> Encoder:
         """An arm's encoder; the seed is of an untrained one's weights."""
-        size = self.image_size
-        if size is None and (arm.startswith("random:") or self.task != "classification"):
-            size = self.make_task(data, 1e-3, 0, True).image_size()
+        size, untrained = self.image_size, arm.startswith("random:")
+        if size is None:
+            settings = self.settings(untrained=untrained)
+            size = find_task(self.task).image_size(data, settings)
         torch.manual_seed(seed)
         return encoder_for(arm, size)
 
-    def figure(self, data: Any) -> str:
+    def figure(self, data: LabelledDataset) -> str:
         """The name of the figure that fine-tuning is compared by."""
-        return self.make_task(data, 1e-3, 0, True).chosen_by.removeprefix("val_")
+        return find_task(self.task).validation_metric(data).removeprefix("val_")
 
-    def make_task(self, data: Any, rate: float, seed: int, untrained: bool) -> Task:
-        """Fine-tuning on some labels, with ``finetune``'s own settings but for the rate."""
-        decay = 1.0 if untrained else 0.75
-        few = self.batch_size is not None and self.batch_size < 8
-        return make_task(
-            data,
+    def settings(
+        self, rate: float = 1e-3, seed: int | None = None, untrained: bool = True
+    ) -> TransferSettings:
+        """``finetune``'s own settings but for the rate."""
+        given = {"annotations": self.annotations, "detector": self.detector}
+        task = find_task(self.task)
+        own = {field.name: field.default for field in fields(task.options)}
+        own |= {name: value for name, value in given.items() if value is not None}
+        settings: TransferSettings = task.make_settings(
+            SimpleNamespace(**own),
             epochs=self.epochs,
             batch_size=self.batch_size,
-            optimizer=OptimizerSettings("adamw", rate, 0.05, decay),
+            optimizer=OptimizerSettings("adamw", rate, 0.05, 1.0 if untrained else 0.75),
             upright=self.upright,
-            seed=seed,
-            **({"kind": self.detector or "faster_rcnn"} if self.task == "detection" else {}),
-            **({} if self.task == "classification" else {"frozen_norm": few and not untrained}),
+            seed=self.seed if seed is None else seed,
+            pretrained=not untrained,
         )
+        return settings

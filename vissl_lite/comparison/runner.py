@@ -1,7 +1,7 @@
 """Runs a comparison arm by arm, and keeps each finished run."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,12 +15,11 @@ from vissl_lite.comparison.protocols import (
     judge_frozen,
 )
 from vissl_lite.comparison.store import Cell, Store, digest_weights, digest_words
-from vissl_lite.data.leaks import paths_of
 from vissl_lite.encoder import Encoder
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.training.progress import progress_bar
-from vissl_lite.transfer.classification.data import LabelledImages
-from vissl_lite.transfer.finetuning import Task
+from vissl_lite.transfer.base import LabelledDataset
+from vissl_lite.transfer.tasks import find_task
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ class Runner:
     def __init__(
         self,
         plan: Plan,
-        data: Any,
+        data: LabelledDataset,
         amounts: Sequence[Amount],
         store: Store,
         hardware: Hardware,
@@ -81,15 +80,11 @@ class Runner:
                              score.value)  # fmt: skip
         return scores
 
-    def _about(self, some: Any, encoder: Encoder, weights: str) -> dict[str, Any]:
+    def _about(self, some: LabelledDataset, encoder: Encoder, weights: str) -> dict[str, Any]:
         """What must be the same for an earlier run of a cell to count."""
-        names = [f"{part} {path}" for part in ("train", "val", "test")
-                 for path in paths_of(getattr(some, part))]  # fmt: skip
-        if isinstance(some, LabelledImages):
-            names += [str(part.labels.tolist()) for part in (some.train, some.val, some.test)]
         return {
             "weights": weights,
-            "labels": digest_words(names),
+            "labels": digest_words(some.identity()),
             "image_size": encoder.image_size,
             "layers": self.plan.layers,
         }
@@ -97,14 +92,14 @@ class Runner:
     def _features(self, arm: str, encoder: Encoder) -> Features:
         used: dict[str, None] = {}
         for some in self.parts.values():
-            used |= dict.fromkeys([*some.train.paths, *some.val.paths])
-        paths = [*used, *self.data.test.paths]
+            used |= dict.fromkeys([*some.paths("train"), *some.paths("val")])
+        paths = [*used, *self.data.paths("test")]
         with progress_bar() as bar:
             task = bar.add_task("features", total=len(paths), info=arm)
             return Features(encoder, paths, self.plan.layers, partial(bar.advance, task))
 
     def _finetune(
-        self, cell: Cell, encoder: Encoder, some: Any, scores: Mapping[Cell, Score]
+        self, cell: Cell, encoder: Encoder, some: LabelledDataset, scores: Mapping[Cell, Score]
     ) -> Score:
         rates: Sequence[float] = self.plan.lr or RATES
         first = Cell(cell.arm, cell.protocol, cell.amount, self.plan.seed)
@@ -113,7 +108,8 @@ class Runner:
         elif len(some.val) == 0:
             rates = [sorted(rates)[len(rates) // 2]]  # nothing to choose by
         untrained = cell.arm.startswith("random:")
-        make: Callable[[float], Task] = partial(
-            self.plan.make_task, some, seed=cell.seed, untrained=untrained
+        make = partial(self.plan.settings, seed=cell.seed, untrained=untrained)
+        task = find_task(self.plan.task)
+        return finetune_best(
+            encoder, task, some, make, rates, self.hardware, self.store.place(cell)
         )
-        return finetune_best(encoder, make, rates, self.hardware, self.store.place(cell))

@@ -232,7 +232,7 @@ def segment(segmenter: Segmenter, image: np.ndarray) -> np.ndarray:
     """Probabilities of the classes for every pixel of an image of any size.
 
     The scale is that of the training views: an image whose shorter side is at most ``LARGE`` times
-    ``size`` is resized to it, a larger one keeps its own scale. Windows of ``size`` by ``size`` (the encoder's image size)
+    ``size`` is resized to it, a larger one keeps its own scale. Windows of ``size`` by ``size``
     that overlap by half cover the image; what they say is averaged with the weight sin^2, which
     falls to almost nothing at a window's border, where it knows least.
 
