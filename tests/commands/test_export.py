@@ -20,8 +20,7 @@ from vissl_lite.encoder import Encoder, build_encoder
 from vissl_lite.encoder_folder import load_encoder, save_encoder, save_model
 from vissl_lite.errors import UserError
 from vissl_lite.transfer import network
-from vissl_lite.transfer.detection.model import Detector, Kind, detect, fit_into
-from vissl_lite.transfer.detection.training import save_detector
+from vissl_lite.transfer.detection.model import Detector, Kind, detect, fit_into, save_detector
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +50,7 @@ def run(file: Path, images: np.ndarray) -> np.ndarray:
 def outspoken(kind: Kind) -> Detector:
     """A detector with random weights so large that it finds boxes of all classes anywhere."""
     torch.manual_seed(0)
-    detector = Detector(build_encoder("test_resnet", 64), 3, kind, (64, 96)).eval()
+    detector = Detector(build_encoder("test_resnet", 64), ["a", "b", "c"], kind, (64, 96)).eval()
     heads = detector.net.roi_heads.box_predictor
     heads.cls_score.weight.data *= 5
     heads.bbox_pred.weight.data *= 10
@@ -285,7 +284,7 @@ def test_a_detector_gives_the_boxes_of_predict(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(inference, "cpu_has_bf16", lambda: False)  # as the ONNX file computes
     detector = outspoken("faster_rcnn")
-    save_detector(detector, tmp_path / "model", ["a", "b", "c"], {})
+    save_detector(detector, tmp_path / "model", {})
     out = tmp_path / "detector.onnx"
     images = photos / "a"  # 40 by 48 pixels, fitted into 64 by 96
     given = ("--model", tmp_path, "--out", out)

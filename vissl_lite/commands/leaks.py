@@ -29,7 +29,7 @@ def guard(
         UserError: leaks are an error, or nothing is left to judge by; a part, or the training
             images of a class, can't be read.
     """
-    parts = {name: data.paths(name) for name in PARTS}
+    parts: dict[str, list[str]] = {name: data.paths(name) for name in PARTS}
     seen = {encoder: seen_by(encoder) for encoder in encoders}
     with progress_bar() as bar:
         task = bar.add_task("leaks", total=sum(map(len, parts.values())), info="")

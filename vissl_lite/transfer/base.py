@@ -137,8 +137,11 @@ class ListDataset(LabelledDataset, Generic[RecordT]):
         return [str(one.path) for one in self.part(part)]
 
     def take(self, kept: Mapping[Split, Sequence[int]]) -> Self:
-        parts = {name: [self.part(name)[i] for i in indices] for name, indices in kept.items()}
-        return replace(self, **parts)
+        train, val, test = (
+            [self.part(name)[i] for i in kept[name]] if name in kept else self.part(name)
+            for name in PARTS
+        )
+        return replace(self, train=train, val=val, test=test)
 
     def subsample(
         self, fraction: float | None = None, shots: int | None = None, seed: int = 0

@@ -1,10 +1,9 @@
 """A feature pyramid over an encoder's stages: what detectors and segmenters stand on."""
 
 import logging
-from abc import ABC, abstractmethod
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 import cv2
 import lightning.pytorch as pl
@@ -137,13 +136,13 @@ class PyramidSettings(TransferSettings, FrozenNormOption):
         return self.pretrained and self.batch_size is not None and self.batch_size < 8
 
 
-class PyramidModel(nn.Module, ABC):
-    """A model on a pyramid over an encoder."""
+class PyramidModel(nn.Module):
+    """A model on a pyramid over an encoder, which is its ``encoder``."""
 
-    @property
-    @abstractmethod
-    def encoder(self) -> Encoder:
-        """The encoder in it."""
+    if TYPE_CHECKING:  # an attribute of one model, a property of another
+
+        @property
+        def encoder(self) -> Encoder: ...
 
 
 PyramidModelT = TypeVar("PyramidModelT", bound=PyramidModel)

@@ -273,7 +273,7 @@ def test_val_follows_the_seed(data: LabelledImages, tmp_path: Path) -> None:
 def test_a_fraction_is_stratified(
     data: LabelledImages, fraction: float, train: list[int], val: list[int]
 ) -> None:
-    few = take_labels(data, fraction, None, seed=0)
+    few = data.subsample(fraction, None, seed=0)
     assert [counts(few.train), counts(few.val)] == [train, val]
     assert_labels_true(few)
     assert_disjoint(few)
@@ -281,7 +281,7 @@ def test_a_fraction_is_stratified(
 
 
 def test_shots_are_images_a_class_as_far_as_there_are_any(data: LabelledImages) -> None:
-    few = take_labels(data, None, 8, seed=0)
+    few = data.subsample(None, 8, seed=0)
     assert [counts(few.train), counts(few.val)] == [[8, 8, 4], [8, 4, 1]]
     assert_labels_true(few)
     assert few.test is data.test
@@ -289,7 +289,7 @@ def test_shots_are_images_a_class_as_far_as_there_are_any(data: LabelledImages) 
 
 def test_fewer_labels_are_part_of_more(data: LabelledImages) -> None:
     amounts = [(None, 1), (0.1, None), (None, 5), (0.25, None), (None, 10), (0.9, None)]
-    taken = [take_labels(data, fraction, shots, seed=3) for fraction, shots in amounts]
+    taken = [data.subsample(fraction, shots, seed=3) for fraction, shots in amounts]
     for name in ("a", "b"):
         number = data.classes.index(name)
         members = [
@@ -306,14 +306,12 @@ def test_fewer_labels_are_part_of_more(data: LabelledImages) -> None:
 
 
 def test_which_labels_follows_the_seed(data: LabelledImages) -> None:
-    assert_same(take_labels(data, 0.2, None, 1), take_labels(data, 0.2, None, 1))
-    assert (
-        take_labels(data, 0.2, None, 1).train.paths != take_labels(data, 0.2, None, 2).train.paths
-    )
+    assert_same(data.subsample(0.2, None, 1), data.subsample(0.2, None, 1))
+    assert data.subsample(0.2, None, 1).train.paths != data.subsample(0.2, None, 2).train.paths
 
 
 def test_all_labels_by_default(data: LabelledImages) -> None:
-    assert take_labels(data, None, None, seed=0) is data
+    assert data.subsample(None, None, seed=0) is data
 
 
 @pytest.mark.parametrize(
@@ -330,7 +328,7 @@ def test_an_amount_out_of_range_is_a_mistake(
     data: LabelledImages, fraction: float | None, shots: int | None, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        take_labels(data, fraction, shots, seed=0)
+        data.subsample(fraction, shots, seed=0)
 
 
 # Writing
@@ -340,7 +338,7 @@ def test_an_amount_out_of_range_is_a_mistake(
 def test_the_splits_written_down_read_back_as_the_same_data(
     data: LabelledImages, shots: int | None, tmp_path: Path
 ) -> None:
-    few = take_labels(data, None, shots, seed=0)
+    few = data.subsample(None, shots, seed=0)
     few.write(tmp_path / "split.csv")
     assert_same(load_labelled(tmp_path / "split.csv", seed=9), few)
 
@@ -452,12 +450,12 @@ def test_a_validation_part_of_several_labels_follows_the_seed(tmp_path: Path) ->
 
 def test_a_share_of_several_labels_is_part_of_a_larger_one(tmp_path: Path) -> None:
     data = many(random_tags(tmp_path))
-    less, more = (take_labels(data, fraction, None, seed=0) for fraction in (0.1, 0.5))
+    less, more = (data.subsample(fraction, None, seed=0) for fraction in (0.1, 0.5))
     assert [len(part) for part in parts(less)] == [3, 1, 10]
     assert [len(part) for part in parts(more)] == [15, 5, 10]
     assert set(less.train.paths) < set(more.train.paths) < set(data.train.paths)
     with pytest.raises(UserError, match=r"--shots 3 .* several labels: give --fraction"):
-        take_labels(data, None, 3, seed=0)
+        data.subsample(None, 3, seed=0)
 
 
 def test_a_class_that_training_lacks_is_kept(tmp_path: Path) -> None:

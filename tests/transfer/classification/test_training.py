@@ -238,7 +238,7 @@ def test_learns_several_labels_an_image(
     loaded = load_classifier(tmp_path)
     assert loaded.multi_label
     assert loaded.classes == coloured.classes
-    assert loaded.image_size == 32
+    assert loaded.encoder.image_size == 32
     images = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(loaded.model.eval()(images), model.eval()(images))
 

@@ -11,7 +11,7 @@ from PIL import Image
 from vissl_lite.data.images import read_image
 from vissl_lite.data.sample import make_sample_data
 from vissl_lite.errors import UserError
-from vissl_lite.transfer.detection.data import BoxedImage, LabelledBoxes, load_boxes, take_boxes
+from vissl_lite.transfer.detection.data import BoxedImage, LabelledBoxes, load_boxes
 
 HEIGHT, WIDTH = 30, 40
 Object = tuple[str, Sequence[float]]  # class, corners
@@ -473,13 +473,13 @@ def test_what_is_written_is_read_back_the_same(tmp_path: Path) -> None:
 
 def test_a_share_is_part_of_a_larger_one(tmp_path: Path) -> None:
     data = load_boxes(voc_set(tmp_path, [("dog", (2, 3, 30, 20))], count=40))
-    small, large = (take_boxes(data, share, seed=3) for share in (0.25, 0.5))
+    small, large = (data.subsample(share, None, 3) for share in (0.25, 0.5))
     assert [len(part) for part in (small.train, small.val, small.test)] == [6, 2, 8]
     assert [len(part) for part in (large.train, large.val, large.test)] == [12, 4, 8]
     assert {one.path for one in small.train} < {one.path for one in large.train}
-    assert_same(take_boxes(data, None, seed=3), data)
+    assert_same(data.subsample(None, None, 3), data)
     with pytest.raises(UserError, match=r"--fraction 1.5 is not a share"):
-        take_boxes(data, 1.5, seed=3)
+        data.subsample(1.5, None, 3)
 
 
 # What a user does wrong

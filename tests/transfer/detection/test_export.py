@@ -56,7 +56,9 @@ def test_an_image_does_not_depend_on_the_others_in_the_batch() -> None:
 
 def test_where_nothing_is_found_all_scores_are_zero() -> None:
     torch.manual_seed(0)
-    detector = Detector(build_encoder("test_resnet", 64), 3, "retinanet", (64, 64)).eval()
+    detector = Detector(
+        build_encoder("test_resnet", 64), ["a", "b", "c"], "retinanet", (64, 64)
+    ).eval()
     with torch.no_grad():
         _, scores, _ = FixedDetector(detector)(torch.rand(2, 3, 64, 64))
     assert (scores == 0).all()

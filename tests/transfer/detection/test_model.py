@@ -28,7 +28,7 @@ def shaped(height: int, width: int) -> BoxedImage:
 
 def make(kind: Kind = "fcos", backbone: str = "test_resnet") -> Detector:
     torch.manual_seed(0)
-    return Detector(build_encoder(backbone, 64), 3, kind, (64, 64))
+    return Detector(build_encoder(backbone, 64), ["a", "b", "c"], kind, (64, 64))
 
 
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_vit"])

@@ -76,12 +76,13 @@ def test_learns_and_is_the_same_after_saving_and_loading(
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     detector = train_detector(encoder, replace(data, val=[]), SETTINGS)
     assert all(torch.equal(before[name], t) for name, t in encoder.state_dict().items())
-    scores = score_detector(detector, data.test, data.classes)
+    scores = score_detector(detector, data.test)
     assert scores.map_50 > 0.4
     assert set(scores.per_class) == {"red", "blue"}
     assert 0.05 <= detector.threshold <= 1
-    save_detector(detector, tmp_path / "model", data.classes, {"encoder": "random"})
-    loaded, classes = load_detector(tmp_path / "model")
+    save_detector(detector, tmp_path / "model", {"encoder": "random"})
+    loaded = load_detector(tmp_path / "model")
+    classes = loaded.classes
     assert classes == data.classes
     assert loaded.threshold == detector.threshold
     paths = [image.path for image in data.test]
@@ -191,10 +192,10 @@ def test_scores_count_what_they_should(
 
     detector = None  # not asked, see above
     found(answers(images))
-    perfect = score_detector(detector, images, data.classes)  # type: ignore[arg-type]
+    perfect = score_detector(detector, images)  # type: ignore[arg-type]
     assert perfect.metrics == {"map": 1.0, "map_50": 1.0}
     found([Detections(one.boxes, one.scores, 1 - one.labels) for one in answers(images)])
-    assert score_detector(detector, images, data.classes).map == 0.0  # type: ignore[arg-type]
+    assert score_detector(detector, images).map == 0.0  # type: ignore[arg-type]
     # boxes moved by a fifth of their width overlap by two thirds: right at 0.5, not at 0.75
     moved = []
     for one in answers(images):
@@ -202,7 +203,7 @@ def test_scores_count_what_they_should(
         boxes = one.boxes + np.stack([shift, 0 * shift, shift, 0 * shift], axis=1)
         moved.append(one._replace(boxes=boxes.astype(np.float32)))
     found(moved)
-    near = score_detector(detector, images, data.classes)  # type: ignore[arg-type]
+    near = score_detector(detector, images)  # type: ignore[arg-type]
     assert near.map_50 == 1.0
     assert near.map == pytest.approx(0.4)  # thresholds 0.5, 0.55, 0.6, 0.65 of ten
     # what is ignored is neither missed nor wrong when it is found
@@ -210,7 +211,7 @@ def test_scores_count_what_they_should(
         BoxedImage(i.path, i.size, i.boxes, i.labels, np.arange(len(i.boxes)) > 0) for i in images
     ]
     found(answers(images))
-    assert score_detector(detector, hidden, data.classes).map == 1.0  # type: ignore[arg-type]
+    assert score_detector(detector, hidden).map == 1.0  # type: ignore[arg-type]
 
 
 def test_the_threshold_is_where_f1_is_best() -> None:
@@ -228,8 +229,8 @@ def test_the_threshold_is_where_f1_is_best() -> None:
 
 
 def test_a_damaged_model_folder_is_said_so(data: LabelledBoxes, tmp_path: Path) -> None:
-    detector = detection.Detector(build_encoder("test_resnet", 64), 2, "fcos", (64, 64))
-    save_detector(detector, tmp_path, data.classes, {})
+    detector = detection.Detector(build_encoder("test_resnet", 64), ["a", "b"], "fcos", (64, 64))
+    save_detector(detector, tmp_path, {})
     (tmp_path / "head.json").write_text('{"task": "detection"}')
     with pytest.raises(UserError, match="is damaged"):
         load_detector(tmp_path)

@@ -13,7 +13,6 @@ from vissl_lite.transfer.segmentation.data import (
     LabelledMasks,
     load_masks,
     read_mask,
-    take_masks,
 )
 
 HEIGHT, WIDTH = 6, 8
@@ -128,7 +127,7 @@ def test_what_is_written_reads_back_as_the_same_data(
     (tmp_path / "set" / "classes.txt").write_text("road, wet\n")
     (tmp_path / "run").mkdir()
     monkeypatch.chdir(tmp_path)
-    data = take_masks(load_masks("set"), 0.5, seed=0)
+    data = load_masks("set").subsample(0.5, None, 0)
     assert data.classes == ["background", "road, wet"]
     data.write(Path("run/split.csv"))
     monkeypatch.chdir("/")
@@ -143,7 +142,7 @@ def test_what_is_written_reads_back_as_the_same_data(
 def test_a_share_of_the_labels_leaves_the_test_part_alone(tmp_path: Path) -> None:
     fill(tmp_path / "images", tmp_path / "masks", 30)
     data = load_masks(tmp_path)
-    few, more = take_masks(data, 0.2, seed=0), take_masks(data, 0.7, seed=0)
+    few, more = data.subsample(0.2, None, 0), data.subsample(0.7, None, 0)
     assert sizes(few) == [4, 1, 6]
     assert set(few.train) < set(more.train) < set(data.train)
     assert few.test == data.test

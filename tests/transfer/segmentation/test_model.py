@@ -23,7 +23,9 @@ IGNORE = 255
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_vit", "test_efficientnet"])
 @pytest.mark.parametrize("shape", [(48, 48), (50, 75)])
 def test_every_pixel_gets_its_logits(backbone: str, shape: tuple[int, int]) -> None:
-    segmenter = Segmenter(build_encoder(backbone, 48), classes=5, channels=16).eval()
+    segmenter = Segmenter(
+        build_encoder(backbone, 48), classes=["a", "b", "c", "d", "e"], channels=16
+    ).eval()
     images = torch.randn(2, 3, *shape)
     with torch.no_grad():
         logits = segmenter(images)
@@ -35,7 +37,9 @@ def test_every_pixel_gets_its_logits(backbone: str, shape: tuple[int, int]) -> N
 
 def test_logits_stand_where_their_pixels_are() -> None:
     """A change in one corner of the image shows most there."""
-    segmenter = Segmenter(build_encoder("test_resnet", 64), classes=3, channels=16).eval()
+    segmenter = Segmenter(
+        build_encoder("test_resnet", 64), classes=["a", "b", "c"], channels=16
+    ).eval()
     images = torch.randn(1, 3, 64, 96)
     for rows, columns in itertools.product((slice(0, 16), slice(48, 64)), repeat=2):
         changed = images.clone()
@@ -47,7 +51,7 @@ def test_logits_stand_where_their_pixels_are() -> None:
 
 
 def test_every_tensor_but_the_encoders_last_learns() -> None:
-    segmenter = Segmenter(build_encoder("test_resnet", 48), classes=3, channels=16)
+    segmenter = Segmenter(build_encoder("test_resnet", 48), classes=["a", "b", "c"], channels=16)
     segmenter(torch.randn(2, 3, 48, 48)).square().sum().backward()
     assert [name for name, p in segmenter.named_parameters() if p.grad is None] == []
 

@@ -75,19 +75,20 @@ def test_learns_keeps_the_best_weights_and_comes_back_from_the_disk(
     segmenter = train_segmenter(encoder, data, chosen, HERE, TrainingFiles(metrics))
     for name, tensor in encoder.state_dict().items():
         assert torch.equal(tensor, before[name]), name
-    scores = score_segmenter(segmenter, data.test, data.classes)
+    scores = score_segmenter(segmenter, data.test)
     assert scores.miou > 0.45  # one class everywhere would be 0.24
     assert scores.per_class.keys() == {"nothing", "red", "green"}
-    kept = score_segmenter(segmenter, data.val, data.classes)
+    kept = score_segmenter(segmenter, data.val)
     assert kept.miou == pytest.approx(max(metrics.series("val_miou")[1]), abs=1e-3)
     assert all(metrics.series(name)[1] for name in ("loss", "val_dice", "val_loss"))
 
-    save_segmenter(segmenter, tmp_path / "run" / "model", data.classes, {"version": "1"})
+    save_segmenter(segmenter, tmp_path / "run" / "model", {"version": "1"})
     head = json.loads((tmp_path / "run" / "model" / "head.json").read_text())
     assert head["task"] == "segmentation"
     images = torch.randn(2, 3, 40, 40)
     for folder in (tmp_path / "run", tmp_path / "run" / "model"):
-        again, classes = load_segmenter(folder)
+        again = load_segmenter(folder)
+        classes = again.classes
         assert classes == ["nothing", "red", "green"]
         with torch.no_grad():
             torch.testing.assert_close(
@@ -250,8 +251,8 @@ def test_class_weights_that_can_not_be(
 def test_folders_that_hold_no_segmenter(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no model at .*: give a run of finetune"):
         load_segmenter(tmp_path)
-    segmenter = Segmenter(build_encoder("test_resnet", 32), classes=2, channels=16)
-    save_segmenter(segmenter, tmp_path, ["a", "b"], {})
+    segmenter = Segmenter(build_encoder("test_resnet", 32), classes=["a", "b"], channels=16)
+    save_segmenter(segmenter, tmp_path, {})
     head = json.loads((tmp_path / "head.json").read_text())
     (tmp_path / "head.json").write_text(json.dumps(head | {"task": "detection"}))
     with pytest.raises(UserError, match="is a model for detection, not for segmentation"):

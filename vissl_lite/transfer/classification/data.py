@@ -102,11 +102,13 @@ class LabelledImages(LabelledDataset):
         return self.part(part).paths
 
     def take(self, kept: Mapping[Split, Sequence[int]]) -> Self:
-        parts = {
-            name: self.part(name).take(np.array(indices, np.int64))
-            for name, indices in kept.items()
-        }
-        return replace(self, **parts)
+        train, val, test = (
+            self.part(name).take(np.array(kept[name], np.int64))
+            if name in kept
+            else self.part(name)
+            for name in PARTS
+        )
+        return replace(self, train=train, val=val, test=test)
 
     def subsample(
         self, fraction: float | None = None, shots: int | None = None, seed: int = 0
