@@ -20,7 +20,8 @@ from vissl_lite.encoder import Encoder, build_encoder
 from vissl_lite.encoder_folder import load_encoder, save_encoder, save_model
 from vissl_lite.errors import UserError
 from vissl_lite.transfer import network
-from vissl_lite.transfer.detection.model import Detector, Kind, detect, fit_into, save_detector
+from vissl_lite.transfer.detection.model import Detector, detect, fit_into, save_detector
+from vissl_lite.transfer.detection.options import DetectorName
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def run(file: Path, images: np.ndarray) -> np.ndarray:
     return np.asarray(found)
 
 
-def outspoken(kind: Kind) -> Detector:
+def outspoken(kind: DetectorName) -> Detector:
     """A detector with random weights so large that it finds boxes of all classes anywhere."""
     torch.manual_seed(0)
     detector = Detector(build_encoder("test_resnet", 64), ["a", "b", "c"], kind, (64, 96)).eval()

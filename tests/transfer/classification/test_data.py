@@ -7,7 +7,7 @@ import pytest
 
 from vissl_lite.cli import main
 from vissl_lite.errors import UserError
-from vissl_lite.transfer.classification.data import LabelledImages, Part, load_labelled, take_labels
+from vissl_lite.transfer.classification.data import LabelledImages, Part, load_labelled
 
 
 def fill(folder: Path, counts: dict[str, int]) -> Path:
@@ -491,7 +491,7 @@ def test_several_labels_written_down_read_back_as_the_same_data(
         cells = named if header == "labels" else f"{a},{b}" + ",0" * (len(columns) - 2)
         lines.append(f"{i}.jpg,{cells}")
     file.write_text("\n".join(lines))
-    data = take_labels(many(file), 0.7, None, seed=0)
+    data = many(file).subsample(0.7, None, seed=0)
     data.write(tmp_path / "split.csv")
     with (tmp_path / "split.csv").open(newline="") as written:
         assert next(csv.reader(written)) == ["path", *columns, "split"]

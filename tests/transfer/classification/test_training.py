@@ -16,16 +16,14 @@ from vissl_lite.encoder_folder import save_model
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.transfer import class_scores
+from vissl_lite.transfer.classification import metrics as class_scores
 from vissl_lite.transfer.classification.data import LabelledImages, Part
+from vissl_lite.transfer.classification.model import Classifier, load_classifier, score_classifier
+from vissl_lite.transfer.classification.options import ClassifierSettings
 from vissl_lite.transfer.classification.training import (
-    Classifier,
-    ClassifierSettings,
     check_settings,
-    load_classifier,
     loss_weights,
     one_label_loss,
-    score_classifier,
     several_labels_loss,
     train_classifier,
 )

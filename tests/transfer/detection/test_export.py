@@ -3,10 +3,11 @@ import torch
 
 from vissl_lite.encoder import build_encoder
 from vissl_lite.transfer.detection.export import FixedDetector, suppress
-from vissl_lite.transfer.detection.model import Detector, Kind
+from vissl_lite.transfer.detection.model import Detector
+from vissl_lite.transfer.detection.options import DetectorName
 
 
-def outspoken(kind: Kind, classes: int = 3) -> Detector:
+def outspoken(kind: DetectorName, classes: int = 3) -> Detector:
     """A detector with random weights so large that it finds many boxes of all classes."""
     torch.manual_seed(0)
     detector = Detector(build_encoder("test_resnet", 64), classes, kind, (64, 96)).eval()
@@ -23,7 +24,7 @@ def outspoken(kind: Kind, classes: int = 3) -> Detector:
 
 
 @pytest.mark.parametrize("kind", ["fcos", "retinanet", "faster_rcnn"])
-def test_it_finds_what_the_detector_finds(kind: Kind) -> None:
+def test_it_finds_what_the_detector_finds(kind: DetectorName) -> None:
     detector = outspoken(kind)
     images = torch.rand(3, 3, 64, 96) * 4 - 2
     with torch.no_grad():

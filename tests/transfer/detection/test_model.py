@@ -11,12 +11,12 @@ from vissl_lite.errors import UserError
 from vissl_lite.transfer.detection.data import BoxedImage
 from vissl_lite.transfer.detection.model import (
     Detector,
-    Kind,
     choose_canvas,
     detect,
     detect_in_batches,
     fit_into,
 )
+from vissl_lite.transfer.detection.options import DetectorName
 
 KINDS: tuple[Kind, ...] = ("fcos", "retinanet", "faster_rcnn")
 
@@ -26,14 +26,14 @@ def shaped(height: int, width: int) -> BoxedImage:
     return BoxedImage("x.jpg", (height, width), none.reshape(0, 4), none, none.astype(bool))
 
 
-def make(kind: Kind = "fcos", backbone: str = "test_resnet") -> Detector:
+def make(kind: DetectorName = "fcos", backbone: str = "test_resnet") -> Detector:
     torch.manual_seed(0)
     return Detector(build_encoder(backbone, 64), ["a", "b", "c"], kind, (64, 64))
 
 
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_vit"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_losses_are_finite_and_reach_the_encoder(kind: Kind, backbone: str) -> None:
+def test_losses_are_finite_and_reach_the_encoder(kind: DetectorName, backbone: str) -> None:
     detector = make(kind, backbone).train()
     boxes = torch.tensor([[4.0, 4, 30, 40], [20, 10, 60, 60]])
     none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
@@ -48,7 +48,7 @@ def test_losses_are_finite_and_reach_the_encoder(kind: Kind, backbone: str) -> N
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_classes_are_counted_from_zero(kind: Kind) -> None:
+def test_classes_are_counted_from_zero(kind: DetectorName) -> None:
     detector = make(kind).eval()
     detector.net.score_thresh = 0.0
     if kind == "faster_rcnn":
@@ -59,7 +59,7 @@ def test_classes_are_counted_from_zero(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_boxes_are_those_of_float32_under_bf16(kind: Kind) -> None:
+def test_boxes_are_those_of_float32_under_bf16(kind: DetectorName) -> None:
     detector = make(kind).eval()
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

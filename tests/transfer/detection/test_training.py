@@ -11,17 +11,10 @@ from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.transfer import detection
 from vissl_lite.transfer.detection.data import BoxedImage, LabelledBoxes
-from vissl_lite.transfer.detection.model import Detections, detect
-from vissl_lite.transfer.detection.training import (
-    BoxDataset,
-    DetectorSettings,
-    best_threshold,
-    load_detector,
-    rescaled,
-    save_detector,
-    score_detector,
-    train_detector,
-)
+from vissl_lite.transfer.detection.metrics import best_threshold, score_detector
+from vissl_lite.transfer.detection.model import Detections, detect, load_detector, save_detector
+from vissl_lite.transfer.detection.options import DetectorSettings
+from vissl_lite.transfer.detection.training import BoxDataset, rescaled, train_detector
 
 
 def squares(folder: Path, count: int, seed: int) -> list[BoxedImage]:
@@ -112,7 +105,7 @@ def test_the_best_weights_on_validation_images_are_kept(
     data: LabelledBoxes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judged, states = iter((0.2, 0.9, 0.5)), []
-    real = detection.score_detector
+    real = training.score_detector
 
     def score(detector: detection.Detector, *rest: object) -> object:
         states.append({k: v.clone() for k, v in detector.state_dict().items()})

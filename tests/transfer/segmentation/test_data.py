@@ -8,12 +8,7 @@ from PIL import Image
 
 from vissl_lite.data.sample import make_sample_data
 from vissl_lite.errors import UserError
-from vissl_lite.transfer.segmentation.data import (
-    IGNORE,
-    LabelledMasks,
-    load_masks,
-    read_mask,
-)
+from vissl_lite.transfer.segmentation.data import IGNORE, LabelledMasks, load_masks, read_mask
 
 HEIGHT, WIDTH = 6, 8
 

@@ -16,17 +16,10 @@ from vissl_lite.run import MetricsFile
 from vissl_lite.training.fit import TrainingFiles
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.segmentation.data import IGNORE, LabelledMasks, load_masks, read_mask
-from vissl_lite.transfer.segmentation.model import Segmenter
-from vissl_lite.transfer.segmentation.training import (
-    MaskDataset,
-    SegmenterSettings,
-    load_segmenter,
-    save_segmenter,
-    score_confusion,
-    score_segmenter,
-    train_segmenter,
-    weigh_classes,
-)
+from vissl_lite.transfer.segmentation.metrics import score_confusion, score_segmenter
+from vissl_lite.transfer.segmentation.model import Segmenter, load_segmenter, save_segmenter
+from vissl_lite.transfer.segmentation.options import SegmenterSettings
+from vissl_lite.transfer.segmentation.training import MaskDataset, train_segmenter, weigh_classes
 
 HERE = Hardware("32-true", devices=1, num_workers=0)
 FAST = OptimizerSettings("adamw", lr=4e-3)
