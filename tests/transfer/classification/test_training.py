@@ -11,14 +11,19 @@ from sklearn import metrics as sk
 from torch import Tensor
 
 from vissl_lite.data.stream import Batch
-from vissl_lite.encoder import Normalize, build_encoder
+from vissl_lite.encoder import build_encoder
 from vissl_lite.encoder_folder import save_model
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.classification import metrics as class_scores
 from vissl_lite.transfer.classification.data import LabelledImages, Part
-from vissl_lite.transfer.classification.model import Classifier, load_classifier, score_classifier
+from vissl_lite.transfer.classification.model import (
+    Classifier,
+    load_classifier,
+    save_classifier,
+    score_classifier,
+)
 from vissl_lite.transfer.classification.options import ClassifierSettings
 from vissl_lite.transfer.classification.training import (
     check_settings,
@@ -130,11 +135,12 @@ def test_balanced_sampling_needs_one_label_an_image() -> None:
 def test_a_training_step_takes_labels_weights_and_smoothing(data: LabelledImages) -> None:
     logits = torch.randn(3, 3)
     settings = ClassifierSettings(class_weights={"a": 5.0}, label_smoothing=0.3)
-    task = Classifier(torch.nn.Identity(), Normalize((0.0,) * 3, (1.0,) * 3), data, settings)
-    task.normalize = torch.nn.Identity()
+    classifier = Classifier(build_encoder("test_resnet", 32), data.classes, data.multi_label)
+    classifier.forward = lambda images: logits  # type: ignore[method-assign]
+    task = ClassifierTraining(classifier, data, settings)
     task.log = lambda *_: None  # type: ignore[method-assign,assignment]
     chosen = [3, 0, 2]
-    loss = task.training_step(Batch([logits], torch.tensor(chosen), [], []), 0)
+    loss = task.training_step(Batch([torch.zeros(3, 3, 8, 8)], torch.tensor(chosen), [], []), 0)
     expected = several_labels_loss if data.multi_label else one_label_loss
     target = torch.from_numpy(data.train.labels[chosen])
     weights = loss_weights({"a": 5.0}, data)
@@ -226,19 +232,18 @@ def test_learns_several_labels_an_image(
     )
     model = train_classifier(encoder, coloured, settings, Hardware(devices=1, num_workers=0))
     assert "can't be learnt, as no training image has it: nothing" in warnings.text
-    scores = score_classifier(model, encoder, coloured)
+    scores = score_classifier(model, coloured)
     assert scores.metrics["map"] > 0.9
     assert scores.metrics["macro_f1"] > 0.8
     assert sorted(scores.per_class) == ["blue", "green", "red"]
 
-    about = {"label_names": coloured.classes, "vissl_lite": {"multi_label": True}}
-    save_model(model, tmp_path / "model", encoder.model_args, encoder.image_size, about)
+    save_classifier(model, tmp_path / "model", {})
     loaded = load_classifier(tmp_path)
     assert loaded.multi_label
     assert loaded.classes == coloured.classes
     assert loaded.encoder.image_size == 32
     images = torch.rand(2, 3, 32, 32)
-    torch.testing.assert_close(loaded.model.eval()(images), model.eval()(images))
+    torch.testing.assert_close(loaded.eval()(images), model.eval()(images))
 
 
 def test_one_label_is_what_a_model_folder_has_by_default(tmp_path: Path) -> None:

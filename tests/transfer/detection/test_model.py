@@ -18,7 +18,7 @@ from vissl_lite.transfer.detection.model import (
 )
 from vissl_lite.transfer.detection.options import DetectorName
 
-KINDS: tuple[Kind, ...] = ("fcos", "retinanet", "faster_rcnn")
+KINDS: tuple[DetectorName, ...] = ("fcos", "retinanet", "faster_rcnn")
 
 
 def shaped(height: int, width: int) -> BoxedImage:
