@@ -26,6 +26,7 @@ from vissl_lite.transfer.classification.model import (
 )
 from vissl_lite.transfer.classification.options import ClassifierSettings
 from vissl_lite.transfer.classification.training import (
+    ClassifierTraining,
     check_settings,
     loss_weights,
     one_label_loss,

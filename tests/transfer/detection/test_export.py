@@ -10,7 +10,9 @@ from vissl_lite.transfer.detection.options import DetectorName
 def outspoken(kind: DetectorName, classes: int = 3) -> Detector:
     """A detector with random weights so large that it finds many boxes of all classes."""
     torch.manual_seed(0)
-    detector = Detector(build_encoder("test_resnet", 64), classes, kind, (64, 96)).eval()
+    detector = Detector(
+        build_encoder("test_resnet", 64), list("abcdef")[:classes], kind, (64, 96)
+    ).eval()
     net = detector.net
     if kind == "faster_rcnn":
         scale = {net.roi_heads.box_predictor.cls_score: 5, net.rpn.head.cls_logits: 50,

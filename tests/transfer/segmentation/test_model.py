@@ -1,5 +1,6 @@
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -137,6 +138,9 @@ def test_a_perfect_prediction_costs_nothing() -> None:
 # Whole images
 
 
+NORMALIZE = Normalize((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
 class Pixelwise(nn.Module):
     """Three classes by the colour of a pixel alone."""
 
@@ -144,6 +148,8 @@ class Pixelwise(nn.Module):
         super().__init__()
         self.factor = nn.Parameter(torch.tensor(3.0))
         self.shapes: list[torch.Size] = []
+        statistics = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+        self.encoder = SimpleNamespace(normalize=NORMALIZE, image_size=32, **statistics)
 
     def forward(self, images: Tensor) -> Tensor:
         self.shapes.append(images.shape)
@@ -160,9 +166,6 @@ class ByPlace(Pixelwise):
         return logits
 
 
-NORMALIZE = Normalize((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-
-
 def picture(height: int, width: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
 
@@ -170,7 +173,7 @@ def picture(height: int, width: int) -> np.ndarray:
 @pytest.mark.parametrize("shape", [(32, 32), (32, 33), (150, 32), (32, 48), (70, 50), (49, 90)])
 def test_windows_agree_with_the_whole(shape: tuple[int, int]) -> None:
     model, image = Pixelwise(), picture(*shape)
-    shares = segment(model, NORMALIZE, image, 32)  # type: ignore[arg-type]
+    shares = segment(model, image)  # type: ignore[arg-type]
     whole = NORMALIZE(torch.from_numpy(image).permute(2, 0, 1)[None]) * 3
     np.testing.assert_allclose(shares, whole.softmax(dim=1)[0], atol=1e-5)
     assert shares.dtype == np.float32
@@ -183,7 +186,7 @@ def test_images_of_any_size_come_back_at_their_own(shape: tuple[int, int]) -> No
     image = np.zeros((*shape, 3), np.uint8)
     image[: shape[0] // 2, :, 0] = 255  # class 0 above
     image[shape[0] // 2 :, :, 1] = 255  # class 1 below
-    shares = segment(Pixelwise(), NORMALIZE, image, 32)  # type: ignore[arg-type]
+    shares = segment(Pixelwise(), image)  # type: ignore[arg-type]
     assert shares.shape == (3, *shape)
     np.testing.assert_allclose(shares.sum(axis=0), 1, atol=1e-5)
     truth = (np.arange(shape[0]) >= shape[0] // 2)[:, None]
@@ -194,14 +197,14 @@ def test_large_images_keep_their_own_scale() -> None:
     stripes = np.zeros((60, 60, 3), np.uint8)
     stripes[::2, :, 0] = 255
     stripes[1::2, :, 1] = 255
-    shares = segment(Pixelwise(), NORMALIZE, stripes, 32)  # type: ignore[arg-type]
+    shares = segment(Pixelwise(), stripes)  # type: ignore[arg-type]
     assert (shares.argmax(axis=0) == (np.arange(60) % 2)[:, None]).all()
-    shrunk = segment(Pixelwise(), NORMALIZE, stripes[:48, :48], 32)  # type: ignore[arg-type]
+    shrunk = segment(Pixelwise(), stripes[:48, :48])  # type: ignore[arg-type]
     assert not (shrunk.argmax(axis=0) == (np.arange(48) % 2)[:, None]).all()
 
 
 def test_the_border_of_a_window_counts_little() -> None:
-    shares = segment(ByPlace(), NORMALIZE, picture(32, 96), 32)  # type: ignore[arg-type]
+    shares = segment(ByPlace(), picture(32, 96))  # type: ignore[arg-type]
     assert (shares[1, 8:-8, 8:-8] > 0.52).all()  # a plain mean would be 0.5 where two meet
     assert (shares[0, :8] > 0.99).all()
 
@@ -217,5 +220,5 @@ def test_windows_cover_a_side_and_overlap_by_half(length: int) -> None:
 
 def test_training_goes_on_after_segmenting() -> None:
     model = Pixelwise().train()
-    segment(model, NORMALIZE, picture(32, 40), 32)  # type: ignore[arg-type]
+    segment(model, picture(32, 40))  # type: ignore[arg-type]
     assert model.training
