@@ -116,7 +116,7 @@ def test_test_labels_cannot_change_what_is_chosen(
         np.random.default_rng(0).shuffle(data.test.labels)
         return data
 
-    monkeypatch.setattr("vissl_lite.comparison.plan.load_labelled", shuffled)
+    monkeypatch.setattr("vissl_lite.transfer.classification.task.load_labelled", shuffled)
     after = chosen(tmp_path / "b")
     assert [one for _, one in before] == [one for _, one in after]
     assert [value for value, _ in before] != [value for value, _ in after]

@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vissl_lite.errors import UserError, did_you_mean
+from vissl_lite.errors import UserError
 from vissl_lite.transfer.base import Task
 from vissl_lite.transfer.classification.task import Classification
 from vissl_lite.transfer.detection.task import Detection
@@ -38,7 +38,7 @@ def find_task(name: str) -> AnyTask:
         UserError: there is none of this name.
     """
     if name not in TASKS:
-        raise UserError(f"unknown --task {name}: {did_you_mean(name, list(TASKS))}")
+        raise UserError(f"--task {name} is none of {', '.join(TASKS)}")
     return TASKS[name]
 
 

@@ -181,9 +181,11 @@ class RedOrGreen(Segmenter):
 
 
 def test_pixels_are_counted_at_the_masks_own_resolution(data: LabelledMasks) -> None:
-    segmenter = RedOrGreen(build_encoder("test_resnet", 40), classes=3, channels=16)
+    segmenter = RedOrGreen(
+        build_encoder("test_resnet", 40), classes=["none", "red", "green"], channels=16
+    )
     done: list[int] = []
-    scores = score_segmenter(segmenter, data.train, data.classes, done.append)
+    scores = score_segmenter(segmenter, data.train, done.append)
     assert sum(done) == len(data.train)
     assert scores.miou > 0.99
     masks = [read_mask(one.mask) for one in data.train]
@@ -198,14 +200,16 @@ def test_broken_images_are_skipped_and_named(
     broken = tmp_path / "broken.png"
     broken.write_bytes(Path(data.test[0].path).read_bytes()[:200])
     bad = type(data.test[0])(str(broken), data.test[0].mask)
-    segmenter = RedOrGreen(build_encoder("test_resnet", 48), classes=3, channels=16)
+    segmenter = RedOrGreen(
+        build_encoder("test_resnet", 48), classes=["none", "red", "green"], channels=16
+    )
     with caplog.at_level(logging.WARNING, "vissl_lite"):
-        scores = score_segmenter(segmenter, [bad, *data.test[1:]], data.classes)
+        scores = score_segmenter(segmenter, [bad, *data.test[1:]])
     assert "broken.png" in caplog.text
-    alone = score_segmenter(segmenter, data.test[1:], data.classes)
+    alone = score_segmenter(segmenter, data.test[1:])
     assert scores.confusion.tolist() == alone.confusion.tolist()
     with pytest.raises(UserError, match="none of 1 images can be read"):
-        score_segmenter(segmenter, [bad], data.classes)
+        score_segmenter(segmenter, [bad])
 
 
 # Settings and folders
