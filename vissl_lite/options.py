@@ -122,7 +122,7 @@ class Options:
 
     @classmethod
     def rows(cls, layers: Sequence[Mapping[str, Any]] = ()) -> list[OptionRow]:
-        """What the help and the documentation say of the options, the required ones first.
+        """What the help says of the options: the required ones first, inherited ones last.
 
         Args:
             layers: What is given beside ``--help``, as ``merged`` takes it.
@@ -132,7 +132,8 @@ class Options:
             option_row(field.name, kinds[field.name], field.default, docs.get(field.name, ""))
             for field in fields(cls)
         ]
-        return sorted(rows, key=lambda row: not row.required)
+        own = inspect.get_annotations(cls)
+        return sorted(rows, key=lambda row: (not row.required, row.name not in own))
 
     def as_config(self) -> dict[str, Any]:
         """All options as plain data, for config.yaml, which repeats the run."""

@@ -11,10 +11,10 @@ import torch
 
 from vissl_lite.cli import main
 from vissl_lite.comparison import runner
-from vissl_lite.data.labelled import LabelledImages, load_labelled
 from vissl_lite.data.sample import make_sample_data
 from vissl_lite.encoder import build_encoder
 from vissl_lite.encoder_folder import save_encoder
+from vissl_lite.transfer.classification.data import LabelledImages, load_labelled
 
 
 def run(*words: object) -> int:
@@ -110,7 +110,7 @@ def test_test_labels_cannot_change_what_is_chosen(
         np.random.default_rng(0).shuffle(data.test.labels)
         return data
 
-    monkeypatch.setattr("vissl_lite.comparison.plan.load_labelled", shuffled)
+    monkeypatch.setattr("vissl_lite.transfer.classification.task.load_labelled", shuffled)
     after = chosen(tmp_path / "b")
     assert [one for _, one in before] == [one for _, one in after]
     assert [value for value, _ in before] != [value for value, _ in after]

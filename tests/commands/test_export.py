@@ -19,9 +19,10 @@ from vissl_lite.data.images import read_image
 from vissl_lite.encoder import Encoder, build_encoder
 from vissl_lite.encoder_folder import load_encoder, save_encoder, save_model
 from vissl_lite.errors import UserError
-from vissl_lite.transfer import network
-from vissl_lite.transfer.detection import save_detector
-from vissl_lite.transfer.detector import Detector, Kind, detect, fit_into
+from vissl_lite.transfer.detection.model import Detector, detect, fit_into, save_detector
+from vissl_lite.transfer.detection.options import DetectorName
+from vissl_lite.transfer.segmentation import task as segmentation
+from vissl_lite.transfer.tasks import find_model
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +49,10 @@ def run(file: Path, images: np.ndarray) -> np.ndarray:
     return np.asarray(found)
 
 
-def outspoken(kind: Kind) -> Detector:
+def outspoken(kind: DetectorName) -> Detector:
     """A detector with random weights so large that it finds boxes of all classes anywhere."""
     torch.manual_seed(0)
-    detector = Detector(build_encoder("test_resnet", 64), 3, kind, (64, 96)).eval()
+    detector = Detector(build_encoder("test_resnet", 64), ["a", "b", "c"], kind, (64, 96)).eval()
     heads = detector.net.roi_heads.box_predictor
     heads.cls_score.weight.data *= 5
     heads.bbox_pred.weight.data *= 10
@@ -137,7 +138,8 @@ def test_several_labels_have_a_probability_each(tmp_path: Path) -> None:
     start.model.reset_classifier(3)
     extra = {"label_names": ["a", "b", "c"], "vissl_lite": {"multi_label": True}}
     save_model(start.model, tmp_path / "model", start.model_args, 32, extra)
-    made = network.model_network(str(tmp_path))
+    task, folder = find_model(tmp_path)
+    made = task.export_model(task.load(folder), folder)
     images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     shares = made.layers.eval()(images)
     logits = made.layers[1](made.layers[0](images))
@@ -150,6 +152,7 @@ class SmallSegmenter(nn.Module):
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
+        self.classes: list[str] = []
         self.encoder, self.classify = encoder, nn.Conv2d(encoder.map_features, 4, 1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -163,7 +166,8 @@ def test_a_segmenter_takes_images_of_any_size(
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "head.json").write_text('{"task": "segmentation", "classes": ["a", "b"]}')
     segmenter = SmallSegmenter(build_encoder("test_resnet", 32))
-    monkeypatch.setattr(network, "load_segmenter", lambda folder: (segmenter, ["a", "b", "c", "d"]))
+    segmenter.classes = ["a", "b", "c", "d"]
+    monkeypatch.setattr(segmentation, "load_segmenter", lambda folder: segmenter)
     out = tmp_path / "segmenter.onnx"
     assert vissl_lite.export(out=str(out), model=str(tmp_path)).task == "segmentation"
     for height, width in ((32, 32), (45, 70)):
@@ -289,7 +293,7 @@ def test_a_detector_gives_the_boxes_of_predict(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(inference, "cpu_has_bf16", lambda: False)  # as the ONNX file computes
     detector = outspoken("faster_rcnn")
-    save_detector(detector, tmp_path / "model", ["a", "b", "c"], {})
+    save_detector(detector, tmp_path / "model", {})
     out = tmp_path / "detector.onnx"
     images = photos / "a"  # 40 by 48 pixels, fitted into 64 by 96
     given = ("--model", tmp_path, "--out", out)
@@ -320,7 +324,8 @@ def test_a_segmenter_is_no_timm_folder(
 ) -> None:
     (tmp_path / "head.json").write_text('{"task": "segmentation", "classes": ["a", "b"]}')
     segmenter = SmallSegmenter(load_encoder(encoder))
-    monkeypatch.setattr(network, "load_segmenter", lambda folder: (segmenter, ["a"]))
+    segmenter.classes = ["a"]
+    monkeypatch.setattr(segmentation, "load_segmenter", lambda folder: segmenter)
     with pytest.raises(UserError, match="the folder encoder is in timm's format already"):
         vissl_lite.export(out=str(tmp_path / "x"), model=str(tmp_path), format="safetensors")
 

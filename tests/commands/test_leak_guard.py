@@ -12,9 +12,9 @@ from PIL import Image
 from vissl_lite.cli import main
 from vissl_lite.commands.leaks import guard
 from vissl_lite.data.fingerprints import fingerprints_of
-from vissl_lite.data.labelled import load_labelled
-from vissl_lite.data.masks import load_masks
 from vissl_lite.errors import UserError
+from vissl_lite.transfer.classification.data import load_labelled
+from vissl_lite.transfer.segmentation.data import load_masks
 
 COLOURS = ("blue", "red")
 

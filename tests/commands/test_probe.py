@@ -4,7 +4,7 @@ from pathlib import Path
 
 import vissl_lite
 from vissl_lite.cli import main
-from vissl_lite.data.labelled import load_labelled
+from vissl_lite.transfer.classification.data import load_labelled
 
 
 def test_evaluates_every_layer_of_an_untrained_encoder(labelled: Path, tmp_path: Path) -> None:

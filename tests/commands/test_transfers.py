@@ -11,8 +11,8 @@ from PIL import Image
 
 import vissl_lite
 from vissl_lite.cli import main
-from vissl_lite.data.boxes import load_boxes
 from vissl_lite.data.sample import make_sample_data
+from vissl_lite.transfer.detection.data import load_boxes
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from vissl_lite.data.images import find_images
-from vissl_lite.data.labelled import LabelledImages, Part, load_labelled
 from vissl_lite.encoder import Encoder, build_encoder
 from vissl_lite.evaluation.measures import effective_rank, feature_std
 from vissl_lite.evaluation.online import (
@@ -27,6 +26,7 @@ from vissl_lite.evaluation.online import (
     OnlineEvaluation,
 )
 from vissl_lite.training.pace import Pace
+from vissl_lite.transfer.classification.data import LabelledImages, Part, load_labelled
 
 BATCH_SIZE = 8
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from vissl_lite.data.labelled import Part, load_labelled
 from vissl_lite.encoder import build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.evaluation.probe import (
@@ -15,6 +14,7 @@ from vissl_lite.evaluation.probe import (
     evaluate_features,
     extract_part,
 )
+from vissl_lite.transfer.classification.data import Part, load_labelled
 
 
 def clouds(count: int, seed: int, noise: float = 0.2) -> LabelledFeatures:

@@ -19,12 +19,12 @@ from vissl_lite.cli import main
 from vissl_lite.commands import compare, finetune, predict, pretrain, probe
 from vissl_lite.encoder import build_encoder
 from vissl_lite.encoder_folder import save_encoder
-from vissl_lite.transfer.tasks import Classification
+from vissl_lite.transfer.classification.task import Classification
 
 PICTURES = (
     (pretrain, "plot_curves"), (pretrain, "add_pretext"), (pretrain, "add_embeddings"),
     (pretrain, "add_report"), (finetune, "plot_curves"), (finetune, "add_test_embeddings"),
-    (finetune, "add_report"), (Classification, "draw"), (probe, "add_test_embeddings"),
+    (finetune, "add_report"), (Classification, "visualize"), (probe, "add_test_embeddings"),
     (probe, "add_report"), (compare, "add_test_embeddings"), (compare, "add_report"),
     (predict, "add_report"),
 )  # fmt: skip

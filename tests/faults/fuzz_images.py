@@ -20,12 +20,12 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image, features
 
-from vissl_lite.data.boxes.mending import read_size
 from vissl_lite.data.headers import image_size
 from vissl_lite.data.images import BROKEN_IMAGE, read_image
-from vissl_lite.data.masks import read_mask
 from vissl_lite.data.reading import limit_pixels
 from vissl_lite.errors import UserError
+from vissl_lite.transfer.detection.data.cleaning import read_size
+from vissl_lite.transfer.segmentation.data import read_mask
 
 # What an image may take here: a GiB holds no image of the default limit with its copies.
 PIXELS, SECONDS, MEMORY = 4_000_000, 1.0, 1 << 30

@@ -155,11 +155,11 @@ if features.check("avif"):
 IN_LITTLE_MEMORY = """
 import os, resource, sys, time
 from pathlib import Path
-from vissl_lite.data.boxes.mending import read_size
+from vissl_lite.transfer.detection.data.cleaning import read_size
 from vissl_lite.data.fingerprints import fingerprints_of
 from vissl_lite.data.headers import image_size
 from vissl_lite.data.images import BROKEN_IMAGE, read_image
-from vissl_lite.data.masks import read_mask
+from vissl_lite.transfer.segmentation.data import read_mask
 from vissl_lite.errors import UserError
 from PIL import Image
 Image.init()

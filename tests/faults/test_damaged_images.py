@@ -434,7 +434,7 @@ def test_a_folder_that_is_unmounted_while_a_command_runs(
 def test_a_model_is_there_though_the_test_images_have_gone(
     sample: Path, unmount: Unmount, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from vissl_lite.transfer.tasks import Classification
+    from vissl_lite.transfer.classification.task import Classification
 
     train = Classification.train
 

@@ -12,15 +12,14 @@ import pytest
 
 from vissl_lite.cli import main
 from vissl_lite.commands.predict import MOST_BYTES, file_name
-from vissl_lite.data.boxes import load_boxes
-from vissl_lite.data.csv_file import read_rows
-from vissl_lite.data.file_tree import FileTree
 from vissl_lite.data.images import find_images
-from vissl_lite.data.labelled import load_labelled
 from vissl_lite.data.reading import printable
 from vissl_lite.data.sample import make_sample_data
 from vissl_lite.errors import UserError
 from vissl_lite.evaluation import embedding
+from vissl_lite.transfer.classification.data import load_labelled
+from vissl_lite.transfer.detection.data import load_boxes
+from vissl_lite.transfer.sources import FileTree, read_rows
 
 NAMES = [
     b"caf\xe9.jpg",  # Latin-1

@@ -20,11 +20,9 @@ from vissl_lite.commands.export import export
 from vissl_lite.encoder import Normalize, build_encoder
 from vissl_lite.encoder_folder import load_encoder, read_weights, save_encoder, save_model
 from vissl_lite.errors import UserError
-from vissl_lite.transfer.classification import load_classifier
-from vissl_lite.transfer.detection import load_detector, save_detector
-from vissl_lite.transfer.detector import Detector, detect
-from vissl_lite.transfer.segmentation import load_segmenter, save_segmenter
-from vissl_lite.transfer.segmenter import Segmenter
+from vissl_lite.transfer.classification.model import load_classifier
+from vissl_lite.transfer.detection.model import Detector, detect, load_detector, save_detector
+from vissl_lite.transfer.segmentation.model import Segmenter, load_segmenter, save_segmenter
 
 CLASSES = ["cat", "dog"]
 KINDS = ("encoder", "vit", "classifier", "fcos", "retinanet", "faster_rcnn", "segmenter")
@@ -41,10 +39,10 @@ def make(kind: str, folder: Path) -> Path:
         extra = {"label_names": CLASSES, "vissl_lite": {"multi_label": False}}
         save_model(encoder.model, folder, {}, 32, extra)
     elif kind == "segmenter":
-        save_segmenter(Segmenter(encoder, len(CLASSES), 16), folder, CLASSES, {})
+        save_segmenter(Segmenter(encoder, CLASSES, 16), folder, {})
     else:
-        detector = Detector(encoder, len(CLASSES), kind, (32, 32))  # type: ignore[arg-type]
-        save_detector(detector, folder, CLASSES, {})
+        detector = Detector(encoder, CLASSES, kind, (32, 32))  # type: ignore[arg-type]
+        save_detector(detector, folder, {})
     return folder
 
 
@@ -58,14 +56,16 @@ def use(kind: str, folder: Path) -> None:
             found = [encoder(Normalize(encoder.mean, encoder.std)(image))]
         elif kind == "classifier":
             loaded = load_classifier(folder)
-            image = image.new_full((1, 3, loaded.image_size, loaded.image_size), 100)
-            found = [loaded.model.eval()(loaded.normalize(image))]
+            image = image.new_full(
+                (1, 3, loaded.encoder.image_size, loaded.encoder.image_size), 100
+            )
+            found = [loaded.eval()(loaded.encoder.normalize(image))]
         elif kind == "segmenter":
-            segmenter, _ = load_segmenter(folder)
+            segmenter = load_segmenter(folder)
             encoder = segmenter.eval().encoder
             found = [segmenter(Normalize(encoder.mean, encoder.std)(image))]
         else:
-            detector, _ = load_detector(folder)
+            detector = load_detector(folder)
             encoder = detector.eval().encoder
             image = image.new_full((1, 3, *detector.canvas), 100)
             found = list(detector(Normalize(encoder.mean, encoder.std)(image))[0].values())
@@ -366,7 +366,7 @@ def test_sums_that_overflow_are_refused(
 
 
 def test_detections_are_not_dropped_in_silence(tmp_path: Path, pictures: Path) -> None:
-    detector, _ = load_detector(make("fcos", tmp_path / "model"))
+    detector = load_detector(make("fcos", tmp_path / "model"))
     detector.net.head.classification_head.cls_logits.bias.data.fill_(math.nan)
     with pytest.raises(UserError, match="are not finite numbers"):
         detect(detector, [str(file) for file in sorted(pictures.iterdir())])

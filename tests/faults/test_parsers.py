@@ -21,11 +21,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vissl_lite.data.boxes import LabelledBoxes, load_boxes
-from vissl_lite.data.labelled import LabelledImages, load_labelled
-from vissl_lite.data.masks import load_masks
 from vissl_lite.data.yaml_file import parse_yaml
 from vissl_lite.errors import UserError
+from vissl_lite.transfer.classification.data import LabelledImages, load_labelled
+from vissl_lite.transfer.detection.data import LabelledBoxes, load_boxes
+from vissl_lite.transfer.segmentation.data import load_masks
 
 # In seconds and bytes; the bytes are on top of what the process has when it begins to read.
 SOON, LITTLE = 5.0, 2**30

@@ -1,25 +1,21 @@
 """``vissl-lite compare``: did pre-training help, and by how much?"""
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 from rich.table import Table
 
 from vissl_lite.commands.leaks import guard
 from vissl_lite.commands.report import add_report, add_test_embeddings
+from vissl_lite.comparison.options import CompareOptions
 from vissl_lite.comparison.outcome import Judged, Outcome
 from vissl_lite.comparison.plan import Plan
-from vissl_lite.comparison.protocols import (
-    Protocol,
-    Score,
-)
+from vissl_lite.comparison.protocols import Score
 from vissl_lite.comparison.runner import Runner
 from vissl_lite.comparison.store import Cell, Store
-from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
-from vissl_lite.options import Options, Paths, StrPath, command
+from vissl_lite.data.reading import limit_pixels
+from vissl_lite.options import command
 from vissl_lite.run import (
     check_out,
     console,
@@ -29,7 +25,7 @@ from vissl_lite.run import (
     write_results,
 )
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.transfer.tasks import TaskName
+from vissl_lite.transfer.tasks import check_given, find_task
 
 log = logging.getLogger(__name__)
 
@@ -54,71 +50,6 @@ class CompareResult:
     left_out: dict[str, str]
 
 
-@dataclass(frozen=True, kw_only=True)
-class CompareOptions(Options):
-    """Options of ``compare``."""
-
-    free_to_change = Options.free_to_change | {"encoder", "seeds", "baseline"}
-
-    encoder: Paths
-    """Runs, encoder folders, timm:NAME (pre-trained weights) or random:NAME (untrained)."""
-    data: StrPath
-    """Labelled images, as for finetune."""
-    out: StrPath
-    """The run folder to write."""
-    task: TaskName = "classification"
-    """What to learn from the labels."""
-    protocols: Sequence[Protocol] | Protocol | None = None
-    """How to judge an encoder: knn and linear for a frozen one, finetune to train it. Default knn
-    and linear, or finetune for detection, segmentation and several labels an image."""
-    fractions: Sequence[float] | float | None = None
-    """Shares of the labels; default 0.01 0.05 0.1 1."""
-    shots: Sequence[int] | int | None = None
-    """Labels a class, instead."""
-    seeds: int = 3
-    """How often each amount of labels is drawn, at least 3; the same for all encoders."""
-    baseline: StrPath | None = None
-    """The encoder that others are held against; default the untrained one, which is added if it is
-    not among them."""
-    layers: bool = False
-    """Judge every stage by knn and linear too."""
-    annotations: StrPath | None = None
-    """Where the boxes or masks are, if --data is the folder of the images alone."""
-    detector: Literal["fcos", "retinanet", "faster_rcnn"] | None = None
-    """Which detector; default faster_rcnn."""
-    k: int = 20
-    """Neighbours that vote in knn."""
-    lr: Sequence[float] | float | None = None
-    """Learning rates of finetune to choose from; default 0.0003 0.001 0.003. They are chosen for
-    each encoder and amount of labels with the first seed."""
-    epochs: int | None = None
-    """Of finetune; default as many as make 1,000 steps, between 10 and 100."""
-    batch_size: int | None = None
-    """Of finetune; default its own."""
-    image_size: int | None = None
-    """Side in pixels; default each encoder's own, or for random:NAME that of the images (for
-    detection and segmentation that of finetune)."""
-    upright: bool = True
-    """Whether the images have an up, for finetune."""
-    leaks: Literal["warn", "exclude", "error"] = "warn"
-    """What to do about test images that an encoder has seen in pre-training, or that are in the
-    training part too: warn, exclude them for all encoders, or stop with an error."""
-    max_pixels: int = MAX_PIXELS
-    """Skip images with more pixels (height times width): a small file may decode to billions. The
-    default is what Pillow takes."""
-    seed: int = 0
-    """The first of the seeds."""
-    precision: str = "auto"
-    """auto, or one of Lightning's such as 32-true or bf16-mixed."""
-    num_workers: int | None = None
-    """Data workers of finetune; default by the cores there are."""
-    resume: bool = False
-    """Continue the comparison in --out: what is missing is run, further encoders and seeds
-    included."""
-    overwrite: bool = False
-    """Replace the run in --out."""
-
-
 @command(CompareOptions)
 def compare(options: CompareOptions) -> CompareResult:
     """Compare encoders on the same few labels: did pre-training help, and by how much?
@@ -132,27 +63,26 @@ def compare(options: CompareOptions) -> CompareResult:
     Raises:
         UserError: something that was given can't work; nothing is written then.
     """
-    for name in ("encoder", "protocols", "fractions", "shots", "lr"):
-        options = options.replace(**{name: _listed(getattr(options, name))})
-    inputs = [
-        (name, getattr(options, name)) for name in ("encoder", "baseline", "data", "annotations")
-    ]
-    resume = check_out(Path(options.out), inputs, options.resume, options.overwrite, "compare")
+    out = Path(options.out)
+    names = ("encoder", "baseline", "data", "annotations")
+    inputs = [(name, options.as_config().get(name)) for name in names]
+    resume = check_out(out, inputs, options.resume, options.overwrite, "compare")
     if resume:
-        options = options.resumed(read_config(Path(options.out)))
+        options = options.resumed(read_config(out))
+    check_given(find_task(options.task), options.given)
     config = options.as_config()
     limit_pixels(options.max_pixels)
     hardware = Hardware(options.precision, devices=1, num_workers=options.num_workers)
     hardware.check()
-    plan = Plan(**{name: config[name] for name in Plan.__annotations__})
+    plan = Plan(options)
     whole = plan.load_data()
     wanted = plan.choose_protocols(whole)
     arms, basis = plan.choose_arms()
     found, left_out = plan.try_arms(arms, basis, whole)
-    whole, leaked = guard(whole, found, options.leaks, str(options.out))
+    whole, leaked = guard(whole, found, options.leaks, str(out))
     amounts, labels = plan.choose_amounts(whole)
 
-    with open_run(Path(options.out), "compare", config, resume) as run:
+    with open_run(out, "compare", config, resume) as run:
         if resume:
             write_config(run, config)  # there may be more encoders and seeds than before
         for name, why in left_out.items():
@@ -160,18 +90,18 @@ def compare(options: CompareOptions) -> CompareResult:
         log.info(
             "%d encoders, %s, %s, %d seeds; %d test images",
             len(found), " and ".join(wanted), ", ".join(f"{labels[a.name]} labels ({a.name})"
-            for a in amounts), plan.seeds, len(whole.test),
+            for a in amounts), options.seeds, len(whole.test),
         )  # fmt: skip
         runner = Runner(plan, whole, amounts, Store(run / "runs"), hardware)
         scores: dict[Cell, Score] = {}
         for arm in found:
             scores |= runner.run(arm, wanted)
         metric = {"knn": "accuracy", "linear": "accuracy", "finetune": plan.figure(whole)}
-        outcome = Outcome(scores, found, wanted, labels, plan.all_seeds(), basis, metric)
+        outcome = Outcome(scores, found, wanted, labels, options.all_seeds(), basis, metric)
         outcome.write_csv(run / "runs.csv")
         outcome.plot(run / "compare.png")
         results = outcome.as_dict() | {
-            "task": plan.task,
+            "task": options.task,
             "left_out": left_out,
             "train_images": len(whole.train),
             "val_images": len(whole.val),
@@ -183,14 +113,10 @@ def compare(options: CompareOptions) -> CompareResult:
         leaked.write(run)
         write_results(run, results)
         _tell(outcome, run)
-        first = plan.load(found[0], plan.seed, whole)
-        add_test_embeddings(run, first, whole, plan.seed)
+        first = plan.load(found[0], options.seed, whole)
+        add_test_embeddings(run, first, whole, options.seed)
         add_report(run)
     return CompareResult(run, outcome.verdict, outcome.sentences(), outcome.judged, left_out)
-
-
-def _listed(value: Any) -> Any:
-    return value if isinstance(value, list) or value is None else [value]
 
 
 def _tell(outcome: Outcome, run: Path) -> None:

@@ -12,7 +12,6 @@ from markupsafe import Markup
 from vissl_lite.commands.embed import check_file, encoder_for_images
 from vissl_lite.data.images import find_images
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
-from vissl_lite.data.splits import VAL_NAMES
 from vissl_lite.errors import UserError, check_count, check_image_size, check_seed
 from vissl_lite.evaluation.embedding import make_map
 from vissl_lite.options import Options, Paths, StrPath, command, path_list
@@ -20,6 +19,7 @@ from vissl_lite.report.map import map_layout
 from vissl_lite.report.page import Block, write_page
 from vissl_lite.run import logged_to_console
 from vissl_lite.training.progress import progress_bar
+from vissl_lite.transfer.sources import VAL_NAMES
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from vissl_lite import __version__
-from vissl_lite.data.images import BROKEN_IMAGE, find_images, read_image, resize_and_crop
+from vissl_lite.data.images import BROKEN_IMAGE, find_images, read_image
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.data.whole_file import check_place
 from vissl_lite.encoder import first_line
@@ -30,9 +30,8 @@ from vissl_lite.encoder_folder import WEIGHTS
 from vissl_lite.errors import UserError, check_image_size
 from vissl_lite.options import Options, Paths, StrPath, command, path_list
 from vissl_lite.run import console
-from vissl_lite.transfer.detector import fit_into
-from vissl_lite.transfer.fixed_detector import TRANSLATIONS
-from vissl_lite.transfer.network import Network, encoder_network, model_network
+from vissl_lite.transfer.exporting import ExportModel, export_encoder
+from vissl_lite.transfer.tasks import find_model
 
 # Largest difference between what is written and torch, as a share of the largest output.
 TOLERANCE = 1e-3
@@ -108,15 +107,15 @@ def export(options: ExportOptions) -> ExportResult:
     elif options.image_size is not None:
         raise UserError("--image_size is for --format onnx: a timm folder is copied as it is")
     if options.encoder is not None:
-        network = encoder_network(os.fspath(options.encoder), options.image_size)
+        network = export_encoder(os.fspath(options.encoder), options.image_size)
     else:
         assert options.model is not None
-        network = model_network(os.fspath(options.model))
+        task, folder = find_model(Path(options.model))
+        network = task.export_model(task.load(folder), folder)
     network.layers.eval()
     if options.image_size is not None:
-        if network.task == "detection":
-            raise UserError("--image_size is not for detection: a detector has the size that it "
-                            "was trained at")  # fmt: skip
+        if network.fixed_size:
+            raise UserError(f"--image_size is not for {network.task}: {network.fixed_size}")
         refusal = _refusal(network, options.image_size, options.image_size)
         if refusal is not None:
             raise UserError(f"--image_size {options.image_size} does not suit the model: {refusal}")
@@ -169,7 +168,7 @@ def _check_packages() -> None:
                         f"pip install 'vissl-lite[export]'")  # fmt: skip
 
 
-def _refusal(network: Network, height: int, width: int) -> str | None:
+def _refusal(network: ExportModel, height: int, width: int) -> str | None:
     """Why a network can't take images of this size; None if it can."""
     try:
         _outputs(network.layers, [torch.zeros(1, 3, height, width, dtype=torch.uint8)])
@@ -183,7 +182,7 @@ def _shown(size: tuple[int, int]) -> str:
     return str(size[0]) if size[0] == size[1] else f"{size[0]} x {size[1]}"
 
 
-def _images_to_check(sources: Paths | None, network: Network) -> Tensor:
+def _images_to_check(sources: Paths | None, network: ExportModel) -> Tensor:
     """``(CHECKED, 3, H, W)`` uint8: the first images that can be read, or made-up ones."""
     size = network.image_size
     if sources is None:
@@ -195,8 +194,7 @@ def _images_to_check(sources: Paths | None, network: Network) -> Tensor:
     for path in paths:
         with suppress(*BROKEN_IMAGE):
             image = read_image(path)
-            whole = network.task == "detection"
-            good.append(fit_into(image, size)[0] if whole else resize_and_crop(image, size[0]))
+            good.append(network.prepare(image, size))
         if len(good) == CHECKED:
             break
     if not good:
@@ -251,7 +249,7 @@ def _compare(expected: Sequence[Tensor], found: Sequence[Tensor], what: str) -> 
     return difference
 
 
-def _make_timm_folder(network: Network, batches: list[Tensor], draft: Path) -> float:
+def _make_timm_folder(network: ExportModel, batches: list[Tensor], draft: Path) -> float:
     """Copy a network's folder in timm's format and load the copy with timm alone."""
     folder = network.timm_folder
     if folder is None and network.task == "encoder":
@@ -274,7 +272,7 @@ def _make_timm_folder(network: Network, batches: list[Tensor], draft: Path) -> f
     return _compare(expected, found, "the folder that timm loads")
 
 
-def _make_onnx(network: Network, batches: list[Tensor], file: Path) -> float:
+def _make_onnx(network: ExportModel, batches: list[Tensor], file: Path) -> float:
     """Write a network as an ONNX file and run it in ONNX Runtime."""
     import onnx
     import onnxruntime
@@ -290,8 +288,8 @@ def _make_onnx(network: Network, batches: list[Tensor], file: Path) -> float:
     program = _trace(network)
     names = {"size": _shown(network.image_size), "version": __version__}
     onnx.helper.set_model_props(program, {"task": network.task, **network.about, **names})
-    if network.task == "detection":
-        fitted = f"fitted into {_shown(network.image_size)} pixels, at the upper left, on grey"
+    if network.preparation is not None:
+        fitted = network.preparation.format(size=_shown(network.image_size))
     else:
         cut = "" if network.any_size else ", the central square taken"
         fitted = f"the shorter side resized to {_shown(network.image_size)} pixels{cut}"
@@ -309,7 +307,7 @@ def _make_onnx(network: Network, batches: list[Tensor], file: Path) -> float:
     return _compare(expected[: len(found)], found, "the ONNX file")
 
 
-def _trace(network: Network) -> Any:
+def _trace(network: ExportModel) -> Any:
     """The network as an ``onnx.ModelProto``; sizes stay free if the exporter manages that.
 
     Raises:
@@ -327,7 +325,7 @@ def _trace(network: Network) -> Any:
             program = torch.onnx.export(
                 network.layers, (example,), dynamo=True, verbose=False, external_data=False,
                 input_names=["images"], output_names=list(network.outputs), opset_version=OPSET,
-                dynamic_shapes=(free,), custom_translation_table=dict(TRANSLATIONS),
+                dynamic_shapes=(free,), custom_translation_table=network.translations,
             )  # fmt: skip
         assert program is not None
         return program.model_proto

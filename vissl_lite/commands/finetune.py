@@ -12,13 +12,9 @@ from rich.table import Table
 from vissl_lite import __version__
 from vissl_lite.commands.leaks import guard
 from vissl_lite.commands.report import add_report, add_test_embeddings, add_test_pictures
-from vissl_lite.data.boxes import load_boxes, take_boxes
-from vissl_lite.data.labelled import load_labelled, take_labels
-from vissl_lite.data.masks import load_masks, take_masks
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.encoder_folder import encoder_for, load_encoder
 from vissl_lite.errors import (
-    UserError,
     check_count,
     check_image_size,
     check_positive_share,
@@ -43,27 +39,11 @@ from vissl_lite.run import (
 )
 from vissl_lite.training.fit import TrainingFiles
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.transfer.classification import ClassifierSettings, check_settings
-from vissl_lite.transfer.detection import DetectorSettings, check_rescaling
-from vissl_lite.transfer.pyramid import report_use
-from vissl_lite.transfer.segmentation import SegmenterSettings, weigh_classes
-from vissl_lite.transfer.tasks import Classification, Detection, Scores, Segmentation, Task
+from vissl_lite.transfer.base import LabelledDataset, Scores, TrainedModel
+from vissl_lite.transfer.finetuning import TransferSettings
+from vissl_lite.transfer.tasks import AllTaskOptions, check_given, find_task, without_others
 
 log = logging.getLogger(__name__)
-
-TaskName = Literal["classification", "detection", "segmentation"]
-
-# Options that mean something for some tasks alone.
-_ONLY_FOR = {
-    "annotations": ("detection", "segmentation"),
-    "detector": ("detection",),
-    "multi_scale": ("detection",),
-    "frozen_norm": ("detection", "segmentation"),
-    "shots": ("classification",),
-    "label_smoothing": ("classification",),
-    "balanced": ("classification",),
-    "class_weights": ("classification", "segmentation"),
-}
 
 
 @dataclass(frozen=True)
@@ -89,8 +69,8 @@ class FinetuneResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(Options):
-    """Options of ``finetune``."""
+class FinetuneOptions(Options, AllTaskOptions):
+    """Options of ``finetune``; those that only some tasks have are inherited."""
 
     data: StrPath
     """Labelled images. Classification: train/<class> and test/<class> folders, plain class folders,
@@ -103,19 +83,10 @@ class FinetuneOptions(Options):
     encoder: StrPath = "random:resnet18"
     """A run, an encoder folder, timm:NAME (pre-trained weights) or random:NAME (untrained: training
     from scratch)."""
-    task: TaskName = "classification"
-    """What to learn."""
-    annotations: StrPath | None = None
-    """Where the boxes or masks are, if --data is the folder of the images alone."""
-    detector: Literal["fcos", "retinanet", "faster_rcnn"] | None = None
-    """Which detector; default faster_rcnn, which learns fastest from few images."""
-    multi_scale: bool = False
-    """Resize each training batch by 0.75 to 1.25 times, for detection."""
+    task: str = "classification"
+    """What to learn: classification, detection or segmentation."""
     frozen: bool = False
     """Train the head alone and leave the encoder as it is."""
-    frozen_norm: bool | None = None
-    """Leave the encoder's BatchNorms as they are, for detection and segmentation; default where a
-    batch has fewer than 8 images, which is too few for them; never for random:NAME."""
     fraction: float | None = None
     """Use this share of the training and validation labels."""
     shots: int | None = None
@@ -139,12 +110,6 @@ class FinetuneOptions(Options):
     random:NAME."""
     warmup: float = 0.1
     """Share of the training in which the learning rate rises."""
-    label_smoothing: float | None = None
-    """Share of the target that is spread over all classes; default 0.1."""
-    balanced: bool = False
-    """Sample all classes equally often."""
-    class_weights: Literal["balanced"] | dict[str, float] | None = None
-    """What classes weigh in the loss: balanced, or a weight for each name."""
     patience: int | None = 10
     """Stop after so many of the 25 looks at the validation images without a better figure; null
     never stops early."""
@@ -171,6 +136,43 @@ class FinetuneOptions(Options):
     overwrite: bool = False
     """Replace the run in --out."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        find_task(self.task)
+        check_optimizer(self.optimizer)
+        check_warmup("warmup", self.warmup)
+        for name in ("fraction", "layer_decay", "smallest_crop"):
+            check_positive_share(name, getattr(self, name))
+        check_image_size(self.image_size)
+        check_rates(self.lr, self.weight_decay)
+        for name in ("epochs", "batch_size", "patience", "shots"):
+            check_count(name, getattr(self, name))
+        check_seed(self.seed)
+
+    def as_config(self) -> dict[str, Any]:
+        return without_others(find_task(self.task), super().as_config())
+
+    def settings(self) -> TransferSettings:
+        """How to train, for the task."""
+        from_scratch = os.fspath(self.encoder).startswith("random:")
+        decay = self.layer_decay
+        if decay is None:
+            decay = 1.0 if from_scratch else 0.75
+        settings: TransferSettings = find_task(self.task).make_settings(
+            self,
+            frozen=self.frozen,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            optimizer=OptimizerSettings(self.optimizer, self.lr, self.weight_decay, decay),
+            warmup=self.warmup,
+            patience=self.patience,
+            smallest_crop=self.smallest_crop,
+            upright=self.upright,
+            seed=self.seed,
+            pretrained=not from_scratch,
+        )
+        return settings
+
 
 @command(FinetuneOptions)
 def finetune(options: FinetuneOptions) -> FinetuneResult:
@@ -183,133 +185,62 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
         UserError: something that was given can't work; nothing is written then.
     """
     config = options.as_config()
-    inputs = [(name, config[name]) for name in ("data", "annotations", "encoder")]
-    resume = check_out(Path(options.out), inputs, options.resume, options.overwrite, "finetune")
+    inputs = [(name, config.get(name)) for name in ("data", "annotations", "encoder")]
+    out = Path(options.out)
+    resume = check_out(out, inputs, options.resume, options.overwrite, "finetune")
     if resume:
-        options = options.resumed(read_config(Path(options.out)))
+        options = options.resumed(read_config(out))
         config = options.as_config()
-        if is_finished(Path(options.out)):
-            return _finished(Path(options.out))
-    for name, tasks in _ONLY_FOR.items():
-        if config[name] not in (None, False) and options.task not in tasks:
-            raise UserError(f"--{name} is for --task {' or '.join(tasks)}, not for {options.task}")
+        if is_finished(out):
+            return _finished(out)
+    task = find_task(options.task)
+    check_given(task, options.given)
     limit_pixels(options.max_pixels)
-    image_size, layer_decay = options.image_size, options.layer_decay
-    data, encoder = os.fspath(options.data), os.fspath(options.encoder)
-    annotations = None if options.annotations is None else os.fspath(options.annotations)
-    check_optimizer(options.optimizer)
-    check_warmup("warmup", options.warmup)
-    check_warmup("label_smoothing", options.label_smoothing)
-    check_positive_share("fraction", options.fraction)
-    check_positive_share("layer_decay", layer_decay)
-    check_positive_share("smallest_crop", options.smallest_crop)
-    check_image_size(image_size)
-    check_rates(options.lr, options.weight_decay)
-    for name in ("epochs", "batch_size", "patience", "shots"):
-        check_count(name, config[name])
-    check_seed(options.seed)
     hardware = Hardware(options.precision, devices=1, num_workers=options.num_workers)
     hardware.check()
-    from_scratch = encoder.startswith("random:")
-    if layer_decay is None:
-        layer_decay = 1.0 if from_scratch else 0.75
-    common: dict[str, Any] = {
-        "frozen": options.frozen,
-        "epochs": options.epochs,
-        "batch_size": options.batch_size,
-        "optimizer": OptimizerSettings(
-            options.optimizer, options.lr, options.weight_decay, layer_decay
-        ),
-        "warmup": options.warmup,
-        "patience": options.patience,
-        "smallest_crop": options.smallest_crop,
-        "upright": options.upright,
-        "seed": options.seed,
-    }
-    few = options.batch_size is not None and options.batch_size < 8
-    still = few and not from_scratch if options.frozen_norm is None else options.frozen_norm
-    transfer: Task
-    if options.task == "classification":
-        labelled = load_labelled(data, options.seed, multi_label=True)
-        smoothing = 0.1 if options.label_smoothing is None else options.label_smoothing
-        classifier = ClassifierSettings(
-            **common,
-            label_smoothing=smoothing,
-            balanced=options.balanced,
-            class_weights=options.class_weights,
-        )
-        labelled = take_labels(labelled, options.fraction, options.shots, options.seed)
-        check_settings(classifier, labelled)
-        transfer = Classification(labelled, classifier)
-    elif options.task == "detection":
-        boxes = take_boxes(
-            load_boxes(data, annotations, options.seed),
-            options.fraction,
-            options.seed,
-        )
-        kind = options.detector or "faster_rcnn"
-        detection = DetectorSettings(
-            **common, kind=kind, frozen_norm=still, multi_scale=options.multi_scale
-        )
-        transfer = Detection(boxes, detection)
-    else:
-        masks = take_masks(
-            load_masks(data, annotations, options.seed),
-            options.fraction,
-            options.seed,
-        )
-        segmenter = SegmenterSettings(
-            **common, class_weights=options.class_weights, frozen_norm=still
-        )
-        # which can't be wrong, and takes reading every mask
-        if options.class_weights != "balanced":
-            weigh_classes(masks, options.class_weights)
-        transfer = Segmentation(masks, segmenter)
-    transfer.settings.batch(len(transfer.data.train), usual=1)  # before anything is written
-    if image_size is None and (from_scratch or options.task != "classification"):
-        image_size = transfer.image_size()
+    data, encoder = os.fspath(options.data), os.fspath(options.encoder)
+    settings, image_size = options.settings(), options.image_size
+    labelled: LabelledDataset = task.load_data(data, settings)
+    labelled = labelled.subsample(options.fraction, options.shots, options.seed)
+    settings.batch(len(labelled.train), usual=1)  # before anything is written
+    if image_size is None:
+        image_size = task.image_size(labelled, settings)
     torch.manual_seed(options.seed)
     start = encoder_for(encoder, image_size)
-    if options.multi_scale:
-        check_rescaling(start)
-    transfer.data, found = guard(transfer.data, [encoder], options.leaks, str(options.out))
-    with open_run(Path(options.out), "finetune", config, resume) as run:
-        transfer.write_split(run)
+    task.check(start, labelled, settings)
+    labelled, found = guard(labelled, [encoder], options.leaks, str(out))
+    with open_run(out, "finetune", config, resume) as run:
+        labelled.write_split(run)
         found.write(run)
         log.info(
             "%d training, %d validation, %d test images of %d classes; %s at %d pixels",
-            len(transfer.data.train), len(transfer.data.val), len(transfer.data.test),
-            len(transfer.data.classes), start.backbone, start.image_size,
+            len(labelled.train), len(labelled.val), len(labelled.test),
+            len(labelled.classes), start.backbone, start.image_size,
         )  # fmt: skip
-        if options.task != "classification":
-            report_use(start, encoder)
+        task.report_use(start, encoder)
         metrics = MetricsFile(run / METRICS)
         files = TrainingFiles(metrics, run / CHECKPOINTS, resume)
-        model = transfer.train(start, hardware, files)
-        about = {
-            "version": __version__,
-            "task": options.task,
-            "encoder": encoder,
-            "data": data,
-        }
-        transfer.save(model, start, run / "model", about)  # first: the test images may have gone
-        scores = transfer.score(model, start)
-        add_test_pictures(run, transfer, model, start, scores)
-        plot_curves(metrics, transfer.curves, run / "curves.png")
-        best = max(metrics.series(transfer.chosen_by)[1], default=None)
+        model: TrainedModel = task.train(start, labelled, settings, hardware, files)
+        about = {"version": __version__, "task": task.name, "encoder": encoder, "data": data}
+        task.save(model, run / "model", about)  # first: the test images may have gone
+        scores: Scores = task.evaluate(model, labelled)
+        add_test_pictures(run, task, model, labelled, scores)
+        plot_curves(metrics, task.curves, run / "curves.png")
+        metric = task.validation_metric(labelled)
+        best = max(metrics.series(metric)[1], default=None)
         results = {
             "test": scores.metrics,
             "per_class": scores.per_class,
-            "val": {transfer.chosen_by.removeprefix("val_"): best},
-            "train_images": len(transfer.data.train),
-            "val_images": len(transfer.data.val),
-            "test_images": len(transfer.data.test),
-            "classes": transfer.data.classes,
+            "val": {metric.removeprefix("val_"): best},
+            "train_images": len(labelled.train),
+            "val_images": len(labelled.val),
+            "test_images": len(labelled.test),
+            "classes": labelled.classes,
             **found.figures(),
         }
         write_results(run, results)
-        _tell(transfer, scores, encoder, run)
-        add_test_embeddings(run, load_encoder(run / "model"), transfer.data, options.seed)
+        _tell(len(labelled.test), scores, encoder, run)
+        add_test_embeddings(run, load_encoder(run / "model"), labelled, options.seed)
         add_report(run)
     return FinetuneResult(run, run / "model", scores.metrics, scores.per_class)
 
@@ -320,10 +251,10 @@ def _finished(out: Path) -> FinetuneResult:
     return FinetuneResult(out, out / "model", results["test"], results["per_class"])
 
 
-def _tell(transfer: Task, scores: Scores, encoder: str, run: Path) -> None:
+def _tell(images: int, scores: Scores, encoder: str, run: Path) -> None:
     console.print(f"fine-tuned from {encoder}", highlight=False, soft_wrap=True)
     table = Table("test images", *scores.metrics)
-    table.add_row(str(len(transfer.data.test)), *(f"{x:.3f}" for x in scores.metrics.values()))
+    table.add_row(str(images), *(f"{x:.3f}" for x in scores.metrics.values()))
     console.print(table)
     if 1 < len(scores.per_class) <= 30:
         measures = list(next(iter(scores.per_class.values())))

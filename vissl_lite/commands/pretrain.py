@@ -14,7 +14,6 @@ from vissl_lite.commands.pretrain_options import PretrainOptions, make_encoder, 
 from vissl_lite.commands.report import add_embeddings, add_pretext, add_report
 from vissl_lite.data.cache import CachePlan, forks_workers, plan_cache
 from vissl_lite.data.fingerprints import Fingerprints
-from vissl_lite.data.labelled import LabelledImages, load_labelled
 from vissl_lite.data.leaks import seen_by
 from vissl_lite.data.path_list import PathList
 from vissl_lite.data.reading import limit_pixels
@@ -46,6 +45,7 @@ from vissl_lite.training.pace import Pace
 from vissl_lite.training.resizing import ProgressiveResizing
 from vissl_lite.training.seen import KeepFingerprints
 from vissl_lite.training.stream import StreamData
+from vissl_lite.transfer.classification.data import LabelledImages, load_labelled
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,6 @@ from rich.table import Table
 from vissl_lite.commands.leaks import guard
 from vissl_lite.commands.report import add_report, add_test_embeddings
 from vissl_lite.data.images import suitable_size
-from vissl_lite.data.labelled import LabelledImages, load_labelled, take_labels
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.encoder import Encoder
 from vissl_lite.encoder_folder import encoder_for
@@ -27,6 +26,7 @@ from vissl_lite.evaluation.probe import PROBES, evaluate_features, extract_part
 from vissl_lite.options import Options, StrPath, command
 from vissl_lite.run import check_out, console, open_run, write_results
 from vissl_lite.training.progress import progress_bar
+from vissl_lite.transfer.classification.data import LabelledImages, load_labelled
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def probe(options: ProbeOptions) -> ProbeResult:
     limit_pixels(options.max_pixels)
     check_out(out, [("encoder", name), ("data", data)], overwrite=options.overwrite)
     labelled = load_labelled(data, options.seed)
-    labelled = take_labels(labelled, options.fraction, options.shots, options.seed)
+    labelled = labelled.subsample(options.fraction, options.shots, options.seed)
     torch.manual_seed(options.seed)
     size = options.image_size
     if size is None and name.startswith("random:"):
@@ -170,7 +170,7 @@ def probe_encoder(
             extract_part(encoder, part, layers, partial(bar.advance, task)) for part in parts
         )
         fitting = bar.add_task("probes", total=len(test.by_layer), info="")
-        scores = {}
+        scores: dict[str, dict[str, float]] = {}
         for layer in test.by_layer:
             scores[layer] = {
                 name: evaluate_features(name, train, val, test, k, temperature, layer).accuracy

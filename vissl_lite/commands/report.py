@@ -5,13 +5,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from vissl_lite.data.images import BROKEN_IMAGE, read_image, resize_and_crop
-from vissl_lite.data.labelled import LabelledImages
-from vissl_lite.data.leaks import paths_of
 from vissl_lite.data.views import Views
 from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError
@@ -23,7 +20,8 @@ from vissl_lite.pretext.base import PretextTask
 from vissl_lite.pretext.parts.exhibit import draw_views, exhibit
 from vissl_lite.run import MAP, console
 from vissl_lite.run_folder import CONFIG
-from vissl_lite.transfer.tasks import Task
+from vissl_lite.transfer.base import LabelledDataset, Scores, TrainedModel
+from vissl_lite.transfer.tasks import AnyTask
 
 log = logging.getLogger(__name__)
 
@@ -132,15 +130,15 @@ def _small(path: str) -> np.ndarray:
     return resize_and_crop(read_image(path, 96), 96)
 
 
-def add_test_embeddings(run: Path, encoder: Encoder, data: Any, seed: int) -> None:
+def add_test_embeddings(run: Path, encoder: Encoder, data: LabelledDataset, seed: int) -> None:
     """The same of the test images of labelled data, of whatever task."""
-    labels = None
-    if isinstance(data, LabelledImages) and not data.multi_label:
-        labels = data.test.labels
-    add_embeddings(run, encoder, paths_of(data.test), labels, data.classes, seed)
+    labels = data.image_classes("test")
+    add_embeddings(run, encoder, data.paths("test"), labels, data.classes, seed)
 
 
-def add_test_pictures(run: Path, task: Task, model: Any, encoder: Encoder, scores: Any) -> None:
+def add_test_pictures(
+    run: Path, task: AnyTask, model: TrainedModel, data: LabelledDataset, scores: Scores
+) -> None:
     """Leave pictures of test predictions in a run of ``finetune``.
 
     Images that have gone are a warning and no more.
@@ -149,11 +147,11 @@ def add_test_pictures(run: Path, task: Task, model: Any, encoder: Encoder, score
         run: the folder.
         task: of the run.
         model: what it has trained.
-        encoder: what that came from.
+        data: with the test part.
         scores: of the model on the test part.
     """
     try:
-        task.draw(model, encoder, scores, run)
+        task.visualize(model, data, scores, run)
     except (UserError, *BROKEN_IMAGE) as error:
         _warn("the pictures of the test images", error)
 

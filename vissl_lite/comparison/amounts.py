@@ -2,12 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from vissl_lite.data.boxes import LabelledBoxes, take_boxes
-from vissl_lite.data.labelled import LabelledImages, take_labels
-from vissl_lite.data.masks import LabelledMasks, take_masks
 from vissl_lite.errors import UserError, check_count
+from vissl_lite.transfer.base import DatasetT
 
 FRACTIONS = (0.01, 0.05, 0.1, 1.0)
 
@@ -26,19 +23,14 @@ class Amount:
     fraction: float | None = None
     shots: int | None = None
 
-    def of(self, data: Any, seed: int) -> Any:
+    def of(self, data: DatasetT, seed: int) -> DatasetT:
         """So many of a data set's labels; smaller amounts of one seed are parts of larger ones.
 
         Args:
-            data: ``LabelledImages``, ``LabelledBoxes`` or ``LabelledMasks``.
+            data: a labelled data set of any task.
             seed: which ones.
         """
-        if isinstance(data, LabelledBoxes):
-            return take_boxes(data, self.fraction, seed)
-        if isinstance(data, LabelledMasks):
-            return take_masks(data, self.fraction, seed)
-        assert isinstance(data, LabelledImages)
-        return take_labels(data, self.fraction, self.shots, seed)
+        return data.subsample(self.fraction, self.shots, seed)
 
 
 def make_amounts(fractions: Sequence[float] | None, shots: Sequence[int] | None) -> list[Amount]:

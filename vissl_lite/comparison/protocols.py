@@ -9,11 +9,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Literal, NoReturn
 
 import numpy as np
 
-from vissl_lite.data.labelled import LabelledImages, Part
 from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.evaluation.features import extract
@@ -22,8 +21,9 @@ from vissl_lite.inference import check_outputs
 from vissl_lite.run import MetricsFile
 from vissl_lite.training.fit import TrainingFiles
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.transfer.class_scores import TestScores
-from vissl_lite.transfer.tasks import Task
+from vissl_lite.transfer.base import PARTS, LabelledDataset, Scores, Split, TrainedModel
+from vissl_lite.transfer.finetuning import TransferSettings
+from vissl_lite.transfer.tasks import AnyTask
 
 Protocol = Literal["knn", "linear", "finetune"]
 
@@ -75,10 +75,12 @@ class Features:
         check_outputs(self.by_layer.values(), f"some of the {len(paths)} images")
         self._row = {path: row for row, path in enumerate(paths)}
 
-    def of(self, part: Part) -> LabelledFeatures:
+    def of(self, data: LabelledDataset, part: Split) -> LabelledFeatures:
         """Those of the images of a part."""
-        rows = [self._row[path] for path in part.paths]
-        return LabelledFeatures({k: v[rows] for k, v in self.by_layer.items()}, part.labels)
+        rows = [self._row[path] for path in data.paths(part)]
+        labels = data.image_classes(part)
+        assert labels is not None  # else the protocol is refused
+        return LabelledFeatures({k: v[rows] for k, v in self.by_layer.items()}, labels)
 
 
 def _gone(paths: Sequence[str]) -> NoReturn:
@@ -89,7 +91,7 @@ def _gone(paths: Sequence[str]) -> NoReturn:
 
 
 def judge_frozen(
-    protocol: ProbeName, features: Features, data: LabelledImages, k: int = 20
+    protocol: ProbeName, features: Features, data: LabelledDataset, k: int = 20
 ) -> Score:
     """kNN or a linear probe with some of the labels; see ``evaluate_features``.
 
@@ -99,7 +101,7 @@ def judge_frozen(
         data: Data set with the labels that may be used.
         k: Number of neighbors that vote.
     """
-    train, val, test = (features.of(part) for part in (data.train, data.val, data.test))
+    train, val, test = (features.of(data, part) for part in PARTS)
     scores = {
         layer: evaluate_features(protocol, train, val, test, k, layer=layer)
         for layer in features.by_layer
@@ -111,7 +113,9 @@ def judge_frozen(
 
 def finetune_best(
     encoder: Encoder,
-    make_task: Callable[[float], Task],
+    task: AnyTask,
+    data: LabelledDataset,
+    make_settings: Callable[[float], TransferSettings],
     rates: Sequence[float],
     hardware: Hardware,
     curves: Path,
@@ -120,29 +124,32 @@ def finetune_best(
 
     Args:
         encoder: left as it is.
-        make_task: the task with a learning rate.
+        task: what is learned.
+        data: from which labels.
+        make_settings: the settings with a learning rate.
         rates: learning rates; one alone is not swept.
         hardware: where.
         curves: folder for the metrics of each training.
     """
     curves.mkdir(parents=True, exist_ok=True)
-    best: tuple[float, float, Task, Any] | None = None
+    metric = task.validation_metric(data)
+    best: tuple[float, float, TrainedModel] | None = None
     for rate in rates:
-        task = make_task(rate)
         file = curves / f"lr-{rate:g}.csv"
         file.unlink(missing_ok=True)  # of a run that was cut off
         metrics = MetricsFile(file)
-        model = task.train(encoder, hardware, TrainingFiles(metrics))
-        seen = [value for value in metrics.series(task.chosen_by)[1] if math.isfinite(value)]
+        model: TrainedModel = task.train(
+            encoder, data, make_settings(rate), hardware, TrainingFiles(metrics)
+        )
+        seen = [value for value in metrics.series(metric)[1] if math.isfinite(value)]
         val = max(seen, default=-math.inf)
         if best is None or val > best[0]:
-            best = val, rate, task, model
+            best = val, rate, model
     assert best is not None
-    _, rate, task, model = best
-    scores = task.score(model, encoder)
-    name = task.chosen_by.removeprefix("val_")
-    right = scores.right if isinstance(scores, TestScores) else None
-    test = task.data.test.paths if isinstance(task.data, LabelledImages) else []
+    _, rate, model = best
+    scores: Scores = task.evaluate(model, data)
+    name = metric.removeprefix("val_")
+    right, test = scores.right, data.paths("test")
     if right is not None and len(right) < len(test):
         _gone([path for path in test if not Path(path).is_file()] or test)
     return Score(scores.metrics[name], scores.metrics, {"lr": rate}, right)

@@ -1,11 +1,12 @@
 """Runs a comparison arm by arm, and keeps each finished run."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from vissl_lite.comparison.amounts import Amount
+from vissl_lite.comparison.options import listed
 from vissl_lite.comparison.plan import Plan
 from vissl_lite.comparison.protocols import (
     Features,
@@ -15,12 +16,10 @@ from vissl_lite.comparison.protocols import (
     judge_frozen,
 )
 from vissl_lite.comparison.store import Cell, Store, digest_weights, digest_words
-from vissl_lite.data.labelled import LabelledImages
-from vissl_lite.data.leaks import paths_of
 from vissl_lite.encoder import Encoder
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.training.progress import progress_bar
-from vissl_lite.transfer.tasks import Task
+from vissl_lite.transfer.base import LabelledDataset
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ class Runner:
     def __init__(
         self,
         plan: Plan,
-        data: Any,
+        data: LabelledDataset,
         amounts: Sequence[Amount],
         store: Store,
         hardware: Hardware,
@@ -44,7 +43,7 @@ class Runner:
         self.parts = {
             (amount.name, seed): amount.of(data, seed)
             for amount in amounts
-            for seed in plan.all_seeds()
+            for seed in plan.options.all_seeds()
         }
 
     def run(self, arm: str, protocols: Sequence[Protocol]) -> dict[Cell, Score]:
@@ -53,7 +52,7 @@ class Runner:
         same: dict[tuple[str, str, str], Score] = {}  # what other seeds gave with the same labels
         features: Features | None = None
         weights = ""
-        for seed in self.plan.all_seeds():
+        for seed in self.plan.options.all_seeds():
             encoder = self.plan.load(arm, seed, self.data)
             if digest_weights(encoder) != weights:  # the first seed, or an untrained encoder
                 weights, features = digest_weights(encoder), None
@@ -72,7 +71,7 @@ class Runner:
                             score = self._finetune(cell, encoder, some, scores)
                         else:
                             features = features or self._features(arm, encoder)
-                            score = judge_frozen(protocol, features, some, self.plan.k)
+                            score = judge_frozen(protocol, features, some, self.plan.options.k)
                         self.store.keep(cell, score, about)
                     if protocol != "finetune":  # which has a seed of its own
                         same[key] = score
@@ -81,39 +80,35 @@ class Runner:
                              score.value)  # fmt: skip
         return scores
 
-    def _about(self, some: Any, encoder: Encoder, weights: str) -> dict[str, Any]:
+    def _about(self, some: LabelledDataset, encoder: Encoder, weights: str) -> dict[str, Any]:
         """What must be the same for an earlier run of a cell to count."""
-        names = [f"{part} {path}" for part in ("train", "val", "test")
-                 for path in paths_of(getattr(some, part))]  # fmt: skip
-        if isinstance(some, LabelledImages):
-            names += [str(part.labels.tolist()) for part in (some.train, some.val, some.test)]
         return {
             "weights": weights,
-            "labels": digest_words(names),
+            "labels": digest_words(some.identity()),
             "image_size": encoder.image_size,
-            "layers": self.plan.layers,
+            "layers": self.plan.options.layers,
         }
 
     def _features(self, arm: str, encoder: Encoder) -> Features:
         used: dict[str, None] = {}
         for some in self.parts.values():
-            used |= dict.fromkeys([*some.train.paths, *some.val.paths])
-        paths = [*used, *self.data.test.paths]
+            used |= dict.fromkeys([*some.paths("train"), *some.paths("val")])
+        paths = [*used, *self.data.paths("test")]
         with progress_bar() as bar:
             task = bar.add_task("features", total=len(paths), info=arm)
-            return Features(encoder, paths, self.plan.layers, partial(bar.advance, task))
+            return Features(encoder, paths, self.plan.options.layers, partial(bar.advance, task))
 
     def _finetune(
-        self, cell: Cell, encoder: Encoder, some: Any, scores: Mapping[Cell, Score]
+        self, cell: Cell, encoder: Encoder, some: LabelledDataset, scores: Mapping[Cell, Score]
     ) -> Score:
-        rates: Sequence[float] = self.plan.lr or RATES
-        first = Cell(cell.arm, cell.protocol, cell.amount, self.plan.seed)
+        rates: Sequence[float] = listed(self.plan.options.lr) or RATES
+        first = Cell(cell.arm, cell.protocol, cell.amount, self.plan.options.seed)
         if first in scores:  # chosen with the first seed, for the others too
             rates = [scores[first].chosen["lr"]]
         elif len(some.val) == 0:
             rates = [sorted(rates)[len(rates) // 2]]  # nothing to choose by
         untrained = cell.arm.startswith("random:")
-        make: Callable[[float], Task] = partial(
-            self.plan.make_task, some, seed=cell.seed, untrained=untrained
+        make = partial(self.plan.options.settings, seed=cell.seed, untrained=untrained)
+        return finetune_best(
+            encoder, self.plan.task, some, make, rates, self.hardware, self.store.place(cell)
         )
-        return finetune_best(encoder, make, rates, self.hardware, self.store.place(cell))

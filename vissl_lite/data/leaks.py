@@ -9,9 +9,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from vissl_lite.data.csv_file import csv_writer
 from vissl_lite.data.fingerprints import Fingerprints, find_matches, read_fingerprints
 from vissl_lite.data.reading import report_skipped
+from vissl_lite.data.text_file import csv_writer
 from vissl_lite.errors import UserError
 
 log = logging.getLogger(__name__)

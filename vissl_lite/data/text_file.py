@@ -1,7 +1,11 @@
 """Text files that somebody else may have written: read whole, or refused in one line."""
 
+import csv
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from vissl_lite.data.reading import open_regular
 from vissl_lite.errors import UserError
@@ -46,3 +50,16 @@ def read_text(file: str | Path, largest: int = LARGEST, name: str | None = None)
         raise UserError(
             f"{name or file} can't be read: it is not text in UTF-8 (byte {error.start})"
         ) from None
+
+
+@contextmanager
+def csv_writer(file: Path) -> Iterator[Any]:
+    """Write a CSV file in UTF-8 into which names of files go as they are on the disk.
+
+    They are read back as they were with Python's ``open`` with ``errors="surrogateescape"``.
+
+    Yields:
+        A ``csv.writer``.
+    """
+    with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as out:
+        yield csv.writer(out)

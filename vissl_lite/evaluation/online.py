@@ -11,7 +11,6 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from vissl_lite.data.labelled import LabelledImages, Part
 from vissl_lite.data.stream import Batch, ViewDataset, collate
 from vissl_lite.data.views import Views, crop_decode_size, distorted_crop
 from vissl_lite.encoder import Encoder
@@ -22,6 +21,7 @@ from vissl_lite.evaluation.probe import NO_FEATURES, LabelledFeatures, evaluate_
 from vissl_lite.inference import evaluating
 from vissl_lite.training.pace import Pace
 from vissl_lite.training.stream import StreamData
+from vissl_lite.transfer.classification.data import LabelledImages, Part
 
 log = logging.getLogger(__name__)
 

@@ -9,12 +9,12 @@ from typing import Literal
 
 import numpy as np
 
-from vissl_lite.data.labelled import Part
 from vissl_lite.encoder import Encoder
 from vissl_lite.evaluation.features import extract
 from vissl_lite.evaluation.knn import knn_predict
 from vissl_lite.evaluation.linear import linear_probe
 from vissl_lite.inference import check_outputs
+from vissl_lite.transfer.classification.data import Part
 
 ProbeName = Literal["knn", "linear"]
 PROBES: tuple[ProbeName, ...] = ("knn", "linear")

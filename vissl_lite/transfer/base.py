@@ -1,299 +1,335 @@
-"""What the transfers share: training with looks at the validation part, the model folder."""
+"""The interface of a task, as the commands see it: its data, its models and its scores.
 
-import copy
-import json
-import logging
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+A task is a folder that holds a subclass of ``Task``; ``tasks.py`` lists them. See
+docs/extending.md for one to start from.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence, Sized
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, Literal, Protocol, Self, TypeVar
 
-import lightning.pytorch as pl
 import numpy as np
-import torch
-from lightning.pytorch.callbacks import Callback
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
-from vissl_lite.data.json_file import read_json
-from vissl_lite.data.stream import Batch, KeyedDataset
-from vissl_lite.data.whole_file import write_atomically
-from vissl_lite.encoder import Encoder, first_line
-from vissl_lite.encoder_config import CONFIG, SENSELESS, checked_names
-from vissl_lite.encoder_folder import load_encoder, load_tensors, read_weights, save_encoder
+from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError
-from vissl_lite.optim import OptimizerSettings
-from vissl_lite.training.fit import NO_FILES, TrainingFiles, fit
+from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.training.pace import Pace
-from vissl_lite.training.stream import StreamData
+from vissl_lite.transfer.exporting import ExportModel
+from vissl_lite.transfer.finetuning import TransferSettings
+from vissl_lite.transfer.options import TaskOptions
+from vissl_lite.transfer.prediction import Predictions
+from vissl_lite.transfer.sources import take_share
 
-log = logging.getLogger(__name__)
-
-# How often the validation part is looked at during a training.
-LOOKS = 25
-
-HEAD, HEAD_WEIGHTS = "head.json", "head.safetensors"
-HEAD_TASKS = ("detection", "segmentation")  # whose models are an encoder and a head
-LARGEST_HEAD = 16 * 2**20  # bytes of head.json
+Split = Literal["train", "val", "test"]
+PARTS: tuple[Split, ...] = ("train", "val", "test")
 
 
-@dataclass(frozen=True, kw_only=True)
-class TransferSettings:
-    """How to train on labels, whatever the task.
+class LabelledDataset(ABC):
+    """Images with labels, in three parts; nothing is ever chosen on the test part.
 
     Attributes:
-        frozen: train the head alone, on the encoder as it is.
-        epochs: None for as many as make 1,000 steps, between 10 and 100.
-        batch_size: None for the task's own, or a quarter of the images where they are few.
-        optimizer: name, peak learning rate, weight decay, layer-wise decay.
-        warmup: share of the training in which the learning rate rises.
-        patience: stop after so many looks at the validation part without a better figure; there
-            are 25 looks in a training. None never stops early.
-        smallest_crop: smallest share of the image's area in a training view.
-        upright: whether the images have an up; without one they are turned and flipped.
-        seed: of everything random.
+        classes: K names.
+        train: to train on.
+        val: to choose by; may be empty.
+        test: to report on.
     """
 
-    frozen: bool = False
-    epochs: int | None = None
-    batch_size: int | None = None
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    warmup: float = 0.1
-    patience: int | None = 10
-    smallest_crop: float = 0.35
-    upright: bool = True
-    seed: int = 0
+    classes: list[str]
+    train: Sized
+    val: Sized
+    test: Sized
 
-    def batch(self, images: int, usual: int) -> int:
-        """The batch size for a training part.
+    @abstractmethod
+    def paths(self, part: Split) -> list[str]:
+        """The image files of a part."""
+
+    @abstractmethod
+    def take(self, kept: Mapping[Split, Sequence[int]]) -> Self:
+        """The data set with some of its images.
 
         Args:
-            images: in the training part.
-            usual: the task's own batch size.
+            kept: indices by part, ascending; a part that is not named stays whole.
+        """
+
+    @abstractmethod
+    def subsample(
+        self, fraction: float | None = None, shots: int | None = None, seed: int = 0
+    ) -> Self:
+        """A seeded part of the labels, of training and validation alike.
+
+        A smaller amount is always contained in a larger one of the same seed.
+
+        Args:
+            fraction: share in (0, 1]; None takes all.
+            shots: labels per class, instead, where each image has one class.
+            seed: which ones.
 
         Raises:
-            UserError: what was asked for is larger than the training part.
+            UserError: both are given, a number is out of range, or the data have no such labels.
         """
-        if self.batch_size is not None and self.batch_size > images:
-            raise UserError(
-                f"--batch_size {self.batch_size} is larger than the training part: {images} images"
-            )
-        return self.batch_size or max(min(usual, images // 4), min(8, images))
+
+    @abstractmethod
+    def write_split(self, run: Path) -> None:
+        """Write down which image is in which part, to be given as ``--data`` again."""
+
+    def without(
+        self,
+        left_out: Mapping[str, Collection[str]],
+        broken: Mapping[str, Mapping[str, str]],
+    ) -> Self:
+        """The data set without some image files.
+
+        Args:
+            left_out: by part, files that are not to be used.
+            broken: by part, files that can't be read, and why.
+
+        Raises:
+            UserError: what is left is too little to train on or to evaluate by.
+        """
+        for part in PARTS:
+            paths, gone = self.paths(part), broken.get(part, {})
+            if paths and len(gone) == len(set(paths)):
+                raise UserError(f"none of {len(paths)} {part} images can be read, the first "
+                                f"{paths[0]} ({gone[paths[0]]})")  # fmt: skip
+        kept: dict[Split, Sequence[int]] = {}
+        for part in PARTS:
+            out = {*left_out.get(part, ()), *broken.get(part, ())}
+            kept[part] = [i for i, path in enumerate(self.paths(part)) if path not in out]
+        return self.take(kept)
+
+    def image_classes(self, part: Split) -> np.ndarray | None:
+        """``(N,)`` class indices of the images of a part; None unless each image has one class."""
+        return None
+
+    def identity(self) -> list[str]:
+        """Words that are the same only where all images are, and the labels that belong to them."""
+        return [f"{part} {path}" for part in PARTS for path in self.paths(part)]
 
 
-class Judgement(NamedTuple):
-    """What a look at the validation part saw.
+class Record(Protocol):
+    """An image and its label."""
+
+    @property
+    def path(self) -> str:
+        """The image file."""
+
+
+RecordT = TypeVar("RecordT", bound=Record)
+
+
+@dataclass(frozen=True)
+class ListDataset(LabelledDataset, Generic[RecordT]):
+    """A data set whose parts are lists of records, each with the ``path`` of its image."""
+
+    classes: list[str]
+    train: list[RecordT]
+    val: list[RecordT]
+    test: list[RecordT]
+
+    def part(self, name: Split) -> list[RecordT]:
+        """A part by name."""
+        parts = {"train": self.train, "val": self.val, "test": self.test}
+        return parts[name]
+
+    def paths(self, part: Split) -> list[str]:
+        return [str(one.path) for one in self.part(part)]
+
+    def take(self, kept: Mapping[Split, Sequence[int]]) -> Self:
+        train, val, test = (
+            [self.part(name)[i] for i in kept[name]] if name in kept else self.part(name)
+            for name in PARTS
+        )
+        return replace(self, train=train, val=val, test=test)
+
+    def subsample(
+        self, fraction: float | None = None, shots: int | None = None, seed: int = 0
+    ) -> Self:
+        if shots is not None:
+            raise UserError(f"--shots {shots} counts images of one class each, which these images "
+                            f"are not: give --fraction")  # fmt: skip
+        if fraction is None:
+            return self
+        train, val = (take_share(part, fraction, seed) for part in (self.train, self.val))
+        return replace(self, train=train, val=val)
+
+
+class TrainedModel(Protocol):
+    """A fine-tuned model.
 
     Attributes:
-        rank: larger is better; the first number decides, the others where it is equal.
-        values: what is logged, by name.
+        encoder: the part of it that came from pre-training: knows how images go in.
+        classes: K names.
     """
 
-    rank: tuple[float, ...]
-    values: dict[str, float]
+    @property
+    def encoder(self) -> Encoder: ...
+
+    @property
+    def classes(self) -> list[str]: ...
 
 
-class KeepBest(Callback):
-    """Looks at the validation part now and then; keeps the best weights; stops early.
+class Scores(Protocol):
+    """How well a model does on the test part.
 
-    Args:
-        model: whose weights.
-        judge: looks at the validation part.
-        pace: of the training.
-        every: batches from one look to the next; the last batch is followed by one too.
-        patience: see ``TransferSettings``.
+    Attributes:
+        metrics: by name; the first one is the task's usual figure.
+        per_class: by class, then by name.
+        right: ``(N,)`` bool: which images are classified rightly, if that is what is counted.
     """
 
-    def __init__(
+    @property
+    def metrics(self) -> dict[str, float]: ...
+
+    @property
+    def per_class(self) -> dict[str, dict[str, float]]: ...
+
+    @property
+    def right(self) -> np.ndarray | None: ...
+
+
+DatasetT = TypeVar("DatasetT", bound=LabelledDataset)
+ModelT = TypeVar("ModelT", bound=TrainedModel)
+SettingsT = TypeVar("SettingsT", bound=TransferSettings)
+ScoresT = TypeVar("ScoresT", bound=Scores)
+
+
+class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
+    """What can be learned from labels: one object for each task, without any state.
+
+    Attributes:
+        name: as in ``--task``.
+        options: dataclass of the options that only some tasks have.
+        settings: dataclass of all settings of a training: ``TransferSettings`` and the options.
+        curves: metrics of the training that are drawn.
+        takes_shots: whether labels can be counted per class.
+    """
+
+    name: str
+    options: type[TaskOptions]
+    settings: type[SettingsT]
+    curves: tuple[str, ...]
+    takes_shots: bool = False
+
+    def make_settings(self, options: object, **common: Any) -> SettingsT:
+        """The settings of a training.
+
+        Args:
+            options: has the task's own options among its attributes.
+            **common: of ``TransferSettings``.
+        """
+        own = {field.name: getattr(options, field.name) for field in fields(self.options)}
+        return self.settings(**common, **own)
+
+    @abstractmethod
+    def load_data(self, source: str, settings: SettingsT) -> DatasetT:
+        """Read a labelled data set.
+
+        Args:
+            source: folder or file, as the user gave it.
+            settings: the seed of splits that are made here, and the task's own options.
+
+        Raises:
+            UserError: nothing is there, or it can't be used.
+        """
+
+    @abstractmethod
+    def image_size(self, data: DatasetT, settings: SettingsT) -> int | None:
+        """A side in pixels that suits the images; None for the encoder's own size."""
+
+    def check(self, encoder: Encoder, data: DatasetT, settings: SettingsT) -> None:
+        """Raise a UserError if settings do not suit the encoder or the data.
+
+        It is called before anything is written.
+        """
+
+    def report_use(self, encoder: Encoder, source: str) -> None:
+        """Log how much of an encoder the model uses, where that is not all of it.
+
+        Args:
+            encoder: as it was loaded.
+            source: where its weights come from.
+
+        Raises:
+            UserError: none of it.
+        """
+
+    @abstractmethod
+    def validation_metric(self, data: DatasetT) -> str:
+        """The logged figure of the validation part that chooses the weights, such as ``val_map``.
+
+        Without ``val_``, it is the name of the metric of the test part that encoders are compared
+        by.
+        """
+
+    @abstractmethod
+    def train(
         self,
-        model: nn.Module,
-        judge: Callable[[], Judgement],
-        pace: Pace,
-        every: int,
-        patience: int | None,
-    ) -> None:
-        self.model, self.judge, self.pace = model, judge, pace
-        self.every, self.patience = every, patience
-        self.best: tuple[float, ...] = ()
-        self.weights: dict[str, Tensor] = {}
-        self._since_best = 0
+        encoder: Encoder,
+        data: DatasetT,
+        settings: SettingsT,
+        hardware: Hardware | None = None,
+        files: TrainingFiles = NO_FILES,
+    ) -> ModelT:
+        """Fine-tune a copy of an encoder; the validation part chooses the weights.
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": list(self.best), "weights": self.weights, "since_best": self._since_best}
+        Args:
+            encoder: left as it is.
+            data: of which the test part is not looked at.
+            settings: how.
+            hardware: where; default one device.
+            files: where metrics and checkpoints go.
+        """
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        own, weights = self.model.state_dict(), state_dict["weights"]
-        shapes = {name: one.shape for name, one in weights.items() if isinstance(one, Tensor)}
-        if weights and shapes != {name: one.shape for name, one in own.items()}:
-            raise UserError("the best weights in the checkpoint are damaged, or of another model")
-        self.best, self.weights = tuple(state_dict["best"]), weights
-        self._since_best = state_dict["since_best"]
+    @abstractmethod
+    def evaluate(self, model: ModelT, data: DatasetT) -> ScoresT:
+        """The model on the test part."""
 
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        module: pl.LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-    ) -> None:
-        if self.pace.batches % self.every and self.pace.batches != self.pace.total:
-            return
-        seen = self.judge()
-        for logger in trainer.loggers:
-            logger.log_metrics(seen.values, step=self.pace.batches - 1)
-        self._since_best = 0 if seen.rank[:1] > self.best[:1] else self._since_best + 1
-        if seen.rank > self.best:
-            self.best = tuple(map(float, seen.rank))
-            self.weights = copy.deepcopy(self.model.state_dict())
-        if self.patience is not None and self._since_best >= self.patience:
-            trainer.should_stop = True
+    @abstractmethod
+    def visualize(self, model: ModelT, data: DatasetT, scores: ScoresT, run: Path) -> None:
+        """Draw test predictions beside the truth (``test.png``) and the figures by class."""
 
+    @abstractmethod
+    def save(self, model: ModelT, folder: Path, about: dict[str, Any]) -> None:
+        """Write the model folder.
 
-def train(
-    task: pl.LightningModule,
-    model: nn.Module,
-    dataset: KeyedDataset,
-    batch_size: int,
-    settings: TransferSettings,
-    judge: Callable[[], Judgement] | None,
-    hardware: Hardware | None = None,
-    files: TrainingFiles = NO_FILES,
-    title: str = "finetune",
-    weights: np.ndarray | None = None,
-) -> None:
-    """Train a task's model; the weights that the validation part finds best are in it afterwards.
+        Args:
+            model: from ``train``.
+            folder: made if missing.
+            about: how it was trained.
+        """
 
-    Args:
-        task: with ``training_step`` and ``configure_optimizers``.
-        model: in it; left on the CPU.
-        dataset: the training images.
-        batch_size: images a step.
-        settings: how.
-        judge: looks at the validation part; None where there is none: the last weights stay.
-        hardware: where; default one device.
-        files: where metrics and checkpoints go; a checkpoint holds the best weights so far, too.
-        title: of the progress bar.
-        weights: sampling weights; see ``StreamSampler``.
-    """
-    per_epoch = len(dataset) // batch_size
-    epochs = settings.epochs or min(100, max(10, math.ceil(1000 / per_epoch)))
-    total = epochs * per_epoch
-    pace = Pace(settings.optimizer.lr, settings.warmup, settings.seed, total)
-    hardware = hardware or Hardware(devices=1)
-    stream = StreamData(dataset, batch_size, epochs, pace, hardware.workers(), weights)
-    best = None
-    if judge is not None:
-        every = max(per_epoch, math.ceil(total / LOOKS))
-        best = KeepBest(model, judge, pace, every, settings.patience)
-    fit(task, stream, pace, hardware, [best] if best else [], files, title=title)
-    if best and best.weights:
-        model.load_state_dict(best.weights)
-    model.cpu()
+    @abstractmethod
+    def load(self, folder: Path) -> ModelT:
+        """Read a model folder, or the one in a run.
+
+        Raises:
+            UserError: there is no model for this task, or it is damaged.
+        """
+
+    @abstractmethod
+    def predict(self, model: ModelT, predictions: Predictions) -> tuple[Path, int]:
+        """Write predictions for images.
+
+        Args:
+            model: from ``load``.
+            predictions: the images, and where files and pictures go.
+
+        Returns:
+            The file or folder of the predictions, and how many images could be read.
+        """
+
+    @abstractmethod
+    def export_model(self, model: ModelT, folder: Path) -> ExportModel:
+        """The model as a network from decoded images to what a user wants to know.
+
+        Args:
+            model: from ``load``.
+            folder: that it was loaded from.
+        """
 
 
-def save_with_head(model: nn.Module, encoder: Encoder, folder: Path, about: dict[str, Any]) -> None:
-    """Write a model that is an encoder and a head: ``encoder/`` in timm's format, and the head.
-
-    Args:
-        model: holds the encoder somewhere; all its other tensors are the head's.
-        encoder: that part of it.
-        folder: the model folder.
-        about: what is needed to build the head again: ``task``, ``classes`` and so on.
-    """
-    save_encoder(encoder, folder / "encoder", about)
-    inside = _prefix(model, encoder)
-    head = {
-        name: tensor.contiguous()
-        for name, tensor in model.state_dict().items()
-        if not name.startswith(inside)
-    }
-    save_file(head, folder / HEAD_WEIGHTS)
-    write_atomically(folder / HEAD, json.dumps(about, indent=2) + "\n")
-
-
-def load_with_head(
-    source: Path, task: str, build: Callable[[Encoder, dict[str, Any]], nn.Module]
-) -> tuple[Any, dict[str, Any]]:
-    """Load what ``save_with_head`` wrote.
-
-    Args:
-        source: a run of ``finetune``, or the ``model`` folder in it.
-        task: which task the model must be for.
-        build: makes the model from the encoder and the content of ``head.json``.
-
-    Returns:
-        The model and the content of ``head.json``.
-
-    Raises:
-        UserError: there is no model for this task, or it is damaged.
-    """
-    folder, found = find_model(source)
-    if found != task:
-        raise UserError(f"{folder} is a model for {found}, not for {task}")
-    encoder = load_encoder(folder / "encoder")
-    weights = read_weights(folder / HEAD_WEIGHTS)
-    about = _read_head(folder / HEAD)
-    try:
-        # Drawn up without memory first: the head has to have the tensors that its file holds.
-        with torch.device("meta"):
-            drawn = build(encoder, about)
-        _compare(drawn, encoder, weights, folder)
-        model = build(encoder, about)
-    except SENSELESS as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
-        raise UserError(f"{folder / HEAD} is damaged: {reason}") from None
-    load_tensors(model, weights, str(folder / HEAD_WEIGHTS))
-    return model, about
-
-
-def _read_head(file: Path) -> dict[str, Any]:
-    """The content of ``head.json``, its task and classes checked."""
-    about = read_json(file, largest=LARGEST_HEAD)
-    if not isinstance(about, dict):
-        raise UserError(f"{file} is damaged: it holds no mapping")
-    if about.get("task") not in HEAD_TASKS:
-        raise UserError(f"{file} is damaged: its task is none of {', '.join(HEAD_TASKS)}")
-    try:
-        checked_names(about.get("classes"), "classes")
-    except TypeError as error:
-        raise UserError(f"{file} is damaged: {error}") from None
-    return about
-
-
-def _compare(
-    drawn: nn.Module, encoder: Encoder, weights: Mapping[str, Tensor], folder: Path
-) -> None:
-    """Raise a UserError if the weights are not those of a model without its encoder."""
-    inside = _prefix(drawn, encoder)
-    own = {
-        name: tensor.shape
-        for name, tensor in drawn.state_dict().items()
-        if not name.startswith(inside)
-    }
-    for name in sorted(own.keys() | weights.keys()):
-        if name not in own or name not in weights or own[name] != weights[name].shape:
-            raise UserError(f"{folder} is damaged: its weights do not fit, as {name}")
-
-
-def _prefix(model: nn.Module, encoder: Encoder) -> str:
-    return next(f"{name}." for name, module in model.named_modules() if module is encoder)
-
-
-def find_model(source: Path) -> tuple[Path, str]:
-    """The model folder and its task.
-
-    Args:
-        source: a run of ``finetune``, or the ``model`` folder in it.
-
-    Raises:
-        UserError: there is no model, or it is damaged.
-    """
-    for folder in (source / "model", source):
-        if (folder / HEAD).is_file():
-            return folder, _read_head(folder / HEAD)["task"]
-        if (folder / CONFIG).is_file():
-            return folder, "classification"  # a timm model with classes
-    raise UserError(f"no model at {source}: give a run of finetune, or its model folder")
+def spread(images: int, wanted: int) -> np.ndarray:
+    """Indices of up to so many images, evenly spread."""
+    return np.unique(np.linspace(0, images - 1, min(images, wanted)).round().astype(int))

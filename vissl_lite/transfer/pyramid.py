@@ -3,21 +3,26 @@
 import logging
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
+import cv2
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torchvision.ops import FeaturePyramidNetwork
 
-from vissl_lite.encoder import Encoder, Normalize
+from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import build_optimizer_with_head
-from vissl_lite.transfer.base import TransferSettings
+from vissl_lite.transfer.finetuning import TransferSettings
+from vissl_lite.transfer.options import FrozenNormOption
 
 log = logging.getLogger(__name__)
+
+LARGEST = 1024  # longer side in pixels of an image in a figure of predictions
 
 
 class Pyramid(nn.Module):
@@ -115,17 +120,36 @@ def freeze_norms(encoder: nn.Module) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PyramidSettings(TransferSettings):
+class PyramidSettings(TransferSettings, FrozenNormOption):
     """How to train an encoder with a pyramid and a head.
 
     Attributes:
         frozen_norm: leave the encoder's BatchNorms as they are, for batches too small for them.
+            None does so for a pre-trained encoder where fewer than 8 images a batch are asked for.
     """
 
-    frozen_norm: bool = False
+    @property
+    def freezes_norms(self) -> bool:
+        """Whether the encoder's BatchNorms are left as they are."""
+        if self.frozen_norm is not None:
+            return self.frozen_norm
+        return self.pretrained and self.batch_size is not None and self.batch_size < 8
 
 
-class PyramidTask(pl.LightningModule):
+class PyramidModel(nn.Module):
+    """A model on a pyramid over an encoder, which is its ``encoder``."""
+
+    if TYPE_CHECKING:  # an attribute of one model, a property of another
+
+        @property
+        def encoder(self) -> Encoder: ...
+
+
+PyramidModelT = TypeVar("PyramidModelT", bound=PyramidModel)
+PyramidSettingsT = TypeVar("PyramidSettingsT", bound=PyramidSettings)
+
+
+class PyramidTraining(pl.LightningModule, Generic[PyramidModelT, PyramidSettingsT]):
     """A model that holds an encoder: what stands still of it, and its optimizer.
 
     Args:
@@ -133,19 +157,17 @@ class PyramidTask(pl.LightningModule):
         settings: how to train it.
     """
 
-    def __init__(self, model: Any, settings: PyramidSettings) -> None:
+    def __init__(self, model: PyramidModelT, settings: PyramidSettingsT) -> None:
         super().__init__()
         self.model, self.settings = model, settings
-        encoder: Encoder = self.model.encoder
-        self.normalize = Normalize(encoder.mean, encoder.std)
         if settings.frozen:
-            encoder.requires_grad_(False)
+            model.encoder.requires_grad_(False)
 
-    def train(self, mode: bool = True) -> "PyramidTask":
+    def train(self, mode: bool = True) -> Self:
         super().train(mode)
         if self.settings.frozen:
             self.model.encoder.eval()
-        elif self.settings.frozen_norm:
+        elif self.settings.freezes_norms:
             freeze_norms(self.model.encoder)
         return self
 
@@ -179,3 +201,16 @@ def report_use(encoder: Encoder, source: str) -> None:
         raise UserError(f"none of the {len(named)} tensors of {source} would be used")
     log.info("%d of the %d tensors of %s are used%s", len(named) - len(unused), len(named), source,
              f"; not used: {', '.join(unused)}" if unused else "")  # fmt: skip
+
+
+def shrunk(image: np.ndarray) -> np.ndarray:
+    """An image no larger than a figure shows it: all of a figure's are in memory together.
+
+    Args:
+        image: ``(H, W, C)`` uint8.
+    """
+    factor = max(image.shape[:2]) / LARGEST
+    if factor <= 1:
+        return image
+    height, width = (max(1, round(side / factor)) for side in image.shape[:2])
+    return np.asarray(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA))

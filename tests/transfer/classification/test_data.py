@@ -1,0 +1,533 @@
+import csv
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vissl_lite.cli import main
+from vissl_lite.errors import UserError
+from vissl_lite.transfer.classification.data import LabelledImages, Part, load_labelled
+
+
+def fill(folder: Path, counts: dict[str, int]) -> Path:
+    """Class folders of empty files: what labels are made of never looks inside."""
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            (folder / name / f"{index}.jpg").write_bytes(b"")
+    return folder
+
+
+def table(folder: Path, rows: list[list[str]], header: str = "path,label") -> Path:
+    """A CSV file; its images are made too."""
+    for path, *_ in rows:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(b"")
+    file = folder / "data.csv"
+    with file.open("w", newline="") as out:
+        csv.writer(out).writerows([header.split(","), *rows])
+    return file
+
+
+def parts(data: LabelledImages) -> tuple[Part, Part, Part]:
+    return data.train, data.val, data.test
+
+
+def assert_disjoint(data: LabelledImages) -> None:
+    paths = [path for part in parts(data) for path in part.paths]
+    assert len(paths) == len(set(paths))
+
+
+def assert_same(a: LabelledImages, b: LabelledImages) -> None:
+    assert a.classes == b.classes
+    for ours, theirs in zip(parts(a), parts(b), strict=True):
+        assert ours.paths == theirs.paths
+        assert ours.labels.tolist() == theirs.labels.tolist()
+
+
+def assert_labels_true(data: LabelledImages) -> None:
+    """The folder that an image lies in is its class."""
+    for part in parts(data):
+        assert [data.classes[i] for i in part.labels] == [Path(p).parent.name for p in part.paths]
+        assert part.labels.dtype == np.int64
+
+
+def counts(part: Part) -> list[int]:
+    return np.bincount(part.labels).tolist()
+
+
+# Layouts
+
+
+def test_train_and_test_folders(labelled: Path) -> None:
+    data = load_labelled(labelled)
+    assert data.classes == ["blue", "green", "red"]
+    assert_labels_true(data)
+    assert_disjoint(data)
+    assert counts(data.test) == [6, 6, 6]
+    assert all(Path(p).is_relative_to(labelled / "test") for p in data.test.paths)
+    held = data.train.paths + data.val.paths
+    assert all(Path(p).is_relative_to(labelled / "train") for p in held)
+    assert counts(data.train) == [10, 10, 10]  # 20 % of 12 are 2.4
+    assert counts(data.val) == [2, 2, 2]
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_a_validation_folder_is_taken_as_it_is(name: str, tmp_path: Path) -> None:
+    fill(tmp_path / "train", {"a": 5, "b": 5})
+    fill(tmp_path / name, {"a": 2, "b": 3})
+    fill(tmp_path / "test", {"a": 1, "b": 1})
+    data = load_labelled(tmp_path)
+    assert [counts(part) for part in parts(data)] == [[5, 5], [2, 3], [1, 1]]
+    assert all(Path(p).is_relative_to(tmp_path / name) for p in data.val.paths)
+
+
+def test_plain_class_folders_are_split_60_20_20(tmp_path: Path) -> None:
+    data = load_labelled(fill(tmp_path, {"a": 50, "b": 20, "c": 10}))
+    assert [counts(part) for part in parts(data)] == [[30, 12, 6], [10, 4, 2], [10, 4, 2]]
+    assert_labels_true(data)
+    assert_disjoint(data)
+
+
+def test_the_split_of_plain_folders_is_the_same_for_every_seed(tmp_path: Path) -> None:
+    fill(tmp_path, {"a": 20, "b": 20})
+    assert_same(load_labelled(tmp_path, seed=0), load_labelled(tmp_path, seed=5))
+
+
+def test_the_split_of_plain_folders_is_a_mixture(tmp_path: Path) -> None:
+    data = load_labelled(fill(tmp_path, {"a": 50, "b": 50}))
+    numbers = [int(Path(path).stem) for path in data.test.paths]
+    assert 15 < np.mean(numbers) < 34
+    assert numbers[:10] != numbers[10:]
+
+
+def test_small_classes_reach_the_test_part_too(tmp_path: Path) -> None:
+    data = load_labelled(fill(tmp_path, {"a": 3, "b": 2}))
+    assert [counts(part) for part in parts(data)] == [[1, 1], [1], [1, 1]]
+
+
+def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
+    fill(tmp_path, {"a": 5, "b": 5, ".cache": 5})
+    assert load_labelled(tmp_path).classes == ["a", "b"]
+
+
+def test_a_csv_file_without_splits_is_split(tmp_path: Path) -> None:
+    rows = [[f"images/{c}/{i}.jpg", c] for c in "ab" for i in range(10)]
+    data = load_labelled(table(tmp_path, rows))
+    assert [counts(part) for part in parts(data)] == [[6, 6], [2, 2], [2, 2]]
+    assert_labels_true(data)
+    assert_disjoint(data)
+
+
+def test_a_csv_file_with_splits_is_taken_at_its_word(tmp_path: Path) -> None:
+    names = ["train", "train", "test", "val", "validation"]
+    rows = [[f"{c}/{i}.jpg", c, name] for c in "ab" for i, name in enumerate(names)]
+    data = load_labelled(table(tmp_path, rows, "path,label,split"))
+    stems = [[Path(p).stem for p in part.paths] for part in parts(data)]
+    assert stems == [["0", "1"] * 2, ["3", "4"] * 2, ["2"] * 2]
+    assert_labels_true(data)
+
+
+def test_a_csv_file_without_validation_rows_holds_some_out(tmp_path: Path) -> None:
+    rows = [[f"{c}/{i}.jpg", c, "test" if i < 5 else "train"] for c in "ab" for i in range(15)]
+    data = load_labelled(table(tmp_path, rows, "path,label,split"))
+    assert [counts(part) for part in parts(data)] == [[8, 8], [2, 2], [5, 5]]
+    assert_disjoint(data)
+
+
+@pytest.mark.parametrize("header", ["path,label", "image,class", "filename,label", "file,class"])
+def test_columns_may_be_called_otherwise(header: str, tmp_path: Path) -> None:
+    rows = [[f"{c}/{i}.jpg", c] for c in "ab" for i in range(5)]
+    assert load_labelled(table(tmp_path, rows, header)).classes == ["a", "b"]
+
+
+def test_more_columns_and_a_byte_order_mark_do_not_matter(tmp_path: Path) -> None:
+    rows = [[f"{c}/{i}.jpg", "x", c] for c in "ab" for i in range(5)]
+    file = table(tmp_path, rows, "path,note,label")
+    file.write_text(file.read_text(), encoding="utf-8-sig")
+    assert load_labelled(file).classes == ["a", "b"]
+
+
+def test_the_parts_of_a_csv_file_come_sorted_by_path(tmp_path: Path) -> None:
+    rows = [[f"{c}/{i}.jpg", c, "test" if i < 2 else "train"] for c in "ab" for i in range(9)]
+    data = load_labelled(table(tmp_path, rows[::-1], "path,label,split"))
+    for part in parts(data):
+        assert part.paths == sorted(part.paths)
+
+
+def test_the_order_of_rows_does_not_change_the_split(tmp_path: Path) -> None:
+    rows = [[f"{c}/{i}.jpg", c] for c in "ab" for i in range(10)]
+    one = load_labelled(table(tmp_path, rows))
+    assert_same(load_labelled(table(tmp_path, rows[::-1])), one)
+
+
+# Mistakes
+
+
+def test_one_class_is_not_enough(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"one class only \(cats\)"):
+        load_labelled(fill(tmp_path, {"cats": 9}))
+
+
+def test_a_test_part_is_needed_unless_the_caller_says_otherwise(tmp_path: Path) -> None:
+    fill(tmp_path / "train", {"a": 5, "b": 5})
+    with pytest.raises(UserError, match="no test images: add test/<class>/"):
+        load_labelled(tmp_path)
+    assert len(load_labelled(tmp_path, need_test=False).test) == 0
+
+
+def test_a_validation_part_is_not_made_where_it_is_not_wanted(labelled: Path) -> None:
+    data = load_labelled(labelled, need_val=False)
+    assert len(data.val) == 0
+    assert counts(data.train) == [12, 12, 12]
+
+
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_a_class_that_training_lacks_is_a_mistake(part: str, tmp_path: Path) -> None:
+    for name in ("train", "val", "test"):
+        fill(tmp_path / name, {"a": 2, "b": 2} | ({"cow": 1} if name == part else {}))
+    with pytest.raises(UserError, match=f"the {part} images have the class cow"):
+        load_labelled(tmp_path)
+
+
+def test_a_folder_without_class_folders_is_a_mistake(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match="has no class folders"):
+        load_labelled(tmp_path)
+
+
+def test_a_class_folder_without_images_is_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no images found in .*b "):
+        load_labelled(fill(tmp_path, {"a": 3, "b": 0}))
+
+
+def test_a_missing_folder_is_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        load_labelled(tmp_path / "nowhere")
+
+
+def test_a_file_of_another_kind_is_a_mistake(tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text("{}")
+    with pytest.raises(UserError, match=r"neither a folder with class folders nor a \.csv"):
+        load_labelled(tmp_path / "data.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path,species\na/0.jpg,a\n", "no column label or class: it has path, species"),
+        ("where,label\na/0.jpg,a\n", "no column path or image or file or filename"),
+        ("", "no column path"),
+        ("path,label\n", "has no rows"),
+        ("path,label\na/0.jpg,a\na/9.jpg,a\nb/9.jpg,b\n", r"names 2 missing files.*a/9\.jpg"),
+        ("path,label,split\na/0.jpg,a,dev\n", "the split 'dev' is none of train, val, test"),
+        ("path,label,split\na/0.jpg,a,test\n", "has no training images"),
+        ("path,label\na/0.jpg,a\na/0.jpg\n", "label"),
+        ("path,label\na/0.jpg,a\na/0.jpg,\n", "label"),
+        ("path,label,split\na/0.jpg,a,train\na/0.jpg,b\n", "split"),
+        ("label,path\na\n", "path|missing"),
+    ],
+)
+def test_a_csv_file_with_a_mistake(text: str, message: str, tmp_path: Path) -> None:
+    fill(tmp_path, {"a": 1})
+    (tmp_path / "data.csv").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_labelled(tmp_path / "data.csv")
+
+
+def test_a_csv_file_that_is_no_text_is_a_mistake(tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_bytes(b"\xff\xfe\x00\xd8")
+    with pytest.raises(UserError, match="it is not text in UTF-8"):
+        load_labelled(tmp_path / "data.csv")
+
+
+# Few labels
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> LabelledImages:
+    fill(tmp_path / "train", {"a": 50, "b": 20, "c": 5})
+    fill(tmp_path / "test", {"a": 3, "b": 3, "c": 3})
+    return load_labelled(tmp_path)
+
+
+def test_val_is_held_out_of_train(data: LabelledImages, tmp_path: Path) -> None:
+    whole = load_labelled(tmp_path, need_val=False)
+    assert not set(data.train.paths) & set(data.val.paths)
+    assert sorted(data.train.paths + data.val.paths) == sorted(whole.train.paths)
+    assert [counts(data.train), counts(data.val)] == [[40, 16, 4], [10, 4, 1]]
+    assert_labels_true(data)
+
+
+def test_val_follows_the_seed(data: LabelledImages, tmp_path: Path) -> None:
+    assert_same(load_labelled(tmp_path, seed=0), data)
+    assert load_labelled(tmp_path, seed=1).val.paths != data.val.paths
+    assert load_labelled(tmp_path, seed=1).test.paths == data.test.paths
+
+
+@pytest.mark.parametrize(
+    ("fraction", "train", "val"),
+    [(1.0, [40, 16, 4], [10, 4, 1]), (0.5, [20, 8, 2], [5, 2, 1]), (0.01, [1, 1, 1], [1, 1, 1])],
+)
+def test_a_fraction_is_stratified(
+    data: LabelledImages, fraction: float, train: list[int], val: list[int]
+) -> None:
+    few = data.subsample(fraction, None, seed=0)
+    assert [counts(few.train), counts(few.val)] == [train, val]
+    assert_labels_true(few)
+    assert_disjoint(few)
+    assert few.test is data.test
+
+
+def test_shots_are_images_a_class_as_far_as_there_are_any(data: LabelledImages) -> None:
+    few = data.subsample(None, 8, seed=0)
+    assert [counts(few.train), counts(few.val)] == [[8, 8, 4], [8, 4, 1]]
+    assert_labels_true(few)
+    assert few.test is data.test
+
+
+def test_fewer_labels_are_part_of_more(data: LabelledImages) -> None:
+    amounts = [(None, 1), (0.1, None), (None, 5), (0.25, None), (None, 10), (0.9, None)]
+    taken = [data.subsample(fraction, shots, seed=3) for fraction, shots in amounts]
+    for name in ("a", "b"):
+        number = data.classes.index(name)
+        members = [
+            {path for path, label in zip(few.train.paths, few.train.labels, strict=True)
+             if label == number}
+            for few in taken
+        ]  # fmt: skip
+        members.sort(key=len)
+        assert len(members[0]) < len(members[-1])
+        for less, more in itertools.pairwise(members):
+            assert less <= more
+    for few in taken:
+        assert set(few.val.paths) <= set(data.val.paths)
+
+
+def test_which_labels_follows_the_seed(data: LabelledImages) -> None:
+    assert_same(data.subsample(0.2, None, 1), data.subsample(0.2, None, 1))
+    assert data.subsample(0.2, None, 1).train.paths != data.subsample(0.2, None, 2).train.paths
+
+
+def test_all_labels_by_default(data: LabelledImages) -> None:
+    assert data.subsample(None, None, seed=0) is data
+
+
+@pytest.mark.parametrize(
+    ("fraction", "shots", "message"),
+    [
+        (0.5, 3, "--fraction or --shots, not both"),
+        (0.0, None, "--fraction 0.0 is not a share"),
+        (1.5, None, "--fraction 1.5 is not a share"),
+        (-0.1, None, "--fraction -0.1 is not a share"),
+        (None, 0, "--shots 0 must be at least 1"),
+    ],
+)
+def test_an_amount_out_of_range_is_a_mistake(
+    data: LabelledImages, fraction: float | None, shots: int | None, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        data.subsample(fraction, shots, seed=0)
+
+
+# Writing
+
+
+@pytest.mark.parametrize("shots", [None, 2])
+def test_the_splits_written_down_read_back_as_the_same_data(
+    data: LabelledImages, shots: int | None, tmp_path: Path
+) -> None:
+    few = data.subsample(None, shots, seed=0)
+    few.write(tmp_path / "split.csv")
+    assert_same(load_labelled(tmp_path / "split.csv", seed=9), few)
+
+
+def test_odd_names_survive_writing(tmp_path: Path) -> None:
+    data = load_labelled(fill(tmp_path / "set", {'a, "b"': 5, "größer": 5}))
+    data.write(tmp_path / "split.csv")
+    assert_same(load_labelled(tmp_path / "split.csv"), data)
+
+
+def test_paths_are_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path / "set", {"a": 5, "b": 5})
+    monkeypatch.chdir(tmp_path)
+    load_labelled("set").write(Path("split.csv"))
+    monkeypatch.chdir("/")
+    assert len(load_labelled(tmp_path / "split.csv").train) == 6
+
+
+# Several labels an image
+
+# images 0 to 3, and what they are expected to be: cat; dog; both; neither
+TRUTH = [[1, 0], [0, 1], [1, 1], [0, 0]]
+
+
+def many(file: Path, **options: bool) -> LabelledImages:
+    return load_labelled(file, multi_label=True, **options)
+
+
+def random_tags(folder: Path, images: int = 50) -> Path:
+    """Images with labels of three classes by chance."""
+    random = np.random.default_rng(0)
+    names = np.array(["a", "b", "c"])
+    rows = [[f"{i:02}.jpg", "|".join(names[random.random(3) < 0.5])] for i in range(images)]
+    return table(folder, rows, "path,labels")
+
+
+@pytest.mark.parametrize(
+    ("header", "cells"),
+    [
+        ("cat,dog", [["1", "0"], ["0", "1"], ["1", "1"], ["0", "0"]]),
+        ("dog, cat ", [["", "1.0"], ["1.0", "0.0"], ["1", "1"], ["", ""]]),  # classes are sorted
+        ("cat,dog", [["True", "false"], ["", "TRUE"], [" true", "1"], ["False", "0"]]),
+        ("labels", [["cat"], ["dog"], ["dog|cat"], [""]]),
+        ("labels", [["cat, "], [" dog"], ["cat ,dog,cat"], [" "]]),
+        ("labels", [["cat;"], ["dog"], ["cat;dog"], [""]]),
+        ("label", [["cat"], ["dog"], ["cat|dog"], ["|"]]),
+    ],
+)
+def test_the_forms_of_several_labels(header: str, cells: list[list[str]], tmp_path: Path) -> None:
+    rows = [
+        [f"{part}{i}.jpg", *cell, part]
+        for part in ("train", "test")
+        for i, cell in enumerate(cells)
+    ]
+    data = many(table(tmp_path, rows, f"image,{header},split"), need_val=False)
+    assert data.multi_label
+    assert data.classes == ["cat", "dog"]
+    assert data.train.labels.tolist() == data.test.labels.tolist() == TRUTH
+    assert data.train.labels.dtype == np.int64
+    assert data.val.labels.shape == (0, 2)
+
+
+def test_columns_of_other_things_are_no_classes_and_the_note_says_so(tmp_path: Path) -> None:
+    """The column without a name is the row numbers that pandas writes."""
+    rows = [[f"{i}.jpg", str(i), "ward 5", "65", str(i % 2)] for i in range(20)]
+    data = many(table(tmp_path, rows, "path,,place,age,ill"))
+    assert data.classes == ["ill"]
+    assert data.note.endswith("left out, as no 0 or 1 is in them: place, age")
+
+
+def test_a_divided_label_is_said_and_a_column_class_is_never_divided(tmp_path: Path) -> None:
+    rows = [[f"{i}.jpg", ("salt; pepper", "sugar")[i % 2]] for i in range(20)]
+    data = many(table(tmp_path, rows))
+    assert data.classes == ["pepper", "salt", "sugar"]
+    assert "'salt; pepper' is read as several labels" in data.note
+    data = many(table(tmp_path, rows, "path,class"))
+    assert not data.multi_label
+    assert data.classes == ["salt; pepper", "sugar"]
+    data.write(tmp_path / "split.csv")
+    assert_same(load_labelled(tmp_path / "split.csv"), data)
+
+
+def test_several_labels_are_split_by_chance_alike_for_every_seed(tmp_path: Path) -> None:
+    file = random_tags(tmp_path)
+    data = many(file)
+    assert [len(part) for part in parts(data)] == [30, 10, 10]
+    assert_disjoint(data)
+    assert data.test.paths != sorted(p for part in parts(data) for p in part.paths)[:10]
+    assert_same(load_labelled(file, seed=7, multi_label=True), data)
+    rows = list(csv.reader(file.open()))[1:]
+    assert_same(many(table(tmp_path, rows[::-1], "path,labels")), data)
+    truth = {path: set(filter(None, names.split("|"))) for path, names in rows}
+    for part in parts(data):
+        for path, row in zip(part.paths, part.labels, strict=True):
+            assert {data.classes[i] for i in np.flatnonzero(row)} == truth[Path(path).name]
+
+
+def test_a_validation_part_of_several_labels_follows_the_seed(tmp_path: Path) -> None:
+    rows = [
+        [f"{i:02}.jpg", "a|b" if i % 2 else "a", "test" if i < 5 else "train"] for i in range(30)
+    ]
+    file = table(tmp_path, rows, "path,labels,split")
+    one, other = (load_labelled(file, seed, multi_label=True) for seed in (0, 1))
+    assert [len(part) for part in parts(one)] == [20, 5, 5]
+    assert_disjoint(one)
+    assert one.val.paths != other.val.paths
+    assert one.test.paths == other.test.paths
+
+
+def test_a_share_of_several_labels_is_part_of_a_larger_one(tmp_path: Path) -> None:
+    data = many(random_tags(tmp_path))
+    less, more = (data.subsample(fraction, None, seed=0) for fraction in (0.1, 0.5))
+    assert [len(part) for part in parts(less)] == [3, 1, 10]
+    assert [len(part) for part in parts(more)] == [15, 5, 10]
+    assert set(less.train.paths) < set(more.train.paths) < set(data.train.paths)
+    with pytest.raises(UserError, match=r"--shots 3 .* several labels: give --fraction"):
+        data.subsample(None, 3, seed=0)
+
+
+def test_a_class_that_training_lacks_is_kept(tmp_path: Path) -> None:
+    rows = [
+        ["0.jpg", "a", "train"],
+        ["1.jpg", "", "train"],
+        ["2.jpg", "b", "test"],
+        ["3.jpg", "a", "test"],
+    ]
+    data = many(table(tmp_path, rows, "path,labels,split"), need_val=False)
+    assert data.classes == ["a", "b"]
+    assert data.train.labels.tolist() == [[1, 0], [0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("header", "columns"),
+    [
+        ("labels", ["labels"]),
+        ("a,b,nobody", ["a", "b", "nobody"]),  # which no name in a column labels would show
+        ('a,"b, red"', ["a", "b, red"]),
+    ],
+)
+def test_several_labels_written_down_read_back_as_the_same_data(
+    header: str, columns: list[str], tmp_path: Path
+) -> None:
+    random = np.random.default_rng(1)
+    bits = random.integers(0, 2, (40, 2))
+    file = tmp_path / "data.csv"
+    lines = [f"path,{header}"]
+    for i, (a, b) in enumerate(bits):
+        (tmp_path / f"{i}.jpg").write_bytes(b"")
+        named = "|".join(name for name, yes in zip("ab", (a, b), strict=True) if yes)
+        cells = named if header == "labels" else f"{a},{b}" + ",0" * (len(columns) - 2)
+        lines.append(f"{i}.jpg,{cells}")
+    file.write_text("\n".join(lines))
+    data = many(file).subsample(0.7, None, seed=0)
+    data.write(tmp_path / "split.csv")
+    with (tmp_path / "split.csv").open(newline="") as written:
+        assert next(csv.reader(written)) == ["path", *columns, "split"]
+    assert_same(many(tmp_path / "split.csv"), data)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path,a,b\n0.jpg,1,0\n1.jpg,-1,1\n", "the column a has '-1' beside 0 and 1"),
+        ("path,species\n0.jpg,0\n1.jpg,1\n2.jpg,2\n", "the column species has '2' beside 0 and 1"),
+        ("path,a,b\n0.jpg,1,0\n1.jpg,1\n", "has a row whose b is missing"),
+        ("path,label\n0.jpg,a|b\n1.jpg,\n", "has a row whose label is missing"),
+        ("path,labels\n0.jpg,\n1.jpg,\n2.jpg,|\n", "names no class: the labels of all images"),
+        ("path,split\n0.jpg,train\n", "no column label or class.* give a column labels, or one of"),
+        (
+            "path,labels\n0.jpg,a\n1.jpg,a\n2.jpg,a\n",
+            "of no class are there test images with it and",
+        ),
+    ],
+)
+def test_several_labels_with_a_mistake(text: str, message: str, tmp_path: Path) -> None:
+    for index in range(3):
+        (tmp_path / f"{index}.jpg").write_bytes(b"")
+    (tmp_path / "data.csv").write_text(text)
+    with pytest.raises(UserError, match=message):
+        many(tmp_path / "data.csv")
+
+
+def test_the_probe_refuses_several_labels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = random_tags(tmp_path), tmp_path / "run"
+    given = ["--encoder", "random:test_resnet", "--data", file, "--out", out]
+    assert main(["probe", *map(str, given)]) == 2
+    error = capsys.readouterr().err
+    assert "has several labels an image: give finetune such a file" in error
+    assert error.count("\n") == 1
+    assert not out.exists()

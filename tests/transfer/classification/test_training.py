@@ -1,0 +1,254 @@
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn import metrics as sk
+from torch import Tensor
+
+from vissl_lite.data.stream import Batch
+from vissl_lite.encoder import build_encoder
+from vissl_lite.encoder_folder import save_model
+from vissl_lite.errors import UserError
+from vissl_lite.optim import OptimizerSettings
+from vissl_lite.training.hardware import Hardware
+from vissl_lite.transfer.classification import metrics as class_scores
+from vissl_lite.transfer.classification.data import LabelledImages, Part
+from vissl_lite.transfer.classification.model import (
+    Classifier,
+    load_classifier,
+    save_classifier,
+    score_classifier,
+)
+from vissl_lite.transfer.classification.options import ClassifierSettings
+from vissl_lite.transfer.classification.training import (
+    ClassifierTraining,
+    check_settings,
+    loss_weights,
+    one_label_loss,
+    several_labels_loss,
+    train_classifier,
+)
+
+
+@pytest.fixture
+def warnings(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> pytest.LogCaptureFixture:
+    """What is logged, whether or not a run of another test took the log to itself."""
+    monkeypatch.setattr(logging.getLogger("vissl_lite"), "propagate", True)
+    return caplog
+
+
+def labels_only(labels: list[Any], classes: str = "abc") -> LabelledImages:
+    part = Part([f"{i}.jpg" for i in range(len(labels))], np.array(labels))
+    return LabelledImages(list(classes), part, part, part)
+
+
+ONE = labels_only([0, 0, 0, 0, 1, 1, 2, 0])
+SEVERAL = labels_only([[1, 0, 1], [1, 1, 1], [1, 0, 1], [1, 0, 0]])
+
+
+# The loss
+
+
+def log_softmax(row: Tensor, index: int) -> float:
+    return float(row[index]) - math.log(sum(math.exp(float(x)) for x in row))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_the_loss_of_one_label(smoothing: float) -> None:
+    logits, target, weights = torch.randn(5, 3), [0, 2, 2, 1, 0], [0.5, 1.0, 3.0]
+    total = 0.0
+    for row, label in zip(logits, target, strict=True):
+        for k in range(3):
+            wanted = (1 - smoothing) * (k == label) + smoothing / 3
+            total -= weights[label] * wanted * log_softmax(row, k)
+    ours = one_label_loss(logits, torch.tensor(target), torch.tensor(weights), smoothing)
+    assert float(ours) == pytest.approx(total / 5, rel=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_the_loss_of_several_labels(smoothing: float) -> None:
+    """Targets are s / 2 and 1 - s / 2; the weight is on having the class alone."""
+    logits, weights = torch.randn(4, 3), [0.5, 1.0, 3.0]
+    target = torch.tensor([[1, 0, 0], [0, 0, 0], [1, 1, 1], [0, 1, 0]])
+    total = 0.0
+    for row, wanted in zip(logits, target, strict=True):
+        for k in range(3):
+            yes = 1 - smoothing / 2 if wanted[k] == 1 else smoothing / 2
+            p = 1 / (1 + math.exp(-float(row[k])))
+            total -= weights[k] * yes * math.log(p) + (1 - yes) * math.log(1 - p)
+    ours = several_labels_loss(logits, target, torch.tensor(weights), smoothing)
+    assert float(ours) == pytest.approx(total / 12, rel=1e-5)
+
+
+def test_balanced_weights_of_one_label_are_inverse_frequencies_with_mean_one() -> None:
+    weights = loss_weights("balanced", ONE).numpy()
+    assert weights == pytest.approx([8 / 15, 8 / 6, 8 / 3])  # as often as 5, 2, 1 of 8
+    assert weights[ONE.train.labels].mean() == pytest.approx(1)
+
+
+def test_balanced_weights_of_several_labels_are_negatives_over_positives() -> None:
+    """Never beyond 0.1 and 100, not even where all images or none have the class."""
+    assert loss_weights("balanced", SEVERAL).tolist() == pytest.approx([0.1, 3, 1 / 3])
+    rare = labels_only([[1, 0]] + [[0, 0]] * 299, "ab")
+    assert loss_weights("balanced", rare).tolist() == [100, 100]
+
+
+def test_weights_by_name() -> None:
+    assert loss_weights({"b": 2, "c": 0.5}, SEVERAL).tolist() == [1, 2, 0.5]
+    weights = loss_weights({"b": 20.0, "a": 10.0, "c": 10.0}, ONE)
+    assert weights.tolist() == pytest.approx([0.8, 1.6, 0.8])  # ratios alone, mean 1
+    digits = labels_only([0, 1], "01")
+    by_number: Any = {0: 3.0}  # what YAML makes of {0: 3}
+    assert loss_weights(by_number, digits).tolist() == [1.5, 0.5]
+    assert loss_weights(None, ONE).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"cats": 2.0}, "unknown class cats: did you mean cat?"),
+        ({"cat": 0.0}, "0.0 for cat must be above 0"),
+        ({"cat": -1.0}, "-1.0 for cat must be above 0"),
+        ({"cat": math.nan}, "nan for cat must be above 0"),
+        ("balance", "--class_weights balance: give balanced, or a weight for each class name"),
+    ],
+)
+def test_weights_with_a_mistake(weights: str | dict[str, float], message: str) -> None:
+    data = LabelledImages(["cat", "dog"], ONE.train, ONE.val, ONE.test)
+    with pytest.raises(UserError, match=message):
+        check_settings(ClassifierSettings(class_weights=weights), data)
+
+
+def test_balanced_sampling_needs_one_label_an_image() -> None:
+    check_settings(ClassifierSettings(balanced=True), ONE)
+    with pytest.raises(UserError, match=r"--balanced .* give --class_weights balanced"):
+        check_settings(ClassifierSettings(balanced=True), SEVERAL)
+
+
+@pytest.mark.parametrize("data", [ONE, SEVERAL], ids=["one", "several"])
+def test_a_training_step_takes_labels_weights_and_smoothing(data: LabelledImages) -> None:
+    logits = torch.randn(3, 3)
+    settings = ClassifierSettings(class_weights={"a": 5.0}, label_smoothing=0.3)
+    classifier = Classifier(build_encoder("test_resnet", 32), data.classes, data.multi_label)
+    classifier.forward = lambda images: logits  # type: ignore[method-assign]
+    task = ClassifierTraining(classifier, data, settings)
+    task.log = lambda *_: None  # type: ignore[method-assign,assignment]
+    chosen = [3, 0, 2]
+    loss = task.training_step(Batch([torch.zeros(3, 3, 8, 8)], torch.tensor(chosen), [], []), 0)
+    expected = several_labels_loss if data.multi_label else one_label_loss
+    target = torch.from_numpy(data.train.labels[chosen])
+    weights = loss_weights({"a": 5.0}, data)
+    torch.testing.assert_close(loss, expected(logits, target, weights, 0.3))
+
+
+# Scores
+
+
+def test_scores_of_one_label_against_scikit_learn() -> None:
+    logits, target = torch.randn(60, 3), torch.randint(0, 3, (60,))
+    scores = class_scores.score_one(logits, target, ["a", "b", "c"])
+    best = logits.argmax(dim=1)
+    precision, recall, f1, _ = sk.precision_recall_fscore_support(target, best)
+    for k, name in enumerate("abc"):
+        expected = {"precision": precision[k], "recall": recall[k], "f1": f1[k]}
+        assert scores.per_class[name] == pytest.approx(expected)
+    assert scores.top1 == pytest.approx(sk.accuracy_score(target, best))
+    assert scores.macro_f1 == pytest.approx(f1.mean())
+    assert scores.confusion is not None
+    assert scores.confusion.tolist() == sk.confusion_matrix(target, best).tolist()
+
+
+def test_scores_of_several_labels_against_scikit_learn(warnings: pytest.LogCaptureFixture) -> None:
+    """Classes that all test images or none have count nowhere; ties are kept as ties."""
+    logits, target = torch.randn(60, 5).mul(2).round(), torch.randint(0, 2, (60, 5))
+    logits[:, 3] += 20  # float32 would make these probabilities all one
+    target[:, 1], target[:, 4] = 1, 0
+    scores = class_scores.score_several(logits, target, list("abcde"))
+    assert list(scores.per_class) == ["a", "c", "d"]
+    for k, name in ((0, "a"), (2, "c"), (3, "d")):
+        expected = {
+            "ap": sk.average_precision_score(target[:, k], logits[:, k]),
+            "auroc": sk.roc_auc_score(target[:, k], logits[:, k]),
+            "f1": sk.f1_score(target[:, k], logits[:, k] > 0),
+        }
+        assert scores.per_class[name] == pytest.approx(expected)
+    for metric, measure in (("map", "ap"), ("auroc", "auroc"), ("macro_f1", "f1")):
+        mean = np.mean([values[measure] for values in scores.per_class.values()])
+        assert scores.metrics[metric] == pytest.approx(mean)
+    assert scores.confusion is None
+    assert "all test images or none have it: b, e" in warnings.text
+
+
+def test_the_look_at_several_labels() -> None:
+    logits, target = torch.randn(30, 3), torch.randint(0, 2, (30, 3))
+    target[:, 1] = 0
+    seen = class_scores.judge_several(logits, target)
+    precise = sk.average_precision_score(target[:, [0, 2]], logits[:, [0, 2]], average="macro")
+    probability = logits.double().sigmoid().clamp(1e-12, 1 - 1e-12)
+    loss = np.mean([sk.log_loss(target[:, k], probability[:, k], labels=[0, 1]) for k in range(3)])
+    assert seen.values == pytest.approx({"val_map": precise, "val_loss": loss}, rel=1e-5)
+    assert seen.rank == (seen.values["val_map"], -seen.values["val_loss"])
+
+
+def test_a_look_where_no_class_can_be_ranked_goes_by_the_loss() -> None:
+    seen = class_scores.judge_several(torch.zeros(2, 2), torch.tensor([[1, 0], [1, 0]]))
+    assert seen.values == pytest.approx({"val_loss": math.log(2)})
+    assert seen.rank == (pytest.approx(-math.log(2)),)
+
+
+# Training
+
+
+@pytest.fixture(scope="module")
+def coloured(tmp_path_factory: pytest.TempPathFactory) -> LabelledImages:
+    """Noise; which channels are bright says which classes there are. No image has `nothing`."""
+    folder, random = tmp_path_factory.mktemp("coloured"), np.random.default_rng(0)
+    parts = []
+    for part, count in (("train", 48), ("val", 16), ("test", 32)):
+        labels = np.zeros((count, 4), np.int64)
+        labels[:, [0, 1, 3]] = random.integers(0, 2, (count, 3))
+        paths = []
+        for index, row in enumerate(labels):
+            image = random.integers(0, 120, (32, 32, 3)) + 130 * row[[3, 1, 0]]
+            paths.append(str(folder / f"{part}{index}.png"))
+            Image.fromarray(image.astype(np.uint8)).save(paths[-1])
+        parts.append(Part(paths, labels))
+    return LabelledImages(["blue", "green", "nothing", "red"], *parts)
+
+
+def test_learns_several_labels_an_image(
+    coloured: LabelledImages, warnings: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    torch.manual_seed(5)
+    encoder = build_encoder("test_resnet", 32)
+    settings = ClassifierSettings(
+        epochs=5, batch_size=8, class_weights="balanced", optimizer=OptimizerSettings(lr=3e-3)
+    )
+    model = train_classifier(encoder, coloured, settings, Hardware(devices=1, num_workers=0))
+    assert "can't be learnt, as no training image has it: nothing" in warnings.text
+    scores = score_classifier(model, coloured)
+    assert scores.metrics["map"] > 0.9
+    assert scores.metrics["macro_f1"] > 0.8
+    assert sorted(scores.per_class) == ["blue", "green", "red"]
+
+    save_classifier(model, tmp_path / "model", {})
+    loaded = load_classifier(tmp_path)
+    assert loaded.multi_label
+    assert loaded.classes == coloured.classes
+    assert loaded.encoder.image_size == 32
+    images = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(loaded.eval()(images), model.eval()(images))
+
+
+def test_one_label_is_what_a_model_folder_has_by_default(tmp_path: Path) -> None:
+    encoder = build_encoder("test_resnet", 32)
+    encoder.model.reset_classifier(2)
+    save_model(encoder.model, tmp_path, encoder.model_args, 32, {"label_names": ["a", "b"]})
+    assert not load_classifier(tmp_path).multi_label

@@ -1,0 +1,92 @@
+import pytest
+import torch
+
+from vissl_lite.encoder import build_encoder
+from vissl_lite.transfer.detection.export import FixedDetector, suppress
+from vissl_lite.transfer.detection.model import Detector
+from vissl_lite.transfer.detection.options import DetectorName
+
+
+def outspoken(kind: DetectorName, classes: int = 3) -> Detector:
+    """A detector with random weights so large that it finds many boxes of all classes."""
+    torch.manual_seed(0)
+    detector = Detector(
+        build_encoder("test_resnet", 64), list("abcdef")[:classes], kind, (64, 96)
+    ).eval()
+    net = detector.net
+    if kind == "faster_rcnn":
+        scale = {net.roi_heads.box_predictor.cls_score: 5, net.rpn.head.cls_logits: 50,
+                 net.roi_heads.box_predictor.bbox_pred: 10, net.rpn.head.bbox_pred: 30}  # fmt: skip
+    else:
+        net.head.classification_head.cls_logits.bias.data.fill_(-1.0)
+        scale = {net.head.classification_head.cls_logits: 30, net.head.regression_head.bbox_reg: 20}
+    for layer, times in scale.items():
+        layer.weight.data *= times
+    return detector
+
+
+@pytest.mark.parametrize("kind", ["fcos", "retinanet", "faster_rcnn"])
+def test_it_finds_what_the_detector_finds(kind: DetectorName) -> None:
+    detector = outspoken(kind)
+    images = torch.rand(3, 3, 64, 96) * 4 - 2
+    with torch.no_grad():
+        expected = detector(images)
+        boxes, scores, labels = FixedDetector(detector)(images)
+    assert any(len(one["scores"]) > 20 for one in expected)
+    for index, one in enumerate(expected):
+        count = len(one["scores"])
+        assert (scores[index, :count] > 0.05).all()
+        assert all((what[index, count:] == 0).all() for what in (boxes, scores, labels))
+        torch.testing.assert_close(scores[index, :count], one["scores"])
+        # one to one: where scores are equal but for rounding, the order may be another
+        left = set(range(count))
+        for box, score, label in zip(one["boxes"], one["scores"], one["labels"], strict=True):
+            near = (boxes[index, :count] - box).abs().amax(dim=1) < 1e-3 + 1e-4 * box.abs().max()
+            alike = near & ((scores[index, :count] - score).abs() < 1e-4)
+            same = left & set((alike & (labels[index, :count] == label)).nonzero()[:, 0].tolist())
+            assert same
+            left.remove(min(same))
+
+
+def test_an_image_does_not_depend_on_the_others_in_the_batch() -> None:
+    model = FixedDetector(outspoken("faster_rcnn"))
+    images = torch.rand(2, 3, 64, 96) * 4 - 2
+    with torch.no_grad():
+        both, alone = model(images), model(images[1:])
+    for one, other in zip(both, alone, strict=True):
+        torch.testing.assert_close(one[1:], other, atol=1e-3, rtol=1e-3)
+
+
+def test_where_nothing_is_found_all_scores_are_zero() -> None:
+    torch.manual_seed(0)
+    detector = Detector(
+        build_encoder("test_resnet", 64), ["a", "b", "c"], "retinanet", (64, 64)
+    ).eval()
+    with torch.no_grad():
+        _, scores, _ = FixedDetector(detector)(torch.rand(2, 3, 64, 64))
+    assert (scores == 0).all()
+
+
+def test_suppression_against_the_slow_way() -> None:
+    random = torch.Generator().manual_seed(0)
+    corner = torch.rand(2, 30, 2, generator=random) * 30
+    boxes = torch.cat([corner, corner + 5 + 10 * torch.rand(2, 30, 2, generator=random)], dim=2)
+    scores = torch.rand(2, 3, 30, generator=random)
+    scores[scores < 0.2] = 0
+    kept = suppress(boxes, scores, 0.4, 5)
+    for image in range(2):
+        for label in range(3):
+            stay: list[int] = []
+            for place in scores[image, label].argsort(descending=True).tolist():
+                x1, y1, x2, y2 = boxes[image, place].tolist()
+                worse = scores[image, label, place] == 0
+                for other in stay:
+                    u1, v1, u2, v2 = boxes[image, other].tolist()
+                    shared = max(0, min(x2, u2) - max(x1, u1)) * max(0, min(y2, v2) - max(y1, v1))
+                    whole = (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - shared
+                    worse |= shared / whole > 0.4
+                if not worse and len(stay) < 5:
+                    stay.append(place)
+            expected = torch.zeros(30)
+            expected[stay] = scores[image, label, stay]
+            assert torch.equal(kept[image, label], expected)

@@ -1,0 +1,124 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vissl_lite.encoder import build_encoder
+from vissl_lite.errors import UserError
+from vissl_lite.transfer.detection.data import BoxedImage
+from vissl_lite.transfer.detection.model import (
+    Detector,
+    choose_canvas,
+    detect,
+    detect_in_batches,
+    fit_into,
+)
+from vissl_lite.transfer.detection.options import DetectorName
+
+KINDS: tuple[DetectorName, ...] = ("fcos", "retinanet", "faster_rcnn")
+
+
+def shaped(height: int, width: int) -> BoxedImage:
+    none = np.empty(0)
+    return BoxedImage("x.jpg", (height, width), none.reshape(0, 4), none, none.astype(bool))
+
+
+def make(kind: DetectorName = "fcos", backbone: str = "test_resnet") -> Detector:
+    torch.manual_seed(0)
+    return Detector(build_encoder(backbone, 64), ["a", "b", "c"], kind, (64, 64))
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_vit"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_are_finite_and_reach_the_encoder(kind: DetectorName, backbone: str) -> None:
+    detector = make(kind, backbone).train()
+    boxes = torch.tensor([[4.0, 4, 30, 40], [20, 10, 60, 60]])
+    none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    targets = [{"boxes": boxes, "labels": torch.tensor([0, 2])}, none]
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = detector.losses(torch.rand(2, 3, 64, 64), targets)
+    assert all(loss.isfinite() and loss.dtype == torch.float32 for loss in losses.values())
+    torch.stack(list(losses.values())).sum().backward()
+    first = next(detector.encoder.parameters()).grad
+    assert first is not None
+    assert first.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_classes_are_counted_from_zero(kind: DetectorName) -> None:
+    detector = make(kind).eval()
+    detector.net.score_thresh = 0.0
+    if kind == "faster_rcnn":
+        detector.net.roi_heads.score_thresh = 0.0
+    with torch.no_grad():
+        found = detector(torch.rand(1, 3, 64, 64))[0]
+    assert set(found["labels"].tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_boxes_are_those_of_float32_under_bf16(kind: DetectorName) -> None:
+    detector = make(kind).eval()
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = detector(images)
+    assert all(one["boxes"].dtype == one["scores"].dtype == torch.float32 for one in found)
+
+
+def test_the_encoder_keeps_timms_names() -> None:
+    detector = make()
+    own = dict(build_encoder("test_resnet", 64).named_parameters())
+    assert list(own) == [name for name, _ in detector.encoder.named_parameters()]
+
+
+def test_the_canvas_has_the_shape_of_the_images() -> None:
+    encoder = build_encoder("test_resnet", 128)
+    assert choose_canvas([shaped(480, 640)] * 10, encoder) == (96, 128)
+    assert choose_canvas([shaped(640, 480)] * 10, encoder) == (128, 96)
+    assert choose_canvas([shaped(480, 640)] * 5 + [shaped(640, 480)] * 5, encoder) == (128, 128)
+
+
+def test_a_vit_takes_the_shape_of_the_images_too() -> None:
+    assert choose_canvas([shaped(50, 100)] * 10, build_encoder("test_vit", 64)) == (32, 64)
+
+
+def test_fitting_keeps_the_shape_and_pads() -> None:
+    image = np.full((20, 40, 3), 200, np.uint8)
+    whole, scale = fit_into(image, (64, 64))
+    assert scale == 1.6
+    assert whole.shape == (64, 64, 3)
+    assert (whole[:32] == 200).all()
+    assert (whole[32:] == 114).all()
+
+
+class _Says(torch.nn.Module):
+    """A detector's net that finds the same in each image."""
+
+    def __init__(self, net: Any) -> None:
+        super().__init__()
+        self.backbone = net.backbone
+
+    def forward(self, images: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+        boxes = torch.tensor([[8.0, 4, 24, 16], [40, 50, 60, 60], [0, 0, 64, 32]])
+        scores, labels = torch.tensor([0.5, 0.9, 0.7]), torch.tensor([0, 1, 2])
+        return [{"boxes": boxes, "scores": scores, "labels": labels}] * len(images)
+
+
+def test_boxes_come_back_in_pixels_of_the_image_best_first(tmp_path: Path) -> None:
+    detector = make()
+    detector.net = _Says(detector.net)
+    Image.new("RGB", (128, 64)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"broken")
+    paths = [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+    (found,), good = detect(detector, paths)
+    assert good.tolist() == [True, False]
+    sizes: list[tuple[int, int]] = []
+    detect_in_batches(detector, paths, lambda _, __, some: sizes.extend(some))
+    assert sizes == [(64, 128)]
+    # the second lies in the padding below the image
+    assert found.labels.tolist() == [2, 0]
+    assert found.boxes.tolist() == [[0, 0, 128, 64], [16, 8, 48, 32]]
+    with pytest.raises(UserError, match="none of 1 images can be read"):
+        detect(detector, paths[1:])

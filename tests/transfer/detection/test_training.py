@@ -1,0 +1,233 @@
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vissl_lite.encoder import build_encoder
+from vissl_lite.errors import UserError
+from vissl_lite.optim import OptimizerSettings
+from vissl_lite.transfer.detection import metrics, training
+from vissl_lite.transfer.detection.data import BoxedImage, LabelledBoxes
+from vissl_lite.transfer.detection.metrics import best_threshold, score_detector
+from vissl_lite.transfer.detection.model import Detections, detect, load_detector, save_detector
+from vissl_lite.transfer.detection.options import DetectorSettings
+from vissl_lite.transfer.detection.training import BoxDataset, rescaled, train_detector
+
+
+def squares(folder: Path, count: int, seed: int) -> list[BoxedImage]:
+    """Images of 64 pixels with a red and perhaps a blue square on grey noise."""
+    folder.mkdir()
+    random = np.random.default_rng(seed)
+    made = []
+    for index in range(count):
+        image = random.integers(90, 140, (64, 64, 3), dtype=np.uint8)
+        boxes, labels = [], []
+        for label in range(int(random.integers(1, 3))):
+            side = int(random.integers(14, 26))
+            x, y = (int(v) for v in random.integers(0, (32 - side // 2, 64 - side)))
+            x += 32 * label if side < 32 else 0
+            x = min(x, 64 - side)
+            image[y : y + side, x : x + side] = (220, 20, 20) if label == 0 else (20, 20, 220)
+            boxes.append([x, y, x + side, y + side])
+            labels.append(label)
+        path = folder / f"{index}.png"
+        Image.fromarray(image).save(path)
+        ignored = np.zeros(len(boxes), dtype=bool)
+        made.append(
+            BoxedImage(str(path), (64, 64), np.array(boxes, np.float32), np.array(labels), ignored)
+        )
+    return made
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> LabelledBoxes:
+    folder = tmp_path_factory.mktemp("squares")
+    train, val, test = (
+        squares(folder / name, count, seed)
+        for seed, (name, count) in enumerate((("train", 24), ("val", 4), ("test", 8)))
+    )
+    return LabelledBoxes(["red", "blue"], train, val, test, {})
+
+
+SETTINGS = DetectorSettings(
+    epochs=20,
+    batch_size=8,
+    frozen_norm=False,
+    optimizer=OptimizerSettings(lr=4e-3),
+    smallest_crop=0.8,
+)
+
+
+def test_learns_and_is_the_same_after_saving_and_loading(
+    data: LabelledBoxes, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    encoder = build_encoder("test_resnet", 64)
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    detector = train_detector(encoder, replace(data, val=[]), SETTINGS)
+    assert all(torch.equal(before[name], t) for name, t in encoder.state_dict().items())
+    scores = score_detector(detector, data.test)
+    assert scores.map_50 > 0.4
+    assert set(scores.per_class) == {"red", "blue"}
+    assert 0.05 <= detector.threshold <= 1
+    save_detector(detector, tmp_path / "model", {"encoder": "random"})
+    loaded = load_detector(tmp_path / "model")
+    classes = loaded.classes
+    assert classes == data.classes
+    assert loaded.threshold == detector.threshold
+    paths = [image.path for image in data.test]
+    for one, other in zip(detect(detector, paths)[0], detect(loaded, paths)[0], strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_frozen_leaves_the_encoder_as_it_was(data: LabelledBoxes) -> None:
+    encoder = build_encoder("test_resnet", 64)
+    settings = DetectorSettings(epochs=1, batch_size=8, frozen=True)
+    detector = train_detector(encoder, data, settings)
+    before = encoder.state_dict()
+    assert all(torch.equal(before[name], t) for name, t in detector.encoder.state_dict().items())
+
+
+def test_frozen_norms_stand_still_after_looks_at_the_validation_part(data: LabelledBoxes) -> None:
+    encoder = build_encoder("test_resnet", 64)
+    settings = DetectorSettings(epochs=3, batch_size=8, frozen_norm=True)
+    detector = train_detector(encoder, data, settings)
+    before = encoder.state_dict()
+    changed = {n for n, t in detector.encoder.state_dict().items() if not torch.equal(before[n], t)}
+    assert changed
+    assert not [name for name in changed if "running" in name or "bn" in name]
+
+
+def test_the_best_weights_on_validation_images_are_kept(
+    data: LabelledBoxes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged, states = iter((0.2, 0.9, 0.5)), []
+    real = training.score_detector
+
+    def score(detector: training.Detector, *rest: object) -> object:
+        states.append({k: v.clone() for k, v in detector.state_dict().items()})
+        scores = real(detector, *rest)  # type: ignore[arg-type]
+        return metrics.DetectionScores(
+            next(judged, 0.0), 0.0, scores.per_class, scores.found, scores.images
+        )
+
+    monkeypatch.setattr(training, "score_detector", score)
+    encoder = build_encoder("test_resnet", 64)
+    detector = train_detector(encoder, data, DetectorSettings(epochs=3, batch_size=8))
+    assert len(states) == 4  # three looks, and one for the threshold
+    assert all(torch.equal(states[1][name], t) for name, t in detector.state_dict().items())
+
+
+def test_boxes_follow_the_view_and_ignored_ones_are_left_out(data: LabelledBoxes) -> None:
+    one = data.train[0]
+    ignored = np.ones(len(one.boxes), dtype=bool)
+    ignored[0] = False
+    partly = BoxedImage(one.path, one.size, one.boxes, one.labels, ignored)
+    dataset = BoxDataset([partly], (64, 64), DetectorSettings(upright=False, smallest_crop=0.5))
+    seen = 0
+    for epoch in range(20):
+        item = dataset[epoch, 0]
+        boxes, labels = item.target
+        assert labels.tolist() in ([], [0])
+        for x1, y1, x2, y2 in boxes.round().int().tolist():
+            middle = item.views[0][(y1 + y2) // 2, (x1 + x2) // 2].astype(int)
+            assert middle[0] > middle[2] + 60  # still on the red square
+            seen += 1
+    assert seen > 10
+
+
+def test_an_image_without_boxes_can_be_trained_on(data: LabelledBoxes) -> None:
+    one = data.train[0]
+    empty = BoxedImage(
+        one.path, one.size, np.empty((0, 4), np.float32), np.empty(0, np.int64), np.empty(0, bool)
+    )
+    item = BoxDataset([empty], (64, 64), DetectorSettings())[0, 0]
+    assert item.target[0].shape == (0, 4)
+    some = LabelledBoxes(data.classes, [empty, *data.train[:7]], [], data.test, {})
+    train_detector(build_encoder("test_resnet", 64), some, DetectorSettings(epochs=1, batch_size=8))
+
+
+def test_boxes_are_rescaled_with_their_images() -> None:
+    image = torch.zeros(1, 3, 128, 160)
+    image[:, :, 32:64, 80:120] = 1
+    box, shapes = torch.tensor([80.0, 32, 120, 64]), set()
+    for _ in range(30):
+        made, stretch = rescaled(image)
+        shapes.add(tuple(made.shape[-2:]))
+        ys, xs = (made[0, 0] > 0.5).nonzero(as_tuple=True)
+        edges = torch.tensor([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
+        assert (edges - box * stretch).abs().max() <= 1
+    assert len(shapes) > 2
+    assert all(side % 32 == 0 for shape in shapes for side in shape)
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_vit"])
+def test_training_at_several_scales(data: LabelledBoxes, backbone: str) -> None:
+    settings = DetectorSettings(epochs=1, batch_size=8, multi_scale=True)
+    train_detector(build_encoder(backbone, 64), replace(data, val=[]), settings)
+
+
+def answers(images: list[BoxedImage]) -> list[Detections]:
+    return [Detections(i.boxes, np.full(len(i.boxes), 0.9, np.float32), i.labels) for i in images]
+
+
+def test_scores_count_what_they_should(
+    data: LabelledBoxes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = data.test
+    good = np.ones(len(images), dtype=bool)
+
+    def found(said: list[Detections]) -> None:
+        monkeypatch.setattr(metrics, "detect", lambda *_: (said, good))
+
+    detector: Any = SimpleNamespace(classes=data.classes)  # is not asked more, see above
+    found(answers(images))
+    perfect = score_detector(detector, images)
+    assert perfect.metrics == {"map": 1.0, "map_50": 1.0}
+    found([Detections(one.boxes, one.scores, 1 - one.labels) for one in answers(images)])
+    assert score_detector(detector, images).map == 0.0
+    # boxes moved by a fifth of their width overlap by two thirds: right at 0.5, not at 0.75
+    moved = []
+    for one in answers(images):
+        shift = 0.2 * (one.boxes[:, 2] - one.boxes[:, 0])
+        boxes = one.boxes + np.stack([shift, 0 * shift, shift, 0 * shift], axis=1)
+        moved.append(one._replace(boxes=boxes.astype(np.float32)))
+    found(moved)
+    near = score_detector(detector, images)
+    assert near.map_50 == 1.0
+    assert near.map == pytest.approx(0.4)  # thresholds 0.5, 0.55, 0.6, 0.65 of ten
+    # what is ignored is neither missed nor wrong when it is found
+    hidden = [
+        BoxedImage(i.path, i.size, i.boxes, i.labels, np.arange(len(i.boxes)) > 0) for i in images
+    ]
+    found(answers(images))
+    assert score_detector(detector, hidden).map == 1.0
+
+
+def test_the_threshold_is_where_f1_is_best() -> None:
+    boxes = np.array([[0, 0, 10, 10], [20, 20, 30, 30]], np.float32)
+    truth = BoxedImage("x", (40, 40), boxes, np.array([0, 0]), np.zeros(2, dtype=bool))
+    found = Detections(
+        np.array([[0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30], [5, 20, 9, 30]], np.float32),
+        np.array([0.9, 0.7, 0.6, 0.3], np.float32),
+        np.zeros(4, np.int64),
+    )
+    # a hit, the same again, a hit, a miss: F1 2/3, 1/2, 4/5, 2/3
+    assert best_threshold([found], [truth]) == pytest.approx(0.6)
+    nothing = Detections(np.empty((0, 4), np.float32), np.empty(0, np.float32), np.empty(0, int))
+    assert best_threshold([nothing], [truth]) == 0.5
+
+
+def test_a_damaged_model_folder_is_said_so(data: LabelledBoxes, tmp_path: Path) -> None:
+    detector = training.Detector(build_encoder("test_resnet", 64), ["a", "b"], "fcos", (64, 64))
+    save_detector(detector, tmp_path, {})
+    (tmp_path / "head.json").write_text('{"task": "detection"}')
+    with pytest.raises(UserError, match="is damaged"):
+        load_detector(tmp_path)
+    with pytest.raises(UserError, match="larger than the training part: 24 images"):
+        train_detector(detector.encoder, data, DetectorSettings(batch_size=100))

@@ -1,0 +1,1 @@
+"""Classification: one class or several labels for each image."""

@@ -1,0 +1,147 @@
+"""How well a classifier does: on validation images while it trains, on test images at the end."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from torchmetrics.functional.classification import (
+    binary_auroc,
+    binary_average_precision,
+    binary_f1_score,
+    multiclass_accuracy,
+    multiclass_confusion_matrix,
+    multiclass_f1_score,
+    multiclass_precision,
+    multiclass_recall,
+)
+
+from vissl_lite.transfer.classification.data import has_both
+from vissl_lite.transfer.finetuning import Judgement
+
+log = logging.getLogger(__name__)
+
+
+def judge_one(logits: Tensor, target: Tensor) -> Judgement:
+    """What a look at images of one class each saw.
+
+    Args:
+        logits: ``(N, K)``.
+        target: ``(N,)`` class indices.
+    """
+    loss = float(F.cross_entropy(logits, target))
+    accuracy = float((logits.argmax(dim=1) == target).float().mean())
+    return Judgement((accuracy, -loss), {"val_top1": accuracy, "val_loss": loss})
+
+
+def judge_several(logits: Tensor, target: Tensor) -> Judgement:
+    """What a look at images of several labels saw; the loss alone where no class can be ranked.
+
+    Args:
+        logits: ``(N, K)``.
+        target: ``(N, K)`` of 0 and 1.
+    """
+    loss = float(F.binary_cross_entropy_with_logits(logits, target.float()))
+    ranked = np.flatnonzero(has_both(target.numpy())).tolist()
+    if not ranked:
+        return Judgement((-loss,), {"val_loss": loss})
+    # one class at a time: torchmetrics' multi-label functions refuse a single class
+    score = logits.double().sigmoid()
+    mean = _mean([binary_average_precision(score[:, k], target[:, k]) for k in ranked])
+    return Judgement((mean, -loss), {"val_map": mean, "val_loss": loss})
+
+
+@dataclass(frozen=True)
+class TestScores:
+    """How well a classifier does on the test part.
+
+    Attributes:
+        metrics: with one class an image ``top1`` (share classified rightly) and ``macro_f1``;
+            with several labels ``map`` (mean average precision), ``auroc`` and ``macro_f1`` (at a
+            probability of one half), nan without a class to score. Means over classes count each
+            alike.
+        per_class: by name: ``precision``, ``recall``, ``f1``; with several labels ``ap``,
+            ``auroc``, ``f1`` of the classes that some test images have and some have not, which
+            are those that the means are over.
+        confusion: ``(K, K)`` images, by true class (row) and predicted class (column); None with
+            several labels.
+        right: ``(N,)`` bool: which images are classified rightly; None with several labels.
+    """
+
+    metrics: dict[str, float]
+    per_class: dict[str, dict[str, float]]
+    confusion: np.ndarray | None = None
+    right: np.ndarray | None = None
+
+    @property
+    def top1(self) -> float:
+        """Share of images classified rightly."""
+        return self.metrics["top1"]
+
+    @property
+    def macro_f1(self) -> float:
+        """F1 averaged over classes, each counting alike."""
+        return self.metrics["macro_f1"]
+
+
+def score_one(logits: Tensor, target: Tensor, classes: Sequence[str]) -> TestScores:
+    """Scores of images of one class each.
+
+    Args:
+        logits: ``(N, K)``.
+        target: ``(N,)`` class indices.
+        classes: K names.
+    """
+    count = len(classes)
+    each = {
+        "precision": multiclass_precision(logits, target, count, average="none"),
+        "recall": multiclass_recall(logits, target, count, average="none"),
+        "f1": multiclass_f1_score(logits, target, count, average="none"),
+    }
+    metrics = {
+        "top1": float(multiclass_accuracy(logits, target, count, average="micro")),
+        "macro_f1": float(multiclass_f1_score(logits, target, count, average="macro")),
+    }
+    confusion = multiclass_confusion_matrix(logits, target, count).numpy()
+    right = (logits.argmax(dim=1) == target).numpy()
+    return TestScores(metrics, _by_class(each, classes), confusion, right)
+
+
+def score_several(logits: Tensor, target: Tensor, classes: Sequence[str]) -> TestScores:
+    """Scores of images of several labels; classes that all images or none have are left out.
+
+    Args:
+        logits: ``(N, K)``.
+        target: ``(N, K)`` of 0 and 1.
+        classes: K names.
+    """
+    scored = has_both(target.numpy())
+    names = np.array(classes)
+    if not scored.all():
+        log.warning("left out of the scores, as all test images or none have it: %s",
+                    ", ".join(names[~scored]))  # fmt: skip
+    pairs = [(logits[:, k].double().sigmoid(), target[:, k]) for k in np.flatnonzero(scored)]
+    each = {
+        "ap": [binary_average_precision(*pair) for pair in pairs],
+        "auroc": [binary_auroc(*pair) for pair in pairs],
+        "f1": [binary_f1_score(*pair) for pair in pairs],
+    }
+    means = {"map": _mean(each["ap"]), "auroc": _mean(each["auroc"]), "macro_f1": _mean(each["f1"])}
+    return TestScores(means, _by_class(each, names[scored].tolist()))
+
+
+def _by_class(
+    each: Mapping[str, Sequence[Tensor] | Tensor], classes: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    return {
+        name: {measure: float(values[row]) for measure, values in each.items()}
+        for row, name in enumerate(classes)
+    }
+
+
+def _mean(values: Sequence[Tensor]) -> float:
+    return float(torch.stack(list(values)).mean()) if values else math.nan

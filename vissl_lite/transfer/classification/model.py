@@ -1,0 +1,112 @@
+"""The classifier: an encoder whose timm model has a class for each name; its model folder."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vissl_lite.encoder import Encoder, Normalize
+from vissl_lite.encoder_config import CONFIG
+from vissl_lite.encoder_folder import load_model, save_model
+from vissl_lite.errors import UserError
+from vissl_lite.inference import run_over
+from vissl_lite.transfer.classification.data import LabelledImages
+from vissl_lite.transfer.classification.metrics import TestScores, score_one, score_several
+from vissl_lite.transfer.finetuning import model_folder
+
+
+class Classifier(nn.Module):
+    """A timm model with a classifier, and what is needed to use it.
+
+    Args:
+        encoder: becomes a part of it, and its timm model gets a new classifier if it has none for
+            these classes.
+        classes: K names.
+        multi_label: whether an image may have several: the probability of each is then the sigmoid
+            of its logit, else all of them are a softmax.
+    """
+
+    def __init__(self, encoder: Encoder, classes: Sequence[str], multi_label: bool = False) -> None:
+        super().__init__()
+        self.encoder, self.classes, self.multi_label = encoder, list(classes), multi_label
+        if self.network.num_classes != len(self.classes):
+            self.network.reset_classifier(len(self.classes))
+
+    @property
+    def network(self) -> Any:
+        """The timm model."""
+        return self.encoder.model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(B, K)`` logits of normalised images."""
+        logits: Tensor = self.network(images)
+        return logits
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """``(B, K)`` probabilities of logits."""
+        return logits.sigmoid() if self.multi_label else logits.softmax(dim=1)
+
+
+def class_logits(classifier: Classifier, paths: Sequence[str]) -> tuple[Tensor, np.ndarray]:
+    """``(N, K)`` logits of the readable images, and ``(M,)`` bool: which of all M these are."""
+    encoder = classifier.encoder
+    (logits,), good = run_over(
+        classifier,
+        lambda images: [classifier(images)],
+        Normalize(encoder.mean, encoder.std),
+        paths,
+        encoder.image_size,
+    )
+    return logits, good
+
+
+def score_classifier(classifier: Classifier, data: LabelledImages) -> TestScores:
+    """Score a classifier on the test part.
+
+    Args:
+        classifier: from ``train_classifier``.
+        data: whose test part.
+    """
+    logits, good = class_logits(classifier, data.test.paths)
+    target = torch.from_numpy(data.test.labels[good])
+    return (score_several if data.multi_label else score_one)(logits, target, data.classes)
+
+
+def save_classifier(classifier: Classifier, folder: Path, about: dict[str, Any]) -> None:
+    """Write a model folder in timm's format.
+
+    Args:
+        classifier: what to save.
+        folder: where; made if missing.
+        about: how it was trained.
+    """
+    encoder = classifier.encoder
+    about = {**about, "multi_label": classifier.multi_label}
+    extra = {"label_names": classifier.classes, "vissl_lite": about}
+    save_model(classifier.network, folder, encoder.model_args, encoder.image_size, extra)
+
+
+def load_classifier(source: Path) -> Classifier:
+    """Load what ``save_classifier`` wrote.
+
+    Args:
+        source: a run of ``finetune``, or the ``model`` folder in it.
+
+    Raises:
+        UserError: there is no classifier, or it is damaged.
+    """
+    folder = model_folder(source)
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} holds no classifier")
+    model, config = load_model(folder)
+    names, about = config.get("label_names"), config.get("vissl_lite", {})
+    if names is None or model.num_classes != len(names):
+        raise UserError(f"{folder} is no classifier: its config.json names no classes")
+    multi_label = about.get("multi_label", False)
+    if not isinstance(multi_label, bool):
+        raise UserError(f"{folder / CONFIG} is damaged: multi_label is neither true nor false")
+    encoder = Encoder(model, config["model_args"], config["pretrained_cfg"]["input_size"][-1])
+    return Classifier(encoder, names, multi_label)

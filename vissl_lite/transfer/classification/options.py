@@ -1,0 +1,30 @@
+"""The options that classification has beside those of all tasks."""
+
+from dataclasses import dataclass
+
+from vissl_lite.transfer.finetuning import TransferSettings
+from vissl_lite.transfer.options import ClassWeightsOption
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationOptions(ClassWeightsOption):
+    """Options of classification."""
+
+    label_smoothing: float = 0.1
+    """Share of the target that is spread over all classes."""
+    balanced: bool = False
+    """Sample all classes equally often."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierSettings(TransferSettings, ClassificationOptions):
+    """How to train a classifier.
+
+    Attributes:
+        label_smoothing: share s of the target that is spread over all classes (Szegedy et al. 2016,
+            section 7); with several labels an image over yes and no, so that targets are s / 2 and
+            1 - s / 2.
+        balanced: sample all classes equally often.
+        class_weights: what classes weigh in the loss, see ``loss_weights``: ``balanced``, or a
+            weight by name. None for all alike.
+    """

@@ -1,0 +1,152 @@
+"""Classification as the commands see it."""
+
+import csv
+import json
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from vissl_lite.data.images import read_image, suitable_size
+from vissl_lite.encoder import Encoder, Normalize
+from vissl_lite.inference import check_outputs, run_in_batches
+from vissl_lite.pictures import draw_words, plot_confusion, plot_per_class, plot_titled
+from vissl_lite.training.fit import NO_FILES, TrainingFiles
+from vissl_lite.training.hardware import Hardware
+from vissl_lite.transfer.base import Task, spread
+from vissl_lite.transfer.classification.data import LabelledImages, load_labelled
+from vissl_lite.transfer.classification.metrics import TestScores
+from vissl_lite.transfer.classification.model import (
+    Classifier,
+    class_logits,
+    load_classifier,
+    save_classifier,
+    score_classifier,
+)
+from vissl_lite.transfer.classification.options import ClassificationOptions, ClassifierSettings
+from vissl_lite.transfer.classification.training import check_settings, train_classifier
+from vissl_lite.transfer.exporting import ExportModel
+from vissl_lite.transfer.prediction import Predictions, growing_file
+
+SHOWN = 16  # test images in the picture of predictions beside the truth
+
+
+class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestScores]):
+    """One class or several labels for each image; see ``train_classifier``."""
+
+    name = "classification"
+    options = ClassificationOptions
+    settings = ClassifierSettings
+    curves = ("loss", "val_loss", "val_top1", "val_map", "lr")
+    takes_shots = True
+
+    def load_data(self, source: str, settings: ClassifierSettings) -> LabelledImages:
+        return load_labelled(source, settings.seed, multi_label=True)
+
+    def image_size(self, data: LabelledImages, settings: ClassifierSettings) -> int | None:
+        return None if settings.pretrained else suitable_size(data.train.paths)
+
+    def check(self, encoder: Encoder, data: LabelledImages, settings: ClassifierSettings) -> None:
+        check_settings(settings, data)
+
+    def validation_metric(self, data: LabelledImages) -> str:
+        return "val_map" if data.multi_label else "val_top1"
+
+    def train(
+        self,
+        encoder: Encoder,
+        data: LabelledImages,
+        settings: ClassifierSettings,
+        hardware: Hardware | None = None,
+        files: TrainingFiles = NO_FILES,
+    ) -> Classifier:
+        return train_classifier(encoder, data, settings, hardware, files)
+
+    def evaluate(self, model: Classifier, data: LabelledImages) -> TestScores:
+        return score_classifier(model, data)
+
+    def save(self, model: Classifier, folder: Path, about: dict[str, Any]) -> None:
+        save_classifier(model, folder, about)
+
+    def load(self, folder: Path) -> Classifier:
+        return load_classifier(folder)
+
+    def visualize(
+        self, model: Classifier, data: LabelledImages, scores: TestScores, run: Path
+    ) -> None:
+        if scores.confusion is not None:
+            plot_confusion(scores.confusion, data.classes, run / "confusion.png")
+        plot_per_class(scores.per_class, run / "per_class.png")
+        part = data.test.take(spread(len(data.test), SHOWN))
+        logits, good = class_logits(model, part.paths)
+        part = part.take(np.flatnonzero(good))
+        if data.multi_label:
+            found, true = (logits > 0).numpy(), part.labels > 0
+        else:
+            found = np.eye(len(data.classes), dtype=bool)[logits.argmax(dim=1).numpy()]
+            true = np.eye(len(data.classes), dtype=bool)[part.labels]
+        words = [[_words(row, data.classes) for row in rows] for rows in (true, found)]
+        titles = [
+            true_word if true_word == found_word else f"{found_word}\n(true: {true_word})"
+            for true_word, found_word in zip(*words, strict=True)
+        ]
+        images = [read_image(path, 256) for path in part.paths]
+        right = [bool((a == b).all()) for a, b in zip(true, found, strict=True)]
+        plot_titled(images, titles, right, run / "test.png")
+
+    def predict(self, model: Classifier, predictions: Predictions) -> tuple[Path, int]:
+        """A row for each image: its class and probability; or, with several labels, all of them."""
+        file = predictions.run / "predictions.csv"
+        with growing_file(file) as out:
+            rows = csv.writer(out)
+            if model.multi_label:
+                rows.writerow(["path", "labels", *model.classes])
+            else:
+                rows.writerow(["path", "class", "probability"])
+            numbers = count()
+
+            def use(paths: list[str], outputs: list[Tensor]) -> None:
+                (logits,) = outputs
+                check_outputs(
+                    [logits], f"{paths[0]} or one of the {len(paths)} images from there on"
+                )
+                for path, row in zip(paths, model.probabilities(logits).numpy(), strict=True):
+                    best = int(row.argmax())
+                    if model.multi_label:
+                        words = "|".join(
+                            name for name, p in zip(model.classes, row, strict=True) if p >= 0.5
+                        )
+                        rows.writerow([path, words, *(f"{p:.4f}" for p in row)])
+                    else:
+                        words = f"{model.classes[best]} {row[best]:.2f}"
+                        rows.writerow([path, model.classes[best], f"{row[best]:.4f}"])
+                    predictions.draw(
+                        next(numbers), path, partial(draw_words, words=words or "none")
+                    )
+                out.flush()
+
+            good = run_in_batches(
+                model,
+                lambda images: [model(images)],
+                Normalize(model.encoder.mean, model.encoder.std),
+                predictions.paths,
+                model.encoder.image_size,
+                use,
+                predictions.advance,
+            )
+        return file, int(good.sum())
+
+    def export_model(self, model: Classifier, folder: Path) -> ExportModel:
+        encoder = model.encoder
+        last = nn.Sigmoid() if model.multi_label else nn.Softmax(dim=1)
+        layers = nn.Sequential(Normalize(encoder.mean, encoder.std), model.network, last)
+        about = {"classes": json.dumps(model.classes), "multi_label": json.dumps(model.multi_label)}
+        size = (encoder.image_size, encoder.image_size)
+        return ExportModel(layers, self.name, ("probabilities",), size, folder, about)
+
+
+def _words(has: np.ndarray, classes: list[str]) -> str:
+    return ", ".join(name for name, one in zip(classes, has, strict=True) if one) or "none"

@@ -1,0 +1,237 @@
+"""Classification: fine-tune an encoder, whole or frozen, on labelled images.
+
+An image has one class, or any number of them (multi-label): the data say which.
+"""
+
+import copy
+import logging
+import math
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from torch.optim import Optimizer
+
+from vissl_lite.data.stream import Batch, ViewDataset
+from vissl_lite.data.views import Views, crop_decode_size, flip, random_crop
+from vissl_lite.encoder import Encoder
+from vissl_lite.errors import UserError, check_warmup, did_you_mean
+from vissl_lite.optim import build_optimizer
+from vissl_lite.training.fit import NO_FILES, TrainingFiles
+from vissl_lite.training.hardware import Hardware
+from vissl_lite.transfer.classification.data import LabelledImages
+from vissl_lite.transfer.classification.metrics import (
+    judge_one,
+    judge_several,
+)
+from vissl_lite.transfer.classification.model import Classifier, class_logits
+from vissl_lite.transfer.classification.options import ClassifierSettings
+from vissl_lite.transfer.finetuning import Judgement, train
+
+log = logging.getLogger(__name__)
+
+# Bounds of a class's balanced positive weight: beyond them a few images decide every step.
+LEAST_WEIGHT, MOST_WEIGHT = 0.1, 100.0
+
+
+def check_settings(settings: ClassifierSettings, data: LabelledImages) -> None:
+    """Raise a UserError if settings do not suit the data.
+
+    Args:
+        settings: how to train.
+        data: on what.
+    """
+    check_warmup("label_smoothing", settings.label_smoothing)
+    if settings.balanced and data.multi_label:
+        raise UserError("--balanced samples images by their one class, but here an image has "
+                        "several labels: give --class_weights balanced")  # fmt: skip
+    loss_weights(settings.class_weights, data)
+
+
+def loss_weights(chosen: str | dict[str, float] | None, data: LabelledImages) -> Tensor:
+    """What each class weighs in the loss.
+
+    With one class an image a weight multiplies the loss of the images of the class; ``balanced``
+    is one over the number of its training images. Only ratios count: the mean over the training
+    images is 1, which leaves the learning rate its meaning.
+
+    With several labels an image it multiplies the loss of having the class, not that of having it
+    not; ``balanced`` is the training images without the class over those with it, between 0.1 and
+    100.
+
+    Args:
+        chosen: ``balanced``, or weights by class name (1 for classes not named); None for 1.
+        data: whose training part is counted.
+
+    Returns:
+        ``(K,)``.
+
+    Raises:
+        UserError: an unknown word or class name, or a weight that is not positive.
+    """
+    labels, count = data.train.labels, len(data.classes)
+    if isinstance(chosen, dict):
+        chosen = {str(name): weight for name, weight in chosen.items()}  # YAML reads 0 as a number
+        for name, weight in chosen.items():
+            if name not in data.classes:
+                raise UserError(f"--class_weights: unknown class {name}: "
+                                f"{did_you_mean(name, data.classes)}")  # fmt: skip
+            if not 0 < weight < math.inf:
+                raise UserError(f"--class_weights: {weight} for {name} must be above 0 and finite")
+        weights = np.array([chosen.get(name, 1.0) for name in data.classes])
+    elif chosen is None:
+        weights = np.ones(count)
+    elif chosen != "balanced":
+        raise UserError(f"--class_weights {chosen}: give balanced, or a weight for each class name")
+    elif data.multi_label:
+        have = labels.sum(axis=0)
+        weights = (len(labels) - have) / np.maximum(have, 1)
+        weights = np.clip(weights, LEAST_WEIGHT, MOST_WEIGHT)
+    else:
+        weights = 1 / np.maximum(np.bincount(labels, minlength=count), 1)
+    if not data.multi_label:
+        weights = weights / weights[labels].mean()
+    return torch.from_numpy(weights).float()
+
+
+def one_label_loss(logits: Tensor, target: Tensor, weights: Tensor, smoothing: float) -> Tensor:
+    """Cross-entropy, each image weighted by its class.
+
+    Args:
+        logits: ``(B, K)``.
+        target: ``(B,)`` class indices.
+        weights: ``(K,)``.
+        smoothing: share of the target that is spread over all classes.
+    """
+    losses = F.cross_entropy(logits, target, label_smoothing=smoothing, reduction="none")
+    return (weights[target] * losses).mean()
+
+
+def several_labels_loss(
+    logits: Tensor, target: Tensor, weights: Tensor, smoothing: float
+) -> Tensor:
+    """Binary cross-entropy, averaged over images and classes.
+
+    Args:
+        logits: ``(B, K)``.
+        target: ``(B, K)`` of 0 and 1.
+        weights: ``(K,)``, on the side of the loss that asks for the class.
+        smoothing: s; targets are s / 2 and 1 - s / 2.
+    """
+    soft = target * (1 - smoothing) + smoothing / 2
+    return F.binary_cross_entropy_with_logits(logits, soft, pos_weight=weights)
+
+
+class ClassifierTraining(pl.LightningModule):
+    """How a classifier is trained.
+
+    Args:
+        classifier: with K classes.
+        data: whose training part it is trained on.
+        settings: how to train it.
+    """
+
+    def __init__(
+        self, classifier: Classifier, data: LabelledImages, settings: ClassifierSettings
+    ) -> None:
+        super().__init__()
+        self.model, self.settings = classifier, settings
+        self.loss = several_labels_loss if data.multi_label else one_label_loss
+        self.labels: Tensor
+        self.weights: Tensor
+        weights = loss_weights(settings.class_weights, data)
+        self.register_buffer("labels", torch.from_numpy(data.train.labels), persistent=False)
+        self.register_buffer("weights", weights, persistent=False)
+        if settings.frozen:
+            classifier.requires_grad_(False)
+            classifier.network.get_classifier().requires_grad_(True)
+
+    def train(self, mode: bool = True) -> "ClassifierTraining":
+        super().train(mode)
+        if self.settings.frozen:
+            self.model.eval()  # a frozen encoder's norms and dropout stand still too
+        return self
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        logits = self.model(self.model.encoder.normalize(batch.views[0])).float()
+        target = self.labels[batch.indices]
+        loss = self.loss(logits, target, self.weights, self.settings.label_smoothing)
+        self.log("loss", loss.detach())
+        return loss
+
+    def configure_optimizers(self) -> Optimizer:
+        return build_optimizer(self.model.network, self.settings.optimizer)
+
+
+def classifier_views(size: int, smallest_crop: float, upright: bool) -> Views:
+    """One training view: a random crop, perhaps flipped.
+
+    Args:
+        size: side in pixels.
+        smallest_crop: smallest share of the image's area.
+        upright: whether the images have an up; see ``flip``.
+    """
+    one = [random_crop(size, smallest_crop), flip(upright)]
+    return Views([one], shortest=crop_decode_size(size, smallest_crop))
+
+
+def train_classifier(
+    encoder: Encoder,
+    data: LabelledImages,
+    settings: ClassifierSettings,
+    hardware: Hardware | None = None,
+    files: TrainingFiles = NO_FILES,
+    title: str = "finetune",
+) -> Classifier:
+    """Fine-tune a copy of an encoder. The test part is not looked at.
+
+    Args:
+        encoder: left as it is.
+        data: trained on ``train``; the weights with the best accuracy on ``val`` (with several
+            labels an image, mean average precision) are kept, the last ones where ``val`` is empty.
+        settings: how.
+        hardware: where; default one device.
+        files: where metrics and checkpoints go.
+        title: of the progress bar.
+
+    Returns:
+        A classifier with a class for each of the data's.
+
+    Raises:
+        UserError: the batch is larger than the training part, or settings do not suit the data.
+    """
+    check_settings(settings, data)
+    if data.note:
+        log.info("%s", data.note)
+    if data.multi_label:
+        _warn_of_constant_classes(data)
+    batch_size = settings.batch(len(data.train), usual=64)
+    torch.manual_seed(settings.seed)  # the new classifier's weights
+    classifier = Classifier(copy.deepcopy(encoder), data.classes, data.multi_label)
+    training = ClassifierTraining(classifier, data, settings)
+    views = classifier_views(encoder.image_size, settings.smallest_crop, settings.upright)
+    dataset = ViewDataset(data.train.paths, views, settings.seed)
+
+    def judge() -> Judgement:
+        logits, good = class_logits(classifier, data.val.paths)
+        target = torch.from_numpy(data.val.labels[good])
+        return (judge_several if data.multi_label else judge_one)(logits, target)
+
+    weights = None
+    if settings.balanced:
+        weights = 1 / np.bincount(data.train.labels)[data.train.labels]
+    look = judge if len(data.val) else None
+    train(
+        training, classifier, dataset, batch_size, settings, look, hardware, files, title, weights
+    )
+    return classifier
+
+
+def _warn_of_constant_classes(data: LabelledImages) -> None:
+    labels = data.train.labels
+    for what, which in (("no", ~labels.any(axis=0)), ("every", labels.all(axis=0))):
+        if which.any():
+            log.warning("can't be learnt, as %s training image has it: %s",
+                        what, ", ".join(np.array(data.classes)[which]))  # fmt: skip

@@ -1,0 +1,90 @@
+"""Reads boxes in Pascal VOC's format."""
+
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from pathlib import Path
+
+from vissl_lite.data.text_file import read_bytes
+from vissl_lite.errors import UserError
+from vissl_lite.transfer.detection.data.annotations import (
+    LARGEST_FILE,
+    MISSING_IMAGE,
+    UNKNOWN_CLASS,
+    UNREADABLE_BOX,
+    UNREADABLE_FILE,
+    Annotations,
+    Note,
+    to_number,
+)
+from vissl_lite.transfer.detection.data.cleaning import FLAT, Repairs
+from vissl_lite.transfer.sources import FileTree, split_below, split_of_path
+
+Corners = tuple[float, float, float, float]
+
+
+def read_voc(
+    files: Sequence[tuple[str, str | None]], folder: Path, tree: FileTree, repairs: Repairs
+) -> Annotations:
+    """Read files in Pascal VOC's format (Everingham et al. 2010, development kit, section 8).
+
+    VOC counts pixels from 1 and names the first and the last of a box, so that the left edge is
+    ``xmin - 1``. Many tools write the same files with edges counted from 0: the 1 is taken off
+    only if no annotation of the set has a coordinate of 0.
+
+    Args:
+        files: XML files relative to the folder, and the split of each, or None.
+        folder: where they are.
+        tree: where the images are. An image has the stem of its file, or the file's ``filename``.
+        repairs: what was left out is counted here.
+    """
+    notes: list[Note] = []
+    from_zero = False
+    for path, split in files:
+        file = str(folder / path)
+        try:
+            root = ET.fromstring(read_bytes(file, LARGEST_FILE))
+        except (ET.ParseError, UserError, ValueError, LookupError):
+            repairs.add(UNREADABLE_FILE, file)
+            continue
+        if root.tag != "annotation":
+            repairs.add(UNREADABLE_FILE, file)
+            continue
+        split = split or split_of_path(path)
+        image = tree.image(path[: -len(".xml")], split)
+        if image is None:
+            image = tree.image(root.findtext("filename", "").strip(), split)
+        if image is None:
+            repairs.add(MISSING_IMAGE, file)
+            continue
+        size = (to_number(root.findtext("size/height")), to_number(root.findtext("size/width")))
+        note = Note(image, split or split_below(image, tree), size, [], [], [])
+        notes.append(note)
+        for one in root.iterfind("object"):
+            name = one.findtext("name", "").strip()
+            corners = _corners(one)
+            if corners is None:
+                repairs.add(UNREADABLE_BOX, file)
+            elif not name:
+                repairs.add(UNKNOWN_CLASS, file)
+            elif corners[0] == corners[2] or corners[1] == corners[3]:
+                repairs.add(FLAT, file)  # here, as it would get an area below
+            else:
+                from_zero = from_zero or 0 in corners
+                note.boxes.append(corners)
+                note.names.append(name)
+                note.ignored.append(to_number(one.findtext("difficult")) > 0)
+    if not from_zero:
+        for note in notes:
+            note.boxes[:] = [(x1 - 1, y1 - 1, x2, y2) for x1, y1, x2, y2 in note.boxes]
+    return Annotations(sorted({n for note in notes for n in note.names}), notes, len(files))
+
+
+def _corners(one: ET.Element) -> Corners | None:
+    box = one.find("bndbox")
+    try:
+        if box is None:
+            return None
+        x1, y1, x2, y2 = (float(box.findtext(k, "")) for k in ("xmin", "ymin", "xmax", "ymax"))
+    except ValueError:
+        return None
+    return x1, y1, x2, y2

@@ -1,0 +1,199 @@
+"""Detection as the commands see it."""
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from vissl_lite.data.images import read_image, suitable_size
+from vissl_lite.data.whole_file import whole_file
+from vissl_lite.encoder import Encoder, Normalize
+from vissl_lite.pictures import class_colours, draw_boxes, plot_per_class, plot_pictures
+from vissl_lite.training.fit import NO_FILES, TrainingFiles
+from vissl_lite.training.hardware import Hardware
+from vissl_lite.transfer.base import Task, spread
+from vissl_lite.transfer.detection.data import LabelledBoxes, load_boxes
+from vissl_lite.transfer.detection.export import TRANSLATIONS, FixedDetector
+from vissl_lite.transfer.detection.metrics import DetectionScores, score_detector
+from vissl_lite.transfer.detection.model import (
+    Detections,
+    Detector,
+    detect_in_batches,
+    fit_into,
+    load_detector,
+    save_detector,
+)
+from vissl_lite.transfer.detection.options import DetectionOptions, DetectorSettings
+from vissl_lite.transfer.detection.training import check_rescaling, train_detector
+from vissl_lite.transfer.exporting import ExportModel
+from vissl_lite.transfer.prediction import Predictions, growing_file
+from vissl_lite.transfer.pyramid import report_use, shrunk
+
+SHOWN = 8  # test images in the picture of predictions beside the truth
+
+
+class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]):
+    """Boxes of objects; see ``train_detector``."""
+
+    name = "detection"
+    options = DetectionOptions
+    settings = DetectorSettings
+    curves = ("loss", "val_map", "val_map_50", "lr")
+
+    def load_data(self, source: str, settings: DetectorSettings) -> LabelledBoxes:
+        return load_boxes(source, settings.annotations, settings.seed)
+
+    def image_size(self, data: LabelledBoxes, settings: DetectorSettings) -> int | None:
+        return suitable_size(data.paths("train"), side=max, most=416)
+
+    def check(self, encoder: Encoder, data: LabelledBoxes, settings: DetectorSettings) -> None:
+        if settings.multi_scale:
+            check_rescaling(encoder)
+
+    def report_use(self, encoder: Encoder, source: str) -> None:
+        report_use(encoder, source)
+
+    def validation_metric(self, data: LabelledBoxes) -> str:
+        return "val_map"
+
+    def train(
+        self,
+        encoder: Encoder,
+        data: LabelledBoxes,
+        settings: DetectorSettings,
+        hardware: Hardware | None = None,
+        files: TrainingFiles = NO_FILES,
+    ) -> Detector:
+        return train_detector(encoder, data, settings, hardware, files)
+
+    def evaluate(self, model: Detector, data: LabelledBoxes) -> DetectionScores:
+        return score_detector(model, data.test)
+
+    def save(self, model: Detector, folder: Path, about: dict[str, Any]) -> None:
+        save_detector(model, folder, about)
+
+    def load(self, folder: Path) -> Detector:
+        return load_detector(folder)
+
+    def visualize(
+        self, model: Detector, data: LabelledBoxes, scores: DetectionScores, run: Path
+    ) -> None:
+        classes = data.classes
+        rows = []
+        for index in spread(len(scores.images), SHOWN):
+            truth, found = scores.images[index], scores.found[index]
+            image = read_image(truth.path)
+            sure = found.scores >= model.threshold
+            boxes, labels = found.boxes[sure], found.labels[sure]
+            rows.append(
+                [
+                    shrunk(draw_boxes(image, truth.boxes, truth.labels, classes)),
+                    shrunk(draw_boxes(image, boxes, labels, classes, found.scores[sure])),
+                ]
+            )
+        colours = dict(zip(classes, class_colours(len(classes)), strict=True))
+        plot_pictures(rows, ("truth", "prediction"), run / "test.png", colours)
+        plot_per_class(scores.per_class, run / "per_class.png")
+
+    def predict(self, model: Detector, predictions: Predictions) -> tuple[Path, int]:
+        """COCO's format, with a score for each annotation; pictures show those above the threshold.
+
+        It can't be written image by image, so that a line of JSON for each image comes first.
+        """
+        file, lines = predictions.run / "predictions.json", predictions.run / "predictions.jsonl"
+        with growing_file(lines) as out:
+            images, annotations = count(1), count(1)
+
+            def use(
+                paths: list[str], found: list[Detections], sizes: list[tuple[int, int]]
+            ) -> None:
+                for path, one, (height, width) in zip(paths, found, sizes, strict=True):
+                    number = next(images)
+                    image = {"id": number, "file_name": path, "height": height, "width": width}
+                    boxes = [
+                        {"id": next(annotations), "image_id": number, **_annotation(*box)}
+                        for box in zip(one.boxes, one.scores, one.labels, strict=True)
+                    ]
+                    out.write(json.dumps({"image": image, "annotations": boxes}) + "\n")
+                    sure = one.scores >= model.threshold
+                    drawn = partial(
+                        draw_boxes,
+                        boxes=one.boxes[sure],
+                        labels=one.labels[sure],
+                        classes=model.classes,
+                        scores=one.scores[sure],
+                    )
+                    predictions.draw(number - 1, path, drawn)
+                out.flush()
+
+            good = detect_in_batches(model, predictions.paths, use, predictions.advance)
+        head = {
+            "info": {
+                "description": "vissl-lite predict",
+                "threshold": model.threshold,  # the score from which on F1 was best on validation
+            },
+            "categories": [
+                {"id": i, "name": name} for i, name in enumerate(model.classes, start=1)
+            ],
+        }
+        _write_coco(file, head, lines)
+        lines.unlink()
+        return file, int(good.sum())
+
+    def export_model(self, model: Detector, folder: Path) -> ExportModel:
+        normalize = Normalize(model.encoder.mean, model.encoder.std)
+        layers = nn.Sequential(normalize, FixedDetector(model), nn.Identity())
+        about = {"classes": json.dumps(model.classes), "threshold": str(model.threshold)}
+        return ExportModel(
+            layers,
+            self.name,
+            ("boxes", "scores", "labels"),
+            model.canvas,
+            None,
+            about,
+            fixed_size="a detector has the size that it was trained at",
+            prepare=lambda image, size: fit_into(image, size)[0],
+            preparation="fitted into {size} pixels, at the upper left, on grey",
+            translations=TRANSLATIONS,
+        )
+
+
+def _annotation(box: np.ndarray, score: float, label: int) -> dict[str, Any]:
+    x1, y1, x2, y2 = (round(float(value), 2) for value in box)
+    return {
+        "category_id": int(label) + 1,
+        "bbox": [x1, y1, round(x2 - x1, 2), round(y2 - y1, 2)],
+        "area": round((x2 - x1) * (y2 - y1), 2),
+        "iscrowd": 0,
+        "score": round(float(score), 4),
+    }
+
+
+def _write_coco(file: Path, head: dict[str, Any], lines: Path) -> None:
+    """Write a file in COCO's format without holding all of it in memory.
+
+    Args:
+        file: appears whole or not at all.
+        head: what stands before the images and annotations.
+        lines: a line of JSON with ``image`` and ``annotations`` for each image.
+    """
+
+    def entries(kind: str) -> Iterator[str]:
+        with lines.open(encoding="utf-8") as written:
+            for line in written:
+                found = json.loads(line)
+                yield from map(json.dumps, [found["image"]] if kind == "images" else found[kind])
+
+    with whole_file(file) as part, part.open("w", encoding="utf-8") as out:
+        out.write(json.dumps(head)[:-1])
+        for kind in ("images", "annotations"):
+            out.write(f', "{kind}": [')
+            for number, entry in enumerate(entries(kind)):
+                out.write(f", {entry}" if number else entry)
+            out.write("]")
+        out.write("}\n")

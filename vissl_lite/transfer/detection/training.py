@@ -1,0 +1,135 @@
+"""Detection: fine-tune an encoder into a detector, on images with boxes."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from vissl_lite.data.images import read_image
+from vissl_lite.data.stream import Batch, Item, KeyedDataset
+from vissl_lite.data.views import BoxView, box_pipeline
+from vissl_lite.encoder import Encoder
+from vissl_lite.errors import UserError
+from vissl_lite.training.fit import NO_FILES, TrainingFiles
+from vissl_lite.training.hardware import Hardware
+from vissl_lite.transfer.detection.data import BoxedImage, LabelledBoxes
+from vissl_lite.transfer.detection.metrics import best_threshold, score_detector
+from vissl_lite.transfer.detection.model import Detector, choose_canvas
+from vissl_lite.transfer.detection.options import DetectorSettings
+from vissl_lite.transfer.finetuning import Judgement, train
+from vissl_lite.transfer.pyramid import PyramidTraining
+
+
+class DetectorTraining(PyramidTraining[Detector, DetectorSettings]):
+    """How a detector is trained."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images = self.model.encoder.normalize(batch.views[0])
+        stretch = torch.ones(4, device=images.device)
+        if self.settings.multi_scale:
+            images, stretch = rescaled(images)
+        targets = [{"boxes": boxes * stretch, "labels": labels} for boxes, labels in batch.targets]
+        losses = self.model.losses(images, targets)
+        loss = torch.stack(list(losses.values())).sum()
+        self.log("loss", loss.detach())
+        return loss
+
+
+def rescaled(images: Tensor) -> tuple[Tensor, Tensor]:
+    """A batch at a random scale from 0.75 to 1.25, its sides multiples of 32 as before.
+
+    Args:
+        images: ``(B, C, H, W)``.
+
+    Returns:
+        ``(B, C, h, w)`` and ``(4,)``: what boxes (x1, y1, x2, y2) are to be multiplied with.
+    """
+    scale = 0.75 + 0.5 * float(torch.rand(()))
+    before = images.shape[-2:]
+    after = [max(32, round(side * scale / 32) * 32) for side in before]
+    images = F.interpolate(images, after, mode="bilinear", antialias=scale < 1)
+    y, x = (new / old for new, old in zip(after, before, strict=True))
+    return images, torch.tensor([x, y, x, y], device=images.device)
+
+
+def check_rescaling(encoder: Encoder) -> None:
+    """Raise a UserError if an encoder takes images of its own size alone."""
+    other = encoder.image_size + 32
+    try:
+        encoder.stage_shapes(other, other)
+    except (AssertionError, RuntimeError, ValueError):
+        raise UserError(
+            f"--multi_scale is not for {encoder.backbone}, which takes images of one size"
+        ) from None
+
+
+class BoxDataset(KeyedDataset):
+    """Decodes images and makes their training views, boxes included.
+
+    Args:
+        images: with their boxes; the ignored ones are left out.
+        canvas: height and width of a view.
+        settings: smallest crop, whether images have an up, seed.
+    """
+
+    def __init__(
+        self, images: Sequence[BoxedImage], canvas: tuple[int, int], settings: DetectorSettings
+    ) -> None:
+        super().__init__([image.path for image in images], settings.seed)
+        self.images = images
+        self.view = BoxView(box_pipeline(canvas, settings.smallest_crop, settings.upright))
+        self.shortest = round(min(canvas) * settings.smallest_crop**-0.5)
+
+    def item(self, epoch: int, index: int) -> Item:
+        """A view of one image; its target is ``(N, 4)`` boxes and ``(N,)`` labels."""
+        truth = self.images[index]
+        image = read_image(truth.path, self.shortest)
+        kept = ~truth.ignored
+        boxes = truth.boxes[kept] * (image.shape[1] / truth.size[1])
+        view, boxes, labels = self.view(image, boxes, truth.labels[kept], self.seed, epoch, index)
+        large = ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(axis=1)
+        target = torch.from_numpy(boxes[large]), torch.from_numpy(labels[large])
+        return Item([view], index, [], target)
+
+
+def train_detector(
+    encoder: Encoder,
+    data: LabelledBoxes,
+    settings: DetectorSettings,
+    hardware: Hardware | None = None,
+    files: TrainingFiles = NO_FILES,
+    title: str = "finetune",
+) -> Detector:
+    """Fine-tune a copy of an encoder into a detector. The test part is not looked at.
+
+    Args:
+        encoder: left as it is.
+        data: trained on ``train``; the weights with the best mean average precision on ``val`` are
+            kept, the last ones where ``val`` is empty.
+        settings: how.
+        hardware: where; default one device.
+        files: where metrics and checkpoints go.
+        title: of the progress bar.
+
+    Raises:
+        UserError: the batch is larger than the training part.
+    """
+    batch_size = settings.batch(len(data.train), usual=8)
+    canvas = choose_canvas(data.train, encoder)
+    torch.manual_seed(settings.seed)  # the new head's weights
+    detector = Detector(copy.deepcopy(encoder), data.classes, settings.detector, canvas)
+    task = DetectorTraining(detector, settings)
+
+    def judge() -> Judgement:
+        scores = score_detector(detector, data.val)
+        values = {"val_map": scores.map, "val_map_50": scores.map_50}
+        return Judgement((scores.map, scores.map_50), values)
+
+    look = judge if data.val else None
+    dataset = BoxDataset(data.train, canvas, settings)
+    train(task, detector, dataset, batch_size, settings, look, hardware, files, title)
+    judged = score_detector(detector, data.val or data.train)
+    detector.threshold = best_threshold(judged.found, judged.images)
+    return detector

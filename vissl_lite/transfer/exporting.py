@@ -1,0 +1,74 @@
+"""Models for use elsewhere: from decoded images to what one wants to know about them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from vissl_lite.data.images import resize_and_crop
+from vissl_lite.encoder import Normalize
+from vissl_lite.encoder_config import CONFIG
+from vissl_lite.encoder_folder import load_encoder
+
+
+def crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The shorter side resized, the central square taken.
+
+    Args:
+        image: ``(h, w, C)`` uint8.
+        size: height and width, which are equal.
+    """
+    return resize_and_crop(image, size[0])
+
+
+@dataclass(frozen=True)
+class ExportModel:
+    """A model from decoded images to what a user wants to know.
+
+    Attributes:
+        layers: normalization, the model, and the last step: from ``(B, 3, H, W)`` uint8.
+        task: ``encoder``, or the name of the task.
+        outputs: the names of what comes out.
+        image_size: height and width in pixels.
+        timm_folder: where it stands in timm's format; None where it does not.
+        about: more facts for users of the ONNX file, by name.
+        any_size: whether images of other sizes mean something to it.
+        fixed_size: why images can't have another size than it was trained at; empty if they can.
+        prepare: from an image and ``image_size`` to what goes in, and
+        preparation: the same in words, in which ``{size}`` is the size. None for ``crop``.
+        translations: operators of its own, for torch's ONNX exporter.
+    """
+
+    layers: nn.Sequential
+    task: str
+    outputs: tuple[str, ...]
+    image_size: tuple[int, int]
+    timm_folder: Path | None
+    about: dict[str, str] = field(default_factory=dict)
+    any_size: bool = False
+    fixed_size: str = ""
+    prepare: Callable[[np.ndarray, tuple[int, int]], np.ndarray] = crop
+    preparation: str | None = None
+    translations: dict[Any, Callable[..., Any]] = field(default_factory=dict)
+
+
+def export_encoder(source: str, image_size: int | None) -> ExportModel:
+    """An encoder to be exported.
+
+    Args:
+        source: see ``load_encoder``.
+        image_size: likewise.
+
+    Raises:
+        UserError: there is no encoder, or it is damaged.
+    """
+    encoder = load_encoder(source, image_size)
+    # not `encoder` itself, whose care for bf16 on small images the exporter can't follow
+    layers = nn.Sequential(Normalize(encoder.mean, encoder.std), encoder.model, nn.Identity())
+    places = (Path(source), Path(source) / "encoder")
+    folder = next((place for place in places if (place / CONFIG).is_file()), None)
+    size = encoder.image_size
+    return ExportModel(layers, "encoder", ("features",), (size, size), folder)

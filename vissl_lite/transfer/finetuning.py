@@ -1,0 +1,311 @@
+"""Fine-tuning, whatever the task: settings, the training loop, early stopping, model folders."""
+
+import copy
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vissl_lite.data.json_file import read_json
+from vissl_lite.data.stream import Batch, KeyedDataset
+from vissl_lite.data.whole_file import write_atomically
+from vissl_lite.encoder import Encoder, first_line
+from vissl_lite.encoder_config import CONFIG, SENSELESS, checked_names
+from vissl_lite.encoder_folder import load_encoder, load_tensors, read_weights, save_encoder
+from vissl_lite.errors import UserError
+from vissl_lite.optim import OptimizerSettings
+from vissl_lite.training.fit import NO_FILES, TrainingFiles, fit
+from vissl_lite.training.hardware import Hardware
+from vissl_lite.training.pace import Pace
+from vissl_lite.training.stream import StreamData
+
+log = logging.getLogger(__name__)
+
+# How often the validation part is looked at during a training.
+LOOKS = 25
+
+HEAD, HEAD_WEIGHTS = "head.json", "head.safetensors"
+LARGEST_HEAD = 16 * 2**20  # bytes of head.json
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferSettings:
+    """How to train on labels, whatever the task.
+
+    Attributes:
+        frozen: train the head alone, on the encoder as it is.
+        epochs: None for as many as make 1,000 steps, between 10 and 100.
+        batch_size: None for the task's own, or a quarter of the images where they are few.
+        optimizer: name, peak learning rate, weight decay, layer-wise decay.
+        warmup: share of the training in which the learning rate rises.
+        patience: stop after so many looks at the validation part without a better figure; there
+            are 25 looks in a training. None never stops early.
+        smallest_crop: smallest share of the image's area in a training view.
+        upright: whether the images have an up; without one they are turned and flipped.
+        seed: of everything random.
+        pretrained: whether the encoder's weights are more than random ones.
+    """
+
+    frozen: bool = False
+    epochs: int | None = None
+    batch_size: int | None = None
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    warmup: float = 0.1
+    patience: int | None = 10
+    smallest_crop: float = 0.35
+    upright: bool = True
+    seed: int = 0
+    pretrained: bool = False
+
+    def batch(self, images: int, usual: int) -> int:
+        """The batch size for a training part.
+
+        Args:
+            images: in the training part.
+            usual: the task's own batch size.
+
+        Raises:
+            UserError: what was asked for is larger than the training part.
+        """
+        if self.batch_size is not None and self.batch_size > images:
+            raise UserError(
+                f"--batch_size {self.batch_size} is larger than the training part: {images} images"
+            )
+        return self.batch_size or max(min(usual, images // 4), min(8, images))
+
+
+class Judgement(NamedTuple):
+    """What a look at the validation part saw.
+
+    Attributes:
+        rank: larger is better; the first number decides, the others where it is equal.
+        values: what is logged, by name.
+    """
+
+    rank: tuple[float, ...]
+    values: dict[str, float]
+
+
+class KeepBest(Callback):
+    """Looks at the validation part now and then; keeps the best weights; stops early.
+
+    Args:
+        model: whose weights.
+        judge: looks at the validation part.
+        pace: of the training.
+        every: batches from one look to the next; the last batch is followed by one too.
+        patience: see ``TransferSettings``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        judge: Callable[[], Judgement],
+        pace: Pace,
+        every: int,
+        patience: int | None,
+    ) -> None:
+        self.model, self.judge, self.pace = model, judge, pace
+        self.every, self.patience = every, patience
+        self.best: tuple[float, ...] = ()
+        self.weights: dict[str, Tensor] = {}
+        self._since_best = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": list(self.best), "weights": self.weights, "since_best": self._since_best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        own, weights = self.model.state_dict(), state_dict["weights"]
+        shapes = {name: one.shape for name, one in weights.items() if isinstance(one, Tensor)}
+        if weights and shapes != {name: one.shape for name, one in own.items()}:
+            raise UserError("the best weights in the checkpoint are damaged, or of another model")
+        self.best, self.weights = tuple(state_dict["best"]), weights
+        self._since_best = state_dict["since_best"]
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        if self.pace.batches % self.every and self.pace.batches != self.pace.total:
+            return
+        seen = self.judge()
+        for logger in trainer.loggers:
+            logger.log_metrics(seen.values, step=self.pace.batches - 1)
+        self._since_best = 0 if seen.rank[:1] > self.best[:1] else self._since_best + 1
+        if seen.rank > self.best:
+            self.best = tuple(map(float, seen.rank))
+            self.weights = copy.deepcopy(self.model.state_dict())
+        if self.patience is not None and self._since_best >= self.patience:
+            trainer.should_stop = True
+
+
+def train(
+    task: pl.LightningModule,
+    model: nn.Module,
+    dataset: KeyedDataset,
+    batch_size: int,
+    settings: TransferSettings,
+    judge: Callable[[], Judgement] | None,
+    hardware: Hardware | None = None,
+    files: TrainingFiles = NO_FILES,
+    title: str = "finetune",
+    weights: np.ndarray | None = None,
+) -> None:
+    """Train a task's model; the weights that the validation part finds best are in it afterwards.
+
+    Args:
+        task: with ``training_step`` and ``configure_optimizers``.
+        model: in it; left on the CPU.
+        dataset: the training images.
+        batch_size: images a step.
+        settings: how.
+        judge: looks at the validation part; None where there is none: the last weights stay.
+        hardware: where; default one device.
+        files: where metrics and checkpoints go; a checkpoint holds the best weights so far, too.
+        title: of the progress bar.
+        weights: sampling weights; see ``StreamSampler``.
+    """
+    per_epoch = len(dataset) // batch_size
+    epochs = settings.epochs or min(100, max(10, math.ceil(1000 / per_epoch)))
+    total = epochs * per_epoch
+    pace = Pace(settings.optimizer.lr, settings.warmup, settings.seed, total)
+    hardware = hardware or Hardware(devices=1)
+    stream = StreamData(dataset, batch_size, epochs, pace, hardware.workers(), weights)
+    best = None
+    if judge is not None:
+        every = max(per_epoch, math.ceil(total / LOOKS))
+        best = KeepBest(model, judge, pace, every, settings.patience)
+    fit(task, stream, pace, hardware, [best] if best else [], files, title=title)
+    if best and best.weights:
+        model.load_state_dict(best.weights)
+    model.cpu()
+
+
+def save_with_head(model: nn.Module, encoder: Encoder, folder: Path, about: dict[str, Any]) -> None:
+    """Write a model that is an encoder and a head: ``encoder/`` in timm's format, and the head.
+
+    Args:
+        model: holds the encoder somewhere; all its other tensors are the head's.
+        encoder: that part of it.
+        folder: the model folder.
+        about: what is needed to build the head again: ``task``, ``classes`` and so on.
+    """
+    save_encoder(encoder, folder / "encoder", about)
+    inside = _prefix(model, encoder)
+    head = {
+        name: tensor.contiguous()
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(inside)
+    }
+    save_file(head, folder / HEAD_WEIGHTS)
+    write_atomically(folder / HEAD, json.dumps(about, indent=2) + "\n")
+
+
+def load_with_head(
+    source: Path, task: str, build: Callable[[Encoder, dict[str, Any]], ModuleT]
+) -> tuple[ModuleT, dict[str, Any]]:
+    """Load what ``save_with_head`` wrote.
+
+    Args:
+        source: a run of ``finetune``, or the ``model`` folder in it.
+        task: which task the model must be for.
+        build: makes the model from the encoder and the content of ``head.json``.
+
+    Returns:
+        The model and the content of ``head.json``.
+
+    Raises:
+        UserError: there is no model for this task, or it is damaged.
+    """
+    folder = model_folder(source)
+    about = read_head(folder)
+    if about is None or about["task"] != task:
+        raise UserError(f"{folder} is a model for {about['task'] if about else 'classification'}, "
+                        f"not for {task}")  # fmt: skip
+    encoder = load_encoder(folder / "encoder")
+    weights = read_weights(folder / HEAD_WEIGHTS)
+    try:
+        # Drawn up without memory first: the head has to have the tensors that its file holds.
+        with torch.device("meta"):
+            drawn = build(encoder, about)
+        _compare(drawn, encoder, weights, folder)
+        model = build(encoder, about)
+    except SENSELESS as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
+        raise UserError(f"{folder / HEAD} is damaged: {reason}") from None
+    load_tensors(model, weights, str(folder / HEAD_WEIGHTS))
+    return model, about
+
+
+def read_head(folder: Path) -> dict[str, Any] | None:
+    """The content of ``head.json``, its classes checked; None for a folder in timm's format.
+
+    Args:
+        folder: the model folder.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    file = folder / HEAD
+    if not file.is_file():
+        return None
+    about = read_json(file, largest=LARGEST_HEAD)
+    if not isinstance(about, dict):
+        raise UserError(f"{file} is damaged: it holds no mapping")
+    if not isinstance(about.get("task"), str):
+        raise UserError(f"{file} is damaged: it names no task")
+    try:
+        checked_names(about.get("classes"), "classes")
+    except TypeError as error:
+        raise UserError(f"{file} is damaged: {error}") from None
+    return about
+
+
+def _compare(
+    drawn: nn.Module, encoder: Encoder, weights: Mapping[str, Tensor], folder: Path
+) -> None:
+    """Raise a UserError if the weights are not those of a model without its encoder."""
+    inside = _prefix(drawn, encoder)
+    own = {
+        name: tensor.shape
+        for name, tensor in drawn.state_dict().items()
+        if not name.startswith(inside)
+    }
+    for name in sorted(own.keys() | weights.keys()):
+        if name not in own or name not in weights or own[name] != weights[name].shape:
+            raise UserError(f"{folder} is damaged: its weights do not fit, as {name}")
+
+
+def _prefix(model: nn.Module, encoder: Encoder) -> str:
+    return next(f"{name}." for name, module in model.named_modules() if module is encoder)
+
+
+def model_folder(source: Path) -> Path:
+    """The folder of a fine-tuned model.
+
+    Args:
+        source: a run of ``finetune``, or the ``model`` folder in it.
+
+    Raises:
+        UserError: there is no model.
+    """
+    for folder in (source / "model", source):
+        if (folder / HEAD).is_file() or (folder / CONFIG).is_file():
+            return folder
+    raise UserError(f"no model at {source}: give a run of finetune, or its model folder")

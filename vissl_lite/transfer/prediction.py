@@ -1,0 +1,96 @@
+"""Where predictions go: files that grow while images are looked at, and pictures of them."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+from PIL import Image
+
+from vissl_lite.data.images import BROKEN_IMAGE, read_image
+from vissl_lite.data.reading import reason
+from vissl_lite.data.whole_file import whole_file
+
+log = logging.getLogger(__name__)
+
+# What file systems allow a name, less ".png.part".
+MOST_BYTES = 255 - 9
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The images that predictions are made for, and where they go.
+
+    Attributes:
+        paths: the image files.
+        run: the run folder.
+        pictures: of how many images a picture is wanted.
+        advance: called with the number of images done since the last call.
+    """
+
+    paths: list[str]
+    run: Path
+    pictures: int
+    advance: Callable[[int], None]
+
+    @cached_property
+    def common(self) -> str:
+        """The innermost folder that holds all images."""
+        return os.path.commonpath([os.path.dirname(os.path.abspath(p)) for p in self.paths])
+
+    def place(self, path: str, kind: str) -> Path:
+        """Where a picture for an image goes: below ``kind``, in folders like the image's own."""
+        inside = Path(os.path.relpath(os.path.abspath(path), self.common))
+        file = self.run / kind / inside.parent / file_name(inside.name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return file
+
+    def draw(self, number: int, path: str, drawn: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Write a picture, if this image is among the first ones that are to be drawn."""
+        if number < self.pictures:
+            try:
+                image = read_image(path)
+            except BROKEN_IMAGE as error:  # it was read a moment ago, but can have gone since
+                log.warning("no picture of %s (%s)", path, reason(error, path))
+                return
+            with whole_file(self.place(path, "pictures")) as part:
+                Image.fromarray(drawn(image)).save(part, "PNG")
+
+
+def file_name(name: str) -> str:
+    """The name of the PNG file for an image: its own with ``.png``.
+
+    One that would be too long for a file system is cut, and gets a hash of the whole in its place.
+
+    Args:
+        name: of the image file.
+    """
+    whole = os.fsencode(name)
+    if len(whole) <= MOST_BYTES:
+        return f"{name}.png"
+    digest = blake2b(whole, digest_size=8).hexdigest()
+    # half a letter in UTF-8 would not be one
+    start = whole[: MOST_BYTES - len(digest) - 1].decode("utf-8", "ignore")
+    return f"{start}-{digest}.png"
+
+
+@contextmanager
+def growing_file(file: Path) -> Iterator[TextIO]:
+    """A text file that grows under the name ``FILE.part``, under which a failure leaves it.
+
+    File names go into it as they are on the disk, UTF-8 or not.
+    """
+    part = file.with_name(f"{file.name}.part")
+    try:
+        with part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as out:
+            yield out
+    except BaseException:
+        log.warning("what was predicted up to here is in %s", part)
+        raise
+    os.replace(part, file)

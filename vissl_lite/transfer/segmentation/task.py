@@ -1,0 +1,153 @@
+"""Segmentation as the commands see it."""
+
+import json
+import logging
+import os
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import nn
+
+from vissl_lite.data.images import BROKEN_IMAGE, read_image, suitable_size
+from vissl_lite.data.reading import reason
+from vissl_lite.data.whole_file import whole_file
+from vissl_lite.encoder import Encoder, Normalize
+from vissl_lite.inference import evaluating, report_broken
+from vissl_lite.pictures import (
+    class_colours,
+    draw_mask,
+    plot_confusion,
+    plot_per_class,
+    plot_pictures,
+)
+from vissl_lite.training.fit import NO_FILES, TrainingFiles
+from vissl_lite.training.hardware import Hardware
+from vissl_lite.transfer.base import Task, spread
+from vissl_lite.transfer.exporting import ExportModel
+from vissl_lite.transfer.prediction import Predictions
+from vissl_lite.transfer.pyramid import report_use, shrunk
+from vissl_lite.transfer.segmentation.data import LabelledMasks, load_masks, read_mask
+from vissl_lite.transfer.segmentation.metrics import SegmentationScores, score_segmenter
+from vissl_lite.transfer.segmentation.model import (
+    Segmenter,
+    load_segmenter,
+    save_segmenter,
+    segment,
+)
+from vissl_lite.transfer.segmentation.options import SegmentationOptions, SegmenterSettings
+from vissl_lite.transfer.segmentation.training import train_segmenter, weigh_classes
+
+log = logging.getLogger(__name__)
+
+SHOWN = 8  # test images in the picture of predictions beside the truth
+
+
+class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, SegmentationScores]):
+    """A class for every pixel; see ``train_segmenter``."""
+
+    name = "segmentation"
+    options = SegmentationOptions
+    settings = SegmenterSettings
+    curves = ("loss", "val_loss", "val_miou", "val_dice", "lr")
+
+    def load_data(self, source: str, settings: SegmenterSettings) -> LabelledMasks:
+        return load_masks(source, settings.annotations, settings.seed)
+
+    def image_size(self, data: LabelledMasks, settings: SegmenterSettings) -> int | None:
+        return suitable_size(data.paths("train"))
+
+    def check(self, encoder: Encoder, data: LabelledMasks, settings: SegmenterSettings) -> None:
+        if settings.class_weights != "balanced":  # which can't be wrong, and takes every mask
+            weigh_classes(data, settings.class_weights)
+
+    def report_use(self, encoder: Encoder, source: str) -> None:
+        report_use(encoder, source)
+
+    def validation_metric(self, data: LabelledMasks) -> str:
+        return "val_miou"
+
+    def train(
+        self,
+        encoder: Encoder,
+        data: LabelledMasks,
+        settings: SegmenterSettings,
+        hardware: Hardware | None = None,
+        files: TrainingFiles = NO_FILES,
+    ) -> Segmenter:
+        return train_segmenter(encoder, data, settings, hardware, files)
+
+    def evaluate(self, model: Segmenter, data: LabelledMasks) -> SegmentationScores:
+        return score_segmenter(model, data.test)
+
+    def save(self, model: Segmenter, folder: Path, about: dict[str, Any]) -> None:
+        save_segmenter(model, folder, about)
+
+    def load(self, folder: Path) -> Segmenter:
+        return load_segmenter(folder)
+
+    def visualize(
+        self, model: Segmenter, data: LabelledMasks, scores: SegmentationScores, run: Path
+    ) -> None:
+        classes = data.classes
+        rows = []
+        for index in spread(len(data.test), SHOWN):
+            one = data.test[index]
+            image = read_image(one.path)
+            truth = read_mask(one.mask, one.binary)
+            found = segment(model, image).argmax(axis=0)
+            rows.append(
+                [
+                    shrunk(image),
+                    shrunk(draw_mask(image, truth, len(classes))),
+                    shrunk(draw_mask(image, found, len(classes))),
+                ]
+            )
+        colours = dict(zip(classes, class_colours(len(classes)), strict=True))
+        del colours[classes[0]]  # which is left clear
+        plot_pictures(rows, ("image", "truth", "prediction"), run / "test.png", colours)
+        plot_per_class(scores.per_class, run / "per_class.png")
+        plot_confusion(scores.confusion, classes, run / "confusion.png", "pixels")
+
+    def predict(self, model: Segmenter, predictions: Predictions) -> tuple[Path, int]:
+        """An index PNG for each image, in its own size, with a palette so that one sees it."""
+        classes = len(model.classes)
+        palette = np.array(class_colours(classes), np.uint8)
+        palette[0] = 0
+        faults: list[str | None] = []
+        numbers = count()
+        with evaluating(model, Normalize(model.encoder.mean, model.encoder.std)):
+            for path in predictions.paths:
+                predictions.advance(1)
+                try:
+                    image = read_image(path)
+                except BROKEN_IMAGE as error:
+                    faults.append(reason(error, path))
+                    continue
+                mask = np.asarray(segment(model, image).argmax(axis=0), np.uint8)
+                picture = Image.fromarray(mask)
+                picture.putpalette(palette.ravel().tolist())
+                place = predictions.place(path, "masks")
+                if place.name != f"{os.path.basename(path)}.png":
+                    log.info("the name is too long: the mask of %s is %s", path, place)
+                with whole_file(place) as part:
+                    picture.save(part, "PNG")
+                drawn = partial(draw_mask, mask=mask, classes=classes)
+                predictions.draw(next(numbers), path, drawn)
+                faults.append(None)
+        good = report_broken(predictions.paths, faults)
+        return predictions.run / "masks", int(good.sum())
+
+    def export_model(self, model: Segmenter, folder: Path) -> ExportModel:
+        encoder = model.encoder
+        layers = nn.Sequential(Normalize(encoder.mean, encoder.std), model, nn.Softmax(dim=1))
+        about = {"classes": json.dumps(model.classes)}
+        # Windows of attention, as in Swin, over a free size keep the exporter busy without end.
+        windows = any(hasattr(module, "window_size") for module in encoder.modules())
+        size = (encoder.image_size, encoder.image_size)
+        return ExportModel(
+            layers, self.name, ("probabilities",), size, None, about, any_size=not windows
+        )
