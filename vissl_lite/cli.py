@@ -333,7 +333,8 @@ def _typed(value: Any, kind: Any) -> Any:
 
 def _is_run_of(command: str, out: str) -> bool:
     """Whether a folder holds a run of a command that has written down its options."""
-    from vissl_lite.run_folder import CONFIG, read_record
+    from vissl_lite.run_folder import CONFIG
+    from vissl_lite.run_record import read_record
 
     record = read_record(Path(out))
     return record is not None and record.command == command and (Path(out) / CONFIG).is_file()

@@ -13,7 +13,7 @@ from PIL import Image
 from vissl_lite.cli import VERBS, main
 from vissl_lite.encoder import build_encoder
 from vissl_lite.encoder_folder import save_encoder
-from vissl_lite.run_folder import RunRecord
+from vissl_lite.run_record import RunRecord
 
 Refused = Callable[..., str]
 

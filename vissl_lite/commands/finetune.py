@@ -26,12 +26,12 @@ from vissl_lite.errors import (
     check_seed,
     check_warmup,
 )
+from vissl_lite.metrics_file import MetricsFile
 from vissl_lite.optim import OptimizerSettings, check_optimizer, check_rates
 from vissl_lite.pictures import plot_curves
 from vissl_lite.run import (
     CHECKPOINTS,
     METRICS,
-    MetricsFile,
     beside,
     check_out,
     console,

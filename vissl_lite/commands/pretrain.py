@@ -22,12 +22,12 @@ from vissl_lite.data.views import Views
 from vissl_lite.encoder_folder import save_encoder
 from vissl_lite.errors import UserError, check_arguments
 from vissl_lite.evaluation.watch import MEASURES, Watch
+from vissl_lite.metrics_file import MetricsFile
 from vissl_lite.pictures import plot_curves
 from vissl_lite.pretext.base import About
 from vissl_lite.run import (
     CHECKPOINTS,
     METRICS,
-    MetricsFile,
     beside,
     check_out,
     is_finished,

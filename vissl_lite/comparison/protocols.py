@@ -20,7 +20,7 @@ from vissl_lite.evaluation.features import extract
 from vissl_lite.evaluation.knn import knn_predict
 from vissl_lite.evaluation.linear import linear_probe
 from vissl_lite.inference import check_outputs
-from vissl_lite.run import MetricsFile
+from vissl_lite.metrics_file import MetricsFile
 from vissl_lite.training.fit import TrainingFiles
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.class_scores import TestScores

@@ -21,7 +21,8 @@ from vissl_lite.data.stream import Batch
 from vissl_lite.encoder import first_line
 from vissl_lite.encoder_folder import read_torch
 from vissl_lite.errors import UserError
-from vissl_lite.run import CHECKPOINT, MetricsFile
+from vissl_lite.metrics_file import MetricsFile
+from vissl_lite.run import CHECKPOINT
 from vissl_lite.training.hardware import under_slurm
 from vissl_lite.training.sharding import mark_sharding
 from vissl_lite.training.stream import StreamData
