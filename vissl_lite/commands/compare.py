@@ -153,7 +153,8 @@ def compare(
         if resume:
             write_config(run, config)  # there may be more encoders and seeds than before
         for name, why in left_out.items():
-            log.warning("left out: %s: %s", name, why)
+            log.warning("left out: %(encoder)s: %(why)s", {"encoder": name, "why": why},
+                        extra={"code": "encoder.left_out"})  # fmt: skip
         log.info(
             "%d encoders, %s, %s, %d seeds; %d test images",
             len(found), " and ".join(wanted), ", ".join(f"{labels[a.name]} labels ({a.name})"

@@ -110,8 +110,8 @@ def shard(
         result = ShardResult(folder, index, len(written), sum(n for _, n, _ in written), left_out)
         if left_out:
             log.warning(
-                "left out, as they can't be read: %d files, the first %s", len(left_out),
-                left_out[0],
+                "left out, as they can't be read: %(files)d files, the first %(first)s",
+                {"files": len(left_out), "first": left_out[0]}, extra={"code": "image.unreadable"},
             )  # fmt: skip
         pattern = folder / f"train-{{000000..{len(written) - 1:06}}}.tar"
         log.info("%d images in %d shards. Next:", result.images, result.shards)

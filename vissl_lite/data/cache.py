@@ -190,7 +190,8 @@ class ImageCache:
             try:
                 self.file.unlink(missing_ok=True)
             except OSError:  # Windows keeps a file that is mapped
-                log.warning("%s is no longer needed, but can't be deleted", self.file)
+                log.warning("%(file)s is no longer needed, but can't be deleted",
+                            {"file": self.file}, extra={"code": "cache.kept"})  # fmt: skip
 
 
 def plan_cache(paths: Sequence[str], shortest: int, folder: Path, shareable: bool) -> CachePlan:

@@ -153,7 +153,8 @@ class Watch(Callback):
             return
         self.look(trainer, module)
         if self.stop_on_collapse and self.collapsed and self.pace.fraction >= self.pace.warmup:
-            log.warning("The run ends here, as --on_collapse stop asks for.")
+            log.warning("The run ends here, as --on_collapse stop asks for.",
+                        extra={"code": "training.ended"})  # fmt: skip
             self.stopped = trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -191,7 +192,8 @@ class Watch(Callback):
             except UserError as error:  # the images have gone: what was learnt is still there
                 if first or isinstance(error, MachineError):
                     raise
-                log.warning("no look at the encoder: %s", error)
+                log.warning("no look at the encoder: %(why)s", {"why": error},
+                            extra={"code": "evaluation.failed"})  # fmt: skip
             if whole is not module:
                 encoder.cpu()
         else:
@@ -304,15 +306,16 @@ class Watch(Callback):
         if bad and not self.collapsed and diverged:
             log.warning(
                 "The training has diverged: the features are no longer finite numbers. Try a lower "
-                "--lr or a longer --warmup."
+                "--lr or a longer --warmup.",
+                extra={"code": "features.diverged"},
             )
         elif bad and not self.collapsed:
             log.warning(
                 "The encoder has collapsed: it gives nearly the same features for all images "
-                "(feature_std %.3f, effective_rank %.1f). Try a lower --lr, a longer --warmup, a "
-                "larger --batch_size, or another pretext.",
-                std,
-                rank,
+                "(feature_std %(feature_std).3f, effective_rank %(effective_rank).1f). Try a lower "
+                "--lr, a longer --warmup, a larger --batch_size, or another pretext.",
+                {"feature_std": std, "effective_rank": rank},
+                extra={"code": "features.collapsed"},
             )
         self.collapsed = bad
 

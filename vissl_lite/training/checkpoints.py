@@ -318,7 +318,11 @@ class Checkpoints(Callback):
             return
         if self._whole and trainer.global_step:
             self.save(trainer)
-        log.warning("told to stop by %s after step %d", exception.signal.name, trainer.global_step)
+        log.warning(
+            "told to stop by %(signal)s after step %(step)d",
+            {"signal": exception.signal.name, "step": trainer.global_step},
+            extra={"code": "training.ended"},
+        )
         if exception.signal == signal.SIGUSR1 and trainer.is_global_zero:
             _requeue()
 
@@ -353,6 +357,8 @@ def _requeue() -> None:
     name = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job
     try:
         subprocess.run(["scontrol", "requeue", name], check=True)
-        log.warning("job %s is in the queue again", name)
+        log.warning("job %(job)s is in the queue again", {"job": name},
+                    extra={"code": "slurm.requeued"})  # fmt: skip
     except (OSError, subprocess.CalledProcessError) as error:
-        log.warning("job %s is not in the queue again: %s", name, error)
+        log.warning("job %(job)s is not in the queue again: %(why)s", {"job": name, "why": error},
+                    extra={"code": "slurm.not_requeued"})  # fmt: skip
