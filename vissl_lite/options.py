@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, Self, TypeVar, get_type_hints
 
 from vissl_lite.errors import UserError, check_argument
+from vissl_lite.session import session
 
 # One or several files or folders, as an option takes them.
 Paths = str | Path | Sequence[str | Path]
@@ -114,6 +115,8 @@ R = TypeVar("R")
 def command(options: Callable[P, OptionsT]) -> Callable[[Callable[[OptionsT], R]], Callable[P, R]]:
     """Decorate a function of one ``Options`` object: it then takes the options as keywords.
 
+    It runs in a ``session``, which says what it changes in the process while it runs.
+
     The docstring of the function gets a section on its arguments, from the options. The attribute
     ``options`` of the function is the class.
 
@@ -124,7 +127,8 @@ def command(options: Callable[P, OptionsT]) -> Callable[[Callable[[OptionsT], R]
     def decorate(function: Callable[[OptionsT], R]) -> Callable[P, R]:
         @functools.wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            return function(options(*args, **kwargs))
+            with session():
+                return function(options(*args, **kwargs))
 
         assert isinstance(options, type)
         result = get_type_hints(function).get("return", Any)

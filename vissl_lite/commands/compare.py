@@ -29,6 +29,7 @@ from vissl_lite.run import (
     write_config,
     write_results,
 )
+from vissl_lite.session import session
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.tasks import TaskName
 
@@ -55,6 +56,7 @@ class CompareResult:
     left_out: dict[str, str]
 
 
+@session()
 def compare(
     encoder: list[str] | str,
     data: str,

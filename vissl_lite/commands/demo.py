@@ -23,6 +23,7 @@ from vissl_lite.errors import UserError, check_arguments, check_count
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pictures import plot_bars
 from vissl_lite.run import check_out, console, open_run, write_results
+from vissl_lite.session import session
 from vissl_lite.training.progress import progress_bar
 from vissl_lite.transfer.classification import (
     ClassifierSettings,
@@ -56,6 +57,7 @@ class DemoResult:
     picture: Path
 
 
+@session()
 def demo(
     out: str = "runs/demo",
     shots: int = 10,

@@ -18,7 +18,8 @@ from vissl_lite.encoder import Encoder, Normalize
 from vissl_lite.encoder_folder import encoder_for
 from vissl_lite.errors import UserError, check_arguments, check_image_size, did_you_mean
 from vissl_lite.inference import check_outputs, run_over
-from vissl_lite.run import forget_log, logged_to_console
+from vissl_lite.run import logged_to_console
+from vissl_lite.session import session
 from vissl_lite.training.progress import progress_bar
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class EmbedResult:
     num_features: int
 
 
+@session()
 def embed(
     encoder: str,
     data: list[str] | str,
@@ -102,7 +104,6 @@ def check_file(file: Path, overwrite: bool) -> None:
     Raises:
         UserError: it exists, is a folder, or can't be written.
     """
-    forget_log()
     if file.is_dir():
         raise UserError(f"--out {file} is a folder: give the name of a file")
     if file.exists() and not overwrite:

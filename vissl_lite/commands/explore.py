@@ -16,6 +16,7 @@ from vissl_lite.evaluation.embedding import make_map
 from vissl_lite.report.map import map_layout
 from vissl_lite.report.page import Block, write_page
 from vissl_lite.run import logged_to_console
+from vissl_lite.session import session
 from vissl_lite.training.progress import progress_bar
 
 log = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 CLASSES_MOST = 50
 
 
+@session()
 def explore(
     encoder: str,
     data: list[str] | str,

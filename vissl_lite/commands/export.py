@@ -29,6 +29,7 @@ from vissl_lite.encoder_config import CONFIG, read_model_config
 from vissl_lite.encoder_folder import WEIGHTS
 from vissl_lite.errors import UserError, check_arguments, check_image_size
 from vissl_lite.run import console
+from vissl_lite.session import session
 from vissl_lite.transfer.detector import fit_into
 from vissl_lite.transfer.fixed_detector import TRANSLATIONS
 from vissl_lite.transfer.network import Network, encoder_network, model_network
@@ -57,6 +58,7 @@ class ExportResult:
     difference: float
 
 
+@session()
 def export(
     out: str,
     encoder: str | None = None,

@@ -42,6 +42,7 @@ from vissl_lite.run import (
     resumed_config,
     write_results,
 )
+from vissl_lite.session import session
 from vissl_lite.training.fit import TrainingFiles
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.classification import ClassifierSettings, check_settings
@@ -86,6 +87,7 @@ class FinetuneResult:
     per_class: dict[str, dict[str, float]]
 
 
+@session()
 def finetune(
     data: str,
     out: str,

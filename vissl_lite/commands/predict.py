@@ -26,6 +26,7 @@ from vissl_lite.errors import check_arguments, check_not_negative
 from vissl_lite.inference import check_outputs, evaluating, report_broken, run_in_batches
 from vissl_lite.pictures import class_colours, draw_boxes, draw_mask, draw_words
 from vissl_lite.run import check_out, open_run, write_results
+from vissl_lite.session import session
 from vissl_lite.training.progress import progress_bar
 from vissl_lite.transfer.base import find_model
 from vissl_lite.transfer.classification import LoadedClassifier, load_classifier
@@ -125,6 +126,7 @@ def _growing(file: Path) -> Iterator[TextIO]:
     os.replace(part, file)
 
 
+@session()
 def predict(
     model: str,
     data: list[str] | str,

@@ -39,6 +39,7 @@ from vissl_lite.run import (
     resumed_config,
     write_results,
 )
+from vissl_lite.session import session
 from vissl_lite.training.fit import TrainingFiles, fit
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.training.loggers import logger_names, make_loggers
@@ -74,6 +75,7 @@ class PretrainResult:
     seconds: float
 
 
+@session()
 def pretrain(
     data: list[str] | str,
     out: str,

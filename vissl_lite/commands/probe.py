@@ -29,6 +29,7 @@ from vissl_lite.evaluation.knn import knn_predict
 from vissl_lite.evaluation.linear import linear_probe
 from vissl_lite.inference import check_outputs
 from vissl_lite.run import check_out, console, open_run, write_results
+from vissl_lite.session import session
 from vissl_lite.training.progress import progress_bar
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class ProbeResult:
     layers: dict[str, dict[str, float]]
 
 
+@session()
 def probe(
     encoder: str,
     data: str,

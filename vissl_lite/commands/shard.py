@@ -20,8 +20,9 @@ from vissl_lite.data.shard_index import INDEX, INDEX_PART, index_text, parse_ind
 from vissl_lite.data.tar_reader import LARGEST
 from vissl_lite.data.whole_file import check_place
 from vissl_lite.errors import UserError, check_arguments, check_count
-from vissl_lite.run import forget_log, logged_to_console
+from vissl_lite.run import logged_to_console
 from vissl_lite.run_folder import LOCK, check_apart, lock
+from vissl_lite.session import session
 from vissl_lite.training.progress import progress_bar
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class ShardResult:
     left_out: list[str] = field(default_factory=list)
 
 
+@session()
 def shard(
     data: list[str] | str,
     out: str,
@@ -86,7 +88,6 @@ def shard(
         raise UserError("give --shard_size_mb or --images_per_shard, not both")
     sources = [data] if isinstance(data, str) else data
     folder = Path(out)
-    forget_log()
     check_place(folder)
     check_apart(folder, [("data", source) for source in sources])
     _check_folder(folder, overwrite)
