@@ -4,7 +4,8 @@ import logging
 import math
 import signal
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +66,22 @@ class TrainingFiles:
 NO_FILES = TrainingFiles()
 
 
+@contextmanager
+def _restored_settings() -> Iterator[None]:
+    """Lightning logs warnings alone; its loggers and cuDNN's settings are then as before."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels, benchmark = [one.level for one in loggers], torch.backends.cudnn.benchmark
+    for one in loggers:
+        one.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for one, level in zip(loggers, levels, strict=True):
+            one.setLevel(level)
+        torch.backends.cudnn.benchmark = benchmark
+
+
+@_restored_settings()
 def fit(
     module: pl.LightningModule,
     data: StreamData,
@@ -100,8 +117,6 @@ def fit(
     """
     module.to(memory_format=torch.channels_last)
     module.train()  # Lightning leaves the modes of modules as it finds them
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     log_every = max(1, min(50, math.ceil(data.batches_per_epoch / pace.accumulate / 5)))
     every = [
         pace,
