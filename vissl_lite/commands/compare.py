@@ -9,7 +9,6 @@ from typing import Any, Literal
 from rich.table import Table
 
 from vissl_lite.commands.leaks import guard
-from vissl_lite.commands.report import add_report, add_test_embeddings
 from vissl_lite.comparison.outcome import Judged, Outcome
 from vissl_lite.comparison.plan import Plan
 from vissl_lite.comparison.protocols import (
@@ -20,6 +19,7 @@ from vissl_lite.comparison.runner import Runner
 from vissl_lite.comparison.store import Cell, Store
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.errors import check_arguments
+from vissl_lite.report.additions import add_report, add_test_embeddings
 from vissl_lite.run import (
     check_out,
     console,

@@ -13,7 +13,6 @@ from rich.table import Table
 from vissl_lite.commands.pretrain import pretrain
 from vissl_lite.commands.pretrain_options import parse_time
 from vissl_lite.commands.probe import probe_encoder
-from vissl_lite.commands.report import add_report
 from vissl_lite.data.images import read_image
 from vissl_lite.data.labelled import LabelledImages, load_labelled, take_labels
 from vissl_lite.data.sample import make_sample_data
@@ -22,6 +21,7 @@ from vissl_lite.encoder_folder import load_encoder
 from vissl_lite.errors import UserError, check_arguments, check_count
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pictures import plot_bars
+from vissl_lite.report.additions import add_report
 from vissl_lite.run import check_out, console, open_run, write_results
 from vissl_lite.session import session
 from vissl_lite.training.progress import progress_bar

@@ -11,7 +11,6 @@ from rich.table import Table
 
 from vissl_lite import __version__
 from vissl_lite.commands.leaks import guard
-from vissl_lite.commands.report import add_report, add_test_embeddings, add_test_pictures
 from vissl_lite.data.boxes import load_boxes, take_boxes
 from vissl_lite.data.labelled import load_labelled, take_labels
 from vissl_lite.data.masks import load_masks, take_masks
@@ -29,6 +28,7 @@ from vissl_lite.errors import (
 from vissl_lite.metrics_file import MetricsFile
 from vissl_lite.optim import OptimizerSettings, check_optimizer, check_rates
 from vissl_lite.pictures import plot_curves
+from vissl_lite.report.additions import add_report, add_test_embeddings, add_test_pictures
 from vissl_lite.run import (
     CHECKPOINTS,
     METRICS,

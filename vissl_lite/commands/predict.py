@@ -17,7 +17,6 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from vissl_lite.commands.report import add_report
 from vissl_lite.data.images import BROKEN_IMAGE, find_images, read_image
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels, reason
 from vissl_lite.data.whole_file import whole_file
@@ -25,6 +24,7 @@ from vissl_lite.encoder import Normalize
 from vissl_lite.errors import check_arguments, check_not_negative
 from vissl_lite.inference import check_outputs, evaluating, report_broken, run_in_batches
 from vissl_lite.pictures import class_colours, draw_boxes, draw_mask, draw_words
+from vissl_lite.report.additions import add_report
 from vissl_lite.run import check_out, open_run, write_results
 from vissl_lite.session import session
 from vissl_lite.training.progress import progress_bar

@@ -12,7 +12,6 @@ import torch
 from vissl_lite import __version__
 from vissl_lite.commands.pretrain_data import find_training_images
 from vissl_lite.commands.pretrain_options import Options, make_encoder, parse_time, whole_pretext
-from vissl_lite.commands.report import add_embeddings, add_pretext, add_report
 from vissl_lite.data.cache import CachePlan, forks_workers, plan_cache
 from vissl_lite.data.labelled import load_labelled
 from vissl_lite.data.leaks import seen_by
@@ -25,6 +24,7 @@ from vissl_lite.evaluation.watch import MEASURES, Watch
 from vissl_lite.metrics_file import MetricsFile
 from vissl_lite.pictures import plot_curves
 from vissl_lite.pretext.base import About
+from vissl_lite.report.additions import add_embeddings, add_pretext, add_report
 from vissl_lite.run import (
     CHECKPOINTS,
     METRICS,

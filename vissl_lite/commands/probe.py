@@ -11,7 +11,6 @@ import torch
 from rich.table import Table
 
 from vissl_lite.commands.leaks import guard
-from vissl_lite.commands.report import add_report, add_test_embeddings
 from vissl_lite.data.images import suitable_size
 from vissl_lite.data.labelled import LabelledImages, Part, load_labelled, take_labels
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
@@ -28,6 +27,7 @@ from vissl_lite.evaluation.features import extract
 from vissl_lite.evaluation.knn import knn_predict
 from vissl_lite.evaluation.linear import linear_probe
 from vissl_lite.inference import check_outputs
+from vissl_lite.report.additions import add_report, add_test_embeddings
 from vissl_lite.run import check_out, console, open_run, write_results
 from vissl_lite.session import session
 from vissl_lite.training.progress import progress_bar
