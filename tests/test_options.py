@@ -12,14 +12,23 @@ import pytest
 import yaml
 
 from vissl_lite.errors import UserError, check_count
-from vissl_lite.options import Options, Paths, command, option_docs, options_of, path_list, required
+from vissl_lite.options import (
+    Options,
+    Paths,
+    StrPath,
+    command,
+    option_docs,
+    options_of,
+    path_list,
+    required,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Common(Options):
     """What several commands share."""
 
-    out: str | Path
+    out: StrPath
     """The folder
     to write."""
     seed: int = 0
@@ -69,7 +78,7 @@ def train(options: TrainOptions) -> TrainOptions:
 def test_values_become_plain_data() -> None:
     options = train(
         data=(Path("a"), "b"), out=Result(Path("run")), epochs=np.int64(3), lr=(np.float32(0.5), 1)
-    )  # type: ignore[arg-type]
+    )
     assert options.as_config() == {
         "out": "run", "seed": 0, "data": ["a", "b"], "epochs": 3, "lr": [0.5, 1],
         "method": "simclr", "leaks": "warn",

@@ -143,6 +143,10 @@ def kinds_of(kind: Any) -> tuple[Any, ...]:
     return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
+def _is_path(kind: Any) -> bool:
+    return kind is Path or get_origin(kind) is os.PathLike
+
+
 def _matches(value: object, kind: Any) -> bool:
     """Whether a value is of an annotated type; of a type that no option has, always."""
     origin, parts = get_origin(kind), get_args(kind)
@@ -167,7 +171,7 @@ def _matches(value: object, kind: Any) -> bool:
     if kind in (int, float):  # NumPy's numbers count; True and False do not
         number = Integral if kind is int else Real
         return isinstance(value, number) and not isinstance(value, bool)
-    if kind in (str, Path):
+    if kind is str or _is_path(kind):
         return isinstance(value, str | os.PathLike)
     return isinstance(value, kind) if kind in (bool, NoneType) else True
 
@@ -175,7 +179,7 @@ def _matches(value: object, kind: Any) -> bool:
 def _no_match(kind: Any) -> str:
     """Words for what a value is not: ``none of warn, stop``, ``not of the type int or str``."""
     # a path is text, and one value may stand for a list of one
-    parts = [part for part in kinds_of(kind) if part not in (NoneType, Path)]
+    parts = [part for part in kinds_of(kind) if part is not NoneType and not _is_path(part)]
     inner = [get_args(part)[0] if get_origin(part) in _LISTS else part for part in parts]
     if len(set(inner)) == 1 and get_origin(inner[0]) is Literal:  # one of them, or several
         parts = inner[:1]
@@ -188,7 +192,7 @@ def _no_match(kind: Any) -> str:
 def _type_name(kind: Any) -> str:
     """A type in words, as ``list[str]``."""
     if get_origin(kind) in _LISTS:
-        inner = [_type_name(part) for part in kinds_of(get_args(kind)[0]) if part is not Path]
+        inner = [_type_name(part) for part in kinds_of(get_args(kind)[0]) if not _is_path(part)]
         return f"list[{' or '.join(inner)}]"
     return str(kind) if get_origin(kind) is not None else kind.__name__
 

@@ -8,14 +8,14 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from numbers import Integral, Real
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, Self, TypeVar, get_type_hints
 
 from vissl_lite.errors import UserError, check_argument
 from vissl_lite.session import session
 
-# One or several files or folders, as an option takes them.
-Paths = str | Path | Sequence[str | Path]
+# A file or folder, or a result that stands for one, such as ``PretrainResult``; and several.
+StrPath = str | os.PathLike[str]
+Paths = StrPath | Sequence[StrPath]
 
 
 class Options:
@@ -25,9 +25,8 @@ class Options:
     annotated type, numbers have to be finite, text and lists not empty. A subclass adds checks of
     its own in ``__post_init__``, after ``super().__post_init__()``.
 
-    Values are kept as plain data: a path, or a result that has one such as ``PretrainResult``, as
-    text, a tuple as a list, a number of NumPy as one of Python. So a field of a path is annotated
-    ``str | Path``, one of several ``Paths``.
+    Values are kept as plain data: a path as text, a tuple as a list, a number of NumPy as one of
+    Python. A field of a path is annotated ``StrPath``, one of several paths ``Paths``.
 
     Attributes:
         given: The values that were given, by name; the other fields have their defaults.
