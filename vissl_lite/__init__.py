@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vissl_lite.commands.pretrain import pretrain
     from vissl_lite.commands.probe import probe
     from vissl_lite.commands.report import report
+    from vissl_lite.commands.runs import runs
     from vissl_lite.commands.shard import shard
     from vissl_lite.encoder_folder import load_encoder
     from vissl_lite.errors import UserError
@@ -34,6 +35,7 @@ _PLACES = {
     "pretrain": "vissl_lite.commands.pretrain",
     "probe": "vissl_lite.commands.probe",
     "report": "vissl_lite.commands.report",
+    "runs": "vissl_lite.commands.runs",
     "shard": "vissl_lite.commands.shard",
     "load_encoder": "vissl_lite.encoder_folder",
     "UserError": "vissl_lite.errors",
@@ -53,6 +55,7 @@ __all__ = [
     "pretrain",
     "probe",
     "report",
+    "runs",
     "shard",
 ]
 

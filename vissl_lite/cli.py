@@ -41,6 +41,7 @@ VERBS = {
     "predict": "classify a folder of images with a fine-tuned model",
     "compare": "did pre-training help? encoders on the same few labels, with intervals",
     "report": "make the page of a run again: report RUN",
+    "runs": "the runs below a folder: runs [FOLDER] [--sort FIGURE]",
     "embed": "write the features of images as a Parquet or NPZ file",
     "explore": "a map of a folder of images, as one HTML file",
     "export": "write an encoder or a model as an ONNX file or a timm folder",
@@ -198,7 +199,11 @@ def _prepare(function: Callable[..., Any], given: list[str]) -> tuple[list[str],
     rewritten: list[str] = []
     lists: dict[str, list[str]] = {}  # given as --data A B, or as --data A --data B
     words = [part for word in given for part in _split_option(word)]
-    if function.__name__ in ("list_", "report"):  # whose parameters may stand without their names
+    if function.__name__ in (
+        "list_",
+        "report",
+        "runs",
+    ):  # whose parameters may stand without their names
         for name in parameters:
             if words and not words[0].startswith("-"):
                 rewritten += [f"--{name}", words.pop(0)]
