@@ -8,14 +8,15 @@ import sys
 PROGRAM = """
 import importlib, json, logging, os, pkgutil, signal, sys, warnings
 
-before_others = dict(os.environ)
 import bokeh, cv2, huggingface_hub, jinja2, jsonargparse, lightning.pytorch, matplotlib.figure
 import numpy, PIL.Image, PIL.ImageFile, rich, scipy, sklearn, timm, torch, torchmetrics, torchvision
 
+theirs = list(logging.root.manager.loggerDict)
+
 def state():
     hub = huggingface_hub.constants
-    names = [None, *sorted(logging.root.manager.loggerDict)]
-    loggers = [logging.getLogger(name) for name in names]
+    ours = [name for name in logging.root.manager.loggerDict if name.startswith("vissl_lite")]
+    loggers = [logging.getLogger(name) for name in (None, *theirs, *ours)]
     return {
         "environment": dict(os.environ),
         "loggers": {
@@ -47,7 +48,11 @@ for module in pkgutil.walk_packages(vissl_lite.__path__, "vissl_lite."):
         importlib.import_module(module.name)
 after = state()
 print(json.dumps({
-    name: [repr(before[name]), repr(after[name])] for name in before if before[name] != after[name]
+    name: sorted(
+        f"{key}: {before[name].get(key)} -> {after[name].get(key)}"
+        for key in {*before[name], *after[name]} if before[name].get(key) != after[name].get(key)
+    ) if isinstance(before[name], dict) else [repr(before[name]), repr(after[name])]
+    for name in before if before[name] != after[name]
 }))
 """
 
