@@ -301,11 +301,10 @@ def test_a_session_leaves_everything_as_it_was(tmp_path: Path) -> None:
         ]  # fmt: skip
 
     before = state()
-    with pytest.raises(UserError), session():
+    with session():
         limit_pixels(1000)
         with open_run(tmp_path / "run", "probe", {}):
-            assert len(list(filter(None, map(ne, state(), before)))) == 5
-            raise UserError("a mistake")
+            assert sum(map(ne, state(), before)) == 5
     assert state() == before
 
 
@@ -327,7 +326,7 @@ def test_run_json_tells_where_and_how_a_run_ended(tmp_path: Path) -> None:
     assert (running.status, finished.status, finished.reason) == ("running", "finished", None)
     assert finished.start() is not None
     assert {"python", "platform", "host", "torch", "timm", "device"} <= set(finished.environment)
-    with pytest.raises(ValueError, match="a bug"), open_run(tmp_path / "bug", "probe", {}):
+    with pytest.raises(ValueError, match="a\nbug"), open_run(tmp_path / "bug", "probe", {}):
         raise ValueError("a\nbug")
     failed = read_record(tmp_path / "bug")
     assert failed is not None

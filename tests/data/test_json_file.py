@@ -76,5 +76,5 @@ def test_what_is_no_file_or_too_large_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="more than"):
         read_json(tmp_path / "sparse.json")
     (tmp_path / "small.json").write_text("[1, 2]")
-    with pytest.raises(UserError, match="takes 6 bytes"):
+    with pytest.raises(UserError, match="6 bytes, more than the 5"):
         read_json(tmp_path / "small.json", largest=5)
