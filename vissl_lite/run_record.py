@@ -104,9 +104,11 @@ def read_record(folder: Path) -> RunRecord | None:
 def _read_warning(content: Any) -> WarningRecord | None:
     if not isinstance(content, dict):
         return None
-    one = WarningRecord(*(content.get(name) for name in ("code", "message", "figures", "count")))
-    words = isinstance(one.code, str) and isinstance(one.message, str)
-    return one if words and isinstance(one.figures, dict) and type(one.count) is int else None
+    code, message = content.get("code"), content.get("message")
+    figures, count = content.get("figures"), content.get("count")
+    if not isinstance(code, str) or not isinstance(message, str) or not isinstance(figures, dict):
+        return None
+    return WarningRecord(code, message, figures, count) if type(count) is int else None
 
 
 def environment() -> dict[str, Any]:
