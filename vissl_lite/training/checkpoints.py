@@ -18,6 +18,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from vissl_lite.data.stream import Batch
+from vissl_lite.data.whole_file import whole_file
 from vissl_lite.encoder import first_line
 from vissl_lite.encoder_folder import read_torch
 from vissl_lite.errors import UserError
@@ -48,15 +49,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        part = Path(f"{path}.part")
-        try:
-            with part.open("wb") as opened:  # its errors say more than those of torch's own writer
-                torch.save(checkpoint, opened)
-                opened.flush()
-                os.fsync(opened.fileno())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        # a file's own errors say more than those of torch's writer
+        with whole_file(Path(path)) as part, part.open("wb") as opened:
+            torch.save(checkpoint, opened)
+            opened.flush()
+            os.fsync(opened.fileno())
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
