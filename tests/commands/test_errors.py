@@ -169,6 +169,8 @@ def test_what_is_needed_is_said(verb: str, refused: Refused) -> None:
         assert "--what must be given" in refused(verb)
     elif verb == "report":
         assert "--run must be given" in refused(verb)
+    elif verb == "runs":  # which needs nothing
+        assert "no folder nowhere" in refused(verb, "nowhere")
     elif verb == "export":
         assert "--out must be given" in refused(verb)
     else:
@@ -488,7 +490,7 @@ def test_each_command_explains_its_options(verb: str, capsys: pytest.CaptureFixt
         main([verb, "--help"])
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
-    assert {"list": "--what", "report": "--run"}.get(verb, "--out") in shown
+    assert {"list": "--what", "report": "--run", "runs": "--folder"}.get(verb, "--out") in shown
     assert VERBS[verb] in " ".join(shown.split())
 
 
