@@ -1,22 +1,29 @@
+import ast
 import logging
-import math
 import os
-from collections.abc import Iterator
+from operator import ne
 from pathlib import Path
 from typing import Any
 
+import cv2
 import pytest
+import torch
 import yaml
+from PIL import Image
 
+import vissl_lite
+from vissl_lite.data.reading import limit_pixels, max_pixels
 from vissl_lite.data.whole_file import write_atomically
 from vissl_lite.errors import UserError
 from vissl_lite.run import (
-    MetricsFile,
     check_out,
+    logged_warnings,
     open_run,
     read_config,
     write_results,
 )
+from vissl_lite.run_record import WarningRecord, read_record
+from vissl_lite.session import session
 
 log = logging.getLogger("vissl_lite")
 
@@ -25,16 +32,6 @@ log = logging.getLogger("vissl_lite")
 def main_process(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture(autouse=True)
-def log_as_it_was() -> Iterator[None]:
-    """Opening a run configures the package's logger; other tests should not see that."""
-    handlers, level, propagate = list(log.handlers), log.level, log.propagate
-    yield
-    log.handlers[:] = handlers
-    log.setLevel(level)
-    log.propagate = propagate
 
 
 @pytest.fixture
@@ -146,7 +143,7 @@ def test_the_log_holds_messages_and_versions(tmp_path: Path) -> None:
     text = (out / "log.txt").read_text()
     assert "INFO batch 3 of [bold]five[/bold]" in text
     assert "WARNING from a module" in text
-    assert all(f"{name} " in text for name in ("Python", "torch", "timm", "lightning"))
+    assert all(f"{name} " in text for name in ("python", "torch", "timm", "lightning"))
 
 
 def test_the_console_shows_messages_but_no_details(
@@ -211,140 +208,124 @@ def test_results_are_json_that_appears_whole(tmp_path: Path) -> None:
     assert tree(tmp_path) == {"results.json": b'{\n  "knn": 0.5\n}\n', "a.txt": "ä".encode()}
 
 
-# Metrics
-
-
-def lines(file: Path) -> list[list[str]]:
-    """The rows, without their times."""
-    rows = [line.split(",") for line in file.read_text().splitlines()]
-    assert rows[0][:2] == ["step", "seconds"]
-    assert all(float(row[1]) >= 0 for row in rows[1:])
-    return [[row[0], *row[2:]] for row in rows]
-
-
-@pytest.fixture
-def metrics(tmp_path: Path) -> MetricsFile:
-    return MetricsFile(tmp_path / "metrics.csv")
-
-
-def test_a_row_for_each_step_and_a_column_for_each_metric(metrics: MetricsFile) -> None:
-    metrics.add(0, {"loss": 1.5})
-    metrics.add(0, {"lr": 0.25})
-    metrics.add(10, {"loss": 1.0, "lr": 0.5})
-    metrics.flush(final=True)
-    assert lines(metrics.file) == [
-        ["step", "loss", "lr"],
-        ["0", "1.5", "0.25"],
-        ["10", "1.0", "0.5"],
-    ]
-
-
-def test_the_last_row_stays_open_until_the_end(metrics: MetricsFile) -> None:
-    metrics.add(0, {"loss": 1.5})
-    metrics.flush()
-    assert lines(metrics.file) == [["step", "loss"]]
-    metrics.add(1, {"loss": 1.0})
-    metrics.flush()
-    assert lines(metrics.file) == [["step", "loss"], ["0", "1.5"]]
-    metrics.add(1, {"loss": 0.5})
-    metrics.flush(final=True)
-    assert lines(metrics.file) == [["step", "loss"], ["0", "1.5"], ["1", "0.5"]]
-
-
-def test_flushing_often_gives_the_same_file_as_flushing_once(tmp_path: Path) -> None:
-    often, once = MetricsFile(tmp_path / "often.csv"), MetricsFile(tmp_path / "once.csv")
-    for step in range(6):
-        for metrics in (often, once):
-            metrics.add(step, {"loss": step / 2})
-            if step == 3:
-                metrics.add(step, {"knn": 0.5})
-        often.flush()
-        often.flush()
-    for metrics in (often, once):
-        metrics.flush(final=True)
-        metrics.flush(final=True)
-    assert lines(often.file) == lines(once.file)
-
-
-def test_a_new_column_is_empty_in_earlier_rows(metrics: MetricsFile) -> None:
-    metrics.add(0, {"loss": 1.5})
-    metrics.add(1, {"loss": 1.0})
-    metrics.flush()
-    metrics.add(2, {"knn": 0.25})
-    metrics.flush(final=True)
-    assert lines(metrics.file) == [
-        ["step", "loss", "knn"], ["0", "1.5", ""], ["1", "1.0", ""], ["2", "", "0.25"],
-    ]  # fmt: skip
-
-
-def test_what_was_written_reads_back(metrics: MetricsFile) -> None:
-    metrics.add(0, {"loss": 1.5, "images": 3})
-    metrics.add(7, {"lr": 1e-07, "loss": float("nan")})
-    metrics.flush(final=True)
-    again = MetricsFile(metrics.file)
-    assert again.columns == ["step", "seconds", "loss", "images", "lr"]
-    assert again.series("lr") == ([7], [1e-07])
-    assert again.series("images") == ([0], [3])
-    assert [list(row) for row in again.rows] == [
-        ["step", "seconds", "loss", "images"],
-        ["step", "seconds", "loss", "lr"],
-    ]
-    assert again.rows[0] == metrics.rows[0]
-    assert math.isnan(again.series("loss")[1][1])
-
-
-def test_resuming_forgets_later_steps_and_goes_on(metrics: MetricsFile) -> None:
-    for step in range(5):
-        metrics.add(step, {"loss": float(step)})
-    metrics.flush(final=True)
-    again = MetricsFile(metrics.file)
-    again.forget_after(2)
-    again.add(3, {"loss": 30.0, "knn": 0.5})
-    again.flush(final=True)
-    assert lines(metrics.file) == [
-        ["step", "loss", "knn"], ["0", "0.0", ""], ["1", "1.0", ""], ["2", "2.0", ""],
-        ["3", "30.0", "0.5"],
-    ]  # fmt: skip
-
-
-def test_time_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    file = tmp_path / "metrics.csv"
-    file.write_text("step,seconds,loss\n4,100.0,1.0\n")
-    metrics = MetricsFile(file)
-    metrics.add(5, {"loss": 0.5})
-    assert 100 <= metrics.rows[-1]["seconds"] < 130
-
-
-def test_series_gives_the_steps_that_have_the_metric(metrics: MetricsFile) -> None:
-    metrics.add(0, {"loss": 1.5})
-    metrics.add(1, {"loss": 1.0, "knn": 0.5})
-    assert metrics.series("loss") == ([0, 1], [1.5, 1.0])
-    assert metrics.series("knn") == ([1], [0.5])
-    assert metrics.series("none") == ([], [])
-
-
 def test_what_is_logged_before_the_run_is_in_its_log_once(tmp_path: Path) -> None:
-    log = logging.getLogger("vissl_lite.data.anything")
-    log.warning("3 boxes mended")
-    with open_run(tmp_path / "a", "probe", {}):
-        log.info("training")
-        with open_run(tmp_path / "b", "probe", {}):
-            log.info("within")
-    assert (tmp_path / "a" / "log.txt").read_text().count("3 boxes mended") == 1
-    log.info("between")
-    with open_run(tmp_path / "c", "probe", {}):
+    module = logging.getLogger("vissl_lite.data.anything")
+    with session():
+        module.warning("3 boxes mended", extra={"code": "box.mended"})
+        with open_run(tmp_path / "a", "demo", {}):
+            module.info("training")
+            with session():  # of a command within
+                module.info("7 boxes mended")
+                with open_run(tmp_path / "b", "probe", {}):
+                    module.info("within")
+    for run, mended in (("a", (1, 1)), ("b", (0, 1))):
+        text = (tmp_path / run / "log.txt").read_text()
+        assert (text.count("3 boxes mended"), text.count("7 boxes mended")) == mended
+    assert [one.code for one in warnings(tmp_path / "a")] == ["box.mended"]
+    assert warnings(tmp_path / "b") == []
+    with session(), open_run(tmp_path / "c", "probe", {}):
         pass
-    text = (tmp_path / "c" / "log.txt").read_text()
-    assert "between" in text
-    assert "3 boxes mended" not in text
-    assert "within" not in text
+    assert "mended" not in (tmp_path / "c" / "log.txt").read_text()
+
+
+def test_a_session_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    def state() -> list[object]:
+        return [
+            *((one.level, one.propagate, list(one.handlers))
+              for one in map(logging.getLogger, ("vissl_lite", "PIL"))),
+            cv2.utils.logging.getLogLevel(),
+            Image.MAX_IMAGE_PIXELS,
+            max_pixels(),
+        ]  # fmt: skip
+
+    before = state()
+    with session():
+        limit_pixels(1000)
+        with open_run(tmp_path / "run", "probe", {}):
+            assert sum(map(ne, state(), before)) == 5
+    assert state() == before
+
+
+# run.json
+
+
+def warnings(run: Path) -> list[WarningRecord]:
+    record = read_record(run)
+    assert record is not None
+    return record.warnings
+
+
+def test_run_json_tells_where_and_how_a_run_ended(tmp_path: Path) -> None:
+    with open_run(tmp_path / "run", "probe", {}) as run:
+        running = read_record(run)
+    finished = read_record(tmp_path / "run")
+    assert running is not None
+    assert finished is not None
+    assert (running.status, finished.status, finished.reason) == ("running", "finished", None)
+    assert finished.start() is not None
+    assert {"python", "platform", "host", "torch", "timm", "device"} <= set(finished.environment)
+    with pytest.raises(ValueError, match="a\nbug"), open_run(tmp_path / "bug", "probe", {}):
+        raise ValueError("a\nbug")
+    failed = read_record(tmp_path / "bug")
+    assert failed is not None
+    assert (failed.status, failed.reason) == ("failed", "a bug")
+
+
+def test_warnings_are_records_as_soon_as_they_come(tmp_path: Path) -> None:
+    with open_run(tmp_path / "run", "probe", {}) as run:
+        log.warning("%(share).1f of %(path)s, 50 %%", {"share": torch.tensor(0.25), "path": run},
+                    extra={"code": "some.kind"})  # fmt: skip
+        assert warnings(run) == [
+            WarningRecord("some.kind", f"0.2 of {run}, 50 %", {"share": 0.25, "path": str(run)})
+        ]
+        log.warning("without a code: %d", 3)
+        log.warning("without a code: %d", 3)  # said again
+        log.info("nothing to worry about")
+        assert [(one.code, one.figures) for one in warnings(run)][1:] == [("other", {})]
+
+
+def test_of_many_warnings_of_a_kind_the_first_ones_are_kept(tmp_path: Path) -> None:
+    with open_run(tmp_path / "run", "probe", {}) as run:
+        for number in range(100):
+            log.warning("image %(number)d", {"number": number}, extra={"code": "image.unreadable"})
+        assert sum(one.count for one in warnings(run)) > 80  # were it killed now
+    kept = warnings(tmp_path / "run")
+    assert [one.figures["number"] for one in kept] == list(range(21))
+    assert [one.count for one in kept] == [1] * 20 + [80]
+
+
+def test_a_resumed_run_keeps_its_records(tmp_path: Path) -> None:
+    for resume in (False, True):
+        with open_run(tmp_path / "run", "probe", {}, resume):
+            log.warning("twice", extra={"code": "a"})
+            log.warning("resumed: %(resumed)s", {"resumed": resume}, extra={"code": "b"})
+    assert [one.message for one in warnings(tmp_path / "run")] == [
+        "twice", "resumed: False", "resumed: True",
+    ]  # fmt: skip
+    assert logged_warnings(tmp_path / "run")[0] == "twice"
+    with open_run(tmp_path / "run", "probe", {}):
+        pass
+    assert warnings(tmp_path / "run") == []
+
+
+def test_every_warning_of_the_package_has_a_code() -> None:
+    """And its figures by name, where it has some."""
+    found = []
+    for file in sorted(Path(vissl_lite.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "log.warning":
+                extra = [one.value for one in node.keywords if one.arg == "extra"]
+                good = extra and "'code'" in ast.unparse(extra[0]) and len(node.args) <= 2
+                found.append((file.name, node.lineno, bool(good)))
+    assert len(found) > 20
+    assert [place for place in found if not place[2]] == []
 
 
 def test_names_that_are_not_utf_8_are_logged(tmp_path: Path, capsys: Any) -> None:
     with open_run(tmp_path / "run", "probe", {}):
         record = log.makeRecord("a", logging.WARNING, "", 0, "skipped: %s", ("a\udcff.png",), None)
         for handler in log.handlers:  # ours alone: what pytest catches, xdist can't send
-            if handler.__class__.__name__ in ("_LogFile", "_ConsoleHandler"):
+            if handler.__class__.__name__ in ("LogFile", "ConsoleHandler"):
                 handler.handle(record)
     assert "skipped: a\\udcff.png" in (tmp_path / "run" / "log.txt").read_text()
     shown = capsys.readouterr().err

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vissl_lite.commands.pretrain import pretrain
     from vissl_lite.commands.probe import probe
     from vissl_lite.commands.report import report
+    from vissl_lite.commands.runs import runs
     from vissl_lite.commands.shard import shard
     from vissl_lite.encoder_folder import load_encoder
     from vissl_lite.errors import UserError
@@ -35,6 +36,7 @@ __all__ = [
     "pretrain",
     "probe",
     "report",
+    "runs",
     "shard",
 ]
 

@@ -47,6 +47,7 @@ COMMANDS = {
     "predict": "classify a folder of images with a fine-tuned model",
     "compare": "did pre-training help? encoders on the same few labels, with intervals",
     "report": "make the page of a run again: report RUN",
+    "runs": "the runs below a folder: runs [FOLDER] [--sort FIGURE]",
     "embed": "write the features of images as a Parquet or NPZ file",
     "explore": "a map of a folder of images, as one HTML file",
     "export": "write an encoder or a model as an ONNX file or a timm folder",
@@ -229,7 +230,8 @@ def _as_mapping(value: Any) -> dict[str, Any]:
 
 def _is_run_of(command: str, out: object) -> bool:
     """Whether a folder holds a run of a command that has written down its options."""
-    from vissl_lite.run_folder import CONFIG, read_record
+    from vissl_lite.run_folder import CONFIG
+    from vissl_lite.run_record import read_record
 
     record = read_record(Path(out)) if isinstance(out, str) else None
     return record is not None and record.command == command and (Path(str(out)) / CONFIG).is_file()

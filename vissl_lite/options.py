@@ -34,6 +34,7 @@ from vissl_lite.errors import (
     kinds_of,
     takes_any,
 )
+from vissl_lite.session import session
 
 # A file or folder, or a result that stands for one, such as ``PretrainResult``; and several.
 StrPath = str | os.PathLike[str]
@@ -188,6 +189,8 @@ R = TypeVar("R")
 def command(options: Callable[P, OptionsT]) -> Callable[[Callable[[OptionsT], R]], Callable[P, R]]:
     """Decorate a function of one ``Options`` object: it then takes the options as keywords.
 
+    It runs in a ``session``, which says what it changes in the process while it runs.
+
     The docstring of the function gets a section on its arguments, from the options. The attribute
     ``options`` of the function is the class.
 
@@ -198,7 +201,8 @@ def command(options: Callable[P, OptionsT]) -> Callable[[Callable[[OptionsT], R]
     def decorate(function: Callable[[OptionsT], R]) -> Callable[P, R]:
         @functools.wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            return function(options(*args, **kwargs))
+            with session():
+                return function(options(*args, **kwargs))
 
         assert isinstance(options, type)
         result = get_type_hints(function).get("return", Any)

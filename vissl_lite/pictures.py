@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.utils import draw_bounding_boxes
 
-from vissl_lite.run import MetricsFile
+from vissl_lite.metrics_file import MetricsFile
 
 
 def plot_curves(metrics: MetricsFile, names: Sequence[str], file: Path) -> None:

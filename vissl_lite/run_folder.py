@@ -4,33 +4,33 @@
 over, and of a folder with it only files that a run writes are removed.
 """
 
-import json
 import os
-import platform
 import re
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
 
-from vissl_lite.data.json_file import read_json
-from vissl_lite.data.whole_file import check_place, write_atomically
+from vissl_lite.data.whole_file import check_place
 from vissl_lite.errors import Terminated, UserError
+from vissl_lite.run_record import (
+    RUN,
+    RunFile,
+    RunRecord,
+    Status,
+    device_name,
+    environment,
+    read_record,
+)
 
 try:
     import fcntl
 except ImportError:  # Windows: there, nothing keeps two processes apart
     fcntl = None  # type: ignore[assignment]
 
-LARGEST_RECORD = 2**20  # bytes of run.json
-RUN, LOCK, CONFIG = "run.json", ".lock", "config.yaml"
-
-Status = Literal["running", "finished", "stopped", "failed"]
+LOCK, CONFIG = ".lock", "config.yaml"
 
 # What a run writes, relative to its folder. ``*`` stands for a name, ``**`` for folders.
 _TRAINING = (
@@ -64,46 +64,6 @@ OWNED = (
 _BEFORE_A_RUN = frozenset({LOCK, f"{RUN}.part"})
 
 _held: set[str] = set()  # folders that this process writes to
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """What ``run.json`` says of a run.
-
-    Attributes:
-        command: which command writes it.
-        status: ``running`` also of a process that was killed: its lock is then free.
-        reason: why the run was stopped or has failed; else None.
-        started: date and time, ISO 8601 with the time zone.
-        seconds: how long the command ran the last time, until ``status`` was written.
-        version: of vissl-lite.
-        python: version of Python.
-        host: the machine's name.
-    """
-
-    command: str
-    status: Status = "running"
-    reason: str | None = None
-    started: str = ""
-    seconds: float = 0.0
-    version: str = version("vissl-lite")
-    python: str = platform.python_version()
-    host: str = platform.node()
-
-    def write(self, folder: Path) -> None:
-        """Write ``run.json``; it appears whole or not at all."""
-        write_atomically(folder / RUN, json.dumps(asdict(self), indent=2) + "\n")
-
-
-def read_record(folder: Path) -> RunRecord | None:
-    """What a run says of itself; None if the folder is not a run."""
-    try:
-        content = read_json(folder / RUN, LARGEST_RECORD)
-        known = {name: content[name] for name in RunRecord.__dataclass_fields__}
-    except (UserError, LookupError, TypeError):
-        return None
-    words = all(isinstance(known[name], str) for name in ("command", "status"))
-    return RunRecord(**known) if words else None
 
 
 def check_folder(
@@ -200,7 +160,7 @@ def _first_inside(file: str, folder: str) -> str | None:
 
 
 @contextmanager
-def written_by(command: str, out: Path, resume: bool = False) -> Iterator[None]:
+def written_by(command: str, out: Path, resume: bool = False) -> Iterator[RunFile]:
     """Make a folder a run, or keep it one, and write down how the run ends.
 
     Args:
@@ -208,25 +168,33 @@ def written_by(command: str, out: Path, resume: bool = False) -> Iterator[None]:
         out: checked by ``check_folder``; it is used as it is if it exists.
         resume: keep what is there; else what an earlier run wrote is removed.
 
+    Yields:
+        Its ``run.json``.
+
     Raises:
         UserError: another process writes to it.
     """
     out.mkdir(parents=True, exist_ok=True)
     with lock(out):
+        before = read_record(out) if resume else None
         if not resume:
             remove_run(out)
-        begun = time.monotonic()
-        record = RunRecord(command, started=datetime.now().astimezone().isoformat("T", "seconds"))
-        record.write(out)
+        now = datetime.now().astimezone().isoformat("T", "seconds")
+        record = RunRecord(command, started=now, environment=environment())
+        if before is not None:
+            record = replace(record, started=before.started or now, seconds=before.seconds,
+                             warnings=before.warnings)  # fmt: skip
+        run = RunFile(out, record)
+        run.write()
 
         def end(status: Status, reason: str | None = None) -> None:
-            seconds = round(time.monotonic() - begun, 1)
+            run.record.environment["device"] = device_name()
             # of a full disk, the error that ends the run tells already
             with nullcontext() if status == "finished" else suppress(OSError):
-                replace(record, status=status, reason=reason, seconds=seconds).write(out)
+                run.write(status, reason)
 
         try:
-            yield
+            yield run
         except (KeyboardInterrupt, Terminated) as error:
             end("stopped", str(error) or "interrupted (Ctrl-C)")
             raise
@@ -276,15 +244,20 @@ def is_locked(folder: Path) -> bool:
     """
     if os.path.realpath(folder) in _held:
         return True
-    if not (folder / LOCK).exists():
+    try:  # for reading alone, so that runs of others and on read-only disks can be asked too
+        descriptor = os.open(folder / LOCK, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
         return False
     try:
-        with lock(folder):
-            return False
-    except UserError:
-        return True
-    except OSError:  # of a file system that can't be written to
+        if fcntl is not None:
+            fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return False
+    except (BlockingIOError, PermissionError):
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(descriptor)
 
 
 def remove_run(folder: Path) -> None:

@@ -38,8 +38,8 @@ from common import RESULTS, where_and_when  # noqa: E402
 from vissl_lite.data.images import find_images  # noqa: E402
 from vissl_lite.data.stream import ViewDataset, collate  # noqa: E402
 from vissl_lite.encoder import build_encoder  # noqa: E402
+from vissl_lite.metrics_file import MetricsFile  # noqa: E402
 from vissl_lite.pretext import PretextTask, pretext_class  # noqa: E402
-from vissl_lite.run import MetricsFile  # noqa: E402
 from vissl_lite.training.compiling import compiled  # noqa: E402
 from vissl_lite.training.fit import TrainingFiles, fit  # noqa: E402
 from vissl_lite.training.hardware import Hardware, choose_precision, tf32  # noqa: E402

@@ -13,7 +13,7 @@ from PIL import Image
 from vissl_lite.cli import COMMANDS, main
 from vissl_lite.encoder import build_encoder
 from vissl_lite.encoder_folder import save_encoder
-from vissl_lite.run_folder import RunRecord
+from vissl_lite.run_record import RunRecord
 
 Refused = Callable[..., str]
 
@@ -169,6 +169,8 @@ def test_what_is_needed_is_said(command: str, refused: Refused) -> None:
         assert "--what must be given" in refused(command)
     elif command == "report":
         assert "--run must be given" in refused(command)
+    elif command == "runs":  # which needs nothing
+        assert "no folder nowhere" in refused(command, "nowhere")
     elif command == "export":
         assert "--out must be given" in refused(command)
     else:
@@ -488,7 +490,7 @@ def test_each_command_explains_its_options(
 ) -> None:
     assert main([command, "--help"]) == 0
     shown = capsys.readouterr().out
-    assert {"list": "--what", "report": "--run"}.get(command, "--out") in shown
+    assert {"list": "--what", "report": "--run", "runs": "--folder"}.get(command, "--out") in shown
     assert COMMANDS[command] in " ".join(shown.split())
 
 

@@ -5,6 +5,7 @@ import pytest
 import vissl_lite
 from vissl_lite.commands.report import report
 from vissl_lite.errors import UserError
+from vissl_lite.run_record import RunRecord
 
 
 @pytest.fixture
@@ -33,13 +34,13 @@ def test_the_page_of_a_probe_is_made_again(
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no run at .*nowhere: give a folder"):
         report(str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match=r"holds no run \(config.yaml is missing\)"):
+    with pytest.raises(UserError, match=r"holds no run \(run.json is missing\)"):
         report(str(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_page_that_cannot_be_written_is_a_mistake_in_one_line(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("out: run")
+    RunRecord("probe").write(tmp_path)
     (tmp_path / "report.html").mkdir()
     with pytest.raises(UserError, match="can't be written: Is a directory"):
         report(str(tmp_path))

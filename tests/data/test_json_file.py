@@ -64,17 +64,17 @@ def test_a_byte_order_mark_and_pairs_of_surrogates_are_fine(tmp_path: Path) -> N
 
 
 def test_what_is_no_file_or_too_large_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no file"):
+    with pytest.raises(UserError, match="can't be read"):
         read_json(tmp_path / "missing.json")
-    with pytest.raises(UserError, match="is no file"):
+    with pytest.raises(UserError, match="can't be read"):
         read_json(tmp_path)
     os.mkfifo(tmp_path / "pipe.json")
-    with pytest.raises(UserError, match="is no file"):
+    with pytest.raises(UserError, match="can't be read"):
         read_json(tmp_path / "pipe.json")
     with (tmp_path / "sparse.json").open("wb") as file:
         file.truncate(2**40)
     with pytest.raises(UserError, match="more than"):
         read_json(tmp_path / "sparse.json")
     (tmp_path / "small.json").write_text("[1, 2]")
-    with pytest.raises(UserError, match="takes 6 bytes"):
+    with pytest.raises(UserError, match="6 bytes, more than the 5"):
         read_json(tmp_path / "small.json", largest=5)

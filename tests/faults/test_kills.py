@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from tests.faults.conftest import send_at, without_times
-from vissl_lite import run_folder
+from vissl_lite import run_record
 from vissl_lite.commands import finetune, predict, pretrain, probe
 from vissl_lite.comparison.store import Store
-from vissl_lite.run import MetricsFile
+from vissl_lite.metrics_file import MetricsFile
 from vissl_lite.training.checkpoints import AtomicCheckpointIO
 
 Training = Callable[[str, Path, int], list[object]]
@@ -24,7 +24,7 @@ Same = Callable[[Path, Path], None]
 Undisturbed = Callable[..., Path]
 
 MOMENTS = {
-    "before run.json": (run_folder.RunRecord, "write", 0),
+    "before run.json": (run_record.RunRecord, "write", 0),
     "while run.json is written": (os, "replace", 0),
     "while config.yaml is written": (os, "replace", 1),
     "while a checkpoint is written": (os, "fsync", 0),
@@ -33,7 +33,7 @@ MOMENTS = {
     "after the last step": (pretrain, "save_encoder", 0),
     "before the results": (pretrain, "write_results", 0),
     "after the results": (pretrain, "add_report", 0),
-    "before the end is written": (run_folder.RunRecord, "write", 1),
+    "before the end is written": (run_record.RunRecord, "write", 1),
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 from tests.faults.conftest import send_at
 from vissl_lite import run_folder
 from vissl_lite.cli import main
-from vissl_lite.run_folder import read_record
+from vissl_lite.run_record import read_record
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -23,6 +23,7 @@ from tampering import DELETED, STRIDES, TEXTS, Tried, changed, damaged, places
 from torch import Tensor, nn
 
 from vissl_lite.cli import main
+from vissl_lite.commands.runs import summarize
 from vissl_lite.comparison.protocols import Score
 from vissl_lite.comparison.store import Cell, Store
 from vissl_lite.data.fingerprints import EXACT_BYTES, LOOK_BYTES, Fingerprints
@@ -32,9 +33,11 @@ from vissl_lite.data.stream import Batch, ViewDataset
 from vissl_lite.data.views import Views, random_crop
 from vissl_lite.errors import UserError
 from vissl_lite.evaluation.embedding import ImageMap
+from vissl_lite.metrics_file import MetricsFile
 from vissl_lite.report import run_report
 from vissl_lite.report.run_report import write_report
-from vissl_lite.run import MetricsFile, logged_warnings, read_config
+from vissl_lite.run import read_config
+from vissl_lite.run_record import RunRecord, WarningRecord, read_record
 from vissl_lite.training.fit import TrainingFiles, fit
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.training.pace import Pace
@@ -200,10 +203,11 @@ def run(tmp_path: Path) -> Path:
             "layers": {"a": {"layer1": {"1%": 0.4}}}}},
     }  # fmt: skip
     (folder / "results.json").write_text(json.dumps(results))
-    (folder / "log.txt").write_text(
-        "2026-11-23 16:40:00,000 DEBUG Python 3.11.7 on Linux\n"
-        "2026-11-23 16:40:01,000 WARNING skipped: /a.png\n"
-    )
+    (folder / "log.txt").write_text("2026-11-23 16:40:01,000 WARNING skipped: /a.png\n")
+    RunRecord(
+        "pretrain", "finished", None, "2026-11-23T16:40:00+00:00", 4.0, "0.1.0", {"torch": "2.15"},
+        [WarningRecord("image.unreadable", "skipped: /a.png", {"path": "/a.png"})],
+    ).write(folder)  # fmt: skip
     with (folder / "metrics.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["step", "seconds", "loss"])
@@ -238,16 +242,21 @@ def unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("unwritten")
 @pytest.mark.parametrize("stride", STRIDES)
-def test_a_report_is_made_of_what_can_be_read(stride: int, run: Path) -> None:
-    """Whatever ``results.json`` holds: the report is there, and damage is said."""
-    tried = Tried(lambda: write_report(run))
-    whole = (run / "results.json").read_bytes()
-    content = json.loads(whole)
+@pytest.mark.parametrize("name", ["results.json", "run.json"])
+def test_a_report_is_made_of_what_can_be_read(name: str, stride: int, run: Path) -> None:
+    """Whatever a file holds: the report is there, and damage is said."""
+
+    def report_and_list() -> None:
+        write_report(run)
+        summarize(run)
+
+    tried = Tried(report_and_list)
+    content = json.loads((run / name).read_bytes())
     cases = ((p, v) for p in places(content) for v in (DELETED, *SENSELESS[:13]))
     for place, value in islice(cases, 0, None, stride):
-        (run / "results.json").write_text(json.dumps(changed(content, place, value)))
-        assert tried(f"results.json: {place} {value!r:.40}")
-    print("results.json", dict(tried.counts))
+        (run / name).write_text(json.dumps(changed(content, place, value)))
+        assert tried(f"{name}: {place} {value!r:.40}")
+    print(name, dict(tried.counts))
 
 
 @pytest.mark.usefixtures("unwritten")
@@ -255,10 +264,10 @@ def test_a_report_is_made_of_what_can_be_read(stride: int, run: Path) -> None:
     "name",
     [
         "results.json",
-        "log.txt",
+        "run.json",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("metrics.csv", "map.npz", "leaks.csv", "config.yaml")
+            for name in ("log.txt", "metrics.csv", "map.npz", "leaks.csv", "config.yaml")
         ),
     ],
 )
@@ -313,12 +322,19 @@ def test_yaml_that_stands_for_more_is_refused(text: str, run: Path) -> None:
     assert not Tried(lambda: read_config(run))(text[:40])
 
 
-def test_a_log_of_any_encoding_gives_its_warnings(run: Path) -> None:
-    assert logged_warnings(run) == ["skipped: /a.png"]
-    (run / "log.txt").write_bytes(b"\xff\xfe\n2026-11-23 16:40:01,000 WARNING caf\xe9\n")
-    assert logged_warnings(run) == ["caf\N{REPLACEMENT CHARACTER}"]
-    (run / "log.txt").unlink()
-    assert logged_warnings(run) == []
+def test_a_record_says_what_can_be_read_of_it(run: Path) -> None:
+    record = read_record(run)
+    assert record is not None
+    assert [one.message for one in record.warnings] == ["skipped: /a.png"]
+    content = json.loads((run / "run.json").read_text())
+    content |= {"started": "yesterday", "seconds": float("nan")}
+    content["warnings"] += [3, {"code": "leak"}]
+    (run / "run.json").write_text(json.dumps(content))
+    read = read_record(run)
+    assert read is not None
+    assert (read.start(), read.seconds, read.warnings) == (None, 0.0, record.warnings)
+    (run / "run.json").write_text(json.dumps({**content, "status": "asleep"}))
+    assert read_record(run) is None
 
 
 def test_damaged_rows_of_metrics_are_left_out_and_said(
@@ -334,7 +350,6 @@ def test_damaged_rows_of_metrics_are_left_out_and_said(
         file.write_bytes(content)
         assert tried(what)
     file.write_bytes(whole + b"nan,1,2\n5,inf,3\n6,0.9\n7,0.9,0.1\n8,0.")
-    logging.getLogger("vissl_lite").propagate = True
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         metrics = MetricsFile(file)
@@ -453,7 +468,6 @@ def test_a_damaged_cell_is_done_again_and_said(
     tried.sweep_bytes(file)
     print("cells", dict(tried.counts))
     assert tried.counts["refused"] > 100
-    logging.getLogger("vissl_lite").propagate = True
     caplog.clear()
     file.write_bytes(whole[:50])
     assert store.load(cell, about) is None

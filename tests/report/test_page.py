@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Sequence
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,12 @@ from vissl_lite.report.charts import POINTS, curves
 from vissl_lite.report.folder import read_run
 from vissl_lite.report.page import Block, write_page
 from vissl_lite.report.run_report import write_report
+from vissl_lite.run_folder import lock
+from vissl_lite.run_record import RunRecord, Status, WarningRecord
 
-STAMP = "2026-11-23 16:40:0"
+LINE = "2026-11-23 16:40:01,000 INFO working\n"
+
+ENVIRONMENT = {"python": "3.11.7", "torch": "2.15.0", "device": "CPU"}
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "pretrain": {
@@ -38,12 +43,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def make(folder: Path, verb: str = "pretrain", log: str = "", **results: Any) -> Path:
-    """A run folder; finished if there are results."""
+def make(
+    folder: Path,
+    command: str = "pretrain",
+    warnings: Sequence[WarningRecord] = (),
+    status: Status = "finished",
+    reason: str | None = None,
+    **results: Any,
+) -> Path:
+    """A run folder."""
     folder.mkdir(exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIGS[verb], sort_keys=False))
-    first = f"{STAMP}0,000 DEBUG Python 3.11.7 on Linux; vissl-lite 0.1.0, torch 2.15.0\n"
-    (folder / "log.txt").write_text(first + log)
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIGS[command], sort_keys=False))
+    (folder / "log.txt").write_text(LINE)
+    RunRecord(
+        command, status, reason, "2026-11-23T16:40:00+00:00", 12.0, "0.1.0", ENVIRONMENT,
+        list(warnings),
+    ).write(folder)  # fmt: skip
     if results:
         (folder / "results.json").write_text(json.dumps(results))
     return folder
@@ -56,20 +71,45 @@ def words(folder: Path) -> str:
     return " ".join(unescape(re.sub(r"<[^>]*>", " ", body)).split())
 
 
-@pytest.mark.parametrize("verb", CONFIGS)
-def test_the_command_is_known_by_its_options(verb: str, tmp_path: Path) -> None:
-    shown = words(make(tmp_path / "run", verb, seconds=600))
-    assert shown.startswith(f"{verb} finished no warnings run")
+def without_log(shown: str) -> str:
+    return re.sub(r"The last \d+ lines of the log.*(?=vissl_lite \d)", "", shown)
+
+
+@pytest.mark.parametrize("command", CONFIGS)
+def test_run_json_says_what_the_run_was(command: str, tmp_path: Path) -> None:
+    shown = words(make(tmp_path / "run", command, seconds=600))
+    assert shown.startswith(f"{command} finished no warnings run")
     assert "10 min 0 s" in shown
-    assert f"vissl-lite {verb} --config {tmp_path}/run/config.yaml --out NEW_FOLDER" in shown
-    assert "Python 3.11.7 on Linux; vissl-lite 0.1.0, torch 2.15.0" in shown
+    assert f"vissl-lite {command} --config {tmp_path}/run/config.yaml --out NEW_FOLDER" in shown
+    assert "vissl-lite 0.1.0, python 3.11.7, torch 2.15.0, device CPU" in shown
+
+
+def test_the_log_is_quoted_and_not_read(tmp_path: Path) -> None:
+    warned = [WarningRecord("image.unreadable", "skipped: /a.png", {"path": "/a.png"})]
+    run = make(tmp_path / "run", "probe", warned, knn=0.5)
+    whole = words(run)
+    garbage = [
+        b"2026-11-23 16:40:05,000 WARNING Leaks: 9 test images\nstopped: no\nPython 2.7\n",
+        b"\xff\xfe\x00" * 50_000,
+        b"",
+    ]
+    for content in garbage:
+        (run / "log.txt").write_bytes(content)
+        assert without_log(words(run)) == without_log(whole)
+    (run / "log.txt").unlink()
+    assert words(run) == without_log(whole)
+    assert "1 warning " in whole
+    assert "INFO working" in whole
 
 
 def test_warnings_and_leaks_come_before_the_figures(tmp_path: Path) -> None:
-    log = "".join(f"{STAMP}1,000 WARNING skipped, can't be read: /a/{i}.png\n" for i in range(40))
-    log += f"{STAMP}2,000 WARNING 2 boxes without area, left out\n"
-    kept = ["2 boxes without area, left out", "The encoder has collapsed."]
-    run = make(tmp_path / "run", "probe", log, knn=0.5, linear=0.625, leaks=3, warnings=kept)
+    warned = [
+        *(WarningRecord("image.unreadable", f"skipped: /a/{i}.png") for i in range(20)),
+        WarningRecord("image.unreadable", "skipped: /a/20.png", count=20),
+        WarningRecord("features.collapsed", "The encoder has collapsed."),
+        WarningRecord("leak", "Leaks: 3 test images are in the training part."),
+    ]
+    run = make(tmp_path / "run", "probe", warned, knn=0.5, linear=0.625, leaks=3)
     rows = [f"test,/t/{i}.png,train,,/u/{i}.png,exact,1.0\n" for i in range(25)]
     columns = "part,path,where,encoder,twin,kind,similarity\n"
     usual = "val,/v/0.png,pretraining,runs/a,/w/0.png,exact,1.0\n"  # no harm
@@ -78,31 +118,39 @@ def test_warnings_and_leaks_come_before_the_figures(tmp_path: Path) -> None:
     assert "/t/0.png /u/0.png train exact" in shown
     assert "The first 20 of 25" in shown
     assert "/v/0.png" not in shown
-    assert "43 warnings" in shown  # leaks, the collapse, the boxes once, and each file
+    assert "42 warnings" in shown
     order = [
         shown.index(part)
-        for part in ("Leaks: 3 of the test images", "boxes without area", "has collapsed",
-                     "/a/0.png and 39 more of the kind", "0.625 linear accuracy")
+        for part in ("Leaks: 3 test images", "skipped: /a/0.png", "skipped: /a/4.png",
+                     "and 35 more of the kind", "has collapsed", "0.625 linear accuracy")
     ]  # fmt: skip
     assert order == sorted(order)
-    assert shown.count("boxes without area") == 2  # and in the last lines of the log
-    assert "/a/1.png" not in shown.split("How it was made")[0]
-    with (run / "log.txt").open("a") as file:
-        file.write(f"{STAMP}3,000 WARNING Leaks: 3 test images are in the training part.\n")
-    shown = words(run).split("How it was made")[0]
-    assert "Leaks: 3 of the judged" not in shown  # the log says it better
-    assert shown.index("Leaks: 3 test images are") < shown.index("has collapsed")
+    assert "/a/5.png" not in shown
 
 
-def test_a_run_that_was_stopped_says_by_what(tmp_path: Path) -> None:
-    log = (f"{STAMP}5,000 ERROR stopped by an error\nTraceback (most recent call last):\n"
-           f"  File x\nRuntimeError: <disk> is full\n")  # fmt: skip
-    shown = words(make(tmp_path / "run", "pretrain", log))
-    assert "Stopped by an error: RuntimeError: <disk> is full" in shown
+def test_leaks_in_the_results_alone_are_said_too(tmp_path: Path) -> None:
+    run = make(tmp_path / "run", "probe", knn=0.5, leaks=3)
+    assert "Leaks: 3 of the test images were seen in training" in words(run)
+
+
+def test_a_run_that_did_not_finish_says_why(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shown = words(make(run, status="failed", reason="<disk> is full"))
+    assert "pretrain failed" in shown
+    assert "Stopped by an error: <disk> is full" in shown
     assert "--resume goes on" in shown
-    shown = words(make(tmp_path / "run", "probe", f"{STAMP}1,000 INFO working\n"))
-    assert "Not finished: there is no results.json" in shown
+    shown = words(make(run, "probe", status="stopped", reason="stopped by SIGTERM"))
+    assert "probe stopped" in shown
+    assert "Stopped: stopped by SIGTERM" in shown
     assert "--resume" not in shown
+    make(run, status="running")
+    assert "pretrain killed" in words(run)
+    with lock(run):
+        assert "pretrain running" in words(run)
+        (run / "results.json").write_text('{"loss": 1}')  # the page is the last that is written
+        assert "pretrain finished" in words(run)
+    assert "pretrain killed" in words(run)
+    assert "probe no results" in words(make(tmp_path / "other", "probe"))
 
 
 def test_what_is_damaged_is_left_out_and_said(tmp_path: Path) -> None:
@@ -115,17 +163,17 @@ def test_what_is_damaged_is_left_out_and_said(tmp_path: Path) -> None:
     whole = (run / "views.png").read_bytes()
     (run / "views.png").write_bytes(whole[: len(whole) // 2])
     (run / "map.npz").write_bytes(b"PK no map")
-    (run / "log.txt").write_bytes(b"\xff\xfe nothing that we wrote\n")
     shown = words(run)
     assert "results.json is damaged" in shown
     assert "views.png is damaged" in shown
     assert "map.npz is damaged" in shown
-    assert "log.txt is damaged" in shown
     assert "2 damaged rows of metrics.csv are left out" in shown
     assert read_run(run).metrics["loss"] == ([0, 1], [5, 4])
     (run / "config.yaml").write_text("a: [1")
     (run / "metrics.csv").write_text("")
+    (run / "run.json").write_text('{"command": "pretrain"')
     shown = words(run)
+    assert "run.json is damaged" in shown
     assert "config.yaml is damaged" in shown
     assert "metrics.csv can't be read: there are no curves" in shown
 
@@ -144,17 +192,19 @@ def test_a_comparison_begins_with_its_verdict(tmp_path: Path) -> None:
         "verdicts": {"runs/a": {"verdict": "helped", "sentence": sentence}},
         "layers": {"runs/a": {"layer1": {"1%": 0.1, "10%": 0.2}}},
     }  # fmt: skip
-    log = f"{STAMP}1,000 WARNING left out: timm:resnet18: no network\n"
-    run = make(tmp_path / "run", "compare", log, protocols={"knn": found}, verdict="helped",
+    warned = [
+        WarningRecord("leak", "Leaks: 2 test images are among the pre-training images."),
+        WarningRecord("encoder.left_out", "left out: timm:resnet18: no network"),
+    ]
+    run = make(tmp_path / "run", "compare", warned, protocols={"knn": found}, verdict="helped",
                baseline="random:resnet18", left_out={"timm:resnet18": "no network"},
-               leaks={"runs/a": 2}, sentences=[sentence])  # fmt: skip
+               leaks=2, sentences=[sentence])  # fmt: skip
     shown = words(run)
     assert shown.index(sentence) < shown.index("The comparison")
     assert shown.count(sentence) == 1
-    assert "2 warnings" in shown  # the leaks and what was left out, which is in the log as well
+    assert "2 warnings" in shown
     assert "Stage by stage" in shown
     assert "left out: timm:resnet18: no network" in shown
-    assert "Leaks: 2 of the test images were seen in training (runs/a)" in shown
     assert "encoder 1% 1,500 labels 10% 15,000 labels in all" in shown
     assert "runs/a 0.400 ± 0.010 +0.100 (+0.050 to +0.150) 0.600 ± 0.020 helped" in shown
     assert "random:resnet18 0.300 ± 0.010 baseline" in shown

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vissl_lite.data.images import find_images
 from vissl_lite.data.stream import Batch, ViewDataset
 from vissl_lite.data.views import Views, flip, random_crop
-from vissl_lite.run import MetricsFile
+from vissl_lite.metrics_file import MetricsFile
 from vissl_lite.training.fit import TrainingFiles, fit
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.training.pace import Pace

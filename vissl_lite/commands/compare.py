@@ -7,7 +7,6 @@ from pathlib import Path
 from rich.table import Table
 
 from vissl_lite.commands.leaks import guard
-from vissl_lite.commands.report import add_report, add_test_embeddings
 from vissl_lite.comparison.options import CompareOptions
 from vissl_lite.comparison.outcome import Judged, Outcome
 from vissl_lite.comparison.plan import Plan
@@ -16,6 +15,7 @@ from vissl_lite.comparison.runner import Runner
 from vissl_lite.comparison.store import Cell, Store
 from vissl_lite.data.reading import limit_pixels
 from vissl_lite.options import command
+from vissl_lite.report.additions import add_report, add_test_embeddings
 from vissl_lite.run import (
     check_out,
     console,
@@ -86,7 +86,8 @@ def compare(options: CompareOptions) -> CompareResult:
         if resume:
             write_config(run, config)  # there may be more encoders and seeds than before
         for name, why in left_out.items():
-            log.warning("left out: %s: %s", name, why)
+            log.warning("left out: %(encoder)s: %(why)s", {"encoder": name, "why": why},
+                        extra={"code": "encoder.left_out"})  # fmt: skip
         log.info(
             "%d encoders, %s, %s, %d seeds; %d test images",
             len(found), " and ".join(wanted), ", ".join(f"{labels[a.name]} labels ({a.name})"

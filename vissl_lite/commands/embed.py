@@ -20,7 +20,7 @@ from vissl_lite.encoder_folder import encoder_for
 from vissl_lite.errors import UserError, check_image_size, did_you_mean
 from vissl_lite.inference import check_outputs, run_over
 from vissl_lite.options import Options, Paths, StrPath, command, path_list
-from vissl_lite.run import forget_log, logged_to_console
+from vissl_lite.run import logged_to_console
 from vissl_lite.training.progress import progress_bar
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,6 @@ def check_file(file: Path, overwrite: bool) -> None:
     Raises:
         UserError: it exists, is a folder, or can't be written.
     """
-    forget_log()
     if file.is_dir():
         raise UserError(f"--out {file} is a folder: give the name of a file")
     if file.exists() and not overwrite:

@@ -11,7 +11,6 @@ from rich.table import Table
 
 from vissl_lite import __version__
 from vissl_lite.commands.leaks import guard
-from vissl_lite.commands.report import add_report, add_test_embeddings, add_test_pictures
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.encoder_folder import encoder_for, load_encoder
 from vissl_lite.errors import (
@@ -21,13 +20,14 @@ from vissl_lite.errors import (
     check_seed,
     check_warmup,
 )
+from vissl_lite.metrics_file import MetricsFile
 from vissl_lite.optim import OptimizerSettings, check_optimizer, check_rates
 from vissl_lite.options import Options, StrPath, command
 from vissl_lite.pictures import plot_curves
+from vissl_lite.report.additions import add_report, add_test_embeddings, add_test_pictures
 from vissl_lite.run import (
     CHECKPOINTS,
     METRICS,
-    MetricsFile,
     beside,
     check_out,
     console,

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from vissl_lite.commands.report import add_report
 from vissl_lite.data.images import find_images
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.errors import check_not_negative
 from vissl_lite.options import Options, Paths, StrPath, command, path_list
+from vissl_lite.report.additions import add_report
 from vissl_lite.run import check_out, open_run, write_results
 from vissl_lite.training.progress import progress_bar
 from vissl_lite.transfer.base import TrainedModel

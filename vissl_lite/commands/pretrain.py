@@ -11,7 +11,6 @@ import torch
 from vissl_lite import __version__
 from vissl_lite.commands.pretrain_data import TrainingImages, find_training_images
 from vissl_lite.commands.pretrain_options import PretrainOptions, make_encoder, parse_time
-from vissl_lite.commands.report import add_embeddings, add_pretext, add_report
 from vissl_lite.data.cache import CachePlan, forks_workers, plan_cache
 from vissl_lite.data.fingerprints import Fingerprints
 from vissl_lite.data.leaks import seen_by
@@ -21,13 +20,14 @@ from vissl_lite.data.views import Views
 from vissl_lite.encoder_folder import save_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.evaluation.online import ONLINE_METRICS, EncoderMetrics, OnlineEvaluation
+from vissl_lite.metrics_file import MetricsFile
 from vissl_lite.options import StrPath, command
 from vissl_lite.pictures import plot_curves
 from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.report.additions import add_embeddings, add_pretext, add_report
 from vissl_lite.run import (
     CHECKPOINTS,
     METRICS,
-    MetricsFile,
     beside,
     check_out,
     is_finished,

@@ -11,7 +11,6 @@ import torch
 from rich.table import Table
 
 from vissl_lite.commands.leaks import guard
-from vissl_lite.commands.report import add_report, add_test_embeddings
 from vissl_lite.data.images import suitable_size
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.encoder import Encoder
@@ -24,6 +23,7 @@ from vissl_lite.errors import (
 )
 from vissl_lite.evaluation.probe import PROBES, evaluate_features, extract_part
 from vissl_lite.options import Options, StrPath, command
+from vissl_lite.report.additions import add_report, add_test_embeddings
 from vissl_lite.run import check_out, console, open_run, write_results
 from vissl_lite.training.progress import progress_bar
 from vissl_lite.transfer.classification.data import LabelledImages, load_labelled

@@ -21,7 +21,7 @@ from vissl_lite.data.tar_reader import LARGEST
 from vissl_lite.data.whole_file import check_place
 from vissl_lite.errors import UserError, check_count
 from vissl_lite.options import Options, Paths, StrPath, command, path_list
-from vissl_lite.run import forget_log, logged_to_console
+from vissl_lite.run import logged_to_console
 from vissl_lite.run_folder import LOCK, check_apart, lock
 from vissl_lite.training.progress import progress_bar
 
@@ -93,7 +93,6 @@ def shard(options: ShardOptions) -> ShardResult:
     """
     sources = path_list(options.data)
     folder = Path(options.out)
-    forget_log()
     check_place(folder)
     check_apart(folder, [("data", source) for source in sources])
     _check_folder(folder, options.overwrite)
@@ -119,8 +118,8 @@ def shard(options: ShardOptions) -> ShardResult:
         result = ShardResult(folder, index, len(written), sum(n for _, n, _ in written), left_out)
         if left_out:
             log.warning(
-                "left out, as they can't be read: %d files, the first %s", len(left_out),
-                left_out[0],
+                "left out, as they can't be read: %(files)d files, the first %(first)s",
+                {"files": len(left_out), "first": left_out[0]}, extra={"code": "image.unreadable"},
             )  # fmt: skip
         pattern = folder / f"train-{{000000..{len(written) - 1:06}}}.tar"
         log.info("%d images in %d shards. Next:", result.images, result.shards)

@@ -18,7 +18,7 @@ from vissl_lite.errors import UserError
 from vissl_lite.evaluation.features import extract
 from vissl_lite.evaluation.probe import LabelledFeatures, ProbeName, evaluate_features
 from vissl_lite.inference import check_outputs
-from vissl_lite.run import MetricsFile
+from vissl_lite.metrics_file import MetricsFile
 from vissl_lite.training.fit import TrainingFiles
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.base import PARTS, LabelledDataset, Scores, Split, TrainedModel

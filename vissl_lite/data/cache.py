@@ -25,6 +25,7 @@ from vissl_lite.data.free_memory import free_memory
 from vissl_lite.data.headers import image_size
 from vissl_lite.data.images import BROKEN_IMAGE, decode_reduced
 from vissl_lite.data.path_list import PathList
+from vissl_lite.data.whole_file import whole_file
 from vissl_lite.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -87,12 +88,10 @@ class CachePlan:
         return ImageCache(self, file)
 
     def _make(self, file: Path) -> None:
-        part = file.with_name(f"{file.name}.part")
-        with part.open("wb") as out:
+        with whole_file(file) as part, part.open("wb") as out:
             out.write(self.digest)
             out.write(bytes(len(self.wholes)))
             out.truncate(self.total)  # a hole, which is filled as images come
-        os.replace(part, file)
 
     def _is_in(self, file: Path) -> bool:
         try:
@@ -190,7 +189,8 @@ class ImageCache:
             try:
                 self.file.unlink(missing_ok=True)
             except OSError:  # Windows keeps a file that is mapped
-                log.warning("%s is no longer needed, but can't be deleted", self.file)
+                log.warning("%(file)s is no longer needed, but can't be deleted",
+                            {"file": self.file}, extra={"code": "cache.kept"})  # fmt: skip
 
 
 def plan_cache(paths: Sequence[str], shortest: int, folder: Path, shareable: bool) -> CachePlan:

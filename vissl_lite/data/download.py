@@ -208,7 +208,9 @@ class _Download(io.RawIOBase):
             self._said = True
             left = self._patience - self._waited
             log.warning(
-                "waiting for %s: %s; given up in %.0f s at most", self.url, self._state(), left
+                "waiting for %(url)s: %(state)s; given up in %(seconds).0f s at most",
+                {"url": self.url, "state": self._state(), "seconds": left},
+                extra={"code": "download.waiting"},
             )
 
     def _state(self) -> str:

@@ -6,9 +6,6 @@ from collections.abc import Callable, Collection, Sequence
 from io import BytesIO
 from pathlib import Path
 
-# Broken files are named in our log; the decoders need not print pages about each.
-os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")
-
 import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -31,8 +28,6 @@ log = logging.getLogger(__name__)
 EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 )
-
-logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 # What decoding raises on a broken file; anything else is a bug of ours and must surface.
 BROKEN_IMAGE = (OSError, ValueError, SyntaxError, EOFError, cv2.error, Image.DecompressionBombError)
@@ -131,8 +126,11 @@ def walk(
         odd += [start + name for name in others]
         ahead += [start + name for name in reversed(folders)]
     if odd:
-        log.warning("left out, as no regular files but %s: %d, the first %s", _ODD, len(odd),
-                    odd[0])  # fmt: skip
+        log.warning(
+            f"left out, as no regular files but {_ODD}: %(files)d, the first %(first)s",
+            {"files": len(odd), "first": odd[0]},
+            extra={"code": "file.irregular"},
+        )
     return paths
 
 

@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from vissl_lite.data.text_file import read_bytes
 from vissl_lite.errors import UserError
 
 # Size in bytes of the largest file that is read unless told otherwise: annotations of a data set.
@@ -32,19 +33,7 @@ def read_json(file: Path, largest: int = LARGEST) -> Any:
             a key twice, an integer of more than 20 digits, and half of a character (a lone
             surrogate), which can't be printed, unless it stands for a byte of a file's name.
     """
-    try:
-        if not file.is_file():  # what never ends, as a pipe, is no file either
-            raise UserError(f"{file} is no file")
-        with file.open("rb") as opened:
-            size = opened.seek(0, 2)
-            if size > largest:
-                raise UserError(f"{file} takes {size} bytes, which is more than the {largest} "
-                                f"that such a file may")  # fmt: skip
-            opened.seek(0)
-            content = opened.read()
-    except OSError as error:
-        raise UserError(f"{file} can't be read: {error.strerror or error}") from None
-    return parse_json(content, str(file))
+    return parse_json(read_bytes(file, largest), str(file))
 
 
 def parse_json(content: bytes, name: str) -> Any:

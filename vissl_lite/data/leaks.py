@@ -169,13 +169,18 @@ def check_leaks(
         if result.left_out["test"].issuperset(parts["test"]):
             raise UserError(f"--leaks exclude leaves no test image: {_in_words(harm)}")
         log.warning(
-            "Leaks: %s. Left out: %d test and %d validation images; all are listed in %s.",
-            _in_words(harm), len(result.left_out["test"]), len(result.left_out["val"]), listed,
+            "Leaks: %(words)s. Left out: %(test_left_out)d test and %(val_left_out)d validation "
+            "images; all are listed in %(listed)s.",
+            {"words": _in_words(harm), "leaks": _counted(harm),
+             "test_left_out": len(result.left_out["test"]),
+             "val_left_out": len(result.left_out["val"]), "listed": listed},
+            extra={"code": "leak"},
         )  # fmt: skip
     else:
         log.warning(
-            "Leaks: %s. They are listed in %s; --leaks exclude leaves them out.",
-            _in_words(harm), listed,
+            "Leaks: %(words)s. They are listed in %(listed)s; --leaks exclude leaves them out.",
+            {"words": _in_words(harm), "leaks": _counted(harm), "listed": listed},
+            extra={"code": "leak"},
         )  # fmt: skip
     return result
 
@@ -188,18 +193,30 @@ def _left_out(harm: Sequence[Leak], prints: Mapping[str, Fingerprints]) -> dict[
     return {"test": test, "val": val}
 
 
-def _in_words(harm: Sequence[Leak]) -> str:
-    """How many of which part are where, such as ``2 test images are in the training part``."""
+def _counted(harm: Sequence[Leak]) -> list[dict[str, Any]]:
+    """How many images of which part are where, by kind, for the run's ``run.json``."""
     kinds: dict[tuple[str, str], dict[str, str]] = {}
     for leak in harm:  # one image may have been seen by several encoders
         by_path = kinds.setdefault((leak.part, leak.where), {})
         by_path[leak.path] = min(leak.kind, by_path.get(leak.path, leak.kind))
+    return [
+        {"part": part, "where": where, "kind": kind, "count": count}
+        for (part, where), by_path in kinds.items()
+        for kind, count in sorted(Counter(by_path.values()).items())
+    ]
+
+
+def _in_words(harm: Sequence[Leak]) -> str:
+    """How many of which part are where, such as ``2 test images are in the training part``."""
+    places: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for one in _counted(harm):
+        places.setdefault((one["part"], one["where"]), []).append(one)
     words = []
-    for (part, where), by_path in kinds.items():
-        count, name = len(by_path), "validation" if part == "val" else part
+    for (part, where), counted in places.items():
+        count = sum(one["count"] for one in counted)
+        name = "validation" if part == "val" else part
         are = "image is" if count == 1 else "images are"
-        by_kind = Counter(by_path.values())
-        how = ", ".join(f"{by_kind[kind]} {kind}" for kind in ("exact", "similar") if by_kind[kind])
+        how = ", ".join(f"{one['count']} {one['kind']}" for one in counted)
         words.append(f"{count} {name} {are} {_PLACES[where]} ({how})")
     return "; ".join(words)
 

@@ -8,7 +8,9 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import NamedTuple
@@ -78,6 +80,41 @@ def max_pixels() -> int:
     return _max_pixels
 
 
+@contextmanager
+def pixel_limit() -> Iterator[None]:
+    """A block that may call ``limit_pixels``: after it, the limits are those from before."""
+    global _max_pixels
+    before, pillows = _max_pixels, Image.MAX_IMAGE_PIXELS
+    try:
+        yield
+    finally:
+        _max_pixels, Image.MAX_IMAGE_PIXELS = before, pillows
+
+
+def silence_decoders() -> Callable[[], None]:
+    """Keep Pillow and OpenCV from printing about broken images: our own log names these.
+
+    OpenCV is left alone where it is not loaded, and where ``OPENCV_LOG_LEVEL`` is set.
+
+    Returns:
+        What undoes it.
+    """
+    pillow = logging.getLogger("PIL")
+    level = pillow.level
+    pillow.setLevel(logging.CRITICAL)
+    opencv = sys.modules.get("cv2")
+    if opencv is None or "OPENCV_LOG_LEVEL" in os.environ:
+        return lambda: pillow.setLevel(level)
+    logs = opencv.utils.logging
+    before = logs.setLogLevel(logs.LOG_LEVEL_SILENT)
+
+    def restore() -> None:
+        pillow.setLevel(level)
+        logs.setLogLevel(before)
+
+    return restore
+
+
 def check_pixels(height: int, width: int, path: str | Path) -> None:
     """Raise a ValueError if an image of this size is not to be decoded.
 
@@ -121,20 +158,26 @@ def open_regular(path: str | Path) -> BufferedReader:
     return open(_open(path)[0], "rb")
 
 
-def read_regular(path: str | Path) -> bytes:
-    """The bytes of an image file.
+def read_regular(path: str | Path, largest: int | None = None) -> bytes:
+    """The bytes of a file.
+
+    Args:
+        path: only a regular file is read: of a pipe or a device the end may never come.
+        largest: size in bytes of the largest file that is read; default what an image of
+            ``max_pixels`` can have.
 
     Raises:
         OSError: see ``open_regular``.
-        ValueError: the file is larger than an image of ``max_pixels`` can be.
+        ValueError: the file is larger.
     """
     descriptor, size = _open(path)
     try:
-        most = _BYTES_PER_PIXEL * _max_pixels + _OTHER_BYTES
+        most, why = largest, ""
+        if most is None:
+            most = _BYTES_PER_PIXEL * _max_pixels + _OTHER_BYTES
+            why = f" for --max_pixels {_max_pixels}"
         if size > most:
-            raise ValueError(
-                f"{path}: {size} bytes, more than the {most} for --max_pixels {_max_pixels}"
-            )
+            raise ValueError(f"{path}: {size} bytes, more than the {most}{why}")
         data = os.read(descriptor, size)
         while len(data) < size:  # a call gives 2 GB at most, and the file may have been cut since
             more = os.read(descriptor, size - len(data))
@@ -177,6 +220,8 @@ def report_skipped(broken: Sequence[Broken]) -> None:
     """Say in the log which files are skipped, and why: the first ones, and how many more."""
     for number, one in enumerate(broken):
         level = logging.WARNING if number < NAMED else logging.DEBUG
-        log.log(level, "skipped, can't be read: %s (%s)", one.path, one.why)
+        log.log(level, "skipped, can't be read: %(path)s (%(why)s)", one._asdict(),
+                extra={"code": "image.unreadable"})  # fmt: skip
     if len(broken) > NAMED:
-        log.warning("skipped, can't be read: %d more files", len(broken) - NAMED)
+        log.warning("skipped, can't be read: %(files)d more files", {"files": len(broken) - NAMED},
+                    extra={"code": "image.unreadable"})  # fmt: skip

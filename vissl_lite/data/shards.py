@@ -110,8 +110,9 @@ class Shards:
                     if whole - 1 == last:
                         if name_rest and whole == count and _holds_more(tar, images):
                             log.warning(
-                                "%s holds more images than the %d that its index.json says: the "
-                                "rest is left out", url, count,
+                                "%(shard)s holds more images than the %(images)d that its "
+                                "index.json says: the rest is left out",
+                                {"shard": url, "images": count}, extra={"code": "shard.longer"},
                             )  # fmt: skip
                         return
         except BROKEN_TAR as error:

@@ -1,13 +1,12 @@
 """Text files that somebody else may have written: read whole, or refused in one line."""
 
 import csv
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vissl_lite.data.reading import open_regular
+from vissl_lite.data.reading import read_regular, reason
 from vissl_lite.errors import UserError
 
 # Size in bytes of the largest text file that is read unless told otherwise: a table of a large set.
@@ -27,14 +26,9 @@ def read_bytes(file: str | Path, largest: int = LARGEST, name: str | None = None
     """
     name = str(file) if name is None else name
     try:
-        with open_regular(file) as opened:
-            if os.fstat(opened.fileno()).st_size > largest:
-                raise UserError(f"{name} can't be read: it has more than {largest} bytes")
-            return opened.read()
-    except OSError as error:
-        raise UserError(f"{name} can't be read: {error.strerror or error}") from None
-    except ValueError as error:  # a NUL byte in the path
-        raise UserError(f"{name} can't be read: {error}") from None
+        return read_regular(file, largest)
+    except (OSError, ValueError) as error:  # ValueError: it is larger, or its path has a NUL byte
+        raise UserError(f"{name} can't be read: {reason(error, file)}") from None
 
 
 def read_text(file: str | Path, largest: int = LARGEST, name: str | None = None) -> str:

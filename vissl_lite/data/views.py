@@ -6,18 +6,13 @@ repeats itself there and again every epoch. Here every view's generators are key
 """
 
 import copy
-import os
 from collections.abc import Sequence
 from typing import TypeAlias
 
 import cv2
 import numpy as np
 
-# At import Albumentations asks the network for its newest version, and warns where there is none.
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-
-import albumentations as A  # noqa: N812
-
+from vissl_lite.data.environment import default_variable
 from vissl_lite.data.view_steps import (
     Blur,
     Crop,
@@ -32,6 +27,10 @@ from vissl_lite.data.view_steps import (
     first_crop,
 )
 from vissl_lite.errors import UserError
+
+# At import Albumentations asks the network for its newest version, and warns where there is none.
+with default_variable("NO_ALBUMENTATIONS_UPDATE", "1"):
+    import albumentations as A  # noqa: N812
 
 ImageTransform: TypeAlias = A.BasicTransform | A.Compose
 

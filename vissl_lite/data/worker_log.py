@@ -1,6 +1,8 @@
 """What a data worker logs is logged by the process that started it: it has the log and the bar."""
 
+import json
 import logging
+from collections.abc import Mapping
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -8,6 +10,9 @@ from threading import Thread
 
 # What a pipe takes at once or not at all: the lines of several workers do not mix.
 _AT_ONCE = 4000
+
+# Letters that fit into it, whichever they are.
+_SURELY = 600
 
 log = logging.getLogger("vissl_lite")
 
@@ -31,13 +36,26 @@ class _Sender(logging.Handler):
         self._sender = sender
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage().encode(errors="backslashreplace")
+        message, figures = record.getMessage(), {}
+        if isinstance(record.args, Mapping):
+            figures = {name: one if isinstance(one, int | float) else str(one)
+                       for name, one in record.args.items()}  # fmt: skip
+        code = getattr(record, "code", None)
+        for sent in ((message, figures), (message, {}), (message[:_SURELY], {})):
+            text = json.dumps([record.levelno, code, *sent], ensure_ascii=False)
+            content = text.encode(errors="backslashreplace")  # which JSON takes for what it was
+            if len(content) <= _AT_ONCE:
+                break
         with suppress(OSError):  # nobody listens any more
-            self._sender.send_bytes(b"%d %s" % (record.levelno, text[:_AT_ONCE]))
+            self._sender.send_bytes(content)
 
 
 def _say(receiver: "Connection[bytes, bytes]") -> None:
     with suppress(EOFError, OSError):
         while True:
-            level, _, text = receiver.recv_bytes().partition(b" ")
-            log.log(int(level), "%s", text.decode(errors="replace"))
+            level, code, message, figures = json.loads(receiver.recv_bytes())
+            extra = None if code is None else {"code": code}
+            if figures:  # it has them already
+                log.log(level, message.replace("%", "%%"), figures, extra=extra)
+            else:
+                log.log(level, "%s", message, extra=extra)

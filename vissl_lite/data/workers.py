@@ -18,7 +18,7 @@ import cv2
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from vissl_lite.data.reading import limit_pixels, max_pixels
+from vissl_lite.data.reading import limit_pixels, max_pixels, silence_decoders
 from vissl_lite.data.worker_log import WorkerLog
 from vissl_lite.errors import UserError
 
@@ -99,6 +99,7 @@ class WorkerLoader(Generic[T]):
                 "There is too little shared memory for the batches of the data workers: they come "
                 "through pipes instead, which is slower (%s). Enlarge /dev/shm, as with docker run "
                 "--shm-size 8g, or give fewer --num_workers or a smaller --batch_size.", why,
+                extra={"code": "memory.shared"},
             )  # fmt: skip
 
 
@@ -167,6 +168,7 @@ def start_worker(worker: int, most: int, lines: WorkerLog) -> None:
     """
     lines.attach()
     limit_pixels(most)
+    silence_decoders()
     sys.excepthook = _report
     cv2.setNumThreads(0)
     # Collecting garbage writes to every object that it looks at, and so would copy all of those

@@ -326,10 +326,11 @@ class Colorization(PretextTask):
         self.chroma += colours.norm(dim=1).mean() / LOOK
         if self.looked == LOOK and self.chroma < GREY:
             log.warning(
-                "the images are grey, or nearly so: their colours lie %.1f from grey on average, "
-                "where pure red lies at 105. There is nothing to learn from colouring them; try "
-                "another pretext, such as simclr.",
-                self.chroma,
+                "the images are grey, or nearly so: their colours lie %(chroma).1f from grey on "
+                "average, where pure red lies at 105. There is nothing to learn from colouring "
+                "them; try another pretext, such as simclr.",
+                {"chroma": float(self.chroma)},
+                extra={"code": "pretext.gray_images"},
             )
 
     def predict(self, grey: Tensor) -> Tensor:

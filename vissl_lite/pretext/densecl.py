@@ -150,9 +150,11 @@ class DenseCL(PretextTask):
     def _check_map(self, feature_map: Tensor) -> None:
         if not self._map_checked and feature_map.shape[2:].numel() == 1:
             log.warning(
-                "densecl: the last feature map of %s at %d pixels has a single place, so that its "
-                "dense loss is an ordinary one; give a larger --image_size or another --backbone",
-                self.encoder.backbone, self.encoder.image_size,
+                "densecl: the last feature map of %(backbone)s at %(pixels)d pixels has a single "
+                "place, so that its dense loss is an ordinary one; give a larger --image_size or "
+                "another --backbone",
+                {"backbone": self.encoder.backbone, "pixels": self.encoder.image_size},
+                extra={"code": "pretext.one_location"},
             )  # fmt: skip
         self._map_checked = True
 

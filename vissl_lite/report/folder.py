@@ -1,47 +1,25 @@
-"""What a command left in its run folder, as far as it can be read."""
+"""What a command left in its run folder, as far as it can be read.
+
+Commands write for programs ``run.json``, ``config.yaml``, ``results.json`` and ``metrics.csv``: the
+report reads these alone. Of ``log.txt``, which is for people, the end is quoted.
+"""
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from vissl_lite.data.json_file import read_json
 from vissl_lite.data.yaml_file import read_yaml
 from vissl_lite.errors import UserError
-from vissl_lite.run import LARGEST_RESULTS, LOG, METRICS, RESULTS, read_metrics
-from vissl_lite.run_folder import CONFIG
+from vissl_lite.metrics_file import read_metrics
+from vissl_lite.run import LARGEST_RESULTS, LOG, METRICS, RESULTS
+from vissl_lite.run_folder import CONFIG, is_locked
+from vissl_lite.run_record import RUN, RunRecord, read_record
 
-LARGEST_LOG = 64 * 2**20  # letters of log.txt that are read
-
-# An option that only this command has; the first one found in the configuration names it.
-_TELLING = {
-    "pretext": "pretrain",
-    "protocols": "compare",
-    "detector": "finetune",
-    "temperature": "probe",
-    "unlabelled": "demo",
-    "model": "predict",
-}
-
-_LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d+ ([A-Z]+) (.*)")
-
-
-@dataclass
-class Record:
-    """An entry of the log.
-
-    Attributes:
-        time: when.
-        level: as ``logging`` names it.
-        message: may have several lines, as a traceback has.
-    """
-
-    time: datetime
-    level: str
-    message: str
+# Lines of the log that are quoted, and the bytes at its end that are read for them.
+LOG_LINES, LOG_BYTES = 30, 2**16
 
 
 @dataclass
@@ -50,24 +28,26 @@ class RunFolder:
 
     Attributes:
         folder: where.
+        record: its ``run.json``; None if that can't be read.
         config: its options; empty if they can't be read.
         results: None where the run has not ended, or they can't be read.
-        records: its log.
         metrics: by name, the steps and values of what was measured.
+        log: the last lines of its log.
         unreadable: a sentence for each thing that is left out because it is damaged.
     """
 
     folder: Path
+    record: RunRecord | None = None
     config: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] | None = None
-    records: list[Record] = field(default_factory=list)
     metrics: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
+    log: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
 
     @property
     def command(self) -> str:
-        """The verb that wrote the run; empty if its options do not tell."""
-        return next((verb for option, verb in _TELLING.items() if option in self.config), "")
+        """The command that wrote the run; empty if that is not known."""
+        return "" if self.record is None else self.record.command
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -78,15 +58,11 @@ class RunFolder:
         """Whether there is such a file."""
         return (self.folder / name).is_file()
 
-    def started(self) -> datetime | None:
-        """When the log begins."""
-        return self.records[0].time if self.records else None
-
-    def seconds(self) -> float | None:
-        """From the first entry of the log to the last."""
-        if len(self.records) < 2:
-            return None
-        return (self.records[-1].time - self.records[0].time).total_seconds()
+    def is_open(self) -> bool:
+        """Whether a process is writing to it, perhaps this one."""
+        return (
+            self.record is not None and self.record.status == "running" and is_locked(self.folder)
+        )
 
 
 def read_run(folder: Path) -> RunFolder:
@@ -95,19 +71,15 @@ def read_run(folder: Path) -> RunFolder:
     Args:
         folder: of a run of any command, perhaps not ended.
     """
-    run = RunFolder(folder)
+    run = RunFolder(folder, read_record(folder))
+    if run.record is None and run.has(RUN):
+        run.unreadable.append(f"{RUN} is damaged and left out.")
     run.config = _mapping(run, CONFIG, read_yaml) or {}
     run.results = _mapping(run, RESULTS, lambda file: read_json(file, LARGEST_RESULTS))
-    if run.has(LOG):
-        try:
-            with (folder / LOG).open(encoding="utf-8", errors="replace") as log:
-                run.records = _read_log(log.read(LARGEST_LOG))
-        except OSError:
-            run.unreadable.append(f"{LOG} can't be read and is left out.")
-        if not run.records and (folder / LOG).stat().st_size:
-            run.unreadable.append(f"{LOG} is damaged and left out.")
     if run.has(METRICS):
         _read_metrics(run)
+    if run.has(LOG):
+        run.log = _last_lines(folder / LOG)
     return run
 
 
@@ -124,22 +96,16 @@ def _mapping(run: RunFolder, name: str, read: Callable[[Path], Any]) -> dict[str
     return None
 
 
-def _read_log(text: str) -> list[Record]:
-    records: list[Record] = []
-    more: dict[int, list[str]] = {}  # lines that follow an entry, as of a traceback
-    for line in text.splitlines():
-        match = _LINE.fullmatch(line)
-        try:
-            time = datetime.strptime(match[1], "%Y-%m-%d %H:%M:%S") if match else None
-        except ValueError:  # digits, but no date
-            time = None
-        if match and time is not None:
-            records.append(Record(time, match[2], match[3]))
-        elif records:
-            more.setdefault(len(records) - 1, []).append(line)
-    for number, lines in more.items():
-        records[number].message = "\n".join([records[number].message, *lines])
-    return records
+def _last_lines(file: Path) -> list[str]:
+    """The end of a text file; empty if it can't be read."""
+    try:
+        with file.open("rb") as opened:
+            start = max(0, opened.seek(0, 2) - LOG_BYTES)
+            opened.seek(start)
+            lines = opened.read(LOG_BYTES).decode(errors="replace").splitlines()
+    except OSError:
+        return []
+    return lines[start > 0 :][-LOG_LINES:]  # the first one may have lost its beginning
 
 
 def _read_metrics(run: RunFolder) -> None:

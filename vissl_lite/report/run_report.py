@@ -1,8 +1,7 @@
 """``report.html``: a page to look at instead of logs, made from the run folder alone."""
 
-import re
 import shlex
-from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +11,28 @@ from vissl_lite.errors import UserError
 from vissl_lite.evaluation.embedding import ImageMap
 from vissl_lite.options import flatten
 from vissl_lite.report.charts import curves
-from vissl_lite.report.folder import Record, RunFolder, read_run
+from vissl_lite.report.folder import RunFolder, read_run
 from vissl_lite.report.gallery import pictures, predicted
 from vissl_lite.report.map import map_layout
 from vissl_lite.report.page import Block, render, write_page
 from vissl_lite.report.results import main_figures, result_blocks, verdicts
-from vissl_lite.run import MAP, METRICS, RESULTS
+from vissl_lite.run import LOG, MAP, METRICS, RESULTS
 from vissl_lite.run_folder import CONFIG
+from vissl_lite.run_record import RunRecord, WarningRecord
 
 REPORT = "report.html"
 
-# What a warning of leaks begins with.
-LEAKING = "Leaks:"
+# The code of warnings of leaks.
+LEAK = "leak"
 
-# Warnings shown at most (alike ones count as one), and lines of the log.
-WARNINGS, LOG_LINES = 12, 30
+# Kinds of warnings that are shown at most, and warnings of each.
+KINDS, EACH = 12, 5
+
+# Seconds that a run may have taken; more can't be right.
+LONGEST = 10**9
 
 # Commands that can go on where they stopped.
-_RESUMABLE = frozenset({"pretrain", "compare"})
+_RESUMABLE = frozenset({"pretrain", "finetune", "compare"})
 
 
 def write_report(folder: Path) -> Path:
@@ -80,8 +83,8 @@ def _head(run: RunFolder) -> Block:
         badges=badges,
         title=run.folder.resolve().name,
         lines=_lines(run),
-        warnings=render("said", said=[*said, *warnings[:WARNINGS]]),
-        more=max(0, len(warnings) - WARNINGS),
+        warnings=render("said", said=[*said, *warnings[:KINDS]]),
+        more=max(0, len(warnings) - KINDS),
         verdicts=verdicts(run),
         tiles=main_figures(run),
     )
@@ -103,13 +106,23 @@ def _lines(run: RunFolder) -> list[str]:
     lines = [", ".join(what)] if what else []
     if config.get("data"):
         lines.append(f"images: {_words(config['data'])}")
-    seconds = run.figures.get("seconds")
-    seconds = seconds if isinstance(seconds, int | float) else run.seconds()
-    started = run.started()
+    started = None if run.record is None else run.record.start()
     if started is not None:
+        seconds = _seconds(run, started)
         took = "" if seconds is None else f", {_duration(seconds)}"
         lines.append(f"{started:%Y-%m-%d %H:%M}{took}")
     return lines
+
+
+def _seconds(run: RunFolder, started: datetime) -> float | None:
+    """How long the run took, or has been running; None if it was killed."""
+    assert run.record is not None
+    seconds = run.figures.get("seconds")
+    if isinstance(seconds, int | float) and 0 <= seconds < LONGEST:
+        return seconds
+    if run.record.status != "running":
+        return run.record.seconds
+    return (datetime.now(started.tzinfo) - started).total_seconds() if run.is_open() else None
 
 
 def _words(value: Any) -> str:
@@ -125,63 +138,62 @@ def _duration(seconds: float) -> str:
 
 
 def _state(run: RunFolder) -> tuple[str, str, list[dict[str, Any]]]:
-    """Whether the run has ended: a word, its colour, and what is to be said of it."""
-    if run.figures.get("stopped"):
-        return f"stopped: {run.figures['stopped']}", "bad", []
-    if run.results is not None:
-        return "finished", "good", []
-    if run.has(RESULTS):
-        return "results unreadable", "bad", []
+    """How the run has ended: a word, its color, and what is to be said about it."""
+    status = "" if run.record is None else run.record.status
+    reason = "" if run.record is None else run.record.reason or ""
     more = ""
     if run.command in _RESUMABLE:
         more = f"vissl-lite {run.command} --out {shlex.quote(str(run.folder))} --resume goes on."
-    last = run.records[-1].message if run.records else ""
-    if last.startswith("stopped"):
-        text = f"Stopped by an error: {last.splitlines()[-1].removeprefix('stopped: ')}"
-        return "stopped", "bad", [{"text": text, "kind": "bad", "more": more}]
-    text = f"Not finished: there is no {RESULTS}. It is still running, or was ended from outside."
-    return "not finished", "bad", [{"text": text, "kind": "bad", "more": more}]
+    if status in ("stopped", "failed"):
+        said = f"{'Stopped' if status == 'stopped' else 'Stopped by an error'}: {reason}"
+        return status, "bad", [{"text": said, "kind": "bad", "more": more}]
+    if run.figures.get("stopped"):
+        return f"stopped: {run.figures['stopped']}", "bad", []
+    if run.results is not None and (status != "running" or run.is_open()):
+        return "finished", "good", []  # its page is the last thing that a run writes
+    if run.has(RESULTS) and run.results is None:
+        return "results unreadable", "bad", []
+    if run.is_open():
+        return "running", "", [{"text": "Still running.", "kind": "", "more": ""}]
+    if status == "running":
+        text = "Killed: the process ended without a word, as by kill -9 or a power cut."
+        return "killed", "bad", [{"text": text, "kind": "bad", "more": more}]
+    text = f"There is no {RESULTS}."
+    return "no results", "bad", [{"text": text, "kind": "bad", "more": ""}]
 
 
 def _warnings(run: RunFolder) -> list[dict[str, Any]]:
-    """Leaks, then what else the results and the log warn of, alike ones as one."""
-    kept = run.figures.get("warnings")
-    kept = [str(one) for one in kept] if isinstance(kept, list) else []
-    left_out = run.figures.get("left_out")
-    if isinstance(left_out, dict):  # the words of compare, so that they are not said twice
-        kept += [f"left out: {name}: {why}" for name, why in left_out.items()]
-    logged = [one.message for one in run.records if one.level == "WARNING"]
-    texts = list(dict.fromkeys([*kept, *logged]))
-    if not any(text.startswith(LEAKING) for text in texts):
-        texts += _leaks(run)
-    texts.sort(key=lambda text: not text.startswith(LEAKING))
-    alike: dict[str, list[str]] = {}
-    for text in texts:
-        # such as a hundred files that can't be read: what stands before the colon is the same
-        alike.setdefault(re.split(r": (?=\S+$)", text)[0], []).append(text)
+    """What the run warned of, by kind, leaks first."""
+    kinds: dict[str, list[WarningRecord]] = {}
+    for one in [] if run.record is None else run.record.warnings:
+        kinds.setdefault(one.code, []).append(one)
+    if LEAK not in kinds:
+        kinds |= _leaks(run)
     return [
         {
-            "text": some[0],
-            "kind": "bad" if some[0].startswith(LEAKING) else "warn",
-            "more": f"and {len(some) - 1} more of the kind; see log.txt" if len(some) > 1 else "",
-            "count": len(some),
+            "text": some[0].message,
+            "kind": "bad" if code == LEAK else "warn",
+            "more": _and_more([one.message for one in some[1:]], sum(one.count for one in some)),
+            "count": sum(one.count for one in some),
         }
-        for some in alike.values()
+        for code, some in sorted(kinds.items(), key=lambda item: item[0] != LEAK)
     ]
 
 
-def _leaks(run: RunFolder) -> list[str]:
-    """What the results say of leaks, where the log is silent."""
+def _and_more(others: list[str], count: int) -> str:
+    """Further warnings of a kind: the words of some, and how many there are beside these."""
+    shown = others[: EACH - 1]
+    rest = count - 1 - len(shown)
+    return "; ".join([*shown, *([f"and {rest} more of the kind; see {LOG}"] if rest else [])])
+
+
+def _leaks(run: RunFolder) -> dict[str, list[WarningRecord]]:
+    """What the results say about leaks, where ``run.json`` is silent."""
     found = run.figures.get("leaks")
-    if run.figures.get("leaks_left_out"):
-        return []  # the log tells of them
-    counts = found if isinstance(found, dict) else {"": found}
-    return [
-        f"{LEAKING} {count} of the test images were seen in training"
-        + (f" ({name})." if name else ".")
-        for name, count in counts.items()
-        if isinstance(count, int) and count > 0
-    ]
+    if not isinstance(found, int) or found <= 0 or run.figures.get("leaks_left_out"):
+        return {}
+    message = f"Leaks: {found} of the test images were seen in training."
+    return {LEAK: [WarningRecord(LEAK, message)]}
 
 
 def _curves(run: RunFolder) -> list[Block]:
@@ -212,20 +224,15 @@ def _made(run: RunFolder) -> Block:
     html = render(
         "made",
         command=command,
-        versions=_versions(run.records),
+        environment={} if run.record is None else _environment(run.record),
         options={name: text.removesuffix("...\n").strip() for name, text in options.items()},
-        log=_tail(run.records),
+        log=run.log,
         inside=[one.parent.name for one in sorted(run.folder.glob(f"*/{REPORT}"))],
     )
     return Block("How it was made", html)
 
 
-def _versions(records: Sequence[Record]) -> str:
-    """The line of the log that names them; the last one, where a run was resumed."""
-    named = [one.message for one in records if one.message.startswith("Python ")]
-    return named[-1] if named else ""
-
-
-def _tail(records: Sequence[Record]) -> list[str]:
-    lines = [f"{one.time:%H:%M:%S} {one.level} {one.message}" for one in records[-LOG_LINES:]]
-    return "\n".join(lines).splitlines()[-LOG_LINES:]
+def _environment(record: RunRecord) -> dict[str, str]:
+    """What the run depended on beside its options."""
+    used = {"vissl-lite": record.version, **record.environment}
+    return {str(name): str(value) for name, value in used.items()}

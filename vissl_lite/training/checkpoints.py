@@ -18,10 +18,12 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from vissl_lite.data.stream import Batch
+from vissl_lite.data.whole_file import whole_file
 from vissl_lite.encoder import first_line
 from vissl_lite.encoder_folder import read_torch
 from vissl_lite.errors import UserError
-from vissl_lite.run import CHECKPOINT, MetricsFile
+from vissl_lite.metrics_file import MetricsFile
+from vissl_lite.run import CHECKPOINT
 from vissl_lite.training.hardware import under_slurm
 from vissl_lite.training.sharding import mark_sharding
 from vissl_lite.training.stream import StreamData
@@ -47,15 +49,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        part = Path(f"{path}.part")
-        try:
-            with part.open("wb") as opened:  # its errors say more than those of torch's own writer
-                torch.save(checkpoint, opened)
-                opened.flush()
-                os.fsync(opened.fileno())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        # a file's own errors say more than those of torch's writer
+        with whole_file(Path(path)) as part, part.open("wb") as opened:
+            torch.save(checkpoint, opened)
+            opened.flush()
+            os.fsync(opened.fileno())
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
@@ -317,7 +315,11 @@ class Checkpoints(Callback):
             return
         if self._whole and trainer.global_step:
             self.save(trainer)
-        log.warning("told to stop by %s after step %d", exception.signal.name, trainer.global_step)
+        log.warning(
+            "told to stop by %(signal)s after step %(step)d",
+            {"signal": exception.signal.name, "step": trainer.global_step},
+            extra={"code": "training.ended"},
+        )
         if exception.signal == signal.SIGUSR1 and trainer.is_global_zero:
             _requeue()
 
@@ -352,6 +354,8 @@ def _requeue() -> None:
     name = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job
     try:
         subprocess.run(["scontrol", "requeue", name], check=True)
-        log.warning("job %s is in the queue again", name)
+        log.warning("job %(job)s is in the queue again", {"job": name},
+                    extra={"code": "slurm.requeued"})  # fmt: skip
     except (OSError, subprocess.CalledProcessError) as error:
-        log.warning("job %s is not in the queue again: %s", name, error)
+        log.warning("job %(job)s is not in the queue again: %(why)s", {"job": name, "why": error},
+                    extra={"code": "slurm.not_requeued"})  # fmt: skip

@@ -16,7 +16,8 @@ from lightning.pytorch.loggers import Logger
 
 from vissl_lite.errors import Terminated, UserError
 from vissl_lite.faults import says_out_of_memory
-from vissl_lite.run import CHECKPOINT, MetricsFile
+from vissl_lite.metrics_file import MetricsFile
+from vissl_lite.run import CHECKPOINT
 from vissl_lite.training.checkpoints import (
     AtomicCheckpointIO,
     Checkpoints,

@@ -112,10 +112,13 @@ class LossGuard(Callback):
         if self._running > NEAR * chance:
             self._warned.append("chance")
             log.warning(
-                "%s does no better than guessing: its loss is %.2f after %.0f %% of the run, where "
-                "guessing gives %.2f. Try a lower --lr, a longer --warmup or a larger "
-                "--batch_size, and look whether the images are all but the same.",
-                self.title, self._running, 100 * self.pace.fraction, chance,
+                "%(title)s does no better than guessing: its loss is %(loss).2f after "
+                "%(percent).0f %% of the run, where guessing gives %(chance).2f. Try a lower --lr, "
+                "a longer --warmup or a larger --batch_size, and look whether the images are all "
+                "but the same.",
+                {"title": self.title, "loss": self._running, "percent": 100 * self.pace.fraction,
+                 "chance": chance},
+                extra={"code": "loss.chance"},
             )  # fmt: skip
 
     def _look_for_divergence(self) -> None:
@@ -128,10 +131,12 @@ class LossGuard(Callback):
         if long and "diverged" not in self._warned:
             self._warned.append("diverged")
             log.warning(
-                "The loss of %s rises instead of falling: it is %.3g, and was %.3g at most while "
-                "the training settled. The learning rate is too high for it: try a lower --lr (it "
-                "is %.2g) or a longer --warmup.",
-                self.title, self._running, self._highest, self.pace.lr,
+                "The loss of %(title)s rises instead of falling: it is %(loss).3g, and was "
+                "%(highest).3g at most while the training settled. The learning rate is too high "
+                "for it: try a lower --lr (it is %(lr).2g) or a longer --warmup.",
+                {"title": self.title, "loss": self._running, "highest": self._highest,
+                 "lr": self.pace.lr},
+                extra={"code": "loss.rising"},
             )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:

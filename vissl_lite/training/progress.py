@@ -14,7 +14,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vissl_lite.data.stream import Batch
-from vissl_lite.run import MetricsFile, console, is_main_process
+from vissl_lite.metrics_file import MetricsFile
+from vissl_lite.run import console, is_main_process
 from vissl_lite.training.pace import Pace
 from vissl_lite.training.stream import StreamData
 

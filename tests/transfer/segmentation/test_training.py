@@ -11,8 +11,8 @@ from torch import nn
 from vissl_lite.data.stream import StreamSampler, stream
 from vissl_lite.encoder import build_encoder
 from vissl_lite.errors import UserError
+from vissl_lite.metrics_file import MetricsFile
 from vissl_lite.optim import OptimizerSettings
-from vissl_lite.run import MetricsFile
 from vissl_lite.training.fit import TrainingFiles
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.segmentation.data import IGNORE, LabelledMasks, load_masks, read_mask

@@ -53,17 +53,22 @@ class Signal(nn.Module):
             return
         if progress >= WARM and self.accuracy < HARDLY * self.chance:
             log.warning(
-                "%s has hardly a signal on these images: it is right in %.0f %% of all cases, "
-                "where guessing gives %.0f %%. Images without an up or without parts can't be "
-                "learnt from in this way; try another pretext, such as simclr.",
-                self.task, 100 * self.accuracy, 100 * self.chance,
+                "%(task)s has hardly a signal on these images: it is right in %(percent).0f %% of "
+                "all cases, where guessing gives %(chance).0f %%. Images without an up or without "
+                "parts can't be learnt from in this way; try another pretext, such as simclr.",
+                {"task": self.task, "percent": 100 * float(self.accuracy),
+                 "chance": 100 * self.chance},
+                extra={"code": "pretext.no_signal"},
             )  # fmt: skip
             self.warned.fill_(True)
         elif progress <= EARLY and self.accuracy > 0.97:
             log.warning(
-                "%s is solved early (%.0f %% right after %.0f %% of the run): a shortcut such as "
-                "borders, watermarks, time stamps or light from one side may give it away, and "
-                "then the encoder learns that instead. Crop it away or try another pretext.",
-                self.task, 100 * self.accuracy, 100 * progress,
+                "%(task)s is solved early (%(percent).0f %% right after %(progress).0f %% of the "
+                "run): a shortcut such as borders, watermarks, time stamps or light from one side "
+                "may give it away, and then the encoder learns that instead. Crop it away or try "
+                "another pretext.",
+                {"task": self.task, "percent": 100 * float(self.accuracy),
+                 "progress": 100 * progress},
+                extra={"code": "pretext.shortcut"},
             )  # fmt: skip
             self.warned.fill_(True)

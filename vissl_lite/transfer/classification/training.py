@@ -233,5 +233,6 @@ def _warn_of_constant_classes(data: LabelledImages) -> None:
     labels = data.train.labels
     for what, which in (("no", ~labels.any(axis=0)), ("every", labels.all(axis=0))):
         if which.any():
-            log.warning("can't be learnt, as %s training image has it: %s",
-                        what, ", ".join(np.array(data.classes)[which]))  # fmt: skip
+            log.warning("can't be learnt, as %(which)s training image has it: %(classes)s",
+                        {"which": what, "classes": ", ".join(np.array(data.classes)[which])},
+                        extra={"code": "class.constant"})  # fmt: skip

@@ -203,9 +203,10 @@ def _with_classes(source: Path, parts: Parts, names: list[str] | None) -> Labell
         numbers = [str(index) for index in range(largest + 1)]
         names = ["background", "foreground"] if largest == 1 else numbers
         if 2 * len(known) <= largest:
-            log.warning("Only %d of the values up to %d occur in the masks of %s: if they are "
-                        "shades of grey and no class numbers, renumber them",
-                        len(known), largest, source)  # fmt: skip
+            log.warning("Only %(occurring)d of the values up to %(largest)d occur in the masks of "
+                        "%(source)s: if they are shades of grey and no class numbers, renumber "
+                        "them", {"occurring": len(known), "largest": largest, "source": source},
+                        extra={"code": "mask.values"})  # fmt: skip
     elif len(names) == largest and names[0].lower() not in _BACKGROUND:
         names = ["background", *names]
     for (_, mask), values in zip(pairs, seen, strict=True):

@@ -210,7 +210,9 @@ def _check(data: LabelledBoxes, source: str, remedy: str) -> None:
         )
     for split in ("val", "test"):
         for number in sorted(seen[split] - seen["train"]):
-            log.warning("the class %s has boxes in %s, none in train", data.classes[number], split)
+            log.warning("the class %(class)s has boxes in %(split)s, none in train",
+                        {"class": data.classes[number], "split": split},
+                        extra={"code": "class.untrained"})  # fmt: skip
 
 
 def _as_coco(classes: list[str], images: list[BoxedImage]) -> dict[str, list[dict[str, object]]]:
