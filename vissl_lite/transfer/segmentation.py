@@ -13,10 +13,10 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from vissl_lite.data.images import BROKEN_IMAGE, read_image
+from vissl_lite.data.labeled_views import MaskView, mask_pipeline
 from vissl_lite.data.masks import IGNORE, LabelledMasks, MaskedImage, read_mask
 from vissl_lite.data.reading import reason
 from vissl_lite.data.stream import Batch, Item, KeyedDataset
-from vissl_lite.data.views import MaskView, mask_pipeline
 from vissl_lite.encoder import Encoder, Normalize
 from vissl_lite.errors import UserError, did_you_mean
 from vissl_lite.inference import evaluating, report_broken

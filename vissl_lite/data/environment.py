@@ -1,0 +1,18 @@
+"""Environment variables that other libraries read when they are imported."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def default_variable(name: str, value: str) -> Iterator[None]:
+    """A block within which an environment variable has a value, unless it has one already."""
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
