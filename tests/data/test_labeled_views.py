@@ -5,6 +5,7 @@ import cv2
 import numpy as np
 import pytest
 
+from vissl_lite.data.images import resize_and_crop
 from vissl_lite.data.labeled_views import (
     Albumentations,
     BoxView,
@@ -134,3 +135,16 @@ def test_a_box_that_is_mostly_outside_is_dropped() -> None:
     view = BoxView(box_pipeline((48, 48), 0.5, True))
     counts = {len(view(image, boxes, labels, 0, 0, index)[1]) for index in range(40)}
     assert counts == {1, 2}
+
+
+@pytest.mark.parametrize("smallest_crop", [1.0, 0.3])
+def test_shrinking_is_antialiased(smallest_crop: float) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), np.uint8)
+    mask, boxes = np.zeros((1024, 1024), np.uint8), np.array([[0, 0, 1024, 1024]], np.float32)
+    masked = MaskView(mask_pipeline(96, smallest_crop, True)[:1])
+    boxed = BoxView(box_pipeline((96, 96), 1.0, True)[:2])
+    evaluated = resize_and_crop(noise, 96).std()
+    for index in range(5):
+        assert boxed(noise, boxes, np.array([0]), 0, 0, index)[0].std() < 1.2 * evaluated
+        largest = evaluated * smallest_crop**-0.5  # a crop is shrunk less
+        assert masked(noise, mask, 0, 0, index)[0].std() < 1.2 * largest

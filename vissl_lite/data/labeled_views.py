@@ -133,7 +133,7 @@ def box_pipeline(
     if not upright:
         turn.insert(0, A.D4() if height == width else A.VerticalFlip())
     return [
-        A.LongestMaxSize(max_size_hw=canvas),
+        A.LongestMaxSize(max_size_hw=canvas, area_for_downscale="image"),
         A.PadIfNeeded(height, width, fill=PADDING),
         *turn,
         A.Affine(
@@ -164,10 +164,12 @@ def mask_pipeline(
             ``LARGE`` times.
     """
     check_crop_scale(smallest_crop)
-    crop = A.RandomResizedCrop((size, size), scale=(smallest_crop, 1.0))
+    crop = A.RandomResizedCrop((size, size), scale=(smallest_crop, 1.0), area_for_downscale="image")
     if own_scale:
         zoom = min(LARGE, smallest_crop**-0.5)
-        crop = A.RandomSizedCrop((round(size / zoom), round(size * zoom)), (size, size))
+        crop = A.RandomSizedCrop(
+            (round(size / zoom), round(size * zoom)), (size, size), area_for_downscale="image"
+        )
     # OpenCV's plain nearest neighbour is up to half a pixel off
     crop.mask_interpolation = cv2.INTER_NEAREST_EXACT
     return [crop, A.HorizontalFlip() if upright else A.D4(), _mild_colours()]
