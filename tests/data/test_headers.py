@@ -59,7 +59,7 @@ def test_sixteen_bits(tmp_path: Path) -> None:
     assert image_size(str(file)) == (30, 50)
 
 
-@pytest.mark.parametrize("suffix", [".webp", ".tif"])
+@pytest.mark.parametrize("suffix", [".webp", ".tif", ".png"])
 def test_other_formats_lie_on_their_side_too(suffix: str, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -20,11 +20,10 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image, features
 
-from vissl_lite.data.headers import image_size
+from vissl_lite.data.headers import image_header, image_size
 from vissl_lite.data.images import BROKEN_IMAGE, read_image
 from vissl_lite.data.reading import limit_pixels
 from vissl_lite.errors import UserError
-from vissl_lite.transfer.detection.data.cleaning import read_size
 from vissl_lite.transfer.segmentation.data import read_mask
 
 # What an image may take here: a GiB holds no image of the default limit with its copies.
@@ -122,7 +121,7 @@ def main(examples: int) -> int:
         def check(data: bytes) -> None:
             nonlocal slowest
             file.write_bytes(data)
-            for read in (read_image, image_size, read_size, read_mask):
+            for read in (read_image, image_size, image_header, read_mask):
                 started = time.monotonic()
                 try:
                     found = read(str(file))

@@ -155,7 +155,7 @@ if features.check("avif"):
 IN_LITTLE_MEMORY = """
 import os, resource, sys, time
 from pathlib import Path
-from vissl_lite.transfer.detection.data.cleaning import read_size
+from vissl_lite.data.headers import image_header
 from vissl_lite.data.fingerprints import fingerprints_of
 from vissl_lite.data.headers import image_size
 from vissl_lite.data.images import BROKEN_IMAGE, read_image
@@ -168,7 +168,7 @@ few = [read_image(sys.argv[2]), image_size(sys.argv[2]), fingerprints_of([sys.ar
 taken = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 resource.setrlimit(resource.RLIMIT_AS, (taken + (200 << 20),) * 2)
 for file in files:
-    for read in (read_image, image_size, read_size, read_mask):
+    for read in (read_image, image_size, image_header, read_mask):
         started = time.monotonic()
         try:
             read(file)

@@ -44,6 +44,8 @@ _TIFF_SIDES = ((257, 256), (323, 322))
 _TIFF_INTEGERS = {1: 1, 3: 2, 4: 4, 6: 1, 8: 2, 9: 4, 16: 8, 17: 8}
 _MOST_TAGS = 65535
 
+_MOST_EXIF = 1 << 20  # bytes of EXIF data that are looked at
+
 
 class JpegHeader(NamedTuple):
     """What a JPEG's header says.
@@ -52,11 +54,13 @@ class JpegHeader(NamedTuple):
         height: in pixels, as it is shown: EXIF orientation is applied.
         width: likewise.
         channels: 1, 3, or 4 (CMYK).
+        orientation: the EXIF orientation, 1 to 8.
     """
 
     height: int
     width: int
     channels: int
+    orientation: int
 
 
 def jpeg_header(data: bytes) -> JpegHeader | None:
@@ -69,7 +73,7 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
     """
     if data[:2] != b"\xff\xd8":
         return None
-    at, turned = 2, False
+    at, turn = 2, 1
     for _ in range(_MOST_MARKERS):
         # as libjpeg does: what stands between markers is passed over, and a marker may follow
         # upon any number of fill bytes
@@ -89,18 +93,18 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             height = int.from_bytes(data[at + 5 : at + 7], "big")
             width = int.from_bytes(data[at + 7 : at + 9], "big")
-            if turned:
+            if turn in _ON_ITS_SIDE:
                 height, width = width, height
-            return JpegHeader(height, width, data[at + 9])
+            return JpegHeader(height, width, data[at + 9], turn)
         end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
         if marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
-            turned = _lies_on_its_side(data[at + 10 : end])
+            turn = _exif_orientation(data[at + 10 : end])
         at = max(end, at + 4)
     return None
 
 
-def _lies_on_its_side(exif: bytes) -> bool:
-    """Whether the orientation in EXIF data (a TIFF header and its first directory) is a quarter."""
+def _exif_orientation(exif: bytes) -> int:
+    """The orientation in EXIF data (a TIFF header and its first directory); 1 if there is none."""
     order = "little" if exif[:2] == b"II" else "big"
 
     def number(at: int, length: int) -> int:
@@ -110,35 +114,76 @@ def _lies_on_its_side(exif: bytes) -> bool:
     entries = range(directory + 2, len(exif) - 11, 12)
     for at in entries[: number(directory, 2)]:
         if number(at, 2) == _ORIENTATION:
-            return number(at + 8, 2) in _ON_ITS_SIDE
-    return False
+            value = number(at + 8, 2)
+            return value if value in range(1, 9) else 1
+    return 1
+
+
+class ImageHeader(NamedTuple):
+    """What the header of an image file says.
+
+    Attributes:
+        height: Height in pixels as the image is shown: EXIF orientation is applied.
+        width: Likewise.
+        orientation: The EXIF orientation, 1 to 8.
+    """
+
+    height: int
+    width: int
+    orientation: int
 
 
 def image_size(path: str) -> tuple[int, int]:
-    """Height and width that an image file decodes to, by its header.
+    """Height and width that an image file decodes to; see ``image_header``."""
+    height, width, _ = image_header(path)
+    return height, width
+
+
+def image_header(path: str) -> ImageHeader:
+    """Height, width and orientation of an image file, without decoding it.
 
     Args:
-        path: the file.
+        path: The file.
 
     Raises:
-        OSError, ValueError, SyntaxError: it is missing, no image, or has more pixels than are
+        OSError, ValueError, SyntaxError: It is missing, no image, or has more pixels than are
             allowed (``BROKEN_IMAGE``).
     """
     with open_regular(path) as file:
         data = file.read(_START)
         if is_png(data):
-            return png_size(data, path)
+            return _shown(*png_size(data, path), _png_orientation(file))
         if data[:2] == b"\xff\xd8":
             header = jpeg_header(data) or jpeg_header(data + file.read())
             if header is None:
                 raise ValueError(f"{path}: no size in it")
             check_pixels(header.height, header.width, path)
-            return header.height, header.width
+            return ImageHeader(header.height, header.width, header.orientation)
+        if is_tiff(data):
+            return _shown(*check_tiff(file, path))
         with opened_image(file, path) as image:
-            width, height = image.size
-            # of a TIFF, Pillow gives the size as it is shown
-            turned = image.format != "TIFF" and orientation(image) in _ON_ITS_SIDE
-    return (width, height) if turned else (height, width)
+            return _shown(image.height, image.width, orientation(image))
+
+
+def _shown(height: int, width: int, turn: int) -> ImageHeader:
+    """The header of an image that is stored with this height and width."""
+    if turn in _ON_ITS_SIDE:
+        height, width = width, height
+    return ImageHeader(height, width, turn)
+
+
+def _png_orientation(file: BinaryIO) -> int:
+    """The orientation in the EXIF chunk of a PNG, which may stand behind the pixels."""
+    at = 8
+    while True:
+        file.seek(at)
+        start = file.read(8)
+        length, kind = int.from_bytes(start[:4], "big"), start[4:]
+        if kind == b"eXIf":
+            return _exif_orientation(file.read(min(length, _MOST_EXIF)))
+        if len(start) < 8 or kind == b"IEND":
+            return 1
+        at += 12 + length
 
 
 def is_png(data: bytes) -> bool:
@@ -251,7 +296,7 @@ def is_tiff(data: bytes) -> bool:
     return data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
-def check_tiff(file: BinaryIO, path: str | Path) -> None:
+def check_tiff(file: BinaryIO, path: str | Path) -> tuple[int, int, int]:
     """Check the pixels of a TIFF, and of one of its tiles, which are decoded whole.
 
     Reads the first directory by hand (TIFF 6.0, section 2; libtiff's BigTIFF design).
@@ -259,6 +304,9 @@ def check_tiff(file: BinaryIO, path: str | Path) -> None:
     Args:
         file: the file.
         path: named in errors.
+
+    Returns:
+        Height and width as stored, and the orientation, 1 to 8.
 
     Raises:
         ValueError: there are too many, or none.
@@ -285,3 +333,5 @@ def check_tiff(file: BinaryIO, path: str | Path) -> None:
     for number_of, (down, across) in enumerate(_TIFF_SIDES):
         if number_of == 0 or down in values or across in values:
             check_pixels(values.get(down, 0), values.get(across, 0), path)
+    turn = values.get(_ORIENTATION, 1)
+    return values[257], values[256], turn if turn in range(1, 9) else 1

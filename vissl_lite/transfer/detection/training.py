@@ -8,8 +8,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from vissl_lite.data.images import read_image
+from vissl_lite.data.labeled_views import BoxView, box_pipeline
 from vissl_lite.data.stream import Batch, Item, KeyedDataset
-from vissl_lite.data.views import BoxView, box_pipeline
 from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.training.fit import NO_FILES, TrainingFiles

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from vissl_lite.data.images import BROKEN_IMAGE, read_image
+from vissl_lite.data.labeled_views import MaskView, mask_pipeline
 from vissl_lite.data.reading import reason
 from vissl_lite.data.stream import Batch, Item, KeyedDataset
-from vissl_lite.data.views import MaskView, mask_pipeline
 from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError, did_you_mean
 from vissl_lite.training.fit import NO_FILES, TrainingFiles

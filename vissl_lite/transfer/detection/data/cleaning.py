@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from vissl_lite.data.headers import opened_image, orientation
-from vissl_lite.data.images import BROKEN_IMAGE, read_image
-from vissl_lite.data.reading import open_regular, reason
+from vissl_lite.data.headers import image_header
+from vissl_lite.data.images import BROKEN_IMAGE
+from vissl_lite.data.reading import reason
 from vissl_lite.errors import brief
 from vissl_lite.transfer.detection.data.annotations import SHARES, Note
 
@@ -61,32 +61,6 @@ class Repairs:
             )
 
 
-def read_size(path: str) -> tuple[int, int, int]:
-    """Height and width of an image as ``read_image`` gives it, and its EXIF orientation, 1 to 8.
-
-    Reads the header alone where Pillow knows the format.
-
-    Raises:
-        OSError, ValueError, SyntaxError, cv2.error: the file is missing or broken
-            (``BROKEN_IMAGE``).
-    """
-    try:
-        with open_regular(path) as file, opened_image(file, path) as image:
-            width, height = image.size
-            # to look for a PNG's EXIF data behind its pixels, Pillow would decode it all
-            has_exif = image.format != "PNG" or "exif" in image.info
-            turn = orientation(image) if has_exif else 1
-            if image.format == "TIFF":  # newer versions of Pillow give the size as it is shown
-                exif = image.getexif()
-                width, height = exif.get(256, width), exif.get(257, height)
-    except BROKEN_IMAGE:
-        height, width = read_image(path).shape[:2]
-        return height, width, 1
-    if turn in (5, 6, 7, 8):
-        return width, height, turn
-    return height, width, 1
-
-
 def turn_boxes(boxes: np.ndarray, height: float, width: float, orientation: int) -> np.ndarray:
     """Boxes of an image as it is stored, turned as EXIF turns it to show it.
 
@@ -120,7 +94,7 @@ def mend(
     """
     path = notes[0].image
     try:
-        height, width, orientation = read_size(path)
+        height, width, orientation = image_header(path)
     except BROKEN_IMAGE as error:
         log.debug("can't be read: %s (%s)", path, reason(error, path))
         repairs.add("image not readable, left out", path)

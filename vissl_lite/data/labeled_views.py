@@ -1,0 +1,181 @@
+"""Views by Albumentations: of images with their boxes or masks, and whatever a user composes.
+
+The only file that imports Albumentations. It keeps its random state inside its transforms: copied
+into worker processes it repeats itself there and again every epoch. Here that state is keyed afresh
+for every view, as that of the steps in ``view_steps`` is.
+"""
+
+from collections.abc import Sequence
+from random import Random
+from typing import TypeAlias
+
+import cv2
+import numpy as np
+
+from vissl_lite.data.environment import default_variable
+from vissl_lite.data.view_steps import Step
+from vissl_lite.data.views import LARGE, PADDING, check_crop_scale, rekey
+
+# At import Albumentations asks the network for its newest version, and warns where there is none.
+with default_variable("NO_ALBUMENTATIONS_UPDATE", "1"):
+    import albumentations as A  # noqa: N812
+
+Transforms: TypeAlias = Sequence[A.BasicTransform | A.BaseCompose]
+
+
+class Albumentations(Step):
+    """Transforms of Albumentations as a step of a view. Draws 128 bits that key their state.
+
+    Args:
+        transforms: What ``albumentations.Compose`` takes, or one that is composed already.
+    """
+
+    def __init__(self, transforms: "Transforms | A.Compose") -> None:
+        self.compose: A.Compose = transforms
+        if not isinstance(transforms, A.Compose):
+            self.compose = A.Compose(list(transforms))
+
+    def apply(self, image: np.ndarray, random: Random) -> np.ndarray:
+        _rekey(self.compose, random)
+        return np.asarray(self.compose(image=image)["image"])
+
+
+def _rekey(compose: A.Compose, random: Random) -> None:
+    """Give a pipeline generators that follow from what ``random`` draws."""
+    numbers = np.random.default_rng(random.getrandbits(64))
+    compose.set_random_state(numbers, Random(random.getrandbits(64)))
+
+
+class BoxView:
+    """One augmented version of an image together with its boxes.
+
+    Args:
+        transforms: Applied in this order.
+        smallest: A box of which less than this share is left in the view is dropped.
+    """
+
+    def __init__(self, transforms: Transforms, smallest: float = 0.25) -> None:
+        self._random = Random()
+        boxes = A.BboxParams("pascal_voc", ["labels"], min_visibility=smallest, clip=True)
+        self._compose = A.Compose(list(transforms), bbox_params=boxes)
+
+    def __call__(
+        self,
+        image: np.ndarray,
+        boxes: np.ndarray,
+        labels: np.ndarray,
+        seed: int,
+        epoch: int,
+        index: int,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The view, its boxes and their labels.
+
+        Args:
+            image: ``(H, W, C)`` uint8.
+            boxes: ``(N, 4)`` x1, y1, x2, y2 in pixels.
+            labels: ``(N,)`` class indices.
+            seed: the run's seed.
+            epoch: how often the image has been seen before.
+            index: the image's number in the data set.
+        """
+        rekey(self._random, seed, epoch, index)
+        _rekey(self._compose, self._random)
+        made = self._compose(image=image, bboxes=boxes, labels=labels)
+        kept = np.asarray(made["bboxes"], np.float32).reshape(-1, 4)
+        return made["image"], kept, np.asarray(made["labels"], np.int64).reshape(-1)
+
+
+class MaskView:
+    """One augmented version of an image together with its mask.
+
+    Args:
+        transforms: Applied in this order.
+    """
+
+    def __init__(self, transforms: Transforms) -> None:
+        self._random = Random()
+        self._compose = A.Compose(list(transforms))
+
+    def __call__(
+        self, image: np.ndarray, mask: np.ndarray, seed: int, epoch: int, index: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The view and its mask.
+
+        Args:
+            image: ``(H, W, C)`` uint8.
+            mask: ``(H, W)`` uint8.
+            seed: the run's seed.
+            epoch: how often the image has been seen before.
+            index: the image's number in the data set.
+        """
+        rekey(self._random, seed, epoch, index)
+        _rekey(self._compose, self._random)
+        made = self._compose(image=image, mask=mask)
+        return made["image"], made["mask"]
+
+
+def box_pipeline(
+    canvas: tuple[int, int], smallest_crop: float, upright: bool
+) -> list[A.BasicTransform]:
+    """A training view for detection: scale jitter (Ghiasi et al. 2021), a flip, mild colours.
+
+    The image is fitted into the canvas, then enlarged or shrunk about its own size, and moved.
+
+    Args:
+        canvas: height and width in pixels.
+        smallest_crop: smallest share of the image's area that an enlargement leaves; it is shrunk
+            by as much.
+        upright: whether the images have an up; without one they are flipped in both directions,
+            and turned where the canvas is a square.
+    """
+    height, width = canvas
+    zoom = smallest_crop**-0.5
+    turn = [A.HorizontalFlip()]
+    if not upright:
+        turn.insert(0, A.D4() if height == width else A.VerticalFlip())
+    return [
+        A.LongestMaxSize(max_size_hw=canvas, area_for_downscale="image"),
+        A.PadIfNeeded(height, width, fill=PADDING),
+        *turn,
+        A.Affine(
+            scale=(1 / zoom, zoom),
+            balanced_scale=True,
+            keep_ratio=True,
+            translate_percent=(-0.1, 0.1),
+            fill=PADDING,
+            p=1.0 if smallest_crop < 1 else 0.0,
+        ),
+        _mild_colours(),
+    ]
+
+
+def mask_pipeline(
+    size: int, smallest_crop: float, upright: bool, own_scale: bool = False
+) -> list[A.BasicTransform]:
+    """A training view for segmentation: a random crop, a flip, mild colours.
+
+    The crop lies inside the image, so no pixel of the mask is made up.
+
+    Args:
+        size: side in pixels.
+        smallest_crop: smallest share of the image's area.
+        upright: whether the images have an up; see ``flip``.
+        own_scale: for images more than ``LARGE`` times as large as the view: the crop has about
+            its size, enlarged or shrunk by as much as ``smallest_crop`` does, but not more than
+            ``LARGE`` times.
+    """
+    check_crop_scale(smallest_crop)
+    crop = A.RandomResizedCrop((size, size), scale=(smallest_crop, 1.0), area_for_downscale="image")
+    if own_scale:
+        zoom = min(LARGE, smallest_crop**-0.5)
+        crop = A.RandomSizedCrop(
+            (round(size / zoom), round(size * zoom)), (size, size), area_for_downscale="image"
+        )
+    # OpenCV's plain nearest neighbour is up to half a pixel off
+    crop.mask_interpolation = cv2.INTER_NEAREST_EXACT
+    return [crop, A.HorizontalFlip() if upright else A.D4(), _mild_colours()]
+
+
+def _mild_colours() -> A.BasicTransform:
+    """Colours may tell what a thing is: they change less than where views are compared."""
+    return A.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.02, p=0.8)
