@@ -1,7 +1,7 @@
 """What very many image files cost: seconds and memory to list them, to start, and in data workers.
 
-    python benchmarks/listing.py --photos DATA/cifar10/train
-    PYTHONPATH=OLD_CHECKOUT python benchmarks/listing.py --photos ... --name before
+    python -m benchmarks.data.listing --photos DATA/cifar10/train
+    python -m benchmarks.data.listing --photos DATA/cifar10/train --before OLD_CHECKOUT
 
 Makes folders of 1,000 hard links to 500 photographs in a temporary folder (which must be on their
 disk) and removes them afterwards. Results: benchmarks/results/listing.json.
@@ -19,9 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import keep, last_json_line
 
-import vissl_lite
 from vissl_lite.data.images import find_images
 from vissl_lite.data.stream import Item, KeyedDataset, StreamSampler, ViewDataset, stream
 from vissl_lite.encoder import build_encoder
@@ -92,15 +90,40 @@ def link(photos: list[Path], folder: Path, count: int) -> None:
         os.link(photos[number % len(photos)], f"{place}/photo-{number:07}.jpg")
 
 
+def listing_table() -> str:
+    from benchmarks.common import load, markdown_table, provenance
+
+    results = load("listing")
+    rows = [
+        [f"{then['images']:,}", *(f"{one[name]:.{digits}f}" for name, digits in shown
+                                  for one in (then, now))]
+        for then, now in zip(results["before"], results["now"], strict=True)
+        for shown in [[("listing_seconds", 2), ("first_batch_seconds", 2),
+                       ("main_rss_mb_of_paths", 0), ("worker_own_mb_after_epoch", 0)]]
+    ]  # fmt: skip
+    header = ["images", "listing, s: before", "now", "first batch, s: before", "now",
+              "paths in the main process, MB: before", "now",
+              "a worker's own memory after an epoch, MB: before", "now"]  # fmt: skip
+    command = "python -m benchmarks.data.listing --photos DATA/cifar10/train"
+    return markdown_table(header, rows) + "\n\n" + provenance(results, command)
+
+
+TABLES = {"listing": listing_table}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--photos", type=Path, help="a folder of photographs")
-    parser.add_argument("--name", default="now", help="what the results are kept under")
+    parser.add_argument("--before", type=Path, help="measure an older checkout instead")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # in a process of its own
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(measure(options.measure)))
         return
+    from benchmarks.common import keep, last_json_line
+
+    if options.before:
+        os.environ["PYTHONPATH"] = str(options.before)
     photos = sorted(options.photos.rglob("*.jpg"))[:500]
     rows = []
     with tempfile.TemporaryDirectory() as made:
@@ -109,8 +132,7 @@ def main() -> None:
             link(photos, folder, count)
             rows.append(last_json_line([sys.executable, __file__, "--measure", str(folder)]))
             print(rows[-1])
-    print(f"of {vissl_lite.__file__}")
-    keep("listing", {options.name: rows})
+    keep("listing", {"before" if options.before else "now": rows})
 
 
 if __name__ == "__main__":

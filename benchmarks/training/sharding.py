@@ -1,6 +1,6 @@
 """A network in parts (--strategy fsdp) against one in each process (ddp): memory and time.
 
-    OMP_NUM_THREADS=1 python benchmarks/sharding.py --data DATA/ucmerced/train
+    OMP_NUM_THREADS=1 python -m benchmarks.training.sharding --data DATA/ucmerced/train
 
 `vissl-lite pretrain` with a ViT-B at 64 pixels, SimCLR, 16 images over all processes, which all run
 on this machine through gloo: what one process takes at its peak (its proportional set size, in
@@ -22,8 +22,8 @@ import time
 from pathlib import Path
 from statistics import median
 
-from against_peers import memory, tree
-from common import RESULTS, keep
+from benchmarks.common import RESULTS, keep, load, markdown_table, provenance
+from benchmarks.peers.against_peers import memory, tree
 
 RUNS = ((1, "auto"), (2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp"))
 FRUGAL = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # glibc's
@@ -59,6 +59,23 @@ def measured(
                      if row["images_per_second"]]  # fmt: skip
     trained = sorted(peaks.values())[-processes:]  # without helpers that only start the others
     return {"least": trained[0], "most": trained[-1], "seconds": 16 / median(rates[1:])}
+
+
+def sharding_table() -> str:
+    results = load("sharding")
+    rows = []
+    for name, run in results["runs"].items():
+        if not {"least", "most", "seconds"} <= run.keys():
+            continue
+        processes, strategy = name.split()
+        gib = [f"{run[which] / 2**30:.2f}" for which in ("least", "most")]
+        rows.append([processes, strategy, *gib, f"{run['seconds']:.2f}"])
+    header = ["processes", "strategy", "GiB of the least", "GiB of the most", "seconds a step"]
+    command = "OMP_NUM_THREADS=1 python -m benchmarks.training.sharding --data DATA/ucmerced/train"
+    return markdown_table(header, rows) + "\n\n" + provenance(results, command)
+
+
+TABLES = {"sharding": sharding_table}
 
 
 def main() -> None:

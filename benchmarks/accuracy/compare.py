@@ -1,8 +1,11 @@
 """What `vissl-lite compare` says of our encoders: CIFAR-10, UC Merced, and stage by stage.
 
-    python benchmarks/compare.py cifar10 --data DATA/cifar10 --arm "SimCLR, 70 CPU minutes=RUN" ...
-    python benchmarks/compare.py ucmerced --data DATA/ucmerced --arm "ImageNet=FOLDER" ...
-    python benchmarks/compare.py layers --data DATA/cifar10 --arm rotation=RUN --arm simclr=RUN ...
+    python -m benchmarks.accuracy.compare cifar10 --data DATA/cifar10 \
+        --arm "SimCLR, 70 CPU minutes=RUN" --out OUT
+    python -m benchmarks.accuracy.compare ucmerced --data DATA/ucmerced \
+        --arm "ImageNet=FOLDER" --out OUT
+    python -m benchmarks.accuracy.compare layers --data DATA/cifar10 \
+        --arm rotation=RUN --arm simclr=RUN --out OUT
 
 ``--arm NAME=ENCODER`` names what the tables call it; the baseline is ``--baseline NAME=ENCODER``.
 Each job compares at least three seeds of labels; all that is chosen is chosen on validation images.
@@ -16,12 +19,22 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import RESULTS, keep, where_and_when
 from matplotlib.figure import Figure
+
+from benchmarks.common import (
+    RESULTS,
+    keep,
+    load,
+    markdown_table,
+    plus_minus,
+    provenance,
+    where_and_when,
+)
 
 JOBS: dict[str, list[object]] = {
     "cifar10": ["--fractions", 0.001, 0.01, 0.1, 1, "--image_size", 32],
@@ -69,6 +82,53 @@ def plot_layers(results: dict[str, Any], file: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file, dpi=110)
+
+
+def comparison_tables(job: str) -> str:
+    """A table per protocol, with the difference from the baseline; then the verdicts."""
+    results = load("compare")[job]
+    parts = []
+    for protocol, found in results["protocols"].items():
+        rows = []
+        for arm, by_amount in found["arms"].items():
+            rows.append([arm, *(plus_minus(one) for one in by_amount.values())])
+            if arm != results["baseline"]:
+                gains = [found["differences"][arm][amount] for amount in by_amount]
+                cells = [f"{g['mean']:+.3f} ({g['low']:+.3f} to {g['high']:+.3f})" for g in gains]
+                rows.append(["difference, 95 %", *cells])
+        labels = [f"{count:,} labels ({amount})" for amount, count in results["labels"].items()]
+        parts.append(markdown_table([f"{protocol}, test {found['metric']}", *labels], rows))
+    parts += [f"> {sentence}" for sentence in results["sentences"]]
+    return "\n\n".join([*parts, provenance(results, command_of(job))])
+
+
+def command_of(job: str) -> str:
+    data = job.split("-")[0] if job != "layers" else "cifar10"
+    return (
+        f"python -m benchmarks.accuracy.compare {job} --data DATA/{data} --arm NAME=RUN --out OUT"
+    )
+
+
+def verdict_table() -> str:
+    """The README's example: the comparison of fine-tuning."""
+    results = load("compare")["cifar10-finetune"]
+    words = "\n\n".join(f"> {sentence}" for sentence in results["sentences"])
+    link = "[measured](benchmarks/README.md#did-it-help-compare-on-cifar-10-and-uc-merced)"
+    return f"CIFAR-10, fine-tuned on 50 and on 500 labels ({link}):\n\n{words}"
+
+
+def layers_table() -> str:
+    picture = "![accuracy over the stages of five encoders](results/layers.png)"
+    return picture + "\n\n" + provenance(load("compare")["layers"], command_of("layers"))
+
+
+TABLES = {
+    "compare_cifar10": partial(comparison_tables, "cifar10"),
+    "compare_finetune": partial(comparison_tables, "cifar10-finetune"),
+    "compare_ucmerced": partial(comparison_tables, "ucmerced"),
+    "verdict": verdict_table,
+    "layers": layers_table,
+}
 
 
 def main() -> None:

@@ -1,7 +1,9 @@
 """How time and memory grow: with image side, batch, views, backbone, images and processes.
 
-    python benchmarks/growth.py              # what is missing, then the plot; about 12 minutes
-    python benchmarks/growth.py --only side  # one of them; --tiny: two cheap points of each
+    python -m benchmarks.training.growth              # what is missing, then the plot
+    python -m benchmarks.training.growth --only side  # one of them
+
+About 12 minutes; ``--tiny`` measures two cheap points of each.
 
 Each point is a few training steps in a process of its own, on one thread (a process), in the
 precision of ``--precision auto``. Time is the median step; memory is the process's largest resident
@@ -24,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import RESULTS, keep, last_json_line
+
+from benchmarks.common import RESULTS, keep, last_json_line, load, markdown_table, provenance
 
 # What is varied, over which values, and what stays the same.
 BASE = {"pretext": "simclr", "backbone": "resnet18", "side": 96, "batch": 32, "views": 2}
@@ -121,30 +124,28 @@ def measure(point: dict[str, Any]) -> dict[str, float]:
 
 def run_point(point: dict[str, Any]) -> dict[str, float]:
     """Measure a point in a process of its own, or in several."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--measure", json.dumps(point)]
+    command = [sys.executable, "-m", "benchmarks.training.growth", "--measure", json.dumps(point)]
     os.environ["OMP_NUM_THREADS"] = "1"
     if "processes" not in point:
         return last_json_line(command)
-    with tempfile.TemporaryDirectory() as folder:
-        started = [
-            subprocess.Popen(
-                command,
-                stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-                text=True,
-                env={
-                    **os.environ,
-                    "RANK": str(rank),
-                    "WORLD_SIZE": str(point["processes"]),
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(29500 + os.getpid() % 2000),
-                },
-                cwd=folder,
-            )
-            for rank in range(point["processes"])
-        ]
-        output = started[0].communicate()[0]
-        if any(process.wait() for process in started):
-            raise SystemExit("a process has failed")
+    started = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
+            text=True,
+            env={
+                **os.environ,
+                "RANK": str(rank),
+                "WORLD_SIZE": str(point["processes"]),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(29500 + os.getpid() % 2000),
+            },
+        )
+        for rank in range(point["processes"])
+    ]
+    output = started[0].communicate()[0]
+    if any(process.wait() for process in started):
+        raise SystemExit("a process has failed")
     return json.loads(output.strip().splitlines()[-1])
 
 
@@ -225,6 +226,40 @@ def plot(results: dict[str, Any], file: Path) -> None:
 def finish(sweep: str, rows: list[dict[str, float]]) -> dict[str, Any]:
     """A sweep's rows with what was fitted to them."""
     return {"rows": rows, **{name: exponent(rows, name) for name in ("seconds", "mb")}}
+
+
+GROWTH = {
+    "side": "image side, `resnet18`",
+    "side_vit": "image side, `vit_tiny_patch16_224`",
+    "batch": "images a batch",
+    "views": "views an image (lejepa)",
+    "backbone": "GMACs of the backbone",
+    "images": "images in the folder (listing them)",
+    "processes": "processes on two cores, equal global batch",
+}
+
+
+def growth_table() -> str:
+    if not (RESULTS / "growth.json").exists():
+        return "Not measured yet."
+    results = load("growth")
+    rows = []
+    for sweep, name in GROWTH.items():
+        if sweep not in results:
+            continue
+        row = [name]
+        for cost in ("seconds", "mb"):
+            f = results[sweep][cost]
+            row += [f"{f['exponent']:.2f}", f"{f['from']:,.3g} to {f['to']:,.3g}"
+                    + ("" if f["off_by"] <= 1.1 else f" (within {f['off_by']:.1f})")]  # fmt: skip
+        rows.append(row)
+    header = ["with", "time: exponent", "holds for", "memory: exponent", "holds for"]
+    picture = "![time and memory, measured and fitted](results/growth.png)"
+    command = "python -m benchmarks.training.growth"
+    return f"{picture}\n\n" + markdown_table(header, rows) + "\n\n" + provenance(results, command)
+
+
+TABLES = {"growth": growth_table}
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Images a second of the training stream alone: from files, from shards, from shards over HTTP.
 
-    python benchmarks/shards.py --small DATA/cifar10/train --large DATA/bccd/JPEGImages
+    python -m benchmarks.data.shards --small DATA/cifar10/train --large DATA/bccd/JPEGImages
 
 SimCLR's two views, one data worker, nobody trains. The server is Python's, on this machine, so it
 takes time from the worker. Results: benchmarks/results/shards.json.
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import keep
 
+from benchmarks.common import RESULTS, keep, load, markdown_table, provenance
 from vissl_lite.commands.shard import shard
 from vissl_lite.data.images import find_images
 from vissl_lite.data.shard_index import find_shards
@@ -78,6 +78,26 @@ def compare(photos: Path, size: int, images: int) -> dict[str, Any]:
         }
         for name in sources
     }
+
+
+def shards_table() -> str:
+    if not (RESULTS / "shards.json").exists():
+        return "Not measured yet."
+    results = load("shards")
+    rows = [
+        [name, *(f"{results[size][name][figure]:,.{digits}f}" for size in ("32", "224")
+                 for figure, digits in (("images_per_second", 0), ("cpu_ms", 2)))]
+        for name in results["224"]
+    ]  # fmt: skip
+    header = ["one data worker", "32 px, CIFAR files: images/s", "CPU ms an image",
+              "224 px, 640x480 JPEGs: images/s", "CPU ms an image"]  # fmt: skip
+    command = (
+        "python -m benchmarks.data.shards --small DATA/cifar10/train --large DATA/bccd/JPEGImages"
+    )
+    return markdown_table(header, rows) + "\n\n" + provenance(results, command)
+
+
+TABLES = {"shards": shards_table}
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Operations of networks in training on this CPU: torch's own against ours, in bf16.
 
-    python benchmarks/operations.py
+    python -m benchmarks.training.operations
 
 Forward and backward of attentions and convolutions alone, and of whole networks, in milliseconds;
 the two take turns, medians over the rounds.
@@ -16,9 +16,9 @@ from functools import partial
 import timm
 import torch
 import torch.nn.functional as F  # noqa: N812
-from common import keep
 from torch import Tensor
 
+from benchmarks.common import keep, load, markdown_table, provenance
 from vissl_lite.training.attention import attend
 from vissl_lite.training.convolution import convolution
 from vissl_lite.training.quick import quick_operations
@@ -118,6 +118,25 @@ def networks(rounds: int) -> dict[str, dict[str, float]]:
             lambda model=model, batch=batch: step(model, batch, True),
         )
     return results
+
+
+def operations_table() -> str:
+    results = load("operations")
+    rows = [
+        [f"{kind}: {name}", f"{one['torch']:,.1f}", f"{one['ours']:,.1f}",
+         f"{one['torch'] / one['ours']:.2f}"]
+        for kind in ("attention", "convolution", "network")
+        for name, one in results[kind].items()
+    ]  # fmt: skip
+    header = ["forward and backward, ms", "torch's", "ours", "times as fast"]
+    return (
+        markdown_table(header, rows)
+        + "\n\n"
+        + provenance(results, "python -m benchmarks.training.operations")
+    )
+
+
+TABLES = {"operations": operations_table}
 
 
 def main() -> None:

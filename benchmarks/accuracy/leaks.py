@@ -1,6 +1,6 @@
 """The leak guard on CIFAR-10: how many copies it finds, how many it invents, and what it costs.
 
-    python benchmarks/leaks.py --data DATA/cifar10
+    python -m benchmarks.accuracy.leaks --data DATA/cifar10
 
 2,000 training images; a test part of 500 images of CIFAR's test set, which are new, and of 500 of
 the training images: 200 files copied as they are, 100 encoded anew at JPEG quality 50, 100 flipped,
@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import keep
 from PIL import Image
 
+from benchmarks.common import keep, load, markdown_table, provenance
 from vissl_lite.data.fingerprints import find_matches, fingerprint, fingerprints_of
 from vissl_lite.data.images import decode_image, find_images
 
@@ -124,6 +124,31 @@ def whole(train: list[str], test: list[str]) -> dict[str, Any]:
         "found": len(matches),
         "least_similar": sorted([m.similarity, named(m.path), named(m.twin)] for m in matches)[:10],
     }
+
+
+def leaks_table() -> str:
+    results = load("leaks")
+    planted, whole = results["planted"], results["whole"]
+    rows = [
+        [kind.replace("_", " "), str(one["images"]), f"{one['recall']:.3f}",
+         f"{one['least_similarity']:.3f}"]
+        for kind, one in planted["kinds"].items()
+    ]  # fmt: skip
+    header = ["test images that are training images", "how many", "recall", "least similarity"]
+    rest = (
+        f"Found among {planted['new_images']} new images: {planted['found_among_new']}. "
+        f"{whole['images']:,} images on {whole['cores']} core(s): "
+        f"fingerprints {whole['fingerprints']['seconds']:.0f} s "
+        f"({whole['fingerprints']['cpu_seconds']:.0f} s of CPU), matching 10,000 against 50,000 "
+        f"{whole['matching']['seconds']:.0f} s ({whole['matching']['cpu_seconds']:.0f} s of CPU); "
+        f"a fingerprint costs {whole['fingerprint_us_an_image']:.0f} microseconds beside "
+        f"{whole['decoding_us_an_image']:.0f} of decoding."
+    )
+    command = "python -m benchmarks.accuracy.leaks --data DATA/cifar10"
+    return markdown_table(header, rows) + "\n\n" + rest + "\n\n" + provenance(results, command)
+
+
+TABLES = {"leaks": leaks_table}
 
 
 def main() -> None:

@@ -4,7 +4,8 @@ Each arm trains for the same wall-clock time, one after the other on the same ma
 encoder is judged by the same probe: kNN (k = 200, T = 0.1) and linear, at every stage, on the test
 split; the linear probe's penalty is chosen on training images. Last-epoch encoders throughout.
 
-    python benchmarks/cifar10.py --data DATA/cifar10 --out RUNS --peer_python PEERS/bin/python
+    python -m benchmarks.accuracy.cifar10 --data DATA/cifar10 --out RUNS \
+        --peer_python PEERS/bin/python
 
 Results: benchmarks/results/cifar10.json.
 """
@@ -14,12 +15,19 @@ import json
 from pathlib import Path
 
 import numpy as np
-from common import keep, last_json_line
 
+from benchmarks.common import (
+    ROOT,
+    keep,
+    last_json_line,
+    load,
+    markdown_table,
+    plus_minus,
+    provenance,
+)
 from vissl_lite.cli import main as vissl_lite
 from vissl_lite.run import read_config
 
-HERE = Path(__file__).parent
 OURS = {"simclr": "simclr.yaml", "rotation": "rotation.yaml", "simclr-small": "simclr-small.yaml"}
 SEEDS = 3
 
@@ -67,15 +75,62 @@ def few_labels(name: str, encoder: str, data: Path, out: Path) -> dict:
 
 
 def train_lightly(python: str, data: Path, out: Path, minutes: float) -> None:
-    script = [python, str(HERE / "peers" / "lightly_simclr.py"), "--torchvision_init"]
+    script = [
+        python,
+        str(ROOT / "benchmarks" / "peers" / "lightly_simclr.py"),
+        "--torchvision_init",
+    ]
     where = ["--data", str(data / "train"), "--out", str(out / "lightly")]
     last_json_line([*script, *where, "--minutes", str(minutes)])
 
 
 def train(arm: str, data: Path, out: Path, minutes: float) -> None:
-    config = HERE.parent / "configs" / "cifar10_minutes" / OURS[arm]
+    config = ROOT / "configs" / "cifar10_minutes" / OURS[arm]
     where = ["--data", data / "train", "--out", out / arm]
     command("pretrain", "--config", config, *where, "--max_time", round(minutes * 60))
+
+
+def cifar10_table() -> str:
+    results = load("cifar10")
+    names = {
+        "untrained": "untrained `resnet18`",
+        "lightly": "lightly's SimCLR, `resnet18`",
+        "rotation": "rotation, `resnet18`",
+        "simclr": "SimCLR, `resnet18`",
+        "simclr-small": "SimCLR, `resnet10t`",
+    }
+    rows = []
+    for arm, name in names.items():
+        if arm not in results:
+            continue
+        r = results[arm]
+        speed = f"{r['images_per_second']:.0f}" if "images_per_second" in r else ""
+        best = f"{r['best_layer_knn']:.3f} / {r['best_layer_linear']:.3f} ({r['best_layer']})"
+        minutes = f"{r['seconds'] / 60:.0f}" if "seconds" in r else ""
+        rows.append([name, minutes, speed, f"{r['knn']:.3f}", f"{r['linear']:.3f}", best])
+    header = ["encoder", "minutes", "images/s", "kNN", "linear", "best stage: kNN / linear"]
+    command = (
+        "python -m benchmarks.accuracy.cifar10 --data DATA/cifar10 --out RUNS --peer_python PYTHON"
+    )
+    return markdown_table(header, rows) + "\n\n" + provenance(results, command)
+
+
+def few_labels_table() -> str:
+    results = load("few_labels")
+    names = {"untrained": "untrained", "simclr": "SimCLR, 8 minutes"}
+    rows = [
+        [name, plus_minus(results[arm]["linear"]), plus_minus(results[arm]["finetuned"])]
+        for arm, name in names.items()
+    ]
+    command = "python -m benchmarks.accuracy.cifar10 ... --arms few"
+    return (
+        markdown_table(["encoder (`resnet18`)", "linear", "fine-tuned"], rows)
+        + "\n\n"
+        + provenance(results, command)
+    )
+
+
+TABLES = {"cifar10": cifar10_table, "few_labels": few_labels_table}
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ all others ``resnet18``. Then one probe judges all encoders: kNN (k = 200, T = 0
 every stage, fitted to a fifth of the training labels (the penalty chosen on some of these), on the
 test split. Encoders are those of the last step.
 
-    python benchmarks/pretexts.py --data DATA/cifar10 --out RUNS
+    python -m benchmarks.accuracy.pretexts --data DATA/cifar10 --out RUNS
 
 Results: benchmarks/results/pretexts.json.
 """
@@ -21,13 +21,12 @@ import threading
 from pathlib import Path
 from queue import Empty, Queue
 
-from common import keep
-
+from benchmarks.common import ROOT, keep, load, markdown_table, provenance
 from vissl_lite.pretext import PRETEXTS
 from vissl_lite.run import read_config
 
 UNTRAINED = ("untrained resnet18", "untrained vit_slim_patch4_32")
-RECIPES = Path(__file__).parents[1] / "configs" / "cifar10_minutes"
+RECIPES = ROOT / "configs" / "cifar10_minutes"
 BATCH = 64
 FRACTION = 0.2  # of the training labels, for the probe
 one_at_a_time = threading.Lock()  # results go into one file
@@ -94,6 +93,32 @@ def judge(name: str, core: int, data: Path, out: Path) -> None:
         }
     with one_at_a_time:
         keep("pretexts", {name: row})
+
+
+def pretexts_table() -> str:
+    results = load("pretexts")
+    untrained = {r["backbone"]: r for name, r in results.items() if name.startswith("untrained")}
+    rows = []
+    for name in [*(n for n in results if n.startswith("untrained")), *PRETEXTS]:
+        if name not in results:
+            continue
+        r = results[name]
+        best = f"{r['best_layer_knn']:.3f} / {r['best_layer_linear']:.3f} ({r['best_layer']})"
+        row = [f"`{name}`" if name in PRETEXTS else name.replace(" ", " `") + "`"]
+        if name in PRETEXTS:
+            gain = r["linear"] - untrained[r["backbone"]]["linear"]
+            small = "ViT" if r["backbone"].startswith("vit") else ""
+            row += [small, f"{r['images_per_second']:.0f}", f"{r['knn']:.3f}", f"{r['linear']:.3f}"]
+            row.append(f"{gain:+.3f}")
+        else:
+            row += ["", "", f"{r['knn']:.3f}", f"{r['linear']:.3f}", ""]
+        rows.append([*row, best])
+    header = ["encoder", "", "images/s", "kNN", "linear", "gain", "best stage: kNN / linear"]
+    command = "python -m benchmarks.accuracy.pretexts --data DATA/cifar10 --out RUNS"
+    return markdown_table(header, rows) + "\n\n" + provenance(results, command)
+
+
+TABLES = {"pretexts": pretexts_table}
 
 
 def main() -> None:

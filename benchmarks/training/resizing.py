@@ -5,7 +5,8 @@ SimCLR on UC Merced's training images without their labels, for several numbers 
 images. Time is that of the processor over the whole command, start, workers, pictures and report
 included, so that other work on the machine matters little.
 
-    OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/resizing.py --data DATA/ucmerced --out RUNS
+    OMP_NUM_THREADS=1 taskset -c 0 python -m benchmarks.training.resizing \
+        --data DATA/ucmerced --out RUNS
 
 ``--arms`` and ``--seeds`` pick some, for a core each; finished runs are kept. Results:
 benchmarks/results/resizing.json and resizing.png.
@@ -20,9 +21,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from common import RESULTS, keep
 from matplotlib.figure import Figure
 
+from benchmarks.common import RESULTS, keep, load, markdown_table, provenance
 from vissl_lite.data.images import find_images
 
 ARMS = {"one size": "false", "progressive resizing": "true"}
@@ -83,6 +84,22 @@ def collect(o: argparse.Namespace) -> None:
                       "image_size": o.image_size, "images": images})  # fmt: skip
     for row in rows:
         print(row)
+
+
+def resizing_table() -> str:
+    results = load("resizing")
+    rows = [
+        [row["arm"], str(row["epochs"]), str(row["seeds"]), f"{row['minutes']:.1f}",
+         f"{row['knn']:.3f}", f"{row['linear']:.3f}"]
+        for row in results["rows"]
+    ]  # fmt: skip
+    header = ["views", "epochs", "seeds", "minutes of one core", "kNN", "linear"]
+    command = "python -m benchmarks.training.resizing --data DATA/ucmerced --out RUNS"
+    picture = "![accuracy against minutes, with and without](results/resizing.png)"
+    return markdown_table(header, rows) + f"\n\n{picture}\n\n" + provenance(results, command)
+
+
+TABLES = {"resizing": resizing_table}
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ clock (peers/clock.py) for --seconds after its warm-up, and then ended. Measured
     seconds from the start of the process to the end of the first optimizer step;
     seconds that each command line needs for --help.
 
-    python benchmarks/against_peers.py speed --data DATA --peer_python PEERS/bin/python
+    python -m benchmarks.peers.against_peers speed --data DATA --peer_python PEERS/bin/python
 
 takes about 40 minutes a round on two cores. What is done is kept and not done again: a run that
 was cut off goes on, --rounds 3 adds to what there is, and --anew measures the given cases and tools
@@ -27,7 +27,7 @@ Accuracy: each tool trains SimCLR on CIFAR-10 for the same minutes, with its own
 encoders are judged by ``vissl-lite probe`` (kNN, k = 200, T = 0.1, and linear, on the test
 images).
 
-    python benchmarks/against_peers.py accuracy --data DATA --out RUNS --peer_python PYTHON
+    python -m benchmarks.peers.against_peers accuracy --data DATA --out RUNS --peer_python PYTHON
 
 Results: benchmarks/results/peers.json and peers_accuracy.json.
 """
@@ -37,6 +37,7 @@ import contextlib
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -45,7 +46,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, keep, where_and_when
+from benchmarks.common import RESULTS, keep, load, markdown_table, provenance, where_and_when
 
 HERE = Path(__file__).parent
 TOOLS = ("ours", "alone", "lightly", "lightly-train", "stable-pretraining")
@@ -162,7 +163,7 @@ def run(command: list[str], log: Path, limit: float | None = None) -> tuple[floa
 def work(tool: str, peer_python: str, *arguments: object) -> list[str]:
     """The command that has a tool do some work."""
     python = peer_python if tool in PEERS else sys.executable
-    return [python, str(HERE / "peers" / "work.py"), tool, *map(str, arguments)]
+    return [python, str(HERE / "work.py"), tool, *map(str, arguments)]
 
 
 def timed(tool: str, case: Case, images: Path, o: argparse.Namespace) -> dict[str, Any]:
@@ -270,6 +271,96 @@ def accuracy(o: argparse.Namespace) -> None:
         }
         keep("peers_accuracy", results)
         print(tool, results["accuracy"][tool], flush=True)
+
+
+def peers_table() -> str:
+    """Speed, the ratios that matter, memory and start-up, case by case; medians over rounds."""
+    if not (RESULTS / "peers.json").exists():
+        return "Not measured yet."
+    results = load("peers")
+    tools = ("ours", *PEERS)
+    speeds, costs = [], []
+    for case, runs in results["speed"].items():
+        found = {
+            tool: {
+                measure: statistics.median(one[measure] for one in each)
+                for measure in ("images_per_second", "peak_memory", "seconds_to_first_step")
+            }
+            for tool, each in runs.items()
+            if each
+        }
+        rate = {tool: one["images_per_second"] for tool, one in found.items()}
+        best = max((rate[tool] for tool in PEERS if tool in rate), default=None)
+        ours = rate.get("ours")
+        batch = next((one["batch_size"] for each in runs.values() for one in each), "")
+        row = [
+            f"{case}, batch {batch}",
+            *(f"{rate[tool]:.1f}" if tool in rate else "" for tool in tools),
+        ]
+        row.append(f"{ours / best:.2f}" if ours and best else "")
+        row.append(f"{rate['alone']:.1f}" if "alone" in rate else "")
+        row.append(f"{ours / rate['alone']:.2f}" if ours and "alone" in rate else "")
+        speeds.append(row)
+        costs.append([case])
+        for tool in tools:
+            one = found.get(tool, {"peak_memory": 0, "seconds_to_first_step": 0})
+            cell = f"{one['peak_memory'] / 2**30:.2f} / {one['seconds_to_first_step']:.1f}"
+            costs[-1].append(cell if tool in found else "")
+    header = ["images/s", *tools, "ours / best peer", "the step alone", "ours / step alone"]
+    helps = [[
+        f"{statistics.median(results['help'][tool]):.2f}" if results["help"].get(tool) else ""
+        for tool in tools
+    ]]  # fmt: skip
+    command = "python -m benchmarks.peers.against_peers speed --data DATA --peer_python PYTHON"
+    parts = [
+        markdown_table(header, speeds),
+        markdown_table(["peak memory in GiB / seconds to the first step", *tools], costs),
+        markdown_table([f"`{program}`, seconds" for program in HELP], helps),
+        provenance(results, command),
+    ]
+    return "\n\n".join(parts)
+
+
+def in_short_table() -> str:
+    """For the README: images a second against the fastest of the peers."""
+    results = load("peers")
+    rows = []
+    for case, runs in results["speed"].items():
+        rate = {
+            tool: statistics.median(one["images_per_second"] for one in each)
+            for tool, each in runs.items()
+            if each
+        }
+        if "ours" not in rate or any(tool not in rate for tool in PEERS):
+            continue
+        best = max(PEERS, key=lambda tool: rate[tool])
+        backbone, pretext, side = case.rsplit("-", 2)
+        rows.append([f"{pretext}, `{backbone}`, {side} px", f"{rate['ours']:.1f}",
+                     f"{rate[best]:.1f} ({best})", f"{rate['ours'] / rate[best]:.2f}"])  # fmt: skip
+    return (
+        markdown_table(["images per second", "vissl_lite", "fastest peer", "ratio"], rows)
+        + "\n\n"
+        + provenance(results, "python -m benchmarks.peers.against_peers speed --data DATA ...")
+    )
+
+
+def peers_accuracy_table() -> str:
+    """SimCLR on CIFAR-10 for equal minutes."""
+    results = load("peers_accuracy")
+    rows = [
+        [tool, str(r["cores"]), f"{r['minutes']:.1f}", f"{r['images_per_second']:.0f}",
+         f"{r['knn']:.3f}", f"{r['linear']:.3f}"]
+        for tool, r in results["accuracy"].items()
+    ]  # fmt: skip
+    command = (
+        "python -m benchmarks.peers.against_peers accuracy --data DATA --out RUNS "
+        "--peer_python PYTHON"
+    )
+    header = ["`resnet18`, 32 pixels", "cores", "minutes", "images/s", "kNN", "linear"]
+    return markdown_table(header, rows) + "\n\n" + provenance(results, command)
+
+
+TABLES = {"peers": peers_table, "in_short": in_short_table, "peers_accuracy": peers_accuracy_table}
 
 
 def main() -> None:

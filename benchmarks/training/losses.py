@@ -1,6 +1,6 @@
 """What losses cost, and what several processes cost: the constants in docs/scaling.md.
 
-    OMP_NUM_THREADS=1 python benchmarks/losses.py
+    OMP_NUM_THREADS=1 python -m benchmarks.training.losses
 
 The first part measures each loss alone, forward and backward, on one thread: the most that is
 allocated beside its inputs, and the median time, at growing batches; and the same of NT-Xent as one
@@ -25,10 +25,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
-from common import keep
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.common import keep, load, markdown_table, provenance
 from vissl_lite.encoder import build_encoder
 from vissl_lite.pretext import pretext_class
 from vissl_lite.pretext.parts import losses
@@ -188,7 +188,7 @@ def started(processes: int, batch: int) -> dict[str, float]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    command = [sys.executable, str(Path(__file__).resolve()), "--one", str(batch)]
+    command = [sys.executable, "-m", "benchmarks.training.losses", "--one", str(batch)]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
     running = [
         subprocess.Popen(
@@ -223,6 +223,84 @@ def predicted(processes: int, alone: float, own: dict[str, float]) -> dict[str, 
     total = gradient + embeddings + norms
     return {"bytes": total, "gradient": gradient, "embeddings": embeddings, "norms": norms,
             "seconds": busy + total / speed + waits}  # fmt: skip
+
+
+# What the cost of a loss goes with, as benchmarks/losses.py computes it: floats, multiplications.
+COSTS = {
+    "nt_xent, whole": ("NT-Xent, written plainly", "4 B G", "12 B G D"),
+    "nt_xent": ("NT-Xent: simclr, multi", "min(4 B G, 2^24) + 4 (B + G) D", "12 B G D"),
+    "contrast": ("nnclr, moco_v3", "min(B G, 2^24) + 2 (B + G) D", "3 B G D"),
+    "info_nce": ("moco, densecl", "B Q", "2 B Q D"),
+    "swav": ("swav", "V B K", "V B K"),
+    "dino": ("dino", "V B K", "V B K"),
+    "negative_cosine": ("byol, simsiam", "2 B D", "2 B D"),
+    "barlow_twins": ("barlow_twins", "2 G D + D^2", "3 G D^2"),
+    "vicreg": ("vicreg", "2 G D + D^2", "6 G D^2"),
+    "sigreg": ("lejepa, a view", "17 G S", "17 G S"),
+    "visreg": ("visreg, a view", "G S", "G S"),
+}
+
+
+def losses_table() -> str:
+    results = load("losses")
+    rows = []
+    for name, (of, floats, products) in COSTS.items():
+        each = results["losses"][name]
+        last = each[max(each, key=int)]
+        rows.append([
+            of, floats, f"{last['copies']:.1f}", products, f"{last['giga_a_second']:.3g}",
+            *(f"{one['mib']:,.0f} MiB, {one['milliseconds']:,.0f} ms" for one in each.values()),
+        ])  # fmt: skip
+    header = ["loss of", "floats", "times", "multiplications", "10^9 a second",
+              *(f"B = G = {batch}" for batch in each)]  # fmt: skip
+    command = "OMP_NUM_THREADS=1 python -m benchmarks.training.losses"
+    return markdown_table(header, rows) + "\n\n" + provenance(results, command)
+
+
+# Multiplications of a step of ResNet-50 at 224 pixels: two views, a forward and a backward pass.
+RESNET50 = 2 * 3 * 4.1e9
+
+
+def at_scale_table() -> str:
+    """What the constants of ``losses`` say of many processes."""
+    measured = load("losses")["losses"]
+
+    def mib(name: str, floats: float) -> str:
+        last = measured[name][max(measured[name], key=int)]
+        return f"{last['copies'] * floats * 4 / 2**20:,.0f}"
+
+    rows = []
+    for b, number in ((128, 1), (128, 8), (128, 64), (128, 512), (1024, 8), (1024, 64)):
+        g = b * number
+        pairs, vectors = 4 * b * g, 4 * (b + g) * 128
+        share = 12 * b * g * 128 / (b * RESNET50)
+        rows.append([
+            f"{number} x {b}", f"{g:,}", mib("nt_xent, whole", pairs),
+            mib("nt_xent", min(pairs, 2**24) + vectors), f"{100 * share:.2f} %",
+            mib("barlow_twins", 2 * g * 1024 + 1024**2), mib("vicreg", 2 * g * 1024 + 1024**2),
+            mib("sigreg", 17 * g * 256),
+        ])  # fmt: skip
+    header = ["processes x B", "G", "NT-Xent plainly, MiB", "NT-Xent, MiB", "its share of the step",
+              "barlow_twins, MiB", "vicreg, MiB", "lejepa, a view, MiB"]  # fmt: skip
+    return markdown_table(header, rows)
+
+
+def processes_table() -> str:
+    results = load("losses")
+    rows = []
+    for number, one in results["processes"].items():
+        measured, predicted = one["measured"], one["predicted"]
+        parts = [f"{predicted[part] / 1e6:.2f}" for part in ("gradient", "embeddings", "norms")]
+        mb = [f"{each['bytes'] / 1e6:.1f}" for each in (predicted, measured)]
+        seconds = [f"{each['seconds']:.2f}" for each in (predicted, measured)]
+        rows.append([number, *parts, *mb, *seconds])
+    header = ["processes", "gradient, MB", "embeddings, MB", "BatchNorm, MB", "together, predicted",
+              "measured", "seconds a step, predicted", "measured"]  # fmt: skip
+    command = "OMP_NUM_THREADS=1 python -m benchmarks.training.losses"
+    return markdown_table(header, rows) + "\n\n" + provenance(results, command)
+
+
+TABLES = {"losses": losses_table, "at_scale": at_scale_table, "processes": processes_table}
 
 
 def main() -> None:

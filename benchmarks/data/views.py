@@ -1,7 +1,7 @@
 """Views a second a core, decoding included, of SimCLR's two views with their deterministic streams.
 
     git worktree add BEFORE 1f3ff4a
-    taskset -c 0 python benchmarks/views.py --small DATA/cifar10/train \
+    taskset -c 0 python -m benchmarks.data.views --small DATA/cifar10/train \
         --large DATA/bccd/JPEGImages --before BEFORE --peer_python PEERS/bin/python
 
 In the first epoch, in which fingerprints of the images are taken too, and in later ones; with an
@@ -59,6 +59,25 @@ def once(options: argparse.Namespace) -> None:
     print(json.dumps(rates))
 
 
+def views_table() -> str:
+    from benchmarks.common import load, markdown_table, provenance
+
+    results = load("views")
+    rows = [
+        [name, f"{r['views_32']:,.0f}", f"{r['views_224']:,.0f}"]
+        for name, r in results["arms"].items()
+    ]
+    command = (
+        "python -m benchmarks.data.views --small DATA/cifar10/train --large DATA/bccd/JPEGImages "
+        "--before BEFORE --peer_python PYTHON"
+    )
+    header = ["", "32 px, CIFAR files", "224 px, 640x480 JPEGs"]
+    return markdown_table(header, rows) + "\n\n" + provenance(results, command)
+
+
+TABLES = {"views": views_table}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", type=Path, required=True)
@@ -72,12 +91,12 @@ def main() -> None:
     if options.epoch is not None:
         return once(options)
 
-    from common import keep, last_json_line
+    from benchmarks.common import keep, last_json_line
 
     folders = ["--small", str(options.small), "--large", str(options.large)]
     folders += ["--seconds", str(options.seconds)]
     itself = [sys.executable, str(Path(__file__))]
-    here = Path(__file__).parents[1]
+    here = Path(__file__).parents[2]
     arms = {
         "vissl_lite, first epoch": (here, [*itself, "--epoch", "0"]),
         "vissl_lite, later epochs": (here, [*itself, "--epoch", "1"]),
@@ -87,7 +106,7 @@ def main() -> None:
         commit = subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
         arms[f"vissl_lite at {commit}"] = (options.before, [*itself, "--epoch", "1"])
     if options.peer_python:
-        script = str(Path(__file__).parent / "peers" / "views.py")
+        script = str(here / "benchmarks" / "peers" / "views.py")
         arms["lightly"] = (here, [options.peer_python, script])
     measured: dict[str, list[dict[str, float]]] = {}
     for _ in range(options.rounds):

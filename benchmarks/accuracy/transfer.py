@@ -1,8 +1,8 @@
 """Does pre-training help on small labelled sets? Detection, segmentation, classification.
 
-    python benchmarks/domains.py --data FOLDER --out DOMAINS
-    python benchmarks/transfer.py pretrain SET --data FOLDER --domains DOMAINS --out OUT
-    python benchmarks/transfer.py SET --data FOLDER --domains DOMAINS --out OUT --seeds 2
+    python -m benchmarks.accuracy.domains --data FOLDER --out DOMAINS
+    python -m benchmarks.accuracy.transfer pretrain SET --data FOLDER --domains DOMAINS --out OUT
+    python -m benchmarks.accuracy.transfer SET --data FOLDER --domains DOMAINS --out OUT --seeds 2
 
 ``SET`` is ``bccd`` (detection), ``water`` (segmentation) or ``ucmerced`` (classification). Four
 arms each: an untrained ResNet-18, one pre-trained by us on the training images, an ImageNet-trained
@@ -14,15 +14,16 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import keep
 
 import vissl_lite
+from benchmarks.common import keep, load, markdown_table, over_seeds, provenance
 
 CONTRAST = {"name": "simclr", "temperature": 0.2, "smallest_crop": 0.25}
 COLOUR = {"name": "colorization"}
@@ -123,6 +124,81 @@ def classification(given: argparse.Namespace, arm: str, encoder: str, seed: int)
 
 
 SETS = {"bccd": detection, "water": segmentation, "ucmerced": classification}
+
+ARMS = {
+    "untrained": "`resnet18`, untrained",
+    "ours": "`resnet18`, pre-trained by us",
+    "ImageNet": "`tf_efficientnet_lite0`, ImageNet",
+    "ImageNet, then ours": "the same, further pre-trained by us",
+}
+
+
+def dense_table(name: str, measures: dict[str, str]) -> str:
+    """A row for each arm: figures over seeds, and the CPU minutes of a run."""
+    results = load("transfer")
+    rows = []
+    for arm, label in ARMS.items():
+        runs = list(results[name][arm].values())
+        minutes = statistics.mean(run["cpu_minutes"] for run in runs)
+        figures = [over_seeds([run["test"][measure] for run in runs]) for measure in measures]
+        rows.append([label, *figures, str(len(runs)), f"{minutes:.1f}"])
+    header = ["encoder", *measures.values(), "seeds", "CPU minutes a run"]
+    command = (
+        f"python -m benchmarks.accuracy.transfer {name} --data DATA --domains DOMAINS --out RUNS"
+    )
+    return markdown_table(header, rows) + "\n\n" + provenance(results, command)
+
+
+def bccd_table() -> str:
+    return dense_table("bccd", {"map_50": "test mAP50", "map": "test mAP"})
+
+
+def detectors_table() -> str:
+    """The same encoder, seed and about the same CPU minutes."""
+    results = load("transfer")
+    rows = []
+    for detector in ("faster_rcnn", "fcos"):
+        key = "bccd" if detector == "faster_rcnn" else f"bccd-{detector}"
+        run = results[key]["ImageNet"]["0"]
+        figures = [f"{run['test'][measure]:.3f}" for measure in ("map_50", "map")]
+        rows.append([f"`{detector}`", *figures, f"{run['cpu_minutes']:.1f}"])
+    command = (
+        "python -m benchmarks.accuracy.transfer bccd --detector fcos --arms ImageNet --epochs 8 ..."
+    )
+    header = ["detector", "test mAP50", "test mAP", "CPU minutes"]
+    return markdown_table(header, rows) + "\n\n" + provenance(results, command)
+
+
+def water_table() -> str:
+    return dense_table("water", {"miou": "test mIoU", "dice": "test Dice"})
+
+
+def ucmerced_table() -> str:
+    results = load("transfer")
+    rows = []
+    for arm, label in ARMS.items():
+        runs = list(results["ucmerced"][arm].values())
+        for kind in ("linear", "fine-tuned"):
+            row = [label, kind]
+            for shots in runs[0]:
+                at = [run[shots] for run in runs if shots in run]
+                row.append(over_seeds([r["linear"] if kind == "linear" else r["test"]["top1"]
+                                   for r in at]))  # fmt: skip
+            rows.append(row)
+    header = ["encoder", "", *(f"{shots} a class" for shots in runs[0])]
+    command = (
+        "python -m benchmarks.accuracy.transfer ucmerced --data DATA --domains DOMAINS --out RUNS"
+    )
+    return markdown_table(header, rows) + "\n\n" + provenance(results, command)
+
+
+TABLES = {
+    "bccd": bccd_table,
+    "detectors": detectors_table,
+    "water": water_table,
+    "ucmerced": ucmerced_table,
+}
+
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
