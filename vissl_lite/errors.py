@@ -8,6 +8,7 @@ import re
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -18,6 +19,8 @@ LARGEST_LAYER = 2**15  # features
 LARGEST_QUEUE = 2**20  # embeddings, or prototypes
 LARGEST_DEPTH = 64  # layers, and crops of an image
 LARGEST_NUMBER = 10**6  # of a hyperparameter
+
+_LISTS = (list, Sequence)  # types of options that take several values
 
 # What Linux and macOS allow for a name in a path and, less the end of the string, for all of it.
 _NAME_BYTES, _PATH_BYTES = 255, 4095
@@ -140,6 +143,10 @@ def kinds_of(kind: Any) -> tuple[Any, ...]:
     return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
+def _is_path(kind: Any) -> bool:
+    return kind is Path or get_origin(kind) is os.PathLike
+
+
 def _matches(value: object, kind: Any) -> bool:
     """Whether a value is of an annotated type; of a type that no option has, always."""
     origin, parts = get_origin(kind), get_args(kind)
@@ -147,7 +154,7 @@ def _matches(value: object, kind: Any) -> bool:
         return any(_matches(value, part) for part in parts)
     if origin is Literal:
         return any(type(value) is type(part) and value == part for part in parts)
-    if origin in (list, Sequence):
+    if origin in _LISTS:
         return isinstance(value, list | tuple) and all(_matches(one, parts[0]) for one in value)
     if origin is tuple:
         return (
@@ -164,22 +171,30 @@ def _matches(value: object, kind: Any) -> bool:
     if kind in (int, float):  # NumPy's numbers count; True and False do not
         number = Integral if kind is int else Real
         return isinstance(value, number) and not isinstance(value, bool)
-    if kind is str:
+    if kind is str or _is_path(kind):
         return isinstance(value, str | os.PathLike)
     return isinstance(value, kind) if kind in (bool, NoneType) else True
 
 
 def _no_match(kind: Any) -> str:
     """Words for what a value is not: ``none of warn, stop``, ``not of the type int or str``."""
-    parts = [part for part in kinds_of(kind) if part is not NoneType]
-    inner = [get_args(part)[0] if get_origin(part) is list else part for part in parts]
+    # a path is text, and one value may stand for a list of one
+    parts = [part for part in kinds_of(kind) if part is not NoneType and not _is_path(part)]
+    inner = [get_args(part)[0] if get_origin(part) in _LISTS else part for part in parts]
     if len(set(inner)) == 1 and get_origin(inner[0]) is Literal:  # one of them, or several
         parts = inner[:1]
     choices = [choice for part in parts if get_origin(part) is Literal for choice in get_args(part)]
     if choices and len(parts) == 1:
         return f"none of {', '.join(map(str, choices))}"
-    types = [part.__name__ if get_origin(part) is None else str(part) for part in parts]
-    return f"not of the type {' or '.join(types)}"
+    return f"not of the type {' or '.join(map(_type_name, parts))}"
+
+
+def _type_name(kind: Any) -> str:
+    """A type in words, as ``list[str]``."""
+    if get_origin(kind) in _LISTS:
+        inner = [_type_name(part) for part in kinds_of(get_args(kind)[0]) if not _is_path(part)]
+        return f"list[{' or '.join(inner)}]"
+    return str(kind) if get_origin(kind) is not None else kind.__name__
 
 
 def _check_sane(name: str, value: object) -> None:
