@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vissl_lite import encoder as module
-from vissl_lite.encoder import Encoder, Normalize, build_encoder
+from vissl_lite.encoder import Encoder, build_encoder
 from vissl_lite.encoder_folder import (
     load_encoder,
     load_model,
@@ -67,8 +67,8 @@ def rewrite(folder: Path, **changes: Any) -> None:
 def test_names_of_weights_are_timms_own(backbone: str) -> None:
     own = timm.create_model(backbone, num_classes=0, **made(backbone).model_args)
     encoder = made(backbone)
-    assert list(encoder.state_dict()) == list(own.state_dict())
-    assert [n for n, _ in encoder.named_parameters()] == [n for n, _ in own.named_parameters()]
+    assert list(encoder.model.state_dict()) == list(own.state_dict())
+    assert list(encoder.state_dict()) == [f"model.{name}" for name in own.state_dict()]
 
 
 @every_backbone
@@ -101,7 +101,6 @@ def test_a_copy_is_independent_and_whole(backbone: str) -> None:
     twin.train()
     assert torch.equal(encoder(images()), before)
     assert not encoder.model.training
-    assert same_weights(twin, twin.model)  # what is called is what was changed
     assert not torch.equal(twin.eval()(images()), before)
 
 
@@ -150,24 +149,25 @@ def test_a_vit_takes_images_of_another_size() -> None:
     assert encoder(images(size=64)).shape == (2, encoder.num_features)
 
 
-# Normalize
+# Normalization
 
 
-def test_normalize_is_the_plain_formula() -> None:
-    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.1)
-    x = torch.randint(0, 256, (2, 3, 5, 7), dtype=torch.uint8)
-    x = x.contiguous(memory_format=torch.channels_last)
-    expected = (x.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(
-        3, 1, 1
-    )
-    out = Normalize(mean, std)(x)
+def test_normalize_is_the_plain_formula_and_denormalize_undoes_it() -> None:
+    encoder = made()
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (encoder.mean, encoder.std))
+    raw = torch.randint(0, 256, (2, 3, 5, 7), dtype=torch.uint8)
+    raw = raw.contiguous(memory_format=torch.channels_last)
+    out = encoder.normalize(raw)
     assert out.dtype == torch.float32
     assert out.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(out.double(), (raw.double() / 255 - mean) / std, rtol=0, atol=1e-5)
+    assert torch.equal(encoder.denormalize(out), raw)
 
 
-def test_normalize_adds_nothing_to_a_state_dict() -> None:
-    assert not Normalize((0.5,), (0.5,)).state_dict()
+def test_what_is_not_a_number_is_black() -> None:
+    encoder = made()
+    assert not encoder.denormalize(torch.full((1, 3, 2, 2), torch.nan)).any()
+
 
 
 # Building
@@ -238,7 +238,7 @@ def test_timm_loads_the_folder_with_the_same_outputs(backbone: str, tmp_path: Pa
     save_encoder(encoder, tmp_path / "e", {})
     loaded = timm.create_model(f"local-dir:{tmp_path / 'e'}", pretrained=True).eval()
     assert torch.equal(loaded(images()), encoder(images()))
-    assert same_weights(loaded, encoder)
+    assert same_weights(loaded, encoder.model)
     assert loaded.pretrained_cfg["input_size"][-1] == 32
 
 
@@ -389,13 +389,13 @@ def test_weights_load_from_each_kind_of_file_without_their_classifier(
     WRITERS[name](state, tmp_path / name)
     encoder = made(backbone)
     load_weights(encoder, tmp_path / name)
-    loaded = encoder.state_dict()
+    loaded = encoder.model.state_dict()
     assert len(loaded) == len(state) - 2
     assert all(torch.equal(value, state[key]) for key, value in loaded.items())
 
 
 def test_weights_without_classifier_load_too(tmp_path: Path) -> None:
-    torch.save(made(seed=3).state_dict(), tmp_path / "w.pth")
+    torch.save(made(seed=3).model.state_dict(), tmp_path / "w.pth")
     encoder = made(seed=4)
     load_weights(encoder, tmp_path / "w.pth")
     assert same_weights(encoder, made(seed=3))

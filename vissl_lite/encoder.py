@@ -16,32 +16,24 @@ from vissl_lite.errors import UserError, WeightsUnavailableError, did_you_mean
 
 
 class Encoder(nn.Module):
-    """A timm model without classifier.
-
-    It shares the model's own children, parameters and buffers instead of holding the model as a
-    child, so that the names in ``state_dict()`` stay timm's own.
+    """A timm model without classifier, with the normalization of the images that it takes.
 
     Args:
-        model: a timm model, made with ``num_classes=0``.
-        model_args: arguments beside the name that ``timm.create_model`` needs to build it again.
-        image_size: side in pixels of the images it is made for.
+        model: The timm model, made with ``num_classes=0``.
+        model_args: Arguments beside the name that ``timm.create_model`` needs to build it again.
+        image_size: Side in pixels of the images it is made for.
 
     Attributes:
-        model: the timm model.
+        model: The timm model. ``model.state_dict()`` has timm's own names, as on disk.
         num_features: D, the length of a pooled feature vector.
-        backbone: the name of the architecture.
-        mean, std: of each channel, for values in [0, 1]: how images are normalised.
+        backbone: Name of the architecture.
+        mean, std: Statistics of each channel, for values in [0, 1].
+        scale, shift: ``(1, C, 1, 1)`` buffers: normalized = raw * scale + shift; see ``normalize``.
     """
 
     def __init__(self, model: nn.Module, model_args: dict[str, Any], image_size: int) -> None:
         super().__init__()
-        object.__setattr__(self, "model", model)  # past nn.Module, which would register a child
-        self._modules, self._parameters, self._buffers = (
-            model._modules,
-            model._parameters,
-            model._buffers,
-        )
-        self.model: Any
+        self.model: Any = model
         self.model_args = model_args
         self.image_size = image_size
         self.num_features = int(getattr(self.model, "head_hidden_size", self.model.num_features))
@@ -49,6 +41,12 @@ class Encoder(nn.Module):
         self.backbone: str = config["architecture"]
         self.mean: tuple[float, ...] = tuple(config["mean"])
         self.std: tuple[float, ...] = tuple(config["std"])
+        self.scale: Tensor
+        self.shift: Tensor
+        scale = 1 / (255 * torch.tensor(self.std))
+        shift = -torch.tensor(self.mean) / torch.tensor(self.std)
+        self.register_buffer("scale", scale.view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("shift", shift.view(1, -1, 1, 1), persistent=False)
 
     @property
     def patch_size(self) -> int | None:
@@ -103,9 +101,29 @@ class Encoder(nn.Module):
         self.check_image_size(size)
         self.image_size = size
 
-    def train(self, mode: bool = True) -> "Encoder":
-        self.model.training = mode  # the model itself is no child, see above
-        return super().train(mode)
+    def normalize(self, images: Tensor) -> Tensor:
+        """Scale a raw batch to what the backbone takes.
+
+        Args:
+            images: ``(B, C, H, W)`` uint8, on the encoder's device.
+
+        Returns:
+            ``(B, C, H, W)`` in the encoder's floating-point type and the memory format of
+            ``images``.
+        """
+        return torch.addcmul(self.shift, images.to(self.scale.dtype), self.scale)
+
+    def denormalize(self, images: Tensor) -> Tensor:
+        """Undo ``normalize``.
+
+        Args:
+            images: ``(B, C, H, W)``, normalized. Values that are not numbers become black.
+
+        Returns:
+            ``(B, C, H, W)`` uint8.
+        """
+        values = (images.float() - self.shift) / self.scale
+        return values.nan_to_num(0.0).clamp(0, 255).round().to(torch.uint8)
 
     def forward(self, images: Tensor) -> Tensor:
         """Pooled features.

@@ -20,7 +20,8 @@ LARGEST_QUEUE = 2**20  # embeddings, or prototypes
 LARGEST_DEPTH = 64  # layers, and crops of an image
 LARGEST_NUMBER = 10**6  # of a hyperparameter
 
-_LISTS = (list, Sequence)  # types of options that take several values
+# Types of options that take several values, and values by name.
+LISTS, MAPPINGS = (list, Sequence), (dict, Mapping)
 
 # What Linux and macOS allow for a name in a path and, less the end of the string, for all of it.
 _NAME_BYTES, _PATH_BYTES = 255, 4095
@@ -143,6 +144,11 @@ def kinds_of(kind: Any) -> tuple[Any, ...]:
     return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
+def takes_any(kind: Any, origins: Sequence[Any]) -> bool:
+    """Whether an annotation allows a value of one of some generic types, such as ``LISTS``."""
+    return any(get_origin(one) in origins for one in kinds_of(kind))
+
+
 def _is_path(kind: Any) -> bool:
     return kind is Path or get_origin(kind) is os.PathLike
 
@@ -154,7 +160,7 @@ def _matches(value: object, kind: Any) -> bool:
         return any(_matches(value, part) for part in parts)
     if origin is Literal:
         return any(type(value) is type(part) and value == part for part in parts)
-    if origin in _LISTS:
+    if origin in LISTS:
         return isinstance(value, list | tuple) and all(_matches(one, parts[0]) for one in value)
     if origin is tuple:
         return (
@@ -162,7 +168,7 @@ def _matches(value: object, kind: Any) -> bool:
             and len(value) == len(parts)
             and all(map(_matches, value, parts))
         )
-    if origin in (dict, Mapping):
+    if origin in MAPPINGS:
         # a name may look like a number, and YAML then reads one
         return isinstance(value, Mapping) and all(
             isinstance(key, str | int | float) and _matches(one, parts[1])
@@ -180,7 +186,7 @@ def _no_match(kind: Any) -> str:
     """Words for what a value is not: ``none of warn, stop``, ``not of the type int or str``."""
     # a path is text, and one value may stand for a list of one
     parts = [part for part in kinds_of(kind) if part is not NoneType and not _is_path(part)]
-    inner = [get_args(part)[0] if get_origin(part) in _LISTS else part for part in parts]
+    inner = [get_args(part)[0] if get_origin(part) in LISTS else part for part in parts]
     if len(set(inner)) == 1 and get_origin(inner[0]) is Literal:  # one of them, or several
         parts = inner[:1]
     choices = [choice for part in parts if get_origin(part) is Literal for choice in get_args(part)]
@@ -191,7 +197,7 @@ def _no_match(kind: Any) -> str:
 
 def _type_name(kind: Any) -> str:
     """A type in words, as ``list[str]``."""
-    if get_origin(kind) in _LISTS:
+    if get_origin(kind) in LISTS:
         inner = [_type_name(part) for part in kinds_of(get_args(kind)[0]) if not _is_path(part)]
         return f"list[{' or '.join(inner)}]"
     return str(kind) if get_origin(kind) is not None else kind.__name__

@@ -12,7 +12,6 @@ from torch.utils.data import Dataset
 from vissl_lite.data.images import BROKEN_IMAGE, read_image, resize_and_crop
 from vissl_lite.data.reading import Broken, reason, report_skipped
 from vissl_lite.data.workers import WorkerLoader
-from vissl_lite.encoder import Normalize
 from vissl_lite.errors import UserError
 from vissl_lite.training.hardware import cpu_has_bf16
 from vissl_lite.training.quick import quick_operations
@@ -51,7 +50,7 @@ def _collate(items: Sequence[Tensor | str]) -> tuple[Tensor | None, list[str | N
 def run_over(
     model: nn.Module,
     compute: Callable[[Tensor], list[Tensor]],
-    normalize: Normalize,
+    normalize: Callable[[Tensor], Tensor],
     paths: Sequence[str],
     image_size: int,
     progress: Callable[[int], None] | None = None,
@@ -62,7 +61,7 @@ def run_over(
     Args:
         model: put on the accelerator if there is one, and back where it was afterwards.
         compute: from a normalised ``(B, C, H, W)`` batch to tensors ``(B, ...)``.
-        normalize: from uint8.
+        normalize: from a raw uint8 batch to what ``compute`` takes: ``encoder.normalize``.
         paths: image files. Broken ones are left out, and named in the log.
         image_size: side in pixels.
         progress: called with the number of images done since the last call.
@@ -86,7 +85,7 @@ def run_over(
 def run_in_batches(
     model: nn.Module,
     compute: Callable[[Tensor], list[Tensor]],
-    normalize: Normalize,
+    normalize: Callable[[Tensor], Tensor],
     paths: Sequence[str],
     image_size: int,
     use: Callable[[list[str], list[Tensor]], None],
@@ -98,7 +97,7 @@ def run_in_batches(
     Args:
         model: see ``run_over``, as for the others.
         compute: from a batch to tensors.
-        normalize: from uint8.
+        normalize: from a raw uint8 batch to what ``compute`` takes: ``encoder.normalize``.
         paths: image files.
         image_size: side in pixels.
         use: called with the paths of the images of a batch that can be read and their tensors,
@@ -150,12 +149,12 @@ def check_outputs(outputs: Iterable[Tensor | np.ndarray], place: str) -> None:
 
 
 @contextmanager
-def evaluating(model: nn.Module, normalize: Normalize) -> Iterator[torch.device]:
+def evaluating(model: nn.Module, normalize: object = None) -> Iterator[torch.device]:
     """Evaluation mode without gradient, in bf16 where there are instructions for it.
 
     Args:
         model: put on the accelerator if there is one, and back where it was afterwards.
-        normalize: goes with it.
+        normalize: A module that goes with it.
 
     Yields:
         The device.
@@ -164,7 +163,8 @@ def evaluating(model: nn.Module, normalize: Normalize) -> Iterator[torch.device]
     modes = [(module, module.training) for module in model.modules()]  # parents before children
     device = torch.device("cuda") if torch.cuda.is_available() else place
     model.to(device).eval()
-    normalize.to(device)
+    if isinstance(normalize, nn.Module):
+        normalize.to(device)
     bf16 = device.type == "cuda" or cpu_has_bf16()
     try:
         half = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
@@ -174,7 +174,8 @@ def evaluating(model: nn.Module, normalize: Normalize) -> Iterator[torch.device]
         for module, training in modes:
             module.train(training)  # frozen norms stay frozen
         model.to(place)
-        normalize.to(place)
+        if isinstance(normalize, nn.Module):
+            normalize.to(place)
 
 
 def report_broken(paths: Sequence[str], faults: Sequence[str | None]) -> np.ndarray:

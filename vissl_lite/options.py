@@ -5,16 +5,57 @@ import functools
 import inspect
 import os
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, Field, fields
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, Self, TypeVar, get_type_hints
+from types import NoneType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    ParamSpec,
+    Self,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
-from vissl_lite.errors import UserError, check_argument
+from vissl_lite.errors import (
+    LISTS,
+    MAPPINGS,
+    UserError,
+    brief,
+    check_argument,
+    did_you_mean,
+    kinds_of,
+    takes_any,
+)
 
 # A file or folder, or a result that stands for one, such as ``PretrainResult``; and several.
 StrPath = str | os.PathLike[str]
 Paths = StrPath | Sequence[StrPath]
+
+
+class OptionRow(NamedTuple):
+    """An option as the help and the documentation show it.
+
+    Attributes:
+        name: As on the command line, without ``--``.
+        values: What follows it, as ``EPOCHS``, ``DATA ...`` or ``{warn,stop}``; empty for a flag.
+        default: As text; None if there is none, or ``help`` says what happens.
+        required: Whether it has to be given.
+        help: A paragraph.
+    """
+
+    name: str
+    values: str
+    default: str | None
+    required: bool
+    help: str
 
 
 class Options:
@@ -59,6 +100,39 @@ class Options:
     def _set(self, name: str, value: object) -> None:
         """Set a field, while the dataclass, which is frozen, is being made."""
         object.__setattr__(self, name, value)
+
+    @classmethod
+    def merged(cls, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The values of configuration files and of the command line as one; the last one counts.
+
+        Args:
+            layers: Values by name. Text that stands for a number, a list and so on becomes that.
+
+        Raises:
+            UserError: An option is not known.
+        """
+        kinds = option_types(cls)
+        values: dict[str, Any] = {}
+        for layer in layers:
+            for name, value in layer.items():
+                if name not in kinds:
+                    raise unknown_option(name, kinds)
+                values[name] = parse_value(name, value, kinds[name])
+        return values
+
+    @classmethod
+    def rows(cls, layers: Sequence[Mapping[str, Any]] = ()) -> list[OptionRow]:
+        """What the help and the documentation say of the options, the required ones first.
+
+        Args:
+            layers: What is given beside ``--help``, as ``merged`` takes it.
+        """
+        kinds, docs = option_types(cls), option_docs(cls)
+        rows = [
+            option_row(field.name, kinds[field.name], field.default, docs.get(field.name, ""))
+            for field in fields(cls)
+        ]
+        return sorted(rows, key=lambda row: not row.required)
 
     def as_config(self) -> dict[str, Any]:
         """All options as plain data, for config.yaml, which repeats the run."""
@@ -147,6 +221,26 @@ def options_of(function: Callable[..., object]) -> type[Options]:
     return options
 
 
+def option_row(name: str, kind: Any, default: object, text: str) -> OptionRow:
+    """What is shown of an option.
+
+    Args:
+        name: Its name.
+        kind: Its annotated type.
+        default: ``MISSING`` if it has to be given.
+        text: Its help.
+    """
+    kinds = [one for one in kinds_of(kind) if one is not NoneType]
+    single = [get_args(one)[0] if get_origin(one) in LISTS else one for one in kinds]
+    choices = [str(word) for one in single if get_origin(one) is Literal for word in get_args(one)]
+    values = f"{{{','.join(dict.fromkeys(choices))}}}" if choices else name.upper()
+    if takes_any(kind, LISTS):
+        values += " ..."
+    shown = default not in (MISSING, None) and kinds != [bool]
+    return OptionRow(name, "" if kinds == [bool] else values, str(default) if shown else None,
+                     default is MISSING, text)  # fmt: skip
+
+
 def option_types(options: type[Options]) -> dict[str, Any]:
     """The annotated types of options, by name, inherited ones first."""
     hints = get_type_hints(options)
@@ -218,6 +312,67 @@ def path_list(paths: Paths) -> list[str]:
     if isinstance(paths, str | os.PathLike):
         return [os.fspath(paths)]
     return [os.fspath(path) for path in paths]
+
+
+def parse_value(name: str, value: Any, kind: Any) -> Any:
+    """A value in which text that stands for a number, a list and so on has become that.
+
+    What stands for nothing of the kind stays as it is: it is refused when the options are made.
+
+    Args:
+        name: The option.
+        value: A word of the command line, several of them, or what a YAML file holds.
+        kind: The type that the option is annotated with.
+
+    Raises:
+        UserError: The option takes text as well, and the value is not YAML.
+    """
+    kinds = kinds_of(kind)
+    inner = [
+        part
+        for one in kinds
+        if get_origin(one) in (*LISTS, *MAPPINGS, tuple)
+        for part in get_args(one)
+    ]
+    if isinstance(value, list) and inner:
+        return [parse_value(name, one, inner[0]) for one in value]
+    if isinstance(value, dict) and inner:
+        return {key: parse_value(name, one, inner[-1]) for key, one in value.items()}
+    choices = [choice for one in kinds if get_origin(one) is Literal for choice in get_args(one)]
+    if not isinstance(value, str) or value in choices:
+        return value
+    if value == "null" and NoneType in kinds:
+        return None
+    takes_text = str in kinds
+    takes_plain = not {int, float, bool}.isdisjoint(kinds)
+    if takes_text and not takes_plain and not (takes_any(kind, LISTS) and value.startswith("[")):
+        return value
+    parsed = _from_yaml(name, value, strict=takes_text)
+    if isinstance(parsed, str) and float in kinds:
+        with suppress(ValueError):
+            return float(parsed)  # 1e-3, which YAML 1.1 takes for text
+    if isinstance(parsed, list | dict):
+        return parse_value(name, parsed, kind)
+    # where text is taken as well, 1:00:00 is text, not YAML's 3600
+    is_text = parsed is None or isinstance(parsed, str) or (takes_text and str(parsed) != value)
+    return value if is_text else parsed
+
+
+def _from_yaml(name: str, text: str, strict: bool) -> Any:
+    from vissl_lite.data.yaml_file import parse_yaml  # nobody who asks for help waits for it
+
+    try:
+        return parse_yaml(text, f"--{name} {brief(text)}")
+    except UserError:
+        if strict:
+            raise
+        return text
+
+
+def unknown_option(name: str, known: Iterable[str]) -> UserError:
+    """The error for an option that is not known."""
+    close = did_you_mean(f"--{name}", [f"--{one}" for one in known])
+    return UserError(f"unknown option --{brief(name)}: {close}")
 
 
 def _listed(value: Any) -> list[Any]:

@@ -21,8 +21,8 @@ from vissl_lite.commands.pretrain import pretrain
 from vissl_lite.commands.pretrain_options import default_backbone, parse_time
 from vissl_lite.encoder import build_encoder
 from vissl_lite.errors import UserError
-from vissl_lite.evaluation import watch
-from vissl_lite.evaluation.watch import MEASURES
+from vissl_lite.evaluation import online
+from vissl_lite.evaluation.online import ONLINE_METRICS
 from vissl_lite.pretext import PRETEXTS
 from vissl_lite.pretext.base import check_backbone
 from vissl_lite.pretext.simclr import SimCLR
@@ -74,7 +74,7 @@ def test_writes_results_curves_log_and_config(finished: Path) -> None:
     assert results["epochs"] == 4
     assert 0 <= results["knn"] <= 1
     assert 0 <= results["linear"] <= 1
-    assert 0 < results["watch_share"] < 1
+    assert 0 < results["evaluation_share"] < 1
     assert results["stopped"] is None
     assert "watching took" in (finished / "log.txt").read_text()
     assert (finished / "curves.png").stat().st_size > 5000
@@ -88,7 +88,7 @@ def test_logs_the_curve_of_every_measure(finished: Path) -> None:
     table = rows(finished)
     for name in ("loss", "lr", "images_per_second", "data_wait", "epoch"):
         assert [float(row[name]) for row in table if row[name]], name
-    for name in MEASURES:
+    for name in ONLINE_METRICS:
         assert len([row for row in table if row[name]]) >= 2, name  # before and after
 
 
@@ -386,7 +386,7 @@ def test_a_collapse_is_said_in_plain_words(
 def test_a_collapse_may_end_the_run(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It ends cleanly, at the first look after the warm-up, and its encoder is there."""
+    """It ends cleanly, at the first evaluation after the warm-up, and its encoder is there."""
     loss = SimCLR.loss
 
     def collapse_at_last(self: SimCLR, views: list[torch.Tensor]) -> torch.Tensor:
@@ -396,7 +396,7 @@ def test_a_collapse_may_end_the_run(
         return loss(self, views)
 
     monkeypatch.setattr(SimCLR, "loss", collapse_at_last)
-    monkeypatch.setattr(watch, "TIME_SHARE", 100)  # a look after every step
+    monkeypatch.setattr(online, "TIME_SHARE", 100)  # an evaluation after every step
     out = tmp_path / "run"
     options = ["--data", photos, *SMALL, "--epochs", 8, "--on_collapse", "stop", "--out", out]
     assert run(*options) == 0
@@ -459,7 +459,7 @@ def test_tensorboard_gets_the_curves_where_it_is_installed(finished: Path, tmp_p
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(finished / "tensorboard")).Reload()
     table = rows(finished)
-    for name in (*MEASURES, "loss", "lr", "epoch"):
+    for name in (*ONLINE_METRICS, "loss", "lr", "epoch"):
         curve = [(event.step, pytest.approx(event.value)) for event in events.Scalars(name)]
         assert curve == [(int(row["step"]), float(row[name])) for row in table if row[name]], name
     out = tmp_path / "none"

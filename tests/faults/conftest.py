@@ -219,7 +219,7 @@ def outcome(run: Path) -> dict[str, Any]:
 
 def without_times(values: Mapping[str, Any]) -> dict[str, Any]:
     """Without what is measured in seconds, or depends on it."""
-    timed = ("seconds", "images_per_second", "data_wait", "watch_share", "warnings")
+    timed = ("seconds", "images_per_second", "data_wait", "evaluation_share", "warnings")
     watched = ("knn", "linear", "feature_std", "effective_rank", "alignment", "uniformity")
     return {name: value for name, value in values.items() if name not in (*timed, *watched)}
 

@@ -87,7 +87,7 @@ def test_lab_equals_its_definition_pixel_by_pixel(brightness: float) -> None:
 def test_the_encoder_sees_lightness_alone_as_a_grey_image() -> None:
     task = made("vit_slim_patch4_32")  # its channels have different means and deviations
     batch = images()
-    grey, target = task.split(task.normalize(batch))
+    grey, target = task.split(task.encoder.normalize(batch))
     lightness = rgb_to_lab(batch / 255)[:, :1] / 100
     mean, std = torch.tensor([task.encoder.mean, task.encoder.std])[:, None, :, None, None]
     torch.testing.assert_close(grey, (lightness - mean) / std, atol=1e-4, rtol=1e-4)
@@ -95,7 +95,7 @@ def test_the_encoder_sees_lightness_alone_as_a_grey_image() -> None:
     expected = rgb_to_lab(batch / 255)[:, 1:, 4:8, 12:16].mean(dim=(2, 3))
     torch.testing.assert_close(target[:, :, 1, 3], expected, atol=1e-3, rtol=1e-4)
     # another colour of the same lightness is no other input
-    other, _ = task.split(task.normalize(lightness_as_grey(batch)))
+    other, _ = task.split(task.encoder.normalize(lightness_as_grey(batch)))
     assert (other - grey).abs().max() < 0.02
 
 
@@ -236,7 +236,7 @@ def test_loss_equals_equations_2_and_3() -> None:
 def test_logits_and_colours_belong_to_the_same_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
     """A decoder that knows the answer gives the smallest loss there is, that of the shares."""
     task = made(uniform=1.0)
-    batch = task.normalize(images(3))
+    batch = task.encoder.normalize(images(3))
     _, target = task.split(batch)
     distance = (task.bins[None, :, :, None, None] - target[:, None]).square().sum(dim=2)
     answer = -distance / (2 * 5**2)  # log of the Gaussian kernel: (B, Q, h, w)
@@ -272,7 +272,7 @@ def grey_warnings(caplog: pytest.LogCaptureFixture, batch: Tensor) -> list[str]:
     with caplog.at_level(logging.WARNING):
         for step in range(LOOK + 3):
             assert step >= LOOK or not caplog.messages
-            _, target = task.split(task.normalize(batch))
+            _, target = task.split(task.encoder.normalize(batch))
             colours = target.permute(0, 2, 3, 1).reshape(-1, 2)
             task.look(colours, torch.zeros(len(colours), dtype=torch.long))
     return caplog.messages
@@ -334,7 +334,7 @@ def test_right_colours_give_the_image_back(monkeypatch: pytest.MonkeyPatch) -> N
     logits[:, left, :, :4] = logits[:, right, :, 4:] = 30.0
     monkeypatch.setattr(task, "predict", lambda grey: logits)
     before = task.counts.clone()
-    shown = task.show([task.normalize(batch)])
+    shown = task.show([task.encoder.normalize(batch)])
     for row, image in zip(shown.rows, batch.permute(0, 2, 3, 1).numpy(), strict=True):
         grey, painted, truth = (picture.image for picture in row)
         assert np.array_equal(truth, image)

@@ -73,7 +73,7 @@ def test_views_that_grow_can_be_learnt_from_at_each_size(
     for share in (0.5, 0.75, 1.0):
         small = [shrink(view, share, task.encoder) for view in batch.views]
         assert small[0].shape[-1] == 64 * share
-        loss = task.loss([task.normalize(view) for view in small])
+        loss = task.loss([task.encoder.normalize(view) for view in small])
         loss.backward()
         assert loss.isfinite()
 
@@ -134,7 +134,7 @@ def test_encoder_folder_loads_in_plain_timm_with_equal_outputs(
     save_encoder(task.trained_encoder(), tmp_path, {"pretext": name})
     plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     size = task.encoder.image_size
-    images = task.normalize(torch.randint(256, (4, 3, size, size), dtype=torch.uint8))
+    images = task.encoder.normalize(torch.randint(256, (4, 3, size, size), dtype=torch.uint8))
     with torch.no_grad():
         ours = task.trained_encoder().eval()(images)
         torch.testing.assert_close(plain(images), ours)
@@ -287,7 +287,7 @@ def test_showing_it_at_work_leaves_everything_as_it_was(
     monkeypatch.setattr(inference, "cpu_has_bf16", lambda: True)  # what is most likely to break
     task, batch = task_and_batch(name, backbone, photos)
     task.training_step(batch, 0)  # queues and centres hold something
-    task.normalize.eval()  # as a user may have frozen a part
+    next(task.encoder.model.children()).eval()  # as a user may have frozen a part
     state = copy.deepcopy(task.state_dict())
     modes = [module.training for module in task.modules()]
     random = torch.get_rng_state()

@@ -235,9 +235,9 @@ def test_a_solved_puzzle_is_the_image_again(off: int, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(task, "guess", guess)
     size = task.grid.image_size
-    images = task.normalize(torch.randint(256, (8, 3, size, size), dtype=torch.uint8))
+    images = task.encoder.normalize(torch.randint(256, (8, 3, size, size), dtype=torch.uint8))
     rows = task.show([images]).rows
-    whole = to_pixels(images, task.normalize)
+    whole = to_pixels(images, task.encoder)
     for row, label, image in zip(rows, asked[0].tolist(), whole, strict=True):
         shuffled, placed, truth = (tiles_of(picture.image) for picture in row)
         orders = task.permutations[[label, (label + off) % 100]].tolist()

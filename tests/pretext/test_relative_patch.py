@@ -219,8 +219,8 @@ def test_dropping_keeps_one_channel_and_a_hundredth_of_noise() -> None:
 def test_projecting_is_the_papers_matrix_on_rgb() -> None:
     task = made(size=32, colour="project")
     rgb = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
-    normalize = task.normalize
-    ours = project_colours(normalize(rgb), normalize.scale, normalize.shift)
+    normalize = task.encoder.normalize
+    ours = project_colours(normalize(rgb), task.encoder.scale, task.encoder.shift)
     a = torch.tensor([[-1.0, 2.0, -1.0]])
     b = torch.eye(3) - a.T @ a / (a @ a.T)
     for image in range(2):
@@ -257,8 +257,8 @@ def test_patches_are_shown_at_the_true_place_and_at_the_predicted_one(
 ) -> None:
     task = made(size=32, jitter=2)
     size, side = task.grid.image_size, task.grid.side
-    images = task.normalize(torch.randint(120, (8, 3, size, size), dtype=torch.uint8))
-    whole = to_pixels(images, task.normalize)
+    images = task.encoder.normalize(torch.randint(120, (8, 3, size, size), dtype=torch.uint8))
+    whole = to_pixels(images, task.encoder)
 
     def bright(picture: Picture, image: np.ndarray) -> set[int]:
         """Places at which the picture is not faded; all that is not must be the image's own."""

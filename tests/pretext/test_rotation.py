@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vissl_lite.encoder import Normalize
+from vissl_lite.encoder import build_encoder
 from vissl_lite.pretext.rotation import all_rotations, show_rotations
 
 
@@ -20,16 +20,16 @@ def test_labels_count_quarter_turns() -> None:
 
 @pytest.mark.parametrize("off", [0, 1])
 def test_what_was_told_right_is_shown_upright_and_green(off: int) -> None:
-    normalize = Normalize((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    encoder = build_encoder("test_resnet", 32)
     upright = torch.randint(256, (8, 3, 6, 6), dtype=torch.uint8)
-    images = normalize(upright)
+    images = encoder.normalize(upright)
 
     def guess(turned: Tensor) -> Tensor:
         everything = torch.stack([torch.rot90(images, k, dims=(2, 3)) for k in range(4)], dim=1)
         same = (everything == turned[:, None]).all(dim=(2, 3, 4))
         return same.float().roll(off, dims=1)
 
-    shown = show_rotations(images, normalize, guess)
+    shown = show_rotations(images, encoder, guess)
     told = {row[0].caption for row in shown.rows}
     assert len(told) > 1
     for row, image in zip(shown.rows, upright.permute(0, 2, 3, 1).numpy(), strict=True):

@@ -14,7 +14,7 @@ from torch import Tensor
 from vissl_lite.data.images import find_images, suitable_size
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.data.whole_file import check_place, whole_file
-from vissl_lite.encoder import Encoder, Normalize
+from vissl_lite.encoder import Encoder
 from vissl_lite.encoder_folder import encoder_for
 from vissl_lite.errors import UserError, check_arguments, check_image_size, did_you_mean
 from vissl_lite.inference import check_outputs, run_over
@@ -160,7 +160,7 @@ def _features(
         (features,), good = run_over(
             encoder,
             compute,
-            Normalize(encoder.mean, encoder.std),
+            encoder.normalize,
             paths,
             encoder.image_size,
             lambda images: bar.advance(task, images),

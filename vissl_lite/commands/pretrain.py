@@ -21,7 +21,7 @@ from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.data.views import Views
 from vissl_lite.encoder_folder import save_encoder
 from vissl_lite.errors import UserError, check_arguments
-from vissl_lite.evaluation.watch import MEASURES, Watch
+from vissl_lite.evaluation.online import ONLINE_METRICS, EncoderMetrics, OnlineEvaluation
 from vissl_lite.pictures import plot_curves
 from vissl_lite.pretext.base import About
 from vissl_lite.run import (
@@ -61,7 +61,7 @@ class PretrainResult:
     Attributes:
         run: the folder that was written.
         encoder: the encoder folder in it.
-        metrics: the last values of what was watched: ``loss``, ``feature_std``, ``effective_rank``,
+        metrics: the last values of ``loss``, ``feature_std``, ``effective_rank``,
             ``alignment``, ``uniformity``, and ``knn`` and ``linear`` where there were labels.
         steps: optimizer steps.
         seconds: of training.
@@ -229,22 +229,23 @@ def pretrain(
         paths = images.paths
         dataset = images.source(views, options.seed, kept)
         stream = StreamData(dataset, size, epochs, pace, hardware.workers())
-        watch = Watch(
-            paths, labelled, stream, pace, options.seed, options.upright,
+        online = OnlineEvaluation(
+            EncoderMetrics(paths, labelled, options.seed, options.upright),
+            stream,
+            pace,
             stop_on_collapse=options.on_collapse == "stop",
-        )  # fmt: skip
+        )
         keep = KeepFingerprints(run, stream, pace, before)
         metrics = MetricsFile(run / METRICS) if is_main_process() else None
         trainer = fit(
-            task, stream, pace, hardware, [watch, keep],
+            task, stream, pace, hardware, [online, keep],
             TrainingFiles(metrics, run / CHECKPOINTS, resume), title=options.pretext["name"],
             loggers=make_loggers(logger_names(options.logger), run),
             chance_loss=task.chance_loss(size),
         )  # fmt: skip
         if kept is not None and trainer.is_global_zero:
             kept.remove()
-        if not watch.looked:  # resumed after the last step: nothing was trained
-            watch.look(trainer, task)
+        online.finish(trainer, task)  # resumed after the last step: nothing was trained
         task = task.whole()
         if not trainer.is_global_zero:
             return PretrainResult(run, run / "encoder", {}, pace.steps, pace.elapsed())
@@ -265,7 +266,7 @@ def pretrain(
         result = PretrainResult(
             run,
             run / "encoder",
-            {**({"loss": losses[-1]} if losses else {}), **watch.last},
+            {**({"loss": losses[-1]} if losses else {}), **online.metrics},
             pace.steps,
             seconds_spent,
         )
@@ -277,9 +278,9 @@ def pretrain(
                 "epochs": pace.batches / stream.batches_per_epoch,
                 "seconds": round(result.seconds, 1),
                 "images": count,
-                "watch_share": round(watch.share, 4),
-                "collapsed": watch.collapsed,
-                "stopped": "collapsed" if watch.stopped else None,
+                "evaluation_share": round(online.share, 4),
+                "collapsed": online.collapsed,
+                "stopped": "collapsed" if online.stopped else None,
                 "warnings": logged_warnings(run),
             },
         )
@@ -326,7 +327,7 @@ def accumulation_note(about: About, batch_size: int, accumulate: int) -> str:
 def _finished(out: Path) -> PretrainResult:
     """The result of a run that had nothing left to resume."""
     results = read_results(out, "steps", "seconds")
-    names = ("loss", *MEASURES)
+    names = ("loss", *ONLINE_METRICS)
     metrics = {name: results[name] for name in names if name in results}
     return PretrainResult(out, out / "encoder", metrics, results["steps"], results["seconds"])
 

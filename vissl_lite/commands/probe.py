@@ -1,19 +1,18 @@
 """``vissl-lite probe``: judge a frozen encoder."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from rich.table import Table
 
 from vissl_lite.commands.leaks import guard
 from vissl_lite.commands.report import add_report, add_test_embeddings
 from vissl_lite.data.images import suitable_size
-from vissl_lite.data.labelled import LabelledImages, Part, load_labelled, take_labels
+from vissl_lite.data.labelled import LabelledImages, load_labelled, take_labels
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.encoder import Encoder
 from vissl_lite.encoder_folder import encoder_for
@@ -24,10 +23,7 @@ from vissl_lite.errors import (
     check_positive,
     check_seed,
 )
-from vissl_lite.evaluation.features import extract
-from vissl_lite.evaluation.knn import knn_predict
-from vissl_lite.evaluation.linear import linear_probe
-from vissl_lite.inference import check_outputs
+from vissl_lite.evaluation.probe import PROBES, evaluate_features, extract_part
 from vissl_lite.run import check_out, console, open_run, write_results
 from vissl_lite.training.progress import progress_bar
 
@@ -143,49 +139,30 @@ def probe_encoder(
     k: int = 20,
     temperature: float = 0.07,
 ) -> dict[str, dict[str, float]]:
-    """kNN and linear accuracy on the test part, by layer (``last``: the encoder's output).
-
-    kNN votes among training and validation images; the linear probe chooses its penalty on the
-    validation part and is then fitted to both. Test labels are used for counting alone.
+    """kNN and linear accuracy on the test part, by layer; see ``evaluate_features``.
 
     Args:
-        encoder: the frozen encoder.
-        labelled: the data.
-        layers: judge every stage too.
-        k: neighbours.
-        temperature: of their votes.
+        encoder: Frozen encoder.
+        labelled: Labelled images.
+        layers: Also evaluate every stage.
+        k: Number of neighbors that vote.
+        temperature: Temperature of their votes.
+
+    Returns:
+        ``{"last": {"knn": ..., "linear": ...}, ...}``; ``last`` is the encoder's output.
     """
     parts = (labelled.train, labelled.val, labelled.test)
     with progress_bar() as bar:
         task = bar.add_task("features", total=sum(len(part) for part in parts), info="")
-
-        def advance(images: int) -> None:
-            bar.advance(task, images)
-
-        (train, y_train), (val, y_val), (test, y_test) = (
-            _features(encoder, part, layers, advance) for part in parts
+        train, val, test = (
+            extract_part(encoder, part, layers, partial(bar.advance, task)) for part in parts
         )
-        fitting = bar.add_task("linear probes", total=len(test), info="")
+        fitting = bar.add_task("probes", total=len(test.by_layer), info="")
         scores = {}
-        for name in test:
-            both = [train[name], val[name]] if len(y_val) else [train[name]]
-            labels = np.concatenate([y_train, y_val])
-            near = knn_predict(np.concatenate(both), labels, test[name], k, temperature)
-            fitted = linear_probe((train[name], y_train), (val[name], y_val), test[name])
-            scores[name] = {
-                "knn": float((near == y_test).mean()),
-                "linear": float((fitted.test_predictions == y_test).mean()),
+        for layer in test.by_layer:
+            scores[layer] = {
+                name: evaluate_features(name, train, val, test, k, temperature, layer).accuracy
+                for name in PROBES
             }
             bar.advance(fitting)
     return scores
-
-
-def _features(
-    encoder: Encoder, part: Part, layers: bool, progress: Callable[[int], None]
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    if len(part) == 0:  # too few labels for a validation part
-        names = ["last", *(encoder.stage_names() if layers else [])]
-        return dict.fromkeys(names, np.empty((0, 1), np.float32)), part.labels
-    features, good = extract(encoder, part.paths, layers, progress)
-    check_outputs(features.values(), f"some of the {len(part.paths)} images")
-    return features, part.labels[good]

@@ -7,7 +7,7 @@ chosen on the validation part.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -17,8 +17,7 @@ from vissl_lite.data.labelled import LabelledImages, Part
 from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.evaluation.features import extract
-from vissl_lite.evaluation.knn import knn_predict
-from vissl_lite.evaluation.linear import linear_probe
+from vissl_lite.evaluation.probe import LabelledFeatures, ProbeName, evaluate_features
 from vissl_lite.inference import check_outputs
 from vissl_lite.run import MetricsFile
 from vissl_lite.training.fit import TrainingFiles
@@ -76,9 +75,10 @@ class Features:
         check_outputs(self.by_layer.values(), f"some of the {len(paths)} images")
         self._row = {path: row for row, path in enumerate(paths)}
 
-    def of(self, part: Part, layer: str) -> tuple[np.ndarray, np.ndarray]:
-        """``(N, D)`` features and ``(N,)`` labels of the images of a part."""
-        return self.by_layer[layer][[self._row[path] for path in part.paths]], part.labels
+    def of(self, part: Part) -> LabelledFeatures:
+        """Those of the images of a part."""
+        rows = [self._row[path] for path in part.paths]
+        return LabelledFeatures({k: v[rows] for k, v in self.by_layer.items()}, part.labels)
 
 
 def _gone(paths: Sequence[str]) -> NoReturn:
@@ -89,36 +89,24 @@ def _gone(paths: Sequence[str]) -> NoReturn:
 
 
 def judge_frozen(
-    protocol: Literal["knn", "linear"], features: Features, data: LabelledImages, k: int = 20
+    protocol: ProbeName, features: Features, data: LabelledImages, k: int = 20
 ) -> Score:
-    """kNN or a linear probe with some of the labels.
-
-    kNN votes among training and validation images; the linear probe chooses its penalty on the
-    validation part and is fitted again to both.
+    """kNN or a linear probe with some of the labels; see ``evaluate_features``.
 
     Args:
-        protocol: which.
-        features: of the images of all its parts.
-        data: with the labels that may be used.
-        k: neighbours.
+        protocol: Which of the two.
+        features: Features of the images of all parts of the data.
+        data: Data set with the labels that may be used.
+        k: Number of neighbors that vote.
     """
-    scores = {name: _frozen(protocol, features, data, k, name) for name in features.by_layer}
+    train, val, test = (features.of(part) for part in (data.train, data.val, data.test))
+    scores = {
+        layer: evaluate_features(protocol, train, val, test, k, layer=layer)
+        for layer in features.by_layer
+    }
     last = scores.pop("last")
-    return replace(last, layers={name: score.value for name, score in scores.items()})
-
-
-def _frozen(protocol: str, features: Features, data: LabelledImages, k: int, layer: str) -> Score:
-    train, val, test = (features.of(part, layer) for part in (data.train, data.val, data.test))
-    chosen: dict[str, float] = {}
-    if protocol == "knn":
-        bank = np.concatenate([train[0], val[0]])
-        predicted = knn_predict(bank, np.concatenate([train[1], val[1]]), test[0], k)
-    else:
-        fitted = linear_probe(train, val, test[0])
-        chosen, predicted = {"penalty": fitted.penalty}, fitted.test_predictions
-    right = predicted == test[1]
-    accuracy = float(right.mean())
-    return Score(accuracy, {"accuracy": accuracy}, chosen, right)
+    layers = {layer: score.accuracy for layer, score in scores.items()}
+    return Score(last.accuracy, {"accuracy": last.accuracy}, last.chosen, last.right, layers)
 
 
 def finetune_best(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from torch import Tensor
 
-from vissl_lite.encoder import Encoder, Normalize
+from vissl_lite.encoder import Encoder
 from vissl_lite.inference import run_over
 
 
@@ -35,6 +35,7 @@ def extract(
             return [last]
         return [last, *(stage.float().mean(dim=(2, 3)) for stage in encoder.stages(images))]
 
-    normalize = Normalize(encoder.mean, encoder.std)
-    outputs, good = run_over(encoder, compute, normalize, paths, encoder.image_size, progress)
+    outputs, good = run_over(
+        encoder, compute, encoder.normalize, paths, encoder.image_size, progress
+    )
     return {name: out.numpy() for name, out in zip(names, outputs, strict=True)}, good

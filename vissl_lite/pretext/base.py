@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from vissl_lite.data.stream import Batch
 from vissl_lite.data.views import Views
-from vissl_lite.encoder import Encoder, Normalize
+from vissl_lite.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings, build_optimizer
 from vissl_lite.pictures import Picture
@@ -103,7 +103,6 @@ class PretextTask(pl.LightningModule, ABC):
         super().__init__()
         check_backbone(self.about, encoder)
         self.encoder = encoder
-        self.normalize = Normalize(encoder.mean, encoder.std)
         self.upright = True
         self.progressive_resizing = False
         self.progress = 0.0
@@ -172,7 +171,7 @@ class PretextTask(pl.LightningModule, ABC):
         shard(self, mesh)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self.loss([self.normalize(view) for view in self._resized(batch.views)])
+        loss = self.loss([self.encoder.normalize(view) for view in self._resized(batch.views)])
         self.measure("loss", loss)
         return loss
 

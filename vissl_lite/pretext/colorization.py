@@ -302,7 +302,7 @@ class Colorization(PretextTask):
             ``(B, 3, S, S)``: lightness as a grey image, normalised; and ``(B, 2, s, s)``: a and b,
             averaged to a quarter of the resolution.
         """
-        scale, shift = self.normalize.scale, self.normalize.shift
+        scale, shift = self.encoder.scale, self.encoder.shift
         lab = rgb_to_lab(((images - shift) / (255 * scale)).clamp(0, 1))
         grey = lab[:, :1] / 100 * (255 * scale) + shift
         grey = grey.contiguous(memory_format=torch.channels_last)
@@ -350,11 +350,11 @@ class Colorization(PretextTask):
         return colour_cross_entropy(logits, nearest, shares, rarity)
 
     def show(self, views: list[Tensor]) -> Exhibit:
-        scale, shift = 255 * self.normalize.scale, self.normalize.shift
+        scale, shift = 255 * self.encoder.scale, self.encoder.shift
         grey, _ = self.split(views[0])
         colours = annealed_mean(self.predict(grey), self.bins)
         colours = F.interpolate(colours, grey.shape[2:], mode="bilinear", align_corners=False)
         lightness = 100 * ((grey - shift) / scale)[:, :1]
         painted = lab_to_rgb(torch.cat([lightness, colours], dim=1)) * scale + shift
-        rows = beside(self.normalize, grey, painted, views[0])
+        rows = beside(self.encoder, grey, painted, views[0])
         return Exhibit(("grey", "predicted colours", "truth"), rows)

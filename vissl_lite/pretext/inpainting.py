@@ -134,4 +134,4 @@ class Inpainting(PretextTask):
     def show(self, views: list[Tensor]) -> Exhibit:
         images = views[0]
         mask = random_blocks(len(images), images.shape[-1], self.masked, images.device)
-        return reconstruction(self.normalize, images, mask, self.fill(images, mask), "filled in")
+        return reconstruction(self.encoder, images, mask, self.fill(images, mask), "filled in")

@@ -266,7 +266,7 @@ class Jigsaw(PretextTask):
         cut = self.grid.cut(views[0])
         labels = torch.randint(len(self.permutations), (len(views[0]),), device=cut.device)
         guessed = self.guess(self.features(normalise_tiles(cut)), labels).argmax(dim=1)
-        tiles = to_pixels(cut, self.normalize)
+        tiles = to_pixels(cut, self.encoder)
         rows = []
         for number, truth in enumerate(tiles.reshape(-1, PLACES, *tiles.shape[1:])):
             order = self.permutations[labels[number]].cpu().numpy()

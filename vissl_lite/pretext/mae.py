@@ -112,7 +112,7 @@ class MAE(PretextTask):
             patches = denormalized_patches(patches, images, self.patch)
             title = "reconstructed, mean and\ncontrast of patches given"
         return reconstruction(
-            self.normalize,
+            self.encoder,
             images,
             mask.view(-1, 1, self.side, self.side),
             unpatchify(patches, self.patch),

@@ -83,4 +83,4 @@ class Multi(PretextTask):
 
     def show(self, views: list[Tensor]) -> Exhibit:
         guess = nn.Sequential(self.encoder, self.rotation_head)
-        return show_rotations(views[0], self.normalize, guess)
+        return show_rotations(views[0], self.encoder, guess)

@@ -158,7 +158,7 @@ class RelativePatch(PretextTask):
         if self.colour == "drop":
             return drop_colours(patches)
         if self.colour == "project":
-            return project_colours(patches, self.normalize.scale, self.normalize.shift)
+            return project_colours(patches, self.encoder.scale, self.encoder.shift)
         return patches
 
     def guess(self, patches: Tensor) -> Tensor:
@@ -189,9 +189,9 @@ class RelativePatch(PretextTask):
         down, right = self.grid.draw(len(images), images.device)
         patches = cut(images, down, right, side)
         guessed = self.guess(self.treat(patches)).argmax(dim=1).view(len(images), -1)
-        pixels = to_pixels(patches, self.normalize).reshape(len(images), PLACES, side, side, 3)
+        pixels = to_pixels(patches, self.encoder).reshape(len(images), PLACES, side, side, 3)
         rows = []
-        for number, whole in enumerate(to_pixels(images, self.normalize)):
+        for number, whole in enumerate(to_pixels(images, self.encoder)):
             label = int(torch.randint(len(NEIGHBOURS), ()))
             said = int(guessed[number, label])
             faded = (0.25 * whole + 0.75 * 255).astype(np.uint8)

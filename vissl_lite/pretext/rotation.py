@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from vissl_lite.data.views import Views, crop_decode_size, flip, random_crop
-from vissl_lite.encoder import Encoder, Normalize
+from vissl_lite.encoder import Encoder
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pictures import Picture
 from vissl_lite.pretext.base import About, Exhibit, PretextTask
@@ -55,20 +55,18 @@ def turn(images: Tensor, turns: Tensor) -> Tensor:
     return torch.stack([torch.rot90(image, count, dims=(1, 2)) for image, count in each])
 
 
-def show_rotations(
-    images: Tensor, normalize: Normalize, guess: Callable[[Tensor], Tensor]
-) -> Exhibit:
+def show_rotations(images: Tensor, encoder: Encoder, guess: Callable[[Tensor], Tensor]) -> Exhibit:
     """Images turned at random, and turned back by what was predicted.
 
     Args:
         images: ``(B, 3, S, S)``, normalised.
-        normalize: what was applied to them.
+        encoder: The encoder that they were normalized for.
         guess: the logits ``(B, 4)`` of images.
     """
     turns = torch.randint(4, (len(images),), device=images.device)
     turned = turn(images, turns)
     guessed = guess(turned).argmax(dim=1)
-    given, back = to_pixels(turned, normalize), to_pixels(turn(turned, -guessed), normalize)
+    given, back = to_pixels(turned, encoder), to_pixels(turn(turned, -guessed), encoder)
     rows = [
         [Picture(one, f"by {90 * true}°"), Picture(other, f"by {90 * said}°", right=true == said)]
         for one, other, true, said in zip(
@@ -114,4 +112,4 @@ class Rotation(PretextTask):
         return F.cross_entropy(logits, labels)
 
     def show(self, views: list[Tensor]) -> Exhibit:
-        return show_rotations(views[0], self.normalize, nn.Sequential(self.encoder, self.head))
+        return show_rotations(views[0], self.encoder, nn.Sequential(self.encoder, self.head))

@@ -141,7 +141,7 @@ class SimMIM(PretextTask):
         images = views[0]
         mask = self.draw_mask(images)
         predicted = self.predict(images, mask)
-        return reconstruction(self.normalize, images, mask[:, None], predicted, "reconstructed")
+        return reconstruction(self.encoder, images, mask[:, None], predicted, "reconstructed")
 
     def draw_mask(self, images: Tensor) -> Tensor:
         """A random mask for each image: ``(B, S / unit, S / unit)``, true where masked."""

@@ -415,7 +415,7 @@ class SparK(PretextTask):
         mask = random_mask(len(images), self.grid**2, self.mask_ratio, images.device)
         predicted = patchify(self.predict(images, mask).float(), unit)
         return reconstruction(
-            self.normalize,
+            self.encoder,
             images,
             mask.view(-1, 1, self.grid, self.grid),
             unpatchify(denormalized_patches(predicted, images, unit), unit),

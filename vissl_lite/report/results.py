@@ -35,7 +35,7 @@ NAMES = {
 }
 
 # Figures that are shown apart from the results' main ones, or elsewhere in the page.
-_ELSEWHERE = frozenset({"seconds", "k", "temperature", "image_size", "leaks", "watch_share"})
+_ELSEWHERE = frozenset({"seconds", "k", "temperature", "image_size", "leaks", "evaluation_share"})
 
 # Leaks that are listed at most.
 LISTED = 20

@@ -9,21 +9,21 @@ from PIL import Image
 
 from vissl_lite.data.images import find_images
 from vissl_lite.data.stream import ViewDataset
-from vissl_lite.encoder import Normalize, build_encoder
+from vissl_lite.encoder import build_encoder
 from vissl_lite.pretext import pretext_class
 from vissl_lite.pretext.parts import exhibit as module
 from vissl_lite.pretext.parts.exhibit import draw_views, exhibit, to_pixels
 
 
 def test_pixels_are_those_that_were_normalised() -> None:
-    normalize = Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    encoder = build_encoder("test_resnet", 32)
     images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(2, 3, 1, 1)
     images[1, 0] = 255 - images[1, 0]
-    assert np.array_equal(to_pixels(normalize(images), normalize), images.permute(0, 2, 3, 1))
+    assert np.array_equal(to_pixels(encoder.normalize(images), encoder), images.permute(0, 2, 3, 1))
     wild = (
         torch.tensor([torch.nan, torch.inf, -torch.inf, 99.0]).view(1, 1, 2, 2).repeat(1, 3, 1, 1)
     )
-    assert to_pixels(wild, normalize)[0, :, :, 0].tolist() == [[0, 255], [0, 255]]
+    assert to_pixels(wild, encoder)[0, :, :, 0].tolist() == [[0, 255], [0, 255]]
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torch import Tensor
 from vissl_lite.data.images import BROKEN_IMAGE, read_image
 from vissl_lite.data.stream import Item, ViewDataset, collate
 from vissl_lite.data.views import Views
-from vissl_lite.encoder import Normalize
+from vissl_lite.encoder import Encoder
 from vissl_lite.inference import evaluating
 from vissl_lite.pictures import Picture, plot_views
 from vissl_lite.pretext.base import Exhibit, PretextTask
@@ -37,11 +37,12 @@ def exhibit(task: PretextTask, paths: Sequence[str], views: Views, seed: int) ->
     items = _some(paths, views, seed, EXHIBITED)
     if not items:
         return None
-    with evaluating(task, task.normalize) as device:
+    with evaluating(task) as device:
         others = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=others, device_type="cuda"):
             torch.manual_seed(seed)
-            return task.show([task.normalize(view.to(device)) for view in collate(items).views])
+            views = [view.to(device) for view in collate(items).views]
+            return task.show([task.encoder.normalize(view) for view in views])
 
 
 def draw_views(paths: Sequence[str], views: Views, seed: int, file: Path) -> None:
@@ -72,40 +73,37 @@ def _some(paths: Sequence[str], views: Views, seed: int, count: int) -> list[Ite
     return items
 
 
-def to_pixels(images: Tensor, normalize: Normalize) -> np.ndarray:
-    """Undo ``Normalize``.
+def to_pixels(images: Tensor, encoder: Encoder) -> np.ndarray:
+    """Pictures of images that an encoder takes.
 
     Args:
-        images: ``(B, 3, H, W)``, normalised. What is no number, as a task that diverged may
-            predict, becomes black.
-        normalize: what was applied.
+        images: ``(B, 3, H, W)``, normalized; see ``Encoder.denormalize``.
+        encoder: The encoder that they were normalized for.
 
     Returns:
         ``(B, H, W, 3)`` uint8.
     """
-    values = (images.float() - normalize.shift) / normalize.scale
-    whole = values.nan_to_num(0.0).clamp(0, 255).round().to(torch.uint8)
-    return whole.permute(0, 2, 3, 1).cpu().numpy()
+    return encoder.denormalize(images).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def beside(normalize: Normalize, *columns: Tensor) -> list[list[Picture]]:
+def beside(encoder: Encoder, *columns: Tensor) -> list[list[Picture]]:
     """Rows of pictures without captions.
 
     Args:
-        normalize: what was applied to the images.
+        encoder: The encoder that the images were normalized for.
         columns: ``(B, 3, H, W)``, normalised.
     """
-    pixels = [to_pixels(images, normalize) for images in columns]
+    pixels = [to_pixels(images, encoder) for images in columns]
     return [[Picture(image) for image in row] for row in zip(*pixels, strict=True)]
 
 
 def reconstruction(
-    normalize: Normalize, images: Tensor, mask: Tensor, predicted: Tensor, title: str
+    encoder: Encoder, images: Tensor, mask: Tensor, predicted: Tensor, title: str
 ) -> Exhibit:
     """What was hidden, and what was made of it.
 
     Args:
-        normalize: what was applied to the images.
+        encoder: The encoder that the images were normalized for.
         images: ``(B, 3, S, S)``, normalised.
         mask: ``(B, 1, g, g)`` bool, true where hidden; g divides S.
         predicted: ``(B, 3, S, S)``, normalised. What was not hidden is left as it was.
@@ -114,4 +112,4 @@ def reconstruction(
     hidden = F.interpolate(mask.float(), size=images.shape[2:], mode="nearest") > 0
     seen = images.masked_fill(hidden, 0.0)  # 0 is the mean
     filled = torch.where(hidden, predicted.float(), images)
-    return Exhibit(("masked", title, "truth"), beside(normalize, seen, filled, images))
+    return Exhibit(("masked", title, "truth"), beside(encoder, seen, filled, images))

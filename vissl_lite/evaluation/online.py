@@ -1,0 +1,369 @@
+"""Evaluation of an encoder while it trains: metrics with and without labels, collapse."""
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from vissl_lite.data.labelled import LabelledImages, Part
+from vissl_lite.data.stream import Batch, ViewDataset, collate
+from vissl_lite.data.views import Views, crop_decode_size, distorted_crop
+from vissl_lite.encoder import Encoder
+from vissl_lite.errors import MachineError, UserError
+from vissl_lite.evaluation.features import extract
+from vissl_lite.evaluation.measures import alignment, effective_rank, feature_std, uniformity
+from vissl_lite.evaluation.probe import NO_FEATURES, LabelledFeatures, evaluate_features
+from vissl_lite.inference import evaluating
+from vissl_lite.training.pace import Pace
+from vissl_lite.training.stream import StreamData
+
+log = logging.getLogger(__name__)
+
+# Share of the training time that all evaluations together may take, and the number of evaluations
+# that it has to suffice for; the first one may cost twice, see ``OnlineEvaluation._first``.
+TIME_SHARE, PLANNED_EVALUATIONS = 0.02, 8
+
+# Evaluations between the first and the last at most: more make no better curve.
+MAX_EVALUATIONS = 100
+
+# Labelled images of each class to fit the probes to, at least.
+MIN_PER_CLASS = 5
+
+# Images whose views are made and passed through the encoder together: few, to save memory.
+VIEWS_BATCH_SIZE = 32
+
+# Smallest share of an image's area in the two views that alignment compares: the default of SimCLR.
+MIN_CROP_SCALE = 0.2
+
+# Below these values the features hardly distinguish images. An untrained ResNet-18 has a deviation
+# of about 0.2 and a rank in the tens; a collapsed one has a deviation of 0.
+COLLAPSED_STD, COLLAPSED_RANK = 0.02, 1.05
+
+# Metrics of an evaluation; the last two require labels.
+ONLINE_METRICS = ("feature_std", "effective_rank", "alignment", "uniformity", "knn", "linear")
+
+
+class ImageCounts(NamedTuple):
+    """How many images an evaluation uses.
+
+    Attributes:
+        unlabelled: Training images, for the metrics without labels.
+        train: Labelled images that the probes are fitted to.
+        val: Labelled images that the probes are scored on.
+    """
+
+    unlabelled: int
+    train: int
+    val: int
+
+    def at_most(self, others: "ImageCounts") -> "ImageCounts":
+        """The smaller one of each count."""
+        return ImageCounts(*map(min, self, others))
+
+
+# Fewer would show noise instead of a trend.
+MIN_IMAGES, MAX_IMAGES = ImageCounts(64, 200, 100), ImageCounts(256, 5000, 1000)
+
+
+class EncoderMetrics:
+    """Computes the metrics of an encoder, always on the same images and views.
+
+    Alignment is that of two crops as SimCLR makes them, whatever the pretext, so that it can be
+    compared across pretexts.
+
+    Args:
+        paths: Training images.
+        labelled: Probes are fitted to its training images and scored on its validation images; its
+            test images are not used.
+        seed: Chooses the images and views.
+        upright: Whether the images have an up.
+
+    Attributes:
+        fewest: Images that an evaluation should use at least.
+        most: Images that there are, up to ``MAX_IMAGES``.
+        seconds_per_image: How long the encoder took for an image at the last call.
+    """
+
+    def __init__(
+        self, paths: Sequence[str], labelled: LabelledImages | None, seed: int, upright: bool
+    ) -> None:
+        random = np.random.default_rng(seed)
+        chosen = random.permutation(len(paths))[: MAX_IMAGES.unlabelled]
+        self._unlabelled = Part([paths[i] for i in chosen], np.zeros(len(chosen), np.int64))
+        self._train = self._val = Part([], np.empty(0, np.int64))
+        fewest = MIN_IMAGES
+        if labelled is not None:
+            self._train = _sample(labelled.train, MAX_IMAGES.train, random)
+            self._val = _sample(labelled.val, MAX_IMAGES.val, random)
+            of_classes = MIN_PER_CLASS * len(labelled.classes)
+            fewest = fewest._replace(train=max(fewest.train, of_classes))
+        self.most = ImageCounts(len(self._unlabelled), len(self._train), len(self._val))
+        self.fewest = fewest.at_most(self.most)
+        self._seed, self._upright = seed, upright
+        self.seconds_per_image = 0.0
+
+    def __call__(self, encoder: Encoder, counts: ImageCounts) -> dict[str, float]:
+        """``ONLINE_METRICS`` of an encoder, by name.
+
+        Args:
+            encoder: Encoder, which is left as it is.
+            counts: Images to use. Those that can't be read are left out, for later calls too.
+
+        Raises:
+            UserError: none of the images can be read.
+        """
+        features, self._unlabelled = _extract(encoder, self._unlabelled, counts.unlabelled)
+        one, other = self.embed_views(encoder, counts.unlabelled)
+        metrics = {
+            "feature_std": feature_std(features),
+            "effective_rank": effective_rank(features),
+            "alignment": alignment(one, other),
+            "uniformity": uniformity(features),
+        }
+        if len(self._val):
+            metrics |= self._accuracies(encoder, counts)
+        return metrics
+
+    def embed_views(self, encoder: Encoder, count: int) -> list[np.ndarray]:
+        """Features of two views of each unlabelled image, ``(N, D)`` each; always the same views.
+
+        Args:
+            encoder: Encoder, which is left as it is.
+            count: Number of images N.
+        """
+        paths = self._unlabelled.paths[:count]
+        size = encoder.image_size
+        crop = distorted_crop(size, MIN_CROP_SCALE, upright=self._upright)
+        views = Views([crop, crop], crop_decode_size(size, MIN_CROP_SCALE))
+        images = ViewDataset(paths, views, self._seed)
+        features: list[list[Tensor]] = [[], []]
+        seconds = 0.0
+        with evaluating(encoder) as device:
+            for start in range(0, len(paths), VIEWS_BATCH_SIZE):
+                some = range(start, min(start + VIEWS_BATCH_SIZE, len(paths)))
+                batch = collate([images[0, index] for index in some]).views
+                started = time.monotonic()
+                for view, found in zip(batch, features, strict=True):
+                    view = view.to(device, memory_format=torch.channels_last)
+                    found.append(encoder(encoder.normalize(view)).float().cpu())
+                seconds += time.monotonic() - started
+        self.seconds_per_image = seconds / (2 * len(paths))
+        return [torch.cat(parts).numpy() for parts in features]
+
+    def _accuracies(self, encoder: Encoder, counts: ImageCounts) -> dict[str, float]:
+        """Accuracies of kNN and a linear probe on validation images."""
+        x_train, self._train = _extract(encoder, self._train, counts.train)
+        x_val, self._val = _extract(encoder, self._val, counts.val)
+        train = LabelledFeatures({"last": x_train}, self._train.labels[: len(x_train)])
+        val = LabelledFeatures({"last": x_val}, self._val.labels[: len(x_val)])
+        accuracies = {"knn": evaluate_features("knn", train, NO_FEATURES, val).accuracy}
+        # a fit to features that are not finite, or to one class, would fail
+        finite = np.isfinite(x_train).all() and np.isfinite(x_val).all()
+        if finite and len(np.unique(train.labels)) > 1:
+            accuracies["linear"] = evaluate_features("linear", train, NO_FEATURES, val).accuracy
+        return accuracies
+
+
+class OnlineEvaluation(Callback):
+    """Logs the metrics of the encoder while it trains, for about 2 % of the training time.
+
+    Evaluates before the first step, at the end, and in between as often as its share of the time
+    allows. Where an evaluation would cost too much of it, it uses fewer images.
+
+    Args:
+        compute: Computes the metrics.
+        data: Training stream.
+        pace: Schedule of the run.
+        stop_on_collapse: End the run at the first evaluation after the warm-up that shows a
+            collapse.
+
+    Attributes:
+        metrics: Values of the last evaluation, by name.
+        collapsed: Whether they showed a collapse.
+        stopped: Whether that ended the run.
+    """
+
+    def __init__(
+        self, compute: EncoderMetrics, data: StreamData, pace: Pace, stop_on_collapse: bool = False
+    ) -> None:
+        self._compute, self._data, self._pace = compute, data, pace
+        self._stop_on_collapse = stop_on_collapse
+        self.metrics: dict[str, float] = {}
+        self.collapsed = self.stopped = False
+        self._counts: ImageCounts | None = None  # None before the first evaluation
+        self._at: int | None = None  # batches before the last evaluation in this process
+        self._fraction = 0.0  # share of the run before the last evaluation
+        # Seconds: of all evaluations, of the first one, of one like the last one.
+        self._spent = self._first_cost = self._cost = 0.0
+
+    @property
+    def share(self) -> float:
+        """Share of the training time that the evaluations have taken so far."""
+        return self._spent / max(self._pace.elapsed(), 1e-9)
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self._pace.batches == 0:
+            self.evaluate(trainer, module)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        between = self._pace.batches % max(1, self._data.batches_per_epoch // 20)
+        if between or trainer.should_stop or self._pace.batches == self._pace.total:
+            return
+        if not trainer.strategy.broadcast(self._is_due()):
+            return
+        self.evaluate(trainer, module)
+        if self._stop_on_collapse and self.collapsed and self._pace.fraction >= self._pace.warmup:
+            log.warning(
+                "The run ends here, as --on_collapse stop asks for.", extra={"code": "training.ended"}
+            )
+            self.stopped = trainer.should_stop = True
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.finish(trainer, module)
+        log.info("Online evaluation took %.1f %% of the time.", 100 * self.share)
+
+    def finish(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Evaluate the encoder unless it has been evaluated since the last step."""
+        if self._at != self._pace.batches:
+            self.evaluate(trainer, module)
+
+    def _is_due(self) -> bool:
+        """Whether enough of the time that the first and last evaluation leave has accumulated."""
+        if self._pace.fraction < self._fraction + 1 / MAX_EVALUATIONS:
+            return False
+        total = self._pace.seconds or self._pace.elapsed() / self._pace.fraction
+        between = TIME_SHARE * total - self._first_cost - self._cost
+        return self._spent - self._first_cost + self._cost <= between * self._pace.fraction
+
+    def evaluate(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Compute and log the metrics now. All processes have to call it; the main one computes.
+
+        Args:
+            trainer: Trainer of the run, with its loggers.
+            module: Pretext task.
+
+        Raises:
+            UserError: at the first evaluation, none of the images can be read.
+        """
+        started = time.monotonic()
+        first = self._counts is None
+        self._at, self._fraction = self._pace.batches, self._pace.fraction
+        whole: Any = module.whole()  # type: ignore[operator]
+        if trainer.is_global_zero:
+            encoder: Encoder = whole.trained_encoder()
+            try:
+                if self._counts is None:
+                    self._first(encoder)
+                else:
+                    self.metrics = self._compute(encoder, self._counts)
+                for logger in trainer.loggers:
+                    logger.log_metrics(self.metrics, step=max(0, self._pace.steps - 1))
+                self._check_collapse()
+            except UserError as error:  # the images have gone: what was learnt is still there
+                if first or isinstance(error, MachineError):
+                    raise
+                log.warning(
+                    "The encoder can't be evaluated: %(why)s", {"why": error},
+                    extra={"code": "evaluation.failed"},
+                )  # fmt: skip
+        seconds = time.monotonic() - started
+        self._spent += seconds
+        if first:
+            self._first_cost = seconds
+        else:
+            self._cost = seconds
+        self._counts, self.collapsed, self._cost = trainer.strategy.broadcast(
+            (self._counts, self.collapsed, self._cost)
+        )
+        self._pace.reserve = self._cost  # the last evaluation is part of a time budget too
+
+    def _first(self, encoder: Encoder) -> None:
+        """Evaluate with the fewest images, then with as many as the time allows."""
+        self._compute.embed_views(encoder, self._compute.fewest.unlabelled)  # slow: the first pass
+        self._timed(encoder, self._compute.fewest)
+        total = self._pace.seconds
+        if total is None:
+            # No step has been timed: one costs three passes through the encoder at least.
+            assert self._pace.total is not None
+            step = 3 * self._compute.seconds_per_image * self._data.batch_size
+            total = step * self._pace.total
+        factor = TIME_SHARE * total / PLANNED_EVALUATIONS / self._cost
+        if factor > 1:
+            more = ImageCounts(*(int(factor * count) for count in self._compute.fewest))
+            self._timed(encoder, more.at_most(self._compute.most))
+        assert self._counts is not None
+        unlabelled, train, val = self._counts
+        labels = f", {train} labelled to fit to, {val} to score" if val else ""
+        log.info("Evaluating the encoder takes %.2f s: %d images%s", self._cost, unlabelled, labels)
+        if factor < 1:
+            log.info(
+                "The run is short: evaluations are rare and use few images, to take about %.0f %% "
+                "of the time.",
+                100 * TIME_SHARE,
+            )
+
+    def _timed(self, encoder: Encoder, counts: ImageCounts) -> None:
+        started = time.monotonic()
+        self._counts, self.metrics = counts, self._compute(encoder, counts)
+        self._cost = time.monotonic() - started
+
+    def _check_collapse(self) -> None:
+        std, rank = self.metrics["feature_std"], self.metrics["effective_rank"]
+        diverged = not np.isfinite(std)
+        bad = bool(self._at) and (diverged or std < COLLAPSED_STD or rank < COLLAPSED_RANK)
+        if bad and not self.collapsed and diverged:
+            log.warning(
+                "The training has diverged: the features are no longer finite numbers. Try a lower "
+                "--lr or a longer --warmup.",
+                extra={"code": "features.diverged"},
+            )
+        elif bad and not self.collapsed:
+            log.warning(
+                "The encoder has collapsed: it gives nearly the same features for all images "
+                "(feature_std %(feature_std).3f, effective_rank %(effective_rank).1f). Try a lower "
+                "--lr, a longer --warmup, a larger --batch_size, or another pretext.",
+                {"feature_std": std, "effective_rank": rank},
+                extra={"code": "features.collapsed"},
+            )
+        self.collapsed = bad
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "counts": list(self._counts or ()),
+            "seconds": [self._spent, self._first_cost, self._cost],
+            "collapsed": self.collapsed,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        counts = state_dict["counts"]
+        self._counts = ImageCounts(*counts) if counts else None
+        self._spent, self._first_cost, self._cost = state_dict["seconds"]
+        self.collapsed = state_dict["collapsed"]
+        self._pace.reserve = self._cost
+
+
+def _sample(part: Part, most: int, random: np.random.Generator) -> Part:
+    """Images of a part in random order, so that its first ones are a fair sample too."""
+    order = random.permutation(len(part))[:most]
+    return Part([part.paths[i] for i in order], part.labels[order])
+
+
+def _extract(encoder: Encoder, part: Part, count: int) -> tuple[np.ndarray, Part]:
+    """Features of the first images of a part, and the part without those that can't be read."""
+    features, good = extract(encoder, part.paths[:count])
+    kept = np.ones(len(part), bool)
+    kept[: len(good)] = good
+    return features["last"], part.take(np.flatnonzero(kept))

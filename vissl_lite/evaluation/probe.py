@@ -1,0 +1,122 @@
+"""The probes: kNN and a linear classifier on the frozen features of labelled images.
+
+``probe``, ``compare`` and online evaluation all measure an encoder with ``evaluate_features``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from vissl_lite.data.labelled import Part
+from vissl_lite.encoder import Encoder
+from vissl_lite.evaluation.features import extract
+from vissl_lite.evaluation.knn import knn_predict
+from vissl_lite.evaluation.linear import linear_probe
+from vissl_lite.inference import check_outputs
+
+ProbeName = Literal["knn", "linear"]
+PROBES: tuple[ProbeName, ...] = ("knn", "linear")
+
+
+@dataclass(frozen=True)
+class LabelledFeatures:
+    """Features of some labelled images.
+
+    Attributes:
+        by_layer: ``(N, D)`` float32 by layer; ``last`` is the encoder's output.
+        labels: ``(N,)`` class indices.
+    """
+
+    by_layer: dict[str, np.ndarray]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def of_layer(self, layer: str) -> tuple[np.ndarray, np.ndarray]:
+        """Features of a layer, and labels. No images have features of no particular length."""
+        features = self.by_layer[layer] if len(self) else np.empty((0, 1), np.float32)
+        return features, self.labels
+
+
+NO_FEATURES = LabelledFeatures({}, np.empty(0, np.int64))
+
+
+@dataclass(frozen=True)
+class ProbeScore:
+    """How well a probe classifies the images that it was not fitted to.
+
+    Attributes:
+        right: ``(M,)`` bool: which of them it classifies correctly.
+        chosen: what the validation images decided, such as ``{"penalty": 0.01}``.
+    """
+
+    right: np.ndarray
+    chosen: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the images that are classified correctly."""
+        return float(self.right.mean())
+
+
+def extract_part(
+    encoder: Encoder,
+    part: Part,
+    layers: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> LabelledFeatures:
+    """Features of one part of a labelled data set, without the images that can't be read.
+
+    Args:
+        encoder: Frozen encoder.
+        part: Images and their classes; may be empty.
+        layers: Also extract the features of every stage.
+        progress: Called with the number of images done since the last call.
+
+    Raises:
+        UserError: none of the images can be read, or the features are not finite numbers.
+    """
+    if len(part) == 0:
+        return NO_FEATURES
+    by_layer, good = extract(encoder, part.paths, layers, progress)
+    check_outputs(by_layer.values(), f"some of the {len(part.paths)} images")
+    return LabelledFeatures(by_layer, part.labels[good])
+
+
+def evaluate_features(
+    probe: ProbeName,
+    train: LabelledFeatures,
+    val: LabelledFeatures,
+    test: LabelledFeatures,
+    k: int = 20,
+    temperature: float = 0.07,
+    layer: str = "last",
+) -> ProbeScore:
+    """Fit a probe to training and validation images, and score it on test images.
+
+    For kNN, training and validation images vote. The linear probe chooses its penalty on the
+    validation images and is then fitted to both. Test labels are only used to count.
+
+    Args:
+        probe: ``knn`` or ``linear``.
+        train: Training images.
+        val: Validation images; may be empty.
+        test: Test images.
+        k: Number of neighbors that vote.
+        temperature: A neighbor of similarity s votes with weight exp(s / temperature).
+        layer: Layer whose features are used.
+
+    Raises:
+        UserError: the training images are of one class only, for the linear probe.
+    """
+    (x_train, y_train), (x_val, y_val) = train.of_layer(layer), val.of_layer(layer)
+    x_test, y_test = test.of_layer(layer)
+    if probe == "linear":
+        fitted = linear_probe((x_train, y_train), (x_val, y_val), x_test)
+        return ProbeScore(fitted.test_predictions == y_test, {"penalty": fitted.penalty})
+    if len(val):
+        x_train, y_train = np.concatenate([x_train, x_val]), np.concatenate([y_train, y_val])
+    return ProbeScore(knn_predict(x_train, y_train, x_test, k, temperature) == y_test)
