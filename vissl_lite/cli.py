@@ -149,7 +149,7 @@ def _run(command: str, words: Sequence[str]) -> None:
         words = [word for word in words if word not in ("--help", "-h")]
         print(_help(command, function, parse_words(options, words)))
         return
-    layers = parse_words(options, words)
+    layers = with_overrides(parse_words(options, words))
     values = options.merged(layers)
     if values.get("resume") is True and _is_run_of(command, values.get("out")):
         # the run itself knows what has to be given, and what a part of is given
@@ -205,6 +205,34 @@ def parse_words(options: type[Options], words: Sequence[str]) -> list[dict[str, 
     files = given.pop("config", [])
     configs = [_read_config(Path(file), f"--config {brief(file)}") for file in files]
     return [*configs, _nested(given)]
+
+
+def with_overrides(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Apply ``overrides`` of configuration files: what differs for the pretext that is chosen.
+
+    Args:
+        layers: Options of each file and of the command line. ``overrides`` of a file maps names of
+            pretexts to options, which replace those of that file.
+
+    Raises:
+        UserError: ``overrides`` is not such a mapping.
+    """
+    chosen = None
+    for layer in layers:
+        chosen = _as_mapping(layer.get("pretext", {})).get("name", chosen)
+    applied: list[dict[str, Any]] = []
+    for layer in layers:
+        own = dict(layer)
+        overrides = own.pop("overrides", {})
+        if not isinstance(overrides, dict) or not all(
+            isinstance(options, dict) for options in overrides.values()
+        ):
+            raise UserError("overrides: expected a mapping from pretexts to their options")
+        options = dict(overrides.get(chosen, {}))
+        if "pretext" in options:
+            options["pretext"] = {"name": chosen, **_as_mapping(options["pretext"])}
+        applied.append({**own, **options})
+    return applied
 
 
 def _nested(given: Mapping[str, list[str]]) -> dict[str, Any]:

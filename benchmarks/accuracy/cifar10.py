@@ -28,7 +28,12 @@ from benchmarks.common import (
 from vissl_lite.cli import main as vissl_lite
 from vissl_lite.run import read_config
 
-OURS = {"simclr": "simclr.yaml", "rotation": "rotation.yaml", "simclr-small": "simclr-small.yaml"}
+RECIPE = ROOT / "configs" / "cifar10_minutes.yaml"
+OURS = {
+    "simclr": ["--pretext", "simclr"],
+    "rotation": ["--pretext", "rotation"],
+    "simclr-small": ["--pretext", "simclr", "--backbone", "resnet10t"],
+}
 SEEDS = 3
 
 
@@ -85,9 +90,8 @@ def train_lightly(python: str, data: Path, out: Path, minutes: float) -> None:
 
 
 def train(arm: str, data: Path, out: Path, minutes: float) -> None:
-    config = ROOT / "configs" / "cifar10_minutes" / OURS[arm]
     where = ["--data", data / "train", "--out", out / arm]
-    command("pretrain", "--config", config, *where, "--max_time", round(minutes * 60))
+    command("pretrain", "--config", RECIPE, *OURS[arm], *where, "--max_time", round(minutes * 60))
 
 
 def cifar10_table() -> str:

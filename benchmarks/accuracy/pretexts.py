@@ -1,7 +1,7 @@
 """Every pretext for the same minutes on CIFAR-10: does the encoder beat an untrained one?
 
-Each pretext trains on one core for the same wall-clock time, by its recipe in
-configs/cifar10_minutes/ or, without one, with its defaults and batches of 64; as many run side by
+Each pretext trains on one core for the same wall-clock time, by
+configs/cifar10_minutes.yaml; as many run side by
 side as ``--jobs`` says, each on a core of its own. ViT pretexts train ``vit_slim_patch4_32``,
 all others ``resnet18``. Then one probe judges all encoders: kNN (k = 200, T = 0.1) and linear, at
 every stage, fitted to a fifth of the training labels (the penalty chosen on some of these), on the
@@ -26,8 +26,7 @@ from vissl_lite.pretext import PRETEXTS
 from vissl_lite.run import read_config
 
 UNTRAINED = ("untrained resnet18", "untrained vit_slim_patch4_32")
-RECIPES = ROOT / "configs" / "cifar10_minutes"
-BATCH = 64
+RECIPE = ROOT / "configs" / "cifar10_minutes.yaml"
 FRACTION = 0.2  # of the training labels, for the probe
 one_at_a_time = threading.Lock()  # results go into one file
 
@@ -54,13 +53,8 @@ def vissl_lite(core: int, *arguments: object) -> None:
 def train(name: str, core: int, data: Path, out: Path, minutes: float) -> None:
     if name in UNTRAINED:
         return
-    recipe = RECIPES / f"{name}.yaml"
-    settings: list[object] = ["--config", recipe]
-    if not recipe.exists():
-        settings = [
-            "--pretext", name, "--backbone", backbone_of(name), "--image_size", 32,
-            "--batch_size", BATCH,
-        ]  # fmt: skip
+    settings: list[object] = ["--config", RECIPE, "--pretext", name]
+    settings += ["--backbone", backbone_of(name)]
     where = ["--data", data / "train", "--out", out / name]
     vissl_lite(core, "pretrain", *settings, *where, "--max_time", round(60 * minutes))
 

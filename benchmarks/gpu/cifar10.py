@@ -1,4 +1,4 @@
-"""CIFAR-10, 200 epochs on one GPU: the recipes of configs/cifar10 beside lightly's table.
+"""CIFAR-10, 200 epochs on one GPU: configs/cifar10.yaml beside lightly's table.
 
 Every arm is a run of its own, kept in ``--out``: a call that is cut off is repeated as it stands,
 and goes on where it was. Encoders are those of the last step; kNN with k = 200 and T = 0.1, and a
@@ -46,13 +46,24 @@ def train(arm: str, options: argparse.Namespace, listed: Path) -> dict:
         if (out / "config.yaml").exists():
             run("pretrain", "--out", out, "--resume")
         else:
-            recipe = ROOT / "configs" / "cifar10" / f"{arm}.yaml"
+            recipe = ROOT / "configs" / "cifar10.yaml"
             extra = ["--epochs", options.epochs, "--probe_data", options.data]
             if options.batch_size:
                 extra += ["--batch_size", options.batch_size]
             if options.backbone:
                 extra += ["--backbone", options.backbone]
-            run("pretrain", "--config", recipe, "--data", listed, "--out", out, *extra)
+            run(
+                "pretrain",
+                "--config",
+                recipe,
+                "--pretext",
+                arm,
+                "--data",
+                listed,
+                "--out",
+                out,
+                *extra,
+            )
     return json.loads((out / "results.json").read_text())
 
 
