@@ -18,7 +18,16 @@ def command_page(name: str, summary: str) -> str:
     function = getattr(module, "list_" if name == "list" else name)
     text, _, rest = (inspect.getdoc(function) or "").partition("\n\nArgs:\n")
     helps = arguments(rest)
-    lines = [f"# {name}", "", f"*{summary}*", "", text, "", "| option | default | |", "| --- | --- | --- |"]
+    lines = [
+        f"# {name}",
+        "",
+        f"*{summary}*",
+        "",
+        text,
+        "",
+        "| option | default | |",
+        "| --- | --- | --- |",
+    ]
     for parameter in inspect.signature(function).parameters.values():
         required = parameter.default is inspect.Parameter.empty
         default = "required" if required else f"`{parameter.default}`"
@@ -43,8 +52,12 @@ def arguments(section: str) -> dict[str, str]:
 
 def pretexts_page() -> str:
     """One table of all pretexts, and the hyperparameters of each."""
-    lines = ["# Pretexts", "", "| pretext | family | backbones | views | paper | when to use it |",
-             "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "# Pretexts",
+        "",
+        "| pretext | family | backbones | views | paper | when to use it |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for name, pretext in PRETEXTS.items():
         about: Any = getattr(pretext, "info", None) or pretext.about
         kind = KINDS[about.backbones][0]
