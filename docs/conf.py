@@ -1,4 +1,4 @@
-"""Configuration of the documentation. Pages of commands and pretexts are generated at build time."""
+"""Configuration of the documentation; pages of commands and pretexts are made at build time."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Writes docs/commands/*.md and docs/pretexts.md from the package, before Sphinx reads the pages."""
+"""Writes docs/commands/*.md and docs/pretexts.md from the package, at the start of a build."""
 
 import importlib
 import inspect
@@ -72,6 +72,7 @@ def pretexts_page() -> str:
 
 
 def write_pages(app: Sphinx) -> None:
+    """Write all pages into the source folder."""
     folder = Path(app.srcdir)
     (folder / "commands").mkdir(exist_ok=True)
     for name, summary in COMMANDS.items():
@@ -80,5 +81,6 @@ def write_pages(app: Sphinx) -> None:
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
+    """Register with Sphinx."""
     app.connect("builder-inited", write_pages)
     return {"parallel_read_safe": True}
