@@ -1,16 +1,17 @@
 # make demo        the main job on sample data
 # make test        checks and tests
 # make test-slow   tests that take long
+# make docs        the documentation, in docs/_build
 # make check       lint, types, layers
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow check clean
+.PHONY: demo test test-slow check docs clean
 
 demo: .venv/installed
 	$(BIN)/vissl-lite demo --out runs/demo --overwrite
 
-test: check
+test: check docs
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-slow: .venv/installed-dev
@@ -21,6 +22,9 @@ check: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: .venv/installed-dev
+	$(BIN)/python -m sphinx -q -W -n --keep-going docs docs/_build
 
 # The stamps hold what was installed: they are made again when pyproject.toml changes.
 .venv/bin/python:

@@ -1,15 +1,17 @@
-"""What the benchmarks share: where and when a figure was made, and how it is kept."""
+"""What the benchmarks share: provenance of figures, results on disk, and Markdown tables."""
 
 import json
 import os
 import platform
+import statistics
 import subprocess
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def where_and_when() -> dict[str, str]:
@@ -47,3 +49,30 @@ def last_json_line(command: list[str]) -> dict[str, Any]:
     """Run a command and read the last line that it prints."""
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def load(name: str) -> dict[str, Any]:
+    """The stored results of a benchmark."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def provenance(results: dict[str, Any], command: str) -> str:
+    """Command, commit, hardware, date and versions, which stand below every table."""
+    m = results["made"]
+    return f"`{command}`, commit {m['commit']}, {m['cpu']}, {m['date']}; {m['versions']}."
+
+
+def plus_minus(value: dict[str, float]) -> str:
+    return f"{value['mean']:.3f} ± {value['std']:.3f}"
+
+
+def over_seeds(values: list[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    if len(values) == 1:
+        return f"{values[0]:.3f} (one seed)"
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"

@@ -7,64 +7,95 @@ import torch
 import yaml
 
 from vissl_lite.cli import parse_words
-from vissl_lite.commands.finetune import finetune
-from vissl_lite.commands.pretrain_options import PretrainOptions, whole_pretext
+from vissl_lite.commands.pretrain_options import PretrainOptions
 from vissl_lite.encoder import build_encoder
+from vissl_lite.errors import UserError
 from vissl_lite.optim import build_optimizer, check_optimizer
-from vissl_lite.options import options_of
 from vissl_lite.pretext import PRETEXTS, pretext_class
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-TRANSFERS = sorted((CONFIGS / "sample").glob("*.yaml"))
-RECIPES = sorted(set(CONFIGS.glob("*/*.yaml")) - set(TRANSFERS))
+SHARED = ("cifar10", "imagenette", "cifar10_minutes")
+IMAGENET = sorted((CONFIGS / "imagenet").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("folder", ["cifar10", "imagenette", "imagenet"])
-def test_every_pretext_has_a_recipe(folder: str) -> None:
-    assert {path.stem for path in (CONFIGS / folder).glob("*.yaml")} == set(PRETEXTS)
+def recipe(file: Path, pretext: str) -> dict:
+    """The options of a file for a pretext, checked."""
+    options = PretrainOptions
+    words = ["--config", str(file), "--pretext", pretext, "--data", "DATA", "--out", "RUN"]
+    values = options.merged(parse_words(options, words))
+    return options(**values).as_config()
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_options_are_known_and_of_the_right_type(path: Path) -> None:
-    arguments = ["--config", str(path), "--data", "DATA", "--out", "RUN"]
-    options = PretrainOptions.merged(parse_words(PretrainOptions, arguments))
-    content = yaml.safe_load(path.read_text())
-    assert options["pretext"]["name"] == content["pretext"]["name"]
-    assert path.stem.startswith(content["pretext"]["name"])
-    for name, value in content.items():
-        if name != "pretext":
-            assert options[name] == value
-    check_optimizer(content.get("optimizer", "adamw"))
+def test_every_pretext_has_the_settings_of_its_paper() -> None:
+    assert {path.stem for path in IMAGENET} == set(PRETEXTS)
+    for path in IMAGENET:
+        assert yaml.safe_load(path.read_text())["pretext"]["name"] == path.stem
 
 
-@pytest.mark.parametrize("path", TRANSFERS, ids=lambda path: path.stem)
-def test_every_transfer_has_a_recipe_for_the_sample_data(path: Path) -> None:
-    options = options_of(finetune)
-    arguments = ["--config", str(path), "--data", "DATA", "--out", "RUN"]
-    made = options(**options.merged(parse_words(options, arguments))).as_config()
-    content = yaml.safe_load(path.read_text())
-    assert made["task"] == path.stem
-    assert {name: made[name] for name in content} == content
+def test_recipes_for_imagenet_are_known_options() -> None:
+    for path in IMAGENET:
+        content = yaml.safe_load(path.read_text())
+        options = recipe(path, path.stem)
+        assert {n: options[n] for n in content if n != "pretext"} == {
+            n: v for n, v in content.items() if n != "pretext"
+        }
+        check_optimizer(content["optimizer"])
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_the_pretext_can_be_built_on_its_backbone(path: Path) -> None:
+@pytest.mark.parametrize("name", SHARED)
+def test_a_shared_file_has_options_for_every_pretext(name: str) -> None:
+    content = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    overrides = content.pop("overrides")
+    assert set(overrides) <= set(PRETEXTS)
+    for pretext in PRETEXTS:
+        options = recipe(CONFIGS / f"{name}.yaml", pretext)
+        own = {**content, **overrides.get(pretext, {})}
+        hyperparameters = own.pop("pretext", {})
+        assert {option: options[option] for option in own} == own
+        assert options["pretext"] == {**options["pretext"], "name": pretext, **hyperparameters}
+
+
+def test_what_is_given_wins_over_an_override() -> None:
+    file = {"lr": 0.1, "overrides": {"mae": {"lr": 0.2, "pretext": {"mask_ratio": 0.5}}}}
+    assert PretrainOptions.merged([file, {"pretext": {"name": "moco"}}])["lr"] == 0.1
+    values = PretrainOptions.merged([file, {"pretext": "mae"}])
+    assert values["lr"] == 0.2
+    assert values["pretext"]["mask_ratio"] == 0.5
+    assert PretrainOptions.merged([file, {"pretext": "mae", "lr": "0.3"}])["lr"] == 0.3
+
+
+def test_overrides_that_are_no_mapping_are_refused() -> None:
+    with pytest.raises(UserError, match="overrides must be a mapping"):
+        PretrainOptions.merged([{"overrides": {"mae": 3}}])
+
+
+def distinct() -> list[tuple[str, str, int, str]]:
+    """One recipe of each pretext, backbone and size that ``imagenet`` and the shared files name."""
+    found: dict[tuple[str, str, int], str] = {}
+    for path in IMAGENET:
+        content = yaml.safe_load(path.read_text())
+        found.setdefault((path.stem, content["backbone"], content["image_size"]), str(path))
+    for name in SHARED:
+        content = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+        for pretext, own in content["overrides"].items():
+            if "pretext" in own:
+                merged = {**content, **own}
+                key = (pretext, merged["backbone"], merged["image_size"])
+                found.setdefault(key, str(CONFIGS / f"{name}.yaml"))
+    return [(*key, file) for key, file in found.items()]
+
+
+def test_pretexts_can_be_built_on_their_backbones() -> None:
     """Without memory or arithmetic, on the meta device, where the pretext allows it."""
-    content = yaml.safe_load(path.read_text())
-    options = whole_pretext(content["pretext"])
-    made = pretext_class(options.pop("name"))
-    looks_at_values = made.about.name in ("spark", "colorization")  # at masks, at colours
-    with torch.device("cpu" if looks_at_values else "meta"):
-        task = made(build_encoder(content["backbone"], content["image_size"]), **options)
-    assert len(task.views()) >= 1
-    build_optimizer(task, task.optimizer_settings)
-
-
-def test_a_recipes_learning_rate_follows_the_batch() -> None:
-    """A paper's recipe on a machine that can't hold its batch: a batch of 256 instead of 4096."""
-    content = yaml.safe_load((CONFIGS / "imagenet" / "simclr.yaml").read_text())
-    options = PretrainOptions(data="DATA", out="RUN", base_lr=content["base_lr"])
-    task = pretext_class("simclr")(build_encoder("test_resnet", 32))
-    settings = options.optimizer_settings
-    assert settings(task, 4096).lr == pytest.approx(4.8)  # section 4.1 of the paper: 0.3 x B / 256
-    assert settings(task, 256).lr == pytest.approx(0.3)
+    built = set()
+    for name, backbone, size, file in distinct():
+        if (name, size) in built:
+            continue
+        built.add((name, size))
+        options = dict(recipe(Path(file), name)["pretext"])
+        options.pop("name")
+        looks_at_values = name in ("spark", "colorization")  # at masks, at colors
+        with torch.device("cpu" if looks_at_values else "meta"):
+            task = pretext_class(name)(build_encoder(backbone, size), **options)
+        assert build_optimizer(task, task.optimizer_settings).param_groups
+    assert len(built) >= len(PRETEXTS)

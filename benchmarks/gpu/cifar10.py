@@ -1,15 +1,15 @@
-"""CIFAR-10, 200 epochs on one GPU: the recipes of configs/cifar10 beside lightly's table.
+"""CIFAR-10, 200 epochs on one GPU: configs/cifar10.yaml beside lightly's table.
 
 Every arm is a run of its own, kept in ``--out``: a call that is cut off is repeated as it stands,
 and goes on where it was. Encoders are those of the last step; kNN with k = 200 and T = 0.1, and a
 linear probe whose penalty is chosen on training images. Time to accuracy is that of kNN while it
 trains (``--probe_data``).
 
-    python benchmarks/gpu/cifar10.py --data DATA/cifar10 --out RUNS --arms simclr byol
+    python -m benchmarks.gpu.cifar10 --data DATA/cifar10 --out RUNS --arms simclr byol
 
 Without a GPU, to see that it works:
 
-    python benchmarks/gpu/cifar10.py --data DATA/cifar10 --out RUNS --epochs 1 --images 2000 \
+    python -m benchmarks.gpu.cifar10 --data DATA/cifar10 --out RUNS --epochs 1 --images 2000 \
         --batch_size 64 --backbone resnet18
 
 Results: RUNS/gpu_cifar10.json; a complete table is kept in benchmarks/results/ with ``--keep``.
@@ -18,18 +18,13 @@ Results: RUNS/gpu_cifar10.json; a complete table is kept in benchmarks/results/ 
 import argparse
 import csv
 import json
-import sys
 from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-from common import keep, where_and_when  # noqa: E402
-
-from vissl_lite.cli import main as vissl_lite  # noqa: E402
-from vissl_lite.data.images import find_images  # noqa: E402
+from benchmarks.common import RESULTS, ROOT, keep, load, markdown_table, provenance, where_and_when
+from vissl_lite.cli import main as vissl_lite
+from vissl_lite.data.images import find_images
 
 ARMS = (
     "simclr", "byol", "simsiam", "barlow_twins", "moco", "dino", "swav", "vicreg", "lejepa",
@@ -51,13 +46,24 @@ def train(arm: str, options: argparse.Namespace, listed: Path) -> dict:
         if (out / "config.yaml").exists():
             run("pretrain", "--out", out, "--resume")
         else:
-            recipe = HERE.parents[1] / "configs" / "cifar10" / f"{arm}.yaml"
+            recipe = ROOT / "configs" / "cifar10.yaml"
             extra = ["--epochs", options.epochs, "--probe_data", options.data]
             if options.batch_size:
                 extra += ["--batch_size", options.batch_size]
             if options.backbone:
                 extra += ["--backbone", options.backbone]
-            run("pretrain", "--config", recipe, "--data", listed, "--out", out, *extra)
+            run(
+                "pretrain",
+                "--config",
+                recipe,
+                "--pretext",
+                arm,
+                "--data",
+                listed,
+                "--out",
+                out,
+                *extra,
+            )
     return json.loads((out / "results.json").read_text())
 
 
@@ -85,6 +91,27 @@ def judge(arm: str, options: argparse.Namespace) -> dict:
             "--k", 200, "--temperature", 0.1, "--overwrite", *few,
         )  # fmt: skip
     return json.loads((out / "results.json").read_text())
+
+
+def gpu_cifar10_table() -> str:
+    if not (RESULTS / "gpu_cifar10.json").exists():
+        return "Not measured yet; see [gpu/README.md](gpu/README.md)."
+    results = load("gpu_cifar10")
+    rows = [
+        [name, r["device"], f"{r['minutes']:.1f}", f"{r['images_per_second']:,.0f}",
+         f"{r['knn']:.3f}", f"{r['linear']:.3f}",
+         *("" if r["minutes_to"][level] is None else f"{r['minutes_to'][level]:.1f}"
+           for level in ("0.70", "0.80"))]
+        for name, r in results.items()
+        if name != "made"
+    ]  # fmt: skip
+    header = ["pretext", "device", "minutes", "images/s", "kNN", "linear",
+              "minutes to kNN 0.70", "to 0.80"]  # fmt: skip
+    command = "python -m benchmarks.gpu.cifar10 --data DATA/cifar10 --out RUNS --keep"
+    return markdown_table(header, rows) + "\n\n" + provenance(results, command)
+
+
+TABLES = {"gpu_cifar10": gpu_cifar10_table}
 
 
 def main() -> None:

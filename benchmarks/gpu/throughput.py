@@ -4,13 +4,13 @@ The limit is the same model, step and precision on a batch that already lies on 
 plain loop; from files is what ``vissl-lite pretrain`` does: data workers, Lightning, logging. An
 image is one image with all its views.
 
-    python benchmarks/gpu/throughput.py --data FOLDER
-    python benchmarks/gpu/throughput.py --compile
+    python -m benchmarks.gpu.throughput --data FOLDER
+    python -m benchmarks.gpu.throughput --compile
 
 Without ``--data`` it draws 640 x 480 JPEGs of a photograph's spectrum. Without a GPU it runs on the
 CPU, to see that it works:
 
-    python benchmarks/gpu/throughput.py --backbones resnet18 vit_tiny_patch16_224 --image_size 64 \
+    python -m benchmarks.gpu.throughput --backbones resnet18 vit_tiny_patch16_224 --image_size 64 \
         --batch_size 8 --steps 3 --images 16 --out /tmp/throughput.json
 
 Every finished row is kept at once. Results: benchmarks/results/gpu_throughput.json.
@@ -20,7 +20,6 @@ import argparse
 import gc
 import json
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -30,22 +29,18 @@ import cv2
 import numpy as np
 import torch
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-
-from common import RESULTS, where_and_when  # noqa: E402
-
-from vissl_lite.data.images import find_images  # noqa: E402
-from vissl_lite.data.stream import ViewDataset, collate  # noqa: E402
-from vissl_lite.encoder import build_encoder  # noqa: E402
-from vissl_lite.metrics_file import MetricsFile  # noqa: E402
-from vissl_lite.pretext import PretextTask, pretext_class  # noqa: E402
-from vissl_lite.training.compiling import compiled  # noqa: E402
-from vissl_lite.training.fit import TrainingFiles, fit  # noqa: E402
-from vissl_lite.training.hardware import Hardware, choose_precision, tf32  # noqa: E402
-from vissl_lite.training.pace import Pace  # noqa: E402
-from vissl_lite.training.quick import quick_operations  # noqa: E402
-from vissl_lite.training.stream import StreamData  # noqa: E402
+from benchmarks.common import RESULTS, load, markdown_table, provenance, where_and_when
+from vissl_lite.data.images import find_images
+from vissl_lite.data.stream import ViewDataset, collate
+from vissl_lite.encoder import build_encoder
+from vissl_lite.metrics_file import MetricsFile
+from vissl_lite.pretext import PretextTask, pretext_class
+from vissl_lite.training.compiling import compiled
+from vissl_lite.training.fit import TrainingFiles, fit
+from vissl_lite.training.hardware import Hardware, choose_precision, tf32
+from vissl_lite.training.pace import Pace
+from vissl_lite.training.quick import quick_operations
+from vissl_lite.training.stream import StreamData
 
 # Images a batch that fit into 80 GB with either backbone.
 BATCH = {"simclr": 256, "dino": 128, "mae": 512}
@@ -174,6 +169,29 @@ def keep(file: Path, name: str, row: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**rows, name: row, "made": where_and_when()}, indent=2)
     file.write_text(text + "\n")
+
+
+def gpu_throughput_table() -> str:
+    if not (RESULTS / "gpu_throughput.json").exists():
+        return "Not measured yet; see [gpu/README.md](gpu/README.md)."
+    results = load("gpu_throughput")
+    rows = [
+        [name, str(r["batch_size"]), f"{r['limit']:,.0f}", f"{r['files']:,.0f}",
+         f"{r['share']:.2f}", f"{100 * r['data_wait']:.1f} %",
+         f"{r['gib']:.0f}" if r["gib"] else "", f"{r['first_step_seconds']:.0f}"]
+        for name, r in results.items()
+        if name != "made"
+    ]  # fmt: skip
+    header = ["", "batch", "limit, images/s", "from files", "share", "waiting for data", "GiB",
+              "first step, s"]  # fmt: skip
+    devices = {r["device"] for name, r in results.items() if name != "made"}
+    workers = {str(r["workers"]) for name, r in results.items() if name != "made"}
+    where = f"{', '.join(sorted(devices))}, {', '.join(sorted(workers))} data workers."
+    command = "python -m benchmarks.gpu.throughput"
+    return markdown_table(header, rows) + f"\n\n{where} " + provenance(results, command)
+
+
+TABLES = {"gpu_throughput": gpu_throughput_table}
 
 
 def main() -> None:

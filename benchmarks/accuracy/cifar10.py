@@ -1,0 +1,176 @@
+"""Pre-training on CIFAR-10 for equal minutes: ours against lightly's SimCLR, then few labels.
+
+Each arm trains for the same wall-clock time, one after the other on the same machine. Then every
+encoder is judged by the same probe: kNN (k = 200, T = 0.1) and linear, at every stage, on the test
+split; the linear probe's penalty is chosen on training images. Last-epoch encoders throughout.
+
+    python -m benchmarks.accuracy.cifar10 --data DATA/cifar10 --out RUNS \
+        --peer_python PEERS/bin/python
+
+Results: benchmarks/results/cifar10.json.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.common import (
+    ROOT,
+    keep,
+    last_json_line,
+    load,
+    markdown_table,
+    plus_minus,
+    provenance,
+)
+from vissl_lite.cli import main as vissl_lite
+from vissl_lite.run import read_config
+
+RECIPE = ROOT / "configs" / "cifar10_minutes.yaml"
+OURS = {
+    "simclr": ["--pretext", "simclr"],
+    "rotation": ["--pretext", "rotation"],
+    "simclr-small": ["--pretext", "simclr", "--backbone", "resnet10t"],
+}
+SEEDS = 3
+
+
+def command(verb: str, *arguments: object) -> None:
+    status = vissl_lite([verb, *map(str, arguments), "--overwrite"])
+    if status:
+        raise SystemExit(status)
+
+
+def results_of(run: Path) -> dict:
+    return json.loads((run / "results.json").read_text())
+
+
+def judge(name: str, encoder: str, data: Path, out: Path) -> dict:
+    """kNN and linear accuracy, at the last and at the best stage."""
+    run = out / f"probe-{name}"
+    options = ["--layers", "--k", 200, "--temperature", 0.1, "--image_size", 32]
+    command("probe", "--encoder", encoder, "--data", data, "--out", run, *options)
+    scores = results_of(run)
+    best = max(scores["layers"], key=lambda layer: scores["layers"][layer]["linear"])
+    return {
+        "knn": scores["knn"],
+        "linear": scores["linear"],
+        "best_layer": best,
+        "best_layer_knn": scores["layers"][best]["knn"],
+        "best_layer_linear": scores["layers"][best]["linear"],
+    }
+
+
+def few_labels(name: str, encoder: str, data: Path, out: Path) -> dict:
+    """Linear and fine-tuned accuracy with 1 % of the labels, three seeds: other labels each."""
+    linear, tuned = [], []
+    for seed in range(SEEDS):
+        run = out / f"few-{name}-{seed}"
+        few = ["--encoder", encoder, "--data", data, "--fraction", 0.01, "--seed", seed]
+        command("probe", *few, "--image_size", 32, "--out", f"{run}-linear")
+        linear.append(results_of(Path(f"{run}-linear"))["linear"])
+        command("finetune", *few, "--image_size", 32, "--epochs", 15, "--out", run)
+        tuned.append(results_of(run)["test"]["top1"])
+    return {
+        measure: {"mean": float(np.mean(v)), "std": float(np.std(v, ddof=1)), "runs": v}
+        for measure, v in (("linear", linear), ("finetuned", tuned))
+    }
+
+
+def train_lightly(python: str, data: Path, out: Path, minutes: float) -> None:
+    script = [
+        python,
+        str(ROOT / "benchmarks" / "peers" / "lightly_simclr.py"),
+        "--torchvision_init",
+    ]
+    where = ["--data", str(data / "train"), "--out", str(out / "lightly")]
+    last_json_line([*script, *where, "--minutes", str(minutes)])
+
+
+def train(arm: str, data: Path, out: Path, minutes: float) -> None:
+    where = ["--data", data / "train", "--out", out / arm]
+    command("pretrain", "--config", RECIPE, *OURS[arm], *where, "--max_time", round(minutes * 60))
+
+
+def cifar10_table() -> str:
+    results = load("cifar10")
+    names = {
+        "untrained": "untrained `resnet18`",
+        "lightly": "lightly's SimCLR, `resnet18`",
+        "rotation": "rotation, `resnet18`",
+        "simclr": "SimCLR, `resnet18`",
+        "simclr-small": "SimCLR, `resnet10t`",
+    }
+    rows = []
+    for arm, name in names.items():
+        if arm not in results:
+            continue
+        r = results[arm]
+        speed = f"{r['images_per_second']:.0f}" if "images_per_second" in r else ""
+        best = f"{r['best_layer_knn']:.3f} / {r['best_layer_linear']:.3f} ({r['best_layer']})"
+        minutes = f"{r['seconds'] / 60:.0f}" if "seconds" in r else ""
+        rows.append([name, minutes, speed, f"{r['knn']:.3f}", f"{r['linear']:.3f}", best])
+    header = ["encoder", "minutes", "images/s", "kNN", "linear", "best stage: kNN / linear"]
+    command = (
+        "python -m benchmarks.accuracy.cifar10 --data DATA/cifar10 --out RUNS --peer_python PYTHON"
+    )
+    return markdown_table(header, rows) + "\n\n" + provenance(results, command)
+
+
+def few_labels_table() -> str:
+    results = load("few_labels")
+    names = {"untrained": "untrained", "simclr": "SimCLR, 8 minutes"}
+    rows = [
+        [name, plus_minus(results[arm]["linear"]), plus_minus(results[arm]["finetuned"])]
+        for arm, name in names.items()
+    ]
+    command = "python -m benchmarks.accuracy.cifar10 ... --arms few"
+    return (
+        markdown_table(["encoder (`resnet18`)", "linear", "fine-tuned"], rows)
+        + "\n\n"
+        + provenance(results, command)
+    )
+
+
+TABLES = {"cifar10": cifar10_table, "few_labels": few_labels_table}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--peer_python", help="interpreter of the environment with lightly")
+    parser.add_argument("--arms", nargs="+", default=["lightly", *OURS, "untrained", "few"])
+    parser.add_argument("--steps", nargs="+", default=["train", "judge"])
+    options = parser.parse_args()
+    data, out = options.data, options.out
+    for arm in options.arms:
+        if arm == "few":
+            scratch = few_labels("untrained", "random:resnet18", data, out)
+            trained = few_labels("simclr", str(out / "simclr"), data, out)
+            keep("few_labels", {"untrained": scratch, "simclr": trained})
+        elif arm == "untrained":
+            keep("cifar10", {"untrained": judge(arm, "random:resnet18", data, out)})
+        elif arm == "lightly":
+            if "train" in options.steps:
+                train_lightly(options.peer_python, data, out, options.minutes)
+            if "judge" in options.steps:
+                peer = json.loads((out / "lightly" / "result.json").read_text())
+                scores = judge("lightly", str(out / "lightly" / "encoder"), data, out)
+                keep("cifar10", {"lightly": {**peer, **scores}})
+        else:
+            if "train" in options.steps:
+                train(arm, data, out, options.minutes)
+            if "judge" in options.steps:
+                run = results_of(out / arm)
+                speed = run["steps"] * read_config(out / arm)["batch_size"] / run["seconds"]
+                scores = judge(arm, str(out / arm), data, out)
+                row = {"seconds": run["seconds"], "epochs": run["epochs"], **scores}
+                keep("cifar10", {arm: {"images_per_second": speed, **row}})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Every pretext for the same minutes on CIFAR-10: does the encoder beat an untrained one?
+
+Each pretext trains on one core for the same wall-clock time, by
+configs/cifar10_minutes.yaml; as many run side by
+side as ``--jobs`` says, each on a core of its own. ViT pretexts train ``vit_slim_patch4_32``,
+all others ``resnet18``. Then one probe judges all encoders: kNN (k = 200, T = 0.1) and linear, at
+every stage, fitted to a fifth of the training labels (the penalty chosen on some of these), on the
+test split. Encoders are those of the last step.
+
+    python -m benchmarks.accuracy.pretexts --data DATA/cifar10 --out RUNS
+
+Results: benchmarks/results/pretexts.json.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from queue import Empty, Queue
+
+from benchmarks.common import ROOT, keep, load, markdown_table, provenance
+from vissl_lite.pretext import PRETEXTS
+from vissl_lite.run import read_config
+
+UNTRAINED = ("untrained resnet18", "untrained vit_slim_patch4_32")
+RECIPE = ROOT / "configs" / "cifar10_minutes.yaml"
+FRACTION = 0.2  # of the training labels, for the probe
+one_at_a_time = threading.Lock()  # results go into one file
+
+
+def backbone_of(name: str) -> str:
+    if name in UNTRAINED:
+        return name.split()[1]
+    return {"ViT": "vit_slim_patch4_32", "patches": "vit_slim_patch4_32"}.get(
+        PRETEXTS[name].about.backbones, "resnet18"
+    )
+
+
+def vissl_lite(core: int, *arguments: object) -> None:
+    """Run a command on one core."""
+    subprocess.run(
+        [sys.executable, "-m", "vissl_lite", *map(str, arguments), "--overwrite"],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+        stdout=subprocess.DEVNULL,
+    )
+
+
+def train(name: str, core: int, data: Path, out: Path, minutes: float) -> None:
+    if name in UNTRAINED:
+        return
+    settings: list[object] = ["--config", RECIPE, "--pretext", name]
+    settings += ["--backbone", backbone_of(name)]
+    where = ["--data", data / "train", "--out", out / name]
+    vissl_lite(core, "pretrain", *settings, *where, "--max_time", round(60 * minutes))
+
+
+def judge(name: str, core: int, data: Path, out: Path) -> None:
+    run = out / f"probe-{name.replace(' ', '-')}"
+    encoder = f"random:{backbone_of(name)}" if name in UNTRAINED else str(out / name)
+    vissl_lite(
+        core, "probe", "--encoder", encoder, "--data", data, "--out", run, "--layers",
+        "--k", 200, "--temperature", 0.1, "--image_size", 32, "--fraction", FRACTION,
+    )  # fmt: skip
+    scores = json.loads((run / "results.json").read_text())
+    best = max(scores["layers"], key=lambda layer: scores["layers"][layer]["linear"])
+    row = {
+        "backbone": backbone_of(name),
+        "knn": scores["knn"],
+        "linear": scores["linear"],
+        "best_layer": best,
+        "best_layer_knn": scores["layers"][best]["knn"],
+        "best_layer_linear": scores["layers"][best]["linear"],
+    }
+    if name not in UNTRAINED:
+        trained = json.loads((out / name / "results.json").read_text())
+        images = trained["steps"] * read_config(out / name)["batch_size"]
+        row |= {
+            "family": PRETEXTS[name].about.family,
+            "seconds": trained["seconds"],
+            "images_per_second": images / trained["seconds"],
+            "collapsed": trained["collapsed"],
+        }
+    with one_at_a_time:
+        keep("pretexts", {name: row})
+
+
+def pretexts_table() -> str:
+    results = load("pretexts")
+    untrained = {r["backbone"]: r for name, r in results.items() if name.startswith("untrained")}
+    rows = []
+    for name in [*(n for n in results if n.startswith("untrained")), *PRETEXTS]:
+        if name not in results:
+            continue
+        r = results[name]
+        best = f"{r['best_layer_knn']:.3f} / {r['best_layer_linear']:.3f} ({r['best_layer']})"
+        row = [f"`{name}`" if name in PRETEXTS else name.replace(" ", " `") + "`"]
+        if name in PRETEXTS:
+            gain = r["linear"] - untrained[r["backbone"]]["linear"]
+            small = "ViT" if r["backbone"].startswith("vit") else ""
+            row += [small, f"{r['images_per_second']:.0f}", f"{r['knn']:.3f}", f"{r['linear']:.3f}"]
+            row.append(f"{gain:+.3f}")
+        else:
+            row += ["", "", f"{r['knn']:.3f}", f"{r['linear']:.3f}", ""]
+        rows.append([*row, best])
+    header = ["encoder", "", "images/s", "kNN", "linear", "gain", "best stage: kNN / linear"]
+    command = "python -m benchmarks.accuracy.pretexts --data DATA/cifar10 --out RUNS"
+    return markdown_table(header, rows) + "\n\n" + provenance(results, command)
+
+
+TABLES = {"pretexts": pretexts_table}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=4)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--arms", nargs="+", default=[*UNTRAINED, *PRETEXTS])
+    parser.add_argument("--steps", nargs="+", default=["train", "judge"])
+    options = parser.parse_args()
+    for step in options.steps:
+        waiting: Queue[str] = Queue()
+        for name in options.arms:
+            waiting.put(name)
+
+        def work(core: int, step: str = step, waiting: Queue[str] = waiting) -> None:
+            while True:
+                try:
+                    name = waiting.get_nowait()
+                except Empty:
+                    return
+                print(step, name, flush=True)
+                if step == "train":
+                    train(name, core, options.data, options.out, options.minutes)
+                else:
+                    judge(name, core, options.data, options.out)
+
+        cores = sorted(os.sched_getaffinity(0))[: options.jobs]
+        workers = [threading.Thread(target=work, args=(core,)) for core in cores]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+
+
+if __name__ == "__main__":
+    main()

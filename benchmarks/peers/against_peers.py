@@ -1,0 +1,398 @@
+"""The same work with every tool: vissl_lite, lightly, lightly-train, stable-pretraining.
+
+An environment for the peers, once:
+
+    python3 -m venv PEERS && PEERS/bin/pip install -r benchmarks/peers/requirements.txt
+
+Speed: the tools take turns, case by case and round by round, each alone on the whole machine, with
+the same images, backbone, views and batch, each as its own documentation runs it (peers/run_*.py
+say how, and where that stands). Beside them our training step alone on a batch made once, which is
+the limit. Photographs at 224 pixels are UC Merced's and BCCD's JPEG files (links to them, repeated:
+an epoch then outlasts the run), at 32 pixels the files of CIFAR-10. Every run is timed by the same
+clock (peers/clock.py) for --seconds after its warm-up, and then ended. Measured are
+
+    images a second, an image being a source image with all its views;
+    peak memory while training, of all processes of the tool: the sum of their proportional set
+        sizes (/proc/PID/smaps_rollup), which counts shared pages once, every half second;
+    seconds from the start of the process to the end of the first optimizer step;
+    seconds that each command line needs for --help.
+
+    python -m benchmarks.peers.against_peers speed --data DATA --peer_python PEERS/bin/python
+
+takes about 40 minutes a round on two cores. What is done is kept and not done again: a run that
+was cut off goes on, --rounds 3 adds to what there is, and --anew measures the given cases and tools
+again from nothing.
+
+Accuracy: each tool trains SimCLR on CIFAR-10 for the same minutes, with its own recipe; the
+encoders are judged by ``vissl-lite probe`` (kNN, k = 200, T = 0.1, and linear, on the test
+images).
+
+    python -m benchmarks.peers.against_peers accuracy --data DATA --out RUNS --peer_python PYTHON
+
+Results: benchmarks/results/peers.json and peers_accuracy.json.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS, keep, load, markdown_table, provenance, where_and_when
+
+HERE = Path(__file__).parent
+TOOLS = ("ours", "alone", "lightly", "lightly-train", "stable-pretraining")
+PEERS = TOOLS[2:]
+HELP = {
+    "ours": "vissl-lite",
+    "lightly": "lightly-ssl-train",
+    "lightly-train": "lightly-train",
+    "stable-pretraining": "spt",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of work; see ``Work`` in peers/work.py."""
+
+    pretext: str
+    backbone: str
+    image_size: int
+    batch_size: int
+    images: int
+
+    @property
+    def arguments(self) -> list[str]:
+        """As peers/work.py takes it."""
+        names = ("pretext", "backbone", "image_size", "batch_size")
+        return [text for name in names for text in (f"--{name}", str(getattr(self, name)))]
+
+
+CASES = {
+    "resnet18-simclr-224": Case("simclr", "resnet18", 224, 32, 4096),
+    "resnet50-simclr-224": Case("simclr", "resnet50", 224, 16, 4096),
+    "vit_small-simclr-224": Case("simclr", "vit_small_patch16_224", 224, 16, 4096),
+    "resnet18-dino-224": Case("dino", "resnet18", 224, 16, 4096),
+    "resnet50-dino-224": Case("dino", "resnet50", 224, 8, 4096),
+    "vit_small-dino-224": Case("dino", "vit_small_patch16_224", 224, 8, 4096),
+    "resnet18-simclr-32": Case("simclr", "resnet18", 32, 256, 65536),
+}
+SMALL = CASES["resnet18-simclr-32"]
+
+
+def sources(data: Path, case: Case) -> list[Path]:
+    """The files of a case."""
+    large = [data / "ucmerced", data / "bccd" / "JPEGImages"]
+    folders = large if case.image_size > 32 else [data / "cifar10" / "train"]
+    found = [sorted(folder.rglob("*.jp*g")) for folder in folders]
+    for folder, files in zip(folders, found, strict=True):
+        if not files:
+            raise SystemExit(f"no JPEG files below {folder}")
+    return [file.resolve() for files in found for file in files]
+
+
+def link(files: list[Path], folder: Path, count: int) -> None:
+    """Links to files, repeated up to a count, in a folder in a folder (as classes are)."""
+    (folder / "images").mkdir(parents=True)
+    for number in range(count):
+        file = files[number % len(files)]
+        (folder / "images" / f"{number:06d}{file.suffix}").symlink_to(file)
+
+
+def tree(pid: int) -> list[int]:
+    """A process and all that it started."""
+    found = [pid]
+    for one in found:
+        for task in Path(f"/proc/{one}/task").glob("*/children"):
+            try:
+                found += map(int, task.read_text().split())
+            except OSError:  # it has ended since
+                continue
+    return found
+
+
+def memory(pid: int, alone: bool = False) -> int:
+    """Proportional set size of a process, and all that it started if not alone, in bytes."""
+    total = 0
+    for one in [pid] if alone else tree(pid):
+        try:
+            lines = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
+        except OSError:
+            continue
+        total += 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total
+
+
+def run(command: list[str], log: Path, limit: float | None = None) -> tuple[float, int]:
+    """Run a command in a process group of its own.
+
+    Returns:
+        When it started (seconds since 1970) and the peak memory in bytes.
+    """
+    peak = 0
+    with log.open("w") as output:
+        started = time.time()
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, cwd=log.parent
+        )
+        try:
+            while process.poll() is None:
+                peak = max(peak, memory(process.pid))
+                if limit is not None and time.time() - started > limit:
+                    break
+                time.sleep(0.5)
+        finally:
+            # the data workers of a run that the clock ended, or all of one that was interrupted
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            status = process.wait()
+    if status:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
+        raise SystemExit(f"{tail}\n\n{' '.join(command)}\nended with {status}")
+    return started, peak
+
+
+def work(tool: str, peer_python: str, *arguments: object) -> list[str]:
+    """The command that has a tool do some work."""
+    python = peer_python if tool in PEERS else sys.executable
+    return [python, str(HERE / "work.py"), tool, *map(str, arguments)]
+
+
+def timed(tool: str, case: Case, images: Path, o: argparse.Namespace) -> dict[str, Any]:
+    """One run of one tool."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        length = ["--seconds", o.seconds, "--steps", o.steps]
+        length += ["--warmup_steps", o.warmup_steps, "--warmup_seconds", o.warmup_seconds]
+        where = ["--data", images, "--out", out]
+        command = work(tool, o.peer_python, *case.arguments, *where, *length)
+        started, peak = run(command, out / "log.txt", o.limit)
+        result = json.loads((out / "result.json").read_text())
+    result["seconds_to_first_step"] = round(result.pop("first_step_at") - started, 2)
+    result["peak_memory"] = peak
+    return {**result, "commit": where_and_when()["commit"]}
+
+
+def help_seconds(tool: str, peer_python: str) -> float:
+    """Seconds that a tool's command line takes to tell what it can."""
+    python = peer_python if tool in PEERS else sys.executable
+    start = time.perf_counter()
+    program = Path(python).absolute().parent / HELP[tool]
+    subprocess.run([program, "--help"], capture_output=True, check=True)
+    return round(time.perf_counter() - start, 3)
+
+
+def kept(name: str = "peers") -> dict[str, Any]:
+    """What has been measured."""
+    file = RESULTS / f"{name}.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    empty = {"accuracy": {}} if name == "peers_accuracy" else {"speed": {}, "help": {}}
+    return {**empty, **found}
+
+
+def speed(o: argparse.Namespace) -> None:
+    """Round by round, case by case, tool by tool; what is there already is left out."""
+    if o.anew:
+        results = kept()
+        for case in o.cases:
+            measured = results["help"] if case == "help" else results["speed"].get(case, {})
+            for tool in o.tools:
+                measured.pop(tool, None)
+        keep("peers", results)
+    for number in range(o.rounds):
+        if "help" in o.cases:
+            for _ in range(3):
+                for tool in (tool for tool in o.tools if tool in HELP):
+                    results = kept()
+                    seconds = results["help"].setdefault(tool, [])
+                    if len(seconds) < 3 * (number + 1):
+                        seconds.append(help_seconds(tool, o.peer_python))
+                        keep("peers", results)
+        for name in (name for name in o.cases if name != "help"):
+            case = CASES[name]
+            with tempfile.TemporaryDirectory() as folder:
+                link(sources(o.data, case), Path(folder), case.images)
+                for tool in o.tools:
+                    results = kept()
+                    runs = results["speed"].setdefault(name, {}).setdefault(tool, [])
+                    if len(runs) > number:
+                        continue
+                    runs.append(timed(tool, case, Path(folder), o))
+                    keep("peers", results)
+                    one = runs[-1]
+                    print(
+                        f"{name:22} {tool:20} {one['images_per_second']:8.1f} images/s "
+                        f"{one['peak_memory'] / 2**30:6.2f} GiB, first step after "
+                        f"{one['seconds_to_first_step']:5.1f} s, {one['steps']} steps of "
+                        f"{one['median_step_seconds']:.2f} s",
+                        flush=True,
+                    )
+
+
+def accuracy(o: argparse.Namespace) -> None:
+    """Train for equal minutes, one after the other, and judge."""
+    data = o.data / "cifar10"
+    cores = [] if o.cores is None else ["taskset", "-c", f"0-{o.cores - 1}"]
+    if o.cores is not None:
+        os.environ["OMP_NUM_THREADS"] = str(o.cores)
+    for tool in o.tools:
+        out = (o.out / tool).resolve()
+        out.mkdir(parents=True, exist_ok=True)
+        where = [*SMALL.arguments, "--data", data / "train", "--out", out]
+        steps = []
+        if tool in ("lightly-train", "stable-pretraining"):
+            # Their schedules have a length in steps: as many as fit, by a short run's speed.
+            # Trainer's own time limit ends what takes longer.
+            trial = [*where, "--seconds", min(30, 6 * o.minutes), "--warmup_seconds", 2]
+            run([*cores, *work(tool, o.peer_python, *trial)], out / "trial.txt")
+            rate = json.loads((out / "result.json").read_text())["images_per_second"]
+            steps = ["--max_steps", max(2, int(60 * o.minutes * rate / SMALL.batch_size))]
+        train = work(tool, o.peer_python, *where, "--minutes", o.minutes, *steps)
+        run([*cores, *train], out / "log.txt")
+        judged = ["--encoder", out / "encoder", "--data", data, "--out", out / "probe"]
+        judged += ["--k", 200, "--temperature", 0.1, "--image_size", 32, "--overwrite"]
+        program = Path(sys.executable).absolute().parent / "vissl-lite"
+        run([*cores, str(program), "probe", *map(str, judged)], out / "probe.txt")
+        scores = json.loads((out / "probe" / "results.json").read_text())
+        results = kept("peers_accuracy")
+        results["accuracy"][tool] = {
+            **json.loads((out / "result.json").read_text()),
+            "knn": scores["knn"],
+            "linear": scores["linear"],
+            "cores": o.cores or os.cpu_count(),
+        }
+        keep("peers_accuracy", results)
+        print(tool, results["accuracy"][tool], flush=True)
+
+
+def peers_table() -> str:
+    """Speed, the ratios that matter, memory and start-up, case by case; medians over rounds."""
+    if not (RESULTS / "peers.json").exists():
+        return "Not measured yet."
+    results = load("peers")
+    tools = ("ours", *PEERS)
+    speeds, costs = [], []
+    for case, runs in results["speed"].items():
+        found = {
+            tool: {
+                measure: statistics.median(one[measure] for one in each)
+                for measure in ("images_per_second", "peak_memory", "seconds_to_first_step")
+            }
+            for tool, each in runs.items()
+            if each
+        }
+        rate = {tool: one["images_per_second"] for tool, one in found.items()}
+        best = max((rate[tool] for tool in PEERS if tool in rate), default=None)
+        ours = rate.get("ours")
+        batch = next((one["batch_size"] for each in runs.values() for one in each), "")
+        row = [
+            f"{case}, batch {batch}",
+            *(f"{rate[tool]:.1f}" if tool in rate else "" for tool in tools),
+        ]
+        row.append(f"{ours / best:.2f}" if ours and best else "")
+        row.append(f"{rate['alone']:.1f}" if "alone" in rate else "")
+        row.append(f"{ours / rate['alone']:.2f}" if ours and "alone" in rate else "")
+        speeds.append(row)
+        costs.append([case])
+        for tool in tools:
+            one = found.get(tool, {"peak_memory": 0, "seconds_to_first_step": 0})
+            cell = f"{one['peak_memory'] / 2**30:.2f} / {one['seconds_to_first_step']:.1f}"
+            costs[-1].append(cell if tool in found else "")
+    header = ["images/s", *tools, "ours / best peer", "the step alone", "ours / step alone"]
+    helps = [[
+        f"{statistics.median(results['help'][tool]):.2f}" if results["help"].get(tool) else ""
+        for tool in tools
+    ]]  # fmt: skip
+    command = "python -m benchmarks.peers.against_peers speed --data DATA --peer_python PYTHON"
+    parts = [
+        markdown_table(header, speeds),
+        markdown_table(["peak memory in GiB / seconds to the first step", *tools], costs),
+        markdown_table([f"`{program}`, seconds" for program in HELP], helps),
+        provenance(results, command),
+    ]
+    return "\n\n".join(parts)
+
+
+def in_short_table() -> str:
+    """For the README: images a second against the fastest of the peers."""
+    results = load("peers")
+    rows = []
+    for case, runs in results["speed"].items():
+        rate = {
+            tool: statistics.median(one["images_per_second"] for one in each)
+            for tool, each in runs.items()
+            if each
+        }
+        if "ours" not in rate or any(tool not in rate for tool in PEERS):
+            continue
+        best = max(PEERS, key=lambda tool: rate[tool])
+        backbone, pretext, side = case.rsplit("-", 2)
+        rows.append([f"{pretext}, `{backbone}`, {side} px", f"{rate['ours']:.1f}",
+                     f"{rate[best]:.1f} ({best})", f"{rate['ours'] / rate[best]:.2f}"])  # fmt: skip
+    return (
+        markdown_table(["images per second", "vissl_lite", "fastest peer", "ratio"], rows)
+        + "\n\n"
+        + provenance(results, "python -m benchmarks.peers.against_peers speed --data DATA ...")
+    )
+
+
+def peers_accuracy_table() -> str:
+    """SimCLR on CIFAR-10 for equal minutes."""
+    results = load("peers_accuracy")
+    rows = [
+        [tool, str(r["cores"]), f"{r['minutes']:.1f}", f"{r['images_per_second']:.0f}",
+         f"{r['knn']:.3f}", f"{r['linear']:.3f}"]
+        for tool, r in results["accuracy"].items()
+    ]  # fmt: skip
+    command = (
+        "python -m benchmarks.peers.against_peers accuracy --data DATA --out RUNS "
+        "--peer_python PYTHON"
+    )
+    header = ["`resnet18`, 32 pixels", "cores", "minutes", "images/s", "kNN", "linear"]
+    return markdown_table(header, rows) + "\n\n" + provenance(results, command)
+
+
+TABLES = {"peers": peers_table, "in_short": in_short_table, "peers_accuracy": peers_accuracy_table}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    measured = commands.add_parser("speed")
+    names = ["help", *CASES]
+    measured.add_argument("--cases", nargs="+", choices=names, default=names)
+    measured.add_argument("--rounds", type=int, default=1)
+    measured.add_argument("--seconds", type=float, default=30, help="timed in a run, at least")
+    measured.add_argument("--steps", type=int, default=4, help="timed in a run, at least")
+    measured.add_argument("--warmup_steps", type=int, default=2)
+    measured.add_argument("--warmup_seconds", type=float, default=6)
+    measured.add_argument("--limit", type=float, default=600, help="seconds a run may take")
+    measured.add_argument("--anew", action="store_true", help="forget what is there before")
+    judged = commands.add_parser("accuracy")
+    judged.add_argument("--out", type=Path, required=True)
+    judged.add_argument("--minutes", type=float, default=8)
+    judged.add_argument("--cores", type=int, help="default all")
+    for one, tools in ((measured, TOOLS), (judged, ("ours", *PEERS))):
+        one.add_argument("--data", type=Path, required=True)
+        one.add_argument("--peer_python", required=True)
+        one.add_argument("--tools", nargs="+", choices=tools, default=list(tools))
+    o = parser.parse_args()
+    # so that what it started ends with it, then too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))
+    o.data = o.data.resolve()
+    o.peer_python = str(Path(o.peer_python).absolute())  # a virtual environment's link, kept
+    speed(o) if o.command == "speed" else accuracy(o)
+
+
+if __name__ == "__main__":
+    main()
