@@ -41,6 +41,16 @@ DRAWN = {
 }
 
 
+@contextmanager
+def trying(what: object) -> Iterator[None]:
+    """Names the input, of the many that a test tries, with which it has failed."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"with {what!r:.200}")
+        raise
+
+
 def _commands() -> Iterator[tuple[Any, str]]:
     for command, names in DRAWN.items():
         module = importlib.import_module(f"vissl_lite.commands.{command}")

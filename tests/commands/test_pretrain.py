@@ -123,7 +123,7 @@ STATES = (("simclr", 1), ("simclr", 6), ("moco", 5), ("dino", 5), ("mae", 5))
 
 def backbone_for(pretext: str) -> list[str]:
     transformer = PRETEXTS[pretext].about.backbones in ("ViT", "patches")
-    return ["--backbone", "vit_slim_patch4_32" if transformer else "test_resnet"]
+    return ["--backbone", "test_vit" if transformer else "test_resnet"]
 
 
 @pytest.mark.parametrize(("pretext", "last_step"), STATES)
@@ -300,9 +300,9 @@ def test_broken_images_are_named_and_too_many_stop_the_run(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few, many = tmp_path / "few", tmp_path / "many"
-    for folder, count in ((few, 2), (many, 12)):
+    for folder, images in ((few, 2), (many, 12)):
         folder.mkdir()
-        for index in range(count):
+        for index in range(images):
             (folder / f"broken{index}.jpg").write_bytes(b"not an image")
     assert run("--data", photos, few, *SMALL, "--epochs", 1, "--out", tmp_path / "a") == 0
     log = (tmp_path / "a" / "log.txt").read_text()
