@@ -308,7 +308,8 @@ def test_hyperparameters(name: str, tried: Tried, called: Called, place: Path) -
                 assert said is not None or good or 0 <= number < 10**6, (one, number)
 
 
-SAID = [("precision", "foo", "--precision foo is not known"),
+SAID = [
+    ("precision", "foo", "--precision foo is not known"),
     ("precision", "b16-mixed", "did you mean bf16-mixed"),
     ("precision", "transformer-engine", "pip install transformer_engine"),
     ("strategy", "foo", "--strategy foo is not known"),
@@ -341,7 +342,8 @@ SAID = [("precision", "foo", "--precision foo is not known"),
     ("max_time", "-1", "is no time"),
     ("max_time", "", "--max_time must not be empty"),
     ("accumulate_grad_batches", str(10**9), "must be at most"),
-    ("warmup", "1", "--warmup 1.0 is not a share")]  # fmt: skip
+    ("warmup", "1", "--warmup 1.0 is not a share"),
+]  # fmt: skip
 
 
 def test_what_is_said(tried: Tried, place: Path) -> None:
