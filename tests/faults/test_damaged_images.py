@@ -224,16 +224,16 @@ def test_bad_images_alone_are_one_line_of_error(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     source = data / "unlabelled"
-    words, _ = reading(command, models, tmp_path / "out")
     for kind in (cut, bomb, pipe):
+        words, _ = reading(command, models, tmp_path / kind.__name__)
         shutil.rmtree(source)
         source.mkdir()
-        for number in range(4):
+        for number in range(12):
             (source / f"{number}.jpg").write_bytes(png_header(8, 8))
             kind(source / f"{number}.jpg")
         status, shown = ends_well(*words, "--data", source, capsys=capsys)
         assert status == 2
-        said = "none of 4 images can be read" if kind in LISTED else "no images found in"
+        said = "none of 12 images can be read" if kind in LISTED else "no images found in"
         assert said in shown, kind
         assert "kinds" not in shown
 
@@ -399,7 +399,7 @@ def test_a_folder_that_is_unmounted_while_a_command_runs(
         status, shown = ends_well(*words, *out, capsys=capsys)
         if step == 0:
             assert status == 2
-            assert "No such file or directory" in shown or "20 images not readable" in shown
+            assert "No such file or directory" in shown or "0 images not readable" in shown
         if step == STEPS:
             assert status == 0
 

@@ -242,7 +242,8 @@ def test_a_report_is_made_of_what_can_be_read(run: Path) -> None:
 def test_a_report_leaves_damaged_files_out(name: str, run: Path) -> None:
     whole = (run / name).read_bytes()
     tried = Tried(lambda: write_report(run))
-    for text in (*TEXTS[::3], b"\xff" * 100, b"9999-99-99 99:99:99,000 WARNING x\n", b"step,step\n1,2\n",
+    for text in (*TEXTS[::3], b"\xff" * 100, b"9999-99-99 99:99:99,000 WARNING x\n",
+                 b"step,step\n1,2\n",
                  b"step,seconds,loss\n1,1,1e999\n\x00,\x00\n1e30,nan,x\n"):  # fmt: skip
         (run / name).write_bytes(text)
         assert tried(f"{name}: {text[:40]!r}")
