@@ -1,21 +1,21 @@
 # make demo        the main job on sample data
-# make test        checks and tests
-# make test-slow   tests that take long
+# make test        checks and all tests
+# make test-fast   tests that take a moment each
 # make docs        the documentation, in docs/_build
 # make check       lint, types, layers
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow check docs clean
+.PHONY: demo test test-fast check docs clean
 
 demo: .venv/installed
 	$(BIN)/vissl-lite demo --out runs/demo --overwrite
 
 test: check docs
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2
 
-test-slow: .venv/installed-dev
-	$(BIN)/python -m pytest -n 2 -m slow
+test-fast: .venv/installed-dev
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -6,15 +6,76 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
-from collections.abc import Generator
+import importlib
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 torch.set_num_threads(1)
+
+# The same few examples each time: continuous integration must not fail by chance.
+hypothesis.settings.register_profile(
+    "few",
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+hypothesis.settings.load_profile("few")
+
+# What commands draw at the end of a run. It takes ten times as long as the training of a test.
+DRAWN = {
+    "pretrain": ("plot_curves", "add_pretext", "add_embeddings", "add_report"),
+    "finetune": ("plot_curves", "add_test_embeddings", "add_test_pictures", "add_report"),
+    "probe": ("add_test_embeddings", "add_report"),
+    "compare": ("add_test_embeddings", "add_report"),
+    "predict": ("add_report",),
+}
+
+
+@contextmanager
+def trying(what: object) -> Iterator[None]:
+    """Names the input, of the many that a test tries, with which it has failed."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"with {what!r:.200}")
+        raise
+
+
+def _commands() -> Iterator[tuple[Any, str]]:
+    for command, names in DRAWN.items():
+        module = importlib.import_module(f"vissl_lite.commands.{command}")
+        yield from ((module, name) for name in names)
+
+
+@contextmanager
+def without_pictures() -> Iterator[None]:
+    """Within it, commands leave out pictures, maps and reports."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in _commands():
+            nothing = lambda *_, **__: None  # noqa: E731
+            nothing.original = getattr(module, name)  # type: ignore[attr-defined]
+            patch.setattr(module, name, nothing)
+        yield
+
+
+@contextmanager
+def with_pictures() -> Iterator[None]:
+    """Within it, commands draw, wherever else they do not."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in _commands():
+            function = getattr(module, name)
+            patch.setattr(module, name, getattr(function, "original", function))
+        yield
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,13 +1,22 @@
 """What tests of several commands begin with."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.conftest import without_pictures
 from vissl_lite.encoder import build_encoder
 from vissl_lite.encoder_folder import save_encoder
 from vissl_lite.evaluation import embedding
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_runs() -> Iterator[None]:
+    """Commands leave out pictures and reports, but for those that tests look at."""
+    with without_pictures():
+        yield
 
 
 @pytest.fixture(autouse=True)

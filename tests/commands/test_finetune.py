@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import vissl_lite
+from tests.conftest import with_pictures
 from vissl_lite.cli import main
 
 
@@ -16,7 +17,8 @@ def tuned(encoder: Path, labelled: Path, tmp_path_factory: pytest.TempPathFactor
     out = tmp_path_factory.mktemp("runs") / "tuned"
     arguments = ["--encoder", encoder, "--data", labelled, "--out", out, "--epochs", 12]
     options = ["--batch_size", "10", "--balanced", "--num_workers", "0"]
-    assert main(["finetune", "--task", "classification", *map(str, arguments), *options]) == 0
+    with with_pictures():
+        assert main(["finetune", "--task", "classification", *map(str, arguments), *options]) == 0
     return out
 
 

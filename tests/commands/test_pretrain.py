@@ -3,11 +3,10 @@
 import csv
 import json
 import math
-import os
-import signal
 import subprocess
 import sys
 import time
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.conftest import with_pictures
 from vissl_lite.cli import main
 from vissl_lite.commands.pretrain import pretrain
 from vissl_lite.commands.pretrain_options import default_backbone, parse_time
@@ -29,7 +29,6 @@ from vissl_lite.pretext.simclr import SimCLR
 from vissl_lite.training.checkpoints import Checkpoints, read_checkpoint
 
 SMALL = ["--backbone", "test_resnet", "--image_size", "32", "--batch_size", "8"]
-COMMAND = [sys.executable, "-m", "vissl_lite", "pretrain"]
 
 
 def run(*arguments: str | Path) -> int:
@@ -55,10 +54,11 @@ def rows(out: Path) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def finished(photos: Path, labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
-    status = run(
-        "--data", photos, "--out", out, "--epochs", 4, "--num_workers", 0, *SMALL,
-        "--probe_data", labelled, "--pretext.temperature", 0.3,
-    )  # fmt: skip
+    with with_pictures():
+        status = run(
+            "--data", photos, "--out", out, "--epochs", 4, "--num_workers", 0, *SMALL,
+            "--probe_data", labelled, "--pretext.temperature", 0.3,
+        )  # fmt: skip
     assert status == 0
     return out
 
@@ -117,31 +117,16 @@ class KilledError(Exception):
     """Stands for whatever ends a process at the worst moment."""
 
 
-@pytest.fixture
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For runs of which the weights alone matter: pictures take longer than they do."""
-    for name in ("add_pretext", "add_embeddings", "add_report", "plot_curves"):
-        monkeypatch.setattr(f"vissl_lite.commands.pretrain.{name}", lambda *_, **__: None)
-
-
-# Each has something else to save: prototypes, teachers, masks, densified layers.
-QUICK = ("swav", "dino", "ibot", "mae", "spark")
+# What there is to save: weights alone, a queue and a teacher, a center, masks.
+STATES = (("simclr", 1), ("simclr", 6), ("moco", 5), ("dino", 5), ("mae", 5))
 
 
 def backbone_for(pretext: str) -> list[str]:
     transformer = PRETEXTS[pretext].about.backbones in ("ViT", "patches")
-    return ["--backbone", "vit_slim_patch4_32" if transformer else "test_resnet"]
+    return ["--backbone", "test_vit" if transformer else "test_resnet"]
 
 
-@pytest.mark.usefixtures("no_report")
-@pytest.mark.parametrize(
-    ("pretext", "last_step"),
-    [
-        ("simclr", 1),
-        ("simclr", 6),
-        *(pytest.param(n, 5, marks=() if n in QUICK else pytest.mark.slow) for n in PRETEXTS),
-    ],
-)
+@pytest.mark.parametrize(("pretext", "last_step"), STATES)
 def test_resume_continues_as_if_nothing_had_happened(
     pretext: str, last_step: int, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,15 +156,13 @@ def test_resume_continues_as_if_nothing_had_happened(
     assert steps == sorted(set(steps))
 
 
-@pytest.mark.usefixtures("no_report")
-@pytest.mark.parametrize("pretext", ["simclr", "byol"])
 def test_resume_between_accumulated_batches(
-    pretext: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed after the first of two batches of a step: it goes on from the step before."""
     from vissl_lite.training.pace import Pace
 
-    options = ["--data", photos, *SMALL, "--epochs", 4, "--pretext", pretext]
+    options = ["--data", photos, *SMALL, "--epochs", 4, "--pretext", "byol"]
     options += ["--accumulate_grad_batches", 2]
     assert run(*options, "--out", tmp_path / "whole") == 0
     assert json.loads((tmp_path / "whole" / "results.json").read_text())["steps"] == 6
@@ -243,32 +226,6 @@ def test_masked_views_can_not_grow(
     assert not (tmp_path / "run").exists()
 
 
-def test_resume_after_kill_9_at_any_moment(photos: Path, tmp_path: Path) -> None:
-    options = ["--data", str(photos), *SMALL, "--epochs", "60"]
-    process = subprocess.Popen(
-        [*COMMAND, *options, "--out", str(tmp_path / "killed")],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    checkpoint = tmp_path / "killed" / "checkpoints" / "last.ckpt"
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert checkpoint.exists()
-    if (tmp_path / "killed" / "results.json").exists():
-        pytest.fail("the run ended before it was killed: give it more epochs")
-    # in new processes as well: what other tests have loaded into this one may change the last bits
-    for rest in (
-        ["--out", tmp_path / "killed", "--resume"],
-        [*options, "--out", tmp_path / "whole"],
-    ):
-        subprocess.run([*COMMAND, *map(str, rest)], check=True, stderr=subprocess.DEVNULL)
-    assert_equal_weights(tmp_path / "whole", tmp_path / "killed")
-
-
 def test_resuming_a_finished_run_gives_its_result(finished: Path, photos: Path) -> None:
     before = (finished / "results.json").read_text()
     result = pretrain(data=str(photos), out=str(finished), resume=True)
@@ -292,31 +249,29 @@ def test_a_checkpoint_with_a_pickle_is_never_executed(
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_time_budget_is_kept_schedule_and_all(photos: Path, tmp_path: Path) -> None:
-    started = time.monotonic()
-    assert run("--data", photos, *SMALL, "--max_time", 12, "--out", tmp_path / "run") == 0
-    spent = time.monotonic() - started
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["seconds"] == pytest.approx(
-        12, rel=0.1
-    )
-    assert spent < 20
+def test_a_time_budget_is_kept_schedule_and_all(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that goes on by 20 ms each time that anybody looks at it."""
+    begun, looks = time.monotonic(), count()
+    monkeypatch.setattr(time, "monotonic", lambda: begun + next(looks) / 50)
+    assert run("--data", photos, *SMALL, "--max_time", 12, "--out", tmp_path / "run",
+               "--num_workers", 0) == 0  # fmt: skip
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["seconds"] == pytest.approx(12, rel=0.1)
+    assert results["steps"] > 20
     rates = [float(row["lr"]) for row in rows(tmp_path / "run") if row["lr"]]
     assert max(rates) > 0.9 * max(rates[len(rates) // 20 :])
-    assert rates[-1] < 0.02 * max(rates)
+    assert rates[-1] < 0.05 * max(rates)
 
 
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("00:15:00", 900), ("90", 90), (90, 90), ("02:30", 150), ("1-00:00:01", 86401)],
-)
-def test_times(text: str | int, seconds: int) -> None:
-    assert parse_time(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["soon", "0", "-5", "1:2:3:4:5"])
-def test_no_times(text: str) -> None:
-    with pytest.raises(UserError, match="max_time"):
-        parse_time(text)
+def test_times() -> None:
+    for text, seconds in (("00:15:00", 900), ("90", 90), (90, 90), ("02:30", 150),
+                          ("1-00:00:01", 86401)):  # fmt: skip
+        assert parse_time(text) == seconds, text
+    for text in ("soon", "0", "-5", "1:2:3:4:5"):
+        with pytest.raises(UserError, match="max_time"):
+            parse_time(text)
 
 
 def test_yaml_may_name_the_pretext_alone(photos: Path, tmp_path: Path) -> None:
@@ -327,31 +282,27 @@ def test_yaml_may_name_the_pretext_alone(photos: Path, tmp_path: Path) -> None:
     assert any(row.get("accuracy") for row in rows(out))
 
 
-@pytest.mark.parametrize("source", ["run", "folder", "file"])
 def test_init_takes_a_run_a_folder_or_a_state_dict(
-    source: str, finished: Path, photos: Path, tmp_path: Path
+    finished: Path, photos: Path, tmp_path: Path
 ) -> None:
-    if source == "file":
-        torch.save(weights(finished), tmp_path / "weights.pth")
-    init = {"run": finished, "folder": finished / "encoder", "file": tmp_path / "weights.pth"}
-    out = tmp_path / "run"
-    status = run(
-        "--data", photos, "--out", out, *SMALL, "--epochs", 1, "--init", init[source],
-        "--lr", 1e-12, "--num_workers", 0,
-    )  # fmt: skip
-    assert status == 0
-    for name, tensor in weights(out).items():
-        if "running" not in name and "num_batches" not in name:
-            torch.testing.assert_close(tensor, weights(finished)[name], msg=name)
+    torch.save(weights(finished), tmp_path / "weights.pth")
+    for number, init in enumerate((finished, finished / "encoder", tmp_path / "weights.pth")):
+        out = tmp_path / str(number)
+        assert run("--data", photos, "--out", out, *SMALL, "--epochs", 1, "--init", init,
+                   "--lr", 1e-12, "--num_workers", 0) == 0  # fmt: skip
+        for name, tensor in weights(out).items():
+            if "running" not in name and "num_batches" not in name:
+                said = f"{name} from {init}"
+                torch.testing.assert_close(tensor, weights(finished)[name], msg=said)
 
 
 def test_broken_images_are_named_and_too_many_stop_the_run(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few, many = tmp_path / "few", tmp_path / "many"
-    for folder, count in ((few, 2), (many, 12)):
+    for folder, images in ((few, 2), (many, 12)):
         folder.mkdir()
-        for index in range(count):
+        for index in range(images):
             (folder / f"broken{index}.jpg").write_bytes(b"not an image")
     assert run("--data", photos, few, *SMALL, "--epochs", 1, "--out", tmp_path / "a") == 0
     log = (tmp_path / "a" / "log.txt").read_text()
@@ -467,28 +418,30 @@ def test_tensorboard_gets_the_curves_where_it_is_installed(finished: Path, tmp_p
     assert not (out / "tensorboard").exists()
 
 
-@pytest.mark.parametrize("pretext", ["simclr", "swav", "dino"])
-def test_two_processes_train_one_encoder(pretext: str, photos: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_two_processes_train_one_encoder(photos: Path, tmp_path: Path) -> None:
     """``--devices 2 --strategy ddp`` on the CPU: as many steps as one process, at equal batch."""
     out = tmp_path / "ddp"
     options = ["--data", str(photos), *SMALL, "--epochs", "2", "--num_workers", "0"]
-    options += ["--pretext", pretext]
-    done = subprocess.run(
-        [*COMMAND, *options, "--out", str(out), "--devices", "2", "--strategy", "ddp"],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    options += ["--out", str(out), "--devices", "2", "--strategy", "ddp"]
+    command = [sys.executable, "-m", "vissl_lite", "pretrain", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads((out / "results.json").read_text())["steps"] == 6
     assert all(tensor.isfinite().all() for tensor in weights(out).values())
 
 
-@pytest.mark.parametrize("name", PRETEXTS)
-@pytest.mark.parametrize("size", [32, 64, 224])
-def test_the_default_backbone_suits_the_pretext(name: str, size: int) -> None:
-    check_backbone(PRETEXTS[name].about, build_encoder(default_backbone(name, size), size))
+def test_the_default_backbone_suits_the_pretext() -> None:
+    for name, size, backbone in (
+        ("simclr", 32, "resnet18"),
+        ("spark", 224, "resnet18"),
+        ("mae", 32, "vit_tiny_patch4_32"),
+        ("ibot", 224, "vit_tiny_patch16_224"),
+    ):
+        assert default_backbone(name, size) == backbone
+        with torch.device("meta"):
+            encoder = build_encoder(backbone, size)
+        check_backbone(PRETEXTS[name].about, encoder)  # else it raises
 
 
 def test_from_python_with_a_vit(photos: Path, tmp_path: Path) -> None:

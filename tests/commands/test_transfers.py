@@ -10,6 +10,7 @@ import timm
 from PIL import Image
 
 import vissl_lite
+from tests.conftest import with_pictures
 from vissl_lite.cli import main
 from vissl_lite.data.sample import make_sample_data
 from vissl_lite.transfer.detection.data import load_boxes
@@ -31,7 +32,8 @@ def detector(sample: Path, encoder: Path, tmp_path_factory: pytest.TempPathFacto
     common = ("--encoder", encoder, "--data", sample, "--out", out, "--num_workers", 0)
     # FCOS finds something after the first step already
     how = ("--task", "detection", "--detector", "fcos", "--epochs", 2)
-    assert run("finetune", *how, *common) == 0
+    with with_pictures():
+        assert run("finetune", *how, *common) == 0
     return out
 
 
@@ -39,7 +41,8 @@ def detector(sample: Path, encoder: Path, tmp_path_factory: pytest.TempPathFacto
 def segmenter(sample: Path, encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "segmenter"
     common = ("--encoder", encoder, "--data", sample, "--out", out, "--num_workers", 0)
-    assert run("finetune", "--task", "segmentation", *common, "--epochs", 2) == 0
+    with with_pictures():
+        assert run("finetune", "--task", "segmentation", *common, "--epochs", 2) == 0
     return out
 
 
@@ -149,7 +152,8 @@ def test_several_labels_an_image(labelled: Path, encoder: Path, tmp_path: Path) 
     out = tmp_path / "run"
     common = ("--encoder", encoder, "--data", tmp_path / "labels.csv", "--out", out)
     options = ("--epochs", 12, "--batch_size", 9, "--class_weights", "balanced")
-    assert run("finetune", *common, *options, "--num_workers", 0) == 0
+    with with_pictures():
+        assert run("finetune", *common, *options, "--num_workers", 0) == 0
     results = json.loads((out / "results.json").read_text())
     assert results["classes"] == ["green", "red", "warm"]
     assert results["test"]["map"] > 0.8

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,19 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.conftest import without_pictures
 from vissl_lite.cli import main
-from vissl_lite.commands import compare, finetune, predict, pretrain, probe
 from vissl_lite.encoder import build_encoder
 from vissl_lite.encoder_folder import save_encoder
-from vissl_lite.transfer.classification.task import Classification
-
-PICTURES = (
-    (pretrain, "plot_curves"), (pretrain, "add_pretext"), (pretrain, "add_embeddings"),
-    (pretrain, "add_report"), (finetune, "plot_curves"), (finetune, "add_test_embeddings"),
-    (finetune, "add_report"), (Classification, "visualize"), (probe, "add_test_embeddings"),
-    (probe, "add_report"), (compare, "add_test_embeddings"), (compare, "add_report"),
-    (predict, "add_report"),
-)  # fmt: skip
 
 PATIENCE = 240  # seconds for what takes a few on an idle machine
 
@@ -42,6 +33,13 @@ def last_given(words: Sequence[str]) -> list[str]:
             options[option] = []
         options.setdefault(option, []).append(word)
     return [word for given in options.values() for word in given]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_runs() -> Iterator[None]:
+    """Commands leave out pictures and reports."""
+    with without_pictures():
+        yield
 
 
 class Child:
@@ -140,10 +138,8 @@ def send_at(call: int, number: signal.Signals, owner: Any, name: str) -> Callabl
 
 
 @pytest.fixture
-def fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "Fork":
-    """Starts commands, which leave out pictures and reports: these take longer than all else."""
-    for module, name in PICTURES:
-        monkeypatch.setattr(module, name, lambda *_, **__: None)
+def fork(tmp_path: Path) -> "Fork":
+    """Starts commands, each in a process of its own."""
     number = iter(range(1000))
 
     def begin(

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from vissl_lite.errors import UserError
 
@@ -30,9 +29,6 @@ TEXTS: tuple[bytes, ...] = (
     b'{"a": "\\ud800"}', "{}".encode("utf-16"), b"\x89PNG\r\n\x1a\n", b"a: &a [*a, *a]",
     b"- " * 50_000, b"{" * 50_000,
 )  # fmt: skip
-
-# Few cases of those that there are, of each kind some; and all of them.
-STRIDES = (13, pytest.param(1, marks=pytest.mark.slow))
 
 # A value may take so much time of the processor in seconds, and so much memory in bytes.
 SECONDS, MEMORY = 5.0, 2**30

@@ -10,10 +10,10 @@ import os
 import re
 import resource
 import shutil
+import signal
 import socket
 import socketserver
 import struct
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -22,18 +22,20 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from io import BytesIO
+from itertools import count, cycle
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import braceexpand
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import vissl_lite
 import vissl_lite.commands.shard  # else the name is that of the function
-from tests.conftest import blobs
+from tests.conftest import blobs, trying
 from vissl_lite.cli import main
 from vissl_lite.data import download, shard_index, shard_stream, tar_reader
 from vissl_lite.data.braces import MOST, count_names, expand
@@ -406,59 +408,58 @@ def test_without_curl(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize(
-    "tail",
-    ["x.tar;touch PWNED", "$(touch PWNED).tar", "`touch PWNED`.tar", "'; touch PWNED; '.tar",
+TAILS = ["x.tar;touch PWNED", "$(touch PWNED).tar", "`touch PWNED`.tar", "'; touch PWNED; '.tar",
      '"; touch PWNED; ".tar', "x.tar|touch PWNED", "x.tar&&touch PWNED", "[1-999999].tar",
-     "{a,b}.tar", "x.tar -o PWNED", "x.tar --output PWNED"],
-)  # fmt: skip
-@pytest.mark.parametrize("start", ["", "-o"])
+     "{a,b}.tar", "x.tar -o PWNED", "x.tar --output PWNED"]  # fmt: skip
+
+
+@pytest.mark.usefixtures("impatient")
 def test_a_hostile_url_in_an_index_reaches_no_shell(
-    tail: str, start: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for url in (f"{server.url}/ok/{start}{tail}", f"{start}{tail}"):
+    tails = [f"{start}{tail}" for tail, start in zip(TAILS, cycle(["", "-o"]), strict=False)]
+    urls = [(tail, url) for tail in tails for url in (f"{server.url}/ok/{tail}", tail)]
+    for tail, url in urls:
         entry = {"url": url, "nsamples": IMAGES}
         server.files["/ok/index.json"] = json.dumps({"shardlist": [entry]}).encode()
         found = find_shards([f"{server.url}/ok/index.json"])
         assert found is not None
-        assert found.urls == [f"{server.url}/ok/{start}{tail}"]
+        assert found.urls == [f"{server.url}/ok/{tail}"]
         images, why = images_of(found.urls[0])
         assert images == CONTENT or why == "it is not a URL"  # curl refuses blanks
     assert os.listdir() == []
 
 
-@pytest.mark.parametrize(
-    ("url", "message"),
-    [
-        ("pipe:touch PWNED", "names a command, which is never run: pipe:touch PWNED"),
-        (" PIPE:touch PWNED", "names a command, which is never run"),
-        ("file:///etc/passwd", "an index must give names beside it, or URLs"),
-        ("FILE:x.tar", "an index must give names beside it, or URLs"),
-        ("gopher://x/y.tar", "gopher://x/y.tar can't be opened: there are "),
-        ("://x", "can't be opened: there are "),
-        ("x\n.tar", "shard 0 in it has a url that is none"),
-        ("x\0.tar", "shard 0 in it has a url that is none"),
-        ("\x1b[2Jx.tar", "shard 0 in it has a url that is none"),
-        ("", "shard 0 in it has a url that is none"),
-        ("x" * 5000, "shard 0 in it has a url that is none"),
-        (7, "shard 0 in it has a url that is none"),
-        (None, "shard 0 in it has a url that is none"),
-    ],
-)
-@pytest.mark.parametrize("remote", [True, False])
+NAMED = [
+    ("pipe:touch PWNED", "names a command, which is never run: pipe:touch PWNED"),
+    (" PIPE:touch PWNED", "names a command, which is never run"),
+    ("file:///etc/passwd", "an index must give names beside it, or URLs"),
+    ("FILE:x.tar", "an index must give names beside it, or URLs"),
+    ("gopher://x/y.tar", "gopher://x/y.tar can't be opened: there are "),
+    ("://x", "can't be opened: there are "),
+    ("x\n.tar", "shard 0 in it has a url that is none"),
+    ("x\0.tar", "shard 0 in it has a url that is none"),
+    ("\x1b[2Jx.tar", "shard 0 in it has a url that is none"),
+    ("", "shard 0 in it has a url that is none"),
+    ("x" * 5000, "shard 0 in it has a url that is none"),
+    (7, "shard 0 in it has a url that is none"),
+    (None, "shard 0 in it has a url that is none"),
+]
+
+
 def test_what_an_index_must_not_name(
-    url: object, message: str, remote: bool, server: Server, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    content = json.dumps({"shardlist": [{"url": url, "nsamples": 3}]})
-    server.files["/ok/index.json"] = content.encode()
-    (tmp_path / "index.json").write_text(content)
-    with pytest.raises(UserError, match=re.escape(message)) as caught:
-        find_shards([f"{server.url}/ok/index.json" if remote else "index.json"])
-    assert "\n" not in str(caught.value)
+    for url, message in NAMED:
+        content = json.dumps({"shardlist": [{"url": url, "nsamples": 3}]})
+        server.files["/ok/index.json"] = content.encode()
+        (tmp_path / "index.json").write_text(content)
+        for index in (f"{server.url}/ok/index.json", "index.json"):
+            with trying((url, index)), pytest.raises(UserError, match=re.escape(message)) as caught:
+                find_shards([index])
+            assert "\n" not in str(caught.value)
     assert os.listdir() == ["index.json"]
 
 
@@ -478,62 +479,62 @@ def test_an_index_from_a_server_names_nothing_on_this_machine(
         assert found.urls == [place]
 
 
-@pytest.mark.parametrize(
-    ("content", "why"),
-    [
-        (b"", "it is no JSON that can be read"),
-        (b"<!DOCTYPE html>", "it begins with b'<!DOCTYPE html>'"),
-        (b"\xff\xfe\xff", "it is no JSON that can be read"),
-        (b"[" * 100_000, "it is no JSON that can be read"),
-        (b'{"a":' * 100_000, "it is no JSON that can be read"),
-        (b"[]", "it has no list of shards, named shardlist"),
-        (b"null", "it has no list of shards, named shardlist"),
-        (b'{"shardlist": {}}', "it has no list of shards, named shardlist"),
-        (b'{"shardlist": [3]}', "shard 0 in it has no url and no nsamples"),
-        (b'{"shardlist": [{"url": "x.tar"}]}', "an nsamples that is no number"),
-        (b'{"shardlist": [{"url": "x.tar", "nsamples": -1}]}', "an nsamples that is no number"),
-        (b'{"shardlist": [{"url": "x.tar", "nsamples": 1.5}]}', "an nsamples that is no number"),
-        (b'{"shardlist": [{"url": "x.tar", "nsamples": true}]}', "an nsamples that is no number"),
-        (b'{"shardlist": [{"url": "x.tar", "nsamples": NaN}]}', "an nsamples that is no number"),
-        (b'{"shardlist": [{"url": "x.tar", "nsamples": 1e400}]}', "an nsamples that is no number"),
-        (b'{"shardlist": [{"url": "x.tar", "nsamples": %s}]}' % (b"9" * 400), "has 400 digits"),
-        (b'{"shardlist": [{"url": "x.tar", "nsamples": %s}]}' % (b"9" * 9999), "has 9999 digits"),
-        (b'{"shardlist": [{"url": "x.tar", "nsamples": 1, "filesize": -1}]}', "a filesize that"),
-        (
-            b'{"shardlist": [{"url": "x.tar", "nsamples": 9, "filesize": 512}]}',
-            "can't hold 9 images in 512 bytes",
-        ),
-        (
-            b'{"shardlist": [%s, %s]}' % ((b'{"url": "x.tar", "nsamples": 1}',) * 2),
-            "it names a shard twice",
-        ),
-        (b'{"shardlist": []}', "lists no shards"),
-        (b'{"shardlist": [], "shardlist": 3}', "has the key 'shardlist' twice"),
-    ],
-)
-def test_a_damaged_index(
-    content: bytes, why: str, server: Server, tmp_path: Path, said: list[str]
-) -> None:
+INDICES = [
+    (b"", "it is no JSON that can be read"),
+    (b"<!DOCTYPE html>", "it begins with b'<!DOCTYPE html>'"),
+    (b"\xff\xfe\xff", "it is no JSON that can be read"),
+    (b"[" * 100_000, "it is no JSON that can be read"),
+    (b'{"a":' * 100_000, "it is no JSON that can be read"),
+    (b"[]", "it has no list of shards, named shardlist"),
+    (b"null", "it has no list of shards, named shardlist"),
+    (b'{"shardlist": {}}', "it has no list of shards, named shardlist"),
+    (b'{"shardlist": [3]}', "shard 0 in it has no url and no nsamples"),
+    (b'{"shardlist": [{"url": "x.tar"}]}', "an nsamples that is no number"),
+    (b'{"shardlist": [{"url": "x.tar", "nsamples": -1}]}', "an nsamples that is no number"),
+    (b'{"shardlist": [{"url": "x.tar", "nsamples": 1.5}]}', "an nsamples that is no number"),
+    (b'{"shardlist": [{"url": "x.tar", "nsamples": true}]}', "an nsamples that is no number"),
+    (b'{"shardlist": [{"url": "x.tar", "nsamples": NaN}]}', "an nsamples that is no number"),
+    (b'{"shardlist": [{"url": "x.tar", "nsamples": 1e400}]}', "an nsamples that is no number"),
+    (b'{"shardlist": [{"url": "x.tar", "nsamples": %s}]}' % (b"9" * 400), "has 400 digits"),
+    (b'{"shardlist": [{"url": "x.tar", "nsamples": %s}]}' % (b"9" * 9999), "has 9999 digits"),
+    (b'{"shardlist": [{"url": "x.tar", "nsamples": 1, "filesize": -1}]}', "a filesize that"),
+    (
+        b'{"shardlist": [{"url": "x.tar", "nsamples": 9, "filesize": 512}]}',
+        "can't hold 9 images in 512 bytes",
+    ),
+    (
+        b'{"shardlist": [%s, %s]}' % ((b'{"url": "x.tar", "nsamples": 1}',) * 2),
+        "it names a shard twice",
+    ),
+    (b'{"shardlist": []}', "lists no shards"),
+    (b'{"shardlist": [], "shardlist": 3}', "has the key 'shardlist' twice"),
+]
+
+
+def test_a_damaged_index(server: Server, tmp_path: Path, said: list[str]) -> None:
     """It is named; shards on a disk are counted then, of others nothing is known."""
-    server.files["/ok/index.json"] = content
-    (tmp_path / "index.json").write_bytes(content)
     (tmp_path / "x.tar").write_bytes(TAR)
-    empty = content == b'{"shardlist": []}'
-    for source in (f"{server.url}/ok/index.json", f"{server.url}/ok/x.tar",
-                   str(tmp_path / "index.json")):  # fmt: skip
-        if empty and source.endswith(".tar"):
-            continue
-        with pytest.raises(UserError, match=re.escape(why)) as caught:
-            find_shards([source])
-        assert "\n" not in str(caught.value)
-    assert not said
-    counted = find_shards([str(tmp_path / "x.tar")])
-    assert counted is not None
-    assert len(counted) == IMAGES
-    if not empty:
-        (line,) = said
-        assert line.startswith(f"{tmp_path}/index.json can't be used, and the shards are counted: ")
-        assert why in line
+    for content, why in INDICES:
+        said.clear()
+        server.files["/ok/index.json"] = content
+        (tmp_path / "index.json").write_bytes(content)
+        empty = content == b'{"shardlist": []}'
+        with trying(content):
+            for source in (f"{server.url}/ok/index.json", f"{server.url}/ok/x.tar",
+                           str(tmp_path / "index.json")):  # fmt: skip
+                if empty and source.endswith(".tar"):
+                    continue
+                with pytest.raises(UserError, match=re.escape(why)) as caught:
+                    find_shards([source])
+                assert "\n" not in str(caught.value)
+            assert not said
+            counted = find_shards([str(tmp_path / "x.tar")])
+            assert counted is not None
+            assert len(counted) == IMAGES
+            if not empty:
+                (line,) = said
+                assert line.startswith(f"{tmp_path}/index.json can't be used, and the shards are")
+                assert why in line
 
 
 def test_an_index_that_is_too_large_or_no_file(tmp_path: Path, server: Server) -> None:
@@ -565,7 +566,6 @@ def test_counts_that_are_not_those_of_the_shards(server: Server, said: list[str]
     assert len(said) == 1
 
 
-@settings(max_examples=150, deadline=1000, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text()
@@ -774,12 +774,11 @@ ODD_TARS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ODD_TARS)
-def test_odd_tars(kind: str) -> None:
-    data, members, why = ODD_TARS[kind]
-    start = time.monotonic()
-    assert members_of(data) == (members, why)
-    assert time.monotonic() - start < 1
+def test_odd_tars() -> None:
+    for kind, (data, members, why) in ODD_TARS.items():
+        start = time.process_time()
+        assert members_of(data) == (members, why), kind
+        assert time.process_time() - start < 5, kind  # a thousand headers are no loop of loops
 
 
 @pytest.mark.parametrize("opened", [gzip.compress, bz2.compress, lzma.compress])
@@ -792,8 +791,9 @@ def test_compressed_tars(opened: Callable[[bytes], bytes]) -> None:
     members_of(data[:-200] + bytes(200))  # what is wrong with the last image decoding shows
 
 
-@pytest.mark.parametrize("opened", [gzip, bz2, lzma])
-@pytest.mark.parametrize("name", [b"a.jpg", b"a.txt"])
+@pytest.mark.parametrize(
+    ("opened", "name"), [(gzip, b"a.jpg"), (gzip, b"a.txt"), (bz2, b"a.jpg"), (lzma, b"a.jpg")]
+)
 def test_a_bomb(
     opened: ModuleType, name: bytes, tmp_path: Path, said: list[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -859,7 +859,6 @@ NAMES = st.text(
 ).map(lambda name: name.strip("/") or "x")
 
 
-@settings(max_examples=60, deadline=1000)
 @given(
     st.lists(st.tuples(NAMES, st.binary(max_size=1500)), min_size=1, max_size=5),
     st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
@@ -874,7 +873,6 @@ def test_tars_are_read_as_python_does(members: list[tuple[str, bytes]], kind: in
     assert members_of(data) == (expected, "")
 
 
-@settings(max_examples=200, deadline=1000)
 @given(
     st.lists(st.tuples(st.integers(0, 12_000), st.binary(min_size=1, max_size=8)), max_size=8),
     st.none() | st.integers(0, 12_000),
@@ -896,36 +894,35 @@ def test_any_damage_to_a_tar(
 # Names with braces
 
 
-@pytest.mark.parametrize(
-    ("pattern", "message"),
-    [
-        ("x-{0..9999999999}.tar", "stands for 10,000,000,000 shards: at most 1,000,000"),
-        ("{0..9999}{0..9999}.tar", "stands for 100,000,000 shards"),
-        ("{0..999}-{a..z}-{0..999}.tar", "stands for 26,000,000 shards"),
-        ("{,}" * 60 + ".tar", "stands for far too many shards"),
-        ("{a,{0..999}{0..9999}}.tar", "stands for 10,000,001 shards"),
-        (f"{{0..{'9' * 5000}}}.tar", "stands for far too many shards"),
-        ("http://127.0.0.1:9/{0..9999999}.tar", "stands for 10,000,000 shards"),
-        ("{" * 100 + "}" * 100 + ".tar", "has braces more than 20 deep"),
-        ("{1{2,3}.tar", "has braces that are not balanced"),
-        ("a}.tar", "has braces that are not balanced"),
-        ("{.tar", "has braces that are not balanced"),
-        ("a{0..}.tar", "a{0..}.tar does not exist"),
-        ("a{9..0}.tar", "a9.tar does not exist"),
-        ("a{a..z}.tar", "aa.tar does not exist"),
-        ("a{}.tar", "a{}.tar does not exist"),
-        ("${NOT_SET}.tar", "the environment must set WDS_NAME for each ${NAME}"),
-    ],
-)
-def test_names_with_braces(pattern: str, message: str) -> None:
-    start = time.monotonic()
-    with pytest.raises(UserError, match=re.escape(message)) as caught:
-        find_shards([pattern])
-    assert "\n" not in str(caught.value)
-    assert time.monotonic() - start < 1
+PATTERNS = [
+    ("x-{0..9999999999}.tar", "stands for 10,000,000,000 shards: at most 1,000,000"),
+    ("{0..9999}{0..9999}.tar", "stands for 100,000,000 shards"),
+    ("{0..999}-{a..z}-{0..999}.tar", "stands for 26,000,000 shards"),
+    ("{,}" * 60 + ".tar", "stands for far too many shards"),
+    ("{a,{0..999}{0..9999}}.tar", "stands for 10,000,001 shards"),
+    (f"{{0..{'9' * 5000}}}.tar", "stands for far too many shards"),
+    ("http://127.0.0.1:9/{0..9999999}.tar", "stands for 10,000,000 shards"),
+    ("{" * 100 + "}" * 100 + ".tar", "has braces more than 20 deep"),
+    ("{1{2,3}.tar", "has braces that are not balanced"),
+    ("a}.tar", "has braces that are not balanced"),
+    ("{.tar", "has braces that are not balanced"),
+    ("a{0..}.tar", "a{0..}.tar does not exist"),
+    ("a{9..0}.tar", "a9.tar does not exist"),
+    ("a{a..z}.tar", "aa.tar does not exist"),
+    ("a{}.tar", "a{}.tar does not exist"),
+    ("${NOT_SET}.tar", "the environment must set WDS_NAME for each ${NAME}"),
+]
 
 
-@settings(max_examples=150, deadline=1000)
+def test_names_with_braces() -> None:
+    for pattern, message in PATTERNS:
+        start = time.process_time()
+        with trying(pattern), pytest.raises(UserError, match=re.escape(message)) as caught:
+            find_shards([pattern])
+        assert "\n" not in str(caught.value)
+        assert time.process_time() - start < 5, pattern  # 10^18 names are not made
+
+
 @given(
     st.lists(
         st.sampled_from(["{", "}", ",", "..", "1", "07", "-3", "a", "Z", "\\", "x"]), max_size=14
@@ -957,7 +954,7 @@ class KilledError(BaseException):
     """Stands for a kill: nothing is cleaned up, as what would do so is stubbed out."""
 
 
-@pytest.mark.parametrize("each", [0, 12, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("each", [0, pytest.param(12, marks=pytest.mark.slow)])
 def test_a_kill_between_any_two_changes_of_files_is_made_good(
     each: int, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -1013,37 +1010,33 @@ def test_a_kill_between_any_two_changes_of_files_is_made_good(
     assert len(states) > 3
 
 
-@pytest.mark.slow
-def test_kills_at_random_moments(tmp_path: Path) -> None:
+def test_kills_while_shards_are_written(tmp_path: Path) -> None:
     photos, out, whole = tmp_path / "photos", tmp_path / "out", tmp_path / "whole"
     photos.mkdir()
-    for number in range(600):
+    for number in range(60):
         (photos / f"{number}.jpg").write_bytes(CONTENT["00.jpg"] + b"%d" % number)
-    vissl_lite.shard(data=str(photos), out=str(whole), images_per_shard=20)
-    expected = tars_in(whole)
-    # forks of one process: an import of torch takes longer than all the rest
-    program = (
-        "import os, signal, sys, time, random, vissl_lite\n"
-        "from vissl_lite.commands import shard\n"
-        "import vissl_lite.commands.shard\n"
-        "photos, out = sys.argv[1:]\n"
-        "start = time.monotonic()\n"
-        "vissl_lite.shard(photos, out, images_per_shard=20)\n"
-        "took = time.monotonic() - start\n"
-        "for seed in range(20):\n"
-        "    child = os.fork()\n"
-        "    if not child:\n"
-        "        vissl_lite.shard(photos, out, images_per_shard=20 + seed % 3, overwrite=True)\n"
-        "        os._exit(0)\n"
-        "    time.sleep(random.Random(seed).random() * took * 1.2)\n"
-        "    os.kill(child, signal.SIGKILL)\n"
-        "    os.waitpid(child, 0)\n"
-        "    print(sorted({n.split('.', 1)[1] for n in os.listdir(out)}), flush=True)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program, str(photos), str(out)],
-                          capture_output=True, text=True, timeout=600, check=True)  # fmt: skip
-    assert len(set(done.stdout.splitlines())) > 1  # it was killed in different states
-    vissl_lite.shard(data=str(photos), out=str(out), images_per_shard=20, overwrite=True)
+    vissl_lite.shard(data=str(photos), out=str(whole), images_per_shard=5)
+    expected, left = tars_in(whole), set()
+    vissl_lite.shard(data=str(photos), out=str(out), images_per_shard=5)
+    for kill in (3, 30, 58):
+        child = os.fork()
+        if not child:
+            calls, add = count(), tarfile.TarFile.addfile
+
+            def add_or_die(
+                *given: object, add: Any = add, calls: Any = calls, at: int = kill
+            ) -> None:
+                if next(calls) == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                add(*given)
+
+            tarfile.TarFile.addfile = add_or_die  # type: ignore[method-assign]
+            vissl_lite.shard(data=str(photos), out=str(out), images_per_shard=6, overwrite=True)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        left.add(len(os.listdir(out)))
+    assert len(left) > 1  # it was killed in different states
+    vissl_lite.shard(data=str(photos), out=str(out), images_per_shard=5, overwrite=True)
     assert tars_in(out) == expected
 
 

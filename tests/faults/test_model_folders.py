@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tampering import STRIDES, Tried, damaged
+from tampering import Tried, changed, damaged
 
 from vissl_lite.cli import main
 from vissl_lite.commands.export import export
@@ -25,7 +25,7 @@ from vissl_lite.transfer.detection.model import Detector, detect, load_detector,
 from vissl_lite.transfer.segmentation.model import Segmenter, load_segmenter, save_segmenter
 
 CLASSES = ["cat", "dog"]
-KINDS = ("encoder", "vit", "classifier", "fcos", "retinanet", "faster_rcnn", "segmenter")
+KINDS = ("encoder", "vit", "classifier", "fcos", "faster_rcnn", "segmenter")
 
 
 def make(kind: str, folder: Path) -> Path:
@@ -83,24 +83,21 @@ def folder(kind: str, tmp_path: Path) -> Path:
     return make(kind, tmp_path / "model")
 
 
-@pytest.mark.parametrize("stride", STRIDES)
-def test_what_a_json_file_says_is_refused_or_works(stride: int, kind: str, folder: Path) -> None:
+def test_what_a_json_file_says_is_refused_or_works(kind: str, folder: Path) -> None:
     tried = Tried(lambda: use(kind, folder))
     for name in ("config.json", "head.json"):
         if (folder / name).exists():
-            tried.sweep_json(folder / name, stride)
-    print(kind, "json", dict(tried.counts))
-    assert tried.counts["refused"] > 30
+            tried.sweep_json(folder / name, stride=37 if name == "config.json" else 13)
+    assert tried.counts["refused"] > 25, tried.counts
 
 
-@pytest.mark.parametrize("stride", STRIDES)
-def test_bytes_of_weights_are_refused_or_work(stride: int, kind: str, folder: Path) -> None:
+@pytest.mark.parametrize("kind", ["vit", "classifier", "fcos", "segmenter"], indirect=True)
+def test_bytes_of_weights_are_refused_or_work(kind: str, folder: Path) -> None:
     tried = Tried(lambda: use(kind, folder))
     for name in ("model.safetensors", "head.safetensors"):
         if (folder / name).exists():
-            tried.sweep_bytes(folder / name, flips=120 // stride)
-    print(kind, "weights", dict(tried.counts))
-    assert tried.counts["refused"] >= 12
+            tried.sweep_bytes(folder / name, flips=6)
+    assert tried.counts["refused"] >= 12, tried.counts
 
 
 BAD_TENSORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -117,17 +114,18 @@ BAD_TENSORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("damage", BAD_TENSORS)
-def test_tensors_of_another_kind_are_refused(damage: str, kind: str, folder: Path) -> None:
-    """The first and the last weight, and running statistics."""
+@pytest.mark.parametrize("kind", ["vit", "classifier", "fcos", "segmenter"], indirect=True)
+def test_tensors_of_another_kind_are_refused(kind: str, folder: Path) -> None:
+    """The last weight, or a running statistic."""
     file = next(f for f in (folder / "head.safetensors", folder / "model.safetensors")
                 if f.exists())  # fmt: skip
     whole = load_file(file)
     floats = [name for name, one in whole.items() if one.is_floating_point() and one.ndim]
-    statistics = [name for name in floats if "running" in name]
+    last = next((name for name in floats if "running" in name), floats[-1])
     tried = Tried(lambda: use(kind, folder))
-    for name in {floats[0], floats[-1], *statistics[:2]}:
-        save_file({**whole, name: BAD_TENSORS[damage](whole[name]).contiguous()}, file)
+    for number, (damage, change) in enumerate(BAD_TENSORS.items()):
+        name = (floats[-1], last)[number % 2]
+        save_file({**whole, name: change(whole[name]).contiguous()}, file)
         assert not tried(f"{name} {damage}")
     save_file({k: v for k, v in whole.items() if k != floats[0]}, file)
     assert not tried("one missing")
@@ -191,7 +189,8 @@ def reaching(trap: Path) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
         {"norm_layer": "x"}, {"act_layer": "relu"}, {"device": "cuda"}, {"dtype": "float16"},
         {"pretrained_model_args": {"a": 1}},
     ]  # fmt: skip
-    return [(f"{c} {a}", c, a) for c in cfgs for a in args]
+    each = [(one, {}) for one in cfgs] + [(cfgs[i % 9], one) for i, one in enumerate(args[1:])]
+    return [(f"{cfg} {arguments}", cfg, arguments) for cfg, arguments in each]
 
 
 @pytest.mark.parametrize("kind", ["encoder", "classifier"])
@@ -214,7 +213,8 @@ def test_no_place_that_a_config_names_is_reached(
         reached = [one for one in events if not one.startswith("open ")
                    or not one.removeprefix("open ").startswith(inside)]  # fmt: skip
         assert not reached, (what, reached)
-    assert tried.counts == {"loaded": 9, "refused": 9 * 20}
+    # of each config one that reaches for nothing more, with each way of reaching once
+    assert tried.counts == {"loaded": 9, "refused": 20}
 
 
 def test_the_hook_sees_what_is_opened_and_connected_to(tmp_path: Path, events: list[str]) -> None:
@@ -227,46 +227,33 @@ def test_the_hook_sees_what_is_opened_and_connected_to(tmp_path: Path, events: l
     assert any(one.startswith("socket.connect") for one in events)
 
 
-@pytest.mark.parametrize(
-    ("place", "value"),
-    [
-        (("model_args",), {"img_size": 10**6}),
-        (("model_args",), {"img_size": 4096}),
-        (("model_args",), {"embed_dim": 10**9}),
-        (("model_args",), {"embed_dim": 2**20}),
-        (("model_args",), {"depth": 10**6}),
-        (("model_args",), {"patch_size": 1}),
-        (("model_args",), {"num_heads": 2**20}),
-        (("model_args",), {"mlp_ratio": 1000.0}),
-        (("model_args",), {"reg_tokens": 2**20}),
-        (("num_classes",), 2**20),
-        (("architecture",), "vit_giant_patch14_dinov2"),
-        (("pretrained_cfg", "input_size"), [3, 10**6, 10**6]),
-        (("pretrained_cfg", "input_size"), [3, 4096, 4096]),
-        (("pretrained_cfg", "input_size"), [2**20, 32, 32]),
-    ],
-)
-def test_sizes_that_the_weights_do_not_have_take_no_memory(
-    place: tuple[str, ...], value: Any, tmp_path: Path
-) -> None:
+def test_sizes_that_the_weights_do_not_have_take_no_memory(tmp_path: Path) -> None:
     folder = make("vit", tmp_path / "encoder")
-    config = json.loads((folder / "config.json").read_text())
-    inner = config
-    for key in place[:-1]:
-        inner = inner[key]
-    inner[place[-1]] = value
-    (folder / "config.json").write_text(json.dumps(config))
-    Tried(lambda: load_encoder(folder))(f"{place} {value}")  # what it asserts is the test
+    whole = (folder / "config.json").read_text()
+    tried = Tried(lambda: load_encoder(folder))  # what it asserts is the test
+    model, size = ("model_args",), ("pretrained_cfg", "input_size")
+    for place, value in (
+        (model, {"img_size": 10**6}), (model, {"img_size": 4096}), (model, {"embed_dim": 10**9}),
+        (model, {"embed_dim": 2**20}), (model, {"depth": 10**6}), (model, {"patch_size": 1}),
+        (model, {"num_heads": 2**20}), (model, {"mlp_ratio": 1000.0}),
+        (model, {"reg_tokens": 2**20}), (("num_classes",), 2**20),
+        (("architecture",), "vit_giant_patch14_dinov2"), (size, [3, 10**6, 10**6]),
+        (size, [3, 4096, 4096]), (size, [2**20, 32, 32]),
+    ):  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(changed(json.loads(whole), place, value)))
+        tried(f"{place} {value}")
+    assert tried.counts["refused"] >= 10, tried.counts
 
 
-@pytest.mark.parametrize("shape", [[10**6, 10**6], [0, 10**9], [2**62], [-1], [], ["a"], [10**30]])
-def test_headers_of_safetensors_promise_in_vain(shape: Any, tmp_path: Path) -> None:
+def test_headers_of_safetensors_promise_in_vain(tmp_path: Path) -> None:
     folder = make("encoder", tmp_path / "encoder")
-    header = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}}).encode()
-    content = len(header).to_bytes(8, "little") + header + bytes(4)
-    (folder / "model.safetensors").write_bytes(content)
     tried = Tried(lambda: load_encoder(folder))
-    assert not tried(str(shape))
+    for shape in ([10**6, 10**6], [0, 10**9], [2**62], [-1], [], ["a"], [10**30]):
+        entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}
+        header = json.dumps({"a": entry}).encode()
+        content = len(header).to_bytes(8, "little") + header + bytes(4)
+        (folder / "model.safetensors").write_bytes(content)
+        assert not tried(str(shape))
     (folder / "model.safetensors").write_bytes((2**62).to_bytes(8, "little") + header)
     assert not tried("a header of 2**62 bytes")
 
@@ -275,10 +262,9 @@ def test_weights_for_init_are_refused_or_read(tmp_path: Path) -> None:
     file = tmp_path / "w.pth"
     torch.save({"state_dict": build_encoder("test_resnet", 32).state_dict(), "epoch": 3}, file)
     tried = Tried(lambda: read_weights(file))
-    for what, content in damaged(file.read_bytes(), flips=60):
+    for what, content in damaged(file.read_bytes(), flips=30):
         file.write_bytes(content)
         tried(what)
-    print("pth", dict(tried.counts))
     assert tried.counts["refused"] > 10
 
 
@@ -317,7 +303,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("kind", ["classifier", "fcos", "retinanet", "faster_rcnn", "segmenter"])
+@pytest.mark.parametrize("kind", ["classifier", "fcos", "segmenter"])
 def test_a_head_of_nan_is_refused_by_predict_and_export(
     kind: str, folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -333,23 +319,23 @@ def test_a_head_of_nan_is_refused_by_predict_and_export(
     assert not (tmp_path / "m.onnx").exists()
 
 
-@pytest.mark.parametrize("key", ["mean", "std"])
-@pytest.mark.parametrize("value", [0, -1, 1e-30, 1e30, math.nan, math.inf, "x", None, True])
 def test_statistics_that_can_not_be_are_refused(
-    value: Any, key: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if (key, value) == ("mean", 0) or (key, value) == ("mean", 1e-30):
-        pytest.skip("0 is the mean of some of timm's models")
+    """0 is the mean of some of timm's models."""
     folder = make("encoder", tmp_path / "encoder")
-    config = json.loads((folder / "config.json").read_text())
-    config["pretrained_cfg"][key] = [0.5, value, 0.5]
-    (folder / "config.json").write_text(json.dumps(config))
+    whole = json.loads((folder / "config.json").read_text())
     command = ("embed", "--encoder", folder, "--data", pictures, "--out", tmp_path / "f.npz")
-    assert f"is damaged: {key} is no number" in refused(capsys, *command)
-    assert not (tmp_path / "f.npz").exists()
+    bad = (-1, 1e30, math.nan, math.inf, "x", None, True)
+    tries = [("mean", one) for one in bad] + [("std", one) for one in (0, 1e-30, *bad)]
+    for key, value in tries:
+        config = changed(whole, ("pretrained_cfg", key), [0.5, value, 0.5])
+        (folder / "config.json").write_text(json.dumps(config))
+        assert f"is damaged: {key} is no number" in refused(capsys, *command), value
+        assert not (tmp_path / "f.npz").exists()
 
 
-@pytest.mark.parametrize("kind", ["encoder", "classifier", "fcos", "faster_rcnn", "segmenter"])
+@pytest.mark.parametrize("kind", ["encoder", "classifier", "faster_rcnn", "segmenter"])
 def test_sums_that_overflow_are_refused(
     kind: str, folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

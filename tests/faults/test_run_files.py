@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback
-from tampering import DELETED, STRIDES, TEXTS, Tried, changed, damaged, places
+from tampering import DELETED, TEXTS, Tried, changed, damaged, places
 from torch import Tensor, nn
 
 from vissl_lite.cli import main
@@ -42,11 +42,6 @@ from vissl_lite.training.fit import TrainingFiles, fit
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.training.pace import Pace
 from vissl_lite.training.stream import StreamData
-
-slow_too = settings(
-    max_examples=40, deadline=None, derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)  # fmt: skip
 
 JSON_LIKE = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
@@ -134,33 +129,25 @@ SENSELESS: tuple[Any, ...] = (None, True, -1, 10**12, 10**30, math.nan, math.inf
                               [[]], ["x"], {"a": 1}, *TENSORS)  # fmt: skip
 
 
-@pytest.mark.parametrize("stride", [41, pytest.param(1, marks=pytest.mark.slow)])
-def test_what_a_checkpoint_says_is_refused_or_works(
-    stride: int, photos: Path, checkpoint: Path
-) -> None:
+def test_what_a_checkpoint_says_is_refused_or_works(photos: Path, checkpoint: Path) -> None:
     whole = torch.load(checkpoint, weights_only=True)
     tried = resuming(photos, checkpoint)
     cases = ((place, value) for place in places(whole) for value in (DELETED, *SENSELESS))
-    for place, value in islice(cases, 0, None, stride):
+    for place, value in islice(cases, 0, None, 41):
         torch.save(changed(whole, place, value), checkpoint)
         tried(f"{place} {value!r:.40}")
     assert tried("as it was")
-    print("checkpoint", dict(tried.counts))
-    assert tried.counts["refused"] > 20
+    assert tried.counts["refused"] > 20, tried.counts
 
 
-@pytest.mark.parametrize("stride", STRIDES)
-def test_bytes_of_a_checkpoint_are_refused_or_work(
-    stride: int, photos: Path, checkpoint: Path
-) -> None:
+def test_bytes_of_a_checkpoint_are_refused_or_work(photos: Path, checkpoint: Path) -> None:
     tried = resuming(photos, checkpoint)
-    for what, content in damaged(checkpoint.read_bytes(), flips=90 // stride):
+    for what, content in damaged(checkpoint.read_bytes(), flips=6):
         checkpoint.write_bytes(content)
         tried(what)
     for text in TEXTS:
         checkpoint.write_bytes(text)
         assert not tried(str(text[:40]))
-    print("checkpoint bytes", dict(tried.counts))
 
 
 @pytest.mark.parametrize(
@@ -241,9 +228,8 @@ def unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("unwritten")
-@pytest.mark.parametrize("stride", STRIDES)
 @pytest.mark.parametrize("name", ["results.json", "run.json"])
-def test_a_report_is_made_of_what_can_be_read(name: str, stride: int, run: Path) -> None:
+def test_a_report_is_made_of_what_can_be_read(name: str, run: Path) -> None:
     """Whatever a file holds: the report is there, and damage is said."""
 
     def report_and_list() -> None:
@@ -253,10 +239,9 @@ def test_a_report_is_made_of_what_can_be_read(name: str, stride: int, run: Path)
     tried = Tried(report_and_list)
     content = json.loads((run / name).read_bytes())
     cases = ((p, v) for p in places(content) for v in (DELETED, *SENSELESS[:13]))
-    for place, value in islice(cases, 0, None, stride):
+    for place, value in islice(cases, 0, None, 13):
         (run / name).write_text(json.dumps(changed(content, place, value)))
         assert tried(f"{name}: {place} {value!r:.40}")
-    print(name, dict(tried.counts))
 
 
 @pytest.mark.usefixtures("unwritten")
@@ -265,31 +250,31 @@ def test_a_report_is_made_of_what_can_be_read(name: str, stride: int, run: Path)
     [
         "results.json",
         "run.json",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("log.txt", "metrics.csv", "map.npz", "leaks.csv", "config.yaml")
-        ),
+        "log.txt",
+        "metrics.csv",
+        "map.npz",
+        "leaks.csv",
+        "config.yaml",
     ],
 )
 def test_a_report_leaves_damaged_files_out(name: str, run: Path) -> None:
     whole = (run / name).read_bytes()
     tried = Tried(lambda: write_report(run))
-    for text in (*TEXTS, b"\xff" * 100, b"9999-99-99 99:99:99,000 WARNING x\n", b"step,step\n1,2\n",
+    for text in (*TEXTS[::3], b"\xff" * 100, b"9999-99-99 99:99:99,000 WARNING x\n",
+                 b"step,step\n1,2\n",
                  b"step,seconds,loss\n1,1,1e999\n\x00,\x00\n1e30,nan,x\n"):  # fmt: skip
         (run / name).write_bytes(text)
         assert tried(f"{name}: {text[:40]!r}")
-    for what, content in damaged(whole, flips=4):
+    for what, content in islice(damaged(whole, flips=2), 0, None, 4):
         (run / name).write_bytes(content)
         assert tried(f"{name}: {what}")
     (run / name).unlink()
     assert tried(f"{name} missing")
     (run / name).mkdir()
     assert tried(f"{name} is a folder")
-    print(name, dict(tried.counts))
 
 
 @pytest.mark.usefixtures("unwritten")
-@slow_too
 @given(JSON_LIKE)
 def test_any_results_give_a_report(run: Path, content: Any) -> None:
     (run / "results.json").write_text(json.dumps(content))
@@ -297,7 +282,6 @@ def test_any_results_give_a_report(run: Path, content: Any) -> None:
 
 
 @pytest.mark.usefixtures("unwritten")
-@slow_too
 @given(st.binary() | JSON_LIKE.map(lambda one: yaml.safe_dump(one).encode("utf-8", "replace")))
 def test_any_config_is_refused_or_read(run: Path, content: bytes) -> None:
     (run / "config.yaml").write_bytes(content)
@@ -305,9 +289,9 @@ def test_any_config_is_refused_or_read(run: Path, content: bytes) -> None:
     write_report(run)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
+def test_yaml_that_stands_for_more_is_refused(run: Path) -> None:
+    tried = Tried(lambda: read_config(run))
+    for text in (
         "a: &a [*a, *a]",
         "a: &a {b: *a}",
         "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40)),
@@ -315,11 +299,9 @@ def test_any_config_is_refused_or_read(run: Path, content: bytes) -> None:
         "a: " + "9" * 5000,
         "- " * 50_000,
         "a: !!python/object/apply:os.system [ls]",
-    ],
-)
-def test_yaml_that_stands_for_more_is_refused(text: str, run: Path) -> None:
-    (run / "config.yaml").write_text(text)
-    assert not Tried(lambda: read_config(run))(text[:40])
+    ):
+        (run / "config.yaml").write_text(text)
+        assert not tried(text[:40])
 
 
 def test_a_record_says_what_can_be_read_of_it(run: Path) -> None:
@@ -381,7 +363,7 @@ def sweep_arrays(file: Path, tried: Tried) -> None:
         assert not tried(f"{name} pickled")
     np.savez(file, **whole)
     content = file.read_bytes()
-    for what, bad in damaged(content, flips=60):
+    for what, bad in damaged(content, flips=12):
         file.write_bytes(bad)
         tried(what)
     for text in TEXTS:
@@ -396,7 +378,6 @@ def test_a_map_is_refused_or_works(run: Path) -> None:
 
     tried = Tried(lambda: map_layout(ImageMap.load(run / "map.npz"), explore=True))
     sweep_arrays(run / "map.npz", tried)
-    print("map.npz", dict(tried.counts))
 
 
 def test_fingerprints_are_refused_or_work(tmp_path: Path) -> None:
@@ -406,7 +387,6 @@ def test_fingerprints_are_refused_or_work(tmp_path: Path) -> None:
     prints.save(file)
     tried = Tried(lambda: Fingerprints.load(file).join(prints))
     sweep_arrays(file, tried)
-    print("fingerprints.npz", dict(tried.counts))
 
 
 def bombs(folder: Path) -> Iterator[Path]:
@@ -415,9 +395,9 @@ def bombs(folder: Path) -> Iterator[Path]:
     packed = zipfile.ZipFile(zeros, "w", zipfile.ZIP_DEFLATED)
     with packed as out, out.open("exact.npy", "w") as one:
         np.lib.format.write_array_header_1_0(
-            one, {"descr": "|u1", "fortran_order": False, "shape": (2**30,)}
+            one, {"descr": "|u1", "fortran_order": False, "shape": (2**29,)}
         )
-        for _ in range(2**6):
+        for _ in range(2**5):
             one.write(bytes(2**24))
     yield zeros
     for number, shape in enumerate([(2**62,), (10**9, 10**9), (2**40,), (10**30,), (-1,)]):
@@ -466,7 +446,6 @@ def test_a_damaged_cell_is_done_again_and_said(
     tried = Tried(load)
     tried.sweep_json(file)
     tried.sweep_bytes(file)
-    print("cells", dict(tried.counts))
     assert tried.counts["refused"] > 100
     caplog.clear()
     file.write_bytes(whole[:50])
@@ -489,6 +468,7 @@ def test_report_and_resume_refuse_or_say_damage(
     assert "results.json is damaged" in (run / "report.html").read_text(encoding="utf-8")
     out = str(tmp_path / "trained")
     small = ["--backbone", "test_resnet", "--image_size", "32", "--epochs", "1"]
+    small += ["--num_workers", "0", "--logger", "none"]
     assert main(["pretrain", "--data", str(photos), "--out", out, *small]) == 0
     for name, content in (
         ("results.json", b"{}"),

@@ -18,7 +18,7 @@ Training = Callable[[str, Path, int], list[object]]
 Same = Callable[[Path, Path], None]
 Undisturbed = Callable[..., Path]
 
-EPOCHS = 30  # long enough to be stopped in the middle
+EPOCHS = 15  # long enough to be stopped in the middle
 
 TOLD = {signal.SIGTERM: (143, "stopped by SIGTERM"), signal.SIGINT: (130, "interrupted")}
 
@@ -42,9 +42,7 @@ def check_stopped(child: Any, out: Path, number: signal.Signals) -> None:
     ("command", "number", "group"),
     [
         ("pretrain", signal.SIGTERM, True),
-        ("pretrain", signal.SIGINT, False),
-        ("finetune", signal.SIGINT, True),
-        ("finetune", signal.SIGTERM, False),
+        ("finetune", signal.SIGINT, False),
     ],
 )
 def test_a_training_told_to_stop_saves_and_goes_on(
@@ -76,8 +74,7 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("number", list(TOLD))
+@pytest.mark.parametrize(("moment", "number"), list(zip(MOMENTS, [*TOLD, *TOLD], strict=True)))
 def test_at_whatever_moment(
     moment: str,
     number: signal.Signals,
