@@ -22,7 +22,7 @@ from vissl_lite.data.views import (
     random_crop,
 )
 from vissl_lite.errors import UserError
-from vissl_lite.transfer.classification import classifier_views
+from vissl_lite.transfer.classification.training import classifier_views
 
 SIZE = 24
 
