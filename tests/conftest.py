@@ -95,7 +95,7 @@ def same_random_numbers() -> None:
 
 
 def blobs(seed: int, height: int = 40, width: int = 48) -> Image.Image:
-    """A picture of smooth random colours: no two seeds look alike."""
+    """A picture of smooth random colors: no two seeds look alike."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -113,7 +113,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes that a colour tells apart: 12 training and 6 test images each, 32 pixels."""
+    """Three classes that a color tells apart: 12 training and 6 test images each, 32 pixels."""
     folder = tmp_path_factory.mktemp("labelled")
     for part, count in (("train", 12), ("test", 6)):
         for channel, name in enumerate(("red", "green", "blue")):

@@ -8,7 +8,7 @@ import yaml
 
 from vissl_lite.cli import parse_words
 from vissl_lite.commands.pretrain_options import PretrainOptions
-from vissl_lite.encoder import build_encoder
+from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import build_optimizer, check_optimizer
 from vissl_lite.pretext import PRETEXTS, pretext_class

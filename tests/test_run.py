@@ -12,8 +12,8 @@ import yaml
 from PIL import Image
 
 import vissl_lite
+from vissl_lite.data.atomic_file import write_atomically
 from vissl_lite.data.reading import limit_pixels, max_pixels
-from vissl_lite.data.whole_file import write_atomically
 from vissl_lite.errors import UserError
 from vissl_lite.run import (
     check_out,

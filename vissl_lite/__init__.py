@@ -1,4 +1,4 @@
-"""Self-supervised vision pre-training: one function a step, imported when it is first used."""
+"""Self-supervised vision pre-training: one function per step, imported when it is first used."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vissl_lite.commands.report import report
     from vissl_lite.commands.runs import runs
     from vissl_lite.commands.shard import shard
-    from vissl_lite.encoder_folder import load_encoder
+    from vissl_lite.encoders.folder import load_encoder
     from vissl_lite.errors import UserError
 
 __all__ = [
@@ -44,7 +44,7 @@ __all__ = [
 # imports above are for type checkers, and a name is imported when it is first used.
 _PLACES = {name: f"vissl_lite.commands.{name.rstrip('_')}" for name in __all__} | {
     "UserError": "vissl_lite.errors",
-    "load_encoder": "vissl_lite.encoder_folder",
+    "load_encoder": "vissl_lite.encoders.folder",
 }
 
 

@@ -13,14 +13,14 @@ from vissl_lite.data.images import BROKEN_IMAGE, read_image, resize_and_crop
 from vissl_lite.data.reading import Broken, reason, report_skipped
 from vissl_lite.data.workers import WorkerLoader
 from vissl_lite.errors import UserError
+from vissl_lite.training.cpu.operators import fast_cpu_operators
 from vissl_lite.training.hardware import cpu_has_bf16
-from vissl_lite.training.quick import quick_operations
 
 log = logging.getLogger(__name__)
 
 
-class CentredImages(Dataset[Tensor | str]):
-    """Images as they are judged: the shorter side resized, the centre taken; if broken, why.
+class CenterCroppedImages(Dataset[Tensor | str]):
+    """Images as they are judged: the shorter side resized, the center taken; if broken, why.
 
     Args:
         paths: image files.
@@ -47,7 +47,7 @@ def _collate(items: Sequence[Tensor | str]) -> tuple[Tensor | None, list[str | N
     return (torch.stack(good) if good else None), faults
 
 
-def run_over(
+def predict_images(
     model: nn.Module,
     compute: Callable[[Tensor], list[Tensor]],
     normalize: Callable[[Tensor], Tensor],
@@ -60,7 +60,7 @@ def run_over(
 
     Args:
         model: put on the accelerator if there is one, and back where it was afterwards.
-        compute: from a normalised ``(B, C, H, W)`` batch to tensors ``(B, ...)``.
+        compute: from a normalized ``(B, C, H, W)`` batch to tensors ``(B, ...)``.
         normalize: from a raw uint8 batch to what ``compute`` takes: ``encoder.normalize``.
         paths: image files. Broken ones are left out, and named in the log.
         image_size: side in pixels.
@@ -92,10 +92,10 @@ def run_in_batches(
     progress: Callable[[int], None] | None = None,
     batch_size: int = 128,
 ) -> np.ndarray:
-    """The same as ``run_over``, but each batch is used at once, so that nothing has to be kept.
+    """``predict_images``, but each batch is used at once, so that nothing has to be kept.
 
     Args:
-        model: see ``run_over``, as for the others.
+        model: see ``predict_images``, as for the others.
         compute: from a batch to tensors.
         normalize: from a raw uint8 batch to what ``compute`` takes: ``encoder.normalize``.
         paths: image files.
@@ -112,14 +112,14 @@ def run_in_batches(
         UserError: no image can be read.
     """
     loader = WorkerLoader(
-        CentredImages(paths, image_size),
+        CenterCroppedImages(paths, image_size),
         _collate,
         # a worker costs a tenth of a second to start, and few images are read as fast here
         0 if len(paths) < 512 else (8 if torch.cuda.is_available() else 1),
         batch_size=batch_size,
     )
     faults: list[str | None] = []
-    with evaluating(model, normalize) as device:
+    with inference_mode(model, normalize) as device:
         for images, found in loader:
             if images is not None:
                 read = [paths[len(faults) + i] for i, fault in enumerate(found) if fault is None]
@@ -149,7 +149,7 @@ def check_outputs(outputs: Iterable[Tensor | np.ndarray], place: str) -> None:
 
 
 @contextmanager
-def evaluating(model: nn.Module, normalize: object = None) -> Iterator[torch.device]:
+def inference_mode(model: nn.Module, normalize: object = None) -> Iterator[torch.device]:
     """Evaluation mode without gradient, in bf16 where there are instructions for it.
 
     Args:
@@ -168,7 +168,7 @@ def evaluating(model: nn.Module, normalize: object = None) -> Iterator[torch.dev
     bf16 = device.type == "cuda" or cpu_has_bf16()
     try:
         half = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-        with torch.inference_mode(), half, quick_operations():
+        with torch.inference_mode(), half, fast_cpu_operators():
             yield device
     finally:
         for module, training in modes:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vissl_lite.data.whole_file import whole_file
+from vissl_lite.data.atomic_file import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class MetricsFile:
         done = len(self.rows) if final else max(self._written, len(self.rows) - 1)
         if self._stale:
             with (
-                whole_file(self.file) as part,
+                atomic_write(self.file) as part,
                 part.open("w", newline="", encoding="utf-8") as out,
             ):
                 writer = csv.DictWriter(out, self.columns, lineterminator="\n")

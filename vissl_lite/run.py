@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from vissl_lite.data.atomic_file import write_atomically
 from vissl_lite.data.json_file import read_json
-from vissl_lite.data.whole_file import write_atomically
 from vissl_lite.data.yaml_file import read_yaml
 from vissl_lite.errors import MachineError, Terminated, UserError
 from vissl_lite.faults import machine_error
@@ -74,7 +74,7 @@ def check_out(
 def open_run(
     out: Path, command: str, config: Mapping[str, Any], resume: bool = False
 ) -> Iterator[Path]:
-    """Make the folder a run (in place of an older one), write ``config.yaml``, keep the log.
+    """Make the folder per run (in place of an older one), write ``config.yaml``, keep the log.
 
     Args:
         out: checked by ``check_out`` before.

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, which of its files a run wrote, and who may write to it.
+"""The folder of a run: whose it is, which of its files per run wrote, and who may write to it.
 
 ``run.json`` is written first and marks a folder as a run. A folder without it is never written
 over, and of a folder with it only files that a run writes are removed.
@@ -13,7 +13,7 @@ from datetime import datetime
 from functools import cache
 from pathlib import Path
 
-from vissl_lite.data.whole_file import check_place
+from vissl_lite.data.atomic_file import check_place
 from vissl_lite.errors import Terminated, UserError
 from vissl_lite.run_record import (
     RUN,
@@ -45,7 +45,7 @@ _RESULTS = (
     "split.csv", "classes.txt", "split/*.json", "runs.csv", "runs/*/*.json", "runs/*/*.csv",
     "predictions.csv", "predictions.json", "masks.csv", "masks/**/*.png", "pictures/**/*.png",
     *(f"{name}.png" for name in (
-        "compare", "confusion", "curves", "neighbours", "per_class", "pretext", "test",
+        "compare", "confusion", "curves", "neighbors", "per_class", "pretext", "test",
         "views",
     )),
 )  # fmt: skip
@@ -161,7 +161,7 @@ def _first_inside(file: str, folder: str) -> str | None:
 
 @contextmanager
 def written_by(command: str, out: Path, resume: bool = False) -> Iterator[RunFile]:
-    """Make a folder a run, or keep it one, and write down how the run ends.
+    """Make a folder per run, or keep it one, and write down how the run ends.
 
     Args:
         command: who writes it.

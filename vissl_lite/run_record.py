@@ -14,8 +14,8 @@ from pathlib import Path
 from threading import RLock
 from typing import Any, Literal, get_args
 
+from vissl_lite.data.atomic_file import write_atomically
 from vissl_lite.data.json_file import read_json
-from vissl_lite.data.whole_file import write_atomically
 from vissl_lite.errors import UserError
 
 RUN = "run.json"

@@ -22,7 +22,7 @@ def demo_table() -> str:
     for measure, arms in results["summary"].items():
         cells = [plus_minus(arms[arm]) for arm in ("untrained", "pre-trained", "gain")]
         rows.append([measure, *cells[:2], f"+{cells[2]}" if arms["gain"]["mean"] > 0 else cells[2]])
-    header = [f"test accuracy, {results['shots']} labels a class", "untrained", "pre-trained"]
+    header = [f"test accuracy, {results['shots']} labels per class", "untrained", "pre-trained"]
     seconds = f"{results['seconds']:.0f} seconds in all. "
     picture = "![the sample data, and the table as a picture](benchmarks/results/demo.png)\n\n"
     return (

@@ -24,8 +24,8 @@ import timm
 import torch
 from PIL import Image
 
-from vissl_lite.encoder import Encoder
-from vissl_lite.encoder_folder import save_encoder
+from vissl_lite.encoders.encoder import Encoder
+from vissl_lite.encoders.folder import save_encoder
 
 CELL_CROP = 160  # a red blood cell of BCCD measures about 100 pixels
 WATER_CROP = 64  # a quarter of a scene

@@ -35,7 +35,7 @@ def backbone_of(name: str) -> str:
     if name in UNTRAINED:
         return name.split()[1]
     return {"ViT": "vit_slim_patch4_32", "patches": "vit_slim_patch4_32"}.get(
-        PRETEXTS[name].about.backbones, "resnet18"
+        PRETEXTS[name].info.backbones, "resnet18"
     )
 
 
@@ -80,7 +80,7 @@ def judge(name: str, core: int, data: Path, out: Path) -> None:
         trained = json.loads((out / name / "results.json").read_text())
         images = trained["steps"] * read_config(out / name)["batch_size"]
         row |= {
-            "family": PRETEXTS[name].about.family,
+            "family": PRETEXTS[name].info.family,
             "seconds": trained["seconds"],
             "images_per_second": images / trained["seconds"],
             "collapsed": trained["collapsed"],

@@ -25,12 +25,12 @@ import torch
 import vissl_lite
 from benchmarks.common import keep, load, markdown_table, over_seeds, provenance
 
-CONTRAST = {"name": "simclr", "temperature": 0.2, "smallest_crop": 0.25}
-COLOUR = {"name": "colorization"}
+CONTRAST = {"name": "simclr", "temperature": 0.2, "min_crop_scale": 0.25}
+COLOR = {"name": "colorization"}
 
 # Pre-training of each set: images, pretext, side, batch, minutes from nothing and from ImageNet
 PRETRAIN: dict[str, tuple[str, dict[str, Any], int, int, float, float]] = {
-    "bccd": ("bccd-crops", COLOUR, 96, 32, 11, 9),
+    "bccd": ("bccd-crops", COLOR, 96, 32, 11, 9),
     "ucmerced": ("ucmerced/train", CONTRAST, 96, 64, 16, 10),
     "water": ("water-crops", CONTRAST, 64, 64, 4, 4),
 }
@@ -97,7 +97,7 @@ def segmentation(given: argparse.Namespace, arm: str, encoder: str, seed: int) -
     )  # fmt: skip
 
 
-SHOTS = {1: 100, 5: 40, 10: 30, 40: 10}  # labels a class, epochs
+SHOTS = {1: 100, 5: 40, 10: 30, 40: 10}  # labels per class, epochs
 
 
 def classification(given: argparse.Namespace, arm: str, encoder: str, seed: int) -> dict[str, Any]:

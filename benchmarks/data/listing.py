@@ -22,7 +22,7 @@ import torch
 
 from vissl_lite.data.images import find_images
 from vissl_lite.data.stream import Item, KeyedDataset, StreamSampler, ViewDataset, stream
-from vissl_lite.encoder import build_encoder
+from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.pretext.simclr import SimCLR
 
 COUNTS, WORKERS = (10**4, 10**5, 10**6), 2

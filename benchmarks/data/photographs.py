@@ -37,7 +37,7 @@ from vissl_lite.data.cache import plan_cache
 from vissl_lite.data.images import decode_image, decode_reduced, find_images
 from vissl_lite.data.stream import ViewDataset
 from vissl_lite.data.views import Views
-from vissl_lite.encoder import build_encoder
+from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.pretext.simclr import SimCLR
 
 # width, height, and how many photographs are made

@@ -21,10 +21,10 @@ import torch
 from benchmarks.common import RESULTS, keep, load, markdown_table, provenance
 from vissl_lite.commands.shard import shard
 from vissl_lite.data.images import find_images
-from vissl_lite.data.shard_index import find_shards
-from vissl_lite.data.shard_stream import ShardSource
+from vissl_lite.data.shards.index import find_shards
+from vissl_lite.data.shards.stream import ShardSource
 from vissl_lite.data.stream import Source, ViewDataset
-from vissl_lite.encoder import build_encoder
+from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.pretext.simclr import SimCLR
 
 BATCH, SHARDS, REPEATS = 64, 8, 3

@@ -27,7 +27,7 @@ def views_a_second(folder: Path, size: int, epoch: int, seconds: float) -> float
     """The median over three stretches, batches of 32 collated."""
     from vissl_lite.data.images import find_images
     from vissl_lite.data.stream import ViewDataset, collate
-    from vissl_lite.encoder import build_encoder
+    from vissl_lite.encoders.encoder import build_encoder
     from vissl_lite.pretext.simclr import SimCLR
 
     paths = find_images([folder])

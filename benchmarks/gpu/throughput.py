@@ -32,14 +32,14 @@ import torch
 from benchmarks.common import RESULTS, load, markdown_table, provenance, where_and_when
 from vissl_lite.data.images import find_images
 from vissl_lite.data.stream import ViewDataset, collate
-from vissl_lite.encoder import build_encoder
+from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.metrics_file import MetricsFile
 from vissl_lite.pretext import PretextTask, pretext_class
 from vissl_lite.training.compiling import compiled
+from vissl_lite.training.cpu.operators import fast_cpu_operators
 from vissl_lite.training.fit import TrainingFiles, fit
 from vissl_lite.training.hardware import Hardware, choose_precision, tf32
-from vissl_lite.training.pace import Pace
-from vissl_lite.training.quick import quick_operations
+from vissl_lite.training.schedule import Schedule
 from vissl_lite.training.stream import StreamData
 
 # Images a batch that fit into 80 GB with either backbone.
@@ -68,7 +68,7 @@ def from_files(
     task: PretextTask, paths: list[str], batch: int, steps: int, hardware: Hardware
 ) -> dict[str, float]:
     """Images a second as in a run, its start left out, and the share of waiting for data."""
-    pace = Pace(1e-4, 0.1, 0, steps)
+    pace = Schedule(1e-4, 0.1, 0, steps)
     dataset = ViewDataset(paths, task.views(), 0)
     batch = min(batch, len(paths))
     epochs = -(-steps // (len(paths) // batch))
@@ -113,7 +113,7 @@ def limit(
         torch.cuda.reset_peak_memory_stats()
     first = warm = start = time.perf_counter()
     settled = min(steps - 1, 10)
-    with tf32(), compiled(task) if compile else quick_operations():
+    with tf32(), compiled(task) if compile else fast_cpu_operators():
         for step in range(steps):
             with torch.autocast(DEVICE.type, half, enabled=precision != "32-true"):
                 loss = task.loss([task.normalize(view) for view in views])
@@ -213,7 +213,7 @@ def main() -> None:
         paths = list(find_images([str(o.data or made)]))
         for backbone in o.backbones:
             for pretext in o.pretexts:
-                kind = pretext_class(pretext).about.backbones
+                kind = pretext_class(pretext).info.backbones
                 if kind == "ViT" and not backbone.startswith("vit"):
                     continue
                 row = measure(pretext, backbone, paths, o)

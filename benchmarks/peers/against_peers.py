@@ -11,7 +11,7 @@ the limit. Photographs at 224 pixels are UC Merced's and BCCD's JPEG files (link
 an epoch then outlasts the run), at 32 pixels the files of CIFAR-10. Every run is timed by the same
 clock (peers/clock.py) for --seconds after its warm-up, and then ended. Measured are
 
-    images a second, an image being a source image with all its views;
+    images per second, an image being a source image with all its views;
     peak memory while training, of all processes of the tool: the sum of their proportional set
         sizes (/proc/PID/smaps_rollup), which counts shared pages once, every half second;
     seconds from the start of the process to the end of the first optimizer step;
@@ -322,7 +322,7 @@ def peers_table() -> str:
 
 
 def in_short_table() -> str:
-    """For the README: images a second against the fastest of the peers."""
+    """For the README: images per second against the fastest of the peers."""
     results = load("peers")
     rows = []
     for case, runs in results["speed"].items():

@@ -43,7 +43,7 @@ class Clock:
     Args:
         span: what is timed.
         file: where the result goes.
-        batch_size: source images a step.
+        batch_size: source images per step.
         about: what else the result has to say.
     """
 
@@ -85,7 +85,7 @@ class Clock:
         steps = len(timed) - 1
         each = [after - before for before, after in pairwise(timed)]
         return {
-            **self.about,
+            **self.info,
             "batch_size": self.batch_size,
             "images_per_second": round(steps * self.batch_size / seconds, 3),
             "median_step_seconds": round(statistics.median(each), 4),

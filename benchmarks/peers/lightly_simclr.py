@@ -5,7 +5,7 @@ What runs is lightly's PyTorch example, examples/pytorch/simclr.py of github.com
 gaussian_blur=0.0), batches of 256 (shuffled, the last short one dropped), NTXentLoss(),
 SimCLRProjectionHead(512, 512, 128), the two views through the model one after the other, fp32.
 The optimizer is that of lightly's CIFAR-10 benchmark (SGD, lr 0.06 for 128 images, momentum 0.9,
-weight decay 5e-4, cosine), with its weaker colour jitter; --recipe example has the example's own
+weight decay 5e-4, cosine), with its weaker color jitter; --recipe example has the example's own
 (plain SGD, lr 0.06, no schedule), with which eight minutes do not get far.
 
 What differs from the example: it stops by the clock and not after 10 epochs, reads JPEG files

@@ -12,11 +12,11 @@ from work import Work
 from vissl_lite import __version__
 from vissl_lite.data.images import find_images
 from vissl_lite.data.stream import ViewDataset, collate
-from vissl_lite.encoder import build_encoder
+from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.optim import build_optimizer
 from vissl_lite.pretext import pretext_class
+from vissl_lite.training.cpu.operators import fast_cpu_operators
 from vissl_lite.training.hardware import choose_precision
-from vissl_lite.training.quick import quick_operations
 
 
 def about() -> dict[str, object]:
@@ -32,7 +32,7 @@ def train(work: Work) -> int:
     batch = collate([dataset[(0, index)] for index in range(work.batch_size)])
     optimizer = build_optimizer(task, task.optimizer_settings)
     bf16 = choose_precision("auto", task) == "bf16-mixed"
-    with quick_operations():
+    with fast_cpu_operators():
         while True:
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 loss = task.loss([task.normalize(view) for view in batch.views])

@@ -7,7 +7,7 @@ optimizers, fp32 and persistence of nothing: the loader's workers start anew eac
 
 What differs from the examples: the backbone is timm's; the loader has a worker a core and not
 eight; at other widths than resnet18's 512 the head of SimCLR is as wide as the features. For
---minutes the optimizer and the colours are those of lightly's CIFAR-10 benchmark
+--minutes the optimizer and the colors are those of lightly's CIFAR-10 benchmark
 (lightly_simclr.py), with which short runs get further than with the example's.
 """
 

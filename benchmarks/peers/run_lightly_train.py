@@ -68,7 +68,7 @@ def export(work: Work) -> int:
     state = torch.load(weights, weights_only=True)
     encoder = timm.create_model(work.backbone, num_classes=0)
     encoder.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
-    # the normalisation of its transforms' default
+    # the normalization of its transforms' default
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     save_encoder(encoder, work.out / "encoder", work.image_size, mean, std)
     steps = int(torch.load(checkpoint, weights_only=False)["global_step"])

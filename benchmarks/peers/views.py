@@ -1,7 +1,7 @@
 """Views a second on one core from lightly's SimCLRTransform, decoding included.
 
 One process and one thread take images from a LightlyDataset in random order, as a loader's worker
-does: open the file, decode it, make both views as normalised tensors. At 32 pixels, on CIFAR files,
+does: open the file, decode it, make both views as normalized tensors. At 32 pixels, on CIFAR files,
 the transform has the settings of lightly's CIFAR example (no blur); at 224, on 640x480 JPEG files,
 its defaults. Views a second are also given by processor time, which other work on the machine
 disturbs less than the wall clock.

@@ -38,7 +38,7 @@ class Work:
         pretext: simclr (two views) or dino (two large views and six small ones).
         backbone: a timm name; no weights are loaded.
         image_size: side of a view in pixels.
-        batch_size: source images a step, each with all its views.
+        batch_size: source images per step, each with all its views.
         steps: after how many a run ends; None for one that the clock ends.
         seconds: after how many it ends at the latest; None for no limit.
     """

@@ -3,7 +3,7 @@
     python -m benchmarks.training.growth              # what is missing, then the plot
     python -m benchmarks.training.growth --only side  # one of them
 
-About 12 minutes; ``--tiny`` measures two cheap points of each.
+PretextInfo 12 minutes; ``--tiny`` measures two cheap points of each.
 
 Each point is a few training steps in a process of its own, on one thread (a process), in the
 precision of ``--precision auto``. Time is the median step; memory is the process's largest resident
@@ -38,7 +38,7 @@ SWEEPS: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
         [64, 96, 128, 192, 256, 384],
         {"backbone": "vit_tiny_patch16_224", "batch": 8},
     ),
-    "batch": ("images a batch", [8, 16, 32, 64, 128], {"side": 64}),
+    "batch": ("images per batch", [8, 16, 32, 64, 128], {"side": 64}),
     "views": ("views an image", [2, 4, 6, 8, 10], {"pretext": "lejepa", "side": 64, "batch": 16}),
     "backbone": (
         "GMACs an image at 96 pixels",
@@ -72,10 +72,10 @@ def measure(point: dict[str, Any]) -> dict[str, float]:
     from torch import distributed
     from torch.utils.flop_counter import FlopCounterMode
 
-    from vissl_lite.encoder import build_encoder
+    from vissl_lite.encoders.encoder import build_encoder
     from vissl_lite.pretext import pretext_class
+    from vissl_lite.training.cpu.operators import fast_cpu_operators
     from vissl_lite.training.hardware import choose_precision
-    from vissl_lite.training.quick import quick_operations
 
     torch.set_num_threads(1)
     several = "WORLD_SIZE" in os.environ
@@ -103,7 +103,7 @@ def measure(point: dict[str, Any]) -> dict[str, float]:
     seconds = []
     for _ in range(point["steps"]):
         start = time.perf_counter()
-        with quick_operations(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with fast_cpu_operators(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = network([task.normalize(view) for view in views])
         optimizer.zero_grad()
         loss.backward()
@@ -209,10 +209,10 @@ def plot(results: dict[str, Any], file: Path) -> None:
         for axis, name, unit in zip(axes[:, column], ("seconds", "mb"), ("s", "MB"), strict=True):
             fitted = results[sweep][name]
             ends = np.array([fitted["from"], fitted["to"]])
-            slope, colour = fitted["exponent"], "tab:blue" if name == "seconds" else "tab:orange"
-            axis.loglog([row["x"] for row in rows], [row[name] for row in rows], "o", color=colour)
+            slope, color = fitted["exponent"], "tab:blue" if name == "seconds" else "tab:orange"
+            axis.loglog([row["x"] for row in rows], [row[name] for row in rows], "o", color=color)
             line = fitted["at_one"] * ends**slope
-            axis.loglog(ends, line, "-", color="grey", label=f"x^{slope:.2f}")
+            axis.loglog(ends, line, "-", color="gray", label=f"x^{slope:.2f}")
             axis.legend(frameon=False, fontsize=8)
             axis.set_ylabel(f"{'time' if name == 'seconds' else 'memory'} [{unit}]", fontsize=8)
             axis.tick_params(labelsize=7, which="both")
@@ -231,7 +231,7 @@ def finish(sweep: str, rows: list[dict[str, float]]) -> dict[str, Any]:
 GROWTH = {
     "side": "image side, `resnet18`",
     "side_vit": "image side, `vit_tiny_patch16_224`",
-    "batch": "images a batch",
+    "batch": "images per batch",
     "views": "views an image (lejepa)",
     "backbone": "GMACs of the backbone",
     "images": "images in the folder (listing them)",

@@ -6,7 +6,7 @@ The first part measures each loss alone, forward and backward, on one thread: th
 allocated beside its inputs, and the median time, at growing batches; and the same of NT-Xent as one
 writes it down, with the whole matrix of similarities. The second part trains SimCLR in 1, 2 and 4
 processes through gloo, counts the bytes on the loopback device, and sets them and the time of a
-step beside what the formulas say. About two minutes. Results: benchmarks/results/losses.json.
+step beside what the formulas say. PretextInfo two minutes. Results: benchmarks/results/losses.json.
 """
 
 import argparse
@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import keep, load, markdown_table, provenance
-from vissl_lite.encoder import build_encoder
+from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.pretext import pretext_class
-from vissl_lite.pretext.parts import losses
-from vissl_lite.training.sync_batchnorm import SyncBatchNorm, Synchronised
+from vissl_lite.pretext.modules import losses
+from vissl_lite.training.sync_batchnorm import SyncBatchNorm, Synchronized
 
 BATCHES = (256, 1024, 4096)
 CHUNK = losses.CHUNK_BYTES
@@ -52,8 +52,8 @@ def swav(*scores: Tensor) -> Tensor:
 
 
 def dino(*scores: Tensor) -> Tensor:
-    centre = losses.Centre(scores[0].shape[1], 0.9)
-    targets = [centre.targets(one.detach(), 0.04) for one in scores[:2]]
+    center = losses.Center(scores[0].shape[1], 0.9)
+    targets = [center.targets(one.detach(), 0.04) for one in scores[:2]]
     return losses.swapped_prediction(scores, targets, 0.1)
 
 
@@ -178,7 +178,7 @@ def one_process(batch: int) -> dict[str, float]:
         found["bytes"] = (sent() - before) / (STEPS - 1)
     found["seconds"] = statistics.median(seconds[1:])
     found["parameters"] = sum(p.numel() for p in task.parameters() if p.requires_grad)
-    norms = [m for m in task.modules() if isinstance(m, Synchronised)]
+    norms = [m for m in task.modules() if isinstance(m, Synchronized)]
     found["norms"], found["channels"] = len(norms), sum(2 * m.num_features + 1 for m in norms)
     return found
 

@@ -19,9 +19,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from benchmarks.common import keep, load, markdown_table, provenance
-from vissl_lite.training.attention import attend
-from vissl_lite.training.convolution import convolution
-from vissl_lite.training.quick import quick_operations
+from vissl_lite.training.cpu.attention import attend
+from vissl_lite.training.cpu.convolution import convolution
+from vissl_lite.training.cpu.operators import fast_cpu_operators
 
 # Images, heads and tokens: views of 224 and of 96 pixels, what MAE keeps of one, and larger ones;
 # always as much work in the linear layers beside it.
@@ -56,7 +56,7 @@ def pass_through(compute: Callable[..., Tensor | None], inputs: list[Tensor]) ->
 def step(model: torch.nn.Module, images: Tensor, quick: bool) -> float:
     """Milliseconds of a forward and a backward pass of a network."""
     start = time.perf_counter()
-    with quick_operations() if quick else nullcontext(), torch.autocast("cpu", torch.bfloat16):
+    with fast_cpu_operators() if quick else nullcontext(), torch.autocast("cpu", torch.bfloat16):
         loss = model(images).float().square().mean()
     model.zero_grad()
     loss.backward()

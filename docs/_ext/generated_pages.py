@@ -3,7 +3,6 @@
 import importlib
 import inspect
 from pathlib import Path
-from typing import Any
 
 from sphinx.application import Sphinx
 
@@ -59,9 +58,9 @@ def pretexts_page() -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, pretext in PRETEXTS.items():
-        about: Any = getattr(pretext, "info", None) or pretext.about
-        kind = KINDS[about.backbones][0]
-        cells = [f"`{name}`", about.family, kind, about.views, about.paper, about.use]
+        info = pretext.info
+        kind = KINDS[info.backbones][0]
+        cells = [f"`{name}`", info.family, kind, info.views, info.paper, info.use]
         lines.append(f"| {' | '.join(cells)} |")
     for name, pretext in PRETEXTS.items():
         lines += ["", f"## {name}", "", "| hyperparameter | default |", "| --- | --- |"]

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.conftest import without_pictures
-from vissl_lite.encoder import build_encoder
-from vissl_lite.encoder_folder import save_encoder
+from vissl_lite.encoders.encoder import build_encoder
+from vissl_lite.encoders.folder import save_encoder
 from vissl_lite.evaluation import embedding
 
 

@@ -12,8 +12,8 @@ import torch
 from vissl_lite.cli import main
 from vissl_lite.comparison import runner
 from vissl_lite.data.sample import make_sample_data
-from vissl_lite.encoder import build_encoder
-from vissl_lite.encoder_folder import save_encoder
+from vissl_lite.encoders.encoder import build_encoder
+from vissl_lite.encoders.folder import save_encoder
 from vissl_lite.transfer.classification.data import LabelledImages, load_labelled
 
 

@@ -9,7 +9,7 @@ from tests.conftest import blobs
 from vissl_lite.commands import embed as embed_module
 from vissl_lite.commands.embed import embed
 from vissl_lite.data.images import find_images
-from vissl_lite.encoder_folder import load_encoder
+from vissl_lite.encoders.folder import load_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.evaluation.features import extract
 

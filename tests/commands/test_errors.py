@@ -11,8 +11,8 @@ import yaml
 from PIL import Image
 
 from vissl_lite.cli import COMMANDS, main
-from vissl_lite.encoder import build_encoder
-from vissl_lite.encoder_folder import save_encoder
+from vissl_lite.encoders.encoder import build_encoder
+from vissl_lite.encoders.folder import save_encoder
 from vissl_lite.run_record import RunRecord
 
 Refused = Callable[..., str]
@@ -193,7 +193,7 @@ def test_a_number_out_of_range(option: str, value: float, refused: Refused, few:
 @pytest.mark.parametrize(
     ("option", "value"),
     [("--epochs", 0), ("--batch_size", 0), ("--lr", 0), ("--seed", -1), ("--warmup", 1),
-     ("--smallest_crop", 0), ("--smallest_crop", 2)],
+     ("--min_crop_scale", 0), ("--min_crop_scale", 2)],
 )  # fmt: skip
 def test_a_number_out_of_range_in_finetune(
     option: str, value: float, refused: Refused, labelled: Path
@@ -205,7 +205,7 @@ def test_a_number_out_of_range_in_finetune(
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("temperature", 0), ("temperature", -1), ("smallest_crop", 0), ("smallest_crop", 2)],
+    [("temperature", 0), ("temperature", -1), ("min_crop_scale", 0), ("min_crop_scale", 2)],
 )
 def test_a_hyperparameter_out_of_range(
     option: str, value: float, refused: Refused, few: Path

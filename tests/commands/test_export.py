@@ -16,8 +16,8 @@ from vissl_lite import inference
 from vissl_lite.cli import main
 from vissl_lite.commands import export as command
 from vissl_lite.data.images import read_image
-from vissl_lite.encoder import Encoder, build_encoder
-from vissl_lite.encoder_folder import load_encoder, save_encoder, save_model
+from vissl_lite.encoders.encoder import Encoder, build_encoder
+from vissl_lite.encoders.folder import load_encoder, save_encoder, save_model
 from vissl_lite.errors import UserError
 from vissl_lite.transfer.detection.model import Detector, detect, fit_into, save_detector
 from vissl_lite.transfer.detection.options import DetectorName

@@ -16,13 +16,13 @@ from vissl_lite.errors import UserError
 from vissl_lite.transfer.classification.data import load_labelled
 from vissl_lite.transfer.segmentation.data import load_masks
 
-COLOURS = ("blue", "red")
+COLORS = ("blue", "red")
 
 
-def stripes(seed: int, colour: str) -> Image.Image:
-    """Two classes that a colour tells apart, in pictures that are all different."""
+def stripes(seed: int, color: str) -> Image.Image:
+    """Two classes that a color tells apart, in pictures that are all different."""
     coarse = np.random.default_rng(seed).integers(0, 120, (6, 6, 3), dtype=np.uint8)
-    coarse[..., 0 if colour == "red" else 2] += 120
+    coarse[..., 0 if color == "red" else 2] += 120
     return Image.fromarray(coarse).resize((32, 32), Image.Resampling.BICUBIC)
 
 
@@ -33,10 +33,10 @@ def data(tmp_path: Path) -> Path:
     folder = tmp_path / "data"
     seed = 0
     for part, count in (("train", 10), ("test", 5)):
-        for colour in COLOURS:
-            (folder / part / colour).mkdir(parents=True)
+        for color in COLORS:
+            (folder / part / color).mkdir(parents=True)
             for index in range(count):
-                stripes(seed, colour).save(folder / part / colour / f"{index}.png")
+                stripes(seed, color).save(folder / part / color / f"{index}.png")
                 seed += 1
     shutil.copy(folder / "train" / "red" / "3.png", folder / "test" / "blue" / "0.png")
     twin = Image.open(folder / "train" / "blue" / "7.png")

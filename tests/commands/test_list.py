@@ -15,15 +15,15 @@ def test_pretexts_with_family_backbones_views_paper_and_use(
     lines = capsys.readouterr().out.splitlines()[1:]
     assert len(lines) == len(PRETEXTS)
     for line, (name, made) in zip(lines, PRETEXTS.items(), strict=True):
-        about = made.about
+        info = made.info
         assert line.split()[0] == name
-        assert all(part in line for part in (about.family, about.views, about.paper, about.use))
+        assert all(part in line for part in (info.family, info.views, info.paper, info.use))
 
 
 def test_every_pretext_cites_a_paper_and_fits_a_line() -> None:
     for made in PRETEXTS.values():
-        assert "arXiv" in made.about.paper
-        assert len(made.about.use) < 80
+        assert "arXiv" in made.info.paper
+        assert len(made.info.use) < 80
 
 
 def test_backbones_are_timms(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from tests.conftest import with_pictures
 from vissl_lite.cli import main
 from vissl_lite.commands.pretrain import pretrain
 from vissl_lite.commands.pretrain_options import default_backbone, parse_time
-from vissl_lite.encoder import build_encoder
+from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.evaluation import online
 from vissl_lite.evaluation.online import ONLINE_METRICS
@@ -122,7 +122,7 @@ STATES = (("simclr", 1), ("simclr", 6), ("moco", 5), ("dino", 5), ("mae", 5))
 
 
 def backbone_for(pretext: str) -> list[str]:
-    transformer = PRETEXTS[pretext].about.backbones in ("ViT", "patches")
+    transformer = PRETEXTS[pretext].info.backbones in ("ViT", "patches")
     return ["--backbone", "test_vit" if transformer else "test_resnet"]
 
 
@@ -131,7 +131,7 @@ def test_resume_continues_as_if_nothing_had_happened(
     pretext: str, last_step: int, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed in the middle of an epoch (of 3 steps) and at the end of one."""
-    from vissl_lite.training.pace import Pace
+    from vissl_lite.training.schedule import Schedule
 
     options = ["--data", photos, *SMALL[2:], "--epochs", 3, "--pretext", pretext]
     options += ["--num_workers", 0, *backbone_for(pretext)]
@@ -141,7 +141,7 @@ def test_resume_continues_as_if_nothing_had_happened(
 
     def save_then_die(self, trainer, module, outputs, batch, batch_idx):
         self.save(trainer)
-        pace = next(c for c in trainer.callbacks if isinstance(c, Pace))
+        pace = next(c for c in trainer.callbacks if isinstance(c, Schedule))
         if pace.batches == last_step:
             raise KilledError
 
@@ -160,7 +160,7 @@ def test_resume_between_accumulated_batches(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed after the first of two batches of a step: it goes on from the step before."""
-    from vissl_lite.training.pace import Pace
+    from vissl_lite.training.schedule import Schedule
 
     options = ["--data", photos, *SMALL, "--epochs", 4, "--pretext", "byol"]
     options += ["--accumulate_grad_batches", 2]
@@ -170,7 +170,7 @@ def test_resume_between_accumulated_batches(
     def hurry_then_die(self, trainer, module, outputs, batch, batch_idx):
         self._saved_at = -1e9  # due at once
         on_time(self, trainer, module, outputs, batch, batch_idx)
-        if next(c for c in trainer.callbacks if isinstance(c, Pace)).batches == 5:
+        if next(c for c in trainer.callbacks if isinstance(c, Schedule)).batches == 5:
             raise KilledError
 
     on_time = Checkpoints.on_train_batch_end
@@ -441,7 +441,7 @@ def test_the_default_backbone_suits_the_pretext() -> None:
         assert default_backbone(name, size) == backbone
         with torch.device("meta"):
             encoder = build_encoder(backbone, size)
-        check_backbone(PRETEXTS[name].about, encoder)  # else it raises
+        check_backbone(PRETEXTS[name].info, encoder)  # else it raises
 
 
 def test_from_python_with_a_vit(photos: Path, tmp_path: Path) -> None:
@@ -450,7 +450,7 @@ def test_from_python_with_a_vit(photos: Path, tmp_path: Path) -> None:
     result = vissl_lite.pretrain(
         data=[str(photos)],
         out=str(tmp_path / "run"),
-        pretext={"name": "rotation", "smallest_crop": 0.8},
+        pretext={"name": "rotation", "min_crop_scale": 0.8},
         backbone="test_vit",
         image_size=32,
         epochs=1,

@@ -16,7 +16,7 @@ from vissl_lite.cli import main
 from vissl_lite.data import cache
 from vissl_lite.data.cache import CACHE
 from vissl_lite.training.checkpoints import Checkpoints
-from vissl_lite.training.pace import Pace
+from vissl_lite.training.schedule import Schedule
 
 SMALL = ["--backbone", "test_resnet", "--image_size", "32", "--batch_size", "4", "--epochs", "3"]
 
@@ -44,8 +44,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         exif[0x0112] = 6 if index == 3 else 1
         blobs(index, 240, 320).save(folder / f"{index}.jpg", exif=exif)
     (folder / "broken.jpg").write_bytes((folder / "0.jpg").read_bytes()[:900])
-    grey = np.asarray(blobs(8, 100, 90).convert("L"))
-    assert cv2.imwrite(str(folder / "deep.png"), grey.astype(np.uint16) * 257)
+    gray = np.asarray(blobs(8, 100, 90).convert("L"))
+    assert cv2.imwrite(str(folder / "deep.png"), gray.astype(np.uint16) * 257)
     return folder
 
 
@@ -86,7 +86,7 @@ def test_a_run_with_a_file_is_killed_and_resumed(
 
     def save_then_die(self, trainer, module, outputs, batch, batch_idx):
         self.save(trainer)
-        pace = next(c for c in trainer.callbacks if isinstance(c, Pace))
+        pace = next(c for c in trainer.callbacks if isinstance(c, Schedule))
         if pace.batches == 4:  # in the last of three epochs
             raise KilledError
 

@@ -22,8 +22,8 @@ from tests.conftest import blobs, with_pictures
 from vissl_lite.cli import main
 from vissl_lite.commands.shard import unique_key
 from vissl_lite.data.fingerprints import EXACT_BYTES, Fingerprints
-from vissl_lite.data.shard_index import find_shards
-from vissl_lite.data.shard_stream import read_images
+from vissl_lite.data.shards.index import find_shards
+from vissl_lite.data.shards.stream import read_images
 from vissl_lite.errors import UserError
 from vissl_lite.training.checkpoints import Checkpoints
 

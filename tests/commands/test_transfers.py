@@ -1,4 +1,4 @@
-"""Detection, segmentation and several labels an image, through the command line."""
+"""Detection, segmentation and several labels per image, through the command line."""
 
 import csv
 import json
@@ -127,7 +127,7 @@ def test_predict_writes_masks_of_the_images_size(
     assert len(list((out / "pictures").rglob("*.png"))) == 2
 
 
-def test_explicit_folders_do_as_well_as_recognised_ones(
+def test_explicit_folders_do_as_well_as_recognized_ones(
     sample: Path, encoder: Path, tmp_path: Path
 ) -> None:
     for task, where in (("detection", "annotations"), ("segmentation", "masks")):
@@ -144,9 +144,9 @@ def test_several_labels_an_image(labelled: Path, encoder: Path, tmp_path: Path) 
     rows = [("path", "labels", "split")]
     for part in ("train", "test"):
         for path in sorted((labelled / part).rglob("*.png")):
-            colour = path.parent.name
-            also = "|warm" if colour == "red" else ""
-            rows.append((str(path), "" if colour == "blue" else colour + also, part))
+            color = path.parent.name
+            also = "|warm" if color == "red" else ""
+            rows.append((str(path), "" if color == "blue" else color + also, part))
     with (tmp_path / "labels.csv").open("w", newline="") as file:
         csv.writer(file).writerows(rows)
     out = tmp_path / "run"

@@ -7,7 +7,7 @@ import pytest
 
 from vissl_lite.comparison.protocols import Score
 from vissl_lite.comparison.store import Cell, Store, digest_weights, digest_words
-from vissl_lite.encoder import build_encoder
+from vissl_lite.encoders.encoder import build_encoder
 
 CELL = Cell("runs/a", "linear", "10 a class", 3)
 ABOUT = {"weights": "abc", "labels": "def"}

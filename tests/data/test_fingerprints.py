@@ -68,7 +68,7 @@ def altered(image: Image.Image, how: str) -> Image.Image:
      "transposed", "transversed"],
 )  # fmt: skip
 @pytest.mark.parametrize("side", [32, 200])
-def test_a_picture_is_recognised(how: str, side: int, tmp_path: Path) -> None:
+def test_a_picture_is_recognized(how: str, side: int, tmp_path: Path) -> None:
     for name in ("bank", "judged"):
         (tmp_path / name).mkdir()
     for seed in range(12):
@@ -96,7 +96,7 @@ def test_a_copy_is_exact_whatever_its_name(
     assert match == (str(tmp_path / "other.png"), str(folder / "07.png"), "exact", 1.0)
 
 
-def test_other_pictures_are_not_recognised(bank: Fingerprints, tmp_path: Path) -> None:
+def test_other_pictures_are_not_recognized(bank: Fingerprints, tmp_path: Path) -> None:
     for seed in range(COUNT, 3 * COUNT):
         picture(seed).save(tmp_path / f"{seed}.jpg", quality=50)
     others = fingerprints_of(sorted(map(str, tmp_path.iterdir())))
@@ -104,7 +104,7 @@ def test_other_pictures_are_not_recognised(bank: Fingerprints, tmp_path: Path) -
     assert find_matches(others, bank) == []
 
 
-def test_pictures_of_one_colour_resemble_nothing_but_are_found_as_copies(tmp_path: Path) -> None:
+def test_pictures_of_one_color_resemble_nothing_but_are_found_as_copies(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     for name in ("a", "b", "c"):
         noise = random.integers(0, 2, (64, 64, 3), dtype=np.uint8)

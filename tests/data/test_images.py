@@ -21,7 +21,7 @@ RED, BLUE = (200, 40, 20), (30, 60, 220)
 
 
 def halves(height: int = 32, width: int = 48, left: Any = RED, right: Any = BLUE) -> np.ndarray:
-    """An image whose left half has one colour and whose right half another."""
+    """An image whose left half has one color and whose right half another."""
     image = np.empty((height, width, 3), np.uint8)
     image[:, : width // 2], image[:, width // 2 :] = left, right
     return image
@@ -216,7 +216,7 @@ def test_an_unreadable_folder_is_a_mistake(tree: Path, monkeypatch: pytest.Monke
         ("a.gif", {}, 6),
     ],
 )
-def test_each_format_gives_its_colours_in_rgb(
+def test_each_format_gives_its_colors_in_rgb(
     name: str, options: dict[str, Any], tolerance: int, tmp_path: Path
 ) -> None:
     expected = halves()
@@ -238,9 +238,9 @@ def test_a_wrong_suffix_does_not_matter(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif", "a.bmp", "a.gif"])
-def test_grey_becomes_three_equal_channels(name: str, tmp_path: Path) -> None:
-    grey = halves()[..., 0]
-    assert_reads_as(save(grey, tmp_path / name), np.stack([grey] * 3, axis=2), tolerance=3)
+def test_gray_becomes_three_equal_channels(name: str, tmp_path: Path) -> None:
+    gray = halves()[..., 0]
+    assert_reads_as(save(gray, tmp_path / name), np.stack([gray] * 3, axis=2), tolerance=3)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif", "a.bmp"])
@@ -250,12 +250,12 @@ def test_black_and_white(name: str, tmp_path: Path) -> None:
 
 
 def test_the_first_frame_of_an_animated_gif(tmp_path: Path) -> None:
-    frames = [Image.new("RGB", (20, 20), colour) for colour in (RED, BLUE, BLUE)]
+    frames = [Image.new("RGB", (20, 20), color) for color in (RED, BLUE, BLUE)]
     file = save(frames[0], tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert_reads_as(file, np.full((20, 20, 3), RED), tolerance=6)
 
 
-def test_a_palette_gives_its_colours(tmp_path: Path) -> None:
+def test_a_palette_gives_its_colors(tmp_path: Path) -> None:
     indexed = picture().quantize(2)
     assert indexed.mode == "P"
     assert_reads_as(save(indexed, tmp_path / "a.png"), halves(), tolerance=1)
@@ -283,18 +283,18 @@ def test_alpha_is_laid_over_white(name: str, tmp_path: Path) -> None:
     assert np.abs(image[:16, 24:].astype(int) - mixed).max() <= 1
 
 
-def test_a_transparent_colour_of_a_png_is_white(tmp_path: Path) -> None:
+def test_a_transparent_color_of_a_png_is_white(tmp_path: Path) -> None:
     expected = halves(left=(255, 255, 255))
     assert_reads_as(save(picture(), tmp_path / "a.png", transparency=RED), expected)
 
 
-def test_a_transparent_colour_after_a_large_profile_is_white(tmp_path: Path) -> None:
+def test_a_transparent_color_after_a_large_profile_is_white(tmp_path: Path) -> None:
     profile = bytes(np.random.default_rng(0).integers(0, 256, 3000, dtype=np.uint8))
     file = save(picture(), tmp_path / "a.png", transparency=RED, icc_profile=profile)
     assert_reads_as(file, halves(left=(255, 255, 255)))
 
 
-def test_grey_with_alpha_is_laid_over_white(tmp_path: Path) -> None:
+def test_gray_with_alpha_is_laid_over_white(tmp_path: Path) -> None:
     values = np.full((8, 8), 50, np.uint8)
     alpha = np.zeros((8, 8), np.uint8)
     alpha[:4] = 255
@@ -304,7 +304,7 @@ def test_grey_with_alpha_is_laid_over_white(tmp_path: Path) -> None:
     assert_reads_as(save(both, tmp_path / "a.png"), expected)
 
 
-def test_a_cmyk_jpeg_gives_its_colours(tmp_path: Path) -> None:
+def test_a_cmyk_jpeg_gives_its_colors(tmp_path: Path) -> None:
     file = save(picture("CMYK"), tmp_path / "a.jpg", quality=98)
     image = read_image(file)
     assert np.abs(image[:, :20].astype(int) - RED).max() <= 6
@@ -346,16 +346,16 @@ def test_exif_orientation_is_applied(name: str, orientation: int, tmp_path: Path
         ([0, 16, 2048, 4095], [0, 1, 128, 255]),  # twelve bits in use
     ],
 )
-def test_sixteen_bit_grey_is_scaled_to_eight(
+def test_sixteen_bit_gray_is_scaled_to_eight(
     name: str, stored: list[int], expected: list[int], tmp_path: Path
 ) -> None:
     file = save(np.array([stored] * 4, np.uint16), tmp_path / name)
-    grey = np.array([expected] * 4)
-    assert_reads_as(file, np.stack([grey] * 3, axis=2))
+    gray = np.array([expected] * 4)
+    assert_reads_as(file, np.stack([gray] * 3, axis=2))
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
-def test_sixteen_bit_colour_is_scaled_to_eight(name: str, tmp_path: Path) -> None:
+def test_sixteen_bit_color_is_scaled_to_eight(name: str, tmp_path: Path) -> None:
     file = tmp_path / name
     assert cv2.imwrite(str(file), halves()[..., ::-1].astype(np.uint16) * 257)
     assert_reads_as(file, halves(), tolerance=1)
@@ -383,7 +383,7 @@ def test_a_large_jpeg_is_never_decoded_below_what_is_needed(
     assert side < 2 * shortest or side <= -(-min(height, width) // 8)
 
 
-def test_a_large_jpeg_is_decoded_smaller_with_the_same_colours(tmp_path: Path) -> None:
+def test_a_large_jpeg_is_decoded_smaller_with_the_same_colors(tmp_path: Path) -> None:
     file = save(halves(512, 768), tmp_path / "a.jpg", quality=95)
     image = read_image(file, shortest=100)
     assert image.shape == (128, 192, 3)

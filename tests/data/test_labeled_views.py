@@ -86,18 +86,18 @@ def test_the_same_key_gives_the_same_mask() -> None:
     assert same(list(one(image, mask, 1, 2, 3)), list(other(image, mask, 1, 2, 3)))
 
 
-@pytest.mark.parametrize("smallest_crop", [1.0, 0.1])
-def test_a_view_at_its_own_scale_is_hardly_enlarged_or_shrunk(smallest_crop: float) -> None:
+@pytest.mark.parametrize("min_crop_scale", [1.0, 0.1])
+def test_a_view_at_its_own_scale_is_hardly_enlarged_or_shrunk(min_crop_scale: float) -> None:
     y = np.mgrid[:240, :240][0]
     image = np.repeat(np.uint8(y)[..., None], 3, axis=2)
-    view = MaskView(mask_pipeline(48, smallest_crop, True, own_scale=True))
+    view = MaskView(mask_pipeline(48, min_crop_scale, True, own_scale=True))
     spans = []
     for index in range(40):
         _, rows = view(image, np.uint8(y), 0, 0, index)  # the mask says where a row came from
         spans.append(int(rows[-1, 0]) - int(rows[0, 0]) + 1)
     assert 30 <= min(spans) <= max(spans) <= 73  # 48 by 1.5 in either direction
-    assert len(set(spans)) > (10 if smallest_crop < 1 else 0)
-    if smallest_crop == 1:
+    assert len(set(spans)) > (10 if min_crop_scale < 1 else 0)
+    if min_crop_scale == 1:
         assert set(spans) == {48}
 
 
@@ -137,14 +137,14 @@ def test_a_box_that_is_mostly_outside_is_dropped() -> None:
     assert counts == {1, 2}
 
 
-@pytest.mark.parametrize("smallest_crop", [1.0, 0.3])
-def test_shrinking_is_antialiased(smallest_crop: float) -> None:
+@pytest.mark.parametrize("min_crop_scale", [1.0, 0.3])
+def test_shrinking_is_antialiased(min_crop_scale: float) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), np.uint8)
     mask, boxes = np.zeros((1024, 1024), np.uint8), np.array([[0, 0, 1024, 1024]], np.float32)
-    masked = MaskView(mask_pipeline(96, smallest_crop, True)[:1])
+    masked = MaskView(mask_pipeline(96, min_crop_scale, True)[:1])
     boxed = BoxView(box_pipeline((96, 96), 1.0, True)[:2])
     evaluated = resize_and_crop(noise, 96).std()
     for index in range(5):
         assert boxed(noise, boxes, np.array([0]), 0, 0, index)[0].std() < 1.2 * evaluated
-        largest = evaluated * smallest_crop**-0.5  # a crop is shrunk less
+        largest = evaluated * min_crop_scale**-0.5  # a crop is shrunk less
         assert masked(noise, mask, 0, 0, index)[0].std() < 1.2 * largest

@@ -134,23 +134,23 @@ def test_nothing_is_left_when_drawing_stops(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_colour_place_and_area_do_not_tell_the_class() -> None:
+def test_color_place_and_area_do_not_tell_the_class() -> None:
     """A linear classifier on such features stays near chance (0.1) on images it has not seen."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    colour, place, labels = [], [], []
+    color, place, labels = [], [], []
     for number in range(1200):
         label = number % len(CLASSES)
         image, seen = draw(CLASSES[label], np.random.default_rng([3, number]), size=32)
         pixels = np.asarray(image, np.float32).reshape(-1, 3)
         histogram = [np.histogram(band, 8, (0, 256))[0] for band in pixels.T]
-        colour.append(np.concatenate([pixels.mean(0), pixels.std(0), *histogram]))
+        color.append(np.concatenate([pixels.mean(0), pixels.std(0), *histogram]))
         rows, columns = np.nonzero(seen)
         place.append([len(rows), rows.mean(), columns.mean()])
         labels.append(label)
-    for features in (np.array(colour), np.array(place)):
+    for features in (np.array(color), np.array(place)):
         model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300))
         model.fit(features[:800], labels[:800])
         # 400 images: chance is 0.1 with a standard error of 0.015

@@ -21,7 +21,7 @@ from vissl_lite.data.stream import (
     collate,
     stream,
 )
-from vissl_lite.data.views import Views, colour_distortion, flip, random_crop
+from vissl_lite.data.views import Views, color_distortion, flip, random_crop
 from vissl_lite.errors import UserError
 
 IMAGES, BATCH, EPOCHS = 24, 7, 2
@@ -29,7 +29,7 @@ PER_EPOCH = IMAGES // BATCH
 
 
 def views() -> Views:
-    one = [random_crop(16, 0.3), flip(), *colour_distortion(0.5)]
+    one = [random_crop(16, 0.3), flip(), *color_distortion(0.5)]
     return Views([one, one], shortest=16)
 
 
@@ -254,7 +254,7 @@ def decoded_sizes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 def test_large_photographs_are_decoded_as_small_as_their_own_crops_allow(
     large: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = [random_crop(16, 0.05), flip(), *colour_distortion(0.5)]
+    one = [random_crop(16, 0.05), flip(), *color_distortion(0.5)]
     data, whole = (ViewDataset(large, Views([one, one], shortest=82), 0) for _ in range(2))
     sizes = decoded_sizes(monkeypatch)
     monkeypatch.setattr(whole.views, "times", lambda *_: 1)
@@ -271,7 +271,7 @@ def test_large_photographs_are_decoded_as_small_as_their_own_crops_allow(
                 lengths = np.linalg.norm(looks[0]) * np.linalg.norm(looks[1])
                 assert looks[0] @ looks[1] > 0.98 * lengths
                 assert np.array_equal(ours.fingerprint[:16], plain.fingerprint[:16])
-    assert max(apart) < 20  # of other crops or colours: 50 and more
+    assert max(apart) < 20  # of other crops or colors: 50 and more
     assert set(sizes[1::2]) == {(300, 400), (400, 300)}
     assert {max(size) for size in sizes[::2]} >= {50, 100}
 

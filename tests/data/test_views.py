@@ -15,7 +15,7 @@ from vissl_lite.data.images import read_image, resize_and_crop
 from vissl_lite.data.stream import ViewDataset
 from vissl_lite.data.views import (
     Views,
-    colour_distortion,
+    color_distortion,
     crop_decode_size,
     distorted_crop,
     flip,
@@ -66,13 +66,13 @@ def test_the_same_key_gives_the_same_pixels_whatever_was_drawn_before() -> None:
 
 
 def test_a_views_pixels_do_not_depend_on_the_views_beside_it() -> None:
-    beside = Views([[random_crop(SIZE, 0.2)], colour_distortion(1.0)], shortest=SIZE)
+    beside = Views([[random_crop(SIZE, 0.2)], color_distortion(1.0)], shortest=SIZE)
     alone = Views([[random_crop(SIZE, 0.2)]], shortest=SIZE)
     assert same(beside(gradient(), 0, 1, 2)[:1], alone(gradient(), 0, 1, 2))
 
 
 def test_making_other_views_of_the_same_transforms_changes_nothing() -> None:
-    one = [random_crop(SIZE, 0.2), *colour_distortion(1.0)]
+    one = [random_crop(SIZE, 0.2), *color_distortion(1.0)]
     views = Views([one], shortest=SIZE)
     before = views(gradient(), 0, 1, 2)
     Views([one], shortest=SIZE)(gradient(), 5, 5, 5)
@@ -89,7 +89,7 @@ def test_seed_epoch_and_index_each_change_the_pixels(key: tuple[int, int, int]) 
 def test_keys_do_not_run_into_one_another() -> None:
     views = crops()
     keys = [(s, e, i) for s in range(4) for e in range(4) for i in range(4)]
-    made = {view.tobytes() for key in keys for view in views(colourful(600, 600), *key)}
+    made = {view.tobytes() for key in keys for view in views(colorful(600, 600), *key)}
     assert len(made) == 2 * len(keys)
 
 
@@ -102,10 +102,10 @@ def test_two_views_of_an_image_differ() -> None:
 
 def test_the_images_of_a_batch_get_different_crops() -> None:
     views = crops()
-    centres = {
+    centers = {
         tuple(views(gradient(), 0, 0, index)[0][SIZE // 2, SIZE // 2]) for index in range(16)
     }
-    assert len(centres) >= 14
+    assert len(centers) >= 14
 
 
 @pytest.mark.parametrize("axis", ["seed", "epoch", "index"])
@@ -147,8 +147,8 @@ def test_the_image_itself_is_left_alone() -> None:
     np.testing.assert_array_equal(image, gradient())
 
 
-def colourful(height: int = 64, width: int = 64) -> np.ndarray:
-    """Smooth patches of all colours, black, white and grey ones among them."""
+def colorful(height: int = 64, width: int = 64) -> np.ndarray:
+    """Smooth patches of all colors, black, white and gray ones among them."""
     coarse = np.random.default_rng(1).integers(0, 256, (8, 8, 3), np.uint8)
     coarse[0], coarse[1, :4], coarse[1, 4:] = np.arange(0, 256, 32)[:, None], 0, 255
     return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
@@ -200,7 +200,7 @@ def test_an_image_is_reduced_no_further_than_its_own_crops_allow(
 
 
 def test_views_of_a_reduced_image_are_those_of_the_whole_image() -> None:
-    whole = colourful(480, 640)
+    whole = colorful(480, 640)
     one = distorted_crop(64, 0.2, 0.5, blur_probability=0.3, solarize=0.2, upright=False)
     views = Views([one, one], shortest=64)
     for index in range(30):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import blobs
-from vissl_lite.encoder import build_encoder
+from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.evaluation import embedding
 from vissl_lite.evaluation.embedding import (
@@ -17,7 +17,7 @@ from vissl_lite.evaluation.embedding import (
     methods,
     near_duplicates,
     nearest,
-    oddness,
+    outlier_score,
 )
 
 
@@ -25,7 +25,7 @@ def features(images: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(images, 6)).astype(np.float32)
 
 
-def test_neighbours_are_those_of_the_whole_similarity_matrix_in_blocks_of_any_size() -> None:
+def test_neighbors_are_those_of_the_whole_similarity_matrix_in_blocks_of_any_size() -> None:
     given = features(23)
     unit = given / np.linalg.norm(given, axis=1, keepdims=True)
     similarity = unit @ unit.T
@@ -37,18 +37,18 @@ def test_neighbours_are_those_of_the_whole_similarity_matrix_in_blocks_of_any_si
         assert values == pytest.approx(np.take_along_axis(similarity, order, 1), abs=1e-6)
 
 
-def test_few_images_have_few_neighbours() -> None:
+def test_few_images_have_few_neighbors() -> None:
     assert nearest(features(3), 10)[0].shape == (3, 2)
     assert nearest(features(1), 10)[0].shape == (1, 0)
-    assert oddness(nearest(features(1), 10)[1]).tolist() == [0]
+    assert outlier_score(nearest(features(1), 10)[1]).tolist() == [0]
 
 
 def test_what_is_far_from_all_is_odd_and_so_are_two_of_it() -> None:
     given = features(20) * 0.1 + 1
     given[[4, 9]] = [-1, 1, -1, 1, -1, 1]
-    odd = oddness(nearest(given, 3)[1])
+    odd = outlier_score(nearest(given, 3)[1])
     assert set(np.argsort(-odd)[:2]) == {4, 9}
-    by_one = oddness(nearest(given, 1)[1])
+    by_one = outlier_score(nearest(given, 1)[1])
     assert by_one[4] == pytest.approx(0, abs=1e-5)  # the other one is beside it
 
 
@@ -78,7 +78,7 @@ def test_features_of_a_collapsed_or_diverged_encoder_can_be_drawn(given: np.ndar
     shown = flat_map(given.astype(np.float32), "pca", 0)
     assert shown.shape == (len(given), 2)
     assert np.isfinite(shown).all()
-    assert np.isfinite(oddness(nearest(given.astype(np.float32), 3)[1])).all()
+    assert np.isfinite(outlier_score(nearest(given.astype(np.float32), 3)[1])).all()
     assert near_duplicates(given.astype(np.float32), 0.98).shape[1] == 2
 
 
@@ -117,14 +117,14 @@ def test_a_map_of_images_with_labels_is_saved_and_read_back(tmp_path: Path) -> N
     assert made.labels is not None
     assert made.labels.tolist() == [0, 1, 2, 1, 2, 0, 1, 2]
     assert sum(done) == 9
-    assert made.neighbours.shape == made.similarities.shape == (8, 7)
+    assert made.neighbors.shape == made.similarities.shape == (8, 7)
     assert cv2.imdecode(np.frombuffer(made.thumbnails[0], np.uint8), 1).shape == (64, 64, 3)
     made.save(tmp_path / "map.npz")
     again = ImageMap.load(tmp_path / "map.npz")
     assert again.paths == made.paths
     assert again.classes == ["a", "b", "<c>"]
     assert again.thumbnails == made.thumbnails
-    for name in ("labels", "neighbours", "similarities", "oddness", "duplicates"):
+    for name in ("labels", "neighbors", "similarities", "outlier_score", "duplicates"):
         assert np.array_equal(getattr(again, name), getattr(made, name))
     assert list(again.coordinates) == ["pca"]
     assert np.array_equal(again.coordinates["pca"], made.coordinates["pca"])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vissl_lite.encoder import build_encoder
+from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.evaluation.probe import (
     NO_FEATURES,
@@ -40,7 +40,7 @@ def test_test_labels_are_counted_and_cannot_change_what_is_predicted(probe) -> N
 
 
 @pytest.mark.parametrize("probe", ["knn", "linear"])
-def test_validation_images_are_learnt_from_too(probe) -> None:
+def test_validation_images_are_learned_from_too(probe) -> None:
     """The training images lack the third class."""
     everything, test = clouds(90, 0), clouds(60, 1)
     parts = [

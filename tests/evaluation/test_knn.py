@@ -28,7 +28,7 @@ def test_equals_the_literal_vote() -> None:
         np.testing.assert_array_equal(ours, expected)
 
 
-def test_more_neighbours_than_images_means_all() -> None:
+def test_more_neighbors_than_images_means_all() -> None:
     bank = np.eye(3, dtype=np.float32)
     labels = np.array([0, 1, 2])
     assert knn_predict(bank, labels, bank, k=200).tolist() == [0, 1, 2]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vissl_lite.data.images import find_images
-from vissl_lite.encoder import Encoder, build_encoder
+from vissl_lite.encoders.encoder import Encoder, build_encoder
 from vissl_lite.evaluation.measures import effective_rank, feature_std
 from vissl_lite.evaluation.online import (
     COLLAPSED_RANK,
@@ -25,7 +25,7 @@ from vissl_lite.evaluation.online import (
     ImageCounts,
     OnlineEvaluation,
 )
-from vissl_lite.training.pace import Pace
+from vissl_lite.training.schedule import Schedule
 from vissl_lite.transfer.classification.data import LabelledImages, Part, load_labelled
 
 BATCH_SIZE = 8
@@ -53,16 +53,16 @@ class Task(nn.Module):
     def trained_encoder(self) -> nn.Module:
         return self.encoder
 
-    def whole(self) -> "Task":
+    def unsharded(self) -> "Task":
         return self
 
 
 def online(
-    paths: list[str], labelled: LabelledImages | None = None, pace: Pace | None = None
+    paths: list[str], labelled: LabelledImages | None = None, pace: Schedule | None = None
 ) -> OnlineEvaluation:
     data: Any = SimpleNamespace(batches_per_epoch=100, batch_size=BATCH_SIZE)
     compute = EncoderMetrics(paths, labelled, seed=0, upright=True)
-    return OnlineEvaluation(compute, data, pace or Pace(0.1, 0.1, 0, batches=10))
+    return OnlineEvaluation(compute, data, pace or Schedule(0.1, 0.1, 0, batches=10))
 
 
 def evaluate(evaluation: OnlineEvaluation, encoder: Encoder) -> dict[str, float]:
@@ -125,7 +125,7 @@ def test_an_evaluation_changes_nothing_about_the_training(photos: Path, encoder:
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
 
 
-def test_test_images_stay_unseen_and_validation_images_are_never_learnt_from(
+def test_test_images_stay_unseen_and_validation_images_are_never_learned_from(
     photos: Path, labelled: Path, encoder: Encoder
 ) -> None:
     data = load_labelled(labelled, 0)
@@ -187,7 +187,7 @@ def test_evaluation_stays_within_its_share(
     steps = 1000
     step = seconds / steps
     time_budget = seconds if budget == "time" else None
-    pace = Pace(0.1, 0.1, 0, None if time_budget else steps, time_budget)
+    pace = Schedule(0.1, 0.1, 0, None if time_budget else steps, time_budget)
     part = Part(["some.png"] * 6000, np.zeros(6000, np.int64))
     data = LabelledImages(["a", "b"], part, part, part)
     evaluation = online(["some.png"] * 1000, data, pace)

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from tests.conftest import without_pictures
 from vissl_lite.cli import main
-from vissl_lite.encoder import build_encoder
-from vissl_lite.encoder_folder import save_encoder
+from vissl_lite.encoders.encoder import build_encoder
+from vissl_lite.encoders.folder import save_encoder
 
 PATIENCE = 240  # seconds for what takes a few on an idle machine
 

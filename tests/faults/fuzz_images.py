@@ -69,7 +69,7 @@ def seeds() -> list[bytes]:
         out = BytesIO()
         image.save(out, kind, **options)
         files.append(out.getvalue())
-    # 16-bit colour, which Pillow does not know, in strips
+    # 16-bit color, which Pillow does not know, in strips
     written, coded = cv2.imencode(".tif", pixels[..., :3].astype(np.uint16) * 257)
     assert written
     return [*files, coded.tobytes()]

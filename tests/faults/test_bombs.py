@@ -144,7 +144,7 @@ BOMBS = {
     "png of one row": png(2**31 - 1, 1),
     "tiff": tiff(SIDE, SIDE),
     "bigtiff": tiff(SIDE, SIDE, "Q"),
-    "16-bit colour tiff": tiff(SIDE, SIDE, bits=16, samples=3),
+    "16-bit color tiff": tiff(SIDE, SIDE, bits=16, samples=3),
     "tiff of one tile": tiff(10, 10, tile_width=SIDE, tile_height=SIDE, offsets=8, counts=9),
     "gif": gif(SIDE, SIDE),
     "gif with a large frame": gif(10, 10, left=SIDE),

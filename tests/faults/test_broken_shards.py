@@ -38,12 +38,12 @@ import vissl_lite.commands.shard  # else the name is that of the function
 from tests.conftest import blobs, trying
 from vissl_lite.cli import main
 from vissl_lite.data import download, shard_index, shard_stream, tar_reader
-from vissl_lite.data.braces import MOST, count_names, expand
-from vissl_lite.data.shard_index import find_shards, index_text, parse_index
-from vissl_lite.data.shard_stream import ShardSource
-from vissl_lite.data.shards import BrokenShardError, Shards
+from vissl_lite.data.shards.braces import MOST, count_names, expand
+from vissl_lite.data.shards.index import find_shards, index_text, parse_index
+from vissl_lite.data.shards.source import BrokenShardError, Shards
+from vissl_lite.data.shards.stream import ShardSource
+from vissl_lite.data.shards.tar_reader import BROKEN_TAR, TarReader
 from vissl_lite.data.stream import Batch
-from vissl_lite.data.tar_reader import BROKEN_TAR, TarReader
 from vissl_lite.data.views import Views, flip, random_crop
 from vissl_lite.errors import UserError
 from vissl_lite.run_folder import lock

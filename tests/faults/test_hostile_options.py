@@ -20,8 +20,8 @@ import yaml
 from PIL import Image
 
 from vissl_lite.cli import COMMANDS, find_command, main
-from vissl_lite.encoder import build_encoder
-from vissl_lite.encoder_folder import save_encoder
+from vissl_lite.encoders.encoder import build_encoder
+from vissl_lite.encoders.folder import save_encoder
 from vissl_lite.errors import LISTS, UserError, annotations, kinds_of, takes_any
 from vissl_lite.options import option_types, options_of
 from vissl_lite.pretext import PRETEXTS
@@ -283,7 +283,7 @@ def _large(value: object) -> bool:
 def test_hyperparameters(name: str, tried: Tried, called: Called, place: Path) -> None:
     given = {"data": str(place / "labelled" / "train"), "out": "run", "epochs": 1,
              "backbone": "test_resnet", "image_size": 32}  # fmt: skip
-    if PRETEXTS[name].about.backbones in ("ViT", "patches"):
+    if PRETEXTS[name].info.backbones in ("ViT", "patches"):
         given |= {"backbone": "test_vit", "image_size": 64}
     hyperparameters = annotations(PRETEXTS[name])
     del hyperparameters["encoder"]

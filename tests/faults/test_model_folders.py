@@ -17,8 +17,8 @@ from tampering import Tried, changed, damaged
 
 from vissl_lite.cli import main
 from vissl_lite.commands.export import export
-from vissl_lite.encoder import Normalize, build_encoder
-from vissl_lite.encoder_folder import load_encoder, read_weights, save_encoder, save_model
+from vissl_lite.encoders.encoder import Normalize, build_encoder
+from vissl_lite.encoders.folder import load_encoder, read_weights, save_encoder, save_model
 from vissl_lite.errors import UserError
 from vissl_lite.transfer.classification.model import load_classifier
 from vissl_lite.transfer.detection.model import Detector, detect, load_detector, save_detector

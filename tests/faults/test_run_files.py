@@ -40,7 +40,7 @@ from vissl_lite.run import read_config
 from vissl_lite.run_record import RunRecord, WarningRecord, read_record
 from vissl_lite.training.fit import TrainingFiles, fit
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.training.pace import Pace
+from vissl_lite.training.schedule import Schedule
 from vissl_lite.training.stream import StreamData
 
 JSON_LIKE = st.recursive(
@@ -82,7 +82,7 @@ class SaveHalfway(Callback):
 
 def train(photos: Path, folder: Path, resume: bool, module: pl.LightningModule | None = None,
           callbacks: tuple[Callback, ...] = ()) -> pl.LightningModule:  # fmt: skip
-    pace = Pace(1e-3, 0.1, 0, 6)
+    pace = Schedule(1e-3, 0.1, 0, 6)
     views = Views([[random_crop(16, 0.3)]], shortest=16)
     data = StreamData(ViewDataset(find_images([photos]), views, 0), 4, 1, pace, workers=0)
     module = module or Small()
@@ -213,9 +213,9 @@ def an_image_map(count: int = 4) -> ImageMap:
         labels=np.arange(count) % 2,
         classes=["cat", "dog"],
         coordinates={"pca": np.random.default_rng(0).random((count, 2)).astype(np.float32)},
-        neighbours=near,
+        neighbors=near,
         similarities=np.ones((count, 2), np.float32),
-        oddness=np.ones(count, np.float32),
+        outlier_score=np.ones(count, np.float32),
         duplicates=np.array([[0, 1]]),
         thumbnails=[b"jpeg"] * count,
     )

@@ -16,7 +16,7 @@ def gives_the_image_back() -> Callable[[PretextTask], None]:
     def check(task: PretextTask) -> None:
         size = task.encoder.image_size
         images = torch.randint(256, (4, 3, size, size), dtype=torch.uint8)
-        shown = task.show([task.encoder.normalize(images)])
+        shown = task.visualize([task.encoder.normalize(images)])
         assert shown is not None
         mean = (255 * torch.tensor(task.encoder.mean)).round().byte().numpy()
         for row, image in zip(shown.rows, images.permute(0, 2, 3, 1).numpy(), strict=True):

@@ -6,14 +6,14 @@ import pytest
 
 from vissl_lite.data.images import find_images
 from vissl_lite.data.stream import ViewDataset, collate
-from vissl_lite.encoder import build_encoder
+from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.pretext import PRETEXTS, pretext_class
 
 
 def test_those_that_know_it() -> None:
     encoder = build_encoder("test_resnet", 32)
     made = {
-        name: pretext_class(name) for name, one in PRETEXTS.items() if one.about.backbones == "any"
+        name: pretext_class(name) for name, one in PRETEXTS.items() if one.info.backbones == "any"
     }
     known = {name for name, one in made.items() if one(encoder).chance_loss(8) is not None}
     assert known == {"simclr", "moco_v3", "nnclr"}

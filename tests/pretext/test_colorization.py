@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vissl_lite.encoder import build_encoder
+from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.pretext import colorization as module
 from vissl_lite.pretext.colorization import (
@@ -17,7 +17,7 @@ from vissl_lite.pretext.colorization import (
     Colorization,
     annealed_mean,
     candidate_bins,
-    colour_cross_entropy,
+    color_cross_entropy,
     gamut_bins,
     lab_to_rgb,
     rarity_weights,
@@ -84,23 +84,23 @@ def test_lab_equals_its_definition_pixel_by_pixel(brightness: float) -> None:
                 assert ours[image, :, row, column].tolist() == pytest.approx(expected, abs=0.01)
 
 
-def test_the_encoder_sees_lightness_alone_as_a_grey_image() -> None:
+def test_the_encoder_sees_lightness_alone_as_a_gray_image() -> None:
     task = made("vit_slim_patch4_32")  # its channels have different means and deviations
     batch = images()
-    grey, target = task.split(task.encoder.normalize(batch))
+    gray, target = task.split(task.encoder.normalize(batch))
     lightness = rgb_to_lab(batch / 255)[:, :1] / 100
     mean, std = torch.tensor([task.encoder.mean, task.encoder.std])[:, None, :, None, None]
-    torch.testing.assert_close(grey, (lightness - mean) / std, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(gray, (lightness - mean) / std, atol=1e-4, rtol=1e-4)
     assert target.shape == (4, 2, 8, 8)
     expected = rgb_to_lab(batch / 255)[:, 1:, 4:8, 12:16].mean(dim=(2, 3))
     torch.testing.assert_close(target[:, :, 1, 3], expected, atol=1e-3, rtol=1e-4)
-    # another colour of the same lightness is no other input
-    other, _ = task.split(task.encoder.normalize(lightness_as_grey(batch)))
-    assert (other - grey).abs().max() < 0.02
+    # another color of the same lightness is no other input
+    other, _ = task.split(task.encoder.normalize(lightness_as_gray(batch)))
+    assert (other - gray).abs().max() < 0.02
 
 
-def lightness_as_grey(batch: Tensor) -> Tensor:
-    """The grey images of the same lightness; not rounded."""
+def lightness_as_gray(batch: Tensor) -> Tensor:
+    """The gray images of the same lightness; not rounded."""
     level = (rgb_to_lab(batch / 255)[:, :1] + 16) / 116
     linear = torch.where(level > 6 / 29, level**3, 3 * (6 / 29) ** 2 * (level - 4 / 29))
     bright = 1.055 * linear.clamp(min=1e-9) ** (1 / 2.4) - 0.055
@@ -111,7 +111,7 @@ def lightness_as_grey(batch: Tensor) -> Tensor:
 # Bins
 
 
-def test_bins_are_those_that_an_srgb_colour_falls_into() -> None:
+def test_bins_are_those_that_an_srgb_color_falls_into() -> None:
     bins = gamut_bins()
     assert len(bins) == 261  # the number in the documentation
     level = torch.arange(0, 256, 5) / 255
@@ -125,12 +125,12 @@ def test_bins_are_those_that_an_srgb_colour_falls_into() -> None:
 
 def test_soft_encoding_equals_a_loop_over_all_bins() -> None:
     bins = gamut_bins()
-    colours = rgb_to_lab(torch.rand(400, 3))[:, 1:]
+    colors = rgb_to_lab(torch.rand(400, 3))[:, 1:]
     primaries = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3)
-    colours = torch.cat([colours, rgb_to_lab(primaries)[:, 1:]])  # at the gamut's corners
-    nearest, shares = soft_encode(colours, bins, candidate_bins(bins))
-    for colour, ours, weights in zip(colours.tolist(), nearest, shares, strict=True):
-        distances = [math.dist(colour, one) for one in bins.tolist()]
+    colors = torch.cat([colors, rgb_to_lab(primaries)[:, 1:]])  # at the gamut's corners
+    nearest, shares = soft_encode(colors, bins, candidate_bins(bins))
+    for color, ours, weights in zip(colors.tolist(), nearest, shares, strict=True):
+        distances = [math.dist(color, one) for one in bins.tolist()]
         five = sorted(range(len(bins)), key=lambda q: distances[q])[:5]
         kernel = [math.exp(-(distances[q] ** 2) / (2 * 5**2)) for q in five]
         found = [distances[q] for q in ours.tolist()]
@@ -139,11 +139,11 @@ def test_soft_encoding_equals_a_loop_over_all_bins() -> None:
         assert weights.tolist() == pytest.approx(expected, abs=1e-3)
 
 
-def test_candidates_hold_the_five_nearest_bins_of_all_colours_in_a_square() -> None:
+def test_candidates_hold_the_five_nearest_bins_of_all_colors_in_a_square() -> None:
     bins = gamut_bins()
-    colours = torch.rand(3000, 2) * 219.9 - 110  # outside the gamut, too
-    ours, _ = soft_encode(colours, bins, candidate_bins(bins))
-    distance = torch.cdist(colours, bins, compute_mode="donot_use_mm_for_euclid_dist")
+    colors = torch.rand(3000, 2) * 219.9 - 110  # outside the gamut, too
+    ours, _ = soft_encode(colors, bins, candidate_bins(bins))
+    distance = torch.cdist(colors, bins, compute_mode="donot_use_mm_for_euclid_dist")
     torch.testing.assert_close(distance.gather(1, ours), distance.topk(5, largest=False)[0])
 
 
@@ -155,10 +155,10 @@ def test_weights_are_those_of_equation_4(uniform: float) -> None:
     bins = gamut_bins()
     counts = torch.randint(1, 10_000, (len(bins),)) ** 2
     ours = rarity_weights(counts, smoothing_matrix(bins), uniform)
-    centres, total, number = bins.tolist(), counts.sum().item(), len(bins)
+    centers, total, number = bins.tolist(), counts.sum().item(), len(bins)
     smoothed = [0.0] * number
     for q in range(number):  # each bin spreads its share by a Gaussian
-        kernel = [math.exp(-(math.dist(centres[q], c) ** 2) / (2 * 5**2)) for c in centres]
+        kernel = [math.exp(-(math.dist(centers[q], c) ** 2) / (2 * 5**2)) for c in centers]
         for other in range(number):
             smoothed[other] += counts[q].item() / total * kernel[other] / sum(kernel)
     assert sum(smoothed) == pytest.approx(1)
@@ -167,19 +167,19 @@ def test_weights_are_those_of_equation_4(uniform: float) -> None:
     assert ours.tolist() == pytest.approx([w / expectation for w in weights], rel=1e-3)
 
 
-def test_equal_counts_give_nearly_equal_weights_and_rare_colours_larger_ones() -> None:
+def test_equal_counts_give_nearly_equal_weights_and_rare_colors_larger_ones() -> None:
     task = made()
     start = rarity_weights(task.counts, task.smoothing, 0.5)
     assert start.min() > 0.6
     assert start.max() < 1.3
-    grey = (task.bins == 0).all(dim=1).nonzero().item()
-    task.counts[grey] += 1_000_000
+    gray = (task.bins == 0).all(dim=1).nonzero().item()
+    task.counts[gray] += 1_000_000
     after = rarity_weights(task.counts, task.smoothing, 0.5)
-    assert after.argmin() == grey
-    assert after.max() > 10 * after[grey]
+    assert after.argmin() == gray
+    assert after.max() > 10 * after[gray]
 
 
-def test_colours_are_counted_at_a_quarter_of_the_resolution() -> None:
+def test_colors_are_counted_at_a_quarter_of_the_resolution() -> None:
     task = made()
     task.training_step(Batch(images()), 0)
     assert task.counts.dtype == torch.int64
@@ -229,11 +229,11 @@ def test_loss_equals_equations_2_and_3() -> None:
         for q in range(40):
             entropy -= target[q] * math.log(math.exp(logits[pixel, q].item()) / below)
         total += rarity[nearest[pixel, 0]].item() * entropy
-    ours = colour_cross_entropy(logits, nearest, shares.float(), rarity.float())
+    ours = color_cross_entropy(logits, nearest, shares.float(), rarity.float())
     assert ours.item() == pytest.approx(total / 6, rel=1e-5)
 
 
-def test_logits_and_colours_belong_to_the_same_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_and_colors_belong_to_the_same_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
     """A decoder that knows the answer gives the smallest loss there is, that of the shares."""
     task = made(uniform=1.0)
     batch = task.encoder.normalize(images(3))
@@ -253,39 +253,39 @@ def test_logits_and_colours_belong_to_the_same_pixel(monkeypatch: pytest.MonkeyP
     [("test_resnet", 64, 16), ("test_vit", 32, 8), ("vit_slim_patch4_32", 32, 8),
      ("test_resnet", 50, 13)],
 )  # fmt: skip
-def test_colours_are_predicted_at_a_quarter_of_the_resolution(
+def test_colors_are_predicted_at_a_quarter_of_the_resolution(
     backbone: str, size: int, side: int
 ) -> None:
     task = made(backbone, size)
-    grey, target = task.split(torch.randn(2, 3, size, size))
-    logits = task.decoder(*task.encoder.pooled_and_map(grey), task.decoder.size(grey))
+    gray, target = task.split(torch.randn(2, 3, size, size))
+    logits = task.decoder(*task.encoder.pooled_and_map(gray), task.decoder.size(gray))
     assert logits.shape == (2, len(task.bins), side, side)
     assert target.shape[2:] == (side, side)
 
 
-# Images without colours, and what a user did wrong
+# Images without colors, and what a user did wrong
 
 
-def grey_warnings(caplog: pytest.LogCaptureFixture, batch: Tensor) -> list[str]:
+def gray_warnings(caplog: pytest.LogCaptureFixture, batch: Tensor) -> list[str]:
     task = made()
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         for step in range(LOOK + 3):
             assert step >= LOOK or not caplog.messages
             _, target = task.split(task.encoder.normalize(batch))
-            colours = target.permute(0, 2, 3, 1).reshape(-1, 2)
-            task.look(colours, torch.zeros(len(colours), dtype=torch.long))
+            colors = target.permute(0, 2, 3, 1).reshape(-1, 2)
+            task.look(colors, torch.zeros(len(colors), dtype=torch.long))
     return caplog.messages
 
 
-def test_grey_images_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
-    grey = images()[:, :1].expand(-1, 3, -1, -1)
-    messages = grey_warnings(caplog, grey)
+def test_gray_images_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    gray = images()[:, :1].expand(-1, 3, -1, -1)
+    messages = gray_warnings(caplog, gray)
     assert len(messages) == 1
     assert "nothing to learn" in messages[0]
-    tinted = grey.clone().clamp(60, 200)
+    tinted = gray.clone().clamp(60, 200)
     tinted[:, 0] += 40
-    assert grey_warnings(caplog, tinted) == []
+    assert gray_warnings(caplog, tinted) == []
 
 
 def test_errors_say_what_would_work() -> None:
@@ -322,7 +322,7 @@ def test_the_annealed_mean_is_that_of_equation_5() -> None:
             assert ours[0, axis, 0, place].item() == pytest.approx(mean / sum(weights), abs=0.01)
 
 
-def test_right_colours_give_the_image_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_right_colors_give_the_image_back(monkeypatch: pytest.MonkeyPatch) -> None:
     task = made("vit_slim_patch4_32")
     left, right = (int((task.bins == torch.tensor(ab)).all(dim=1).nonzero()) for ab in AB)
     lab = torch.full((2, 3, 32, 32), 60.0)  # lightness
@@ -332,14 +332,14 @@ def test_right_colours_give_the_image_back(monkeypatch: pytest.MonkeyPatch) -> N
     batch = (255 * lab_to_rgb(lab)).round().byte()
     logits = torch.zeros(2, len(task.bins), 8, 8)
     logits[:, left, :, :4] = logits[:, right, :, 4:] = 30.0
-    monkeypatch.setattr(task, "predict", lambda grey: logits)
+    monkeypatch.setattr(task, "predict", lambda gray: logits)
     before = task.counts.clone()
-    shown = task.show([task.encoder.normalize(batch)])
+    shown = task.visualize([task.encoder.normalize(batch)])
     for row, image in zip(shown.rows, batch.permute(0, 2, 3, 1).numpy(), strict=True):
-        grey, painted, truth = (picture.image for picture in row)
+        gray, painted, truth = (picture.image for picture in row)
         assert np.array_equal(truth, image)
-        assert grey.std(axis=2).max() == 0
-        sides = np.r_[0:12, 20:32]  # not where colours are interpolated
+        assert gray.std(axis=2).max() == 0
+        sides = np.r_[0:12, 20:32]  # not where colors are interpolated
         difference = painted[:, sides].astype(int) - truth[:, sides]
         assert np.abs(difference).max() <= 2
     assert torch.equal(task.counts, before)

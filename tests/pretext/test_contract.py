@@ -14,13 +14,13 @@ import torch
 from vissl_lite import inference
 from vissl_lite.data.images import find_images
 from vissl_lite.data.stream import Batch, Key, ViewDataset, collate
-from vissl_lite.encoder import build_encoder
-from vissl_lite.encoder_folder import save_encoder
+from vissl_lite.encoders.encoder import build_encoder
+from vissl_lite.encoders.folder import save_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import build_optimizer
 from vissl_lite.pretext import PRETEXTS, PretextTask, pretext_class
 from vissl_lite.pretext.base import KINDS
-from vissl_lite.pretext.parts.exhibit import exhibit
+from vissl_lite.pretext.modules.visualization import visualization_of
 from vissl_lite.training.resizing import shrink
 
 EXAMPLES = {
@@ -29,11 +29,11 @@ EXAMPLES = {
     "CNN": ["test_resnet", "test_efficientnet"],
     "patches": ["test_vit", "vit_slim_patch4_32"],
 }
-FIRST = [(name, EXAMPLES[made.about.backbones][0]) for name, made in PRETEXTS.items()]
+FIRST = [(name, EXAMPLES[made.info.backbones][0]) for name, made in PRETEXTS.items()]
 PAIRS = [
     (name, backbone)
     for name, made in PRETEXTS.items()
-    for backbone in EXAMPLES[made.about.backbones]
+    for backbone in EXAMPLES[made.info.backbones]
 ]
 every_pretext = pytest.mark.parametrize(("name", "backbone"), FIRST)
 every_pair = pytest.mark.parametrize(("name", "backbone"), PAIRS)
@@ -48,7 +48,7 @@ SHARP = {
 
 def make_task(name: str, backbone: str, **options: Any) -> PretextTask:
     torch.manual_seed(0)
-    size = 64 if backbone == "test_vit" and pretext_class(name).about.family == "masked" else 32
+    size = 64 if backbone == "test_vit" and pretext_class(name).info.family == "masked" else 32
     return pretext_class(name)(build_encoder(backbone, size), **options)
 
 
@@ -64,9 +64,9 @@ def task_and_batch(name: str, backbone: str, photos: Path) -> tuple[PretextTask,
 
 
 @pytest.mark.parametrize(
-    ("name", "backbone"), [pair for pair in FIRST if PRETEXTS[pair[0]].about.any_size]
+    ("name", "backbone"), [pair for pair in FIRST if PRETEXTS[pair[0]].info.any_size]
 )
-def test_views_that_grow_can_be_learnt_from_at_each_size(
+def test_views_that_grow_can_be_learned_from_at_each_size(
     name: str, backbone: str, photos: Path
 ) -> None:
     task = pretext_class(name)(build_encoder(backbone, 64))
@@ -135,7 +135,7 @@ def test_loss_falls_when_a_batch_is_repeated(name: str, backbone: str, photos: P
 @every_pretext
 def test_bf16_agrees_with_float32(name: str, backbone: str, photos: Path) -> None:
     task, batch = task_and_batch(name, backbone, photos)
-    copied = copy.deepcopy(task)  # a step changes queues and centres
+    copied = copy.deepcopy(task)  # a step changes queues and centers
     torch.manual_seed(1)
     exact = task.training_step(batch, 0)
     torch.manual_seed(1)
@@ -183,7 +183,7 @@ def test_accumulating_two_batches_is_one_step(name: str, backbone: str, photos: 
 def test_everything_that_a_resumed_run_needs_is_in_the_state(
     name: str, backbone: str, photos: Path
 ) -> None:
-    """Queues, centres and teachers included: a copy by ``state_dict`` goes on in the same way."""
+    """Queues, centers and teachers included: a copy by ``state_dict`` goes on in the same way."""
     task, batch = task_and_batch(name, backbone, photos)
     optimizer = build_optimizer(task, task.optimizer_settings)
     for _ in range(2):
@@ -201,10 +201,10 @@ def test_everything_that_a_resumed_run_needs_is_in_the_state(
 
 
 @pytest.mark.parametrize(
-    "name", [n for n, made in PRETEXTS.items() if made.about.backbones != "any"]
+    "name", [n for n, made in PRETEXTS.items() if made.info.backbones != "any"]
 )
 def test_a_backbone_that_does_not_suit_names_some_that_do(name: str) -> None:
-    kind = pretext_class(name).about.backbones
+    kind = pretext_class(name).info.backbones
     wrong = {"ViT": "test_resnet", "patches": "test_resnet", "CNN": "test_vit"}[kind]
     with pytest.raises(UserError, match=f"{name} needs .*{wrong} is not: try one of") as raised:
         pretext_class(name)(build_encoder(wrong, 32))
@@ -218,10 +218,10 @@ def test_a_backbone_that_does_not_suit_names_some_that_do(name: str) -> None:
 IMPOSSIBLE = {
     "temperature": -0.1, "teacher_temperature": 0.0, "warm_teacher_temperature": 0.0,
     "momentum": 1.5, "queue_size": -1, "prototypes": 0, "hidden_size": 0, "projection_size": 0,
-    "prediction_hidden_size": 0, "bottleneck_size": 0, "smallest_crop": 0.0,
-    "smallest_large_crop": 2.0, "large_crops": 0, "mask_ratio": 1.0, "decoder_width": -1,
+    "prediction_hidden_size": 0, "bottleneck_size": 0, "min_crop_scale": 0.0,
+    "min_global_crop_scale": 2.0, "global_crops": 0, "mask_ratio": 1.0, "decoder_width": -1,
     "decoder_depth": -1, "permutations": 1, "patch_size": -1, "tile_size": -1, "gap": -1,
-    "jitter": -1, "mask_unit": 5, "grey": 1.5, "masked": 0.0, "epsilon": 0.0,
+    "jitter": -1, "mask_unit": 5, "gray": 1.5, "masked": 0.0, "epsilon": 0.0,
     "sinkhorn_iterations": 0, "targets": 0, "predictor_width": 33, "dense_weight": 2.0,
     "tile_features": 0, "cell_size": 1, "uniform": 0.0, "predictor_depth": -1,
 }  # fmt: skip
@@ -237,7 +237,7 @@ def test_hyperparameters_are_documented_and_impossible_ones_the_users_mistake(
         assert parameter.default is not inspect.Parameter.empty
         assert parameter.annotation is not inspect.Parameter.empty
         assert f"{parameter.name}:" in (made.__doc__ or "")
-    encoder = build_encoder(EXAMPLES[made.about.backbones][-1], 32)
+    encoder = build_encoder(EXAMPLES[made.info.backbones][-1], 32)
     known = [p.name for p in parameters if p.name in IMPOSSIBLE]
     known += ["lambd"] if name in ("lejepa", "visreg", "barlow_twins") else []
     assert known
@@ -266,7 +266,7 @@ def test_showing_it_at_work_leaves_everything_as_it_was(
 ) -> None:
     monkeypatch.setattr(inference, "cpu_has_bf16", lambda: True)  # what is most likely to break
     task, batch = task_and_batch(name, backbone, photos)
-    task.training_step(batch, 0)  # queues and centres hold something
+    task.training_step(batch, 0)  # queues and centers hold something
     next(task.encoder.model.children()).eval()  # as a user may have frozen a part
     state = copy.deepcopy(task.state_dict())
     modes = [module.training for module in task.modules()]
@@ -274,7 +274,7 @@ def test_showing_it_at_work_leaves_everything_as_it_was(
     views, paths = task.views(), find_images([photos])
     with monkeypatch.context() as patch:
         patch.setattr(task, "measure", lambda *_: pytest.fail("it is no step of the training"))
-        shown, again = (exhibit(task, paths, views, seed=3) for _ in range(2))
+        shown, again = (visualization_of(task, paths, views, seed=3) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), random)
     assert [module.training for module in task.modules()] == modes
     assert all(torch.equal(state[key], value) for key, value in task.state_dict().items())

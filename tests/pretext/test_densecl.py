@@ -3,7 +3,7 @@ import logging
 import pytest
 import torch
 
-from vissl_lite.encoder import build_encoder
+from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.pretext.densecl import DenseCL, correspondence
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from vissl_lite.encoder import build_encoder
+from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.optim import build_optimizer
 from vissl_lite.pretext.dino import DINO
 
@@ -22,7 +22,7 @@ def test_the_teachers_temperature_warms_up(progress: float, value: float) -> Non
 
 @pytest.mark.parametrize(("progress", "moves"), [(0.0, False), (0.5, True)])
 def test_the_last_layer_stays_at_first(progress: float, moves: bool) -> None:
-    task = made(frozen_share=0.1)
+    task = made(freeze_last_layer=0.1)
     task.progress = progress
     optimizer = build_optimizer(task, task.optimizer_settings)
     before = task.head.prototypes.weight.clone()
@@ -38,21 +38,21 @@ def test_the_teacher_is_what_a_run_saves() -> None:
     assert task.trained_encoder() is not task.encoder
 
 
-def test_the_loss_leaves_out_equal_views_and_centres_the_teacher() -> None:
+def test_the_loss_leaves_out_equal_views_and_centers_the_teacher() -> None:
     """Algorithm 1 with two large crops and one small one, term by term."""
     task = made().eval()
     views = [torch.randn(3, 3, 32, 32), torch.randn(3, 3, 32, 32), torch.randn(3, 3, 16, 16)]
     with torch.no_grad():
-        task.centre.mean.normal_(std=0.1)
-        centre = task.centre.mean.clone()
+        task.center.mean.normal_(std=0.1)
+        center = task.center.mean.clone()
         student = [task.head(task.encoder(view)) for view in views]
         teacher = [task.teacher_head(task.teacher_encoder(view)) for view in views[:2]]
         terms = []
         for t, target in enumerate(teacher):
             for s, score in enumerate(student):
                 if s != t:
-                    p = ((target - centre) / 0.04).softmax(dim=1)
+                    p = ((target - center) / 0.04).softmax(dim=1)
                     terms.append(-(p * (score / 0.1).log_softmax(dim=1)).sum(dim=1).mean())
         assert task.loss(views).item() == pytest.approx(float(torch.stack(terms).mean()), rel=1e-4)
-    expected = 0.9 * centre + 0.1 * torch.cat(teacher).mean(dim=0)
-    torch.testing.assert_close(task.centre.mean, expected)
+    expected = 0.9 * center + 0.1 * torch.cat(teacher).mean(dim=0)
+    torch.testing.assert_close(task.center.mean, expected)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from vissl_lite.encoder import build_encoder
+from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.pretext.ibot import IBOT, patch_loss, some_masks
 
 

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from vissl_lite.encoder import build_encoder
+from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.pretext.ijepa import IJEPA, block_size, draw_context, place_blocks
-from vissl_lite.pretext.parts.masking import indices_to_mask
+from vissl_lite.pretext.modules.masking import indices_to_mask
 
 CPU = torch.device("cpu")
 
@@ -23,7 +23,7 @@ def moved(task: IJEPA) -> IJEPA:
 
 
 def test_loss_equals_the_literal_one() -> None:
-    """Section 3, with the smooth L1 distance and the normalised targets of the authors' code."""
+    """Section 3, with the smooth L1 distance and the normalized targets of the authors' code."""
     task, images = moved(ijepa()), torch.randn(2, 3, 64, 64)
     torch.manual_seed(5)
     ours = task.loss([images])

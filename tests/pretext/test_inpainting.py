@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vissl_lite.encoder import build_encoder
+from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.pretext.base import PretextTask
 from vissl_lite.pretext.inpainting import Inpainting, masked_l2, random_blocks
@@ -44,7 +44,7 @@ def test_masks_are_blocks_anywhere_and_of_each_image_its_own() -> None:
     for border in (frequency[0], frequency[-1], frequency[:, 0], frequency[:, -1]):
         assert border.mean() > 0.02
     assert frequency.max() < 0.5
-    # blocks: a masked pixel has masked neighbours, along rows and along columns
+    # blocks: a masked pixel has masked neighbors, along rows and along columns
     for along in (mask, mask.transpose(1, 2)):
         padded = torch.nn.functional.pad(along, (1, 1))
         alone = along & ~padded[:, :, :-2] & ~padded[:, :, 2:]

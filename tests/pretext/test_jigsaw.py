@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from vissl_lite.encoder import build_encoder
+from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.pretext.jigsaw import (
     SHUFFLES,
@@ -17,11 +17,11 @@ from vissl_lite.pretext.jigsaw import (
     all_permutations,
     distant_permutations,
     jigsaw_views,
-    normalise_tiles,
+    normalize_tiles,
     shuffle,
 )
-from vissl_lite.pretext.parts.exhibit import to_pixels
-from vissl_lite.pretext.parts.patches import Grid
+from vissl_lite.pretext.modules.patches import Grid
+from vissl_lite.pretext.modules.visualization import to_pixels
 
 
 def made(backbone: str = "test_resnet", size: int = 32, **options: object) -> Jigsaw:
@@ -108,20 +108,20 @@ def test_it_works_for_a_vit(backbone: str) -> None:
     assert all(p.grad is not None for p in task.encoder.parameters())
 
 
-def test_normalising_removes_brightness_contrast_and_tint() -> None:
+def test_normalizing_removes_brightness_contrast_and_tint() -> None:
     tiles = torch.randn(6, 3, 16, 16)
-    normal = normalise_tiles(tiles)
+    normal = normalize_tiles(tiles)
     assert normal.mean(dim=(2, 3)).abs().max() < 1e-6
     torch.testing.assert_close(normal.std(dim=(2, 3)), torch.ones(6, 3))
     contrast, brightness = 0.1 + torch.rand(6, 3, 1, 1), torch.randn(6, 3, 1, 1)
     torch.testing.assert_close(
-        normalise_tiles(contrast * tiles + brightness), normal, atol=1e-4, rtol=1e-4
+        normalize_tiles(contrast * tiles + brightness), normal, atol=1e-4, rtol=1e-4
     )
 
 
 def test_flat_tiles_stay_flat() -> None:
     flat = 0.7 + 1e-4 * torch.randn(1, 3, 16, 16)
-    assert normalise_tiles(flat).abs().max() < 0.1
+    assert normalize_tiles(flat).abs().max() < 0.1
 
 
 def test_features_are_shuffled_as_tiles_would_be() -> None:
@@ -168,7 +168,7 @@ def test_labels_are_drawn_from_all_permutations(monkeypatch: pytest.MonkeyPatch)
 
 
 def told_from_borders(task: Jigsaw, count: int = 64) -> float:
-    """Share of the middle tile's straight neighbours that matching of borders puts in place."""
+    """Share of the middle tile's straight neighbors that matching of borders puts in place."""
     size = task.grid.image_size
     picture = F.avg_pool2d(torch.randn(count, 1, size + 2, size + 2), 3, stride=1)
     tiles = task.tiles(picture.repeat(1, 3, 1, 1))[:, 0].unflatten(0, (-1, 9))
@@ -194,14 +194,14 @@ def test_borders_put_tiles_in_place_only_without_gap() -> None:
     assert told_from_borders(made(tile_size=64)) < 0.27 + 4 * deviation
 
 
-def test_three_of_ten_views_are_grey() -> None:
-    views = jigsaw_views(32, 0.5, grey_share=0.3, upright=True)
+def test_three_of_ten_views_are_gray() -> None:
+    views = jigsaw_views(32, 0.5, gray_share=0.3, upright=True)
     image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     made_views = [views(image, seed=0, epoch=0, index=index)[0] for index in range(400)]
     assert all(view.shape == (32, 32, 3) for view in made_views)
-    grey = [(view == view[..., :1]).all() for view in made_views]
-    assert np.mean(grey) == pytest.approx(0.3, abs=0.08)
-    never = jigsaw_views(32, 0.5, grey_share=0.0, upright=True)
+    gray = [(view == view[..., :1]).all() for view in made_views]
+    assert np.mean(gray) == pytest.approx(0.3, abs=0.08)
+    never = jigsaw_views(32, 0.5, gray_share=0.0, upright=True)
     assert all(never(image, 0, 0, index)[0].std(axis=2).max() > 0 for index in range(20))
 
 
@@ -217,8 +217,8 @@ def test_errors_say_what_would_work() -> None:
         made("test_vit", tile_size=20)
     with pytest.raises(UserError, match="give 16 or more"):
         made(cell_size=12)
-    with pytest.raises(UserError, match="grey"):
-        made(grey=1.5)
+    with pytest.raises(UserError, match="gray"):
+        made(gray=1.5)
 
 
 # What it shows
@@ -236,7 +236,7 @@ def test_a_solved_puzzle_is_the_image_again(off: int, monkeypatch: pytest.Monkey
     monkeypatch.setattr(task, "guess", guess)
     size = task.grid.image_size
     images = task.encoder.normalize(torch.randint(256, (8, 3, size, size), dtype=torch.uint8))
-    rows = task.show([images]).rows
+    rows = task.visualize([images]).rows
     whole = to_pixels(images, task.encoder)
     for row, label, image in zip(rows, asked[0].tolist(), whole, strict=True):
         shuffled, placed, truth = (tiles_of(picture.image) for picture in row)

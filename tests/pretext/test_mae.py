@@ -3,11 +3,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from vissl_lite.encoder import build_encoder
+from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.pretext.base import PretextTask
 from vissl_lite.pretext.mae import MAE
-from vissl_lite.pretext.parts.masking import (
+from vissl_lite.pretext.modules.masking import (
     encode_visible,
     normalized_patches,
     random_mask,
@@ -53,7 +53,7 @@ def test_loss_equals_the_literal_one(normalize: bool) -> None:
     assert ours.item() == pytest.approx(literal_loss(task, images, visible, masked), rel=1e-5)
 
 
-def test_targets_are_normalised_patches_unless_told_otherwise() -> None:
+def test_targets_are_normalized_patches_unless_told_otherwise() -> None:
     images = torch.randn(2, 3, 64, 64)
     assert torch.equal(mae().targets(images), normalized_patches(images, 16))
     raw = mae(normalize_pixels=False).targets(images)

@@ -1,6 +1,6 @@
 import torch
 
-from vissl_lite.encoder import build_encoder
+from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.pretext.moco_v3 import MoCoV3
 
 

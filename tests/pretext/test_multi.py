@@ -2,9 +2,9 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from vissl_lite.encoder import build_encoder
+from vissl_lite.encoders.encoder import build_encoder
+from vissl_lite.pretext.modules.losses import nt_xent
 from vissl_lite.pretext.multi import Multi
-from vissl_lite.pretext.parts.losses import nt_xent
 from vissl_lite.pretext.rotation import all_rotations
 
 

@@ -1,4 +1,4 @@
-"""Patches lie where their labels say, and neither colours nor borders give the labels away."""
+"""Patches lie where their labels say, and neither colors nor borders give the labels away."""
 
 import math
 
@@ -8,22 +8,22 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from vissl_lite.encoder import build_encoder
+from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.errors import UserError
-from vissl_lite.pictures import Picture
-from vissl_lite.pretext.parts.exhibit import to_pixels
-from vissl_lite.pretext.parts.patches import Grid, cut
+from vissl_lite.plots import Picture
+from vissl_lite.pretext.modules.patches import Grid, cut
+from vissl_lite.pretext.modules.visualization import to_pixels
 from vissl_lite.pretext.relative_patch import (
     DIRECTIONS as DIRECTIONS_IN_WORDS,
 )
 from vissl_lite.pretext.relative_patch import (
-    NEIGHBOURS,
+    NEIGHBORS,
     RelativePatch,
-    drop_colours,
-    project_colours,
+    drop_colors,
+    project_colors,
 )
 
-# (down, right) of the eight labels: in reading order around the centre
+# (down, right) of the eight labels: in reading order around the center
 DIRECTIONS = [(-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1)]
 
 
@@ -33,7 +33,7 @@ def made(backbone: str = "test_resnet", size: int = 64, **options: object) -> Re
 
 
 def noise(count: int, size: int, blurs: int) -> Tensor:
-    """Grey noise, alike in neighbouring pixels: ``(count, 1, size, size)`` of deviation 1."""
+    """Gray noise, alike in neighboring pixels: ``(count, 1, size, size)`` of deviation 1."""
     random = torch.randn(count, 1, size + 2 * blurs, size + 2 * blurs)
     for _ in range(blurs):
         random = F.avg_pool2d(random, 3, stride=1)
@@ -52,7 +52,7 @@ def test_sizes_are_the_papers_at_224() -> None:
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_vit", "vit_slim_patch4_32"])
 @pytest.mark.parametrize("size", [32, 64])
 def test_patches_lie_where_their_labels_say(backbone: str, size: int) -> None:
-    task = made(backbone, size, colour="keep")
+    task = made(backbone, size, color="keep")
     grid = task.grid
     pixel = torch.arange(grid.image_size, dtype=torch.float32)
     one = torch.stack(torch.meshgrid(pixel, pixel, indexing="ij"))  # its own row and column
@@ -65,9 +65,9 @@ def test_patches_lie_where_their_labels_say(backbone: str, size: int) -> None:
             row, column = divmod(place, 3)
             for at, got in ((row, off[0]), (column, off[1])):
                 assert 0 <= got - at * grid.step <= grid.slack
-    centre = corners[:, 4:5]
-    for label, place in enumerate(NEIGHBOURS):
-        down, right = ((corners[:, [place]] - centre) / grid.step).round().unbind(-1)
+    center = corners[:, 4:5]
+    for label, place in enumerate(NEIGHBORS):
+        down, right = ((corners[:, [place]] - center) / grid.step).round().unbind(-1)
         assert (down == DIRECTIONS[label][0]).all()
         assert (right == DIRECTIONS[label][1]).all()
 
@@ -109,20 +109,20 @@ def test_all_eight_labels_occur_each_with_its_own_pair(monkeypatch: pytest.Monke
     task.loss([torch.zeros(2, 3, task.grid.image_size, task.grid.image_size)])
     assert labels[0].tolist() == [*range(8), *range(8)]
     for pair, label in zip(seen[0].tolist(), labels[0].tolist(), strict=True):
-        centre = 4 if pair[0] < 9 else 13
-        assert pair == [centre, centre - 4 + NEIGHBOURS[label]]
+        center = 4 if pair[0] < 9 else 13
+        assert pair == [center, center - 4 + NEIGHBORS[label]]
 
 
-# Shortcut: the lens displaces colours outwards
+# Shortcut: the lens displaces colors outwards
 
 
 def aberrated(count: int, size: int, channels: list[int]) -> Tensor:
-    """Grey noise; the given channels are larger by 6 %, as seen from the middle of the picture."""
-    grey = noise(count, size, blurs=3)
+    """Gray noise; the given channels are larger by 6 %, as seen from the middle of the picture."""
+    gray = noise(count, size, blurs=3)
     zoom = torch.tensor([[1 / 1.06, 0.0, 0.0], [0.0, 1 / 1.06, 0.0]]).expand(count, 2, 3)
-    where = F.affine_grid(zoom, list(grey.shape), align_corners=False)
-    larger = F.grid_sample(grey, where, padding_mode="reflection", align_corners=False)
-    picture = grey.repeat(1, 3, 1, 1)
+    where = F.affine_grid(zoom, list(gray.shape), align_corners=False)
+    larger = F.grid_sample(gray, where, padding_mode="reflection", align_corners=False)
+    picture = gray.repeat(1, 3, 1, 1)
     picture[:, channels] = larger
     return picture
 
@@ -143,11 +143,11 @@ def displacements(patches: Tensor) -> Tensor:
     return torch.cat(found, dim=1)
 
 
-def told_from_colours(task: RelativePatch, channels: list[int]) -> float:
-    """Share of held-out neighbours whose direction the displacements of colours give away."""
+def told_from_colors(task: RelativePatch, channels: list[int]) -> float:
+    """Share of held-out neighbors whose direction the displacements of colors give away."""
     statistics = displacements(
         task.patches(aberrated(96, task.grid.image_size, channels))
-    ).unflatten(0, (-1, 9))[:, NEIGHBOURS]
+    ).unflatten(0, (-1, 9))[:, NEIGHBORS]
     means = statistics[:48].mean(dim=0)  # of each direction
     spread = statistics[:48].std(dim=0).mean(dim=0) + 1e-9
     distance = ((statistics[48:, :, None] - means) / spread).square().sum(dim=3)
@@ -155,38 +155,36 @@ def told_from_colours(task: RelativePatch, channels: list[int]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("colour", "channels"), [("drop", [0]), ("drop", [0, 2]), ("project", [0, 2])]
+    ("color", "channels"), [("drop", [0]), ("drop", [0, 2]), ("project", [0, 2])]
 )
-def test_displaced_colours_tell_the_direction_only_if_kept(
-    colour: str, channels: list[int]
-) -> None:
+def test_displaced_colors_tell_the_direction_only_if_kept(color: str, channels: list[int]) -> None:
     chance = 1 / 8
-    assert told_from_colours(made(colour="keep"), channels) > 0.8
+    assert told_from_colors(made(color="keep"), channels) > 0.8
     deviation = math.sqrt(chance * (1 - chance) / (48 * 8))
-    assert told_from_colours(made(colour=colour), channels) < chance + 4 * deviation
+    assert told_from_colors(made(color=color), channels) < chance + 4 * deviation
 
 
 def test_projecting_leaves_red_against_blue_as_documented() -> None:
-    assert told_from_colours(made(colour="project"), [0]) > 0.5
+    assert told_from_colors(made(color="project"), [0]) > 0.5
 
 
 # Shortcut: what crosses a border
 
 
 def told_from_borders(task: RelativePatch, count: int = 128) -> float:
-    """Share of the four straight neighbours whose direction matching of borders gives away."""
+    """Share of the four straight neighbors whose direction matching of borders gives away."""
     picture = noise(count, task.grid.image_size, blurs=2).repeat(1, 3, 1, 1)
     patches = task.patches(picture)[:, 0].unflatten(0, (-1, 9))
-    centre, right = patches[:, 4], 0
+    center, right = patches[:, 4], 0
     straight = [1, 3, 5, 7]  # above, left, right, below
     for label, place in enumerate(straight):
         other = patches[:, place]
         differences = torch.stack(
             [
-                (other[:, -1] - centre[:, 0]).abs().mean(dim=1),
-                (other[:, :, -1] - centre[:, :, 0]).abs().mean(dim=1),
-                (other[:, :, 0] - centre[:, :, -1]).abs().mean(dim=1),
-                (other[:, 0] - centre[:, -1]).abs().mean(dim=1),
+                (other[:, -1] - center[:, 0]).abs().mean(dim=1),
+                (other[:, :, -1] - center[:, :, 0]).abs().mean(dim=1),
+                (other[:, :, 0] - center[:, :, -1]).abs().mean(dim=1),
+                (other[:, 0] - center[:, -1]).abs().mean(dim=1),
             ]
         )
         right += (differences.argmin(dim=0) == label).sum().item()
@@ -194,18 +192,18 @@ def told_from_borders(task: RelativePatch, count: int = 128) -> float:
 
 
 def test_borders_tell_the_direction_only_without_gap() -> None:
-    assert told_from_borders(made(colour="keep", gap=0, jitter=0)) > 0.95
+    assert told_from_borders(made(color="keep", gap=0, jitter=0)) > 0.95
     deviation = math.sqrt(0.25 * 0.75 / 512)
-    assert told_from_borders(made(colour="keep")) < 0.25 + 4 * deviation
+    assert told_from_borders(made(color="keep")) < 0.25 + 4 * deviation
 
 
-# The treatment of colours
+# The treatment of colors
 
 
 def test_dropping_keeps_one_channel_and_a_hundredth_of_noise() -> None:
     torch.manual_seed(0)
     patches = 3 + 2 * torch.randn(300, 3, 16, 16)
-    dropped = drop_colours(patches)
+    dropped = drop_colors(patches)
     same = (dropped == patches).all(dim=(2, 3))
     assert (same.sum(dim=1) == 1).all()
     assert same.sum(dim=0).min() > 60  # each channel is kept for a third of the patches
@@ -217,10 +215,10 @@ def test_dropping_keeps_one_channel_and_a_hundredth_of_noise() -> None:
 
 
 def test_projecting_is_the_papers_matrix_on_rgb() -> None:
-    task = made(size=32, colour="project")
+    task = made(size=32, color="project")
     rgb = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
     normalize = task.encoder.normalize
-    ours = project_colours(normalize(rgb), task.encoder.scale, task.encoder.shift)
+    ours = project_colors(normalize(rgb), task.encoder.scale, task.encoder.shift)
     a = torch.tensor([[-1.0, 2.0, -1.0]])
     b = torch.eye(3) - a.T @ a / (a @ a.T)
     for image in range(2):
@@ -239,14 +237,14 @@ def test_errors_say_what_would_work() -> None:
     with pytest.raises(UserError, match="patch_size"):
         made("test_vit", patch_size=20)
     with pytest.raises(UserError, match="give drop, project or keep"):
-        made(colour="grey")
+        made(color="gray")
     with pytest.raises(UserError, match="gap -1"):
         made(gap=-1)
     encoder = build_encoder("test_resnet", 32)
     encoder.mean = encoder.std = (0.5,) * 4
     encoder.check_image_size = lambda size: None  # type: ignore[method-assign]
     with pytest.raises(UserError, match="3 channels"):
-        RelativePatch(encoder, colour="project")
+        RelativePatch(encoder, color="project")
 
 
 # What it shows
@@ -270,16 +268,16 @@ def test_patches_are_shown_at_the_true_place_and_at_the_predicted_one(
         return picture[down : down + side + 4, right : right + side + 4]
 
     monkeypatch.setattr(task, "guess", lambda patches: torch.eye(8).repeat(len(images), 1))
-    for row, image in zip(task.show([images]).rows, whole, strict=True):
+    for row, image in zip(task.visualize([images]).rows, whole, strict=True):
         label = DIRECTIONS_IN_WORDS.index(row[0].caption)
-        assert bright(row[0], image) == {4, NEIGHBOURS[label]}
+        assert bright(row[0], image) == {4, NEIGHBORS[label]}
         assert row[1].right
         assert row[1].caption == row[0].caption
         assert np.array_equal(row[0].image, row[1].image)
 
     always = torch.eye(8)[[1]].repeat(8 * len(images), 1)
     monkeypatch.setattr(task, "guess", lambda patches: always)
-    rows = task.show([images]).rows
+    rows = task.visualize([images]).rows
     assert {row[1].right for row in rows} == {True, False}
     for row in rows:
         assert row[1].caption == "above"

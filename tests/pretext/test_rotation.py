@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vissl_lite.encoder import build_encoder
+from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.pretext.rotation import all_rotations, show_rotations
 
 

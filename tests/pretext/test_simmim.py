@@ -3,10 +3,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from vissl_lite.encoder import build_encoder
+from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.pretext.base import PretextTask
-from vissl_lite.pretext.parts.masking import indices_to_mask, random_mask
+from vissl_lite.pretext.modules.masking import indices_to_mask, random_mask
 from vissl_lite.pretext.simmim import (
     SimMIM,
     default_mask_unit,

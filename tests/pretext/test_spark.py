@@ -7,11 +7,11 @@ from timm.layers import BatchNormAct2d
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import nn
 
-from vissl_lite.encoder import build_encoder
+from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.pretext import spark as module_under_test
 from vissl_lite.pretext.base import PretextTask
-from vissl_lite.pretext.parts.masking import (
+from vissl_lite.pretext.modules.masking import (
     indices_to_mask,
     normalized_patches,
     patchify,
@@ -132,7 +132,7 @@ def test_batch_norm_equals_torchs_over_the_visible_places(
     assert all(torch.equal(ours.state_dict()[name], value) for name, value in before.items())
 
 
-def test_batch_norm_takes_statistics_of_all_processes_if_it_is_synchronised(
+def test_batch_norm_takes_statistics_of_all_processes_if_it_is_synchronized(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module_under_test, "gather", lambda one: torch.cat([one, 3 * one]))
@@ -212,7 +212,7 @@ def test_the_encoder_is_plain_afterwards(backbone: str) -> None:
 
 
 def test_loss_equals_the_literal_one() -> None:
-    """The squared error of masked patches, normalised one by one (section 3.3)."""
+    """The squared error of masked patches, normalized one by one (section 3.3)."""
     task, images = spark().eval(), torch.randn(3, 3, 64, 64)
     torch.manual_seed(5)
     ours = task.loss([images])

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from vissl_lite.encoder import build_encoder
-from vissl_lite.pretext.parts.losses import swapped_prediction
+from vissl_lite.encoders.encoder import build_encoder
+from vissl_lite.pretext.modules.losses import swapped_prediction
 from vissl_lite.pretext.swav import SwAV
 
 

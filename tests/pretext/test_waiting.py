@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vissl_lite.data.images import find_images
 from vissl_lite.data.stream import Key, ViewDataset, collate
-from vissl_lite.encoder import build_encoder
+from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.pretext import PRETEXTS, pretext_class
 
 # Operations whose result, or its shape, the CPU has to know before it can go on; ``lift_fresh``
@@ -17,7 +17,7 @@ from vissl_lite.pretext import PRETEXTS, pretext_class
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "lift_fresh"}
 
 # What asks all the same: the masked patches of ibot are as many as it draws; colorization counts
-# colours (bincount), and looks whether there are any; ijepa asks the CPU, where it draws.
+# colors (bincount), and looks whether there are any; ijepa asks the CPU, where it draws.
 KNOWN = {
     "ibot": {"index", "index_put"},
     "colorization": {"_local_scalar_dense"},
@@ -48,7 +48,7 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", PRETEXTS)
 def test_a_step_waits_for_nothing(name: str, photos: Path) -> None:
-    kind = pretext_class(name).about.backbones
+    kind = pretext_class(name).info.backbones
     backbone = "test_vit" if kind in ("ViT", "patches") else "test_resnet"
     task = pretext_class(name)(build_encoder(backbone, 64))
     dataset = ViewDataset(find_images([photos]), task.views(), seed=0)

@@ -12,8 +12,8 @@ from vissl_lite.cli import main
 from vissl_lite.evaluation.embedding import ImageMap
 from vissl_lite.report.run_report import write_report
 
-# Whether something is drawn: how many colours there are in a canvas.
-COLOURS = """canvas => {
+# Whether something is drawn: how many colors there are in a canvas.
+COLORS = """canvas => {
   const {width, height} = canvas
   const data = new Uint32Array(
     canvas.getContext("2d").getImageData(0, 0, width, height).data.buffer)
@@ -43,9 +43,9 @@ def small_map() -> ImageMap:
         labels=np.arange(9) % 2,
         classes=["even", "odd"],
         coordinates={"pca": places},
-        neighbours=others,
+        neighbors=others,
         similarities=np.full((9, 2), 0.5),
-        oddness=np.linspace(0, 1, 9),
+        outlier_score=np.linspace(0, 1, 9),
         duplicates=np.empty((0, 2), np.int64),
         thumbnails=thumbnails,
     )
@@ -89,7 +89,7 @@ def test_curves_are_drawn_and_read_by_hovering(run: Path, page: Page) -> None:
     canvas = chart.locator("canvas").first
     expect(canvas).to_be_visible()
     page.wait_for_function("() => Bokeh.documents.length > 0 && Bokeh.documents[0].is_idle")
-    assert canvas.evaluate(COLOURS) > 3
+    assert canvas.evaluate(COLORS) > 3
     box = canvas.bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     expect(page.locator(".bk-Tooltip").first).to_contain_text("loss")
@@ -100,7 +100,7 @@ def test_the_map_is_drawn_and_shows_an_image_where_it_is_hovered(run: Path, page
     section = page.locator("section", has=page.locator("h2", has_text="Map of the images"))
     section.scroll_into_view_if_needed()
     page.wait_for_function("() => Bokeh.documents.length > 0 && Bokeh.documents[0].is_idle")
-    assert section.locator("canvas").first.evaluate(COLOURS) > 10
+    assert section.locator("canvas").first.evaluate(COLORS) > 10
     tooltip = page.locator(".bk-Tooltip")
     expect(tooltip).to_have_count(0)
     page.mouse.move(*page.evaluate(ORIGIN))

@@ -11,7 +11,7 @@ from PIL import Image
 from playwright.sync_api import Locator, Page, expect
 
 from vissl_lite.data.images import find_images
-from vissl_lite.encoder import build_encoder
+from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.evaluation.embedding import ImageMap, make_map
 from vissl_lite.report.map import map_layout
 from vissl_lite.report.page import Block, write_page
@@ -69,7 +69,7 @@ def cards(page: Page, heading: str) -> Locator:
     return page.locator(".bk-Div", has_text=heading).locator("button")
 
 
-def colour(page: Page, index: int) -> tuple[int, int, int]:
+def color(page: Page, index: int) -> tuple[int, int, int]:
     """Of the screen where a point is."""
     where = place(page, index)
     clip = {"x": where["x"] - 1, "y": where["y"] - 1, "width": 2, "height": 2}
@@ -88,28 +88,28 @@ def test_hovering_shows_the_image_with_its_class_and_path(
         words = shown.evaluate("image => image.parentElement.innerText")
         assert CLASSES[index % 3] in words
         assert f"{index:02} <u> $$y$$.png" in words
-    assert len({colour(opened, index) for index in (9, 10, 11)}) == 3
-    assert colour(opened, 9) == colour(opened, 15)
+    assert len({color(opened, index) for index in (9, 10, 11)}) == 3
+    assert color(opened, 9) == color(opened, 15)
 
 
-def test_clicking_a_point_or_an_odd_one_shows_its_nearest_neighbours(
+def test_clicking_a_point_or_an_odd_one_shows_its_nearest_neighbors(
     opened: Page, image_map: ImageMap
 ) -> None:
     where = place(opened, 8)
     opened.mouse.click(where["x"], where["y"])
-    row = cards(opened, "nearest neighbours, with")
+    row = cards(opened, "nearest neighbors, with")
     expect(row).to_have_count(11)  # itself, and ten
-    names = [Path(image_map.paths[index]).name for index in (8, *image_map.neighbours[8])]
+    names = [Path(image_map.paths[index]).name for index in (8, *image_map.neighbors[8])]
     assert row.evaluate_all("all => all.map((one) => one.title)") == names
     assert row.locator("img").evaluate_all("all => all.every((one) => one.naturalWidth == 64)")
-    row.nth(1).click()  # a neighbour shows its own
+    row.nth(1).click()  # a neighbor shows its own
     expect(row.first).to_have_attribute("title", names[1])
-    assert opened.evaluate(_STATE)["selected"] == [int(image_map.neighbours[8, 0])]
+    assert opened.evaluate(_STATE)["selected"] == [int(image_map.neighbors[8, 0])]
     odd = cards(opened, "Odd ones out")
     expect(odd).to_have_count(24)
     odd.first.click()
-    assert opened.evaluate(_STATE)["selected"] == [int(image_map.oddness.argmax())]
-    expect(cards(opened, "nearest neighbours, with")).to_have_count(11)
+    assert opened.evaluate(_STATE)["selected"] == [int(image_map.outlier_score.argmax())]
+    expect(cards(opened, "nearest neighbors, with")).to_have_count(11)
 
 
 def test_selected_paths_are_saved_as_a_list_that_reads_back(

@@ -26,9 +26,9 @@ def image_map(images: int = 12, classes: int = 3, methods: tuple[str, ...] = ("p
         labels=np.arange(images) % classes if classes else None,
         classes=[f"<i>{index}" for index in range(classes)],
         coordinates={name: random.normal(size=(images, 2)) for name in methods},
-        neighbours=np.stack([(np.arange(images) + step) % images for step in (1, 2)], axis=1),
+        neighbors=np.stack([(np.arange(images) + step) % images for step in (1, 2)], axis=1),
         similarities=np.full((images, 2), 0.5, np.float32),
-        oddness=np.linspace(0, 1, images, dtype=np.float32),
+        outlier_score=np.linspace(0, 1, images, dtype=np.float32),
         duplicates=np.array([[1, 4]]),
         thumbnails=[b"thumbnail %d" % index for index in range(images)],
     )
@@ -55,8 +55,8 @@ def test_without_classes_and_with_too_many_there_is_no_legend(classes: int) -> N
     layout = map_layout(image_map(60, classes), explore=True)
     assert list(parts(layout, Plot)[0].legend) == []
     assert parts(layout, MultiChoice) == []
-    colours = set(parts(layout, ColumnDataSource)[0].data["colour"])
-    assert len(colours) == (20 if classes else 1)
+    colors = set(parts(layout, ColumnDataSource)[0].data["color"])
+    assert len(colors) == (20 if classes else 1)
 
 
 def test_a_class_without_images_has_no_layer() -> None:
@@ -88,7 +88,7 @@ def test_one_image_alone_can_be_shown() -> None:
     given = image_map(1, 0)
     alone = ImageMap(
         given.paths, None, [], given.coordinates, np.empty((1, 0), int), np.empty((1, 0)),
-        given.oddness, np.empty((0, 2), int), given.thumbnails,
+        given.outlier_score, np.empty((0, 2), int), given.thumbnails,
     )  # fmt: skip
     assert "Near-duplicates" in components(map_layout(alone, explore=True))[0]
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vissl_lite.encoder import build_encoder
+from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.pretext.moco import MoCo
 from vissl_lite.training import compiling

@@ -19,17 +19,17 @@ from torch import nn
 from vissl_lite import cli
 from vissl_lite.data.images import find_images
 from vissl_lite.data.stream import ViewDataset
-from vissl_lite.encoder import build_encoder
+from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext import mae, pretext_class
 from vissl_lite.training.checkpoints import read_checkpoint
 from vissl_lite.training.fit import fit
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.training.pace import Pace
 from vissl_lite.training.processes import world
+from vissl_lite.training.schedule import Schedule
 from vissl_lite.training.stream import StreamData
-from vissl_lite.training.sync_batchnorm import SyncBatchNorm, Synchronised
+from vissl_lite.training.sync_batchnorm import SyncBatchNorm, Synchronized
 
 STEPS = 20
 
@@ -75,7 +75,7 @@ def train(
     task = pretext_class(name)(build_encoder(backbone, 32), **options)
     # Adam makes steps of one size out of gradients that are rounding errors
     task.optimizer_settings = OptimizerSettings("sgd", lr=lr, weight_decay=1e-4)
-    pace = Pace(lr, 0.1, seed=0, batches=STEPS)
+    pace = Schedule(lr, 0.1, seed=0, batches=STEPS)
     dataset = ViewDataset(find_images([photos]), task.views(), seed=0)
     data = StreamData(dataset, 8, None, pace, workers=0)
     data.epochs = -(-STEPS // data.batches_per_epoch)
@@ -84,7 +84,7 @@ def train(
     before = {key: weight.detach().clone() for key, weight in task.named_parameters()}
     fit(task, data, pace, Hardware("32-true", processes, strategy=strategy, num_workers=0))
     if strategy == "fsdp":
-        task = task.whole()
+        task = task.unsharded()
         if task.global_rank > 0:  # what it has are parts
             return {}, {}
     moves = {key: weight.detach() - before[key] for key, weight in task.named_parameters()}
@@ -174,14 +174,14 @@ def test_several_processes_train_what_one_does(
                 )
 
 
-def test_batchnorms_are_synchronised_in_place_and_turned_back() -> None:
+def test_batchnorms_are_synchronized_in_place_and_turned_back() -> None:
     """Parameters, their names and timm's activations stay; ``state_dict`` is that of before."""
     model = nn.Sequential(build_encoder("test_resnet", 32).model, nn.BatchNorm1d(64))
     kinds, state = [type(m) for m in model.modules()], model.state_dict(keep_vars=True)
     SyncBatchNorm().apply(model)
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert norms
-    assert all(isinstance(norm, Synchronised) for norm in norms)
+    assert all(isinstance(norm, Synchronized) for norm in norms)
     turned = model.state_dict(keep_vars=True)
     assert turned.keys() == state.keys()
     assert all(turned[key] is value for key, value in state.items())

@@ -10,11 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vissl_lite.data.images import find_images
 from vissl_lite.data.stream import Batch, ViewDataset
 from vissl_lite.data.views import Views, flip, random_crop
+from vissl_lite.leakage.callback import FingerprintCallback
 from vissl_lite.metrics_file import MetricsFile
 from vissl_lite.training.fit import TrainingFiles, fit
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.training.pace import Pace
-from vissl_lite.training.seen import KeepFingerprints
+from vissl_lite.training.schedule import Schedule
 from vissl_lite.training.stream import StreamData
 
 
@@ -58,7 +58,7 @@ class Small(pl.LightningModule):
 def test_values_are_read_only_at_steps_that_are_logged(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pace = Pace(1e-9, 0.1, 0, 12)
+    pace = Schedule(1e-9, 0.1, 0, 12)
     views = Views([[random_crop(16, 0.3), flip()]], shortest=16)
     data = StreamData(ViewDataset(find_images([photos]), views, 0), 2, 1, pace, workers=0)
     data.batches_per_epoch = 20  # a row every fourth step
@@ -69,7 +69,7 @@ def test_values_are_read_only_at_steps_that_are_logged(
         torch.Tensor, "cpu", lambda self: to_cpu.append(pace.batches) or whole(self)
     )
     module = Small()
-    keep = KeepFingerprints(tmp_path, data, pace)
+    keep = FingerprintCallback(tmp_path, data, pace)
     fit(module, data, pace, Hardware(devices=1), [keep], TrainingFiles(metrics))
     assert [batch for batch in to_cpu if 0 < batch < 12] == []
     quiet = [count for step, count in enumerate(module.reads, 1) if step % 4 and step > 1]

@@ -11,14 +11,14 @@ from torch import nn
 
 from vissl_lite.errors import UserError
 from vissl_lite.training.guard import LossGuard
-from vissl_lite.training.pace import Pace
+from vissl_lite.training.schedule import Schedule
 
 STEPS = 400
 
 
 def guard_of(losses: list[float], chance: float | None = None, accumulate: int = 1) -> LossGuard:
     """A whole run of such losses, looked at at every step."""
-    pace = Pace(0.1, 0.1, 0, batches=len(losses), accumulate=accumulate)
+    pace = Schedule(0.1, 0.1, 0, batches=len(losses), accumulate=accumulate)
     guard = LossGuard(pace, 1, "simclr", chance)
     go_on(guard, losses)
     return guard
@@ -79,7 +79,7 @@ def test_a_loss_that_is_no_number_ends_the_run(bad: float) -> None:
 def test_nothing_is_saved_after_the_loss_or_a_weight_went_wrong() -> None:
     unused: Any = SimpleNamespace(world_size=1)
     module: Any = nn.Linear(2, 2)
-    guard = LossGuard(Pace(0.1, 0.1, 0, batches=10), 50, "simclr")
+    guard = LossGuard(Schedule(0.1, 0.1, 0, batches=10), 50, "simclr")
     guard.on_save_checkpoint(unused, module, {})
     guard.on_train_batch_end(unused, module, {"loss": torch.tensor(1.0)}, unused, 0)
     guard.on_save_checkpoint(unused, module, {})

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from vissl_lite.training.pace import Pace
-from vissl_lite.training.progress import Bar
+from vissl_lite.training.progress import ProgressBar
+from vissl_lite.training.schedule import Schedule
 
 
 @pytest.mark.parametrize("budget", ["epochs", "time"])
@@ -20,14 +20,14 @@ def test_speed_and_time_left(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Half a second a step of 64 images, 1000 steps: 128 images a second, resumed or not."""
+    """Half a second a step of 64 images, 1000 steps: 128 images per second, resumed or not."""
     clock = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: clock)
-    pace = Pace(
+    pace = Schedule(
         0.1, 0.1, 0, 1000 if budget == "epochs" else None, 500 if budget == "time" else None
     )
     pace.load_state_dict({"batches": resumed_at, "elapsed": resumed_at / 2, "ended": False})
-    bar = Bar("simclr", SimpleNamespace(batch_size=64, batches_per_epoch=100), pace)  # type: ignore[arg-type]
+    bar = ProgressBar("simclr", SimpleNamespace(batch_size=64, batches_per_epoch=100), pace)  # type: ignore[arg-type]
     unused: Any = SimpleNamespace(world_size=1, optimizers=[], global_rank=0)
     bar.on_train_start(unused, unused)
     with caplog.at_level(logging.INFO):

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from vissl_lite.encoder import build_encoder
+from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.training.resizing import share_of_side, shrink
 
 

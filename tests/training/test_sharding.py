@@ -11,12 +11,12 @@ from torch.distributed.tensor import DTensor
 
 from vissl_lite.data.images import find_images
 from vissl_lite.data.stream import ViewDataset
-from vissl_lite.encoder import build_encoder
+from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.pretext import PRETEXTS, pretext_class
 from vissl_lite.training.fit import fit
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.training.pace import Pace
+from vissl_lite.training.schedule import Schedule
 from vissl_lite.training.sharding import check_same_sharding, repeated_blocks
 from vissl_lite.training.stream import StreamData
 
@@ -26,10 +26,10 @@ BACKBONES = {"any": "test_resnet", "ViT": "test_vit", "CNN": "test_resnet", "pat
 def train(name: str, photos: Path) -> None:
     """Two steps with the pretext's own optimizer, in one of two processes, and what they left."""
     torch.manual_seed(0)
-    backbone = BACKBONES[PRETEXTS[name].about.backbones]
+    backbone = BACKBONES[PRETEXTS[name].info.backbones]
     size = 64 if backbone == "test_vit" else 32
     task = pretext_class(name)(build_encoder(backbone, size))
-    pace = Pace(task.optimizer_settings.lr, 0.0, seed=0, batches=2)
+    pace = Schedule(task.optimizer_settings.lr, 0.0, seed=0, batches=2)
     dataset = ViewDataset(find_images([photos]), task.views(), seed=0)
     data = StreamData(dataset, 12, 1, pace, workers=0)
     before = {key: weight.detach().clone() for key, weight in task.named_parameters()}
@@ -38,7 +38,7 @@ def train(name: str, photos: Path) -> None:
     assert all(isinstance(weight, DTensor) for weight in weights), name
     kept = sum(weight.to_local().numel() for weight in weights)
     assert kept < 0.55 * sum(weight.numel() for weight in before.values()), name
-    whole = task.whole()
+    whole = task.unsharded()
     if task.global_rank > 0:
         return
     assert type(whole) is pretext_class(name)

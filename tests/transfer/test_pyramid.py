@@ -3,7 +3,7 @@ import logging
 import pytest
 import torch
 
-from vissl_lite.encoder import build_encoder
+from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.transfer.pyramid import Pyramid, freeze_norms, report_use
 
 BACKBONES = ("test_resnet", "test_vit", "test_convnext", "vit_slim_patch4_32")

@@ -99,8 +99,8 @@ def demo(options: DemoOptions) -> DemoResult:
             pretext={
                 "name": "simclr",
                 "temperature": 0.2,
-                "smallest_crop": 0.5,
-                "colour": 0.6,
+                "min_crop_scale": 0.5,
+                "color": 0.6,
             },
             upright=False,
             backbone=BACKBONE,

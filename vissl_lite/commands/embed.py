@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vissl_lite.data.atomic_file import atomic_write, check_place
 from vissl_lite.data.images import find_images, suitable_size
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
-from vissl_lite.data.whole_file import check_place, whole_file
-from vissl_lite.encoder import Encoder
-from vissl_lite.encoder_folder import encoder_for
+from vissl_lite.encoders.encoder import Encoder
+from vissl_lite.encoders.folder import encoder_for
 from vissl_lite.errors import UserError, check_image_size, did_you_mean
-from vissl_lite.inference import check_outputs, run_over
+from vissl_lite.inference import check_outputs, predict_images
 from vissl_lite.options import Options, Paths, StrPath, command, path_list
 from vissl_lite.run import logged_to_console
 from vissl_lite.training.progress import progress_bar
@@ -98,7 +98,7 @@ def embed(options: EmbedOptions) -> EmbedResult:
     with logged_to_console():
         features, good = _features(judged, paths, options.layer)
         read = [path for path, fine in zip(paths, good, strict=True) if fine]
-        with whole_file(file) as part:
+        with atomic_write(file) as part:
             (_write_parquet if kind == "parquet" else _write_npz)(part, read, features)
         log.info("%d images, %d features each: %s", *features.shape, file)
     return EmbedResult(file, *features.shape)
@@ -164,7 +164,7 @@ def _features(
 
     with progress_bar() as bar:
         task = bar.add_task("embed", total=len(paths), info="")
-        (features,), good = run_over(
+        (features,), good = predict_images(
             encoder,
             compute,
             encoder.normalize,

@@ -35,7 +35,7 @@ class ExploreOptions(Options):
     """A run, an encoder folder, timm:NAME (pre-trained weights) or random:NAME."""
     data: Paths
     """Folders (searched recursively) or .txt files of paths. The names of class folders become
-    colours."""
+    colors."""
     out: StrPath
     """The file to write: FILE.html."""
     most: int = 5000
@@ -61,7 +61,7 @@ class ExploreOptions(Options):
 def explore(options: ExploreOptions) -> Path:
     """Make a map of images, by what an encoder sees in them: one HTML file that needs no network.
 
-    Click a point for its nearest neighbours; see the odd ones out and near-duplicates; select
+    Click a point for its nearest neighbors; see the odd ones out and near-duplicates; select
     points and save their paths as a text file, which pretrain --data and predict --data read.
 
     Returns:

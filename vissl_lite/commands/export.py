@@ -21,12 +21,12 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from vissl_lite import __version__
+from vissl_lite.data.atomic_file import check_place
 from vissl_lite.data.images import BROKEN_IMAGE, find_images, read_image
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
-from vissl_lite.data.whole_file import check_place
-from vissl_lite.encoder import first_line
-from vissl_lite.encoder_config import CONFIG, read_model_config
-from vissl_lite.encoder_folder import WEIGHTS
+from vissl_lite.encoders.config import CONFIG, read_model_config
+from vissl_lite.encoders.encoder import first_line
+from vissl_lite.encoders.folder import WEIGHTS
 from vissl_lite.errors import UserError, check_image_size
 from vissl_lite.options import Options, Paths, StrPath, command, path_list
 from vissl_lite.run import console
@@ -85,7 +85,7 @@ class ExportOptions(Options):
 def export(options: ExportOptions) -> ExportResult:
     """Write an encoder or a fine-tuned model for use without vissl_lite, and check it.
 
-    An ONNX file takes decoded RGB images, (B, 3, H, W) uint8, and normalises them itself. Out come
+    An ONNX file takes decoded RGB images, (B, 3, H, W) uint8, and normalizes them itself. Out come
     features of an encoder and probabilities of a classifier or segmenter; of a detector boxes (x1,
     y1, x2, y2 in pixels), scores and labels, best first, 100 an image, padded with zeros.
 
@@ -293,7 +293,7 @@ def _make_onnx(network: ExportModel, batches: list[Tensor], file: Path) -> float
     else:
         cut = "" if network.any_size else ", the central square taken"
         fitted = f"the shorter side resized to {_shown(network.image_size)} pixels{cut}"
-    program.doc_string = f"images: uint8 RGB as decoded, {fitted}; they are normalised inside"
+    program.doc_string = f"images: uint8 RGB as decoded, {fitted}; they are normalized inside"
     onnx.save(program, file)
     onnx.checker.check_model(str(file), full_check=True)
     options = onnxruntime.SessionOptions()

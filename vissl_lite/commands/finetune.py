@@ -12,7 +12,7 @@ from rich.table import Table
 from vissl_lite import __version__
 from vissl_lite.commands.leaks import guard
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
-from vissl_lite.encoder_folder import encoder_for, load_encoder
+from vissl_lite.encoders.folder import encoder_for, load_encoder
 from vissl_lite.errors import (
     check_count,
     check_image_size,
@@ -23,7 +23,7 @@ from vissl_lite.errors import (
 from vissl_lite.metrics_file import MetricsFile
 from vissl_lite.optim import OptimizerSettings, check_optimizer, check_rates
 from vissl_lite.options import Options, StrPath, command
-from vissl_lite.pictures import plot_curves
+from vissl_lite.plots import plot_curves
 from vissl_lite.report.additions import add_report, add_test_embeddings, add_test_pictures
 from vissl_lite.run import (
     CHECKPOINTS,
@@ -53,7 +53,7 @@ class FinetuneResult:
     Attributes:
         run: the folder that was written.
         model: the model folder in it.
-        test: figures on the test part: ``top1`` and ``macro_f1``, with several labels an image
+        test: figures on the test part: ``top1`` and ``macro_f1``, with several labels per image
             ``map``, ``auroc`` and ``macro_f1``; for detection ``map`` and ``map_50``; for
             segmentation ``miou``, ``dice`` and ``accuracy``.
         per_class: by class name, then by figure.
@@ -74,7 +74,7 @@ class FinetuneOptions(Options, AllTaskOptions):
 
     data: StrPath
     """Labelled images. Classification: train/<class> and test/<class> folders, plain class folders,
-    or a .csv file, with a column a class or several labels in one if an image may have several.
+    or a .csv file, with a column per class or several labels in one if an image may have several.
     Detection: a folder with COCO .json, Pascal VOC .xml or YOLO .txt annotations. Segmentation: a
     folder with images/ and masks/, or a .csv file. Or the folder of the images alone, see
     --annotations."""
@@ -90,7 +90,7 @@ class FinetuneOptions(Options, AllTaskOptions):
     fraction: float | None = None
     """Use this share of the training and validation labels."""
     shots: int | None = None
-    """Use this many training and validation labels a class."""
+    """Use this many training and validation labels per class."""
     epochs: int | None = None
     """Default as many as make 1,000 steps, between 10 and 100."""
     batch_size: int | None = None
@@ -113,7 +113,7 @@ class FinetuneOptions(Options, AllTaskOptions):
     patience: int | None = 10
     """Stop after so many of the 25 looks at the validation images without a better figure; null
     never stops early."""
-    smallest_crop: float = 0.35
+    min_crop_scale: float = 0.35
     """Smallest share of the image's area in a training view."""
     upright: bool = True
     """Whether the images have an up; without one, as from a microscope, training views are turned
@@ -141,7 +141,7 @@ class FinetuneOptions(Options, AllTaskOptions):
         find_task(self.task)
         check_optimizer(self.optimizer)
         check_warmup("warmup", self.warmup)
-        for name in ("fraction", "layer_decay", "smallest_crop"):
+        for name in ("fraction", "layer_decay", "min_crop_scale"):
             check_positive_share(name, getattr(self, name))
         check_image_size(self.image_size)
         check_rates(self.lr, self.weight_decay)
@@ -166,7 +166,7 @@ class FinetuneOptions(Options, AllTaskOptions):
             optimizer=OptimizerSettings(self.optimizer, self.lr, self.weight_decay, decay),
             warmup=self.warmup,
             patience=self.patience,
-            smallest_crop=self.smallest_crop,
+            min_crop_scale=self.min_crop_scale,
             upright=self.upright,
             seed=self.seed,
             pretrained=not from_scratch,

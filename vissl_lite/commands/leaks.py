@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from vissl_lite.data.leaks import LEAKS, Leaks, Policy, check_leaks, seen_by
+from vissl_lite.leakage.matching import LEAKS, Leaks, Policy, check_leaks, seen_by
 from vissl_lite.training.progress import progress_bar
 from vissl_lite.transfer.base import PARTS, DatasetT
 

@@ -8,7 +8,7 @@ import timm
 from rich.console import Console
 from rich.table import Table
 
-from vissl_lite import backbones as _registers_our_own  # noqa: F401
+from vissl_lite.encoders import backbones as _registers_our_own  # noqa: F401
 from vissl_lite.errors import UserError, did_you_mean
 from vissl_lite.options import Options, command
 from vissl_lite.pretext import PRETEXTS
@@ -57,8 +57,8 @@ def list_(options: ListOptions) -> list[str]:
 def _print_pretexts(names: list[str]) -> None:
     table = Table("pretext", "family", "backbones", "views", "paper", "when to use it", box=None)
     for name in names:
-        about = PRETEXTS[name].about
-        kind = KINDS[about.backbones][0]
-        table.add_row(name, about.family, kind, about.views, about.paper, about.use)
+        info = PRETEXTS[name].info
+        kind = KINDS[info.backbones][0]
+        table.add_row(name, info.family, kind, info.views, info.paper, info.use)
     # where the output is no terminal, a line each
     Console(width=None if sys.stdout.isatty() else 240).print(table)

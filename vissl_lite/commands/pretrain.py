@@ -13,17 +13,18 @@ from vissl_lite.commands.pretrain_data import TrainingImages, find_training_imag
 from vissl_lite.commands.pretrain_options import PretrainOptions, make_encoder, parse_time
 from vissl_lite.data.cache import CachePlan, forks_workers, plan_cache
 from vissl_lite.data.fingerprints import Fingerprints
-from vissl_lite.data.leaks import seen_by
 from vissl_lite.data.path_list import PathList
 from vissl_lite.data.reading import limit_pixels
 from vissl_lite.data.views import Views
-from vissl_lite.encoder_folder import save_encoder
+from vissl_lite.encoders.folder import save_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.evaluation.online import ONLINE_METRICS, EncoderMetrics, OnlineEvaluation
+from vissl_lite.leakage.callback import FingerprintCallback
+from vissl_lite.leakage.matching import seen_by
 from vissl_lite.metrics_file import MetricsFile
 from vissl_lite.options import StrPath, command
-from vissl_lite.pictures import plot_curves
-from vissl_lite.pretext.base import About, PretextTask
+from vissl_lite.plots import plot_curves
+from vissl_lite.pretext.base import PretextInfo, PretextTask
 from vissl_lite.report.additions import add_embeddings, add_pretext, add_report
 from vissl_lite.run import (
     CHECKPOINTS,
@@ -41,9 +42,8 @@ from vissl_lite.run import (
 from vissl_lite.training.fit import TrainingFiles, fit
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.training.loggers import logger_names, make_loggers
-from vissl_lite.training.pace import Pace
 from vissl_lite.training.resizing import ProgressiveResizing
-from vissl_lite.training.seen import KeepFingerprints
+from vissl_lite.training.schedule import Schedule
 from vissl_lite.training.stream import StreamData
 from vissl_lite.transfer.classification.data import LabelledImages, load_labelled
 
@@ -183,11 +183,13 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
         settings.lr,
     )  # fmt: skip
     if accumulate > 1:
-        log.info("%s", accumulation_note(task.about, size, accumulate))
+        log.info("%s", accumulation_note(task.info, size, accumulate))
     seconds = parse_time(options.max_time)
     epochs = options.epochs if options.epochs or seconds else 100
     batches = None if epochs is None else epochs * (count // size)
-    pace = Pace(settings.lr, options.warmup, options.seed, batches, seconds, started, accumulate)
+    pace = Schedule(
+        settings.lr, options.warmup, options.seed, batches, seconds, started, accumulate
+    )
     kept = None if training.cache is None else training.cache.open(run, maker=is_main_process())
     images.keep(run)
     paths = images.paths
@@ -199,7 +201,7 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
         pace,
         stop_on_collapse=options.on_collapse == "stop",
     )
-    callbacks = [online, KeepFingerprints(run, stream, pace, training.seen)]
+    callbacks = [online, FingerprintCallback(run, stream, pace, training.seen)]
     if options.progressive_resizing:
         callbacks.append(ProgressiveResizing(pace, task.encoder))
     metrics = MetricsFile(run / METRICS) if is_main_process() else None
@@ -217,7 +219,7 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
     if kept is not None and trainer.is_global_zero:
         kept.remove()
     online.finish(trainer, task)  # resumed after the last step: nothing was trained
-    task = task.whole()
+    task = task.unsharded()
     encoder, spent = run / "encoder", pace.elapsed()
     if not trainer.is_global_zero:
         return PretrainResult(run, encoder, {}, pace.steps, spent)
@@ -272,18 +274,18 @@ def _cache_plan(
     return plan_cache(paths, views.shortest, Path(options.out), shareable)
 
 
-def accumulation_note(about: About, batch_size: int, accumulate: int) -> str:
+def accumulation_note(info: PretextInfo, batch_size: int, accumulate: int) -> str:
     """What accumulating gradients does and does not.
 
     Args:
-        about: the pretext.
+        info: the pretext.
         batch_size: images that go through the network together.
         accumulate: batches an optimizer step.
     """
     note = f"an optimizer step sees {accumulate} batches of {batch_size} images"
-    if about.negatives:
+    if info.negatives:
         note += (
-            f"; that adds no negatives: {about.name} compares an image with the {batch_size - 1} "
+            f"; that adds no negatives: {info.name} compares an image with the {batch_size - 1} "
             f"others of its own batch only"
         )
     return note

@@ -9,9 +9,9 @@ from vissl_lite.commands.pretrain_options import PretrainOptions
 from vissl_lite.data.cache import ImageCache
 from vissl_lite.data.images import find_images
 from vissl_lite.data.path_list import PathList
-from vissl_lite.data.shard_index import find_shards
-from vissl_lite.data.shard_stream import ShardSource, write_sample
-from vissl_lite.data.shards import Shards
+from vissl_lite.data.shards.index import find_shards
+from vissl_lite.data.shards.source import Shards
+from vissl_lite.data.shards.stream import ShardSource, write_sample
 from vissl_lite.data.stream import Source, ViewDataset
 from vissl_lite.data.views import Views
 from vissl_lite.errors import UserError

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from vissl_lite.data.images import suitable_size
 from vissl_lite.data.reading import MAX_PIXELS
-from vissl_lite.encoder import Encoder, build_encoder
-from vissl_lite.encoder_folder import load_encoder, load_weights
+from vissl_lite.encoders.encoder import Encoder, build_encoder
+from vissl_lite.encoders.folder import load_encoder, load_weights
 from vissl_lite.errors import (
     UserError,
     annotations,
@@ -191,7 +191,7 @@ class PretrainOptions(Options):
             *super().rows(layers),
             *(
                 option_row(f"pretext.{name}", kind, defaults[name].default, docs.get(name, ""))
-                for name, kind in hyperparameters(made.about.name).items()
+                for name, kind in hyperparameters(made.info.name).items()
             ),
         ]
 
@@ -213,7 +213,7 @@ class PretrainOptions(Options):
         name = self.optimizer or own.name
         if name != own.name and self.lr is None and self.base_lr is None:
             raise UserError(
-                f"--optimizer {name} needs an --lr: {task.about.name}'s {own.lr} is for {own.name}"
+                f"--optimizer {name} needs an --lr: {task.info.name}'s {own.lr} is for {own.name}"
             )
         if self.base_lr is not None:  # linearly: the rule of the papers that give it so
             own = replace(own, lr=self.base_lr, scaling="linear")
@@ -223,10 +223,10 @@ class PretrainOptions(Options):
 
 
 def _check_resizing(task: PretextTask) -> None:
-    if not task.about.any_size:
-        able = ", ".join(name for name, made in PRETEXTS.items() if made.about.any_size)
+    if not task.info.any_size:
+        able = ", ".join(name for name, made in PRETEXTS.items() if made.info.any_size)
         raise UserError(
-            f"--progressive_resizing: the views of {task.about.name} can't change their size; "
+            f"--progressive_resizing: the views of {task.info.name} can't change their size; "
             f"those of {able} can"
         )
     encoder = task.encoder
@@ -302,7 +302,7 @@ def default_backbone(pretext: str, image_size: int) -> str:
         pretext: its name.
         image_size: side in pixels.
     """
-    if pretext_class(pretext).about.backbones in ("any", "CNN"):
+    if pretext_class(pretext).info.backbones in ("any", "CNN"):
         return "resnet18"
     return "vit_tiny_patch16_224" if image_size >= 64 else "vit_tiny_patch4_32"
 

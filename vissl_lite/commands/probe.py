@@ -13,8 +13,8 @@ from rich.table import Table
 from vissl_lite.commands.leaks import guard
 from vissl_lite.data.images import suitable_size
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
-from vissl_lite.encoder import Encoder
-from vissl_lite.encoder_folder import encoder_for
+from vissl_lite.encoders.encoder import Encoder
+from vissl_lite.encoders.folder import encoder_for
 from vissl_lite.errors import (
     check_count,
     check_image_size,

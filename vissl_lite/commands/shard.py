@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
+from vissl_lite.data.atomic_file import check_place
 from vissl_lite.data.images import find_images
 from vissl_lite.data.path_list import PathList
 from vissl_lite.data.reading import open_regular, read_regular
-from vissl_lite.data.shard_index import INDEX, INDEX_PART, index_text, parse_index
-from vissl_lite.data.tar_reader import LARGEST
-from vissl_lite.data.whole_file import check_place
+from vissl_lite.data.shards.index import INDEX, INDEX_PART, index_text, parse_index
+from vissl_lite.data.shards.tar_reader import LARGEST
 from vissl_lite.errors import UserError, check_count
 from vissl_lite.options import Options, Paths, StrPath, command, path_list
 from vissl_lite.run import logged_to_console
@@ -81,7 +81,7 @@ def shard(options: ShardOptions) -> ShardResult:
     """Write images as shards: tar files that pretrain streams from a disk or a URL.
 
     The image files go in as they are, in an order by chance, the same each time: shards are read
-    from front to back, and neighbours end up in one batch. They are not decoded: pretrain names and
+    from front to back, and neighbors end up in one batch. They are not decoded: pretrain names and
     skips those that are broken. The file index.json says how many images each shard holds; it is
     written last. Until all shards are written, older ones stay, and so a disk needs room for both.
 

@@ -16,7 +16,7 @@ class Amount:
     Attributes:
         name: such as ``1%`` or ``10 a class``.
         fraction: share of the training and validation labels, or
-        shots: training labels a class, and as many validation labels.
+        shots: training labels per class, and as many validation labels.
     """
 
     name: str
@@ -38,7 +38,7 @@ def make_amounts(fractions: Sequence[float] | None, shots: Sequence[int] | None)
 
     Args:
         fractions: shares in (0, 1]; default 1, 5, 10 and 100 % if there are no shots.
-        shots: labels a class, instead.
+        shots: labels per class, instead.
 
     Raises:
         UserError: both are given, or one is out of range.

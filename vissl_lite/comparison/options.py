@@ -35,7 +35,7 @@ class CompareOptions(Options, AllTaskOptions):
     """What to learn from the labels: classification, detection or segmentation."""
     protocols: Sequence[Protocol] | Protocol | None = None
     """How to judge an encoder: knn and linear for a frozen one, finetune to train it. Default knn
-    and linear, or finetune for detection, segmentation and several labels an image."""
+    and linear, or finetune for detection, segmentation and several labels per image."""
     fractions: Sequence[float] | float | None = None
     """Shares of the labels; default 0.01 0.05 0.1 1."""
     shots: Sequence[int] | int | None = None
@@ -48,7 +48,7 @@ class CompareOptions(Options, AllTaskOptions):
     layers: bool = False
     """Judge every stage by knn and linear too."""
     k: int = 20
-    """Neighbours that vote in knn."""
+    """Neighbors that vote in knn."""
     lr: Sequence[float] | float | None = None
     """Learning rates of finetune to choose from; default 0.0003 0.001 0.003. They are chosen for
     each encoder and amount of labels with the first seed."""

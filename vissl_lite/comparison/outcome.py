@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from vissl_lite.comparison.protocols import Score
 from vissl_lite.comparison.statistics import Difference, Runs, Verdict, difference, labels_worth
 from vissl_lite.comparison.store import Cell
-from vissl_lite.pictures import plot_bars
+from vissl_lite.plots import plot_bars
 
 
 @dataclass(frozen=True)

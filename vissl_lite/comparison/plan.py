@@ -9,8 +9,8 @@ import torch
 from vissl_lite.comparison.amounts import Amount, make_amounts
 from vissl_lite.comparison.options import CompareOptions, listed
 from vissl_lite.comparison.protocols import Protocol
-from vissl_lite.encoder import Encoder
-from vissl_lite.encoder_folder import encoder_for
+from vissl_lite.encoders.encoder import Encoder
+from vissl_lite.encoders.folder import encoder_for
 from vissl_lite.errors import (
     UserError,
     WeightsUnavailableError,

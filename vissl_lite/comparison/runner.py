@@ -16,7 +16,7 @@ from vissl_lite.comparison.protocols import (
     judge_frozen,
 )
 from vissl_lite.comparison.store import Cell, Store, digest_weights, digest_words
-from vissl_lite.encoder import Encoder
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.training.progress import progress_bar
 from vissl_lite.transfer.base import LabelledDataset

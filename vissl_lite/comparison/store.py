@@ -14,9 +14,9 @@ import numpy as np
 from torch import nn
 
 from vissl_lite.comparison.protocols import Score
+from vissl_lite.data.atomic_file import write_atomically
 from vissl_lite.data.json_file import read_json
-from vissl_lite.data.whole_file import write_atomically
-from vissl_lite.encoder import first_line
+from vissl_lite.encoders.encoder import first_line
 from vissl_lite.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -21,11 +21,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from vissl_lite.data.atomic_file import atomic_write
 from vissl_lite.data.free_memory import free_memory
 from vissl_lite.data.headers import image_size
 from vissl_lite.data.images import BROKEN_IMAGE, decode_reduced
 from vissl_lite.data.path_list import PathList
-from vissl_lite.data.whole_file import whole_file
 from vissl_lite.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class CachePlan:
         return ImageCache(self, file)
 
     def _make(self, file: Path) -> None:
-        with whole_file(file) as part, part.open("wb") as out:
+        with atomic_write(file) as part, part.open("wb") as out:
             out.write(self.digest)
             out.write(bytes(len(self.wholes)))
             out.truncate(self.total)  # a hole, which is filled as images come

@@ -1,8 +1,8 @@
 """Draws one image of the sample data: a shape under a bad camera, and the mask of the shape.
 
-Each shows one main object (an arrow, a gear, a spiral, ...) in any colour, texture, size, position
+Each shows one main object (an arrow, a gear, a spiral, ...) in any color, texture, size, position
 and rotation, on a textured background, between scraps of clutter, some of them in front. The class
-lies in the *shape* alone: colour, place and area have the same distribution in every class.
+lies in the *shape* alone: color, place and area have the same distribution in every class.
 """
 
 from collections.abc import Callable, Iterable
@@ -34,7 +34,7 @@ def _circle(radius: float, x: float = 0.0, y: float = 0.0, corners: int = 40) ->
 
 
 def _polar(radius: np.ndarray) -> Points:
-    """Polygon whose corners lie at the given distances, at even angles, around the centre."""
+    """Polygon whose corners lie at the given distances, at even angles, around the center."""
     angle = np.linspace(0, 2 * np.pi, len(radius), endpoint=False)
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
 
@@ -156,17 +156,17 @@ def _warp(parts: list[Part], rng: Generator) -> list[Part]:
 def _object(name: str, rng: Generator, size: int) -> Plane:
     """The object's coverage: a shape of the class, of random area and place.
 
-    A first drawing measures the shape's area and centre, so that the second can be given an area
-    and a centre that tell nothing about the class.
+    A first drawing measures the shape's area and center, so that the second can be given an area
+    and a center that tell nothing about the class.
     """
     parts = _warp(SHAPES[name](rng), rng)
     # one unit is a third of the trial's width; fine pixels, as polygons come out half a pixel fat
     trial = _fill([Part(points / 3 + 0.5, ink) for points, ink in parts], 128, oversample=1)
     rows, columns = np.nonzero(trial)
-    centre = ((np.array([columns.mean(), rows.mean()]) + 0.5) / 128 - 0.5) * 3
+    center = ((np.array([columns.mean(), rows.mean()]) + 0.5) / 128 - 0.5) * 3
     scale = np.sqrt(rng.uniform(*_LOOK.area) / trial.mean()) / 3
     place = rng.uniform(0.4, 0.6, 2)
-    return _fill([Part((points - centre) * scale + place, ink) for points, ink in parts], size)
+    return _fill([Part((points - center) * scale + place, ink) for points, ink in parts], size)
 
 
 def _scrap(rng: Generator, size: int, length: float) -> Plane:
@@ -226,7 +226,7 @@ class _Look:
     scraps_before: tuple[int, int] = (0, 1)
     noise: tuple[float, float] = (0.015, 0.025)  # standard deviation
     blur: tuple[float, float] = (0.4, 0.6)  # radius in pixels of a 64-pixel picture
-    chroma: float = 0.12  # largest distance of a colour from grey
+    chroma: float = 0.12  # largest distance of a color from gray
     texture: float = 0.06  # largest brightness step in a texture
     light: float = 0.4  # largest slope of the light across the picture
 
@@ -234,16 +234,16 @@ class _Look:
 _LOOK = _Look()
 
 
-def _colour(rng: Generator, brightness: float) -> np.ndarray:
-    """An RGB colour (3,) of the brightness given and of any hue."""
+def _color(rng: Generator, brightness: float) -> np.ndarray:
+    """An RGB color (3,) of the brightness given and of any hue."""
     tint = rng.uniform(-1, 1, 3)
     return (brightness + _LOOK.chroma * (tint - tint.mean())).astype(np.float32)
 
 
 def _surface(rng: Generator, size: int, brightness: float) -> Canvas:
-    """A textured sheet in two related colours."""
-    first = _colour(rng, brightness)
-    second = _colour(rng, brightness + rng.uniform(-1, 1) * _LOOK.texture)
+    """A textured sheet in two related colors."""
+    first = _color(rng, brightness)
+    second = _color(rng, brightness + rng.uniform(-1, 1) * _LOOK.texture)
     return first + _texture(rng, size)[..., None] * (second - first)
 
 
@@ -281,7 +281,7 @@ def draw(name: str, rng: Generator, size: int = 64) -> tuple[Image.Image, np.nda
     canvas = _surface(rng, size, ground)
     for _ in range(rng.integers(*_LOOK.scraps_behind, endpoint=True)):
         brightness = ground + rng.uniform(-1, 1) * abs(contrast)
-        canvas = _over(canvas, _scrap(rng, size, rng.uniform(0.08, 0.3)), _colour(rng, brightness))
+        canvas = _over(canvas, _scrap(rng, size, rng.uniform(0.08, 0.3)), _color(rng, brightness))
 
     shape = _object(name, rng, size)
     canvas = _over(canvas, shape, _surface(rng, size, ground + contrast))
@@ -289,6 +289,6 @@ def draw(name: str, rng: Generator, size: int = 64) -> tuple[Image.Image, np.nda
     for _ in range(rng.integers(*_LOOK.scraps_before, endpoint=True)):
         scrap = _scrap(rng, size, rng.uniform(0.08, 0.2))
         brightness = ground + rng.uniform(-1, 1) * abs(contrast)
-        canvas = _over(canvas, scrap, _colour(rng, brightness))
+        canvas = _over(canvas, scrap, _color(rng, brightness))
         seen = seen * (1 - scrap)
     return _camera(canvas, rng), seen > 0.5

@@ -1,4 +1,4 @@
-"""Fingerprints: what an image file is recognised by, though encoded anew, resized, flipped, turned.
+"""Fingerprints: what an image file is recognized by, though encoded anew, resized, flipped, turned.
 
 A fingerprint has two halves. The exact one is a hash of the file's bytes. The look is a description
 of the picture by its lowest frequencies (the discrete cosine transform of perceptual hashes such as
@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vissl_lite.data.atomic_file import atomic_write
 from vissl_lite.data.images import BROKEN_IMAGE, decode_image
 from vissl_lite.data.npz_file import read_npz
 from vissl_lite.data.reading import Broken, read_regular, reason, report_skipped
-from vissl_lite.data.whole_file import whole_file
 from vissl_lite.errors import UserError
 
 EXACT_BYTES = 16
@@ -31,9 +31,9 @@ EXACT_BYTES = 16
 # The side that pictures are shrunk to: what is left of an image of 32 pixels at half its size.
 _SIDE = 16
 
-# Frequencies (u, v) with u + v below these, of brightness and of each of two colour differences.
+# Frequencies (u, v) with u + v below these, of brightness and of each of two color differences.
 # JPEG at quality 50 leaves few of the higher ones of an image of 32 pixels.
-_BRIGHTNESS, _COLOUR = 12, 3
+_BRIGHTNESS, _COLOR = 12, 3
 
 # Looks at least as similar as this are taken for the same picture. Encoding at quality 50 and
 # resizing by 1.5 or 0.5 leave 0.98 and more on CIFAR-10. Of its 10,000 test images against 50,000
@@ -42,8 +42,8 @@ _BRIGHTNESS, _COLOUR = 12, 3
 # 2020, ciFAIR).
 SIMILAR = 0.94
 
-# Below this contrast (of a grey picture, a standard deviation of about 2 of 256 steps) a look
-# fades, so that pictures of one colour resemble nothing.
+# Below this contrast (of a gray picture, a standard deviation of about 2 of 256 steps) a look
+# fades, so that pictures of one color resemble nothing.
 _FAINT = 0.2
 
 _FULL = 127  # length of a look of 8-bit integers
@@ -51,29 +51,29 @@ _FULL = 127  # length of a look of 8-bit integers
 
 def _frequencies() -> np.ndarray:
     """``(D, 3)`` channel, u, v of each number in a look."""
-    limits = (_BRIGHTNESS, _COLOUR, _COLOUR)
+    limits = (_BRIGHTNESS, _COLOR, _COLOR)
     return np.array(
         [
             (channel, u, v)
             for channel, limit in enumerate(limits)
             for u in range(limit)
             for v in range(limit - u)
-            if u or v  # brightness and colour of the whole: too much alike in too many pictures
+            if u or v  # brightness and color of the whole: too much alike in too many pictures
         ]
     )
 
 
 def _projection() -> np.ndarray:
-    """``(16 * 16 * 3, D)`` from the pixels of a shrunk picture to its look, not yet normalised.
+    """``(16 * 16 * 3, D)`` from the pixels of a shrunk picture to its look, not yet normalized.
 
     In natural images the amplitude of a frequency f falls as 1 / f (Field 1987): multiplied by f,
-    all numbers of a look count alike. Colour differences are about half as large.
+    all numbers of a look count alike. Color differences are about half as large.
     """
     steps = np.arange(_SIDE)
     waves = np.sqrt(2 / _SIDE) * np.cos(np.pi * (2 * steps + 1) * steps[:, None] / (2 * _SIDE))
     waves[0] /= np.sqrt(2)
-    grey = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as JPEG has it
-    channels = np.stack([grey, 2 * ([0, 0, 1] - grey), 2 * ([1, 0, 0] - grey)])
+    gray = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as JPEG has it
+    channels = np.stack([gray, 2 * ([0, 0, 1] - gray), 2 * ([1, 0, 0] - gray)])
     columns = [
         np.hypot(u, v) * waves[u][:, None, None] * waves[v][:, None] * channels[channel]
         for channel, u, v in FREQUENCIES
@@ -155,7 +155,7 @@ class Fingerprints:
         # one text: an array of text takes the longest path's room for each
         paths = "\0".join(self.paths).encode("utf-8", "surrogateescape")
         text = np.frombuffer(paths, np.uint8)
-        with whole_file(file) as part, part.open("wb") as out:
+        with atomic_write(file) as part, part.open("wb") as out:
             np.savez(out, exact=self.exact, looks=self.looks, paths=text)
 
     @classmethod

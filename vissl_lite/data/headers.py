@@ -20,7 +20,7 @@ from vissl_lite.data.reading import check_pixels, max_pixels, open_regular
 # Cameras put a thumbnail of up to 64 KB before the size; most other files have it at the start.
 _START = 4096
 
-# Segments of a JPEG before its size at most; a colour profile takes up to 255.
+# Segments of a JPEG before its size at most; a color profile takes up to 255.
 _MOST_MARKERS = 10_000
 
 _ORIENTATION = 0x0112  # the EXIF tag

@@ -190,7 +190,7 @@ def read_image(path: str | Path, shortest: int | None = None) -> np.ndarray:
 
     Plain 8-bit JPEG and PNG files go through OpenCV, the rest through Pillow: the first frame of a
     GIF, palettes, alpha (laid over white), CMYK, 16 bits. EXIF orientation is applied. Sixteen-bit
-    grey values are scaled to eight bits: by 1/16 where all fit into 12 bits (as cameras and
+    gray values are scaled to eight bits: by 1/16 where all fit into 12 bits (as cameras and
     scanners store them), else by 1/257. Floating-point images are scaled from their own minimum
     and maximum.
 
@@ -245,7 +245,7 @@ def decode_reduced(
         raise ValueError(f"{path}: no size in it")
     if jpeg is not None and jpeg.channels != 4:
         # from behind: looking through megabytes takes a tenth of the time of decoding them
-        if data.rfind(b"\xff\xd9") < 0:  # OpenCV would fill the missing part with grey
+        if data.rfind(b"\xff\xd9") < 0:  # OpenCV would fill the missing part with gray
             raise ValueError(f"{path}: cut short")
         whole = jpeg.height, jpeg.width
         larger = max(1, times(*whole))
@@ -267,7 +267,7 @@ def decode_reduced(
 
 
 def _is_plain_png(data: bytes) -> bool:
-    """Whether a PNG is 8-bit grey or RGB without transparency, which OpenCV decodes as it is."""
+    """Whether a PNG is 8-bit gray or RGB without transparency, which OpenCV decodes as it is."""
     if not is_png(data):
         return False
     depth, kind = data[24], data[25]
@@ -281,7 +281,7 @@ def _read_with_pillow(data: bytes, path: str | Path) -> np.ndarray:
     except UnidentifiedImageError:
         if not is_tiff(data):
             raise
-    # 16-bit colour and the like, which Pillow does not know
+    # 16-bit color and the like, which Pillow does not know
     check_tiff(BytesIO(data), path)
     decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_ANYDEPTH | 256)
     if decoded is None:

@@ -115,21 +115,21 @@ class MaskView:
 
 
 def box_pipeline(
-    canvas: tuple[int, int], smallest_crop: float, upright: bool
+    canvas: tuple[int, int], min_crop_scale: float, upright: bool
 ) -> list[A.BasicTransform]:
-    """A training view for detection: scale jitter (Ghiasi et al. 2021), a flip, mild colours.
+    """A training view for detection: scale jitter (Ghiasi et al. 2021), a flip, mild colors.
 
     The image is fitted into the canvas, then enlarged or shrunk about its own size, and moved.
 
     Args:
         canvas: height and width in pixels.
-        smallest_crop: smallest share of the image's area that an enlargement leaves; it is shrunk
+        min_crop_scale: smallest share of the image's area that an enlargement leaves; it is shrunk
             by as much.
         upright: whether the images have an up; without one they are flipped in both directions,
             and turned where the canvas is a square.
     """
     height, width = canvas
-    zoom = smallest_crop**-0.5
+    zoom = min_crop_scale**-0.5
     turn = [A.HorizontalFlip()]
     if not upright:
         turn.insert(0, A.D4() if height == width else A.VerticalFlip())
@@ -143,39 +143,41 @@ def box_pipeline(
             keep_ratio=True,
             translate_percent=(-0.1, 0.1),
             fill=PADDING,
-            p=1.0 if smallest_crop < 1 else 0.0,
+            p=1.0 if min_crop_scale < 1 else 0.0,
         ),
-        _mild_colours(),
+        _mild_colors(),
     ]
 
 
 def mask_pipeline(
-    size: int, smallest_crop: float, upright: bool, own_scale: bool = False
+    size: int, min_crop_scale: float, upright: bool, own_scale: bool = False
 ) -> list[A.BasicTransform]:
-    """A training view for segmentation: a random crop, a flip, mild colours.
+    """A training view for segmentation: a random crop, a flip, mild colors.
 
     The crop lies inside the image, so no pixel of the mask is made up.
 
     Args:
         size: side in pixels.
-        smallest_crop: smallest share of the image's area.
+        min_crop_scale: smallest share of the image's area.
         upright: whether the images have an up; see ``flip``.
         own_scale: for images more than ``LARGE`` times as large as the view: the crop has about
-            its size, enlarged or shrunk by as much as ``smallest_crop`` does, but not more than
+            its size, enlarged or shrunk by as much as ``min_crop_scale`` does, but not more than
             ``LARGE`` times.
     """
-    check_crop_scale(smallest_crop)
-    crop = A.RandomResizedCrop((size, size), scale=(smallest_crop, 1.0), area_for_downscale="image")
+    check_crop_scale(min_crop_scale)
+    crop = A.RandomResizedCrop(
+        (size, size), scale=(min_crop_scale, 1.0), area_for_downscale="image"
+    )
     if own_scale:
-        zoom = min(LARGE, smallest_crop**-0.5)
+        zoom = min(LARGE, min_crop_scale**-0.5)
         crop = A.RandomSizedCrop(
             (round(size / zoom), round(size * zoom)), (size, size), area_for_downscale="image"
         )
-    # OpenCV's plain nearest neighbour is up to half a pixel off
+    # OpenCV's plain nearest neighbor is up to half a pixel off
     crop.mask_interpolation = cv2.INTER_NEAREST_EXACT
-    return [crop, A.HorizontalFlip() if upright else A.D4(), _mild_colours()]
+    return [crop, A.HorizontalFlip() if upright else A.D4(), _mild_colors()]
 
 
-def _mild_colours() -> A.BasicTransform:
-    """Colours may tell what a thing is: they change less than where views are compared."""
+def _mild_colors() -> A.BasicTransform:
+    """Colors may tell what a thing is: they change less than where views are compared."""
     return A.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.02, p=0.8)

@@ -1,7 +1,7 @@
 """Writes the sample data set that the package draws: images, class labels, masks and boxes.
 
-A network trained on a few labels of it latches on to what varies without meaning (colour, texture,
-light, clutter); one pre-trained without labels on thousands of such images has learnt to look past
+A network trained on a few labels of it latches on to what varies without meaning (color, texture,
+light, clutter); one pre-trained without labels on thousands of such images has learned to look past
 it. That is what the demo shows.
 
 An image depends on (seed, split, index) only, so the images can be drawn in any order and by any
@@ -116,7 +116,7 @@ def _run(jobs: list[_Job], processes: int | None, progress: Progress | None) -> 
 _README = """# Sample data
 
 Synthetic pictures of {kinds} kinds of object ({names}), drawn by `vissl-lite` with seed {seed}:
-{size} x {size} pixels, one object each. The class shows in the shape alone; colour, place, size,
+{size} x {size} pixels, one object each. The class shows in the shape alone; color, place, size,
 background, clutter and camera are random.
 
 | folder | images |

@@ -122,7 +122,7 @@ class Source(ABC):
         """The training stream of one process.
 
         Args:
-            batch_size: images a batch over all ranks; a multiple of ``world``.
+            batch_size: images per batch over all ranks; a multiple of ``world``.
             epochs: how many; None for a stream without end.
             start: number of the first batch, to resume.
             rank: this process.
@@ -261,7 +261,7 @@ class StreamSampler(Sampler[list[Key]]):
 
     Args:
         images: number of images.
-        batch_size: images a batch over all ranks; at most ``images``, a multiple of ``world``.
+        batch_size: images per batch over all ranks; at most ``images``, a multiple of ``world``.
         seed: the run's seed: the order depends on it and on the epoch alone.
         epochs: how many; None for a stream without end.
         start: number of the first batch, to resume.

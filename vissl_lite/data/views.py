@@ -22,7 +22,7 @@ from vissl_lite.data.view_steps import (
 )
 from vissl_lite.errors import UserError
 
-# Grey, where a view reaches past its image.
+# Gray, where a view reaches past its image.
 PADDING = 114
 
 # An image whose shorter side is more than so many times a view's is segmented at its own scale.
@@ -155,27 +155,27 @@ def check_crop_scale(smallest: float) -> None:
         UserError: It is out of range.
     """
     if not 0 < smallest <= 1:
-        raise UserError(f"smallest_crop {smallest} is not a share: it must be above 0, at most 1")
+        raise UserError(f"min_crop_scale {smallest} is not a share: it must be above 0, at most 1")
 
 
 def distorted_crop(
     size: int,
-    smallest_crop: float,
-    colour: float | None = None,
+    min_crop_scale: float,
+    color: float | None = None,
     blur_probability: float = 0.5,
     solarize: float = 0.0,
     upright: bool = True,
     largest_crop: float = 1.0,
 ) -> list[Step]:
-    """A random crop, flipped, its colours distorted, perhaps blurred and solarized.
+    """A random crop, flipped, its colors distorted, perhaps blurred and solarized.
 
     One view of the pretexts that compare views: SimCLR (appendix A) and, with other
     probabilities, BYOL (Grill et al. 2020, appendix B) and those after it.
 
     Args:
         size: Side in pixels.
-        smallest_crop: Smallest share of the image's area.
-        colour: Strength of the colour distortion, see ``colour_distortion``; default 1, below 64
+        min_crop_scale: Smallest share of the image's area.
+        color: Strength of the color distortion, see ``color_distortion``; default 1, below 64
             pixels 0.5 (SimCLR, appendix B.9).
         blur_probability: Probability of being blurred; views below 64 pixels never are (likewise).
         solarize: Probability of inverting the bright values.
@@ -183,9 +183,9 @@ def distorted_crop(
         largest_crop: Largest share of the image's area.
     """
     small = size < 64
-    strength = colour if colour is not None else (0.5 if small else 1.0)
-    steps: list[Step] = [random_crop(size, smallest_crop, largest_crop), flip(upright)]
-    steps += colour_distortion(strength)
+    strength = color if color is not None else (0.5 if small else 1.0)
+    steps: list[Step] = [random_crop(size, min_crop_scale, largest_crop), flip(upright)]
+    steps += color_distortion(strength)
     if blur_probability > 0 and not small:
         steps.append(blur(size, blur_probability))
     if solarize > 0:
@@ -211,8 +211,8 @@ def flip(upright: bool = True) -> Step:
     return HorizontalFlip() if upright else D4()
 
 
-def colour_distortion(strength: float) -> list[Step]:
-    """Colour jitter with probability 0.8, then grey with probability 0.2 (SimCLR, appendix A).
+def color_distortion(strength: float) -> list[Step]:
+    """Color jitter with probability 0.8, then gray with probability 0.2 (SimCLR, appendix A).
 
     Args:
         strength: s of the paper: brightness, contrast and saturation change by up to 0.8 s, the
@@ -225,8 +225,8 @@ def colour_distortion(strength: float) -> list[Step]:
     ]
 
 
-def grey(probability: float) -> Step:
-    """Makes an image grey; it keeps its channels.
+def gray(probability: float) -> Step:
+    """Makes an image gray; it keeps its channels.
 
     Args:
         probability: Probability of being applied.

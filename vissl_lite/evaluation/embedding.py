@@ -1,4 +1,4 @@
-"""Embeddings looked at: flat maps, nearest neighbours, odd ones out, near-duplicates."""
+"""Embeddings looked at: flat maps, nearest neighbors, odd ones out, near-duplicates."""
 
 import importlib.util
 import os
@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vissl_lite.data.atomic_file import atomic_write
 from vissl_lite.data.images import BROKEN_IMAGE, read_image, resize_and_crop
 from vissl_lite.data.npz_file import read_npz
-from vissl_lite.data.whole_file import whole_file
-from vissl_lite.encoder import Encoder
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.evaluation.features import extract
 from vissl_lite.evaluation.measures import unit_vectors
@@ -24,7 +24,7 @@ from vissl_lite.inference import check_outputs
 
 Method = Literal["pca", "umap"]
 
-NEIGHBOURS = 10  # of each image, that a map knows
+NEIGHBORS = 10  # of each image, that a map knows
 THUMBNAIL, QUALITY = 64, 70  # side in pixels, of JPEG: about 1.3 kB a photograph
 
 # UMAP looks at the 15 nearest images: among fewer than these there is nothing to unfold.
@@ -47,9 +47,9 @@ class ImageMap:
         labels: ``(N,)`` class indices, or None.
         classes: names of the classes; empty without labels.
         coordinates: ``(N, 2)`` by method: ``pca``, and ``umap`` where it could be had.
-        neighbours: ``(N, k)`` indices of the images most alike, nearest first.
+        neighbors: ``(N, k)`` indices of the images most alike, nearest first.
         similarities: ``(N, k)`` their cosine similarities.
-        oddness: ``(N,)`` distance to the k-th neighbour.
+        outlier_score: ``(N,)`` distance to the k-th neighbor.
         duplicates: ``(P, 2)`` indices of near-duplicates, most alike first.
         thumbnails: N JPEG files.
     """
@@ -58,9 +58,9 @@ class ImageMap:
     labels: np.ndarray | None
     classes: list[str]
     coordinates: dict[str, np.ndarray]
-    neighbours: np.ndarray
+    neighbors: np.ndarray
     similarities: np.ndarray
-    oddness: np.ndarray
+    outlier_score: np.ndarray
     duplicates: np.ndarray
     thumbnails: list[bytes]
 
@@ -68,14 +68,14 @@ class ImageMap:
         """Write it as one NPZ file without pickled objects, which appears whole or not at all."""
         more: dict[str, Any] = {} if self.labels is None else {"labels": self.labels}
         more |= {f"coordinates_{name}": flat for name, flat in self.coordinates.items()}
-        with whole_file(file) as part, part.open("wb") as opened:
+        with atomic_write(file) as part, part.open("wb") as opened:
             np.savez_compressed(
                 opened,
                 paths=np.array(self.paths, dtype=np.str_),
                 classes=np.array(self.classes, dtype=np.str_),
-                neighbours=self.neighbours,
+                neighbors=self.neighbors,
                 similarities=self.similarities,
-                oddness=self.oddness,
+                outlier_score=self.outlier_score,
                 duplicates=self.duplicates,
                 thumbnails=np.frombuffer(b"".join(self.thumbnails), np.uint8),
                 sizes=np.array([len(one) for one in self.thumbnails], np.int64),
@@ -100,7 +100,7 @@ class ImageMap:
     def _of(cls, content: dict[str, np.ndarray]) -> "ImageMap":
         """From the arrays of a file; LookupError, TypeError or ValueError for others."""
         count = len(content["paths"])
-        near, pairs = content["neighbours"], content["duplicates"]
+        near, pairs = content["neighbors"], content["duplicates"]
         k, prefix = near.shape[-1], "coordinates_"
         flat = {
             name.removeprefix(prefix): _array(content, name, "f", (count, 2))
@@ -123,9 +123,9 @@ class ImageMap:
             labels,
             classes.tolist(),
             flat,
-            _indices(content, "neighbours", (count, k), count),
+            _indices(content, "neighbors", (count, k), count),
             _array(content, "similarities", "f", (count, k)),
-            _array(content, "oddness", "f", (count,)),
+            _array(content, "outlier_score", "f", (count,)),
             _indices(content, "duplicates", (len(pairs), 2), count),
             [joined[a:b] for a, b in zip(ends - sizes, ends, strict=True)],
         )
@@ -179,15 +179,15 @@ def make_map(
     layers, good = extract(encoder, [paths[i] for i in chosen], progress=progress)
     chosen, features = chosen[good], layers["last"]
     check_outputs([features], f"some of the {len(features)} images")
-    neighbours, similarities = nearest(features, NEIGHBOURS)
+    neighbors, similarities = nearest(features, NEIGHBORS)
     return ImageMap(
         paths=[os.path.abspath(paths[i]) for i in chosen],
         labels=None if labels is None else labels[chosen],
         classes=[] if labels is None else list(classes),
         coordinates={name: flat_map(features, name, seed) for name in methods(len(features))},
-        neighbours=neighbours,
+        neighbors=neighbors,
         similarities=similarities,
-        oddness=oddness(similarities),
+        outlier_score=outlier_score(similarities),
         duplicates=near_duplicates(features, SAME)[:PAIRS],
         thumbnails=[thumbnail(paths[i]) for i in chosen],
     )
@@ -204,7 +204,7 @@ def methods(images: int) -> list[Method]:
 
 
 def flat_map(features: np.ndarray, method: Method, seed: int) -> np.ndarray:
-    """Features in two dimensions, by their directions: lengths don't count, as for neighbours.
+    """Features in two dimensions, by their directions: lengths don't count, as for neighbors.
 
     Args:
         features: ``(N, D)``.
@@ -226,9 +226,9 @@ def flat_map(features: np.ndarray, method: Method, seed: int) -> np.ndarray:
             return np.nan_to_num(model.fit_transform(directions)).astype(np.float32)
     from sklearn.utils.extmath import randomized_svd  # here: no training has to wait for it
 
-    centred = directions - directions.mean(axis=0)
-    axes = min(2, *centred.shape)
-    left, lengths, _ = randomized_svd(centred, axes, random_state=seed)
+    centerd = directions - directions.mean(axis=0)
+    axes = min(2, *centerd.shape)
+    left, lengths, _ = randomized_svd(centerd, axes, random_state=seed)
     return np.pad(left * lengths, ((0, 0), (0, 2 - axes))).astype(np.float32)
 
 
@@ -247,21 +247,21 @@ def nearest(features: np.ndarray, k: int, block: int = 1024) -> tuple[np.ndarray
     indices, similarities = [], []
     for start in range(0, len(keys), block):
         similarity = keys[start : start + block] @ keys.T
-        similarity.diagonal(start).fill_(-torch.inf)  # no image is its own neighbour
+        similarity.diagonal(start).fill_(-torch.inf)  # no image is its own neighbor
         values, index = similarity.topk(min(k, len(keys) - 1), dim=1)
         indices.append(index)
         similarities.append(values)
     return torch.cat(indices).numpy(), torch.cat(similarities).numpy()
 
 
-def oddness(similarities: np.ndarray) -> np.ndarray:
-    """How far each image is from all others: the distance to its k-th neighbour.
+def outlier_score(similarities: np.ndarray) -> np.ndarray:
+    """How far each image is from all others: the distance to its k-th neighbor.
 
     Ramaswamy et al. 2000 ("Efficient algorithms for mining outliers", section 2), with cosine
     distance: 1 - similarity. One odd image is far, and so is a group of less than k.
 
     Args:
-        similarities: ``(N, k)`` to the nearest k neighbours, as ``nearest`` gives them.
+        similarities: ``(N, k)`` to the nearest k neighbors, as ``nearest`` gives them.
 
     Returns:
         ``(N,)`` float32; zeros for a single image.
@@ -276,7 +276,7 @@ def near_duplicates(
 ) -> np.ndarray:
     """Pairs of images whose features are nearly the same.
 
-    The mean of all features is taken out first: an encoder that has learnt little gives all images
+    The mean of all features is taken out first: an encoder that has learned little gives all images
     a similarity of nearly 1, and what tells them apart is the rest.
 
     Args:
@@ -308,7 +308,7 @@ def unit(features: np.ndarray) -> np.ndarray:
 
 
 def thumbnail(path: str) -> bytes:
-    """An image as a small JPEG file: the square that the encoder sees; grey if it can't be read."""
+    """An image as a small JPEG file: the square that the encoder sees; gray if it can't be read."""
     try:
         small = resize_and_crop(read_image(path, THUMBNAIL), THUMBNAIL)
     except BROKEN_IMAGE:  # it was read a moment ago, but can have gone since

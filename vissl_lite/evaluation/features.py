@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from torch import Tensor
 
-from vissl_lite.encoder import Encoder
-from vissl_lite.inference import run_over
+from vissl_lite.encoders.encoder import Encoder
+from vissl_lite.inference import predict_images
 
 
 def extract(
@@ -35,7 +35,7 @@ def extract(
             return [last]
         return [last, *(stage.float().mean(dim=(2, 3)) for stage in encoder.stages(images))]
 
-    outputs, good = run_over(
+    outputs, good = predict_images(
         encoder, compute, encoder.normalize, paths, encoder.image_size, progress
     )
     return {name: out.numpy() for name, out in zip(names, outputs, strict=True)}, good

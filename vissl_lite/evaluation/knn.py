@@ -1,4 +1,4 @@
-"""k-nearest-neighbour classification of features: judges an encoder without training anything."""
+"""k-nearest-neighbor classification of features: judges an encoder without training anything."""
 
 import numpy as np
 import torch
@@ -15,14 +15,14 @@ def knn_predict(
 ) -> np.ndarray:
     """Weighted vote of the k most similar training features.
 
-    InstDisc (Wu et al. 2018, section 3.4) as in DINO (``eval_knn.py``): neighbours by cosine
+    InstDisc (Wu et al. 2018, section 3.4) as in DINO (``eval_knn.py``): neighbors by cosine
     similarity s, each voting with weight exp(s / temperature).
 
     Args:
         bank: ``(N, D)`` training features.
         labels: ``(N,)`` int class indices of the bank.
         queries: ``(M, D)`` features to classify.
-        k: neighbours; at most N of them can vote.
+        k: neighbors; at most N of them can vote.
         temperature: 0.07 in both papers.
         batch_size: queries at a time.
 

@@ -40,7 +40,7 @@ def linear_probe(
 ) -> LinearProbe:
     """Fit on the training part, choose the penalty on the validation part, then refit on both.
 
-    Features are standardised by the training part. The test part is predicted once, at the end.
+    Features are standardized by the training part. The test part is predicted once, at the end.
 
     Args:
         train: ``(N, D)`` features and ``(N,)`` class indices.
@@ -58,14 +58,14 @@ def linear_probe(
 
     mean, scale = train[0].mean(axis=0), train[0].std(axis=0) + 1e-6
 
-    def standardise(features: np.ndarray) -> np.ndarray:
+    def standardize(features: np.ndarray) -> np.ndarray:
         return ((features - mean) / scale).astype(np.float32)
 
-    x = standardise(train[0])
+    x = standardize(train[0])
     if len(val[1]) == 0:
         model = _fit(LogisticRegression(max_iter=300, tol=1e-3), DEFAULT_PENALTY, x, train[1])
-        return LinearProbe(DEFAULT_PENALTY, None, model.predict(standardise(test)))
-    x_val = standardise(val[0])
+        return LinearProbe(DEFAULT_PENALTY, None, model.predict(standardize(test)))
+    x_val = standardize(val[0])
     best, best_accuracy = PENALTIES[0], -1.0
     model = LogisticRegression(max_iter=300, tol=1e-3, warm_start=True)
     for penalty in PENALTIES:  # strong to weak: each solution is a start close to the next
@@ -75,7 +75,7 @@ def linear_probe(
     x, y = np.concatenate([x, x_val]), np.concatenate([train[1], val[1]])
     if set(y) != set(train[1]):  # no start for it: it has other classes
         model = LogisticRegression(max_iter=300, tol=1e-3)
-    return LinearProbe(best, best_accuracy, _fit(model, best, x, y).predict(standardise(test)))
+    return LinearProbe(best, best_accuracy, _fit(model, best, x, y).predict(standardize(test)))
 
 
 def _fit(
@@ -86,5 +86,5 @@ def _fit(
     model.C = 1 / (penalty * len(x))  # scikit-learn weighs the sum of the losses
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # accuracy settles long before
-        warnings.filterwarnings("ignore", "The number of unique classes")  # one label a class
+        warnings.filterwarnings("ignore", "The number of unique classes")  # one label per class
         return model.fit(x, y)

@@ -19,7 +19,7 @@ def feature_std(features: np.ndarray) -> float:
         features: ``(N, D)``.
 
     Returns:
-        The standard deviation of the normalised features, averaged over dimensions and scaled by
+        The standard deviation of the normalized features, averaged over dimensions and scaled by
         the square root of D: 0 if all are equal, 1 if they are spread evenly.
     """
     return float(unit_vectors(features).std(axis=0).mean() * np.sqrt(features.shape[1]))
@@ -32,7 +32,7 @@ def effective_rank(features: np.ndarray) -> float:
         features: ``(N, D)``.
 
     Returns:
-        The exponential of the entropy of the normalised singular values, between 1 and min(N, D).
+        The exponential of the entropy of the normalized singular values, between 1 and min(N, D).
         Not a number if a feature is none.
     """
     if not np.isfinite(features).all():
@@ -50,7 +50,7 @@ def alignment(one: np.ndarray, other: np.ndarray) -> float:
         other: ``(N, D)`` features of second views of the same images.
 
     Returns:
-        The mean squared distance of normalised features: 0 if views agree, 2 if they have nothing
+        The mean squared distance of normalized features: 0 if views agree, 2 if they have nothing
         to do with each other, at most 4.
     """
     return float(np.square(unit_vectors(one) - unit_vectors(other)).sum(axis=1).mean())

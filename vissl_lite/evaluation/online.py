@@ -13,13 +13,13 @@ from torch import Tensor
 
 from vissl_lite.data.stream import Batch, ViewDataset, collate
 from vissl_lite.data.views import Views, crop_decode_size, distorted_crop
-from vissl_lite.encoder import Encoder
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import MachineError, UserError
 from vissl_lite.evaluation.features import extract
 from vissl_lite.evaluation.measures import alignment, effective_rank, feature_std, uniformity
 from vissl_lite.evaluation.probe import NO_FEATURES, LabelledFeatures, evaluate_features
-from vissl_lite.inference import evaluating
-from vissl_lite.training.pace import Pace
+from vissl_lite.inference import inference_mode
+from vissl_lite.training.schedule import Schedule
 from vissl_lite.training.stream import StreamData
 from vissl_lite.transfer.classification.data import LabelledImages, Part
 
@@ -144,7 +144,7 @@ class EncoderMetrics:
         images = ViewDataset(paths, views, self._seed)
         features: list[list[Tensor]] = [[], []]
         seconds = 0.0
-        with evaluating(encoder) as device:
+        with inference_mode(encoder) as device:
             for start in range(0, len(paths), VIEWS_BATCH_SIZE):
                 some = range(start, min(start + VIEWS_BATCH_SIZE, len(paths)))
                 batch = collate([images[0, index] for index in some]).views
@@ -190,7 +190,11 @@ class OnlineEvaluation(Callback):
     """
 
     def __init__(
-        self, compute: EncoderMetrics, data: StreamData, pace: Pace, stop_on_collapse: bool = False
+        self,
+        compute: EncoderMetrics,
+        data: StreamData,
+        pace: Schedule,
+        stop_on_collapse: bool = False,
     ) -> None:
         self._compute, self._data, self._pace = compute, data, pace
         self._stop_on_collapse = stop_on_collapse
@@ -262,7 +266,7 @@ class OnlineEvaluation(Callback):
         started = time.monotonic()
         first = self._counts is None
         self._at, self._fraction = self._pace.batches, self._pace.fraction
-        whole: Any = module.whole()  # type: ignore[operator]
+        whole: Any = module.unsharded()  # type: ignore[operator]
         if trainer.is_global_zero:
             encoder: Encoder = whole.trained_encoder()
             try:
@@ -273,7 +277,7 @@ class OnlineEvaluation(Callback):
                 for logger in trainer.loggers:
                     logger.log_metrics(self.metrics, step=max(0, self._pace.steps - 1))
                 self._check_collapse()
-            except UserError as error:  # the images have gone: what was learnt is still there
+            except UserError as error:  # the images have gone: what was learned is still there
                 if first or isinstance(error, MachineError):
                     raise
                 log.warning(

@@ -29,7 +29,7 @@ from vissl_lite.pretext.visreg import VISReg
 
 # In the order of ``vissl-lite list pretexts``: by family, the simplest first.
 PRETEXTS: dict[str, type[PretextTask]] = {
-    made.about.name: made
+    made.info.name: made
     for made in (
         Rotation,
         RelativePatch,

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from vissl_lite.data.views import Views
-from vissl_lite.encoder import Encoder
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import check_positive, check_sizes
 from vissl_lite.optim import OptimizerSettings
-from vissl_lite.pretext.base import About, PretextTask
-from vissl_lite.pretext.parts.crops import BYOL_BLUR, BYOL_SOLARIZE, two_views
-from vissl_lite.pretext.parts.heads import mlp
-from vissl_lite.pretext.parts.losses import barlow_twins
+from vissl_lite.pretext.base import PretextInfo, PretextTask
+from vissl_lite.pretext.modules.crops import BYOL_BLUR, BYOL_SOLARIZE, two_views
+from vissl_lite.pretext.modules.heads import mlp
+from vissl_lite.pretext.modules.losses import barlow_twins
 
 
 class BarlowTwins(PretextTask):
@@ -25,11 +25,11 @@ class BarlowTwins(PretextTask):
         lambd: weight of the redundancy term (section 2.2).
         projection_size: of the projector's three layers and of the embeddings; the paper has 8192
             and finds that more is better, at a cost.
-        smallest_crop: smallest share of the image's area in a view; the paper has 0.08.
-        colour: strength of the colour distortion; the paper has about 0.5.
+        min_crop_scale: smallest share of the image's area in a view; the paper has 0.08.
+        color: strength of the color distortion; the paper has about 0.5.
     """
 
-    about = About(
+    info = PretextInfo(
         name="barlow_twins",
         family="non-contrastive",
         views="2",
@@ -45,8 +45,8 @@ class BarlowTwins(PretextTask):
         encoder: Encoder,
         lambd: float = 0.005,
         projection_size: int = 1024,
-        smallest_crop: float = 0.2,
-        colour: float | None = None,
+        min_crop_scale: float = 0.2,
+        color: float | None = None,
     ) -> None:
         super().__init__(encoder)
         check_positive("pretext.lambd", lambd)
@@ -54,11 +54,11 @@ class BarlowTwins(PretextTask):
         size = projection_size
         self.projector = mlp(encoder.num_features, size, size, size)
         self.lambd = lambd
-        self.smallest_crop, self.colour = smallest_crop, colour
+        self.min_crop_scale, self.color = min_crop_scale, color
 
     def views(self, upright: bool = True) -> Views:
         size = self.encoder.image_size
-        return two_views(size, self.smallest_crop, self.colour, upright, BYOL_BLUR, BYOL_SOLARIZE)
+        return two_views(size, self.min_crop_scale, self.color, upright, BYOL_BLUR, BYOL_SOLARIZE)
 
     def loss(self, views: list[Tensor]) -> Tensor:
         z1, z2 = self.projector(self.encoder(torch.cat(views))).chunk(2)

@@ -1,4 +1,4 @@
-"""What every pretext task has in common: the training step, normalising, the optimizer."""
+"""What every pretext task has in common: the training step, normalizing, the optimizer."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 
 from vissl_lite.data.stream import Batch
 from vissl_lite.data.views import Views
-from vissl_lite.encoder import Encoder
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings, build_optimizer, clip_gradients
-from vissl_lite.pictures import Picture
+from vissl_lite.plots import Picture
 from vissl_lite.training.processes import trainer_of
 from vissl_lite.training.sharding import UnshardedCopy, is_sharded, shard
 
@@ -34,7 +34,7 @@ KINDS: dict[Backbones, tuple[str, str]] = {
 
 
 @dataclass(frozen=True)
-class About:
+class PretextInfo:
     """What ``vissl-lite list pretexts`` says of a pretext.
 
     Attributes:
@@ -60,7 +60,7 @@ class About:
 
 
 @dataclass(frozen=True)
-class Exhibit:
+class Visualization:
     """What a pretext does with some images, to look at.
 
     Attributes:
@@ -78,27 +78,27 @@ class PretextTask(pl.LightningModule, ABC):
     A subclass is one file: hyperparameters are the arguments of its ``__init__`` after
     ``encoder``, with the paper's defaults. Randomness that makes pixels belongs into ``views``,
     which data workers run; randomness that makes the task's own labels belongs into ``loss``.
-    What has to survive a resumed run (queues, centres, teachers) is a buffer or a module.
+    What has to survive a resumed run (queues, centers, teachers) is a buffer or a module.
 
     Args:
         encoder: what is trained.
 
     Attributes:
-        about: what the pretext is.
+        info: what the pretext is.
         optimizer_settings: the pretext's own defaults, for a batch of 256 images; a run replaces
             them by what its options say.
-        progress: share of the run that is done, in [0, 1]; ``Pace`` sets it before every step.
+        progress: share of the run that is done, in [0, 1]; ``Schedule`` sets it before every step.
 
     Raises:
         UserError: the pretext does not work on this backbone.
     """
 
-    about: About
+    info: PretextInfo
     optimizer_settings = OptimizerSettings()
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
-        check_backbone(self.about, encoder)
+        check_backbone(self.info, encoder)
         self.encoder = encoder
         self.progress = 0.0
         self._unsharded = UnshardedCopy()
@@ -112,14 +112,14 @@ class PretextTask(pl.LightningModule, ABC):
         """The loss of a batch; metrics of the task's own go to ``measure``.
 
         Args:
-            views: one normalised ``(B, C, H, W)`` tensor for each view. Labels never arrive here.
+            views: one normalized ``(B, C, H, W)`` tensor for each view. Labels never arrive here.
 
         Returns:
             A scalar.
         """
 
-    def show(self, views: list[Tensor]) -> Exhibit | None:
-        """What the task makes of some images; None where only their neighbours could tell.
+    def visualize(self, views: list[Tensor]) -> Visualization | None:
+        """What the task makes of some images; None where only their neighbors could tell.
 
         For ``parts.exhibit.exhibit``, which calls it in evaluation mode and without gradient, and
         puts the random state back. It measures nothing and leaves all buffers as they are.
@@ -144,7 +144,7 @@ class PretextTask(pl.LightningModule, ABC):
         """What the training is for. A method with a momentum teacher may give that."""
         return self.encoder
 
-    def whole(self) -> "PretextTask":
+    def unsharded(self) -> "PretextTask":
         """The task with all of its weights, in the main process. All processes have to call it.
 
         It is the task itself, but under ``--strategy fsdp``: there, a copy on the CPU.
@@ -191,7 +191,7 @@ class PretextTask(pl.LightningModule, ABC):
         self.after_step()
 
 
-def check_backbone(about: About, encoder: Encoder) -> None:
+def check_backbone(info: PretextInfo, encoder: Encoder) -> None:
     """Raise a UserError, naming backbones that would do, if a pretext can't work on this one."""
     model = encoder.model
     fits = {
@@ -200,9 +200,9 @@ def check_backbone(about: About, encoder: Encoder) -> None:
         "CNN": not hasattr(model, "patch_embed") and hasattr(model, "forward_intermediates"),
         "patches": hasattr(model, "patch_embed") and encoder.patch_size is not None,
     }
-    if not fits[about.backbones]:
-        kind, examples = KINDS[about.backbones]
+    if not fits[info.backbones]:
+        kind, examples = KINDS[info.backbones]
         raise UserError(
-            f"the pretext {about.name} needs {kind}, which {encoder.backbone} is not: "
+            f"the pretext {info.name} needs {kind}, which {encoder.backbone} is not: "
             f"try one of {examples}"
         )

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from vissl_lite.data.views import Views
-from vissl_lite.encoder import Encoder
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import check_share, check_sizes
 from vissl_lite.optim import OptimizerSettings, cosine_schedule
-from vissl_lite.pretext.base import About, PretextTask
-from vissl_lite.pretext.parts.crops import BYOL_BLUR, BYOL_SOLARIZE, two_views
-from vissl_lite.pretext.parts.heads import mlp
-from vissl_lite.pretext.parts.losses import negative_cosine
-from vissl_lite.pretext.parts.momentum import follow, frozen_copy
+from vissl_lite.pretext.base import PretextInfo, PretextTask
+from vissl_lite.pretext.modules.crops import BYOL_BLUR, BYOL_SOLARIZE, two_views
+from vissl_lite.pretext.modules.ema import ema_update, make_teacher
+from vissl_lite.pretext.modules.heads import mlp
+from vissl_lite.pretext.modules.losses import negative_cosine
 
 
 class BYOL(PretextTask):
@@ -27,11 +27,11 @@ class BYOL(PretextTask):
             has 0.996 for a thousand epochs, and less for fewer.
         hidden_size: of both heads; the paper has 4096.
         projection_size: of the embeddings (section 3.3).
-        smallest_crop: smallest share of the image's area in a view; the paper has 0.08.
-        colour: strength of the colour distortion; the paper has about 0.5.
+        min_crop_scale: smallest share of the image's area in a view; the paper has 0.08.
+        color: strength of the color distortion; the paper has about 0.5.
     """
 
-    about = About(
+    info = PretextInfo(
         name="byol",
         family="non-contrastive",
         views="2",
@@ -48,22 +48,22 @@ class BYOL(PretextTask):
         momentum: float = 0.99,
         hidden_size: int = 1024,
         projection_size: int = 256,
-        smallest_crop: float = 0.2,
-        colour: float | None = None,
+        min_crop_scale: float = 0.2,
+        color: float | None = None,
     ) -> None:
         super().__init__(encoder)
         check_share("pretext.momentum", momentum)
         check_sizes(hidden_size=hidden_size, projection_size=projection_size)
         self.projector = mlp(encoder.num_features, hidden_size, projection_size)
         self.predictor = mlp(projection_size, hidden_size, projection_size)
-        self.teacher_encoder = frozen_copy(encoder)
-        self.teacher_projector = frozen_copy(self.projector)
+        self.teacher_encoder = make_teacher(encoder)
+        self.teacher_projector = make_teacher(self.projector)
         self.momentum = momentum
-        self.smallest_crop, self.colour = smallest_crop, colour
+        self.min_crop_scale, self.color = min_crop_scale, color
 
     def views(self, upright: bool = True) -> Views:
         size = self.encoder.image_size
-        return two_views(size, self.smallest_crop, self.colour, upright, BYOL_BLUR, BYOL_SOLARIZE)
+        return two_views(size, self.min_crop_scale, self.color, upright, BYOL_BLUR, BYOL_SOLARIZE)
 
     def loss(self, views: list[Tensor]) -> Tensor:
         both = torch.cat(views)
@@ -75,5 +75,5 @@ class BYOL(PretextTask):
 
     def after_step(self) -> None:
         momentum = cosine_schedule(self.momentum, 1, self.progress)
-        follow(self.teacher_encoder, self.encoder, momentum)
-        follow(self.teacher_projector, self.projector, momentum)
+        ema_update(self.teacher_encoder, self.encoder, momentum)
+        ema_update(self.teacher_projector, self.projector, momentum)

@@ -1,4 +1,4 @@
-"""Colorization: tell the colours of an image from its lightness.
+"""Colorization: tell the colors of an image from its lightness.
 
 Zhang, Isola & Efros 2016, "Colorful Image Colorization", arXiv 1603.08511.
 """
@@ -12,31 +12,31 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from vissl_lite.data.views import Views
-from vissl_lite.encoder import Encoder
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
-from vissl_lite.pretext.base import About, Exhibit, PretextTask
-from vissl_lite.pretext.parts.crops import cropped_views
-from vissl_lite.pretext.parts.exhibit import beside
-from vissl_lite.pretext.parts.heads import Decoder
+from vissl_lite.pretext.base import PretextInfo, PretextTask, Visualization
+from vissl_lite.pretext.modules.crops import cropped_views
+from vissl_lite.pretext.modules.heads import Decoder
+from vissl_lite.pretext.modules.visualization import beside
 from vissl_lite.training.processes import world
 
 log = logging.getLogger(__name__)
 
-# The grid of the ab plane, and how far it reaches from grey (section 2.1).
+# The grid of the ab plane, and how far it reaches from gray (section 2.1).
 BIN, REACH = 10, 110
 
-# A colour is spread over so many bins, by a Gaussian of this standard deviation (section 2.1). The
-# distribution of colours is smoothed by the same one (section 2.2).
+# A color is spread over so many bins, by a Gaussian of this standard deviation (section 2.1). The
+# distribution of colors is smoothed by the same one (section 2.2).
 NEAREST, SIGMA = 5, 5.0
 
 # Between the mode of a predicted distribution, which is vivid, and its mean, which is smooth
 # (section 2.3, eq. 5).
 TEMPERATURE = 0.38
 
-# Batches to look at before saying that images have no colours, and the mean distance from grey
+# Batches to look at before saying that images have no colors, and the mean distance from gray
 # (in the ab plane, where pure red lies at 105) below which they have none.
-LOOK, GREY = 20, 2.0
+LOOK, GRAY = 20, 2.0
 
 # IEC 61966-2-1: linear sRGB to XYZ. Its row sums are white (D65).
 XYZ = (
@@ -47,7 +47,7 @@ XYZ = (
 
 
 def rgb_to_lab(rgb: Tensor) -> Tensor:
-    """CIE Lab of sRGB colours, under D65.
+    """CIE Lab of sRGB colors, under D65.
 
     Args:
         rgb: ``(N, 3, ...)``, in [0, 1].
@@ -68,13 +68,13 @@ def rgb_to_lab(rgb: Tensor) -> Tensor:
 
 
 def lab_to_rgb(lab: Tensor) -> Tensor:
-    """sRGB colours of CIE Lab; undoes ``rgb_to_lab``.
+    """sRGB colors of CIE Lab; undoes ``rgb_to_lab``.
 
     Args:
         lab: ``(N, 3, ...)``.
 
     Returns:
-        ``(N, 3, ...)``; what no sRGB colour can be is cut off at 0 and 1.
+        ``(N, 3, ...)``; what no sRGB color can be is cut off at 0 and 1.
     """
     lightness, a, b = lab.unbind(1)
     y = (lightness + 16) / 116
@@ -91,15 +91,15 @@ def lab_to_rgb(lab: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1)
 def gamut_bins() -> Tensor:
-    """The bins of the ab plane that hold an sRGB colour (section 2.1): 261 of 529.
+    """The bins of the ab plane that hold an sRGB color (section 2.1): 261 of 529.
 
     The paper keeps 313, a list of its authors that reaches beyond sRGB. These are all that any
-    8-bit colour falls into; bins that no image can reach would be dead outputs. The surface of the
+    8-bit color falls into; bins that no image can reach would be dead outputs. The surface of the
     cube is enough, because a line along the lightness leaves the cube through it, and so is every
     third level, because all 256 find no other bin.
 
     Returns:
-        ``(261, 2)`` float32 centres, multiples of 10. Shared: not to be changed.
+        ``(261, 2)`` float32 centers, multiples of 10. Shared: not to be changed.
     """
     level = torch.arange(0, 256, 3, dtype=torch.float64) / 255
     one, other = torch.cartesian_prod(level, level).unbind(1)
@@ -111,29 +111,29 @@ def gamut_bins() -> Tensor:
     return bins.float()
 
 
-def cell(colours: Tensor) -> Tensor:
-    """The number of the grid's square that a colour lies in, in the gamut or not.
+def cell(colors: Tensor) -> Tensor:
+    """The number of the grid's square that a color lies in, in the gamut or not.
 
     Args:
-        colours: ``(N, 2)``, a and b.
+        colors: ``(N, 2)``, a and b.
 
     Returns:
         ``(N,)`` int64.
     """
     last = REACH // BIN
-    a, b = (colours / BIN).round().long().clamp(-last, last).unbind(1)
+    a, b = (colors / BIN).round().long().clamp(-last, last).unbind(1)
     return (a + last) * (2 * last + 1) + b + last
 
 
 def candidate_bins(bins: Tensor) -> Tensor:
-    """For each square of the grid, bins that hold the five nearest to all colours in it.
+    """For each square of the grid, bins that hold the five nearest to all colors in it.
 
-    Comparing a colour with these 22 instead of all 261 makes the encoding ten times as fast. A
-    colour lies at most h, half a diagonal, from its square's centre; so its five nearest bins lie
-    at most 2 h further from that than the centre's own fifth.
+    Comparing a color with these 22 instead of all 261 makes the encoding ten times as fast. A
+    color lies at most h, half a diagonal, from its square's center; so its five nearest bins lie
+    at most 2 h further from that than the center's own fifth.
 
     Args:
-        bins: ``(Q, 2)`` centres.
+        bins: ``(Q, 2)`` centers.
 
     Returns:
         ``(529, K)`` int64.
@@ -145,19 +145,19 @@ def candidate_bins(bins: Tensor) -> Tensor:
     return order[:, : int((ordered <= reach).sum(dim=1).max())]
 
 
-def soft_encode(colours: Tensor, bins: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """Spread each colour over its five nearest bins (section 2.1).
+def soft_encode(colors: Tensor, bins: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """Spread each color over its five nearest bins (section 2.1).
 
     Args:
-        colours: ``(N, 2)``, a and b.
-        bins: ``(Q, 2)`` centres.
+        colors: ``(N, 2)``, a and b.
+        bins: ``(Q, 2)`` centers.
         candidates: see ``candidate_bins``.
 
     Returns:
         ``(N, 5)`` numbers of bins, the nearest first, and ``(N, 5)`` their shares, of sum 1.
     """
-    near = candidates[cell(colours)]
-    distance = (bins[near] - colours[:, None]).square().sum(dim=2)
+    near = candidates[cell(colors)]
+    distance = (bins[near] - colors[:, None]).square().sum(dim=2)
     distance, place = distance.topk(NEAREST, largest=False)
     return near.gather(1, place), F.softmax(-distance / (2 * SIGMA**2), dim=1)
 
@@ -166,7 +166,7 @@ def smoothing_matrix(bins: Tensor) -> Tensor:
     """Spreads a distribution over bins by a Gaussian in the ab plane (section 2.2).
 
     Args:
-        bins: ``(Q, 2)`` centres.
+        bins: ``(Q, 2)`` centers.
 
     Returns:
         ``(Q, Q)``; each column's sum is 1, so that a distribution stays one.
@@ -177,7 +177,7 @@ def smoothing_matrix(bins: Tensor) -> Tensor:
 
 
 def rarity_weights(counts: Tensor, smoothing: Tensor, uniform: float) -> Tensor:
-    """Weights that make rare colours count more (eq. 4).
+    """Weights that make rare colors count more (eq. 4).
 
     w is proportional to ((1 - lambda) p + lambda / Q)^-1, with the smoothed distribution p, and of
     expectation 1 under p.
@@ -185,7 +185,7 @@ def rarity_weights(counts: Tensor, smoothing: Tensor, uniform: float) -> Tensor:
     Args:
         counts: ``(Q,)``, of pixels by bin.
         smoothing: see ``smoothing_matrix``.
-        uniform: lambda, in [0, 1]: 1 makes all colours equal.
+        uniform: lambda, in [0, 1]: 1 makes all colors equal.
 
     Returns:
         ``(Q,)`` float32.
@@ -196,13 +196,13 @@ def rarity_weights(counts: Tensor, smoothing: Tensor, uniform: float) -> Tensor:
     return weights / (share * weights).sum()
 
 
-def colour_cross_entropy(logits: Tensor, nearest: Tensor, shares: Tensor, rarity: Tensor) -> Tensor:
-    """Cross-entropy of soft-encoded colours, each pixel weighted by its nearest bin (eq. 2, 3).
+def color_cross_entropy(logits: Tensor, nearest: Tensor, shares: Tensor, rarity: Tensor) -> Tensor:
+    """Cross-entropy of soft-encoded colors, each pixel weighted by its nearest bin (eq. 2, 3).
 
     Args:
         logits: ``(N, Q)``.
         nearest: ``(N, 5)`` numbers of bins, the nearest first.
-        shares: ``(N, 5)`` of the colour in them.
+        shares: ``(N, 5)`` of the color in them.
         rarity: ``(Q,)`` weights.
 
     Returns:
@@ -216,11 +216,11 @@ def colour_cross_entropy(logits: Tensor, nearest: Tensor, shares: Tensor, rarity
 
 
 def annealed_mean(logits: Tensor, bins: Tensor) -> Tensor:
-    """The one colour that a predicted distribution stands for (section 2.3, eq. 5).
+    """The one color that a predicted distribution stands for (section 2.3, eq. 5).
 
     Args:
         logits: ``(B, Q, h, w)``.
-        bins: ``(Q, 2)`` centres.
+        bins: ``(Q, 2)`` centers.
 
     Returns:
         ``(B, 2, h, w)``, a and b, computed in float32.
@@ -231,27 +231,27 @@ def annealed_mean(logits: Tensor, bins: Tensor) -> Tensor:
 
 
 class Colorization(PretextTask):
-    """Colorization by classification, rare colours weighted up.
+    """Colorization by classification, rare colors weighted up.
 
     The encoder sees lightness alone, the same in all three channels, so that it still takes RGB
-    afterwards. A small decoder predicts the distribution of colours at a quarter of the resolution
-    (56 of 224, as in the paper). How frequent colours are is counted on the user's own images
+    afterwards. A small decoder predicts the distribution of colors at a quarter of the resolution
+    (56 of 224, as in the paper). How frequent colors are is counted on the user's own images
     while training; the paper counts on ImageNet beforehand.
 
     Args:
         encoder: what is trained; takes images of three channels.
-        uniform: lambda of the weights: 1 makes all colours equal, 0 weights them by their rarity
+        uniform: lambda of the weights: 1 makes all colors equal, 0 weights them by their rarity
             alone (section 2.2).
         decoder_width: channels of the decoder.
-        smallest_crop: smallest share of the image's area in a view.
+        min_crop_scale: smallest share of the image's area in a view.
     """
 
-    about = About(
+    info = PretextInfo(
         name="colorization",
         family="predictive",
         views="1",
         paper="Zhang et al. 2016, arXiv 1603.08511",
-        use="colour photographs whose colours depend on what they show",
+        use="color photographs whose colors depend on what they show",
     )
     # The paper's ADAM, with decoupled weight decay, and a higher rate for short runs.
     optimizer_settings = OptimizerSettings("adamw", lr=1e-3, weight_decay=1e-4, scaling="sqrt")
@@ -261,7 +261,7 @@ class Colorization(PretextTask):
         encoder: Encoder,
         uniform: float = 0.5,
         decoder_width: int = 128,
-        smallest_crop: float = 0.3,
+        min_crop_scale: float = 0.3,
     ) -> None:
         super().__init__(encoder)
         if len(encoder.mean) != 3:
@@ -286,34 +286,34 @@ class Colorization(PretextTask):
         self.register_buffer("counts", torch.ones(len(bins), dtype=torch.long))
         self.register_buffer("chroma", torch.tensor(0.0))
         self.register_buffer("looked", torch.tensor(0))
-        self.uniform, self.smallest_crop = uniform, smallest_crop
+        self.uniform, self.min_crop_scale = uniform, min_crop_scale
 
     def views(self, upright: bool = True) -> Views:
-        return cropped_views(self.encoder.image_size, self.smallest_crop, upright)
+        return cropped_views(self.encoder.image_size, self.min_crop_scale, upright)
 
     @torch.no_grad()
     def split(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """What the encoder sees, and what it is asked for.
 
         Args:
-            images: ``(B, 3, S, S)``, normalised.
+            images: ``(B, 3, S, S)``, normalized.
 
         Returns:
-            ``(B, 3, S, S)``: lightness as a grey image, normalised; and ``(B, 2, s, s)``: a and b,
+            ``(B, 3, S, S)``: lightness as a gray image, normalized; and ``(B, 2, s, s)``: a and b,
             averaged to a quarter of the resolution.
         """
         scale, shift = self.encoder.scale, self.encoder.shift
         lab = rgb_to_lab(((images - shift) / (255 * scale)).clamp(0, 1))
-        grey = lab[:, :1] / 100 * (255 * scale) + shift
-        grey = grey.contiguous(memory_format=torch.channels_last)
-        return grey, F.adaptive_avg_pool2d(lab[:, 1:], Decoder.size(images))
+        gray = lab[:, :1] / 100 * (255 * scale) + shift
+        gray = gray.contiguous(memory_format=torch.channels_last)
+        return gray, F.adaptive_avg_pool2d(lab[:, 1:], Decoder.size(images))
 
     @torch.no_grad()
-    def look(self, colours: Tensor, nearest: Tensor) -> None:
-        """Count the colours of a batch; after some, warn once if there are hardly any.
+    def look(self, colors: Tensor, nearest: Tensor) -> None:
+        """Count the colors of a batch; after some, warn once if there are hardly any.
 
         Args:
-            colours: ``(N, 2)``, a and b.
+            colors: ``(N, 2)``, a and b.
             nearest: ``(N,)`` numbers of the nearest bins.
         """
         counts = torch.bincount(nearest, minlength=len(self.counts))
@@ -323,39 +323,39 @@ class Colorization(PretextTask):
         if self.looked == LOOK:
             return
         self.looked += 1
-        self.chroma += colours.norm(dim=1).mean() / LOOK
-        if self.looked == LOOK and self.chroma < GREY:
+        self.chroma += colors.norm(dim=1).mean() / LOOK
+        if self.looked == LOOK and self.chroma < GRAY:
             log.warning(
-                "the images are grey, or nearly so: their colours lie %(chroma).1f from grey on "
-                "average, where pure red lies at 105. There is nothing to learn from colouring "
+                "the images are gray, or nearly so: their colors lie %(chroma).1f from gray on "
+                "average, where pure red lies at 105. There is nothing to learn from coloring "
                 "them; try another pretext, such as simclr.",
                 {"chroma": float(self.chroma)},
                 extra={"code": "pretext.gray_images"},
             )
 
-    def predict(self, grey: Tensor) -> Tensor:
+    def predict(self, gray: Tensor) -> Tensor:
         """Logits of the bins at a quarter of the resolution: ``(B, 3, S, S)`` to ``(B, Q, s, s)``.
 
         Args:
-            grey: lightness as normalised grey images.
+            gray: lightness as normalized gray images.
         """
-        return self.decoder(*self.encoder.pooled_and_map(grey), Decoder.size(grey))
+        return self.decoder(*self.encoder.pooled_and_map(gray), Decoder.size(gray))
 
     def loss(self, views: list[Tensor]) -> Tensor:
-        grey, target = self.split(views[0])
-        colours = target.permute(0, 2, 3, 1).reshape(-1, 2)
-        nearest, shares = soft_encode(colours, self.bins, self.candidates)
-        self.look(colours, nearest[:, 0])
+        gray, target = self.split(views[0])
+        colors = target.permute(0, 2, 3, 1).reshape(-1, 2)
+        nearest, shares = soft_encode(colors, self.bins, self.candidates)
+        self.look(colors, nearest[:, 0])
         rarity = rarity_weights(self.counts, self.smoothing, self.uniform)
-        logits = self.predict(grey).permute(0, 2, 3, 1).flatten(0, 2)
-        return colour_cross_entropy(logits, nearest, shares, rarity)
+        logits = self.predict(gray).permute(0, 2, 3, 1).flatten(0, 2)
+        return color_cross_entropy(logits, nearest, shares, rarity)
 
-    def show(self, views: list[Tensor]) -> Exhibit:
+    def visualize(self, views: list[Tensor]) -> Visualization:
         scale, shift = 255 * self.encoder.scale, self.encoder.shift
-        grey, _ = self.split(views[0])
-        colours = annealed_mean(self.predict(grey), self.bins)
-        colours = F.interpolate(colours, grey.shape[2:], mode="bilinear", align_corners=False)
-        lightness = 100 * ((grey - shift) / scale)[:, :1]
-        painted = lab_to_rgb(torch.cat([lightness, colours], dim=1)) * scale + shift
-        rows = beside(self.encoder, grey, painted, views[0])
-        return Exhibit(("grey", "predicted colours", "truth"), rows)
+        gray, _ = self.split(views[0])
+        colors = annealed_mean(self.predict(gray), self.bins)
+        colors = F.interpolate(colors, gray.shape[2:], mode="bilinear", align_corners=False)
+        lightness = 100 * ((gray - shift) / scale)[:, :1]
+        painted = lab_to_rgb(torch.cat([lightness, colors], dim=1)) * scale + shift
+        rows = beside(self.encoder, gray, painted, views[0])
+        return Visualization(("gray", "predicted colors", "truth"), rows)

@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from vissl_lite.data.views import Views
-from vissl_lite.encoder import Encoder
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import (
     LARGEST_QUEUE,
     check_positive,
@@ -19,11 +19,11 @@ from vissl_lite.errors import (
     check_sizes,
 )
 from vissl_lite.optim import OptimizerSettings
-from vissl_lite.pretext.base import About, PretextTask
-from vissl_lite.pretext.parts.crops import two_views
-from vissl_lite.pretext.parts.losses import info_nce
-from vissl_lite.pretext.parts.momentum import follow, frozen_copy
-from vissl_lite.pretext.parts.queue import Queue
+from vissl_lite.pretext.base import PretextInfo, PretextTask
+from vissl_lite.pretext.modules.crops import two_views
+from vissl_lite.pretext.modules.ema import ema_update, make_teacher
+from vissl_lite.pretext.modules.losses import info_nce
+from vissl_lite.pretext.modules.queue import Queue
 
 log = logging.getLogger(__name__)
 
@@ -81,11 +81,11 @@ class DenseCL(PretextTask):
         queue_size: negatives for each of the losses; the paper has 65536.
         projection_size: of the embeddings that the losses compare.
         dense_weight: lambda, the share of the dense loss (equation 3; 0.5 in section 4.1).
-        smallest_crop: smallest share of the image's area in a view.
-        colour: strength of the colour distortion.
+        min_crop_scale: smallest share of the image's area in a view.
+        color: strength of the color distortion.
     """
 
-    about = About(
+    info = PretextInfo(
         name="densecl",
         family="contrastive",
         views="2",
@@ -104,8 +104,8 @@ class DenseCL(PretextTask):
         queue_size: int = 4096,
         projection_size: int = 128,
         dense_weight: float = 0.5,
-        smallest_crop: float = 0.2,
-        colour: float | None = None,
+        min_crop_scale: float = 0.2,
+        color: float | None = None,
     ) -> None:
         super().__init__(encoder)
         check_share("pretext.momentum", momentum)
@@ -114,17 +114,17 @@ class DenseCL(PretextTask):
         check_sizes(LARGEST_QUEUE, queue_size=queue_size)
         check_sizes(projection_size=projection_size)
         self.head = DenseHead(encoder.num_features, encoder.map_features, projection_size)
-        self.teacher_encoder, self.teacher_head = frozen_copy(encoder), frozen_copy(self.head)
+        self.teacher_encoder, self.teacher_head = make_teacher(encoder), make_teacher(self.head)
         self.queue = Queue(queue_size, projection_size)
         self.dense_queue = Queue(queue_size, projection_size)
         self.temperature, self.momentum = temperature, momentum
         self.dense_weight = dense_weight
-        self.smallest_crop, self.colour = smallest_crop, colour
+        self.min_crop_scale, self.color = min_crop_scale, color
         self._map_checked = False
 
     def views(self, upright: bool = True) -> Views:
         size = self.encoder.image_size
-        return two_views(size, self.smallest_crop, self.colour, upright)
+        return two_views(size, self.min_crop_scale, self.color, upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
         pooled, map1 = self.encoder.pooled_and_map(views[0])
@@ -159,5 +159,5 @@ class DenseCL(PretextTask):
         self._map_checked = True
 
     def after_step(self) -> None:
-        follow(self.teacher_encoder, self.encoder, self.momentum)
-        follow(self.teacher_head, self.head, self.momentum)
+        ema_update(self.teacher_encoder, self.encoder, self.momentum)
+        ema_update(self.teacher_head, self.head, self.momentum)

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from vissl_lite.data.views import Views
-from vissl_lite.encoder import Encoder
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import LARGEST_QUEUE, check_positive, check_share, check_sizes
 from vissl_lite.optim import OptimizerSettings, cosine_schedule
-from vissl_lite.pretext.base import About, PretextTask
-from vissl_lite.pretext.parts.crops import MultiCrop, by_size
-from vissl_lite.pretext.parts.heads import PrototypeHead
-from vissl_lite.pretext.parts.losses import Centre, swapped_prediction
-from vissl_lite.pretext.parts.momentum import follow, frozen_copy
+from vissl_lite.pretext.base import PretextInfo, PretextTask
+from vissl_lite.pretext.modules.crops import MultiCrop, forward_multi_crop
+from vissl_lite.pretext.modules.ema import ema_update, make_teacher
+from vissl_lite.pretext.modules.heads import PrototypeHead
+from vissl_lite.pretext.modules.losses import Center, swapped_prediction
 
 
 class DINO(PretextTask):
@@ -31,20 +31,20 @@ class DINO(PretextTask):
             more.
         momentum: of the teacher at the start; rises to 1 along a cosine. The paper has 0.996, for
             batches of 1024 and hundreds of epochs.
-        centre_momentum: of the centre that is taken from the teacher's outputs (equation 4).
-        frozen_share: share of the run in which the last layer stays as it is; the paper has one
-            epoch of a hundred (appendix C).
+        center_momentum: of the center that is taken from the teacher's outputs (equation 4).
+        freeze_last_layer: Share of the run in which the last layer is not trained; the paper has
+            one epoch of a hundred (appendix C).
         hidden_size: of the heads (appendix C: 2048).
         bottleneck_size: before the last layer (appendix C).
         head_norm: BatchNorm in the heads. The paper's ViTs have none; CNNs need it.
-        small_crops: number of small views beside the two large ones; default 6, none below 64
+        local_crops: number of small views beside the two large ones; default 6, none below 64
             pixels; the paper has 8 to 10.
-        smallest_crop: smallest share of the image's area in a small view.
-        smallest_large_crop: smallest share in a large view (0.4 in the authors' recipes).
-        colour: strength of the colour distortion; the paper has about 0.5.
+        min_crop_scale: smallest share of the image's area in a small view.
+        min_global_crop_scale: smallest share in a large view (0.4 in the authors' recipes).
+        color: strength of the color distortion; the paper has about 0.5.
     """
 
-    about = About(
+    info = PretextInfo(
         name="dino",
         family="self-distilling",
         views="2 + 6 small",
@@ -66,21 +66,21 @@ class DINO(PretextTask):
         warm_teacher_temperature: float = 0.04,
         temperature_warmup: float = 0.1,
         momentum: float = 0.99,
-        centre_momentum: float = 0.9,
-        frozen_share: float = 0.01,
+        center_momentum: float = 0.9,
+        freeze_last_layer: float = 0.01,
         hidden_size: int = 1024,
         bottleneck_size: int = 256,
         head_norm: bool | None = None,
-        small_crops: int | None = None,
-        smallest_crop: float = 0.05,
-        smallest_large_crop: float = 0.3,
-        colour: float | None = None,
+        local_crops: int | None = None,
+        min_crop_scale: float = 0.05,
+        min_global_crop_scale: float = 0.3,
+        color: float | None = None,
     ) -> None:
         super().__init__(encoder)
         for name, value in (
             ("momentum", momentum),
-            ("centre_momentum", centre_momentum),
-            ("frozen_share", frozen_share),
+            ("center_momentum", center_momentum),
+            ("freeze_last_layer", freeze_last_layer),
             ("temperature_warmup", temperature_warmup),
         ):
             check_share(f"pretext.{name}", value)
@@ -96,25 +96,25 @@ class DINO(PretextTask):
         self.head = PrototypeHead(
             encoder.num_features, hidden_size, bottleneck_size, prototypes, norm
         )
-        self.teacher_encoder, self.teacher_head = frozen_copy(encoder), frozen_copy(self.head)
-        self.centre = Centre(prototypes, centre_momentum)
+        self.teacher_encoder, self.teacher_head = make_teacher(encoder), make_teacher(self.head)
+        self.center = Center(prototypes, center_momentum)
         self.temperature = temperature
         self.teacher_temperatures = (warm_teacher_temperature, teacher_temperature)
         self.temperature_warmup = temperature_warmup
-        self.momentum, self.frozen_share = momentum, frozen_share
+        self.momentum, self.freeze_last_layer = momentum, freeze_last_layer
         self.crops = MultiCrop(
-            2, small_crops, smallest_crop, smallest_large_crop, colour, solarize=True
+            2, local_crops, min_crop_scale, min_global_crop_scale, color, solarize=True
         )
 
     def views(self, upright: bool = True) -> Views:
         return self.crops.views(self.encoder, upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
-        scores = by_size(lambda images: self.head(self.encoder(images)), views)
+        scores = forward_multi_crop(lambda images: self.head(self.encoder(images)), views)
         with torch.no_grad():
             outputs = self.teacher_head(self.teacher_encoder(torch.cat(views[:2])))
-            targets = self.centre.targets(outputs, self.teacher_temperature()).chunk(2)
-            self.centre.update(outputs)
+            targets = self.center.targets(outputs, self.teacher_temperature()).chunk(2)
+            self.center.update(outputs)
         return swapped_prediction(scores, targets, self.temperature)
 
     def teacher_temperature(self) -> float:
@@ -125,13 +125,13 @@ class DINO(PretextTask):
         return start + (end - start) * self.progress / self.temperature_warmup
 
     def on_after_backward(self) -> None:
-        if self.progress < self.frozen_share:
+        if self.progress < self.freeze_last_layer:
             self.head.freeze_last()
 
     def after_step(self) -> None:
         momentum = cosine_schedule(self.momentum, 1, self.progress)
-        follow(self.teacher_encoder, self.encoder, momentum)
-        follow(self.teacher_head, self.head, momentum)
+        ema_update(self.teacher_encoder, self.encoder, momentum)
+        ema_update(self.teacher_head, self.head, momentum)
 
     def trained_encoder(self) -> Encoder:
         return self.teacher_encoder

@@ -1,22 +1,22 @@
 """iBOT: DINO, and beside it the teacher's description of every patch that the student can't see.
 
 Zhou, Wei, Wang, Shen, Xie, Yuille & Kong 2022, "iBOT: Image BERT Pre-Training with Online
-Tokenizer", arXiv 2111.07832; with DINOv2's regulariser KoLeo (Oquab et al. 2023, arXiv 2304.07193).
+Tokenizer", arXiv 2111.07832; with DINOv2's regularizer KoLeo (Oquab et al. 2023, arXiv 2304.07193).
 """
 
 import torch
 from torch import Tensor, nn
 
 from vissl_lite.data.views import Views
-from vissl_lite.encoder import Encoder
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import LARGEST_QUEUE, check_positive, check_share, check_sizes
 from vissl_lite.optim import OptimizerSettings, cosine_schedule
-from vissl_lite.pretext.base import About, PretextTask
-from vissl_lite.pretext.parts.crops import MultiCrop, by_size
-from vissl_lite.pretext.parts.heads import PrototypeHead
-from vissl_lite.pretext.parts.losses import Centre, cross_entropy, koleo, swapped_prediction
-from vissl_lite.pretext.parts.masking import check_patches, masked_patches
-from vissl_lite.pretext.parts.momentum import follow, frozen_copy
+from vissl_lite.pretext.base import PretextInfo, PretextTask
+from vissl_lite.pretext.modules.crops import MultiCrop, forward_multi_crop
+from vissl_lite.pretext.modules.ema import ema_update, make_teacher
+from vissl_lite.pretext.modules.heads import PrototypeHead
+from vissl_lite.pretext.modules.losses import Center, cross_entropy, koleo, swapped_prediction
+from vissl_lite.pretext.modules.masking import check_patches, masked_patches
 
 
 def some_masks(batch: int, rows: int, columns: int, like: Tensor) -> Tensor:
@@ -69,18 +69,18 @@ class IBOT(PretextTask):
         teacher_temperature: of the teacher; the paper has up to 0.07.
         momentum: of the teacher at the start; rises to 1 along a cosine. The paper has 0.996, for
             batches of 1024 and hundreds of epochs.
-        centre_momentum: of the centres that are taken from the teacher's outputs.
-        frozen_share: share of the run in which the last layer stays as it is.
+        center_momentum: of the centers that are taken from the teacher's outputs.
+        freeze_last_layer: share of the run in which the last layer stays as it is.
         hidden_size: of the head, which images and patches share (section 4.1).
         bottleneck_size: before the last layer.
-        small_crops: number of small views beside the two large ones; default 6, none below 64
+        local_crops: number of small views beside the two large ones; default 6, none below 64
             pixels; the paper has 10.
-        smallest_crop: smallest share of the image's area in a small view.
-        smallest_large_crop: smallest share in a large view (0.32 in the authors' recipes).
-        colour: strength of the colour distortion; the paper has about 0.5.
+        min_crop_scale: smallest share of the image's area in a small view.
+        min_global_crop_scale: smallest share in a large view (0.32 in the authors' recipes).
+        color: strength of the color distortion; the paper has about 0.5.
     """
 
-    about = About(
+    info = PretextInfo(
         name="ibot",
         family="self-distilling and masked",
         views="2 + 6 small",
@@ -102,38 +102,38 @@ class IBOT(PretextTask):
         temperature: float = 0.1,
         teacher_temperature: float = 0.04,
         momentum: float = 0.99,
-        centre_momentum: float = 0.9,
-        frozen_share: float = 0.01,
+        center_momentum: float = 0.9,
+        freeze_last_layer: float = 0.01,
         hidden_size: int = 1024,
         bottleneck_size: int = 256,
-        small_crops: int | None = None,
-        smallest_crop: float = 0.05,
-        smallest_large_crop: float = 0.32,
-        colour: float | None = None,
+        local_crops: int | None = None,
+        min_crop_scale: float = 0.05,
+        min_global_crop_scale: float = 0.32,
+        color: float | None = None,
     ) -> None:
         super().__init__(encoder)
         for name, value in (
             ("momentum", momentum),
-            ("centre_momentum", centre_momentum),
-            ("frozen_share", frozen_share),
+            ("center_momentum", center_momentum),
+            ("freeze_last_layer", freeze_last_layer),
         ):
             check_share(f"pretext.{name}", value)
-        check_patches(self.about, encoder)
+        check_patches(self.info, encoder)
         check_positive("pretext.temperature", temperature)
         check_positive("pretext.teacher_temperature", teacher_temperature)
         check_sizes(LARGEST_QUEUE, prototypes=prototypes)
         check_sizes(hidden_size=hidden_size, bottleneck_size=bottleneck_size)
         features = encoder.num_features
         self.head = PrototypeHead(features, hidden_size, bottleneck_size, prototypes, norm=False)
-        self.teacher_encoder, self.teacher_head = frozen_copy(encoder), frozen_copy(self.head)
+        self.teacher_encoder, self.teacher_head = make_teacher(encoder), make_teacher(self.head)
         self.mask_token = nn.Parameter(torch.empty(features).normal_(std=0.02))
-        self.centre = Centre(prototypes, centre_momentum)
-        self.patch_centre = Centre(prototypes, centre_momentum)
+        self.center = Center(prototypes, center_momentum)
+        self.patch_center = Center(prototypes, center_momentum)
         self.patch_weight, self.koleo_weight = patch_weight, koleo_weight
         self.temperature, self.teacher_temperature = temperature, teacher_temperature
-        self.momentum, self.frozen_share = momentum, frozen_share
+        self.momentum, self.freeze_last_layer = momentum, freeze_last_layer
         self.crops = MultiCrop(
-            2, small_crops, smallest_crop, smallest_large_crop, colour, solarize=True
+            2, local_crops, min_crop_scale, min_global_crop_scale, color, solarize=True
         )
 
     def views(self, upright: bool = True) -> Views:
@@ -147,15 +147,15 @@ class IBOT(PretextTask):
             mask = some_masks(len(large), rows, columns, like=large)
             outputs = self.teacher_head(pooled)
             patch_outputs = self.teacher_head(patches.permute(0, 2, 3, 1)[mask])
-            targets = self.centre.targets(outputs, self.teacher_temperature)
-            patch_targets = self.patch_centre.targets(patch_outputs, self.teacher_temperature)
-            self.centre.update(outputs)
-            self.patch_centre.update(patch_outputs.mean(dim=0, keepdim=True))
+            targets = self.center.targets(outputs, self.teacher_temperature)
+            patch_targets = self.patch_center.targets(patch_outputs, self.teacher_temperature)
+            self.center.update(outputs)
+            self.patch_center.update(patch_outputs.mean(dim=0, keepdim=True))
 
         with masked_patches(self.encoder.model, mask, self.mask_token):
             pooled, patches = self.encoder.pooled_and_map(large)
         scores = list(self.head(pooled).chunk(2))
-        scores += by_size(lambda images: self.head(self.encoder(images)), views[2:])
+        scores += forward_multi_crop(lambda images: self.head(self.encoder(images)), views[2:])
         patch_scores = self.head(patches.permute(0, 2, 3, 1)[mask])
 
         of_images = swapped_prediction(scores, targets.chunk(2), self.temperature)
@@ -166,13 +166,13 @@ class IBOT(PretextTask):
         return of_images + self.patch_weight * of_patches + self.koleo_weight * spread
 
     def on_after_backward(self) -> None:
-        if self.progress < self.frozen_share:
+        if self.progress < self.freeze_last_layer:
             self.head.freeze_last()
 
     def after_step(self) -> None:
         momentum = cosine_schedule(self.momentum, 1, self.progress)
-        follow(self.teacher_encoder, self.encoder, momentum)
-        follow(self.teacher_head, self.head, momentum)
+        ema_update(self.teacher_encoder, self.encoder, momentum)
+        ema_update(self.teacher_head, self.head, momentum)
 
     def trained_encoder(self) -> Encoder:
         return self.teacher_encoder

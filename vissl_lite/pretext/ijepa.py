@@ -9,12 +9,13 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from vissl_lite.data.views import Views
-from vissl_lite.encoder import Encoder
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import LARGEST_DEPTH, UserError, check_share, check_sizes
 from vissl_lite.optim import OptimizerSettings
-from vissl_lite.pretext.base import About, PretextTask
-from vissl_lite.pretext.parts.crops import cropped_views
-from vissl_lite.pretext.parts.masking import (
+from vissl_lite.pretext.base import PretextInfo, PretextTask
+from vissl_lite.pretext.modules.crops import cropped_views
+from vissl_lite.pretext.modules.ema import ema_update, make_teacher
+from vissl_lite.pretext.modules.masking import (
     PatchPredictor,
     check_patches,
     encode_visible,
@@ -22,7 +23,6 @@ from vissl_lite.pretext.parts.masking import (
     narrow_width,
     take,
 )
-from vissl_lite.pretext.parts.momentum import follow, frozen_copy
 
 Range = tuple[float, float]
 
@@ -126,16 +126,16 @@ class IJEPA(PretextTask):
         predictor_depth: number of the predictor's blocks; default half the encoder's, as the
             paper's 6 is of ViT-B's 12, and a quarter of it below the width of ViT-S (384): the
             predictor runs once for every target.
-        smallest_crop: smallest share of the image's area in a view; 0.3 as in the authors' code
+        min_crop_scale: smallest share of the image's area in a view; 0.3 as in the authors' code
             (configs), which does not flip.
     """
 
-    about = About(
+    info = PretextInfo(
         name="ijepa",
         family="masked",
         views="1",
         paper="Assran et al. 2023, arXiv 2301.08243",
-        use="ViTs, where colour and texture must not be distorted; wants long runs",
+        use="ViTs, where color and texture must not be distorted; wants long runs",
         backbones="ViT",
     )
     # The paper's 1e-3 is for 2048 images and 600 epochs of ImageNet (appendix A.1); its weight
@@ -152,10 +152,10 @@ class IJEPA(PretextTask):
         momentum: float = 0.996,
         predictor_width: int | None = None,
         predictor_depth: int | None = None,
-        smallest_crop: float = 0.3,
+        min_crop_scale: float = 0.3,
     ) -> None:
         super().__init__(encoder)
-        patch = check_patches(self.about, encoder)
+        patch = check_patches(self.info, encoder)
         check_sizes(LARGEST_DEPTH, targets=targets, predictor_depth=predictor_depth)
         check_sizes(predictor_width=predictor_width)
         _check_range("target_scale", target_scale, 1.0)
@@ -171,14 +171,14 @@ class IJEPA(PretextTask):
             depth=predictor_depth or max(1, depth // (4 if features < 384 else 2)),
             outputs=features,
         )
-        self.target_encoder = frozen_copy(encoder)
+        self.target_encoder = make_teacher(encoder)
         self.count, self.momentum = targets, momentum
         self.target_scale, self.target_aspect = target_scale, target_aspect
         self.context_scale = context_scale
-        self.smallest_crop = smallest_crop
+        self.min_crop_scale = min_crop_scale
 
     def views(self, upright: bool = True) -> Views:
-        return cropped_views(self.encoder.image_size, self.smallest_crop, upright)
+        return cropped_views(self.encoder.image_size, self.min_crop_scale, upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
         images = views[0]
@@ -212,7 +212,7 @@ class IJEPA(PretextTask):
         """Predict the features of each target by itself, from the context.
 
         Args:
-            images: ``(B, C, S, S)``, normalised.
+            images: ``(B, C, S, S)``, normalized.
             context: ``(B, K)`` indices of patches.
             targets: ``(B, T, K')`` indices of patches.
 
@@ -234,11 +234,11 @@ class IJEPA(PretextTask):
         """The target encoder's features of the targets, from the whole image.
 
         Args:
-            images: ``(B, C, S, S)``, normalised.
+            images: ``(B, C, S, S)``, normalized.
             targets: ``(B, T, K')`` indices of patches.
 
         Returns:
-            ``(B, T, K', D)`` in float32, each normalised over D as in the authors' code.
+            ``(B, T, K', D)`` in float32, each normalized over D as in the authors' code.
         """
         model = self.target_encoder.model
         tokens = model.forward_features(images)[:, model.num_prefix_tokens :].float()
@@ -247,7 +247,7 @@ class IJEPA(PretextTask):
 
     def after_step(self) -> None:
         momentum = self.momentum + (1 - self.momentum) * self.progress
-        follow(self.target_encoder, self.encoder, momentum)
+        ema_update(self.target_encoder, self.encoder, momentum)
 
     def trained_encoder(self) -> Encoder:
         return self.target_encoder

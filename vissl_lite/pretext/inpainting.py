@@ -9,13 +9,13 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from vissl_lite.data.views import Views
-from vissl_lite.encoder import Encoder
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
-from vissl_lite.pretext.base import About, Exhibit, PretextTask
-from vissl_lite.pretext.parts.crops import cropped_views
-from vissl_lite.pretext.parts.exhibit import reconstruction
-from vissl_lite.pretext.parts.heads import Decoder
+from vissl_lite.pretext.base import PretextInfo, PretextTask, Visualization
+from vissl_lite.pretext.modules.crops import cropped_views
+from vissl_lite.pretext.modules.heads import Decoder
+from vissl_lite.pretext.modules.visualization import reconstruction
 
 # Blocks that are tried for each image, and the shares that they reach: with less there might be no
 # whole pixel, with more only corners would be left, which few blocks cover.
@@ -81,10 +81,10 @@ class Inpainting(PretextTask):
         masked: share of the image's area that is cut out, from 0.01 to 0.7; up to a quarter in
             the paper (section 3.3).
         decoder_width: channels of the decoder.
-        smallest_crop: smallest share of the image's area in a view.
+        min_crop_scale: smallest share of the image's area in a view.
     """
 
-    about = About(
+    info = PretextInfo(
         name="inpainting",
         family="predictive",
         views="1",
@@ -99,23 +99,23 @@ class Inpainting(PretextTask):
         encoder: Encoder,
         masked: float = 0.25,
         decoder_width: int = 128,
-        smallest_crop: float = 0.3,
+        min_crop_scale: float = 0.3,
     ) -> None:
         super().__init__(encoder)
         if not SMALLEST <= masked <= LARGEST:
             raise UserError(f"--pretext.masked {masked} must be in [{SMALLEST}, {LARGEST}]")
         # Each place of the decoder's map gives a square of pixels.
         self.decoder = Decoder(encoder, len(encoder.mean) * Decoder.STRIDE**2, decoder_width)
-        self.masked, self.smallest_crop = masked, smallest_crop
+        self.masked, self.min_crop_scale = masked, min_crop_scale
 
     def views(self, upright: bool = True) -> Views:
-        return cropped_views(self.encoder.image_size, self.smallest_crop, upright)
+        return cropped_views(self.encoder.image_size, self.min_crop_scale, upright)
 
     def fill(self, images: Tensor, mask: Tensor) -> Tensor:
         """The whole image as the encoder and the decoder imagine it.
 
         Args:
-            images: ``(B, C, S, S)``, normalised.
+            images: ``(B, C, S, S)``, normalized.
             mask: ``(B, 1, S, S)`` bool: what is hidden, by the mean, which is 0.
 
         Returns:
@@ -131,7 +131,7 @@ class Inpainting(PretextTask):
         mask = random_blocks(len(images), images.shape[-1], self.masked, images.device)
         return masked_l2(self.fill(images, mask), images, mask)
 
-    def show(self, views: list[Tensor]) -> Exhibit:
+    def visualize(self, views: list[Tensor]) -> Visualization:
         images = views[0]
         mask = random_blocks(len(images), images.shape[-1], self.masked, images.device)
         return reconstruction(self.encoder, images, mask, self.fill(images, mask), "filled in")

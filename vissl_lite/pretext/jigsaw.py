@@ -11,21 +11,21 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from vissl_lite.data.views import Views, crop_decode_size, flip, grey, random_crop
-from vissl_lite.encoder import Encoder
+from vissl_lite.data.views import Views, crop_decode_size, flip, gray, random_crop
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError, check_share, check_sizes
 from vissl_lite.optim import OptimizerSettings
-from vissl_lite.pictures import Picture
-from vissl_lite.pretext.base import About, Exhibit, PretextTask
-from vissl_lite.pretext.parts.exhibit import to_pixels
-from vissl_lite.pretext.parts.heads import mlp
-from vissl_lite.pretext.parts.patches import PLACES, ROWS, Grid, patch_side
-from vissl_lite.pretext.parts.signal import Signal
+from vissl_lite.plots import Picture
+from vissl_lite.pretext.base import PretextInfo, PretextTask, Visualization
+from vissl_lite.pretext.modules.chance_monitor import Signal
+from vissl_lite.pretext.modules.heads import mlp
+from vissl_lite.pretext.modules.patches import PLACES, ROWS, Grid, patch_side
+from vissl_lite.pretext.modules.visualization import to_pixels
 
 # Puzzles made of each image. Features are shuffled, not tiles: more of them cost next to nothing.
 SHUFFLES = 4
 
-# Contrast below which a tile counts as flat, in normalised values: its noise is not blown up.
+# Contrast below which a tile counts as flat, in normalized values: its noise is not blown up.
 FLAT = 0.01
 
 # Spread of the last layer's first weights: small, so that training starts at guessing.
@@ -35,17 +35,17 @@ FIRST_WEIGHTS = 0.01
 LARGEST_SET = 1000
 
 
-def jigsaw_views(size: int, smallest_crop: float, grey_share: float, upright: bool) -> Views:
-    """One view: a random crop, flipped, perhaps grey. Cutting it up is left to the loss.
+def jigsaw_views(size: int, min_crop_scale: float, gray_share: float, upright: bool) -> Views:
+    """One view: a random crop, flipped, perhaps gray. Cutting it up is left to the loss.
 
     Args:
         size: side in pixels.
-        smallest_crop: smallest share of the image's area.
-        grey_share: probability of being made grey.
+        min_crop_scale: smallest share of the image's area.
+        gray_share: probability of being made gray.
         upright: whether the images have an up.
     """
-    one = [random_crop(size, smallest_crop), flip(upright), grey(grey_share)]
-    return Views([one], shortest=crop_decode_size(size, smallest_crop))
+    one = [random_crop(size, min_crop_scale), flip(upright), gray(gray_share)]
+    return Views([one], shortest=crop_decode_size(size, min_crop_scale))
 
 
 def all_permutations(tiles: int) -> np.ndarray:
@@ -101,10 +101,10 @@ def distant_permutations(tiles: int, count: int, seed: int = 0) -> np.ndarray:
     return found
 
 
-def normalise_tiles(tiles: Tensor) -> Tensor:
+def normalize_tiles(tiles: Tensor) -> Tensor:
     """Mean 0 and standard deviation 1 of each channel of each tile.
 
-    Neighbours are alike in brightness and contrast, which alone would put many tiles in order (the
+    Neighbors are alike in brightness and contrast, which alone would put many tiles in order (the
     paper's shortcut of low-level statistics).
 
     Args:
@@ -153,10 +153,10 @@ class Jigsaw(PretextTask):
     are shuffled after it, when they are features: that is the same and costs nothing.
 
     Of the paper's guards against shortcuts, the gap between tiles hides lines that cross a border,
-    and normalising each channel of each tile hides brightness, contrast and tint. The displacement
-    of colours by the lens grows towards an image's borders and survives normalising; puzzles of
-    grey images, which have none, are what keeps the encoder from relying on it. The paper also
-    shifts the channels of coloured images by up to two pixels, which is left out here.
+    and normalizing each channel of each tile hides brightness, contrast and tint. The displacement
+    of colors by the lens grows towards an image's borders and survives normalizing; puzzles of
+    gray images, which have none, are what keeps the encoder from relying on it. The paper also
+    shifts the channels of colored images by up to two pixels, which is left out here.
 
     Args:
         encoder: what is trained.
@@ -169,12 +169,12 @@ class Jigsaw(PretextTask):
         tile_features: to which a shared linear layer reduces each tile's features; 512 in the
             paper (its fc6), for a million images.
         hidden_size: of the head on all nine; 4096 in the paper (its fc7).
-        grey: share of the images made grey; 0.3 in the paper.
-        smallest_crop: smallest share of the image's area in the view that is cut up; the paper
+        gray: share of the images made gray; 0.3 in the paper.
+        min_crop_scale: smallest share of the image's area in the view that is cut up; the paper
             takes 225^2 pixels of an image with a shorter side of 256.
     """
 
-    about = About(
+    info = PretextInfo(
         name="jigsaw",
         family="predictive",
         views="1",
@@ -192,8 +192,8 @@ class Jigsaw(PretextTask):
         cell_size: int | None = None,
         tile_features: int = 128,
         hidden_size: int = 512,
-        grey: float = 0.3,
-        smallest_crop: float = 0.5,
+        gray: float = 0.3,
+        min_crop_scale: float = 0.5,
     ) -> None:
         super().__init__(encoder)
         if not 2 <= permutations <= LARGEST_SET:
@@ -201,7 +201,7 @@ class Jigsaw(PretextTask):
                 f"--pretext.permutations {permutations} must be from 2 to {LARGEST_SET}: it takes "
                 "two to tell them apart, and the paper has no use for more"
             )
-        check_share("pretext.grey", grey)
+        check_share("pretext.gray", gray)
         check_sizes(tile_features=tile_features, hidden_size=hidden_size)
         share = max(2 / 7, 16 / encoder.image_size)
         tile = patch_side(encoder, tile_size, share, "tile_size")
@@ -221,21 +221,21 @@ class Jigsaw(PretextTask):
         self.permutations: Tensor
         orders = torch.from_numpy(distant_permutations(PLACES, permutations).astype(np.int64))
         self.register_buffer("permutations", orders, persistent=False)
-        self.grey, self.smallest_crop = grey, smallest_crop
+        self.gray, self.min_crop_scale = gray, min_crop_scale
 
     def views(self, upright: bool = True) -> Views:
-        return jigsaw_views(self.grid.image_size, self.smallest_crop, self.grey, upright)
+        return jigsaw_views(self.grid.image_size, self.min_crop_scale, self.gray, upright)
 
     def tiles(self, images: Tensor) -> Tensor:
-        """Nine tiles of each image, normalised each for itself: what the encoder sees.
+        """Nine tiles of each image, normalized each for itself: what the encoder sees.
 
         Args:
-            images: ``(B, C, S, S)``, normalised.
+            images: ``(B, C, S, S)``, normalized.
 
         Returns:
             ``(9 B, C, side, side)``: image by image, each in reading order.
         """
-        return normalise_tiles(self.grid.cut(images))
+        return normalize_tiles(self.grid.cut(images))
 
     def features(self, tiles: Tensor) -> Tensor:
         """What is known of each tile: ``(9 B, C, side, side)`` to ``(B, 9, tile_features)``."""
@@ -262,10 +262,10 @@ class Jigsaw(PretextTask):
         self.signal.watch(accuracy, self.progress)
         return F.cross_entropy(logits, labels)
 
-    def show(self, views: list[Tensor]) -> Exhibit:
+    def visualize(self, views: list[Tensor]) -> Visualization:
         cut = self.grid.cut(views[0])
         labels = torch.randint(len(self.permutations), (len(views[0]),), device=cut.device)
-        guessed = self.guess(self.features(normalise_tiles(cut)), labels).argmax(dim=1)
+        guessed = self.guess(self.features(normalize_tiles(cut)), labels).argmax(dim=1)
         tiles = to_pixels(cut, self.encoder)
         rows = []
         for number, truth in enumerate(tiles.reshape(-1, PLACES, *tiles.shape[1:])):
@@ -276,4 +276,4 @@ class Jigsaw(PretextTask):
             placed = join(shuffled[said.argsort()])
             solved = Picture(placed, f"{fits} of 9 in place", right=fits == PLACES)
             rows.append([Picture(join(shuffled)), solved, Picture(join(truth))])
-        return Exhibit(("shuffled", "placed as predicted", "truth"), rows)
+        return Visualization(("shuffled", "placed as predicted", "truth"), rows)

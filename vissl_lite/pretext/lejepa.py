@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from vissl_lite.data.views import Views
-from vissl_lite.encoder import Encoder
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import LARGEST_DEPTH, UserError, check_sizes
 from vissl_lite.optim import OptimizerSettings
-from vissl_lite.pretext.base import About, PretextTask
-from vissl_lite.pretext.parts.crops import MultiCrop, by_size
-from vissl_lite.pretext.parts.heads import mlp
-from vissl_lite.pretext.parts.losses import random_directions, sigreg
+from vissl_lite.pretext.base import PretextInfo, PretextTask
+from vissl_lite.pretext.modules.crops import MultiCrop, forward_multi_crop
+from vissl_lite.pretext.modules.heads import mlp
+from vissl_lite.pretext.modules.losses import random_directions, sigreg
 
 
 class LeJEPA(PretextTask):
@@ -22,20 +22,20 @@ class LeJEPA(PretextTask):
 
     Args:
         encoder: what is trained.
-        lambd: weight of the regularisation against the agreement of views, in [0, 1] (equation
+        lambd: weight of the regularization against the agreement of views, in [0, 1] (equation
             LeJEPA, section 5; 0.05 is the authors' default, 0.02 in their small example).
         directions: that the distribution is looked at from, drawn anew every step; the paper has
             1024.
         hidden_size: of the projection head; 2048 in the authors' example.
         projection_size: of the embeddings.
-        large_crops: views of the encoder's size.
-        small_crops: small views beside them; default 6 as in the paper, none below 64 pixels.
-        smallest_crop: smallest share of the image's area in a small view.
-        smallest_large_crop: smallest share in a large view; the paper has 0.3.
-        colour: strength of the colour distortion.
+        global_crops: views of the encoder's size.
+        local_crops: small views beside them; default 6 as in the paper, none below 64 pixels.
+        min_crop_scale: smallest share of the image's area in a small view.
+        min_global_crop_scale: smallest share in a large view; the paper has 0.3.
+        color: strength of the color distortion.
     """
 
-    about = About(
+    info = PretextInfo(
         name="lejepa",
         family="non-contrastive",
         views="2 + 6 small",
@@ -53,28 +53,32 @@ class LeJEPA(PretextTask):
         directions: int = 256,
         hidden_size: int = 1024,
         projection_size: int = 64,
-        large_crops: int = 2,
-        small_crops: int | None = None,
-        smallest_crop: float = 0.05,
-        smallest_large_crop: float = 0.3,
-        colour: float | None = None,
+        global_crops: int = 2,
+        local_crops: int | None = None,
+        min_crop_scale: float = 0.05,
+        min_global_crop_scale: float = 0.3,
+        color: float | None = None,
     ) -> None:
         super().__init__(encoder)
         if not 0 < lambd < 1:
             raise UserError(f"--pretext.lambd {lambd} must be between 0 and 1")
-        check_sizes(LARGEST_DEPTH, large_crops=large_crops)
+        check_sizes(LARGEST_DEPTH, global_crops=global_crops)
         check_sizes(directions=directions, hidden_size=hidden_size, projection_size=projection_size)
         self.head = mlp(encoder.num_features, hidden_size, hidden_size, projection_size)
         self.lambd, self.directions = lambd, directions
-        self.crops = MultiCrop(large_crops, small_crops, smallest_crop, smallest_large_crop, colour)
+        self.crops = MultiCrop(
+            global_crops, local_crops, min_crop_scale, min_global_crop_scale, color
+        )
 
     def views(self, upright: bool = True) -> Views:
         return self.crops.views(self.encoder, upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
-        z = torch.stack([one.float() for one in by_size(self._embed, views)])  # (V, B, D)
-        centre = z[: self.crops.global_crops].mean(dim=0)
-        agreement = (z - centre).square().mean()
+        z = torch.stack(
+            [one.float() for one in forward_multi_crop(self._embed, views)]
+        )  # (V, B, D)
+        center = z[: self.crops.global_crops].mean(dim=0)
+        agreement = (z - center).square().mean()
         directions = random_directions(z.shape[2], self.directions, like=z)
         normality = torch.stack([sigreg(view, directions) for view in z]).mean()
         self.measure("agreement", agreement)

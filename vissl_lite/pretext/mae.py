@@ -8,13 +8,12 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from vissl_lite.data.views import Views
-from vissl_lite.encoder import Encoder
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import LARGEST_DEPTH, check_sizes
 from vissl_lite.optim import OptimizerSettings
-from vissl_lite.pretext.base import About, Exhibit, PretextTask
-from vissl_lite.pretext.parts.crops import cropped_views
-from vissl_lite.pretext.parts.exhibit import reconstruction
-from vissl_lite.pretext.parts.masking import (
+from vissl_lite.pretext.base import PretextInfo, PretextTask, Visualization
+from vissl_lite.pretext.modules.crops import cropped_views
+from vissl_lite.pretext.modules.masking import (
     PatchPredictor,
     check_patches,
     check_ratio,
@@ -28,6 +27,7 @@ from vissl_lite.pretext.parts.masking import (
     take,
     unpatchify,
 )
+from vissl_lite.pretext.modules.visualization import reconstruction
 
 
 class MAE(PretextTask):
@@ -36,7 +36,7 @@ class MAE(PretextTask):
     What comes after the last patch tokens is not trained: a class token learns only through
     attention (that of the encoder and that of the decoder, which sees it, as in the paper,
     appendix A.1), a pooling with weights of its own not at all. Fine-tuning shows more of what was
-    learnt than a linear probe (section 4.3).
+    learned than a linear probe (section 4.3).
 
     Args:
         encoder: what is trained; a plain ViT.
@@ -47,12 +47,12 @@ class MAE(PretextTask):
             width of ViT-S (384) on, and 2 below it. The decoder runs over all patches, the encoder
             over a quarter: 8 blocks would cost more than the whole of a ViT-Tiny, and one is
             enough before fine-tuning (table 1a).
-        normalize_pixels: predict pixels normalised within their patch (table 1d).
-        smallest_crop: smallest share of the image's area in a view; 0.2 as in the authors' code
+        normalize_pixels: predict pixels normalized within their patch (table 1d).
+        min_crop_scale: smallest share of the image's area in a view; 0.2 as in the authors' code
             (main_pretrain.py).
     """
 
-    about = About(
+    info = PretextInfo(
         name="mae",
         family="masked",
         views="1",
@@ -70,13 +70,13 @@ class MAE(PretextTask):
         decoder_width: int | None = None,
         decoder_depth: int | None = None,
         normalize_pixels: bool = True,
-        smallest_crop: float = 0.2,
+        min_crop_scale: float = 0.2,
     ) -> None:
         super().__init__(encoder)
         check_ratio(mask_ratio)
         check_sizes(decoder_width=decoder_width)
         check_sizes(LARGEST_DEPTH, decoder_depth=decoder_depth)
-        self.patch = check_patches(self.about, encoder)
+        self.patch = check_patches(self.info, encoder)
         self.side = encoder.image_size // self.patch
         features = encoder.map_features
         self.decoder = PatchPredictor(
@@ -87,10 +87,10 @@ class MAE(PretextTask):
             outputs=self.patch**2 * len(encoder.mean),
         )
         self.mask_ratio, self.normalize_pixels = mask_ratio, normalize_pixels
-        self.smallest_crop = smallest_crop
+        self.min_crop_scale = min_crop_scale
 
     def views(self, upright: bool = True) -> Views:
-        return cropped_views(self.encoder.image_size, self.smallest_crop, upright)
+        return cropped_views(self.encoder.image_size, self.min_crop_scale, upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
         images = views[0]
@@ -146,7 +146,7 @@ class MAE(PretextTask):
             return normalized_patches(images, self.patch)
         return patchify(images, self.patch)
 
-    def show(self, views: list[Tensor]) -> Exhibit:
+    def visualize(self, views: list[Tensor]) -> Visualization:
         images, title = views[0], "reconstructed"
         visible, masked = self.draw_mask(images)
         prefix, tokens = self.forward_encoder(images, visible)

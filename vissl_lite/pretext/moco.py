@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from vissl_lite.data.views import Views
-from vissl_lite.encoder import Encoder
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import LARGEST_QUEUE, check_positive, check_share, check_sizes
 from vissl_lite.optim import OptimizerSettings
-from vissl_lite.pretext.base import About, PretextTask
-from vissl_lite.pretext.parts.crops import two_views
-from vissl_lite.pretext.parts.losses import info_nce
-from vissl_lite.pretext.parts.momentum import follow, frozen_copy
-from vissl_lite.pretext.parts.queue import Queue
+from vissl_lite.pretext.base import PretextInfo, PretextTask
+from vissl_lite.pretext.modules.crops import two_views
+from vissl_lite.pretext.modules.ema import ema_update, make_teacher
+from vissl_lite.pretext.modules.losses import info_nce
+from vissl_lite.pretext.modules.queue import Queue
 
 
 class MoCo(PretextTask):
@@ -31,11 +31,11 @@ class MoCo(PretextTask):
         momentum: of the teacher; the paper has 0.999, for runs of a hundred thousands of steps.
         queue_size: negatives; the paper has 65536, for 1.3 million images.
         projection_size: of the embeddings that the loss compares.
-        smallest_crop: smallest share of the image's area in a view.
-        colour: strength of the colour distortion; the paper has 0.5.
+        min_crop_scale: smallest share of the image's area in a view.
+        color: strength of the color distortion; the paper has 0.5.
     """
 
-    about = About(
+    info = PretextInfo(
         name="moco",
         family="contrastive",
         views="2",
@@ -53,8 +53,8 @@ class MoCo(PretextTask):
         momentum: float = 0.99,
         queue_size: int = 4096,
         projection_size: int = 128,
-        smallest_crop: float = 0.2,
-        colour: float | None = None,
+        min_crop_scale: float = 0.2,
+        color: float | None = None,
     ) -> None:
         super().__init__(encoder)
         check_share("pretext.momentum", momentum)
@@ -67,14 +67,14 @@ class MoCo(PretextTask):
             nn.ReLU(inplace=True),
             nn.Linear(features, projection_size),
         )
-        self.teacher_encoder, self.teacher_head = frozen_copy(encoder), frozen_copy(self.head)
+        self.teacher_encoder, self.teacher_head = make_teacher(encoder), make_teacher(self.head)
         self.queue = Queue(queue_size, projection_size)
         self.temperature, self.momentum = temperature, momentum
-        self.smallest_crop, self.colour = smallest_crop, colour
+        self.min_crop_scale, self.color = min_crop_scale, color
 
     def views(self, upright: bool = True) -> Views:
         size = self.encoder.image_size
-        return two_views(size, self.smallest_crop, self.colour, upright)
+        return two_views(size, self.min_crop_scale, self.color, upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
         query = self.head(self.encoder(views[0]))
@@ -85,5 +85,5 @@ class MoCo(PretextTask):
         return loss
 
     def after_step(self) -> None:
-        follow(self.teacher_encoder, self.encoder, self.momentum)
-        follow(self.teacher_head, self.head, self.momentum)
+        ema_update(self.teacher_encoder, self.encoder, self.momentum)
+        ema_update(self.teacher_head, self.head, self.momentum)

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from vissl_lite.data.views import Views
-from vissl_lite.encoder import Encoder
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import check_positive, check_share, check_sizes
 from vissl_lite.optim import OptimizerSettings, cosine_schedule
-from vissl_lite.pretext.base import About, PretextTask
-from vissl_lite.pretext.parts.crops import BYOL_BLUR, BYOL_SOLARIZE, two_views
-from vissl_lite.pretext.parts.heads import mlp
-from vissl_lite.pretext.parts.losses import contrast
-from vissl_lite.pretext.parts.momentum import follow, frozen_copy
+from vissl_lite.pretext.base import PretextInfo, PretextTask
+from vissl_lite.pretext.modules.crops import BYOL_BLUR, BYOL_SOLARIZE, two_views
+from vissl_lite.pretext.modules.ema import ema_update, make_teacher
+from vissl_lite.pretext.modules.heads import mlp
+from vissl_lite.pretext.modules.losses import contrast
 
 
 class MoCoV3(PretextTask):
@@ -30,11 +30,11 @@ class MoCoV3(PretextTask):
         momentum: of the teacher at the start; rises to 1 along a cosine (appendix A).
         hidden_size: of the heads; the paper has 4096.
         projection_size: of the embeddings that the loss compares; the paper has 256.
-        smallest_crop: smallest share of the image's area in a view; the paper has 0.08.
-        colour: strength of the colour distortion; the paper has about 0.5.
+        min_crop_scale: smallest share of the image's area in a view; the paper has 0.08.
+        color: strength of the color distortion; the paper has about 0.5.
     """
 
-    about = About(
+    info = PretextInfo(
         name="moco_v3",
         family="contrastive",
         views="2",
@@ -53,8 +53,8 @@ class MoCoV3(PretextTask):
         momentum: float = 0.99,
         hidden_size: int = 1024,
         projection_size: int = 256,
-        smallest_crop: float = 0.2,
-        colour: float | None = None,
+        min_crop_scale: float = 0.2,
+        color: float | None = None,
     ) -> None:
         super().__init__(encoder)
         check_share("pretext.momentum", momentum)
@@ -63,17 +63,17 @@ class MoCoV3(PretextTask):
         features = encoder.num_features
         self.projector = mlp(features, hidden_size, hidden_size, projection_size, last_norm=True)
         self.predictor = mlp(projection_size, hidden_size, projection_size, last_norm=True)
-        self.teacher_encoder = frozen_copy(encoder)
-        self.teacher_projector = frozen_copy(self.projector)
+        self.teacher_encoder = make_teacher(encoder)
+        self.teacher_projector = make_teacher(self.projector)
         if encoder.patch_size is not None:
             for parameter in encoder.model.patch_embed.parameters():
                 parameter.requires_grad_(False)
         self.temperature, self.momentum = temperature, momentum
-        self.smallest_crop, self.colour = smallest_crop, colour
+        self.min_crop_scale, self.color = min_crop_scale, color
 
     def views(self, upright: bool = True) -> Views:
         size = self.encoder.image_size
-        return two_views(size, self.smallest_crop, self.colour, upright, BYOL_BLUR, BYOL_SOLARIZE)
+        return two_views(size, self.min_crop_scale, self.color, upright, BYOL_BLUR, BYOL_SOLARIZE)
 
     def chance_loss(self, images: int) -> float:
         return 4 * self.temperature * math.log(images)  # all embeddings equal
@@ -88,5 +88,5 @@ class MoCoV3(PretextTask):
 
     def after_step(self) -> None:
         momentum = cosine_schedule(self.momentum, 1, self.progress)
-        follow(self.teacher_encoder, self.encoder, momentum)
-        follow(self.teacher_projector, self.projector, momentum)
+        ema_update(self.teacher_encoder, self.encoder, momentum)
+        ema_update(self.teacher_projector, self.projector, momentum)

@@ -9,14 +9,14 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from vissl_lite.data.views import Views
-from vissl_lite.encoder import Encoder
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import check_positive, check_sizes
 from vissl_lite.optim import OptimizerSettings
-from vissl_lite.pretext.base import About, Exhibit, PretextTask
-from vissl_lite.pretext.parts.crops import two_views
-from vissl_lite.pretext.parts.heads import mlp
-from vissl_lite.pretext.parts.losses import nt_xent
-from vissl_lite.pretext.parts.signal import Signal
+from vissl_lite.pretext.base import PretextInfo, PretextTask, Visualization
+from vissl_lite.pretext.modules.chance_monitor import Signal
+from vissl_lite.pretext.modules.crops import two_views
+from vissl_lite.pretext.modules.heads import mlp
+from vissl_lite.pretext.modules.losses import nt_xent
 from vissl_lite.pretext.rotation import all_rotations, show_rotations
 
 
@@ -28,11 +28,11 @@ class Multi(PretextTask):
         rotation_weight: of rotation's loss; SimCLR's has 1.
         temperature: of SimCLR's loss.
         projection_size: of the embeddings that SimCLR's loss compares.
-        smallest_crop: smallest share of the image's area in a view.
-        colour: strength of the colour distortion.
+        min_crop_scale: smallest share of the image's area in a view.
+        color: strength of the color distortion.
     """
 
-    about = About(
+    info = PretextInfo(
         name="multi",
         family="predictive and contrastive",
         views="2",
@@ -49,8 +49,8 @@ class Multi(PretextTask):
         rotation_weight: float = 1.0,
         temperature: float = 0.1,
         projection_size: int = 128,
-        smallest_crop: float = 0.2,
-        colour: float | None = None,
+        min_crop_scale: float = 0.2,
+        color: float | None = None,
     ) -> None:
         super().__init__(encoder)
         check_positive("pretext.temperature", temperature)
@@ -60,11 +60,11 @@ class Multi(PretextTask):
         self.rotation_head = nn.Linear(features, 4)
         self.signal = Signal("rotation", chance=1 / 4)
         self.rotation_weight, self.temperature = rotation_weight, temperature
-        self.smallest_crop, self.colour = smallest_crop, colour
+        self.min_crop_scale, self.color = min_crop_scale, color
 
     def views(self, upright: bool = True) -> Views:
         size = self.encoder.image_size
-        return two_views(size, self.smallest_crop, self.colour, upright)
+        return two_views(size, self.min_crop_scale, self.color, upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
         turned, labels = all_rotations(views[0])
@@ -81,6 +81,6 @@ class Multi(PretextTask):
         self.signal.watch(accuracy, self.progress)
         return contrast + self.rotation_weight * rotation
 
-    def show(self, views: list[Tensor]) -> Exhibit:
+    def visualize(self, views: list[Tensor]) -> Visualization:
         guess = nn.Sequential(self.encoder, self.rotation_head)
         return show_rotations(views[0], self.encoder, guess)

@@ -1,4 +1,4 @@
-"""NNCLR: SimCLR, but a view has to find the other view of its nearest neighbour.
+"""NNCLR: SimCLR, but a view has to find the other view of its nearest neighbor.
 
 Dwibedi, Aytar, Tompson, Sermanet & Zisserman 2021, "With a Little Help from My Friends:
 Nearest-Neighbor Contrastive Learning of Visual Representations", arXiv 2104.14548.
@@ -11,26 +11,26 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from vissl_lite.data.views import Views
-from vissl_lite.encoder import Encoder
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import LARGEST_QUEUE, check_positive, check_sizes
 from vissl_lite.optim import OptimizerSettings
-from vissl_lite.pretext.base import About, PretextTask
-from vissl_lite.pretext.parts.crops import two_views
-from vissl_lite.pretext.parts.heads import mlp
-from vissl_lite.pretext.parts.losses import contrast
-from vissl_lite.pretext.parts.queue import Queue
+from vissl_lite.pretext.base import PretextInfo, PretextTask
+from vissl_lite.pretext.modules.crops import two_views
+from vissl_lite.pretext.modules.heads import mlp
+from vissl_lite.pretext.modules.losses import contrast
+from vissl_lite.pretext.modules.queue import Queue
 
 
 @torch.no_grad()
-def nearest_neighbours(embeddings: Tensor, support: Tensor) -> Tensor:
+def nearest_neighbors(embeddings: Tensor, support: Tensor) -> Tensor:
     """The most similar item of a support set (equation 2).
 
     Args:
         embeddings: ``(B, D)``.
-        support: ``(Q, D)``, normalised.
+        support: ``(Q, D)``, normalized.
 
     Returns:
-        ``(B, D)``, normalised, without gradient.
+        ``(B, D)``, normalized, without gradient.
     """
     similarity = F.normalize(embeddings.float(), dim=1) @ support.T
     return support[similarity.argmax(dim=1)]
@@ -46,16 +46,16 @@ class NNCLR(PretextTask):
         hidden_size: of the projection head; the paper has 2048 (section 4.1).
         projection_size: of the embeddings that the loss compares (section 4.1).
         prediction_hidden_size: of the prediction head; the paper has 4096.
-        smallest_crop: smallest share of the image's area in a view; the paper has 0.08.
-        colour: strength of the colour distortion.
+        min_crop_scale: smallest share of the image's area in a view; the paper has 0.08.
+        color: strength of the color distortion.
     """
 
-    about = About(
+    info = PretextInfo(
         name="nnclr",
         family="contrastive",
         views="2",
         paper="Dwibedi et al. 2021, arXiv 2104.14548",
-        use="images of few kinds, where neighbours make good positives",
+        use="images of few kinds, where neighbors make good positives",
         negatives=True,
         any_size=True,
     )
@@ -70,8 +70,8 @@ class NNCLR(PretextTask):
         hidden_size: int = 1024,
         projection_size: int = 256,
         prediction_hidden_size: int = 1024,
-        smallest_crop: float = 0.2,
-        colour: float | None = None,
+        min_crop_scale: float = 0.2,
+        color: float | None = None,
     ) -> None:
         super().__init__(encoder)
         check_positive("pretext.temperature", temperature)
@@ -86,11 +86,11 @@ class NNCLR(PretextTask):
         self.predictor = mlp(projection_size, prediction_hidden_size, projection_size)
         self.queue = Queue(queue_size, projection_size)
         self.temperature = temperature
-        self.smallest_crop, self.colour = smallest_crop, colour
+        self.min_crop_scale, self.color = min_crop_scale, color
 
     def views(self, upright: bool = True) -> Views:
         size = self.encoder.image_size
-        return two_views(size, self.smallest_crop, self.colour, upright)
+        return two_views(size, self.min_crop_scale, self.color, upright)
 
     def chance_loss(self, images: int) -> float:
         return math.log(images)  # all embeddings equal
@@ -99,8 +99,8 @@ class NNCLR(PretextTask):
         z = self.projector(self.encoder(torch.cat(views)))
         p1, p2 = self.predictor(z).chunk(2)
         z1, z2 = z.chunk(2)
-        nn1 = nearest_neighbours(z1, self.queue.items)
-        nn2 = nearest_neighbours(z2, self.queue.items)
+        nn1 = nearest_neighbors(z1, self.queue.items)
+        nn2 = nearest_neighbors(z2, self.queue.items)
         loss = contrast(nn1, p2, self.temperature) + contrast(nn2, p1, self.temperature)
         self.queue.push(z1)  # one view of each image (section 3.2)
         return loss / 2

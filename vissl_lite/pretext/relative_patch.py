@@ -12,34 +12,34 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from vissl_lite.data.views import Views
-from vissl_lite.encoder import Encoder
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError, check_sizes
 from vissl_lite.optim import OptimizerSettings
-from vissl_lite.pictures import Picture
-from vissl_lite.pretext.base import About, Exhibit, PretextTask
-from vissl_lite.pretext.parts.crops import cropped_views
-from vissl_lite.pretext.parts.exhibit import to_pixels
-from vissl_lite.pretext.parts.heads import mlp
-from vissl_lite.pretext.parts.patches import PLACES, Grid, cut, patch_side
-from vissl_lite.pretext.parts.signal import Signal
+from vissl_lite.plots import Picture
+from vissl_lite.pretext.base import PretextInfo, PretextTask, Visualization
+from vissl_lite.pretext.modules.chance_monitor import Signal
+from vissl_lite.pretext.modules.crops import cropped_views
+from vissl_lite.pretext.modules.heads import mlp
+from vissl_lite.pretext.modules.patches import PLACES, Grid, cut, patch_side
+from vissl_lite.pretext.modules.visualization import to_pixels
 
-Colour = Literal["drop", "project", "keep"]
+Color = Literal["drop", "project", "keep"]
 
-# Places of the grid, in reading order: the label of a neighbour is its number in this list.
-CENTRE = 4
-NEIGHBOURS = [0, 1, 2, 3, 5, 6, 7, 8]
+# Places of the grid, in reading order: the label of a neighbor is its number in this list.
+CENTER = 4
+NEIGHBORS = [0, 1, 2, 3, 5, 6, 7, 8]
 DIRECTIONS = (
     "above left", "above", "above right", "left", "right", "below left", "below", "below right",
 )  # fmt: skip
 
 
-def drop_colours(patches: Tensor) -> Tensor:
+def drop_colors(patches: Tensor) -> Tensor:
     """Keep one random channel of each patch, make the others noise (section 3.1).
 
     No two channels are left whose displacement could tell where in the photograph a patch lies.
 
     Args:
-        patches: ``(N, C, S, S)``, normalised.
+        patches: ``(N, C, S, S)``, normalized.
 
     Returns:
         The same shape; the noise is Gaussian with a hundredth of the kept channel's standard
@@ -54,32 +54,32 @@ def drop_colours(patches: Tensor) -> Tensor:
     return torch.where(stays[:, :, None, None], patches, noise)
 
 
-def project_colours(patches: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def project_colors(patches: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Remove the direction from magenta to green: B = I - a^T a / (a a^T), a = [-1, 2, -1].
 
     From section 3.1; B acts on RGB values. Fringes of green and magenta vanish. A displacement of
-    red against blue is at a right angle to them and stays: ``drop_colours`` removes that too.
+    red against blue is at a right angle to them and stays: ``drop_colors`` removes that too.
 
     Args:
-        patches: ``(N, 3, S, S)``, normalised: values times
+        patches: ``(N, 3, S, S)``, normalized: values times
         scale: ``(1, 3, 1, 1)`` plus
         shift: ``(1, 3, 1, 1)``.
 
     Returns:
-        The same shape, normalised in the same way.
+        The same shape, normalized in the same way.
     """
-    colours = (patches - shift) / scale
-    axis = colours.new_tensor([-1.0, 2.0, -1.0])[None, :, None, None]
-    along = (colours * axis).sum(dim=1, keepdim=True) / axis.square().sum()
-    return (colours - along * axis) * scale + shift
+    colors = (patches - shift) / scale
+    axis = colors.new_tensor([-1.0, 2.0, -1.0])[None, :, None, None]
+    along = (colors * axis).sum(dim=1, keepdim=True) / axis.square().sum()
+    return (colors - along * axis) * scale + shift
 
 
 class RelativePatch(PretextTask):
     """Relative patch prediction.
 
-    Nine patches in three rows and columns go through the encoder one by one, and each neighbour's
-    features meet the centre's in a small head (the paper's late fusion, figure 3). Gaps and jitter
-    keep the lines that cross a border from giving the direction away, the treatment of colours
+    Nine patches in three rows and columns go through the encoder one by one, and each neighbor's
+    features meet the center's in a small head (the paper's late fusion, figure 3). Gaps and jitter
+    keep the lines that cross a border from giving the direction away, the treatment of colors
     keeps the lens from doing so (section 3.1). The paper also makes some patches coarse, against
     pixelation (section 3.2), which is left out here.
 
@@ -90,16 +90,16 @@ class RelativePatch(PretextTask):
         gap: pixels between patches; default half of a patch: 48 for 96 (section 3.2).
         jitter: pixels by which a patch may lie off its place in each direction; default 7/96 of a
             patch: 7 for 96 (section 3.2).
-        colour: against chromatic aberration (section 3.1). ``drop`` keeps one random channel of
+        color: against chromatic aberration (section 3.1). ``drop`` keeps one random channel of
             each patch; ``project`` removes the direction from green to magenta; ``keep`` does
             nothing.
         hidden_size: of the head. The paper's has two layers of 4096, for a million images.
-        smallest_crop: smallest share of the image's area in the view that holds the grid; in the
+        min_crop_scale: smallest share of the image's area in the view that holds the grid; in the
             paper the grid takes from a third of an image to all of it (398^2 of 150,000 to 450,000
             pixels, section 3.2).
     """
 
-    about = About(
+    info = PretextInfo(
         name="relative_patch",
         family="predictive",
         views="1",
@@ -115,16 +115,16 @@ class RelativePatch(PretextTask):
         patch_size: int | None = None,
         gap: int | None = None,
         jitter: int | None = None,
-        colour: Colour = "drop",
+        color: Color = "drop",
         hidden_size: int = 512,
-        smallest_crop: float = 0.33,
+        min_crop_scale: float = 0.33,
     ) -> None:
         super().__init__(encoder)
-        if colour not in ("drop", "project", "keep"):
-            raise UserError(f"--pretext.colour {colour} is unknown: give drop, project or keep")
-        if colour == "project" and len(encoder.mean) != 3:
+        if color not in ("drop", "project", "keep"):
+            raise UserError(f"--pretext.color {color} is unknown: give drop, project or keep")
+        if color == "project" and len(encoder.mean) != 3:
             raise UserError(
-                f"--pretext.colour project needs images of 3 channels, {encoder.backbone} takes "
+                f"--pretext.color project needs images of 3 channels, {encoder.backbone} takes "
                 f"{len(encoder.mean)}: give drop or keep"
             )
         check_sizes(hidden_size=hidden_size)
@@ -135,18 +135,18 @@ class RelativePatch(PretextTask):
             if value < 0:
                 raise UserError(f"--pretext.{name} {value} must not be negative")
         self.grid = Grid(side, step=side + gap, slack=2 * jitter)
-        self.head = mlp(2 * encoder.num_features, hidden_size, len(NEIGHBOURS))
-        self.signal = Signal("relative_patch", chance=1 / len(NEIGHBOURS))
-        self.colour, self.smallest_crop = colour, smallest_crop
+        self.head = mlp(2 * encoder.num_features, hidden_size, len(NEIGHBORS))
+        self.signal = Signal("relative_patch", chance=1 / len(NEIGHBORS))
+        self.color, self.min_crop_scale = color, min_crop_scale
 
     def views(self, upright: bool = True) -> Views:
-        return cropped_views(self.grid.image_size, self.smallest_crop, upright)
+        return cropped_views(self.grid.image_size, self.min_crop_scale, upright)
 
     def patches(self, images: Tensor) -> Tensor:
-        """Nine patches of each image, their colours treated: what the encoder sees.
+        """Nine patches of each image, their colors treated: what the encoder sees.
 
         Args:
-            images: ``(B, C, S, S)``, normalised.
+            images: ``(B, C, S, S)``, normalized.
 
         Returns:
             ``(9 B, C, side, side)``: image by image, each in reading order.
@@ -154,15 +154,15 @@ class RelativePatch(PretextTask):
         return self.treat(self.grid.cut(images))
 
     def treat(self, patches: Tensor) -> Tensor:
-        """Patches ``(N, C, side, side)`` with their colours treated as was asked for."""
-        if self.colour == "drop":
-            return drop_colours(patches)
-        if self.colour == "project":
-            return project_colours(patches, self.encoder.scale, self.encoder.shift)
+        """Patches ``(N, C, side, side)`` with their colors treated as was asked for."""
+        if self.color == "drop":
+            return drop_colors(patches)
+        if self.color == "project":
+            return project_colors(patches, self.encoder.scale, self.encoder.shift)
         return patches
 
     def guess(self, patches: Tensor) -> Tensor:
-        """In which direction each neighbour lies.
+        """In which direction each neighbor lies.
 
         Args:
             patches: ``(9 B, C, side, side)``, treated.
@@ -171,20 +171,20 @@ class RelativePatch(PretextTask):
             ``(8 B, 8)`` logits in float32, image by image.
         """
         features = self.encoder(patches).unflatten(0, (-1, PLACES))
-        neighbours = torch.cat([features[:, :CENTRE], features[:, CENTRE + 1 :]], dim=1)
-        centres = features[:, CENTRE : CENTRE + 1].expand_as(neighbours)
-        pairs = torch.cat([centres, neighbours], dim=2).flatten(0, 1)
+        neighbors = torch.cat([features[:, :CENTER], features[:, CENTER + 1 :]], dim=1)
+        centers = features[:, CENTER : CENTER + 1].expand_as(neighbors)
+        pairs = torch.cat([centers, neighbors], dim=2).flatten(0, 1)
         return self.head(pairs).float()
 
     def loss(self, views: list[Tensor]) -> Tensor:
         logits = self.guess(self.patches(views[0]))
-        labels = torch.arange(len(NEIGHBOURS), device=logits.device).repeat(len(views[0]))
+        labels = torch.arange(len(NEIGHBORS), device=logits.device).repeat(len(views[0]))
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
         self.measure("accuracy", accuracy)
         self.signal.watch(accuracy, self.progress)
         return F.cross_entropy(logits, labels)
 
-    def show(self, views: list[Tensor]) -> Exhibit:
+    def visualize(self, views: list[Tensor]) -> Visualization:
         images, side = views[0], self.grid.side
         down, right = self.grid.draw(len(images), images.device)
         patches = cut(images, down, right, side)
@@ -192,17 +192,17 @@ class RelativePatch(PretextTask):
         pixels = to_pixels(patches, self.encoder).reshape(len(images), PLACES, side, side, 3)
         rows = []
         for number, whole in enumerate(to_pixels(images, self.encoder)):
-            label = int(torch.randint(len(NEIGHBOURS), ()))
+            label = int(torch.randint(len(NEIGHBORS), ()))
             said = int(guessed[number, label])
             faded = (0.25 * whole + 0.75 * 255).astype(np.uint8)
-            pair = (pixels[number, CENTRE], pixels[number, NEIGHBOURS[label]])
+            pair = (pixels[number, CENTER], pixels[number, NEIGHBORS[label]])
             pictures = []
-            for place in (NEIGHBOURS[label], NEIGHBOURS[said]):
+            for place in (NEIGHBORS[label], NEIGHBORS[said]):
                 picture = faded.copy()
-                for patch, at in zip(pair, (CENTRE, place), strict=True):
+                for patch, at in zip(pair, (CENTER, place), strict=True):
                     y, x = int(down[number, at]), int(right[number, at])
                     picture[y : y + side, x : x + side] = patch
                 pictures.append(picture)
             truth = Picture(pictures[0], DIRECTIONS[label])
             rows.append([truth, Picture(pictures[1], DIRECTIONS[said], right=said == label)])
-        return Exhibit(("two patches", "placed as predicted"), rows)
+        return Visualization(("two patches", "placed as predicted"), rows)

@@ -11,23 +11,23 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from vissl_lite.data.views import Views, crop_decode_size, flip, random_crop
-from vissl_lite.encoder import Encoder
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.optim import OptimizerSettings
-from vissl_lite.pictures import Picture
-from vissl_lite.pretext.base import About, Exhibit, PretextTask
-from vissl_lite.pretext.parts.exhibit import to_pixels
-from vissl_lite.pretext.parts.signal import Signal
+from vissl_lite.plots import Picture
+from vissl_lite.pretext.base import PretextInfo, PretextTask, Visualization
+from vissl_lite.pretext.modules.chance_monitor import Signal
+from vissl_lite.pretext.modules.visualization import to_pixels
 
 
-def rotation_views(size: int, smallest_crop: float) -> Views:
+def rotation_views(size: int, min_crop_scale: float) -> Views:
     """One view: a random crop, perhaps flipped. Turning it is left to the loss.
 
     Args:
         size: side in pixels.
-        smallest_crop: smallest share of the image's area.
+        min_crop_scale: smallest share of the image's area.
     """
-    one = [random_crop(size, smallest_crop), flip()]
-    return Views([one], shortest=crop_decode_size(size, smallest_crop))
+    one = [random_crop(size, min_crop_scale), flip()]
+    return Views([one], shortest=crop_decode_size(size, min_crop_scale))
 
 
 def all_rotations(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,11 +55,13 @@ def turn(images: Tensor, turns: Tensor) -> Tensor:
     return torch.stack([torch.rot90(image, count, dims=(1, 2)) for image, count in each])
 
 
-def show_rotations(images: Tensor, encoder: Encoder, guess: Callable[[Tensor], Tensor]) -> Exhibit:
+def show_rotations(
+    images: Tensor, encoder: Encoder, guess: Callable[[Tensor], Tensor]
+) -> Visualization:
     """Images turned at random, and turned back by what was predicted.
 
     Args:
-        images: ``(B, 3, S, S)``, normalised.
+        images: ``(B, 3, S, S)``, normalized.
         encoder: The encoder that they were normalized for.
         guess: the logits ``(B, 4)`` of images.
     """
@@ -73,7 +75,7 @@ def show_rotations(images: Tensor, encoder: Encoder, guess: Callable[[Tensor], T
             given, back, turns.tolist(), guessed.tolist(), strict=True
         )
     ]
-    return Exhibit(("turned", "turned back\nas predicted"), rows)
+    return Visualization(("turned", "turned back\nas predicted"), rows)
 
 
 class Rotation(PretextTask):
@@ -81,10 +83,10 @@ class Rotation(PretextTask):
 
     Args:
         encoder: what is trained.
-        smallest_crop: smallest share of the image's area in a view.
+        min_crop_scale: smallest share of the image's area in a view.
     """
 
-    about = About(
+    info = PretextInfo(
         name="rotation",
         family="predictive",
         views="1",
@@ -94,14 +96,14 @@ class Rotation(PretextTask):
     )
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
 
-    def __init__(self, encoder: Encoder, smallest_crop: float = 0.5) -> None:
+    def __init__(self, encoder: Encoder, min_crop_scale: float = 0.5) -> None:
         super().__init__(encoder)
         self.head = nn.Linear(encoder.num_features, 4)
         self.signal = Signal("rotation", chance=1 / 4)
-        self.smallest_crop = smallest_crop
+        self.min_crop_scale = min_crop_scale
 
     def views(self, upright: bool = True) -> Views:
-        return rotation_views(self.encoder.image_size, self.smallest_crop)
+        return rotation_views(self.encoder.image_size, self.min_crop_scale)
 
     def loss(self, views: list[Tensor]) -> Tensor:
         images, labels = all_rotations(views[0])
@@ -111,5 +113,5 @@ class Rotation(PretextTask):
         self.signal.watch(accuracy, self.progress)
         return F.cross_entropy(logits, labels)
 
-    def show(self, views: list[Tensor]) -> Exhibit:
+    def visualize(self, views: list[Tensor]) -> Visualization:
         return show_rotations(views[0], self.encoder, nn.Sequential(self.encoder, self.head))

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from vissl_lite.data.views import Views
-from vissl_lite.encoder import Encoder
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import check_positive, check_sizes
 from vissl_lite.optim import OptimizerSettings
-from vissl_lite.pretext.base import About, PretextTask
-from vissl_lite.pretext.parts.crops import two_views
-from vissl_lite.pretext.parts.heads import mlp
-from vissl_lite.pretext.parts.losses import nt_xent
+from vissl_lite.pretext.base import PretextInfo, PretextTask
+from vissl_lite.pretext.modules.crops import two_views
+from vissl_lite.pretext.modules.heads import mlp
+from vissl_lite.pretext.modules.losses import nt_xent
 
 
 class SimCLR(PretextTask):
@@ -28,12 +28,12 @@ class SimCLR(PretextTask):
             training on CIFAR-10 (appendix B.9); in short training we find 0.1 better there too.
         hidden_size: of the projection head; default that of the features (section 4.2).
         projection_size: of the embeddings that the loss compares (section 4.2).
-        smallest_crop: smallest share of the image's area in a view; the paper has 0.08.
-        colour: strength of the colour distortion; default 1 as for ImageNet, 0.5 for images below
+        min_crop_scale: smallest share of the image's area in a view; the paper has 0.08.
+        color: strength of the color distortion; default 1 as for ImageNet, 0.5 for images below
             64 pixels as for CIFAR-10 (appendix B.9).
     """
 
-    about = About(
+    info = PretextInfo(
         name="simclr",
         family="contrastive",
         views="2",
@@ -51,8 +51,8 @@ class SimCLR(PretextTask):
         temperature: float = 0.1,
         hidden_size: int | None = None,
         projection_size: int = 128,
-        smallest_crop: float = 0.2,
-        colour: float | None = None,
+        min_crop_scale: float = 0.2,
+        color: float | None = None,
     ) -> None:
         super().__init__(encoder)
         check_positive("pretext.temperature", temperature)
@@ -61,11 +61,11 @@ class SimCLR(PretextTask):
         hidden = features if hidden_size is None else hidden_size
         self.head = mlp(features, hidden, projection_size)
         self.temperature = temperature
-        self.smallest_crop, self.colour = smallest_crop, colour
+        self.min_crop_scale, self.color = min_crop_scale, color
 
     def views(self, upright: bool = True) -> Views:
         size = self.encoder.image_size
-        return two_views(size, self.smallest_crop, self.colour, upright)
+        return two_views(size, self.min_crop_scale, self.color, upright)
 
     def chance_loss(self, images: int) -> float:
         return math.log(2 * images - 1)  # all embeddings equal

@@ -8,19 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from vissl_lite.data.views import Views
-from vissl_lite.encoder import Encoder
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
-from vissl_lite.pretext.base import About, Exhibit, PretextTask
-from vissl_lite.pretext.parts.crops import cropped_views
-from vissl_lite.pretext.parts.exhibit import reconstruction
-from vissl_lite.pretext.parts.masking import (
+from vissl_lite.pretext.base import PretextInfo, PretextTask, Visualization
+from vissl_lite.pretext.modules.crops import cropped_views
+from vissl_lite.pretext.modules.masking import (
     check_patches,
     check_ratio,
     indices_to_mask,
     masked_patches,
     random_mask,
 )
+from vissl_lite.pretext.modules.visualization import reconstruction
 
 
 def default_mask_unit(size: int, patch: int) -> int:
@@ -79,10 +79,10 @@ class SimMIM(PretextTask):
         mask_ratio: share of the image that is masked (table 1).
         mask_unit: side in pixels of what is masked as a whole; default about a sixth of the
             image as the paper's 32 is of 192, see ``default_mask_unit``.
-        smallest_crop: smallest share of the image's area in a view (section 4.1).
+        min_crop_scale: smallest share of the image's area in a view (section 4.1).
     """
 
-    about = About(
+    info = PretextInfo(
         name="simmim",
         family="masked",
         views="1",
@@ -98,11 +98,11 @@ class SimMIM(PretextTask):
         encoder: Encoder,
         mask_ratio: float = 0.6,
         mask_unit: int | None = None,
-        smallest_crop: float = 0.67,
+        min_crop_scale: float = 0.67,
     ) -> None:
         super().__init__(encoder)
         check_ratio(mask_ratio)
-        size, patch = encoder.image_size, check_patches(self.about, encoder)
+        size, patch = encoder.image_size, check_patches(self.info, encoder)
         unit = default_mask_unit(size, patch) if mask_unit is None else mask_unit
         if unit < 1 or unit % patch or size % unit or unit == size:
             raise UserError(
@@ -118,7 +118,7 @@ class SimMIM(PretextTask):
         width = encoder.model.patch_embed.proj.out_channels
         self.mask_token = nn.Parameter(torch.empty(width).normal_(std=0.02))
         self.patch, self.unit, self.mask_ratio = patch, unit, mask_ratio
-        self.smallest_crop = smallest_crop
+        self.min_crop_scale = min_crop_scale
 
     def _stride(self) -> int:
         """Pixels between the positions of the last feature map."""
@@ -131,14 +131,14 @@ class SimMIM(PretextTask):
         return size // side
 
     def views(self, upright: bool = True) -> Views:
-        return cropped_views(self.encoder.image_size, self.smallest_crop, upright)
+        return cropped_views(self.encoder.image_size, self.min_crop_scale, upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
         images = views[0]
         mask = self.draw_mask(images)
         return masked_l1(self.predict(images, mask), images, enlarge(mask, self.unit))
 
-    def show(self, views: list[Tensor]) -> Exhibit:
+    def visualize(self, views: list[Tensor]) -> Visualization:
         images = views[0]
         mask = self.draw_mask(images)
         predicted = self.predict(images, mask)
@@ -154,7 +154,7 @@ class SimMIM(PretextTask):
         """Predict all pixels, the masked ones from the visible ones.
 
         Args:
-            images: ``(B, C, S, S)``, normalised.
+            images: ``(B, C, S, S)``, normalized.
             mask: ``(B, S / unit, S / unit)``, true where masked.
 
         Returns:

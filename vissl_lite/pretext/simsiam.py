@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from vissl_lite.data.views import Views
-from vissl_lite.encoder import Encoder
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import check_sizes
 from vissl_lite.optim import OptimizerSettings
-from vissl_lite.pretext.base import About, PretextTask
-from vissl_lite.pretext.parts.crops import two_views
-from vissl_lite.pretext.parts.heads import mlp
-from vissl_lite.pretext.parts.losses import negative_cosine
+from vissl_lite.pretext.base import PretextInfo, PretextTask
+from vissl_lite.pretext.modules.crops import two_views
+from vissl_lite.pretext.modules.heads import mlp
+from vissl_lite.pretext.modules.losses import negative_cosine
 
 
 class SimSiam(PretextTask):
@@ -23,11 +23,11 @@ class SimSiam(PretextTask):
         encoder: what is trained.
         projection_size: of the projector's three layers and of the embeddings; 2048 in the paper.
         hidden_size: bottleneck of the predictor, a quarter of that (section 3).
-        smallest_crop: smallest share of the image's area in a view (section 3).
-        colour: strength of the colour distortion; the paper has 0.5.
+        min_crop_scale: smallest share of the image's area in a view (section 3).
+        color: strength of the color distortion; the paper has 0.5.
     """
 
-    about = About(
+    info = PretextInfo(
         name="simsiam",
         family="non-contrastive",
         views="2",
@@ -42,19 +42,19 @@ class SimSiam(PretextTask):
         encoder: Encoder,
         projection_size: int = 2048,
         hidden_size: int = 512,
-        smallest_crop: float = 0.2,
-        colour: float | None = None,
+        min_crop_scale: float = 0.2,
+        color: float | None = None,
     ) -> None:
         super().__init__(encoder)
         check_sizes(hidden_size=hidden_size, projection_size=projection_size)
         size = projection_size
         self.projector = mlp(encoder.num_features, size, size, size, last_norm=True)
         self.predictor = mlp(size, hidden_size, size)
-        self.smallest_crop, self.colour = smallest_crop, colour
+        self.min_crop_scale, self.color = min_crop_scale, color
 
     def views(self, upright: bool = True) -> Views:
         size = self.encoder.image_size
-        return two_views(size, self.smallest_crop, self.colour, upright)
+        return two_views(size, self.min_crop_scale, self.color, upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
         z = self.projector(self.encoder(torch.cat(views)))

@@ -22,13 +22,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vissl_lite.data.views import Views
-from vissl_lite.encoder import Encoder
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError, check_sizes
 from vissl_lite.optim import OptimizerSettings
-from vissl_lite.pretext.base import KINDS, About, Exhibit, PretextTask
-from vissl_lite.pretext.parts.crops import cropped_views
-from vissl_lite.pretext.parts.exhibit import reconstruction
-from vissl_lite.pretext.parts.masking import (
+from vissl_lite.pretext.base import KINDS, PretextInfo, PretextTask, Visualization
+from vissl_lite.pretext.modules.crops import cropped_views
+from vissl_lite.pretext.modules.masking import (
     check_ratio,
     denormalized_patches,
     indices_to_mask,
@@ -38,8 +37,9 @@ from vissl_lite.pretext.parts.masking import (
     take,
     unpatchify,
 )
+from vissl_lite.pretext.modules.visualization import reconstruction
 from vissl_lite.training.processes import gather
-from vissl_lite.training.sync_batchnorm import Synchronised
+from vissl_lite.training.sync_batchnorm import Synchronized
 
 MaskOf = Callable[[Tensor], Tensor]  # the mask at a feature map's resolution and of its type
 
@@ -64,7 +64,7 @@ def visible_batch_norm(norm: _BatchNorm, features: Tensor, mask: Tensor) -> Tens
     """BatchNorm over the visible places; the masked ones become 0.
 
     Args:
-        norm: whose parameters, running statistics and mode are used. A synchronised one takes the
+        norm: whose parameters, running statistics and mode are used. A synchronized one takes the
             statistics of all processes together.
         features: ``(B, C, h, w)``.
         mask: ``(B, 1, h, w)``, 1 where visible, else 0.
@@ -77,7 +77,7 @@ def visible_batch_norm(norm: _BatchNorm, features: Tensor, mask: Tensor) -> Tens
     if norm.training or mean is None or variance is None:
 
         def over_places(summed: Tensor) -> Tensor:
-            if isinstance(norm, nn.SyncBatchNorm | Synchronised):
+            if isinstance(norm, nn.SyncBatchNorm | Synchronized):
                 return gather(summed[None]).sum(dim=0)
             return summed
 
@@ -215,7 +215,7 @@ def pyramid(encoder: Encoder, images: Tensor) -> list[Tensor]:
 
     Args:
         encoder: with a convolutional backbone.
-        images: ``(B, C, S, S)``, normalised.
+        images: ``(B, C, S, S)``, normalized.
 
     Returns:
         ``(B, C_i, h_i, w_i)``, fine to coarse. The last one is that of ``encoder.pooled_and_map``
@@ -253,7 +253,7 @@ def choose_grid(size: int, sides: list[int]) -> int | None:
 class Decoder(nn.Module):
     """A light U-Net decoder that upsamples from the coarsest map to the finest (section 3.2).
 
-    At each resolution, the masked places are filled with a learnt token ("densified") before the
+    At each resolution, the masked places are filled with a learned token ("densified") before the
     map is added. The paper's decoder goes on to the full resolution; this one ends at the
     finest map, each of whose places predicts its pixels, which is faster.
 
@@ -326,11 +326,11 @@ class SparK(PretextTask):
         mask_ratio: share of the image that is masked (section 4.1).
         decoder_width: channels of the decoder at the coarsest map; default half of that map's, but
             at least 64 and at most 512 (the authors' code has 768 for a ResNet-50's 2048).
-        smallest_crop: smallest share of the image's area in a view; 0.67 as in the authors' code
+        min_crop_scale: smallest share of the image's area in a view; 0.67 as in the authors' code
             (pretrain/utils/imagenet.py).
     """
 
-    about = About(
+    info = PretextInfo(
         name="spark",
         family="masked",
         views="1",
@@ -346,7 +346,7 @@ class SparK(PretextTask):
         encoder: Encoder,
         mask_ratio: float = 0.6,
         decoder_width: int | None = None,
-        smallest_crop: float = 0.67,
+        min_crop_scale: float = 0.67,
     ) -> None:
         super().__init__(encoder)
         check_ratio(mask_ratio)
@@ -359,7 +359,7 @@ class SparK(PretextTask):
             decoder_width or min(max(channels[-1] // 2, 64), 512),
             outputs=self.stride**2 * len(encoder.mean),
         )
-        self.mask_ratio, self.smallest_crop = mask_ratio, smallest_crop
+        self.mask_ratio, self.min_crop_scale = mask_ratio, min_crop_scale
 
     def _try_out(self) -> tuple[int, list[Tensor]]:
         """The side of the mask, and feature maps that were found to be 0 wherever masked."""
@@ -398,16 +398,16 @@ class SparK(PretextTask):
         return grid, maps
 
     def views(self, upright: bool = True) -> Views:
-        return cropped_views(self.encoder.image_size, self.smallest_crop, upright)
+        return cropped_views(self.encoder.image_size, self.min_crop_scale, upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
         images, unit = views[0], self.encoder.image_size // self.grid
         masked = self.draw_mask(images)
         predicted = patchify(self.predict(images, masked).float(), unit)
-        # normalised patches, and the masked ones only (section 3.3)
+        # normalized patches, and the masked ones only (section 3.3)
         return F.mse_loss(take(predicted, masked), take(normalized_patches(images, unit), masked))
 
-    def show(self, views: list[Tensor]) -> Exhibit:
+    def visualize(self, views: list[Tensor]) -> Visualization:
         images, unit = views[0], self.encoder.image_size // self.grid
         masked = self.draw_mask(images)
         predicted = patchify(self.predict(images, masked).float(), unit)
@@ -427,7 +427,7 @@ class SparK(PretextTask):
         """Feature maps of the visible places.
 
         Args:
-            images: ``(B, C, S, S)``, normalised.
+            images: ``(B, C, S, S)``, normalized.
             visible: ``(B, 1, g, g)``, 1 where visible, else 0.
 
         Returns:
@@ -440,7 +440,7 @@ class SparK(PretextTask):
         """Predict all pixels, the masked ones from the visible ones.
 
         Args:
-            images: ``(B, C, S, S)``, normalised.
+            images: ``(B, C, S, S)``, normalized.
             masked: ``(B, M)`` indices of the masked places.
 
         Returns:

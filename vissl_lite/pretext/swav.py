@@ -9,14 +9,14 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from vissl_lite.data.views import Views
-from vissl_lite.encoder import Encoder
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import LARGEST_QUEUE, check_positive, check_share, check_sizes
 from vissl_lite.optim import OptimizerSettings
-from vissl_lite.pretext.base import About, PretextTask
-from vissl_lite.pretext.parts.crops import MultiCrop, by_size
-from vissl_lite.pretext.parts.heads import mlp
-from vissl_lite.pretext.parts.losses import sinkhorn, swapped_prediction
-from vissl_lite.pretext.parts.queue import Queue
+from vissl_lite.pretext.base import PretextInfo, PretextTask
+from vissl_lite.pretext.modules.crops import MultiCrop, forward_multi_crop
+from vissl_lite.pretext.modules.heads import mlp
+from vissl_lite.pretext.modules.losses import sinkhorn, swapped_prediction
+from vissl_lite.pretext.modules.queue import Queue
 
 
 class SwAV(PretextTask):
@@ -35,14 +35,14 @@ class SwAV(PretextTask):
             the paper has 15 epochs of 200, short runs want more.
         hidden_size: of the projection head; the paper has 2048.
         projection_size: of the embeddings (appendix A.1).
-        small_crops: number of small views beside the two large ones; default 6 as in the paper,
+        local_crops: number of small views beside the two large ones; default 6 as in the paper,
             none below 64 pixels.
-        smallest_crop: smallest share of the image's area in a small view (section 5).
-        smallest_large_crop: smallest share in a large view; the paper has 0.14.
-        colour: strength of the colour distortion.
+        min_crop_scale: smallest share of the image's area in a small view (section 5).
+        min_global_crop_scale: smallest share in a large view; the paper has 0.14.
+        color: strength of the color distortion.
     """
 
-    about = About(
+    info = PretextInfo(
         name="swav",
         family="clustering",
         views="2 + 6 small",
@@ -64,10 +64,10 @@ class SwAV(PretextTask):
         queue_start: float = 0.5,
         hidden_size: int = 1024,
         projection_size: int = 128,
-        small_crops: int | None = None,
-        smallest_crop: float = 0.05,
-        smallest_large_crop: float = 0.2,
-        colour: float | None = None,
+        local_crops: int | None = None,
+        min_crop_scale: float = 0.05,
+        min_global_crop_scale: float = 0.2,
+        color: float | None = None,
     ) -> None:
         super().__init__(encoder)
         check_positive("pretext.temperature", temperature)
@@ -82,13 +82,13 @@ class SwAV(PretextTask):
         self.earlier = nn.ModuleList(self.queues)  # so that a checkpoint holds them
         self.temperature, self.epsilon = temperature, epsilon
         self.sinkhorn_iterations, self.queue_start = sinkhorn_iterations, queue_start
-        self.crops = MultiCrop(2, small_crops, smallest_crop, smallest_large_crop, colour)
+        self.crops = MultiCrop(2, local_crops, min_crop_scale, min_global_crop_scale, color)
 
     def views(self, upright: bool = True) -> Views:
         return self.crops.views(self.encoder, upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
-        z = [F.normalize(one.float(), dim=1) for one in by_size(self._embed, views)]
+        z = [F.normalize(one.float(), dim=1) for one in forward_multi_crop(self._embed, views)]
         prototypes = F.normalize(self.prototypes.weight.float(), dim=1)
         with torch.autocast(z[0].device.type, enabled=False):
             scores = [one @ prototypes.T for one in z]

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from vissl_lite.data.views import Views
-from vissl_lite.encoder import Encoder
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import check_sizes
 from vissl_lite.optim import OptimizerSettings
-from vissl_lite.pretext.base import About, PretextTask
-from vissl_lite.pretext.parts.crops import two_views
-from vissl_lite.pretext.parts.heads import mlp
-from vissl_lite.pretext.parts.losses import vicreg
+from vissl_lite.pretext.base import PretextInfo, PretextTask
+from vissl_lite.pretext.modules.crops import two_views
+from vissl_lite.pretext.modules.heads import mlp
+from vissl_lite.pretext.modules.losses import vicreg
 
 
 class VICReg(PretextTask):
@@ -26,11 +26,11 @@ class VICReg(PretextTask):
         std_weight: of the variance term (section 4.2).
         cov_weight: of the covariance term (section 4.2).
         projection_size: of the expander's three layers and of the embeddings; the paper has 8192.
-        smallest_crop: smallest share of the image's area in a view; the paper has 0.08.
-        colour: strength of the colour distortion; the paper has about 0.5.
+        min_crop_scale: smallest share of the image's area in a view; the paper has 0.08.
+        color: strength of the color distortion; the paper has about 0.5.
     """
 
-    about = About(
+    info = PretextInfo(
         name="vicreg",
         family="non-contrastive",
         views="2",
@@ -48,19 +48,19 @@ class VICReg(PretextTask):
         std_weight: float = 25.0,
         cov_weight: float = 1.0,
         projection_size: int = 1024,
-        smallest_crop: float = 0.2,
-        colour: float | None = None,
+        min_crop_scale: float = 0.2,
+        color: float | None = None,
     ) -> None:
         super().__init__(encoder)
         check_sizes(projection_size=projection_size)
         size = projection_size
         self.projector = mlp(encoder.num_features, size, size, size)
         self.sim_weight, self.std_weight, self.cov_weight = sim_weight, std_weight, cov_weight
-        self.smallest_crop, self.colour = smallest_crop, colour
+        self.min_crop_scale, self.color = min_crop_scale, color
 
     def views(self, upright: bool = True) -> Views:
         size = self.encoder.image_size
-        return two_views(size, self.smallest_crop, self.colour, upright, solarize=(0.1, 0.1))
+        return two_views(size, self.min_crop_scale, self.color, upright, solarize=(0.1, 0.1))
 
     def loss(self, views: list[Tensor]) -> Tensor:
         z1, z2 = self.projector(self.encoder(torch.cat(views))).chunk(2)

@@ -1,4 +1,4 @@
-"""VISReg: as LeJEPA, but the spread of the embeddings and its shape are regularised apart.
+"""VISReg: as LeJEPA, but the spread of the embeddings and its shape are regularized apart.
 
 Wu, Balestriero & Levine 2026, "VISReg: Variance-Invariance-Sketching Regularization for JEPA
 training", arXiv 2606.02572.
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from vissl_lite.data.views import Views
-from vissl_lite.encoder import Encoder
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import LARGEST_DEPTH, UserError, check_sizes
 from vissl_lite.optim import OptimizerSettings
-from vissl_lite.pretext.base import About, PretextTask
-from vissl_lite.pretext.parts.crops import MultiCrop, by_size
-from vissl_lite.pretext.parts.heads import mlp
-from vissl_lite.pretext.parts.losses import random_directions, visreg
+from vissl_lite.pretext.base import PretextInfo, PretextTask
+from vissl_lite.pretext.modules.crops import MultiCrop, forward_multi_crop
+from vissl_lite.pretext.modules.heads import mlp
+from vissl_lite.pretext.modules.losses import random_directions, visreg
 
 
 class VISReg(PretextTask):
@@ -22,19 +22,19 @@ class VISReg(PretextTask):
 
     Args:
         encoder: what is trained.
-        lambd: weight of the regularisation against the agreement of views, in [0, 1]; the authors
+        lambd: weight of the regularization against the agreement of views, in [0, 1]; the authors
             have 0.9, in short runs more agreement learns faster.
         directions: that the shape is looked at from, drawn anew every step; the authors' default.
         hidden_size: of the projection head; 2048 in the authors' example.
         projection_size: of the embeddings.
-        large_crops: views of the encoder's size; the authors have 4.
-        small_crops: small views beside them; default 6 as the authors have, none below 64 pixels.
-        smallest_crop: smallest share of the image's area in a small view.
-        smallest_large_crop: smallest share in a large view.
-        colour: strength of the colour distortion.
+        global_crops: views of the encoder's size; the authors have 4.
+        local_crops: small views beside them; default 6 as the authors have, none below 64 pixels.
+        min_crop_scale: smallest share of the image's area in a small view.
+        min_global_crop_scale: smallest share in a large view.
+        color: strength of the color distortion.
     """
 
-    about = About(
+    info = PretextInfo(
         name="visreg",
         family="non-contrastive",
         views="2 + 6 small",
@@ -54,28 +54,32 @@ class VISReg(PretextTask):
         directions: int = 256,
         hidden_size: int = 1024,
         projection_size: int = 128,
-        large_crops: int = 2,
-        small_crops: int | None = None,
-        smallest_crop: float = 0.05,
-        smallest_large_crop: float = 0.3,
-        colour: float | None = None,
+        global_crops: int = 2,
+        local_crops: int | None = None,
+        min_crop_scale: float = 0.05,
+        min_global_crop_scale: float = 0.3,
+        color: float | None = None,
     ) -> None:
         super().__init__(encoder)
         if not 0 < lambd < 1:
             raise UserError(f"--pretext.lambd {lambd} must be between 0 and 1")
-        check_sizes(LARGEST_DEPTH, large_crops=large_crops)
+        check_sizes(LARGEST_DEPTH, global_crops=global_crops)
         check_sizes(directions=directions, hidden_size=hidden_size, projection_size=projection_size)
         self.head = mlp(encoder.num_features, hidden_size, hidden_size, projection_size)
         self.lambd, self.directions = lambd, directions
-        self.crops = MultiCrop(large_crops, small_crops, smallest_crop, smallest_large_crop, colour)
+        self.crops = MultiCrop(
+            global_crops, local_crops, min_crop_scale, min_global_crop_scale, color
+        )
 
     def views(self, upright: bool = True) -> Views:
         return self.crops.views(self.encoder, upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
-        z = torch.stack([one.float() for one in by_size(self._embed, views)])  # (V, B, D)
-        centre = z[: self.crops.global_crops].mean(dim=0)
-        agreement = (z - centre).square().mean()
+        z = torch.stack(
+            [one.float() for one in forward_multi_crop(self._embed, views)]
+        )  # (V, B, D)
+        center = z[: self.crops.global_crops].mean(dim=0)
+        agreement = (z - center).square().mean()
         directions = random_directions(z.shape[2], self.directions, like=z)
         spread = torch.stack([visreg(view, directions) for view in z]).mean()
         self.measure("agreement", agreement)

@@ -8,20 +8,20 @@ import numpy as np
 
 from vissl_lite.data.images import BROKEN_IMAGE, read_image, resize_and_crop
 from vissl_lite.data.views import Views
-from vissl_lite.encoder import Encoder
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.evaluation.embedding import make_map
 from vissl_lite.faults import machine_error
-from vissl_lite.pictures import plot_exhibit, plot_neighbours
+from vissl_lite.plots import plot_neighbors, plot_visualization
 from vissl_lite.pretext.base import PretextTask
-from vissl_lite.pretext.parts.exhibit import draw_views, exhibit
+from vissl_lite.pretext.modules.visualization import draw_views, visualization_of
 from vissl_lite.run import MAP
 from vissl_lite.transfer.base import LabelledDataset, Scores, TrainedModel
 from vissl_lite.transfer.tasks import AnyTask
 
 log = logging.getLogger(__name__)
 
-NEIGHBOURS_SHOWN = 7
+NEIGHBORS_SHOWN = 7
 
 
 def add_pretext(
@@ -40,9 +40,9 @@ def add_pretext(
     """
     try:
         draw_views(paths, views, seed, run / "views.png")
-        shown = exhibit(task, paths, views, seed)
+        shown = visualization_of(task, paths, views, seed)
         if shown is not None:
-            plot_exhibit(shown.columns, shown.rows, run / "pretext.png")
+            plot_visualization(shown.columns, shown.rows, run / "pretext.png")
     except Exception as error:
         _warn("the picture of the pretext", error)
 
@@ -55,12 +55,12 @@ def add_embeddings(
     classes: Sequence[str] = (),
     seed: int = 0,
 ) -> None:
-    """Leave a map of images and their nearest neighbours in a run, for its report.
+    """Leave a map of images and their nearest neighbors in a run, for its report.
 
     A failure is a warning and no more, but for faults of the machine.
 
     Args:
-        run: the folder; gets map.npz and neighbours.png.
+        run: the folder; gets map.npz and neighbors.png.
         encoder: whose embeddings.
         paths: N image files, of which up to 1,000 are shown.
         labels: ``(N,)`` class indices, where each image has one.
@@ -70,17 +70,17 @@ def add_embeddings(
     try:
         image_map = make_map(encoder, paths, labels, classes, seed=seed)
         image_map.save(run / MAP)
-        count = min(NEIGHBOURS_SHOWN, len(image_map.paths) - 1)
+        count = min(NEIGHBORS_SHOWN, len(image_map.paths) - 1)
         if count < 1:
             return
         queries = np.linspace(0, len(image_map.paths) - 1, min(6, len(image_map.paths))).astype(int)
-        shown = [[query, *image_map.neighbours[query, :count]] for query in queries]
+        shown = [[query, *image_map.neighbors[query, :count]] for query in queries]
         names = None
         if image_map.labels is not None:
             names = [[classes[image_map.labels[index]] for index in row] for row in shown]
         images = [[_small(image_map.paths[index]) for index in row] for row in shown]
         similarities = image_map.similarities[queries, :count]
-        plot_neighbours(images, similarities, run / "neighbours.png", names)
+        plot_neighbors(images, similarities, run / "neighbors.png", names)
     except Exception as error:  # such as features that are no numbers
         _warn("the map of the embeddings", error)
 

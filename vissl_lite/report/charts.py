@@ -16,7 +16,7 @@ MEASURES = {
     " between pretexts.",
     "accuracy": "How often the pretext's own question is answered rightly. Too easy or impossible"
     " teaches nothing.",
-    "knn": "Accuracy on labelled validation images by a vote of their nearest neighbours: the most"
+    "knn": "Accuracy on labelled validation images by a vote of their nearest neighbors: the most"
     " direct sign that the features become useful.",
     "linear": "Accuracy on labelled validation images of a linear classifier on the features.",
     "feature_std": "Spread of the features: near 1 is even, 0 means that all images look the same"
@@ -38,8 +38,8 @@ _COUNTERS = ("step", "epoch", "seconds")
 POINTS = 600
 
 # Seen on white and on black.
-COLOURS = ("#3b7dd8", "#e07b28", "#2a9d6f", "#c2557a", "#8a6fd1")
-GREY = "#808890"
+COLORS = ("#3b7dd8", "#e07b28", "#2a9d6f", "#c2557a", "#8a6fd1")
+GRAY = "#808890"
 
 
 def curves(metrics: Mapping[str, tuple[list[float], list[float]]]) -> list[Block]:
@@ -78,11 +78,11 @@ def stages(layers: Mapping[str, Mapping[str, float]]) -> figure:
     names = list(layers)
     chart = _figure(x_range=FactorRange(*names), height=280)
     measures = list(dict.fromkeys(measure for row in layers.values() for measure in row))
-    for measure, colour in zip(measures, COLOURS, strict=False):
+    for measure, color in zip(measures, COLORS, strict=False):
         values = [layers[name].get(measure, math.nan) for name in names]
         data = ColumnDataSource({"x": names, "y": values, "name": [measure] * len(names)})
-        _line(chart, data, colour, measure)
-        chart.scatter("x", "y", source=data, color=colour, size=7)
+        _line(chart, data, color, measure)
+        chart.scatter("x", "y", source=data, color=color, size=7)
     _hover(chart, "<b>@name</b> @y{0.000}<br>@x")
     _legend(chart, measures)
     chart.xaxis.axis_label = "stage, from the image to the output"
@@ -97,11 +97,11 @@ def _lines(series: Mapping[str, tuple[list[float], list[float]]]) -> figure:
     far = len(every) > 0 and every.min() > 0 and every.max() > 100 * every.min()
     losses = all(name.endswith("loss") for name in drawn)
     chart = _figure(y_axis_type="log" if far and losses else "linear", height=230)
-    for (name, (steps, values)), colour in zip(drawn.items(), COLOURS, strict=False):
+    for (name, (steps, values)), color in zip(drawn.items(), COLORS, strict=False):
         data = ColumnDataSource({"x": steps, "y": values, "name": [name] * len(steps)})
-        _line(chart, data, colour, name)
+        _line(chart, data, color, name)
         if len(steps) < 40:
-            chart.scatter("x", "y", source=data, color=colour, size=5)
+            chart.scatter("x", "y", source=data, color=color, size=5)
     _hover(chart, "<b>@name</b> @y{0.[00000]}<br>step @x{0}")
     _legend(chart, list(drawn))
     chart.xaxis.axis_label = "step"
@@ -110,7 +110,7 @@ def _lines(series: Mapping[str, tuple[list[float], list[float]]]) -> figure:
 
 
 def _thinned(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Averages of as many neighbouring points as it takes; a gap stays a gap."""
+    """Averages of as many neighboring points as it takes; a gap stays a gap."""
     x, y = np.asarray(steps, float), np.asarray(values, float)
     if len(x) <= POINTS:
         return x, y
@@ -121,7 +121,7 @@ def _thinned(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarra
 
 
 def _figure(**options: Any) -> figure:
-    """A chart without a background of its own, in greys that are read on white and on black."""
+    """A chart without a background of its own, in grays that are read on white and on black."""
     chart = figure(
         sizing_mode="stretch_width",
         tools="box_zoom,reset",
@@ -133,17 +133,17 @@ def _figure(**options: Any) -> figure:
     )
     chart.toolbar.logo = None
     chart.toolbar.autohide = True
-    chart.grid.grid_line_color = GREY
+    chart.grid.grid_line_color = GRAY
     chart.grid.grid_line_alpha = 0.25
-    chart.axis.axis_line_color = chart.axis.major_tick_line_color = GREY
+    chart.axis.axis_line_color = chart.axis.major_tick_line_color = GRAY
     chart.axis.minor_tick_line_color = None
-    chart.axis.major_label_text_color = chart.axis.axis_label_text_color = GREY
+    chart.axis.major_label_text_color = chart.axis.axis_label_text_color = GRAY
     chart.axis.axis_label_text_font_style = "normal"
     return chart
 
 
-def _line(chart: figure, data: ColumnDataSource, colour: str, name: str) -> None:
-    chart.line("x", "y", source=data, color=colour, line_width=2, legend_label=name)
+def _line(chart: figure, data: ColumnDataSource, color: str, name: str) -> None:
+    chart.line("x", "y", source=data, color=color, line_width=2, legend_label=name)
 
 
 def _hover(chart: figure, tooltips: str) -> None:
@@ -154,7 +154,7 @@ def _legend(chart: figure, names: Sequence[str]) -> None:
     chart.legend.visible = len(names) > 1
     chart.legend.background_fill_color = None
     chart.legend.border_line_color = None
-    chart.legend.label_text_color = GREY
+    chart.legend.label_text_color = GRAY
     chart.legend.location = "top_left"
     chart.legend.orientation = "horizontal" if sum(map(len, names)) < 30 else "vertical"
     chart.add_layout(chart.legend[0], "above")

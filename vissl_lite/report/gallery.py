@@ -21,8 +21,8 @@ PICTURES = {
                   " into the encoder. Would you still know what they show?"),
     "pretext.png": ("The pretext at work", "What the trained encoder makes of the pretext's own"
                     " question."),
-    "neighbours.png": ("Nearest neighbours", "Images, and those whose features are most similar."
-                       " Neighbours should show the same kind of thing."),
+    "neighbors.png": ("Nearest neighbors", "Images, and those whose features are most similar."
+                       " Neighbors should show the same kind of thing."),
     "curves.png": ("Curves", ""),
 }  # fmt: skip
 

@@ -26,17 +26,17 @@ from bokeh.models import (
 from bokeh.plotting import figure
 
 from vissl_lite.evaluation.embedding import ImageMap
-from vissl_lite.pictures import class_colours
-from vissl_lite.report.charts import GREY
+from vissl_lite.plots import class_colors
+from vissl_lite.report.charts import GRAY
 
-# More classes than these get colours, but no legend: it would be longer than the map.
+# More classes than these get colors, but no legend: it would be longer than the map.
 LEGEND_MOST = 50
 
 ODD, PAIRS, SELECTED = 24, 24, 60  # thumbnails shown at most: odd ones, pairs, selected ones
 
 NAMES = {"pca": "PCA", "umap": "UMAP"}
 
-# After all colours have been used, the shape of the points goes on telling classes apart.
+# After all colors have been used, the shape of the points goes on telling classes apart.
 SHAPES = ("circle", "square", "triangle", "diamond", "inverted_triangle", "hex")
 
 _TOOLTIP = """
@@ -73,14 +73,14 @@ if (chosen.length == 0) {
   shown.text = hint
 } else if (chosen.length == 1) {
   const index = chosen[0]
-  const near = neighbours[index].map((other, place) =>
+  const near = neighbors[index].map((other, place) =>
     card(other, `${similarities[index][place].toFixed(2)} ${data.class_name[other]}`))
-  shown.text = `<b>${safe(data.path[index])}</b> and its nearest neighbours, with their cosine
+  shown.text = `<b>${safe(data.path[index])}</b> and its nearest neighbors, with their cosine
     similarity` + cards([card(index, data.class_name[index]), ...near])
 } else {
   const some = chosen.slice(0, most)
   const words = some.length < chosen.length ? `, the first ${most} of them` : ""
-  shown.text = `<b>${chosen.length} images selected</b>${words}: click one for its neighbours`
+  shown.text = `<b>${chosen.length} images selected</b>${words}: click one for its neighbors`
     + cards(some.map((index) => card(index, data.class_name[index])))
 }
 if (save != null) {
@@ -110,7 +110,7 @@ link.click()
 setTimeout(() => URL.revokeObjectURL(link.href), 1000)
 """
 
-_HINT = "Click a point to see its nearest neighbours; hover to see the image."
+_HINT = "Click a point to see its nearest neighbors; hover to see the image."
 _NOTHING = "Save the paths of selected images"
 
 
@@ -139,7 +139,7 @@ def map_layout(image_map: ImageMap, explore: bool = False) -> LayoutDOM:
     )
     points.toolbar.logo = None
     points.axis.visible = False
-    points.grid.grid_line_color = GREY
+    points.grid.grid_line_color = GRAY
     points.grid.grid_line_alpha = 0.25
     points.add_tools(HoverTool(tooltips=_TOOLTIP, limit=1))
     layers = _draw(points, source, image_map)
@@ -167,7 +167,7 @@ def map_layout(image_map: ImageMap, explore: bool = False) -> LayoutDOM:
         "source": source,
         "shown": shown,
         "save": save,
-        "neighbours": image_map.neighbours.tolist(),
+        "neighbors": image_map.neighbors.tolist(),
         "similarities": image_map.similarities.round(3).tolist(),
         "select": _SELECT % (source.id, "INDEX"),
         "most": SELECTED,
@@ -210,8 +210,8 @@ def _draw(
     points: figure, source: ColumnDataSource, image_map: ImageMap
 ) -> list[tuple[str, GlyphRenderer]]:
     """Draw the points, a layer a class where there are not too many; give the layers by name."""
-    shades = class_colours(len(image_map.classes) or 1)
-    colours = [f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in shades]
+    shades = class_colors(len(image_map.classes) or 1)
+    colors = [f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in shades]
     look = {
         "size": 8, "alpha": 0.8, "line_color": "white", "line_width": 0.5,
         "nonselection_alpha": 0.15,
@@ -219,8 +219,8 @@ def _draw(
     labels = image_map.labels
     if labels is None or len(image_map.classes) > LEGEND_MOST:
         of_each = np.zeros(len(image_map.paths), np.int64) if labels is None else labels
-        source.data["colour"] = [colours[label] for label in of_each]
-        return [("", points.scatter("x", "y", source=source, fill_color="colour", **look))]
+        source.data["color"] = [colors[label] for label in of_each]
+        return [("", points.scatter("x", "y", source=source, fill_color="color", **look))]
     layers = []
     for label, name in enumerate(image_map.classes):
         inside = np.flatnonzero(labels == label)
@@ -228,14 +228,14 @@ def _draw(
             continue
         layer = points.scatter(
             "x", "y", source=source, view=CDSView(filter=IndexFilter(inside.tolist())),
-            fill_color=colours[label], marker=SHAPES[label // 20 % len(SHAPES)], **look,
+            fill_color=colors[label], marker=SHAPES[label // 20 % len(SHAPES)], **look,
         )  # fmt: skip
         layers.append((name, layer))
     items = [LegendItem(label={"value": _short(name)}, renderers=[one]) for name, one in layers]
     legend = Legend(
         items=items, click_policy="hide", ncols=1 if len(items) <= 25 else 2, spacing=0,
         label_text_font_size="11px", glyph_height=16, label_height=16, padding=4,
-        label_text_color=GREY, background_fill_color=None, border_line_color=None,
+        label_text_color=GRAY, background_fill_color=None, border_line_color=None,
     )  # fmt: skip
     points.add_layout(legend, "right")
     return layers
@@ -261,11 +261,11 @@ def _card(source: ColumnDataSource, index: int, words: str) -> str:
 
 
 def _odd_ones(source: ColumnDataSource, image_map: ImageMap) -> Div:
-    order = np.argsort(-image_map.oddness, kind="stable")[:ODD]
-    cards = [_card(source, int(index), f"{image_map.oddness[index]:.3f}") for index in order]
+    order = np.argsort(-image_map.outlier_score, kind="stable")[:ODD]
+    cards = [_card(source, int(index), f"{image_map.outlier_score[index]:.3f}") for index in order]
     return _html(
-        f"<b>Odd ones out</b>: farthest from all others, with the distance to their neighbour "
-        f'number {image_map.neighbours.shape[1]}<div class="cards">{"".join(cards)}</div>'
+        f"<b>Odd ones out</b>: farthest from all others, with the distance to their neighbor "
+        f'number {image_map.neighbors.shape[1]}<div class="cards">{"".join(cards)}</div>'
     )
 
 

@@ -12,7 +12,7 @@ from bokeh.resources import Resources
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from vissl_lite.data.whole_file import write_atomically
+from vissl_lite.data.atomic_file import write_atomically
 
 # HTML, a Bokeh layout, or cards that stand side by side where there is room.
 Content: TypeAlias = Markup | UIElement | Sequence["Block"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from vissl_lite.data.leaks import LEAKS
+from vissl_lite.leakage.matching import LEAKS
 from vissl_lite.report.charts import stages
 from vissl_lite.report.folder import RunFolder
 from vissl_lite.report.page import Block, render
@@ -182,7 +182,7 @@ def _by_class(run: RunFolder) -> list[Block]:
 
 
 def _scores(results: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:
-    """What ``demo`` writes: by measure, by arm, a figure a seed."""
+    """What ``demo`` writes: by measure, by arm, one figure per seed."""
     return {
         measure: {
             arm: values for arm, values in arms.items() if isinstance(values, list) and values
@@ -196,7 +196,7 @@ def _mean(values: list[float]) -> float:
 
 
 def _leaks(run: RunFolder) -> list[Block]:
-    """The judged images that were seen before, beside where; ``data/leaks.py`` lists them."""
+    """The judged images that were seen before, beside where; ``leakage/matching.py`` lists them."""
     if not run.has(LEAKS):
         return []
     columns = ("path", "twin", "where", "kind")

@@ -17,10 +17,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
+from vissl_lite.data.atomic_file import atomic_write
 from vissl_lite.data.stream import Batch
-from vissl_lite.data.whole_file import whole_file
-from vissl_lite.encoder import first_line
-from vissl_lite.encoder_folder import read_torch
+from vissl_lite.encoders.encoder import first_line
+from vissl_lite.encoders.folder import read_torch
 from vissl_lite.errors import UserError
 from vissl_lite.metrics_file import MetricsFile
 from vissl_lite.run import CHECKPOINT
@@ -50,7 +50,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
         # a file's own errors say more than those of torch's writer
-        with whole_file(Path(path)) as part, part.open("wb") as opened:
+        with atomic_write(Path(path)) as part, part.open("wb") as opened:
             torch.save(checkpoint, opened)
             opened.flush()
             os.fsync(opened.fileno())

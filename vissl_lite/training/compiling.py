@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vissl_lite.encoder import Encoder
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError
 
 

@@ -26,12 +26,12 @@ from vissl_lite.training.checkpoints import (
     read_checkpoint,
 )
 from vissl_lite.training.compiling import compiled
+from vissl_lite.training.cpu.operators import fast_cpu_operators
 from vissl_lite.training.guard import LossGuard
 from vissl_lite.training.hardware import Hardware, choose_precision, tf32
 from vissl_lite.training.memory import out_of_memory
-from vissl_lite.training.pace import Pace
-from vissl_lite.training.progress import Bar, Meter, MetricsLogger, StepEnd
-from vissl_lite.training.quick import quick_operations
+from vissl_lite.training.progress import MetricsLogger, ProgressBar, StepEnd, ThroughputMonitor
+from vissl_lite.training.schedule import Schedule
 from vissl_lite.training.sharding import PRECISIONS, check_same_sharding
 from vissl_lite.training.stream import BrokenImages, StreamData
 from vissl_lite.training.sync_batchnorm import SyncBatchNorm
@@ -85,7 +85,7 @@ def settings_restored() -> Iterator[None]:
 def fit(
     module: pl.LightningModule,
     data: StreamData,
-    pace: Pace,
+    pace: Schedule,
     hardware: Hardware,
     callbacks: Sequence[Callback] = (),
     files: TrainingFiles = NO_FILES,
@@ -122,10 +122,10 @@ def fit(
         pace,
         BrokenImages(len(data.dataset)),
         LossGuard(pace, log_every, title, chance_loss),
-        Bar(title, data, pace),
+        ProgressBar(title, data, pace),
         *callbacks,
     ]
-    meter = Meter(data, pace, log_every)
+    meter = ThroughputMonitor(data, pace, log_every)
     every.append(meter)
     last, keeper, metrics = None, None, files.metrics
     if files.checkpoints is not None:
@@ -164,7 +164,7 @@ def fit(
         if metrics is not None:
             metrics.forget_after(saved["global_step"] - 1)
         del saved
-    fast = compiled(module) if hardware.compile else quick_operations()
+    fast = compiled(module) if hardware.compile else fast_cpu_operators()
     with warnings.catch_warnings(), tf32(), fast:
         for message in _NOISE:
             warnings.filterwarnings("ignore", message)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vissl_lite.data.stream import Batch
 from vissl_lite.errors import UserError
-from vissl_lite.training.pace import Pace
+from vissl_lite.training.schedule import Schedule
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class LossGuard(Callback):
     """
 
     def __init__(
-        self, pace: Pace, log_every: int, title: str, chance_loss: float | None = None
+        self, pace: Schedule, log_every: int, title: str, chance_loss: float | None = None
     ) -> None:
         self.pace, self.log_every, self.title = pace, log_every, title
         self.chance_loss = chance_loss

@@ -131,7 +131,7 @@ class Hardware:
     def workers(self) -> int:
         """Data workers for each device.
 
-        A worker feeds several hundred images a second; beside a training step on the CPU itself,
+        A worker feeds several hundred images per second; beside a training step on the CPU itself,
         one is enough, and more take cores away from it.
         """
         if self.num_workers is not None:

@@ -16,20 +16,20 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from vissl_lite.data.stream import Batch
 from vissl_lite.metrics_file import MetricsFile
 from vissl_lite.run import console, is_main_process
-from vissl_lite.training.pace import Pace
+from vissl_lite.training.schedule import Schedule
 from vissl_lite.training.stream import StreamData
 
 log = logging.getLogger(__name__)
 
 
-class Meter(Callback):
+class ThroughputMonitor(Callback):
     """Logs the speed, the share of the time spent waiting for data, the epoch and the rate.
 
     What runs between two steps beside the loading of data is no waiting for it: ``StepEnd`` comes
     after that.
     """
 
-    def __init__(self, data: StreamData, pace: Pace, log_every: int) -> None:
+    def __init__(self, data: StreamData, pace: Schedule, log_every: int) -> None:
         self.data, self.pace, self.log_every = data, pace, log_every
         self._restart()
 
@@ -80,7 +80,7 @@ class StepEnd(Callback):
         meter: what measures the waiting.
     """
 
-    def __init__(self, meter: Meter) -> None:
+    def __init__(self, meter: ThroughputMonitor) -> None:
         self.meter = meter
 
     def on_train_batch_end(
@@ -124,10 +124,10 @@ class MetricsLogger(Logger):
             self.metrics.flush(final=True)
 
 
-class Bar(Callback):
+class ProgressBar(Callback):
     """A progress bar; a line now and then where the output is no terminal."""
 
-    def __init__(self, title: str, data: StreamData, pace: Pace) -> None:
+    def __init__(self, title: str, data: StreamData, pace: Schedule) -> None:
         self.title, self.data, self.pace = title, data, pace
         self._said = 0.0
 

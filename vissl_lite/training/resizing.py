@@ -7,8 +7,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from vissl_lite.data.stream import Batch
-from vissl_lite.encoder import Encoder
-from vissl_lite.training.pace import Pace
+from vissl_lite.encoders.encoder import Encoder
+from vissl_lite.training.schedule import Schedule
 
 # The side that views begin with, as a share of their own; when it begins to rise, and when it is
 # whole, as shares of the run (the defaults of Composer's ProgressiveResizing, MosaicML 2022, after
@@ -60,7 +60,7 @@ class ProgressiveResizing(Callback):
         encoder: Encoder that the views are for.
     """
 
-    def __init__(self, pace: Pace, encoder: Encoder) -> None:
+    def __init__(self, pace: Schedule, encoder: Encoder) -> None:
         self.pace, self.encoder = pace, encoder
 
     def on_train_batch_start(

@@ -57,7 +57,7 @@ def shard(module: pl.LightningModule, mesh: DeviceMesh) -> None:
 
     Blocks that a network repeats are gathered one at a time, all other weights together for the
     whole of ``training_step``, whatever that does with them. Buffers stay whole. BatchNorm is
-    synchronised first.
+    synchronized first.
 
     Args:
         module: with its weights; its ``training_step`` is the only way to compute with it then.

@@ -13,7 +13,7 @@ from vissl_lite.data.reading import Broken
 from vissl_lite.data.stream import BROKEN_SHARE, Batch, Source, too_many_broken
 from vissl_lite.data.workers import WorkerLoader
 from vissl_lite.errors import UserError
-from vissl_lite.training.pace import Pace
+from vissl_lite.training.schedule import Schedule
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class StreamData(pl.LightningDataModule):
         dataset: Source,
         batch_size: int,
         epochs: int | None,
-        pace: Pace,
+        pace: Schedule,
         workers: int,
         weights: np.ndarray | None = None,
     ) -> None:

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from vissl_lite.training.processes import gather, world
 
 
-class Synchronised(_BatchNorm):
+class Synchronized(_BatchNorm):
     """A BatchNorm whose mean and variance are those of all processes' batches joined.
 
     What ``torch.nn.SyncBatchNorm`` does on GPUs, out of ordinary operations. Running statistics
@@ -53,15 +53,15 @@ class Synchronised(_BatchNorm):
         self.running_var.lerp_(variance * count / (count - 1), new)
 
 
-class _Synchronised1d(Synchronised, nn.BatchNorm1d):
+class _Synchronized1d(Synchronized, nn.BatchNorm1d):
     pass
 
 
-class _Synchronised2d(Synchronised, nn.BatchNorm2d):
+class _Synchronized2d(Synchronized, nn.BatchNorm2d):
     pass
 
 
-class _SynchronisedAct2d(Synchronised, BatchNormAct2d):
+class _SynchronizedAct2d(Synchronized, BatchNormAct2d):
     """With the activation that timm's has in it."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,9 +74,9 @@ class _SynchronisedAct2d(Synchronised, BatchNormAct2d):
 # A module is turned by changing its class alone: its parameters, their names and its activation
 # stay what they are, for the optimizer and for checkpoints.
 _TURNED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.BatchNorm1d: _Synchronised1d,
-    nn.BatchNorm2d: _Synchronised2d,
-    BatchNormAct2d: _SynchronisedAct2d,
+    nn.BatchNorm1d: _Synchronized1d,
+    nn.BatchNorm2d: _Synchronized2d,
+    BatchNormAct2d: _SynchronizedAct2d,
 }
 _BACK = {turned: plain for plain, turned in _TURNED.items()}
 
@@ -88,7 +88,7 @@ def _turn(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> 
 
 
 class SyncBatchNorm(LayerSync):
-    """Makes Lightning synchronise BatchNorm wherever there are several processes.
+    """Makes Lightning synchronize BatchNorm wherever there are several processes.
 
     On GPUs by timm's conversion: torch's own drops what timm adds to its norms.
     """

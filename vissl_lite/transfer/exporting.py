@@ -9,9 +9,9 @@ import numpy as np
 from torch import nn
 
 from vissl_lite.data.images import resize_and_crop
-from vissl_lite.encoder import Normalize
-from vissl_lite.encoder_config import CONFIG
-from vissl_lite.encoder_folder import load_encoder
+from vissl_lite.encoders.config import CONFIG
+from vissl_lite.encoders.encoder import Normalize
+from vissl_lite.encoders.folder import load_encoder
 
 
 def crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

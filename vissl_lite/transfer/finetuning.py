@@ -16,17 +16,17 @@ from lightning.pytorch.callbacks import Callback
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vissl_lite.data.atomic_file import write_atomically
 from vissl_lite.data.json_file import read_json
 from vissl_lite.data.stream import Batch, KeyedDataset
-from vissl_lite.data.whole_file import write_atomically
-from vissl_lite.encoder import Encoder, first_line
-from vissl_lite.encoder_config import CONFIG, SENSELESS, checked_names
-from vissl_lite.encoder_folder import load_encoder, load_tensors, read_weights, save_encoder
+from vissl_lite.encoders.config import CONFIG, SENSELESS, checked_names
+from vissl_lite.encoders.encoder import Encoder, first_line
+from vissl_lite.encoders.folder import load_encoder, load_tensors, read_weights, save_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.training.fit import NO_FILES, TrainingFiles, fit
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.training.pace import Pace
+from vissl_lite.training.schedule import Schedule
 from vissl_lite.training.stream import StreamData
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class TransferSettings:
         warmup: share of the training in which the learning rate rises.
         patience: stop after so many looks at the validation part without a better figure; there
             are 25 looks in a training. None never stops early.
-        smallest_crop: smallest share of the image's area in a training view.
+        min_crop_scale: smallest share of the image's area in a training view.
         upright: whether the images have an up; without one they are turned and flipped.
         seed: of everything random.
         pretrained: whether the encoder's weights are more than random ones.
@@ -64,7 +64,7 @@ class TransferSettings:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     warmup: float = 0.1
     patience: int | None = 10
-    smallest_crop: float = 0.35
+    min_crop_scale: float = 0.35
     upright: bool = True
     seed: int = 0
     pretrained: bool = False
@@ -86,7 +86,7 @@ class TransferSettings:
         return self.batch_size or max(min(usual, images // 4), min(8, images))
 
 
-class Judgement(NamedTuple):
+class EvalResult(NamedTuple):
     """What a look at the validation part saw.
 
     Attributes:
@@ -98,7 +98,7 @@ class Judgement(NamedTuple):
     values: dict[str, float]
 
 
-class KeepBest(Callback):
+class BestWeights(Callback):
     """Looks at the validation part now and then; keeps the best weights; stops early.
 
     Args:
@@ -112,8 +112,8 @@ class KeepBest(Callback):
     def __init__(
         self,
         model: nn.Module,
-        judge: Callable[[], Judgement],
-        pace: Pace,
+        judge: Callable[[], EvalResult],
+        pace: Schedule,
         every: int,
         patience: int | None,
     ) -> None:
@@ -161,7 +161,7 @@ def train(
     dataset: KeyedDataset,
     batch_size: int,
     settings: TransferSettings,
-    judge: Callable[[], Judgement] | None,
+    judge: Callable[[], EvalResult] | None,
     hardware: Hardware | None = None,
     files: TrainingFiles = NO_FILES,
     title: str = "finetune",
@@ -173,7 +173,7 @@ def train(
         task: with ``training_step`` and ``configure_optimizers``.
         model: in it; left on the CPU.
         dataset: the training images.
-        batch_size: images a step.
+        batch_size: images per step.
         settings: how.
         judge: looks at the validation part; None where there is none: the last weights stay.
         hardware: where; default one device.
@@ -184,13 +184,13 @@ def train(
     per_epoch = len(dataset) // batch_size
     epochs = settings.epochs or min(100, max(10, math.ceil(1000 / per_epoch)))
     total = epochs * per_epoch
-    pace = Pace(settings.optimizer.lr, settings.warmup, settings.seed, total)
+    pace = Schedule(settings.optimizer.lr, settings.warmup, settings.seed, total)
     hardware = hardware or Hardware(devices=1)
     stream = StreamData(dataset, batch_size, epochs, pace, hardware.workers(), weights)
     best = None
     if judge is not None:
         every = max(per_epoch, math.ceil(total / LOOKS))
-        best = KeepBest(model, judge, pace, every, settings.patience)
+        best = BestWeights(model, judge, pace, every, settings.patience)
     fit(task, stream, pace, hardware, [best] if best else [], files, title=title)
     if best and best.weights:
         model.load_state_dict(best.weights)

@@ -13,9 +13,9 @@ from typing import TextIO
 import numpy as np
 from PIL import Image
 
+from vissl_lite.data.atomic_file import atomic_write
 from vissl_lite.data.images import BROKEN_IMAGE, read_image
 from vissl_lite.data.reading import reason
-from vissl_lite.data.whole_file import whole_file
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Predictions:
                             {"path": path, "why": reason(error, path)},
                             extra={"code": "picture.failed"})  # fmt: skip
                 return
-            with whole_file(self.place(path, "pictures")) as part:
+            with atomic_write(self.place(path, "pictures")) as part:
                 Image.fromarray(drawn(image)).save(part, "PNG")
 
 

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torchvision.ops import FeaturePyramidNetwork
 
-from vissl_lite.encoder import Encoder
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import build_optimizer_with_head
 from vissl_lite.transfer.finetuning import TransferSettings
@@ -125,7 +125,7 @@ class PyramidSettings(TransferSettings, FrozenNormOption):
 
     Attributes:
         frozen_norm: leave the encoder's BatchNorms as they are, for batches too small for them.
-            None does so for a pre-trained encoder where fewer than 8 images a batch are asked for.
+            None does so for a pre-trained encoder if the batch size is below 8.
     """
 
     @property

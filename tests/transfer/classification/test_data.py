@@ -357,7 +357,7 @@ def test_paths_are_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(load_labelled(tmp_path / "split.csv").train) == 6
 
 
-# Several labels an image
+# Several labels per image
 
 # images 0 to 3, and what they are expected to be: cat; dog; both; neither
 TRUTH = [[1, 0], [0, 1], [1, 1], [0, 0]]
@@ -528,6 +528,6 @@ def test_the_probe_refuses_several_labels(
     given = ["--encoder", "random:test_resnet", "--data", file, "--out", out]
     assert main(["probe", *map(str, given)]) == 2
     error = capsys.readouterr().err
-    assert "has several labels an image: give finetune such a file" in error
+    assert "has several labels per image: give finetune such a file" in error
     assert error.count("\n") == 1
     assert not out.exists()

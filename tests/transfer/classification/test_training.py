@@ -11,8 +11,8 @@ from sklearn import metrics as sk
 from torch import Tensor
 
 from vissl_lite.data.stream import Batch
-from vissl_lite.encoder import build_encoder
-from vissl_lite.encoder_folder import save_model
+from vissl_lite.encoders.encoder import build_encoder
+from vissl_lite.encoders.folder import save_model
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.training.hardware import Hardware
@@ -207,9 +207,9 @@ def test_a_look_where_no_class_can_be_ranked_goes_by_the_loss() -> None:
 
 
 @pytest.fixture(scope="module")
-def coloured(tmp_path_factory: pytest.TempPathFactory) -> LabelledImages:
+def colored(tmp_path_factory: pytest.TempPathFactory) -> LabelledImages:
     """Noise; which channels are bright says which classes there are. No image has `nothing`."""
-    folder, random = tmp_path_factory.mktemp("coloured"), np.random.default_rng(0)
+    folder, random = tmp_path_factory.mktemp("colored"), np.random.default_rng(0)
     parts = []
     for part, count in (("train", 48), ("val", 16), ("test", 32)):
         labels = np.zeros((count, 4), np.int64)
@@ -224,16 +224,16 @@ def coloured(tmp_path_factory: pytest.TempPathFactory) -> LabelledImages:
 
 
 def test_learns_several_labels_an_image(
-    coloured: LabelledImages, warnings: pytest.LogCaptureFixture, tmp_path: Path
+    colored: LabelledImages, warnings: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     torch.manual_seed(5)
     encoder = build_encoder("test_resnet", 32)
     settings = ClassifierSettings(
         epochs=5, batch_size=8, class_weights="balanced", optimizer=OptimizerSettings(lr=3e-3)
     )
-    model = train_classifier(encoder, coloured, settings, Hardware(devices=1, num_workers=0))
-    assert "can't be learnt, as no training image has it: nothing" in warnings.text
-    scores = score_classifier(model, coloured)
+    model = train_classifier(encoder, colored, settings, Hardware(devices=1, num_workers=0))
+    assert "can't be learned, as no training image has it: nothing" in warnings.text
+    scores = score_classifier(model, colored)
     assert scores.metrics["map"] > 0.9
     assert scores.metrics["macro_f1"] > 0.8
     assert sorted(scores.per_class) == ["blue", "green", "red"]
@@ -241,7 +241,7 @@ def test_learns_several_labels_an_image(
     save_classifier(model, tmp_path / "model", {})
     loaded = load_classifier(tmp_path)
     assert loaded.multi_label
-    assert loaded.classes == coloured.classes
+    assert loaded.classes == colored.classes
     assert loaded.encoder.image_size == 32
     images = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(loaded.eval()(images), model.eval()(images))

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from vissl_lite.encoder import build_encoder
-from vissl_lite.transfer.detection.export import FixedDetector, suppress
+from vissl_lite.encoders.encoder import build_encoder
+from vissl_lite.transfer.detection.export import ExportableDetector, suppress
 from vissl_lite.transfer.detection.model import Detector
 from vissl_lite.transfer.detection.options import DetectorName
 
@@ -31,7 +31,7 @@ def test_it_finds_what_the_detector_finds(kind: DetectorName) -> None:
     images = torch.rand(3, 3, 64, 96) * 4 - 2
     with torch.no_grad():
         expected = detector(images)
-        boxes, scores, labels = FixedDetector(detector)(images)
+        boxes, scores, labels = ExportableDetector(detector)(images)
     assert any(len(one["scores"]) > 20 for one in expected)
     for index, one in enumerate(expected):
         count = len(one["scores"])
@@ -49,7 +49,7 @@ def test_it_finds_what_the_detector_finds(kind: DetectorName) -> None:
 
 
 def test_an_image_does_not_depend_on_the_others_in_the_batch() -> None:
-    model = FixedDetector(outspoken("faster_rcnn"))
+    model = ExportableDetector(outspoken("faster_rcnn"))
     images = torch.rand(2, 3, 64, 96) * 4 - 2
     with torch.no_grad():
         both, alone = model(images), model(images[1:])
@@ -63,7 +63,7 @@ def test_where_nothing_is_found_all_scores_are_zero() -> None:
         build_encoder("test_resnet", 64), ["a", "b", "c"], "retinanet", (64, 64)
     ).eval()
     with torch.no_grad():
-        _, scores, _ = FixedDetector(detector)(torch.rand(2, 3, 64, 64))
+        _, scores, _ = ExportableDetector(detector)(torch.rand(2, 3, 64, 64))
     assert (scores == 0).all()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vissl_lite.encoder import build_encoder
+from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.transfer.detection.data import BoxedImage
 from vissl_lite.transfer.detection.model import (

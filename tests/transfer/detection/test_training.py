@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vissl_lite.encoder import build_encoder
+from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.transfer.detection import metrics, training
@@ -20,7 +20,7 @@ from vissl_lite.transfer.detection.training import BoxDataset, rescaled, train_d
 
 
 def squares(folder: Path, count: int, seed: int) -> list[BoxedImage]:
-    """Images of 64 pixels with a red and perhaps a blue square on grey noise."""
+    """Images of 64 pixels with a red and perhaps a blue square on gray noise."""
     folder.mkdir()
     random = np.random.default_rng(seed)
     made = []
@@ -59,7 +59,7 @@ SETTINGS = DetectorSettings(
     batch_size=8,
     frozen_norm=False,
     optimizer=OptimizerSettings(lr=4e-3),
-    smallest_crop=0.8,
+    min_crop_scale=0.8,
 )
 
 
@@ -128,7 +128,7 @@ def test_boxes_follow_the_view_and_ignored_ones_are_left_out(data: LabelledBoxes
     ignored = np.ones(len(one.boxes), dtype=bool)
     ignored[0] = False
     partly = BoxedImage(one.path, one.size, one.boxes, one.labels, ignored)
-    dataset = BoxDataset([partly], (64, 64), DetectorSettings(upright=False, smallest_crop=0.5))
+    dataset = BoxDataset([partly], (64, 64), DetectorSettings(upright=False, min_crop_scale=0.5))
     seen = 0
     for epoch in range(20):
         item = dataset[epoch, 0]

@@ -169,7 +169,7 @@ def test_a_csv_file(text: str, message: str | None, tmp_path: Path) -> None:
 # What masks hold
 
 
-def test_a_palette_mask_gives_its_indices_whatever_the_colours(tmp_path: Path) -> None:
+def test_a_palette_mask_gives_its_indices_whatever_the_colors(tmp_path: Path) -> None:
     truth = np.random.default_rng(0).integers(0, 4, (HEIGHT, WIDTH), np.uint8)
     made = Image.fromarray(truth)
     made.putpalette([255, 0, 0, 0, 255, 0, 9, 9, 9, 9, 9, 9])
@@ -179,16 +179,16 @@ def test_a_palette_mask_gives_its_indices_whatever_the_colours(tmp_path: Path) -
     np.testing.assert_array_equal(read, truth)
 
 
-@pytest.mark.parametrize("kind", ["grey", "16 bits", "RGB", "RGBA", "LA", "tif"])
+@pytest.mark.parametrize("kind", ["gray", "16 bits", "RGB", "RGBA", "LA", "tif"])
 def test_indices_are_read_from_many_formats(kind: str, tmp_path: Path) -> None:
     truth = np.random.default_rng(0).integers(0, 40, (HEIGHT, WIDTH), np.uint8)
     truth[0, 0] = IGNORE
     path = tmp_path / ("0.tif" if kind == "tif" else "0.png")
-    grey = Image.fromarray(truth)
+    gray = Image.fromarray(truth)
     if kind == "16 bits":
         Image.fromarray(truth.astype(np.uint16)).save(path)
     else:
-        grey.convert(kind if kind in ("RGB", "RGBA", "LA") else "L").save(path)
+        gray.convert(kind if kind in ("RGB", "RGBA", "LA") else "L").save(path)
     np.testing.assert_array_equal(read_mask(path), truth)
 
 
@@ -232,7 +232,7 @@ def test_names_of_classes(names: str, classes: list[str], tmp_path: Path) -> Non
     assert load_masks(tmp_path / "images", tmp_path / "masks").classes == classes
 
 
-def test_shades_of_grey_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_shades_of_gray_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fill(tmp_path / "images", tmp_path / "masks", 5, (0, 76, 150))
     assert len(load_masks(tmp_path).classes) == 151
     assert "Only 3 of the values up to 150 occur" in caplog.text
@@ -281,11 +281,11 @@ def test_two_masks_for_one_image_and_two_images_for_one_mask(data: Path) -> None
     assert "has two masks" in refused(data)
 
 
-def test_colours_are_no_classes(data: Path) -> None:
-    coloured = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
-    Image.fromarray(coloured).save(data / "masks" / "2.png")
+def test_colors_are_no_classes(data: Path) -> None:
+    colored = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
+    Image.fromarray(colored).save(data / "masks" / "2.png")
     message = refused(data)
-    assert "2.png holds colours (RGB): convert each colour to its class number" in message
+    assert "2.png holds colors (RGB): convert each color to its class number" in message
 
 
 def test_jpeg_masks_are_refused(data: Path) -> None:

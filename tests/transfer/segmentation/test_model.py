@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vissl_lite.encoder import Normalize, build_encoder
+from vissl_lite.encoders.encoder import Normalize, build_encoder
 from vissl_lite.transfer.segmentation.model import (
     Segmenter,
     dice_loss,
@@ -142,7 +142,7 @@ NORMALIZE = Normalize((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
 class Pixelwise(nn.Module):
-    """Three classes by the colour of a pixel alone."""
+    """Three classes by the color of a pixel alone."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 
 from vissl_lite.data.stream import StreamSampler, stream
-from vissl_lite.encoder import build_encoder
+from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.metrics_file import MetricsFile
 from vissl_lite.optim import OptimizerSettings
@@ -27,7 +27,7 @@ FAST = OptimizerSettings("adamw", lr=4e-3)
 
 @pytest.fixture(scope="module")
 def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Red and green squares on grey noise, a white frame around them to be ignored; 40 x 48."""
+    """Red and green squares on gray noise, a white frame around them to be ignored; 40 x 48."""
     folder = tmp_path_factory.mktemp("squares")
     for part, count in (("train", 16), ("val", 2), ("test", 3)):
         for kind in ("images", "masks"):
@@ -64,7 +64,7 @@ def test_learns_keeps_the_best_weights_and_comes_back_from_the_disk(
     encoder = build_encoder(backbone, 32)
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     metrics = MetricsFile(tmp_path / "metrics.csv")
-    chosen = settings(7, frozen_norm=False, smallest_crop=0.6)
+    chosen = settings(7, frozen_norm=False, min_crop_scale=0.6)
     segmenter = train_segmenter(encoder, data, chosen, HERE, TrainingFiles(metrics))
     for name, tensor in encoder.state_dict().items():
         assert torch.equal(tensor, before[name]), name

@@ -120,7 +120,7 @@ class LabelledImages(LabelledDataset):
         Args:
             fraction: share of each class in (0, 1]; at least one image of each. With several labels
                 an image, where no class has images to itself, share of the images.
-            shots: images a class, instead.
+            shots: images per class, instead.
             seed: which ones.
 
         Raises:
@@ -195,7 +195,7 @@ def load_labelled(
 ) -> LabelledImages:
     """Read a labelled data set.
 
-    Several labels an image (multi-label) come in a CSV file: in a column ``labels``, names
+    Several labels per image (multi-label) come in a CSV file: in a column ``labels``, names
     separated by ``|``, ``;`` or ``,`` (none where it is empty); in a column ``label`` in which
     some value has ``|`` or ``;``; or, without such a column, in a column for each class that
     holds 0 or 1 (false or true, empty for 0) alone.
@@ -205,18 +205,18 @@ def load_labelled(
             folders; or a CSV file with the columns ``path`` and ``label``, and optionally
             ``split`` (train, val, test), paths relative to the file. Without splits a seeded,
             stratified 60/20/20 split is made; without a validation part, 20 % of the training part
-            becomes one. With several labels an image both go by chance.
+            becomes one. With several labels per image both go by chance.
         seed: of the splits that are made here.
         need_test: whether missing test images are an error.
         need_val: whether to take a missing validation part out of the training part.
-        multi_label: whether the caller can take several labels an image.
+        multi_label: whether the caller can take several labels per image.
 
     Returns:
         The parts, each sorted by path.
 
     Raises:
         UserError: nothing there, one class only, no test images, a class in a part that the
-            training part lacks, or several labels an image where one is needed.
+            training part lacks, or several labels per image where one is needed.
     """
     source = Path(source)
     if not os.path.exists(source):
@@ -228,7 +228,7 @@ def load_labelled(
     else:
         raise UserError(f"{source} is neither a folder with class folders nor a .csv file")
     if found.multi_label and not multi_label:
-        raise UserError(f"{source} has several labels an image: give finetune such a file; here "
+        raise UserError(f"{source} has several labels per image: give finetune such a file; here "
                         f"each image needs one, in a column class")  # fmt: skip
     parts = _parts(found)
     classes = _classes(source, found, parts)
@@ -257,7 +257,7 @@ def has_both(labels: np.ndarray) -> np.ndarray:
 def hold_out_val(data: LabelledImages, seed: int) -> LabelledImages:
     """Take a validation part out of the training part; none where labels are too few.
 
-    It is stratified, or with several labels an image by chance.
+    It is stratified, or with several labels per image by chance.
     """
     if data.multi_label:
         left, part = hold_out(range(len(data.train)), seed)

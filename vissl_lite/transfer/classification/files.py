@@ -152,7 +152,7 @@ def _class_columns(file: Path, columns: list[str], rows: Rows, path: str) -> _Co
             left_out.append(column)
     if not has:
         raise UserError(f"{file} has no column {' or '.join(_LABEL_COLUMNS)}: it has "
-                        f"{brief(', '.join(columns))}; for several labels an image give a column "
+                        f"{brief(', '.join(columns))}; for several labels per image give a column "
                         f"labels, or one of 0 and 1 for each class")  # fmt: skip
     names = [tuple(name for name in has if has[name][row]) for row in range(len(rows))]
     note = ""

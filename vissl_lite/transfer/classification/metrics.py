@@ -21,12 +21,12 @@ from torchmetrics.functional.classification import (
 )
 
 from vissl_lite.transfer.classification.data import has_both
-from vissl_lite.transfer.finetuning import Judgement
+from vissl_lite.transfer.finetuning import EvalResult
 
 log = logging.getLogger(__name__)
 
 
-def judge_one(logits: Tensor, target: Tensor) -> Judgement:
+def judge_one(logits: Tensor, target: Tensor) -> EvalResult:
     """What a look at images of one class each saw.
 
     Args:
@@ -35,10 +35,10 @@ def judge_one(logits: Tensor, target: Tensor) -> Judgement:
     """
     loss = float(F.cross_entropy(logits, target))
     accuracy = float((logits.argmax(dim=1) == target).float().mean())
-    return Judgement((accuracy, -loss), {"val_top1": accuracy, "val_loss": loss})
+    return EvalResult((accuracy, -loss), {"val_top1": accuracy, "val_loss": loss})
 
 
-def judge_several(logits: Tensor, target: Tensor) -> Judgement:
+def judge_several(logits: Tensor, target: Tensor) -> EvalResult:
     """What a look at images of several labels saw; the loss alone where no class can be ranked.
 
     Args:
@@ -48,11 +48,11 @@ def judge_several(logits: Tensor, target: Tensor) -> Judgement:
     loss = float(F.binary_cross_entropy_with_logits(logits, target.float()))
     ranked = np.flatnonzero(has_both(target.numpy())).tolist()
     if not ranked:
-        return Judgement((-loss,), {"val_loss": loss})
+        return EvalResult((-loss,), {"val_loss": loss})
     # one class at a time: torchmetrics' multi-label functions refuse a single class
     score = logits.double().sigmoid()
     mean = _mean([binary_average_precision(score[:, k], target[:, k]) for k in ranked])
-    return Judgement((mean, -loss), {"val_map": mean, "val_loss": loss})
+    return EvalResult((mean, -loss), {"val_map": mean, "val_loss": loss})
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vissl_lite.encoder import Encoder, Normalize
-from vissl_lite.encoder_config import CONFIG
-from vissl_lite.encoder_folder import load_model, save_model
+from vissl_lite.encoders.config import CONFIG
+from vissl_lite.encoders.encoder import Encoder, Normalize
+from vissl_lite.encoders.folder import load_model, save_model
 from vissl_lite.errors import UserError
-from vissl_lite.inference import run_over
+from vissl_lite.inference import predict_images
 from vissl_lite.transfer.classification.data import LabelledImages
 from vissl_lite.transfer.classification.metrics import TestScores, score_one, score_several
 from vissl_lite.transfer.finetuning import model_folder
@@ -41,7 +41,7 @@ class Classifier(nn.Module):
         return self.encoder.model
 
     def forward(self, images: Tensor) -> Tensor:
-        """``(B, K)`` logits of normalised images."""
+        """``(B, K)`` logits of normalized images."""
         logits: Tensor = self.network(images)
         return logits
 
@@ -53,7 +53,7 @@ class Classifier(nn.Module):
 def class_logits(classifier: Classifier, paths: Sequence[str]) -> tuple[Tensor, np.ndarray]:
     """``(N, K)`` logits of the readable images, and ``(M,)`` bool: which of all M these are."""
     encoder = classifier.encoder
-    (logits,), good = run_over(
+    (logits,), good = predict_images(
         classifier,
         lambda images: [classifier(images)],
         Normalize(encoder.mean, encoder.std),

@@ -22,7 +22,7 @@ class ClassifierSettings(TransferSettings, ClassificationOptions):
 
     Attributes:
         label_smoothing: share s of the target that is spread over all classes (Szegedy et al. 2016,
-            section 7); with several labels an image over yes and no, so that targets are s / 2 and
+            section 7); with several labels per image over yes and no, so that targets are s / 2 and
             1 - s / 2.
         balanced: sample all classes equally often.
         class_weights: what classes weigh in the loss, see ``loss_weights``: ``balanced``, or a

@@ -11,9 +11,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from vissl_lite.data.images import read_image, suitable_size
-from vissl_lite.encoder import Encoder, Normalize
+from vissl_lite.encoders.encoder import Encoder, Normalize
 from vissl_lite.inference import check_outputs, run_in_batches
-from vissl_lite.pictures import draw_words, plot_confusion, plot_per_class, plot_titled
+from vissl_lite.plots import draw_words, plot_confusion, plot_per_class, plot_titled
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.base import Task, spread

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from vissl_lite.data.stream import Batch, ViewDataset
 from vissl_lite.data.views import Views, crop_decode_size, flip, random_crop
-from vissl_lite.encoder import Encoder
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError, check_warmup, did_you_mean
 from vissl_lite.optim import build_optimizer
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
@@ -28,7 +28,7 @@ from vissl_lite.transfer.classification.metrics import (
 )
 from vissl_lite.transfer.classification.model import Classifier, class_logits
 from vissl_lite.transfer.classification.options import ClassifierSettings
-from vissl_lite.transfer.finetuning import Judgement, train
+from vissl_lite.transfer.finetuning import EvalResult, train
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def loss_weights(chosen: str | dict[str, float] | None, data: LabelledImages) ->
     is one over the number of its training images. Only ratios count: the mean over the training
     images is 1, which leaves the learning rate its meaning.
 
-    With several labels an image it multiplies the loss of having the class, not that of having it
+    With several labels per image it multiplies the loss of having the class, not that of having it
     not; ``balanced`` is the training images without the class over those with it, between 0.1 and
     100.
 
@@ -165,16 +165,16 @@ class ClassifierTraining(pl.LightningModule):
         return build_optimizer(self.model.network, self.settings.optimizer)
 
 
-def classifier_views(size: int, smallest_crop: float, upright: bool) -> Views:
+def classifier_views(size: int, min_crop_scale: float, upright: bool) -> Views:
     """One training view: a random crop, perhaps flipped.
 
     Args:
         size: side in pixels.
-        smallest_crop: smallest share of the image's area.
+        min_crop_scale: smallest share of the image's area.
         upright: whether the images have an up; see ``flip``.
     """
-    one = [random_crop(size, smallest_crop), flip(upright)]
-    return Views([one], shortest=crop_decode_size(size, smallest_crop))
+    one = [random_crop(size, min_crop_scale), flip(upright)]
+    return Views([one], shortest=crop_decode_size(size, min_crop_scale))
 
 
 def train_classifier(
@@ -190,7 +190,7 @@ def train_classifier(
     Args:
         encoder: left as it is.
         data: trained on ``train``; the weights with the best accuracy on ``val`` (with several
-            labels an image, mean average precision) are kept, the last ones where ``val`` is empty.
+            labels per image, mean average precision) are kept, or the last ones if it is empty.
         settings: how.
         hardware: where; default one device.
         files: where metrics and checkpoints go.
@@ -211,10 +211,10 @@ def train_classifier(
     torch.manual_seed(settings.seed)  # the new classifier's weights
     classifier = Classifier(copy.deepcopy(encoder), data.classes, data.multi_label)
     training = ClassifierTraining(classifier, data, settings)
-    views = classifier_views(encoder.image_size, settings.smallest_crop, settings.upright)
+    views = classifier_views(encoder.image_size, settings.min_crop_scale, settings.upright)
     dataset = ViewDataset(data.train.paths, views, settings.seed)
 
-    def judge() -> Judgement:
+    def judge() -> EvalResult:
         logits, good = class_logits(classifier, data.val.paths)
         target = torch.from_numpy(data.val.labels[good])
         return (judge_several if data.multi_label else judge_one)(logits, target)
@@ -233,6 +233,6 @@ def _warn_of_constant_classes(data: LabelledImages) -> None:
     labels = data.train.labels
     for what, which in (("no", ~labels.any(axis=0)), ("every", labels.all(axis=0))):
         if which.any():
-            log.warning("can't be learnt, as %(which)s training image has it: %(classes)s",
+            log.warning("can't be learned, as %(which)s training image has it: %(classes)s",
                         {"which": what, "classes": ", ".join(np.array(data.classes)[which])},
                         extra={"code": "class.constant"})  # fmt: skip

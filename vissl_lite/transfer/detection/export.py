@@ -13,7 +13,7 @@ from torchvision.ops import batched_nms, roi_align
 
 from vissl_lite.transfer.detection.model import LEAST_SCORE, Detector
 
-MOST = 100  # boxes an image
+MOST = 100  # boxes per image
 
 
 @torch.library.custom_op("vissl_lite::suppress", mutates_args=())
@@ -62,8 +62,8 @@ def suppress_in_onnx(boxes: Any, scores: Any, overlap: float, most: int) -> Any:
 TRANSLATIONS: dict[Any, Any] = {torch.ops.vissl_lite.suppress.default: suppress_in_onnx}
 
 
-class FixedDetector(nn.Module):
-    """What a ``Detector`` finds, at most ``MOST`` boxes an image, padded with zeros.
+class ExportableDetector(nn.Module):
+    """What a ``Detector`` finds, at most ``MOST`` boxes per image, padded with zeros.
 
     Args:
         detector: whose weights it shares.
@@ -91,7 +91,7 @@ class FixedDetector(nn.Module):
         """Boxes ``(B, N, 4)`` within the canvas, scores ``(B, N)`` best first, labels ``(B, N)``.
 
         Args:
-            images: ``(B, C, H, W)``, normalised, of the canvas's size.
+            images: ``(B, C, H, W)``, normalized, of the canvas's size.
         """
         maps = list(self.net.backbone(images).values())
         if self.two_stages:

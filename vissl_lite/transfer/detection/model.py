@@ -18,8 +18,8 @@ from torchvision.ops import MultiScaleRoIAlign
 from vissl_lite.data.images import BROKEN_IMAGE, read_image
 from vissl_lite.data.reading import reason
 from vissl_lite.data.views import PADDING
-from vissl_lite.encoder import Encoder, Normalize
-from vissl_lite.inference import check_outputs, evaluating, report_broken
+from vissl_lite.encoders.encoder import Encoder, Normalize
+from vissl_lite.inference import check_outputs, inference_mode, report_broken
 from vissl_lite.transfer.detection.data import BoxedImage
 from vissl_lite.transfer.detection.options import DetectorName
 from vissl_lite.transfer.finetuning import load_with_head, save_with_head
@@ -63,7 +63,7 @@ class _Maps(nn.Module):
 
 
 class _AsTheyAre(nn.Module):
-    """In place of torchvision's transform: images come normalised and of one size already."""
+    """In place of torchvision's transform: images come normalized and of one size already."""
 
     def forward(self, images: Tensor, targets: Any) -> tuple[ImageList, Any]:
         height, width = images.shape[-2:]
@@ -159,7 +159,7 @@ class Detector(PyramidModel):
         """The detector's losses, by torchvision's names.
 
         Args:
-            images: ``(B, C, H, W)``, normalised.
+            images: ``(B, C, H, W)``, normalized.
             targets: for each image ``boxes`` ``(N, 4)`` in pixels and ``labels`` ``(N,)`` from 0.
         """
         if self.kind == "faster_rcnn":
@@ -168,7 +168,7 @@ class Detector(PyramidModel):
         return losses
 
     def forward(self, images: Tensor) -> list[dict[str, Tensor]]:
-        """``boxes``, ``scores`` and ``labels`` (from 0) of each normalised image."""
+        """``boxes``, ``scores`` and ``labels`` (from 0) of each normalized image."""
         found: list[dict[str, Tensor]] = self.net(images)
         if self.kind == "faster_rcnn":
             found = [{**one, "labels": one["labels"] - 1} for one in found]
@@ -273,7 +273,7 @@ def detect_in_batches(
     """
     normalize = Normalize(detector.encoder.mean, detector.encoder.std)
     faults: list[str | None] = []
-    with evaluating(detector, normalize) as device, _finite_heads(detector) as named:
+    with inference_mode(detector, normalize) as device, _finite_heads(detector) as named:
         for start in range(0, len(paths), batch_size):
             some = paths[start : start + batch_size]
             named[:] = some

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from vissl_lite.data.atomic_file import atomic_write
 from vissl_lite.data.images import read_image, suitable_size
-from vissl_lite.data.whole_file import whole_file
-from vissl_lite.encoder import Encoder, Normalize
-from vissl_lite.pictures import class_colours, draw_boxes, plot_per_class, plot_pictures
+from vissl_lite.encoders.encoder import Encoder, Normalize
+from vissl_lite.plots import class_colors, draw_boxes, plot_per_class, plot_pictures
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.base import Task, spread
 from vissl_lite.transfer.detection.data import LabelledBoxes, load_boxes
-from vissl_lite.transfer.detection.export import TRANSLATIONS, FixedDetector
+from vissl_lite.transfer.detection.export import TRANSLATIONS, ExportableDetector
 from vissl_lite.transfer.detection.metrics import DetectionScores, score_detector
 from vissl_lite.transfer.detection.model import (
     Detections,
@@ -96,8 +96,8 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
                     shrunk(draw_boxes(image, boxes, labels, classes, found.scores[sure])),
                 ]
             )
-        colours = dict(zip(classes, class_colours(len(classes)), strict=True))
-        plot_pictures(rows, ("truth", "prediction"), run / "test.png", colours)
+        colors = dict(zip(classes, class_colors(len(classes)), strict=True))
+        plot_pictures(rows, ("truth", "prediction"), run / "test.png", colors)
         plot_per_class(scores.per_class, run / "per_class.png")
 
     def predict(self, model: Detector, predictions: Predictions) -> tuple[Path, int]:
@@ -147,7 +147,7 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
 
     def export_model(self, model: Detector, folder: Path) -> ExportModel:
         normalize = Normalize(model.encoder.mean, model.encoder.std)
-        layers = nn.Sequential(normalize, FixedDetector(model), nn.Identity())
+        layers = nn.Sequential(normalize, ExportableDetector(model), nn.Identity())
         about = {"classes": json.dumps(model.classes), "threshold": str(model.threshold)}
         return ExportModel(
             layers,
@@ -158,7 +158,7 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
             about,
             fixed_size="a detector has the size that it was trained at",
             prepare=lambda image, size: fit_into(image, size)[0],
-            preparation="fitted into {size} pixels, at the upper left, on grey",
+            preparation="fitted into {size} pixels, at the upper left, on gray",
             translations=TRANSLATIONS,
         )
 
@@ -189,7 +189,7 @@ def _write_coco(file: Path, head: dict[str, Any], lines: Path) -> None:
                 found = json.loads(line)
                 yield from map(json.dumps, [found["image"]] if kind == "images" else found[kind])
 
-    with whole_file(file) as part, part.open("w", encoding="utf-8") as out:
+    with atomic_write(file) as part, part.open("w", encoding="utf-8") as out:
         out.write(json.dumps(head)[:-1])
         for kind in ("images", "annotations"):
             out.write(f', "{kind}": [')

@@ -10,7 +10,7 @@ from torch import Tensor
 from vissl_lite.data.images import read_image
 from vissl_lite.data.labeled_views import BoxView, box_pipeline
 from vissl_lite.data.stream import Batch, Item, KeyedDataset
-from vissl_lite.encoder import Encoder
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
@@ -18,7 +18,7 @@ from vissl_lite.transfer.detection.data import BoxedImage, LabelledBoxes
 from vissl_lite.transfer.detection.metrics import best_threshold, score_detector
 from vissl_lite.transfer.detection.model import Detector, choose_canvas
 from vissl_lite.transfer.detection.options import DetectorSettings
-from vissl_lite.transfer.finetuning import Judgement, train
+from vissl_lite.transfer.finetuning import EvalResult, train
 from vissl_lite.transfer.pyramid import PyramidTraining
 
 
@@ -79,8 +79,8 @@ class BoxDataset(KeyedDataset):
     ) -> None:
         super().__init__([image.path for image in images], settings.seed)
         self.images = images
-        self.view = BoxView(box_pipeline(canvas, settings.smallest_crop, settings.upright))
-        self.shortest = round(min(canvas) * settings.smallest_crop**-0.5)
+        self.view = BoxView(box_pipeline(canvas, settings.min_crop_scale, settings.upright))
+        self.shortest = round(min(canvas) * settings.min_crop_scale**-0.5)
 
     def item(self, epoch: int, index: int) -> Item:
         """A view of one image; its target is ``(N, 4)`` boxes and ``(N,)`` labels."""
@@ -122,10 +122,10 @@ def train_detector(
     detector = Detector(copy.deepcopy(encoder), data.classes, settings.detector, canvas)
     task = DetectorTraining(detector, settings)
 
-    def judge() -> Judgement:
+    def judge() -> EvalResult:
         scores = score_detector(detector, data.val)
         values = {"val_map": scores.map, "val_map_50": scores.map_50}
-        return Judgement((scores.map, scores.map_50), values)
+        return EvalResult((scores.map, scores.map_50), values)
 
     look = judge if data.val else None
     dataset = BoxDataset(data.train, canvas, settings)

@@ -103,7 +103,7 @@ def load_masks(
 
     Raises:
         UserError: nothing there, an image without its mask or the other way round, a mask of
-            another size than its image, in colour, or with a value that is neither a class nor
+            another size than its image, in color, or with a value that is neither a class nor
             255; one class only; no test images.
     """
     source = Path(source)
@@ -135,10 +135,10 @@ def load_masks(
 
 
 def read_mask(path: str | Path, binary: bool = False) -> np.ndarray:
-    """Read a mask: the numbers that stand in the file, a palette's colours left aside.
+    """Read a mask: the numbers that stand in the file, a palette's colors left aside.
 
     Args:
-        path: grey or palette image of up to 16 bits, or one whose three channels are equal. What
+        path: gray or palette image of up to 16 bits, or one whose three channels are equal. What
             is white in an image of one bit counts as 255.
         binary: the data set's masks hold 0 and 255 alone: 255 is the second class.
 
@@ -146,7 +146,7 @@ def read_mask(path: str | Path, binary: bool = False) -> np.ndarray:
         ``(H, W)`` uint8: class indices; 255 is ignored.
 
     Raises:
-        UserError: it holds colours, values above 255, or what JPEG's compression left of them.
+        UserError: it holds colors, values above 255, or what JPEG's compression left of them.
         OSError, ValueError, SyntaxError: the file is missing, broken, or has more pixels than are
             allowed (``BROKEN_IMAGE``).
     """
@@ -159,8 +159,8 @@ def read_mask(path: str | Path, binary: bool = False) -> np.ndarray:
         values = values[..., :-1]
     if values.ndim == 3:
         if (values != values[..., :1]).any():
-            raise UserError(f"the mask {path} holds colours ({mode}): convert each colour to its "
-                            f"class number, 0, 1, 2 and so on, in one grey channel")  # fmt: skip
+            raise UserError(f"the mask {path} holds colors ({mode}): convert each color to its "
+                            f"class number, 0, 1, 2 and so on, in one gray channel")  # fmt: skip
         values = values[..., 0]
     if values.dtype == bool:
         return values * np.uint8(1 if binary else 255)
@@ -204,7 +204,7 @@ def _with_classes(source: Path, parts: Parts, names: list[str] | None) -> Labell
         names = ["background", "foreground"] if largest == 1 else numbers
         if 2 * len(known) <= largest:
             log.warning("Only %(occurring)d of the values up to %(largest)d occur in the masks of "
-                        "%(source)s: if they are shades of grey and no class numbers, renumber "
+                        "%(source)s: if they are shades of gray and no class numbers, renumber "
                         "them", {"occurring": len(known), "largest": largest, "source": source},
                         extra={"code": "mask.values"})  # fmt: skip
     elif len(names) == largest and names[0].lower() not in _BACKGROUND:

@@ -16,8 +16,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from vissl_lite.data.views import LARGE
-from vissl_lite.encoder import Encoder, Normalize
-from vissl_lite.inference import check_outputs, evaluating
+from vissl_lite.encoders.encoder import Encoder, Normalize
+from vissl_lite.inference import check_outputs, inference_mode
 from vissl_lite.transfer.finetuning import load_with_head, save_with_head
 from vissl_lite.transfer.pyramid import Pyramid, PyramidModel, group_norm
 from vissl_lite.transfer.segmentation.data import IGNORE
@@ -96,8 +96,8 @@ class Segmenter(PyramidModel):
         """Logits of every pixel.
 
         Args:
-            images: ``(B, C, H, W)``, normalised. Sides that whole patches do not fill are padded
-                with the mean colour.
+            images: ``(B, C, H, W)``, normalized. Sides that whole patches do not fill are padded
+                with the mean color.
 
         Returns:
             ``(B, K, H, W)`` float32.
@@ -191,7 +191,7 @@ def segment_all(
     """See ``segment``: for each image ``(K, h, w)`` probabilities, still as small as it went in.
 
     Args:
-        segmenter: ``evaluating`` on the device.
+        segmenter: ``inference_mode`` on the device.
         images: ``(H, W, C)`` uint8, of any sizes.
         device: where the results are too.
 
@@ -244,7 +244,7 @@ def segment(segmenter: Segmenter, image: np.ndarray) -> np.ndarray:
         ``(K, H, W)`` float32; they sum to one over the classes.
     """
     normalize = Normalize(segmenter.encoder.mean, segmenter.encoder.std)
-    with evaluating(segmenter, normalize) as device:
+    with inference_mode(segmenter, normalize) as device:
         shares = segment_all(segmenter, [image], device)[0]
         return enlarge(shares, *image.shape[:2]).cpu().numpy()
 

@@ -12,13 +12,13 @@ import numpy as np
 from PIL import Image
 from torch import nn
 
+from vissl_lite.data.atomic_file import atomic_write
 from vissl_lite.data.images import BROKEN_IMAGE, read_image, suitable_size
 from vissl_lite.data.reading import reason
-from vissl_lite.data.whole_file import whole_file
-from vissl_lite.encoder import Encoder, Normalize
-from vissl_lite.inference import evaluating, report_broken
-from vissl_lite.pictures import (
-    class_colours,
+from vissl_lite.encoders.encoder import Encoder, Normalize
+from vissl_lite.inference import inference_mode, report_broken
+from vissl_lite.plots import (
+    class_colors,
     draw_mask,
     plot_confusion,
     plot_per_class,
@@ -106,20 +106,20 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
                     shrunk(draw_mask(image, found, len(classes))),
                 ]
             )
-        colours = dict(zip(classes, class_colours(len(classes)), strict=True))
-        del colours[classes[0]]  # which is left clear
-        plot_pictures(rows, ("image", "truth", "prediction"), run / "test.png", colours)
+        colors = dict(zip(classes, class_colors(len(classes)), strict=True))
+        del colors[classes[0]]  # which is left clear
+        plot_pictures(rows, ("image", "truth", "prediction"), run / "test.png", colors)
         plot_per_class(scores.per_class, run / "per_class.png")
         plot_confusion(scores.confusion, classes, run / "confusion.png", "pixels")
 
     def predict(self, model: Segmenter, predictions: Predictions) -> tuple[Path, int]:
         """An index PNG for each image, in its own size, with a palette so that one sees it."""
         classes = len(model.classes)
-        palette = np.array(class_colours(classes), np.uint8)
+        palette = np.array(class_colors(classes), np.uint8)
         palette[0] = 0
         faults: list[str | None] = []
         numbers = count()
-        with evaluating(model, Normalize(model.encoder.mean, model.encoder.std)):
+        with inference_mode(model, Normalize(model.encoder.mean, model.encoder.std)):
             for path in predictions.paths:
                 predictions.advance(1)
                 try:
@@ -133,7 +133,7 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
                 place = predictions.place(path, "masks")
                 if place.name != f"{os.path.basename(path)}.png":
                     log.info("the name is too long: the mask of %s is %s", path, place)
-                with whole_file(place) as part:
+                with atomic_write(place) as part:
                     picture.save(part, "PNG")
                 drawn = partial(draw_mask, mask=mask, classes=classes)
                 predictions.draw(next(numbers), path, drawn)

@@ -11,11 +11,11 @@ from vissl_lite.data.images import BROKEN_IMAGE, read_image
 from vissl_lite.data.labeled_views import MaskView, mask_pipeline
 from vissl_lite.data.reading import reason
 from vissl_lite.data.stream import Batch, Item, KeyedDataset
-from vissl_lite.encoder import Encoder
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError, did_you_mean
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.transfer.finetuning import Judgement, train
+from vissl_lite.transfer.finetuning import EvalResult, train
 from vissl_lite.transfer.pyramid import PyramidTraining
 from vissl_lite.transfer.segmentation.data import LabelledMasks, MaskedImage, read_mask
 from vissl_lite.transfer.segmentation.metrics import score_segmenter
@@ -84,7 +84,7 @@ class MaskDataset(KeyedDataset):
         super().__init__([image.path for image in images], settings.seed)
         self.images, self.size = images, size
         self.whole, self.own_scale = (
-            MaskView(mask_pipeline(size, settings.smallest_crop, settings.upright, own_scale))
+            MaskView(mask_pipeline(size, settings.min_crop_scale, settings.upright, own_scale))
             for own_scale in (False, True)
         )
 
@@ -144,10 +144,10 @@ def train_segmenter(
     task = SegmenterTraining(segmenter, weights, settings)
     dataset = MaskDataset(data.train, encoder.image_size, settings)
 
-    def judge() -> Judgement:
+    def judge() -> EvalResult:
         scores = score_segmenter(segmenter, data.val)
         values = {"val_miou": scores.miou, "val_dice": scores.dice, "val_loss": scores.loss}
-        return Judgement((scores.miou, -scores.loss), values)
+        return EvalResult((scores.miou, -scores.loss), values)
 
     look = judge if data.val else None
     train(task, segmenter, dataset, batch_size, settings, look, hardware, files, title)

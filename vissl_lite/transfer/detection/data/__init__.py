@@ -14,7 +14,7 @@ from vissl_lite.errors import UserError
 from vissl_lite.options import StrPath
 from vissl_lite.transfer.base import ListDataset
 from vissl_lite.transfer.detection.data.annotations import Note
-from vissl_lite.transfer.detection.data.cleaning import Repairs, mend
+from vissl_lite.transfer.detection.data.cleaning import RepairLog, mend
 from vissl_lite.transfer.detection.data.discovery import read_annotations
 from vissl_lite.transfer.sources import SPLITS, hold_out, is_utf8, split_in_three
 
@@ -127,7 +127,7 @@ def load_boxes(
             to train on.
     """
     source = Path(source)
-    repairs = Repairs()
+    repairs = RepairLog()
     found = read_annotations(source, None if annotations is None else Path(annotations), repairs)
     classes = list(dict.fromkeys(found.classes))
     for name in classes:
@@ -152,7 +152,7 @@ def load_boxes(
 
 
 def _sort(
-    notes: list[Note], source: Path, repairs: Repairs
+    notes: list[Note], source: Path, repairs: RepairLog
 ) -> tuple[dict[str, str | None], dict[str, list[Note]]]:
     """The split of each image, and its notes in that split."""
     named = sorted({note.split for note in notes if note.split is not None})
@@ -199,7 +199,7 @@ def _parts(
 
 
 def _check(data: LabelledBoxes, source: str, remedy: str) -> None:
-    """Raise if there is nothing to train on; warn of classes that can't be learnt."""
+    """Raise if there is nothing to train on; warn of classes that can't be learned."""
     seen: dict[str, set[int]] = {
         split: {int(n) for one in getattr(data, split) for n in one.labels[~one.ignored]}
         for split in SPLITS

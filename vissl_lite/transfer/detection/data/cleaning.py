@@ -12,7 +12,7 @@ from vissl_lite.data.reading import reason
 from vissl_lite.errors import brief
 from vissl_lite.transfer.detection.data.annotations import SHARES, Note
 
-# Repairs of a kind that the log names one by one.
+# RepairLog of a kind that the log names one by one.
 LOGGED = 100
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ FLAT = "box without area, left out"
 BACKGROUND = "image without boxes, kept as background"
 
 
-class Repairs:
+class RepairLog:
     """Counts what was repaired or left out.
 
     Attributes:
@@ -79,7 +79,7 @@ def turn_boxes(boxes: np.ndarray, height: float, width: float, orientation: int)
 
 
 def mend(
-    notes: Sequence[Note], numbers: Mapping[str, int], repairs: Repairs
+    notes: Sequence[Note], numbers: Mapping[str, int], repairs: RepairLog
 ) -> tuple[tuple[int, int], np.ndarray, np.ndarray, np.ndarray] | None:
     """The boxes of one image, mended.
 
@@ -123,14 +123,14 @@ def mend(
     )
 
 
-def _finite(rows: np.ndarray, path: str, repairs: Repairs) -> np.ndarray:
+def _finite(rows: np.ndarray, path: str, repairs: RepairLog) -> np.ndarray:
     """Rows whose boxes are finite, also as float32."""
     finite = (np.abs(rows[:, :4]) < LARGEST).all(axis=1)
     repairs.add("box not finite, left out", path, np.count_nonzero(~finite))
     return rows[finite]
 
 
-def _upright(rows: np.ndarray, path: str, repairs: Repairs) -> np.ndarray:
+def _upright(rows: np.ndarray, path: str, repairs: RepairLog) -> np.ndarray:
     """Rows of which the first corner of the box is above and left of the second."""
     low, high = np.minimum(rows[:, :2], rows[:, 2:4]), np.maximum(rows[:, :2], rows[:, 2:4])
     swapped = (rows[:, :2] > rows[:, 2:4]).any(axis=1)
@@ -144,7 +144,7 @@ def _fitted(
     size: tuple[int, int],
     orientation: int,
     path: str,
-    repairs: Repairs,
+    repairs: RepairLog,
 ) -> np.ndarray:
     """Boxes noted for an image of one size, for the size that it has."""
     height, width = size
@@ -166,7 +166,7 @@ def _fitted(
     return boxes * (across, down, across, down)
 
 
-def _inside(rows: np.ndarray, height: int, width: int, path: str, repairs: Repairs) -> np.ndarray:
+def _inside(rows: np.ndarray, height: int, width: int, path: str, repairs: RepairLog) -> np.ndarray:
     """Rows whose boxes have an area inside the image, clipped to it."""
     boxes = rows[:, :4]
     flat = (boxes[:, 2:] - boxes[:, :2] < _THINNEST).any(axis=1)

@@ -19,7 +19,7 @@ from vissl_lite.transfer.detection.data.annotations import (
     Note,
     to_number,
 )
-from vissl_lite.transfer.detection.data.cleaning import Repairs
+from vissl_lite.transfer.detection.data.cleaning import RepairLog
 from vissl_lite.transfer.sources import FileTree, split_of_file
 
 
@@ -31,7 +31,7 @@ def missing_key(content: Any) -> str | None:
     return None
 
 
-def read_coco(file: Path, split: str | None, tree: FileTree, repairs: Repairs) -> Annotations:
+def read_coco(file: Path, split: str | None, tree: FileTree, repairs: RepairLog) -> Annotations:
     """Read a file in COCO's format (cocodataset.org, "Data format", object detection).
 
     Args:
@@ -84,7 +84,7 @@ def read_coco(file: Path, split: str | None, tree: FileTree, repairs: Repairs) -
     return Annotations([categories[one] for one in ids], kept, len(notes))
 
 
-def _categories(file: Path, listed: list[Any], repairs: Repairs) -> dict[int | str, str]:
+def _categories(file: Path, listed: list[Any], repairs: RepairLog) -> dict[int | str, str]:
     """The names of the classes by their ids."""
     if len(listed) > MOST_CLASSES:
         raise UserError(f"{file} lists {len(listed)} categories, more than {MOST_CLASSES}")

@@ -12,7 +12,7 @@ from vissl_lite.data.json_file import read_json
 from vissl_lite.data.text_file import read_text
 from vissl_lite.errors import UserError, brief
 from vissl_lite.transfer.detection.data.annotations import Annotations
-from vissl_lite.transfer.detection.data.cleaning import Repairs
+from vissl_lite.transfer.detection.data.cleaning import RepairLog
 from vissl_lite.transfer.detection.data.coco import missing_key, read_coco
 from vissl_lite.transfer.detection.data.voc import read_voc
 from vissl_lite.transfer.detection.data.yolo import data_yaml, label_files, read_labels, read_yolo
@@ -39,11 +39,11 @@ class _Layout(NamedTuple):
 
     name: str
     has_splits: bool
-    read: Callable[[Repairs], Annotations]
+    read: Callable[[RepairLog], Annotations]
 
 
-def read_annotations(source: Path, annotations: Path | None, repairs: Repairs) -> Annotations:
-    """Recognise and read; see ``load_boxes`` for what and for the errors."""
+def read_annotations(source: Path, annotations: Path | None, repairs: RepairLog) -> Annotations:
+    """Recognize and read; see ``load_boxes`` for what and for the errors."""
     for path in (source, annotations):
         if path is not None and not os.path.exists(path):  # which takes any name for a question
             raise UserError(f"{brief(path)} does not exist")
@@ -67,7 +67,7 @@ def read_annotations(source: Path, annotations: Path | None, repairs: Repairs) -
     return _only([coco, *others] if coco else others, tree).read(repairs)
 
 
-def _given(images: FileTree, annotations: Path, repairs: Repairs) -> Annotations:
+def _given(images: FileTree, annotations: Path, repairs: RepairLog) -> Annotations:
     """Read what ``--annotations`` names."""
     if annotations.is_file():
         if annotations.suffix.lower() != ".json":
@@ -150,7 +150,7 @@ def _one_file(folder: Path, paths: Sequence[str]) -> Path:
 
 
 def _read_coco(
-    files: Sequence[tuple[str | None, Path]], images: FileTree, repairs: Repairs
+    files: Sequence[tuple[str | None, Path]], images: FileTree, repairs: RepairLog
 ) -> Annotations:
     parts = [read_coco(file, split, images, repairs) for split, file in files]
     classes = [name for part in parts for name in part.classes]
@@ -173,7 +173,7 @@ def _voc(tree: FileTree, images: FileTree) -> _Layout | None:
         return _Layout("Pascal VOC", has_splits, partial(read_voc, files, tree.folder, images))
     by_stem = {Path(path).stem: path for path in paths}
 
-    def read(repairs: Repairs) -> Annotations:
+    def read(repairs: RepairLog) -> Annotations:
         chosen = []
         for split, stems in sets.items():
             for stem in stems:

@@ -16,14 +16,14 @@ from vissl_lite.transfer.detection.data.annotations import (
     Note,
     to_number,
 )
-from vissl_lite.transfer.detection.data.cleaning import FLAT, Repairs
+from vissl_lite.transfer.detection.data.cleaning import FLAT, RepairLog
 from vissl_lite.transfer.sources import FileTree, split_below, split_of_path
 
 Corners = tuple[float, float, float, float]
 
 
 def read_voc(
-    files: Sequence[tuple[str, str | None]], folder: Path, tree: FileTree, repairs: Repairs
+    files: Sequence[tuple[str, str | None]], folder: Path, tree: FileTree, repairs: RepairLog
 ) -> Annotations:
     """Read files in Pascal VOC's format (Everingham et al. 2010, development kit, section 8).
 

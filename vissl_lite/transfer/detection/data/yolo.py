@@ -22,7 +22,7 @@ from vissl_lite.transfer.detection.data.annotations import (
     Annotations,
     Note,
 )
-from vissl_lite.transfer.detection.data.cleaning import Repairs
+from vissl_lite.transfer.detection.data.cleaning import RepairLog
 from vissl_lite.transfer.sources import VAL_NAMES, FileTree, split_below, split_of_path
 
 _KEYS = {"train": ("train",), "val": VAL_NAMES, "test": ("test",)}
@@ -41,7 +41,7 @@ def data_yaml(file: Path) -> dict[str, Any] | None:
     return content if any(key in content for key in ("train", *VAL_NAMES)) else None
 
 
-def read_yolo(file: Path, content: dict[str, Any], repairs: Repairs) -> Annotations:
+def read_yolo(file: Path, content: dict[str, Any], repairs: RepairLog) -> Annotations:
     """Read the data set of a ``data.yaml``.
 
     Args:
@@ -88,7 +88,7 @@ def read_yolo(file: Path, content: dict[str, Any], repairs: Repairs) -> Annotati
     return _named(notes, names, len(images), repairs)
 
 
-def read_labels(labels: FileTree, images: FileTree, repairs: Repairs) -> Annotations:
+def read_labels(labels: FileTree, images: FileTree, repairs: RepairLog) -> Annotations:
     """Read a folder of label files, which have the stems of their images; see ``load_boxes``.
 
     Args:
@@ -157,7 +157,7 @@ def _place(folder: Path, root: str, entry: str) -> Path | None:
     return None
 
 
-def _listed(file: Path, tree: FileTree, split: str, repairs: Repairs) -> list[str]:
+def _listed(file: Path, tree: FileTree, split: str, repairs: RepairLog) -> list[str]:
     """The images in a text file of paths, which are relative to it or to the data set."""
     paths = []
     for line in filter(None, map(str.strip, read_text(file).splitlines())):
@@ -182,7 +182,7 @@ def _label_file(image: str) -> str:
     return beside if not os.path.isfile(sister) and os.path.isfile(beside) else sister
 
 
-def _read_file(file: str, image: str, split: str | None, repairs: Repairs) -> Note | None:
+def _read_file(file: str, image: str, split: str | None, repairs: RepairLog) -> Note | None:
     """Read the ``.txt`` file of one image in YOLO's format: ``class cx cy w h``, in shares.
 
     Lines with more numbers are polygons (``class x y x y x y ...``), of which the bounding box is
@@ -222,7 +222,7 @@ def _read_file(file: str, image: str, split: str | None, repairs: Repairs) -> No
 
 
 def _named(
-    notes: list[Note], names: dict[str, str] | None, named: int, repairs: Repairs
+    notes: list[Note], names: dict[str, str] | None, named: int, repairs: RepairLog
 ) -> Annotations:
     """Put the names of classes in the place of YOLO's ids.
 

@@ -1,0 +1,30 @@
+import torch
+
+from vissl_lite.encoders.encoder import build_encoder
+from vissl_lite.pretext.modules.ema import ema_update, make_teacher
+
+
+def test_follow_moves_parameters_by_the_momentum_and_leaves_buffers() -> None:
+    student = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    teacher = make_teacher(student)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(1.0)
+    student(torch.randn(8, 3))
+    before = {name: p.clone() for name, p in teacher.named_parameters()}
+    ema_update(teacher, student, 0.75)
+    for name, parameter in teacher.named_parameters():
+        expected = 0.75 * before[name] + 0.25 * student.get_parameter(name)
+        torch.testing.assert_close(parameter, expected)
+    assert (teacher[1].running_mean == 0).all()
+
+
+def test_a_copied_encoder_is_one_of_its_own() -> None:
+    encoder = build_encoder("test_resnet", 32)
+    teacher = make_teacher(encoder)
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(teacher.eval()(images), encoder.eval()(images))
+    with torch.no_grad():
+        next(encoder.parameters()).add_(1.0)
+    assert not torch.equal(next(teacher.parameters()), next(encoder.parameters()))
+    assert teacher.state_dict().keys() == encoder.state_dict().keys()

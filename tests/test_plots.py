@@ -1,0 +1,118 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vissl_lite.plots import (
+    Picture,
+    class_colors,
+    draw_boxes,
+    draw_mask,
+    draw_words,
+    plot_confusion,
+    plot_neighbors,
+    plot_per_class,
+    plot_pictures,
+    plot_titled,
+    plot_views,
+    plot_visualization,
+)
+
+
+def gray(height: int = 60, width: int = 80) -> np.ndarray:
+    return np.full((height, width, 3), 128, np.uint8)
+
+
+def test_boxes_are_drawn_where_they_are_in_their_classes_color() -> None:
+    image = gray()
+    drawn = draw_boxes(image, np.array([[20.0, 30, 50, 50]]), np.array([1]), ["a", "b"])
+    assert drawn.shape == image.shape
+    assert class_colors(2)[1] in {tuple(drawn[row, 35]) for row in (49, 50)}  # the lower edge
+    assert tuple(drawn[40, 75]) == (128, 128, 128)
+    assert (image == 128).all()  # left as it was
+    nothing = draw_boxes(image, np.empty((0, 4)), np.empty(0, int), ["a"])
+    assert np.array_equal(nothing, image)
+
+
+def test_a_mask_leaves_the_first_class_and_what_is_ignored_clear() -> None:
+    mask = np.zeros((60, 80), np.uint8)
+    mask[:20], mask[20:40] = 1, 255
+    drawn = draw_mask(gray(), mask, 3)
+    assert (drawn[20:] == 128).all()
+    expected = 0.45 * 128 + 0.55 * np.array(class_colors(3)[1])
+    assert np.abs(drawn[5, 5] - expected).max() <= 1
+
+
+def test_words_stand_below_an_image() -> None:
+    large = draw_words(gray(300, 400), "star 0.91")
+    assert large.shape[1] == 400
+    assert (large[:300] == 128).all()
+    assert (large[300:].min(axis=2) < 100).any()
+    small = draw_words(gray(30, 40), "star")
+    assert small.shape[1] == 160
+
+
+@pytest.mark.parametrize("classes", [2, 10, 11, 25])
+def test_colors_tell_the_first_twenty_classes_apart(classes: int) -> None:
+    colors = class_colors(classes)
+    assert len(colors) == classes
+    assert len(set(colors)) == min(classes, 20)
+
+
+def test_figures_are_written_whatever_their_number(tmp_path: Path) -> None:
+    legend = dict(zip(["a", "b"], class_colors(2), strict=True))
+    for rows in (1, 5):
+        plot_pictures(
+            [[gray(), gray(90, 30)]] * rows, ("truth", "found"), tmp_path / "p.png", legend
+        )
+        assert Image.open(tmp_path / "p.png").width > 300
+    plot_titled([gray()] * 11, ["a"] * 11, [True] * 11, tmp_path / "t.png")
+    plot_per_class({"a": {"ap": 0.5, "f1": 0.25}, "b": {"ap": 1.0, "f1": 0.0}}, tmp_path / "c.png")
+    plot_per_class({}, tmp_path / "none.png")
+    plot_confusion(np.array([[5, 0], [2, 3]]), ["a", "b"], tmp_path / "m.png", "pixels")
+    for name in ("t", "c", "none", "m"):
+        assert Image.open(tmp_path / f"{name}.png").width > 100
+
+
+def colors(file: Path) -> dict[tuple[int, ...], int]:
+    """How many pixels of each color a picture has."""
+    image = Image.open(file).convert("RGB")
+    return {color: count for count, color in image.getcolors(image.width * image.height)}
+
+
+GREEN, RED = (44, 160, 44), (214, 39, 40)
+
+
+def test_predictions_are_framed_by_whether_they_are_right(tmp_path: Path) -> None:
+    file = tmp_path / "e.png"
+    for right, seen in ((None, set()), (True, {GREEN}), (False, {RED})):
+        rows = [[Picture(gray()), Picture(gray(), "by 90°", right)]]
+        plot_visualization(("given", "made of it"), rows, file)
+        assert {one for one in (GREEN, RED) if colors(file).get(one, 0) > 300} == seen
+    sizes = set()
+    for count in (1, 3, 4):
+        plot_visualization(("given",), [[Picture(gray())]] * count, file)
+        sizes.add(Image.open(file).size)
+        assert colors(file)[(128, 128, 128)] > count * 10_000
+    assert len(sizes) == 3
+
+
+def test_small_views_are_drawn_small(tmp_path: Path) -> None:
+    red, blue = np.zeros((64, 64, 3), np.uint8), np.zeros((32, 32, 3), np.uint8)
+    red[..., 0], blue[..., 2] = 255, 255
+    plot_views([gray(50, 300), gray(300, 50)], [[red, blue]] * 2, tmp_path / "v.png")
+    counts = colors(tmp_path / "v.png")
+    assert counts[(255, 0, 0)] > 10_000
+    assert counts.get((0, 0, 0), 0) < 2000  # but white around them
+    assert counts[(255, 0, 0)] / counts[(0, 0, 255)] == pytest.approx(4, rel=0.1)
+
+
+def test_neighbors_of_another_class_are_framed_red(tmp_path: Path) -> None:
+    rows, values = [[gray()] * 3] * 2, np.array([[0.91, 0.5], [0.9, -0.1]])
+    plot_neighbors(rows, values, tmp_path / "n.png")
+    assert not colors(tmp_path / "n.png").keys() & {GREEN, RED}
+    classes = [["cat", "cat", "dog"], ["dog", "dog", "dog"]]
+    plot_neighbors(rows, values, tmp_path / "n.png", classes)
+    counts = colors(tmp_path / "n.png")
+    assert counts[GREEN] == pytest.approx(3 * counts[RED], rel=0.2)

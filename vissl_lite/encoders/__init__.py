@@ -1,0 +1,1 @@
+"""Encoders: timm backbones with their normalization, their folders, and small-image backbones."""

@@ -1,0 +1,345 @@
+"""Encoder: a timm backbone with weights. What pre-training makes and everything else takes."""
+
+import math
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from vissl_lite.encoders import backbones as _registers_small_image_resnets  # noqa: F401
+from vissl_lite.errors import UserError, WeightsUnavailableError, did_you_mean
+
+
+class Encoder(nn.Module):
+    """A timm model without classifier, with the normalization of the images that it takes.
+
+    Args:
+        model: The timm model, made with ``num_classes=0``.
+        model_args: Arguments beside the name that ``timm.create_model`` needs to build it again.
+        image_size: Side in pixels of the images it is made for.
+
+    Attributes:
+        model: The timm model. ``model.state_dict()`` has timm's own names, as on disk.
+        num_features: D, the length of a pooled feature vector.
+        backbone: Name of the architecture.
+        mean, std: Statistics of each channel, for values in [0, 1].
+        scale, shift: ``(1, C, 1, 1)`` buffers: normalized = raw * scale + shift; see ``normalize``.
+    """
+
+    def __init__(self, model: nn.Module, model_args: dict[str, Any], image_size: int) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.model_args = model_args
+        self.image_size = image_size
+        timm_model: Any = model
+        self.num_features = int(getattr(model, "head_hidden_size", timm_model.num_features))
+        config = timm_model.pretrained_cfg
+        self.backbone: str = config["architecture"]
+        self.mean: tuple[float, ...] = tuple(config["mean"])
+        self.std: tuple[float, ...] = tuple(config["std"])
+        self.scale: Tensor
+        self.shift: Tensor
+        scale = 1 / (255 * torch.tensor(self.std))
+        shift = -torch.tensor(self.mean) / torch.tensor(self.std)
+        self.register_buffer("scale", scale.view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("shift", shift.view(1, -1, 1, 1), persistent=False)
+
+    @property
+    def patch_size(self) -> int | None:
+        """Side in pixels of a transformer's patches; None for a convolutional backbone."""
+        embed = getattr(self.model, "patch_embed", None)
+        size = getattr(embed, "patch_size", None)
+        return int(size[0]) if size is not None else None
+
+    def fitting_size(self, size: float) -> int:
+        """The size nearest to the given one that whole patches fill; for a CNN, a multiple of 8.
+
+        Args:
+            size: side in pixels.
+        """
+        step = self.patch_size or 8
+        return max(2 * step if self.patch_size is None else step, round(size / step) * step)
+
+    def check_image_size(self, size: int) -> None:
+        """Raise a UserError if the backbone can't take images of this size.
+
+        Args:
+            size: side in pixels.
+        """
+        try:
+            with self._dry_run(size, size) as blank:
+                self(blank)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            reason = first_line(error)
+            raise UserError(f"{self.backbone} can't be built for {size} pixels: {reason}") from None
+
+    @contextmanager
+    def _dry_run(self, height: int, width: int) -> Iterator[Tensor]:
+        """A blank image to try out; in evaluation mode, which leaves running statistics alone."""
+        device, was_training = next(self.parameters()).device, self.training
+        self.eval()
+        try:
+            # on the device whatever the caller makes new tensors on
+            with torch.no_grad(), device:
+                yield torch.zeros(1, len(self.mean), height, width, device=device)
+        finally:
+            self.train(was_training)
+
+    def use_image_size(self, size: int) -> None:
+        """Take images of another size.
+
+        Args:
+            size: side in pixels.
+
+        Raises:
+            UserError: the backbone can't take it.
+        """
+        self.check_image_size(size)
+        self.image_size = size
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Scale a raw batch to what the backbone takes.
+
+        Args:
+            images: ``(B, C, H, W)`` uint8, on the encoder's device.
+
+        Returns:
+            ``(B, C, H, W)`` in the encoder's floating-point type and the memory format of
+            ``images``.
+        """
+        return torch.addcmul(self.shift, images.to(self.scale.dtype), self.scale)
+
+    def denormalize(self, images: Tensor) -> Tensor:
+        """Undo ``normalize``.
+
+        Args:
+            images: ``(B, C, H, W)``, normalized. Values that are not numbers become black.
+
+        Returns:
+            ``(B, C, H, W)`` uint8.
+        """
+        values = (images.float() - self.shift) / self.scale
+        return values.nan_to_num(0.0).clamp(0, 255).round().to(torch.uint8)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pooled features.
+
+        Args:
+            images: ``(B, C, H, W)``, normalized.
+
+        Returns:
+            ``(B, D)``.
+        """
+        with _exact_if_tiny(images):
+            features: Tensor = self.model(images)
+        return features
+
+    def pooled_and_map(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled features together with the last feature map, in one pass.
+
+        Args:
+            images: ``(B, C, H, W)``, normalized.
+
+        Returns:
+            ``(B, D)`` and ``(B, D', h, w)``; D' is ``map_features``.
+        """
+        with _exact_if_tiny(images):
+            last = self.model.forward_features(images)
+            return self.model.forward_head(last, pre_logits=True), self._as_map(last, images)
+
+    @property
+    def map_features(self) -> int:
+        """Channels of the last feature map; ``num_features`` but for a few mobile backbones."""
+        return int(self.model.num_features)
+
+    def map_side(self) -> int:
+        """Side of the last feature map for images of the encoder's size, from a dry run."""
+        with self._dry_run(self.image_size, self.image_size) as blank:
+            return int(self.pooled_and_map(blank)[1].shape[-1])
+
+    def _as_map(self, last: Tensor, images: Tensor) -> Tensor:
+        if last.ndim == 3:  # tokens, after class and register tokens
+            last = last[:, getattr(self.model, "num_prefix_tokens", 0) :]
+            patch = self.patch_size or 1
+            rows = images.shape[2] // patch
+            if rows * (images.shape[3] // patch) != last.shape[1]:
+                rows = math.isqrt(last.shape[1])
+            return last.transpose(1, 2).unflatten(2, (rows, -1))
+        if getattr(self.model, "output_fmt", "NCHW") == "NHWC":
+            return last.permute(0, 3, 1, 2)
+        return last
+
+    def stage_names(self) -> list[str]:
+        """timm's names of the modules whose outputs ``stages`` gives, fine to coarse."""
+        info = self.model.feature_info
+        modules = [
+            str(stage["module"]) for stage in (info if isinstance(info, list) else info.info)
+        ]
+        return [modules[i] for i in self._stage_indices(len(modules))]
+
+    def stages(self, images: Tensor) -> list[Tensor]:
+        """Feature maps at each stage; of a ViT, at four evenly spaced blocks.
+
+        Args:
+            images: ``(B, C, H, W)``, normalized.
+
+        Returns:
+            ``(B, C_i, H_i, W_i)`` for each stage, fine to coarse.
+
+        Raises:
+            UserError: timm offers no intermediate features of this backbone.
+        """
+        if not hasattr(self.model, "forward_intermediates"):
+            raise UserError(f"timm gives no intermediate features of {self.backbone}")
+        with _exact_if_tiny(images):
+            maps: list[Tensor] = self.model.forward_intermediates(
+                images, output_fmt="NCHW", intermediates_only=True
+            )
+        return [maps[i] for i in self._stage_indices(len(maps))]
+
+    def stage_shapes(self, height: int, width: int) -> list[tuple[int, int, int]]:
+        """Channels, height and width of each stage's map, from a dry run.
+
+        Args:
+            height: of the images in pixels.
+            width: likewise.
+
+        Raises:
+            AssertionError, RuntimeError, ValueError: the backbone can't take this size.
+        """
+        with self._dry_run(height, width) as blank:
+            maps = self.stages(blank)
+        return [(m.shape[1], m.shape[2], m.shape[3]) for m in maps]
+
+    def _stage_indices(self, count: int) -> list[int]:
+        # Pyramids have four to six stages; more means a stack of equal blocks.
+        if count <= 6 and not hasattr(self.model, "blocks"):
+            return list(range(count))
+        if count <= 5:  # EfficientNet-like pyramids keep their stages in `blocks`
+            return list(range(count))
+        return [round(count * quarter / 4) - 1 for quarter in (1, 2, 3, 4)]
+
+
+def _exact_if_tiny(images: Tensor) -> AbstractContextManager[Any]:
+    """No bf16 on the CPU for images below 32 pixels.
+
+    oneDNN leaves parts of the gradient of a strided convolution uninitialized where its bf16 input
+    is a single place, as in the last stage of a ResNet at 16 pixels (torch 2.15): some are NaN.
+    """
+    if images.device.type == "cpu" and images.shape[-1] < 32:
+        return torch.autocast("cpu", enabled=False)
+    return nullcontext()
+
+
+class Normalize(nn.Module):
+    """Turns uint8 images into normalized floating-point ones, on the device.
+
+    Args:
+        mean: of each channel, for values in [0, 1].
+        std: of each channel, likewise.
+    """
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.scale: Tensor
+        self.shift: Tensor
+        scale = 1 / (255 * torch.tensor(std))
+        shift = -torch.tensor(mean) / torch.tensor(std)
+        self.register_buffer("scale", scale.view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("shift", shift.view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(B, C, H, W)`` uint8 to float32, the memory format kept."""
+        return torch.addcmul(self.shift, images.to(self.scale.dtype), self.scale)
+
+
+def build_encoder(
+    backbone: str, image_size: int | None = None, pretrained: bool = False
+) -> Encoder:
+    """Make an encoder for a backbone.
+
+    Args:
+        backbone: a timm architecture name, with a tag (``resnet18.a1_in1k``) or without.
+        image_size: side of the images in pixels; default the backbone's own. Backbones whose
+            weights depend on the size are built for it.
+        pretrained: load timm's weights from the hub (or its cache); else random ones.
+
+    Raises:
+        UserError: the name is unknown, or the size does not suit the backbone.
+        WeightsUnavailableError: the weights can't be had.
+    """
+    name = backbone.split(".")[0]
+    if not timm.is_model(name):
+        raise UserError(f"unknown backbone {backbone}: {did_you_mean(name, timm.list_models())}")
+    size_args: dict[str, Any] = {}
+    if image_size is not None:
+        size_args = {"img_size": image_size, "dynamic_img_size": True}
+    model, model_args = None, size_args
+    # Not every backbone takes a size, nor every one that does a changing size.
+    for model_args in (size_args, {"img_size": image_size} if size_args else {}, {}):
+        try:
+            model = _create(backbone, pretrained, model_args)
+            break
+        except TypeError as error:
+            if "img_size" not in str(error) or not model_args:
+                raise
+        except (AssertionError, ValueError, RuntimeError) as error:
+            raise UserError(f"{backbone} can't be built for {image_size} pixels: {error}") from None
+    assert model is not None
+    config: Any = model.pretrained_cfg
+    encoder = Encoder(model, model_args, int(config["input_size"][-1]))
+    if image_size is not None:
+        encoder.use_image_size(image_size)
+    return encoder
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its name if it has none."""
+    lines = str(error).splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def _create(backbone: str, pretrained: bool, model_args: dict[str, Any]) -> nn.Module:
+    def create() -> nn.Module:
+        return timm.create_model(backbone, pretrained=pretrained, num_classes=0, **model_args)
+
+    if not pretrained:
+        return create()
+    import huggingface_hub.constants as hub
+
+    # Where there is no network the hub's client tries for a minute; the cache is enough to ask.
+    was_offline, hub.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE or not _online()
+    try:
+        return create()
+    except (TypeError, AssertionError, ValueError):
+        raise
+    except RuntimeError as error:
+        if "pretrained" in str(error).lower():
+            raise UserError(f"timm has no pre-trained weights for {backbone}") from None
+        raise
+    except Exception as error:  # the hub's client raises what its HTTP library raises
+        reason = first_line(error).split(". ")[0]
+        raise WeightsUnavailableError(
+            f"the pre-trained weights of {backbone} can't be downloaded and are not in the cache "
+            f"({reason}); pretrain takes a file of weights too (--init FILE), or random ones"
+        ) from None
+    finally:
+        hub.HF_HUB_OFFLINE = was_offline
+
+
+def _online() -> bool:
+    """Whether the hub's host answers; assumed so behind a proxy, where asking it proves nothing."""
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
+        return True
+    host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").split("//")[-1].split("/")[0]
+    name, _, port = host.partition(":")
+    try:
+        socket.create_connection((name, int(port or 443)), timeout=5).close()
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,301 @@
+"""The encoder folder: an encoder on disk, in timm's own format. Nothing is ever unpickled."""
+
+import json
+import logging
+import pickle
+import struct
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vissl_lite.data.atomic_file import atomic_write
+from vissl_lite.encoders.config import CONFIG, SENSELESS, create, draw_up, read_model_config
+from vissl_lite.encoders.encoder import Encoder, build_encoder, first_line
+from vissl_lite.errors import UserError, check_count
+
+log = logging.getLogger(__name__)
+
+WEIGHTS = "model.safetensors"
+
+
+def save_encoder(encoder: Encoder, folder: Path, about: dict[str, Any]) -> None:
+    """Write an encoder folder, in timm's own format.
+
+    ``timm.create_model("local-dir:FOLDER", pretrained=True)`` gives the same outputs.
+
+    Args:
+        encoder: what to save.
+        folder: where; made if missing.
+        about: how it was trained; stands under ``vissl_lite`` in ``config.json``.
+    """
+    save_model(encoder.model, folder, encoder.model_args, encoder.image_size, {"vissl_lite": about})
+
+
+def save_model(
+    model: Any, folder: Path, model_args: dict[str, Any], image_size: int, extra: dict[str, Any]
+) -> None:
+    """Write any timm model as a folder that timm loads; each file appears whole or not at all.
+
+    Args:
+        model: the timm model.
+        folder: where; made if missing.
+        model_args: arguments that ``timm.create_model`` needs beside the name.
+        image_size: side in pixels.
+        extra: more keys of ``config.json``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = dict(model.pretrained_cfg)
+    channels = config["input_size"][0]
+    kept = ("mean", "std", "interpolation", "first_conv", "classifier", "license")
+    content = {
+        "architecture": config["architecture"],
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "pretrained_cfg": {
+            **{key: config[key] for key in kept if config.get(key) is not None},
+            "tag": "vissl_lite",
+            "input_size": [channels, image_size, image_size],
+            "fixed_input_size": False,
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+            "num_classes": model.num_classes,
+        },
+        "model_args": model_args,
+        **extra,
+    }
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    with atomic_write(folder / WEIGHTS) as part:
+        save_file(tensors, part, metadata={"format": "pt"})
+    with atomic_write(folder / CONFIG) as part:
+        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def load_encoder(source: str | Path, image_size: int | None = None) -> Encoder:
+    """Load an encoder.
+
+    Args:
+        source: a run, an encoder folder, ``timm:NAME`` (pre-trained weights from the hub) or
+            ``random:NAME`` (untrained; reproducible through ``torch.manual_seed``).
+        image_size: for ``timm:`` and ``random:``, side of the images in pixels; default the
+            backbone's own. Folders know their size.
+
+    Raises:
+        UserError: there is no encoder, or it is damaged, or its training has diverged.
+    """
+    kind, _, name = str(source).partition(":")
+    if name and kind in ("timm", "random"):
+        return build_encoder(name, image_size, pretrained=kind == "timm")
+    folder = Path(source)
+    if not folder.exists():
+        raise UserError(
+            f"no encoder at {source}: give a run, an encoder folder, timm:NAME or random:NAME"
+        )
+    for inside in (folder, folder / "encoder"):
+        if (inside / CONFIG).is_file():
+            model, config = load_model(inside, num_classes=0)
+            return Encoder(model, config["model_args"], config["pretrained_cfg"]["input_size"][-1])
+    raise UserError(f"{source} holds no encoder: neither {CONFIG} nor encoder/{CONFIG} is there")
+
+
+def encoder_for(source: str, image_size: int | None) -> Encoder:
+    """Load an encoder to be used on labelled images.
+
+    Args:
+        source: a run, an encoder folder, ``timm:NAME`` or ``random:NAME``.
+        image_size: side in pixels; default the encoder's.
+
+    Raises:
+        UserError: there is no such encoder, or it can't take the size.
+    """
+    check_count("image_size", image_size)
+    encoder = load_encoder(source, image_size)
+    if image_size is not None:
+        encoder.use_image_size(image_size)
+    return encoder
+
+
+def load_model(folder: Path, num_classes: int | None = None) -> tuple[Any, dict[str, Any]]:
+    """Build a timm model from its folder and load the weights.
+
+    Args:
+        folder: with ``config.json`` and ``model.safetensors``.
+        num_classes: 0 to leave out a classifier; default what the folder holds.
+
+    Returns:
+        The model, with the folder's ``pretrained_cfg``, and the content of ``config.json``.
+
+    Raises:
+        UserError: the folder is damaged or its weights are another architecture's.
+    """
+    config = read_model_config(folder / CONFIG)
+    name, has_classes = config["architecture"], config["num_classes"]
+    classes = has_classes if num_classes is None else num_classes
+    shapes = _read_shapes(folder / WEIGHTS)
+    try:
+        drawn = draw_up(config, classes, len(shapes), (folder / WEIGHTS).stat().st_size)
+    except SENSELESS as error:
+        raise UserError(f"{folder / CONFIG} is damaged: {first_line(error)}") from None
+    if classes == 0 and has_classes:
+        shapes = _without_classifier(shapes, drawn)
+    _compare(drawn, shapes, str(folder), name)
+    model = create(config, classes)
+    weights = read_weights(folder / WEIGHTS)
+    if classes == 0 and has_classes:
+        weights = _without_classifier(weights, model)
+    _load(model, weights, str(folder), name)
+    return model, config
+
+
+def check_finite(module: nn.Module, source: str) -> None:
+    """Raise a UserError for weights and buffers that no image can go through.
+
+    Args:
+        module: with the weights.
+        source: where they come from.
+    """
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    if not all(one.isfinite().all() for _, one in tensors):
+        raise UserError(
+            f"the weights of {source} are not finite numbers: its training has diverged, or the "
+            f"file is damaged; train it again with a lower --lr or a longer --warmup"
+        )
+    for name, one in tensors:
+        if name.endswith("running_var") and (one < 0).any():
+            raise UserError(f"the weights of {source} are damaged: the variance {name} is negative")
+
+
+def load_weights(encoder: Encoder, file: Path) -> None:
+    """Load a plain timm state dict, without running any code that the file may hold.
+
+    Args:
+        encoder: takes the weights; a classifier in the file is left out.
+        file: ``.safetensors``, or what ``torch.save`` wrote of a state dict, bare or under the key
+            ``state_dict`` or ``model``.
+
+    Raises:
+        UserError: the file can't be read safely, or is of another architecture.
+    """
+    weights = _without_classifier(read_weights(file), encoder.model)
+    _load(encoder.model, weights, str(file), encoder.backbone)
+
+
+# What torch.load raises on bytes that are no checkpoint, whatever they happen to mean as a pickle
+_UNREADABLE = (
+    pickle.UnpicklingError, SafetensorError, RuntimeError, OSError, EOFError, LookupError,
+    ValueError, TypeError, AttributeError, ArithmeticError, AssertionError, MemoryError,
+    struct.error, zipfile.BadZipFile,
+)  # fmt: skip
+
+
+def read_torch(file: Path) -> Any:
+    """Read what ``torch.save`` wrote; nothing is unpickled but tensors and plain values.
+
+    Raises:
+        UserError: the file is missing or damaged, or holds other Python objects.
+    """
+    if not file.is_file():
+        raise UserError(f"{file} does not exist")
+    try:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                # torch writes no others; a small file could become a very large one
+                if any(one.compress_type != zipfile.ZIP_STORED for one in archive.infolist()):
+                    raise ValueError("it is compressed")
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        reason = first_line(error)
+        if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower():
+            reason = "it holds pickled Python objects beside tensors, which are never executed"
+        raise UserError(f"{file} can't be loaded: {reason}") from None
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """Read tensors by name from a safetensors or torch file; nothing is unpickled but tensors.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds anything else than tensors.
+    """
+    if file.suffix == ".safetensors":
+        if not file.is_file():
+            raise UserError(f"{file} does not exist")
+        try:
+            return load_file(file)
+        except _UNREADABLE as error:
+            raise UserError(f"{file} can't be loaded: {first_line(error)}") from None
+    content = read_torch(file)
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise UserError(f"{file} is no state dict: expected tensors by name")
+    return {str(name).removeprefix("module."): value for name, value in content.items()}
+
+
+def _read_shapes(file: Path) -> dict[str, list[int]]:
+    """The shapes of the tensors in a safetensors file, by name; only its header is read.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    if not file.is_file():
+        raise UserError(f"{file} does not exist")
+    try:
+        with safe_open(file, "pt") as opened:
+            names = opened.keys()
+            return {name: opened.get_slice(name).get_shape() for name in names}
+    except _UNREADABLE as error:
+        raise UserError(f"{file} can't be loaded: {first_line(error)}") from None
+
+
+def _without_classifier(weights: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    classifier = model.pretrained_cfg.get("classifier") or ()
+    names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    return {k: v for k, v in weights.items() if not k.startswith(tuple(f"{n}." for n in names))}
+
+
+def _compare(model: nn.Module, shapes: Mapping[str, Sequence[int]], source: str, name: str) -> None:
+    """Raise a UserError if tensors of these shapes are not those of a model."""
+    own = model.state_dict()
+    missing = sorted(set(own) - set(shapes))
+    unexpected = sorted(set(shapes) - set(own))
+    shaped = [key for key in own if key in shapes and list(own[key].shape) != list(shapes[key])]
+    if missing or unexpected or shaped:
+        example = (missing or unexpected or shaped)[0]
+        raise UserError(
+            f"the weights in {source} are not those of {name}: {len(missing)} tensors missing, "
+            f"{len(unexpected)} too many, {len(shaped)} of another shape, the first {example}"
+        )
+
+
+def _load(model: nn.Module, weights: dict[str, Tensor], source: str, name: str) -> None:
+    _compare(model, {key: value.shape for key, value in weights.items()}, source, name)
+    load_tensors(model, weights, source)
+    log.debug("%d tensors loaded from %s", len(weights), source)
+
+
+def load_tensors(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Copy tensors into a module that has all of them, in these shapes.
+
+    Args:
+        module: takes them; may have others beside them.
+        weights: by name.
+        source: where they come from.
+
+    Raises:
+        UserError: they are of another kind of number, or not finite.
+    """
+    own = module.state_dict()
+    for key, value in weights.items():
+        if value.is_complex() or value.is_floating_point() != own[key].is_floating_point():
+            raise UserError(f"the weights in {source} are damaged: {key} is of {value.dtype}")
+    try:
+        module.load_state_dict(weights, strict=False)
+    except (RuntimeError, NotImplementedError) as error:  # kinds of number that torch can't copy
+        raise UserError(f"the weights in {source} are damaged: {first_line(error)}") from None
+    check_finite(module, source)

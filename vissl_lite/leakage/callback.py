@@ -1,0 +1,107 @@
+"""Keeps the fingerprints of the images that a run has trained on: for the leak guard."""
+
+import json
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+from lightning.pytorch.callbacks import Callback
+
+from vissl_lite.data.fingerprints import EXACT_BYTES, LOOK_BYTES, Fingerprints
+from vissl_lite.data.stream import Batch
+from vissl_lite.leakage.matching import FINGERPRINTS
+from vissl_lite.training.schedule import Schedule
+from vissl_lite.training.stream import StreamData
+
+# An image's number in the data set and its fingerprint. A record may be there twice.
+_RECORD = np.dtype([("index", "<i8"), ("fingerprint", "u1", (EXACT_BYTES + LOOK_BYTES,))])
+
+
+class FingerprintCallback(Callback):
+    """Writes down the fingerprints that come with the batches of the first epoch.
+
+    Each process appends to a file of its own after every batch, so that a run that is killed has
+    those of all its steps; at the end they become one file, ``fingerprints.npz``. What the first
+    epoch leaves over, as it fills no batch, is added then, if there was a second one.
+
+    Args:
+        run: the run folder.
+        data: the training stream.
+        pace: the run's; its batches are counted before this callback runs.
+        before: images that the encoder has seen before this run, if it did not start untrained.
+    """
+
+    def __init__(
+        self, run: Path, data: StreamData, pace: Schedule, before: Fingerprints | None = None
+    ) -> None:
+        self.file, self.parts = run / FINGERPRINTS, run / "fingerprints"
+        self.data, self.pace, self.before = data, pace, before
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.parts.mkdir(parents=True, exist_ok=True)
+        self._part = self.parts / f"{trainer.global_rank}.bin"
+        if self._part.exists():  # the last record of a run that was killed may be cut off
+            size = self._part.stat().st_size
+            os.truncate(self._part, size - size % _RECORD.itemsize)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        if batch.fingerprints is None:
+            return
+        if batch.names:  # before the records, so that none is without
+            pairs = zip(self.data.indices.tolist(), batch.names, strict=True)
+            with self._part.with_suffix(".names").open("a", encoding="ascii") as out:
+                out.writelines(f"{json.dumps(pair)}\n" for pair in pairs)
+        records = np.empty(len(batch.fingerprints), _RECORD)
+        records["index"] = self.data.indices.numpy()
+        records["fingerprint"] = batch.fingerprints
+        with self._part.open("ab") as part:
+            part.write(records.tobytes())
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        trainer.strategy.barrier()
+        if not trainer.is_global_zero:
+            return
+        if self.file.exists() and not any(self.parts.iterdir()):
+            shutil.rmtree(self.parts)  # killed after the last step, and resumed
+            return
+        source = self.data.dataset
+        records, names = _read(self.parts), _read_names(self.parts)
+        indices = records["index"]
+        seen = [names.get(index) or source.name(index) for index in indices.tolist()]
+        found = Fingerprints.of(records["fingerprint"], seen)
+        if self.pace.batches > self.data.batches_per_epoch:
+            rest = np.setdiff1d(np.arange(len(source)), indices, assume_unique=True)
+            found = found.join(source.fingerprints(rest))
+        if self.file.exists():  # written, and killed before the last checkpoint was
+            found = Fingerprints.load(self.file).join(found)
+        (found if self.before is None else self.before.join(found)).save(self.file)
+        shutil.rmtree(self.parts)
+
+
+def _read(parts: Path) -> np.ndarray:
+    """The ``_RECORD``s that all processes have written, each image once, by their numbers."""
+    files = [np.fromfile(file, _RECORD) for file in sorted(parts.glob("*.bin"))]
+    records = np.concatenate([np.empty(0, _RECORD), *files])
+    return records[np.unique(records["index"], return_index=True)[1]]
+
+
+def _read_names(parts: Path) -> dict[int, str]:
+    """Names of images by their numbers, where they came with the batches."""
+    names: dict[int, str] = {}
+    for file in sorted(parts.glob("*.names")):
+        for line in file.read_text(encoding="ascii").splitlines():
+            with suppress(ValueError):  # the last one, cut off
+                number, name = json.loads(line)
+                names[number] = name
+    return names

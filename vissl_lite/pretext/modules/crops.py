@@ -1,0 +1,135 @@
+"""Views that several pretexts take: one crop of an image, two, or large and small ones."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from vissl_lite.data.views import Views, crop_decode_size, distorted_crop, flip, random_crop
+from vissl_lite.encoders.encoder import Encoder
+from vissl_lite.errors import LARGEST_DEPTH, UserError, check_count
+
+
+def cropped_views(size: int, min_crop_scale: float, upright: bool) -> Views:
+    """One view: a random crop, perhaps flipped, for tasks that predict part of the image.
+
+    Args:
+        size: side in pixels.
+        min_crop_scale: smallest share of the image's area.
+        upright: whether the images have an up.
+    """
+    one = [random_crop(size, min_crop_scale), flip(upright)]
+    return Views([one], shortest=crop_decode_size(size, min_crop_scale))
+
+
+def two_views(
+    size: int,
+    min_crop_scale: float,
+    color: float | None,
+    upright: bool,
+    blur: tuple[float, float] = (0.5, 0.5),
+    solarize: tuple[float, float] = (0.0, 0.0),
+) -> Views:
+    """Two random crops, flipped, their colors distorted, perhaps blurred (SimCLR, appendix A).
+
+    Args:
+        size: side in pixels.
+        min_crop_scale: smallest share of the image's area.
+        color: strength of the color distortion; see ``distorted_crop``.
+        upright: whether the images have an up.
+        blur: probability for each view.
+        solarize: probability for each view.
+    """
+    first, second = (
+        distorted_crop(size, min_crop_scale, color, blurred, inverted, upright)
+        for blurred, inverted in zip(blur, solarize, strict=True)
+    )
+    return Views([first, second], shortest=crop_decode_size(size, min_crop_scale))
+
+
+# BYOL (Grill et al. 2020, appendix B): one view is always blurred, the other seldom, but sometimes
+# solarized.
+BYOL_BLUR, BYOL_SOLARIZE = (1.0, 0.1), (0.0, 0.2)
+
+
+@dataclass(frozen=True)
+class MultiCrop:
+    """Global crops of the encoder's size, then local ones of 96/224 of it (SwAV, Caron 2020).
+
+    Attributes:
+        global_crops: Number of global crops.
+        local_crops: Number of local crops; default ``default_local_crops``.
+        min_crop_scale: Smallest share of the image's area in a local crop.
+        min_global_scale: Smallest share in a global crop, and largest share in a local one.
+        color: Strength of the color distortion; see ``distorted_crop``.
+        solarize: Blur and solarize the global crops as BYOL does; else blur each half of the time.
+    """
+
+    global_crops: int
+    local_crops: int | None
+    min_crop_scale: float
+    min_global_scale: float
+    color: float | None
+    solarize: bool = False
+
+    def views(self, encoder: Encoder, upright: bool) -> Views:
+        """Build the augmentations.
+
+        Args:
+            encoder: The encoder that the views are for.
+            upright: Whether the images have an up.
+
+        Raises:
+            UserError: The backbone can't take the local crops, or the shares are none.
+        """
+        size, border = encoder.image_size, self.min_global_scale
+        if not 0 < self.min_crop_scale <= border:
+            raise UserError(
+                f"--pretext.min_crop_scale {self.min_crop_scale} must be above 0 and at most "
+                f"--pretext.min_global_crop_scale {border}"
+            )
+        chances = zip(BYOL_BLUR, BYOL_SOLARIZE, strict=True) if self.solarize else [(0.5, 0.0)]
+        kinds = [
+            distorted_crop(size, border, self.color, blur, solarize, upright)
+            for blur, solarize in chances
+        ]
+        pipelines = [kinds[number % len(kinds)] for number in range(self.global_crops)]
+        shortest = crop_decode_size(size, border)
+        count = default_local_crops(encoder) if self.local_crops is None else self.local_crops
+        check_count("pretext.local_crops", count or None, LARGEST_DEPTH)
+        if count:
+            small = encoder.fitting_size(size * 96 / 224)
+            try:
+                encoder.check_image_size(small)
+            except UserError as error:
+                raise UserError(f"{error}; --pretext.local_crops 0 does without") from None
+            local = distorted_crop(
+                small, self.min_crop_scale, self.color, upright=upright, largest_crop=border
+            )
+            pipelines += [local] * count
+            shortest = max(shortest, crop_decode_size(small, self.min_crop_scale))
+        return Views(pipelines, shortest)
+
+
+def forward_multi_crop(network: Callable[[Tensor], Tensor], views: list[Tensor]) -> list[Tensor]:
+    """Run a network over views, in one pass for each run of views of equal size.
+
+    Args:
+        network: takes ``(N, C, H, W)``, gives ``(N, ...)``.
+        views: ``(B, C, H, W)`` each.
+
+    Returns:
+        One ``(B, ...)`` output for each view.
+    """
+    outputs: list[Tensor] = []
+    for _, group in groupby(views, key=lambda view: view.shape[-1]):
+        same = list(group)
+        outputs += network(torch.cat(same)).chunk(len(same))
+    return outputs
+
+
+def default_local_crops(encoder: Encoder) -> int:
+    """Six, as SwAV has on ImageNet; none below 64 pixels, where they would show next to nothing."""
+    return 6 if encoder.image_size >= 64 else 0
