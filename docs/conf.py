@@ -11,3 +11,4 @@ extensions = ["myst_parser", "generated_pages"]
 html_theme = "furo"
 exclude_patterns = ["_build"]
 myst_heading_anchors = 4
+smartquotes = False  # options begin with two hyphens

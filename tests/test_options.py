@@ -1,8 +1,6 @@
 """Options: dataclasses that check themselves, and functions that take their fields as keywords."""
 
 import inspect
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -183,37 +181,3 @@ def test_a_result_of_pretrain_stands_for_its_run() -> None:
         options = options_of(find_command(name))
         given = dict.fromkeys(required(options), "x.html") | {"encoder": result}
         assert options(**given).as_config()["encoder"] in ("run", ["run"])
-
-
-CALLS = """
-from dataclasses import dataclass
-from pathlib import Path
-from vissl_lite.options import Options, Paths, command
-
-@dataclass(frozen=True, kw_only=True)
-class Some(Options):
-    data: Paths
-    epochs: int | None = None
-
-@command(Some)
-def some(options: Some) -> int:
-    return options.epochs or 0
-
-n: int = some(data=[Path("a"), "b"], epochs=3)
-some(data="a", epoch=3)
-some(data="a", epochs="x")
-"""
-
-
-@pytest.mark.slow
-def test_type_checkers_know_the_keywords(tmp_path: Path) -> None:
-    (tmp_path / "calls.py").write_text(CALLS)
-    done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent",
-         f"--cache-dir={tmp_path / 'cache'}", str(tmp_path / "calls.py")],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    unknown, wrong, found = done.stdout.splitlines()
-    assert 'Unexpected keyword argument "epoch"' in unknown
-    assert 'Argument "epochs" to "some" has incompatible type' in wrong
-    assert found.startswith("Found 2 errors")

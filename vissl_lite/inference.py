@@ -119,7 +119,7 @@ def run_in_batches(
         batch_size=batch_size,
     )
     faults: list[str | None] = []
-    with inference_mode(model, normalize) as device:
+    with inference_mode(model) as device:
         for images, found in loader:
             if images is not None:
                 read = [paths[len(faults) + i] for i, fault in enumerate(found) if fault is None]
@@ -149,12 +149,11 @@ def check_outputs(outputs: Iterable[Tensor | np.ndarray], place: str) -> None:
 
 
 @contextmanager
-def inference_mode(model: nn.Module, normalize: object = None) -> Iterator[torch.device]:
+def inference_mode(model: nn.Module) -> Iterator[torch.device]:
     """Evaluation mode without gradient, in bf16 where there are instructions for it.
 
     Args:
         model: put on the accelerator if there is one, and back where it was afterwards.
-        normalize: A module that goes with it.
 
     Yields:
         The device.
@@ -163,8 +162,6 @@ def inference_mode(model: nn.Module, normalize: object = None) -> Iterator[torch
     modes = [(module, module.training) for module in model.modules()]  # parents before children
     device = torch.device("cuda") if torch.cuda.is_available() else place
     model.to(device).eval()
-    if isinstance(normalize, nn.Module):
-        normalize.to(device)
     bf16 = device.type == "cuda" or cpu_has_bf16()
     try:
         half = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
@@ -174,8 +171,6 @@ def inference_mode(model: nn.Module, normalize: object = None) -> Iterator[torch
         for module, training in modes:
             module.train(training)  # frozen norms stay frozen
         model.to(place)
-        if isinstance(normalize, nn.Module):
-            normalize.to(place)
 
 
 def report_broken(paths: Sequence[str], faults: Sequence[str | None]) -> np.ndarray:

@@ -1,4 +1,3 @@
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -63,8 +62,6 @@ def test_broken_images_are_left_out_and_named(
         assert [Path(path).name for path in read["paths"]] == ["0.png", "2.png"]
         assert read["features"].shape[0] == 2
     assert f"skipped, can't be read: {folder / '1.png'}" in capsys.readouterr().err
-    early = logging.getLogger("vissl_lite").handlers[-1]
-    assert not any("1.png" in record.getMessage() for record in early.buffer)  # said, not kept
     for path in folder.iterdir():
         path.write_bytes(b"")
     with pytest.raises(UserError, match="none of 3 images can be read"):

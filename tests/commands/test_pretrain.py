@@ -76,7 +76,7 @@ def test_writes_results_curves_log_and_config(finished: Path) -> None:
     assert 0 <= results["linear"] <= 1
     assert 0 < results["evaluation_share"] < 1
     assert results["stopped"] is None
-    assert "watching took" in (finished / "log.txt").read_text()
+    assert "Online evaluation took" in (finished / "log.txt").read_text()
     assert (finished / "curves.png").stat().st_size > 5000
     assert "simclr on test_resnet at 32 pixels" in (finished / "log.txt").read_text()
     config = yaml.safe_load((finished / "config.yaml").read_text())

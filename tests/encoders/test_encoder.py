@@ -250,7 +250,7 @@ def test_a_folder_and_the_run_around_it_load_as_the_same_encoder(
     for source in (tmp_path / "run", str(tmp_path / "run" / "encoder")):
         loaded = load_encoder(source).eval()
         assert torch.equal(loaded(images()), encoder(images()))
-        assert (loaded.encoder.image_size, loaded.backbone) == (32, backbone)
+        assert (loaded.image_size, loaded.backbone) == (32, backbone)
         assert (loaded.mean, loaded.std) == (encoder.mean, encoder.std)
         assert loaded.num_features == encoder.num_features
 

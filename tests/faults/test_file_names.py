@@ -285,7 +285,8 @@ def test_a_backslash_may_be_part_of_a_name(tmp_path: Path) -> None:
 def test_predictions_are_there_when_a_failure_comes_late(
     models: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vissl_lite.commands import predict
+    from vissl_lite.transfer.classification import task as classification
+    from vissl_lite.transfer.detection import task as detection
 
     drawn = []
 
@@ -295,12 +296,12 @@ def test_predictions_are_there_when_a_failure_comes_late(
             raise MemoryError("no more")
         return image
 
-    for task, how, file in (
-        ("classification", "draw_words", "predictions.csv.part"),
-        ("detection", "draw_boxes", "predictions.jsonl.part"),
+    for task, module, how, file in (
+        ("classification", classification, "draw_words", "predictions.csv.part"),
+        ("detection", detection, "draw_boxes", "predictions.jsonl.part"),
     ):
         drawn.clear()
-        monkeypatch.setattr(predict, how, fail_late)
+        monkeypatch.setattr(module, how, fail_late)
         out = tmp_path / task
         status = run("predict", "--model", models / task, "--data", data / "detection",
                 "--pictures", 99, "--out", out)  # fmt: skip

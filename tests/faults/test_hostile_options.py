@@ -140,6 +140,7 @@ def needed(command: str, place: Path) -> dict[str, str]:
         "export": {"encoder": encoder, "out": "encoder.onnx"},
         "shard": {"data": train, "out": "shards"},
         "list": {"what": "pretexts"},
+        "runs": {"folder": str(place)},
     }[command]
 
 

@@ -17,7 +17,7 @@ from tampering import Tried, changed, damaged
 
 from vissl_lite.cli import main
 from vissl_lite.commands.export import export
-from vissl_lite.encoders.encoder import Normalize, build_encoder
+from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.encoders.folder import load_encoder, read_weights, save_encoder, save_model
 from vissl_lite.errors import UserError
 from vissl_lite.transfer.classification.model import load_classifier
@@ -53,7 +53,7 @@ def use(kind: str, folder: Path) -> None:
         if kind in ("encoder", "vit"):
             encoder = load_encoder(folder).eval()
             image = image.new_full((1, 3, encoder.image_size, encoder.image_size), 100)
-            found = [encoder(Normalize(encoder.mean, encoder.std)(image))]
+            found = [encoder(encoder.normalize(image))]
         elif kind == "classifier":
             loaded = load_classifier(folder)
             image = image.new_full(
@@ -63,12 +63,12 @@ def use(kind: str, folder: Path) -> None:
         elif kind == "segmenter":
             segmenter = load_segmenter(folder)
             encoder = segmenter.eval().encoder
-            found = [segmenter(Normalize(encoder.mean, encoder.std)(image))]
+            found = [segmenter(encoder.normalize(image))]
         else:
             detector = load_detector(folder)
             encoder = detector.eval().encoder
             image = image.new_full((1, 3, *detector.canvas), 100)
-            found = list(detector(Normalize(encoder.mean, encoder.std)(image))[0].values())
+            found = list(detector(encoder.normalize(image))[0].values())
     if not all(one.isfinite().all() for one in found):
         raise UserError("the outputs are not finite")  # as the commands say
 

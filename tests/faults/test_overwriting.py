@@ -105,6 +105,8 @@ def test_inputs_and_out_lie_apart(
         extra = (
             ["--encoder", encoder_folder] if command == "compare" and option == "--baseline" else []
         )
+        if option == "--annotations":
+            extra = ["--task", "detection"]
         arguments = [command, option, given, other, rest, "--out", out, "--overwrite", *extra]
         capsys.readouterr()
         assert main(list(map(str, arguments))) == 2

@@ -236,28 +236,6 @@ def _exact_if_tiny(images: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-class Normalize(nn.Module):
-    """Turns uint8 images into normalized floating-point ones, on the device.
-
-    Args:
-        mean: of each channel, for values in [0, 1].
-        std: of each channel, likewise.
-    """
-
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        super().__init__()
-        self.scale: Tensor
-        self.shift: Tensor
-        scale = 1 / (255 * torch.tensor(std))
-        shift = -torch.tensor(mean) / torch.tensor(std)
-        self.register_buffer("scale", scale.view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("shift", shift.view(1, -1, 1, 1), persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """``(B, C, H, W)`` uint8 to float32, the memory format kept."""
-        return torch.addcmul(self.shift, images.to(self.scale.dtype), self.scale)
-
-
 def build_encoder(
     backbone: str, image_size: int | None = None, pretrained: bool = False
 ) -> Encoder:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from vissl_lite.data.images import resize_and_crop
 from vissl_lite.encoders.config import CONFIG
-from vissl_lite.encoders.encoder import Normalize
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.encoders.folder import load_encoder
 
 
@@ -55,6 +55,18 @@ class ExportModel:
     translations: dict[Any, Callable[..., Any]] = field(default_factory=dict)
 
 
+class Normalization(nn.Module):
+    """``Encoder.normalize`` as the first layer of an exported network."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(B, C, H, W)`` uint8 to what the backbone takes."""
+        return self.encoder.normalize(images)
+
+
 def export_encoder(source: str, image_size: int | None) -> ExportModel:
     """An encoder to be exported.
 
@@ -67,7 +79,7 @@ def export_encoder(source: str, image_size: int | None) -> ExportModel:
     """
     encoder = load_encoder(source, image_size)
     # not `encoder` itself, whose care for bf16 on small images the exporter can't follow
-    layers = nn.Sequential(Normalize(encoder.mean, encoder.std), encoder.model, nn.Identity())
+    layers = nn.Sequential(Normalization(encoder), encoder.model, nn.Identity())
     places = (Path(source), Path(source) / "encoder")
     folder = next((place for place in places if (place / CONFIG).is_file()), None)
     size = encoder.image_size

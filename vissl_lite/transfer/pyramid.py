@@ -191,7 +191,7 @@ def report_use(encoder: Encoder, source: str) -> None:
     was_training = encoder.training
     encoder.eval()
     images = torch.zeros(1, len(encoder.mean), size, size, device=device)
-    named = [(name, p) for name, p in encoder.named_parameters() if p.requires_grad]
+    named = [(name, p) for name, p in encoder.model.named_parameters() if p.requires_grad]
     total = sum(stage.sum() for stage in encoder.stages(images))
     assert isinstance(total, Tensor)
     reached = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)

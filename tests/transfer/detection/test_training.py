@@ -55,6 +55,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> LabelledBoxes:
 
 
 SETTINGS = DetectorSettings(
+    detector="fcos",  # the fastest on a CPU
     epochs=20,
     batch_size=8,
     frozen_norm=False,
@@ -87,7 +88,7 @@ def test_learns_and_is_the_same_after_saving_and_loading(
 
 def test_frozen_leaves_the_encoder_as_it_was(data: LabelledBoxes) -> None:
     encoder = build_encoder("test_resnet", 64)
-    settings = DetectorSettings(epochs=1, batch_size=8, frozen=True)
+    settings = DetectorSettings(detector="fcos", epochs=1, batch_size=8, frozen=True)
     detector = train_detector(encoder, data, settings)
     before = encoder.state_dict()
     assert all(torch.equal(before[name], t) for name, t in detector.encoder.state_dict().items())
@@ -95,7 +96,7 @@ def test_frozen_leaves_the_encoder_as_it_was(data: LabelledBoxes) -> None:
 
 def test_frozen_norms_stand_still_after_looks_at_the_validation_part(data: LabelledBoxes) -> None:
     encoder = build_encoder("test_resnet", 64)
-    settings = DetectorSettings(epochs=3, batch_size=8, frozen_norm=True)
+    settings = DetectorSettings(detector="fcos", epochs=3, batch_size=8, frozen_norm=True)
     detector = train_detector(encoder, data, settings)
     before = encoder.state_dict()
     changed = {n for n, t in detector.encoder.state_dict().items() if not torch.equal(before[n], t)}
@@ -118,7 +119,8 @@ def test_the_best_weights_on_validation_images_are_kept(
 
     monkeypatch.setattr(training, "score_detector", score)
     encoder = build_encoder("test_resnet", 64)
-    detector = train_detector(encoder, data, DetectorSettings(epochs=3, batch_size=8))
+    settings = DetectorSettings(detector="fcos", epochs=3, batch_size=8)
+    detector = train_detector(encoder, data, settings)
     assert len(states) == 4  # three looks, and one for the threshold
     assert all(torch.equal(states[1][name], t) for name, t in detector.state_dict().items())
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vissl_lite.encoders.config import CONFIG
-from vissl_lite.encoders.encoder import Encoder, Normalize
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.encoders.folder import load_model, save_model
 from vissl_lite.errors import UserError
 from vissl_lite.inference import predict_images
@@ -56,7 +56,7 @@ def class_logits(classifier: Classifier, paths: Sequence[str]) -> tuple[Tensor, 
     (logits,), good = predict_images(
         classifier,
         lambda images: [classifier(images)],
-        Normalize(encoder.mean, encoder.std),
+        encoder.normalize,
         paths,
         encoder.image_size,
     )

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from vissl_lite.errors import check_warmup
 from vissl_lite.transfer.finetuning import TransferSettings
 from vissl_lite.transfer.options import ClassWeightsOption
 
@@ -28,3 +29,6 @@ class ClassifierSettings(TransferSettings, ClassificationOptions):
         class_weights: what classes weigh in the loss, see ``loss_weights``: ``balanced``, or a
             weight by name. None for all alike.
     """
+
+    def __post_init__(self) -> None:
+        check_warmup("label_smoothing", self.label_smoothing)

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from vissl_lite.data.images import read_image, suitable_size
-from vissl_lite.encoders.encoder import Encoder, Normalize
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.inference import check_outputs, run_in_batches
 from vissl_lite.plots import draw_words, plot_confusion, plot_per_class, plot_titled
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
@@ -28,7 +28,7 @@ from vissl_lite.transfer.classification.model import (
 )
 from vissl_lite.transfer.classification.options import ClassificationOptions, ClassifierSettings
 from vissl_lite.transfer.classification.training import check_settings, train_classifier
-from vissl_lite.transfer.exporting import ExportModel
+from vissl_lite.transfer.exporting import ExportModel, Normalization
 from vissl_lite.transfer.prediction import Predictions, growing_file
 
 SHOWN = 16  # test images in the picture of predictions beside the truth
@@ -131,7 +131,7 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
             good = run_in_batches(
                 model,
                 lambda images: [model(images)],
-                Normalize(model.encoder.mean, model.encoder.std),
+                model.encoder.normalize,
                 predictions.paths,
                 model.encoder.image_size,
                 use,
@@ -142,7 +142,7 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
     def export_model(self, model: Classifier, folder: Path) -> ExportModel:
         encoder = model.encoder
         last = nn.Sigmoid() if model.multi_label else nn.Softmax(dim=1)
-        layers = nn.Sequential(Normalize(encoder.mean, encoder.std), model.network, last)
+        layers = nn.Sequential(Normalization(encoder), model.network, last)
         about = {"classes": json.dumps(model.classes), "multi_label": json.dumps(model.multi_label)}
         size = (encoder.image_size, encoder.image_size)
         return ExportModel(layers, self.name, ("probabilities",), size, folder, about)

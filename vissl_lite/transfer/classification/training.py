@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from vissl_lite.data.stream import Batch, ViewDataset
 from vissl_lite.data.views import Views, crop_decode_size, flip, random_crop
 from vissl_lite.encoders.encoder import Encoder
-from vissl_lite.errors import UserError, check_warmup, did_you_mean
+from vissl_lite.errors import UserError, did_you_mean
 from vissl_lite.optim import build_optimizer
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
@@ -43,7 +43,6 @@ def check_settings(settings: ClassifierSettings, data: LabelledImages) -> None:
         settings: how to train.
         data: on what.
     """
-    check_warmup("label_smoothing", settings.label_smoothing)
     if settings.balanced and data.multi_label:
         raise UserError("--balanced samples images by their one class, but here an image has "
                         "several labels: give --class_weights balanced")  # fmt: skip

@@ -18,7 +18,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from vissl_lite.data.images import BROKEN_IMAGE, read_image
 from vissl_lite.data.reading import reason
 from vissl_lite.data.views import PADDING
-from vissl_lite.encoders.encoder import Encoder, Normalize
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.inference import check_outputs, inference_mode, report_broken
 from vissl_lite.transfer.detection.data import BoxedImage
 from vissl_lite.transfer.detection.options import DetectorName
@@ -271,9 +271,8 @@ def detect_in_batches(
     Raises:
         UserError: no image can be read, or what the heads say is not finite.
     """
-    normalize = Normalize(detector.encoder.mean, detector.encoder.std)
     faults: list[str | None] = []
-    with inference_mode(detector, normalize) as device, _finite_heads(detector) as named:
+    with inference_mode(detector) as device, _finite_heads(detector) as named:
         for start in range(0, len(paths), batch_size):
             some = paths[start : start + batch_size]
             named[:] = some
@@ -293,7 +292,7 @@ def detect_in_batches(
                 sizes.append((image.shape[0], image.shape[1]))
             if fitted:
                 batch = torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2).to(device)
-                outputs = detector(normalize(batch))
+                outputs = detector(detector.encoder.normalize(batch))
                 those = [_on_image(*one) for one in zip(outputs, scales, sizes, strict=True)]
                 use(read, those, sizes)
             if progress is not None:

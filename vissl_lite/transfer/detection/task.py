@@ -12,7 +12,7 @@ from torch import nn
 
 from vissl_lite.data.atomic_file import atomic_write
 from vissl_lite.data.images import read_image, suitable_size
-from vissl_lite.encoders.encoder import Encoder, Normalize
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.plots import class_colors, draw_boxes, plot_per_class, plot_pictures
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
@@ -30,7 +30,7 @@ from vissl_lite.transfer.detection.model import (
 )
 from vissl_lite.transfer.detection.options import DetectionOptions, DetectorSettings
 from vissl_lite.transfer.detection.training import check_rescaling, train_detector
-from vissl_lite.transfer.exporting import ExportModel
+from vissl_lite.transfer.exporting import ExportModel, Normalization
 from vissl_lite.transfer.prediction import Predictions, growing_file
 from vissl_lite.transfer.pyramid import report_use, shrunk
 
@@ -146,8 +146,9 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
         return file, int(good.sum())
 
     def export_model(self, model: Detector, folder: Path) -> ExportModel:
-        normalize = Normalize(model.encoder.mean, model.encoder.std)
-        layers = nn.Sequential(normalize, ExportableDetector(model), nn.Identity())
+        layers = nn.Sequential(
+            Normalization(model.encoder), ExportableDetector(model), nn.Identity()
+        )
         about = {"classes": json.dumps(model.classes), "threshold": str(model.threshold)}
         return ExportModel(
             layers,

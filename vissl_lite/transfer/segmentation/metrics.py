@@ -10,7 +10,6 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from vissl_lite.data.images import BROKEN_IMAGE, read_image
 from vissl_lite.data.reading import reason
-from vissl_lite.encoders.encoder import Normalize
 from vissl_lite.inference import inference_mode, report_broken
 from vissl_lite.transfer.segmentation.data import IGNORE, MaskedImage, read_mask
 from vissl_lite.transfer.segmentation.model import (
@@ -85,11 +84,10 @@ def score_segmenter(
         UserError: no image can be read.
     """
     classes = segmenter.classes
-    normalize = Normalize(segmenter.encoder.mean, segmenter.encoder.std)
     confusion = np.zeros((len(classes), len(classes)), np.int64)
     losses: list[float] = []
     faults: list[str | None] = []
-    with inference_mode(segmenter, normalize) as device:
+    with inference_mode(segmenter) as device:
         for pairs in _read(part):
             faults += [pair if isinstance(pair, str) else None for pair in pairs]
             found = [pair for pair in pairs if not isinstance(pair, str)]

@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from vissl_lite.data.views import LARGE
-from vissl_lite.encoders.encoder import Encoder, Normalize
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.inference import check_outputs, inference_mode
 from vissl_lite.transfer.finetuning import load_with_head, save_with_head
 from vissl_lite.transfer.pyramid import Pyramid, PyramidModel, group_norm
@@ -243,8 +243,7 @@ def segment(segmenter: Segmenter, image: np.ndarray) -> np.ndarray:
     Returns:
         ``(K, H, W)`` float32; they sum to one over the classes.
     """
-    normalize = Normalize(segmenter.encoder.mean, segmenter.encoder.std)
-    with inference_mode(segmenter, normalize) as device:
+    with inference_mode(segmenter) as device:
         shares = segment_all(segmenter, [image], device)[0]
         return enlarge(shares, *image.shape[:2]).cpu().numpy()
 

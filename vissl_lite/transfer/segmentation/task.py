@@ -15,7 +15,7 @@ from torch import nn
 from vissl_lite.data.atomic_file import atomic_write
 from vissl_lite.data.images import BROKEN_IMAGE, read_image, suitable_size
 from vissl_lite.data.reading import reason
-from vissl_lite.encoders.encoder import Encoder, Normalize
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.inference import inference_mode, report_broken
 from vissl_lite.plots import (
     class_colors,
@@ -27,7 +27,7 @@ from vissl_lite.plots import (
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.base import Task, spread
-from vissl_lite.transfer.exporting import ExportModel
+from vissl_lite.transfer.exporting import ExportModel, Normalization
 from vissl_lite.transfer.prediction import Predictions
 from vissl_lite.transfer.pyramid import report_use, shrunk
 from vissl_lite.transfer.segmentation.data import LabelledMasks, load_masks, read_mask
@@ -119,7 +119,7 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
         palette[0] = 0
         faults: list[str | None] = []
         numbers = count()
-        with inference_mode(model, Normalize(model.encoder.mean, model.encoder.std)):
+        with inference_mode(model):
             for path in predictions.paths:
                 predictions.advance(1)
                 try:
@@ -143,7 +143,7 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
 
     def export_model(self, model: Segmenter, folder: Path) -> ExportModel:
         encoder = model.encoder
-        layers = nn.Sequential(Normalize(encoder.mean, encoder.std), model, nn.Softmax(dim=1))
+        layers = nn.Sequential(Normalization(encoder), model, nn.Softmax(dim=1))
         about = {"classes": json.dumps(model.classes)}
         # Windows of attention, as in Swin, over a free size keep the exporter busy without end.
         windows = any(hasattr(module, "window_size") for module in encoder.modules())
