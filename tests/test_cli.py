@@ -83,10 +83,13 @@ def test_text_becomes_what_it_stands_for(value: Any, kind: Any, result: Any) -> 
 
 @pytest.mark.parametrize(
     ("words", "pretext"),
-    [("--pretext dino", {"name": "dino"}), ("--pretext.name dino", {"name": "dino"}),
-     ("--pretext.temperature 0.5", {"name": "simclr", "temperature": 0.5}),
-     ("--pretext.momentum 0.9 --pretext dino", {"name": "dino", "momentum": 0.9})],
-)  # fmt: skip
+    [
+        ("--pretext dino", {"name": "dino"}),
+        ("--pretext.name dino", {"name": "dino"}),
+        ("--pretext.temperature 0.5", {"name": "simclr", "temperature": 0.5}),
+        ("--pretext.momentum 0.9 --pretext dino", {"name": "dino", "momentum": 0.9}),
+    ],
+)
 def test_a_pretext_and_its_hyperparameters(words: str, pretext: dict[str, Any]) -> None:
     assert parsed(PretrainOptions, *words.split()) == {"pretext": pretext}
 
@@ -116,10 +119,13 @@ def test_a_file_may_differ_by_pretext(words: str, values: dict[str, Any], tmp_pa
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
-    [("{dion: {epochs: 1}}", "unknown pretext dion: did you mean dino"),
-     ("[dino]", "overrides must be a mapping"), ("{dino: 1}", "overrides must be a mapping"),
-     ("{simclr: {epoch: 1}}", "unknown option --epoch")],
-)  # fmt: skip
+    [
+        ("{dion: {epochs: 1}}", "unknown pretext dion: did you mean dino"),
+        ("[dino]", "overrides must be a mapping"),
+        ("{dino: 1}", "overrides must be a mapping"),
+        ("{simclr: {epoch: 1}}", "unknown option --epoch"),
+    ],
+)
 def test_overrides_with_a_mistake(overrides: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "shared.yaml").write_text(f"overrides: {overrides}\n")
     with pytest.raises(UserError) as refused:

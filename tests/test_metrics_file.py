@@ -65,8 +65,11 @@ def test_a_new_column_is_empty_in_earlier_rows(metrics: MetricsFile) -> None:
     metrics.add(2, {"knn": 0.25})
     metrics.flush(final=True)
     assert lines(metrics.file) == [
-        ["step", "loss", "knn"], ["0", "1.5", ""], ["1", "1.0", ""], ["2", "", "0.25"],
-    ]  # fmt: skip
+        ["step", "loss", "knn"],
+        ["0", "1.5", ""],
+        ["1", "1.0", ""],
+        ["2", "", "0.25"],
+    ]
 
 
 def test_what_was_written_reads_back(metrics: MetricsFile) -> None:
@@ -94,9 +97,12 @@ def test_resuming_forgets_later_steps_and_goes_on(metrics: MetricsFile) -> None:
     again.add(3, {"loss": 30.0, "knn": 0.5})
     again.flush(final=True)
     assert lines(metrics.file) == [
-        ["step", "loss", "knn"], ["0", "0.0", ""], ["1", "1.0", ""], ["2", "2.0", ""],
+        ["step", "loss", "knn"],
+        ["0", "0.0", ""],
+        ["1", "1.0", ""],
+        ["2", "2.0", ""],
         ["3", "30.0", "0.5"],
-    ]  # fmt: skip
+    ]
 
 
 def test_time_goes_on_where_it_stopped(tmp_path: Path) -> None:

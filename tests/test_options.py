@@ -91,19 +91,21 @@ def test_values_become_plain_data() -> None:
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"epochs": "ten"}, "--epochs ten is not of the type int"),
-     ({"epochs": True}, "--epochs True is not of the type int"),
-     ({"epochs": 0}, "--epochs 0 must be at least 1"),
-     ({"lr": "x"}, "--lr x is not of the type float"),
-     ({"lr": float("nan")}, "--lr nan must be a finite number"),
-     ({"leaks": "no"}, "--leaks no is none of warn, error"),
-     ({"out": 5}, "--out 5 is not of the type str"),
-     ({"out": ""}, "--out must not be empty"),
-     ({"data": []}, "--data must not be empty"),
-     ({"data": ["a", 5]}, "is not of the type str"),
-     ({"data": {"a": 1}}, "is not of the type str"),
-     ({"seed": None}, "--seed None is not of the type int")],
-)  # fmt: skip
+    [
+        ({"epochs": "ten"}, "--epochs ten is not of the type int"),
+        ({"epochs": True}, "--epochs True is not of the type int"),
+        ({"epochs": 0}, "--epochs 0 must be at least 1"),
+        ({"lr": "x"}, "--lr x is not of the type float"),
+        ({"lr": float("nan")}, "--lr nan must be a finite number"),
+        ({"leaks": "no"}, "--leaks no is none of warn, error"),
+        ({"out": 5}, "--out 5 is not of the type str"),
+        ({"out": ""}, "--out must not be empty"),
+        ({"data": []}, "--data must not be empty"),
+        ({"data": ["a", 5]}, "is not of the type str"),
+        ({"data": {"a": 1}}, "is not of the type str"),
+        ({"seed": None}, "--seed None is not of the type int"),
+    ],
+)
 def test_values_that_cannot_be_right(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as refused:
         train(**{"data": "d", "out": "o", **values})

@@ -231,12 +231,14 @@ def test_what_is_logged_before_the_run_is_in_its_log_once(tmp_path: Path) -> Non
 def test_a_session_leaves_everything_as_it_was(tmp_path: Path) -> None:
     def state() -> list[object]:
         return [
-            *((one.level, one.propagate, list(one.handlers))
-              for one in map(logging.getLogger, ("vissl_lite", "PIL"))),
+            *(
+                (one.level, one.propagate, list(one.handlers))
+                for one in map(logging.getLogger, ("vissl_lite", "PIL"))
+            ),
             cv2.utils.logging.getLogLevel(),
             Image.MAX_IMAGE_PIXELS,
             max_pixels(),
-        ]  # fmt: skip
+        ]
 
     before = state()
     with session():
@@ -273,8 +275,11 @@ def test_run_json_tells_where_and_how_a_run_ended(tmp_path: Path) -> None:
 
 def test_warnings_are_records_as_soon_as_they_come(tmp_path: Path) -> None:
     with open_run(tmp_path / "run", "probe", {}) as run:
-        log.warning("%(share).1f of %(path)s, 50 %%", {"share": torch.tensor(0.25), "path": run},
-                    extra={"code": "some.kind"})  # fmt: skip
+        log.warning(
+            "%(share).1f of %(path)s, 50 %%",
+            {"share": torch.tensor(0.25), "path": run},
+            extra={"code": "some.kind"},
+        )
         assert warnings(run) == [
             WarningRecord("some.kind", f"0.2 of {run}, 50 %", {"share": 0.25, "path": str(run)})
         ]
@@ -300,8 +305,10 @@ def test_a_resumed_run_keeps_its_records(tmp_path: Path) -> None:
             log.warning("twice", extra={"code": "a"})
             log.warning("resumed: %(resumed)s", {"resumed": resume}, extra={"code": "b"})
     assert [one.message for one in warnings(tmp_path / "run")] == [
-        "twice", "resumed: False", "resumed: True",
-    ]  # fmt: skip
+        "twice",
+        "resumed: False",
+        "resumed: True",
+    ]
     assert logged_warnings(tmp_path / "run")[0] == "twice"
     with open_run(tmp_path / "run", "probe", {}):
         pass

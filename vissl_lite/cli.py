@@ -258,12 +258,22 @@ def _help(command: str, function: Callable[..., Any], layers: Sequence[Mapping[s
     about = (inspect.getdoc(function) or "").partition("\n\nArgs:")[0]
     paragraphs = [usage, COMMANDS[command], *about.split("\n\n")]
     lines = ["\n\n".join(textwrap.fill(one, width) for one in paragraphs), "", "options:"]
-    rows.append(OptionRow("config", "FILE ...", None, False, "YAML files of options; what is "
-                          "given on the command line wins."))  # fmt: skip
+    rows.append(
+        OptionRow(
+            "config",
+            "FILE ...",
+            None,
+            False,
+            "YAML files of options; what is given on the command line wins.",
+        )
+    )
     for row in rows:
         default = "" if row.default is None else f" (default {row.default})"
         lines.append(f"  --{row.name} {row.values}".rstrip())
         indent = " " * 6
-        lines.append(textwrap.fill(row.help + default, width, initial_indent=indent,
-                                   subsequent_indent=indent))  # fmt: skip
+        lines.append(
+            textwrap.fill(
+                row.help + default, width, initial_indent=indent, subsequent_indent=indent
+            )
+        )
     return "\n".join(lines)

@@ -267,8 +267,9 @@ def check_hyperparameters(pretext: Callable[..., Any], given: Mapping[str, Any])
     for name, value in given.items():
         for one in value if isinstance(value, list | tuple) else [value]:
             if isinstance(one, int | float) and not 0 <= one <= LARGEST_NUMBER:
-                raise UserError(f"--pretext.{name} {brief(value)} must be from 0 to "
-                                f"{LARGEST_NUMBER}")  # fmt: skip
+                raise UserError(
+                    f"--pretext.{name} {brief(value)} must be from 0 to {LARGEST_NUMBER}"
+                )
 
 
 def check_image_size(value: int | None) -> None:

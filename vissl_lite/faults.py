@@ -35,14 +35,18 @@ _NO_MEMORY = re.compile(
 
 # What other libraries say, and what it means.
 _SAID = (
-    (r"shared memory", "/dev/shm is full: enlarge it (docker run --shm-size), or give "
-     "--num_workers 0"),
+    (
+        r"shared memory",
+        "/dev/shm is full: enlarge it (docker run --shm-size), or give --num_workers 0",
+    ),
     (_NO_MEMORY, _MEMORY),
-    (r"PytorchStreamWriter failed|file write failed|unexpected pos",
-     "a file can't be written: the disk is full, or the file would grow beyond the limit on file "
-     "sizes (ulimit -f)"),
+    (
+        r"PytorchStreamWriter failed|file write failed|unexpected pos",
+        "a file can't be written: the disk is full, or the file would grow beyond the limit on "
+        "file sizes (ulimit -f)",
+    ),
     (r"received \d+ items of ancdata", _REFUSED[errno.EMFILE]),
-)  # fmt: skip
+)
 
 _WORKER = re.compile(
     r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) "

@@ -76,9 +76,15 @@ def predict_images(
     """
     outputs: list[list[Tensor]] = []
     good = run_in_batches(
-        model, compute, normalize, paths, image_size,
-        lambda some, found: outputs.append(found), progress, batch_size,
-    )  # fmt: skip
+        model,
+        compute,
+        normalize,
+        paths,
+        image_size,
+        lambda some, found: outputs.append(found),
+        progress,
+        batch_size,
+    )
     return [torch.cat(parts) for parts in zip(*outputs, strict=True)], good
 
 

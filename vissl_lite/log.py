@@ -151,8 +151,13 @@ class ConsoleHandler(logging.Handler):
             return
         record.shown = True
         style = "yellow" if record.levelno >= logging.WARNING else None
-        self.console.print(printable(record.getMessage()), style=style, soft_wrap=True,
-                           markup=False, highlight=False)  # fmt: skip
+        self.console.print(
+            printable(record.getMessage()),
+            style=style,
+            soft_wrap=True,
+            markup=False,
+            highlight=False,
+        )
 
 
 class _Records(logging.Handler):

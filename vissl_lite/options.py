@@ -161,8 +161,10 @@ class Options:
         known = {field.name for field in fields(self)}
         unknown = [name for name in config if name not in known]
         if unknown:
-            raise UserError(f"the run {self.given.get('out')} has an unknown option {unknown[0]}: "
-                            f"another version of vissl-lite has written it")  # fmt: skip
+            raise UserError(
+                f"the run {self.given.get('out')} has an unknown option {unknown[0]}: "
+                f"another version of vissl-lite has written it"
+            )
         own = flatten(config)
         contradictions = []
         for name, value in flatten(self.given).items():
@@ -242,8 +244,13 @@ def option_row(name: str, kind: Any, default: object, text: str) -> OptionRow:
     if takes_any(kind, LISTS):
         values += " ..."
     shown = default not in (MISSING, None) and kinds != [bool]
-    return OptionRow(name, "" if kinds == [bool] else values, str(default) if shown else None,
-                     default is MISSING, text)  # fmt: skip
+    return OptionRow(
+        name,
+        "" if kinds == [bool] else values,
+        str(default) if shown else None,
+        default is MISSING,
+        text,
+    )
 
 
 def option_types(options: type[Options]) -> dict[str, Any]:
@@ -289,8 +296,9 @@ def _documented(text: str, docs: Mapping[str, str]) -> str:
     """A docstring with a section ``Args``, before those on what comes back."""
     lines = ["Args:"]
     for name, doc in docs.items():
-        lines += textwrap.wrap(f"{name}: {doc}", 100, initial_indent=" " * 4,
-                               subsequent_indent=" " * 8)  # fmt: skip
+        lines += textwrap.wrap(
+            f"{name}: {doc}", 100, initial_indent=" " * 4, subsequent_indent=" " * 8
+        )
     section = "\n".join(lines)
     starts = [text.find(f"\n\n{name}:\n") for name in ("Returns", "Raises")]
     at = min((start for start in starts if start >= 0), default=len(text))

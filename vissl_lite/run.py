@@ -124,13 +124,19 @@ def _what_is_kept(command: str, run: Path) -> str:
     """What a run that ended early leaves, and how to go on."""
     if command in ("pretrain", "finetune"):
         if (run / CHECKPOINTS / CHECKPOINT).is_file():
-            return (f"the training up to its last checkpoint is kept in {run}: the same command "
-                    f"with --resume continues it")  # fmt: skip
-        return (f"no checkpoint of {run} was written yet: the same command with --resume starts "
-                f"it again")  # fmt: skip
+            return (
+                f"the training up to its last checkpoint is kept in {run}: the same command "
+                f"with --resume continues it"
+            )
+        return (
+            f"no checkpoint of {run} was written yet: the same command with --resume starts "
+            f"it again"
+        )
     if command == "compare":
-        return (f"what has finished is kept in {run}: the same command with --resume continues "
-                f"from there")  # fmt: skip
+        return (
+            f"what has finished is kept in {run}: the same command with --resume continues "
+            f"from there"
+        )
     return f"{run} is not finished: the same command with --overwrite starts again"
 
 

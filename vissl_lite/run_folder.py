@@ -34,25 +34,69 @@ LOCK, CONFIG = ".lock", "config.yaml"
 
 # What a run writes, relative to its folder. ``*`` stands for a name, ``**`` for folders.
 _TRAINING = (
-    "checkpoints/last.ckpt", "encoder/config.json", "encoder/model.safetensors", "cache.bin",
-    "fingerprints.npz", "fingerprints/*.bin", "fingerprints/*.names", "sample/*", "metrics.csv",
-    "model/config.json", "model/model.safetensors", "model/head.json", "model/head.safetensors",
-    "model/encoder/config.json", "model/encoder/model.safetensors", "tensorboard/events.out.*",
-    "tensorboard/hparams.yaml", "wandb/**/*", "mlruns/**/*",
-)  # fmt: skip
+    "checkpoints/last.ckpt",
+    "encoder/config.json",
+    "encoder/model.safetensors",
+    "cache.bin",
+    "fingerprints.npz",
+    "fingerprints/*.bin",
+    "fingerprints/*.names",
+    "sample/*",
+    "metrics.csv",
+    "model/config.json",
+    "model/model.safetensors",
+    "model/head.json",
+    "model/head.safetensors",
+    "model/encoder/config.json",
+    "model/encoder/model.safetensors",
+    "tensorboard/events.out.*",
+    "tensorboard/hparams.yaml",
+    "wandb/**/*",
+    "mlruns/**/*",
+)
 _RESULTS = (
-    RUN, LOCK, CONFIG, "log.txt", "results.json", "report.html", "map.npz", "leaks.csv",
-    "split.csv", "classes.txt", "split/*.json", "runs.csv", "runs/*/*.json", "runs/*/*.csv",
-    "predictions.csv", "predictions.json", "masks.csv", "masks/**/*.png", "pictures/**/*.png",
-    *(f"{name}.png" for name in (
-        "compare", "confusion", "curves", "neighbors", "per_class", "pretext", "test",
-        "views",
-    )),
-)  # fmt: skip
+    RUN,
+    LOCK,
+    CONFIG,
+    "log.txt",
+    "results.json",
+    "report.html",
+    "map.npz",
+    "leaks.csv",
+    "split.csv",
+    "classes.txt",
+    "split/*.json",
+    "runs.csv",
+    "runs/*/*.json",
+    "runs/*/*.csv",
+    "predictions.csv",
+    "predictions.json",
+    "masks.csv",
+    "masks/**/*.png",
+    "pictures/**/*.png",
+    *(
+        f"{name}.png"
+        for name in (
+            "compare",
+            "confusion",
+            "curves",
+            "neighbors",
+            "per_class",
+            "pretext",
+            "test",
+            "views",
+        )
+    ),
+)
 _SAMPLE = (
-    "README.md", "classes.txt", "sample.json", "unlabelled/*.jpg", "annotations/*.json",
-    "labelled/*/*/*.jpg", "masks/*/*/*.png",
-)  # fmt: skip
+    "README.md",
+    "classes.txt",
+    "sample.json",
+    "unlabelled/*.jpg",
+    "annotations/*.json",
+    "labelled/*/*/*.jpg",
+    "masks/*/*/*.png",
+)
 OWNED = (
     *_RESULTS,
     *_TRAINING,
@@ -107,15 +151,19 @@ def check_folder(
     if is_locked(out):
         raise UserError(f"another process is writing to {out}: wait for it, or give another --out")
     if resume and command is not None and record.command != command:
-        raise UserError(f"{out} holds a run of {record.command}, which {command} can't resume: "
-                        f"give another --out")  # fmt: skip
+        raise UserError(
+            f"{out} holds a run of {record.command}, which {command} can't resume: "
+            f"give another --out"
+        )
     if resume:
         return (out / CONFIG).is_file()  # a run that was killed before that has done nothing yet
     if not overwrite:
         again = f"{out} holds another run: give a new folder, or --overwrite"
         if record.status != "finished" and record.command == command:
-            again = (f"{out} holds a run that has not finished: --resume continues it, --overwrite "
-                     f"replaces it")  # fmt: skip
+            again = (
+                f"{out} holds a run that has not finished: --resume continues it, --overwrite "
+                f"replaces it"
+            )
         raise UserError(again)
     return False
 
@@ -134,15 +182,20 @@ def check_apart(out: Path, inputs: Sequence[tuple[str, str]]) -> None:
             continue
         there = os.path.realpath(given)
         if there == own or Path(there).is_relative_to(own):
-            raise UserError(f"--{option} {given} lies in --out {out}, which is to be written: give "
-                            f"another --out")  # fmt: skip
+            raise UserError(
+                f"--{option} {given} lies in --out {out}, which is to be written: give "
+                f"another --out"
+            )
         if os.path.isdir(there) and Path(own).is_relative_to(there):
-            raise UserError(f"--out {out} lies in --{option} {given}, which is to be read: give an "
-                            f"--out outside it")  # fmt: skip
+            raise UserError(
+                f"--out {out} lies in --{option} {given}, which is to be read: give an "
+                f"--out outside it"
+            )
         listed = _first_inside(there, own) if there.endswith(".txt") else None
         if listed is not None:
-            raise UserError(f"--{option} {given} names {listed}, which lies in --out {out}: give "
-                            f"another --out")  # fmt: skip
+            raise UserError(
+                f"--{option} {given} names {listed}, which lies in --out {out}: give another --out"
+            )
 
 
 def _first_inside(file: str, folder: str) -> str | None:
@@ -182,8 +235,12 @@ def written_by(command: str, out: Path, resume: bool = False) -> Iterator[RunFil
         now = datetime.now().astimezone().isoformat("T", "seconds")
         record = RunRecord(command, started=now, environment=environment())
         if before is not None:
-            record = replace(record, started=before.started or now, seconds=before.seconds,
-                             warnings=before.warnings)  # fmt: skip
+            record = replace(
+                record,
+                started=before.started or now,
+                seconds=before.seconds,
+                warnings=before.warnings,
+            )
         run = RunFile(out, record)
         run.write()
 
@@ -215,8 +272,9 @@ def lock(folder: Path) -> Iterator[None]:
         UserError: another process has locked it, or this one.
     """
     real = os.path.realpath(folder)
-    refusal = UserError(f"another process is writing to {folder}: wait for it, or give another "
-                        f"--out")  # fmt: skip
+    refusal = UserError(
+        f"another process is writing to {folder}: wait for it, or give another --out"
+    )
     if real in _held:
         raise refusal
     # A lock of POSIX's kind (lockf): data workers, which are forks of this process, do not keep it.

@@ -92,8 +92,14 @@ def read_record(folder: Path) -> RunRecord | None:
         return None
     if not isinstance(known["command"], str) or known["status"] not in get_args(Status):
         return None
-    kinds = {"reason": str, "started": str, "seconds": int | float, "version": str,
-             "environment": dict, "warnings": list}  # fmt: skip
+    kinds = {
+        "reason": str,
+        "started": str,
+        "seconds": int | float,
+        "version": str,
+        "environment": dict,
+        "warnings": list,
+    }
     known = {n: v for n, v in known.items() if n not in kinds or isinstance(v, kinds[n])}
     if not math.isfinite(known.get("seconds", 0.0)):
         del known["seconds"]

@@ -182,8 +182,9 @@ def ucmerced_table() -> str:
             row = [label, kind]
             for shots in runs[0]:
                 at = [run[shots] for run in runs if shots in run]
-                row.append(over_seeds([r["linear"] if kind == "linear" else r["test"]["top1"]
-                                   for r in at]))  # fmt: skip
+                row.append(
+                    over_seeds([r["linear"] if kind == "linear" else r["test"]["top1"] for r in at])
+                )
             rows.append(row)
     header = ["encoder", "", *(f"{shots} a class" for shots in runs[0])]
     command = (

@@ -48,8 +48,11 @@ WAYS = ("Pillow", "whole", "any crop", "drawn crops")
 
 def enlarged(source: str, width: int, height: int, seed: int, file: Path) -> str:
     """A photograph made larger, with noise, as a JPEG."""
-    image = cv2.resize(decode_image(Path(source).read_bytes(), source), (width, height),
-                       interpolation=cv2.INTER_CUBIC)  # fmt: skip
+    image = cv2.resize(
+        decode_image(Path(source).read_bytes(), source),
+        (width, height),
+        interpolation=cv2.INTER_CUBIC,
+    )
     noise = np.random.default_rng(seed).standard_normal((height, width, 1), np.float32)
     noisy = np.clip(image + NOISE * noise, 0, 255).astype(np.uint8)
     Image.fromarray(noisy).save(file, quality=90)
@@ -233,8 +236,10 @@ def photographs_table() -> str:
             for arm, runs in one["arms"].items()
         ]  # fmt: skip
         parts.append(markdown_table(["images decoded", "kNN", "linear", "CPU minutes"], rows))
-        parts.append(f"{one['images']} images of {one['side']} x {one['side']} pixels, "
-                     f"{one['epochs']} epochs of SimCLR, `resnet10t` at 64 pixels.")  # fmt: skip
+        parts.append(
+            f"{one['images']} images of {one['side']} x {one['side']} pixels, "
+            f"{one['epochs']} epochs of SimCLR, `resnet10t` at 64 pixels."
+        )
     command = "python -m benchmarks.data.photographs speed|cache|accuracy --data DATA"
     return "\n\n".join([*parts, provenance(results, command)])
 

@@ -307,10 +307,12 @@ def peers_table() -> str:
             cell = f"{one['peak_memory'] / 2**30:.2f} / {one['seconds_to_first_step']:.1f}"
             costs[-1].append(cell if tool in found else "")
     header = ["images/s", *tools, "ours / best peer", "the step alone", "ours / step alone"]
-    helps = [[
-        f"{statistics.median(results['help'][tool]):.2f}" if results["help"].get(tool) else ""
-        for tool in tools
-    ]]  # fmt: skip
+    helps = [
+        [
+            f"{statistics.median(results['help'][tool]):.2f}" if results["help"].get(tool) else ""
+            for tool in tools
+        ]
+    ]
     command = "python -m benchmarks.peers.against_peers speed --data DATA --peer_python PYTHON"
     parts = [
         markdown_table(header, speeds),

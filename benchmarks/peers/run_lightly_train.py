@@ -20,8 +20,11 @@ from work import Work
 
 
 def about() -> dict[str, object]:
-    return {"version": version("lightly_train"), "precision": "auto (fp32 on a CPU)",
-            "workers": "auto (cores - 1)"}  # fmt: skip
+    return {
+        "version": version("lightly_train"),
+        "precision": "auto (fp32 on a CPU)",
+        "workers": "auto (cores - 1)",
+    }
 
 
 def train(work: Work) -> int:

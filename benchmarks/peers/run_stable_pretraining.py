@@ -27,8 +27,11 @@ from work import Work
 
 
 def about() -> dict[str, object]:
-    return {"version": version("stable-pretraining"), "precision": "bf16-mixed",
-            "workers": "one a core"}  # fmt: skip
+    return {
+        "version": version("stable-pretraining"),
+        "precision": "bf16-mixed",
+        "workers": "one a core",
+    }
 
 
 def train(work: Work) -> int:
@@ -145,9 +148,12 @@ def simclr(work: Work) -> Any:
         optimizer = lars(5, 1e-6)
     else:
         projector = nn.Sequential(
-            nn.Linear(width, 2048, bias=False), nn.BatchNorm1d(2048), nn.ReLU(inplace=True),
-            nn.Linear(2048, 128, bias=False), spt.backbone.BatchNorm1dNoBias(128),
-        )  # fmt: skip
+            nn.Linear(width, 2048, bias=False),
+            nn.BatchNorm1d(2048),
+            nn.ReLU(inplace=True),
+            nn.Linear(2048, 128, bias=False),
+            spt.backbone.BatchNorm1dNoBias(128),
+        )
         rate = 0.3 * work.batch_size / 256
         optimizer = lars(rate, 1e-4, clip_lr=True, eta=0.02, exclude_bias_n_norm=True)
     return spt.Module(

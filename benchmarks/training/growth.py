@@ -250,8 +250,11 @@ def growth_table() -> str:
         row = [name]
         for cost in ("seconds", "mb"):
             f = results[sweep][cost]
-            row += [f"{f['exponent']:.2f}", f"{f['from']:,.3g} to {f['to']:,.3g}"
-                    + ("" if f["off_by"] <= 1.1 else f" (within {f['off_by']:.1f})")]  # fmt: skip
+            row += [
+                f"{f['exponent']:.2f}",
+                f"{f['from']:,.3g} to {f['to']:,.3g}"
+                + ("" if f["off_by"] <= 1.1 else f" (within {f['off_by']:.1f})"),
+            ]
         rows.append(row)
     header = ["with", "time: exponent", "holds for", "memory: exponent", "holds for"]
     picture = "![time and memory, measured and fitted](results/growth.png)"

@@ -39,9 +39,12 @@ CONVOLUTIONS = (
 )  # fmt: skip
 
 NETWORKS = (
-    ("resnet18", 32, 256), ("resnet18", 224, 32), ("resnet50", 224, 16),
-    ("vit_small_patch16_224", 224, 16), ("vit_small_patch16_224", 96, 64),
-)  # fmt: skip
+    ("resnet18", 32, 256),
+    ("resnet18", 224, 32),
+    ("resnet50", 224, 16),
+    ("vit_small_patch16_224", 224, 16),
+    ("vit_small_patch16_224", 96, 64),
+)
 
 
 def pass_through(compute: Callable[..., Tensor | None], inputs: list[Tensor]) -> float:
@@ -144,8 +147,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     for name, measure in (
-        ("attention", attentions), ("convolution", convolutions), ("network", networks)
-    ):  # fmt: skip
+        ("attention", attentions),
+        ("convolution", convolutions),
+        ("network", networks),
+    ):
         measured = measure(rounds)
         keep("operations", {name: measured})
         for what, one in measured.items():

@@ -55,8 +55,11 @@ def measured(
         if process.returncode:
             raise SystemExit((folder / "log.txt").read_text())
         with (folder / "run" / "metrics.csv").open(newline="") as file:
-            rates = [float(row["images_per_second"]) for row in csv.DictReader(file)
-                     if row["images_per_second"]]  # fmt: skip
+            rates = [
+                float(row["images_per_second"])
+                for row in csv.DictReader(file)
+                if row["images_per_second"]
+            ]
     trained = sorted(peaks.values())[-processes:]  # without helpers that only start the others
     return {"least": trained[0], "most": trained[-1], "seconds": 16 / median(rates[1:])}
 

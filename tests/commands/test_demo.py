@@ -26,8 +26,9 @@ def test_sample_data_pretrain_and_compare(
     assert list(results["scores"]) == ["kNN", "linear", "fine-tuned"]
     for figures in results["scores"].values():
         assert {name: len(runs) for name, runs in figures.items()} == {
-            "untrained": 3, "pre-trained": 3,
-        }  # fmt: skip
+            "untrained": 3,
+            "pre-trained": 3,
+        }
     arms = compared["protocols"]["linear"]["arms"]
     assert results["scores"]["linear"] == {
         "untrained": arms["random:test_resnet"]["2 a class"]["runs"],

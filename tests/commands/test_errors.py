@@ -185,8 +185,9 @@ def test_what_is_needed_is_said(command: str, refused: Refused) -> None:
      ("--warmup", -0.1), ("--seed", -1)],
 )  # fmt: skip
 def test_a_number_out_of_range(option: str, value: float, refused: Refused, few: Path) -> None:
-    error = refused("pretrain", "--data", few, "--out", "run", "--backbone", "test_resnet",
-                    f"{option}={value}")  # fmt: skip
+    error = refused(
+        "pretrain", "--data", few, "--out", "run", "--backbone", "test_resnet", f"{option}={value}"
+    )
     assert f"{option} {value}" in error
 
 
@@ -210,8 +211,9 @@ def test_a_number_out_of_range_in_finetune(
 def test_a_hyperparameter_out_of_range(
     option: str, value: float, refused: Refused, few: Path
 ) -> None:
-    error = refused("pretrain", "--data", few, "--out", "run", *SMALL,
-                    f"--pretext.{option}={value}")  # fmt: skip
+    error = refused(
+        "pretrain", "--data", few, "--out", "run", *SMALL, f"--pretext.{option}={value}"
+    )
     assert option in error
 
 
@@ -221,8 +223,9 @@ def test_a_hyperparameter_out_of_range(
      ("00:00:00", "leaves no time"), ("-5", "is no time")],
 )  # fmt: skip
 def test_a_time_that_is_none(time: str, message: str, refused: Refused, few: Path) -> None:
-    error = refused("pretrain", "--data", few, "--out", "run", "--backbone", "test_resnet",
-                    f"--max_time={time}")  # fmt: skip
+    error = refused(
+        "pretrain", "--data", few, "--out", "run", "--backbone", "test_resnet", f"--max_time={time}"
+    )
     assert f"--max_time {time} {message}" in error
 
 
@@ -295,8 +298,9 @@ def test_one_class_only(command: str, refused: Refused, tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["probe", "finetune"])
 def test_no_test_images(command: str, refused: Refused, tmp_path: Path) -> None:
     classes(tmp_path / "set" / "train", "cats", "dogs")
-    error = refused(command, "--encoder", "random:test_resnet", "--data", tmp_path / "set",
-                    "--out", "run")  # fmt: skip
+    error = refused(
+        command, "--encoder", "random:test_resnet", "--data", tmp_path / "set", "--out", "run"
+    )
     assert "has no test images: add test/<class>/" in error
 
 
@@ -349,8 +353,9 @@ class Evil:
 
 def test_weights_with_code_in_them(refused: Refused, few: Path, tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "args": Evil(tmp_path / "executed")}, tmp_path / "evil.pth")
-    error = refused("pretrain", "--data", few, "--out", "run", *SMALL,
-                    "--init", tmp_path / "evil.pth")  # fmt: skip
+    error = refused(
+        "pretrain", "--data", few, "--out", "run", *SMALL, "--init", tmp_path / "evil.pth"
+    )
     assert "evil.pth can't be loaded: it holds pickled Python objects" in error
     assert not (tmp_path / "executed").exists()
 
@@ -359,14 +364,17 @@ def test_weights_that_are_missing_or_no_weights(
     refused: Refused, few: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "notes.pth").write_text("these are notes")
-    for init, message in (("gone.pth", "--init gone.pth does not exist: give random, pretrained"),
-                          (tmp_path / "notes.pth", "notes.pth can't be loaded")):  # fmt: skip
+    for init, message in (
+        ("gone.pth", "--init gone.pth does not exist: give random, pretrained"),
+        (tmp_path / "notes.pth", "notes.pth can't be loaded"),
+    ):
         assert message in refused("pretrain", "--data", few, "--out", "run", *SMALL, "--init", init)
 
 
 def test_an_encoder_of_another_backbone(refused: Refused, few: Path, encoder: Path) -> None:
-    error = refused("pretrain", "--data", few, "--out", "run", "--init", encoder,
-                    "--backbone", "resnet18")  # fmt: skip
+    error = refused(
+        "pretrain", "--data", few, "--out", "run", "--init", encoder, "--backbone", "resnet18"
+    )
     assert "is a test_resnet, not --backbone resnet18" in error
 
 
@@ -468,8 +476,10 @@ def test_help_and_version_take_no_time() -> None:
     for option, expected in (("--help", "pretrain"), ("--version", "vissl-lite ")):
         done = subprocess.run(
             [sys.executable, "-X", "importtime", "-m", "vissl_lite", option],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         assert expected in done.stdout
         imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
         assert "vissl_lite.cli" in imported

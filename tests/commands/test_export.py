@@ -78,8 +78,10 @@ def test_an_encoder_takes_images_as_they_are_decoded(
     sources = [str(tmp_path / "given"), str(photos / "a")]
     out = tmp_path / "new" / "encoder.onnx"
     capfd.readouterr()
-    assert main(["export", "--encoder", str(encoder), "--out", str(out),
-                 "--check_data", *sources]) == 0  # fmt: skip
+    assert (
+        main(["export", "--encoder", str(encoder), "--out", str(out), "--check_data", *sources])
+        == 0
+    )
     shown = capfd.readouterr()
     assert shown.out == ""
     assert len(shown.err.splitlines()) == 2
@@ -288,9 +290,11 @@ def test_a_damaged_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_a_detector_gives_the_boxes_of_predict(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr(inference, "cpu_has_bf16", lambda: False)  # as the ONNX file computes
     detector = outspoken("faster_rcnn")
     save_detector(detector, tmp_path / "model", {})
@@ -331,9 +335,11 @@ def test_a_segmenter_is_no_timm_folder(
 
 
 def test_packages_that_are_missing(
-    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    encoder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
     error = refused(capsys, "--encoder", encoder, "--out", tmp_path / "x.onnx")
     assert "pip install 'vissl-lite[export]'" in error

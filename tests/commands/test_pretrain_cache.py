@@ -105,9 +105,11 @@ def test_a_run_with_a_file_is_killed_and_resumed(
 
 @pytest.mark.usefixtures("no_memory")
 def test_a_disk_without_room_is_refused_before_anything_is_written(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     out = tmp_path / "run"
     assert run("--data", pictures, "--out", out, "--cache", "true") == 2

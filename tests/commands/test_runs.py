@@ -93,8 +93,10 @@ def test_damage_is_said_and_stops_nothing(tmp_path: Path) -> None:
     make(tmp_path / "other" / "c", day=1)
     found = vissl_lite.runs(tmp_path)
     assert [(one.path.name, one.status) for one in found] == [
-        ("a", "finished"), ("c", "finished"), ("b", "damaged"),
-    ]  # fmt: skip
+        ("a", "finished"),
+        ("c", "finished"),
+        ("b", "damaged"),
+    ]
     assert found[0].reason == "results.json is damaged"
     assert "run.json is damaged" in str(found[2].reason)
 

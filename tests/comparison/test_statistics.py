@@ -41,9 +41,7 @@ def test_both_sources_add_in_squares_and_amounts_are_averaged() -> None:
 
     arms, baselines = [made(0.7), made(0.9)], [made(0.5), made(0.6)]
     found = difference(arms, baselines)
-    by_seed = (
-        arms[0].values - baselines[0].values + arms[1].values - baselines[1].values
-    ) / 2  # fmt: skip
+    by_seed = (arms[0].values - baselines[0].values + arms[1].values - baselines[1].values) / 2
     seeds = difference([runs(by_seed.tolist())], [runs([0.0, 0.0, 0.0])])
     right = np.array([[one.right for one in both] for both in (arms, baselines)], float)
     each = (right[0] - right[1]).mean(axis=(0, 1))

@@ -23,8 +23,11 @@ def test_a_score_reads_back_as_it_was(tmp_path: Path) -> None:
     assert found.right is not None
     np.testing.assert_array_equal(found.right, right)
     assert (found.value, found.metrics, found.chosen, found.layers) == (
-        score.value, score.metrics, score.chosen, score.layers,
-    )  # fmt: skip
+        score.value,
+        score.metrics,
+        score.chosen,
+        score.layers,
+    )
 
 
 def test_a_score_of_other_weights_or_labels_does_not_count(tmp_path: Path) -> None:

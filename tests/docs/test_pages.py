@@ -118,8 +118,11 @@ def _check_call(node: ast.Call, page: Path) -> None:
 
 def test_commands_of_readme_are_those_that_there_are() -> None:
     assert set(COMMANDS) == {path.stem for path in (ROOT / "vissl_lite/commands").glob("*.py")} - {
-        "__init__", "leaks", "pretrain_data", "pretrain_options",
-    }  # fmt: skip
+        "__init__",
+        "leaks",
+        "pretrain_data",
+        "pretrain_options",
+    }
 
 
 def test_readme_is_a_first_page() -> None:

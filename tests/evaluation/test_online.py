@@ -132,10 +132,12 @@ def test_test_images_stay_unseen_and_validation_images_are_never_learned_from(
     unseen = Part(["/nowhere.png"] * 5, np.zeros(5, np.int64))
     wrong = Part(data.val.paths, (data.val.labels + 1) % 3)
     paths = find_images([photos])
-    right = evaluate(online(paths, LabelledImages(data.classes, data.train, data.val, unseen)),
-                 encoder)  # fmt: skip
-    mislabelled = evaluate(online(paths, LabelledImages(data.classes, data.train, wrong, unseen)),
-                       encoder)  # fmt: skip
+    right = evaluate(
+        online(paths, LabelledImages(data.classes, data.train, data.val, unseen)), encoder
+    )
+    mislabelled = evaluate(
+        online(paths, LabelledImages(data.classes, data.train, wrong, unseen)), encoder
+    )
     assert (right["knn"], right["linear"]) == (1, 1)
     assert (mislabelled["knn"], mislabelled["linear"]) == (0, 0)
 
@@ -164,8 +166,10 @@ def test_labels_of_one_class_give_no_linear_accuracy(
 ) -> None:
     data = load_labelled(labelled, 0)
     one = data.train.take(np.flatnonzero(data.train.labels == 0))
-    values = evaluate(online(find_images([photos]), LabelledImages(data.classes, one, data.val,
-                                                                  data.test)), encoder)  # fmt: skip
+    values = evaluate(
+        online(find_images([photos]), LabelledImages(data.classes, one, data.val, data.test)),
+        encoder,
+    )
     assert "linear" not in values
     assert 0 < values["knn"] < 1
 

@@ -113,9 +113,12 @@ def main(examples: int) -> int:
         slowest = 0.0
 
         @settings(
-            max_examples=examples, deadline=None, database=None, phases=[Phase.generate],
+            max_examples=examples,
+            deadline=None,
+            database=None,
+            phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
-        )  # fmt: skip
+        )
         @seed(0)
         @given(mutated(files))
         def check(data: bytes) -> None:

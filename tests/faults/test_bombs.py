@@ -71,10 +71,9 @@ def tiff(width: int, height: int, code: str = "I", **tags: int) -> bytes:
     entries = {256: width, 257: height, 258: 8, 259: 5, 262: 1, 273: 8, 277: 1, 278: height, 279: 9}
     entries |= {known[name]: value for name, value in tags.items()}
     body = b"".join(
-        struct.pack(f"<HH{code}", tag, 4 if code == "I" else 16, 1)
-        + struct.pack(f"<{code}", value)
+        struct.pack(f"<HH{code}", tag, 4 if code == "I" else 16, 1) + struct.pack(f"<{code}", value)
         for tag, value in sorted(entries.items())
-    )  # fmt: skip
+    )
     if code == "Q":
         return b"II+\0" + struct.pack("<HHQQ", 8, 0, 16, len(entries)) + body + bytes(8)
     return b"II*\0" + struct.pack("<IH", 8, len(entries)) + body + bytes(4)

@@ -144,8 +144,9 @@ class Handler(socketserver.BaseRequestHandler):
             return b""
         if self.begin:
             content = f"bytes {self.begin}-{size - 1}/{size}"
-            self.header("206 Partial Content", Content_Length=size - self.begin,
-                        Content_Range=content)  # fmt: skip
+            self.header(
+                "206 Partial Content", Content_Length=size - self.begin, Content_Range=content
+            )
         else:
             self.header(Content_Length=size)
         return self.file[self.begin :]
@@ -347,7 +348,7 @@ def images_of(url: str, count: int = IMAGES) -> tuple[dict[str, bytes], str]:
         ("less-without-length", whole(30_000), "it ends in the middle of a file"),
         ("chunks-cut", whole(30_000), "the connection was lost"),
     ],
-)  # fmt: skip
+)
 def test_a_server_that_misbehaves(
     path: str, images: int, why: str | None, server: Server, said: list[str]
 ) -> None:
@@ -520,8 +521,11 @@ def test_a_damaged_index(server: Server, tmp_path: Path, said: list[str]) -> Non
         (tmp_path / "index.json").write_bytes(content)
         empty = content == b'{"shardlist": []}'
         with trying(content):
-            for source in (f"{server.url}/ok/index.json", f"{server.url}/ok/x.tar",
-                           str(tmp_path / "index.json")):  # fmt: skip
+            for source in (
+                f"{server.url}/ok/index.json",
+                f"{server.url}/ok/x.tar",
+                str(tmp_path / "index.json"),
+            ):
                 if empty and source.endswith(".tar"):
                     continue
                 with pytest.raises(UserError, match=re.escape(why)) as caught:
@@ -559,8 +563,9 @@ def test_counts_that_are_not_those_of_the_shards(server: Server, said: list[str]
     assert (found, why) == (CONTENT, "it ends there")
     few = Shards([url], np.array([IMAGES - 5]))
     assert len(list(few.read(0, range(IMAGES - 5), name_rest=True))) == IMAGES - 5
-    assert said == [f"{url} holds more images than the 7 that its index.json says: the rest is "
-                    f"left out"]  # fmt: skip
+    assert said == [
+        f"{url} holds more images than the 7 that its index.json says: the rest is left out"
+    ]
     right = Shards([url], np.array([IMAGES]))
     assert len(list(right.read(0, range(IMAGES), name_rest=True))) == IMAGES
     assert len(said) == 1
@@ -795,9 +800,12 @@ def test_compressed_tars(opened: Callable[[bytes], bytes]) -> None:
     ("opened", "name"), [(gzip, b"a.jpg"), (gzip, b"a.txt"), (bz2, b"a.jpg"), (lzma, b"a.jpg")]
 )
 def test_a_bomb(
-    opened: ModuleType, name: bytes, tmp_path: Path, said: list[str],
+    opened: ModuleType,
+    name: bytes,
+    tmp_path: Path,
+    said: list[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """Many zeros in a small file: a fraction of them is read."""
     monkeypatch.setattr(tar_reader, "_SMALL", 2 << 20)
     file = tmp_path / "x.tar.gz"
@@ -818,8 +826,9 @@ def test_an_image_that_is_too_large_is_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tar_reader, "LARGEST", 4000)
-    (tmp_path / "x.tar").write_bytes(tar_of({"a.jpg": bytes(4000), "b.jpg": bytes(4001),
-                                             "c.jpg": b"c"}))  # fmt: skip
+    (tmp_path / "x.tar").write_bytes(
+        tar_of({"a.jpg": bytes(4000), "b.jpg": bytes(4001), "c.jpg": b"c"})
+    )
     found, why = images_of(str(tmp_path / "x.tar"), 3)
     assert (found, why) == ({"a.jpg": bytes(4000), "b.jpg": b"", "c.jpg": b"c"}, "")
 
@@ -946,8 +955,9 @@ def tars_in(folder: Path) -> dict[str, bytes]:
 
 
 def write(photos: Path, out: Path, *options: str) -> int:
-    return main(["shard", "--data", str(photos), "--out", str(out), "--images_per_shard", "5",
-                 *options])  # fmt: skip
+    return main(
+        ["shard", "--data", str(photos), "--out", str(out), "--images_per_shard", "5", *options]
+    )
 
 
 class KilledError(BaseException):
@@ -956,9 +966,12 @@ class KilledError(BaseException):
 
 @pytest.mark.parametrize("each", [0, pytest.param(12, marks=pytest.mark.slow)])
 def test_a_kill_between_any_two_changes_of_files_is_made_good(
-    each: int, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    each: int,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     """Before there are no shards, fewer, or more."""
     whole = tmp_path / "whole"
     assert write(photos, whole) == 0
@@ -1138,5 +1151,8 @@ def test_what_is_no_file_or_vanishes_is_left_out(
     result = vissl_lite.shard(data=str(mine), out=str(tmp_path / "out"))
     assert result.images == 24
     assert {Path(path).name for path in result.left_out} == {
-        "fifo.jpg", "zero.jpg", "large.jpg", "gone.jpg"
-    }  # fmt: skip
+        "fifo.jpg",
+        "zero.jpg",
+        "large.jpg",
+        "gone.jpg",
+    }

@@ -161,10 +161,11 @@ def images_of(data: Path, task: str, part: str, name: str = "") -> list[Path]:
 
 
 REASONS = {
-    empty: "(no image of a format that is known)", cut: "(cut short)",
+    empty: "(no image of a format that is known)",
+    cut: "(cut short)",
     bomb: "(4294836225 pixels, more than --max_pixels 178956970)",
     sparse: "(107374182400 bytes, more than",
-}  # fmt: skip
+}
 
 
 def reading(command: str, models: dict[str, Path], out: Path) -> tuple[list[Any], Path]:

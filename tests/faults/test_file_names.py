@@ -82,10 +82,14 @@ def data(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     named(images, root / "segmentation" / "images")
     named(masks, root / "segmentation" / "masks", b".png")
     boxes = named(images, root / "detection")
-    listed = [{"id": i, "file_name": os.fsdecode(name), "height": 32, "width": 32}
-              for i, name in enumerate(NAMES)]  # fmt: skip
-    notes = [{"id": i, "image_id": i, "category_id": 1, "bbox": [4, 4, 20, 20], "iscrowd": 0}
-             for i in range(len(NAMES))]  # fmt: skip
+    listed = [
+        {"id": i, "file_name": os.fsdecode(name), "height": 32, "width": 32}
+        for i, name in enumerate(NAMES)
+    ]
+    notes = [
+        {"id": i, "image_id": i, "category_id": 1, "bbox": [4, 4, 20, 20], "iscrowd": 0}
+        for i in range(len(NAMES))
+    ]
     content = {"images": listed, "annotations": notes, "categories": [{"id": 1, "name": "x"}]}
     (boxes / "annotations.json").write_text(json.dumps(content))
     return root
@@ -97,8 +101,10 @@ def models(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     for task in TASKS:
         source = data / ("labelled" if task == "classification" else task)
-        assert run("finetune", "--task", task, "--data", source, *SMALL, *SHORT,
-                   "--out", root / task) == 0  # fmt: skip
+        assert (
+            run("finetune", "--task", task, "--data", source, *SMALL, *SHORT, "--out", root / task)
+            == 0
+        )
     return root
 
 
@@ -122,8 +128,10 @@ def test_the_split_that_is_written_is_read_again(task: str, models: Path, tmp_pa
     split = models / task / ("split" if task == "detection" else "split.csv")
     assert run("finetune", "--task", task, "--data", split, *SMALL, *SHORT,
                "--out", tmp_path / "again") == 0  # fmt: skip
-    first, again = (json.loads((place / "results.json").read_text())
-                    for place in (models / task, tmp_path / "again"))  # fmt: skip
+    first, again = (
+        json.loads((place / "results.json").read_text())
+        for place in (models / task, tmp_path / "again")
+    )
     for part in ("train", "val", "test"):
         assert first[f"{part}_images"] == again[f"{part}_images"] > 0
     assert warnings(tmp_path / "again") == []
@@ -194,8 +202,10 @@ def test_pretraining_and_its_leaks(data: Path, tmp_path: Path) -> None:
     assert run("pretrain", "--data", source, "--backbone", "test_resnet", "--image_size", 32,
                *SHORT, "--batch_size", 16, "--cache", "--logger", "none",
                "--out", tmp_path / "run") == 0  # fmt: skip
-    assert run("probe", "--encoder", tmp_path / "run", "--data", source,
-               "--out", tmp_path / "probe") == 0  # fmt: skip
+    assert (
+        run("probe", "--encoder", tmp_path / "run", "--data", source, "--out", tmp_path / "probe")
+        == 0
+    )
     with (tmp_path / "probe" / "leaks.csv").open(newline="", errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))
     leaked = {row["path"] for row in rows if row["part"] == "test"}

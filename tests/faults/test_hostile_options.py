@@ -43,8 +43,11 @@ class _Start:
 
 def files(place: Path) -> set[str]:
     """All that is below a folder; every command is tried there."""
-    return {os.path.join(*one) for at, folders, names in os.walk(place)
-            for one in product([at], [*folders, *names])}  # fmt: skip
+    return {
+        os.path.join(*one)
+        for at, folders, names in os.walk(place)
+        for one in product([at], [*folders, *names])
+    }
 
 
 Tried = Callable[..., str | None]
@@ -345,7 +348,7 @@ SAID = [
     ("max_time", "", "--max_time must not be empty"),
     ("accumulate_grad_batches", str(10**9), "must be at most"),
     ("warmup", "1", "--warmup 1 is not a share"),
-]  # fmt: skip
+]
 
 
 def test_what_is_said(tried: Tried, place: Path) -> None:

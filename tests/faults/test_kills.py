@@ -161,8 +161,9 @@ def test_killed_again_and_again(
     for kill in range(3):
         child = fork(*training(command, out, epochs), "--resume")
         rows = len(out.joinpath("metrics.csv").read_bytes()) if kill else 0
-        child.wait_for(lambda least=rows: (f := out / "metrics.csv").exists()
-                       and f.stat().st_size > least)  # fmt: skip
+        child.wait_for(
+            lambda least=rows: (f := out / "metrics.csv").exists() and f.stat().st_size > least
+        )
         time.sleep(chance.uniform(0, 0.3))
         if child.running():
             child.send(signal.SIGKILL, group=kill % 2 == 0)

@@ -39,8 +39,9 @@ def mount(place: Path, size: str) -> None:
     subprocess.run(["mount", "--make-rprivate", "/"], check=True, capture_output=True)
     subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)],
-        check=True, capture_output=True,
-    )  # fmt: skip
+        check=True,
+        capture_output=True,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -196,9 +197,12 @@ def test_memory_of_a_cpu_that_does_not_suffice(
 
 
 def test_little_shared_memory_makes_training_slower_and_no_more(
-    fork: Any, training: Training, same: Callable[[Path, Path], None], small_disk: Path,
+    fork: Any,
+    training: Training,
+    same: Callable[[Path, Path], None],
+    small_disk: Path,
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     """Docker gives 64 MB; a batch that finds no room there comes through a pipe."""
     words = [*training("pretrain", tmp_path / "small", 4), "--batch_size", 24, "--image_size", 64]
     child = fork(*words, before=lambda: mount(Path("/dev/shm"), "256k"))

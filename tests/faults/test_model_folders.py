@@ -117,8 +117,9 @@ BAD_TENSORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 @pytest.mark.parametrize("kind", ["vit", "classifier", "fcos", "segmenter"], indirect=True)
 def test_tensors_of_another_kind_are_refused(kind: str, folder: Path) -> None:
     """The last weight, or a running statistic."""
-    file = next(f for f in (folder / "head.safetensors", folder / "model.safetensors")
-                if f.exists())  # fmt: skip
+    file = next(
+        f for f in (folder / "head.safetensors", folder / "model.safetensors") if f.exists()
+    )
     whole = load_file(file)
     floats = [name for name, one in whole.items() if one.is_floating_point() and one.ndim]
     last = next((name for name in floats if "running" in name), floats[-1])
@@ -210,8 +211,11 @@ def test_no_place_that_a_config_names_is_reached(
         (folder / "config.json").write_text(json.dumps(content))
         events.clear()
         assert tried(what) == (args == {}), what
-        reached = [one for one in events if not one.startswith("open ")
-                   or not one.removeprefix("open ").startswith(inside)]  # fmt: skip
+        reached = [
+            one
+            for one in events
+            if not one.startswith("open ") or not one.removeprefix("open ").startswith(inside)
+        ]
         assert not reached, (what, reached)
     # of each config one that reaches for nothing more, with each way of reaching once
     assert tried.counts == {"loaded": 9, "refused": 20}
@@ -272,9 +276,10 @@ def test_a_torch_file_that_would_grow_is_refused(tmp_path: Path) -> None:
     import zipfile
 
     torch.save({"a": torch.zeros(2**22)}, tmp_path / "w.pth")
-    with zipfile.ZipFile(tmp_path / "w.pth") as whole, zipfile.ZipFile(
-        tmp_path / "small.pth", "w", zipfile.ZIP_DEFLATED
-    ) as small:  # fmt: skip
+    with (
+        zipfile.ZipFile(tmp_path / "w.pth") as whole,
+        zipfile.ZipFile(tmp_path / "small.pth", "w", zipfile.ZIP_DEFLATED) as small,
+    ):
         for name in whole.namelist():
             small.writestr(name, whole.read(name))
     with pytest.raises(UserError, match="it is compressed"):

@@ -67,8 +67,10 @@ def test_every_place_is_looked_at(
     shutil.copy(parts["val"][1], parts["test"][3])
     shutil.copy(parts["train"][4], parts["val"][2])
     found = check(parts, seen=[*parts["train"], *map(str, sorted(pool.iterdir()))])
-    rows = [(one.part, Path(one.path).name, one.where, Path(one.twin).name, one.kind)
-            for one in found.found]  # fmt: skip
+    rows = [
+        (one.part, Path(one.path).name, one.where, Path(one.twin).name, one.kind)
+        for one in found.found
+    ]
     assert rows == [
         ("test", "0.png", "pretraining", "copy.png", "exact"),
         ("test", "1.png", "pretraining", "again.jpg", "similar"),
@@ -110,8 +112,10 @@ def test_exclude_leaves_out_what_makes_the_parts_overlap(parts: Parts) -> None:
         "val": {parts["val"][1], parts["val"][2]},
     }
     assert found.figures() == {"leaks": 3, "leaks_left_out": {"test": 2, "val": 2}}
-    rest = {name: [p for p in paths if p not in found.left_out.get(name, ())]
-            for name, paths in parts.items()}  # fmt: skip
+    rest = {
+        name: [p for p in paths if p not in found.left_out.get(name, ())]
+        for name, paths in parts.items()
+    }
     assert [one.where for one in check(rest, seen=[parts["test"][5]]).found] == []
 
 
@@ -151,8 +155,11 @@ def test_encoders_are_told_apart(parts: Parts) -> None:
 
 def test_empty_parts_and_broken_images_are_no_obstacle(parts: Parts, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"nothing")
-    copied = {"train": [*parts["train"], str(tmp_path / "broken.png")], "val": [],
-              "test": [str(tmp_path / "broken.png"), parts["train"][0]]}  # fmt: skip
+    copied = {
+        "train": [*parts["train"], str(tmp_path / "broken.png")],
+        "val": [],
+        "test": [str(tmp_path / "broken.png"), parts["train"][0]],
+    }
     assert check(copied).count == 1
 
 

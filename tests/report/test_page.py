@@ -184,14 +184,16 @@ def test_a_comparison_begins_with_its_verdict(tmp_path: Path) -> None:
         "metric": "accuracy",
         "amounts": ["1%", "10%"],
         "arms": {
-            "runs/a": {"1%": {"mean": 0.4, "std": 0.01, "runs": [0.4], "labels": 1500},
-                       "10%": {"mean": 0.6, "std": 0.02, "runs": [0.6], "labels": 15000}},
+            "runs/a": {
+                "1%": {"mean": 0.4, "std": 0.01, "runs": [0.4], "labels": 1500},
+                "10%": {"mean": 0.6, "std": 0.02, "runs": [0.6], "labels": 15000},
+            },
             "random:resnet18": {"1%": {"mean": 0.3, "std": 0.01, "runs": [0.3], "labels": 1500}},
         },
         "differences": {"runs/a": {"1%": {"mean": 0.1, "low": 0.05, "high": 0.15}}},
         "verdicts": {"runs/a": {"verdict": "helped", "sentence": sentence}},
         "layers": {"runs/a": {"layer1": {"1%": 0.1, "10%": 0.2}}},
-    }  # fmt: skip
+    }
     warned = [
         WarningRecord("leak", "Leaks: 2 test images are among the pre-training images."),
         WarningRecord("encoder.left_out", "left out: timm:resnet18: no network"),

@@ -86,13 +86,19 @@ def compare(options: CompareOptions) -> CompareResult:
         if resume:
             write_config(run, config)  # there may be more encoders and seeds than before
         for name, why in left_out.items():
-            log.warning("left out: %(encoder)s: %(why)s", {"encoder": name, "why": why},
-                        extra={"code": "encoder.left_out"})  # fmt: skip
+            log.warning(
+                "left out: %(encoder)s: %(why)s",
+                {"encoder": name, "why": why},
+                extra={"code": "encoder.left_out"},
+            )
         log.info(
             "%d encoders, %s, %s, %d seeds; %d test images",
-            len(found), " and ".join(wanted), ", ".join(f"{labels[a.name]} labels ({a.name})"
-            for a in amounts), options.seeds, len(whole.test),
-        )  # fmt: skip
+            len(found),
+            " and ".join(wanted),
+            ", ".join(f"{labels[a.name]} labels ({a.name})" for a in amounts),
+            options.seeds,
+            len(whole.test),
+        )
         runner = Runner(plan, whole, amounts, Store(run / "runs"), hardware)
         scores: dict[Cell, Score] = {}
         for arm in found:
@@ -122,8 +128,10 @@ def compare(options: CompareOptions) -> CompareResult:
 
 def _tell(outcome: Outcome, run: Path) -> None:
     for protocol in outcome.protocols:
-        table = Table(title=f"{protocol}: test {outcome.metric[protocol]}, mean ± standard "
-                      f"deviation over {len(outcome.seeds)} seeds")  # fmt: skip
+        table = Table(
+            title=f"{protocol}: test {outcome.metric[protocol]}, mean ± standard "
+            f"deviation over {len(outcome.seeds)} seeds"
+        )
         table.add_column("labels", overflow="fold")
         for amount, count in outcome.labels.items():
             table.add_column(f"{count}\n({amount})")

@@ -89,8 +89,9 @@ def embed(options: EmbedOptions) -> EmbedResult:
     check_file(file, options.overwrite)
     kind = options.format or file.suffix.lower().removeprefix(".")
     if kind == "parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise UserError("a Parquet file needs pyarrow: pip install 'vissl-lite[parquet]'; "
-                        "or give --format npz")  # fmt: skip
+        raise UserError(
+            "a Parquet file needs pyarrow: pip install 'vissl-lite[parquet]'; or give --format npz"
+        )
     paths = find_images(path_list(options.data))
     if kind == "parquet":
         _check_utf8(paths)
@@ -141,8 +142,10 @@ def _check_utf8(paths: Sequence[str]) -> None:
             path.encode()
         except UnicodeEncodeError:
             name = path.encode(errors="backslashreplace").decode()
-            raise UserError(f"a Parquet file can't hold the name {name}, which is not UTF-8: "
-                            f"rename it, or give --format npz") from None  # fmt: skip
+            raise UserError(
+                f"a Parquet file can't hold the name {name}, which is not UTF-8: "
+                f"rename it, or give --format npz"
+            ) from None
 
 
 def _features(
@@ -153,8 +156,9 @@ def _features(
     if layer is not None:
         names = encoder.stage_names()
         if layer not in names:
-            raise UserError(f"{encoder.backbone} has no layer {layer}: "
-                            f"{did_you_mean(layer, names)}")  # fmt: skip
+            raise UserError(
+                f"{encoder.backbone} has no layer {layer}: {did_you_mean(layer, names)}"
+            )
         stage = names.index(layer)
 
     def compute(images: Tensor) -> list[Tensor]:

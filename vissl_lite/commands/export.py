@@ -164,8 +164,9 @@ def _check_packages() -> None:
     needed = ("onnx", "onnxscript", "onnxruntime")
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"--format onnx needs {', '.join(missing)}: "
-                        f"pip install 'vissl-lite[export]'")  # fmt: skip
+        raise UserError(
+            f"--format onnx needs {', '.join(missing)}: pip install 'vissl-lite[export]'"
+        )
 
 
 def _refusal(network: ExportModel, height: int, width: int) -> str | None:
@@ -224,8 +225,10 @@ def _finite_outputs(layers: nn.Module, batches: Sequence[Tensor]) -> list[Tensor
     """
     outputs = _outputs(layers, batches)
     if not all(one.isfinite().all() for one in outputs):
-        raise UserError("the outputs are not finite numbers: the training has diverged; train it "
-                        "again with a lower --lr or a longer --warmup")  # fmt: skip
+        raise UserError(
+            "the outputs are not finite numbers: the training has diverged; train it "
+            "again with a lower --lr or a longer --warmup"
+        )
     return outputs
 
 
@@ -253,12 +256,15 @@ def _make_timm_folder(network: ExportModel, batches: list[Tensor], draft: Path) 
     """Copy a network's folder in timm's format and load the copy with timm alone."""
     folder = network.timm_folder
     if folder is None and network.task == "encoder":
-        raise UserError("--format safetensors copies an encoder folder: there is none to timm:NAME "
-                        "and random:NAME, which timm builds by name")  # fmt: skip
+        raise UserError(
+            "--format safetensors copies an encoder folder: there is none to timm:NAME "
+            "and random:NAME, which timm builds by name"
+        )
     if folder is None:
-        raise UserError(f"--format safetensors is for encoders and classifiers: of a model for "
-                        f"{network.task} the folder encoder is in timm's format already"
-                        )  # fmt: skip
+        raise UserError(
+            f"--format safetensors is for encoders and classifiers: of a model for "
+            f"{network.task} the folder encoder is in timm's format already"
+        )
     shutil.copyfile(folder / WEIGHTS, draft / WEIGHTS)
     # what was checked, and no more: timm follows the rest
     config = read_model_config(folder / CONFIG)
@@ -323,10 +329,17 @@ def _trace(network: ExportModel) -> Any:
         example = torch.zeros(2, 3, height, width, dtype=torch.uint8)
         with _silence():
             program = torch.onnx.export(
-                network.layers, (example,), dynamo=True, verbose=False, external_data=False,
-                input_names=["images"], output_names=list(network.outputs), opset_version=OPSET,
-                dynamic_shapes=(free,), custom_translation_table=network.translations,
-            )  # fmt: skip
+                network.layers,
+                (example,),
+                dynamo=True,
+                verbose=False,
+                external_data=False,
+                input_names=["images"],
+                output_names=list(network.outputs),
+                opset_version=OPSET,
+                dynamic_shapes=(free,),
+                custom_translation_table=network.translations,
+            )
         assert program is not None
         return program.model_proto
 

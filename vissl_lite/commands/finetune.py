@@ -214,9 +214,13 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
         found.write(run)
         log.info(
             "%d training, %d validation, %d test images of %d classes; %s at %d pixels",
-            len(labelled.train), len(labelled.val), len(labelled.test),
-            len(labelled.classes), start.backbone, start.image_size,
-        )  # fmt: skip
+            len(labelled.train),
+            len(labelled.val),
+            len(labelled.test),
+            len(labelled.classes),
+            start.backbone,
+            start.image_size,
+        )
         task.report_use(start, encoder)
         metrics = MetricsFile(run / METRICS)
         files = TrainingFiles(metrics, run / CHECKPOINTS, resume)
@@ -264,5 +268,6 @@ def _tell(images: int, scores: Scores, encoder: str, run: Path) -> None:
         console.print(by_class)
     log.info("The model is in %s, test predictions in %s", run / "model", run / "test.png")
     log.info("Next:")
-    log.info("  vissl-lite predict --model %s --data FOLDER --out %s", run,
-             beside(run, "predictions"))  # fmt: skip
+    log.info(
+        "  vissl-lite predict --model %s --data FOLDER --out %s", run, beside(run, "predictions")
+    )

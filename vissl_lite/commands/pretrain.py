@@ -50,9 +50,19 @@ from vissl_lite.transfer.classification.data import LabelledImages, load_labelle
 log = logging.getLogger(__name__)
 
 CURVES = (
-    "loss", "accuracy", "knn", "linear", "feature_std", "effective_rank", "alignment",
-    "uniformity", "lr", "view_size", "images_per_second", "data_wait",
-)  # fmt: skip
+    "loss",
+    "accuracy",
+    "knn",
+    "linear",
+    "feature_std",
+    "effective_rank",
+    "alignment",
+    "uniformity",
+    "lr",
+    "view_size",
+    "images_per_second",
+    "data_wait",
+)
 
 
 @dataclass(frozen=True)
@@ -179,9 +189,14 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
     settings = task.optimizer_settings
     log.info(
         "%d images, %s on %s at %d pixels, batch %d, %s with %.2g",
-        count, options.pretext_name, options.backbone, options.image_size, size, settings.name,
+        count,
+        options.pretext_name,
+        options.backbone,
+        options.image_size,
+        size,
+        settings.name,
         settings.lr,
-    )  # fmt: skip
+    )
     if accumulate > 1:
         log.info("%s", accumulation_note(task.info, size, accumulate))
     seconds = parse_time(options.max_time)
@@ -305,5 +320,7 @@ def _say_what_next(result: PretrainResult, labelled: StrPath | None) -> None:
     log.info("Next:")
     log.info(
         "  vissl-lite probe --encoder %s --data %s --out %s",
-        result.run, labelled or "LABELLED", beside(result.run, "probe"),
-    )  # fmt: skip
+        result.run,
+        labelled or "LABELLED",
+        beside(result.run, "probe"),
+    )

@@ -73,8 +73,9 @@ def find_training_images(options: PretrainOptions, run: Path, resume: bool) -> T
     if shards is None:
         return TrainingImages(PathList(find_images(sources)))
     if options.cache:
-        raise UserError("--cache is for image files: shards are read from front to back, once an "
-                        "epoch")  # fmt: skip
+        raise UserError(
+            "--cache is for image files: shards are read from front to back, once an epoch"
+        )
     if resume and (run / SAMPLE).is_dir():
         return TrainingImages(PathList(find_images([run / SAMPLE])), shards)
     if not is_main_process() and (options.image_size or Path(options.init).is_dir()):

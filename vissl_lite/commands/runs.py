@@ -98,9 +98,11 @@ def runs(options: RunsOptions) -> list[RunSummary]:
     found = [summarize(path) for path in find_runs(folder, unreadable)]
     with logged_to_console():
         if unreadable:
-            log.warning("folders that can't be read: %(folders)d, the first %(first)s",
-                        {"folders": len(unreadable), "first": unreadable[0]},
-                        extra={"code": "folder.unreadable"})  # fmt: skip
+            log.warning(
+                "folders that can't be read: %(folders)d, the first %(first)s",
+                {"folders": len(unreadable), "first": unreadable[0]},
+                extra={"code": "folder.unreadable"},
+            )
     oldest = datetime.min.replace(tzinfo=UTC)
     found.sort(key=lambda one: str(one.path))
     found.sort(key=lambda one: one.started or oldest, reverse=True)
@@ -154,8 +156,16 @@ def summarize(folder: Path) -> RunSummary:
     record = read_record(folder)
     results, damaged = _results(folder)
     if record is None:
-        return RunSummary(folder, "", "damaged", f"{RUN} is damaged, or of another version",
-                          None, None, "", results)  # fmt: skip
+        return RunSummary(
+            folder,
+            "",
+            "damaged",
+            f"{RUN} is damaged, or of another version",
+            None,
+            None,
+            "",
+            results,
+        )
     status: State = record.status
     started, seconds = record.start(), record.seconds
     if status == "running" and not is_locked(folder):
@@ -254,8 +264,14 @@ def _print(found: list[RunSummary], folder: Path, sort: str | None) -> None:
         table.add_column(sort, overflow="fold")
     for one in found:
         started = "" if one.started is None else f"{one.started:%Y-%m-%d %H:%M}"
-        cells = [str(one.path), one.command, one.status, started, _duration(one.seconds),
-                 one.figure or one.reason or ""]  # fmt: skip
+        cells = [
+            str(one.path),
+            one.command,
+            one.status,
+            started,
+            _duration(one.seconds),
+            one.figure or one.reason or "",
+        ]
         if sort is not None:
             value = one.figures.get(sort, one.figures.get(f"test.{sort}"))
             cells.append("" if value is None else f"{value:.4g}")

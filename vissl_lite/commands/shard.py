@@ -119,8 +119,9 @@ def shard(options: ShardOptions) -> ShardResult:
         if left_out:
             log.warning(
                 "left out, as they can't be read: %(files)d files, the first %(first)s",
-                {"files": len(left_out), "first": left_out[0]}, extra={"code": "image.unreadable"},
-            )  # fmt: skip
+                {"files": len(left_out), "first": left_out[0]},
+                extra={"code": "image.unreadable"},
+            )
         pattern = folder / f"train-{{000000..{len(written) - 1:06}}}.tar"
         log.info("%d images in %d shards. Next:", result.images, result.shards)
         log.info('  vissl-lite pretrain --data "%s" --out RUN', pattern)
@@ -275,8 +276,9 @@ def _write_parts(
         name, images = f"train-{len(written):06}.tar", 0
         part = folder / f"{name}.part"
         # names go in as they are on the disk, whatever they are encoded in
-        with tarfile.open(part, "w", format=tarfile.GNU_FORMAT, encoding="utf-8",
-                          errors="surrogateescape") as tar:  # fmt: skip
+        with tarfile.open(
+            part, "w", format=tarfile.GNU_FORMAT, encoding="utf-8", errors="surrogateescape"
+        ) as tar:
             while waiting is not None:
                 member, content = waiting
                 tar.addfile(member, BytesIO(content))

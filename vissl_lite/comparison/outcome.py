@@ -171,8 +171,12 @@ class Outcome:
         figures = {}
         for amount, count in self.labels.items():
             runs = self.runs(arm, protocol, amount)
-            figures[amount] = {"mean": runs.mean, "std": runs.std, "runs": runs.values.tolist(),
-                               "labels": count}  # fmt: skip
+            figures[amount] = {
+                "mean": runs.mean,
+                "std": runs.std,
+                "runs": runs.values.tolist(),
+                "labels": count,
+            }
         return figures
 
     def _layers(self, arm: str, protocol: str) -> dict[str, dict[str, float]]:
@@ -189,16 +193,27 @@ class Outcome:
         """A row for every run."""
         with file.open("w", newline="", encoding="utf-8") as out:
             rows = csv.writer(out)
-            rows.writerow(["arm", "protocol", "amount", "labels", "seed", "metric", "value",
-                           "chosen"])  # fmt: skip
+            rows.writerow(
+                ["arm", "protocol", "amount", "labels", "seed", "metric", "value", "chosen"]
+            )
             for protocol in self.protocols:
                 for arm in self.arms:
                     for amount, count in self.labels.items():
                         for seed in self.seeds:
                             score = self.scores[Cell(arm, protocol, amount, seed)]
                             chosen = " ".join(f"{k}={v:g}" for k, v in score.chosen.items())
-                            rows.writerow([arm, protocol, amount, count, seed,
-                                           self.metric[protocol], score.value, chosen])  # fmt: skip
+                            rows.writerow(
+                                [
+                                    arm,
+                                    protocol,
+                                    amount,
+                                    count,
+                                    seed,
+                                    self.metric[protocol],
+                                    score.value,
+                                    chosen,
+                                ]
+                            )
 
     def plot(self, file: Path) -> None:
         """Plot the figures, for one amount of labels as bars, else over the number of labels.

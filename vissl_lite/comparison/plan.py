@@ -97,8 +97,9 @@ class Plan:
         if basis in left_out:
             raise UserError(f"the baseline can't be had: {left_out[basis]}")
         if len(found) < 2:
-            raise UserError(f"nothing is left to compare with {basis}: "
-                            f"{next(iter(left_out.values()))}")  # fmt: skip
+            raise UserError(
+                f"nothing is left to compare with {basis}: {next(iter(left_out.values()))}"
+            )
         return found, left_out
 
     def load(self, arm: str, seed: int, data: LabelledDataset) -> Encoder:

@@ -76,8 +76,9 @@ class Runner:
                     if protocol != "finetune":  # which has a seed of its own
                         same[key] = score
                     scores[cell] = score
-                    log.info("%s, %s, %s, seed %d: %.3f", arm, protocol, amount.name, seed,
-                             score.value)  # fmt: skip
+                    log.info(
+                        "%s, %s, %s, seed %d: %.3f", arm, protocol, amount.name, seed, score.value
+                    )
         return scores
 
     def _about(self, some: LabelledDataset, encoder: Encoder, weights: str) -> dict[str, Any]:

@@ -109,9 +109,11 @@ class Store:
         except (UserError, ValueError, LookupError, TypeError) as error:
             if file.exists():
                 reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
-                log.warning("damaged, and so done again: %(file)s (%(why)s)",
-                            {"file": file, "why": reason},
-                            extra={"code": "result.damaged"})  # fmt: skip
+                log.warning(
+                    "damaged, and so done again: %(file)s (%(why)s)",
+                    {"file": file, "why": reason},
+                    extra={"code": "result.damaged"},
+                )
             return None
         return Score(value, figures[0], figures[1], right, figures[2])
 

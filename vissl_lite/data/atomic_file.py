@@ -62,8 +62,10 @@ def check_place(out: Path) -> None:
         out: what is to be made, with all folders that are missing.
     """
     if len(os.fsencode(out.absolute())) > LONGEST or len(os.fsencode(out.name)) > LONGEST_NAME:
-        raise UserError(f"{out} is too long a name: give one of at most {LONGEST_NAME} bytes, and "
-                        f"{LONGEST} with its folders")  # fmt: skip
+        raise UserError(
+            f"{out} is too long a name: give one of at most {LONGEST_NAME} bytes, and "
+            f"{LONGEST} with its folders"
+        )
     parent = next(p for p in (out, *out.absolute().parents) if p.exists())
     if parent.is_file() and parent == out:
         parent = parent.absolute().parent

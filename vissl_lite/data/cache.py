@@ -75,8 +75,11 @@ class CachePlan:
         kept = int((self.wholes[:, 0] > 0).sum())
         log.info(
             "decoded images are kept: %d of %d, %.2f GB, in %s",
-            kept, len(self.wholes), self.total / _GIGABYTE, where,
-        )  # fmt: skip
+            kept,
+            len(self.wholes),
+            self.total / _GIGABYTE,
+            where,
+        )
         if self.in_memory:
             return ImageCache(self, None)
         file = folder / CACHE
@@ -189,8 +192,11 @@ class ImageCache:
             try:
                 self.file.unlink(missing_ok=True)
             except OSError:  # Windows keeps a file that is mapped
-                log.warning("%(file)s is no longer needed, but can't be deleted",
-                            {"file": self.file}, extra={"code": "cache.kept"})  # fmt: skip
+                log.warning(
+                    "%(file)s is no longer needed, but can't be deleted",
+                    {"file": self.file},
+                    extra={"code": "cache.kept"},
+                )
 
 
 def plan_cache(paths: Sequence[str], shortest: int, folder: Path, shareable: bool) -> CachePlan:

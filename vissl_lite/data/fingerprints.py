@@ -87,9 +87,13 @@ _PROJECTION = _projection()
 
 # ``(D, 4)`` signs: as it is, flipped from left to right, from top to bottom, and both.
 _FLIPS = np.stack(
-    [(-1.0) ** (down * FREQUENCIES[:, 1] + side * FREQUENCIES[:, 2])
-     for down in (0, 1) for side in (0, 1)], axis=1,
-).astype(np.float32)  # fmt: skip
+    [
+        (-1.0) ** (down * FREQUENCIES[:, 1] + side * FREQUENCIES[:, 2])
+        for down in (0, 1)
+        for side in (0, 1)
+    ],
+    axis=1,
+).astype(np.float32)
 
 # The order of a look whose picture is transposed; with the flips, that makes all quarter turns.
 _TRANSPOSED = np.array([FREQUENCIES.tolist().index([c, v, u]) for c, u, v in FREQUENCIES])
@@ -297,9 +301,14 @@ def _nearest(judged: np.ndarray, bank: np.ndarray) -> tuple[list[float], list[in
 
 
 def _keep_best(
-    looks: Tensor, keys: Tensor, flips: Tensor, pairs: Tensor, best: Tensor, nearest: Tensor,
+    looks: Tensor,
+    keys: Tensor,
+    flips: Tensor,
+    pairs: Tensor,
+    best: Tensor,
+    nearest: Tensor,
     start: int,
-) -> None:  # fmt: skip
+) -> None:
     """Compare some pairs for good; what is better goes into ``best`` and ``nearest``."""
     one, other = pairs.unbind(dim=1)
     values = ((looks[one] * keys[other]) @ flips).amax(dim=1) / _FULL**2

@@ -34,9 +34,15 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 
 # What Pillow raises on bytes that it does not expect, beside what ``BROKEN_IMAGE`` names.
 _CONFUSED = (
-    ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
-    struct.error, zlib.error,
-)  # fmt: skip
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    struct.error,
+    zlib.error,
+)
 
 # Tags of a TIFF: width and height of the image and of a tile; the types of integers, with their
 # bytes, that they may have.

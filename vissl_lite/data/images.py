@@ -79,8 +79,10 @@ def find_images(sources: Sequence[str | Path]) -> list[str]:
         else:
             raise UserError(f"{source} does not exist")
         if not paths and odd:
-            raise UserError(f"no images found in {source}: {len(odd)} are no regular files but "
-                            f"{_ODD}, the first {odd[0]}")  # fmt: skip
+            raise UserError(
+                f"no images found in {source}: {len(odd)} are no regular files but "
+                f"{_ODD}, the first {odd[0]}"
+            )
         if not paths:
             kinds = " ".join(sorted(e[1:] for e in EXTENSIONS))
             raise UserError(f"no images found in {source} (looked for {kinds}, recursively)")

@@ -11,10 +11,21 @@ from vissl_lite.errors import UserError
 
 # What NumPy and zipfile raise on a file that is none of theirs, or damaged
 _UNREADABLE = (
-    OSError, ValueError, LookupError, TypeError, EOFError, RuntimeError, SyntaxError,
-    AttributeError, ArithmeticError, MemoryError, AssertionError, zipfile.BadZipFile, zlib.error,
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    EOFError,
+    RuntimeError,
+    SyntaxError,
+    AttributeError,
+    ArithmeticError,
+    MemoryError,
+    AssertionError,
+    zipfile.BadZipFile,
+    zlib.error,
     struct.error,
-)  # fmt: skip
+)
 
 
 def read_npz(file: Path, largest: int | None = None) -> dict[str, np.ndarray]:

@@ -220,8 +220,15 @@ def report_skipped(broken: Sequence[Broken]) -> None:
     """Say in the log which files are skipped, and why: the first ones, and how many more."""
     for number, one in enumerate(broken):
         level = logging.WARNING if number < NAMED else logging.DEBUG
-        log.log(level, "skipped, can't be read: %(path)s (%(why)s)", one._asdict(),
-                extra={"code": "image.unreadable"})  # fmt: skip
+        log.log(
+            level,
+            "skipped, can't be read: %(path)s (%(why)s)",
+            one._asdict(),
+            extra={"code": "image.unreadable"},
+        )
     if len(broken) > NAMED:
-        log.warning("skipped, can't be read: %(files)d more files", {"files": len(broken) - NAMED},
-                    extra={"code": "image.unreadable"})  # fmt: skip
+        log.warning(
+            "skipped, can't be read: %(files)d more files",
+            {"files": len(broken) - NAMED},
+            extra={"code": "image.unreadable"},
+        )

@@ -197,7 +197,7 @@ class KeyedDataset(Dataset[Item], Source):
     ) -> WorkerLoader[Batch]:
         sampler = StreamSampler(
             len(self), batch_size, self.seed, epochs, start, rank, world, weights
-        )  # fmt: skip
+        )
         return stream(self, sampler, workers, pin_memory)
 
     def digest(self) -> str:

@@ -38,8 +38,10 @@ class _Sender(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         message, figures = record.getMessage(), {}
         if isinstance(record.args, Mapping):
-            figures = {name: one if isinstance(one, int | float) else str(one)
-                       for name, one in record.args.items()}  # fmt: skip
+            figures = {
+                name: one if isinstance(one, int | float) else str(one)
+                for name, one in record.args.items()
+            }
         code = getattr(record, "code", None)
         for sent in ((message, figures), (message, {}), (message[:_SURELY], {})):
             text = json.dumps([record.levelno, code, *sent], ensure_ascii=False)

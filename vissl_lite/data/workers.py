@@ -98,9 +98,10 @@ class WorkerLoader(Generic[T]):
             log.warning(
                 "There is too little shared memory for the batches of the data workers: they come "
                 "through pipes instead, which is slower (%s). Enlarge /dev/shm, as with docker run "
-                "--shm-size 8g, or give fewer --num_workers or a smaller --batch_size.", why,
+                "--shm-size 8g, or give fewer --num_workers or a smaller --batch_size.",
+                why,
                 extra={"code": "memory.shared"},
-            )  # fmt: skip
+            )
 
 
 def _without_traceback(text: str) -> str:

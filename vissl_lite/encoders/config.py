@@ -43,19 +43,30 @@ _DESCRIPTION = frozenset(
 )
 
 # Arguments of timm's models that are sizes, shares, switches and words; see ``_checked_argument``.
-_SIZES = frozenset({"img_size", "patch_size", "embed_dim", "num_heads", "in_chans", "depth"}
-                   | {"reg_tokens", "output_stride"})  # fmt: skip
-_SHARES = frozenset({"mlp_ratio", "init_values", "drop_rate", "drop_path_rate", "proj_drop_rate"}
-                    | {"attn_drop_rate", "pos_drop_rate", "patch_drop_rate"})  # fmt: skip
-_SWITCHES = frozenset({"dynamic_img_size", "dynamic_img_pad", "strict_img_size", "qkv_bias"}
-                      | {"class_token", "no_embed_class", "qk_norm"})  # fmt: skip
+_SIZES = frozenset(
+    {"img_size", "patch_size", "embed_dim", "num_heads", "in_chans", "depth"}
+    | {"reg_tokens", "output_stride"}
+)
+_SHARES = frozenset(
+    {"mlp_ratio", "init_values", "drop_rate", "drop_path_rate", "proj_drop_rate"}
+    | {"attn_drop_rate", "pos_drop_rate", "patch_drop_rate"}
+)
+_SWITCHES = frozenset(
+    {"dynamic_img_size", "dynamic_img_pad", "strict_img_size", "qkv_bias"}
+    | {"class_token", "no_embed_class", "qk_norm"}
+)
 _WORDS = frozenset({"global_pool"})
 
 # What timm and torch raise on arguments that do not go together.
 SENSELESS = (
-    TypeError, ValueError, AssertionError, RuntimeError, AttributeError, LookupError,
+    TypeError,
+    ValueError,
+    AssertionError,
+    RuntimeError,
+    AttributeError,
+    LookupError,
     ArithmeticError,
-)  # fmt: skip
+)
 
 
 def read_model_config(file: Path) -> dict[str, Any]:

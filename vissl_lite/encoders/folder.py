@@ -187,10 +187,21 @@ def load_weights(encoder: Encoder, file: Path) -> None:
 
 # What torch.load raises on bytes that are no checkpoint, whatever they happen to mean as a pickle
 _UNREADABLE = (
-    pickle.UnpicklingError, SafetensorError, RuntimeError, OSError, EOFError, LookupError,
-    ValueError, TypeError, AttributeError, ArithmeticError, AssertionError, MemoryError,
-    struct.error, zipfile.BadZipFile,
-)  # fmt: skip
+    pickle.UnpicklingError,
+    SafetensorError,
+    RuntimeError,
+    OSError,
+    EOFError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    MemoryError,
+    struct.error,
+    zipfile.BadZipFile,
+)
 
 
 def read_torch(file: Path) -> Any:

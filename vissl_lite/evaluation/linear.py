@@ -52,8 +52,10 @@ def linear_probe(
             gone.
     """
     if len(np.unique(train[1])) < 2:
-        raise UserError("the training images that can be read are of one class only: a linear "
-                        "probe needs two or more")  # fmt: skip
+        raise UserError(
+            "the training images that can be read are of one class only: a linear "
+            "probe needs two or more"
+        )
     from sklearn.linear_model import LogisticRegression
 
     mean, scale = train[0].mean(axis=0), train[0].std(axis=0) + 1e-6

@@ -281,9 +281,10 @@ class OnlineEvaluation(Callback):
                 if first or isinstance(error, MachineError):
                     raise
                 log.warning(
-                    "The encoder can't be evaluated: %(why)s", {"why": error},
+                    "The encoder can't be evaluated: %(why)s",
+                    {"why": error},
                     extra={"code": "evaluation.failed"},
-                )  # fmt: skip
+                )
         seconds = time.monotonic() - started
         self._spent += seconds
         if first:

@@ -171,17 +171,21 @@ def check_leaks(
         log.warning(
             "Leaks: %(words)s. Left out: %(test_left_out)d test and %(val_left_out)d validation "
             "images; all are listed in %(listed)s.",
-            {"words": _in_words(harm), "leaks": _counted(harm),
-             "test_left_out": len(result.left_out["test"]),
-             "val_left_out": len(result.left_out["val"]), "listed": listed},
+            {
+                "words": _in_words(harm),
+                "leaks": _counted(harm),
+                "test_left_out": len(result.left_out["test"]),
+                "val_left_out": len(result.left_out["val"]),
+                "listed": listed,
+            },
             extra={"code": "leak"},
-        )  # fmt: skip
+        )
     else:
         log.warning(
             "Leaks: %(words)s. They are listed in %(listed)s; --leaks exclude leaves them out.",
             {"words": _in_words(harm), "leaks": _counted(harm), "listed": listed},
             extra={"code": "leak"},
-        )  # fmt: skip
+        )
     return result
 
 

@@ -155,7 +155,7 @@ class DenseCL(PretextTask):
                 "another --backbone",
                 {"backbone": self.encoder.backbone, "pixels": self.encoder.image_size},
                 extra={"code": "pretext.one_location"},
-            )  # fmt: skip
+            )
         self._map_checked = True
 
     def after_step(self) -> None:

@@ -29,8 +29,15 @@ Color = Literal["drop", "project", "keep"]
 CENTER = 4
 NEIGHBORS = [0, 1, 2, 3, 5, 6, 7, 8]
 DIRECTIONS = (
-    "above left", "above", "above right", "left", "right", "below left", "below", "below right",
-)  # fmt: skip
+    "above left",
+    "above",
+    "above right",
+    "left",
+    "right",
+    "below left",
+    "below",
+    "below right",
+)
 
 
 def drop_colors(patches: Tensor) -> Tensor:

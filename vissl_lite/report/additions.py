@@ -135,6 +135,9 @@ def _warn(what: str, error: Exception) -> None:
     """Say that something can't be made; a fault of the machine, such as a full disk, is raised."""
     if machine_error(error) is not None:
         raise error
-    log.warning("%(what)s can't be made: %(why)s", {"what": what, "why": repr(error)},
-                extra={"code": "picture.failed"})  # fmt: skip
+    log.warning(
+        "%(what)s can't be made: %(why)s",
+        {"what": what, "why": repr(error)},
+        extra={"code": "picture.failed"},
+    )
     log.debug("why", exc_info=True)

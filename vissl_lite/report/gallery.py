@@ -12,19 +12,29 @@ from vissl_lite.report.page import Block, render
 
 # What the known pictures show, in the order in which they are shown: heading and note.
 PICTURES = {
-    "compare.png": ("Accuracy against labels", "Means over the seeds; bands are one standard"
-                    " deviation. The broken line is the baseline."),
+    "compare.png": (
+        "Accuracy against labels",
+        "Means over the seeds; bands are one standard deviation. The broken line is the baseline.",
+    ),
     "test.png": ("Test images", "What the model predicts, beside the truth."),
     "confusion.png": ("What is taken for what", "Rows are the truth, columns what was predicted."),
     "per_class.png": ("Classes", "On the test part, best first."),
-    "views.png": ("What the encoder saw", "Some images beside their augmented views, as they go"
-                  " into the encoder. Would you still know what they show?"),
-    "pretext.png": ("The pretext at work", "What the trained encoder makes of the pretext's own"
-                    " question."),
-    "neighbors.png": ("Nearest neighbors", "Images, and those whose features are most similar."
-                       " Neighbors should show the same kind of thing."),
+    "views.png": (
+        "What the encoder saw",
+        "Some images beside their augmented views, as they go"
+        " into the encoder. Would you still know what they show?",
+    ),
+    "pretext.png": (
+        "The pretext at work",
+        "What the trained encoder makes of the pretext's own question.",
+    ),
+    "neighbors.png": (
+        "Nearest neighbors",
+        "Images, and those whose features are most similar."
+        " Neighbors should show the same kind of thing.",
+    ),
     "curves.png": ("Curves", ""),
-}  # fmt: skip
+}
 
 # The longer side in pixels that a picture is reduced to, and a small one among many; how many of
 # these there are at most.

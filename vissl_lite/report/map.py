@@ -213,9 +213,12 @@ def _draw(
     shades = class_colors(len(image_map.classes) or 1)
     colors = [f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in shades]
     look = {
-        "size": 8, "alpha": 0.8, "line_color": "white", "line_width": 0.5,
+        "size": 8,
+        "alpha": 0.8,
+        "line_color": "white",
+        "line_width": 0.5,
         "nonselection_alpha": 0.15,
-    }  # fmt: skip
+    }
     labels = image_map.labels
     if labels is None or len(image_map.classes) > LEGEND_MOST:
         of_each = np.zeros(len(image_map.paths), np.int64) if labels is None else labels
@@ -227,16 +230,29 @@ def _draw(
         if len(inside) == 0:
             continue
         layer = points.scatter(
-            "x", "y", source=source, view=CDSView(filter=IndexFilter(inside.tolist())),
-            fill_color=colors[label], marker=SHAPES[label // 20 % len(SHAPES)], **look,
-        )  # fmt: skip
+            "x",
+            "y",
+            source=source,
+            view=CDSView(filter=IndexFilter(inside.tolist())),
+            fill_color=colors[label],
+            marker=SHAPES[label // 20 % len(SHAPES)],
+            **look,
+        )
         layers.append((name, layer))
     items = [LegendItem(label={"value": _short(name)}, renderers=[one]) for name, one in layers]
     legend = Legend(
-        items=items, click_policy="hide", ncols=1 if len(items) <= 25 else 2, spacing=0,
-        label_text_font_size="11px", glyph_height=16, label_height=16, padding=4,
-        label_text_color=GRAY, background_fill_color=None, border_line_color=None,
-    )  # fmt: skip
+        items=items,
+        click_policy="hide",
+        ncols=1 if len(items) <= 25 else 2,
+        spacing=0,
+        label_text_font_size="11px",
+        glyph_height=16,
+        label_height=16,
+        padding=4,
+        label_text_color=GRAY,
+        background_fill_color=None,
+        border_line_color=None,
+    )
     points.add_layout(legend, "right")
     return layers
 

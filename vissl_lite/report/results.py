@@ -97,12 +97,20 @@ def comparison(run: RunFolder) -> list[Block]:
             cells = [_compared(figures.get(one), against.get(one)) for one in amounts]
             overall = _difference(against.get("overall"))
             kind = BADGES.get(str(verdict), "")
-            rows.append({"arm": arm, "cells": cells, "verdict": verdict or "baseline",
-                         "kind": kind, "overall": overall})  # fmt: skip
+            rows.append(
+                {
+                    "arm": arm,
+                    "cells": cells,
+                    "verdict": verdict or "baseline",
+                    "kind": kind,
+                    "overall": overall,
+                }
+            )
         columns = [_amount(one, arms) for one in amounts]
         metric = found.get("metric", "accuracy")
-        tables.append(render("compared", rows=rows, columns=columns,
-                             caption=f"{protocol}: test {metric}"))  # fmt: skip
+        tables.append(
+            render("compared", rows=rows, columns=columns, caption=f"{protocol}: test {metric}")
+        )
     if not tables:
         return []
     basis = run.figures.get("baseline")
@@ -174,11 +182,13 @@ def _by_class(run: RunFolder) -> list[Block]:
             return {"text": "none", "unset": True}
         return {"text": number(value), "share": min(1.0, max(0.0, float(value)))}
 
-    rows = [[name, *(cell(row.get(measure)) for measure in measures)]
-            for name, row in scores.items()]  # fmt: skip
+    rows = [
+        [name, *(cell(row.get(measure)) for measure in measures)] for name, row in scores.items()
+    ]
     columns = ["class", *map(_name, measures)]
-    return [Block("Class by class", render("table", columns=columns, rows=rows),
-                  "On the test part.")]  # fmt: skip
+    return [
+        Block("Class by class", render("table", columns=columns, rows=rows), "On the test part.")
+    ]
 
 
 def _scores(results: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:

@@ -65,8 +65,9 @@ def write_report(folder: Path) -> Path:
         _made(run),
     ]
     # the head comes last, since it tells what the others could not read
-    write_page(folder / REPORT, f"{folder.resolve().name}: {run.command or 'run'}",
-               [_head(run), *blocks])  # fmt: skip
+    write_page(
+        folder / REPORT, f"{folder.resolve().name}: {run.command or 'run'}", [_head(run), *blocks]
+    )
     return folder / REPORT
 
 
@@ -75,8 +76,9 @@ def _head(run: RunFolder) -> Block:
     warnings = _warnings(run)
     count = sum(one["count"] for one in warnings)
     badges = [(run.command or "run", ""), (state, kind)]
-    badges.append((f"{count} warning{'s' * (count != 1)}", "warn") if count else
-                  ("no warnings", "good"))  # fmt: skip
+    badges.append(
+        (f"{count} warning{'s' * (count != 1)}", "warn") if count else ("no warnings", "good")
+    )
     said += [{"text": text, "kind": "warn"} for text in run.unreadable]
     html = render(
         "head",

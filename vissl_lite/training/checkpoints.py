@@ -77,9 +77,13 @@ _LIGHTNING_2 = re.compile(r"2\.\d{1,4}\.\d{1,4}([.+-]?[a-z0-9]+)?")
 
 
 def check_checkpoint(
-    file: Path, content: dict[str, Any], module: pl.LightningModule, trainer: pl.Trainer,
-    data: StreamData, sharded: bool,
-) -> None:  # fmt: skip
+    file: Path,
+    content: dict[str, Any],
+    module: pl.LightningModule,
+    trainer: pl.Trainer,
+    data: StreamData,
+    sharded: bool,
+) -> None:
     """Refuse a checkpoint that this training can't continue from. Nothing is changed.
 
     What a checkpoint holds has to be of the kind that a new training would write: the same names,
@@ -170,8 +174,11 @@ def _check_optimizer(saved: Any, module: pl.LightningModule) -> None:
 
 # What an optimizer keeps for each weight in its shape; and all that torch's own ones keep.
 _LIKE_WEIGHTS = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer"})
-_STATES = {frozenset({"step", "exp_avg", "exp_avg_sq"}), frozenset({"momentum_buffer"}),
-           frozenset[str]()}  # fmt: skip
+_STATES = {
+    frozenset({"step", "exp_avg", "exp_avg_sq"}),
+    frozenset({"momentum_buffer"}),
+    frozenset[str](),
+}
 
 
 def _check_names(saved: Any, own: dict[str, Any], what: str) -> None:
@@ -354,8 +361,12 @@ def _requeue() -> None:
     name = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job
     try:
         subprocess.run(["scontrol", "requeue", name], check=True)
-        log.warning("job %(job)s is in the queue again", {"job": name},
-                    extra={"code": "slurm.requeued"})  # fmt: skip
+        log.warning(
+            "job %(job)s is in the queue again", {"job": name}, extra={"code": "slurm.requeued"}
+        )
     except (OSError, subprocess.CalledProcessError) as error:
-        log.warning("job %(job)s is not in the queue again: %(why)s", {"job": name, "why": error},
-                    extra={"code": "slurm.not_requeued"})  # fmt: skip
+        log.warning(
+            "job %(job)s is not in the queue again: %(why)s",
+            {"job": name, "why": error},
+            extra={"code": "slurm.not_requeued"},
+        )

@@ -116,10 +116,14 @@ class LossGuard(Callback):
                 "%(percent).0f %% of the run, where guessing gives %(chance).2f. Try a lower --lr, "
                 "a longer --warmup or a larger --batch_size, and look whether the images are all "
                 "but the same.",
-                {"title": self.title, "loss": self._running, "percent": 100 * self.pace.fraction,
-                 "chance": chance},
+                {
+                    "title": self.title,
+                    "loss": self._running,
+                    "percent": 100 * self.pace.fraction,
+                    "chance": chance,
+                },
                 extra={"code": "loss.chance"},
-            )  # fmt: skip
+            )
 
     def _look_for_divergence(self) -> None:
         if self._running <= self._highest + max(abs(self._highest) / 2, 0.5):
@@ -134,10 +138,14 @@ class LossGuard(Callback):
                 "The loss of %(title)s rises instead of falling: it is %(loss).3g, and was "
                 "%(highest).3g at most while the training settled. The learning rate is too high "
                 "for it: try a lower --lr (it is %(lr).2g) or a longer --warmup.",
-                {"title": self.title, "loss": self._running, "highest": self._highest,
-                 "lr": self.pace.lr},
+                {
+                    "title": self.title,
+                    "loss": self._running,
+                    "highest": self._highest,
+                    "lr": self.pace.lr,
+                },
                 extra={"code": "loss.rising"},
-            )  # fmt: skip
+            )
 
     def state_dict(self) -> dict[str, Any]:
         return {

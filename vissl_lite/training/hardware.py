@@ -20,9 +20,20 @@ LARGEST_CLUSTER = 100_000  # machines
 
 # Lightning's names.
 PRECISIONS = (
-    "auto", "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true",
-    "transformer-engine", "transformer-engine-float16", "64", "32", "16", "bf16",
-)  # fmt: skip
+    "auto",
+    "32-true",
+    "16-mixed",
+    "bf16-mixed",
+    "16-true",
+    "bf16-true",
+    "64-true",
+    "transformer-engine",
+    "transformer-engine-float16",
+    "64",
+    "32",
+    "16",
+    "bf16",
+)
 
 log = logging.getLogger(__name__)
 

@@ -114,8 +114,11 @@ class BrokenImages(Callback):
         shards = [(Broken(lost.shard, lost.why), lost.images) for lost in batch.lost]
         for one, count in images + shards:
             if one.path not in self.paths:
-                log.warning("skipped, can't be read: %(path)s (%(why)s)", one._asdict(),
-                            extra={"code": "image.unreadable"})  # fmt: skip
+                log.warning(
+                    "skipped, can't be read: %(path)s (%(why)s)",
+                    one._asdict(),
+                    extra={"code": "image.unreadable"},
+                )
             self._first = self._first or one
             self.paths[one.path] = max(count, self.paths.get(one.path, 0))
         broken = sum(self.paths.values())

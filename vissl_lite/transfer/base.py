@@ -91,8 +91,10 @@ class LabelledDataset(ABC):
         for part in PARTS:
             paths, gone = self.paths(part), broken.get(part, {})
             if paths and len(gone) == len(set(paths)):
-                raise UserError(f"none of {len(paths)} {part} images can be read, the first "
-                                f"{paths[0]} ({gone[paths[0]]})")  # fmt: skip
+                raise UserError(
+                    f"none of {len(paths)} {part} images can be read, the first "
+                    f"{paths[0]} ({gone[paths[0]]})"
+                )
         kept: dict[Split, Sequence[int]] = {}
         for part in PARTS:
             out = {*left_out.get(part, ()), *broken.get(part, ())}
@@ -147,8 +149,10 @@ class ListDataset(LabelledDataset, Generic[RecordT]):
         self, fraction: float | None = None, shots: int | None = None, seed: int = 0
     ) -> Self:
         if shots is not None:
-            raise UserError(f"--shots {shots} counts images of one class each, which these images "
-                            f"are not: give --fraction")  # fmt: skip
+            raise UserError(
+                f"--shots {shots} counts images of one class each, which these images "
+                f"are not: give --fraction"
+            )
         if fraction is None:
             return self
         train, val = (take_share(part, fraction, seed) for part in (self.train, self.val))

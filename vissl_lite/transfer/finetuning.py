@@ -236,8 +236,10 @@ def load_with_head(
     folder = model_folder(source)
     about = read_head(folder)
     if about is None or about["task"] != task:
-        raise UserError(f"{folder} is a model for {about['task'] if about else 'classification'}, "
-                        f"not for {task}")  # fmt: skip
+        raise UserError(
+            f"{folder} is a model for {about['task'] if about else 'classification'}, "
+            f"not for {task}"
+        )
     encoder = load_encoder(folder / "encoder")
     weights = read_weights(folder / HEAD_WEIGHTS)
     try:

@@ -57,9 +57,11 @@ class Predictions:
             try:
                 image = read_image(path)
             except BROKEN_IMAGE as error:  # it was read a moment ago, but can have gone since
-                log.warning("no picture of %(path)s (%(why)s)",
-                            {"path": path, "why": reason(error, path)},
-                            extra={"code": "picture.failed"})  # fmt: skip
+                log.warning(
+                    "no picture of %(path)s (%(why)s)",
+                    {"path": path, "why": reason(error, path)},
+                    extra={"code": "picture.failed"},
+                )
                 return
             with atomic_write(self.place(path, "pictures")) as part:
                 Image.fromarray(drawn(image)).save(part, "PNG")
@@ -93,7 +95,10 @@ def growing_file(file: Path) -> Iterator[TextIO]:
         with part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as out:
             yield out
     except BaseException:
-        log.warning("what was predicted up to here is in %(file)s", {"file": part},
-                    extra={"code": "predictions.partial"})  # fmt: skip
+        log.warning(
+            "what was predicted up to here is in %(file)s",
+            {"file": part},
+            extra={"code": "predictions.partial"},
+        )
         raise
     os.replace(part, file)

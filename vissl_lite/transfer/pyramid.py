@@ -199,8 +199,13 @@ def report_use(encoder: Encoder, source: str) -> None:
     unused = [name for (name, _), grad in zip(named, reached, strict=True) if grad is None]
     if len(unused) == len(named):
         raise UserError(f"none of the {len(named)} tensors of {source} would be used")
-    log.info("%d of the %d tensors of %s are used%s", len(named) - len(unused), len(named), source,
-             f"; not used: {', '.join(unused)}" if unused else "")  # fmt: skip
+    log.info(
+        "%d of the %d tensors of %s are used%s",
+        len(named) - len(unused),
+        len(named),
+        source,
+        f"; not used: {', '.join(unused)}" if unused else "",
+    )
 
 
 def shrunk(image: np.ndarray) -> np.ndarray:

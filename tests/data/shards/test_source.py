@@ -381,8 +381,10 @@ def test_names_and_fingerprints_by_number(made: Path, tmp_path: Path) -> None:
     assert source.name(8) == f"{made}/train-000002.tar!0"
     (tmp_path / "36.jpg").write_bytes(jpeg(36))
     seen = source.fingerprints(np.array([36, 7]))
-    assert seen.paths == [f"{made}/train-000001.tar!some/007.jpg",
-                          f"{made}/train-000004.tar!some/036.jpg"]  # fmt: skip
+    assert seen.paths == [
+        f"{made}/train-000001.tar!some/007.jpg",
+        f"{made}/train-000004.tar!some/036.jpg",
+    ]
     expected = fingerprints_of([str(tmp_path / "36.jpg")])
     np.testing.assert_array_equal(seen.exact[1], expected.exact[0])
 
@@ -440,8 +442,9 @@ def test_over_http_a_lost_connection_is_tried_again(
     missing = lost(read(given, epochs=1))
     assert set(missing) == {"train-000002.tar", "train-000004.tar"}
     assert missing["train-000004.tar"] == (
-        11, "from image 0 on: the server answers 404 Not Found",
-    )  # fmt: skip
+        11,
+        "from image 0 on: the server answers 404 Not Found",
+    )
     assert missing["train-000002.tar"][1].endswith("the connection was lost")
     with pytest.raises(UserError, match=r"lists 5 shards, and train-000005.tar is not among them"):
         find_shards([f"{served}/train-{{000000..000005}}.tar"])

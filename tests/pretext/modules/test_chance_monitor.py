@@ -23,7 +23,7 @@ def watch(signal: Signal, accuracies: list[float]) -> None:
         ([0.4] * 400, None),
         ([0.3 + 0.7 * step / 400 for step in range(400)], None),
     ],
-)  # fmt: skip
+)
 def test_warns_once_of_no_signal_and_of_one_that_is_too_easy(
     accuracies: list[float], warning: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:

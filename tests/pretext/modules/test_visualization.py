@@ -74,8 +74,9 @@ def test_views_are_those_of_the_run_beside_their_own_image(
             assert np.array_equal(one, other)
 
 
-@pytest.mark.parametrize("name", ["rotation", "relative_patch", "jigsaw", "colorization",
-                                  "inpainting", "spark"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["rotation", "relative_patch", "jigsaw", "colorization", "inpainting", "spark"]
+)
 def test_a_task_that_diverged_is_shown_too(name: str, photos: Path) -> None:
     task = pretext_class(name)(build_encoder("test_resnet", 32))
     with torch.no_grad():

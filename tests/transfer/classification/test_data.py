@@ -293,10 +293,13 @@ def test_fewer_labels_are_part_of_more(data: LabelledImages) -> None:
     for name in ("a", "b"):
         number = data.classes.index(name)
         members = [
-            {path for path, label in zip(few.train.paths, few.train.labels, strict=True)
-             if label == number}
+            {
+                path
+                for path, label in zip(few.train.paths, few.train.labels, strict=True)
+                if label == number
+            }
             for few in taken
-        ]  # fmt: skip
+        ]
         members.sort(key=len)
         assert len(members[0]) < len(members[-1])
         for less, more in itertools.pairwise(members):

@@ -145,8 +145,11 @@ def test_layouts_of_coco(
 ) -> None:
     """Images of the three parts have the same names: the folder decides."""
     for left, name in enumerate(names):
-        coco(tmp_path / annotations.format(name), ["1.png", "2.png"],
-             [(0, 3, (left, 1, 5, 5)), (1, 7, (left + 10, 1, 5, 5))])  # fmt: skip
+        coco(
+            tmp_path / annotations.format(name),
+            ["1.png", "2.png"],
+            [(0, 3, (left, 1, 5, 5)), (1, 7, (left + 10, 1, 5, 5))],
+        )
         for file in ("1.png", "2.png"):
             picture(tmp_path / images.format(name) / file)
     picture(tmp_path / "masks" / "1.png")
@@ -166,8 +169,11 @@ def test_layouts_of_coco(
 
 def test_an_image_missing_in_its_split_is_not_taken_from_another(tmp_path: Path) -> None:
     for split in ("train", "val", "test"):
-        coco(tmp_path / f"{split}.json", ["1.png", "2.png"],
-             [(0, 3, (1, 1, 5, 5)), (1, 3, (1, 1, 5, 5))])  # fmt: skip
+        coco(
+            tmp_path / f"{split}.json",
+            ["1.png", "2.png"],
+            [(0, 3, (1, 1, 5, 5)), (1, 3, (1, 1, 5, 5))],
+        )
         picture(tmp_path / split / "1.png")
     picture(tmp_path / "train" / "2.png")
     data = load_boxes(tmp_path)
@@ -178,14 +184,18 @@ def test_an_image_missing_in_its_split_is_not_taken_from_another(tmp_path: Path)
 @pytest.mark.parametrize("given", ["folder", "file", "annotations"])
 def test_one_coco_file_is_split_alike_for_every_seed(given: str, tmp_path: Path) -> None:
     names = [f"{number}.png" for number in range(10)]
-    file = coco(tmp_path / "set" / "labels.json", [f"C:\\data\\{name}" for name in names],
-                [(i, 3, (i, 1, 5, 5)) for i in range(10)])  # fmt: skip
+    file = coco(
+        tmp_path / "set" / "labels.json",
+        [f"C:\\data\\{name}" for name in names],
+        [(i, 3, (i, 1, 5, 5)) for i in range(10)],
+    )
     for name in names:
         picture(tmp_path / ("other" if given == "annotations" else "set") / "deep" / name)
     sources: dict[str, tuple[Path, Path | None]] = {
-        "folder": (file.parent, None), "file": (file, None),
+        "folder": (file.parent, None),
+        "file": (file, None),
         "annotations": (tmp_path / "other", file),
-    }  # fmt: skip
+    }
     data = load_boxes(*sources[given], seed=0)
     assert [len(part) for part in (data.train, data.val, data.test)] == [6, 2, 2]
     assert all(int(Path(one.path).stem) == one.boxes[0, 0] for one in every(data))
@@ -236,13 +246,15 @@ def test_the_layout_of_yolo_as_roboflow_writes_it(tmp_path: Path) -> None:
     # beside another data set, where a path that is taken literally would lead
     picture(tmp_path / "train" / "images" / "wrong.png")
     root = tmp_path / "set"
-    write(root / "data.yaml", "train: ../train/images\nval: ../valid/images\ntest: ../test/images\n"
-                              "names: {0: cat, 4: dog}\n")  # fmt: skip
+    write(
+        root / "data.yaml",
+        "train: ../train/images\nval: ../valid/images\ntest: ../test/images\n"
+        "names: {0: cat, 4: dog}\n",
+    )
     for split in ("train", "valid", "test"):
         for name in ("a", "b"):
             picture(root / split / "images" / f"{name}.png")
-        write(root / split / "labels" / "a.txt",
-              "4 0.5 0.5 0.5 0.2\n0 0.1 0.2 0.3 0.2 0.2 0.6\n")  # fmt: skip
+        write(root / split / "labels" / "a.txt", "4 0.5 0.5 0.5 0.2\n0 0.1 0.2 0.3 0.2 0.2 0.6\n")
     data = load_boxes(root)
     assert data.classes == ["cat", "dog"]
     assert [len(part) for part in (data.train, data.val, data.test)] == [2, 2, 2]
@@ -361,10 +373,12 @@ def test_sizes_are_those_of_the_decoded_image(suffix: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("noted", "box", "repair"),
-    [((0, 0), (0, 2, 20, 14), "size not noted, the file's taken"),
-     ((60, 80), (0, 1, 10, 7), "image noted in another size, boxes scaled"),
-     ((40, 30), (0, 2, 20, 14), "size noted with height and width swapped, the file's taken")],
-)  # fmt: skip
+    [
+        ((0, 0), (0, 2, 20, 14), "size not noted, the file's taken"),
+        ((60, 80), (0, 1, 10, 7), "image noted in another size, boxes scaled"),
+        ((40, 30), (0, 2, 20, 14), "size noted with height and width swapped, the file's taken"),
+    ],
+)
 def test_a_noted_size_that_the_image_does_not_have(
     noted: tuple[int, int], box: Sequence[float], repair: str, tmp_path: Path
 ) -> None:

@@ -222,9 +222,12 @@ def test_masks_of_one_bit_go_with_those_of_0_and_255(
 
 @pytest.mark.parametrize(
     ("names", "classes"),
-    [("sky\nsea\nland\n", ["sky", "sea", "land"]), ("sea\nland", ["background", "sea", "land"]),
-     ("sky\nsea\n\nland\nmoon\n", ["sky", "sea", "land", "moon"])],
-)  # fmt: skip
+    [
+        ("sky\nsea\nland\n", ["sky", "sea", "land"]),
+        ("sea\nland", ["background", "sea", "land"]),
+        ("sky\nsea\n\nland\nmoon\n", ["sky", "sea", "land", "moon"]),
+    ],
+)
 def test_names_of_classes(names: str, classes: list[str], tmp_path: Path) -> None:
     fill(tmp_path / "images", tmp_path / "masks", 5)
     (tmp_path / "labels.txt").write_text(names)

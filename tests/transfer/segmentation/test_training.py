@@ -233,11 +233,13 @@ def test_class_weights(data: LabelledMasks) -> None:
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [("equal", "equal is neither balanced nor weights by name"),
-     ({"reed": 2.0}, "the unknown class reed: did you mean red"),
-     ({"red": 0.0}, "gives red 0.0: it must be above 0"),
-     ({"red": float("nan")}, "gives red nan: it must be above 0")],
-)  # fmt: skip
+    [
+        ("equal", "equal is neither balanced nor weights by name"),
+        ({"reed": 2.0}, "the unknown class reed: did you mean red"),
+        ({"red": 0.0}, "gives red 0.0: it must be above 0"),
+        ({"red": float("nan")}, "gives red nan: it must be above 0"),
+    ],
+)
 def test_class_weights_that_can_not_be(
     given: str | dict[str, float], message: str, data: LabelledMasks
 ) -> None:

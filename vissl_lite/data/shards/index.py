@@ -108,9 +108,11 @@ def find_shards(sources: Sequence[str]) -> Shards | None:
     found = [_look_up(url, known) for url in urls]
     for place, index in known.items():
         if index.why not in ("", _MISSING):
-            log.warning("%(index)s can't be used, and the shards are counted: %(why)s",
-                        {"index": place, "why": index.why},
-                        extra={"code": "index.unusable"})  # fmt: skip
+            log.warning(
+                "%(index)s can't be used, and the shards are counted: %(why)s",
+                {"index": place, "why": index.why},
+                extra={"code": "index.unusable"},
+            )
     counts = np.array([count for count, _ in found], np.int64)
     if counts.sum() > _MOST_IN_ALL:
         raise UserError(f"{len(urls)} shards are said to hold {counts.sum():,} images: they can't")
@@ -303,13 +305,17 @@ def _count(file: str) -> int:
     except BROKEN_TAR as error:
         complete = False
         why = getattr(error, "strerror", None) or str(error)
-        log.warning("can't be read behind image %(images)d: %(shard)s (%(why)s)",
-                    {"images": whole, "shard": file, "why": why},
-                    extra={"code": "shard.unreadable"})  # fmt: skip
+        log.warning(
+            "can't be read behind image %(images)d: %(shard)s (%(why)s)",
+            {"images": whole, "shard": file, "why": why},
+            extra={"code": "shard.unreadable"},
+        )
     if complete and not whole:
-        log.warning("holds no images: %(shard)s (%(bytes)d bytes)",
-                    {"shard": file, "bytes": os.path.getsize(file)},
-                    extra={"code": "shard.empty"})  # fmt: skip
+        log.warning(
+            "holds no images: %(shard)s (%(bytes)d bytes)",
+            {"shard": file, "bytes": os.path.getsize(file)},
+            extra={"code": "shard.empty"},
+        )
     return whole
 
 

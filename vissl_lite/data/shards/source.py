@@ -112,8 +112,9 @@ class Shards:
                             log.warning(
                                 "%(shard)s holds more images than the %(images)d that its "
                                 "index.json says: the rest is left out",
-                                {"shard": url, "images": count}, extra={"code": "shard.longer"},
-                            )  # fmt: skip
+                                {"shard": url, "images": count},
+                                extra={"code": "shard.longer"},
+                            )
                         return
         except BROKEN_TAR as error:
             why = getattr(error, "strerror", None) or str(error)

@@ -73,16 +73,20 @@ class TarReader:
             header = self._take(_BLOCK, "")
             if len(header) < _BLOCK:
                 if header or not self._at:
-                    raise ValueError(self._no_tar(header) if self._at == len(header) else
-                                     "it ends in the middle of a header")  # fmt: skip
+                    raise ValueError(
+                        self._no_tar(header)
+                        if self._at == len(header)
+                        else "it ends in the middle of a header"
+                    )
                 return None
             if header.count(0) == _BLOCK:
                 return None
             if not _sum_is_right(header):
                 raise ValueError(
-                    self._no_tar(header) if self._at == _BLOCK else
-                    f"it is damaged at byte {self._at - _BLOCK}"
-                )  # fmt: skip
+                    self._no_tar(header)
+                    if self._at == _BLOCK
+                    else f"it is damaged at byte {self._at - _BLOCK}"
+                )
             self._left, kind = _number(header[124:136]), header[156:157]
             if kind == b"L":
                 name = self._header().split(b"\0")[0]

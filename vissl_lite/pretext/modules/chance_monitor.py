@@ -56,10 +56,13 @@ class Signal(nn.Module):
                 "%(task)s has hardly a signal on these images: it is right in %(percent).0f %% of "
                 "all cases, where guessing gives %(chance).0f %%. Images without an up or without "
                 "parts can't be learned from in this way; try another pretext, such as simclr.",
-                {"task": self.task, "percent": 100 * float(self.accuracy),
-                 "chance": 100 * self.chance},
+                {
+                    "task": self.task,
+                    "percent": 100 * float(self.accuracy),
+                    "chance": 100 * self.chance,
+                },
                 extra={"code": "pretext.no_signal"},
-            )  # fmt: skip
+            )
             self.warned.fill_(True)
         elif progress <= EARLY and self.accuracy > 0.97:
             log.warning(
@@ -67,8 +70,11 @@ class Signal(nn.Module):
                 "run): a shortcut such as borders, watermarks, time stamps or light from one side "
                 "may give it away, and then the encoder learns that instead. Crop it away or try "
                 "another pretext.",
-                {"task": self.task, "percent": 100 * float(self.accuracy),
-                 "progress": 100 * progress},
+                {
+                    "task": self.task,
+                    "percent": 100 * float(self.accuracy),
+                    "progress": 100 * progress,
+                },
                 extra={"code": "pretext.shortcut"},
-            )  # fmt: skip
+            )
             self.warned.fill_(True)

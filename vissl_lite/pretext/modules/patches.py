@@ -29,8 +29,10 @@ class Grid:
 
     def __post_init__(self) -> None:
         if self.image_size > LARGEST_IMAGE:
-            raise UserError(f"the patches of this pretext would need images of {self.image_size} "
-                            f"pixels, more than {LARGEST_IMAGE}: give smaller ones")  # fmt: skip
+            raise UserError(
+                f"the patches of this pretext would need images of {self.image_size} "
+                f"pixels, more than {LARGEST_IMAGE}: give smaller ones"
+            )
 
     @property
     def image_size(self) -> int:

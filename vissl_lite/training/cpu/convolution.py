@@ -118,9 +118,18 @@ def _of_images(
         turned = weight.flip(2, 3).transpose(0, 1)
         return _product(gradient, turned, None, stride, around)
     result: Tensor = torch.ops.aten.convolution_backward(
-        gradient, images, weight, None, stride, padding, (1, 1), False, (0, 0), 1,
+        gradient,
+        images,
+        weight,
+        None,
+        stride,
+        padding,
+        (1, 1),
+        False,
+        (0, 0),
+        1,
         (True, False, False),
-    )[0]  # fmt: skip
+    )[0]
     return result
 
 

@@ -134,8 +134,10 @@ class LabelledImages(LabelledDataset):
         check_positive_share("fraction", fraction)
         check_count("shots", shots)
         if shots is not None and self.multi_label:
-            raise UserError(f"--shots {shots} counts images of one class each, but here an image "
-                            f"has several labels: give --fraction")  # fmt: skip
+            raise UserError(
+                f"--shots {shots} counts images of one class each, but here an image "
+                f"has several labels: give --fraction"
+            )
 
         def some(part: Part) -> Part:
             if self.multi_label:
@@ -159,8 +161,10 @@ class LabelledImages(LabelledDataset):
             members = np.flatnonzero(self.train.labels == number).tolist()
             paths = [self.train.paths[i] for i in members]
             if paths and gone.keys() >= set(paths):
-                raise UserError(f"none of {len(paths)} training images of the class {name} can be "
-                                f"read, the first {paths[0]} ({gone[paths[0]]})")  # fmt: skip
+                raise UserError(
+                    f"none of {len(paths)} training images of the class {name} can be "
+                    f"read, the first {paths[0]} ({gone[paths[0]]})"
+                )
         changed = any(map(len, left_out.values())) or any(map(len, broken.values()))
         if changed and self.multi_label and not has_both(left.test.labels).any():
             cause = "--leaks exclude leaves" if left_out.get("test") else "what can be read has"
@@ -228,8 +232,10 @@ def load_labelled(
     else:
         raise UserError(f"{source} is neither a folder with class folders nor a .csv file")
     if found.multi_label and not multi_label:
-        raise UserError(f"{source} has several labels per image: give finetune such a file; here "
-                        f"each image needs one, in a column class")  # fmt: skip
+        raise UserError(
+            f"{source} has several labels per image: give finetune such a file; here "
+            f"each image needs one, in a column class"
+        )
     parts = _parts(found)
     classes = _classes(source, found, parts)
     train, val, test = (_numbered(parts[name], classes, found.multi_label) for name in PARTS)
@@ -239,8 +245,10 @@ def load_labelled(
             f"CSV file without splits to have them split"
         )
     if need_test and found.multi_label and not has_both(test.labels).any():
-        raise UserError(f"{source}: of no class are there test images with it and without it, so "
-                        f"that no score can be given: more test images are needed")  # fmt: skip
+        raise UserError(
+            f"{source}: of no class are there test images with it and without it, so "
+            f"that no score can be given: more test images are needed"
+        )
     data = LabelledImages(classes, train, val, test, found.note)
     return hold_out_val(data, seed) if need_val and len(val) == 0 else data
 
@@ -320,8 +328,10 @@ def _classes(source: Path, found: FoundLabels, parts: dict[str, _Named]) -> list
     for part in ("val", "test"):
         unknown = sorted(names[part] - set(classes))
         if unknown:
-            raise UserError(f"{source}: the {part} images have the class {unknown[0]}, which no "
-                            f"training image has")  # fmt: skip
+            raise UserError(
+                f"{source}: the {part} images have the class {unknown[0]}, which no "
+                f"training image has"
+            )
     return classes
 
 
@@ -331,8 +341,10 @@ def _numbered(images: _Named, classes: list[str], multi_label: bool) -> Part:
     if not multi_label:
         return Part(paths, np.array([number[name] for _, (name,) in images], np.int64))
     if len(images) * len(classes) > LARGEST_TABLE:
-        raise UserError(f"{len(images)} images with {len(classes)} classes, of which each may have "
-                        f"any, are more than the memory holds: give fewer classes")  # fmt: skip
+        raise UserError(
+            f"{len(images)} images with {len(classes)} classes, of which each may have "
+            f"any, are more than the memory holds: give fewer classes"
+        )
     labels = np.zeros((len(images), len(classes)), np.int64)
     for row, (_, names) in enumerate(images):
         labels[row, [number[name] for name in names]] = 1

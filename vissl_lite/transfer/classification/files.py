@@ -79,8 +79,9 @@ def _class_folders(folder: Path) -> list[tuple[str, tuple[str, ...]]]:
         raise UserError(f"{folder} has no class folders: expected {folder}/<class>/*.jpg")
     for one in classes:
         if not is_utf8(one.name):  # it goes into models, tables and pictures
-            raise UserError(f"{folder}: the class folder {one.name!a} has a name that is not "
-                            f"UTF-8: rename it")  # fmt: skip
+            raise UserError(
+                f"{folder}: the class folder {one.name!a} has a name that is not UTF-8: rename it"
+            )
     return [(path, (one.name,)) for one in classes for path in find_images([one])]
 
 
@@ -96,8 +97,9 @@ def read_csv(file: Path) -> FoundLabels:
     columns, rows = read_rows(file)
     path = next((name for name in _PATH_COLUMNS if name in columns), None)
     if path is None:
-        raise UserError(f"{file} has no column {' or '.join(_PATH_COLUMNS)}: it has "
-                        f"{brief(', '.join(columns))}")  # fmt: skip
+        raise UserError(
+            f"{file} has no column {' or '.join(_PATH_COLUMNS)}: it has {brief(', '.join(columns))}"
+        )
     need_rows(file, rows)
     cells(file, rows, path)
     rows.sort(key=lambda row: row[path])
@@ -116,8 +118,10 @@ def _labels(file: Path, columns: list[str], rows: Rows, path: str) -> _Column:
         divided = next((cell for cell in found if re.search(LABEL_SEPARATORS, cell)), None)
         if one == "class" or divided is None:
             return _Column([(cell,) for cell in found])
-        note = (f"{file}: {brief(repr(divided))} is read as several labels of one image; call the "
-                f"column class to have names taken as they stand")  # fmt: skip
+        note = (
+            f"{file}: {brief(repr(divided))} is read as several labels of one image; call the "
+            f"column class to have names taken as they stand"
+        )
         return _Column([_divide(cell, LABEL_SEPARATORS) for cell in found], True, note=note)
     if "labels" in columns:
         found = cells(file, rows, "labels", may_be_empty=True)
@@ -145,15 +149,19 @@ def _class_columns(file: Path, columns: list[str], rows: Rows, path: str) -> _Co
         if not odd:
             has[column.strip()] = [cell in _YES for cell in found]
         elif any(cell and cell in _YES | _NO for cell in found):
-            raise UserError(f"{file}: the column {brief(column)} has {brief(repr(odd[0]))} beside "
-                            f"0 and 1; without a column label or labels, the column of a class "
-                            f"holds 0 or 1, and other columns neither")  # fmt: skip
+            raise UserError(
+                f"{file}: the column {brief(column)} has {brief(repr(odd[0]))} beside "
+                f"0 and 1; without a column label or labels, the column of a class "
+                f"holds 0 or 1, and other columns neither"
+            )
         else:
             left_out.append(column)
     if not has:
-        raise UserError(f"{file} has no column {' or '.join(_LABEL_COLUMNS)}: it has "
-                        f"{brief(', '.join(columns))}; for several labels per image give a column "
-                        f"labels, or one of 0 and 1 for each class")  # fmt: skip
+        raise UserError(
+            f"{file} has no column {' or '.join(_LABEL_COLUMNS)}: it has "
+            f"{brief(', '.join(columns))}; for several labels per image give a column "
+            f"labels, or one of 0 and 1 for each class"
+        )
     names = [tuple(name for name in has if has[name][row]) for row in range(len(rows))]
     note = ""
     if left_out:

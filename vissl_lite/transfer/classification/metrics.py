@@ -122,9 +122,11 @@ def score_several(logits: Tensor, target: Tensor, classes: Sequence[str]) -> Tes
     scored = has_both(target.numpy())
     names = np.array(classes)
     if not scored.all():
-        log.warning("left out of the scores, as all test images or none have it: %(classes)s",
-                    {"classes": ", ".join(names[~scored])},
-                    extra={"code": "class.not_scored"})  # fmt: skip
+        log.warning(
+            "left out of the scores, as all test images or none have it: %(classes)s",
+            {"classes": ", ".join(names[~scored])},
+            extra={"code": "class.not_scored"},
+        )
     pairs = [(logits[:, k].double().sigmoid(), target[:, k]) for k in np.flatnonzero(scored)]
     each = {
         "ap": [binary_average_precision(*pair) for pair in pairs],

@@ -44,8 +44,10 @@ def check_settings(settings: ClassifierSettings, data: LabelledImages) -> None:
         data: on what.
     """
     if settings.balanced and data.multi_label:
-        raise UserError("--balanced samples images by their one class, but here an image has "
-                        "several labels: give --class_weights balanced")  # fmt: skip
+        raise UserError(
+            "--balanced samples images by their one class, but here an image has "
+            "several labels: give --class_weights balanced"
+        )
     loss_weights(settings.class_weights, data)
 
 
@@ -75,8 +77,9 @@ def loss_weights(chosen: str | dict[str, float] | None, data: LabelledImages) ->
         chosen = {str(name): weight for name, weight in chosen.items()}  # YAML reads 0 as a number
         for name, weight in chosen.items():
             if name not in data.classes:
-                raise UserError(f"--class_weights: unknown class {name}: "
-                                f"{did_you_mean(name, data.classes)}")  # fmt: skip
+                raise UserError(
+                    f"--class_weights: unknown class {name}: {did_you_mean(name, data.classes)}"
+                )
             if not 0 < weight < math.inf:
                 raise UserError(f"--class_weights: {weight} for {name} must be above 0 and finite")
         weights = np.array([chosen.get(name, 1.0) for name in data.classes])
@@ -232,6 +235,8 @@ def _warn_of_constant_classes(data: LabelledImages) -> None:
     labels = data.train.labels
     for what, which in (("no", ~labels.any(axis=0)), ("every", labels.all(axis=0))):
         if which.any():
-            log.warning("can't be learned, as %(which)s training image has it: %(classes)s",
-                        {"which": what, "classes": ", ".join(np.array(data.classes)[which])},
-                        extra={"code": "class.constant"})  # fmt: skip
+            log.warning(
+                "can't be learned, as %(which)s training image has it: %(classes)s",
+                {"which": what, "classes": ", ".join(np.array(data.classes)[which])},
+                extra={"code": "class.constant"},
+            )

@@ -152,21 +152,27 @@ def read_mask(path: str | Path, binary: bool = False) -> np.ndarray:
     """
     with opened_image(BytesIO(read_regular(path)), path) as image:
         if image.format == "JPEG":
-            raise UserError(f"the mask {path} is a JPEG file, whose compression changes the class "
-                            f"numbers: save masks as PNG")  # fmt: skip
+            raise UserError(
+                f"the mask {path} is a JPEG file, whose compression changes the class "
+                f"numbers: save masks as PNG"
+            )
         mode, values = image.mode, np.asarray(image)
     if mode in ("LA", "PA", "RGBA"):
         values = values[..., :-1]
     if values.ndim == 3:
         if (values != values[..., :1]).any():
-            raise UserError(f"the mask {path} holds colors ({mode}): convert each color to its "
-                            f"class number, 0, 1, 2 and so on, in one gray channel")  # fmt: skip
+            raise UserError(
+                f"the mask {path} holds colors ({mode}): convert each color to its "
+                f"class number, 0, 1, 2 and so on, in one gray channel"
+            )
         values = values[..., 0]
     if values.dtype == bool:
         return values * np.uint8(1 if binary else 255)
     if not np.issubdtype(values.dtype, np.integer) or values.min() < 0 or values.max() > 255:
-        raise UserError(f"the mask {path} holds values from {values.min()} to {values.max()}: "
-                        f"expected class numbers below 255, and 255 to ignore")  # fmt: skip
+        raise UserError(
+            f"the mask {path} holds values from {values.min()} to {values.max()}: "
+            f"expected class numbers below 255, and 255 to ignore"
+        )
     mask = np.array(values, np.uint8)  # a copy: Pillow's is read-only
     return np.minimum(mask, 1) if binary else mask
 
@@ -196,24 +202,30 @@ def _with_classes(source: Path, parts: Parts, names: list[str] | None) -> Labell
         seen[:, 1], seen[:, IGNORE] = seen[:, IGNORE], False
     known = np.flatnonzero(seen[: len(parts["train"]), :IGNORE].any(axis=0))
     if len(known) < 2:
-        raise UserError(f"the training masks of {source} hold {len(known)} class: two or more are "
-                        f"needed")  # fmt: skip
+        raise UserError(
+            f"the training masks of {source} hold {len(known)} class: two or more are needed"
+        )
     largest = int(known[-1])
     if names is None:
         numbers = [str(index) for index in range(largest + 1)]
         names = ["background", "foreground"] if largest == 1 else numbers
         if 2 * len(known) <= largest:
-            log.warning("Only %(occurring)d of the values up to %(largest)d occur in the masks of "
-                        "%(source)s: if they are shades of gray and no class numbers, renumber "
-                        "them", {"occurring": len(known), "largest": largest, "source": source},
-                        extra={"code": "mask.values"})  # fmt: skip
+            log.warning(
+                "Only %(occurring)d of the values up to %(largest)d occur in the masks of "
+                "%(source)s: if they are shades of gray and no class numbers, renumber "
+                "them",
+                {"occurring": len(known), "largest": largest, "source": source},
+                extra={"code": "mask.values"},
+            )
     elif len(names) == largest and names[0].lower() not in _BACKGROUND:
         names = ["background", *names]
     for (_, mask), values in zip(pairs, seen, strict=True):
         wrong = np.flatnonzero(values[len(names) : IGNORE])
         if len(wrong):
-            raise UserError(f"the mask {mask} holds {len(names) + wrong[0]}, which is neither "
-                            f"a class (0 to {len(names) - 1}) nor 255 (ignored)")  # fmt: skip
+            raise UserError(
+                f"the mask {mask} holds {len(names) + wrong[0]}, which is neither "
+                f"a class (0 to {len(names) - 1}) nor 255 (ignored)"
+            )
     train, val, test = (
         [MaskedImage(image, mask, binary) for image, mask in parts[name]]
         for name in ("train", "val", "test")
@@ -227,13 +239,17 @@ def _values(pair: tuple[str, str]) -> np.ndarray:
     try:
         mask = read_mask(file)
     except BROKEN_IMAGE as error:
-        raise UserError(f"the mask {file} can't be read ({reason(error, file)}): mend it, or "
-                        f"remove it together with {path}") from None  # fmt: skip
+        raise UserError(
+            f"the mask {file} can't be read ({reason(error, file)}): mend it, or "
+            f"remove it together with {path}"
+        ) from None
     height, width = mask.shape
     size = _image_size(path)
     if size is not None and size != (height, width):
-        raise UserError(f"the mask {file} has {width} x {height} pixels, its image "
-                        f"{path} {size[1]} x {size[0]} as it is shown")  # fmt: skip
+        raise UserError(
+            f"the mask {file} has {width} x {height} pixels, its image "
+            f"{path} {size[1]} x {size[0]} as it is shown"
+        )
     counts = cv2.calcHist([mask], [0], None, [256], [0, 256])
     return np.asarray(counts).ravel() > 0
 

@@ -46,8 +46,11 @@ def _split_folders(folder: Path) -> dict[str, Path]:
     """The subfolders train, val and test, as far as they are there; none without train."""
     if not (folder / "train").is_dir():
         return {}
-    found = {"train": folder / "train", "val": _first(folder, VAL_NAMES),
-             "test": _first(folder, ["test"])}  # fmt: skip
+    found = {
+        "train": folder / "train",
+        "val": _first(folder, VAL_NAMES),
+        "test": _first(folder, ["test"]),
+    }
     return {name: path for name, path in found.items() if path is not None}
 
 
@@ -98,8 +101,10 @@ def _read_voc(folder: Path, lists: Path) -> Parts:
         for kind, found in (("image", images), ("mask", masks)):
             missing = [key for key in keys if key not in found]
             if missing:
-                raise UserError(f"{file}: {len(missing)} of {len(keys)} names have no {kind}, the "
-                                f"first {missing[0]}")  # fmt: skip
+                raise UserError(
+                    f"{file}: {len(missing)} of {len(keys)} names have no {kind}, the "
+                    f"first {missing[0]}"
+                )
         parts[name] = [(images[key], masks[key]) for key in sorted(keys)]
     return parts
 
@@ -129,11 +134,15 @@ def _pair(
     stray = [path for key, path in masks.items() if key not in images]
     if bare or stray:
         if bare:
-            fault = (f"{len(bare)} of {len(images)} images in {image_folder} have no mask in "
-                     f"{mask_folder}, the first {bare[0]}")  # fmt: skip
+            fault = (
+                f"{len(bare)} of {len(images)} images in {image_folder} have no mask in "
+                f"{mask_folder}, the first {bare[0]}"
+            )
         else:
-            fault = (f"{len(stray)} of {len(masks)} masks in {mask_folder} have no image in "
-                     f"{image_folder}, the first {stray[0]}")  # fmt: skip
+            fault = (
+                f"{len(stray)} of {len(masks)} masks in {mask_folder} have no image in "
+                f"{image_folder}, the first {stray[0]}"
+            )
         remedy = "a mask is named as its image, as images/a/1.jpg and masks/a/1.png"
         if 2 * (len(images) - len(bare)) > max(len(images), len(masks)):
             remedy = "remove them, or add what they lack"

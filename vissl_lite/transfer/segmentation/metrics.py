@@ -98,9 +98,12 @@ def score_segmenter(
                 logits = enlarge(share, *mask.shape).clamp_min(1e-8).log()
                 losses.append(float(segmentation_loss(logits[None], target[None])))
                 counts = multiclass_confusion_matrix(
-                    logits.argmax(dim=0), target, len(classes), ignore_index=IGNORE,
+                    logits.argmax(dim=0),
+                    target,
+                    len(classes),
+                    ignore_index=IGNORE,
                     validate_args=False,
-                )  # fmt: skip
+                )
                 confusion += counts.cpu().numpy()
             if progress is not None:
                 progress(len(pairs))

@@ -48,8 +48,10 @@ def weigh_classes(
         class_weights = {str(name): weight for name, weight in class_weights.items()}
         for name, weight in class_weights.items():
             if name not in data.classes:
-                raise UserError(f"--class_weights names the unknown class {name}: "
-                                f"{did_you_mean(name, data.classes)}")  # fmt: skip
+                raise UserError(
+                    f"--class_weights names the unknown class {name}: "
+                    f"{did_you_mean(name, data.classes)}"
+                )
             if not weight > 0:
                 raise UserError(f"--class_weights gives {name} {weight}: it must be above 0")
         return torch.tensor([float(class_weights.get(name, 1)) for name in data.classes])
@@ -60,8 +62,9 @@ def weigh_classes(
         try:
             mask = read_mask(one.mask, one.binary)
         except BROKEN_IMAGE as error:  # it was read a moment ago
-            raise UserError(f"the mask {one.mask} can't be read ({reason(error, one.mask)})"
-                            ) from None  # fmt: skip
+            raise UserError(
+                f"the mask {one.mask} can't be read ({reason(error, one.mask)})"
+            ) from None
         pixels += np.bincount(mask.ravel(), minlength=256)
     pixels = pixels[:count]
     average = pixels.sum() / max(1, np.count_nonzero(pixels))

@@ -142,9 +142,11 @@ def load_boxes(
             images[splits[path]].append(BoxedImage(path, *mended))
     repairs.report()
     if not any(images.values()):
-        raise UserError(f"{source}: of {found.named} images that its annotations name none is "
-                        f"there and readable; give the folder of the images as the data, and "
-                        f"--annotations")  # fmt: skip
+        raise UserError(
+            f"{source}: of {found.named} images that its annotations name none is "
+            f"there and readable; give the folder of the images as the data, and "
+            f"--annotations"
+        )
     parts = _parts(images, source, seed, need_test)
     data = LabelledBoxes(classes, **parts, repairs=repairs.counts)
     _check(data, str(source), "draw some, or name the annotations with --annotations")
@@ -157,8 +159,10 @@ def _sort(
     """The split of each image, and its notes in that split."""
     named = sorted({note.split for note in notes if note.split is not None})
     if named and "train" not in named:
-        raise UserError(f"{source} has images of {' and '.join(named)}, but none to train on that "
-                        f"could be found: add annotations and images of train")  # fmt: skip
+        raise UserError(
+            f"{source} has images of {' and '.join(named)}, but none to train on that "
+            f"could be found: add annotations and images of train"
+        )
     splits: dict[str, str | None] = {}
     by_image: dict[str, list[Note]] = defaultdict(list)
     for note in sorted(notes, key=lambda note: (*SPLITS, None).index(note.split)):
@@ -180,13 +184,17 @@ def _parts(
     if images[None]:
         parts = split_in_three(images[None])
         if need_test and not parts["test"]:
-            raise UserError(f"{source} has {len(images[None])} images with annotations: three are "
-                            f"needed to train, validate and test")  # fmt: skip
+            raise UserError(
+                f"{source} has {len(images[None])} images with annotations: three are "
+                f"needed to train, validate and test"
+            )
         return parts
     parts = {split: images[split] for split in SPLITS}
     if not parts["train"]:
-        raise UserError(f"{source} has no train images that are not in val or test too, or none "
-                        f"that can be read")  # fmt: skip
+        raise UserError(
+            f"{source} has no train images that are not in val or test too, or none "
+            f"that can be read"
+        )
     if need_test and not parts["test"]:
         raise UserError(
             f"{source} has no test images with annotations: add some (COCO: test.json, VOC: "
@@ -210,9 +218,11 @@ def _check(data: LabelledBoxes, source: str, remedy: str) -> None:
         )
     for split in ("val", "test"):
         for number in sorted(seen[split] - seen["train"]):
-            log.warning("the class %(class)s has boxes in %(split)s, none in train",
-                        {"class": data.classes[number], "split": split},
-                        extra={"code": "class.untrained"})  # fmt: skip
+            log.warning(
+                "the class %(class)s has boxes in %(split)s, none in train",
+                {"class": data.classes[number], "split": split},
+                extra={"code": "class.untrained"},
+            )
 
 
 def _as_coco(classes: list[str], images: list[BoxedImage]) -> dict[str, list[dict[str, object]]]:

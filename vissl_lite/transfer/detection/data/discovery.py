@@ -87,14 +87,18 @@ def _given(images: FileTree, annotations: Path, repairs: RepairLog) -> Annotatio
 def _only(layouts: list[_Layout], tree: FileTree) -> _Layout:
     """The one layout, or the one that names splits."""
     if not layouts:
-        raise UserError(f"{tree.folder} holds no boxes in a layout that is known: {_LAYOUTS} would "
-                        f"work, or name the annotations with --annotations")  # fmt: skip
+        raise UserError(
+            f"{tree.folder} holds no boxes in a layout that is known: {_LAYOUTS} would "
+            f"work, or name the annotations with --annotations"
+        )
     with_splits = [one for one in layouts if one.has_splits]
     if len(with_splits) == 1:
         return with_splits[0]
     if len(layouts) > 1:
-        raise UserError(f"{tree.folder} holds boxes in the formats of {layouts[0].name} and "
-                        f"{layouts[1].name}: choose with --annotations FILE or FOLDER")  # fmt: skip
+        raise UserError(
+            f"{tree.folder} holds boxes in the formats of {layouts[0].name} and "
+            f"{layouts[1].name}: choose with --annotations FILE or FOLDER"
+        )
     return layouts[0]
 
 
@@ -127,8 +131,9 @@ def _coco(tree: FileTree, images: FileTree, sure: bool) -> _Layout | None:
     if not paths:
         return None
     if "train" not in named and len(named) > 1:
-        raise UserError(f"{tree.folder} has annotations of {' and '.join(named)}, none of train: "
-                        f"add train.json")  # fmt: skip
+        raise UserError(
+            f"{tree.folder} has annotations of {' and '.join(named)}, none of train: add train.json"
+        )
     if "train" in named:
         files = [(split, _one_file(tree.folder, by_split[split])) for split in named]
     else:
@@ -143,8 +148,10 @@ def _one_file(folder: Path, paths: Sequence[str]) -> Path:
     if len(paths) > 1:
         good = [path for path in paths if missing_key(read_json(folder / path)) is None]
         if len(good) > 1:
-            raise UserError(f"{folder} holds several files of the same split, {good[0]} and "
-                            f"{good[1]}: choose with --annotations FILE")  # fmt: skip
+            raise UserError(
+                f"{folder} holds several files of the same split, {good[0]} and "
+                f"{good[1]}: choose with --annotations FILE"
+            )
         paths = good or paths
     return folder / paths[0]
 
@@ -215,8 +222,10 @@ def _yolo(tree: FileTree) -> _Layout | None:
     files = [tree.folder / path for path in tree.ending(".yaml", ".yml") if "/" not in path]
     found = [(file, content) for file in files if (content := data_yaml(file)) is not None]
     if len(found) > 1:
-        raise UserError(f"{tree.folder} holds several data sets, {found[0][0].name} and "
-                        f"{found[1][0].name}: give one of these files")  # fmt: skip
+        raise UserError(
+            f"{tree.folder} holds several data sets, {found[0][0].name} and "
+            f"{found[1][0].name}: give one of these files"
+        )
     if not found:
         return None
     file, content = found[0]
