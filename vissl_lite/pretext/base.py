@@ -121,7 +121,7 @@ class PretextTask(pl.LightningModule, ABC):
     def visualize(self, views: list[Tensor]) -> Visualization | None:
         """What the task makes of some images; None where only their neighbors could tell.
 
-        For ``parts.exhibit.exhibit``, which calls it in evaluation mode and without gradient, and
+        For ``visualization_of``, which calls it in evaluation mode and without gradient, and
         puts the random state back. It measures nothing and leaves all buffers as they are.
 
         Args:
