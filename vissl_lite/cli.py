@@ -85,22 +85,22 @@ def _main(given: list[str]) -> int:
             )
         _run(given[0], given[1:])
     except MachineError as error:
-        return _say(str(error), 1)
+        return _report_end(str(error), 1)
     except UserError as error:
-        return _say(str(error), 2)
+        return _report_end(str(error), 2)
     except KeyboardInterrupt as stop:
-        return _say("interrupted", 130, stop)
+        return _report_end("interrupted", 130, stop)
     except Terminated as stop:
-        return _say(str(stop), int(stop.code or 0), stop)
+        return _report_end(str(stop), int(stop.code or 0), stop)
     except Exception as error:
         fault = machine_error(error)
         if fault is None:
             raise
-        return _say(str(fault), 1)
+        return _report_end(str(fault), 1)
     return 0
 
 
-def _say(words: str, status: int, stop: BaseException | None = None) -> int:
+def _report_end(words: str, status: int, stop: BaseException | None = None) -> int:
     """Print why a command ended, and what of it is kept; gives back the exit status."""
     kept = getattr(stop, "__notes__", [])[-1:]  # the last one is of the outermost run
     with suppress(OSError):  # a terminal that is closed

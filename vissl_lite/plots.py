@@ -79,15 +79,15 @@ def plot_bars(axes: Axes, values: Mapping[str, Mapping[str, Sequence[float]]], t
 
     Args:
         axes: to draw in.
-        values: by group (a label under the axis), then by arm (a color): one value per seed.
+        values: by group (a label under the axis), then by encoder (a color): one value per seed.
         title: of the panel.
     """
-    arms = list(next(iter(values.values())))
-    width = 0.8 / len(arms)
-    for index, arm in enumerate(arms):
-        at = np.arange(len(values)) + (index - (len(arms) - 1) / 2) * width
-        runs = [group[arm] for group in values.values()]
-        axes.bar(at, [float(np.mean(r)) for r in runs], width * 0.95, label=arm, alpha=0.75)
+    encoders = list(next(iter(values.values())))
+    width = 0.8 / len(encoders)
+    for index, encoder in enumerate(encoders):
+        at = np.arange(len(values)) + (index - (len(encoders) - 1) / 2) * width
+        runs = [group[encoder] for group in values.values()]
+        axes.bar(at, [float(np.mean(r)) for r in runs], width * 0.95, label=encoder, alpha=0.75)
         for x, dots in zip(at, runs, strict=True):
             axes.plot([x] * len(dots), dots, "k.", markersize=4)
     axes.set_xticks(range(len(values)), list(values))

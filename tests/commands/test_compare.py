@@ -72,7 +72,7 @@ def test_every_arm_has_the_same_labels_and_smaller_amounts_are_parts_of_larger_o
     labelled: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[tuple[int, int], list[tuple[str, ...]]] = {}
-    original = runner.judge_frozen
+    original = runner.evaluate_frozen
     calls = []
 
     def remember(protocol: str, features: Any, data: LabelledImages, k: int) -> Any:
@@ -80,7 +80,7 @@ def test_every_arm_has_the_same_labels_and_smaller_amounts_are_parts_of_larger_o
         seen.setdefault((len(data.train), len(calls) % 2), []).append(calls[-1])
         return original(protocol, features, data, k)
 
-    monkeypatch.setattr(runner, "judge_frozen", remember)
+    monkeypatch.setattr(runner, "evaluate_frozen", remember)
     given = ("--encoder", "random:test_resnet", "random:test_vit", "--protocols", "linear")
     out = tmp_path / "run"
     assert run("compare", *given, "--data", labelled, "--out", out, "--shots", 2, 5) == 0
@@ -123,7 +123,7 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(
     common = ("--data", labelled, "--protocols", "knn", "--shots", 1, 6)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert run("compare", "--encoder", encoder, blind, *common, "--out", whole) == 0
-    original, calls = runner.judge_frozen, []
+    original, calls = runner.evaluate_frozen, []
 
     def until_killed(*arguments: Any) -> Any:
         calls.append(arguments)
@@ -131,12 +131,12 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(runner, "judge_frozen", until_killed)
+    monkeypatch.setattr(runner, "evaluate_frozen", until_killed)
     assert run("compare", "--encoder", encoder, blind, *common, "--out", cut) == 130
     assert not (cut / "results.json").exists()
     calls.clear()
     monkeypatch.setattr(
-        runner, "judge_frozen", lambda *given: calls.append(given) or original(*given)
+        runner, "evaluate_frozen", lambda *given: calls.append(given) or original(*given)
     )
     assert run("compare", "--out", cut, "--resume") == 0
     assert len(calls) == 3 * 3 * 2 - 7

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from vissl_lite.commands.leaks import guard
 from vissl_lite.comparison.options import CompareOptions
-from vissl_lite.comparison.outcome import Judged, Outcome
+from vissl_lite.comparison.outcome import ComparedEncoder, Outcome
 from vissl_lite.comparison.plan import Plan
 from vissl_lite.comparison.protocols import Score
 from vissl_lite.comparison.runner import Runner
@@ -38,15 +38,15 @@ class CompareResult:
         run: the folder that was written.
         verdict: of the first encoder that is not the baseline, under the last protocol: helped, no
             difference, or hurt.
-        sentences: the verdict on every arm under every protocol, in words.
-        judged: by protocol and arm: the differences from the baseline with their intervals.
-        left_out: arms that could not be had, and why.
+        sentences: the verdict on every encoder under every protocol, in words.
+        compared: by protocol and encoder: the differences from the baseline with their intervals.
+        left_out: encoders that could not be had, and why.
     """
 
     run: Path
     verdict: str
     sentences: list[str]
-    judged: dict[str, dict[str, Judged]]
+    compared: dict[str, dict[str, ComparedEncoder]]
     left_out: dict[str, str]
 
 
@@ -77,8 +77,8 @@ def compare(options: CompareOptions) -> CompareResult:
     plan = Plan(options)
     whole = plan.load_data()
     wanted = plan.choose_protocols(whole)
-    arms, basis = plan.choose_arms()
-    found, left_out = plan.try_arms(arms, basis, whole)
+    encoders, baseline = plan.choose_encoders()
+    found, left_out = plan.try_encoders(encoders, baseline, whole)
     whole, leaked = guard(whole, found, options.leaks, str(out))
     amounts, labels = plan.choose_amounts(whole)
 
@@ -101,10 +101,10 @@ def compare(options: CompareOptions) -> CompareResult:
         )
         runner = Runner(plan, whole, amounts, Store(run / "runs"), hardware)
         scores: dict[Cell, Score] = {}
-        for arm in found:
-            scores |= runner.run(arm, wanted)
+        for encoder in found:
+            scores |= runner.run(encoder, wanted)
         metric = {"knn": "accuracy", "linear": "accuracy", "finetune": plan.figure(whole)}
-        outcome = Outcome(scores, found, wanted, labels, options.all_seeds(), basis, metric)
+        outcome = Outcome(scores, found, wanted, labels, options.all_seeds(), baseline, metric)
         outcome.write_csv(run / "runs.csv")
         outcome.plot(run / "compare.png")
         results = outcome.as_dict() | {
@@ -115,18 +115,18 @@ def compare(options: CompareOptions) -> CompareResult:
             "test_images": len(whole.test),
             "classes": whole.classes,
             **leaked.figures(),
-            "leaks_by_arm": {arm: leaked.count_of(arm) for arm in found},
+            "leaks_by_arm": {encoder: leaked.count_of(encoder) for encoder in found},
         }
         leaked.write(run)
         write_results(run, results)
-        _tell(outcome, run)
+        _print_results(outcome, run)
         first = plan.load(found[0], options.seed, whole)
         add_test_embeddings(run, first, whole, options.seed)
         add_report(run)
-    return CompareResult(run, outcome.verdict, outcome.sentences(), outcome.judged, left_out)
+    return CompareResult(run, outcome.verdict, outcome.sentences(), outcome.compared, left_out)
 
 
-def _tell(outcome: Outcome, run: Path) -> None:
+def _print_results(outcome: Outcome, run: Path) -> None:
     for protocol in outcome.protocols:
         table = Table(
             title=f"{protocol}: test {outcome.metric[protocol]}, mean ± standard "
@@ -135,11 +135,11 @@ def _tell(outcome: Outcome, run: Path) -> None:
         table.add_column("labels", overflow="fold")
         for amount, count in outcome.labels.items():
             table.add_column(f"{count}\n({amount})")
-        for arm in outcome.arms:
-            figures = (outcome.runs(arm, protocol, amount) for amount in outcome.labels)
-            table.add_row(arm, *(f"{one.mean:.3f} ± {one.std:.3f}" for one in figures))
-            if arm != outcome.baseline:
-                found = outcome.judged[protocol][arm].by_amount.values()
+        for encoder in outcome.encoders:
+            figures = (outcome.runs(encoder, protocol, amount) for amount in outcome.labels)
+            table.add_row(encoder, *(f"{one.mean:.3f} ± {one.std:.3f}" for one in figures))
+            if encoder != outcome.baseline:
+                found = outcome.compared[protocol][encoder].by_amount.values()
                 gains = (f"{one.mean:+.3f}\n({one.low:+.3f} to {one.high:+.3f})" for one in found)
                 table.add_row("  difference (95 %)", *gains, style="dim")
         console.print(table)

@@ -243,7 +243,7 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
             **found.figures(),
         }
         write_results(run, results)
-        _tell(len(labelled.test), scores, encoder, run)
+        _print_results(len(labelled.test), scores, encoder, run)
         add_test_embeddings(run, load_encoder(run / "model"), labelled, options.seed)
         add_report(run)
     return FinetuneResult(run, run / "model", scores.metrics, scores.per_class)
@@ -255,7 +255,7 @@ def _finished(out: Path) -> FinetuneResult:
     return FinetuneResult(out, out / "model", results["test"], results["per_class"])
 
 
-def _tell(images: int, scores: Scores, encoder: str, run: Path) -> None:
+def _print_results(images: int, scores: Scores, encoder: str, run: Path) -> None:
     console.print(f"fine-tuned from {encoder}", highlight=False, soft_wrap=True)
     table = Table("test images", *scores.metrics)
     table.add_row(str(images), *(f"{x:.3f}" for x in scores.metrics.values()))

@@ -266,7 +266,7 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
         "warnings": logged_warnings(run),
     }
     write_results(run, results)
-    _say_what_next(result, options.probe_data)
+    _log_next_steps(result, options.probe_data)
     add_pretext(run, task, paths, views, options.seed)
     if labelled is None:
         add_embeddings(run, task.trained_encoder(), paths, seed=options.seed)
@@ -314,7 +314,7 @@ def _finished(out: Path) -> PretrainResult:
     return PretrainResult(out, out / "encoder", metrics, results["steps"], results["seconds"])
 
 
-def _say_what_next(result: PretrainResult, labelled: StrPath | None) -> None:
+def _log_next_steps(result: PretrainResult, labelled: StrPath | None) -> None:
     log.info("The encoder is in %s. Load it with plain timm:", result.encoder)
     log.info('  timm.create_model("local-dir:%s", pretrained=True)', result.encoder)
     log.info("Next:")

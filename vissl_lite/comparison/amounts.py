@@ -1,4 +1,4 @@
-"""How many labels the arms of a comparison get."""
+"""How many labels the encoders of a comparison get."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -16,14 +16,14 @@ from vissl_lite.plots import plot_bars
 
 
 @dataclass(frozen=True)
-class Judged:
-    """How one arm did under one protocol, against the baseline.
+class ComparedEncoder:
+    """How one encoder did under one protocol, against the baseline.
 
     Attributes:
         by_amount: the difference with each amount of labels, by name.
         overall: averaged over amounts: what the verdict is of.
         worth: by amount, how many labels give the baseline the same figure, and whether that is
-            exact (else it needs more); for amounts where the arm is better beyond doubt.
+            exact (else it needs more); for amounts where the encoder is better beyond doubt.
         sentence: the verdict in words.
     """
 
@@ -34,7 +34,7 @@ class Judged:
 
     @property
     def verdict(self) -> Verdict:
-        """What the arm's pre-training did."""
+        """What the encoder's pre-training did."""
         return self.overall.verdict
 
 
@@ -43,45 +43,49 @@ class Outcome:
 
     Args:
         scores: of every cell.
-        arms: their names; those with a cell missing are not for this class.
+        encoders: their names; those with a cell missing are not for this class.
         protocols: in the order asked for; the last one's verdict is the comparison's.
         labels: by the name of each amount, how many labels it is (training and validation).
         seeds: of the labels.
-        baseline: the arm that others are held against.
+        baseline: the encoder that others are held against.
         metric: by protocol, the name of the figure.
     """
 
     def __init__(
         self,
         scores: Mapping[Cell, Score],
-        arms: Sequence[str],
+        encoders: Sequence[str],
         protocols: Sequence[str],
         labels: Mapping[str, int],
         seeds: Sequence[int],
         baseline: str,
         metric: Mapping[str, str],
     ) -> None:
-        self.scores, self.arms, self.protocols = scores, arms, protocols
+        self.scores, self.encoders, self.protocols = scores, encoders, protocols
         self.labels, self.seeds, self.baseline, self.metric = labels, seeds, baseline, metric
-        self.judged = {
-            protocol: {arm: self._judge(arm, protocol) for arm in arms if arm != baseline}
+        self.compared = {
+            protocol: {
+                encoder: self._compare(encoder, protocol)
+                for encoder in encoders
+                if encoder != baseline
+            }
             for protocol in protocols
         }
 
-    def runs(self, arm: str, protocol: str, amount: str) -> Runs:
-        """An arm's figures with one amount of labels."""
-        scores = [self.scores[Cell(arm, protocol, amount, seed)] for seed in self.seeds]
+    def runs(self, encoder: str, protocol: str, amount: str) -> Runs:
+        """An encoder's figures with one amount of labels."""
+        scores = [self.scores[Cell(encoder, protocol, amount, seed)] for seed in self.seeds]
         rights = [score.right for score in scores if score.right is not None]
         right = np.stack(rights) if len(rights) == len(scores) else None
         return Runs(np.array([score.value for score in scores]), right)
 
     @property
     def verdict(self) -> Verdict:
-        """Of the first arm that is not the baseline, under the last protocol."""
-        return next(iter(self.judged[self.protocols[-1]].values())).verdict
+        """Of the first encoder that is not the baseline, under the last protocol."""
+        return next(iter(self.compared[self.protocols[-1]].values())).verdict
 
-    def _judge(self, arm: str, protocol: str) -> Judged:
-        ours = {amount: self.runs(arm, protocol, amount) for amount in self.labels}
+    def _compare(self, encoder: str, protocol: str) -> ComparedEncoder:
+        ours = {amount: self.runs(encoder, protocol, amount) for amount in self.labels}
         theirs = {amount: self.runs(self.baseline, protocol, amount) for amount in self.labels}
         by_amount = {name: difference([ours[name]], [theirs[name]]) for name in self.labels}
         overall = difference(list(ours.values()), list(theirs.values()))
@@ -91,12 +95,12 @@ class Outcome:
             equal = labels_worth(counts, curve, ours[name].mean)
             if found.verdict == "helped" and equal is not None:
                 worth[name] = equal
-        words = self._sentence(arm, protocol, by_amount, overall, worth)
-        return Judged(by_amount, overall, worth, words)
+        words = self._sentence(encoder, protocol, by_amount, overall, worth)
+        return ComparedEncoder(by_amount, overall, worth, words)
 
     def _sentence(
         self,
-        arm: str,
+        encoder: str,
         protocol: str,
         by_amount: Mapping[str, Difference],
         overall: Difference,
@@ -109,7 +113,7 @@ class Outcome:
         }[overall.verdict]
         over = f"averaged over {len(by_amount)} amounts of labels, " if len(by_amount) > 1 else ""
         words = (
-            f"{arm} {what}: {protocol} {self.metric[protocol]} {overall.mean:+.3f} against "
+            f"{encoder} {what}: {protocol} {self.metric[protocol]} {overall.mean:+.3f} against "
             f"{self.baseline} ({over}95 % interval {overall.low:+.3f} to {overall.high:+.3f}, "
             f"{len(self.seeds)} seeds)."
         )
@@ -125,35 +129,37 @@ class Outcome:
         return words
 
     def sentences(self) -> list[str]:
-        """The verdict on every arm under every protocol, in words."""
-        return [one.sentence for by_arm in self.judged.values() for one in by_arm.values()]
+        """The verdict on every encoder under every protocol, in words."""
+        return [
+            one.sentence for by_encoder in self.compared.values() for one in by_encoder.values()
+        ]
 
     def as_dict(self) -> dict[str, Any]:
         """For ``results.json``."""
         protocols = {}
-        for protocol, by_arm in self.judged.items():
+        for protocol, by_encoder in self.compared.items():
             protocols[protocol] = {
                 "metric": self.metric[protocol],
                 "amounts": list(self.labels),
-                "arms": {arm: self._figures(arm, protocol) for arm in self.arms},
+                "arms": {encoder: self._figures(encoder, protocol) for encoder in self.encoders},
                 "differences": {
-                    arm: {"overall": vars(one.overall)}
+                    encoder: {"overall": vars(one.overall)}
                     | {name: vars(found) for name, found in one.by_amount.items()}
-                    for arm, one in by_arm.items()
+                    for encoder, one in by_encoder.items()
                 },
                 "labels_worth": {
-                    arm: {
+                    encoder: {
                         name: {"labels": self.labels[name], "equal": equal, "exact": exact}
                         for name, (equal, exact) in one.worth.items()
                     }
-                    for arm, one in by_arm.items()
+                    for encoder, one in by_encoder.items()
                 },
                 "verdicts": {
-                    arm: {"verdict": one.verdict, "sentence": one.sentence}
-                    for arm, one in by_arm.items()
+                    encoder: {"verdict": one.verdict, "sentence": one.sentence}
+                    for encoder, one in by_encoder.items()
                 },
             }
-            layers = {arm: self._layers(arm, protocol) for arm in self.arms}
+            layers = {encoder: self._layers(encoder, protocol) for encoder in self.encoders}
             if any(layers.values()):
                 protocols[protocol]["layers"] = layers
         main = self.protocols[-1]
@@ -167,10 +173,10 @@ class Outcome:
             "protocols": protocols,
         }
 
-    def _figures(self, arm: str, protocol: str) -> dict[str, Any]:
+    def _figures(self, encoder: str, protocol: str) -> dict[str, Any]:
         figures = {}
         for amount, count in self.labels.items():
-            runs = self.runs(arm, protocol, amount)
+            runs = self.runs(encoder, protocol, amount)
             figures[amount] = {
                 "mean": runs.mean,
                 "std": runs.std,
@@ -179,11 +185,11 @@ class Outcome:
             }
         return figures
 
-    def _layers(self, arm: str, protocol: str) -> dict[str, dict[str, float]]:
+    def _layers(self, encoder: str, protocol: str) -> dict[str, dict[str, float]]:
         """By stage and amount: means over seeds."""
         stages: dict[str, dict[str, float]] = {}
         for amount in self.labels:
-            cells = [Cell(arm, protocol, amount, seed) for seed in self.seeds]
+            cells = [Cell(encoder, protocol, amount, seed) for seed in self.seeds]
             for stage in self.scores[cells[0]].layers:
                 values = [self.scores[cell].layers[stage] for cell in cells]
                 stages.setdefault(stage, {})[amount] = float(np.mean(values))
@@ -197,14 +203,14 @@ class Outcome:
                 ["arm", "protocol", "amount", "labels", "seed", "metric", "value", "chosen"]
             )
             for protocol in self.protocols:
-                for arm in self.arms:
+                for encoder in self.encoders:
                     for amount, count in self.labels.items():
                         for seed in self.seeds:
-                            score = self.scores[Cell(arm, protocol, amount, seed)]
+                            score = self.scores[Cell(encoder, protocol, amount, seed)]
                             chosen = " ".join(f"{k}={v:g}" for k, v in score.chosen.items())
                             rows.writerow(
                                 [
-                                    arm,
+                                    encoder,
                                     protocol,
                                     amount,
                                     count,
@@ -229,7 +235,8 @@ class Outcome:
         ((amount, count),) = self.labels.items()
         values = {
             f"{protocol}: {self.metric[protocol]}": {
-                arm: self.runs(arm, protocol, amount).values.tolist() for arm in self.arms
+                encoder: self.runs(encoder, protocol, amount).values.tolist()
+                for encoder in self.encoders
             }
             for protocol in self.protocols
         }
@@ -245,12 +252,12 @@ class Outcome:
         panels = figure.subplots(1, wide, squeeze=False)[0]
         counts = list(self.labels.values())
         for axes, protocol in zip(panels, self.protocols, strict=True):
-            for arm in self.arms:
-                runs = [self.runs(arm, protocol, amount) for amount in self.labels]
+            for encoder in self.encoders:
+                runs = [self.runs(encoder, protocol, amount) for amount in self.labels]
                 mean = np.array([one.mean for one in runs])
                 std = np.array([one.std for one in runs])
-                style = "--" if arm == self.baseline else "-"
-                (line,) = axes.plot(counts, mean, style, marker="o", markersize=4, label=arm)
+                style = "--" if encoder == self.baseline else "-"
+                (line,) = axes.plot(counts, mean, style, marker="o", markersize=4, label=encoder)
                 axes.fill_between(counts, mean - std, mean + std, color=line.get_color(), alpha=0.2)
             axes.set_xscale("log")
             axes.set_xticks(counts, [f"{count}\n{name}" for name, count in self.labels.items()])

@@ -1,4 +1,4 @@
-"""What is compared: the arms, the labels, the protocols."""
+"""What is compared: the encoders, the labels, the protocols."""
 
 import logging
 import os
@@ -53,21 +53,21 @@ class Plan:
             raise UserError("--layers goes with --protocols knn and linear: fine-tuning trains all")
         return wanted
 
-    def choose_arms(self) -> tuple[list[str], str]:
-        """All arms, and the one that others are held against."""
-        basis = None if self.options.baseline is None else os.fspath(self.options.baseline)
-        if basis is None:
-            basis = next((name for name in self.encoders if name.startswith("random:")), None)
-        if basis is None:
+    def choose_encoders(self) -> tuple[list[str], str]:
+        """All encoders, and the one that others are held against."""
+        baseline = None if self.options.baseline is None else os.fspath(self.options.baseline)
+        if baseline is None:
+            baseline = next((name for name in self.encoders if name.startswith("random:")), None)
+        if baseline is None:
             first = self.encoders[0]
             name = first.removeprefix("timm:")
             if not first.startswith("timm:"):
                 name = encoder_for(first, None).backbone
-            basis = f"random:{name.split('.')[0]}"
-        arms = self.encoders if basis in self.encoders else [*self.encoders, basis]
-        if len(arms) < 2:
-            raise UserError(f"nothing to compare {basis} with: give two encoders or more")
-        return arms, basis
+            baseline = f"random:{name.split('.')[0]}"
+        encoders = self.encoders if baseline in self.encoders else [*self.encoders, baseline]
+        if len(encoders) < 2:
+            raise UserError(f"nothing to compare {baseline} with: give two encoders or more")
+        return encoders, baseline
 
     def choose_amounts(self, data: LabelledDataset) -> tuple[list[Amount], dict[str, int]]:
         """The amounts of labels that differ, and how many labels each is."""
@@ -83,33 +83,33 @@ class Plan:
             labels[amount.name] = count
         return amounts, labels
 
-    def try_arms(
-        self, arms: Sequence[str], basis: str, data: LabelledDataset
+    def try_encoders(
+        self, encoders: Sequence[str], baseline: str, data: LabelledDataset
     ) -> tuple[list[str], dict[str, str]]:
-        """The arms that can be had, and why the others can't."""
+        """The encoders that can be had, and why the others can't."""
         found, left_out = [], {}
-        for name in arms:
+        for name in encoders:
             try:
                 self.load(name, self.options.seed, data)
                 found.append(name)
             except WeightsUnavailableError as error:
                 left_out[name] = str(error)
-        if basis in left_out:
-            raise UserError(f"the baseline can't be had: {left_out[basis]}")
+        if baseline in left_out:
+            raise UserError(f"the baseline can't be had: {left_out[baseline]}")
         if len(found) < 2:
             raise UserError(
-                f"nothing is left to compare with {basis}: {next(iter(left_out.values()))}"
+                f"nothing is left to compare with {baseline}: {next(iter(left_out.values()))}"
             )
         return found, left_out
 
-    def load(self, arm: str, seed: int, data: LabelledDataset) -> Encoder:
-        """An arm's encoder; the seed is of an untrained one's weights."""
-        size, untrained = self.options.image_size, arm.startswith("random:")
+    def load(self, name: str, seed: int, data: LabelledDataset) -> Encoder:
+        """The encoder of a name; ``seed`` makes the weights of an untrained one."""
+        size, untrained = self.options.image_size, name.startswith("random:")
         if size is None:
             settings = self.options.settings(untrained=untrained)
             size = self.task.image_size(data, settings)
         torch.manual_seed(seed)
-        return encoder_for(arm, size)
+        return encoder_for(name, size)
 
     def figure(self, data: LabelledDataset) -> str:
         """The name of the figure that fine-tuning is compared by."""

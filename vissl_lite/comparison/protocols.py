@@ -90,7 +90,7 @@ def _gone(paths: Sequence[str]) -> NoReturn:
     )
 
 
-def judge_frozen(
+def evaluate_frozen(
     protocol: ProbeName, features: Features, data: LabelledDataset, k: int = 20
 ) -> Score:
     """kNN or a linear probe with some of the labels; see ``evaluate_features``.

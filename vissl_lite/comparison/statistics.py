@@ -13,7 +13,7 @@ Verdict = Literal["helped", "no difference", "hurt"]
 
 @dataclass(frozen=True)
 class Runs:
-    """One arm with one amount of labels, over seeds.
+    """One encoder with one amount of labels, over seeds.
 
     Attributes:
         values: ``(S,)`` figures on the test part, larger is better, one a seed.
@@ -50,11 +50,11 @@ class Difference:
 
 
 def difference(
-    arm: Sequence[Runs], baseline: Sequence[Runs], confidence: float = 0.95
+    encoder: Sequence[Runs], baseline: Sequence[Runs], confidence: float = 0.95
 ) -> Difference:
-    """How much better an arm is than the baseline, averaged over amounts of labels.
+    """How much better an encoder is than the baseline, averaged over amounts of labels.
 
-    Runs of one seed have the same labels in both arms: differences are taken seed by seed, and
+    Runs of one seed have the same labels in both encoders: differences are taken seed by seed, and
     image by image. Two things make them vary. Other seeds give other labels (and other weights of
     an untrained encoder): Student's t interval over the seeds. Other test images would have given
     another figure, and all seeds share those there are: the normal interval over the images'
@@ -63,21 +63,21 @@ def difference(
     interval is of the seeds alone.
 
     Args:
-        arm: for each amount of labels, the arm's runs.
+        encoder: for each amount of labels, the encoder's runs.
         baseline: likewise; the same seeds and test images.
         confidence: of the interval.
     """
-    by_seed = np.mean([a.values - b.values for a, b in zip(arm, baseline, strict=True)], axis=0)
+    by_seed = np.mean([a.values - b.values for a, b in zip(encoder, baseline, strict=True)], axis=0)
     tail = (1 + confidence) / 2
     half = 0.0
     if len(by_seed) > 1:
         half = t.ppf(tail, len(by_seed) - 1) * by_seed.std(ddof=1) / np.sqrt(len(by_seed))
     pairs = [
         (a.right.astype(np.float64) - b.right).mean(axis=0)
-        for a, b in zip(arm, baseline, strict=True)
+        for a, b in zip(encoder, baseline, strict=True)
         if a.right is not None and b.right is not None
     ]
-    if len(pairs) == len(arm) and len(pairs[0]) > 1:
+    if len(pairs) == len(encoder) and len(pairs[0]) > 1:
         by_image = np.mean(pairs, axis=0)
         sampling = norm.ppf(tail) * by_image.std(ddof=1) / np.sqrt(len(by_image))
         half = float(np.hypot(half, sampling))
@@ -88,7 +88,7 @@ def difference(
 def labels_worth(
     labels: Sequence[float], baseline: Sequence[float], value: float
 ) -> tuple[float, bool] | None:
-    """How many labels the baseline needs to be as good as an arm.
+    """How many labels the baseline needs to be as good as an encoder.
 
     The baseline's curve is made monotone (isotonic regression) and read between its points,
     straight over the logarithm of the labels; it is never continued beyond them.
@@ -96,7 +96,7 @@ def labels_worth(
     Args:
         labels: ``(A,)`` numbers of labels, rising.
         baseline: ``(A,)`` the baseline's figures with so many.
-        value: the arm's figure.
+        value: the encoder's figure.
 
     Returns:
         The number of labels, and whether it is exact; else the baseline needs more than that many,

@@ -29,13 +29,13 @@ class Cell:
     """One run of the comparison.
 
     Attributes:
-        arm: the encoder, as it was given.
+        encoder: the encoder, as it was given.
         protocol: how it is judged.
         amount: of labels, by name, such as ``1%``.
         seed: which labels these are.
     """
 
-    arm: str
+    encoder: str
     protocol: str
     amount: str
     seed: int
@@ -53,11 +53,11 @@ class Store:
 
     def place(self, cell: Cell) -> Path:
         """The cell's file, without suffix: also where the curves of its trainings are."""
-        # two arms may differ in what a file name can't hold
-        digest = hashlib.blake2b(os.fsencode(cell.arm), digest_size=3).hexdigest()
-        arm = re.sub(r"[^\w.-]+", "-", cell.arm).strip("-.")[-60:]
+        # two encoders may differ in what a file name can't hold
+        digest = hashlib.blake2b(os.fsencode(cell.encoder), digest_size=3).hexdigest()
+        encoder = re.sub(r"[^\w.-]+", "-", cell.encoder).strip("-.")[-60:]
         amount = re.sub(r"[^\w.]+", "-", cell.amount).strip("-")
-        return self.folder / f"{arm}-{digest}" / f"{cell.protocol}-{amount}-seed{cell.seed}"
+        return self.folder / f"{encoder}-{digest}" / f"{cell.protocol}-{amount}-seed{cell.seed}"
 
     def keep(self, cell: Cell, score: Score, about: dict[str, Any]) -> None:
         """Write a finished cell.
@@ -70,7 +70,7 @@ class Store:
         file = self.place(cell).with_suffix(".json")
         file.parent.mkdir(parents=True, exist_ok=True)
         content = {
-            "arm": cell.arm,
+            "arm": cell.encoder,
             "protocol": cell.protocol,
             "amount": cell.amount,
             "seed": cell.seed,
@@ -99,7 +99,7 @@ class Store:
         file = self.place(cell).with_suffix(".json")
         try:
             content = read_json(file, LARGEST)
-            if content["about"] != about or content["arm"] != cell.arm:
+            if content["about"] != about or content["arm"] != cell.encoder:
                 return None
             right = None
             if "right" in content:

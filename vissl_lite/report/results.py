@@ -60,9 +60,9 @@ def main_figures(run: RunFolder) -> list[tuple[str, str]]:
     named: dict[str, Any] = {}
     if isinstance(results.get("test"), dict):
         named |= {f"{_name(name)} (test)": value for name, value in results["test"].items()}
-    for measure, arms in _scores(results).items():
-        for arm, values in arms.items():
-            named[f"{measure}, {arm}"] = _mean(values)
+    for measure, encoders in _scores(results).items():
+        for encoder, values in encoders.items():
+            named[f"{measure}, {encoder}"] = _mean(values)
     for name, value in results.items():
         if name not in _ELSEWHERE and _is_figure(value):
             named[_name(name)] = value
@@ -88,40 +88,40 @@ def comparison(run: RunFolder) -> list[Block]:
     """A table for each protocol of a comparison: mean ± deviation, and the difference below it."""
     tables = []
     for protocol, found in _mappings(run.figures.get("protocols")).items():
-        arms, differences = _mappings(found.get("arms")), _mappings(found.get("differences"))
-        amounts = list(dict.fromkeys(amount for arm in arms.values() for amount in arm))
+        encoders, differences = _mappings(found.get("arms")), _mappings(found.get("differences"))
+        amounts = list(dict.fromkeys(amount for encoder in encoders.values() for amount in encoder))
         rows = []
-        for arm, figures in arms.items():
-            verdict = _mappings(found.get("verdicts")).get(arm, {}).get("verdict")
-            against = _mappings(differences.get(arm))
+        for encoder, figures in encoders.items():
+            verdict = _mappings(found.get("verdicts")).get(encoder, {}).get("verdict")
+            against = _mappings(differences.get(encoder))
             cells = [_compared(figures.get(one), against.get(one)) for one in amounts]
             overall = _difference(against.get("overall"))
             kind = BADGES.get(str(verdict), "")
             rows.append(
                 {
-                    "arm": arm,
+                    "arm": encoder,
                     "cells": cells,
                     "verdict": verdict or "baseline",
                     "kind": kind,
                     "overall": overall,
                 }
             )
-        columns = [_amount(one, arms) for one in amounts]
+        columns = [_amount(one, encoders) for one in amounts]
         metric = found.get("metric", "accuracy")
         tables.append(
             render("compared", rows=rows, columns=columns, caption=f"{protocol}: test {metric}")
         )
     if not tables:
         return []
-    basis = run.figures.get("baseline")
+    baseline = run.figures.get("baseline")
     note = "Mean ± standard deviation over seeds" + (
-        f"; below it the difference from {basis} with its 95 % interval." if basis else "."
+        f"; below it the difference from {baseline} with its 95 % interval." if baseline else "."
     )
     return [Block("The comparison", Markup("").join(tables), note)]
 
 
-def _amount(name: str, arms: Mapping[str, Any]) -> tuple[str, str]:
-    counts = {_mapping(arm.get(name)).get("labels") for arm in arms.values()} - {None}
+def _amount(name: str, encoders: Mapping[str, Any]) -> tuple[str, str]:
+    counts = {_mapping(encoder.get(name)).get("labels") for encoder in encoders.values()} - {None}
     return name, f"{number(counts.pop())} labels" if len(counts) == 1 else ""
 
 
@@ -154,9 +154,9 @@ def _layers(run: RunFolder) -> list[Block]:
     charts = []
     for protocol, found in _mappings(run.figures.get("protocols")).items():
         by_stage: dict[str, dict[str, float]] = {}
-        for arm, scores in _mappings(found.get("layers")).items():
+        for encoder, scores in _mappings(found.get("layers")).items():
             for stage, amounts in _stages(scores).items():
-                by_stage.setdefault(stage, {})[arm] = list(amounts.values())[-1]  # most labels
+                by_stage.setdefault(stage, {})[encoder] = list(amounts.values())[-1]  # most labels
         if by_stage:
             charts.append(Block(protocol, stages(by_stage)))
     return [Block("Stage by stage", charts, f"{note} With the most labels.")] if charts else []
@@ -192,12 +192,14 @@ def _by_class(run: RunFolder) -> list[Block]:
 
 
 def _scores(results: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:
-    """What ``demo`` writes: by measure, by arm, one figure per seed."""
+    """What ``demo`` writes: by measure, by encoder, one figure per seed."""
     return {
         measure: {
-            arm: values for arm, values in arms.items() if isinstance(values, list) and values
+            encoder: values
+            for encoder, values in encoders.items()
+            if isinstance(values, list) and values
         }
-        for measure, arms in _mappings(results.get("scores")).items()
+        for measure, encoders in _mappings(results.get("scores")).items()
     }
 
 

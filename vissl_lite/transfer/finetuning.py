@@ -32,7 +32,7 @@ from vissl_lite.training.stream import StreamData
 log = logging.getLogger(__name__)
 
 # How often the validation part is looked at during a training.
-LOOKS = 25
+EVALUATIONS = 25
 
 HEAD, HEAD_WEIGHTS = "head.json", "head.safetensors"
 LARGEST_HEAD = 16 * 2**20  # bytes of head.json
@@ -103,7 +103,7 @@ class BestWeights(Callback):
 
     Args:
         model: whose weights.
-        judge: looks at the validation part.
+        evaluate: looks at the validation part.
         pace: of the training.
         every: batches from one look to the next; the last batch is followed by one too.
         patience: see ``TransferSettings``.
@@ -112,12 +112,12 @@ class BestWeights(Callback):
     def __init__(
         self,
         model: nn.Module,
-        judge: Callable[[], EvalResult],
+        evaluate: Callable[[], EvalResult],
         pace: Schedule,
         every: int,
         patience: int | None,
     ) -> None:
-        self.model, self.judge, self.pace = model, judge, pace
+        self.model, self.evaluate, self.pace = model, evaluate, pace
         self.every, self.patience = every, patience
         self.best: tuple[float, ...] = ()
         self.weights: dict[str, Tensor] = {}
@@ -144,7 +144,7 @@ class BestWeights(Callback):
     ) -> None:
         if self.pace.batches % self.every and self.pace.batches != self.pace.total:
             return
-        seen = self.judge()
+        seen = self.evaluate()
         for logger in trainer.loggers:
             logger.log_metrics(seen.values, step=self.pace.batches - 1)
         self._since_best = 0 if seen.rank[:1] > self.best[:1] else self._since_best + 1
@@ -161,7 +161,7 @@ def train(
     dataset: KeyedDataset,
     batch_size: int,
     settings: TransferSettings,
-    judge: Callable[[], EvalResult] | None,
+    evaluate: Callable[[], EvalResult] | None,
     hardware: Hardware | None = None,
     files: TrainingFiles = NO_FILES,
     title: str = "finetune",
@@ -175,7 +175,7 @@ def train(
         dataset: the training images.
         batch_size: images per step.
         settings: how.
-        judge: looks at the validation part; None where there is none: the last weights stay.
+        evaluate: looks at the validation part; None where there is none: the last weights stay.
         hardware: where; default one device.
         files: where metrics and checkpoints go; a checkpoint holds the best weights so far, too.
         title: of the progress bar.
@@ -188,9 +188,9 @@ def train(
     hardware = hardware or Hardware(devices=1)
     stream = StreamData(dataset, batch_size, epochs, pace, hardware.workers(), weights)
     best = None
-    if judge is not None:
-        every = max(per_epoch, math.ceil(total / LOOKS))
-        best = BestWeights(model, judge, pace, every, settings.patience)
+    if evaluate is not None:
+        every = max(per_epoch, math.ceil(total / EVALUATIONS))
+        best = BestWeights(model, evaluate, pace, every, settings.patience)
     fit(task, stream, pace, hardware, [best] if best else [], files, title=title)
     if best and best.weights:
         model.load_state_dict(best.weights)

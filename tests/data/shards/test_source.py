@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 
 from tests.conftest import blobs
-from vissl_lite.data import download, shard_stream, shards
 from vissl_lite.data.fingerprints import fingerprints_of
+from vissl_lite.data.shards import download
+from vissl_lite.data.shards import source as shards
+from vissl_lite.data.shards import stream as shard_stream
 from vissl_lite.data.shards.index import find_shards, index_text
 from vissl_lite.data.shards.source import Shards
 from vissl_lite.data.shards.stream import ShardSource, ShardStream, mixed, read_images, write_sample

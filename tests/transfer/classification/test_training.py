@@ -189,7 +189,7 @@ def test_scores_of_several_labels_against_scikit_learn(warnings: pytest.LogCaptu
 def test_the_look_at_several_labels() -> None:
     logits, target = torch.randn(30, 3), torch.randint(0, 2, (30, 3))
     target[:, 1] = 0
-    seen = class_scores.judge_several(logits, target)
+    seen = class_scores.evaluate_several(logits, target)
     precise = sk.average_precision_score(target[:, [0, 2]], logits[:, [0, 2]], average="macro")
     probability = logits.double().sigmoid().clamp(1e-12, 1 - 1e-12)
     loss = np.mean([sk.log_loss(target[:, k], probability[:, k], labels=[0, 1]) for k in range(3)])
@@ -198,7 +198,7 @@ def test_the_look_at_several_labels() -> None:
 
 
 def test_a_look_where_no_class_can_be_ranked_goes_by_the_loss() -> None:
-    seen = class_scores.judge_several(torch.zeros(2, 2), torch.tensor([[1, 0], [1, 0]]))
+    seen = class_scores.evaluate_several(torch.zeros(2, 2), torch.tensor([[1, 0], [1, 0]]))
     assert seen.values == pytest.approx({"val_loss": math.log(2)})
     assert seen.rank == (pytest.approx(-math.log(2)),)
 

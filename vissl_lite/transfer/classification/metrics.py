@@ -26,7 +26,7 @@ from vissl_lite.transfer.finetuning import EvalResult
 log = logging.getLogger(__name__)
 
 
-def judge_one(logits: Tensor, target: Tensor) -> EvalResult:
+def evaluate_one(logits: Tensor, target: Tensor) -> EvalResult:
     """What a look at images of one class each saw.
 
     Args:
@@ -38,7 +38,7 @@ def judge_one(logits: Tensor, target: Tensor) -> EvalResult:
     return EvalResult((accuracy, -loss), {"val_top1": accuracy, "val_loss": loss})
 
 
-def judge_several(logits: Tensor, target: Tensor) -> EvalResult:
+def evaluate_several(logits: Tensor, target: Tensor) -> EvalResult:
     """What a look at images of several labels saw; the loss alone where no class can be ranked.
 
     Args:

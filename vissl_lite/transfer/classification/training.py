@@ -23,8 +23,8 @@ from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.classification.data import LabelledImages
 from vissl_lite.transfer.classification.metrics import (
-    judge_one,
-    judge_several,
+    evaluate_one,
+    evaluate_several,
 )
 from vissl_lite.transfer.classification.model import Classifier, class_logits
 from vissl_lite.transfer.classification.options import ClassifierSettings
@@ -216,15 +216,15 @@ def train_classifier(
     views = classifier_views(encoder.image_size, settings.min_crop_scale, settings.upright)
     dataset = ViewDataset(data.train.paths, views, settings.seed)
 
-    def judge() -> EvalResult:
+    def evaluate() -> EvalResult:
         logits, good = class_logits(classifier, data.val.paths)
         target = torch.from_numpy(data.val.labels[good])
-        return (judge_several if data.multi_label else judge_one)(logits, target)
+        return (evaluate_several if data.multi_label else evaluate_one)(logits, target)
 
     weights = None
     if settings.balanced:
         weights = 1 / np.bincount(data.train.labels)[data.train.labels]
-    look = judge if len(data.val) else None
+    look = evaluate if len(data.val) else None
     train(
         training, classifier, dataset, batch_size, settings, look, hardware, files, title, weights
     )

@@ -122,12 +122,12 @@ def train_detector(
     detector = Detector(copy.deepcopy(encoder), data.classes, settings.detector, canvas)
     task = DetectorTraining(detector, settings)
 
-    def judge() -> EvalResult:
+    def evaluate() -> EvalResult:
         scores = score_detector(detector, data.val)
         values = {"val_map": scores.map, "val_map_50": scores.map_50}
         return EvalResult((scores.map, scores.map_50), values)
 
-    look = judge if data.val else None
+    look = evaluate if data.val else None
     dataset = BoxDataset(data.train, canvas, settings)
     train(task, detector, dataset, batch_size, settings, look, hardware, files, title)
     judged = score_detector(detector, data.val or data.train)

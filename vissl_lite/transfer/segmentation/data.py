@@ -95,7 +95,7 @@ def load_masks(
             ``train/images/``, ``train/masks/`` and so on; or as Pascal VOC has it
             (``JPEGImages/``, ``SegmentationClass/``, ``ImageSets/Segmentation/``); or the sample
             data; or a CSV file with the columns ``path`` and ``mask``, and optionally ``split``,
-            paths relative to the file. Without splits 60 % train, 20 % judge while training and
+            paths relative to the file. Without splits 60 % train, 20 % evaluate while training and
             20 % test; without a validation part, 20 % of the training part becomes one.
         annotations: the folder of masks, where ``source`` is the folder of images.
         seed: of the validation part, if one is made.
@@ -240,7 +240,7 @@ def _values(pair: tuple[str, str]) -> np.ndarray:
         mask = read_mask(file)
     except BROKEN_IMAGE as error:
         raise UserError(
-            f"the mask {file} can't be read ({reason(error, file)}): mend it, or "
+            f"the mask {file} can't be read ({reason(error, file)}): clean it, or "
             f"remove it together with {path}"
         ) from None
     height, width = mask.shape

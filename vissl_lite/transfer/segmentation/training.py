@@ -147,11 +147,11 @@ def train_segmenter(
     task = SegmenterTraining(segmenter, weights, settings)
     dataset = MaskDataset(data.train, encoder.image_size, settings)
 
-    def judge() -> EvalResult:
+    def evaluate() -> EvalResult:
         scores = score_segmenter(segmenter, data.val)
         values = {"val_miou": scores.miou, "val_dice": scores.dice, "val_loss": scores.loss}
         return EvalResult((scores.miou, -scores.loss), values)
 
-    look = judge if data.val else None
+    look = evaluate if data.val else None
     train(task, segmenter, dataset, batch_size, settings, look, hardware, files, title)
     return segmenter

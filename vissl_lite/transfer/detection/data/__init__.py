@@ -1,4 +1,4 @@
-"""Detection data: images with boxes, in COCO's, Pascal VOC's or YOLO's format, mended and split."""
+"""Detection data: images with boxes, in COCO, Pascal VOC or YOLO format, cleaned and split."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ from vissl_lite.errors import UserError
 from vissl_lite.options import StrPath
 from vissl_lite.transfer.base import ListDataset
 from vissl_lite.transfer.detection.data.annotations import Note
-from vissl_lite.transfer.detection.data.cleaning import RepairLog, mend
+from vissl_lite.transfer.detection.data.cleaning import RepairLog, clean
 from vissl_lite.transfer.detection.data.discovery import read_annotations
 from vissl_lite.transfer.sources import SPLITS, hold_out, is_utf8, split_in_three
 
@@ -96,7 +96,7 @@ def load_boxes(
 ) -> LabelledBoxes:
     """Read a detection data set.
 
-    Boxes and images that can't be used are left out, others are mended; each kind of repair is
+    Boxes and images that can't be used are left out, others are cleaned; each kind of repair is
     counted, and logged with its first file. VOC's coordinates count from 1, unless a coordinate of
     0 shows that the tool which wrote the set counts from 0.
 
@@ -137,9 +137,9 @@ def load_boxes(
     splits, by_image = _sort(found.notes, source, repairs)
     images: dict[str | None, list[BoxedImage]] = defaultdict(list)
     for path in sorted(by_image):
-        mended = mend(by_image[path], numbers, repairs)
-        if mended is not None:
-            images[splits[path]].append(BoxedImage(path, *mended))
+        cleaned = clean(by_image[path], numbers, repairs)
+        if cleaned is not None:
+            images[splits[path]].append(BoxedImage(path, *cleaned))
     repairs.report()
     if not any(images.values()):
         raise UserError(

@@ -1,4 +1,4 @@
-"""What annotation files say, in whatever format: the readers make it, ``mend`` takes it."""
+"""What annotation files say, in whatever format: the readers make it, ``clean`` takes it."""
 
 from typing import Any, NamedTuple
 

@@ -78,10 +78,10 @@ def turn_boxes(boxes: np.ndarray, height: float, width: float, orientation: int)
     return np.stack([y1, x1, y2, x2], axis=1)
 
 
-def mend(
+def clean(
     notes: Sequence[Note], numbers: Mapping[str, int], repairs: RepairLog
 ) -> tuple[tuple[int, int], np.ndarray, np.ndarray, np.ndarray] | None:
-    """The boxes of one image, mended.
+    """The boxes of one image, cleaned.
 
     Args:
         notes: all that name this image.
