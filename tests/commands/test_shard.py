@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import vissl_lite
+from tests.conftest import with_pictures
 from tests.conftest import blobs
 from vissl_lite.cli import main
 from vissl_lite.commands.shard import unique_key
@@ -156,7 +157,8 @@ def test_pretrain_streams_shards_and_knows_what_it_has_seen(
 ) -> None:
     run = tmp_path / "run"
     pattern = made / "train-{000000..000002}.tar"
-    assert pretrain("--data", pattern, "--out", run, "--epochs", 2, "--num_workers", 1) == 0
+    with with_pictures():
+        assert pretrain("--data", pattern, "--out", run, "--epochs", 2, "--num_workers", 1) == 0
     results = json.loads((run / "results.json").read_text())
     assert (results["steps"], results["images"]) == (6, 24)
     assert len(list((run / "sample").iterdir())) == 24
