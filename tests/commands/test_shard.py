@@ -18,8 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import vissl_lite
-from tests.conftest import with_pictures
-from tests.conftest import blobs
+from tests.conftest import blobs, with_pictures
 from vissl_lite.cli import main
 from vissl_lite.commands.shard import unique_key
 from vissl_lite.data.fingerprints import EXACT_BYTES, Fingerprints
