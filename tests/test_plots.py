@@ -92,7 +92,7 @@ GREEN, RED = (44, 160, 44), (214, 39, 40)
 def test_predictions_are_framed_by_whether_they_are_right(tmp_path: Path) -> None:
     file = tmp_path / "e.png"
     for right, seen in ((None, set()), (True, {GREEN}), (False, {RED})):
-        rows = [[Picture(gray()), Picture(gray(), "by 90° ×½ (日)", right)]]
+        rows = [[Picture(gray()), Picture(gray(), "by 90° ½ (日)", right)]]
         plot_grid(rows, file, ("given", "made of it"))
         assert {one for one in (GREEN, RED) if colors(file).get(one, 0) > 300} == seen
     sizes = set()
