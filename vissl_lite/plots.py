@@ -233,7 +233,7 @@ def plot_grid(
         rows: Images of any sizes; each is scaled to fit its cell. Many rows of few columns stand in
             two blocks side by side.
         file: PNG to write.
-        columns: Titles of the columns.
+        columns: Titles of the columns, of one or more lines.
         legend: Color of each class by name.
         cell: Side of a cell in pixels.
     """
@@ -241,7 +241,7 @@ def plot_grid(
     lines = -(-len(rows) // blocks)
     step = cell + GAP
     block = max(map(len, rows)) * step + BLOCK_GAP
-    top = GAP + (LINE if columns else 0)
+    top = GAP + LINE * max((len(title.splitlines()) for title in columns), default=0)
     captions = any(picture.caption for row in rows for picture in row)
     height = step + (LINE if captions else 0)
     width = max(blocks * block - BLOCK_GAP + GAP, LEGEND_ENTRY)
@@ -256,7 +256,8 @@ def plot_grid(
         for column, picture in enumerate(row):
             left, upper = GAP + side * block + column * step, top + line * height
             if line == 0 and columns:
-                _write(draw, (left, GAP // 2), columns[column], font)
+                for number, words in enumerate(columns[column].splitlines()):
+                    _write(draw, (left, GAP // 2 + number * LINE), words, font)
             color = {None: BLACK, True: GREEN, False: RED}[picture.right]
             if picture.right is not None:
                 draw.rectangle((left - 3, upper - 3, left + cell + 2, upper + cell + 2), color)
