@@ -8,7 +8,7 @@ import sys
 PROGRAM = """
 import importlib, json, logging, os, pkgutil, signal, sys, warnings
 
-import bokeh, cv2, huggingface_hub, jinja2, jsonargparse, lightning.pytorch, matplotlib.figure
+import bokeh, cv2, huggingface_hub, jinja2, lightning.pytorch, matplotlib.figure
 import numpy, PIL.Image, PIL.ImageFile, rich, scipy, sklearn, timm, torch, torchmetrics, torchvision
 
 theirs = list(logging.root.manager.loggerDict)

@@ -3,8 +3,6 @@
 import csv
 import json
 import math
-import subprocess
-import sys
 import time
 from itertools import count
 from pathlib import Path
@@ -416,19 +414,6 @@ def test_tensorboard_gets_the_curves_where_it_is_installed(finished: Path, tmp_p
     out = tmp_path / "none"
     assert run("--config", finished / "config.yaml", "--out", out, "--logger", "none") == 0
     assert not (out / "tensorboard").exists()
-
-
-@pytest.mark.slow
-def test_two_processes_train_one_encoder(photos: Path, tmp_path: Path) -> None:
-    """``--devices 2 --strategy ddp`` on the CPU: as many steps as one process, at equal batch."""
-    out = tmp_path / "ddp"
-    options = ["--data", str(photos), *SMALL, "--epochs", "2", "--num_workers", "0"]
-    options += ["--out", str(out), "--devices", "2", "--strategy", "ddp"]
-    command = [sys.executable, "-m", "vissl_lite", "pretrain", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((out / "results.json").read_text())["steps"] == 6
-    assert all(tensor.isfinite().all() for tensor in weights(out).values())
 
 
 def test_the_default_backbone_suits_the_pretext() -> None:

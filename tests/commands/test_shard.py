@@ -228,7 +228,11 @@ def test_pretrain_streams_shards_over_http(served: str, made: Path, tmp_path: Pa
     assert all(name.startswith(f"{served}/train-") for name in seen(tmp_path / "http"))
 
 
-def test_two_processes_see_every_image_once(made: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_two_processes_train_one_encoder_and_see_every_image_once(
+    made: Path, tmp_path: Path
+) -> None:
+    """``--devices 2 --strategy ddp`` on the CPU: as many steps as one process, at equal batch."""
     run = tmp_path / "ddp"
     command = [sys.executable, "-m", "vissl_lite", "pretrain", *SMALL, "--data", str(made)]
     command += ["--out", str(run), "--epochs", "1", "--devices", "2", "--strategy", "ddp"]
@@ -237,6 +241,8 @@ def test_two_processes_see_every_image_once(made: Path, tmp_path: Path) -> None:
     assert json.loads((run / "results.json").read_text())["steps"] == 3
     names = seen(run)
     assert len(names) == len(set(names)) == 24
+    weights = load_file(run / "encoder" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
 def test_a_broken_shard_is_named_once_and_too_many_stop_the_run(
