@@ -186,7 +186,7 @@ def ucmerced_table() -> str:
                     over_seeds([r["linear"] if kind == "linear" else r["test"]["top1"] for r in at])
                 )
             rows.append(row)
-    header = ["encoder", "", *(f"{shots} a class" for shots in runs[0])]
+    header = ["encoder", "", *(f"{shots} per class" for shots in runs[0])]
     command = (
         "python -m benchmarks.accuracy.transfer ucmerced --data DATA --domains DOMAINS --out RUNS"
     )

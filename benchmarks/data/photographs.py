@@ -225,7 +225,7 @@ def photographs_table() -> str:
              f"{one['cache'] / one['decoding']:.1f}"]
             for name, one in results["cache"].items()
         ]  # fmt: skip
-        header = ["views/s", "kept in", "MB an image", "no cache", "cache, first epoch",
+        header = ["views/s", "kept in", "MB per image", "no cache", "cache, first epoch",
                   "cache, later epochs", "later: times no cache"]  # fmt: skip
         parts.append(markdown_table(header, rows))
     if "accuracy" in results:

@@ -39,7 +39,7 @@ SWEEPS: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
         {"backbone": "vit_tiny_patch16_224", "batch": 8},
     ),
     "batch": ("images per batch", [8, 16, 32, 64, 128], {"side": 64}),
-    "views": ("views an image", [2, 4, 6, 8, 10], {"pretext": "lejepa", "side": 64, "batch": 16}),
+    "views": ("views per image", [2, 4, 6, 8, 10], {"pretext": "lejepa", "side": 64, "batch": 16}),
     "backbone": (
         "GMACs an image at 96 pixels",
         ["resnet10t", "resnet18", "resnet50", "vit_tiny_patch16_224", "vit_small_patch16_224"],
@@ -232,7 +232,7 @@ GROWTH = {
     "side": "image side, `resnet18`",
     "side_vit": "image side, `vit_tiny_patch16_224`",
     "batch": "images per batch",
-    "views": "views an image (lejepa)",
+    "views": "views per image (lejepa)",
     "backbone": "GMACs of the backbone",
     "images": "images in the folder (listing them)",
     "processes": "processes on two cores, equal global batch",

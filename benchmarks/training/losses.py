@@ -251,7 +251,7 @@ def losses_table() -> str:
             of, floats, f"{last['copies']:.1f}", products, f"{last['giga_a_second']:.3g}",
             *(f"{one['mib']:,.0f} MiB, {one['milliseconds']:,.0f} ms" for one in each.values()),
         ])  # fmt: skip
-    header = ["loss of", "floats", "times", "multiplications", "10^9 a second",
+    header = ["loss of", "floats", "times", "multiplications", "10^9 per second",
               *(f"B = G = {batch}" for batch in each)]  # fmt: skip
     command = "OMP_NUM_THREADS=1 python -m benchmarks.training.losses"
     return markdown_table(header, rows) + "\n\n" + provenance(results, command)
@@ -295,7 +295,7 @@ def processes_table() -> str:
         seconds = [f"{each['seconds']:.2f}" for each in (predicted, measured)]
         rows.append([number, *parts, *mb, *seconds])
     header = ["processes", "gradient, MB", "embeddings, MB", "BatchNorm, MB", "together, predicted",
-              "measured", "seconds a step, predicted", "measured"]  # fmt: skip
+              "measured", "seconds per step, predicted", "measured"]  # fmt: skip
     command = "OMP_NUM_THREADS=1 python -m benchmarks.training.losses"
     return markdown_table(header, rows) + "\n\n" + provenance(results, command)
 

@@ -4,7 +4,7 @@
 
 `vissl-lite pretrain` with a ViT-B at 64 pixels, SimCLR, 16 images over all processes, which all run
 on this machine through gloo: what one process takes at its peak (its proportional set size, in
-which pages that are shared count once), and seconds a step. Memory is measured in a run of its own,
+which pages that are shared count once), and seconds per step. Memory is measured in a run of its own,
 in which the C library gives back at once what is freed: else it keeps most of what whole blocks
 have taken, which a GPU's allocator uses again.
 
@@ -32,7 +32,7 @@ FRUGAL = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"} 
 def measured(
     data: Path, processes: int, strategy: str, steps: int, environment: dict[str, str]
 ) -> dict[str, float]:
-    """Peak memory in bytes of the process that has least and most, and seconds a step."""
+    """Peak memory in bytes of the process that has least and most, and seconds per step."""
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         (folder / "images").mkdir()
@@ -73,7 +73,7 @@ def sharding_table() -> str:
         processes, strategy = name.split()
         gib = [f"{run[which] / 2**30:.2f}" for which in ("least", "most")]
         rows.append([processes, strategy, *gib, f"{run['seconds']:.2f}"])
-    header = ["processes", "strategy", "GiB of the least", "GiB of the most", "seconds a step"]
+    header = ["processes", "strategy", "GiB of the least", "GiB of the most", "seconds per step"]
     command = "OMP_NUM_THREADS=1 python -m benchmarks.training.sharding --data DATA/ucmerced/train"
     return markdown_table(header, rows) + "\n\n" + provenance(results, command)
 

@@ -59,8 +59,8 @@ def test_the_table_the_verdict_and_the_baseline(compared: Path, blind: Path, enc
     assert verdicts[str(blind)]["sentence"].startswith(f"{blind} hurt: linear accuracy -0.")
     assert verdicts[str(encoder)]["verdict"] == "no difference"  # it is as untrained
     for arm in found["arms"].values():
-        assert list(arm) == ["1 a class", "3 a class", "10 a class"]
-    assert found["labels"] == {"1 a class": 6, "3 a class": 15, "10 a class": 36}
+        assert list(arm) == ["1 per class", "3 per class", "10 per class"]
+    assert found["labels"] == {"1 per class": 6, "3 per class": 15, "10 per class": 36}
     assert list(found["protocols"]["linear"]["layers"][str(encoder)]) == [
         "act1", "layer1", "layer2", "layer3", "layer4",
     ]  # fmt: skip

@@ -31,8 +31,8 @@ def test_sample_data_pretrain_and_compare(
         }
     arms = compared["protocols"]["linear"]["arms"]
     assert results["scores"]["linear"] == {
-        "untrained": arms["random:test_resnet"]["2 a class"]["runs"],
-        "pre-trained": arms[str(out / "pretrain")]["2 a class"]["runs"],
+        "untrained": arms["random:test_resnet"]["2 per class"]["runs"],
+        "pre-trained": arms[str(out / "pretrain")]["2 per class"]["runs"],
     }
     assert compared["sentences"][-1] in " ".join(capsys.readouterr().err.split())
     assert (out / "compare" / "compare.png").is_file()

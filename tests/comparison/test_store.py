@@ -9,7 +9,7 @@ from vissl_lite.comparison.protocols import Score
 from vissl_lite.comparison.store import Cell, Store, digest_weights, digest_words
 from vissl_lite.encoders.encoder import build_encoder
 
-CELL = Cell("runs/a", "linear", "10 a class", 3)
+CELL = Cell("runs/a", "linear", "10 per class", 3)
 ABOUT = {"weights": "abc", "labels": "def"}
 
 
@@ -35,7 +35,7 @@ def test_a_score_of_other_weights_or_labels_does_not_count(tmp_path: Path) -> No
     store.keep(CELL, Score(0.5, {"miou": 0.5}), ABOUT)
     assert store.load(CELL, ABOUT) is not None
     assert store.load(CELL, {**ABOUT, "weights": "other"}) is None
-    assert store.load(Cell("runs/a", "linear", "10 a class", 4), ABOUT) is None
+    assert store.load(Cell("runs/a", "linear", "10 per class", 4), ABOUT) is None
 
 
 @pytest.mark.parametrize("damage", ["", "[]", '{"about": 1}'])

@@ -87,7 +87,7 @@ def export(options: ExportOptions) -> ExportResult:
 
     An ONNX file takes decoded RGB images, (B, 3, H, W) uint8, and normalizes them itself. Out come
     features of an encoder and probabilities of a classifier or segmenter; of a detector boxes (x1,
-    y1, x2, y2 in pixels), scores and labels, best first, 100 an image, padded with zeros.
+    y1, x2, y2 in pixels), scores and labels, best first, 100 per image, padded with zeros.
 
     Returns:
         What was written, and how far its outputs are from torch's.

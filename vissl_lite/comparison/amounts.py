@@ -11,10 +11,10 @@ FRACTIONS = (0.01, 0.05, 0.1, 1.0)
 
 @dataclass(frozen=True)
 class Amount:
-    """An amount of labels, as a share of all or as so many a class.
+    """An amount of labels, as a share of all or as a number per class.
 
     Attributes:
-        name: such as ``1%`` or ``10 a class``.
+        name: such as ``1%`` or ``10 per class``.
         fraction: share of the training and validation labels, or
         shots: training labels per class, and as many validation labels.
     """
@@ -47,7 +47,7 @@ def make_amounts(fractions: Sequence[float] | None, shots: Sequence[int] | None)
         raise UserError("give --fractions or --shots, not both")
     if shots:
         check_count("shots", min(shots))
-        return [Amount(f"{count} a class", shots=count) for count in sorted(set(shots))]
+        return [Amount(f"{count} per class", shots=count) for count in sorted(set(shots))]
     shares = sorted(set(fractions or FRACTIONS))
     for share in shares:
         if not 0 < share <= 1:
