@@ -4,7 +4,7 @@
 
 `vissl-lite pretrain` with a ViT-B at 64 pixels, SimCLR, 16 images over all processes, which all run
 on this machine through gloo: what one process takes at its peak (its proportional set size, in
-which pages that are shared count once), and seconds per step. Memory is measured in a run of its own,
+which shared pages count once), and seconds per step. Memory is measured in a run of its own,
 in which the C library gives back at once what is freed: else it keeps most of what whole blocks
 have taken, which a GPU's allocator uses again.
 

@@ -268,7 +268,7 @@ def test_a_slurm_job_whose_time_is_up_goes_into_the_queue_again(
     os.kill(process.pid, number)
     process.join(60)
     assert process.exitcode == 128 + number
-    assert f"told to stop by {number.name}" in (out / "log.txt").read_text()
+    assert f"stopped by {number.name}" in (out / "log.txt").read_text()
     assert read_checkpoint(last)["global_step"] >= early
     assert not (out / "results.json").exists()
     if number == signal.SIGUSR1:

@@ -45,7 +45,7 @@ def falling(start: float, end: float) -> list[float]:
         (falling(0.0, -0.9), None, None),
         ([0.2 + 8 * (1 - math.exp(-i / 20)) for i in range(STEPS)], None, None),  # a queue fills
         ([*falling(5, 2)[:300], 40.0, *falling(5, 2)[301:]], None, None),  # a single outlier
-        ([4.84] * STEPS, 4.84, "simclr does no better than guessing: its loss is 4.84 after 20 %"),
+        ([4.84] * STEPS, 4.84, "simclr does no better than chance: its loss is 4.84 after 20 %"),
         ([4.84] * STEPS, None, None),
         ([*falling(5, 2)[:200], *([30.0] * 200)], None, "rises instead of falling: it is"),
         ([i / 4 for i in range(STEPS)], None, "rises instead of falling"),

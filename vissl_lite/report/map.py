@@ -209,7 +209,7 @@ def _class_names(image_map: ImageMap) -> list[str]:
 def _draw(
     points: figure, source: ColumnDataSource, image_map: ImageMap
 ) -> list[tuple[str, GlyphRenderer]]:
-    """Draw the points, one layer per class where there are not too many; give the layers by name."""
+    """Draw the points, one layer per class if there are few; return the layers by name."""
     shades = class_colors(len(image_map.classes) or 1)
     colors = [f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in shades]
     look = {

@@ -1,4 +1,4 @@
-"""Checkpoints to resume from: whole or not there, and never unpickled beyond tensors."""
+"""Training checkpoints: written atomically, read without unpickling anything but tensors."""
 
 import logging
 import os
@@ -32,10 +32,10 @@ log = logging.getLogger(__name__)
 
 
 class Stopping(BaseException):
-    """Ends a training that was told to stop by a signal.
+    """A signal has asked the training to stop.
 
     Args:
-        number: of the signal.
+        number: Number of the signal.
     """
 
     def __init__(self, number: int) -> None:
@@ -44,12 +44,12 @@ class Stopping(BaseException):
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints that appear whole or not at all, and that are never unpickled beyond tensors."""
+    """Write checkpoints atomically and read them without unpickling anything but tensors."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        # a file's own errors say more than those of torch's writer
+        # Errors of a plain file are clearer than those of torch's writer.
         with atomic_write(Path(path)) as part, part.open("wb") as opened:
             torch.save(checkpoint, opened)
             opened.flush()
@@ -62,14 +62,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:
-    """Read a training checkpoint; nothing is unpickled but tensors and plain values.
+    """Read a training checkpoint; only tensors and plain values are unpickled.
 
     Raises:
-        UserError: the file is damaged, or holds other Python objects or something else.
+        UserError: The file is damaged, is not a training checkpoint, or holds other Python objects.
     """
     content = read_torch(file)
     if not isinstance(content, dict) or type(content.get("global_step")) is not int:
-        raise UserError(f"{file} is damaged: it is no checkpoint of a training")
+        raise UserError(f"{file} is damaged: it is not a training checkpoint")
     return content
 
 
@@ -84,26 +84,26 @@ def check_checkpoint(
     data: StreamData,
     sharded: bool,
 ) -> None:
-    """Refuse a checkpoint that this training can't continue from. Nothing is changed.
+    """Refuse a checkpoint that this training cannot continue from. Nothing is changed.
 
-    What a checkpoint holds has to be of the kind that a new training would write: the same names,
-    types and shapes, and finite numbers.
+    A checkpoint must hold what a new training would write: the same names, types and shapes, and
+    finite numbers.
 
     Args:
-        file: to be named.
-        content: from ``read_checkpoint``.
-        module: that is to go on, whole.
-        trainer: with the callbacks of the run.
-        data: the training stream.
-        sharded: whether the network lies in parts: the optimizer's state is left to torch then.
+        file: Name of the checkpoint in messages.
+        content: Content as returned by ``read_checkpoint``.
+        module: Module to continue with, not sharded.
+        trainer: Trainer with the callbacks of the run.
+        data: Training stream.
+        sharded: Whether the network is sharded; torch then checks the state of the optimizer.
 
     Raises:
-        UserError: it is damaged, or of another training.
+        UserError: The checkpoint is damaged or belongs to another training.
     """
     try:
         version = content["pytorch-lightning_version"]
         if not isinstance(version, str) or not _LIGHTNING_2.fullmatch(version):
-            raise ValueError("it is not of Lightning 2")
+            raise ValueError("it was not written by Lightning 2")
         _check_like(content["epoch"], 0, "epoch")
         _check_like(content["global_step"], 0, "global_step")
         _check_like(content["lr_schedulers"], [], "lr_schedulers")
@@ -117,16 +117,16 @@ def check_checkpoint(
         _check_count(content, data)
         optimizers = content["optimizer_states"]
         if not isinstance(optimizers, list) or len(optimizers) != 1:
-            raise ValueError("it has not one optimizer")
+            raise ValueError("it does not have exactly one optimizer")
         if not sharded:
             _check_optimizer(optimizers[0], module)
     except (LookupError, TypeError, ValueError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
-        raise UserError(f"{file} is damaged, or of another training: {reason}") from None
+        raise UserError(f"{file} is damaged or belongs to another training: {reason}") from None
 
 
 def _check_count(content: dict[str, Any], data: StreamData) -> None:
-    """Refuse steps and batches that contradict one another."""
+    """Refuse numbers of steps and batches that contradict each other."""
     pace, steps = data.pace, content["global_step"]
     batches = content["callbacks"][pace.state_key]["batches"]
     loop = content["loops"]["fit_loop"]
@@ -143,21 +143,21 @@ def _check_count(content: dict[str, Any], data: StreamData) -> None:
 def _check_optimizer(saved: Any, module: pl.LightningModule) -> None:
     optimizer: Any = module.configure_optimizers()
     fresh = optimizer.state_dict()
-    groups = [  # a rate of 1 is as good as one of 1.0
+    groups = [  # An int is accepted for a float.
         {name: float(one) if type(one) is int else one for name, one in group.items()}
         for group in fresh["param_groups"]
     ]
     _check_like(saved["param_groups"], groups, "optimizer")
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     if not isinstance(saved["state"], dict):
-        raise TypeError("the optimizer's state is no mapping")
-    plain = isinstance(optimizer, (torch.optim.SGD, torch.optim.Adam))  # AdamW is one, too
+        raise TypeError("the optimizer's state is not a mapping")
+    plain = isinstance(optimizer, (torch.optim.SGD, torch.optim.Adam))  # AdamW is a subclass.
     kinds = set()
     for number, state in saved["state"].items():
         if type(number) is not int or not 0 <= number < len(weights):
             raise ValueError(f"the optimizer has no weight {str(number)[:60]!r}")
         if not isinstance(state, dict):
-            raise TypeError("a state of the optimizer is no mapping")
+            raise TypeError("a state of the optimizer is not a mapping")
         kinds.add(frozenset(state))
         for name, value in state.items():
             place = f"optimizer {str(name)[:60]}"
@@ -167,12 +167,12 @@ def _check_optimizer(saved: Any, module: pl.LightningModule) -> None:
                 _check_like(value, value, place)
             step = value.item() if isinstance(value, Tensor) and not value.ndim else value
             if name == "step" and not _is_finite(step):
-                raise ValueError("the optimizer's step is no number")
+                raise ValueError("the optimizer's step is not a number")
     if plain and kinds - _STATES:
-        raise ValueError("the optimizer's state is of another optimizer")
+        raise ValueError("the state belongs to another optimizer")
 
 
-# What an optimizer keeps for each weight in its shape; and all that torch's own ones keep.
+# State tensors with the shape of their weight, and the states of torch's own optimizers.
 _LIKE_WEIGHTS = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer"})
 _STATES = {
     frozenset({"step", "exp_avg", "exp_avg_sq"}),
@@ -183,46 +183,47 @@ _STATES = {
 
 def _check_names(saved: Any, own: dict[str, Any], what: str) -> None:
     if not isinstance(saved, dict):
-        raise TypeError(f"{what} is no mapping")
+        raise TypeError(f"{what} is not a mapping")
     for name in sorted({*own, *map(str, saved)}):
         if name not in own or name not in saved:
-            raise ValueError(f"{name[:80]} is in {what} or in the network alone")
+            raise ValueError(f"{name[:80]} is in {what} or in the network, but not in both")
     _check_like(saved, own, what)
 
 
 def _check_like(saved: Any, fresh: Any, what: str) -> None:
-    """Raise a TypeError or ValueError if a value is not of the kind of another one.
+    """Raise a TypeError or ValueError if a saved value does not match a fresh one.
 
-    Mappings have all its keys and may have more; lists have its length, unless it is empty; numbers
-    are finite, whole ones where it is whole and not negative then; None may have become a number.
+    A mapping must have all keys of the fresh one, a list its length unless that is empty; numbers
+    must be finite, and non-negative integers where the fresh value is one; None may have become a
+    number.
     """
     if isinstance(fresh, Tensor):
         if not isinstance(saved, Tensor) or saved.shape != fresh.shape:
             raise ValueError(f"{what} has another shape")
         if saved.is_floating_point() != fresh.is_floating_point() or not saved.isfinite().all():
-            raise ValueError(f"{what} holds other than finite numbers")
+            raise ValueError(f"{what} does not hold finite numbers only")
     elif isinstance(fresh, dict):
         if not isinstance(saved, dict):
-            raise TypeError(f"{what} is no mapping")
+            raise TypeError(f"{what} is not a mapping")
         for key, value in fresh.items():
             _check_like(saved[key], value, f"{what}.{key}")
     elif isinstance(fresh, list | tuple):
         if not isinstance(saved, list | tuple) or (fresh and len(saved) != len(fresh)):
-            raise TypeError(f"{what} is no list of {len(fresh) or 'any number of'} values")
+            raise TypeError(f"{what} is not a list of {len(fresh) or 'any number of'} values")
         for one, like in zip(saved, fresh, strict=False):
             _check_like(one, like, what)
         if not fresh and not all(isinstance(one, str) or _is_finite(one) for one in saved):
-            raise TypeError(f"{what} holds other than numbers and words")
+            raise TypeError(f"{what} does not hold numbers and strings only")
     elif isinstance(fresh, bool | str):
         if type(saved) is not type(fresh):
-            raise TypeError(f"{what} is not of {type(fresh).__name__}")
+            raise TypeError(f"{what} is not of the type {type(fresh).__name__}")
     elif isinstance(fresh, int):
         if type(saved) is not int or not 0 <= saved < 2**53:
-            raise ValueError(f"{what} is no whole number")
+            raise ValueError(f"{what} is not a non-negative integer")
     elif fresh is None and saved is None:
         pass
     elif (fresh is None or isinstance(fresh, float)) and not _is_finite(saved):
-        raise ValueError(f"{what} is no finite number")
+        raise ValueError(f"{what} is not a finite number")
 
 
 def _is_finite(value: Any) -> bool:
@@ -230,25 +231,26 @@ def _is_finite(value: Any) -> bool:
 
 
 class Checkpoints(Callback):
-    """Keeps ``last.ckpt``, as often as one per cent of the time allows, and when told to stop.
+    """Write ``last.ckpt`` during at most 1 % of the time, and when a signal asks to stop.
 
-    SIGTERM, by which machines are taken back, and SIGINT (Ctrl-C) end the run after the step that
-    it is in, or at once while it waits for data, with a checkpoint. So does SIGUSR1 under SLURM
-    (``#SBATCH --signal=USR1@SECONDS``), and then the job is put into the queue again. It is enough
-    that one process gets the signal. A second Ctrl-C ends the run at once, without a checkpoint.
+    SIGTERM and SIGINT (Ctrl-C) end the run with a checkpoint: after the current step, or at once
+    while the run waits for data. SIGUSR1 does the same under SLURM
+    (``#SBATCH --signal=USR1@SECONDS``) and puts the job into the queue again. One process that
+    receives the signal is enough. A second Ctrl-C ends the run at once, without a checkpoint.
 
-    It is the last callback that sees a step, so that a checkpoint holds what the others did.
+    This is the last callback of a step but ``StepEnd``, so that a checkpoint holds the state of all
+    others.
 
     Args:
-        folder: made if missing.
-        data: the training stream.
-        metrics: written out before each checkpoint, so that a resumed run has all its rows.
-        log_every: optimizer steps between rows.
+        folder: Folder of ``last.ckpt``; created if it is missing.
+        data: Training stream.
+        metrics: Metrics to write before each checkpoint, so that a resumed run has all rows.
+        log_every: Optimizer steps between two rows of metrics.
     """
 
     TIME_SHARE = 0.01
 
-    # Steps after which processes on GPUs agree on what to do: each time waits for the GPU.
+    # Steps between two agreements of the processes on GPUs: each one waits for the GPU.
     AGREE_EVERY = 10
 
     def __init__(
@@ -260,13 +262,13 @@ class Checkpoints(Callback):
         self._seconds = 0.0
         self._signal = 0
         self._alone = True
-        self._whole = True  # whether no gradients have been gathered that no step has used yet
+        self._step_complete = True  # Whether no accumulated gradients are pending.
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._alone = trainer.world_size == 1
-        # In place of Lightning's handlers, which save from within a step, into the current folder,
-        # and wait for the other processes there, or end the run as if it were done. It sets them
-        # after on_fit_start, and puts back what was before them at the end.
+        # These replace Lightning's handlers, which save in the middle of a step, into the current
+        # folder, or end the run as if it were complete. Lightning sets its own after on_fit_start
+        # and restores the previous ones at the end.
         if threading.current_thread() is threading.main_thread():
             for number in (
                 signal.SIGINT,
@@ -280,7 +282,7 @@ class Checkpoints(Callback):
             raise KeyboardInterrupt
         self._signal = number
         if self._alone and self.data.waiting:
-            raise Stopping(number)  # nothing else is going on
+            raise Stopping(number)  # Only waiting for data.
 
     def on_train_batch_end(
         self,
@@ -290,23 +292,23 @@ class Checkpoints(Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        self._whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if not self._whole:
-            return  # gathered gradients are in no checkpoint
+        self._step_complete = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if not self._step_complete:
+            return  # A checkpoint does not hold accumulated gradients.
         now = time.monotonic()
         if self._saved_at is None:
-            self._saved_at = now - 1.0  # the first comes early, to learn how long one takes
+            self._saved_at = now - 1.0  # The first one comes early, to measure its duration.
         due = int(now - self._saved_at > max(1.0, self._seconds / self.TIME_SHARE))
         stop = self._signal
         if trainer.world_size > 1:
             on_gpu = module.device.type == "cuda"
             if on_gpu and (batch_idx + 1) // trainer.accumulate_grad_batches % self.AGREE_EVERY:
                 return
-            said = torch.tensor([due, stop], device=module.device)
-            due, stop = trainer.strategy.reduce(said, reduce_op="max").tolist()
+            asked = torch.tensor([due, stop], device=module.device)
+            due, stop = trainer.strategy.reduce(asked, reduce_op="max").tolist()
         if due and not stop:
             self.save(trainer)
-            stop = self._signal if self._alone else 0  # it may have come while that was written
+            stop = self._signal if self._alone else 0  # It may have arrived meanwhile.
         if stop:
             raise Stopping(stop)
 
@@ -320,10 +322,10 @@ class Checkpoints(Callback):
     ) -> None:
         if not isinstance(exception, Stopping):
             return
-        if self._whole and trainer.global_step:
+        if self._step_complete and trainer.global_step:
             self.save(trainer)
         log.warning(
-            "told to stop by %(signal)s after step %(step)d",
+            "stopped by %(signal)s after step %(step)d",
             {"signal": exception.signal.name, "step": trainer.global_step},
             extra={"code": "training.ended"},
         )
@@ -331,8 +333,8 @@ class Checkpoints(Callback):
             _requeue()
 
     @property
-    def told_to_stop(self) -> int:
-        """The number of the signal that has come; 0 if none has."""
+    def signal(self) -> int:
+        """Number of the signal that was received; 0 for none."""
         return self._signal
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -346,7 +348,7 @@ class Checkpoints(Callback):
         if self.metrics is not None:
             step = trainer.global_step - 1
             logs = (step + 1) % self.log_every == 0 or trainer.should_stop
-            if logs:  # Lightning does, after this
+            if logs:  # Lightning logs them only afterwards.
                 self.metrics.add(step, {k: float(v) for k, v in trainer.logged_metrics.items()})
             self.metrics.flush(final=True)
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""``fit``: a module, a stream and a pace through Lightning's Trainer."""
+"""``fit``: train a module on a stream with Lightning's Trainer."""
 
 import logging
 import math
@@ -36,25 +36,25 @@ from vissl_lite.training.sharding import PRECISIONS, check_same_sharding
 from vissl_lite.training.stream import BrokenImages, StreamData
 from vissl_lite.training.sync_batchnorm import SyncBatchNorm
 
-# Lightning's warnings that do not apply: the stream can be resumed, and few workers are meant.
+# Warnings of Lightning that do not apply: the stream can be resumed, and few workers suffice.
 _NOISE = (
     ".*does not have many workers.*",
     ".*ended before the epoch ended.*",
     ".*module.s. in eval mode at the start of training.*",
     ".*isinstance.treespec, LeafSpec.*",
     ".*`IterableDataset` has `__len__`.*",
-    ".*broadcast_buffers. is deprecated.*",  # what is to replace it is not there in older torches
+    ".*broadcast_buffers. is deprecated.*",  # Older torches lack its replacement.
 )
 
 
 @dataclass(frozen=True)
 class TrainingFiles:
-    """What a training writes.
+    """Files of a training.
 
     Attributes:
-        metrics: where what is logged goes.
-        checkpoints: folder to keep ``last.ckpt`` in.
-        resume: continue from ``last.ckpt`` if it is there.
+        metrics: File that metrics are logged to; None for none.
+        checkpoints: Folder of ``last.ckpt``; None for no checkpoints.
+        resume: Whether to continue from ``last.ckpt`` if it exists.
     """
 
     metrics: MetricsFile | None = None
@@ -67,7 +67,7 @@ NO_FILES = TrainingFiles()
 
 @contextmanager
 def settings_restored() -> Iterator[None]:
-    """Keep Lightning's chatter and cuDNN's search for convolutions to a training."""
+    """Restore the log level of Lightning and cuDNN's benchmark mode on exit."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     benchmark = torch.backends.cudnn.benchmark
@@ -96,62 +96,62 @@ def fit(
     """Train a module on a stream.
 
     Args:
-        module: with ``training_step`` and ``configure_optimizers``.
-        data: the stream.
-        pace: its length and learning rate.
-        hardware: where and how.
-        callbacks: further ones, run before the checkpoint is written.
-        files: where metrics and checkpoints go.
-        title: of the progress bar.
-        loggers: further ones beside ``files.metrics``.
-        chance_loss: the loss of guessing, where it is known; see ``LossGuard``.
+        module: Module with ``training_step`` and ``configure_optimizers``.
+        data: Training stream.
+        schedule: Length and learning rate of the run.
+        hardware: Devices, strategy and precision.
+        callbacks: Additional callbacks, which run before a checkpoint is written.
+        files: Where metrics and checkpoints are written.
+        title: Description of the progress bar.
+        loggers: Loggers in addition to ``files.metrics``.
+        chance_loss: Loss of a random guess, if it is known; see ``LossGuard``.
 
     Returns:
-        The trainer, done.
+        The trainer after the last step.
 
     Raises:
-        UserError: the batch does not fit into memory; it says which one would. Or the loss is no
-            longer a number, or the run to continue had another kind of strategy or other images.
-        KeyboardInterrupt, Terminated: a signal said so; the training is saved, if it has begun and
-            is kept at all.
+        UserError: The batch does not fit into memory (the message names a batch size that does),
+            the loss is not finite, or the run to resume used another strategy or other images.
+        KeyboardInterrupt: SIGINT was received. A checkpoint has been written if training had begun.
+        Terminated: SIGTERM was received; as above.
     """
     module.to(memory_format=torch.channels_last)
-    module.train()  # Lightning leaves the modes of modules as it finds them
+    module.train()  # Lightning keeps the mode that it finds.
     log_every = max(1, min(50, math.ceil(data.batches_per_epoch / pace.accumulate / 5)))
-    every = [
+    all_callbacks = [
         pace,
         BrokenImages(len(data.dataset)),
         LossGuard(pace, log_every, title, chance_loss),
         ProgressBar(title, data, pace),
         *callbacks,
     ]
-    meter = ThroughputMonitor(data, pace, log_every)
-    every.append(meter)
-    last, keeper, metrics = None, None, files.metrics
+    monitor = ThroughputMonitor(data, pace, log_every)
+    all_callbacks.append(monitor)
+    last, checkpoints, metrics = None, None, files.metrics
     if files.checkpoints is not None:
-        keeper = Checkpoints(files.checkpoints, data, metrics, log_every)
-        every.append(keeper)
+        checkpoints = Checkpoints(files.checkpoints, data, metrics, log_every)
+        all_callbacks.append(checkpoints)
         if files.resume and metrics is not None and not (files.checkpoints / CHECKPOINT).is_file():
-            metrics.forget_after(-1)  # killed before there was a checkpoint: all is done again
+            metrics.forget_after(-1)  # Killed before the first checkpoint: start over.
         if files.resume and (files.checkpoints / CHECKPOINT).is_file():
             last = files.checkpoints / CHECKPOINT
             saved = read_checkpoint(last)
             check_same_sharding(saved, hardware.sharded)
-    every.append(StepEnd(meter))
+    all_callbacks.append(StepEnd(monitor))
     precision = choose_precision(hardware.precision, module)
     if hardware.sharded and precision not in PRECISIONS:
-        precision = "32-true"  # on a GPU without bf16
+        precision = "32-true"  # A GPU without bf16.
     trainer = pl.Trainer(
         accelerator="auto",
         devices=hardware.devices_here(),
         num_nodes=hardware.num_nodes,
         strategy=hardware.lightning_strategy(),
         precision=precision,  # type: ignore[arg-type]
-        max_epochs=1,  # the stream: its length is the whole run
+        max_epochs=1,  # The stream is one epoch.
         logger=[*([] if metrics is None else [MetricsLogger(metrics)]), *loggers],
         log_every_n_steps=log_every,
         accumulate_grad_batches=pace.accumulate,
-        callbacks=every,
+        callbacks=all_callbacks,
         plugins=[AtomicCheckpointIO(), SyncBatchNorm()],
         use_distributed_sampler=False,
         enable_checkpointing=False,
@@ -172,32 +172,32 @@ def fit(
         try:
             trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
         except Stopping as stop:
-            raise _ended_by(stop.signal) from None
-        except SystemExit as error:  # which Lightning makes of a Ctrl-C
+            raise _exception_of(stop.signal) from None
+        except SystemExit as error:  # Lightning turns a Ctrl-C into it.
             if isinstance(error.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from None
             raise
         except (RuntimeError, MemoryError) as error:
             if trainer.world_size > 1 and _lost_another(error):
                 raise UserError(
-                    "another process of this run has ended, and so this one does: its own output "
-                    "says why; start all of them again, with --resume"
+                    "another process of this run has ended, so this one stops too: see the output "
+                    "of that process, then start all of them again with --resume"
                 ) from error
             if not says_out_of_memory(error) or "DataLoader worker" in str(error):
                 raise
-            too_large = True  # tried out below, once the exception has let go of its tensors
+            too_large = True  # Handled below, when the exception has released its tensors.
         if too_large:
             raise out_of_memory(module, trainer, data.dataset, data.batch_size, pace.accumulate)
-    if keeper is not None and keeper.told_to_stop:
-        raise _ended_by(keeper.told_to_stop)
+    if checkpoints is not None and checkpoints.signal:
+        raise _exception_of(checkpoints.signal)
     return trainer
 
 
-def _ended_by(number: int) -> BaseException:
-    """What a signal ends a process with."""
+def _exception_of(number: int) -> BaseException:
+    """The exception that stands for a signal."""
     return KeyboardInterrupt() if number == signal.SIGINT else Terminated(number)
 
 
 def _lost_another(error: Exception) -> bool:
-    """Whether torch.distributed could no longer reach another process."""
+    """Whether torch.distributed has lost the connection to another process."""
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)

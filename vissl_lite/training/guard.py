@@ -1,4 +1,4 @@
-"""Watching the loss: no longer a number, no better than guessing, diverging."""
+"""A callback that checks the loss: not finite, no better than chance, or diverging."""
 
 import logging
 import math
@@ -15,30 +15,31 @@ from vissl_lite.training.schedule import Schedule
 
 log = logging.getLogger(__name__)
 
-# Weight of a new value in the running loss, and how many values it takes to mean something.
-NEW, ENOUGH = 0.2, 10
+# Weight of a new value in the running mean of the loss, and the number of values after which the
+# mean is used.
+SMOOTHING, MIN_VALUES = 0.2, 10
 
-# Share of the run, beside the warm-up, in which the loss may do what it likes: queues fill.
-SETTLING = 0.2
+# First fraction of the run in which nothing is checked: a loss may rise while a queue fills.
+SETTLING_FRACTION = 0.2
 
-# As a multiple of the loss of guessing, from where a loss is as good as that.
-NEAR = 0.97
+# A loss above this multiple of the chance loss counts as no better than chance.
+CHANCE_FACTOR = 0.97
 
-# Share of the run for which a loss has to be too high to be called diverged.
-LONG = 0.05
+# Fraction of the run for which the loss must be too high before it counts as diverged.
+DIVERGENCE_FRACTION = 0.05
 
 
 class LossGuard(Callback):
-    """Says what is wrong with a loss, and ends a run whose loss is no longer a number.
+    """Stop a run whose loss is not finite, and warn about a loss that does not fall.
 
-    It looks at the loss as often as metrics are logged, as each look waits for a GPU, and before a
-    checkpoint is written: so the last checkpoint is always a good one.
+    The loss is checked whenever metrics are logged (reading it waits for the GPU) and before each
+    checkpoint, so that the last checkpoint never holds weights that are not finite.
 
     Args:
-        pace: the run's.
-        log_every: optimizer steps between looks.
-        title: of the training, for warnings.
-        chance_loss: the loss of guessing, where it is known.
+        schedule: Schedule of the run.
+        log_every: Optimizer steps between two checks.
+        title: Name of the training in warnings.
+        chance_loss: Loss of a random guess; None if it is not known.
     """
 
     def __init__(
@@ -46,11 +47,11 @@ class LossGuard(Callback):
     ) -> None:
         self.pace, self.log_every, self.title = pace, log_every, title
         self.chance_loss = chance_loss
-        self._loss: Tensor | None = None  # of the last batch
+        self._loss: Tensor | None = None  # Of the last batch.
         self._running = 0.0
         self._seen = 0
-        self._highest = 0.0  # running loss while it settled
-        self._high_since: float | None = None  # share of the run
+        self._highest = 0.0  # Largest running mean while it settled.
+        self._high_since: float | None = None  # Fraction of the run.
         self._warned: list[str] = []
 
     def on_train_batch_end(
@@ -63,8 +64,8 @@ class LossGuard(Callback):
     ) -> None:
         self._loss = outputs["loss"]
         if self.pace.batches % (self.log_every * self.pace.accumulate) == 0:
-            # Lightning divides it, for the gradients to add up
-            self._take(self._finite_loss(trainer) * self.pace.accumulate)
+            # Lightning divides the loss by the number of accumulated batches.
+            self._add(self._finite_loss(trainer) * self.pace.accumulate)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -72,7 +73,7 @@ class LossGuard(Callback):
         self._finite_loss(trainer)
         fine = [p.isfinite().all() for p in module.parameters() if p.is_floating_point()]
         if fine and not torch.stack(fine).all():
-            raise self._not_a_number("weights are no longer finite numbers")
+            raise self._not_finite("weights are no longer finite numbers")
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._finite_loss(trainer)
@@ -80,42 +81,43 @@ class LossGuard(Callback):
     def _finite_loss(self, trainer: pl.Trainer) -> float:
         if self._loss is None:
             return 0.0
-        # All processes have to stop together, or those left would wait for the others.
+        # All processes have to stop together, or the others would wait forever.
         several = trainer.world_size > 1
         loss = float(trainer.strategy.reduce(self._loss.clone()) if several else self._loss)
         if not math.isfinite(loss):
-            raise self._not_a_number(f"loss is {loss}, no finite number")
+            raise self._not_finite(f"loss is {loss}, which is not finite")
         return loss
 
-    def _not_a_number(self, what: str) -> UserError:
+    def _not_finite(self, what: str) -> UserError:
         return UserError(
             f"{self.title} has diverged: after step {self.pace.steps} the {what}; start again with "
             f"a lower --lr (it was {self.pace.lr:.2g}), a longer --warmup, or --precision 32-true"
         )
 
-    def _take(self, loss: float) -> None:
+    def _add(self, loss: float) -> None:
         self._seen += 1
-        # the first values count equally, then ever older ones less
-        self._running += (loss - self._running) * max(NEW, 1 / self._seen)
+        # A plain mean at first, then an exponential moving average.
+        self._running += (loss - self._running) * max(SMOOTHING, 1 / self._seen)
         if self._seen == 1:
             self._highest = loss
-        if self.pace.fraction <= max(SETTLING, self.pace.warmup):
+        if self.pace.fraction <= max(SETTLING_FRACTION, self.pace.warmup):
             self._highest = max(self._highest, self._running)
-        elif self._seen >= ENOUGH:
-            self._compare_with_guessing()
-            self._look_for_divergence()
+        elif self._seen >= MIN_VALUES:
+            self._compare_with_chance()
+            self._check_divergence()
 
-    def _compare_with_guessing(self) -> None:
+    def _compare_with_chance(self) -> None:
         chance = self.chance_loss
         if chance is None or "chance" in self._warned:
             return
-        if self._running > NEAR * chance:
+        if self._running > CHANCE_FACTOR * chance:
             self._warned.append("chance")
             log.warning(
-                "%(title)s does no better than guessing: its loss is %(loss).2f after "
-                "%(percent).0f %% of the run, where guessing gives %(chance).2f. Try a lower --lr, "
-                "a longer --warmup or a larger --batch_size, and look whether the images are all "
-                "but the same.",
+                "%(title)s does no better than chance: its loss is %(loss).2f after "
+                "%(percent).0f %% of the run, where a random guess gives %(chance).2f. Try a lower "
+                "--lr, "
+                "a longer --warmup or a larger --batch_size, and check that the images are not "
+                "nearly identical.",
                 {
                     "title": self.title,
                     "loss": self._running,
@@ -125,13 +127,13 @@ class LossGuard(Callback):
                 extra={"code": "loss.chance"},
             )
 
-    def _look_for_divergence(self) -> None:
+    def _check_divergence(self) -> None:
         if self._running <= self._highest + max(abs(self._highest) / 2, 0.5):
             self._high_since = None
             return
         if self._high_since is None:
             self._high_since = self.pace.fraction
-        long = self.pace.fraction - self._high_since >= LONG
+        long = self.pace.fraction - self._high_since >= DIVERGENCE_FRACTION
         if long and "diverged" not in self._warned:
             self._warned.append("diverged")
             log.warning(

@@ -1,4 +1,4 @@
-"""Where and how to compute: devices, machines, strategy, precision, data workers."""
+"""Devices, machines, strategy, precision and data workers of a training."""
 
 import logging
 import os
@@ -16,9 +16,9 @@ from vissl_lite.errors import UserError, check_count, did_you_mean
 from vissl_lite.training.compiling import check_compiler
 from vissl_lite.training.sharding import STRATEGY, check_sharding, sharded_strategy
 
-LARGEST_CLUSTER = 100_000  # machines
+LARGEST_CLUSTER = 100_000  # Machines.
 
-# Lightning's names.
+# Precisions, as Lightning names them.
 PRECISIONS = (
     "auto",
     "32-true",
@@ -40,16 +40,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Hardware:
-    """Where and how to compute; Lightning's names and meanings.
+    """Hardware settings of a training, with Lightning's names and meanings.
 
     Attributes:
         precision: ``auto``, or a precision of Lightning such as ``32-true`` or ``bf16-mixed``.
-        devices: number of devices on each machine, or ``auto``.
-        num_nodes: number of machines.
-        strategy: ``auto``, ``ddp``, ``fsdp`` (see ``sharding``), or another of Lightning's that
-            keeps the whole network in each process.
-        num_workers: data workers a device; None decides by the cores there are.
-        compile: whether encoders are trained through ``torch.compile``; see ``compiling``.
+        devices: Number of devices on each machine, or ``auto``.
+        num_nodes: Number of machines.
+        strategy: ``auto``, ``ddp``, ``fsdp`` (see ``sharding``), or another strategy of Lightning
+            that keeps the whole network in each process.
+        num_workers: Data workers per device; None chooses by the number of cores.
+        compile: Whether to train encoders through ``torch.compile``; see ``compiling``.
     """
 
     precision: str = "auto"
@@ -60,13 +60,13 @@ class Hardware:
     compile: bool = False
 
     def check(self) -> None:
-        """Raise a UserError, the same in all processes, if the run can't be made up like this."""
+        """Raise a UserError, the same in all processes, if the settings cannot be used here."""
         if self.strategy.startswith("deepspeed") or (
             self.strategy.startswith("fsdp") and not self.sharded
         ):
             raise UserError(
-                f"--strategy {self.strategy} is not known here: give --strategy fsdp for networks "
-                f"that are too large for a device, else ddp"
+                f"--strategy {self.strategy} is not supported: give --strategy fsdp for networks "
+                f"that do not fit on one device, otherwise ddp"
             )
         _check_precision(self.precision)
         names = StrategyRegistry.available_strategies()
@@ -96,17 +96,17 @@ class Hardware:
         ):
             raise UserError(
                 f"{by} started {devices} process(es) on each of {machines} machine(s), which "
-                f"--devices {self.devices} --num_nodes {self.num_nodes} are not: give --devices "
-                f"{devices} --num_nodes {machines}"
+                f"does not match --devices {self.devices} --num_nodes {self.num_nodes}: give "
+                f"--devices {devices} --num_nodes {machines}"
             )
 
     @property
     def sharded(self) -> bool:
-        """Whether each process keeps but a part of the network."""
+        """Whether each process holds only a part of the network."""
         return self.strategy == STRATEGY
 
     def devices_here(self) -> int | str:
-        """Devices on this machine, as Lightning wants them: what started the processes knows."""
+        """Devices on this machine, in the form that Lightning takes."""
         if self.devices != "auto":
             return self.devices
         started = _started()
@@ -115,11 +115,11 @@ class Hardware:
         return "auto" if torch.cuda.is_available() else 1
 
     def one_process(self) -> bool:
-        """Whether one process trains, here, beside which there are none but its data workers."""
+        """Whether a single process trains."""
         return self.processes() == 1
 
     def processes(self) -> int:
-        """How many processes train, on all machines."""
+        """Number of training processes on all machines."""
         devices = str(self.devices_here())
         if devices in ("auto", "-1"):
             here = torch.cuda.device_count()
@@ -129,21 +129,21 @@ class Hardware:
         return self.num_nodes * here
 
     def lightning_strategy(self) -> Strategy | str:
-        """Lightning's strategy for the processes there are."""
+        """The strategy of Lightning for these processes."""
         if self.sharded:
             return sharded_strategy(self.processes())
         if self.strategy == "auto" and self.one_process():
             return "auto"
         name = "ddp" if self.strategy == "auto" else self.strategy
-        # Running statistics, queues and centers are made of all processes' batches and the same in
-        # each: no need to send them at every step. A queue may be a third of the network.
+        # Running statistics, queues and centers are computed from the batches of all processes and
+        # equal in each, so they need not be sent at every step. A queue may be large.
         return DDPStrategy(**StrategyRegistry[name]["init_params"], broadcast_buffers=False)
 
     def workers(self) -> int:
         """Data workers for each device.
 
-        A worker feeds several hundred images per second; beside a training step on the CPU itself,
-        one is enough, and more take cores away from it.
+        One worker is enough for training on the CPU: it loads several hundred images per second,
+        and more workers would take cores away from the training step.
         """
         if self.num_workers is not None:
             return self.num_workers
@@ -165,12 +165,12 @@ def _check_precision(precision: str) -> None:
 
 
 def _check_devices(devices: int | str) -> None:
-    """Raise a UserError for what is neither a number of devices here nor a list of them."""
+    """Raise a UserError if this is neither a number of devices of this machine nor a list."""
     if devices == "auto":
         return
     gpus = torch.cuda.device_count()
     there, kind = (gpus, "GPU(s)") if gpus else (max(32, _cores()), "processes on the CPU")
-    if gpus and str(devices) == "-1":  # all
+    if gpus and str(devices) == "-1":  # All of them.
         return
     numbers = str(devices).split(",") if gpus else [str(devices)]
     good = all(re.fullmatch("[0-9]{1,9}", number.strip()) for number in numbers)
@@ -180,7 +180,7 @@ def _check_devices(devices: int | str) -> None:
 
 
 def _started() -> tuple[str, int, int] | None:
-    """Who has started this process and the others: its name, processes a machine, machines."""
+    """The launcher of this process: its name, processes per machine, machines; None for none."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         here = int(os.environ["LOCAL_WORLD_SIZE"])
         return "torchrun", here, int(os.environ["WORLD_SIZE"]) // here
@@ -193,7 +193,7 @@ def _started() -> tuple[str, int, int] | None:
 
 
 def under_slurm() -> bool:
-    """Whether SLURM runs this process as a task, not in a shell that it has given somebody."""
+    """Whether SLURM runs this process as a task and not in an interactive shell."""
     interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
     return "SLURM_NTASKS" in os.environ and not interactive
 
@@ -205,16 +205,16 @@ def _cores() -> int:
 
 
 def choose_precision(precision: str, model: nn.Module) -> str:
-    """The precision for ``auto``: bf16 where it is faster.
+    """Choose the precision for ``auto``: bf16 if it is faster.
 
-    On CPUs with bf16 instructions that is so for plain convolutions and transformers (ResNet-18 at
-    224 pixels: 2.0 times as fast as float32), not for depthwise convolutions (MobileNet,
-    EfficientNet, ConvNeXt: no gain).
+    On CPUs with bf16 instructions it is faster for ordinary convolutions and transformers
+    (ResNet-18 at 224 pixels: 2.0 times as fast as float32), but not for depthwise convolutions
+    (MobileNet, EfficientNet, ConvNeXt).
     """
     if precision != "auto":
         return precision
     if torch.cuda.is_available():
-        # some older GPUs emulate bf16, slowly
+        # Some older GPUs emulate bf16, which is slow.
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bf16-mixed" if native else "16-mixed"
     depthwise = any(
@@ -225,13 +225,12 @@ def choose_precision(precision: str, model: nn.Module) -> str:
 
 @contextmanager
 def tf32() -> Iterator[None]:
-    """Within it, a GPU multiplies float32 matrices as TF32: 10 bits of a fraction instead of 23.
+    """Multiply float32 matrices as TF32 (10 bits of mantissa instead of 23) on GPUs.
 
-    The one place that decides so. In training that is no loss: what the losses multiply in float32
-    comes out of a network in bf16, which keeps 7 bits, and their sums stay in float32. With
-    ``--precision 32-true`` it makes a step several times as fast; cuDNN's convolutions do the same
-    by torch's own default. Outside, where features are compared and probes are fitted, float32 is
-    exact.
+    In training this loses nothing: the losses multiply features that come from a network in bf16 (7
+    bits), and sums stay in float32. With ``--precision 32-true`` it makes a step several times as
+    fast; torch does the same for cuDNN's convolutions by default. Outside of training, where
+    features are compared and probes are fitted, float32 stays exact.
     """
     before = torch.get_float32_matmul_precision()
     if torch.cuda.is_available():
@@ -247,5 +246,5 @@ def cpu_has_bf16() -> bool:
     """Whether this CPU multiplies bf16 matrices in hardware (AVX512-BF16, AMX)."""
     try:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    except (AttributeError, RuntimeError):  # a torch without oneDNN
+    except (AttributeError, RuntimeError):  # Torch was built without oneDNN.
         return False

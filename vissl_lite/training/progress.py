@@ -1,4 +1,4 @@
-"""What a run tells while it goes: speed, metrics, a progress bar."""
+"""Throughput, metrics and progress of a training."""
 
 import logging
 import time
@@ -23,10 +23,15 @@ log = logging.getLogger(__name__)
 
 
 class ThroughputMonitor(Callback):
-    """Logs the speed, the share of the time spent waiting for data, the epoch and the rate.
+    """Log images per second, the fraction of time spent waiting for data, epoch and learning rate.
 
-    What runs between two steps beside the loading of data is no waiting for it: ``StepEnd`` comes
-    after that.
+    Other callbacks run between two steps too, which is not counted as waiting: ``StepEnd``, the
+    last callback, marks the end of a step.
+
+    Args:
+        data: Training stream.
+        schedule: Schedule of the run.
+        log_every: Optimizer steps between two logged values.
     """
 
     def __init__(self, data: StreamData, pace: Schedule, log_every: int) -> None:
@@ -55,8 +60,8 @@ class ThroughputMonitor(Callback):
     ) -> None:
         self._steps += 1
         if self.pace.batches % (self.log_every * self.pace.accumulate) == 0:
-            # Through Lightning, which else logs an epoch of its own, and a stream is but one of
-            # those. It makes a tensor of it, which waits for a GPU: not at every step.
+            # Logged through the module: Lightning would log its own epoch otherwise, and a stream
+            # is a single one. This waits for the GPU, so it is not done at every step.
             module.log("epoch", self.pace.batches / self.data.batches_per_epoch)
             seconds = max(time.monotonic() - self._since, 1e-9)
             values = {
@@ -69,19 +74,19 @@ class ThroughputMonitor(Callback):
             self._restart()
 
     def step_ended(self) -> None:
-        """Waiting for the next batch begins now."""
+        """Start counting the time until the next batch as waiting."""
         self._step_ended = time.monotonic()
 
 
 class StepEnd(Callback):
-    """The last callback: tells a meter when all others are done with a step.
+    """Mark the end of a step, as the last of all callbacks.
 
     Args:
-        meter: what measures the waiting.
+        monitor: Monitor that measures the time spent waiting for data.
     """
 
-    def __init__(self, meter: ThroughputMonitor) -> None:
-        self.meter = meter
+    def __init__(self, monitor: ThroughputMonitor) -> None:
+        self.monitor = monitor
 
     def on_train_batch_end(
         self,
@@ -91,11 +96,15 @@ class StepEnd(Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        self.meter.step_ended()
+        self.monitor.step_ended()
 
 
 class MetricsLogger(Logger):
-    """Lightning's way to ``metrics.csv``."""
+    """Lightning logger that writes ``metrics.csv``.
+
+    Args:
+        metrics: File to write.
+    """
 
     def __init__(self, metrics: MetricsFile) -> None:
         super().__init__()
@@ -116,20 +125,28 @@ class MetricsLogger(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """``config.yaml`` holds them."""
+        """Do nothing: ``config.yaml`` holds the hyperparameters."""
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        with suppress(OSError) if status == "failed" else nullcontext():  # it has failed already
+        with (
+            suppress(OSError) if status == "failed" else nullcontext()
+        ):  # The run has failed already.
             self.metrics.flush(final=True)
 
 
 class ProgressBar(Callback):
-    """A progress bar; a line now and then where the output is no terminal."""
+    """A progress bar on a terminal, a line of the log every 20 seconds elsewhere.
+
+    Args:
+        title: Description of the bar.
+        data: Training stream.
+        schedule: Schedule of the run.
+    """
 
     def __init__(self, title: str, data: StreamData, pace: Schedule) -> None:
         self.title, self.data, self.pace = title, data, pace
-        self._said = 0.0
+        self._shown_at = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._bar = progress_bar()
@@ -151,12 +168,12 @@ class ProgressBar(Callback):
         if self._first_fraction is None:
             self._first_fraction = self.pace.fraction
             self._bar.update(self._task, completed=self.pace.fraction)
-        if now - self._said < (0.5 if console.is_terminal else 20) or not is_main_process():
+        if now - self._shown_at < (0.5 if console.is_terminal else 20) or not is_main_process():
             return
-        self._said = now
+        self._shown_at = now
         speed = (self.pace.batches - self._first) * self.data.batch_size / (now - self._began)
         epoch = self.pace.batches / self.data.batches_per_epoch
-        # Lightning divides it, for the gradients of accumulated batches to add up
+        # Lightning divides the loss by the number of accumulated batches.
         loss = float(outputs["loss"]) * self.pace.accumulate
         info = f"epoch {epoch:.1f}  loss {loss:.3f}  {speed:.0f} images/s"
         self._bar.update(self._task, completed=self.pace.fraction, info=info)
@@ -167,7 +184,7 @@ class ProgressBar(Callback):
             log.info("%s %3.0f %%  %s", self.title, 100 * self.pace.fraction, info)
 
     def _seconds_left(self, now: float) -> float | None:
-        """What is left of a time budget, or at the pace since training went on; None at first."""
+        """Seconds left of the time budget or at the speed so far; None if not known yet."""
         if self.pace.seconds is not None:
             return max(0.0, self.pace.seconds - self.pace.elapsed())
         assert self._first_fraction is not None
@@ -181,12 +198,12 @@ class ProgressBar(Callback):
     def on_exception(
         self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException
     ) -> None:
-        with suppress(AttributeError):  # before training started
+        with suppress(AttributeError):  # Training has not started.
             self._bar.stop()
 
 
 def progress_bar() -> Progress:
-    """The one look of all progress bars; tasks need a field ``info``."""
+    """A progress bar in the style that all commands share; its tasks need a field ``info``."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,4 +1,4 @@
-"""The pace of a run: where it stands, its learning rate, its end."""
+"""The schedule of a run: progress, learning rate, seeds and end."""
 
 import time
 from typing import Any
@@ -13,21 +13,27 @@ from vissl_lite.optim import cosine_with_warmup, set_lr
 
 
 class Schedule(Callback):
-    """Where a run stands: sets the learning rate, seeds each step, ends a time budget on time.
+    """Track the progress of a run, set the learning rate, seed each step, keep the time budget.
 
-    A pretext's schedules read the share of the run that is done from its ``progress``.
-
-    Everything random in a step follows from (seed, step, rank), so that a resumed run draws what
-    an uninterrupted one would have drawn, with no generator's state to save.
+    The learning rate rises linearly, then falls along a cosine. The module's ``progress``, from 0
+    to 1, is set before each step. All randomness of a step follows from (seed, step, rank), so that
+    a resumed run draws the same numbers as one that was not interrupted.
 
     Args:
-        lr: peak learning rate.
-        warmup: share of the training in which the rate rises.
-        seed: the run's seed.
-        batches: length of the run, or
-        seconds: its time budget.
-        started: ``time.monotonic()`` at the start of the command, which the budget counts from.
-        accumulate: batches an optimizer step.
+        lr: Peak learning rate.
+        warmup: Fraction of the training in which the learning rate rises.
+        seed: Seed of the run.
+        batches: Length of the run in batches; None with a time budget.
+        seconds: Time budget in seconds; None with a number of batches.
+        started: ``time.monotonic()`` at the start of the command, from which the time budget
+            counts; default now.
+        accumulate: Batches per optimizer step.
+
+    Attributes:
+        batches: Batches done so far.
+        ended: Whether the training has reached its end.
+        fraction: Fraction of the run that is done.
+        reserve: Seconds of the time budget kept for what follows the last step.
     """
 
     def __init__(
@@ -45,23 +51,23 @@ class Schedule(Callback):
         self.total, self.seconds = batches, seconds
         self.started = time.monotonic() if started is None else started
         self.batches = 0
-        self.ended = False  # whether training has come to its end
+        self.ended = False
         self.fraction = 0.0
-        self.reserve = 0.0  # seconds kept for what comes after the last step
-        self._earlier = 0.0  # seconds spent before a resume
+        self.reserve = 0.0
+        self._earlier = 0.0  # Seconds of training before the run was resumed.
         self._step_seconds = 0.0
 
     @property
     def steps(self) -> int:
-        """Optimizer steps so far."""
+        """Number of optimizer steps so far."""
         return -(-self.batches // self.accumulate)
 
     def elapsed(self) -> float:
-        """Seconds of training so far, over all resumes."""
+        """Seconds of training so far, including those before the run was resumed."""
         return self._earlier + time.monotonic() - self.started
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if self.ended:  # before the run was killed, which was resumed for what comes after it
+        if self.ended:  # The run was killed after its last step.
             trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""The training stream of a run, as Lightning wants it, and the images in it that are broken."""
+"""The training stream as a LightningDataModule, and the callback that counts broken images."""
 
 import logging
 from typing import Any
@@ -19,22 +19,23 @@ log = logging.getLogger(__name__)
 
 
 class StreamData(pl.LightningDataModule):
-    """The training stream of a run, beginning where the run stands.
+    """The training stream of a run, from the batch at which the run continues.
 
     Args:
-        dataset: the images.
-        batch_size: over all devices.
-        epochs: how many; None for a stream without end.
-        pace: knows how many batches are done.
-        workers: data workers a device.
-        weights: sampling weights; see ``StreamSampler``.
+        dataset: Images.
+        batch_size: Images per batch over all devices.
+        epochs: Number of epochs; None for an endless stream.
+        schedule: Schedule of the run, which counts the batches done.
+        workers: Data workers per device.
+        weights: Sampling weights; see ``StreamSampler``.
 
     Attributes:
-        indices: those of the batch at hand, on the CPU: to read them from the batch itself would
-            wait for a GPU to end its work.
+        indices: ``(B,)`` indices of the current batch on the CPU: reading those of the batch itself
+            would wait for the GPU.
+        batches_per_epoch: Batches per epoch.
 
     Raises:
-        UserError: no image can be read.
+        UserError: No image can be read.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class StreamData(pl.LightningDataModule):
         assert self.trainer is not None
         world = self.trainer.world_size
         if self.batch_size % world:
-            raise UserError(f"--batch_size {self.batch_size} can't be shared by {world} devices")
+            raise UserError(f"--batch_size {self.batch_size} can't be divided by {world} devices")
         self._loader = self.dataset.loader(
             self.batch_size,
             self.epochs,
@@ -77,7 +78,7 @@ class StreamData(pl.LightningDataModule):
 
     @property
     def waiting(self) -> bool:
-        """Whether the next batch is being waited for just now."""
+        """Whether the training waits for the next batch at this moment."""
         return self._loader is not None and self._loader.waiting
 
     def state_dict(self) -> dict[str, Any]:
@@ -93,13 +94,13 @@ class StreamData(pl.LightningDataModule):
 
 
 class BrokenImages(Callback):
-    """Counts and names images that could not be read; too many of them stop the run.
+    """Count and log images that cannot be read; too many of them stop the run.
 
     Args:
-        images: how many the data set has.
+        images: Number of images in the data set.
 
     Attributes:
-        paths: what can't be read, and how many images each is: a shard may be many.
+        paths: Number of unreadable images by file; a shard may hold many.
     """
 
     def __init__(self, images: int) -> None:
