@@ -13,7 +13,7 @@ from vissl_lite.errors import check_positive, check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import PretextInfo, PretextTask
 from vissl_lite.pretext.modules.crops import BYOL_BLUR, BYOL_SOLARIZE, two_views
-from vissl_lite.pretext.modules.heads import mlp
+from vissl_lite.pretext.modules.heads import ProjectionHead
 from vissl_lite.pretext.modules.losses import barlow_twins
 
 
@@ -52,7 +52,7 @@ class BarlowTwins(PretextTask):
         check_positive("pretext.lambd", lambd)
         check_sizes(projection_size=projection_size)
         size = projection_size
-        self.projector = mlp(encoder.num_features, size, size, size)
+        self.projector = ProjectionHead(encoder.num_features, size, size, size)
         self.lambd = lambd
         self.min_crop_scale, self.color = min_crop_scale, color
 

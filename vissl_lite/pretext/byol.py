@@ -14,7 +14,7 @@ from vissl_lite.optim import OptimizerSettings, cosine_schedule
 from vissl_lite.pretext.base import PretextInfo, PretextTask
 from vissl_lite.pretext.modules.crops import BYOL_BLUR, BYOL_SOLARIZE, two_views
 from vissl_lite.pretext.modules.ema import ema_update, make_teacher
-from vissl_lite.pretext.modules.heads import mlp
+from vissl_lite.pretext.modules.heads import ProjectionHead
 from vissl_lite.pretext.modules.losses import negative_cosine
 
 
@@ -54,8 +54,8 @@ class BYOL(PretextTask):
         super().__init__(encoder)
         check_share("pretext.momentum", momentum)
         check_sizes(hidden_size=hidden_size, projection_size=projection_size)
-        self.projector = mlp(encoder.num_features, hidden_size, projection_size)
-        self.predictor = mlp(projection_size, hidden_size, projection_size)
+        self.projector = ProjectionHead(encoder.num_features, hidden_size, projection_size)
+        self.predictor = ProjectionHead(projection_size, hidden_size, projection_size)
         self.teacher_encoder = make_teacher(encoder)
         self.teacher_projector = make_teacher(self.projector)
         self.momentum = momentum

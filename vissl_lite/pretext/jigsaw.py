@@ -18,7 +18,7 @@ from vissl_lite.optim import OptimizerSettings
 from vissl_lite.plots import Picture
 from vissl_lite.pretext.base import PretextInfo, PretextTask, Visualization
 from vissl_lite.pretext.modules.chance_monitor import Signal
-from vissl_lite.pretext.modules.heads import mlp
+from vissl_lite.pretext.modules.heads import ProjectionHead
 from vissl_lite.pretext.modules.patches import PLACES, ROWS, Grid, patch_side
 from vissl_lite.pretext.modules.visualization import to_pixels
 
@@ -212,7 +212,7 @@ class Jigsaw(PretextTask):
             )
         self.grid = Grid(tile, step=cell, slack=cell - tile)
         self.reduce = nn.Linear(encoder.num_features, tile_features)
-        self.head = mlp(PLACES * tile_features, hidden_size, permutations)
+        self.head = ProjectionHead(PLACES * tile_features, hidden_size, permutations)
         last = self.head[-1]
         assert isinstance(last, nn.Linear)
         nn.init.normal_(last.weight, std=FIRST_WEIGHTS)

@@ -16,7 +16,7 @@ from vissl_lite.optim import OptimizerSettings, cosine_schedule
 from vissl_lite.pretext.base import PretextInfo, PretextTask
 from vissl_lite.pretext.modules.crops import BYOL_BLUR, BYOL_SOLARIZE, two_views
 from vissl_lite.pretext.modules.ema import ema_update, make_teacher
-from vissl_lite.pretext.modules.heads import mlp
+from vissl_lite.pretext.modules.heads import ProjectionHead
 from vissl_lite.pretext.modules.losses import contrast
 
 
@@ -61,8 +61,12 @@ class MoCoV3(PretextTask):
         check_positive("pretext.temperature", temperature)
         check_sizes(hidden_size=hidden_size, projection_size=projection_size)
         features = encoder.num_features
-        self.projector = mlp(features, hidden_size, hidden_size, projection_size, last_norm=True)
-        self.predictor = mlp(projection_size, hidden_size, projection_size, last_norm=True)
+        self.projector = ProjectionHead(
+            features, hidden_size, hidden_size, projection_size, last_norm=True
+        )
+        self.predictor = ProjectionHead(
+            projection_size, hidden_size, projection_size, last_norm=True
+        )
         self.teacher_encoder = make_teacher(encoder)
         self.teacher_projector = make_teacher(self.projector)
         if encoder.patch_size is not None:

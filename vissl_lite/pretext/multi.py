@@ -15,7 +15,7 @@ from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import PretextInfo, PretextTask, Visualization
 from vissl_lite.pretext.modules.chance_monitor import Signal
 from vissl_lite.pretext.modules.crops import two_views
-from vissl_lite.pretext.modules.heads import mlp
+from vissl_lite.pretext.modules.heads import ProjectionHead
 from vissl_lite.pretext.modules.losses import nt_xent
 from vissl_lite.pretext.rotation import all_rotations, show_rotations
 
@@ -56,7 +56,7 @@ class Multi(PretextTask):
         check_positive("pretext.temperature", temperature)
         check_sizes(projection_size=projection_size)
         features = encoder.num_features
-        self.contrast_head = mlp(features, features, projection_size)
+        self.contrast_head = ProjectionHead(features, features, projection_size)
         self.rotation_head = nn.Linear(features, 4)
         self.signal = Signal("rotation", chance=1 / 4)
         self.rotation_weight, self.temperature = rotation_weight, temperature

@@ -16,7 +16,7 @@ from vissl_lite.errors import LARGEST_QUEUE, check_positive, check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import PretextInfo, PretextTask
 from vissl_lite.pretext.modules.crops import two_views
-from vissl_lite.pretext.modules.heads import mlp
+from vissl_lite.pretext.modules.heads import ProjectionHead
 from vissl_lite.pretext.modules.losses import contrast
 from vissl_lite.pretext.modules.queue import Queue
 
@@ -82,8 +82,10 @@ class NNCLR(PretextTask):
             prediction_hidden_size=prediction_hidden_size,
         )
         features = encoder.num_features
-        self.projector = mlp(features, hidden_size, hidden_size, projection_size, last_norm=True)
-        self.predictor = mlp(projection_size, prediction_hidden_size, projection_size)
+        self.projector = ProjectionHead(
+            features, hidden_size, hidden_size, projection_size, last_norm=True
+        )
+        self.predictor = ProjectionHead(projection_size, prediction_hidden_size, projection_size)
         self.queue = Queue(queue_size, projection_size)
         self.temperature = temperature
         self.min_crop_scale, self.color = min_crop_scale, color

@@ -19,7 +19,7 @@ from vissl_lite.plots import Picture
 from vissl_lite.pretext.base import PretextInfo, PretextTask, Visualization
 from vissl_lite.pretext.modules.chance_monitor import Signal
 from vissl_lite.pretext.modules.crops import cropped_views
-from vissl_lite.pretext.modules.heads import mlp
+from vissl_lite.pretext.modules.heads import ProjectionHead
 from vissl_lite.pretext.modules.patches import PLACES, Grid, cut, patch_side
 from vissl_lite.pretext.modules.visualization import to_pixels
 
@@ -142,7 +142,7 @@ class RelativePatch(PretextTask):
             if value < 0:
                 raise UserError(f"--pretext.{name} {value} must not be negative")
         self.grid = Grid(side, step=side + gap, slack=2 * jitter)
-        self.head = mlp(2 * encoder.num_features, hidden_size, len(NEIGHBORS))
+        self.head = ProjectionHead(2 * encoder.num_features, hidden_size, len(NEIGHBORS))
         self.signal = Signal("relative_patch", chance=1 / len(NEIGHBORS))
         self.color, self.min_crop_scale = color, min_crop_scale
 

@@ -15,7 +15,7 @@ from vissl_lite.errors import check_positive, check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import PretextInfo, PretextTask
 from vissl_lite.pretext.modules.crops import two_views
-from vissl_lite.pretext.modules.heads import mlp
+from vissl_lite.pretext.modules.heads import ProjectionHead
 from vissl_lite.pretext.modules.losses import nt_xent
 
 
@@ -59,7 +59,7 @@ class SimCLR(PretextTask):
         check_sizes(hidden_size=hidden_size, projection_size=projection_size)
         features = encoder.num_features
         hidden = features if hidden_size is None else hidden_size
-        self.head = mlp(features, hidden, projection_size)
+        self.head = ProjectionHead(features, hidden, projection_size)
         self.temperature = temperature
         self.min_crop_scale, self.color = min_crop_scale, color
 

@@ -12,7 +12,7 @@ from vissl_lite.errors import check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import PretextInfo, PretextTask
 from vissl_lite.pretext.modules.crops import two_views
-from vissl_lite.pretext.modules.heads import mlp
+from vissl_lite.pretext.modules.heads import ProjectionHead
 from vissl_lite.pretext.modules.losses import negative_cosine
 
 
@@ -48,8 +48,8 @@ class SimSiam(PretextTask):
         super().__init__(encoder)
         check_sizes(hidden_size=hidden_size, projection_size=projection_size)
         size = projection_size
-        self.projector = mlp(encoder.num_features, size, size, size, last_norm=True)
-        self.predictor = mlp(size, hidden_size, size)
+        self.projector = ProjectionHead(encoder.num_features, size, size, size, last_norm=True)
+        self.predictor = ProjectionHead(size, hidden_size, size)
         self.min_crop_scale, self.color = min_crop_scale, color
 
     def views(self, upright: bool = True) -> Views:

@@ -14,7 +14,7 @@ from vissl_lite.errors import LARGEST_QUEUE, check_positive, check_share, check_
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import PretextInfo, PretextTask
 from vissl_lite.pretext.modules.crops import MultiCrop, forward_multi_crop
-from vissl_lite.pretext.modules.heads import mlp
+from vissl_lite.pretext.modules.heads import ProjectionHead
 from vissl_lite.pretext.modules.losses import sinkhorn, swapped_prediction
 from vissl_lite.pretext.modules.queue import Queue
 
@@ -76,7 +76,7 @@ class SwAV(PretextTask):
         check_sizes(LARGEST_QUEUE, prototypes=prototypes, queue_size=queue_size or None)
         check_sizes(hidden_size=hidden_size, projection_size=projection_size)
         check_sizes(100, sinkhorn_iterations=sinkhorn_iterations)
-        self.head = mlp(encoder.num_features, hidden_size, projection_size)
+        self.head = ProjectionHead(encoder.num_features, hidden_size, projection_size)
         self.prototypes = nn.Linear(projection_size, prototypes, bias=False)
         self.queues = [Queue(queue_size, projection_size) for _ in range(2 if queue_size else 0)]
         self.earlier = nn.ModuleList(self.queues)  # so that a checkpoint holds them

@@ -13,7 +13,7 @@ from vissl_lite.errors import check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import PretextInfo, PretextTask
 from vissl_lite.pretext.modules.crops import two_views
-from vissl_lite.pretext.modules.heads import mlp
+from vissl_lite.pretext.modules.heads import ProjectionHead
 from vissl_lite.pretext.modules.losses import vicreg
 
 
@@ -54,7 +54,7 @@ class VICReg(PretextTask):
         super().__init__(encoder)
         check_sizes(projection_size=projection_size)
         size = projection_size
-        self.projector = mlp(encoder.num_features, size, size, size)
+        self.projector = ProjectionHead(encoder.num_features, size, size, size)
         self.sim_weight, self.std_weight, self.cov_weight = sim_weight, std_weight, cov_weight
         self.min_crop_scale, self.color = min_crop_scale, color
 

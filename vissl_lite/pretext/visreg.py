@@ -13,7 +13,7 @@ from vissl_lite.errors import LARGEST_DEPTH, UserError, check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import PretextInfo, PretextTask
 from vissl_lite.pretext.modules.crops import MultiCrop, forward_multi_crop
-from vissl_lite.pretext.modules.heads import mlp
+from vissl_lite.pretext.modules.heads import ProjectionHead
 from vissl_lite.pretext.modules.losses import random_directions, visreg
 
 
@@ -65,7 +65,7 @@ class VISReg(PretextTask):
             raise UserError(f"--pretext.lambd {lambd} must be between 0 and 1")
         check_sizes(LARGEST_DEPTH, global_crops=global_crops)
         check_sizes(directions=directions, hidden_size=hidden_size, projection_size=projection_size)
-        self.head = mlp(encoder.num_features, hidden_size, hidden_size, projection_size)
+        self.head = ProjectionHead(encoder.num_features, hidden_size, hidden_size, projection_size)
         self.lambd, self.directions = lambd, directions
         self.crops = MultiCrop(
             global_crops, local_crops, min_crop_scale, min_global_crop_scale, color

@@ -73,15 +73,15 @@ def main_figures(run: RunFolder) -> list[tuple[str, str]]:
 
 def verdicts(run: RunFolder) -> Markup | None:
     """What a comparison found, in its own sentences."""
-    said = [
+    alerts = [
         {"text": one["sentence"], "kind": BADGES.get(str(one.get("verdict")), "")}
         for protocol in _mappings(run.figures.get("protocols")).values()
         for one in _mappings(protocol.get("verdicts")).values()
         if "sentence" in one
     ]
-    if not said and isinstance(run.figures.get("sentences"), list):
-        said = [{"text": str(one), "kind": ""} for one in run.figures["sentences"]]
-    return render("said", said=said) if said else None
+    if not alerts and isinstance(run.figures.get("sentences"), list):
+        alerts = [{"text": str(one), "kind": ""} for one in run.figures["sentences"]]
+    return render("alerts", alerts=alerts) if alerts else None
 
 
 def comparison(run: RunFolder) -> list[Block]:
@@ -109,7 +109,7 @@ def comparison(run: RunFolder) -> list[Block]:
         columns = [_amount(one, encoders) for one in amounts]
         metric = found.get("metric", "accuracy")
         tables.append(
-            render("compared", rows=rows, columns=columns, caption=f"{protocol}: test {metric}")
+            render("comparison", rows=rows, columns=columns, caption=f"{protocol}: test {metric}")
         )
     if not tables:
         return []

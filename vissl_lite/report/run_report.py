@@ -72,20 +72,20 @@ def write_report(folder: Path) -> Path:
 
 
 def _head(run: RunFolder) -> Block:
-    state, kind, said = _state(run)
+    state, kind, alerts = _state(run)
     warnings = _warnings(run)
     count = sum(one["count"] for one in warnings)
     badges = [(run.command or "run", ""), (state, kind)]
     badges.append(
         (f"{count} warning{'s' * (count != 1)}", "warn") if count else ("no warnings", "good")
     )
-    said += [{"text": text, "kind": "warn"} for text in run.unreadable]
+    alerts += [{"text": text, "kind": "warn"} for text in run.unreadable]
     html = render(
         "head",
         badges=badges,
         title=run.folder.resolve().name,
         lines=_lines(run),
-        warnings=render("said", said=[*said, *warnings[:KINDS]]),
+        warnings=render("alerts", alerts=[*alerts, *warnings[:KINDS]]),
         more=max(0, len(warnings) - KINDS),
         verdicts=verdicts(run),
         tiles=main_figures(run),
@@ -147,8 +147,8 @@ def _state(run: RunFolder) -> tuple[str, str, list[dict[str, Any]]]:
     if run.command in _RESUMABLE:
         more = f"vissl-lite {run.command} --out {shlex.quote(str(run.folder))} --resume goes on."
     if status in ("stopped", "failed"):
-        said = f"{'Stopped' if status == 'stopped' else 'Stopped by an error'}: {reason}"
-        return status, "bad", [{"text": said, "kind": "bad", "more": more}]
+        text = f"{'Stopped' if status == 'stopped' else 'Stopped by an error'}: {reason}"
+        return status, "bad", [{"text": text, "kind": "bad", "more": more}]
     if run.figures.get("stopped"):
         return f"stopped: {run.figures['stopped']}", "bad", []
     if run.results is not None and (status != "running" or run.is_open()):
@@ -224,7 +224,7 @@ def _made(run: RunFolder) -> Block:
         for name, value in flatten(run.config).items()
     }
     html = render(
-        "made",
+        "provenance",
         command=command,
         environment={} if run.record is None else _environment(run.record),
         options={name: text.removesuffix("...\n").strip() for name, text in options.items()},

@@ -1,4 +1,4 @@
-"""Heads: what sits on the encoder while it is trained, and is thrown away after."""
+"""Heads on the encoder, which are used in pre-training only."""
 
 import math
 from itertools import pairwise
@@ -11,22 +11,24 @@ from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import check_sizes
 
 
-def mlp(*sizes: int, last_norm: bool = False) -> nn.Sequential:
+class ProjectionHead(nn.Sequential):
     """A multi-layer perceptron with BatchNorm and ReLU between its layers.
 
     Args:
-        sizes: features in, hidden features, features out.
-        last_norm: end with a BatchNorm.
+        sizes: Input features, hidden features, output features.
+        last_norm: Whether to end with a BatchNorm.
     """
-    layers: list[nn.Module] = []
-    for index, (before, after) in enumerate(pairwise(sizes)):
-        last = index == len(sizes) - 2
-        layers.append(nn.Linear(before, after, bias=last and not last_norm))
-        if not last:
-            layers += [nn.BatchNorm1d(after), nn.ReLU(inplace=True)]
-        elif last_norm:
-            layers.append(nn.BatchNorm1d(after))
-    return nn.Sequential(*layers)
+
+    def __init__(self, *sizes: int, last_norm: bool = False) -> None:
+        layers: list[nn.Module] = []
+        for index, (before, after) in enumerate(pairwise(sizes)):
+            last = index == len(sizes) - 2
+            layers.append(nn.Linear(before, after, bias=last and not last_norm))
+            if not last:
+                layers += [nn.BatchNorm1d(after), nn.ReLU(inplace=True)]
+            elif last_norm:
+                layers.append(nn.BatchNorm1d(after))
+        super().__init__(*layers)
 
 
 class PrototypeHead(nn.Module):
