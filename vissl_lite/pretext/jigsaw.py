@@ -17,7 +17,7 @@ from vissl_lite.errors import UserError, check_share, check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.plots import Picture
 from vissl_lite.pretext.base import PretextInfo, PretextTask, Visualization
-from vissl_lite.pretext.modules.chance_monitor import Signal
+from vissl_lite.pretext.modules.chance_monitor import ChanceMonitor
 from vissl_lite.pretext.modules.heads import ProjectionHead
 from vissl_lite.pretext.modules.patches import PLACES, ROWS, Grid, patch_side
 from vissl_lite.pretext.modules.visualization import to_pixels
@@ -217,7 +217,7 @@ class Jigsaw(PretextTask):
         assert isinstance(last, nn.Linear)
         nn.init.normal_(last.weight, std=FIRST_WEIGHTS)
         nn.init.zeros_(last.bias)
-        self.signal = Signal("jigsaw", chance=1 / permutations)
+        self.chance_monitor = ChanceMonitor("jigsaw", chance=1 / permutations)
         self.permutations: Tensor
         orders = torch.from_numpy(distant_permutations(PLACES, permutations).astype(np.int64))
         self.register_buffer("permutations", orders, persistent=False)
@@ -259,7 +259,7 @@ class Jigsaw(PretextTask):
         logits = self.guess(features, labels)
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
         self.measure("accuracy", accuracy)
-        self.signal.watch(accuracy, self.progress)
+        self.chance_monitor.update(accuracy, self.progress)
         return F.cross_entropy(logits, labels)
 
     def visualize(self, views: list[Tensor]) -> Visualization:

@@ -13,7 +13,7 @@ from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import check_positive, check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import PretextInfo, PretextTask, Visualization
-from vissl_lite.pretext.modules.chance_monitor import Signal
+from vissl_lite.pretext.modules.chance_monitor import ChanceMonitor
 from vissl_lite.pretext.modules.crops import two_views
 from vissl_lite.pretext.modules.heads import ProjectionHead
 from vissl_lite.pretext.modules.losses import nt_xent
@@ -58,7 +58,7 @@ class Multi(PretextTask):
         features = encoder.num_features
         self.contrast_head = ProjectionHead(features, features, projection_size)
         self.rotation_head = nn.Linear(features, 4)
-        self.signal = Signal("rotation", chance=1 / 4)
+        self.chance_monitor = ChanceMonitor("rotation", chance=1 / 4)
         self.rotation_weight, self.temperature = rotation_weight, temperature
         self.min_crop_scale, self.color = min_crop_scale, color
 
@@ -78,7 +78,7 @@ class Multi(PretextTask):
         self.measure("accuracy", accuracy)
         self.measure("contrast_loss", contrast)
         self.measure("rotation_loss", rotation)
-        self.signal.watch(accuracy, self.progress)
+        self.chance_monitor.update(accuracy, self.progress)
         return contrast + self.rotation_weight * rotation
 
     def visualize(self, views: list[Tensor]) -> Visualization:

@@ -17,7 +17,7 @@ from vissl_lite.errors import UserError, check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.plots import Picture
 from vissl_lite.pretext.base import PretextInfo, PretextTask, Visualization
-from vissl_lite.pretext.modules.chance_monitor import Signal
+from vissl_lite.pretext.modules.chance_monitor import ChanceMonitor
 from vissl_lite.pretext.modules.crops import cropped_views
 from vissl_lite.pretext.modules.heads import ProjectionHead
 from vissl_lite.pretext.modules.patches import PLACES, Grid, cut, patch_side
@@ -143,7 +143,7 @@ class RelativePatch(PretextTask):
                 raise UserError(f"--pretext.{name} {value} must not be negative")
         self.grid = Grid(side, step=side + gap, slack=2 * jitter)
         self.head = ProjectionHead(2 * encoder.num_features, hidden_size, len(NEIGHBORS))
-        self.signal = Signal("relative_patch", chance=1 / len(NEIGHBORS))
+        self.chance_monitor = ChanceMonitor("relative_patch", chance=1 / len(NEIGHBORS))
         self.color, self.min_crop_scale = color, min_crop_scale
 
     def views(self, upright: bool = True) -> Views:
@@ -188,7 +188,7 @@ class RelativePatch(PretextTask):
         labels = torch.arange(len(NEIGHBORS), device=logits.device).repeat(len(views[0]))
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
         self.measure("accuracy", accuracy)
-        self.signal.watch(accuracy, self.progress)
+        self.chance_monitor.update(accuracy, self.progress)
         return F.cross_entropy(logits, labels)
 
     def visualize(self, views: list[Tensor]) -> Visualization:

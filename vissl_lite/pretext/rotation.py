@@ -15,7 +15,7 @@ from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.plots import Picture
 from vissl_lite.pretext.base import PretextInfo, PretextTask, Visualization
-from vissl_lite.pretext.modules.chance_monitor import Signal
+from vissl_lite.pretext.modules.chance_monitor import ChanceMonitor
 from vissl_lite.pretext.modules.visualization import to_pixels
 
 
@@ -99,7 +99,7 @@ class Rotation(PretextTask):
     def __init__(self, encoder: Encoder, min_crop_scale: float = 0.5) -> None:
         super().__init__(encoder)
         self.head = nn.Linear(encoder.num_features, 4)
-        self.signal = Signal("rotation", chance=1 / 4)
+        self.chance_monitor = ChanceMonitor("rotation", chance=1 / 4)
         self.min_crop_scale = min_crop_scale
 
     def views(self, upright: bool = True) -> Views:
@@ -110,7 +110,7 @@ class Rotation(PretextTask):
         logits = self.head(self.encoder(images)).float()
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
         self.measure("accuracy", accuracy)
-        self.signal.watch(accuracy, self.progress)
+        self.chance_monitor.update(accuracy, self.progress)
         return F.cross_entropy(logits, labels)
 
     def visualize(self, views: list[Tensor]) -> Visualization:

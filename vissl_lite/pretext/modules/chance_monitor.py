@@ -1,4 +1,4 @@
-"""Does a predictive task have a signal? Warns when its labels can't be told, or all too easily."""
+"""Warn if a predictive task is not solved better than by chance, or too easily."""
 
 import logging
 
@@ -7,55 +7,56 @@ from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 
-# Share of the run after which guessing is suspicious, and before which perfection is. (Blood cells
-# under a microscope are turned back right after a sixth of it: the light falls from one side.)
-WARM, EARLY = 0.2, 0.35
+# Fraction of the run after which accuracy at chance is reported, and before which a solved task is.
+# (Rotation of blood cells is solved after a sixth of the run: the light comes from one side.)
+MIN_PROGRESS, MAX_SHORTCUT_PROGRESS = 0.2, 0.35
 
-# Accuracy, as a multiple of that of guessing, below which a task has hardly a signal.
-HARDLY = 1.3
+# Multiple of the chance accuracy up to which a task counts as not learned, and the accuracy from
+# which it counts as solved.
+CHANCE_FACTOR, SOLVED_ACCURACY = 1.3, 0.97
 
-# Weight of a new batch in the running accuracy, and how often that is looked at.
-NEW, EVERY = 0.1, 10
+# Weight of a new batch in the running accuracy, and batches between two checks.
+SMOOTHING, CHECK_EVERY = 0.1, 10
 
 
-class Signal(nn.Module):
-    """Watches the accuracy of a task with a known chance level, and warns once.
+class ChanceMonitor(nn.Module):
+    """Monitor the accuracy of a task with a known chance level, and warn once.
 
-    A task at chance after the warm-up teaches nothing (rotation under a microscope); one solved at
-    once teaches a shortcut (borders, watermarks, time stamps; Doersch et al. 2015, section 3.1,
-    call them trivial solutions). Its state is saved with the module, so that a resumed run goes on.
+    A task that stays at chance teaches nothing (rotation of microscope images). One that is solved
+    early has a shortcut (borders, watermarks, time stamps: the trivial solutions of Doersch
+    et al. 2015, section 3.1). The state is saved with the module, so that a resumed run continues.
 
     Args:
-        task: the pretext's name, for the warning.
-        chance: accuracy of guessing.
+        task: Name of the pretext in the warning.
+        chance: Accuracy of a random guess.
     """
 
     def __init__(self, task: str, chance: float) -> None:
         super().__init__()
         self.task, self.chance = task, chance
-        self._seen = 0
+        self._batches = 0
         self.accuracy: Tensor
         self.warned: Tensor
         self.register_buffer("accuracy", torch.tensor(chance))
         self.register_buffer("warned", torch.tensor(False))
 
-    def watch(self, accuracy: Tensor, progress: float) -> None:
-        """Take a batch's accuracy.
+    def update(self, accuracy: Tensor, progress: float) -> None:
+        """Add the accuracy of a batch.
 
         Args:
-            accuracy: a scalar.
-            progress: share of the run that is done.
+            accuracy: Scalar accuracy of the batch, in [0, 1].
+            progress: Fraction of the run that is done.
         """
-        self.accuracy.lerp_(accuracy.detach().float(), NEW)
-        self._seen += 1
-        # comparing waits for a GPU: seldom
-        if self._seen % EVERY or self.warned:
+        self.accuracy.lerp_(accuracy.detach().float(), SMOOTHING)
+        self._batches += 1
+        # A comparison waits for the GPU, so it is not made for every batch.
+        if self._batches % CHECK_EVERY or self.warned:
             return
-        if progress >= WARM and self.accuracy < HARDLY * self.chance:
+        if progress >= MIN_PROGRESS and self.accuracy < CHANCE_FACTOR * self.chance:
             log.warning(
-                "%(task)s has hardly a signal on these images: it is right in %(percent).0f %% of "
-                "all cases, where guessing gives %(chance).0f %%. Images without an up or without "
-                "parts can't be learned from in this way; try another pretext, such as simclr.",
+                "%(task)s has hardly a signal on these images: its accuracy is %(percent).0f %%, "
+                "and that of a random guess is %(chance).0f %%. Images that have no up or no parts "
+                "do not suit it; try another pretext, such as simclr.",
                 {
                     "task": self.task,
                     "percent": 100 * float(self.accuracy),
@@ -64,12 +65,11 @@ class Signal(nn.Module):
                 extra={"code": "pretext.no_signal"},
             )
             self.warned.fill_(True)
-        elif progress <= EARLY and self.accuracy > 0.97:
+        elif progress <= MAX_SHORTCUT_PROGRESS and self.accuracy > SOLVED_ACCURACY:
             log.warning(
-                "%(task)s is solved early (%(percent).0f %% right after %(progress).0f %% of the "
-                "run): a shortcut such as borders, watermarks, time stamps or light from one side "
-                "may give it away, and then the encoder learns that instead. Crop it away or try "
-                "another pretext.",
+                "%(task)s is solved early (accuracy %(percent).0f %% after %(progress).0f %% of "
+                "the run). The encoder may have learned a shortcut such as borders, watermarks, "
+                "time stamps or light from one side. Crop it away or try another pretext.",
                 {
                     "task": self.task,
                     "percent": 100 * float(self.accuracy),
