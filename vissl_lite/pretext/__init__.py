@@ -63,7 +63,7 @@ def pretext_class(name: str) -> type[PretextTask]:
     """The class of a pretext.
 
     Raises:
-        UserError: the name is unknown.
+        UserError: The name is unknown.
     """
     if name not in PRETEXTS:
         raise UserError(f"unknown pretext {brief(name)}: {did_you_mean(name, PRETEXTS)}")

@@ -21,12 +21,12 @@ class BarlowTwins(PretextTask):
     """Barlow Twins.
 
     Args:
-        encoder: what is trained.
-        lambd: weight of the redundancy term (section 2.2).
-        projection_size: of the projector's three layers and of the embeddings; the paper has 8192
-            and finds that more is better, at a cost.
-        min_crop_scale: smallest share of the image's area in a view; the paper has 0.08.
-        color: strength of the color distortion; the paper has about 0.5.
+        encoder: Encoder to train.
+        lambd: Weight of the redundancy term (section 2.2).
+        projection_size: Size of the projector's three layers and of the embeddings; the paper has
+            8192 and finds that more is better, at a cost.
+        min_crop_scale: Smallest fraction of the image's area in a view; the paper has 0.08.
+        color: Strength of the color distortion; the paper has about 0.5.
     """
 
     info = PretextInfo(

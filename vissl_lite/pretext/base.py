@@ -1,4 +1,4 @@
-"""What every pretext task has in common: the training step, normalizing, the optimizer."""
+"""The base class of pretexts: training step, normalization, optimizer."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from vissl_lite.training.sharding import UnshardedCopy, is_sharded, shard
 
 Backbones = Literal["any", "ViT", "CNN", "patches"]
 
-# What the kinds of backbones are, and some of each.
+# Kinds of backbones: a description and examples.
 KINDS: dict[Backbones, tuple[str, str]] = {
     "any": ("any backbone", "resnet18, vit_tiny_patch16_224"),
     "ViT": ("a plain ViT", "vit_tiny_patch16_224, vit_small_patch16_224, vit_tiny_patch4_32"),
@@ -35,18 +35,18 @@ KINDS: dict[Backbones, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class PretextInfo:
-    """What ``vissl-lite list pretexts`` says of a pretext.
+    """Description of a pretext, as ``vissl-lite list pretexts`` prints it.
 
     Attributes:
-        name: as in ``--pretext``.
-        family: predictive, contrastive, clustering, non-contrastive, self-distilling or masked.
-        views: how many of an image it takes.
-        paper: authors, year, where to find it.
-        use: one line: when to use it.
-        backbones: which ones it works on; see ``KINDS``.
-        negatives: whether it compares the images of a batch with one another, so that gradient
-            accumulation can't stand for a larger batch.
-        any_size: whether its views may be smaller than the images that the encoder is made for.
+        name: Name of the pretext for ``--pretext``.
+        family: Predictive, contrastive, clustering, non-contrastive, self-distilling or masked.
+        views: Number of views per image.
+        paper: Authors, year and arXiv number.
+        use: When to use it, in one line.
+        backbones: Kind of backbones that it works on; see ``KINDS``.
+        negatives: Whether it compares the images of a batch with each other, so that gradient
+            accumulation does not replace a larger batch.
+        any_size: Whether views may be smaller than the image size of the encoder.
     """
 
     name: str
@@ -61,11 +61,11 @@ class PretextInfo:
 
 @dataclass(frozen=True)
 class Visualization:
-    """What a pretext does with some images, to look at.
+    """Pictures of what a pretext does with some images.
 
     Attributes:
-        columns: their titles.
-        rows: one for each image, with a picture for each column.
+        columns: Titles of the columns.
+        rows: One row per image, with one picture per column.
     """
 
     columns: tuple[str, ...]
@@ -75,22 +75,23 @@ class Visualization:
 class PretextTask(pl.LightningModule, ABC):
     """A self-supervised task that trains an encoder.
 
-    A subclass is one file: hyperparameters are the arguments of its ``__init__`` after
-    ``encoder``, with the paper's defaults. Randomness that makes pixels belongs into ``views``,
-    which data workers run; randomness that makes the task's own labels belongs into ``loss``.
-    What has to survive a resumed run (queues, centers, teachers) is a buffer or a module.
+    Each subclass is one file. Its hyperparameters are the arguments of ``__init__`` after
+    ``encoder``, with the defaults of the paper. Random augmentations belong in ``views``, which
+    runs in data workers; the random targets of the task belong in ``loss``. State that a resumed
+    run needs (queues, centers, teachers) is held in buffers or modules.
 
     Args:
-        encoder: what is trained.
+        encoder: Encoder to train.
 
     Attributes:
-        info: what the pretext is.
-        optimizer_settings: the pretext's own defaults, for a batch of 256 images; a run replaces
-            them by what its options say.
-        progress: share of the run that is done, in [0, 1]; ``Schedule`` sets it before every step.
+        info: Description of the pretext.
+        optimizer_settings: Default optimizer for a batch of 256 images; the options of a run
+            replace it.
+        progress: Fraction of the run that is done, in [0, 1]; ``Schedule`` sets it before each
+            step.
 
     Raises:
-        UserError: the pretext does not work on this backbone.
+        UserError: The pretext does not work on this backbone.
     """
 
     info: PretextInfo
@@ -105,49 +106,53 @@ class PretextTask(pl.LightningModule, ABC):
 
     @abstractmethod
     def views(self, upright: bool = True) -> Views:
-        """The augmentations that make the views of an image."""
+        """Augmentations of an image, one sequence per view.
+
+        Args:
+            upright: Whether the images have an up; otherwise they are also flipped vertically.
+        """
 
     @abstractmethod
     def loss(self, views: list[Tensor]) -> Tensor:
-        """The loss of a batch; metrics of the task's own go to ``measure``.
+        """Compute the loss of a batch. Additional metrics are logged with ``measure``.
 
         Args:
-            views: one normalized ``(B, C, H, W)`` tensor for each view. Labels never arrive here.
+            views: One normalized ``(B, C, H, W)`` tensor per view. Labels are never passed.
 
         Returns:
             A scalar.
         """
 
     def visualize(self, views: list[Tensor]) -> Visualization | None:
-        """What the task makes of some images; None where only their neighbors could tell.
+        """Pictures of the task's predictions for some images; None if there is nothing to show.
 
-        For ``visualization_of``, which calls it in evaluation mode and without gradient, and
-        puts the random state back. It measures nothing and leaves all buffers as they are.
+        ``visualization_of`` calls it in evaluation mode without gradients and restores the random
+        state. It must log no metrics and change no buffers.
 
         Args:
-            views: as for ``loss``, of a few images.
+            views: Views of a few images, as for ``loss``.
         """
         return None
 
     def chance_loss(self, images: int) -> float | None:
-        """The loss of guessing where it is known, to warn of a run that does no better.
+        """The loss of a random guess, to warn of a run that does no better; None if unknown.
 
         Args:
-            images: in a batch, over all devices.
+            images: Images per batch over all devices.
         """
         return None
 
     def after_step(self) -> None:
-        """Called once after every optimizer step: where a momentum teacher follows."""
+        """Called once after each optimizer step, for example to update a teacher."""
 
     def trained_encoder(self) -> Encoder:
-        """What the training is for. A method with a momentum teacher may give that."""
+        """The encoder that a run saves: the trained one, or a momentum teacher."""
         return self.encoder
 
     def unsharded(self) -> "PretextTask":
         """The task with all of its weights, in the main process. All processes have to call it.
 
-        It is the task itself, but under ``--strategy fsdp``: there, a copy on the CPU.
+        This is the task itself, or with ``--strategy fsdp`` a copy on the CPU.
         """
         return self._unsharded.of(self)
 
@@ -162,13 +167,13 @@ class PretextTask(pl.LightningModule, ABC):
         return loss
 
     def measure(self, name: str, value: Tensor) -> None:
-        """Log a metric of this step; outside a training run, as in a notebook, do nothing."""
+        """Log a metric of this step. Outside of a training run, do nothing."""
         trainer = trainer_of(self)
         if trainer is None:
             return
         value = value.detach()
         written = (self.global_step + 1) % trainer.log_every_n_steps == 0
-        if written and trainer.world_size > 1:  # of all processes, and not at other steps
+        if written and trainer.world_size > 1:  # The mean over all processes.
             value = trainer.strategy.reduce(value.float().clone(), reduce_op="mean")
         self.log(name, value)
 
@@ -182,17 +187,17 @@ class PretextTask(pl.LightningModule, ABC):
             clip_gradients(self, self.optimizer_settings.clip_norm, optimizer, scaler)
 
     def on_fit_start(self) -> None:
-        # views are of few sizes: worth a search for the fastest convolutions; ``fit`` undoes it
+        # Views have few sizes, so the search for fast convolutions pays off; ``fit`` resets it.
         torch.backends.cudnn.benchmark = True
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        self.zero_grad()  # now, and not after the next forward pass, which needs the memory
+        self.zero_grad()  # Now, to free the memory before the next forward pass.
         self.after_step()
 
 
 def check_backbone(info: PretextInfo, encoder: Encoder) -> None:
-    """Raise a UserError, naming backbones that would do, if a pretext can't work on this one."""
+    """Raise a UserError, naming suitable backbones, if a pretext does not work on this one."""
     model = encoder.model
     fits = {
         "any": True,

@@ -22,13 +22,13 @@ class BYOL(PretextTask):
     """BYOL.
 
     Args:
-        encoder: what is trained.
-        momentum: of the teacher at the start; rises to 1 along a cosine (section 3.3). The paper
-            has 0.996 for a thousand epochs, and less for fewer.
-        hidden_size: of both heads; the paper has 4096.
-        projection_size: of the embeddings (section 3.3).
-        min_crop_scale: smallest share of the image's area in a view; the paper has 0.08.
-        color: strength of the color distortion; the paper has about 0.5.
+        encoder: Encoder to train.
+        momentum: Momentum of the teacher at the start; rises to 1 along a cosine (section 3.3). The
+            paper has 0.996 for a thousand epochs, and less for fewer.
+        hidden_size: Hidden size of both heads; the paper has 4096.
+        projection_size: Size of the embeddings (section 3.3).
+        min_crop_scale: Smallest fraction of the image's area in a view; the paper has 0.08.
+        color: Strength of the color distortion; the paper has about 0.5.
     """
 
     info = PretextInfo(

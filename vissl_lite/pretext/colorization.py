@@ -151,7 +151,7 @@ def soft_encode(colors: Tensor, bins: Tensor, candidates: Tensor) -> tuple[Tenso
     Args:
         colors: ``(N, 2)``, a and b.
         bins: ``(Q, 2)`` centers.
-        candidates: see ``candidate_bins``.
+        candidates: See ``candidate_bins``.
 
     Returns:
         ``(N, 5)`` numbers of bins, the nearest first, and ``(N, 5)`` their shares, of sum 1.
@@ -184,8 +184,8 @@ def rarity_weights(counts: Tensor, smoothing: Tensor, uniform: float) -> Tensor:
 
     Args:
         counts: ``(Q,)``, of pixels by bin.
-        smoothing: see ``smoothing_matrix``.
-        uniform: lambda, in [0, 1]: 1 makes all colors equal.
+        smoothing: See ``smoothing_matrix``.
+        uniform: Lambda, in [0, 1]: 1 makes all colors equal.
 
     Returns:
         ``(Q,)`` float32.
@@ -239,11 +239,11 @@ class Colorization(PretextTask):
     while training; the paper counts on ImageNet beforehand.
 
     Args:
-        encoder: what is trained; takes images of three channels.
-        uniform: lambda of the weights: 1 makes all colors equal, 0 weights them by their rarity
+        encoder: Encoder to train; takes images of three channels.
+        uniform: Lambda of the weights: 1 makes all colors equal, 0 weights them by their rarity
             alone (section 2.2).
-        decoder_width: channels of the decoder.
-        min_crop_scale: smallest share of the image's area in a view.
+        decoder_width: Channels of the decoder.
+        min_crop_scale: Smallest fraction of the image's area in a view.
     """
 
     info = PretextInfo(
@@ -337,7 +337,7 @@ class Colorization(PretextTask):
         """Logits of the bins at a quarter of the resolution: ``(B, 3, S, S)`` to ``(B, Q, s, s)``.
 
         Args:
-            gray: lightness as normalized gray images.
+            gray: Lightness as normalized gray images.
         """
         return self.decoder(*self.encoder.pooled_and_map(gray), Decoder.size(gray))
 

@@ -47,9 +47,9 @@ class DenseHead(nn.Module):
     """MoCo's head on the pooled features, and the same as 1x1 convolutions on the map (figure 2).
 
     Args:
-        features: of the pooled vector.
-        map_features: channels of the feature map.
-        projection_size: of the embeddings.
+        features: Features of the pooled vector.
+        map_features: Channels of the feature map.
+        projection_size: Size of the embeddings.
     """
 
     def __init__(self, features: int, map_features: int, projection_size: int) -> None:
@@ -74,15 +74,16 @@ class DenseCL(PretextTask):
     """DenseCL.
 
     Args:
-        encoder: what is trained. Its last feature map should have several places: at 32 pixels
+        encoder: Encoder to train. Its last feature map should have several places: at 32 pixels
             ``resnet18`` has one only, ``resnet18_cifar`` sixteen.
-        temperature: of both losses; the paper has 0.2, in short training 0.1 is better.
-        momentum: of the teacher; the paper has 0.999, for runs of a hundred thousands of steps.
-        queue_size: negatives for each of the losses; the paper has 65536.
-        projection_size: of the embeddings that the losses compare.
-        dense_weight: lambda, the share of the dense loss (equation 3; 0.5 in section 4.1).
-        min_crop_scale: smallest share of the image's area in a view.
-        color: strength of the color distortion.
+        temperature: Temperature of both losses; the paper has 0.2, in short training 0.1 is better.
+        momentum: Momentum of the teacher; the paper has 0.999, for runs of a hundred thousands of
+            steps.
+        queue_size: Negatives for each of the losses; the paper has 65536.
+        projection_size: Size of the embeddings that the losses compare.
+        dense_weight: Lambda, the share of the dense loss (equation 3; 0.5 in section 4.1).
+        min_crop_scale: Smallest fraction of the image's area in a view.
+        color: Strength of the color distortion.
     """
 
     info = PretextInfo(

@@ -22,26 +22,28 @@ class DINO(PretextTask):
     """DINO.
 
     Args:
-        encoder: what is trained; the teacher is what a run saves, as it is the better one.
-        prototypes: outputs of the heads; the paper has 65536, for 1.3 million images.
-        temperature: of the student (section 3.3).
-        teacher_temperature: of the teacher, after the warm-up; the paper has 0.04 to 0.07.
-        warm_teacher_temperature: of the teacher, at the start.
-        temperature_warmup: share of the run in which it rises; the paper has 30 epochs of 300 or
+        encoder: Encoder to train; the teacher is what a run saves, as it is the better one.
+        prototypes: Outputs of the heads; the paper has 65536, for 1.3 million images.
+        temperature: Temperature of the student (section 3.3).
+        teacher_temperature: Temperature of the teacher, after the warm-up; the paper has 0.04 to
+            0.07.
+        warm_teacher_temperature: Temperature of the teacher, at the start.
+        temperature_warmup: Fraction of the run in which it rises; the paper has 30 epochs of 300 or
             more.
-        momentum: of the teacher at the start; rises to 1 along a cosine. The paper has 0.996, for
-            batches of 1024 and hundreds of epochs.
-        center_momentum: of the center that is taken from the teacher's outputs (equation 4).
-        freeze_last_layer: Share of the run in which the last layer is not trained; the paper has
+        momentum: Momentum of the teacher at the start; rises to 1 along a cosine. The paper has
+            0.996, for batches of 1024 and hundreds of epochs.
+        center_momentum: Momentum of the center that is taken from the teacher's outputs (equation
+            4).
+        freeze_last_layer: Fraction of the run in which the last layer is not trained; the paper has
             one epoch of a hundred (appendix C).
-        hidden_size: of the heads (appendix C: 2048).
-        bottleneck_size: before the last layer (appendix C).
+        hidden_size: Hidden size of the heads (appendix C: 2048).
+        bottleneck_size: Features before the last layer (appendix C).
         head_norm: BatchNorm in the heads. The paper's ViTs have none; CNNs need it.
-        local_crops: number of small views beside the two large ones; default 6, none below 64
+        local_crops: Number of small views beside the two large ones; default 6, none below 64
             pixels; the paper has 8 to 10.
-        min_crop_scale: smallest share of the image's area in a small view.
-        min_global_crop_scale: smallest share in a large view (0.4 in the authors' recipes).
-        color: strength of the color distortion; the paper has about 0.5.
+        min_crop_scale: Smallest fraction of the image's area in a small view.
+        min_global_crop_scale: Smallest fraction in a large view (0.4 in the authors' recipes).
+        color: Strength of the color distortion; the paper has about 0.5.
     """
 
     info = PretextInfo(

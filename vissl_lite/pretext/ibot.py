@@ -24,9 +24,9 @@ def some_masks(batch: int, rows: int, columns: int, like: Tensor) -> Tensor:
 
     Args:
         batch: B, images.
-        rows: of patches.
-        columns: of patches.
-        like: where to draw.
+        rows: Number of rows of patches.
+        columns: Number of columns of patches.
+        like: Device to draw on.
 
     Returns:
         ``(B, rows, columns)``, true where masked; at least one place of the batch is.
@@ -46,7 +46,7 @@ def patch_loss(targets: Tensor, scores: Tensor, mask: Tensor, temperature: float
         targets: ``(M, K)`` distributions for the masked patches, image after image.
         scores: ``(M, K)`` of the student for them.
         mask: ``(B, N)``, true for the M masked patches.
-        temperature: of the scores.
+        temperature: Temperature of the scores.
 
     Returns:
         A scalar, computed in float32.
@@ -61,23 +61,24 @@ class IBOT(PretextTask):
     """iBOT.
 
     Args:
-        encoder: what is trained; the teacher is what a run saves, as it is the better one.
-        prototypes: outputs of the heads; the paper has 8192, for 1.3 million images.
-        patch_weight: of the loss on masked patches.
-        koleo_weight: of the term that spreads the embeddings of a batch; DINOv2 has 0.1, iBOT none.
-        temperature: of the student (section 4.1).
-        teacher_temperature: of the teacher; the paper has up to 0.07.
-        momentum: of the teacher at the start; rises to 1 along a cosine. The paper has 0.996, for
-            batches of 1024 and hundreds of epochs.
-        center_momentum: of the centers that are taken from the teacher's outputs.
-        freeze_last_layer: share of the run in which the last layer stays as it is.
-        hidden_size: of the head, which images and patches share (section 4.1).
-        bottleneck_size: before the last layer.
-        local_crops: number of small views beside the two large ones; default 6, none below 64
+        encoder: Encoder to train; the teacher is what a run saves, as it is the better one.
+        prototypes: Outputs of the heads; the paper has 8192, for 1.3 million images.
+        patch_weight: Weight of the loss on masked patches.
+        koleo_weight: Weight of the term that spreads the embeddings of a batch; DINOv2 has 0.1,
+            iBOT none.
+        temperature: Temperature of the student (section 4.1).
+        teacher_temperature: Temperature of the teacher; the paper has up to 0.07.
+        momentum: Momentum of the teacher at the start; rises to 1 along a cosine. The paper has
+            0.996, for batches of 1024 and hundreds of epochs.
+        center_momentum: Momentum of the centers that are taken from the teacher's outputs.
+        freeze_last_layer: Fraction of the run in which the last layer stays as it is.
+        hidden_size: Hidden size of the head, which images and patches share (section 4.1).
+        bottleneck_size: Features before the last layer.
+        local_crops: Number of small views beside the two large ones; default 6, none below 64
             pixels; the paper has 10.
-        min_crop_scale: smallest share of the image's area in a small view.
-        min_global_crop_scale: smallest share in a large view (0.32 in the authors' recipes).
-        color: strength of the color distortion; the paper has about 0.5.
+        min_crop_scale: Smallest fraction of the image's area in a small view.
+        min_global_crop_scale: Smallest fraction in a large view (0.32 in the authors' recipes).
+        color: Strength of the color distortion; the paper has about 0.5.
     """
 
     info = PretextInfo(

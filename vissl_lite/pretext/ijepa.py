@@ -37,10 +37,10 @@ def block_size(side: int, scale: float, aspect: float, largest: int) -> tuple[in
     """Rows and columns of a block of patches, each between 1 and ``largest``.
 
     Args:
-        side: patches along an edge of the image.
-        scale: the block's share of the image's area.
-        aspect: its height by its width.
-        largest: number of rows or columns.
+        side: Patches along an edge of the image.
+        scale: The block's share of the image's area.
+        aspect: Its height by its width.
+        largest: Number of rows or columns.
     """
     area = scale * side * side
     rows, columns = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
@@ -55,9 +55,9 @@ def place_blocks(
     Args:
         batch: B, images.
         count: T, blocks an image.
-        side: patches along an edge of the image.
-        size: rows and columns of a block.
-        device: where to draw.
+        side: Patches along an edge of the image.
+        size: Rows and columns of a block.
+        device: Device to draw on.
 
     Returns:
         ``(B, T, rows * columns)`` indices of patches.
@@ -83,7 +83,7 @@ def draw_context(context: Tensor, targets: Tensor, side: int) -> tuple[Tensor, T
     Args:
         context: ``(B, N)``, true within the context block.
         targets: ``(B, T, K)`` indices of patches; none of the blocks is the whole image.
-        side: patches along an edge of the image.
+        side: Patches along an edge of the image.
 
     Returns:
         ``(B, K')`` indices of context patches, at least one; and the targets, perhaps replaced.
@@ -111,22 +111,22 @@ class IJEPA(PretextTask):
     has such tokens, the predictor sees them, and they learn through attention only.
 
     Args:
-        encoder: what is trained; a plain ViT.
-        targets: blocks to predict in each image (section 3).
-        target_scale: smallest and largest share of the image that a target covers (section 3); one
+        encoder: Encoder to train; a plain ViT.
+        targets: Blocks to predict in each image (section 3).
+        target_scale: Smallest and largest share of the image that a target covers (section 3); one
             size is drawn for a batch, as in the authors' code.
-        target_aspect: smallest and largest height by width of a target (section 3).
-        context_scale: smallest and largest share of the image that the context block covers before
+        target_aspect: Smallest and largest height by width of a target (section 3).
+        context_scale: Smallest and largest share of the image that the context block covers before
             the targets are taken out of it (section 3).
-        momentum: of the target encoder at the start; it rises linearly to 1 over the run
+        momentum: Momentum of the target encoder at the start; it rises linearly to 1 over the run
             (appendix A.1). In a run of only some hundred steps the target encoder stays near its
             start with the paper's 0.996 (after 300, over half of it is left): lower it there.
-        predictor_width: of the predictor's blocks, a multiple of 32; default half the encoder's,
-            as the paper's 384 is of ViT-B's 768 (appendix A.1).
-        predictor_depth: number of the predictor's blocks; default half the encoder's, as the
+        predictor_width: Width of the predictor's blocks, a multiple of 32; default half the
+            encoder's, as the paper's 384 is of ViT-B's 768 (appendix A.1).
+        predictor_depth: Number of the predictor's blocks; default half the encoder's, as the
             paper's 6 is of ViT-B's 12, and a quarter of it below the width of ViT-S (384): the
             predictor runs once for every target.
-        min_crop_scale: smallest share of the image's area in a view; 0.3 as in the authors' code
+        min_crop_scale: Smallest fraction of the image's area in a view; 0.3 as in the authors' code
             (configs), which does not flip.
     """
 
@@ -195,7 +195,7 @@ class IJEPA(PretextTask):
 
         Args:
             batch: B, images.
-            device: where to draw.
+            device: Device to draw on.
 
         Returns:
             ``(B, K)`` and ``(B, T, K')`` indices of patches; no target overlaps with the context.

@@ -30,9 +30,9 @@ def random_blocks(count: int, size: int, share: float, device: torch.device) -> 
 
     Args:
         count: B, how many masks.
-        size: side in pixels.
-        share: of the area that is masked.
-        device: where.
+        size: Side in pixels.
+        share: Fraction of the area that is masked.
+        device: Device to use.
 
     Returns:
         ``(B, 1, size, size)`` bool: True is masked.
@@ -77,11 +77,11 @@ class Inpainting(PretextTask):
     here, as the authors did where they trained features: it did not converge with their encoder.
 
     Args:
-        encoder: what is trained.
-        masked: share of the image's area that is cut out, from 0.01 to 0.7; up to a quarter in
+        encoder: Encoder to train.
+        masked: Share of the image's area that is cut out, from 0.01 to 0.7; up to a quarter in
             the paper (section 3.3).
-        decoder_width: channels of the decoder.
-        min_crop_scale: smallest share of the image's area in a view.
+        decoder_width: Channels of the decoder.
+        min_crop_scale: Smallest fraction of the image's area in a view.
     """
 
     info = PretextInfo(

@@ -39,10 +39,10 @@ def jigsaw_views(size: int, min_crop_scale: float, gray_share: float, upright: b
     """One view: a random crop, flipped, perhaps gray. Cutting it up is left to the loss.
 
     Args:
-        size: side in pixels.
-        min_crop_scale: smallest share of the image's area.
-        gray_share: probability of being made gray.
-        upright: whether the images have an up.
+        size: Side in pixels.
+        min_crop_scale: Smallest fraction of the image's area.
+        gray_share: Probability of being made gray.
+        upright: Whether the images have an up.
     """
     one = [random_crop(size, min_crop_scale), flip(upright), gray(gray_share)]
     return Views([one], shortest=crop_decode_size(size, min_crop_scale))
@@ -52,7 +52,7 @@ def all_permutations(tiles: int) -> np.ndarray:
     """All permutations in lexicographic order.
 
     Args:
-        tiles: how many things are permuted; up to about ten.
+        tiles: Number of items that are permuted; up to about ten.
 
     Returns:
         ``(tiles!, tiles)`` uint8.
@@ -76,9 +76,9 @@ def distant_permutations(tiles: int, count: int, seed: int = 0) -> np.ndarray:
     the first of these in lexicographic order: else near-twins get in.
 
     Args:
-        tiles: of a puzzle.
-        count: how many, at most ``tiles!``.
-        seed: of the first one. Part of the task's definition, not of a run.
+        tiles: Tiles of a puzzle.
+        count: Number of permutations, at most ``tiles!``.
+        seed: Seed of the first one. Part of the task's definition, not of a run.
 
     Returns:
         ``(count, tiles)`` uint8; read-only.
@@ -159,18 +159,18 @@ class Jigsaw(PretextTask):
     shifts the channels of colored images by up to two pixels, which is left out here.
 
     Args:
-        encoder: what is trained.
-        permutations: to tell apart. The paper finds 1000 best on ImageNet; 100 ask less of small
+        encoder: Encoder to train.
+        permutations: To tell apart. The paper finds 1000 best on ImageNet; 100 ask less of small
             sets of images.
-        tile_size: side of a tile in pixels; default what fits the encoder, about 2/7 of its
+        tile_size: Side of a tile in pixels; default what fits the encoder, about 2/7 of its
             images, at least 16: 64 at 224 as in the paper.
-        cell_size: side in pixels of the cell in which a tile lies at random; default 75/64 of the
+        cell_size: Side in pixels of the cell in which a tile lies at random; default 75/64 of the
             tile as in the paper, so that tiles lie 11/64 of a tile apart on average.
-        tile_features: to which a shared linear layer reduces each tile's features; 512 in the
+        tile_features: To which a shared linear layer reduces each tile's features; 512 in the
             paper (its fc6), for a million images.
-        hidden_size: of the head on all nine; 4096 in the paper (its fc7).
-        gray: share of the images made gray; 0.3 in the paper.
-        min_crop_scale: smallest share of the image's area in the view that is cut up; the paper
+        hidden_size: Hidden size of the head on all nine; 4096 in the paper (its fc7).
+        gray: Share of the images made gray; 0.3 in the paper.
+        min_crop_scale: Smallest fraction of the image's area in the view that is cut up; the paper
             takes 225^2 pixels of an image with a shorter side of 256.
     """
 

@@ -21,18 +21,18 @@ class LeJEPA(PretextTask):
     """LeJEPA.
 
     Args:
-        encoder: what is trained.
-        lambd: weight of the regularization against the agreement of views, in [0, 1] (equation
+        encoder: Encoder to train.
+        lambd: Weight of the regularization against the agreement of views, in [0, 1] (equation
             LeJEPA, section 5; 0.05 is the authors' default, 0.02 in their small example).
-        directions: that the distribution is looked at from, drawn anew every step; the paper has
+        directions: Random projections of the distribution, drawn anew in each step; the paper has
             1024.
-        hidden_size: of the projection head; 2048 in the authors' example.
-        projection_size: of the embeddings.
-        global_crops: views of the encoder's size.
-        local_crops: small views beside them; default 6 as in the paper, none below 64 pixels.
-        min_crop_scale: smallest share of the image's area in a small view.
-        min_global_crop_scale: smallest share in a large view; the paper has 0.3.
-        color: strength of the color distortion.
+        hidden_size: Hidden size of the projection head; 2048 in the authors' example.
+        projection_size: Size of the embeddings.
+        global_crops: Views of the encoder's size.
+        local_crops: Small views beside them; default 6 as in the paper, none below 64 pixels.
+        min_crop_scale: Smallest fraction of the image's area in a small view.
+        min_global_crop_scale: Smallest fraction in a large view; the paper has 0.3.
+        color: Strength of the color distortion.
     """
 
     info = PretextInfo(

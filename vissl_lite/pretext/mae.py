@@ -1,4 +1,4 @@
-"""MAE: encode a quarter of an image's patches, and decode the pixels of all others from them.
+"""MAE: encode a quarter of the patches of an image and predict the pixels of the others.
 
 He, Chen, Xie, Li, Dollar & Girshick 2021, "Masked Autoencoders Are Scalable Vision Learners",
 arXiv 2111.06377.
@@ -33,22 +33,22 @@ from vissl_lite.pretext.modules.visualization import reconstruction
 class MAE(PretextTask):
     """Masked autoencoder.
 
-    What comes after the last patch tokens is not trained: a class token learns only through
-    attention (that of the encoder and that of the decoder, which sees it, as in the paper,
-    appendix A.1), a pooling with weights of its own not at all. Fine-tuning shows more of what was
-    learned than a linear probe (section 4.3).
+    Layers after the last patch tokens are not trained: a class token learns only through attention
+    (of the encoder, and of the decoder, which sees it as in appendix A.1 of the paper), and a
+    pooling layer with weights does not learn at all. Fine-tuning shows the gain better than a
+    linear probe (section 4.3).
 
     Args:
-        encoder: what is trained; a plain ViT.
-        mask_ratio: share of the patches that are masked (figure 5).
-        decoder_width: of the decoder's blocks, a multiple of 32; default two thirds of the
-            encoder's, as the paper's 512 is of ViT-B's 768 (table 1b).
-        decoder_depth: number of the decoder's blocks; default the paper's 8 (table 1a) from the
-            width of ViT-S (384) on, and 2 below it. The decoder runs over all patches, the encoder
-            over a quarter: 8 blocks would cost more than the whole of a ViT-Tiny, and one is
-            enough before fine-tuning (table 1a).
-        normalize_pixels: predict pixels normalized within their patch (table 1d).
-        min_crop_scale: smallest share of the image's area in a view; 0.2 as in the authors' code
+        encoder: Encoder to train, a plain ViT.
+        mask_ratio: Fraction of the patches that are masked (figure 5).
+        decoder_width: Width of the decoder's blocks, a multiple of 32; default two thirds of the
+            width of the encoder, as in the paper (512 for ViT-B's 768, table 1b).
+        decoder_depth: Number of blocks of the decoder; default 8 as in the paper (table 1a) for
+            encoders of at least ViT-S's width (384), else 2: the decoder processes all patches, so
+            that 8 blocks would cost more than a ViT-Tiny encoder, and one block is enough before
+            fine-tuning (table 1a).
+        normalize_pixels: Whether to predict pixels normalized within their patch (table 1d).
+        min_crop_scale: Smallest fraction of the image's area in a view; 0.2 as in the authors' code
             (main_pretrain.py).
     """
 
@@ -60,7 +60,7 @@ class MAE(PretextTask):
         use="ViTs that will be fine-tuned; the cheapest step of all; wants long runs",
         backbones="ViT",
     )
-    # Ten times the paper's rate (table 8), which is for 800 epochs of ImageNet.
+    # Ten times the learning rate of the paper (table 8), which trains for 800 epochs of ImageNet.
     optimizer_settings = OptimizerSettings("adamw", lr=1.5e-3, weight_decay=0.05, scaling="linear")
 
     def __init__(
@@ -97,7 +97,7 @@ class MAE(PretextTask):
         visible, masked = self.draw_mask(images)
         prefix, tokens = self.forward_encoder(images, visible)
         predicted = self.forward_decoder(prefix, tokens, visible, masked)
-        # the mean over masked patches alone (section 3)
+        # The mean over masked patches only (section 3).
         return F.mse_loss(predicted.float(), take(self.targets(images), masked))
 
     def draw_mask(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,7 +124,7 @@ class MAE(PretextTask):
         Args:
             prefix: ``(B, P, D)`` class and register tokens.
             tokens: ``(B, K, D)`` tokens of the visible patches.
-            visible: ``(B, K)`` their indices.
+            visible: ``(B, K)`` indices of the visible patches.
             masked: ``(B, M)`` indices of the masked patches.
 
         Returns:
@@ -134,7 +134,7 @@ class MAE(PretextTask):
         return predicted
 
     def targets(self, images: Tensor) -> Tensor:
-        """What is to be predicted of each patch.
+        """The values to predict for each patch.
 
         Args:
             images: ``(B, C, S, S)``, normalized.

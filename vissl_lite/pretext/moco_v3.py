@@ -24,14 +24,14 @@ class MoCoV3(PretextTask):
     """MoCo v3.
 
     Args:
-        encoder: what is trained. A ViT's patch projection stays as it is, which keeps the training
+        encoder: Encoder to train. A ViT's patch projection stays as it is, which keeps the training
             stable (section 4.2).
-        temperature: of the loss (appendix A has 0.2); in short training 0.1 is better.
-        momentum: of the teacher at the start; rises to 1 along a cosine (appendix A).
-        hidden_size: of the heads; the paper has 4096.
-        projection_size: of the embeddings that the loss compares; the paper has 256.
-        min_crop_scale: smallest share of the image's area in a view; the paper has 0.08.
-        color: strength of the color distortion; the paper has about 0.5.
+        temperature: Temperature of the loss (appendix A has 0.2); in short training 0.1 is better.
+        momentum: Momentum of the teacher at the start; rises to 1 along a cosine (appendix A).
+        hidden_size: Hidden size of the heads; the paper has 4096.
+        projection_size: Size of the embeddings that the loss compares; the paper has 256.
+        min_crop_scale: Smallest fraction of the image's area in a view; the paper has 0.08.
+        color: Strength of the color distortion; the paper has about 0.5.
     """
 
     info = PretextInfo(

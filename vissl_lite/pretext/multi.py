@@ -24,12 +24,12 @@ class Multi(PretextTask):
     """Rotation prediction on SimCLR's first view, and SimCLR on both.
 
     Args:
-        encoder: what is trained.
-        rotation_weight: of rotation's loss; SimCLR's has 1.
-        temperature: of SimCLR's loss.
-        projection_size: of the embeddings that SimCLR's loss compares.
-        min_crop_scale: smallest share of the image's area in a view.
-        color: strength of the color distortion.
+        encoder: Encoder to train.
+        rotation_weight: Weight of rotation's loss; SimCLR's has 1.
+        temperature: Temperature of SimCLR's loss.
+        projection_size: Size of the embeddings that SimCLR's loss compares.
+        min_crop_scale: Smallest fraction of the image's area in a view.
+        color: Strength of the color distortion.
     """
 
     info = PretextInfo(

@@ -40,14 +40,14 @@ class NNCLR(PretextTask):
     """NNCLR.
 
     Args:
-        encoder: what is trained.
-        temperature: of the loss (section 4.1).
-        queue_size: of the support set; the paper has 98304, for 1.3 million images.
-        hidden_size: of the projection head; the paper has 2048 (section 4.1).
-        projection_size: of the embeddings that the loss compares (section 4.1).
-        prediction_hidden_size: of the prediction head; the paper has 4096.
-        min_crop_scale: smallest share of the image's area in a view; the paper has 0.08.
-        color: strength of the color distortion.
+        encoder: Encoder to train.
+        temperature: Temperature of the loss (section 4.1).
+        queue_size: Size of the support set; the paper has 98304, for 1.3 million images.
+        hidden_size: Hidden size of the projection head; the paper has 2048 (section 4.1).
+        projection_size: Size of the embeddings that the loss compares (section 4.1).
+        prediction_hidden_size: Hidden size of the prediction head; the paper has 4096.
+        min_crop_scale: Smallest fraction of the image's area in a view; the paper has 0.08.
+        color: Strength of the color distortion.
     """
 
     info = PretextInfo(

@@ -91,19 +91,20 @@ class RelativePatch(PretextTask):
     pixelation (section 3.2), which is left out here.
 
     Args:
-        encoder: what is trained.
-        patch_size: side of a patch in pixels; default what fits the encoder, about 3/7 of its
+        encoder: Encoder to train.
+        patch_size: Side of a patch in pixels; default what fits the encoder, about 3/7 of its
             images: 96 at 224 as in the paper (section 3).
-        gap: pixels between patches; default half of a patch: 48 for 96 (section 3.2).
-        jitter: pixels by which a patch may lie off its place in each direction; default 7/96 of a
+        gap: Pixels between patches; default half of a patch: 48 for 96 (section 3.2).
+        jitter: Pixels by which a patch may lie off its place in each direction; default 7/96 of a
             patch: 7 for 96 (section 3.2).
-        color: against chromatic aberration (section 3.1). ``drop`` keeps one random channel of
+        color: Against chromatic aberration (section 3.1). ``drop`` keeps one random channel of
             each patch; ``project`` removes the direction from green to magenta; ``keep`` does
             nothing.
-        hidden_size: of the head. The paper's has two layers of 4096, for a million images.
-        min_crop_scale: smallest share of the image's area in the view that holds the grid; in the
-            paper the grid takes from a third of an image to all of it (398^2 of 150,000 to 450,000
-            pixels, section 3.2).
+        hidden_size: Hidden size of the head. The paper's has two layers of 4096, for a million
+            images.
+        min_crop_scale: Smallest fraction of the image's area in the view that holds the grid; in
+            the paper the grid takes from a third of an image to all of it (398^2 of 150,000 to
+            450,000 pixels, section 3.2).
     """
 
     info = PretextInfo(

@@ -23,8 +23,8 @@ def rotation_views(size: int, min_crop_scale: float) -> Views:
     """One view: a random crop, perhaps flipped. Turning it is left to the loss.
 
     Args:
-        size: side in pixels.
-        min_crop_scale: smallest share of the image's area.
+        size: Side in pixels.
+        min_crop_scale: Smallest fraction of the image's area.
     """
     one = [random_crop(size, min_crop_scale), flip()]
     return Views([one], shortest=crop_decode_size(size, min_crop_scale))
@@ -63,7 +63,7 @@ def show_rotations(
     Args:
         images: ``(B, 3, S, S)``, normalized.
         encoder: The encoder that they were normalized for.
-        guess: the logits ``(B, 4)`` of images.
+        guess: The logits ``(B, 4)`` of images.
     """
     turns = torch.randint(4, (len(images),), device=images.device)
     turned = turn(images, turns)
@@ -82,8 +82,8 @@ class Rotation(PretextTask):
     """Rotation prediction. Has no signal on images without an up, such as from a microscope.
 
     Args:
-        encoder: what is trained.
-        min_crop_scale: smallest share of the image's area in a view.
+        encoder: Encoder to train.
+        min_crop_scale: Smallest fraction of the image's area in a view.
     """
 
     info = PretextInfo(

@@ -31,8 +31,8 @@ def default_mask_unit(size: int, patch: int) -> int:
     as in the paper, 8 at 64 pixels with patches of 4.
 
     Args:
-        size: side of the image in pixels, a multiple of the patch.
-        patch: side of the encoder's patches in pixels.
+        size: Side of the image in pixels, a multiple of the patch.
+        patch: Side of the encoder's patches in pixels.
     """
     units = [unit for unit in range(patch, size // 2 + 1, patch) if size % unit == 0]
     return min(units, key=lambda unit: (abs(unit - size / 6), -unit))
@@ -43,7 +43,7 @@ def enlarge(mask: Tensor, factor: int) -> Tensor:
 
     Args:
         mask: ``(B, h, w)``.
-        factor: side of the square.
+        factor: Side of the square.
 
     Returns:
         ``(B, h * factor, w * factor)``.
@@ -75,11 +75,11 @@ class SimMIM(PretextTask):
     at all.
 
     Args:
-        encoder: what is trained; a ViT or a Swin Transformer.
-        mask_ratio: share of the image that is masked (table 1).
-        mask_unit: side in pixels of what is masked as a whole; default about a sixth of the
+        encoder: Encoder to train; a ViT or a Swin Transformer.
+        mask_ratio: Share of the image that is masked (table 1).
+        mask_unit: Side in pixels of what is masked as a whole; default about a sixth of the
             image as the paper's 32 is of 192, see ``default_mask_unit``.
-        min_crop_scale: smallest share of the image's area in a view (section 4.1).
+        min_crop_scale: Smallest fraction of the image's area in a view (section 4.1).
     """
 
     info = PretextInfo(

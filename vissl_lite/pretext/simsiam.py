@@ -20,11 +20,12 @@ class SimSiam(PretextTask):
     """SimSiam.
 
     Args:
-        encoder: what is trained.
-        projection_size: of the projector's three layers and of the embeddings; 2048 in the paper.
-        hidden_size: bottleneck of the predictor, a quarter of that (section 3).
-        min_crop_scale: smallest share of the image's area in a view (section 3).
-        color: strength of the color distortion; the paper has 0.5.
+        encoder: Encoder to train.
+        projection_size: Size of the projector's three layers and of the embeddings; 2048 in the
+            paper.
+        hidden_size: Bottleneck of the predictor, a quarter of that (section 3).
+        min_crop_scale: Smallest fraction of the image's area in a view (section 3).
+        color: Strength of the color distortion; the paper has 0.5.
     """
 
     info = PretextInfo(

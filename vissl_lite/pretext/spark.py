@@ -49,8 +49,8 @@ def mask_at(visible: Tensor, height: int, width: int) -> Tensor:
 
     Args:
         visible: ``(B, 1, h, w)``, 1 where visible, else 0.
-        height: of the feature map.
-        width: of the feature map.
+        height: Height of the feature map.
+        width: Width of the feature map.
 
     Returns:
         ``(B, 1, height, width)``.
@@ -64,8 +64,8 @@ def visible_batch_norm(norm: _BatchNorm, features: Tensor, mask: Tensor) -> Tens
     """BatchNorm over the visible places; the masked ones become 0.
 
     Args:
-        norm: whose parameters, running statistics and mode are used. A synchronized one takes the
-            statistics of all processes together.
+        norm: Module whose parameters, running statistics and mode are used. A synchronized one
+            takes the statistics of all processes together.
         features: ``(B, C, h, w)``.
         mask: ``(B, 1, h, w)``, 1 where visible, else 0.
 
@@ -111,7 +111,7 @@ def visible_group_norm(norm: nn.GroupNorm, features: Tensor, mask: Tensor) -> Te
     """GroupNorm over each image's visible places; the masked ones become 0.
 
     Args:
-        norm: whose parameters are used.
+        norm: Module whose parameters are used.
         features: ``(B, C, h, w)``.
         mask: ``(B, 1, h, w)``, 1 where visible, else 0; each image has a visible place.
 
@@ -181,7 +181,7 @@ def sparse(model: nn.Module, visible: Tensor) -> Iterator[None]:
     it is gone afterwards: the network is plain again.
 
     Args:
-        model: a timm model.
+        model: A timm model.
         visible: ``(B, 1, g, g)``, 1 where the image is visible, else 0; each image has a visible
             place.
     """
@@ -214,7 +214,7 @@ def pyramid(encoder: Encoder, images: Tensor) -> list[Tensor]:
     """The deepest feature map of each resolution, of the four coarsest (section 3.2).
 
     Args:
-        encoder: with a convolutional backbone.
+        encoder: Encoder with a convolutional backbone.
         images: ``(B, C, S, S)``, normalized.
 
     Returns:
@@ -236,8 +236,8 @@ def choose_grid(size: int, sides: list[int]) -> int | None:
     coarsest stage with at least 4 x 4 places that divides the image and all finer stages evenly.
 
     Args:
-        size: side of the image in pixels.
-        sides: sides of the feature maps.
+        size: Side of the image in pixels.
+        sides: Sides of the feature maps.
 
     Returns:
         The number; None if no stage will do.
@@ -258,9 +258,9 @@ class Decoder(nn.Module):
     finest map, each of whose places predicts its pixels, which is faster.
 
     Args:
-        channels: of the feature maps, fine to coarse.
-        width: channels at the coarsest map; halved at each finer one, down to 32 at least.
-        outputs: channels of the output.
+        channels: Channels of the feature maps, fine to coarse.
+        width: Channels at the coarsest map; halved at each finer one, down to 32 at least.
+        outputs: Channels of the output.
     """
 
     def __init__(self, channels: list[int], width: int, outputs: int) -> None:
@@ -322,12 +322,12 @@ class SparK(PretextTask):
     last feature map (as in MobileNetV3's head) are not trained.
 
     Args:
-        encoder: what is trained; a convolutional network.
-        mask_ratio: share of the image that is masked (section 4.1).
-        decoder_width: channels of the decoder at the coarsest map; default half of that map's, but
+        encoder: Encoder to train; a convolutional network.
+        mask_ratio: Share of the image that is masked (section 4.1).
+        decoder_width: Channels of the decoder at the coarsest map; default half of that map's, but
             at least 64 and at most 512 (the authors' code has 768 for a ResNet-50's 2048).
-        min_crop_scale: smallest share of the image's area in a view; 0.67 as in the authors' code
-            (pretrain/utils/imagenet.py).
+        min_crop_scale: Smallest fraction of the image's area in a view; 0.67 as in the authors'
+            code (pretrain/utils/imagenet.py).
     """
 
     info = PretextInfo(

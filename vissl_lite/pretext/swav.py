@@ -23,23 +23,23 @@ class SwAV(PretextTask):
     """SwAV.
 
     Args:
-        encoder: what is trained.
-        prototypes: number of clusters; the paper has 3000, for 1000 classes and batches of 4096.
+        encoder: Encoder to train.
+        prototypes: Number of clusters; the paper has 3000, for 1000 classes and batches of 4096.
             With batches of 64, more than 128 learn nothing in the first minutes.
-        temperature: of the predictions (appendix A.1).
-        epsilon: smoothness of the assignments (section 3.1).
+        temperature: Temperature of the predictions (appendix A.1).
+        epsilon: Smoothness of the assignments (section 3.1).
         sinkhorn_iterations: (section 3.1).
-        queue_size: embeddings of earlier images that take part in the assignment, which small
+        queue_size: Embeddings of earlier images that take part in the assignment, which small
             batches need (section 3.1, 3840 for batches of 256: fifteen batches); 0 for none.
-        queue_start: share of the run after which they do, when embeddings change slowly enough;
+        queue_start: Fraction of the run after which they do, when embeddings change slowly enough;
             the paper has 15 epochs of 200, short runs want more.
-        hidden_size: of the projection head; the paper has 2048.
-        projection_size: of the embeddings (appendix A.1).
-        local_crops: number of small views beside the two large ones; default 6 as in the paper,
+        hidden_size: Hidden size of the projection head; the paper has 2048.
+        projection_size: Size of the embeddings (appendix A.1).
+        local_crops: Number of small views beside the two large ones; default 6 as in the paper,
             none below 64 pixels.
-        min_crop_scale: smallest share of the image's area in a small view (section 5).
-        min_global_crop_scale: smallest share in a large view; the paper has 0.14.
-        color: strength of the color distortion.
+        min_crop_scale: Smallest fraction of the image's area in a small view (section 5).
+        min_global_crop_scale: Smallest fraction in a large view; the paper has 0.14.
+        color: Strength of the color distortion.
     """
 
     info = PretextInfo(

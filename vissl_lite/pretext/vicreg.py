@@ -21,13 +21,14 @@ class VICReg(PretextTask):
     """VICReg.
 
     Args:
-        encoder: what is trained.
-        sim_weight: of the invariance term (section 4.2).
-        std_weight: of the variance term (section 4.2).
-        cov_weight: of the covariance term (section 4.2).
-        projection_size: of the expander's three layers and of the embeddings; the paper has 8192.
-        min_crop_scale: smallest share of the image's area in a view; the paper has 0.08.
-        color: strength of the color distortion; the paper has about 0.5.
+        encoder: Encoder to train.
+        sim_weight: Weight of the invariance term (section 4.2).
+        std_weight: Weight of the variance term (section 4.2).
+        cov_weight: Weight of the covariance term (section 4.2).
+        projection_size: Size of the expander's three layers and of the embeddings; the paper has
+            8192.
+        min_crop_scale: Smallest fraction of the image's area in a view; the paper has 0.08.
+        color: Strength of the color distortion; the paper has about 0.5.
     """
 
     info = PretextInfo(

@@ -21,17 +21,18 @@ class VISReg(PretextTask):
     """VISReg.
 
     Args:
-        encoder: what is trained.
-        lambd: weight of the regularization against the agreement of views, in [0, 1]; the authors
+        encoder: Encoder to train.
+        lambd: Weight of the regularization against the agreement of views, in [0, 1]; the authors
             have 0.9, in short runs more agreement learns faster.
-        directions: that the shape is looked at from, drawn anew every step; the authors' default.
-        hidden_size: of the projection head; 2048 in the authors' example.
-        projection_size: of the embeddings.
-        global_crops: views of the encoder's size; the authors have 4.
-        local_crops: small views beside them; default 6 as the authors have, none below 64 pixels.
-        min_crop_scale: smallest share of the image's area in a small view.
-        min_global_crop_scale: smallest share in a large view.
-        color: strength of the color distortion.
+        directions: Random projections of the distribution, drawn anew in each step; the authors'
+            default.
+        hidden_size: Hidden size of the projection head; 2048 in the authors' example.
+        projection_size: Size of the embeddings.
+        global_crops: Views of the encoder's size; the authors have 4.
+        local_crops: Small views beside them; default 6 as the authors have, none below 64 pixels.
+        min_crop_scale: Smallest fraction of the image's area in a small view.
+        min_global_crop_scale: Smallest fraction in a large view.
+        color: Strength of the color distortion.
     """
 
     info = PretextInfo(

@@ -16,9 +16,9 @@ def cropped_views(size: int, min_crop_scale: float, upright: bool) -> Views:
     """One view: a random crop, perhaps flipped, for tasks that predict part of the image.
 
     Args:
-        size: side in pixels.
-        min_crop_scale: smallest share of the image's area.
-        upright: whether the images have an up.
+        size: Side in pixels.
+        min_crop_scale: Smallest share of the image's area.
+        upright: Whether the images have an up.
     """
     one = [random_crop(size, min_crop_scale), flip(upright)]
     return Views([one], shortest=crop_decode_size(size, min_crop_scale))
@@ -35,12 +35,12 @@ def two_views(
     """Two random crops, flipped, their colors distorted, perhaps blurred (SimCLR, appendix A).
 
     Args:
-        size: side in pixels.
-        min_crop_scale: smallest share of the image's area.
-        color: strength of the color distortion; see ``distorted_crop``.
-        upright: whether the images have an up.
-        blur: probability for each view.
-        solarize: probability for each view.
+        size: Side in pixels.
+        min_crop_scale: Smallest share of the image's area.
+        color: Strength of the color distortion; see ``distorted_crop``.
+        upright: Whether the images have an up.
+        blur: Probability for each view.
+        solarize: Probability for each view.
     """
     first, second = (
         distorted_crop(size, min_crop_scale, color, blurred, inverted, upright)
@@ -117,7 +117,7 @@ def forward_multi_crop(network: Callable[[Tensor], Tensor], views: list[Tensor])
     """Run a network over views, in one pass for each run of views of equal size.
 
     Args:
-        network: takes ``(N, C, H, W)``, gives ``(N, ...)``.
+        network: Takes ``(N, C, H, W)``, gives ``(N, ...)``.
         views: ``(B, C, H, W)`` each.
 
     Returns:

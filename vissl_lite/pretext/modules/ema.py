@@ -13,7 +13,7 @@ def make_teacher(student: Module) -> Module:
     """A copy that gets no gradient. It stays in training mode: its BatchNorms see its own batches.
 
     Args:
-        student: what to copy.
+        student: Module to copy.
     """
     teacher = copy.deepcopy(student)
     for parameter in teacher.parameters():
@@ -25,9 +25,9 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """Move a teacher's parameters towards the student's: t = m t + (1 - m) s (MoCo, eq. 2).
 
     Args:
-        teacher: a ``make_teacher`` of the student. Its buffers are its own.
-        student: of the same structure.
-        momentum: m, in [0, 1].
+        teacher: A ``make_teacher`` of the student. Its buffers are its own.
+        student: Student of the same structure.
+        momentum: M, in [0, 1].
     """
     update = get_ema_multi_avg_fn(momentum)
     update(list(teacher.parameters()), list(student.parameters()), None)

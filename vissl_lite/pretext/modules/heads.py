@@ -37,10 +37,10 @@ class PrototypeHead(nn.Module):
     Caron et al. 2021, appendix C.
 
     Args:
-        features: in.
-        hidden: of the MLP's two hidden layers.
-        bottleneck: of its output.
-        prototypes: out.
+        features: In.
+        hidden: Hidden of the MLP's two hidden layers.
+        bottleneck: Bottleneck of its output.
+        prototypes: Out.
         norm: BatchNorm in the MLP.
     """
 
@@ -79,9 +79,9 @@ class Decoder(nn.Module):
     fully-connected layer does, and what is trained includes all layers up to the pooled features.
 
     Args:
-        encoder: whose features are decoded.
-        outputs: channels of the result.
-        width: channels in between.
+        encoder: Encoder whose features are decoded.
+        outputs: Channels of the result.
+        width: Channels in between.
     """
 
     STRIDE = 4
@@ -112,7 +112,7 @@ class Decoder(nn.Module):
         Args:
             pooled: ``(B, D)``.
             last: ``(B, D', h, w)``.
-            size: side of the result.
+            size: Side of the result.
 
         Returns:
             ``(B, outputs, size, size)``.

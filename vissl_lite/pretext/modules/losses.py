@@ -70,7 +70,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     Args:
         z1: ``(B, D)`` embeddings of the first views; need not be normalized.
         z2: ``(B, D)`` of the second views.
-        temperature: above 0.
+        temperature: Temperature above 0.
 
     Returns:
         A scalar, the mean over this process's 2 B embeddings. Computed in float32.
@@ -96,7 +96,7 @@ def contrast(query: Tensor, key: Tensor, temperature: float) -> Tensor:
     Args:
         query: ``(B, D)``; need not be normalized.
         key: ``(B, D)``, likewise; may have a gradient.
-        temperature: above 0.
+        temperature: Temperature above 0.
 
     Returns:
         A scalar, the mean over this process's queries. Computed in float32.
@@ -115,7 +115,7 @@ def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> T
         query: ``(B, D)``; need not be normalized.
         key: ``(B, D)``, likewise; its gradient is up to the caller.
         queue: ``(Q, D)``, normalized.
-        temperature: above 0.
+        temperature: Temperature above 0.
 
     Returns:
         A scalar, the mean over the queries. Computed in float32.
@@ -148,7 +148,7 @@ def barlow_twins(z1: Tensor, z2: Tensor, lambd: float) -> Tensor:
     Args:
         z1: ``(B, D)`` embeddings of the first views, B * processes at least 2.
         z2: ``(B, D)`` of the second views.
-        lambd: weight of the off-diagonal terms.
+        lambd: Weight of the off-diagonal terms.
 
     Returns:
         A scalar, a sum over D^2 entries. Computed in float32.
@@ -173,9 +173,9 @@ def vicreg(
     Args:
         z1: ``(B, D)`` embeddings of the first views, B * processes at least 2.
         z2: ``(B, D)`` of the second views.
-        sim_weight: lambda, of the squared distance between views.
-        std_weight: mu, of the hinge that keeps each dimension's standard deviation at 1.
-        cov_weight: nu, of the squared covariances between dimensions.
+        sim_weight: Lambda, of the squared distance between views.
+        std_weight: Mu, of the hinge that keeps each dimension's standard deviation at 1.
+        cov_weight: Nu, of the squared covariances between dimensions.
 
     Returns:
         A scalar. Computed in float32.
@@ -213,8 +213,8 @@ def sigreg(z: Tensor, directions: Tensor, points: int = 17, reach: float = 5.0) 
     Args:
         z: ``(B, D)`` embeddings.
         directions: ``(D, S)`` unit vectors.
-        points: of the trapezoidal quadrature.
-        reach: the integral runs from minus this to this.
+        points: Points of the trapezoidal quadrature.
+        reach: The integral runs from minus this to this.
 
     Returns:
         A scalar, the mean over directions of the test statistic. Computed in float32.
@@ -262,8 +262,8 @@ def sinkhorn(
 
     Args:
         scores: ``(B, K)`` similarities to prototypes, in [-1, 1]; joined over processes.
-        epsilon: smoothness, above 0.
-        iterations: of normalizing rows and columns.
+        epsilon: Smoothness, above 0.
+        iterations: Iterations of normalizing rows and columns.
         earlier: ``(Q, K)`` similarities of earlier embeddings, the same in all processes, that are
             assigned along with the batch (section 3.1).
 
@@ -298,7 +298,7 @@ def cross_entropy(targets: Tensor, scores: Tensor, temperature: float) -> Tensor
     Args:
         targets: ``(B, K)``, each row a distribution.
         scores: ``(B, K)``.
-        temperature: of the scores, above 0.
+        temperature: Temperature of the scores, above 0.
 
     Returns:
         ``(B,)``. Computed in float32.
@@ -314,7 +314,7 @@ def swapped_prediction(
     Args:
         scores: ``(B, K)`` similarities to the prototypes, of each view, the large ones first.
         codes: ``(B, K)`` distributions of each large view: assignments, or what a teacher says.
-        temperature: above 0.
+        temperature: Temperature above 0.
 
     Returns:
         A scalar, the mean over pairs of views. Computed in float32.
@@ -350,8 +350,8 @@ class Center(nn.Module):
     A module, so that a checkpoint holds it. The mean is over all processes.
 
     Args:
-        size: of an output.
-        momentum: of the mean.
+        size: Size of an output.
+        momentum: Momentum of the mean.
     """
 
     def __init__(self, size: int, momentum: float) -> None:
@@ -365,7 +365,7 @@ class Center(nn.Module):
 
         Args:
             outputs: ``(B, size)`` of the teacher.
-            temperature: below the student's, which sharpens them.
+            temperature: Temperature below the student's, which sharpens them.
         """
         return F.softmax((outputs.float() - self.mean) / temperature, dim=1)
 

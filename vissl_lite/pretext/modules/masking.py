@@ -28,14 +28,14 @@ def check_patches(info: PretextInfo, encoder: Encoder) -> int:
     is masked would still be seen.
 
     Args:
-        info: the pretext that asks.
-        encoder: with a ``patch_embed``.
+        info: The pretext that asks.
+        encoder: Encoder with a ``patch_embed``.
 
     Returns:
         Their side in pixels.
 
     Raises:
-        UserError: it is not one convolution that cuts the image into at least 2 x 2 whole patches.
+        UserError: It is not one convolution that cuts the image into at least 2 x 2 whole patches.
     """
     patch, size = encoder.patch_size, encoder.image_size
     assert patch is not None  # as there is a patch_embed
@@ -59,8 +59,8 @@ def number_masked(count: int, ratio: float) -> int:
     """How many patches to mask: at least one, and one stays visible.
 
     Args:
-        count: patches of an image; at least 2.
-        ratio: share that is to be masked.
+        count: Patches of an image; at least 2.
+        ratio: Share that is to be masked.
     """
     return min(max(round(ratio * count), 1), count - 1)
 
@@ -73,7 +73,7 @@ def random_mask(
     Args:
         batch: B, number of images.
         count: N, number of patches of an image; at least 2.
-        ratio: Share of the patches that is masked; see ``number_masked``.
+        ratio: Fraction of the patches that is masked; see ``number_masked``.
         device: Device to draw on.
 
     Returns:
@@ -117,7 +117,7 @@ def patchify(images: Tensor, patch: int) -> Tensor:
 
     Args:
         images: ``(B, C, H, W)``.
-        patch: side in pixels.
+        patch: Side in pixels.
 
     Returns:
         ``(B, N, patch * patch * C)``: rows, columns, channels of each patch.
@@ -131,7 +131,7 @@ def unpatchify(patches: Tensor, patch: int) -> Tensor:
 
     Args:
         patches: ``(B, N, patch * patch * C)``, N a square.
-        patch: side in pixels.
+        patch: Side in pixels.
 
     Returns:
         ``(B, C, S, S)``.
@@ -149,7 +149,7 @@ def normalized_patches(images: Tensor, patch: int) -> Tensor:
 
     Args:
         images: ``(B, C, H, W)``.
-        patch: side in pixels.
+        patch: Side in pixels.
 
     Returns:
         ``(B, N, patch * patch * C)`` in float32.
@@ -165,7 +165,7 @@ def denormalized_patches(patches: Tensor, images: Tensor, patch: int) -> Tensor:
     Args:
         patches: ``(B, N, patch * patch * C)``, normalized each for itself.
         images: ``(B, C, H, W)``, where their means and variances are taken from.
-        patch: side in pixels.
+        patch: Side in pixels.
 
     Returns:
         ``(B, N, patch * patch * C)`` in float32.
@@ -181,7 +181,7 @@ def masked_patches(model: Any, mask: Tensor, token: Tensor) -> Iterator[None]:
     A forward hook on the patch embedding, which comes before everything else.
 
     Args:
-        model: a timm model with a ``patch_embed``.
+        model: A timm model with a ``patch_embed``.
         mask: ``(B, h, w)``, true where a patch is masked.
         token: ``(D,)``, what stands there instead.
     """
@@ -233,8 +233,8 @@ def narrow_width(features: int, share: float) -> int:
     """A share of an encoder's width, in whole heads of 32 as in MAE's decoder (512 with 16 heads).
 
     Args:
-        features: width of the encoder.
-        share: of it.
+        features: Width of the encoder.
+        share: Fraction of it.
     """
     return max(1, round(features * share / 32)) * 32
 
@@ -248,11 +248,11 @@ class PatchPredictor(nn.Module):
     papers' unshuffling of tokens is not needed.
 
     Args:
-        features: width of the encoder.
-        side: patches along an edge of the image.
-        width: a multiple of 32.
-        depth: number of blocks.
-        outputs: length of a prediction.
+        features: Width of the encoder.
+        side: Patches along an edge of the image.
+        width: A multiple of 32.
+        depth: Number of blocks.
+        outputs: Length of a prediction.
     """
 
     def __init__(self, features: int, side: int, width: int, depth: int, outputs: int) -> None:

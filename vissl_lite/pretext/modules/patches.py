@@ -18,9 +18,9 @@ class Grid:
     """Where patches may lie.
 
     Attributes:
-        side: of a patch, in pixels.
-        step: pixels from one place to the next.
-        slack: pixels by which a patch may lie further down or right than its place begins.
+        side: Side of a patch, in pixels.
+        step: Pixels from one place to the next.
+        slack: Pixels by which a patch may lie further down or right than its place begins.
     """
 
     side: int
@@ -44,7 +44,7 @@ class Grid:
 
         Args:
             count: B, how many images.
-            device: where.
+            device: Device to use.
 
         Returns:
             ``(B, 9)`` top rows and ``(B, 9)`` left columns, in reading order.
@@ -72,7 +72,7 @@ def cut(images: Tensor, rows: Tensor, columns: Tensor, side: int) -> Tensor:
         images: ``(B, C, H, W)``.
         rows: ``(B, N)`` top rows.
         columns: ``(B, N)`` left columns.
-        side: of a patch, in pixels.
+        side: Side of a patch, in pixels.
 
     Returns:
         ``(N B, C, side, side)``, image by image, channels last in memory.
@@ -89,13 +89,13 @@ def patch_side(encoder: Encoder, given: int | None, share: float, option: str) -
     """The side of the patches in pixels.
 
     Args:
-        encoder: what takes them, one by one.
-        given: what the user wants; default what fits the encoder, about
-        share: of its image size.
-        option: its name, for errors.
+        encoder: Encoder that the patches are given to, one by one.
+        given: Value that the user gave; default what fits the encoder, about
+        share: Fraction of its image size.
+        option: Its name, for errors.
 
     Raises:
-        UserError: the encoder can't take patches of this size.
+        UserError: The encoder can't take patches of this size.
     """
     check_count(f"pretext.{option}", given, LARGEST_IMAGE)
     side = given or encoder.fitting_size(share * encoder.image_size)

@@ -14,8 +14,8 @@ class Queue(nn.Module):
     so that it is the same everywhere.
 
     Args:
-        size: how many it holds.
-        dimensions: of an embedding.
+        size: Number of entries.
+        dimensions: Dimensions of an embedding.
 
     Attributes:
         items: ``(size, dimensions)``, without gradient.

@@ -28,10 +28,10 @@ def visualization_of(
     """A pretext at work on some images, with nothing of its state changed.
 
     Args:
-        task: put on the accelerator if there is one, and back where it was afterwards.
-        paths: image files; broken ones are passed over.
-        views: the task's.
-        seed: which images, and what is asked of them: equal for equal seeds.
+        task: Put on the accelerator if there is one, and back where it was afterwards.
+        paths: Image files; broken ones are passed over.
+        views: The task's.
+        seed: Seed of the choice of images and of the random targets.
 
     Returns:
         None if there is nothing to see, or none of the images that were tried can be read.
@@ -51,10 +51,10 @@ def draw_views(paths: Sequence[str], views: Views, seed: int, file: Path) -> Non
     """Draw some images beside their views, as a run with this seed sees them in its first epoch.
 
     Args:
-        paths: image files; broken ones are passed over.
-        views: the task's.
-        seed: the run's.
-        file: the PNG to write; nothing is, if none of the images that were tried can be read.
+        paths: Image files; broken ones are passed over.
+        views: The task's.
+        seed: Seed of the run.
+        file: The PNG to write; nothing is, if none of the images that were tried can be read.
     """
     items = _some(paths, views, seed, VIEWED)
     if items:
@@ -109,7 +109,7 @@ def reconstruction(
         images: ``(B, 3, S, S)``, normalized.
         mask: ``(B, 1, g, g)`` bool, true where hidden; g divides S.
         predicted: ``(B, 3, S, S)``, normalized. What was not hidden is left as it was.
-        title: of the column that it fills.
+        title: Title of the column that it fills.
     """
     hidden = F.interpolate(mask.float(), size=images.shape[2:], mode="nearest") > 0
     seen = images.masked_fill(hidden, 0.0)  # 0 is the mean
