@@ -27,7 +27,7 @@ from vissl_lite.options import option_types, options_of
 from vissl_lite.pretext import PRETEXTS
 
 # Where commands begin to write, after all checks.
-STARTS = ("open_run", "logged_to_console", "_draft")
+STARTS = ("open_run", "logged_to_console", "_temporary_folder")
 
 
 class Started(BaseException):
