@@ -207,7 +207,7 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
         settings.lr, options.warmup, options.seed, batches, seconds, started, accumulate
     )
     cache = None if training.cache is None else training.cache.open(run, maker=is_main_process())
-    images.keep(run)
+    images.keep_sample(run)
     paths = images.paths
     dataset = images.source(views, options.seed, cache)
     stream = StreamData(dataset, size, epochs, schedule, hardware.workers())

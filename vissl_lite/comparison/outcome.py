@@ -128,7 +128,7 @@ class Outcome:
             at = [name for name, one in by_amount.items() if one.verdict == verdict]
             if at and verdict != overall.verdict:
                 words += f" At {', '.join(at)} it {verdict}."
-        # Only for the smallest amount, where pre-training matters most.
+        # Only for the smallest such amount, where pre-training matters most.
         for name, (equal, exact) in list(equivalent.items())[:1]:
             count = self.labels[name]
             rest = f"equal about {equal:.0f}" if exact else f"are better than all {equal:.0f}"

@@ -86,8 +86,8 @@ class Features:
 
 def _raise_missing(paths: Sequence[str]) -> NoReturn:
     raise UserError(
-        f"{len(paths)} images can no longer be read, the first {paths[0]}: all encoders are compared "
-        f"on the same images; restore them and continue with --resume"
+        f"{len(paths)} images can no longer be read, the first {paths[0]}: all encoders are "
+        f"compared on the same images; restore them and continue with --resume"
     )
 
 

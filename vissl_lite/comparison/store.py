@@ -129,7 +129,7 @@ def _check_numbers(found: Any) -> dict[str, float]:
 
 
 def _unpack_bits(text: Any, count: Any) -> np.ndarray:
-    """Decode ``(count,)`` bool from hexadecimal text; raise a ValueError or TypeError on failure."""
+    """Decode ``(count,)`` bool from hexadecimal text; a ValueError or TypeError if invalid."""
     bits = np.frombuffer(bytes.fromhex(text), np.uint8)
     if type(count) is not int or not 0 < count <= 8 * len(bits) < count + 8:
         raise ValueError(f"{len(bits)} bytes for {str(count)[:60]!r} test images")
