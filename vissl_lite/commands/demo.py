@@ -47,7 +47,7 @@ class DemoOptions(Options):
     """Options of ``demo``."""
 
     out: StrPath = "runs/demo"
-    """The run folder to write."""
+    """Run folder to write."""
     shots: int = 10
     """Number of labels per class."""
     seeds: int = 3

@@ -50,7 +50,7 @@ class EmbedOptions(Options):
     data: Paths
     """Folders of images (searched recursively) or .txt files of paths."""
     out: StrPath
-    """The file to write: FILE.parquet or FILE.npz."""
+    """File to write: FILE.parquet or FILE.npz."""
     format: Literal["parquet", "npz"] | None = None
     """File format: parquet or npz. Default: from the extension of --out."""
     layer: str | None = None

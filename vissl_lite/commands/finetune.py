@@ -79,7 +79,7 @@ class FinetuneOptions(Options, AllTaskOptions):
     Segmentation: a folder with images/ and masks/, or a .csv file. With --annotations: only the
     folder of the images."""
     out: StrPath
-    """The run folder to write."""
+    """Run folder to write."""
     encoder: StrPath = "random:resnet18"
     """A run, an encoder folder, timm:NAME (pre-trained weights) or random:NAME (untrained, to train
     from scratch)."""

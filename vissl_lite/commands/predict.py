@@ -45,7 +45,7 @@ class PredictOptions(Options):
     data: Paths
     """Folders of images (searched recursively) or .txt files of paths."""
     out: StrPath
-    """The run folder to write."""
+    """Run folder to write."""
     pictures: int = 0
     """Number of images to save with their predictions drawn in (in the folder pictures)."""
     max_pixels: int = MAX_PIXELS

@@ -57,7 +57,7 @@ class PretrainOptions(Options):
     """Folders of images (searched recursively; class folders are ignored) or .txt files of paths;
     or shards, as local files or URLs, such as "train-{000000..000099}.tar"."""
     out: StrPath
-    """The run folder to write."""
+    """Run folder to write."""
     pretext: str | dict[str, Any] = "simclr"
     """Pretext task. Set its hyperparameters with --pretext.NAME (in Python and YAML: a mapping
     with the name and the hyperparameters)."""

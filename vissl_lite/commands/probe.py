@@ -62,7 +62,7 @@ class ProbeOptions(Options):
     """Labelled images: train/<class> and test/<class> folders, plain class folders, or a .csv
     file."""
     out: StrPath
-    """The run folder to write."""
+    """Run folder to write."""
     layers: bool = False
     """Also evaluate every stage; features before the last stage are often better."""
     k: int = 20

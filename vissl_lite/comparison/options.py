@@ -30,7 +30,7 @@ class CompareOptions(Options, AllTaskOptions):
     data: StrPath
     """Labelled images, as for finetune."""
     out: StrPath
-    """The run folder to write."""
+    """Run folder to write."""
     task: str = "classification"
     """Task: classification, detection or segmentation."""
     protocols: Sequence[Protocol] | Protocol | None = None
