@@ -118,8 +118,9 @@ class FinetuneOptions(Options, AllTaskOptions):
     min_crop_scale: float = 0.35
     """Smallest fraction of the image area that a random training crop covers."""
     upright: bool = True
-    """Whether the images have a natural orientation. Set to false for images without one, such as
-    microscopy images: training images are then also rotated and flipped in all directions."""
+    """Whether the images have a natural orientation (default true). Give --upright false for images
+    without one, such as microscopy images: training images are then also rotated and flipped in all
+    directions."""
     leaks: Literal["warn", "exclude", "error"] = "warn"
     """What to do about test images that were used in pre-training or are also among the training
     images: warn, exclude them, or stop with an error."""

@@ -78,8 +78,9 @@ class PretrainOptions(Options):
     """Number of batches per optimizer step, for effective batches that do not fit into memory.
     Pretexts that compare the images of a batch still compare within each single batch."""
     upright: bool = True
-    """Whether the images have a natural orientation. Set to false for images without one, such as
-    microscopy or satellite images: views are then also rotated and flipped in all directions."""
+    """Whether the images have a natural orientation (default true). Give --upright false for images
+    without one, such as microscopy or satellite images: views are then also rotated and flipped in
+    all directions."""
     progressive_resizing: bool = False
     """Train on views of half the side length in the first half of the run, on growing ones after
     that, and on full-size ones in the last fifth. Takes about half the time per epoch."""

@@ -64,7 +64,7 @@ class ProbeOptions(Options):
     out: StrPath
     """Run folder to write."""
     layers: bool = False
-    """Also evaluate every stage; features before the last stage are often better."""
+    """Also evaluate every stage. Pretexts often learn the best features before the last stage."""
     k: int = 20
     """Number of neighbors in kNN."""
     temperature: float = 0.07

@@ -62,8 +62,9 @@ class CompareOptions(Options, AllTaskOptions):
     """Side length of the input in pixels. Default: that of each encoder, or for random:NAME that of
     the images (for detection and segmentation: as for the command finetune)."""
     upright: bool = True
-    """Whether the images have a natural orientation. Set to false for images without one, such as
-    microscopy images: finetune then also rotates and flips them in all directions."""
+    """Whether the images have a natural orientation (default true). Give --upright false for images
+    without one, such as microscopy images: finetune then also rotates and flips them in all
+    directions."""
     leaks: Literal["warn", "exclude", "error"] = "warn"
     """What to do about test images that were used in pre-training an encoder or are also among the
     training images: warn, exclude them for all encoders, or stop with an error."""
