@@ -275,7 +275,7 @@ def test_a_missing_folder(refused: Refused, few: Path) -> None:
 
 def test_one_image(refused: Refused, few: Path) -> None:
     error = refused("pretrain", "--data", few / "1.png", "--out", "run", *SMALL)
-    assert "two or more are needed" in error
+    assert "at least two images" in error
 
 
 def test_a_batch_larger_than_the_data_set(refused: Refused, few: Path) -> None:

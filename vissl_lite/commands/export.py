@@ -228,8 +228,8 @@ def _finite_outputs(layers: nn.Module, batches: Sequence[Tensor]) -> list[Tensor
     outputs = _outputs(layers, batches)
     if not all(one.isfinite().all() for one in outputs):
         raise UserError(
-            "the outputs are not finite: the training has diverged; train again with a lower --lr "
-            "or a longer --warmup"
+            "the outputs are not finite numbers: the training has diverged; train again with a "
+            "lower --lr or a longer --warmup"
         )
     return outputs
 
