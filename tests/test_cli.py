@@ -150,5 +150,5 @@ def test_rows_for_the_documentation() -> None:
     assert rows["data"].required
     assert rows["data"].values == "DATA ..."
     assert rows["format"].values == "{parquet,npz}"
-    assert rows["overwrite"] == ("overwrite", "", None, False, "Replace the file.")
+    assert rows["overwrite"] == ("overwrite", "", None, False, "Replace an existing file.")
     assert all(row.help for row in rows.values())

@@ -47,7 +47,7 @@ COMMANDS = {
     "predict": "classify a folder of images with a fine-tuned model",
     "compare": "did pre-training help? encoders on the same few labels, with intervals",
     "report": "make the page of a run again: report RUN",
-    "runs": "the runs below a folder: runs [FOLDER] [--sort FIGURE]",
+    "runs": "the runs below a folder: runs [FOLDER] [--sort METRIC]",
     "embed": "write the features of images as a Parquet or NPZ file",
     "explore": "a map of a folder of images, as one HTML file",
     "export": "write an encoder or a model as an ONNX file or a timm folder",

@@ -197,13 +197,13 @@ def test_segmentation_is_compared_by_fine_tuning(tmp_path: Path) -> None:
         (("--encoder", "random:test_vit", "random:test_resnet", "--protocols", "cnn"),
          "none of knn, linear, finetune"),
         (("--encoder", "random:test_vit", "random:test_resnet", "--fractions", 2),
-         "--fractions 2 is not a share"),
+         "--fractions 2 must be above 0"),
         (("--encoder", "random:test_vit", "random:test_resnet", "--fractions", 1, "--shots", 1),
          "give --fractions or --shots, not both"),
         (("--encoder", "random:test_vit", "random:test_resnet", "--baseline", "random:test_vti"),
          "unknown backbone test_vti"),
         (("--encoder", "random:test_vit", "random:test_resnet", "--layers", "--protocols",
-          "finetune"), "--layers goes with"),
+          "finetune"), "--layers requires"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line_and_nothing_is_written(

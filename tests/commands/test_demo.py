@@ -18,7 +18,7 @@ def test_sample_data_pretrain_and_compare(
     monkeypatch.setattr(demo, "make_sample_data", few)
     out = tmp_path / "demo"
     options = ["--unlabelled", "64", "--max_time", "5", "--shots", "2"]
-    monkeypatch.setattr(demo, "EPOCHS", 2)
+    monkeypatch.setattr(demo, "FINETUNE_EPOCHS", 2)
     assert main(["demo", "--out", str(out), *options]) == 0
     results = json.loads((out / "results.json").read_text())
     compared = json.loads((out / "compare" / "results.json").read_text())

@@ -241,7 +241,7 @@ def test_what_can_not_be_exported(
     folder = ("--out", tmp_path / "x", "--format", "safetensors")
     for given, message in (
         (out, "give what to export: --encoder or --model"),
-        ((*out, "--encoder", encoder, "--model", tuned), "--encoder or --model, one of the two"),
+        ((*out, "--encoder", encoder, "--model", tuned), "exactly one of them"),
         ((*out, "--encoder", tmp_path / "gone"), "no encoder at"),
         ((*out, "--model", tmp_path / "gone"), "no model at"),
         (
@@ -330,7 +330,7 @@ def test_a_segmenter_is_no_timm_folder(
     segmenter = SmallSegmenter(load_encoder(encoder))
     segmenter.classes = ["a"]
     monkeypatch.setattr(segmentation, "load_segmenter", lambda folder: segmenter)
-    with pytest.raises(UserError, match="the folder encoder is in timm's format already"):
+    with pytest.raises(UserError, match="is already in timm's format"):
         vissl_lite.export(out=str(tmp_path / "x"), model=str(tmp_path), format="safetensors")
 
 

@@ -186,7 +186,7 @@ def test_accumulation_says_what_it_does_not_do(photos: Path, tmp_path: Path) -> 
         out = tmp_path / pretext
         assert run(*options, "--pretext", pretext, "--out", out) == 0
         log = (out / "log.txt").read_text()
-        assert "an optimizer step sees 2 batches of 8 images" in log
+        assert "each optimizer step uses 2 batches of 8 images" in log
         assert ("compares an image with the 7 others" in log) == said
 
 

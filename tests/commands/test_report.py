@@ -34,7 +34,7 @@ def test_the_page_of_a_probe_is_made_again(
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no run at .*nowhere: give a folder"):
         report(str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match=r"holds no run \(run.json is missing\)"):
+    with pytest.raises(UserError, match=r"is not a run \(run.json is missing\)"):
         report(str(tmp_path))
     assert list(tmp_path.iterdir()) == []
 

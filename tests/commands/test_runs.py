@@ -50,11 +50,11 @@ def test_runs_are_listed_with_their_main_figures(
     make(tmp_path / "f", "predict", 7, "failed", "the disk is full")
     found = vissl_lite.runs(tmp_path)
     assert names(found) == ["f", "pretrain", "e", "d", "c", "b", "a"]  # the newest first
-    assert [one.figure for one in found] == [
+    assert [one.metric for one in found] == [
         "", "loss 1", "pre-trained 0.6", "helped (+0.100)", "top1 0.75", "linear 0.625", "knn 0.25",
     ]  # fmt: skip
     assert found[0].reason == "the disk is full"
-    assert found[4].figures == {"test.top1": 0.75, "seconds": 75.0}
+    assert found[4].metrics == {"test.top1": 0.75, "seconds": 75.0}
     shown = capsys.readouterr().out
     assert "the disk is full" in shown
     assert "1:15" in shown
@@ -80,7 +80,7 @@ def test_runs_are_sorted_by_a_figure(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert names(vissl_lite.runs(tmp_path, sort="top1"))[0] == "tuned"
     capsys.readouterr()
     assert main(["runs", str(tmp_path), "--sort", "linnear"]) == 2
-    assert "no run has the figure linnear: did you mean linear?" in capsys.readouterr().err
+    assert "no run has the metric linnear: did you mean linear?" in capsys.readouterr().err
     assert main(["runs", str(tmp_path), "--sort", "xyz"]) == 2
     assert "there are knn, linear, loss, seconds, test.top1" in capsys.readouterr().err
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vissl_lite.comparison.statistics import Difference, Runs, difference, labels_worth
+from vissl_lite.comparison.statistics import Difference, Runs, difference, equivalent_labels
 
 
 def runs(values: list[float]) -> Runs:
@@ -79,17 +79,17 @@ def test_the_verdict_is_the_side_of_zero(low: float, high: float, verdict: str) 
 
 def test_what_labels_are_worth() -> None:
     labels, curve = [10, 100, 1000], [0.2, 0.4, 0.8]
-    assert labels_worth(labels, curve, 0.3) == (pytest.approx(10**1.5), True)
-    assert labels_worth(labels, curve, 0.4) == (pytest.approx(100), True)
-    assert labels_worth(labels, curve, 0.7) == (pytest.approx(10**2.75), True)
-    assert labels_worth(labels, curve, 0.2) == (pytest.approx(10), True)
-    assert labels_worth(labels, curve, 0.9) == (1000, False)  # more than the curve tells
-    assert labels_worth(labels, curve, 0.1) is None
-    assert labels_worth([10], [0.2], 0.3) is None  # one point is no curve
+    assert equivalent_labels(labels, curve, 0.3) == (pytest.approx(10**1.5), True)
+    assert equivalent_labels(labels, curve, 0.4) == (pytest.approx(100), True)
+    assert equivalent_labels(labels, curve, 0.7) == (pytest.approx(10**2.75), True)
+    assert equivalent_labels(labels, curve, 0.2) == (pytest.approx(10), True)
+    assert equivalent_labels(labels, curve, 0.9) == (1000, False)  # more than the curve tells
+    assert equivalent_labels(labels, curve, 0.1) is None
+    assert equivalent_labels([10], [0.2], 0.3) is None  # one point is no curve
 
 
 def test_a_curve_that_sags_is_made_monotone() -> None:
-    found = labels_worth([10, 100, 1000], [0.3, 0.2, 0.6], 0.3)
+    found = equivalent_labels([10, 100, 1000], [0.3, 0.2, 0.6], 0.3)
     assert found is not None
     # the first two points become 0.25 each: 0.3 is reached after them
     assert 100 < found[0] < 1000

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vissl_lite.comparison.protocols import Score
-from vissl_lite.comparison.store import Cell, Store, digest_weights, digest_words
+from vissl_lite.comparison.store import Cell, Store, digest_names, digest_weights
 from vissl_lite.encoders.encoder import build_encoder
 
 CELL = Cell("runs/a", "linear", "10 per class", 3)
@@ -17,7 +17,7 @@ def test_a_score_reads_back_as_it_was(tmp_path: Path) -> None:
     right = np.arange(13) % 3 == 0
     score = Score(0.25, {"accuracy": 0.25}, {"penalty": 0.01}, right, {"layer1": 0.2})
     store = Store(tmp_path)
-    store.keep(CELL, score, ABOUT)
+    store.save(CELL, score, ABOUT)
     found = store.load(CELL, ABOUT)
     assert found is not None
     assert found.right is not None
@@ -32,7 +32,7 @@ def test_a_score_reads_back_as_it_was(tmp_path: Path) -> None:
 
 def test_a_score_of_other_weights_or_labels_does_not_count(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    store.keep(CELL, Score(0.5, {"miou": 0.5}), ABOUT)
+    store.save(CELL, Score(0.5, {"miou": 0.5}), ABOUT)
     assert store.load(CELL, ABOUT) is not None
     assert store.load(CELL, {**ABOUT, "weights": "other"}) is None
     assert store.load(Cell("runs/a", "linear", "10 per class", 4), ABOUT) is None
@@ -43,13 +43,13 @@ def test_a_damaged_score_does_not_count(
     damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = Store(tmp_path)
-    store.keep(CELL, Score(0.5, {"miou": 0.5}), ABOUT)
-    store.place(CELL).with_suffix(".json").write_text(damage)
+    store.save(CELL, Score(0.5, {"miou": 0.5}), ABOUT)
+    store.path(CELL).with_suffix(".json").write_text(damage)
     assert store.load(CELL, ABOUT) is None
 
 
 def test_encoders_that_differ_in_odd_characters_have_places_of_their_own(tmp_path: Path) -> None:
-    places = {Store(tmp_path).place(Cell(name, "knn", "1%", 0)) for name in ("a/b", "a-b", "a:b")}
+    places = {Store(tmp_path).path(Cell(name, "knn", "1%", 0)) for name in ("a/b", "a-b", "a:b")}
     assert len(places) == 3
     assert all(place.is_relative_to(tmp_path) for place in places)
 
@@ -60,4 +60,4 @@ def test_digests_tell_weights_and_names_apart() -> None:
     assert digest_weights(encoder) == before
     next(encoder.parameters()).data[0] += 1
     assert digest_weights(encoder) != before
-    assert digest_words(["a", "b"]) != digest_words(["b", "a"])
+    assert digest_names(["a", "b"]) != digest_names(["b", "a"])

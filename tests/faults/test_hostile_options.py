@@ -27,7 +27,7 @@ from vissl_lite.options import option_types, options_of
 from vissl_lite.pretext import PRETEXTS
 
 # Where commands begin to write, after all checks.
-STARTS = ("open_run", "logged_to_console", "_draft")
+STARTS = ("open_run", "logged_to_console", "_temporary_folder")
 
 
 class Started(BaseException):
@@ -342,9 +342,9 @@ SAID = [
     ("max_time", "9" * 5000, "too many digits"),
     ("max_time", "9999999:00:00", "is longer than 3650 days"),
     ("max_time", "[1]", "is not of the type"),
-    ("max_time", "1:2:3:4:5", "is no time"),
-    ("max_time", "1e3", "is no time"),
-    ("max_time", "-1", "is no time"),
+    ("max_time", "1:2:3:4:5", "is not a time"),
+    ("max_time", "1e3", "is not a time"),
+    ("max_time", "-1", "is not a time"),
     ("max_time", "", "--max_time must not be empty"),
     ("accumulate_grad_batches", str(10**9), "must be at most"),
     ("warmup", "1", "--warmup 1 is not a share"),

@@ -117,7 +117,7 @@ def test_a_comparison_goes_on(
         return ["compare", "--encoder", encoder_folder, "--data", labelled, "--out", out,
                 "--protocols", "knn", "--shots", 2]  # fmt: skip
 
-    killed = fork(*words(tmp_path / "killed"), before=send_at(3, signal.SIGKILL, Store, "keep"))
+    killed = fork(*words(tmp_path / "killed"), before=send_at(3, signal.SIGKILL, Store, "save"))
     assert killed.status() == -signal.SIGKILL, killed.text()
     assert fork(*words(tmp_path / "killed"), "--resume").status() == 0
     assert fork(*words(tmp_path / "whole"), "--resume").status() == 0  # there is none: it starts

@@ -431,8 +431,8 @@ def test_a_damaged_cell_is_done_again_and_said(
     cell = Cell("runs/a", "knn", "1%", 0)
     right = np.array([True, False, True])
     score = Score(0.5, {"accuracy": 0.5}, {"penalty": 0.1}, right, {"layer1": 0.2})
-    store.keep(cell, score, about)
-    file = store.place(cell).with_suffix(".json")
+    store.save(cell, score, about)
+    file = store.path(cell).with_suffix(".json")
     whole = file.read_bytes()
 
     def load() -> None:
@@ -450,7 +450,7 @@ def test_a_damaged_cell_is_done_again_and_said(
     caplog.clear()
     file.write_bytes(whole[:50])
     assert store.load(cell, about) is None
-    assert "damaged, and so done again" in caplog.text
+    assert "damaged, will be run again" in caplog.text
     caplog.clear()
     file.unlink()
     assert store.load(cell, about) is None

@@ -1,1 +1,1 @@
-"""The commands: one file a verb, one public function in it."""
+"""Commands: one module per command, with one public function each."""

@@ -1,4 +1,4 @@
-"""``vissl-lite compare``: did pre-training help, and by how much?"""
+"""``vissl-lite compare``: measure whether pre-training helps, and by how much."""
 
 import logging
 from dataclasses import dataclass
@@ -32,15 +32,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CompareResult:
-    """What the comparison found.
+    """Result of a comparison.
 
     Attributes:
-        run: the folder that was written.
-        verdict: of the first encoder that is not the baseline, under the last protocol: helped, no
-            difference, or hurt.
-        sentences: the verdict on every encoder under every protocol, in words.
-        compared: by protocol and encoder: the differences from the baseline with their intervals.
-        left_out: encoders that could not be had, and why.
+        run: Run folder.
+        verdict: Verdict on the first encoder that is not the baseline, under the last protocol:
+            ``helped``, ``no difference`` or ``hurt``.
+        sentences: Verdict on every encoder under every protocol, as sentences.
+        compared: Differences from the baseline with their intervals, by protocol and encoder.
+        left_out: Encoders that could not be loaded, and why.
     """
 
     run: Path
@@ -54,14 +54,14 @@ class CompareResult:
 def compare(options: CompareOptions) -> CompareResult:
     """Compare encoders on the same few labels: did pre-training help, and by how much?
 
-    Every encoder gets the same labels, seeds and budget. What has to be chosen, such as learning
-    rates, is chosen for each of them on validation images alone.
+    Every encoder gets the same labels, seeds and budget. Hyperparameters such as learning rates are
+    chosen for each encoder on the validation images only.
 
     Returns:
-        The verdicts.
+        Verdicts and differences.
 
     Raises:
-        UserError: something that was given can't work; nothing is written then.
+        UserError: An option is invalid; nothing is written then.
     """
     out = Path(options.out)
     names = ("encoder", "baseline", "data", "annotations")
@@ -75,16 +75,16 @@ def compare(options: CompareOptions) -> CompareResult:
     hardware = Hardware(options.precision, devices=1, num_workers=options.num_workers)
     hardware.check()
     plan = Plan(options)
-    whole = plan.load_data()
-    wanted = plan.choose_protocols(whole)
+    data = plan.load_data()
+    protocols = plan.choose_protocols(data)
     encoders, baseline = plan.choose_encoders()
-    found, left_out = plan.try_encoders(encoders, baseline, whole)
-    whole, leaked = guard(whole, found, options.leaks, str(out))
-    amounts, labels = plan.choose_amounts(whole)
+    encoders, left_out = plan.load_encoders(encoders, baseline, data)
+    data, leaks = guard(data, encoders, options.leaks, str(out))
+    amounts, labels = plan.choose_amounts(data)
 
     with open_run(out, "compare", config, resume) as run:
         if resume:
-            write_config(run, config)  # there may be more encoders and seeds than before
+            write_config(run, config)  # encoders and seeds may have been added
         for name, why in left_out.items():
             log.warning(
                 "left out: %(encoder)s: %(why)s",
@@ -93,35 +93,37 @@ def compare(options: CompareOptions) -> CompareResult:
             )
         log.info(
             "%d encoders, %s, %s, %d seeds; %d test images",
-            len(found),
-            " and ".join(wanted),
+            len(encoders),
+            " and ".join(protocols),
             ", ".join(f"{labels[a.name]} labels ({a.name})" for a in amounts),
             options.seeds,
-            len(whole.test),
+            len(data.test),
         )
-        runner = Runner(plan, whole, amounts, Store(run / "runs"), hardware)
+        runner = Runner(plan, data, amounts, Store(run / "runs"), hardware)
         scores: dict[Cell, Score] = {}
-        for encoder in found:
-            scores |= runner.run(encoder, wanted)
-        metric = {"knn": "accuracy", "linear": "accuracy", "finetune": plan.figure(whole)}
-        outcome = Outcome(scores, found, wanted, labels, options.all_seeds(), baseline, metric)
+        for encoder in encoders:
+            scores |= runner.run(encoder, protocols)
+        metric = {"knn": "accuracy", "linear": "accuracy", "finetune": plan.finetune_metric(data)}
+        outcome = Outcome(
+            scores, encoders, protocols, labels, options.all_seeds(), baseline, metric
+        )
         outcome.write_csv(run / "runs.csv")
         outcome.plot(run / "compare.png")
         results = outcome.as_dict() | {
             "task": options.task,
             "left_out": left_out,
-            "train_images": len(whole.train),
-            "val_images": len(whole.val),
-            "test_images": len(whole.test),
-            "classes": whole.classes,
-            **leaked.figures(),
-            "leaks_by_arm": {encoder: leaked.count_of(encoder) for encoder in found},
+            "train_images": len(data.train),
+            "val_images": len(data.val),
+            "test_images": len(data.test),
+            "classes": data.classes,
+            **leaks.figures(),
+            "leaks_by_arm": {encoder: leaks.count_of(encoder) for encoder in encoders},
         }
-        leaked.write(run)
+        leaks.write(run)
         write_results(run, results)
         _print_results(outcome, run)
-        first = plan.load(found[0], options.seed, whole)
-        add_test_embeddings(run, first, whole, options.seed)
+        first = plan.load(encoders[0], options.seed, data)
+        add_test_embeddings(run, first, data, options.seed)
         add_report(run)
     return CompareResult(run, outcome.verdict, outcome.sentences(), outcome.compared, left_out)
 
@@ -136,8 +138,8 @@ def _print_results(outcome: Outcome, run: Path) -> None:
         for amount, count in outcome.labels.items():
             table.add_column(f"{count}\n({amount})")
         for encoder in outcome.encoders:
-            figures = (outcome.runs(encoder, protocol, amount) for amount in outcome.labels)
-            table.add_row(encoder, *(f"{one.mean:.3f} ± {one.std:.3f}" for one in figures))
+            runs = (outcome.runs(encoder, protocol, amount) for amount in outcome.labels)
+            table.add_row(encoder, *(f"{one.mean:.3f} ± {one.std:.3f}" for one in runs))
             if encoder != outcome.baseline:
                 found = outcome.compared[protocol][encoder].by_amount.values()
                 gains = (f"{one.mean:+.3f}\n({one.low:+.3f} to {one.high:+.3f})" for one in found)

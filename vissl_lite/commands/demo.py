@@ -1,4 +1,4 @@
-"""``vissl-lite demo``: sample data, ``pretrain`` and ``compare``."""
+"""``vissl-lite demo``: run ``pretrain`` and ``compare`` on sample data."""
 
 import logging
 import time
@@ -18,21 +18,21 @@ from vissl_lite.training.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
-# Small, so that two minutes on two cores are about twenty epochs.
+# Small enough for about twenty epochs in two minutes on two cores.
 BACKBONE, IMAGE_SIZE = "resnet10t_slim", 48
-EPOCHS = 60  # of fine-tuning
-MAX_UNLABELLED = 10**6  # images to draw
+FINETUNE_EPOCHS = 60
+MAX_UNLABELLED = 10**6
 
-# The protocols of the comparison, and what results.json calls them.
+# Protocols of the comparison, and their names in results.json.
 PROTOCOLS = {"knn": "kNN", "linear": "linear", "finetune": "fine-tuned"}
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found.
+    """Result of the demo.
 
     Attributes:
-        run: Folder that was written.
+        run: Run folder.
         pretrained: Result of ``pretrain``.
         compared: Result of ``compare``, with the verdict.
     """
@@ -47,23 +47,23 @@ class DemoOptions(Options):
     """Options of ``demo``."""
 
     out: StrPath = "runs/demo"
-    """The run folder to write."""
+    """Run folder to write."""
     shots: int = 10
-    """Labels per class."""
+    """Number of labels per class."""
     seeds: int = 3
-    """How often to repeat the comparison, each time with other labels and other untrained weights,
-    at least 3. The pre-trained encoder is always the same."""
+    """Number of repetitions of the comparison, at least 3, each with other labels and other
+    untrained weights. The pre-trained encoder is always the same."""
     unlabelled: int = 4000
-    """Images to pre-train on."""
+    """Number of images to pre-train on."""
     max_time: str | int = "00:02:00"
-    """Time for pre-training, as HH:MM:SS or seconds."""
+    """Time budget of pre-training, as HH:MM:SS or in seconds."""
     overwrite: bool = False
-    """Replace the run in --out."""
+    """Replace an existing run in --out."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.seeds < 3:
-            raise UserError(f"--seeds {self.seeds} must be at least 3: fewer show no spread")
+            raise UserError(f"--seeds {self.seeds} must be at least 3 to estimate the spread")
         check_count("seeds", self.seeds, 1000)
         check_count("shots", self.shots)
         if not 2 <= self.unlabelled <= MAX_UNLABELLED:
@@ -73,13 +73,13 @@ class DemoOptions(Options):
 
 @command(DemoOptions)
 def demo(options: DemoOptions) -> DemoResult:
-    """Draw sample data, pre-train an encoder, and compare it with an untrained one on few labels.
+    """Generate sample images, pre-train an encoder, and compare it with an untrained one.
 
     Returns:
         The results of both commands.
 
     Raises:
-        UserError: An option cannot be right; nothing is written then.
+        UserError: An option is invalid; nothing is written then.
     """
     out = Path(options.out)
     check_out(out, overwrite=options.overwrite)
@@ -118,7 +118,7 @@ def demo(options: DemoOptions) -> DemoResult:
             image_size=IMAGE_SIZE,
             upright=False,
             lr=2e-3,
-            epochs=EPOCHS,
+            epochs=FINETUNE_EPOCHS,
         )
         found = read_results(compared.run, "protocols", "sentences", "test_images")
         results = {
@@ -143,11 +143,11 @@ def demo(options: DemoOptions) -> DemoResult:
 
 
 def _scores(protocols: dict[str, Any], pretrained: str) -> dict[str, dict[str, list[float]]]:
-    """Test figures by protocol, then ``untrained`` or ``pre-trained``: one for each seed."""
+    """Test metric of each seed, by protocol and ``untrained`` or ``pre-trained``."""
     scores: dict[str, dict[str, list[float]]] = {}
     for protocol, title in PROTOCOLS.items():
         encoders: dict[str, Any] = protocols[protocol]["arms"]
-        (trained,) = encoders[pretrained].values()  # there is one number of labels
+        (trained,) = encoders[pretrained].values()  # there is only one amount of labels
         ((untrained,),) = (one.values() for name, one in encoders.items() if name != pretrained)
         scores[title] = {"untrained": untrained["runs"], "pre-trained": trained["runs"]}
     return scores

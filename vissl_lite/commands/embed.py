@@ -1,4 +1,4 @@
-"""``vissl-lite embed``: the features of images as a file, for anything else to work with."""
+"""``vissl-lite embed``: write the features of images to a file."""
 
 import importlib.util
 import logging
@@ -28,12 +28,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EmbedResult:
-    """What was embedded.
+    """Result of embedding.
 
     Attributes:
-        path: the file.
-        images: how many images were read.
-        num_features: D, how many numbers each has.
+        path: File that was written.
+        images: Number of images that were read.
+        num_features: Number of features per image.
     """
 
     path: Path
@@ -46,23 +46,24 @@ class EmbedOptions(Options):
     """Options of ``embed``."""
 
     encoder: StrPath
-    """A run, an encoder folder, timm:NAME (pre-trained weights) or random:NAME."""
+    """A run, an encoder folder, timm:NAME (pre-trained weights) or random:NAME (untrained)."""
     data: Paths
-    """Folders (searched recursively) or .txt files of paths."""
+    """Folders of images (searched recursively) or .txt files of paths."""
     out: StrPath
-    """The file to write: FILE.parquet or FILE.npz."""
+    """File to write: FILE.parquet or FILE.npz."""
     format: Literal["parquet", "npz"] | None = None
-    """parquet or npz; default by the name of --out."""
+    """File format: parquet or npz. Default: from the extension of --out."""
     layer: str | None = None
-    """The stage whose mean-pooled map to write, as probe --layers names them; default the encoder's
-    output."""
+    """Stage whose mean-pooled feature map to write, named as by probe --layers. Default: the output
+    of the encoder."""
     image_size: int | None = None
-    """Side in pixels; default the encoder's, or for random:NAME that of the images."""
+    """Side length of the input in pixels. Default: that of the encoder, or for random:NAME that of
+    the images."""
     max_pixels: int = MAX_PIXELS
-    """Skip images with more pixels (height times width): a small file may decode to billions. The
-    default is what Pillow takes."""
+    """Skip images with more pixels (height times width) than this; a small file can decode to
+    billions of pixels. The default is Pillow's limit."""
     overwrite: bool = False
-    """Replace the file."""
+    """Replace an existing file."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,21 +72,23 @@ class EmbedOptions(Options):
 
 @command(EmbedOptions)
 def embed(options: EmbedOptions) -> EmbedResult:
-    """Write the features of images: a row of numbers for each.
+    """Compute the features of images and write them to a file.
 
     An .npz file holds the arrays paths (N) and features (N, D), a .parquet file the columns path
     and embedding (a list of D numbers), all float32.
 
     Returns:
-        The file, the number of images and of features.
+        The file, the number of images and the number of features.
 
     Raises:
-        UserError: something that was given can't work; nothing is written then.
+        UserError: An option is invalid; nothing is written then.
     """
     limit_pixels(options.max_pixels)
     file = Path(options.out)
     if options.format is None and file.suffix.lower() not in (".parquet", ".npz"):
-        raise UserError(f"--out {file} ends in neither .parquet nor .npz: give one, or --format")
+        raise UserError(
+            f"--out {file} ends in neither .parquet nor .npz: use one of these, or give --format"
+        )
     check_file(file, options.overwrite)
     kind = options.format or file.suffix.lower().removeprefix(".")
     if kind == "parquet" and importlib.util.find_spec("pyarrow") is None:
@@ -95,22 +98,18 @@ def embed(options: EmbedOptions) -> EmbedResult:
     paths = find_images(path_list(options.data))
     if kind == "parquet":
         _check_utf8(paths)
-    judged = encoder_for_images(os.fspath(options.encoder), options.image_size, paths)
+    encoder = encoder_for_images(os.fspath(options.encoder), options.image_size, paths)
     with logged_to_console():
-        features, good = _features(judged, paths, options.layer)
-        read = [path for path, fine in zip(paths, good, strict=True) if fine]
+        features, readable = _features(encoder, paths, options.layer)
+        names = [path for path, is_readable in zip(paths, readable, strict=True) if is_readable]
         with atomic_write(file) as part:
-            (_write_parquet if kind == "parquet" else _write_npz)(part, read, features)
+            (_write_parquet if kind == "parquet" else _write_npz)(part, names, features)
         log.info("%d images, %d features each: %s", *features.shape, file)
     return EmbedResult(file, *features.shape)
 
 
 def check_file(file: Path, overwrite: bool) -> None:
-    """Refuse a file that must not be written. Nothing is changed yet.
-
-    Raises:
-        UserError: it exists, is a folder, or can't be written.
-    """
+    """Raise a UserError if a file exists, is a folder, or can't be written. Changes nothing."""
     if file.is_dir():
         raise UserError(f"--out {file} is a folder: give the name of a file")
     if file.exists() and not overwrite:
@@ -119,16 +118,17 @@ def check_file(file: Path, overwrite: bool) -> None:
 
 
 def encoder_for_images(source: str, image_size: int | None, paths: Sequence[str]) -> Encoder:
-    """Load an encoder to be used on images without labels.
+    """Load an encoder for use on images without labels.
 
     Args:
-        source: a run, an encoder folder, ``timm:NAME`` or ``random:NAME``; the last one always
-            comes with the same weights.
-        image_size: side in pixels; default the encoder's, for ``random:NAME`` that of the images.
-        paths: the images.
+        source: A run, an encoder folder, ``timm:NAME`` or ``random:NAME``; the weights of the last
+            one are always the same.
+        image_size: Side in pixels. Default: that of the encoder, for ``random:NAME`` that of the
+            images.
+        paths: Paths of the images.
 
     Raises:
-        UserError: there is no such encoder, it has diverged, or it can't take the size.
+        UserError: The encoder does not exist, has diverged, or can't take images of this size.
     """
     torch.manual_seed(0)
     if image_size is None and source.startswith("random:"):
@@ -151,7 +151,7 @@ def _check_utf8(paths: Sequence[str]) -> None:
 def _features(
     encoder: Encoder, paths: Sequence[str], layer: str | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``(N, D)`` float32 features of the images that can be read, and ``(M,)`` bool: which can."""
+    """``(N, D)`` float32 features of the readable images, and ``(M,)`` bool: which are readable."""
     stage: int | None = None
     if layer is not None:
         names = encoder.stage_names()
@@ -181,7 +181,7 @@ def _features(
 
 
 def _write_npz(file: Path, paths: list[str], features: np.ndarray) -> None:
-    with file.open("wb") as opened:  # by its name NumPy would add a suffix
+    with file.open("wb") as opened:  # given a name, NumPy would append .npz
         np.savez(opened, paths=np.array(paths, dtype=np.str_), features=features)
 
 

@@ -1,4 +1,4 @@
-"""``vissl-lite explore``: a folder of images as a map in one HTML file."""
+"""``vissl-lite explore``: write a map of a folder of images as one HTML file."""
 
 import logging
 import os
@@ -23,8 +23,8 @@ from vissl_lite.transfer.sources import VAL_NAMES
 
 log = logging.getLogger(__name__)
 
-# More folders than these are hardly classes.
-CLASSES_MOST = 50
+# With more folders than this, they are probably not classes.
+MAX_CLASSES = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,23 +32,24 @@ class ExploreOptions(Options):
     """Options of ``explore``."""
 
     encoder: StrPath
-    """A run, an encoder folder, timm:NAME (pre-trained weights) or random:NAME."""
+    """A run, an encoder folder, timm:NAME (pre-trained weights) or random:NAME (untrained)."""
     data: Paths
-    """Folders (searched recursively) or .txt files of paths. The names of class folders become
-    colors."""
+    """Folders of images (searched recursively) or .txt files of paths. Images in class folders are
+    colored by class."""
     out: StrPath
-    """The file to write: FILE.html."""
+    """HTML file to write."""
     most: int = 5000
-    """Show at most so many images; of more a sample."""
+    """Maximum number of images to show. A random sample is shown if there are more."""
     image_size: int | None = None
-    """Side in pixels; default the encoder's, or for random:NAME that of the images."""
+    """Side length of the input in pixels. Default: that of the encoder, or for random:NAME that of
+    the images."""
     max_pixels: int = MAX_PIXELS
-    """Skip images with more pixels (height times width): a small file may decode to billions. The
-    default is what Pillow takes."""
+    """Skip images with more pixels (height times width) than this; a small file can decode to
+    billions of pixels. The default is Pillow's limit."""
     seed: int = 0
-    """Of the sample and the map."""
+    """Seed for the sample and the map."""
     overwrite: bool = False
-    """Replace the file."""
+    """Replace an existing file."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,56 +60,62 @@ class ExploreOptions(Options):
 
 @command(ExploreOptions)
 def explore(options: ExploreOptions) -> Path:
-    """Make a map of images, by what an encoder sees in them: one HTML file that needs no network.
+    """Write a map of images by their features, as one HTML file that works offline.
 
-    Click a point for its nearest neighbors; see the odd ones out and near-duplicates; select
-    points and save their paths as a text file, which pretrain --data and predict --data read.
+    The page shows the nearest neighbors of a clicked point, outliers, and near-duplicates. The
+    paths of selected points can be saved as a text file, for pretrain --data and predict --data.
 
     Returns:
-        The file.
+        Path of the HTML file.
 
     Raises:
-        UserError: something that was given can't work; nothing is written then.
+        UserError: An option is invalid; nothing is written then.
     """
     limit_pixels(options.max_pixels)
     file = Path(options.out)
     if file.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"--out {file} is no HTML file: give a name that ends in .html")
+        raise UserError(f"--out {file} is not an HTML file: give a name that ends in .html")
     check_file(file, options.overwrite)
-    encoder, most, sources = os.fspath(options.encoder), options.most, path_list(options.data)
+    name, most, sources = os.fspath(options.encoder), options.most, path_list(options.data)
     paths = find_images(sources)
     labels, classes = folder_classes(sources, paths)
-    judged = encoder_for_images(encoder, options.image_size, paths)
+    encoder = encoder_for_images(name, options.image_size, paths)
     with logged_to_console(), progress_bar() as bar:
         task = bar.add_task("embed", total=min(most, len(paths)), info="")
         image_map = make_map(
-            judged, paths, labels, classes, most, options.seed, lambda done: bar.advance(task, done)
+            encoder,
+            paths,
+            labels,
+            classes,
+            most,
+            options.seed,
+            lambda done: bar.advance(task, done),
         )
-        words = f"{len(image_map.paths)} images of {', '.join(sources)}, as {encoder} "
-        words += f"sees them at {judged.image_size} pixels"
+        summary = f"{len(image_map.paths)} images of {', '.join(sources)}, features of {name} "
+        summary += f"at {encoder.image_size} pixels"
         if len(paths) > most:
-            words += f"; a sample of {len(paths)}, --most {len(paths)} shows all"
-        readable = words.encode(errors="replace").decode()  # names need not be UTF-8
-        about = Markup("<h1>Map of images</h1><p>{}</p>").format(readable)
-        blocks = [Block("", about), Block("", map_layout(image_map, explore=True))]
+            summary += f"; a sample of {len(paths)}, --most {len(paths)} shows all"
+        readable = summary.encode(errors="replace").decode()  # names need not be UTF-8
+        heading = Markup("<h1>Map of images</h1><p>{}</p>").format(readable)
+        blocks = [Block("", heading), Block("", map_layout(image_map, explore=True))]
         file.parent.mkdir(parents=True, exist_ok=True)
         write_page(file, "Map of images", blocks, wide=True)
-        log.info("%s: %s", words, file)
+        log.info("%s: %s", summary, file)
     return file
 
 
 def folder_classes(
     sources: Sequence[str], paths: Sequence[str]
 ) -> tuple[np.ndarray | None, list[str]]:
-    """Classes of images by the folders they are in, where these look like classes.
+    """Infer the classes of images from their folders.
 
     Args:
-        sources: the folders that were searched.
-        paths: N images in them.
+        sources: Folders that were searched.
+        paths: Paths of N images in them.
 
     Returns:
-        ``(N,)`` class indices and the names; None and no names unless every image is at
-        ``<class>/`` or ``train/<class>/`` (or val or test), with 2 to 50 classes.
+        ``(N,)`` class indices and the class names. None and an empty list unless every image is in
+        ``<class>/`` or ``train/<class>/`` (or val or test) and there are 2 to 50 classes.
     """
     parts = ("train", "test", *VAL_NAMES)
     names = []
@@ -123,6 +130,6 @@ def folder_classes(
             return None, []
         names.append(folders[0])
     classes = sorted(set(names))
-    if not 2 <= len(classes) <= CLASSES_MOST:
+    if not 2 <= len(classes) <= MAX_CLASSES:
         return None, []
     return np.searchsorted(classes, names), classes

@@ -1,4 +1,4 @@
-"""``vissl-lite export``: an encoder or a model as a file that runs without vissl_lite."""
+"""``vissl-lite export``: write an encoder or a model as a file that runs without vissl_lite."""
 
 import importlib.util
 import json
@@ -33,23 +33,23 @@ from vissl_lite.run import console
 from vissl_lite.transfer.exporting import ExportModel, export_encoder
 from vissl_lite.transfer.tasks import find_model
 
-# Largest difference between what is written and torch, as a share of the largest output.
+# Largest accepted difference from torch's outputs, relative to the largest output.
 TOLERANCE = 1e-3
 
-# Of ONNX's operators: old enough for the runtimes in use, and the exporter's own in every version.
+# ONNX operator set: supported by the runtimes in use, and native to every version of the exporter.
 OPSET = 18
 
-CHECKED = 4  # images to check by, as a batch of one and a batch of three
+NUM_CHECK_IMAGES = 4  # run as a batch of one and a batch of three
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What was exported.
+    """Result of an export.
 
     Attributes:
-        path: the ONNX file, or the folder in timm's format.
-        task: encoder, classification, detection or segmentation.
-        difference: the largest one from torch's outputs, as a share of the largest of these.
+        path: ONNX file, or folder in timm's format.
+        task: ``encoder``, ``classification``, ``detection`` or ``segmentation``.
+        difference: Largest difference from torch's outputs, relative to the largest output.
     """
 
     path: Path
@@ -62,42 +62,42 @@ class ExportOptions(Options):
     """Options of ``export``."""
 
     out: StrPath
-    """What to write: FILE.onnx, or for safetensors a folder that timm.create_model loads."""
+    """File to write (FILE.onnx), or for safetensors a folder, which timm.create_model can load."""
     encoder: StrPath | None = None
-    """A run, an encoder folder, timm:NAME (pre-trained weights) or random:NAME."""
+    """A run, an encoder folder, timm:NAME (pre-trained weights) or random:NAME (untrained)."""
     model: StrPath | None = None
-    """A run of finetune, or the model folder in it; instead of --encoder."""
+    """A run of finetune, or the model folder in it. Use instead of --encoder."""
     format: Literal["onnx", "safetensors"] = "onnx"
-    """onnx, or safetensors in timm's format."""
+    """Format: onnx, or safetensors (a folder in timm's format)."""
     image_size: int | None = None
-    """Side in pixels of an ONNX file's images; default the encoder's or model's."""
+    """Side length in pixels of the input of an ONNX file. Default: that of the encoder or model."""
     check_data: Paths | None = None
-    """Folders of images, or .txt files of paths, to compare with torch by; default images made up
-    for it."""
+    """Folders of images, or .txt files of paths, on which to compare the exported model with torch.
+    Default: synthetic images."""
     max_pixels: int = MAX_PIXELS
-    """Skip images of --check_data with more pixels (height times width): a small file may decode to
-    billions. The default is what Pillow takes."""
+    """Skip images of --check_data with more pixels (height times width) than this; a small file can
+    decode to billions of pixels. The default is Pillow's limit."""
     overwrite: bool = False
-    """Replace what is in --out."""
+    """Replace an existing export in --out."""
 
 
 @command(ExportOptions)
 def export(options: ExportOptions) -> ExportResult:
-    """Write an encoder or a fine-tuned model for use without vissl_lite, and check it.
+    """Export an encoder or a fine-tuned model for use without vissl_lite, and check the outputs.
 
-    An ONNX file takes decoded RGB images, (B, 3, H, W) uint8, and normalizes them itself. Out come
-    features of an encoder and probabilities of a classifier or segmenter; of a detector boxes (x1,
-    y1, x2, y2 in pixels), scores and labels, best first, 100 per image, padded with zeros.
+    An ONNX file takes decoded RGB images, (B, 3, H, W) uint8, and normalizes them itself. Encoders
+    return features, classifiers and segmenters probabilities. Detectors return boxes (x1, y1, x2,
+    y2 in pixels), scores and labels, best first, 100 per image, padded with zeros.
 
     Returns:
-        What was written, and how far its outputs are from torch's.
+        What was written, and how far its outputs differ from torch's.
 
     Raises:
-        UserError: something that was given can't work; nothing is written then.
-        RuntimeError: the outputs are not torch's; nothing is written then.
+        UserError: An option is invalid; nothing is written then.
+        RuntimeError: The outputs differ from torch's; nothing is written then.
     """
     if (options.encoder is None) == (options.model is None):
-        raise UserError("give what to export: --encoder or --model, one of the two")
+        raise UserError("give what to export: --encoder or --model, exactly one of them")
     limit_pixels(options.max_pixels)
     check_image_size(options.image_size)
     path = Path(options.out)
@@ -116,13 +116,13 @@ def export(options: ExportOptions) -> ExportResult:
     if options.image_size is not None:
         if network.fixed_size:
             raise UserError(f"--image_size is not for {network.task}: {network.fixed_size}")
-        refusal = _refusal(network, options.image_size, options.image_size)
-        if refusal is not None:
-            raise UserError(f"--image_size {options.image_size} does not suit the model: {refusal}")
+        reason = _size_error(network, options.image_size, options.image_size)
+        if reason is not None:
+            raise UserError(f"--image_size {options.image_size} does not suit the model: {reason}")
         network = replace(network, image_size=(options.image_size, options.image_size))
     images = _images_to_check(options.check_data, network)
     batches = [images[:1], images[1:]]
-    with _draft(path if options.format == "onnx" else path / CONFIG) as draft:
+    with _temporary_folder(path if options.format == "onnx" else path / CONFIG) as draft:
         if options.format == "onnx":
             difference = _make_onnx(network, batches, draft / path.name)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,21 +132,21 @@ def export(options: ExportOptions) -> ExportResult:
             path.mkdir(parents=True, exist_ok=True)
             for name in (WEIGHTS, CONFIG):
                 os.replace(draft / name, path / name)
-    source = "made-up" if options.check_data is None else "given"
+    source = "synthetic" if options.check_data is None else "given"
     for line in (
-        f"{path}: {network.task}, images of {_shown(network.image_size)} pixels",
-        f"checked on {CHECKED} {source} images: differs from torch by {difference:.1e} of the "
-        f"largest output",
+        f"{path}: {network.task}, images of {_format_size(network.image_size)} pixels",
+        f"checked on {NUM_CHECK_IMAGES} {source} images: differs from torch by "
+        f"{difference:.1e} of the largest output",
     ):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     return ExportResult(path, network.task, difference)
 
 
 def _check_out(out: Path, format: str, overwrite: bool) -> None:
-    """Refuse a place that must not be written to. Nothing is changed yet."""
+    """Raise a UserError if ``out`` must not be written. Changes nothing."""
     if format == "onnx":
         if out.suffix.lower() != ".onnx" or out.is_dir():
-            raise UserError(f"--out {out} is no ONNX file: give a name that ends in .onnx")
+            raise UserError(f"--out {out} is not an ONNX file: give a name that ends in .onnx")
         if out.exists() and not overwrite:
             raise UserError(f"{out} exists: give a new file, or --overwrite")
     else:
@@ -169,8 +169,8 @@ def _check_packages() -> None:
         )
 
 
-def _refusal(network: ExportModel, height: int, width: int) -> str | None:
-    """Why a network can't take images of this size; None if it can."""
+def _size_error(network: ExportModel, height: int, width: int) -> str | None:
+    """Reason why a network can't process images of this size; None if it can."""
     try:
         _outputs(network.layers, [torch.zeros(1, 3, height, width, dtype=torch.uint8)])
     except (AssertionError, RuntimeError, ValueError) as error:
@@ -178,16 +178,16 @@ def _refusal(network: ExportModel, height: int, width: int) -> str | None:
     return None
 
 
-def _shown(size: tuple[int, int]) -> str:
-    """Height and width in words: 224, or 256 x 320."""
+def _format_size(size: tuple[int, int]) -> str:
+    """Format height and width as ``224`` or ``256 x 320``."""
     return str(size[0]) if size[0] == size[1] else f"{size[0]} x {size[1]}"
 
 
 def _images_to_check(sources: Paths | None, network: ExportModel) -> Tensor:
-    """``(CHECKED, 3, H, W)`` uint8: the first images that can be read, or made-up ones."""
+    """``(NUM_CHECK_IMAGES, 3, H, W)`` uint8: the first readable images, or synthetic ones."""
     size = network.image_size
     if sources is None:
-        coarse = torch.rand(CHECKED, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+        coarse = torch.rand(NUM_CHECK_IMAGES, 3, 6, 6, generator=torch.Generator().manual_seed(0))
         smooth = F.interpolate(coarse, size, mode="bicubic")
         return (255 * smooth.clamp(0, 1)).to(torch.uint8)
     paths = find_images(path_list(sources))
@@ -196,47 +196,49 @@ def _images_to_check(sources: Paths | None, network: ExportModel) -> Tensor:
         with suppress(*BROKEN_IMAGE):
             image = read_image(path)
             good.append(network.prepare(image, size))
-        if len(good) == CHECKED:
+        if len(good) == NUM_CHECK_IMAGES:
             break
     if not good:
         raise UserError(f"none of {len(paths)} images can be read, the first {paths[0]}")
-    return torch.from_numpy(np.stack((good * CHECKED)[:CHECKED])).permute(0, 3, 1, 2)
+    return torch.from_numpy(np.stack((good * NUM_CHECK_IMAGES)[:NUM_CHECK_IMAGES])).permute(
+        0, 3, 1, 2
+    )
 
 
 @contextmanager
-def _draft(out: Path) -> Iterator[Path]:
-    """A folder on the disk of the file ``out``, which is gone afterwards."""
-    place = next(parent for parent in out.absolute().parents if parent.exists())
-    with TemporaryDirectory(prefix=".vissl-lite-", dir=place) as folder:
+def _temporary_folder(out: Path) -> Iterator[Path]:
+    """Temporary folder on the same disk as the file ``out``, removed afterwards."""
+    existing = next(parent for parent in out.absolute().parents if parent.exists())
+    with TemporaryDirectory(prefix=".vissl-lite-", dir=existing) as folder:
         yield Path(folder)
 
 
 def _outputs(layers: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
-    """All outputs for all batches, one after another."""
+    """All outputs for all batches, in order."""
     with torch.no_grad():
-        said = [layers(batch) for batch in batches]
-    return [one for whole in said for one in (whole if isinstance(whole, tuple) else (whole,))]
+        outputs = [layers(batch) for batch in batches]
+    return [one for out in outputs for one in (out if isinstance(out, tuple) else (out,))]
 
 
 def _finite_outputs(layers: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
-    """The same of torch's own outputs; a UserError if they are no finite numbers.
+    """Torch's outputs for all batches; raise a UserError if they are not finite.
 
-    What runs elsewhere is not tried then: of boxes that are not numbers, some runtimes die.
+    Checked before another runtime is tried: some runtimes crash on boxes that are NaN.
     """
     outputs = _outputs(layers, batches)
     if not all(one.isfinite().all() for one in outputs):
         raise UserError(
-            "the outputs are not finite numbers: the training has diverged; train it "
-            "again with a lower --lr or a longer --warmup"
+            "the outputs are not finite numbers: the training has diverged; train again with a "
+            "lower --lr or a longer --warmup"
         )
     return outputs
 
 
 def _compare(expected: Sequence[Tensor], found: Sequence[Tensor], what: str) -> float:
-    """The largest difference, as a share of the largest expected value of its output.
+    """Largest difference, relative to the largest expected value of the same output.
 
     Raises:
-        RuntimeError: the difference is larger than ``TOLERANCE``.
+        RuntimeError: The difference is larger than ``TOLERANCE``.
     """
     difference = max(
         float((one - two).abs().max() / one.abs().max().float().clamp_min(1e-12))
@@ -244,7 +246,7 @@ def _compare(expected: Sequence[Tensor], found: Sequence[Tensor], what: str) -> 
         else math.inf
         for one, two in zip(expected, found, strict=True)
     )
-    if not difference <= TOLERANCE:  # so that what is not a number does not pass
+    if not difference <= TOLERANCE:  # written so that NaN fails too
         raise RuntimeError(
             f"{what} differs from torch by {difference:.2g} of the largest output, which is more "
             f"than {TOLERANCE}: nothing was written"
@@ -257,16 +259,16 @@ def _make_timm_folder(network: ExportModel, batches: list[Tensor], draft: Path) 
     folder = network.timm_folder
     if folder is None and network.task == "encoder":
         raise UserError(
-            "--format safetensors copies an encoder folder: there is none to timm:NAME "
-            "and random:NAME, which timm builds by name"
+            "--format safetensors copies an encoder folder, and timm:NAME and random:NAME have "
+            "none: timm builds them by name"
         )
     if folder is None:
         raise UserError(
-            f"--format safetensors is for encoders and classifiers: of a model for "
-            f"{network.task} the folder encoder is in timm's format already"
+            f"--format safetensors is for encoders and classifiers; the folder encoder of a model "
+            f"for {network.task} is already in timm's format"
         )
     shutil.copyfile(folder / WEIGHTS, draft / WEIGHTS)
-    # what was checked, and no more: timm follows the rest
+    # Only the checked entries: timm would act on any others.
     config = read_model_config(folder / CONFIG)
     (draft / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     normalize, _, last = network.layers
@@ -284,22 +286,23 @@ def _make_onnx(network: ExportModel, batches: list[Tensor], file: Path) -> float
     import onnxruntime
 
     if sum(p.numel() * p.element_size() for p in network.layers.parameters()) > 2e9:
-        raise UserError("the weights take more than the 2 GB that an ONNX file can hold")
+        raise UserError("the weights take more than 2 GB, the limit of an ONNX file")
     size = network.image_size[0]
-    odd = size + size // 2 + 1
-    network = replace(network, any_size=network.any_size and not _refusal(network, size, odd))
+    wide = size + size // 2 + 1
+    any_size = network.any_size and not _size_error(network, size, wide)
+    network = replace(network, any_size=any_size)
     if network.any_size:
-        batches = [*batches, batches[0].repeat(1, 1, 1, 2)[..., :odd]]
+        batches = [*batches, batches[0].repeat(1, 1, 1, 2)[..., :wide]]
     expected = _finite_outputs(network.layers, batches)
     program = _trace(network)
-    names = {"size": _shown(network.image_size), "version": __version__}
+    names = {"size": _format_size(network.image_size), "version": __version__}
     onnx.helper.set_model_props(program, {"task": network.task, **network.about, **names})
     if network.preparation is not None:
-        fitted = network.preparation.format(size=_shown(network.image_size))
+        resizing = network.preparation.format(size=_format_size(network.image_size))
     else:
-        cut = "" if network.any_size else ", the central square taken"
-        fitted = f"the shorter side resized to {_shown(network.image_size)} pixels{cut}"
-    program.doc_string = f"images: uint8 RGB as decoded, {fitted}; they are normalized inside"
+        crop = "" if network.any_size else ", center-cropped to a square"
+        resizing = f"the shorter side resized to {_format_size(network.image_size)} pixels{crop}"
+    program.doc_string = f"images: uint8 RGB as decoded, {resizing}; normalized by the model"
     onnx.save(program, file)
     onnx.checker.check_model(str(file), full_check=True)
     options = onnxruntime.SessionOptions()
@@ -314,20 +317,20 @@ def _make_onnx(network: ExportModel, batches: list[Tensor], file: Path) -> float
 
 
 def _trace(network: ExportModel) -> Any:
-    """The network as an ``onnx.ModelProto``; sizes stay free if the exporter manages that.
+    """Export the network to an ``onnx.ModelProto``, with dynamic sizes if the exporter can.
 
     Raises:
-        UserError: torch's exporter can't do this model.
+        UserError: torch's exporter does not support the model.
     """
     for module in network.layers.modules():
-        if hasattr(module, "fused_attn"):  # timm's: the exporter stumbles over some, as in BEiT
+        if hasattr(module, "fused_attn"):  # the exporter fails on some of timm's, as in BEiT
             module.fused_attn = False  # type: ignore[assignment]
     height, width = network.image_size
 
-    def trace(width: int, free: dict[int, str]) -> Any:
-        # Two images: torch.export takes a batch of one for a constant.
+    def trace(width: int, dynamic: dict[int, str]) -> Any:
+        # Two images: torch.export would treat a batch size of one as a constant.
         example = torch.zeros(2, 3, height, width, dtype=torch.uint8)
-        with _silence():
+        with _silenced():
             program = torch.onnx.export(
                 network.layers,
                 (example,),
@@ -337,18 +340,18 @@ def _trace(network: ExportModel) -> Any:
                 input_names=["images"],
                 output_names=list(network.outputs),
                 opset_version=OPSET,
-                dynamic_shapes=(free,),
+                dynamic_shapes=(dynamic,),
                 custom_translation_table=network.translations,
             )
         assert program is not None
         return program.model_proto
 
-    ways: list[Callable[[], Any]] = [lambda: trace(width, {0: "batch"})]
-    if network.any_size:  # an example that is no square: torch.export takes equal sides for one
-        ways.insert(0, lambda: trace(2 * width, {0: "batch", 2: "height", 3: "width"}))
-    for way in ways:
+    attempts: list[Callable[[], Any]] = [lambda: trace(width, {0: "batch"})]
+    if network.any_size:  # not square: torch.export would treat equal sides as the same size
+        attempts.insert(0, lambda: trace(2 * width, {0: "batch", 2: "height", 3: "width"}))
+    for attempt in attempts:
         try:
-            return way()
+            return attempt()
         except torch.onnx.OnnxExporterError as error:
             cause = error.__cause__
             reason = first_line(cause if isinstance(cause, Exception) else error)
@@ -356,8 +359,8 @@ def _trace(network: ExportModel) -> Any:
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
-    """Nothing on the terminal of what the exporter tells its developers."""
+def _silenced() -> Iterator[None]:
+    """Hide the exporter's developer messages."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

@@ -48,15 +48,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What fine-tuning made.
+    """Result of fine-tuning.
 
     Attributes:
-        run: the folder that was written.
-        model: the model folder in it.
-        test: figures on the test part: ``top1`` and ``macro_f1``, with several labels per image
+        run: Run folder.
+        model: Model folder inside the run folder.
+        test: Metrics on the test images: ``top1`` and ``macro_f1``, with several labels per image
             ``map``, ``auroc`` and ``macro_f1``; for detection ``map`` and ``map_50``; for
             segmentation ``miou``, ``dice`` and ``accuracy``.
-        per_class: by class name, then by figure.
+        per_class: Metrics per class, by class name and metric.
     """
 
     run: Path
@@ -70,71 +70,74 @@ class FinetuneResult:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneOptions(Options, AllTaskOptions):
-    """Options of ``finetune``; those that only some tasks have are inherited."""
+    """Options of ``finetune``. Options that only some tasks have are inherited."""
 
     data: StrPath
     """Labelled images. Classification: train/<class> and test/<class> folders, plain class folders,
-    or a .csv file, with a column per class or several labels in one if an image may have several.
-    Detection: a folder with COCO .json, Pascal VOC .xml or YOLO .txt annotations. Segmentation: a
-    folder with images/ and masks/, or a .csv file. Or the folder of the images alone, see
-    --annotations."""
+    or a .csv file (for several labels per image: one column per class, or several labels in one
+    column). Detection: a folder with COCO .json, Pascal VOC .xml or YOLO .txt annotations.
+    Segmentation: a folder with images/ and masks/, or a .csv file. With --annotations: only the
+    folder of the images."""
     out: StrPath
-    """The run folder to write."""
+    """Run folder to write."""
     encoder: StrPath = "random:resnet18"
-    """A run, an encoder folder, timm:NAME (pre-trained weights) or random:NAME (untrained: training
+    """A run, an encoder folder, timm:NAME (pre-trained weights) or random:NAME (untrained, to train
     from scratch)."""
     task: str = "classification"
-    """What to learn: classification, detection or segmentation."""
+    """Task: classification, detection or segmentation."""
     frozen: bool = False
-    """Train the head alone and leave the encoder as it is."""
+    """Train only the head and keep the encoder frozen."""
     fraction: float | None = None
-    """Use this share of the training and validation labels."""
+    """Use this fraction of the training and validation labels."""
     shots: int | None = None
     """Use this many training and validation labels per class."""
     epochs: int | None = None
-    """Default as many as make 1,000 steps, between 10 and 100."""
+    """Number of epochs. Default: as many as give 1,000 steps, but at least 10 and at most 100."""
     batch_size: int | None = None
-    """Default 64 for classification and 8 else, or a quarter of the images where they are few."""
+    """Number of images per batch. Default: 64 for classification and 8 for other tasks, or a
+    quarter of the training images if they are few."""
     image_size: int | None = None
-    """Side in pixels. Default for classification the encoder's, or for random:NAME that of the
-    images; for detection the images' longer side, at most 416; for segmentation their shorter side,
-    at most 224: larger images are segmented in overlapping windows."""
+    """Side length of the input in pixels. Default for classification: that of the encoder, or for
+    random:NAME that of the images; for detection: the longer side of the images, at most 416; for
+    segmentation: their shorter side, at most 224 (larger images are segmented in overlapping
+    windows)."""
     optimizer: str = "adamw"
-    """A timm optimizer."""
+    """timm optimizer."""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.05
-    """On weight matrices and kernels."""
+    """Weight decay of weight matrices and convolution kernels."""
     layer_decay: float | None = None
-    """Factor on the learning rate from one layer to the one below; default 0.75, or 1 for
-    random:NAME."""
+    """Factor by which the learning rate decreases from each layer to the one below it. Default:
+    0.75, or 1 (no decrease) for random:NAME."""
     warmup: float = 0.1
-    """Share of the training in which the learning rate rises."""
+    """Fraction of the training used for learning rate warmup."""
     patience: int | None = 10
-    """Stop after so many of the 25 looks at the validation images without a better figure; null
-    never stops early."""
+    """Stop early after this many validations (of 25 per training) without improvement; null
+    disables early stopping."""
     min_crop_scale: float = 0.35
-    """Smallest share of the image's area in a training view."""
+    """Smallest fraction of the image area that a random training crop covers."""
     upright: bool = True
-    """Whether the images have an up; without one, as from a microscope, training views are turned
-    and flipped in all directions."""
+    """Whether the images have a natural orientation (default true). Give --upright false for images
+    without one, such as microscopy images: training images are then also rotated and flipped in all
+    directions."""
     leaks: Literal["warn", "exclude", "error"] = "warn"
-    """What to do about test images that were seen in pre-training or are in the training part too:
-    warn, exclude them, or stop with an error."""
+    """What to do about test images that were used in pre-training or are also among the training
+    images: warn, exclude them, or stop with an error."""
     max_pixels: int = MAX_PIXELS
-    """Skip images with more pixels (height times width): a small file may decode to billions. The
-    default is what Pillow takes."""
+    """Skip images with more pixels (height times width) than this; a small file can decode to
+    billions of pixels. The default is Pillow's limit."""
     seed: int = 0
-    """Of everything random, the part of the labels included."""
+    """Random seed, also of the choice of labels."""
     precision: str = "auto"
-    """auto, or one of Lightning's such as 32-true or bf16-mixed."""
+    """Floating-point precision: auto, or one of Lightning's, such as 32-true or bf16-mixed."""
     num_workers: int | None = None
-    """Data workers; default by the cores there are."""
+    """Number of data loading workers. Default: chosen from the number of CPU cores."""
     resume: bool = False
-    """Continue the run in --out from its last checkpoint, if there is one; its own options are
-    kept."""
+    """Continue the run in --out from its last checkpoint, if there is one, with the options it was
+    started with."""
     overwrite: bool = False
-    """Replace the run in --out."""
+    """Replace an existing run in --out."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -153,7 +156,7 @@ class FinetuneOptions(Options, AllTaskOptions):
         return without_others(find_task(self.task), super().as_config())
 
     def settings(self) -> TransferSettings:
-        """How to train, for the task."""
+        """Training settings for the task."""
         from_scratch = os.fspath(self.encoder).startswith("random:")
         decay = self.layer_decay
         if decay is None:
@@ -176,13 +179,13 @@ class FinetuneOptions(Options, AllTaskOptions):
 
 @command(FinetuneOptions)
 def finetune(options: FinetuneOptions) -> FinetuneResult:
-    """Train a classifier, a detector or a segmenter, from an encoder or from nothing.
+    """Fine-tune an encoder as a classifier, detector or segmenter, or train one from scratch.
 
     Returns:
         Paths and test metrics.
 
     Raises:
-        UserError: something that was given can't work; nothing is written then.
+        UserError: An option is invalid; nothing is written then.
     """
     config = options.as_config()
     inputs = [(name, config.get(name)) for name in ("data", "annotations", "encoder")]
@@ -202,16 +205,16 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
     settings, image_size = options.settings(), options.image_size
     labelled: LabelledDataset = task.load_data(data, settings)
     labelled = labelled.subsample(options.fraction, options.shots, options.seed)
-    settings.batch(len(labelled.train), usual=1)  # before anything is written
+    settings.batch(len(labelled.train), usual=1)  # checks the batch size before anything is written
     if image_size is None:
         image_size = task.image_size(labelled, settings)
     torch.manual_seed(options.seed)
     start = encoder_for(encoder, image_size)
     task.check(start, labelled, settings)
-    labelled, found = guard(labelled, [encoder], options.leaks, str(out))
+    labelled, leaks = guard(labelled, [encoder], options.leaks, str(out))
     with open_run(out, "finetune", config, resume) as run:
         labelled.write_split(run)
-        found.write(run)
+        leaks.write(run)
         log.info(
             "%d training, %d validation, %d test images of %d classes; %s at %d pixels",
             len(labelled.train),
@@ -226,7 +229,7 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
         files = TrainingFiles(metrics, run / CHECKPOINTS, resume)
         model: TrainedModel = task.train(start, labelled, settings, hardware, files)
         about = {"version": __version__, "task": task.name, "encoder": encoder, "data": data}
-        task.save(model, run / "model", about)  # first: the test images may have gone
+        task.save(model, run / "model", about)  # before evaluating, which may fail
         scores: Scores = task.evaluate(model, labelled)
         add_test_pictures(run, task, model, labelled, scores)
         plot_curves(metrics, task.curves, run / "curves.png")
@@ -240,7 +243,7 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
             "val_images": len(labelled.val),
             "test_images": len(labelled.test),
             "classes": labelled.classes,
-            **found.figures(),
+            **leaks.figures(),
         }
         write_results(run, results)
         _print_results(len(labelled.test), scores, encoder, run)
@@ -250,7 +253,7 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
 
 
 def _finished(out: Path) -> FinetuneResult:
-    """The result of a run that had nothing left to resume."""
+    """Result of a run that is finished already."""
     results = read_results(out, "test", "per_class")
     return FinetuneResult(out, out / "model", results["test"], results["per_class"])
 
@@ -261,10 +264,10 @@ def _print_results(images: int, scores: Scores, encoder: str, run: Path) -> None
     table.add_row(str(images), *(f"{x:.3f}" for x in scores.metrics.values()))
     console.print(table)
     if 1 < len(scores.per_class) <= 30:
-        measures = list(next(iter(scores.per_class.values())))
-        by_class = Table("class", *measures)
-        for name, row in scores.per_class.items():
-            by_class.add_row(name, *(f"{row[measure]:.3f}" for measure in measures))
+        names = list(next(iter(scores.per_class.values())))
+        by_class = Table("class", *names)
+        for label, row in scores.per_class.items():
+            by_class.add_row(label, *(f"{row[name]:.3f}" for name in names))
         console.print(by_class)
     log.info("The model is in %s, test predictions in %s", run / "model", run / "test.png")
     log.info("Next:")

@@ -1,4 +1,4 @@
-"""The leak guard as ``probe``, ``finetune`` and ``compare`` use it, before anything is trained."""
+"""Leak guard of ``probe``, ``finetune`` and ``compare``, which runs before any training."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,29 +11,30 @@ from vissl_lite.transfer.base import PARTS, DatasetT
 def guard(
     data: DatasetT, encoders: Sequence[str], leaks: Policy, out: str
 ) -> tuple[DatasetT, Leaks]:
-    """Check a labelled data set against what encoders were pre-trained on, and against itself.
+    """Look for test and validation images among the pre-training and training images.
 
-    Images that can't be read are found by that, and left out: they are named in the log, and
-    neither counted nor drawn among the few labels of a comparison.
+    Images that can't be read are detected here as well. They are logged and removed, so that they
+    are neither counted nor drawn as labels of a comparison.
 
     Args:
-        data: a labelled data set of any task.
-        encoders: as the user gave them.
-        leaks: what to do about it; see ``check_leaks``.
-        out: the run folder; nothing is written yet.
+        data: Labelled data set of any task.
+        encoders: Encoders, as given by the user.
+        leaks: What to do about leaks; see ``check_leaks``.
+        out: Run folder, named in messages. Nothing is written to it.
 
     Returns:
-        The data, without the images that are to be left out; and what was found.
+        The data set without excluded and unreadable images, and the leaks that were found.
 
     Raises:
-        UserError: leaks are an error, or nothing is left to judge by; a part, or the training
-            images of a class, can't be read.
+        UserError: Leaks were found and are an error; no test images are left; or all images of a
+            part, or all training images of a class, are unreadable.
     """
     parts: dict[str, list[str]] = {name: data.paths(name) for name in PARTS}
-    seen = {encoder: seen_by(encoder) for encoder in encoders}
+    pretrained_on = {encoder: seen_by(encoder) for encoder in encoders}
     with progress_bar() as bar:
         task = bar.add_task("leaks", total=sum(map(len, parts.values())), info="")
-        found = check_leaks(parts, seen, leaks, Path(out) / LEAKS, lambda n: bar.advance(task, n))
+        file = Path(out) / LEAKS
+        found = check_leaks(parts, pretrained_on, leaks, file, lambda n: bar.advance(task, n))
     if any(found.left_out.values()) or any(found.broken.values()):
         data = data.without(found.left_out, found.broken)
     return data, found

@@ -1,4 +1,4 @@
-"""``vissl-lite list``: the pretexts, and the backbones that timm knows."""
+"""``vissl-lite list``: list pretexts and timm backbones."""
 
 import sys
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from vissl_lite.options import Options, command
 from vissl_lite.pretext import PRETEXTS
 from vissl_lite.pretext.base import KINDS
 
-KNOWN = ("pretexts", "backbones")
+LISTABLE = ("pretexts", "backbones")
 
 
 @dataclass(frozen=True)
@@ -22,30 +22,32 @@ class ListOptions(Options):
     """Options of ``list``."""
 
     what: str
-    """pretexts (with family, backbones, views, paper and when to use each) or backbones."""
+    """What to list: pretexts (with family, backbones, views, paper and when to use each) or
+    backbones."""
     pattern: str = "*"
-    """Shell wildcards (resnet*, *small*); without any, a part of the name."""
+    """Pattern that names must match, with shell wildcards (resnet*, *small*). A pattern without
+    wildcards matches all names that contain it."""
 
 
 @command(ListOptions)
 def list_(options: ListOptions) -> list[str]:
-    """Print and return names that --pretext or --backbone takes.
+    """Print and return the names of pretexts (for --pretext) or backbones (for --backbone).
 
     Returns:
         The names.
 
     Raises:
-        UserError: there is no such list, or no name fits.
+        UserError: There is no such list, or no name matches.
     """
     what, pattern = options.what, options.pattern
-    if what not in KNOWN:
-        raise UserError(f"no list of {what}: {did_you_mean(what, KNOWN)}")
+    if what not in LISTABLE:
+        raise UserError(f"no list of {what}: {did_you_mean(what, LISTABLE)}")
     names = list(PRETEXTS) if what == "pretexts" else timm.list_models()
     wanted = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
     found = [name for name in names if fnmatch(name, wanted)]
     if not found:
         raise UserError(
-            f"no {what.removesuffix('s')} fits {pattern}: {did_you_mean(pattern, names)}"
+            f"no {what.removesuffix('s')} matches {pattern}: {did_you_mean(pattern, names)}"
         )
     if what == "pretexts":
         _print_pretexts(found)
@@ -60,5 +62,5 @@ def _print_pretexts(names: list[str]) -> None:
         info = PRETEXTS[name].info
         kind = KINDS[info.backbones][0]
         table.add_row(name, info.family, kind, info.views, info.paper, info.use)
-    # where the output is no terminal, a line each
+    # One line per pretext if the output is not a terminal.
     Console(width=None if sys.stdout.isatty() else 240).print(table)

@@ -1,4 +1,4 @@
-"""``vissl-lite predict``: use a fine-tuned model on a folder of images."""
+"""``vissl-lite predict``: apply a fine-tuned model to a folder of images."""
 
 import logging
 import os
@@ -22,13 +22,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PredictResult:
-    """What predicting wrote.
+    """Result of prediction.
 
     Attributes:
-        run: the folder.
-        predictions: in it, ``predictions.csv`` for classification, ``predictions.json`` for
-            detection, the folder ``masks`` for segmentation.
-        images: how many images were read.
+        run: Run folder.
+        predictions: Predictions in it: ``predictions.csv`` for classification, ``predictions.json``
+            for detection, the folder ``masks`` for segmentation.
+        images: Number of images that were read.
     """
 
     run: Path
@@ -43,36 +43,36 @@ class PredictOptions(Options):
     model: StrPath
     """A run of finetune, or the model folder in it."""
     data: Paths
-    """Folders (searched recursively) or .txt files of paths."""
+    """Folders of images (searched recursively) or .txt files of paths."""
     out: StrPath
-    """The run folder to write."""
+    """Run folder to write."""
     pictures: int = 0
-    """Draw the predictions into so many of the images, below pictures."""
+    """Number of images to save with their predictions drawn in (in the folder pictures)."""
     max_pixels: int = MAX_PIXELS
-    """Skip images with more pixels (height times width): a small file may decode to billions. The
-    default is what Pillow takes."""
+    """Skip images with more pixels (height times width) than this; a small file can decode to
+    billions of pixels. The default is Pillow's limit."""
     overwrite: bool = False
-    """Replace the run in --out."""
+    """Replace an existing run in --out."""
 
 
 @command(PredictOptions)
 def predict(options: PredictOptions) -> PredictResult:
-    """Use a fine-tuned model on images: classify them, find objects in them, or segment them.
+    """Apply a fine-tuned model to images: classify them, detect objects, or segment them.
 
-    Writes predictions.csv for classification, predictions.json in COCO's format for detection, and
-    for segmentation an index PNG for each image, below masks. They grow as predictions.csv.part and
-    predictions.jsonl.part, which a failure leaves behind.
+    Writes predictions.csv for classification, predictions.json in COCO format for detection, and
+    for segmentation one indexed PNG per image in the folder masks. While running, predictions are
+    written to predictions.csv.part or predictions.jsonl.part, which remain after a failure.
 
-    File names that are not UTF-8 stand in predictions.csv as they are on the disk (Python reads
-    them with errors="surrogateescape"), and in predictions.json with escapes of lone surrogates,
-    which Python reads as the same names. A mask or picture has the name of its image and .png,
-    unless that would be too long: then it is cut and ends in a hash, as the log says.
+    File names that are not UTF-8 are written to predictions.csv byte for byte (read it in Python
+    with errors="surrogateescape"), and to predictions.json as escaped lone surrogates, which Python
+    decodes to the same names. Masks and pictures are named after their image with .png appended;
+    names that would be too long are shortened and end in a hash, which is logged.
 
     Returns:
-        Paths and the number of images.
+        Paths and number of images.
 
     Raises:
-        UserError: something that was given can't work; nothing is written then.
+        UserError: An option is invalid; nothing is written then.
     """
     limit_pixels(options.max_pixels)
     check_not_negative("pictures", options.pictures)
@@ -95,6 +95,6 @@ def predict(options: PredictOptions) -> PredictResult:
         write_results(run, results)
         log.info("%d images, %s: %s", images, task.name, file)
         if options.pictures:
-            log.info("Pictures of it: %s", run / "pictures")
+            log.info("Pictures with predictions: %s", run / "pictures")
         add_report(run)
     return PredictResult(run, file, images)

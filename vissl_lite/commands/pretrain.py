@@ -67,15 +67,15 @@ CURVES = (
 
 @dataclass(frozen=True)
 class PretrainResult:
-    """What pre-training made.
+    """Result of pre-training.
 
     Attributes:
-        run: the folder that was written.
-        encoder: the encoder folder in it.
-        metrics: the last values of ``loss``, ``feature_std``, ``effective_rank``,
-            ``alignment``, ``uniformity``, and ``knn`` and ``linear`` where there were labels.
-        steps: optimizer steps.
-        seconds: of training.
+        run: Run folder.
+        encoder: Encoder folder inside the run folder.
+        metrics: Last values of ``loss``, ``feature_std``, ``effective_rank``, ``alignment``,
+            ``uniformity``, and with labelled images of ``knn`` and ``linear``.
+        steps: Number of optimizer steps.
+        seconds: Duration of the training.
     """
 
     run: Path
@@ -90,18 +90,19 @@ class PretrainResult:
 
 @dataclass(frozen=True)
 class _Training:
-    """What a run trains, on what and how: all that is made before anything is written.
+    """Everything a run needs, prepared before anything is written.
 
     Attributes:
-        options: With the backbone, image size and batch size that follow from the data.
-        hardware: Where to compute.
-        images: What it trains on.
-        labelled: What the encoder is evaluated by while it trains.
-        task: The pretext.
-        views: What it trains on of each image.
-        batch_size: Images that go through the network together.
-        cache: Where decoded images are kept.
-        seen: Fingerprints of what the starting point was trained on.
+        options: Options, with the backbone, image size and batch size filled in.
+        hardware: Devices and precision.
+        images: Training images.
+        labelled: Labelled images for the online evaluation; None for none.
+        task: Pretext task.
+        views: Views of each image.
+        batch_size: Number of images per batch, over all devices.
+        cache: Plan of the cache of decoded images; None without a cache.
+        fingerprints: Fingerprints of the images that the initial weights were trained on; None if
+            they are unknown.
     """
 
     options: PretrainOptions
@@ -112,7 +113,7 @@ class _Training:
     views: Views
     batch_size: int
     cache: CachePlan | None
-    seen: Fingerprints | None
+    fingerprints: Fingerprints | None
 
 
 @command(PretrainOptions)
@@ -120,16 +121,15 @@ def pretrain(options: PretrainOptions) -> PretrainResult:
     """Train an encoder on unlabelled images.
 
     Returns:
-        Paths and last metrics.
+        Paths and final metrics.
 
     Raises:
-        UserError: An option cannot be right, and nothing is written then; or the loss is no longer
-            a number.
+        UserError: An option is invalid (nothing is written then), or the loss is not finite.
     """
     started = time.monotonic()
     out = Path(options.out)
     inputs = [(name, getattr(options, name)) for name in ("data", "init", "probe_data")]
-    # a job's script may always ask to resume
+    # A job script may pass --resume every time, also for a finished run.
     resume = check_out(out, inputs, options.resume, options.overwrite, "pretrain")
     if resume:
         options = options.resumed(read_config(out))
@@ -141,7 +141,7 @@ def pretrain(options: PretrainOptions) -> PretrainResult:
 
 
 def _prepare(options: PretrainOptions, resume: bool) -> _Training:
-    """Read the data and build the network; a UserError where these do not fit together."""
+    """Read the data and build the network; raise a UserError if they do not fit together."""
     limit_pixels(options.max_pixels)
     hardware = Hardware(
         options.precision,
@@ -160,7 +160,7 @@ def _prepare(options: PretrainOptions, resume: bool) -> _Training:
             f"--batch_size {options.batch_size} is larger than the data set: {count} images"
         )
     if size < 2:
-        raise UserError(f"{count} image can't train anything: two or more are needed")
+        raise UserError(f"pre-training needs at least two images, found {count}")
     labelled = None
     if options.probe_data is not None:
         labelled = load_labelled(os.fspath(options.probe_data), options.seed, need_test=False)
@@ -175,11 +175,12 @@ def _prepare(options: PretrainOptions, resume: bool) -> _Training:
     )
     cache = _cache_plan(options, images.paths, views, hardware) if options.cache else None
     init = os.fspath(options.init)
-    seen = seen_by(init) if Path(init).is_dir() else None  # --overwrite may end it
+    # Read now: with --overwrite, the folder may be deleted before the training.
+    fingerprints = seen_by(init) if Path(init).is_dir() else None
     options = options.replace(
         backbone=encoder.backbone, image_size=encoder.image_size, batch_size=size
     )
-    return _Training(options, hardware, images, labelled, task, views, size, cache, seen)
+    return _Training(options, hardware, images, labelled, task, views, size, cache, fingerprints)
 
 
 def _train(training: _Training, run: Path, resume: bool, started: float) -> PretrainResult:
@@ -188,7 +189,7 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
     count, views, accumulate = len(images), training.views, options.accumulate_grad_batches
     settings = task.optimizer_settings
     log.info(
-        "%d images, %s on %s at %d pixels, batch %d, %s with %.2g",
+        "%d images, %s on %s at %d pixels, batch size %d, %s with learning rate %.2g",
         count,
         options.pretext_name,
         options.backbone,
@@ -202,28 +203,28 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
     seconds = parse_time(options.max_time)
     epochs = options.epochs if options.epochs or seconds else 100
     batches = None if epochs is None else epochs * (count // size)
-    pace = Schedule(
+    schedule = Schedule(
         settings.lr, options.warmup, options.seed, batches, seconds, started, accumulate
     )
-    kept = None if training.cache is None else training.cache.open(run, maker=is_main_process())
-    images.keep(run)
+    cache = None if training.cache is None else training.cache.open(run, maker=is_main_process())
+    images.keep_sample(run)
     paths = images.paths
-    dataset = images.source(views, options.seed, kept)
-    stream = StreamData(dataset, size, epochs, pace, hardware.workers())
+    dataset = images.source(views, options.seed, cache)
+    stream = StreamData(dataset, size, epochs, schedule, hardware.workers())
     online = OnlineEvaluation(
         EncoderMetrics(paths, labelled, options.seed, options.upright),
         stream,
-        pace,
+        schedule,
         stop_on_collapse=options.on_collapse == "stop",
     )
-    callbacks = [online, FingerprintCallback(run, stream, pace, training.seen)]
+    callbacks = [online, FingerprintCallback(run, stream, schedule, training.fingerprints)]
     if options.progressive_resizing:
-        callbacks.append(ProgressiveResizing(pace, task.encoder))
+        callbacks.append(ProgressiveResizing(schedule, task.encoder))
     metrics = MetricsFile(run / METRICS) if is_main_process() else None
     trainer = fit(
         task,
         stream,
-        pace,
+        schedule,
         hardware,
         callbacks,
         TrainingFiles(metrics, run / CHECKPOINTS, resume),
@@ -231,13 +232,13 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
         loggers=make_loggers(logger_names(options.logger), run),
         chance_loss=task.chance_loss(size),
     )
-    if kept is not None and trainer.is_global_zero:
-        kept.remove()
-    online.finish(trainer, task)  # resumed after the last step: nothing was trained
+    if cache is not None and trainer.is_global_zero:
+        cache.remove()
+    online.finish(trainer, task)  # also evaluates a run that was resumed after its last step
     task = task.unsharded()
-    encoder, spent = run / "encoder", pace.elapsed()
+    encoder, spent = run / "encoder", schedule.elapsed()
     if not trainer.is_global_zero:
-        return PretrainResult(run, encoder, {}, pace.steps, spent)
+        return PretrainResult(run, encoder, {}, schedule.steps, spent)
     assert metrics is not None
     about = {
         "version": __version__,
@@ -245,19 +246,19 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
         "optimizer": vars(settings),
         "data": options.data,
         "images": count,
-        "step": pace.steps,
+        "step": schedule.steps,
         "seed": options.seed,
     }
     save_encoder(task.trained_encoder(), encoder, about)
-    spent = pace.elapsed()
+    spent = schedule.elapsed()
     plot_curves(metrics, CURVES, run / "curves.png")
     losses = metrics.series("loss")[1]
     last = {"loss": losses[-1]} if losses else {}
-    result = PretrainResult(run, encoder, last | online.metrics, pace.steps, spent)
+    result = PretrainResult(run, encoder, last | online.metrics, schedule.steps, spent)
     results = {
         **result.metrics,
         "steps": result.steps,
-        "epochs": pace.batches / stream.batches_per_epoch,
+        "epochs": schedule.batches / stream.batches_per_epoch,
         "seconds": round(result.seconds, 1),
         "images": count,
         "evaluation_share": round(online.share, 4),
@@ -280,7 +281,7 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
 def _cache_plan(
     options: PretrainOptions, paths: PathList, views: Views, hardware: Hardware
 ) -> CachePlan:
-    """Where ``--cache`` keeps what; a UserError where it can't."""
+    """Plan the cache of ``--cache``; raise a UserError if it is not possible."""
     if hardware.num_nodes > 1:
         raise UserError(
             f"--cache is for one machine, not for --num_nodes {hardware.num_nodes}: leave it out"
@@ -290,24 +291,24 @@ def _cache_plan(
 
 
 def accumulation_note(info: PretextInfo, batch_size: int, accumulate: int) -> str:
-    """What accumulating gradients does and does not.
+    """Log message about gradient accumulation and its limits.
 
     Args:
-        info: the pretext.
-        batch_size: images that go through the network together.
-        accumulate: batches an optimizer step.
+        info: Description of the pretext.
+        batch_size: Number of images per batch.
+        accumulate: Number of batches per optimizer step.
     """
-    note = f"an optimizer step sees {accumulate} batches of {batch_size} images"
+    note = f"each optimizer step uses {accumulate} batches of {batch_size} images"
     if info.negatives:
         note += (
-            f"; that adds no negatives: {info.name} compares an image with the {batch_size - 1} "
-            f"others of its own batch only"
+            f"; this does not add negatives: {info.name} compares an image only with the "
+            f"{batch_size - 1} others of its own batch"
         )
     return note
 
 
 def _finished(out: Path) -> PretrainResult:
-    """The result of a run that had nothing left to resume."""
+    """Result of a run that is finished already."""
     results = read_results(out, "steps", "seconds")
     names = ("loss", *ONLINE_METRICS)
     metrics = {name: results[name] for name in names if name in results}

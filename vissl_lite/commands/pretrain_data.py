@@ -1,4 +1,4 @@
-"""The images of ``vissl-lite pretrain``: files, or shards and a few of their images as files."""
+"""Training images of ``vissl-lite pretrain``: image files, or shards with a sample as files."""
 
 import shutil
 import tempfile
@@ -23,12 +23,12 @@ SAMPLE = "sample"
 
 @dataclass
 class TrainingImages:
-    """What a run trains on.
+    """Training images of a run.
 
     Attributes:
-        paths: image files to look at: all, or some of the shards'.
-        shards: where the images are, if not in files.
-        temporary: holds the files until there is a run to keep them in.
+        paths: Image files: all images, or a sample of the images in the shards.
+        shards: Shards with the images; None for image files.
+        temporary: Folder with the sample until it is moved into the run.
     """
 
     paths: PathList
@@ -39,33 +39,33 @@ class TrainingImages:
         return len(self.paths if self.shards is None else self.shards)
 
     def source(self, views: Views, seed: int, cache: ImageCache | None) -> Source:
-        """The images with their views."""
+        """Source of the images and their views for the data loader."""
         if self.shards is not None:
             return ShardSource(self.shards, views, seed)
         return ViewDataset(self.paths, views, seed, cache)
 
-    def keep(self, run: Path) -> None:
-        """Move the files that are temporary into the run."""
+    def keep_sample(self, run: Path) -> None:
+        """Move the sample of the shards from its temporary folder into the run."""
         if self.temporary is None or not is_main_process():
             return
         part = run / f"{SAMPLE}.part"
         shutil.rmtree(part, ignore_errors=True)
         shutil.copytree(self.temporary.name, part)
-        part.rename(run / SAMPLE)  # a run that is resumed has all of them or none
+        part.rename(run / SAMPLE)  # atomic: a resumed run finds all files or none
         self.temporary.cleanup()
         self.temporary, self.paths = None, PathList(find_images([run / SAMPLE]))
 
 
 def find_training_images(options: PretrainOptions, run: Path, resume: bool) -> TrainingImages:
-    """The images that ``--data`` names.
+    """Find the images of ``--data``.
 
     Args:
-        options: of the run.
-        run: may have kept files before.
-        resume: whether to use them.
+        options: Options of the run.
+        run: Run folder.
+        resume: Whether to reuse the sample of shards in the run folder.
 
     Raises:
-        UserError: there are none, or they can't be read.
+        UserError: There are no images, or they can't be read.
     """
     sources = path_list(options.data)
     with warned_at_once():
@@ -73,13 +73,11 @@ def find_training_images(options: PretrainOptions, run: Path, resume: bool) -> T
     if shards is None:
         return TrainingImages(PathList(find_images(sources)))
     if options.cache:
-        raise UserError(
-            "--cache is for image files: shards are read from front to back, once an epoch"
-        )
+        raise UserError("--cache is for image files: shards are read sequentially, once per epoch")
     if resume and (run / SAMPLE).is_dir():
         return TrainingImages(PathList(find_images([run / SAMPLE])), shards)
     if not is_main_process() and (options.image_size or Path(options.init).is_dir()):
-        return TrainingImages(PathList([]), shards)  # it looks at none
+        return TrainingImages(PathList([]), shards)  # the sample is not needed here
     temporary = tempfile.TemporaryDirectory(prefix="vissl-lite-")
     with warned_at_once():
         write_sample(shards, Path(temporary.name))

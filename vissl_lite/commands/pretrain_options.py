@@ -1,4 +1,4 @@
-"""Options of ``vissl-lite pretrain``, and what they stand for."""
+"""Options of ``vissl-lite pretrain``, and the objects built from them."""
 
 import inspect
 import os
@@ -41,107 +41,112 @@ from vissl_lite.training.loggers import logger_names
 from vissl_lite.training.resizing import SMALLEST
 
 DEFAULT_PRETEXT = "simclr"
-LONGEST_DAYS = 3650  # of training
-LARGEST_STEP = 100_000  # batches
+MAX_TRAINING_DAYS = 3650
+MAX_ACCUMULATION = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainOptions(Options):
     """Options of ``pretrain``.
 
-    When one is made, ``data`` becomes a list and ``pretext`` a mapping of all hyperparameters.
+    On construction, ``data`` is converted to a list and ``pretext`` to a mapping with all
+    hyperparameters.
     """
 
     data: Paths
-    """Folders (searched recursively, class folders ignored) or .txt files of paths; or shards,
-    on a disk or behind URLs, such as "train-{000000..000099}.tar"."""
+    """Folders of images (searched recursively; class folders are ignored) or .txt files of paths;
+    or shards, as local files or URLs, such as "train-{000000..000099}.tar"."""
     out: StrPath
-    """The run folder to write."""
+    """Run folder to write."""
     pretext: str | dict[str, Any] = "simclr"
-    """The pretext task; its hyperparameters as --pretext.NAME (in Python and YAML a mapping of
-    name and hyperparameters)."""
+    """Pretext task. Set its hyperparameters with --pretext.NAME (in Python and YAML: a mapping
+    with the name and the hyperparameters)."""
     backbone: str | None = None
-    """A timm architecture; default that of --init, or resnet18, for pretexts of transformers
-    vit_tiny_patch16_224 (below 64 pixels vit_tiny_patch4_32)."""
+    """timm architecture. Default: that of --init; otherwise resnet18, or for pretexts that need a
+    transformer vit_tiny_patch16_224 (vit_tiny_patch4_32 below 64 pixels)."""
     image_size: int | None = None
-    """Side in pixels; default that of --init, or of the images, at most 224."""
+    """Side length of the views in pixels. Default: that of --init, or the size of the images, at
+    most 224."""
     epochs: int | None = None
-    """Times that every image is seen; default 100 without --max_time."""
+    """Number of passes over the images. Default: 100, unless --max_time is given."""
     max_time: str | int | None = None
-    """Time budget, as HH:MM:SS or seconds; the schedule ends when it ends."""
+    """Time budget, as HH:MM:SS or in seconds. The learning rate schedule is fitted to it."""
     batch_size: int | None = None
-    """Images that go through the network together, over all devices; default 128, or all if
-    there are fewer."""
+    """Number of images per batch, summed over all devices. Default: 128, or all images if there
+    are fewer."""
     accumulate_grad_batches: int = 1
-    """Batches an optimizer step: for a larger step than the memory holds. Pretexts that compare
-    the images of a batch get no more of them to compare."""
+    """Number of batches per optimizer step, for effective batches that do not fit into memory.
+    Pretexts that compare the images of a batch still compare within each single batch."""
     upright: bool = True
-    """Whether the images have an up. Without one, as from a microscope or a satellite, views
-    are turned and flipped in all directions."""
+    """Whether the images have a natural orientation (default true). Give --upright false for images
+    without one, such as microscopy or satellite images: views are then also rotated and flipped in
+    all directions."""
     progressive_resizing: bool = False
-    """Train on views of half the side for the first half of the run, then on larger ones, and
-    on whole ones in the last fifth: about half the time an epoch."""
+    """Train on views of half the side length in the first half of the run, on growing ones after
+    that, and on full-size ones in the last fifth. Takes about half the time per epoch."""
     init: StrPath = "random"
-    """Where to start: random, pretrained (timm's weights), a run, an encoder folder, or a file
+    """Initial weights: random, pretrained (timm's weights), a run, an encoder folder, or a file
     with a timm state dict."""
     probe_data: StrPath | None = None
-    """Labelled images to judge the encoder by while it trains (kNN and a linear probe, on
+    """Labelled images for evaluating the encoder during training (kNN and linear probe accuracy on
     validation images)."""
     optimizer: str | None = None
-    """A timm optimizer; default the pretext's."""
+    """timm optimizer. Default: that of the pretext."""
     lr: float | None = None
-    """Peak learning rate; default the pretext's, scaled to the batch by its own rule."""
+    """Peak learning rate. Default: that of the pretext, scaled to the batch size by the pretext's
+    own rule."""
     base_lr: float | None = None
-    """The same for a batch of 256 images, as papers give it: it grows with the batch."""
+    """Peak learning rate for a batch of 256 images, as given in papers. It is scaled linearly with
+    the batch size. Use instead of --lr."""
     weight_decay: float | None = None
-    """Default the pretext's."""
+    """Weight decay. Default: that of the pretext."""
     warmup: float = 0.1
-    """Share of the training in which the learning rate rises."""
+    """Fraction of the training used for learning rate warmup."""
     on_collapse: Literal["warn", "stop"] = "warn"
-    """What to do when all images get nearly the same features: warn, or stop."""
+    """What to do when the features collapse (all images get nearly the same ones): warn or stop."""
     logger: str | Sequence[str] | None = None
-    """Where curves go beside metrics.csv: tensorboard, wandb, mlflow, or none; default
-    tensorboard where it is installed."""
+    """Loggers to use in addition to metrics.csv: tensorboard, wandb, mlflow, or none. Default:
+    tensorboard if it is installed."""
     cache: bool = False
-    """Keep decoded images, down-sized as far as the smallest crop allows, for later epochs: in
-    memory where they fit into half of what is free, else in one file in the run's folder as
-    long as it trains."""
+    """Cache decoded images for later epochs, downsized as far as the smallest crop allows: in
+    memory if they fit into half of the free memory, otherwise in a temporary file in the run
+    folder."""
     max_pixels: int = MAX_PIXELS
-    """Skip images with more pixels (height times width): a small file may decode to billions.
-    The default is what Pillow takes."""
+    """Skip images with more pixels (height times width) than this; a small file can decode to
+    billions of pixels. The default is Pillow's limit."""
     seed: int = 0
-    """Of everything random."""
+    """Random seed."""
     precision: str = "auto"
-    """auto, or one of Lightning's such as 32-true or bf16-mixed."""
+    """Floating-point precision: auto, or one of Lightning's, such as 32-true or bf16-mixed."""
     devices: int | str = "auto"
-    """How many devices of each machine to use, or auto."""
+    """Number of devices to use on each machine, or auto."""
     num_nodes: int = 1
-    """How many machines to use (see docs/scaling.md)."""
+    """Number of machines to use (see docs/scaling.md)."""
     strategy: str = "auto"
-    """auto, ddp, fsdp for networks that are too large for a device (each then keeps a share of
-    the weights), or another of Lightning's."""
+    """Strategy for training on several devices: auto, ddp, fsdp (shards the weights of models that
+    are too large for one device), or another one of Lightning's."""
     num_workers: int | None = None
-    """Data workers a device; default by the cores there are."""
+    """Number of data loading workers per device. Default: chosen from the number of CPU cores."""
     compile: bool = False
-    """Train the encoder through torch.compile: the first step takes a minute or more, later
-    ones less time on most GPUs. It needs Triton, or a C++ compiler without a GPU."""
+    """Train the encoder with torch.compile. The first step takes a minute or more; later steps are
+    faster on most GPUs. Requires Triton, or a C++ compiler if there is no GPU."""
     resume: bool = False
-    """Continue the run in --out, if there is one; its own options are kept."""
+    """Continue the run in --out, if there is one, with the options it was started with."""
     overwrite: bool = False
-    """Replace the run in --out."""
+    """Replace an existing run in --out."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._set("data", path_list(self.data))
-        self._set("pretext", whole_pretext(self.pretext))
+        self._set("pretext", complete_pretext(self.pretext))
         for name in ("epochs", "batch_size"):
             check_count(name, getattr(self, name))
-        check_count("accumulate_grad_batches", self.accumulate_grad_batches, LARGEST_STEP)
+        check_count("accumulate_grad_batches", self.accumulate_grad_batches, MAX_ACCUMULATION)
         check_image_size(self.image_size)
         parse_time(self.max_time)
         if self.epochs is not None and self.max_time is not None:
             raise UserError(
-                "give --epochs or --max_time, not both (--epochs null takes back a --config's)"
+                "give --epochs or --max_time, not both (--epochs null unsets the one of a --config)"
             )
         check_warmup("warmup", self.warmup)
         check_rates(self.lr, self.weight_decay)
@@ -155,9 +160,10 @@ class PretrainOptions(Options):
 
     @classmethod
     def merged(cls, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """See ``Options``. The last source to name a pretext wins; hyperparameters are its own.
+        """See ``Options``. The last source that names a pretext decides which one is used.
 
-        A file may hold ``overrides``: by pretext, options for it in place of those of the file.
+        Hyperparameters given for other pretexts are dropped. A file may hold ``overrides``: a
+        mapping from pretexts to options that replace those of the file for that pretext.
         """
         name, sources = _named_pretext(layers)
         pretext: dict[str, Any] = {}
@@ -169,7 +175,7 @@ class PretrainOptions(Options):
                 pretext_class(one)
             chosen = dict(overrides.get(name, {}))
             for part in (source.pop("pretext", {}), _as_mapping(chosen.pop("pretext", {}))):
-                if part.get("name", name) == name:  # not the hyperparameters of another pretext
+                if part.get("name", name) == name:  # skip those of another pretext
                     pretext |= part
             source |= chosen
         values = super().merged(sources)
@@ -184,23 +190,24 @@ class PretrainOptions(Options):
 
     @classmethod
     def rows(cls, layers: Sequence[Mapping[str, Any]] = ()) -> list[OptionRow]:
-        """See ``Options``; with the hyperparameters of the pretext that ``layers`` name."""
-        made = pretext_class(_named_pretext(layers)[0])
-        defaults, docs = inspect.signature(made).parameters, _argument_docs(made)
+        """See ``Options``. Includes the hyperparameters of the pretext named in ``layers``."""
+        pretext = pretext_class(_named_pretext(layers)[0])
+        defaults, docs = inspect.signature(pretext).parameters, _argument_docs(pretext)
         return [
             *super().rows(layers),
             *(
                 option_row(f"pretext.{name}", kind, defaults[name].default, docs.get(name, ""))
-                for name, kind in hyperparameters(made.info.name).items()
+                for name, kind in hyperparameters(pretext.info.name).items()
             ),
         ]
 
     @property
     def pretext_name(self) -> str:
-        """The name of the pretext."""
+        """Name of the pretext."""
         return str(_as_mapping(self.pretext)["name"])
 
     def task(self, encoder: Encoder) -> PretextTask:
+        """Build the pretext task around an encoder."""
         given = {k: v for k, v in _as_mapping(self.pretext).items() if k != "name"}
         task = pretext_class(self.pretext_name)(encoder, **given)
         if self.progressive_resizing:
@@ -208,26 +215,27 @@ class PretrainOptions(Options):
         return task
 
     def optimizer_settings(self, task: PretextTask, batch_size: int) -> OptimizerSettings:
-        """What trains the task; ``batch_size`` is that of an optimizer step."""
-        own = task.optimizer_settings
-        name = self.optimizer or own.name
-        if name != own.name and self.lr is None and self.base_lr is None:
+        """Optimizer settings for a task; ``batch_size`` is the number of images per step."""
+        settings = task.optimizer_settings
+        name = self.optimizer or settings.name
+        if name != settings.name and self.lr is None and self.base_lr is None:
             raise UserError(
-                f"--optimizer {name} needs an --lr: {task.info.name}'s {own.lr} is for {own.name}"
+                f"--optimizer {name} needs an --lr: the default {settings.lr} of {task.info.name} "
+                f"is for {settings.name}"
             )
-        if self.base_lr is not None:  # linearly: the rule of the papers that give it so
-            own = replace(own, lr=self.base_lr, scaling="linear")
-        decay = own.weight_decay if self.weight_decay is None else self.weight_decay
-        lr = self.lr or own.scaled_lr(batch_size)
-        return replace(own, name=name, lr=lr, weight_decay=decay)
+        if self.base_lr is not None:  # papers that give a base rate scale it linearly
+            settings = replace(settings, lr=self.base_lr, scaling="linear")
+        decay = settings.weight_decay if self.weight_decay is None else self.weight_decay
+        lr = self.lr or settings.scaled_lr(batch_size)
+        return replace(settings, name=name, lr=lr, weight_decay=decay)
 
 
 def _check_resizing(task: PretextTask) -> None:
     if not task.info.any_size:
-        able = ", ".join(name for name, made in PRETEXTS.items() if made.info.any_size)
+        supported = ", ".join(name for name, cls in PRETEXTS.items() if cls.info.any_size)
         raise UserError(
             f"--progressive_resizing: the views of {task.info.name} can't change their size; "
-            f"those of {able} can"
+            f"those of {supported} can"
         )
     encoder = task.encoder
     try:
@@ -237,41 +245,41 @@ def _check_resizing(task: PretextTask) -> None:
 
 
 def parse_time(text: str | int | None) -> float | None:
-    """Seconds from ``HH:MM:SS``, ``MM:SS``, seconds, or days as in ``1-00:00:00``.
+    """Convert ``HH:MM:SS``, ``MM:SS``, seconds, or ``D-HH:MM:SS`` with days to seconds.
 
     Raises:
-        UserError: it is none of these, not above 0, or longer than ten years.
+        UserError: The text has another format, or the time is 0 or longer than ten years.
     """
     if text is None:
         return None
     match = re.fullmatch(r"(?:(?:(?:(\d+)[-:])?(\d+):)?(\d+):)?(\d+)", str(text).strip())
     if match is None:
-        raise UserError(f"--max_time {brief(text)} is no time: give HH:MM:SS or seconds")
+        raise UserError(f"--max_time {brief(text)} is not a time: give HH:MM:SS or seconds")
     if len(match[0]) > 20:
-        raise UserError(f"--max_time {brief(text)} is longer than {LONGEST_DAYS} days")
+        raise UserError(f"--max_time {brief(text)} is longer than {MAX_TRAINING_DAYS} days")
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
     total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
     if total == 0:
-        raise UserError(f"--max_time {text} leaves no time")
-    if total > LONGEST_DAYS * 24 * 60 * 60:
-        raise UserError(f"--max_time {text} is longer than {LONGEST_DAYS} days")
+        raise UserError(f"--max_time {text} must be longer than 0 seconds")
+    if total > MAX_TRAINING_DAYS * 24 * 60 * 60:
+        raise UserError(f"--max_time {text} is longer than {MAX_TRAINING_DAYS} days")
     return float(total)
 
 
 def make_encoder(
     backbone: str | None, image_size: int | None, init: StrPath, paths: Sequence[str], pretext: str
 ) -> Encoder:
-    """The encoder to start from.
+    """Build or load the encoder that the training starts from.
 
     Args:
-        backbone: a timm name; None for that of ``init``, or the default.
-        image_size: side in pixels; None for that of ``init``, or what suits the images.
+        backbone: timm name; None for the backbone of ``init``, or the default.
+        image_size: Side in pixels; None for that of ``init``, or one that suits the images.
         init: ``random``, ``pretrained``, a run, an encoder folder, or a state dict file.
-        paths: the images.
-        pretext: which pretext the default has to suit.
+        paths: Paths of the training images.
+        pretext: Name of the pretext, which decides the default backbone.
 
     Raises:
-        UserError: there is no such thing, or it is of another backbone.
+        UserError: ``init`` does not exist, or has another backbone than ``backbone``.
     """
     init = os.fspath(init)
     if Path(init).is_dir():
@@ -296,48 +304,48 @@ def make_encoder(
 
 
 def default_backbone(pretext: str, image_size: int) -> str:
-    """A small backbone that suits a pretext.
+    """Name of a small backbone that works with a pretext.
 
     Args:
-        pretext: its name.
-        image_size: side in pixels.
+        pretext: Name of the pretext.
+        image_size: Side in pixels.
     """
     if pretext_class(pretext).info.backbones in ("any", "CNN"):
         return "resnet18"
     return "vit_tiny_patch16_224" if image_size >= 64 else "vit_tiny_patch4_32"
 
 
-def whole_pretext(pretext: str | Mapping[str, Any]) -> dict[str, Any]:
-    """The name of a pretext and all its hyperparameters, those not given with their defaults.
+def complete_pretext(pretext: str | Mapping[str, Any]) -> dict[str, Any]:
+    """Name and all hyperparameters of a pretext, with defaults for those that are not given.
 
     Raises:
-        UserError: The pretext or a hyperparameter is not known.
+        UserError: The pretext or a hyperparameter is unknown.
     """
     given = _as_mapping(pretext)
     name = given.pop("name", DEFAULT_PRETEXT)
-    made = pretext_class(name)
-    defaults = inspect.signature(made).parameters
+    cls = pretext_class(name)
+    defaults = inspect.signature(cls).parameters
     known = {one: defaults[one].default for one in hyperparameters(name)}
     for one in given:
         if one not in known:
             raise UserError(f"unknown option --pretext.{one} of {name}: {did_you_mean(one, known)}")
-    check_hyperparameters(made, given)
+    check_hyperparameters(cls, given)
     return {"name": name, **known, **given}
 
 
 def hyperparameters(name: str) -> dict[str, Any]:
-    """The hyperparameters of a pretext with their types.
+    """Types of the hyperparameters of a pretext, by name.
 
     Raises:
-        UserError: The pretext is not known.
+        UserError: The pretext is unknown.
     """
-    kinds = annotations(pretext_class(name))
-    del kinds["encoder"]
-    return kinds
+    types = annotations(pretext_class(name))
+    del types["encoder"]
+    return types
 
 
 def _as_mapping(pretext: Any) -> dict[str, Any]:
-    """A pretext as a mapping of its name, where that is given, and hyperparameters."""
+    """A pretext as a mapping with its name, if given, and hyperparameters."""
     named = {"name": pretext} if isinstance(pretext, str) else pretext
     if not isinstance(named, Mapping) or not isinstance(named.get("name", ""), str):
         raise UserError(f"--pretext {brief(pretext)} is neither a name nor a mapping with one")
@@ -347,7 +355,7 @@ def _as_mapping(pretext: Any) -> dict[str, Any]:
 def _named_pretext(
     layers: Sequence[Mapping[str, Any]],
 ) -> tuple[str, list[dict[str, Any]]]:
-    """The pretext that sources of options name last, and the sources with it as a mapping."""
+    """The pretext named last, and the sources of options with their pretext as a mapping."""
     name, sources = DEFAULT_PRETEXT, [dict(layer) for layer in layers]
     for source in sources:
         if "pretext" in source:
@@ -360,12 +368,12 @@ def _is_nested(value: object) -> bool:
     return isinstance(value, Mapping) and all(isinstance(one, Mapping) for one in value.values())
 
 
-def _argument_docs(made: type) -> dict[str, str]:
-    """What the section ``Args`` of a class's docstring says of each argument."""
-    section = (inspect.getdoc(made) or "").partition("Args:\n")[2].partition("\n\n")[0]
+def _argument_docs(cls: type) -> dict[str, str]:
+    """Description of each argument in the section ``Args`` of a class's docstring."""
+    section = (inspect.getdoc(cls) or "").partition("Args:\n")[2].partition("\n\n")[0]
     docs: dict[str, str] = {}
     for line in inspect.cleandoc(f"\n{section}").splitlines():
-        if line.startswith(" ") and docs:  # goes on
+        if line.startswith(" ") and docs:  # continuation line
             name = next(reversed(docs))
             docs[name] = f"{docs[name]} {line.strip()}"
         else:

@@ -33,13 +33,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """How good frozen features are, as accuracy on the test part.
+    """Accuracy of frozen features on the test images.
 
     Attributes:
-        run: Folder that was written.
+        run: Run folder.
         knn: kNN accuracy of the encoder's output.
         linear: Accuracy of the linear probe on the encoder's output.
-        layers: ``{"layer3": {"knn": ..., "linear": ...}, ...}`` for each stage, if asked for.
+        layers: ``{"layer3": {"knn": ..., "linear": ...}, ...}`` for each stage, if requested.
     """
 
     run: Path
@@ -56,35 +56,36 @@ class ProbeOptions(Options):
     """Options of ``probe``."""
 
     encoder: StrPath
-    """A run, an encoder folder, timm:NAME (pre-trained weights) or random:NAME (untrained, the
+    """A run, an encoder folder, timm:NAME (pre-trained weights) or random:NAME (untrained, as a
     baseline)."""
     data: StrPath
     """Labelled images: train/<class> and test/<class> folders, plain class folders, or a .csv
     file."""
     out: StrPath
-    """The run folder to write."""
+    """Run folder to write."""
     layers: bool = False
-    """Also evaluate every stage: pretext tasks are often best before the last one."""
+    """Also evaluate every stage. Pretexts often learn the best features before the last stage."""
     k: int = 20
-    """Number of neighbors that vote."""
+    """Number of neighbors in kNN."""
     temperature: float = 0.07
-    """A neighbor of similarity s votes with weight exp(s / temperature)."""
+    """Temperature in kNN: a neighbor with similarity s votes with weight exp(s / temperature)."""
     fraction: float | None = None
-    """Use this share of the labels."""
+    """Use this fraction of the labels."""
     shots: int | None = None
     """Use this many labels per class."""
     image_size: int | None = None
-    """Side in pixels; default the encoder's, or for random:NAME that of the images."""
+    """Side length of the input in pixels. Default: that of the encoder, or for random:NAME that of
+    the images."""
     leaks: Literal["warn", "exclude", "error"] = "warn"
-    """What to do about test images that were seen in pre-training or are in the training part too:
-    warn, exclude them, or stop with an error."""
+    """What to do about test images that were used in pre-training or are also among the training
+    images: warn, exclude them, or stop with an error."""
     max_pixels: int = MAX_PIXELS
-    """Skip images with more pixels (height times width): a small file may decode to billions. The
-    default is what Pillow takes."""
+    """Skip images with more pixels (height times width) than this; a small file can decode to
+    billions of pixels. The default is Pillow's limit."""
     seed: int = 0
-    """Seed of the split, of the choice of labels, and of an untrained encoder."""
+    """Seed for the split, the choice of labels, and the weights of an untrained encoder."""
     overwrite: bool = False
-    """Replace the run in --out."""
+    """Replace an existing run in --out."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,7 +103,7 @@ def probe(options: ProbeOptions) -> ProbeResult:
         The accuracies.
 
     Raises:
-        UserError: An option cannot be right; nothing is written then.
+        UserError: An option is invalid; nothing is written then.
     """
     out, name, data = Path(options.out), os.fspath(options.encoder), os.fspath(options.data)
     limit_pixels(options.max_pixels)
@@ -114,10 +115,10 @@ def probe(options: ProbeOptions) -> ProbeResult:
     if size is None and name.startswith("random:"):
         size = suitable_size(labelled.train.paths)
     encoder = encoder_for(name, size)
-    labelled, found = guard(labelled, [name], options.leaks, str(out))
+    labelled, leaks = guard(labelled, [name], options.leaks, str(out))
     with open_run(out, "probe", options.as_config()) as run:
         labelled.write(run / "split.csv")
-        found.write(run)
+        leaks.write(run)
         scores = probe_encoder(encoder, labelled, options.layers, options.k, options.temperature)
         last = scores.pop("last")
         results: dict[str, Any] = {
@@ -130,7 +131,7 @@ def probe(options: ProbeOptions) -> ProbeResult:
             "train_images": len(labelled.train) + len(labelled.val),
             "test_images": len(labelled.test),
             "classes": labelled.classes,
-            **found.figures(),
+            **leaks.figures(),
         }
         write_results(run, results)
         console.print(f"{name}: test accuracy", highlight=False, soft_wrap=True)
@@ -158,7 +159,7 @@ def probe_encoder(
         labelled: Labelled images.
         layers: Also evaluate every stage.
         k: Number of neighbors that vote.
-        temperature: Temperature of their votes.
+        temperature: Temperature of the votes.
 
     Returns:
         ``{"last": {"knn": ..., "linear": ...}, ...}``; ``last`` is the encoder's output.

@@ -1,4 +1,4 @@
-"""``vissl-lite report``: make the page of a run again."""
+"""``vissl-lite report``: write the report of a run again."""
 
 import os
 from dataclasses import dataclass
@@ -15,20 +15,20 @@ class ReportOptions(Options):
     """Options of ``report``."""
 
     run: StrPath
-    """The run folder, of any command; also of one that is still running or was stopped."""
+    """Run folder of any command; the run may still be running or have been stopped."""
 
 
 @command(ReportOptions)
 def report(options: ReportOptions) -> Path:
-    """Write report.html of a run again, from what its folder holds.
+    """Write report.html of a run again, from the files in its folder.
 
     Returns:
-        The file.
+        Path of the report.
 
     Raises:
-        UserError: the folder holds no run, or can't be written.
+        UserError: The folder is not a run, or can't be written.
     """
-    from vissl_lite.report.run_report import write_report  # Bokeh takes its time
+    from vissl_lite.report.run_report import write_report  # importing Bokeh is slow
 
     run = os.fspath(options.run)
     folder = Path(run)
@@ -36,7 +36,7 @@ def report(options: ReportOptions) -> Path:
         raise UserError(f"no run at {run}: give a folder that another command wrote with --out")
     if not (folder / RUN).is_file():
         raise UserError(
-            f"{run} holds no run ({RUN} is missing): give a folder that another command wrote "
+            f"{run} is not a run ({RUN} is missing): give a folder that another command wrote "
             f"with --out"
         )
     try:

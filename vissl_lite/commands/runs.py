@@ -1,4 +1,4 @@
-"""``vissl-lite runs``: the runs below a folder, with what came out of them."""
+"""``vissl-lite runs``: list the runs below a folder with their main metrics."""
 
 import logging
 import math
@@ -25,9 +25,9 @@ log = logging.getLogger(__name__)
 
 State = Literal["running", "finished", "stopped", "failed", "killed", "damaged"]
 
-# The figure that stands for a run of a command: the first one that there is. A name that ends in a
-# dot takes the first figure below it.
-MAIN = {
+# Main metric of each command: the first of these names that the results contain. A name that ends
+# in a dot stands for the first metric below it.
+MAIN_METRICS = {
     "pretrain": ("linear", "knn", "loss"),
     "probe": ("linear", "knn"),
     "finetune": ("test.",),
@@ -35,11 +35,11 @@ MAIN = {
     "predict": ("images",),
 }
 
-# Figures of which less is better, by the end of their names.
-LESS = ("loss", "seconds", "leaks", "skipped")
+# Endings of the names of metrics for which lower is better.
+LOWER_IS_BETTER = ("loss", "seconds", "leaks", "skipped")
 
-# Results that are figures by class: too many to sort by.
-BY_CLASS = frozenset({"per_class"})
+# Results with metrics per class, which are not offered for sorting.
+PER_CLASS = frozenset({"per_class"})
 
 
 @dataclass(frozen=True, kw_only=False)
@@ -47,26 +47,26 @@ class RunsOptions(Options):
     """Options of ``runs``."""
 
     folder: StrPath = "."
-    """The folder to look in, with all folders below it."""
+    """Folder to search for runs, including its subfolders."""
     sort: str | None = None
-    """Sort by a figure of the results, such as linear, top1, test.top1, loss or seconds: the best
-    first, runs without it last. Default: the newest first."""
+    """Metric to sort by, such as linear, top1, test.top1, loss or seconds: best runs first, runs
+    without it last. Default: newest runs first."""
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """A run, in short.
+    """Summary of a run.
 
     Attributes:
-        path: Its folder.
-        command: What wrote it; empty where ``run.json`` is damaged.
-        status: As in ``run.json``, but ``killed`` for one that is said to be running and that no
-            process holds, and ``damaged`` where ``run.json`` cannot be read.
-        reason: Why it was stopped or has failed; or which of its files is damaged.
-        started: When; None if that is not known.
-        seconds: How long it took, or has been running; None if that is not known.
-        figure: Its main figure as text, such as ``linear 0.812``; empty if there is none.
-        figures: All figures of its results, by name; nested ones are joined by dots.
+        path: Run folder.
+        command: Command that wrote it; empty if ``run.json`` is damaged.
+        status: Status from ``run.json``, except ``killed`` if it is ``running`` there but no
+            process has locked the run, and ``damaged`` if ``run.json`` can't be read.
+        reason: Why the run was stopped or failed, or which of its files is damaged; else None.
+        started: Start time; None if unknown.
+        seconds: Duration, up to now for a running one; None if unknown.
+        metric: Main metric as text, such as ``linear 0.812``; empty if there is none.
+        metrics: All metrics of the results, by name; names of nested ones are joined by dots.
     """
 
     path: Path
@@ -75,21 +75,21 @@ class RunSummary:
     reason: str | None
     started: datetime | None
     seconds: float | None
-    figure: str
-    figures: dict[str, float]
+    metric: str
+    metrics: dict[str, float]
 
 
 @command(RunsOptions)
 def runs(options: RunsOptions) -> list[RunSummary]:
-    """List the runs below a folder: command, status, start, duration and main figure.
+    """List the runs below a folder: command, status, start, duration and main metric.
 
-    Folders that cannot be read are passed over with a warning. Links to folders are followed.
+    Folders that can't be read are skipped with a warning. Symbolic links to folders are followed.
 
     Returns:
         The runs, in the order in which they are shown.
 
     Raises:
-        UserError: There is no such folder, or no run in it has the figure to sort by.
+        UserError: The folder does not exist, or no run in it has the metric to sort by.
     """
     folder = Path(options.folder)
     if not folder.is_dir():
@@ -113,46 +113,46 @@ def runs(options: RunsOptions) -> list[RunSummary]:
 
 
 def find_runs(folder: Path, unreadable: list[str]) -> Iterator[Path]:
-    """The run folders below a folder, itself included.
+    """Yield the run folders below a folder, including the folder itself.
 
-    In a run only the folders right below it are looked at, where ``demo`` keeps another one. Links
-    are followed, each folder once; hidden folders are left out.
+    Inside a run, only its direct subfolders are searched, as ``demo`` writes runs there. Symbolic
+    links are followed, each folder is visited once, and hidden folders are skipped.
 
     Args:
-        folder: Where to look.
-        unreadable: Gets the folders that cannot be read.
+        folder: Folder to search.
+        unreadable: List to which folders that can't be read are appended.
     """
-    seen: set[tuple[int, int]] = set()
-    ahead = [(str(folder), False)]  # paths, and whether they lie in a run
-    while ahead:
-        path, inside = ahead.pop()
+    visited: set[tuple[int, int]] = set()
+    pending = [(str(folder), False)]  # path, and whether it is inside a run
+    while pending:
+        path, inside = pending.pop()
         try:
-            about = os.stat(path)
-            if (about.st_dev, about.st_ino) in seen:
+            status = os.stat(path)
+            if (status.st_dev, status.st_ino) in visited:
                 continue
-            seen.add((about.st_dev, about.st_ino))
+            visited.add((status.st_dev, status.st_ino))
             is_run = _is_run(Path(path))
             if is_run:
                 yield Path(path)
             elif inside:
                 continue
             with os.scandir(path) as entries:
-                below = [one.path for one in entries if one.name[0] != "." and one.is_dir()]
+                subfolders = [one.path for one in entries if one.name[0] != "." and one.is_dir()]
         except OSError:
             unreadable.append(path)
             continue
-        ahead += [(one, is_run) for one in sorted(below, reverse=True)]
+        pending += [(one, is_run) for one in sorted(subfolders, reverse=True)]
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether a folder is a run, also one whose ``run.json`` is damaged."""
+    """Whether a folder is a run, possibly one with a damaged ``run.json``."""
     if not (folder / RUN).is_file():
         return False
     return read_record(folder) is not None or (folder / CONFIG).is_file()
 
 
 def summarize(folder: Path) -> RunSummary:
-    """A run in short, as far as its files can be read."""
+    """Summarize a run from those of its files that can be read."""
     record = read_record(folder)
     results, damaged = _results(folder)
     if record is None:
@@ -160,7 +160,7 @@ def summarize(folder: Path) -> RunSummary:
             folder,
             "",
             "damaged",
-            f"{RUN} is damaged, or of another version",
+            f"{RUN} is damaged, or written by another version",
             None,
             None,
             "",
@@ -170,20 +170,20 @@ def summarize(folder: Path) -> RunSummary:
     started, seconds = record.start(), record.seconds
     if status == "running" and not is_locked(folder):
         status = "killed"
-    spent: float | None = seconds
+    duration: float | None = seconds
     if status == "running" and started is not None:
-        spent = max(seconds, (datetime.now(UTC) - started).total_seconds())
+        duration = max(seconds, (datetime.now(UTC) - started).total_seconds())
     elif status == "killed":
-        spent = None
-    if spent is not None:
-        results.setdefault("seconds", spent)
+        duration = None
+    if duration is not None:
+        results.setdefault("seconds", duration)
     reason = record.reason or (f"{RESULTS} is damaged" if damaged else None)
-    figure = main_figure(record, results, folder)
-    return RunSummary(folder, record.command, status, reason, started, spent, figure, results)
+    metric = main_metric(record, results, folder)
+    return RunSummary(folder, record.command, status, reason, started, duration, metric, results)
 
 
 def _results(folder: Path) -> tuple[dict[str, float], bool]:
-    """The figures of ``results.json``, and whether that is damaged."""
+    """Metrics in ``results.json``, and whether the file is damaged."""
     if not (folder / RESULTS).is_file():
         return {}, False
     try:
@@ -192,15 +192,15 @@ def _results(folder: Path) -> tuple[dict[str, float], bool]:
         return {}, True
     if not isinstance(content, dict):
         return {}, True
-    return figures_of({k: v for k, v in content.items() if k not in BY_CLASS}), False
+    return flatten_metrics({k: v for k, v in content.items() if k not in PER_CLASS}), False
 
 
-def figures_of(results: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers in nested results, by names joined by dots; of a list of numbers the mean."""
+def flatten_metrics(results: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Numbers in nested results, by names joined by dots; the mean of a list of numbers."""
     found: dict[str, float] = {}
     for name, value in results.items():
         if isinstance(value, Mapping):
-            found |= figures_of(value, f"{prefix}{name}.")
+            found |= flatten_metrics(value, f"{prefix}{name}.")
             continue
         values = value if isinstance(value, list) else [value]
         if values and all(type(one) in (int, float) for one in values):
@@ -210,18 +210,18 @@ def figures_of(results: Mapping[str, Any], prefix: str = "") -> dict[str, float]
     return found
 
 
-def main_figure(record: RunRecord, figures: Mapping[str, float], folder: Path) -> str:
-    """The figure that stands for a run, with its name; of a comparison the verdict."""
+def main_metric(record: RunRecord, metrics: Mapping[str, float], folder: Path) -> str:
+    """Main metric of a run, with its name; for a comparison the verdict."""
     if record.command == "compare":
-        return _verdict(folder, figures)
-    for wanted in MAIN.get(record.command, ()):
-        for name, value in figures.items():
+        return _verdict(folder, metrics)
+    for wanted in MAIN_METRICS.get(record.command, ()):
+        for name, value in metrics.items():
             if name == wanted or (wanted.endswith(".") and name.startswith(wanted)):
                 return f"{name.rpartition('.')[2]} {value:.4g}"
     return ""
 
 
-def _verdict(folder: Path, figures: Mapping[str, float]) -> str:
+def _verdict(folder: Path, metrics: Mapping[str, float]) -> str:
     try:
         content = read_json(folder / RESULTS, LARGEST_RESULTS)
     except UserError:
@@ -229,25 +229,25 @@ def _verdict(folder: Path, figures: Mapping[str, float]) -> str:
     verdict = content.get("verdict") if isinstance(content, dict) else None
     if not isinstance(verdict, str):
         return ""
-    overall = [value for name, value in figures.items() if name.endswith(".overall.mean")]
+    overall = [value for name, value in metrics.items() if name.endswith(".overall.mean")]
     return f"{verdict} ({max(overall, key=abs):+.3f})" if overall else verdict
 
 
-def _sorted(found: list[RunSummary], figure: str) -> list[RunSummary]:
-    """The best first, those without the figure last."""
-    known = {name for one in found for name in one.figures}
-    name = next((name for name in (figure, f"test.{figure}") if name in known), None)
+def _sorted(found: list[RunSummary], metric: str) -> list[RunSummary]:
+    """Sort runs by a metric: the best first, those without it last."""
+    known = {name for one in found for name in one.metrics}
+    name = next((name for name in (metric, f"test.{metric}") if name in known), None)
     if name is None:
-        raise UserError(f"no run has the figure {figure}: {_there_is(figure, known)}")
-    sign = 1 if name.endswith(LESS) else -1
-    return sorted(found, key=lambda one: sign * one.figures.get(name, sign * math.inf))
+        raise UserError(f"no run has the metric {metric}: {_suggest_metrics(metric, known)}")
+    sign = 1 if name.endswith(LOWER_IS_BETTER) else -1
+    return sorted(found, key=lambda one: sign * one.metrics.get(name, sign * math.inf))
 
 
-def _there_is(figure: str, known: set[str]) -> str:
-    """The figures that runs have: those that are meant perhaps, or the plainest ones."""
-    close = did_you_mean(figure, known)
+def _suggest_metrics(metric: str, known: set[str]) -> str:
+    """Suggest similar names, or list the least nested ones."""
+    close = did_you_mean(metric, known)
     if len(known) <= 12 or close.startswith("did"):
-        return close if known else "no run has any"
+        return close if known else "no run has any metrics"
     named = sorted(known, key=lambda name: (name.count("."), name))[:12]
     return f"there are {', '.join(named)} and {len(known) - len(named)} more"
 
@@ -258,7 +258,7 @@ def _print(found: list[RunSummary], folder: Path, sort: str | None) -> None:
         console.print(f"no runs below {printable(str(folder))}", markup=False, highlight=False)
         return
     table = Table(box=None)
-    for title in ("run", "command", "status", "started", "took", "main figure"):
+    for title in ("run", "command", "status", "started", "duration", "main metric"):
         table.add_column(title, overflow="fold")
     if sort is not None:
         table.add_column(sort, overflow="fold")
@@ -270,10 +270,10 @@ def _print(found: list[RunSummary], folder: Path, sort: str | None) -> None:
             one.status,
             started,
             _duration(one.seconds),
-            one.figure or one.reason or "",
+            one.metric or one.reason or "",
         ]
         if sort is not None:
-            value = one.figures.get(sort, one.figures.get(f"test.{sort}"))
+            value = one.metrics.get(sort, one.metrics.get(f"test.{sort}"))
             cells.append("" if value is None else f"{value:.4g}")
         table.add_row(*(printable(cell).replace("[", r"\[") for cell in cells))
     console.print(table)

@@ -1,1 +1,1 @@
-"""Comparing encoders on the same few labels: what is run, what it means, how it is shown."""
+"""Comparing encoders on the same few labels: plan, runs, statistics, results."""

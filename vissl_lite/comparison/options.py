@@ -1,4 +1,4 @@
-"""The options of ``vissl-lite compare``."""
+"""Options of ``vissl-lite compare``."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,71 +13,75 @@ from vissl_lite.options import Options, Paths, StrPath, path_list
 from vissl_lite.transfer.finetuning import TransferSettings
 from vissl_lite.transfer.tasks import AllTaskOptions, find_task, without_others
 
-# Draws of labels; each is a training.
-LARGEST_SEEDS = 10_000
+MAX_SEEDS = 10_000
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions(Options, AllTaskOptions):
-    """Options of ``compare``; those that only some tasks have are inherited."""
+    """Options of ``compare``. Options that only some tasks have are inherited."""
 
     free_to_change = Options.free_to_change | {"encoder", "seeds", "baseline"}
 
     encoder: Paths
-    """Runs, encoder folders, timm:NAME (pre-trained weights) or random:NAME (untrained)."""
+    """Encoders to compare: runs, encoder folders, timm:NAME (pre-trained weights) or random:NAME
+    (untrained)."""
     data: StrPath
     """Labelled images, as for finetune."""
     out: StrPath
-    """The run folder to write."""
+    """Run folder to write."""
     task: str = "classification"
-    """What to learn from the labels: classification, detection or segmentation."""
+    """Task: classification, detection or segmentation."""
     protocols: Sequence[Protocol] | Protocol | None = None
-    """How to judge an encoder: knn and linear for a frozen one, finetune to train it. Default knn
+    """How to evaluate an encoder: knn and linear keep it frozen, finetune trains it. Default: knn
     and linear, or finetune for detection, segmentation and several labels per image."""
     fractions: Sequence[float] | float | None = None
-    """Shares of the labels; default 0.01 0.05 0.1 1."""
+    """Fractions of the labels to use. Default: 0.01 0.05 0.1 1."""
     shots: Sequence[int] | int | None = None
-    """Labels a class, instead."""
+    """Numbers of labels per class to use, instead of --fractions."""
     seeds: int = 3
-    """How often each amount of labels is drawn, at least 3; the same for all encoders."""
+    """Number of random draws of each amount of labels, at least 3. All encoders get the same
+    draws."""
     baseline: StrPath | None = None
-    """The encoder that others are held against; default the untrained one, which is added if it is
-    not among them."""
+    """Encoder that the others are compared with. Default: the untrained encoder, which is added if
+    --encoder does not name one."""
     layers: bool = False
-    """Judge every stage by knn and linear too."""
+    """Also evaluate every stage with knn and linear."""
     k: int = 20
-    """Neighbors that vote in knn."""
+    """Number of neighbors in knn."""
     lr: Sequence[float] | float | None = None
-    """Learning rates of finetune to choose from; default 0.0003 0.001 0.003. They are chosen for
-    each encoder and amount of labels with the first seed."""
+    """Candidate learning rates of finetune. Default: 0.0003 0.001 0.003. The best one is chosen for
+    each encoder and amount of labels, on the validation images of the first seed."""
     epochs: int | None = None
-    """Of finetune; default as many as make 1,000 steps, between 10 and 100."""
+    """Number of epochs of finetune. Default: as many as give 1,000 steps, but at least 10 and at
+    most 100."""
     batch_size: int | None = None
-    """Of finetune; default its own."""
+    """Batch size of finetune. Default: as for the command finetune."""
     image_size: int | None = None
-    """Side in pixels; default each encoder's own, or for random:NAME that of the images (for
-    detection and segmentation that of finetune)."""
+    """Side length of the input in pixels. Default: that of each encoder, or for random:NAME that of
+    the images (for detection and segmentation: as for the command finetune)."""
     upright: bool = True
-    """Whether the images have an up, for finetune."""
+    """Whether the images have a natural orientation (default true). Give --upright false for images
+    without one, such as microscopy images: finetune then also rotates and flips them in all
+    directions."""
     leaks: Literal["warn", "exclude", "error"] = "warn"
-    """What to do about test images that an encoder has seen in pre-training, or that are in the
-    training part too: warn, exclude them for all encoders, or stop with an error."""
+    """What to do about test images that were used in pre-training an encoder or are also among the
+    training images: warn, exclude them for all encoders, or stop with an error."""
     max_pixels: int = MAX_PIXELS
-    """Skip images with more pixels (height times width): a small file may decode to billions. The
-    default is what Pillow takes."""
+    """Skip images with more pixels (height times width) than this; a small file can decode to
+    billions of pixels. The default is Pillow's limit."""
     seed: int = 0
-    """The first of the seeds."""
+    """First seed; the following draws use the next integers."""
     precision: str = "auto"
-    """auto, or one of Lightning's such as 32-true or bf16-mixed."""
+    """Floating-point precision: auto, or one of Lightning's, such as 32-true or bf16-mixed."""
     num_workers: int | None = None
-    """Data workers of finetune; default by the cores there are."""
+    """Number of data loading workers of finetune. Default: chosen from the number of CPU cores."""
     resume: bool = False
-    """Continue the comparison in --out: what is missing is run, further encoders and seeds
-    included."""
+    """Continue the comparison in --out: run what is missing, including encoders and seeds that were
+    added."""
     overwrite: bool = False
-    """Replace the run in --out."""
+    """Replace an existing run in --out."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,14 +90,14 @@ class CompareOptions(Options, AllTaskOptions):
             self._set(name, value if isinstance(value, list) or value is None else [value])
         find_task(self.task)
         if self.seeds < 3:
-            raise UserError(f"--seeds {self.seeds} must be at least 3: fewer show no spread")
-        check_count("seeds", self.seeds, LARGEST_SEEDS)
+            raise UserError(f"--seeds {self.seeds} must be at least 3 to estimate the spread")
+        check_count("seeds", self.seeds, MAX_SEEDS)
         for name in ("k", "epochs", "batch_size"):
             check_count(name, getattr(self, name))
         check_image_size(self.image_size)
-        for rate in listed(self.lr) or ():
+        for rate in as_list(self.lr) or ():
             check_rates(rate, None)
-        make_amounts(listed(self.fractions), listed(self.shots))
+        make_amounts(as_list(self.fractions), as_list(self.shots))
         check_seed(self.seed, self.seeds - 1)
         encoders = path_list(self.encoder)
         twice = [name for name in encoders if encoders.count(name) > 1]
@@ -104,18 +108,18 @@ class CompareOptions(Options, AllTaskOptions):
         return without_others(find_task(self.task), super().as_config())
 
     def all_seeds(self) -> list[int]:
-        """The seeds of the draws of labels."""
+        """Seeds of the draws of labels."""
         return list(range(self.seed, self.seed + self.seeds))
 
     def settings(
         self, rate: float = 1e-3, seed: int | None = None, untrained: bool = True
     ) -> TransferSettings:
-        """How to fine-tune: the settings of ``finetune``.
+        """Settings for fine-tuning.
 
         Args:
             rate: Learning rate.
-            seed: Of the training; default the first of the seeds.
-            untrained: Whether the encoder is an untrained one.
+            seed: Seed of the training. Default: the first seed.
+            untrained: Whether the encoder is untrained.
         """
         settings: TransferSettings = find_task(self.task).make_settings(
             self,
@@ -129,8 +133,8 @@ class CompareOptions(Options, AllTaskOptions):
         return settings
 
 
-def listed(value: Sequence[T] | T | None) -> list[T] | None:
-    """The value of an option for one or several things, as a list."""
+def as_list(value: Sequence[T] | T | None) -> list[T] | None:
+    """Convert the value of an option that takes one or several values to a list."""
     if value is None:
         return None
     return list(value) if isinstance(value, list | tuple) else [cast(T, value)]

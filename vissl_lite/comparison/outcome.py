@@ -1,4 +1,4 @@
-"""What a comparison found: figures, differences, verdicts in words, as JSON, CSV and a picture."""
+"""Outcome of a comparison: metrics, differences and verdicts, as JSON, CSV and plots."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -10,45 +10,52 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from vissl_lite.comparison.protocols import Score
-from vissl_lite.comparison.statistics import Difference, Runs, Verdict, difference, labels_worth
+from vissl_lite.comparison.statistics import (
+    Difference,
+    Runs,
+    Verdict,
+    difference,
+    equivalent_labels,
+)
 from vissl_lite.comparison.store import Cell
 from vissl_lite.plots import plot_bars
 
 
 @dataclass(frozen=True)
 class ComparedEncoder:
-    """How one encoder did under one protocol, against the baseline.
+    """Comparison of one encoder with the baseline under one protocol.
 
     Attributes:
-        by_amount: the difference with each amount of labels, by name.
-        overall: averaged over amounts: what the verdict is of.
-        worth: by amount, how many labels give the baseline the same figure, and whether that is
-            exact (else it needs more); for amounts where the encoder is better beyond doubt.
-        sentence: the verdict in words.
+        by_amount: Difference for each amount of labels, by name.
+        overall: Difference averaged over amounts; the verdict is based on it.
+        equivalent_labels: Number of labels with which the baseline reaches the same metric, and
+            whether it is exact (otherwise the baseline needs more), for each amount with the
+            verdict ``helped``.
+        sentence: Verdict as a sentence.
     """
 
     by_amount: dict[str, Difference]
     overall: Difference
-    worth: dict[str, tuple[float, bool]]
+    equivalent_labels: dict[str, tuple[float, bool]]
     sentence: str
 
     @property
     def verdict(self) -> Verdict:
-        """What the encoder's pre-training did."""
+        """Verdict on the encoder."""
         return self.overall.verdict
 
 
 class Outcome:
-    """All scores of a comparison, and what they say.
+    """All scores of a comparison, and the conclusions from them.
 
     Args:
-        scores: of every cell.
-        encoders: their names; those with a cell missing are not for this class.
-        protocols: in the order asked for; the last one's verdict is the comparison's.
-        labels: by the name of each amount, how many labels it is (training and validation).
-        seeds: of the labels.
-        baseline: the encoder that others are held against.
-        metric: by protocol, the name of the figure.
+        scores: Score of every cell.
+        encoders: Names of the encoders; ``scores`` must have all their cells.
+        protocols: Protocols, in order; the last one decides the verdict of the comparison.
+        labels: Number of labels (training and validation) of each amount, by name.
+        seeds: Seeds of the draws of labels.
+        baseline: Name of the encoder that the others are compared with.
+        metric: Name of the metric of each protocol.
     """
 
     def __init__(
@@ -73,7 +80,7 @@ class Outcome:
         }
 
     def runs(self, encoder: str, protocol: str, amount: str) -> Runs:
-        """An encoder's figures with one amount of labels."""
+        """Runs of an encoder with one amount of labels."""
         scores = [self.scores[Cell(encoder, protocol, amount, seed)] for seed in self.seeds]
         rights = [score.right for score in scores if score.right is not None]
         right = np.stack(rights) if len(rights) == len(scores) else None
@@ -81,7 +88,7 @@ class Outcome:
 
     @property
     def verdict(self) -> Verdict:
-        """Of the first encoder that is not the baseline, under the last protocol."""
+        """Verdict on the first encoder that is not the baseline, under the last protocol."""
         return next(iter(self.compared[self.protocols[-1]].values())).verdict
 
     def _compare(self, encoder: str, protocol: str) -> ComparedEncoder:
@@ -90,13 +97,13 @@ class Outcome:
         by_amount = {name: difference([ours[name]], [theirs[name]]) for name in self.labels}
         overall = difference(list(ours.values()), list(theirs.values()))
         counts, curve = list(self.labels.values()), [runs.mean for runs in theirs.values()]
-        worth = {}
+        equivalent = {}
         for name, found in by_amount.items():
-            equal = labels_worth(counts, curve, ours[name].mean)
+            equal = equivalent_labels(counts, curve, ours[name].mean)
             if found.verdict == "helped" and equal is not None:
-                worth[name] = equal
-        words = self._sentence(encoder, protocol, by_amount, overall, worth)
-        return ComparedEncoder(by_amount, overall, worth, words)
+                equivalent[name] = equal
+        words = self._sentence(encoder, protocol, by_amount, overall, equivalent)
+        return ComparedEncoder(by_amount, overall, equivalent, words)
 
     def _sentence(
         self,
@@ -104,7 +111,7 @@ class Outcome:
         protocol: str,
         by_amount: Mapping[str, Difference],
         overall: Difference,
-        worth: Mapping[str, tuple[float, bool]],
+        equivalent: Mapping[str, tuple[float, bool]],
     ) -> str:
         what = {
             "helped": "helped",
@@ -121,27 +128,29 @@ class Outcome:
             at = [name for name, one in by_amount.items() if one.verdict == verdict]
             if at and verdict != overall.verdict:
                 words += f" At {', '.join(at)} it {verdict}."
-        # the fewest labels are where it matters most
-        for name, (equal, exact) in list(worth.items())[:1]:
+        # Only for the smallest such amount, where pre-training matters most.
+        for name, (equal, exact) in list(equivalent.items())[:1]:
             count = self.labels[name]
             rest = f"equal about {equal:.0f}" if exact else f"are better than all {equal:.0f}"
             words += f" {count} labels with it {rest} without."
         return words
 
     def sentences(self) -> list[str]:
-        """The verdict on every encoder under every protocol, in words."""
+        """Verdict on every encoder under every protocol, as sentences."""
         return [
             one.sentence for by_encoder in self.compared.values() for one in by_encoder.values()
         ]
 
     def as_dict(self) -> dict[str, Any]:
-        """For ``results.json``."""
+        """Content of ``results.json``."""
         protocols = {}
         for protocol, by_encoder in self.compared.items():
             protocols[protocol] = {
                 "metric": self.metric[protocol],
                 "amounts": list(self.labels),
-                "arms": {encoder: self._figures(encoder, protocol) for encoder in self.encoders},
+                "arms": {
+                    encoder: self._runs_as_dict(encoder, protocol) for encoder in self.encoders
+                },
                 "differences": {
                     encoder: {"overall": vars(one.overall)}
                     | {name: vars(found) for name, found in one.by_amount.items()}
@@ -150,7 +159,7 @@ class Outcome:
                 "labels_worth": {
                     encoder: {
                         name: {"labels": self.labels[name], "equal": equal, "exact": exact}
-                        for name, (equal, exact) in one.worth.items()
+                        for name, (equal, exact) in one.equivalent_labels.items()
                     }
                     for encoder, one in by_encoder.items()
                 },
@@ -173,20 +182,20 @@ class Outcome:
             "protocols": protocols,
         }
 
-    def _figures(self, encoder: str, protocol: str) -> dict[str, Any]:
-        figures = {}
+    def _runs_as_dict(self, encoder: str, protocol: str) -> dict[str, Any]:
+        by_amount = {}
         for amount, count in self.labels.items():
             runs = self.runs(encoder, protocol, amount)
-            figures[amount] = {
+            by_amount[amount] = {
                 "mean": runs.mean,
                 "std": runs.std,
                 "runs": runs.values.tolist(),
                 "labels": count,
             }
-        return figures
+        return by_amount
 
     def _layers(self, encoder: str, protocol: str) -> dict[str, dict[str, float]]:
-        """By stage and amount: means over seeds."""
+        """Mean accuracy over seeds, by stage and amount."""
         stages: dict[str, dict[str, float]] = {}
         for amount in self.labels:
             cells = [Cell(encoder, protocol, amount, seed) for seed in self.seeds]
@@ -196,7 +205,7 @@ class Outcome:
         return stages
 
     def write_csv(self, file: Path) -> None:
-        """A row for every run."""
+        """Write one row per run."""
         with file.open("w", newline="", encoding="utf-8") as out:
             rows = csv.writer(out)
             rows.writerow(
@@ -222,7 +231,7 @@ class Outcome:
                             )
 
     def plot(self, file: Path) -> None:
-        """Plot the figures, for one amount of labels as bars, else over the number of labels.
+        """Plot the metrics: bars for one amount of labels, else curves over the number of labels.
 
         Args:
             file: PNG file to write.
@@ -231,7 +240,7 @@ class Outcome:
         figure.savefig(file, dpi=110)
 
     def _bars(self) -> Figure:
-        """Bars of means with a dot for every seed, grouped by protocol."""
+        """Bar plot of means with a dot for each seed, grouped by protocol."""
         ((amount, count),) = self.labels.items()
         values = {
             f"{protocol}: {self.metric[protocol]}": {
@@ -246,10 +255,10 @@ class Outcome:
         return figure
 
     def _curves(self) -> Figure:
-        """Curves over the number of labels with bands of one standard deviation, by protocol."""
-        wide = len(self.protocols)
-        figure = Figure(figsize=(1.0 + 4.6 * wide, 4.6), layout="constrained")
-        panels = figure.subplots(1, wide, squeeze=False)[0]
+        """Curves over the number of labels, one panel per protocol, with bands of one std."""
+        columns = len(self.protocols)
+        figure = Figure(figsize=(1.0 + 4.6 * columns, 4.6), layout="constrained")
+        panels = figure.subplots(1, columns, squeeze=False)[0]
         counts = list(self.labels.values())
         for axes, protocol in zip(panels, self.protocols, strict=True):
             for encoder in self.encoders:
@@ -266,5 +275,5 @@ class Outcome:
             axes.set_xlabel("labels")
             axes.grid(alpha=0.3)
         handles, names = panels[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=1 if wide < 2 else 2)
+        figure.legend(handles, names, loc="outside lower center", ncols=1 if columns < 2 else 2)
         return figure

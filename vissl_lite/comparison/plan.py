@@ -1,4 +1,4 @@
-"""What is compared: the encoders, the labels, the protocols."""
+"""Plan of a comparison: encoders, amounts of labels and protocols."""
 
 import logging
 import os
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from vissl_lite.comparison.amounts import Amount, make_amounts
-from vissl_lite.comparison.options import CompareOptions, listed
+from vissl_lite.comparison.options import CompareOptions, as_list
 from vissl_lite.comparison.protocols import Protocol
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.encoders.folder import encoder_for
@@ -23,10 +23,10 @@ log = logging.getLogger(__name__)
 
 
 class Plan:
-    """What is compared.
+    """Plan of a comparison, derived from its options.
 
     Args:
-        options: Of the comparison.
+        options: Options of the comparison.
     """
 
     def __init__(self, options: CompareOptions) -> None:
@@ -40,21 +40,21 @@ class Plan:
         return data
 
     def choose_protocols(self, data: LabelledDataset) -> list[Protocol]:
-        frozen = data.image_classes("train") is not None
-        chosen: list[Protocol] | None = listed(self.options.protocols)
+        has_classes = data.image_classes("train") is not None
+        chosen: list[Protocol] | None = as_list(self.options.protocols)
         wanted: list[Protocol] = list(
-            dict.fromkeys(chosen or (["knn", "linear"] if frozen else ["finetune"]))
+            dict.fromkeys(chosen or (["knn", "linear"] if has_classes else ["finetune"]))
         )
-        if not frozen and wanted != ["finetune"]:
+        if not has_classes and wanted != ["finetune"]:
             raise UserError(
-                "--protocols knn and linear need one class an image: give --protocols finetune"
+                "--protocols knn and linear need one class per image: give --protocols finetune"
             )
         if self.options.layers and wanted == ["finetune"]:
-            raise UserError("--layers goes with --protocols knn and linear: fine-tuning trains all")
+            raise UserError("--layers requires --protocols knn or linear")
         return wanted
 
     def choose_encoders(self) -> tuple[list[str], str]:
-        """All encoders, and the one that others are held against."""
+        """Names of all encoders, and the name of the baseline."""
         baseline = None if self.options.baseline is None else os.fspath(self.options.baseline)
         if baseline is None:
             baseline = next((name for name in self.encoders if name.startswith("random:")), None)
@@ -66,27 +66,30 @@ class Plan:
             baseline = f"random:{name.split('.')[0]}"
         encoders = self.encoders if baseline in self.encoders else [*self.encoders, baseline]
         if len(encoders) < 2:
-            raise UserError(f"nothing to compare {baseline} with: give two encoders or more")
+            raise UserError(f"nothing to compare {baseline} with: give at least two encoders")
         return encoders, baseline
 
     def choose_amounts(self, data: LabelledDataset) -> tuple[list[Amount], dict[str, int]]:
-        """The amounts of labels that differ, and how many labels each is."""
+        """Amounts of labels, without duplicates, and the number of labels of each."""
         amounts: list[Amount] = []
         labels: dict[str, int] = {}
-        for amount in make_amounts(listed(self.options.fractions), listed(self.options.shots)):
-            some = amount.of(data, self.options.seed)
-            count = len(some.train) + len(some.val)
+        for amount in make_amounts(as_list(self.options.fractions), as_list(self.options.shots)):
+            subset = amount.subsample(data, self.options.seed)
+            count = len(subset.train) + len(subset.val)
             if count in labels.values():
-                log.info("%s of the labels are as many as the amount before: left out", amount.name)
+                log.info(
+                    "left out: %s, as many labels as another amount",
+                    amount.name,
+                )
                 continue
             amounts.append(amount)
             labels[amount.name] = count
         return amounts, labels
 
-    def try_encoders(
+    def load_encoders(
         self, encoders: Sequence[str], baseline: str, data: LabelledDataset
     ) -> tuple[list[str], dict[str, str]]:
-        """The encoders that can be had, and why the others can't."""
+        """Try to load each encoder: those that load, and why the others are not available."""
         found, left_out = [], {}
         for name in encoders:
             try:
@@ -95,7 +98,7 @@ class Plan:
             except WeightsUnavailableError as error:
                 left_out[name] = str(error)
         if baseline in left_out:
-            raise UserError(f"the baseline can't be had: {left_out[baseline]}")
+            raise UserError(f"the baseline is not available: {left_out[baseline]}")
         if len(found) < 2:
             raise UserError(
                 f"nothing is left to compare with {baseline}: {next(iter(left_out.values()))}"
@@ -103,7 +106,7 @@ class Plan:
         return found, left_out
 
     def load(self, name: str, seed: int, data: LabelledDataset) -> Encoder:
-        """The encoder of a name; ``seed`` makes the weights of an untrained one."""
+        """Load an encoder; ``seed`` determines the weights of an untrained one."""
         size, untrained = self.options.image_size, name.startswith("random:")
         if size is None:
             settings = self.options.settings(untrained=untrained)
@@ -111,6 +114,6 @@ class Plan:
         torch.manual_seed(seed)
         return encoder_for(name, size)
 
-    def figure(self, data: LabelledDataset) -> str:
-        """The name of the figure that fine-tuning is compared by."""
+    def finetune_metric(self, data: LabelledDataset) -> str:
+        """Name of the metric that fine-tuned encoders are compared by."""
         return self.task.validation_metric(data).removeprefix("val_")

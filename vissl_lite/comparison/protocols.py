@@ -1,8 +1,8 @@
-"""The protocols of a comparison: how an encoder is judged with some labels. Test labels only count.
+"""Protocols of a comparison: how an encoder is evaluated with a subset of the labels.
 
-``knn`` and ``linear`` judge the frozen encoder, from features that are computed once; ``finetune``
-trains a copy of it. What is swept (the linear probe's penalty, the learning rate of fine-tuning) is
-chosen on the validation part.
+``knn`` and ``linear`` evaluate the frozen encoder on features that are computed once; ``finetune``
+trains a copy of it. Hyperparameters (the penalty of the linear probe, the learning rate of
+fine-tuning) are chosen on the validation images. Test labels are used for scoring only.
 """
 
 import math
@@ -30,14 +30,15 @@ Protocol = Literal["knn", "linear", "finetune"]
 
 @dataclass(frozen=True)
 class Score:
-    """What one run of a protocol gave.
+    """Result of one run of a protocol.
 
     Attributes:
-        value: the figure that is compared, on the test part.
-        metrics: all figures on the test part, by name.
-        chosen: what the validation part chose, such as ``{"penalty": 0.01}``.
-        right: ``(M,)`` bool: which test images were classified rightly, where that is the figure.
-        layers: for frozen protocols, accuracy by stage, if asked for.
+        value: Test metric that encoders are compared by.
+        metrics: All test metrics, by name.
+        chosen: Hyperparameters chosen on the validation images, such as ``{"penalty": 0.01}``.
+        right: ``(M,)`` bool: which test images were classified correctly, if ``value`` is the
+            accuracy; otherwise None.
+        layers: Accuracy by stage, for frozen encoders and if requested.
     """
 
     value: float
@@ -48,18 +49,18 @@ class Score:
 
 
 class Features:
-    """The features of many images, for data sets that are parts of them.
+    """Features of many images, computed once for all subsets of them.
 
     Args:
-        encoder: whose, frozen.
-        paths: the images.
-        layers: those of every stage too.
-        progress: called with the number of images done since the last call.
+        encoder: Frozen encoder.
+        paths: Paths of the images.
+        layers: Also compute the features of every stage.
+        progress: Called with the number of images processed since the last call.
 
     Raises:
-        UserError: an image can't be read, or the features are no finite numbers. Images that never
-            could be read are left out before: one encoder must not be judged without an image that
-            others are judged by.
+        UserError: An image can't be read, or the features are not finite. Unreadable images are
+            excluded earlier; one that becomes unreadable later is an error, as all encoders must be
+            evaluated on the same images.
     """
 
     def __init__(
@@ -71,37 +72,37 @@ class Features:
     ) -> None:
         self.by_layer, good = extract(encoder, paths, layers, progress)
         if not good.all():
-            _gone([path for path, fine in zip(paths, good, strict=True) if not fine])
+            _raise_missing([path for path, fine in zip(paths, good, strict=True) if not fine])
         check_outputs(self.by_layer.values(), f"some of the {len(paths)} images")
         self._row = {path: row for row, path in enumerate(paths)}
 
-    def of(self, data: LabelledDataset, part: Split) -> LabelledFeatures:
-        """Those of the images of a part."""
+    def select(self, data: LabelledDataset, part: Split) -> LabelledFeatures:
+        """Features and labels of one part of a data set."""
         rows = [self._row[path] for path in data.paths(part)]
         labels = data.image_classes(part)
-        assert labels is not None  # else the protocol is refused
+        assert labels is not None  # Plan.choose_protocols ensures it
         return LabelledFeatures({k: v[rows] for k, v in self.by_layer.items()}, labels)
 
 
-def _gone(paths: Sequence[str]) -> NoReturn:
+def _raise_missing(paths: Sequence[str]) -> NoReturn:
     raise UserError(
-        f"{len(paths)} images that could be read can't be any more, the first {paths[0]}: encoders "
-        f"are compared on the same images; bring them back, and --resume goes on"
+        f"{len(paths)} images can no longer be read, the first {paths[0]}: all encoders are "
+        f"compared on the same images; restore them and continue with --resume"
     )
 
 
 def evaluate_frozen(
     protocol: ProbeName, features: Features, data: LabelledDataset, k: int = 20
 ) -> Score:
-    """kNN or a linear probe with some of the labels; see ``evaluate_features``.
+    """Evaluate kNN or a linear probe with a subset of the labels; see ``evaluate_features``.
 
     Args:
-        protocol: Which of the two.
+        protocol: ``knn`` or ``linear``.
         features: Features of the images of all parts of the data.
-        data: Data set with the labels that may be used.
+        data: Data set with the labels to use.
         k: Number of neighbors that vote.
     """
-    train, val, test = (features.of(data, part) for part in PARTS)
+    train, val, test = (features.select(data, part) for part in PARTS)
     scores = {
         layer: evaluate_features(protocol, train, val, test, k, layer=layer)
         for layer in features.by_layer
@@ -120,29 +121,29 @@ def finetune_best(
     hardware: Hardware,
     curves: Path,
 ) -> Score:
-    """Fine-tune with each learning rate; score the one that the validation part finds best.
+    """Fine-tune with each learning rate, and score the model that is best on validation images.
 
     Args:
-        encoder: left as it is.
-        task: what is learned.
-        data: from which labels.
-        make_settings: the settings with a learning rate.
-        rates: learning rates; one alone is not swept.
-        hardware: where.
-        curves: folder for the metrics of each training.
+        encoder: Encoder to start from; it is not changed.
+        task: Task to fine-tune for.
+        data: Labelled data set.
+        make_settings: Function from a learning rate to the training settings.
+        rates: Candidate learning rates.
+        hardware: Devices and precision.
+        curves: Folder for the metrics of each training.
     """
     curves.mkdir(parents=True, exist_ok=True)
     metric = task.validation_metric(data)
     best: tuple[float, float, TrainedModel] | None = None
     for rate in rates:
         file = curves / f"lr-{rate:g}.csv"
-        file.unlink(missing_ok=True)  # of a run that was cut off
+        file.unlink(missing_ok=True)  # left by an interrupted run
         metrics = MetricsFile(file)
         model: TrainedModel = task.train(
             encoder, data, make_settings(rate), hardware, TrainingFiles(metrics)
         )
-        seen = [value for value in metrics.series(metric)[1] if math.isfinite(value)]
-        val = max(seen, default=-math.inf)
+        values = [value for value in metrics.series(metric)[1] if math.isfinite(value)]
+        val = max(values, default=-math.inf)
         if best is None or val > best[0]:
             best = val, rate, model
     assert best is not None
@@ -151,5 +152,5 @@ def finetune_best(
     name = metric.removeprefix("val_")
     right, test = scores.right, data.paths("test")
     if right is not None and len(right) < len(test):
-        _gone([path for path in test if not Path(path).is_file()] or test)
+        _raise_missing([path for path in test if not Path(path).is_file()] or test)
     return Score(scores.metrics[name], scores.metrics, {"lr": rate}, right)

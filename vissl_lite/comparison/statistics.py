@@ -1,4 +1,4 @@
-"""What a comparison may say: paired differences with intervals, verdicts, what labels are worth."""
+"""Statistics of a comparison: paired differences, confidence intervals, equivalent labels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ Verdict = Literal["helped", "no difference", "hurt"]
 
 @dataclass(frozen=True)
 class Runs:
-    """One encoder with one amount of labels, over seeds.
+    """Runs of one encoder with one amount of labels, over S seeds.
 
     Attributes:
-        values: ``(S,)`` figures on the test part, larger is better, one a seed.
-        right: ``(S, M)`` bool: which of the M test images were classified rightly, so that
-            ``values`` are its means over images; None where the figure is no such mean.
+        values: ``(S,)`` test metric of each seed; larger is better.
+        right: ``(S, M)`` bool: which of the M test images were classified correctly, so that
+            ``values`` is its mean over images; None if the metric is not the accuracy.
     """
 
     values: np.ndarray
@@ -26,18 +26,18 @@ class Runs:
 
     @property
     def mean(self) -> float:
-        """Over seeds."""
+        """Mean over seeds."""
         return float(self.values.mean())
 
     @property
     def std(self) -> float:
-        """Over seeds, of a sample; 0 for one seed."""
+        """Sample standard deviation over seeds; 0 for one seed."""
         return float(self.values.std(ddof=1)) if len(self.values) > 1 else 0.0
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean paired difference and its 95 % interval."""
+    """Mean paired difference and its 95 % confidence interval."""
 
     mean: float
     low: float
@@ -45,27 +45,27 @@ class Difference:
 
     @property
     def verdict(self) -> Verdict:
-        """Which side of zero the interval is on."""
+        """``helped`` or ``hurt`` if the interval excludes zero, else ``no difference``."""
         return "helped" if self.low > 0 else "hurt" if self.high < 0 else "no difference"
 
 
 def difference(
     encoder: Sequence[Runs], baseline: Sequence[Runs], confidence: float = 0.95
 ) -> Difference:
-    """How much better an encoder is than the baseline, averaged over amounts of labels.
+    """Difference between an encoder and the baseline, averaged over amounts of labels.
 
-    Runs of one seed have the same labels in both encoders: differences are taken seed by seed, and
-    image by image. Two things make them vary. Other seeds give other labels (and other weights of
-    an untrained encoder): Student's t interval over the seeds. Other test images would have given
-    another figure, and all seeds share those there are: the normal interval over the images'
-    differences, each averaged over seeds. Half-widths are added in squares, which makes the
-    interval a little too wide, as seeds vary by their test images too. Without ``right`` the
-    interval is of the seeds alone.
+    Runs with the same seed use the same labels for both encoders, so differences are taken per seed
+    and per image. The interval covers two sources of variation. Seeds differ in their labels (and
+    in the weights of an untrained encoder): Student's t interval over seeds. The test images are a
+    sample that all seeds share: normal interval over the per-image differences, averaged over
+    seeds. The half-widths are added in quadrature, which makes the interval slightly too wide, as
+    the differences between seeds depend on the test images too. Without ``right``, only the
+    variation over seeds is covered.
 
     Args:
-        encoder: for each amount of labels, the encoder's runs.
-        baseline: likewise; the same seeds and test images.
-        confidence: of the interval.
+        encoder: Runs of the encoder, for each amount of labels.
+        baseline: Runs of the baseline, with the same amounts, seeds and test images.
+        confidence: Confidence level of the interval.
     """
     by_seed = np.mean([a.values - b.values for a, b in zip(encoder, baseline, strict=True)], axis=0)
     tail = (1 + confidence) / 2
@@ -85,23 +85,23 @@ def difference(
     return Difference(mean, mean - half, mean + half)
 
 
-def labels_worth(
+def equivalent_labels(
     labels: Sequence[float], baseline: Sequence[float], value: float
 ) -> tuple[float, bool] | None:
-    """How many labels the baseline needs to be as good as an encoder.
+    """Number of labels that the baseline needs to match an encoder.
 
-    The baseline's curve is made monotone (isotonic regression) and read between its points,
-    straight over the logarithm of the labels; it is never continued beyond them.
+    The curve of the baseline is made monotone by isotonic regression and interpolated linearly over
+    the logarithm of the number of labels. It is never extrapolated.
 
     Args:
-        labels: ``(A,)`` numbers of labels, rising.
-        baseline: ``(A,)`` the baseline's figures with so many.
-        value: the encoder's figure.
+        labels: ``(A,)`` numbers of labels, ascending.
+        baseline: ``(A,)`` metric of the baseline with each number of labels.
+        value: Metric of the encoder.
 
     Returns:
-        The number of labels, and whether it is exact; else the baseline needs more than that many,
-        the most there are. None where already the fewest labels give the baseline a better figure,
-        or there is but one amount.
+        The number of labels, and whether it is exact. If not exact, the baseline needs more than
+        this number, which is the largest one measured. None if the baseline is better already with
+        the fewest labels, or if there is only one amount.
     """
     if len(labels) < 2:
         return None
@@ -111,8 +111,8 @@ def labels_worth(
         return None
     if value > curve[-1]:
         return float(labels[-1]), False
-    above = int(np.argmax(curve >= value))  # where it is reached first
+    above = int(np.argmax(curve >= value))  # first point that reaches the value
     if above == 0:
         return float(labels[0]), True
-    share = (value - curve[above - 1]) / (curve[above] - curve[above - 1])
-    return float(np.exp(x[above - 1] + share * (x[above] - x[above - 1]))), True
+    fraction = (value - curve[above - 1]) / (curve[above] - curve[above - 1])
+    return float(np.exp(x[above - 1] + fraction * (x[above] - x[above - 1]))), True

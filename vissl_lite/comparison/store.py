@@ -1,4 +1,4 @@
-"""The runs of a comparison on the disk, one file each: an interrupted one goes on from them."""
+"""Finished runs of a comparison, one file each, from which an interrupted comparison resumes."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from vissl_lite.errors import UserError
 
 log = logging.getLogger(__name__)
 
-LARGEST = 64 * 2**20  # bytes of a file; a bit for each test image
+MAX_FILE_BYTES = 64 * 2**20  # a file holds one bit per test image
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Cell:
     """One run of the comparison.
 
     Attributes:
-        encoder: the encoder, as it was given.
-        protocol: how it is judged.
-        amount: of labels, by name, such as ``1%``.
-        seed: which labels these are.
+        encoder: Encoder, as given by the user.
+        protocol: Protocol by which it is evaluated.
+        amount: Name of the amount of labels, such as ``1%``.
+        seed: Seed of the draw of labels.
     """
 
     encoder: str
@@ -42,32 +42,32 @@ class Cell:
 
 
 class Store:
-    """Keeps the score of each finished cell.
+    """Store the score of each finished cell in a file.
 
     Args:
-        folder: made when the first is kept.
+        folder: Folder of the files; created when the first score is saved.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def place(self, cell: Cell) -> Path:
-        """The cell's file, without suffix: also where the curves of its trainings are."""
-        # two encoders may differ in what a file name can't hold
+    def path(self, cell: Cell) -> Path:
+        """Path of a cell's file, without suffix; also the folder of its training curves."""
+        # The digest separates encoders whose names differ only in characters replaced below.
         digest = hashlib.blake2b(os.fsencode(cell.encoder), digest_size=3).hexdigest()
         encoder = re.sub(r"[^\w.-]+", "-", cell.encoder).strip("-.")[-60:]
         amount = re.sub(r"[^\w.]+", "-", cell.amount).strip("-")
         return self.folder / f"{encoder}-{digest}" / f"{cell.protocol}-{amount}-seed{cell.seed}"
 
-    def keep(self, cell: Cell, score: Score, about: dict[str, Any]) -> None:
-        """Write a finished cell.
+    def save(self, cell: Cell, score: Score, inputs: dict[str, Any]) -> None:
+        """Save the score of a finished cell.
 
         Args:
-            cell: which.
-            score: what it gave.
-            about: what must be the same for it to count: see ``load``.
+            cell: Finished cell.
+            score: Its score.
+            inputs: Inputs of the cell, which ``load`` compares.
         """
-        file = self.place(cell).with_suffix(".json")
+        file = self.path(cell).with_suffix(".json")
         file.parent.mkdir(parents=True, exist_ok=True)
         content = {
             "arm": cell.encoder,
@@ -78,58 +78,58 @@ class Store:
             "metrics": score.metrics,
             "chosen": score.chosen,
             "layers": score.layers,
-            "about": about,
+            "about": inputs,
         }
         if score.right is not None:
             content["test_images"] = len(score.right)
             content["right"] = np.packbits(score.right).tobytes().hex()
         write_atomically(file, json.dumps(content) + "\n")
 
-    def load(self, cell: Cell, about: dict[str, Any]) -> Score | None:
-        """The score of a cell that was finished earlier, with the same weights and labels.
+    def load(self, cell: Cell, inputs: dict[str, Any]) -> Score | None:
+        """Load the score of a cell that was finished earlier with the same inputs.
 
         Args:
-            cell: which.
-            about: from ``about_run``.
+            cell: Cell to look up.
+            inputs: Inputs of the cell, such as digests of weights and labels.
 
         Returns:
-            None if it is missing or damaged (which is said), or if the encoder or the data have
-            changed since.
+            The score; None if it is missing or damaged (a warning is logged), or if the inputs
+            have changed.
         """
-        file = self.place(cell).with_suffix(".json")
+        file = self.path(cell).with_suffix(".json")
         try:
-            content = read_json(file, LARGEST)
-            if content["about"] != about or content["arm"] != cell.encoder:
+            content = read_json(file, MAX_FILE_BYTES)
+            if content["about"] != inputs or content["arm"] != cell.encoder:
                 return None
             right = None
             if "right" in content:
-                right = _unpacked(content["right"], content["test_images"])
-            figures = [_figures(content[name]) for name in ("metrics", "chosen", "layers")]
-            (value,) = _figures({"value": content["value"]}).values()
+                right = _unpack_bits(content["right"], content["test_images"])
+            metrics = [_check_numbers(content[name]) for name in ("metrics", "chosen", "layers")]
+            (value,) = _check_numbers({"value": content["value"]}).values()
         except (UserError, ValueError, LookupError, TypeError) as error:
             if file.exists():
                 reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
                 log.warning(
-                    "damaged, and so done again: %(file)s (%(why)s)",
+                    "damaged, will be run again: %(file)s (%(why)s)",
                     {"file": file, "why": reason},
                     extra={"code": "result.damaged"},
                 )
             return None
-        return Score(value, figures[0], figures[1], right, figures[2])
+        return Score(value, metrics[0], metrics[1], right, metrics[2])
 
 
-def _figures(found: Any) -> dict[str, float]:
-    """Numbers by name; a TypeError for anything else."""
+def _check_numbers(found: Any) -> dict[str, float]:
+    """Return a mapping from names to numbers; raise a TypeError for anything else."""
     if not isinstance(found, dict):
-        raise TypeError("figures are missing")
+        raise TypeError("metrics are missing")
     for value in found.values():
         if not isinstance(value, int | float) or isinstance(value, bool):
-            raise TypeError(f"{str(value)[:60]!r} is no number")
+            raise TypeError(f"{str(value)[:60]!r} is not a number")
     return found
 
 
-def _unpacked(text: Any, count: Any) -> np.ndarray:
-    """``(count,)`` bool from the hexadecimal digits of their bits; or a ValueError, TypeError."""
+def _unpack_bits(text: Any, count: Any) -> np.ndarray:
+    """Decode ``(count,)`` bool from hexadecimal text; a ValueError or TypeError if invalid."""
     bits = np.frombuffer(bytes.fromhex(text), np.uint8)
     if type(count) is not int or not 0 < count <= 8 * len(bits) < count + 8:
         raise ValueError(f"{len(bits)} bytes for {str(count)[:60]!r} test images")
@@ -137,7 +137,7 @@ def _unpacked(text: Any, count: Any) -> np.ndarray:
 
 
 def digest_weights(model: nn.Module) -> str:
-    """A short digest of all parameters and buffers: whether an encoder is still the same."""
+    """Short digest of all parameters and buffers of a model, to detect changes."""
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -145,6 +145,6 @@ def digest_weights(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def digest_words(words: Sequence[str]) -> str:
-    """A short digest of names in their order: whether the images of a part are still the same."""
-    return hashlib.blake2b(os.fsencode("\n".join(words)), digest_size=8).hexdigest()
+def digest_names(names: Sequence[str]) -> str:
+    """Short digest of an ordered list of names, to detect changes of a data set."""
+    return hashlib.blake2b(os.fsencode("\n".join(names)), digest_size=8).hexdigest()
