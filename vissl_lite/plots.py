@@ -20,9 +20,9 @@ def plot_curves(metrics: MetricsFile, names: Sequence[str], file: Path) -> None:
     """A panel for each metric that was logged, over steps.
 
     Args:
-        metrics: the run's.
-        names: which metrics, in this order; those without values are left out.
-        file: the PNG to write.
+        metrics: The run's.
+        names: Which metrics, in this order; those without values are left out.
+        file: The PNG to write.
     """
     known = [name for name in names if metrics.series(name)[1]]
     columns = min(3, max(1, len(known)))
@@ -46,8 +46,8 @@ def plot_confusion(
     Args:
         counts: ``(K, K)`` images or pixels, by true class (row) and predicted class (column).
         classes: K names.
-        file: the PNG to write.
-        unit: what is counted: images are written into their cells, pixels as shares.
+        file: The PNG to write.
+        unit: What is counted: images are written into their cells, pixels as shares.
     """
     size = min(14.0, 2.5 + 0.42 * len(classes))
     figure = Figure(figsize=(size + 0.8, size), layout="constrained")
@@ -78,9 +78,9 @@ def plot_bars(axes: Axes, values: Mapping[str, Mapping[str, Sequence[float]]], t
     """Grouped bars of means, with a dot for every seed.
 
     Args:
-        axes: to draw in.
-        values: by group (a label under the axis), then by encoder (a color): one value per seed.
-        title: of the panel.
+        axes: To draw in.
+        values: By group (a label under the axis), then by encoder (a color): one value per seed.
+        title: Of the panel.
     """
     encoders = list(next(iter(values.values())))
     width = 0.8 / len(encoders)
@@ -119,7 +119,7 @@ def draw_boxes(
         image: ``(H, W, 3)`` uint8.
         boxes: ``(N, 4)`` x1, y1, x2, y2 in pixels.
         labels: ``(N,)`` class indices.
-        classes: their names.
+        classes: Their names.
         scores: ``(N,)``.
     """
     if len(boxes) == 0:
@@ -143,7 +143,7 @@ def draw_words(image: np.ndarray, words: str) -> np.ndarray:
 
     Args:
         image: ``(H, W, 3)`` uint8; a small one is enlarged to be 160 pixels wide.
-        words: the text.
+        words: The text.
     """
     picture = Image.fromarray(image)
     if picture.width < 160:
@@ -163,7 +163,7 @@ def draw_mask(image: np.ndarray, mask: np.ndarray, classes: int) -> np.ndarray:
     Args:
         image: ``(H, W, 3)`` uint8.
         mask: ``(H, W)`` class indices; what is no class is left clear too.
-        classes: how many there are.
+        classes: How many there are.
     """
     drawn = image.astype(np.float32)
     for index, color in enumerate(class_colors(classes)):
@@ -181,10 +181,10 @@ def plot_pictures(
     """Rows of images, such as each test image's truth beside what was predicted.
 
     Args:
-        rows: images ``(H, W, 3)`` uint8, as many in each row.
-        columns: what each column shows; used again where rows stand side by side.
-        file: the PNG to write.
-        legend: the color of each class by name.
+        rows: Images ``(H, W, 3)`` uint8, as many in each row.
+        columns: What each column shows; used again where rows stand side by side.
+        file: The PNG to write.
+        legend: The color of each class by name.
     """
     beside = 1 if len(rows) < 3 else 2
     lines = -(-len(rows) // beside)
@@ -214,9 +214,9 @@ def plot_titled(
 
     Args:
         images: ``(H, W, 3)`` uint8, of any sizes.
-        titles: one each.
-        right: whether the prediction is.
-        file: the PNG to write.
+        titles: One each.
+        right: Whether the prediction is.
+        file: The PNG to write.
     """
     columns = min(8, len(images))
     lines = -(-len(images) // columns)
@@ -234,8 +234,8 @@ def plot_per_class(scores: Mapping[str, Mapping[str, float]], file: Path) -> Non
     """Bars for each class, best first.
 
     Args:
-        scores: by class, then by measure, from 0 to 1.
-        file: the PNG to write.
+        scores: By class, then by measure, from 0 to 1.
+        file: The PNG to write.
     """
     measures = list(next(iter(scores.values()), {}))
     names = sorted(scores, key=lambda name: scores[name][measures[0]])
@@ -261,8 +261,8 @@ class Picture:
 
     Attributes:
         image: ``(H, W, 3)`` uint8.
-        caption: stands below it.
-        right: whether what the caption says is: the image gets a green or a red frame.
+        caption: Stands below it.
+        right: Whether what the caption says is: the image gets a green or a red frame.
     """
 
     image: np.ndarray
@@ -276,9 +276,9 @@ def plot_visualization(
     """Rows of pictures, such as what a pretext was given beside what it made of it.
 
     Args:
-        columns: their titles; used again where rows stand side by side.
-        rows: as many pictures in each as there are columns.
-        file: the PNG to write.
+        columns: Their titles; used again where rows stand side by side.
+        rows: As many pictures in each as there are columns.
+        file: The PNG to write.
     """
     beside = 2 if len(rows) > 3 and len(columns) <= 4 else 1
     lines = -(-len(rows) // beside)
@@ -316,8 +316,8 @@ def plot_views(
 
     Args:
         images: ``(H, W, 3)`` uint8, of any sizes.
-        views: of each image, ``(S, S, 3)`` uint8.
-        file: the PNG to write.
+        views: Of each image, ``(S, S, 3)`` uint8.
+        file: The PNG to write.
     """
     largest = max(len(view) for view in views[0])
     rows = [
@@ -347,8 +347,8 @@ def plot_neighbors(
         rows: K + 1 images each, ``(H, W, 3)`` uint8: the one that was asked for, then its
             neighbors, the nearest first.
         similarities: ``(Q, K)`` of the neighbors.
-        file: the PNG to write.
-        classes: of each image, in the same order as ``rows``: neighbors of the same class as the
+        file: The PNG to write.
+        classes: Of each image, in the same order as ``rows``: neighbors of the same class as the
             first image are right.
     """
     shown = []

@@ -32,11 +32,11 @@ def add_pretext(
     A failure is a warning and no more, but for faults of the machine.
 
     Args:
-        run: the folder; gets views.png and, where there is something to see, pretext.png.
-        task: the pretext, trained.
-        paths: the training images.
-        views: the pretext's.
-        seed: chooses the images.
+        run: The folder; gets views.png and, where there is something to see, pretext.png.
+        task: The pretext, trained.
+        paths: The training images.
+        views: The pretext's.
+        seed: Chooses the images.
     """
     try:
         draw_views(paths, views, seed, run / "views.png")
@@ -60,12 +60,12 @@ def add_embeddings(
     A failure is a warning and no more, but for faults of the machine.
 
     Args:
-        run: the folder; gets map.npz and neighbors.png.
-        encoder: whose embeddings.
+        run: The folder; gets map.npz and neighbors.png.
+        encoder: Whose embeddings.
         paths: N image files, of which up to 1,000 are shown.
         labels: ``(N,)`` class indices, where each image has one.
-        classes: their names.
-        seed: chooses the images.
+        classes: Their names.
+        seed: Chooses the images.
     """
     try:
         image_map = make_map(encoder, paths, labels, classes, seed=seed)
@@ -103,11 +103,11 @@ def add_test_pictures(
     Images that have gone are a warning and no more.
 
     Args:
-        run: the folder.
-        task: of the run.
-        model: what it has trained.
-        data: with the test part.
-        scores: of the model on the test part.
+        run: The folder.
+        task: Of the run.
+        model: What it has trained.
+        data: With the test part.
+        scores: Of the model on the test part.
     """
     try:
         task.visualize(model, data, scores, run)
@@ -121,7 +121,7 @@ def add_report(run: Path) -> None:
     A failure is a warning and no more, but for faults of the machine.
 
     Args:
-        run: the folder, with all its other files written.
+        run: The folder, with all its other files written.
     """
     try:
         from vissl_lite.report.run_report import write_report

@@ -46,7 +46,7 @@ def curves(metrics: Mapping[str, tuple[list[float], list[float]]]) -> list[Block
     """A chart for each measure; a measure of the validation part stands with its training one.
 
     Args:
-        metrics: steps and values by name.
+        metrics: Steps and values by name.
     """
     names = [name for name in metrics if name not in _COUNTERS]
     order = list(MEASURES)  # others stand before what tells of the training alone
@@ -73,7 +73,7 @@ def stages(layers: Mapping[str, Mapping[str, float]]) -> figure:
     """How good the features of each stage are.
 
     Args:
-        layers: by stage, from the first to the last, by measure: a figure in [0, 1].
+        layers: By stage, from the first to the last, by measure: a figure in [0, 1].
     """
     names = list(layers)
     chart = _figure(x_range=FactorRange(*names), height=280)

@@ -27,13 +27,13 @@ class RunFolder:
     """A run, read.
 
     Attributes:
-        folder: where.
-        record: its ``run.json``; None if that can't be read.
-        config: its options; empty if they can't be read.
+        folder: Where.
+        record: Its ``run.json``; None if that can't be read.
+        config: Its options; empty if they can't be read.
         results: None where the run has not ended, or they can't be read.
-        metrics: by name, the steps and values of what was measured.
-        log: the last lines of its log.
-        unreadable: a sentence for each thing that is left out because it is damaged.
+        metrics: By name, the steps and values of what was measured.
+        log: The last lines of its log.
+        unreadable: A sentence for each thing that is left out because it is damaged.
     """
 
     folder: Path
@@ -69,7 +69,7 @@ def read_run(folder: Path) -> RunFolder:
     """Read a run folder; what is missing or damaged stays empty.
 
     Args:
-        folder: of a run of any command, perhaps not ended.
+        folder: Of a run of any command, perhaps not ended.
     """
     run = RunFolder(folder, read_record(folder))
     if run.record is None and run.has(RUN):

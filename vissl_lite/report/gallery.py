@@ -48,11 +48,11 @@ def data_uri(file: Path, longest: int = LARGEST) -> str:
     """An image file as the address of itself, as WebP where its own bytes would be many.
 
     Args:
-        file: an image.
-        longest: side in pixels that it is reduced to.
+        file: An image.
+        longest: Side in pixels that it is reduced to.
 
     Raises:
-        OSError, ValueError, SyntaxError: it can't be read (``BROKEN_IMAGE``).
+        OSError, ValueError, SyntaxError: It can't be read (``BROKEN_IMAGE``).
     """
     data = read_regular(file)
     with opened_image(BytesIO(data), file) as opened:
@@ -72,8 +72,8 @@ def picture(run: RunFolder, name: str) -> list[Block]:
     """One picture of the run, if it is there; a damaged one is put on the list.
 
     Args:
-        run: its list of what is unreadable may grow.
-        name: the file's.
+        run: Its list of what is unreadable may grow.
+        name: The file's.
     """
     if not run.has(name):
         return []
@@ -91,8 +91,8 @@ def pictures(run: RunFolder, leave_out: frozenset[str]) -> list[Block]:
     """All pictures of the run, the known ones first.
 
     Args:
-        run: its list of what is unreadable may grow.
-        leave_out: files that something better stands for.
+        run: Its list of what is unreadable may grow.
+        leave_out: Files that something better stands for.
     """
     others = sorted(file.name for file in run.folder.glob("*.png") if file.name not in PICTURES)
     names = [name for name in (*PICTURES, *others) if name not in leave_out]

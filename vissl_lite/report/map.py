@@ -120,8 +120,8 @@ def map_layout(image_map: ImageMap, explore: bool = False) -> LayoutDOM:
     It takes Bokeh's core and its widgets: ``Resources(components=["bokeh", "bokeh-widgets"])``.
 
     Args:
-        image_map: what to show.
-        explore: add what helps to look through a folder: selecting by lasso, saving the selected
+        image_map: What to show.
+        explore: Add what helps to look through a folder: selecting by lasso, saving the selected
             paths, a filter by class, the odd ones out and near-duplicates.
     """
     folder = common_folder(image_map.paths)

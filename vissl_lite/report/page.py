@@ -31,9 +31,9 @@ class Block:
     """A part of a page.
 
     Attributes:
-        heading: above it; an empty one leaves it out of the page's list of contents too.
-        content: what is shown.
-        note: a sentence below the heading that says what one sees.
+        heading: Above it; an empty one leaves it out of the page's list of contents too.
+        content: What is shown.
+        note: A sentence below the heading that says what one sees.
     """
 
     heading: str
@@ -45,8 +45,8 @@ def render(template: str, **variables: Any) -> Markup:
     """HTML from a template of this package; text is escaped, unless it is ``Markup``.
 
     Args:
-        template: its name without ``.jinja``.
-        variables: what it shows; all that it names must be there.
+        template: Its name without ``.jinja``.
+        variables: What it shows; all that it names must be there.
     """
     return Markup(_templates.get_template(f"{template}.jinja").render(variables))
 
@@ -57,10 +57,10 @@ def write_page(file: Path, title: str, blocks: Sequence[Block], wide: bool = Fal
     Bokeh's own code goes into it once, and only where there is a chart.
 
     Args:
-        file: the HTML file.
-        title: of the browser's window.
-        blocks: in this order.
-        wide: use the whole width of the window, as for one large chart.
+        file: The HTML file.
+        title: Of the browser's window.
+        blocks: In this order.
+        wide: Use the whole width of the window, as for one large chart.
     """
     charts = [chart for block in blocks for chart in _charts(block)]
     numbers = {id(chart): number for number, chart in enumerate(charts)}

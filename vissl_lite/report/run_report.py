@@ -41,13 +41,13 @@ def write_report(folder: Path) -> Path:
     What is missing is left out, and so is what is damaged, with a word about it.
 
     Args:
-        folder: a run of any command, perhaps not ended.
+        folder: A run of any command, perhaps not ended.
 
     Returns:
         The file.
 
     Raises:
-        OSError: it can't be written.
+        OSError: It can't be written.
     """
     run = read_run(folder)
     instead = set()
