@@ -8,13 +8,13 @@ from vissl_lite.plots import (
     Picture,
     class_colors,
     draw_boxes,
+    draw_caption,
     draw_mask,
-    draw_words,
     plot_confusion,
     plot_neighbors,
     plot_per_class,
     plot_pictures,
-    plot_titled,
+    plot_predictions,
     plot_views,
     plot_visualization,
 )
@@ -45,11 +45,11 @@ def test_a_mask_leaves_the_first_class_and_what_is_ignored_clear() -> None:
 
 
 def test_words_stand_below_an_image() -> None:
-    large = draw_words(gray(300, 400), "star 0.91")
+    large = draw_caption(gray(300, 400), "star 0.91")
     assert large.shape[1] == 400
     assert (large[:300] == 128).all()
     assert (large[300:].min(axis=2) < 100).any()
-    small = draw_words(gray(30, 40), "star")
+    small = draw_caption(gray(30, 40), "star")
     assert small.shape[1] == 160
 
 
@@ -67,7 +67,7 @@ def test_figures_are_written_whatever_their_number(tmp_path: Path) -> None:
             [[gray(), gray(90, 30)]] * rows, ("truth", "found"), tmp_path / "p.png", legend
         )
         assert Image.open(tmp_path / "p.png").width > 300
-    plot_titled([gray()] * 11, ["a"] * 11, [True] * 11, tmp_path / "t.png")
+    plot_predictions([gray()] * 11, ["a"] * 11, [True] * 11, tmp_path / "t.png")
     plot_per_class({"a": {"ap": 0.5, "f1": 0.25}, "b": {"ap": 1.0, "f1": 0.0}}, tmp_path / "c.png")
     plot_per_class({}, tmp_path / "none.png")
     plot_confusion(np.array([[5, 0], [2, 3]]), ["a", "b"], tmp_path / "m.png", "pixels")

@@ -1,4 +1,4 @@
-"""Pictures of curves, tables and predictions, drawn without a display."""
+"""Plots of curves, tables and predictions, drawn with matplotlib without a display."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from vissl_lite.metrics_file import MetricsFile
 
 
 def plot_curves(metrics: MetricsFile, names: Sequence[str], file: Path) -> None:
-    """A panel for each metric that was logged, over steps.
+    """Plot each logged metric over training steps, in a panel of its own.
 
     Args:
-        metrics: The run's.
-        names: Which metrics, in this order; those without values are left out.
-        file: The PNG to write.
+        metrics: Metrics of the run.
+        names: Metrics to plot, in this order. Those without values are left out.
+        file: PNG file to write.
     """
     known = [name for name in names if metrics.series(name)[1]]
     columns = min(3, max(1, len(known)))
@@ -41,13 +41,14 @@ def plot_curves(metrics: MetricsFile, names: Sequence[str], file: Path) -> None:
 def plot_confusion(
     counts: np.ndarray, classes: Sequence[str], file: Path, unit: str = "images"
 ) -> None:
-    """A confusion matrix.
+    """Plot a confusion matrix.
 
     Args:
-        counts: ``(K, K)`` images or pixels, by true class (row) and predicted class (column).
-        classes: K names.
-        file: The PNG to write.
-        unit: What is counted: images are written into their cells, pixels as shares.
+        counts: Number of images or pixels by true class (row) and predicted class (column),
+            ``(K, K)``.
+        classes: K class names.
+        file: PNG file to write.
+        unit: ``images`` to write counts into the cells; otherwise fractions are written.
     """
     size = min(14.0, 2.5 + 0.42 * len(classes))
     figure = Figure(figsize=(size + 0.8, size), layout="constrained")
@@ -75,12 +76,13 @@ def plot_confusion(
 
 
 def plot_bars(axes: Axes, values: Mapping[str, Mapping[str, Sequence[float]]], title: str) -> None:
-    """Grouped bars of means, with a dot for every seed.
+    """Plot means as grouped bars, with a dot for every seed.
 
     Args:
-        axes: To draw in.
-        values: By group (a label under the axis), then by encoder (a color): one value per seed.
-        title: Of the panel.
+        axes: Axes to draw in.
+        values: One value in [0, 1] per seed, by group (a label under the axis), then by encoder
+            (a color).
+        title: Title of the panel.
     """
     encoders = list(next(iter(values.values())))
     width = 0.8 / len(encoders)
@@ -98,10 +100,10 @@ def plot_bars(axes: Axes, values: Mapping[str, Mapping[str, Sequence[float]]], t
 
 
 def class_colors(classes: int) -> list[tuple[int, int, int]]:
-    """A color for each class, RGB from 0 to 255, the same in every picture."""
-    shades = colormaps["tab10" if classes <= 10 else "tab20"]
+    """Return an RGB color from 0 to 255 for each class, the same in every plot."""
+    palette = colormaps["tab10" if classes <= 10 else "tab20"]
     return [
-        tuple(round(255 * part) for part in shades(index % shades.N)[:3])  # type: ignore[misc]
+        tuple(round(255 * part) for part in palette(index % palette.N)[:3])  # type: ignore[misc]
         for index in range(classes)
     ]
 
@@ -113,57 +115,66 @@ def draw_boxes(
     classes: Sequence[str],
     scores: np.ndarray | None = None,
 ) -> np.ndarray:
-    """An image with boxes, the class (and score) above each.
+    """Draw boxes into an image, each with its class and optionally its score.
 
     Args:
-        image: ``(H, W, 3)`` uint8.
-        boxes: ``(N, 4)`` x1, y1, x2, y2 in pixels.
-        labels: ``(N,)`` class indices.
-        classes: Their names.
-        scores: ``(N,)``.
+        image: Image ``(H, W, 3)``, uint8.
+        boxes: Boxes ``(N, 4)`` as x1, y1, x2, y2 in pixels.
+        labels: Class indices ``(N,)``.
+        classes: Class names.
+        scores: Scores ``(N,)``.
+
+    Returns:
+        The image with boxes, ``(H, W, 3)`` uint8.
     """
     if len(boxes) == 0:
         return image
     colors = class_colors(len(classes))
-    words = [classes[label] for label in labels]
+    captions = [classes[label] for label in labels]
     if scores is not None:
-        words = [f"{word} {score:.2f}" for word, score in zip(words, scores, strict=True)]
+        captions = [f"{name} {score:.2f}" for name, score in zip(captions, scores, strict=True)]
     drawn = draw_bounding_boxes(
         torch.from_numpy(image).permute(2, 0, 1),
         torch.from_numpy(boxes),
-        labels=words,
+        labels=captions,
         colors=[colors[label] for label in labels],
         width=max(1, min(image.shape[:2]) // 200),
     )
     return drawn.permute(1, 2, 0).numpy()
 
 
-def draw_words(image: np.ndarray, words: str) -> np.ndarray:
-    """An image with a line of text below it.
+def draw_caption(image: np.ndarray, caption: str) -> np.ndarray:
+    """Add a line of text below an image.
 
     Args:
-        image: ``(H, W, 3)`` uint8; a small one is enlarged to be 160 pixels wide.
-        words: The text.
+        image: Image ``(H, W, 3)``, uint8. Images narrower than 160 pixels are enlarged.
+        caption: Text below the image.
+
+    Returns:
+        The image with its caption, uint8.
     """
     picture = Image.fromarray(image)
     if picture.width < 160:
         shape = (160, min(round(picture.height * 160 / picture.width), max(1600, picture.height)))
         picture = picture.resize(shape, Image.Resampling.NEAREST)
     line = max(16, picture.width // 24)
-    whole = Image.new("RGB", (picture.width, picture.height + line + 4), "white")
-    whole.paste(picture)
+    canvas = Image.new("RGB", (picture.width, picture.height + line + 4), "white")
+    canvas.paste(picture)
     font = ImageFont.load_default(line * 3 // 4)
-    ImageDraw.Draw(whole).text((3, picture.height + 2), words, fill="black", font=font)
-    return np.asarray(whole)
+    ImageDraw.Draw(canvas).text((3, picture.height + 2), caption, fill="black", font=font)
+    return np.asarray(canvas)
 
 
 def draw_mask(image: np.ndarray, mask: np.ndarray, classes: int) -> np.ndarray:
-    """An image with its classes laid over it in color; the first class, 0, is left clear.
+    """Overlay a segmentation mask on an image; class 0 is left transparent.
 
     Args:
-        image: ``(H, W, 3)`` uint8.
-        mask: ``(H, W)`` class indices; what is no class is left clear too.
-        classes: How many there are.
+        image: Image ``(H, W, 3)``, uint8.
+        mask: Class indices ``(H, W)``. Other values are left transparent too.
+        classes: Number of classes.
+
+    Returns:
+        The image with the overlay, ``(H, W, 3)`` uint8.
     """
     drawn = image.astype(np.float32)
     for index, color in enumerate(class_colors(classes)):
@@ -178,13 +189,13 @@ def plot_pictures(
     file: Path,
     legend: Mapping[str, tuple[int, int, int]],
 ) -> None:
-    """Rows of images, such as each test image's truth beside what was predicted.
+    """Plot rows of images, such as ground truth beside predictions.
 
     Args:
-        rows: Images ``(H, W, 3)`` uint8, as many in each row.
-        columns: What each column shows; used again where rows stand side by side.
-        file: The PNG to write.
-        legend: The color of each class by name.
+        rows: Images ``(H, W, 3)`` uint8, the same number in each row.
+        columns: Column titles, repeated if rows are placed side by side.
+        file: PNG file to write.
+        legend: Color of each class by name.
     """
     beside = 1 if len(rows) < 3 else 2
     lines = -(-len(rows) // beside)
@@ -207,16 +218,16 @@ def plot_pictures(
     figure.savefig(file, dpi=100)
 
 
-def plot_titled(
+def plot_predictions(
     images: Sequence[np.ndarray], titles: Sequence[str], right: Sequence[bool], file: Path
 ) -> None:
-    """Images with what was predicted above each, in red where it is wrong.
+    """Plot images with their prediction as the title, in red if it is wrong.
 
     Args:
-        images: ``(H, W, 3)`` uint8, of any sizes.
-        titles: One each.
-        right: Whether the prediction is.
-        file: The PNG to write.
+        images: Images ``(H, W, 3)`` uint8 of any sizes.
+        titles: One title per image.
+        right: Whether the prediction for each image is right.
+        file: PNG file to write.
     """
     columns = min(8, len(images))
     lines = -(-len(images) // columns)
@@ -224,28 +235,28 @@ def plot_titled(
     grid = figure.subplots(lines, columns, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
-    for axes, image, title, fine in zip(grid.flat, images, titles, right, strict=False):
+    for axes, image, title, is_right in zip(grid.flat, images, titles, right, strict=False):
         axes.imshow(image)
-        axes.set_title(title, fontsize=8, color="black" if fine else "tab:red")
+        axes.set_title(title, fontsize=8, color="black" if is_right else "tab:red")
     figure.savefig(file, dpi=110)
 
 
 def plot_per_class(scores: Mapping[str, Mapping[str, float]], file: Path) -> None:
-    """Bars for each class, best first.
+    """Plot the metrics of each class as bars, best class first.
 
     Args:
-        scores: By class, then by measure, from 0 to 1.
-        file: The PNG to write.
+        scores: Values in [0, 1] by class, then by metric.
+        file: PNG file to write.
     """
-    measures = list(next(iter(scores.values()), {}))
-    names = sorted(scores, key=lambda name: scores[name][measures[0]])
-    height = 1.2 + 0.16 * len(names) * (len(measures) + 1)
+    metrics = list(next(iter(scores.values()), {}))
+    names = sorted(scores, key=lambda name: scores[name][metrics[0]])
+    height = 1.2 + 0.16 * len(names) * (len(metrics) + 1)
     figure = Figure(figsize=(6.5, height), layout="constrained")
     axes = figure.add_subplot()
-    thick = 0.8 / max(1, len(measures))
-    for index, measure in enumerate(reversed(measures)):
-        at = np.arange(len(names)) + (index - (len(measures) - 1) / 2) * thick
-        bars = axes.barh(at, [scores[name][measure] for name in names], thick, label=measure)
+    thickness = 0.8 / max(1, len(metrics))
+    for index, metric in enumerate(reversed(metrics)):
+        at = np.arange(len(names)) + (index - (len(metrics) - 1) / 2) * thickness
+        bars = axes.barh(at, [scores[name][metric] for name in names], thickness, label=metric)
         axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
     axes.set_yticks(range(len(names)), names)
     axes.set_xlim(0, 1.08)
@@ -257,12 +268,13 @@ def plot_per_class(scores: Mapping[str, Mapping[str, float]], file: Path) -> Non
 
 @dataclass(frozen=True)
 class Picture:
-    """An image, and what is to be said of it.
+    """An image with a caption.
 
     Attributes:
-        image: ``(H, W, 3)`` uint8.
-        caption: Stands below it.
-        right: Whether what the caption says is: the image gets a green or a red frame.
+        image: Image ``(H, W, 3)``, uint8.
+        caption: Text below the image.
+        right: Whether the prediction in the caption is right, shown as a green or red frame. None
+            for no frame.
     """
 
     image: np.ndarray
@@ -273,16 +285,16 @@ class Picture:
 def plot_visualization(
     columns: Sequence[str], rows: Sequence[Sequence[Picture]], file: Path
 ) -> None:
-    """Rows of pictures, such as what a pretext was given beside what it made of it.
+    """Plot rows of pictures, such as the input of a pretext beside its prediction.
 
     Args:
-        columns: Their titles; used again where rows stand side by side.
-        rows: As many pictures in each as there are columns.
-        file: The PNG to write.
+        columns: Column titles, repeated if rows are placed side by side.
+        rows: Rows of pictures, one per column.
+        file: PNG file to write.
     """
     beside = 2 if len(rows) > 3 and len(columns) <= 4 else 1
     lines = -(-len(rows) // beside)
-    widths = ([1.0] * len(columns) + [0.15]) * beside  # a narrow column keeps rows apart
+    widths = ([1.0] * len(columns) + [0.15]) * beside  # A narrow column separates the rows.
     del widths[-1]
     height = 1.9 if any(picture.caption for row in rows for picture in row) else 1.7
     figure = Figure(figsize=(1.7 * sum(widths), 0.4 + height * lines), layout="constrained")
@@ -293,13 +305,13 @@ def plot_visualization(
         line, side = divmod(index, beside)
         for column, picture in enumerate(row):
             axes = grid[line, side * (len(columns) + 1) + column]
-            _show(axes, picture)
+            _draw_picture(axes, picture)
             if line == 0:
                 axes.set_title(columns[column], fontsize=9)
     figure.savefig(file, dpi=110)
 
 
-def _show(axes: Axes, picture: Picture) -> None:
+def _draw_picture(axes: Axes, picture: Picture) -> None:
     color = {None: "black", True: "tab:green", False: "tab:red"}[picture.right]
     axes.imshow(picture.image)
     axes.axis("on")
@@ -312,24 +324,24 @@ def _show(axes: Axes, picture: Picture) -> None:
 def plot_views(
     images: Sequence[np.ndarray], views: Sequence[Sequence[np.ndarray]], file: Path
 ) -> None:
-    """Images beside their augmented views; small views are shown as small as they are.
+    """Plot images beside their augmented views, all views at the same scale.
 
     Args:
-        images: ``(H, W, 3)`` uint8, of any sizes.
-        views: Of each image, ``(S, S, 3)`` uint8.
-        file: The PNG to write.
+        images: Images ``(H, W, 3)`` uint8 of any sizes.
+        views: Views ``(S, S, 3)`` uint8 of each image.
+        file: PNG file to write.
     """
     largest = max(len(view) for view in views[0])
     rows = [
-        [Picture(image), *(Picture(_on_white(view, largest)) for view in made)]
-        for image, made in zip(images, views, strict=True)
+        [Picture(image), *(Picture(_pad_white(view, largest)) for view in its_views)]
+        for image, its_views in zip(images, views, strict=True)
     ]
     names = [f"view {number + 1}" for number in range(len(views[0]))]
     plot_visualization(["image", *names], rows, file)
 
 
-def _on_white(view: np.ndarray, side: int) -> np.ndarray:
-    """A square image in the middle of a white one with sides of ``side`` pixels."""
+def _pad_white(view: np.ndarray, side: int) -> np.ndarray:
+    """Pad a square image with white to ``side`` pixels, keeping it centered."""
     before = (side - len(view)) // 2
     after = side - len(view) - before
     return np.pad(view, ((before, after), (before, after), (0, 0)), constant_values=255)
@@ -341,25 +353,25 @@ def plot_neighbors(
     file: Path,
     classes: Sequence[Sequence[str]] | None = None,
 ) -> None:
-    """Images beside their nearest neighbors.
+    """Plot images beside their nearest neighbors.
 
     Args:
-        rows: K + 1 images each, ``(H, W, 3)`` uint8: the one that was asked for, then its
-            neighbors, the nearest first.
-        similarities: ``(Q, K)`` of the neighbors.
-        file: The PNG to write.
-        classes: Of each image, in the same order as ``rows``: neighbors of the same class as the
-            first image are right.
+        rows: Q rows of K + 1 images ``(H, W, 3)`` uint8: the query, then its neighbors, the
+            nearest first.
+        similarities: Similarities of the neighbors, ``(Q, K)``.
+        file: PNG file to write.
+        classes: Class name of each image, in the order of ``rows``. Neighbors of the query's class
+            are marked as right.
     """
-    shown = []
+    pictures = []
     for index, images in enumerate(rows):
         names = [""] * len(images) if classes is None else classes[index]
         row = [Picture(images[0], names[0])]
         for image, name, value in zip(images[1:], names[1:], similarities[index], strict=True):
             right = None if classes is None else name == names[0]
             row.append(Picture(image, f"{value:.2f} {name}".strip(), right))
-        shown.append(row)
+        pictures.append(row)
     count = len(rows[0]) - 1
     plot_visualization(
-        ["image", *(f"neighbor {number + 1}" for number in range(count))], shown, file
+        ["image", *(f"neighbor {number + 1}" for number in range(count))], pictures, file
     )

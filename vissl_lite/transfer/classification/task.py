@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vissl_lite.data.images import read_image, suitable_size
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.inference import check_outputs, run_in_batches
-from vissl_lite.plots import draw_words, plot_confusion, plot_per_class, plot_titled
+from vissl_lite.plots import draw_caption, plot_confusion, plot_per_class, plot_predictions
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.base import Task, spread
@@ -95,7 +95,7 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
         ]
         images = [read_image(path, 256) for path in part.paths]
         right = [bool((a == b).all()) for a, b in zip(true, found, strict=True)]
-        plot_titled(images, titles, right, run / "test.png")
+        plot_predictions(images, titles, right, run / "test.png")
 
     def predict(self, model: Classifier, predictions: Predictions) -> tuple[Path, int]:
         """A row for each image: its class and probability; or, with several labels, all of them."""
@@ -124,7 +124,7 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
                         words = f"{model.classes[best]} {row[best]:.2f}"
                         rows.writerow([path, model.classes[best], f"{row[best]:.4f}"])
                     predictions.draw(
-                        next(numbers), path, partial(draw_words, words=words or "none")
+                        next(numbers), path, partial(draw_caption, caption=words or "none")
                     )
                 out.flush()
 
