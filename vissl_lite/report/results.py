@@ -19,7 +19,7 @@ NAMES = {
     "top1": "accuracy",
     "macro_f1": "F1, mean over classes",
     "map": "mean average precision",
-    "map_50": "average precision at IoU 0.5",
+    "map_50": "mean average precision at IoU 0.5",
     "ap": "average precision",
     "auroc": "AUROC",
     "miou": "mean IoU",
