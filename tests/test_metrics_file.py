@@ -93,7 +93,7 @@ def test_resuming_forgets_later_steps_and_goes_on(metrics: MetricsFile) -> None:
         metrics.add(step, {"loss": float(step)})
     metrics.flush(final=True)
     again = MetricsFile(metrics.file)
-    again.forget_after(2)
+    again.drop_after(2)
     again.add(3, {"loss": 30.0, "knn": 0.5})
     again.flush(final=True)
     assert lines(metrics.file) == [

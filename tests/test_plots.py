@@ -8,8 +8,8 @@ from vissl_lite.plots import (
     Picture,
     class_colors,
     draw_boxes,
+    draw_caption,
     draw_mask,
-    draw_words,
     plot_confusion,
     plot_grid,
     plot_neighbors,
@@ -43,11 +43,11 @@ def test_a_mask_leaves_the_first_class_and_what_is_ignored_clear() -> None:
 
 
 def test_words_stand_below_an_image() -> None:
-    large = draw_words(gray(300, 400), "star 0.91")
+    large = draw_caption(gray(300, 400), "star 0.91")
     assert large.shape[1] == 400
     assert (large[:300] == 128).all()
     assert (large[300:].min(axis=2) < 100).any()
-    small = draw_words(gray(30, 40), "star")
+    small = draw_caption(gray(30, 40), "star")
     assert small.shape[1] == 160
 
 

@@ -1,4 +1,4 @@
-"""Self-supervised vision pre-training: one function per step, imported when it is first used."""
+"""Self-supervised vision pre-training: one function per command, imported on first use."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -40,17 +40,17 @@ __all__ = [
     "shard",
 ]
 
-# Importing torch takes seconds, for which nobody waits who asks for the version or for help: the
-# imports above are for type checkers, and a name is imported when it is first used.
-_PLACES = {name: f"vissl_lite.commands.{name.rstrip('_')}" for name in __all__} | {
+# Importing torch takes seconds, and --version and --help do not need it: the imports above are for
+# type checkers only, and each name is imported on first use.
+_MODULES = {name: f"vissl_lite.commands.{name.rstrip('_')}" for name in __all__} | {
     "UserError": "vissl_lite.errors",
     "load_encoder": "vissl_lite.encoders.folder",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PLACES:
-        return getattr(importlib.import_module(_PLACES[name]), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,4 +1,4 @@
-"""``python -m vissl_lite``: the same as ``vissl-lite``."""
+"""Run the command line with ``python -m vissl_lite``."""
 
 import sys
 

@@ -1,8 +1,8 @@
-"""The console command ``vissl-lite``: subcommands to functions, nothing else.
+"""The console command ``vissl-lite``: maps subcommands to functions.
 
-The options of a command are the fields of its dataclass (see ``options``), and ``--config FILE`` is
-the same in YAML. What follows ``--option`` up to the next one are its values, so that it can be
-given as ``--data A B``, and a negative number needs no special form.
+The options of a command are the fields of its dataclass (see ``options``); ``--config FILE`` reads
+them from YAML. All words between one ``--option`` and the next are its values, so ``--data A B``
+works, and negative numbers need no special form.
 """
 
 import importlib
@@ -40,19 +40,19 @@ from vissl_lite.options import (
 )
 
 COMMANDS = {
-    "demo": "the whole story on sample data, in minutes",
+    "demo": "run the whole workflow on sample data, in minutes",
     "pretrain": "train an encoder on unlabelled images",
-    "probe": "judge a frozen encoder by kNN and a linear classifier",
-    "finetune": "train a classifier on labelled images, from an encoder or from nothing",
-    "predict": "classify a folder of images with a fine-tuned model",
-    "compare": "did pre-training help? encoders on the same few labels, with intervals",
-    "report": "make the page of a run again: report RUN",
-    "runs": "the runs below a folder: runs [FOLDER] [--sort METRIC]",
+    "probe": "evaluate a frozen encoder with kNN and a linear classifier",
+    "finetune": "train a classifier, detector or segmenter on labelled images",
+    "predict": "apply a fine-tuned model to a folder of images",
+    "compare": "did pre-training help? compare encoders on the same few labels, with intervals",
+    "report": "write the report of a run again: report RUN",
+    "runs": "list the runs below a folder: runs [FOLDER] [--sort FIGURE]",
     "embed": "write the features of images as a Parquet or NPZ file",
-    "explore": "a map of a folder of images, as one HTML file",
+    "explore": "write a map of a folder of images as one HTML file",
     "export": "write an encoder or a model as an ONNX file or a timm folder",
     "shard": "write images as tar files, to stream them from a disk or a URL",
-    "list": "what there is: list pretexts, list backbones [PATTERN]",
+    "list": "list pretexts or backbones: list pretexts, list backbones [PATTERN]",
 }
 
 
@@ -60,14 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: without the program's name; default those of the process.
+        arguments: Command-line words without the program name. Default: ``sys.argv[1:]``.
 
     Returns:
-        The exit status: 0, or 2 for a mistake of the user's, 1 for a fault of the machine, 130
-        when interrupted, 143 when stopped by SIGTERM.
+        The exit status: 0 on success, 1 for a machine error, 2 for a user error, 130 when
+        interrupted, 143 when stopped by SIGTERM.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    with _ended_by_sigterm():
+    with _sigterm_raises():
         return _main(given)
 
 
@@ -85,59 +85,59 @@ def _main(given: list[str]) -> int:
             )
         _run(given[0], given[1:])
     except MachineError as error:
-        return _report_end(str(error), 1)
+        return _print_error(str(error), 1)
     except UserError as error:
-        return _report_end(str(error), 2)
+        return _print_error(str(error), 2)
     except KeyboardInterrupt as stop:
-        return _report_end("interrupted", 130, stop)
+        return _print_error("interrupted", 130, stop)
     except Terminated as stop:
-        return _report_end(str(stop), int(stop.code or 0), stop)
+        return _print_error(str(stop), int(stop.code or 0), stop)
     except Exception as error:
         fault = machine_error(error)
         if fault is None:
             raise
-        return _report_end(str(fault), 1)
+        return _print_error(str(fault), 1)
     return 0
 
 
-def _report_end(words: str, status: int, stop: BaseException | None = None) -> int:
-    """Print why a command ended, and what of it is kept; gives back the exit status."""
-    kept = getattr(stop, "__notes__", [])[-1:]  # the last one is of the outermost run
-    with suppress(OSError):  # a terminal that is closed
-        print("; ".join([f"vissl-lite: {words}", *kept]), file=sys.stderr)
+def _print_error(message: str, status: int, stop: BaseException | None = None) -> int:
+    """Print why a command ended and what is kept of its run, and return the exit status."""
+    kept = getattr(stop, "__notes__", [])[-1:]  # The last note comes from the outermost run.
+    with suppress(OSError):  # The terminal may be closed.
+        print("; ".join([f"vissl-lite: {message}", *kept]), file=sys.stderr)
     return status
 
 
 @contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Within it, SIGTERM is an exception, so that what is half-written is removed."""
+def _sigterm_raises() -> Iterator[None]:
+    """Turn SIGTERM into an exception, so that half-written files are removed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def end(number: int, _: Any) -> None:
+    def terminate(number: int, _: Any) -> None:
         raise Terminated(number)
 
-    before = signal.signal(signal.SIGTERM, end)
+    previous = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _overview() -> str:
-    commands = "\n".join(f"  {name:9} {what}" for name, what in COMMANDS.items())
+    commands = "\n".join(f"  {name:9} {text}" for name, text in COMMANDS.items())
     return (
         "usage: vissl-lite COMMAND [--config FILE] [--option value ...]\n\n"
         "Self-supervised vision pre-training: train an encoder on unlabelled images,\n"
-        "judge it, fine-tune it on a few labels.\n\n"
+        "evaluate it, fine-tune it on a few labels.\n\n"
         f"{commands}\n\n"
         "vissl-lite COMMAND --help lists the options of a command."
     )
 
 
 def find_command(name: str) -> Callable[..., Any]:
-    """The function of a command."""
+    """Import and return the function of a command."""
     module = importlib.import_module(f"vissl_lite.commands.{name}")
     function: Callable[..., Any] = getattr(module, "list_" if name == "list" else name)
     return function
@@ -153,9 +153,9 @@ def _run(command: str, words: Sequence[str]) -> None:
     layers = parse_words(options, words)
     values = options.merged(layers)
     if values.get("resume") is True and _is_run_of(command, values.get("out")):
-        # the run itself knows what has to be given, and what a part of is given
-        own = _read_config(Path(values["out"]) / "config.yaml")
-        needed = {n: v for n, v in own.items() if n in required(options) or isinstance(v, dict)}
+        # Required options, and mappings of which only a part is given, come from the run's config.
+        saved = _read_config(Path(values["out"]) / "config.yaml")
+        needed = {n: v for n, v in saved.items() if n in required(options) or isinstance(v, dict)}
         values = options.merged([needed, *layers])
     missing = [f"--{name}" for name in required(options) if name not in values]
     if missing:
@@ -164,17 +164,18 @@ def _run(command: str, words: Sequence[str]) -> None:
 
 
 def parse_words(options: type[Options], words: Sequence[str]) -> list[dict[str, Any]]:
-    """Sort the words of a command line by option.
+    """Group the words of a command line by option.
 
     Args:
-        options: Of the command. Fields that are not ``kw_only`` may be given without their names.
-        words: What follows the name of the command.
+        options: Options class of the command. Fields that are not ``kw_only`` are also accepted as
+            positional arguments.
+        words: Words after the name of the command.
 
     Returns:
-        The options of each ``--config`` file and, last, those of the command line itself, as text.
+        The options of each ``--config`` file and, last, those of the command line as text.
 
     Raises:
-        UserError: An option is not known or has too few or too many values.
+        UserError: If an option is unknown or has too few or too many values.
     """
     kinds: dict[str, Any] = {"config": list[str], **option_types(options)}
     words, named = list(words), list[tuple[str, list[str]]]()
@@ -198,7 +199,7 @@ def parse_words(options: type[Options], words: Sequence[str]) -> list[dict[str, 
             values = ["true"]
         if not values:
             raise UserError(f"--{name} needs a value")
-        if name in kinds and takes_any(kinds[name], LISTS):  # also as --data A --data B
+        if name in kinds and takes_any(kinds[name], LISTS):  # Also --data A --data B.
             values = [*given.get(name, []), *values]
         elif name in kinds and len(values) > 1:
             raise UserError(f"--{name} takes one value, not {brief(' '.join(values))}")
@@ -209,7 +210,7 @@ def parse_words(options: type[Options], words: Sequence[str]) -> list[dict[str, 
 
 
 def _nested(given: Mapping[str, list[str]]) -> dict[str, Any]:
-    """The values of a command line, those such as ``pretext.temperature`` as a mapping."""
+    """Turn dotted names such as ``pretext.temperature`` into nested mappings."""
     nested: dict[str, Any] = {}
     for name, values in given.items():
         value = values[0] if len(values) == 1 else values
@@ -224,12 +225,12 @@ def _nested(given: Mapping[str, list[str]]) -> dict[str, Any]:
 
 
 def _as_mapping(value: Any) -> dict[str, Any]:
-    """A name as the mapping that it is short for: ``--pretext dino`` is ``--pretext.name dino``."""
+    """Expand a name to a mapping: ``--pretext dino`` is short for ``--pretext.name dino``."""
     return value if isinstance(value, dict) else {"name": value}
 
 
 def _is_run_of(command: str, out: object) -> bool:
-    """Whether a folder holds a run of a command that has written down its options."""
+    """Whether a folder holds a run of this command with a ``config.yaml``."""
     from vissl_lite.run_folder import CONFIG
     from vissl_lite.run_record import read_record
 
@@ -243,14 +244,14 @@ def _read_config(file: Path, name: str | None = None) -> dict[str, Any]:
     name = str(file) if name is None else name
     content = read_yaml(file, name)
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise UserError(f"{name} holds no options: expected a mapping from their names")
+        raise UserError(f"{name} holds no options: expected a mapping from option names to values")
     if "config" in content:
-        raise UserError(f"{name} names another file: give each of them with --config")
+        raise UserError(f"{name} names another config file: give each file with --config")
     return content
 
 
 def _help(command: str, function: Callable[..., Any], layers: Sequence[Mapping[str, Any]]) -> str:
-    """What ``vissl-lite COMMAND --help`` prints."""
+    """Return the text of ``vissl-lite COMMAND --help``."""
     width = min(100, shutil.get_terminal_size().columns)
     rows = options_of(function).rows(layers)
     needed = [f"--{row.name} {row.values}" for row in rows if row.required]
@@ -264,7 +265,7 @@ def _help(command: str, function: Callable[..., Any], layers: Sequence[Mapping[s
             "FILE ...",
             None,
             False,
-            "YAML files of options; what is given on the command line wins.",
+            "YAML files with options. Options on the command line take precedence.",
         )
     )
     for row in rows:

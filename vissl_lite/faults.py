@@ -1,4 +1,4 @@
-"""What a machine refuses, such as room on a full disk, in one sentence."""
+"""Detect machine errors, such as a full disk, and describe them in one sentence."""
 
 import errno
 import os
@@ -8,13 +8,13 @@ from pathlib import Path
 
 from vissl_lite.errors import MachineError
 
-_MEMORY = (
+_OUT_OF_MEMORY = (
     "there is too little memory: give a smaller --batch_size or --image_size, fewer --num_workers, "
     "or close other programs"
 )
 
-# By the number of an OSError. Libraries that are not written in Python give its words alone.
-_REFUSED = {
+# By errno. Libraries that are not written in Python report only the text of the error.
+_SYSTEM_ERRORS = {
     errno.ENOSPC: "the disk is full: free some space",
     errno.EDQUOT: "the disk quota is used up: free some space",
     errno.EFBIG: "a file grew beyond the limit on file sizes: raise it (ulimit -f)",
@@ -24,52 +24,52 @@ _REFUSED = {
     errno.EROFS: "the disk can only be read: give an --out on another one",
     errno.EIO: "the disk does not work (input/output error)",
     errno.ESTALE: "the network file system has lost the file",
-    errno.ENOMEM: _MEMORY,
+    errno.ENOMEM: _OUT_OF_MEMORY,
 }
 
-# What torch, oneDNN and C++ say where memory can't be had.
-_NO_MEMORY = re.compile(
+# Messages of torch, oneDNN and C++ when an allocation fails.
+_ALLOCATION_FAILED = re.compile(
     "can't allocate memory|std::bad_alloc|out of memory|could not create a (?:primitive|memory)$",
     re.MULTILINE,
 )
 
-# What other libraries say, and what it means.
-_SAID = (
+# Messages of other libraries, and their explanations.
+_LIBRARY_ERRORS = (
     (
         r"shared memory",
         "/dev/shm is full: enlarge it (docker run --shm-size), or give --num_workers 0",
     ),
-    (_NO_MEMORY, _MEMORY),
+    (_ALLOCATION_FAILED, _OUT_OF_MEMORY),
     (
         r"PytorchStreamWriter failed|file write failed|unexpected pos",
         "a file can't be written: the disk is full, or the file would grow beyond the limit on "
         "file sizes (ulimit -f)",
     ),
-    (r"received \d+ items of ancdata", _REFUSED[errno.EMFILE]),
+    (r"received \d+ items of ancdata", _SYSTEM_ERRORS[errno.EMFILE]),
 )
 
-_WORKER = re.compile(
+_WORKER_DIED = re.compile(
     r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) "
     r"(?:is killed by signal: (?P<signal>[\w ]+)|exited unexpectedly)"
 )
 
 
-def says_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be had, on a CPU or a GPU."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that an allocation failed, on a CPU or a GPU."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
-    return _NO_MEMORY.search(str(error)) is not None
+    return _ALLOCATION_FAILED.search(str(error)) is not None
 
 
 def machine_error(error: BaseException, written: Path | None = None) -> MachineError | None:
-    """The fault of the machine behind an error, in one sentence.
+    """Find the machine error behind an exception.
 
     Args:
-        error: with what caused it.
-        written: a folder that was being written: what goes wrong with a file in it is a fault, too.
+        error: The exception; its causes and contexts are searched too.
+        written: Folder that was being written. Any ``OSError`` about a file in it counts.
 
     Returns:
-        None where the error is none of the machine's.
+        The error with a one-sentence message, or None if the machine is not the cause.
     """
     if isinstance(error, MachineError):
         return error
@@ -77,7 +77,7 @@ def machine_error(error: BaseException, written: Path | None = None) -> MachineE
         text = str(one)
         file = one.filename if isinstance(one, OSError) else None
         where = f"{file}: " if isinstance(file, str) else ""
-        worker = _WORKER.search(text)
+        worker = _WORKER_DIED.search(text)
         if worker is not None:
             how = f" by the signal {worker['signal']}" if worker["signal"] else ""
             return MachineError(
@@ -85,22 +85,22 @@ def machine_error(error: BaseException, written: Path | None = None) -> MachineE
                 f"--num_workers (0 for none), or a smaller --batch_size"
             )
         if isinstance(one, MemoryError):
-            return MachineError(_MEMORY)
-        if isinstance(one, OSError) and one.errno in _REFUSED:
-            return MachineError(f"{where}{_REFUSED[one.errno]}")
-        for pattern, meaning in _SAID:
+            return MachineError(_OUT_OF_MEMORY)
+        if isinstance(one, OSError) and one.errno in _SYSTEM_ERRORS:
+            return MachineError(f"{where}{_SYSTEM_ERRORS[one.errno]}")
+        for pattern, explanation in _LIBRARY_ERRORS:
             if re.search(pattern, text):
-                return MachineError(meaning)
-        for number, meaning in _REFUSED.items():
+                return MachineError(explanation)
+        for number, explanation in _SYSTEM_ERRORS.items():
             if not isinstance(one, OSError) and os.strerror(number) in text:
-                return MachineError(meaning)
+                return MachineError(explanation)
         if written is not None and isinstance(file, str) and Path(file).is_relative_to(written):
             return MachineError(f"{where}can't be written: {one.strerror}")  # type: ignore[attr-defined]
     return None
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error, and those that led to it: what came first is closest to the fault."""
+    """Yield the chain of causes of an error, the root cause first."""
     chain: list[BaseException] = []
     one: BaseException | None = error
     while one is not None and one not in chain:

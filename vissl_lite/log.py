@@ -1,13 +1,13 @@
-"""Where a command's messages go: to the console, and to ``log.txt`` and ``run.json`` of its run.
+"""Logging of a command: to the console, and to ``log.txt`` and ``run.json`` of its run.
 
-Every module logs to a logger below ``vissl_lite``, as usual. A warning has a code for its kind, and
-its figures by name, which ``run.json`` keeps as data::
+Every module logs to a logger below ``vissl_lite``. A warning has a code for its kind and named
+values, which ``run.json`` stores as data::
 
     log.warning("skipped: %(path)s (%(why)s)", {"path": path, "why": why},
                 extra={"code": "image.unreadable"})
 
-Importing the package sets up nothing. While a command runs, its messages are not passed on to the
-handlers of the root logger; when it ends, the logger ``vissl_lite`` is as it was before.
+Importing the package configures no logging. While a command runs, its messages are not propagated
+to the handlers of the root logger; afterwards the logger ``vissl_lite`` is restored.
 """
 
 import logging
@@ -25,54 +25,54 @@ from vissl_lite.run_record import RunFile
 
 log = logging.getLogger("vissl_lite")
 
-# Messages before there is a run that are kept at most; older ones are dropped.
-KEPT = 10_000
+# Maximum number of messages that are buffered before the run is opened; older ones are dropped.
+BUFFER_SIZE = 10_000
 
-# The code of a warning that gives none.
-NO_CODE = "other"
+# Code of warnings that are logged without one.
+DEFAULT_CODE = "other"
 
 
-class _Early(logging.Handler):
-    """Keeps what is logged before there is a run, such as what was cleaned in the data."""
+class _Buffer(logging.Handler):
+    """Buffer messages that are logged before the run is opened, such as those on data cleaning."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.records: deque[logging.LogRecord] = deque(maxlen=KEPT)
+        self.records: deque[logging.LogRecord] = deque(maxlen=BUFFER_SIZE)
 
     def emit(self, record: logging.LogRecord) -> None:
         self.records.append(record)
 
 
-_early: list[_Early] = []  # of each command that runs, the innermost last
+_buffers: list[_Buffer] = []  # One for each running command, the innermost last.
 
 
 @contextmanager
 def command_log() -> Iterator[None]:
-    """Keep what a command logs until it has a run, or a console, to log to."""
-    early = _Early()
-    with _logs_as_a_command():
-        _early.append(early)
-        log.addHandler(early)
+    """Buffer the messages of a command until its run or the console is ready."""
+    buffer = _Buffer()
+    with _command_level():
+        _buffers.append(buffer)
+        log.addHandler(buffer)
         try:
             yield
         finally:
-            log.removeHandler(early)
-            _early.remove(early)
+            log.removeHandler(buffer)
+            _buffers.remove(buffer)
 
 
 @contextmanager
 def logged_to(*handlers: logging.Handler) -> Iterator[None]:
-    """Log to handlers, first what the command has logged so far. They are closed at the end."""
-    with _logs_as_a_command():
+    """Log to handlers, starting with the buffered messages; close the handlers at the end."""
+    with _command_level():
         for handler in handlers:
             log.addHandler(handler)
-        for early in _early[-1:]:
-            log.removeHandler(early)
-            for record in early.records:
+        for buffer in _buffers[-1:]:
+            log.removeHandler(buffer)
+            for record in buffer.records:
                 for handler in handlers:
                     if record.levelno >= handler.level:
                         handler.handle(record)
-            early.records.clear()
+            buffer.records.clear()
         try:
             yield
         finally:
@@ -83,26 +83,26 @@ def logged_to(*handlers: logging.Handler) -> Iterator[None]:
 
 @contextmanager
 def logged_to_run(run: RunFile, console: Console) -> Iterator[None]:
-    """Log to ``log.txt`` and ``run.json`` of a run, what ended it included, and to the console.
+    """Log to ``log.txt`` and ``run.json`` of a run and to the console; also log why it stopped.
 
     Args:
         run: The open run.
-        console: Where to show messages.
+        console: Console for messages of level INFO and above.
     """
     file = LogFile(run.folder / "log.txt")
-    with logged_to(file, _Records(run), ConsoleHandler(console, logging.INFO)):
+    with logged_to(file, _WarningRecords(run), ConsoleHandler(console, logging.INFO)):
         try:
             yield
         except (UserError, KeyboardInterrupt, Terminated) as error:
             log.debug("stopped: %s", str(error) or "interrupted (Ctrl-C)")
             raise
         except Exception:
-            file.handle(_record_of_exception())
+            file.handle(_exception_record())
             raise
 
 
 @contextmanager
-def _logs_as_a_command() -> Iterator[None]:
+def _command_level() -> Iterator[None]:
     level, propagate = log.level, log.propagate
     log.setLevel(logging.DEBUG)
     log.propagate = False
@@ -114,14 +114,14 @@ def _logs_as_a_command() -> Iterator[None]:
 
 
 class LogFile(logging.FileHandler):
-    """``log.txt``. Where it can't be written, as on a full disk, the run itself says so.
+    """Handler for ``log.txt``. Ignores write errors such as a full disk, which end the run anyway.
 
     Args:
-        file: Appended to where it exists.
+        file: Log file. An existing file is appended to.
     """
 
     def __init__(self, file: Path) -> None:
-        # file names need not be UTF-8
+        # File names are not necessarily valid UTF-8.
         super().__init__(file, encoding="utf-8", errors="backslashreplace")
         self.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
 
@@ -130,16 +130,16 @@ class LogFile(logging.FileHandler):
             super().handleError(record)
 
     def close(self) -> None:
-        with suppress(OSError):  # it writes what it has kept
+        with suppress(OSError):  # Closing flushes the buffer.
             super().close()
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints above a progress bar, and leaves long lines (commands, paths) whole.
+    """Print messages above the progress bar, without breaking long lines (commands, paths).
 
     Args:
-        console: Where to print.
-        level: The lowest level that is shown.
+        console: Console to print to.
+        level: Lowest level that is printed.
     """
 
     def __init__(self, console: Console, level: int) -> None:
@@ -147,9 +147,9 @@ class ConsoleHandler(logging.Handler):
         self.console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        if hasattr(record, "shown"):  # by the handler of a command around this one
+        if hasattr(record, "printed"):  # By the handler of an outer command.
             return
-        record.shown = True
+        record.printed = True
         style = "yellow" if record.levelno >= logging.WARNING else None
         self.console.print(
             printable(record.getMessage()),
@@ -160,8 +160,8 @@ class ConsoleHandler(logging.Handler):
         )
 
 
-class _Records(logging.Handler):
-    """Writes warnings into ``run.json``."""
+class _WarningRecords(logging.Handler):
+    """Write warnings to ``run.json``."""
 
     def __init__(self, run: RunFile) -> None:
         super().__init__(logging.WARNING)
@@ -169,18 +169,19 @@ class _Records(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         figures = record.args if isinstance(record.args, Mapping) else {}
-        with suppress(OSError):  # of a full disk, the error that ends the run tells
-            self.run.warn(getattr(record, "code", NO_CODE), printable(record.getMessage()), figures)
+        code = getattr(record, "code", DEFAULT_CODE)
+        with suppress(OSError):  # A full disk is reported by the error that ends the run.
+            self.run.warn(code, printable(record.getMessage()), figures)
 
 
 class _Formatter(logging.Formatter):
-    """An entry takes a line, whatever the files are called that it names."""
+    """Format each record as one line, also if it contains file names with newlines."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         return printable(super().formatMessage(record))
 
 
-def _record_of_exception() -> logging.LogRecord:
+def _exception_record() -> logging.LogRecord:
     return log.makeRecord(
         log.name, logging.ERROR, __file__, 0, "stopped by an error", (), sys.exc_info()
     )

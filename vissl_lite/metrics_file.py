@@ -1,4 +1,4 @@
-"""``metrics.csv``: what a training logs, a row for each logged step."""
+"""``metrics.csv``: the metrics that are logged during training, one row per logged step."""
 
 import csv
 import logging
@@ -14,21 +14,21 @@ log = logging.getLogger(__name__)
 
 
 class MetricsFile:
-    """``metrics.csv``: a row for each logged step, a column for each metric.
+    """``metrics.csv``, with one row per logged step and one column per metric.
 
-    Rows are appended; where one that is written changes, or a column is new, the whole file is
-    written beside the old one, which it then replaces.
+    Rows are appended. If a written row changes or a column is added, the whole file is rewritten
+    and replaced atomically.
 
     Args:
-        file: appended to where it exists. A last line that was cut off is dropped.
+        file: CSV file. An existing file is appended to; a truncated last line is dropped.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self.rows: list[dict[str, Any]] = []
         self.columns: list[str] = ["step", "seconds"]
-        self._written = 0  # rows in the file
-        self._stale = True  # whether the file has to be written anew
+        self._written = 0  # Number of rows in the file.
+        self._stale = True  # Whether the file has to be rewritten.
         self._started = time.monotonic()
         if file.exists():
             self.columns, self.rows, damaged = read_metrics(file)
@@ -41,8 +41,8 @@ class MetricsFile:
             if self.rows:
                 self._started -= self.rows[-1]["seconds"]
 
-    def forget_after(self, step: int) -> None:
-        """Drop rows of later steps: a resumed run does them again."""
+    def drop_after(self, step: int) -> None:
+        """Drop rows of later steps, which a resumed run computes again."""
         self.rows = [row for row in self.rows if row["step"] <= step]
         self._written, self._stale = 0, True
 
@@ -61,7 +61,7 @@ class MetricsFile:
             self._stale = True
 
     def flush(self, final: bool = False) -> None:
-        """Write what is new; the last row stays open for more values unless this is final."""
+        """Write new rows. The last row stays open for more values unless ``final`` is true."""
         done = len(self.rows) if final else max(self._written, len(self.rows) - 1)
         if self._stale:
             with (
@@ -78,18 +78,18 @@ class MetricsFile:
         self._written, self._stale = done, False
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
-        """The steps and values of one metric."""
+        """Return the steps and values of one metric."""
         points = [(row["step"], row[name]) for row in self.rows if name in row]
         return [step for step, _ in points], [value for _, value in points]
 
 
 def read_metrics(file: Path) -> tuple[list[str], list[dict[str, Any]], int]:
-    """Read ``metrics.csv``, row by row: a damaged one spoils no other.
+    """Read ``metrics.csv`` row by row, leaving out damaged rows.
 
     Returns:
-        The columns; the rows, without empty cells; and how many rows are damaged and left out, at
-        least 1 where nothing can be read. A last row that is cut off, as when a run was killed, is
-        left out too, and does not count.
+        The columns; the rows, without empty cells; and the number of damaged rows, at least 1 if
+        the file cannot be read. A truncated last row, as a killed run leaves it, is left out but
+        not counted.
     """
     columns, rows, damaged = ["step", "seconds"], list[dict[str, Any]](), 0
     try:
@@ -101,10 +101,10 @@ def read_metrics(file: Path) -> tuple[list[str], list[dict[str, Any]], int]:
         for cells in reader:
             try:
                 if len(cells) != len(names):
-                    raise ValueError("a row of another length")
+                    raise ValueError("wrong number of cells")
                 row = {k: _number(v) for k, v in zip(names, cells, strict=True) if v}
                 if not math.isfinite(row["seconds"]) or int(row["step"]) != row["step"]:
-                    raise ValueError("no time or step")
+                    raise ValueError("invalid time or step")
                 rows.append(row)
             except (ValueError, LookupError, OverflowError):
                 damaged += 1

@@ -1,4 +1,4 @@
-"""The options of a command: a dataclass that is its parameters, its command line and its config."""
+"""Options of a command: one dataclass defines its parameters, command line and configuration."""
 
 import ast
 import functools
@@ -36,20 +36,20 @@ from vissl_lite.errors import (
 )
 from vissl_lite.session import session
 
-# A file or folder, or a result that stands for one, such as ``PretrainResult``; and several.
+# A file or folder, or a result object with a path, such as ``PretrainResult``.
 StrPath = str | os.PathLike[str]
 Paths = StrPath | Sequence[StrPath]
 
 
 class OptionRow(NamedTuple):
-    """An option as the help and the documentation show it.
+    """Description of an option for the help and the documentation.
 
     Attributes:
-        name: As on the command line, without ``--``.
-        values: What follows it, as ``EPOCHS``, ``DATA ...`` or ``{warn,stop}``; empty for a flag.
-        default: As text; None if there is none, or ``help`` says what happens.
-        required: Whether it has to be given.
-        help: A paragraph.
+        name: Name on the command line, without ``--``.
+        values: Placeholder, such as ``EPOCHS``, ``DATA ...`` or ``{warn,stop}``; empty for a flag.
+        default: Default as text; None for required options, flags and options that may be None.
+        required: Whether the option must be given.
+        help: Help text, one paragraph.
     """
 
     name: str
@@ -60,22 +60,22 @@ class OptionRow(NamedTuple):
 
 
 class Options:
-    """Base of the options of a command. A subclass is a frozen dataclass with a field per option.
+    """Base class of the options of a command: a frozen dataclass with one field per option.
 
-    The string below a field is its help. Making one checks all values: each has to be of its
-    annotated type, numbers have to be finite, text and lists not empty. A subclass adds checks of
-    its own in ``__post_init__``, after ``super().__post_init__()``.
+    The string below a field is its help. The constructor checks all values: each must be of its
+    annotated type, numbers must be finite, text and lists must not be empty. Subclasses add their
+    own checks in ``__post_init__``, after ``super().__post_init__()``.
 
-    Values are kept as plain data: a path as text, a tuple as a list, a number of NumPy as one of
-    Python. A field of a path is annotated ``StrPath``, one of several paths ``Paths``.
+    Values are stored as plain data: paths as text, tuples as lists, NumPy numbers as Python
+    numbers. Annotate a path with ``StrPath`` and several paths with ``Paths``.
 
     Attributes:
-        given: The values that were given, by name; the other fields have their defaults.
-        free_to_change: Options that may differ when a run is resumed: they say how to run, not
-            what.
+        given: The values that were passed in, by name; other fields have their defaults.
+        free_to_change: Options that may differ when a run is resumed: they determine how it runs,
+            not what it trains.
 
     Raises:
-        UserError: A value cannot be right.
+        UserError: If a value is invalid.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
@@ -84,7 +84,7 @@ class Options:
     )
     given: Mapping[str, Any]
 
-    if not TYPE_CHECKING:  # type checkers take the parameters from the dataclass's __init__
+    if not TYPE_CHECKING:  # Type checkers read the parameters from the dataclass's __init__.
 
         def __new__(cls, *args: Any, **kwargs: Any) -> Self:
             options = super().__new__(cls)
@@ -99,18 +99,19 @@ class Options:
             check_argument(name, getattr(self, name), kind)
 
     def _set(self, name: str, value: object) -> None:
-        """Set a field, while the dataclass, which is frozen, is being made."""
+        """Set a field of the frozen dataclass during its construction."""
         object.__setattr__(self, name, value)
 
     @classmethod
     def merged(cls, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The values of configuration files and of the command line as one; the last one counts.
+        """Merge the values of configuration files and the command line; later layers win.
 
         Args:
-            layers: Values by name. Text that stands for a number, a list and so on becomes that.
+            layers: Values by option name. Text is parsed to the annotated type, see
+                ``parse_value``.
 
         Raises:
-            UserError: An option is not known.
+            UserError: If an option is unknown.
         """
         kinds = option_types(cls)
         values: dict[str, Any] = {}
@@ -123,10 +124,10 @@ class Options:
 
     @classmethod
     def rows(cls, layers: Sequence[Mapping[str, Any]] = ()) -> list[OptionRow]:
-        """What the help says of the options: the required ones first, inherited ones last.
+        """Describe the options for the help: required ones first, inherited ones last.
 
         Args:
-            layers: What is given beside ``--help``, as ``merged`` takes it.
+            layers: Options that are given together with ``--help``, as for ``merged``.
         """
         kinds, docs = option_types(cls), option_docs(cls)
         rows = [
@@ -137,26 +138,26 @@ class Options:
         return sorted(rows, key=lambda row: (not row.required, row.name not in own))
 
     def as_config(self) -> dict[str, Any]:
-        """All options as plain data, for config.yaml, which repeats the run."""
+        """Return all options as plain data, for ``config.yaml``, which reproduces the run."""
         names = (field.name for field in fields(self))
         return {n: getattr(self, n) for n in names if n not in ("resume", "overwrite")}
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with other values; what was ``given`` stays what it was."""
+        """Return a copy with some values changed; ``given`` is kept."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         options = type(self)(**{**values, **changes})
         options._set("given", self.given)
         return options
 
     def resumed(self, config: Mapping[str, Any]) -> Self:
-        """The options to resume a run with: its own, and of the given ones those free to change.
+        """Return the options to resume a run with: those of the run, except ``free_to_change``.
 
         Args:
-            config: The options of the run.
+            config: The options of the run, from its ``config.yaml``.
 
         Raises:
-            UserError: Given options contradict those of the run; all are named. Or the run has an
-                option that is not known.
+            UserError: If given options contradict those of the run (the message names all of
+                them), or if the run has an unknown option.
         """
         known = {field.name for field in fields(self)}
         unknown = [name for name in config if name not in known]
@@ -165,22 +166,22 @@ class Options:
                 f"the run {self.given.get('out')} has an unknown option {unknown[0]}: "
                 f"another version of vissl-lite has written it"
             )
-        own = flatten(config)
+        saved = flatten(config)
         contradictions = []
         for name, value in flatten(self.given).items():
-            if f"{name}.name" in own:  # a name alone stands for what has that name
+            if f"{name}.name" in saved:  # A name alone is short for a mapping with this name.
                 name = f"{name}.name"
-            if name.partition(".")[0] in self.free_to_change or name not in own:
+            if name.partition(".")[0] in self.free_to_change or name not in saved:
                 continue
-            if _listed(value) != _listed(own[name]):
-                contradictions.append(f"--{name} {value} (the run has {own[name]})")
+            if _as_list(value) != _as_list(saved[name]):
+                contradictions.append(f"--{name} {value} (the run has {saved[name]})")
         if contradictions:
             raise UserError(
                 f"these options contradict the run {self.given.get('out')}: "
                 f"{', '.join(contradictions)}"
             )
-        free = {n: getattr(self, n) for n in self.free_to_change.intersection(self.given)}
-        return self.replace(**{**config, **free})
+        changed = {n: getattr(self, n) for n in self.free_to_change.intersection(self.given)}
+        return self.replace(**{**config, **changed})
 
 
 P = ParamSpec("P")
@@ -189,15 +190,13 @@ R = TypeVar("R")
 
 
 def command(options: Callable[P, OptionsT]) -> Callable[[Callable[[OptionsT], R]], Callable[P, R]]:
-    """Decorate a function of one ``Options`` object: it then takes the options as keywords.
+    """Turn a function of one ``Options`` object into one that takes the options as keywords.
 
-    It runs in a ``session``, which says what it changes in the process while it runs.
-
-    The docstring of the function gets a section on its arguments, from the options. The attribute
-    ``options`` of the function is the class.
+    The function runs inside a ``session``. Its docstring gets an ``Args`` section from the options,
+    and its attribute ``options`` is the options class.
 
     Args:
-        options: The class of its options.
+        options: Options class of the command.
     """
 
     def decorate(function: Callable[[OptionsT], R]) -> Callable[P, R]:
@@ -213,7 +212,7 @@ def command(options: Callable[P, OptionsT]) -> Callable[[Callable[[OptionsT], R]
             "options": options,
             "__signature__": signature,
             "__annotations__": {**option_types(options), "return": result},
-            "__doc__": _documented(inspect.getdoc(function) or "", option_docs(options)),
+            "__doc__": _add_args_section(inspect.getdoc(function) or "", option_docs(options)),
         }
         for name, value in attributes.items():
             setattr(run, name, value)
@@ -223,19 +222,19 @@ def command(options: Callable[P, OptionsT]) -> Callable[[Callable[[OptionsT], R]
 
 
 def options_of(function: Callable[..., object]) -> type[Options]:
-    """The class of a command's options."""
+    """Return the options class of a command."""
     options: type[Options] = function.options  # type: ignore[attr-defined]
     return options
 
 
 def option_row(name: str, kind: Any, default: object, text: str) -> OptionRow:
-    """What is shown of an option.
+    """Describe an option for the help.
 
     Args:
-        name: Its name.
-        kind: Its annotated type.
-        default: ``MISSING`` if it has to be given.
-        text: Its help.
+        name: Name of the option.
+        kind: Annotated type of the option.
+        default: Default value; ``MISSING`` if the option must be given.
+        text: Help text.
     """
     kinds = [one for one in kinds_of(kind) if one is not NoneType]
     single = [get_args(one)[0] if get_origin(one) in LISTS else one for one in kinds]
@@ -254,13 +253,13 @@ def option_row(name: str, kind: Any, default: object, text: str) -> OptionRow:
 
 
 def option_types(options: type[Options]) -> dict[str, Any]:
-    """The annotated types of options, by name, inherited ones first."""
+    """Return the annotated types of options by name, inherited ones first."""
     hints = get_type_hints(options)
     return {field.name: hints[field.name] for field in fields(options)}
 
 
 def required(options: type[Options]) -> list[str]:
-    """The names of the options that have no default."""
+    """Return the names of the options that have no default."""
     return [
         field.name
         for field in fields(options)
@@ -269,10 +268,10 @@ def required(options: type[Options]) -> list[str]:
 
 
 def option_docs(options: type) -> dict[str, str]:
-    """The help of options: the strings that stand below the fields of a class and of its bases.
+    """Collect the help of options: the strings below the fields of a class and its bases.
 
     Returns:
-        By name, each as one paragraph. Fields without a string are left out.
+        Help by option name, each as one paragraph. Fields without a string are left out.
     """
     docs: dict[str, str] = {}
     for one in reversed(options.__mro__):
@@ -292,8 +291,8 @@ def option_docs(options: type) -> dict[str, str]:
     return docs
 
 
-def _documented(text: str, docs: Mapping[str, str]) -> str:
-    """A docstring with a section ``Args``, before those on what comes back."""
+def _add_args_section(text: str, docs: Mapping[str, str]) -> str:
+    """Insert an ``Args`` section into a docstring, before ``Returns`` and ``Raises``."""
     lines = ["Args:"]
     for name, doc in docs.items():
         lines += textwrap.wrap(
@@ -306,7 +305,7 @@ def _documented(text: str, docs: Mapping[str, str]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A value as plain data: paths as text, tuples as lists, numbers of NumPy as Python's."""
+    """Convert a value to plain data: paths to text, tuples to lists, NumPy to Python numbers."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, list | tuple):
@@ -321,24 +320,24 @@ def plain(value: Any) -> Any:
 
 
 def path_list(paths: Paths) -> list[str]:
-    """The value of an option for one or several paths, as a list."""
+    """Return the value of an option for one or several paths as a list."""
     if isinstance(paths, str | os.PathLike):
         return [os.fspath(paths)]
     return [os.fspath(path) for path in paths]
 
 
 def parse_value(name: str, value: Any, kind: Any) -> Any:
-    """A value in which text that stands for a number, a list and so on has become that.
+    """Parse text to the annotated type of an option, such as a number or a list.
 
-    What stands for nothing of the kind stays as it is: it is refused when the options are made.
+    Text that does not fit the type is returned unchanged; the ``Options`` constructor rejects it.
 
     Args:
-        name: The option.
-        value: A word of the command line, several of them, or what a YAML file holds.
-        kind: The type that the option is annotated with.
+        name: Name of the option.
+        value: One or several words of the command line, or a value from a YAML file.
+        kind: Annotated type of the option.
 
     Raises:
-        UserError: The option takes text as well, and the value is not YAML.
+        UserError: If the option also accepts text and the value is not valid YAML.
     """
     kinds = kinds_of(kind)
     inner = [
@@ -363,16 +362,16 @@ def parse_value(name: str, value: Any, kind: Any) -> Any:
     parsed = _from_yaml(name, value, strict=takes_text)
     if isinstance(parsed, str) and float in kinds:
         with suppress(ValueError):
-            return float(parsed)  # 1e-3, which YAML 1.1 takes for text
+            return float(parsed)  # YAML 1.1 reads 1e-3 as text.
     if isinstance(parsed, list | dict):
         return parse_value(name, parsed, kind)
-    # where text is taken as well, 1:00:00 is text, not YAML's 3600
+    # If the option also accepts text, 1:00:00 stays text instead of YAML's 3600.
     is_text = parsed is None or isinstance(parsed, str) or (takes_text and str(parsed) != value)
     return value if is_text else parsed
 
 
 def _from_yaml(name: str, text: str, strict: bool) -> Any:
-    from vissl_lite.data.yaml_file import parse_yaml  # nobody who asks for help waits for it
+    from vissl_lite.data.yaml_file import parse_yaml  # Deferred, so that --help is fast.
 
     try:
         return parse_yaml(text, f"--{name} {brief(text)}")
@@ -383,17 +382,17 @@ def _from_yaml(name: str, text: str, strict: bool) -> Any:
 
 
 def unknown_option(name: str, known: Iterable[str]) -> UserError:
-    """The error for an option that is not known."""
+    """Return the error for an unknown option."""
     close = did_you_mean(f"--{name}", [f"--{one}" for one in known])
     return UserError(f"unknown option --{brief(name)}: {close}")
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keys joined by dots."""
+    """Flatten nested mappings, joining keys with dots."""
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Pictures of curves, tables and predictions, drawn without a display."""
+"""Plots of curves, tables and predictions, drawn with matplotlib without a display."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from vissl_lite.metrics_file import MetricsFile
 
 
 def plot_curves(metrics: MetricsFile, names: Sequence[str], file: Path) -> None:
-    """A panel for each metric that was logged, over steps.
+    """Plot each logged metric over training steps, in a panel of its own.
 
     Args:
-        metrics: the run's.
-        names: which metrics, in this order; those without values are left out.
-        file: the PNG to write.
+        metrics: Metrics of the run.
+        names: Metrics to plot, in this order. Those without values are left out.
+        file: PNG file to write.
     """
     known = [name for name in names if metrics.series(name)[1]]
     columns = min(3, max(1, len(known)))
@@ -40,13 +40,14 @@ def plot_curves(metrics: MetricsFile, names: Sequence[str], file: Path) -> None:
 def plot_confusion(
     counts: np.ndarray, classes: Sequence[str], file: Path, unit: str = "images"
 ) -> None:
-    """A confusion matrix.
+    """Plot a confusion matrix.
 
     Args:
-        counts: ``(K, K)`` images or pixels, by true class (row) and predicted class (column).
-        classes: K names.
-        file: the PNG to write.
-        unit: what is counted: images are written into their cells, pixels as shares.
+        counts: Number of images or pixels by true class (row) and predicted class (column),
+            ``(K, K)``.
+        classes: K class names.
+        file: PNG file to write.
+        unit: ``images`` to write counts into the cells; otherwise fractions are written.
     """
     size = min(14.0, 2.5 + 0.42 * len(classes))
     figure = Figure(figsize=(size + 0.8, size), layout="constrained")
@@ -74,12 +75,13 @@ def plot_confusion(
 
 
 def plot_bars(axes: Axes, values: Mapping[str, Mapping[str, Sequence[float]]], title: str) -> None:
-    """Grouped bars of means, with a dot for every seed.
+    """Plot means as grouped bars, with a dot for every seed.
 
     Args:
-        axes: to draw in.
-        values: by group (a label under the axis), then by encoder (a color): one value per seed.
-        title: of the panel.
+        axes: Axes to draw in.
+        values: One value in [0, 1] per seed, by group (a label under the axis), then by encoder
+            (a color).
+        title: Title of the panel.
     """
     encoders = list(next(iter(values.values())))
     width = 0.8 / len(encoders)
@@ -97,10 +99,10 @@ def plot_bars(axes: Axes, values: Mapping[str, Mapping[str, Sequence[float]]], t
 
 
 def class_colors(classes: int) -> list[tuple[int, int, int]]:
-    """A color for each class, RGB from 0 to 255, the same in every picture."""
-    shades = colormaps["tab10" if classes <= 10 else "tab20"]
+    """Return an RGB color from 0 to 255 for each class, the same in every plot."""
+    palette = colormaps["tab10" if classes <= 10 else "tab20"]
     return [
-        tuple(round(255 * part) for part in shades(index % shades.N)[:3])  # type: ignore[misc]
+        tuple(round(255 * part) for part in palette(index % palette.N)[:3])  # type: ignore[misc]
         for index in range(classes)
     ]
 
@@ -112,57 +114,66 @@ def draw_boxes(
     classes: Sequence[str],
     scores: np.ndarray | None = None,
 ) -> np.ndarray:
-    """An image with boxes, the class (and score) above each.
+    """Draw boxes into an image, each with its class and optionally its score.
 
     Args:
-        image: ``(H, W, 3)`` uint8.
-        boxes: ``(N, 4)`` x1, y1, x2, y2 in pixels.
-        labels: ``(N,)`` class indices.
-        classes: their names.
-        scores: ``(N,)``.
+        image: Image ``(H, W, 3)``, uint8.
+        boxes: Boxes ``(N, 4)`` as x1, y1, x2, y2 in pixels.
+        labels: Class indices ``(N,)``.
+        classes: Class names.
+        scores: Scores ``(N,)``.
+
+    Returns:
+        The image with boxes, ``(H, W, 3)`` uint8.
     """
     if len(boxes) == 0:
         return image
     colors = class_colors(len(classes))
-    words = [classes[label] for label in labels]
+    captions = [classes[label] for label in labels]
     if scores is not None:
-        words = [f"{word} {score:.2f}" for word, score in zip(words, scores, strict=True)]
+        captions = [f"{name} {score:.2f}" for name, score in zip(captions, scores, strict=True)]
     drawn = draw_bounding_boxes(
         torch.from_numpy(image).permute(2, 0, 1),
         torch.from_numpy(boxes),
-        labels=words,
+        labels=captions,
         colors=[colors[label] for label in labels],
         width=max(1, min(image.shape[:2]) // 200),
     )
     return drawn.permute(1, 2, 0).numpy()
 
 
-def draw_words(image: np.ndarray, words: str) -> np.ndarray:
-    """An image with a line of text below it.
+def draw_caption(image: np.ndarray, caption: str) -> np.ndarray:
+    """Add a line of text below an image.
 
     Args:
-        image: ``(H, W, 3)`` uint8; a small one is enlarged to be 160 pixels wide.
-        words: the text.
+        image: Image ``(H, W, 3)``, uint8. Images narrower than 160 pixels are enlarged.
+        caption: Text below the image.
+
+    Returns:
+        The image with its caption, uint8.
     """
     picture = Image.fromarray(image)
     if picture.width < 160:
         shape = (160, min(round(picture.height * 160 / picture.width), max(1600, picture.height)))
         picture = picture.resize(shape, Image.Resampling.NEAREST)
     line = max(16, picture.width // 24)
-    whole = Image.new("RGB", (picture.width, picture.height + line + 4), "white")
-    whole.paste(picture)
+    canvas = Image.new("RGB", (picture.width, picture.height + line + 4), "white")
+    canvas.paste(picture)
     font = ImageFont.load_default(line * 3 // 4)
-    ImageDraw.Draw(whole).text((3, picture.height + 2), words, fill="black", font=font)
-    return np.asarray(whole)
+    ImageDraw.Draw(canvas).text((3, picture.height + 2), caption, fill="black", font=font)
+    return np.asarray(canvas)
 
 
 def draw_mask(image: np.ndarray, mask: np.ndarray, classes: int) -> np.ndarray:
-    """An image with its classes laid over it in color; the first class, 0, is left clear.
+    """Overlay a segmentation mask on an image; class 0 is left transparent.
 
     Args:
-        image: ``(H, W, 3)`` uint8.
-        mask: ``(H, W)`` class indices; what is no class is left clear too.
-        classes: how many there are.
+        image: Image ``(H, W, 3)``, uint8.
+        mask: Class indices ``(H, W)``. Other values are left transparent too.
+        classes: Number of classes.
+
+    Returns:
+        The image with the overlay, ``(H, W, 3)`` uint8.
     """
     drawn = image.astype(np.float32)
     for index, color in enumerate(class_colors(classes)):
@@ -172,21 +183,21 @@ def draw_mask(image: np.ndarray, mask: np.ndarray, classes: int) -> np.ndarray:
 
 
 def plot_per_class(scores: Mapping[str, Mapping[str, float]], file: Path) -> None:
-    """Bars for each class, best first.
+    """Plot the metrics of each class as bars, best class first.
 
     Args:
-        scores: by class, then by measure, from 0 to 1.
-        file: the PNG to write.
+        scores: Values in [0, 1] by class, then by metric.
+        file: PNG file to write.
     """
-    measures = list(next(iter(scores.values()), {}))
-    names = sorted(scores, key=lambda name: scores[name][measures[0]])
-    height = 1.2 + 0.16 * len(names) * (len(measures) + 1)
+    metrics = list(next(iter(scores.values()), {}))
+    names = sorted(scores, key=lambda name: scores[name][metrics[0]])
+    height = 1.2 + 0.16 * len(names) * (len(metrics) + 1)
     figure = Figure(figsize=(6.5, height), layout="constrained")
     axes = figure.add_subplot()
-    thick = 0.8 / max(1, len(measures))
-    for index, measure in enumerate(reversed(measures)):
-        at = np.arange(len(names)) + (index - (len(measures) - 1) / 2) * thick
-        bars = axes.barh(at, [scores[name][measure] for name in names], thick, label=measure)
+    thickness = 0.8 / max(1, len(metrics))
+    for index, metric in enumerate(reversed(metrics)):
+        at = np.arange(len(names)) + (index - (len(metrics) - 1) / 2) * thickness
+        bars = axes.barh(at, [scores[name][metric] for name in names], thickness, label=metric)
         axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
     axes.set_yticks(range(len(names)), names)
     axes.set_xlim(0, 1.08)
@@ -308,14 +319,14 @@ def plot_views(
     """
     largest = max(len(view) for view in views[0])
     rows = [
-        [Picture(image), *(Picture(_on_white(view, largest)) for view in augmented)]
+        [Picture(image), *(Picture(_pad_white(view, largest)) for view in augmented)]
         for image, augmented in zip(images, views, strict=True)
     ]
     plot_grid(rows, file, ["image", *(f"view {number + 1}" for number in range(len(views[0])))])
 
 
-def _on_white(view: np.ndarray, side: int) -> np.ndarray:
-    """A square image in the middle of a white one with sides of ``side`` pixels."""
+def _pad_white(view: np.ndarray, side: int) -> np.ndarray:
+    """Pad a square image with white to ``side`` pixels, keeping it centered."""
     before = (side - len(view)) // 2
     after = side - len(view) - before
     return np.pad(view, ((before, after), (before, after), (0, 0)), constant_values=255)
@@ -337,13 +348,13 @@ def plot_neighbors(
         classes: Class of each image, in the same order as ``rows``: a neighbor of the query's class
             counts as right.
     """
-    shown = []
+    pictures = []
     for index, images in enumerate(rows):
         names = [""] * len(images) if classes is None else classes[index]
         row = [Picture(images[0], names[0])]
         for image, name, value in zip(images[1:], names[1:], similarities[index], strict=True):
             right = None if classes is None else name == names[0]
             row.append(Picture(image, f"{value:.2f} {name}".strip(), right))
-        shown.append(row)
+        pictures.append(row)
     count = len(rows[0]) - 1
-    plot_grid(shown, file, ["image", *(f"neighbor {number + 1}" for number in range(count))])
+    plot_grid(pictures, file, ["image", *(f"neighbor {number + 1}" for number in range(count))])

@@ -1,4 +1,4 @@
-"""The run: the folder that a command writes, with its options, its results and its log."""
+"""Open a run folder, and read and write its options, results and log."""
 
 import json
 import logging
@@ -27,11 +27,11 @@ RESULTS, METRICS, LOG = "results.json", "metrics.csv", "log.txt"
 CHECKPOINTS, CHECKPOINT = "checkpoints", "last.ckpt"
 MAP = "map.npz"
 
-LARGEST_RESULTS = 64 * 2**20  # bytes of results.json
+LARGEST_RESULTS = 64 * 2**20  # Maximum size of results.json in bytes.
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that writes; Lightning, torchrun and SLURM start the others."""
+    """Whether this process writes files; with several processes, only rank 0 does."""
     for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
         if os.environ.get(name, "").isdigit():
             return os.environ[name] == "0"
@@ -45,20 +45,20 @@ def check_out(
     overwrite: bool = False,
     command: str | None = None,
 ) -> bool:
-    """Refuse a folder that a run must not be written to; see ``check_folder``.
+    """Check that a run may be written to a folder; see ``check_folder``.
 
     Args:
-        out: the folder.
-        inputs: options and what they name, one or several; None is passed over.
-        resume: whether to continue what is there.
-        overwrite: whether to replace it.
-        command: the one that writes, if it can continue a run.
+        out: Folder to write to.
+        inputs: Pairs of an option and the path or paths that it names; None is skipped.
+        resume: Whether to continue an existing run.
+        overwrite: Whether to replace an existing run.
+        command: Name of the command, if it can resume runs.
 
     Returns:
-        Whether there is a run to continue; else a new one begins.
+        True if there is a run to continue, False if a new one begins.
 
     Raises:
-        UserError: nothing is changed then.
+        UserError: If the folder must not be written to. Nothing is changed.
     """
     if not is_main_process():
         return resume and (out / CONFIG).is_file()
@@ -74,20 +74,20 @@ def check_out(
 def open_run(
     out: Path, command: str, config: Mapping[str, Any], resume: bool = False
 ) -> Iterator[Path]:
-    """Make the folder per run (in place of an older one), write ``config.yaml``, keep the log.
+    """Create the folder of a run, or replace an older run, write ``config.yaml``, start the log.
 
     Args:
-        out: checked by ``check_out`` before.
-        command: who writes it.
-        config: the parameters, enough to repeat the run.
-        resume: keep what is there and append to it.
+        out: Folder of the run, checked by ``check_out`` before.
+        command: Name of the command that writes the run.
+        config: Options that reproduce the run.
+        resume: Whether to keep existing files and append to them.
 
     Yields:
         The folder.
 
     Raises:
-        UserError: another process writes to it.
-        MachineError: the machine refused something, such as room on a full disk.
+        UserError: If another process writes to the folder.
+        MachineError: If the machine fails, for example because a disk is full.
     """
     if not is_main_process():
         yield out
@@ -101,27 +101,27 @@ def open_run(
             log.debug("%s", ", ".join(f"{name} {value}" for name, value in used.items()))
             yield out
     except (KeyboardInterrupt, Terminated) as error:
-        error.add_note(_what_is_kept(command, out))
+        error.add_note(_how_to_continue(command, out))
         raise
     except Exception as error:
-        fault = None if _is_mistake(error) else machine_error(error, out)
+        fault = None if _is_user_mistake(error) else machine_error(error, out)
         if fault is None:
             raise
-        raise MachineError(f"{fault}; {_what_is_kept(command, out)}") from error
+        raise MachineError(f"{fault}; {_how_to_continue(command, out)}") from error
 
 
 def is_finished(out: Path) -> bool:
-    """Whether a run has come to its end, with all that it writes."""
+    """Whether a run has finished and its results exist."""
     record = read_record(out)
     return record is not None and record.status == "finished" and (out / RESULTS).is_file()
 
 
-def _is_mistake(error: Exception) -> bool:
+def _is_user_mistake(error: Exception) -> bool:
     return isinstance(error, UserError) and not isinstance(error, MachineError)
 
 
-def _what_is_kept(command: str, run: Path) -> str:
-    """What a run that ended early leaves, and how to go on."""
+def _how_to_continue(command: str, run: Path) -> str:
+    """Describe what is kept of a run that ended early, and how to continue it."""
     if command in ("pretrain", "finetune"):
         if (run / CHECKPOINTS / CHECKPOINT).is_file():
             return (
@@ -141,8 +141,8 @@ def _what_is_kept(command: str, run: Path) -> str:
 
 
 @contextmanager
-def warned_at_once() -> Iterator[None]:
-    """Warnings before there is a run are shown when they come, and go into its log later."""
+def show_warnings_early() -> Iterator[None]:
+    """Print warnings immediately although no run is open yet; its log gets them later."""
     if not is_main_process():
         yield
         return
@@ -156,25 +156,25 @@ def warned_at_once() -> Iterator[None]:
 
 @contextmanager
 def logged_to_console() -> Iterator[None]:
-    """What is logged is shown at once: a command that writes a file has no run to log to."""
+    """Log to the console only, for commands that write a single file instead of a run."""
     with logged_to(ConsoleHandler(console, logging.INFO)):
         yield
 
 
 def beside(run: Path, suffix: str) -> Path:
-    """A folder beside a run, to suggest for what comes next: ``runs/a-probe`` for ``runs/a``."""
-    named = run if run.name else run.absolute()  # the current folder has no name of its own
+    """Suggest a folder for a follow-up run, such as ``runs/a-probe`` for ``runs/a``."""
+    named = run if run.name else run.absolute()  # Path(".") has no name.
     return named.with_name(f"{named.name}-{suffix}")
 
 
 def write_config(out: Path, config: Mapping[str, Any]) -> None:
-    """Write ``config.yaml``: the parameters, enough to repeat the run."""
+    """Write ``config.yaml``, the options that reproduce the run."""
     kept = {k: v for k, v in plain(config).items() if k not in ("resume", "overwrite")}
     write_atomically(out / CONFIG, yaml.safe_dump(kept, sort_keys=False))
 
 
 def plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Paths as text and tuples as lists, so that parameters can be written down and compared."""
+    """Convert paths to text and tuples to lists, so that options can be written and compared."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Path):
@@ -189,10 +189,10 @@ def plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_config(out: Path) -> dict[str, Any]:
-    """The parameters of a run.
+    """Read ``config.yaml``, the options of a run.
 
     Raises:
-        UserError: the folder holds no run, or its file is damaged.
+        UserError: If the file is missing or damaged.
     """
     file = out / CONFIG
     if not file.is_file():
@@ -212,11 +212,11 @@ def read_results(run: Path, *needed: str) -> dict[str, Any]:
     """Read ``results.json``.
 
     Args:
-        run: the folder.
-        needed: what it has to hold.
+        run: Run folder.
+        needed: Keys that the file must contain.
 
     Raises:
-        UserError: it is damaged.
+        UserError: If the file is missing or damaged.
     """
     found = read_json(run / RESULTS, LARGEST_RESULTS)
     if not isinstance(found, dict) or any(name not in found for name in needed):
@@ -225,6 +225,6 @@ def read_results(run: Path, *needed: str) -> dict[str, Any]:
 
 
 def logged_warnings(run: Path) -> list[str]:
-    """What a run has warned of, also before a resume; each message once."""
+    """Return the warnings of a run, including those before a resume; each message once."""
     record = read_record(run)
     return [] if record is None else [one.message for one in record.warnings]

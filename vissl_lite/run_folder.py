@@ -1,7 +1,7 @@
-"""The folder of a run: whose it is, which of its files per run wrote, and who may write to it.
+"""Ownership of a run folder: which files belong to a run, its lock, and safe overwriting.
 
-``run.json`` is written first and marks a folder as a run. A folder without it is never written
-over, and of a folder with it only files that a run writes are removed.
+``run.json`` is written first and marks a folder as a run. A folder without it is never
+overwritten; in a folder with it, only files that a run writes are removed.
 """
 
 import os
@@ -27,12 +27,12 @@ from vissl_lite.run_record import (
 
 try:
     import fcntl
-except ImportError:  # Windows: there, nothing keeps two processes apart
+except ImportError:  # Windows, where run folders are not locked.
     fcntl = None  # type: ignore[assignment]
 
 LOCK, CONFIG = ".lock", "config.yaml"
 
-# What a run writes, relative to its folder. ``*`` stands for a name, ``**`` for folders.
+# Files that a run writes, relative to its folder. ``*`` matches a name, ``**`` any folders.
 _TRAINING = (
     "checkpoints/last.ckpt",
     "encoder/config.json",
@@ -101,13 +101,13 @@ OWNED = (
     *_RESULTS,
     *_TRAINING,
     *(f"{part}/{name}" for part in ("pretrain", "compare") for name in (*_RESULTS, *_TRAINING)),
-    *(f"data/{name}" for name in _SAMPLE),  # these are of demo
+    *(f"data/{name}" for name in _SAMPLE),  # Written by demo.
 )
 
-# What a process that ended at once may leave before there is a run.
-_BEFORE_A_RUN = frozenset({LOCK, f"{RUN}.part"})
+# Files that a process may leave if it is killed before it has written run.json.
+_LEFTOVERS = frozenset({LOCK, f"{RUN}.part"})
 
-_held: set[str] = set()  # folders that this process writes to
+_locked_here: set[str] = set()  # Folders that this process has locked.
 
 
 def check_folder(
@@ -117,22 +117,22 @@ def check_folder(
     overwrite: bool = False,
     command: str | None = None,
 ) -> bool:
-    """Refuse a folder that a run must not be written to. Nothing is changed yet.
+    """Check that a run may be written to a folder, without changing anything.
 
     Args:
-        out: the folder.
-        inputs: options and what they name, which the run reads: ``("data", "photos")``.
-        resume: whether to continue what is there.
-        overwrite: whether to replace it.
-        command: the one that writes, if it can continue a run.
+        out: Folder to write to.
+        inputs: Pairs of an option and a path that the run reads, such as ``("data", "photos")``.
+        resume: Whether to continue an existing run.
+        overwrite: Whether to replace an existing run.
+        command: Name of the command, if it can resume runs.
 
     Returns:
-        Whether there is a run to continue; else a new one begins.
+        True if there is a run to continue, False if a new one begins.
 
     Raises:
-        UserError: the folder holds other files or a run that is neither to be continued nor to be
-            replaced, another process writes to it, an input lies in it or it in an input, or it
-            can't be written.
+        UserError: If the folder holds other files, or a run that is neither resumed nor
+            overwritten, if another process writes to it, if an input lies inside it or it lies
+            inside an input, or if it is not writable.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: --out must name a folder")
@@ -144,8 +144,8 @@ def check_folder(
         raise UserError(f"{out} can't be read: {error.strerror}") from None
     record = read_record(out)
     if record is None:
-        if names - _BEFORE_A_RUN:
-            advice = "" if not overwrite else ", and --overwrite replaces runs of vissl-lite alone"
+        if names - _LEFTOVERS:
+            advice = "" if not overwrite else ", and --overwrite replaces runs of vissl-lite only"
             raise UserError(f"{out} holds other files{advice}: give a new folder with --out")
         return False
     if is_locked(out):
@@ -156,42 +156,43 @@ def check_folder(
             f"give another --out"
         )
     if resume:
-        return (out / CONFIG).is_file()  # a run that was killed before that has done nothing yet
+        return (out / CONFIG).is_file()  # A run that was killed earlier has not done any work.
     if not overwrite:
-        again = f"{out} holds another run: give a new folder, or --overwrite"
+        message = f"{out} holds another run: give a new folder, or --overwrite"
         if record.status != "finished" and record.command == command:
-            again = (
+            message = (
                 f"{out} holds a run that has not finished: --resume continues it, --overwrite "
                 f"replaces it"
             )
-        raise UserError(again)
+        raise UserError(message)
     return False
 
 
 def check_apart(out: Path, inputs: Sequence[tuple[str, str]]) -> None:
-    """Raise a UserError if a folder to be written lies in what is read, or the other way round.
+    """Raise a UserError if the output folder lies inside an input, or an input inside it.
 
     Args:
-        out: the folder to be written.
-        inputs: options and the files or folders that they name; what does not exist, such as URLs
-            and names of backbones, is passed over. Of a text file of paths, the paths count too.
+        out: Folder to write to.
+        inputs: Pairs of an option and the file or folder that it names. Values that do not exist
+            as files, such as URLs and backbone names, are skipped. The paths in a text file of
+            paths are checked too.
     """
-    own = os.path.realpath(out)
+    target = os.path.realpath(out)
     for option, given in inputs:
         if not given or not os.path.exists(given):
             continue
-        there = os.path.realpath(given)
-        if there == own or Path(there).is_relative_to(own):
+        source = os.path.realpath(given)
+        if source == target or Path(source).is_relative_to(target):
             raise UserError(
                 f"--{option} {given} lies in --out {out}, which is to be written: give "
                 f"another --out"
             )
-        if os.path.isdir(there) and Path(own).is_relative_to(there):
+        if os.path.isdir(source) and Path(target).is_relative_to(source):
             raise UserError(
                 f"--out {out} lies in --{option} {given}, which is to be read: give an "
                 f"--out outside it"
             )
-        listed = _first_inside(there, own) if there.endswith(".txt") else None
+        listed = _first_inside(source, target) if source.endswith(".txt") else None
         if listed is not None:
             raise UserError(
                 f"--{option} {given} names {listed}, which lies in --out {out}: give another --out"
@@ -199,33 +200,33 @@ def check_apart(out: Path, inputs: Sequence[tuple[str, str]]) -> None:
 
 
 def _first_inside(file: str, folder: str) -> str | None:
-    """The first path in a text file that lies in a folder."""
+    """Return the first path in a text file that lies inside a folder."""
     if not os.path.isfile(file):
         return None
     start, beside = os.path.join(folder, ""), os.path.dirname(file)
     with open(file, encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:
             path = line.strip()
-            whole = os.path.normpath(os.path.join(beside, path))
-            if path and not path.startswith("#") and whole.startswith(start):
+            full = os.path.normpath(os.path.join(beside, path))
+            if path and not path.startswith("#") and full.startswith(start):
                 return path
     return None
 
 
 @contextmanager
 def written_by(command: str, out: Path, resume: bool = False) -> Iterator[RunFile]:
-    """Make a folder per run, or keep it one, and write down how the run ends.
+    """Create or continue a run folder, lock it, and record in ``run.json`` how the run ends.
 
     Args:
-        command: who writes it.
-        out: checked by ``check_folder``; it is used as it is if it exists.
-        resume: keep what is there; else what an earlier run wrote is removed.
+        command: Name of the command that writes the run.
+        out: Folder of the run, checked by ``check_folder`` before. An existing one is reused.
+        resume: Whether to keep the files of an earlier run; otherwise they are removed.
 
     Yields:
-        Its ``run.json``.
+        The open ``run.json``.
 
     Raises:
-        UserError: another process writes to it.
+        UserError: If another process writes to the folder.
     """
     out.mkdir(parents=True, exist_ok=True)
     with lock(out):
@@ -246,7 +247,7 @@ def written_by(command: str, out: Path, resume: bool = False) -> Iterator[RunFil
 
         def end(status: Status, reason: str | None = None) -> None:
             run.record.environment["device"] = device_name()
-            # of a full disk, the error that ends the run tells already
+            # A full disk is reported by the error that ends the run.
             with nullcontext() if status == "finished" else suppress(OSError):
                 run.write(status, reason)
 
@@ -263,46 +264,47 @@ def written_by(command: str, out: Path, resume: bool = False) -> Iterator[RunFil
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Keep other processes from writing to a folder; the system frees it when a process ends.
+    """Lock a folder against other writers. The system releases the lock when the process ends.
 
     Args:
-        folder: it exists; gets the file ``.lock``, which stays: it means nothing by itself.
+        folder: Existing folder. The file ``.lock`` is created in it and is not removed; its
+            presence alone does not mean that the folder is locked.
 
     Raises:
-        UserError: another process has locked it, or this one.
+        UserError: If this or another process has locked the folder.
     """
     real = os.path.realpath(folder)
     refusal = UserError(
         f"another process is writing to {folder}: wait for it, or give another --out"
     )
-    if real in _held:
+    if real in _locked_here:
         raise refusal
-    # A lock of POSIX's kind (lockf): data workers, which are forks of this process, do not keep it.
+    # Data workers, which are forks of this process, do not inherit a POSIX lock (lockf).
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    _held.add(real)
+    _locked_here.add(real)
     try:
         if fcntl is not None:
             try:
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
                 raise refusal from None
-            except OSError:  # a file system without locks
+            except OSError:  # The file system does not support locks.
                 pass
         yield
     finally:
-        _held.discard(real)
+        _locked_here.discard(real)
         os.close(descriptor)
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process, perhaps this one, is writing to a folder.
+    """Whether this or another process is writing to a run folder.
 
     Args:
-        folder: a run.
+        folder: Run folder.
     """
-    if os.path.realpath(folder) in _held:
+    if os.path.realpath(folder) in _locked_here:
         return True
-    try:  # for reading alone, so that runs of others and on read-only disks can be asked too
+    try:  # Read-only, so that it works for runs of other users and on read-only disks.
         descriptor = os.open(folder / LOCK, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return False
@@ -312,45 +314,45 @@ def is_locked(folder: Path) -> bool:
         return False
     except (BlockingIOError, PermissionError):
         return True
-    except OSError:  # a file system without locks
+    except OSError:  # The file system does not support locks.
         return False
     finally:
         os.close(descriptor)
 
 
 def remove_run(folder: Path) -> None:
-    """Remove the files that a run writes; folders that are then empty go with them.
+    """Remove the files that a run writes, and folders that are empty afterwards.
 
-    Other files, links to folders, and the folder itself stay.
+    Other files, links to folders, and the folder itself are kept.
 
     Args:
-        folder: a run, locked.
+        folder: Run folder, locked.
     """
     files = [name for name in _files_of_run(folder) if name not in (LOCK, RUN)]
-    for name in [*files, RUN]:  # as long as there is anything left of it, it is a run
+    for name in [*files, RUN]:  # run.json is removed last, so the folder stays a run until then.
         with suppress(FileNotFoundError):
             os.unlink(folder / name)
     inside = {parent for name in files for parent in Path(name).parents} - {Path()}
     for emptied in sorted(inside, key=lambda one: len(one.parts), reverse=True):
-        with suppress(OSError):  # not empty, or a link
+        with suppress(OSError):  # The folder is not empty, or is a link.
             os.rmdir(folder / emptied)
 
 
 def _files_of_run(folder: Path) -> list[str]:
-    """The files in a folder that a run writes, relative to it."""
+    """List the files in a folder that belong to a run, relative to the folder."""
     exact = [name for name in OWNED if "*" not in name]
-    # through a link to a folder too, such as of checkpoints on a larger disk
+    # Also through links to folders, such as checkpoints on a larger disk.
     found = [n for name in exact for n in (name, f"{name}.part") if os.path.lexists(folder / n)]
     for root, _, names in os.walk(folder):
         base = os.path.relpath(root, folder)
         paths = (name if base == "." else f"{base}/{name}" for name in names)
-        found += [path for path in paths if _owned().fullmatch(path)]
+        found += [path for path in paths if _owned_pattern().fullmatch(path)]
     return list(dict.fromkeys(found))
 
 
 @cache
-def _owned() -> "re.Pattern[str]":
-    """What matches the path of a file that a run writes."""
+def _owned_pattern() -> "re.Pattern[str]":
+    """Compile ``OWNED`` to a regular expression for paths relative to the run folder."""
     pieces = {"**/": "(?:[^/]+/)*", "*": "[^/]*"}
     patterns = (
         "".join(pieces.get(part, re.escape(part)) for part in re.split(r"(\*\*/|\*)", name))

@@ -1,4 +1,4 @@
-"""``run.json``: what a run says about itself, for programs to read."""
+"""``run.json``: machine-readable status, environment and warnings of a run."""
 
 import json
 import math
@@ -19,24 +19,25 @@ from vissl_lite.data.json_file import read_json
 from vissl_lite.errors import UserError
 
 RUN = "run.json"
-LARGEST_RECORD = 2**26  # bytes of run.json
+LARGEST_RECORD = 2**26  # Maximum size of run.json in bytes.
 
-# Warnings of a kind that get a record each in run.json; letters of a text in it.
-EXAMPLES, LONGEST_TEXT = 20, 2000
+# Number of warnings per code that get a record of their own, also the maximum length of lists in
+# their figures; and the maximum length of a text in characters.
+RECORDS_PER_CODE, LONGEST_TEXT = 20, 2000
 
 Status = Literal["running", "finished", "stopped", "failed"]
 
 
 @dataclass
 class WarningRecord:
-    """Something that a run warned of.
+    """A warning of a run.
 
     Attributes:
-        code: The kind of warning, such as ``image.unreadable``, ``leak`` or ``features.collapsed``.
-        message: The same words as in the log.
-        figures: What the message is made of, by name, as text and numbers.
-        count: How many warnings the record stands for: the first 20 of a kind have one each, all
-            further ones share another.
+        code: Kind of warning, such as ``image.unreadable``, ``leak`` or ``features.collapsed``.
+        message: Message, as in the log.
+        figures: Values in the message by name, as text and numbers.
+        count: Number of warnings that the record stands for. The first 20 of a code have one
+            record each; all further ones share one record.
     """
 
     code: str
@@ -47,19 +48,18 @@ class WarningRecord:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What ``run.json`` says about a run.
+    """Content of ``run.json``.
 
     Attributes:
-        command: The command that writes it.
-        status: ``running`` also for a process that was killed: its lock is free then.
-        reason: Why the run was stopped or has failed; else None.
-        started: Date and time of the (first) start, ISO 8601 with the time zone.
-        seconds: How long the command ran until ``status`` was written. A run that is resumed adds
-            up; what a killed process has spent since its last warning is not known.
-        version: The version of vissl-lite.
-        environment: Python, platform, host, versions of packages, and the device.
-        warnings: In the order in which they came, also from before a resume. Leaks have the code
-            ``leak``.
+        command: Command that writes the run.
+        status: Status of the run. A killed process leaves ``running`` with the lock released.
+        reason: Why the run was stopped or failed, else None.
+        started: Date and time of the (first) start in ISO 8601 with the time zone.
+        seconds: Run time of the command when ``status`` was last written, summed over resumes.
+            The time of a killed process since its last warning is not included.
+        version: Version of vissl-lite.
+        environment: Python, platform, host, package versions and device.
+        warnings: Warnings in order, including those before a resume. Leaks have the code ``leak``.
     """
 
     command: str
@@ -72,19 +72,19 @@ class RunRecord:
     warnings: list[WarningRecord] = field(default_factory=list)
 
     def start(self) -> datetime | None:
-        """When the run started; None if that cannot be read."""
+        """Parse ``started``; None if it is not a valid date."""
         try:
             return datetime.fromisoformat(self.started).astimezone()
         except (ValueError, OverflowError, OSError):
             return None
 
     def write(self, folder: Path) -> None:
-        """Write ``run.json``; it appears whole or not at all."""
+        """Write ``run.json`` atomically."""
         write_atomically(folder / RUN, json.dumps(asdict(self), indent=2) + "\n")
 
 
 def read_record(folder: Path) -> RunRecord | None:
-    """What a run says about itself; None if the folder is not a run."""
+    """Read ``run.json``; None if the folder is not a run or the file is damaged."""
     try:
         content = read_json(folder / RUN, LARGEST_RECORD)
         known = {one.name: content[one.name] for one in fields(RunRecord)}
@@ -118,7 +118,7 @@ def _read_warning(content: Any) -> WarningRecord | None:
 
 
 def environment() -> dict[str, Any]:
-    """What a run depends on beside its options: Python, the machine, packages, the device."""
+    """Describe the environment of a run: Python, machine, package versions and device."""
     versions = {}
     for package in ("torch", "timm", "lightning", "albumentations"):
         with suppress(PackageNotFoundError):
@@ -135,7 +135,7 @@ def environment() -> dict[str, Any]:
 
 
 def device_name() -> str:
-    """What is computed on. GPUs are named once they are in use: asking would put them into it."""
+    """Name the device. GPUs are named only once CUDA is initialized, to avoid initializing it."""
     import torch
 
     if torch.backends.mps.is_available():
@@ -150,7 +150,7 @@ def device_name() -> str:
 
 
 def _cpu() -> str:
-    """The name of the processor."""
+    """Return the name of the processor."""
     with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(one for one in lines if one.startswith("model name")).partition(":")[2].strip()
@@ -158,57 +158,57 @@ def _cpu() -> str:
 
 
 class RunFile:
-    """``run.json`` of a run that is open.
+    """The ``run.json`` of an open run.
 
     Args:
-        folder: The run, locked.
-        record: What it says at first.
+        folder: Run folder, locked.
+        record: Initial content.
     """
 
     def __init__(self, folder: Path, record: RunRecord) -> None:
         self.folder, self.record = folder, record
-        self._before, self._begun = record.seconds, time.monotonic()
-        self._writing = RLock()  # what data workers log comes from a thread
+        self._earlier_seconds, self._started_at = record.seconds, time.monotonic()
+        self._writing = RLock()  # Messages of data workers arrive on another thread.
 
     def write(self, status: Status = "running", reason: str | None = None) -> None:
-        """Write it as it stands.
+        """Write the file with the current run time.
 
         Args:
-            status: Of the run from now on.
-            reason: Why it ended, if it did not finish.
+            status: New status of the run.
+            reason: Why the run ended, if it did not finish.
         """
         with self._writing:
-            seconds = round(self._before + time.monotonic() - self._begun, 1)
+            seconds = round(self._earlier_seconds + time.monotonic() - self._started_at, 1)
             self.record = replace(self.record, status=status, reason=reason, seconds=seconds)
             self.record.write(self.folder)
 
     def warn(self, code: str, message: str, figures: Mapping[str, Any]) -> None:
-        """Keep a warning; the same words again count once.
+        """Record a warning; repeated identical messages are recorded once.
 
-        It is written at once, so that a run that is killed has it; of very many of a kind, only the
-        first ones, and then each time that their number has doubled.
+        The file is written immediately, so that a killed run keeps its warnings. After the first
+        ``RECORDS_PER_CODE`` warnings of a code it is written only when their count has doubled.
 
         Args:
-            code: The kind.
-            message: The words.
-            figures: What they are made of.
+            code: Kind of warning.
+            message: Text of the warning.
+            figures: Values in the message by name.
         """
         with self._writing:
             alike = [one for one in self.record.warnings if one.code == code]
             message = message[:LONGEST_TEXT]
-            if len(alike) <= EXAMPLES:
+            if len(alike) <= RECORDS_PER_CODE:
                 if any(one.message == message for one in alike):
                     return
                 self.record.warnings.append(WarningRecord(code, message, _figures(figures)))
             else:
                 alike[-1].count += 1
-                if alike[-1].count.bit_count() > 1:  # no power of two
+                if alike[-1].count.bit_count() > 1:  # Not a power of two.
                     return
             self.write()
 
 
 def _figures(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values as ``run.json`` takes them; tensors and NumPy's numbers as numbers, others as text."""
+    """Convert values for ``run.json``: tensors and NumPy scalars to numbers, others to text."""
     return {str(name): _figure(value) for name, value in values.items()}
 
 
@@ -218,7 +218,7 @@ def _figure(value: Any) -> Any:
     if isinstance(value, Mapping):
         return _figures(value)
     if isinstance(value, list | tuple):
-        return [_figure(one) for one in value[:EXAMPLES]]
+        return [_figure(one) for one in value[:RECORDS_PER_CODE]]
     if not isinstance(value, str):
         with suppress(TypeError, ValueError, RuntimeError):
             number = float(value)

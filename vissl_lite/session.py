@@ -1,4 +1,4 @@
-"""What a command changes in its process while it runs; all is as it was before when it ends."""
+"""Process-wide settings that a command changes while it runs and restores afterwards."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,11 +9,11 @@ from vissl_lite.log import command_log
 
 @contextmanager
 def session() -> Iterator[None]:
-    """Run a command, from Python or from the command line.
+    """Apply process-wide settings for the duration of a command.
 
-    While it runs, messages of the package go to the console and into its run, and not to the
-    handlers of the root logger; Pillow and OpenCV do not print about broken images, which our own
-    log names; and ``--max_pixels`` is the limit of Pillow, too.
+    Messages of the package go to the console and to the run instead of the root logger's handlers.
+    Pillow and OpenCV do not print messages about broken images, which the package logs itself.
+    ``--max_pixels`` also sets the limit of Pillow.
     """
     restore = silence_decoders()
     try:

@@ -416,7 +416,7 @@ def test_other_files_in_out(refused: Refused, few: Path, tmp_path: Path) -> None
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("years of work")
     error = refused("pretrain", "--data", few, "--out", tmp_path / "other", "--overwrite")
-    assert "holds other files, and --overwrite replaces runs of vissl-lite alone" in error
+    assert "holds other files, and --overwrite replaces runs of vissl-lite only" in error
     error = refused("pretrain", "--data", few, "--out", few, "--overwrite")
     assert f"--data {few} lies in --out {few}" in error
 

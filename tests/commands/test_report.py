@@ -25,7 +25,7 @@ def test_the_page_of_a_probe_is_made_again(
     assert report(".") == Path("report.html")
     text = (run / "report.html").read_text()
     assert "<h1>run</h1>" in text  # not a dot
-    for part in ("Stage by stage", "layer4", "kNN accuracy", "random:test_resnet"):
+    for part in ("Accuracy per stage", "layer4", "kNN accuracy", "random:test_resnet"):
         assert part in text
     assert {file.name for file in run.iterdir()} == before  # nothing else is touched
     assert "Written: report.html" in capsys.readouterr().err

@@ -307,7 +307,7 @@ def test_predictions_are_there_when_a_failure_comes_late(
         return image
 
     for task, module, how, file in (
-        ("classification", classification, "draw_words", "predictions.csv.part"),
+        ("classification", classification, "draw_caption", "predictions.csv.part"),
         ("detection", detection, "draw_boxes", "predictions.jsonl.part"),
     ):
         drawn.clear()

@@ -324,7 +324,7 @@ def test_damaged_rows_of_metrics_are_left_out_and_said(
 ) -> None:
     file = run / "metrics.csv"
     whole = file.read_bytes()
-    tried = Tried(lambda: MetricsFile(file).forget_after(2))
+    tried = Tried(lambda: MetricsFile(file).drop_after(2))
     for text in (*TEXTS, b"step\n1\n", b"step,seconds\nx,1\n", b"step,seconds\n1,x\n,\n"):
         file.write_bytes(text)
         assert tried(str(text[:40]))

@@ -74,7 +74,7 @@ def test_a_run_as_a_person_opens_it(run: Path, page: Page) -> None:
     warning = page.locator("section").first.locator(".alert.warn").first
     expect(warning).to_contain_text("broken.jpg")
     assert warning.bounding_box()["y"] < page.locator(".tile").first.bounding_box()["y"]
-    for heading in ("Curves", "Map of the images", "How it was made"):
+    for heading in ("Curves", "Map of the images", "Provenance"):
         expect(page.locator("h2", has_text=heading)).to_be_visible()
     log = page.locator("summary", has_text="lines of the log")
     expect(page.locator("details pre")).to_be_hidden()

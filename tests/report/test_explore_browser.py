@@ -105,7 +105,7 @@ def test_clicking_a_point_or_an_odd_one_shows_its_nearest_neighbors(
     row.nth(1).click()  # a neighbor shows its own
     expect(row.first).to_have_attribute("title", names[1])
     assert opened.evaluate(_STATE)["selected"] == [int(image_map.neighbors[8, 0])]
-    odd = cards(opened, "Odd ones out")
+    odd = cards(opened, "Outliers")
     expect(odd).to_have_count(24)
     odd.first.click()
     assert opened.evaluate(_STATE)["selected"] == [int(image_map.outlier_score.argmax())]

@@ -122,7 +122,7 @@ def test_warnings_and_leaks_come_before_the_figures(tmp_path: Path) -> None:
     order = [
         shown.index(part)
         for part in ("Leaks: 3 test images", "skipped: /a/0.png", "skipped: /a/4.png",
-                     "and 35 more of the kind", "has collapsed", "0.625 linear accuracy")
+                     "and 35 more of this kind", "has collapsed", "0.625 linear accuracy")
     ]  # fmt: skip
     assert order == sorted(order)
     assert "/a/5.png" not in shown
@@ -138,7 +138,7 @@ def test_a_run_that_did_not_finish_says_why(tmp_path: Path) -> None:
     shown = words(make(run, status="failed", reason="<disk> is full"))
     assert "pretrain failed" in shown
     assert "Stopped by an error: <disk> is full" in shown
-    assert "--resume goes on" in shown
+    assert "To continue: vissl-lite pretrain --out" in shown
     shown = words(make(run, "probe", status="stopped", reason="stopped by SIGTERM"))
     assert "probe stopped" in shown
     assert "Stopped: stopped by SIGTERM" in shown
@@ -202,12 +202,12 @@ def test_a_comparison_begins_with_its_verdict(tmp_path: Path) -> None:
                baseline="random:resnet18", left_out={"timm:resnet18": "no network"},
                leaks=2, sentences=[sentence])  # fmt: skip
     shown = words(run)
-    assert shown.index(sentence) < shown.index("The comparison")
+    assert shown.index(sentence) < shown.index("Comparison Mean ± standard deviation")
     assert shown.count(sentence) == 1
     assert "2 warnings" in shown
-    assert "Stage by stage" in shown
+    assert "Accuracy per stage" in shown
     assert "left out: timm:resnet18: no network" in shown
-    assert "encoder 1% 1,500 labels 10% 15,000 labels in all" in shown
+    assert "encoder 1% 1,500 labels 10% 15,000 labels overall" in shown
     assert "runs/a 0.400 ± 0.010 +0.100 (+0.050 to +0.150) 0.600 ± 0.020 helped" in shown
     assert "random:resnet18 0.300 ± 0.010 baseline" in shown
 
@@ -219,7 +219,7 @@ def test_a_comparison_begins_with_its_verdict(tmp_path: Path) -> None:
     {"test": {"top1": math.nan}}, {"warnings": "none"}, {"leaks": {"a": None}}, {"seconds": "ten"},
 ])  # fmt: skip
 def test_results_with_parts_missing_make_a_page(damage: dict[str, Any], tmp_path: Path) -> None:
-    assert "How it was made" in words(make(tmp_path / "run", "finetune", **damage))
+    assert "Provenance" in words(make(tmp_path / "run", "finetune", **damage))
 
 
 def test_the_figures_of_finetune_and_its_classes(tmp_path: Path) -> None:

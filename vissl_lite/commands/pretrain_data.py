@@ -16,7 +16,7 @@ from vissl_lite.data.stream import Source, ViewDataset
 from vissl_lite.data.views import Views
 from vissl_lite.errors import UserError
 from vissl_lite.options import path_list
-from vissl_lite.run import is_main_process, warned_at_once
+from vissl_lite.run import is_main_process, show_warnings_early
 
 SAMPLE = "sample"
 
@@ -68,7 +68,7 @@ def find_training_images(options: PretrainOptions, run: Path, resume: bool) -> T
         UserError: There are no images, or they can't be read.
     """
     sources = path_list(options.data)
-    with warned_at_once():
+    with show_warnings_early():
         shards = find_shards(sources)
     if shards is None:
         return TrainingImages(PathList(find_images(sources)))
@@ -79,6 +79,6 @@ def find_training_images(options: PretrainOptions, run: Path, resume: bool) -> T
     if not is_main_process() and (options.image_size or Path(options.init).is_dir()):
         return TrainingImages(PathList([]), shards)  # the sample is not needed here
     temporary = tempfile.TemporaryDirectory(prefix="vissl-lite-")
-    with warned_at_once():
+    with show_warnings_early():
         write_sample(shards, Path(temporary.name))
     return TrainingImages(PathList(find_images([temporary.name])), shards, temporary)

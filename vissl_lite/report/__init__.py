@@ -1,1 +1,1 @@
-"""Pages that show a run, and maps of images: self-contained HTML."""
+"""Self-contained HTML pages: the report of a run, and maps of images."""

@@ -1,4 +1,4 @@
-"""What commands add to their runs for people to look at: pictures, a map, and the report."""
+"""Pictures, a map of embeddings and the report, which commands add to their runs."""
 
 import logging
 from collections.abc import Sequence
@@ -27,16 +27,17 @@ NEIGHBORS_SHOWN = 7
 def add_pretext(
     run: Path, task: PretextTask, paths: Sequence[str], views: Views, seed: int
 ) -> None:
-    """Leave pictures of the views, and of the pretext at work, in a run of ``pretrain``.
+    """Write pictures of the views and of the pretext's predictions into a run of ``pretrain``.
 
-    A failure is a warning and no more, but for faults of the machine.
+    A failure is logged as a warning; machine errors are raised.
 
     Args:
-        run: the folder; gets views.png and, where there is something to see, pretext.png.
-        task: the pretext, trained.
-        paths: the training images.
-        views: the pretext's.
-        seed: chooses the images.
+        run: Run folder, which gets ``views.png`` and, if the pretext has a visualization,
+            ``pretext.png``.
+        task: Trained pretext.
+        paths: Training images.
+        views: Views of the pretext.
+        seed: Seed that selects the images.
     """
     try:
         draw_views(paths, views, seed, run / "views.png")
@@ -44,7 +45,7 @@ def add_pretext(
         if shown is not None:
             plot_grid(shown.rows, run / "pretext.png", shown.columns)
     except Exception as error:
-        _warn("the picture of the pretext", error)
+        _warn_or_raise("the picture of the pretext", error)
 
 
 def add_embeddings(
@@ -55,17 +56,17 @@ def add_embeddings(
     classes: Sequence[str] = (),
     seed: int = 0,
 ) -> None:
-    """Leave a map of images and their nearest neighbors in a run, for its report.
+    """Write a map of images and a picture of nearest neighbors into a run, for its report.
 
-    A failure is a warning and no more, but for faults of the machine.
+    A failure is logged as a warning; machine errors are raised.
 
     Args:
-        run: the folder; gets map.npz and neighbors.png.
-        encoder: whose embeddings.
-        paths: N image files, of which up to 1,000 are shown.
-        labels: ``(N,)`` class indices, where each image has one.
-        classes: their names.
-        seed: chooses the images.
+        run: Run folder, which gets ``map.npz`` and ``neighbors.png``.
+        encoder: Encoder that computes the embeddings.
+        paths: N image files, of which up to 1,000 are used.
+        labels: Class indices ``(N,)``, if each image has one class.
+        classes: Class names.
+        seed: Seed that selects the images.
     """
     try:
         image_map = make_map(encoder, paths, labels, classes, seed=seed)
@@ -78,19 +79,19 @@ def add_embeddings(
         names = None
         if image_map.labels is not None:
             names = [[classes[image_map.labels[index]] for index in row] for row in shown]
-        images = [[_small(image_map.paths[index]) for index in row] for row in shown]
+        images = [[_thumbnail(image_map.paths[index]) for index in row] for row in shown]
         similarities = image_map.similarities[queries, :count]
         plot_neighbors(images, similarities, run / "neighbors.png", names)
-    except Exception as error:  # such as features that are no numbers
-        _warn("the map of the embeddings", error)
+    except Exception as error:  # For example, features that are not finite.
+        _warn_or_raise("the map of the embeddings", error)
 
 
-def _small(path: str) -> np.ndarray:
+def _thumbnail(path: str) -> np.ndarray:
     return resize_and_crop(read_image(path, 96), 96)
 
 
 def add_test_embeddings(run: Path, encoder: Encoder, data: LabelledDataset, seed: int) -> None:
-    """The same of the test images of labelled data, of whatever task."""
+    """Call ``add_embeddings`` for the test images of a labelled data set of any task."""
     labels = data.image_classes("test")
     add_embeddings(run, encoder, data.paths("test"), labels, data.classes, seed)
 
@@ -98,41 +99,41 @@ def add_test_embeddings(run: Path, encoder: Encoder, data: LabelledDataset, seed
 def add_test_pictures(
     run: Path, task: AnyTask, model: TrainedModel, data: LabelledDataset, scores: Scores
 ) -> None:
-    """Leave pictures of test predictions in a run of ``finetune``.
+    """Write pictures of test predictions into a run of ``finetune``.
 
-    Images that have gone are a warning and no more.
+    Missing or broken images are logged as a warning.
 
     Args:
-        run: the folder.
-        task: of the run.
-        model: what it has trained.
-        data: with the test part.
-        scores: of the model on the test part.
+        run: Run folder.
+        task: Task of the run.
+        model: Trained model.
+        data: Labelled data with a test part.
+        scores: Scores of the model on the test part.
     """
     try:
         task.visualize(model, data, scores, run)
     except (UserError, *BROKEN_IMAGE) as error:
-        _warn("the pictures of the test images", error)
+        _warn_or_raise("the pictures of the test images", error)
 
 
 def add_report(run: Path) -> None:
-    """Write the report of a run that has done its work.
+    """Write the report of a run whose other files are complete.
 
-    A failure is a warning and no more, but for faults of the machine.
+    A failure is logged as a warning; machine errors are raised.
 
     Args:
-        run: the folder, with all its other files written.
+        run: Run folder.
     """
     try:
         from vissl_lite.report.run_report import write_report
 
         log.info("The report is %s", write_report(run))
-    except Exception as error:  # whatever it is: it must not cost the run
-        _warn("report.html", error)
+    except Exception as error:  # A failing report must not fail the run.
+        _warn_or_raise("report.html", error)
 
 
-def _warn(what: str, error: Exception) -> None:
-    """Say that something can't be made; a fault of the machine, such as a full disk, is raised."""
+def _warn_or_raise(what: str, error: Exception) -> None:
+    """Log a failure as a warning, but raise machine errors such as a full disk."""
     if machine_error(error) is not None:
         raise error
     log.warning(

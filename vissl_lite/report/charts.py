@@ -1,4 +1,4 @@
-"""Interactive charts of what was measured."""
+"""Interactive Bokeh charts of metrics."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,107 +10,107 @@ from bokeh.plotting import figure
 
 from vissl_lite.report.page import Block
 
-# What each measure tells, in the order in which they are shown.
-MEASURES = {
-    "loss": "What the training lowers. It should fall, then level off; its height can't be compared"
-    " between pretexts.",
-    "accuracy": "How often the pretext's own question is answered rightly. Too easy or impossible"
-    " teaches nothing.",
-    "knn": "Accuracy on labelled validation images by a vote of their nearest neighbors: the most"
-    " direct sign that the features become useful.",
-    "linear": "Accuracy on labelled validation images of a linear classifier on the features.",
-    "feature_std": "Spread of the features: near 1 is even, 0 means that all images look the same"
-    " to the encoder (a collapse).",
-    "effective_rank": "How many directions the features use (RankMe). Near 1 is a collapse.",
-    "alignment": "Distance between the features of two views of an image: lower is closer.",
-    "uniformity": "How evenly the features fill the sphere: lower is more even.",
-    "lr": "The learning rate: it rises in the warm-up and falls to the end.",
+# Explanation of each metric, in the order in which the charts are shown.
+METRIC_NOTES = {
+    "loss": "Training loss. It should fall and then level off. Its value cannot be compared between"
+    " pretexts.",
+    "accuracy": "Accuracy on the pretext's own task. Near 1 or near chance, the task is too easy or"
+    " too hard to learn from.",
+    "knn": "kNN accuracy on labelled validation images: the most direct sign that the features"
+    " become useful.",
+    "linear": "Accuracy of a linear classifier on the features of labelled validation images.",
+    "feature_std": "Spread of the features. Near 1 is evenly spread; 0 means that all images have"
+    " the same features (a collapse).",
+    "effective_rank": "Effective number of feature dimensions (RankMe). Near 1 is a collapse.",
+    "alignment": "Distance between the features of two views of an image; lower is closer.",
+    "uniformity": "How uniformly the features cover the sphere; lower is more uniform.",
+    "lr": "Learning rate: rises during warm-up, then falls until the end.",
     "view_size": "Side of the views in pixels.",
-    "images_per_second": "Speed of the training.",
-    "data_wait": "Share of the time spent waiting for images. Much above 0.1 asks for more workers"
+    "images_per_second": "Training speed.",
+    "data_wait": "Fraction of the time spent waiting for images. Well above 0.1, use more workers"
     " or smaller files.",
 }
 
-# Columns that are no measure.
+# Columns of metrics.csv that get no chart.
 _COUNTERS = ("step", "epoch", "seconds")
 
-# Points in a line at most: more can't be seen, and would make the file large.
+# Maximum number of points per line: more are not visible and make the file large.
 POINTS = 600
 
-# Seen on white and on black.
+# Colors that are readable on white and on black.
 COLORS = ("#3b7dd8", "#e07b28", "#2a9d6f", "#c2557a", "#8a6fd1")
 GRAY = "#808890"
 
 
 def curves(metrics: Mapping[str, tuple[list[float], list[float]]]) -> list[Block]:
-    """A chart for each measure; a measure of the validation part stands with its training one.
+    """Draw one chart per metric; a validation metric shares the chart of its training metric.
 
     Args:
-        metrics: steps and values by name.
+        metrics: Steps and values of each metric by name.
     """
     names = [name for name in metrics if name not in _COUNTERS]
-    order = list(MEASURES)  # others stand before what tells of the training alone
-    names.sort(key=lambda name: (order.index(name if name in MEASURES else "lr"), name == "lr"))
+    order = list(METRIC_NOTES)  # Unknown metrics come before the learning rate.
+    names.sort(key=lambda name: (order.index(name if name in METRIC_NOTES else "lr"), name == "lr"))
     charts = []
     for name in names:
         if name.removeprefix("val_") in names and name.startswith("val_"):
-            continue  # drawn with its training measure
+            continue  # Drawn with its training metric.
         together = [one for one in (name, f"val_{name}") if one in names]
-        drawn = _lines({one: metrics[one] for one in together})
-        charts.append(Block(name.replace("_", " "), drawn, _explained(name)))
+        chart = _line_chart({one: metrics[one] for one in together})
+        charts.append(Block(name.replace("_", " "), chart, _note(name)))
     return charts
 
 
-def _explained(name: str) -> str:
+def _note(name: str) -> str:
     if name.startswith("val_"):
         return "On validation images."
     if name.endswith("_loss"):
-        return "A part of the loss."
-    return MEASURES.get(name, "")
+        return "Component of the loss."
+    return METRIC_NOTES.get(name, "")
 
 
 def stages(layers: Mapping[str, Mapping[str, float]]) -> figure:
-    """How good the features of each stage are.
+    """Draw the accuracy of the features of each stage.
 
     Args:
-        layers: by stage, from the first to the last, by measure: a figure in [0, 1].
+        layers: Values in [0, 1] by stage, from the first to the last, then by metric.
     """
     names = list(layers)
     chart = _figure(x_range=FactorRange(*names), height=280)
-    measures = list(dict.fromkeys(measure for row in layers.values() for measure in row))
-    for measure, color in zip(measures, COLORS, strict=False):
-        values = [layers[name].get(measure, math.nan) for name in names]
-        data = ColumnDataSource({"x": names, "y": values, "name": [measure] * len(names)})
-        _line(chart, data, color, measure)
+    metrics = list(dict.fromkeys(metric for row in layers.values() for metric in row))
+    for metric, color in zip(metrics, COLORS, strict=False):
+        values = [layers[name].get(metric, math.nan) for name in names]
+        data = ColumnDataSource({"x": names, "y": values, "name": [metric] * len(names)})
+        _line(chart, data, color, metric)
         chart.scatter("x", "y", source=data, color=color, size=7)
     _hover(chart, "<b>@name</b> @y{0.000}<br>@x")
-    _legend(chart, measures)
-    chart.xaxis.axis_label = "stage, from the image to the output"
+    _legend(chart, metrics)
+    chart.xaxis.axis_label = "stage, from input to output"
     return chart
 
 
-def _lines(series: Mapping[str, tuple[list[float], list[float]]]) -> figure:
-    """Lines over training steps; losses on a logarithmic scale where they fall far."""
-    drawn = {name: _thinned(*points) for name, points in series.items()}
-    every = np.concatenate([values for _, values in drawn.values()])
+def _line_chart(series: Mapping[str, tuple[list[float], list[float]]]) -> figure:
+    """Draw lines over training steps, with a logarithmic scale for losses of a wide range."""
+    lines = {name: _downsample(*points) for name, points in series.items()}
+    every = np.concatenate([values for _, values in lines.values()])
     every = every[np.isfinite(every)]
-    far = len(every) > 0 and every.min() > 0 and every.max() > 100 * every.min()
-    losses = all(name.endswith("loss") for name in drawn)
-    chart = _figure(y_axis_type="log" if far and losses else "linear", height=230)
-    for (name, (steps, values)), color in zip(drawn.items(), COLORS, strict=False):
+    wide = len(every) > 0 and every.min() > 0 and every.max() > 100 * every.min()
+    losses = all(name.endswith("loss") for name in lines)
+    chart = _figure(y_axis_type="log" if wide and losses else "linear", height=230)
+    for (name, (steps, values)), color in zip(lines.items(), COLORS, strict=False):
         data = ColumnDataSource({"x": steps, "y": values, "name": [name] * len(steps)})
         _line(chart, data, color, name)
         if len(steps) < 40:
             chart.scatter("x", "y", source=data, color=color, size=5)
     _hover(chart, "<b>@name</b> @y{0.[00000]}<br>step @x{0}")
-    _legend(chart, list(drawn))
+    _legend(chart, list(lines))
     chart.xaxis.axis_label = "step"
     chart.xaxis.formatter = NumeralTickFormatter(format="0.[0]a")
     return chart
 
 
-def _thinned(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Averages of as many neighboring points as it takes; a gap stays a gap."""
+def _downsample(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Average neighboring points down to ``POINTS``; NaN values stay NaN."""
     x, y = np.asarray(steps, float), np.asarray(values, float)
     if len(x) <= POINTS:
         return x, y
@@ -121,7 +121,7 @@ def _thinned(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarra
 
 
 def _figure(**options: Any) -> figure:
-    """A chart without a background of its own, in grays that are read on white and on black."""
+    """Create a chart with a transparent background and grays readable on white and on black."""
     chart = figure(
         sizing_mode="stretch_width",
         tools="box_zoom,reset",

@@ -1,7 +1,7 @@
-"""What a command left in its run folder, as far as it can be read.
+"""Read a run folder for its report, as far as its files are readable.
 
-Commands write for programs ``run.json``, ``config.yaml``, ``results.json`` and ``metrics.csv``: the
-report reads these alone. Of ``log.txt``, which is for people, the end is quoted.
+The report is based on the machine-readable files ``run.json``, ``config.yaml``, ``results.json``
+and ``metrics.csv``. The end of ``log.txt`` is only quoted.
 """
 
 import math
@@ -18,22 +18,23 @@ from vissl_lite.run import LARGEST_RESULTS, LOG, METRICS, RESULTS
 from vissl_lite.run_folder import CONFIG, is_locked
 from vissl_lite.run_record import RUN, RunRecord, read_record
 
-# Lines of the log that are quoted, and the bytes at its end that are read for them.
+# Number of log lines that are quoted, and number of bytes at the end of the log that are read.
 LOG_LINES, LOG_BYTES = 30, 2**16
 
 
 @dataclass
 class RunFolder:
-    """A run, read.
+    """Content of a run folder.
 
     Attributes:
-        folder: where.
-        record: its ``run.json``; None if that can't be read.
-        config: its options; empty if they can't be read.
-        results: None where the run has not ended, or they can't be read.
-        metrics: by name, the steps and values of what was measured.
-        log: the last lines of its log.
-        unreadable: a sentence for each thing that is left out because it is damaged.
+        folder: Run folder.
+        record: Content of ``run.json``; None if it cannot be read.
+        config: Options of the run; empty if they cannot be read.
+        results: Content of ``results.json``; None if the run has not finished or it cannot be
+            read.
+        metrics: Steps and values of each metric by name.
+        log: Last lines of the log.
+        unreadable: A message for each damaged file that is left out.
     """
 
     folder: Path
@@ -46,30 +47,30 @@ class RunFolder:
 
     @property
     def command(self) -> str:
-        """The command that wrote the run; empty if that is not known."""
+        """The command that wrote the run; empty if it is unknown."""
         return "" if self.record is None else self.record.command
 
     @property
     def figures(self) -> dict[str, Any]:
-        """The results, or nothing."""
+        """The results; empty if there are none."""
         return self.results or {}
 
     def has(self, name: str) -> bool:
-        """Whether there is such a file."""
+        """Whether the run folder contains a file of this name."""
         return (self.folder / name).is_file()
 
     def is_open(self) -> bool:
-        """Whether a process is writing to it, perhaps this one."""
+        """Whether this or another process is writing to the run."""
         return (
             self.record is not None and self.record.status == "running" and is_locked(self.folder)
         )
 
 
 def read_run(folder: Path) -> RunFolder:
-    """Read a run folder; what is missing or damaged stays empty.
+    """Read a run folder. Attributes of missing or damaged files stay empty.
 
     Args:
-        folder: of a run of any command, perhaps not ended.
+        folder: Run folder of any command; the run need not have finished.
     """
     run = RunFolder(folder, read_record(folder))
     if run.record is None and run.has(RUN):
@@ -97,7 +98,7 @@ def _mapping(run: RunFolder, name: str, read: Callable[[Path], Any]) -> dict[str
 
 
 def _last_lines(file: Path) -> list[str]:
-    """The end of a text file; empty if it can't be read."""
+    """Return the last lines of a text file; empty if it cannot be read."""
     try:
         with file.open("rb") as opened:
             start = max(0, opened.seek(0, 2) - LOG_BYTES)
@@ -105,7 +106,7 @@ def _last_lines(file: Path) -> list[str]:
             lines = opened.read(LOG_BYTES).decode(errors="replace").splitlines()
     except OSError:
         return []
-    return lines[start > 0 :][-LOG_LINES:]  # the first one may have lost its beginning
+    return lines[start > 0 :][-LOG_LINES:]  # The first line may be incomplete.
 
 
 def _read_metrics(run: RunFolder) -> None:

@@ -1,4 +1,4 @@
-"""The pictures of a run folder, small enough to stand in a page."""
+"""Embed the pictures of a run folder in a page, reduced in size."""
 
 import base64
 from io import BytesIO
@@ -10,54 +10,53 @@ from vissl_lite.data.reading import read_regular
 from vissl_lite.report.folder import RunFolder
 from vissl_lite.report.page import Block, render
 
-# What the known pictures show, in the order in which they are shown: heading and note.
+# Heading and note of the known pictures, in the order in which they are shown.
 PICTURES = {
     "compare.png": (
-        "Accuracy against labels",
-        "Means over the seeds; bands are one standard deviation. The broken line is the baseline.",
+        "Accuracy by number of labels",
+        "Means over the seeds; bands are one standard deviation. The dashed line is the baseline.",
     ),
-    "test.png": ("Test images", "What the model predicts, beside the truth."),
-    "confusion.png": ("What is taken for what", "Rows are the truth, columns what was predicted."),
+    "test.png": ("Test images", "Predictions of the model and the ground truth."),
+    "confusion.png": ("Confusion matrix", "Rows are true classes, columns predicted classes."),
     "per_class.png": ("Classes", "On the test part, best first."),
     "views.png": (
-        "What the encoder saw",
-        "Some images beside their augmented views, as they go"
-        " into the encoder. Would you still know what they show?",
+        "Augmented views",
+        "Some images beside their augmented views, the input of the encoder."
+        " Check that you can still recognize what they show.",
     ),
     "pretext.png": (
-        "The pretext at work",
-        "What the trained encoder makes of the pretext's own question.",
+        "Pretext examples",
+        "Predictions of the trained encoder on the pretext's own task.",
     ),
     "neighbors.png": (
         "Nearest neighbors",
-        "Images, and those whose features are most similar."
-        " Neighbors should show the same kind of thing.",
+        "Images beside those with the most similar features."
+        " Neighbors should show the same kind of content.",
     ),
     "curves.png": ("Curves", ""),
 }
 
-# The longer side in pixels that a picture is reduced to, and a small one among many; how many of
-# these there are at most.
-LARGEST, THUMBNAIL, THUMBNAILS = 1800, 360, 24
+# Maximum longer side of pictures and of thumbnails in pixels, and maximum number of thumbnails.
+PICTURE_SIDE, THUMBNAIL_SIDE, THUMBNAILS = 1800, 360, 24
 
-# A PNG below this size in bytes stays as it is: lines and letters are sharpest so.
-KEPT = 150_000
+# PNG files below this size in bytes are embedded unchanged, which keeps lines and text sharp.
+UNCHANGED_BYTES = 150_000
 
 
-def data_uri(file: Path, longest: int = LARGEST) -> str:
-    """An image file as the address of itself, as WebP where its own bytes would be many.
+def data_uri(file: Path, longest: int = PICTURE_SIDE) -> str:
+    """Encode an image file as a data URI, as WebP unless it is a small PNG.
 
     Args:
-        file: an image.
-        longest: side in pixels that it is reduced to.
+        file: Image file.
+        longest: Longer side in pixels to reduce larger images to.
 
     Raises:
-        OSError, ValueError, SyntaxError: it can't be read (``BROKEN_IMAGE``).
+        OSError, ValueError, SyntaxError: If the image cannot be read (``BROKEN_IMAGE``).
     """
     data = read_regular(file)
     with opened_image(BytesIO(data), file) as opened:
-        opened.load()  # reads all of it, so that one cut short is found
-        if max(opened.size) <= longest and opened.format == "PNG" and len(data) < KEPT:
+        opened.load()  # Decodes the whole image, so that truncated files are detected.
+        if max(opened.size) <= longest and opened.format == "PNG" and len(data) < UNCHANGED_BYTES:
             kind = "png"
         else:
             picture = opened.convert("RGBA" if "A" in opened.getbands() else "RGB")
@@ -69,11 +68,11 @@ def data_uri(file: Path, longest: int = LARGEST) -> str:
 
 
 def picture(run: RunFolder, name: str) -> list[Block]:
-    """One picture of the run, if it is there; a damaged one is put on the list.
+    """Return a block with one picture of the run, or nothing if it is missing or damaged.
 
     Args:
-        run: its list of what is unreadable may grow.
-        name: the file's.
+        run: The run. A damaged picture is added to ``run.unreadable``.
+        name: File name of the picture.
     """
     if not run.has(name):
         return []
@@ -83,16 +82,16 @@ def picture(run: RunFolder, name: str) -> list[Block]:
     except BROKEN_IMAGE:
         run.unreadable.append(f"{name} is damaged and left out.")
         return []
-    html = render("pictures", pictures=[shown], small=False, words=heading)
+    html = render("pictures", pictures=[shown], small=False, alt=heading)
     return [Block(heading, html, note)]
 
 
 def pictures(run: RunFolder, leave_out: frozenset[str]) -> list[Block]:
-    """All pictures of the run, the known ones first.
+    """Return blocks with all pictures of the run, the known ones first.
 
     Args:
-        run: its list of what is unreadable may grow.
-        leave_out: files that something better stands for.
+        run: The run. Damaged pictures are added to ``run.unreadable``.
+        leave_out: Pictures that the page replaces with a chart or table.
     """
     others = sorted(file.name for file in run.folder.glob("*.png") if file.name not in PICTURES)
     names = [name for name in (*PICTURES, *others) if name not in leave_out]
@@ -100,17 +99,17 @@ def pictures(run: RunFolder, leave_out: frozenset[str]) -> list[Block]:
 
 
 def predicted(run: RunFolder) -> list[Block]:
-    """Some of the pictures that ``predict`` drew."""
+    """Return a block with the first pictures that ``predict`` drew."""
     files = sorted((run.folder / "pictures").rglob("*.png"))
     shown = []
     for file in files[:THUMBNAILS]:
         name = str(file.relative_to(run.folder / "pictures")).removesuffix(".png")
         try:
-            shown.append({"source": data_uri(file, THUMBNAIL), "caption": name})
+            shown.append({"source": data_uri(file, THUMBNAIL_SIDE), "caption": name})
         except BROKEN_IMAGE:
             run.unreadable.append(f"pictures/{name}.png is damaged and left out.")
     if not shown:
         return []
     note = f"{len(shown)} of {len(files)} in the folder pictures." if len(files) > 1 else ""
-    html = render("pictures", pictures=shown, small=True, words="prediction")
+    html = render("pictures", pictures=shown, small=True, alt="prediction")
     return [Block("Predictions", html, note)]

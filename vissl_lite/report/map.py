@@ -1,4 +1,4 @@
-"""The map of images: points to hover, click, select and save, without a server or a network."""
+"""Interactive map of images: hover, click, select and save points, without a server."""
 
 import html
 import os
@@ -29,14 +29,15 @@ from vissl_lite.evaluation.embedding import ImageMap
 from vissl_lite.plots import class_colors
 from vissl_lite.report.charts import GRAY
 
-# More classes than these get colors, but no legend: it would be longer than the map.
-LEGEND_MOST = 50
+# With more classes than this there is no legend: it would be longer than the map.
+MAX_LEGEND_CLASSES = 50
 
-ODD, PAIRS, SELECTED = 24, 24, 60  # thumbnails shown at most: odd ones, pairs, selected ones
+# Maximum numbers of thumbnails.
+MAX_OUTLIERS, MAX_PAIRS, MAX_SELECTED = 24, 24, 60
 
-NAMES = {"pca": "PCA", "umap": "UMAP"}
+PROJECTION_NAMES = {"pca": "PCA", "umap": "UMAP"}
 
-# After all colors have been used, the shape of the points goes on telling classes apart.
+# Once all colors are used, the shape of the points distinguishes further classes.
 SHAPES = ("circle", "square", "triangle", "diamond", "inverted_triangle", "hex")
 
 _TOOLTIP = """
@@ -56,7 +57,7 @@ _STYLE = """
 .pair { display: flex; gap: 2px; padding: 2px; background: #8882; border-radius: 4px; }
 """
 
-# Bokeh draws each block of HTML apart from the page, where a function of ours would not be seen.
+# Bokeh renders HTML blocks apart from the page, so the code is inlined in every ``onclick``.
 _SELECT = (
     "for (const page of Bokeh.documents) { const points = page.get_model_by_id('%s'); "
     "if (points != null) points.selected.indices = [%s] }"
@@ -64,35 +65,35 @@ _SELECT = (
 
 _SHOW_SELECTED = """
 const data = source.data, chosen = source.selected.indices
-const safe = (text) => text.replace(/[&<>"']/g, (sign) => `&#${sign.charCodeAt(0)};`)
-const card = (index, words) => `<button title="${safe(data.path[index])}"
+const escape = (text) => text.replace(/[&<>"']/g, (char) => `&#${char.charCodeAt(0)};`)
+const card = (index, caption) => `<button title="${escape(data.path[index])}"
   onclick="${select.replace('INDEX', index)}"><img width="64" height="64"
-  src="data:image/jpeg;base64,${data.thumbnail[index]}">${safe(words)}</button>`
+  src="data:image/jpeg;base64,${data.thumbnail[index]}">${escape(caption)}</button>`
 const cards = (list) => `<div class="cards">${list.join("")}</div>`
 if (chosen.length == 0) {
-  shown.text = hint
+  details.text = hint
 } else if (chosen.length == 1) {
   const index = chosen[0]
   const near = neighbors[index].map((other, place) =>
     card(other, `${similarities[index][place].toFixed(2)} ${data.class_name[other]}`))
-  shown.text = `<b>${safe(data.path[index])}</b> and its nearest neighbors, with their cosine
+  details.text = `<b>${escape(data.path[index])}</b> and its nearest neighbors, with their cosine
     similarity` + cards([card(index, data.class_name[index]), ...near])
 } else {
-  const some = chosen.slice(0, most)
-  const words = some.length < chosen.length ? `, the first ${most} of them` : ""
-  shown.text = `<b>${chosen.length} images selected</b>${words}: click one for its neighbors`
-    + cards(some.map((index) => card(index, data.class_name[index])))
+  const first = chosen.slice(0, limit)
+  const note = first.length < chosen.length ? ` (showing the first ${limit})` : ""
+  details.text = `<b>${chosen.length} images selected</b>${note}: click one for its neighbors`
+    + cards(first.map((index) => card(index, data.class_name[index])))
 }
 if (save != null) {
   save.disabled = chosen.length == 0
-  save.label = chosen.length == 0 ? nothing : `Save the paths of ${chosen.length} selected`
+  save.label = chosen.length == 0 ? save_label : `Save the paths of ${chosen.length} selected`
 }
 """
 
 _SHOW_METHOD = """
 const method = methods[cb_obj.active]
 for (const range of ranges)
-  range.have_updated_interactively = false  // so that it follows the points again
+  range.have_updated_interactively = false  // Fit the range to the points again.
 source.data = {...source.data, x: source.data[`${method}_x`], y: source.data[`${method}_y`]}
 """
 
@@ -111,18 +112,18 @@ setTimeout(() => URL.revokeObjectURL(link.href), 1000)
 """
 
 _HINT = "Click a point to see its nearest neighbors; hover to see the image."
-_NOTHING = "Save the paths of selected images"
+_SAVE_LABEL = "Save the paths of selected images"
 
 
 def map_layout(image_map: ImageMap, explore: bool = False) -> LayoutDOM:
-    """The map as a Bokeh layout that needs nothing but the page it stands in.
+    """Build the map as a self-contained Bokeh layout.
 
-    It takes Bokeh's core and its widgets: ``Resources(components=["bokeh", "bokeh-widgets"])``.
+    The page needs ``Resources(components=["bokeh", "bokeh-widgets"])``.
 
     Args:
-        image_map: what to show.
-        explore: add what helps to look through a folder: selecting by lasso, saving the selected
-            paths, a filter by class, the odd ones out and near-duplicates.
+        image_map: Images, their coordinates and their neighbors.
+        explore: Whether to add tools for browsing a folder: lasso selection, saving the selected
+            paths, a class filter, outliers and near-duplicates.
     """
     folder = common_folder(image_map.paths)
     source = _source(image_map, len(folder))
@@ -131,7 +132,7 @@ def map_layout(image_map: ImageMap, explore: bool = False) -> LayoutDOM:
         height=560,
         sizing_mode="stretch_width",
         tools=tools,
-        # in a report the wheel goes on scrolling the page, unless zooming is switched on
+        # In a report the mouse wheel scrolls the page unless zooming is switched on.
         active_scroll="wheel_zoom" if explore else None,
         background_fill_color=None,
         border_fill_color=None,
@@ -143,50 +144,50 @@ def map_layout(image_map: ImageMap, explore: bool = False) -> LayoutDOM:
     points.grid.grid_line_alpha = 0.25
     points.add_tools(HoverTool(tooltips=_TOOLTIP, limit=1))
     layers = _draw(points, source, image_map)
-    shown = _html(_HINT)
+    details = _html(_HINT)
     controls: list[Any] = []
     if len(image_map.coordinates) > 1:
         methods = list(reversed(image_map.coordinates))
-        switch = RadioButtonGroup(labels=[NAMES[name] for name in methods], active=0)
+        switch = RadioButtonGroup(labels=[PROJECTION_NAMES[name] for name in methods], active=0)
         ranges = [points.x_range, points.y_range]
-        known = {"source": source, "methods": methods, "ranges": ranges}
-        switch.js_on_change("active", CustomJS(args=known, code=_SHOW_METHOD))
+        variables = {"source": source, "methods": methods, "ranges": ranges}
+        switch.js_on_change("active", CustomJS(args=variables, code=_SHOW_METHOD))
         controls.append(switch)
     save = None
     if explore:
         if len(layers) > 1:
-            # Bokeh takes what is shown of them for HTML
+            # Bokeh interprets the labels as HTML.
             names = [(name, html.escape(name)) for name, _ in layers]
-            some = MultiChoice(options=names, placeholder="all classes; choose some", width=320)
-            some.js_on_change("value", CustomJS(args={"layers": layers}, code=_SHOW_CLASSES))
-            controls.append(some)
-        save = Button(label=_NOTHING, disabled=True)
+            choice = MultiChoice(options=names, placeholder="all classes; choose some", width=320)
+            choice.js_on_change("value", CustomJS(args={"layers": layers}, code=_SHOW_CLASSES))
+            controls.append(choice)
+        save = Button(label=_SAVE_LABEL, disabled=True)
         save.js_on_click(CustomJS(args={"source": source, "folder": folder}, code=_SAVE))
         controls.append(save)
-    known = {
+    variables = {
         "source": source,
-        "shown": shown,
+        "details": details,
         "save": save,
         "neighbors": image_map.neighbors.tolist(),
         "similarities": image_map.similarities.round(3).tolist(),
         "select": _SELECT % (source.id, "INDEX"),
-        "most": SELECTED,
+        "limit": MAX_SELECTED,
         "hint": _HINT,
-        "nothing": _NOTHING,
+        "save_label": _SAVE_LABEL,
     }
-    source.selected.js_on_change("indices", CustomJS(args=known, code=_SHOW_SELECTED))
-    lists = [_odd_ones(source, image_map), _near_duplicates(source, image_map)] if explore else []
+    source.selected.js_on_change("indices", CustomJS(args=variables, code=_SHOW_SELECTED))
+    lists = [_outliers(source, image_map), _near_duplicates(source, image_map)] if explore else []
     parts = [row(*controls, sizing_mode="stretch_width")] if controls else []
-    return column(*parts, points, shown, *lists, sizing_mode="stretch_width")
+    return column(*parts, points, details, *lists, sizing_mode="stretch_width")
 
 
 def common_folder(paths: Sequence[str]) -> str:
-    """The innermost folder that holds all of these absolute paths, with a separator at its end."""
+    """Return the innermost common folder of absolute paths, with a trailing separator."""
     return os.path.join(os.path.commonpath([os.path.dirname(path) for path in paths]), "")
 
 
 def _source(image_map: ImageMap, skip: int) -> ColumnDataSource:
-    """The points, a row each; of a path what follows the first ``skip`` letters."""
+    """Build the data source with one row per point; paths lose their first ``skip`` characters."""
     first = list(image_map.coordinates.values())[-1]
     columns: dict[str, Any] = {
         "x": first[:, 0],
@@ -209,10 +210,10 @@ def _class_names(image_map: ImageMap) -> list[str]:
 def _draw(
     points: figure, source: ColumnDataSource, image_map: ImageMap
 ) -> list[tuple[str, GlyphRenderer]]:
-    """Draw the points, one layer per class if there are few; return the layers by name."""
-    shades = class_colors(len(image_map.classes) or 1)
-    colors = [f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in shades]
-    look = {
+    """Draw the points, with one layer per class if there are few, and return layers by name."""
+    rgb = class_colors(len(image_map.classes) or 1)
+    colors = [f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in rgb]
+    style = {
         "size": 8,
         "alpha": 0.8,
         "line_color": "white",
@@ -220,10 +221,10 @@ def _draw(
         "nonselection_alpha": 0.15,
     }
     labels = image_map.labels
-    if labels is None or len(image_map.classes) > LEGEND_MOST:
-        of_each = np.zeros(len(image_map.paths), np.int64) if labels is None else labels
-        source.data["color"] = [colors[label] for label in of_each]
-        return [("", points.scatter("x", "y", source=source, fill_color="color", **look))]
+    if labels is None or len(image_map.classes) > MAX_LEGEND_CLASSES:
+        indices = np.zeros(len(image_map.paths), np.int64) if labels is None else labels
+        source.data["color"] = [colors[index] for index in indices]
+        return [("", points.scatter("x", "y", source=source, fill_color="color", **style))]
     layers = []
     for label, name in enumerate(image_map.classes):
         inside = np.flatnonzero(labels == label)
@@ -236,7 +237,7 @@ def _draw(
             view=CDSView(filter=IndexFilter(inside.tolist())),
             fill_color=colors[label],
             marker=SHAPES[label // 20 % len(SHAPES)],
-            **look,
+            **style,
         )
         layers.append((name, layer))
     items = [LegendItem(label={"value": _short(name)}, renderers=[one]) for name, one in layers]
@@ -262,39 +263,39 @@ def _short(name: str) -> str:
 
 
 def _html(text: str) -> Div:
-    # Dollar signs in a path are no formula: a renderer for these would be fetched.
+    # Dollar signs in paths must not be parsed as math: Bokeh would download a renderer.
     return Div(text=text, stylesheets=[_STYLE], disable_math=True, sizing_mode="stretch_width")
 
 
-def _card(source: ColumnDataSource, index: int, words: str) -> str:
-    """A thumbnail that selects its point when it is clicked; see ``_SHOW_SELECTED``, too."""
+def _card(source: ColumnDataSource, index: int, caption: str) -> str:
+    """Return a thumbnail that selects its point on click; the same as in ``_SHOW_SELECTED``."""
     path = html.escape(source.data["path"][index])
     return (
         f'<button title="{path}" onclick="{_SELECT % (source.id, index)}"><img width="64" '
         f'height="64" src="data:image/jpeg;base64,{source.data["thumbnail"][index]}">'
-        f"{html.escape(words)}</button>"
+        f"{html.escape(caption)}</button>"
     )
 
 
-def _odd_ones(source: ColumnDataSource, image_map: ImageMap) -> Div:
-    order = np.argsort(-image_map.outlier_score, kind="stable")[:ODD]
+def _outliers(source: ColumnDataSource, image_map: ImageMap) -> Div:
+    order = np.argsort(-image_map.outlier_score, kind="stable")[:MAX_OUTLIERS]
     cards = [_card(source, int(index), f"{image_map.outlier_score[index]:.3f}") for index in order]
     return _html(
-        f"<b>Odd ones out</b>: farthest from all others, with the distance to their neighbor "
+        f"<b>Outliers</b>: images farthest from all others, with the distance to their neighbor "
         f'number {image_map.neighbors.shape[1]}<div class="cards">{"".join(cards)}</div>'
     )
 
 
 def _near_duplicates(source: ColumnDataSource, image_map: ImageMap) -> Div:
     if len(image_map.duplicates) == 0:
-        return _html("<b>Near-duplicates</b>: none, no two images are nearly the same")
+        return _html("<b>Near-duplicates</b>: none")
     names = source.data["class_name"]
     pairs = [
         f'<div class="pair">{_card(source, first, names[first])}'
         f"{_card(source, second, names[second])}</div>"
-        for first, second in image_map.duplicates[:PAIRS].tolist()
+        for first, second in image_map.duplicates[:MAX_PAIRS].tolist()
     ]
     return _html(
-        f"<b>Near-duplicates</b>: the {len(pairs)} pairs most alike to this encoder"
+        f"<b>Near-duplicates</b>: the {len(pairs)} image pairs with the most similar features"
         f'<div class="cards">{"".join(pairs)}</div>'
     )

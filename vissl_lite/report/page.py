@@ -1,4 +1,4 @@
-"""A page: blocks of HTML and interactive charts in one file that needs no network."""
+"""Write a page: blocks of HTML and interactive charts in one self-contained file."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from vissl_lite.data.atomic_file import write_atomically
 
-# HTML, a Bokeh layout, or cards that stand side by side where there is room.
+# HTML, a Bokeh layout, or cards that are placed side by side if there is room.
 Content: TypeAlias = Markup | UIElement | Sequence["Block"]
 
 _templates = Environment(
@@ -28,12 +28,12 @@ _templates = Environment(
 
 @dataclass(frozen=True)
 class Block:
-    """A part of a page.
+    """A section of a page, or a card in a section.
 
     Attributes:
-        heading: above it; an empty one leaves it out of the page's list of contents too.
-        content: what is shown.
-        note: a sentence below the heading that says what one sees.
+        heading: Heading. A section without one is not listed in the table of contents.
+        content: HTML, a chart, or cards.
+        note: A sentence below the heading that explains the content.
     """
 
     heading: str
@@ -42,31 +42,31 @@ class Block:
 
 
 def render(template: str, **variables: Any) -> Markup:
-    """HTML from a template of this package; text is escaped, unless it is ``Markup``.
+    """Render a template of this package to HTML. Text is escaped unless it is ``Markup``.
 
     Args:
-        template: its name without ``.jinja``.
-        variables: what it shows; all that it names must be there.
+        template: Name of the template without ``.jinja``.
+        variables: Variables of the template; all that it uses must be given.
     """
     return Markup(_templates.get_template(f"{template}.jinja").render(variables))
 
 
 def write_page(file: Path, title: str, blocks: Sequence[Block], wide: bool = False) -> None:
-    """Write a page as one file that appears whole or not at all.
+    """Write a page atomically as one file.
 
-    Bokeh's own code goes into it once, and only where there is a chart.
+    Bokeh's JavaScript is embedded once, and only if the page has a chart.
 
     Args:
-        file: the HTML file.
-        title: of the browser's window.
-        blocks: in this order.
-        wide: use the whole width of the window, as for one large chart.
+        file: HTML file to write.
+        title: Title of the page.
+        blocks: Sections of the page, in order.
+        wide: Whether to use the whole width of the window, as for one large chart.
     """
     charts = [chart for block in blocks for chart in _charts(block)]
     numbers = {id(chart): number for number, chart in enumerate(charts)}
     page = _templates.get_template("page.jinja")
     variables = {
-        "blocks": [_plain(block, numbers) for block in blocks],
+        "blocks": [_template_block(block, numbers) for block in blocks],
         "version": version("vissl-lite"),
         "wide": wide,
         "title": title,
@@ -76,7 +76,7 @@ def write_page(file: Path, title: str, blocks: Sequence[Block], wide: bool = Fal
         text = file_html(charts, inline, title=title, template=page, template_variables=variables)
     else:
         text = page.render(variables, bokeh_css="", bokeh_js="", plot_script="", roots=[])
-    # names of files need not be UTF-8, but a page is
+    # File names are not necessarily valid UTF-8, but the page must be.
     write_atomically(file, text.encode(errors="replace").decode())
 
 
@@ -88,13 +88,13 @@ def _charts(block: Block) -> Iterator[UIElement]:
             yield from _charts(card)
 
 
-def _plain(block: Block, numbers: dict[int, int]) -> dict[str, Any]:
-    """A block as its template takes it: a chart is the number of its root in the page."""
-    plain: dict[str, Any] = {"heading": block.heading, "note": block.note}
+def _template_block(block: Block, numbers: dict[int, int]) -> dict[str, Any]:
+    """Convert a block for the template; a chart becomes the index of its Bokeh root."""
+    fields: dict[str, Any] = {"heading": block.heading, "note": block.note}
     if isinstance(block.content, UIElement):
-        plain["chart"] = numbers[id(block.content)]
+        fields["chart"] = numbers[id(block.content)]
     elif isinstance(block.content, str):
-        plain["html"] = block.content
+        fields["html"] = block.content
     else:
-        plain["cards"] = [_plain(card, numbers) for card in block.content]
-    return plain
+        fields["cards"] = [_template_block(card, numbers) for card in block.content]
+    return fields

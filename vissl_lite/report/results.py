@@ -1,4 +1,4 @@
-"""What came out of a run: figures, tables, verdicts."""
+"""Results of a run for its report: figures, tables and verdicts."""
 
 import csv
 import math
@@ -12,14 +12,14 @@ from vissl_lite.report.charts import stages
 from vissl_lite.report.folder import RunFolder
 from vissl_lite.report.page import Block, render
 
-# What figures are called where a person reads them.
+# Display names of figures.
 NAMES = {
     "knn": "kNN accuracy",
     "linear": "linear accuracy",
     "top1": "accuracy",
     "macro_f1": "F1, mean over classes",
     "map": "mean average precision",
-    "map_50": "the same at IoU 0.5",
+    "map_50": "mean average precision at IoU 0.5",
     "ap": "average precision",
     "auroc": "AUROC",
     "miou": "mean IoU",
@@ -27,24 +27,24 @@ NAMES = {
     "accuracy": "accuracy",
     "loss": "last loss",
     "feature_std": "spread of the features",
-    "effective_rank": "directions used",
-    "skipped": "could not be read",
+    "effective_rank": "effective rank",
+    "skipped": "unreadable images",
     "train_images": "training images",
     "val_images": "validation images",
     "test_images": "test images",
 }
 
-# Figures that are shown apart from the results' main ones, or elsewhere in the page.
-_ELSEWHERE = frozenset({"seconds", "k", "temperature", "image_size", "leaks", "evaluation_share"})
+# Figures that are not shown at the top of the page.
+_NOT_AT_TOP = frozenset({"seconds", "k", "temperature", "image_size", "leaks", "evaluation_share"})
 
-# Leaks that are listed at most.
-LISTED = 20
+# Maximum number of leaks in the table.
+LISTED_LEAKS = 20
 
 BADGES = {"helped": "good", "hurt": "bad", "no difference": "warn"}
 
 
 def number(value: Any) -> str:
-    """A figure as it is read: whole numbers whole, others with three places or digits."""
+    """Format a figure: integers in full, others with three decimals or significant digits."""
     if not _is_figure(value):
         return str(value)
     if not math.isfinite(value):
@@ -55,16 +55,16 @@ def number(value: Any) -> str:
 
 
 def main_figures(run: RunFolder) -> list[tuple[str, str]]:
-    """The figures that stand at the top in large digits: name and figure."""
+    """Return the names and formatted values of the figures at the top of the page."""
     results = run.figures
     named: dict[str, Any] = {}
     if isinstance(results.get("test"), dict):
         named |= {f"{_name(name)} (test)": value for name, value in results["test"].items()}
-    for measure, encoders in _scores(results).items():
+    for metric, encoders in _demo_scores(results).items():
         for encoder, values in encoders.items():
-            named[f"{measure}, {encoder}"] = _mean(values)
+            named[f"{metric}, {encoder}"] = _mean(values)
     for name, value in results.items():
-        if name not in _ELSEWHERE and _is_figure(value):
+        if name not in _NOT_AT_TOP and _is_figure(value):
             named[_name(name)] = value
     if isinstance(results.get("classes"), list):
         named["classes"] = len(results["classes"])
@@ -72,7 +72,7 @@ def main_figures(run: RunFolder) -> list[tuple[str, str]]:
 
 
 def verdicts(run: RunFolder) -> Markup | None:
-    """What a comparison found, in its own sentences."""
+    """Render the verdicts of a comparison; None if there are none."""
     alerts = [
         {"text": one["sentence"], "kind": BADGES.get(str(one.get("verdict")), "")}
         for protocol in _mappings(run.figures.get("protocols")).values()
@@ -85,7 +85,7 @@ def verdicts(run: RunFolder) -> Markup | None:
 
 
 def comparison(run: RunFolder) -> list[Block]:
-    """A table for each protocol of a comparison: mean ± deviation, and the difference below it."""
+    """Render a table per protocol of a comparison, with means, deviations and differences."""
     tables = []
     for protocol, found in _mappings(run.figures.get("protocols")).items():
         encoders, differences = _mappings(found.get("arms")), _mappings(found.get("differences"))
@@ -94,12 +94,12 @@ def comparison(run: RunFolder) -> list[Block]:
         for encoder, figures in encoders.items():
             verdict = _mappings(found.get("verdicts")).get(encoder, {}).get("verdict")
             against = _mappings(differences.get(encoder))
-            cells = [_compared(figures.get(one), against.get(one)) for one in amounts]
+            cells = [_cell(figures.get(one), against.get(one)) for one in amounts]
             overall = _difference(against.get("overall"))
             kind = BADGES.get(str(verdict), "")
             rows.append(
                 {
-                    "arm": encoder,
+                    "encoder": encoder,
                     "cells": cells,
                     "verdict": verdict or "baseline",
                     "kind": kind,
@@ -117,7 +117,7 @@ def comparison(run: RunFolder) -> list[Block]:
     note = "Mean ± standard deviation over seeds" + (
         f"; below it the difference from {baseline} with its 95 % interval." if baseline else "."
     )
-    return [Block("The comparison", Markup("").join(tables), note)]
+    return [Block("Comparison", Markup("").join(tables), note)]
 
 
 def _amount(name: str, encoders: Mapping[str, Any]) -> tuple[str, str]:
@@ -125,7 +125,7 @@ def _amount(name: str, encoders: Mapping[str, Any]) -> tuple[str, str]:
     return name, f"{number(counts.pop())} labels" if len(counts) == 1 else ""
 
 
-def _compared(figures: Any, difference: Any) -> tuple[str, str]:
+def _cell(figures: Any, difference: Any) -> tuple[str, str]:
     one = _mapping(figures)
     if "mean" not in one:
         return "", ""
@@ -141,29 +141,34 @@ def _difference(found: Any) -> str:
 
 
 def result_blocks(run: RunFolder) -> list[Block]:
-    """Tables and charts of the results, beside what stands at the top."""
-    return [*comparison(run), *_layers(run), *_by_class(run), *_leaks(run)]
+    """Return tables and charts of all results that are not at the top of the page."""
+    return [*comparison(run), *_layers(run), *_per_class(run), *_leaks(run)]
 
 
 def _layers(run: RunFolder) -> list[Block]:
-    note = "Test accuracy on the features of every stage. Many pretexts are best before the last."
+    note = (
+        "Test accuracy with the features of each stage. With many pretexts, an earlier stage is "
+        "better than the last."
+    )
     layers = _stages(run.figures.get("layers"))
     if layers:
         last = _stages({"last": {name: run.figures.get(name) for name in ("knn", "linear")}})
-        return [Block("Stage by stage", stages({**layers, **last}), note)]
+        return [Block("Accuracy per stage", stages({**layers, **last}), note)]
     charts = []
     for protocol, found in _mappings(run.figures.get("protocols")).items():
         by_stage: dict[str, dict[str, float]] = {}
         for encoder, scores in _mappings(found.get("layers")).items():
             for stage, amounts in _stages(scores).items():
-                by_stage.setdefault(stage, {})[encoder] = list(amounts.values())[-1]  # most labels
+                by_stage.setdefault(stage, {})[encoder] = list(amounts.values())[-1]  # Most labels.
         if by_stage:
             charts.append(Block(protocol, stages(by_stage)))
-    return [Block("Stage by stage", charts, f"{note} With the most labels.")] if charts else []
+    if not charts:
+        return []
+    return [Block("Accuracy per stage", charts, f"{note} For the largest number of labels.")]
 
 
 def _stages(layers: Any) -> dict[str, dict[str, float]]:
-    """Of what should be figures by stage the stages that have some."""
+    """Keep the valid figures per stage, and the stages that have any."""
     rows = {
         stage: {name: value for name, value in row.items() if _is_figure(value)}
         for stage, row in _mappings(layers).items()
@@ -171,10 +176,10 @@ def _stages(layers: Any) -> dict[str, dict[str, float]]:
     return {stage: row for stage, row in rows.items() if row}
 
 
-def _by_class(run: RunFolder) -> list[Block]:
+def _per_class(run: RunFolder) -> list[Block]:
     scores = _mappings(run.figures.get("per_class"))
-    measures = list(dict.fromkeys(measure for row in scores.values() for measure in row))
-    if not measures:
+    metrics = list(dict.fromkeys(metric for row in scores.values() for metric in row))
+    if not metrics:
         return []
 
     def cell(value: Any) -> Any:
@@ -182,24 +187,22 @@ def _by_class(run: RunFolder) -> list[Block]:
             return {"text": "none", "unset": True}
         return {"text": number(value), "share": min(1.0, max(0.0, float(value)))}
 
-    rows = [
-        [name, *(cell(row.get(measure)) for measure in measures)] for name, row in scores.items()
-    ]
-    columns = ["class", *map(_name, measures)]
+    rows = [[name, *(cell(row.get(metric)) for metric in metrics)] for name, row in scores.items()]
+    columns = ["class", *map(_name, metrics)]
     return [
-        Block("Class by class", render("table", columns=columns, rows=rows), "On the test part.")
+        Block("Results per class", render("table", columns=columns, rows=rows), "On the test part.")
     ]
 
 
-def _scores(results: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:
-    """What ``demo`` writes: by measure, by encoder, one figure per seed."""
+def _demo_scores(results: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:
+    """Return the scores of ``demo`` by metric and encoder, one value per seed."""
     return {
-        measure: {
+        metric: {
             encoder: values
             for encoder, values in encoders.items()
             if isinstance(values, list) and values
         }
-        for measure, encoders in _mappings(results.get("scores")).items()
+        for metric, encoders in _mappings(results.get("scores")).items()
     }
 
 
@@ -208,7 +211,7 @@ def _mean(values: list[float]) -> float:
 
 
 def _leaks(run: RunFolder) -> list[Block]:
-    """The judged images that were seen before, beside where; ``leakage/matching.py`` lists them."""
+    """Render a table of leaks from the file that ``leakage/matching.py`` writes."""
     if not run.has(LEAKS):
         return []
     columns = ("path", "twin", "where", "kind")
@@ -217,17 +220,17 @@ def _leaks(run: RunFolder) -> list[Block]:
             found = [
                 [row[name] or "" for name in columns]
                 for row in csv.DictReader(file)
-                if (row["part"], row["where"]) != ("val", "pretraining")  # which is no harm
+                if (row["part"], row["where"]) != ("val", "pretraining")  # Harmless.
             ]
     except (OSError, KeyError, csv.Error):
         run.unreadable.append(f"{LEAKS} is damaged and left out.")
         return []
     if not found:
         return []
-    names = ["judged image", "the same picture", "in", "how"]
-    html = render("table", columns=names, rows=found[:LISTED])
-    more = f" The first {LISTED} of {len(found)}." if len(found) > LISTED else ""
-    note = f"Judged images that were seen in training; {LEAKS} lists them.{more}"
+    names = ["evaluated image", "training image", "found in", "match"]
+    html = render("table", columns=names, rows=found[:LISTED_LEAKS])
+    more = f" The first {LISTED_LEAKS} of {len(found)}." if len(found) > LISTED_LEAKS else ""
+    note = f"Evaluated images that were seen in training; {LEAKS} lists all of them.{more}"
     return [Block("Leaks", html, note)]
 
 
@@ -244,5 +247,5 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def _mappings(value: Any) -> dict[str, dict[str, Any]]:
-    """Of a mapping of mappings those that are."""
+    """Return the values of a mapping that are mappings themselves."""
     return {str(k): v for k, v in _mapping(value).items() if isinstance(v, dict)}

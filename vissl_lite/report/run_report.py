@@ -1,4 +1,4 @@
-"""``report.html``: a page to look at instead of logs, made from the run folder alone."""
+"""``report.html``: one page with the results of a run, made from its run folder alone."""
 
 import shlex
 from datetime import datetime
@@ -22,49 +22,49 @@ from vissl_lite.run_record import RunRecord, WarningRecord
 
 REPORT = "report.html"
 
-# The code of warnings of leaks.
+# Code of warnings about leaks.
 LEAK = "leak"
 
-# Kinds of warnings that are shown at most, and warnings of each.
-KINDS, EACH = 12, 5
+# Maximum number of kinds of warnings, and of warnings per kind.
+MAX_KINDS, MAX_PER_KIND = 12, 5
 
-# Seconds that a run may have taken; more can't be right.
-LONGEST = 10**9
+# Run times above this number of seconds are considered invalid.
+MAX_SECONDS = 10**9
 
-# Commands that can go on where they stopped.
+# Commands that support --resume.
 _RESUMABLE = frozenset({"pretrain", "finetune", "compare"})
 
 
 def write_report(folder: Path) -> Path:
-    """Write ``report.html`` into a run folder, from nothing but what is in it.
+    """Write ``report.html`` into a run folder, using only the files in it.
 
-    What is missing is left out, and so is what is damaged, with a word about it.
+    Missing and damaged files are left out; damaged ones are reported on the page.
 
     Args:
-        folder: a run of any command, perhaps not ended.
+        folder: Run folder of any command; the run need not have finished.
 
     Returns:
-        The file.
+        Path of the report.
 
     Raises:
-        OSError: it can't be written.
+        OSError: If the file cannot be written.
     """
     run = read_run(folder)
-    instead = set()
+    replaced = set()  # Pictures that charts and tables replace.
     if run.metrics:
-        instead.add("curves.png")  # the charts say more
+        replaced.add("curves.png")
     results = result_blocks(run)
     if run.figures.get("per_class"):
-        instead.add("per_class.png")
+        replaced.add("per_class.png")
     blocks = [
         *results,
-        *pictures(run, frozenset(instead)),
+        *pictures(run, frozenset(replaced)),
         *predicted(run),
         *_map(run),
         *_curves(run),
-        _made(run),
+        _provenance(run),
     ]
-    # the head comes last, since it tells what the others could not read
+    # The head is rendered last, because it lists the files that the other blocks could not read.
     write_page(
         folder / REPORT, f"{folder.resolve().name}: {run.command or 'run'}", [_head(run), *blocks]
     )
@@ -85,8 +85,8 @@ def _head(run: RunFolder) -> Block:
         badges=badges,
         title=run.folder.resolve().name,
         lines=_lines(run),
-        warnings=render("alerts", alerts=[*alerts, *warnings[:KINDS]]),
-        more=max(0, len(warnings) - KINDS),
+        warnings=render("alerts", alerts=[*alerts, *warnings[:MAX_KINDS]]),
+        more=max(0, len(warnings) - MAX_KINDS),
         verdicts=verdicts(run),
         tiles=main_figures(run),
     )
@@ -94,40 +94,40 @@ def _head(run: RunFolder) -> Block:
 
 
 def _lines(run: RunFolder) -> list[str]:
-    """What was run, on what, when."""
+    """Return lines with the model, the images, and the start and duration of the run."""
     config = run.config
-    what = []
+    model = []
     pretext = config.get("pretext")
     if isinstance(pretext, dict) and "name" in pretext:
-        what.append(f"{pretext['name']} on {config.get('backbone')}")
+        model.append(f"{pretext['name']} on {config.get('backbone')}")
     for name in ("model", "encoder", "task"):
         if config.get(name):
-            what.append(f"{name} {_words(config[name])}")
+            model.append(f"{name} {_as_text(config[name])}")
     if config.get("image_size"):
-        what.append(f"{config['image_size']} pixels")
-    lines = [", ".join(what)] if what else []
+        model.append(f"{config['image_size']} pixels")
+    lines = [", ".join(model)] if model else []
     if config.get("data"):
-        lines.append(f"images: {_words(config['data'])}")
+        lines.append(f"images: {_as_text(config['data'])}")
     started = None if run.record is None else run.record.start()
     if started is not None:
         seconds = _seconds(run, started)
-        took = "" if seconds is None else f", {_duration(seconds)}"
-        lines.append(f"{started:%Y-%m-%d %H:%M}{took}")
+        duration = "" if seconds is None else f", {_duration(seconds)}"
+        lines.append(f"{started:%Y-%m-%d %H:%M}{duration}")
     return lines
 
 
 def _seconds(run: RunFolder, started: datetime) -> float | None:
-    """How long the run took, or has been running; None if it was killed."""
+    """Return how long the run took or has been running; None if it was killed."""
     assert run.record is not None
     seconds = run.figures.get("seconds")
-    if isinstance(seconds, int | float) and 0 <= seconds < LONGEST:
+    if isinstance(seconds, int | float) and 0 <= seconds < MAX_SECONDS:
         return seconds
     if run.record.status != "running":
         return run.record.seconds
     return (datetime.now(started.tzinfo) - started).total_seconds() if run.is_open() else None
 
 
-def _words(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
@@ -140,32 +140,33 @@ def _duration(seconds: float) -> str:
 
 
 def _state(run: RunFolder) -> tuple[str, str, list[dict[str, Any]]]:
-    """How the run has ended: a word, its color, and what is to be said about it."""
+    """Return the state of the run as a word, its color, and alerts about it."""
     status = "" if run.record is None else run.record.status
     reason = "" if run.record is None else run.record.reason or ""
     more = ""
     if run.command in _RESUMABLE:
-        more = f"vissl-lite {run.command} --out {shlex.quote(str(run.folder))} --resume goes on."
+        folder = shlex.quote(str(run.folder))
+        more = f"To continue: vissl-lite {run.command} --out {folder} --resume"
     if status in ("stopped", "failed"):
         text = f"{'Stopped' if status == 'stopped' else 'Stopped by an error'}: {reason}"
         return status, "bad", [{"text": text, "kind": "bad", "more": more}]
     if run.figures.get("stopped"):
         return f"stopped: {run.figures['stopped']}", "bad", []
     if run.results is not None and (status != "running" or run.is_open()):
-        return "finished", "good", []  # its page is the last thing that a run writes
+        return "finished", "good", []  # A run writes its report last, while it is still open.
     if run.has(RESULTS) and run.results is None:
         return "results unreadable", "bad", []
     if run.is_open():
         return "running", "", [{"text": "Still running.", "kind": "", "more": ""}]
     if status == "running":
-        text = "Killed: the process ended without a word, as by kill -9 or a power cut."
+        text = "Killed: the process ended without a message, for example by kill -9 or power loss."
         return "killed", "bad", [{"text": text, "kind": "bad", "more": more}]
     text = f"There is no {RESULTS}."
     return "no results", "bad", [{"text": text, "kind": "bad", "more": ""}]
 
 
 def _warnings(run: RunFolder) -> list[dict[str, Any]]:
-    """What the run warned of, by kind, leaks first."""
+    """Group the warnings of the run by kind, leaks first."""
     kinds: dict[str, list[WarningRecord]] = {}
     for one in [] if run.record is None else run.record.warnings:
         kinds.setdefault(one.code, []).append(one)
@@ -183,14 +184,14 @@ def _warnings(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def _and_more(others: list[str], count: int) -> str:
-    """Further warnings of a kind: the words of some, and how many there are beside these."""
-    shown = others[: EACH - 1]
+    """Join further warnings of a kind, and add the number of those that are not shown."""
+    shown = others[: MAX_PER_KIND - 1]
     rest = count - 1 - len(shown)
-    return "; ".join([*shown, *([f"and {rest} more of the kind; see {LOG}"] if rest else [])])
+    return "; ".join([*shown, *([f"and {rest} more of this kind; see {LOG}"] if rest else [])])
 
 
 def _leaks(run: RunFolder) -> dict[str, list[WarningRecord]]:
-    """What the results say about leaks, where ``run.json`` is silent."""
+    """Return a warning about leaks from the results, for runs without one in ``run.json``."""
     found = run.figures.get("leaks")
     if not isinstance(found, int) or found <= 0 or run.figures.get("leaks_left_out"):
         return {}
@@ -200,7 +201,7 @@ def _leaks(run: RunFolder) -> dict[str, list[WarningRecord]]:
 
 def _curves(run: RunFolder) -> list[Block]:
     charts = curves(run.metrics)
-    note = f"From {METRICS}. Hover over a line to read it."
+    note = f"From {METRICS}. Hover over a line to see its values."
     return [Block("Curves", charts, note)] if charts else []
 
 
@@ -212,11 +213,11 @@ def _map(run: RunFolder) -> list[Block]:
     except UserError:
         run.unreadable.append(f"{MAP} is damaged and left out.")
         return []
-    note = "Images whose features are alike lie close together."
+    note = "Images with similar features are close together."
     return [Block("Map of the images", layout, note)]
 
 
-def _made(run: RunFolder) -> Block:
+def _provenance(run: RunFolder) -> Block:
     file = shlex.quote(str(run.folder / CONFIG))
     command = f"vissl-lite {run.command} --config {file} --out NEW_FOLDER" if run.command else ""
     options = {
@@ -231,10 +232,10 @@ def _made(run: RunFolder) -> Block:
         log=run.log,
         inside=[one.parent.name for one in sorted(run.folder.glob(f"*/{REPORT}"))],
     )
-    return Block("How it was made", html)
+    return Block("Provenance", html)
 
 
 def _environment(record: RunRecord) -> dict[str, str]:
-    """What the run depended on beside its options."""
+    """Return the versions, machine and device of a run as text."""
     used = {"vissl-lite": record.version, **record.environment}
     return {str(name): str(value) for name, value in used.items()}

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
 from vissl_lite.errors import Terminated, UserError
-from vissl_lite.faults import says_out_of_memory
+from vissl_lite.faults import is_out_of_memory
 from vissl_lite.metrics_file import MetricsFile
 from vissl_lite.run import CHECKPOINT
 from vissl_lite.training.checkpoints import (
@@ -132,7 +132,7 @@ def fit(
         checkpoints = Checkpoints(files.checkpoints, data, metrics, log_every)
         all_callbacks.append(checkpoints)
         if files.resume and metrics is not None and not (files.checkpoints / CHECKPOINT).is_file():
-            metrics.forget_after(-1)  # Killed before the first checkpoint: start over.
+            metrics.drop_after(-1)  # Killed before the first checkpoint: start over.
         if files.resume and (files.checkpoints / CHECKPOINT).is_file():
             last = files.checkpoints / CHECKPOINT
             saved = read_checkpoint(last)
@@ -162,7 +162,7 @@ def fit(
     if last is not None:
         check_checkpoint(last, saved, module, trainer, data, hardware.sharded)
         if metrics is not None:
-            metrics.forget_after(saved["global_step"] - 1)
+            metrics.drop_after(saved["global_step"] - 1)
         del saved
     fast = compiled(module) if hardware.compile else fast_cpu_operators()
     with warnings.catch_warnings(), tf32(), fast:
@@ -183,7 +183,7 @@ def fit(
                     "another process of this run has ended, so this one stops too: see the output "
                     "of that process, then start all of them again with --resume"
                 ) from error
-            if not says_out_of_memory(error) or "DataLoader worker" in str(error):
+            if not is_out_of_memory(error) or "DataLoader worker" in str(error):
                 raise
             too_large = True  # Handled below, when the exception has released its tensors.
         if too_large:

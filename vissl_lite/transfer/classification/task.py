@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vissl_lite.data.images import read_image, suitable_size
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.inference import check_outputs, run_in_batches
-from vissl_lite.plots import Picture, draw_words, plot_confusion, plot_grid, plot_per_class
+from vissl_lite.plots import Picture, draw_caption, plot_confusion, plot_grid, plot_per_class
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.base import Task, spread
@@ -126,7 +126,7 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
                         words = f"{model.classes[best]} {row[best]:.2f}"
                         rows.writerow([path, model.classes[best], f"{row[best]:.4f}"])
                     predictions.draw(
-                        next(numbers), path, partial(draw_words, words=words or "none")
+                        next(numbers), path, partial(draw_caption, caption=words or "none")
                     )
                 out.flush()
 
