@@ -16,7 +16,7 @@ from vissl_lite.transfer.detection.data import BoxedImage, LabelledBoxes
 from vissl_lite.transfer.detection.metrics import best_threshold, score_detector
 from vissl_lite.transfer.detection.model import Detections, detect, load_detector, save_detector
 from vissl_lite.transfer.detection.options import DetectorSettings
-from vissl_lite.transfer.detection.training import BoxDataset, rescaled, train_detector
+from vissl_lite.transfer.detection.training import BoxDataset, rescale_batch, train_detector
 
 
 def squares(folder: Path, count: int, seed: int) -> list[BoxedImage]:
@@ -159,7 +159,7 @@ def test_boxes_are_rescaled_with_their_images() -> None:
     image[:, :, 32:64, 80:120] = 1
     box, shapes = torch.tensor([80.0, 32, 120, 64]), set()
     for _ in range(30):
-        made, stretch = rescaled(image)
+        made, stretch = rescale_batch(image)
         shapes.add(tuple(made.shape[-2:]))
         ys, xs = (made[0, 0] > 0.5).nonzero(as_tuple=True)
         edges = torch.tensor([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
