@@ -324,7 +324,7 @@ def test_every_kind_of_bad_box_is_counted_and_named(
         "box of an image not listed, left out": 1,
         "box of an unknown class, left out": 1,
         "box not finite, left out": 2,
-        "box with swapped corners, put right": 1,
+        "box with swapped corners, corrected": 1,
         "box without area, left out": 2,
         "box outside the image, left out": 2,
         "box past the edge of the image, clipped": 1,
@@ -356,7 +356,7 @@ def test_boxes_of_the_image_before_its_exif_rotation_turn_with_it(
     x1, y1, x2, y2 = one.boxes[0].astype(int)
     assert image[y1:y2, x1:x2].min() > 128
     assert (x2 - x1) * (y2 - y1) == 40 == np.count_nonzero(image[..., 0] > 128)
-    turned = data.repairs.get("image noted as before the EXIF rotation, boxes turned", 0)
+    turned = data.repairs.get("image annotated before its EXIF rotation, boxes rotated", 0)
     assert turned == (orientation >= 5)
 
 
@@ -374,9 +374,9 @@ def test_sizes_are_those_of_the_decoded_image(suffix: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("noted", "box", "repair"),
     [
-        ((0, 0), (0, 2, 20, 14), "size not noted, the file's taken"),
-        ((60, 80), (0, 1, 10, 7), "image noted in another size, boxes scaled"),
-        ((40, 30), (0, 2, 20, 14), "size noted with height and width swapped, the file's taken"),
+        ((0, 0), (0, 2, 20, 14), "size not given, read from the image"),
+        ((60, 80), (0, 1, 10, 7), "image annotated at another size, boxes scaled"),
+        ((40, 30), (0, 2, 20, 14), "size with height and width swapped, read from the image"),
     ],
 )
 def test_a_noted_size_that_the_image_does_not_have(
@@ -407,7 +407,7 @@ def test_damaged_and_missing_files_are_left_out(tmp_path: Path) -> None:
         "file not readable, left out with the image": 2,
         "image missing, or not the only one of its name, left out": 1,
         "image not readable, left out": 1,
-        "annotation of an image that has one already, joined": 1,
+        "annotation of an image that has one already, merged": 1,
         "box not readable, left out": 1,
         "box without area, left out": 4,
         "image without boxes, kept as background": 1,
@@ -456,7 +456,7 @@ def test_a_class_that_train_lacks_is_kept_and_named(
         picture(tmp_path / split / f"{split}.png")
         voc(tmp_path / split / f"{split}.xml", [(kind, (2, 3, 30, 20))])
     assert load_boxes(tmp_path).classes == ["cat", "dog"]
-    assert "the class dog has boxes in val, none in train" in caplog.text
+    assert "the class dog has boxes in val, but none in train" in caplog.text
 
 
 # Written and taken
@@ -559,6 +559,6 @@ def test_nothing_to_train_on(tmp_path: Path) -> None:
     assert "has no boxes to train on" in refusal(tmp_path)
     for file in (tmp_path / "images").iterdir():
         file.unlink()
-    assert "of 6 images that its annotations name none is there" in refusal(tmp_path)
+    assert "none of the 6 images in its annotations exists" in refusal(tmp_path)
     voc_set(tmp_path / "two", [("dog", (2, 3, 30, 20))], count=2)
     assert "three are needed" in refusal(tmp_path / "two")
