@@ -320,7 +320,7 @@ def test_a_detector_gives_the_boxes_of_predict(
             near = (labels[index] == label) & (np.abs(scores[index] - score) < 1e-4)
             assert (near & (np.abs(found - box).max(axis=1) < 0.01)).any()
     error = refused(capsys, *given, "--overwrite", "--image_size", 64)
-    assert "a detector has the size that it was trained at" in error
+    assert "a detector has the image size that it was trained at" in error
 
 
 def test_a_segmenter_is_no_timm_folder(

@@ -169,7 +169,7 @@ def test_masks_have_the_names_of_their_images(models: Path, data: Path, tmp_path
     found = {file.name for file in (out / "masks").iterdir()}
     assert len(found) == len(NAMES)
     assert expected <= found
-    long = (out / "log.txt").read_text().count("the name is too long: the mask of ")
+    long = (out / "log.txt").read_text().count("the file name is too long: the mask of ")
     assert long == len(NAMES) - len(expected) == 2
     assert {file.name for file in (out / "pictures").iterdir()} == found
 

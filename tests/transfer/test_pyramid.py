@@ -11,7 +11,7 @@ BACKBONES = ("test_resnet", "test_vit", "test_convnext", "vit_slim_patch4_32")
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("finest", [4, 8])
-def test_maps_have_the_strides_that_it_names(backbone: str, finest: int) -> None:
+def test_maps_have_the_given_strides(backbone: str, finest: int) -> None:
     encoder = build_encoder(backbone, 64)
     pyramid = Pyramid(encoder, 32, finest)
     maps = pyramid(encoder.stages(torch.zeros(2, 3, 64, 96)))
@@ -21,13 +21,13 @@ def test_maps_have_the_strides_that_it_names(backbone: str, finest: int) -> None
         assert level.shape == (2, 32, 64 // stride, 96 // stride)
 
 
-def test_maps_finer_than_asked_for_are_left_out() -> None:
+def test_maps_finer_than_requested_are_left_out() -> None:
     encoder = build_encoder("test_resnet", 64)
     assert Pyramid(encoder, 32, finest=4).strides == [4, 8, 16, 32]
     assert Pyramid(encoder, 32, finest=8).strides == [8, 16, 32]
 
 
-def test_the_two_coarsest_maps_stay_whatever_is_asked_for() -> None:
+def test_the_two_coarsest_maps_are_always_kept() -> None:
     encoder = build_encoder("vit_slim_patch4_32", 32)
     assert Pyramid(encoder, 32, finest=8).strides == [4, 8]
 
@@ -58,16 +58,16 @@ def test_frozen_norms_keep_their_statistics_and_their_parameters() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in encoder.state_dict().items())
 
 
-def test_the_log_says_how_many_tensors_are_used(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_number_of_used_tensors_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     logger = logging.getLogger("vissl_lite")
-    was, logger.propagate = logger.propagate, True
+    propagate, logger.propagate = logger.propagate, True
     try:
         with caplog.at_level(logging.INFO):
             report_use(build_encoder("test_resnet", 64), "runs/a")
             report_use(build_encoder("test_vit", 64), "runs/b")
     finally:
-        logger.propagate = was
-    # newer pytests catch the record of a logger that once did not propagate at both ends
+        logger.propagate = propagate
+    # newer versions of pytest capture a record twice if the logger did not propagate before
     resnet, vit = dict.fromkeys(words for words in caplog.messages if "tensors of" in words)
     total = len(list(build_encoder("test_resnet", 64).parameters()))
     assert resnet == f"{total} of the {total} tensors of runs/a are used"

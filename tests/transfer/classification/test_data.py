@@ -10,8 +10,8 @@ from vissl_lite.errors import UserError
 from vissl_lite.transfer.classification.data import LabelledImages, Part, load_labelled
 
 
-def fill(folder: Path, counts: dict[str, int]) -> Path:
-    """Class folders of empty files: what labels are made of never looks inside."""
+def make_class_folders(folder: Path, counts: dict[str, int]) -> Path:
+    """Create class folders of empty files, as reading labels does not open the images."""
     for name, count in counts.items():
         (folder / name).mkdir(parents=True)
         for index in range(count):
@@ -19,8 +19,8 @@ def fill(folder: Path, counts: dict[str, int]) -> Path:
     return folder
 
 
-def table(folder: Path, rows: list[list[str]], header: str = "path,label") -> Path:
-    """A CSV file; its images are made too."""
+def write_csv(folder: Path, rows: list[list[str]], header: str = "path,label") -> Path:
+    """Write a CSV file and its images."""
     for path, *_ in rows:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(b"")
@@ -47,7 +47,7 @@ def assert_same(a: LabelledImages, b: LabelledImages) -> None:
 
 
 def assert_labels_true(data: LabelledImages) -> None:
-    """The folder that an image lies in is its class."""
+    """Assert that the class of each image is the name of its folder."""
     for part in parts(data):
         assert [data.classes[i] for i in part.labels] == [Path(p).parent.name for p in part.paths]
         assert part.labels.dtype == np.int64
@@ -74,140 +74,140 @@ def test_train_and_test_folders(labelled: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
-def test_a_validation_folder_is_taken_as_it_is(name: str, tmp_path: Path) -> None:
-    fill(tmp_path / "train", {"a": 5, "b": 5})
-    fill(tmp_path / name, {"a": 2, "b": 3})
-    fill(tmp_path / "test", {"a": 1, "b": 1})
+def test_a_validation_folder_is_used_as_given(name: str, tmp_path: Path) -> None:
+    make_class_folders(tmp_path / "train", {"a": 5, "b": 5})
+    make_class_folders(tmp_path / name, {"a": 2, "b": 3})
+    make_class_folders(tmp_path / "test", {"a": 1, "b": 1})
     data = load_labelled(tmp_path)
     assert [counts(part) for part in parts(data)] == [[5, 5], [2, 3], [1, 1]]
     assert all(Path(p).is_relative_to(tmp_path / name) for p in data.val.paths)
 
 
 def test_plain_class_folders_are_split_60_20_20(tmp_path: Path) -> None:
-    data = load_labelled(fill(tmp_path, {"a": 50, "b": 20, "c": 10}))
+    data = load_labelled(make_class_folders(tmp_path, {"a": 50, "b": 20, "c": 10}))
     assert [counts(part) for part in parts(data)] == [[30, 12, 6], [10, 4, 2], [10, 4, 2]]
     assert_labels_true(data)
     assert_disjoint(data)
 
 
 def test_the_split_of_plain_folders_is_the_same_for_every_seed(tmp_path: Path) -> None:
-    fill(tmp_path, {"a": 20, "b": 20})
+    make_class_folders(tmp_path, {"a": 20, "b": 20})
     assert_same(load_labelled(tmp_path, seed=0), load_labelled(tmp_path, seed=5))
 
 
-def test_the_split_of_plain_folders_is_a_mixture(tmp_path: Path) -> None:
-    data = load_labelled(fill(tmp_path, {"a": 50, "b": 50}))
+def test_the_split_of_plain_folders_is_shuffled(tmp_path: Path) -> None:
+    data = load_labelled(make_class_folders(tmp_path, {"a": 50, "b": 50}))
     numbers = [int(Path(path).stem) for path in data.test.paths]
     assert 15 < np.mean(numbers) < 34
     assert numbers[:10] != numbers[10:]
 
 
-def test_small_classes_reach_the_test_part_too(tmp_path: Path) -> None:
-    data = load_labelled(fill(tmp_path, {"a": 3, "b": 2}))
+def test_small_classes_are_in_the_test_split(tmp_path: Path) -> None:
+    data = load_labelled(make_class_folders(tmp_path, {"a": 3, "b": 2}))
     assert [counts(part) for part in parts(data)] == [[1, 1], [1], [1, 1]]
 
 
-def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
-    fill(tmp_path, {"a": 5, "b": 5, ".cache": 5})
+def test_hidden_folders_are_not_classes(tmp_path: Path) -> None:
+    make_class_folders(tmp_path, {"a": 5, "b": 5, ".cache": 5})
     assert load_labelled(tmp_path).classes == ["a", "b"]
 
 
 def test_a_csv_file_without_splits_is_split(tmp_path: Path) -> None:
     rows = [[f"images/{c}/{i}.jpg", c] for c in "ab" for i in range(10)]
-    data = load_labelled(table(tmp_path, rows))
+    data = load_labelled(write_csv(tmp_path, rows))
     assert [counts(part) for part in parts(data)] == [[6, 6], [2, 2], [2, 2]]
     assert_labels_true(data)
     assert_disjoint(data)
 
 
-def test_a_csv_file_with_splits_is_taken_at_its_word(tmp_path: Path) -> None:
+def test_the_splits_of_a_csv_file_are_used_as_given(tmp_path: Path) -> None:
     names = ["train", "train", "test", "val", "validation"]
     rows = [[f"{c}/{i}.jpg", c, name] for c in "ab" for i, name in enumerate(names)]
-    data = load_labelled(table(tmp_path, rows, "path,label,split"))
+    data = load_labelled(write_csv(tmp_path, rows, "path,label,split"))
     stems = [[Path(p).stem for p in part.paths] for part in parts(data)]
     assert stems == [["0", "1"] * 2, ["3", "4"] * 2, ["2"] * 2]
     assert_labels_true(data)
 
 
-def test_a_csv_file_without_validation_rows_holds_some_out(tmp_path: Path) -> None:
+def test_validation_rows_are_held_out_of_a_csv_file_without_any(tmp_path: Path) -> None:
     rows = [[f"{c}/{i}.jpg", c, "test" if i < 5 else "train"] for c in "ab" for i in range(15)]
-    data = load_labelled(table(tmp_path, rows, "path,label,split"))
+    data = load_labelled(write_csv(tmp_path, rows, "path,label,split"))
     assert [counts(part) for part in parts(data)] == [[8, 8], [2, 2], [5, 5]]
     assert_disjoint(data)
 
 
 @pytest.mark.parametrize("header", ["path,label", "image,class", "filename,label", "file,class"])
-def test_columns_may_be_called_otherwise(header: str, tmp_path: Path) -> None:
+def test_columns_may_have_other_names(header: str, tmp_path: Path) -> None:
     rows = [[f"{c}/{i}.jpg", c] for c in "ab" for i in range(5)]
-    assert load_labelled(table(tmp_path, rows, header)).classes == ["a", "b"]
+    assert load_labelled(write_csv(tmp_path, rows, header)).classes == ["a", "b"]
 
 
-def test_more_columns_and_a_byte_order_mark_do_not_matter(tmp_path: Path) -> None:
+def test_additional_columns_and_a_byte_order_mark_are_ignored(tmp_path: Path) -> None:
     rows = [[f"{c}/{i}.jpg", "x", c] for c in "ab" for i in range(5)]
-    file = table(tmp_path, rows, "path,note,label")
+    file = write_csv(tmp_path, rows, "path,note,label")
     file.write_text(file.read_text(), encoding="utf-8-sig")
     assert load_labelled(file).classes == ["a", "b"]
 
 
-def test_the_parts_of_a_csv_file_come_sorted_by_path(tmp_path: Path) -> None:
+def test_the_splits_of_a_csv_file_are_sorted_by_path(tmp_path: Path) -> None:
     rows = [[f"{c}/{i}.jpg", c, "test" if i < 2 else "train"] for c in "ab" for i in range(9)]
-    data = load_labelled(table(tmp_path, rows[::-1], "path,label,split"))
+    data = load_labelled(write_csv(tmp_path, rows[::-1], "path,label,split"))
     for part in parts(data):
         assert part.paths == sorted(part.paths)
 
 
 def test_the_order_of_rows_does_not_change_the_split(tmp_path: Path) -> None:
     rows = [[f"{c}/{i}.jpg", c] for c in "ab" for i in range(10)]
-    one = load_labelled(table(tmp_path, rows))
-    assert_same(load_labelled(table(tmp_path, rows[::-1])), one)
+    one = load_labelled(write_csv(tmp_path, rows))
+    assert_same(load_labelled(write_csv(tmp_path, rows[::-1])), one)
 
 
-# Mistakes
+# User errors
 
 
 def test_one_class_is_not_enough(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"one class only \(cats\)"):
-        load_labelled(fill(tmp_path, {"cats": 9}))
+        load_labelled(make_class_folders(tmp_path, {"cats": 9}))
 
 
-def test_a_test_part_is_needed_unless_the_caller_says_otherwise(tmp_path: Path) -> None:
-    fill(tmp_path / "train", {"a": 5, "b": 5})
+def test_test_images_are_required_unless_disabled(tmp_path: Path) -> None:
+    make_class_folders(tmp_path / "train", {"a": 5, "b": 5})
     with pytest.raises(UserError, match="no test images: add test/<class>/"):
         load_labelled(tmp_path)
     assert len(load_labelled(tmp_path, need_test=False).test) == 0
 
 
-def test_a_validation_part_is_not_made_where_it_is_not_wanted(labelled: Path) -> None:
+def test_validation_images_are_not_held_out_if_disabled(labelled: Path) -> None:
     data = load_labelled(labelled, need_val=False)
     assert len(data.val) == 0
     assert counts(data.train) == [12, 12, 12]
 
 
 @pytest.mark.parametrize("part", ["val", "test"])
-def test_a_class_that_training_lacks_is_a_mistake(part: str, tmp_path: Path) -> None:
+def test_a_class_without_training_images_is_an_error(part: str, tmp_path: Path) -> None:
     for name in ("train", "val", "test"):
-        fill(tmp_path / name, {"a": 2, "b": 2} | ({"cow": 1} if name == part else {}))
+        make_class_folders(tmp_path / name, {"a": 2, "b": 2} | ({"cow": 1} if name == part else {}))
     with pytest.raises(UserError, match=f"the {part} images have the class cow"):
         load_labelled(tmp_path)
 
 
-def test_a_folder_without_class_folders_is_a_mistake(tmp_path: Path) -> None:
+def test_a_folder_without_class_folders_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"")
     with pytest.raises(UserError, match="has no class folders"):
         load_labelled(tmp_path)
 
 
-def test_a_class_folder_without_images_is_a_mistake(tmp_path: Path) -> None:
+def test_a_class_folder_without_images_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no images found in .*b "):
-        load_labelled(fill(tmp_path, {"a": 3, "b": 0}))
+        load_labelled(make_class_folders(tmp_path, {"a": 3, "b": 0}))
 
 
-def test_a_missing_folder_is_a_mistake(tmp_path: Path) -> None:
+def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere does not exist"):
         load_labelled(tmp_path / "nowhere")
 
 
-def test_a_file_of_another_kind_is_a_mistake(tmp_path: Path) -> None:
+def test_a_file_of_another_kind_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "data.json").write_text("{}")
     with pytest.raises(UserError, match=r"neither a folder with class folders nor a \.csv"):
         load_labelled(tmp_path / "data.json")
@@ -229,26 +229,26 @@ def test_a_file_of_another_kind_is_a_mistake(tmp_path: Path) -> None:
         ("label,path\na\n", "path|missing"),
     ],
 )
-def test_a_csv_file_with_a_mistake(text: str, message: str, tmp_path: Path) -> None:
-    fill(tmp_path, {"a": 1})
+def test_invalid_csv_files(text: str, message: str, tmp_path: Path) -> None:
+    make_class_folders(tmp_path, {"a": 1})
     (tmp_path / "data.csv").write_text(text)
     with pytest.raises(UserError, match=message):
         load_labelled(tmp_path / "data.csv")
 
 
-def test_a_csv_file_that_is_no_text_is_a_mistake(tmp_path: Path) -> None:
+def test_a_csv_file_that_is_not_text_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "data.csv").write_bytes(b"\xff\xfe\x00\xd8")
     with pytest.raises(UserError, match="it is not text in UTF-8"):
         load_labelled(tmp_path / "data.csv")
 
 
-# Few labels
+# Subsampling
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> LabelledImages:
-    fill(tmp_path / "train", {"a": 50, "b": 20, "c": 5})
-    fill(tmp_path / "test", {"a": 3, "b": 3, "c": 3})
+    make_class_folders(tmp_path / "train", {"a": 50, "b": 20, "c": 5})
+    make_class_folders(tmp_path / "test", {"a": 3, "b": 3, "c": 3})
     return load_labelled(tmp_path)
 
 
@@ -260,7 +260,7 @@ def test_val_is_held_out_of_train(data: LabelledImages, tmp_path: Path) -> None:
     assert_labels_true(data)
 
 
-def test_val_follows_the_seed(data: LabelledImages, tmp_path: Path) -> None:
+def test_val_depends_on_the_seed(data: LabelledImages, tmp_path: Path) -> None:
     assert_same(load_labelled(tmp_path, seed=0), data)
     assert load_labelled(tmp_path, seed=1).val.paths != data.val.paths
     assert load_labelled(tmp_path, seed=1).test.paths == data.test.paths
@@ -280,14 +280,14 @@ def test_a_fraction_is_stratified(
     assert few.test is data.test
 
 
-def test_shots_are_images_a_class_as_far_as_there_are_any(data: LabelledImages) -> None:
+def test_shots_are_images_per_class_as_far_as_available(data: LabelledImages) -> None:
     few = data.subsample(None, 8, seed=0)
     assert [counts(few.train), counts(few.val)] == [[8, 8, 4], [8, 4, 1]]
     assert_labels_true(few)
     assert few.test is data.test
 
 
-def test_fewer_labels_are_part_of_more(data: LabelledImages) -> None:
+def test_smaller_subsamples_are_part_of_larger_ones(data: LabelledImages) -> None:
     amounts = [(None, 1), (0.1, None), (None, 5), (0.25, None), (None, 10), (0.9, None)]
     taken = [data.subsample(fraction, shots, seed=3) for fraction, shots in amounts]
     for name in ("a", "b"):
@@ -308,7 +308,7 @@ def test_fewer_labels_are_part_of_more(data: LabelledImages) -> None:
         assert set(few.val.paths) <= set(data.val.paths)
 
 
-def test_which_labels_follows_the_seed(data: LabelledImages) -> None:
+def test_the_subsample_depends_on_the_seed(data: LabelledImages) -> None:
     assert_same(data.subsample(0.2, None, 1), data.subsample(0.2, None, 1))
     assert data.subsample(0.2, None, 1).train.paths != data.subsample(0.2, None, 2).train.paths
 
@@ -327,7 +327,7 @@ def test_all_labels_by_default(data: LabelledImages) -> None:
         (None, 0, "--shots 0 must be at least 1"),
     ],
 )
-def test_an_amount_out_of_range_is_a_mistake(
+def test_an_amount_out_of_range_is_an_error(
     data: LabelledImages, fraction: float | None, shots: int | None, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
@@ -338,7 +338,7 @@ def test_an_amount_out_of_range_is_a_mistake(
 
 
 @pytest.mark.parametrize("shots", [None, 2])
-def test_the_splits_written_down_read_back_as_the_same_data(
+def test_written_splits_are_read_back_unchanged(
     data: LabelledImages, shots: int | None, tmp_path: Path
 ) -> None:
     few = data.subsample(None, shots, seed=0)
@@ -347,13 +347,13 @@ def test_the_splits_written_down_read_back_as_the_same_data(
 
 
 def test_odd_names_survive_writing(tmp_path: Path) -> None:
-    data = load_labelled(fill(tmp_path / "set", {'a, "b"': 5, "größer": 5}))
+    data = load_labelled(make_class_folders(tmp_path / "set", {'a, "b"': 5, "größer": 5}))
     data.write(tmp_path / "split.csv")
     assert_same(load_labelled(tmp_path / "split.csv"), data)
 
 
-def test_paths_are_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill(tmp_path / "set", {"a": 5, "b": 5})
+def test_written_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_class_folders(tmp_path / "set", {"a": 5, "b": 5})
     monkeypatch.chdir(tmp_path)
     load_labelled("set").write(Path("split.csv"))
     monkeypatch.chdir("/")
@@ -362,7 +362,7 @@ def test_paths_are_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 # Several labels per image
 
-# images 0 to 3, and what they are expected to be: cat; dog; both; neither
+# expected labels of images 0 to 3: cat; dog; both; neither
 TRUTH = [[1, 0], [0, 1], [1, 1], [0, 0]]
 
 
@@ -371,11 +371,11 @@ def many(file: Path, **options: bool) -> LabelledImages:
 
 
 def random_tags(folder: Path, images: int = 50) -> Path:
-    """Images with labels of three classes by chance."""
+    """Write images with random labels of three classes."""
     random = np.random.default_rng(0)
     names = np.array(["a", "b", "c"])
     rows = [[f"{i:02}.jpg", "|".join(names[random.random(3) < 0.5])] for i in range(images)]
-    return table(folder, rows, "path,labels")
+    return write_csv(folder, rows, "path,labels")
 
 
 @pytest.mark.parametrize(
@@ -390,13 +390,13 @@ def random_tags(folder: Path, images: int = 50) -> Path:
         ("label", [["cat"], ["dog"], ["cat|dog"], ["|"]]),
     ],
 )
-def test_the_forms_of_several_labels(header: str, cells: list[list[str]], tmp_path: Path) -> None:
+def test_formats_of_several_labels(header: str, cells: list[list[str]], tmp_path: Path) -> None:
     rows = [
         [f"{part}{i}.jpg", *cell, part]
         for part in ("train", "test")
         for i, cell in enumerate(cells)
     ]
-    data = many(table(tmp_path, rows, f"image,{header},split"), need_val=False)
+    data = many(write_csv(tmp_path, rows, f"image,{header},split"), need_val=False)
     assert data.multi_label
     assert data.classes == ["cat", "dog"]
     assert data.train.labels.tolist() == data.test.labels.tolist() == TRUTH
@@ -404,27 +404,27 @@ def test_the_forms_of_several_labels(header: str, cells: list[list[str]], tmp_pa
     assert data.val.labels.shape == (0, 2)
 
 
-def test_columns_of_other_things_are_no_classes_and_the_note_says_so(tmp_path: Path) -> None:
-    """The column without a name is the row numbers that pandas writes."""
+def test_other_columns_are_not_classes_and_are_logged(tmp_path: Path) -> None:
+    """The column without a name holds the row numbers that pandas writes."""
     rows = [[f"{i}.jpg", str(i), "ward 5", "65", str(i % 2)] for i in range(20)]
-    data = many(table(tmp_path, rows, "path,,place,age,ill"))
+    data = many(write_csv(tmp_path, rows, "path,,place,age,ill"))
     assert data.classes == ["ill"]
     assert data.note.endswith("left out, as no 0 or 1 is in them: place, age")
 
 
-def test_a_divided_label_is_said_and_a_column_class_is_never_divided(tmp_path: Path) -> None:
+def test_a_divided_label_is_logged_and_a_column_class_is_never_divided(tmp_path: Path) -> None:
     rows = [[f"{i}.jpg", ("salt; pepper", "sugar")[i % 2]] for i in range(20)]
-    data = many(table(tmp_path, rows))
+    data = many(write_csv(tmp_path, rows))
     assert data.classes == ["pepper", "salt", "sugar"]
     assert "'salt; pepper' is read as several labels" in data.note
-    data = many(table(tmp_path, rows, "path,class"))
+    data = many(write_csv(tmp_path, rows, "path,class"))
     assert not data.multi_label
     assert data.classes == ["salt; pepper", "sugar"]
     data.write(tmp_path / "split.csv")
     assert_same(load_labelled(tmp_path / "split.csv"), data)
 
 
-def test_several_labels_are_split_by_chance_alike_for_every_seed(tmp_path: Path) -> None:
+def test_the_random_split_of_several_labels_is_the_same_for_every_seed(tmp_path: Path) -> None:
     file = random_tags(tmp_path)
     data = many(file)
     assert [len(part) for part in parts(data)] == [30, 10, 10]
@@ -432,18 +432,18 @@ def test_several_labels_are_split_by_chance_alike_for_every_seed(tmp_path: Path)
     assert data.test.paths != sorted(p for part in parts(data) for p in part.paths)[:10]
     assert_same(load_labelled(file, seed=7, multi_label=True), data)
     rows = list(csv.reader(file.open()))[1:]
-    assert_same(many(table(tmp_path, rows[::-1], "path,labels")), data)
+    assert_same(many(write_csv(tmp_path, rows[::-1], "path,labels")), data)
     truth = {path: set(filter(None, names.split("|"))) for path, names in rows}
     for part in parts(data):
         for path, row in zip(part.paths, part.labels, strict=True):
             assert {data.classes[i] for i in np.flatnonzero(row)} == truth[Path(path).name]
 
 
-def test_a_validation_part_of_several_labels_follows_the_seed(tmp_path: Path) -> None:
+def test_the_validation_split_of_several_labels_depends_on_the_seed(tmp_path: Path) -> None:
     rows = [
         [f"{i:02}.jpg", "a|b" if i % 2 else "a", "test" if i < 5 else "train"] for i in range(30)
     ]
-    file = table(tmp_path, rows, "path,labels,split")
+    file = write_csv(tmp_path, rows, "path,labels,split")
     one, other = (load_labelled(file, seed, multi_label=True) for seed in (0, 1))
     assert [len(part) for part in parts(one)] == [20, 5, 5]
     assert_disjoint(one)
@@ -451,7 +451,7 @@ def test_a_validation_part_of_several_labels_follows_the_seed(tmp_path: Path) ->
     assert one.test.paths == other.test.paths
 
 
-def test_a_share_of_several_labels_is_part_of_a_larger_one(tmp_path: Path) -> None:
+def test_a_subsample_of_several_labels_is_part_of_a_larger_one(tmp_path: Path) -> None:
     data = many(random_tags(tmp_path))
     less, more = (data.subsample(fraction, None, seed=0) for fraction in (0.1, 0.5))
     assert [len(part) for part in parts(less)] == [3, 1, 10]
@@ -461,14 +461,14 @@ def test_a_share_of_several_labels_is_part_of_a_larger_one(tmp_path: Path) -> No
         data.subsample(None, 3, seed=0)
 
 
-def test_a_class_that_training_lacks_is_kept(tmp_path: Path) -> None:
+def test_a_class_without_training_images_is_kept(tmp_path: Path) -> None:
     rows = [
         ["0.jpg", "a", "train"],
         ["1.jpg", "", "train"],
         ["2.jpg", "b", "test"],
         ["3.jpg", "a", "test"],
     ]
-    data = many(table(tmp_path, rows, "path,labels,split"), need_val=False)
+    data = many(write_csv(tmp_path, rows, "path,labels,split"), need_val=False)
     assert data.classes == ["a", "b"]
     assert data.train.labels.tolist() == [[1, 0], [0, 0]]
 
@@ -477,11 +477,11 @@ def test_a_class_that_training_lacks_is_kept(tmp_path: Path) -> None:
     ("header", "columns"),
     [
         ("labels", ["labels"]),
-        ("a,b,nobody", ["a", "b", "nobody"]),  # which no name in a column labels would show
+        ("a,b,nobody", ["a", "b", "nobody"]),  # which a column of label names could not express
         ('a,"b, red"', ["a", "b, red"]),
     ],
 )
-def test_several_labels_written_down_read_back_as_the_same_data(
+def test_written_splits_of_several_labels_are_read_back_unchanged(
     header: str, columns: list[str], tmp_path: Path
 ) -> None:
     random = np.random.default_rng(1)
@@ -516,7 +516,7 @@ def test_several_labels_written_down_read_back_as_the_same_data(
         ),
     ],
 )
-def test_several_labels_with_a_mistake(text: str, message: str, tmp_path: Path) -> None:
+def test_invalid_files_of_several_labels(text: str, message: str, tmp_path: Path) -> None:
     for index in range(3):
         (tmp_path / f"{index}.jpg").write_bytes(b"")
     (tmp_path / "data.csv").write_text(text)

@@ -39,7 +39,7 @@ from vissl_lite.transfer.classification.training import (
 def warnings(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> pytest.LogCaptureFixture:
-    """What is logged, whether or not a run of another test took the log to itself."""
+    """Captured log, even if another test has stopped the logger from propagating."""
     monkeypatch.setattr(logging.getLogger("vissl_lite"), "propagate", True)
     return caplog
 
@@ -74,7 +74,7 @@ def test_the_loss_of_one_label(smoothing: float) -> None:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_the_loss_of_several_labels(smoothing: float) -> None:
-    """Targets are s / 2 and 1 - s / 2; the weight is on having the class alone."""
+    """Targets are s / 2 and 1 - s / 2; only the positive term is weighted."""
     logits, weights = torch.randn(4, 3), [0.5, 1.0, 3.0]
     target = torch.tensor([[1, 0, 0], [0, 0, 0], [1, 1, 1], [0, 1, 0]])
     total = 0.0
@@ -94,7 +94,7 @@ def test_balanced_weights_of_one_label_are_inverse_frequencies_with_mean_one() -
 
 
 def test_balanced_weights_of_several_labels_are_negatives_over_positives() -> None:
-    """Never beyond 0.1 and 100, not even where all images or none have the class."""
+    """Weights stay in [0.1, 100], even if all images or none have the class."""
     assert loss_weights("balanced", SEVERAL).tolist() == pytest.approx([0.1, 3, 1 / 3])
     rare = labels_only([[1, 0]] + [[0, 0]] * 299, "ab")
     assert loss_weights("balanced", rare).tolist() == [100, 100]
@@ -103,9 +103,9 @@ def test_balanced_weights_of_several_labels_are_negatives_over_positives() -> No
 def test_weights_by_name() -> None:
     assert loss_weights({"b": 2, "c": 0.5}, SEVERAL).tolist() == [1, 2, 0.5]
     weights = loss_weights({"b": 20.0, "a": 10.0, "c": 10.0}, ONE)
-    assert weights.tolist() == pytest.approx([0.8, 1.6, 0.8])  # ratios alone, mean 1
+    assert weights.tolist() == pytest.approx([0.8, 1.6, 0.8])  # only ratios count; the mean is 1
     digits = labels_only([0, 1], "01")
-    by_number: Any = {0: 3.0}  # what YAML makes of {0: 3}
+    by_number: Any = {0: 3.0}  # as YAML parses {0: 3}
     assert loss_weights(by_number, digits).tolist() == [1.5, 0.5]
     assert loss_weights(None, ONE).tolist() == [1, 1, 1]
 
@@ -120,20 +120,20 @@ def test_weights_by_name() -> None:
         ("balance", "--class_weights balance: give balanced, or a weight for each class name"),
     ],
 )
-def test_weights_with_a_mistake(weights: str | dict[str, float], message: str) -> None:
+def test_invalid_weights(weights: str | dict[str, float], message: str) -> None:
     data = LabelledImages(["cat", "dog"], ONE.train, ONE.val, ONE.test)
     with pytest.raises(UserError, match=message):
         check_settings(ClassifierSettings(class_weights=weights), data)
 
 
-def test_balanced_sampling_needs_one_label_an_image() -> None:
+def test_balanced_sampling_needs_one_label_per_image() -> None:
     check_settings(ClassifierSettings(balanced=True), ONE)
     with pytest.raises(UserError, match=r"--balanced .* give --class_weights balanced"):
         check_settings(ClassifierSettings(balanced=True), SEVERAL)
 
 
 @pytest.mark.parametrize("data", [ONE, SEVERAL], ids=["one", "several"])
-def test_a_training_step_takes_labels_weights_and_smoothing(data: LabelledImages) -> None:
+def test_a_training_step_uses_labels_weights_and_smoothing(data: LabelledImages) -> None:
     logits = torch.randn(3, 3)
     settings = ClassifierSettings(class_weights={"a": 5.0}, label_smoothing=0.3)
     classifier = Classifier(build_encoder("test_resnet", 32), data.classes, data.multi_label)
@@ -166,9 +166,9 @@ def test_scores_of_one_label_against_scikit_learn() -> None:
 
 
 def test_scores_of_several_labels_against_scikit_learn(warnings: pytest.LogCaptureFixture) -> None:
-    """Classes that all test images or none have count nowhere; ties are kept as ties."""
+    """Classes that all test images or none have are not counted; ties stay ties."""
     logits, target = torch.randn(60, 5).mul(2).round(), torch.randint(0, 2, (60, 5))
-    logits[:, 3] += 20  # float32 would make these probabilities all one
+    logits[:, 3] += 20  # in float32 all of these probabilities would be one
     target[:, 1], target[:, 4] = 1, 0
     scores = class_scores.score_several(logits, target, list("abcde"))
     assert list(scores.per_class) == ["a", "c", "d"]
@@ -186,21 +186,21 @@ def test_scores_of_several_labels_against_scikit_learn(warnings: pytest.LogCaptu
     assert "all test images or none have it: b, e" in warnings.text
 
 
-def test_the_look_at_several_labels() -> None:
+def test_evaluation_of_several_labels() -> None:
     logits, target = torch.randn(30, 3), torch.randint(0, 2, (30, 3))
     target[:, 1] = 0
-    seen = class_scores.evaluate_several(logits, target)
+    result = class_scores.evaluate_several(logits, target)
     precise = sk.average_precision_score(target[:, [0, 2]], logits[:, [0, 2]], average="macro")
     probability = logits.double().sigmoid().clamp(1e-12, 1 - 1e-12)
     loss = np.mean([sk.log_loss(target[:, k], probability[:, k], labels=[0, 1]) for k in range(3)])
-    assert seen.values == pytest.approx({"val_map": precise, "val_loss": loss}, rel=1e-5)
-    assert seen.rank == (seen.values["val_map"], -seen.values["val_loss"])
+    assert result.values == pytest.approx({"val_map": precise, "val_loss": loss}, rel=1e-5)
+    assert result.rank == (result.values["val_map"], -result.values["val_loss"])
 
 
-def test_a_look_where_no_class_can_be_ranked_goes_by_the_loss() -> None:
-    seen = class_scores.evaluate_several(torch.zeros(2, 2), torch.tensor([[1, 0], [1, 0]]))
-    assert seen.values == pytest.approx({"val_loss": math.log(2)})
-    assert seen.rank == (pytest.approx(-math.log(2)),)
+def test_evaluation_without_a_rankable_class_uses_the_loss() -> None:
+    result = class_scores.evaluate_several(torch.zeros(2, 2), torch.tensor([[1, 0], [1, 0]]))
+    assert result.values == pytest.approx({"val_loss": math.log(2)})
+    assert result.rank == (pytest.approx(-math.log(2)),)
 
 
 # Training
@@ -208,7 +208,7 @@ def test_a_look_where_no_class_can_be_ranked_goes_by_the_loss() -> None:
 
 @pytest.fixture(scope="module")
 def colored(tmp_path_factory: pytest.TempPathFactory) -> LabelledImages:
-    """Noise; which channels are bright says which classes there are. No image has `nothing`."""
+    """Noise whose bright channels give the classes. No image has the class `nothing`."""
     folder, random = tmp_path_factory.mktemp("colored"), np.random.default_rng(0)
     parts = []
     for part, count in (("train", 48), ("val", 16), ("test", 32)):
@@ -223,7 +223,7 @@ def colored(tmp_path_factory: pytest.TempPathFactory) -> LabelledImages:
     return LabelledImages(["blue", "green", "nothing", "red"], *parts)
 
 
-def test_learns_several_labels_an_image(
+def test_learns_several_labels_per_image(
     colored: LabelledImages, warnings: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     torch.manual_seed(5)
@@ -247,7 +247,7 @@ def test_learns_several_labels_an_image(
     torch.testing.assert_close(loaded.eval()(images), model.eval()(images))
 
 
-def test_one_label_is_what_a_model_folder_has_by_default(tmp_path: Path) -> None:
+def test_a_model_folder_has_one_label_by_default(tmp_path: Path) -> None:
     encoder = build_encoder("test_resnet", 32)
     encoder.model.reset_classifier(2)
     save_model(encoder.model, tmp_path, encoder.model_args, 32, {"label_names": ["a", "b"]})

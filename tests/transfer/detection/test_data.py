@@ -18,7 +18,7 @@ Object = tuple[str, Sequence[float]]  # class, corners
 
 
 def picture(path: Path, orientation: int = 1, height: int = HEIGHT, width: int = WIDTH) -> Path:
-    """A black image with a white box at 5, 10, 15, 14 as it is stored."""
+    """Write a black image with a white box at 5, 10, 15, 14 of the stored pixels."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[10:14, 5:15] = 255
@@ -34,7 +34,7 @@ def coco(
     boxes: Sequence[tuple[int, int, Sequence[float]]],
     **keys: Any,
 ) -> Path:
-    """A COCO file; boxes are (image number, class id, x y width height)."""
+    """Write a COCO file. Boxes are (image number, class id, (x, y, width, height))."""
     content = {
         "images": [
             {"id": i, "file_name": name, "height": HEIGHT, "width": WIDTH}
@@ -58,7 +58,7 @@ def voc(
     filename: str = "elsewhere.jpg",
     difficult: int = 0,
 ) -> Path:
-    """An XML file of VOC."""
+    """Write an XML file in VOC's format."""
     keys = ("xmin", "ymin", "xmax", "ymax")
     listed = "".join(
         f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox>"
@@ -75,7 +75,7 @@ def voc(
 
 
 def voc_set(folder: Path, objects: Sequence[Object], count: int = 6, **keys: Any) -> Path:
-    """Images with the same objects, without splits."""
+    """Write images with the same objects, without splits."""
     for number in range(count):
         picture(folder / "images" / f"{number}.png")
         voc(folder / "annotations" / f"{number}.xml", objects, **keys)
@@ -93,7 +93,7 @@ def every(data: LabelledBoxes) -> list[BoxedImage]:
 
 
 def found(data: LabelledBoxes, root: Path) -> dict[str, list[tuple[str, float]]]:
-    """By part: image file below the root, and the left edge of its one box."""
+    """By split: image file below the root, and the left edge of its only box."""
     return {
         split: [
             (Path(one.path).relative_to(root).as_posix(), float(one.boxes[0, 0]))
@@ -122,7 +122,7 @@ def test_the_sample_data(tmp_path: Path) -> None:
     data = load_boxes(folder)
     assert [len(part) for part in (data.train, data.val, data.test)] == [20, 10, 10]
     assert data.repairs == {}
-    for one in every(data):  # the masks know the boxes too
+    for one in every(data):  # the masks give the same boxes
         mask = Path(one.path.replace("/labelled/", "/masks/")).with_suffix(".png")
         rows, columns = np.nonzero(np.asarray(Image.open(mask)))
         box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
@@ -143,7 +143,7 @@ def test_the_sample_data(tmp_path: Path) -> None:
 def test_layouts_of_coco(
     annotations: str, images: str, names: Sequence[str], tmp_path: Path
 ) -> None:
-    """Images of the three parts have the same names: the folder decides."""
+    """Images of the three splits have the same names, and are told apart by folder."""
     for left, name in enumerate(names):
         coco(
             tmp_path / annotations.format(name),
@@ -162,12 +162,12 @@ def test_layouts_of_coco(
         split: [(f"{place[i]}/1.png", i), (f"{place[i]}/2.png", i + 10)]
         for i, split in enumerate(("train", "val", "test"))
     }
-    assert data.classes == ["cat", "dog"]  # in the order of the ids, which have gaps
+    assert data.classes == ["cat", "dog"]  # in the order of the ids, which are not consecutive
     assert [one.labels.tolist() for one in data.train] == [[0], [1]]
     assert data.repairs == {}
 
 
-def test_an_image_missing_in_its_split_is_not_taken_from_another(tmp_path: Path) -> None:
+def test_an_image_missing_in_its_split_is_not_taken_from_another_split(tmp_path: Path) -> None:
     for split in ("train", "val", "test"):
         coco(
             tmp_path / f"{split}.json",
@@ -213,7 +213,7 @@ def test_the_layout_of_voc(explicit: bool, tmp_path: Path) -> None:
     given = (tmp_path / "JPEGImages", tmp_path / "Annotations") if explicit else (tmp_path,)
     data = load_boxes(*given)
     numbers = {"train": (0, 1, 2), "val": (3,), "test": (4, 5)}
-    assert found(data, tmp_path) == {  # counting from 1, the left edge is one to the left
+    assert found(data, tmp_path) == {  # coordinates count from 1, so that the left edge is one less
         split: [(f"JPEGImages/{i}.jpg", i + 1) for i in members]
         for split, members in numbers.items()
     }
@@ -243,7 +243,7 @@ def test_coordinates_of_voc_that_count_from_0_stay(tmp_path: Path) -> None:
 
 
 def test_the_layout_of_yolo_as_roboflow_writes_it(tmp_path: Path) -> None:
-    # beside another data set, where a path that is taken literally would lead
+    # next to another data set, which the literal path leads to
     picture(tmp_path / "train" / "images" / "wrong.png")
     root = tmp_path / "set"
     write(
@@ -294,14 +294,14 @@ def test_folders_of_yolo_labels_and_of_coco_files_as_annotations(tmp_path: Path)
     assert [Path(one.path).stem for one in every(data)] == ["0", "1", "2"]
 
 
-# Dirty annotations
+# Invalid annotations
 
 
-def test_every_kind_of_bad_box_is_counted_and_named(
+def test_every_kind_of_invalid_box_is_counted_and_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     boxes: list[tuple[int, int, Any]] = [
-        (0, 3, (1, 2, 3, 4)), (0, 3, (1, 2, 3, 4)), (0, 7, (1, 2, 3, 4)),  # the second: given twice
+        (0, 3, (1, 2, 3, 4)), (0, 3, (1, 2, 3, 4)), (0, 7, (1, 2, 3, 4)),  # 2nd: a duplicate
         (0, 3, (5, 5, 0, 9)), (0, 3, (5, 5, 9, 0)),
         (0, 3, (20, 20, -10, -5)),
         (0, 3, (float("nan"), 1, 2, 3)), (0, 3, (1, 1, float("inf"), 3)),
@@ -324,7 +324,7 @@ def test_every_kind_of_bad_box_is_counted_and_named(
         "box of an image not listed, left out": 1,
         "box of an unknown class, left out": 1,
         "box not finite, left out": 2,
-        "box with swapped corners, put right": 1,
+        "box with swapped corners, corrected": 1,
         "box without area, left out": 2,
         "box outside the image, left out": 2,
         "box past the edge of the image, clipped": 1,
@@ -339,14 +339,18 @@ def test_every_kind_of_bad_box_is_counted_and_named(
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_boxes_of_the_image_before_its_exif_rotation_turn_with_it(
+def test_boxes_annotated_before_the_exif_rotation_are_rotated(
     orientation: int, tmp_path: Path
 ) -> None:
-    """The white box of the image is where the box is, as the image is read."""
+    """The box is at the white box of the image as it is read."""
     voc_set(tmp_path, [("dog", (6, 11, 15, 14))])
     path = picture(tmp_path / "images" / "0.jpg", orientation)
     (tmp_path / "images" / "0.png").unlink()
-    if orientation in (2, 3, 4):  # the noted size can't tell: boxes are of the image as it is shown
+    if orientation in (
+        2,
+        3,
+        4,
+    ):  # the size is the same either way: boxes refer to the rotated image
         mirrored = {2: (26, 11, 35, 14), 3: (26, 17, 35, 20), 4: (6, 17, 15, 20)}[orientation]
         voc(tmp_path / "annotations" / "0.xml", [("dog", mirrored)])
     data = load_boxes(tmp_path)
@@ -356,8 +360,8 @@ def test_boxes_of_the_image_before_its_exif_rotation_turn_with_it(
     x1, y1, x2, y2 = one.boxes[0].astype(int)
     assert image[y1:y2, x1:x2].min() > 128
     assert (x2 - x1) * (y2 - y1) == 40 == np.count_nonzero(image[..., 0] > 128)
-    turned = data.repairs.get("image noted as before the EXIF rotation, boxes turned", 0)
-    assert turned == (orientation >= 5)
+    rotated = data.repairs.get("image annotated before its EXIF rotation, boxes rotated", 0)
+    assert rotated == (orientation >= 5)
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp", "tif", "gif", "bmp"])
@@ -372,17 +376,17 @@ def test_sizes_are_those_of_the_decoded_image(suffix: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("noted", "box", "repair"),
+    ("size", "box", "repair"),
     [
-        ((0, 0), (0, 2, 20, 14), "size not noted, the file's taken"),
-        ((60, 80), (0, 1, 10, 7), "image noted in another size, boxes scaled"),
-        ((40, 30), (0, 2, 20, 14), "size noted with height and width swapped, the file's taken"),
+        ((0, 0), (0, 2, 20, 14), "size not given, read from the image"),
+        ((60, 80), (0, 1, 10, 7), "image annotated at another size, boxes scaled"),
+        ((40, 30), (0, 2, 20, 14), "size with height and width swapped, read from the image"),
     ],
 )
-def test_a_noted_size_that_the_image_does_not_have(
-    noted: tuple[int, int], box: Sequence[float], repair: str, tmp_path: Path
+def test_an_annotated_size_that_differs_from_the_image(
+    size: tuple[int, int], box: Sequence[float], repair: str, tmp_path: Path
 ) -> None:
-    data = load_boxes(voc_set(tmp_path, [("dog", (0, 2, 20, 14))], size=noted))
+    data = load_boxes(voc_set(tmp_path, [("dog", (0, 2, 20, 14))], size=size))
     assert all(
         one.size == (HEIGHT, WIDTH) and one.boxes.tolist() == [list(box)] for one in every(data)
     )
@@ -400,14 +404,14 @@ def test_damaged_and_missing_files_are_left_out(tmp_path: Path) -> None:
     voc(xml / "4.xml", [("dog", (2, 3, 30, "x"))], filename="C:\\x\\renamed.png")  # type: ignore[list-item]
     voc(xml / "more" / "5.xml", [("cat", (1, 1, 9, 9))])
     data = load_boxes(tmp_path)
-    left = {Path(one.path).stem: len(one.boxes) for one in every(data)}
-    assert left == {"5": 2, "6": 1, "7": 1, "renamed": 0}
+    remaining = {Path(one.path).stem: len(one.boxes) for one in every(data)}
+    assert remaining == {"5": 2, "6": 1, "7": 1, "renamed": 0}
     assert data.classes == ["cat", "dog"]
     assert data.repairs == {
         "file not readable, left out with the image": 2,
         "image missing, or not the only one of its name, left out": 1,
         "image not readable, left out": 1,
-        "annotation of an image that has one already, joined": 1,
+        "annotation of an image that has one already, merged": 1,
         "box not readable, left out": 1,
         "box without area, left out": 4,
         "image without boxes, kept as background": 1,
@@ -435,7 +439,7 @@ def test_damaged_lines_of_yolo_are_left_out(tmp_path: Path) -> None:
     }
 
 
-def test_what_is_tested_on_is_not_trained_on(tmp_path: Path) -> None:
+def test_test_images_are_not_trained_on(tmp_path: Path) -> None:
     voc_set(tmp_path, [("dog", (2, 3, 30, 20))])
     for name, members in (("train", "0 1 2 3"), ("val", "1 4"), ("test", "2 4 5")):
         write(tmp_path / "ImageSets" / "Main" / f"{name}.txt", members.replace(" ", "\n"))
@@ -449,20 +453,20 @@ def test_what_is_tested_on_is_not_trained_on(tmp_path: Path) -> None:
     assert data.repairs == {"image of two splits, left out of the first": 3}
 
 
-def test_a_class_that_train_lacks_is_kept_and_named(
+def test_a_class_without_training_boxes_is_kept_and_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for split, kind in (("train", "cat"), ("val", "dog"), ("test", "cat")):
         picture(tmp_path / split / f"{split}.png")
         voc(tmp_path / split / f"{split}.xml", [(kind, (2, 3, 30, 20))])
     assert load_boxes(tmp_path).classes == ["cat", "dog"]
-    assert "the class dog has boxes in val, none in train" in caplog.text
+    assert "the class dog has boxes in val, but none in train" in caplog.text
 
 
-# Written and taken
+# Writing and subsampling
 
 
-def test_what_is_written_is_read_back_the_same(tmp_path: Path) -> None:
+def test_written_data_is_read_back_unchanged(tmp_path: Path) -> None:
     for number in range(9):
         picture(tmp_path / "images" / f"{number}.jpg", orientation=number % 9)
         text = f"3 0.51 0.47 0.{number}1 0.23\n" if number else ""
@@ -485,7 +489,7 @@ def test_what_is_written_is_read_back_the_same(tmp_path: Path) -> None:
         assert_same(data, load_boxes(tmp_path / "run" / "boxes"))
 
 
-def test_a_share_is_part_of_a_larger_one(tmp_path: Path) -> None:
+def test_a_subsample_is_part_of_a_larger_one(tmp_path: Path) -> None:
     data = load_boxes(voc_set(tmp_path, [("dog", (2, 3, 30, 20))], count=40))
     small, large = (data.subsample(share, None, 3) for share in (0.25, 0.5))
     assert [len(part) for part in (small.train, small.val, small.test)] == [6, 2, 8]
@@ -496,7 +500,7 @@ def test_a_share_is_part_of_a_larger_one(tmp_path: Path) -> None:
         data.subsample(1.5, None, 3)
 
 
-# What a user does wrong
+# User errors
 
 
 def refusal(*given: Any, **options: Any) -> str:
@@ -506,7 +510,7 @@ def refusal(*given: Any, **options: Any) -> str:
     return str(error.value)
 
 
-def test_nothing_there(tmp_path: Path) -> None:
+def test_missing_sources_and_annotations(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     assert "does not exist" in refusal(tmp_path / "gone")
     assert "does not exist" in refusal(tmp_path, tmp_path / "gone")
@@ -516,7 +520,7 @@ def test_nothing_there(tmp_path: Path) -> None:
     assert "give a folder, a .json or a .yaml file" in refusal(tmp_path / "a.png")
 
 
-def test_a_file_that_is_not_what_it_should_be(tmp_path: Path) -> None:
+def test_files_in_another_format(tmp_path: Path) -> None:
     file = write(tmp_path / "notes.json", '{"images": [], "annotations": {}}')
     assert "notes.json is not in COCO's format: it has no list 'annotations'" in refusal(tmp_path)
     file.write_text("[1, 2]")
@@ -534,14 +538,14 @@ def test_a_file_that_is_not_what_it_should_be(tmp_path: Path) -> None:
 def test_two_formats(tmp_path: Path) -> None:
     voc_set(tmp_path, [("dog", (2, 3, 30, 20))])
     write(tmp_path / "notes.json", '{"by": "me"}')
-    load_boxes(tmp_path)  # another JSON file is no second format
+    load_boxes(tmp_path)  # an unrelated JSON file is not a second format
     coco(tmp_path / "notes.json", ["1.png"], [(0, 3, (1, 1, 5, 5))])
     message = refusal(tmp_path)
     assert "COCO and Pascal VOC" in message
     assert "--annotations" in message
     for name, members in (("train", "0\n1"), ("test", "2")):
         write(tmp_path / "ImageSets" / "Main" / f"{name}.txt", members)
-    assert load_boxes(tmp_path).classes == ["dog"]  # the one that names splits
+    assert load_boxes(tmp_path).classes == ["dog"]  # the only one with splits
 
 
 def test_no_test_images(tmp_path: Path) -> None:
@@ -559,6 +563,6 @@ def test_nothing_to_train_on(tmp_path: Path) -> None:
     assert "has no boxes to train on" in refusal(tmp_path)
     for file in (tmp_path / "images").iterdir():
         file.unlink()
-    assert "of 6 images that its annotations name none is there" in refusal(tmp_path)
+    assert "none of the 6 images in its annotations exists" in refusal(tmp_path)
     voc_set(tmp_path / "two", [("dog", (2, 3, 30, 20))], count=2)
     assert "three are needed" in refusal(tmp_path / "two")

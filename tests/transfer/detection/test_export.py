@@ -7,8 +7,8 @@ from vissl_lite.transfer.detection.model import Detector
 from vissl_lite.transfer.detection.options import DetectorName
 
 
-def outspoken(kind: DetectorName, classes: int = 3) -> Detector:
-    """A detector with random weights so large that it finds many boxes of all classes."""
+def make_detector(kind: DetectorName, classes: int = 3) -> Detector:
+    """Detector with random weights so large that it detects many boxes of all classes."""
     torch.manual_seed(0)
     detector = Detector(
         build_encoder("test_resnet", 64), list("abcdef")[:classes], kind, (64, 96)
@@ -26,8 +26,8 @@ def outspoken(kind: DetectorName, classes: int = 3) -> Detector:
 
 
 @pytest.mark.parametrize("kind", ["fcos", "retinanet", "faster_rcnn"])
-def test_it_finds_what_the_detector_finds(kind: DetectorName) -> None:
-    detector = outspoken(kind)
+def test_detections_equal_those_of_the_detector(kind: DetectorName) -> None:
+    detector = make_detector(kind)
     images = torch.rand(3, 3, 64, 96) * 4 - 2
     with torch.no_grad():
         expected = detector(images)
@@ -38,18 +38,20 @@ def test_it_finds_what_the_detector_finds(kind: DetectorName) -> None:
         assert (scores[index, :count] > 0.05).all()
         assert all((what[index, count:] == 0).all() for what in (boxes, scores, labels))
         torch.testing.assert_close(scores[index, :count], one["scores"])
-        # one to one: where scores are equal but for rounding, the order may be another
-        left = set(range(count))
+        # match one to one, as the order of scores that are equal up to rounding may differ
+        unmatched = set(range(count))
         for box, score, label in zip(one["boxes"], one["scores"], one["labels"], strict=True):
             near = (boxes[index, :count] - box).abs().amax(dim=1) < 1e-3 + 1e-4 * box.abs().max()
             alike = near & ((scores[index, :count] - score).abs() < 1e-4)
-            same = left & set((alike & (labels[index, :count] == label)).nonzero()[:, 0].tolist())
+            same = unmatched & set(
+                (alike & (labels[index, :count] == label)).nonzero()[:, 0].tolist()
+            )
             assert same
-            left.remove(min(same))
+            unmatched.remove(min(same))
 
 
 def test_an_image_does_not_depend_on_the_others_in_the_batch() -> None:
-    model = ExportableDetector(outspoken("faster_rcnn"))
+    model = ExportableDetector(make_detector("faster_rcnn"))
     images = torch.rand(2, 3, 64, 96) * 4 - 2
     with torch.no_grad():
         both, alone = model(images), model(images[1:])
@@ -67,7 +69,7 @@ def test_where_nothing_is_found_all_scores_are_zero() -> None:
     assert (scores == 0).all()
 
 
-def test_suppression_against_the_slow_way() -> None:
+def test_suppression_against_a_loop() -> None:
     random = torch.Generator().manual_seed(0)
     corner = torch.rand(2, 30, 2, generator=random) * 30
     boxes = torch.cat([corner, corner + 5 + 10 * torch.rand(2, 30, 2, generator=random)], dim=2)
@@ -76,17 +78,17 @@ def test_suppression_against_the_slow_way() -> None:
     kept = suppress(boxes, scores, 0.4, 5)
     for image in range(2):
         for label in range(3):
-            stay: list[int] = []
+            selected: list[int] = []
             for place in scores[image, label].argsort(descending=True).tolist():
                 x1, y1, x2, y2 = boxes[image, place].tolist()
-                worse = scores[image, label, place] == 0
-                for other in stay:
+                suppressed = scores[image, label, place] == 0
+                for other in selected:
                     u1, v1, u2, v2 = boxes[image, other].tolist()
                     shared = max(0, min(x2, u2) - max(x1, u1)) * max(0, min(y2, v2) - max(y1, v1))
-                    whole = (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - shared
-                    worse |= shared / whole > 0.4
-                if not worse and len(stay) < 5:
-                    stay.append(place)
+                    union = (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - shared
+                    suppressed |= shared / union > 0.4
+                if not suppressed and len(selected) < 5:
+                    selected.append(place)
             expected = torch.zeros(30)
-            expected[stay] = scores[image, label, stay]
+            expected[selected] = scores[image, label, selected]
             assert torch.equal(kept[image, label], expected)

@@ -59,7 +59,7 @@ def test_classes_are_counted_from_zero(kind: DetectorName) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_boxes_are_those_of_float32_under_bf16(kind: DetectorName) -> None:
+def test_boxes_and_scores_are_float32_under_bf16(kind: DetectorName) -> None:
     detector = make(kind).eval()
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -86,15 +86,15 @@ def test_a_vit_takes_the_shape_of_the_images_too() -> None:
 
 def test_fitting_keeps_the_shape_and_pads() -> None:
     image = np.full((20, 40, 3), 200, np.uint8)
-    whole, scale = fit_into(image, (64, 64))
+    padded, scale = fit_into(image, (64, 64))
     assert scale == 1.6
-    assert whole.shape == (64, 64, 3)
-    assert (whole[:32] == 200).all()
-    assert (whole[32:] == 114).all()
+    assert padded.shape == (64, 64, 3)
+    assert (padded[:32] == 200).all()
+    assert (padded[32:] == 114).all()
 
 
-class _Says(torch.nn.Module):
-    """A detector's net that finds the same in each image."""
+class _ConstantNet(torch.nn.Module):
+    """Network that returns the same detections for each image."""
 
     def __init__(self, net: Any) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class _Says(torch.nn.Module):
 
 def test_boxes_come_back_in_pixels_of_the_image_best_first(tmp_path: Path) -> None:
     detector = make()
-    detector.net = _Says(detector.net)
+    detector.net = _ConstantNet(detector.net)
     Image.new("RGB", (128, 64)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"broken")
     paths = [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
@@ -117,7 +117,7 @@ def test_boxes_come_back_in_pixels_of_the_image_best_first(tmp_path: Path) -> No
     sizes: list[tuple[int, int]] = []
     detect_in_batches(detector, paths, lambda _, __, some: sizes.extend(some))
     assert sizes == [(64, 128)]
-    # the second lies in the padding below the image
+    # the second box lies in the padding below the image
     assert found.labels.tolist() == [2, 0]
     assert found.boxes.tolist() == [[0, 0, 128, 64], [16, 8, 48, 32]]
     with pytest.raises(UserError, match="none of 1 images can be read"):

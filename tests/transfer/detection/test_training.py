@@ -16,14 +16,14 @@ from vissl_lite.transfer.detection.data import BoxedImage, LabelledBoxes
 from vissl_lite.transfer.detection.metrics import best_threshold, score_detector
 from vissl_lite.transfer.detection.model import Detections, detect, load_detector, save_detector
 from vissl_lite.transfer.detection.options import DetectorSettings
-from vissl_lite.transfer.detection.training import BoxDataset, rescaled, train_detector
+from vissl_lite.transfer.detection.training import BoxDataset, rescale_batch, train_detector
 
 
 def squares(folder: Path, count: int, seed: int) -> list[BoxedImage]:
-    """Images of 64 pixels with a red and perhaps a blue square on gray noise."""
+    """Images of 64 pixels with a red and possibly a blue square on gray noise."""
     folder.mkdir()
     random = np.random.default_rng(seed)
-    made = []
+    boxed = []
     for index in range(count):
         image = random.integers(90, 140, (64, 64, 3), dtype=np.uint8)
         boxes, labels = [], []
@@ -38,10 +38,10 @@ def squares(folder: Path, count: int, seed: int) -> list[BoxedImage]:
         path = folder / f"{index}.png"
         Image.fromarray(image).save(path)
         ignored = np.zeros(len(boxes), dtype=bool)
-        made.append(
+        boxed.append(
             BoxedImage(str(path), (64, 64), np.array(boxes, np.float32), np.array(labels), ignored)
         )
-    return made
+    return boxed
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_frozen_leaves_the_encoder_as_it_was(data: LabelledBoxes) -> None:
     assert all(torch.equal(before[name], t) for name, t in detector.encoder.state_dict().items())
 
 
-def test_frozen_norms_stand_still_after_looks_at_the_validation_part(data: LabelledBoxes) -> None:
+def test_frozen_norms_do_not_change_after_validation(data: LabelledBoxes) -> None:
     encoder = build_encoder("test_resnet", 64)
     settings = DetectorSettings(detector="fcos", epochs=3, batch_size=8, frozen_norm=True)
     detector = train_detector(encoder, data, settings)
@@ -107,21 +107,21 @@ def test_frozen_norms_stand_still_after_looks_at_the_validation_part(data: Label
 def test_the_best_weights_on_validation_images_are_kept(
     data: LabelledBoxes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judged, states = iter((0.2, 0.9, 0.5)), []
+    maps, states = iter((0.2, 0.9, 0.5)), []
     real = training.score_detector
 
     def score(detector: training.Detector, *rest: object) -> object:
         states.append({k: v.clone() for k, v in detector.state_dict().items()})
         scores = real(detector, *rest)  # type: ignore[arg-type]
         return metrics.DetectionScores(
-            next(judged, 0.0), 0.0, scores.per_class, scores.found, scores.images
+            next(maps, 0.0), 0.0, scores.per_class, scores.found, scores.images
         )
 
     monkeypatch.setattr(training, "score_detector", score)
     encoder = build_encoder("test_resnet", 64)
     settings = DetectorSettings(detector="fcos", epochs=3, batch_size=8)
     detector = train_detector(encoder, data, settings)
-    assert len(states) == 4  # three looks, and one for the threshold
+    assert len(states) == 4  # three evaluations, and one for the threshold
     assert all(torch.equal(states[1][name], t) for name, t in detector.state_dict().items())
 
 
@@ -131,7 +131,7 @@ def test_boxes_follow_the_view_and_ignored_ones_are_left_out(data: LabelledBoxes
     ignored[0] = False
     partly = BoxedImage(one.path, one.size, one.boxes, one.labels, ignored)
     dataset = BoxDataset([partly], (64, 64), DetectorSettings(upright=False, min_crop_scale=0.5))
-    seen = 0
+    checked = 0
     for epoch in range(20):
         item = dataset[epoch, 0]
         boxes, labels = item.target
@@ -139,8 +139,8 @@ def test_boxes_follow_the_view_and_ignored_ones_are_left_out(data: LabelledBoxes
         for x1, y1, x2, y2 in boxes.round().int().tolist():
             middle = item.views[0][(y1 + y2) // 2, (x1 + x2) // 2].astype(int)
             assert middle[0] > middle[2] + 60  # still on the red square
-            seen += 1
-    assert seen > 10
+            checked += 1
+    assert checked > 10
 
 
 def test_an_image_without_boxes_can_be_trained_on(data: LabelledBoxes) -> None:
@@ -159,9 +159,9 @@ def test_boxes_are_rescaled_with_their_images() -> None:
     image[:, :, 32:64, 80:120] = 1
     box, shapes = torch.tensor([80.0, 32, 120, 64]), set()
     for _ in range(30):
-        made, stretch = rescaled(image)
-        shapes.add(tuple(made.shape[-2:]))
-        ys, xs = (made[0, 0] > 0.5).nonzero(as_tuple=True)
+        resized, stretch = rescale_batch(image)
+        shapes.add(tuple(resized.shape[-2:]))
+        ys, xs = (resized[0, 0] > 0.5).nonzero(as_tuple=True)
         edges = torch.tensor([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
         assert (edges - box * stretch).abs().max() <= 1
     assert len(shapes) > 2
@@ -178,36 +178,38 @@ def answers(images: list[BoxedImage]) -> list[Detections]:
     return [Detections(i.boxes, np.full(len(i.boxes), 0.9, np.float32), i.labels) for i in images]
 
 
-def test_scores_count_what_they_should(
+def test_map_of_perfect_wrong_and_shifted_boxes(
     data: LabelledBoxes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = data.test
     good = np.ones(len(images), dtype=bool)
 
-    def found(said: list[Detections]) -> None:
-        monkeypatch.setattr(metrics, "detect", lambda *_: (said, good))
+    def set_detections(detections: list[Detections]) -> None:
+        monkeypatch.setattr(metrics, "detect", lambda *_: (detections, good))
 
-    detector: Any = SimpleNamespace(classes=data.classes)  # is not asked more, see above
-    found(answers(images))
+    detector: Any = SimpleNamespace(
+        classes=data.classes
+    )  # only the classes are used, as detect is replaced
+    set_detections(answers(images))
     perfect = score_detector(detector, images)
     assert perfect.metrics == {"map": 1.0, "map_50": 1.0}
-    found([Detections(one.boxes, one.scores, 1 - one.labels) for one in answers(images)])
+    set_detections([Detections(one.boxes, one.scores, 1 - one.labels) for one in answers(images)])
     assert score_detector(detector, images).map == 0.0
-    # boxes moved by a fifth of their width overlap by two thirds: right at 0.5, not at 0.75
-    moved = []
+    # boxes shifted by a fifth of their width have an IoU of two thirds: correct at 0.5, not at 0.75
+    shifted = []
     for one in answers(images):
         shift = 0.2 * (one.boxes[:, 2] - one.boxes[:, 0])
         boxes = one.boxes + np.stack([shift, 0 * shift, shift, 0 * shift], axis=1)
-        moved.append(one._replace(boxes=boxes.astype(np.float32)))
-    found(moved)
+        shifted.append(one._replace(boxes=boxes.astype(np.float32)))
+    set_detections(shifted)
     near = score_detector(detector, images)
     assert near.map_50 == 1.0
     assert near.map == pytest.approx(0.4)  # thresholds 0.5, 0.55, 0.6, 0.65 of ten
-    # what is ignored is neither missed nor wrong when it is found
+    # ignored boxes are neither false negatives nor false positives
     hidden = [
         BoxedImage(i.path, i.size, i.boxes, i.labels, np.arange(len(i.boxes)) > 0) for i in images
     ]
-    found(answers(images))
+    set_detections(answers(images))
     assert score_detector(detector, hidden).map == 1.0
 
 
@@ -219,13 +221,13 @@ def test_the_threshold_is_where_f1_is_best() -> None:
         np.array([0.9, 0.7, 0.6, 0.3], np.float32),
         np.zeros(4, np.int64),
     )
-    # a hit, the same again, a hit, a miss: F1 2/3, 1/2, 4/5, 2/3
+    # correct, a duplicate, correct, wrong: F1 2/3, 1/2, 4/5, 2/3
     assert best_threshold([found], [truth]) == pytest.approx(0.6)
     nothing = Detections(np.empty((0, 4), np.float32), np.empty(0, np.float32), np.empty(0, int))
     assert best_threshold([nothing], [truth]) == 0.5
 
 
-def test_a_damaged_model_folder_is_said_so(data: LabelledBoxes, tmp_path: Path) -> None:
+def test_errors_of_damaged_folders_and_large_batches(data: LabelledBoxes, tmp_path: Path) -> None:
     detector = training.Detector(build_encoder("test_resnet", 64), ["a", "b"], "fcos", (64, 64))
     save_detector(detector, tmp_path, {})
     (tmp_path / "head.json").write_text('{"task": "detection"}')

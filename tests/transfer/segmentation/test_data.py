@@ -8,7 +8,7 @@ from PIL import Image
 
 from vissl_lite.data.sample import make_sample_data
 from vissl_lite.errors import UserError
-from vissl_lite.transfer.segmentation.data import IGNORE, LabelledMasks, load_masks, read_mask
+from vissl_lite.transfer.segmentation.data import IGNORE_INDEX, LabelledMasks, load_masks, read_mask
 
 HEIGHT, WIDTH = 6, 8
 
@@ -19,14 +19,14 @@ def image(path: Path, height: int = HEIGHT, width: int = WIDTH) -> None:
 
 
 def mask(path: Path, *values: int, mode: str | None = None) -> None:
-    """A mask that holds these values and no others."""
+    """Write a mask that holds only these values."""
     path.parent.mkdir(parents=True, exist_ok=True)
     array = np.resize(np.array(values, np.uint8), (HEIGHT, WIDTH))
-    made = Image.fromarray(array)
-    made.convert(mode).save(path) if mode else made.save(path)
+    picture = Image.fromarray(array)
+    picture.convert(mode).save(path) if mode else picture.save(path)
 
 
-def fill(
+def write_pairs(
     images: Path, masks: Path, count: int, values: tuple[int, ...] = (0, 1, 2), end: str = ""
 ) -> None:
     for index in range(count):
@@ -52,8 +52,8 @@ def assert_paired(data: LabelledMasks) -> None:
     [("masks", ""), ("labels", "_mask"), ("annotations", "-mask"), ("gt", "_label"), ("gt", "_gt")],
 )
 def test_two_folders_are_split_60_20_20(name: str, end: str, tmp_path: Path) -> None:
-    fill(tmp_path / "images" / "a", tmp_path / name / "a", 5, end=end)
-    fill(tmp_path / "images" / "b", tmp_path / name / "b", 5, end=end)
+    write_pairs(tmp_path / "images" / "a", tmp_path / name / "a", 5, end=end)
+    write_pairs(tmp_path / "images" / "b", tmp_path / name / "b", 5, end=end)
     data = load_masks(tmp_path)
     assert sizes(data) == [6, 2, 2]
     assert data.classes == ["0", "1", "2"]
@@ -63,10 +63,10 @@ def test_two_folders_are_split_60_20_20(name: str, end: str, tmp_path: Path) -> 
     assert load_masks(tmp_path, seed=3).test == data.test
 
 
-def test_folders_of_splits_are_taken_as_they_are(tmp_path: Path) -> None:
+def test_folders_of_splits_are_used_as_given(tmp_path: Path) -> None:
     for part, count in (("train", 4), ("validation", 2), ("test", 3)):
-        fill(tmp_path / "a" / "images" / part, tmp_path / "a" / "masks" / part, count)
-        fill(tmp_path / "b" / part / "images", tmp_path / "b" / part / "labels", count)
+        write_pairs(tmp_path / "a" / "images" / part, tmp_path / "a" / "masks" / part, count)
+        write_pairs(tmp_path / "b" / part / "images", tmp_path / "b" / part / "labels", count)
     for folder in ("a", "b"):
         data = load_masks(tmp_path / folder)
         assert sizes(data) == [4, 2, 3]
@@ -74,22 +74,22 @@ def test_folders_of_splits_are_taken_as_they_are(tmp_path: Path) -> None:
         assert all("validation" in Path(one.mask).parts for one in data.val)
 
 
-def test_masks_may_lie_elsewhere(tmp_path: Path) -> None:
-    fill(tmp_path / "photos", tmp_path / "else" / "drawn", 5)
+def test_masks_may_be_in_another_folder(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "photos", tmp_path / "else" / "drawn", 5)
     assert sizes(load_masks(tmp_path / "photos", tmp_path / "else" / "drawn")) == [3, 1, 1]
 
 
-def test_validation_images_are_held_out_where_there_are_none(tmp_path: Path) -> None:
+def test_validation_images_are_held_out_if_there_are_none(tmp_path: Path) -> None:
     for part in ("train", "test"):
-        fill(tmp_path / "images" / part, tmp_path / "masks" / part, 10)
+        write_pairs(tmp_path / "images" / part, tmp_path / "masks" / part, 10)
     data = load_masks(tmp_path)
     assert sizes(data) == [8, 2, 10]
     assert not set(data.train) & set(data.val)
     assert load_masks(tmp_path, seed=1).val != data.val
 
 
-def test_pascal_voc_takes_the_listed_images_alone(tmp_path: Path) -> None:
-    fill(tmp_path / "JPEGImages", tmp_path / "SegmentationClass", 6, (0, 3, IGNORE))
+def test_pascal_voc_uses_only_the_listed_images(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "JPEGImages", tmp_path / "SegmentationClass", 6, (0, 3, IGNORE_INDEX))
     image(tmp_path / "JPEGImages" / "without_mask.jpg")
     lists = tmp_path / "ImageSets" / "Segmentation"
     lists.mkdir(parents=True)
@@ -111,16 +111,16 @@ def test_the_sample_data(tmp_path: Path) -> None:
     data = load_masks(made)
     assert sizes(data) == [4, 2, 3]
     names = (made / "classes.txt").read_text().split()
-    assert data.classes == ["background", *names]  # though only four of the objects occur
+    assert data.classes == ["background", *names]  # although only four of the objects occur
     for one in data.train:
         seen = set(np.unique(read_mask(one.mask)).tolist()) - {0}
         assert seen == {data.classes.index(Path(one.path).parent.name)}
 
 
-def test_what_is_written_reads_back_as_the_same_data(
+def test_written_data_is_read_back_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fill(tmp_path / "set" / "images", tmp_path / "set" / "masks", 20, (0, 255))
+    write_pairs(tmp_path / "set" / "images", tmp_path / "set" / "masks", 20, (0, 255))
     (tmp_path / "set" / "classes.txt").write_text("road, wet\n")
     (tmp_path / "run").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -136,8 +136,8 @@ def test_what_is_written_reads_back_as_the_same_data(
         assert all(one.binary for one in theirs)
 
 
-def test_a_share_of_the_labels_leaves_the_test_part_alone(tmp_path: Path) -> None:
-    fill(tmp_path / "images", tmp_path / "masks", 30)
+def test_subsampling_keeps_the_test_split(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "images", tmp_path / "masks", 30)
     data = load_masks(tmp_path)
     few, more = data.subsample(0.2, None, 0), data.subsample(0.7, None, 0)
     assert sizes(few) == [4, 1, 6]
@@ -159,7 +159,7 @@ def test_a_share_of_the_labels_leaves_the_test_part_alone(tmp_path: Path) -> Non
     ],
 )
 def test_a_csv_file(text: str, message: str | None, tmp_path: Path) -> None:
-    fill(tmp_path, tmp_path, 3)
+    write_pairs(tmp_path, tmp_path, 3)
     (tmp_path / "data.csv").write_text(text)
     if message is None:
         assert sizes(load_masks(tmp_path / "data.csv")) == [1, 1, 1]
@@ -168,7 +168,7 @@ def test_a_csv_file(text: str, message: str | None, tmp_path: Path) -> None:
             load_masks(tmp_path / "data.csv")
 
 
-# What masks hold
+# Mask formats and values
 
 
 def test_a_palette_mask_gives_its_indices_whatever_the_colors(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_a_palette_mask_gives_its_indices_whatever_the_colors(tmp_path: Path) ->
 @pytest.mark.parametrize("kind", ["gray", "16 bits", "RGB", "RGBA", "LA", "tif"])
 def test_indices_are_read_from_many_formats(kind: str, tmp_path: Path) -> None:
     truth = np.random.default_rng(0).integers(0, 40, (HEIGHT, WIDTH), np.uint8)
-    truth[0, 0] = IGNORE
+    truth[0, 0] = IGNORE_INDEX
     path = tmp_path / ("0.tif" if kind == "tif" else "0.png")
     gray = Image.fromarray(truth)
     if kind == "16 bits":
@@ -196,27 +196,27 @@ def test_indices_are_read_from_many_formats(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("values", [(0, 1), (0, 255), (0, 255, 1)])
 def test_binary_masks(values: tuple[int, ...], tmp_path: Path) -> None:
-    """255 is the second class where a whole set knows no other; else it is ignored."""
-    fill(tmp_path / "images", tmp_path / "masks", 5, values)
+    """255 is the second class if a whole data set has no other; else it is ignored."""
+    write_pairs(tmp_path / "images", tmp_path / "masks", 5, values)
     mask(tmp_path / "masks" / "3.png", 0, 255 if 255 in values else 1)
     data = load_masks(tmp_path)
     assert data.classes == ["background", "foreground"]
     assert {one.binary for one in (*data.train, *data.val, *data.test)} == {values == (0, 255)}
     one = data.train[0]
-    expected = {0, 1} if values != (0, 255, 1) else {0, 1, IGNORE}
+    expected = {0, 1} if values != (0, 255, 1) else {0, 1, IGNORE_INDEX}
     assert set(np.unique(read_mask(one.mask, one.binary)).tolist()) <= expected
-    assert read_mask(one.mask, one.binary)[0, 1] in (1, IGNORE)
+    assert read_mask(one.mask, one.binary)[0, 1] in (1, IGNORE_INDEX)
 
 
-def test_masks_of_one_bit_go_with_those_of_0_and_255(
+def test_1_bit_masks_mix_with_those_of_0_and_255(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fill(tmp_path / "images", tmp_path / "masks", 5, (0, 255))
+    write_pairs(tmp_path / "images", tmp_path / "masks", 5, (0, 255))
     for index in (0, 2):
         mask(tmp_path / "masks" / f"{index}.png", 0, 255, mode="1")
     with caplog.at_level(logging.INFO, "vissl_lite"):
         data = load_masks(tmp_path)
-    assert "255 is taken for the second class" in caplog.text
+    assert "255 is used as the second class" in caplog.text
     for one in (*data.train, *data.val, *data.test):
         truth = np.resize([0, 1], (HEIGHT, WIDTH))
         np.testing.assert_array_equal(read_mask(one.mask, one.binary), truth)
@@ -231,24 +231,24 @@ def test_masks_of_one_bit_go_with_those_of_0_and_255(
     ],
 )
 def test_names_of_classes(names: str, classes: list[str], tmp_path: Path) -> None:
-    fill(tmp_path / "images", tmp_path / "masks", 5)
+    write_pairs(tmp_path / "images", tmp_path / "masks", 5)
     (tmp_path / "labels.txt").write_text(names)
     assert load_masks(tmp_path).classes == classes
     assert load_masks(tmp_path / "images", tmp_path / "masks").classes == classes
 
 
-def test_shades_of_gray_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    fill(tmp_path / "images", tmp_path / "masks", 5, (0, 76, 150))
+def test_gray_levels_are_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_pairs(tmp_path / "images", tmp_path / "masks", 5, (0, 76, 150))
     assert len(load_masks(tmp_path).classes) == 151
     assert "Only 3 of the values up to 150 occur" in caplog.text
 
 
-# Mistakes
+# User errors
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    fill(tmp_path / "images", tmp_path / "masks", 6)
+    write_pairs(tmp_path / "images", tmp_path / "masks", 6)
     return tmp_path
 
 
@@ -264,7 +264,7 @@ def test_images_without_masks_and_masks_without_images(data: Path) -> None:
     (data / "masks" / "4.png").unlink()
     message = refused(data)
     assert "2 of 6 images in" in message
-    assert "2.jpg: remove them, or add what they lack" in message
+    assert "2.jpg: remove them, or add the missing masks" in message
     for index in (0, 2, 4):
         (data / "images" / f"{index}.jpg").unlink()
     message = refused(data)
@@ -275,7 +275,7 @@ def test_images_without_masks_and_masks_without_images(data: Path) -> None:
 def test_names_that_do_not_match_at_all(data: Path) -> None:
     for file in list((data / "masks").iterdir()):
         file.rename(file.with_stem(f"seg{file.stem}"))
-    assert "a mask is named as its image, as images/a/1.jpg" in refused(data)
+    assert "name each mask like its image, as images/a/1.jpg" in refused(data)
 
 
 def test_two_masks_for_one_image_and_two_images_for_one_mask(data: Path) -> None:
@@ -286,7 +286,7 @@ def test_two_masks_for_one_image_and_two_images_for_one_mask(data: Path) -> None
     assert "has two masks" in refused(data)
 
 
-def test_colors_are_no_classes(data: Path) -> None:
+def test_colored_masks_are_refused(data: Path) -> None:
     colored = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
     Image.fromarray(colored).save(data / "masks" / "2.png")
     message = refused(data)
@@ -299,29 +299,29 @@ def test_jpeg_masks_are_refused(data: Path) -> None:
     assert "2.jpg is a JPEG file" in refused(data)
 
 
-def test_instance_numbers_are_no_classes(data: Path) -> None:
+def test_instance_numbers_are_refused(data: Path) -> None:
     numbers = np.full((HEIGHT, WIDTH), 26001, np.uint16)
     Image.fromarray(numbers).save(data / "masks" / "2.png")
     assert "2.png holds values from 26001 to 26001: expected class numbers" in refused(data)
 
 
-def test_a_mask_of_another_size_and_a_turned_image(data: Path) -> None:
+def test_a_mask_of_another_size_and_a_rotated_image(data: Path) -> None:
     image(data / "images" / "1.jpg", WIDTH, HEIGHT)
     assert "1.png has 8 x 6 pixels, its image" in refused(data)
     photo = Image.fromarray(np.zeros((WIDTH, HEIGHT, 3), np.uint8))
     exif = photo.getexif()
-    exif[0x0112] = 6  # a quarter turn
+    exif[0x0112] = 6  # rotated by 90 degrees
     photo.save(data / "images" / "1.jpg", exif=exif)
     assert sizes(load_masks(data)) == [4, 1, 1]
 
 
-def test_a_value_that_is_no_class(data: Path) -> None:
+def test_a_value_that_is_not_a_class(data: Path) -> None:
     (data / "classes.txt").write_text("a\nb\nc\n")
     mask(data / "masks" / "5.png", 0, 7)
     assert "5.png holds 7, which is neither a class (0 to 2) nor 255" in refused(data)
 
 
-def test_a_broken_mask_is_named_and_a_broken_image_left_to_training(data: Path) -> None:
+def test_a_broken_mask_is_an_error_and_a_broken_image_is_not(data: Path) -> None:
     content = (data / "images" / "1.jpg").read_bytes()
     (data / "images" / "1.jpg").write_bytes(content[:20])
     assert sizes(load_masks(data)) == [4, 1, 1]
@@ -330,20 +330,20 @@ def test_a_broken_mask_is_named_and_a_broken_image_left_to_training(data: Path) 
     assert "1.png can't be read" in refused(data)
 
 
-def test_one_class_no_images_nothing_there(tmp_path: Path) -> None:
-    fill(tmp_path / "one" / "images", tmp_path / "one" / "masks", 5, (0,))
+def test_one_class_no_images_and_missing_folders(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "one" / "images", tmp_path / "one" / "masks", 5, (0,))
     assert "hold 1 class: two or more are needed" in refused(tmp_path / "one")
     (tmp_path / "none").mkdir()
     assert "expected images/ and masks/ in it" in refused(tmp_path / "none")
     assert "nowhere does not exist" in refused(tmp_path / "nowhere")
-    fill(tmp_path / "flat" / "images" / "train", tmp_path / "flat" / "masks", 5)
+    write_pairs(tmp_path / "flat" / "images" / "train", tmp_path / "flat" / "masks", 5)
     assert "masks/train does not exist" in refused(tmp_path / "flat")
     (tmp_path / "classes.txt").write_text("a\nb\na\n")
-    fill(tmp_path / "images", tmp_path / "masks", 5)
+    write_pairs(tmp_path / "images", tmp_path / "masks", 5)
     assert "names the class a twice" in refused(tmp_path)
 
 
-def test_the_csv_file_names_every_part(data: Path) -> None:
+def test_the_csv_file_lists_every_split(data: Path) -> None:
     load_masks(data).write(data / "split.csv")
     with (data / "split.csv").open(newline="") as file:
         assert [row["split"] for row in csv.DictReader(file)] == ["train"] * 4 + ["val", "test"]

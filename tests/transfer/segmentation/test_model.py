@@ -16,7 +16,7 @@ from vissl_lite.transfer.segmentation.model import (
     window_starts,
 )
 
-IGNORE = 255
+IGNORE_INDEX = 255
 
 # The model
 
@@ -36,8 +36,8 @@ def test_every_pixel_gets_its_logits(backbone: str, shape: tuple[int, int]) -> N
     torch.testing.assert_close(single, logits[1:], atol=1e-4, rtol=1e-3)
 
 
-def test_logits_stand_where_their_pixels_are() -> None:
-    """A change in one corner of the image shows most there."""
+def test_logits_are_aligned_with_their_pixels() -> None:
+    """A change in one corner of the image changes the logits mainly there."""
     segmenter = Segmenter(
         build_encoder("test_resnet", 64), classes=["a", "b", "c"], channels=16
     ).eval()
@@ -51,29 +51,29 @@ def test_logits_stand_where_their_pixels_are() -> None:
         assert inside > 3 * (change.sum() - change[rows, columns].sum()) / (64 * 96 - 256)
 
 
-def test_every_tensor_but_the_encoders_last_learns() -> None:
+def test_every_parameter_gets_a_gradient() -> None:
     segmenter = Segmenter(build_encoder("test_resnet", 48), classes=["a", "b", "c"], channels=16)
     segmenter(torch.randn(2, 3, 48, 48)).square().sum().backward()
     assert [name for name, p in segmenter.named_parameters() if p.grad is None] == []
 
 
-# Losses, against their definitions written as loops
+# Losses against literal versions of their definitions
 
 
 def batch(seed: int, ignored: float) -> tuple[Tensor, Tensor]:
-    """Logits of four classes, the last of which does not occur, and a target."""
+    """Logits of four classes and a target, in which the last class does not occur."""
     random = torch.Generator().manual_seed(seed)
     logits = torch.randn(2, 4, 3, 5, generator=random, dtype=torch.float64)
     target = torch.randint(0, 3, (2, 3, 5), generator=random)
-    target[torch.rand(2, 3, 5, generator=random) < ignored] = IGNORE
+    target[torch.rand(2, 3, 5, generator=random) < ignored] = IGNORE_INDEX
     return logits, target.to(torch.uint8)
 
 
 def pixels(logits: Tensor, target: Tensor) -> list[tuple[list[float], int]]:
-    """Probabilities and the true class of each pixel that counts."""
+    """Probabilities and true class of each pixel that is not ignored."""
     found = []
     for b, y, x in np.ndindex(*target.shape):
-        if target[b, y, x] != IGNORE:
+        if target[b, y, x] != IGNORE_INDEX:
             e = [math.exp(float(value)) for value in logits[b, :, y, x]]
             found.append(([value / sum(e) for value in e], int(target[b, y, x])))
     return found
@@ -100,7 +100,7 @@ def slow_entropy(logits: Tensor, target: Tensor, weights: list[float]) -> float:
 
 @pytest.mark.parametrize("weights", [None, [0.5, 3.0, 1.0, 2.0]])
 @pytest.mark.parametrize("ignored", [0.0, 0.4])
-def test_losses_are_their_definitions(ignored: float, weights: list[float] | None) -> None:
+def test_losses_equal_their_definitions(ignored: float, weights: list[float] | None) -> None:
     logits, target = batch(0, ignored)
     given = None if weights is None else torch.tensor(weights, dtype=torch.float64)
     dice = slow_dice(logits, target)
@@ -117,7 +117,7 @@ def test_the_gradient_of_the_loss() -> None:
     assert torch.autograd.gradcheck(lambda x: segmentation_loss(x, target, weights), (logits,))
 
 
-def test_a_batch_of_ignored_pixels_alone_teaches_nothing() -> None:
+def test_a_batch_of_ignored_pixels_has_zero_loss_and_gradient() -> None:
     logits, target = batch(2, 1.0)
     for weights in (None, torch.ones(4, dtype=torch.float64)):
         given = logits.clone().requires_grad_(True)
@@ -128,9 +128,9 @@ def test_a_batch_of_ignored_pixels_alone_teaches_nothing() -> None:
         assert torch.equal(given.grad, torch.zeros_like(given))
 
 
-def test_a_perfect_prediction_costs_nothing() -> None:
+def test_a_perfect_prediction_has_zero_loss() -> None:
     _, target = batch(3, 0.3)
-    classes = torch.where(target == IGNORE, 0, target).long()
+    classes = torch.where(target == IGNORE_INDEX, 0, target).long()
     logits = 50.0 * nn.functional.one_hot(classes, 4).permute(0, 3, 1, 2)
     assert float(segmentation_loss(logits, target)) < 1e-6
 
@@ -139,12 +139,12 @@ def test_a_perfect_prediction_costs_nothing() -> None:
 
 
 def normalize(images: Tensor) -> Tensor:
-    """With a mean of 0.5 and a standard deviation of 0.25."""
+    """Normalize with a mean of 0.5 and a standard deviation of 0.25."""
     return images / 255 * 4 - 2
 
 
 class Pixelwise(nn.Module):
-    """Three classes by the color of a pixel alone."""
+    """Classify each pixel by its color only, into three classes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,8 +157,8 @@ class Pixelwise(nn.Module):
         return images * self.factor
 
 
-class ByPlace(Pixelwise):
-    """The class is where in its window a pixel lies: border or middle."""
+class ByPosition(Pixelwise):
+    """Classify each pixel by its position in the window: border or center."""
 
     def forward(self, images: Tensor) -> Tensor:
         logits = torch.zeros(len(images), 2, *images.shape[-2:])
@@ -172,42 +172,44 @@ def picture(height: int, width: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (32, 33), (150, 32), (32, 48), (70, 50), (49, 90)])
-def test_windows_agree_with_the_whole(shape: tuple[int, int]) -> None:
+def test_windows_agree_with_the_whole_image(shape: tuple[int, int]) -> None:
     model, image = Pixelwise(), picture(*shape)
-    shares = segment(model, image)  # type: ignore[arg-type]
+    probabilities = segment(model, image)  # type: ignore[arg-type]
     whole = normalize(torch.from_numpy(image).permute(2, 0, 1)[None]) * 3
-    np.testing.assert_allclose(shares, whole.softmax(dim=1)[0], atol=1e-5)
-    assert shares.dtype == np.float32
+    np.testing.assert_allclose(probabilities, whole.softmax(dim=1)[0], atol=1e-5)
+    assert probabilities.dtype == np.float32
     assert all(shape[1:] == (3, 32, 32) for shape in model.shapes)
     assert all(len(images) <= 16 for images in model.shapes)
 
 
 @pytest.mark.parametrize("shape", [(200, 100), (20, 30), (64, 64)])
-def test_images_of_any_size_come_back_at_their_own(shape: tuple[int, int]) -> None:
+def test_predictions_have_the_size_of_the_image(shape: tuple[int, int]) -> None:
     image = np.zeros((*shape, 3), np.uint8)
-    image[: shape[0] // 2, :, 0] = 255  # class 0 above
-    image[shape[0] // 2 :, :, 1] = 255  # class 1 below
-    shares = segment(Pixelwise(), image)  # type: ignore[arg-type]
-    assert shares.shape == (3, *shape)
-    np.testing.assert_allclose(shares.sum(axis=0), 1, atol=1e-5)
+    image[: shape[0] // 2, :, 0] = 255  # class 0 in the upper half
+    image[shape[0] // 2 :, :, 1] = 255  # class 1 in the lower half
+    probabilities = segment(Pixelwise(), image)  # type: ignore[arg-type]
+    assert probabilities.shape == (3, *shape)
+    np.testing.assert_allclose(probabilities.sum(axis=0), 1, atol=1e-5)
     truth = (np.arange(shape[0]) >= shape[0] // 2)[:, None]
-    assert (shares.argmax(axis=0) == truth).mean() > 0.97
+    assert (probabilities.argmax(axis=0) == truth).mean() > 0.97
 
 
 def test_large_images_keep_their_own_scale() -> None:
     stripes = np.zeros((60, 60, 3), np.uint8)
     stripes[::2, :, 0] = 255
     stripes[1::2, :, 1] = 255
-    shares = segment(Pixelwise(), stripes)  # type: ignore[arg-type]
-    assert (shares.argmax(axis=0) == (np.arange(60) % 2)[:, None]).all()
+    probabilities = segment(Pixelwise(), stripes)  # type: ignore[arg-type]
+    assert (probabilities.argmax(axis=0) == (np.arange(60) % 2)[:, None]).all()
     shrunk = segment(Pixelwise(), stripes[:48, :48])  # type: ignore[arg-type]
     assert not (shrunk.argmax(axis=0) == (np.arange(48) % 2)[:, None]).all()
 
 
-def test_the_border_of_a_window_counts_little() -> None:
-    shares = segment(ByPlace(), picture(32, 96))  # type: ignore[arg-type]
-    assert (shares[1, 8:-8, 8:-8] > 0.52).all()  # a plain mean would be 0.5 where two meet
-    assert (shares[0, :8] > 0.99).all()
+def test_the_border_of_a_window_has_little_weight() -> None:
+    probabilities = segment(ByPosition(), picture(32, 96))  # type: ignore[arg-type]
+    assert (
+        probabilities[1, 8:-8, 8:-8] > 0.52
+    ).all()  # an unweighted mean would be 0.5 where two windows overlap
+    assert (probabilities[0, :8] > 0.99).all()
 
 
 @pytest.mark.parametrize("length", [32, 33, 40, 48, 49, 64, 100, 1000])
@@ -219,7 +221,7 @@ def test_windows_cover_a_side_and_overlap_by_half(length: int) -> None:
     assert len(starts) <= 1 + math.ceil((length - 32) / 16)
 
 
-def test_training_goes_on_after_segmenting() -> None:
+def test_segmenting_restores_training_mode() -> None:
     model = Pixelwise().train()
     segment(model, picture(32, 40))  # type: ignore[arg-type]
     assert model.training

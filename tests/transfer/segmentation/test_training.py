@@ -15,7 +15,7 @@ from vissl_lite.metrics_file import MetricsFile
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.training.fit import TrainingFiles
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.transfer.segmentation.data import IGNORE, LabelledMasks, load_masks, read_mask
+from vissl_lite.transfer.segmentation.data import IGNORE_INDEX, LabelledMasks, load_masks, read_mask
 from vissl_lite.transfer.segmentation.metrics import score_confusion, score_segmenter
 from vissl_lite.transfer.segmentation.model import Segmenter, load_segmenter, save_segmenter
 from vissl_lite.transfer.segmentation.options import SegmenterSettings
@@ -27,7 +27,7 @@ FAST = OptimizerSettings("adamw", lr=4e-3)
 
 @pytest.fixture(scope="module")
 def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Red and green squares on gray noise, a white frame around them to be ignored; 40 x 48."""
+    """Red and green squares on gray noise, with two white rows that are ignored; 40 x 48 pixels."""
     folder = tmp_path_factory.mktemp("squares")
     for part, count in (("train", 16), ("val", 2), ("test", 3)):
         for kind in ("images", "masks"):
@@ -40,7 +40,7 @@ def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 y, x = random.integers(2, 20), left + random.integers(2, 6)
                 image[y : y + 16, x : x + 16, which] = 240
                 mask[y : y + 16, x : x + 16] = 1 + which
-            image[:2], mask[:2] = 255, IGNORE
+            image[:2], mask[:2] = 255, IGNORE_INDEX
             Image.fromarray(image).save(folder / "images" / part / f"{index}.png")
             Image.fromarray(mask).save(folder / "masks" / part / f"{index}.png")
     (folder / "classes.txt").write_text("nothing\nred\ngreen\n")
@@ -57,7 +57,7 @@ def settings(epochs: int, **more: object) -> SegmenterSettings:
 
 
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_vit"])
-def test_learns_keeps_the_best_weights_and_comes_back_from_the_disk(
+def test_learns_keeps_the_best_weights_and_is_saved(
     backbone: str, data: LabelledMasks, tmp_path: Path
 ) -> None:
     torch.manual_seed(1)
@@ -69,7 +69,7 @@ def test_learns_keeps_the_best_weights_and_comes_back_from_the_disk(
     for name, tensor in encoder.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     scores = score_segmenter(segmenter, data.test)
-    assert scores.miou > 0.45  # one class everywhere would be 0.24
+    assert scores.miou > 0.45  # predicting one class everywhere gives 0.24
     assert scores.per_class.keys() == {"nothing", "red", "green"}
     kept = score_segmenter(segmenter, data.val)
     assert kept.miou == pytest.approx(max(metrics.series("val_miou")[1]), abs=1e-3)
@@ -90,7 +90,7 @@ def test_learns_keeps_the_best_weights_and_comes_back_from_the_disk(
 
 
 @pytest.mark.parametrize("kind", ["frozen", "frozen_norm"])
-def test_what_is_frozen_stands_still_after_looks_too(kind: str, data: LabelledMasks) -> None:
+def test_frozen_weights_do_not_change_after_validation(kind: str, data: LabelledMasks) -> None:
     encoder = build_encoder("test_resnet", 32)
     chosen = settings(3, frozen=kind == "frozen", frozen_norm=kind == "frozen_norm")
     segmenter = train_segmenter(encoder, data, chosen, HERE)
@@ -102,9 +102,9 @@ def test_what_is_frozen_stands_still_after_looks_too(kind: str, data: LabelledMa
     }
     assert len(norms) > 10
     after = segmenter.encoder.state_dict()
-    moved = {n for n, tensor in encoder.state_dict().items() if not torch.equal(tensor, after[n])}
-    assert not moved & norms
-    assert bool(moved) == (kind == "frozen_norm")
+    changed = {n for n, tensor in encoder.state_dict().items() if not torch.equal(tensor, after[n])}
+    assert not changed & norms
+    assert bool(changed) == (kind == "frozen_norm")
 
 
 def test_the_same_seed_gives_the_same_segmenter(data: LabelledMasks) -> None:
@@ -144,14 +144,14 @@ def test_the_mask_follows_a_large_photograph_at_its_own_scale(tmp_path: Path) ->
         light = views[0].mean(axis=2) > 100
         assert (light == views[1][..., 0]).mean() > 0.93
         edges.append((np.diff(views[1][..., 0].astype(int), axis=1) != 0).mean())
-    # squares of 4 pixels: half of the borders between them are edges; shrunk 12 times, more are
+    # half of the borders between squares of 4 pixels are edges; shrinking 12 times gives more
     assert 0.06 < np.mean(edges) < 0.2
 
 
 # Scores
 
 
-def test_scores_are_their_definitions() -> None:
+def test_scores_equal_their_definitions() -> None:
     random = np.random.default_rng(0)
     truth, guess = random.integers(0, 3, (2, 500))  # class 3 occurs in neither
     confusion = np.zeros((5, 5), np.int64)
@@ -164,7 +164,7 @@ def test_scores_are_their_definitions() -> None:
         either = int(((truth == index) | (guess == index)).sum())
         if either:
             expected[name] = {"iou": both / either, "dice": 2 * both / (both + either)}
-    assert expected.keys() == set("abce")  # e is predicted and never true
+    assert expected.keys() == set("abce")  # e is predicted but never true
     assert scores.per_class == {name: pytest.approx(values) for name, values in expected.items()}
     assert scores.miou == pytest.approx(np.mean([values["iou"] for values in expected.values()]))
     assert scores.dice == pytest.approx(np.mean([values["dice"] for values in expected.values()]))
@@ -172,7 +172,7 @@ def test_scores_are_their_definitions() -> None:
 
 
 class RedOrGreen(Segmenter):
-    """Knows the truth about the squares, whatever the encoder."""
+    """Segments the squares perfectly by color, without using the encoder."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         red, green = images[:, 0] - images[:, 2], images[:, 1] - images[:, 2]
@@ -180,7 +180,7 @@ class RedOrGreen(Segmenter):
         return 20 * torch.stack([nothing, red, green], dim=1)
 
 
-def test_pixels_are_counted_at_the_masks_own_resolution(data: LabelledMasks) -> None:
+def test_pixels_are_counted_at_the_resolution_of_the_masks(data: LabelledMasks) -> None:
     segmenter = RedOrGreen(
         build_encoder("test_resnet", 40), classes=["none", "red", "green"], channels=16
     )
@@ -193,7 +193,7 @@ def test_pixels_are_counted_at_the_masks_own_resolution(data: LabelledMasks) -> 
     assert scores.confusion.sum(axis=1).tolist() == counts  # 255 is not counted
 
 
-def test_broken_images_are_skipped_and_named(
+def test_broken_images_are_skipped_and_logged(
     squares: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = load_masks(squares)
@@ -240,14 +240,14 @@ def test_class_weights(data: LabelledMasks) -> None:
         ({"red": float("nan")}, "gives red nan: it must be above 0"),
     ],
 )
-def test_class_weights_that_can_not_be(
+def test_invalid_class_weights(
     given: str | dict[str, float], message: str, data: LabelledMasks
 ) -> None:
     with pytest.raises(UserError, match=message):
         weigh_classes(data, given)
 
 
-def test_folders_that_hold_no_segmenter(tmp_path: Path) -> None:
+def test_folders_without_a_segmenter(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no model at .*: give a run of finetune"):
         load_segmenter(tmp_path)
     segmenter = Segmenter(build_encoder("test_resnet", 32), classes=["a", "b"], channels=16)

@@ -1,1 +1,1 @@
-"""Detection: boxes of objects."""
+"""Object detection."""

@@ -1,4 +1,4 @@
-"""How well a detector does, and from which score on to believe it."""
+"""Evaluation of detectors, and the choice of a score threshold."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from vissl_lite.transfer.detection.model import Detections, Detector, detect
 
 @dataclass(frozen=True)
 class DetectionScores:
-    """How well a detector does.
+    """Metrics of a detector.
 
     Attributes:
-        map: mean average precision over IoU thresholds from 0.5 to 0.95, as COCO computes it.
-        map_50: at IoU 0.5.
-        per_class: by class name, ``{"ap": ...}``; classes without a box are left out.
-        found: for each readable image what was found.
-        images: these images.
+        map: Mean average precision over IoU thresholds from 0.5 to 0.95, as COCO computes it.
+        map_50: Mean average precision at IoU 0.5.
+        per_class: ``{"ap": ...}`` by class name. Classes without a box are omitted.
+        found: Detections of each readable image.
+        images: The readable images.
     """
 
     map: float
@@ -29,11 +29,11 @@ class DetectionScores:
     per_class: dict[str, dict[str, float]]
     found: list[Detections]
     images: list[BoxedImage]
-    right: None = None  # images are not what is counted
+    right: None = None  # correctness is not defined per image
 
     @property
     def metrics(self) -> dict[str, float]:
-        """``map`` and ``map_50``."""
+        """The values of ``map`` and ``map_50``."""
         return {"map": self.map, "map_50": self.map_50}
 
 
@@ -42,12 +42,15 @@ def score_detector(
     part: Sequence[BoxedImage],
     progress: Callable[[int], None] | None = None,
 ) -> DetectionScores:
-    """Score a detector on images with boxes.
+    """Evaluate a detector on images with boxes.
 
     Args:
-        detector: from ``train_detector``.
-        part: the images.
-        progress: called with the number of images done since the last call.
+        detector: Detector to evaluate.
+        part: Images with their boxes. Unreadable ones are skipped and logged.
+        progress: Called with the number of images processed since the last call.
+
+    Raises:
+        UserError: If no image can be read.
     """
     found, good = detect(detector, [image.path for image in part], progress)
     images = [image for image, fine in zip(part, good, strict=True) if fine]
@@ -88,14 +91,14 @@ def score_detector(
 
 
 def best_threshold(found: Sequence[Detections], images: Sequence[BoxedImage]) -> float:
-    """The score from which on to believe boxes, so that F1 is best at IoU 0.5.
+    """Find the score threshold with the best F1 at IoU 0.5.
 
     Args:
-        found: for each image, best first.
-        images: the truth.
+        found: Detections of each image, sorted by descending score.
+        images: Images with their true boxes.
 
     Returns:
-        The score; 0.5 where nothing is found rightly.
+        Minimum score of the boxes to keep; 0.5 if no detection is correct.
     """
     scores, right, wanted = [], [], 0
     for one, image in zip(found, images, strict=True):
@@ -107,7 +110,7 @@ def best_threshold(found: Sequence[Detections], images: Sequence[BoxedImage]) ->
             best = int(row.argmax()) if len(row) else 0
             hit = len(row) > 0 and row[best] >= 0.5
             if hit:
-                overlap[:, best] = 0  # each true box is found once
+                overlap[:, best] = 0  # each true box matches only once
             scores.append(float(score))
             right.append(hit)
     if not any(right):

@@ -1,4 +1,4 @@
-"""The detector: torchvision's on a feature pyramid over an encoder, and what it finds in images."""
+"""Torchvision's detectors on a feature pyramid over an encoder, and inference with them."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -25,19 +25,20 @@ from vissl_lite.transfer.detection.options import DetectorName
 from vissl_lite.transfer.finetuning import load_with_head, save_with_head
 from vissl_lite.transfer.pyramid import Pyramid, PyramidModel
 
-# Boxes below this score are not worth a line; mean average precision wants the weak ones too.
-LEAST_SCORE = 0.05
+# Boxes with a lower score are dropped. It is low because mean average precision needs weak boxes.
+MIN_SCORE = 0.05
 
-CHANNELS = 128  # of the pyramid and the heads: half of the papers', for small sets and machines
+# Channels of the pyramid and the heads: half as many as in the papers, for small data sets.
+CHANNELS = 128
 
 
 class Detections(NamedTuple):
-    """What is found in one image, best first.
+    """Objects detected in one image, sorted by descending score.
 
     Attributes:
-        boxes: ``(N, 4)`` float32 x1, y1, x2, y2 in pixels of the image.
-        scores: ``(N,)`` in [0, 1].
-        labels: ``(N,)`` class indices.
+        boxes: Array ``(N, 4)`` float32 of x1, y1, x2, y2 in pixels of the image.
+        scores: Array ``(N,)`` of values in [0, 1].
+        labels: Array ``(N,)`` of class indices.
     """
 
     boxes: np.ndarray
@@ -45,11 +46,11 @@ class Detections(NamedTuple):
     labels: np.ndarray
 
 
-class _Maps(nn.Module):
-    """Encoder and pyramid, as torchvision's detectors want their backbone.
+class _PyramidBackbone(nn.Module):
+    """Encoder and pyramid with the interface of a torchvision detector's backbone.
 
-    The maps are float32 whatever the precision: anchors take the maps' type, and bf16 can't hold a
-    pixel's coordinate.
+    The maps are float32 under any precision: torchvision creates anchors in the dtype of the maps,
+    and bf16 can't represent pixel coordinates.
     """
 
     def __init__(self, encoder: Encoder, pyramid: Pyramid) -> None:
@@ -62,8 +63,8 @@ class _Maps(nn.Module):
         return OrderedDict((str(index), level.float()) for index, level in enumerate(maps))
 
 
-class _AsTheyAre(nn.Module):
-    """In place of torchvision's transform: images come normalized and of one size already."""
+class _IdentityTransform(nn.Module):
+    """Replace torchvision's transform: images are already normalized and of equal size."""
 
     def forward(self, images: Tensor, targets: Any) -> tuple[ImageList, Any]:
         height, width = images.shape[-2:]
@@ -74,7 +75,7 @@ class _AsTheyAre(nn.Module):
 
 
 def _to_float(module: nn.Module, arguments: Any, output: Any) -> Any:
-    """A forward hook: losses and boxes are computed in float32."""
+    """Forward hook that casts outputs to float32, so that losses and boxes are computed in it."""
     if isinstance(output, Tensor):
         return output.float()
     if isinstance(output, dict):
@@ -83,17 +84,17 @@ def _to_float(module: nn.Module, arguments: Any, output: Any) -> Any:
 
 
 class Detector(PyramidModel):
-    """An encoder, a pyramid and one of torchvision's detectors.
+    """One of torchvision's detectors on a feature pyramid over an encoder.
 
     Args:
-        encoder: becomes a part of it.
-        classes: K names.
-        kind: ``fcos`` (Tian et al. 2019), ``retinanet`` (Lin et al. 2017) or ``faster_rcnn`` (Ren
-            et al. 2015, with the pyramid of Lin et al. 2017).
-        canvas: height and width in pixels that images are fitted into.
+        encoder: Backbone of the detector. It is not copied.
+        classes: Names of the K classes.
+        kind: Architecture: ``fcos`` (Tian et al. 2019), ``retinanet`` (Lin et al. 2017) or
+            ``faster_rcnn`` (Ren et al. 2015, with the pyramid of Lin et al. 2017).
+        canvas: Height and width in pixels of the input, which images are resized and padded to.
 
     Attributes:
-        threshold: the score from which on to believe a box; training sets it.
+        threshold: Minimum score of boxes to show. Training sets it to the score of the best F1.
     """
 
     def __init__(
@@ -103,13 +104,13 @@ class Detector(PyramidModel):
         self.classes, count = list(classes), len(classes)
         self.kind, self.canvas, self.threshold = kind, canvas, 0.5
         pyramid = Pyramid(encoder, CHANNELS, finest=4 if kind == "faster_rcnn" else 8)
-        maps, strides = _Maps(encoder, pyramid), pyramid.strides
-        usual: dict[str, Any] = {"min_size": min(canvas), "max_size": max(canvas)}
+        maps, strides = _PyramidBackbone(encoder, pyramid), pyramid.strides
+        size_limits: dict[str, Any] = {"min_size": min(canvas), "max_size": max(canvas)}
         self.net: Any
         if kind == "fcos":
             anchors = AnchorGenerator(tuple((s,) for s in strides), ((1.0,),) * len(strides))
             self.net = FCOS(
-                maps, count, anchor_generator=anchors, score_thresh=LEAST_SCORE, **usual
+                maps, count, anchor_generator=anchors, score_thresh=MIN_SCORE, **size_limits
             )
             heads = [self.net.head]
         elif kind == "retinanet":
@@ -120,9 +121,9 @@ class Detector(PyramidModel):
                 maps,
                 count,
                 anchor_generator=anchors,
-                score_thresh=LEAST_SCORE,
-                detections_per_img=100,  # as the other two
-                **usual,
+                score_thresh=MIN_SCORE,
+                detections_per_img=100,  # the default of the other two
+                **size_limits,
             )
             heads = [self.net.head]
         else:
@@ -131,36 +132,40 @@ class Detector(PyramidModel):
             names = [str(index) for index in range(len(strides))]
             self.net = FasterRCNN(
                 maps,
-                count + 1,  # the first is the background
+                count + 1,  # class 0 is the background
                 rpn_anchor_generator=anchors,
                 box_roi_pool=MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2),
-                box_score_thresh=LEAST_SCORE,
-                # half and a quarter of torchvision's numbers: small images, small machines
+                box_score_thresh=MIN_SCORE,
+                # fewer than torchvision's defaults, for small images and computers
                 rpn_pre_nms_top_n_train=1000,
                 rpn_post_nms_top_n_train=500,
                 rpn_pre_nms_top_n_test=500,
                 rpn_post_nms_top_n_test=300,
                 box_batch_size_per_image=128,
-                **usual,
+                **size_limits,
             )
             heads = [self.net.rpn.head, self.net.roi_heads.box_predictor]
-        self.heads = heads  # a list, so that their weights keep their names
+        self.heads = heads  # a plain list, so that the parameters are not registered twice
         for head in heads:
             head.register_forward_hook(_to_float)
-        self.net.transform = _AsTheyAre()
+        self.net.transform = _IdentityTransform()
 
     @property
     def encoder(self) -> Encoder:
-        """The encoder in it."""
+        """The encoder, which is part of the backbone."""
         encoder: Encoder = self.net.backbone.encoder
         return encoder
 
     def losses(self, images: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The detector's losses, by torchvision's names.
+        """Compute the losses of a batch.
 
         Args:
-            images: ``(B, C, H, W)``, normalized.
-            targets: for each image ``boxes`` ``(N, 4)`` in pixels and ``labels`` ``(N,)`` from 0.
+            images: Normalized images ``(B, C, H, W)``.
+            targets: ``boxes`` ``(N, 4)`` in pixels and ``labels`` ``(N,)``, counted from 0, of
+                each image.
+
+        Returns:
+            Scalar losses by torchvision's names.
         """
         if self.kind == "faster_rcnn":
             targets = [{**target, "labels": target["labels"] + 1} for target in targets]
@@ -168,7 +173,7 @@ class Detector(PyramidModel):
         return losses
 
     def forward(self, images: Tensor) -> list[dict[str, Tensor]]:
-        """``boxes``, ``scores`` and ``labels`` (from 0) of each normalized image."""
+        """Return ``boxes``, ``scores`` and ``labels`` (from 0) for each normalized image."""
         found: list[dict[str, Tensor]] = self.net(images)
         if self.kind == "faster_rcnn":
             found = [{**one, "labels": one["labels"] - 1} for one in found]
@@ -176,48 +181,51 @@ class Detector(PyramidModel):
 
 
 def choose_canvas(images: Sequence[BoxedImage], encoder: Encoder) -> tuple[int, int]:
-    """Height and width to fit images into: the shape that most of them have, else a square.
+    """Choose the input size of a detector from the aspect ratios of the training images.
 
-    The longer side is the encoder's image size; no pixels are wasted on padding where all images
-    have one shape.
+    The longer side is the encoder's image size. If 90 % of the images have similar aspect ratios,
+    the shorter side follows their median, so that little is padding; else the canvas is square.
 
     Args:
-        images: of the training part.
-        encoder: that is to take them.
+        images: Training images.
+        encoder: Encoder of the detector.
+
+    Returns:
+        Height and width in pixels.
     """
     size = encoder.image_size
     shapes = np.array([image.size for image in images], dtype=float)
     ratios = shapes[:, 0] / shapes[:, 1]
-    usual = float(np.median(ratios))
-    alike = np.mean(np.abs(np.log(ratios / usual)) < 0.1)
-    if alike < 0.9:
+    median = float(np.median(ratios))
+    similar = np.mean(np.abs(np.log(ratios / median)) < 0.1)
+    if similar < 0.9:
         return size, size
     step = max(32, encoder.patch_size or 1)
-    short = max(step, round(size * min(usual, 1 / usual) / step) * step)
-    canvas = (short, size) if usual < 1 else (size, short)
+    short = max(step, round(size * min(median, 1 / median) / step) * step)
+    canvas = (short, size) if median < 1 else (size, short)
     try:
         encoder.stage_shapes(*canvas)
     except (AssertionError, RuntimeError, ValueError):
-        return size, size  # the backbone takes squares alone
+        return size, size  # the backbone accepts square images only
     return canvas
 
 
 def fit_into(image: np.ndarray, canvas: tuple[int, int]) -> tuple[np.ndarray, float]:
-    """Resize an image to fit into a canvas, at its upper left.
+    """Resize an image to fit into a canvas, and pad it at the right and the bottom.
 
     Args:
-        image: ``(h, w, C)`` uint8.
-        canvas: height and width.
+        image: Image ``(h, w, C)`` uint8.
+        canvas: Height and width in pixels.
 
     Returns:
-        ``(H, W, C)`` and the factor by which the image was enlarged.
+        The padded image ``(H, W, C)`` uint8 and the scale factor of the image.
     """
     scale = min(canvas[0] / image.shape[0], canvas[1] / image.shape[1])
     height, width = (max(1, round(side * scale)) for side in image.shape[:2])
-    way = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    whole = np.full((*canvas, image.shape[2]), PADDING, np.uint8)
-    whole[:height, :width] = cv2.resize(image, (width, height), interpolation=way)
-    return whole, scale
+    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    padded = np.full((*canvas, image.shape[2]), PADDING, np.uint8)
+    padded[:height, :width] = cv2.resize(image, (width, height), interpolation=interpolation)
+    return padded, scale
 
 
 def detect(
@@ -226,24 +234,24 @@ def detect(
     progress: Callable[[int], None] | None = None,
     batch_size: int = 8,
 ) -> tuple[list[Detections], np.ndarray]:
-    """Find objects in images.
+    """Detect objects in image files.
 
     Args:
-        detector: put on the accelerator if there is one, and back afterwards.
-        paths: image files. Broken ones are left out, and named in the log.
-        progress: called with the number of images done since the last call.
-        batch_size: images at a time.
+        detector: Detector. It is moved to the accelerator, if there is one, and back afterwards.
+        paths: Image files. Unreadable ones are skipped and logged.
+        progress: Called with the number of images processed since the last call.
+        batch_size: Number of images per batch.
 
     Returns:
-        For each readable image what is found in it; and ``(M,)`` bool: which of all M images these
-        are.
+        Detections of each readable image, and an array ``(M,)`` bool that tells which of the M
+        images are readable.
 
     Raises:
-        UserError: no image can be read.
+        UserError: If no image can be read, or the outputs of the heads are not finite.
     """
     found: list[Detections] = []
     good = detect_in_batches(
-        detector, paths, lambda some, those, sizes: found.extend(those), progress, batch_size
+        detector, paths, lambda _, batch, sizes: found.extend(batch), progress, batch_size
     )
     return found, good
 
@@ -251,114 +259,114 @@ def detect(
 def detect_in_batches(
     detector: Detector,
     paths: Sequence[str],
-    use: Callable[[list[str], list[Detections], list[tuple[int, int]]], None],
+    on_batch: Callable[[list[str], list[Detections], list[tuple[int, int]]], None],
     progress: Callable[[int], None] | None = None,
     batch_size: int = 8,
 ) -> np.ndarray:
-    """The same as ``detect``, but each batch is used at once, so that nothing has to be kept.
+    """Detect objects like ``detect``, but pass on each batch instead of keeping all detections.
 
     Args:
-        detector: put on the accelerator if there is one, and back afterwards.
-        paths: image files. Broken ones are left out, and named in the log.
-        use: called with the paths of the images of a batch that can be read, what is found in
-            each, and their heights and widths.
-        progress: called with the number of images done since the last call.
-        batch_size: images at a time.
+        detector: Detector. It is moved to the accelerator, if there is one, and back afterwards.
+        paths: Image files. Unreadable ones are skipped and logged.
+        on_batch: Called for each batch with the paths of its readable images, their detections, and
+            their (height, width).
+        progress: Called with the number of images processed since the last call.
+        batch_size: Number of images per batch.
 
     Returns:
-        ``(M,)`` bool: which images can be read.
+        Array ``(M,)`` bool that tells which images are readable.
 
     Raises:
-        UserError: no image can be read, or what the heads say is not finite.
+        UserError: If no image can be read, or the outputs of the heads are not finite.
     """
     faults: list[str | None] = []
-    with inference_mode(detector) as device, _finite_heads(detector) as named:
+    with inference_mode(detector) as device, _check_head_outputs(detector) as current:
         for start in range(0, len(paths), batch_size):
-            some = paths[start : start + batch_size]
-            named[:] = some
-            read: list[str] = []
+            batch_paths = paths[start : start + batch_size]
+            current[:] = batch_paths
+            readable: list[str] = []
             fitted, scales, sizes = [], [], []
-            for path in some:
+            for path in batch_paths:
                 try:
                     image = read_image(path)
                 except BROKEN_IMAGE as error:
                     faults.append(reason(error, path))
                     continue
                 faults.append(None)
-                read.append(path)
-                whole, scale = fit_into(image, detector.canvas)
-                fitted.append(whole)
+                readable.append(path)
+                padded, scale = fit_into(image, detector.canvas)
+                fitted.append(padded)
                 scales.append(scale)
                 sizes.append((image.shape[0], image.shape[1]))
             if fitted:
                 batch = torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2).to(device)
                 outputs = detector(detector.encoder.normalize(batch))
-                those = [_on_image(*one) for one in zip(outputs, scales, sizes, strict=True)]
-                use(read, those, sizes)
+                detections = [_to_image(*one) for one in zip(outputs, scales, sizes, strict=True)]
+                on_batch(readable, detections, sizes)
             if progress is not None:
-                progress(len(some))
+                progress(len(batch_paths))
     return report_broken(paths, faults)
 
 
 @contextmanager
-def _finite_heads(detector: Detector) -> Iterator[list[str]]:
-    """Refuse what is not finite where the heads say it: torchvision's next steps would drop it.
+def _check_head_outputs(detector: Detector) -> Iterator[list[str]]:
+    """Check that the outputs of the heads are finite, as torchvision drops boxes that are not.
 
     Yields:
-        A list for the images that are on their way, to be named.
+        A list that the caller fills with the paths of the current batch, for the error message.
     """
-    named: list[str] = []
+    current: list[str] = []
 
     def check(module: nn.Module, arguments: Any, output: Any) -> None:
-        said = output.values() if isinstance(output, dict) else output
-        flat = [one for some in said for one in (some if isinstance(some, list) else [some])]
-        check_outputs(flat, f"{named[0]} or one of the {len(named)} images from there on")
+        values = output.values() if isinstance(output, dict) else output
+        flat = [one for some in values for one in (some if isinstance(some, list) else [some])]
+        check_outputs(flat, f"one of the {len(current)} images from {current[0]} on")
 
     hooks = [head.register_forward_hook(check) for head in detector.heads]
     try:
-        yield named
+        yield current
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _on_image(output: dict[str, Tensor], scale: float, size: tuple[int, int]) -> Detections:
-    """From the canvas back to the image; what lies in the padding is left out."""
+def _to_image(output: dict[str, Tensor], scale: float, size: tuple[int, int]) -> Detections:
+    """Convert boxes from the canvas to pixels of the image, and drop those in the padding."""
     boxes = output["boxes"].float().cpu().numpy() / scale
     boxes[:, 0::2] = boxes[:, 0::2].clip(0, size[1])
     boxes[:, 1::2] = boxes[:, 1::2].clip(0, size[0])
     scores, labels = output["scores"].float().cpu().numpy(), output["labels"].cpu().numpy()
-    real = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(axis=1)
-    order = np.argsort(-scores[real], kind="stable")
-    return Detections(boxes[real][order], scores[real][order], labels[real][order])
+    inside = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(axis=1)
+    order = np.argsort(-scores[inside], kind="stable")
+    return Detections(boxes[inside][order], scores[inside][order], labels[inside][order])
 
 
 def save_detector(detector: Detector, folder: Path, about: dict[str, Any]) -> None:
     """Write a model folder; see ``save_with_head``.
 
     Args:
-        detector: from ``train_detector``.
-        folder: where.
-        about: more to say.
+        detector: Trained detector.
+        folder: Folder to write, created if missing.
+        about: Additional entries of ``head.json``.
     """
-    what = {
+    head = {
         "task": "detection",
         "classes": detector.classes,
         "detector": detector.kind,
         "canvas": list(detector.canvas),
         "threshold": detector.threshold,
     }
-    save_with_head(detector, detector.encoder, folder, {**what, **about})
+    save_with_head(detector, detector.encoder, folder, {**head, **about})
 
 
 def load_detector(folder: Path) -> Detector:
-    """Load what ``save_detector`` wrote.
+    """Load a detector written by ``save_detector``.
 
     Args:
-        folder: a run of ``finetune``, or the ``model`` folder in it.
+        folder: Run folder of ``finetune``, or the ``model`` folder in it.
 
     Raises:
-        UserError: there is no detector, or it is damaged.
+        UserError: If the folder holds no detector, or a damaged one.
     """
 
     def build(encoder: Encoder, about: dict[str, Any]) -> Detector:
@@ -366,12 +374,12 @@ def load_detector(folder: Path) -> Detector:
         if kind not in get_args(DetectorName):
             raise ValueError(f"unknown detector {str(kind)[:60]!r}")
         if not isinstance(canvas, list) or len(canvas) != 2:
-            raise ValueError("the canvas is no height and width")
-        most = encoder.image_size + 32  # ``choose_canvas`` rounds up to steps of 32
-        if not all(type(side) is int and 1 <= side <= most for side in canvas):
-            raise ValueError(f"the sides of the canvas are not from 1 to {most} pixels")
+            raise ValueError("the canvas is not a height and width")
+        max_side = encoder.image_size + 32  # ``choose_canvas`` rounds to multiples of 32
+        if not all(type(side) is int and 1 <= side <= max_side for side in canvas):
+            raise ValueError(f"the sides of the canvas are not from 1 to {max_side} pixels")
         if not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
-            raise ValueError("the threshold is no number from 0 to 1")
+            raise ValueError("the threshold is not a number from 0 to 1")
         encoder.stage_shapes(*canvas)
         detector = Detector(encoder, about["classes"], kind, (canvas[0], canvas[1]))
         detector.threshold = float(threshold)

@@ -1,4 +1,4 @@
-"""The options that detection has beside those of all tasks."""
+"""Options and settings of detection."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,20 +11,20 @@ DetectorName = Literal["fcos", "retinanet", "faster_rcnn"]
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionOptions(AnnotationsOption, FrozenNormOption):
-    """Options of detection."""
+    """Command-line options of detection."""
 
     detector: DetectorName = "faster_rcnn"
-    """Which detector; faster_rcnn learns fastest from few images."""
+    """Detector architecture. faster_rcnn learns fastest from few images."""
     multi_scale: bool = False
-    """Resize each training batch by 0.75 to 1.25 times, for detection."""
+    """Resize each training batch by a random factor from 0.75 to 1.25, for detection."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DetectorSettings(PyramidSettings, DetectionOptions):
-    """How to train a detector.
+    """Settings for training a detector.
 
     Attributes:
-        detector: which of torchvision's detectors.
-        multi_scale: resize each batch, by 0.75 to 1.25 times (YOLO9000, Redmon & Farhadi 2017,
-            section 2). The average step costs a little more.
+        detector: Detector architecture, from torchvision.
+        multi_scale: Resize each batch by a random factor from 0.75 to 1.25 (YOLO9000, Redmon &
+            Farhadi 2017, section 2). This makes the average step slightly slower.
     """

@@ -1,4 +1,4 @@
-"""Detection as the commands see it."""
+"""The detection task of the commands."""
 
 import json
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.base import Task, spread
 from vissl_lite.transfer.detection.data import LabelledBoxes, load_boxes
-from vissl_lite.transfer.detection.export import TRANSLATIONS, ExportableDetector
+from vissl_lite.transfer.detection.export import ONNX_TRANSLATIONS, ExportableDetector
 from vissl_lite.transfer.detection.metrics import DetectionScores, score_detector
 from vissl_lite.transfer.detection.model import (
     Detections,
@@ -34,11 +34,11 @@ from vissl_lite.transfer.exporting import ExportModel, Normalization
 from vissl_lite.transfer.prediction import Predictions, growing_file
 from vissl_lite.transfer.pyramid import report_use, shrunk
 
-SHOWN = 8  # test images in the picture of predictions beside the truth
+MAX_SHOWN = 8  # test images in the figure of predictions and ground truth
 
 
 class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]):
-    """Boxes of objects; see ``train_detector``."""
+    """Object detection; see ``train_detector``."""
 
     name = "detection"
     options = DetectionOptions
@@ -85,7 +85,7 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
     ) -> None:
         classes = data.classes
         rows = []
-        for index in spread(len(scores.images), SHOWN):
+        for index in spread(len(scores.images), MAX_SHOWN):
             truth, found = scores.images[index], scores.found[index]
             image = read_image(truth.path)
             sure = found.scores >= model.threshold
@@ -101,9 +101,10 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
         plot_per_class(scores.per_class, run / "per_class.png")
 
     def predict(self, model: Detector, predictions: Predictions) -> tuple[Path, int]:
-        """COCO's format, with a score for each annotation; pictures show those above the threshold.
+        """Write predictions in COCO's format, with a score for each annotation.
 
-        It can't be written image by image, so that a line of JSON for each image comes first.
+        Pictures show the boxes above the threshold. As a COCO file can't be written image by image,
+        the predictions first go to a JSON Lines file.
         """
         file, lines = predictions.run / "predictions.json", predictions.run / "predictions.jsonl"
         with growing_file(lines) as out:
@@ -135,7 +136,7 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
         head = {
             "info": {
                 "description": "vissl-lite predict",
-                "threshold": model.threshold,  # the score from which on F1 was best on validation
+                "threshold": model.threshold,  # score of the best F1 on the validation images
             },
             "categories": [
                 {"id": i, "name": name} for i, name in enumerate(model.classes, start=1)
@@ -157,10 +158,10 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
             model.canvas,
             None,
             about,
-            fixed_size="a detector has the size that it was trained at",
+            fixed_size="a detector has the image size that it was trained at",
             prepare=lambda image, size: fit_into(image, size)[0],
             preparation="fitted into {size} pixels, at the upper left, on gray",
-            translations=TRANSLATIONS,
+            translations=ONNX_TRANSLATIONS,
         )
 
 
@@ -179,9 +180,9 @@ def _write_coco(file: Path, head: dict[str, Any], lines: Path) -> None:
     """Write a file in COCO's format without holding all of it in memory.
 
     Args:
-        file: appears whole or not at all.
-        head: what stands before the images and annotations.
-        lines: a line of JSON with ``image`` and ``annotations`` for each image.
+        file: File to write. The write is atomic.
+        head: Entries that precede the images and annotations.
+        lines: JSON Lines file with ``image`` and ``annotations`` of each image.
     """
 
     def entries(kind: str) -> Iterator[str]:

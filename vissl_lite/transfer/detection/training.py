@@ -1,4 +1,4 @@
-"""Detection: fine-tune an encoder into a detector, on images with boxes."""
+"""Fine-tuning of an encoder into a detector on images with boxes."""
 
 import copy
 from collections.abc import Sequence
@@ -23,13 +23,13 @@ from vissl_lite.transfer.pyramid import PyramidTraining
 
 
 class DetectorTraining(PyramidTraining[Detector, DetectorSettings]):
-    """How a detector is trained."""
+    """Lightning module that trains a detector."""
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images = self.model.encoder.normalize(batch.views[0])
         stretch = torch.ones(4, device=images.device)
         if self.settings.multi_scale:
-            images, stretch = rescaled(images)
+            images, stretch = rescale_batch(images)
         targets = [{"boxes": boxes * stretch, "labels": labels} for boxes, labels in batch.targets]
         losses = self.model.losses(images, targets)
         loss = torch.stack(list(losses.values())).sum()
@@ -37,14 +37,14 @@ class DetectorTraining(PyramidTraining[Detector, DetectorSettings]):
         return loss
 
 
-def rescaled(images: Tensor) -> tuple[Tensor, Tensor]:
-    """A batch at a random scale from 0.75 to 1.25, its sides multiples of 32 as before.
+def rescale_batch(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Resize a batch by a random factor from 0.75 to 1.25, to sides that are multiples of 32.
 
     Args:
-        images: ``(B, C, H, W)``.
+        images: Images ``(B, C, H, W)``.
 
     Returns:
-        ``(B, C, h, w)`` and ``(4,)``: what boxes (x1, y1, x2, y2) are to be multiplied with.
+        Images ``(B, C, h, w)`` and the factors ``(4,)`` by which to multiply boxes x1, y1, x2, y2.
     """
     scale = 0.75 + 0.5 * float(torch.rand(()))
     before = images.shape[-2:]
@@ -55,23 +55,23 @@ def rescaled(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_rescaling(encoder: Encoder) -> None:
-    """Raise a UserError if an encoder takes images of its own size alone."""
+    """Raise a UserError if an encoder accepts only images of its own size."""
     other = encoder.image_size + 32
     try:
         encoder.stage_shapes(other, other)
     except (AssertionError, RuntimeError, ValueError):
         raise UserError(
-            f"--multi_scale is not for {encoder.backbone}, which takes images of one size"
+            f"--multi_scale does not work with {encoder.backbone}, which has a fixed image size"
         ) from None
 
 
 class BoxDataset(KeyedDataset):
-    """Decodes images and makes their training views, boxes included.
+    """Dataset of training views of images and their boxes.
 
     Args:
-        images: with their boxes; the ignored ones are left out.
-        canvas: height and width of a view.
-        settings: smallest crop, whether images have an up, seed.
+        images: Images with their boxes. Ignored boxes are left out.
+        canvas: Height and width of a view in pixels.
+        settings: Provides ``min_crop_scale``, ``upright`` and ``seed``.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class BoxDataset(KeyedDataset):
         self.shortest = round(min(canvas) * settings.min_crop_scale**-0.5)
 
     def item(self, epoch: int, index: int) -> Item:
-        """A view of one image; its target is ``(N, 4)`` boxes and ``(N,)`` labels."""
+        """Return a view of one image, with boxes ``(N, 4)`` and labels ``(N,)`` as the target."""
         truth = self.images[index]
         image = read_image(truth.path, self.shortest)
         kept = ~truth.ignored
@@ -102,23 +102,26 @@ def train_detector(
     files: TrainingFiles = NO_FILES,
     title: str = "finetune",
 ) -> Detector:
-    """Fine-tune a copy of an encoder into a detector. The test part is not looked at.
+    """Fine-tune a copy of an encoder into a detector. The test images are not used.
 
     Args:
-        encoder: left as it is.
-        data: trained on ``train``; the weights with the best mean average precision on ``val`` are
-            kept, the last ones where ``val`` is empty.
-        settings: how.
-        hardware: where; default one device.
-        files: where metrics and checkpoints go.
-        title: of the progress bar.
+        encoder: Encoder to start from. It is not modified.
+        data: Data set. The weights with the best mean average precision on ``val`` are kept, or
+            the last ones if ``val`` is empty.
+        settings: Training settings.
+        hardware: Devices and precision; one device by default.
+        files: Files for metrics and checkpoints.
+        title: Title of the progress bar.
+
+    Returns:
+        The detector, with its ``threshold`` set.
 
     Raises:
-        UserError: the batch is larger than the training part.
+        UserError: If the batch is larger than the training split.
     """
     batch_size = settings.batch(len(data.train), usual=8)
     canvas = choose_canvas(data.train, encoder)
-    torch.manual_seed(settings.seed)  # the new head's weights
+    torch.manual_seed(settings.seed)  # for the weights of the new head
     detector = Detector(copy.deepcopy(encoder), data.classes, settings.detector, canvas)
     task = DetectorTraining(detector, settings)
 
@@ -127,9 +130,9 @@ def train_detector(
         values = {"val_map": scores.map, "val_map_50": scores.map_50}
         return EvalResult((scores.map, scores.map_50), values)
 
-    look = evaluate if data.val else None
     dataset = BoxDataset(data.train, canvas, settings)
-    train(task, detector, dataset, batch_size, settings, look, hardware, files, title)
-    judged = score_detector(detector, data.val or data.train)
-    detector.threshold = best_threshold(judged.found, judged.images)
+    evaluation = evaluate if data.val else None
+    train(task, detector, dataset, batch_size, settings, evaluation, hardware, files, title)
+    scores = score_detector(detector, data.val or data.train)
+    detector.threshold = best_threshold(scores.found, scores.images)
     return detector

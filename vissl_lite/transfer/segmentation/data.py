@@ -1,4 +1,4 @@
-"""Images with masks for semantic segmentation: folders or a CSV file, and their splits."""
+"""Segmentation data sets: reading folders or a CSV file of images and masks, and splitting."""
 
 import logging
 import os
@@ -29,8 +29,8 @@ from vissl_lite.transfer.sources import hold_out
 
 log = logging.getLogger(__name__)
 
-# The value of pixels that are neither trained on nor judged.
-IGNORE = 255
+# Mask value of pixels that are excluded from training and evaluation.
+IGNORE_INDEX = 255
 
 _NAME_FILES = ("classes.txt", "labels.txt")
 _BACKGROUND = ("background", "bg", "void", "none", "unlabelled", "unlabeled")
@@ -41,9 +41,9 @@ class MaskedImage:
     """An image and its mask.
 
     Attributes:
-        path: the image file.
-        mask: the mask file.
-        binary: whether 255 in the mask is the second class; see ``read_mask``.
+        path: Path of the image file.
+        mask: Path of the mask file.
+        binary: Whether 255 in the mask is the second class; see ``read_mask``.
     """
 
     path: str
@@ -53,18 +53,18 @@ class MaskedImage:
 
 @dataclass(frozen=True)
 class LabelledMasks(ListDataset[MaskedImage]):
-    """Classes, in the order of their indices, and the three parts.
+    """Segmentation data set: class names in the order of their indices, and three splits.
 
-    ``test`` is empty only where the caller asked for no test part.
+    ``test`` may be empty only if ``need_test`` is False.
     """
 
     def write_split(self, run: Path) -> None:
         self.write(run / "split.csv")
 
     def write(self, file: Path) -> None:
-        """Write down the splits: a CSV file that can be given as ``--data`` again.
+        """Write the splits to a CSV file that ``load_masks`` can read again.
 
-        The names of the classes stand in ``classes.txt`` beside it.
+        The class names are written to ``classes.txt`` next to it.
         """
         with csv_writer(file) as rows:
             rows.writerow(["path", "mask", "split"])
@@ -81,30 +81,33 @@ def load_masks(
     seed: int = 0,
     need_test: bool = True,
 ) -> LabelledMasks:
-    """Read a segmentation data set, and every mask of it once.
+    """Read a segmentation data set and check all of its masks.
 
-    An image and its mask have the same path below their folders but for the suffix, and for
-    ``_mask``, ``-mask``, ``_label`` or ``_gt`` at the end of the mask's name. The names of the
-    classes are the lines of ``classes.txt`` or ``labels.txt``, beside or in one of the folders; a
-    file that has exactly one name too few leaves out the background. Without such a file they are
-    ``background`` and ``foreground``, or with more classes the numbers.
+    An image and its mask have the same relative path except for the suffix, and for ``_mask``,
+    ``-mask``, ``_label`` or ``_gt`` at the end of the mask's name. The class names are the lines of
+    ``classes.txt`` or ``labels.txt``, in one of the folders or next to it. If the file has exactly
+    one name too few, ``background`` is added as the first class. Without such a file, two classes
+    are named ``background`` and ``foreground``, and more classes by their numbers.
 
     Args:
-        source: a folder with ``images/`` and ``masks/`` (or ``labels/``, ``annotations/``,
-            ``gt/``), each with ``train/``, ``val/`` and ``test/`` if there are splits; or with
-            ``train/images/``, ``train/masks/`` and so on; or as Pascal VOC has it
+        source: Folder with ``images/`` and ``masks/`` (or ``labels/``, ``annotations/``, ``gt/``),
+            each with ``train/``, ``val/`` and ``test/`` if there are splits; or with
+            ``train/images/``, ``train/masks/`` and so on; or in Pascal VOC's layout
             (``JPEGImages/``, ``SegmentationClass/``, ``ImageSets/Segmentation/``); or the sample
             data; or a CSV file with the columns ``path`` and ``mask``, and optionally ``split``,
-            paths relative to the file. Without splits 60 % train, 20 % evaluate while training and
-            20 % test; without a validation part, 20 % of the training part becomes one.
-        annotations: the folder of masks, where ``source`` is the folder of images.
-        seed: of the validation part, if one is made.
-        need_test: whether missing test images are an error.
+            with paths relative to the file. Data without splits are split 60/20/20 into train, val
+            and test; without validation images, 20 % of the training images are held out.
+        annotations: Folder of the masks, if ``source`` is the folder of the images.
+        seed: Seed for holding out validation images, if there are none.
+        need_test: Whether missing test images are an error.
+
+    Returns:
+        The data set.
 
     Raises:
-        UserError: nothing there, an image without its mask or the other way round, a mask of
-            another size than its image, in color, or with a value that is neither a class nor
-            255; one class only; no test images.
+        UserError: If there are no images, an image has no mask or a mask no image, a mask differs
+            in size from its image, is in color, or has a value that is neither a class nor 255,
+            there is only one class, or there are no test images.
     """
     source = Path(source)
     masks = None if annotations is None else Path(annotations)
@@ -113,42 +116,42 @@ def load_masks(
             raise UserError(f"{brief(path)} does not exist")
     if masks is not None:
         parts = read_two_folders(source, masks)
-        beside = [source, masks, masks.parent, source.parent]
+        name_folders = [source, masks, masks.parent, source.parent]
     elif source.is_dir():
         parts = read_folder(source)
-        beside = [source, *(source / name for name in MASK_FOLDERS)]
+        name_folders = [source, *(source / name for name in MASK_FOLDERS)]
     elif source.suffix.lower() == ".csv" and source.is_file():
         parts = read_csv(source)
-        beside = [source.parent]
+        name_folders = [source.parent]
     else:
         raise UserError(f"{source} is neither a folder with images and masks nor a .csv file")
     if not parts["train"]:
         raise UserError(f"{source} has no training images: three or more are needed to split them")
     if need_test and not parts["test"]:
         raise UserError(
-            f"{source} has no test images: add a test part beside train, or give images and masks "
+            f"{source} has no test images: add a test split, or give images and masks "
             f"without splits to have them split"
         )
     if not parts["val"]:
         parts["train"], parts["val"] = hold_out(parts["train"], seed)
-    return _with_classes(source, parts, _read_names(beside))
+    return _with_classes(source, parts, _read_names(name_folders))
 
 
 def read_mask(path: str | Path, binary: bool = False) -> np.ndarray:
-    """Read a mask: the numbers that stand in the file, a palette's colors left aside.
+    """Read the class indices of a mask. Palette images give their indices, not their colors.
 
     Args:
-        path: gray or palette image of up to 16 bits, or one whose three channels are equal. What
-            is white in an image of one bit counts as 255.
-        binary: the data set's masks hold 0 and 255 alone: 255 is the second class.
+        path: Gray or palette image of up to 16 bits, or an image with three equal channels. White
+            pixels of a 1-bit image count as 255.
+        binary: Whether 255 is the second class, as in data sets whose masks hold only 0 and 255.
 
     Returns:
-        ``(H, W)`` uint8: class indices; 255 is ignored.
+        Class indices ``(H, W)`` uint8; 255 is ignored.
 
     Raises:
-        UserError: it holds colors, values above 255, or what JPEG's compression left of them.
-        OSError, ValueError, SyntaxError: the file is missing, broken, or has more pixels than are
-            allowed (``BROKEN_IMAGE``).
+        UserError: If the mask holds colors or values above 255, or is a JPEG file.
+        OSError, ValueError, SyntaxError: If the file is missing, broken, or has too many pixels
+            (``BROKEN_IMAGE``).
     """
     with opened_image(BytesIO(read_regular(path)), path) as image:
         if image.format == "JPEG":
@@ -183,47 +186,48 @@ def _read_names(folders: list[Path]) -> list[str] | None:
     if file is None:
         return None
     names = [line.strip() for line in read_text(file).splitlines() if line.strip()]
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise UserError(f"{file} names the class {brief(twice[0])} twice")
-    # the sample data's file lists the objects, even where there are too few images to show it
+    duplicates = [name for name, count in Counter(names).items() if count > 1]
+    if duplicates:
+        raise UserError(f"{file} names the class {brief(duplicates[0])} twice")
+    # the file of the sample data lists only the objects, some of which may not occur in the masks
     return ["background", *names] if file.with_name("sample.json").is_file() else names
 
 
 def _with_classes(source: Path, parts: Parts, names: list[str] | None) -> LabelledMasks:
-    """Look through all masks for their values, and find the classes that these mean."""
+    """Collect the values of all masks, and derive the classes from them."""
     pairs = [pair for part in parts.values() for pair in part]
     with ThreadPoolExecutor(4) as pool:
-        seen = np.stack(list(pool.map(_values, pairs)))
-    used = set(np.flatnonzero(seen.any(axis=0)).tolist())
-    binary = used == {0, IGNORE}
+        occurring = np.stack(list(pool.map(_occurring_values, pairs)))
+    used = set(np.flatnonzero(occurring.any(axis=0)).tolist())
+    binary = used == {0, IGNORE_INDEX}
     if binary:
-        log.info("The masks of %s hold 0 and 255 alone: 255 is taken for the second class", source)
-        seen[:, 1], seen[:, IGNORE] = seen[:, IGNORE], False
-    known = np.flatnonzero(seen[: len(parts["train"]), :IGNORE].any(axis=0))
-    if len(known) < 2:
+        log.info("The masks of %s hold only 0 and 255: 255 is used as the second class", source)
+        occurring[:, 1], occurring[:, IGNORE_INDEX] = occurring[:, IGNORE_INDEX], False
+    training_values = np.flatnonzero(occurring[: len(parts["train"]), :IGNORE_INDEX].any(axis=0))
+    if len(training_values) < 2:
         raise UserError(
-            f"the training masks of {source} hold {len(known)} class: two or more are needed"
+            f"the training masks of {source} hold {len(training_values)} class: "
+            f"two or more are needed"
         )
-    largest = int(known[-1])
+    largest = int(training_values[-1])
     if names is None:
         numbers = [str(index) for index in range(largest + 1)]
         names = ["background", "foreground"] if largest == 1 else numbers
-        if 2 * len(known) <= largest:
+        if 2 * len(training_values) <= largest:
             log.warning(
                 "Only %(occurring)d of the values up to %(largest)d occur in the masks of "
-                "%(source)s: if they are shades of gray and no class numbers, renumber "
+                "%(source)s: if they are gray levels and not class numbers, renumber "
                 "them",
-                {"occurring": len(known), "largest": largest, "source": source},
+                {"occurring": len(training_values), "largest": largest, "source": source},
                 extra={"code": "mask.values"},
             )
     elif len(names) == largest and names[0].lower() not in _BACKGROUND:
         names = ["background", *names]
-    for (_, mask), values in zip(pairs, seen, strict=True):
-        wrong = np.flatnonzero(values[len(names) : IGNORE])
-        if len(wrong):
+    for (_, mask), values in zip(pairs, occurring, strict=True):
+        invalid = np.flatnonzero(values[len(names) : IGNORE_INDEX])
+        if len(invalid):
             raise UserError(
-                f"the mask {mask} holds {len(names) + wrong[0]}, which is neither "
+                f"the mask {mask} holds {len(names) + invalid[0]}, which is neither "
                 f"a class (0 to {len(names) - 1}) nor 255 (ignored)"
             )
     train, val, test = (
@@ -233,14 +237,14 @@ def _with_classes(source: Path, parts: Parts, names: list[str] | None) -> Labell
     return LabelledMasks(names, train, val, test)
 
 
-def _values(pair: tuple[str, str]) -> np.ndarray:
-    """Which of the 256 values a mask holds; an error if it is no mask of its image."""
+def _occurring_values(pair: tuple[str, str]) -> np.ndarray:
+    """Which of the 256 values occur in a mask. Raises a UserError if it does not fit its image."""
     path, file = pair
     try:
         mask = read_mask(file)
     except BROKEN_IMAGE as error:
         raise UserError(
-            f"the mask {file} can't be read ({reason(error, file)}): clean it, or "
+            f"the mask {file} can't be read ({reason(error, file)}): repair it, or "
             f"remove it together with {path}"
         ) from None
     height, width = mask.shape
@@ -248,14 +252,14 @@ def _values(pair: tuple[str, str]) -> np.ndarray:
     if size is not None and size != (height, width):
         raise UserError(
             f"the mask {file} has {width} x {height} pixels, its image "
-            f"{path} {size[1]} x {size[0]} as it is shown"
+            f"{path} has {size[1]} x {size[0]} after its EXIF rotation"
         )
     counts = cv2.calcHist([mask], [0], None, [256], [0, 256])
     return np.asarray(counts).ravel() > 0
 
 
 def _image_size(path: str) -> tuple[int, int] | None:
-    """Height and width as shown, from the header; None if it is broken, which training skips."""
+    """Height and width after EXIF rotation, from the header; None for images that can't be read."""
     try:
         return image_size(path)
     except BROKEN_IMAGE:

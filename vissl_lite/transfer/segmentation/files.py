@@ -1,4 +1,4 @@
-"""Where images and their masks lie on the disk: two folders, or a CSV file."""
+"""Pairing of image and mask files, from folders or a CSV file."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,14 +26,14 @@ Parts = dict[str, Pairs]  # train, val, test
 
 
 def read_two_folders(images: Path, masks: Path) -> Parts:
-    """Pairs from a folder of images and one of masks, each with train/, val/, test/ or neither.
+    """Pair a folder of images and a folder of masks, both with or without split folders.
 
     Args:
-        images: may also be a folder that holds ``images/``.
-        masks: that of the masks.
+        images: Folder of the images, or a folder that contains ``images/``.
+        masks: Folder of the masks.
 
     Raises:
-        UserError: an image without its mask or the other way round.
+        UserError: If an image has no mask, or a mask no image.
     """
     return _pair_parts(_first(images, IMAGE_FOLDERS) or images, masks)
 
@@ -43,7 +43,7 @@ def _first(folder: Path, names: Iterable[str]) -> Path | None:
 
 
 def _split_folders(folder: Path) -> dict[str, Path]:
-    """The subfolders train, val and test, as far as they are there; none without train."""
+    """Existing subfolders train, val and test; empty if there is no train."""
     if not (folder / "train").is_dir():
         return {}
     found = {
@@ -55,10 +55,10 @@ def _split_folders(folder: Path) -> dict[str, Path]:
 
 
 def read_folder(folder: Path) -> Parts:
-    """Pairs from a folder that holds both images and masks; ``load_masks`` says in which forms.
+    """Pair images and masks in one folder; see ``load_masks`` for the layouts.
 
     Raises:
-        UserError: there are none, or an image without its mask or the other way round.
+        UserError: If there are none, an image has no mask, or a mask no image.
     """
     lists = folder / "ImageSets" / "Segmentation"
     if lists.is_dir():
@@ -70,7 +70,7 @@ def read_folder(folder: Path) -> Parts:
     for name, part in _split_folders(folder).items():
         images, masks = _first(part, IMAGE_FOLDERS), _first(part, MASK_FOLDERS)
         if not (images and masks):
-            raise UserError(f"{part} lacks its images/ or its masks/")
+            raise UserError(f"{part} lacks images/ or masks/")
         parts[name] = _pair(_by_key(images), _by_key(masks), images, masks)
     if not parts["train"]:
         raise UserError(
@@ -81,18 +81,19 @@ def read_folder(folder: Path) -> Parts:
 
 
 def _pair_parts(images: Path, masks: Path) -> Parts:
-    ours, theirs = _split_folders(images), _split_folders(masks)
-    if not ours and not theirs:
+    image_splits, mask_splits = _split_folders(images), _split_folders(masks)
+    if not image_splits and not mask_splits:
         return split_in_three(_pair(_by_key(images), _by_key(masks), images, masks))
     parts: Parts = {"train": [], "val": [], "test": []}
-    for name in ours | theirs:
-        here, there = ours.get(name, images / name), theirs.get(name, masks / name)
-        parts[name] = _pair(_by_key(here), _by_key(there), here, there)
+    for name in image_splits | mask_splits:
+        image_folder = image_splits.get(name, images / name)
+        mask_folder = mask_splits.get(name, masks / name)
+        parts[name] = _pair(_by_key(image_folder), _by_key(mask_folder), image_folder, mask_folder)
     return parts
 
 
 def _read_voc(folder: Path, lists: Path) -> Parts:
-    """Pascal VOC: the lists say which of many images have a mask, and its part."""
+    """Read Pascal VOC's layout, whose lists name the images with masks of each split."""
     images, masks = _by_key(folder / "JPEGImages"), _by_key(folder / "SegmentationClass")
     parts: Parts = {"train": [], "val": [], "test": []}
     for name in parts:
@@ -110,12 +111,12 @@ def _read_voc(folder: Path, lists: Path) -> Parts:
 
 
 def _by_key(folder: Path) -> dict[str, str]:
-    """The images in a folder, by path below it without suffix."""
+    """Images in a folder by their relative path without suffix."""
     found: dict[str, str] = {}
     for path in find_images([folder]):
         key = Path(path).relative_to(folder).with_suffix("").as_posix()
         if key in found:
-            raise UserError(f"{found[key]} and {path} have one name: which of them is it?")
+            raise UserError(f"{found[key]} and {path} have the same name: remove one of them")
         found[key] = path
     return found
 
@@ -130,31 +131,31 @@ def _pair(
         if key in masks:
             raise UserError(f"{images[key]} has two masks: {masks[key]} and {path}")
         masks[key] = path
-    bare = [path for key, path in images.items() if key not in masks]
-    stray = [path for key, path in masks.items() if key not in images]
-    if bare or stray:
-        if bare:
-            fault = (
-                f"{len(bare)} of {len(images)} images in {image_folder} have no mask in "
-                f"{mask_folder}, the first {bare[0]}"
+    unmasked = [path for key, path in images.items() if key not in masks]
+    unpaired = [path for key, path in masks.items() if key not in images]
+    if unmasked or unpaired:
+        if unmasked:
+            problem = (
+                f"{len(unmasked)} of {len(images)} images in {image_folder} have no mask in "
+                f"{mask_folder}, the first {unmasked[0]}"
             )
         else:
-            fault = (
-                f"{len(stray)} of {len(masks)} masks in {mask_folder} have no image in "
-                f"{image_folder}, the first {stray[0]}"
+            problem = (
+                f"{len(unpaired)} of {len(masks)} masks in {mask_folder} have no image in "
+                f"{image_folder}, the first {unpaired[0]}"
             )
-        remedy = "a mask is named as its image, as images/a/1.jpg and masks/a/1.png"
-        if 2 * (len(images) - len(bare)) > max(len(images), len(masks)):
-            remedy = "remove them, or add what they lack"
-        raise UserError(f"{fault}: {remedy}")
+        remedy = "name each mask like its image, as images/a/1.jpg and masks/a/1.png"
+        if 2 * (len(images) - len(unmasked)) > max(len(images), len(masks)):
+            remedy = f"remove them, or add the missing {'masks' if unmasked else 'images'}"
+        raise UserError(f"{problem}: {remedy}")
     return [(path, masks[key]) for key, path in images.items()]
 
 
 def read_csv(file: Path) -> Parts:
-    """Pairs from a CSV file with the columns ``path``, ``mask`` and optionally ``split``.
+    """Read pairs from a CSV file with the columns ``path``, ``mask`` and optionally ``split``.
 
     Raises:
-        UserError: the file can't be read, lacks a column or a value, or names missing files.
+        UserError: If the file can't be read, lacks a column or a value, or names missing files.
     """
     columns, rows = read_rows(file)
     for name in ("path", "mask"):
@@ -162,7 +163,7 @@ def read_csv(file: Path) -> Parts:
             raise UserError(f"{file} has no column {name}: it has {brief(', '.join(columns))}")
         cells(file, rows, name)
     need_rows(file, rows)
-    rows.sort(key=lambda row: row["path"])  # the split must not depend on the order of rows
+    rows.sort(key=lambda row: row["path"])  # so that the split does not depend on the order of rows
     pairs = [(str(file.parent / row["path"]), str(file.parent / row["mask"])) for row in rows]
     check_files(file, [path for pair in pairs for path in pair])
     if "split" not in columns:

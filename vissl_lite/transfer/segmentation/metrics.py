@@ -1,4 +1,4 @@
-"""How well a segmenter does."""
+"""Evaluation of segmenters."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,28 +11,28 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from vissl_lite.data.images import BROKEN_IMAGE, read_image
 from vissl_lite.data.reading import reason
 from vissl_lite.inference import inference_mode, report_broken
-from vissl_lite.transfer.segmentation.data import IGNORE, MaskedImage, read_mask
+from vissl_lite.transfer.segmentation.data import IGNORE_INDEX, MaskedImage, read_mask
 from vissl_lite.transfer.segmentation.model import (
     Segmenter,
-    enlarge,
+    resize_probabilities,
     segment_all,
     segmentation_loss,
 )
 
-IMAGES = 8  # that are read at a time
+IMAGES_PER_BATCH = 8  # read in parallel
 
 
 @dataclass(frozen=True)
 class SegmentationScores:
-    """How well a segmenter does on a part.
+    """Metrics of a segmenter on a split.
 
     Attributes:
-        miou: intersection over union, the mean over the classes that occur in truth or prediction.
-        dice: Dice coefficient, likewise.
-        accuracy: share of pixels that are classified rightly.
-        loss: ``segmentation_loss`` with equal weights, the mean over images.
-        per_class: ``iou`` and ``dice`` by the names of those classes.
-        confusion: ``(K, K)`` pixels, by true class (row) and predicted class (column).
+        miou: Mean intersection over union of the classes that occur in truth or prediction.
+        dice: Mean Dice coefficient of the same classes.
+        accuracy: Fraction of correctly classified pixels.
+        loss: Mean of the unweighted ``segmentation_loss`` over images.
+        per_class: ``iou`` and ``dice`` by class name, for the same classes.
+        confusion: Number of pixels ``(K, K)`` by true class (row) and predicted class (column).
     """
 
     miou: float
@@ -41,20 +41,22 @@ class SegmentationScores:
     loss: float
     per_class: dict[str, dict[str, float]]
     confusion: np.ndarray
-    right: None = None  # images are not what is counted
+    right: None = None  # correctness is not defined per image
 
     @property
     def metrics(self) -> dict[str, float]:
-        """``miou``, ``dice`` and ``accuracy``."""
+        """The values of ``miou``, ``dice`` and ``accuracy``."""
         return {"miou": self.miou, "dice": self.dice, "accuracy": self.accuracy}
 
 
 def score_confusion(
     confusion: np.ndarray, classes: Sequence[str], loss: float
 ) -> SegmentationScores:
-    """Scores from a confusion matrix over a whole part; see ``SegmentationScores``."""
+    """Compute metrics from the confusion matrix of a split; see ``SegmentationScores``."""
     right = np.diag(confusion).astype(float)
-    either = confusion.sum(axis=0) + confusion.sum(axis=1)  # truth plus prediction
+    either = confusion.sum(axis=0) + confusion.sum(
+        axis=1
+    )  # pixels in truth plus pixels in prediction
     per_class = {
         name: {"iou": hit / (total - hit), "dice": 2 * hit / total}
         for name, hit, total in zip(classes, right.tolist(), either.tolist(), strict=True)
@@ -73,15 +75,15 @@ def score_segmenter(
     part: Sequence[MaskedImage],
     progress: Callable[[int], None] | None = None,
 ) -> SegmentationScores:
-    """Score a segmenter at the masks' own resolution.
+    """Evaluate a segmenter at the resolution of the masks.
 
     Args:
-        segmenter: put on the accelerator if there is one, and back afterwards.
-        part: images and masks; those that can't be read are left out, and named in the log.
-        progress: called with the number of images done since the last call.
+        segmenter: Segmenter. It is moved to the accelerator, if there is one, and back afterwards.
+        part: Images and masks. Unreadable ones are skipped and logged.
+        progress: Called with the number of images processed since the last call.
 
     Raises:
-        UserError: no image can be read.
+        UserError: If no image can be read.
     """
     classes = segmenter.classes
     confusion = np.zeros((len(classes), len(classes)), np.int64)
@@ -92,16 +94,16 @@ def score_segmenter(
             faults += [pair if isinstance(pair, str) else None for pair in pairs]
             found = [pair for pair in pairs if not isinstance(pair, str)]
             images = [image for image, _ in found]
-            shares = segment_all(segmenter, images, device)
-            for (_, mask), share in zip(found, shares, strict=True):
+            probabilities = segment_all(segmenter, images, device)
+            for (_, mask), one in zip(found, probabilities, strict=True):
                 target = torch.from_numpy(mask).to(device).long()
-                logits = enlarge(share, *mask.shape).clamp_min(1e-8).log()
+                logits = resize_probabilities(one, *mask.shape).clamp_min(1e-8).log()
                 losses.append(float(segmentation_loss(logits[None], target[None])))
                 counts = multiclass_confusion_matrix(
                     logits.argmax(dim=0),
                     target,
                     len(classes),
-                    ignore_index=IGNORE,
+                    ignore_index=IGNORE_INDEX,
                     validate_args=False,
                 )
                 confusion += counts.cpu().numpy()
@@ -114,7 +116,7 @@ def score_segmenter(
 def _read(
     part: Sequence[MaskedImage],
 ) -> Iterator[list[tuple[np.ndarray, np.ndarray] | str]]:
-    """Images and masks, some at a time; for those that can't be read, why."""
+    """Yield batches of images and masks, or of the reason why they can't be read."""
 
     def read(one: MaskedImage) -> tuple[np.ndarray, np.ndarray] | str:
         try:
@@ -127,5 +129,5 @@ def _read(
             return f"its mask {one.mask}: {reason(error, one.mask)}"
 
     with ThreadPoolExecutor(4) as pool:
-        for start in range(0, len(part), IMAGES):
-            yield list(pool.map(read, part[start : start + IMAGES]))
+        for start in range(0, len(part), IMAGES_PER_BATCH):
+            yield list(pool.map(read, part[start : start + IMAGES_PER_BATCH]))

@@ -1,4 +1,4 @@
-"""The options that segmentation has beside those of all tasks."""
+"""Options and settings of segmentation."""
 
 from dataclasses import dataclass
 
@@ -8,14 +8,14 @@ from vissl_lite.transfer.pyramid import PyramidSettings
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationOptions(AnnotationsOption, FrozenNormOption, ClassWeightsOption):
-    """Options of segmentation."""
+    """Command-line options of segmentation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SegmenterSettings(PyramidSettings, SegmentationOptions):
-    """How to train a segmenter.
+    """Settings for training a segmenter.
 
     Attributes:
-        class_weights: weights of the classes in the loss, by name, 1 for those left out; or
-            ``balanced``: by how rare a class's pixels are. None weighs all alike.
+        class_weights: Class weights in the loss, by name, 1 for classes without one; or
+            ``balanced``: inverse to the frequency of the class. None gives equal weights.
     """

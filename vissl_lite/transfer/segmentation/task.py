@@ -1,4 +1,4 @@
-"""Segmentation as the commands see it."""
+"""The segmentation task of the commands."""
 
 import json
 import logging
@@ -44,11 +44,11 @@ from vissl_lite.transfer.segmentation.training import train_segmenter, weigh_cla
 
 log = logging.getLogger(__name__)
 
-SHOWN = 8  # test images in the picture of predictions beside the truth
+MAX_SHOWN = 8  # test images in the figure of predictions and ground truth
 
 
 class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, SegmentationScores]):
-    """A class for every pixel; see ``train_segmenter``."""
+    """Semantic segmentation; see ``train_segmenter``."""
 
     name = "segmentation"
     options = SegmentationOptions
@@ -62,7 +62,7 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
         return suitable_size(data.paths("train"))
 
     def check(self, encoder: Encoder, data: LabelledMasks, settings: SegmenterSettings) -> None:
-        if settings.class_weights != "balanced":  # which can't be wrong, and takes every mask
+        if settings.class_weights != "balanced":  # which is always valid, and slow to compute
             weigh_classes(data, settings.class_weights)
 
     def report_use(self, encoder: Encoder, source: str) -> None:
@@ -95,7 +95,7 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
     ) -> None:
         classes = data.classes
         rows = []
-        for index in spread(len(data.test), SHOWN):
+        for index in spread(len(data.test), MAX_SHOWN):
             one = data.test[index]
             image = read_image(one.path)
             truth = read_mask(one.mask, one.binary)
@@ -108,13 +108,13 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
                 ]
             )
         colors = dict(zip(classes, class_colors(len(classes)), strict=True))
-        del colors[classes[0]]  # which is left clear
+        del colors[classes[0]]  # Drawn transparent.
         plot_grid(rows, run / "test.png", ("image", "truth", "prediction"), colors, cell=320)
         plot_per_class(scores.per_class, run / "per_class.png")
         plot_confusion(scores.confusion, classes, run / "confusion.png", "pixels")
 
     def predict(self, model: Segmenter, predictions: Predictions) -> tuple[Path, int]:
-        """An index PNG for each image, in its own size, with a palette so that one sees it."""
+        """Write a palette PNG of class indices for each image, at the size of the image."""
         classes = len(model.classes)
         palette = np.array(class_colors(classes), np.uint8)
         palette[0] = 0
@@ -133,7 +133,9 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
                 picture.putpalette(palette.ravel().tolist())
                 place = predictions.place(path, "masks")
                 if place.name != f"{os.path.basename(path)}.png":
-                    log.info("the name is too long: the mask of %s is %s", path, place)
+                    log.info(
+                        "the file name is too long: the mask of %s is written to %s", path, place
+                    )
                 with atomic_write(place) as part:
                     picture.save(part, "PNG")
                 drawn = partial(draw_mask, mask=mask, classes=classes)
@@ -146,7 +148,7 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
         encoder = model.encoder
         layers = nn.Sequential(Normalization(encoder), model, nn.Softmax(dim=1))
         about = {"classes": json.dumps(model.classes)}
-        # Windows of attention, as in Swin, over a free size keep the exporter busy without end.
+        # With windowed attention, as in Swin, exporting a free image size does not finish.
         windows = any(hasattr(module, "window_size") for module in encoder.modules())
         size = (encoder.image_size, encoder.image_size)
         return ExportModel(

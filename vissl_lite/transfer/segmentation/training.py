@@ -1,4 +1,4 @@
-"""Semantic segmentation: a class for every pixel, from an encoder and a feature pyramid."""
+"""Fine-tuning of an encoder into a segmenter on images with masks."""
 
 import copy
 from collections.abc import Sequence
@@ -19,27 +19,27 @@ from vissl_lite.transfer.finetuning import EvalResult, train
 from vissl_lite.transfer.pyramid import PyramidTraining
 from vissl_lite.transfer.segmentation.data import LabelledMasks, MaskedImage, read_mask
 from vissl_lite.transfer.segmentation.metrics import score_segmenter
-from vissl_lite.transfer.segmentation.model import Segmenter, at_own_scale, segmentation_loss
+from vissl_lite.transfer.segmentation.model import Segmenter, keeps_own_scale, segmentation_loss
 from vissl_lite.transfer.segmentation.options import SegmenterSettings
 
 
 def weigh_classes(
     data: LabelledMasks, class_weights: str | dict[str, float] | None
 ) -> Tensor | None:
-    """The weights of the classes in the loss.
+    """Compute the class weights of the loss.
 
-    ``balanced`` gives each class a weight inverse to its pixels in the training masks, 1 for one
-    of average frequency, clipped to between 0.1 and 10; 1 for a class that does not occur.
+    ``balanced`` gives each class a weight inverse to its number of pixels in the training masks:
+    1 for a class of average frequency, clipped to [0.1, 10]. Classes that do not occur get 1.
 
     Args:
-        data: names of the classes, training masks.
-        class_weights: see ``SegmenterSettings``.
+        data: Data set, of which the class names and training masks are used.
+        class_weights: See ``SegmenterSettings``.
 
     Returns:
-        ``(K,)`` float32; None where all weigh alike.
+        Weights ``(K,)`` float32; None for equal weights.
 
     Raises:
-        UserError: a class is unknown, or a weight is not above 0.
+        UserError: If a class is unknown, a weight is not above 0, or a mask can't be read.
     """
     if class_weights is None:
         return None
@@ -61,7 +61,7 @@ def weigh_classes(
     for one in data.train:
         try:
             mask = read_mask(one.mask, one.binary)
-        except BROKEN_IMAGE as error:  # it was read a moment ago
+        except BROKEN_IMAGE as error:  # readable when the data set was loaded
             raise UserError(
                 f"the mask {one.mask} can't be read ({reason(error, one.mask)})"
             ) from None
@@ -73,12 +73,12 @@ def weigh_classes(
 
 
 class MaskDataset(KeyedDataset):
-    """Decodes images and their masks and makes training views of both.
+    """Dataset of training views of images and their masks.
 
     Args:
-        images: with their masks.
-        size: side of a view in pixels.
-        settings: smallest crop, whether images have an up, seed.
+        images: Images with their masks.
+        size: Side of a view in pixels.
+        settings: Provides ``min_crop_scale``, ``upright`` and ``seed``.
     """
 
     def __init__(
@@ -86,22 +86,23 @@ class MaskDataset(KeyedDataset):
     ) -> None:
         super().__init__([image.path for image in images], settings.seed)
         self.images, self.size = images, size
-        self.whole, self.own_scale = (
+        self.resized_view, self.own_scale_view = (
             MaskView(mask_pipeline(size, settings.min_crop_scale, settings.upright, own_scale))
             for own_scale in (False, True)
         )
 
     def item(self, epoch: int, index: int) -> Item:
-        """Two views of one image: itself, and its mask as a picture of one channel."""
+        """Return a view of one image, and the same view of its mask as a one-channel image."""
         one = self.images[index]
         image, mask = read_image(one.path), read_mask(one.mask, one.binary)
-        made = self.own_scale if at_own_scale(image, self.size) else self.whole
-        view, mask = made(image, mask, self.seed, epoch, index)
+        large = keeps_own_scale(image, self.size)
+        make_view = self.own_scale_view if large else self.resized_view
+        view, mask = make_view(image, mask, self.seed, epoch, index)
         return Item([view, mask[..., None]], index, [])
 
 
 class SegmenterTraining(PyramidTraining[Segmenter, SegmenterSettings]):
-    """How a segmenter is trained."""
+    """Lightning module that trains a segmenter."""
 
     def __init__(
         self, segmenter: Segmenter, weights: Tensor | None, settings: SegmenterSettings
@@ -126,23 +127,23 @@ def train_segmenter(
     files: TrainingFiles = NO_FILES,
     title: str = "finetune",
 ) -> Segmenter:
-    """Train a segmenter on a copy of an encoder. The test part is not looked at.
+    """Fine-tune a copy of an encoder into a segmenter. The test images are not used.
 
     Args:
-        encoder: left as it is.
-        data: trained on ``train``; the weights with the best mean IoU on ``val`` are kept, the
-            last ones where ``val`` is empty.
-        settings: how.
-        hardware: where; default one device.
-        files: where metrics and checkpoints go.
-        title: of the progress bar.
+        encoder: Encoder to start from. It is not modified.
+        data: Data set. The weights with the best mean IoU on ``val`` are kept, or the last ones if
+            ``val`` is empty.
+        settings: Training settings.
+        hardware: Devices and precision; one device by default.
+        files: Files for metrics and checkpoints.
+        title: Title of the progress bar.
 
     Raises:
-        UserError: the batch is larger than the training part, or the class weights can't be.
+        UserError: If the batch is larger than the training split, or the class weights are invalid.
     """
     batch_size = settings.batch(len(data.train), usual=8)
     weights = weigh_classes(data, settings.class_weights)
-    torch.manual_seed(settings.seed)  # the new head's weights
+    torch.manual_seed(settings.seed)  # for the weights of the new head
     segmenter = Segmenter(copy.deepcopy(encoder), data.classes)
     task = SegmenterTraining(segmenter, weights, settings)
     dataset = MaskDataset(data.train, encoder.image_size, settings)
@@ -152,6 +153,6 @@ def train_segmenter(
         values = {"val_miou": scores.miou, "val_dice": scores.dice, "val_loss": scores.loss}
         return EvalResult((scores.miou, -scores.loss), values)
 
-    look = evaluate if data.val else None
-    train(task, segmenter, dataset, batch_size, settings, look, hardware, files, title)
+    evaluation = evaluate if data.val else None
+    train(task, segmenter, dataset, batch_size, settings, evaluation, hardware, files, title)
     return segmenter

@@ -1,4 +1,4 @@
-"""Detection data: images with boxes, in COCO, Pascal VOC or YOLO format, cleaned and split."""
+"""Detection data sets: reading COCO, Pascal VOC and YOLO, cleaning, and splitting."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ import numpy as np
 from vissl_lite.errors import UserError
 from vissl_lite.options import StrPath
 from vissl_lite.transfer.base import ListDataset
-from vissl_lite.transfer.detection.data.annotations import Note
+from vissl_lite.transfer.detection.data.annotations import ImageAnnotation
 from vissl_lite.transfer.detection.data.cleaning import RepairLog, clean
 from vissl_lite.transfer.detection.data.discovery import read_annotations
 from vissl_lite.transfer.sources import SPLITS, hold_out, is_utf8, split_in_three
@@ -26,12 +26,13 @@ class BoxedImage:
     """An image and its boxes.
 
     Attributes:
-        path: of the file.
-        size: height and width in pixels as it is shown, with its EXIF orientation applied.
-        boxes: ``(N, 4)`` float32: x1, y1, x2, y2 in pixels of the shown image.
-        labels: ``(N,)`` int64, indices into the data set's classes.
-        ignored: ``(N,)`` bool: COCO's ``iscrowd``, VOC's ``difficult``: not trained on, and not
-            counted in evaluation.
+        path: Path of the image file.
+        size: Height and width in pixels, after applying the EXIF orientation.
+        boxes: Array ``(N, 4)`` float32 of x1, y1, x2, y2 in pixels, after applying the EXIF
+            orientation.
+        labels: Array ``(N,)`` int64 of indices into the classes of the data set.
+        ignored: Array ``(N,)`` bool of COCO's ``iscrowd`` or VOC's ``difficult``. Such boxes are
+            not trained on and do not count in evaluation.
     """
 
     path: str
@@ -43,14 +44,14 @@ class BoxedImage:
 
 @dataclass(frozen=True)
 class LabelledBoxes(ListDataset[BoxedImage]):
-    """Classes and the three parts; nothing is ever chosen on the test part.
+    """Detection data set with three splits, each sorted by path.
 
     Attributes:
-        classes: names.
-        train: to train on; sorted by path, as the others.
-        val: to choose by; empty only where there is one training image.
-        test: to report on; empty only where the caller asked for no test part.
-        repairs: what was repaired or left out, such as ``{"box without area, left out": 2}``.
+        classes: Class names.
+        train: Training images.
+        val: Validation images, for model selection; empty only if there is one training image.
+        test: Test images, never used for selection; may be empty if ``need_test`` is False.
+        repairs: Counts of repaired and left out items, as ``{"box without area, left out": 2}``.
     """
 
     repairs: dict[str, int]
@@ -60,7 +61,7 @@ class LabelledBoxes(ListDataset[BoxedImage]):
     ) -> Self:
         some = super().subsample(fraction, shots, seed)
         if fraction is not None:
-            _check(some, f"--fraction {fraction}", "take a larger share")
+            _check_boxes(some, f"--fraction {fraction}", "use a larger fraction")
         return some
 
     def without(
@@ -76,11 +77,11 @@ class LabelledBoxes(ListDataset[BoxedImage]):
         self.write(run / "split")
 
     def write(self, folder: Path) -> None:
-        """Write down the splits in COCO's format: a folder that can be given as data again.
+        """Write the splits in COCO's format, to a folder that ``load_boxes`` can read again.
 
         Args:
-            folder: gets ``train.json``, ``val.json`` and ``test.json``, with absolute file names;
-                made if missing.
+            folder: Folder for ``train.json``, ``val.json`` and ``test.json``, which hold absolute
+                file names. It is created if missing.
         """
         folder.mkdir(parents=True, exist_ok=True)
         for name in SPLITS:
@@ -96,91 +97,91 @@ def load_boxes(
 ) -> LabelledBoxes:
     """Read a detection data set.
 
-    Boxes and images that can't be used are left out, others are cleaned; each kind of repair is
-    counted, and logged with its first file. VOC's coordinates count from 1, unless a coordinate of
-    0 shows that the tool which wrote the set counts from 0.
+    Invalid boxes and images are repaired or left out; repairs are counted per kind, and logged with
+    the first file. VOC's coordinates count from 1, unless a coordinate of 0 shows that the tool
+    that wrote the annotations counts from 0.
 
     Args:
-        source: a folder in one of the usual layouts, found out by looking:
+        source: Folder in one of these layouts, which is detected automatically:
 
-            - COCO: JSON files whose names tell the split in ``annotations/`` or at the top, or one
-              file in each of the folders ``train``, ``valid`` and ``test``, or a single file; the
-              images anywhere below.
-            - Pascal VOC: XML files in ``Annotations`` or beside the images, with the splits in
-              ``ImageSets/Main/{train,val,test}.txt`` or in the folders' names.
-            - YOLO: a ``data.yaml`` at the top, text files in ``labels`` beside ``images``.
+            - COCO: JSON files named by split in ``annotations/`` or at the top, or one file in each
+              of the folders ``train``, ``valid`` and ``test``, or a single file. The images may be
+              anywhere below.
+            - Pascal VOC: XML files in ``Annotations`` or next to the images, with the splits in
+              ``ImageSets/Main/{train,val,test}.txt`` or in the names of folders.
+            - YOLO: a ``data.yaml`` at the top, and text files in ``labels`` next to ``images``.
 
             Or COCO's ``.json`` or YOLO's ``.yaml`` file itself. With ``annotations``, the folder of
             the images, searched recursively.
-        annotations: a COCO ``.json`` file, or a folder of such files for each split, of VOC's
-            ``.xml`` files, or of YOLO's ``.txt`` files, where a ``classes.txt`` names the classes.
-        seed: of the validation part, where the annotations name none.
-        need_test: whether missing test images are an error.
+        annotations: COCO ``.json`` file, or a folder of one such file per split, of VOC's ``.xml``
+            files, or of YOLO's ``.txt`` files, in which a ``classes.txt`` names the classes.
+        seed: Seed for holding out validation images, if the annotations name none.
+        need_test: Whether missing test images are an error.
 
     Returns:
-        The parts. Without splits in the annotations a 60/20/20 split by chance is made; without a
-        validation part, 20 % of the training part becomes one. An image of several parts is left
-        in the last of them: what is trained on is not tested on.
+        The data set. Annotations without splits are split 60/20/20 at random; without validation
+        images, 20 % of the training images are held out. An image listed in several splits is kept
+        only in the last of train, val and test, so that no test image is trained on.
 
     Raises:
-        UserError: nothing there, more than one format, a damaged file, no test images, or no box
-            to train on.
+        UserError: If there are no annotations, annotations in more than one format, a damaged
+            file, no test images, or no boxes to train on.
     """
     source = Path(source)
     repairs = RepairLog()
     found = read_annotations(source, None if annotations is None else Path(annotations), repairs)
     classes = list(dict.fromkeys(found.classes))
     for name in classes:
-        if not is_utf8(name):  # it goes into models, tables and pictures
+        if not is_utf8(name):  # names are written to models, tables and figures
             raise UserError(f"{source}: the name of the class {name!a} is not text in UTF-8")
-    numbers = {name: index for index, name in enumerate(classes)}
-    splits, by_image = _sort(found.notes, source, repairs)
+    class_indices = {name: index for index, name in enumerate(classes)}
+    splits, by_image = _group_by_image(found.images, source, repairs)
     images: dict[str | None, list[BoxedImage]] = defaultdict(list)
     for path in sorted(by_image):
-        cleaned = clean(by_image[path], numbers, repairs)
+        cleaned = clean(by_image[path], class_indices, repairs)
         if cleaned is not None:
             images[splits[path]].append(BoxedImage(path, *cleaned))
     repairs.report()
     if not any(images.values()):
         raise UserError(
-            f"{source}: of {found.named} images that its annotations name none is "
-            f"there and readable; give the folder of the images as the data, and "
-            f"--annotations"
+            f"{source}: none of the {found.num_listed} images in its annotations exists "
+            f"and is readable; give the folder of the images with --data, and the "
+            f"annotations with --annotations"
         )
-    parts = _parts(images, source, seed, need_test)
+    parts = _make_splits(images, source, seed, need_test)
     data = LabelledBoxes(classes, **parts, repairs=repairs.counts)
-    _check(data, str(source), "draw some, or name the annotations with --annotations")
+    _check_boxes(data, str(source), "add some, or give the annotations with --annotations")
     return data
 
 
-def _sort(
-    notes: list[Note], source: Path, repairs: RepairLog
-) -> tuple[dict[str, str | None], dict[str, list[Note]]]:
-    """The split of each image, and its notes in that split."""
-    named = sorted({note.split for note in notes if note.split is not None})
-    if named and "train" not in named:
+def _group_by_image(
+    annotations: list[ImageAnnotation], source: Path, repairs: RepairLog
+) -> tuple[dict[str, str | None], dict[str, list[ImageAnnotation]]]:
+    """Return the split of each image, and its annotations in that split."""
+    given = sorted({one.split for one in annotations if one.split is not None})
+    if given and "train" not in given:
         raise UserError(
-            f"{source} has images of {' and '.join(named)}, but none to train on that "
-            f"could be found: add annotations and images of train"
+            f"{source} has images of {' and '.join(given)}, but none to train on that "
+            f"could be found: add training images and their annotations"
         )
     splits: dict[str, str | None] = {}
-    by_image: dict[str, list[Note]] = defaultdict(list)
-    for note in sorted(notes, key=lambda note: (*SPLITS, None).index(note.split)):
-        if named and note.split is None:
-            repairs.add("image of no split, left out", note.image)
+    by_image: dict[str, list[ImageAnnotation]] = defaultdict(list)
+    for annotation in sorted(annotations, key=lambda one: (*SPLITS, None).index(one.split)):
+        if given and annotation.split is None:
+            repairs.add("image without a split, left out", annotation.image)
             continue
-        if splits.setdefault(note.image, note.split) != note.split:
-            repairs.add("image of two splits, left out of the first", note.image)
-            splits[note.image] = note.split
-            by_image[note.image].clear()
-        by_image[note.image].append(note)
+        if splits.setdefault(annotation.image, annotation.split) != annotation.split:
+            repairs.add("image of two splits, left out of the first", annotation.image)
+            splits[annotation.image] = annotation.split
+            by_image[annotation.image].clear()
+        by_image[annotation.image].append(annotation)
     return splits, by_image
 
 
-def _parts(
+def _make_splits(
     images: dict[str | None, list[BoxedImage]], source: Path, seed: int, need_test: bool
 ) -> dict[str, list[BoxedImage]]:
-    """The three parts, made here as far as the annotations do not name them."""
+    """Create the splits that the annotations do not define."""
     if images[None]:
         parts = split_in_three(images[None])
         if need_test and not parts["test"]:
@@ -206,29 +207,29 @@ def _parts(
     return parts
 
 
-def _check(data: LabelledBoxes, source: str, remedy: str) -> None:
-    """Raise if there is nothing to train on; warn of classes that can't be learned."""
-    seen: dict[str, set[int]] = {
+def _check_boxes(data: LabelledBoxes, source: str, remedy: str) -> None:
+    """Raise a UserError if there are no training boxes; warn about classes without any."""
+    occurring: dict[str, set[int]] = {
         split: {int(n) for one in getattr(data, split) for n in one.labels[~one.ignored]}
         for split in SPLITS
     }
-    if not seen["train"]:
+    if not occurring["train"]:
         raise UserError(
             f"{source} has no boxes to train on in {len(data.train)} train images: {remedy}"
         )
     for split in ("val", "test"):
-        for number in sorted(seen[split] - seen["train"]):
+        for number in sorted(occurring[split] - occurring["train"]):
             log.warning(
-                "the class %(class)s has boxes in %(split)s, none in train",
+                "the class %(class)s has boxes in %(split)s, but none in train",
                 {"class": data.classes[number], "split": split},
                 extra={"code": "class.untrained"},
             )
 
 
 def _as_coco(classes: list[str], images: list[BoxedImage]) -> dict[str, list[dict[str, object]]]:
-    """The content of a file in COCO's format."""
+    """Convert images to the content of a file in COCO's format."""
     listed: list[dict[str, object]] = []
-    notes: list[dict[str, object]] = []
+    annotations: list[dict[str, object]] = []
     for number, one in enumerate(images, start=1):
         name, (height, width) = str(Path(one.path).absolute()), one.size
         listed.append({"id": number, "file_name": name, "height": height, "width": width})
@@ -236,12 +237,17 @@ def _as_coco(classes: list[str], images: list[BoxedImage]) -> dict[str, list[dic
             one.boxes.tolist(), one.labels.tolist(), one.ignored.tolist(), strict=True
         ):
             x1, y1, x2, y2 = box
-            notes.append(
+            annotations.append(
                 {
-                    "id": len(notes) + 1,
+                    "id": len(annotations) + 1,
                     "image_id": number,
                     "category_id": label + 1,
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],  # exact, and so is the way back
+                    "bbox": [
+                        x1,
+                        y1,
+                        x2 - x1,
+                        y2 - y1,
+                    ],  # not rounded, so that reading gives the same boxes
                     "area": (x2 - x1) * (y2 - y1),
                     "iscrowd": int(ignored),
                 }
@@ -249,4 +255,4 @@ def _as_coco(classes: list[str], images: list[BoxedImage]) -> dict[str, list[dic
     categories: list[dict[str, object]] = [
         {"id": number, "name": name} for number, name in enumerate(classes, start=1)
     ]
-    return {"images": listed, "annotations": notes, "categories": categories}
+    return {"images": listed, "annotations": annotations, "categories": categories}

@@ -1,4 +1,4 @@
-"""What annotation files say, in whatever format: the readers make it, ``clean`` takes it."""
+"""Annotations as the readers of all formats return them, and as ``clean`` takes them."""
 
 from typing import Any, NamedTuple
 
@@ -7,26 +7,26 @@ UNREADABLE_FILE = "file not readable, left out with the image"
 UNREADABLE_BOX = "box not readable, left out"
 UNKNOWN_CLASS = "box of an unknown class, left out"
 
-# Classes that a data set may name: more than in any that there is.
-MOST_CLASSES = 100_000
+# Maximum number of classes in a data set, far above that of any public one.
+MAX_CLASSES = 100_000
 
-# Size in bytes of the largest annotation file of one image.
-LARGEST_FILE = 2**24
+# Maximum size in bytes of the annotation file of one image.
+MAX_FILE_SIZE = 2**24
 
-# The size of the image in notes whose boxes are shares of its width and height, as in YOLO's files.
-SHARES = (1.0, 1.0)
+# Image size of annotations whose boxes are relative to width and height, as in YOLO's format.
+RELATIVE_SIZE = (1.0, 1.0)
 
 
-class Note(NamedTuple):
-    """What an annotation file says of an image.
+class ImageAnnotation(NamedTuple):
+    """Annotation of one image.
 
     Attributes:
-        image: path of the file.
-        split: train, val or test; None where the annotations name no splits.
-        size: height and width of the image in the coordinates of the boxes; zeros where not said.
-        boxes: x1, y1, x2, y2 of each.
-        names: the class of each.
-        ignored: COCO's ``iscrowd`` or VOC's ``difficult`` of each.
+        image: Path of the image file.
+        split: ``train``, ``val`` or ``test``; None if the annotations name no splits.
+        size: Height and width of the image in the coordinates of the boxes; zeros if unknown.
+        boxes: Corners x1, y1, x2, y2 of each box.
+        names: Class name of each box.
+        ignored: COCO's ``iscrowd`` or VOC's ``difficult`` of each box.
     """
 
     image: str
@@ -38,21 +38,21 @@ class Note(NamedTuple):
 
 
 class Annotations(NamedTuple):
-    """What annotation files say.
+    """Annotations of a data set.
 
     Attributes:
-        classes: names, in the order of their ids; sorted where there are no ids.
-        notes: of each image.
-        named: images that the files name, found or not.
+        classes: Class names in the order of their ids; sorted by name if there are no ids.
+        images: Annotation of each image that was found.
+        num_listed: Number of images that the files list, including missing ones.
     """
 
     classes: list[str]
-    notes: list[Note]
-    named: int
+    images: list[ImageAnnotation]
+    num_listed: int
 
 
 def to_number(value: Any) -> float:
-    """A number of a file; 0 if it is none."""
+    """Convert a value from a file to float; 0 if it is not a number."""
     try:
         return float(value)
     except (TypeError, ValueError):

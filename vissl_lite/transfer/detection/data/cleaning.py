@@ -1,4 +1,4 @@
-"""Mends what annotations say of boxes, and counts every repair: nothing is dropped in silence."""
+"""Cleaning of box annotations. Every repair is counted and logged."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -10,32 +10,32 @@ from vissl_lite.data.headers import image_header
 from vissl_lite.data.images import BROKEN_IMAGE
 from vissl_lite.data.reading import reason
 from vissl_lite.errors import brief
-from vissl_lite.transfer.detection.data.annotations import SHARES, Note
+from vissl_lite.transfer.detection.data.annotations import RELATIVE_SIZE, ImageAnnotation
 
-# RepairLog of a kind that the log names one by one.
-LOGGED = 100
+# Maximum number of repairs of one kind that are logged individually.
+MAX_LOGGED = 100
 
 log = logging.getLogger(__name__)
 
-# In pixels. Thinner boxes lose their area to rounding in the float32 arithmetic of the views.
-_THINNEST = 0.01
+# In pixels. Thinner boxes may lose their area to float32 rounding in the views.
+_MIN_SIDE = 0.01
 
-# In pixels. Boxes written as shares end this far outside their image by rounding alone.
-_ROUNDING = 0.1
+# In pixels. Rounding of relative coordinates moves boxes at most this far out of the image.
+_ROUNDING_TOLERANCE = 0.1
 
-# Coordinates beyond this overflow float32 where they are multiplied.
-LARGEST = 1e18
+# Larger coordinates overflow float32 when multiplied.
+MAX_COORDINATE = 1e18
 
-FLAT = "box without area, left out"
-# The one kind that is no mistake.
+NO_AREA = "box without area, left out"
+# The only kind that is not a mistake, and not logged as a warning.
 BACKGROUND = "image without boxes, kept as background"
 
 
 class RepairLog:
-    """Counts what was repaired or left out.
+    """Counter of repaired and left out boxes and images.
 
     Attributes:
-        counts: by kind, a phrase that begins with a noun: ``box without area, left out``.
+        counts: Count per kind, a phrase that begins with a noun: ``box without area, left out``.
     """
 
     def __init__(self) -> None:
@@ -43,15 +43,15 @@ class RepairLog:
         self._first: dict[str, str] = {}
 
     def add(self, kind: str, where: str, times: int | np.integer[Any] = 1) -> None:
-        """Count a repair; ``where`` is the file that it concerns."""
+        """Count a repair in the file ``where``."""
         if times:
-            if self.counts.get(kind, 0) < LOGGED:
+            if self.counts.get(kind, 0) < MAX_LOGGED:
                 log.debug("%s: %s", kind, brief(where))
             self.counts[kind] = self.counts.get(kind, 0) + int(times)
             self._first.setdefault(kind, where)
 
     def report(self) -> None:
-        """One line in the log for each kind."""
+        """Log the count and the first file of each kind."""
         for kind, count in self.counts.items():
             noun, _, rest = kind.partition(" ")
             plural = "" if count == 1 else "es" if noun == "box" else "s"
@@ -61,14 +61,15 @@ class RepairLog:
             )
 
 
-def turn_boxes(boxes: np.ndarray, height: float, width: float, orientation: int) -> np.ndarray:
-    """Boxes of an image as it is stored, turned as EXIF turns it to show it.
+def rotate_boxes(boxes: np.ndarray, height: float, width: float, orientation: int) -> np.ndarray:
+    """Transform boxes from the stored image to the image after its EXIF rotation.
 
     Args:
-        boxes: ``(N, 4)`` x1, y1, x2, y2.
-        height: of the stored image, like the boxes.
-        width: of the stored image, like the boxes.
-        orientation: 5 to 8, which all swap height and width (EXIF 2.32, 4.6.4, tag 274).
+        boxes: Boxes ``(N, 4)`` of x1, y1, x2, y2.
+        height: Height of the stored image, in the unit of the boxes.
+        width: Width of the stored image, in the unit of the boxes.
+        orientation: EXIF orientation from 5 to 8, all of which swap height and width (EXIF 2.32,
+            4.6.4, tag 274).
     """
     x1, y1, x2, y2 = boxes.T
     if orientation in (6, 7):  # the stored top is on the right
@@ -79,39 +80,41 @@ def turn_boxes(boxes: np.ndarray, height: float, width: float, orientation: int)
 
 
 def clean(
-    notes: Sequence[Note], numbers: Mapping[str, int], repairs: RepairLog
+    annotations: Sequence[ImageAnnotation], class_indices: Mapping[str, int], repairs: RepairLog
 ) -> tuple[tuple[int, int], np.ndarray, np.ndarray, np.ndarray] | None:
-    """The boxes of one image, cleaned.
+    """Clean the boxes of one image.
 
     Args:
-        notes: all that name this image.
-        numbers: of the classes by name.
-        repairs: what was done is counted here.
+        annotations: All annotations of this image.
+        class_indices: Class indices by name.
+        repairs: Log to add repairs to.
 
     Returns:
         Size (height, width), boxes, labels and ignored as in ``BoxedImage``; None if the image
         can't be read.
     """
-    path = notes[0].image
+    path = annotations[0].image
     try:
         height, width, orientation = image_header(path)
     except BROKEN_IMAGE as error:
         log.debug("can't be read: %s (%s)", path, reason(error, path))
         repairs.add("image not readable, left out", path)
         return None
-    repairs.add("annotation of an image that has one already, joined", path, len(notes) - 1)
-    columns: list[np.ndarray] = []
-    for note in notes:
-        boxes = np.array(note.boxes, np.float64).reshape(-1, 4)
-        labels = np.array([numbers[name] for name in note.names], np.float64)
-        rows = np.column_stack([boxes, labels, np.array(note.ignored, np.float64)])
-        rows = _upright(_finite(rows, path, repairs), path, repairs)
-        with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is left out
-            fitted = _fitted(rows[:, :4], note.size, (height, width), orientation, path, repairs)
-        rows = _finite(np.column_stack([fitted, rows[:, 4:]]), path, repairs)
-        columns.append(_inside(rows, height, width, path, repairs))
-    unique = list(dict.fromkeys(map(tuple, np.concatenate(columns).tolist())))
-    repairs.add("box given twice, left out", path, sum(map(len, columns)) - len(unique))
+    repairs.add("annotation of an image that has one already, merged", path, len(annotations) - 1)
+    tables: list[np.ndarray] = []
+    for annotation in annotations:
+        boxes = np.array(annotation.boxes, np.float64).reshape(-1, 4)
+        labels = np.array([class_indices[name] for name in annotation.names], np.float64)
+        rows = np.column_stack([boxes, labels, np.array(annotation.ignored, np.float64)])
+        rows = _order_corners(_drop_non_finite(rows, path, repairs), path, repairs)
+        with np.errstate(over="ignore", invalid="ignore"):  # such boxes are dropped below
+            scaled = _scale_to_image(
+                rows[:, :4], annotation.size, (height, width), orientation, path, repairs
+            )
+        rows = _drop_non_finite(np.column_stack([scaled, rows[:, 4:]]), path, repairs)
+        tables.append(_clip_to_image(rows, height, width, path, repairs))
+    unique = list(dict.fromkeys(map(tuple, np.concatenate(tables).tolist())))
+    repairs.add("box given twice, left out", path, sum(map(len, tables)) - len(unique))
     if not unique:
         repairs.add(BACKGROUND, path)
     table = np.array(unique, np.float64).reshape(-1, 6)
@@ -123,59 +126,61 @@ def clean(
     )
 
 
-def _finite(rows: np.ndarray, path: str, repairs: RepairLog) -> np.ndarray:
-    """Rows whose boxes are finite, also as float32."""
-    finite = (np.abs(rows[:, :4]) < LARGEST).all(axis=1)
+def _drop_non_finite(rows: np.ndarray, path: str, repairs: RepairLog) -> np.ndarray:
+    """Keep the rows whose boxes are finite, also after conversion to float32."""
+    finite = (np.abs(rows[:, :4]) < MAX_COORDINATE).all(axis=1)
     repairs.add("box not finite, left out", path, np.count_nonzero(~finite))
     return rows[finite]
 
 
-def _upright(rows: np.ndarray, path: str, repairs: RepairLog) -> np.ndarray:
-    """Rows of which the first corner of the box is above and left of the second."""
+def _order_corners(rows: np.ndarray, path: str, repairs: RepairLog) -> np.ndarray:
+    """Swap coordinates so that x1, y1 is the upper left corner."""
     low, high = np.minimum(rows[:, :2], rows[:, 2:4]), np.maximum(rows[:, :2], rows[:, 2:4])
     swapped = (rows[:, :2] > rows[:, 2:4]).any(axis=1)
-    repairs.add("box with swapped corners, put right", path, np.count_nonzero(swapped))
+    repairs.add("box with swapped corners, corrected", path, np.count_nonzero(swapped))
     return np.column_stack([low, high, rows[:, 4:]])
 
 
-def _fitted(
+def _scale_to_image(
     boxes: np.ndarray,
-    noted: tuple[float, float],
+    annotated_size: tuple[float, float],
     size: tuple[int, int],
     orientation: int,
     path: str,
     repairs: RepairLog,
 ) -> np.ndarray:
-    """Boxes noted for an image of one size, for the size that it has."""
+    """Convert boxes from the coordinates of the annotated image size to those of the actual one."""
     height, width = size
-    if noted == size:
+    if annotated_size == size:
         return boxes
-    if noted == SHARES:
+    if annotated_size == RELATIVE_SIZE:
         return boxes * (width, height, width, height)
-    if not (0 < noted[0] < np.inf and 0 < noted[1] < np.inf):
-        repairs.add("size not noted, the file's taken", path)
+    if not all(0 < side < np.inf for side in annotated_size):
+        repairs.add("size not given, read from the image", path)
         return boxes
-    if noted == (width, height):
-        if orientation == 1:  # many tools confuse the two, and few turn images
-            repairs.add("size noted with height and width swapped, the file's taken", path)
+    if annotated_size == (width, height):
+        if orientation == 1:  # many tools swap the two, and few rotate images
+            repairs.add("size with height and width swapped, read from the image", path)
             return boxes
-        repairs.add("image noted as before the EXIF rotation, boxes turned", path)
-        return turn_boxes(boxes, *noted, orientation)
-    repairs.add("image noted in another size, boxes scaled", path)
-    across, down = width / noted[1], height / noted[0]
-    return boxes * (across, down, across, down)
+        repairs.add("image annotated before its EXIF rotation, boxes rotated", path)
+        return rotate_boxes(boxes, *annotated_size, orientation)
+    repairs.add("image annotated at another size, boxes scaled", path)
+    scale_x, scale_y = width / annotated_size[1], height / annotated_size[0]
+    return boxes * (scale_x, scale_y, scale_x, scale_y)
 
 
-def _inside(rows: np.ndarray, height: int, width: int, path: str, repairs: RepairLog) -> np.ndarray:
-    """Rows whose boxes have an area inside the image, clipped to it."""
+def _clip_to_image(
+    rows: np.ndarray, height: int, width: int, path: str, repairs: RepairLog
+) -> np.ndarray:
+    """Clip boxes to the image, and drop those without area inside it."""
     boxes = rows[:, :4]
-    flat = (boxes[:, 2:] - boxes[:, :2] < _THINNEST).any(axis=1)
-    repairs.add(FLAT, path, np.count_nonzero(flat))
-    rows, boxes = rows[~flat], boxes[~flat]
-    # judged as they are kept, so that what is written and read again is judged the same
+    no_area = (boxes[:, 2:] - boxes[:, :2] < _MIN_SIDE).any(axis=1)
+    repairs.add(NO_AREA, path, np.count_nonzero(no_area))
+    rows, boxes = rows[~no_area], boxes[~no_area]
+    # check the float32 values that are kept, so that writing and reading gives the same boxes
     clipped = np.clip(boxes, 0, (width, height, width, height)).astype(np.float32)
-    outside = (clipped[:, 2:] - clipped[:, :2] < _THINNEST).any(axis=1)
+    outside = (clipped[:, 2:] - clipped[:, :2] < _MIN_SIDE).any(axis=1)
     repairs.add("box outside the image, left out", path, np.count_nonzero(outside))
-    past = (np.abs(clipped - boxes) > _ROUNDING).any(axis=1) & ~outside
-    repairs.add("box past the edge of the image, clipped", path, np.count_nonzero(past))
+    clipped_off = (np.abs(clipped - boxes) > _ROUNDING_TOLERANCE).any(axis=1) & ~outside
+    repairs.add("box past the edge of the image, clipped", path, np.count_nonzero(clipped_off))
     return np.column_stack([clipped, rows[:, 4:]])[~outside]

@@ -1,4 +1,4 @@
-"""Finds the annotations of a detection data set: which files, in which format, of which split."""
+"""Discovery of the annotation files of a detection data set, their format and their splits."""
 
 import os
 from collections import defaultdict
@@ -30,12 +30,12 @@ _LAYOUTS = (
     "(Annotations/*.xml and JPEGImages) or YOLO (data.yaml, images and labels)"
 )
 
-# Beside instances_train2017.json COCO has files of the same split that hold no boxes.
+# Besides instances_train2017.json, COCO has files of the same split without boxes.
 _NO_BOXES = ("captions", "panoptic", "stuff", "image_info")
 
 
 class _Layout(NamedTuple):
-    """A format that a folder may hold, and what reads it."""
+    """A layout found in a folder, and the function that reads it."""
 
     name: str
     has_splits: bool
@@ -43,14 +43,14 @@ class _Layout(NamedTuple):
 
 
 def read_annotations(source: Path, annotations: Path | None, repairs: RepairLog) -> Annotations:
-    """Recognize and read; see ``load_boxes`` for what and for the errors."""
+    """Detect the format of the annotations and read them; see ``load_boxes``."""
     for path in (source, annotations):
-        if path is not None and not os.path.exists(path):  # which takes any name for a question
+        if path is not None and not os.path.exists(path):  # False for invalid names, too
             raise UserError(f"{brief(path)} does not exist")
     if annotations is not None:
         if not source.is_dir():
-            raise UserError(f"{source} is no folder of images, which --annotations goes with")
-        return _given(FileTree(source), annotations, repairs)
+            raise UserError(f"{source} is not a folder of images, which --annotations needs")
+        return _read_given(FileTree(source), annotations, repairs)
     if source.is_file() and source.suffix.lower() == ".json":
         within = source.parent.name.lower() == "annotations"
         return read_coco(source, None, FileTree(source.parents[1 if within else 0]), repairs)
@@ -62,34 +62,36 @@ def read_annotations(source: Path, annotations: Path | None, repairs: RepairLog)
     if not source.is_dir():
         raise UserError(f"{source} holds no boxes: give a folder, a .json or a .yaml file")
     tree = FileTree(source)
-    others = [one for one in (_voc(tree, tree), _yolo(tree)) if one]
-    coco = _coco(tree, tree, sure=not others)
-    return _only([coco, *others] if coco else others, tree).read(repairs)
+    others = [one for one in (_find_voc(tree, tree), _find_yolo(tree)) if one]
+    coco = _find_coco(tree, tree, required=not others)
+    return _choose_layout([coco, *others] if coco else others, tree).read(repairs)
 
 
-def _given(images: FileTree, annotations: Path, repairs: RepairLog) -> Annotations:
-    """Read what ``--annotations`` names."""
+def _read_given(images: FileTree, annotations: Path, repairs: RepairLog) -> Annotations:
+    """Read the file or folder given with ``--annotations``."""
     if annotations.is_file():
         if annotations.suffix.lower() != ".json":
             raise UserError(f"--annotations {annotations} is neither a .json file nor a folder")
         return read_coco(annotations, None, images, repairs)
     tree = FileTree(annotations)
-    layouts = [one for one in (_coco(tree, images, sure=True), _voc(tree, images)) if one]
+    layouts = [
+        one for one in (_find_coco(tree, images, required=True), _find_voc(tree, images)) if one
+    ]
     if not layouts and label_files(tree):
         return read_labels(tree, images, repairs)
     if not layouts:
         raise UserError(
             f"--annotations {annotations} holds no .json (COCO), .xml (VOC) or .txt (YOLO) files"
         )
-    return _only(layouts, tree).read(repairs)
+    return _choose_layout(layouts, tree).read(repairs)
 
 
-def _only(layouts: list[_Layout], tree: FileTree) -> _Layout:
-    """The one layout, or the one that names splits."""
+def _choose_layout(layouts: list[_Layout], tree: FileTree) -> _Layout:
+    """Return the only layout, or the only one with splits."""
     if not layouts:
         raise UserError(
-            f"{tree.folder} holds no boxes in a layout that is known: {_LAYOUTS} would "
-            f"work, or name the annotations with --annotations"
+            f"{tree.folder} holds no boxes in a known layout: {_LAYOUTS} would "
+            f"work, or give the annotations with --annotations"
         )
     with_splits = [one for one in layouts if one.has_splits]
     if len(with_splits) == 1:
@@ -105,13 +107,13 @@ def _only(layouts: list[_Layout], tree: FileTree) -> _Layout:
 # COCO
 
 
-def _coco(tree: FileTree, images: FileTree, sure: bool) -> _Layout | None:
-    """The layout of JSON files: at the top, in ``annotations``, or in a folder of each split.
+def _find_coco(tree: FileTree, images: FileTree, required: bool) -> _Layout | None:
+    """Find JSON files at the top, in ``annotations``, or in a folder of each split.
 
     Args:
-        tree: of the annotations.
-        images: of the images.
-        sure: whether a file in another format is a mistake, and not just another file.
+        tree: Folder of the annotations.
+        images: Folder of the images.
+        required: Whether a JSON file in another format is an error; else it is not a layout.
     """
     paths = []
     for path in tree.ending(".json"):
@@ -126,25 +128,26 @@ def _coco(tree: FileTree, images: FileTree, sure: bool) -> _Layout | None:
     by_split: dict[str | None, list[str]] = defaultdict(list)
     for path in paths:
         by_split[split_of_file(path)].append(path)
-    named = [split for split in SPLITS if split in by_split]
+    splits = [split for split in SPLITS if split in by_split]
     files: list[tuple[str | None, Path]]
     if not paths:
         return None
-    if "train" not in named and len(named) > 1:
+    if "train" not in splits and len(splits) > 1:
         raise UserError(
-            f"{tree.folder} has annotations of {' and '.join(named)}, none of train: add train.json"
+            f"{tree.folder} has annotations of {' and '.join(splits)}, but none of train: "
+            f"add train.json"
         )
-    if "train" in named:
-        files = [(split, _one_file(tree.folder, by_split[split])) for split in named]
+    if "train" in splits:
+        files = [(split, _choose_json(tree.folder, by_split[split])) for split in splits]
     else:
-        files = [(None, _one_file(tree.folder, paths))]
-    if not sure and any(missing_key(read_json(file)) is not None for _, file in files):
+        files = [(None, _choose_json(tree.folder, paths))]
+    if not required and any(missing_key(read_json(file)) is not None for _, file in files):
         return None
-    return _Layout("COCO", "train" in named, partial(_read_coco, files, images))
+    return _Layout("COCO", "train" in splits, partial(_read_coco, files, images))
 
 
-def _one_file(folder: Path, paths: Sequence[str]) -> Path:
-    """The one of several JSON files that is in COCO's format."""
+def _choose_json(folder: Path, paths: Sequence[str]) -> Path:
+    """Return the only one of several JSON files that is in COCO's format."""
     if len(paths) > 1:
         good = [path for path in paths if missing_key(read_json(folder / path)) is None]
         if len(good) > 1:
@@ -161,15 +164,15 @@ def _read_coco(
 ) -> Annotations:
     parts = [read_coco(file, split, images, repairs) for split, file in files]
     classes = [name for part in parts for name in part.classes]
-    notes = [note for part in parts for note in part.notes]
-    return Annotations(classes, notes, sum(part.named for part in parts))
+    annotated = [image for part in parts for image in part.images]
+    return Annotations(classes, annotated, sum(part.num_listed for part in parts))
 
 
 # Pascal VOC
 
 
-def _voc(tree: FileTree, images: FileTree) -> _Layout | None:
-    """The layout of XML files, with splits in ``ImageSets/Main`` or in the folders' names."""
+def _find_voc(tree: FileTree, images: FileTree) -> _Layout | None:
+    """Find XML files, with splits in ``ImageSets/Main`` or in the names of folders."""
     paths = tree.ending(".xml")
     if not paths:
         return None
@@ -194,31 +197,31 @@ def _voc(tree: FileTree, images: FileTree) -> _Layout | None:
 
 
 def _image_sets(folder: Path) -> dict[str | None, list[str]]:
-    """The stems that ``ImageSets/Main`` lists for each split; for None, if it names none."""
+    """Stems listed in ``ImageSets/Main`` by split; by None for a lone ``trainval.txt``."""
     sets: dict[str | None, list[str]] = {}
     for name in ("train", *VAL_NAMES, "test", "trainval"):
         file = folder / "ImageSets" / "Main" / f"{name}.txt"
         if not file.is_file():
             continue
-        # some tools write paths or suffixes
+        # some tools write paths or file names instead of stems
         names = (
             line.strip().replace("\\", "/").rpartition("/")[2]
             for line in read_text(file).splitlines()
         )
         stems = [Path(n).stem if n.lower().endswith(tuple(EXTENSIONS)) else n for n in names if n]
         sets["val" if name in VAL_NAMES else name] = stems
-    whole = sets.pop("trainval", None)
-    if whole is not None and "train" not in sets:
+    trainval = sets.pop("trainval", None)
+    if trainval is not None and "train" not in sets:
         others = {stem for stems in sets.values() for stem in stems}
-        sets["train" if sets else None] = [stem for stem in whole if stem not in others]
+        sets["train" if sets else None] = [stem for stem in trainval if stem not in others]
     return sets
 
 
 # YOLO
 
 
-def _yolo(tree: FileTree) -> _Layout | None:
-    """The layout of a YAML file at the top."""
+def _find_yolo(tree: FileTree) -> _Layout | None:
+    """Find a ``data.yaml`` at the top of the folder."""
     files = [tree.folder / path for path in tree.ending(".yaml", ".yml") if "/" not in path]
     found = [(file, content) for file in files if (content := data_yaml(file)) is not None]
     if len(found) > 1:

@@ -1,4 +1,4 @@
-"""Reads boxes in Pascal VOC's format."""
+"""Reader for box annotations in Pascal VOC's format."""
 
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
@@ -7,16 +7,16 @@ from pathlib import Path
 from vissl_lite.data.text_file import read_bytes
 from vissl_lite.errors import UserError
 from vissl_lite.transfer.detection.data.annotations import (
-    LARGEST_FILE,
+    MAX_FILE_SIZE,
     MISSING_IMAGE,
     UNKNOWN_CLASS,
     UNREADABLE_BOX,
     UNREADABLE_FILE,
     Annotations,
-    Note,
+    ImageAnnotation,
     to_number,
 )
-from vissl_lite.transfer.detection.data.cleaning import FLAT, RepairLog
+from vissl_lite.transfer.detection.data.cleaning import NO_AREA, RepairLog
 from vissl_lite.transfer.sources import FileTree, split_below, split_of_path
 
 Corners = tuple[float, float, float, float]
@@ -27,22 +27,22 @@ def read_voc(
 ) -> Annotations:
     """Read files in Pascal VOC's format (Everingham et al. 2010, development kit, section 8).
 
-    VOC counts pixels from 1 and names the first and the last of a box, so that the left edge is
-    ``xmin - 1``. Many tools write the same files with edges counted from 0: the 1 is taken off
-    only if no annotation of the set has a coordinate of 0.
+    VOC counts pixels from 1 and gives the first and the last pixel of a box, so that the left edge
+    is ``xmin - 1``. Many tools write edges counted from 0 instead: 1 is subtracted only if no
+    annotation of the data set has a coordinate of 0.
 
     Args:
-        files: XML files relative to the folder, and the split of each, or None.
-        folder: where they are.
-        tree: where the images are. An image has the stem of its file, or the file's ``filename``.
-        repairs: what was left out is counted here.
+        files: XML files relative to the folder, each with its split or None.
+        folder: Folder of the XML files.
+        tree: Folder of the images. An image has the stem of its XML file, or is its ``filename``.
+        repairs: Log to add repairs to.
     """
-    notes: list[Note] = []
+    annotations: list[ImageAnnotation] = []
     from_zero = False
     for path, split in files:
         file = str(folder / path)
         try:
-            root = ET.fromstring(read_bytes(file, LARGEST_FILE))
+            root = ET.fromstring(read_bytes(file, MAX_FILE_SIZE))
         except (ET.ParseError, UserError, ValueError, LookupError):
             repairs.add(UNREADABLE_FILE, file)
             continue
@@ -57,29 +57,31 @@ def read_voc(
             repairs.add(MISSING_IMAGE, file)
             continue
         size = (to_number(root.findtext("size/height")), to_number(root.findtext("size/width")))
-        note = Note(image, split or split_below(image, tree), size, [], [], [])
-        notes.append(note)
+        annotation = ImageAnnotation(image, split or split_below(image, tree), size, [], [], [])
+        annotations.append(annotation)
         for one in root.iterfind("object"):
             name = one.findtext("name", "").strip()
-            corners = _corners(one)
+            corners = _parse_corners(one)
             if corners is None:
                 repairs.add(UNREADABLE_BOX, file)
             elif not name:
                 repairs.add(UNKNOWN_CLASS, file)
             elif corners[0] == corners[2] or corners[1] == corners[3]:
-                repairs.add(FLAT, file)  # here, as it would get an area below
+                repairs.add(NO_AREA, file)  # subtracting 1 below would give it an area
             else:
                 from_zero = from_zero or 0 in corners
-                note.boxes.append(corners)
-                note.names.append(name)
-                note.ignored.append(to_number(one.findtext("difficult")) > 0)
+                annotation.boxes.append(corners)
+                annotation.names.append(name)
+                annotation.ignored.append(to_number(one.findtext("difficult")) > 0)
     if not from_zero:
-        for note in notes:
-            note.boxes[:] = [(x1 - 1, y1 - 1, x2, y2) for x1, y1, x2, y2 in note.boxes]
-    return Annotations(sorted({n for note in notes for n in note.names}), notes, len(files))
+        for annotation in annotations:
+            annotation.boxes[:] = [(x1 - 1, y1 - 1, x2, y2) for x1, y1, x2, y2 in annotation.boxes]
+    return Annotations(
+        sorted({n for annotation in annotations for n in annotation.names}), annotations, len(files)
+    )
 
 
-def _corners(one: ET.Element) -> Corners | None:
+def _parse_corners(one: ET.Element) -> Corners | None:
     box = one.find("bndbox")
     try:
         if box is None:
