@@ -68,15 +68,15 @@ def from_files(
     task: PretextTask, paths: list[str], batch: int, steps: int, hardware: Hardware
 ) -> dict[str, float]:
     """Images a second as in a run, its start left out, and the share of waiting for data."""
-    pace = Schedule(1e-4, 0.1, 0, steps)
+    schedule = Schedule(1e-4, 0.1, 0, steps)
     dataset = ViewDataset(paths, task.views(), 0)
     batch = min(batch, len(paths))
     epochs = -(-steps // (len(paths) // batch))
-    stream = StreamData(dataset, batch, epochs, pace, hardware.workers())
+    stream = StreamData(dataset, batch, epochs, schedule, hardware.workers())
     stream.batches_per_epoch = 5 * max(1, steps // 10)  # ten rows of metrics
     with tempfile.TemporaryDirectory() as folder:
         metrics = MetricsFile(Path(folder) / "metrics.csv")
-        fit(task, stream, pace, hardware, files=TrainingFiles(metrics))
+        fit(task, stream, schedule, hardware, files=TrainingFiles(metrics))
         speeds = metrics.series("images_per_second")[1]
         waits = metrics.series("data_wait")[1]
     settled = slice(min(2, len(speeds) - 1), None)

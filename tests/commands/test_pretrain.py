@@ -139,8 +139,8 @@ def test_resume_continues_as_if_nothing_had_happened(
 
     def save_then_die(self, trainer, module, outputs, batch, batch_idx):
         self.save(trainer)
-        pace = next(c for c in trainer.callbacks if isinstance(c, Schedule))
-        if pace.batches == last_step:
+        schedule = next(c for c in trainer.callbacks if isinstance(c, Schedule))
+        if schedule.batches == last_step:
             raise KilledError
 
     monkeypatch.setattr(Checkpoints, "on_train_batch_end", save_then_die)

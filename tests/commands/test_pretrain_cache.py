@@ -86,8 +86,8 @@ def test_a_run_with_a_file_is_killed_and_resumed(
 
     def save_then_die(self, trainer, module, outputs, batch, batch_idx):
         self.save(trainer)
-        pace = next(c for c in trainer.callbacks if isinstance(c, Schedule))
-        if pace.batches == 4:  # in the last of three epochs
+        schedule = next(c for c in trainer.callbacks if isinstance(c, Schedule))
+        if schedule.batches == 4:  # in the last of three epochs
             raise KilledError
 
     given = ["--data", pictures, "--out", out, "--cache", "true", "--num_workers", 0]

@@ -58,11 +58,11 @@ class Task(nn.Module):
 
 
 def online(
-    paths: list[str], labelled: LabelledImages | None = None, pace: Schedule | None = None
+    paths: list[str], labelled: LabelledImages | None = None, schedule: Schedule | None = None
 ) -> OnlineEvaluation:
     data: Any = SimpleNamespace(batches_per_epoch=100, batch_size=BATCH_SIZE)
     compute = EncoderMetrics(paths, labelled, seed=0, upright=True)
-    return OnlineEvaluation(compute, data, pace or Schedule(0.1, 0.1, 0, batches=10))
+    return OnlineEvaluation(compute, data, schedule or Schedule(0.1, 0.1, 0, batches=10))
 
 
 def evaluate(evaluation: OnlineEvaluation, encoder: Encoder) -> dict[str, float]:
@@ -109,7 +109,7 @@ def test_the_untrained_and_the_trained_encoder_are_evaluated(photos: Path) -> No
     assert untrained
     for parameter in encoder.parameters():
         parameter.data.mul_(1.1)
-    evaluation._pace.batches = 10
+    evaluation._schedule.batches = 10
     evaluation.on_train_end(running, task)  # type: ignore[arg-type]
     trained = evaluation.metrics
     assert trained != untrained
@@ -192,10 +192,10 @@ def test_evaluation_stays_within_its_share(
     steps = 1000
     step = seconds / steps
     time_budget = seconds if budget == "time" else None
-    pace = Schedule(0.1, 0.1, 0, None if time_budget else steps, time_budget)
+    schedule = Schedule(0.1, 0.1, 0, None if time_budget else steps, time_budget)
     part = Part(["some.png"] * 6000, np.zeros(6000, np.int64))
     data = LabelledImages(["a", "b"], part, part, part)
-    evaluation = online(["some.png"] * 1000, data, pace)
+    evaluation = online(["some.png"] * 1000, data, schedule)
 
     def measure(self: EncoderMetrics, encoder: Any, counts: ImageCounts) -> dict[str, float]:
         nonlocal clock
@@ -208,10 +208,10 @@ def test_evaluation_stays_within_its_share(
     monkeypatch.setattr(EncoderMetrics, "embed_views", lambda self, encoder, count: [])
     running, module, batch = trainer(), Task(nn.Identity()), SimpleNamespace(broken=[])
     evaluation.on_train_start(running, module)  # type: ignore[arg-type]
-    while not running.should_stop and pace.batches < steps:
-        pace.on_train_batch_start(running, module, batch, 0)  # type: ignore[arg-type]
+    while not running.should_stop and schedule.batches < steps:
+        schedule.on_train_batch_start(running, module, batch, 0)  # type: ignore[arg-type]
         clock += step
-        pace.on_train_batch_end(running, module, None, batch, 0)  # type: ignore[arg-type]
+        schedule.on_train_batch_end(running, module, None, batch, 0)  # type: ignore[arg-type]
         evaluation.on_train_batch_end(running, module, None, batch, 0)  # type: ignore[arg-type]
     evaluation.on_train_end(running, module)  # type: ignore[arg-type]
     counts = ImageCounts(*evaluation.state_dict()["counts"])
@@ -225,7 +225,7 @@ def test_evaluation_stays_within_its_share(
         assert len(times) > 6
         between = np.diff(times[2:-1])  # the last one comes at the end
         assert between.max() < 1.5 * between.min() + 5 * step
-    resumed = online([], None, pace)
+    resumed = online([], None, schedule)
     resumed.load_state_dict(evaluation.state_dict())
     assert resumed.share == evaluation.share
     assert resumed.state_dict() == evaluation.state_dict()

@@ -82,12 +82,12 @@ class SaveHalfway(Callback):
 
 def train(photos: Path, folder: Path, resume: bool, module: pl.LightningModule | None = None,
           callbacks: tuple[Callback, ...] = ()) -> pl.LightningModule:  # fmt: skip
-    pace = Schedule(1e-3, 0.1, 0, 6)
+    schedule = Schedule(1e-3, 0.1, 0, 6)
     views = Views([[random_crop(16, 0.3)]], shortest=16)
-    data = StreamData(ViewDataset(find_images([photos]), views, 0), 4, 1, pace, workers=0)
+    data = StreamData(ViewDataset(find_images([photos]), views, 0), 4, 1, schedule, workers=0)
     module = module or Small()
     files = TrainingFiles(None, folder, resume)
-    fit(module, data, pace, Hardware("32-true", devices=1), callbacks, files)
+    fit(module, data, schedule, Hardware("32-true", devices=1), callbacks, files)
     return module
 
 

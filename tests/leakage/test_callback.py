@@ -54,15 +54,15 @@ def train(
     before: Fingerprints | None = None,
 ) -> None:
     views = Views([[random_crop(16, 0.3), flip()]], shortest=16)
-    pace = Schedule(0.1, 0.1, 0, epochs * (len(paths) // BATCH))
-    data = StreamData(ViewDataset(paths, views, 0), BATCH, epochs, pace, workers=0)
-    callbacks: list[Callback] = [FingerprintCallback(run, data, pace, before)]
+    schedule = Schedule(0.1, 0.1, 0, epochs * (len(paths) // BATCH))
+    data = StreamData(ViewDataset(paths, views, 0), BATCH, epochs, schedule, workers=0)
+    callbacks: list[Callback] = [FingerprintCallback(run, data, schedule, before)]
     if kill_after is not None:
         callbacks.append(Kill(kill_after))
     fit(
         Small(),
         data,
-        pace,
+        schedule,
         Hardware(devices=1),
         callbacks,
         TrainingFiles(None, run / "checkpoints", True),

@@ -75,14 +75,14 @@ def train(
     task = pretext_class(name)(build_encoder(backbone, 32), **options)
     # Adam makes steps of one size out of gradients that are rounding errors
     task.optimizer_settings = OptimizerSettings("sgd", lr=lr, weight_decay=1e-4)
-    pace = Schedule(lr, 0.1, seed=0, batches=STEPS)
+    schedule = Schedule(lr, 0.1, seed=0, batches=STEPS)
     dataset = ViewDataset(find_images([photos]), task.views(), seed=0)
-    data = StreamData(dataset, 8, None, pace, workers=0)
+    data = StreamData(dataset, 8, None, schedule, workers=0)
     data.epochs = -(-STEPS // data.batches_per_epoch)
-    pace.total = data.epochs * data.batches_per_epoch
+    schedule.total = data.epochs * data.batches_per_epoch
     shared_mask.drawn = 0
     before = {key: weight.detach().clone() for key, weight in task.named_parameters()}
-    fit(task, data, pace, Hardware("32-true", processes, strategy=strategy, num_workers=0))
+    fit(task, data, schedule, Hardware("32-true", processes, strategy=strategy, num_workers=0))
     if strategy == "fsdp":
         task = task.unsharded()
         if task.global_rank > 0:  # what it has are parts

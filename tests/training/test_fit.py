@@ -58,19 +58,19 @@ class Small(pl.LightningModule):
 def test_values_are_read_only_at_steps_that_are_logged(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pace = Schedule(1e-9, 0.1, 0, 12)
+    schedule = Schedule(1e-9, 0.1, 0, 12)
     views = Views([[random_crop(16, 0.3), flip()]], shortest=16)
-    data = StreamData(ViewDataset(find_images([photos]), views, 0), 2, 1, pace, workers=0)
+    data = StreamData(ViewDataset(find_images([photos]), views, 0), 2, 1, schedule, workers=0)
     data.batches_per_epoch = 20  # a row every fourth step
     metrics = MetricsFile(tmp_path / "metrics.csv")
     to_cpu = []
     whole = torch.Tensor.cpu
     monkeypatch.setattr(
-        torch.Tensor, "cpu", lambda self: to_cpu.append(pace.batches) or whole(self)
+        torch.Tensor, "cpu", lambda self: to_cpu.append(schedule.batches) or whole(self)
     )
     module = Small()
-    keep = FingerprintCallback(tmp_path, data, pace)
-    fit(module, data, pace, Hardware(devices=1), [keep], TrainingFiles(metrics))
+    keep = FingerprintCallback(tmp_path, data, schedule)
+    fit(module, data, schedule, Hardware(devices=1), [keep], TrainingFiles(metrics))
     assert [batch for batch in to_cpu if 0 < batch < 12] == []
     quiet = [count for step, count in enumerate(module.reads, 1) if step % 4 and step > 1]
     assert quiet == [0] * 8

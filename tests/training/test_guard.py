@@ -18,8 +18,8 @@ STEPS = 400
 
 def guard_of(losses: list[float], chance: float | None = None, accumulate: int = 1) -> LossGuard:
     """A whole run of such losses, looked at at every step."""
-    pace = Schedule(0.1, 0.1, 0, batches=len(losses), accumulate=accumulate)
-    guard = LossGuard(pace, 1, "simclr", chance)
+    schedule = Schedule(0.1, 0.1, 0, batches=len(losses), accumulate=accumulate)
+    guard = LossGuard(schedule, 1, "simclr", chance)
     go_on(guard, losses)
     return guard
 
@@ -27,9 +27,9 @@ def guard_of(losses: list[float], chance: float | None = None, accumulate: int =
 def go_on(guard: LossGuard, losses: list[float]) -> None:
     unused: Any = SimpleNamespace(world_size=1)
     for step, loss in enumerate(losses):
-        guard.pace.fraction = step / len(losses)
-        guard.pace.batches = step + 1
-        outputs = {"loss": torch.tensor(loss / guard.pace.accumulate)}
+        guard.schedule.fraction = step / len(losses)
+        guard.schedule.batches = step + 1
+        outputs = {"loss": torch.tensor(loss / guard.schedule.accumulate)}
         guard.on_train_batch_end(unused, unused, outputs, unused, step)
 
 
@@ -90,7 +90,7 @@ def test_nothing_is_saved_after_the_loss_or_a_weight_went_wrong() -> None:
     module.weight.data[0, 0] = math.inf
     with pytest.raises(UserError, match="weights are no longer finite"):
         guard.on_save_checkpoint(unused, module, {})
-    guard.pace.batches = 1  # not a step at which losses are looked at
+    guard.schedule.batches = 1  # not a step at which losses are looked at
     guard.on_train_batch_end(unused, module, {"loss": torch.tensor(math.nan)}, unused, 0)
     with pytest.raises(UserError, match="the loss is nan"):
         guard.on_save_checkpoint(unused, nn.Linear(2, 2), {})  # type: ignore[arg-type]
@@ -100,7 +100,7 @@ def test_nothing_is_saved_after_the_loss_or_a_weight_went_wrong() -> None:
 
 def test_its_state_survives_a_resumed_run(caplog: pytest.LogCaptureFixture) -> None:
     guard = guard_of([4.84] * STEPS, 4.84)
-    resumed = LossGuard(guard.pace, 1, "simclr", 4.84)
+    resumed = LossGuard(guard.schedule, 1, "simclr", 4.84)
     resumed.load_state_dict(guard.state_dict())
     go_on(resumed, [4.84] * STEPS)
     assert len(caplog.records) == 1

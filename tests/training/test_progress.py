@@ -23,18 +23,18 @@ def test_speed_and_time_left(
     """Half a second a step of 64 images, 1000 steps: 128 images per second, resumed or not."""
     clock = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: clock)
-    pace = Schedule(
+    schedule = Schedule(
         0.1, 0.1, 0, 1000 if budget == "epochs" else None, 500 if budget == "time" else None
     )
-    pace.load_state_dict({"batches": resumed_at, "elapsed": resumed_at / 2, "ended": False})
-    bar = ProgressBar("simclr", SimpleNamespace(batch_size=64, batches_per_epoch=100), pace)  # type: ignore[arg-type]
+    schedule.load_state_dict({"batches": resumed_at, "elapsed": resumed_at / 2, "ended": False})
+    bar = ProgressBar("simclr", SimpleNamespace(batch_size=64, batches_per_epoch=100), schedule)  # type: ignore[arg-type]
     unused: Any = SimpleNamespace(world_size=1, optimizers=[], global_rank=0)
     bar.on_train_start(unused, unused)
     with caplog.at_level(logging.INFO):
         for _ in range(100):
-            pace.on_train_batch_start(unused, unused, unused, 0)
+            schedule.on_train_batch_start(unused, unused, unused, 0)
             clock += 0.5
-            pace.on_train_batch_end(unused, unused, unused, unused, 0)
+            schedule.on_train_batch_end(unused, unused, unused, unused, 0)
             bar.on_train_batch_end(unused, unused, {"loss": torch.tensor(1.0)}, unused, 0)
     bar.on_train_end(unused, unused)
     last = caplog.messages[-1]

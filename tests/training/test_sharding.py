@@ -29,11 +29,11 @@ def train(name: str, photos: Path) -> None:
     backbone = BACKBONES[PRETEXTS[name].info.backbones]
     size = 64 if backbone == "test_vit" else 32
     task = pretext_class(name)(build_encoder(backbone, size))
-    pace = Schedule(task.optimizer_settings.lr, 0.0, seed=0, batches=2)
+    schedule = Schedule(task.optimizer_settings.lr, 0.0, seed=0, batches=2)
     dataset = ViewDataset(find_images([photos]), task.views(), seed=0)
-    data = StreamData(dataset, 12, 1, pace, workers=0)
+    data = StreamData(dataset, 12, 1, schedule, workers=0)
     before = {key: weight.detach().clone() for key, weight in task.named_parameters()}
-    fit(task, data, pace, Hardware("32-true", devices=2, strategy="fsdp", num_workers=0))
+    fit(task, data, schedule, Hardware("32-true", devices=2, strategy="fsdp", num_workers=0))
     weights = list(task.parameters())
     assert all(isinstance(weight, DTensor) for weight in weights), name
     kept = sum(weight.to_local().numel() for weight in weights)

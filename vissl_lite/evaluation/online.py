@@ -179,7 +179,7 @@ class OnlineEvaluation(Callback):
     Args:
         compute: Computes the metrics.
         data: Training stream.
-        pace: Schedule of the run.
+        schedule: Schedule of the run.
         stop_on_collapse: End the run at the first evaluation after the warm-up that shows a
             collapse.
 
@@ -193,10 +193,10 @@ class OnlineEvaluation(Callback):
         self,
         compute: EncoderMetrics,
         data: StreamData,
-        pace: Schedule,
+        schedule: Schedule,
         stop_on_collapse: bool = False,
     ) -> None:
-        self._compute, self._data, self._pace = compute, data, pace
+        self._compute, self._data, self._schedule = compute, data, schedule
         self._stop_on_collapse = stop_on_collapse
         self.metrics: dict[str, float] = {}
         self.collapsed = self.stopped = False
@@ -209,10 +209,10 @@ class OnlineEvaluation(Callback):
     @property
     def share(self) -> float:
         """Share of the training time that the evaluations have taken so far."""
-        return self._spent / max(self._pace.elapsed(), 1e-9)
+        return self._spent / max(self._schedule.elapsed(), 1e-9)
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if self._pace.batches == 0:
+        if self._schedule.batches == 0:
             self.evaluate(trainer, module)
 
     def on_train_batch_end(
@@ -223,13 +223,17 @@ class OnlineEvaluation(Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        between = self._pace.batches % max(1, self._data.batches_per_epoch // 20)
-        if between or trainer.should_stop or self._pace.batches == self._pace.total:
+        between = self._schedule.batches % max(1, self._data.batches_per_epoch // 20)
+        if between or trainer.should_stop or self._schedule.batches == self._schedule.total:
             return
         if not trainer.strategy.broadcast(self._is_due()):
             return
         self.evaluate(trainer, module)
-        if self._stop_on_collapse and self.collapsed and self._pace.fraction >= self._pace.warmup:
+        if (
+            self._stop_on_collapse
+            and self.collapsed
+            and self._schedule.fraction >= self._schedule.warmup
+        ):
             log.warning(
                 "The run ends here, as --on_collapse stop asks for.",
                 extra={"code": "training.ended"},
@@ -242,16 +246,16 @@ class OnlineEvaluation(Callback):
 
     def finish(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Evaluate the encoder unless it has been evaluated since the last step."""
-        if self._at != self._pace.batches:
+        if self._at != self._schedule.batches:
             self.evaluate(trainer, module)
 
     def _is_due(self) -> bool:
         """Whether enough of the time that the first and last evaluation leave has accumulated."""
-        if self._pace.fraction < self._fraction + 1 / MAX_EVALUATIONS:
+        if self._schedule.fraction < self._fraction + 1 / MAX_EVALUATIONS:
             return False
-        total = self._pace.seconds or self._pace.elapsed() / self._pace.fraction
+        total = self._schedule.seconds or self._schedule.elapsed() / self._schedule.fraction
         between = TIME_SHARE * total - self._first_cost - self._cost
-        return self._spent - self._first_cost + self._cost <= between * self._pace.fraction
+        return self._spent - self._first_cost + self._cost <= between * self._schedule.fraction
 
     def evaluate(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Compute and log the metrics now. All processes have to call it; the main one computes.
@@ -265,7 +269,7 @@ class OnlineEvaluation(Callback):
         """
         started = time.monotonic()
         first = self._counts is None
-        self._at, self._fraction = self._pace.batches, self._pace.fraction
+        self._at, self._fraction = self._schedule.batches, self._schedule.fraction
         whole: Any = module.unsharded()  # type: ignore[operator]
         if trainer.is_global_zero:
             encoder: Encoder = whole.trained_encoder()
@@ -275,7 +279,7 @@ class OnlineEvaluation(Callback):
                 else:
                     self.metrics = self._compute(encoder, self._counts)
                 for logger in trainer.loggers:
-                    logger.log_metrics(self.metrics, step=max(0, self._pace.steps - 1))
+                    logger.log_metrics(self.metrics, step=max(0, self._schedule.steps - 1))
                 self._check_collapse()
             except UserError as error:  # the images have gone: what was learned is still there
                 if first or isinstance(error, MachineError):
@@ -294,18 +298,18 @@ class OnlineEvaluation(Callback):
         self._counts, self.collapsed, self._cost = trainer.strategy.broadcast(
             (self._counts, self.collapsed, self._cost)
         )
-        self._pace.reserve = self._cost  # the last evaluation is part of a time budget too
+        self._schedule.reserve = self._cost  # the last evaluation is part of a time budget too
 
     def _first(self, encoder: Encoder) -> None:
         """Evaluate with the fewest images, then with as many as the time allows."""
         self._compute.embed_views(encoder, self._compute.fewest.unlabelled)  # slow: the first pass
         self._timed(encoder, self._compute.fewest)
-        total = self._pace.seconds
+        total = self._schedule.seconds
         if total is None:
             # No step has been timed: one costs three passes through the encoder at least.
-            assert self._pace.total is not None
+            assert self._schedule.total is not None
             step = 3 * self._compute.seconds_per_image * self._data.batch_size
-            total = step * self._pace.total
+            total = step * self._schedule.total
         factor = TIME_SHARE * total / PLANNED_EVALUATIONS / self._cost
         if factor > 1:
             more = ImageCounts(*(int(factor * count) for count in self._compute.fewest))
@@ -358,7 +362,7 @@ class OnlineEvaluation(Callback):
         self._counts = ImageCounts(*counts) if counts else None
         self._spent, self._first_cost, self._cost = state_dict["seconds"]
         self.collapsed = state_dict["collapsed"]
-        self._pace.reserve = self._cost
+        self._schedule.reserve = self._cost
 
 
 def _sample(part: Part, most: int, random: np.random.Generator) -> Part:

@@ -31,15 +31,15 @@ class FingerprintCallback(Callback):
     Args:
         run: the run folder.
         data: the training stream.
-        pace: the run's; its batches are counted before this callback runs.
+        schedule: Schedule of the run; its batches are counted before this callback runs.
         before: images that the encoder has seen before this run, if it did not start untrained.
     """
 
     def __init__(
-        self, run: Path, data: StreamData, pace: Schedule, before: Fingerprints | None = None
+        self, run: Path, data: StreamData, schedule: Schedule, before: Fingerprints | None = None
     ) -> None:
         self.file, self.parts = run / FINGERPRINTS, run / "fingerprints"
-        self.data, self.pace, self.before = data, pace, before
+        self.data, self.schedule, self.before = data, schedule, before
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.parts.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ class FingerprintCallback(Callback):
         indices = records["index"]
         seen = [names.get(index) or source.name(index) for index in indices.tolist()]
         found = Fingerprints.of(records["fingerprint"], seen)
-        if self.pace.batches > self.data.batches_per_epoch:
+        if self.schedule.batches > self.data.batches_per_epoch:
             rest = np.setdiff1d(np.arange(len(source)), indices, assume_unique=True)
             found = found.join(source.fingerprints(rest))
         if self.file.exists():  # written, and killed before the last checkpoint was

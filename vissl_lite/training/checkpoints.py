@@ -127,15 +127,15 @@ def check_checkpoint(
 
 def _check_count(content: dict[str, Any], data: StreamData) -> None:
     """Refuse numbers of steps and batches that contradict each other."""
-    pace, steps = data.pace, content["global_step"]
-    batches = content["callbacks"][pace.state_key]["batches"]
+    schedule, steps = data.schedule, content["global_step"]
+    batches = content["callbacks"][schedule.state_key]["batches"]
     loop = content["loops"]["fit_loop"]
     ready = loop["epoch_loop.batch_progress"]["current"]["ready"]
     stepped = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
     if (
-        (steps, stepped["total"]["completed"]) != (-(-batches // pace.accumulate),) * 2
+        (steps, stepped["total"]["completed"]) != (-(-batches // schedule.accumulate),) * 2
         or abs(ready - batches) > 1
-        or (pace.total is not None and batches > pace.total)
+        or (schedule.total is not None and batches > schedule.total)
     ):
         raise ValueError(f"it has seen {batches} batches in {steps} steps")
 

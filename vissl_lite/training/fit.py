@@ -85,7 +85,7 @@ def settings_restored() -> Iterator[None]:
 def fit(
     module: pl.LightningModule,
     data: StreamData,
-    pace: Schedule,
+    schedule: Schedule,
     hardware: Hardware,
     callbacks: Sequence[Callback] = (),
     files: TrainingFiles = NO_FILES,
@@ -117,15 +117,15 @@ def fit(
     """
     module.to(memory_format=torch.channels_last)
     module.train()  # Lightning keeps the mode that it finds.
-    log_every = max(1, min(50, math.ceil(data.batches_per_epoch / pace.accumulate / 5)))
+    log_every = max(1, min(50, math.ceil(data.batches_per_epoch / schedule.accumulate / 5)))
     all_callbacks = [
-        pace,
+        schedule,
         BrokenImages(len(data.dataset)),
-        LossGuard(pace, log_every, title, chance_loss),
-        ProgressBar(title, data, pace),
+        LossGuard(schedule, log_every, title, chance_loss),
+        ProgressBar(title, data, schedule),
         *callbacks,
     ]
-    monitor = ThroughputMonitor(data, pace, log_every)
+    monitor = ThroughputMonitor(data, schedule, log_every)
     all_callbacks.append(monitor)
     last, checkpoints, metrics = None, None, files.metrics
     if files.checkpoints is not None:
@@ -150,7 +150,7 @@ def fit(
         max_epochs=1,  # The stream is one epoch.
         logger=[*([] if metrics is None else [MetricsLogger(metrics)]), *loggers],
         log_every_n_steps=log_every,
-        accumulate_grad_batches=pace.accumulate,
+        accumulate_grad_batches=schedule.accumulate,
         callbacks=all_callbacks,
         plugins=[AtomicCheckpointIO(), SyncBatchNorm()],
         use_distributed_sampler=False,
@@ -187,7 +187,7 @@ def fit(
                 raise
             too_large = True  # Handled below, when the exception has released its tensors.
         if too_large:
-            raise out_of_memory(module, trainer, data.dataset, data.batch_size, pace.accumulate)
+            raise out_of_memory(module, trainer, data.dataset, data.batch_size, schedule.accumulate)
     if checkpoints is not None and checkpoints.signal:
         raise _exception_of(checkpoints.signal)
     return trainer

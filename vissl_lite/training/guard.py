@@ -43,9 +43,9 @@ class LossGuard(Callback):
     """
 
     def __init__(
-        self, pace: Schedule, log_every: int, title: str, chance_loss: float | None = None
+        self, schedule: Schedule, log_every: int, title: str, chance_loss: float | None = None
     ) -> None:
-        self.pace, self.log_every, self.title = pace, log_every, title
+        self.schedule, self.log_every, self.title = schedule, log_every, title
         self.chance_loss = chance_loss
         self._loss: Tensor | None = None  # Of the last batch.
         self._running = 0.0
@@ -63,9 +63,9 @@ class LossGuard(Callback):
         batch_idx: int,
     ) -> None:
         self._loss = outputs["loss"]
-        if self.pace.batches % (self.log_every * self.pace.accumulate) == 0:
+        if self.schedule.batches % (self.log_every * self.schedule.accumulate) == 0:
             # Lightning divides the loss by the number of accumulated batches.
-            self._add(self._finite_loss(trainer) * self.pace.accumulate)
+            self._add(self._finite_loss(trainer) * self.schedule.accumulate)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -90,8 +90,8 @@ class LossGuard(Callback):
 
     def _not_finite(self, what: str) -> UserError:
         return UserError(
-            f"{self.title} has diverged: after step {self.pace.steps} the {what}; start again with "
-            f"a lower --lr (it was {self.pace.lr:.2g}), a longer --warmup, or --precision 32-true"
+            f"{self.title} has diverged: after step {self.schedule.steps} the {what}; start again with "
+            f"a lower --lr (it was {self.schedule.lr:.2g}), a longer --warmup, or --precision 32-true"
         )
 
     def _add(self, loss: float) -> None:
@@ -100,7 +100,7 @@ class LossGuard(Callback):
         self._running += (loss - self._running) * max(SMOOTHING, 1 / self._seen)
         if self._seen == 1:
             self._highest = loss
-        if self.pace.fraction <= max(SETTLING_FRACTION, self.pace.warmup):
+        if self.schedule.fraction <= max(SETTLING_FRACTION, self.schedule.warmup):
             self._highest = max(self._highest, self._running)
         elif self._seen >= MIN_VALUES:
             self._compare_with_chance()
@@ -121,7 +121,7 @@ class LossGuard(Callback):
                 {
                     "title": self.title,
                     "loss": self._running,
-                    "percent": 100 * self.pace.fraction,
+                    "percent": 100 * self.schedule.fraction,
                     "chance": chance,
                 },
                 extra={"code": "loss.chance"},
@@ -132,8 +132,8 @@ class LossGuard(Callback):
             self._high_since = None
             return
         if self._high_since is None:
-            self._high_since = self.pace.fraction
-        long = self.pace.fraction - self._high_since >= DIVERGENCE_FRACTION
+            self._high_since = self.schedule.fraction
+        long = self.schedule.fraction - self._high_since >= DIVERGENCE_FRACTION
         if long and "diverged" not in self._warned:
             self._warned.append("diverged")
             log.warning(
@@ -144,7 +144,7 @@ class LossGuard(Callback):
                     "title": self.title,
                     "loss": self._running,
                     "highest": self._highest,
-                    "lr": self.pace.lr,
+                    "lr": self.schedule.lr,
                 },
                 extra={"code": "loss.rising"},
             )

@@ -34,8 +34,8 @@ class ThroughputMonitor(Callback):
         log_every: Optimizer steps between two logged values.
     """
 
-    def __init__(self, data: StreamData, pace: Schedule, log_every: int) -> None:
-        self.data, self.pace, self.log_every = data, pace, log_every
+    def __init__(self, data: StreamData, schedule: Schedule, log_every: int) -> None:
+        self.data, self.schedule, self.log_every = data, schedule, log_every
         self._restart()
 
     def _restart(self) -> None:
@@ -59,10 +59,10 @@ class ThroughputMonitor(Callback):
         batch_idx: int,
     ) -> None:
         self._steps += 1
-        if self.pace.batches % (self.log_every * self.pace.accumulate) == 0:
+        if self.schedule.batches % (self.log_every * self.schedule.accumulate) == 0:
             # Logged through the module: Lightning would log its own epoch otherwise, and a stream
             # is a single one. This waits for the GPU, so it is not done at every step.
-            module.log("epoch", self.pace.batches / self.data.batches_per_epoch)
+            module.log("epoch", self.schedule.batches / self.data.batches_per_epoch)
             seconds = max(time.monotonic() - self._since, 1e-9)
             values = {
                 "lr": trainer.optimizers[0].param_groups[-1]["lr"],
@@ -70,7 +70,7 @@ class ThroughputMonitor(Callback):
                 "data_wait": self._waited / seconds,
             }
             for logger in trainer.loggers:
-                logger.log_metrics(values, step=self.pace.steps - 1)
+                logger.log_metrics(values, step=self.schedule.steps - 1)
             self._restart()
 
     def step_ended(self) -> None:
@@ -144,8 +144,8 @@ class ProgressBar(Callback):
         schedule: Schedule of the run.
     """
 
-    def __init__(self, title: str, data: StreamData, pace: Schedule) -> None:
-        self.title, self.data, self.pace = title, data, pace
+    def __init__(self, title: str, data: StreamData, schedule: Schedule) -> None:
+        self.title, self.data, self.schedule = title, data, schedule
         self._shown_at = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -153,7 +153,7 @@ class ProgressBar(Callback):
         if is_main_process():
             self._bar.start()
         self._task = self._bar.add_task(self.title, total=1.0, info="")
-        self._began, self._first = time.monotonic(), self.pace.batches
+        self._began, self._first = time.monotonic(), self.schedule.batches
         self._first_fraction: float | None = None
 
     def on_train_batch_end(
@@ -166,30 +166,30 @@ class ProgressBar(Callback):
     ) -> None:
         now = time.monotonic()
         if self._first_fraction is None:
-            self._first_fraction = self.pace.fraction
-            self._bar.update(self._task, completed=self.pace.fraction)
+            self._first_fraction = self.schedule.fraction
+            self._bar.update(self._task, completed=self.schedule.fraction)
         if now - self._shown_at < (0.5 if console.is_terminal else 20) or not is_main_process():
             return
         self._shown_at = now
-        speed = (self.pace.batches - self._first) * self.data.batch_size / (now - self._began)
-        epoch = self.pace.batches / self.data.batches_per_epoch
+        speed = (self.schedule.batches - self._first) * self.data.batch_size / (now - self._began)
+        epoch = self.schedule.batches / self.data.batches_per_epoch
         # Lightning divides the loss by the number of accumulated batches.
-        loss = float(outputs["loss"]) * self.pace.accumulate
+        loss = float(outputs["loss"]) * self.schedule.accumulate
         info = f"epoch {epoch:.1f}  loss {loss:.3f}  {speed:.0f} images/s"
-        self._bar.update(self._task, completed=self.pace.fraction, info=info)
+        self._bar.update(self._task, completed=self.schedule.fraction, info=info)
         if not console.is_terminal:
             left = self._seconds_left(now)
             if left is not None:
                 info += f"  {timedelta(seconds=round(left))} left"
-            log.info("%s %3.0f %%  %s", self.title, 100 * self.pace.fraction, info)
+            log.info("%s %3.0f %%  %s", self.title, 100 * self.schedule.fraction, info)
 
     def _seconds_left(self, now: float) -> float | None:
         """Seconds left of the time budget or at the speed so far; None if not known yet."""
-        if self.pace.seconds is not None:
-            return max(0.0, self.pace.seconds - self.pace.elapsed())
+        if self.schedule.seconds is not None:
+            return max(0.0, self.schedule.seconds - self.schedule.elapsed())
         assert self._first_fraction is not None
-        done = self.pace.fraction - self._first_fraction
-        return (now - self._began) * (1 - self.pace.fraction) / done if done > 0 else None
+        done = self.schedule.fraction - self._first_fraction
+        return (now - self._began) * (1 - self.schedule.fraction) / done if done > 0 else None
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._bar.update(self._task, completed=1.0)

@@ -56,17 +56,17 @@ class ProgressiveResizing(Callback):
     """Shrinks the views of each batch on the device, and logs their side as ``view_size``.
 
     Args:
-        pace: The pace of the run.
+        schedule: Schedule of the run.
         encoder: Encoder that the views are for.
     """
 
-    def __init__(self, pace: Schedule, encoder: Encoder) -> None:
-        self.pace, self.encoder = pace, encoder
+    def __init__(self, schedule: Schedule, encoder: Encoder) -> None:
+        self.schedule, self.encoder = schedule, encoder
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         # the first step is a whole one: a batch too large for the memory shows at once
-        share = share_of_side(self.pace.fraction) if trainer.global_step else 1.0
+        share = share_of_side(self.schedule.fraction) if trainer.global_step else 1.0
         batch.views[:] = [shrink(view, share, self.encoder) for view in batch.views]
         module.log("view_size", float(batch.views[0].shape[-1]))

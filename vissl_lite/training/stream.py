@@ -43,14 +43,14 @@ class StreamData(pl.LightningDataModule):
         dataset: Source,
         batch_size: int,
         epochs: int | None,
-        pace: Schedule,
+        schedule: Schedule,
         workers: int,
         weights: np.ndarray | None = None,
     ) -> None:
         super().__init__()
         dataset.first()
         self.dataset, self.batch_size, self.epochs = dataset, batch_size, epochs
-        self.pace, self.workers, self.weights = pace, workers, weights
+        self.schedule, self.workers, self.weights = schedule, workers, weights
         self.batches_per_epoch = len(dataset) // batch_size
         self.indices: Tensor
         self._loader: WorkerLoader[Batch] | None = None
@@ -67,7 +67,7 @@ class StreamData(pl.LightningDataModule):
         self._loader = self.dataset.loader(
             self.batch_size,
             self.epochs,
-            start=self.pace.batches,
+            start=self.schedule.batches,
             rank=self.trainer.global_rank,
             world=world,
             workers=self.workers,

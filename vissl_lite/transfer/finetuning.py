@@ -104,7 +104,7 @@ class BestWeights(Callback):
     Args:
         model: whose weights.
         evaluate: looks at the validation part.
-        pace: of the training.
+        schedule: Schedule of the training.
         every: batches from one look to the next; the last batch is followed by one too.
         patience: see ``TransferSettings``.
     """
@@ -113,11 +113,11 @@ class BestWeights(Callback):
         self,
         model: nn.Module,
         evaluate: Callable[[], EvalResult],
-        pace: Schedule,
+        schedule: Schedule,
         every: int,
         patience: int | None,
     ) -> None:
-        self.model, self.evaluate, self.pace = model, evaluate, pace
+        self.model, self.evaluate, self.schedule = model, evaluate, schedule
         self.every, self.patience = every, patience
         self.best: tuple[float, ...] = ()
         self.weights: dict[str, Tensor] = {}
@@ -142,11 +142,11 @@ class BestWeights(Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        if self.pace.batches % self.every and self.pace.batches != self.pace.total:
+        if self.schedule.batches % self.every and self.schedule.batches != self.schedule.total:
             return
         seen = self.evaluate()
         for logger in trainer.loggers:
-            logger.log_metrics(seen.values, step=self.pace.batches - 1)
+            logger.log_metrics(seen.values, step=self.schedule.batches - 1)
         self._since_best = 0 if seen.rank[:1] > self.best[:1] else self._since_best + 1
         if seen.rank > self.best:
             self.best = tuple(map(float, seen.rank))
@@ -184,14 +184,14 @@ def train(
     per_epoch = len(dataset) // batch_size
     epochs = settings.epochs or min(100, max(10, math.ceil(1000 / per_epoch)))
     total = epochs * per_epoch
-    pace = Schedule(settings.optimizer.lr, settings.warmup, settings.seed, total)
+    schedule = Schedule(settings.optimizer.lr, settings.warmup, settings.seed, total)
     hardware = hardware or Hardware(devices=1)
-    stream = StreamData(dataset, batch_size, epochs, pace, hardware.workers(), weights)
+    stream = StreamData(dataset, batch_size, epochs, schedule, hardware.workers(), weights)
     best = None
     if evaluate is not None:
         every = max(per_epoch, math.ceil(total / EVALUATIONS))
-        best = BestWeights(model, evaluate, pace, every, settings.patience)
-    fit(task, stream, pace, hardware, [best] if best else [], files, title=title)
+        best = BestWeights(model, evaluate, schedule, every, settings.patience)
+    fit(task, stream, schedule, hardware, [best] if best else [], files, title=title)
     if best and best.weights:
         model.load_state_dict(best.weights)
     model.cpu()
