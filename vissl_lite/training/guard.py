@@ -90,8 +90,9 @@ class LossGuard(Callback):
 
     def _not_finite(self, what: str) -> UserError:
         return UserError(
-            f"{self.title} has diverged: after step {self.schedule.steps} the {what}; start again with "
-            f"a lower --lr (it was {self.schedule.lr:.2g}), a longer --warmup, or --precision 32-true"
+            f"{self.title} has diverged: after step {self.schedule.steps} the {what}; start again "
+            f"with a lower --lr (it was {self.schedule.lr:.2g}), a longer --warmup, or "
+            f"--precision 32-true"
         )
 
     def _add(self, loss: float) -> None:
