@@ -49,8 +49,7 @@ def test_the_rate_rises_once_and_falls_once_without_a_jump() -> None:
 
 
 @every_backbone
-@pytest.mark.parametrize("layer_decay", [1.0, 0.5])
-@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+@pytest.mark.parametrize(("name", "layer_decay"), [("adamw", 0.5), ("sgd", 1.0), ("lars", 1.0)])
 def test_weights_decay_and_biases_and_norms_do_not(
     name: str, layer_decay: float, backbone: str
 ) -> None:

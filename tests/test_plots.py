@@ -11,12 +11,10 @@ from vissl_lite.plots import (
     draw_mask,
     draw_words,
     plot_confusion,
+    plot_grid,
     plot_neighbors,
     plot_per_class,
-    plot_pictures,
-    plot_titled,
     plot_views,
-    plot_visualization,
 )
 
 
@@ -61,18 +59,25 @@ def test_colors_tell_the_first_twenty_classes_apart(classes: int) -> None:
 
 
 def test_figures_are_written_whatever_their_number(tmp_path: Path) -> None:
-    legend = dict(zip(["a", "b"], class_colors(2), strict=True))
-    for rows in (1, 5):
-        plot_pictures(
-            [[gray(), gray(90, 30)]] * rows, ("truth", "found"), tmp_path / "p.png", legend
-        )
-        assert Image.open(tmp_path / "p.png").width > 300
-    plot_titled([gray()] * 11, ["a"] * 11, [True] * 11, tmp_path / "t.png")
     plot_per_class({"a": {"ap": 0.5, "f1": 0.25}, "b": {"ap": 1.0, "f1": 0.0}}, tmp_path / "c.png")
     plot_per_class({}, tmp_path / "none.png")
     plot_confusion(np.array([[5, 0], [2, 3]]), ["a", "b"], tmp_path / "m.png", "pixels")
-    for name in ("t", "c", "none", "m"):
+    for name in ("c", "none", "m"):
         assert Image.open(tmp_path / f"{name}.png").width > 100
+
+
+def test_a_legend_has_each_class_in_its_color(tmp_path: Path) -> None:
+    legend = dict(zip([f"class {n}" for n in range(7)], class_colors(7), strict=True))
+    for rows in (1, 5):
+        pictures = [[Picture(gray()), Picture(gray(90, 30))]] * rows
+        plot_grid(pictures, tmp_path / "p.png", ("truth", "found"), legend)
+        found = colors(tmp_path / "p.png")
+        assert all(found.get(color, 0) > 100 for color in legend.values())
+
+
+def test_a_caption_that_is_too_long_is_cut(tmp_path: Path) -> None:
+    plot_grid([[Picture(gray(), "x" * 500), Picture(gray(), "y")]], tmp_path / "p.png")
+    assert Image.open(tmp_path / "p.png").width < 400
 
 
 def colors(file: Path) -> dict[tuple[int, ...], int]:
@@ -87,12 +92,12 @@ GREEN, RED = (44, 160, 44), (214, 39, 40)
 def test_predictions_are_framed_by_whether_they_are_right(tmp_path: Path) -> None:
     file = tmp_path / "e.png"
     for right, seen in ((None, set()), (True, {GREEN}), (False, {RED})):
-        rows = [[Picture(gray()), Picture(gray(), "by 90°", right)]]
-        plot_visualization(("given", "made of it"), rows, file)
+        rows = [[Picture(gray()), Picture(gray(), "by 90° ½ (日)", right)]]
+        plot_grid(rows, file, ("given", "made of it"))
         assert {one for one in (GREEN, RED) if colors(file).get(one, 0) > 300} == seen
     sizes = set()
     for count in (1, 3, 4):
-        plot_visualization(("given",), [[Picture(gray())]] * count, file)
+        plot_grid([[Picture(gray())]] * count, file, ("given",))
         sizes.add(Image.open(file).size)
         assert colors(file)[(128, 128, 128)] > count * 10_000
     assert len(sizes) == 3

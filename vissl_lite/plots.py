@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib import colormaps
+from matplotlib import colormaps, get_data_path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.utils import draw_bounding_boxes
 
@@ -172,64 +171,6 @@ def draw_mask(image: np.ndarray, mask: np.ndarray, classes: int) -> np.ndarray:
     return drawn.round().astype(np.uint8)
 
 
-def plot_pictures(
-    rows: Sequence[Sequence[np.ndarray]],
-    columns: Sequence[str],
-    file: Path,
-    legend: Mapping[str, tuple[int, int, int]],
-) -> None:
-    """Rows of images, such as each test image's truth beside what was predicted.
-
-    Args:
-        rows: images ``(H, W, 3)`` uint8, as many in each row.
-        columns: what each column shows; used again where rows stand side by side.
-        file: the PNG to write.
-        legend: the color of each class by name.
-    """
-    beside = 1 if len(rows) < 3 else 2
-    lines = -(-len(rows) // beside)
-    figure = Figure(figsize=(3.4 * len(columns) * beside, 2.8 * lines), layout="constrained")
-    grid = figure.subplots(lines, len(columns) * beside, squeeze=False)
-    for axes in grid.flat:
-        axes.axis("off")
-    for index, row in enumerate(rows):
-        line, side = divmod(index, beside)
-        for column, image in enumerate(row):
-            axes = grid[line, side * len(columns) + column]
-            axes.imshow(image)
-            if line == 0:
-                axes.set_title(columns[column])
-    patches = [
-        Patch(color=(red / 255, green / 255, blue / 255), label=name)
-        for name, (red, green, blue) in legend.items()
-    ]
-    figure.legend(handles=patches, loc="outside lower center", ncols=min(6, len(legend)))
-    figure.savefig(file, dpi=100)
-
-
-def plot_titled(
-    images: Sequence[np.ndarray], titles: Sequence[str], right: Sequence[bool], file: Path
-) -> None:
-    """Images with what was predicted above each, in red where it is wrong.
-
-    Args:
-        images: ``(H, W, 3)`` uint8, of any sizes.
-        titles: one each.
-        right: whether the prediction is.
-        file: the PNG to write.
-    """
-    columns = min(8, len(images))
-    lines = -(-len(images) // columns)
-    figure = Figure(figsize=(1.7 * columns, 2.1 * lines), layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False)
-    for axes in grid.flat:
-        axes.axis("off")
-    for axes, image, title, fine in zip(grid.flat, images, titles, right, strict=False):
-        axes.imshow(image)
-        axes.set_title(title, fontsize=8, color="black" if fine else "tab:red")
-    figure.savefig(file, dpi=110)
-
-
 def plot_per_class(scores: Mapping[str, Mapping[str, float]], file: Path) -> None:
     """Bars for each class, best first.
 
@@ -255,14 +196,21 @@ def plot_per_class(scores: Mapping[str, Mapping[str, float]], file: Path) -> Non
     figure.savefig(file, dpi=100)
 
 
+# In pixels: default side of a cell, width between images, between blocks, and for a legend's entry;
+# height of a line of text.
+CELL, GAP, BLOCK_GAP, LEGEND_ENTRY, LINE = 180, 6, 30, 170, 20
+
+BLACK, GREEN, RED = (0, 0, 0), (44, 160, 44), (214, 39, 40)
+
+
 @dataclass(frozen=True)
 class Picture:
-    """An image, and what is to be said of it.
+    """An image with a caption.
 
     Attributes:
         image: ``(H, W, 3)`` uint8.
-        caption: stands below it.
-        right: whether what the caption says is: the image gets a green or a red frame.
+        caption: Text below the image.
+        right: Whether what the caption says is correct: the image gets a green or a red frame.
     """
 
     image: np.ndarray
@@ -270,62 +218,100 @@ class Picture:
     right: bool | None = None
 
 
-def plot_visualization(
-    columns: Sequence[str], rows: Sequence[Sequence[Picture]], file: Path
+def plot_grid(
+    rows: Sequence[Sequence[Picture]],
+    file: Path,
+    columns: Sequence[str] = (),
+    legend: Mapping[str, tuple[int, int, int]] | None = None,
+    cell: int = CELL,
 ) -> None:
-    """Rows of pictures, such as what a pretext was given beside what it made of it.
+    """Write rows of images as one PNG.
+
+    Drawn with Pillow: Matplotlib takes seconds for that many axes.
 
     Args:
-        columns: their titles; used again where rows stand side by side.
-        rows: as many pictures in each as there are columns.
-        file: the PNG to write.
+        rows: Images of any sizes; each is scaled to fit its cell. Many rows of few columns stand in
+            two blocks side by side.
+        file: PNG to write.
+        columns: Titles of the columns, of one or more lines.
+        legend: Color of each class by name.
+        cell: Side of a cell in pixels.
     """
-    beside = 2 if len(rows) > 3 and len(columns) <= 4 else 1
-    lines = -(-len(rows) // beside)
-    widths = ([1.0] * len(columns) + [0.15]) * beside  # a narrow column keeps rows apart
-    del widths[-1]
-    height = 1.9 if any(picture.caption for row in rows for picture in row) else 1.7
-    figure = Figure(figsize=(1.7 * sum(widths), 0.4 + height * lines), layout="constrained")
-    grid = figure.subplots(lines, len(widths), squeeze=False, width_ratios=widths)
-    for axes in grid.flat:
-        axes.axis("off")
+    blocks = 2 if columns and len(rows) > 3 and len(columns) <= 4 else 1
+    lines = -(-len(rows) // blocks)
+    step = cell + GAP
+    block = max(map(len, rows)) * step + BLOCK_GAP
+    top = GAP + LINE * max((len(title.splitlines()) for title in columns), default=0)
+    captions = any(picture.caption for row in rows for picture in row)
+    height = step + (LINE if captions else 0)
+    width = max(blocks * block - BLOCK_GAP + GAP, LEGEND_ENTRY)
+    per_line = width // LEGEND_ENTRY
+    bottom = top + lines * height
+    page = Image.new("RGB", (width, bottom + LINE * -(-len(legend or ()) // per_line)), "white")
+    draw = ImageDraw.Draw(page)
+    ttf = Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    font = ImageFont.truetype(ttf, 12, layout_engine=ImageFont.Layout.BASIC)
     for index, row in enumerate(rows):
-        line, side = divmod(index, beside)
+        side, line = index % blocks, index // blocks
         for column, picture in enumerate(row):
-            axes = grid[line, side * (len(columns) + 1) + column]
-            _show(axes, picture)
-            if line == 0:
-                axes.set_title(columns[column], fontsize=9)
-    figure.savefig(file, dpi=110)
+            left, upper = GAP + side * block + column * step, top + line * height
+            if line == 0 and columns:
+                for number, words in enumerate(columns[column].splitlines()):
+                    _write(draw, (left, GAP // 2 + number * LINE), words, font)
+            color = {None: BLACK, True: GREEN, False: RED}[picture.right]
+            if picture.right is not None:
+                draw.rectangle((left - 3, upper - 3, left + cell + 2, upper + cell + 2), color)
+                draw.rectangle((left, upper, left + cell - 1, upper + cell - 1), "white")
+            scaled = _scaled(picture.image, cell)
+            corner = (left + (cell - scaled.width) // 2, upper + (cell - scaled.height) // 2)
+            page.paste(scaled, corner)
+            _write(draw, (left, upper + cell + 3), picture.caption, font, color)
+    for index, (name, color) in enumerate((legend or {}).items()):
+        left, upper = index % per_line * LEGEND_ENTRY + GAP, bottom + index // per_line * LINE
+        draw.rectangle((left, upper + 3, left + 12, upper + 15), color)
+        _write(draw, (left + 18, upper + 2), name, font)
+    page.save(file)
 
 
-def _show(axes: Axes, picture: Picture) -> None:
-    color = {None: "black", True: "tab:green", False: "tab:red"}[picture.right]
-    axes.imshow(picture.image)
-    axes.axis("on")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.set_xlabel(picture.caption, fontsize=8, color=color)
-    axes.spines[:].set(visible=picture.right is not None, color=color, linewidth=3)
+def _scaled(image: np.ndarray, side: int) -> Image.Image:
+    """An image scaled to fit a square, with hard pixels where it is enlarged."""
+    scale = side / max(image.shape[:2])
+    height, width = (max(1, round(scale * length)) for length in image.shape[:2])
+    how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX
+    return Image.fromarray(image).resize((width, height), how)
+
+
+def _write(
+    draw: ImageDraw.ImageDraw,
+    corner: tuple[int, int],
+    text: str,
+    font: ImageFont.FreeTypeFont,
+    color: tuple[int, int, int] = BLACK,
+) -> None:
+    """Write a line of text, cut to the width of a cell."""
+    if font.getlength(text) > CELL:
+        while text and font.getlength(f"{text}…") > CELL:
+            text = text[:-1]
+        text += "…"
+    draw.text(corner, text, color, font)
 
 
 def plot_views(
     images: Sequence[np.ndarray], views: Sequence[Sequence[np.ndarray]], file: Path
 ) -> None:
-    """Images beside their augmented views; small views are shown as small as they are.
+    """Write images beside their augmented views as one PNG.
 
     Args:
         images: ``(H, W, 3)`` uint8, of any sizes.
-        views: of each image, ``(S, S, 3)`` uint8.
-        file: the PNG to write.
+        views: Views of each image, ``(S, S, 3)`` uint8; small ones are shown smaller.
+        file: PNG to write.
     """
     largest = max(len(view) for view in views[0])
     rows = [
-        [Picture(image), *(Picture(_on_white(view, largest)) for view in made)]
-        for image, made in zip(images, views, strict=True)
+        [Picture(image), *(Picture(_on_white(view, largest)) for view in augmented)]
+        for image, augmented in zip(images, views, strict=True)
     ]
-    names = [f"view {number + 1}" for number in range(len(views[0]))]
-    plot_visualization(["image", *names], rows, file)
+    plot_grid(rows, file, ["image", *(f"view {number + 1}" for number in range(len(views[0])))])
 
 
 def _on_white(view: np.ndarray, side: int) -> np.ndarray:
@@ -341,15 +327,15 @@ def plot_neighbors(
     file: Path,
     classes: Sequence[Sequence[str]] | None = None,
 ) -> None:
-    """Images beside their nearest neighbors.
+    """Write images beside their nearest neighbors as one PNG.
 
     Args:
-        rows: K + 1 images each, ``(H, W, 3)`` uint8: the one that was asked for, then its
-            neighbors, the nearest first.
-        similarities: ``(Q, K)`` of the neighbors.
-        file: the PNG to write.
-        classes: of each image, in the same order as ``rows``: neighbors of the same class as the
-            first image are right.
+        rows: K + 1 images each, ``(H, W, 3)`` uint8: the query, then its neighbors, the nearest
+            first.
+        similarities: ``(Q, K)`` cosine similarities of the neighbors.
+        file: PNG to write.
+        classes: Class of each image, in the same order as ``rows``: a neighbor of the query's class
+            counts as right.
     """
     shown = []
     for index, images in enumerate(rows):
@@ -360,6 +346,4 @@ def plot_neighbors(
             row.append(Picture(image, f"{value:.2f} {name}".strip(), right))
         shown.append(row)
     count = len(rows[0]) - 1
-    plot_visualization(
-        ["image", *(f"neighbor {number + 1}" for number in range(count))], shown, file
-    )
+    plot_grid(shown, file, ["image", *(f"neighbor {number + 1}" for number in range(count))])

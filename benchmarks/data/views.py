@@ -1,12 +1,15 @@
-"""Views a second a core, decoding included, of SimCLR's two views with their deterministic streams.
+"""SimCLR's two views per image: views per second and core, decoding included.
 
-    git worktree add BEFORE 1f3ff4a
+    git worktree add BEFORE a055420
     taskset -c 0 python -m benchmarks.data.views --small DATA/cifar10/train \
         --large DATA/bccd/JPEGImages --before BEFORE --peer_python PEERS/bin/python
 
-In the first epoch, in which fingerprints of the images are taken too, and in later ones; with an
-older checkout beside it. All take turns, on one thread, by the processor's clock: what other work
-takes from the core does not count. Medians over the rounds.
+Measured in the first epoch, which also computes fingerprints of the images, in later epochs, and
+for an older checkout and lightly. All take turns, on one thread, by the processor's clock, so that
+other work on the core does not count. Medians over the rounds.
+
+Since commit a055420 crops that shrink an image are antialiased; ``noise`` is the standard deviation
+of the pixels of views of 1024-pixel PNGs of gray noise (40), and of the same image as evaluated.
 
 Results: benchmarks/results/views.json.
 """
@@ -16,19 +19,31 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from statistics import median
 
 ROUNDS, SECONDS = 5, 3.0
 
+# What is measured, and the heading of its column.
+KINDS = {
+    "small": "32 px, CIFAR files",
+    "large": "224 px, 640x480 JPEGs",
+    "png": "224 px, 1024x1024 PNGs",
+}
 
-def views_a_second(folder: Path, size: int, epoch: int, seconds: float) -> float:
-    """The median over three stretches, batches of 32 collated."""
+
+def views_per_second(folder: Path, size: int, epoch: int, seconds: float) -> float:
+    """The median over three measurements, of batches of 32 images."""
     from vissl_lite.data.images import find_images
     from vissl_lite.data.stream import ViewDataset, collate
-    from vissl_lite.encoders.encoder import build_encoder
     from vissl_lite.pretext.simclr import SimCLR
+
+    try:
+        from vissl_lite.encoders.encoder import build_encoder
+    except ImportError:  # an older checkout
+        from vissl_lite.encoder import build_encoder
 
     paths = find_images([folder])
     task = SimCLR(build_encoder("test_resnet", size))
@@ -51,27 +66,54 @@ def once(options: argparse.Namespace) -> None:
 
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-    sizes = ((options.small, 32), (options.large, 224))
+    kinds = {"small": (options.small, 32), "large": (options.large, 224), "png": (options.png, 224)}
     rates = {
-        f"views_{size}": views_a_second(folder, size, options.epoch, options.seconds)
-        for folder, size in sizes
+        name: views_per_second(folder, size, options.epoch, options.seconds)
+        for name, (folder, size) in kinds.items()
     }
-    print(json.dumps(rates))
+    print(json.dumps({**rates, "noise": noise_of_views(options.png / "noise")}))
+
+
+def noise_of_views(folder: Path) -> float:
+    """The standard deviation of the pixels of 224-pixel crops of the images of a folder."""
+    from vissl_lite.data.images import find_images
+    from vissl_lite.data.stream import ViewDataset
+    from vissl_lite.data.views import Views, distorted_crop
+
+    views = Views([distorted_crop(224, 1.0, 0.0, 0.0)], 224)
+    dataset = ViewDataset(find_images([folder]), views, seed=0)
+    return float(sum(dataset[1, i].views[0].std() for i in range(len(dataset.paths)))) / len(
+        dataset.paths
+    )
+
+
+def write_pngs(large: Path, folder: Path) -> None:
+    """Write 64 of the large images and 4 of gray noise as PNGs of 1024 x 1024 pixels."""
+    import numpy as np
+    from PIL import Image
+
+    (folder / "noise").mkdir()
+    for number, file in enumerate(sorted(large.glob("*.jpg"))[:64]):
+        Image.open(file).convert("RGB").resize((1024, 1024)).save(folder / f"{number}.png")
+    for seed in range(4):
+        gray = 127 + 40 * np.random.default_rng(seed).standard_normal((1024, 1024, 1))
+        gray = np.repeat(np.clip(gray, 0, 255).astype(np.uint8), 3, axis=2)
+        Image.fromarray(gray).save(folder / "noise" / f"{seed}.png")
 
 
 def views_table() -> str:
     from benchmarks.common import load, markdown_table, provenance
 
     results = load("views")
-    rows = [
-        [name, f"{r['views_32']:,.0f}", f"{r['views_224']:,.0f}"]
-        for name, r in results["arms"].items()
-    ]
+    rows = []
+    for name, rates in results["measured"].items():
+        cells = [f"{rates[kind]:,.0f}" if kind in rates else "" for kind in KINDS]
+        rows.append([name, *cells, f"{rates['noise']:.1f}" if "noise" in rates else ""])
     command = (
         "python -m benchmarks.data.views --small DATA/cifar10/train --large DATA/bccd/JPEGImages "
         "--before BEFORE --peer_python PYTHON"
     )
-    header = ["", "32 px, CIFAR files", "224 px, 640x480 JPEGs"]
+    header = ["views per second", *KINDS.values(), "noise"]
     return markdown_table(header, rows) + "\n\n" + provenance(results, command)
 
 
@@ -86,7 +128,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--before", type=Path, help="a checkout of an older commit")
     parser.add_argument("--peer_python", help="interpreter of the environment with lightly")
-    parser.add_argument("--epoch", type=int, help="measure this alone, once")
+    parser.add_argument("--png", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--epoch", type=int, help=argparse.SUPPRESS)  # measure this alone, once
     options = parser.parse_args()
     if options.epoch is not None:
         return once(options)
@@ -97,29 +140,31 @@ def main() -> None:
     folders += ["--seconds", str(options.seconds)]
     itself = [sys.executable, str(Path(__file__))]
     here = Path(__file__).parents[2]
-    arms = {
-        "vissl_lite, first epoch": (here, [*itself, "--epoch", "0"]),
-        "vissl_lite, later epochs": (here, [*itself, "--epoch", "1"]),
+    with tempfile.TemporaryDirectory() as pngs:
+        write_pngs(options.large, Path(pngs))
+        commands = {
+            "vissl_lite, first epoch": (here, [*itself, "--epoch", "0", "--png", pngs]),
+            "vissl_lite, later epochs": (here, [*itself, "--epoch", "1", "--png", pngs]),
+        }
+        if options.before:
+            head = ["git", "-C", str(options.before), "rev-parse", "--short", "HEAD"]
+            commit = subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
+            old = [*itself, "--epoch", "1", "--png", pngs]
+            commands[f"vissl_lite at {commit}, later epochs"] = (options.before, old)
+        if options.peer_python:
+            script = str(here / "benchmarks" / "peers" / "views.py")
+            commands["lightly"] = (here, [options.peer_python, script])
+        rounds: dict[str, list[dict[str, float]]] = {}
+        for _ in range(options.rounds):
+            for name, (checkout, command) in commands.items():
+                os.environ["PYTHONPATH"] = str(checkout)
+                rounds.setdefault(name, []).append(last_json_line([*command, *folders]))
+                print(name, rounds[name][-1], flush=True)
+    measured = {
+        name: {each: median(one[each] for one in found) for each in found[0]}
+        for name, found in rounds.items()
     }
-    if options.before:
-        head = ["git", "-C", str(options.before), "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
-        arms[f"vissl_lite at {commit}"] = (options.before, [*itself, "--epoch", "1"])
-    if options.peer_python:
-        script = str(here / "benchmarks" / "peers" / "views.py")
-        arms["lightly"] = (here, [options.peer_python, script])
-    measured: dict[str, list[dict[str, float]]] = {}
-    for _ in range(options.rounds):
-        for name, (checkout, command) in arms.items():
-            os.environ["PYTHONPATH"] = str(checkout)
-            found = last_json_line([*command, *folders])
-            measured.setdefault(name, []).append(found)
-            print(name, found, flush=True)
-    results = {
-        name: {each: median(one[each] for one in rounds) for each in ("views_32", "views_224")}
-        for name, rounds in measured.items()
-    }
-    keep("views", {"arms": results})
+    keep("views", {"measured": measured})
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Views a second on one core from lightly's SimCLRTransform, decoding included.
+"""Views per second on one core from lightly's SimCLRTransform, decoding included.
 
 One process and one thread take images from a LightlyDataset in random order, as a loader's worker
 does: open the file, decode it, make both views as normalized tensors. At 32 pixels, on CIFAR files,
 the transform has the settings of lightly's CIFAR example (no blur); at 224, on 640x480 JPEG files,
-its defaults. Views a second are also given by processor time, which other work on the machine
+its defaults. Views per second are also given by processor time, which other work on the machine
 disturbs less than the wall clock.
 
     python views.py
@@ -64,10 +64,10 @@ def main() -> None:
 
     torch.set_num_threads(1)
     rates = {}
-    for folder, image_size in ((args.small, 32), (args.large, 224)):
+    for name, folder, image_size in (("small", args.small, 32), ("large", args.large, 224)):
         measured = measure(folder, image_size, args.seconds)
         print(json.dumps(measured), flush=True)
-        rates[f"views_{image_size}"] = measured["views_per_cpu_second"]
+        rates[name] = measured["views_per_cpu_second"]
     print(json.dumps(rates))
 
 

@@ -311,8 +311,10 @@ def test_a_cmyk_jpeg_gives_its_colors(tmp_path: Path) -> None:
     assert np.abs(image[:, 28:].astype(int) - BLUE).max() <= 6
 
 
-@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif", "a.webp"])
-@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(
+    ("name", "orientation"),
+    [*(("a.jpg", number) for number in range(1, 9)), ("a.png", 6), ("a.tif", 5), ("a.webp", 8)],
+)
 def test_exif_orientation_is_applied(name: str, orientation: int, tmp_path: Path) -> None:
     image = halves()
     image[:16, :24] = (20, 200, 40)  # four corners that no turn leaves alike
@@ -372,15 +374,15 @@ def test_a_constant_floating_point_tiff_can_be_read(tmp_path: Path) -> None:
     assert read_image(file).shape == (4, 4, 3)
 
 
-@pytest.mark.parametrize("shortest", [20, 32, 33, 50, 64, 65, 100, 128, 200, 256, 300, 1000])
 @pytest.mark.parametrize(("height", "width"), [(256, 391), (401, 257)])
 def test_a_large_jpeg_is_never_decoded_below_what_is_needed(
-    shortest: int, height: int, width: int, tmp_path: Path
+    height: int, width: int, tmp_path: Path
 ) -> None:
     file = save(noise(height, width), tmp_path / "a.jpg")
-    side = min(read_image(file, shortest).shape[:2])
-    assert side >= min(shortest, height, width)
-    assert side < 2 * shortest or side <= -(-min(height, width) // 8)
+    for shortest in (20, 32, 33, 50, 64, 65, 100, 128, 200, 256, 300, 1000):
+        side = min(read_image(file, shortest).shape[:2])
+        assert side >= min(shortest, height, width)
+        assert side < 2 * shortest or side <= -(-min(height, width) // 8)
 
 
 def test_a_large_jpeg_is_decoded_smaller_with_the_same_colors(tmp_path: Path) -> None:
@@ -403,23 +405,15 @@ def test_a_large_jpeg_that_lies_on_its_side_is_decoded_smaller_and_turned(tmp_pa
 # Broken files
 
 
-@pytest.mark.parametrize("kept", [0.02, 0.3, 0.6, 0.9, 0.99])
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.bmp", "a.tif", "a.gif"])
-def test_a_file_that_is_cut_short_is_broken(name: str, kept: float, tmp_path: Path) -> None:
+def test_a_file_that_is_cut_short_is_broken(name: str, tmp_path: Path) -> None:
     file = save(noise(), tmp_path / name)
     data = file.read_bytes()
-    file.write_bytes(data[: int(len(data) * kept)])
-    with pytest.raises(BROKEN_IMAGE):
-        read_image(file)
-
-
-@pytest.mark.parametrize("length", [1, 2, 3, 8, 12, 20, 24, 25, 26, 33, 40])
-@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.bmp", "a.tif", "a.gif"])
-def test_a_file_cut_inside_its_header_is_broken(name: str, length: int, tmp_path: Path) -> None:
-    file = save(noise(), tmp_path / name)
-    file.write_bytes(file.read_bytes()[:length])
-    with pytest.raises(BROKEN_IMAGE):
-        read_image(file)
+    headers = [1, 2, 3, 8, 12, 20, 24, 25, 26, 33, 40]
+    for length in headers + [int(len(data) * share) for share in (0.02, 0.3, 0.6, 0.9, 0.99)]:
+        file.write_bytes(data[:length])
+        with pytest.raises(BROKEN_IMAGE):
+            read_image(file)
 
 
 def test_a_cut_jpeg_is_broken_even_if_its_thumbnail_is_whole(tmp_path: Path) -> None:
@@ -454,12 +448,12 @@ def test_a_missing_file_and_a_folder_are_broken(tmp_path: Path) -> None:
 # Sizes
 
 
-@pytest.mark.parametrize("shape", [(32, 32), (64, 48), (20, 100), (31, 33), (300, 41)])
 @pytest.mark.parametrize("size", [32, 57])
-def test_the_central_square_has_the_size_asked_for(shape: tuple[int, int], size: int) -> None:
-    cropped = resize_and_crop(noise(*shape), size)
-    assert cropped.shape == (size, size, 3)
-    assert cropped.dtype == np.uint8
+def test_the_central_square_has_the_size_asked_for(size: int) -> None:
+    for shape in ((32, 32), (64, 48), (20, 100), (31, 33), (300, 41)):
+        cropped = resize_and_crop(noise(*shape), size)
+        assert cropped.shape == (size, size, 3)
+        assert cropped.dtype == np.uint8
 
 
 def test_the_crop_is_central() -> None:

@@ -248,17 +248,17 @@ def large_and_small() -> Views:
     return Views([[random_crop(64, 1.0)], [random_crop(32, 1.0), flip(upright=False)]], 64)
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.jpg"])
 @pytest.mark.parametrize(
-    ("make", "sizes"),
+    ("name", "make", "sizes"),
     [
-        (large_and_small, [64, 32]),
-        (lambda: Views([distorted_crop(224, 1.0, 0.0, 0.0)], 224), [224]),
-        (lambda: classifier_views(96, 1.0, True), [96]),
+        ("a.png", large_and_small, [64, 32]),
+        ("a.tif", lambda: Views([distorted_crop(224, 1.0, 0.0, 0.0)], 224), [224]),
+        ("a.jpg", lambda: Views([distorted_crop(224, 1.0, 0.0, 0.0)], 224), [224]),
+        ("a.png", lambda: classifier_views(96, 1.0, True), [96]),
     ],
 )
 def test_shrinking_averages_pixel_noise_in_training_as_in_evaluation(
-    make: Callable[[], Views], sizes: list[int], name: str, tmp_path: Path
+    name: str, make: Callable[[], Views], sizes: list[int], tmp_path: Path
 ) -> None:
     random = np.random.default_rng(0)
     grain = np.clip(127 + 40 * random.standard_normal((1024, 1024, 1)), 0, 255)

@@ -178,9 +178,10 @@ def test_two_images_are_enough(photos: Path, encoder: Encoder) -> None:
     assert np.isfinite(list(evaluate(online(find_images([photos])[:2]), encoder).values())).all()
 
 
-@pytest.mark.parametrize("budget", ["epochs", "time"])
-@pytest.mark.parametrize("seconds_an_image", [1e-6, 1e-4, 1e-3])
-@pytest.mark.parametrize("seconds", [60, 600])
+@pytest.mark.parametrize(
+    ("budget", "seconds_an_image", "seconds"),
+    [("epochs", 1e-6, 60), ("epochs", 1e-3, 600), ("time", 1e-4, 60), ("time", 1e-3, 600)],
+)
 def test_evaluation_stays_within_its_share(
     budget: str, seconds_an_image: float, seconds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,8 +23,7 @@ def made(backbone: str = "test_resnet", size: int = 32, **options: object) -> In
 # Masks
 
 
-@pytest.mark.parametrize("share", [0.02, 0.25, 0.5, 0.7])
-@pytest.mark.parametrize("size", [32, 50, 96])
+@pytest.mark.parametrize(("share", "size"), [(0.02, 96), (0.25, 32), (0.5, 50), (0.7, 96)])
 def test_the_masked_share_is_what_was_asked_for(share: float, size: int) -> None:
     torch.manual_seed(0)
     mask = random_blocks(64, size, share, CPU)

@@ -52,22 +52,26 @@ def falling(start: float, end: float) -> list[float]:
         ([-1 + i / 100 for i in range(STEPS)], None, "rises instead of falling"),
     ],
 )
-@pytest.mark.parametrize("accumulate", [1, 4])
 def test_warns_once_of_what_goes_wrong(
     losses: list[float],
     chance: float | None,
     said: str | None,
-    accumulate: int,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    if accumulate > 1:
-        losses = [loss for loss in losses for _ in range(accumulate)]
     with caplog.at_level(logging.WARNING):
-        guard_of(losses, chance, accumulate)
+        guard_of(losses, chance)
     assert len(caplog.records) == (said is not None)
     if said:
         assert said in caplog.text
         assert "--lr" in caplog.text
+
+
+def test_the_loss_of_accumulated_batches_is_compared_undivided(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        guard_of([4.84] * 4 * STEPS, 4.84, accumulate=4)
+    assert "its loss is 4.84 after 20 %" in caplog.text
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -12,7 +12,7 @@ from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.evaluation.embedding import make_map
 from vissl_lite.faults import machine_error
-from vissl_lite.plots import plot_neighbors, plot_visualization
+from vissl_lite.plots import plot_grid, plot_neighbors
 from vissl_lite.pretext.base import PretextTask
 from vissl_lite.pretext.modules.visualization import draw_views, visualization_of
 from vissl_lite.run import MAP
@@ -42,7 +42,7 @@ def add_pretext(
         draw_views(paths, views, seed, run / "views.png")
         shown = visualization_of(task, paths, views, seed)
         if shown is not None:
-            plot_visualization(shown.columns, shown.rows, run / "pretext.png")
+            plot_grid(shown.rows, run / "pretext.png", shown.columns)
     except Exception as error:
         _warn("the picture of the pretext", error)
 

@@ -107,8 +107,7 @@ def small_window(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_window")
-@pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 3), (2, 1), (3, 0), (3, 3)])
 def test_every_epoch_has_each_image_once_but_for_the_remainder(
     world: int, workers: int, made: Path
 ) -> None:
@@ -155,8 +154,9 @@ def test_views_are_those_of_the_same_images_as_files(made: Path, tmp_path: Path)
 
 
 @pytest.mark.usefixtures("small_window")
-@pytest.mark.parametrize("workers", [0, 1, 3])
-@pytest.mark.parametrize("start", [1, PER_EPOCH - 1, PER_EPOCH, PER_EPOCH + 2])
+@pytest.mark.parametrize(
+    ("start", "workers"), [(1, 0), (1, 3), (PER_EPOCH - 1, 1), (PER_EPOCH, 3), (PER_EPOCH + 2, 1)]
+)
 def test_starting_later_gives_the_tail_of_the_stream(start: int, workers: int, made: Path) -> None:
     whole = read(made, workers, rank=1, world=2)
     assert content(read(made, workers, start, rank=1, world=2)) == content(whole[start:])

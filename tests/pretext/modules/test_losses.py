@@ -54,8 +54,7 @@ def embeddings(count: int, size: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
     return z1, z1 + 0.5 * torch.randn(count, size, generator=random)
 
 
-@pytest.mark.parametrize("count", [1, 2, 7])
-@pytest.mark.parametrize("temperature", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize(("count", "temperature"), [(1, 0.5), (2, 0.1), (7, 0.1), (7, 1.0)])
 def test_nt_xent_equals_the_paper(count: int, temperature: float) -> None:
     z1, z2 = embeddings(count)
     ours = nt_xent(z1, z2, temperature)

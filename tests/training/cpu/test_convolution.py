@@ -35,11 +35,11 @@ def gradients(result: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     return [result, *torch.autograd.grad((result.float() * weights).sum(), inputs)]
 
 
-@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("channels", "side", "outputs", "kernel", "stride", "padding"), FEW)
 def test_values_and_gradients_are_torchs(
-    channels: int, side: int, outputs: int, kernel: int, stride: int, padding: int, bias: bool
+    channels: int, side: int, outputs: int, kernel: int, stride: int, padding: int
 ) -> None:
+    bias = side % 2 == 0
     height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
     images = torch.randn(6, channels, side, side).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(outputs, channels, height, width) / (channels * height * width) ** 0.5

@@ -47,8 +47,10 @@ def assert_paired(data: LabelledMasks) -> None:
 # Layouts
 
 
-@pytest.mark.parametrize("name", ["masks", "labels", "annotations", "gt"])
-@pytest.mark.parametrize("end", ["", "_mask", "-mask", "_label", "_gt"])
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [("masks", ""), ("labels", "_mask"), ("annotations", "-mask"), ("gt", "_label"), ("gt", "_gt")],
+)
 def test_two_folders_are_split_60_20_20(name: str, end: str, tmp_path: Path) -> None:
     write_pairs(tmp_path / "images" / "a", tmp_path / name / "a", 5, end=end)
     write_pairs(tmp_path / "images" / "b", tmp_path / name / "b", 5, end=end)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vissl_lite.data.images import read_image, suitable_size
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.inference import check_outputs, run_in_batches
-from vissl_lite.plots import draw_words, plot_confusion, plot_per_class, plot_titled
+from vissl_lite.plots import Picture, draw_words, plot_confusion, plot_grid, plot_per_class
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.base import Task, spread
@@ -89,13 +89,15 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
             found = np.eye(len(data.classes), dtype=bool)[logits.argmax(dim=1).numpy()]
             true = np.eye(len(data.classes), dtype=bool)[part.labels]
         words = [[_words(row, data.classes) for row in rows] for rows in (true, found)]
-        titles = [
-            true_word if true_word == found_word else f"{found_word}\n(true: {true_word})"
+        captions = [
+            true_word if true_word == found_word else f"{found_word} (true: {true_word})"
             for true_word, found_word in zip(*words, strict=True)
         ]
-        images = [read_image(path, 256) for path in part.paths]
-        right = [bool((a == b).all()) for a, b in zip(true, found, strict=True)]
-        plot_titled(images, titles, right, run / "test.png")
+        pictures = [
+            Picture(read_image(path, 256), caption, bool((a == b).all()))
+            for path, caption, a, b in zip(part.paths, captions, true, found, strict=True)
+        ]
+        plot_grid([pictures[i : i + 8] for i in range(0, len(pictures), 8)], run / "test.png")
 
     def predict(self, model: Classifier, predictions: Predictions) -> tuple[Path, int]:
         """A row for each image: its class and probability; or, with several labels, all of them."""

@@ -13,7 +13,7 @@ from torch import nn
 from vissl_lite.data.atomic_file import atomic_write
 from vissl_lite.data.images import read_image, suitable_size
 from vissl_lite.encoders.encoder import Encoder
-from vissl_lite.plots import class_colors, draw_boxes, plot_per_class, plot_pictures
+from vissl_lite.plots import Picture, class_colors, draw_boxes, plot_grid, plot_per_class
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.base import Task, spread
@@ -92,12 +92,12 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
             boxes, labels = found.boxes[sure], found.labels[sure]
             rows.append(
                 [
-                    shrunk(draw_boxes(image, truth.boxes, truth.labels, classes)),
-                    shrunk(draw_boxes(image, boxes, labels, classes, found.scores[sure])),
+                    Picture(shrunk(draw_boxes(image, truth.boxes, truth.labels, classes))),
+                    Picture(shrunk(draw_boxes(image, boxes, labels, classes, found.scores[sure]))),
                 ]
             )
         colors = dict(zip(classes, class_colors(len(classes)), strict=True))
-        plot_pictures(rows, ("truth", "prediction"), run / "test.png", colors)
+        plot_grid(rows, run / "test.png", ("truth", "prediction"), colors, cell=320)
         plot_per_class(scores.per_class, run / "per_class.png")
 
     def predict(self, model: Detector, predictions: Predictions) -> tuple[Path, int]:

@@ -18,11 +18,12 @@ from vissl_lite.data.reading import reason
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.inference import inference_mode, report_broken
 from vissl_lite.plots import (
+    Picture,
     class_colors,
     draw_mask,
     plot_confusion,
+    plot_grid,
     plot_per_class,
-    plot_pictures,
 )
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
@@ -101,14 +102,14 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
             found = segment(model, image).argmax(axis=0)
             rows.append(
                 [
-                    shrunk(image),
-                    shrunk(draw_mask(image, truth, len(classes))),
-                    shrunk(draw_mask(image, found, len(classes))),
+                    Picture(shrunk(image)),
+                    Picture(shrunk(draw_mask(image, truth, len(classes)))),
+                    Picture(shrunk(draw_mask(image, found, len(classes)))),
                 ]
             )
         colors = dict(zip(classes, class_colors(len(classes)), strict=True))
         del colors[classes[0]]  # which is drawn transparent
-        plot_pictures(rows, ("image", "truth", "prediction"), run / "test.png", colors)
+        plot_grid(rows, run / "test.png", ("image", "truth", "prediction"), colors, cell=320)
         plot_per_class(scores.per_class, run / "per_class.png")
         plot_confusion(scores.confusion, classes, run / "confusion.png", "pixels")
 
