@@ -108,7 +108,7 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
                 ]
             )
         colors = dict(zip(classes, class_colors(len(classes)), strict=True))
-        del colors[classes[0]]  # Drawn transparent.
+        del colors[classes[0]]  # which is drawn transparent
         plot_grid(rows, run / "test.png", ("image", "truth", "prediction"), colors, cell=320)
         plot_per_class(scores.per_class, run / "per_class.png")
         plot_confusion(scores.confusion, classes, run / "confusion.png", "pixels")
