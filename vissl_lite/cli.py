@@ -47,7 +47,7 @@ COMMANDS = {
     "predict": "apply a fine-tuned model to a folder of images",
     "compare": "did pre-training help? compare encoders on the same few labels, with intervals",
     "report": "write the report of a run again: report RUN",
-    "runs": "list the runs below a folder: runs [FOLDER] [--sort FIGURE]",
+    "runs": "list the runs below a folder: runs [FOLDER] [--sort METRIC]",
     "embed": "write the features of images as a Parquet or NPZ file",
     "explore": "write a map of a folder of images as one HTML file",
     "export": "write an encoder or a model as an ONNX file or a timm folder",
