@@ -23,8 +23,8 @@ class CenterCroppedImages(Dataset[Tensor | str]):
     """Images as they are judged: the shorter side resized, the center taken; if broken, why.
 
     Args:
-        paths: image files.
-        size: side in pixels.
+        paths: Image files.
+        size: Side in pixels.
     """
 
     def __init__(self, paths: Sequence[str], size: int) -> None:
@@ -59,20 +59,21 @@ def predict_images(
     """Compute something for every image, in evaluation mode and without gradient.
 
     Args:
-        model: put on the accelerator if there is one, and back where it was afterwards.
-        compute: from a normalized ``(B, C, H, W)`` batch to tensors ``(B, ...)``.
-        normalize: from a raw uint8 batch to what ``compute`` takes: ``encoder.normalize``.
-        paths: image files. Broken ones are left out, and named in the log.
-        image_size: side in pixels.
-        progress: called with the number of images done since the last call.
-        batch_size: images at a time.
+        model: Put on the accelerator if there is one, and back where it was afterwards.
+        compute: Function from a normalized ``(B, C, H, W)`` batch to tensors ``(B, ...)``.
+        normalize: Function from a raw uint8 batch to the input of ``compute``:
+            ``encoder.normalize``.
+        paths: Image files. Broken ones are left out, and named in the log.
+        image_size: Side in pixels.
+        progress: Called with the number of images done since the last call.
+        batch_size: Images at a time.
 
     Returns:
         The tensors joined over all images, float32 on the CPU, and ``(N,)`` bool: which images
         they stand for.
 
     Raises:
-        UserError: no image can be read.
+        UserError: No image can be read.
     """
     outputs: list[list[Tensor]] = []
     good = run_in_batches(
@@ -101,21 +102,22 @@ def run_in_batches(
     """``predict_images``, but each batch is used at once, so that nothing has to be kept.
 
     Args:
-        model: see ``predict_images``, as for the others.
-        compute: from a batch to tensors.
-        normalize: from a raw uint8 batch to what ``compute`` takes: ``encoder.normalize``.
-        paths: image files.
-        image_size: side in pixels.
-        use: called with the paths of the images of a batch that can be read and their tensors,
+        model: See ``predict_images``, as for the others.
+        compute: Function from a batch to tensors.
+        normalize: Function from a raw uint8 batch to the input of ``compute``:
+            ``encoder.normalize``.
+        paths: Image files.
+        image_size: Side in pixels.
+        use: Called with the paths of the images of a batch that can be read and their tensors,
             float32 on the CPU.
-        progress: called with the number of images done since the last call.
-        batch_size: images at a time.
+        progress: Called with the number of images done since the last call.
+        batch_size: Images at a time.
 
     Returns:
         ``(N,)`` bool: which images can be read.
 
     Raises:
-        UserError: no image can be read.
+        UserError: No image can be read.
     """
     loader = WorkerLoader(
         CenterCroppedImages(paths, image_size),
@@ -144,8 +146,8 @@ def check_outputs(outputs: Iterable[Tensor | np.ndarray], place: str) -> None:
     not to be trusted on others.
 
     Args:
-        outputs: of a model, whose weights are finite.
-        place: which images they are for, in words.
+        outputs: Outputs of a model, whose weights are finite.
+        place: Description of the images, for messages.
     """
     if not all(torch.as_tensor(one).isfinite().all() for one in outputs):
         raise UserError(
@@ -159,7 +161,7 @@ def inference_mode(model: nn.Module) -> Iterator[torch.device]:
     """Evaluation mode without gradient, in bf16 where there are instructions for it.
 
     Args:
-        model: put on the accelerator if there is one, and back where it was afterwards.
+        model: Put on the accelerator if there is one, and back where it was afterwards.
 
     Yields:
         The device.
@@ -184,13 +186,13 @@ def report_broken(paths: Sequence[str], faults: Sequence[str | None]) -> np.ndar
 
     Args:
         paths: N image files.
-        faults: why each of them can't be read; None where it could.
+        faults: Why each of them can't be read; None where it could.
 
     Returns:
         ``(N,)`` bool: which of them could be read.
 
     Raises:
-        UserError: none could.
+        UserError: None could.
     """
     broken = [Broken(p, why) for p, why in zip(paths, faults, strict=True) if why is not None]
     if len(broken) == len(paths):

@@ -22,14 +22,14 @@ class OptimizerSettings:
     """How to optimize.
 
     Attributes:
-        name: a timm optimizer, such as ``adamw``, ``sgd`` or ``lars``.
-        lr: peak learning rate.
-        weight_decay: on weight matrices and kernels; biases and norms get none.
-        layer_decay: factor on the learning rate from one layer to the one below it (BEiT, Bao et
+        name: A timm optimizer, such as ``adamw``, ``sgd`` or ``lars``.
+        lr: Peak learning rate.
+        weight_decay: Weight decay of matrices and kernels; biases and norms have none.
+        layer_decay: Factor on the learning rate from one layer to the one below it (BEiT, Bao et
             al. 2021); 1 trains all layers alike.
-        scaling: how the rate grows with the batch: ``linear`` (Goyal et al. 2017), ``sqrt``
-            (Malladi et al. 2022, for Adam) or ``none``.
-        clip_norm: largest norm of the gradient; 0 does not clip it.
+        scaling: How the learning rate grows with the batch: ``linear`` (Goyal et al. 2017),
+            ``sqrt`` (Malladi et al. 2022, for Adam) or ``none``.
+        clip_norm: Largest norm of the gradient; 0 does not clip it.
     """
 
     name: str = "adamw"
@@ -43,7 +43,7 @@ class OptimizerSettings:
         """The learning rate for a batch, if ``lr`` is that for 256 images.
 
         Args:
-            batch_size: images an optimizer step, over all devices and accumulated batches.
+            batch_size: Images an optimizer step, over all devices and accumulated batches.
         """
         return (
             self.lr * (batch_size / 256) ** {"linear": 1.0, "sqrt": 0.5, "none": 0.0}[self.scaling]
@@ -67,8 +67,8 @@ def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> Optimizer
     """The optimizer of a module's trainable parameters.
 
     Args:
-        module: with ``layer_decay`` below 1, a timm model, which knows the order of its layers.
-        settings: what to build.
+        module: Module to optimize; a timm model if ``layer_decay`` is below 1.
+        settings: Settings of the optimizer.
 
     Returns:
         An optimizer; ``lr_scale``, where a parameter group has it, is left to ``set_lr``.
@@ -92,9 +92,9 @@ def build_optimizer_with_head(
     """The optimizer of an encoder and a head: layer-wise decay in the encoder alone.
 
     Args:
-        encoder: a timm model.
-        head: its trainable parameters, less the encoder's, get the full learning rate.
-        settings: what to build.
+        encoder: A timm model.
+        head: Module whose parameters outside of the encoder get the full learning rate.
+        settings: Settings of the optimizer.
     """
     groups = timm.optim.param_groups_layer_decay(
         encoder, settings.weight_decay, layer_decay=settings.layer_decay
@@ -157,8 +157,8 @@ def cosine_with_warmup(fraction: float, warmup: float) -> float:
     SGDR (Loshchilov & Hutter 2017, eq. 5) without restarts.
 
     Args:
-        fraction: of the training that is done, in [0, 1].
-        warmup: share of the training in which the rate rises, in [0, 1).
+        fraction: Fraction of the training that is done, in [0, 1].
+        warmup: Share of the training in which the rate rises, in [0, 1).
     """
     if fraction < warmup:
         return fraction / warmup

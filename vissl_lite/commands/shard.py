@@ -39,11 +39,11 @@ class ShardResult:
     """What was written.
 
     Attributes:
-        out: the folder.
-        index: the file with the number of images of each shard.
-        shards: how many.
-        images: how many in all.
-        left_out: image files that can't be read.
+        out: The folder.
+        index: The file with the number of images of each shard.
+        shards: Number of shards.
+        images: Number of images.
+        left_out: Image files that can't be read.
     """
 
     out: Path
@@ -89,7 +89,7 @@ def shard(options: ShardOptions) -> ShardResult:
         The folder, the index, how many shards and images.
 
     Raises:
-        UserError: something that was given can't work; nothing is written then.
+        UserError: Something that was given can't work; nothing is written then.
     """
     sources = path_list(options.data)
     folder = Path(options.out)
@@ -145,7 +145,7 @@ def _check_folder(folder: Path, overwrite: bool) -> list[Path]:
     """The shards and parts of them that are there and may be replaced. Nothing is changed yet.
 
     Raises:
-        UserError: the folder holds other files, or shards without ``overwrite``.
+        UserError: The folder holds other files, or shards without ``overwrite``.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: --out must name a folder")
@@ -198,9 +198,9 @@ def _members(
     """The image files as members of a tar, in an order by chance.
 
     Args:
-        paths: the files.
-        base: what their names are relative to.
-        left_out: gets the files that can't be read.
+        paths: The files.
+        base: Folder that the names are relative to.
+        left_out: Gets the files that can't be read.
     """
     keys: set[str] = set()
     with progress_bar() as bar:
@@ -225,8 +225,8 @@ def unique_key(name: str, taken: set[str]) -> str:
     """A key for an image in WebDataset: readable, without dots, and no other image's.
 
     Args:
-        name: of the file, without its extension; with its folders.
-        taken: the keys so far; the new one is added.
+        name: Name of the file, without its extension; with its folders.
+        taken: The keys so far; the new one is added.
     """
     key = name.replace(os.sep, "/").replace(".", "_")
     while key.startswith("__"):  # WebDataset passes over what it takes for its own meta data
@@ -262,10 +262,10 @@ def _write_parts(
     """Write shards under names that end in ``.part``.
 
     Args:
-        folder: where.
-        members: the images.
-        images_per_shard: where a shard ends.
-        most: bytes after which it ends, where that is not given.
+        folder: Folder to write to.
+        members: The images.
+        images_per_shard: Images per shard.
+        most: Bytes after which a shard ends, if that is not given.
 
     Returns:
         Name, number of images and bytes of each.

@@ -21,13 +21,13 @@ def atomic_write(file: Path) -> Iterator[Path]:
     """A file to write beside one that then appears whole or not at all.
 
     Args:
-        file: what is to appear; its folder is made if missing.
+        file: File to write; its folder is created if it is missing.
 
     Yields:
         What to write.
 
     Raises:
-        UserError: another process is writing the same file.
+        UserError: Another process is writing the same file.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f"{file.name}.part")
@@ -59,7 +59,7 @@ def check_place(out: Path) -> None:
     """Raise a UserError if a file or folder can't be made there. Nothing is changed yet.
 
     Args:
-        out: what is to be made, with all folders that are missing.
+        out: Path to create, with all missing folders.
     """
     if len(os.fsencode(out.absolute())) > LONGEST or len(os.fsencode(out.name)) > LONGEST_NAME:
         raise UserError(

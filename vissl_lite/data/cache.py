@@ -50,10 +50,11 @@ class CachePlan:
         wholes: ``(N, 2)`` int32, height and width of each image; 0 where its header doesn't say.
         sizes: ``(N, 2)`` int32, the same of what is kept of it.
         starts: ``(N,)`` int64, where its pixels begin, in bytes.
-        total: bytes in all.
-        shortest: shorter side of what is kept, in pixels.
-        digest: of what the cache was planned for: other files or other sizes have another one.
-        in_memory: or else in a file.
+        total: Number of bytes.
+        shortest: Shorter side of what is kept, in pixels.
+        digest: Digest of what the cache was planned for: other files or other sizes have another
+            one.
+        in_memory: Or else in a file.
     """
 
     wholes: np.ndarray
@@ -68,8 +69,8 @@ class CachePlan:
         """Make the cache, or open the one that a run left which was interrupted.
 
         Args:
-            folder: of the file, where it is one.
-            maker: whether this process makes the file; the others wait for it.
+            folder: Folder of the file, where it is one.
+            maker: Whether this process makes the file; the others wait for it.
         """
         where = "memory" if self.in_memory else str(folder / CACHE)
         kept = int((self.wholes[:, 0] > 0).sum())
@@ -116,8 +117,8 @@ class ImageCache:
     """Decoded images of a data set; see the module.
 
     Args:
-        plan: what is kept.
-        file: where; None for memory, which forked workers share.
+        plan: Plan of what is kept.
+        file: File to use; None for memory that forked workers share.
     """
 
     def __init__(self, plan: CachePlan, file: Path | None) -> None:
@@ -145,7 +146,7 @@ class ImageCache:
         """An image that is kept.
 
         Args:
-            index: its number.
+            index: Number of the image.
 
         Returns:
             ``(h, w, 3)`` uint8, not to be written to, and height and width of the whole image;
@@ -163,9 +164,9 @@ class ImageCache:
         """Keep an image, unless it has another size than its header said, or the disk is full.
 
         Args:
-            index: its number.
+            index: Number of the image.
             image: ``(h, w, 3)`` uint8, from ``decode_down_sized``.
-            whole: height and width of the whole image.
+            whole: Height and width of the whole image.
         """
         if tuple(self.plan.wholes[index].tolist()) != whole:
             return
@@ -203,14 +204,14 @@ def plan_cache(paths: Sequence[str], shortest: int, folder: Path, shareable: boo
     """Look at the headers of all images, and choose where their pixels go.
 
     Args:
-        paths: image files.
-        shortest: shorter side of what is kept, in pixels; see ``decode_down_sized``.
-        folder: where a file would be; it need not exist yet.
-        shareable: whether memory of this process reaches all that read the cache; see
+        paths: Image files.
+        shortest: Shorter side of what is kept, in pixels; see ``decode_down_sized``.
+        folder: Folder of the file; it need not exist yet.
+        shareable: Whether memory of this process reaches all that read the cache; see
             ``forks_workers``.
 
     Raises:
-        UserError: the disk has too little room.
+        UserError: The disk has too little room.
     """
     paths = PathList.of(paths)
     seen = np.concatenate([np.empty((0, 4), np.int64), *_headers(paths)])
@@ -236,7 +237,7 @@ def forks_workers(workers: int) -> bool:
     """Whether data workers share the memory of the process that starts them.
 
     Args:
-        workers: how many there are.
+        workers: Number of data workers.
     """
     method = multiprocessing.get_start_method(allow_none=True)
     return workers == 0 or (method or multiprocessing.get_all_start_methods()[0]) == "fork"
@@ -257,9 +258,9 @@ def decode_down_sized(data: bytes, path: str, shortest: int) -> tuple[np.ndarray
     """Decode an image as it is kept.
 
     Args:
-        data: the file's bytes.
-        path: named in errors.
-        shortest: shorter side of what is kept; smaller images are left as they are.
+        data: The file's bytes.
+        path: Named in errors.
+        shortest: Shorter side of what is kept; smaller images are left as they are.
 
     Returns:
         ``(h, w, 3)`` uint8, and height and width of the whole image.

@@ -267,9 +267,9 @@ def draw(name: str, rng: Generator, size: int = 64) -> tuple[Image.Image, np.nda
     """Draw one picture of a class.
 
     Args:
-        name: one of `CLASSES`.
-        rng: the source of everything that is random in it.
-        size: width and height in pixels.
+        name: One of `CLASSES`.
+        rng: The source of everything that is random in it.
+        size: Width and height in pixels.
 
     Returns:
         The picture (RGB, size x size), and the pixels where the object is seen, (size, size) bool.

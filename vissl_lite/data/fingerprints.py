@@ -103,7 +103,7 @@ def fingerprint(data: bytes, image: np.ndarray) -> np.ndarray:
     """The fingerprint of an image file.
 
     Args:
-        data: the file's bytes.
+        data: The file's bytes.
         image: ``(H, W, 3)`` uint8, decoded from them, be it at a reduced size.
 
     Returns:
@@ -167,7 +167,7 @@ class Fingerprints:
         """Read what ``save`` wrote; nothing is unpickled.
 
         Raises:
-            UserError: the file is damaged.
+            UserError: The file is damaged.
         """
         content = read_npz(file)
         try:
@@ -192,8 +192,8 @@ def fingerprints_of(
     """The fingerprints of image files; those that can't be read are left out, and named in the log.
 
     Args:
-        paths: image files.
-        progress: called with the number of images done since the last call.
+        paths: Image files.
+        progress: Called with the number of images done since the last call.
     """
     found, broken = read_fingerprints(paths, progress)
     report_skipped(broken)
@@ -233,10 +233,10 @@ class Match(NamedTuple):
     """An image and its twin.
 
     Attributes:
-        path: the judged file.
-        twin: the file that it was found to be.
-        kind: a copy of the file, or the same picture to all appearance.
-        similarity: cosine of the looks; 1 for a copy.
+        path: The judged file.
+        twin: The file that it was found to be.
+        kind: A copy of the file, or the same picture to all appearance.
+        similarity: Cosine of the looks; 1 for a copy.
     """
 
     path: str
@@ -249,8 +249,8 @@ def find_matches(judged: Fingerprints, bank: Fingerprints) -> list[Match]:
     """Which judged images are in a bank, flipped or turned by quarters, too.
 
     Args:
-        judged: images to look for.
-        bank: images to look among.
+        judged: Images to look for.
+        bank: Images to look among.
 
     Returns:
         At most one match for each judged image, the best: an exact one before a similar one.

@@ -9,7 +9,7 @@ def free_memory(root: Path = Path("/")) -> int | None:
     """Bytes that are available, within the limits of the control groups that the process is in.
 
     Args:
-        root: where ``proc`` and ``sys`` are.
+        root: Folder of ``proc`` and ``sys``.
 
     Returns:
         None where the system doesn't say (it is no Linux).

@@ -57,10 +57,10 @@ class JpegHeader(NamedTuple):
     """What a JPEG's header says.
 
     Attributes:
-        height: in pixels, as it is shown: EXIF orientation is applied.
-        width: likewise.
+        height: Height in pixels, as it is shown: EXIF orientation is applied.
+        width: Likewise.
         channels: 1, 3, or 4 (CMYK).
-        orientation: the EXIF orientation, 1 to 8.
+        orientation: The EXIF orientation, 1 to 8.
     """
 
     height: int
@@ -75,7 +75,7 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
     Reads the markers by hand (ITU T.81, B.1.1).
 
     Args:
-        data: the file's bytes, at least up to its frame header.
+        data: The file's bytes, at least up to its frame header.
     """
     if data[:2] != b"\xff\xd8":
         return None
@@ -201,11 +201,11 @@ def png_size(data: bytes, path: str | Path) -> tuple[int, int]:
     """Height and width of a PNG.
 
     Args:
-        data: what the file begins with, of which ``is_png`` says yes.
-        path: named in errors.
+        data: Beginning of the file, for which ``is_png`` is true.
+        path: Named in errors.
 
     Raises:
-        ValueError: it has more pixels than are allowed.
+        ValueError: It has more pixels than are allowed.
     """
     height, width = int.from_bytes(data[20:24], "big"), int.from_bytes(data[16:20], "big")
     check_pixels(height, width, path)
@@ -219,12 +219,12 @@ def opened_image(file: BinaryIO, path: str | Path) -> Iterator[Image.Image]:
     Within it, what Pillow raises on bytes that it does not expect becomes a ValueError.
 
     Args:
-        file: the file.
-        path: named in errors.
+        file: The file.
+        path: Named in errors.
 
     Raises:
         UnidentifiedImageError: Pillow does not know the format.
-        OSError, ValueError, SyntaxError: it is damaged, or has too many pixels.
+        OSError, ValueError, SyntaxError: It is damaged, or has too many pixels.
     """
     try:
         _check_by_hand(file, path)
@@ -308,14 +308,14 @@ def check_tiff(file: BinaryIO, path: str | Path) -> tuple[int, int, int]:
     Reads the first directory by hand (TIFF 6.0, section 2; libtiff's BigTIFF design).
 
     Args:
-        file: the file.
-        path: named in errors.
+        file: The file.
+        path: Named in errors.
 
     Returns:
         Height and width as stored, and the orientation, 1 to 8.
 
     Raises:
-        ValueError: there are too many, or none.
+        ValueError: There are too many, or none.
     """
     file.seek(0)
     start = file.read(16)

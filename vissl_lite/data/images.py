@@ -56,14 +56,14 @@ def find_images(sources: Sequence[str | Path]) -> list[str]:
     sorted, so that an image has the same index on every machine.
 
     Args:
-        sources: folders, image files, or ``.txt`` files with one path a line (relative to the
+        sources: Folders, image files, or ``.txt`` files with one path a line (relative to the
             text file; empty lines and lines that start with ``#`` are skipped).
 
     Returns:
         The paths, sources in the order given, without repetitions.
 
     Raises:
-        UserError: a source does not exist, can't be read, or holds no image.
+        UserError: A source does not exist, can't be read, or holds no image.
     """
     found: list[str] = []
     for source in map(Path, sources):
@@ -104,12 +104,12 @@ def walk(
     out, and counted in the log.
 
     Args:
-        folder: where to begin; the paths begin with it.
-        suffixes: only files with one of these, in lower case and with a dot.
-        odd: gets the paths of those that are no regular files.
+        folder: Folder to search; the paths begin with it.
+        suffixes: Suffixes of the files to find, in lower case and with a dot.
+        odd: Gets the paths of those that are no regular files.
 
     Raises:
-        UserError: a folder can't be read.
+        UserError: A folder can't be read.
     """
 
     endings = None if suffixes is None else tuple(suffixes)
@@ -197,8 +197,8 @@ def read_image(path: str | Path, shortest: int | None = None) -> np.ndarray:
     and maximum.
 
     Args:
-        path: the file.
-        shortest: the shorter side, in pixels, that is needed. A JPEG that is at least twice as
+        path: The file.
+        shortest: The shorter side, in pixels, that is needed. A JPEG that is at least twice as
             large is decoded at 1/2, 1/4 or 1/8 of its size, several times as fast.
 
     Returns:
@@ -215,9 +215,9 @@ def decode_image(data: bytes, path: str | Path, shortest: int | None = None) -> 
     """Decode the bytes of an image file; see ``read_image``.
 
     Args:
-        data: the file's bytes.
-        path: named in errors.
-        shortest: the shorter side, in pixels, that is needed.
+        data: The file's bytes.
+        path: Named in errors.
+        shortest: The shorter side, in pixels, that is needed.
     """
     if shortest is None:
         return decode_reduced(data, path, lambda height, width: 1)[0]
@@ -231,9 +231,9 @@ def decode_reduced(
     """Decode the bytes of an image file, a JPEG no larger than needed; see ``read_image``.
 
     Args:
-        data: the file's bytes.
-        path: named in errors.
-        times: from the height and width of the whole image, as it is shown: how many times as
+        data: The file's bytes.
+        path: Named in errors.
+        times: Function from the displayed height and width of the whole image: how many times as
             large as needed it is. It is asked before anything is decoded, and for a JPEG only.
 
     Returns:
@@ -326,7 +326,7 @@ def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
 
     Args:
         image: ``(H, W, C)``.
-        size: side of the result in pixels.
+        size: Side of the result in pixels.
 
     Returns:
         ``(size, size, C)``, the dtype of the image.
@@ -353,9 +353,9 @@ def suitable_size(
     """A side in pixels that suits images: their median one, as a multiple of 32.
 
     Args:
-        paths: image files, of which some are looked at.
-        side: which of the two, the shorter (``min``) or the longer (``max``).
-        most: largest result; the smallest is 32.
+        paths: Image files, of which some are looked at.
+        side: Side to compare, the shorter (``min``) or the longer (``max``).
+        most: Largest result; the smallest is 32.
     """
     sides = []
     for path in paths[:: max(1, len(paths) // 50)]:

@@ -22,14 +22,14 @@ def read_json(file: Path, largest: int = LARGEST) -> Any:
     NaN or infinite. Who uses them checks them.
 
     Args:
-        file: in UTF-8, with or without a byte order mark.
-        largest: size in bytes of the largest file that is read.
+        file: File in UTF-8, with or without a byte order mark.
+        largest: Size in bytes of the largest file that is read.
 
     Returns:
         What it holds.
 
     Raises:
-        UserError: there is no such file, it is larger, or it is no JSON. So are an object that has
+        UserError: There is no such file, it is larger, or it is no JSON. So are an object that has
             a key twice, an integer of more than 20 digits, and half of a character (a lone
             surrogate), which can't be printed, unless it stands for a byte of a file's name.
     """
@@ -40,11 +40,11 @@ def parse_json(content: bytes, name: str) -> Any:
     """Parse JSON; see ``read_json``.
 
     Args:
-        content: in UTF-8, with or without a byte order mark.
-        name: of the file or URL, for errors.
+        content: Content in UTF-8, with or without a byte order mark.
+        name: Name of the file or URL, for errors.
 
     Raises:
-        UserError: likewise.
+        UserError: Likewise.
     """
     try:
         found = json.loads(

@@ -74,9 +74,9 @@ class BoxView:
             image: ``(H, W, C)`` uint8.
             boxes: ``(N, 4)`` x1, y1, x2, y2 in pixels.
             labels: ``(N,)`` class indices.
-            seed: the run's seed.
-            epoch: how often the image has been seen before.
-            index: the image's number in the data set.
+            seed: Seed of the run.
+            epoch: Number of the epoch, from 0.
+            index: The image's number in the data set.
         """
         rekey(self._random, seed, epoch, index)
         _rekey(self._compose, self._random)
@@ -104,9 +104,9 @@ class MaskView:
         Args:
             image: ``(H, W, C)`` uint8.
             mask: ``(H, W)`` uint8.
-            seed: the run's seed.
-            epoch: how often the image has been seen before.
-            index: the image's number in the data set.
+            seed: Seed of the run.
+            epoch: Number of the epoch, from 0.
+            index: The image's number in the data set.
         """
         rekey(self._random, seed, epoch, index)
         _rekey(self._compose, self._random)
@@ -122,10 +122,10 @@ def box_pipeline(
     The image is fitted into the canvas, then enlarged or shrunk about its own size, and moved.
 
     Args:
-        canvas: height and width in pixels.
-        min_crop_scale: smallest share of the image's area that an enlargement leaves; it is shrunk
+        canvas: Height and width in pixels.
+        min_crop_scale: Smallest share of the image's area that an enlargement leaves; it is shrunk
             by as much.
-        upright: whether the images have an up; without one they are flipped in both directions,
+        upright: Whether the images have an up; without one they are flipped in both directions,
             and turned where the canvas is a square.
     """
     height, width = canvas
@@ -157,10 +157,10 @@ def mask_pipeline(
     The crop lies inside the image, so no pixel of the mask is made up.
 
     Args:
-        size: side in pixels.
-        min_crop_scale: smallest share of the image's area.
-        upright: whether the images have an up; see ``flip``.
-        own_scale: for images more than ``LARGE`` times as large as the view: the crop has about
+        size: Side in pixels.
+        min_crop_scale: Smallest share of the image's area.
+        upright: Whether the images have an up; see ``flip``.
+        own_scale: For images more than ``LARGE`` times as large as the view: the crop has about
             its size, enlarged or shrunk by as much as ``min_crop_scale`` does, but not more than
             ``LARGE`` times.
     """

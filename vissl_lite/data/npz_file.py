@@ -32,12 +32,12 @@ def read_npz(file: Path, largest: int | None = None) -> dict[str, np.ndarray]:
     """Read all arrays of an NPZ file; nothing is unpickled.
 
     Args:
-        file: from ``numpy.savez`` or ``numpy.savez_compressed``.
-        largest: bytes that the arrays may take together; default those of the file, as of one that
+        file: File from ``numpy.savez`` or ``numpy.savez_compressed``.
+        largest: Bytes that the arrays may take together; default those of the file, as of one that
             is not compressed.
 
     Raises:
-        UserError: it is missing or damaged, holds pickled objects, or takes more than that.
+        UserError: It is missing or damaged, holds pickled objects, or takes more than that.
     """
     if not file.is_file():
         raise UserError(f"{file} does not exist")

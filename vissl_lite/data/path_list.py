@@ -27,7 +27,7 @@ class PathList(Sequence[str]):
     lone surrogates (PEP 383).
 
     Args:
-        paths: read once; it may be a generator.
+        paths: Read once; it may be a generator.
     """
 
     def __init__(self, paths: Iterable[str]) -> None:

@@ -61,10 +61,10 @@ def limit_pixels(most: int) -> None:
     ``WorkerLoader`` gives the limit to its data workers, however they are started.
 
     Args:
-        most: height times width, as the file's header has them, from 1 to 2**30.
+        most: Height times width, as the file's header has them, from 1 to 2**30.
 
     Raises:
-        UserError: it is out of range.
+        UserError: It is out of range.
     """
     global _max_pixels
     if not 1 <= most <= _OPENCV_PIXELS:
@@ -119,9 +119,9 @@ def check_pixels(height: int, width: int, path: str | Path) -> None:
     """Raise a ValueError if an image of this size is not to be decoded.
 
     Args:
-        height: in pixels, from the file's header.
-        width: likewise.
-        path: named in the error.
+        height: Height in pixels, from the file's header.
+        width: Likewise.
+        path: Named in the error.
     """
     if height < 1 or width < 1:
         raise ValueError(f"{path}: {width} x {height} pixels")
@@ -133,8 +133,8 @@ def _open(path: str | Path) -> tuple[int, int]:
     """A file descriptor and the file's size in bytes.
 
     Raises:
-        OSError: it is missing, or not a regular file.
-        MachineError: no file can be opened now.
+        OSError: It is missing, or not a regular file.
+        MachineError: No file can be opened now.
     """
     # without O_NONBLOCK, opening a pipe would wait for who writes to it
     try:
@@ -153,7 +153,7 @@ def open_regular(path: str | Path) -> BufferedReader:
     """Open a file to read its bytes, and never wait for it.
 
     Raises:
-        OSError: it is missing, or a folder, a pipe, a device or a socket.
+        OSError: It is missing, or a folder, a pipe, a device or a socket.
     """
     return open(_open(path)[0], "rb")
 
@@ -162,13 +162,13 @@ def read_regular(path: str | Path, largest: int | None = None) -> bytes:
     """The bytes of a file.
 
     Args:
-        path: only a regular file is read: of a pipe or a device the end may never come.
-        largest: size in bytes of the largest file that is read; default what an image of
+        path: Only a regular file is read: of a pipe or a device the end may never come.
+        largest: Size in bytes of the largest file that is read; default what an image of
             ``max_pixels`` can have.
 
     Raises:
-        OSError: see ``open_regular``.
-        ValueError: the file is larger.
+        OSError: See ``open_regular``.
+        ValueError: The file is larger.
     """
     descriptor, size = _open(path)
     try:
@@ -207,8 +207,8 @@ def reason(error: Exception, path: str | Path) -> str:
     """Why a file can't be read, in a few words.
 
     Args:
-        error: one of ``BROKEN_IMAGE``.
-        path: the file, which the words need not name again.
+        error: One of ``BROKEN_IMAGE``.
+        path: The file, which the words need not name again.
     """
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

@@ -185,15 +185,15 @@ def make_sample_data(
     """Draw the sample data set into a folder, or find it there already.
 
     Args:
-        out: the folder to make; it appears only when it is complete.
-        seed: chooses the images; 0 or more. The same seed gives the same files.
-        unlabelled: images without labels, of random classes.
-        train: labelled images to train on, in all; the classes take turns.
-        val: labelled images to choose by, in all.
-        test: labelled images to report on, in all.
-        size: width and height of an image in pixels, 16 or more.
-        processes: how many draw at once; None takes one a core. The files do not depend on it.
-        progress: is called with (images done, images in all) after every image.
+        out: The folder to make; it appears only when it is complete.
+        seed: Chooses the images; 0 or more. The same seed gives the same files.
+        unlabelled: Images without labels, of random classes.
+        train: Labelled images to train on, in all; the classes take turns.
+        val: Labelled images to choose by, in all.
+        test: Labelled images to report on, in all.
+        size: Width and height of an image in pixels, 16 or more.
+        processes: Number of processes; None for one per core. The files do not depend on it.
+        progress: Is called with (images done, images in all) after every image.
 
     Returns:
         `out` as a path. It holds unlabelled/, labelled/, masks/, annotations/, classes.txt,

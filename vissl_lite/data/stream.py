@@ -43,9 +43,9 @@ class Lost(NamedTuple):
     """A shard that can't be read to its end.
 
     Attributes:
-        shard: its file or URL.
-        images: how many are missing.
-        why: what went wrong.
+        shard: File or URL.
+        images: Number of missing images.
+        why: Reason.
     """
 
     shard: str
@@ -57,13 +57,13 @@ class Batch(NamedTuple):
     """What a training step gets.
 
     Attributes:
-        views: one ``(B, C, H, W)`` uint8 tensor a view, channels last in memory.
+        views: One ``(B, C, H, W)`` uint8 tensor per view, channels last in memory.
         indices: ``(B,)`` int64, the images' numbers in the data set.
-        broken: images that could not be read and gave way to their successors.
-        targets: what a data set gives beside each image, such as its boxes; else empty.
+        broken: Images that could not be read and gave way to their successors.
+        targets: Targets of the images, such as boxes; empty if there are none.
         fingerprints: ``(B, F)`` uint8, see ``fingerprint``, where the data set gives them.
-        names: of the images, where they come with fingerprints and are not known before.
-        lost: shards that were found to be broken, other images in the place of theirs.
+        names: Names of the images, where they come with fingerprints and are not known before.
+        lost: Shards that were found to be broken, other images in the place of theirs.
     """
 
     views: list[Tensor]
@@ -90,7 +90,7 @@ class Source(ABC):
     """The images of a run, from wherever they come; they are numbered.
 
     Attributes:
-        seed: the run's.
+        seed: Seed of the run.
     """
 
     seed: int
@@ -104,7 +104,7 @@ class Source(ABC):
         """What the stream gives of the first image that can be read.
 
         Raises:
-            UserError: not even one image can be read.
+            UserError: Not even one image can be read.
         """
 
     @abstractmethod
@@ -122,14 +122,14 @@ class Source(ABC):
         """The training stream of one process.
 
         Args:
-            batch_size: images per batch over all ranks; a multiple of ``world``.
-            epochs: how many; None for a stream without end.
-            start: number of the first batch, to resume.
-            rank: this process.
-            world: number of processes.
-            workers: data workers.
-            pin_memory: whether batches lie where a GPU can fetch them from.
-            weights: sampling weights, where images come in any order; see ``StreamSampler``.
+            batch_size: Images per batch over all ranks; a multiple of ``world``.
+            epochs: Number of epochs; None for an endless stream.
+            start: Number of the first batch, to resume.
+            rank: This process.
+            world: Number of processes.
+            workers: Data workers.
+            pin_memory: Whether batches lie where a GPU can fetch them from.
+            weights: Sampling weights, where images come in any order; see ``StreamSampler``.
         """
 
     @abstractmethod
@@ -149,8 +149,8 @@ class KeyedDataset(Dataset[Item], Source):
     """Items keyed by (epoch, image index); a broken image gives way to its successor.
 
     Args:
-        paths: image files.
-        seed: the run's seed.
+        paths: Image files.
+        seed: Seed of the run.
     """
 
     def __init__(self, paths: Sequence[str], seed: int) -> None:
@@ -218,10 +218,10 @@ class ViewDataset(KeyedDataset):
     """Decodes images and makes their views; in the first epoch, takes their fingerprints, too.
 
     Args:
-        paths: image files.
-        views: the augmentations.
-        seed: the run's seed.
-        cache: keeps what has been decoded; without one, every epoch decodes each image, as small as
+        paths: Image files.
+        views: The augmentations.
+        seed: Seed of the run.
+        cache: Keeps what has been decoded; without one, every epoch decodes each image, as small as
             the crops that it draws allow.
     """
 
@@ -260,13 +260,13 @@ class StreamSampler(Sampler[list[Key]]):
     """Batches of keys: every epoch a new permutation, what does not fill a batch left for the next.
 
     Args:
-        images: number of images.
-        batch_size: images per batch over all ranks; at most ``images``, a multiple of ``world``.
-        seed: the run's seed: the order depends on it and on the epoch alone.
-        epochs: how many; None for a stream without end.
-        start: number of the first batch, to resume.
-        rank: this process: joined in the order of ranks, the shares are the batch.
-        world: number of processes.
+        images: Number of images.
+        batch_size: Images per batch over all ranks; at most ``images``, a multiple of ``world``.
+        seed: Seed of the run: the order depends on it and on the epoch alone.
+        epochs: Number of epochs; None for an endless stream.
+        start: Number of the first batch, to resume.
+        rank: This process: joined in the order of ranks, the shares are the batch.
+        world: Number of processes.
         weights: ``(images,)`` positive sampling weights: each epoch then draws with replacement.
     """
 

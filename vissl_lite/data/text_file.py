@@ -17,12 +17,12 @@ def read_bytes(file: str | Path, largest: int = LARGEST, name: str | None = None
     """Read a file.
 
     Args:
-        file: only a regular file is read: of a pipe or a device the end may never come.
-        largest: size in bytes of the largest file that is read.
-        name: of the file in errors; default its path.
+        file: Only a regular file is read: of a pipe or a device the end may never come.
+        largest: Size in bytes of the largest file that is read.
+        name: Name of the file in errors; default its path.
 
     Raises:
-        UserError: there is no such file, it is larger, or it can't be read.
+        UserError: There is no such file, it is larger, or it can't be read.
     """
     name = str(file) if name is None else name
     try:
@@ -35,7 +35,7 @@ def read_text(file: str | Path, largest: int = LARGEST, name: str | None = None)
     """Read a text file in UTF-8, with or without a byte order mark; see ``read_bytes``.
 
     Raises:
-        UserError: it can't be read, or is in another encoding.
+        UserError: It can't be read, or is in another encoding.
     """
     content = read_bytes(file, largest, name)
     try:

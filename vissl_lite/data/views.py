@@ -34,8 +34,8 @@ def rekey(random: Random, seed: int, epoch: int, index: int, view: int = 0) -> N
 
     Args:
         random: The generator.
-        seed: The run's seed; below 2^64, as the others are.
-        epoch: How often the image has been seen before.
+        seed: Seed of the run; below 2^64, as the others are.
+        epoch: Number of the epoch, from 0.
         index: The image's number in the data set.
         view: The view's number.
     """
@@ -68,8 +68,8 @@ class Views:
         Args:
             height: Height of the whole image in pixels.
             width: Width of the whole image in pixels.
-            seed: The run's seed.
-            epoch: How often the image has been seen before.
+            seed: Seed of the run.
+            epoch: Number of the epoch, from 0.
             index: The image's number in the data set.
 
         Returns:
@@ -98,8 +98,8 @@ class Views:
 
         Args:
             image: ``(H, W, 3)`` uint8.
-            seed: The run's seed.
-            epoch: How often the image has been seen before.
+            seed: Seed of the run.
+            epoch: Number of the epoch, from 0.
             index: The image's number in the data set.
             whole: Height and width of the image before it was reduced; default: it was not.
 
@@ -215,7 +215,7 @@ def color_distortion(strength: float) -> list[Step]:
     """Color jitter with probability 0.8, then gray with probability 0.2 (SimCLR, appendix A).
 
     Args:
-        strength: s of the paper: brightness, contrast and saturation change by up to 0.8 s, the
+        strength: S of the paper: brightness, contrast and saturation change by up to 0.8 s, the
             hue by up to 0.2 s of the circle. 1 for ImageNet, 0.5 for CIFAR-10.
     """
     change = 0.8 * strength

@@ -40,13 +40,13 @@ class WorkerLoader(Generic[T]):
       pipe. (Left to PyTorch, a batch that finds no room is lost, and is waited for without end.)
 
     Args:
-        dataset: the images.
-        collate: makes a batch of items, or of what the dataset gives.
-        workers: how many; 0 reads in the process itself.
-        options: of ``DataLoader``.
+        dataset: The images.
+        collate: Makes a batch of items, or of what the dataset gives.
+        workers: Number of data workers; 0 loads in the main process.
+        options: Options of ``DataLoader``.
 
     Attributes:
-        waiting: whether the main process is waiting for a batch just now.
+        waiting: Whether the main process is waiting for a batch just now.
     """
 
     def __init__(
@@ -115,8 +115,8 @@ class _Piped:
     """A batch that found no room in shared memory.
 
     Args:
-        content: the pickled batch.
-        why: what went wrong.
+        content: The pickled batch.
+        why: Reason.
     """
 
     def __init__(self, content: bytes, why: str) -> None:
@@ -127,7 +127,7 @@ class _Sender:
     """Collates, and in a worker puts the batch into shared memory, or else pickles it.
 
     Args:
-        collate: makes the batch.
+        collate: Makes the batch.
     """
 
     def __init__(self, collate: Callable[[Any], Any]) -> None:
@@ -163,9 +163,9 @@ def start_worker(worker: int, most: int, lines: WorkerLog) -> None:
     (A lower priority made training slower.)
 
     Args:
-        worker: its number.
-        most: pixels that an image may have, of which a worker that is started anew knows nothing.
-        lines: takes what it logs.
+        worker: Number of the worker.
+        most: Pixels that an image may have, of which a worker that is started anew knows nothing.
+        lines: Takes what it logs.
     """
     lines.attach()
     limit_pixels(most)

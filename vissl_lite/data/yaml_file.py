@@ -22,15 +22,15 @@ def read_yaml(file: Path, name: str | None = None) -> Any:
     """Read a YAML file.
 
     Args:
-        file: in UTF-8, with or without a byte order mark.
-        name: of the file in errors; default its path.
+        file: File in UTF-8, with or without a byte order mark.
+        name: Name of the file in errors; default its path.
 
     Returns:
         What it holds: mappings, lists, text, numbers (which may be NaN or infinite), true, false
         and None. A date is text.
 
     Raises:
-        UserError: there is no such file, it is larger than 32 MiB, or it is no YAML. Refused, too,
+        UserError: There is no such file, it is larger than 32 MiB, or it is no YAML. Refused, too,
             is what plain data have no need of: aliases, which can stand for more than any memory
             holds, other tags than ``!!str``, ``!!seq`` and ``!!map``, a key given twice, an
             integer of more than 20 digits, more than a million values, nesting deeper than 32.
@@ -42,11 +42,11 @@ def parse_yaml(text: str, name: str) -> Any:
     """Parse YAML; see ``read_yaml``.
 
     Args:
-        text: one document.
-        name: of the file or option, for errors.
+        text: One document.
+        name: Name of the file or option, for errors.
 
     Raises:
-        UserError: likewise.
+        UserError: Likewise.
     """
     if len(text) > LARGEST:
         raise UserError(f"{name} is not YAML that can be read: it has more than {LARGEST} bytes")

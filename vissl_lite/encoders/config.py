@@ -73,14 +73,14 @@ def read_model_config(file: Path) -> dict[str, Any]:
     """Read what is known of a ``config.json`` and check it; the rest is left out.
 
     Args:
-        file: in the format of timm's ``save_for_hf``.
+        file: File in the format of timm's ``save_for_hf``.
 
     Returns:
         ``architecture``, ``num_classes``, ``pretrained_cfg`` and ``model_args``; where they are
         there, ``num_features``, ``label_names`` (a list) and ``vissl_lite`` (a mapping) too.
 
     Raises:
-        UserError: it is missing or damaged, or asks for something that does not pass.
+        UserError: It is missing or damaged, or asks for something that does not pass.
     """
     content = read_json(file, _LARGEST_FILE)
     try:
@@ -130,11 +130,11 @@ def checked_statistics(mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[fl
     """Mean and standard deviation of each channel, for values in [0, 1].
 
     Args:
-        mean: a list of as many numbers in [0, 1] as there are channels.
-        std: likewise, from 1/1000 to 10: no real deviation is above 0.5, but 1 is in use.
+        mean: A list of as many numbers in [0, 1] as there are channels.
+        std: Likewise, from 1/1000 to 10: no real deviation is above 0.5, but 1 is in use.
 
     Raises:
-        TypeError, ValueError: they are no such lists.
+        TypeError, ValueError: They are no such lists.
     """
     found = []
     for what, values, least, most in (("mean", mean, 0.0, 1.0), ("std", std, 1e-3, 10.0)):
@@ -217,7 +217,7 @@ def create(config: Mapping[str, Any], classes: int) -> Any:
     """Build the timm model of a config, with random weights.
 
     Args:
-        config: from ``read_model_config``.
+        config: Config from ``read_model_config``.
         classes: 0 for none.
 
     Raises:
@@ -241,13 +241,13 @@ def draw_up(config: Mapping[str, Any], classes: int, tensors: int, weight_bytes:
     It has been tried out there on an image of its size.
 
     Args:
-        config: from ``read_model_config``.
+        config: Config from ``read_model_config``.
         classes: 0 for none.
-        tensors: in the weights file: there are no more blocks than that.
-        weight_bytes: that the weights file takes.
+        tensors: Number of tensors in the weights file, an upper bound of the number of blocks.
+        weight_bytes: Size of the weights file in bytes.
 
     Raises:
-        ValueError: the model would not suit its own images, or take much more memory than its
+        ValueError: The model would not suit its own images, or take much more memory than its
             weights.
         TypeError, ...: the arguments do not go together (``SENSELESS``).
     """

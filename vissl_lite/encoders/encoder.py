@@ -60,7 +60,7 @@ class Encoder(nn.Module):
         """The size nearest to the given one that whole patches fill; for a CNN, a multiple of 8.
 
         Args:
-            size: side in pixels.
+            size: Side in pixels.
         """
         step = self.patch_size or 8
         return max(2 * step if self.patch_size is None else step, round(size / step) * step)
@@ -69,7 +69,7 @@ class Encoder(nn.Module):
         """Raise a UserError if the backbone can't take images of this size.
 
         Args:
-            size: side in pixels.
+            size: Side in pixels.
         """
         try:
             with self._dry_run(size, size) as blank:
@@ -94,10 +94,10 @@ class Encoder(nn.Module):
         """Take images of another size.
 
         Args:
-            size: side in pixels.
+            size: Side in pixels.
 
         Raises:
-            UserError: the backbone can't take it.
+            UserError: The backbone can't take it.
         """
         self.check_image_size(size)
         self.image_size = size
@@ -192,7 +192,7 @@ class Encoder(nn.Module):
             ``(B, C_i, H_i, W_i)`` for each stage, fine to coarse.
 
         Raises:
-            UserError: timm offers no intermediate features of this backbone.
+            UserError: Timm offers no intermediate features of this backbone.
         """
         if not hasattr(self.model, "forward_intermediates"):
             raise UserError(f"timm gives no intermediate features of {self.backbone}")
@@ -206,11 +206,11 @@ class Encoder(nn.Module):
         """Channels, height and width of each stage's map, from a dry run.
 
         Args:
-            height: of the images in pixels.
-            width: likewise.
+            height: Height of the images in pixels.
+            width: Likewise.
 
         Raises:
-            AssertionError, RuntimeError, ValueError: the backbone can't take this size.
+            AssertionError, RuntimeError, ValueError: The backbone can't take this size.
         """
         with self._dry_run(height, width) as blank:
             maps = self.stages(blank)
@@ -242,14 +242,14 @@ def build_encoder(
     """Make an encoder for a backbone.
 
     Args:
-        backbone: a timm architecture name, with a tag (``resnet18.a1_in1k``) or without.
-        image_size: side of the images in pixels; default the backbone's own. Backbones whose
+        backbone: A timm architecture name, with a tag (``resnet18.a1_in1k``) or without.
+        image_size: Side of the images in pixels; default the backbone's own. Backbones whose
             weights depend on the size are built for it.
-        pretrained: load timm's weights from the hub (or its cache); else random ones.
+        pretrained: Load timm's weights from the hub (or its cache); else random ones.
 
     Raises:
-        UserError: the name is unknown, or the size does not suit the backbone.
-        WeightsUnavailableError: the weights can't be had.
+        UserError: The name is unknown, or the size does not suit the backbone.
+        WeightsUnavailableError: The weights can't be had.
     """
     name = backbone.split(".")[0]
     if not timm.is_model(name):

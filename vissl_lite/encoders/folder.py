@@ -30,9 +30,9 @@ def save_encoder(encoder: Encoder, folder: Path, about: dict[str, Any]) -> None:
     ``timm.create_model("local-dir:FOLDER", pretrained=True)`` gives the same outputs.
 
     Args:
-        encoder: what to save.
-        folder: where; made if missing.
-        about: how it was trained; stands under ``vissl_lite`` in ``config.json``.
+        encoder: Encoder to save.
+        folder: Folder to write; created if it is missing.
+        about: Record of the training; stored under ``vissl_lite`` in ``config.json``.
     """
     save_model(encoder.model, folder, encoder.model_args, encoder.image_size, {"vissl_lite": about})
 
@@ -43,11 +43,11 @@ def save_model(
     """Write any timm model as a folder that timm loads; each file appears whole or not at all.
 
     Args:
-        model: the timm model.
-        folder: where; made if missing.
-        model_args: arguments that ``timm.create_model`` needs beside the name.
-        image_size: side in pixels.
-        extra: more keys of ``config.json``.
+        model: The timm model.
+        folder: Folder to write; created if it is missing.
+        model_args: Arguments that ``timm.create_model`` needs beside the name.
+        image_size: Side in pixels.
+        extra: More keys of ``config.json``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = dict(model.pretrained_cfg)
@@ -80,13 +80,13 @@ def load_encoder(source: str | Path, image_size: int | None = None) -> Encoder:
     """Load an encoder.
 
     Args:
-        source: a run, an encoder folder, ``timm:NAME`` (pre-trained weights from the hub) or
+        source: A run, an encoder folder, ``timm:NAME`` (pre-trained weights from the hub) or
             ``random:NAME`` (untrained; reproducible through ``torch.manual_seed``).
-        image_size: for ``timm:`` and ``random:``, side of the images in pixels; default the
+        image_size: Side of the images in pixels for ``timm:`` and ``random:``; default the
             backbone's own. Folders know their size.
 
     Raises:
-        UserError: there is no encoder, or it is damaged, or its training has diverged.
+        UserError: There is no encoder, or it is damaged, or its training has diverged.
     """
     kind, _, name = str(source).partition(":")
     if name and kind in ("timm", "random"):
@@ -107,11 +107,11 @@ def encoder_for(source: str, image_size: int | None) -> Encoder:
     """Load an encoder to be used on labelled images.
 
     Args:
-        source: a run, an encoder folder, ``timm:NAME`` or ``random:NAME``.
-        image_size: side in pixels; default the encoder's.
+        source: A run, an encoder folder, ``timm:NAME`` or ``random:NAME``.
+        image_size: Side in pixels; default the encoder's.
 
     Raises:
-        UserError: there is no such encoder, or it can't take the size.
+        UserError: There is no such encoder, or it can't take the size.
     """
     check_count("image_size", image_size)
     encoder = load_encoder(source, image_size)
@@ -124,14 +124,14 @@ def load_model(folder: Path, num_classes: int | None = None) -> tuple[Any, dict[
     """Build a timm model from its folder and load the weights.
 
     Args:
-        folder: with ``config.json`` and ``model.safetensors``.
+        folder: Folder with ``config.json`` and ``model.safetensors``.
         num_classes: 0 to leave out a classifier; default what the folder holds.
 
     Returns:
         The model, with the folder's ``pretrained_cfg``, and the content of ``config.json``.
 
     Raises:
-        UserError: the folder is damaged or its weights are another architecture's.
+        UserError: The folder is damaged or its weights are another architecture's.
     """
     config = read_model_config(folder / CONFIG)
     name, has_classes = config["architecture"], config["num_classes"]
@@ -156,8 +156,8 @@ def check_finite(module: nn.Module, source: str) -> None:
     """Raise a UserError for weights and buffers that no image can go through.
 
     Args:
-        module: with the weights.
-        source: where they come from.
+        module: Module to load the weights into.
+        source: Source of the weights, for messages.
     """
     tensors = [*module.named_parameters(), *module.named_buffers()]
     if not all(one.isfinite().all() for _, one in tensors):
@@ -174,12 +174,12 @@ def load_weights(encoder: Encoder, file: Path) -> None:
     """Load a plain timm state dict, without running any code that the file may hold.
 
     Args:
-        encoder: takes the weights; a classifier in the file is left out.
+        encoder: Takes the weights; a classifier in the file is left out.
         file: ``.safetensors``, or what ``torch.save`` wrote of a state dict, bare or under the key
             ``state_dict`` or ``model``.
 
     Raises:
-        UserError: the file can't be read safely, or is of another architecture.
+        UserError: The file can't be read safely, or is of another architecture.
     """
     weights = _without_classifier(read_weights(file), encoder.model)
     _load(encoder.model, weights, str(file), encoder.backbone)
@@ -208,7 +208,7 @@ def read_torch(file: Path) -> Any:
     """Read what ``torch.save`` wrote; nothing is unpickled but tensors and plain values.
 
     Raises:
-        UserError: the file is missing or damaged, or holds other Python objects.
+        UserError: The file is missing or damaged, or holds other Python objects.
     """
     if not file.is_file():
         raise UserError(f"{file} does not exist")
@@ -230,7 +230,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     """Read tensors by name from a safetensors or torch file; nothing is unpickled but tensors.
 
     Raises:
-        UserError: the file is missing, damaged, or holds anything else than tensors.
+        UserError: The file is missing, damaged, or holds anything else than tensors.
     """
     if file.suffix == ".safetensors":
         if not file.is_file():
@@ -252,7 +252,7 @@ def _read_shapes(file: Path) -> dict[str, list[int]]:
     """The shapes of the tensors in a safetensors file, by name; only its header is read.
 
     Raises:
-        UserError: the file is missing or damaged.
+        UserError: The file is missing or damaged.
     """
     if not file.is_file():
         raise UserError(f"{file} does not exist")
@@ -294,12 +294,12 @@ def load_tensors(module: nn.Module, weights: Mapping[str, Tensor], source: str) 
     """Copy tensors into a module that has all of them, in these shapes.
 
     Args:
-        module: takes them; may have others beside them.
-        weights: by name.
-        source: where they come from.
+        module: Takes them; may have others beside them.
+        weights: Weights by name.
+        source: Source of the weights, for messages.
 
     Raises:
-        UserError: they are of another kind of number, or not finite.
+        UserError: They are of another kind of number, or not finite.
     """
     own = module.state_dict()
     for key, value in weights.items():

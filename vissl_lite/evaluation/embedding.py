@@ -45,7 +45,7 @@ class ImageMap:
     Attributes:
         paths: N absolute paths.
         labels: ``(N,)`` class indices, or None.
-        classes: names of the classes; empty without labels.
+        classes: Names of the classes; empty without labels.
         coordinates: ``(N, 2)`` by method: ``pca``, and ``umap`` where it could be had.
         neighbors: ``(N, k)`` indices of the images most alike, nearest first.
         similarities: ``(N, k)`` their cosine similarities.
@@ -87,7 +87,7 @@ class ImageMap:
         """Read what ``save`` wrote; nothing is unpickled.
 
         Raises:
-            UserError: the file is missing or damaged.
+            UserError: The file is missing or damaged.
         """
         content = read_npz(file, LARGEST)
         try:
@@ -164,16 +164,16 @@ def make_map(
     """Embed images and prepare all that a map of them shows.
 
     Args:
-        encoder: whose embeddings.
-        paths: image files. Broken ones are left out, and named in the log.
+        encoder: Encoder of the embeddings.
+        paths: Image files. Broken ones are left out, and named in the log.
         labels: ``(N,)`` class indices.
-        classes: their names.
-        most: more images than these are sampled.
-        seed: chooses the sample, and where UMAP begins.
-        progress: called with the number of images embedded since the last call.
+        classes: Their names.
+        most: More images than these are sampled.
+        seed: Chooses the sample, and where UMAP begins.
+        progress: Called with the number of images embedded since the last call.
 
     Raises:
-        UserError: no image can be read, or the features are no finite numbers.
+        UserError: No image can be read, or the features are no finite numbers.
     """
     chosen = np.sort(np.random.default_rng(seed).permutation(len(paths))[:most])
     layers, good = extract(encoder, [paths[i] for i in chosen], progress=progress)
@@ -197,7 +197,7 @@ def methods(images: int) -> list[Method]:
     """Which flat maps can be had: UMAP if ``umap-learn`` is installed and the images suffice.
 
     Args:
-        images: how many there are.
+        images: Number of images.
     """
     umap = images >= UMAP_LEAST and importlib.util.find_spec("umap") is not None
     return ["pca", "umap"] if umap else ["pca"]
@@ -210,7 +210,7 @@ def flat_map(features: np.ndarray, method: Method, seed: int) -> np.ndarray:
         features: ``(N, D)``.
         method: ``pca``: the two directions of largest variance, signs fixed; or ``umap``: McInnes
             et al. 2018 (arXiv 1802.03426) with its authors' defaults and cosine distance.
-        seed: the same one gives the same map on the same machine.
+        seed: The same one gives the same map on the same machine.
 
     Returns:
         ``(N, 2)`` float32.
@@ -237,8 +237,8 @@ def nearest(features: np.ndarray, k: int, block: int = 1024) -> tuple[np.ndarray
 
     Args:
         features: ``(N, D)``.
-        k: how many; at most N - 1 are given.
-        block: images at a time, so that N² similarities never are in memory.
+        k: Number of neighbors; at most N - 1 are returned.
+        block: Images at a time, so that N² similarities never are in memory.
 
     Returns:
         ``(N, k)`` int64 indices and ``(N, k)`` float32 similarities, most similar first.
@@ -281,9 +281,9 @@ def near_duplicates(
 
     Args:
         features: ``(N, D)``.
-        threshold: cosine similarity from which a pair counts.
-        most: pairs at most, those most alike.
-        block: images at a time.
+        threshold: Cosine similarity from which a pair counts.
+        most: Pairs at most, those most alike.
+        block: Images at a time.
 
     Returns:
         ``(P, 2)`` int64 indices, the smaller first, the pairs most alike first.

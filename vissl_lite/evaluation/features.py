@@ -18,10 +18,10 @@ def extract(
     """Features of images.
 
     Args:
-        encoder: whose.
-        paths: image files.
-        layers: give the mean-pooled maps of every stage too.
-        progress: called with the number of images done since the last call.
+        encoder: Encoder to use.
+        paths: Image files.
+        layers: Give the mean-pooled maps of every stage too.
+        progress: Called with the number of images done since the last call.
 
     Returns:
         ``(N, D)`` float32 features by layer: ``last`` is the encoder's output; and ``(N,)`` bool:

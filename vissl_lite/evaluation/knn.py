@@ -22,9 +22,9 @@ def knn_predict(
         bank: ``(N, D)`` training features.
         labels: ``(N,)`` int class indices of the bank.
         queries: ``(M, D)`` features to classify.
-        k: neighbors; at most N of them can vote.
+        k: Neighbors; at most N of them can vote.
         temperature: 0.07 in both papers.
-        batch_size: queries at a time.
+        batch_size: Queries at a time.
 
     Returns:
         ``(M,)`` predicted class indices.

@@ -23,8 +23,8 @@ class LinearProbe:
     """A fitted probe.
 
     Attributes:
-        penalty: the L2 penalty that did best on the validation part.
-        val_accuracy: there, with that penalty; None where there are no validation images.
+        penalty: The L2 penalty that did best on the validation part.
+        val_accuracy: There, with that penalty; None where there are no validation images.
         test_predictions: ``(M,)`` class indices.
     """
 
@@ -44,11 +44,11 @@ def linear_probe(
 
     Args:
         train: ``(N, D)`` features and ``(N,)`` class indices.
-        val: likewise; may be empty where labels are too few: then the penalty is 0.01.
+        val: Likewise; may be empty where labels are too few: then the penalty is 0.01.
         test: ``(M, D)`` features; their labels never arrive here.
 
     Raises:
-        UserError: the training images are of one class only, as when those of the others have
+        UserError: The training images are of one class only, as when those of the others have
             gone.
     """
     if len(np.unique(train[1])) < 2:

@@ -116,7 +116,7 @@ class EncoderMetrics:
             counts: Images to use. Those that can't be read are left out, for later calls too.
 
         Raises:
-            UserError: none of the images can be read.
+            UserError: None of the images can be read.
         """
         features, self._unlabelled = _extract(encoder, self._unlabelled, counts.unlabelled)
         one, other = self.embed_views(encoder, counts.unlabelled)
@@ -265,7 +265,7 @@ class OnlineEvaluation(Callback):
             module: Pretext task.
 
         Raises:
-            UserError: at the first evaluation, none of the images can be read.
+            UserError: At the first evaluation, none of the images can be read.
         """
         started = time.monotonic()
         first = self._counts is None

@@ -50,7 +50,7 @@ class ProbeScore:
 
     Attributes:
         right: ``(M,)`` bool: which of them it classifies correctly.
-        chosen: what the validation images decided, such as ``{"penalty": 0.01}``.
+        chosen: Hyperparameters chosen on validation images, such as ``{"penalty": 0.01}``.
     """
 
     right: np.ndarray
@@ -77,7 +77,7 @@ def extract_part(
         progress: Called with the number of images done since the last call.
 
     Raises:
-        UserError: none of the images can be read, or the features are not finite numbers.
+        UserError: None of the images can be read, or the features are not finite numbers.
     """
     if len(part) == 0:
         return NO_FEATURES
@@ -110,7 +110,7 @@ def evaluate_features(
         layer: Layer whose features are used.
 
     Raises:
-        UserError: the training images are of one class only, for the linear probe.
+        UserError: The training images are of one class only, for the linear probe.
     """
     (x_train, y_train), (x_val, y_val) = train.of_layer(layer), val.of_layer(layer)
     x_test, y_test = test.of_layer(layer)

@@ -29,10 +29,10 @@ class FingerprintCallback(Callback):
     epoch leaves over, as it fills no batch, is added then, if there was a second one.
 
     Args:
-        run: the run folder.
-        data: the training stream.
+        run: The run folder.
+        data: The training stream.
         schedule: Schedule of the run; its batches are counted before this callback runs.
-        before: images that the encoder has seen before this run, if it did not start untrained.
+        before: Images that the encoder has seen before this run, if it did not start untrained.
     """
 
     def __init__(

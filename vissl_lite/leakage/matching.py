@@ -34,11 +34,11 @@ class Leak(NamedTuple):
     """A judged image and where it was seen before.
 
     Attributes:
-        part: the judged part, test or val.
-        path: the judged file.
+        part: The judged part, test or val.
+        path: The judged file.
         where: ``pretraining``, or the labelled part ``train`` or ``val``.
-        encoder: whose pre-training; empty for a labelled part.
-        twin: the file there.
+        encoder: Encoder whose pre-training used the image; empty for a labelled part.
+        twin: The file there.
         kind: ``exact`` (the same bytes) or ``similar`` (the same picture to all appearance).
         similarity: 1 for an exact one.
     """
@@ -57,10 +57,10 @@ class Leaks:
     """What was found.
 
     Attributes:
-        found: test images first. Validation images among the pre-training images are in it too,
+        found: Test images first. Validation images among the pre-training images are in it too,
             though they are no harm: often all but the test part is pre-trained on, unlabelled.
-        left_out: by part, the files not to be used; empty unless asked for.
-        broken: by part, the files that can't be read, and why. They are named in the log.
+        left_out: Files not to be used, by part; empty unless asked for.
+        broken: Unreadable files and the reasons, by part. They are named in the log.
     """
 
     found: list[Leak]
@@ -95,13 +95,13 @@ def seen_by(encoder: str) -> Fingerprints | None:
     """The fingerprints of the images that an encoder was pre-trained on.
 
     Args:
-        encoder: a run, or the encoder folder in it; anything else has none.
+        encoder: A run, or the encoder folder in it; anything else has none.
 
     Returns:
         None where they were not kept.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: The file is damaged.
     """
     folder = Path(encoder)
     for run in (folder, *([folder.parent] if folder.name == "encoder" else [])):
@@ -124,16 +124,16 @@ def check_leaks(
     Test images are looked for in the validation part, too: it chooses.
 
     Args:
-        parts: image files of the parts ``train``, ``val`` and ``test``; each may be empty.
-        seen: what each encoder was pre-trained on, where that is known.
+        parts: Image files of the parts ``train``, ``val`` and ``test``; each may be empty.
+        seen: Images that each encoder was pre-trained on, if known.
         leaks: ``warn`` says what was found; ``error`` refuses to go on; ``exclude`` leaves out test
             images that were seen in pre-training or are in the training part, and validation images
             that are in the training or the test part.
-        listed: the file that the found ones will be listed in, to be named.
-        progress: called with the number of images done since the last call.
+        listed: The file that the found ones will be listed in, to be named.
+        progress: Called with the number of images done since the last call.
 
     Raises:
-        UserError: there are leaks and they are an error, or no test image would be left.
+        UserError: There are leaks and they are an error, or no test image would be left.
     """
     prints, broken = {}, {}
     for name in ("train", "val", "test"):

@@ -38,7 +38,7 @@ def compiled(module: nn.Module) -> Iterator[None]:
     is compiled: there are few passes, at other sizes.
 
     Args:
-        module: such as a pretext task.
+        module: Such as a pretext task.
     """
     owners: list[tuple[nn.Module, str]] = []
     for encoder in [one for one in module.modules() if isinstance(one, Encoder)]:

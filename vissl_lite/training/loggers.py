@@ -16,10 +16,10 @@ def logger_names(given: Sequence[str] | str | None) -> list[str]:
     """The loggers to use; nothing is imported yet.
 
     Args:
-        given: names of ``LOGGERS``, or ``none``; None for TensorBoard where it is installed.
+        given: Names of ``LOGGERS``, or ``none``; None for TensorBoard where it is installed.
 
     Raises:
-        UserError: a name is unknown, or its package is not installed.
+        UserError: A name is unknown, or its package is not installed.
     """
     if given is None:
         return ["tensorboard"] if find_spec("tensorboard") else []
@@ -43,8 +43,8 @@ def make_loggers(names: Sequence[str], run: Path) -> list[Logger]:
     writes into the run, too.
 
     Args:
-        names: of ``logger_names``.
-        run: the run folder, whose name is theirs.
+        names: Names of ``logger_names``.
+        run: Run folder; its name is the name of the run.
     """
     # here, as each import is for those alone who use it
     from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger

@@ -23,11 +23,11 @@ def out_of_memory(
     Of a network in parts, whose processes can't try alone, it names none.
 
     Args:
-        module: whose ``training_step`` ran out of memory.
-        trainer: where it ran.
-        dataset: its images.
-        batch_size: what did not fit, over all devices.
-        accumulate: batches an optimizer step.
+        module: Module whose ``training_step`` ran out of memory.
+        trainer: Trainer that it ran in.
+        dataset: Training images.
+        batch_size: Batch size that did not fit, over all devices.
+        accumulate: Batches an optimizer step.
     """
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "this machine"
     if is_sharded(module):
@@ -73,10 +73,10 @@ def largest_that_fits(
     """Halve a batch until it fits.
 
     Args:
-        try_out: takes a size; raises a ``RuntimeError``, of which ``torch.OutOfMemoryError`` is
+        try_out: Takes a size; raises a ``RuntimeError``, of which ``torch.OutOfMemoryError`` is
             one, or a ``MemoryError`` if that does not fit.
-        clean: called after each trial.
-        too_large: a size that does not fit.
+        clean: Called after each trial.
+        too_large: A size that does not fit.
 
     Returns:
         The largest size tried that fits; 0 if not even 2 does.

@@ -22,7 +22,7 @@ def share_of_side(progress: float) -> float:
     """The side of views at a moment of the run, as a share of their own.
 
     Args:
-        progress: share of the run that is done, in [0, 1].
+        progress: Share of the run that is done, in [0, 1].
     """
     risen = min(1.0, max(0.0, (progress - RISES) / (WHOLE - RISES)))
     if risen == 1:
@@ -37,8 +37,8 @@ def shrink(views: Tensor, share: float, encoder: Encoder) -> Tensor:
 
     Args:
         views: ``(B, C, S, S)`` uint8.
-        share: of the side, in (0, 1].
-        encoder: gives the nearest size that it can take.
+        share: Fraction of the side, in (0, 1].
+        encoder: Gives the nearest size that it can take.
 
     Returns:
         ``(B, C, s, s)`` uint8.

@@ -60,8 +60,9 @@ def shard(module: pl.LightningModule, mesh: DeviceMesh) -> None:
     synchronized first.
 
     Args:
-        module: with its weights; its ``training_step`` is the only way to compute with it then.
-        mesh: the processes, as ``sharded_strategy`` arranges them.
+        module: Module with its weights; its ``training_step`` is the only way to compute with it
+            then.
+        mesh: The processes, as ``sharded_strategy`` arranges them.
     """
     mesh = mesh["data_parallel"]
     # FSDP2 takes no weights that are channels last. What they are multiplied with still is.

@@ -31,9 +31,9 @@ class LabelledDataset(ABC):
 
     Attributes:
         classes: K names.
-        train: to train on.
-        val: to choose by; may be empty.
-        test: to report on.
+        train: Images to train on.
+        val: Images for model selection; may be empty.
+        test: Images to report on.
     """
 
     classes: list[str]
@@ -50,7 +50,7 @@ class LabelledDataset(ABC):
         """The data set with some of its images.
 
         Args:
-            kept: indices by part, ascending; a part that is not named stays whole.
+            kept: Indices by part, ascending; a part that is not named stays whole.
         """
 
     @abstractmethod
@@ -62,12 +62,12 @@ class LabelledDataset(ABC):
         A smaller amount is always contained in a larger one of the same seed.
 
         Args:
-            fraction: share in (0, 1]; None takes all.
-            shots: labels per class, instead, where each image has one class.
-            seed: which ones.
+            fraction: Share in (0, 1]; None takes all.
+            shots: Labels per class, instead, where each image has one class.
+            seed: Seed of the choice.
 
         Raises:
-            UserError: both are given, a number is out of range, or the data have no such labels.
+            UserError: Both are given, a number is out of range, or the data have no such labels.
         """
 
     @abstractmethod
@@ -82,11 +82,11 @@ class LabelledDataset(ABC):
         """The data set without some image files.
 
         Args:
-            left_out: by part, files that are not to be used.
-            broken: by part, files that can't be read, and why.
+            left_out: Files that are not to be used, by part.
+            broken: Unreadable files and the reasons, by part.
 
         Raises:
-            UserError: what is left is too little to train on or to evaluate by.
+            UserError: What is left is too little to train on or to evaluate by.
         """
         for part in PARTS:
             paths, gone = self.paths(part), broken.get(part, {})
@@ -163,7 +163,7 @@ class TrainedModel(Protocol):
     """A fine-tuned model.
 
     Attributes:
-        encoder: the part of it that came from pre-training: knows how images go in.
+        encoder: The part of it that came from pre-training: knows how images go in.
         classes: K names.
     """
 
@@ -178,8 +178,8 @@ class Scores(Protocol):
     """How well a model does on the test part.
 
     Attributes:
-        metrics: by name; the first one is the task's usual figure.
-        per_class: by class, then by name.
+        metrics: Metrics by name; the first one is the main metric of the task.
+        per_class: Metrics by class, then by name.
         right: ``(N,)`` bool: which images are classified rightly, if that is what is counted.
     """
 
@@ -203,11 +203,11 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
     """What can be learned from labels: one object for each task, without any state.
 
     Attributes:
-        name: as in ``--task``.
-        options: dataclass of the options that only some tasks have.
-        settings: dataclass of all settings of a training: ``TransferSettings`` and the options.
-        curves: metrics of the training that are drawn.
-        takes_shots: whether labels can be counted per class.
+        name: Name as in ``--task``.
+        options: Dataclass of the options that only some tasks have.
+        settings: Dataclass of all settings of a training: ``TransferSettings`` and the options.
+        curves: Metrics of the training that are drawn.
+        takes_shots: Whether labels can be counted per class.
     """
 
     name: str
@@ -220,8 +220,8 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
         """The settings of a training.
 
         Args:
-            options: has the task's own options among its attributes.
-            **common: of ``TransferSettings``.
+            options: Has the task's own options among its attributes.
+            **common: Common of ``TransferSettings``.
         """
         own = {field.name: getattr(options, field.name) for field in fields(self.options)}
         return self.settings(**common, **own)
@@ -231,11 +231,11 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
         """Read a labelled data set.
 
         Args:
-            source: folder or file, as the user gave it.
-            settings: the seed of splits that are made here, and the task's own options.
+            source: Folder or file, as the user gave it.
+            settings: The seed of splits that are made here, and the task's own options.
 
         Raises:
-            UserError: nothing is there, or it can't be used.
+            UserError: Nothing is there, or it can't be used.
         """
 
     @abstractmethod
@@ -252,11 +252,11 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
         """Log how much of an encoder the model uses, where that is not all of it.
 
         Args:
-            encoder: as it was loaded.
-            source: where its weights come from.
+            encoder: Loaded encoder.
+            source: Source of its weights.
 
         Raises:
-            UserError: none of it.
+            UserError: None of it.
         """
 
     @abstractmethod
@@ -279,11 +279,11 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
         """Fine-tune a copy of an encoder; the validation part chooses the weights.
 
         Args:
-            encoder: left as it is.
-            data: of which the test part is not looked at.
-            settings: how.
-            hardware: where; default one device.
-            files: where metrics and checkpoints go.
+            encoder: Left as it is.
+            data: Labelled images; the test part is not used.
+            settings: Settings of the training.
+            hardware: Hardware to train on; default one device.
+            files: Files for metrics and checkpoints.
         """
 
     @abstractmethod
@@ -299,9 +299,9 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
         """Write the model folder.
 
         Args:
-            model: from ``train``.
-            folder: made if missing.
-            about: how it was trained.
+            model: Model from ``train``.
+            folder: Made if missing.
+            about: Record of the training.
         """
 
     @abstractmethod
@@ -309,7 +309,7 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
         """Read a model folder, or the one in a run.
 
         Raises:
-            UserError: there is no model for this task, or it is damaged.
+            UserError: There is no model for this task, or it is damaged.
         """
 
     @abstractmethod
@@ -317,8 +317,8 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
         """Write predictions for images.
 
         Args:
-            model: from ``load``.
-            predictions: the images, and where files and pictures go.
+            model: Model from ``load``.
+            predictions: The images, and where files and pictures go.
 
         Returns:
             The file or folder of the predictions, and how many images could be read.
@@ -329,8 +329,8 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
         """The model as a network from decoded images to what a user wants to know.
 
         Args:
-            model: from ``load``.
-            folder: that it was loaded from.
+            model: Model from ``load``.
+            folder: Folder that it was loaded from.
         """
 
 

@@ -19,7 +19,7 @@ def crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
     Args:
         image: ``(h, w, C)`` uint8.
-        size: height and width, which are equal.
+        size: Height and width, which are equal.
     """
     return resize_and_crop(image, size[0])
 
@@ -29,17 +29,17 @@ class ExportModel:
     """A model from decoded images to what a user wants to know.
 
     Attributes:
-        layers: normalization, the model, and the last step: from ``(B, 3, H, W)`` uint8.
+        layers: Normalization, the model, and the last step: from ``(B, 3, H, W)`` uint8.
         task: ``encoder``, or the name of the task.
-        outputs: the names of what comes out.
-        image_size: height and width in pixels.
-        timm_folder: where it stands in timm's format; None where it does not.
-        about: more facts for users of the ONNX file, by name.
-        any_size: whether images of other sizes mean something to it.
-        fixed_size: why images can't have another size than it was trained at; empty if they can.
-        prepare: from an image and ``image_size`` to what goes in, and
-        preparation: the same in words, in which ``{size}`` is the size. None for ``crop``.
-        translations: operators of its own, for torch's ONNX exporter.
+        outputs: The names of what comes out.
+        image_size: Height and width in pixels.
+        timm_folder: Where it stands in timm's format; None where it does not.
+        about: More facts for users of the ONNX file, by name.
+        any_size: Whether images of other sizes mean something to it.
+        fixed_size: Why images can't have another size than it was trained at; empty if they can.
+        prepare: From an image and ``image_size`` to what goes in, and
+        preparation: The same in words, in which ``{size}`` is the size. None for ``crop``.
+        translations: Operators of its own, for torch's ONNX exporter.
     """
 
     layers: nn.Sequential
@@ -71,11 +71,11 @@ def export_encoder(source: str, image_size: int | None) -> ExportModel:
     """An encoder to be exported.
 
     Args:
-        source: see ``load_encoder``.
-        image_size: likewise.
+        source: See ``load_encoder``.
+        image_size: Likewise.
 
     Raises:
-        UserError: there is no encoder, or it is damaged.
+        UserError: There is no encoder, or it is damaged.
     """
     encoder = load_encoder(source, image_size)
     # not `encoder` itself, whose care for bf16 on small images the exporter can't follow

@@ -45,17 +45,17 @@ class TransferSettings:
     """How to train on labels, whatever the task.
 
     Attributes:
-        frozen: train the head alone, on the encoder as it is.
+        frozen: Train the head alone, on the encoder as it is.
         epochs: None for as many as make 1,000 steps, between 10 and 100.
         batch_size: None for the task's own, or a quarter of the images where they are few.
-        optimizer: name, peak learning rate, weight decay, layer-wise decay.
-        warmup: share of the training in which the learning rate rises.
-        patience: stop after so many looks at the validation part without a better figure; there
+        optimizer: Name, peak learning rate, weight decay, layer-wise decay.
+        warmup: Share of the training in which the learning rate rises.
+        patience: Stop after so many looks at the validation part without a better figure; there
             are 25 looks in a training. None never stops early.
-        min_crop_scale: smallest share of the image's area in a training view.
-        upright: whether the images have an up; without one they are turned and flipped.
-        seed: of everything random.
-        pretrained: whether the encoder's weights are more than random ones.
+        min_crop_scale: Smallest share of the image's area in a training view.
+        upright: Whether the images have an up; without one they are turned and flipped.
+        seed: Seed of everything random.
+        pretrained: Whether the encoder's weights are more than random ones.
     """
 
     frozen: bool = False
@@ -73,11 +73,11 @@ class TransferSettings:
         """The batch size for a training part.
 
         Args:
-            images: in the training part.
-            usual: the task's own batch size.
+            images: In the training part.
+            usual: The task's own batch size.
 
         Raises:
-            UserError: what was asked for is larger than the training part.
+            UserError: What was asked for is larger than the training part.
         """
         if self.batch_size is not None and self.batch_size > images:
             raise UserError(
@@ -90,8 +90,8 @@ class EvalResult(NamedTuple):
     """What a look at the validation part saw.
 
     Attributes:
-        rank: larger is better; the first number decides, the others where it is equal.
-        values: what is logged, by name.
+        rank: Larger is better; the first number decides, the others where it is equal.
+        values: What is logged, by name.
     """
 
     rank: tuple[float, ...]
@@ -102,11 +102,11 @@ class BestWeights(Callback):
     """Looks at the validation part now and then; keeps the best weights; stops early.
 
     Args:
-        model: whose weights.
-        evaluate: looks at the validation part.
+        model: Whose weights.
+        evaluate: Looks at the validation part.
         schedule: Schedule of the training.
-        every: batches from one look to the next; the last batch is followed by one too.
-        patience: see ``TransferSettings``.
+        every: Batches from one look to the next; the last batch is followed by one too.
+        patience: See ``TransferSettings``.
     """
 
     def __init__(
@@ -170,16 +170,16 @@ def train(
     """Train a task's model; the weights that the validation part finds best are in it afterwards.
 
     Args:
-        task: with ``training_step`` and ``configure_optimizers``.
-        model: in it; left on the CPU.
-        dataset: the training images.
-        batch_size: images per step.
-        settings: how.
-        evaluate: looks at the validation part; None where there is none: the last weights stay.
-        hardware: where; default one device.
-        files: where metrics and checkpoints go; a checkpoint holds the best weights so far, too.
-        title: of the progress bar.
-        weights: sampling weights; see ``StreamSampler``.
+        task: With ``training_step`` and ``configure_optimizers``.
+        model: In it; left on the CPU.
+        dataset: The training images.
+        batch_size: Images per step.
+        settings: Settings of the training.
+        evaluate: Looks at the validation part; None where there is none: the last weights stay.
+        hardware: Hardware to train on; default one device.
+        files: Where metrics and checkpoints go; a checkpoint holds the best weights so far, too.
+        title: Title of the progress bar.
+        weights: Sampling weights; see ``StreamSampler``.
     """
     per_epoch = len(dataset) // batch_size
     epochs = settings.epochs or min(100, max(10, math.ceil(1000 / per_epoch)))
@@ -201,10 +201,10 @@ def save_with_head(model: nn.Module, encoder: Encoder, folder: Path, about: dict
     """Write a model that is an encoder and a head: ``encoder/`` in timm's format, and the head.
 
     Args:
-        model: holds the encoder somewhere; all its other tensors are the head's.
-        encoder: that part of it.
-        folder: the model folder.
-        about: what is needed to build the head again: ``task``, ``classes`` and so on.
+        model: Holds the encoder somewhere; all its other tensors are the head's.
+        encoder: That part of it.
+        folder: The model folder.
+        about: What is needed to build the head again: ``task``, ``classes`` and so on.
     """
     save_encoder(encoder, folder / "encoder", about)
     inside = _prefix(model, encoder)
@@ -223,15 +223,15 @@ def load_with_head(
     """Load what ``save_with_head`` wrote.
 
     Args:
-        source: a run of ``finetune``, or the ``model`` folder in it.
-        task: which task the model must be for.
-        build: makes the model from the encoder and the content of ``head.json``.
+        source: A run of ``finetune``, or the ``model`` folder in it.
+        task: Which task the model must be for.
+        build: Makes the model from the encoder and the content of ``head.json``.
 
     Returns:
         The model and the content of ``head.json``.
 
     Raises:
-        UserError: there is no model for this task, or it is damaged.
+        UserError: There is no model for this task, or it is damaged.
     """
     folder = model_folder(source)
     about = read_head(folder)
@@ -259,10 +259,10 @@ def read_head(folder: Path) -> dict[str, Any] | None:
     """The content of ``head.json``, its classes checked; None for a folder in timm's format.
 
     Args:
-        folder: the model folder.
+        folder: The model folder.
 
     Raises:
-        UserError: it is damaged.
+        UserError: It is damaged.
     """
     file = folder / HEAD
     if not file.is_file():
@@ -302,10 +302,10 @@ def model_folder(source: Path) -> Path:
     """The folder of a fine-tuned model.
 
     Args:
-        source: a run of ``finetune``, or the ``model`` folder in it.
+        source: A run of ``finetune``, or the ``model`` folder in it.
 
     Raises:
-        UserError: there is no model.
+        UserError: There is no model.
     """
     for folder in (source / "model", source):
         if (folder / HEAD).is_file() or (folder / CONFIG).is_file():

@@ -28,10 +28,10 @@ class Predictions:
     """The images that predictions are made for, and where they go.
 
     Attributes:
-        paths: the image files.
-        run: the run folder.
-        pictures: of how many images a picture is wanted.
-        advance: called with the number of images done since the last call.
+        paths: The image files.
+        run: The run folder.
+        pictures: Of how many images a picture is wanted.
+        advance: Called with the number of images done since the last call.
     """
 
     paths: list[str]
@@ -73,7 +73,7 @@ def file_name(name: str) -> str:
     One that would be too long for a file system is cut, and gets a hash of the whole in its place.
 
     Args:
-        name: of the image file.
+        name: Name of the image file.
     """
     whole = os.fsencode(name)
     if len(whole) <= MOST_BYTES:

@@ -33,14 +33,14 @@ class Pyramid(nn.Module):
     al. 2022, ViTDet, section 3). GroupNorm stands where batches of two would upset BatchNorm.
 
     Args:
-        encoder: whose ``stages`` come in.
-        channels: of each map that goes out, a multiple of 8.
-        finest: smallest stride in pixels that is wanted. Maps that are finer are left out, but for
+        encoder: Whose ``stages`` come in.
+        channels: Channels of each map that goes out, a multiple of 8.
+        finest: Smallest stride in pixels that is wanted. Maps that are finer are left out, but for
             the two coarsest, which always stay.
 
     Attributes:
-        channels: as given.
-        strides: of the maps that go out, fine to coarse.
+        channels: As given.
+        strides: Strides of the maps that go out, fine to coarse.
     """
 
     def __init__(self, encoder: Encoder, channels: int, finest: int = 4) -> None:
@@ -70,7 +70,7 @@ class Pyramid(nn.Module):
         """The maps of a pyramid.
 
         Args:
-            stages: of the encoder, ``(B, C_i, H_i, W_i)``, fine to coarse.
+            stages: Stages of the encoder, ``(B, C_i, H_i, W_i)``, fine to coarse.
 
         Returns:
             ``(B, channels, H / stride, W / stride)`` for each of the strides.
@@ -124,7 +124,7 @@ class PyramidSettings(TransferSettings, FrozenNormOption):
     """How to train an encoder with a pyramid and a head.
 
     Attributes:
-        frozen_norm: leave the encoder's BatchNorms as they are, for batches too small for them.
+        frozen_norm: Leave the encoder's BatchNorms as they are, for batches too small for them.
             None does so for a pre-trained encoder if the batch size is below 8.
     """
 
@@ -153,8 +153,8 @@ class PyramidTraining(pl.LightningModule, Generic[PyramidModelT, PyramidSettings
     """A model that holds an encoder: what stands still of it, and its optimizer.
 
     Args:
-        model: a detector or segmenter, with its encoder as ``encoder``.
-        settings: how to train it.
+        model: A detector or segmenter, with its encoder as ``encoder``.
+        settings: How to train it.
     """
 
     def __init__(self, model: PyramidModelT, settings: PyramidSettingsT) -> None:
@@ -180,11 +180,11 @@ def report_use(encoder: Encoder, source: str) -> None:
     """Log how many of an encoder's tensors a pyramid's gradient reaches.
 
     Args:
-        encoder: as the model holds it.
-        source: where its weights come from.
+        encoder: As the model holds it.
+        source: Source of its weights.
 
     Raises:
-        UserError: none of them: training would go on as if from nothing.
+        UserError: None of them: training would go on as if from nothing.
     """
     size = encoder.image_size
     device = next(encoder.parameters()).device

@@ -34,7 +34,7 @@ def split_in_three(items: Sequence[T]) -> dict[str, list[T]]:
     It does not follow the run's seed: the test part must stay the test part from run to run.
 
     Args:
-        items: sorted in a way that does not depend on the machine.
+        items: Sorted in a way that does not depend on the machine.
     """
     order = np.random.default_rng(0).permutation(len(items))
     held = max(1, round(len(items) * TEST_SHARE)) if len(items) > 2 else 0
@@ -56,12 +56,12 @@ def take_share(items: Sequence[T], fraction: float | None, seed: int) -> list[T]
     """A seeded share of the items, at least one; a smaller share is contained in a larger one.
 
     Args:
-        items: the whole.
-        fraction: share in (0, 1]; None takes all.
-        seed: which ones.
+        items: The whole.
+        fraction: Share in (0, 1]; None takes all.
+        seed: Seed of the choice.
 
     Raises:
-        UserError: the share is out of range.
+        UserError: The share is out of range.
     """
     if fraction is None:
         return list(items)
@@ -84,7 +84,7 @@ def read_rows(file: Path) -> tuple[list[str], Rows]:
     """The columns and rows of a CSV file.
 
     Raises:
-        UserError: it can't be read, is not UTF-8 but for names of files, or has a column twice or
+        UserError: It can't be read, is not UTF-8 but for names of files, or has a column twice or
             too many of them.
     """
     text = read_bytes(file).decode("utf-8-sig", "surrogateescape")
@@ -141,7 +141,7 @@ def splits(file: Path, rows: Rows) -> list[str]:
     """The column split: train, val or test for each row.
 
     Raises:
-        UserError: it says something else, or there are no training images.
+        UserError: It says something else, or there are no training images.
     """
     names = ["val" if row["split"] in VAL_NAMES else row["split"] for row in rows]
     unknown = [name for name in names if name not in ("train", "val", "test")]
@@ -184,7 +184,7 @@ class FileTree:
     """The files under a folder, listed when first asked for; hidden ones are left out.
 
     Args:
-        folder: searched recursively; links to folders are followed, each folder once.
+        folder: Searched recursively; links to folders are followed, each folder once.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -235,8 +235,8 @@ class FileTree:
         least deep. A file in the folder of another split is none, where the split has its own.
 
         Args:
-            name: a path, absolute or not, perhaps of another machine; or one without its suffix.
-            split: train, val or test, where known.
+            name: A path, absolute or not, perhaps of another machine; or one without its suffix.
+            split: Train, val or test, where known.
 
         Returns:
             Its path, or None if there is none, or several that are equally near.

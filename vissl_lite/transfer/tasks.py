@@ -39,7 +39,7 @@ def find_task(name: str) -> AnyTask:
     """A task by its name.
 
     Raises:
-        UserError: there is none of this name.
+        UserError: There is none of this name.
     """
     if name not in TASKS:
         raise UserError(f"--task {name} is none of {', '.join(TASKS)}")
@@ -50,8 +50,8 @@ def check_given(task: AnyTask, given: Mapping[str, Any]) -> None:
     """Raise a UserError for options that are given, but are those of other tasks.
 
     Args:
-        task: that was chosen.
-        given: values by the names of options; None takes an option back.
+        task: That was chosen.
+        given: Values by the names of options; None takes an option back.
     """
     for name, value in given.items():
         owners = _owners(name)
@@ -78,10 +78,10 @@ def find_model(source: Path) -> tuple[AnyTask, Path]:
     """The task of a fine-tuned model, and the model folder.
 
     Args:
-        source: a run of ``finetune``, or the ``model`` folder in it.
+        source: A run of ``finetune``, or the ``model`` folder in it.
 
     Raises:
-        UserError: there is no model, or it is damaged.
+        UserError: There is no model, or it is damaged.
     """
     folder = model_folder(source)
     head = read_head(folder)

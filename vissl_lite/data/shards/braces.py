@@ -18,7 +18,7 @@ def expand(pattern: str) -> list[str]:
     Several patterns are joined by ``::``; ``${NAME}`` is the environment's variable ``WDS_NAME``.
 
     Raises:
-        UserError: the braces are not balanced, they stand for too many names, or a variable is not
+        UserError: The braces are not balanced, they stand for too many names, or a variable is not
             set.
     """
     from webdataset.shardlists import braceexpand, envsubst
@@ -44,11 +44,11 @@ def count_names(pattern: str, depth: int = 0) -> int:
     """How many names ``braceexpand`` makes of a pattern.
 
     Args:
-        pattern: with braces.
-        depth: of the braces around it.
+        pattern: Pattern with braces.
+        depth: Depth of the braces around it.
 
     Raises:
-        UserError: the braces are not balanced, or too many are inside one another.
+        UserError: The braces are not balanced, or too many are inside one another.
     """
     if depth > _DEPTH:
         raise UserError(f"{pattern} has braces more than {_DEPTH} deep")

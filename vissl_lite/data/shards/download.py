@@ -96,8 +96,8 @@ def open_url(url: str, persistent: bool = True) -> "io.BufferedReader":
     Reading raises a ``DownloadError``.
 
     Args:
-        url: where.
-        persistent: whether a host that is unknown or lets nobody in, or a command that fails, is
+        url: URL to read from.
+        persistent: Whether a host that is unknown or lets nobody in, or a command that fails, is
             tried again.
     """
     return io.BufferedReader(_Download(url, persistent), BUFFER)
@@ -107,11 +107,11 @@ def fetch(url: str, most: int) -> bytes:
     """All that is behind a URL.
 
     Args:
-        url: where.
-        most: bytes.
+        url: URL to read from.
+        most: Maximum number of bytes.
 
     Raises:
-        DownloadError: it can't be read to its end, or it is larger.
+        DownloadError: It can't be read to its end, or it is larger.
     """
     with open_url(url, persistent=False) as file:
         content = file.read(most + 1)

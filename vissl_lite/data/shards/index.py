@@ -45,9 +45,9 @@ class Entry(NamedTuple):
     """A shard in an index.
 
     Attributes:
-        url: as it stands there.
-        images: how many it holds.
-        size: in bytes; None where it is not known.
+        url: URL as given in the index.
+        images: Number of images in it.
+        size: Size in bytes; None if it is not known.
     """
 
     url: str
@@ -60,9 +60,9 @@ class _Index:
     """An index that was looked for.
 
     Attributes:
-        entries: by the places of the shards; None where there is no index.
-        named: the same by their names, where only one has it.
-        why: it can't be used.
+        entries: Entries of the index by URL of the shard; None without an index.
+        named: The same by their names, where only one has it.
+        why: It can't be used.
     """
 
     entries: dict[str, Entry] | None
@@ -84,14 +84,14 @@ def find_shards(sources: Sequence[str]) -> Shards | None:
     without one are counted.
 
     Args:
-        sources: names with braces, as ``train-{000000..000099}.tar``, of files or of URLs that
+        sources: Names with braces, as ``train-{000000..000099}.tar``, of files or of URLs that
             curl or ``webdataset.gopen`` open; indices, or folders with one.
 
     Returns:
         None where no source is of that kind.
 
     Raises:
-        UserError: some are and some are not; shards do not exist, can't be counted or hold nothing.
+        UserError: Some are and some are not; shards do not exist, can't be counted or hold nothing.
     """
     kinds = {are_shards(source): source for source in sources}
     if True not in kinds:
@@ -247,7 +247,7 @@ def parse_index(content: bytes) -> list[Entry]:
             and perhaps ``filesize``; what else there is does not matter.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: It is something else.
     """
     try:
         read = parse_json(content, "it")
@@ -277,7 +277,7 @@ def _resolve(place: str, url: str) -> str:
     """The place of a shard in an index: beside it, or elsewhere.
 
     Raises:
-        UserError: an index may not name that.
+        UserError: An index may not name that.
     """
     kind = url.strip().partition(":")[0].lower()
     if kind == "pipe":  # commands are for who runs this to give
@@ -323,7 +323,7 @@ def index_text(shards: Sequence[tuple[str, int, int]]) -> str:
     """The content of an index.
 
     Args:
-        shards: name, number of images and bytes of each.
+        shards: Name, number of images and bytes of each.
     """
     entries = [{"url": n, "nsamples": count, "filesize": size} for n, count, size in shards]
     content = {

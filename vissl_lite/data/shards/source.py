@@ -28,8 +28,8 @@ class BrokenShardError(Exception):
     """A shard can't be read from some image on.
 
     Args:
-        at: how many images come before.
-        why: what went wrong.
+        at: Number of images before it.
+        why: Reason.
     """
 
     def __init__(self, at: int, why: str) -> None:
@@ -41,9 +41,9 @@ class Member(NamedTuple):
     """An image in a shard.
 
     Attributes:
-        position: its number in the shard.
-        name: in the tar.
-        data: the image file's bytes.
+        position: Number of the image in the shard.
+        name: Name in the tar file.
+        data: The image file's bytes.
     """
 
     position: int
@@ -58,7 +58,7 @@ class Shards:
     Attributes:
         urls: S files or URLs.
         counts: ``(S,)`` int64, images in each.
-        image_bytes: size of an image file on average; None where it is not known.
+        image_bytes: Size of an image file on average; None where it is not known.
     """
 
     urls: list[str]
@@ -83,13 +83,13 @@ class Shards:
         """Some images of a shard, one after the other, each once.
 
         Args:
-            shard: which.
-            positions: numbers of images in it, ascending.
-            name_rest: whether the log says so where the last image that is known is read and the
+            shard: Shard.
+            positions: Numbers of images in it, ascending.
+            name_rest: Whether the log says so where the last image that is known is read and the
                 shard has more.
 
         Raises:
-            BrokenShardError: not all of them are there.
+            BrokenShardError: Not all of them are there.
         """
         if not len(positions):
             return
@@ -126,7 +126,7 @@ class ImageMembers:
     """Which members of a tar are images, told in their order.
 
     Attributes:
-        count: how many were.
+        count: Number of images.
     """
 
     def __init__(self) -> None:

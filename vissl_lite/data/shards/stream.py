@@ -56,10 +56,10 @@ class Order:
     """The sequence of images in an epoch.
 
     Args:
-        shards: where they are.
-        seed: the run's.
-        epoch: from 0.
-        lost: what can't be read is added to it.
+        shards: Shards to read.
+        seed: Seed of the run.
+        epoch: Number of the epoch, from 0.
+        lost: Receives what cannot be read.
     """
 
     def __init__(self, shards: Shards, seed: int, epoch: int, lost: list[Lost]) -> None:
@@ -74,11 +74,11 @@ class Order:
         stand for those that are missing: each for one.
 
         Args:
-            places: ascending; those beyond the end count from the start.
-            again: how many shards in a row could not be read.
+            places: Ascending positions; those beyond the end count from the start.
+            again: Number of successive shards that could not be read.
 
         Raises:
-            UserError: too many shards in a row can't be read.
+            UserError: Too many shards in a row can't be read.
         """
         images, starts = int(self.ends[-1]), self.shards.starts
         for some in (places[places < images], places[places >= images] - images):
@@ -109,10 +109,10 @@ def mixed(images: int, window: int, first: int, seed: Sequence[int]) -> Iterator
     The window grows from small, for the first batch not to wait until it is full.
 
     Args:
-        images: length of the stretch.
-        window: places to choose from.
-        first: the same for the first one; it grows by one place each time.
-        seed: of the choice.
+        images: Length of the stretch.
+        window: Places to choose from.
+        first: The same for the first one; it grows by one place each time.
+        seed: Seed of the choice.
     """
     words = np.random.SeedSequence(seed).generate_state(4)
     draw = random.Random(words.tobytes()).random
@@ -131,14 +131,14 @@ class ShardStream(IterableDataset[Batch]):
     """The batches of one rank; see the module. Its workers take turns, a batch each.
 
     Args:
-        shards: the images.
-        views: the augmentations.
-        seed: the run's seed.
-        batch_size: images per batch over all ranks, a multiple of ``world``.
-        epochs: how many; None for a stream without end.
-        start: number of the first batch, to resume: exactly with the same ``world`` and workers.
-        rank: this process.
-        world: number of processes.
+        shards: The images.
+        views: The augmentations.
+        seed: Seed of the run.
+        batch_size: Images per batch over all ranks, a multiple of ``world``.
+        epochs: Number of epochs; None for an endless stream.
+        start: Number of the first batch, to resume: exactly with the same ``world`` and workers.
+        rank: This process.
+        world: Number of processes.
     """
 
     def __init__(
@@ -181,9 +181,9 @@ class ShardStream(IterableDataset[Batch]):
         """What one worker reads, epoch after epoch, without end.
 
         Args:
-            turn: it makes the batches whose numbers, divided by ``workers``, leave this.
-            workers: of the rank.
-            lost: what can't be read is added to it.
+            turn: Batches to make: those whose number modulo ``workers`` is this.
+            workers: Workers of the rank.
+            lost: Receives what cannot be read.
         """
         epoch, done = divmod(self.start, self.per_epoch)
         while True:
@@ -236,9 +236,9 @@ class ShardSource(Source):
     """Shards as the images of a run.
 
     Args:
-        shards: where they are.
-        views: the augmentations.
-        seed: the run's seed.
+        shards: Shards to read.
+        views: The augmentations.
+        seed: Seed of the run.
     """
 
     def __init__(self, shards: Shards, views: Views, seed: int) -> None:
@@ -303,9 +303,9 @@ def read_images(
     """Some images by their numbers, ascending; what can't be read is left out.
 
     Args:
-        shards: where they are.
-        numbers: of the images.
-        lost: gets why some of a shard can't be read.
+        shards: Shards to read.
+        numbers: Numbers of the images.
+        lost: Gets why some of a shard can't be read.
     """
     starts = shards.starts
     places = np.searchsorted(np.cumsum(shards.counts), numbers, side="right")
@@ -323,11 +323,11 @@ def write_sample(shards: Shards, folder: Path) -> None:
     """Write some images from a few shards as files, for all that looks at images.
 
     Args:
-        shards: where they are.
-        folder: it is there; the names of the files are the images' numbers.
+        shards: Shards to read.
+        folder: Existing folder; files are named by the numbers of the images.
 
     Raises:
-        UserError: none can be read.
+        UserError: None can be read.
     """
     some, lost = np.flatnonzero(shards.counts), list[str]()
     if len(some) > SAMPLE_SHARDS:

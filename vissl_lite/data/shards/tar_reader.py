@@ -46,7 +46,7 @@ class TarReader:
     After ``next`` call ``read`` or ``skip``. All of them raise ``BROKEN_TAR``.
 
     Args:
-        file: a tar, which may be compressed by gzip, bzip2 or xz.
+        file: A tar, which may be compressed by gzip, bzip2 or xz.
     """
 
     def __init__(self, file: io.BufferedReader) -> None:

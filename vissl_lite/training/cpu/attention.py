@@ -38,7 +38,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         query: ``(..., N, D)``.
         key: ``(..., M, D)``.
         value: ``(..., M, D')``.
-        scale: on the products of queries and keys.
+        scale: Factor of the products of queries and keys.
 
     Returns:
         ``(..., N, D')``.

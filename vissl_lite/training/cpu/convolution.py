@@ -47,10 +47,10 @@ def convolution(
         images: ``(B, C, H, W)``, channels last in memory.
         weight: ``(C', C, h, w)``.
         bias: ``(C',)``.
-        stride: in pixels.
-        padding: pixels of zeros around the images.
-        dilation: only 1 is known here.
-        groups: likewise.
+        stride: Stride in pixels.
+        padding: Pixels of zeros around the images.
+        dilation: Must be 1.
+        groups: Likewise.
 
     Returns:
         ``(B, C', H', W')`` bf16, channels last.

@@ -30,8 +30,8 @@ class Part:
     """One part of a labelled data set.
 
     Attributes:
-        paths: image files.
-        labels: where each image has one class, ``(N,)`` int64, indices into the data set's
+        paths: Image files.
+        labels: Where each image has one class, ``(N,)`` int64, indices into the data set's
             classes; where it may have several or none (multi-label), ``(N, K)`` int64: 1 for each
             class that an image has, else 0.
     """
@@ -54,9 +54,9 @@ class LabelledImages(LabelledDataset):
 
     Attributes:
         classes: K names, sorted.
-        train, val: may lose labels to ``subsample``.
-        test: empty only where the caller asked for no test part.
-        note: what the log of a run should say about how the labels were read; mostly nothing.
+        train, val: May lose labels to ``subsample``.
+        test: Empty only where the caller asked for no test part.
+        note: What the log of a run should say about how the labels were read; mostly nothing.
     """
 
     classes: list[str]
@@ -118,13 +118,13 @@ class LabelledImages(LabelledDataset):
         A smaller amount is always contained in a larger one of the same seed.
 
         Args:
-            fraction: share of each class in (0, 1]; at least one image of each. With several labels
+            fraction: Share of each class in (0, 1]; at least one image of each. With several labels
                 an image, where no class has images to itself, share of the images.
-            shots: images per class, instead.
-            seed: which ones.
+            shots: Images per class, instead.
+            seed: Seed of the choice.
 
         Raises:
-            UserError: both are given, a number is out of range, or shots with several labels an
+            UserError: Both are given, a number is out of range, or shots with several labels an
                 image.
         """
         if fraction is None and shots is None:
@@ -205,21 +205,21 @@ def load_labelled(
     holds 0 or 1 (false or true, empty for 0) alone.
 
     Args:
-        source: a folder ``train/<class>/*`` with ``test/`` and optionally ``val/``; or plain class
+        source: A folder ``train/<class>/*`` with ``test/`` and optionally ``val/``; or plain class
             folders; or a CSV file with the columns ``path`` and ``label``, and optionally
             ``split`` (train, val, test), paths relative to the file. Without splits a seeded,
             stratified 60/20/20 split is made; without a validation part, 20 % of the training part
             becomes one. With several labels per image both go by chance.
-        seed: of the splits that are made here.
-        need_test: whether missing test images are an error.
-        need_val: whether to take a missing validation part out of the training part.
-        multi_label: whether the caller can take several labels per image.
+        seed: Seed of the splits that are made here.
+        need_test: Whether missing test images are an error.
+        need_val: Whether to take a missing validation part out of the training part.
+        multi_label: Whether the caller can take several labels per image.
 
     Returns:
         The parts, each sorted by path.
 
     Raises:
-        UserError: nothing there, one class only, no test images, a class in a part that the
+        UserError: Nothing there, one class only, no test images, a class in a part that the
             training part lacks, or several labels per image where one is needed.
     """
     source = Path(source)

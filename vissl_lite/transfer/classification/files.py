@@ -33,11 +33,11 @@ class FoundLabels(NamedTuple):
     """What class folders or a CSV file say about images.
 
     Attributes:
-        images: path, and the names of the classes: one, unless this is multi-label.
-        splits: train, val or test for each image; None where nothing is said.
-        multi_label: whether an image may have several classes, or none.
-        classes: names that are known without an image, from the header.
-        note: what the log of a run should say about how the labels were read.
+        images: Path, and the names of the classes: one, unless this is multi-label.
+        splits: Train, val or test for each image; None where nothing is said.
+        multi_label: Whether an image may have several classes, or none.
+        classes: Names that are known without an image, from the header.
+        note: What the log of a run should say about how the labels were read.
     """
 
     images: list[tuple[str, tuple[str, ...]]]
@@ -60,7 +60,7 @@ def read_folder(folder: Path) -> FoundLabels:
     """Labels from ``train/<class>/*`` (with ``test/`` and perhaps ``val/``) or ``<class>/*``.
 
     Raises:
-        UserError: there are no class folders, or one has no images.
+        UserError: There are no class folders, or one has no images.
     """
     if not (folder / "train").is_dir():
         return FoundLabels(_class_folders(folder))
@@ -92,7 +92,7 @@ def read_csv(file: Path) -> FoundLabels:
         The images sorted by path, so that no split depends on the order of rows.
 
     Raises:
-        UserError: the file can't be read, lacks a column or a value, or names missing files.
+        UserError: The file can't be read, lacks a column or a value, or names missing files.
     """
     columns, rows = read_rows(file)
     path = next((name for name in _PATH_COLUMNS if name in columns), None)

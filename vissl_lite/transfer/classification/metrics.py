@@ -60,11 +60,11 @@ class TestScores:
     """How well a classifier does on the test part.
 
     Attributes:
-        metrics: with one class an image ``top1`` (share classified rightly) and ``macro_f1``;
-            with several labels ``map`` (mean average precision), ``auroc`` and ``macro_f1`` (at a
-            probability of one half), nan without a class to score. Means over classes count each
-            alike.
-        per_class: by name: ``precision``, ``recall``, ``f1``; with several labels ``ap``,
+        metrics: Metrics with one class an image ``top1`` (share classified rightly) and
+            ``macro_f1``; with several labels ``map`` (mean average precision), ``auroc`` and
+            ``macro_f1`` (at a probability of one half), nan without a class to score. Means over
+            classes count each alike.
+        per_class: By name: ``precision``, ``recall``, ``f1``; with several labels ``ap``,
             ``auroc``, ``f1`` of the classes that some test images have and some have not, which
             are those that the means are over.
         confusion: ``(K, K)`` images, by true class (row) and predicted class (column); None with

@@ -22,10 +22,10 @@ class Classifier(nn.Module):
     """A timm model with a classifier, and what is needed to use it.
 
     Args:
-        encoder: becomes a part of it, and its timm model gets a new classifier if it has none for
+        encoder: Becomes a part of it, and its timm model gets a new classifier if it has none for
             these classes.
         classes: K names.
-        multi_label: whether an image may have several: the probability of each is then the sigmoid
+        multi_label: Whether an image may have several: the probability of each is then the sigmoid
             of its logit, else all of them are a softmax.
     """
 
@@ -67,8 +67,8 @@ def score_classifier(classifier: Classifier, data: LabelledImages) -> TestScores
     """Score a classifier on the test part.
 
     Args:
-        classifier: from ``train_classifier``.
-        data: whose test part.
+        classifier: Classifier from ``train_classifier``.
+        data: Whose test part.
     """
     logits, good = class_logits(classifier, data.test.paths)
     target = torch.from_numpy(data.test.labels[good])
@@ -79,9 +79,9 @@ def save_classifier(classifier: Classifier, folder: Path, about: dict[str, Any])
     """Write a model folder in timm's format.
 
     Args:
-        classifier: what to save.
-        folder: where; made if missing.
-        about: how it was trained.
+        classifier: What to save.
+        folder: Folder to write; created if it is missing.
+        about: Record of the training.
     """
     encoder = classifier.encoder
     about = {**about, "multi_label": classifier.multi_label}
@@ -93,10 +93,10 @@ def load_classifier(source: Path) -> Classifier:
     """Load what ``save_classifier`` wrote.
 
     Args:
-        source: a run of ``finetune``, or the ``model`` folder in it.
+        source: A run of ``finetune``, or the ``model`` folder in it.
 
     Raises:
-        UserError: there is no classifier, or it is damaged.
+        UserError: There is no classifier, or it is damaged.
     """
     folder = model_folder(source)
     if not (folder / CONFIG).is_file():

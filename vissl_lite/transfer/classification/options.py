@@ -22,11 +22,11 @@ class ClassifierSettings(TransferSettings, ClassificationOptions):
     """How to train a classifier.
 
     Attributes:
-        label_smoothing: share s of the target that is spread over all classes (Szegedy et al. 2016,
+        label_smoothing: Share s of the target that is spread over all classes (Szegedy et al. 2016,
             section 7); with several labels per image over yes and no, so that targets are s / 2 and
             1 - s / 2.
-        balanced: sample all classes equally often.
-        class_weights: what classes weigh in the loss, see ``loss_weights``: ``balanced``, or a
+        balanced: Sample all classes equally often.
+        class_weights: What classes weigh in the loss, see ``loss_weights``: ``balanced``, or a
             weight by name. None for all alike.
     """
 

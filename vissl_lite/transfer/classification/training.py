@@ -40,8 +40,8 @@ def check_settings(settings: ClassifierSettings, data: LabelledImages) -> None:
     """Raise a UserError if settings do not suit the data.
 
     Args:
-        settings: how to train.
-        data: on what.
+        settings: How to train.
+        data: On what.
     """
     if settings.balanced and data.multi_label:
         raise UserError(
@@ -64,13 +64,13 @@ def loss_weights(chosen: str | dict[str, float] | None, data: LabelledImages) ->
 
     Args:
         chosen: ``balanced``, or weights by class name (1 for classes not named); None for 1.
-        data: whose training part is counted.
+        data: Data whose training part is counted.
 
     Returns:
         ``(K,)``.
 
     Raises:
-        UserError: an unknown word or class name, or a weight that is not positive.
+        UserError: An unknown word or class name, or a weight that is not positive.
     """
     labels, count = data.train.labels, len(data.classes)
     if isinstance(chosen, dict):
@@ -105,7 +105,7 @@ def one_label_loss(logits: Tensor, target: Tensor, weights: Tensor, smoothing: f
         logits: ``(B, K)``.
         target: ``(B,)`` class indices.
         weights: ``(K,)``.
-        smoothing: share of the target that is spread over all classes.
+        smoothing: Share of the target that is spread over all classes.
     """
     losses = F.cross_entropy(logits, target, label_smoothing=smoothing, reduction="none")
     return (weights[target] * losses).mean()
@@ -120,7 +120,7 @@ def several_labels_loss(
         logits: ``(B, K)``.
         target: ``(B, K)`` of 0 and 1.
         weights: ``(K,)``, on the side of the loss that asks for the class.
-        smoothing: s; targets are s / 2 and 1 - s / 2.
+        smoothing: S; targets are s / 2 and 1 - s / 2.
     """
     soft = target * (1 - smoothing) + smoothing / 2
     return F.binary_cross_entropy_with_logits(logits, soft, pos_weight=weights)
@@ -130,9 +130,9 @@ class ClassifierTraining(pl.LightningModule):
     """How a classifier is trained.
 
     Args:
-        classifier: with K classes.
-        data: whose training part it is trained on.
-        settings: how to train it.
+        classifier: With K classes.
+        data: Whose training part it is trained on.
+        settings: How to train it.
     """
 
     def __init__(
@@ -171,9 +171,9 @@ def classifier_views(size: int, min_crop_scale: float, upright: bool) -> Views:
     """One training view: a random crop, perhaps flipped.
 
     Args:
-        size: side in pixels.
-        min_crop_scale: smallest share of the image's area.
-        upright: whether the images have an up; see ``flip``.
+        size: Side in pixels.
+        min_crop_scale: Smallest share of the image's area.
+        upright: Whether the images have an up; see ``flip``.
     """
     one = [random_crop(size, min_crop_scale), flip(upright)]
     return Views([one], shortest=crop_decode_size(size, min_crop_scale))
@@ -190,19 +190,19 @@ def train_classifier(
     """Fine-tune a copy of an encoder. The test part is not looked at.
 
     Args:
-        encoder: left as it is.
-        data: trained on ``train``; the weights with the best accuracy on ``val`` (with several
+        encoder: Left as it is.
+        data: Trained on ``train``; the weights with the best accuracy on ``val`` (with several
             labels per image, mean average precision) are kept, or the last ones if it is empty.
-        settings: how.
-        hardware: where; default one device.
-        files: where metrics and checkpoints go.
-        title: of the progress bar.
+        settings: Settings of the training.
+        hardware: Hardware to train on; default one device.
+        files: Files for metrics and checkpoints.
+        title: Title of the progress bar.
 
     Returns:
         A classifier with a class for each of the data's.
 
     Raises:
-        UserError: the batch is larger than the training part, or settings do not suit the data.
+        UserError: The batch is larger than the training part, or settings do not suit the data.
     """
     check_settings(settings, data)
     if data.note:
