@@ -140,7 +140,7 @@ def run_in_batches(
 
 
 def check_outputs(outputs: Iterable[Tensor | np.ndarray], place: str) -> None:
-    """Raise a UserError for outputs that are no finite numbers.
+    """Raise a UserError for outputs that are not finite numbers.
 
     All images are refused with the one that shows it: a model whose sums overflow on one image is
     not to be trusted on others.

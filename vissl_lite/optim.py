@@ -27,7 +27,7 @@ class OptimizerSettings:
         weight_decay: Weight decay of matrices and kernels; biases and norms have none.
         layer_decay: Factor on the learning rate from one layer to the one below it (BEiT, Bao et
             al. 2021); 1 trains all layers alike.
-        scaling: How the learning rate grows with the batch: ``linear`` (Goyal et al. 2017),
+        scaling: Scaling of the learning rate with the batch: ``linear`` (Goyal et al. 2017),
             ``sqrt`` (Malladi et al. 2022, for Adam) or ``none``.
         clip_norm: Largest norm of the gradient; 0 does not clip it.
     """

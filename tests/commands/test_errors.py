@@ -327,7 +327,7 @@ def test_no_model(refused: Refused, few: Path) -> None:
 
 def test_an_encoder_is_no_classifier(refused: Refused, few: Path, encoder: Path) -> None:
     error = refused("predict", "--model", encoder, "--data", few, "--out", "run")
-    assert "is no classifier" in error
+    assert "is not a classifier" in error
 
 
 @pytest.mark.parametrize("command", ["probe", "finetune"])

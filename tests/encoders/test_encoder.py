@@ -464,7 +464,7 @@ def test_a_torch_file_that_is_cut_short_is_a_mistake(kept: float, tmp_path: Path
 @pytest.mark.parametrize("content", [torch.zeros(3), [1, 2], {"epoch": 3}, "text"])
 def test_a_file_of_anything_else_is_no_state_dict(content: Any, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "w.pth")
-    with pytest.raises(UserError, match="is no state dict: expected tensors by name"):
+    with pytest.raises(UserError, match="is not a state dict: expected tensors by name"):
         read_weights(tmp_path / "w.pth")
 
 

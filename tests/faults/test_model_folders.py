@@ -336,7 +336,7 @@ def test_statistics_that_can_not_be_are_refused(
     for key, value in tries:
         config = changed(whole, ("pretrained_cfg", key), [0.5, value, 0.5])
         (folder / "config.json").write_text(json.dumps(config))
-        assert f"is damaged: {key} is no number" in refused(capsys, *command), value
+        assert f"is damaged: {key} is not a number" in refused(capsys, *command), value
         assert not (tmp_path / "f.npz").exists()
 
 

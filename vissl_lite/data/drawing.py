@@ -267,7 +267,7 @@ def draw(name: str, rng: Generator, size: int = 64) -> tuple[Image.Image, np.nda
     """Draw one picture of a class.
 
     Args:
-        name: One of `CLASSES`.
+        name: Class, one of ``CLASSES``.
         rng: The source of everything that is random in it.
         size: Width and height in pixels.
 

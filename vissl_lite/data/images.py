@@ -80,7 +80,7 @@ def find_images(sources: Sequence[str | Path]) -> list[str]:
             raise UserError(f"{source} does not exist")
         if not paths and odd:
             raise UserError(
-                f"no images found in {source}: {len(odd)} are no regular files but "
+                f"no images found in {source}: {len(odd)} are not regular files but "
                 f"{_ODD}, the first {odd[0]}"
             )
         if not paths:
@@ -106,7 +106,7 @@ def walk(
     Args:
         folder: Folder to search; the paths begin with it.
         suffixes: Suffixes of the files to find, in lower case and with a dot.
-        odd: Gets the paths of those that are no regular files.
+        odd: Gets the paths of those that are not regular files.
 
     Raises:
         UserError: A folder can't be read.

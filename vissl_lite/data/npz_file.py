@@ -52,7 +52,7 @@ def read_npz(file: Path, largest: int | None = None) -> dict[str, np.ndarray]:
             arrays = {name: content[name] for name in content.files}
         for name, array in arrays.items():
             if not isinstance(array, np.ndarray) or array.size > array.nbytes:
-                raise ValueError(f"{name} is no array")
+                raise ValueError(f"{name} is not an array")
     except _UNREADABLE as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
         raise UserError(f"{file} is damaged: {reason}") from None

@@ -122,7 +122,7 @@ def _checked(content: Any) -> dict[str, Any]:
 def checked_names(value: Any, what: str) -> list[str]:
     """A list of at least one text; TypeError for anything else."""
     if not isinstance(value, list) or not value or not all(isinstance(one, str) for one in value):
-        raise TypeError(f"{what} is no list of names")
+        raise TypeError(f"{what} is not a list of names")
     return value
 
 
@@ -139,7 +139,7 @@ def checked_statistics(mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[fl
     found = []
     for what, values, least, most in (("mean", mean, 0.0, 1.0), ("std", std, 1e-3, 10.0)):
         if not isinstance(values, list) or len(values) != _CHANNELS:
-            raise TypeError(f"{what} is no list of {_CHANNELS} numbers: {_shown(values)}")
+            raise TypeError(f"{what} is not a list of {_CHANNELS} numbers: {_shown(values)}")
         found.append(tuple(_number(value, what, least, most) for value in values))
     return found[0], found[1]
 
@@ -153,12 +153,12 @@ def _check_description(saved: dict[str, Any]) -> None:
         _whole(side, "input_size", 1, LARGEST_SIDE)
     for key in ("interpolation", "crop_mode", "license", "tag"):
         if not isinstance(saved.get(key, ""), str | None):
-            raise TypeError(f"{key} is no text: {_shown(saved[key])}")
+            raise TypeError(f"{key} is not text: {_shown(saved[key])}")
     for key in ("first_conv", "classifier"):
         names = saved.get(key)
         some = names if isinstance(names, list) else [] if names is None else [names]
         if not all(isinstance(name, str) and name for name in some):
-            raise TypeError(f"{key} is no name of a layer: {_shown(names)}")
+            raise TypeError(f"{key} is not a name of a layer: {_shown(names)}")
     if not isinstance(saved.get("fixed_input_size", False), bool):
         raise TypeError("fixed_input_size is neither true nor false")
     _number(saved.get("crop_pct", 1.0), "crop_pct", 0.0, 10.0)
@@ -183,7 +183,7 @@ def _check_argument(key: str, value: Any) -> None:
             raise TypeError(f"{key} is neither true nor false: {_shown(value)}")
     elif key in _WORDS:
         if not isinstance(value, str):
-            raise TypeError(f"{key} is no word: {_shown(value)}")
+            raise TypeError(f"{key} is not a word: {_shown(value)}")
     else:
         known = sorted(_SIZES | _SHARES | _SWITCHES | _WORDS)
         raise ValueError(f"model_args may not hold {_shown(key)}, only {', '.join(known)}")
@@ -191,20 +191,20 @@ def _check_argument(key: str, value: Any) -> None:
 
 def _mapping(value: Any, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise TypeError(f"{what} is no mapping: {_shown(value)}")
+        raise TypeError(f"{what} is not a mapping: {_shown(value)}")
     return dict(value)
 
 
 def _whole(value: Any, what: str, least: int, most: int) -> int:
     if type(value) is not int or not least <= value <= most:
-        raise ValueError(f"{what} is no whole number from {least} to {most}: {_shown(value)}")
+        raise ValueError(f"{what} is not a whole number from {least} to {most}: {_shown(value)}")
     return value
 
 
 def _number(value: Any, what: str, least: float, most: float) -> float:
     # what is not a number does not pass either
     if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
-        raise ValueError(f"{what} is no number from {least:g} to {most:g}: {_shown(value)}")
+        raise ValueError(f"{what} is not a number from {least:g} to {most:g}: {_shown(value)}")
     return float(value)
 
 

@@ -185,7 +185,7 @@ def load_weights(encoder: Encoder, file: Path) -> None:
     _load(encoder.model, weights, str(file), encoder.backbone)
 
 
-# What torch.load raises on bytes that are no checkpoint, whatever they happen to mean as a pickle
+# What torch.load raises on bytes that are not a checkpoint, whatever they happen to mean as a pickle
 _UNREADABLE = (
     pickle.UnpicklingError,
     SafetensorError,
@@ -244,7 +244,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise UserError(f"{file} is no state dict: expected tensors by name")
+        raise UserError(f"{file} is not a state dict: expected tensors by name")
     return {str(name).removeprefix("module."): value for name, value in content.items()}
 
 

@@ -139,7 +139,7 @@ def _array(
     if array.dtype.kind != kind or array.shape != shape:
         raise ValueError(f"{name} is {array.dtype} of shape {array.shape}")
     if kind == "f" and not np.isfinite(array).all():
-        raise ValueError(f"{name} holds what is no finite number")
+        raise ValueError(f"{name} holds what is not a finite number")
     return array
 
 
@@ -173,7 +173,7 @@ def make_map(
         progress: Called with the number of images embedded since the last call.
 
     Raises:
-        UserError: No image can be read, or the features are no finite numbers.
+        UserError: No image can be read, or the features are not finite numbers.
     """
     chosen = np.sort(np.random.default_rng(seed).permutation(len(paths))[:most])
     layers, good = extract(encoder, [paths[i] for i in chosen], progress=progress)
@@ -302,7 +302,7 @@ def near_duplicates(
 
 
 def unit(features: np.ndarray) -> np.ndarray:
-    """``(N, D)`` float32 features scaled to length 1; what is no finite number counts as 0."""
+    """``(N, D)`` float32 features scaled to length 1; what is not a finite number counts as 0."""
     finite = np.nan_to_num(features, nan=0, posinf=0, neginf=0)
     return np.asarray(unit_vectors(finite), np.float32)
 

@@ -29,7 +29,7 @@ class FingerprintCallback(Callback):
     epoch leaves over, as it fills no batch, is added then, if there was a second one.
 
     Args:
-        run: The run folder.
+        run: Run folder.
         data: The training stream.
         schedule: Schedule of the run; its batches are counted before this callback runs.
         before: Images that the encoder has seen before this run, if it did not start untrained.

@@ -140,7 +140,7 @@ def _norm_forward(norm: Any, mask_of: MaskOf, features: Tensor) -> Tensor:
 
 
 def _hide(module: nn.Module, _: Any, output: Tensor, batch: int, mask_of: MaskOf) -> Tensor:
-    """Forward hook: masks an output again, unless it is no feature map of the images."""
+    """Forward hook: masks an output again, unless it is not a feature map of the images."""
     if output.ndim != 4 or len(output) != batch:
         return output
     # timm names the LayerNorms of (B, C, h, w) ...2d; others, and linear layers, take (B, h, w, C)

@@ -33,11 +33,11 @@ class ExportModel:
         task: ``encoder``, or the name of the task.
         outputs: The names of what comes out.
         image_size: Height and width in pixels.
-        timm_folder: Where it stands in timm's format; None where it does not.
+        timm_folder: Folder in timm's format; None if there is none.
         about: More facts for users of the ONNX file, by name.
         any_size: Whether images of other sizes mean something to it.
         fixed_size: Why images can't have another size than it was trained at; empty if they can.
-        prepare: From an image and ``image_size`` to what goes in, and
+        prepare: Function from an image and ``image_size`` to the input of the model, and
         preparation: The same in words, in which ``{size}`` is the size. None for ``crop``.
         translations: Operators of its own, for torch's ONNX exporter.
     """

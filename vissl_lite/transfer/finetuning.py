@@ -73,7 +73,7 @@ class TransferSettings:
         """The batch size for a training part.
 
         Args:
-            images: In the training part.
+            images: Number of training images.
             usual: The task's own batch size.
 
         Raises:
@@ -91,7 +91,7 @@ class EvalResult(NamedTuple):
 
     Attributes:
         rank: Larger is better; the first number decides, the others where it is equal.
-        values: What is logged, by name.
+        values: Values to log, by name.
     """
 
     rank: tuple[float, ...]
@@ -102,7 +102,7 @@ class BestWeights(Callback):
     """Looks at the validation part now and then; keeps the best weights; stops early.
 
     Args:
-        model: Whose weights.
+        model: Model to keep the weights of.
         evaluate: Looks at the validation part.
         schedule: Schedule of the training.
         every: Batches from one look to the next; the last batch is followed by one too.
@@ -170,14 +170,14 @@ def train(
     """Train a task's model; the weights that the validation part finds best are in it afterwards.
 
     Args:
-        task: With ``training_step`` and ``configure_optimizers``.
-        model: In it; left on the CPU.
+        task: Module with ``training_step`` and ``configure_optimizers``.
+        model: Model in the module; it is on the CPU afterwards.
         dataset: The training images.
         batch_size: Images per step.
         settings: Settings of the training.
         evaluate: Looks at the validation part; None where there is none: the last weights stay.
         hardware: Hardware to train on; default one device.
-        files: Where metrics and checkpoints go; a checkpoint holds the best weights so far, too.
+        files: Files for metrics and checkpoints; a checkpoint holds the best weights so far, too.
         title: Title of the progress bar.
         weights: Sampling weights; see ``StreamSampler``.
     """
@@ -202,9 +202,9 @@ def save_with_head(model: nn.Module, encoder: Encoder, folder: Path, about: dict
 
     Args:
         model: Holds the encoder somewhere; all its other tensors are the head's.
-        encoder: That part of it.
+        encoder: Encoder of the model.
         folder: The model folder.
-        about: What is needed to build the head again: ``task``, ``classes`` and so on.
+        about: Record from which the head can be built again: ``task``, ``classes`` and so on.
     """
     save_encoder(encoder, folder / "encoder", about)
     inside = _prefix(model, encoder)
@@ -224,7 +224,7 @@ def load_with_head(
 
     Args:
         source: A run of ``finetune``, or the ``model`` folder in it.
-        task: Which task the model must be for.
+        task: Task that the model must be for.
         build: Makes the model from the encoder and the content of ``head.json``.
 
     Returns:

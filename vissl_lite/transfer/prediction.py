@@ -29,8 +29,8 @@ class Predictions:
 
     Attributes:
         paths: The image files.
-        run: The run folder.
-        pictures: Of how many images a picture is wanted.
+        run: Run folder.
+        pictures: Number of images to draw.
         advance: Called with the number of images done since the last call.
     """
 

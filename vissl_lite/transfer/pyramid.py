@@ -33,13 +33,13 @@ class Pyramid(nn.Module):
     al. 2022, ViTDet, section 3). GroupNorm stands where batches of two would upset BatchNorm.
 
     Args:
-        encoder: Whose ``stages`` come in.
+        encoder: Encoder whose ``stages`` are the input.
         channels: Channels of each map that goes out, a multiple of 8.
         finest: Smallest stride in pixels that is wanted. Maps that are finer are left out, but for
             the two coarsest, which always stay.
 
     Attributes:
-        channels: As given.
+        channels: Channels of the maps.
         strides: Strides of the maps that go out, fine to coarse.
     """
 
@@ -154,7 +154,7 @@ class PyramidTraining(pl.LightningModule, Generic[PyramidModelT, PyramidSettings
 
     Args:
         model: A detector or segmenter, with its encoder as ``encoder``.
-        settings: How to train it.
+        settings: Settings of the training.
     """
 
     def __init__(self, model: PyramidModelT, settings: PyramidSettingsT) -> None:
@@ -180,7 +180,7 @@ def report_use(encoder: Encoder, source: str) -> None:
     """Log how many of an encoder's tensors a pyramid's gradient reaches.
 
     Args:
-        encoder: As the model holds it.
+        encoder: Encoder of the model.
         source: Source of its weights.
 
     Raises:

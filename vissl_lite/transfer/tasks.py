@@ -50,7 +50,7 @@ def check_given(task: AnyTask, given: Mapping[str, Any]) -> None:
     """Raise a UserError for options that are given, but are those of other tasks.
 
     Args:
-        task: That was chosen.
+        task: Task that was chosen.
         given: Values by the names of options; None takes an option back.
     """
     for name, value in given.items():

@@ -62,7 +62,7 @@ class _Index:
     Attributes:
         entries: Entries of the index by URL of the shard; None without an index.
         named: The same by their names, where only one has it.
-        why: It can't be used.
+        why: Reason why it cannot be used.
     """
 
     entries: dict[str, Entry] | None
@@ -264,9 +264,9 @@ def parse_index(content: bytes) -> list[Entry]:
         if not isinstance(url, str) or not url or len(url) > 4096 or not url.isprintable():
             raise ValueError(f"shard {number} in it has a url that is none")
         if type(images) is not int or not 0 <= images <= _MOST_IMAGES:
-            raise ValueError(f"{url} in it has an nsamples that is no number of images")
+            raise ValueError(f"{url} in it has an nsamples that is not a number of images")
         if size is not None and (type(size) is not int or not 0 <= size <= _MOST_BYTES):
-            raise ValueError(f"{url} in it has a filesize that is no number of bytes")
+            raise ValueError(f"{url} in it has a filesize that is not a number of bytes")
         if size is not None and images * _BLOCK > size:
             raise ValueError(f"{url} in it can't hold {images} images in {size} bytes")
         entries.append(Entry(url, images, size))

@@ -118,6 +118,6 @@ class Decoder(nn.Module):
             ``(B, outputs, size, size)``.
         """
         x = self.layers(self.project(last) + self.context(pooled)[:, :, None, None])
-        if x.shape[-1] != size:  # the map's size is no power of two of it
+        if x.shape[-1] != size:  # the map's size is not a power of two of it
             x = F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
         return self.last(x)

@@ -56,7 +56,7 @@ class LabelledImages(LabelledDataset):
         classes: K names, sorted.
         train, val: May lose labels to ``subsample``.
         test: Empty only where the caller asked for no test part.
-        note: What the log of a run should say about how the labels were read; mostly nothing.
+        note: Message about how the labels were read; usually empty.
     """
 
     classes: list[str]

@@ -37,7 +37,7 @@ class FoundLabels(NamedTuple):
         splits: Train, val or test for each image; None where nothing is said.
         multi_label: Whether an image may have several classes, or none.
         classes: Names that are known without an image, from the header.
-        note: What the log of a run should say about how the labels were read.
+        note: Message about how the labels were read.
     """
 
     images: list[tuple[str, tuple[str, ...]]]

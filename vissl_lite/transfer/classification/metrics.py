@@ -64,9 +64,9 @@ class TestScores:
             ``macro_f1``; with several labels ``map`` (mean average precision), ``auroc`` and
             ``macro_f1`` (at a probability of one half), nan without a class to score. Means over
             classes count each alike.
-        per_class: By name: ``precision``, ``recall``, ``f1``; with several labels ``ap``,
-            ``auroc``, ``f1`` of the classes that some test images have and some have not, which
-            are those that the means are over.
+        per_class: Metrics by class name: ``precision``, ``recall``, ``f1``; with several labels
+            ``ap``, ``auroc``, ``f1`` of the classes that some test images have and some have not,
+            which are those that the means are over.
         confusion: ``(K, K)`` images, by true class (row) and predicted class (column); None with
             several labels.
         right: ``(N,)`` bool: which images are classified rightly; None with several labels.

@@ -68,7 +68,7 @@ def score_classifier(classifier: Classifier, data: LabelledImages) -> TestScores
 
     Args:
         classifier: Classifier from ``train_classifier``.
-        data: Whose test part.
+        data: Labelled images; the test part is used.
     """
     logits, good = class_logits(classifier, data.test.paths)
     target = torch.from_numpy(data.test.labels[good])
@@ -79,7 +79,7 @@ def save_classifier(classifier: Classifier, folder: Path, about: dict[str, Any])
     """Write a model folder in timm's format.
 
     Args:
-        classifier: What to save.
+        classifier: Classifier to save.
         folder: Folder to write; created if it is missing.
         about: Record of the training.
     """
@@ -104,7 +104,7 @@ def load_classifier(source: Path) -> Classifier:
     model, config = load_model(folder)
     names, about = config.get("label_names"), config.get("vissl_lite", {})
     if names is None or model.num_classes != len(names):
-        raise UserError(f"{folder} is no classifier: its config.json names no classes")
+        raise UserError(f"{folder} is not a classifier: its config.json names no classes")
     multi_label = about.get("multi_label", False)
     if not isinstance(multi_label, bool):
         raise UserError(f"{folder / CONFIG} is damaged: multi_label is neither true nor false")

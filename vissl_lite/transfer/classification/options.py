@@ -26,7 +26,7 @@ class ClassifierSettings(TransferSettings, ClassificationOptions):
             section 7); with several labels per image over yes and no, so that targets are s / 2 and
             1 - s / 2.
         balanced: Sample all classes equally often.
-        class_weights: What classes weigh in the loss, see ``loss_weights``: ``balanced``, or a
+        class_weights: Weights of the classes in the loss, see ``loss_weights``: ``balanced``, or a
             weight by name. None for all alike.
     """
 

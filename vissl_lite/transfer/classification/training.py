@@ -40,8 +40,8 @@ def check_settings(settings: ClassifierSettings, data: LabelledImages) -> None:
     """Raise a UserError if settings do not suit the data.
 
     Args:
-        settings: How to train.
-        data: On what.
+        settings: Settings of the training.
+        data: Labelled images.
     """
     if settings.balanced and data.multi_label:
         raise UserError(
@@ -130,9 +130,9 @@ class ClassifierTraining(pl.LightningModule):
     """How a classifier is trained.
 
     Args:
-        classifier: With K classes.
-        data: Whose training part it is trained on.
-        settings: How to train it.
+        classifier: Classifier with K classes.
+        data: Labelled images; the training part is used.
+        settings: Settings of the training.
     """
 
     def __init__(
