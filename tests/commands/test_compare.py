@@ -11,9 +11,9 @@ import torch
 
 from vissl_lite.cli import main
 from vissl_lite.comparison import runner
-from vissl_lite.data.sample import make_sample_data
 from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.encoders.folder import save_encoder
+from vissl_lite.sample.dataset import make_sample_data
 from vissl_lite.transfer.classification.data import LabelledImages, load_labelled
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from vissl_lite.cli import main
 from vissl_lite.commands import demo
-from vissl_lite.data.sample import make_sample_data
+from vissl_lite.sample.dataset import make_sample_data
 
 
 def test_sample_data_pretrain_and_compare(

@@ -12,7 +12,7 @@ from PIL import Image
 import vissl_lite
 from tests.conftest import with_pictures
 from vissl_lite.cli import main
-from vissl_lite.data.sample import make_sample_data
+from vissl_lite.sample.dataset import make_sample_data
 from vissl_lite.transfer.detection.data import load_boxes
 
 

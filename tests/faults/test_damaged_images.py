@@ -14,8 +14,8 @@ import pytest
 
 from vissl_lite.cli import main
 from vissl_lite.data import reading as files
-from vissl_lite.data.sample import make_sample_data
 from vissl_lite.evaluation import embedding
+from vissl_lite.sample.dataset import make_sample_data
 
 BACKBONE = ["--image_size", 32, "--seed", 0]
 ENCODER = ["--encoder", "random:test_resnet"]

@@ -13,9 +13,9 @@ import pytest
 from vissl_lite.cli import main
 from vissl_lite.data.images import find_images
 from vissl_lite.data.reading import printable
-from vissl_lite.data.sample import make_sample_data
 from vissl_lite.errors import UserError
 from vissl_lite.evaluation import embedding
+from vissl_lite.sample.dataset import make_sample_data
 from vissl_lite.transfer.classification.data import load_labelled
 from vissl_lite.transfer.detection.data import load_boxes
 from vissl_lite.transfer.prediction import MOST_BYTES, file_name

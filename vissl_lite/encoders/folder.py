@@ -185,7 +185,7 @@ def load_weights(encoder: Encoder, file: Path) -> None:
     _load(encoder.model, weights, str(file), encoder.backbone)
 
 
-# What torch.load raises on bytes that are not a checkpoint, whatever they happen to mean as a pickle
+# What torch.load raises on bytes that are not a checkpoint, whatever they mean as a pickle.
 _UNREADABLE = (
     pickle.UnpicklingError,
     SafetensorError,

@@ -257,6 +257,6 @@ def _check_range(name: str, values: Range, largest: float) -> None:
     if not 0 < values[0] <= values[1] <= largest:
         above = f" and at most {largest:g}" if largest < float("inf") else ""
         raise UserError(
-            f"--pretext.{name} {list(values)} is not a range: it takes two numbers, the smaller one "
+            f"--pretext.{name} {list(values)} is not a range: give two numbers, the smaller one "
             f"first, above 0{above}"
         )

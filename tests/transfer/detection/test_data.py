@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from vissl_lite.data.images import read_image
-from vissl_lite.data.sample import make_sample_data
 from vissl_lite.errors import UserError
+from vissl_lite.sample.dataset import make_sample_data
 from vissl_lite.transfer.detection.data import BoxedImage, LabelledBoxes, load_boxes
 
 HEIGHT, WIDTH = 30, 40

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vissl_lite.data.sample import make_sample_data
 from vissl_lite.errors import UserError
+from vissl_lite.sample.dataset import make_sample_data
 from vissl_lite.transfer.segmentation.data import IGNORE_INDEX, LabelledMasks, load_masks, read_mask
 
 HEIGHT, WIDTH = 6, 8

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from vissl_lite.data.drawing import CLASSES, draw
 from vissl_lite.errors import UserError
+from vissl_lite.sample.drawing import CLASSES, draw
 
 Note = dict[str, Any]  # a COCO annotation
 Progress = Callable[[int, int], None]  # is called with (images done, images in all)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vissl_lite.data.drawing import CLASSES, draw
-from vissl_lite.data.sample import make_sample_data
 from vissl_lite.errors import UserError
+from vissl_lite.sample.dataset import make_sample_data
+from vissl_lite.sample.drawing import CLASSES, draw
 
 COUNTS = {"unlabelled": 12, "train": 20, "val": 10, "test": 30}
 SPLITS = ("train", "val", "test")

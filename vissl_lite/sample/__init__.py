@@ -1,0 +1,1 @@
+"""The built-in sample data set: drawn images with labels, boxes and masks."""
