@@ -129,7 +129,7 @@ background, clutter and camera are random.
 | `labelled/test/<class>/` | {test} |
 
 - `masks/<split>/<class>/<stem>.png` pairs with `labelled/<split>/<class>/<stem>.jpg`: 0 is
-  background, 1..{kinds} the class, numbered as in `classes.txt`. Only its visible part.
+  background, 1..{kinds} the class, numbered as in `classes.txt`; visible pixels only.
 - `annotations/<split>.json` contains the boxes in COCO format, `file_name` relative to
   `labelled/<split>/`.
 - `sample.json` contains the parameters; the same parameters give the same files.
