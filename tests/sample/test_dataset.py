@@ -112,9 +112,9 @@ def test_other_content_is_an_error(sample: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="other parameters"):
         make_sample_data(sample, seed=5, **COUNTS)
     (tmp_path / "mine.txt").write_text("keep me")
-    with pytest.raises(UserError, match="no sample data set"):
+    with pytest.raises(UserError, match="not a sample data set"):
         make_sample_data(tmp_path)
-    with pytest.raises(UserError, match="no sample data set"):
+    with pytest.raises(UserError, match="not a sample data set"):
         make_sample_data(tmp_path / "mine.txt")
     assert contents(tmp_path) == {"mine.txt": b"keep me"}
 

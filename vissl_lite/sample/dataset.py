@@ -1,11 +1,11 @@
-"""Writes the sample data set that the package draws: images, class labels, masks and boxes.
+"""Write the synthetic sample data set: images, class labels, masks and boxes.
 
-A network trained on a few labels of it latches on to what varies without meaning (color, texture,
-light, clutter); one pre-trained without labels on thousands of such images has learned to look past
-it. That is what the demo shows.
+A network trained on a few of its labels relies on irrelevant variation (color, texture, light,
+clutter); one pre-trained on thousands of its images without labels has learned to ignore it. The
+demo shows this difference.
 
-An image depends on (seed, split, index) only, so the images can be drawn in any order and by any
-number of processes, and come out the same to the byte.
+An image depends only on (seed, split, index), so the images can be drawn in any order and by any
+number of processes with byte-identical results.
 """
 
 import json
@@ -23,8 +23,8 @@ from PIL import Image
 from vissl_lite.errors import UserError
 from vissl_lite.sample.drawing import CLASSES, draw
 
-Note = dict[str, Any]  # a COCO annotation
-Progress = Callable[[int, int], None]  # is called with (images done, images in all)
+Annotation = dict[str, Any]  # A COCO annotation.
+Progress = Callable[[int, int], None]  # Called with (number of images done, total number).
 
 LABELLED = ("train", "val", "test")
 _PALETTE = [
@@ -35,7 +35,7 @@ _PALETTE = [
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is asked for: the parameters of `make_sample_data`, kept in sample.json."""
+    """The parameters of ``make_sample_data``, stored in ``sample.json``."""
 
     seed: int
     unlabelled: int
@@ -43,7 +43,7 @@ class _Plan:
     val: int
     test: int
     size: int
-    version: int = 1  # to be raised when the drawing changes, so that old sets are not reused
+    version: int = 1  # Increase when the drawing changes, so that old data sets are not reused.
 
 
 class _Job(NamedTuple):
@@ -53,8 +53,8 @@ class _Job(NamedTuple):
     number: int
 
 
-def _draw_file(job: _Job) -> Note | None:
-    """Draw and write one image; return its COCO annotation if it is a labelled one."""
+def _draw_file(job: _Job) -> Annotation | None:
+    """Draw and write one image; return its COCO annotation if it is labelled."""
     folder, plan, split, index = job
     rng = np.random.default_rng([plan.seed, ("unlabelled", *LABELLED).index(split), index])
     if split == "unlabelled":
@@ -63,12 +63,12 @@ def _draw_file(job: _Job) -> Note | None:
         return None
     label = index % len(CLASSES)
     name = CLASSES[label]
-    image, seen = draw(name, rng, plan.size)
+    image, visible = draw(name, rng, plan.size)
     image.save(folder / "labelled" / split / name / f"{index:05d}.jpg", quality=92)
-    mask = Image.fromarray(np.uint8(seen * (label + 1)))
+    mask = Image.fromarray(np.uint8(visible * (label + 1)))
     mask.putpalette(_PALETTE)
     mask.save(folder / "masks" / split / name / f"{index:05d}.png")
-    rows, columns = np.nonzero(seen)
+    rows, columns = np.nonzero(visible)
     x, y = int(columns.min()), int(rows.min())
     return {
         "id": index + 1,
@@ -80,31 +80,33 @@ def _draw_file(job: _Job) -> Note | None:
     }
 
 
-def _coco(plan: _Plan, annotations: list[Note]) -> dict[str, Any]:
-    """The COCO file of a split, of its annotations."""
+def _coco(plan: _Plan, annotations: list[Annotation]) -> dict[str, Any]:
+    """Return the content of the COCO file of a split."""
     images = [
         {
-            "id": note["image_id"],
-            "file_name": f"{CLASSES[note['category_id'] - 1]}/{note['image_id'] - 1:05d}.jpg",
+            "id": one["image_id"],
+            "file_name": f"{CLASSES[one['category_id'] - 1]}/{one['image_id'] - 1:05d}.jpg",
             "width": plan.size,
             "height": plan.size,
         }
-        for note in annotations
+        for one in annotations
     ]
     categories = [{"id": i, "name": name} for i, name in enumerate(CLASSES, start=1)]
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def _run(jobs: list[_Job], processes: int | None, progress: Progress | None) -> list[Note | None]:
-    """Run the jobs, in this process or in a pool, and return their results in order."""
+def _run(
+    jobs: list[_Job], processes: int | None, progress: Progress | None
+) -> list[Annotation | None]:
+    """Run the jobs in this process or in a pool, and return their results in order."""
 
-    def collect(results: Iterable[Note | None]) -> list[Note | None]:
-        kept = []
+    def collect(results: Iterable[Annotation | None]) -> list[Annotation | None]:
+        collected = []
         for done, result in enumerate(results, start=1):
-            kept.append(result)
+            collected.append(result)
             if progress is not None:
                 progress(done, len(jobs))
-        return kept
+        return collected
 
     processes = processes or os.cpu_count() or 1
     if processes == 1:
@@ -116,7 +118,7 @@ def _run(jobs: list[_Job], processes: int | None, progress: Progress | None) -> 
 _README = """# Sample data
 
 Synthetic pictures of {kinds} kinds of object ({names}), drawn by `vissl-lite` with seed {seed}:
-{size} x {size} pixels, one object each. The class shows in the shape alone; color, place, size,
+{size} x {size} pixels, one object each. The class determines only the shape; color, position, size,
 background, clutter and camera are random.
 
 | folder | images |
@@ -127,15 +129,15 @@ background, clutter and camera are random.
 | `labelled/test/<class>/` | {test} |
 
 - `masks/<split>/<class>/<stem>.png` pairs with `labelled/<split>/<class>/<stem>.jpg`: 0 is
-  background, 1..{kinds} the class, numbered as in `classes.txt`. Only what is seen of the object.
-- `annotations/<split>.json` holds the boxes in COCO's format, `file_name` relative to
+  background, 1..{kinds} the class, numbered as in `classes.txt`; visible pixels only.
+- `annotations/<split>.json` contains the boxes in COCO format, `file_name` relative to
   `labelled/<split>/`.
-- `sample.json` holds the parameters; the same ones give the same files.
+- `sample.json` contains the parameters; the same parameters give the same files.
 """
 
 
 def _write(folder: Path, plan: _Plan, processes: int | None, progress: Progress | None) -> None:
-    """Draw the whole set into a folder that exists and is empty."""
+    """Draw the whole data set into an existing empty folder."""
     (folder / "unlabelled").mkdir()
     (folder / "annotations").mkdir()
     for split in LABELLED:
@@ -146,18 +148,18 @@ def _write(folder: Path, plan: _Plan, processes: int | None, progress: Progress 
     jobs = [_Job(folder, plan, split, i) for split, count in counts.items() for i in range(count)]
     results = _run(jobs, processes, progress)
     for split in LABELLED:
-        notes = [
-            note for job, note in zip(jobs, results, strict=True) if job.split == split and note
+        annotations = [
+            one for job, one in zip(jobs, results, strict=True) if job.split == split and one
         ]
-        (folder / "annotations" / f"{split}.json").write_text(json.dumps(_coco(plan, notes)))
+        (folder / "annotations" / f"{split}.json").write_text(json.dumps(_coco(plan, annotations)))
     (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n")
     facts = {**asdict(plan), "kinds": len(CLASSES), "names": ", ".join(CLASSES)}
     (folder / "README.md").write_text(_README.format(**facts))
     (folder / "sample.json").write_text(json.dumps(asdict(plan), indent=2) + "\n")
 
 
-def _is_made(out: Path, plan: _Plan) -> bool:
-    """Whether `out` already holds the set; `UserError` if it holds something else."""
+def _exists(out: Path, plan: _Plan) -> bool:
+    """Whether ``out`` already holds the data set; ``UserError`` if it holds something else."""
     if not out.exists():
         return False
     if out.is_dir() and not any(out.iterdir()):
@@ -165,7 +167,7 @@ def _is_made(out: Path, plan: _Plan) -> bool:
     try:
         found = json.loads((out / "sample.json").read_text())
     except (OSError, ValueError):
-        raise UserError(f"{out} exists and is no sample data set; name another folder") from None
+        raise UserError(f"{out} is not a sample data set: give another folder") from None
     if found != asdict(plan):
         raise UserError(f"{out} holds a sample data set with other parameters: {found}")
     return True
@@ -182,37 +184,37 @@ def make_sample_data(
     processes: int | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Draw the sample data set into a folder, or find it there already.
+    """Draw the sample data set into a folder, unless it exists there already.
 
     Args:
-        out: The folder to make; it appears only when it is complete.
-        seed: Chooses the images; 0 or more. The same seed gives the same files.
-        unlabelled: Images without labels, of random classes.
-        train: Labelled images to train on, in all; the classes take turns.
-        val: Labelled images to choose by, in all.
-        test: Labelled images to report on, in all.
-        size: Width and height of an image in pixels, 16 or more.
+        out: Folder to create. It appears only when it is complete.
+        seed: Seed of the images, at least 0. The same seed gives the same files.
+        unlabelled: Number of images without labels, of random classes.
+        train: Total number of labelled training images; the classes alternate.
+        val: Total number of labelled validation images.
+        test: Total number of labelled test images.
+        size: Width and height of an image in pixels, at least 16.
         processes: Number of processes; None for one per core. The files do not depend on it.
-        progress: Is called with (images done, images in all) after every image.
+        progress: Called with (number of images done, total number) after every image.
 
     Returns:
-        `out` as a path. It holds unlabelled/, labelled/, masks/, annotations/, classes.txt,
-        README.md and sample.json.
+        ``out`` as a path. It contains ``unlabelled/``, ``labelled/``, ``masks/``,
+        ``annotations/``, ``classes.txt``, ``README.md`` and ``sample.json``.
 
     Raises:
-        UserError: `out` exists with other content, or a number is out of range.
+        UserError: If ``out`` exists with other content, or a number is out of range.
     """
     out = Path(out)
     plan = _Plan(seed, unlabelled, train, val, test, size)
     if min(seed, unlabelled, train, val, test) < 0 or size < 16:
         raise UserError("sample data: counts and seed must be 0 or more, and size 16 or more")
-    if _is_made(out, plan):
+    if _exists(out, plan):
         return out
     draft = out.with_name(f".{out.name}.{os.getpid()}.part")
     draft.mkdir(parents=True)
     try:
         _write(draft, plan, processes, progress)
-        draft.replace(out)  # on the same disk, so this is one step
+        draft.replace(out)  # Atomic, because it is on the same disk.
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return out
