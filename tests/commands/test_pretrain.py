@@ -187,7 +187,7 @@ def test_accumulation_says_what_it_does_not_do(photos: Path, tmp_path: Path) -> 
         assert run(*options, "--pretext", pretext, "--out", out) == 0
         log = (out / "log.txt").read_text()
         assert "each optimizer step uses 2 batches of 8 images" in log
-        assert ("compares an image with the 7 others" in log) == said
+        assert ("compares an image only with the 7 others" in log) == said
 
 
 def test_upright_reaches_the_views(photos: Path, tmp_path: Path) -> None:
