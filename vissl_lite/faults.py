@@ -79,11 +79,7 @@ def machine_error(error: BaseException, written: Path | None = None) -> MachineE
         where = f"{file}: " if isinstance(file, str) else ""
         worker = _WORKER_DIED.search(text)
         if worker is not None:
-            how = f" by the signal {worker['signal']}" if worker["signal"] else ""
-            return MachineError(
-                f"a data worker was ended{how}, as systems do when memory runs out: give fewer "
-                f"--num_workers (0 for none), or a smaller --batch_size"
-            )
+            return worker_ended(f" by the signal {worker['signal']}" if worker["signal"] else "")
         if isinstance(one, MemoryError):
             return MachineError(_OUT_OF_MEMORY)
         if isinstance(one, OSError) and one.errno in _SYSTEM_ERRORS:
@@ -97,6 +93,14 @@ def machine_error(error: BaseException, written: Path | None = None) -> MachineE
         if written is not None and isinstance(file, str) and Path(file).is_relative_to(written):
             return MachineError(f"{where}can't be written: {one.strerror}")  # type: ignore[attr-defined]
     return None
+
+
+def worker_ended(how: str = "") -> MachineError:
+    """The error for a data worker that has ended before its work was done."""
+    return MachineError(
+        f"a data worker was ended{how}, as systems do when memory runs out: give fewer "
+        f"--num_workers (0 for none), or a smaller --batch_size"
+    )
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -226,7 +226,7 @@ def test_a_data_worker_that_is_killed(fork: Any, training: Training, tmp_path: P
     assert child.wait_for((out / "checkpoints" / "last.ckpt").exists)
     listed = subprocess.run(["pgrep", "-P", str(child.pid)], capture_output=True, text=True)
     os.kill(int(listed.stdout.split()[0]), signal.SIGKILL)
-    check_refused(child, "a data worker was ended by the signal Killed")
+    check_refused(child, "a data worker was ended")
     assert "--num_workers" in child.last_line()
     assert "--resume continues it" in child.last_line()
 

@@ -58,7 +58,8 @@ def test_a_training_told_to_stop_saves_and_goes_on(
     """As when systemd, SLURM, timeout or a terminal send it; data workers are in the group."""
     out = tmp_path / "stopped"
     child = fork(*training(command, out, EPOCHS))
-    assert child.wait_for((out / "metrics.csv").exists)
+    metrics = out / "metrics.csv"
+    assert child.wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 1)
     child.send(number, group)
     check_stopped(child, out, number)
     assert (out / "checkpoints" / "last.ckpt").exists()

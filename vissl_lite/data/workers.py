@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from vissl_lite.data.reading import limit_pixels, max_pixels, silence_decoders
 from vissl_lite.data.worker_log import WorkerLog
 from vissl_lite.errors import UserError
+from vissl_lite.faults import worker_ended
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,8 @@ class WorkerLoader(Generic[T]):
                 return
             except UserError as error:
                 raise type(error)(_without_traceback(str(error))) from None
+            except (ConnectionError, EOFError) as error:  # It ended while it sent a batch.
+                raise worker_ended() from error
             finally:
                 self.waiting = False
             if isinstance(batch, _Piped):
