@@ -13,7 +13,7 @@ from vissl_lite.errors import check_positive, check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import PretextInfo, PretextTask
 from vissl_lite.pretext.modules.crops import BYOL_BLUR, BYOL_SOLARIZE, two_views
-from vissl_lite.pretext.modules.heads import mlp
+from vissl_lite.pretext.modules.heads import ProjectionHead
 from vissl_lite.pretext.modules.losses import barlow_twins
 
 
@@ -21,12 +21,12 @@ class BarlowTwins(PretextTask):
     """Barlow Twins.
 
     Args:
-        encoder: what is trained.
+        encoder: Encoder to train.
         lambd: weight of the redundancy term (section 2.2).
-        projection_size: of the projector's three layers and of the embeddings; the paper has 8192
+        projection_size: of the projector's three layers and of the embeddings; the paper uses 8192
             and finds that more is better, at a cost.
-        min_crop_scale: smallest share of the image's area in a view; the paper has 0.08.
-        color: strength of the color distortion; the paper has about 0.5.
+        min_crop_scale: Smallest fraction of the image area in a view; the paper uses 0.08.
+        color: Strength of the color distortion; the paper uses about 0.5.
     """
 
     info = PretextInfo(
@@ -52,7 +52,7 @@ class BarlowTwins(PretextTask):
         check_positive("pretext.lambd", lambd)
         check_sizes(projection_size=projection_size)
         size = projection_size
-        self.projector = mlp(encoder.num_features, size, size, size)
+        self.projector = ProjectionHead(encoder.num_features, size, size, size)
         self.lambd = lambd
         self.min_crop_scale, self.color = min_crop_scale, color
 

@@ -1,4 +1,4 @@
-"""What every pretext task has in common: the training step, normalizing, the optimizer."""
+"""Base class of all pretext tasks: training step, normalization, optimizer."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ from vissl_lite.training.sharding import UnshardedCopy, is_sharded, shard
 
 Backbones = Literal["any", "ViT", "CNN", "patches"]
 
-# What the kinds of backbones are, and some of each.
-KINDS: dict[Backbones, tuple[str, str]] = {
+# Description and examples of each kind of backbone.
+BACKBONE_KINDS: dict[Backbones, tuple[str, str]] = {
     "any": ("any backbone", "resnet18, vit_tiny_patch16_224"),
     "ViT": ("a plain ViT", "vit_tiny_patch16_224, vit_small_patch16_224, vit_tiny_patch4_32"),
     "CNN": ("a convolutional backbone", "resnet18, resnet50, convnext_atto, resnet10t_slim"),
@@ -35,18 +35,18 @@ KINDS: dict[Backbones, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class PretextInfo:
-    """What ``vissl-lite list pretexts`` says of a pretext.
+    """Description of a pretext, as shown by ``vissl-lite list pretexts``.
 
     Attributes:
-        name: as in ``--pretext``.
-        family: predictive, contrastive, clustering, non-contrastive, self-distilling or masked.
-        views: how many of an image it takes.
-        paper: authors, year, where to find it.
-        use: one line: when to use it.
-        backbones: which ones it works on; see ``KINDS``.
-        negatives: whether it compares the images of a batch with one another, so that gradient
-            accumulation can't stand for a larger batch.
-        any_size: whether its views may be smaller than the images that the encoder is made for.
+        name: Name, as given to ``--pretext``.
+        family: Predictive, contrastive, clustering, non-contrastive, self-distilling or masked.
+        views: Number of views per image, as text.
+        paper: Authors, year and arXiv number.
+        use: When to use it, in one line.
+        backbones: Kind of backbones that it supports; see ``BACKBONE_KINDS``.
+        negatives: Whether images of a batch are compared with one another, so that gradient
+            accumulation is not equivalent to a larger batch.
+        any_size: Whether views may be smaller than the encoder's image size.
     """
 
     name: str
@@ -61,11 +61,11 @@ class PretextInfo:
 
 @dataclass(frozen=True)
 class Visualization:
-    """What a pretext does with some images, to look at.
+    """Predictions of a pretext on a few images, as a table of pictures.
 
     Attributes:
-        columns: their titles.
-        rows: one for each image, with a picture for each column.
+        columns: Column titles.
+        rows: One row per image, with one picture per column.
     """
 
     columns: tuple[str, ...]
@@ -73,24 +73,24 @@ class Visualization:
 
 
 class PretextTask(pl.LightningModule, ABC):
-    """A self-supervised task that trains an encoder.
+    """Base class of self-supervised tasks that train an encoder.
 
-    A subclass is one file: hyperparameters are the arguments of its ``__init__`` after
-    ``encoder``, with the paper's defaults. Randomness that makes pixels belongs into ``views``,
-    which data workers run; randomness that makes the task's own labels belongs into ``loss``.
-    What has to survive a resumed run (queues, centers, teachers) is a buffer or a module.
+    Each subclass has a module of its own. Its hyperparameters are the arguments of ``__init__``
+    after ``encoder``, with the defaults of the paper. Random augmentations belong in ``views``,
+    which runs in the data workers; random labels of the task belong in ``loss``. State that must
+    survive a resumed run (queues, centers, teachers) is a buffer or a module.
 
     Args:
-        encoder: what is trained.
+        encoder: Encoder to train.
 
     Attributes:
-        info: what the pretext is.
-        optimizer_settings: the pretext's own defaults, for a batch of 256 images; a run replaces
-            them by what its options say.
-        progress: share of the run that is done, in [0, 1]; ``Schedule`` sets it before every step.
+        info: Description of the pretext.
+        optimizer_settings: Default optimizer settings for a batch of 256 images; replaced by the
+            options of a run.
+        progress: Completed fraction of the run, in [0, 1]; ``Schedule`` sets it before every step.
 
     Raises:
-        UserError: the pretext does not work on this backbone.
+        UserError: If the pretext does not support this backbone.
     """
 
     info: PretextInfo
@@ -105,49 +105,55 @@ class PretextTask(pl.LightningModule, ABC):
 
     @abstractmethod
     def views(self, upright: bool = True) -> Views:
-        """The augmentations that make the views of an image."""
+        """Return the augmentations that create the views of an image.
+
+        Args:
+            upright: Whether the images have a natural orientation.
+        """
 
     @abstractmethod
     def loss(self, views: list[Tensor]) -> Tensor:
-        """The loss of a batch; metrics of the task's own go to ``measure``.
+        """Compute the loss of a batch; log further metrics with ``measure``.
 
         Args:
-            views: one normalized ``(B, C, H, W)`` tensor for each view. Labels never arrive here.
+            views: One normalized ``(B, C, H, W)`` tensor per view. Labels are never passed.
 
         Returns:
-            A scalar.
+            Scalar loss.
         """
 
     def visualize(self, views: list[Tensor]) -> Visualization | None:
-        """What the task makes of some images; None where only their neighbors could tell.
+        """Visualize predictions on a few images; None if the task has nothing to show.
 
-        For ``visualization_of``, which calls it in evaluation mode and without gradient, and
-        puts the random state back. It measures nothing and leaves all buffers as they are.
+        Called by ``visualization_of`` in evaluation mode and without gradients; the random state
+        is restored afterwards. It must not log metrics or change buffers.
 
         Args:
-            views: as for ``loss``, of a few images.
+            views: Views of a few images, as for ``loss``.
         """
         return None
 
     def chance_loss(self, images: int) -> float | None:
-        """The loss of guessing where it is known, to warn of a run that does no better.
+        """Return the loss at chance level, or None if unknown.
+
+        Used to warn about a run that does not improve on it.
 
         Args:
-            images: in a batch, over all devices.
+            images: Number of images in a batch, over all devices.
         """
         return None
 
     def after_step(self) -> None:
-        """Called once after every optimizer step: where a momentum teacher follows."""
+        """Run after every optimizer step, for example to update a momentum teacher."""
 
     def trained_encoder(self) -> Encoder:
-        """What the training is for. A method with a momentum teacher may give that."""
+        """Return the encoder that a run saves; methods with a momentum teacher may return it."""
         return self.encoder
 
     def unsharded(self) -> "PretextTask":
-        """The task with all of its weights, in the main process. All processes have to call it.
+        """Return the task with its full weights in the main process; all processes must call it.
 
-        It is the task itself, but under ``--strategy fsdp``: there, a copy on the CPU.
+        Returns the task itself, or with ``--strategy fsdp`` a copy on the CPU.
         """
         return self._unsharded.of(self)
 
@@ -162,13 +168,13 @@ class PretextTask(pl.LightningModule, ABC):
         return loss
 
     def measure(self, name: str, value: Tensor) -> None:
-        """Log a metric of this step; outside a training run, as in a notebook, do nothing."""
+        """Log a metric of this step; do nothing outside a training run, as in a notebook."""
         trainer = trainer_of(self)
         if trainer is None:
             return
         value = value.detach()
-        written = (self.global_step + 1) % trainer.log_every_n_steps == 0
-        if written and trainer.world_size > 1:  # of all processes, and not at other steps
+        is_logged = (self.global_step + 1) % trainer.log_every_n_steps == 0
+        if is_logged and trainer.world_size > 1:  # Averaging at every step would be slow.
             value = trainer.strategy.reduce(value.float().clone(), reduce_op="mean")
         self.log(name, value)
 
@@ -182,17 +188,17 @@ class PretextTask(pl.LightningModule, ABC):
             clip_gradients(self, self.optimizer_settings.clip_norm, optimizer, scaler)
 
     def on_fit_start(self) -> None:
-        # views are of few sizes: worth a search for the fastest convolutions; ``fit`` undoes it
+        # Views have few distinct sizes, so autotuning pays off; ``fit`` restores the setting.
         torch.backends.cudnn.benchmark = True
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        self.zero_grad()  # now, and not after the next forward pass, which needs the memory
+        self.zero_grad()  # Free the memory before the next forward pass.
         self.after_step()
 
 
 def check_backbone(info: PretextInfo, encoder: Encoder) -> None:
-    """Raise a UserError, naming backbones that would do, if a pretext can't work on this one."""
+    """Raise a UserError that names suitable backbones if a pretext does not support this one."""
     model = encoder.model
     fits = {
         "any": True,
@@ -201,7 +207,7 @@ def check_backbone(info: PretextInfo, encoder: Encoder) -> None:
         "patches": hasattr(model, "patch_embed") and encoder.patch_size is not None,
     }
     if not fits[info.backbones]:
-        kind, examples = KINDS[info.backbones]
+        kind, examples = BACKBONE_KINDS[info.backbones]
         raise UserError(
             f"the pretext {info.name} needs {kind}, which {encoder.backbone} is not: "
             f"try one of {examples}"

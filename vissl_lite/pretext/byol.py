@@ -14,7 +14,7 @@ from vissl_lite.optim import OptimizerSettings, cosine_schedule
 from vissl_lite.pretext.base import PretextInfo, PretextTask
 from vissl_lite.pretext.modules.crops import BYOL_BLUR, BYOL_SOLARIZE, two_views
 from vissl_lite.pretext.modules.ema import ema_update, make_teacher
-from vissl_lite.pretext.modules.heads import mlp
+from vissl_lite.pretext.modules.heads import ProjectionHead
 from vissl_lite.pretext.modules.losses import negative_cosine
 
 
@@ -22,13 +22,13 @@ class BYOL(PretextTask):
     """BYOL.
 
     Args:
-        encoder: what is trained.
+        encoder: Encoder to train.
         momentum: of the teacher at the start; rises to 1 along a cosine (section 3.3). The paper
             has 0.996 for a thousand epochs, and less for fewer.
-        hidden_size: of both heads; the paper has 4096.
+        hidden_size: of both heads; the paper uses 4096.
         projection_size: of the embeddings (section 3.3).
-        min_crop_scale: smallest share of the image's area in a view; the paper has 0.08.
-        color: strength of the color distortion; the paper has about 0.5.
+        min_crop_scale: Smallest fraction of the image area in a view; the paper uses 0.08.
+        color: Strength of the color distortion; the paper uses about 0.5.
     """
 
     info = PretextInfo(
@@ -54,8 +54,8 @@ class BYOL(PretextTask):
         super().__init__(encoder)
         check_share("pretext.momentum", momentum)
         check_sizes(hidden_size=hidden_size, projection_size=projection_size)
-        self.projector = mlp(encoder.num_features, hidden_size, projection_size)
-        self.predictor = mlp(projection_size, hidden_size, projection_size)
+        self.projector = ProjectionHead(encoder.num_features, hidden_size, projection_size)
+        self.predictor = ProjectionHead(projection_size, hidden_size, projection_size)
         self.teacher_encoder = make_teacher(encoder)
         self.teacher_projector = make_teacher(self.projector)
         self.momentum = momentum

@@ -18,17 +18,17 @@ from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import PretextInfo, PretextTask, Visualization
 from vissl_lite.pretext.modules.crops import cropped_views
 from vissl_lite.pretext.modules.heads import Decoder
-from vissl_lite.pretext.modules.visualization import beside
+from vissl_lite.pretext.modules.visualization import picture_rows
 from vissl_lite.training.processes import world
 
 log = logging.getLogger(__name__)
 
 # The grid of the ab plane, and how far it reaches from gray (section 2.1).
-BIN, REACH = 10, 110
+BIN_SIZE, AB_LIMIT = 10, 110
 
 # A color is spread over so many bins, by a Gaussian of this standard deviation (section 2.1). The
 # distribution of colors is smoothed by the same one (section 2.2).
-NEAREST, SIGMA = 5, 5.0
+NUM_NEAREST, SIGMA = 5, 5.0
 
 # Between the mode of a predicted distribution, which is vivid, and its mean, which is smooth
 # (section 2.3, eq. 5).
@@ -36,10 +36,10 @@ TEMPERATURE = 0.38
 
 # Batches to look at before saying that images have no colors, and the mean distance from gray
 # (in the ab plane, where pure red lies at 105) below which they have none.
-LOOK, GRAY = 20, 2.0
+CHROMA_BATCHES, MIN_CHROMA = 20, 2.0
 
 # IEC 61966-2-1: linear sRGB to XYZ. Its row sums are white (D65).
-XYZ = (
+RGB_TO_XYZ = (
     (0.4124564, 0.3575761, 0.1804375),
     (0.2126729, 0.7151522, 0.0721750),
     (0.0193339, 0.1191920, 0.9503041),
@@ -57,12 +57,12 @@ def rgb_to_lab(rgb: Tensor) -> Tensor:
     """
     low = rgb <= 0.04045
     red, green, blue = torch.where(low, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4).unbind(1)
-    bend = 6 / 29
+    delta = 6 / 29
     roots = []
-    for r, g, b in XYZ:  # sums by hand: a matrix product would be rounded under autocast
+    for r, g, b in RGB_TO_XYZ:  # sums by hand: a matrix product would be rounded under autocast
         value = (r * red + g * green + b * blue) / (r + g + b)
-        root = value.clamp(min=bend**3) ** (1 / 3)
-        roots.append(torch.where(value > bend**3, root, value / (3 * bend**2) + 4 / 29))
+        root = value.clamp(min=delta**3) ** (1 / 3)
+        roots.append(torch.where(value > delta**3, root, value / (3 * delta**2) + 4 / 29))
     x, y, z = roots
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=1)
 
@@ -78,12 +78,12 @@ def lab_to_rgb(lab: Tensor) -> Tensor:
     """
     lightness, a, b = lab.unbind(1)
     y = (lightness + 16) / 116
-    bend = 6 / 29
+    delta = 6 / 29
     xyz = [
-        torch.where(root > bend, root**3, 3 * bend**2 * (root - 4 / 29)) * sum(white)
-        for root, white in zip((y + a / 500, y, y - b / 200), XYZ, strict=True)
+        torch.where(root > delta, root**3, 3 * delta**2 * (root - 4 / 29)) * sum(white)
+        for root, white in zip((y + a / 500, y, y - b / 200), RGB_TO_XYZ, strict=True)
     ]
-    inverse = torch.linalg.inv(torch.tensor(XYZ, dtype=torch.float64)).tolist()
+    inverse = torch.linalg.inv(torch.tensor(RGB_TO_XYZ, dtype=torch.float64)).tolist()
     linear = torch.stack([r * xyz[0] + g * xyz[1] + b * xyz[2] for r, g, b in inverse], dim=1)
     bright = 1.055 * linear.clamp(min=0.0031308) ** (1 / 2.4) - 0.055
     return torch.where(linear <= 0.0031308, 12.92 * linear, bright).clamp(0, 1)
@@ -107,11 +107,11 @@ def gamut_bins() -> Tensor:
     for end in (torch.zeros_like(one), torch.ones_like(one)):
         faces += [(end, one, other), (one, end, other), (one, other, end)]
     surface = torch.cat([torch.stack(face, dim=1) for face in faces])
-    bins = (rgb_to_lab(surface)[:, 1:] / BIN).round().unique(dim=0) * BIN
+    bins = (rgb_to_lab(surface)[:, 1:] / BIN_SIZE).round().unique(dim=0) * BIN_SIZE
     return bins.float()
 
 
-def cell(colors: Tensor) -> Tensor:
+def grid_index(colors: Tensor) -> Tensor:
     """The number of the grid's square that a color lies in, in the gamut or not.
 
     Args:
@@ -120,8 +120,8 @@ def cell(colors: Tensor) -> Tensor:
     Returns:
         ``(N,)`` int64.
     """
-    last = REACH // BIN
-    a, b = (colors / BIN).round().long().clamp(-last, last).unbind(1)
+    last = AB_LIMIT // BIN_SIZE
+    a, b = (colors / BIN_SIZE).round().long().clamp(-last, last).unbind(1)
     return (a + last) * (2 * last + 1) + b + last
 
 
@@ -138,10 +138,10 @@ def candidate_bins(bins: Tensor) -> Tensor:
     Returns:
         ``(529, K)`` int64.
     """
-    side = torch.arange(-REACH, REACH + 1, BIN, device=bins.device, dtype=bins.dtype)
+    side = torch.arange(-AB_LIMIT, AB_LIMIT + 1, BIN_SIZE, device=bins.device, dtype=bins.dtype)
     distance = torch.cdist(torch.cartesian_prod(side, side), bins)
     ordered, order = distance.sort(dim=1, stable=True)
-    reach = ordered[:, NEAREST - 1 : NEAREST] + BIN * 2**0.5 + 1e-3
+    reach = ordered[:, NUM_NEAREST - 1 : NUM_NEAREST] + BIN_SIZE * 2**0.5 + 1e-3
     return order[:, : int((ordered <= reach).sum(dim=1).max())]
 
 
@@ -156,9 +156,9 @@ def soft_encode(colors: Tensor, bins: Tensor, candidates: Tensor) -> tuple[Tenso
     Returns:
         ``(N, 5)`` numbers of bins, the nearest first, and ``(N, 5)`` their shares, of sum 1.
     """
-    near = candidates[cell(colors)]
+    near = candidates[grid_index(colors)]
     distance = (bins[near] - colors[:, None]).square().sum(dim=2)
-    distance, place = distance.topk(NEAREST, largest=False)
+    distance, place = distance.topk(NUM_NEAREST, largest=False)
     return near.gather(1, place), F.softmax(-distance / (2 * SIGMA**2), dim=1)
 
 
@@ -206,7 +206,7 @@ def color_cross_entropy(logits: Tensor, nearest: Tensor, shares: Tensor, rarity:
         rarity: ``(Q,)`` weights.
 
     Returns:
-        A scalar, the mean over pixels; the paper has their sum. Computed in float32.
+        A scalar, the mean over pixels; the paper uses their sum. Computed in float32.
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.float()
@@ -239,11 +239,11 @@ class Colorization(PretextTask):
     while training; the paper counts on ImageNet beforehand.
 
     Args:
-        encoder: what is trained; takes images of three channels.
+        encoder: Encoder to train; takes images of three channels.
         uniform: lambda of the weights: 1 makes all colors equal, 0 weights them by their rarity
             alone (section 2.2).
         decoder_width: channels of the decoder.
-        min_crop_scale: smallest share of the image's area in a view.
+        min_crop_scale: Smallest fraction of the image area in a view.
     """
 
     info = PretextInfo(
@@ -309,7 +309,7 @@ class Colorization(PretextTask):
         return gray, F.adaptive_avg_pool2d(lab[:, 1:], Decoder.size(images))
 
     @torch.no_grad()
-    def look(self, colors: Tensor, nearest: Tensor) -> None:
+    def count_colors(self, colors: Tensor, nearest: Tensor) -> None:
         """Count the colors of a batch; after some, warn once if there are hardly any.
 
         Args:
@@ -320,11 +320,11 @@ class Colorization(PretextTask):
         if world()[1] > 1:
             dist.all_reduce(counts)
         self.counts += counts
-        if self.looked == LOOK:
+        if self.looked == CHROMA_BATCHES:
             return
         self.looked += 1
-        self.chroma += colors.norm(dim=1).mean() / LOOK
-        if self.looked == LOOK and self.chroma < GRAY:
+        self.chroma += colors.norm(dim=1).mean() / CHROMA_BATCHES
+        if self.looked == CHROMA_BATCHES and self.chroma < MIN_CHROMA:
             log.warning(
                 "the images are gray, or nearly so: their colors lie %(chroma).1f from gray on "
                 "average, where pure red lies at 105. There is nothing to learn from coloring "
@@ -345,7 +345,7 @@ class Colorization(PretextTask):
         gray, target = self.split(views[0])
         colors = target.permute(0, 2, 3, 1).reshape(-1, 2)
         nearest, shares = soft_encode(colors, self.bins, self.candidates)
-        self.look(colors, nearest[:, 0])
+        self.count_colors(colors, nearest[:, 0])
         rarity = rarity_weights(self.counts, self.smoothing, self.uniform)
         logits = self.predict(gray).permute(0, 2, 3, 1).flatten(0, 2)
         return color_cross_entropy(logits, nearest, shares, rarity)
@@ -357,5 +357,5 @@ class Colorization(PretextTask):
         colors = F.interpolate(colors, gray.shape[2:], mode="bilinear", align_corners=False)
         lightness = 100 * ((gray - shift) / scale)[:, :1]
         painted = lab_to_rgb(torch.cat([lightness, colors], dim=1)) * scale + shift
-        rows = beside(self.encoder, gray, painted, views[0])
+        rows = picture_rows(self.encoder, gray, painted, views[0])
         return Visualization(("gray", "predicted colors", "truth"), rows)

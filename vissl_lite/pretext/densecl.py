@@ -74,15 +74,15 @@ class DenseCL(PretextTask):
     """DenseCL.
 
     Args:
-        encoder: what is trained. Its last feature map should have several places: at 32 pixels
+        encoder: Encoder to train. Its last feature map should have several places: at 32 pixels
             ``resnet18`` has one only, ``resnet18_cifar`` sixteen.
-        temperature: of both losses; the paper has 0.2, in short training 0.1 is better.
-        momentum: of the teacher; the paper has 0.999, for runs of a hundred thousands of steps.
-        queue_size: negatives for each of the losses; the paper has 65536.
+        temperature: of both losses; the paper uses 0.2, in short training 0.1 is better.
+        momentum: of the teacher; the paper uses 0.999, for runs of a hundred thousands of steps.
+        queue_size: negatives for each of the losses; the paper uses 65536.
         projection_size: of the embeddings that the losses compare.
         dense_weight: lambda, the share of the dense loss (equation 3; 0.5 in section 4.1).
-        min_crop_scale: smallest share of the image's area in a view.
-        color: strength of the color distortion.
+        min_crop_scale: Smallest fraction of the image area in a view.
+        color: Strength of the color distortion.
     """
 
     info = PretextInfo(

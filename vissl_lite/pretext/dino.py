@@ -22,26 +22,26 @@ class DINO(PretextTask):
     """DINO.
 
     Args:
-        encoder: what is trained; the teacher is what a run saves, as it is the better one.
-        prototypes: outputs of the heads; the paper has 65536, for 1.3 million images.
+        encoder: Encoder to train; the teacher is what a run saves, as it is the better one.
+        prototypes: outputs of the heads; the paper uses 65536, for 1.3 million images.
         temperature: of the student (section 3.3).
-        teacher_temperature: of the teacher, after the warm-up; the paper has 0.04 to 0.07.
+        teacher_temperature: of the teacher, after the warm-up; the paper uses 0.04 to 0.07.
         warm_teacher_temperature: of the teacher, at the start.
-        temperature_warmup: share of the run in which it rises; the paper has 30 epochs of 300 or
+        temperature_warmup: share of the run in which it rises; the paper uses 30 epochs of 300 or
             more.
-        momentum: of the teacher at the start; rises to 1 along a cosine. The paper has 0.996, for
+        momentum: of the teacher at the start; rises to 1 along a cosine. The paper uses 0.996, for
             batches of 1024 and hundreds of epochs.
         center_momentum: of the center that is taken from the teacher's outputs (equation 4).
-        freeze_last_layer: Share of the run in which the last layer is not trained; the paper has
+        freeze_last_layer: Share of the run in which the last layer is not trained; the paper uses
             one epoch of a hundred (appendix C).
         hidden_size: of the heads (appendix C: 2048).
         bottleneck_size: before the last layer (appendix C).
         head_norm: BatchNorm in the heads. The paper's ViTs have none; CNNs need it.
-        local_crops: number of small views beside the two large ones; default 6, none below 64
-            pixels; the paper has 8 to 10.
-        min_crop_scale: smallest share of the image's area in a small view.
-        min_global_crop_scale: smallest share in a large view (0.4 in the authors' recipes).
-        color: strength of the color distortion; the paper has about 0.5.
+        local_crops: Number of local crops besides the two global ones; default 6, none below 64
+            pixels; the paper uses 8 to 10.
+        min_crop_scale: Smallest fraction of the image area in a local crop.
+        min_global_crop_scale: Smallest fraction in a global crop (0.4 in the authors' recipes).
+        color: Strength of the color distortion; the paper uses about 0.5.
     """
 
     info = PretextInfo(
@@ -52,7 +52,7 @@ class DINO(PretextTask):
         use="ViTs and long runs; strong kNN features",
         any_size=True,
     )
-    # The paper has 5e-4 at 256 with linear scaling, for hundreds of epochs; gradients clipped at 3.
+    # The paper uses 5e-4 at 256 with linear scaling, for hundreds of epochs; gradients clipped at 3.
     optimizer_settings = OptimizerSettings(
         "adamw", lr=2e-3, weight_decay=0.04, scaling="sqrt", clip_norm=3.0
     )

@@ -19,7 +19,7 @@ from vissl_lite.pretext.modules.losses import Center, cross_entropy, koleo, swap
 from vissl_lite.pretext.modules.masking import check_patches, masked_patches
 
 
-def some_masks(batch: int, rows: int, columns: int, like: Tensor) -> Tensor:
+def random_masks(batch: int, rows: int, columns: int, like: Tensor) -> Tensor:
     """Half of the images get a mask of a tenth to half of their patches (section 4.1).
 
     Args:
@@ -61,23 +61,23 @@ class IBOT(PretextTask):
     """iBOT.
 
     Args:
-        encoder: what is trained; the teacher is what a run saves, as it is the better one.
-        prototypes: outputs of the heads; the paper has 8192, for 1.3 million images.
+        encoder: Encoder to train; the teacher is what a run saves, as it is the better one.
+        prototypes: outputs of the heads; the paper uses 8192, for 1.3 million images.
         patch_weight: of the loss on masked patches.
         koleo_weight: of the term that spreads the embeddings of a batch; DINOv2 has 0.1, iBOT none.
         temperature: of the student (section 4.1).
-        teacher_temperature: of the teacher; the paper has up to 0.07.
-        momentum: of the teacher at the start; rises to 1 along a cosine. The paper has 0.996, for
+        teacher_temperature: of the teacher; the paper uses up to 0.07.
+        momentum: of the teacher at the start; rises to 1 along a cosine. The paper uses 0.996, for
             batches of 1024 and hundreds of epochs.
         center_momentum: of the centers that are taken from the teacher's outputs.
         freeze_last_layer: share of the run in which the last layer stays as it is.
         hidden_size: of the head, which images and patches share (section 4.1).
         bottleneck_size: before the last layer.
-        local_crops: number of small views beside the two large ones; default 6, none below 64
-            pixels; the paper has 10.
-        min_crop_scale: smallest share of the image's area in a small view.
-        min_global_crop_scale: smallest share in a large view (0.32 in the authors' recipes).
-        color: strength of the color distortion; the paper has about 0.5.
+        local_crops: Number of local crops besides the two global ones; default 6, none below 64
+            pixels; the paper uses 10.
+        min_crop_scale: Smallest fraction of the image area in a local crop.
+        min_global_crop_scale: Smallest fraction in a global crop (0.32 in the authors' recipes).
+        color: Strength of the color distortion; the paper uses about 0.5.
     """
 
     info = PretextInfo(
@@ -88,7 +88,7 @@ class IBOT(PretextTask):
         use="ViTs and long runs; before detection or segmentation, as patches learn too",
         backbones="ViT",
     )
-    # The paper has 5e-4 at 256 with linear scaling, for hundreds of epochs; gradients clipped at 3.
+    # The paper uses 5e-4 at 256 with linear scaling, for hundreds of epochs; gradients clipped at 3.
     optimizer_settings = OptimizerSettings(
         "adamw", lr=1e-3, weight_decay=0.04, scaling="sqrt", clip_norm=3.0
     )
@@ -144,7 +144,7 @@ class IBOT(PretextTask):
         with torch.no_grad():
             pooled, patches = self.teacher_encoder.pooled_and_map(large)
             rows, columns = patches.shape[2:]
-            mask = some_masks(len(large), rows, columns, like=large)
+            mask = random_masks(len(large), rows, columns, like=large)
             outputs = self.teacher_head(pooled)
             patch_outputs = self.teacher_head(patches.permute(0, 2, 3, 1)[mask])
             targets = self.center.targets(outputs, self.teacher_temperature)

@@ -19,15 +19,15 @@ from vissl_lite.pretext.modules.masking import (
     PatchPredictor,
     check_patches,
     encode_visible,
+    gather_tokens,
     indices_to_mask,
     narrow_width,
-    take,
 )
 
 Range = tuple[float, float]
 
 
-def draw(between: Range) -> float:
+def uniform(between: Range) -> float:
     """A number, equally likely anywhere in a range."""
     low, high = between
     return low + (high - low) * float(torch.rand(()))
@@ -88,19 +88,19 @@ def draw_context(context: Tensor, targets: Tensor, side: int) -> tuple[Tensor, T
     Returns:
         ``(B, K')`` indices of context patches, at least one; and the targets, perhaps replaced.
     """
-    least = max(1, side * side // 4)
+    min_context = max(1, side * side // 4)
     first = indices_to_mask(targets[:, 0], side * side)
     left = context & ~first
     left = torch.where(left.any(dim=1, keepdim=True), left, ~first)
     kept = [targets[:, 0]]
     for block in targets.unbind(1)[1:]:
         less = left & ~indices_to_mask(block, side * side)
-        fits = less.sum(dim=1, keepdim=True) >= least
+        fits = less.sum(dim=1, keepdim=True) >= min_context
         left = torch.where(fits, less, left)
         kept.append(torch.where(fits, block, targets[:, 0]))
     smallest = int(left.sum(dim=1).min())
-    lot = torch.rand(left.shape, device=left.device) + ~left  # those in the context come first
-    return lot.argsort(dim=1)[:, :smallest], torch.stack(kept, dim=1)
+    order = torch.rand(left.shape, device=left.device) + ~left  # those in the context come first
+    return order.argsort(dim=1)[:, :smallest], torch.stack(kept, dim=1)
 
 
 class IJEPA(PretextTask):
@@ -111,7 +111,7 @@ class IJEPA(PretextTask):
     has such tokens, the predictor sees them, and they learn through attention only.
 
     Args:
-        encoder: what is trained; a plain ViT.
+        encoder: Encoder to train; a plain ViT.
         targets: blocks to predict in each image (section 3).
         target_scale: smallest and largest share of the image that a target covers (section 3); one
             size is drawn for a batch, as in the authors' code.
@@ -126,7 +126,7 @@ class IJEPA(PretextTask):
         predictor_depth: number of the predictor's blocks; default half the encoder's, as the
             paper's 6 is of ViT-B's 12, and a quarter of it below the width of ViT-S (384): the
             predictor runs once for every target.
-        min_crop_scale: smallest share of the image's area in a view; 0.3 as in the authors' code
+        min_crop_scale: Smallest fraction of the image area in a view; 0.3 as in the authors' code
             (configs), which does not flip.
     """
 
@@ -185,7 +185,7 @@ class IJEPA(PretextTask):
         # on the CPU: their numbers are shapes, and to read those would wait for a GPU at each step
         blocks = self.draw_blocks(len(images), torch.device("cpu"))
         context, targets = (one.to(images.device, non_blocking=True) for one in blocks)
-        # smooth L1 as in the authors' code; the paper has the squared distance (section 3)
+        # smooth L1 as in the authors' code; the paper uses the squared distance (section 3)
         return F.smooth_l1_loss(
             self.predict(images, context, targets).float(), self.features(images, targets)
         )
@@ -201,10 +201,10 @@ class IJEPA(PretextTask):
             ``(B, K)`` and ``(B, T, K')`` indices of patches; no target overlaps with the context.
         """
         side = self.side
-        scale, aspect = draw(self.target_scale), draw(self.target_aspect)
+        scale, aspect = uniform(self.target_scale), uniform(self.target_aspect)
         size = block_size(side, scale, aspect, largest=side - 1)
         targets = place_blocks(batch, self.count, side, size, device)
-        size = block_size(side, draw(self.context_scale), 1.0, largest=side)
+        size = block_size(side, uniform(self.context_scale), 1.0, largest=side)
         context = place_blocks(batch, 1, side, size, device)[:, 0]
         return draw_context(indices_to_mask(context, side * side), targets, side)
 
@@ -243,7 +243,7 @@ class IJEPA(PretextTask):
         model = self.target_encoder.model
         tokens = model.forward_features(images)[:, model.num_prefix_tokens :].float()
         tokens = F.layer_norm(tokens, tokens.shape[-1:])
-        return take(tokens, targets.flatten(1)).unflatten(1, targets.shape[1:])
+        return gather_tokens(tokens, targets.flatten(1)).unflatten(1, targets.shape[1:])
 
     def after_step(self) -> None:
         momentum = self.momentum + (1 - self.momentum) * self.progress

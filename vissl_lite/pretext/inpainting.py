@@ -19,7 +19,7 @@ from vissl_lite.pretext.modules.visualization import reconstruction
 
 # Blocks that are tried for each image, and the shares that they reach: with less there might be no
 # whole pixel, with more only corners would be left, which few blocks cover.
-BLOCKS, SMALLEST, LARGEST = 24, 0.01, 0.7
+NUM_BLOCKS, MIN_MASKED, MAX_MASKED = 24, 0.01, 0.7
 
 
 def random_blocks(count: int, size: int, share: float, device: torch.device) -> Tensor:
@@ -41,7 +41,7 @@ def random_blocks(count: int, size: int, share: float, device: torch.device) -> 
     largest = size * share**0.5 / 2
     mask = torch.zeros(count, size, size, dtype=torch.bool, device=device)
     area = torch.zeros(count, device=device)
-    for _ in range(BLOCKS):
+    for _ in range(NUM_BLOCKS):
         height, width = (largest * (1 + torch.rand(2, count, 1, device=device)) / 2).clamp(min=1)
         top, left = torch.rand(2, count, 1, device=device)
         top, left = top * (size - height), left * (size - width)
@@ -77,11 +77,11 @@ class Inpainting(PretextTask):
     here, as the authors did where they trained features: it did not converge with their encoder.
 
     Args:
-        encoder: what is trained.
+        encoder: Encoder to train.
         masked: share of the image's area that is cut out, from 0.01 to 0.7; up to a quarter in
             the paper (section 3.3).
         decoder_width: channels of the decoder.
-        min_crop_scale: smallest share of the image's area in a view.
+        min_crop_scale: Smallest fraction of the image area in a view.
     """
 
     info = PretextInfo(
@@ -102,8 +102,8 @@ class Inpainting(PretextTask):
         min_crop_scale: float = 0.3,
     ) -> None:
         super().__init__(encoder)
-        if not SMALLEST <= masked <= LARGEST:
-            raise UserError(f"--pretext.masked {masked} must be in [{SMALLEST}, {LARGEST}]")
+        if not MIN_MASKED <= masked <= MAX_MASKED:
+            raise UserError(f"--pretext.masked {masked} must be in [{MIN_MASKED}, {MAX_MASKED}]")
         # Each place of the decoder's map gives a square of pixels.
         self.decoder = Decoder(encoder, len(encoder.mean) * Decoder.STRIDE**2, decoder_width)
         self.masked, self.min_crop_scale = masked, min_crop_scale
@@ -111,7 +111,7 @@ class Inpainting(PretextTask):
     def views(self, upright: bool = True) -> Views:
         return cropped_views(self.encoder.image_size, self.min_crop_scale, upright)
 
-    def fill(self, images: Tensor, mask: Tensor) -> Tensor:
+    def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
         """The whole image as the encoder and the decoder imagine it.
 
         Args:
@@ -129,9 +129,11 @@ class Inpainting(PretextTask):
     def loss(self, views: list[Tensor]) -> Tensor:
         images = views[0]
         mask = random_blocks(len(images), images.shape[-1], self.masked, images.device)
-        return masked_l2(self.fill(images, mask), images, mask)
+        return masked_l2(self.reconstruct(images, mask), images, mask)
 
     def visualize(self, views: list[Tensor]) -> Visualization:
         images = views[0]
         mask = random_blocks(len(images), images.shape[-1], self.masked, images.device)
-        return reconstruction(self.encoder, images, mask, self.fill(images, mask), "filled in")
+        return reconstruction(
+            self.encoder, images, mask, self.reconstruct(images, mask), "filled in"
+        )

@@ -17,22 +17,22 @@ from vissl_lite.errors import UserError, check_share, check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.plots import Picture
 from vissl_lite.pretext.base import PretextInfo, PretextTask, Visualization
-from vissl_lite.pretext.modules.chance_monitor import Signal
-from vissl_lite.pretext.modules.heads import mlp
-from vissl_lite.pretext.modules.patches import PLACES, ROWS, Grid, patch_side
+from vissl_lite.pretext.modules.chance_monitor import ChanceMonitor
+from vissl_lite.pretext.modules.heads import ProjectionHead
+from vissl_lite.pretext.modules.patches import GRID_ROWS, NUM_PATCHES, Grid, patch_side
 from vissl_lite.pretext.modules.visualization import to_pixels
 
 # Puzzles made of each image. Features are shuffled, not tiles: more of them cost next to nothing.
-SHUFFLES = 4
+SHUFFLES_PER_IMAGE = 4
 
 # Contrast below which a tile counts as flat, in normalized values: its noise is not blown up.
-FLAT = 0.01
+MIN_TILE_STD = 0.01
 
 # Spread of the last layer's first weights: small, so that training starts at guessing.
-FIRST_WEIGHTS = 0.01
+LAST_LAYER_STD = 0.01
 
 # The paper's largest set of permutations; the time to find them grows with their number.
-LARGEST_SET = 1000
+MAX_PERMUTATIONS = 1000
 
 
 def jigsaw_views(size: int, min_crop_scale: float, gray_share: float, upright: bool) -> Views:
@@ -42,7 +42,7 @@ def jigsaw_views(size: int, min_crop_scale: float, gray_share: float, upright: b
         size: side in pixels.
         min_crop_scale: smallest share of the image's area.
         gray_share: probability of being made gray.
-        upright: whether the images have an up.
+        upright: Whether the images have a natural orientation.
     """
     one = [random_crop(size, min_crop_scale), flip(upright), gray(gray_share)]
     return Views([one], shortest=crop_decode_size(size, min_crop_scale))
@@ -114,7 +114,7 @@ def normalize_tiles(tiles: Tensor) -> Tensor:
         The same shape. Flat tiles stay flat.
     """
     deviation, mean = torch.std_mean(tiles, dim=(2, 3), keepdim=True)
-    return (tiles - mean) / deviation.clamp(min=FLAT)
+    return (tiles - mean) / deviation.clamp(min=MIN_TILE_STD)
 
 
 def shuffle(tiles: Tensor, permutations: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def shuffle(tiles: Tensor, permutations: Tensor) -> Tensor:
     return tiles[torch.arange(len(tiles), device=tiles.device)[:, None], permutations]
 
 
-def join(tiles: np.ndarray) -> np.ndarray:
+def join_tiles(tiles: np.ndarray) -> np.ndarray:
     """Lay nine tiles together, white lines between them.
 
     Args:
@@ -142,8 +142,8 @@ def join(tiles: np.ndarray) -> np.ndarray:
     line = max(1, tiles.shape[1] // 16)
     framed = np.pad(tiles, ((0, 0), (0, line), (0, line), (0, 0)), constant_values=255)
     side = framed.shape[1]
-    laid = framed.reshape(ROWS, ROWS, side, side, 3).transpose(0, 2, 1, 3, 4)
-    return laid.reshape(ROWS * side, ROWS * side, 3)[:-line, :-line]
+    laid = framed.reshape(GRID_ROWS, GRID_ROWS, side, side, 3).transpose(0, 2, 1, 3, 4)
+    return laid.reshape(GRID_ROWS * side, GRID_ROWS * side, 3)[:-line, :-line]
 
 
 class Jigsaw(PretextTask):
@@ -159,7 +159,7 @@ class Jigsaw(PretextTask):
     shifts the channels of colored images by up to two pixels, which is left out here.
 
     Args:
-        encoder: what is trained.
+        encoder: Encoder to train.
         permutations: to tell apart. The paper finds 1000 best on ImageNet; 100 ask less of small
             sets of images.
         tile_size: side of a tile in pixels; default what fits the encoder, about 2/7 of its
@@ -170,7 +170,7 @@ class Jigsaw(PretextTask):
             paper (its fc6), for a million images.
         hidden_size: of the head on all nine; 4096 in the paper (its fc7).
         gray: share of the images made gray; 0.3 in the paper.
-        min_crop_scale: smallest share of the image's area in the view that is cut up; the paper
+        min_crop_scale: Smallest fraction of the image area in the view that is cut up; the paper
             takes 225^2 pixels of an image with a shorter side of 256.
     """
 
@@ -196,10 +196,10 @@ class Jigsaw(PretextTask):
         min_crop_scale: float = 0.5,
     ) -> None:
         super().__init__(encoder)
-        if not 2 <= permutations <= LARGEST_SET:
+        if not 2 <= permutations <= MAX_PERMUTATIONS:
             raise UserError(
-                f"--pretext.permutations {permutations} must be from 2 to {LARGEST_SET}: it takes "
-                "two to tell them apart, and the paper has no use for more"
+                f"--pretext.permutations {permutations} must be from 2 to {MAX_PERMUTATIONS}: it takes "
+                "two to tell them apart, and the paper uses no use for more"
             )
         check_share("pretext.gray", gray)
         check_sizes(tile_features=tile_features, hidden_size=hidden_size)
@@ -212,14 +212,14 @@ class Jigsaw(PretextTask):
             )
         self.grid = Grid(tile, step=cell, slack=cell - tile)
         self.reduce = nn.Linear(encoder.num_features, tile_features)
-        self.head = mlp(PLACES * tile_features, hidden_size, permutations)
+        self.head = ProjectionHead(NUM_PATCHES * tile_features, hidden_size, permutations)
         last = self.head[-1]
         assert isinstance(last, nn.Linear)
-        nn.init.normal_(last.weight, std=FIRST_WEIGHTS)
+        nn.init.normal_(last.weight, std=LAST_LAYER_STD)
         nn.init.zeros_(last.bias)
-        self.signal = Signal("jigsaw", chance=1 / permutations)
+        self.signal = ChanceMonitor("jigsaw", chance=1 / permutations)
         self.permutations: Tensor
-        orders = torch.from_numpy(distant_permutations(PLACES, permutations).astype(np.int64))
+        orders = torch.from_numpy(distant_permutations(NUM_PATCHES, permutations).astype(np.int64))
         self.register_buffer("permutations", orders, persistent=False)
         self.gray, self.min_crop_scale = gray, min_crop_scale
 
@@ -239,9 +239,9 @@ class Jigsaw(PretextTask):
 
     def features(self, tiles: Tensor) -> Tensor:
         """What is known of each tile: ``(9 B, C, side, side)`` to ``(B, 9, tile_features)``."""
-        return self.reduce(self.encoder(tiles)).unflatten(0, (-1, PLACES))
+        return self.reduce(self.encoder(tiles)).unflatten(0, (-1, NUM_PATCHES))
 
-    def guess(self, features: Tensor, labels: Tensor) -> Tensor:
+    def predict(self, features: Tensor, labels: Tensor) -> Tensor:
         """Shuffle, and tell by which permutation.
 
         Args:
@@ -254,26 +254,26 @@ class Jigsaw(PretextTask):
         return self.head(shuffle(features, self.permutations[labels]).flatten(1)).float()
 
     def loss(self, views: list[Tensor]) -> Tensor:
-        features = self.features(self.tiles(views[0])).repeat(SHUFFLES, 1, 1)
+        features = self.features(self.tiles(views[0])).repeat(SHUFFLES_PER_IMAGE, 1, 1)
         labels = torch.randint(len(self.permutations), (len(features),), device=features.device)
-        logits = self.guess(features, labels)
+        logits = self.predict(features, labels)
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
         self.measure("accuracy", accuracy)
-        self.signal.watch(accuracy, self.progress)
+        self.signal.update(accuracy, self.progress)
         return F.cross_entropy(logits, labels)
 
     def visualize(self, views: list[Tensor]) -> Visualization:
         cut = self.grid.cut(views[0])
         labels = torch.randint(len(self.permutations), (len(views[0]),), device=cut.device)
-        guessed = self.guess(self.features(normalize_tiles(cut)), labels).argmax(dim=1)
+        predictions = self.predict(self.features(normalize_tiles(cut)), labels).argmax(dim=1)
         tiles = to_pixels(cut, self.encoder)
         rows = []
-        for number, truth in enumerate(tiles.reshape(-1, PLACES, *tiles.shape[1:])):
+        for number, truth in enumerate(tiles.reshape(-1, NUM_PATCHES, *tiles.shape[1:])):
             order = self.permutations[labels[number]].cpu().numpy()
-            said = self.permutations[guessed[number]].cpu().numpy()
+            predicted = self.permutations[predictions[number]].cpu().numpy()
             shuffled = truth[order]
-            fits = int((order == said).sum())
-            placed = join(shuffled[said.argsort()])
-            solved = Picture(placed, f"{fits} of 9 in place", right=fits == PLACES)
-            rows.append([Picture(join(shuffled)), solved, Picture(join(truth))])
+            fits = int((order == predicted).sum())
+            placed = join_tiles(shuffled[predicted.argsort()])
+            solved = Picture(placed, f"{fits} of 9 in place", right=fits == NUM_PATCHES)
+            rows.append([Picture(join_tiles(shuffled)), solved, Picture(join_tiles(truth))])
         return Visualization(("shuffled", "placed as predicted", "truth"), rows)

@@ -13,7 +13,7 @@ from vissl_lite.errors import LARGEST_DEPTH, UserError, check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import PretextInfo, PretextTask
 from vissl_lite.pretext.modules.crops import MultiCrop, forward_multi_crop
-from vissl_lite.pretext.modules.heads import mlp
+from vissl_lite.pretext.modules.heads import ProjectionHead
 from vissl_lite.pretext.modules.losses import random_directions, sigreg
 
 
@@ -21,18 +21,18 @@ class LeJEPA(PretextTask):
     """LeJEPA.
 
     Args:
-        encoder: what is trained.
+        encoder: Encoder to train.
         lambd: weight of the regularization against the agreement of views, in [0, 1] (equation
             LeJEPA, section 5; 0.05 is the authors' default, 0.02 in their small example).
-        directions: that the distribution is looked at from, drawn anew every step; the paper has
+        directions: that the distribution is looked at from, drawn anew every step; the paper uses
             1024.
         hidden_size: of the projection head; 2048 in the authors' example.
         projection_size: of the embeddings.
-        global_crops: views of the encoder's size.
-        local_crops: small views beside them; default 6 as in the paper, none below 64 pixels.
-        min_crop_scale: smallest share of the image's area in a small view.
-        min_global_crop_scale: smallest share in a large view; the paper has 0.3.
-        color: strength of the color distortion.
+        global_crops: Number of crops of the encoder's image size.
+        local_crops: Number of local crops; default 6 as in the paper, none below 64 pixels.
+        min_crop_scale: Smallest fraction of the image area in a local crop.
+        min_global_crop_scale: Smallest fraction in a global crop; the paper uses 0.3.
+        color: Strength of the color distortion.
     """
 
     info = PretextInfo(
@@ -64,7 +64,7 @@ class LeJEPA(PretextTask):
             raise UserError(f"--pretext.lambd {lambd} must be between 0 and 1")
         check_sizes(LARGEST_DEPTH, global_crops=global_crops)
         check_sizes(directions=directions, hidden_size=hidden_size, projection_size=projection_size)
-        self.head = mlp(encoder.num_features, hidden_size, hidden_size, projection_size)
+        self.head = ProjectionHead(encoder.num_features, hidden_size, hidden_size, projection_size)
         self.lambd, self.directions = lambd, directions
         self.crops = MultiCrop(
             global_crops, local_crops, min_crop_scale, min_global_crop_scale, color

@@ -19,12 +19,12 @@ from vissl_lite.pretext.modules.masking import (
     check_ratio,
     denormalized_patches,
     encode_visible,
+    gather_tokens,
     indices_to_mask,
     narrow_width,
     normalized_patches,
     patchify,
     random_mask,
-    take,
     unpatchify,
 )
 from vissl_lite.pretext.modules.visualization import reconstruction
@@ -39,7 +39,7 @@ class MAE(PretextTask):
     learned than a linear probe (section 4.3).
 
     Args:
-        encoder: what is trained; a plain ViT.
+        encoder: Encoder to train; a plain ViT.
         mask_ratio: share of the patches that are masked (figure 5).
         decoder_width: of the decoder's blocks, a multiple of 32; default two thirds of the
             encoder's, as the paper's 512 is of ViT-B's 768 (table 1b).
@@ -48,7 +48,7 @@ class MAE(PretextTask):
             over a quarter: 8 blocks would cost more than the whole of a ViT-Tiny, and one is
             enough before fine-tuning (table 1a).
         normalize_pixels: predict pixels normalized within their patch (table 1d).
-        min_crop_scale: smallest share of the image's area in a view; 0.2 as in the authors' code
+        min_crop_scale: Smallest fraction of the image area in a view; 0.2 as in the authors' code
             (main_pretrain.py).
     """
 
@@ -98,7 +98,7 @@ class MAE(PretextTask):
         prefix, tokens = self.forward_encoder(images, visible)
         predicted = self.forward_decoder(prefix, tokens, visible, masked)
         # the mean over masked patches alone (section 3)
-        return F.mse_loss(predicted.float(), take(self.targets(images), masked))
+        return F.mse_loss(predicted.float(), gather_tokens(self.targets(images), masked))
 
     def draw_mask(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Choose the visible patches, ``(B, N - M)``, and the masked ones, ``(B, M)``."""

@@ -26,13 +26,13 @@ class MoCo(PretextTask):
     Here BatchNorm runs over all GPUs together, as in the later methods.
 
     Args:
-        encoder: what is trained.
-        temperature: of the loss; the paper has 0.2 (v2, table 1), in short training 0.1 is better.
-        momentum: of the teacher; the paper has 0.999, for runs of a hundred thousands of steps.
-        queue_size: negatives; the paper has 65536, for 1.3 million images.
+        encoder: Encoder to train.
+        temperature: of the loss; the paper uses 0.2 (v2, table 1), in short training 0.1 is better.
+        momentum: of the teacher; the paper uses 0.999, for runs of a hundred thousands of steps.
+        queue_size: negatives; the paper uses 65536, for 1.3 million images.
         projection_size: of the embeddings that the loss compares.
-        min_crop_scale: smallest share of the image's area in a view.
-        color: strength of the color distortion; the paper has 0.5.
+        min_crop_scale: Smallest fraction of the image area in a view.
+        color: Strength of the color distortion; the paper uses 0.5.
     """
 
     info = PretextInfo(

@@ -16,7 +16,7 @@ from vissl_lite.optim import OptimizerSettings, cosine_schedule
 from vissl_lite.pretext.base import PretextInfo, PretextTask
 from vissl_lite.pretext.modules.crops import BYOL_BLUR, BYOL_SOLARIZE, two_views
 from vissl_lite.pretext.modules.ema import ema_update, make_teacher
-from vissl_lite.pretext.modules.heads import mlp
+from vissl_lite.pretext.modules.heads import ProjectionHead
 from vissl_lite.pretext.modules.losses import contrast
 
 
@@ -24,14 +24,14 @@ class MoCoV3(PretextTask):
     """MoCo v3.
 
     Args:
-        encoder: what is trained. A ViT's patch projection stays as it is, which keeps the training
+        encoder: Encoder to train. A ViT's patch projection stays as it is, which keeps the training
             stable (section 4.2).
         temperature: of the loss (appendix A has 0.2); in short training 0.1 is better.
         momentum: of the teacher at the start; rises to 1 along a cosine (appendix A).
-        hidden_size: of the heads; the paper has 4096.
-        projection_size: of the embeddings that the loss compares; the paper has 256.
-        min_crop_scale: smallest share of the image's area in a view; the paper has 0.08.
-        color: strength of the color distortion; the paper has about 0.5.
+        hidden_size: of the heads; the paper uses 4096.
+        projection_size: of the embeddings that the loss compares; the paper uses 256.
+        min_crop_scale: Smallest fraction of the image area in a view; the paper uses 0.08.
+        color: Strength of the color distortion; the paper uses about 0.5.
     """
 
     info = PretextInfo(
@@ -43,7 +43,7 @@ class MoCoV3(PretextTask):
         negatives=True,
         any_size=True,
     )
-    # appendix A has AdamW with 1.5e-4 and decay 0.1, for batches of 4096 and 300 epochs
+    # Appendix A uses AdamW with 1.5e-4 and decay 0.1, for batches of 4096 and 300 epochs
     optimizer_settings = OptimizerSettings("adamw", lr=1e-3, weight_decay=0.05, scaling="sqrt")
 
     def __init__(
@@ -61,8 +61,12 @@ class MoCoV3(PretextTask):
         check_positive("pretext.temperature", temperature)
         check_sizes(hidden_size=hidden_size, projection_size=projection_size)
         features = encoder.num_features
-        self.projector = mlp(features, hidden_size, hidden_size, projection_size, last_norm=True)
-        self.predictor = mlp(projection_size, hidden_size, projection_size, last_norm=True)
+        self.projector = ProjectionHead(
+            features, hidden_size, hidden_size, projection_size, last_norm=True
+        )
+        self.predictor = ProjectionHead(
+            projection_size, hidden_size, projection_size, last_norm=True
+        )
         self.teacher_encoder = make_teacher(encoder)
         self.teacher_projector = make_teacher(self.projector)
         if encoder.patch_size is not None:
@@ -76,7 +80,7 @@ class MoCoV3(PretextTask):
         return two_views(size, self.min_crop_scale, self.color, upright, BYOL_BLUR, BYOL_SOLARIZE)
 
     def chance_loss(self, images: int) -> float:
-        return 4 * self.temperature * math.log(images)  # all embeddings equal
+        return 4 * self.temperature * math.log(images)  # All embeddings are equal.
 
     def loss(self, views: list[Tensor]) -> Tensor:
         both = torch.cat(views)

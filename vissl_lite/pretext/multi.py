@@ -13,23 +13,23 @@ from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import check_positive, check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import PretextInfo, PretextTask, Visualization
-from vissl_lite.pretext.modules.chance_monitor import Signal
+from vissl_lite.pretext.modules.chance_monitor import ChanceMonitor
 from vissl_lite.pretext.modules.crops import two_views
-from vissl_lite.pretext.modules.heads import mlp
+from vissl_lite.pretext.modules.heads import ProjectionHead
 from vissl_lite.pretext.modules.losses import nt_xent
-from vissl_lite.pretext.rotation import all_rotations, show_rotations
+from vissl_lite.pretext.rotation import all_rotations, visualize_rotations
 
 
 class Multi(PretextTask):
     """Rotation prediction on SimCLR's first view, and SimCLR on both.
 
     Args:
-        encoder: what is trained.
+        encoder: Encoder to train.
         rotation_weight: of rotation's loss; SimCLR's has 1.
         temperature: of SimCLR's loss.
         projection_size: of the embeddings that SimCLR's loss compares.
-        min_crop_scale: smallest share of the image's area in a view.
-        color: strength of the color distortion.
+        min_crop_scale: Smallest fraction of the image area in a view.
+        color: Strength of the color distortion.
     """
 
     info = PretextInfo(
@@ -56,9 +56,9 @@ class Multi(PretextTask):
         check_positive("pretext.temperature", temperature)
         check_sizes(projection_size=projection_size)
         features = encoder.num_features
-        self.contrast_head = mlp(features, features, projection_size)
+        self.contrast_head = ProjectionHead(features, features, projection_size)
         self.rotation_head = nn.Linear(features, 4)
-        self.signal = Signal("rotation", chance=1 / 4)
+        self.signal = ChanceMonitor("rotation", chance=1 / 4)
         self.rotation_weight, self.temperature = rotation_weight, temperature
         self.min_crop_scale, self.color = min_crop_scale, color
 
@@ -78,9 +78,9 @@ class Multi(PretextTask):
         self.measure("accuracy", accuracy)
         self.measure("contrast_loss", contrast)
         self.measure("rotation_loss", rotation)
-        self.signal.watch(accuracy, self.progress)
+        self.signal.update(accuracy, self.progress)
         return contrast + self.rotation_weight * rotation
 
     def visualize(self, views: list[Tensor]) -> Visualization:
-        guess = nn.Sequential(self.encoder, self.rotation_head)
-        return show_rotations(views[0], self.encoder, guess)
+        classifier = nn.Sequential(self.encoder, self.rotation_head)
+        return visualize_rotations(views[0], self.encoder, classifier)

@@ -16,7 +16,7 @@ from vissl_lite.errors import LARGEST_QUEUE, check_positive, check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import PretextInfo, PretextTask
 from vissl_lite.pretext.modules.crops import two_views
-from vissl_lite.pretext.modules.heads import mlp
+from vissl_lite.pretext.modules.heads import ProjectionHead
 from vissl_lite.pretext.modules.losses import contrast
 from vissl_lite.pretext.modules.queue import Queue
 
@@ -40,14 +40,14 @@ class NNCLR(PretextTask):
     """NNCLR.
 
     Args:
-        encoder: what is trained.
+        encoder: Encoder to train.
         temperature: of the loss (section 4.1).
-        queue_size: of the support set; the paper has 98304, for 1.3 million images.
-        hidden_size: of the projection head; the paper has 2048 (section 4.1).
+        queue_size: of the support set; the paper uses 98304, for 1.3 million images.
+        hidden_size: of the projection head; the paper uses 2048 (section 4.1).
         projection_size: of the embeddings that the loss compares (section 4.1).
-        prediction_hidden_size: of the prediction head; the paper has 4096.
-        min_crop_scale: smallest share of the image's area in a view; the paper has 0.08.
-        color: strength of the color distortion.
+        prediction_hidden_size: of the prediction head; the paper uses 4096.
+        min_crop_scale: Smallest fraction of the image area in a view; the paper uses 0.08.
+        color: Strength of the color distortion.
     """
 
     info = PretextInfo(
@@ -82,8 +82,10 @@ class NNCLR(PretextTask):
             prediction_hidden_size=prediction_hidden_size,
         )
         features = encoder.num_features
-        self.projector = mlp(features, hidden_size, hidden_size, projection_size, last_norm=True)
-        self.predictor = mlp(projection_size, prediction_hidden_size, projection_size)
+        self.projector = ProjectionHead(
+            features, hidden_size, hidden_size, projection_size, last_norm=True
+        )
+        self.predictor = ProjectionHead(projection_size, prediction_hidden_size, projection_size)
         self.queue = Queue(queue_size, projection_size)
         self.temperature = temperature
         self.min_crop_scale, self.color = min_crop_scale, color
@@ -93,7 +95,7 @@ class NNCLR(PretextTask):
         return two_views(size, self.min_crop_scale, self.color, upright)
 
     def chance_loss(self, images: int) -> float:
-        return math.log(images)  # all embeddings equal
+        return math.log(images)  # All embeddings are equal.
 
     def loss(self, views: list[Tensor]) -> Tensor:
         z = self.projector(self.encoder(torch.cat(views)))

@@ -17,10 +17,10 @@ from vissl_lite.errors import UserError, check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.plots import Picture
 from vissl_lite.pretext.base import PretextInfo, PretextTask, Visualization
-from vissl_lite.pretext.modules.chance_monitor import Signal
+from vissl_lite.pretext.modules.chance_monitor import ChanceMonitor
 from vissl_lite.pretext.modules.crops import cropped_views
-from vissl_lite.pretext.modules.heads import mlp
-from vissl_lite.pretext.modules.patches import PLACES, Grid, cut, patch_side
+from vissl_lite.pretext.modules.heads import ProjectionHead
+from vissl_lite.pretext.modules.patches import NUM_PATCHES, Grid, cut, patch_side
 from vissl_lite.pretext.modules.visualization import to_pixels
 
 Color = Literal["drop", "project", "keep"]
@@ -91,7 +91,7 @@ class RelativePatch(PretextTask):
     pixelation (section 3.2), which is left out here.
 
     Args:
-        encoder: what is trained.
+        encoder: Encoder to train.
         patch_size: side of a patch in pixels; default what fits the encoder, about 3/7 of its
             images: 96 at 224 as in the paper (section 3).
         gap: pixels between patches; default half of a patch: 48 for 96 (section 3.2).
@@ -101,7 +101,7 @@ class RelativePatch(PretextTask):
             each patch; ``project`` removes the direction from green to magenta; ``keep`` does
             nothing.
         hidden_size: of the head. The paper's has two layers of 4096, for a million images.
-        min_crop_scale: smallest share of the image's area in the view that holds the grid; in the
+        min_crop_scale: Smallest fraction of the image area in the view that holds the grid; in the
             paper the grid takes from a third of an image to all of it (398^2 of 150,000 to 450,000
             pixels, section 3.2).
     """
@@ -142,8 +142,8 @@ class RelativePatch(PretextTask):
             if value < 0:
                 raise UserError(f"--pretext.{name} {value} must not be negative")
         self.grid = Grid(side, step=side + gap, slack=2 * jitter)
-        self.head = mlp(2 * encoder.num_features, hidden_size, len(NEIGHBORS))
-        self.signal = Signal("relative_patch", chance=1 / len(NEIGHBORS))
+        self.head = ProjectionHead(2 * encoder.num_features, hidden_size, len(NEIGHBORS))
+        self.signal = ChanceMonitor("relative_patch", chance=1 / len(NEIGHBORS))
         self.color, self.min_crop_scale = color, min_crop_scale
 
     def views(self, upright: bool = True) -> Views:
@@ -158,9 +158,9 @@ class RelativePatch(PretextTask):
         Returns:
             ``(9 B, C, side, side)``: image by image, each in reading order.
         """
-        return self.treat(self.grid.cut(images))
+        return self.process_colors(self.grid.cut(images))
 
-    def treat(self, patches: Tensor) -> Tensor:
+    def process_colors(self, patches: Tensor) -> Tensor:
         """Patches ``(N, C, side, side)`` with their colors treated as was asked for."""
         if self.color == "drop":
             return drop_colors(patches)
@@ -168,7 +168,7 @@ class RelativePatch(PretextTask):
             return project_colors(patches, self.encoder.scale, self.encoder.shift)
         return patches
 
-    def guess(self, patches: Tensor) -> Tensor:
+    def predict(self, patches: Tensor) -> Tensor:
         """In which direction each neighbor lies.
 
         Args:
@@ -177,39 +177,41 @@ class RelativePatch(PretextTask):
         Returns:
             ``(8 B, 8)`` logits in float32, image by image.
         """
-        features = self.encoder(patches).unflatten(0, (-1, PLACES))
+        features = self.encoder(patches).unflatten(0, (-1, NUM_PATCHES))
         neighbors = torch.cat([features[:, :CENTER], features[:, CENTER + 1 :]], dim=1)
         centers = features[:, CENTER : CENTER + 1].expand_as(neighbors)
         pairs = torch.cat([centers, neighbors], dim=2).flatten(0, 1)
         return self.head(pairs).float()
 
     def loss(self, views: list[Tensor]) -> Tensor:
-        logits = self.guess(self.patches(views[0]))
+        logits = self.predict(self.patches(views[0]))
         labels = torch.arange(len(NEIGHBORS), device=logits.device).repeat(len(views[0]))
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
         self.measure("accuracy", accuracy)
-        self.signal.watch(accuracy, self.progress)
+        self.signal.update(accuracy, self.progress)
         return F.cross_entropy(logits, labels)
 
     def visualize(self, views: list[Tensor]) -> Visualization:
         images, side = views[0], self.grid.side
         down, right = self.grid.draw(len(images), images.device)
         patches = cut(images, down, right, side)
-        guessed = self.guess(self.treat(patches)).argmax(dim=1).view(len(images), -1)
-        pixels = to_pixels(patches, self.encoder).reshape(len(images), PLACES, side, side, 3)
+        predictions = self.predict(self.process_colors(patches)).argmax(dim=1).view(len(images), -1)
+        pixels = to_pixels(patches, self.encoder).reshape(len(images), NUM_PATCHES, side, side, 3)
         rows = []
         for number, whole in enumerate(to_pixels(images, self.encoder)):
             label = int(torch.randint(len(NEIGHBORS), ()))
-            said = int(guessed[number, label])
+            predicted = int(predictions[number, label])
             faded = (0.25 * whole + 0.75 * 255).astype(np.uint8)
             pair = (pixels[number, CENTER], pixels[number, NEIGHBORS[label]])
             pictures = []
-            for place in (NEIGHBORS[label], NEIGHBORS[said]):
+            for place in (NEIGHBORS[label], NEIGHBORS[predicted]):
                 picture = faded.copy()
                 for patch, at in zip(pair, (CENTER, place), strict=True):
                     y, x = int(down[number, at]), int(right[number, at])
                     picture[y : y + side, x : x + side] = patch
                 pictures.append(picture)
             truth = Picture(pictures[0], DIRECTIONS[label])
-            rows.append([truth, Picture(pictures[1], DIRECTIONS[said], right=said == label)])
+            rows.append(
+                [truth, Picture(pictures[1], DIRECTIONS[predicted], right=predicted == label)]
+            )
         return Visualization(("two patches", "placed as predicted"), rows)

@@ -15,7 +15,7 @@ from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.plots import Picture
 from vissl_lite.pretext.base import PretextInfo, PretextTask, Visualization
-from vissl_lite.pretext.modules.chance_monitor import Signal
+from vissl_lite.pretext.modules.chance_monitor import ChanceMonitor
 from vissl_lite.pretext.modules.visualization import to_pixels
 
 
@@ -44,7 +44,7 @@ def all_rotations(images: Tensor) -> tuple[Tensor, Tensor]:
     return turned.contiguous(memory_format=torch.channels_last), labels
 
 
-def turn(images: Tensor, turns: Tensor) -> Tensor:
+def rotate(images: Tensor, turns: Tensor) -> Tensor:
     """Turn each image by quarter turns of its own.
 
     Args:
@@ -55,24 +55,27 @@ def turn(images: Tensor, turns: Tensor) -> Tensor:
     return torch.stack([torch.rot90(image, count, dims=(1, 2)) for image, count in each])
 
 
-def show_rotations(
-    images: Tensor, encoder: Encoder, guess: Callable[[Tensor], Tensor]
+def visualize_rotations(
+    images: Tensor, encoder: Encoder, classify: Callable[[Tensor], Tensor]
 ) -> Visualization:
     """Images turned at random, and turned back by what was predicted.
 
     Args:
         images: ``(B, 3, S, S)``, normalized.
         encoder: The encoder that they were normalized for.
-        guess: the logits ``(B, 4)`` of images.
+        classify: the logits ``(B, 4)`` of images.
     """
     turns = torch.randint(4, (len(images),), device=images.device)
-    turned = turn(images, turns)
-    guessed = guess(turned).argmax(dim=1)
-    given, back = to_pixels(turned, encoder), to_pixels(turn(turned, -guessed), encoder)
+    turned = rotate(images, turns)
+    predictions = classify(turned).argmax(dim=1)
+    given, back = to_pixels(turned, encoder), to_pixels(rotate(turned, -predictions), encoder)
     rows = [
-        [Picture(one, f"by {90 * true}°"), Picture(other, f"by {90 * said}°", right=true == said)]
-        for one, other, true, said in zip(
-            given, back, turns.tolist(), guessed.tolist(), strict=True
+        [
+            Picture(one, f"by {90 * true}°"),
+            Picture(other, f"by {90 * predicted}°", right=true == predicted),
+        ]
+        for one, other, true, predicted in zip(
+            given, back, turns.tolist(), predictions.tolist(), strict=True
         )
     ]
     return Visualization(("turned", "turned back\nas predicted"), rows)
@@ -82,8 +85,8 @@ class Rotation(PretextTask):
     """Rotation prediction. Has no signal on images without an up, such as from a microscope.
 
     Args:
-        encoder: what is trained.
-        min_crop_scale: smallest share of the image's area in a view.
+        encoder: Encoder to train.
+        min_crop_scale: Smallest fraction of the image area in a view.
     """
 
     info = PretextInfo(
@@ -99,7 +102,7 @@ class Rotation(PretextTask):
     def __init__(self, encoder: Encoder, min_crop_scale: float = 0.5) -> None:
         super().__init__(encoder)
         self.head = nn.Linear(encoder.num_features, 4)
-        self.signal = Signal("rotation", chance=1 / 4)
+        self.signal = ChanceMonitor("rotation", chance=1 / 4)
         self.min_crop_scale = min_crop_scale
 
     def views(self, upright: bool = True) -> Views:
@@ -110,8 +113,8 @@ class Rotation(PretextTask):
         logits = self.head(self.encoder(images)).float()
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
         self.measure("accuracy", accuracy)
-        self.signal.watch(accuracy, self.progress)
+        self.signal.update(accuracy, self.progress)
         return F.cross_entropy(logits, labels)
 
     def visualize(self, views: list[Tensor]) -> Visualization:
-        return show_rotations(views[0], self.encoder, nn.Sequential(self.encoder, self.head))
+        return visualize_rotations(views[0], self.encoder, nn.Sequential(self.encoder, self.head))

@@ -15,7 +15,7 @@ from vissl_lite.errors import check_positive, check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import PretextInfo, PretextTask
 from vissl_lite.pretext.modules.crops import two_views
-from vissl_lite.pretext.modules.heads import mlp
+from vissl_lite.pretext.modules.heads import ProjectionHead
 from vissl_lite.pretext.modules.losses import nt_xent
 
 
@@ -23,13 +23,13 @@ class SimCLR(PretextTask):
     """SimCLR.
 
     Args:
-        encoder: what is trained.
+        encoder: Encoder to train.
         temperature: of the loss. The paper finds 0.1 best on ImageNet (table 5) and 0.5 in long
             training on CIFAR-10 (appendix B.9); in short training we find 0.1 better there too.
         hidden_size: of the projection head; default that of the features (section 4.2).
         projection_size: of the embeddings that the loss compares (section 4.2).
-        min_crop_scale: smallest share of the image's area in a view; the paper has 0.08.
-        color: strength of the color distortion; default 1 as for ImageNet, 0.5 for images below
+        min_crop_scale: Smallest fraction of the image area in a view; the paper uses 0.08.
+        color: Strength of the color distortion; default 1 as for ImageNet, 0.5 for images below
             64 pixels as for CIFAR-10 (appendix B.9).
     """
 
@@ -59,7 +59,7 @@ class SimCLR(PretextTask):
         check_sizes(hidden_size=hidden_size, projection_size=projection_size)
         features = encoder.num_features
         hidden = features if hidden_size is None else hidden_size
-        self.head = mlp(features, hidden, projection_size)
+        self.head = ProjectionHead(features, hidden, projection_size)
         self.temperature = temperature
         self.min_crop_scale, self.color = min_crop_scale, color
 
@@ -68,7 +68,7 @@ class SimCLR(PretextTask):
         return two_views(size, self.min_crop_scale, self.color, upright)
 
     def chance_loss(self, images: int) -> float:
-        return math.log(2 * images - 1)  # all embeddings equal
+        return math.log(2 * images - 1)  # All embeddings are equal.
 
     def loss(self, views: list[Tensor]) -> Tensor:
         # One pass over both views is faster than two, and BatchNorm then sees both together, as

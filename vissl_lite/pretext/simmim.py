@@ -75,11 +75,11 @@ class SimMIM(PretextTask):
     at all.
 
     Args:
-        encoder: what is trained; a ViT or a Swin Transformer.
+        encoder: Encoder to train; a ViT or a Swin Transformer.
         mask_ratio: share of the image that is masked (table 1).
         mask_unit: side in pixels of what is masked as a whole; default about a sixth of the
             image as the paper's 32 is of 192, see ``default_mask_unit``.
-        min_crop_scale: smallest share of the image's area in a view (section 4.1).
+        min_crop_scale: Smallest fraction of the image area in a view (section 4.1).
     """
 
     info = PretextInfo(

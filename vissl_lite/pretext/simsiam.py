@@ -12,7 +12,7 @@ from vissl_lite.errors import check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import PretextInfo, PretextTask
 from vissl_lite.pretext.modules.crops import two_views
-from vissl_lite.pretext.modules.heads import mlp
+from vissl_lite.pretext.modules.heads import ProjectionHead
 from vissl_lite.pretext.modules.losses import negative_cosine
 
 
@@ -20,11 +20,11 @@ class SimSiam(PretextTask):
     """SimSiam.
 
     Args:
-        encoder: what is trained.
+        encoder: Encoder to train.
         projection_size: of the projector's three layers and of the embeddings; 2048 in the paper.
         hidden_size: bottleneck of the predictor, a quarter of that (section 3).
-        min_crop_scale: smallest share of the image's area in a view (section 3).
-        color: strength of the color distortion; the paper has 0.5.
+        min_crop_scale: Smallest fraction of the image area in a view (section 3).
+        color: Strength of the color distortion; the paper uses 0.5.
     """
 
     info = PretextInfo(
@@ -48,8 +48,8 @@ class SimSiam(PretextTask):
         super().__init__(encoder)
         check_sizes(hidden_size=hidden_size, projection_size=projection_size)
         size = projection_size
-        self.projector = mlp(encoder.num_features, size, size, size, last_norm=True)
-        self.predictor = mlp(size, hidden_size, size)
+        self.projector = ProjectionHead(encoder.num_features, size, size, size, last_norm=True)
+        self.predictor = ProjectionHead(size, hidden_size, size)
         self.min_crop_scale, self.color = min_crop_scale, color
 
     def views(self, upright: bool = True) -> Views:

@@ -25,16 +25,16 @@ from vissl_lite.data.views import Views
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError, check_sizes
 from vissl_lite.optim import OptimizerSettings
-from vissl_lite.pretext.base import KINDS, PretextInfo, PretextTask, Visualization
+from vissl_lite.pretext.base import BACKBONE_KINDS, PretextInfo, PretextTask, Visualization
 from vissl_lite.pretext.modules.crops import cropped_views
 from vissl_lite.pretext.modules.masking import (
     check_ratio,
     denormalized_patches,
+    gather_tokens,
     indices_to_mask,
     normalized_patches,
     patchify,
     random_mask,
-    take,
     unpatchify,
 )
 from vissl_lite.pretext.modules.visualization import reconstruction
@@ -139,7 +139,7 @@ def _norm_forward(norm: Any, mask_of: MaskOf, features: Tensor) -> Tensor:
     return normed
 
 
-def _hide(module: nn.Module, _: Any, output: Tensor, batch: int, mask_of: MaskOf) -> Tensor:
+def _mask_output(module: nn.Module, _: Any, output: Tensor, batch: int, mask_of: MaskOf) -> Tensor:
     """Forward hook: masks an output again, unless it is no feature map of the images."""
     if output.ndim != 4 or len(output) != batch:
         return output
@@ -150,18 +150,18 @@ def _hide(module: nn.Module, _: Any, output: Tensor, batch: int, mask_of: MaskOf
     return output * mask_of(output)
 
 
-def _share(features: Tensor, mask_of: MaskOf) -> Tensor:
+def _visible_fraction(features: Tensor, mask_of: MaskOf) -> Tensor:
     return mask_of(features).mean(dim=(2, 3), keepdim=True)
 
 
-def _raise_mean(_: nn.Module, features: tuple[Tensor], mask_of: MaskOf) -> Tensor:
+def _divide_by_fraction(_: nn.Module, features: tuple[Tensor], mask_of: MaskOf) -> Tensor:
     """Forward pre-hook: the mean over all places becomes that over the visible ones."""
-    return features[0] / _share(features[0], mask_of)
+    return features[0] / _visible_fraction(features[0], mask_of)
 
 
-def _lower_mean(_: nn.Module, __: Any, output: Tensor, mask_of: MaskOf) -> Tensor:
-    """Forward hook: undoes ``_raise_mean`` in what is gated."""
-    return output * _share(output, mask_of)
+def _multiply_by_fraction(_: nn.Module, __: Any, output: Tensor, mask_of: MaskOf) -> Tensor:
+    """Forward hook: undoes ``_divide_by_fraction`` in what is gated."""
+    return output * _visible_fraction(output, mask_of)
 
 
 # Layers that spread features or make zeros something else, and those that gate channels by their
@@ -185,28 +185,28 @@ def sparse(model: nn.Module, visible: Tensor) -> Iterator[None]:
         visible: ``(B, 1, g, g)``, 1 where the image is visible, else 0; each image has a visible
             place.
     """
-    made: dict[Any, Tensor] = {}
+    masks: dict[Any, Tensor] = {}
 
     def mask_of(features: Tensor) -> Tensor:
         height, width = features.shape[-2:]
         key = (height, width, features.dtype)
-        if key not in made:
-            made[key] = mask_at(visible, height, width).to(features.dtype)
-        return made[key]
+        if key not in masks:
+            masks[key] = mask_at(visible, height, width).to(features.dtype)
+        return masks[key]
 
-    with ExitStack() as undo:
+    with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, _NORMS):
                 module.forward = partial(_norm_forward, module, mask_of)  # type: ignore[method-assign]
-                undo.callback(delattr, module, "forward")
+                stack.callback(delattr, module, "forward")
             elif isinstance(module, _GATES):
-                before = partial(_raise_mean, mask_of=mask_of)
-                after = partial(_lower_mean, mask_of=mask_of)
-                undo.callback(module.register_forward_pre_hook(before).remove)
-                undo.callback(module.register_forward_hook(after).remove)
+                before = partial(_divide_by_fraction, mask_of=mask_of)
+                after = partial(_multiply_by_fraction, mask_of=mask_of)
+                stack.callback(module.register_forward_pre_hook(before).remove)
+                stack.callback(module.register_forward_hook(after).remove)
             elif isinstance(module, _MASKED):
-                hook = partial(_hide, batch=len(visible), mask_of=mask_of)
-                undo.callback(module.register_forward_hook(hook).remove)
+                hook = partial(_mask_output, batch=len(visible), mask_of=mask_of)
+                stack.callback(module.register_forward_hook(hook).remove)
         yield
 
 
@@ -322,11 +322,11 @@ class SparK(PretextTask):
     last feature map (as in MobileNetV3's head) are not trained.
 
     Args:
-        encoder: what is trained; a convolutional network.
+        encoder: Encoder to train; a convolutional network.
         mask_ratio: share of the image that is masked (section 4.1).
         decoder_width: channels of the decoder at the coarsest map; default half of that map's, but
             at least 64 and at most 512 (the authors' code has 768 for a ResNet-50's 2048).
-        min_crop_scale: smallest share of the image's area in a view; 0.67 as in the authors' code
+        min_crop_scale: Smallest fraction of the image area in a view; 0.67 as in the authors' code
             (pretrain/utils/imagenet.py).
     """
 
@@ -351,7 +351,7 @@ class SparK(PretextTask):
         super().__init__(encoder)
         check_ratio(mask_ratio)
         check_sizes(decoder_width=decoder_width)
-        self.grid, maps = self._try_out()
+        self.grid, maps = self._check_masking()
         channels = [features.shape[1] for features in maps]
         self.stride = encoder.image_size // maps[0].shape[2]
         self.decoder = Decoder(
@@ -361,7 +361,7 @@ class SparK(PretextTask):
         )
         self.mask_ratio, self.min_crop_scale = mask_ratio, min_crop_scale
 
-    def _try_out(self) -> tuple[int, list[Tensor]]:
+    def _check_masking(self) -> tuple[int, list[Tensor]]:
         """The side of the mask, and feature maps that were found to be 0 wherever masked."""
         encoder, size = self.encoder, self.encoder.image_size
         white = torch.ones(2, len(encoder.mean), size, size)
@@ -393,7 +393,7 @@ class SparK(PretextTask):
         if not hidden:
             raise UserError(
                 f"the pretext spark can't hide patches from {encoder.backbone}, which has layers "
-                f"beside convolutions: try one of {KINDS['CNN'][1]}"
+                f"beside convolutions: try one of {BACKBONE_KINDS['CNN'][1]}"
             )
         return grid, maps
 
@@ -405,7 +405,10 @@ class SparK(PretextTask):
         masked = self.draw_mask(images)
         predicted = patchify(self.predict(images, masked).float(), unit)
         # normalized patches, and the masked ones only (section 3.3)
-        return F.mse_loss(take(predicted, masked), take(normalized_patches(images, unit), masked))
+        return F.mse_loss(
+            gather_tokens(predicted, masked),
+            gather_tokens(normalized_patches(images, unit), masked),
+        )
 
     def visualize(self, views: list[Tensor]) -> Visualization:
         images, unit = views[0], self.encoder.image_size // self.grid

@@ -14,7 +14,7 @@ from vissl_lite.errors import LARGEST_QUEUE, check_positive, check_share, check_
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import PretextInfo, PretextTask
 from vissl_lite.pretext.modules.crops import MultiCrop, forward_multi_crop
-from vissl_lite.pretext.modules.heads import mlp
+from vissl_lite.pretext.modules.heads import ProjectionHead
 from vissl_lite.pretext.modules.losses import sinkhorn, swapped_prediction
 from vissl_lite.pretext.modules.queue import Queue
 
@@ -23,8 +23,8 @@ class SwAV(PretextTask):
     """SwAV.
 
     Args:
-        encoder: what is trained.
-        prototypes: number of clusters; the paper has 3000, for 1000 classes and batches of 4096.
+        encoder: Encoder to train.
+        prototypes: number of clusters; the paper uses 3000, for 1000 classes and batches of 4096.
             With batches of 64, more than 128 learn nothing in the first minutes.
         temperature: of the predictions (appendix A.1).
         epsilon: smoothness of the assignments (section 3.1).
@@ -32,14 +32,14 @@ class SwAV(PretextTask):
         queue_size: embeddings of earlier images that take part in the assignment, which small
             batches need (section 3.1, 3840 for batches of 256: fifteen batches); 0 for none.
         queue_start: share of the run after which they do, when embeddings change slowly enough;
-            the paper has 15 epochs of 200, short runs want more.
-        hidden_size: of the projection head; the paper has 2048.
+            the paper uses 15 epochs of 200, short runs want more.
+        hidden_size: of the projection head; the paper uses 2048.
         projection_size: of the embeddings (appendix A.1).
-        local_crops: number of small views beside the two large ones; default 6 as in the paper,
+        local_crops: Number of local crops besides the two global ones; default 6 as in the paper,
             none below 64 pixels.
-        min_crop_scale: smallest share of the image's area in a small view (section 5).
-        min_global_crop_scale: smallest share in a large view; the paper has 0.14.
-        color: strength of the color distortion.
+        min_crop_scale: Smallest fraction of the image area in a local crop (section 5).
+        min_global_crop_scale: Smallest fraction in a global crop; the paper uses 0.14.
+        color: Strength of the color distortion.
     """
 
     info = PretextInfo(
@@ -76,7 +76,7 @@ class SwAV(PretextTask):
         check_sizes(LARGEST_QUEUE, prototypes=prototypes, queue_size=queue_size or None)
         check_sizes(hidden_size=hidden_size, projection_size=projection_size)
         check_sizes(100, sinkhorn_iterations=sinkhorn_iterations)
-        self.head = mlp(encoder.num_features, hidden_size, projection_size)
+        self.head = ProjectionHead(encoder.num_features, hidden_size, projection_size)
         self.prototypes = nn.Linear(projection_size, prototypes, bias=False)
         self.queues = [Queue(queue_size, projection_size) for _ in range(2 if queue_size else 0)]
         self.earlier = nn.ModuleList(self.queues)  # so that a checkpoint holds them

@@ -13,7 +13,7 @@ from vissl_lite.errors import check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import PretextInfo, PretextTask
 from vissl_lite.pretext.modules.crops import two_views
-from vissl_lite.pretext.modules.heads import mlp
+from vissl_lite.pretext.modules.heads import ProjectionHead
 from vissl_lite.pretext.modules.losses import vicreg
 
 
@@ -21,13 +21,13 @@ class VICReg(PretextTask):
     """VICReg.
 
     Args:
-        encoder: what is trained.
+        encoder: Encoder to train.
         sim_weight: of the invariance term (section 4.2).
         std_weight: of the variance term (section 4.2).
         cov_weight: of the covariance term (section 4.2).
-        projection_size: of the expander's three layers and of the embeddings; the paper has 8192.
-        min_crop_scale: smallest share of the image's area in a view; the paper has 0.08.
-        color: strength of the color distortion; the paper has about 0.5.
+        projection_size: of the expander's three layers and of the embeddings; the paper uses 8192.
+        min_crop_scale: Smallest fraction of the image area in a view; the paper uses 0.08.
+        color: Strength of the color distortion; the paper uses about 0.5.
     """
 
     info = PretextInfo(
@@ -54,7 +54,7 @@ class VICReg(PretextTask):
         super().__init__(encoder)
         check_sizes(projection_size=projection_size)
         size = projection_size
-        self.projector = mlp(encoder.num_features, size, size, size)
+        self.projector = ProjectionHead(encoder.num_features, size, size, size)
         self.sim_weight, self.std_weight, self.cov_weight = sim_weight, std_weight, cov_weight
         self.min_crop_scale, self.color = min_crop_scale, color
 

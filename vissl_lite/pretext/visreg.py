@@ -13,7 +13,7 @@ from vissl_lite.errors import LARGEST_DEPTH, UserError, check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import PretextInfo, PretextTask
 from vissl_lite.pretext.modules.crops import MultiCrop, forward_multi_crop
-from vissl_lite.pretext.modules.heads import mlp
+from vissl_lite.pretext.modules.heads import ProjectionHead
 from vissl_lite.pretext.modules.losses import random_directions, visreg
 
 
@@ -21,17 +21,17 @@ class VISReg(PretextTask):
     """VISReg.
 
     Args:
-        encoder: what is trained.
+        encoder: Encoder to train.
         lambd: weight of the regularization against the agreement of views, in [0, 1]; the authors
             have 0.9, in short runs more agreement learns faster.
         directions: that the shape is looked at from, drawn anew every step; the authors' default.
         hidden_size: of the projection head; 2048 in the authors' example.
         projection_size: of the embeddings.
-        global_crops: views of the encoder's size; the authors have 4.
-        local_crops: small views beside them; default 6 as the authors have, none below 64 pixels.
-        min_crop_scale: smallest share of the image's area in a small view.
-        min_global_crop_scale: smallest share in a large view.
-        color: strength of the color distortion.
+        global_crops: Number of crops of the encoder's image size; the authors use 4.
+        local_crops: Number of local crops; default 6 as the authors use, none below 64 pixels.
+        min_crop_scale: Smallest fraction of the image area in a local crop.
+        min_global_crop_scale: Smallest fraction in a global crop.
+        color: Strength of the color distortion.
     """
 
     info = PretextInfo(
@@ -65,7 +65,7 @@ class VISReg(PretextTask):
             raise UserError(f"--pretext.lambd {lambd} must be between 0 and 1")
         check_sizes(LARGEST_DEPTH, global_crops=global_crops)
         check_sizes(directions=directions, hidden_size=hidden_size, projection_size=projection_size)
-        self.head = mlp(encoder.num_features, hidden_size, hidden_size, projection_size)
+        self.head = ProjectionHead(encoder.num_features, hidden_size, hidden_size, projection_size)
         self.lambd, self.directions = lambd, directions
         self.crops = MultiCrop(
             global_crops, local_crops, min_crop_scale, min_global_crop_scale, color

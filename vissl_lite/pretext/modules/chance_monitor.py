@@ -1,4 +1,4 @@
-"""Does a predictive task have a signal? Warns when its labels can't be told, or all too easily."""
+"""Warn about predictive tasks that are at chance level or solved suspiciously early."""
 
 import logging
 
@@ -7,55 +7,61 @@ from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 
-# Share of the run after which guessing is suspicious, and before which perfection is. (Blood cells
-# under a microscope are turned back right after a sixth of it: the light falls from one side.)
-WARM, EARLY = 0.2, 0.35
+# Fraction of the run after which chance accuracy triggers a warning.
+CHANCE_AFTER = 0.2
 
-# Accuracy, as a multiple of that of guessing, below which a task has hardly a signal.
-HARDLY = 1.3
+# Fraction of the run before which near-perfect accuracy triggers a warning. (Rotations of blood
+# cells under a microscope are solved after a sixth of it, because the light comes from one side.)
+SHORTCUT_BEFORE = 0.35
 
-# Weight of a new batch in the running accuracy, and how often that is looked at.
-NEW, EVERY = 0.1, 10
+# A task is at chance level below this multiple of the chance accuracy.
+MIN_CHANCE_RATIO = 1.3
+
+# Accuracy above which a task counts as solved.
+SOLVED_ACCURACY = 0.97
+
+# Weight of a new batch in the running accuracy, and number of updates between two checks.
+SMOOTHING, CHECK_INTERVAL = 0.1, 10
 
 
-class Signal(nn.Module):
-    """Watches the accuracy of a task with a known chance level, and warns once.
+class ChanceMonitor(nn.Module):
+    """Monitor the accuracy of a task with a known chance level, and warn once.
 
-    A task at chance after the warm-up teaches nothing (rotation under a microscope); one solved at
-    once teaches a shortcut (borders, watermarks, time stamps; Doersch et al. 2015, section 3.1,
-    call them trivial solutions). Its state is saved with the module, so that a resumed run goes on.
+    A task that stays at chance level has no signal (rotation under a microscope); one that is
+    solved early may rely on a shortcut (borders, watermarks, time stamps; the trivial solutions of
+    Doersch et al. 2015, section 3.1). The state is part of the module, so that it is resumed.
 
     Args:
-        task: the pretext's name, for the warning.
-        chance: accuracy of guessing.
+        task: Name of the pretext, for the warning.
+        chance: Chance accuracy.
     """
 
     def __init__(self, task: str, chance: float) -> None:
         super().__init__()
         self.task, self.chance = task, chance
-        self._seen = 0
+        self._num_updates = 0
         self.accuracy: Tensor
         self.warned: Tensor
         self.register_buffer("accuracy", torch.tensor(chance))
         self.register_buffer("warned", torch.tensor(False))
 
-    def watch(self, accuracy: Tensor, progress: float) -> None:
-        """Take a batch's accuracy.
+    def update(self, accuracy: Tensor, progress: float) -> None:
+        """Update the running accuracy with that of a batch.
 
         Args:
-            accuracy: a scalar.
-            progress: share of the run that is done.
+            accuracy: Scalar accuracy of the batch.
+            progress: Completed fraction of the run.
         """
-        self.accuracy.lerp_(accuracy.detach().float(), NEW)
-        self._seen += 1
-        # comparing waits for a GPU: seldom
-        if self._seen % EVERY or self.warned:
+        self.accuracy.lerp_(accuracy.detach().float(), SMOOTHING)
+        self._num_updates += 1
+        # Checks are rare because reading the accuracy synchronizes with the GPU.
+        if self._num_updates % CHECK_INTERVAL or self.warned:
             return
-        if progress >= WARM and self.accuracy < HARDLY * self.chance:
+        if progress >= CHANCE_AFTER and self.accuracy < MIN_CHANCE_RATIO * self.chance:
             log.warning(
-                "%(task)s has hardly a signal on these images: it is right in %(percent).0f %% of "
-                "all cases, where guessing gives %(chance).0f %%. Images without an up or without "
-                "parts can't be learned from in this way; try another pretext, such as simclr.",
+                "%(task)s barely exceeds chance on these images: accuracy %(percent).0f %%, chance "
+                "%(chance).0f %%. Images without a natural orientation or distinct parts may give "
+                "this task no signal; try another pretext, such as simclr.",
                 {
                     "task": self.task,
                     "percent": 100 * float(self.accuracy),
@@ -64,12 +70,11 @@ class Signal(nn.Module):
                 extra={"code": "pretext.no_signal"},
             )
             self.warned.fill_(True)
-        elif progress <= EARLY and self.accuracy > 0.97:
+        elif progress <= SHORTCUT_BEFORE and self.accuracy > SOLVED_ACCURACY:
             log.warning(
-                "%(task)s is solved early (%(percent).0f %% right after %(progress).0f %% of the "
-                "run): a shortcut such as borders, watermarks, time stamps or light from one side "
-                "may give it away, and then the encoder learns that instead. Crop it away or try "
-                "another pretext.",
+                "%(task)s is solved early (accuracy %(percent).0f %% after %(progress).0f %% of "
+                "the run): the encoder may have learned a shortcut, such as borders, watermarks, "
+                "time stamps or light from one side. Crop it away or try another pretext.",
                 {
                     "task": self.task,
                     "percent": 100 * float(self.accuracy),

@@ -1,4 +1,4 @@
-"""Heads: what sits on the encoder while it is trained, and is thrown away after."""
+"""Heads that are trained on top of the encoder and discarded afterwards."""
 
 import math
 from itertools import pairwise
@@ -11,35 +11,37 @@ from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import check_sizes
 
 
-def mlp(*sizes: int, last_norm: bool = False) -> nn.Sequential:
-    """A multi-layer perceptron with BatchNorm and ReLU between its layers.
+class ProjectionHead(nn.Sequential):
+    """Multi-layer perceptron with BatchNorm and ReLU between its linear layers.
 
     Args:
-        sizes: features in, hidden features, features out.
-        last_norm: end with a BatchNorm.
+        sizes: Number of input features, of hidden features of each layer, of output features.
+        last_norm: Append a BatchNorm to the last layer.
     """
-    layers: list[nn.Module] = []
-    for index, (before, after) in enumerate(pairwise(sizes)):
-        last = index == len(sizes) - 2
-        layers.append(nn.Linear(before, after, bias=last and not last_norm))
-        if not last:
-            layers += [nn.BatchNorm1d(after), nn.ReLU(inplace=True)]
-        elif last_norm:
-            layers.append(nn.BatchNorm1d(after))
-    return nn.Sequential(*layers)
+
+    def __init__(self, *sizes: int, last_norm: bool = False) -> None:
+        layers: list[nn.Module] = []
+        for index, (before, after) in enumerate(pairwise(sizes)):
+            last = index == len(sizes) - 2
+            layers.append(nn.Linear(before, after, bias=last and not last_norm))
+            if not last:
+                layers += [nn.BatchNorm1d(after), nn.ReLU(inplace=True)]
+            elif last_norm:
+                layers.append(nn.BatchNorm1d(after))
+        super().__init__(*layers)
 
 
 class PrototypeHead(nn.Module):
-    """DINO's head: an MLP, an L2-normalized bottleneck, similarities to normalized prototypes.
+    """DINO head: MLP, L2-normalized bottleneck, cosine similarities to the prototypes.
 
     Caron et al. 2021, appendix C.
 
     Args:
-        features: in.
-        hidden: of the MLP's two hidden layers.
-        bottleneck: of its output.
-        prototypes: out.
-        norm: BatchNorm in the MLP.
+        features: Number of input features.
+        hidden: Width of the two hidden layers of the MLP.
+        bottleneck: Number of output features of the MLP.
+        prototypes: Number of prototypes, the outputs of the head.
+        norm: Whether the MLP uses BatchNorm.
     """
 
     def __init__(
@@ -59,27 +61,27 @@ class PrototypeHead(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, features)`` to ``(N, prototypes)`` float32 cosines."""
+        """Map ``(N, features)`` to ``(N, prototypes)`` float32 cosine similarities."""
         z = F.normalize(self.layers(features).float(), dim=1)
         with torch.autocast(z.device.type, enabled=False):
             return z @ F.normalize(self.prototypes.weight.float(), dim=1).T
 
     def freeze_last(self) -> None:
-        """Forget the prototypes' gradient, so that the coming step leaves them as they are."""
+        """Discard the gradient of the prototypes, so that the next step does not update them."""
         self.prototypes.weight.grad = None
 
 
 class Decoder(nn.Module):
-    """Turns an encoder's last feature map into a map of a quarter of the image's resolution.
+    """Decode the last feature map of an encoder to a quarter of the image resolution.
 
-    Convolutions of 3x3 between doublings. The pooled features are added to the map everywhere: each
-    place then knows of the whole image, which in Pathak et al. 2016 (section 3.1) a channel-wise
-    fully-connected layer does, and what is trained includes all layers up to the pooled features.
+    Alternates 3x3 convolutions and 2x upsampling. The pooled features are added at every location:
+    this provides global context, as the channel-wise fully-connected layer of Pathak et al. 2016
+    (section 3.1), and trains all layers of the encoder up to the pooled features.
 
     Args:
-        encoder: whose features are decoded.
-        outputs: channels of the result.
-        width: channels in between.
+        encoder: Encoder whose features are decoded.
+        outputs: Number of output channels.
+        width: Number of hidden channels.
     """
 
     STRIDE = 4
@@ -101,21 +103,21 @@ class Decoder(nn.Module):
 
     @classmethod
     def size(cls, images: Tensor) -> int:
-        """Side of the map that stands for square ``(B, C, S, S)`` images."""
+        """Side of the decoded map of square ``(B, C, S, S)`` images."""
         return -(-images.shape[-1] // cls.STRIDE)
 
     def forward(self, pooled: Tensor, last: Tensor, size: int) -> Tensor:
-        """Decode.
+        """Decode the features.
 
         Args:
-            pooled: ``(B, D)``.
-            last: ``(B, D', h, w)``.
-            size: side of the result.
+            pooled: ``(B, D)`` pooled features.
+            last: ``(B, D', h, w)`` last feature map.
+            size: Side of the result.
 
         Returns:
             ``(B, outputs, size, size)``.
         """
         x = self.layers(self.project(last) + self.context(pooled)[:, :, None, None])
-        if x.shape[-1] != size:  # the map's size is no power of two of it
+        if x.shape[-1] != size:  # The ratio of the sides is not a power of two.
             x = F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
         return self.last(x)

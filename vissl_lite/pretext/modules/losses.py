@@ -15,7 +15,7 @@ from vissl_lite.training.processes import gather, world
 CHUNK_BYTES = 2**26
 
 
-class _FindAmong(torch.autograd.Function):
+class _ChunkedCrossEntropy(torch.autograd.Function):
     """Cross-entropy of each query's similarities to all keys, some rows at a time.
 
     The gradient is made along with the loss, while the rows are there: nothing that is as large as
@@ -24,7 +24,7 @@ class _FindAmong(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, answer: Tensor, left_out: Tensor | None
+        ctx: Any, query: Tensor, key: Tensor, target: Tensor, excluded: Tensor | None
     ) -> Tensor:
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         query_gradient = torch.empty_like(query) if wanted else None
@@ -34,14 +34,14 @@ class _FindAmong(torch.autograd.Function):
         for start in range(0, len(query), rows):
             part = slice(start, start + rows)
             scores = query[part] @ key.T
-            if left_out is not None:
-                scores.scatter_(1, left_out[part, None], float("-inf"))
+            if excluded is not None:
+                scores.scatter_(1, excluded[part, None], float("-inf"))
             norm = scores.logsumexp(dim=1, keepdim=True)
-            total += (norm - scores.gather(1, answer[part, None])).sum()
+            total += (norm - scores.gather(1, target[part, None])).sum()
             if query_gradient is None:
                 continue
             scores.sub_(norm).exp_()  # now the probabilities
-            scores.scatter_add_(1, answer[part, None], -torch.ones_like(norm))
+            scores.scatter_add_(1, target[part, None], -torch.ones_like(norm))
             query_gradient[part] = scores @ key
             if key_gradient is not None:
                 key_gradient.addmm_(scores.T, query[part])
@@ -83,7 +83,9 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
         own = torch.arange(size, device=z1.device) + rank
         itself = torch.cat([own, own + total])
         partner = torch.cat([own + total, own])
-        loss: Tensor = _FindAmong.apply(torch.cat([z1, z2]) / temperature, others, partner, itself)
+        loss: Tensor = _ChunkedCrossEntropy.apply(
+            torch.cat([z1, z2]) / temperature, others, partner, itself
+        )
         return loss
 
 
@@ -104,7 +106,7 @@ def contrast(query: Tensor, key: Tensor, temperature: float) -> Tensor:
     with torch.autocast(query.device.type, enabled=False):
         query, key = F.normalize(query.float(), dim=1), F.normalize(key.float(), dim=1)
         own = torch.arange(len(query), device=query.device) + world()[0] * len(query)
-        loss: Tensor = _FindAmong.apply(query / temperature, gather(key), own, None)
+        loss: Tensor = _ChunkedCrossEntropy.apply(query / temperature, gather(key), own, None)
         return loss
 
 
@@ -183,18 +185,18 @@ def vicreg(
     with torch.autocast(z1.device.type, enabled=False):
         z1, z2 = gather(z1.float()), gather(z2.float())
         similarity = F.mse_loss(z1, z2)
-        spread = (_lack_of_spread(z1) + _lack_of_spread(z2)) / 2  # as the authors' code has it
+        spread = (_variance_hinge(z1) + _variance_hinge(z2)) / 2  # as the authors' code has it
         covariance = _covariance(z1) + _covariance(z2)
         return sim_weight * similarity + std_weight * spread + cov_weight * covariance
 
 
-def _lack_of_spread(z: Tensor) -> Tensor:
+def _variance_hinge(z: Tensor) -> Tensor:
     return F.relu(1 - (z.var(dim=0) + 1e-4).sqrt()).mean()
 
 
 def _covariance(z: Tensor) -> Tensor:
-    centerd = z - z.mean(dim=0)
-    covariance = centerd.T @ centerd / (len(z) - 1)  # as z.T.cov(), which waits for a GPU
+    centered = z - z.mean(dim=0)
+    covariance = centered.T @ centered / (len(z) - 1)  # as z.T.cov(), which waits for a GPU
     return (covariance.square().sum() - covariance.diagonal().square().sum()) / z.shape[1]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError
-from vissl_lite.pretext.base import KINDS, PretextInfo
+from vissl_lite.pretext.base import BACKBONE_KINDS, PretextInfo
 
 
 def check_ratio(ratio: float) -> None:
@@ -44,7 +44,7 @@ def check_patches(info: PretextInfo, encoder: Encoder) -> int:
     if len(cuts) != 1 or not cuts[0].kernel_size == cuts[0].stride == (patch, patch):
         raise UserError(
             f"the pretext {info.name} needs patches that do not overlap, and those of "
-            f"{encoder.backbone} do: try one of {KINDS[info.backbones][1]}"
+            f"{encoder.backbone} do: try one of {BACKBONE_KINDS[info.backbones][1]}"
         )
     if size % patch or size < 2 * patch:
         near = max(2, round(size / patch)) * patch
@@ -55,7 +55,7 @@ def check_patches(info: PretextInfo, encoder: Encoder) -> int:
     return patch
 
 
-def number_masked(count: int, ratio: float) -> int:
+def num_masked(count: int, ratio: float) -> int:
     """How many patches to mask: at least one, and one stays visible.
 
     Args:
@@ -73,14 +73,14 @@ def random_mask(
     Args:
         batch: B, number of images.
         count: N, number of patches of an image; at least 2.
-        ratio: Share of the patches that is masked; see ``number_masked``.
+        ratio: Share of the patches that is masked; see ``num_masked``.
         device: Device to draw on.
 
     Returns:
         ``(B, N - M)`` indices of the visible patches and ``(B, M)`` of the masked ones, both
         ascending.
     """
-    masked = number_masked(count, ratio)
+    masked = num_masked(count, ratio)
     shuffled = torch.rand(batch, count, device=device).argsort(dim=1)
     return shuffled[:, masked:].sort(dim=1).values, shuffled[:, :masked].sort(dim=1).values
 
@@ -99,7 +99,7 @@ def indices_to_mask(indices: Tensor, count: int) -> Tensor:
     return empty.scatter(1, indices, True)
 
 
-def take(tokens: Tensor, where: Tensor) -> Tensor:
+def gather_tokens(tokens: Tensor, where: Tensor) -> Tensor:
     """Some of each image's tokens.
 
     Args:
@@ -219,7 +219,7 @@ def encode_visible(encoder: Encoder, images: Tensor, visible: Tensor) -> tuple[T
     first = model.num_prefix_tokens
 
     def choose(_: nn.Module, __: tuple[Tensor, ...], tokens: Tensor) -> Tensor:
-        return torch.cat([tokens[:, :first], take(tokens[:, first:], visible)], dim=1)
+        return torch.cat([tokens[:, :first], gather_tokens(tokens[:, first:], visible)], dim=1)
 
     hook = model.patch_drop.register_forward_hook(choose)
     try:

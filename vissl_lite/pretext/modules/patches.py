@@ -9,8 +9,8 @@ from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import LARGEST_IMAGE, UserError, check_count
 
 # Rows and columns of the grid, and all its places.
-ROWS = 3
-PLACES = ROWS * ROWS
+GRID_ROWS = 3
+NUM_PATCHES = GRID_ROWS * GRID_ROWS
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Grid:
     @property
     def image_size(self) -> int:
         """Side in pixels of the image that just holds the grid."""
-        return (ROWS - 1) * self.step + self.side + self.slack
+        return (GRID_ROWS - 1) * self.step + self.side + self.slack
 
     def draw(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Random places of the patches, independent of one another in both directions.
@@ -49,9 +49,9 @@ class Grid:
         Returns:
             ``(B, 9)`` top rows and ``(B, 9)`` left columns, in reading order.
         """
-        place = torch.arange(PLACES, device=device)
-        jitter = torch.randint(self.slack + 1, (2, count, PLACES), device=device)
-        return place // ROWS * self.step + jitter[0], place % ROWS * self.step + jitter[1]
+        place = torch.arange(NUM_PATCHES, device=device)
+        jitter = torch.randint(self.slack + 1, (2, count, NUM_PATCHES), device=device)
+        return place // GRID_ROWS * self.step + jitter[0], place % GRID_ROWS * self.step + jitter[1]
 
     def cut(self, images: Tensor) -> Tensor:
         """Nine patches of each image, at random places.

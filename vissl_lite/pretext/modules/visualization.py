@@ -19,7 +19,7 @@ from vissl_lite.pretext.base import PretextTask, Visualization
 
 # Images whose views are drawn, images that a pretext is shown on (the same and more), and how many
 # files are tried at most to find them.
-VIEWED, VISUALIZED, TRIES = 4, 8, 200
+NUM_VIEWED, NUM_VISUALIZED, MAX_TRIES = 4, 8, 200
 
 
 def visualization_of(
@@ -36,7 +36,7 @@ def visualization_of(
     Returns:
         None if there is nothing to see, or none of the images that were tried can be read.
     """
-    items = _some(paths, views, seed, VISUALIZED)
+    items = _readable_items(paths, views, seed, NUM_VISUALIZED)
     if not items:
         return None
     with inference_mode(task) as device:
@@ -56,16 +56,16 @@ def draw_views(paths: Sequence[str], views: Views, seed: int, file: Path) -> Non
         seed: the run's.
         file: the PNG to write; nothing is, if none of the images that were tried can be read.
     """
-    items = _some(paths, views, seed, VIEWED)
+    items = _readable_items(paths, views, seed, NUM_VIEWED)
     if items:
         images = [read_image(paths[item.number], views.shortest) for item in items]
         plot_views(images, [item.views for item in items], file)
 
 
-def _some(paths: Sequence[str], views: Views, seed: int, count: int) -> list[Item]:
+def _readable_items(paths: Sequence[str], views: Views, seed: int, count: int) -> list[Item]:
     """Up to ``count`` random images that can be read, with their views."""
     dataset = ViewDataset(paths, views, seed)
-    tried = min(TRIES, len(paths))
+    tried = min(MAX_TRIES, len(paths))
     items: list[Item] = []
     for index in np.random.default_rng(seed).choice(len(paths), tried, replace=False):
         with suppress(*BROKEN_IMAGE):
@@ -88,7 +88,7 @@ def to_pixels(images: Tensor, encoder: Encoder) -> np.ndarray:
     return encoder.denormalize(images).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def beside(encoder: Encoder, *columns: Tensor) -> list[list[Picture]]:
+def picture_rows(encoder: Encoder, *columns: Tensor) -> list[list[Picture]]:
     """Rows of pictures without captions.
 
     Args:
@@ -114,4 +114,4 @@ def reconstruction(
     hidden = F.interpolate(mask.float(), size=images.shape[2:], mode="nearest") > 0
     seen = images.masked_fill(hidden, 0.0)  # 0 is the mean
     filled = torch.where(hidden, predicted.float(), images)
-    return Visualization(("masked", title, "truth"), beside(encoder, seen, filled, images))
+    return Visualization(("masked", title, "truth"), picture_rows(encoder, seen, filled, images))
