@@ -1,4 +1,4 @@
-"""Jigsaw: tell by which permutation nine tiles of an image were shuffled.
+"""Jigsaw: predict the permutation by which nine tiles of an image were shuffled.
 
 Noroozi & Favaro 2016, "Unsupervised Learning of Visual Representations by Solving Jigsaw Puzzles",
 arXiv 1603.09246.
@@ -22,26 +22,26 @@ from vissl_lite.pretext.modules.heads import ProjectionHead
 from vissl_lite.pretext.modules.patches import GRID_ROWS, NUM_PATCHES, Grid, patch_side
 from vissl_lite.pretext.modules.visualization import to_pixels
 
-# Puzzles made of each image. Features are shuffled, not tiles: more of them cost next to nothing.
+# Number of puzzles per image. They are cheap, because features are shuffled instead of tiles.
 SHUFFLES_PER_IMAGE = 4
 
-# Contrast below which a tile counts as flat, in normalized values: its noise is not blown up.
+# Lower bound of the standard deviation that normalizes a tile, so that noise is not amplified.
 MIN_TILE_STD = 0.01
 
-# Spread of the last layer's first weights: small, so that training starts at guessing.
+# Initial standard deviation of the weights of the last layer; small, to start at chance level.
 LAST_LAYER_STD = 0.01
 
-# The paper's largest set of permutations; the time to find them grows with their number.
+# Largest set of permutations in the paper; the time to choose them grows with their number.
 MAX_PERMUTATIONS = 1000
 
 
 def jigsaw_views(size: int, min_crop_scale: float, gray_share: float, upright: bool) -> Views:
-    """One view: a random crop, flipped, perhaps gray. Cutting it up is left to the loss.
+    """One randomly cropped and flipped view, sometimes gray; the loss cuts it into tiles.
 
     Args:
-        size: side in pixels.
-        min_crop_scale: smallest share of the image's area.
-        gray_share: probability of being made gray.
+        size: Side of the view in pixels.
+        min_crop_scale: Smallest fraction of the image area in the view.
+        gray_share: Probability of converting to gray.
         upright: Whether the images have a natural orientation.
     """
     one = [random_crop(size, min_crop_scale), flip(upright), gray(gray_share)]
@@ -52,7 +52,7 @@ def all_permutations(tiles: int) -> np.ndarray:
     """All permutations in lexicographic order.
 
     Args:
-        tiles: how many things are permuted; up to about ten.
+        tiles: Number of elements to permute; up to about ten.
 
     Returns:
         ``(tiles!, tiles)`` uint8.
@@ -71,14 +71,14 @@ def all_permutations(tiles: int) -> np.ndarray:
 def distant_permutations(tiles: int, count: int, seed: int = 0) -> np.ndarray:
     """Permutations that are far apart in Hamming distance (algorithm 1).
 
-    The first is drawn at random; each further one has the largest sum of distances to those before
-    it. Where several do, which the paper leaves open, it is the one whose nearest is furthest, and
-    the first of these in lexicographic order: else near-twins get in.
+    The first is drawn at random; each further one maximizes the sum of distances to those before
+    it. The paper does not specify how to break ties: here, by the largest distance to the nearest
+    chosen one, which avoids near-duplicates, then by lexicographic order.
 
     Args:
-        tiles: of a puzzle.
-        count: how many, at most ``tiles!``.
-        seed: of the first one. Part of the task's definition, not of a run.
+        tiles: Number of tiles of a puzzle.
+        count: Number of permutations, at most ``tiles!``.
+        seed: Seed of the first permutation. Part of the task's definition, not of a run.
 
     Returns:
         ``(count, tiles)`` uint8; read-only.
@@ -93,7 +93,7 @@ def distant_permutations(tiles: int, count: int, seed: int = 0) -> np.ndarray:
             distance += column != tile
         total += distance
         np.minimum(nearest, distance, out=nearest)
-        total[chosen[-1]] = np.iinfo(np.int32).min // 2  # never again
+        total[chosen[-1]] = np.iinfo(np.int32).min // 2  # Do not choose it again.
         best = np.flatnonzero(total == total.max())
         chosen.append(int(best[nearest[best].argmax()]))
     found = np.ascontiguousarray(candidates[:, chosen].T)
@@ -102,36 +102,36 @@ def distant_permutations(tiles: int, count: int, seed: int = 0) -> np.ndarray:
 
 
 def normalize_tiles(tiles: Tensor) -> Tensor:
-    """Mean 0 and standard deviation 1 of each channel of each tile.
+    """Normalize each channel of each tile to mean 0 and standard deviation 1.
 
-    Neighbors are alike in brightness and contrast, which alone would put many tiles in order (the
-    paper's shortcut of low-level statistics).
+    Neighboring tiles have similar brightness and contrast, which would be a shortcut (low-level
+    statistics in the paper).
 
     Args:
-        tiles: ``(N, C, S, S)``.
+        tiles: ``(N, C, S, S)`` tiles.
 
     Returns:
-        The same shape. Flat tiles stay flat.
+        Tensor of the same shape. Tiles without contrast stay flat.
     """
     deviation, mean = torch.std_mean(tiles, dim=(2, 3), keepdim=True)
     return (tiles - mean) / deviation.clamp(min=MIN_TILE_STD)
 
 
 def shuffle(tiles: Tensor, permutations: Tensor) -> Tensor:
-    """Put tiles, or what was computed from each of them, in another order.
+    """Permute the tiles of each image, or their features.
 
     Args:
-        tiles: ``(B, 9, ...)``.
-        permutations: ``(B, 9)`` int64: which tile comes first, second and so on.
+        tiles: ``(B, 9, ...)`` tiles or features.
+        permutations: ``(B, 9)`` int64 index of the tile at each position.
 
     Returns:
-        The same shape as ``tiles``.
+        Tensor of the same shape as ``tiles``.
     """
     return tiles[torch.arange(len(tiles), device=tiles.device)[:, None], permutations]
 
 
 def join_tiles(tiles: np.ndarray) -> np.ndarray:
-    """Lay nine tiles together, white lines between them.
+    """Arrange nine tiles in a picture, separated by white lines.
 
     Args:
         tiles: ``(9, S, S, 3)`` uint8, in reading order.
@@ -149,29 +149,29 @@ def join_tiles(tiles: np.ndarray) -> np.ndarray:
 class Jigsaw(PretextTask):
     """Jigsaw puzzles.
 
-    The nine tiles go through the encoder one by one (the paper's context-free network), so they
-    are shuffled after it, when they are features: that is the same and costs nothing.
+    The encoder processes the nine tiles independently (the paper's context-free network).
+    Therefore their features are shuffled instead of the tiles, which is equivalent and cheaper.
 
-    Of the paper's guards against shortcuts, the gap between tiles hides lines that cross a border,
-    and normalizing each channel of each tile hides brightness, contrast and tint. The displacement
-    of colors by the lens grows towards an image's borders and survives normalizing; puzzles of
-    gray images, which have none, are what keeps the encoder from relying on it. The paper also
-    shifts the channels of colored images by up to two pixels, which is left out here.
+    Shortcuts are prevented as in the paper: gaps between tiles hide lines that cross a border, and
+    normalizing each channel of each tile hides brightness, contrast and tint. Chromatic aberration
+    of the lens grows towards the image borders and survives the normalization; gray images, which
+    have none, keep the encoder from relying on it. The paper also shifts the channels of color
+    images by up to two pixels, which is omitted here.
 
     Args:
         encoder: Encoder to train.
-        permutations: to tell apart. The paper finds 1000 best on ImageNet; 100 ask less of small
-            sets of images.
-        tile_size: side of a tile in pixels; default what fits the encoder, about 2/7 of its
-            images, at least 16: 64 at 224 as in the paper.
-        cell_size: side in pixels of the cell in which a tile lies at random; default 75/64 of the
-            tile as in the paper, so that tiles lie 11/64 of a tile apart on average.
-        tile_features: to which a shared linear layer reduces each tile's features; 512 in the
-            paper (its fc6), for a million images.
-        hidden_size: of the head on all nine; 4096 in the paper (its fc7).
-        gray: share of the images made gray; 0.3 in the paper.
-        min_crop_scale: Smallest fraction of the image area in the view that is cut up; the paper
-            takes 225^2 pixels of an image with a shorter side of 256.
+        permutations: Number of permutations to distinguish. The paper finds 1000 best on ImageNet;
+            100 is easier on small data sets.
+        tile_size: Side of a tile in pixels; default a size that the encoder supports near 2/7 of
+            its image size, at least 16: 64 at 224 as in the paper.
+        cell_size: Side in pixels of the cell in which a tile is placed at random; default 75/64 of
+            the tile as in the paper, for a gap of 11/64 of a tile on average.
+        tile_features: Number of features per tile after a shared linear layer; 512 in the paper
+            (fc6), for a million images.
+        hidden_size: Hidden size of the head on all nine tiles; 4096 in the paper (fc7).
+        gray: Fraction of the images converted to gray; 0.3 in the paper.
+        min_crop_scale: Smallest fraction of the image area in the view that is cut into tiles; the
+            paper crops 225^2 pixels of an image with a shorter side of 256.
     """
 
     info = PretextInfo(
@@ -179,9 +179,9 @@ class Jigsaw(PretextTask):
         family="predictive",
         views="1",
         paper="Noroozi & Favaro 2016, arXiv 1603.09246",
-        use="pictures of things with parts; learns how they belong together",
+        use="photographs of objects with parts; learns their spatial arrangement",
     )
-    # The paper's SGD runs for days on ImageNet; AdamW suits short runs.
+    # The paper trains with SGD for days on ImageNet; AdamW suits short runs.
     optimizer_settings = OptimizerSettings("adamw", lr=1e-3, weight_decay=1e-4, scaling="sqrt")
 
     def __init__(
@@ -227,26 +227,26 @@ class Jigsaw(PretextTask):
         return jigsaw_views(self.grid.image_size, self.min_crop_scale, self.gray, upright)
 
     def tiles(self, images: Tensor) -> Tensor:
-        """Nine tiles of each image, normalized each for itself: what the encoder sees.
+        """Cut nine tiles out of each image and normalize each of them.
 
         Args:
-            images: ``(B, C, S, S)``, normalized.
+            images: ``(B, C, S, S)`` normalized images.
 
         Returns:
-            ``(9 B, C, side, side)``: image by image, each in reading order.
+            ``(9 B, C, side, side)`` tiles, image by image, each in reading order.
         """
         return normalize_tiles(self.grid.cut(images))
 
     def features(self, tiles: Tensor) -> Tensor:
-        """What is known of each tile: ``(9 B, C, side, side)`` to ``(B, 9, tile_features)``."""
+        """Encode tiles: ``(9 B, C, side, side)`` to ``(B, 9, tile_features)``."""
         return self.reduce(self.encoder(tiles)).unflatten(0, (-1, NUM_PATCHES))
 
     def predict(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Shuffle, and tell by which permutation.
+        """Shuffle features and predict the permutation.
 
         Args:
-            features: ``(B, 9, tile_features)``.
-            labels: ``(B,)`` numbers of permutations.
+            features: ``(B, 9, tile_features)`` features of the tiles in reading order.
+            labels: ``(B,)`` indices of permutations.
 
         Returns:
             ``(B, permutations)`` logits in float32.
@@ -268,12 +268,12 @@ class Jigsaw(PretextTask):
         predictions = self.predict(self.features(normalize_tiles(cut)), labels).argmax(dim=1)
         tiles = to_pixels(cut, self.encoder)
         rows = []
-        for number, truth in enumerate(tiles.reshape(-1, NUM_PATCHES, *tiles.shape[1:])):
-            order = self.permutations[labels[number]].cpu().numpy()
-            predicted = self.permutations[predictions[number]].cpu().numpy()
+        for index, truth in enumerate(tiles.reshape(-1, NUM_PATCHES, *tiles.shape[1:])):
+            order = self.permutations[labels[index]].cpu().numpy()
+            predicted = self.permutations[predictions[index]].cpu().numpy()
             shuffled = truth[order]
-            fits = int((order == predicted).sum())
+            correct = int((order == predicted).sum())
             placed = join_tiles(shuffled[predicted.argsort()])
-            solved = Picture(placed, f"{fits} of 9 in place", right=fits == NUM_PATCHES)
+            solved = Picture(placed, f"{correct} of 9 in place", right=correct == NUM_PATCHES)
             rows.append([Picture(join_tiles(shuffled)), solved, Picture(join_tiles(truth))])
         return Visualization(("shuffled", "placed as predicted", "truth"), rows)

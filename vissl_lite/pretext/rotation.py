@@ -1,4 +1,4 @@
-"""Rotation (RotNet): tell by which of four angles an image was turned.
+"""Rotation (RotNet): predict by which of four angles an image was rotated.
 
 Gidaris, Singh & Komodakis 2018, "Unsupervised Representation Learning by Predicting Image
 Rotations", arXiv 1803.07728.
@@ -20,24 +20,24 @@ from vissl_lite.pretext.modules.visualization import to_pixels
 
 
 def rotation_views(size: int, min_crop_scale: float) -> Views:
-    """One view: a random crop, perhaps flipped. Turning it is left to the loss.
+    """One randomly cropped and flipped view; the loss rotates it.
 
     Args:
-        size: side in pixels.
-        min_crop_scale: smallest share of the image's area.
+        size: Side of the view in pixels.
+        min_crop_scale: Smallest fraction of the image area in the view.
     """
     one = [random_crop(size, min_crop_scale), flip()]
     return Views([one], shortest=crop_decode_size(size, min_crop_scale))
 
 
 def all_rotations(images: Tensor) -> tuple[Tensor, Tensor]:
-    """All four rotations of each image; feeding all at once helps (paper, section 2.2).
+    """Rotate each image by all four angles, which helps in one batch (paper, section 2.2).
 
     Args:
-        images: ``(B, C, S, S)``.
+        images: ``(B, C, S, S)`` images.
 
     Returns:
-        ``(4 B, C, S, S)`` images and ``(4 B,)`` labels: k for k quarter turns.
+        ``(4 B, C, S, S)`` images and ``(4 B,)`` labels: the number of quarter turns.
     """
     turned = torch.cat([torch.rot90(images, k, dims=(2, 3)) for k in range(4)])
     labels = torch.arange(4, device=images.device).repeat_interleave(len(images))
@@ -45,25 +45,25 @@ def all_rotations(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(images: Tensor, turns: Tensor) -> Tensor:
-    """Turn each image by quarter turns of its own.
+    """Rotate each image by its own number of quarter turns.
 
     Args:
-        images: ``(B, C, S, S)``.
-        turns: ``(B,)`` how many; negative ones turn back.
+        images: ``(B, C, S, S)`` images.
+        turns: ``(B,)`` number of quarter turns; negative ones rotate back.
     """
-    each = zip(images, turns.tolist(), strict=True)
-    return torch.stack([torch.rot90(image, count, dims=(1, 2)) for image, count in each])
+    pairs = zip(images, turns.tolist(), strict=True)
+    return torch.stack([torch.rot90(image, count, dims=(1, 2)) for image, count in pairs])
 
 
 def visualize_rotations(
     images: Tensor, encoder: Encoder, classify: Callable[[Tensor], Tensor]
 ) -> Visualization:
-    """Images turned at random, and turned back by what was predicted.
+    """Visualize images rotated at random, and rotated back by the prediction.
 
     Args:
-        images: ``(B, 3, S, S)``, normalized.
-        encoder: The encoder that they were normalized for.
-        classify: the logits ``(B, 4)`` of images.
+        images: ``(B, 3, S, S)`` normalized images.
+        encoder: Encoder that the images were normalized for.
+        classify: Function from images to ``(B, 4)`` logits.
     """
     turns = torch.randint(4, (len(images),), device=images.device)
     turned = rotate(images, turns)
@@ -82,7 +82,7 @@ def visualize_rotations(
 
 
 class Rotation(PretextTask):
-    """Rotation prediction. Has no signal on images without an up, such as from a microscope.
+    """Rotation prediction. Unsuited to images without a natural orientation (microscopy).
 
     Args:
         encoder: Encoder to train.
@@ -94,7 +94,7 @@ class Rotation(PretextTask):
         family="predictive",
         views="1",
         paper="Gidaris et al. 2018, arXiv 1803.07728",
-        use="pictures with an up; learns what stands upright, quickly",
+        use="photographs with a natural orientation; learns quickly",
         any_size=True,
     )
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
