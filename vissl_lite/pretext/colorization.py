@@ -126,11 +126,12 @@ def grid_index(colors: Tensor) -> Tensor:
 
 
 def candidate_bins(bins: Tensor) -> Tensor:
-    """For each square of the grid, bins that hold the five nearest to all colors in it.
+    """For each cell of the grid, bins that include the five nearest bins of all colors in it.
 
-    Comparing a color with these 22 instead of all 261 makes the encoding ten times as fast. A
-    color lies at most h, half a diagonal, from its square's center; so its five nearest bins lie
-    at most 2 h further from that than the center's own fifth.
+    Comparing a color with these 22 instead of all 261 bins makes the encoding ten times as fast.
+    The distance of a color to the center of its cell is at most h, half a diagonal. Therefore the
+    distance of its five nearest bins to the center exceeds that of the center's fifth nearest bin
+    by at most 2 h.
 
     Args:
         bins: ``(Q, 2)`` centers.

@@ -68,17 +68,17 @@ def visualize_rotations(
     turns = torch.randint(4, (len(images),), device=images.device)
     turned = rotate(images, turns)
     predictions = classify(turned).argmax(dim=1)
-    given, back = to_pixels(turned, encoder), to_pixels(rotate(turned, -predictions), encoder)
+    rotated, restored = to_pixels(turned, encoder), to_pixels(rotate(turned, -predictions), encoder)
     rows = [
         [
-            Picture(one, f"by {90 * true}°"),
-            Picture(other, f"by {90 * predicted}°", right=true == predicted),
+            Picture(image, f"by {90 * true}°"),
+            Picture(back, f"by {90 * predicted}°", right=true == predicted),
         ]
-        for one, other, true, predicted in zip(
-            given, back, turns.tolist(), predictions.tolist(), strict=True
+        for image, back, true, predicted in zip(
+            rotated, restored, turns.tolist(), predictions.tolist(), strict=True
         )
     ]
-    return Visualization(("turned", "turned back\nas predicted"), rows)
+    return Visualization(("rotated", "rotated back\nas predicted"), rows)
 
 
 class Rotation(PretextTask):
