@@ -1,4 +1,4 @@
-"""BYOL: a network predicts what its own slow average sees in the other view. No negatives.
+"""BYOL: predict the output of a momentum teacher on the other view, without negatives.
 
 Grill, Strub, Altché et al. 2020, "Bootstrap Your Own Latent: A New Approach to Self-Supervised
 Learning", arXiv 2006.07733.
@@ -23,10 +23,10 @@ class BYOL(PretextTask):
 
     Args:
         encoder: Encoder to train.
-        momentum: of the teacher at the start; rises to 1 along a cosine (section 3.3). The paper
-            has 0.996 for a thousand epochs, and less for fewer.
-        hidden_size: of both heads; the paper uses 4096.
-        projection_size: of the embeddings (section 3.3).
+        momentum: Initial momentum of the teacher; increases to 1 along a cosine (section 3.3). The
+            paper uses 0.996 for a thousand epochs, and less for fewer.
+        hidden_size: Hidden size of both heads; the paper uses 4096.
+        projection_size: Size of the embeddings (section 3.3).
         min_crop_scale: Smallest fraction of the image area in a view; the paper uses 0.08.
         color: Strength of the color distortion; the paper uses about 0.5.
     """
@@ -70,7 +70,7 @@ class BYOL(PretextTask):
         p1, p2 = self.predictor(self.projector(self.encoder(both))).chunk(2)
         with torch.no_grad():
             t1, t2 = self.teacher_projector(self.teacher_encoder(both)).chunk(2)
-        # equation 2, for both orders of the views
+        # Equation 2, for both orders of the views.
         return 4 + 2 * (negative_cosine(p1, t2) + negative_cosine(p2, t1))
 
     def after_step(self) -> None:

@@ -53,7 +53,8 @@ class DINO(PretextTask):
         use="ViTs and long runs; strong kNN features",
         any_size=True,
     )
-    # The paper uses 5e-4 at 256 with linear scaling, for hundreds of epochs; gradients clipped at 3.
+    # The paper uses 5e-4 at batches of 256 with linear scaling, for hundreds of epochs; gradients
+    # are clipped at 3.
     optimizer_settings = OptimizerSettings(
         "adamw", lr=2e-3, weight_decay=0.04, scaling="sqrt", clip_norm=3.0
     )

@@ -89,7 +89,8 @@ class IBOT(PretextTask):
         use="ViTs and long runs; before detection or segmentation, as patch features are trained",
         backbones="ViT",
     )
-    # The paper uses 5e-4 at 256 with linear scaling, for hundreds of epochs; gradients clipped at 3.
+    # The paper uses 5e-4 at batches of 256 with linear scaling, for hundreds of epochs; gradients
+    # are clipped at 3.
     optimizer_settings = OptimizerSettings(
         "adamw", lr=1e-3, weight_decay=0.04, scaling="sqrt", clip_norm=3.0
     )

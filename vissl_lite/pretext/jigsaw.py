@@ -198,8 +198,8 @@ class Jigsaw(PretextTask):
         super().__init__(encoder)
         if not 2 <= permutations <= MAX_PERMUTATIONS:
             raise UserError(
-                f"--pretext.permutations {permutations} must be from 2 to {MAX_PERMUTATIONS}: it takes "
-                "two to tell them apart, and the paper uses no use for more"
+                f"--pretext.permutations {permutations} must be from 2 to {MAX_PERMUTATIONS}, "
+                "the largest set in the paper"
             )
         check_share("pretext.gray", gray)
         check_sizes(tile_features=tile_features, hidden_size=hidden_size)

@@ -1,4 +1,4 @@
-"""LeJEPA: views agree, and their embeddings are spread as a round Gaussian. Nothing else.
+"""LeJEPA: views agree, and their embeddings follow an isotropic Gaussian.
 
 Balestriero & LeCun 2025, "LeJEPA: Provable and Scalable Self-Supervised Learning Without the
 Heuristics", arXiv 2511.08544.
@@ -40,10 +40,10 @@ class LeJEPA(PretextTask):
         family="non-contrastive",
         views="2 + 6 small",
         paper="Balestriero & LeCun 2025, arXiv 2511.08544",
-        use="any backbone with one knob to turn; its loss tells how good the encoder is",
+        use="any backbone, with a single hyperparameter; the loss indicates encoder quality",
         any_size=True,
     )
-    # the authors' example: AdamW 2e-3 at 256, decay 0.05
+    # The authors' example: AdamW with 2e-3 at batches of 256, weight decay 0.05.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=0.05, scaling="sqrt")
 
     def __init__(
@@ -75,7 +75,7 @@ class LeJEPA(PretextTask):
 
     def loss(self, views: list[Tensor]) -> Tensor:
         z = torch.stack(
-            [one.float() for one in forward_multi_crop(self._embed, views)]
+            [view.float() for view in forward_multi_crop(self._embed, views)]
         )  # (V, B, D)
         center = z[: self.crops.global_crops].mean(dim=0)
         agreement = (z - center).square().mean()

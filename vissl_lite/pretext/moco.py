@@ -1,4 +1,4 @@
-"""MoCo v2: a view finds the other, as a slow teacher sees it, beside a queue of earlier images.
+"""MoCo v2: match a view to the momentum teacher's embedding of the other, with a queue.
 
 He, Fan, Wu, Xie & Girshick 2020, "Momentum Contrast for Unsupervised Visual Representation
 Learning", arXiv 1911.05722; Chen, Fan, Girshick & He 2020, "Improved Baselines with Momentum
@@ -22,15 +22,16 @@ from vissl_lite.pretext.modules.queue import Queue
 class MoCo(PretextTask):
     """MoCo v2.
 
-    The paper shuffles images between GPUs, lest BatchNorm give away which views belong together.
-    Here BatchNorm runs over all GPUs together, as in the later methods.
+    The paper shuffles images between GPUs, so that BatchNorm does not reveal which views belong
+    together. Here BatchNorm is synchronized over all GPUs, as in later methods.
 
     Args:
         encoder: Encoder to train.
-        temperature: of the loss; the paper uses 0.2 (v2, table 1), in short training 0.1 is better.
-        momentum: of the teacher; the paper uses 0.999, for runs of a hundred thousands of steps.
-        queue_size: negatives; the paper uses 65536, for 1.3 million images.
-        projection_size: of the embeddings that the loss compares.
+        temperature: Softmax temperature; the paper uses 0.2 (v2, table 1), 0.1 is better in short
+            training.
+        momentum: Momentum of the teacher; the paper uses 0.999, for hundreds of thousands of steps.
+        queue_size: Number of negatives; the paper uses 65536, for 1.3 million images.
+        projection_size: Size of the embeddings.
         min_crop_scale: Smallest fraction of the image area in a view.
         color: Strength of the color distortion; the paper uses 0.5.
     """

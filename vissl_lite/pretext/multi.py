@@ -1,7 +1,7 @@
-"""Rotation and SimCLR together: one encoder, two tasks, their losses weighted.
+"""Multi-task training of one encoder: weighted sum of the losses of rotation and SimCLR.
 
-What each of them learns complements the other (Doersch & Zisserman 2017, "Multi-task
-Self-Supervised Visual Learning", arXiv 1708.07860).
+The tasks complement each other (Doersch & Zisserman 2017, "Multi-task Self-Supervised Visual
+Learning", arXiv 1708.07860).
 """
 
 import torch
@@ -25,9 +25,9 @@ class Multi(PretextTask):
 
     Args:
         encoder: Encoder to train.
-        rotation_weight: of rotation's loss; SimCLR's has 1.
-        temperature: of SimCLR's loss.
-        projection_size: of the embeddings that SimCLR's loss compares.
+        rotation_weight: Weight of the rotation loss; the weight of the SimCLR loss is 1.
+        temperature: Softmax temperature of the SimCLR loss.
+        projection_size: Size of the embeddings of the SimCLR loss.
         min_crop_scale: Smallest fraction of the image area in a view.
         color: Strength of the color distortion.
     """
@@ -37,7 +37,7 @@ class Multi(PretextTask):
         family="predictive and contrastive",
         views="2",
         paper="Doersch & Zisserman 2017, arXiv 1708.07860",
-        use="rotation and simclr at once, on pictures with an up",
+        use="rotation and simclr together, on photographs with a natural orientation",
         negatives=True,
         any_size=True,
     )
@@ -68,7 +68,7 @@ class Multi(PretextTask):
 
     def loss(self, views: list[Tensor]) -> Tensor:
         turned, labels = all_rotations(views[0])
-        # the first quarter of the turned images are the first views as they are
+        # The first quarter of the rotated images are the unrotated first views.
         features = self.encoder(torch.cat([turned, views[1]]))
         count = len(views[0])
         z1, z2 = self.contrast_head(torch.cat([features[:count], features[-count:]])).chunk(2)

@@ -1,4 +1,4 @@
-"""VICReg: views agree (invariance), features vary (variance), none repeats another (covariance).
+"""VICReg: views agree (invariance), features vary (variance) without redundancy (covariance).
 
 Bardes, Ponce & LeCun 2022, "VICReg: Variance-Invariance-Covariance Regularization for
 Self-Supervised Learning", arXiv 2105.04906.
@@ -22,10 +22,11 @@ class VICReg(PretextTask):
 
     Args:
         encoder: Encoder to train.
-        sim_weight: of the invariance term (section 4.2).
-        std_weight: of the variance term (section 4.2).
-        cov_weight: of the covariance term (section 4.2).
-        projection_size: of the expander's three layers and of the embeddings; the paper uses 8192.
+        sim_weight: Weight of the invariance term (section 4.2).
+        std_weight: Weight of the variance term (section 4.2).
+        cov_weight: Weight of the covariance term (section 4.2).
+        projection_size: Size of the three layers of the expander and of the embeddings; the paper
+            uses 8192.
         min_crop_scale: Smallest fraction of the image area in a view; the paper uses 0.08.
         color: Strength of the color distortion; the paper uses about 0.5.
     """
@@ -35,7 +36,7 @@ class VICReg(PretextTask):
         family="non-contrastive",
         views="2",
         paper="Bardes et al. 2022, arXiv 2105.04906",
-        use="batches of 128 to 1024; three terms that tell what goes wrong",
+        use="batches of 128 to 1024; three interpretable loss terms",
         any_size=True,
     )
     # The paper's LARS is for batches of 2048; at 64 to 256 AdamW learns faster.
