@@ -37,7 +37,7 @@ class BarlowTwins(PretextTask):
         use="batches of 128 to 1024; needs no negatives and no teacher",
         any_size=True,
     )
-    # The paper's LARS is for batches of 2048; at 64 to 256 AdamW learns faster.
+    # The paper trains with LARS on batches of 2048; at 64 to 256 AdamW learns faster.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
 
     def __init__(

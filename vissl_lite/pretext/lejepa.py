@@ -22,12 +22,12 @@ class LeJEPA(PretextTask):
 
     Args:
         encoder: Encoder to train.
-        lambd: weight of the regularization against the agreement of views, in [0, 1] (equation
+        lambd: Weight of the regularization relative to the agreement of views, in (0, 1) (equation
             LeJEPA, section 5; 0.05 is the authors' default, 0.02 in their small example).
-        directions: that the distribution is looked at from, drawn anew every step; the paper uses
-            1024.
-        hidden_size: of the projection head; 2048 in the authors' example.
-        projection_size: of the embeddings.
+        directions: Number of random projections of the embeddings, drawn at every step; the paper
+            uses 1024.
+        hidden_size: Hidden size of the projection head; 2048 in the authors' example.
+        projection_size: Size of the embeddings.
         global_crops: Number of crops of the encoder's image size.
         local_crops: Number of local crops; default 6 as in the paper, none below 64 pixels.
         min_crop_scale: Smallest fraction of the image area in a local crop.

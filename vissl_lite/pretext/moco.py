@@ -44,7 +44,7 @@ class MoCo(PretextTask):
         use="small batches: negatives come from a queue, not from the batch",
         any_size=True,
     )
-    # The paper's SGD, 0.03 at 256, is for hundreds of epochs; in short runs AdamW learns faster.
+    # The paper uses SGD, 0.03 at 256, for hundreds of epochs; AdamW learns faster in short runs.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
 
     def __init__(

@@ -59,7 +59,7 @@ class NNCLR(PretextTask):
         negatives=True,
         any_size=True,
     )
-    # The paper's LARS is for batches of 4096; at 64 to 256 AdamW learns faster.
+    # The paper trains with LARS on batches of 4096; at 64 to 256 AdamW learns faster.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
 
     def __init__(

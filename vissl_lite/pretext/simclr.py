@@ -44,7 +44,7 @@ class SimCLR(PretextTask):
         negatives=True,
         any_size=True,
     )
-    # The paper's LARS is for batches of thousands; at 64 to 256 AdamW learns faster.
+    # The paper trains with LARS on batches of thousands; at 64 to 256 AdamW learns faster.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
 
     def __init__(

@@ -50,7 +50,7 @@ class SwAV(PretextTask):
         use="images in groups of similar size; benefits from local crops",
         any_size=True,
     )
-    # The paper's LARS, 0.6 at 256, is for long training; in short runs AdamW learns faster.
+    # The paper trains long with LARS, 0.6 at batches of 256; AdamW learns faster in short runs.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-6, scaling="sqrt")
 
     def __init__(

@@ -39,7 +39,7 @@ class VICReg(PretextTask):
         use="batches of 128 to 1024; three interpretable loss terms",
         any_size=True,
     )
-    # The paper's LARS is for batches of 2048; at 64 to 256 AdamW learns faster.
+    # The paper trains with LARS on batches of 2048; at 64 to 256 AdamW learns faster.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
 
     def __init__(
