@@ -36,8 +36,7 @@ class Queue(nn.Module):
             embeddings: ``(B, dimensions)`` embeddings; need not be normalized.
         """
         new = gather(F.normalize(embeddings.detach().float(), dim=1))[-len(self.items) :]
-        places = (self.position + torch.arange(len(new), device=new.device)) % len(self.items)
-        self.items = self.items.index_copy(
-            0, places, new
-        )  # Out of place: autograd may need the old tensor.
+        slots = (self.position + torch.arange(len(new), device=new.device)) % len(self.items)
+        # Out of place: autograd may need the old tensor.
+        self.items = self.items.index_copy(0, slots, new)
         self.position = (self.position + len(new)) % len(self.items)
