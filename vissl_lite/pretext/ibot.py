@@ -86,7 +86,7 @@ class IBOT(PretextTask):
         family="self-distilling and masked",
         views="2 + 6 small",
         paper="Zhou et al. 2022, arXiv 2111.07832; DINOv2 2304.07193",
-        use="ViTs and long runs; before detection or segmentation, as patch features are trained",
+        use="ViTs and long runs; before detection or segmentation; trains patch features",
         backbones="ViT",
     )
     # The paper uses 5e-4 at batches of 256 with linear scaling, for hundreds of epochs; gradients
