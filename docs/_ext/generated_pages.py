@@ -12,7 +12,7 @@ from sphinx.application import Sphinx
 from vissl_lite.cli import COMMANDS, find_command
 from vissl_lite.options import OptionRow, options_of
 from vissl_lite.pretext import PRETEXTS
-from vissl_lite.pretext.base import KINDS
+from vissl_lite.pretext.base import BACKBONE_KINDS
 
 
 def command_page(name: str) -> str:
@@ -64,7 +64,7 @@ def pretexts_page() -> str:
     ]
     for name, pretext in PRETEXTS.items():
         info = pretext.info
-        kind = KINDS[info.backbones][0]
+        kind = BACKBONE_KINDS[info.backbones][0]
         cells = [f"[`{name}`](#{name.replace('_', '-')})", info.family, kind, info.views]
         lines.append(f"| {' | '.join([*cells, info.paper, info.use])} |")
     for name, pretext in PRETEXTS.items():

@@ -13,7 +13,7 @@ from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.pretext import colorization as module
 from vissl_lite.pretext.colorization import (
-    LOOK,
+    CHROMA_BATCHES,
     Colorization,
     annealed_mean,
     candidate_bins,
@@ -206,7 +206,7 @@ def test_counts_are_summed_over_processes(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(module, "world", lambda: (0, 3))
     monkeypatch.setattr(dist, "all_reduce", lambda counts: counts.mul_(3))  # three equal ones
     nearest = torch.tensor([5, 5, 9])
-    task.look(torch.zeros(3, 2), nearest)
+    task.count_colors(torch.zeros(3, 2), nearest)
     assert (task.counts - 1).nonzero().flatten().tolist() == [5, 9]
     assert task.counts[[5, 9]].tolist() == [7, 4]
 
@@ -270,11 +270,11 @@ def gray_warnings(caplog: pytest.LogCaptureFixture, batch: Tensor) -> list[str]:
     task = made()
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        for step in range(LOOK + 3):
-            assert step >= LOOK or not caplog.messages
+        for step in range(CHROMA_BATCHES + 3):
+            assert step >= CHROMA_BATCHES or not caplog.messages
             _, target = task.split(task.encoder.normalize(batch))
             colors = target.permute(0, 2, 3, 1).reshape(-1, 2)
-            task.look(colors, torch.zeros(len(colors), dtype=torch.long))
+            task.count_colors(colors, torch.zeros(len(colors), dtype=torch.long))
     return caplog.messages
 
 
@@ -282,7 +282,7 @@ def test_gray_images_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> Non
     gray = images()[:, :1].expand(-1, 3, -1, -1)
     messages = gray_warnings(caplog, gray)
     assert len(messages) == 1
-    assert "nothing to learn" in messages[0]
+    assert "can't learn from them" in messages[0]
     tinted = gray.clone().clamp(60, 200)
     tinted[:, 0] += 40
     assert gray_warnings(caplog, tinted) == []

@@ -19,7 +19,7 @@ from vissl_lite.encoders.folder import save_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import build_optimizer
 from vissl_lite.pretext import PRETEXTS, PretextTask, pretext_class
-from vissl_lite.pretext.base import KINDS
+from vissl_lite.pretext.base import BACKBONE_KINDS
 from vissl_lite.pretext.modules.visualization import visualization_of
 from vissl_lite.training.resizing import shrink
 
@@ -213,7 +213,7 @@ def test_a_backbone_that_does_not_suit_names_some_that_do(name: str) -> None:
     with pytest.raises(UserError, match=f"{name} needs .*{wrong} is not: try one of") as raised:
         pretext_class(name)(build_encoder(wrong, 32))
     assert len(str(raised.value).splitlines()) == 1
-    for suggested in KINDS[kind][1].split(", "):
+    for suggested in BACKBONE_KINDS[kind][1].split(", "):
         size = 32 if suggested.endswith("_32") else 224
         pretext_class(name)(build_encoder(suggested, size))
 

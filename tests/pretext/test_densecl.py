@@ -30,7 +30,7 @@ def test_a_map_of_one_place_is_said_once(caplog: pytest.LogCaptureFixture) -> No
         task.loss(views)
         task.loss(views)
     assert len(caplog.records) == 1
-    assert "has a single place" in caplog.text
+    assert "has a single location" in caplog.text
 
 
 def test_the_weight_mixes_both_losses() -> None:

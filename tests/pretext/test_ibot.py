@@ -2,12 +2,12 @@ import pytest
 import torch
 
 from vissl_lite.encoders.encoder import build_encoder
-from vissl_lite.pretext.ibot import IBOT, patch_loss, some_masks
+from vissl_lite.pretext.ibot import IBOT, patch_loss, random_masks
 
 
 def test_half_of_the_images_get_a_tenth_to_half_of_their_patches_masked() -> None:
     torch.manual_seed(0)
-    shares = some_masks(400, 8, 8, torch.zeros(1)).flatten(1).float().mean(dim=1)
+    shares = random_masks(400, 8, 8, torch.zeros(1)).flatten(1).float().mean(dim=1)
     masked = shares[shares > 0]
     assert len(masked) / 400 == pytest.approx(0.5, abs=0.08)
     assert masked.min() >= 0.09
@@ -16,7 +16,7 @@ def test_half_of_the_images_get_a_tenth_to_half_of_their_patches_masked() -> Non
 
 
 def test_a_batch_never_goes_without_a_mask() -> None:
-    assert all(some_masks(1, 2, 2, torch.zeros(1)).any() for _ in range(50))
+    assert all(random_masks(1, 2, 2, torch.zeros(1)).any() for _ in range(50))
 
 
 def test_patch_loss_is_a_mean_over_patches_then_over_masked_images() -> None:
@@ -44,7 +44,7 @@ def test_the_student_does_not_see_masked_patches_and_the_teacher_does(
     task = IBOT(build_encoder("vit_slim_patch4_32", 32), prototypes=16)
     mask = torch.zeros(4, 8, 8, dtype=torch.bool)
     mask[:, :4] = True  # the upper half
-    monkeypatch.setattr("vissl_lite.pretext.ibot.some_masks", lambda *_, **__: mask)
+    monkeypatch.setattr("vissl_lite.pretext.ibot.random_masks", lambda *_, **__: mask)
     seen: dict[str, torch.Tensor] = {}
     for name in ("encoder", "teacher_encoder"):
         first = getattr(task, name).model.blocks[0]

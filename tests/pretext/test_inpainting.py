@@ -116,7 +116,7 @@ def test_masked_pixels_are_hidden_from_the_encoder(
 def test_the_whole_image_is_filled_at_full_resolution(backbone: str, size: int) -> None:
     task = made(backbone, size)
     images = torch.randn(2, 3, size, size)
-    filled = task.fill(images, random_blocks(2, size, 0.25, CPU))
+    filled = task.reconstruct(images, random_blocks(2, size, 0.25, CPU))
     assert filled.shape == images.shape
 
 
@@ -124,7 +124,9 @@ def test_each_place_of_the_decoder_fills_its_own_square(monkeypatch: pytest.Monk
     task = made()
     decoded = torch.arange(64.0).view(1, 1, 8, 8).expand(2, 48, 8, 8)
     monkeypatch.setattr(task.decoder, "forward", lambda *_: decoded)
-    filled = task.fill(torch.zeros(2, 3, 32, 32), torch.zeros(2, 1, 32, 32, dtype=torch.bool))
+    filled = task.reconstruct(
+        torch.zeros(2, 3, 32, 32), torch.zeros(2, 1, 32, 32, dtype=torch.bool)
+    )
     for row in range(32):
         for column in range(32):
             assert (filled[0, :, row, column] == row // 4 * 8 + column // 4).all()
@@ -149,5 +151,5 @@ def test_a_perfect_prediction_gives_the_image_back(
 ) -> None:
     task = made()
     # and of what was not hidden, nonsense
-    monkeypatch.setattr(task, "fill", lambda images, mask: torch.where(mask, images, 9.0))
+    monkeypatch.setattr(task, "reconstruct", lambda images, mask: torch.where(mask, images, 9.0))
     gives_the_image_back(task)

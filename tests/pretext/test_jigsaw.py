@@ -12,7 +12,7 @@ from torch import Tensor
 from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.pretext.jigsaw import (
-    SHUFFLES,
+    SHUFFLES_PER_IMAGE,
     Jigsaw,
     all_permutations,
     distant_permutations,
@@ -148,7 +148,7 @@ def test_the_head_sees_features_in_the_order_of_the_label(monkeypatch: pytest.Mo
     monkeypatch.setattr(F, "cross_entropy", lambda logits, y: labels.append(y) or logits.sum())
     task.loss([torch.randn(2, 3, task.grid.image_size, task.grid.image_size)])
     orders = task.permutations[labels[0]]
-    first = torch.tensor([0, 9]).repeat(SHUFFLES)[:, None]  # each image's own features
+    first = torch.tensor([0, 9]).repeat(SHUFFLES_PER_IMAGE)[:, None]  # each image's own features
     assert torch.equal(seen[0], (orders + first).float())
 
 
@@ -160,7 +160,7 @@ def test_labels_are_drawn_from_all_permutations(monkeypatch: pytest.MonkeyPatch)
     )
     for _ in range(5):
         task.loss([torch.randn(12, 3, task.grid.image_size, task.grid.image_size)])
-    assert len(drawn) == 60 * SHUFFLES
+    assert len(drawn) == 60 * SHUFFLES_PER_IMAGE
     assert min(drawn.count(label) for label in range(3)) > 5
 
 
@@ -211,7 +211,7 @@ def test_three_of_ten_views_are_gray() -> None:
 def test_errors_say_what_would_work() -> None:
     with pytest.raises(UserError, match="must be from 2 to 1000"):
         made(permutations=400_000)
-    with pytest.raises(UserError, match="it takes two"):
+    with pytest.raises(UserError, match="must be from 2 to"):
         made(permutations=1)
     with pytest.raises(UserError, match="tile_size"):
         made("test_vit", tile_size=20)
@@ -233,7 +233,7 @@ def test_a_solved_puzzle_is_the_image_again(off: int, monkeypatch: pytest.Monkey
         asked.append(labels)
         return F.one_hot((labels + off) % 100, 100).float()
 
-    monkeypatch.setattr(task, "guess", guess)
+    monkeypatch.setattr(task, "predict", guess)
     size = task.grid.image_size
     images = task.encoder.normalize(torch.randint(256, (8, 3, size, size), dtype=torch.uint8))
     rows = task.visualize([images]).rows

@@ -9,9 +9,9 @@ from vissl_lite.pretext.base import PretextTask
 from vissl_lite.pretext.mae import MAE
 from vissl_lite.pretext.modules.masking import (
     encode_visible,
+    gather_tokens,
     normalized_patches,
     random_mask,
-    take,
 )
 
 Check = Callable[[PretextTask], None]
@@ -125,7 +125,7 @@ def test_a_perfect_prediction_gives_the_image_back(
         return encode(images, visible)
 
     def forward_decoder(*given: torch.Tensor) -> torch.Tensor:
-        return take(task.targets(seen[-1]), given[-1])
+        return gather_tokens(task.targets(seen[-1]), given[-1])
 
     monkeypatch.setattr(task, "forward_encoder", forward_encoder)
     monkeypatch.setattr(task, "forward_decoder", forward_decoder)

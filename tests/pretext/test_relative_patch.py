@@ -267,7 +267,7 @@ def test_patches_are_shown_at_the_true_place_and_at_the_predicted_one(
         down, right = place // 3 * task.grid.step, place % 3 * task.grid.step
         return picture[down : down + side + 4, right : right + side + 4]
 
-    monkeypatch.setattr(task, "guess", lambda patches: torch.eye(8).repeat(len(images), 1))
+    monkeypatch.setattr(task, "predict", lambda patches: torch.eye(8).repeat(len(images), 1))
     for row, image in zip(task.visualize([images]).rows, whole, strict=True):
         label = DIRECTIONS_IN_WORDS.index(row[0].caption)
         assert bright(row[0], image) == {4, NEIGHBORS[label]}
@@ -276,7 +276,7 @@ def test_patches_are_shown_at_the_true_place_and_at_the_predicted_one(
         assert np.array_equal(row[0].image, row[1].image)
 
     always = torch.eye(8)[[1]].repeat(8 * len(images), 1)
-    monkeypatch.setattr(task, "guess", lambda patches: always)
+    monkeypatch.setattr(task, "predict", lambda patches: always)
     rows = task.visualize([images]).rows
     assert {row[1].right for row in rows} == {True, False}
     for row in rows:

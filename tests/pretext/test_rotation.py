@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from vissl_lite.encoders.encoder import build_encoder
-from vissl_lite.pretext.rotation import all_rotations, show_rotations
+from vissl_lite.pretext.rotation import all_rotations, visualize_rotations
 
 
 def test_labels_count_quarter_turns() -> None:
@@ -24,12 +24,12 @@ def test_what_was_told_right_is_shown_upright_and_green(off: int) -> None:
     upright = torch.randint(256, (8, 3, 6, 6), dtype=torch.uint8)
     images = encoder.normalize(upright)
 
-    def guess(turned: Tensor) -> Tensor:
+    def classify(turned: Tensor) -> Tensor:
         everything = torch.stack([torch.rot90(images, k, dims=(2, 3)) for k in range(4)], dim=1)
         same = (everything == turned[:, None]).all(dim=(2, 3, 4))
         return same.float().roll(off, dims=1)
 
-    shown = show_rotations(images, encoder, guess)
+    shown = visualize_rotations(images, encoder, classify)
     told = {row[0].caption for row in shown.rows}
     assert len(told) > 1
     for row, image in zip(shown.rows, upright.permute(0, 2, 3, 1).numpy(), strict=True):

@@ -12,7 +12,7 @@ from vissl_lite.encoders import backbones as _registers_our_own  # noqa: F401
 from vissl_lite.errors import UserError, did_you_mean
 from vissl_lite.options import Options, command
 from vissl_lite.pretext import PRETEXTS
-from vissl_lite.pretext.base import KINDS
+from vissl_lite.pretext.base import BACKBONE_KINDS
 
 LISTABLE = ("pretexts", "backbones")
 
@@ -60,7 +60,7 @@ def _print_pretexts(names: list[str]) -> None:
     table = Table("pretext", "family", "backbones", "views", "paper", "when to use it", box=None)
     for name in names:
         info = PRETEXTS[name].info
-        kind = KINDS[info.backbones][0]
+        kind = BACKBONE_KINDS[info.backbones][0]
         table.add_row(name, info.family, kind, info.views, info.paper, info.use)
     # One line per pretext if the output is not a terminal.
     Console(width=None if sys.stdout.isatty() else 240).print(table)

@@ -1,4 +1,4 @@
-"""Pretext tasks: one file each. A new one is a file and a line here."""
+"""Pretext tasks, one module each. To add one, write a module and list its class here."""
 
 from vissl_lite.errors import UserError, brief, did_you_mean
 from vissl_lite.pretext.barlow_twins import BarlowTwins
@@ -27,10 +27,10 @@ from vissl_lite.pretext.swav import SwAV
 from vissl_lite.pretext.vicreg import VICReg
 from vissl_lite.pretext.visreg import VISReg
 
-# In the order of ``vissl-lite list pretexts``: by family, the simplest first.
+# In the order of ``vissl-lite list pretexts``: grouped by family, simplest first.
 PRETEXTS: dict[str, type[PretextTask]] = {
-    made.info.name: made
-    for made in (
+    task.info.name: task
+    for task in (
         Rotation,
         RelativePatch,
         Jigsaw,
@@ -60,10 +60,10 @@ PRETEXTS: dict[str, type[PretextTask]] = {
 
 
 def pretext_class(name: str) -> type[PretextTask]:
-    """The class of a pretext.
+    """Return the class of a pretext by its name.
 
     Raises:
-        UserError: The name is unknown.
+        UserError: If the name is unknown.
     """
     if name not in PRETEXTS:
         raise UserError(f"unknown pretext {brief(name)}: {did_you_mean(name, PRETEXTS)}")

@@ -1,4 +1,4 @@
-"""Barlow Twins: features agree between views, and no two features say the same.
+"""Barlow Twins: features agree between views, and different features are uncorrelated.
 
 Zbontar, Jing, Misra, LeCun & Deny 2021, "Barlow Twins: Self-Supervised Learning via Redundancy
 Reduction", arXiv 2103.03230.
@@ -22,11 +22,11 @@ class BarlowTwins(PretextTask):
 
     Args:
         encoder: Encoder to train.
-        lambd: Weight of the redundancy term (section 2.2).
-        projection_size: Size of the projector's three layers and of the embeddings; the paper has
-            8192 and finds that more is better, at a cost.
-        min_crop_scale: Smallest fraction of the image's area in a view; the paper has 0.08.
-        color: Strength of the color distortion; the paper has about 0.5.
+        lambd: Weight of the redundancy reduction term (section 2.2).
+        projection_size: Size of the three layers of the projector and of the embeddings; the paper
+            uses 8192 and finds larger sizes better, at a higher cost.
+        min_crop_scale: Smallest fraction of the image area in a view; the paper uses 0.08.
+        color: Strength of the color distortion; the paper uses about 0.5.
     """
 
     info = PretextInfo(
@@ -34,10 +34,10 @@ class BarlowTwins(PretextTask):
         family="non-contrastive",
         views="2",
         paper="Zbontar et al. 2021, arXiv 2103.03230",
-        use="batches of 128 to 1024; needs neither negatives nor a teacher",
+        use="batches of 128 to 1024; needs no negatives and no teacher",
         any_size=True,
     )
-    # The paper's LARS is for batches of 2048; at 64 to 256 AdamW learns faster.
+    # The paper trains with LARS on batches of 2048; at 64 to 256 AdamW learns faster.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
 
     def __init__(

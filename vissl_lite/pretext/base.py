@@ -1,4 +1,4 @@
-"""The base class of pretexts: training step, normalization, optimizer."""
+"""Base class of all pretext tasks: training step, normalization, optimizer."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ from vissl_lite.training.sharding import UnshardedCopy, is_sharded, shard
 
 Backbones = Literal["any", "ViT", "CNN", "patches"]
 
-# Kinds of backbones: a description and examples.
-KINDS: dict[Backbones, tuple[str, str]] = {
+# Description and examples of each kind of backbone.
+BACKBONE_KINDS: dict[Backbones, tuple[str, str]] = {
     "any": ("any backbone", "resnet18, vit_tiny_patch16_224"),
     "ViT": ("a plain ViT", "vit_tiny_patch16_224, vit_small_patch16_224, vit_tiny_patch4_32"),
     "CNN": ("a convolutional backbone", "resnet18, resnet50, convnext_atto, resnet10t_slim"),
@@ -35,18 +35,18 @@ KINDS: dict[Backbones, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class PretextInfo:
-    """Description of a pretext, as ``vissl-lite list pretexts`` prints it.
+    """Description of a pretext, as shown by ``vissl-lite list pretexts``.
 
     Attributes:
-        name: Name of the pretext for ``--pretext``.
+        name: Name, as given to ``--pretext``.
         family: Predictive, contrastive, clustering, non-contrastive, self-distilling or masked.
-        views: Number of views per image.
+        views: Number of views per image, as text.
         paper: Authors, year and arXiv number.
         use: When to use it, in one line.
-        backbones: Kind of backbones that it works on; see ``KINDS``.
-        negatives: Whether it compares the images of a batch with each other, so that gradient
-            accumulation does not replace a larger batch.
-        any_size: Whether views may be smaller than the image size of the encoder.
+        backbones: Kind of backbones that it supports; see ``BACKBONE_KINDS``.
+        negatives: Whether images of a batch are compared with one another, so that gradient
+            accumulation is not equivalent to a larger batch.
+        any_size: Whether views may be smaller than the encoder's image size.
     """
 
     name: str
@@ -61,10 +61,10 @@ class PretextInfo:
 
 @dataclass(frozen=True)
 class Visualization:
-    """Pictures of what a pretext does with some images.
+    """Predictions of a pretext on a few images, as a table of pictures.
 
     Attributes:
-        columns: Titles of the columns.
+        columns: Column titles.
         rows: One row per image, with one picture per column.
     """
 
@@ -73,25 +73,24 @@ class Visualization:
 
 
 class PretextTask(pl.LightningModule, ABC):
-    """A self-supervised task that trains an encoder.
+    """Base class of self-supervised tasks that train an encoder.
 
-    Each subclass is one file. Its hyperparameters are the arguments of ``__init__`` after
-    ``encoder``, with the defaults of the paper. Random augmentations belong in ``views``, which
-    runs in data workers; the random targets of the task belong in ``loss``. State that a resumed
-    run needs (queues, centers, teachers) is held in buffers or modules.
+    Each subclass has a module of its own. Its hyperparameters are the arguments of ``__init__``
+    after ``encoder``, with the defaults of the paper. Random augmentations belong in ``views``,
+    which runs in the data workers; random labels of the task belong in ``loss``. State that must
+    survive a resumed run (queues, centers, teachers) is a buffer or a module.
 
     Args:
         encoder: Encoder to train.
 
     Attributes:
         info: Description of the pretext.
-        optimizer_settings: Default optimizer for a batch of 256 images; the options of a run
-            replace it.
-        progress: Fraction of the run that is done, in [0, 1]; ``Schedule`` sets it before each
-            step.
+        optimizer_settings: Default optimizer settings for a batch of 256 images; replaced by the
+            options of a run.
+        progress: Completed fraction of the run, in [0, 1]; ``Schedule`` sets it before every step.
 
     Raises:
-        UserError: The pretext does not work on this backbone.
+        UserError: If the pretext does not support this backbone.
     """
 
     info: PretextInfo
@@ -106,28 +105,28 @@ class PretextTask(pl.LightningModule, ABC):
 
     @abstractmethod
     def views(self, upright: bool = True) -> Views:
-        """Augmentations of an image, one sequence per view.
+        """Return the augmentations that create the views of an image.
 
         Args:
-            upright: Whether the images have an up; otherwise they are also flipped vertically.
+            upright: Whether the images have a natural orientation.
         """
 
     @abstractmethod
     def loss(self, views: list[Tensor]) -> Tensor:
-        """Compute the loss of a batch. Additional metrics are logged with ``measure``.
+        """Compute the loss of a batch; log further metrics with ``measure``.
 
         Args:
             views: One normalized ``(B, C, H, W)`` tensor per view. Labels are never passed.
 
         Returns:
-            A scalar.
+            Scalar loss.
         """
 
     def visualize(self, views: list[Tensor]) -> Visualization | None:
-        """Pictures of the task's predictions for some images; None if there is nothing to show.
+        """Visualize predictions on a few images; None if the task has nothing to show.
 
-        ``visualization_of`` calls it in evaluation mode without gradients and restores the random
-        state. It must log no metrics and change no buffers.
+        Called by ``visualization_of`` in evaluation mode and without gradients; the random state
+        is restored afterwards. It must not log metrics or change buffers.
 
         Args:
             views: Views of a few images, as for ``loss``.
@@ -135,24 +134,26 @@ class PretextTask(pl.LightningModule, ABC):
         return None
 
     def chance_loss(self, images: int) -> float | None:
-        """The loss of a random guess, to warn of a run that does no better; None if unknown.
+        """Return the loss at chance level, or None if unknown.
+
+        Used to warn about a run that does not improve on it.
 
         Args:
-            images: Images per batch over all devices.
+            images: Number of images in a batch, over all devices.
         """
         return None
 
     def after_step(self) -> None:
-        """Called once after each optimizer step, for example to update a teacher."""
+        """Run after every optimizer step, for example to update a momentum teacher."""
 
     def trained_encoder(self) -> Encoder:
-        """The encoder that a run saves: the trained one, or a momentum teacher."""
+        """Return the encoder that a run saves; methods with a momentum teacher may return it."""
         return self.encoder
 
     def unsharded(self) -> "PretextTask":
-        """The task with all of its weights, in the main process. All processes have to call it.
+        """Return the task with its full weights in the main process; all processes must call it.
 
-        This is the task itself, or with ``--strategy fsdp`` a copy on the CPU.
+        Returns the task itself, or with ``--strategy fsdp`` a copy on the CPU.
         """
         return self._unsharded.of(self)
 
@@ -167,13 +168,13 @@ class PretextTask(pl.LightningModule, ABC):
         return loss
 
     def measure(self, name: str, value: Tensor) -> None:
-        """Log a metric of this step. Outside of a training run, do nothing."""
+        """Log a metric of this step; do nothing outside a training run, as in a notebook."""
         trainer = trainer_of(self)
         if trainer is None:
             return
         value = value.detach()
-        written = (self.global_step + 1) % trainer.log_every_n_steps == 0
-        if written and trainer.world_size > 1:  # The mean over all processes.
+        is_logged = (self.global_step + 1) % trainer.log_every_n_steps == 0
+        if is_logged and trainer.world_size > 1:  # Averaging at every step would be slow.
             value = trainer.strategy.reduce(value.float().clone(), reduce_op="mean")
         self.log(name, value)
 
@@ -187,17 +188,17 @@ class PretextTask(pl.LightningModule, ABC):
             clip_gradients(self, self.optimizer_settings.clip_norm, optimizer, scaler)
 
     def on_fit_start(self) -> None:
-        # Views have few sizes, so the search for fast convolutions pays off; ``fit`` resets it.
+        # Views have few distinct sizes, so autotuning pays off; ``fit`` restores the setting.
         torch.backends.cudnn.benchmark = True
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        self.zero_grad()  # Now, to free the memory before the next forward pass.
+        self.zero_grad()  # Free the memory before the next forward pass.
         self.after_step()
 
 
 def check_backbone(info: PretextInfo, encoder: Encoder) -> None:
-    """Raise a UserError, naming suitable backbones, if a pretext does not work on this one."""
+    """Raise a UserError that names suitable backbones if a pretext does not support this one."""
     model = encoder.model
     fits = {
         "any": True,
@@ -206,7 +207,7 @@ def check_backbone(info: PretextInfo, encoder: Encoder) -> None:
         "patches": hasattr(model, "patch_embed") and encoder.patch_size is not None,
     }
     if not fits[info.backbones]:
-        kind, examples = KINDS[info.backbones]
+        kind, examples = BACKBONE_KINDS[info.backbones]
         raise UserError(
             f"the pretext {info.name} needs {kind}, which {encoder.backbone} is not: "
             f"try one of {examples}"

@@ -1,4 +1,4 @@
-"""BYOL: a network predicts what its own slow average sees in the other view. No negatives.
+"""BYOL: predict the output of a momentum teacher on the other view, without negatives.
 
 Grill, Strub, Altché et al. 2020, "Bootstrap Your Own Latent: A New Approach to Self-Supervised
 Learning", arXiv 2006.07733.
@@ -23,12 +23,12 @@ class BYOL(PretextTask):
 
     Args:
         encoder: Encoder to train.
-        momentum: Momentum of the teacher at the start; rises to 1 along a cosine (section 3.3). The
-            paper has 0.996 for a thousand epochs, and less for fewer.
-        hidden_size: Hidden size of both heads; the paper has 4096.
+        momentum: Initial momentum of the teacher; increases to 1 along a cosine (section 3.3). The
+            paper uses 0.996 for a thousand epochs, and less for fewer.
+        hidden_size: Hidden size of both heads; the paper uses 4096.
         projection_size: Size of the embeddings (section 3.3).
-        min_crop_scale: Smallest fraction of the image's area in a view; the paper has 0.08.
-        color: Strength of the color distortion; the paper has about 0.5.
+        min_crop_scale: Smallest fraction of the image area in a view; the paper uses 0.08.
+        color: Strength of the color distortion; the paper uses about 0.5.
     """
 
     info = PretextInfo(
@@ -39,7 +39,7 @@ class BYOL(PretextTask):
         use="small batches and long runs; needs no negatives",
         any_size=True,
     )
-    # The paper's LARS is for batches of 4096; at 64 to 256 AdamW learns faster.
+    # The paper trains with LARS on batches of 4096; at 64 to 256 AdamW learns faster.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
 
     def __init__(
@@ -70,7 +70,7 @@ class BYOL(PretextTask):
         p1, p2 = self.predictor(self.projector(self.encoder(both))).chunk(2)
         with torch.no_grad():
             t1, t2 = self.teacher_projector(self.teacher_encoder(both)).chunk(2)
-        # equation 2, for both orders of the views
+        # Equation 2, for both orders of the views.
         return 4 + 2 * (negative_cosine(p1, t2) + negative_cosine(p2, t1))
 
     def after_step(self) -> None:

@@ -1,4 +1,4 @@
-"""Colorization: tell the colors of an image from its lightness.
+"""Colorization: predict the colors of an image from its lightness.
 
 Zhang, Isola & Efros 2016, "Colorful Image Colorization", arXiv 1603.08511.
 """
@@ -18,28 +18,28 @@ from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import PretextInfo, PretextTask, Visualization
 from vissl_lite.pretext.modules.crops import cropped_views
 from vissl_lite.pretext.modules.heads import Decoder
-from vissl_lite.pretext.modules.visualization import beside
+from vissl_lite.pretext.modules.visualization import picture_rows
 from vissl_lite.training.processes import world
 
 log = logging.getLogger(__name__)
 
-# The grid of the ab plane, and how far it reaches from gray (section 2.1).
-BIN, REACH = 10, 110
+# Bin size of the grid in the ab plane, and largest absolute value of a and b (section 2.1).
+BIN_SIZE, AB_LIMIT = 10, 110
 
-# A color is spread over so many bins, by a Gaussian of this standard deviation (section 2.1). The
-# distribution of colors is smoothed by the same one (section 2.2).
-NEAREST, SIGMA = 5, 5.0
+# Number of nearest bins that encode a color, and standard deviation of the Gaussian that weights
+# them (section 2.1), which also smooths the distribution of colors (section 2.2).
+NUM_NEAREST, SIGMA = 5, 5.0
 
-# Between the mode of a predicted distribution, which is vivid, and its mean, which is smooth
-# (section 2.3, eq. 5).
+# Temperature of the annealed mean: interpolates between the mode of a predicted distribution, which
+# is vivid, and its mean, which is smooth (section 2.3, eq. 5).
 TEMPERATURE = 0.38
 
-# Batches to look at before saying that images have no colors, and the mean distance from gray
-# (in the ab plane, where pure red lies at 105) below which they have none.
-LOOK, GRAY = 20, 2.0
+# Number of batches that measure the mean chroma of the images, and the chroma below which a warning
+# says that they are gray. Chroma is the distance from gray in the ab plane: 105 for pure red.
+CHROMA_BATCHES, MIN_CHROMA = 20, 2.0
 
-# IEC 61966-2-1: linear sRGB to XYZ. Its row sums are white (D65).
-XYZ = (
+# IEC 61966-2-1: linear sRGB to XYZ. The row sums are the white point (D65).
+RGB_TO_XYZ = (
     (0.4124564, 0.3575761, 0.1804375),
     (0.2126729, 0.7151522, 0.0721750),
     (0.0193339, 0.1191920, 0.9503041),
@@ -47,7 +47,7 @@ XYZ = (
 
 
 def rgb_to_lab(rgb: Tensor) -> Tensor:
-    """CIE Lab of sRGB colors, under D65.
+    """Convert sRGB to CIE Lab (D65).
 
     Args:
         rgb: ``(N, 3, ...)``, in [0, 1].
@@ -55,82 +55,83 @@ def rgb_to_lab(rgb: Tensor) -> Tensor:
     Returns:
         ``(N, 3, ...)``: lightness in [0, 100], then a and b, about -110 to 100.
     """
-    low = rgb <= 0.04045
-    red, green, blue = torch.where(low, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4).unbind(1)
-    bend = 6 / 29
+    is_linear = rgb <= 0.04045
+    red, green, blue = torch.where(is_linear, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4).unbind(1)
+    delta = 6 / 29
     roots = []
-    for r, g, b in XYZ:  # sums by hand: a matrix product would be rounded under autocast
+    for r, g, b in RGB_TO_XYZ:  # Not a matrix product, which autocast would round.
         value = (r * red + g * green + b * blue) / (r + g + b)
-        root = value.clamp(min=bend**3) ** (1 / 3)
-        roots.append(torch.where(value > bend**3, root, value / (3 * bend**2) + 4 / 29))
+        root = value.clamp(min=delta**3) ** (1 / 3)
+        roots.append(torch.where(value > delta**3, root, value / (3 * delta**2) + 4 / 29))
     x, y, z = roots
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=1)
 
 
 def lab_to_rgb(lab: Tensor) -> Tensor:
-    """sRGB colors of CIE Lab; undoes ``rgb_to_lab``.
+    """Convert CIE Lab to sRGB; the inverse of ``rgb_to_lab``.
 
     Args:
         lab: ``(N, 3, ...)``.
 
     Returns:
-        ``(N, 3, ...)``; what no sRGB color can be is cut off at 0 and 1.
+        ``(N, 3, ...)`` in [0, 1]; colors outside of sRGB are clipped.
     """
     lightness, a, b = lab.unbind(1)
     y = (lightness + 16) / 116
-    bend = 6 / 29
+    delta = 6 / 29
     xyz = [
-        torch.where(root > bend, root**3, 3 * bend**2 * (root - 4 / 29)) * sum(white)
-        for root, white in zip((y + a / 500, y, y - b / 200), XYZ, strict=True)
+        torch.where(root > delta, root**3, 3 * delta**2 * (root - 4 / 29)) * sum(white)
+        for root, white in zip((y + a / 500, y, y - b / 200), RGB_TO_XYZ, strict=True)
     ]
-    inverse = torch.linalg.inv(torch.tensor(XYZ, dtype=torch.float64)).tolist()
+    inverse = torch.linalg.inv(torch.tensor(RGB_TO_XYZ, dtype=torch.float64)).tolist()
     linear = torch.stack([r * xyz[0] + g * xyz[1] + b * xyz[2] for r, g, b in inverse], dim=1)
-    bright = 1.055 * linear.clamp(min=0.0031308) ** (1 / 2.4) - 0.055
-    return torch.where(linear <= 0.0031308, 12.92 * linear, bright).clamp(0, 1)
+    curved = 1.055 * linear.clamp(min=0.0031308) ** (1 / 2.4) - 0.055
+    return torch.where(linear <= 0.0031308, 12.92 * linear, curved).clamp(0, 1)
 
 
 @lru_cache(maxsize=1)
 def gamut_bins() -> Tensor:
-    """The bins of the ab plane that hold an sRGB color (section 2.1): 261 of 529.
+    """Bins of the ab plane that contain sRGB colors (section 2.1): 261 of 529.
 
-    The paper keeps 313, a list of its authors that reaches beyond sRGB. These are all that any
-    8-bit color falls into; bins that no image can reach would be dead outputs. The surface of the
-    cube is enough, because a line along the lightness leaves the cube through it, and so is every
-    third level, because all 256 find no other bin.
+    The paper uses a list of 313 bins that extends beyond sRGB. These are the bins of all 8-bit
+    colors; further ones would be unused outputs. The surface of the RGB cube suffices, because a
+    line along the lightness leaves the cube through it. So does every third level, because all 256
+    give the same bins.
 
     Returns:
-        ``(261, 2)`` float32 centers, multiples of 10. Shared: not to be changed.
+        ``(261, 2)`` float32 centers, multiples of 10. Cached: do not modify in place.
     """
     level = torch.arange(0, 256, 3, dtype=torch.float64) / 255
-    one, other = torch.cartesian_prod(level, level).unbind(1)
+    u, v = torch.cartesian_prod(level, level).unbind(1)
     faces = []
-    for end in (torch.zeros_like(one), torch.ones_like(one)):
-        faces += [(end, one, other), (one, end, other), (one, other, end)]
+    for end in (torch.zeros_like(u), torch.ones_like(u)):
+        faces += [(end, u, v), (u, end, v), (u, v, end)]
     surface = torch.cat([torch.stack(face, dim=1) for face in faces])
-    bins = (rgb_to_lab(surface)[:, 1:] / BIN).round().unique(dim=0) * BIN
+    bins = (rgb_to_lab(surface)[:, 1:] / BIN_SIZE).round().unique(dim=0) * BIN_SIZE
     return bins.float()
 
 
-def cell(colors: Tensor) -> Tensor:
-    """The number of the grid's square that a color lies in, in the gamut or not.
+def grid_index(colors: Tensor) -> Tensor:
+    """Index of the grid cell of a color, inside or outside of the gamut.
 
     Args:
         colors: ``(N, 2)``, a and b.
 
     Returns:
-        ``(N,)`` int64.
+        ``(N,)`` int64 indices.
     """
-    last = REACH // BIN
-    a, b = (colors / BIN).round().long().clamp(-last, last).unbind(1)
+    last = AB_LIMIT // BIN_SIZE
+    a, b = (colors / BIN_SIZE).round().long().clamp(-last, last).unbind(1)
     return (a + last) * (2 * last + 1) + b + last
 
 
 def candidate_bins(bins: Tensor) -> Tensor:
-    """For each square of the grid, bins that hold the five nearest to all colors in it.
+    """For each cell of the grid, bins that include the five nearest bins of all colors in it.
 
-    Comparing a color with these 22 instead of all 261 makes the encoding ten times as fast. A
-    color lies at most h, half a diagonal, from its square's center; so its five nearest bins lie
-    at most 2 h further from that than the center's own fifth.
+    Comparing a color with these 22 instead of all 261 bins makes the encoding ten times as fast.
+    The distance of a color to the center of its cell is at most h, half a diagonal. Therefore the
+    distance of its five nearest bins to the center exceeds that of the center's fifth nearest bin
+    by at most 2 h.
 
     Args:
         bins: ``(Q, 2)`` centers.
@@ -138,38 +139,38 @@ def candidate_bins(bins: Tensor) -> Tensor:
     Returns:
         ``(529, K)`` int64.
     """
-    side = torch.arange(-REACH, REACH + 1, BIN, device=bins.device, dtype=bins.dtype)
+    side = torch.arange(-AB_LIMIT, AB_LIMIT + 1, BIN_SIZE, device=bins.device, dtype=bins.dtype)
     distance = torch.cdist(torch.cartesian_prod(side, side), bins)
     ordered, order = distance.sort(dim=1, stable=True)
-    reach = ordered[:, NEAREST - 1 : NEAREST] + BIN * 2**0.5 + 1e-3
-    return order[:, : int((ordered <= reach).sum(dim=1).max())]
+    limit = ordered[:, NUM_NEAREST - 1 : NUM_NEAREST] + BIN_SIZE * 2**0.5 + 1e-3
+    return order[:, : int((ordered <= limit).sum(dim=1).max())]
 
 
 def soft_encode(colors: Tensor, bins: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """Spread each color over its five nearest bins (section 2.1).
+    """Encode each color as a distribution over its five nearest bins (section 2.1).
 
     Args:
         colors: ``(N, 2)``, a and b.
-        bins: ``(Q, 2)`` centers.
-        candidates: See ``candidate_bins``.
+        bins: ``(Q, 2)`` bin centers.
+        candidates: Result of ``candidate_bins``.
 
     Returns:
-        ``(N, 5)`` numbers of bins, the nearest first, and ``(N, 5)`` their shares, of sum 1.
+        ``(N, 5)`` indices of bins, the nearest first, and their ``(N, 5)`` weights of sum 1.
     """
-    near = candidates[cell(colors)]
-    distance = (bins[near] - colors[:, None]).square().sum(dim=2)
-    distance, place = distance.topk(NEAREST, largest=False)
-    return near.gather(1, place), F.softmax(-distance / (2 * SIGMA**2), dim=1)
+    nearby = candidates[grid_index(colors)]
+    distance = (bins[nearby] - colors[:, None]).square().sum(dim=2)
+    distance, order = distance.topk(NUM_NEAREST, largest=False)
+    return nearby.gather(1, order), F.softmax(-distance / (2 * SIGMA**2), dim=1)
 
 
 def smoothing_matrix(bins: Tensor) -> Tensor:
-    """Spreads a distribution over bins by a Gaussian in the ab plane (section 2.2).
+    """Matrix that smooths a distribution over bins by a Gaussian in the ab plane (section 2.2).
 
     Args:
-        bins: ``(Q, 2)`` centers.
+        bins: ``(Q, 2)`` bin centers.
 
     Returns:
-        ``(Q, Q)``; each column's sum is 1, so that a distribution stays one.
+        ``(Q, Q)`` matrix whose columns sum to 1, which preserves the sum of a distribution.
     """
     difference = bins[:, None] - bins[None]
     kernel = torch.exp(-difference.square().sum(dim=2) / (2 * SIGMA**2))
@@ -177,50 +178,50 @@ def smoothing_matrix(bins: Tensor) -> Tensor:
 
 
 def rarity_weights(counts: Tensor, smoothing: Tensor, uniform: float) -> Tensor:
-    """Weights that make rare colors count more (eq. 4).
+    """Class weights that emphasize rare colors (eq. 4).
 
-    w is proportional to ((1 - lambda) p + lambda / Q)^-1, with the smoothed distribution p, and of
-    expectation 1 under p.
+    w is proportional to ((1 - lambda) p + lambda / Q)^-1 for the smoothed distribution p, and its
+    expectation under p is 1.
 
     Args:
-        counts: ``(Q,)``, of pixels by bin.
-        smoothing: See ``smoothing_matrix``.
-        uniform: Lambda, in [0, 1]: 1 makes all colors equal.
+        counts: ``(Q,)`` number of pixels per bin.
+        smoothing: Result of ``smoothing_matrix``.
+        uniform: lambda, in [0, 1]; 1 gives equal weights.
 
     Returns:
-        ``(Q,)`` float32.
+        ``(Q,)`` float32 weights.
     """
     counts = counts.float()
-    share = (smoothing * (counts / counts.sum())).sum(dim=1)
-    weights = 1 / ((1 - uniform) * share + uniform / len(counts))
-    return weights / (share * weights).sum()
+    frequency = (smoothing * (counts / counts.sum())).sum(dim=1)
+    weights = 1 / ((1 - uniform) * frequency + uniform / len(counts))
+    return weights / (frequency * weights).sum()
 
 
 def color_cross_entropy(logits: Tensor, nearest: Tensor, shares: Tensor, rarity: Tensor) -> Tensor:
     """Cross-entropy of soft-encoded colors, each pixel weighted by its nearest bin (eq. 2, 3).
 
     Args:
-        logits: ``(N, Q)``.
-        nearest: ``(N, 5)`` numbers of bins, the nearest first.
-        shares: ``(N, 5)`` of the color in them.
-        rarity: ``(Q,)`` weights.
+        logits: ``(N, Q)`` logits of the bins.
+        nearest: ``(N, 5)`` indices of bins, the nearest first.
+        shares: ``(N, 5)`` target probabilities of these bins.
+        rarity: ``(Q,)`` weights of the bins.
 
     Returns:
-        A scalar, the mean over pixels; the paper has their sum. Computed in float32.
+        Scalar, the mean over pixels; the paper uses the sum. Computed in float32.
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.float()
-        # The shares' sum is 1, so that log-probabilities of all Q bins are not needed.
+        # As the shares sum to 1, the log-probabilities of all Q bins are not needed.
         entropy = logits.logsumexp(dim=1) - (shares * logits.gather(1, nearest)).sum(dim=1)
         return (rarity[nearest[:, 0]] * entropy).mean()
 
 
 def annealed_mean(logits: Tensor, bins: Tensor) -> Tensor:
-    """The one color that a predicted distribution stands for (section 2.3, eq. 5).
+    """Point estimate of the color from a predicted distribution (section 2.3, eq. 5).
 
     Args:
-        logits: ``(B, Q, h, w)``.
-        bins: ``(Q, 2)`` centers.
+        logits: ``(B, Q, h, w)`` logits of the bins.
+        bins: ``(Q, 2)`` bin centers.
 
     Returns:
         ``(B, 2, h, w)``, a and b, computed in float32.
@@ -231,19 +232,19 @@ def annealed_mean(logits: Tensor, bins: Tensor) -> Tensor:
 
 
 class Colorization(PretextTask):
-    """Colorization by classification, rare colors weighted up.
+    """Colorization by classification, with rebalanced rare colors.
 
-    The encoder sees lightness alone, the same in all three channels, so that it still takes RGB
-    afterwards. A small decoder predicts the distribution of colors at a quarter of the resolution
-    (56 of 224, as in the paper). How frequent colors are is counted on the user's own images
-    while training; the paper counts on ImageNet beforehand.
+    The input of the encoder is the lightness, repeated in three channels, so that the trained
+    encoder takes RGB images. A small decoder predicts the distribution of colors at a quarter of
+    the resolution (56 of 224, as in the paper). The frequency of colors is counted on the training
+    images during training; the paper counts it on ImageNet beforehand.
 
     Args:
         encoder: Encoder to train; takes images of three channels.
-        uniform: Lambda of the weights: 1 makes all colors equal, 0 weights them by their rarity
-            alone (section 2.2).
-        decoder_width: Channels of the decoder.
-        min_crop_scale: Smallest fraction of the image's area in a view.
+        uniform: lambda of the color weights: 1 weights all colors equally, 0 by their rarity alone
+            (section 2.2).
+        decoder_width: Number of channels of the decoder.
+        min_crop_scale: Smallest fraction of the image area in a view.
     """
 
     info = PretextInfo(
@@ -253,7 +254,7 @@ class Colorization(PretextTask):
         paper="Zhang et al. 2016, arXiv 1603.08511",
         use="color photographs whose colors depend on what they show",
     )
-    # The paper's ADAM, with decoupled weight decay, and a higher rate for short runs.
+    # Adam as in the paper, with decoupled weight decay and a higher learning rate for short runs.
     optimizer_settings = OptimizerSettings("adamw", lr=1e-3, weight_decay=1e-4, scaling="sqrt")
 
     def __init__(
@@ -279,7 +280,7 @@ class Colorization(PretextTask):
         self.register_buffer("bins", bins, persistent=False)
         self.register_buffer("candidates", candidate_bins(bins), persistent=False)
         self.register_buffer("smoothing", smoothing_matrix(bins), persistent=False)
-        # What was seen of the images; a resumed run goes on with it.
+        # Color statistics of the training images, part of checkpoints.
         self.counts: Tensor
         self.chroma: Tensor
         self.looked: Tensor
@@ -293,13 +294,13 @@ class Colorization(PretextTask):
 
     @torch.no_grad()
     def split(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """What the encoder sees, and what it is asked for.
+        """Split images into the input of the encoder and the target.
 
         Args:
-            images: ``(B, 3, S, S)``, normalized.
+            images: ``(B, 3, S, S)`` normalized images.
 
         Returns:
-            ``(B, 3, S, S)``: lightness as a gray image, normalized; and ``(B, 2, s, s)``: a and b,
+            ``(B, 3, S, S)`` lightness as normalized gray images, and ``(B, 2, s, s)`` a and b,
             averaged to a quarter of the resolution.
         """
         scale, shift = self.encoder.scale, self.encoder.shift
@@ -309,35 +310,37 @@ class Colorization(PretextTask):
         return gray, F.adaptive_avg_pool2d(lab[:, 1:], Decoder.size(images))
 
     @torch.no_grad()
-    def look(self, colors: Tensor, nearest: Tensor) -> None:
-        """Count the colors of a batch; after some, warn once if there are hardly any.
+    def count_colors(self, colors: Tensor, nearest: Tensor) -> None:
+        """Count the colors of a batch; warn once if the first batches are almost gray.
 
         Args:
             colors: ``(N, 2)``, a and b.
-            nearest: ``(N,)`` numbers of the nearest bins.
+            nearest: ``(N,)`` indices of the nearest bins.
         """
         counts = torch.bincount(nearest, minlength=len(self.counts))
         if world()[1] > 1:
             dist.all_reduce(counts)
         self.counts += counts
-        if self.looked == LOOK:
+        if self.looked == CHROMA_BATCHES:
             return
         self.looked += 1
-        self.chroma += colors.norm(dim=1).mean() / LOOK
-        if self.looked == LOOK and self.chroma < GRAY:
+        self.chroma += colors.norm(dim=1).mean() / CHROMA_BATCHES
+        if self.looked == CHROMA_BATCHES and self.chroma < MIN_CHROMA:
             log.warning(
-                "the images are gray, or nearly so: their colors lie %(chroma).1f from gray on "
-                "average, where pure red lies at 105. There is nothing to learn from coloring "
-                "them; try another pretext, such as simclr.",
+                "the images are gray, or nearly so: their mean chroma is %(chroma).1f (pure red: "
+                "105). Colorization can't learn from them; try another pretext, such as simclr.",
                 {"chroma": float(self.chroma)},
                 extra={"code": "pretext.gray_images"},
             )
 
     def predict(self, gray: Tensor) -> Tensor:
-        """Logits of the bins at a quarter of the resolution: ``(B, 3, S, S)`` to ``(B, Q, s, s)``.
+        """Predict the distribution of colors at a quarter of the resolution.
 
         Args:
-            gray: Lightness as normalized gray images.
+            gray: ``(B, 3, S, S)`` lightness as normalized gray images.
+
+        Returns:
+            ``(B, Q, s, s)`` logits of the bins.
         """
         return self.decoder(*self.encoder.pooled_and_map(gray), Decoder.size(gray))
 
@@ -345,7 +348,7 @@ class Colorization(PretextTask):
         gray, target = self.split(views[0])
         colors = target.permute(0, 2, 3, 1).reshape(-1, 2)
         nearest, shares = soft_encode(colors, self.bins, self.candidates)
-        self.look(colors, nearest[:, 0])
+        self.count_colors(colors, nearest[:, 0])
         rarity = rarity_weights(self.counts, self.smoothing, self.uniform)
         logits = self.predict(gray).permute(0, 2, 3, 1).flatten(0, 2)
         return color_cross_entropy(logits, nearest, shares, rarity)
@@ -356,6 +359,6 @@ class Colorization(PretextTask):
         colors = annealed_mean(self.predict(gray), self.bins)
         colors = F.interpolate(colors, gray.shape[2:], mode="bilinear", align_corners=False)
         lightness = 100 * ((gray - shift) / scale)[:, :1]
-        painted = lab_to_rgb(torch.cat([lightness, colors], dim=1)) * scale + shift
-        rows = beside(self.encoder, gray, painted, views[0])
+        colorized = lab_to_rgb(torch.cat([lightness, colors], dim=1)) * scale + shift
+        rows = picture_rows(self.encoder, gray, colorized, views[0])
         return Visualization(("gray", "predicted colors", "truth"), rows)

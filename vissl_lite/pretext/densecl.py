@@ -1,4 +1,4 @@
-"""DenseCL: MoCo for whole images and, beside it, for every place of the feature map.
+"""DenseCL: MoCo for whole images and for every location of the feature map.
 
 Wang, Zhang, Shen, Kong & Li 2021, "Dense Contrastive Learning for Self-Supervised Visual
 Pre-Training", arXiv 2011.09157.
@@ -30,25 +30,25 @@ log = logging.getLogger(__name__)
 
 @torch.no_grad()
 def correspondence(map1: Tensor, map2: Tensor) -> Tensor:
-    """For each place of one feature map, the most similar place of the other (equation 4).
+    """Match each location of a feature map to the most similar one of another (equation 4).
 
     Args:
-        map1: ``(B, C, N)`` features at N places of the first views.
-        map2: ``(B, C, N)`` of the second views.
+        map1: ``(B, C, N)`` features at N locations of the first views.
+        map2: ``(B, C, N)`` features at N locations of the second views.
 
     Returns:
-        ``(B, N)`` places of the second map.
+        ``(B, N)`` indices of locations of the second map.
     """
     map1, map2 = F.normalize(map1.float(), dim=1), F.normalize(map2.float(), dim=1)
     return (map1.transpose(1, 2) @ map2).argmax(dim=2)
 
 
 class DenseHead(nn.Module):
-    """MoCo's head on the pooled features, and the same as 1x1 convolutions on the map (figure 2).
+    """MoCo's head on the pooled features, and its 1x1 convolutional counterpart (figure 2).
 
     Args:
-        features: Features of the pooled vector.
-        map_features: Channels of the feature map.
+        features: Number of pooled features.
+        map_features: Number of channels of the feature map.
         projection_size: Size of the embeddings.
     """
 
@@ -66,7 +66,7 @@ class DenseHead(nn.Module):
         )
 
     def forward(self, pooled: Tensor, feature_map: Tensor) -> tuple[Tensor, Tensor]:
-        """``(B, D)`` and ``(B, D', h, w)`` to ``(B, E)`` and ``(B, E, h w)``."""
+        """Map ``(B, D)`` and ``(B, D', h, w)`` to ``(B, E)`` and ``(B, E, h w)``."""
         return self.whole(pooled), self.dense(feature_map).flatten(2)
 
 
@@ -74,15 +74,15 @@ class DenseCL(PretextTask):
     """DenseCL.
 
     Args:
-        encoder: Encoder to train. Its last feature map should have several places: at 32 pixels
-            ``resnet18`` has one only, ``resnet18_cifar`` sixteen.
-        temperature: Temperature of both losses; the paper has 0.2, in short training 0.1 is better.
-        momentum: Momentum of the teacher; the paper has 0.999, for runs of a hundred thousands of
-            steps.
-        queue_size: Negatives for each of the losses; the paper has 65536.
-        projection_size: Size of the embeddings that the losses compare.
-        dense_weight: Lambda, the share of the dense loss (equation 3; 0.5 in section 4.1).
-        min_crop_scale: Smallest fraction of the image's area in a view.
+        encoder: Encoder to train. Its last feature map should have several locations: at 32 pixels,
+            that of ``resnet18`` has one, that of ``resnet18_cifar`` sixteen.
+        temperature: Softmax temperature of both losses; the paper uses 0.2, 0.1 is better in short
+            training.
+        momentum: Momentum of the teacher; the paper uses 0.999, for hundreds of thousands of steps.
+        queue_size: Number of negatives of each loss; the paper uses 65536.
+        projection_size: Size of the embeddings.
+        dense_weight: lambda, weight of the dense loss (equation 3; 0.5 in section 4.1).
+        min_crop_scale: Smallest fraction of the image area in a view.
         color: Strength of the color distortion.
     """
 
@@ -91,10 +91,10 @@ class DenseCL(PretextTask):
         family="contrastive",
         views="2",
         paper="Wang et al. 2021, arXiv 2011.09157",
-        use="before detection or segmentation: learns from every place of the map",
+        use="before detection or segmentation: trains every location of the feature map",
         any_size=True,
     )
-    # as moco: the paper's SGD is for hundreds of epochs
+    # As for moco: the paper trains with SGD for hundreds of epochs.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
 
     def __init__(
@@ -144,7 +144,7 @@ class DenseCL(PretextTask):
             self.temperature,
         )
         self.queue.push(key)
-        self.dense_queue.push(dense_keys.mean(dim=2))  # one for each image (section 3.3)
+        self.dense_queue.push(dense_keys.mean(dim=2))  # One per image (section 3.3).
         self.measure("dense_loss", dense)
         return (1 - self.dense_weight) * whole + self.dense_weight * dense
 
@@ -152,8 +152,8 @@ class DenseCL(PretextTask):
         if not self._map_checked and feature_map.shape[2:].numel() == 1:
             log.warning(
                 "densecl: the last feature map of %(backbone)s at %(pixels)d pixels has a single "
-                "place, so that its dense loss is an ordinary one; give a larger --image_size or "
-                "another --backbone",
+                "location, so that the loss is not dense; give a larger --image_size or another "
+                "--backbone",
                 {"backbone": self.encoder.backbone, "pixels": self.encoder.image_size},
                 extra={"code": "pretext.one_location"},
             )

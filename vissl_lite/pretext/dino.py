@@ -1,4 +1,4 @@
-"""DINO: every crop predicts how a momentum teacher describes the large crops.
+"""DINO: predict the outputs of a momentum teacher on the global crops from all crops.
 
 Caron, Touvron, Misra, Jégou, Mairal, Bojanowski & Joulin 2021, "Emerging Properties in
 Self-Supervised Vision Transformers", arXiv 2104.14294.
@@ -22,28 +22,27 @@ class DINO(PretextTask):
     """DINO.
 
     Args:
-        encoder: Encoder to train; the teacher is what a run saves, as it is the better one.
-        prototypes: Outputs of the heads; the paper has 65536, for 1.3 million images.
-        temperature: Temperature of the student (section 3.3).
-        teacher_temperature: Temperature of the teacher, after the warm-up; the paper has 0.04 to
-            0.07.
-        warm_teacher_temperature: Temperature of the teacher, at the start.
-        temperature_warmup: Fraction of the run in which it rises; the paper has 30 epochs of 300 or
-            more.
-        momentum: Momentum of the teacher at the start; rises to 1 along a cosine. The paper has
+        encoder: Encoder to train; a run saves the teacher, which has better features.
+        prototypes: Number of prototypes of the heads; the paper uses 65536, for 1.3 million images.
+        temperature: Softmax temperature of the student (section 3.3).
+        teacher_temperature: Softmax temperature of the teacher after the warm-up; the paper uses
+            0.04 to 0.07.
+        warm_teacher_temperature: Initial softmax temperature of the teacher.
+        temperature_warmup: Fraction of the run in which the teacher temperature is warmed up; the
+            paper uses 30 epochs of 300 or more.
+        momentum: Initial momentum of the teacher; increases to 1 along a cosine. The paper uses
             0.996, for batches of 1024 and hundreds of epochs.
-        center_momentum: Momentum of the center that is taken from the teacher's outputs (equation
-            4).
-        freeze_last_layer: Fraction of the run in which the last layer is not trained; the paper has
-            one epoch of a hundred (appendix C).
+        center_momentum: Momentum of the center of the teacher's outputs (equation 4).
+        freeze_last_layer: Fraction of the run in which the last layer is not trained; the paper
+            uses one epoch of a hundred (appendix C).
         hidden_size: Hidden size of the heads (appendix C: 2048).
-        bottleneck_size: Features before the last layer (appendix C).
-        head_norm: BatchNorm in the heads. The paper's ViTs have none; CNNs need it.
-        local_crops: Number of small views beside the two large ones; default 6, none below 64
-            pixels; the paper has 8 to 10.
-        min_crop_scale: Smallest fraction of the image's area in a small view.
-        min_global_crop_scale: Smallest fraction in a large view (0.4 in the authors' recipes).
-        color: Strength of the color distortion; the paper has about 0.5.
+        bottleneck_size: Number of features before the last layer (appendix C).
+        head_norm: Whether the heads use BatchNorm; default for CNNs only, which need it.
+        local_crops: Number of local crops besides the two global ones; default 6, none below 64
+            pixels; the paper uses 8 to 10.
+        min_crop_scale: Smallest fraction of the image area in a local crop.
+        min_global_crop_scale: Smallest fraction in a global crop (0.4 in the authors' recipes).
+        color: Strength of the color distortion; the paper uses about 0.5.
     """
 
     info = PretextInfo(
@@ -54,7 +53,8 @@ class DINO(PretextTask):
         use="ViTs and long runs; strong kNN features",
         any_size=True,
     )
-    # The paper has 5e-4 at 256 with linear scaling, for hundreds of epochs; gradients clipped at 3.
+    # The paper uses 5e-4 at batches of 256 with linear scaling, for hundreds of epochs; gradients
+    # are clipped at 3.
     optimizer_settings = OptimizerSettings(
         "adamw", lr=2e-3, weight_decay=0.04, scaling="sqrt", clip_norm=3.0
     )
@@ -120,7 +120,7 @@ class DINO(PretextTask):
         return swapped_prediction(scores, targets, self.temperature)
 
     def teacher_temperature(self) -> float:
-        """Its value at this moment of the run (section 3.3: a linear warm-up)."""
+        """Current temperature of the teacher, with linear warm-up (section 3.3)."""
         start, end = self.teacher_temperatures
         if self.progress >= self.temperature_warmup:
             return end

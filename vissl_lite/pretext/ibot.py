@@ -1,4 +1,4 @@
-"""iBOT: DINO, and beside it the teacher's description of every patch that the student can't see.
+"""iBOT: DINO with an additional loss that predicts the teacher's outputs of masked patches.
 
 Zhou, Wei, Wang, Shen, Xie, Yuille & Kong 2022, "iBOT: Image BERT Pre-Training with Online
 Tokenizer", arXiv 2111.07832; with DINOv2's regularizer KoLeo (Oquab et al. 2023, arXiv 2304.07193).
@@ -19,37 +19,37 @@ from vissl_lite.pretext.modules.losses import Center, cross_entropy, koleo, swap
 from vissl_lite.pretext.modules.masking import check_patches, masked_patches
 
 
-def some_masks(batch: int, rows: int, columns: int, like: Tensor) -> Tensor:
-    """Half of the images get a mask of a tenth to half of their patches (section 4.1).
+def random_masks(batch: int, rows: int, columns: int, like: Tensor) -> Tensor:
+    """Mask a tenth to half of the patches in half of the images (section 4.1).
 
     Args:
-        batch: B, images.
+        batch: B, number of images.
         rows: Number of rows of patches.
         columns: Number of columns of patches.
-        like: Device to draw on.
+        like: Tensor on the device to draw on.
 
     Returns:
-        ``(B, rows, columns)``, true where masked; at least one place of the batch is.
+        ``(B, rows, columns)`` bool, true where masked; at least one patch of the batch is.
     """
-    share = torch.empty(batch, 1, device=like.device).uniform_(0.1, 0.5)
-    share = share * (torch.rand(batch, 1, device=like.device) < 0.5)
+    ratio = torch.empty(batch, 1, device=like.device).uniform_(0.1, 0.5)
+    ratio = ratio * (torch.rand(batch, 1, device=like.device) < 0.5)
     rank = torch.rand(batch, rows * columns, device=like.device).argsort(dim=1).argsort(dim=1)
-    mask = rank < share * rows * columns
+    mask = rank < ratio * rows * columns
     mask[0] |= (rank[0] == 0) & ~mask.any()
     return mask.unflatten(1, (rows, columns))
 
 
 def patch_loss(targets: Tensor, scores: Tensor, mask: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy on masked patches: a mean over each image's, then over images (equation 2).
+    """Cross-entropy on masked patches, averaged over each image, then over images (equation 2).
 
     Args:
-        targets: ``(M, K)`` distributions for the masked patches, image after image.
-        scores: ``(M, K)`` of the student for them.
-        mask: ``(B, N)``, true for the M masked patches.
-        temperature: Temperature of the scores.
+        targets: ``(M, K)`` target distributions of the masked patches, image by image.
+        scores: ``(M, K)`` scores of the student for these patches.
+        mask: ``(B, N)`` bool, true for the M masked patches.
+        temperature: Softmax temperature of the scores.
 
     Returns:
-        A scalar, computed in float32.
+        Scalar, computed in float32.
     """
     count = mask.sum(dim=1)
     weights = (1 / count.clamp_min(1))[:, None].expand_as(mask)[mask]
@@ -61,24 +61,24 @@ class IBOT(PretextTask):
     """iBOT.
 
     Args:
-        encoder: Encoder to train; the teacher is what a run saves, as it is the better one.
-        prototypes: Outputs of the heads; the paper has 8192, for 1.3 million images.
+        encoder: Encoder to train; a run saves the teacher, which has better features.
+        prototypes: Number of prototypes of the heads; the paper uses 8192, for 1.3 million images.
         patch_weight: Weight of the loss on masked patches.
-        koleo_weight: Weight of the term that spreads the embeddings of a batch; DINOv2 has 0.1,
-            iBOT none.
-        temperature: Temperature of the student (section 4.1).
-        teacher_temperature: Temperature of the teacher; the paper has up to 0.07.
-        momentum: Momentum of the teacher at the start; rises to 1 along a cosine. The paper has
+        koleo_weight: Weight of the KoLeo regularizer, which spreads the embeddings of a batch;
+            DINOv2 uses 0.1, iBOT none.
+        temperature: Softmax temperature of the student (section 4.1).
+        teacher_temperature: Softmax temperature of the teacher; the paper uses up to 0.07.
+        momentum: Initial momentum of the teacher; increases to 1 along a cosine. The paper uses
             0.996, for batches of 1024 and hundreds of epochs.
-        center_momentum: Momentum of the centers that are taken from the teacher's outputs.
-        freeze_last_layer: Fraction of the run in which the last layer stays as it is.
-        hidden_size: Hidden size of the head, which images and patches share (section 4.1).
-        bottleneck_size: Features before the last layer.
-        local_crops: Number of small views beside the two large ones; default 6, none below 64
-            pixels; the paper has 10.
-        min_crop_scale: Smallest fraction of the image's area in a small view.
-        min_global_crop_scale: Smallest fraction in a large view (0.32 in the authors' recipes).
-        color: Strength of the color distortion; the paper has about 0.5.
+        center_momentum: Momentum of the centers of the teacher's outputs.
+        freeze_last_layer: Fraction of the run in which the last layer is not trained.
+        hidden_size: Hidden size of the head, which is shared by images and patches (section 4.1).
+        bottleneck_size: Number of features before the last layer.
+        local_crops: Number of local crops besides the two global ones; default 6, none below 64
+            pixels; the paper uses 10.
+        min_crop_scale: Smallest fraction of the image area in a local crop.
+        min_global_crop_scale: Smallest fraction in a global crop (0.32 in the authors' recipes).
+        color: Strength of the color distortion; the paper uses about 0.5.
     """
 
     info = PretextInfo(
@@ -86,10 +86,11 @@ class IBOT(PretextTask):
         family="self-distilling and masked",
         views="2 + 6 small",
         paper="Zhou et al. 2022, arXiv 2111.07832; DINOv2 2304.07193",
-        use="ViTs and long runs; before detection or segmentation, as patches learn too",
+        use="ViTs and long runs; before detection or segmentation; trains patch features",
         backbones="ViT",
     )
-    # The paper has 5e-4 at 256 with linear scaling, for hundreds of epochs; gradients clipped at 3.
+    # The paper uses 5e-4 at batches of 256 with linear scaling, for hundreds of epochs; gradients
+    # are clipped at 3.
     optimizer_settings = OptimizerSettings(
         "adamw", lr=1e-3, weight_decay=0.04, scaling="sqrt", clip_norm=3.0
     )
@@ -141,11 +142,11 @@ class IBOT(PretextTask):
         return self.crops.views(self.encoder, upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
-        large = torch.cat(views[:2])
+        global_crops = torch.cat(views[:2])
         with torch.no_grad():
-            pooled, patches = self.teacher_encoder.pooled_and_map(large)
+            pooled, patches = self.teacher_encoder.pooled_and_map(global_crops)
             rows, columns = patches.shape[2:]
-            mask = some_masks(len(large), rows, columns, like=large)
+            mask = random_masks(len(global_crops), rows, columns, like=global_crops)
             outputs = self.teacher_head(pooled)
             patch_outputs = self.teacher_head(patches.permute(0, 2, 3, 1)[mask])
             targets = self.center.targets(outputs, self.teacher_temperature)
@@ -154,17 +155,17 @@ class IBOT(PretextTask):
             self.patch_center.update(patch_outputs.mean(dim=0, keepdim=True))
 
         with masked_patches(self.encoder.model, mask, self.mask_token):
-            pooled, patches = self.encoder.pooled_and_map(large)
+            pooled, patches = self.encoder.pooled_and_map(global_crops)
         scores = list(self.head(pooled).chunk(2))
         scores += forward_multi_crop(lambda images: self.head(self.encoder(images)), views[2:])
         patch_scores = self.head(patches.permute(0, 2, 3, 1)[mask])
 
-        of_images = swapped_prediction(scores, targets.chunk(2), self.temperature)
-        of_patches = patch_loss(patch_targets, patch_scores, mask.flatten(1), self.temperature)
-        self.measure("image_loss", of_images)
-        self.measure("patch_loss", of_patches)
+        on_images = swapped_prediction(scores, targets.chunk(2), self.temperature)
+        on_patches = patch_loss(patch_targets, patch_scores, mask.flatten(1), self.temperature)
+        self.measure("image_loss", on_images)
+        self.measure("patch_loss", on_patches)
         spread = sum(koleo(z) for z in pooled.chunk(2))
-        return of_images + self.patch_weight * of_patches + self.koleo_weight * spread
+        return on_images + self.patch_weight * on_patches + self.koleo_weight * spread
 
     def on_after_backward(self) -> None:
         if self.progress < self.freeze_last_layer:

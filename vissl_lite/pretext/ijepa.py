@@ -19,28 +19,28 @@ from vissl_lite.pretext.modules.masking import (
     PatchPredictor,
     check_patches,
     encode_visible,
+    gather_tokens,
     indices_to_mask,
     narrow_width,
-    take,
 )
 
 Range = tuple[float, float]
 
 
-def draw(between: Range) -> float:
-    """A number, equally likely anywhere in a range."""
-    low, high = between
+def uniform(bounds: Range) -> float:
+    """Draw a number uniformly from a range."""
+    low, high = bounds
     return low + (high - low) * float(torch.rand(()))
 
 
 def block_size(side: int, scale: float, aspect: float, largest: int) -> tuple[int, int]:
-    """Rows and columns of a block of patches, each between 1 and ``largest``.
+    """Number of rows and columns of a block of patches, each between 1 and ``largest``.
 
     Args:
-        side: Patches along an edge of the image.
-        scale: The block's share of the image's area.
-        aspect: Its height by its width.
-        largest: Number of rows or columns.
+        side: Number of patches along an edge of the image.
+        scale: Area of the block as a fraction of the image area.
+        aspect: Aspect ratio of the block, height divided by width.
+        largest: Largest number of rows or columns.
     """
     area = scale * side * side
     rows, columns = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
@@ -50,13 +50,13 @@ def block_size(side: int, scale: float, aspect: float, largest: int) -> tuple[in
 def place_blocks(
     batch: int, count: int, side: int, size: tuple[int, int], device: torch.device
 ) -> Tensor:
-    """Blocks of one size, each anywhere in the image.
+    """Draw random positions of blocks of a given size.
 
     Args:
-        batch: B, images.
-        count: T, blocks an image.
-        side: Patches along an edge of the image.
-        size: Rows and columns of a block.
+        batch: B, number of images.
+        count: T, number of blocks per image.
+        side: Number of patches along an edge of the image.
+        size: Number of rows and columns of a block.
         device: Device to draw on.
 
     Returns:
@@ -71,62 +71,65 @@ def place_blocks(
 
 
 def draw_context(context: Tensor, targets: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Take the targets out of the context, leaving a context to predict from.
+    """Remove the targets from the context block, keeping a minimum context.
 
-    On a small grid the targets may cover it all. Here a quarter of the patches stays context: a
-    target that would leave fewer becomes a repetition of the first one. (The authors' code keeps
-    10 patches of 256 by letting the context overlap with targets.) The first target is never given
-    up; if it covers the whole of the context block, the context is everything else.
+    On a small grid, the targets may cover the whole context. At least a quarter of the patches is
+    kept as context: a target that would leave fewer is replaced by the first one. (The authors'
+    code keeps 10 patches of 256 by letting the context overlap with targets.) The first target is
+    always used; if it covers the context block, all other patches become the context.
 
-    All contexts of a batch are cut to the size of the smallest, by leaving out patches at random.
+    All contexts of a batch are reduced to the size of the smallest by dropping random patches.
 
     Args:
-        context: ``(B, N)``, true within the context block.
-        targets: ``(B, T, K)`` indices of patches; none of the blocks is the whole image.
-        side: Patches along an edge of the image.
+        context: ``(B, N)`` bool, true in the context block.
+        targets: ``(B, T, K)`` indices of patches; no block covers the whole image.
+        side: Number of patches along an edge of the image.
 
     Returns:
-        ``(B, K')`` indices of context patches, at least one; and the targets, perhaps replaced.
+        ``(B, K')`` indices of context patches, at least one, and the targets, some replaced.
     """
-    least = max(1, side * side // 4)
+    min_context = max(1, side * side // 4)
     first = indices_to_mask(targets[:, 0], side * side)
-    left = context & ~first
-    left = torch.where(left.any(dim=1, keepdim=True), left, ~first)
+    remaining = context & ~first
+    remaining = torch.where(remaining.any(dim=1, keepdim=True), remaining, ~first)
     kept = [targets[:, 0]]
     for block in targets.unbind(1)[1:]:
-        less = left & ~indices_to_mask(block, side * side)
-        fits = less.sum(dim=1, keepdim=True) >= least
-        left = torch.where(fits, less, left)
+        reduced = remaining & ~indices_to_mask(block, side * side)
+        fits = reduced.sum(dim=1, keepdim=True) >= min_context
+        remaining = torch.where(fits, reduced, remaining)
         kept.append(torch.where(fits, block, targets[:, 0]))
-    smallest = int(left.sum(dim=1).min())
-    lot = torch.rand(left.shape, device=left.device) + ~left  # those in the context come first
-    return lot.argsort(dim=1)[:, :smallest], torch.stack(kept, dim=1)
+    smallest = int(remaining.sum(dim=1).min())
+    # Context patches come first, in random order.
+    order = torch.rand(remaining.shape, device=remaining.device) + ~remaining
+    return order.argsort(dim=1)[:, :smallest], torch.stack(kept, dim=1)
 
 
 class IJEPA(PretextTask):
     """I-JEPA.
 
-    The run's result is the target encoder, which the paper evaluates. The paper's ViT has neither
-    class nor register tokens, and its features are the mean over the patches: where the encoder
-    has such tokens, the predictor sees them, and they learn through attention only.
+    A run saves the target encoder, which the paper evaluates. The paper's ViT has neither class nor
+    register tokens, and its features are the mean over the patches. If the encoder has such tokens,
+    they are inputs of the predictor, and are trained through attention only.
 
     Args:
         encoder: Encoder to train; a plain ViT.
-        targets: Blocks to predict in each image (section 3).
-        target_scale: Smallest and largest share of the image that a target covers (section 3); one
-            size is drawn for a batch, as in the authors' code.
-        target_aspect: Smallest and largest height by width of a target (section 3).
-        context_scale: Smallest and largest share of the image that the context block covers before
-            the targets are taken out of it (section 3).
-        momentum: Momentum of the target encoder at the start; it rises linearly to 1 over the run
-            (appendix A.1). In a run of only some hundred steps the target encoder stays near its
-            start with the paper's 0.996 (after 300, over half of it is left): lower it there.
-        predictor_width: Width of the predictor's blocks, a multiple of 32; default half the
-            encoder's, as the paper's 384 is of ViT-B's 768 (appendix A.1).
-        predictor_depth: Number of the predictor's blocks; default half the encoder's, as the
-            paper's 6 is of ViT-B's 12, and a quarter of it below the width of ViT-S (384): the
-            predictor runs once for every target.
-        min_crop_scale: Smallest fraction of the image's area in a view; 0.3 as in the authors' code
+        targets: Number of blocks to predict in each image (section 3).
+        target_scale: Smallest and largest fraction of the image area in a target (section 3); one
+            size is drawn per batch, as in the authors' code.
+        target_aspect: Smallest and largest aspect ratio of a target, height divided by width
+            (section 3).
+        context_scale: Smallest and largest fraction of the image area in the context block, before
+            the targets are removed from it (section 3).
+        momentum: Initial momentum of the target encoder; increases linearly to 1 over the run
+            (appendix A.1). In runs of a few hundred steps, the target encoder hardly changes with
+            the paper's 0.996 (after 300 steps, over half of the initial weights remain): use a
+            lower value there.
+        predictor_width: Width of the predictor, a multiple of 32; default half of the encoder's
+            width, as the paper's 384 for 768 of ViT-B (appendix A.1).
+        predictor_depth: Number of blocks of the predictor; default half of the encoder's blocks,
+            as the paper's 6 for 12 of ViT-B, or a quarter below the width of ViT-S (384), because
+            the predictor runs once per target.
+        min_crop_scale: Smallest fraction of the image area in a view; 0.3 as in the authors' code
             (configs), which does not flip.
     """
 
@@ -135,11 +138,11 @@ class IJEPA(PretextTask):
         family="masked",
         views="1",
         paper="Assran et al. 2023, arXiv 2301.08243",
-        use="ViTs, where color and texture must not be distorted; wants long runs",
+        use="ViTs, where color and texture must not be distorted; needs long runs",
         backbones="ViT",
     )
-    # The paper's 1e-3 is for 2048 images and 600 epochs of ImageNet (appendix A.1); its weight
-    # decay rises from 0.04 to 0.4.
+    # The paper uses 1e-3 for batches of 2048 and 600 epochs of ImageNet (appendix A.1), and a
+    # weight decay that increases from 0.04 to 0.4.
     optimizer_settings = OptimizerSettings("adamw", lr=1e-3, weight_decay=0.05, scaling="linear")
 
     def __init__(
@@ -182,10 +185,11 @@ class IJEPA(PretextTask):
 
     def loss(self, views: list[Tensor]) -> Tensor:
         images = views[0]
-        # on the CPU: their numbers are shapes, and to read those would wait for a GPU at each step
+        # Drawn on the CPU: the sizes of blocks are shapes, and reading them would synchronize with
+        # a GPU at each step.
         blocks = self.draw_blocks(len(images), torch.device("cpu"))
-        context, targets = (one.to(images.device, non_blocking=True) for one in blocks)
-        # smooth L1 as in the authors' code; the paper has the squared distance (section 3)
+        context, targets = (block.to(images.device, non_blocking=True) for block in blocks)
+        # Smooth L1 as in the authors' code; the paper uses the squared distance (section 3).
         return F.smooth_l1_loss(
             self.predict(images, context, targets).float(), self.features(images, targets)
         )
@@ -194,36 +198,37 @@ class IJEPA(PretextTask):
         """Draw the patches of each image's context and targets (section 3).
 
         Args:
-            batch: B, images.
+            batch: B, number of images.
             device: Device to draw on.
 
         Returns:
-            ``(B, K)`` and ``(B, T, K')`` indices of patches; no target overlaps with the context.
+            ``(B, K)`` indices of context patches and ``(B, T, K')`` of target patches; no target
+            overlaps with the context.
         """
         side = self.side
-        scale, aspect = draw(self.target_scale), draw(self.target_aspect)
+        scale, aspect = uniform(self.target_scale), uniform(self.target_aspect)
         size = block_size(side, scale, aspect, largest=side - 1)
         targets = place_blocks(batch, self.count, side, size, device)
-        size = block_size(side, draw(self.context_scale), 1.0, largest=side)
+        size = block_size(side, uniform(self.context_scale), 1.0, largest=side)
         context = place_blocks(batch, 1, side, size, device)[:, 0]
         return draw_context(indices_to_mask(context, side * side), targets, side)
 
     def predict(self, images: Tensor, context: Tensor, targets: Tensor) -> Tensor:
-        """Predict the features of each target by itself, from the context.
+        """Predict the features of each target independently from the context.
 
         Args:
-            images: ``(B, C, S, S)``, normalized.
-            context: ``(B, K)`` indices of patches.
-            targets: ``(B, T, K')`` indices of patches.
+            images: ``(B, C, S, S)`` normalized images.
+            context: ``(B, K)`` indices of context patches.
+            targets: ``(B, T, K')`` indices of target patches.
 
         Returns:
-            ``(B, T, K', D)``.
+            ``(B, T, K', D)`` predicted features.
         """
-        prefix, seen = encode_visible(self.encoder, images, context)
+        prefix, tokens = encode_visible(self.encoder, images, context)
         times = targets.shape[1]
         predicted: Tensor = self.predictor(
             prefix.repeat_interleave(times, dim=0),
-            seen.repeat_interleave(times, dim=0),
+            tokens.repeat_interleave(times, dim=0),
             context.repeat_interleave(times, dim=0),
             targets.flatten(0, 1),
         )
@@ -231,19 +236,19 @@ class IJEPA(PretextTask):
 
     @torch.no_grad()
     def features(self, images: Tensor, targets: Tensor) -> Tensor:
-        """The target encoder's features of the targets, from the whole image.
+        """Compute the features of the targets with the target encoder on the full image.
 
         Args:
-            images: ``(B, C, S, S)``, normalized.
-            targets: ``(B, T, K')`` indices of patches.
+            images: ``(B, C, S, S)`` normalized images.
+            targets: ``(B, T, K')`` indices of target patches.
 
         Returns:
-            ``(B, T, K', D)`` in float32, each normalized over D as in the authors' code.
+            ``(B, T, K', D)`` float32 features, normalized over D as in the authors' code.
         """
         model = self.target_encoder.model
         tokens = model.forward_features(images)[:, model.num_prefix_tokens :].float()
         tokens = F.layer_norm(tokens, tokens.shape[-1:])
-        return take(tokens, targets.flatten(1)).unflatten(1, targets.shape[1:])
+        return gather_tokens(tokens, targets.flatten(1)).unflatten(1, targets.shape[1:])
 
     def after_step(self) -> None:
         momentum = self.momentum + (1 - self.momentum) * self.progress
@@ -255,8 +260,8 @@ class IJEPA(PretextTask):
 
 def _check_range(name: str, values: Range, largest: float) -> None:
     if not 0 < values[0] <= values[1] <= largest:
-        above = f" and at most {largest:g}" if largest < float("inf") else ""
+        limit = f" and at most {largest:g}" if largest < float("inf") else ""
         raise UserError(
             f"--pretext.{name} {list(values)} is not a range: give two numbers, the smaller one "
-            f"first, above 0{above}"
+            f"first, above 0{limit}"
         )

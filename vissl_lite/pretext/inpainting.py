@@ -1,4 +1,4 @@
-"""Inpainting (context encoder): fill in what was cut out of an image.
+"""Inpainting (context encoder): predict regions that were cut out of an image.
 
 Pathak, Krähenbühl, Donahue, Darrell & Efros 2016, "Context Encoders: Feature Learning by
 Inpainting", arXiv 1604.07379.
@@ -17,31 +17,32 @@ from vissl_lite.pretext.modules.crops import cropped_views
 from vissl_lite.pretext.modules.heads import Decoder
 from vissl_lite.pretext.modules.visualization import reconstruction
 
-# Blocks that are tried for each image, and the shares that they reach: with less there might be no
-# whole pixel, with more only corners would be left, which few blocks cover.
-BLOCKS, SMALLEST, LARGEST = 24, 0.01, 0.7
+# Number of blocks to try for each image, and range of the masked fraction. Smaller masks might not
+# contain a whole pixel; larger ones would leave corners only, which few blocks cover.
+NUM_BLOCKS, MIN_MASKED, MAX_MASKED = 24, 0.01, 0.7
 
 
-def random_blocks(count: int, size: int, share: float, device: torch.device) -> Tensor:
-    """Masks of several, possibly overlapping, rectangles (section 3.3, random block).
+def random_blocks(count: int, size: int, fraction: float, device: torch.device) -> Tensor:
+    """Draw masks of several, possibly overlapping, rectangles (section 3.3, random block).
 
-    Rectangles have sides from a quarter to a half of the square that has the masked area: several
-    are needed, as in the paper. Each is taken if it brings an image nearer to the share.
+    The sides of a rectangle are a quarter to a half of the side of a square with the masked area,
+    so that several are needed, as in the paper. A rectangle is added if this brings the masked
+    area closer to ``fraction``.
 
     Args:
-        count: B, how many masks.
-        size: Side in pixels.
-        share: Fraction of the area that is masked.
-        device: Device to use.
+        count: B, number of masks.
+        size: Side of a mask in pixels.
+        fraction: Fraction of the area to mask.
+        device: Device to draw on.
 
     Returns:
-        ``(B, 1, size, size)`` bool: True is masked.
+        ``(B, 1, size, size)`` bool, true where masked.
     """
     pixel = torch.arange(size, device=device)
-    largest = size * share**0.5 / 2
+    largest = size * fraction**0.5 / 2
     mask = torch.zeros(count, size, size, dtype=torch.bool, device=device)
     area = torch.zeros(count, device=device)
-    for _ in range(BLOCKS):
+    for _ in range(NUM_BLOCKS):
         height, width = (largest * (1 + torch.rand(2, count, 1, device=device)) / 2).clamp(min=1)
         top, left = torch.rand(2, count, 1, device=device)
         top, left = top * (size - height), left * (size - width)
@@ -49,39 +50,39 @@ def random_blocks(count: int, size: int, share: float, device: torch.device) -> 
         right = (pixel >= left.round()) & (pixel < (left + width).round())
         larger = mask | (down[:, :, None] & right[:, None, :])
         masked = larger.sum(dim=(1, 2)) / size**2
-        nearer = (masked - share).abs() < (area - share).abs()
-        mask = torch.where(nearer[:, None, None], larger, mask)
-        area = torch.where(nearer, masked, area)
+        closer = (masked - fraction).abs() < (area - fraction).abs()
+        mask = torch.where(closer[:, None, None], larger, mask)
+        area = torch.where(closer, masked, area)
     return mask[:, None]
 
 
 def masked_l2(prediction: Tensor, images: Tensor, mask: Tensor) -> Tensor:
-    """Squared error of the masked pixels (eq. 1), over their number.
+    """Mean squared error over the masked pixels (eq. 1).
 
     Args:
-        prediction: ``(B, C, H, W)``.
-        images: ``(B, C, H, W)``.
-        mask: ``(B, 1, H, W)`` bool: True is masked; somewhere it must be.
+        prediction: ``(B, C, H, W)`` predictions.
+        images: ``(B, C, H, W)`` targets.
+        mask: ``(B, 1, H, W)`` bool, true where masked; at least one pixel must be masked.
 
     Returns:
-        A scalar, the mean over masked values of the batch. Computed in float32.
+        Scalar, the mean over the masked values of the batch. Computed in float32.
     """
     error = (prediction.float() - images.float()).square() * mask
     return error.sum() / (mask.sum() * images.shape[1])
 
 
 class Inpainting(PretextTask):
-    """Inpainting, by the reconstruction loss alone.
+    """Inpainting with a reconstruction loss.
 
-    The paper adds an adversarial loss, which makes what is filled in look sharp. It is left out
-    here, as the authors did where they trained features: it did not converge with their encoder.
+    The paper adds an adversarial loss for sharper predictions. It is omitted here, as in the
+    authors' feature learning experiments, where it did not converge with their encoder.
 
     Args:
         encoder: Encoder to train.
-        masked: Share of the image's area that is cut out, from 0.01 to 0.7; up to a quarter in
-            the paper (section 3.3).
-        decoder_width: Channels of the decoder.
-        min_crop_scale: Smallest fraction of the image's area in a view.
+        masked: Fraction of the image area to mask, from 0.01 to 0.7; up to a quarter in the paper
+            (section 3.3).
+        decoder_width: Number of channels of the decoder.
+        min_crop_scale: Smallest fraction of the image area in a view.
     """
 
     info = PretextInfo(
@@ -91,7 +92,7 @@ class Inpainting(PretextTask):
         paper="Pathak et al. 2016, arXiv 1604.07379",
         use="the simplest masked task, for convolutional backbones too; slow to learn",
     )
-    # The paper's ADAM, with decoupled weight decay.
+    # Adam as in the paper, with decoupled weight decay.
     optimizer_settings = OptimizerSettings("adamw", lr=1e-3, weight_decay=1e-4, scaling="sqrt")
 
     def __init__(
@@ -102,24 +103,24 @@ class Inpainting(PretextTask):
         min_crop_scale: float = 0.3,
     ) -> None:
         super().__init__(encoder)
-        if not SMALLEST <= masked <= LARGEST:
-            raise UserError(f"--pretext.masked {masked} must be in [{SMALLEST}, {LARGEST}]")
-        # Each place of the decoder's map gives a square of pixels.
+        if not MIN_MASKED <= masked <= MAX_MASKED:
+            raise UserError(f"--pretext.masked {masked} must be in [{MIN_MASKED}, {MAX_MASKED}]")
+        # Each location of the decoder's map predicts a square of pixels.
         self.decoder = Decoder(encoder, len(encoder.mean) * Decoder.STRIDE**2, decoder_width)
         self.masked, self.min_crop_scale = masked, min_crop_scale
 
     def views(self, upright: bool = True) -> Views:
         return cropped_views(self.encoder.image_size, self.min_crop_scale, upright)
 
-    def fill(self, images: Tensor, mask: Tensor) -> Tensor:
-        """The whole image as the encoder and the decoder imagine it.
+    def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
+        """Reconstruct masked images.
 
         Args:
-            images: ``(B, C, S, S)``, normalized.
-            mask: ``(B, 1, S, S)`` bool: what is hidden, by the mean, which is 0.
+            images: ``(B, C, S, S)`` normalized images.
+            mask: ``(B, 1, S, S)`` bool, true for pixels to replace by the mean, which is 0.
 
         Returns:
-            ``(B, C, S, S)``.
+            ``(B, C, S, S)`` predictions of all pixels.
         """
         visible = images.masked_fill(mask, 0.0)
         decoded = self.decoder(*self.encoder.pooled_and_map(visible), Decoder.size(images))
@@ -129,9 +130,11 @@ class Inpainting(PretextTask):
     def loss(self, views: list[Tensor]) -> Tensor:
         images = views[0]
         mask = random_blocks(len(images), images.shape[-1], self.masked, images.device)
-        return masked_l2(self.fill(images, mask), images, mask)
+        return masked_l2(self.reconstruct(images, mask), images, mask)
 
     def visualize(self, views: list[Tensor]) -> Visualization:
         images = views[0]
         mask = random_blocks(len(images), images.shape[-1], self.masked, images.device)
-        return reconstruction(self.encoder, images, mask, self.fill(images, mask), "filled in")
+        return reconstruction(
+            self.encoder, images, mask, self.reconstruct(images, mask), "filled in"
+        )

@@ -1,4 +1,4 @@
-"""Jigsaw: tell by which permutation nine tiles of an image were shuffled.
+"""Jigsaw: predict the permutation by which nine tiles of an image were shuffled.
 
 Noroozi & Favaro 2016, "Unsupervised Learning of Visual Representations by Solving Jigsaw Puzzles",
 arXiv 1603.09246.
@@ -19,30 +19,30 @@ from vissl_lite.plots import Picture
 from vissl_lite.pretext.base import PretextInfo, PretextTask, Visualization
 from vissl_lite.pretext.modules.chance_monitor import ChanceMonitor
 from vissl_lite.pretext.modules.heads import ProjectionHead
-from vissl_lite.pretext.modules.patches import PLACES, ROWS, Grid, patch_side
+from vissl_lite.pretext.modules.patches import GRID_ROWS, NUM_PATCHES, Grid, patch_side
 from vissl_lite.pretext.modules.visualization import to_pixels
 
-# Puzzles made of each image. Features are shuffled, not tiles: more of them cost next to nothing.
-SHUFFLES = 4
+# Number of puzzles per image. They are cheap, because features are shuffled instead of tiles.
+SHUFFLES_PER_IMAGE = 4
 
-# Contrast below which a tile counts as flat, in normalized values: its noise is not blown up.
-FLAT = 0.01
+# Lower bound of the standard deviation that normalizes a tile, so that noise is not amplified.
+MIN_TILE_STD = 0.01
 
-# Spread of the last layer's first weights: small, so that training starts at guessing.
-FIRST_WEIGHTS = 0.01
+# Initial standard deviation of the weights of the last layer; small, to start at chance level.
+LAST_LAYER_STD = 0.01
 
-# The paper's largest set of permutations; the time to find them grows with their number.
-LARGEST_SET = 1000
+# Largest set of permutations in the paper; the time to choose them grows with their number.
+MAX_PERMUTATIONS = 1000
 
 
 def jigsaw_views(size: int, min_crop_scale: float, gray_share: float, upright: bool) -> Views:
-    """One view: a random crop, flipped, perhaps gray. Cutting it up is left to the loss.
+    """One randomly cropped and flipped view, sometimes gray; the loss cuts it into tiles.
 
     Args:
-        size: Side in pixels.
-        min_crop_scale: Smallest fraction of the image's area.
-        gray_share: Probability of being made gray.
-        upright: Whether the images have an up.
+        size: Side of the view in pixels.
+        min_crop_scale: Smallest fraction of the image area in the view.
+        gray_share: Probability of converting to gray.
+        upright: Whether the images have a natural orientation.
     """
     one = [random_crop(size, min_crop_scale), flip(upright), gray(gray_share)]
     return Views([one], shortest=crop_decode_size(size, min_crop_scale))
@@ -52,7 +52,7 @@ def all_permutations(tiles: int) -> np.ndarray:
     """All permutations in lexicographic order.
 
     Args:
-        tiles: Number of items that are permuted; up to about ten.
+        tiles: Number of elements to permute; up to about ten.
 
     Returns:
         ``(tiles!, tiles)`` uint8.
@@ -71,14 +71,14 @@ def all_permutations(tiles: int) -> np.ndarray:
 def distant_permutations(tiles: int, count: int, seed: int = 0) -> np.ndarray:
     """Permutations that are far apart in Hamming distance (algorithm 1).
 
-    The first is drawn at random; each further one has the largest sum of distances to those before
-    it. Where several do, which the paper leaves open, it is the one whose nearest is furthest, and
-    the first of these in lexicographic order: else near-twins get in.
+    The first is drawn at random; each further one maximizes the sum of distances to those before
+    it. The paper does not specify how to break ties: here, by the largest distance to the nearest
+    chosen one, which avoids near-duplicates, then by lexicographic order.
 
     Args:
-        tiles: Tiles of a puzzle.
+        tiles: Number of tiles of a puzzle.
         count: Number of permutations, at most ``tiles!``.
-        seed: Seed of the first one. Part of the task's definition, not of a run.
+        seed: Seed of the first permutation. Part of the task's definition, not of a run.
 
     Returns:
         ``(count, tiles)`` uint8; read-only.
@@ -93,7 +93,7 @@ def distant_permutations(tiles: int, count: int, seed: int = 0) -> np.ndarray:
             distance += column != tile
         total += distance
         np.minimum(nearest, distance, out=nearest)
-        total[chosen[-1]] = np.iinfo(np.int32).min // 2  # never again
+        total[chosen[-1]] = np.iinfo(np.int32).min // 2  # Do not choose it again.
         best = np.flatnonzero(total == total.max())
         chosen.append(int(best[nearest[best].argmax()]))
     found = np.ascontiguousarray(candidates[:, chosen].T)
@@ -102,36 +102,36 @@ def distant_permutations(tiles: int, count: int, seed: int = 0) -> np.ndarray:
 
 
 def normalize_tiles(tiles: Tensor) -> Tensor:
-    """Mean 0 and standard deviation 1 of each channel of each tile.
+    """Normalize each channel of each tile to mean 0 and standard deviation 1.
 
-    Neighbors are alike in brightness and contrast, which alone would put many tiles in order (the
-    paper's shortcut of low-level statistics).
+    Neighboring tiles have similar brightness and contrast, which would be a shortcut (low-level
+    statistics in the paper).
 
     Args:
-        tiles: ``(N, C, S, S)``.
+        tiles: ``(N, C, S, S)`` tiles.
 
     Returns:
-        The same shape. Flat tiles stay flat.
+        Tensor of the same shape. Tiles without contrast stay flat.
     """
     deviation, mean = torch.std_mean(tiles, dim=(2, 3), keepdim=True)
-    return (tiles - mean) / deviation.clamp(min=FLAT)
+    return (tiles - mean) / deviation.clamp(min=MIN_TILE_STD)
 
 
 def shuffle(tiles: Tensor, permutations: Tensor) -> Tensor:
-    """Put tiles, or what was computed from each of them, in another order.
+    """Permute the tiles of each image, or their features.
 
     Args:
-        tiles: ``(B, 9, ...)``.
-        permutations: ``(B, 9)`` int64: which tile comes first, second and so on.
+        tiles: ``(B, 9, ...)`` tiles or features.
+        permutations: ``(B, 9)`` int64 index of the tile at each position.
 
     Returns:
-        The same shape as ``tiles``.
+        Tensor of the same shape as ``tiles``.
     """
     return tiles[torch.arange(len(tiles), device=tiles.device)[:, None], permutations]
 
 
-def join(tiles: np.ndarray) -> np.ndarray:
-    """Lay nine tiles together, white lines between them.
+def join_tiles(tiles: np.ndarray) -> np.ndarray:
+    """Arrange nine tiles in a picture, separated by white lines.
 
     Args:
         tiles: ``(9, S, S, 3)`` uint8, in reading order.
@@ -142,36 +142,36 @@ def join(tiles: np.ndarray) -> np.ndarray:
     line = max(1, tiles.shape[1] // 16)
     framed = np.pad(tiles, ((0, 0), (0, line), (0, line), (0, 0)), constant_values=255)
     side = framed.shape[1]
-    laid = framed.reshape(ROWS, ROWS, side, side, 3).transpose(0, 2, 1, 3, 4)
-    return laid.reshape(ROWS * side, ROWS * side, 3)[:-line, :-line]
+    laid = framed.reshape(GRID_ROWS, GRID_ROWS, side, side, 3).transpose(0, 2, 1, 3, 4)
+    return laid.reshape(GRID_ROWS * side, GRID_ROWS * side, 3)[:-line, :-line]
 
 
 class Jigsaw(PretextTask):
     """Jigsaw puzzles.
 
-    The nine tiles go through the encoder one by one (the paper's context-free network), so they
-    are shuffled after it, when they are features: that is the same and costs nothing.
+    The encoder processes the nine tiles independently (the paper's context-free network).
+    Therefore their features are shuffled instead of the tiles, which is equivalent and cheaper.
 
-    Of the paper's guards against shortcuts, the gap between tiles hides lines that cross a border,
-    and normalizing each channel of each tile hides brightness, contrast and tint. The displacement
-    of colors by the lens grows towards an image's borders and survives normalizing; puzzles of
-    gray images, which have none, are what keeps the encoder from relying on it. The paper also
-    shifts the channels of colored images by up to two pixels, which is left out here.
+    Shortcuts are prevented as in the paper: gaps between tiles hide lines that cross a border, and
+    normalizing each channel of each tile hides brightness, contrast and tint. Chromatic aberration
+    of the lens grows towards the image borders and survives the normalization; gray images, which
+    have none, keep the encoder from relying on it. The paper also shifts the channels of color
+    images by up to two pixels, which is omitted here.
 
     Args:
         encoder: Encoder to train.
-        permutations: To tell apart. The paper finds 1000 best on ImageNet; 100 ask less of small
-            sets of images.
-        tile_size: Side of a tile in pixels; default what fits the encoder, about 2/7 of its
-            images, at least 16: 64 at 224 as in the paper.
-        cell_size: Side in pixels of the cell in which a tile lies at random; default 75/64 of the
-            tile as in the paper, so that tiles lie 11/64 of a tile apart on average.
-        tile_features: To which a shared linear layer reduces each tile's features; 512 in the
-            paper (its fc6), for a million images.
-        hidden_size: Hidden size of the head on all nine; 4096 in the paper (its fc7).
-        gray: Share of the images made gray; 0.3 in the paper.
-        min_crop_scale: Smallest fraction of the image's area in the view that is cut up; the paper
-            takes 225^2 pixels of an image with a shorter side of 256.
+        permutations: Number of permutations to distinguish. The paper finds 1000 best on ImageNet;
+            100 is easier on small data sets.
+        tile_size: Side of a tile in pixels; default a size that the encoder supports near 2/7 of
+            its image size, at least 16: 64 at 224 as in the paper.
+        cell_size: Side in pixels of the cell in which a tile is placed at random; default 75/64 of
+            the tile as in the paper, for a gap of 11/64 of a tile on average.
+        tile_features: Number of features per tile after a shared linear layer; 512 in the paper
+            (fc6), for a million images.
+        hidden_size: Hidden size of the head on all nine tiles; 4096 in the paper (fc7).
+        gray: Fraction of the images converted to gray; 0.3 in the paper.
+        min_crop_scale: Smallest fraction of the image area in the view that is cut into tiles; the
+            paper crops 225^2 pixels of an image with a shorter side of 256.
     """
 
     info = PretextInfo(
@@ -179,9 +179,9 @@ class Jigsaw(PretextTask):
         family="predictive",
         views="1",
         paper="Noroozi & Favaro 2016, arXiv 1603.09246",
-        use="pictures of things with parts; learns how they belong together",
+        use="photographs of objects with parts; learns their spatial arrangement",
     )
-    # The paper's SGD runs for days on ImageNet; AdamW suits short runs.
+    # The paper trains with SGD for days on ImageNet; AdamW suits short runs.
     optimizer_settings = OptimizerSettings("adamw", lr=1e-3, weight_decay=1e-4, scaling="sqrt")
 
     def __init__(
@@ -196,10 +196,10 @@ class Jigsaw(PretextTask):
         min_crop_scale: float = 0.5,
     ) -> None:
         super().__init__(encoder)
-        if not 2 <= permutations <= LARGEST_SET:
+        if not 2 <= permutations <= MAX_PERMUTATIONS:
             raise UserError(
-                f"--pretext.permutations {permutations} must be from 2 to {LARGEST_SET}: it takes "
-                "two to tell them apart, and the paper has no use for more"
+                f"--pretext.permutations {permutations} must be from 2 to {MAX_PERMUTATIONS}, "
+                "the largest set in the paper"
             )
         check_share("pretext.gray", gray)
         check_sizes(tile_features=tile_features, hidden_size=hidden_size)
@@ -212,14 +212,14 @@ class Jigsaw(PretextTask):
             )
         self.grid = Grid(tile, step=cell, slack=cell - tile)
         self.reduce = nn.Linear(encoder.num_features, tile_features)
-        self.head = ProjectionHead(PLACES * tile_features, hidden_size, permutations)
+        self.head = ProjectionHead(NUM_PATCHES * tile_features, hidden_size, permutations)
         last = self.head[-1]
         assert isinstance(last, nn.Linear)
-        nn.init.normal_(last.weight, std=FIRST_WEIGHTS)
+        nn.init.normal_(last.weight, std=LAST_LAYER_STD)
         nn.init.zeros_(last.bias)
-        self.chance_monitor = ChanceMonitor("jigsaw", chance=1 / permutations)
+        self.signal = ChanceMonitor("jigsaw", chance=1 / permutations)
         self.permutations: Tensor
-        orders = torch.from_numpy(distant_permutations(PLACES, permutations).astype(np.int64))
+        orders = torch.from_numpy(distant_permutations(NUM_PATCHES, permutations).astype(np.int64))
         self.register_buffer("permutations", orders, persistent=False)
         self.gray, self.min_crop_scale = gray, min_crop_scale
 
@@ -227,26 +227,26 @@ class Jigsaw(PretextTask):
         return jigsaw_views(self.grid.image_size, self.min_crop_scale, self.gray, upright)
 
     def tiles(self, images: Tensor) -> Tensor:
-        """Nine tiles of each image, normalized each for itself: what the encoder sees.
+        """Cut nine tiles out of each image and normalize each of them.
 
         Args:
-            images: ``(B, C, S, S)``, normalized.
+            images: ``(B, C, S, S)`` normalized images.
 
         Returns:
-            ``(9 B, C, side, side)``: image by image, each in reading order.
+            ``(9 B, C, side, side)`` tiles, image by image, each in reading order.
         """
         return normalize_tiles(self.grid.cut(images))
 
     def features(self, tiles: Tensor) -> Tensor:
-        """What is known of each tile: ``(9 B, C, side, side)`` to ``(B, 9, tile_features)``."""
-        return self.reduce(self.encoder(tiles)).unflatten(0, (-1, PLACES))
+        """Encode tiles: ``(9 B, C, side, side)`` to ``(B, 9, tile_features)``."""
+        return self.reduce(self.encoder(tiles)).unflatten(0, (-1, NUM_PATCHES))
 
-    def guess(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Shuffle, and tell by which permutation.
+    def predict(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Shuffle features and predict the permutation.
 
         Args:
-            features: ``(B, 9, tile_features)``.
-            labels: ``(B,)`` numbers of permutations.
+            features: ``(B, 9, tile_features)`` features of the tiles in reading order.
+            labels: ``(B,)`` indices of permutations.
 
         Returns:
             ``(B, permutations)`` logits in float32.
@@ -254,26 +254,26 @@ class Jigsaw(PretextTask):
         return self.head(shuffle(features, self.permutations[labels]).flatten(1)).float()
 
     def loss(self, views: list[Tensor]) -> Tensor:
-        features = self.features(self.tiles(views[0])).repeat(SHUFFLES, 1, 1)
+        features = self.features(self.tiles(views[0])).repeat(SHUFFLES_PER_IMAGE, 1, 1)
         labels = torch.randint(len(self.permutations), (len(features),), device=features.device)
-        logits = self.guess(features, labels)
+        logits = self.predict(features, labels)
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
         self.measure("accuracy", accuracy)
-        self.chance_monitor.update(accuracy, self.progress)
+        self.signal.update(accuracy, self.progress)
         return F.cross_entropy(logits, labels)
 
     def visualize(self, views: list[Tensor]) -> Visualization:
         cut = self.grid.cut(views[0])
         labels = torch.randint(len(self.permutations), (len(views[0]),), device=cut.device)
-        guessed = self.guess(self.features(normalize_tiles(cut)), labels).argmax(dim=1)
+        predictions = self.predict(self.features(normalize_tiles(cut)), labels).argmax(dim=1)
         tiles = to_pixels(cut, self.encoder)
         rows = []
-        for number, truth in enumerate(tiles.reshape(-1, PLACES, *tiles.shape[1:])):
-            order = self.permutations[labels[number]].cpu().numpy()
-            said = self.permutations[guessed[number]].cpu().numpy()
+        for index, truth in enumerate(tiles.reshape(-1, NUM_PATCHES, *tiles.shape[1:])):
+            order = self.permutations[labels[index]].cpu().numpy()
+            predicted = self.permutations[predictions[index]].cpu().numpy()
             shuffled = truth[order]
-            fits = int((order == said).sum())
-            placed = join(shuffled[said.argsort()])
-            solved = Picture(placed, f"{fits} of 9 in place", right=fits == PLACES)
-            rows.append([Picture(join(shuffled)), solved, Picture(join(truth))])
+            correct = int((order == predicted).sum())
+            placed = join_tiles(shuffled[predicted.argsort()])
+            solved = Picture(placed, f"{correct} of 9 in place", right=correct == NUM_PATCHES)
+            rows.append([Picture(join_tiles(shuffled)), solved, Picture(join_tiles(truth))])
         return Visualization(("shuffled", "placed as predicted", "truth"), rows)

@@ -1,4 +1,4 @@
-"""LeJEPA: views agree, and their embeddings are spread as a round Gaussian. Nothing else.
+"""LeJEPA: views agree, and their embeddings follow an isotropic Gaussian.
 
 Balestriero & LeCun 2025, "LeJEPA: Provable and Scalable Self-Supervised Learning Without the
 Heuristics", arXiv 2511.08544.
@@ -22,16 +22,16 @@ class LeJEPA(PretextTask):
 
     Args:
         encoder: Encoder to train.
-        lambd: Weight of the regularization against the agreement of views, in [0, 1] (equation
+        lambd: Weight of the regularization relative to the agreement of views, in (0, 1) (equation
             LeJEPA, section 5; 0.05 is the authors' default, 0.02 in their small example).
-        directions: Random projections of the distribution, drawn anew in each step; the paper has
-            1024.
+        directions: Number of random projections of the embeddings, drawn at every step; the paper
+            uses 1024.
         hidden_size: Hidden size of the projection head; 2048 in the authors' example.
         projection_size: Size of the embeddings.
-        global_crops: Views of the encoder's size.
-        local_crops: Small views beside them; default 6 as in the paper, none below 64 pixels.
-        min_crop_scale: Smallest fraction of the image's area in a small view.
-        min_global_crop_scale: Smallest fraction in a large view; the paper has 0.3.
+        global_crops: Number of crops of the encoder's image size.
+        local_crops: Number of local crops; default 6 as in the paper, none below 64 pixels.
+        min_crop_scale: Smallest fraction of the image area in a local crop.
+        min_global_crop_scale: Smallest fraction in a global crop; the paper uses 0.3.
         color: Strength of the color distortion.
     """
 
@@ -40,10 +40,10 @@ class LeJEPA(PretextTask):
         family="non-contrastive",
         views="2 + 6 small",
         paper="Balestriero & LeCun 2025, arXiv 2511.08544",
-        use="any backbone with one knob to turn; its loss tells how good the encoder is",
+        use="any backbone, with a single hyperparameter; the loss indicates encoder quality",
         any_size=True,
     )
-    # the authors' example: AdamW 2e-3 at 256, decay 0.05
+    # The authors' example: AdamW with 2e-3 at batches of 256, weight decay 0.05.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=0.05, scaling="sqrt")
 
     def __init__(
@@ -75,7 +75,7 @@ class LeJEPA(PretextTask):
 
     def loss(self, views: list[Tensor]) -> Tensor:
         z = torch.stack(
-            [one.float() for one in forward_multi_crop(self._embed, views)]
+            [view.float() for view in forward_multi_crop(self._embed, views)]
         )  # (V, B, D)
         center = z[: self.crops.global_crops].mean(dim=0)
         agreement = (z - center).square().mean()

@@ -1,4 +1,4 @@
-"""MAE: encode a quarter of the patches of an image and predict the pixels of the others.
+"""MAE: encode a quarter of the patches of an image and decode the pixels of all others.
 
 He, Chen, Xie, Li, Dollar & Girshick 2021, "Masked Autoencoders Are Scalable Vision Learners",
 arXiv 2111.06377.
@@ -19,12 +19,12 @@ from vissl_lite.pretext.modules.masking import (
     check_ratio,
     denormalized_patches,
     encode_visible,
+    gather_tokens,
     indices_to_mask,
     narrow_width,
     normalized_patches,
     patchify,
     random_mask,
-    take,
     unpatchify,
 )
 from vissl_lite.pretext.modules.visualization import reconstruction
@@ -33,22 +33,22 @@ from vissl_lite.pretext.modules.visualization import reconstruction
 class MAE(PretextTask):
     """Masked autoencoder.
 
-    Layers after the last patch tokens are not trained: a class token learns only through attention
-    (of the encoder, and of the decoder, which sees it as in appendix A.1 of the paper), and a
-    pooling layer with weights does not learn at all. Fine-tuning shows the gain better than a
+    Layers after the last patch tokens are not trained: a class token is trained only through
+    attention in the encoder and in the decoder, which takes it as input (appendix A.1), and a
+    pooling layer with weights not at all. Fine-tuning benefits more from the pre-training than a
     linear probe (section 4.3).
 
     Args:
-        encoder: Encoder to train, a plain ViT.
-        mask_ratio: Fraction of the patches that are masked (figure 5).
-        decoder_width: Width of the decoder's blocks, a multiple of 32; default two thirds of the
-            width of the encoder, as in the paper (512 for ViT-B's 768, table 1b).
-        decoder_depth: Number of blocks of the decoder; default 8 as in the paper (table 1a) for
-            encoders of at least ViT-S's width (384), else 2: the decoder processes all patches, so
-            that 8 blocks would cost more than a ViT-Tiny encoder, and one block is enough before
-            fine-tuning (table 1a).
+        encoder: Encoder to train; a plain ViT.
+        mask_ratio: Fraction of the patches to mask (figure 5).
+        decoder_width: Width of the decoder, a multiple of 32; default two thirds of the encoder's
+            width, as the paper's 512 for 768 of ViT-B (table 1b).
+        decoder_depth: Number of decoder blocks; default 8 as in the paper (table 1a) from the width
+            of ViT-S (384), else 2. The decoder processes all patches, the encoder a quarter: 8
+            blocks would cost more than a whole ViT-Tiny, and one is enough before fine-tuning
+            (table 1a).
         normalize_pixels: Whether to predict pixels normalized within their patch (table 1d).
-        min_crop_scale: Smallest fraction of the image's area in a view; 0.2 as in the authors' code
+        min_crop_scale: Smallest fraction of the image area in a view; 0.2 as in the authors' code
             (main_pretrain.py).
     """
 
@@ -57,10 +57,10 @@ class MAE(PretextTask):
         family="masked",
         views="1",
         paper="He et al. 2021, arXiv 2111.06377",
-        use="ViTs that will be fine-tuned; the cheapest step of all; wants long runs",
+        use="ViTs that will be fine-tuned; the cheapest training step; needs long runs",
         backbones="ViT",
     )
-    # Ten times the learning rate of the paper (table 8), which trains for 800 epochs of ImageNet.
+    # Ten times the learning rate of the paper (table 8), which is for 800 epochs of ImageNet.
     optimizer_settings = OptimizerSettings("adamw", lr=1.5e-3, weight_decay=0.05, scaling="linear")
 
     def __init__(
@@ -98,18 +98,18 @@ class MAE(PretextTask):
         prefix, tokens = self.forward_encoder(images, visible)
         predicted = self.forward_decoder(prefix, tokens, visible, masked)
         # The mean over masked patches only (section 3).
-        return F.mse_loss(predicted.float(), take(self.targets(images), masked))
+        return F.mse_loss(predicted.float(), gather_tokens(self.targets(images), masked))
 
     def draw_mask(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Choose the visible patches, ``(B, N - M)``, and the masked ones, ``(B, M)``."""
+        """Draw the indices of visible, ``(B, N - M)``, and masked patches, ``(B, M)``."""
         return random_mask(len(images), self.side**2, self.mask_ratio, images.device)
 
     def forward_encoder(self, images: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
         """Encode the visible patches.
 
         Args:
-            images: ``(B, C, S, S)``, normalized.
-            visible: ``(B, K)`` indices of patches.
+            images: ``(B, C, S, S)`` normalized images.
+            visible: ``(B, K)`` indices of the visible patches.
 
         Returns:
             ``(B, P, D)`` class and register tokens, and ``(B, K, D)`` patch tokens.
@@ -128,19 +128,19 @@ class MAE(PretextTask):
             masked: ``(B, M)`` indices of the masked patches.
 
         Returns:
-            ``(B, M, patch * patch * C)``.
+            ``(B, M, patch * patch * C)`` predicted pixels.
         """
         predicted: Tensor = self.decoder(prefix, tokens, visible, masked)
         return predicted
 
     def targets(self, images: Tensor) -> Tensor:
-        """The values to predict for each patch.
+        """Compute the prediction targets of all patches.
 
         Args:
-            images: ``(B, C, S, S)``, normalized.
+            images: ``(B, C, S, S)`` normalized images.
 
         Returns:
-            ``(B, N, patch * patch * C)``.
+            ``(B, N, patch * patch * C)`` target pixels.
         """
         if self.normalize_pixels:
             return normalized_patches(images, self.patch)
@@ -151,8 +151,8 @@ class MAE(PretextTask):
         visible, masked = self.draw_mask(images)
         prefix, tokens = self.forward_encoder(images, visible)
         predicted = self.forward_decoder(prefix, tokens, visible, masked).float()
-        where = masked[:, :, None].expand_as(predicted)
-        patches = self.targets(images).scatter(1, where, predicted)
+        indices = masked[:, :, None].expand_as(predicted)
+        patches = self.targets(images).scatter(1, indices, predicted)
         if self.normalize_pixels:
             patches = denormalized_patches(patches, images, self.patch)
             title = "reconstructed, mean and\ncontrast of patches given"

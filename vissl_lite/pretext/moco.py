@@ -1,4 +1,4 @@
-"""MoCo v2: a view finds the other, as a slow teacher sees it, beside a queue of earlier images.
+"""MoCo v2: match a view to the momentum teacher's embedding of the other, with a queue.
 
 He, Fan, Wu, Xie & Girshick 2020, "Momentum Contrast for Unsupervised Visual Representation
 Learning", arXiv 1911.05722; Chen, Fan, Girshick & He 2020, "Improved Baselines with Momentum
@@ -22,19 +22,18 @@ from vissl_lite.pretext.modules.queue import Queue
 class MoCo(PretextTask):
     """MoCo v2.
 
-    The paper shuffles images between GPUs, lest BatchNorm give away which views belong together.
-    Here BatchNorm runs over all GPUs together, as in the later methods.
+    The paper shuffles images between GPUs, so that BatchNorm does not reveal which views belong
+    together. Here BatchNorm is synchronized over all GPUs, as in later methods.
 
     Args:
         encoder: Encoder to train.
-        temperature: Temperature of the loss; the paper has 0.2 (v2, table 1), in short training 0.1
-            is better.
-        momentum: Momentum of the teacher; the paper has 0.999, for runs of a hundred thousands of
-            steps.
-        queue_size: Negatives; the paper has 65536, for 1.3 million images.
-        projection_size: Size of the embeddings that the loss compares.
-        min_crop_scale: Smallest fraction of the image's area in a view.
-        color: Strength of the color distortion; the paper has 0.5.
+        temperature: Softmax temperature; the paper uses 0.2 (v2, table 1), 0.1 is better in short
+            training.
+        momentum: Momentum of the teacher; the paper uses 0.999, for hundreds of thousands of steps.
+        queue_size: Number of negatives; the paper uses 65536, for 1.3 million images.
+        projection_size: Size of the embeddings.
+        min_crop_scale: Smallest fraction of the image area in a view.
+        color: Strength of the color distortion; the paper uses 0.5.
     """
 
     info = PretextInfo(
@@ -45,7 +44,7 @@ class MoCo(PretextTask):
         use="small batches: negatives come from a queue, not from the batch",
         any_size=True,
     )
-    # The paper's SGD, 0.03 at 256, is for hundreds of epochs; in short runs AdamW learns faster.
+    # The paper uses SGD, 0.03 at 256, for hundreds of epochs; AdamW learns faster in short runs.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
 
     def __init__(

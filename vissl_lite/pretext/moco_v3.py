@@ -1,4 +1,4 @@
-"""MoCo v3: contrast with a momentum teacher, without a queue; made for vision transformers.
+"""MoCo v3: contrastive learning with a momentum teacher and no queue, for vision transformers.
 
 Chen, Xie & He 2021, "An Empirical Study of Training Self-Supervised Vision Transformers",
 arXiv 2104.02057.
@@ -24,14 +24,14 @@ class MoCoV3(PretextTask):
     """MoCo v3.
 
     Args:
-        encoder: Encoder to train. A ViT's patch projection stays as it is, which keeps the training
-            stable (section 4.2).
-        temperature: Temperature of the loss (appendix A has 0.2); in short training 0.1 is better.
-        momentum: Momentum of the teacher at the start; rises to 1 along a cosine (appendix A).
-        hidden_size: Hidden size of the heads; the paper has 4096.
-        projection_size: Size of the embeddings that the loss compares; the paper has 256.
-        min_crop_scale: Smallest fraction of the image's area in a view; the paper has 0.08.
-        color: Strength of the color distortion; the paper has about 0.5.
+        encoder: Encoder to train. The patch projection of a ViT is not trained, for stability
+            (section 4.2).
+        temperature: Softmax temperature (appendix A: 0.2); 0.1 is better in short training.
+        momentum: Initial momentum of the teacher; increases to 1 along a cosine (appendix A).
+        hidden_size: Hidden size of the heads; the paper uses 4096.
+        projection_size: Size of the embeddings; the paper uses 256.
+        min_crop_scale: Smallest fraction of the image area in a view; the paper uses 0.08.
+        color: Strength of the color distortion; the paper uses about 0.5.
     """
 
     info = PretextInfo(
@@ -43,7 +43,7 @@ class MoCoV3(PretextTask):
         negatives=True,
         any_size=True,
     )
-    # appendix A has AdamW with 1.5e-4 and decay 0.1, for batches of 4096 and 300 epochs
+    # Appendix A uses AdamW with 1.5e-4 and decay 0.1, for batches of 4096 and 300 epochs
     optimizer_settings = OptimizerSettings("adamw", lr=1e-3, weight_decay=0.05, scaling="sqrt")
 
     def __init__(
@@ -80,7 +80,7 @@ class MoCoV3(PretextTask):
         return two_views(size, self.min_crop_scale, self.color, upright, BYOL_BLUR, BYOL_SOLARIZE)
 
     def chance_loss(self, images: int) -> float:
-        return 4 * self.temperature * math.log(images)  # all embeddings equal
+        return 4 * self.temperature * math.log(images)  # All embeddings are equal.
 
     def loss(self, views: list[Tensor]) -> Tensor:
         both = torch.cat(views)
@@ -88,7 +88,7 @@ class MoCoV3(PretextTask):
         with torch.no_grad():
             key1, key2 = self.teacher_projector(self.teacher_encoder(both)).chunk(2)
         loss = contrast(query1, key2, self.temperature) + contrast(query2, key1, self.temperature)
-        return 2 * self.temperature * loss  # algorithm 1
+        return 2 * self.temperature * loss  # Algorithm 1.
 
     def after_step(self) -> None:
         momentum = cosine_schedule(self.momentum, 1, self.progress)

@@ -1,7 +1,7 @@
-"""Rotation and SimCLR together: one encoder, two tasks, their losses weighted.
+"""Multi-task training of one encoder: weighted sum of the losses of rotation and SimCLR.
 
-What each of them learns complements the other (Doersch & Zisserman 2017, "Multi-task
-Self-Supervised Visual Learning", arXiv 1708.07860).
+The tasks complement each other (Doersch & Zisserman 2017, "Multi-task Self-Supervised Visual
+Learning", arXiv 1708.07860).
 """
 
 import torch
@@ -17,7 +17,7 @@ from vissl_lite.pretext.modules.chance_monitor import ChanceMonitor
 from vissl_lite.pretext.modules.crops import two_views
 from vissl_lite.pretext.modules.heads import ProjectionHead
 from vissl_lite.pretext.modules.losses import nt_xent
-from vissl_lite.pretext.rotation import all_rotations, show_rotations
+from vissl_lite.pretext.rotation import all_rotations, visualize_rotations
 
 
 class Multi(PretextTask):
@@ -25,10 +25,10 @@ class Multi(PretextTask):
 
     Args:
         encoder: Encoder to train.
-        rotation_weight: Weight of rotation's loss; SimCLR's has 1.
-        temperature: Temperature of SimCLR's loss.
-        projection_size: Size of the embeddings that SimCLR's loss compares.
-        min_crop_scale: Smallest fraction of the image's area in a view.
+        rotation_weight: Weight of the rotation loss; the weight of the SimCLR loss is 1.
+        temperature: Softmax temperature of the SimCLR loss.
+        projection_size: Size of the embeddings of the SimCLR loss.
+        min_crop_scale: Smallest fraction of the image area in a view.
         color: Strength of the color distortion.
     """
 
@@ -37,7 +37,7 @@ class Multi(PretextTask):
         family="predictive and contrastive",
         views="2",
         paper="Doersch & Zisserman 2017, arXiv 1708.07860",
-        use="rotation and simclr at once, on pictures with an up",
+        use="rotation and simclr together, on photographs with a natural orientation",
         negatives=True,
         any_size=True,
     )
@@ -58,7 +58,7 @@ class Multi(PretextTask):
         features = encoder.num_features
         self.contrast_head = ProjectionHead(features, features, projection_size)
         self.rotation_head = nn.Linear(features, 4)
-        self.chance_monitor = ChanceMonitor("rotation", chance=1 / 4)
+        self.signal = ChanceMonitor("rotation", chance=1 / 4)
         self.rotation_weight, self.temperature = rotation_weight, temperature
         self.min_crop_scale, self.color = min_crop_scale, color
 
@@ -68,7 +68,7 @@ class Multi(PretextTask):
 
     def loss(self, views: list[Tensor]) -> Tensor:
         turned, labels = all_rotations(views[0])
-        # the first quarter of the turned images are the first views as they are
+        # The first quarter of the rotated images are the unrotated first views.
         features = self.encoder(torch.cat([turned, views[1]]))
         count = len(views[0])
         z1, z2 = self.contrast_head(torch.cat([features[:count], features[-count:]])).chunk(2)
@@ -78,9 +78,9 @@ class Multi(PretextTask):
         self.measure("accuracy", accuracy)
         self.measure("contrast_loss", contrast)
         self.measure("rotation_loss", rotation)
-        self.chance_monitor.update(accuracy, self.progress)
+        self.signal.update(accuracy, self.progress)
         return contrast + self.rotation_weight * rotation
 
     def visualize(self, views: list[Tensor]) -> Visualization:
-        guess = nn.Sequential(self.encoder, self.rotation_head)
-        return show_rotations(views[0], self.encoder, guess)
+        classifier = nn.Sequential(self.encoder, self.rotation_head)
+        return visualize_rotations(views[0], self.encoder, classifier)

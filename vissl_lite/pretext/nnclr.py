@@ -1,4 +1,4 @@
-"""NNCLR: SimCLR, but a view has to find the other view of its nearest neighbor.
+"""NNCLR: SimCLR with the nearest neighbor of a view as the positive of the other view.
 
 Dwibedi, Aytar, Tompson, Sermanet & Zisserman 2021, "With a Little Help from My Friends:
 Nearest-Neighbor Contrastive Learning of Visual Representations", arXiv 2104.14548.
@@ -23,14 +23,14 @@ from vissl_lite.pretext.modules.queue import Queue
 
 @torch.no_grad()
 def nearest_neighbors(embeddings: Tensor, support: Tensor) -> Tensor:
-    """The most similar item of a support set (equation 2).
+    """Find the most similar item of a support set for each embedding (equation 2).
 
     Args:
-        embeddings: ``(B, D)``.
-        support: ``(Q, D)``, normalized.
+        embeddings: ``(B, D)`` embeddings.
+        support: ``(Q, D)`` normalized support set.
 
     Returns:
-        ``(B, D)``, normalized, without gradient.
+        ``(B, D)`` normalized nearest neighbors, without gradient.
     """
     similarity = F.normalize(embeddings.float(), dim=1) @ support.T
     return support[similarity.argmax(dim=1)]
@@ -41,12 +41,12 @@ class NNCLR(PretextTask):
 
     Args:
         encoder: Encoder to train.
-        temperature: Temperature of the loss (section 4.1).
-        queue_size: Size of the support set; the paper has 98304, for 1.3 million images.
-        hidden_size: Hidden size of the projection head; the paper has 2048 (section 4.1).
-        projection_size: Size of the embeddings that the loss compares (section 4.1).
-        prediction_hidden_size: Hidden size of the prediction head; the paper has 4096.
-        min_crop_scale: Smallest fraction of the image's area in a view; the paper has 0.08.
+        temperature: Softmax temperature (section 4.1).
+        queue_size: Size of the support set; the paper uses 98304, for 1.3 million images.
+        hidden_size: Hidden size of the projection head; the paper uses 2048 (section 4.1).
+        projection_size: Size of the embeddings (section 4.1).
+        prediction_hidden_size: Hidden size of the prediction head; the paper uses 4096.
+        min_crop_scale: Smallest fraction of the image area in a view; the paper uses 0.08.
         color: Strength of the color distortion.
     """
 
@@ -55,11 +55,11 @@ class NNCLR(PretextTask):
         family="contrastive",
         views="2",
         paper="Dwibedi et al. 2021, arXiv 2104.14548",
-        use="images of few kinds, where neighbors make good positives",
+        use="data sets with few classes, where nearest neighbors are good positives",
         negatives=True,
         any_size=True,
     )
-    # The paper's LARS is for batches of 4096; at 64 to 256 AdamW learns faster.
+    # The paper trains with LARS on batches of 4096; at 64 to 256 AdamW learns faster.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
 
     def __init__(
@@ -95,7 +95,7 @@ class NNCLR(PretextTask):
         return two_views(size, self.min_crop_scale, self.color, upright)
 
     def chance_loss(self, images: int) -> float:
-        return math.log(images)  # all embeddings equal
+        return math.log(images)  # All embeddings are equal.
 
     def loss(self, views: list[Tensor]) -> Tensor:
         z = self.projector(self.encoder(torch.cat(views)))
@@ -104,5 +104,5 @@ class NNCLR(PretextTask):
         nn1 = nearest_neighbors(z1, self.queue.items)
         nn2 = nearest_neighbors(z2, self.queue.items)
         loss = contrast(nn1, p2, self.temperature) + contrast(nn2, p1, self.temperature)
-        self.queue.push(z1)  # one view of each image (section 3.2)
+        self.queue.push(z1)  # One view of each image (section 3.2).
         return loss / 2

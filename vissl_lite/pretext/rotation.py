@@ -1,4 +1,4 @@
-"""Rotation (RotNet): tell by which of four angles an image was turned.
+"""Rotation (RotNet): predict by which of four angles an image was rotated.
 
 Gidaris, Singh & Komodakis 2018, "Unsupervised Representation Learning by Predicting Image
 Rotations", arXiv 1803.07728.
@@ -20,70 +20,73 @@ from vissl_lite.pretext.modules.visualization import to_pixels
 
 
 def rotation_views(size: int, min_crop_scale: float) -> Views:
-    """One view: a random crop, perhaps flipped. Turning it is left to the loss.
+    """One randomly cropped and flipped view; the loss rotates it.
 
     Args:
-        size: Side in pixels.
-        min_crop_scale: Smallest fraction of the image's area.
+        size: Side of the view in pixels.
+        min_crop_scale: Smallest fraction of the image area in the view.
     """
     one = [random_crop(size, min_crop_scale), flip()]
     return Views([one], shortest=crop_decode_size(size, min_crop_scale))
 
 
 def all_rotations(images: Tensor) -> tuple[Tensor, Tensor]:
-    """All four rotations of each image; feeding all at once helps (paper, section 2.2).
+    """Rotate each image by all four angles, which helps in one batch (paper, section 2.2).
 
     Args:
-        images: ``(B, C, S, S)``.
+        images: ``(B, C, S, S)`` images.
 
     Returns:
-        ``(4 B, C, S, S)`` images and ``(4 B,)`` labels: k for k quarter turns.
+        ``(4 B, C, S, S)`` images and ``(4 B,)`` labels: the number of quarter turns.
     """
     turned = torch.cat([torch.rot90(images, k, dims=(2, 3)) for k in range(4)])
     labels = torch.arange(4, device=images.device).repeat_interleave(len(images))
     return turned.contiguous(memory_format=torch.channels_last), labels
 
 
-def turn(images: Tensor, turns: Tensor) -> Tensor:
-    """Turn each image by quarter turns of its own.
+def rotate(images: Tensor, turns: Tensor) -> Tensor:
+    """Rotate each image by its own number of quarter turns.
 
     Args:
-        images: ``(B, C, S, S)``.
-        turns: ``(B,)`` how many; negative ones turn back.
+        images: ``(B, C, S, S)`` images.
+        turns: ``(B,)`` number of quarter turns; negative ones rotate back.
     """
-    each = zip(images, turns.tolist(), strict=True)
-    return torch.stack([torch.rot90(image, count, dims=(1, 2)) for image, count in each])
+    pairs = zip(images, turns.tolist(), strict=True)
+    return torch.stack([torch.rot90(image, count, dims=(1, 2)) for image, count in pairs])
 
 
-def show_rotations(
-    images: Tensor, encoder: Encoder, guess: Callable[[Tensor], Tensor]
+def visualize_rotations(
+    images: Tensor, encoder: Encoder, classify: Callable[[Tensor], Tensor]
 ) -> Visualization:
-    """Images turned at random, and turned back by what was predicted.
+    """Visualize images rotated at random, and rotated back by the prediction.
 
     Args:
-        images: ``(B, 3, S, S)``, normalized.
-        encoder: The encoder that they were normalized for.
-        guess: The logits ``(B, 4)`` of images.
+        images: ``(B, 3, S, S)`` normalized images.
+        encoder: Encoder that the images were normalized for.
+        classify: Function from images to ``(B, 4)`` logits.
     """
     turns = torch.randint(4, (len(images),), device=images.device)
-    turned = turn(images, turns)
-    guessed = guess(turned).argmax(dim=1)
-    given, back = to_pixels(turned, encoder), to_pixels(turn(turned, -guessed), encoder)
+    turned = rotate(images, turns)
+    predictions = classify(turned).argmax(dim=1)
+    rotated, restored = to_pixels(turned, encoder), to_pixels(rotate(turned, -predictions), encoder)
     rows = [
-        [Picture(one, f"by {90 * true}°"), Picture(other, f"by {90 * said}°", right=true == said)]
-        for one, other, true, said in zip(
-            given, back, turns.tolist(), guessed.tolist(), strict=True
+        [
+            Picture(image, f"by {90 * true}°"),
+            Picture(back, f"by {90 * predicted}°", right=true == predicted),
+        ]
+        for image, back, true, predicted in zip(
+            rotated, restored, turns.tolist(), predictions.tolist(), strict=True
         )
     ]
-    return Visualization(("turned", "turned back\nas predicted"), rows)
+    return Visualization(("rotated", "rotated back\nas predicted"), rows)
 
 
 class Rotation(PretextTask):
-    """Rotation prediction. Has no signal on images without an up, such as from a microscope.
+    """Rotation prediction. Unsuited to images without a natural orientation (microscopy).
 
     Args:
         encoder: Encoder to train.
-        min_crop_scale: Smallest fraction of the image's area in a view.
+        min_crop_scale: Smallest fraction of the image area in a view.
     """
 
     info = PretextInfo(
@@ -91,7 +94,7 @@ class Rotation(PretextTask):
         family="predictive",
         views="1",
         paper="Gidaris et al. 2018, arXiv 1803.07728",
-        use="pictures with an up; learns what stands upright, quickly",
+        use="photographs with a natural orientation; learns quickly",
         any_size=True,
     )
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
@@ -99,7 +102,7 @@ class Rotation(PretextTask):
     def __init__(self, encoder: Encoder, min_crop_scale: float = 0.5) -> None:
         super().__init__(encoder)
         self.head = nn.Linear(encoder.num_features, 4)
-        self.chance_monitor = ChanceMonitor("rotation", chance=1 / 4)
+        self.signal = ChanceMonitor("rotation", chance=1 / 4)
         self.min_crop_scale = min_crop_scale
 
     def views(self, upright: bool = True) -> Views:
@@ -110,8 +113,8 @@ class Rotation(PretextTask):
         logits = self.head(self.encoder(images)).float()
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
         self.measure("accuracy", accuracy)
-        self.chance_monitor.update(accuracy, self.progress)
+        self.signal.update(accuracy, self.progress)
         return F.cross_entropy(logits, labels)
 
     def visualize(self, views: list[Tensor]) -> Visualization:
-        return show_rotations(views[0], self.encoder, nn.Sequential(self.encoder, self.head))
+        return visualize_rotations(views[0], self.encoder, nn.Sequential(self.encoder, self.head))

@@ -1,4 +1,4 @@
-"""SimCLR: the two views of an image are matched among the views of all images of a batch.
+"""SimCLR: match two views of an image among the views of all other images.
 
 Chen, Kornblith, Norouzi & Hinton 2020, "A Simple Framework for Contrastive Learning of Visual
 Representations", arXiv 2002.05709.
@@ -24,12 +24,13 @@ class SimCLR(PretextTask):
 
     Args:
         encoder: Encoder to train.
-        temperature: Temperature of the loss. The paper finds 0.1 best on ImageNet (table 5) and 0.5
-            in long training on CIFAR-10 (appendix B.9); in short training 0.1 is better there too.
+        temperature: Softmax temperature. The paper finds 0.1 best on ImageNet (table 5) and 0.5 in
+            long training on CIFAR-10 (appendix B.9); in short training we find 0.1 better there
+            too.
         hidden_size: Hidden size of the projection head; default the number of features of the
             encoder (section 4.2).
-        projection_size: Size of the embeddings that the loss compares (section 4.2).
-        min_crop_scale: Smallest fraction of the image's area in a view; 0.08 in the paper.
+        projection_size: Size of the embeddings (section 4.2).
+        min_crop_scale: Smallest fraction of the image area in a view; the paper uses 0.08.
         color: Strength of the color distortion; default 1 as for ImageNet, 0.5 for images below
             64 pixels as for CIFAR-10 (appendix B.9).
     """
@@ -39,11 +40,11 @@ class SimCLR(PretextTask):
         family="contrastive",
         views="2",
         paper="Chen et al. 2020, arXiv 2002.05709",
-        use="the first to try: simple, steady, good in short runs",
+        use="the first to try: simple, stable, good in short runs",
         negatives=True,
         any_size=True,
     )
-    # The paper uses LARS for batches of thousands; with 64 to 256 images AdamW learns faster.
+    # The paper trains with LARS on batches of thousands; at 64 to 256 AdamW learns faster.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
 
     def __init__(
@@ -72,7 +73,7 @@ class SimCLR(PretextTask):
         return math.log(2 * images - 1)  # All embeddings are equal.
 
     def loss(self, views: list[Tensor]) -> Tensor:
-        # One pass over both views is faster than two, and BatchNorm sees both together, as in the
-        # authors' code (tf2/run.py).
+        # A single pass over both views is faster, and BatchNorm uses the statistics of both, as in
+        # the authors' code (tf2/run.py).
         z1, z2 = self.head(self.encoder(torch.cat(views))).chunk(2)
         return nt_xent(z1, z2, self.temperature)

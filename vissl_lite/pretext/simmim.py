@@ -1,4 +1,4 @@
-"""SimMIM: replace patches by a mask token, and predict their pixels with one linear layer.
+"""SimMIM: replace patches by a mask token and predict their pixels with one linear layer.
 
 Xie, Zhang, Cao, Lin, Bao, Yao, Dai & Hu 2021, "SimMIM: A Simple Framework for Masked Image
 Modeling", arXiv 2111.09886.
@@ -24,11 +24,11 @@ from vissl_lite.pretext.modules.visualization import reconstruction
 
 
 def default_mask_unit(size: int, patch: int) -> int:
-    """Side of what is masked as a whole: about a sixth of the image, as 32 is of 192 (section 4.1).
+    """Side of a masked square: about a sixth of the image, as 32 of 192 (section 4.1).
 
-    Of the multiples of the patch that divide the image into at least 2 x 2, the one nearest to a
-    sixth; of two equally near ones the larger. 32 at 192 and 224 pixels with patches of 4 or 16
-    as in the paper, 8 at 64 pixels with patches of 4.
+    The multiple of the patch closest to a sixth of the image, among those that divide the image
+    into at least 2 x 2 squares; the larger one of two equally close ones. 32 at 192 and 224 pixels
+    with patches of 4 or 16 as in the paper, 8 at 64 pixels with patches of 4.
 
     Args:
         size: Side of the image in pixels, a multiple of the patch.
@@ -39,11 +39,11 @@ def default_mask_unit(size: int, patch: int) -> int:
 
 
 def enlarge(mask: Tensor, factor: int) -> Tensor:
-    """Repeat each place of a mask in a square.
+    """Upsample a mask by repeating each element.
 
     Args:
-        mask: ``(B, h, w)``.
-        factor: Side of the square.
+        mask: ``(B, h, w)`` mask.
+        factor: Upsampling factor.
 
     Returns:
         ``(B, h * factor, w * factor)``.
@@ -52,15 +52,15 @@ def enlarge(mask: Tensor, factor: int) -> Tensor:
 
 
 def masked_l1(predicted: Tensor, images: Tensor, mask: Tensor) -> Tensor:
-    """Mean distance over the masked pixels and their channels (section 3.4).
+    """Mean absolute error over the masked pixels and their channels (section 3.4).
 
     Args:
-        predicted: ``(B, C, S, S)``.
-        images: ``(B, C, S, S)``.
+        predicted: ``(B, C, S, S)`` predictions.
+        images: ``(B, C, S, S)`` targets.
         mask: ``(B, S, S)``, true where masked.
 
     Returns:
-        A scalar, computed in float32.
+        Scalar, computed in float32.
     """
     distance = (predicted.float() - images.float()).abs() * mask[:, None]
     return distance.sum() / (mask.sum() * images.shape[1])
@@ -69,17 +69,17 @@ def masked_l1(predicted: Tensor, images: Tensor, mask: Tensor) -> Tensor:
 class SimMIM(PretextTask):
     """SimMIM.
 
-    The encoder runs over all positions, masked ones too: that takes hierarchical transformers such
-    as Swin, but costs a ViT several times what MAE does. What comes after the last feature map is
-    not trained: a class token learns only through attention, a pooling with weights of its own not
-    at all.
+    The encoder processes all positions, including masked ones. This supports hierarchical
+    transformers such as Swin, but costs several times as much as MAE for a ViT. Layers after the
+    last feature map are not trained: a class token is trained only through attention, a pooling
+    layer with weights not at all.
 
     Args:
         encoder: Encoder to train; a ViT or a Swin Transformer.
-        mask_ratio: Share of the image that is masked (table 1).
-        mask_unit: Side in pixels of what is masked as a whole; default about a sixth of the
-            image as the paper's 32 is of 192, see ``default_mask_unit``.
-        min_crop_scale: Smallest fraction of the image's area in a view (section 4.1).
+        mask_ratio: Fraction of the image to mask (table 1).
+        mask_unit: Side of a masked square in pixels; default about a sixth of the image, as the
+            paper's 32 for 192, see ``default_mask_unit``.
+        min_crop_scale: Smallest fraction of the image area in a view (section 4.1).
     """
 
     info = PretextInfo(
@@ -87,10 +87,11 @@ class SimMIM(PretextTask):
         family="masked",
         views="1",
         paper="Xie et al. 2021, arXiv 2111.09886",
-        use="Swin Transformers, and ViTs that will be fine-tuned; wants long runs",
+        use="Swin Transformers, and ViTs that will be fine-tuned; needs long runs",
         backbones="patches",
     )
-    # The paper's 8e-4 for 2048 images, 1e-4 for 256 (section 4.1), is for long runs on ImageNet.
+    # The paper uses 8e-4 for batches of 2048, so 1e-4 for 256 (section 4.1), for long runs on
+    # ImageNet.
     optimizer_settings = OptimizerSettings("adamw", lr=1e-3, weight_decay=0.05, scaling="linear")
 
     def __init__(
@@ -106,8 +107,8 @@ class SimMIM(PretextTask):
         unit = default_mask_unit(size, patch) if mask_unit is None else mask_unit
         if unit < 1 or unit % patch or size % unit or unit == size:
             raise UserError(
-                f"--pretext.mask_unit {unit} does not suit: it must be a multiple of the patch "
-                f"({patch}) that divides the image ({size}), such as "
+                f"--pretext.mask_unit {unit} must be a smaller multiple of the patch size "
+                f"({patch}) that divides the image size ({size}), such as "
                 f"{default_mask_unit(size, patch)}"
             )
         stride = self._stride()
@@ -121,7 +122,7 @@ class SimMIM(PretextTask):
         self.min_crop_scale = min_crop_scale
 
     def _stride(self) -> int:
-        """Pixels between the positions of the last feature map."""
+        """Stride of the last feature map in pixels."""
         size, side = self.encoder.image_size, self.encoder.map_side()
         if size % side:
             raise UserError(
@@ -145,20 +146,20 @@ class SimMIM(PretextTask):
         return reconstruction(self.encoder, images, mask[:, None], predicted, "reconstructed")
 
     def draw_mask(self, images: Tensor) -> Tensor:
-        """A random mask for each image: ``(B, S / unit, S / unit)``, true where masked."""
+        """Draw a random mask for each image: ``(B, S / unit, S / unit)``, true where masked."""
         side = self.encoder.image_size // self.unit
         _, masked = random_mask(len(images), side**2, self.mask_ratio, images.device)
         return indices_to_mask(masked, side**2).unflatten(1, (side, side))
 
     def predict(self, images: Tensor, mask: Tensor) -> Tensor:
-        """Predict all pixels, the masked ones from the visible ones.
+        """Predict all pixels of masked images.
 
         Args:
-            images: ``(B, C, S, S)``, normalized.
+            images: ``(B, C, S, S)`` normalized images.
             mask: ``(B, S / unit, S / unit)``, true where masked.
 
         Returns:
-            ``(B, C, S, S)``.
+            ``(B, C, S, S)`` predictions.
         """
         patches = enlarge(mask, self.unit // self.patch)
         with masked_patches(self.encoder.model, patches, self.mask_token):

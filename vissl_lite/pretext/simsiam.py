@@ -1,4 +1,4 @@
-"""SimSiam: a view predicts the other; stopping the gradient is all that keeps it from collapse.
+"""SimSiam: predict one view from the other; a stop-gradient alone prevents collapse.
 
 Chen & He 2021, "Exploring Simple Siamese Representation Learning", arXiv 2011.10566.
 """
@@ -21,11 +21,12 @@ class SimSiam(PretextTask):
 
     Args:
         encoder: Encoder to train.
-        projection_size: Size of the projector's three layers and of the embeddings; 2048 in the
-            paper.
-        hidden_size: Bottleneck of the predictor, a quarter of that (section 3).
-        min_crop_scale: Smallest fraction of the image's area in a view (section 3).
-        color: Strength of the color distortion; the paper has 0.5.
+        projection_size: Size of the three layers of the projector and of the embeddings; 2048 in
+            the paper.
+        hidden_size: Bottleneck size of the predictor, a quarter of ``projection_size`` in the paper
+            (section 3).
+        min_crop_scale: Smallest fraction of the image area in a view (section 3).
+        color: Strength of the color distortion; the paper uses 0.5.
     """
 
     info = PretextInfo(
@@ -33,10 +34,10 @@ class SimSiam(PretextTask):
         family="non-contrastive",
         views="2",
         paper="Chen & He 2021, arXiv 2011.10566",
-        use="when memory is short: no negatives, no teacher",
+        use="when memory is limited: no negatives, no teacher",
         any_size=True,
     )
-    optimizer_settings = OptimizerSettings("sgd", lr=0.05, weight_decay=1e-4)  # section 3
+    optimizer_settings = OptimizerSettings("sgd", lr=0.05, weight_decay=1e-4)  # Section 3.
 
     def __init__(
         self,
@@ -60,4 +61,4 @@ class SimSiam(PretextTask):
     def loss(self, views: list[Tensor]) -> Tensor:
         z = self.projector(self.encoder(torch.cat(views)))
         (z1, z2), (p1, p2) = z.chunk(2), self.predictor(z).chunk(2)
-        return (negative_cosine(p1, z2) + negative_cosine(p2, z1)) / 2  # equation 4
+        return (negative_cosine(p1, z2) + negative_cosine(p2, z1)) / 2  # Equation 4.

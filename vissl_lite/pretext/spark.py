@@ -1,12 +1,11 @@
-"""SparK: masked modelling for convolutional networks, which see visible patches only.
+"""SparK: masked image modeling for convolutional networks that process visible patches only.
 
 Tian, Jiang, Diao, Lin, Wang & Yuan 2023, "Designing BERT for Convolutional Networks: Sparse and
 Hierarchical Masked Modeling", arXiv 2301.03580.
 
-A plain convolution wipes a mask out: layer by layer, features spread into the masked places. The
-paper uses sparse convolutions, which compute at visible places only and take masked ones for
-zeros (section 3.1). As in the authors' code, dense layers whose outputs are masked again do the
-same.
+With plain convolutions, features spread into masked locations layer by layer. The paper uses sparse
+convolutions, which compute visible locations only and treat masked ones as zeros (section 3.1). As
+in the authors' code, dense layers whose outputs are masked again are equivalent.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,27 +24,27 @@ from vissl_lite.data.views import Views
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError, check_sizes
 from vissl_lite.optim import OptimizerSettings
-from vissl_lite.pretext.base import KINDS, PretextInfo, PretextTask, Visualization
+from vissl_lite.pretext.base import BACKBONE_KINDS, PretextInfo, PretextTask, Visualization
 from vissl_lite.pretext.modules.crops import cropped_views
 from vissl_lite.pretext.modules.masking import (
     check_ratio,
     denormalized_patches,
+    gather_tokens,
     indices_to_mask,
     normalized_patches,
     patchify,
     random_mask,
-    take,
     unpatchify,
 )
 from vissl_lite.pretext.modules.visualization import reconstruction
 from vissl_lite.training.processes import gather
 from vissl_lite.training.sync_batchnorm import Synchronized
 
-MaskOf = Callable[[Tensor], Tensor]  # the mask at a feature map's resolution and of its type
+MaskOf = Callable[[Tensor], Tensor]  # Feature map to mask of the same resolution and dtype.
 
 
 def mask_at(visible: Tensor, height: int, width: int) -> Tensor:
-    """A mask at another resolution: at a coarser one, a place is visible if any of its parts is.
+    """Resize a mask; at a coarser resolution, a location is visible if any part of it is.
 
     Args:
         visible: ``(B, 1, h, w)``, 1 where visible, else 0.
@@ -53,7 +52,7 @@ def mask_at(visible: Tensor, height: int, width: int) -> Tensor:
         width: Width of the feature map.
 
     Returns:
-        ``(B, 1, height, width)``.
+        ``(B, 1, height, width)`` mask.
     """
     if height >= visible.shape[2]:
         return F.interpolate(visible, size=(height, width), mode="nearest")
@@ -61,30 +60,30 @@ def mask_at(visible: Tensor, height: int, width: int) -> Tensor:
 
 
 def visible_batch_norm(norm: _BatchNorm, features: Tensor, mask: Tensor) -> Tensor:
-    """BatchNorm over the visible places; the masked ones become 0.
+    """Apply BatchNorm to the visible locations; masked ones become 0.
 
     Args:
-        norm: Module whose parameters, running statistics and mode are used. A synchronized one
-            takes the statistics of all processes together.
-        features: ``(B, C, h, w)``.
+        norm: Layer whose parameters, running statistics and mode are used. Synchronized layers use
+            the statistics of all processes together.
+        features: ``(B, C, h, w)`` features.
         mask: ``(B, 1, h, w)``, 1 where visible, else 0.
 
     Returns:
-        ``(B, C, h, w)``, of the type of the features; computed in float32.
+        ``(B, C, h, w)`` in the dtype of the features; computed in float32.
     """
     values, mask = features.float(), mask.float()
     mean, variance = norm.running_mean, norm.running_var
     if norm.training or mean is None or variance is None:
 
-        def over_places(summed: Tensor) -> Tensor:
+        def sum_processes(local: Tensor) -> Tensor:
             if isinstance(norm, nn.SyncBatchNorm | Synchronized):
-                return gather(summed[None]).sum(dim=0)
-            return summed
+                return gather(local[None]).sum(dim=0)
+            return local
 
-        count = over_places(mask.sum())
-        mean = over_places((values * mask).sum(dim=(0, 2, 3))) / count
+        count = sum_processes(mask.sum())
+        mean = sum_processes((values * mask).sum(dim=(0, 2, 3))) / count
         spread = ((values - mean[:, None, None]) * mask).square()
-        variance = over_places(spread.sum(dim=(0, 2, 3))) / count
+        variance = sum_processes(spread.sum(dim=(0, 2, 3))) / count
         if norm.training and norm.running_mean is not None:
             _update_running(norm, mean.detach(), variance.detach(), count)
     scale = (variance + norm.eps).rsqrt()
@@ -102,21 +101,21 @@ def _update_running(norm: _BatchNorm, mean: Tensor, variance: Tensor, count: Ten
     assert norm.running_var is not None
     assert norm.num_batches_tracked is not None
     norm.num_batches_tracked += 1
-    new = norm.momentum if norm.momentum is not None else 1 / int(norm.num_batches_tracked)
-    norm.running_mean.lerp_(mean, new)
-    norm.running_var.lerp_(variance * count / (count - 1).clamp(min=1), new)
+    weight = norm.momentum if norm.momentum is not None else 1 / int(norm.num_batches_tracked)
+    norm.running_mean.lerp_(mean, weight)
+    norm.running_var.lerp_(variance * count / (count - 1).clamp(min=1), weight)
 
 
 def visible_group_norm(norm: nn.GroupNorm, features: Tensor, mask: Tensor) -> Tensor:
-    """GroupNorm over each image's visible places; the masked ones become 0.
+    """Apply GroupNorm to the visible locations of each image; masked ones become 0.
 
     Args:
-        norm: Module whose parameters are used.
-        features: ``(B, C, h, w)``.
-        mask: ``(B, 1, h, w)``, 1 where visible, else 0; each image has a visible place.
+        norm: Layer whose parameters are used.
+        features: ``(B, C, h, w)`` features.
+        mask: ``(B, 1, h, w)``, 1 where visible, else 0; each image has a visible location.
 
     Returns:
-        ``(B, C, h, w)``, of the type of the features; computed in float32.
+        ``(B, C, h, w)`` in the dtype of the features; computed in float32.
     """
     values = features.float().unflatten(1, (norm.num_groups, -1))
     mask = mask.float()[:, None]
@@ -131,7 +130,7 @@ def visible_group_norm(norm: nn.GroupNorm, features: Tensor, mask: Tensor) -> Te
 
 
 def _norm_forward(norm: Any, mask_of: MaskOf, features: Tensor) -> Tensor:
-    """Stands in for the ``forward`` of a norm, and of timm's norms with an activation."""
+    """Replace the ``forward`` of a norm, or of a timm norm with activation."""
     over = visible_group_norm if isinstance(norm, nn.GroupNorm) else visible_batch_norm
     normed: Tensor = over(norm, features, mask_of(features))
     if hasattr(norm, "act"):  # timm's BatchNormAct2d, GroupNormAct
@@ -139,33 +138,33 @@ def _norm_forward(norm: Any, mask_of: MaskOf, features: Tensor) -> Tensor:
     return normed
 
 
-def _hide(module: nn.Module, _: Any, output: Tensor, batch: int, mask_of: MaskOf) -> Tensor:
-    """Forward hook: masks an output again, unless it is not a feature map of the images."""
+def _mask_output(module: nn.Module, _: Any, output: Tensor, batch: int, mask_of: MaskOf) -> Tensor:
+    """Forward hook that masks the output again if it is a feature map of the images."""
     if output.ndim != 4 or len(output) != batch:
         return output
-    # timm names the LayerNorms of (B, C, h, w) ...2d; others, and linear layers, take (B, h, w, C)
+    # In timm, LayerNorms of (B, C, h, w) end in 2d; others, and linear layers, take (B, h, w, C).
     last = isinstance(module, nn.LayerNorm) and "2d" not in type(module).__name__
     if last or isinstance(module, nn.Linear):
         return output * mask_of(output.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     return output * mask_of(output)
 
 
-def _share(features: Tensor, mask_of: MaskOf) -> Tensor:
+def _visible_fraction(features: Tensor, mask_of: MaskOf) -> Tensor:
     return mask_of(features).mean(dim=(2, 3), keepdim=True)
 
 
-def _raise_mean(_: nn.Module, features: tuple[Tensor], mask_of: MaskOf) -> Tensor:
-    """Forward pre-hook: the mean over all places becomes that over the visible ones."""
-    return features[0] / _share(features[0], mask_of)
+def _divide_by_fraction(_: nn.Module, features: tuple[Tensor], mask_of: MaskOf) -> Tensor:
+    """Forward pre-hook that turns the mean over all locations into that over visible ones."""
+    return features[0] / _visible_fraction(features[0], mask_of)
 
 
-def _lower_mean(_: nn.Module, __: Any, output: Tensor, mask_of: MaskOf) -> Tensor:
-    """Forward hook: undoes ``_raise_mean`` in what is gated."""
-    return output * _share(output, mask_of)
+def _multiply_by_fraction(_: nn.Module, __: Any, output: Tensor, mask_of: MaskOf) -> Tensor:
+    """Forward hook that undoes ``_divide_by_fraction`` in the gated features."""
+    return output * _visible_fraction(output, mask_of)
 
 
-# Layers that spread features or make zeros something else, and those that gate channels by their
-# mean over the image, x * g(mean(x)).
+# Layers that normalize, layers that spread features or map zeros to other values, and layers that
+# gate channels by their mean over the image, x * g(mean(x)).
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm)
 _MASKED = (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.MaxPool2d, nn.AvgPool2d)
 _GATES = (SEModule, EffectiveSEModule, EcaModule, SqueezeExcite)
@@ -173,53 +172,52 @@ _GATES = (SEModule, EffectiveSEModule, EcaModule, SqueezeExcite)
 
 @contextmanager
 def sparse(model: nn.Module, visible: Tensor) -> Iterator[None]:
-    """Within it, a convolutional network computes at visible places only.
+    """Context manager in which a convolutional network computes visible locations only.
 
-    Outputs of convolutions, poolings, linear layers and LayerNorms are masked by hooks. BatchNorm
-    and GroupNorm take their statistics, running ones included, from the visible places, by a
-    ``forward`` that stands in for theirs; squeeze-and-excitation takes its mean from them. All of
-    it is gone afterwards: the network is plain again.
+    Hooks mask the outputs of convolutions, poolings, linear layers and LayerNorms. The ``forward``
+    of BatchNorm and GroupNorm is replaced to use statistics, including running ones, of visible
+    locations; squeeze-and-excitation uses their mean. All changes are undone on exit.
 
     Args:
-        model: A timm model.
+        model: Timm model.
         visible: ``(B, 1, g, g)``, 1 where the image is visible, else 0; each image has a visible
-            place.
+            location.
     """
-    made: dict[Any, Tensor] = {}
+    masks: dict[Any, Tensor] = {}
 
     def mask_of(features: Tensor) -> Tensor:
         height, width = features.shape[-2:]
         key = (height, width, features.dtype)
-        if key not in made:
-            made[key] = mask_at(visible, height, width).to(features.dtype)
-        return made[key]
+        if key not in masks:
+            masks[key] = mask_at(visible, height, width).to(features.dtype)
+        return masks[key]
 
-    with ExitStack() as undo:
+    with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, _NORMS):
                 module.forward = partial(_norm_forward, module, mask_of)  # type: ignore[method-assign]
-                undo.callback(delattr, module, "forward")
+                stack.callback(delattr, module, "forward")
             elif isinstance(module, _GATES):
-                before = partial(_raise_mean, mask_of=mask_of)
-                after = partial(_lower_mean, mask_of=mask_of)
-                undo.callback(module.register_forward_pre_hook(before).remove)
-                undo.callback(module.register_forward_hook(after).remove)
+                before = partial(_divide_by_fraction, mask_of=mask_of)
+                after = partial(_multiply_by_fraction, mask_of=mask_of)
+                stack.callback(module.register_forward_pre_hook(before).remove)
+                stack.callback(module.register_forward_hook(after).remove)
             elif isinstance(module, _MASKED):
-                hook = partial(_hide, batch=len(visible), mask_of=mask_of)
-                undo.callback(module.register_forward_hook(hook).remove)
+                hook = partial(_mask_output, batch=len(visible), mask_of=mask_of)
+                stack.callback(module.register_forward_hook(hook).remove)
         yield
 
 
 def pyramid(encoder: Encoder, images: Tensor) -> list[Tensor]:
-    """The deepest feature map of each resolution, of the four coarsest (section 3.2).
+    """Compute the deepest feature map of each of the four coarsest resolutions (section 3.2).
 
     Args:
         encoder: Encoder with a convolutional backbone.
-        images: ``(B, C, S, S)``, normalized.
+        images: ``(B, C, S, S)`` normalized images.
 
     Returns:
-        ``(B, C_i, h_i, w_i)``, fine to coarse. The last one is that of ``encoder.pooled_and_map``
-        where timm gives it, so that a final convolution or norm is trained too.
+        ``(B, C_i, h_i, w_i)`` feature maps, fine to coarse. If timm returns it, the last one is
+        that of ``encoder.pooled_and_map``, so that a final convolution or norm is trained too.
     """
     last, maps = encoder.model.forward_intermediates(images, output_fmt="NCHW")
     if last.ndim == 4 and last.shape[2:] == maps[-1].shape[2:]:
@@ -229,18 +227,19 @@ def pyramid(encoder: Encoder, images: Tensor) -> list[Tensor]:
 
 
 def choose_grid(size: int, sides: list[int]) -> int | None:
-    """How many places along an edge the mask has.
+    """Choose the number of locations of the mask along an edge.
 
-    The paper masks at the resolution of the last stage: 7 x 7 places of 32 pixels at 224 (section
-    3.1). On small images that would be a single place; so the mask has the resolution of the
-    coarsest stage with at least 4 x 4 places that divides the image and all finer stages evenly.
+    The paper masks at the resolution of the last stage: 7 x 7 locations of 32 pixels at 224
+    (section 3.1), which would be a single location on small images. Here the mask has the
+    resolution of the coarsest stage with at least 4 x 4 locations that divides the image and all
+    finer stages evenly.
 
     Args:
         size: Side of the image in pixels.
         sides: Sides of the feature maps.
 
     Returns:
-        The number; None if no stage will do.
+        Side of the mask; None if no stage is suitable.
     """
     fits = [
         side
@@ -251,16 +250,16 @@ def choose_grid(size: int, sides: list[int]) -> int | None:
 
 
 class Decoder(nn.Module):
-    """A light U-Net decoder that upsamples from the coarsest map to the finest (section 3.2).
+    """Light U-Net decoder that upsamples from the coarsest map to the finest (section 3.2).
 
-    At each resolution, the masked places are filled with a learned token ("densified") before the
-    map is added. The paper's decoder goes on to the full resolution; this one ends at the
-    finest map, each of whose places predicts its pixels, which is faster.
+    At each resolution, masked locations are filled with a learned token ("densified") before the
+    map is added. The decoder of the paper upsamples to the full resolution; this one ends at the
+    finest map, where each location predicts its pixels, which is faster.
 
     Args:
-        channels: Channels of the feature maps, fine to coarse.
-        width: Channels at the coarsest map; halved at each finer one, down to 32 at least.
-        outputs: Channels of the output.
+        channels: Number of channels of the feature maps, fine to coarse.
+        width: Number of channels at the coarsest map; halved at each finer one, at least 32.
+        outputs: Number of output channels.
     """
 
     def __init__(self, channels: list[int], width: int, outputs: int) -> None:
@@ -280,14 +279,14 @@ class Decoder(nn.Module):
         self.head = nn.Conv2d(widths[-1], outputs, 1)
 
     def forward(self, maps: list[Tensor], visible: Tensor) -> Tensor:
-        """Decode.
+        """Decode feature maps.
 
         Args:
-            maps: ``(B, C_i, h_i, w_i)``, fine to coarse, 0 at masked places.
+            maps: ``(B, C_i, h_i, w_i)`` feature maps, fine to coarse, 0 at masked locations.
             visible: ``(B, 1, g, g)``, 1 where visible, else 0.
 
         Returns:
-            ``(B, outputs, h_0, w_0)``.
+            ``(B, outputs, h_0, w_0)`` output map.
         """
         decoded: Tensor | None = None
         layers = zip(self.norms, self.mask_tokens, self.projections, self.blocks, strict=True)
@@ -318,16 +317,17 @@ class SparK(PretextTask):
     """SparK.
 
     The mask has the resolution of the last stage, or of a finer one on small images, see
-    ``choose_grid``. BatchNorm's running statistics are those of visible places. Layers after the
-    last feature map (as in MobileNetV3's head) are not trained.
+    ``choose_grid``. Running statistics of BatchNorm are those of visible locations. Layers after
+    the last feature map (as in the head of MobileNetV3) are not trained.
 
     Args:
         encoder: Encoder to train; a convolutional network.
-        mask_ratio: Share of the image that is masked (section 4.1).
-        decoder_width: Channels of the decoder at the coarsest map; default half of that map's, but
-            at least 64 and at most 512 (the authors' code has 768 for a ResNet-50's 2048).
-        min_crop_scale: Smallest fraction of the image's area in a view; 0.67 as in the authors'
-            code (pretrain/utils/imagenet.py).
+        mask_ratio: Fraction of the image to mask (section 4.1).
+        decoder_width: Number of channels of the decoder at the coarsest map; default half of the
+            channels of that map, at least 64 and at most 512 (the authors' code uses 768 for 2048
+            of ResNet-50).
+        min_crop_scale: Smallest fraction of the image area in a view; 0.67 as in the authors' code
+            (pretrain/utils/imagenet.py).
     """
 
     info = PretextInfo(
@@ -335,10 +335,10 @@ class SparK(PretextTask):
         family="masked",
         views="1",
         paper="Tian et al. 2023, arXiv 2301.03580",
-        use="CNNs that will be fine-tuned, also for detection; wants long runs",
+        use="CNNs that will be fine-tuned, also for detection; needs long runs",
         backbones="CNN",
     )
-    # The paper's LAMB is for batches of 4096 (appendix); at 64 to 256 AdamW learns faster.
+    # The paper trains with LAMB on batches of 4096 (appendix); at 64 to 256 AdamW learns faster.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=0.05, scaling="sqrt")
 
     def __init__(
@@ -351,7 +351,7 @@ class SparK(PretextTask):
         super().__init__(encoder)
         check_ratio(mask_ratio)
         check_sizes(decoder_width=decoder_width)
-        self.grid, maps = self._try_out()
+        self.grid, maps = self._check_masking()
         channels = [features.shape[1] for features in maps]
         self.stride = encoder.image_size // maps[0].shape[2]
         self.decoder = Decoder(
@@ -361,8 +361,8 @@ class SparK(PretextTask):
         )
         self.mask_ratio, self.min_crop_scale = mask_ratio, min_crop_scale
 
-    def _try_out(self) -> tuple[int, list[Tensor]]:
-        """The side of the mask, and feature maps that were found to be 0 wherever masked."""
+    def _check_masking(self) -> tuple[int, list[Tensor]]:
+        """Check that the encoder can be masked; return the side of the mask and feature maps."""
         encoder, size = self.encoder, self.encoder.image_size
         white = torch.ones(2, len(encoder.mean), size, size)
         white = white.to(next(encoder.parameters()).device)
@@ -386,14 +386,14 @@ class SparK(PretextTask):
                     (features * (1 - mask_at(visible, *features.shape[2:])) == 0).all()
                     for features in maps
                 )
-        except RuntimeError:  # layers of attention, which reshape what would have to be masked
+        except RuntimeError:  # Attention layers reshape feature maps, which prevents masking.
             hidden = False
         finally:
             encoder.train(was_training)
         if not hidden:
             raise UserError(
                 f"the pretext spark can't hide patches from {encoder.backbone}, which has layers "
-                f"beside convolutions: try one of {KINDS['CNN'][1]}"
+                f"beside convolutions: try one of {BACKBONE_KINDS['CNN'][1]}"
             )
         return grid, maps
 
@@ -404,8 +404,11 @@ class SparK(PretextTask):
         images, unit = views[0], self.encoder.image_size // self.grid
         masked = self.draw_mask(images)
         predicted = patchify(self.predict(images, masked).float(), unit)
-        # normalized patches, and the masked ones only (section 3.3)
-        return F.mse_loss(take(predicted, masked), take(normalized_patches(images, unit), masked))
+        # Normalized patches, masked ones only (section 3.3).
+        return F.mse_loss(
+            gather_tokens(predicted, masked),
+            gather_tokens(normalized_patches(images, unit), masked),
+        )
 
     def visualize(self, views: list[Tensor]) -> Visualization:
         images, unit = views[0], self.encoder.image_size // self.grid
@@ -420,31 +423,31 @@ class SparK(PretextTask):
         )
 
     def draw_mask(self, images: Tensor) -> Tensor:
-        """Choose the masked places of each image: ``(B, M)`` indices below g * g."""
+        """Draw the masked locations of each image: ``(B, M)`` indices below g * g."""
         return random_mask(len(images), self.grid**2, self.mask_ratio, images.device)[1]
 
     def encode(self, images: Tensor, visible: Tensor) -> list[Tensor]:
-        """Feature maps of the visible places.
+        """Compute feature maps of the visible locations.
 
         Args:
-            images: ``(B, C, S, S)``, normalized.
+            images: ``(B, C, S, S)`` normalized images.
             visible: ``(B, 1, g, g)``, 1 where visible, else 0.
 
         Returns:
-            ``(B, C_i, h_i, w_i)``, fine to coarse, 0 at masked places.
+            ``(B, C_i, h_i, w_i)`` feature maps, fine to coarse, 0 at masked locations.
         """
         with sparse(self.encoder.model, visible):
             return pyramid(self.encoder, images * mask_at(visible, *images.shape[2:]))
 
     def predict(self, images: Tensor, masked: Tensor) -> Tensor:
-        """Predict all pixels, the masked ones from the visible ones.
+        """Predict all pixels from the visible ones.
 
         Args:
-            images: ``(B, C, S, S)``, normalized.
-            masked: ``(B, M)`` indices of the masked places.
+            images: ``(B, C, S, S)`` normalized images.
+            masked: ``(B, M)`` indices of the masked locations.
 
         Returns:
-            ``(B, C, S, S)``.
+            ``(B, C, S, S)`` predictions.
         """
         mask = indices_to_mask(masked, self.grid**2)
         visible = (~mask).to(images.dtype).view(-1, 1, self.grid, self.grid)

@@ -1,4 +1,4 @@
-"""SwAV: views of an image predict each other's cluster, out of clusters that are all of one size.
+"""SwAV: views of an image predict the cluster of each other, with clusters of equal size.
 
 Caron, Misra, Mairal, Goyal, Bojanowski & Joulin 2020, "Unsupervised Learning of Visual Features by
 Contrasting Cluster Assignments", arXiv 2006.09882.
@@ -24,21 +24,21 @@ class SwAV(PretextTask):
 
     Args:
         encoder: Encoder to train.
-        prototypes: Number of clusters; the paper has 3000, for 1000 classes and batches of 4096.
+        prototypes: Number of clusters; the paper uses 3000, for 1000 classes and batches of 4096.
             With batches of 64, more than 128 learn nothing in the first minutes.
-        temperature: Temperature of the predictions (appendix A.1).
+        temperature: Softmax temperature of the predictions (appendix A.1).
         epsilon: Smoothness of the assignments (section 3.1).
-        sinkhorn_iterations: (section 3.1).
-        queue_size: Embeddings of earlier images that take part in the assignment, which small
-            batches need (section 3.1, 3840 for batches of 256: fifteen batches); 0 for none.
-        queue_start: Fraction of the run after which they do, when embeddings change slowly enough;
-            the paper has 15 epochs of 200, short runs want more.
-        hidden_size: Hidden size of the projection head; the paper has 2048.
+        sinkhorn_iterations: Number of Sinkhorn iterations (section 3.1).
+        queue_size: Number of embeddings of earlier images in the assignment, for small batches
+            (section 3.1: 3840 for batches of 256, fifteen batches); 0 for none.
+        queue_start: Fraction of the run after which the queue is used, once embeddings change
+            slowly; the paper uses 15 epochs of 200, short runs need a larger fraction.
+        hidden_size: Hidden size of the projection head; the paper uses 2048.
         projection_size: Size of the embeddings (appendix A.1).
-        local_crops: Number of small views beside the two large ones; default 6 as in the paper,
+        local_crops: Number of local crops besides the two global ones; default 6 as in the paper,
             none below 64 pixels.
-        min_crop_scale: Smallest fraction of the image's area in a small view (section 5).
-        min_global_crop_scale: Smallest fraction in a large view; the paper has 0.14.
+        min_crop_scale: Smallest fraction of the image area in a local crop (section 5).
+        min_global_crop_scale: Smallest fraction in a global crop; the paper uses 0.14.
         color: Strength of the color distortion.
     """
 
@@ -47,10 +47,10 @@ class SwAV(PretextTask):
         family="clustering",
         views="2 + 6 small",
         paper="Caron et al. 2020, arXiv 2006.09882",
-        use="images that fall into groups of like size; good with small crops",
+        use="images in groups of similar size; benefits from local crops",
         any_size=True,
     )
-    # The paper's LARS, 0.6 at 256, is for long training; in short runs AdamW learns faster.
+    # The paper trains long with LARS, 0.6 at batches of 256; AdamW learns faster in short runs.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-6, scaling="sqrt")
 
     def __init__(
@@ -79,7 +79,7 @@ class SwAV(PretextTask):
         self.head = ProjectionHead(encoder.num_features, hidden_size, projection_size)
         self.prototypes = nn.Linear(projection_size, prototypes, bias=False)
         self.queues = [Queue(queue_size, projection_size) for _ in range(2 if queue_size else 0)]
-        self.earlier = nn.ModuleList(self.queues)  # so that a checkpoint holds them
+        self.earlier = nn.ModuleList(self.queues)  # Registered, so that checkpoints contain them.
         self.temperature, self.epsilon = temperature, epsilon
         self.sinkhorn_iterations, self.queue_start = sinkhorn_iterations, queue_start
         self.crops = MultiCrop(2, local_crops, min_crop_scale, min_global_crop_scale, color)
@@ -88,11 +88,11 @@ class SwAV(PretextTask):
         return self.crops.views(self.encoder, upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
-        z = [F.normalize(one.float(), dim=1) for one in forward_multi_crop(self._embed, views)]
+        z = [F.normalize(view.float(), dim=1) for view in forward_multi_crop(self._embed, views)]
         prototypes = F.normalize(self.prototypes.weight.float(), dim=1)
         with torch.autocast(z[0].device.type, enabled=False):
-            scores = [one @ prototypes.T for one in z]
-        codes = [self._codes(number, z[number], scores[number], prototypes) for number in range(2)]
+            scores = [view @ prototypes.T for view in z]
+        codes = [self._codes(index, z[index], scores[index], prototypes) for index in range(2)]
         return swapped_prediction(scores, codes, self.temperature)
 
     def _embed(self, images: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class SwAV(PretextTask):
 
     @torch.no_grad()
     def _codes(self, view: int, z: Tensor, scores: Tensor, prototypes: Tensor) -> Tensor:
-        """Assignments of a batch, with earlier images beside it once the embeddings are stable."""
+        """Assign a batch to prototypes, along with the queue once the embeddings are stable."""
         if not len(self.queues):
             return sinkhorn(scores, self.epsilon, self.sinkhorn_iterations)
         queue = self.queues[view]

@@ -1,4 +1,4 @@
-"""VICReg: views agree (invariance), features vary (variance), none repeats another (covariance).
+"""VICReg: views agree (invariance), features vary (variance) without redundancy (covariance).
 
 Bardes, Ponce & LeCun 2022, "VICReg: Variance-Invariance-Covariance Regularization for
 Self-Supervised Learning", arXiv 2105.04906.
@@ -25,10 +25,10 @@ class VICReg(PretextTask):
         sim_weight: Weight of the invariance term (section 4.2).
         std_weight: Weight of the variance term (section 4.2).
         cov_weight: Weight of the covariance term (section 4.2).
-        projection_size: Size of the expander's three layers and of the embeddings; the paper has
-            8192.
-        min_crop_scale: Smallest fraction of the image's area in a view; the paper has 0.08.
-        color: Strength of the color distortion; the paper has about 0.5.
+        projection_size: Size of the three layers of the expander and of the embeddings; the paper
+            uses 8192.
+        min_crop_scale: Smallest fraction of the image area in a view; the paper uses 0.08.
+        color: Strength of the color distortion; the paper uses about 0.5.
     """
 
     info = PretextInfo(
@@ -36,10 +36,10 @@ class VICReg(PretextTask):
         family="non-contrastive",
         views="2",
         paper="Bardes et al. 2022, arXiv 2105.04906",
-        use="batches of 128 to 1024; three terms that tell what goes wrong",
+        use="batches of 128 to 1024; three interpretable loss terms",
         any_size=True,
     )
-    # The paper's LARS is for batches of 2048; at 64 to 256 AdamW learns faster.
+    # The paper trains with LARS on batches of 2048; at 64 to 256 AdamW learns faster.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
 
     def __init__(

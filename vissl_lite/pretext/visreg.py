@@ -1,4 +1,4 @@
-"""VISReg: as LeJEPA, but the spread of the embeddings and its shape are regularized apart.
+"""VISReg: like LeJEPA, with separate regularization of scale and shape of the embeddings.
 
 Wu, Balestriero & Levine 2026, "VISReg: Variance-Invariance-Sketching Regularization for JEPA
 training", arXiv 2606.02572.
@@ -22,16 +22,16 @@ class VISReg(PretextTask):
 
     Args:
         encoder: Encoder to train.
-        lambd: Weight of the regularization against the agreement of views, in [0, 1]; the authors
-            have 0.9, in short runs more agreement learns faster.
-        directions: Random projections of the distribution, drawn anew in each step; the authors'
-            default.
+        lambd: Weight of the regularization relative to the agreement of views, in (0, 1); the
+            authors use 0.9, lower values are better in short runs.
+        directions: Number of random projections of the embeddings, drawn at every step; the
+            authors' default.
         hidden_size: Hidden size of the projection head; 2048 in the authors' example.
         projection_size: Size of the embeddings.
-        global_crops: Views of the encoder's size; the authors have 4.
-        local_crops: Small views beside them; default 6 as the authors have, none below 64 pixels.
-        min_crop_scale: Smallest fraction of the image's area in a small view.
-        min_global_crop_scale: Smallest fraction in a large view.
+        global_crops: Number of crops of the encoder's image size; the authors use 4.
+        local_crops: Number of local crops; default 6 as the authors use, none below 64 pixels.
+        min_crop_scale: Smallest fraction of the image area in a local crop.
+        min_global_crop_scale: Smallest fraction in a global crop.
         color: Strength of the color distortion.
     """
 
@@ -40,10 +40,10 @@ class VISReg(PretextTask):
         family="non-contrastive",
         views="2 + 6 small",
         paper="Wu et al. 2026, arXiv 2606.02572",
-        use="small, poor or long-tailed data: its gradient does not vanish at collapse",
+        use="small, noisy or long-tailed data: the gradient does not vanish at collapse",
         any_size=True,
     )
-    # the authors' recipe: AdamW, decay 0.05, gradients clipped at 1
+    # The authors' recipe: AdamW, weight decay 0.05, gradients clipped at 1.
     optimizer_settings = OptimizerSettings(
         "adamw", lr=2e-3, weight_decay=0.05, scaling="sqrt", clip_norm=1.0
     )
@@ -77,7 +77,7 @@ class VISReg(PretextTask):
 
     def loss(self, views: list[Tensor]) -> Tensor:
         z = torch.stack(
-            [one.float() for one in forward_multi_crop(self._embed, views)]
+            [view.float() for view in forward_multi_crop(self._embed, views)]
         )  # (V, B, D)
         center = z[: self.crops.global_crops].mean(dim=0)
         agreement = (z - center).square().mean()

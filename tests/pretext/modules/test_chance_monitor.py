@@ -6,7 +6,7 @@ import torch
 from vissl_lite.pretext.modules.chance_monitor import ChanceMonitor
 
 
-def update(monitor: ChanceMonitor, accuracies: list[float]) -> None:
+def watch(monitor: ChanceMonitor, accuracies: list[float]) -> None:
     """A whole run of such accuracies."""
     for step, accuracy in enumerate(accuracies):
         monitor.update(torch.tensor(accuracy), step / len(accuracies))
@@ -15,8 +15,8 @@ def update(monitor: ChanceMonitor, accuracies: list[float]) -> None:
 @pytest.mark.parametrize(
     ("accuracies", "warning"),
     [
-        ([0.25] * 400, "rotation has hardly a signal on these images: its accuracy is 25 %"),
-        ([0.27, 0.23] * 200, "hardly a signal"),
+        ([0.25] * 400, "rotation barely exceeds chance on these images: accuracy 25 %"),
+        ([0.27, 0.23] * 200, "barely exceeds chance"),
         ([1.0] * 400, "rotation is solved early"),
         ([0.25] * 40 + [0.6] * 360, None),
         ([0.25] * 60 + [1.0] * 340, "rotation is solved early (accuracy 99 % after"),
@@ -28,21 +28,21 @@ def test_warns_once_of_no_signal_and_of_one_that_is_too_easy(
     accuracies: list[float], warning: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        update(ChanceMonitor("rotation", 1 / 4), accuracies)
+        watch(ChanceMonitor("rotation", 1 / 4), accuracies)
     assert len(caplog.records) == (warning is not None)
     if warning:
         assert warning in caplog.text
 
 
 def test_a_hard_task_of_many_classes_may_take_its_time(caplog: pytest.LogCaptureFixture) -> None:
-    update(ChanceMonitor("jigsaw", 1 / 100), [0.02] * 400)
+    watch(ChanceMonitor("jigsaw", 1 / 100), [0.02] * 400)
     assert not caplog.records
 
 
 def test_its_state_survives_a_resumed_run(caplog: pytest.LogCaptureFixture) -> None:
     monitor = ChanceMonitor("rotation", 1 / 4)
-    update(monitor, [0.25] * 400)
+    watch(monitor, [0.25] * 400)
     resumed = ChanceMonitor("rotation", 1 / 4)
     resumed.load_state_dict(monitor.state_dict())
-    update(resumed, [0.25] * 400)
+    watch(resumed, [0.25] * 400)
     assert len(caplog.records) == 1

@@ -13,13 +13,13 @@ from vissl_lite.pretext.modules.masking import (
     check_patches,
     check_ratio,
     encode_visible,
+    gather_tokens,
     indices_to_mask,
     masked_patches,
     narrow_width,
     normalized_patches,
     patchify,
     random_mask,
-    take,
     unpatchify,
 )
 
@@ -58,7 +58,7 @@ def test_visible_and_masked_tokens_put_back_restore_the_whole() -> None:
     restored = torch.zeros_like(tokens)
     for where in random_mask(3, 10, 0.7, CPU):
         for image in range(3):
-            for place, token in zip(where[image], take(tokens, where)[image], strict=True):
+            for place, token in zip(where[image], gather_tokens(tokens, where)[image], strict=True):
                 restored[image, place] += token
     assert torch.equal(restored, tokens)
 

@@ -1,1 +1,1 @@
-"""What several pretexts are made of."""
+"""Building blocks shared by several pretexts."""

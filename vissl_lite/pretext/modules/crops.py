@@ -1,4 +1,4 @@
-"""Views that several pretexts take: one crop of an image, two, or large and small ones."""
+"""Views shared by several pretexts: one crop, two crops, or global and local crops."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from vissl_lite.errors import LARGEST_DEPTH, UserError, check_count
 
 
 def cropped_views(size: int, min_crop_scale: float, upright: bool) -> Views:
-    """One view: a random crop, perhaps flipped, for tasks that predict part of the image.
+    """One randomly cropped and flipped view, for tasks that predict part of the image.
 
     Args:
-        size: Side in pixels.
-        min_crop_scale: Smallest share of the image's area.
-        upright: Whether the images have an up.
+        size: Side of the view in pixels.
+        min_crop_scale: Smallest fraction of the image area in the crop.
+        upright: Whether the images have a natural orientation.
     """
     one = [random_crop(size, min_crop_scale), flip(upright)]
     return Views([one], shortest=crop_decode_size(size, min_crop_scale))
@@ -32,15 +32,15 @@ def two_views(
     blur: tuple[float, float] = (0.5, 0.5),
     solarize: tuple[float, float] = (0.0, 0.0),
 ) -> Views:
-    """Two random crops, flipped, their colors distorted, perhaps blurred (SimCLR, appendix A).
+    """Two random crops with flips, color distortion and blur (SimCLR, appendix A).
 
     Args:
-        size: Side in pixels.
-        min_crop_scale: Smallest share of the image's area.
+        size: Side of the views in pixels.
+        min_crop_scale: Smallest fraction of the image area in a crop.
         color: Strength of the color distortion; see ``distorted_crop``.
-        upright: Whether the images have an up.
-        blur: Probability for each view.
-        solarize: Probability for each view.
+        upright: Whether the images have a natural orientation.
+        blur: Probability of blurring each of the views.
+        solarize: Probability of solarizing each of the views.
     """
     first, second = (
         distorted_crop(size, min_crop_scale, color, blurred, inverted, upright)
@@ -49,8 +49,8 @@ def two_views(
     return Views([first, second], shortest=crop_decode_size(size, min_crop_scale))
 
 
-# BYOL (Grill et al. 2020, appendix B): one view is always blurred, the other seldom, but sometimes
-# solarized.
+# BYOL (Grill et al. 2020, appendix B): the first view is always blurred; the second is rarely
+# blurred and sometimes solarized.
 BYOL_BLUR, BYOL_SOLARIZE = (1.0, 0.1), (0.0, 0.2)
 
 
@@ -61,10 +61,11 @@ class MultiCrop:
     Attributes:
         global_crops: Number of global crops.
         local_crops: Number of local crops; default ``default_local_crops``.
-        min_crop_scale: Smallest share of the image's area in a local crop.
-        min_global_scale: Smallest share in a global crop, and largest share in a local one.
+        min_crop_scale: Smallest fraction of the image area in a local crop.
+        min_global_scale: Smallest fraction in a global crop, and largest fraction in a local one.
         color: Strength of the color distortion; see ``distorted_crop``.
-        solarize: Blur and solarize the global crops as BYOL does; else blur each half of the time.
+        solarize: Blur and solarize the global crops as BYOL does; else blur each with probability
+            0.5.
     """
 
     global_crops: int
@@ -79,10 +80,11 @@ class MultiCrop:
 
         Args:
             encoder: The encoder that the views are for.
-            upright: Whether the images have an up.
+            upright: Whether the images have a natural orientation.
 
         Raises:
-            UserError: The backbone can't take the local crops, or the shares are none.
+            UserError: If the backbone does not support the size of the local crops, or if a
+                fraction is out of range.
         """
         size, border = encoder.image_size, self.min_global_scale
         if not 0 < self.min_crop_scale <= border:
@@ -114,14 +116,14 @@ class MultiCrop:
 
 
 def forward_multi_crop(network: Callable[[Tensor], Tensor], views: list[Tensor]) -> list[Tensor]:
-    """Run a network over views, in one pass for each run of views of equal size.
+    """Run a network on views, with one forward pass per group of consecutive views of equal size.
 
     Args:
-        network: Takes ``(N, C, H, W)``, gives ``(N, ...)``.
-        views: ``(B, C, H, W)`` each.
+        network: Maps ``(N, C, H, W)`` to ``(N, ...)``.
+        views: Tensors of shape ``(B, C, H, W)``.
 
     Returns:
-        One ``(B, ...)`` output for each view.
+        One ``(B, ...)`` output per view.
     """
     outputs: list[Tensor] = []
     for _, group in groupby(views, key=lambda view: view.shape[-1]):
@@ -131,5 +133,5 @@ def forward_multi_crop(network: Callable[[Tensor], Tensor], views: list[Tensor])
 
 
 def default_local_crops(encoder: Encoder) -> int:
-    """Six, as SwAV has on ImageNet; none below 64 pixels, where they would show next to nothing."""
+    """Return 6 as SwAV uses on ImageNet; 0 below 64 pixels, where local crops show too little."""
     return 6 if encoder.image_size >= 64 else 0

@@ -1,4 +1,4 @@
-"""Momentum teachers: copies of a network that follow it slowly and get no gradient."""
+"""Momentum teachers: exponential moving averages of a network."""
 
 import copy
 from typing import TypeVar
@@ -10,10 +10,12 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def make_teacher(student: Module) -> Module:
-    """A copy that gets no gradient. It stays in training mode: its BatchNorms see its own batches.
+    """Copy a network without gradients.
+
+    The copy stays in training mode: its BatchNorms use the statistics of its own batches.
 
     Args:
-        student: Module to copy.
+        student: Network to copy.
     """
     teacher = copy.deepcopy(student)
     for parameter in teacher.parameters():
@@ -22,12 +24,12 @@ def make_teacher(student: Module) -> Module:
 
 
 def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """Move a teacher's parameters towards the student's: t = m t + (1 - m) s (MoCo, eq. 2).
+    """Update the parameters of a teacher: t = m t + (1 - m) s (MoCo, eq. 2).
 
     Args:
-        teacher: A ``make_teacher`` of the student. Its buffers are its own.
-        student: Student of the same structure.
-        momentum: M, in [0, 1].
+        teacher: Copy of the student by ``make_teacher``; its buffers are not updated.
+        student: Network of the same structure.
+        momentum: m, in [0, 1].
     """
     update = get_ema_multi_avg_fn(momentum)
     update(list(teacher.parameters()), list(student.parameters()), None)

@@ -1,4 +1,4 @@
-"""Heads on the encoder, which are used in pre-training only."""
+"""Heads that are trained on top of the encoder and discarded afterwards."""
 
 import math
 from itertools import pairwise
@@ -12,11 +12,11 @@ from vissl_lite.errors import check_sizes
 
 
 class ProjectionHead(nn.Sequential):
-    """A multi-layer perceptron with BatchNorm and ReLU between its layers.
+    """Multi-layer perceptron with BatchNorm and ReLU between its linear layers.
 
     Args:
-        sizes: Input features, hidden features, output features.
-        last_norm: Whether to end with a BatchNorm.
+        sizes: Number of input features, of hidden features of each layer, of output features.
+        last_norm: Append a BatchNorm to the last layer.
     """
 
     def __init__(self, *sizes: int, last_norm: bool = False) -> None:
@@ -32,16 +32,16 @@ class ProjectionHead(nn.Sequential):
 
 
 class PrototypeHead(nn.Module):
-    """DINO's head: an MLP, an L2-normalized bottleneck, similarities to normalized prototypes.
+    """DINO head: MLP, L2-normalized bottleneck, cosine similarities to the prototypes.
 
     Caron et al. 2021, appendix C.
 
     Args:
-        features: In.
-        hidden: Hidden of the MLP's two hidden layers.
-        bottleneck: Bottleneck of its output.
-        prototypes: Out.
-        norm: BatchNorm in the MLP.
+        features: Number of input features.
+        hidden: Width of the two hidden layers of the MLP.
+        bottleneck: Number of output features of the MLP.
+        prototypes: Number of prototypes, the outputs of the head.
+        norm: Whether the MLP uses BatchNorm.
     """
 
     def __init__(
@@ -61,27 +61,27 @@ class PrototypeHead(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(N, features)`` to ``(N, prototypes)`` float32 cosines."""
+        """Map ``(N, features)`` to ``(N, prototypes)`` float32 cosine similarities."""
         z = F.normalize(self.layers(features).float(), dim=1)
         with torch.autocast(z.device.type, enabled=False):
             return z @ F.normalize(self.prototypes.weight.float(), dim=1).T
 
     def freeze_last(self) -> None:
-        """Forget the prototypes' gradient, so that the coming step leaves them as they are."""
+        """Discard the gradient of the prototypes, so that the next step does not update them."""
         self.prototypes.weight.grad = None
 
 
 class Decoder(nn.Module):
-    """Turns an encoder's last feature map into a map of a quarter of the image's resolution.
+    """Decode the last feature map of an encoder to a quarter of the image resolution.
 
-    Convolutions of 3x3 between doublings. The pooled features are added to the map everywhere: each
-    place then knows of the whole image, which in Pathak et al. 2016 (section 3.1) a channel-wise
-    fully-connected layer does, and what is trained includes all layers up to the pooled features.
+    Alternates 3x3 convolutions and 2x upsampling. The pooled features are added at every location:
+    this provides global context, as the channel-wise fully-connected layer of Pathak et al. 2016
+    (section 3.1), and trains all layers of the encoder up to the pooled features.
 
     Args:
         encoder: Encoder whose features are decoded.
-        outputs: Channels of the result.
-        width: Channels in between.
+        outputs: Number of output channels.
+        width: Number of hidden channels.
     """
 
     STRIDE = 4
@@ -103,21 +103,21 @@ class Decoder(nn.Module):
 
     @classmethod
     def size(cls, images: Tensor) -> int:
-        """Side of the map that stands for square ``(B, C, S, S)`` images."""
+        """Side of the decoded map of square ``(B, C, S, S)`` images."""
         return -(-images.shape[-1] // cls.STRIDE)
 
     def forward(self, pooled: Tensor, last: Tensor, size: int) -> Tensor:
-        """Decode.
+        """Decode the features.
 
         Args:
-            pooled: ``(B, D)``.
-            last: ``(B, D', h, w)``.
+            pooled: ``(B, D)`` pooled features.
+            last: ``(B, D', h, w)`` last feature map.
             size: Side of the result.
 
         Returns:
             ``(B, outputs, size, size)``.
         """
         x = self.layers(self.project(last) + self.context(pooled)[:, :, None, None])
-        if x.shape[-1] != size:  # the map's size is not a power of two of it
+        if x.shape[-1] != size:  # The ratio of the sides is not a power of two.
             x = F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
         return self.last(x)

@@ -1,4 +1,4 @@
-"""Losses as pure functions of embeddings; where they look at the whole batch, of all processes."""
+"""Losses as pure functions of embeddings; batch statistics are those of all processes together."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,38 +10,38 @@ from torch import Tensor, nn
 
 from vissl_lite.training.processes import gather, world
 
-# Of similarities that are there at a time. With more, matrix products become no faster. The whole
-# matrix of 1024 images in each of 64 processes would be 1 GB, and autograd would keep several.
+# Size of a chunk of similarities; larger ones do not make matrix products faster. The full matrix
+# of 1024 images in each of 64 processes would take 1 GB, and autograd would keep several copies.
 CHUNK_BYTES = 2**26
 
 
-class _FindAmong(torch.autograd.Function):
-    """Cross-entropy of each query's similarities to all keys, some rows at a time.
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of the similarities of each query to all keys, computed in chunks of rows.
 
-    The gradient is made along with the loss, while the rows are there: nothing that is as large as
-    queries times keys is kept, or computed twice.
+    The forward pass computes the gradient too, while a chunk is in memory: no matrix of queries by
+    keys is stored or computed twice.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, answer: Tensor, left_out: Tensor | None
+        ctx: Any, query: Tensor, key: Tensor, target: Tensor, excluded: Tensor | None
     ) -> Tensor:
-        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        query_gradient = torch.empty_like(query) if wanted else None
+        needs_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        query_gradient = torch.empty_like(query) if needs_gradient else None
         key_gradient = torch.zeros_like(key) if ctx.needs_input_grad[1] else None
         total = query.new_zeros(())
         rows = max(1, CHUNK_BYTES // (4 * len(key)))
         for start in range(0, len(query), rows):
             part = slice(start, start + rows)
             scores = query[part] @ key.T
-            if left_out is not None:
-                scores.scatter_(1, left_out[part, None], float("-inf"))
+            if excluded is not None:
+                scores.scatter_(1, excluded[part, None], float("-inf"))
             norm = scores.logsumexp(dim=1, keepdim=True)
-            total += (norm - scores.gather(1, answer[part, None])).sum()
+            total += (norm - scores.gather(1, target[part, None])).sum()
             if query_gradient is None:
                 continue
-            scores.sub_(norm).exp_()  # now the probabilities
-            scores.scatter_add_(1, answer[part, None], -torch.ones_like(norm))
+            scores.sub_(norm).exp_()  # Softmax probabilities.
+            scores.scatter_add_(1, target[part, None], -torch.ones_like(norm))
             query_gradient[part] = scores @ key
             if key_gradient is not None:
                 key_gradient.addmm_(scores.T, query[part])
@@ -63,17 +63,17 @@ class _FindAmong(torch.autograd.Function):
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     """Normalized temperature-scaled cross-entropy (SimCLR, Chen et al. 2020, eq. 1).
 
-    Every embedding has to find the other view of its image among all other embeddings of both
-    views, those of other processes included. The mean of the processes' losses is the loss of the
-    joined batch, and so is its gradient. Memory grows with the batch alone, time with its square.
+    The positive of an embedding is the other view of its image; all other embeddings of both views
+    and of all processes are negatives. The mean of the losses of all processes is the loss of the
+    joined batch, and so is its gradient. Memory is linear in the batch size, time quadratic.
 
     Args:
         z1: ``(B, D)`` embeddings of the first views; need not be normalized.
-        z2: ``(B, D)`` of the second views.
-        temperature: Temperature above 0.
+        z2: ``(B, D)`` embeddings of the second views.
+        temperature: Softmax temperature, above 0.
 
     Returns:
-        A scalar, the mean over this process's 2 B embeddings. Computed in float32.
+        Scalar, the mean over the 2 B embeddings of this process. Computed in float32.
     """
     with torch.autocast(z1.device.type, enabled=False):
         z1, z2 = F.normalize(z1.float(), dim=1), F.normalize(z2.float(), dim=1)
@@ -83,42 +83,44 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
         own = torch.arange(size, device=z1.device) + rank
         itself = torch.cat([own, own + total])
         partner = torch.cat([own + total, own])
-        loss: Tensor = _FindAmong.apply(torch.cat([z1, z2]) / temperature, others, partner, itself)
+        loss: Tensor = _ChunkedCrossEntropy.apply(
+            torch.cat([z1, z2]) / temperature, others, partner, itself
+        )
         return loss
 
 
 def contrast(query: Tensor, key: Tensor, temperature: float) -> Tensor:
-    """Every query has to find its key among the keys of the batch (InfoNCE, van den Oord 2018).
+    """InfoNCE with the other keys of the batch as negatives (van den Oord 2018).
 
     Equation 1 of MoCo v3 (Chen et al. 2021) without its factor of 2 T, and equation 3 of NNCLR
     (Dwibedi et al. 2021). Keys of other processes are negatives too.
 
     Args:
-        query: ``(B, D)``; need not be normalized.
-        key: ``(B, D)``, likewise; may have a gradient.
-        temperature: Temperature above 0.
+        query: ``(B, D)`` queries; need not be normalized.
+        key: ``(B, D)`` keys; need not be normalized, may require a gradient.
+        temperature: Softmax temperature, above 0.
 
     Returns:
-        A scalar, the mean over this process's queries. Computed in float32.
+        Scalar, the mean over the queries of this process. Computed in float32.
     """
     with torch.autocast(query.device.type, enabled=False):
         query, key = F.normalize(query.float(), dim=1), F.normalize(key.float(), dim=1)
         own = torch.arange(len(query), device=query.device) + world()[0] * len(query)
-        loss: Tensor = _FindAmong.apply(query / temperature, gather(key), own, None)
+        loss: Tensor = _ChunkedCrossEntropy.apply(query / temperature, gather(key), own, None)
         return loss
 
 
 def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tensor:
-    """Every query has to find its key beside a queue of negatives (MoCo, He et al. 2020, eq. 1).
+    """InfoNCE with a queue of negatives (MoCo, He et al. 2020, eq. 1).
 
     Args:
-        query: ``(B, D)``; need not be normalized.
-        key: ``(B, D)``, likewise; its gradient is up to the caller.
-        queue: ``(Q, D)``, normalized.
-        temperature: Temperature above 0.
+        query: ``(B, D)`` queries; need not be normalized.
+        key: ``(B, D)`` keys; need not be normalized, not detached here.
+        queue: ``(Q, D)`` normalized negatives.
+        temperature: Softmax temperature, above 0.
 
     Returns:
-        A scalar, the mean over the queries. Computed in float32.
+        Scalar, the mean over the queries. Computed in float32.
     """
     with torch.autocast(query.device.type, enabled=False):
         query, key = F.normalize(query.float(), dim=1), F.normalize(key.float(), dim=1)
@@ -131,27 +133,27 @@ def negative_cosine(prediction: Tensor, target: Tensor) -> Tensor:
     """Negative cosine similarity (SimSiam, Chen & He 2021, eq. 1); BYOL's loss is 2 + 2 times it.
 
     Args:
-        prediction: ``(B, D)``.
-        target: ``(B, D)``; no gradient flows into it.
+        prediction: ``(B, D)`` predictions.
+        target: ``(B, D)`` targets; detached.
 
     Returns:
-        A scalar in [-1, 1], the mean over the batch. Computed in float32.
+        Scalar in [-1, 1], the mean over the batch. Computed in float32.
     """
     return -F.cosine_similarity(prediction.float(), target.detach().float(), dim=1).mean()
 
 
 def barlow_twins(z1: Tensor, z2: Tensor, lambd: float) -> Tensor:
-    """Cross-correlation of two views' embeddings against the identity (Zbontar et al. 2021, eq. 1).
+    """Distance of the cross-correlation of two views to the identity (Zbontar et al. 2021, eq. 1).
 
     The correlations are those of the batch joined over processes.
 
     Args:
         z1: ``(B, D)`` embeddings of the first views, B * processes at least 2.
-        z2: ``(B, D)`` of the second views.
+        z2: ``(B, D)`` embeddings of the second views.
         lambd: Weight of the off-diagonal terms.
 
     Returns:
-        A scalar, a sum over D^2 entries. Computed in float32.
+        Scalar, the sum over D^2 entries. Computed in float32.
     """
     with torch.autocast(z1.device.type, enabled=False):
         z1, z2 = gather(z1.float()), gather(z2.float())
@@ -166,63 +168,66 @@ def barlow_twins(z1: Tensor, z2: Tensor, lambd: float) -> Tensor:
 def vicreg(
     z1: Tensor, z2: Tensor, sim_weight: float, std_weight: float, cov_weight: float
 ) -> Tensor:
-    """Variance, invariance, covariance (VICReg, Bardes et al. 2022, eq. 1 to 6).
+    """Variance-invariance-covariance loss (VICReg, Bardes et al. 2022, eq. 1 to 6).
 
     Variances and covariances are those of the batch joined over processes.
 
     Args:
         z1: ``(B, D)`` embeddings of the first views, B * processes at least 2.
-        z2: ``(B, D)`` of the second views.
-        sim_weight: Lambda, of the squared distance between views.
-        std_weight: Mu, of the hinge that keeps each dimension's standard deviation at 1.
-        cov_weight: Nu, of the squared covariances between dimensions.
+        z2: ``(B, D)`` embeddings of the second views.
+        sim_weight: lambda, weight of the squared distance between views.
+        std_weight: mu, weight of the hinge loss on the standard deviation of each dimension, with
+            target 1.
+        cov_weight: nu, weight of the squared covariances between dimensions.
 
     Returns:
-        A scalar. Computed in float32.
+        Scalar loss. Computed in float32.
     """
     with torch.autocast(z1.device.type, enabled=False):
         z1, z2 = gather(z1.float()), gather(z2.float())
         similarity = F.mse_loss(z1, z2)
-        spread = (_lack_of_spread(z1) + _lack_of_spread(z2)) / 2  # as the authors' code has it
+        spread = (_variance_hinge(z1) + _variance_hinge(z2)) / 2  # As in the authors' code.
         covariance = _covariance(z1) + _covariance(z2)
         return sim_weight * similarity + std_weight * spread + cov_weight * covariance
 
 
-def _lack_of_spread(z: Tensor) -> Tensor:
+def _variance_hinge(z: Tensor) -> Tensor:
     return F.relu(1 - (z.var(dim=0) + 1e-4).sqrt()).mean()
 
 
 def _covariance(z: Tensor) -> Tensor:
-    centerd = z - z.mean(dim=0)
-    covariance = centerd.T @ centerd / (len(z) - 1)  # as z.T.cov(), which waits for a GPU
+    centered = z - z.mean(dim=0)
+    covariance = (
+        centered.T @ centered / (len(z) - 1)
+    )  # Like z.T.cov(), which synchronizes with a GPU.
     return (covariance.square().sum() - covariance.diagonal().square().sum()) / z.shape[1]
 
 
 def random_directions(size: int, count: int, like: Tensor) -> Tensor:
-    """Unit vectors drawn evenly, ``(size, count)`` float32, on the device of a tensor."""
+    """Draw uniform random unit vectors, ``(size, count)`` float32, on the device of a tensor."""
     return F.normalize(torch.randn(size, count, device=like.device), dim=0)
 
 
-def sigreg(z: Tensor, directions: Tensor, points: int = 17, reach: float = 5.0) -> Tensor:
+def sigreg(z: Tensor, directions: Tensor, points: int = 17, limit: float = 5.0) -> Tensor:
     """Sketched isotropic Gaussian regularization (LeJEPA, Balestriero & LeCun 2025, algorithm 1).
 
-    Along each direction the embeddings' characteristic function is compared with that of the
-    standard normal distribution (Epps & Pulley 1983), over the batch joined over processes. Each
-    process may bring directions of its own.
+    Along each direction, the empirical characteristic function of the embeddings is compared with
+    that of the standard normal distribution (Epps & Pulley 1983), on the batch joined over
+    processes. Each process may use different directions.
 
     Args:
         z: ``(B, D)`` embeddings.
         directions: ``(D, S)`` unit vectors.
-        points: Points of the trapezoidal quadrature.
-        reach: The integral runs from minus this to this.
+        points: Number of points of the trapezoidal quadrature.
+        limit: The integral runs from ``-limit`` to ``limit``.
 
     Returns:
-        A scalar, the mean over directions of the test statistic. Computed in float32.
+        Scalar, the mean over directions of the test statistic. Computed in float32.
     """
     with torch.autocast(z.device.type, enabled=False):
         z = gather(z.float())
-        # the integrand is even: integrate from 0, twice
-        t = torch.linspace(0, reach, points, device=z.device)
+        # The integrand is even: integrate from 0 and double.
+        t = torch.linspace(0, limit, points, device=z.device)
         normal = torch.exp(-t.square() / 2)
         angles = (z @ directions).unsqueeze(2) * t
         error = (angles.cos().mean(dim=0) - normal).square() + angles.sin().mean(dim=0).square()
@@ -230,18 +235,18 @@ def sigreg(z: Tensor, directions: Tensor, points: int = 17, reach: float = 5.0) 
 
 
 def visreg(z: Tensor, directions: Tensor) -> Tensor:
-    """Scale, shape and center of the embeddings' distribution (VISReg, Wu et al. 2026, section 3).
+    """Regularize scale, shape and center of embeddings (VISReg, Wu et al. 2026, section 3).
 
-    The scale term pulls each dimension's standard deviation to 1, however far it is; the shape term
-    is the sliced 2-Wasserstein distance of the standardized embeddings to a Gaussian. Over the
-    batch joined over processes; each process may bring directions of its own.
+    The scale term is the squared distance of each dimension's standard deviation to 1; the shape
+    term is the sliced 2-Wasserstein distance of the standardized embeddings to a Gaussian. Computed
+    on the batch joined over processes; each process may use different directions.
 
     Args:
         z: ``(B, D)`` embeddings.
         directions: ``(D, S)`` unit vectors.
 
     Returns:
-        A scalar, the sum of the three terms. Computed in float32.
+        Scalar, the sum of the three terms. Computed in float32.
     """
     with torch.autocast(z.device.type, enabled=False):
         z = gather(z.float())
@@ -258,13 +263,15 @@ def visreg(z: Tensor, directions: Tensor) -> Tensor:
 def sinkhorn(
     scores: Tensor, epsilon: float, iterations: int, earlier: Tensor | None = None
 ) -> Tensor:
-    """Soft assignments that use all prototypes equally (SwAV, Caron et al. 2020, eq. 3 to 5).
+    """Balanced soft assignments to prototypes (SwAV, Caron et al. 2020, eq. 3 to 5).
+
+    The assignments are balanced over the batches of all processes together.
 
     Args:
-        scores: ``(B, K)`` similarities to prototypes, in [-1, 1]; joined over processes.
-        epsilon: Smoothness, above 0.
-        iterations: Iterations of normalizing rows and columns.
-        earlier: ``(Q, K)`` similarities of earlier embeddings, the same in all processes, that are
+        scores: ``(B, K)`` similarities to prototypes, in [-1, 1].
+        epsilon: Smoothness of the assignments, above 0.
+        iterations: Number of normalizations of columns and rows.
+        earlier: ``(Q, K)`` similarities of earlier embeddings, equal in all processes, that are
             assigned along with the batch (section 3.1).
 
     Returns:
@@ -281,27 +288,27 @@ def sinkhorn(
             dist.all_reduce(highest, dist.ReduceOp.MAX)
         codes = ((codes - highest) / epsilon).exp()
         for _ in range(iterations):
-            # each process keeps its own rows: only the sums of columns travel
+            # Each process keeps its own rows: only the sums of columns are communicated.
             columns = codes[:size].sum(dim=0)
             if processes > 1:
                 dist.all_reduce(columns)
-            columns += codes[size:].sum(dim=0)  # the same everywhere
-            # a prototype that underflows gets nothing, rather than an infinite share
+            columns += codes[size:].sum(dim=0)  # Equal in all processes.
+            # Avoid a division by zero for prototypes whose column underflows.
             codes = codes / (columns.clamp_min(1e-30) * codes.shape[1])
             codes = codes / (codes.sum(dim=1, keepdim=True) * rows)
         return rows * codes[:size]
 
 
 def cross_entropy(targets: Tensor, scores: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of distributions with scores (DINO, Caron et al. 2021, eq. 2).
+    """Cross-entropy between target distributions and scores (DINO, Caron et al. 2021, eq. 2).
 
     Args:
         targets: ``(B, K)``, each row a distribution.
-        scores: ``(B, K)``.
-        temperature: Temperature of the scores, above 0.
+        scores: ``(B, K)`` scores.
+        temperature: Softmax temperature of the scores, above 0.
 
     Returns:
-        ``(B,)``. Computed in float32.
+        ``(B,)`` cross-entropies. Computed in float32.
     """
     return -(targets * F.log_softmax(scores.float() / temperature, dim=1)).sum(dim=1)
 
@@ -309,33 +316,36 @@ def cross_entropy(targets: Tensor, scores: Tensor, temperature: float) -> Tensor
 def swapped_prediction(
     scores: Sequence[Tensor], codes: Sequence[Tensor], temperature: float
 ) -> Tensor:
-    """Every view predicts the codes of the large views but its own (SwAV, eq. 6; DINO, eq. 3).
+    """Predict the codes of each global crop from all other views (SwAV, eq. 6; DINO, eq. 3).
 
     Args:
-        scores: ``(B, K)`` similarities to the prototypes, of each view, the large ones first.
-        codes: ``(B, K)`` distributions of each large view: assignments, or what a teacher says.
-        temperature: Temperature above 0.
+        scores: ``(B, K)`` similarities to the prototypes for each view, global crops first.
+        codes: ``(B, K)`` target distributions for each global crop: assignments to clusters, or
+            the outputs of a teacher.
+        temperature: Softmax temperature of the scores, above 0.
 
     Returns:
-        A scalar, the mean over pairs of views. Computed in float32.
+        Scalar, the mean over pairs of views. Computed in float32.
     """
     terms = [
         cross_entropy(code, score, temperature).mean()
-        for large, code in enumerate(codes)
+        for global_view, code in enumerate(codes)
         for view, score in enumerate(scores)
-        if view != large
+        if view != global_view
     ]
     return torch.stack(terms).mean()
 
 
 def koleo(z: Tensor) -> Tensor:
-    """Spreads embeddings evenly (Sablayrolles et al. 2019; DINOv2, Oquab et al. 2023, section 4).
+    """KoLeo regularizer (Sablayrolles et al. 2019; DINOv2, Oquab et al. 2023, section 4).
+
+    Spreads embeddings evenly.
 
     Args:
-        z: ``(B, D)``, of this process alone; B at least 2.
+        z: ``(B, D)`` embeddings of this process; B at least 2.
 
     Returns:
-        Minus the mean logarithm of the distance to the nearest neighbor. Computed in float32.
+        Negative mean log distance to the nearest neighbor. Computed in float32.
     """
     with torch.autocast(z.device.type, enabled=False):
         z = F.normalize(z.float(), dim=1)
@@ -345,12 +355,12 @@ def koleo(z: Tensor) -> Tensor:
 
 
 class Center(nn.Module):
-    """The running mean of a teacher's outputs, which keeps one from winning always (DINO, eq. 4).
+    """Running mean of a teacher's outputs, so that no single output dominates (DINO, eq. 4).
 
-    A module, so that a checkpoint holds it. The mean is over all processes.
+    It is a module, so that checkpoints contain it. The mean is over all processes.
 
     Args:
-        size: Size of an output.
+        size: Number of outputs of the teacher.
         momentum: Momentum of the mean.
     """
 
@@ -361,16 +371,20 @@ class Center(nn.Module):
         self.register_buffer("mean", torch.zeros(size))
 
     def targets(self, outputs: Tensor, temperature: float) -> Tensor:
-        """Distributions for a student to predict: ``(B, size)``, float32.
+        """Center and sharpen teacher outputs: ``(B, size)`` float32 target distributions.
 
         Args:
-            outputs: ``(B, size)`` of the teacher.
-            temperature: Temperature below the student's, which sharpens them.
+            outputs: ``(B, size)`` outputs of the teacher.
+            temperature: Softmax temperature; below that of the student, to sharpen the targets.
         """
         return F.softmax((outputs.float() - self.mean) / temperature, dim=1)
 
     @torch.no_grad()
     def update(self, outputs: Tensor) -> None:
-        """Take in a batch's outputs, ``(B, size)``."""
+        """Update the mean with the outputs of a batch.
+
+        Args:
+            outputs: ``(B, size)`` outputs of the teacher.
+        """
         batch_mean = gather(outputs.float()).mean(dim=0)
         self.mean = torch.lerp(batch_mean, self.mean, self.momentum)

@@ -1,4 +1,4 @@
-"""What the masked pretexts share: masks, patches, an encoder on the visible ones, a predictor."""
+"""Shared parts of masked pretexts: masks, patches, encoding of visible patches, a predictor."""
 
 import math
 from collections.abc import Iterator
@@ -12,39 +12,40 @@ from torch import Tensor, nn
 
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError
-from vissl_lite.pretext.base import KINDS, PretextInfo
+from vissl_lite.pretext.base import BACKBONE_KINDS, PretextInfo
 
 
 def check_ratio(ratio: float) -> None:
-    """Raise a UserError for a masked share that is not between 0 and 1."""
+    """Raise a UserError if a mask ratio is not between 0 and 1."""
     if not 0 < ratio < 1:
         raise UserError(f"--pretext.mask_ratio {ratio} is not a share: it must be between 0 and 1")
 
 
 def check_patches(info: PretextInfo, encoder: Encoder) -> int:
-    """Raise a UserError unless masking can hide an encoder's patches.
+    """Check that the patches of an encoder can be masked.
 
-    Patches that overlap, or that come from a convolutional stem, see the pixels beside them: what
-    is masked would still be seen.
+    Patches that overlap, or that come from a convolutional stem, contain information about
+    neighboring pixels, so that masking them leaks.
 
     Args:
-        info: The pretext that asks.
+        info: Description of the pretext, for errors.
         encoder: Encoder with a ``patch_embed``.
 
     Returns:
-        Their side in pixels.
+        Side of a patch in pixels.
 
     Raises:
-        UserError: It is not one convolution that cuts the image into at least 2 x 2 whole patches.
+        UserError: If the patch embedding is not a single convolution that splits the image into at
+            least 2 x 2 non-overlapping patches.
     """
     patch, size = encoder.patch_size, encoder.image_size
-    assert patch is not None  # as there is a patch_embed
+    assert patch is not None  # Encoders with a patch_embed have a patch size.
     embed = encoder.model.patch_embed
     cuts = [module for module in embed.modules() if isinstance(module, nn.Conv2d)]
     if len(cuts) != 1 or not cuts[0].kernel_size == cuts[0].stride == (patch, patch):
         raise UserError(
             f"the pretext {info.name} needs patches that do not overlap, and those of "
-            f"{encoder.backbone} do: try one of {KINDS[info.backbones][1]}"
+            f"{encoder.backbone} do: try one of {BACKBONE_KINDS[info.backbones][1]}"
         )
     if size % patch or size < 2 * patch:
         near = max(2, round(size / patch)) * patch
@@ -55,12 +56,12 @@ def check_patches(info: PretextInfo, encoder: Encoder) -> int:
     return patch
 
 
-def number_masked(count: int, ratio: float) -> int:
-    """How many patches to mask: at least one, and one stays visible.
+def num_masked(count: int, ratio: float) -> int:
+    """Number of patches to mask, such that at least one is masked and one visible.
 
     Args:
-        count: Patches of an image; at least 2.
-        ratio: Share that is to be masked.
+        count: Number of patches of an image; at least 2.
+        ratio: Fraction of the patches to mask.
     """
     return min(max(round(ratio * count), 1), count - 1)
 
@@ -68,19 +69,19 @@ def number_masked(count: int, ratio: float) -> int:
 def random_mask(
     batch: int, count: int, ratio: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Choose the patches to mask, equally many in each image, anew for each image.
+    """Choose random patches to mask, the same number in each image.
 
     Args:
         batch: B, number of images.
         count: N, number of patches of an image; at least 2.
-        ratio: Fraction of the patches that is masked; see ``number_masked``.
+        ratio: Fraction of the patches to mask; see ``num_masked``.
         device: Device to draw on.
 
     Returns:
         ``(B, N - M)`` indices of the visible patches and ``(B, M)`` of the masked ones, both
         ascending.
     """
-    masked = number_masked(count, ratio)
+    masked = num_masked(count, ratio)
     shuffled = torch.rand(batch, count, device=device).argsort(dim=1)
     return shuffled[:, masked:].sort(dim=1).values, shuffled[:, :masked].sort(dim=1).values
 
@@ -99,42 +100,42 @@ def indices_to_mask(indices: Tensor, count: int) -> Tensor:
     return empty.scatter(1, indices, True)
 
 
-def take(tokens: Tensor, where: Tensor) -> Tensor:
-    """Some of each image's tokens.
+def gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
+    """Select tokens of each image by index.
 
     Args:
-        tokens: ``(B, N, D)``.
-        where: ``(B, K)`` indices below N.
+        tokens: ``(B, N, D)`` tokens.
+        indices: ``(B, K)`` indices below N.
 
     Returns:
-        ``(B, K, D)``.
+        ``(B, K, D)`` selected tokens.
     """
-    return tokens.gather(1, where[:, :, None].expand(-1, -1, tokens.shape[2]))
+    return tokens.gather(1, indices[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
-    """Cut images into patches, row by row as timm does.
+    """Split images into patches, in row-major order as in timm.
 
     Args:
-        images: ``(B, C, H, W)``.
-        patch: Side in pixels.
+        images: ``(B, C, H, W)`` images.
+        patch: Side of a patch in pixels.
 
     Returns:
-        ``(B, N, patch * patch * C)``: rows, columns, channels of each patch.
+        ``(B, N, patch * patch * C)``: rows, columns and channels of each patch.
     """
     cut = images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # B C row y column x
     return cut.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
 def unpatchify(patches: Tensor, patch: int) -> Tensor:
-    """Join patches to square images; undoes ``patchify``.
+    """Assemble square images from patches; the inverse of ``patchify``.
 
     Args:
-        patches: ``(B, N, patch * patch * C)``, N a square.
-        patch: Side in pixels.
+        patches: ``(B, N, patch * patch * C)`` patches; N is a square number.
+        patch: Side of a patch in pixels.
 
     Returns:
-        ``(B, C, S, S)``.
+        ``(B, C, S, S)`` images.
     """
     side = math.isqrt(patches.shape[1])
     cut = patches.unflatten(2, (patch, patch, -1)).unflatten(1, (side, side))  # B row column y x C
@@ -142,14 +143,14 @@ def unpatchify(patches: Tensor, patch: int) -> Tensor:
 
 
 def normalized_patches(images: Tensor, patch: int) -> Tensor:
-    """Patches, each with mean 0 and variance 1 over its own pixels and channels.
+    """Split images into patches, each normalized to mean 0 and variance 1.
 
-    Such targets stress local contrast (MAE, He et al. 2021, section 3 and table 1d). Variance as
-    in the authors' code: unbiased, plus 1e-6.
+    Such targets emphasize local contrast (MAE, He et al. 2021, section 3 and table 1d). The
+    variance is unbiased and increased by 1e-6, as in the authors' code.
 
     Args:
-        images: ``(B, C, H, W)``.
-        patch: Side in pixels.
+        images: ``(B, C, H, W)`` images.
+        patch: Side of a patch in pixels.
 
     Returns:
         ``(B, N, patch * patch * C)`` in float32.
@@ -160,12 +161,12 @@ def normalized_patches(images: Tensor, patch: int) -> Tensor:
 
 
 def denormalized_patches(patches: Tensor, images: Tensor, patch: int) -> Tensor:
-    """Patches with the mean and variance of an image's own; undoes ``normalized_patches``.
+    """Restore the mean and variance of patches; the inverse of ``normalized_patches``.
 
     Args:
-        patches: ``(B, N, patch * patch * C)``, normalized each for itself.
-        images: ``(B, C, H, W)``, where their means and variances are taken from.
-        patch: Side in pixels.
+        patches: ``(B, N, patch * patch * C)`` normalized patches.
+        images: ``(B, C, H, W)`` images that provide mean and variance of each patch.
+        patch: Side of a patch in pixels.
 
     Returns:
         ``(B, N, patch * patch * C)`` in float32.
@@ -176,23 +177,23 @@ def denormalized_patches(patches: Tensor, images: Tensor, patch: int) -> Tensor:
 
 @contextmanager
 def masked_patches(model: Any, mask: Tensor, token: Tensor) -> Iterator[None]:
-    """Within it, a model sees a token instead of each masked patch.
+    """Context manager that replaces the embeddings of masked patches by a token.
 
-    A forward hook on the patch embedding, which comes before everything else.
+    Uses a forward hook on the patch embedding.
 
     Args:
-        model: A timm model with a ``patch_embed``.
+        model: Timm model with a ``patch_embed``.
         mask: ``(B, h, w)``, true where a patch is masked.
-        token: ``(D,)``, what stands there instead.
+        token: ``(D,)`` mask token.
     """
 
     def replace(embed: nn.Module, images: tuple[Tensor, ...], tokens: Tensor) -> Tensor:
-        shown = token.to(tokens.dtype)
+        value = token.to(tokens.dtype)
         if tokens.ndim == 3:
-            return torch.where(mask.flatten(1)[:, :, None], shown, tokens)
+            return torch.where(mask.flatten(1)[:, :, None], value, tokens)
         if getattr(embed, "output_fmt", "NCHW") == "NHWC":
-            return torch.where(mask[..., None], shown, tokens)
-        return torch.where(mask[:, None], shown[:, None, None], tokens)
+            return torch.where(mask[..., None], value, tokens)
+        return torch.where(mask[:, None], value[:, None, None], tokens)
 
     hook = model.patch_embed.register_forward_hook(replace)
     try:
@@ -202,15 +203,15 @@ def masked_patches(model: Any, mask: Tensor, token: Tensor) -> Iterator[None]:
 
 
 def encode_visible(encoder: Encoder, images: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
-    """Run a ViT on some patches of each image; the others cost nothing (MAE, section 3).
+    """Run a ViT on the visible patches of each image only (MAE, section 3).
 
-    A forward hook chooses them in the place of timm's patch dropout, which comes after the position
-    embedding: each patch keeps its own position.
+    A forward hook on timm's patch dropout selects them. It runs after the position embedding is
+    added, so that each patch keeps its position.
 
     Args:
         encoder: Encoder with a plain ViT.
-        images: ``(B, C, S, S)``, normalized.
-        visible: ``(B, K)`` indices of patches.
+        images: ``(B, C, S, S)`` normalized images.
+        visible: ``(B, K)`` indices of the visible patches.
 
     Returns:
         ``(B, P, D)`` class and register tokens (P may be 0), and ``(B, K, D)`` patch tokens.
@@ -218,10 +219,10 @@ def encode_visible(encoder: Encoder, images: Tensor, visible: Tensor) -> tuple[T
     model = encoder.model
     first = model.num_prefix_tokens
 
-    def choose(_: nn.Module, __: tuple[Tensor, ...], tokens: Tensor) -> Tensor:
-        return torch.cat([tokens[:, :first], take(tokens[:, first:], visible)], dim=1)
+    def select(_: nn.Module, __: tuple[Tensor, ...], tokens: Tensor) -> Tensor:
+        return torch.cat([tokens[:, :first], gather_tokens(tokens[:, first:], visible)], dim=1)
 
-    hook = model.patch_drop.register_forward_hook(choose)
+    hook = model.patch_drop.register_forward_hook(select)
     try:
         tokens = model.forward_features(images)
     finally:
@@ -229,30 +230,33 @@ def encode_visible(encoder: Encoder, images: Tensor, visible: Tensor) -> tuple[T
     return tokens[:, :first], tokens[:, first:]
 
 
-def narrow_width(features: int, share: float) -> int:
-    """A share of an encoder's width, in whole heads of 32 as in MAE's decoder (512 with 16 heads).
+def narrow_width(features: int, fraction: float) -> int:
+    """Fraction of an encoder's width, rounded to heads of 32 as in MAE's decoder (512, 16 heads).
 
     Args:
         features: Width of the encoder.
-        share: Fraction of it.
+        fraction: Fraction of the width.
     """
-    return max(1, round(features * share / 32)) * 32
+    return max(1, round(features * fraction / 32)) * 32
 
 
 class PatchPredictor(nn.Module):
-    """A narrow transformer that predicts something of patches that it does not see.
+    """Narrow transformer that predicts masked patches from visible ones.
 
-    MAE's decoder and I-JEPA's predictor. Tokens of patches that are seen and a learned mask token
-    for each patch that is wanted, each with a fixed position embedding, go through blocks;
-    the mask tokens become the predictions. As attention knows no order but by the positions, the
-    papers' unshuffling of tokens is not needed.
+    Used as MAE's decoder and as I-JEPA's predictor. Its inputs are the tokens of the visible
+    patches and a learned mask token for each patch to predict, all with fixed position embeddings;
+    the outputs at the mask tokens are the predictions. Attention is invariant to the order of
+    tokens, so that the papers' unshuffling is not needed.
 
     Args:
         features: Width of the encoder.
-        side: Patches along an edge of the image.
-        width: A multiple of 32.
-        depth: Number of blocks.
-        outputs: Length of a prediction.
+        side: Number of patches along an edge of the image.
+        width: Width of the transformer, a multiple of 32.
+        depth: Number of transformer blocks.
+        outputs: Number of outputs per patch.
+
+    Raises:
+        UserError: If width or depth are invalid.
     """
 
     def __init__(self, features: int, side: int, width: int, depth: int, outputs: int) -> None:
@@ -265,7 +269,7 @@ class PatchPredictor(nn.Module):
         self.embed = nn.Linear(features, width)
         self.mask_token = nn.Parameter(torch.zeros(width))
         self.positions: Tensor
-        # sines and cosines of the row, then of the column, as in MAE (appendix A.1) and I-JEPA
+        # 2D sine-cosine embeddings, as in MAE (appendix A.1) and I-JEPA.
         positions = build_sincos2d_pos_embed([side, side], width, interleave_sin_cos=True)
         self.register_buffer("positions", positions, persistent=False)
         self.blocks = nn.Sequential(
@@ -276,26 +280,28 @@ class PatchPredictor(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)  # as the authors of MAE do
+                nn.init.xavier_uniform_(module.weight)  # As in the authors' code of MAE.
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.head.weight, std=0.02)  # first predictions near 0 learn faster
+        nn.init.normal_(
+            self.head.weight, std=0.02
+        )  # Training is faster if initial predictions are near 0.
 
-    def forward(self, prefix: Tensor, seen: Tensor, where: Tensor, wanted: Tensor) -> Tensor:
-        """Predict.
+    def forward(self, prefix: Tensor, tokens: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
+        """Predict the masked patches.
 
         Args:
             prefix: ``(B, P, D)`` class and register tokens, which have no position; P may be 0.
-            seen: ``(B, K, D)`` tokens of patches, in any order.
-            where: ``(B, K)`` their indices.
-            wanted: ``(B, M)`` indices of the patches to predict.
+            tokens: ``(B, K, D)`` tokens of the visible patches, in any order.
+            visible: ``(B, K)`` indices of the visible patches.
+            masked: ``(B, M)`` indices of the patches to predict.
 
         Returns:
-            ``(B, M, outputs)``.
+            ``(B, M, outputs)`` predictions.
         """
-        known = self.embed(torch.cat([prefix, seen], dim=1))
+        embedded = self.embed(torch.cat([prefix, tokens], dim=1))
         first = prefix.shape[1]
-        seen = known[:, first:] + self.positions[where]
-        unknown = self.mask_token + self.positions[wanted]
-        tokens = self.blocks(torch.cat([known[:, :first], seen, unknown], dim=1))
-        predicted: Tensor = self.head(self.norm(tokens[:, -wanted.shape[1] :]))
+        tokens = embedded[:, first:] + self.positions[visible]
+        mask_tokens = self.mask_token + self.positions[masked]
+        tokens = self.blocks(torch.cat([embedded[:, :first], tokens, mask_tokens], dim=1))
+        predicted: Tensor = self.head(self.norm(tokens[:, -masked.shape[1] :]))
         return predicted

@@ -1,4 +1,4 @@
-"""Patches in three rows and three columns of an image, each at a random place near its own."""
+"""Grids of 3 x 3 patches of an image with random jitter."""
 
 from dataclasses import dataclass
 
@@ -8,19 +8,22 @@ from torch import Tensor
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import LARGEST_IMAGE, UserError, check_count
 
-# Rows and columns of the grid, and all its places.
-ROWS = 3
-PLACES = ROWS * ROWS
+# Number of rows and columns of the grid, and number of patches.
+GRID_ROWS = 3
+NUM_PATCHES = GRID_ROWS * GRID_ROWS
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Where patches may lie.
+    """Geometry of a grid of patches.
 
     Attributes:
-        side: Side of a patch, in pixels.
-        step: Pixels from one place to the next.
-        slack: Pixels by which a patch may lie further down or right than its place begins.
+        side: Side of a patch in pixels.
+        step: Distance between neighboring grid cells in pixels.
+        slack: Largest offset of a patch from the top left corner of its cell in pixels.
+
+    Raises:
+        UserError: If the grid needs images larger than ``LARGEST_IMAGE``.
     """
 
     side: int
@@ -36,46 +39,46 @@ class Grid:
 
     @property
     def image_size(self) -> int:
-        """Side in pixels of the image that just holds the grid."""
-        return (ROWS - 1) * self.step + self.side + self.slack
+        """Side in pixels of the smallest image that contains the grid."""
+        return (GRID_ROWS - 1) * self.step + self.side + self.slack
 
     def draw(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Random places of the patches, independent of one another in both directions.
+        """Draw random positions of the patches, independently for each patch and axis.
 
         Args:
-            count: B, how many images.
-            device: Device to use.
+            count: B, number of images.
+            device: Device to draw on.
 
         Returns:
             ``(B, 9)`` top rows and ``(B, 9)`` left columns, in reading order.
         """
-        place = torch.arange(PLACES, device=device)
-        jitter = torch.randint(self.slack + 1, (2, count, PLACES), device=device)
-        return place // ROWS * self.step + jitter[0], place % ROWS * self.step + jitter[1]
+        cell = torch.arange(NUM_PATCHES, device=device)
+        jitter = torch.randint(self.slack + 1, (2, count, NUM_PATCHES), device=device)
+        return cell // GRID_ROWS * self.step + jitter[0], cell % GRID_ROWS * self.step + jitter[1]
 
     def cut(self, images: Tensor) -> Tensor:
-        """Nine patches of each image, at random places.
+        """Cut nine patches out of each image, at random positions.
 
         Args:
-            images: ``(B, C, image_size, image_size)``.
+            images: ``(B, C, image_size, image_size)`` images.
 
         Returns:
-            ``(9 B, C, side, side)``: image by image, each in reading order.
+            ``(9 B, C, side, side)`` patches, image by image, each in reading order.
         """
         return cut(images, *self.draw(len(images), images.device), self.side)
 
 
 def cut(images: Tensor, rows: Tensor, columns: Tensor, side: int) -> Tensor:
-    """Cut square patches.
+    """Cut square patches out of images.
 
     Args:
-        images: ``(B, C, H, W)``.
-        rows: ``(B, N)`` top rows.
-        columns: ``(B, N)`` left columns.
-        side: Side of a patch, in pixels.
+        images: ``(B, C, H, W)`` images.
+        rows: ``(B, N)`` top rows of the patches.
+        columns: ``(B, N)`` left columns of the patches.
+        side: Side of a patch in pixels.
 
     Returns:
-        ``(N B, C, side, side)``, image by image, channels last in memory.
+        ``(N B, C, side, side)`` patches, image by image, in channels-last memory format.
     """
     offsets = torch.arange(side, device=images.device)
     image = torch.arange(len(images), device=images.device)[:, None, None, None]
@@ -85,20 +88,21 @@ def cut(images: Tensor, rows: Tensor, columns: Tensor, side: int) -> Tensor:
     return patches.flatten(0, 1).permute(0, 3, 1, 2)
 
 
-def patch_side(encoder: Encoder, given: int | None, share: float, option: str) -> int:
-    """The side of the patches in pixels.
+def patch_side(encoder: Encoder, requested: int | None, fraction: float, option: str) -> int:
+    """Return the side of the patches in pixels.
 
     Args:
-        encoder: Encoder that the patches are given to, one by one.
-        given: Value that the user gave; default what fits the encoder, about
-        share: Fraction of its image size.
-        option: Its name, for errors.
+        encoder: Encoder of the patches.
+        requested: Side that the user asks for; None for a supported size near ``fraction`` of the
+            encoder's image size.
+        fraction: Default side as a fraction of the encoder's image size.
+        option: Name of the option, for errors.
 
     Raises:
-        UserError: The encoder can't take patches of this size.
+        UserError: If the encoder does not support patches of this size.
     """
-    check_count(f"pretext.{option}", given, LARGEST_IMAGE)
-    side = given or encoder.fitting_size(share * encoder.image_size)
+    check_count(f"pretext.{option}", requested, LARGEST_IMAGE)
+    side = requested or encoder.fitting_size(fraction * encoder.image_size)
     try:
         encoder.check_image_size(side)
     except UserError as error:

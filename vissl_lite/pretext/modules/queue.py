@@ -1,4 +1,4 @@
-"""A queue of embeddings from earlier batches."""
+"""Queue of embeddings of earlier batches."""
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -8,17 +8,17 @@ from vissl_lite.training.processes import gather
 
 
 class Queue(nn.Module):
-    """The latest embeddings, normalized; random ones until it is full (MoCo, He et al. 2020).
+    """Queue of the latest normalized embeddings (MoCo, He et al. 2020).
 
-    A module, so that a checkpoint holds it. All processes' embeddings go in, in the order of ranks,
-    so that it is the same everywhere.
+    Initialized with random embeddings. It is a module, so that checkpoints contain it. The
+    embeddings of all processes are appended in the order of ranks, so that it is equal in all.
 
     Args:
-        size: Number of entries.
-        dimensions: Dimensions of an embedding.
+        size: Number of embeddings in the queue.
+        dimensions: Number of dimensions of an embedding.
 
     Attributes:
-        items: ``(size, dimensions)``, without gradient.
+        items: ``(size, dimensions)`` embeddings, without gradient.
     """
 
     def __init__(self, size: int, dimensions: int) -> None:
@@ -30,12 +30,13 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def push(self, embeddings: Tensor) -> None:
-        """Replace the oldest.
+        """Replace the oldest embeddings.
 
         Args:
-            embeddings: ``(B, dimensions)``; need not be normalized.
+            embeddings: ``(B, dimensions)`` embeddings; need not be normalized.
         """
         new = gather(F.normalize(embeddings.detach().float(), dim=1))[-len(self.items) :]
-        places = (self.position + torch.arange(len(new), device=new.device)) % len(self.items)
-        self.items = self.items.index_copy(0, places, new)  # the old one may be part of a graph
+        slots = (self.position + torch.arange(len(new), device=new.device)) % len(self.items)
+        # Out of place: autograd may need the old tensor.
+        self.items = self.items.index_copy(0, slots, new)
         self.position = (self.position + len(new)) % len(self.items)

@@ -1,4 +1,4 @@
-"""A pretext at work on some images of the run, as pictures, and the views it was given."""
+"""Pictures of the views of a pretext and of its predictions on images of a run."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,57 +17,56 @@ from vissl_lite.inference import inference_mode
 from vissl_lite.plots import Picture, plot_views
 from vissl_lite.pretext.base import PretextTask, Visualization
 
-# Images whose views are drawn, images that a pretext is shown on (the same and more), and how many
-# files are tried at most to find them.
-VIEWED, VISUALIZED, TRIES = 4, 8, 200
+# Number of images whose views are drawn, number of images that predictions are visualized for (the
+# same and more), and maximum number of files to try to read.
+NUM_VIEWED, NUM_VISUALIZED, MAX_TRIES = 4, 8, 200
 
 
 def visualization_of(
     task: PretextTask, paths: Sequence[str], views: Views, seed: int
 ) -> Visualization | None:
-    """A pretext at work on some images, with nothing of its state changed.
+    """Visualize a pretext on a few images, without changing its state.
 
     Args:
-        task: Put on the accelerator if there is one, and back where it was afterwards.
-        paths: Image files; broken ones are passed over.
-        views: The task's.
-        seed: Seed of the choice of images and of the random targets.
+        task: Pretext task; moved to the accelerator if there is one, and back afterwards.
+        paths: Image files; unreadable ones are skipped.
+        views: Views of the task.
+        seed: Seed of the choice of images and of the random state of the task.
 
     Returns:
-        None if there is nothing to see, or none of the images that were tried can be read.
+        The visualization; None if the task has none, or if no image can be read.
     """
-    items = _some(paths, views, seed, VISUALIZED)
+    items = _readable_items(paths, views, seed, NUM_VISUALIZED)
     if not items:
         return None
     with inference_mode(task) as device:
-        others = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=others, device_type="cuda"):
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices, device_type="cuda"):
             torch.manual_seed(seed)
             raw = [view.to(device) for view in collate(items).views]
             return task.visualize([task.encoder.normalize(view) for view in raw])
 
 
 def draw_views(paths: Sequence[str], views: Views, seed: int, file: Path) -> None:
-    """Draw some images beside their views, as a run with this seed sees them in its first epoch.
+    """Draw a few images and their views in the first epoch of a run with this seed.
 
     Args:
-        paths: Image files; broken ones are passed over.
-        views: The task's.
+        paths: Image files; unreadable ones are skipped.
+        views: Views of the task.
         seed: Seed of the run.
-        file: The PNG to write; nothing is, if none of the images that were tried can be read.
+        file: PNG file to write; not written if no image can be read.
     """
-    items = _some(paths, views, seed, VIEWED)
+    items = _readable_items(paths, views, seed, NUM_VIEWED)
     if items:
         images = [read_image(paths[item.number], views.shortest) for item in items]
         plot_views(images, [item.views for item in items], file)
 
 
-def _some(paths: Sequence[str], views: Views, seed: int, count: int) -> list[Item]:
-    """Up to ``count`` random images that can be read, with their views."""
+def _readable_items(paths: Sequence[str], views: Views, seed: int, count: int) -> list[Item]:
     dataset = ViewDataset(paths, views, seed)
-    tried = min(TRIES, len(paths))
+    tries = min(MAX_TRIES, len(paths))
     items: list[Item] = []
-    for index in np.random.default_rng(seed).choice(len(paths), tried, replace=False):
+    for index in np.random.default_rng(seed).choice(len(paths), tries, replace=False):
         with suppress(*BROKEN_IMAGE):
             items.append(dataset.item(0, int(index)))
         if len(items) == count:
@@ -76,11 +75,11 @@ def _some(paths: Sequence[str], views: Views, seed: int, count: int) -> list[Ite
 
 
 def to_pixels(images: Tensor, encoder: Encoder) -> np.ndarray:
-    """Pictures of images that an encoder takes.
+    """Convert normalized images to pixels; see ``Encoder.denormalize``.
 
     Args:
-        images: ``(B, 3, H, W)``, normalized; see ``Encoder.denormalize``.
-        encoder: The encoder that they were normalized for.
+        images: ``(B, 3, H, W)`` normalized images.
+        encoder: Encoder that the images were normalized for.
 
     Returns:
         ``(B, H, W, 3)`` uint8.
@@ -88,12 +87,12 @@ def to_pixels(images: Tensor, encoder: Encoder) -> np.ndarray:
     return encoder.denormalize(images).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def beside(encoder: Encoder, *columns: Tensor) -> list[list[Picture]]:
-    """Rows of pictures without captions.
+def picture_rows(encoder: Encoder, *columns: Tensor) -> list[list[Picture]]:
+    """Arrange images in rows of pictures without captions.
 
     Args:
-        encoder: The encoder that the images were normalized for.
-        columns: ``(B, 3, H, W)``, normalized.
+        encoder: Encoder that the images were normalized for.
+        columns: ``(B, 3, H, W)`` normalized images of each column.
     """
     pixels = [to_pixels(images, encoder) for images in columns]
     return [[Picture(image) for image in row] for row in zip(*pixels, strict=True)]
@@ -102,16 +101,17 @@ def beside(encoder: Encoder, *columns: Tensor) -> list[list[Picture]]:
 def reconstruction(
     encoder: Encoder, images: Tensor, mask: Tensor, predicted: Tensor, title: str
 ) -> Visualization:
-    """What was hidden, and what was made of it.
+    """Visualize masked images, reconstructions and originals.
 
     Args:
-        encoder: The encoder that the images were normalized for.
-        images: ``(B, 3, S, S)``, normalized.
-        mask: ``(B, 1, g, g)`` bool, true where hidden; g divides S.
-        predicted: ``(B, 3, S, S)``, normalized. What was not hidden is left as it was.
-        title: Title of the column that it fills.
+        encoder: Encoder that the images were normalized for.
+        images: ``(B, 3, S, S)`` normalized images.
+        mask: ``(B, 1, g, g)`` bool, true where masked; g divides S.
+        predicted: ``(B, 3, S, S)`` normalized predictions; only masked pixels are used.
+        title: Title of the column of reconstructions.
     """
-    hidden = F.interpolate(mask.float(), size=images.shape[2:], mode="nearest") > 0
-    seen = images.masked_fill(hidden, 0.0)  # 0 is the mean
-    filled = torch.where(hidden, predicted.float(), images)
-    return Visualization(("masked", title, "truth"), beside(encoder, seen, filled, images))
+    masked = F.interpolate(mask.float(), size=images.shape[2:], mode="nearest") > 0
+    visible = images.masked_fill(masked, 0.0)  # 0 is the mean.
+    restored = torch.where(masked, predicted.float(), images)
+    rows = picture_rows(encoder, visible, restored, images)
+    return Visualization(("masked", title, "truth"), rows)
