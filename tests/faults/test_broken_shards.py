@@ -639,7 +639,7 @@ def test_a_server_that_is_dead_ends_the_stream_in_one_line(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(download, "PATIENCE", 0.5)
-    monkeypatch.setattr(shard_stream, "IN_A_ROW", 2)
+    monkeypatch.setattr(shard_stream, "MAX_FAILED_SHARDS", 2)
     urls = [f"{server.url}/nothing/{n}.tar" for n in range(4)]
     for workers in (0, 1):
         start = time.monotonic()
