@@ -40,7 +40,7 @@ from vissl_lite.cli import main
 from vissl_lite.data.shards import download, tar_reader
 from vissl_lite.data.shards import index as shard_index
 from vissl_lite.data.shards import stream as shard_stream
-from vissl_lite.data.shards.braces import MOST, count_names, expand
+from vissl_lite.data.shards.braces import MAX_NAMES, count_names, expand
 from vissl_lite.data.shards.index import find_shards, index_text, parse_index
 from vissl_lite.data.shards.source import BrokenShardError, Shards
 from vissl_lite.data.shards.stream import ShardSource
@@ -277,8 +277,8 @@ def server() -> Iterator[Server]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "PATIENCE", 2.0)
-    monkeypatch.setattr(download, "SAY_AFTER", 0.5)
-    monkeypatch.setattr(download, "QUIET", 0.8)
+    monkeypatch.setattr(download, "WARN_AFTER", 0.5)
+    monkeypatch.setattr(download, "MAX_SILENCE", 0.8)
     monkeypatch.setattr(download, "PAUSES", (0.01, 0.01, 0.01, 0.01))
     monkeypatch.setattr(download, "_TICK", 0.05)
 
@@ -951,7 +951,7 @@ def test_names_are_counted_as_they_are_made(pattern: str) -> None:
         count = count_names(pattern)
     except UserError:
         return
-    if count <= min(10_000, MOST):
+    if count <= min(10_000, MAX_NAMES):
         assert len(list(braceexpand.braceexpand(pattern))) == count
         assert len(expand(pattern)) == count
 

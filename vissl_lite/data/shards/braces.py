@@ -5,7 +5,7 @@ import re
 from vissl_lite.errors import UserError
 
 # Maximum number of shards that a source may expand to
-MOST = 1_000_000
+MAX_NAMES = 1_000_000
 
 _DEPTH = 20
 _NUMBERS = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?")
@@ -33,9 +33,11 @@ def expand(pattern: str) -> list[str]:
                 f"{part} can't be expanded: the environment must set WDS_NAME for each ${{NAME}}"
             ) from None
         count = len(names) + count_names(part)
-        if count > MOST:
+        if count > MAX_NAMES:
             number = f"{count:,}" if count < 10**15 else "far too many"
-            raise UserError(f"{part} stands for {number} shards: at most {MOST:,} can be given")
+            raise UserError(
+                f"{part} stands for {number} shards: at most {MAX_NAMES:,} can be given"
+            )
         names += braceexpand.braceexpand(part)
     return names
 

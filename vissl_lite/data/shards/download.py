@@ -23,13 +23,13 @@ log = logging.getLogger(__name__)
 
 # Maximum waiting time in seconds for a server, and for a command, which may need time to prepare
 # its output; and seconds after which a warning is logged
-PATIENCE, COMMAND_PATIENCE, SAY_AFTER = 30.0, 300.0, 5.0
+PATIENCE, COMMAND_PATIENCE, WARN_AFTER = 30.0, 300.0, 5.0
 
 # Minimum bytes per second; a slower server counts as stalled
 SLOWEST = 10_000
 
 # Seconds without a byte after which an established connection counts as lost and is reopened
-QUIET = 10.0
+MAX_SILENCE = 10.0
 
 # Seconds to wait before each retry; starts over after a new byte
 PAUSES = (1.0, 2.0, 4.0, 8.0)
@@ -195,14 +195,14 @@ class _Download(io.RawIOBase):
             quiet += waited
             if came:
                 return True
-            if quiet > QUIET and self._curl and self._flowing:
+            if quiet > MAX_SILENCE and self._curl and self._flowing:
                 return False
 
     def _count_waiting(self, seconds: float) -> None:
         self._waited += seconds
         if self._waited > self._patience:
             raise DownloadError(f"{self._state()}, given up after {self._patience:.0f} s")
-        if self._waited > SAY_AFTER and not self._warned:
+        if self._waited > WARN_AFTER and not self._warned:
             self._warned = True
             left = self._patience - self._waited
             log.warning(

@@ -293,7 +293,7 @@ def _resolve(place: str, url: str) -> str:
 
 
 def _count(file: str) -> int:
-    """Count the images in a tar file by its headers, logging a warning if it is damaged or empty."""
+    """Count the images in a tar file by its headers; warn if it is damaged or empty."""
     images, whole, complete = ImageMembers(), 0, True
     try:
         with open_regular(file) as opened:
