@@ -106,16 +106,16 @@ class Tried:
         Args:
             what: the damage, to be named where it does harm.
         """
-        outcome, said = "loaded", ""
+        outcome, message = "loaded", ""
         started, peak = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         try:
             self.load()
         except UserError as error:
-            outcome, said = "refused", str(error)
+            outcome, message = "refused", str(error)
         except Exception as error:
             raise AssertionError(f"{what}: {error!r}") from error
-        assert len(said.splitlines()) == (outcome == "refused"), f"{what}: {said}"
-        assert len(said) < 1000, what
+        assert len(message.splitlines()) == (outcome == "refused"), f"{what}: {message}"
+        assert len(message) < 1000, what
         spent = time.process_time() - started
         grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak)
         assert spent < SECONDS, f"{what} took {spent:.1f} seconds"

@@ -254,10 +254,10 @@ def test_an_image_at_the_limit_is_read_and_one_beyond_it_is_not(tmp_path: Path) 
         limit_pixels(600)
         assert read_image(tmp_path / name).shape == (20, 30, 3)
         limit_pixels(599)
-        said = "600 pixels, more than --max_pixels 599"
-        with pytest.raises(ValueError, match=said):
+        message = "600 pixels, more than --max_pixels 599"
+        with pytest.raises(ValueError, match=message):
             read_image(tmp_path / name)
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             image_size(str(tmp_path / name))
 
 

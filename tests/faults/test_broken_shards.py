@@ -40,7 +40,7 @@ from vissl_lite.cli import main
 from vissl_lite.data.shards import download, tar_reader
 from vissl_lite.data.shards import index as shard_index
 from vissl_lite.data.shards import stream as shard_stream
-from vissl_lite.data.shards.braces import MOST, count_names, expand
+from vissl_lite.data.shards.braces import MAX_NAMES, count_names, expand
 from vissl_lite.data.shards.index import find_shards, index_text, parse_index
 from vissl_lite.data.shards.source import BrokenShardError, Shards
 from vissl_lite.data.shards.stream import ShardSource
@@ -277,14 +277,14 @@ def server() -> Iterator[Server]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "PATIENCE", 2.0)
-    monkeypatch.setattr(download, "SAY_AFTER", 0.5)
-    monkeypatch.setattr(download, "QUIET", 0.8)
+    monkeypatch.setattr(download, "WARN_AFTER", 0.5)
+    monkeypatch.setattr(download, "MAX_SILENCE", 0.8)
     monkeypatch.setattr(download, "PAUSES", (0.01, 0.01, 0.01, 0.01))
     monkeypatch.setattr(download, "_TICK", 0.05)
 
 
 @pytest.fixture
-def said() -> Iterator[list[str]]:
+def log_lines() -> Iterator[list[str]]:
     """What is logged."""
 
     class Keep(logging.Handler):
@@ -351,7 +351,7 @@ def images_of(url: str, count: int = IMAGES) -> tuple[dict[str, bytes], str]:
     ],
 )
 def test_a_server_that_misbehaves(
-    path: str, images: int, why: str | None, server: Server, said: list[str]
+    path: str, images: int, why: str | None, server: Server, log_lines: list[str]
 ) -> None:
     url = f"{server.url}/{path.replace(' ', '%20')}/x.tar"
     if path.startswith("status"):
@@ -364,9 +364,9 @@ def test_a_server_that_misbehaves(
     assert seconds < 6
     waited = "given up after" in reason
     if waited:
-        assert said[0].startswith(f"waiting for {url}: ")
-        assert re.search(r"; given up in [0-9] s at most$", said[0])
-        assert len(said) == 1
+        assert log_lines[0].startswith(f"waiting for {url}: ")
+        assert re.search(r"; given up in [0-9] s at most$", log_lines[0])
+        assert len(log_lines) == 1
     if path in ("cut-each-time", "reset-each-time", "cut-every-second"):
         assert server.ranges == sorted(set(server.ranges)), "read twice from the same place"
         assert len(server.ranges) > 1
@@ -521,11 +521,11 @@ INDICES = [
 ]
 
 
-def test_a_damaged_index(server: Server, tmp_path: Path, said: list[str]) -> None:
+def test_a_damaged_index(server: Server, tmp_path: Path, log_lines: list[str]) -> None:
     """It is named; shards on a disk are counted then, of others nothing is known."""
     (tmp_path / "x.tar").write_bytes(TAR)
     for content, why in INDICES:
-        said.clear()
+        log_lines.clear()
         server.files["/ok/index.json"] = content
         (tmp_path / "index.json").write_bytes(content)
         empty = content == b'{"shardlist": []}'
@@ -540,12 +540,12 @@ def test_a_damaged_index(server: Server, tmp_path: Path, said: list[str]) -> Non
                 with pytest.raises(UserError, match=re.escape(why)) as caught:
                     find_shards([source])
                 assert "\n" not in str(caught.value)
-            assert not said
+            assert not log_lines
             counted = find_shards([str(tmp_path / "x.tar")])
             assert counted is not None
             assert len(counted) == IMAGES
             if not empty:
-                (line,) = said
+                (line,) = log_lines
                 assert line.startswith(f"{tmp_path}/index.json can't be used, and the shards are")
                 assert why in line
 
@@ -566,18 +566,18 @@ def test_an_index_that_is_too_large_or_no_file(tmp_path: Path, server: Server) -
             find_shards([str(source)])
 
 
-def test_counts_that_are_not_those_of_the_shards(server: Server, said: list[str]) -> None:
+def test_counts_that_are_not_those_of_the_shards(server: Server, log_lines: list[str]) -> None:
     url = f"{server.url}/ok/x.tar"
     found, why = images_of(url, IMAGES + 5)
     assert (found, why) == (CONTENT, "it ends there")
     few = Shards([url], np.array([IMAGES - 5]))
     assert len(list(few.read(0, range(IMAGES - 5), name_rest=True))) == IMAGES - 5
-    assert said == [
+    assert log_lines == [
         f"{url} holds more images than the 7 that its index.json says: the rest is left out"
     ]
     right = Shards([url], np.array([IMAGES]))
     assert len(list(right.read(0, range(IMAGES), name_rest=True))) == IMAGES
-    assert len(said) == 1
+    assert len(log_lines) == 1
 
 
 @given(
@@ -617,7 +617,7 @@ def stream(urls: list[str], workers: int, epochs: int = 1) -> list[Batch]:
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_stream_goes_on_with_other_shards_and_says_what_it_waits_for(
-    workers: int, server: Server, said: list[str]
+    workers: int, server: Server, log_lines: list[str]
 ) -> None:
     kinds = ["ok", "stall", "cut-every-second", "status/404", "html", "cut-each-time"]
     urls = [f"{server.url}/{kind}/{n}.tar" for n, kind in enumerate(kinds)]
@@ -631,7 +631,7 @@ def test_the_stream_goes_on_with_other_shards_and_says_what_it_waits_for(
     assert "given up after 2 s" in lost[urls[1]].why
     assert lost[urls[1]].images == IMAGES - whole(20_000)
     time.sleep(0.1)
-    assert {line.split(": ")[0] for line in said} == {f"waiting for {urls[1]}"}
+    assert {line.split(": ")[0] for line in log_lines} == {f"waiting for {urls[1]}"}
 
 
 @pytest.mark.usefixtures("impatient")
@@ -639,7 +639,7 @@ def test_a_server_that_is_dead_ends_the_stream_in_one_line(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(download, "PATIENCE", 0.5)
-    monkeypatch.setattr(shard_stream, "IN_A_ROW", 2)
+    monkeypatch.setattr(shard_stream, "MAX_FAILED_SHARDS", 2)
     urls = [f"{server.url}/nothing/{n}.tar" for n in range(4)]
     for workers in (0, 1):
         start = time.monotonic()
@@ -812,7 +812,7 @@ def test_a_bomb(
     opened: ModuleType,
     name: bytes,
     tmp_path: Path,
-    said: list[str],
+    log_lines: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Many zeros in a small file: a fraction of them is read."""
@@ -827,7 +827,7 @@ def test_a_bomb(
     assert (found, why) == ({}, "it inflates to more than 200 times its size")
     with pytest.raises(UserError, match="no images found in 1 shards"):
         find_shards([str(file)])
-    assert "it inflates to more than 200 times its size" in said[0]
+    assert "it inflates to more than 200 times its size" in log_lines[0]
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kilobytes
 
 
@@ -951,7 +951,7 @@ def test_names_are_counted_as_they_are_made(pattern: str) -> None:
         count = count_names(pattern)
     except UserError:
         return
-    if count <= min(10_000, MOST):
+    if count <= min(10_000, MAX_NAMES):
         assert len(list(braceexpand.braceexpand(pattern))) == count
         assert len(expand(pattern)) == count
 

@@ -70,9 +70,9 @@ def ends_well(*words: Any, capsys: pytest.CaptureFixture[str]) -> tuple[int, str
     assert "Traceback" not in shown
     assert status in (0, 2)
     if status == 2:
-        said = [line for line in shown.splitlines() if line.startswith("vissl-lite: ")]
-        assert len(said) == 1
-        assert shown.rstrip().endswith(said[0])
+        output = [line for line in shown.splitlines() if line.startswith("vissl-lite: ")]
+        assert len(output) == 1
+        assert shown.rstrip().endswith(output[0])
     return status, shown
 
 
@@ -197,14 +197,14 @@ def test_bad_images_are_skipped_and_named_with_the_reason(
     words, out = reading(command, models, tmp_path / "out")
     status, shown = ends_well(*words, "--data", source, capsys=capsys)
     assert status == 0
-    said = " ".join(shown.split())
+    output = " ".join(shown.split())
     for kind, file in bad.items():
         if kind in LISTED:
-            assert f"skipped, can't be read: {file} {REASONS[kind]}" in said
+            assert f"skipped, can't be read: {file} {REASONS[kind]}" in output
     links = [file for kind, file in bad.items() if kind not in (*LISTED, folder)]
     count = f"no regular files but pipes, devices or links to nothing: {len(links)}, the first"
-    assert count in said
-    assert any(f"{count} {file}" in said for file in links)
+    assert count in output
+    assert any(f"{count} {file}" in output for file in links)
     left = 24 - len(bad)
     if command == "classification":
         assert len((out / "predictions.csv").read_text().splitlines()) == 1 + left
@@ -234,8 +234,8 @@ def test_bad_images_alone_are_one_line_of_error(
             kind(source / f"{number}.jpg")
         status, shown = ends_well(*words, "--data", source, capsys=capsys)
         assert status == 2
-        said = "none of 12 images can be read" if kind in LISTED else "no images found in"
-        assert said in shown, kind
+        output = "none of 12 images can be read" if kind in LISTED else "no images found in"
+        assert output in shown, kind
         assert "kinds" not in shown
 
 

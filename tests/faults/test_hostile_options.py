@@ -112,16 +112,16 @@ def called(tried: Tried, place: Path) -> Called:
     before = files(place)
 
     def run(command: str, given: Mapping[str, Any]) -> str | None:
-        said = None
+        error_message = None
         try:
             find_command(command)(**given)
         except UserError as error:
-            said = str(error)
-            assert len(said.splitlines()) == 1, given
+            error_message = str(error)
+            assert len(error_message.splitlines()) == 1, given
         except Started:
             pass
         assert files(place) == before, given
-        return said
+        return error_message
 
     return run
 
@@ -208,8 +208,8 @@ def test_values_that_may_be_out_of_range(command: str, called: Called, place: Pa
         kinds = kinds_of(kind)
         for value in EXTREMES:
             if float in kinds or (int in kinds and isinstance(value, int)):
-                said = called(command, {**given, name: value})
-                assert said is not None or value != -1, name
+                error_message = called(command, {**given, name: value})
+                assert error_message is not None or value != -1, name
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -300,17 +300,17 @@ def test_hyperparameters(name: str, tried: Tried, called: Called, place: Path) -
         # what is refused follows from the type alone
         for value in [] if str(kind) in seen else hostile(kind)[::3]:
             if value not in ("-1", "null"):  # below; of the right type for some
-                said = tried("pretrain", *text, f"--pretext.{one}={value}")
-                assert said is not None, (one, value[:80])
+                error_message = tried("pretrain", *text, f"--pretext.{one}={value}")
+                assert error_message is not None, (one, value[:80])
         seen.add(str(kind))
         kinds = kinds_of(kind)
         for number in (*EXTREMES, None):
             if float in kinds or (int in kinds and (number is None or isinstance(number, int))):
-                said = called(
+                error_message = called(
                     "pretrain", {**given, "pretext": {"name": name, **small, one: number}}
                 )
                 good = number is None and NoneType in kinds
-                assert said is not None or good or 0 <= number < 10**6, (one, number)
+                assert error_message is not None or good or 0 <= number < 10**6, (one, number)
 
 
 SAID = [
@@ -356,9 +356,9 @@ def test_what_is_said(tried: Tried, place: Path) -> None:
         given = needed("pretrain", place)
         if option == "max_time":
             del given["epochs"]
-        said = tried("pretrain", *words(given, **{option: value}))
-        assert said is not None, (option, value[:80])
-        assert message in said, (option, value[:80])
+        error_message = tried("pretrain", *words(given, **{option: value}))
+        assert error_message is not None, (option, value[:80])
+        assert message in error_message, (option, value[:80])
 
 
 def test_the_functions_themselves_refuse_them() -> None:
@@ -382,9 +382,9 @@ def test_the_functions_themselves_refuse_them() -> None:
 def test_names_of_classes_may_look_like_numbers(tried: Tried, place: Path) -> None:
     given = words(needed("finetune", place))
     for weights in ("{1: 2}", "{1: 2, cats: 1}", "{1.5: 1e-3}"):
-        said = tried("finetune", *given, f"--class_weights={weights}")
-        assert said is not None
-        assert "unknown class 1" in said
+        error_message = tried("finetune", *given, f"--class_weights={weights}")
+        assert error_message is not None
+        assert "unknown class 1" in error_message
     assert tried("finetune", *given, "--class_weights={cats: 1e-3, dogs: '2'}") is None
 
 

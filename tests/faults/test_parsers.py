@@ -54,9 +54,9 @@ def read(load: Callable[[], Any]) -> Any:
         try:
             return load()
         except UserError as error:
-            said = str(error)
-    assert len(said.splitlines()) == 1
-    assert len(said) < 2000
+            message = str(error)
+    assert len(message.splitlines()) == 1
+    assert len(message) < 2000
     return None
 
 

@@ -230,7 +230,7 @@ def unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("unwritten")
 @pytest.mark.parametrize("name", ["results.json", "run.json"])
 def test_a_report_is_made_of_what_can_be_read(name: str, run: Path) -> None:
-    """Whatever a file holds: the report is there, and damage is said."""
+    """Whatever a file holds: the report is written, and damage is reported."""
 
     def report_and_list() -> None:
         write_report(run)

@@ -320,7 +320,7 @@ def _trace(network: ExportModel) -> Any:
     """Export the network to an ``onnx.ModelProto``, with dynamic sizes if the exporter can.
 
     Raises:
-        UserError: torch's exporter does not support the model.
+        UserError: Torch's exporter does not support the model.
     """
     for module in network.layers.modules():
         if hasattr(module, "fused_attn"):  # the exporter fails on some of timm's, as in BEiT

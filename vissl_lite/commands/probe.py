@@ -37,7 +37,7 @@ class ProbeResult:
 
     Attributes:
         run: Run folder.
-        knn: kNN accuracy of the encoder's output.
+        knn: KNN accuracy of the encoder's output.
         linear: Accuracy of the linear probe on the encoder's output.
         layers: ``{"layer3": {"knn": ..., "linear": ...}, ...}`` for each stage, if requested.
     """

@@ -1,4 +1,4 @@
-"""``vissl-lite shard``: images as tar files, to stream them from a disk or an object store."""
+"""``vissl-lite shard``: write images as tar files for streaming from a disk or an object store."""
 
 import logging
 import os
@@ -27,7 +27,7 @@ from vissl_lite.training.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
-# The index of the shards that are about to be replaced.
+# Index of the shards that are being replaced
 _INDEX_BEFORE = f"{INDEX}.before"
 _INDICES = (INDEX, INDEX_PART, _INDEX_BEFORE)
 _SHARD = re.compile(r"train-\d{6,}\.tar")
@@ -36,13 +36,13 @@ _PART = re.compile(r"train-\d{6,}\.tar\.part")
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What was written.
+    """Result of ``shard``.
 
     Attributes:
-        out: The folder.
-        index: The file with the number of images of each shard.
+        out: Output folder.
+        index: File with the number of images in each shard.
         shards: Number of shards.
-        images: Number of images.
+        images: Total number of images.
         left_out: Image files that can't be read.
     """
 
@@ -62,9 +62,9 @@ class ShardOptions(Options):
     out: StrPath
     """The folder to write train-000000.tar, train-000001.tar and so on to."""
     shard_size_mb: int | None = None
-    """Size of a shard in megabytes, about; default 100."""
+    """Approximate size of a shard in megabytes; default 100."""
     images_per_shard: int | None = None
-    """Number of images of a shard instead."""
+    """Number of images per shard, instead of a size."""
     overwrite: bool = False
     """Replace the shards in --out."""
 
@@ -80,16 +80,16 @@ class ShardOptions(Options):
 def shard(options: ShardOptions) -> ShardResult:
     """Write images as shards: tar files that pretrain streams from a disk or a URL.
 
-    The image files go in as they are, in an order by chance, the same each time: shards are read
-    from front to back, and neighbors end up in one batch. They are not decoded: pretrain names and
-    skips those that are broken. The file index.json says how many images each shard holds; it is
-    written last. Until all shards are written, older ones stay, and so a disk needs room for both.
+    Image files are copied unchanged, in a random but reproducible order, since shards are read
+    sequentially and neighbors end up in one batch. They are not decoded; pretrain reports and skips
+    broken ones. The file index.json lists the number of images in each shard and is written last.
+    Older shards are kept until all new ones are written, so the disk needs room for both.
 
     Returns:
-        The folder, the index, how many shards and images.
+        The folder, the index, and the numbers of shards and images.
 
     Raises:
-        UserError: Something that was given can't work; nothing is written then.
+        UserError: If an option is invalid; nothing is written then.
     """
     sources = path_list(options.data)
     folder = Path(options.out)
@@ -130,22 +130,22 @@ def shard(options: ShardOptions) -> ShardResult:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """A folder that no other process writes to; it goes again if it stays empty."""
+    """Create and lock a folder; remove it afterwards if it is empty."""
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder):
         try:
             yield
         finally:
             (folder / LOCK).unlink(missing_ok=True)
-            with suppress(OSError):  # it holds something
+            with suppress(OSError):  # It is not empty
                 folder.rmdir()
 
 
 def _check_folder(folder: Path, overwrite: bool) -> list[Path]:
-    """The shards and parts of them that are there and may be replaced. Nothing is changed yet.
+    """List existing shards and partial shards that may be replaced, without changing anything.
 
     Raises:
-        UserError: The folder holds other files, or shards without ``overwrite``.
+        UserError: If the folder has other files, or shards and ``overwrite`` is False.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: --out must name a folder")
@@ -175,7 +175,7 @@ def _check_folder(folder: Path, overwrite: bool) -> list[Path]:
 
 
 def _listed(index: Path) -> list[str]:
-    """The shards that an index lists; none where it can't be read."""
+    """Names of the shards in an index; empty if it can't be read."""
     try:
         with open_regular(index) as file:
             return [entry.url for entry in parse_index(file.read())]
@@ -184,7 +184,7 @@ def _listed(index: Path) -> list[str]:
 
 
 def _common_folder(sources: Sequence[str], paths: Sequence[str]) -> str:
-    """The folder that names in the shards are relative to: it holds all sources."""
+    """Folder that contains all sources; names in the shards are relative to it."""
     if all(os.path.isdir(source) for source in sources):
         folders = {os.path.abspath(source) for source in sources}
     else:
@@ -195,12 +195,12 @@ def _common_folder(sources: Sequence[str], paths: Sequence[str]) -> str:
 def _members(
     paths: Sequence[str], base: str, left_out: list[str]
 ) -> Generator[tuple[tarfile.TarInfo, bytes], None, None]:
-    """The image files as members of a tar, in an order by chance.
+    """Yield the image files as members of a tar in random order.
 
     Args:
-        paths: The files.
-        base: Folder that the names are relative to.
-        left_out: Gets the files that can't be read.
+        paths: Image files.
+        base: Folder that names are relative to.
+        left_out: List to which files that can't be read are appended.
     """
     keys: set[str] = set()
     with progress_bar() as bar:
@@ -212,7 +212,7 @@ def _members(
                 content = read_regular(path)
                 if len(content) > LARGEST:
                     raise ValueError("no reader of shards would read it")
-            except (OSError, ValueError):  # ValueError: it is too large
+            except (OSError, ValueError):  # ValueError: too large
                 left_out.append(path)
                 continue
             stem, suffix = os.path.splitext(os.path.relpath(os.path.abspath(path), base))
@@ -222,14 +222,14 @@ def _members(
 
 
 def unique_key(name: str, taken: set[str]) -> str:
-    """A key for an image in WebDataset: readable, without dots, and no other image's.
+    """Return a unique, readable WebDataset key without dots for an image.
 
     Args:
-        name: Name of the file, without its extension; with its folders.
-        taken: The keys so far; the new one is added.
+        name: Relative path of the file without its extension.
+        taken: Keys in use; the new one is added.
     """
     key = name.replace(os.sep, "/").replace(".", "_")
-    while key.startswith("__"):  # WebDataset passes over what it takes for its own meta data
+    while key.startswith("__"):  # WebDataset skips such names as its own metadata
         key = key[1:]
     unique, number = key, 1
     while unique in taken:
@@ -240,13 +240,13 @@ def unique_key(name: str, taken: set[str]) -> str:
 
 
 def _remove_unfinished(folder: Path, files: Sequence[Path]) -> list[Path]:
-    """Remove what a run left that was killed; the shards that are there to their end remain.
+    """Remove files of a killed run, and keep complete shards.
 
     Returns:
-        These shards.
+        The complete shards.
     """
     finished = (folder / INDEX).is_file()
-    # what is listed in an index goes before the index
+    # Remove shards before the index that lists them
     for file in sorted(files, key=lambda file: file.name in _INDICES):
         if file.name != INDEX and not (finished and _SHARD.fullmatch(file.name)):
             file.unlink()
@@ -262,20 +262,20 @@ def _write_parts(
     """Write shards under names that end in ``.part``.
 
     Args:
-        folder: Folder to write to.
-        members: The images.
-        images_per_shard: Images per shard.
-        most: Bytes after which a shard ends, if that is not given.
+        folder: Output folder.
+        members: Images.
+        images_per_shard: Number of images per shard.
+        most: Bytes after which a shard ends if ``images_per_shard`` is None.
 
     Returns:
-        Name, number of images and bytes of each.
+        Name, number of images and size in bytes of each shard.
     """
     written: list[tuple[str, int, int]] = []
     waiting = next(members, None)
     while waiting is not None:
         name, images = f"train-{len(written):06}.tar", 0
         part = folder / f"{name}.part"
-        # names go in as they are on the disk, whatever they are encoded in
+        # Keeps file names byte for byte, whatever their encoding
         with tarfile.open(
             part, "w", format=tarfile.GNU_FORMAT, encoding="utf-8", errors="surrogateescape"
         ) as tar:
@@ -291,18 +291,18 @@ def _write_parts(
 
 
 def _remove_parts(folder: Path) -> None:
-    """Remove what was not written to the end."""
+    """Remove partial shards and the partial index."""
     for file in folder.iterdir():
         if _PART.fullmatch(file.name) or file.name == INDEX_PART:
             file.unlink()
 
 
 def _replace(folder: Path, old: Sequence[Path], written: Sequence[tuple[str, int, int]]) -> Path:
-    """Put new shards in the place of old ones.
+    """Replace old shards by new ones.
 
-    The index of the old ones goes first and that of the new ones comes last, so that an index
-    stands for shards that are all there. Whenever this is killed, what is there is listed in a file
-    by which ``_check_folder`` knows it again.
+    The old index is moved first and the new one put in place last, so that ``index.json`` always
+    lists complete shards. If the process is killed in between, all files are still listed in an
+    index that ``_check_folder`` recognizes.
     """
     index = folder / INDEX
     if index.is_file():

@@ -1,9 +1,8 @@
-"""``config.json`` of an encoder folder: what of it reaches timm, and models made after it.
+"""Read and validate ``config.json`` of an encoder folder, and build models from it.
 
-A folder may come from a stranger. timm's own loader passes on everything that the file holds: so it
-fetches URLs, opens files, and allocates what it is told to. Here only known arguments pass, and a
-model is drawn up without memory before it is built: it has to have the tensors that the weights
-file holds.
+Folders may be untrusted. timm's own loader passes on all values in the file, which can make it
+fetch URLs, open files and allocate any amount of memory. Here only known arguments are accepted,
+and a model is first built on the meta device and compared with the tensors in the weights file.
 """
 
 import math
@@ -20,29 +19,29 @@ from vissl_lite.errors import UserError
 
 CONFIG = "config.json"
 
-# Bytes of the largest file: names of 100,000 classes take less.
+# Maximum bytes of the file; names of 100,000 classes take less
 _LARGEST_FILE = 16 * 2**20
 
-# Side in pixels of the largest images: 128 of them take 26 GB.
+# Maximum side of images in pixels; 128 of them take 26 GB
 LARGEST_SIDE = 4096
 
-# Numbers of channels, widths and so on up to here: the products of several are still int64.
+# Maximum of widths, channels and so on, so that products of several still fit int64
 _LARGEST_WIDTH = 2**20
 
 # Images are decoded to RGB.
 _CHANNELS = 3
 
-# Bytes that a model may take beside its weights, as tables that it makes of positions: so many, and
-# so many times those of its weights.
+# Maximum memory of a model, for example with position tables: this many bytes plus this multiple of
+# the size of its weights file
 _BESIDE, _TIMES = 256 * 2**20, 8
 
-# What ``pretrained_cfg`` may say: it describes, and names no place of weights.
+# Accepted keys of ``pretrained_cfg``: descriptions, not locations of weights
 _DESCRIPTION = frozenset(
     {"mean", "std", "input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode"}
     | {"num_classes", "pool_size", "first_conv", "classifier", "license", "tag"}
 )
 
-# Arguments of timm's models that are sizes, shares, switches and words; see ``_checked_argument``.
+# Accepted arguments of timm models: integers, fractions, booleans, strings; see ``_check_argument``
 _SIZES = frozenset(
     {"img_size", "patch_size", "embed_dim", "num_heads", "in_chans", "depth"}
     | {"reg_tokens", "output_stride"}
@@ -57,7 +56,7 @@ _SWITCHES = frozenset(
 )
 _WORDS = frozenset({"global_pool"})
 
-# What timm and torch raise on arguments that do not go together.
+# Exceptions that timm and torch raise for inconsistent arguments
 SENSELESS = (
     TypeError,
     ValueError,
@@ -70,17 +69,17 @@ SENSELESS = (
 
 
 def read_model_config(file: Path) -> dict[str, Any]:
-    """Read what is known of a ``config.json`` and check it; the rest is left out.
+    """Read and validate the known keys of a ``config.json``; others are ignored.
 
     Args:
         file: File in the format of timm's ``save_for_hf``.
 
     Returns:
-        ``architecture``, ``num_classes``, ``pretrained_cfg`` and ``model_args``; where they are
-        there, ``num_features``, ``label_names`` (a list) and ``vissl_lite`` (a mapping) too.
+        ``architecture``, ``num_classes``, ``pretrained_cfg`` and ``model_args``; if present also
+        ``num_features``, ``label_names`` (a list) and ``vissl_lite`` (a mapping).
 
     Raises:
-        UserError: It is missing or damaged, or asks for something that does not pass.
+        UserError: If the file is missing or damaged, or has a value that is not accepted.
     """
     content = read_json(file, _LARGEST_FILE)
     try:
@@ -91,7 +90,7 @@ def read_model_config(file: Path) -> dict[str, Any]:
 
 
 def _checked(content: Any) -> dict[str, Any]:
-    """What ``read_model_config`` returns; ValueError, LookupError and TypeError for the rest."""
+    """Validate the content; raise ValueError, LookupError or TypeError if it is invalid."""
     content = _mapping(content, "the file")
     name = content["architecture"]
     if not isinstance(name, str) or not timm.is_model(name):
@@ -120,21 +119,21 @@ def _checked(content: Any) -> dict[str, Any]:
 
 
 def checked_names(value: Any, what: str) -> list[str]:
-    """A list of at least one text; TypeError for anything else."""
+    """Return a non-empty list of strings; raise TypeError for anything else."""
     if not isinstance(value, list) or not value or not all(isinstance(one, str) for one in value):
         raise TypeError(f"{what} is not a list of names")
     return value
 
 
 def checked_statistics(mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, for values in [0, 1].
+    """Validate the mean and standard deviation per channel, for values in [0, 1].
 
     Args:
-        mean: A list of as many numbers in [0, 1] as there are channels.
-        std: Likewise, from 1/1000 to 10: no real deviation is above 0.5, but 1 is in use.
+        mean: List of one number in [0, 1] per channel.
+        std: Likewise, from 0.001 to 10: no real deviation is above 0.5, but 1 is in use.
 
     Raises:
-        TypeError, ValueError: They are no such lists.
+        TypeError, ValueError: If they are not such lists.
     """
     found = []
     for what, values, least, most in (("mean", mean, 0.0, 1.0), ("std", std, 1e-3, 10.0)):
@@ -169,9 +168,9 @@ def _check_description(saved: dict[str, Any]) -> None:
 
 
 def _check_argument(key: str, value: Any) -> None:
-    """Raise a TypeError or ValueError for an argument of a model that does not pass."""
+    """Raise a TypeError or ValueError for a model argument that is not accepted."""
     if value is None:
-        return  # timm takes it for not given
+        return  # timm treats it as not given
     if key in _SIZES:
         most = LARGEST_SIDE if key == "img_size" else _LARGEST_WIDTH
         for one in value if isinstance(value, list) and len(value) == 2 else [value]:
@@ -202,7 +201,7 @@ def _whole(value: Any, what: str, least: int, most: int) -> int:
 
 
 def _number(value: Any, what: str, least: float, most: float) -> float:
-    # what is not a number does not pass either
+    # NaN fails the comparison, too
     if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
         raise ValueError(f"{what} is not a number from {least:g} to {most:g}: {_shown(value)}")
     return float(value)
@@ -217,11 +216,11 @@ def create(config: Mapping[str, Any], classes: int) -> Any:
     """Build the timm model of a config, with random weights.
 
     Args:
-        config: Config from ``read_model_config``.
-        classes: 0 for none.
+        config: Result of ``read_model_config``.
+        classes: Number of classes; 0 for no classifier.
 
     Raises:
-        TypeError, ValueError, ...: the arguments do not go together (``SENSELESS``).
+        TypeError, ValueError, ...: If the arguments are inconsistent (``SENSELESS``).
     """
     saved = dict(config["pretrained_cfg"])
     saved.pop("tag", None)
@@ -236,20 +235,20 @@ def create(config: Mapping[str, Any], classes: int) -> Any:
 
 
 def draw_up(config: Mapping[str, Any], classes: int, tensors: int, weight_bytes: int) -> Any:
-    """The model of a config on torch's meta device, where it takes no memory.
+    """Build the model of a config on torch's meta device, where it takes no memory.
 
-    It has been tried out there on an image of its size.
+    A forward pass with an image of its size checks it.
 
     Args:
-        config: Config from ``read_model_config``.
-        classes: 0 for none.
-        tensors: Number of tensors in the weights file, an upper bound of the number of blocks.
-        weight_bytes: Size of the weights file in bytes.
+        config: Result of ``read_model_config``.
+        classes: Number of classes; 0 for no classifier.
+        tensors: Number of tensors in the weights file, the maximum depth.
+        weight_bytes: Size of the weights file.
 
     Raises:
-        ValueError: The model would not suit its own images, or take much more memory than its
-            weights.
-        TypeError, ...: the arguments do not go together (``SENSELESS``).
+        ValueError: If the output has the wrong shape, or the model would take much more memory
+            than its weights.
+        TypeError, ...: If the arguments are inconsistent (``SENSELESS``).
     """
     depth = config["model_args"].get("depth") or 0
     if not isinstance(depth, int) or depth > tensors:

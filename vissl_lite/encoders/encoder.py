@@ -1,4 +1,4 @@
-"""Encoder: a timm backbone with weights. What pre-training makes and everything else takes."""
+"""Encoder: a timm backbone with weights, the output of pre-training and input of evaluation."""
 
 import math
 import os
@@ -16,18 +16,18 @@ from vissl_lite.errors import UserError, WeightsUnavailableError, did_you_mean
 
 
 class Encoder(nn.Module):
-    """A timm model without classifier, with the normalization of the images that it takes.
+    """A timm model without a classifier, together with its input normalization.
 
     Args:
-        model: The timm model, made with ``num_classes=0``.
-        model_args: Arguments beside the name that ``timm.create_model`` needs to build it again.
-        image_size: Side in pixels of the images it is made for.
+        model: The timm model, created with ``num_classes=0``.
+        model_args: Arguments besides the name that ``timm.create_model`` needs to rebuild it.
+        image_size: Side of the input images in pixels.
 
     Attributes:
-        model: The timm model. ``model.state_dict()`` has timm's own names, as on disk.
+        model: The timm model. ``model.state_dict()`` uses timm's names, as on disk.
         num_features: D, the length of a pooled feature vector.
         backbone: Name of the architecture.
-        mean, std: Statistics of each channel, for values in [0, 1].
+        mean, std: Mean and standard deviation per channel, for values in [0, 1].
         scale, shift: ``(1, C, 1, 1)`` buffers: normalized = raw * scale + shift; see ``normalize``.
     """
 
@@ -51,25 +51,25 @@ class Encoder(nn.Module):
 
     @property
     def patch_size(self) -> int | None:
-        """Side in pixels of a transformer's patches; None for a convolutional backbone."""
+        """Patch size of a transformer in pixels; None for a convolutional backbone."""
         embed = getattr(self.model, "patch_embed", None)
         size = getattr(embed, "patch_size", None)
         return int(size[0]) if size is not None else None
 
     def fitting_size(self, size: float) -> int:
-        """The size nearest to the given one that whole patches fill; for a CNN, a multiple of 8.
+        """Round a size to the nearest multiple of the patch size; for a CNN, to a multiple of 8.
 
         Args:
-            size: Side in pixels.
+            size: Side of the images in pixels.
         """
         step = self.patch_size or 8
         return max(2 * step if self.patch_size is None else step, round(size / step) * step)
 
     def check_image_size(self, size: int) -> None:
-        """Raise a UserError if the backbone can't take images of this size.
+        """Raise a UserError if the backbone does not support images of this size.
 
         Args:
-            size: Side in pixels.
+            size: Side of the images in pixels.
         """
         try:
             with self._dry_run(size, size) as blank:
@@ -80,36 +80,36 @@ class Encoder(nn.Module):
 
     @contextmanager
     def _dry_run(self, height: int, width: int) -> Iterator[Tensor]:
-        """A blank image to try out; in evaluation mode, which leaves running statistics alone."""
+        """Yield a blank image, in evaluation mode so that running statistics do not change."""
         device, was_training = next(self.parameters()).device, self.training
         self.eval()
         try:
-            # on the device whatever the caller makes new tensors on
+            # Overrides a default device that the caller may have set
             with torch.no_grad(), device:
                 yield torch.zeros(1, len(self.mean), height, width, device=device)
         finally:
             self.train(was_training)
 
     def use_image_size(self, size: int) -> None:
-        """Take images of another size.
+        """Change the size of the input images.
 
         Args:
-            size: Side in pixels.
+            size: Side of the images in pixels.
 
         Raises:
-            UserError: The backbone can't take it.
+            UserError: If the backbone does not support the size.
         """
         self.check_image_size(size)
         self.image_size = size
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Scale a raw batch to what the backbone takes.
+        """Normalize a batch of raw images for the backbone.
 
         Args:
-            images: ``(B, C, H, W)`` uint8, on the encoder's device.
+            images: ``(B, C, H, W)`` uint8 images on the encoder's device.
 
         Returns:
-            ``(B, C, H, W)`` in the encoder's floating-point type and the memory format of
+            ``(B, C, H, W)`` images in the encoder's floating-point type and the memory format of
             ``images``.
         """
         return torch.addcmul(self.shift, images.to(self.scale.dtype), self.scale)
@@ -118,35 +118,35 @@ class Encoder(nn.Module):
         """Undo ``normalize``.
 
         Args:
-            images: ``(B, C, H, W)``, normalized. Values that are not numbers become black.
+            images: ``(B, C, H, W)`` normalized images. NaN is replaced by 0.
 
         Returns:
-            ``(B, C, H, W)`` uint8.
+            ``(B, C, H, W)`` uint8 images.
         """
         values = (images.float() - self.shift) / self.scale
         return values.nan_to_num(0.0).clamp(0, 255).round().to(torch.uint8)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pooled features.
+        """Compute pooled features.
 
         Args:
-            images: ``(B, C, H, W)``, normalized.
+            images: ``(B, C, H, W)`` normalized images.
 
         Returns:
-            ``(B, D)``.
+            ``(B, D)`` features.
         """
         with _exact_if_tiny(images):
             features: Tensor = self.model(images)
         return features
 
     def pooled_and_map(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled features together with the last feature map, in one pass.
+        """Compute pooled features and the last feature map in one forward pass.
 
         Args:
-            images: ``(B, C, H, W)``, normalized.
+            images: ``(B, C, H, W)`` normalized images.
 
         Returns:
-            ``(B, D)`` and ``(B, D', h, w)``; D' is ``map_features``.
+            ``(B, D)`` features and a ``(B, D', h, w)`` map; D' is ``map_features``.
         """
         with _exact_if_tiny(images):
             last = self.model.forward_features(images)
@@ -154,16 +154,16 @@ class Encoder(nn.Module):
 
     @property
     def map_features(self) -> int:
-        """Channels of the last feature map; ``num_features`` but for a few mobile backbones."""
+        """Channels of the last feature map; ``num_features`` except for a few mobile backbones."""
         return int(self.model.num_features)
 
     def map_side(self) -> int:
-        """Side of the last feature map for images of the encoder's size, from a dry run."""
+        """Side of the last feature map at ``image_size``, measured by a dry run."""
         with self._dry_run(self.image_size, self.image_size) as blank:
             return int(self.pooled_and_map(blank)[1].shape[-1])
 
     def _as_map(self, last: Tensor, images: Tensor) -> Tensor:
-        if last.ndim == 3:  # tokens, after class and register tokens
+        if last.ndim == 3:  # Patch tokens follow class and register tokens
             last = last[:, getattr(self.model, "num_prefix_tokens", 0) :]
             patch = self.patch_size or 1
             rows = images.shape[2] // patch
@@ -175,7 +175,7 @@ class Encoder(nn.Module):
         return last
 
     def stage_names(self) -> list[str]:
-        """timm's names of the modules whose outputs ``stages`` gives, fine to coarse."""
+        """Names in timm of the modules whose outputs ``stages`` returns, fine to coarse."""
         info = self.model.feature_info
         modules = [
             str(stage["module"]) for stage in (info if isinstance(info, list) else info.info)
@@ -183,16 +183,16 @@ class Encoder(nn.Module):
         return [modules[i] for i in self._stage_indices(len(modules))]
 
     def stages(self, images: Tensor) -> list[Tensor]:
-        """Feature maps at each stage; of a ViT, at four evenly spaced blocks.
+        """Compute the feature map of each stage; for a ViT, of four evenly spaced blocks.
 
         Args:
-            images: ``(B, C, H, W)``, normalized.
+            images: ``(B, C, H, W)`` normalized images.
 
         Returns:
-            ``(B, C_i, H_i, W_i)`` for each stage, fine to coarse.
+            A ``(B, C_i, H_i, W_i)`` map for each stage, fine to coarse.
 
         Raises:
-            UserError: Timm offers no intermediate features of this backbone.
+            UserError: If timm has no intermediate features for this backbone.
         """
         if not hasattr(self.model, "forward_intermediates"):
             raise UserError(f"timm gives no intermediate features of {self.backbone}")
@@ -203,14 +203,14 @@ class Encoder(nn.Module):
         return [maps[i] for i in self._stage_indices(len(maps))]
 
     def stage_shapes(self, height: int, width: int) -> list[tuple[int, int, int]]:
-        """Channels, height and width of each stage's map, from a dry run.
+        """Channels, height and width of the map of each stage, measured by a dry run.
 
         Args:
             height: Height of the images in pixels.
-            width: Likewise.
+            width: Width of the images in pixels.
 
         Raises:
-            AssertionError, RuntimeError, ValueError: The backbone can't take this size.
+            AssertionError, RuntimeError, ValueError: If the backbone does not support this size.
         """
         with self._dry_run(height, width) as blank:
             maps = self.stages(blank)
@@ -226,10 +226,10 @@ class Encoder(nn.Module):
 
 
 def _exact_if_tiny(images: Tensor) -> AbstractContextManager[Any]:
-    """No bf16 on the CPU for images below 32 pixels.
+    """Disable bf16 autocast on the CPU for images below 32 pixels.
 
-    oneDNN leaves parts of the gradient of a strided convolution uninitialized where its bf16 input
-    is a single place, as in the last stage of a ResNet at 16 pixels (torch 2.15): some are NaN.
+    For a bf16 input of one pixel, as in the last stage of a ResNet at 16 pixels, oneDNN leaves
+    parts of the gradient of a strided convolution uninitialized, some of them NaN (torch 2.15).
     """
     if images.device.type == "cpu" and images.shape[-1] < 32:
         return torch.autocast("cpu", enabled=False)
@@ -239,17 +239,17 @@ def _exact_if_tiny(images: Tensor) -> AbstractContextManager[Any]:
 def build_encoder(
     backbone: str, image_size: int | None = None, pretrained: bool = False
 ) -> Encoder:
-    """Make an encoder for a backbone.
+    """Create an encoder.
 
     Args:
-        backbone: A timm architecture name, with a tag (``resnet18.a1_in1k``) or without.
-        image_size: Side of the images in pixels; default the backbone's own. Backbones whose
+        backbone: Name of a timm architecture, with or without a tag (``resnet18.a1_in1k``).
+        image_size: Side of the images in pixels; default: that of the backbone. Backbones whose
             weights depend on the size are built for it.
-        pretrained: Load timm's weights from the hub (or its cache); else random ones.
+        pretrained: Load timm's weights from the hub or its cache instead of random ones.
 
     Raises:
-        UserError: The name is unknown, or the size does not suit the backbone.
-        WeightsUnavailableError: The weights can't be had.
+        UserError: If the name is unknown, or the backbone does not support the size.
+        WeightsUnavailableError: If the weights are neither cached nor downloadable.
     """
     name = backbone.split(".")[0]
     if not timm.is_model(name):
@@ -258,7 +258,7 @@ def build_encoder(
     if image_size is not None:
         size_args = {"img_size": image_size, "dynamic_img_size": True}
     model, model_args = None, size_args
-    # Not every backbone takes a size, nor every one that does a changing size.
+    # Some backbones accept no img_size, others img_size but no dynamic_img_size.
     for model_args in (size_args, {"img_size": image_size} if size_args else {}, {}):
         try:
             model = _create(backbone, pretrained, model_args)
@@ -277,7 +277,7 @@ def build_encoder(
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its name if it has none."""
+    """First line of the message of an error, or the name of its class if it has none."""
     lines = str(error).splitlines()
     return lines[0][:200] if lines else type(error).__name__
 
@@ -290,7 +290,8 @@ def _create(backbone: str, pretrained: bool, model_args: dict[str, Any]) -> nn.M
         return create()
     import huggingface_hub.constants as hub
 
-    # Where there is no network the hub's client tries for a minute; the cache is enough to ask.
+    # Without a network the client of the hub retries for a minute, so use the cache alone. timm
+    # passes no local_files_only to the hub, hence the constant.
     was_offline, hub.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE or not _online()
     try:
         return create()
@@ -300,7 +301,7 @@ def _create(backbone: str, pretrained: bool, model_args: dict[str, Any]) -> nn.M
         if "pretrained" in str(error).lower():
             raise UserError(f"timm has no pre-trained weights for {backbone}") from None
         raise
-    except Exception as error:  # the hub's client raises what its HTTP library raises
+    except Exception as error:  # The client of the hub passes on errors of its HTTP library
         reason = first_line(error).split(". ")[0]
         raise WeightsUnavailableError(
             f"the pre-trained weights of {backbone} can't be downloaded and are not in the cache "
@@ -311,7 +312,7 @@ def _create(backbone: str, pretrained: bool, model_args: dict[str, Any]) -> nn.M
 
 
 def _online() -> bool:
-    """Whether the hub's host answers; assumed so behind a proxy, where asking it proves nothing."""
+    """Whether the host of the hub is reachable; always True behind a proxy."""
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
         return True
     host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").split("//")[-1].split("/")[0]

@@ -1,4 +1,4 @@
-"""The encoder folder: an encoder on disk, in timm's own format. Nothing is ever unpickled."""
+"""Encoder folders: save and load encoders in timm's format, without unpickling objects."""
 
 import json
 import logging
@@ -25,14 +25,14 @@ WEIGHTS = "model.safetensors"
 
 
 def save_encoder(encoder: Encoder, folder: Path, about: dict[str, Any]) -> None:
-    """Write an encoder folder, in timm's own format.
+    """Write an encoder folder in timm's format.
 
-    ``timm.create_model("local-dir:FOLDER", pretrained=True)`` gives the same outputs.
+    ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads the same model.
 
     Args:
         encoder: Encoder to save.
-        folder: Folder to write; created if it is missing.
-        about: Record of the training; stored under ``vissl_lite`` in ``config.json``.
+        folder: Destination folder; created if missing.
+        about: How it was trained; written under ``vissl_lite`` in ``config.json``.
     """
     save_model(encoder.model, folder, encoder.model_args, encoder.image_size, {"vissl_lite": about})
 
@@ -40,14 +40,14 @@ def save_encoder(encoder: Encoder, folder: Path, about: dict[str, Any]) -> None:
 def save_model(
     model: Any, folder: Path, model_args: dict[str, Any], image_size: int, extra: dict[str, Any]
 ) -> None:
-    """Write any timm model as a folder that timm loads; each file appears whole or not at all.
+    """Write a timm model as a folder that timm can load; each file is written atomically.
 
     Args:
         model: The timm model.
-        folder: Folder to write; created if it is missing.
-        model_args: Arguments that ``timm.create_model`` needs beside the name.
-        image_size: Side in pixels.
-        extra: More keys of ``config.json``.
+        folder: Destination folder; created if missing.
+        model_args: Arguments besides the name that ``timm.create_model`` needs.
+        image_size: Side of the images in pixels.
+        extra: Additional keys of ``config.json``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = dict(model.pretrained_cfg)
@@ -82,11 +82,11 @@ def load_encoder(source: str | Path, image_size: int | None = None) -> Encoder:
     Args:
         source: A run, an encoder folder, ``timm:NAME`` (pre-trained weights from the hub) or
             ``random:NAME`` (untrained; reproducible through ``torch.manual_seed``).
-        image_size: Side of the images in pixels for ``timm:`` and ``random:``; default the
-            backbone's own. Folders know their size.
+        image_size: Side of the images in pixels for ``timm:`` and ``random:``; default: that of
+            the backbone. Ignored for folders, which record their size.
 
     Raises:
-        UserError: There is no encoder, or it is damaged, or its training has diverged.
+        UserError: If there is no encoder, it is damaged, or its training has diverged.
     """
     kind, _, name = str(source).partition(":")
     if name and kind in ("timm", "random"):
@@ -104,14 +104,14 @@ def load_encoder(source: str | Path, image_size: int | None = None) -> Encoder:
 
 
 def encoder_for(source: str, image_size: int | None) -> Encoder:
-    """Load an encoder to be used on labelled images.
+    """Load an encoder for use on labeled images.
 
     Args:
         source: A run, an encoder folder, ``timm:NAME`` or ``random:NAME``.
-        image_size: Side in pixels; default the encoder's.
+        image_size: Side of the images in pixels; default: that of the encoder.
 
     Raises:
-        UserError: There is no such encoder, or it can't take the size.
+        UserError: If there is no such encoder, or it does not support the size.
     """
     check_count("image_size", image_size)
     encoder = load_encoder(source, image_size)
@@ -121,17 +121,17 @@ def encoder_for(source: str, image_size: int | None) -> Encoder:
 
 
 def load_model(folder: Path, num_classes: int | None = None) -> tuple[Any, dict[str, Any]]:
-    """Build a timm model from its folder and load the weights.
+    """Build a timm model from its folder and load its weights.
 
     Args:
         folder: Folder with ``config.json`` and ``model.safetensors``.
-        num_classes: 0 to leave out a classifier; default what the folder holds.
+        num_classes: 0 to leave out the classifier; default: the number in the folder.
 
     Returns:
         The model, with the folder's ``pretrained_cfg``, and the content of ``config.json``.
 
     Raises:
-        UserError: The folder is damaged or its weights are another architecture's.
+        UserError: If the folder is damaged or its weights belong to another architecture.
     """
     config = read_model_config(folder / CONFIG)
     name, has_classes = config["architecture"], config["num_classes"]
@@ -153,11 +153,11 @@ def load_model(folder: Path, num_classes: int | None = None) -> tuple[Any, dict[
 
 
 def check_finite(module: nn.Module, source: str) -> None:
-    """Raise a UserError for weights and buffers that no image can go through.
+    """Raise a UserError for weights that are not finite or a negative running variance.
 
     Args:
-        module: Module to load the weights into.
-        source: Source of the weights, for messages.
+        module: Module to check.
+        source: Where the weights come from, for the message.
     """
     tensors = [*module.named_parameters(), *module.named_buffers()]
     if not all(one.isfinite().all() for _, one in tensors):
@@ -171,21 +171,21 @@ def check_finite(module: nn.Module, source: str) -> None:
 
 
 def load_weights(encoder: Encoder, file: Path) -> None:
-    """Load a plain timm state dict, without running any code that the file may hold.
+    """Load a plain timm state dict without executing code in the file.
 
     Args:
-        encoder: Takes the weights; a classifier in the file is left out.
-        file: ``.safetensors``, or what ``torch.save`` wrote of a state dict, bare or under the key
-            ``state_dict`` or ``model``.
+        encoder: Encoder to load into; a classifier in the file is ignored.
+        file: A ``.safetensors`` file, or a state dict written by ``torch.save``, bare or under
+            the key ``state_dict`` or ``model``.
 
     Raises:
-        UserError: The file can't be read safely, or is of another architecture.
+        UserError: If the file can't be read safely or belongs to another architecture.
     """
     weights = _without_classifier(read_weights(file), encoder.model)
     _load(encoder.model, weights, str(file), encoder.backbone)
 
 
-# What torch.load raises on bytes that are not a checkpoint, whatever they mean as a pickle.
+# Exceptions that torch.load and safetensors raise on arbitrary bytes
 _UNREADABLE = (
     pickle.UnpicklingError,
     SafetensorError,
@@ -205,17 +205,17 @@ _UNREADABLE = (
 
 
 def read_torch(file: Path) -> Any:
-    """Read what ``torch.save`` wrote; nothing is unpickled but tensors and plain values.
+    """Read a file written by ``torch.save``; only tensors and plain values are unpickled.
 
     Raises:
-        UserError: The file is missing or damaged, or holds other Python objects.
+        UserError: If the file is missing, damaged, or contains other Python objects.
     """
     if not file.is_file():
         raise UserError(f"{file} does not exist")
     try:
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
-                # torch writes no others; a small file could become a very large one
+                # torch never compresses; a small compressed file could inflate to a very large one
                 if any(one.compress_type != zipfile.ZIP_STORED for one in archive.infolist()):
                     raise ValueError("it is compressed")
         return torch.load(file, map_location="cpu", weights_only=True)
@@ -227,10 +227,10 @@ def read_torch(file: Path) -> Any:
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """Read tensors by name from a safetensors or torch file; nothing is unpickled but tensors.
+    """Read tensors by name from a safetensors or torch file; only tensors are unpickled.
 
     Raises:
-        UserError: The file is missing, damaged, or holds anything else than tensors.
+        UserError: If the file is missing, damaged, or contains anything but tensors.
     """
     if file.suffix == ".safetensors":
         if not file.is_file():
@@ -249,10 +249,10 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def _read_shapes(file: Path) -> dict[str, list[int]]:
-    """The shapes of the tensors in a safetensors file, by name; only its header is read.
+    """Read the shapes of the tensors in a safetensors file from its header, by name.
 
     Raises:
-        UserError: The file is missing or damaged.
+        UserError: If the file is missing or damaged.
     """
     if not file.is_file():
         raise UserError(f"{file} does not exist")
@@ -271,7 +271,7 @@ def _without_classifier(weights: Mapping[str, Any], model: Any) -> dict[str, Any
 
 
 def _compare(model: nn.Module, shapes: Mapping[str, Sequence[int]], source: str, name: str) -> None:
-    """Raise a UserError if tensors of these shapes are not those of a model."""
+    """Raise a UserError if names and shapes differ from those of a model."""
     own = model.state_dict()
     missing = sorted(set(own) - set(shapes))
     unexpected = sorted(set(shapes) - set(own))
@@ -291,15 +291,15 @@ def _load(model: nn.Module, weights: dict[str, Tensor], source: str, name: str) 
 
 
 def load_tensors(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Copy tensors into a module that has all of them, in these shapes.
+    """Copy tensors into a module that has all of their names and shapes.
 
     Args:
-        module: Takes them; may have others beside them.
-        weights: Weights by name.
-        source: Source of the weights, for messages.
+        module: Module to load into; it may have further tensors.
+        weights: Tensors by name.
+        source: Where the weights come from, for the message.
 
     Raises:
-        UserError: They are of another kind of number, or not finite.
+        UserError: If the data types do not match or values are not finite.
     """
     own = module.state_dict()
     for key, value in weights.items():
@@ -307,6 +307,6 @@ def load_tensors(module: nn.Module, weights: Mapping[str, Tensor], source: str) 
             raise UserError(f"the weights in {source} are damaged: {key} is of {value.dtype}")
     try:
         module.load_state_dict(weights, strict=False)
-    except (RuntimeError, NotImplementedError) as error:  # kinds of number that torch can't copy
+    except (RuntimeError, NotImplementedError) as error:  # Data types that torch can't copy
         raise UserError(f"the weights in {source} are damaged: {first_line(error)}") from None
     check_finite(module, source)

@@ -1,1 +1,1 @@
-"""The leak guard: whether evaluation images were among those that an encoder was trained on."""
+"""Leak check: find evaluation images that an encoder was trained on."""

@@ -1,4 +1,4 @@
-"""Keeps the fingerprints of the images that a run has trained on: for the leak guard."""
+"""Record the fingerprints of the training images of a run for the leak check."""
 
 import json
 import os
@@ -17,22 +17,22 @@ from vissl_lite.leakage.matching import FINGERPRINTS
 from vissl_lite.training.schedule import Schedule
 from vissl_lite.training.stream import StreamData
 
-# An image's number in the data set and its fingerprint. A record may be there twice.
+# Index of an image in the data set and its fingerprint. A record may occur twice.
 _RECORD = np.dtype([("index", "<i8"), ("fingerprint", "u1", (EXACT_BYTES + LOOK_BYTES,))])
 
 
 class FingerprintCallback(Callback):
-    """Writes down the fingerprints that come with the batches of the first epoch.
+    """Record the fingerprints in the batches of the first epoch.
 
-    Each process appends to a file of its own after every batch, so that a run that is killed has
-    those of all its steps; at the end they become one file, ``fingerprints.npz``. What the first
-    epoch leaves over, as it fills no batch, is added then, if there was a second one.
+    Each process appends to its own file after every batch, so that a killed run keeps those of all
+    its steps. At the end of training the files are merged into ``fingerprints.npz``. Images that
+    the first epoch drops with its incomplete batch are added if there was a second epoch.
 
     Args:
         run: Run folder.
-        data: The training stream.
-        schedule: Schedule of the run; its batches are counted before this callback runs.
-        before: Images that the encoder has seen before this run, if it did not start untrained.
+        data: Training stream.
+        schedule: Schedule of the run; it counts batches before this callback runs.
+        before: Images of earlier training, if the encoder was initialized from weights.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class FingerprintCallback(Callback):
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.parts.mkdir(parents=True, exist_ok=True)
         self._part = self.parts / f"{trainer.global_rank}.bin"
-        if self._part.exists():  # the last record of a run that was killed may be cut off
+        if self._part.exists():  # The last record of a killed run may be incomplete
             size = self._part.stat().st_size
             os.truncate(self._part, size - size % _RECORD.itemsize)
 
@@ -58,7 +58,7 @@ class FingerprintCallback(Callback):
     ) -> None:
         if batch.fingerprints is None:
             return
-        if batch.names:  # before the records, so that none is without
+        if batch.names:  # Written before the records, so that every record has a name
             pairs = zip(self.data.indices.tolist(), batch.names, strict=True)
             with self._part.with_suffix(".names").open("a", encoding="ascii") as out:
                 out.writelines(f"{json.dumps(pair)}\n" for pair in pairs)
@@ -73,7 +73,7 @@ class FingerprintCallback(Callback):
         if not trainer.is_global_zero:
             return
         if self.file.exists() and not any(self.parts.iterdir()):
-            shutil.rmtree(self.parts)  # killed after the last step, and resumed
+            shutil.rmtree(self.parts)  # Resumed after being killed past the last step
             return
         source = self.data.dataset
         records, names = _read(self.parts), _read_names(self.parts)
@@ -83,25 +83,25 @@ class FingerprintCallback(Callback):
         if self.schedule.batches > self.data.batches_per_epoch:
             rest = np.setdiff1d(np.arange(len(source)), indices, assume_unique=True)
             found = found.join(source.fingerprints(rest))
-        if self.file.exists():  # written, and killed before the last checkpoint was
+        if self.file.exists():  # Killed between this file and the last checkpoint
             found = Fingerprints.load(self.file).join(found)
         (found if self.before is None else self.before.join(found)).save(self.file)
         shutil.rmtree(self.parts)
 
 
 def _read(parts: Path) -> np.ndarray:
-    """The ``_RECORD``s that all processes have written, each image once, by their numbers."""
+    """Records of all processes, one for each image, sorted by index."""
     files = [np.fromfile(file, _RECORD) for file in sorted(parts.glob("*.bin"))]
     records = np.concatenate([np.empty(0, _RECORD), *files])
     return records[np.unique(records["index"], return_index=True)[1]]
 
 
 def _read_names(parts: Path) -> dict[int, str]:
-    """Names of images by their numbers, where they came with the batches."""
+    """Names of images by index, for batches that carry names."""
     names: dict[int, str] = {}
     for file in sorted(parts.glob("*.names")):
         for line in file.read_text(encoding="ascii").splitlines():
-            with suppress(ValueError):  # the last one, cut off
+            with suppress(ValueError):  # The last line may be incomplete
                 number, name = json.loads(line)
                 names[number] = name
     return names

@@ -1,4 +1,4 @@
-"""The leak guard: are judged images among those that an encoder or its head was trained on?"""
+"""Leak check: find evaluation images that an encoder or its head was trained on."""
 
 import logging
 from collections import Counter
@@ -16,13 +16,12 @@ from vissl_lite.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# The file with the fingerprints of the images that a run has trained on, in its folder; the list
-# of what was found.
+# Files in a run folder: fingerprints of the training images, and the list of leaks.
 FINGERPRINTS, LEAKS = "fingerprints.npz", "leaks.csv"
 
 Policy = Literal["warn", "exclude", "error"]
 
-# The names of places in a sentence.
+# Phrases for messages
 _PLACES = {
     "pretraining": "among the pre-training images",
     "train": "in the training part",
@@ -31,16 +30,16 @@ _PLACES = {
 
 
 class Leak(NamedTuple):
-    """A judged image and where it was seen before.
+    """An evaluation image and its match in the training data.
 
     Attributes:
-        part: The judged part, test or val.
-        path: The judged file.
-        where: ``pretraining``, or the labelled part ``train`` or ``val``.
-        encoder: Encoder whose pre-training used the image; empty for a labelled part.
-        twin: The file there.
-        kind: ``exact`` (the same bytes) or ``similar`` (the same picture to all appearance).
-        similarity: 1 for an exact one.
+        part: Part of the evaluation image, ``test`` or ``val``.
+        path: Evaluation image file.
+        where: ``pretraining``, or the labeled part ``train`` or ``val``.
+        encoder: Encoder whose pre-training used the image; empty for a labeled part.
+        twin: Matching file.
+        kind: ``exact`` (the same bytes) or ``similar`` (visually near-identical).
+        similarity: Similarity of the images; 1 for an exact match.
     """
 
     part: str
@@ -54,13 +53,13 @@ class Leak(NamedTuple):
 
 @dataclass(frozen=True)
 class Leaks:
-    """What was found.
+    """Result of a leak check.
 
     Attributes:
-        found: Test images first. Validation images among the pre-training images are in it too,
-            though they are no harm: often all but the test part is pre-trained on, unlabelled.
-        left_out: Files not to be used, by part; empty unless asked for.
-        broken: Unreadable files and the reasons, by part. They are named in the log.
+        found: Leaks, test images first. Includes validation images among the pre-training images,
+            which are harmless: pre-training often uses all images but the test part, unlabeled.
+        left_out: Files to exclude, by part; empty unless the policy is ``exclude``.
+        broken: Unreadable files and the reasons, by part. They are also logged.
     """
 
     found: list[Leak]
@@ -69,21 +68,21 @@ class Leaks:
 
     @property
     def count(self) -> int:
-        """How many test images were seen before, those that are left out included."""
+        """Number of leaked test images, including excluded ones."""
         return self.count_of(*{leak.encoder for leak in self.found})
 
     def count_of(self, *encoders: str) -> int:
-        """The same for some of several encoders; what is among the labels counts for all."""
+        """Number of leaked test images for some encoders; labeled parts count for all of them."""
         at = ("", *encoders)
         return len({one.path for one in self.found if one.part == "test" and one.encoder in at})
 
     def figures(self) -> dict[str, Any]:
-        """For ``results.json``: how many there are, and how many images were left out."""
+        """Numbers of leaks and excluded images for ``results.json``."""
         gone = {part: len(paths) for part, paths in self.left_out.items()}
         return {"leaks": self.count, **({"leaks_left_out": gone} if any(gone.values()) else {})}
 
     def write(self, folder: Path) -> None:
-        """Write ``leaks.csv`` into a run, if anything was found."""
+        """Write ``leaks.csv`` to a run folder if there are leaks."""
         if not self.found:
             return
         with csv_writer(folder / LEAKS) as rows:
@@ -92,23 +91,23 @@ class Leaks:
 
 
 def seen_by(encoder: str) -> Fingerprints | None:
-    """The fingerprints of the images that an encoder was pre-trained on.
+    """Load the fingerprints of the images that an encoder was pre-trained on.
 
     Args:
-        encoder: A run, or the encoder folder in it; anything else has none.
+        encoder: A run, or the encoder folder in it; other sources have no fingerprints.
 
     Returns:
-        None where they were not kept.
+        The fingerprints, or None if there are none.
 
     Raises:
-        UserError: The file is damaged.
+        UserError: If the file is damaged.
     """
     folder = Path(encoder)
     for run in (folder, *([folder.parent] if folder.name == "encoder" else [])):
         if (run / FINGERPRINTS).is_file():
             return Fingerprints.load(run / FINGERPRINTS)
     if not encoder.startswith("random:"):
-        log.debug("what %s was pre-trained on is not known: no leak can be looked for", encoder)
+        log.debug("pre-training images of %s are unknown: no check for leaks", encoder)
     return None
 
 
@@ -119,21 +118,21 @@ def check_leaks(
     listed: Path,
     progress: Callable[[int], None] | None = None,
 ) -> Leaks:
-    """Look for test and validation images among the pre-training images and the training part.
+    """Find test and validation images among the pre-training images and the training part.
 
-    Test images are looked for in the validation part, too: it chooses.
+    Test images are also searched for in the validation part, which selects the model.
 
     Args:
         parts: Image files of the parts ``train``, ``val`` and ``test``; each may be empty.
-        seen: Images that each encoder was pre-trained on, if known.
-        leaks: ``warn`` says what was found; ``error`` refuses to go on; ``exclude`` leaves out test
-            images that were seen in pre-training or are in the training part, and validation images
-            that are in the training or the test part.
-        listed: The file that the found ones will be listed in, to be named.
-        progress: Called with the number of images done since the last call.
+        seen: Fingerprints of the pre-training images of each encoder; None if unknown.
+        leaks: ``warn`` logs a warning; ``error`` raises; ``exclude`` leaves out test images that
+            are in the pre-training images or the training part, and validation images that are in
+            the training or the test part.
+        listed: File that will list the leaks, for messages.
+        progress: Called with the number of images processed since the last call.
 
     Raises:
-        UserError: There are leaks and they are an error, or no test image would be left.
+        UserError: If there are leaks and the policy is ``error``, or no test image is left.
     """
     prints, broken = {}, {}
     for name in ("train", "val", "test"):
@@ -190,7 +189,7 @@ def check_leaks(
 
 
 def _left_out(harm: Sequence[Leak], prints: Mapping[str, Fingerprints]) -> dict[str, set[str]]:
-    """A test image whose twin is in the validation part stays: the twin goes."""
+    """Files to exclude. Of a test and validation pair, the validation image is excluded."""
     test = {leak.path for leak in harm if leak.part == "test" and leak.where != "val"}
     val = {leak.path for leak in harm if leak.part == "val"}
     val |= {match.path for match in find_matches(prints["val"], prints["test"])}
@@ -198,9 +197,9 @@ def _left_out(harm: Sequence[Leak], prints: Mapping[str, Fingerprints]) -> dict[
 
 
 def _counted(harm: Sequence[Leak]) -> list[dict[str, Any]]:
-    """How many images of which part are where, by kind, for the run's ``run.json``."""
+    """Count leaked images by part, place and kind for ``run.json``."""
     kinds: dict[tuple[str, str], dict[str, str]] = {}
-    for leak in harm:  # one image may have been seen by several encoders
+    for leak in harm:  # Several encoders may have seen the same image
         by_path = kinds.setdefault((leak.part, leak.where), {})
         by_path[leak.path] = min(leak.kind, by_path.get(leak.path, leak.kind))
     return [
@@ -211,7 +210,7 @@ def _counted(harm: Sequence[Leak]) -> list[dict[str, Any]]:
 
 
 def _in_words(harm: Sequence[Leak]) -> str:
-    """How many of which part are where, such as ``2 test images are in the training part``."""
+    """Summarize leaks, such as ``2 test images are in the training part``."""
     places: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for one in _counted(harm):
         places.setdefault((one["part"], one["where"]), []).append(one)
@@ -226,11 +225,11 @@ def _in_words(harm: Sequence[Leak]) -> str:
 
 
 def paths_of(part: Any) -> list[str]:
-    """The image files of a part of a labelled data set, of whatever task."""
+    """Image files of a part of a labeled data set of any task."""
     return part.paths if hasattr(part, "paths") else [str(one.path) for one in part]
 
 
 def without(part: Any, left_out: Collection[str]) -> Any:
-    """A part of a labelled data set, of whatever task, without some image files."""
+    """Copy of a part of a labeled data set of any task, without some image files."""
     kept = [i for i, path in enumerate(paths_of(part)) if path not in left_out]
     return part.take(np.array(kept, np.int64)) if hasattr(part, "take") else [part[i] for i in kept]

@@ -186,7 +186,7 @@ def rarity_weights(counts: Tensor, smoothing: Tensor, uniform: float) -> Tensor:
     Args:
         counts: ``(Q,)`` number of pixels per bin.
         smoothing: Result of ``smoothing_matrix``.
-        uniform: lambda, in [0, 1]; 1 gives equal weights.
+        uniform: Lambda, in [0, 1]; 1 gives equal weights.
 
     Returns:
         ``(Q,)`` float32 weights.
@@ -241,7 +241,7 @@ class Colorization(PretextTask):
 
     Args:
         encoder: Encoder to train; takes images of three channels.
-        uniform: lambda of the color weights: 1 weights all colors equally, 0 by their rarity alone
+        uniform: Lambda of the color weights: 1 weights all colors equally, 0 by their rarity alone
             (section 2.2).
         decoder_width: Number of channels of the decoder.
         min_crop_scale: Smallest fraction of the image area in a view.

@@ -81,7 +81,7 @@ class DenseCL(PretextTask):
         momentum: Momentum of the teacher; the paper uses 0.999, for hundreds of thousands of steps.
         queue_size: Number of negatives of each loss; the paper uses 65536.
         projection_size: Size of the embeddings.
-        dense_weight: lambda, weight of the dense loss (equation 3; 0.5 in section 4.1).
+        dense_weight: Lambda, weight of the dense loss (equation 3; 0.5 in section 4.1).
         min_crop_scale: Smallest fraction of the image area in a view.
         color: Strength of the color distortion.
     """

@@ -98,9 +98,9 @@ def content(batches: list[Batch]) -> list[tuple[bytes, ...]]:
 
 @pytest.fixture
 def small_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Smaller than a worker's stretch."""
-    monkeypatch.setattr(shard_stream, "LEAST", 4)
-    monkeypatch.setattr(shard_stream, "MOST", 4)
+    """Make the shuffle window smaller than a worker's segment."""
+    monkeypatch.setattr(shard_stream, "MIN_WINDOW", 4)
+    monkeypatch.setattr(shard_stream, "MAX_WINDOW", 4)
 
 
 # Who gets what
@@ -171,7 +171,7 @@ def test_starting_later_opens_no_shard_that_is_not_needed(
     read(made, epochs=1)
     assert len(opened) >= len(COUNTS) - 1  # one image may be the remainder
     opened.clear()
-    monkeypatch.setattr(shard_stream, "MOST", 4)
+    monkeypatch.setattr(shard_stream, "MAX_WINDOW", 4)
     read(made, start=PER_EPOCH - 1, epochs=1)
     assert 0 < len(opened) < len(COUNTS)
 

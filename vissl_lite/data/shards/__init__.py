@@ -1,1 +1,1 @@
-"""Shards: images in tar files, on a disk or behind URLs, found, indexed and streamed."""
+"""Shards: find, index and stream images in local or remote tar files."""

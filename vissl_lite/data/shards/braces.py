@@ -1,11 +1,11 @@
-"""Names with braces, as ``train-{000000..000099}.tar``: how many they are, before they are made."""
+"""Expand names with braces such as ``train-{000000..000099}.tar``, counting them first."""
 
 import re
 
 from vissl_lite.errors import UserError
 
-# Shards that one name may stand for.
-MOST = 1_000_000
+# Maximum number of shards that a source may expand to
+MAX_NAMES = 1_000_000
 
 _DEPTH = 20
 _NUMBERS = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?")
@@ -13,42 +13,44 @@ _LETTERS = re.compile(r"([A-Za-z])\.\.([A-Za-z])(?:\.\.-?(\d+))?")
 
 
 def expand(pattern: str) -> list[str]:
-    """The names that one with braces stands for, by WebDataset's rules.
+    """Expand a name with braces by WebDataset's rules.
 
-    Several patterns are joined by ``::``; ``${NAME}`` is the environment's variable ``WDS_NAME``.
+    ``::`` separates patterns; ``${NAME}`` is the environment variable ``WDS_NAME``.
 
     Raises:
-        UserError: The braces are not balanced, they stand for too many names, or a variable is not
-            set.
+        UserError: If the braces are not balanced, they expand to too many names, or a variable is
+            not set.
     """
     from webdataset.shardlists import braceexpand, envsubst
 
     names: list[str] = []
     for part in pattern.split("::"):
         try:
-            for _ in range(10):  # a variable may name another
+            for _ in range(10):  # Variables may refer to others
                 part = envsubst(part)
         except (AssertionError, KeyError):
             raise UserError(
                 f"{part} can't be expanded: the environment must set WDS_NAME for each ${{NAME}}"
             ) from None
         count = len(names) + count_names(part)
-        if count > MOST:
+        if count > MAX_NAMES:
             number = f"{count:,}" if count < 10**15 else "far too many"
-            raise UserError(f"{part} stands for {number} shards: at most {MOST:,} can be given")
+            raise UserError(
+                f"{part} stands for {number} shards: at most {MAX_NAMES:,} can be given"
+            )
         names += braceexpand.braceexpand(part)
     return names
 
 
 def count_names(pattern: str, depth: int = 0) -> int:
-    """How many names ``braceexpand`` makes of a pattern.
+    """Number of names that ``braceexpand`` returns for a pattern.
 
     Args:
-        pattern: Pattern with braces.
-        depth: Depth of the braces around it.
+        pattern: Name with braces.
+        depth: Nesting depth of the pattern.
 
     Raises:
-        UserError: The braces are not balanced, or too many are inside one another.
+        UserError: If the braces are not balanced or are nested too deeply.
     """
     if depth > _DEPTH:
         raise UserError(f"{pattern} has braces more than {_DEPTH} deep")
@@ -69,7 +71,7 @@ def count_names(pattern: str, depth: int = 0) -> int:
 
 
 def _count_choices(expression: str, depth: int) -> int:
-    """How many names the inside of braces makes."""
+    """Number of names for the content of a pair of braces."""
     numbers, letters = _NUMBERS.fullmatch(expression), _LETTERS.fullmatch(expression)
     if numbers is not None:
         if max(len(part or "") for part in numbers.groups()) > 100:
@@ -89,12 +91,12 @@ def _count_choices(expression: str, depth: int) -> int:
 
 
 def _place(letter: str) -> int:
-    """In the alphabet of ``braceexpand``, where small letters follow the capital ones."""
+    """Position in the alphabet of ``braceexpand``: uppercase, then lowercase letters."""
     return ord(letter) - ord("A") if letter.isupper() else ord(letter) - ord("a") + 26
 
 
 def _significant(pattern: str) -> list[tuple[int, str]]:
-    """Braces and commas with their places; a backslash takes the meaning from what follows."""
+    """Positions of braces and commas that are not escaped by a backslash."""
     found, at = [], 0
     while at < len(pattern):
         if pattern[at] == "\\":

@@ -1,12 +1,12 @@
-"""Bytes from a URL or a command, with a bound on how long is waited for them.
+"""Read from a URL or a command, with a limit of the waiting time.
 
-HTTP and the like go through ``curl``, which knows the proxies, certificates and passwords of the
-machine; it is started with a list of arguments, never through a shell. The rest is opened by
+HTTP and similar protocols use ``curl``, which knows the proxies, certificates and passwords of the
+machine; it is started with a list of arguments, never through a shell. Other schemes are opened by
 WebDataset's ``gopen``.
 
-Waiting is paid from an account: every second without a byte costs one, every byte that is new earns
-``1 / SLOWEST`` seconds. So one rule covers a server that stalls, that sends a byte now and then,
-that can't be reached and that drops its connections. Time in which nobody reads costs nothing.
+The waiting time grows by the time spent waiting and shrinks by ``1 / SLOWEST`` seconds for every
+new byte. This covers servers that stall, are too slow, are unreachable or drop connections. Time
+between reads does not count.
 """
 
 import io
@@ -21,30 +21,29 @@ from typing import IO, Protocol
 
 log = logging.getLogger(__name__)
 
-# Seconds to wait for a server, and for a command, which may have to make what it writes first; and
-# seconds after which the log says so.
-PATIENCE, COMMAND_PATIENCE, SAY_AFTER = 30.0, 300.0, 5.0
+# Maximum waiting time in seconds for a server, and for a command, which may need time to prepare
+# its output; and seconds after which a warning is logged
+PATIENCE, COMMAND_PATIENCE, WARN_AFTER = 30.0, 300.0, 5.0
 
-# Bytes per second: a server that is slower is one that stalls.
+# Minimum bytes per second; a slower server counts as stalled
 SLOWEST = 10_000
 
-# Seconds without a byte after which a connection that has brought some is taken for lost: another
-# may do better.
-QUIET = 10.0
+# Seconds without a byte after which an established connection counts as lost and is reopened
+MAX_SILENCE = 10.0
 
-# Seconds to wait before a lost connection is tried again; anew after each byte that came.
+# Seconds to wait before each retry; starts over after a new byte
 PAUSES = (1.0, 2.0, 4.0, 8.0)
 
-# Seconds that curl tries to connect, and the longest single wait that is counted: a process that
-# was stopped for an hour has not waited for the server.
+# Connection timeout of curl in seconds, and the polling interval, which limits the time counted per
+# wait: a suspended process has not waited for the server.
 _CONNECT, _TICK = 10, 0.5
 
 BUFFER = 1 << 18
 
-# What curl reads.
+# Schemes opened with curl
 CURL_SCHEMES = ("http", "https", "ftps", "sftp", "scp")
 
-# How curl ends (its manual, section "Exit codes") where another try is of no use, and where it is.
+# Exit codes of curl (its manual, section "Exit codes") without and with a chance to retry
 _HOPELESS = {
     1: "the server does not speak the protocol of the URL",
     3: "it is not a URL",
@@ -75,43 +74,42 @@ _PASSING = (408, 425, 429, 500, 502, 503, 504)
 
 
 class DownloadError(OSError):
-    """What is behind a URL can't be had, or no further; the message says why."""
+    """A URL can't be read, or not to its end; the message is the reason."""
 
 
 class Readable(Protocol):
-    """What bytes can be read from, all that are asked for unless it ends."""
+    """Protocol of a byte stream whose ``read`` returns fewer bytes only at the end."""
 
     def read(self, size: int, /) -> bytes:
-        """The next bytes."""
+        """Return the next bytes."""
 
 
 def scheme(url: str) -> str:
-    """``http`` of a URL; ``pipe`` of a command."""
+    """Scheme of a URL, such as ``http``; ``pipe`` for a command."""
     return url.partition(":")[0].lower()
 
 
 def open_url(url: str, persistent: bool = True) -> "io.BufferedReader":
-    """What is behind a URL, or what a command behind ``pipe:`` writes, to read from front to back.
+    """Open a URL, or the output of a command after ``pipe:``, for sequential reading.
 
-    Reading raises a ``DownloadError``.
+    Reading may raise a ``DownloadError``.
 
     Args:
-        url: URL to read from.
-        persistent: Whether a host that is unknown or lets nobody in, or a command that fails, is
-            tried again.
+        url: URL or command.
+        persistent: Also retry if the host is unknown or unreachable, or the command fails.
     """
     return io.BufferedReader(_Download(url, persistent), BUFFER)
 
 
 def fetch(url: str, most: int) -> bytes:
-    """All that is behind a URL.
+    """Read the whole content of a URL.
 
     Args:
-        url: URL to read from.
+        url: URL or command.
         most: Maximum number of bytes.
 
     Raises:
-        DownloadError: It can't be read to its end, or it is larger.
+        DownloadError: If it can't be read to its end, or is larger.
     """
     with open_url(url, persistent=False) as file:
         content = file.read(most + 1)
@@ -121,15 +119,15 @@ def fetch(url: str, most: int) -> bytes:
 
 
 class _Download(io.RawIOBase):
-    """The raw stream. A lost connection is taken up where it was, by the server or by us."""
+    """Raw stream that resumes lost connections, by a range request or by skipping bytes."""
 
     def __init__(self, url: str, persistent: bool) -> None:
         self.url, self._persistent = url, persistent
         self._curl = scheme(url) in CURL_SCHEMES
         self._patience = PATIENCE if self._curl else COMMAND_PATIENCE
-        self._at = self._skip = 0  # bytes that came, and those of them that come again
+        self._at = self._skip = 0  # Bytes received, and bytes to skip after a restart
         self._ranges, self._flowing = True, False
-        self._waited, self._said, self._tries = 0.0, False, 0
+        self._waited, self._warned, self._tries = 0.0, False, 0
         self._why = _SILENT if self._curl else "the command writes nothing"
         self._process: Popen[bytes] | None = None
 
@@ -174,7 +172,7 @@ class _Download(io.RawIOBase):
             else:
                 from webdataset.gopen import gopen
 
-                self._opened = gopen(self.url)  # it ends the command when nothing refers to it
+                self._opened = gopen(self.url)  # Kept alive: ends the command when collected
                 self._process = self._opened.proc
         except FileNotFoundError as error:
             program = error.filename or scheme(self.url)
@@ -183,8 +181,8 @@ class _Download(io.RawIOBase):
         return self._process
 
     def _wait_for(self, file: IO[bytes]) -> bool:
-        """Whether there is something to read, or the end; else the connection seems to be lost."""
-        if not hasattr(select, "poll"):  # Windows, where nothing tells whether a pipe has something
+        """Wait for data or the end; return False if the connection seems lost."""
+        if not hasattr(select, "poll"):  # Windows can't poll pipes
             return True
         ready = select.poll()
         ready.register(file, select.POLLIN)
@@ -193,19 +191,19 @@ class _Download(io.RawIOBase):
             start = time.monotonic()
             came = ready.poll(1000 * _TICK)
             waited = min(time.monotonic() - start, 2 * _TICK)
-            self._pay(waited)
+            self._count_waiting(waited)
             quiet += waited
             if came:
                 return True
-            if quiet > QUIET and self._curl and self._flowing:
+            if quiet > MAX_SILENCE and self._curl and self._flowing:
                 return False
 
-    def _pay(self, seconds: float) -> None:
+    def _count_waiting(self, seconds: float) -> None:
         self._waited += seconds
         if self._waited > self._patience:
             raise DownloadError(f"{self._state()}, given up after {self._patience:.0f} s")
-        if self._waited > SAY_AFTER and not self._said:
-            self._said = True
+        if self._waited > WARN_AFTER and not self._warned:
+            self._warned = True
             left = self._patience - self._waited
             log.warning(
                 "waiting for %(url)s: %(state)s; given up in %(seconds).0f s at most",
@@ -218,20 +216,20 @@ class _Download(io.RawIOBase):
         return f"fewer than {SLOWEST} bytes per second come" if slow else self._why
 
     def _ended(self, process: "Popen[bytes]") -> bool:
-        """Whether that was all; if not, another try is to be made, or an error is raised."""
+        """Return True at the end of the data and False to retry; raise other errors."""
         with suppress(TimeoutExpired):
             process.wait(_CONNECT)
         status, answer = process.returncode, b""
         if process.stderr is not None and status is not None:
             answer = process.stderr.read()[-3:]
         self._stop()
-        code = int(answer) if answer.isdigit() else 0  # of HTTP
+        code = int(answer) if answer.isdigit() else 0  # HTTP status
         if not status or (code == _BEHIND_THE_END and self._at):
             if self._skip:
                 raise DownloadError("it is shorter than it was")
             return True
         if self._curl and status == _NO_RANGES and self._ranges:
-            self._ranges = False  # from the front, then
+            self._ranges = False  # Restart from the beginning
             return False
         why, again = self._reason(status, code)
         if not again:
@@ -240,7 +238,7 @@ class _Download(io.RawIOBase):
         return False
 
     def _pause(self, why: str) -> None:
-        """Wait before the next try, if there is one left."""
+        """Wait before the next retry; raise if none is left."""
         if self._tries == len(PAUSES):
             raise DownloadError(why)
         self._why = why
@@ -248,10 +246,10 @@ class _Download(io.RawIOBase):
         self._tries += 1
         while (left := min(end - time.monotonic(), _TICK)) > 0:
             time.sleep(left)
-            self._pay(left)
+            self._count_waiting(left)
 
     def _reason(self, status: int, code: int) -> tuple[str, bool]:
-        """What the end of curl means, and whether another try may help."""
+        """Describe an exit status, and whether a retry may help."""
         if not self._curl:
             program = "the command" if scheme(self.url) == "pipe" else scheme(self.url)
             return f"{program} ended with {status}", self._persistent
@@ -270,17 +268,17 @@ class _Download(io.RawIOBase):
         for file in (process.stdout, process.stderr):
             if file is not None:
                 file.close()
-        process.kill()  # SIGTERM may be blocked, as it is in data workers
+        process.kill()  # Data workers block SIGTERM
         process.wait()
 
 
 def _curl(url: str, start: int) -> list[str]:
-    """The command that writes what is behind a URL, from some byte on."""
+    """Build the curl command that reads a URL from some byte on."""
     command = ["curl", "--silent", "--no-buffer", "--fail", "--globoff"]
     command += ["--location", "--max-redirs", "10"]
     command += ["--proto", f"={','.join(CURL_SCHEMES)}", "--proto-redir", "=http,https"]
-    # Who started it may have been killed; as nobody reads for long, curl may be wrong to give up,
-    # and then it is started again.
+    # The speed limit ends curl if its parent was killed. It may also end it while the parent is not
+    # reading; then it is restarted.
     command += ["--connect-timeout", str(_CONNECT), "--speed-limit", "1", "--speed-time", "300"]
     command += ["--write-out", "%{stderr}%{http_code}"]
     if start:

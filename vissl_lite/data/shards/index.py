@@ -1,6 +1,6 @@
-"""Which shards there are and how many images each holds: names with braces, indices, counting.
+"""Find shards and the number of images in each: expand names, read indices, count members.
 
-The index lies beside the shards, in the format that WebDataset 0.2 wrote for its ``wids``.
+The index is in the folder of the shards, in the ``wids`` format of WebDataset 0.2.
 """
 
 import importlib.util
@@ -27,17 +27,17 @@ from vissl_lite.errors import UserError
 log = logging.getLogger(__name__)
 
 INDEX = "index.json"
-INDEX_PART = f"{INDEX}.part"  # of shards that are not all there yet
+INDEX_PART = f"{INDEX}.part"  # Index of shards that are still being written
 _MISSING = "it does not exist"
 
-# Bytes of the largest index: it has room for 300,000 shards.
+# Maximum bytes of an index, enough for 300,000 shards
 _LARGEST = 32 << 20
 
-# More images or bytes in a shard, and more images in all, are a mistake; an image takes a block of
-# a tar at least.
+# Plausible maximum of images and bytes per shard and of images in total; an image takes at least
+# one block of a tar
 _MOST_IMAGES, _MOST_BYTES, _MOST_IN_ALL, _BLOCK = 10**8, 1 << 50, 10**10, 512
 
-# The name of a shard in a command.
+# Name of a shard in a command
 _TAR = re.compile(r"[^/\s]+\.(?:tar\.gz|tgz|tar)\b")
 
 
@@ -45,9 +45,9 @@ class Entry(NamedTuple):
     """A shard in an index.
 
     Attributes:
-        url: URL as given in the index.
-        images: Number of images in it.
-        size: Size in bytes; None if it is not known.
+        url: URL or name as listed.
+        images: Number of images.
+        size: Size in bytes; None if unknown.
     """
 
     url: str
@@ -57,12 +57,12 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class _Index:
-    """An index that was looked for.
+    """Result of looking for an index.
 
     Attributes:
-        entries: Entries of the index by URL of the shard; None without an index.
-        named: The same by their names, where only one has it.
-        why: Reason why it cannot be used.
+        entries: Entries by location of the shard; None if there is no usable index.
+        named: Entries by file name; empty if names repeat.
+        why: Reason why the index can't be used.
     """
 
     entries: dict[str, Entry] | None
@@ -71,27 +71,27 @@ class _Index:
 
 
 def are_shards(source: str) -> bool:
-    """Whether a source of images is one of shards: tar files, URLs, an index or its folder."""
+    """Whether a source is shards: tar files, URLs, an index or a folder with one."""
     if os.path.isdir(source):
         return _index(os.path.join(source, INDEX), {}).entries is not None
     return is_remote(source) or bool(re.search(r"(\.tar|\.tar\.gz|\.tgz|\.json)$", source))
 
 
 def find_shards(sources: Sequence[str]) -> Shards | None:
-    """The shards that sources name, with their numbers of images.
+    """Find the shards of some sources and their numbers of images.
 
-    These come from the index beside the shards, or an index that is given itself. Local shards
-    without one are counted.
+    The numbers come from the index in the folder of the shards, or an index given as a source.
+    Images in local shards without an index are counted.
 
     Args:
-        sources: Names with braces, as ``train-{000000..000099}.tar``, of files or of URLs that
-            curl or ``webdataset.gopen`` open; indices, or folders with one.
+        sources: Files or URLs that curl or ``webdataset.gopen`` can open, with braces as in
+            ``train-{000000..000099}.tar``; indices; or folders with an index.
 
     Returns:
-        None where no source is of that kind.
+        The shards, or None if no source is shards.
 
     Raises:
-        UserError: Some are and some are not; shards do not exist, can't be counted or hold nothing.
+        UserError: If only some sources are shards, or shards are missing, uncountable or empty.
     """
     kinds = {are_shards(source): source for source in sources}
     if True not in kinds:
@@ -103,7 +103,7 @@ def find_shards(sources: Sequence[str]) -> Shards | None:
         )
     if importlib.util.find_spec("webdataset") is None:
         raise UserError("shards need webdataset: pip install 'vissl-lite[shards]'")
-    known: dict[str, _Index] = {}  # by their places
+    known: dict[str, _Index] = {}  # By location
     urls = list(dict.fromkeys(url for source in sources for url in _expand(source, known)))
     found = [_look_up(url, known) for url in urls]
     for place, index in known.items():
@@ -126,7 +126,7 @@ def find_shards(sources: Sequence[str]) -> Shards | None:
 
 
 def _expand(source: str, known: dict[str, _Index]) -> list[str]:
-    """The shards that a source names."""
+    """Expand a source to shards."""
     if os.path.isdir(source) or source.endswith(".json"):
         place = os.path.join(source, INDEX) if os.path.isdir(source) else _local(source)
         if place.startswith("pipe:"):
@@ -142,7 +142,7 @@ def _expand(source: str, known: dict[str, _Index]) -> list[str]:
 
 
 def _local(url: str) -> str:
-    """The path of a URL of a file; others stay."""
+    """Convert a ``file:`` URL to a path; return others unchanged."""
     if not url.startswith("file:"):
         return url
     try:
@@ -152,14 +152,14 @@ def _local(url: str) -> str:
 
 
 def _beside(place: str, name: str) -> str:
-    """The place of another file in the folder of an index or a shard; in a command, too."""
+    """Location of another file in the folder of an index or shard, also within a command."""
     if place.startswith("pipe:"):
         return _TAR.sub(name, place)
     return re.sub(r"[^/]*$", "", _without_query(place)) + name
 
 
 def _look_up(url: str, known: dict[str, _Index]) -> tuple[int, int]:
-    """How many images a shard holds and how many bytes it takes, 0 where that is not known."""
+    """Number of images in a shard and its size in bytes, 0 if unknown."""
     place = _beside(url, INDEX)
     index = _index(place, known)
     entry = None
@@ -168,7 +168,7 @@ def _look_up(url: str, known: dict[str, _Index]) -> tuple[int, int]:
     size = os.path.getsize(url) if os.path.isfile(url) else None
     if entry is not None and (None in (size, entry.size) or entry.size == size):
         return entry.images, entry.size or 0
-    if size is not None:  # there is no index, or it is of another file
+    if size is not None:  # No index, or it describes another file
         return _count(url), size
     if not is_remote(url):
         wrong = "is not a regular file" if os.path.exists(url) else "does not exist"
@@ -187,7 +187,7 @@ def _look_up(url: str, known: dict[str, _Index]) -> tuple[int, int]:
 
 
 def _check_scheme(url: str) -> None:
-    """Raise a UserError for a URL of a kind that nothing opens."""
+    """Raise a UserError for an unsupported URL scheme."""
     from webdataset.gopen import gopen_schemes
 
     kind = scheme(url)
@@ -209,7 +209,7 @@ def _without_query(url: str) -> str:
 
 
 def _index(place: str, known: dict[str, _Index]) -> _Index:
-    """An index, read once."""
+    """Read an index, with a cache."""
     if place not in known:
         known[place] = _read_index(place)
     return known[place]
@@ -240,14 +240,14 @@ def _read_index(place: str) -> _Index:
 
 
 def parse_index(content: bytes) -> list[Entry]:
-    """The shards that an index lists.
+    """Parse an index.
 
     Args:
-        content: JSON: an object with a list ``shardlist`` of objects with ``url``, ``nsamples``
-            and perhaps ``filesize``; what else there is does not matter.
+        content: JSON object with a list ``shardlist`` of objects with ``url``, ``nsamples`` and
+            optionally ``filesize``; other keys are ignored.
 
     Raises:
-        ValueError: It is something else.
+        ValueError: If the content is not a valid index.
     """
     try:
         read = parse_json(content, "it")
@@ -274,13 +274,13 @@ def parse_index(content: bytes) -> list[Entry]:
 
 
 def _resolve(place: str, url: str) -> str:
-    """The place of a shard in an index: beside it, or elsewhere.
+    """Resolve the location of a shard that an index lists.
 
     Raises:
-        UserError: An index may not name that.
+        UserError: If the index names a command or a ``file:`` URL.
     """
     kind = url.strip().partition(":")[0].lower()
-    if kind == "pipe":  # commands are for who runs this to give
+    if kind == "pipe":  # Commands are accepted from the user only
         raise UserError(f"{place} names a command, which is never run: {url}")
     if kind == "file":
         raise UserError(f"{place} names {url}: an index must give names beside it, or URLs")
@@ -288,12 +288,12 @@ def _resolve(place: str, url: str) -> str:
         _check_scheme(url)
         return url
     if scheme(place) in ("http", "https") and is_remote(place):
-        return urljoin(_without_query(place), url)  # never a file of this machine
+        return urljoin(_without_query(place), url)  # Never resolves to a local file
     return os.path.join(os.path.dirname(place), url)
 
 
 def _count(file: str) -> int:
-    """Images in a tar file, by its headers; what is wrong with it is said in the log."""
+    """Count the images in a tar file by its headers; warn if it is damaged or empty."""
     images, whole, complete = ImageMembers(), 0, True
     try:
         with open_regular(file) as opened:
@@ -320,10 +320,10 @@ def _count(file: str) -> int:
 
 
 def index_text(shards: Sequence[tuple[str, int, int]]) -> str:
-    """The content of an index.
+    """Format an index.
 
     Args:
-        shards: Name, number of images and bytes of each.
+        shards: Name, number of images and size in bytes of each shard.
     """
     entries = [{"url": n, "nsamples": count, "filesize": size} for n, count, size in shards]
     content = {

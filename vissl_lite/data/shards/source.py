@@ -1,9 +1,9 @@
-"""Shards: tar files of images, on a disk or behind URLs, as WebDataset has them.
+"""Shards: local or remote tar files of images in the WebDataset format.
 
-An image is a sample of WebDataset's: the members of a tar that follow one another and share a key,
-which is their path up to the first dot of the file name (Aizman, Maltby & Breuel 2019, "High
-Performance I/O For Large Scale Deep Learning", section IV). Its first member whose whole extension
-is that of an image file is read, others such as labels are passed over.
+An image is a WebDataset sample: consecutive members of a tar that share a key, which is their path
+up to the first dot of the file name (Aizman, Maltby & Breuel 2019, "High Performance I/O For Large
+Scale Deep Learning", section IV). The first member of a sample whose full extension is that of an
+image file is read; others, such as labels, are skipped.
 """
 
 import logging
@@ -25,10 +25,10 @@ log = logging.getLogger(__name__)
 
 
 class BrokenShardError(Exception):
-    """A shard can't be read from some image on.
+    """A shard can't be read beyond some image.
 
     Args:
-        at: Number of images before it.
+        at: Number of images before the failure.
         why: Reason.
     """
 
@@ -41,9 +41,9 @@ class Member(NamedTuple):
     """An image in a shard.
 
     Attributes:
-        position: Number of the image in the shard.
-        name: Name in the tar file.
-        data: The image file's bytes.
+        position: Index of the image in the shard.
+        name: Name of the member in the tar.
+        data: Bytes of the image file.
     """
 
     position: int
@@ -53,12 +53,12 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class Shards:
-    """Shards and how many images each holds.
+    """Shards and the number of images in each.
 
     Attributes:
         urls: S files or URLs.
-        counts: ``(S,)`` int64, images in each.
-        image_bytes: Size of an image file on average; None where it is not known.
+        counts: ``(S,)`` int64 number of images in each shard.
+        image_bytes: Mean size of an image file in bytes; None if unknown.
     """
 
     urls: list[str]
@@ -70,26 +70,26 @@ class Shards:
 
     @property
     def starts(self) -> np.ndarray:
-        """``(S,)`` the number of each shard's first image, in the order of ``urls``."""
+        """``(S,)`` index of the first image of each shard, in the order of ``urls``."""
         return np.cumsum(self.counts) - self.counts
 
     def place(self, shard: int) -> str:
-        """Where a shard is, from wherever one looks."""
+        """URL or absolute path of a shard."""
         return full_name(self.urls[shard])
 
     def read(
         self, shard: int, positions: Sequence[int] | np.ndarray, name_rest: bool = False
     ) -> Iterator[Member]:
-        """Some images of a shard, one after the other, each once.
+        """Yield some images of a shard in order, each once.
 
         Args:
-            shard: Shard.
-            positions: Numbers of images in it, ascending.
-            name_rest: Whether the log says so where the last image that is known is read and the
-                shard has more.
+            shard: Index of the shard.
+            positions: Indices of images in the shard, ascending.
+            name_rest: Warn if the shard has more images than its index lists, once the last
+                listed one is read.
 
         Raises:
-            BrokenShardError: Not all of them are there.
+            BrokenShardError: If the shard ends or is damaged before the last of them.
         """
         if not len(positions):
             return
@@ -123,10 +123,10 @@ class Shards:
 
 
 class ImageMembers:
-    """Which members of a tar are images, told in their order.
+    """Decide which members of a tar are images, called for each member in order.
 
     Attributes:
-        count: Number of images.
+        count: Number of images so far.
     """
 
     def __init__(self) -> None:
@@ -136,11 +136,11 @@ class ImageMembers:
     def __call__(self, name: str) -> bool:
         folder, _, file = name.rpartition("/")
         stem, _, extension = file.partition(".")
-        # WebDataset passes over what __ stands around, as its own meta data
+        # WebDataset skips names like __meta__/ as its own metadata
         if not stem or f".{extension.lower()}" not in EXTENSIONS or re.match(r"__[^/]*__/", name):
             return False
         key = f"{folder}/{stem}"
-        if key == self._key:  # another image of the sample
+        if key == self._key:  # Another image of the same sample
             return False
         self._key = key
         self.count += 1
@@ -148,7 +148,7 @@ class ImageMembers:
 
 
 def _holds_more(tar: TarReader, images: ImageMembers) -> bool:
-    """Whether an image follows in a tar."""
+    """Whether a tar contains a further image."""
     with suppress(*BROKEN_TAR):
         while (name := tar.next()) is not None:
             if images(name):
@@ -158,10 +158,10 @@ def _holds_more(tar: TarReader, images: ImageMembers) -> bool:
 
 
 def full_name(url: str) -> str:
-    """A local name is made absolute."""
+    """Return a URL as it is, and a local path as an absolute path."""
     return url if is_remote(url) else os.path.abspath(url)
 
 
 def is_remote(url: str) -> bool:
-    """Whether a shard is behind a URL or a command."""
+    """Whether a shard is a URL or a command."""
     return not os.path.exists(url) and ("://" in url or url.startswith("pipe:"))

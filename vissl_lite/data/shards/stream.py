@@ -1,13 +1,13 @@
-"""The training stream from shards: images in an order of their own, read from front to back.
+"""Training stream from shards: sequential reads with shuffled shards and a shuffle window.
 
-An epoch is the shards in an order by chance, joined to one sequence of images. Each rank gets an
-equal stretch of it, and each of its data workers a stretch of that, in whole batches, so that
-nothing is seen twice and what is missed is what fills no batch. A shard that lies across a border
-is read on both sides. Within its stretch a worker gives the images in an order by chance, too,
-which takes them from a window that moves along: a million images need not be in memory to be mixed.
+In each epoch the shards are concatenated in random order to one sequence of images. Each rank gets
+an equal segment of it, and each of its data workers a part of that segment, in full batches, so
+that no image repeats and only an incomplete batch is dropped. A shard that spans two segments is
+read for both. A worker shuffles its images within a moving window, so that only the window has to
+be in memory.
 
-All of that follows from the numbers of images in the shards, so that a stream can begin anywhere:
-the order of what is gone is worked out again, and not one of its shards is opened.
+The order depends only on the number of images per shard and the seed, so a stream can resume at any
+batch: the order of earlier images is recomputed without opening their shards.
 """
 
 import os
@@ -33,19 +33,19 @@ from vissl_lite.data.views import Views
 from vissl_lite.data.workers import WorkerLoader
 from vissl_lite.errors import UserError
 
-# Undecoded images that a worker holds to mix them: bytes in all, and their number at least, at
-# most, and where their size is not known.
-WINDOW_BYTES, LEAST, MOST, USUAL = 128 << 20, 16, 4096, 256
+# Shuffle window of a worker, of undecoded images: size in bytes, minimum and maximum number of
+# images, and number of images if their size is unknown
+WINDOW_BYTES, MIN_WINDOW, MAX_WINDOW, DEFAULT_WINDOW = 128 << 20, 16, 4096, 256
 
-# Images to look at without training on them, and the shards and bytes that they may take.
+# Sample for inspection: number of images, and maximum number of shards and bytes to read
 SAMPLE, SAMPLE_SHARDS, SAMPLE_BYTES = 512, 8, 256 << 20
 
-# After as many shards in a row that can't be read something else is wrong than with shards.
-IN_A_ROW = 8
+# Consecutive unreadable shards before an error: more are unlikely to be damage of the shards
+MAX_FAILED_SHARDS = 8
 
 
 class Found(NamedTuple):
-    """An image out of a shard: its number among all, its name, and the image file's bytes."""
+    """An image of a shard: its index among all images, its name and the bytes of the file."""
 
     number: int
     name: str
@@ -53,13 +53,13 @@ class Found(NamedTuple):
 
 
 class Order:
-    """The sequence of images in an epoch.
+    """Sequence of images in an epoch.
 
     Args:
-        shards: Shards to read.
+        shards: Shards with the images.
         seed: Seed of the run.
-        epoch: Number of the epoch, from 0.
-        lost: Receives what cannot be read.
+        epoch: Epoch, from 0.
+        lost: List to which unreadable parts of shards are appended.
     """
 
     def __init__(self, shards: Shards, seed: int, epoch: int, lost: list[Lost]) -> None:
@@ -68,17 +68,17 @@ class Order:
         self.ends = np.cumsum(shards.counts[self.order])
 
     def read(self, places: np.ndarray, again: int = 0) -> Iterator[Found]:
-        """The images at some places of the sequence.
+        """Yield the images at some positions of the sequence.
 
-        Where a shard can't be read, the images that follow it in the sequence, which has no end,
-        stand for those that are missing: each for one.
+        Images that can't be read are replaced by as many that follow their shard in the sequence,
+        which wraps around.
 
         Args:
-            places: Ascending positions; those beyond the end count from the start.
-            again: Number of successive shards that could not be read.
+            places: Ascending positions; those beyond the end wrap around.
+            again: Number of consecutive shards that could not be read.
 
         Raises:
-            UserError: Too many shards in a row can't be read.
+            UserError: If too many consecutive shards can't be read.
         """
         images, starts = int(self.ends[-1]), self.shards.starts
         for some in (places[places < images], places[places >= images] - images):
@@ -96,7 +96,7 @@ class Order:
                 except BrokenShardError as error:
                     missing = int(self.shards.counts[shard]) - error.at
                     self.lost.append(Lost(url, missing, f"from image {error.at} on: {error}"))
-                    if again == IN_A_ROW:
+                    if again == MAX_FAILED_SHARDS:
                         raise UserError(
                             f"{url} can't be read, nor can the {again} shards before it: {error}"
                         ) from None
@@ -104,15 +104,15 @@ class Order:
 
 
 def mixed(images: int, window: int, first: int, seed: Sequence[int]) -> Iterator[int]:
-    """Places of a stretch in an order by chance, each taken from a window that moves along.
+    """Yield the positions of a segment, shuffled within a moving window.
 
-    The window grows from small, for the first batch not to wait until it is full.
+    The window starts small and grows, so that the first batch does not wait for a full one.
 
     Args:
-        images: Length of the stretch.
-        window: Places to choose from.
-        first: The same for the first one; it grows by one place each time.
-        seed: Seed of the choice.
+        images: Length of the segment.
+        window: Size of the window.
+        first: Initial size of the window; it grows by one position per step.
+        seed: Seed of the order.
     """
     words = np.random.SeedSequence(seed).generate_state(4)
     draw = random.Random(words.tobytes()).random
@@ -128,16 +128,16 @@ def mixed(images: int, window: int, first: int, seed: Sequence[int]) -> Iterator
 
 
 class ShardStream(IterableDataset[Batch]):
-    """The batches of one rank; see the module. Its workers take turns, a batch each.
+    """Batches of one rank; see the module docstring. Workers alternate, one batch each.
 
     Args:
-        shards: The images.
-        views: The augmentations.
+        shards: Shards with the images.
+        views: Augmentations.
         seed: Seed of the run.
         batch_size: Images per batch over all ranks, a multiple of ``world``.
-        epochs: Number of epochs; None for an endless stream.
-        start: Number of the first batch, to resume: exactly with the same ``world`` and workers.
-        rank: This process.
+        epochs: Number of epochs; None for an infinite stream.
+        start: Index of the first batch; resuming is exact for the same ``world`` and workers.
+        rank: Rank of this process.
         world: Number of processes.
     """
 
@@ -155,8 +155,8 @@ class ShardStream(IterableDataset[Batch]):
         self.shards, self.views, self.seed = shards, views, seed
         self.share, self.epochs, self.start, self.rank = batch_size // world, epochs, start, rank
         self.per_epoch = len(shards) // batch_size
-        images = WINDOW_BYTES / shards.image_bytes if shards.image_bytes else USUAL
-        self.window = max(LEAST, min(MOST, int(images)))
+        images = WINDOW_BYTES / shards.image_bytes if shards.image_bytes else DEFAULT_WINDOW
+        self.window = max(MIN_WINDOW, min(MAX_WINDOW, int(images)))
 
     def __len__(self) -> int:
         if self.epochs is None:
@@ -178,12 +178,12 @@ class ShardStream(IterableDataset[Batch]):
             lost.clear()
 
     def _found(self, turn: int, workers: int, lost: list[Lost]) -> Iterator[Found]:
-        """What one worker reads, epoch after epoch, without end.
+        """Yield the images of one worker, epoch after epoch, without end.
 
         Args:
-            turn: Batches to make: those whose number modulo ``workers`` is this.
-            workers: Workers of the rank.
-            lost: Receives what cannot be read.
+            turn: The worker yields the batches whose index modulo ``workers`` is this.
+            workers: Number of workers of the rank.
+            lost: List to which unreadable parts of shards are appended.
         """
         epoch, done = divmod(self.start, self.per_epoch)
         while True:
@@ -208,7 +208,7 @@ class ShardStream(IterableDataset[Batch]):
             epoch, done = epoch + 1, 0
 
     def _item(self, epoch: int, ahead: deque[Found], found: Iterator[Found]) -> Item:
-        """The next image's views; a broken image gives way to its successor."""
+        """Views of the next image; a broken image is replaced by its successor."""
         broken: list[Broken] = []
         while True:
             if len(broken) == len(ahead):
@@ -225,7 +225,7 @@ class ShardStream(IterableDataset[Batch]):
 
 
 def _item(found: Found, views: Views, seed: int, epoch: int) -> Item:
-    """What ``ViewDataset`` gives of an image file; raises what decoding raises."""
+    """Item of an image, as ``ViewDataset`` returns it; raises the errors of decoding."""
     key = seed, epoch, found.number
     image, whole = decode_reduced(found.data, found.name, lambda h, w: views.times(h, w, *key))
     taken = fingerprint(found.data, image) if epoch == 0 else None
@@ -233,11 +233,11 @@ def _item(found: Found, views: Views, seed: int, epoch: int) -> Item:
 
 
 class ShardSource(Source):
-    """Shards as the images of a run.
+    """Source of training images in shards.
 
     Args:
-        shards: Shards to read.
-        views: The augmentations.
+        shards: Shards with the images.
+        views: Augmentations.
         seed: Seed of the run.
     """
 
@@ -249,7 +249,7 @@ class ShardSource(Source):
 
     def first(self) -> Item:
         why, lost = "", list[str]()
-        for shard in np.flatnonzero(self.shards.counts)[: IN_A_ROW + 1].tolist():
+        for shard in np.flatnonzero(self.shards.counts)[: MAX_FAILED_SHARDS + 1].tolist():
             numbers = self.shards.starts[shard] + np.arange(self.shards.counts[shard])
             for found in read_images(self.shards, numbers, lost):
                 try:
@@ -272,7 +272,7 @@ class ShardSource(Source):
         assert weights is None, "shards are read from front to back"
         return WorkerLoader(
             ShardStream(self.shards, self.views, self.seed, batch_size, epochs, start, rank, world),
-            _as_it_is,  # no list, as nothing is to be joined
+            _identity,  # Batches are collated by the stream
             workers,
             batch_size=None,
             pin_memory=pin_memory,
@@ -300,12 +300,12 @@ class ShardSource(Source):
 def read_images(
     shards: Shards, numbers: np.ndarray, lost: list[str] | None = None
 ) -> Iterator[Found]:
-    """Some images by their numbers, ascending; what can't be read is left out.
+    """Yield images by index, ascending, skipping those that can't be read.
 
     Args:
-        shards: Shards to read.
-        numbers: Numbers of the images.
-        lost: Gets why some of a shard can't be read.
+        shards: Shards with the images.
+        numbers: Indices of the images.
+        lost: List to which the reasons for unreadable parts are appended.
     """
     starts = shards.starts
     places = np.searchsorted(np.cumsum(shards.counts), numbers, side="right")
@@ -320,14 +320,14 @@ def read_images(
 
 
 def write_sample(shards: Shards, folder: Path) -> None:
-    """Write some images from a few shards as files, for all that looks at images.
+    """Write some images from a few shards as files, for code that inspects images.
 
     Args:
-        shards: Shards to read.
-        folder: Existing folder; files are named by the numbers of the images.
+        shards: Shards with the images.
+        folder: Existing folder; files are named by the index of the image.
 
     Raises:
-        UserError: None can be read.
+        UserError: If no image can be read.
     """
     some, lost = np.flatnonzero(shards.counts), list[str]()
     if len(some) > SAMPLE_SHARDS:
@@ -352,5 +352,5 @@ def _unreadable(shards: Shards, why: str) -> UserError:
     )
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _identity(batch: Batch) -> Batch:
     return batch

@@ -1,8 +1,8 @@
-"""Reading tar files from front to back, of whatever somebody put into them.
+"""Sequential reader of untrusted tar files.
 
-Nothing is ever written to a disk, so that names, links and devices do no harm, and nothing that a
-header claims is believed before the bytes are there: Python's ``tarfile`` allocates what a header
-asks for, and loops or recurses on some that are damaged (CVE-2024-6232, CVE-2025-8194).
+Nothing is written to disk, so names, links and devices are harmless. Sizes in headers are not
+trusted before the bytes have been read: Python's ``tarfile`` allocates the size that a header
+states, and loops or recurses on some damaged ones (CVE-2024-6232, CVE-2025-8194).
 
 The format: POSIX.1-2017, "pax", section "EXTENDED DESCRIPTION"; GNU tar's manual, "Basic Tar
 Format", for long names, large numbers and sparse files.
@@ -19,17 +19,17 @@ from typing import IO, Any
 
 from vissl_lite.data.shards.download import Readable
 
-# Bytes of the largest file in a tar that is read: the largest 8-bit RGB image that Pillow decodes.
+# Maximum bytes of a file that is read: the largest 8-bit RGB image that Pillow decodes
 LARGEST = 512 << 20
 
-# Bytes of the largest header, which may hold a long name and much else, and of a name.
+# Maximum bytes of an extended header and of a name
 _HEADER, _NAME = 1 << 20, 4096
 
-# A compressed tar of images grows by a few times. What grows by more than this, and is larger than
-# some bytes, is made to fill a memory or to waste time.
+# Limit of the compression ratio, applied beyond some bytes. Tars of images compress a few times at
+# most; a higher ratio indicates a decompression bomb.
 _GROWTH, _SMALL = 200, 64 << 20
 
-# What reading a tar raises that is damaged.
+# Exceptions raised for a damaged tar
 BROKEN_TAR = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
 
 _BLOCK = 512
@@ -41,17 +41,17 @@ _COMPRESSED: dict[bytes, Callable[..., Any]] = {
 
 
 class TarReader:
-    """The regular files in a tar, one after the other.
+    """Iterate over the regular files in a tar.
 
-    After ``next`` call ``read`` or ``skip``. All of them raise ``BROKEN_TAR``.
+    Call ``read`` or ``skip`` after ``next``. All three raise ``BROKEN_TAR``.
 
     Args:
-        file: A tar, which may be compressed by gzip, bzip2 or xz.
+        file: A tar file, optionally compressed by gzip, bzip2 or xz.
     """
 
     def __init__(self, file: io.BufferedReader) -> None:
         self._file: Readable = file
-        self._size: int | None = None  # where it can be skipped by seeking
+        self._size: int | None = None  # Set if the file is seekable
         self._at = self._left = self._padding = 0
         self._ahead = file.read(_BLOCK)
         self._sparse = False
@@ -64,26 +64,26 @@ class TarReader:
             self._seek, self._size = file.seek, os.fstat(file.fileno()).st_size
 
     def next(self) -> str | None:
-        """The name of the next regular file; None at the end."""
+        """Return the name of the next regular file; None at the end."""
         name: bytes | None = None
         size: int | None = None
         while True:
-            self._over(self._padding)
+            self._advance(self._padding)
             self._padding = 0
-            header = self._take(_BLOCK, "")
+            header = self._read(_BLOCK, "")
             if len(header) < _BLOCK:
                 if header or not self._at:
                     raise ValueError(
-                        self._no_tar(header)
+                        self._not_a_tar(header)
                         if self._at == len(header)
                         else "it ends in the middle of a header"
                     )
                 return None
             if header.count(0) == _BLOCK:
                 return None
-            if not _sum_is_right(header):
+            if not _checksum_matches(header):
                 raise ValueError(
-                    self._no_tar(header)
+                    self._not_a_tar(header)
                     if self._at == _BLOCK
                     else f"it is damaged at byte {self._at - _BLOCK}"
                 )
@@ -99,26 +99,26 @@ class TarReader:
                 self._sparse = kind == b"S"
                 more = self._sparse and header[482]
                 while more:
-                    more = self._exactly(_BLOCK)[504]
+                    more = self._read_exactly(_BLOCK)[504]
                 return _text(_name(header) if name is None else name)
             else:
-                if kind in b"123456":  # links, devices, folders: their size is not one of data
+                if kind in b"123456":  # Links, devices and folders have no data
                     self._left = 0
                 self.skip()
                 if kind not in (b"g", b"K"):
                     name = size = None
 
     def read(self) -> bytes:
-        """The content of the file; empty where it is too large, or sparse."""
+        """Return the content of the file; empty if it is too large or sparse."""
         if self._left > LARGEST or self._sparse:
             self.skip()
             return b""
         return self._content()
 
     def skip(self) -> None:
-        """Pass over the content of the file."""
+        """Skip the content of the file."""
         size, self._left = self._left, 0
-        self._over(size)
+        self._advance(size)
         self._padding = -size % _BLOCK
 
     def _header(self) -> bytes:
@@ -128,11 +128,11 @@ class TarReader:
 
     def _content(self) -> bytes:
         size, self._left = self._left, 0
-        data = self._exactly(size)
+        data = self._read_exactly(size)
         self._padding = -size % _BLOCK
         return data
 
-    def _over(self, size: int) -> None:
+    def _advance(self, size: int) -> None:
         if self._size is not None:
             if self._at + size > self._size:
                 raise ValueError("it ends in the middle of a file")
@@ -140,19 +140,19 @@ class TarReader:
             self._seek(size, os.SEEK_CUR)
             return
         while size:
-            size -= len(self._exactly(min(size, 1 << 20)))
+            size -= len(self._read_exactly(min(size, 1 << 20)))
 
-    def _exactly(self, size: int) -> bytes:
+    def _read_exactly(self, size: int) -> bytes:
         if size <= 1 << 20:
-            return self._take(size, "it ends in the middle of a file")
+            return self._read(size, "it ends in the middle of a file")
         parts = []
         while size:
-            parts.append(self._take(min(size, 1 << 20), "it ends in the middle of a file"))
+            parts.append(self._read(min(size, 1 << 20), "it ends in the middle of a file"))
             size -= len(parts[-1])
         return b"".join(parts)
 
-    def _take(self, size: int, why: str) -> bytes:
-        """The next bytes; with a reason none may be missing."""
+    def _read(self, size: int, why: str) -> bytes:
+        """Return the next bytes; if there are fewer and ``why`` is not empty, raise it."""
         data = self._ahead[:size]
         self._ahead = self._ahead[size:]
         if len(data) < size:
@@ -162,12 +162,12 @@ class TarReader:
             raise ValueError(why)
         return data
 
-    def _no_tar(self, header: bytes) -> str:
+    def _not_a_tar(self, header: bytes) -> str:
         return f"it is not a tar file: it begins with {header[:16]!r}" if header else "it is empty"
 
 
 class _Counted:
-    """A file, some bytes of which were read before; tells how many were read."""
+    """Wrap a file whose first bytes were already read, and count the bytes read."""
 
     def __init__(self, ahead: bytes, file: Readable) -> None:
         self._ahead, self._file = ahead, file
@@ -184,7 +184,7 @@ class _Counted:
 
 
 class _Inflated:
-    """What a compressed file holds, as long as it does not grow beyond measure."""
+    """Decompressed content of a file, with a limit of the compression ratio."""
 
     def __init__(self, file: IO[bytes], source: _Counted) -> None:
         self._file, self._source = file, source
@@ -198,8 +198,8 @@ class _Inflated:
         return data
 
 
-def _sum_is_right(header: bytes) -> bool:
-    """Whether the checksum is that of the header; old tars took bytes as signed."""
+def _checksum_matches(header: bytes) -> bool:
+    """Whether the checksum of a header is correct; old tars sum signed bytes."""
     try:
         given = _number(header[148:156])
     except ValueError:
@@ -212,7 +212,7 @@ def _sum_is_right(header: bytes) -> bool:
 
 
 def _number(field: bytes) -> int:
-    """A number in a header: octal, or in base 256 with the first bit set."""
+    """Parse a number in a header: octal, or base 256 if the first bit is set."""
     if field[0] & 0x80:
         if field[0] & 0x40:
             raise ValueError("it has a header with a negative number")
@@ -230,7 +230,7 @@ def _decimal(digits: bytes) -> int:
 
 
 def _pax(data: bytes) -> dict[bytes, bytes]:
-    """The records of an extended header: ``length key=value``, and a line feed."""
+    """Parse the records of an extended header: ``length key=value`` and a line feed."""
     fields, at = {}, 0
     while at < len(data) and data[at]:
         space = data.find(b" ", at, at + 20)
@@ -245,7 +245,7 @@ def _pax(data: bytes) -> dict[bytes, bytes]:
 
 def _name(header: bytes) -> bytes:
     name = header[:100].split(b"\0")[0]
-    # GNU's older format has other things there
+    # The old GNU format uses this field differently
     folder = header[345:500].split(b"\0")[0] if header[257:263] == b"ustar\0" else b""
     return folder + b"/" + name if folder else name
 

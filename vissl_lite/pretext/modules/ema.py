@@ -29,7 +29,7 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     Args:
         teacher: Copy of the student by ``make_teacher``; its buffers are not updated.
         student: Network of the same structure.
-        momentum: m, in [0, 1].
+        momentum: M, in [0, 1].
     """
     update = get_ema_multi_avg_fn(momentum)
     update(list(teacher.parameters()), list(student.parameters()), None)

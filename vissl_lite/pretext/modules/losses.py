@@ -175,10 +175,10 @@ def vicreg(
     Args:
         z1: ``(B, D)`` embeddings of the first views, B * processes at least 2.
         z2: ``(B, D)`` embeddings of the second views.
-        sim_weight: lambda, weight of the squared distance between views.
-        std_weight: mu, weight of the hinge loss on the standard deviation of each dimension, with
+        sim_weight: Lambda, weight of the squared distance between views.
+        std_weight: Mu, weight of the hinge loss on the standard deviation of each dimension, with
             target 1.
-        cov_weight: nu, weight of the squared covariances between dimensions.
+        cov_weight: Nu, weight of the squared covariances between dimensions.
 
     Returns:
         Scalar loss. Computed in float32.
