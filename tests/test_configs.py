@@ -32,6 +32,7 @@ def test_every_pretext_has_the_settings_of_its_paper() -> None:
         assert yaml.safe_load(path.read_text())["pretext"]["name"] == path.stem
 
 
+@pytest.mark.slow
 def test_recipes_for_imagenet_are_known_options() -> None:
     for path in IMAGENET:
         content = yaml.safe_load(path.read_text())
@@ -42,6 +43,7 @@ def test_recipes_for_imagenet_are_known_options() -> None:
         check_optimizer(content["optimizer"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHARED)
 def test_a_shared_file_has_options_for_every_pretext(name: str) -> None:
     content = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
@@ -85,6 +87,7 @@ def distinct() -> list[tuple[str, str, int, str]]:
     return [(*key, file) for key, file in found.items()]
 
 
+@pytest.mark.slow
 def test_pretexts_can_be_built_on_their_backbones() -> None:
     """Without memory or arithmetic, on the meta device, where the pretext allows it."""
     built = set()

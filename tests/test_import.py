@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 # Libraries do things of their own when they are imported: that is not ours to answer for.
 PROGRAM = """
 import importlib, json, logging, os, pkgutil, signal, sys, warnings
@@ -57,6 +59,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_importing_everything_changes_nothing_outside() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -5,6 +5,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 import vissl_lite
 
 ROOT = Path(__file__).parents[1]
@@ -21,6 +23,7 @@ def test_public_functions_are_all_there() -> None:
         assert name in dir(vissl_lite)
 
 
+@pytest.mark.slow
 def test_a_wheel_holds_every_module(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir"]
     subprocess.run([*command, str(tmp_path), str(ROOT)], check=True, capture_output=True)

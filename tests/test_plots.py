@@ -58,6 +58,7 @@ def test_colors_tell_the_first_twenty_classes_apart(classes: int) -> None:
     assert len(set(colors)) == min(classes, 20)
 
 
+@pytest.mark.slow
 def test_figures_are_written_whatever_their_number(tmp_path: Path) -> None:
     plot_per_class({"a": {"ap": 0.5, "f1": 0.25}, "b": {"ap": 1.0, "f1": 0.0}}, tmp_path / "c.png")
     plot_per_class({}, tmp_path / "none.png")
@@ -75,6 +76,7 @@ def test_a_legend_has_each_class_in_its_color(tmp_path: Path) -> None:
         assert all(found.get(color, 0) > 100 for color in legend.values())
 
 
+@pytest.mark.slow
 def test_a_caption_that_is_too_long_is_cut(tmp_path: Path) -> None:
     plot_grid([[Picture(gray(), "x" * 500), Picture(gray(), "y")]], tmp_path / "p.png")
     assert Image.open(tmp_path / "p.png").width < 400

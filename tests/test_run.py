@@ -315,6 +315,7 @@ def test_a_resumed_run_keeps_its_records(tmp_path: Path) -> None:
     assert warnings(tmp_path / "run") == []
 
 
+@pytest.mark.slow
 def test_every_warning_of_the_package_has_a_code() -> None:
     """And its figures by name, where it has some."""
     found = []

@@ -49,6 +49,7 @@ def compared(
     return out
 
 
+@pytest.mark.slow
 def test_the_table_the_verdict_and_the_baseline(compared: Path, blind: Path, encoder: Path) -> None:
     found = results(compared)
     assert found["baseline"] == "random:test_resnet"  # added, of the first encoder's backbone
@@ -68,6 +69,7 @@ def test_the_table_the_verdict_and_the_baseline(compared: Path, blind: Path, enc
     assert (compared / "runs.csv").is_file()
 
 
+@pytest.mark.slow
 def test_every_arm_has_the_same_labels_and_smaller_amounts_are_parts_of_larger_ones(
     labelled: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,6 +94,7 @@ def test_every_arm_has_the_same_labels_and_smaller_amounts_are_parts_of_larger_o
         assert set(few) < set(more)
 
 
+@pytest.mark.slow
 def test_test_labels_cannot_change_what_is_chosen(
     labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,6 +120,7 @@ def test_test_labels_cannot_change_what_is_chosen(
     assert {one.split("=")[0] for _, one in before} == {"penalty", "lr"}
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_goes_on_where_it_stopped(
     labelled: Path, encoder: Path, blind: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +159,7 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(
     assert len(calls) == 4 * 2
 
 
+@pytest.mark.slow
 def test_an_arm_that_can_not_be_had_is_left_out(
     labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -171,6 +176,7 @@ def test_an_arm_that_can_not_be_had_is_left_out(
     assert "left out: timm:test_resnet.r160_in1k" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_segmentation_is_compared_by_fine_tuning(tmp_path: Path) -> None:
     sample = make_sample_data(
         tmp_path / "data", unlabelled=0, train=12, val=6, test=6, size=32, processes=1

@@ -9,6 +9,7 @@ from vissl_lite.commands import demo
 from vissl_lite.sample.dataset import make_sample_data
 
 
+@pytest.mark.slow
 def test_sample_data_pretrain_and_compare(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from vissl_lite.errors import UserError
 from vissl_lite.evaluation.features import extract
 
 
+@pytest.mark.slow
 def test_both_formats_hold_the_features_of_the_encoder(
     encoder: Path, photos: Path, tmp_path: Path
 ) -> None:
@@ -32,6 +33,7 @@ def test_both_formats_hold_the_features_of_the_encoder(
     assert sorted(f.name for f in tmp_path.iterdir()) == ["e.parquet", "new"]
 
 
+@pytest.mark.slow
 def test_a_stage_by_its_name(encoder: Path, photos: Path, tmp_path: Path) -> None:
     expected = extract(load_encoder(encoder), find_images([photos]), layers=True)[0]["layer2"]
     # the format decides, whatever the name

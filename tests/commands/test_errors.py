@@ -390,6 +390,7 @@ def test_a_size_that_does_not_suit_the_backbone(
         assert "test_vit can't be built for 40 pixels" in error
 
 
+@pytest.mark.slow
 def test_a_size_that_does_not_suit_an_encoder_folder(
     refused: Refused, labelled: Path, tmp_path: Path
 ) -> None:
@@ -472,6 +473,7 @@ def test_a_configuration_with_a_mistake(
 # Help
 
 
+@pytest.mark.slow
 def test_help_and_version_take_no_time() -> None:
     for option, expected in (("--help", "pretrain"), ("--version", "vissl-lite ")):
         done = subprocess.run(

@@ -9,6 +9,7 @@ from vissl_lite.data.images import find_images
 from vissl_lite.errors import UserError
 
 
+@pytest.mark.slow
 def test_a_folder_becomes_one_page(encoder: Path, labelled: Path, tmp_path: Path) -> None:
     file = explore(
         encoder=str(encoder), data=str(labelled), out=str(tmp_path / "new" / "map.html"), most=20

@@ -69,6 +69,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return shown.err
 
 
+@pytest.mark.slow
 def test_an_encoder_takes_images_as_they_are_decoded(
     encoder: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -106,6 +107,7 @@ def test_an_encoder_takes_images_as_they_are_decoded(
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_a_vit_at_another_size(tmp_path: Path) -> None:
     save_encoder(build_encoder("test_vit", 32), tmp_path / "vit", {})
     out = tmp_path / "vit.onnx"
@@ -114,6 +116,7 @@ def test_a_vit_at_another_size(tmp_path: Path) -> None:
     assert run(out, np.zeros((5, 3, 64, 64), np.uint8)).shape == (5, 64)
 
 
+@pytest.mark.slow
 def test_a_classifier_gives_the_probabilities_of_predict(
     tuned: Path, labelled: Path, tmp_path: Path
 ) -> None:
@@ -162,6 +165,7 @@ class SmallSegmenter(nn.Module):
         return nn.functional.interpolate(coarse, images.shape[-2:], mode="bilinear")
 
 
+@pytest.mark.slow
 def test_a_segmenter_takes_images_of_any_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +182,7 @@ def test_a_segmenter_takes_images_of_any_size(
         np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["encoder", "model"])
 def test_a_copy_in_timms_format(kind: str, encoder: Path, tuned: Path, tmp_path: Path) -> None:
     run, out = (encoder if kind == "encoder" else tuned), tmp_path / "copy"
@@ -289,6 +294,7 @@ def test_a_damaged_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     )
 
 
+@pytest.mark.slow
 def test_a_detector_gives_the_boxes_of_predict(
     photos: Path,
     tmp_path: Path,

@@ -22,6 +22,7 @@ def tuned(encoder: Path, labelled: Path, tmp_path_factory: pytest.TempPathFactor
     return out
 
 
+@pytest.mark.slow
 def test_learns_and_reports_on_test_images(tuned: Path) -> None:
     results = json.loads((tuned / "results.json").read_text())
     assert results["test"]["top1"] > 0.8
@@ -31,6 +32,7 @@ def test_learns_and_reports_on_test_images(tuned: Path) -> None:
     assert (tuned / "curves.png").stat().st_size > 3000
 
 
+@pytest.mark.slow
 def test_plain_timm_loads_the_model_with_its_classes_named(tuned: Path) -> None:
     model = timm.create_model(f"local-dir:{tuned / 'model'}", pretrained=True)
     assert model.num_classes == 3
@@ -61,6 +63,7 @@ def test_predict_skips_broken_images(tuned: Path, labelled: Path, tmp_path: Path
     assert "broken.png" in (result.run / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_frozen_leaves_the_encoder_as_it_was(encoder: Path, labelled: Path, tmp_path: Path) -> None:
     result = vissl_lite.finetune(
         data=str(labelled),
@@ -79,6 +82,7 @@ def test_frozen_leaves_the_encoder_as_it_was(encoder: Path, labelled: Path, tmp_
     assert set(after) - set(before) == {"fc.weight", "fc.bias"}
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_model(encoder: Path, labelled: Path, tmp_path: Path) -> None:
     models = []
     for name in ("a", "b"):
@@ -95,6 +99,7 @@ def test_the_same_seed_gives_the_same_model(encoder: Path, labelled: Path, tmp_p
         torch.testing.assert_close(tensor, models[1][name], msg=name)
 
 
+@pytest.mark.slow
 def test_stops_early_on_validation_images(encoder: Path, labelled: Path, tmp_path: Path) -> None:
     """With a rate that changes nothing the first look stays the best one."""
     out = tmp_path / "run"
@@ -107,6 +112,7 @@ def test_stops_early_on_validation_images(encoder: Path, labelled: Path, tmp_pat
     assert len(looks) == 4
 
 
+@pytest.mark.slow
 def test_few_labels_are_stratified(encoder: Path, labelled: Path, tmp_path: Path) -> None:
     result = vissl_lite.finetune(
         data=str(labelled),

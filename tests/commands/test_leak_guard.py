@@ -75,6 +75,7 @@ def test_by_default_leaks_are_counted_listed_and_warned_of(data: Path, tmp_path:
     assert " WARNING Leaks: 2 test images are in the " in line
 
 
+@pytest.mark.slow
 def test_excluding_them_changes_the_figures(data: Path, tmp_path: Path) -> None:
     assert probe(data, tmp_path / "with") == 0
     assert probe(data, tmp_path / "without", "--leaks", "exclude") == 0
@@ -110,6 +111,7 @@ def test_an_unknown_policy_is_refused(
     assert "--leaks" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_images_that_the_encoder_was_pretrained_on(
     data: Path, encoder: Path, tmp_path: Path
 ) -> None:
@@ -128,6 +130,7 @@ def test_images_that_the_encoder_was_pretrained_on(
         assert where.count("train") == 2
 
 
+@pytest.mark.slow
 def test_finetune_leaves_them_out_too(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     given = ["--encoder", "random:test_resnet", "--data", data, "--out", out, "--epochs", 1,
@@ -167,6 +170,7 @@ def test_several_labels_an_image_need_some_images_with_and_some_without(tmp_path
         guard(data, [], "exclude", "run")
 
 
+@pytest.mark.slow
 def test_without_leaks_there_is_no_list(data: Path, tmp_path: Path) -> None:
     (data / "test" / "blue" / "0.png").unlink()
     (data / "test" / "red" / "4.jpg").unlink()

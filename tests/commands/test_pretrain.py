@@ -61,11 +61,13 @@ def finished(photos: Path, labelled: Path, tmp_path_factory: pytest.TempPathFact
     return out
 
 
+@pytest.mark.slow
 def test_writes_an_encoder_that_plain_timm_loads(finished: Path) -> None:
     model = timm.create_model(f"local-dir:{finished / 'encoder'}", pretrained=True).eval()
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, model.num_features)
 
 
+@pytest.mark.slow
 def test_writes_results_curves_log_and_config(finished: Path) -> None:
     results = json.loads((finished / "results.json").read_text())
     assert results["steps"] == 12
@@ -90,11 +92,13 @@ def test_logs_the_curve_of_every_measure(finished: Path) -> None:
         assert len([row for row in table if row[name]]) >= 2, name  # before and after
 
 
+@pytest.mark.slow
 def test_its_config_repeats_the_run(finished: Path, tmp_path: Path) -> None:
     assert run("--config", finished / "config.yaml", "--out", tmp_path / "again") == 0
     assert_equal_weights(finished, tmp_path / "again")
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_encoder(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "other"
     assert run("--config", finished / "config.yaml", "--out", out, "--seed", 1) == 0
@@ -105,6 +109,7 @@ def test_another_seed_gives_another_encoder(finished: Path, tmp_path: Path) -> N
     assert not all(same)
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "workers"
     assert run("--config", finished / "config.yaml", "--out", out, "--num_workers", 2) == 0
@@ -124,6 +129,7 @@ def backbone_for(pretext: str) -> list[str]:
     return ["--backbone", "test_vit" if transformer else "test_resnet"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pretext", "last_step"), STATES)
 def test_resume_continues_as_if_nothing_had_happened(
     pretext: str, last_step: int, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -154,6 +160,7 @@ def test_resume_continues_as_if_nothing_had_happened(
     assert steps == sorted(set(steps))
 
 
+@pytest.mark.slow
 def test_resume_between_accumulated_batches(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,6 +187,7 @@ def test_resume_between_accumulated_batches(
     assert_equal_weights(tmp_path / "whole", tmp_path / "resumed")
 
 
+@pytest.mark.slow
 def test_accumulation_says_what_it_does_not_do(photos: Path, tmp_path: Path) -> None:
     options = ["--data", photos, *SMALL, "--epochs", 1, "--accumulate_grad_batches", 2]
     for pretext, said in (("simclr", True), ("moco", False)):
@@ -190,6 +198,7 @@ def test_accumulation_says_what_it_does_not_do(photos: Path, tmp_path: Path) -> 
         assert ("compares an image only with the 7 others" in log) == said
 
 
+@pytest.mark.slow
 def test_upright_reaches_the_views(photos: Path, tmp_path: Path) -> None:
     options = ["--data", photos, *SMALL, "--epochs", 1]
     assert run(*options, "--out", tmp_path / "up") == 0
@@ -198,6 +207,7 @@ def test_upright_reaches_the_views(photos: Path, tmp_path: Path) -> None:
     assert not all(torch.equal(up[name], any_way[name]) for name in up)
 
 
+@pytest.mark.slow
 def test_views_grow_to_their_size(photos: Path, tmp_path: Path) -> None:
     options = ["--data", photos, "--backbone", "test_resnet", "--image_size", 64]
     options += ["--batch_size", 8, "--epochs", 5, "--num_workers", 0]
@@ -231,6 +241,7 @@ def test_resuming_a_finished_run_gives_its_result(finished: Path, photos: Path) 
     assert (finished / "results.json").read_text() == before
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_a_pickle_is_never_executed(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -247,6 +258,7 @@ def test_a_checkpoint_with_a_pickle_is_never_executed(
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.slow
 def test_a_time_budget_is_kept_schedule_and_all(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,6 +284,7 @@ def test_times() -> None:
             parse_time(text)
 
 
+@pytest.mark.slow
 def test_yaml_may_name_the_pretext_alone(photos: Path, tmp_path: Path) -> None:
     config = {"data": [str(photos)], "pretext": "rotation", "epochs": 1, "batch_size": 8}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({**config, "backbone": "test_resnet"}))
@@ -280,6 +293,7 @@ def test_yaml_may_name_the_pretext_alone(photos: Path, tmp_path: Path) -> None:
     assert any(row.get("accuracy") for row in rows(out))
 
 
+@pytest.mark.slow
 def test_init_takes_a_run_a_folder_or_a_state_dict(
     finished: Path, photos: Path, tmp_path: Path
 ) -> None:
@@ -294,6 +308,7 @@ def test_init_takes_a_run_a_folder_or_a_state_dict(
                 torch.testing.assert_close(tensor, weights(finished)[name], msg=said)
 
 
+@pytest.mark.slow
 def test_broken_images_are_named_and_too_many_stop_the_run(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -311,6 +326,7 @@ def test_broken_images_are_named_and_too_many_stop_the_run(
     assert "of 36 images can't be read" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_collapse_is_said_in_plain_words(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,6 +348,7 @@ def test_a_collapse_is_said_in_plain_words(
     assert [line for line in results["warnings"] if "has collapsed" in line]
 
 
+@pytest.mark.slow
 def test_a_collapse_may_end_the_run(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -357,6 +374,7 @@ def test_a_collapse_may_end_the_run(
     assert run("--out", out, "--resume") == 0  # it is done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", ["loss", "weights"])
 def test_a_loss_that_is_no_number_ends_the_run_and_leaves_a_good_checkpoint(
     bad: str,
@@ -391,6 +409,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_leaves_a_good_checkpoint(
     assert all(tensor.isfinite().all() for tensor in state["state_dict"].values())
 
 
+@pytest.mark.slow
 def test_a_run_no_better_than_guessing_is_warned_of(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -404,6 +423,7 @@ def test_a_run_no_better_than_guessing_is_warned_of(
     assert [line for line in warnings if "simclr does no better than chance" in line]
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_the_curves_where_it_is_installed(finished: Path, tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(finished / "tensorboard")).Reload()
@@ -416,6 +436,7 @@ def test_tensorboard_gets_the_curves_where_it_is_installed(finished: Path, tmp_p
     assert not (out / "tensorboard").exists()
 
 
+@pytest.mark.slow
 def test_the_default_backbone_suits_the_pretext() -> None:
     for name, size, backbone in (
         ("simclr", 32, "resnet18"),
@@ -429,6 +450,7 @@ def test_the_default_backbone_suits_the_pretext() -> None:
         check_backbone(PRETEXTS[name].info, encoder)  # else it raises
 
 
+@pytest.mark.slow
 def test_from_python_with_a_vit(photos: Path, tmp_path: Path) -> None:
     import vissl_lite
 

@@ -61,12 +61,14 @@ def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "free_memory", lambda: 1000)
 
 
+@pytest.mark.slow
 def test_the_log_says_what_is_kept_and_where(cached: Path) -> None:
     assert "decoded images are kept: 9 of 9, 0.00 GB, in memory" in (cached / "log.txt").read_text()
     assert json.loads((cached / "results.json").read_text())["steps"] == 6
     assert "cache: true" in (cached / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(cached: Path, pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "workers"
     given = ["--data", pictures, "--out", out, "--cache", "true", "--num_workers", 2]
@@ -78,6 +80,7 @@ class KilledError(Exception):
     """Stands for whatever ends a process at the worst moment."""
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_memory")
 def test_a_run_with_a_file_is_killed_and_resumed(
     cached: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

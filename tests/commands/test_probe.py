@@ -2,11 +2,14 @@ import csv
 import json
 from pathlib import Path
 
+import pytest
+
 import vissl_lite
 from vissl_lite.cli import main
 from vissl_lite.transfer.classification.data import load_labelled
 
 
+@pytest.mark.slow
 def test_evaluates_every_layer_of_an_untrained_encoder(labelled: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = ["--encoder", "random:test_resnet", "--data", labelled, "--out", out, "--layers"]
@@ -21,12 +24,14 @@ def test_evaluates_every_layer_of_an_untrained_encoder(labelled: Path, tmp_path:
     assert (results["train_images"], results["test_images"]) == (36, 18)
 
 
+@pytest.mark.slow
 def test_the_split_is_written_down_and_reads_back(labelled: Path, tmp_path: Path) -> None:
     result = vissl_lite.probe(encoder="random:test_vit", data=labelled, out=tmp_path / "run")
     again = load_labelled(result.run / "split.csv")
     assert (len(again.train), len(again.val), len(again.test)) == (30, 6, 18)
 
 
+@pytest.mark.slow
 def test_labels_can_be_few(labelled: Path, tmp_path: Path) -> None:
     for shots in (1, 3):
         out = tmp_path / str(shots)

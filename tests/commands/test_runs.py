@@ -137,6 +137,7 @@ def test_no_runs_and_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str
         vissl_lite.runs(tmp_path / "nowhere")
 
 
+@pytest.mark.slow
 def test_listing_runs_loads_no_torch(tmp_path: Path) -> None:
     make(tmp_path / "a")
     program = (

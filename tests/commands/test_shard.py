@@ -151,6 +151,7 @@ def test_mistakes(options: dict[str, object], message: str, photos: Path, tmp_pa
 # Training from shards
 
 
+@pytest.mark.slow
 def test_pretrain_streams_shards_and_knows_what_it_has_seen(
     made: Path, photos: Path, tmp_path: Path
 ) -> None:
@@ -174,6 +175,7 @@ def test_pretrain_streams_shards_and_knows_what_it_has_seen(
         assert (run / file).is_file(), file
 
 
+@pytest.mark.slow
 def test_a_run_from_shards_resumes_with_what_came_next(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,6 +216,7 @@ def served(made: Path) -> Iterator[str]:
     server.server_close()
 
 
+@pytest.mark.slow
 def test_pretrain_streams_shards_over_http(served: str, made: Path, tmp_path: Path) -> None:
     """The same training as from the disk."""
     options = ["--epochs", 1, "--num_workers", 1]
@@ -245,6 +248,7 @@ def test_two_processes_train_one_encoder_and_see_every_image_once(
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
+@pytest.mark.slow
 def test_a_broken_shard_is_named_once_and_too_many_stop_the_run(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -46,6 +46,7 @@ def segmenter(sample: Path, encoder: Path, tmp_path_factory: pytest.TempPathFact
     return out
 
 
+@pytest.mark.slow
 def test_a_detector_is_trained_and_reported(detector: Path) -> None:
     results = json.loads((detector / "results.json").read_text())
     assert set(results["test"]) == {"map", "map_50"}
@@ -59,6 +60,7 @@ def test_a_detector_is_trained_and_reported(detector: Path) -> None:
     assert "test_resnet at 64 pixels" in log  # 48 pixels, as a multiple of 32
 
 
+@pytest.mark.slow
 def test_the_splits_of_a_detector_can_be_given_again(detector: Path, sample: Path) -> None:
     again, before = load_boxes(detector / "split"), load_boxes(sample)
     assert again.classes == before.classes
@@ -67,12 +69,14 @@ def test_the_splits_of_a_detector_can_be_given_again(detector: Path, sample: Pat
         assert np.array_equal(one.boxes, other.boxes)
 
 
+@pytest.mark.slow
 def test_the_tuned_encoder_of_a_detector_is_timms(detector: Path) -> None:
     folder = detector / "model" / "encoder"
     assert timm.create_model(f"local-dir:{folder}", pretrained=True).num_classes == 0
     assert vissl_lite.load_encoder(detector / "model").backbone == "test_resnet"
 
 
+@pytest.mark.slow
 def test_predict_writes_boxes_as_coco_reads_them(
     detector: Path, sample: Path, tmp_path: Path
 ) -> None:
@@ -99,6 +103,7 @@ def test_predict_writes_boxes_as_coco_reads_them(
     assert json.loads((out / "results.json").read_text())["skipped"] == 1
 
 
+@pytest.mark.slow
 def test_a_segmenter_is_trained_and_reported(segmenter: Path) -> None:
     results = json.loads((segmenter / "results.json").read_text())
     assert set(results["test"]) == {"miou", "dice", "accuracy"}
@@ -108,6 +113,7 @@ def test_a_segmenter_is_trained_and_reported(segmenter: Path) -> None:
         assert (segmenter / name).stat().st_size > 3000, name
 
 
+@pytest.mark.slow
 def test_predict_writes_masks_of_the_images_size(
     segmenter: Path, sample: Path, tmp_path: Path
 ) -> None:
@@ -127,6 +133,7 @@ def test_predict_writes_masks_of_the_images_size(
     assert len(list((out / "pictures").rglob("*.png"))) == 2
 
 
+@pytest.mark.slow
 def test_explicit_folders_do_as_well_as_recognized_ones(
     sample: Path, encoder: Path, tmp_path: Path
 ) -> None:
@@ -140,6 +147,7 @@ def test_explicit_folders_do_as_well_as_recognized_ones(
         assert (results["train_images"], results["test_images"]) == (10, 10)
 
 
+@pytest.mark.slow
 def test_several_labels_an_image(labelled: Path, encoder: Path, tmp_path: Path) -> None:
     rows = [("path", "labels", "split")]
     for part in ("train", "test"):

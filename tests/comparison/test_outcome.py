@@ -66,6 +66,7 @@ def test_the_table_has_a_row_for_every_run(tmp_path: Path) -> None:
     assert {row["chosen"] for row in rows} == {"penalty=0.1"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amounts", [("1%",), ("1%", "10%")])
 def test_one_amount_and_several_are_drawn(amounts: tuple[str, ...], tmp_path: Path) -> None:
     outcome(amounts).plot(tmp_path / "compare.png")

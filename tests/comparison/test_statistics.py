@@ -52,6 +52,7 @@ def test_both_sources_add_in_squares_and_amounts_are_averaged() -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     """Runs drawn with known accuracies: 95 % intervals hold the true difference about 95 times."""
     random = np.random.default_rng(2)

@@ -64,6 +64,7 @@ def content(batches: list[Batch]) -> list[tuple[Any, ...]]:
     ]
 
 
+@pytest.mark.slow
 @PLACES
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_views_are_the_same_in_every_epoch_wherever_images_are_kept(

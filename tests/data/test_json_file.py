@@ -18,6 +18,7 @@ PLAIN = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(PLAIN)
 def test_what_json_holds_comes_back(content: object) -> None:
     found = parse_json(json.dumps(content).encode(), "it")

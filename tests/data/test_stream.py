@@ -218,6 +218,7 @@ class Worker(KeyedDataset):
         return Item([np.zeros((1, 1, 3), np.uint8)], index, [], told)
 
 
+@pytest.mark.slow
 def test_workers_copy_neither_paths_nor_what_the_main_process_has() -> None:
     paths = ["plain.jpg", "two\nlines.jpg", os.fsdecode(b"caf\xe9.jpg"), "日本.jpg"]
     sampler = StreamSampler(4, 2, seed=0, epochs=1)

@@ -74,6 +74,7 @@ def slow_blur(image: np.ndarray, sigma: float) -> np.ndarray:
     return total
 
 
+@pytest.mark.slow
 def test_the_jitter_is_that_of_its_definition() -> None:
     image, random = colorful(), Random(0)
     for _ in range(40):

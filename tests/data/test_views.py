@@ -86,6 +86,7 @@ def test_seed_epoch_and_index_each_change_the_pixels(key: tuple[int, int, int]) 
         assert not np.array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_keys_do_not_run_into_one_another() -> None:
     views = crops()
     keys = [(s, e, i) for s in range(4) for e in range(4) for i in range(4)]

@@ -49,6 +49,7 @@ def run(*words: object) -> None:
         assert main([str(word) for word in words]) == 0
 
 
+@pytest.mark.slow
 def test_the_pretext_trains(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = example(0, "example_pretext", monkeypatch).Whitened
     monkeypatch.setitem(PRETEXTS, "whitened", made)
@@ -60,6 +61,7 @@ def test_the_pretext_trains(measured: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert (out / "encoder" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_the_task_is_known_to_every_command(
     measured: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

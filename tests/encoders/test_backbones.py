@@ -45,6 +45,7 @@ def test_it_is_as_large_as_its_docstring_says(name: str, millions: float) -> Non
     assert f"{millions} million" in (timm.model_entrypoint(name).__doc__ or "")
 
 
+@pytest.mark.slow
 def test_it_differs_from_timms_resnet_in_the_stem_alone() -> None:
     small = timm.create_model("resnet18_cifar").state_dict()
     plain = timm.create_model("resnet18").state_dict()

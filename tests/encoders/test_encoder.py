@@ -241,6 +241,7 @@ def test_timm_loads_the_folder_with_the_same_outputs(backbone: str, tmp_path: Pa
     assert loaded.pretrained_cfg["input_size"][-1] == 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", [CNN, VIT, CIFAR])
 def test_a_folder_and_the_run_around_it_load_as_the_same_encoder(
     backbone: str, tmp_path: Path
@@ -278,6 +279,7 @@ def test_the_folder_holds_no_leftovers(folder: Path) -> None:
     assert same_weights(load_encoder(folder), made(seed=1))
 
 
+@pytest.mark.slow
 @every_backbone
 def test_a_classifiers_folder_gives_its_encoder(backbone: str, tmp_path: Path) -> None:
     encoder = made(backbone)
@@ -300,6 +302,7 @@ def test_nothing_there_is_a_mistake(tmp_path: Path) -> None:
         load_encoder(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "null", "3", '{"architecture": "test_resnet"}', "\x00\x01", '"text"']
 )
@@ -341,6 +344,7 @@ def test_weights_that_are_cut_short_are_a_mistake(kept: float, folder: Path) -> 
         load_encoder(folder)
 
 
+@pytest.mark.slow
 def test_weights_of_another_architecture_are_a_mistake(folder: Path) -> None:
     rewrite(folder, architecture="test_convnext")
     message = r"not those of test_convnext: \d+ tensors missing, \d+ too many"
@@ -482,6 +486,7 @@ def test_a_folder_that_timm_itself_saved_loads(tmp_path: Path) -> None:
         torch.testing.assert_close(load_encoder(tmp_path).eval()(images), model(images))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "dtype"), [(16, torch.float32), (32, torch.bfloat16)])
 def test_images_below_32_pixels_are_not_computed_in_bf16_on_a_cpu(
     size: int, dtype: torch.dtype

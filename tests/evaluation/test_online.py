@@ -89,6 +89,7 @@ def test_healthy_features_are_not_called_collapsed() -> None:
     assert effective_rank(features) > 5 * COLLAPSED_RANK
 
 
+@pytest.mark.slow
 def test_an_evaluation_gives_every_metric_and_is_the_same_twice(
     photos: Path, labelled: Path, encoder: Encoder
 ) -> None:
@@ -178,6 +179,7 @@ def test_two_images_are_enough(photos: Path, encoder: Encoder) -> None:
     assert np.isfinite(list(evaluate(online(find_images([photos])[:2]), encoder).values())).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("budget", "seconds_an_image", "seconds"),
     [("epochs", 1e-6, 60), ("epochs", 1e-3, 600), ("time", 1e-4, 60), ("time", 1e-3, 600)],

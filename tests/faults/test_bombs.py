@@ -208,6 +208,7 @@ CHUNKS = (
 )
 
 
+@pytest.mark.slow
 def test_chunks_of_a_png_that_grow_when_they_are_unpacked(tmp_path: Path) -> None:
     """A fork has a limit on its memory: the process itself must go on."""
     files = []
@@ -314,6 +315,7 @@ class Limits:
         return reading.max_pixels()
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_limit(photos: Path, tmp_path: Path) -> None:
     words = ["pretrain", "--data", photos, "--backbone", "test_resnet", "--image_size", 32,
              "--epochs", 1, "--num_workers", 1, "--max_pixels", 5000, "--out", tmp_path / "run",

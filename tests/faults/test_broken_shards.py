@@ -313,6 +313,7 @@ def images_of(url: str, count: int = IMAGES) -> tuple[dict[str, bytes], str]:
     return found, why
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize(
     ("path", "images", "why"),
@@ -372,6 +373,7 @@ def test_a_server_that_misbehaves(
         assert len(server.ranges) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("impatient")
 def test_a_server_that_sends_a_byte_per_connection(server: Server) -> None:
     """The connection is lost, or all is too slow: whichever is noticed first."""
@@ -380,6 +382,7 @@ def test_a_server_that_sends_a_byte_per_connection(server: Server) -> None:
     assert reason.endswith("given up after 2 s")
 
 
+@pytest.mark.slow
 def test_who_reads_slowly_has_not_waited(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "PATIENCE", 1.0)
     server.files["/ok/x.tar"] = tar_of({f"{n}.jpg": bytes(100_000) for n in range(30)})
@@ -390,6 +393,7 @@ def test_who_reads_slowly_has_not_waited(server: Server, monkeypatch: pytest.Mon
     assert seen == 30
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("impatient")
 def test_a_connection_is_taken_up_where_it_was(server: Server) -> None:
     """Without ranges everything comes again, and is passed over."""
@@ -423,6 +427,7 @@ TAILS = ["x.tar;touch PWNED", "$(touch PWNED).tar", "`touch PWNED`.tar", "'; tou
      "{a,b}.tar", "x.tar -o PWNED", "x.tar --output PWNED"]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("impatient")
 def test_a_hostile_url_in_an_index_reaches_no_shell(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -458,6 +463,7 @@ NAMED = [
 ]
 
 
+@pytest.mark.slow
 def test_what_an_index_must_not_name(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -521,6 +527,7 @@ INDICES = [
 ]
 
 
+@pytest.mark.slow
 def test_a_damaged_index(server: Server, tmp_path: Path, log_lines: list[str]) -> None:
     """It is named; shards on a disk are counted then, of others nothing is known."""
     (tmp_path / "x.tar").write_bytes(TAR)
@@ -550,6 +557,7 @@ def test_a_damaged_index(server: Server, tmp_path: Path, log_lines: list[str]) -
                 assert why in line
 
 
+@pytest.mark.slow
 def test_an_index_that_is_too_large_or_no_file(tmp_path: Path, server: Server) -> None:
     with (tmp_path / "large.json").open("wb") as file:
         file.truncate(10**12)
@@ -580,6 +588,7 @@ def test_counts_that_are_not_those_of_the_shards(server: Server, log_lines: list
     assert len(log_lines) == 1
 
 
+@pytest.mark.slow
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text()
@@ -614,6 +623,7 @@ def stream(urls: list[str], workers: int, epochs: int = 1) -> list[Batch]:
     return list(source.loader(6, epochs, 0, 0, 1, workers, pin_memory=False))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_stream_goes_on_with_other_shards_and_says_what_it_waits_for(
@@ -634,6 +644,7 @@ def test_the_stream_goes_on_with_other_shards_and_says_what_it_waits_for(
     assert {line.split(": ")[0] for line in log_lines} == {f"waiting for {urls[1]}"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("impatient")
 def test_a_server_that_is_dead_ends_the_stream_in_one_line(
     server: Server, monkeypatch: pytest.MonkeyPatch
@@ -877,6 +888,7 @@ NAMES = st.text(
 ).map(lambda name: name.strip("/") or "x")
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(NAMES, st.binary(max_size=1500)), min_size=1, max_size=5),
     st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
@@ -1032,6 +1044,7 @@ def test_a_kill_between_any_two_changes_of_files_is_made_good(
     assert len(states) > 3
 
 
+@pytest.mark.slow
 def test_kills_while_shards_are_written(tmp_path: Path) -> None:
     photos, out, whole = tmp_path / "photos", tmp_path / "out", tmp_path / "whole"
     photos.mkdir()

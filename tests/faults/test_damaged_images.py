@@ -180,6 +180,7 @@ def reading(command: str, models: dict[str, Path], out: Path) -> tuple[list[Any]
     return ["predict" if command in TASKS else command, *words, "--out", out], out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["pretrain", "embed", "explore", *TASKS])
 def test_bad_images_are_skipped_and_named_with_the_reason(
     command: str,
@@ -216,6 +217,7 @@ def test_bad_images_are_skipped_and_named_with_the_reason(
         assert len(np.load(out)["paths"]) == left
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["pretrain", "embed", "explore", *TASKS])
 def test_bad_images_alone_are_one_line_of_error(
     command: str,
@@ -251,6 +253,7 @@ def judge(verb: str, data: Path, out: Path) -> list[Any]:
     return [verb, "--data", data / "labelled", *more, *BACKBONE, "--out", out]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["probe", "finetune", "compare"])
 @pytest.mark.parametrize("part", ["train", "val", "test"])
 def test_a_class_or_a_part_that_can_not_be_read(
@@ -279,6 +282,7 @@ def test_a_class_or_a_part_that_can_not_be_read(
             assert results["test_images"] == (9 if part == "test" else 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["probe", "finetune", "compare"])
 def test_one_class_left_of_two(
     verb: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -294,6 +298,7 @@ def test_one_class_left_of_two(
     assert f"training images of the class {classes[0]} can be read" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["train", "val", "test"])
 @pytest.mark.parametrize("task", ["detection", "segmentation"])
 def test_a_part_of_detection_or_segmentation_data(
@@ -312,6 +317,7 @@ def test_a_part_of_detection_or_segmentation_data(
             assert "10 images " in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["mask", "annotations"])
 def test_masks_and_annotations(
     what: str, sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -405,6 +411,7 @@ def test_a_folder_that_is_unmounted_while_a_command_runs(
             assert status == 0
 
 
+@pytest.mark.slow
 def test_a_model_is_there_though_the_test_images_have_gone(
     sample: Path, unmount: Unmount, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -137,6 +137,7 @@ def test_the_split_that_is_written_is_read_again(task: str, models: Path, tmp_pa
     assert warnings(tmp_path / "again") == []
 
 
+@pytest.mark.slow
 def test_classes_are_predicted_in_a_table(models: Path, data: Path, tmp_path: Path) -> None:
     source, out = data / "labelled", tmp_path / "out"
     assert run("predict", "--model", models / "classification", "--data", source, "--pictures", 200,
@@ -151,6 +152,7 @@ def test_classes_are_predicted_in_a_table(models: Path, data: Path, tmp_path: Pa
     assert run("report", out) == 0
 
 
+@pytest.mark.slow
 def test_boxes_are_predicted_in_json(models: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run("predict", "--model", models / "detection", "--data", data / "detection",
@@ -161,6 +163,7 @@ def test_boxes_are_predicted_in_json(models: Path, data: Path, tmp_path: Path) -
     assert [file.name for file in out.glob("predictions*")] == ["predictions.json"]
 
 
+@pytest.mark.slow
 def test_masks_have_the_names_of_their_images(models: Path, data: Path, tmp_path: Path) -> None:
     source, out = data / "segmentation" / "images", tmp_path / "out"
     assert run("predict", "--model", models / "segmentation", "--data", source, "--pictures", 200,
@@ -186,6 +189,7 @@ def test_a_name_is_cut_only_where_it_must_be(name: str) -> None:
         made.encode("utf-8", "surrogateescape")
 
 
+@pytest.mark.slow
 def test_features_and_a_map(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = data / "labelled"
     assert run("embed", *SMALL, "--data", source, "--out", tmp_path / "a.npz") == 0
@@ -292,6 +296,7 @@ def test_a_backslash_may_be_part_of_a_name(tmp_path: Path) -> None:
 # What was done stays
 
 
+@pytest.mark.slow
 def test_predictions_are_there_when_a_failure_comes_late(
     models: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -189,6 +189,7 @@ def hostile(kind: Any) -> list[str]:
 EXTREMES = (-1, 0, 10**12, 1e30)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_values_that_no_option_of_the_type_can_have(
     command: str, tried: Tried, place: Path
@@ -199,6 +200,7 @@ def test_values_that_no_option_of_the_type_can_have(
             assert tried(command, *words(given, **{name: value})) is not None, (name, value[:80])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_values_that_may_be_out_of_range(command: str, called: Called, place: Path) -> None:
     given = {
@@ -212,6 +214,7 @@ def test_values_that_may_be_out_of_range(command: str, called: Called, place: Pa
                 assert error_message is not None or value != -1, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_configurations_in_which_every_option_is_of_a_wrong_type(
     command: str, tried: Tried, place: Path, tmp_path: Path
@@ -252,6 +255,7 @@ def test_configurations_that_are_none(tried: Tried, place: Path, tmp_path: Path)
         assert tried("pretrain", *given) is not None, text[:80]
 
 
+@pytest.mark.slow
 def test_configurations_that_are_no_text(tried: Tried, place: Path, tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(bytes(range(256)))
     (tmp_path / "utf16.yaml").write_bytes("epochs: 1".encode("utf-16"))
@@ -283,6 +287,7 @@ def _large(value: object) -> bool:
     return isinstance(value, int) and value >= 256
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRETEXTS)
 def test_hyperparameters(name: str, tried: Tried, called: Called, place: Path) -> None:
     given = {"data": str(place / "labelled" / "train"), "out": "run", "epochs": 1,
@@ -351,6 +356,7 @@ SAID = [
 ]
 
 
+@pytest.mark.slow
 def test_what_is_said(tried: Tried, place: Path) -> None:
     for option, value, message in SAID:
         given = needed("pretrain", place)
@@ -379,6 +385,7 @@ def test_the_functions_themselves_refuse_them() -> None:
         assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_names_of_classes_may_look_like_numbers(tried: Tried, place: Path) -> None:
     given = words(needed("finetune", place))
     for weights in ("{1: 2}", "{1: 2, cats: 1}", "{1.5: 1e-3}"):

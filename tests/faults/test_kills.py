@@ -34,6 +34,7 @@ MOMENTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_pretraining_goes_on(
     moment: str,
@@ -52,6 +53,7 @@ def test_a_pretraining_goes_on(
     same(out, undisturbed("pretrain", 4, *inside))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "name", "call"),
     [
@@ -77,6 +79,7 @@ def test_a_finetuning_goes_on(
     same(out, undisturbed("finetune", 4, *inside))
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_on_other_images(
     fork: Any, training: Training, photos: Path, tmp_path: Path
 ) -> None:
@@ -95,6 +98,7 @@ def test_a_run_is_not_resumed_on_other_images(
     assert fork(*words, "--resume").status() == 0
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_by_its_own_command(
     fork: Any, training: Training, labelled: Path, encoder_folder: Path, tmp_path: Path
 ) -> None:
@@ -110,6 +114,7 @@ def results(out: Path) -> Any:
     return without_times(json.loads((out / "results.json").read_text()))
 
 
+@pytest.mark.slow
 def test_a_comparison_goes_on(
     fork: Any, labelled: Path, encoder_folder: Path, tmp_path: Path
 ) -> None:
@@ -124,6 +129,7 @@ def test_a_comparison_goes_on(
     assert results(tmp_path / "killed") == results(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_what_can_not_go_on_starts_again(
     fork: Any, labelled: Path, encoder_folder: Path, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
@@ -224,6 +230,7 @@ def test_any_command_is_killed_and_starts_again(
     assert not list(tmp_path.rglob("*.part"))
 
 
+@pytest.mark.slow
 def test_the_clock_of_a_time_budget_is_not_the_one_that_people_set(
     fork: Any, training: Training, tmp_path: Path
 ) -> None:

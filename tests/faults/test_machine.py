@@ -76,6 +76,7 @@ def check_refused(child: Any, words: str) -> None:
     assert child.last_line().startswith("vissl-lite: ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["pretrain", "finetune"])
 def test_a_training_on_a_full_disk_keeps_its_last_checkpoint_and_goes_on(
     command: str, fork: Any, training: Training, small_disk: Path, tmp_path: Path
@@ -131,6 +132,7 @@ def commands(labelled: Path, photos: Path, encoder: Path, model: Path) -> dict[s
 SUFFIX = {"embed": ".npz", "explore": ".html", "export": ".onnx"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command", ["probe", "predict", "compare", "embed", "explore", "export", "shard"]
 )
@@ -157,6 +159,7 @@ def test_a_full_disk_is_one_sentence_in_every_command(
     check_refused(fork(*words, "--out", out, before=fill), "the disk is full: free some space")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["pretrain", "finetune"])
 def test_a_limit_on_file_sizes(command: str, fork: Any, training: Training, tmp_path: Path) -> None:
     def limit() -> None:
@@ -169,6 +172,7 @@ def test_a_limit_on_file_sizes(command: str, fork: Any, training: Training, tmp_
     assert fork(*training(command, out, 4), "--resume").status() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["pretrain", "finetune"])
 def test_too_many_open_files(command: str, fork: Any, training: Training, tmp_path: Path) -> None:
     def limit() -> None:
@@ -179,6 +183,7 @@ def test_too_many_open_files(command: str, fork: Any, training: Training, tmp_pa
     check_refused(child, "too many files are open: raise the limit (ulimit -n)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["pretrain", "finetune"])
 def test_memory_of_a_cpu_that_does_not_suffice(
     command: str, fork: Any, training: Training, photos: Path, tmp_path: Path
@@ -203,6 +208,7 @@ def test_memory_of_a_cpu_that_does_not_suffice(
     assert "into the memory of this machine" in child.last_line()
 
 
+@pytest.mark.slow
 def test_little_shared_memory_makes_training_slower_and_no_more(
     fork: Any,
     training: Training,
@@ -219,6 +225,7 @@ def test_little_shared_memory_makes_training_slower_and_no_more(
     same(tmp_path / "small", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_data_worker_that_is_killed(fork: Any, training: Training, tmp_path: Path) -> None:
     """As by the system when memory runs out."""
     out = tmp_path / "run"
@@ -247,11 +254,13 @@ class Numbers(Dataset[int]):
         return index
 
 
+@pytest.mark.slow
 def test_signals_for_the_group_leave_data_workers_alone() -> None:
     loader = WorkerLoader(Numbers(signals=True), torch.tensor, 2, batch_size=4)
     assert torch.cat(list(loader)).tolist() == list(range(64))
 
 
+@pytest.mark.slow
 def test_data_workers_end_when_the_process_that_started_them_says_so() -> None:
     batches = iter(WorkerLoader(Numbers(signals=False), torch.tensor, 2, batch_size=4).loader)
     next(batches)

@@ -83,6 +83,7 @@ def folder(kind: str, tmp_path: Path) -> Path:
     return make(kind, tmp_path / "model")
 
 
+@pytest.mark.slow
 def test_what_a_json_file_says_is_refused_or_works(kind: str, folder: Path) -> None:
     tried = Tried(lambda: use(kind, folder))
     for name in ("config.json", "head.json"):
@@ -91,6 +92,7 @@ def test_what_a_json_file_says_is_refused_or_works(kind: str, folder: Path) -> N
     assert tried.counts["refused"] > 25, tried.counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["vit", "classifier", "fcos", "segmenter"], indirect=True)
 def test_bytes_of_weights_are_refused_or_work(kind: str, folder: Path) -> None:
     tried = Tried(lambda: use(kind, folder))
@@ -114,6 +116,7 @@ BAD_TENSORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["vit", "classifier", "fcos", "segmenter"], indirect=True)
 def test_tensors_of_another_kind_are_refused(kind: str, folder: Path) -> None:
     """The last weight, or a running statistic."""
@@ -134,6 +137,7 @@ def test_tensors_of_another_kind_are_refused(kind: str, folder: Path) -> None:
     assert not tried("one more")
 
 
+@pytest.mark.slow
 def test_a_negative_variance_is_refused(tmp_path: Path) -> None:
     folder = make("encoder", tmp_path / "encoder")
     weights = load_file(folder / "model.safetensors")
@@ -194,6 +198,7 @@ def reaching(trap: Path) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
     return [(f"{cfg} {arguments}", cfg, arguments) for cfg, arguments in each]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["encoder", "classifier"])
 def test_no_place_that_a_config_names_is_reached(
     kind: str, tmp_path: Path, events: list[str]
@@ -231,6 +236,7 @@ def test_the_hook_sees_what_is_opened_and_connected_to(tmp_path: Path, events: l
     assert any(one.startswith("socket.connect") for one in events)
 
 
+@pytest.mark.slow
 def test_sizes_that_the_weights_do_not_have_take_no_memory(tmp_path: Path) -> None:
     folder = make("vit", tmp_path / "encoder")
     whole = (folder / "config.json").read_text()
@@ -249,6 +255,7 @@ def test_sizes_that_the_weights_do_not_have_take_no_memory(tmp_path: Path) -> No
     assert tried.counts["refused"] >= 10, tried.counts
 
 
+@pytest.mark.slow
 def test_headers_of_safetensors_promise_in_vain(tmp_path: Path) -> None:
     folder = make("encoder", tmp_path / "encoder")
     tried = Tried(lambda: load_encoder(folder))
@@ -262,6 +269,7 @@ def test_headers_of_safetensors_promise_in_vain(tmp_path: Path) -> None:
     assert not tried("a header of 2**62 bytes")
 
 
+@pytest.mark.slow
 def test_weights_for_init_are_refused_or_read(tmp_path: Path) -> None:
     file = tmp_path / "w.pth"
     torch.save({"state_dict": build_encoder("test_resnet", 32).state_dict(), "epoch": 3}, file)
@@ -272,6 +280,7 @@ def test_weights_for_init_are_refused_or_read(tmp_path: Path) -> None:
     assert tried.counts["refused"] > 10
 
 
+@pytest.mark.slow
 def test_a_torch_file_that_would_grow_is_refused(tmp_path: Path) -> None:
     import zipfile
 
@@ -308,6 +317,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return lines[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["classifier", "fcos", "segmenter"])
 def test_a_head_of_nan_is_refused_by_predict_and_export(
     kind: str, folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -324,6 +334,7 @@ def test_a_head_of_nan_is_refused_by_predict_and_export(
     assert not (tmp_path / "m.onnx").exists()
 
 
+@pytest.mark.slow
 def test_statistics_that_can_not_be_are_refused(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -340,6 +351,7 @@ def test_statistics_that_can_not_be_are_refused(
         assert not (tmp_path / "f.npz").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["encoder", "classifier", "faster_rcnn", "segmenter"])
 def test_sums_that_overflow_are_refused(
     kind: str, folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -356,6 +368,7 @@ def test_sums_that_overflow_are_refused(
     assert "are not finite numbers" in refused(capsys, *command, "--data", pictures)
 
 
+@pytest.mark.slow
 def test_detections_are_not_dropped_in_silence(tmp_path: Path, pictures: Path) -> None:
     detector = load_detector(make("fcos", tmp_path / "model"))
     detector.net.head.classification_head.cls_logits.bias.data.fill_(math.nan)
@@ -363,6 +376,7 @@ def test_detections_are_not_dropped_in_silence(tmp_path: Path, pictures: Path) -
         detect(detector, [str(file) for file in sorted(pictures.iterdir())])
 
 
+@pytest.mark.slow
 def test_a_timm_folder_is_exported_without_what_a_stranger_wrote_into_it(tmp_path: Path) -> None:
     folder = make("encoder", tmp_path / "encoder")
     config = json.loads((folder / "config.json").read_text())

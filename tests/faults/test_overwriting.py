@@ -40,6 +40,7 @@ def test_a_folder_with_a_config_of_somebodys_is_not_a_run(
         assert tree(project) == before
 
 
+@pytest.mark.slow
 def test_what_is_not_the_runs_stays_in_its_folder(
     labelled: Path, encoder_folder: Path, tmp_path: Path
 ) -> None:
@@ -117,6 +118,7 @@ def test_inputs_and_out_lie_apart(
         assert tree(run) == before
 
 
+@pytest.mark.slow
 def test_a_list_of_images_in_out_is_an_input_too(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -130,6 +132,7 @@ def test_a_list_of_images_in_out_is_an_input_too(
     assert (out / "sample" / "000000001.jpg").exists()
 
 
+@pytest.mark.slow
 def test_nothing_is_removed_before_everything_is_checked(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,6 +144,7 @@ def test_nothing_is_removed_before_everything_is_checked(
         assert tree(out) == before
 
 
+@pytest.mark.slow
 def test_a_file_to_be_written_is_written_whole_by_one(
     photos: Path, encoder_folder: Path, fork: Any, tmp_path: Path
 ) -> None:
@@ -158,6 +162,7 @@ def test_a_file_to_be_written_is_written_whole_by_one(
     assert sorted(os.listdir(tmp_path)) == sorted(["features.npz", "log-0", "log-1", "log-2"])
 
 
+@pytest.mark.slow
 def test_two_writers_of_one_file(
     photos: Path, encoder_folder: Path, fork: Any, tmp_path: Path
 ) -> None:
@@ -175,6 +180,7 @@ def test_two_writers_of_one_file(
     assert file.exists()
 
 
+@pytest.mark.slow
 def test_one_process_writes_to_a_run(fork: Any, training: Any, tmp_path: Path) -> None:
     """A killed one's lock is free at once, though its data workers may still be there."""
     out = tmp_path / "run"
@@ -192,6 +198,7 @@ def test_one_process_writes_to_a_run(fork: Any, training: Any, tmp_path: Path) -
     assert fork(*training("pretrain", out, 1), "--overwrite").status() == 0
 
 
+@pytest.mark.slow
 def test_the_current_folder_may_be_a_run(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

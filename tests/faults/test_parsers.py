@@ -179,16 +179,19 @@ def read_coco(root: Path, content: bytes) -> LabelledBoxes | None:
     return data
 
 
+@pytest.mark.slow
 @given(content=mutated(coco()))
 def test_coco_with_odd_values(root: Path, content: Any) -> None:
     read_coco(root, json.dumps(content).encode("utf-8", "replace"))
 
 
+@pytest.mark.slow
 @given(content=damaged(json.dumps(coco()).encode()))
 def test_coco_that_is_damaged(root: Path, content: bytes) -> None:
     read_coco(root, content)
 
 
+@pytest.mark.slow
 def test_every_odd_value_at_every_place_of_coco(root: Path) -> None:
     first = ("images", 0), ("annotations", 0), ("categories", 0)
     bbox = ("annotations", 0, "bbox")
@@ -226,6 +229,7 @@ def test_ids_of_coco_are_told_apart(root: Path) -> None:
     assert boxes == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_coco_with_too_much_of_everything(root: Path) -> None:
     content = coco()
     content["categories"] = [{"id": n, "name": "x"} for n in range(100_001)]
@@ -260,11 +264,13 @@ def read_voc(root: Path, content: bytes) -> LabelledBoxes | None:
     return data
 
 
+@pytest.mark.slow
 @given(content=damaged(voc().format(n=0).encode()))
 def test_voc_that_is_damaged(root: Path, content: bytes) -> None:
     assert read_voc(root, content) is not None  # the other five are fine
 
 
+@pytest.mark.slow
 @given(
     tag=st.sampled_from(["filename", "width", "height", "name", "difficult", "xmin", "xmax"]),
     value=st.sampled_from([str(one) for one in ODD]) | st.text(max_size=30),
@@ -290,6 +296,7 @@ MALICE = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_voc_with_malice(root: Path) -> None:
     for content in MALICE:
         with trying(content[-60:]):
@@ -326,22 +333,26 @@ def read_yolo(root: Path, content: bytes, labels: bytes = LABELS) -> LabelledBox
 yaml_values = json_values.filter(lambda value: "/dev" not in str(value))
 
 
+@pytest.mark.slow
 @given(content=mutated(yolo(), yaml_values))
 def test_yolo_with_odd_values(root: Path, content: Any) -> None:
     read_yolo(root, yaml.safe_dump(content, allow_unicode=True).encode("utf-8", "replace"))
 
 
+@pytest.mark.slow
 @given(content=damaged(yaml.safe_dump(yolo()).encode()))
 def test_yolo_that_is_damaged(root: Path, content: bytes) -> None:
     if b"/\n" not in content and b": /" not in content:
         read_yolo(root, content)
 
 
+@pytest.mark.slow
 @given(labels=damaged(LABELS))
 def test_labels_of_yolo_that_are_damaged(root: Path, labels: bytes) -> None:
     assert read_yolo(root, yaml.safe_dump(yolo()).encode(), labels) is not None
 
 
+@pytest.mark.slow
 @given(
     words=st.lists(
         st.sampled_from([str(one) for one in ODD if not isinstance(one, list | dict)])
@@ -372,6 +383,7 @@ BAD_YAML = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_yaml_with_malice(root: Path) -> None:
     for text in BAD_YAML:
         with trying(text):
@@ -388,6 +400,7 @@ def test_yaml_has_values_of_few_types() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @given(
     content=damaged(b"a: [1, 2.5, x]\nb: {c: 'd', e: \"f\"}\n? g\n: |\n  h\n  i\nj: 2024-01-01\n")
 )
@@ -425,6 +438,7 @@ def test_csv_files_that_are_fine(root: Path) -> None:
             assert read_csv(root, text.encode(), masks=text is MASKS) is not None
 
 
+@pytest.mark.slow
 @given(
     content=st.one_of(damaged(CSV.encode()), damaged(SEVERAL.encode()), damaged(COLUMNS.encode()))
 )
@@ -432,6 +446,7 @@ def test_csv_files_that_are_damaged(root: Path, content: bytes) -> None:
     read_csv(root, content)
 
 
+@pytest.mark.slow
 @given(content=damaged(MASKS.encode()))
 def test_csv_files_of_masks_that_are_damaged(root: Path, content: bytes) -> None:
     read_csv(root, content, masks=True)
@@ -449,6 +464,7 @@ BAD_CSV = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_csv_files_with_malice(root: Path) -> None:
     os.mkfifo(root / "pipe.png")
     for content in BAD_CSV:
@@ -457,6 +473,7 @@ def test_csv_files_with_malice(root: Path) -> None:
             assert read_csv(root, content, masks=True) is None
 
 
+@pytest.mark.slow
 def test_a_column_of_notes_takes_no_time(root: Path) -> None:
     """Each note used to be compared with all others."""
     rows = b"".join(b"set/images/%d.png,%d,note %d\n" % (n % 6, n % 2, n) for n in range(15_000))

@@ -129,6 +129,7 @@ SENSELESS: tuple[Any, ...] = (None, True, -1, 10**12, 10**30, math.nan, math.inf
                               [[]], ["x"], {"a": 1}, *TENSORS)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_a_checkpoint_says_is_refused_or_works(photos: Path, checkpoint: Path) -> None:
     whole = torch.load(checkpoint, weights_only=True)
     tried = resuming(photos, checkpoint)
@@ -140,6 +141,7 @@ def test_what_a_checkpoint_says_is_refused_or_works(photos: Path, checkpoint: Pa
     assert tried.counts["refused"] > 20, tried.counts
 
 
+@pytest.mark.slow
 def test_bytes_of_a_checkpoint_are_refused_or_work(photos: Path, checkpoint: Path) -> None:
     tried = resuming(photos, checkpoint)
     for what, content in damaged(checkpoint.read_bytes(), flips=6):
@@ -227,6 +229,7 @@ def unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_report, "write_page", lambda *_, **__: None)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unwritten")
 @pytest.mark.parametrize("name", ["results.json", "run.json"])
 def test_a_report_is_made_of_what_can_be_read(name: str, run: Path) -> None:
@@ -244,6 +247,7 @@ def test_a_report_is_made_of_what_can_be_read(name: str, run: Path) -> None:
         assert tried(f"{name}: {place} {value!r:.40}")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unwritten")
 @pytest.mark.parametrize(
     "name",
@@ -274,6 +278,7 @@ def test_a_report_leaves_damaged_files_out(name: str, run: Path) -> None:
     assert tried(f"{name} is a folder")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unwritten")
 @given(JSON_LIKE)
 def test_any_results_give_a_report(run: Path, content: Any) -> None:
@@ -281,6 +286,7 @@ def test_any_results_give_a_report(run: Path, content: Any) -> None:
     write_report(run)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unwritten")
 @given(st.binary() | JSON_LIKE.map(lambda one: yaml.safe_dump(one).encode("utf-8", "replace")))
 def test_any_config_is_refused_or_read(run: Path, content: bytes) -> None:
@@ -373,6 +379,7 @@ def sweep_arrays(file: Path, tried: Tried) -> None:
     assert tried("as it was")
 
 
+@pytest.mark.slow
 def test_a_map_is_refused_or_works(run: Path) -> None:
     from vissl_lite.report.map import map_layout
 
@@ -380,6 +387,7 @@ def test_a_map_is_refused_or_works(run: Path) -> None:
     sweep_arrays(run / "map.npz", tried)
 
 
+@pytest.mark.slow
 def test_fingerprints_are_refused_or_work(tmp_path: Path) -> None:
     file = tmp_path / "fingerprints.npz"
     rows = np.random.default_rng(0).integers(0, 256, (4, EXACT_BYTES + LOOK_BYTES), np.uint8)
@@ -413,6 +421,7 @@ def bombs(folder: Path) -> Iterator[Path]:
     yield nothing
 
 
+@pytest.mark.slow
 def test_npz_files_that_would_grow_are_refused(tmp_path: Path) -> None:
     for file in bombs(tmp_path):
         assert file.stat().st_size < 2**21
@@ -424,6 +433,7 @@ def test_npz_files_that_would_grow_are_refused(tmp_path: Path) -> None:
 # Comparisons
 
 
+@pytest.mark.slow
 def test_a_damaged_cell_is_done_again_and_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -460,6 +470,7 @@ def test_a_damaged_cell_is_done_again_and_said(
 # Through the command line
 
 
+@pytest.mark.slow
 def test_report_and_resume_refuse_or_say_damage(
     run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -38,6 +38,7 @@ def check_stopped(child: Any, out: Path, number: signal.Signals) -> None:
     assert not list(out.rglob("*.part"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "number", "group"),
     [
@@ -75,6 +76,7 @@ MOMENTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("moment", "number"), list(zip(MOMENTS, [*TOLD, *TOLD], strict=True)))
 def test_at_whatever_moment(
     moment: str,
@@ -94,6 +96,7 @@ def test_at_whatever_moment(
     same(out, undisturbed("pretrain", 4, *inside))
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once(fork: Any, training: Training, tmp_path: Path) -> None:
     def twice() -> None:
         step = Checkpoints.on_train_batch_end
@@ -113,6 +116,7 @@ def test_a_second_ctrl_c_ends_at_once(fork: Any, training: Training, tmp_path: P
     assert record(out)["status"] == "stopped"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", list(TOLD))
 def test_commands_that_can_not_go_on_leave_a_run_to_replace(
     number: signal.Signals, fork: Any, labelled: Path, encoder_folder: Path, tmp_path: Path

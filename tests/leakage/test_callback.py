@@ -69,6 +69,7 @@ def train(
     )
 
 
+@pytest.mark.slow
 def test_all_images_are_kept_as_their_files_give_them(photos: Path, tmp_path: Path) -> None:
     paths = find_images([photos])
     train(paths, tmp_path)
@@ -83,11 +84,13 @@ def test_all_images_are_kept_as_their_files_give_them(photos: Path, tmp_path: Pa
     assert not (tmp_path / "fingerprints").exists()
 
 
+@pytest.mark.slow
 def test_what_the_run_never_reached_is_not_there(photos: Path, tmp_path: Path) -> None:
     train(find_images([photos]), tmp_path, epochs=1)
     assert len(Fingerprints.load(tmp_path / "fingerprints.npz")) == 3 * BATCH
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_and_resumed_has_them_all(photos: Path, tmp_path: Path) -> None:
     paths = find_images([photos])
     with pytest.raises(SystemExit):
@@ -106,6 +109,7 @@ def test_a_run_that_is_killed_and_resumed_has_them_all(photos: Path, tmp_path: P
     assert not (tmp_path / "fingerprints").exists()
 
 
+@pytest.mark.slow
 def test_several_processes_and_repeated_records_become_one_file(
     photos: Path, tmp_path: Path
 ) -> None:
@@ -121,6 +125,7 @@ def test_several_processes_and_repeated_records_become_one_file(
     assert len(seen) == len(set(seen.paths)) == 3 * BATCH
 
 
+@pytest.mark.slow
 def test_images_of_the_run_that_it_started_from_count_too(photos: Path, tmp_path: Path) -> None:
     paths = find_images([photos])
     before = fingerprints_of(paths[12:])
@@ -130,6 +135,7 @@ def test_images_of_the_run_that_it_started_from_count_too(photos: Path, tmp_path
     assert seen.paths[:12] == before.paths
 
 
+@pytest.mark.slow
 def test_broken_images_are_not_there_and_paths_are_absolute(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

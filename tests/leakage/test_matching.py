@@ -55,6 +55,7 @@ def test_without_leaks_nothing_is_said(
     assert log.messages == []
 
 
+@pytest.mark.slow
 def test_every_place_is_looked_at(
     parts: Parts, tmp_path: Path, log: pytest.LogCaptureFixture
 ) -> None:
@@ -102,6 +103,7 @@ def test_every_place_is_looked_at(
     assert 0.94 <= float(written[1]["similarity"]) <= 1
 
 
+@pytest.mark.slow
 def test_exclude_leaves_out_what_makes_the_parts_overlap(parts: Parts) -> None:
     shutil.copy(parts["train"][3], parts["test"][2])
     shutil.copy(parts["val"][1], parts["test"][3])  # the validation image goes
@@ -119,6 +121,7 @@ def test_exclude_leaves_out_what_makes_the_parts_overlap(parts: Parts) -> None:
     assert [one.where for one in check(rest, seen=[parts["test"][5]]).found] == []
 
 
+@pytest.mark.slow
 def test_held_out_images_among_the_unlabelled_ones_are_no_error(
     parts: Parts, log: pytest.LogCaptureFixture
 ) -> None:

@@ -7,6 +7,7 @@ from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.pretext.dino import DINO
 
 
+@pytest.mark.slow
 def test_float16_gradients_are_clipped_without_their_scale(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

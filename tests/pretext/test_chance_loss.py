@@ -10,6 +10,7 @@ from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.pretext import PRETEXTS, pretext_class
 
 
+@pytest.mark.slow
 def test_those_that_know_it() -> None:
     encoder = build_encoder("test_resnet", 32)
     made = {

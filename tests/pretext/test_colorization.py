@@ -111,6 +111,7 @@ def lightness_as_gray(batch: Tensor) -> Tensor:
 # Bins
 
 
+@pytest.mark.slow
 def test_bins_are_those_that_an_srgb_color_falls_into() -> None:
     bins = gamut_bins()
     assert len(bins) == 261  # the number in the documentation
@@ -123,6 +124,7 @@ def test_bins_are_those_that_an_srgb_color_falls_into() -> None:
     assert (-110.0, 110.0) not in ours
 
 
+@pytest.mark.slow
 def test_soft_encoding_equals_a_loop_over_all_bins() -> None:
     bins = gamut_bins()
     colors = rgb_to_lab(torch.rand(400, 3))[:, 1:]
@@ -150,6 +152,7 @@ def test_candidates_hold_the_five_nearest_bins_of_all_colors_in_a_square() -> No
 # Weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("uniform", [0.5, 0.1, 1.0])
 def test_weights_are_those_of_equation_4(uniform: float) -> None:
     bins = gamut_bins()
@@ -179,6 +182,7 @@ def test_equal_counts_give_nearly_equal_weights_and_rare_colors_larger_ones() ->
     assert after.max() > 10 * after[gray]
 
 
+@pytest.mark.slow
 def test_colors_are_counted_at_a_quarter_of_the_resolution() -> None:
     task = made()
     task.training_step(Batch(images()), 0)
@@ -278,6 +282,7 @@ def gray_warnings(caplog: pytest.LogCaptureFixture, batch: Tensor) -> list[str]:
     return caplog.messages
 
 
+@pytest.mark.slow
 def test_gray_images_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
     gray = images()[:, :1].expand(-1, 3, -1, -1)
     messages = gray_warnings(caplog, gray)

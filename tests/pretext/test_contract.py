@@ -63,6 +63,7 @@ def task_and_batch(name: str, backbone: str, photos: Path) -> tuple[PretextTask,
     return task, make_batch(task, photos)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "backbone"), [pair for pair in FIRST if PRETEXTS[pair[0]].info.any_size]
 )
@@ -79,6 +80,7 @@ def test_views_that_grow_can_be_learned_from_at_each_size(
         assert loss.isfinite()
 
 
+@pytest.mark.slow
 @every_pair
 def test_a_step_reaches_the_encoder_and_moves_a_teacher_only_afterwards(
     name: str, backbone: str, photos: Path
@@ -113,6 +115,7 @@ def test_a_step_reaches_the_encoder_and_moves_a_teacher_only_afterwards(
         assert not all(torch.equal(before[n], p) for n, p in teacher.items())
 
 
+@pytest.mark.slow
 @every_pretext
 def test_loss_falls_when_a_batch_is_repeated(name: str, backbone: str, photos: Path) -> None:
     task = make_task(name, backbone, **SHARP.get(name, {}))
@@ -132,6 +135,7 @@ def test_loss_falls_when_a_batch_is_repeated(name: str, backbone: str, photos: P
     assert np.mean(losses[-3:]) < 0.9 * losses[0]
 
 
+@pytest.mark.slow
 @every_pretext
 def test_bf16_agrees_with_float32(name: str, backbone: str, photos: Path) -> None:
     task, batch = task_and_batch(name, backbone, photos)
@@ -145,6 +149,7 @@ def test_bf16_agrees_with_float32(name: str, backbone: str, photos: Path) -> Non
     torch.testing.assert_close(rounded, exact, atol=0.05, rtol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "backbone"),
     [("simclr", "test_resnet"), ("mae", "test_vit"), ("spark", "test_efficientnet")]
@@ -163,6 +168,7 @@ def test_encoder_folder_loads_in_plain_timm_with_equal_outputs(
         torch.testing.assert_close(plain(images), ours)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "backbone"), [("simclr", "test_resnet"), ("byol", "test_vit")])
 def test_accumulating_two_batches_is_one_step(name: str, backbone: str, photos: Path) -> None:
     """The optimizer steps once, and so does the teacher: ``after_step`` is called once."""
@@ -183,6 +189,7 @@ def test_accumulating_two_batches_is_one_step(name: str, backbone: str, photos: 
     )
 
 
+@pytest.mark.slow
 @every_pretext
 def test_everything_that_a_resumed_run_needs_is_in_the_state(
     name: str, backbone: str, photos: Path
@@ -204,6 +211,7 @@ def test_everything_that_a_resumed_run_needs_is_in_the_state(
     assert torch.equal(other.training_step(make_batch(task, photos, 12), 0), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [n for n, made in PRETEXTS.items() if made.info.backbones != "any"]
 )
@@ -264,6 +272,7 @@ SEEN = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @every_pretext
 def test_showing_it_at_work_leaves_everything_as_it_was(
     name: str, backbone: str, photos: Path, monkeypatch: pytest.MonkeyPatch

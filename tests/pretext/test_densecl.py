@@ -13,6 +13,7 @@ def test_correspondence_is_the_most_similar_place() -> None:
     assert torch.equal(correspondence(map1, 3 * map1[:, :, order])[0], order.argsort())
 
 
+@pytest.mark.slow
 def test_equal_maps_give_the_dense_loss_its_own_place() -> None:
     """With a teacher that is the student and equal views, every place's key is its own."""
     torch.manual_seed(0)
@@ -23,6 +24,7 @@ def test_equal_maps_give_the_dense_loss_its_own_place() -> None:
     assert torch.equal(places, torch.arange(64).expand(2, -1))
 
 
+@pytest.mark.slow
 def test_a_map_of_one_place_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     task = DenseCL(build_encoder("resnet18", 32))
     views = [torch.randn(4, 3, 32, 32)] * 2
@@ -33,6 +35,7 @@ def test_a_map_of_one_place_is_said_once(caplog: pytest.LogCaptureFixture) -> No
     assert "has a single location" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_weight_mixes_both_losses() -> None:
     losses = []
     for weight in (0.0, 0.25, 1.0):

@@ -20,6 +20,7 @@ def test_the_teachers_temperature_warms_up(progress: float, value: float) -> Non
     assert task.teacher_temperature() == pytest.approx(value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("progress", "moves"), [(0.0, False), (0.5, True)])
 def test_the_last_layer_stays_at_first(progress: float, moves: bool) -> None:
     task = made(freeze_last_layer=0.1)
@@ -38,6 +39,7 @@ def test_the_teacher_is_what_a_run_saves() -> None:
     assert task.trained_encoder() is not task.encoder
 
 
+@pytest.mark.slow
 def test_the_loss_leaves_out_equal_views_and_centers_the_teacher() -> None:
     """Algorithm 1 with two large crops and one small one, term by term."""
     task = made().eval()

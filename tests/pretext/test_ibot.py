@@ -37,6 +37,7 @@ def test_patch_loss_is_a_mean_over_patches_then_over_masked_images() -> None:
     torch.testing.assert_close(patch_loss(targets, scores, mask, 0.1), expected)
 
 
+@pytest.mark.slow
 def test_the_student_does_not_see_masked_patches_and_the_teacher_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -22,6 +22,7 @@ def moved(task: IJEPA) -> IJEPA:
     return task
 
 
+@pytest.mark.slow
 def test_loss_equals_the_literal_one() -> None:
     """Section 3, with the smooth L1 distance and the normalized targets of the authors' code."""
     task, images = moved(ijepa()), torch.randn(2, 3, 64, 64)
@@ -46,6 +47,7 @@ def test_loss_equals_the_literal_one() -> None:
     assert ours.item() == pytest.approx(total / count, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_context_encoder_sees_the_context_only() -> None:
     task, images = ijepa(), torch.randn(2, 3, 64, 64)
     context, targets = torch.tensor([[5, 6], [5, 6]]), torch.tensor([[[10, 11]], [[14, 15]]])
@@ -120,6 +122,7 @@ def test_block_sizes(side: int, scale: float, aspect: float, size: tuple[int, in
     assert block_size(side, scale, aspect, largest=side - 1) == size
 
 
+@pytest.mark.slow
 def test_gradient_never_reaches_the_target_encoder() -> None:
     task = moved(ijepa())
     before = [parameter.clone() for parameter in task.target_encoder.parameters()]
@@ -131,6 +134,7 @@ def test_gradient_never_reaches_the_target_encoder() -> None:
     assert all(parameter.grad is not None for parameter in task.encoder.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("progress", "momentum"), [(0.0, 0.9), (0.5, 0.95), (1.0, 1.0)])
 def test_target_encoder_follows_by_a_momentum_that_rises_linearly(
     progress: float, momentum: float
@@ -154,6 +158,7 @@ def test_the_target_encoder_is_what_training_is_for() -> None:
     torch.testing.assert_close(task.target_encoder(images), task.encoder(images))
 
 
+@pytest.mark.slow
 def test_predictor_is_scaled_to_the_encoder() -> None:
     small = ijepa("vit_slim_patch4_32", 32).predictor
     assert (small.embed.out_features, len(small.blocks), small.head.out_features) == (64, 1, 128)

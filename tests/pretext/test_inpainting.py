@@ -132,6 +132,7 @@ def test_each_place_of_the_decoder_fills_its_own_square(monkeypatch: pytest.Monk
             assert (filled[0, :, row, column] == row // 4 * 8 + column // 4).all()
 
 
+@pytest.mark.slow
 def test_every_layer_of_the_encoder_is_trained() -> None:
     task = made()
     task.loss([torch.randn(4, 3, 32, 32)]).backward()

@@ -69,6 +69,7 @@ def test_all_of_them_can_be_chosen() -> None:
     assert len(np.unique(distant_permutations(4, 24), axis=0)) == 24
 
 
+@pytest.mark.slow
 def test_a_hundred_are_distinct_far_apart_and_found_once() -> None:
     found = distant_permutations(9, 100)
     assert distant_permutations(9, 100) is found
@@ -86,6 +87,7 @@ def test_a_hundred_are_distinct_far_apart_and_found_once() -> None:
 # Tiles
 
 
+@pytest.mark.slow
 def test_sizes_are_the_papers_at_224() -> None:
     grid = made("resnet18", 224).grid
     assert grid == Grid(side=64, step=75, slack=11)
@@ -97,6 +99,7 @@ def test_tiles_have_16_pixels_at_least(backbone: str) -> None:
     assert made(backbone, 32).grid.side == 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["test_vit", "vit_slim_patch4_32"])
 def test_it_works_for_a_vit(backbone: str) -> None:
     task = made(backbone)
@@ -152,6 +155,7 @@ def test_the_head_sees_features_in_the_order_of_the_label(monkeypatch: pytest.Mo
     assert torch.equal(seen[0], (orders + first).float())
 
 
+@pytest.mark.slow
 def test_labels_are_drawn_from_all_permutations(monkeypatch: pytest.MonkeyPatch) -> None:
     task = made(permutations=3)
     drawn: list[int] = []
@@ -187,6 +191,7 @@ def told_from_borders(task: Jigsaw, count: int = 64) -> float:
     return right / (4 * count)
 
 
+@pytest.mark.slow
 def test_borders_put_tiles_in_place_only_without_gap() -> None:
     assert told_from_borders(made(tile_size=64, cell_size=64)) > 0.95
     deviation = math.sqrt(0.25 * 0.75 / 256)

@@ -43,6 +43,7 @@ def literal_loss(
     return total / count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalize", [True, False])
 def test_loss_equals_the_literal_one(normalize: bool) -> None:
     task, images = mae(normalize_pixels=normalize), torch.randn(3, 3, 64, 64)
@@ -60,6 +61,7 @@ def test_targets_are_normalized_patches_unless_told_otherwise() -> None:
     assert torch.equal(raw[0, 1, :3], images[0, :, 0, 16])
 
 
+@pytest.mark.slow
 def test_masked_pixels_do_not_reach_encoder_and_prediction() -> None:
     task, images = mae(), torch.randn(2, 3, 64, 64)
     shown = [0, 6, 9, 15]
@@ -97,6 +99,7 @@ def test_a_grid_of_two_by_two_keeps_one_patch_visible() -> None:
     assert task.encoder.model.cls_token.grad.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_decoder_is_scaled_to_the_encoder() -> None:
     small = mae("vit_slim_patch4_32", 32).decoder
     assert (small.embed.out_features, len(small.blocks)) == (96, 2)

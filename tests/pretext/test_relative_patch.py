@@ -43,6 +43,7 @@ def noise(count: int, size: int, blurs: int) -> Tensor:
 # Where patches lie
 
 
+@pytest.mark.slow
 def test_sizes_are_the_papers_at_224() -> None:
     task = made("resnet18", 224)
     assert task.grid == Grid(side=96, step=144, slack=14)
@@ -154,6 +155,7 @@ def told_from_colors(task: RelativePatch, channels: list[int]) -> float:
     return (distance.argmin(dim=2) == torch.arange(8)).float().mean().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("color", "channels"), [("drop", [0]), ("drop", [0, 2]), ("project", [0, 2])]
 )
@@ -164,6 +166,7 @@ def test_displaced_colors_tell_the_direction_only_if_kept(color: str, channels: 
     assert told_from_colors(made(color=color), channels) < chance + 4 * deviation
 
 
+@pytest.mark.slow
 def test_projecting_leaves_red_against_blue_as_documented() -> None:
     assert told_from_colors(made(color="project"), [0]) > 0.5
 
@@ -191,6 +194,7 @@ def told_from_borders(task: RelativePatch, count: int = 128) -> float:
     return right / (4 * count)
 
 
+@pytest.mark.slow
 def test_borders_tell_the_direction_only_without_gap() -> None:
     assert told_from_borders(made(color="keep", gap=0, jitter=0)) > 0.95
     deviation = math.sqrt(0.25 * 0.75 / 512)
@@ -233,6 +237,7 @@ def test_projecting_is_the_papers_matrix_on_rgb() -> None:
 # What a user did wrong
 
 
+@pytest.mark.slow
 def test_errors_say_what_would_work() -> None:
     with pytest.raises(UserError, match="patch_size"):
         made("test_vit", patch_size=20)

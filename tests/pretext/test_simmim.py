@@ -23,6 +23,7 @@ def simmim(backbone: str = "test_vit", size: int = 32, **arguments: float) -> Si
     return SimMIM(build_encoder(backbone, size), **arguments)
 
 
+@pytest.mark.slow
 def test_loss_equals_the_papers_equation() -> None:
     """Section 3.4: the distance of masked pixels, divided by the number of their values."""
     task, images = simmim(), torch.randn(3, 3, 32, 32)
@@ -71,6 +72,7 @@ def test_mask_token_and_head_learn() -> None:
     assert task.head[0].weight.grad.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_a_swin_transformer_is_masked_in_units_of_several_patches() -> None:
     task = simmim("swin_tiny_patch4_window7_224", 64).eval()  # no stochastic depth
     assert (task.patch, task.unit) == (4, 8)
@@ -102,6 +104,7 @@ def test_mask_unit_is_about_a_sixth_of_the_image(size: int, patch: int, unit: in
     assert default_mask_unit(size, patch) == unit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", [0, 8, 24, 48, 64, -16])
 def test_a_mask_unit_that_does_not_suit_is_the_users_mistake(unit: int) -> None:
     with pytest.raises(UserError, match="multiple of the patch"):

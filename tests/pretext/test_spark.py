@@ -43,6 +43,7 @@ def some_visible(task: SparK, batch: int) -> torch.Tensor:
     return (~mask).float().view(batch, 1, task.grid, task.grid)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_masked_pixels_change_nothing_at_any_stage(backbone: str, training: bool) -> None:
@@ -61,6 +62,7 @@ def test_masked_pixels_change_nothing_at_any_stage(backbone: str, training: bool
         assert (one * (1 - hidden)).abs().sum() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["test_resnet", "convnext_atto"])
 def test_a_masked_half_is_as_if_it_were_no_part_of_the_image(backbone: str) -> None:
     """What sparse convolution means (section 3.1): empty places are those outside the image."""
@@ -189,6 +191,7 @@ def test_squeeze_and_excitation_takes_its_mean_from_visible_places() -> None:
         torch.testing.assert_close(ours[image][:, seen], gate(alone)[0, :, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_the_encoder_is_plain_afterwards(backbone: str) -> None:
     task = spark(backbone).eval()
@@ -211,6 +214,7 @@ def test_the_encoder_is_plain_afterwards(backbone: str) -> None:
         assert "forward" not in module.__dict__
 
 
+@pytest.mark.slow
 def test_loss_equals_the_literal_one() -> None:
     """The squared error of masked patches, normalized one by one (section 3.3)."""
     task, images = spark().eval(), torch.randn(3, 3, 64, 64)
@@ -289,6 +293,7 @@ def test_a_coarser_place_is_visible_if_any_of_its_parts_is() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backbone", "size"),
     [("resnet18", 32), ("resnet10t_slim", 64), ("test_resnet", 40), ("mobilenetv3_small_050", 32)],

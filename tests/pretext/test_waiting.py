@@ -46,6 +46,7 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRETEXTS)
 def test_a_step_waits_for_nothing(name: str, photos: Path) -> None:
     kind = pretext_class(name).info.backbones

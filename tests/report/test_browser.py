@@ -68,6 +68,7 @@ def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_run_as_a_person_opens_it(run: Path, page: Page) -> None:
     page.goto((run / "report.html").as_uri())
     expect(page.locator("h1")).to_have_text("run")
@@ -82,6 +83,7 @@ def test_a_run_as_a_person_opens_it(run: Path, page: Page) -> None:
     expect(page.locator("details pre")).to_contain_text("The encoder is in")
 
 
+@pytest.mark.slow
 def test_curves_are_drawn_and_read_by_hovering(run: Path, page: Page) -> None:
     page.goto((run / "report.html").as_uri())
     chart = page.locator(".card", has=page.get_by_role("heading", name="loss", exact=True))
@@ -95,6 +97,7 @@ def test_curves_are_drawn_and_read_by_hovering(run: Path, page: Page) -> None:
     expect(page.locator(".bk-Tooltip").first).to_contain_text("loss")
 
 
+@pytest.mark.slow
 def test_the_map_is_drawn_and_shows_an_image_where_it_is_hovered(run: Path, page: Page) -> None:
     page.goto((run / "report.html").as_uri())
     section = page.locator("section", has=page.locator("h2", has_text="Map of the images"))
@@ -110,6 +113,7 @@ def test_the_map_is_drawn_and_shows_an_image_where_it_is_hovered(run: Path, page
     expect(tooltip).to_contain_text("4.png")
 
 
+@pytest.mark.slow
 def test_nothing_is_cut_off_in_a_narrow_window(run: Path, page: Page) -> None:
     page.set_viewport_size({"width": 380, "height": 800})
     page.emulate_media(color_scheme="dark")

@@ -76,6 +76,7 @@ def color(page: Page, index: int) -> tuple[int, int, int]:
     return Image.open(BytesIO(page.screenshot(clip=clip))).convert("RGB").getpixel((0, 0))
 
 
+@pytest.mark.slow
 def test_hovering_shows_the_image_with_its_class_and_path(
     opened: Page, image_map: ImageMap
 ) -> None:
@@ -92,6 +93,7 @@ def test_hovering_shows_the_image_with_its_class_and_path(
     assert color(opened, 9) == color(opened, 15)
 
 
+@pytest.mark.slow
 def test_clicking_a_point_or_an_odd_one_shows_its_nearest_neighbors(
     opened: Page, image_map: ImageMap
 ) -> None:
@@ -112,6 +114,7 @@ def test_clicking_a_point_or_an_odd_one_shows_its_nearest_neighbors(
     expect(cards(opened, "nearest neighbors, with")).to_have_count(11)
 
 
+@pytest.mark.slow
 def test_selected_paths_are_saved_as_a_list_that_reads_back(
     opened: Page, image_map: ImageMap, tmp_path: Path
 ) -> None:
@@ -135,6 +138,7 @@ def test_selected_paths_are_saved_as_a_list_that_reads_back(
     assert sorted(read) == [image_map.paths[index] for index in chosen]
 
 
+@pytest.mark.slow
 def test_classes_are_filtered_and_the_switch_moves_the_points(opened: Page) -> None:
     opened.locator(".choices").click()
     opened.locator(".choices__item--selectable", has_text="$$x$$").click()

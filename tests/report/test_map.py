@@ -39,6 +39,7 @@ def parts(layout: LayoutDOM, kind: type[Model]) -> list[Any]:
     return sorted(found, key=lambda model: int(model.id.removeprefix("p")))
 
 
+@pytest.mark.slow
 def test_every_image_is_one_row_and_every_class_a_layer_of_it() -> None:
     layout = map_layout(image_map())
     (source,) = parts(layout, ColumnDataSource)
@@ -50,6 +51,7 @@ def test_every_image_is_one_row_and_every_class_a_layer_of_it() -> None:
     assert len(legend.items) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [0, 60])
 def test_without_classes_and_with_too_many_there_is_no_legend(classes: int) -> None:
     layout = map_layout(image_map(60, classes), explore=True)
@@ -59,12 +61,14 @@ def test_without_classes_and_with_too_many_there_is_no_legend(classes: int) -> N
     assert len(colors) == (20 if classes else 1)
 
 
+@pytest.mark.slow
 def test_a_class_without_images_has_no_layer() -> None:
     given = image_map()
     given.classes.append("empty")
     assert len(parts(map_layout(given), Plot)[0].legend[0].items) == 3
 
 
+@pytest.mark.slow
 def test_two_maps_have_a_switch() -> None:
     assert parts(map_layout(image_map()), RadioButtonGroup) == []
     layout = map_layout(image_map(methods=("pca", "umap")))
@@ -74,6 +78,7 @@ def test_two_maps_have_a_switch() -> None:
     assert not np.array_equal(shown["x"], shown["pca_x"])
 
 
+@pytest.mark.slow
 def test_exploring_lists_the_odd_ones_first_and_the_pairs() -> None:
     *_, odd, pairs = parts(map_layout(image_map(), explore=True), Div)
     assert odd.text.index("1.000") < odd.text.index("0.909") < odd.text.index("0.000")
@@ -84,6 +89,7 @@ def test_exploring_lists_the_odd_ones_first_and_the_pairs() -> None:
     assert len(parts(map_layout(image_map()), Div)) == 1  # in a run's report
 
 
+@pytest.mark.slow
 def test_one_image_alone_can_be_shown() -> None:
     given = image_map(1, 0)
     alone = ImageMap(

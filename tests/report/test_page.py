@@ -133,6 +133,7 @@ def test_leaks_in_the_results_alone_are_said_too(tmp_path: Path) -> None:
     assert "Leaks: 3 of the test images were seen in training" in words(run)
 
 
+@pytest.mark.slow
 def test_a_run_that_did_not_finish_says_why(tmp_path: Path) -> None:
     run = tmp_path / "run"
     shown = words(make(run, status="failed", reason="<disk> is full"))
@@ -153,6 +154,7 @@ def test_a_run_that_did_not_finish_says_why(tmp_path: Path) -> None:
     assert "probe no results" in words(make(tmp_path / "other", "probe"))
 
 
+@pytest.mark.slow
 def test_what_is_damaged_is_left_out_and_said(tmp_path: Path) -> None:
     run = make(tmp_path / "run", loss=1.0)
     (run / "results.json").write_text('{"loss": 1')
@@ -178,6 +180,7 @@ def test_what_is_damaged_is_left_out_and_said(tmp_path: Path) -> None:
     assert "metrics.csv can't be read: there are no curves" in shown
 
 
+@pytest.mark.slow
 def test_a_comparison_begins_with_its_verdict(tmp_path: Path) -> None:
     sentence = "runs/a helped: knn accuracy +0.100 against random:resnet18."
     found = {
@@ -237,6 +240,7 @@ def test_the_figures_of_finetune_and_its_classes(tmp_path: Path) -> None:
     assert "My own" in text
 
 
+@pytest.mark.slow
 def test_large_pictures_become_small_ones(tmp_path: Path) -> None:
     run = make(tmp_path / "run", seconds=1)
     noise = np.random.default_rng(0).integers(0, 256, (150, 240, 3), dtype=np.uint8)
@@ -246,6 +250,7 @@ def test_large_pictures_become_small_ones(tmp_path: Path) -> None:
     assert "data:image/webp" in (run / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_predictions_are_shown_small_and_only_some(tmp_path: Path) -> None:
     run = make(tmp_path / "run", "predict", images=30, skipped=0)
     (run / "pictures" / "a").mkdir(parents=True)
@@ -256,6 +261,7 @@ def test_predictions_are_shown_small_and_only_some(tmp_path: Path) -> None:
     assert "a/00.jpg" in shown
 
 
+@pytest.mark.slow
 def test_a_page_takes_bokeh_once_and_only_where_there_is_a_chart(tmp_path: Path) -> None:
     write_page(tmp_path / "plain.html", "<a>", [Block("A & B", Markup("<p>text</p>"), "1 < 2")])
     plain = (tmp_path / "plain.html").read_text()
@@ -276,6 +282,7 @@ def test_names_that_are_no_utf8_do_not_stop_a_page(tmp_path: Path) -> None:
     assert "bad ? name" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_validation_stands_with_training_and_long_lines_are_thinned() -> None:
     steps = [float(step) for step in range(5000)]
     series = {

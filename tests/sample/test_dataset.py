@@ -134,6 +134,7 @@ def test_nothing_is_left_when_drawing_stops(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_color_place_and_area_do_not_tell_the_class() -> None:
     """A linear classifier on such features stays near chance (0.1) on images it has not seen."""
     from sklearn.linear_model import LogisticRegression

@@ -136,6 +136,7 @@ def alone(photos: Path) -> dict[str, tuple[Tensors, Tensors]]:
         return {name: train(name, photos, 1) for name in PRETEXTS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "strategy"),
     [(2, "ddp"), (2, "fsdp")],
@@ -217,6 +218,7 @@ def words_for(photos: Path, out: Path, epochs: int, *more: str) -> list[str]:
     return list(map(str, words))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "epochs"), [("ddp", 15)])
 def test_a_run_goes_on_after_one_of_its_processes_is_killed(
     strategy: str, epochs: int, photos: Path, tmp_path: Path
@@ -248,6 +250,7 @@ def test_a_run_goes_on_after_one_of_its_processes_is_killed(
         torch.testing.assert_close(tensor, other[name], msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_slurm_job_whose_time_is_up_goes_into_the_queue_again(
     number: signal.Signals, photos: Path, tmp_path: Path

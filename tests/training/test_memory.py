@@ -23,6 +23,7 @@ def test_halves_until_it_fits(room: int, found: int) -> None:
     assert tried == sorted(tried, reverse=True)
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_fit_says_what_would(
     photos: Path,
     tmp_path: Path,

@@ -12,6 +12,7 @@ from vissl_lite.training.progress import ProgressBar
 from vissl_lite.training.schedule import Schedule
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", ["epochs", "time"])
 @pytest.mark.parametrize("resumed_at", [0, 500])
 def test_speed_and_time_left(

@@ -106,6 +106,7 @@ def small_window(monkeypatch: pytest.MonkeyPatch) -> None:
 # Who gets what
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_window")
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 3), (2, 1), (3, 0), (3, 3)])
 def test_every_epoch_has_each_image_once_but_for_the_remainder(
@@ -122,6 +123,7 @@ def test_every_epoch_has_each_image_once_but_for_the_remainder(
     assert not any(batch.broken or batch.lost for batches in ranks for batch in batches)
 
 
+@pytest.mark.slow
 def test_the_order_is_by_chance_differs_between_epochs_and_follows_the_seed(made: Path) -> None:
     one = read(made)
     assert content(one) == content(read(made))
@@ -153,6 +155,7 @@ def test_views_are_those_of_the_same_images_as_files(made: Path, tmp_path: Path)
         ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_window")
 @pytest.mark.parametrize(
     ("start", "workers"), [(1, 0), (1, 3), (PER_EPOCH - 1, 1), (PER_EPOCH, 3), (PER_EPOCH + 2, 1)]
@@ -210,6 +213,7 @@ def lost(batches: list[Batch]) -> dict[str, tuple[int, str]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_window")
 @pytest.mark.parametrize("workers", [0, 3])
 def test_a_shard_that_is_cut_off_gives_way_to_the_others(workers: int, copied: Path) -> None:
@@ -328,6 +332,7 @@ def test_sources_of_shards(made: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert find_shards([str(tmp_path)]) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sources", "message"),
     [
@@ -426,6 +431,7 @@ def served(copied: Path) -> Iterator[str]:
     server.server_close()
 
 
+@pytest.mark.slow
 def test_over_http_a_lost_connection_is_tried_again(
     served: str, made: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,6 +33,7 @@ def test_small_crops_show_less_of_the_image_than_large_ones() -> None:
         assert all(share < 0.4 for share in small) or len(shares) < 4
 
 
+@pytest.mark.slow
 def test_a_backbone_of_one_size_says_how_to_do_without_small_crops() -> None:
     encoder = build_encoder("mixer_s32_224", 224)
     with pytest.raises(UserError, match=r"--pretext\.local_crops 0 does without"):

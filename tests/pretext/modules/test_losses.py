@@ -386,6 +386,7 @@ def two_processes() -> dict:
         return dict(results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WHOLE_BATCH)
 def test_two_processes_equal_one_process_on_the_joined_batch(
     name: str, two_processes: dict
@@ -397,6 +398,7 @@ def test_two_processes_equal_one_process_on_the_joined_batch(
     torch.testing.assert_close(gradient1, gradient0)
 
 
+@pytest.mark.slow
 def test_queue_and_center_of_two_processes_are_those_of_one(two_processes: dict) -> None:
     whole = _states(0, 8)
     for rank in (0, 1):

@@ -228,6 +228,7 @@ def test_a_ratio_that_is_no_share_is_the_users_mistake(ratio: float) -> None:
         check_ratio(ratio)
 
 
+@pytest.mark.slow
 def test_patches_that_see_beyond_themselves_are_refused() -> None:
     encoder = build_encoder("vit_tiny_r_s16_p8_224", 64)
     with pytest.raises(UserError, match="do not overlap"):

@@ -39,6 +39,7 @@ def gradient(encoder: Encoder, images: torch.Tensor) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backbone", "name"), [("test_vit", "attention"), ("resnet10t", "convolution")]
 )

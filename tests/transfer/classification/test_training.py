@@ -165,6 +165,7 @@ def test_scores_of_one_label_against_scikit_learn() -> None:
     assert scores.confusion.tolist() == sk.confusion_matrix(target, best).tolist()
 
 
+@pytest.mark.slow
 def test_scores_of_several_labels_against_scikit_learn(warnings: pytest.LogCaptureFixture) -> None:
     """Classes that all test images or none have are not counted; ties stay ties."""
     logits, target = torch.randn(60, 5).mul(2).round(), torch.randint(0, 2, (60, 5))
@@ -223,6 +224,7 @@ def colored(tmp_path_factory: pytest.TempPathFactory) -> LabelledImages:
     return LabelledImages(["blue", "green", "nothing", "red"], *parts)
 
 
+@pytest.mark.slow
 def test_learns_several_labels_per_image(
     colored: LabelledImages, warnings: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:

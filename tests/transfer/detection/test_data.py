@@ -117,6 +117,7 @@ def assert_same(a: LabelledBoxes, b: LabelledBoxes) -> None:
 # Layouts
 
 
+@pytest.mark.slow
 def test_the_sample_data(tmp_path: Path) -> None:
     folder = make_sample_data(tmp_path / "s", 0, 5, train=20, val=10, test=10, processes=1)
     data = load_boxes(folder)

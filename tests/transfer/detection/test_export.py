@@ -50,6 +50,7 @@ def test_detections_equal_those_of_the_detector(kind: DetectorName) -> None:
             unmatched.remove(min(same))
 
 
+@pytest.mark.slow
 def test_an_image_does_not_depend_on_the_others_in_the_batch() -> None:
     model = ExportableDetector(make_detector("faster_rcnn"))
     images = torch.rand(2, 3, 64, 96) * 4 - 2
@@ -59,6 +60,7 @@ def test_an_image_does_not_depend_on_the_others_in_the_batch() -> None:
         torch.testing.assert_close(one[1:], other, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_where_nothing_is_found_all_scores_are_zero() -> None:
     torch.manual_seed(0)
     detector = Detector(

@@ -31,6 +31,7 @@ def make(kind: DetectorName = "fcos", backbone: str = "test_resnet") -> Detector
     return Detector(build_encoder(backbone, 64), ["a", "b", "c"], kind, (64, 64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_vit"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_are_finite_and_reach_the_encoder(kind: DetectorName, backbone: str) -> None:
@@ -47,6 +48,7 @@ def test_losses_are_finite_and_reach_the_encoder(kind: DetectorName, backbone: s
     assert first.abs().sum() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_classes_are_counted_from_zero(kind: DetectorName) -> None:
     detector = make(kind).eval()
@@ -73,6 +75,7 @@ def test_the_encoder_keeps_timms_names() -> None:
     assert list(own) == [name for name, _ in detector.encoder.named_parameters()]
 
 
+@pytest.mark.slow
 def test_the_canvas_has_the_shape_of_the_images() -> None:
     encoder = build_encoder("test_resnet", 128)
     assert choose_canvas([shaped(480, 640)] * 10, encoder) == (96, 128)

@@ -64,6 +64,7 @@ SETTINGS = DetectorSettings(
 )
 
 
+@pytest.mark.slow
 def test_learns_and_is_the_same_after_saving_and_loading(
     data: LabelledBoxes, tmp_path: Path
 ) -> None:
@@ -86,6 +87,7 @@ def test_learns_and_is_the_same_after_saving_and_loading(
         assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.slow
 def test_frozen_leaves_the_encoder_as_it_was(data: LabelledBoxes) -> None:
     encoder = build_encoder("test_resnet", 64)
     settings = DetectorSettings(detector="fcos", epochs=1, batch_size=8, frozen=True)
@@ -94,6 +96,7 @@ def test_frozen_leaves_the_encoder_as_it_was(data: LabelledBoxes) -> None:
     assert all(torch.equal(before[name], t) for name, t in detector.encoder.state_dict().items())
 
 
+@pytest.mark.slow
 def test_frozen_norms_do_not_change_after_validation(data: LabelledBoxes) -> None:
     encoder = build_encoder("test_resnet", 64)
     settings = DetectorSettings(detector="fcos", epochs=3, batch_size=8, frozen_norm=True)
@@ -104,6 +107,7 @@ def test_frozen_norms_do_not_change_after_validation(data: LabelledBoxes) -> Non
     assert not [name for name in changed if "running" in name or "bn" in name]
 
 
+@pytest.mark.slow
 def test_the_best_weights_on_validation_images_are_kept(
     data: LabelledBoxes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +147,7 @@ def test_boxes_follow_the_view_and_ignored_ones_are_left_out(data: LabelledBoxes
     assert checked > 10
 
 
+@pytest.mark.slow
 def test_an_image_without_boxes_can_be_trained_on(data: LabelledBoxes) -> None:
     one = data.train[0]
     empty = BoxedImage(
@@ -168,6 +173,7 @@ def test_boxes_are_rescaled_with_their_images() -> None:
     assert all(side % 32 == 0 for shape in shapes for side in shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_vit"])
 def test_training_at_several_scales(data: LabelledBoxes, backbone: str) -> None:
     settings = DetectorSettings(epochs=1, batch_size=8, multi_scale=True)

@@ -110,6 +110,7 @@ def test_losses_equal_their_definitions(ignored: float, weights: list[float] | N
     assert both == pytest.approx(dice + entropy, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_the_loss() -> None:
     logits, target = batch(1, 0.3)
     logits.requires_grad_(True)

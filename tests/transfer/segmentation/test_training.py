@@ -56,6 +56,7 @@ def settings(epochs: int, **more: object) -> SegmenterSettings:
     return SegmenterSettings(epochs=epochs, batch_size=8, optimizer=FAST, **more)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_vit"])
 def test_learns_keeps_the_best_weights_and_is_saved(
     backbone: str, data: LabelledMasks, tmp_path: Path
@@ -107,6 +108,7 @@ def test_frozen_weights_do_not_change_after_validation(kind: str, data: Labelled
     assert bool(changed) == (kind == "frozen_norm")
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_segmenter(data: LabelledMasks) -> None:
     encoder = build_encoder("test_resnet", 32)
     one, other = (train_segmenter(encoder, data, settings(1), HERE) for _ in range(2))
