@@ -1,8 +1,8 @@
 """Pre-training on CIFAR-10 for equal minutes: ours against lightly's SimCLR, then few labels.
 
 Each arm trains for the same wall-clock time, one after the other on the same machine. Then every
-encoder is judged by the same probe: kNN (k = 200, T = 0.1) and linear, at every stage, on the test
-split; the linear probe's penalty is chosen on training images. Last-epoch encoders throughout.
+encoder is evaluated by the same probe: kNN (k = 200, T = 0.1) and linear, at every stage, on the
+test split; the linear probe's penalty is chosen on training images. Last-epoch encoders throughout.
 
     python -m benchmarks.accuracy.cifar10 --data DATA/cifar10 --out RUNS \
         --peer_python PEERS/bin/python
@@ -47,7 +47,7 @@ def results_of(run: Path) -> dict:
     return json.loads((run / "results.json").read_text())
 
 
-def judge(name: str, encoder: str, data: Path, out: Path) -> dict:
+def evaluate(name: str, encoder: str, data: Path, out: Path) -> dict:
     """kNN and linear accuracy, at the last and at the best stage."""
     run = out / f"probe-{name}"
     options = ["--layers", "--k", 200, "--temperature", 0.1, "--image_size", 32]
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--peer_python", help="interpreter of the environment with lightly")
     parser.add_argument("--arms", nargs="+", default=["lightly", *OURS, "untrained", "few"])
-    parser.add_argument("--steps", nargs="+", default=["train", "judge"])
+    parser.add_argument("--steps", nargs="+", default=["train", "evaluate"])
     options = parser.parse_args()
     data, out = options.data, options.out
     for arm in options.arms:
@@ -153,21 +153,21 @@ def main() -> None:
             trained = few_labels("simclr", str(out / "simclr"), data, out)
             keep("few_labels", {"untrained": scratch, "simclr": trained})
         elif arm == "untrained":
-            keep("cifar10", {"untrained": judge(arm, "random:resnet18", data, out)})
+            keep("cifar10", {"untrained": evaluate(arm, "random:resnet18", data, out)})
         elif arm == "lightly":
             if "train" in options.steps:
                 train_lightly(options.peer_python, data, out, options.minutes)
-            if "judge" in options.steps:
+            if "evaluate" in options.steps:
                 peer = json.loads((out / "lightly" / "result.json").read_text())
-                scores = judge("lightly", str(out / "lightly" / "encoder"), data, out)
+                scores = evaluate("lightly", str(out / "lightly" / "encoder"), data, out)
                 keep("cifar10", {"lightly": {**peer, **scores}})
         else:
             if "train" in options.steps:
                 train(arm, data, out, options.minutes)
-            if "judge" in options.steps:
+            if "evaluate" in options.steps:
                 run = results_of(out / arm)
                 speed = run["steps"] * read_config(out / arm)["batch_size"] / run["seconds"]
-                scores = judge(arm, str(out / arm), data, out)
+                scores = evaluate(arm, str(out / arm), data, out)
                 row = {"seconds": run["seconds"], "epochs": run["epochs"], **scores}
                 keep("cifar10", {arm: {"images_per_second": speed, **row}})
 

@@ -9,7 +9,7 @@
 
 ``--arm NAME=ENCODER`` names what the tables call it; the baseline is ``--baseline NAME=ENCODER``.
 Each job compares at least three seeds of labels; all that is chosen is chosen on validation images.
-``layers`` judges every stage by a linear probe and draws accuracy over depth.
+``layers`` evaluates every stage by a linear probe and draws accuracy over depth.
 
 Results: benchmarks/results/compare.json, and pictures beside it.
 """

@@ -105,9 +105,9 @@ def seconds(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
 
 def whole(train: list[str], test: list[str]) -> dict[str, Any]:
     """The whole data set: time, and the near-duplicates that are in it."""
-    judged, test_time = seconds(lambda: fingerprints_of(test))
+    evaluated, test_time = seconds(lambda: fingerprints_of(test))
     bank, train_time = seconds(lambda: fingerprints_of(train))
-    matches, match_time = seconds(lambda: find_matches(judged, bank))
+    matches, match_time = seconds(lambda: find_matches(evaluated, bank))
     some = [(Path(path).read_bytes(), path) for path in test[:5000]]
     images, decoding = seconds(lambda: [decode_image(data, path) for data, path in some])
     _, taking = seconds(

@@ -3,8 +3,8 @@
 Each pretext trains on one core for the same wall-clock time, by
 configs/cifar10_minutes.yaml; as many run side by
 side as ``--jobs`` says, each on a core of its own. ViT pretexts train ``vit_slim_patch4_32``,
-all others ``resnet18``. Then one probe judges all encoders: kNN (k = 200, T = 0.1) and linear, at
-every stage, fitted to a fifth of the training labels (the penalty chosen on some of these), on the
+all others ``resnet18``. Then one probe evaluates all encoders: kNN (k = 200, T = 0.1) and linear,
+at every stage, fitted to a fifth of the training labels (the penalty chosen on some of these), on the
 test split. Encoders are those of the last step.
 
     python -m benchmarks.accuracy.pretexts --data DATA/cifar10 --out RUNS
@@ -59,7 +59,7 @@ def train(name: str, core: int, data: Path, out: Path, minutes: float) -> None:
     vissl_lite(core, "pretrain", *settings, *where, "--max_time", round(60 * minutes))
 
 
-def judge(name: str, core: int, data: Path, out: Path) -> None:
+def evaluate(name: str, core: int, data: Path, out: Path) -> None:
     run = out / f"probe-{name.replace(' ', '-')}"
     encoder = f"random:{backbone_of(name)}" if name in UNTRAINED else str(out / name)
     vissl_lite(
@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=4)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--arms", nargs="+", default=[*UNTRAINED, *PRETEXTS])
-    parser.add_argument("--steps", nargs="+", default=["train", "judge"])
+    parser.add_argument("--steps", nargs="+", default=["train", "evaluate"])
     options = parser.parse_args()
     for step in options.steps:
         waiting: Queue[str] = Queue()
@@ -139,7 +139,7 @@ def main() -> None:
                 if step == "train":
                     train(name, core, options.data, options.out, options.minutes)
                 else:
-                    judge(name, core, options.data, options.out)
+                    evaluate(name, core, options.data, options.out)
 
         cores = sorted(os.sched_getaffinity(0))[: options.jobs]
         workers = [threading.Thread(target=work, args=(core,)) for core in cores]

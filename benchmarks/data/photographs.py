@@ -8,7 +8,7 @@
 ``speed`` makes SimCLR's two views at 224 pixels of photographs in three ways, in turn: decoded
 whole, reduced as far as any crop that might be drawn allows, and as far as the drawn crops allow.
 ``cache`` takes the time of epochs with and without a cache. ``accuracy`` trains short runs from
-whole and from reduced images and judges them by kNN. The large photographs are small ones,
+whole and from reduced images and evaluates them by kNN. The large photographs are small ones,
 enlarged, with the noise of a sensor. All times are the processor's.
 
 Results: benchmarks/results/photographs.json.
@@ -192,12 +192,12 @@ def accuracy(options: argparse.Namespace) -> dict[str, Any]:
                             logger="none", num_workers=0, seed=seed,
                         )
                     )  # fmt: skip
-                judged = probe(encoder=str(out), data=str(options.data), out=f"{out}-probe")
+                evaluated = probe(encoder=str(out), data=str(options.data), out=f"{out}-probe")
                 figures = arms.setdefault(arm, {"knn": [], "linear": [], "seconds": []})
-                figures["knn"].append(judged.knn)
-                figures["linear"].append(judged.linear)
+                figures["knn"].append(evaluated.knn)
+                figures["linear"].append(evaluated.linear)
                 figures["seconds"].append(seconds)
-                print(arm, seed, judged.knn, judged.linear, seconds, flush=True)
+                print(arm, seed, evaluated.knn, evaluated.linear, seconds, flush=True)
     return {**given, "images": len(sources), "arms": arms}
 
 

@@ -70,7 +70,7 @@ def train(arm: str, options: argparse.Namespace, listed: Path) -> dict:
 def accuracy_over_time(run: Path) -> dict:
     """kNN on validation images against minutes of training, and when it first got how far.
 
-    The looks that ``--probe_data`` takes, at few images: a little below what ``judge`` finds.
+    The figures of ``--probe_data``, on few images: a little below those of ``evaluate``.
     """
     with (run / "metrics.csv").open(newline="") as file:
         looks = [row for row in csv.DictReader(file) if row.get("knn")]
@@ -82,7 +82,7 @@ def accuracy_over_time(run: Path) -> dict:
     return {"curve": curve, "minutes_to": reached}
 
 
-def judge(arm: str, options: argparse.Namespace) -> dict:
+def evaluate(arm: str, options: argparse.Namespace) -> dict:
     out = options.out / f"{arm}-probe"
     if not (out / "results.json").exists():
         few = ["--fraction", options.fraction] if options.fraction else []
@@ -136,7 +136,7 @@ def main() -> None:
     file = options.out / "gpu_cifar10.json"
     rows = json.loads(file.read_text()) if file.exists() else {}
     for arm in options.arms:
-        trained, scores = train(arm, options, listed), judge(arm, options)
+        trained, scores = train(arm, options, listed), evaluate(arm, options)
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         rows[arm] = {
             "device": device,

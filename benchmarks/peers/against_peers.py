@@ -24,7 +24,7 @@ was cut off goes on, --rounds 3 adds to what there is, and --anew measures the g
 again from nothing.
 
 Accuracy: each tool trains SimCLR on CIFAR-10 for the same minutes, with its own recipe; the
-encoders are judged by ``vissl-lite probe`` (kNN, k = 200, T = 0.1, and linear, on the test
+encoders are evaluated by ``vissl-lite probe`` (kNN, k = 200, T = 0.1, and linear, on the test
 images).
 
     python -m benchmarks.peers.against_peers accuracy --data DATA --out RUNS --peer_python PYTHON
@@ -238,7 +238,7 @@ def speed(o: argparse.Namespace) -> None:
 
 
 def accuracy(o: argparse.Namespace) -> None:
-    """Train for equal minutes, one after the other, and judge."""
+    """Train for equal minutes, one after the other, and evaluate."""
     data = o.data / "cifar10"
     cores = [] if o.cores is None else ["taskset", "-c", f"0-{o.cores - 1}"]
     if o.cores is not None:
@@ -257,10 +257,10 @@ def accuracy(o: argparse.Namespace) -> None:
             steps = ["--max_steps", max(2, int(60 * o.minutes * rate / SMALL.batch_size))]
         train = work(tool, o.peer_python, *where, "--minutes", o.minutes, *steps)
         run([*cores, *train], out / "log.txt")
-        judged = ["--encoder", out / "encoder", "--data", data, "--out", out / "probe"]
-        judged += ["--k", 200, "--temperature", 0.1, "--image_size", 32, "--overwrite"]
+        evaluated = ["--encoder", out / "encoder", "--data", data, "--out", out / "probe"]
+        evaluated += ["--k", 200, "--temperature", 0.1, "--image_size", 32, "--overwrite"]
         program = Path(sys.executable).absolute().parent / "vissl-lite"
-        run([*cores, str(program), "probe", *map(str, judged)], out / "probe.txt")
+        run([*cores, str(program), "probe", *map(str, evaluated)], out / "probe.txt")
         scores = json.loads((out / "probe" / "results.json").read_text())
         results = kept("peers_accuracy")
         results["accuracy"][tool] = {
@@ -380,11 +380,11 @@ def main() -> None:
     measured.add_argument("--warmup_seconds", type=float, default=6)
     measured.add_argument("--limit", type=float, default=600, help="seconds a run may take")
     measured.add_argument("--anew", action="store_true", help="forget what is there before")
-    judged = commands.add_parser("accuracy")
-    judged.add_argument("--out", type=Path, required=True)
-    judged.add_argument("--minutes", type=float, default=8)
-    judged.add_argument("--cores", type=int, help="default all")
-    for one, tools in ((measured, TOOLS), (judged, ("ours", *PEERS))):
+    evaluated = commands.add_parser("accuracy")
+    evaluated.add_argument("--out", type=Path, required=True)
+    evaluated.add_argument("--minutes", type=float, default=8)
+    evaluated.add_argument("--cores", type=int, help="default all")
+    for one, tools in ((measured, TOOLS), (evaluated, ("ours", *PEERS))):
         one.add_argument("--data", type=Path, required=True)
         one.add_argument("--peer_python", required=True)
         one.add_argument("--tools", nargs="+", choices=tools, default=list(tools))

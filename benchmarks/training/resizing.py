@@ -1,7 +1,7 @@
 """Accuracy against time, with views of one size and with views that grow (progressive resizing).
 
 SimCLR on UC Merced's training images without their labels, for several numbers of epochs, once with
-``--progressive_resizing true`` and once without; each encoder is judged by ``probe`` on the test
+``--progressive_resizing true`` and once without; each encoder is evaluated by ``probe`` on the test
 images. Time is that of the processor over the whole command, start, workers, pictures and report
 included, so that other work on the machine matters little.
 
@@ -38,7 +38,7 @@ def command(*words: object) -> float:
 
 
 def run(arm: str, epochs: int, seed: int, o: argparse.Namespace) -> None:
-    """Train and judge one encoder, if that has not been done yet."""
+    """Train and evaluate one encoder, if that has not been done yet."""
     folder = o.out / f"{arm.replace(' ', '_')}-{epochs}-{seed}"
     done = folder / "figures.json"
     if done.exists():

@@ -90,13 +90,13 @@ def test_excluding_them_changes_the_figures(data: Path, tmp_path: Path) -> None:
     assert len(listed(tmp_path / "without")) == len(listed(tmp_path / "with"))
 
 
-@pytest.mark.parametrize("verb", ["probe", "finetune"])
+@pytest.mark.parametrize("command", ["probe", "finetune"])
 def test_an_error_stops_before_anything_is_written(
-    verb: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
     given = ["--encoder", "random:test_resnet", "--data", data, "--out", out, "--leaks", "error"]
-    assert main([verb, *map(str, given)]) == 2
+    assert main([command, *map(str, given)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("vissl-lite: 2 test images are in the ")
     assert error.count("\n") == 1

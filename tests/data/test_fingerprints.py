@@ -69,18 +69,18 @@ def altered(image: Image.Image, how: str) -> Image.Image:
      ("transversed", 32)],
 )  # fmt: skip
 def test_a_picture_is_recognized(how: str, side: int, tmp_path: Path) -> None:
-    for name in ("bank", "judged"):
+    for name in ("bank", "queries"):
         (tmp_path / name).mkdir()
     for seed in range(12):
         image = picture(seed, side)
         image.save(tmp_path / "bank" / f"{seed:02}.png")
         if seed % 2:
-            altered(image, how).save(tmp_path / "judged" / f"{seed:02}.jpg", quality=50)
-    bank, judged = (
+            altered(image, how).save(tmp_path / "queries" / f"{seed:02}.jpg", quality=50)
+    bank, queries = (
         fingerprints_of(sorted(map(str, (tmp_path / name).iterdir())))
-        for name in ("bank", "judged")
+        for name in ("bank", "queries")
     )
-    matches = find_matches(judged, bank)
+    matches = find_matches(queries, bank)
     assert [Path(match.path).stem for match in matches] == [f"{s:02}" for s in range(1, 12, 2)]
     for match in matches:
         assert Path(match.path).stem == Path(match.twin).stem
@@ -124,12 +124,12 @@ def test_pictures_of_one_color_resemble_nothing_but_are_found_as_copies(tmp_path
 
 def test_the_best_of_several_twins_is_given(tmp_path: Path) -> None:
     image = picture(3, 64)
-    image.save(tmp_path / "judged.png")
+    image.save(tmp_path / "query.png")
     image.resize((20, 20)).save(tmp_path / "a.jpg", quality=20)
     image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "b.png")
     picture(4, 64).save(tmp_path / "c.png")
     bank = fingerprints_of([str(tmp_path / name) for name in ("a.jpg", "b.png", "c.png")])
-    (match,) = find_matches(fingerprints_of([str(tmp_path / "judged.png")]), bank)
+    (match,) = find_matches(fingerprints_of([str(tmp_path / "query.png")]), bank)
     assert Path(match.twin).name == "b.png"
 
 

@@ -244,20 +244,20 @@ def test_bad_images_alone_are_one_line_of_error(
 # A class or a part of labelled data
 
 
-def judge(verb: str, data: Path, out: Path) -> list[Any]:
+def evaluation(command: str, data: Path, out: Path) -> list[Any]:
     more = {
         "probe": ENCODER,
         "finetune": [*ENCODER, *SHORT],
         "compare": ["--encoder", "random:test_resnet", "random:test_vit", "--fractions", 1],
-    }[verb]
-    return [verb, "--data", data / "labelled", *more, *BACKBONE, "--out", out]
+    }[command]
+    return [command, "--data", data / "labelled", *more, *BACKBONE, "--out", out]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", ["probe", "finetune", "compare"])
+@pytest.mark.parametrize("command", ["probe", "finetune", "compare"])
 @pytest.mark.parametrize("part", ["train", "val", "test"])
 def test_a_class_or_a_part_that_can_not_be_read(
-    part: str, verb: str, sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    part: str, command: str, sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of a class alone, and of all; cut short, and no files."""
     for number, (kind, whole) in enumerate([(pipe, False), (cut, False), (cut, True)]):
@@ -266,7 +266,7 @@ def test_a_class_or_a_part_that_can_not_be_read(
         for file in images_of(data, "classification", part, "" if whole else classes[3]):
             kind(file)
         out = tmp_path / f"out{number}"
-        status, shown = ends_well(*judge(verb, data, out), capsys=capsys)
+        status, shown = ends_well(*evaluation(command, data, out), capsys=capsys)
         if kind is pipe:
             assert "no images found in" in shown
             assert status == 2
@@ -283,9 +283,9 @@ def test_a_class_or_a_part_that_can_not_be_read(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", ["probe", "finetune", "compare"])
+@pytest.mark.parametrize("command", ["probe", "finetune", "compare"])
 def test_one_class_left_of_two(
-    verb: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     classes = sorted(path.name for path in (data / "labelled" / "train").iterdir())
     for part in ("train", "val", "test"):
@@ -293,7 +293,7 @@ def test_one_class_left_of_two(
             shutil.rmtree(data / "labelled" / part / name)
     for file in images_of(data, "classification", "train", classes[0]):
         cut(file)
-    status, shown = ends_well(*judge(verb, data, tmp_path / "out"), capsys=capsys)
+    status, shown = ends_well(*evaluation(command, data, tmp_path / "out"), capsys=capsys)
     assert status == 2
     assert f"training images of the class {classes[0]} can be read" in shown
 
@@ -366,8 +366,8 @@ COMMANDS: dict[str, Callable[[Path, dict[str, Path]], list[Any]]] = {
         "pretrain", "--data", data / "unlabelled", "--backbone", "test_resnet", *SHORT, *BACKBONE,
         "--batch_size", 6, "--probe_data", data / "labelled",
     ],
-    "probe": lambda data, models: judge("probe", data, Path())[:-2],
-    "compare": lambda data, models: judge("compare", data, Path())[:-2],
+    "probe": lambda data, models: evaluation("probe", data, Path())[:-2],
+    "compare": lambda data, models: evaluation("compare", data, Path())[:-2],
     "embed": lambda data, models: [
         "embed", "--data", data / "unlabelled", *ENCODER, "--image_size", 32, "--format", "npz",
     ],

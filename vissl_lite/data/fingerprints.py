@@ -233,7 +233,7 @@ class Match(NamedTuple):
     """An image and its twin.
 
     Attributes:
-        path: The judged file.
+        path: The query file.
         twin: The file that it was found to be.
         kind: A copy of the file, or the same picture to all appearance.
         similarity: Cosine of the looks; 1 for a copy.
@@ -245,23 +245,23 @@ class Match(NamedTuple):
     similarity: float
 
 
-def find_matches(judged: Fingerprints, bank: Fingerprints) -> list[Match]:
-    """Which judged images are in a bank, flipped or turned by quarters, too.
+def find_matches(queries: Fingerprints, bank: Fingerprints) -> list[Match]:
+    """Find the query images in a bank, also if they are flipped or turned by quarters.
 
     Args:
-        judged: Images to look for.
+        queries: Images to look for.
         bank: Images to look among.
 
     Returns:
-        At most one match for each judged image, the best: an exact one before a similar one.
+        At most one match for each query, the best: an exact one before a similar one.
     """
     copies = {row.tobytes(): index for index, row in enumerate(bank.exact)}
-    twins = [copies.get(row.tobytes()) for row in judged.exact]
+    twins = [copies.get(row.tobytes()) for row in queries.exact]
     others = np.array([i for i, twin in enumerate(twins) if twin is None], np.int64)
-    similarity, nearest = _nearest(judged.looks[others], bank.looks)
+    similarity, nearest = _nearest(queries.looks[others], bank.looks)
     similar = dict(zip(others.tolist(), zip(similarity, nearest, strict=True), strict=True))
     matches = []
-    for index, (path, twin) in enumerate(zip(judged.paths, twins, strict=True)):
+    for index, (path, twin) in enumerate(zip(queries.paths, twins, strict=True)):
         if twin is not None:
             matches.append(Match(path, bank.paths[twin], "exact", 1.0))
         elif similar[index][0] >= SIMILAR:
@@ -270,14 +270,14 @@ def find_matches(judged: Fingerprints, bank: Fingerprints) -> list[Match]:
     return matches
 
 
-def _nearest(judged: np.ndarray, bank: np.ndarray) -> tuple[list[float], list[int]]:
+def _nearest(queries: np.ndarray, bank: np.ndarray) -> tuple[list[float], list[int]]:
     """The most similar look in any position, for those that have one that is ``SIMILAR``.
 
     With all signs taken off, the product of two looks is an upper bound for all four flips. It is
     too small for nearly all pairs, which saves three products of four.
 
     Args:
-        judged: ``(N, D)`` int8.
+        queries: ``(N, D)`` int8.
         bank: ``(M, D)`` int8.
 
     Returns:
@@ -285,9 +285,9 @@ def _nearest(judged: np.ndarray, bank: np.ndarray) -> tuple[list[float], list[in
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     flips = torch.from_numpy(_FLIPS).to(device)
-    looks = torch.from_numpy(judged).to(device).float()
-    best = torch.zeros(len(judged), device=device)
-    nearest = torch.zeros(len(judged), dtype=torch.long, device=device)
+    looks = torch.from_numpy(queries).to(device).float()
+    best = torch.zeros(len(queries), device=device)
+    nearest = torch.zeros(len(queries), dtype=torch.long, device=device)
     for start in range(0, len(bank), 8192):
         keys = torch.from_numpy(bank[start : start + 8192]).to(device).float()
         bare = keys.abs().T.contiguous()
