@@ -1,10 +1,10 @@
 """Every pretext for the same minutes on CIFAR-10: does the encoder beat an untrained one?
 
-Each pretext trains on one core for the same wall-clock time, by configs/cifar10_minutes.yaml; as many
-run side by side as ``--jobs`` says. ViT pretexts train ``vit_slim_patch4_32``, all others
+Each pretext trains on one core for the same wall-clock time, by configs/cifar10_minutes.yaml; as
+many run side by side as ``--jobs`` says. ViT pretexts train ``vit_slim_patch4_32``, all others
 ``resnet18``. Then one probe evaluates all encoders: kNN (k = 200, T = 0.1) and linear, at every
-stage, fitted to a fifth of the training labels (the penalty is chosen on some of these), on the test
-split. Encoders are those of the last step.
+stage, fitted to a fifth of the training labels (the penalty is chosen on some of these), on the
+test split. Encoders are those of the last step.
 
     python -m benchmarks.accuracy.pretexts --data DATA/cifar10 --out RUNS
 
