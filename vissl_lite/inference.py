@@ -1,4 +1,4 @@
-"""Running a model over many images."""
+"""Inference over many images."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class CenterCroppedImages(Dataset[Tensor | str]):
-    """Images as they are judged: the shorter side resized, the center taken; if broken, why.
+    """Images as they are evaluated: shorter side resized, center cropped; the reason if unreadable.
 
     Args:
         paths: Image files.
@@ -56,7 +56,7 @@ def predict_images(
     progress: Callable[[int], None] | None = None,
     batch_size: int = 128,
 ) -> tuple[list[Tensor], np.ndarray]:
-    """Compute something for every image, in evaluation mode and without gradient.
+    """Compute outputs for every image, in evaluation mode and without gradients.
 
     Args:
         model: Put on the accelerator if there is one, and back where it was afterwards.
@@ -99,7 +99,7 @@ def run_in_batches(
     progress: Callable[[int], None] | None = None,
     batch_size: int = 128,
 ) -> np.ndarray:
-    """``predict_images``, but each batch is used at once, so that nothing has to be kept.
+    """Like ``predict_images``, but each batch of outputs is consumed at once.
 
     Args:
         model: See ``predict_images``, as for the others.
@@ -158,7 +158,7 @@ def check_outputs(outputs: Iterable[Tensor | np.ndarray], place: str) -> None:
 
 @contextmanager
 def inference_mode(model: nn.Module) -> Iterator[torch.device]:
-    """Evaluation mode without gradient, in bf16 where there are instructions for it.
+    """Evaluation mode without gradients, in bf16 if the CPU has instructions for it.
 
     Args:
         model: Put on the accelerator if there is one, and back where it was afterwards.
@@ -182,7 +182,7 @@ def inference_mode(model: nn.Module) -> Iterator[torch.device]:
 
 
 def report_broken(paths: Sequence[str], faults: Sequence[str | None]) -> np.ndarray:
-    """Name the images that could not be read.
+    """Log the images that could not be read.
 
     Args:
         paths: N image files.

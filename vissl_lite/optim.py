@@ -19,7 +19,7 @@ LARGEST_RATE = 1e6
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """How to optimize.
+    """Settings of the optimizer.
 
     Attributes:
         name: A timm optimizer, such as ``adamw``, ``sgd`` or ``lars``.
@@ -40,7 +40,7 @@ class OptimizerSettings:
     clip_norm: float = 0.0
 
     def scaled_lr(self, batch_size: int) -> float:
-        """The learning rate for a batch, if ``lr`` is that for 256 images.
+        """Scale a learning rate for 256 images to another batch size.
 
         Args:
             batch_size: Images an optimizer step, over all devices and accumulated batches.
@@ -51,20 +51,20 @@ class OptimizerSettings:
 
 
 def check_optimizer(name: str) -> None:
-    """Raise a UserError for a name that timm does not know."""
+    """Raise a UserError for an optimizer that timm does not have."""
     known = timm.optim.list_optimizers()
     if name not in known:
         raise UserError(f"unknown optimizer {name}: {did_you_mean(name, known)}")
 
 
 def check_rates(lr: float | None, weight_decay: float | None) -> None:
-    """Raise a UserError for a learning rate or a weight decay that is given and can't train."""
+    """Raise a UserError for a learning rate or a weight decay that is out of range."""
     check_positive("lr", lr, LARGEST_RATE)
     check_not_negative("weight_decay", weight_decay, LARGEST_RATE)
 
 
 def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> Optimizer:
-    """The optimizer of a module's trainable parameters.
+    """Build the optimizer of a module's trainable parameters.
 
     Args:
         module: Module to optimize; a timm model if ``layer_decay`` is below 1.
@@ -89,7 +89,7 @@ def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> Optimizer
 def build_optimizer_with_head(
     encoder: nn.Module, head: nn.Module, settings: OptimizerSettings
 ) -> Optimizer:
-    """The optimizer of an encoder and a head: layer-wise decay in the encoder alone.
+    """Build the optimizer of an encoder and a head, with layer-wise decay in the encoder only.
 
     Args:
         encoder: A timm model.
@@ -116,7 +116,7 @@ def build_optimizer_with_head(
 
 
 def _fused(name: str, module: nn.Module) -> dict[str, bool]:
-    """For torch's own optimizers: one kernel for the whole update, on the CPU as on a GPU.
+    """Options for the fused kernels of torch's own optimizers.
 
     A step of ``resnet18`` on one core: AdamW 98 to 22 ms, SGD 95 to 14 ms. For a network in parts
     (``--strategy fsdp``) torch has none of SGD's.
@@ -131,7 +131,7 @@ def _fused(name: str, module: nn.Module) -> dict[str, bool]:
 def clip_gradients(
     module: nn.Module, max_norm: float, optimizer: Optimizer, scaler: GradScaler | None
 ) -> None:
-    """Scale a module's gradients down to a norm, where theirs is larger.
+    """Clip the gradients of a module to a norm.
 
     Args:
         module: Module with gradients.
@@ -146,13 +146,13 @@ def clip_gradients(
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Set the learning rate, scaled in groups that ask for it (layer-wise decay)."""
+    """Set the learning rate of all groups, times their ``lr_scale`` (layer-wise decay)."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def cosine_with_warmup(fraction: float, warmup: float) -> float:
-    """Factor on the peak learning rate: a linear warm-up, then half a cosine down to 0.
+    """Factor of the peak learning rate: a linear warm-up, then half a cosine to 0.
 
     SGDR (Loshchilov & Hutter 2017, eq. 5) without restarts.
 

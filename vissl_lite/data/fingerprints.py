@@ -164,7 +164,7 @@ class Fingerprints:
 
     @classmethod
     def load(cls, file: Path) -> "Fingerprints":
-        """Read what ``save`` wrote; nothing is unpickled.
+        """Read a file written by ``save``; nothing is unpickled.
 
         Raises:
             UserError: The file is damaged.

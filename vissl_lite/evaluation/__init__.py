@@ -1,1 +1,1 @@
-"""Judging an encoder: features, kNN, linear probe, and watching a run while it trains."""
+"""Evaluation of encoders: features, kNN, linear probe, embeddings, online evaluation."""

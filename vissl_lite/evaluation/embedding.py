@@ -1,4 +1,4 @@
-"""Embeddings looked at: flat maps, nearest neighbors, odd ones out, near-duplicates."""
+"""Maps of embeddings: two dimensions, nearest neighbors, outliers, near-duplicates."""
 
 import importlib.util
 import os
@@ -40,7 +40,7 @@ LARGEST = 512 * 2**20
 
 @dataclass(frozen=True, eq=False)
 class ImageMap:
-    """What is to be seen of the embeddings of N images; holds all that a page about them shows.
+    """The map of the embeddings of N images, with everything that its page shows.
 
     Attributes:
         paths: N absolute paths.
@@ -65,7 +65,7 @@ class ImageMap:
     thumbnails: list[bytes]
 
     def save(self, file: Path) -> None:
-        """Write it as one NPZ file without pickled objects, which appears whole or not at all."""
+        """Write one NPZ file without pickled objects, atomically."""
         more: dict[str, Any] = {} if self.labels is None else {"labels": self.labels}
         more |= {f"coordinates_{name}": flat for name, flat in self.coordinates.items()}
         with atomic_write(file) as part, part.open("wb") as opened:
@@ -84,7 +84,7 @@ class ImageMap:
 
     @classmethod
     def load(cls, file: Path) -> "ImageMap":
-        """Read what ``save`` wrote; nothing is unpickled.
+        """Read a file written by ``save``; nothing is unpickled.
 
         Raises:
             UserError: The file is missing or damaged.
@@ -98,7 +98,7 @@ class ImageMap:
 
     @classmethod
     def _of(cls, content: dict[str, np.ndarray]) -> "ImageMap":
-        """From the arrays of a file; LookupError, TypeError or ValueError for others."""
+        """Build a map from the arrays of a file, or raise LookupError, TypeError or ValueError."""
         count = len(content["paths"])
         near, pairs = content["neighbors"], content["duplicates"]
         k, prefix = near.shape[-1], "coordinates_"
@@ -134,7 +134,7 @@ class ImageMap:
 def _array(
     content: dict[str, np.ndarray], name: str, kind: str, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """An array of a kind (as ``dtype.kind``) and shape, of finite numbers; or a ValueError."""
+    """Check the kind (``dtype.kind``), shape and finiteness of an array, or raise a ValueError."""
     array = content[name]
     if array.dtype.kind != kind or array.shape != shape:
         raise ValueError(f"{name} is {array.dtype} of shape {array.shape}")
@@ -161,7 +161,7 @@ def make_map(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> ImageMap:
-    """Embed images and prepare all that a map of them shows.
+    """Embed images and compute their map.
 
     Args:
         encoder: Encoder of the embeddings.
@@ -194,7 +194,7 @@ def make_map(
 
 
 def methods(images: int) -> list[Method]:
-    """Which flat maps can be had: UMAP if ``umap-learn`` is installed and the images suffice.
+    """The available projections: UMAP if ``umap-learn`` is installed and there are enough images.
 
     Args:
         images: Number of images.
@@ -204,7 +204,7 @@ def methods(images: int) -> list[Method]:
 
 
 def flat_map(features: np.ndarray, method: Method, seed: int) -> np.ndarray:
-    """Features in two dimensions, by their directions: lengths don't count, as for neighbors.
+    """Project the directions of features to two dimensions; their lengths are ignored.
 
     Args:
         features: ``(N, D)``.

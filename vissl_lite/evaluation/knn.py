@@ -1,4 +1,4 @@
-"""k-nearest-neighbor classification of features: judges an encoder without training anything."""
+"""k-nearest-neighbor classification of features, which needs no training."""
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ def knn_predict(
     temperature: float = 0.07,
     batch_size: int = 1024,
 ) -> np.ndarray:
-    """Weighted vote of the k most similar training features.
+    """Classify by a weighted vote of the k most similar training features.
 
     InstDisc (Wu et al. 2018, section 3.4) as in DINO (``eval_knn.py``): neighbors by cosine
     similarity s, each voting with weight exp(s / temperature).

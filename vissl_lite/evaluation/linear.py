@@ -20,7 +20,7 @@ DEFAULT_PENALTY = 0.01
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """A fitted probe.
+    """A fitted linear probe.
 
     Attributes:
         penalty: The L2 penalty that did best on the validation part.

@@ -1,4 +1,4 @@
-"""What features say about themselves, without a label.
+"""Metrics of features without labels.
 
 ``docs/watching.md`` says which of them tells what, and for which pretext it can be trusted.
 """
@@ -7,13 +7,13 @@ import numpy as np
 
 
 def unit_vectors(features: np.ndarray) -> np.ndarray:
-    """Features on the unit sphere, ``(N, D)``; those that are zero stay so."""
+    """Scale features to length 1, ``(N, D)``; zero vectors stay zero."""
     norms = np.linalg.norm(features, axis=1, keepdims=True)
     return features / np.maximum(norms, 1e-12)
 
 
 def feature_std(features: np.ndarray) -> float:
-    """Spread of features on the unit sphere, as SimSiam watches it (Chen & He 2021, section 4.1).
+    """Standard deviation of features on the unit sphere (SimSiam, Chen & He 2021, section 4.1).
 
     Args:
         features: ``(N, D)``.
@@ -26,7 +26,7 @@ def feature_std(features: np.ndarray) -> float:
 
 
 def effective_rank(features: np.ndarray) -> float:
-    """RankMe (Garrido et al. 2023, eq. 1): how many directions the features use.
+    """Effective rank of features (RankMe, Garrido et al. 2023, eq. 1).
 
     Args:
         features: ``(N, D)``.
@@ -43,7 +43,7 @@ def effective_rank(features: np.ndarray) -> float:
 
 
 def alignment(one: np.ndarray, other: np.ndarray) -> float:
-    """How far apart two views of an image lie (Wang & Isola 2020, section 4.1, alpha = 2).
+    """Mean squared distance of two views of an image (Wang & Isola 2020, section 4.1, alpha = 2).
 
     Args:
         one: ``(N, D)`` features of first views.
@@ -57,7 +57,7 @@ def alignment(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def uniformity(features: np.ndarray) -> float:
-    """How unevenly features fill the unit sphere (Wang & Isola 2020, section 4.1, t = 2).
+    """Uniformity of features on the unit sphere (Wang & Isola 2020, section 4.1, t = 2).
 
     Args:
         features: ``(N, D)``.

@@ -50,7 +50,7 @@ ONLINE_METRICS = ("feature_std", "effective_rank", "alignment", "uniformity", "k
 
 
 class ImageCounts(NamedTuple):
-    """How many images an evaluation uses.
+    """Number of images in an evaluation.
 
     Attributes:
         unlabelled: Training images, for the metrics without labels.
@@ -63,7 +63,7 @@ class ImageCounts(NamedTuple):
     val: int
 
     def at_most(self, others: "ImageCounts") -> "ImageCounts":
-        """The smaller one of each count."""
+        """The element-wise minimum."""
         return ImageCounts(*map(min, self, others))
 
 
@@ -72,7 +72,7 @@ MIN_IMAGES, MAX_IMAGES = ImageCounts(64, 200, 100), ImageCounts(256, 5000, 1000)
 
 
 class EncoderMetrics:
-    """Computes the metrics of an encoder, always on the same images and views.
+    """Compute the metrics of an encoder, always on the same images and views.
 
     Alignment is that of two crops as SimCLR makes them, whatever the pretext, so that it can be
     compared across pretexts.
@@ -171,7 +171,7 @@ class EncoderMetrics:
 
 
 class OnlineEvaluation(Callback):
-    """Logs the metrics of the encoder while it trains, for about 2 % of the training time.
+    """Log metrics of the encoder during training, in about 2 % of the training time.
 
     Evaluates before the first step, at the end, and in between as often as its share of the time
     allows. Where an evaluation would cost too much of it, it uses fewer images.
@@ -208,7 +208,7 @@ class OnlineEvaluation(Callback):
 
     @property
     def share(self) -> float:
-        """Share of the training time that the evaluations have taken so far."""
+        """Fraction of the training time spent on evaluations so far."""
         return self._spent / max(self._schedule.elapsed(), 1e-9)
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -46,7 +46,7 @@ NO_FEATURES = LabelledFeatures({}, np.empty(0, np.int64))
 
 @dataclass(frozen=True)
 class ProbeScore:
-    """How well a probe classifies the images that it was not fitted to.
+    """Scores of a probe on images that it was not fitted to.
 
     Attributes:
         right: ``(M,)`` bool: which of them it classifies correctly.

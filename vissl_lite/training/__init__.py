@@ -1,1 +1,1 @@
-"""Training on Lightning: where, how long, from which stream, with which checkpoints."""
+"""Training with Lightning: hardware, schedule, stream, callbacks and checkpoints."""

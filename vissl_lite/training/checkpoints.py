@@ -358,7 +358,7 @@ class Checkpoints(Callback):
 
 
 def _requeue() -> None:
-    """Ask SLURM to start this job again; of an array, this one of its jobs."""
+    """Ask SLURM to requeue this job, or this task of a job array."""
     array, job = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ["SLURM_JOB_ID"]
     name = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job
     try:

@@ -1,4 +1,4 @@
-"""Encoders through ``torch.compile`` while they are trained."""
+"""Training of encoders through ``torch.compile``."""
 
 import importlib.util
 import os
@@ -15,7 +15,7 @@ from vissl_lite.errors import UserError
 
 
 def check_compiler() -> None:
-    """Raise a UserError if torch has nothing to compile with: Triton on a GPU, C++ without one."""
+    """Raise a UserError if there is no compiler: Triton for a GPU, C++ for a CPU."""
     if torch.cuda.is_available():
         if importlib.util.find_spec("triton") is None:
             raise UserError("--compile needs Triton on a GPU: pip install triton, or leave it out")
@@ -30,7 +30,7 @@ def check_compiler() -> None:
 
 @contextmanager
 def compiled(module: nn.Module) -> Iterator[None]:
-    """Within it, the encoders in a module, teachers too, run compiled while in training mode.
+    """Compile the encoders in a module, including teachers, for training mode.
 
     Of a transformer each block is compiled for itself, which is quicker than the whole, as they
     are alike, and also serves pretexts that give it some patches only. Of other backbones it is

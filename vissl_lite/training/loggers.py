@@ -1,4 +1,4 @@
-"""Loggers beside ``metrics.csv``: Lightning's own, by name."""
+"""Loggers in addition to ``metrics.csv``, from Lightning."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -13,7 +13,7 @@ LOGGERS = ("tensorboard", "wandb", "mlflow")
 
 
 def logger_names(given: Sequence[str] | str | None) -> list[str]:
-    """The loggers to use; nothing is imported yet.
+    """Names of the loggers to use, without importing them.
 
     Args:
         given: Names of ``LOGGERS``, or ``none``; None for TensorBoard where it is installed.
@@ -37,7 +37,7 @@ def logger_names(given: Sequence[str] | str | None) -> list[str]:
 
 
 def make_loggers(names: Sequence[str], run: Path) -> list[Logger]:
-    """Lightning's loggers, writing into the run.
+    """Build loggers that write into the run.
 
     Weights & Biases and MLflow send to where their own environment variables say, else MLflow
     writes into the run, too.

@@ -1,4 +1,4 @@
-"""Out of memory: which batch would have fitted."""
+"""Find a batch size that fits after running out of memory."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ def out_of_memory(
     batch_size: int,
     accumulate: int,
 ) -> UserError:
-    """The error for a batch that did not fit, with one that would: tried out, not computed.
+    """The error for a batch that did not fit, naming a size that does by trial.
 
     Of a network in parts, whose processes can't try alone, it names none.
 
@@ -70,7 +70,7 @@ def out_of_memory(
 def largest_that_fits(
     try_out: Callable[[int], None], clean: Callable[[], None], too_large: int
 ) -> int:
-    """Halve a batch until it fits.
+    """Halve the batch size until a batch fits.
 
     Args:
         try_out: Takes a size; raises a ``RuntimeError``, of which ``torch.OutOfMemoryError`` is

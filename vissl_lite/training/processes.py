@@ -1,4 +1,4 @@
-"""The processes of a distributed run, as one: joining their tensors, with gradient."""
+"""Gathering of tensors over the processes of a distributed run, with gradients."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class _Gather(torch.autograd.Function):
-    """All processes' tensors, joined; the gradient comes back from all of them."""
+    """Gather a tensor over all processes; gradients of all processes are summed."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
@@ -25,14 +25,14 @@ class _Gather(torch.autograd.Function):
 
 
 def world() -> tuple[int, int]:
-    """This process's rank and the number of processes; (0, 1) outside distributed training."""
+    """The rank of this process and the number of processes; (0, 1) if not distributed."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """Join a tensor over all processes, with gradient.
+    """Concatenate a tensor over all processes, with gradients.
 
     Args:
         tensor: ``(B, ...)``, of the same shape in every process.
@@ -44,7 +44,7 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def trainer_of(module: pl.LightningModule) -> Any:
-    """The trainer that runs a module; None outside a training."""
+    """The trainer of a module; None outside of a training."""
     try:
         return module.trainer
     except RuntimeError:  # Lightning's only way to say so

@@ -1,4 +1,4 @@
-"""Views that begin small and grow while an encoder trains: most steps cost a fraction."""
+"""Progressive resizing: views that start small and grow during training."""
 
 import lightning.pytorch as pl
 import torch
@@ -19,7 +19,7 @@ SIZES = 4
 
 
 def share_of_side(progress: float) -> float:
-    """The side of views at a moment of the run, as a share of their own.
+    """Side of the views at a fraction of the run, relative to their full side.
 
     Args:
         progress: Share of the run that is done, in [0, 1].
@@ -31,7 +31,7 @@ def share_of_side(progress: float) -> float:
 
 
 def shrink(views: Tensor, share: float, encoder: Encoder) -> Tensor:
-    """Smaller views, each pixel a mean of those that it stands for.
+    """Downscale views by averaging pixels.
 
     They are shrunk on the device: how far the run is by then, no data worker can know.
 
@@ -53,7 +53,7 @@ def shrink(views: Tensor, share: float, encoder: Encoder) -> Tensor:
 
 
 class ProgressiveResizing(Callback):
-    """Shrinks the views of each batch on the device, and logs their side as ``view_size``.
+    """Downscale the views of each batch on the device and log their side as ``view_size``.
 
     Args:
         schedule: Schedule of the run.

@@ -1,4 +1,4 @@
-"""``--strategy fsdp``: a network whose parts lie in different processes (FSDP2, through Lightning).
+"""``--strategy fsdp``: a network sharded over processes (FSDP2 through Lightning).
 
 Each process keeps its share of every weight, of its gradient and of what the optimizer knows of it,
 and gets the whole of a block from the others just before it computes with it (Zhao et al. 2023,
@@ -29,7 +29,7 @@ PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true", "16-true")
 
 
 def sharded_strategy(processes: int) -> ModelParallelStrategy:
-    """Lightning's strategy: all processes share one network, and checkpoints are single files.
+    """Lightning's strategy for one network over all processes, with single-file checkpoints.
 
     Args:
         processes: How many there are, on all machines.
@@ -40,7 +40,7 @@ def sharded_strategy(processes: int) -> ModelParallelStrategy:
 
 
 def check_sharding(precision: str, compile: bool) -> None:
-    """Raise a UserError for what does not go together with a network in parts."""
+    """Raise a UserError for settings that sharding does not support."""
     if precision not in PRECISIONS:
         raise UserError(
             f"--strategy {STRATEGY} works with --precision {', '.join(PRECISIONS)}, not with "
@@ -53,7 +53,7 @@ def check_sharding(precision: str, compile: bool) -> None:
 
 
 def shard(module: pl.LightningModule, mesh: DeviceMesh) -> None:
-    """Cut a module's weights into as many shares as there are processes; its own one stays.
+    """Shard the weights of a module over all processes.
 
     Blocks that a network repeats are gathered one at a time, all other weights together for the
     whole of ``training_step``, whatever that does with them. Buffers stay whole. BatchNorm is
@@ -75,7 +75,7 @@ def shard(module: pl.LightningModule, mesh: DeviceMesh) -> None:
 
 
 def repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """Blocks of a network, from the inside out: what stands in lists of at least two of a kind."""
+    """Repeated blocks of a network, innermost first: items of lists of at least two of a kind."""
     for child in module.children():
         yield from repeated_blocks(child)
     if isinstance(module, (nn.Sequential, nn.ModuleList)):
@@ -85,17 +85,17 @@ def repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether ``shard`` has cut it."""
+    """Whether ``shard`` has been applied."""
     return isinstance(module, FSDPModule)
 
 
 def mark_sharding(checkpoint: dict[str, Any], module: nn.Module) -> None:
-    """Note in a checkpoint whether it is of a network in parts; see ``check_same_sharding``."""
+    """Record in a checkpoint whether the network is sharded; see ``check_same_sharding``."""
     checkpoint["sharded"] = is_sharded(module)
 
 
 def check_same_sharding(checkpoint: dict[str, Any], sharded: bool) -> None:
-    """Raise a UserError if a checkpoint is of the other kind.
+    """Raise a UserError if a checkpoint is sharded and the training is not, or vice versa.
 
     The optimizer's states of a network in parts stand in another order.
     """
@@ -114,13 +114,13 @@ class UnshardedCopy:
         self.copy: Any = None
 
     def keep(self, module: pl.LightningModule) -> None:
-        """Copy a module before it is cut."""
+        """Copy a module before it is sharded."""
         if module.global_rank == 0:
             # the processes themselves can't be copied
             self.copy = copy.deepcopy(module, {id(module.device_mesh): module.device_mesh})
 
     def of(self, module: Module) -> Module:
-        """The module with its weights of now. All processes have to call it.
+        """The module with its current weights. All processes have to call it.
 
         Args:
             module: As given to ``keep``, cut by ``shard`` or not.

@@ -1,4 +1,4 @@
-"""BatchNorm over the batches of all processes, on CPUs too, where torch's refuses to work."""
+"""BatchNorm over the batches of all processes, also on CPUs, which torch does not support."""
 
 import torch
 from lightning.pytorch.plugins import LayerSync
@@ -10,7 +10,7 @@ from vissl_lite.training.processes import gather, world
 
 
 class Synchronized(_BatchNorm):
-    """A BatchNorm whose mean and variance are those of all processes' batches joined.
+    """BatchNorm with the mean and variance of the batches of all processes.
 
     What ``torch.nn.SyncBatchNorm`` does on GPUs, out of ordinary operations. Running statistics
     are updated as by BatchNorm on the joined batch, and are the same in all processes.
@@ -62,7 +62,7 @@ class _Synchronized2d(Synchronized, nn.BatchNorm2d):
 
 
 class _SynchronizedAct2d(Synchronized, BatchNormAct2d):
-    """With the activation that timm's has in it."""
+    """As above, with the activation of timm's BatchNormAct2d."""
 
     def forward(self, x: Tensor) -> Tensor:
         normed: Tensor = super().forward(x)
@@ -88,7 +88,7 @@ def _turn(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> 
 
 
 class SyncBatchNorm(LayerSync):
-    """Makes Lightning synchronize BatchNorm wherever there are several processes.
+    """Lightning plugin that synchronizes BatchNorm if there are several processes.
 
     On GPUs by timm's conversion: torch's own drops what timm adds to its norms.
     """

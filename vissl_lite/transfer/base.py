@@ -1,4 +1,4 @@
-"""The interface of a task, as the commands see it: its data, its models and its scores.
+"""The interface between commands and tasks: data, models, scores.
 
 A task is a folder that holds a subclass of ``Task``; ``tasks.py`` lists them. See
 docs/extending.md for one to start from.
@@ -27,7 +27,7 @@ PARTS: tuple[Split, ...] = ("train", "val", "test")
 
 
 class LabelledDataset(ABC):
-    """Images with labels, in three parts; nothing is ever chosen on the test part.
+    """Labelled images in three parts; the test part is never used for selection.
 
     Attributes:
         classes: K names.
@@ -47,7 +47,7 @@ class LabelledDataset(ABC):
 
     @abstractmethod
     def take(self, kept: Mapping[Split, Sequence[int]]) -> Self:
-        """The data set with some of its images.
+        """A copy of the data set with some of its images.
 
         Args:
             kept: Indices by part, ascending; a part that is not named stays whole.
@@ -57,7 +57,7 @@ class LabelledDataset(ABC):
     def subsample(
         self, fraction: float | None = None, shots: int | None = None, seed: int = 0
     ) -> Self:
-        """A seeded part of the labels, of training and validation alike.
+        """A seeded subset of the training and validation labels.
 
         A smaller amount is always contained in a larger one of the same seed.
 
@@ -72,14 +72,14 @@ class LabelledDataset(ABC):
 
     @abstractmethod
     def write_split(self, run: Path) -> None:
-        """Write down which image is in which part, to be given as ``--data`` again."""
+        """Write the split to a file that ``--data`` accepts."""
 
     def without(
         self,
         left_out: Mapping[str, Collection[str]],
         broken: Mapping[str, Mapping[str, str]],
     ) -> Self:
-        """The data set without some image files.
+        """A copy of the data set without some image files.
 
         Args:
             left_out: Files that are not to be used, by part.
@@ -106,7 +106,7 @@ class LabelledDataset(ABC):
         return None
 
     def identity(self) -> list[str]:
-        """Words that are the same only where all images are, and the labels that belong to them."""
+        """Strings that identify the images and labels of the data set."""
         return [f"{part} {path}" for part in PARTS for path in self.paths(part)]
 
 
@@ -175,7 +175,7 @@ class TrainedModel(Protocol):
 
 
 class Scores(Protocol):
-    """How well a model does on the test part.
+    """Scores of a model on the test part.
 
     Attributes:
         metrics: Metrics by name; the first one is the main metric of the task.
@@ -200,7 +200,7 @@ ScoresT = TypeVar("ScoresT", bound=Scores)
 
 
 class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
-    """What can be learned from labels: one object for each task, without any state.
+    """A task of fine-tuning, such as classification. Objects have no state.
 
     Attributes:
         name: Name as in ``--task``.
@@ -240,7 +240,7 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
 
     @abstractmethod
     def image_size(self, data: DatasetT, settings: SettingsT) -> int | None:
-        """A side in pixels that suits the images; None for the encoder's own size."""
+        """Image size in pixels that suits the images; None for the encoder's own."""
 
     def check(self, encoder: Encoder, data: DatasetT, settings: SettingsT) -> None:
         """Raise a UserError if settings do not suit the encoder or the data.
@@ -249,7 +249,7 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
         """
 
     def report_use(self, encoder: Encoder, source: str) -> None:
-        """Log how much of an encoder the model uses, where that is not all of it.
+        """Log how much of an encoder the model uses, if not all of it.
 
         Args:
             encoder: Loaded encoder.
@@ -261,7 +261,7 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
 
     @abstractmethod
     def validation_metric(self, data: DatasetT) -> str:
-        """The logged figure of the validation part that chooses the weights, such as ``val_map``.
+        """Name of the logged validation metric that selects the weights, such as ``val_map``.
 
         Without ``val_``, it is the name of the metric of the test part that encoders are compared
         by.
@@ -276,7 +276,7 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
         hardware: Hardware | None = None,
         files: TrainingFiles = NO_FILES,
     ) -> ModelT:
-        """Fine-tune a copy of an encoder; the validation part chooses the weights.
+        """Fine-tune a copy of an encoder; the validation part selects the weights.
 
         Args:
             encoder: Left as it is.
@@ -288,11 +288,11 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
 
     @abstractmethod
     def evaluate(self, model: ModelT, data: DatasetT) -> ScoresT:
-        """The model on the test part."""
+        """Score the model on the test part."""
 
     @abstractmethod
     def visualize(self, model: ModelT, data: DatasetT, scores: ScoresT, run: Path) -> None:
-        """Draw test predictions beside the truth (``test.png``) and the figures by class."""
+        """Plot test predictions beside the ground truth (``test.png``) and metrics per class."""
 
     @abstractmethod
     def save(self, model: ModelT, folder: Path, about: dict[str, Any]) -> None:
@@ -326,7 +326,7 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
 
     @abstractmethod
     def export_model(self, model: ModelT, folder: Path) -> ExportModel:
-        """The model as a network from decoded images to what a user wants to know.
+        """The model as a network from decoded images to predictions.
 
         Args:
             model: Model from ``load``.

@@ -1,4 +1,4 @@
-"""Models for use elsewhere: from decoded images to what one wants to know about them."""
+"""Models for export, from decoded images to predictions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ def crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ExportModel:
-    """A model from decoded images to what a user wants to know.
+    """A model from decoded images to predictions.
 
     Attributes:
         layers: Normalization, the model, and the last step: from ``(B, 3, H, W)`` uint8.

@@ -1,4 +1,4 @@
-"""Fine-tuning, whatever the task: settings, the training loop, early stopping, model folders."""
+"""Fine-tuning for any task: settings, training loop, early stopping, model folders."""
 
 import copy
 import json
@@ -42,7 +42,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 @dataclass(frozen=True, kw_only=True)
 class TransferSettings:
-    """How to train on labels, whatever the task.
+    """Settings of fine-tuning for any task.
 
     Attributes:
         frozen: Train the head alone, on the encoder as it is.
@@ -87,7 +87,7 @@ class TransferSettings:
 
 
 class EvalResult(NamedTuple):
-    """What a look at the validation part saw.
+    """Result of an evaluation on the validation part.
 
     Attributes:
         rank: Larger is better; the first number decides, the others where it is equal.
@@ -99,7 +99,7 @@ class EvalResult(NamedTuple):
 
 
 class BestWeights(Callback):
-    """Looks at the validation part now and then; keeps the best weights; stops early.
+    """Evaluate on the validation part at intervals, keep the best weights and stop early.
 
     Args:
         model: Model to keep the weights of.
@@ -167,7 +167,7 @@ def train(
     title: str = "finetune",
     weights: np.ndarray | None = None,
 ) -> None:
-    """Train a task's model; the weights that the validation part finds best are in it afterwards.
+    """Train a model; it holds the weights with the best validation metric afterwards.
 
     Args:
         task: Module with ``training_step`` and ``configure_optimizers``.
@@ -220,7 +220,7 @@ def save_with_head(model: nn.Module, encoder: Encoder, folder: Path, about: dict
 def load_with_head(
     source: Path, task: str, build: Callable[[Encoder, dict[str, Any]], ModuleT]
 ) -> tuple[ModuleT, dict[str, Any]]:
-    """Load what ``save_with_head`` wrote.
+    """Load a folder written by ``save_with_head``.
 
     Args:
         source: A run of ``finetune``, or the ``model`` folder in it.
@@ -256,7 +256,7 @@ def load_with_head(
 
 
 def read_head(folder: Path) -> dict[str, Any] | None:
-    """The content of ``head.json``, its classes checked; None for a folder in timm's format.
+    """Read ``head.json`` and check its classes; None for a folder in timm's format.
 
     Args:
         folder: The model folder.
@@ -282,7 +282,7 @@ def read_head(folder: Path) -> dict[str, Any] | None:
 def _compare(
     drawn: nn.Module, encoder: Encoder, weights: Mapping[str, Tensor], folder: Path
 ) -> None:
-    """Raise a UserError if the weights are not those of a model without its encoder."""
+    """Raise a UserError if the weights do not fit the model without its encoder."""
     inside = _prefix(drawn, encoder)
     own = {
         name: tensor.shape

@@ -1,4 +1,4 @@
-"""Options that several tasks have. A task's own ``options.py`` puts its options together."""
+"""Options that several tasks share. Each task combines them in its own ``options.py``."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +13,7 @@ class TaskOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class AnnotationsOption(TaskOptions):
-    """Where the labels are."""
+    """Option for the annotations."""
 
     annotations: StrPath | None = None
     """Where the boxes or masks are, if --data is the folder of the images alone."""
@@ -21,7 +21,7 @@ class AnnotationsOption(TaskOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class FrozenNormOption(TaskOptions):
-    """What to do about BatchNorm in small batches."""
+    """Option for BatchNorm in small batches."""
 
     frozen_norm: bool | None = None
     """Leave the encoder's BatchNorms as they are, for detection and segmentation; default where a
@@ -30,7 +30,7 @@ class FrozenNormOption(TaskOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassWeightsOption(TaskOptions):
-    """How much classes count."""
+    """Option for class weights."""
 
     class_weights: Literal["balanced"] | dict[str, float] | None = None
     """Weights of the classes in the loss: balanced, or a weight for each name."""

@@ -1,4 +1,4 @@
-"""Where predictions go: files that grow while images are looked at, and pictures of them."""
+"""Output of predictions: files that grow image by image, and pictures."""
 
 import logging
 import os
@@ -25,7 +25,7 @@ MOST_BYTES = 255 - 9
 
 @dataclass(frozen=True)
 class Predictions:
-    """The images that predictions are made for, and where they go.
+    """Images to predict for, and the output folder.
 
     Attributes:
         paths: The image files.
@@ -45,14 +45,14 @@ class Predictions:
         return os.path.commonpath([os.path.dirname(os.path.abspath(p)) for p in self.paths])
 
     def place(self, path: str, kind: str) -> Path:
-        """Where a picture for an image goes: below ``kind``, in folders like the image's own."""
+        """Path of the picture for an image: below ``kind``, in the image's own folders."""
         inside = Path(os.path.relpath(os.path.abspath(path), self.common))
         file = self.run / kind / inside.parent / file_name(inside.name)
         file.parent.mkdir(parents=True, exist_ok=True)
         return file
 
     def draw(self, number: int, path: str, drawn: Callable[[np.ndarray], np.ndarray]) -> None:
-        """Write a picture, if this image is among the first ones that are to be drawn."""
+        """Write a picture if fewer than the requested number have been drawn."""
         if number < self.pictures:
             try:
                 image = read_image(path)
@@ -86,7 +86,7 @@ def file_name(name: str) -> str:
 
 @contextmanager
 def growing_file(file: Path) -> Iterator[TextIO]:
-    """A text file that grows under the name ``FILE.part``, under which a failure leaves it.
+    """Open a text file that is named ``FILE.part`` until it is complete.
 
     File names go into it as they are on the disk, UTF-8 or not.
     """

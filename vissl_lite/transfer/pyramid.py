@@ -1,4 +1,4 @@
-"""A feature pyramid over an encoder's stages: what detectors and segmenters stand on."""
+"""A feature pyramid over the stages of an encoder, for detectors and segmenters."""
 
 import logging
 from collections import OrderedDict
@@ -108,7 +108,7 @@ def _simple_level(depth: int, channels: int, stride: int, wanted: int) -> nn.Seq
 
 
 def freeze_norms(encoder: nn.Module) -> None:
-    """Let an encoder's BatchNorms stand still, as batches of detectors are too small for them.
+    """Freeze the BatchNorms of an encoder, because batches of detectors are small.
 
     Their statistics and their affine parameters stay as pre-training left them (He et al. 2017,
     Mask R-CNN). To be called after each ``train()``.
@@ -121,7 +121,7 @@ def freeze_norms(encoder: nn.Module) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class PyramidSettings(TransferSettings, FrozenNormOption):
-    """How to train an encoder with a pyramid and a head.
+    """Settings of the training of an encoder with a pyramid and a head.
 
     Attributes:
         frozen_norm: Leave the encoder's BatchNorms as they are, for batches too small for them.
@@ -130,14 +130,14 @@ class PyramidSettings(TransferSettings, FrozenNormOption):
 
     @property
     def freezes_norms(self) -> bool:
-        """Whether the encoder's BatchNorms are left as they are."""
+        """Whether the BatchNorms of the encoder are frozen."""
         if self.frozen_norm is not None:
             return self.frozen_norm
         return self.pretrained and self.batch_size is not None and self.batch_size < 8
 
 
 class PyramidModel(nn.Module):
-    """A model on a pyramid over an encoder, which is its ``encoder``."""
+    """A model with a pyramid over its ``encoder``."""
 
     if TYPE_CHECKING:  # an attribute of one model, a property of another
 
@@ -150,7 +150,7 @@ PyramidSettingsT = TypeVar("PyramidSettingsT", bound=PyramidSettings)
 
 
 class PyramidTraining(pl.LightningModule, Generic[PyramidModelT, PyramidSettingsT]):
-    """A model that holds an encoder: what stands still of it, and its optimizer.
+    """Lightning module of a pyramid model: frozen parts and optimizer.
 
     Args:
         model: A detector or segmenter, with its encoder as ``encoder``.
@@ -209,7 +209,7 @@ def report_use(encoder: Encoder, source: str) -> None:
 
 
 def shrunk(image: np.ndarray) -> np.ndarray:
-    """An image no larger than a figure shows it: all of a figure's are in memory together.
+    """Downscale an image to the size of a figure, to save memory.
 
     Args:
         image: ``(H, W, C)`` uint8.

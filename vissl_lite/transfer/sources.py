@@ -1,4 +1,4 @@
-"""What the data of every task share: names of folders and splits, CSV files, trees of files."""
+"""Data reading that all tasks share: folder and split names, CSV files, file trees."""
 
 import csv
 import os
@@ -46,14 +46,14 @@ def split_in_three(items: Sequence[T]) -> dict[str, list[T]]:
 
 
 def hold_out(items: Sequence[T], seed: int) -> tuple[list[T], list[T]]:
-    """A validation part taken out of the training part: what is left, and the part."""
+    """Split a validation part off the training part; return the rest and the part."""
     order = np.random.default_rng((seed, 1)).permutation(len(items))
     held = max(1, round(len(items) * VAL_SHARE)) if len(items) > 1 else 0
     return [items[i] for i in np.sort(order[held:])], [items[i] for i in np.sort(order[:held])]
 
 
 def take_share(items: Sequence[T], fraction: float | None, seed: int) -> list[T]:
-    """A seeded share of the items, at least one; a smaller share is contained in a larger one.
+    """A seeded fraction of the items, at least one; smaller fractions are nested in larger ones.
 
     Args:
         items: The whole.
@@ -81,7 +81,7 @@ PATH_COLUMNS = ("path", "image", "file", "filename", "mask")
 
 
 def read_rows(file: Path) -> tuple[list[str], Rows]:
-    """The columns and rows of a CSV file.
+    """Read the columns and rows of a CSV file.
 
     Raises:
         UserError: It can't be read, is not UTF-8 but for names of files, or has a column twice or
@@ -117,7 +117,7 @@ def is_utf8(text: str) -> bool:
 
 
 def need_rows(file: Path, rows: Rows) -> None:
-    """Raise a UserError if there is nothing but a header."""
+    """Raise a UserError if a CSV file has no rows."""
     if not rows:
         raise UserError(f"{file} has no rows")
 
@@ -163,12 +163,12 @@ _IMAGE_FOLDERS = frozenset({"images", "image", "imgs", "img", "jpegimages"})
 
 
 def split_of_folder(name: str) -> str | None:
-    """The split that a folder's name is, such as ``train2017`` or ``valid``; else None."""
+    """The split that a folder name stands for, such as ``train2017`` or ``valid``, or None."""
     return _WORDS.get(re.sub(r"[\d_-]+$", "", name.lower()))
 
 
 def split_of_path(path: str) -> str | None:
-    """The split that one of a file's folders names; else None."""
+    """The split named by one of a file's folders, or None."""
     named = (split_of_folder(part) for part in reversed(path.split("/")[:-1]))
     return next(filter(None, named), None)
 
@@ -228,7 +228,7 @@ class FileTree:
         return {split_of_path(f"{folder}/") for folder in folders}
 
     def image(self, name: str, split: str | None = None) -> str | None:
-        """The image file that an annotation means.
+        """The image file of an annotation.
 
         Of several files with the name, the one is taken that shares most folders with it, then one
         in a folder of the split, then one in a folder of images, such as ``images``, then the one

@@ -1,4 +1,4 @@
-"""The table of tasks, and what is read off it."""
+"""The table of tasks."""
 
 import types
 from collections.abc import Mapping
@@ -47,7 +47,7 @@ def find_task(name: str) -> AnyTask:
 
 
 def check_given(task: AnyTask, given: Mapping[str, Any]) -> None:
-    """Raise a UserError for options that are given, but are those of other tasks.
+    """Raise a UserError for options that belong to other tasks.
 
     Args:
         task: Task that was chosen.
@@ -60,12 +60,12 @@ def check_given(task: AnyTask, given: Mapping[str, Any]) -> None:
 
 
 def without_others(task: AnyTask, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Options without those that only other tasks have."""
+    """Remove options that only other tasks have."""
     return {n: value for n, value in config.items() if task.name in (_owners(n) or [task.name])}
 
 
 def _owners(option: str) -> list[str]:
-    """The tasks that have an option; none of an option that all have."""
+    """The tasks that have an option; empty for an option of all tasks."""
     return [one.name for one in TASKS.values() if option in _own_options(one)]
 
 

@@ -1,4 +1,4 @@
-"""Attention among few tokens on a CPU, in bf16: faster than torch's, in as little memory."""
+"""Attention over few tokens on a CPU in bf16, faster than torch's with as little memory."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor | None:
-    """``scaled_dot_product_attention`` in bf16 by ``attend``; None where that is no faster.
+    """``scaled_dot_product_attention`` in bf16 by ``attend``; None if that is not faster.
 
     All of timm's transformers call it.
     """
@@ -32,7 +32,7 @@ def attention(
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Attention (Vaswani et al. 2017, eq. 1) that keeps none of its weights for the backward pass.
+    """Attention (Vaswani et al. 2017, eq. 1) that stores no weights for the backward pass.
 
     Args:
         query: ``(..., N, D)``.
@@ -48,7 +48,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
 
 
 class _Attention(torch.autograd.Function):
-    """The weights are computed again for the backward pass, as Flash Attention does (Dao 2022)."""
+    """Recompute the weights in the backward pass, as Flash Attention does (Dao 2022)."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Convolutions of small maps and of single pixels on a CPU, in bf16, as products of matrices.
+"""Convolutions of small maps on a CPU in bf16 as matrix products.
 
 oneDNN, which computes torch's convolutions on CPUs, is made for large maps. What ResNets end with,
 and all of what they do with images of 32 pixels, takes it 2 to 20 times as long as the product of
@@ -25,7 +25,7 @@ Pair = tuple[int, int]
 
 
 def _pair(value: int | Sequence[int]) -> Pair:
-    """One number for both directions, as torch takes it, or one for each."""
+    """A number for both directions, or one for each, as torch takes them."""
     if isinstance(value, int):
         return value, value
     down, along = value
@@ -41,7 +41,7 @@ def convolution(
     dilation: int | Pair = 1,
     groups: int = 1,
 ) -> Tensor | None:
-    """``torch.conv2d`` in bf16 by products of matrices; None where that is no faster.
+    """``torch.conv2d`` in bf16 by matrix products; None if that is not faster.
 
     Args:
         images: ``(B, C, H, W)``, channels last in memory.
@@ -74,7 +74,7 @@ def convolution(
 
 
 def _one_pixel(images: Tensor, weight: Tensor, bias: Tensor | None, padding: Pair) -> Tensor:
-    """A result of one pixel: the part of the kernel that lies within the image, by that part."""
+    """A result of one pixel: the product of the image with the part of the kernel inside it."""
     kernel = [
         slice(pad, min(size, side + pad))
         for pad, size, side in zip(padding, weight.shape[2:], images.shape[2:], strict=True)
@@ -85,7 +85,7 @@ def _one_pixel(images: Tensor, weight: Tensor, bias: Tensor | None, padding: Pai
 
 
 class _FewPixels(torch.autograd.Function):
-    """The products' patches are made again for the backward pass: they take the memory of nine."""
+    """Recompute the patches in the backward pass: they take nine times the memory of the images."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> Tensor:
@@ -112,7 +112,7 @@ class _FewPixels(torch.autograd.Function):
 def _of_images(
     gradient: Tensor, images: Tensor, weight: Tensor, stride: Pair, padding: Pair
 ) -> Tensor:
-    """The images' gradient: a convolution of the result's with the kernels turned round."""
+    """Gradient of the images: a convolution of the result's gradient with the flipped kernels."""
     around = weight.shape[2] - 1 - padding[0], weight.shape[3] - 1 - padding[1]
     if stride == (1, 1) and min(around) >= 0 and images.shape[2] * images.shape[3] <= TINY:
         turned = weight.flip(2, 3).transpose(0, 1)
@@ -134,14 +134,14 @@ def _of_images(
 
 
 def _product(images: Tensor, weight: Tensor, bias: None, stride: Pair, padding: Pair) -> Tensor:
-    """``torch.conv2d`` as a product of the images' patches with the kernels."""
+    """``torch.conv2d`` as the matrix product of image patches and kernels."""
     patches = _patches(images, (weight.shape[2], weight.shape[3]), stride, padding)
     products = patches.flatten(0, 2) @ weight.permute(0, 2, 3, 1).flatten(1).t()
     return products.view(*patches.shape[:3], -1).permute(0, 3, 1, 2)
 
 
 def _patches(images: Tensor, sides: Pair, stride: Pair, padding: Pair) -> Tensor:
-    """What the kernels are multiplied with: ``(B, H', W', h w C)``."""
+    """Image patches that the kernels are multiplied with, ``(B, H', W', h w C)``."""
     rows, columns = padding
     padded = F.pad(images.permute(0, 2, 3, 1), (0, 0, columns, columns, rows, rows))
     windows = padded.unfold(1, sides[0], stride[0]).unfold(2, sides[1], stride[1])

@@ -1,4 +1,4 @@
-"""Networks on a CPU in bf16: torch's operations by faster ones, where there are such."""
+"""Replacement of operations of torch that are slow on a CPU in bf16."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ _FASTER: dict[Callable[..., Any], Callable[..., Any]] = {
 
 @contextmanager
 def fast_cpu_operators() -> Iterator[None]:
-    """Within it, networks that compute in bf16 on a CPU attend and convolve by our operations.
+    """Use faster attention and convolutions for networks in bf16 on a CPU.
 
     Under autocast alone, which is how they train and are judged: in float32 torch's own are as
     fast.

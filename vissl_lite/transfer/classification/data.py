@@ -43,14 +43,14 @@ class Part:
         return len(self.paths)
 
     def take(self, indices: np.ndarray) -> "Part":
-        """The part made of the images with these indices, in ascending order."""
+        """A copy of the part with the images of these indices, ascending."""
         indices = np.sort(indices)
         return Part([self.paths[i] for i in indices], self.labels[indices])
 
 
 @dataclass(frozen=True)
 class LabelledImages(LabelledDataset):
-    """Classes and the three parts; nothing is ever chosen on the test part.
+    """Classes and three parts; the test part is never used for selection.
 
     Attributes:
         classes: K names, sorted.
@@ -71,7 +71,7 @@ class LabelledImages(LabelledDataset):
         return self.train.labels.ndim == 2
 
     def write(self, file: Path) -> None:
-        """Write down the splits: a CSV file that can be given as ``--data`` again.
+        """Write the splits to a CSV file that ``--data`` accepts.
 
         One class an image goes into a column ``label`` (``class``, where a name would be split),
         several into a column ``labels``, or into a column for each class where that could not be
@@ -113,7 +113,7 @@ class LabelledImages(LabelledDataset):
     def subsample(
         self, fraction: float | None = None, shots: int | None = None, seed: int = 0
     ) -> Self:
-        """A seeded, stratified part of the labels, of training and validation alike.
+        """A seeded, stratified subset of the training and validation labels.
 
         A smaller amount is always contained in a larger one of the same seed.
 
@@ -254,7 +254,7 @@ def load_labelled(
 
 
 def has_both(labels: np.ndarray) -> np.ndarray:
-    """Which classes some of the images have and some have not: ``(K,)`` bool.
+    """Whether some images have a class and others do not, ``(K,)`` bool.
 
     Args:
         labels: ``(N, K)`` of 0 and 1.
@@ -263,7 +263,7 @@ def has_both(labels: np.ndarray) -> np.ndarray:
 
 
 def hold_out_val(data: LabelledImages, seed: int) -> LabelledImages:
-    """Take a validation part out of the training part; none where labels are too few.
+    """Split a validation part off the training part; empty if there are too few labels.
 
     It is stratified, or with several labels per image by chance.
     """
@@ -286,7 +286,7 @@ def _shuffled_classes(labels: np.ndarray, seed: int) -> list[np.ndarray]:
 
 
 def _stratified(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split off a share of each class: at least one image where there are two or more."""
+    """Split off a fraction of each class: at least one image of two or more."""
     off, rest = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for members in _shuffled_classes(labels, seed):
         count = max(1, round(len(members) * share)) if len(members) > 1 else 0

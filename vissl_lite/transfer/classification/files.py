@@ -1,4 +1,4 @@
-"""Labels as they lie on the disk: class folders, or a CSV file in one of several forms."""
+"""Reading of labels from class folders or CSV files."""
 
 import re
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ _YES, _NO = frozenset({"1", "1.0", "true"}), frozenset({"0", "0.0", "false", ""}
 
 
 class FoundLabels(NamedTuple):
-    """What class folders or a CSV file say about images.
+    """Labels found in class folders or a CSV file.
 
     Attributes:
         images: Path, and the names of the classes: one, unless this is multi-label.
@@ -57,7 +57,7 @@ class _Column(NamedTuple):
 
 
 def read_folder(folder: Path) -> FoundLabels:
-    """Labels from ``train/<class>/*`` (with ``test/`` and perhaps ``val/``) or ``<class>/*``.
+    """Read labels from ``train/<class>/*`` (with ``test/``, optionally ``val/``) or ``<class>/*``.
 
     Raises:
         UserError: There are no class folders, or one has no images.
@@ -86,7 +86,7 @@ def _class_folders(folder: Path) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def read_csv(file: Path) -> FoundLabels:
-    """Labels from a CSV file; ``load_labelled`` says which forms there are.
+    """Read labels from a CSV file; see ``load_labelled`` for the forms.
 
     Returns:
         The images sorted by path, so that no split depends on the order of rows.
@@ -134,7 +134,7 @@ def _divide(cell: str, separators: str) -> tuple[str, ...]:
 
 
 def _class_columns(file: Path, columns: list[str], rows: Rows, path: str) -> _Column:
-    """Labels from a column for each class, of 0 and 1 alone.
+    """Labels from one column of 0 and 1 per class.
 
     Columns without any 0 or 1, such as notes, are left out; in one that holds something else
     beside them a label may have gone wrong, so that is an error.

@@ -1,4 +1,4 @@
-"""How well a classifier does: on validation images while it trains, on test images at the end."""
+"""Metrics of classifiers, on validation images during training and on test images."""
 
 import logging
 import math
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def evaluate_one(logits: Tensor, target: Tensor) -> EvalResult:
-    """What a look at images of one class each saw.
+    """Evaluate logits of images with one class each.
 
     Args:
         logits: ``(N, K)``.
@@ -39,7 +39,7 @@ def evaluate_one(logits: Tensor, target: Tensor) -> EvalResult:
 
 
 def evaluate_several(logits: Tensor, target: Tensor) -> EvalResult:
-    """What a look at images of several labels saw; the loss alone where no class can be ranked.
+    """Evaluate logits of images with several labels; only the loss if no class can be ranked.
 
     Args:
         logits: ``(N, K)``.
@@ -57,7 +57,7 @@ def evaluate_several(logits: Tensor, target: Tensor) -> EvalResult:
 
 @dataclass(frozen=True)
 class TestScores:
-    """How well a classifier does on the test part.
+    """Scores of a classifier on the test part.
 
     Attributes:
         metrics: Metrics with one class an image ``top1`` (share classified rightly) and
@@ -79,17 +79,17 @@ class TestScores:
 
     @property
     def top1(self) -> float:
-        """Share of images classified rightly."""
+        """Fraction of images that are classified correctly."""
         return self.metrics["top1"]
 
     @property
     def macro_f1(self) -> float:
-        """F1 averaged over classes, each counting alike."""
+        """Unweighted mean of F1 over classes."""
         return self.metrics["macro_f1"]
 
 
 def score_one(logits: Tensor, target: Tensor, classes: Sequence[str]) -> TestScores:
-    """Scores of images of one class each.
+    """Score images with one class each.
 
     Args:
         logits: ``(N, K)``.
@@ -112,7 +112,7 @@ def score_one(logits: Tensor, target: Tensor, classes: Sequence[str]) -> TestSco
 
 
 def score_several(logits: Tensor, target: Tensor, classes: Sequence[str]) -> TestScores:
-    """Scores of images of several labels; classes that all images or none have are left out.
+    """Score images with several labels, without classes that all images or none have.
 
     Args:
         logits: ``(N, K)``.

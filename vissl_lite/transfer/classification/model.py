@@ -1,4 +1,4 @@
-"""The classifier: an encoder whose timm model has a class for each name; its model folder."""
+"""The classifier, a timm model with named classes, and its model folder."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,7 +90,7 @@ def save_classifier(classifier: Classifier, folder: Path, about: dict[str, Any])
 
 
 def load_classifier(source: Path) -> Classifier:
-    """Load what ``save_classifier`` wrote.
+    """Load a folder written by ``save_classifier``.
 
     Args:
         source: A run of ``finetune``, or the ``model`` folder in it.

@@ -1,4 +1,4 @@
-"""The options that classification has beside those of all tasks."""
+"""Options of classification."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ class ClassificationOptions(ClassWeightsOption):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierSettings(TransferSettings, ClassificationOptions):
-    """How to train a classifier.
+    """Settings of the training of a classifier.
 
     Attributes:
         label_smoothing: Share s of the target that is spread over all classes (Szegedy et al. 2016,

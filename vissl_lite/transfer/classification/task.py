@@ -1,4 +1,4 @@
-"""Classification as the commands see it."""
+"""The task classification."""
 
 import csv
 import json
@@ -100,7 +100,7 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
         plot_grid([pictures[i : i + 8] for i in range(0, len(pictures), 8)], run / "test.png")
 
     def predict(self, model: Classifier, predictions: Predictions) -> tuple[Path, int]:
-        """A row for each image: its class and probability; or, with several labels, all of them."""
+        """Write one row per image: class and probability, or all probabilities."""
         file = predictions.run / "predictions.csv"
         with growing_file(file) as out:
             rows = csv.writer(out)

@@ -52,7 +52,7 @@ def check_settings(settings: ClassifierSettings, data: LabelledImages) -> None:
 
 
 def loss_weights(chosen: str | dict[str, float] | None, data: LabelledImages) -> Tensor:
-    """What each class weighs in the loss.
+    """Weight of each class in the loss.
 
     With one class an image a weight multiplies the loss of the images of the class; ``balanced``
     is one over the number of its training images. Only ratios count: the mean over the training
@@ -127,7 +127,7 @@ def several_labels_loss(
 
 
 class ClassifierTraining(pl.LightningModule):
-    """How a classifier is trained.
+    """Lightning module that trains a classifier.
 
     Args:
         classifier: Classifier with K classes.
@@ -187,7 +187,7 @@ def train_classifier(
     files: TrainingFiles = NO_FILES,
     title: str = "finetune",
 ) -> Classifier:
-    """Fine-tune a copy of an encoder. The test part is not looked at.
+    """Fine-tune a copy of an encoder. The test part is not used.
 
     Args:
         encoder: Left as it is.
