@@ -1,1 +1,1 @@
-"""From files to batches: find, decode, augment, batch. Knows nothing of encoders or pretexts."""
+"""From files to batches: finding, decoding, augmenting and batching images."""

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and whether they may be written."""
+"""Atomic writing of files, and checks of output paths."""
 
 import os
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ LONGEST_NAME, LONGEST = 240, 3800
 
 @contextmanager
 def atomic_write(file: Path) -> Iterator[Path]:
-    """A file to write beside one that then appears whole or not at all.
+    """Yield a temporary path that replaces a file atomically on success.
 
     Args:
         file: File to write; its folder is created if it is missing.
@@ -50,13 +50,13 @@ def atomic_write(file: Path) -> Iterator[Path]:
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Write a text file that appears whole or not at all."""
+    """Write a text file atomically."""
     with atomic_write(file) as part:
         part.write_text(text, encoding="utf-8")
 
 
 def check_place(out: Path) -> None:
-    """Raise a UserError if a file or folder can't be made there. Nothing is changed yet.
+    """Raise a UserError if a file or folder cannot be created there. Nothing is changed.
 
     Args:
         out: Path to create, with all missing folders.

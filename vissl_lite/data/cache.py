@@ -1,4 +1,4 @@
-"""Decoded images that are kept for later epochs, in memory or in one file, shared by all workers.
+"""A cache of decoded images for later epochs, in memory or in one file, shared by all workers.
 
 An image is down-sized as far as the smallest crop allows and stored when it is first decoded; a
 byte beside it then says that it is there. Where each one lies is known before, from the sizes in
@@ -44,7 +44,7 @@ _WAIT = 600  # seconds for the main process to make the file
 
 @dataclass(frozen=True)
 class CachePlan:
-    """Which images a cache will keep, how large, and where. Nothing is made yet.
+    """Plan of a cache: which images it keeps, at which size, and where.
 
     Attributes:
         wholes: ``(N, 2)`` int32, height and width of each image; 0 where its header doesn't say.
@@ -66,7 +66,7 @@ class CachePlan:
     in_memory: bool
 
     def open(self, folder: Path, maker: bool = True) -> "ImageCache":
-        """Make the cache, or open the one that a run left which was interrupted.
+        """Create the cache, or open that of an interrupted run.
 
         Args:
             folder: Folder of the file, where it is one.
@@ -114,7 +114,7 @@ class CachePlan:
 
 
 class ImageCache:
-    """Decoded images of a data set; see the module.
+    """Cache of the decoded images of a data set.
 
     Args:
         plan: Plan of what is kept.
@@ -143,7 +143,7 @@ class ImageCache:
         self._open()
 
     def get(self, index: int) -> tuple[np.ndarray, tuple[int, int]] | None:
-        """An image that is kept.
+        """A cached image.
 
         Args:
             index: Number of the image.
@@ -161,7 +161,7 @@ class ImageCache:
         return pixels, (height, width)
 
     def put(self, index: int, image: np.ndarray, whole: tuple[int, int]) -> None:
-        """Keep an image, unless it has another size than its header said, or the disk is full.
+        """Add an image, unless its size differs from its header or the disk is full.
 
         Args:
             index: Number of the image.
@@ -188,7 +188,7 @@ class ImageCache:
             return
 
     def remove(self) -> None:
-        """Delete the file; the cache can be read until the process ends."""
+        """Delete the file; the cache stays readable until the process ends."""
         if self.file is not None:
             try:
                 self.file.unlink(missing_ok=True)
@@ -201,7 +201,7 @@ class ImageCache:
 
 
 def plan_cache(paths: Sequence[str], shortest: int, folder: Path, shareable: bool) -> CachePlan:
-    """Look at the headers of all images, and choose where their pixels go.
+    """Read the headers of all images and choose where to keep the pixels.
 
     Args:
         paths: Image files.
@@ -244,7 +244,7 @@ def forks_workers(workers: int) -> bool:
 
 
 def kept_size(height: int, width: int, shortest: int) -> tuple[int, int]:
-    """Height and width of what is kept of an image: its shorter side is at most ``shortest``."""
+    """Height and width of an image in the cache: the shorter side is at most ``shortest``."""
     least = min(height, width)
     if least <= shortest:
         return height, width
@@ -255,7 +255,7 @@ def kept_size(height: int, width: int, shortest: int) -> tuple[int, int]:
 
 
 def decode_down_sized(data: bytes, path: str, shortest: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """Decode an image as it is kept.
+    """Decode an image at the size of the cache.
 
     Args:
         data: The file's bytes.
@@ -275,7 +275,7 @@ def decode_down_sized(data: bytes, path: str, shortest: int) -> tuple[np.ndarray
 
 
 def _headers(paths: PathList) -> list[np.ndarray]:
-    """``(n, 4)`` int64 for each stretch of the paths; see ``_header``."""
+    """Yield ``(n, 4)`` int64 headers of successive paths; see ``_header``."""
     # a disk far away is asked by several at once
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         firsts = range(0, len(paths), _STRETCH)
@@ -296,7 +296,7 @@ def _header(path: str) -> tuple[int, int, int, int]:
 
 
 def _boot() -> str:
-    """What tells this start of this machine from others."""
+    """An identifier of the current boot of this machine."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text()
     except OSError:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def default_variable(name: str, value: str) -> Iterator[None]:
-    """A block within which an environment variable has a value, unless it has one already."""
+    """Set an environment variable within a block, unless it is set already."""
     if name in os.environ:
         yield
         return

@@ -1,4 +1,4 @@
-"""Fingerprints: what an image file is recognized by, though encoded anew, resized, flipped, turned.
+"""Fingerprints that recognize an image after re-encoding, resizing, flips and quarter turns.
 
 A fingerprint has two halves. The exact one is a hash of the file's bytes. The look is a description
 of the picture by its lowest frequencies (the discrete cosine transform of perceptual hashes such as
@@ -50,7 +50,7 @@ _FULL = 127  # length of a look of 8-bit integers
 
 
 def _frequencies() -> np.ndarray:
-    """``(D, 3)`` channel, u, v of each number in a look."""
+    """``(D, 3)`` channel, u and v of each coefficient."""
     limits = (_BRIGHTNESS, _COLOR, _COLOR)
     return np.array(
         [
@@ -64,7 +64,7 @@ def _frequencies() -> np.ndarray:
 
 
 def _projection() -> np.ndarray:
-    """``(16 * 16 * 3, D)`` from the pixels of a shrunk picture to its look, not yet normalized.
+    """``(16 * 16 * 3, D)`` projection from the pixels of a thumbnail to its coefficients.
 
     In natural images the amplitude of a frequency f falls as 1 / f (Field 1987): multiplied by f,
     all numbers of a look count alike. Color differences are about half as large.
@@ -135,7 +135,7 @@ class Fingerprints:
 
     @classmethod
     def of(cls, records: np.ndarray, paths: Sequence[str]) -> "Fingerprints":
-        """From what ``fingerprint`` gave.
+        """Build from the results of ``fingerprint``.
 
         Args:
             records: ``(N, 16 + D)`` uint8; may be empty.
@@ -145,7 +145,7 @@ class Fingerprints:
         return cls(np.ascontiguousarray(records[:, :EXACT_BYTES]), looks, list(paths))
 
     def join(self, others: "Fingerprints") -> "Fingerprints":
-        """These and the others, but for files whose bytes are among these."""
+        """Add other fingerprints, except of files with equal bytes."""
         known = {row.tobytes() for row in self.exact}
         new = [i for i, row in enumerate(others.exact) if row.tobytes() not in known]
         return Fingerprints(
@@ -155,7 +155,7 @@ class Fingerprints:
         )
 
     def save(self, file: Path) -> None:
-        """Write an ``.npz`` file that appears whole or not at all."""
+        """Write an ``.npz`` file atomically."""
         # one text: an array of text takes the longest path's room for each
         paths = "\0".join(self.paths).encode("utf-8", "surrogateescape")
         text = np.frombuffer(paths, np.uint8)
@@ -189,7 +189,7 @@ class Fingerprints:
 def fingerprints_of(
     paths: Sequence[str], progress: Callable[[int], None] | None = None
 ) -> Fingerprints:
-    """The fingerprints of image files; those that can't be read are left out, and named in the log.
+    """Fingerprints of image files; unreadable files are left out and logged.
 
     Args:
         paths: Image files.
@@ -203,7 +203,7 @@ def fingerprints_of(
 def read_fingerprints(
     paths: Sequence[str], progress: Callable[[int], None] | None = None
 ) -> tuple[Fingerprints, list[Broken]]:
-    """The same as ``fingerprints_of``, and what can't be read in place of a log of it."""
+    """Like ``fingerprints_of``, but return the unreadable files instead of logging them."""
     records: list[np.ndarray] = []
     readable: list[str] = []
     broken: list[Broken] = []
@@ -221,7 +221,7 @@ def read_fingerprints(
 
 
 def _fingerprint_of(path: str) -> np.ndarray | str:
-    """The fingerprint of a file, or why there is none."""
+    """The fingerprint of a file, or the reason why it cannot be read."""
     try:
         data = read_regular(path)
         return fingerprint(data, decode_image(data, path, 2 * _SIDE))
@@ -230,7 +230,7 @@ def _fingerprint_of(path: str) -> np.ndarray | str:
 
 
 class Match(NamedTuple):
-    """An image and its twin.
+    """An image and its duplicate.
 
     Attributes:
         path: The query file.
@@ -271,7 +271,7 @@ def find_matches(queries: Fingerprints, bank: Fingerprints) -> list[Match]:
 
 
 def _nearest(queries: np.ndarray, bank: np.ndarray) -> tuple[list[float], list[int]]:
-    """The most similar look in any position, for those that have one that is ``SIMILAR``.
+    """The most similar image in any orientation, if its similarity is at least ``SIMILAR``.
 
     With all signs taken off, the product of two looks is an upper bound for all four flips. It is
     too small for nearly all pairs, which saves three products of four.
@@ -309,7 +309,7 @@ def _keep_best(
     nearest: Tensor,
     start: int,
 ) -> None:
-    """Compare some pairs for good; what is better goes into ``best`` and ``nearest``."""
+    """Compare pairs exactly and update ``best`` and ``nearest``."""
     one, other = pairs.unbind(dim=1)
     values = ((looks[one] * keys[other]) @ flips).amax(dim=1) / _FULL**2
     better = (values >= SIMILAR) & (values > best[one])

@@ -1,4 +1,4 @@
-"""How much memory this process may still take."""
+"""The memory that this process may still use."""
 
 import re
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ def free_memory(root: Path = Path("/")) -> int | None:
 
 
 def _rooms(root: Path) -> Iterator[int]:
-    """What is left below the limit of each control group, of version 2 or 1."""
+    """Bytes left below the limit of each control group (version 1 or 2)."""
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":

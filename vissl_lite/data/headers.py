@@ -1,4 +1,4 @@
-"""What the first bytes of an image file say: its size, without decoding it.
+"""Headers of image files: size and orientation without decoding.
 
 Read by hand for JPEG and PNG: opening a file with Pillow for it costs more than decoding a small
 one. Read by hand for WebP, of which Pillow makes room for all pixels when it opens the file, and
@@ -54,7 +54,7 @@ _MOST_EXIF = 1 << 20  # bytes of EXIF data that are looked at
 
 
 class JpegHeader(NamedTuple):
-    """What a JPEG's header says.
+    """Header of a JPEG.
 
     Attributes:
         height: Height in pixels, as it is shown: EXIF orientation is applied.
@@ -126,7 +126,7 @@ def _exif_orientation(exif: bytes) -> int:
 
 
 class ImageHeader(NamedTuple):
-    """What the header of an image file says.
+    """Header of an image file.
 
     Attributes:
         height: Height in pixels as the image is shown: EXIF orientation is applied.
@@ -172,7 +172,7 @@ def image_header(path: str) -> ImageHeader:
 
 
 def _shown(height: int, width: int, turn: int) -> ImageHeader:
-    """The header of an image that is stored with this height and width."""
+    """The header of an image with this stored height and width."""
     if turn in _ON_ITS_SIDE:
         height, width = width, height
     return ImageHeader(height, width, turn)
@@ -193,7 +193,7 @@ def _png_orientation(file: BinaryIO) -> int:
 
 
 def is_png(data: bytes) -> bool:
-    """Whether a file begins as a PNG, its size included."""
+    """Whether data begin as a PNG file, including its size."""
     return data[:8] == PNG and data[12:16] == b"IHDR" and len(data) >= 33
 
 
@@ -214,7 +214,7 @@ def png_size(data: bytes, path: str | Path) -> tuple[int, int]:
 
 @contextmanager
 def opened_image(file: BinaryIO, path: str | Path) -> Iterator[Image.Image]:
-    """An image file opened with Pillow, with no more pixels than are allowed; nothing is decoded.
+    """Open an image file with Pillow without decoding it, if it has no more pixels than allowed.
 
     Within it, what Pillow raises on bytes that it does not expect becomes a ValueError.
 
@@ -240,7 +240,7 @@ def opened_image(file: BinaryIO, path: str | Path) -> Iterator[Image.Image]:
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation of an image, 1 to 8; 1 where there is none, or none that can be read."""
+    """The EXIF orientation of an image, 1 to 8; 1 if it is missing or unreadable."""
     try:
         value = image.getexif().get(_ORIENTATION, 1)
     except (OSError, ValueError, SyntaxError, *_CONFUSED):
@@ -255,7 +255,7 @@ def _formats() -> list[str]:
 
 
 def _check_by_hand(file: BinaryIO, path: str | Path) -> None:
-    """Check the pixels of a file before Pillow opens it, which may make room or warn at once."""
+    """Check the size of a file before Pillow opens it, which may allocate memory at once."""
     file.seek(0)
     start = file.read(33)
     if is_png(start):
@@ -270,7 +270,7 @@ def _check_by_hand(file: BinaryIO, path: str | Path) -> None:
 
 
 def _size_in_start(start: bytes) -> tuple[int, int] | None:
-    """Height and width of a GIF, BMP or WebP file; None of others.
+    """Height and width of a GIF, BMP or WebP file, else None.
 
     GIF89a, section 18; Windows' BITMAPINFOHEADER and the older BITMAPCOREHEADER; RFC 9649, sections
     2.5 to 2.7, with RFC 6386, section 9.1.
@@ -303,7 +303,7 @@ def is_tiff(data: bytes) -> bool:
 
 
 def check_tiff(file: BinaryIO, path: str | Path) -> tuple[int, int, int]:
-    """Check the pixels of a TIFF, and of one of its tiles, which are decoded whole.
+    """Check the number of pixels of a TIFF and of its tiles.
 
     Reads the first directory by hand (TIFF 6.0, section 2; libtiff's BigTIFF design).
 

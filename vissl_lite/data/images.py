@@ -1,4 +1,4 @@
-"""Image files: find them, decode them. An image is an ``(H, W, 3)`` RGB uint8 array."""
+"""Finding and decoding of image files. An image is an ``(H, W, 3)`` RGB uint8 array."""
 
 import logging
 import os
@@ -139,7 +139,7 @@ def walk(
 def _entries(
     folder: str, endings: tuple[str, ...] | None
 ) -> tuple[list[str], list[str], list[str]]:
-    """What is in a folder, by name, sorted.
+    """Entries of a folder, sorted by name.
 
     Returns:
         Regular files with one of the endings, folders, and what else has one of the endings.
@@ -322,7 +322,7 @@ _STRIP = 16
 
 
 def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """Resize the shorter side to ``size`` and take the central square: how judged images go in.
+    """Resize the shorter side to ``size`` and crop the central square, as for evaluation.
 
     Args:
         image: ``(H, W, C)``.
@@ -350,7 +350,7 @@ def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
 def suitable_size(
     paths: Sequence[str], side: Callable[[tuple[int, int]], int] = min, most: int = 224
 ) -> int:
-    """A side in pixels that suits images: their median one, as a multiple of 32.
+    """Image size that suits the images: their median shorter side, as a multiple of 32.
 
     Args:
         paths: Image files, of which some are looked at.

@@ -1,4 +1,4 @@
-"""JSON files that somebody else may have written, or that were damaged: read, or refused."""
+"""Reading of JSON files that may be damaged or malicious."""
 
 import json
 from collections import Counter

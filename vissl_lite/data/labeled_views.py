@@ -1,4 +1,4 @@
-"""Views by Albumentations: of images with their boxes or masks, and whatever a user composes.
+"""Views made by Albumentations: images with boxes or masks, and user-defined transforms.
 
 The only file that imports Albumentations. It keeps its random state inside its transforms: copied
 into worker processes it repeats itself there and again every epoch. Here that state is keyed afresh
@@ -41,7 +41,7 @@ class Albumentations(Step):
 
 
 def _rekey(compose: A.Compose, random: Random) -> None:
-    """Give a pipeline generators that follow from what ``random`` draws."""
+    """Seed the generators of a pipeline from ``random``."""
     numbers = np.random.default_rng(random.getrandbits(64))
     compose.set_random_state(numbers, Random(random.getrandbits(64)))
 
@@ -179,5 +179,5 @@ def mask_pipeline(
 
 
 def _mild_colors() -> A.BasicTransform:
-    """Colors may tell what a thing is: they change less than where views are compared."""
+    """Color jitter that is weaker than in pre-training, because colors may tell the class."""
     return A.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.02, p=0.8)

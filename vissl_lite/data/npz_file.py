@@ -1,4 +1,4 @@
-"""NPZ files that somebody else may have written, or that were damaged: read, or refused."""
+"""Reading of NPZ files that may be damaged or malicious."""
 
 import struct
 import zipfile

@@ -1,4 +1,4 @@
-"""Very many paths in little memory, which processes share."""
+"""A list of many paths in little memory, shared by processes."""
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -41,12 +41,12 @@ class PathList(Sequence[str]):
 
     @classmethod
     def of(cls, paths: Iterable[str]) -> "PathList":
-        """The paths, packed if they are not yet."""
+        """Pack paths, unless they are packed already."""
         return paths if isinstance(paths, PathList) else cls(paths)
 
     @property
     def nbytes(self) -> int:
-        """The memory that the paths take, in bytes: eight for each beside its text."""
+        """Memory of the paths in bytes: their text and eight bytes each."""
         return self._text.nbytes + self._ends.nbytes
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Opening what lies in a user's folder: regular files only, and no more pixels than are allowed.
+"""Opening of user files: regular files only, and no more pixels than allowed.
 
 A pipe in a folder of images would be waited for and a device read until the memory is full. A file
 of two kilobytes may decode to billions of pixels: its header is asked before anything is decoded.
@@ -49,14 +49,14 @@ _NOT_THE_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class Broken(NamedTuple):
-    """A file that can't be read, and why."""
+    """A file that cannot be read, and the reason."""
 
     path: str
     why: str
 
 
 def limit_pixels(most: int) -> None:
-    """Set how many pixels an image may have in this process; Pillow's own limit follows.
+    """Set the maximum number of pixels per image in this process, for Pillow too.
 
     ``WorkerLoader`` gives the limit to its data workers, however they are started.
 
@@ -76,13 +76,13 @@ def limit_pixels(most: int) -> None:
 
 
 def max_pixels() -> int:
-    """How many pixels an image may have; see ``limit_pixels``."""
+    """The maximum number of pixels per image; see ``limit_pixels``."""
     return _max_pixels
 
 
 @contextmanager
 def pixel_limit() -> Iterator[None]:
-    """A block that may call ``limit_pixels``: after it, the limits are those from before."""
+    """Restore the limits of ``limit_pixels`` after a block."""
     global _max_pixels
     before, pillows = _max_pixels, Image.MAX_IMAGE_PIXELS
     try:
@@ -92,7 +92,7 @@ def pixel_limit() -> Iterator[None]:
 
 
 def silence_decoders() -> Callable[[], None]:
-    """Keep Pillow and OpenCV from printing about broken images: our own log names these.
+    """Keep Pillow and OpenCV from printing messages about broken images, which are logged here.
 
     OpenCV is left alone where it is not loaded, and where ``OPENCV_LOG_LEVEL`` is set.
 
@@ -116,7 +116,7 @@ def silence_decoders() -> Callable[[], None]:
 
 
 def check_pixels(height: int, width: int, path: str | Path) -> None:
-    """Raise a ValueError if an image of this size is not to be decoded.
+    """Raise a ValueError if an image of this size must not be decoded.
 
     Args:
         height: Height in pixels, from the file's header.
@@ -150,7 +150,7 @@ def _open(path: str | Path) -> tuple[int, int]:
 
 
 def open_regular(path: str | Path) -> BufferedReader:
-    """Open a file to read its bytes, and never wait for it.
+    """Open a regular file for reading, without blocking on pipes or devices.
 
     Raises:
         OSError: It is missing, or a folder, a pipe, a device or a socket.
@@ -159,7 +159,7 @@ def open_regular(path: str | Path) -> BufferedReader:
 
 
 def read_regular(path: str | Path, largest: int | None = None) -> bytes:
-    """The bytes of a file.
+    """Read the bytes of a regular file.
 
     Args:
         path: Only a regular file is read: of a pipe or a device the end may never come.
@@ -190,7 +190,7 @@ def read_regular(path: str | Path, largest: int | None = None) -> bytes:
 
 
 def printable(text: str) -> str:
-    """Text in one line that looks as it is, such as a message that names a file.
+    """Text in one line without control characters, for messages that name a file.
 
     What is not printable, such as a newline or a mark that turns the direction of writing, becomes
     an escape sequence, and so do bytes that are not UTF-8 (lone surrogates).
@@ -204,7 +204,7 @@ def printable(text: str) -> str:
 
 
 def reason(error: Exception, path: str | Path) -> str:
-    """Why a file can't be read, in a few words.
+    """The reason why a file cannot be read, in a few words.
 
     Args:
         error: One of ``BROKEN_IMAGE``.
@@ -217,7 +217,7 @@ def reason(error: Exception, path: str | Path) -> str:
 
 
 def report_skipped(broken: Sequence[Broken]) -> None:
-    """Say in the log which files are skipped, and why: the first ones, and how many more."""
+    """Log the skipped files with their reasons: the first ones and the number of others."""
     for number, one in enumerate(broken):
         level = logging.WARNING if number < NAMED else logging.DEBUG
         log.log(

@@ -1,4 +1,4 @@
-"""The stream of batches that trains an encoder: views of images, in an order that can be resumed.
+"""The stream of training batches: views of images, in an order that can be resumed.
 
 The whole run is one stream. Its sampler gives keys (epoch, image index) and can start anywhere, so
 resuming continues with the very batch that came next, and no worker waits at the end of an epoch.
@@ -31,7 +31,7 @@ BROKEN_SHARE = 0.2
 
 
 def too_many_broken(broken: int, images: int, first: Broken) -> UserError:
-    """The error that ends a run in which more than ``BROKEN_SHARE`` can't be read."""
+    """The error that ends a run if more than ``BROKEN_SHARE`` of the images cannot be read."""
     # in one line, as it may come from a data worker, of whose errors the last line is kept
     return UserError(
         f"{broken} of {images} images can't be read, the first {printable(first.path)} "
@@ -40,7 +40,7 @@ def too_many_broken(broken: int, images: int, first: Broken) -> UserError:
 
 
 class Lost(NamedTuple):
-    """A shard that can't be read to its end.
+    """A shard that cannot be read to its end.
 
     Attributes:
         shard: File or URL.
@@ -54,7 +54,7 @@ class Lost(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a training step gets.
+    """A batch of a training step.
 
     Attributes:
         views: One ``(B, C, H, W)`` uint8 tensor per view, channels last in memory.
@@ -87,7 +87,7 @@ class Item(NamedTuple):
 
 
 class Source(ABC):
-    """The images of a run, from wherever they come; they are numbered.
+    """The numbered images of a run, from files or shards.
 
     Attributes:
         seed: Seed of the run.
@@ -97,11 +97,11 @@ class Source(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many images there are."""
+        """Number of images."""
 
     @abstractmethod
     def first(self) -> Item:
-        """What the stream gives of the first image that can be read.
+        """The item of the first readable image.
 
         Raises:
             UserError: Not even one image can be read.
@@ -134,19 +134,19 @@ class Source(ABC):
 
     @abstractmethod
     def digest(self) -> str:
-        """A digest of which images there are, in their order: a run is resumed on the same."""
+        """A digest of the images and their order, which must be equal for a resumed run."""
 
     @abstractmethod
     def name(self, number: int) -> str:
-        """Where an image is, from wherever one looks."""
+        """Absolute path or URL of an image."""
 
     @abstractmethod
     def fingerprints(self, numbers: np.ndarray) -> Fingerprints:
-        """The fingerprints of some images; those that can't be read are left out."""
+        """Fingerprints of some images; unreadable ones are left out."""
 
 
 class KeyedDataset(Dataset[Item], Source):
-    """Items keyed by (epoch, image index); a broken image gives way to its successor.
+    """Items by (epoch, image index); a broken image is replaced by its successor.
 
     Args:
         paths: Image files.
@@ -211,11 +211,11 @@ class KeyedDataset(Dataset[Item], Source):
 
     @abstractmethod
     def item(self, epoch: int, index: int) -> Item:
-        """What the stream gives of one image; raises what decoding raises (``BROKEN_IMAGE``)."""
+        """The item of one image; raises errors of decoding (``BROKEN_IMAGE``)."""
 
 
 class ViewDataset(KeyedDataset):
-    """Decodes images and makes their views; in the first epoch, takes their fingerprints, too.
+    """Decode images and make their views; in the first epoch also compute fingerprints.
 
     Args:
         paths: Image files.
@@ -257,7 +257,7 @@ class ViewDataset(KeyedDataset):
 
 
 class StreamSampler(Sampler[list[Key]]):
-    """Batches of keys: every epoch a new permutation, what does not fill a batch left for the next.
+    """Batches of keys: a new permutation per epoch, without the incomplete last batch.
 
     Args:
         images: Number of images.

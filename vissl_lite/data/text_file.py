@@ -1,4 +1,4 @@
-"""Text files that somebody else may have written: read whole, or refused in one line."""
+"""Reading of text files that may be damaged or malicious."""
 
 import csv
 from collections.abc import Iterator
@@ -48,7 +48,7 @@ def read_text(file: str | Path, largest: int = LARGEST, name: str | None = None)
 
 @contextmanager
 def csv_writer(file: Path) -> Iterator[Any]:
-    """Write a CSV file in UTF-8 into which names of files go as they are on the disk.
+    """Write a CSV file in UTF-8 that keeps file names as they are on the disk.
 
     They are read back as they were with Python's ``open`` with ``errors="surrogateescape"``.
 

@@ -1,4 +1,4 @@
-"""The steps that augmented views are made of: crops, flips, colors, blur; on OpenCV alone.
+"""Steps of augmented views: crops, flips, colors and blur, on OpenCV.
 
 A step is a pure function of an image and of the numbers it draws. Which numbers it draws, and in
 which order, its docstring says. A step with a probability ``p`` between 0 and 1 first draws one
@@ -46,7 +46,7 @@ class Step(ABC):
 
     @abstractmethod
     def apply(self, image: np.ndarray, random: Random) -> np.ndarray:
-        """The image as this step leaves it.
+        """Apply the step.
 
         Args:
             image: ``(H, W, 3)`` uint8; not to be written to.
@@ -86,7 +86,7 @@ class RandomResizedCrop(Step):
         return self.cut(image, self.draw(*whole, random), whole)
 
     def draw(self, height: int, width: int, random: Random) -> Crop:
-        """A crop of an image of this height and width."""
+        """Draw a crop of an image of this height and width."""
         area, (low, high) = height * width, self.ratio
         for _ in range(CROP_TRIES):
             share = random.uniform(*self.scale)
@@ -100,7 +100,7 @@ class RandomResizedCrop(Step):
         return Crop((height - rows) // 2, (width - columns) // 2, rows, columns)
 
     def cut(self, image: np.ndarray, crop: Crop, whole: tuple[int, int]) -> np.ndarray:
-        """A part of an image, resized.
+        """Crop and resize a part of an image.
 
         Args:
             image: ``(H, W, 3)`` uint8, which may have been reduced since the crop was drawn.
@@ -119,7 +119,7 @@ class RandomResizedCrop(Step):
 
 
 def resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """An image resized: linear where it is enlarged, antialiased where it is shrunk.
+    """Resize an image: linear interpolation for enlarging, antialiased for shrinking.
 
     Halved by means of 2 x 2 pixels as long as it is much too large, then smoothed over three pixels
     and sampled linearly. Smoothing brings the filter's variance from that of the linear one, 1/6,
@@ -146,7 +146,7 @@ def resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _smoothing(shrinking: float) -> np.ndarray:
-    """A kernel of three pixels: what linear sampling lacks where it shrinks so many times."""
+    """A smoothing kernel of three pixels for linear sampling at a reduction factor."""
     side = min(1 / 3, max(0.0, (shrinking**2 - 1) / 24))
     return np.array([side, 1 - 2 * side, side])
 

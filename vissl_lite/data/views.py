@@ -30,7 +30,7 @@ LARGE = 1.5
 
 
 def rekey(random: Random, seed: int, epoch: int, index: int, view: int = 0) -> None:
-    """Key a generator: what it draws next is a function of these numbers alone.
+    """Seed a generator by numbers.
 
     Args:
         random: The generator.
@@ -121,13 +121,13 @@ class Views:
         return views
 
     def _begin(self, first: RandomResizedCrop, height: int, width: int, *key: int) -> Crop:
-        """Key the generator for a view, and draw the crop that it begins with."""
+        """Seed the generator for a view and draw its initial crop."""
         rekey(self._random, *key)
         return first.draw(height, width, self._random)
 
 
 def _split(steps: list[Step]) -> tuple[RandomResizedCrop | None, list[Step]]:
-    """The crop that a pipeline begins with, if it does, and the steps after it."""
+    """Split a pipeline into its initial crop, if any, and the other steps."""
     if steps and isinstance(steps[0], RandomResizedCrop):
         return steps[0], steps[1:]
     return None, steps
@@ -149,7 +149,7 @@ def random_crop(size: int, smallest: float, largest: float = 1.0) -> RandomResiz
 
 
 def check_crop_scale(smallest: float) -> None:
-    """Check the smallest share of an image's area that a crop may have.
+    """Check the smallest fraction of an image's area in a crop.
 
     Raises:
         UserError: It is out of range.
@@ -167,7 +167,7 @@ def distorted_crop(
     upright: bool = True,
     largest_crop: float = 1.0,
 ) -> list[Step]:
-    """A random crop, flipped, its colors distorted, perhaps blurred and solarized.
+    """A random crop with a flip, color distortion, and optional blur and solarization.
 
     One view of the pretexts that compare views: SimCLR (appendix A) and, with other
     probabilities, BYOL (Grill et al. 2020, appendix B) and those after it.
@@ -194,7 +194,7 @@ def distorted_crop(
 
 
 def crop_decode_size(size: int, smallest: float) -> int:
-    """Shorter side that an image must keep, so that its smallest crop needs no enlarging.
+    """Shorter side at which the smallest crop of an image needs no enlarging.
 
     A crop of area share s and aspect ratio 3/4 has a shorter side of sqrt(3 s / 4) of the image's.
     """
@@ -226,7 +226,7 @@ def color_distortion(strength: float) -> list[Step]:
 
 
 def gray(probability: float) -> Step:
-    """Makes an image gray; it keeps its channels.
+    """Convert an image to gray, with three channels.
 
     Args:
         probability: Probability of being applied.

@@ -1,4 +1,4 @@
-"""What a data worker logs is logged by the process that started it: it has the log and the bar."""
+"""Forwarding of log messages from data workers to the main process."""
 
 import json
 import logging
@@ -18,14 +18,14 @@ log = logging.getLogger("vissl_lite")
 
 
 class WorkerLog:
-    """The log of a loader's workers. It ends with the loader and its workers."""
+    """Log messages of the workers of a loader."""
 
     def __init__(self) -> None:
         receiver, self._sender = Pipe(duplex=False)
         Thread(target=_say, args=(receiver,), name="worker log", daemon=True).start()
 
     def attach(self) -> None:
-        """In a worker: send what is logged from now on."""
+        """Forward log messages; called in a worker."""
         log.handlers = [_Sender(self._sender)]
         log.propagate = False
 

@@ -1,4 +1,4 @@
-"""Data workers: the processes that read images for the one that computes."""
+"""Data workers: processes that load images for the training process."""
 
 import gc
 import logging
@@ -108,14 +108,14 @@ class WorkerLoader(Generic[T]):
 
 
 def _without_traceback(text: str) -> str:
-    """The message of an error that PyTorch has passed on from a worker, its traceback in front."""
+    """The message of an error from a worker, without the traceback that PyTorch prepends."""
     if not text.startswith("Caught "):
         return text
     return text.strip().splitlines()[-1].split("Error: ", 1)[-1]
 
 
 class _Piped:
-    """A batch that found no room in shared memory.
+    """A batch that did not fit into shared memory.
 
     Args:
         content: The pickled batch.
@@ -127,7 +127,7 @@ class _Piped:
 
 
 class _Sender:
-    """Collates, and in a worker puts the batch into shared memory, or else pickles it.
+    """Collate a batch and move it to shared memory, or pickle it if there is no room.
 
     Args:
         collate: Makes the batch.
@@ -151,7 +151,7 @@ class _Sender:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested lists and tuples that hold anything."""
+    """Yield all non-empty tensors of nested lists and tuples."""
     if isinstance(value, Tensor):
         if value.numel():
             yield value
@@ -161,7 +161,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def start_worker(worker: int, most: int, lines: WorkerLog) -> None:
-    """Start of a data worker: OpenCV on one thread; signals that are for the main process ignored.
+    """Initialize a data worker: one OpenCV thread, signals left to the main process.
 
     (A lower priority made training slower.)
 
@@ -185,13 +185,13 @@ def start_worker(worker: int, most: int, lines: WorkerLog) -> None:
 
 
 def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print what went wrong beside the reading of images, such as in the threads that send them."""
+    """Print errors outside of the reading of images, unless the main process has ended."""
     if not isinstance(error, EOFError | ConnectionError):  # the main process has gone
         sys.__excepthook__(kind, error, trace)
 
 
 def _obey(parent: int | None) -> None:
-    """Take the signals of this process: end when it is the parent that sends one."""
+    """Wait for signals and exit if the parent sends one."""
     while True:
         if signal.sigwaitinfo(_FOR_THE_GROUP).si_pid == parent:
             os._exit(0)
@@ -199,7 +199,7 @@ def _obey(parent: int | None) -> None:
 
 @contextmanager
 def _signals_held_back() -> Iterator[None]:
-    """Within it, signals for the group of processes wait."""
+    """Block signals to the process group within a block."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

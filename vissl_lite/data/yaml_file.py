@@ -1,4 +1,4 @@
-"""YAML that somebody else may have written: options, runs' own and data sets'. Read, or refused."""
+"""Reading of YAML files that may be damaged or malicious."""
 
 from collections.abc import Hashable
 from pathlib import Path
@@ -75,7 +75,7 @@ _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def _check_events(text: str) -> None:
-    """Refuse, before anything is built, what could be built into too much."""
+    """Refuse documents that would become too large, before building objects."""
     depth = values = 0
     for event in yaml.parse(text, Loader=_SafeLoader):
         if isinstance(event, yaml.AliasEvent):

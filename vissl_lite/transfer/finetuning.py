@@ -103,7 +103,7 @@ class BestWeights(Callback):
 
     Args:
         model: Model to keep the weights of.
-        evaluate: Looks at the validation part.
+        evaluate: Function that evaluates the validation part.
         schedule: Schedule of the training.
         every: Batches from one look to the next; the last batch is followed by one too.
         patience: See ``TransferSettings``.
@@ -175,7 +175,7 @@ def train(
         dataset: The training images.
         batch_size: Images per step.
         settings: Settings of the training.
-        evaluate: Looks at the validation part; None where there is none: the last weights stay.
+        evaluate: Function that evaluates the validation part; None to keep the last weights.
         hardware: Hardware to train on; default one device.
         files: Files for metrics and checkpoints; a checkpoint holds the best weights so far, too.
         title: Title of the progress bar.
@@ -198,7 +198,7 @@ def train(
 
 
 def save_with_head(model: nn.Module, encoder: Encoder, folder: Path, about: dict[str, Any]) -> None:
-    """Write a model that is an encoder and a head: ``encoder/`` in timm's format, and the head.
+    """Write a model as ``encoder/`` in timm's format and a head.
 
     Args:
         model: Holds the encoder somewhere; all its other tensors are the head's.
