@@ -2,26 +2,28 @@
 
     python -m benchmarks.accuracy.demo
 
-Results: benchmarks/results/demo.json. The table stands in README.md and benchmarks/README.md; the
-picture docs/images/demo.png is of an earlier version, whose figures these are.
+Results: benchmarks/results/demo.json, and the picture of the comparison as docs/images/demo.png. The
+table stands in README.md and benchmarks/README.md.
 """
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import RESULTS, keep, load, markdown_table, plus_minus, provenance
+from benchmarks.common import ROOT, keep, load, markdown_table, plus_minus, provenance
 from vissl_lite.cli import main as vissl_lite
 
 
 def demo_table() -> str:
     results = load("demo")
     rows = []
-    for measure, arms in results["summary"].items():
-        cells = [plus_minus(arms[arm]) for arm in ("untrained", "pre-trained", "gain")]
-        rows.append([measure, *cells[:2], f"+{cells[2]}" if arms["gain"]["mean"] > 0 else cells[2]])
+    for metric, encoders in results["summary"].items():
+        cells = [plus_minus(encoders[name]) for name in ("untrained", "pre-trained", "gain")]
+        gain = f"+{cells[2]}" if encoders["gain"]["mean"] > 0 else cells[2]
+        rows.append([metric, *cells[:2], gain])
     header = [f"test accuracy, {results['shots']} labels per class", "untrained", "pre-trained"]
     seconds = f"{results['seconds']:.0f} seconds in all. "
     return (
@@ -40,13 +42,14 @@ def main() -> None:
         if status := vissl_lite(["demo", "--out", str(run)]):
             raise SystemExit(status)
         results = json.loads((run / "results.json").read_text())
-        RESULTS.mkdir(exist_ok=True)
+        shutil.copy(run / "compare" / "compare.png", ROOT / "docs" / "images" / "demo.png")
     summary = {}
-    for measure, arms in results["scores"].items():
-        values = {arm: np.array(runs) for arm, runs in arms.items()}
+    for metric, encoders in results["scores"].items():
+        values = {name: np.array(runs) for name, runs in encoders.items()}
         values["gain"] = values["pre-trained"] - values["untrained"]
-        summary[measure] = {
-            arm: {"mean": float(v.mean()), "std": float(v.std(ddof=1))} for arm, v in values.items()
+        summary[metric] = {
+            name: {"mean": float(v.mean()), "std": float(v.std(ddof=1))}
+            for name, v in values.items()
         }
     keep("demo", {**results, "summary": summary})
 
