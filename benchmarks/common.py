@@ -21,7 +21,7 @@ def where_and_when() -> dict[str, str]:
     if info.exists():
         lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         flags = info.read_text()
-        bf16 = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags]
+        bf16 = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags] or ["no bf16"]
         cpu = f"{len(lines)} cores of {lines[0].split(':')[1].strip()} ({', '.join(bf16)})"
     asked = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False

@@ -2,10 +2,11 @@
 
     python -m benchmarks.accuracy.demo
 
-Results: benchmarks/results/demo.json, and the picture of the comparison as docs/images/demo.png. The
+Results: benchmarks/results/demo.json, and the picture of the comparison, docs/images/demo.png. The
 table stands in README.md and benchmarks/README.md.
 """
 
+import contextlib
 import json
 import shutil
 import tempfile
@@ -37,8 +38,8 @@ TABLES = {"demo": demo_table}
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "demo"
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        run = Path("runs/demo")
         if status := vissl_lite(["demo", "--out", str(run)]):
             raise SystemExit(status)
         results = json.loads((run / "results.json").read_text())
