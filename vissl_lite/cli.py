@@ -257,7 +257,7 @@ def _help(command: str, function: Callable[..., Any], layers: Sequence[Mapping[s
     needed = [f"--{row.name} {row.values}" for row in rows if row.required]
     usage = " ".join([f"usage: vissl-lite {command}", *needed, "[--option value ...]"])
     about = (inspect.getdoc(function) or "").partition("\n\nArgs:")[0]
-    paragraphs = [usage, COMMANDS[command], *about.split("\n\n")]
+    paragraphs = [usage, *about.split("\n\n")]
     lines = ["\n\n".join(textwrap.fill(one, width) for one in paragraphs), "", "options:"]
     rows.append(
         OptionRow(
