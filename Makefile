@@ -12,10 +12,10 @@ demo: .venv/installed
 	$(BIN)/vissl-lite demo --out runs/demo --overwrite
 
 test: check docs
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: .venv/installed-dev
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ minutes = 0.05
 epochs = 1
 """,
     "read_a_comparison": """
-images, shots = 64, [1, 3]
+images, shots = 64, [2]
 train, val, test = 60, 40, 60
 minutes = 0.05
 """,
