@@ -231,11 +231,13 @@ def _as_mapping(value: Any) -> dict[str, Any]:
 
 def _is_run_of(command: str, out: object) -> bool:
     """Whether a folder holds a run of this command with a ``config.yaml``."""
-    from vissl_lite.run_folder import CONFIG
+    from vissl_lite.run_folder import RUN_CONFIG
     from vissl_lite.run_record import read_record
 
     record = read_record(Path(out)) if isinstance(out, str) else None
-    return record is not None and record.command == command and (Path(str(out)) / CONFIG).is_file()
+    return (
+        record is not None and record.command == command and (Path(str(out)) / RUN_CONFIG).is_file()
+    )
 
 
 def _read_config(file: Path, name: str | None = None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from vissl_lite.data.yaml_file import read_yaml
 from vissl_lite.errors import MachineError, Terminated, UserError
 from vissl_lite.faults import machine_error
 from vissl_lite.log import ConsoleHandler, logged_to, logged_to_run
-from vissl_lite.run_folder import CONFIG, check_folder, written_by
+from vissl_lite.run_folder import RUN_CONFIG, check_folder, written_by
 from vissl_lite.run_record import read_record
 
 log = logging.getLogger("vissl_lite")
@@ -61,7 +61,7 @@ def check_out(
         UserError: If the folder must not be written to. Nothing is changed.
     """
     if not is_main_process():
-        return resume and (out / CONFIG).is_file()
+        return resume and (out / RUN_CONFIG).is_file()
     named = [
         (option, one)
         for option, given in inputs
@@ -170,7 +170,7 @@ def beside(run: Path, suffix: str) -> Path:
 def write_config(out: Path, config: Mapping[str, Any]) -> None:
     """Write ``config.yaml``, the options that reproduce the run."""
     kept = {k: v for k, v in plain(config).items() if k not in ("resume", "overwrite")}
-    write_atomically(out / CONFIG, yaml.safe_dump(kept, sort_keys=False))
+    write_atomically(out / RUN_CONFIG, yaml.safe_dump(kept, sort_keys=False))
 
 
 def plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,9 +194,9 @@ def read_config(out: Path) -> dict[str, Any]:
     Raises:
         UserError: If the file is missing or damaged.
     """
-    file = out / CONFIG
+    file = out / RUN_CONFIG
     if not file.is_file():
-        raise UserError(f"{out} holds no run to resume ({CONFIG} is missing)")
+        raise UserError(f"{out} holds no run to resume ({RUN_CONFIG} is missing)")
     content = read_yaml(file)
     if not isinstance(content, dict):
         raise UserError(f"{file} is damaged: it holds no parameters")

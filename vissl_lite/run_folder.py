@@ -30,7 +30,7 @@ try:
 except ImportError:  # Windows, where run folders are not locked.
     fcntl = None  # type: ignore[assignment]
 
-LOCK, CONFIG = ".lock", "config.yaml"
+LOCK, RUN_CONFIG = ".lock", "config.yaml"
 
 # Files that a run writes, relative to its folder. ``*`` matches a name, ``**`` any folders.
 _TRAINING = (
@@ -57,7 +57,7 @@ _TRAINING = (
 _RESULTS = (
     RUN,
     LOCK,
-    CONFIG,
+    RUN_CONFIG,
     "log.txt",
     "results.json",
     "report.html",
@@ -156,7 +156,7 @@ def check_folder(
             f"give another --out"
         )
     if resume:
-        return (out / CONFIG).is_file()  # A run that was killed earlier has not done any work.
+        return (out / RUN_CONFIG).is_file()  # A run that was killed earlier has not done any work.
     if not overwrite:
         message = f"{out} holds another run: give a new folder, or --overwrite"
         if record.status != "finished" and record.command == command:

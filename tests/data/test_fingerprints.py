@@ -10,7 +10,7 @@ from tests.conftest import blobs
 from vissl_lite.data.fingerprints import (
     EXACT_BYTES,
     LOOK_BYTES,
-    SIMILAR,
+    MIN_SIMILARITY,
     Fingerprints,
     find_matches,
     fingerprint,
@@ -85,7 +85,7 @@ def test_a_picture_is_recognized(how: str, side: int, tmp_path: Path) -> None:
     for match in matches:
         assert Path(match.path).stem == Path(match.twin).stem
         assert match.kind == "similar"
-        assert SIMILAR <= match.similarity <= 1
+        assert MIN_SIMILARITY <= match.similarity <= 1
 
 
 def test_a_copy_is_exact_whatever_its_name(

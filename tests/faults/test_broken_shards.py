@@ -845,7 +845,7 @@ def test_a_bomb(
 def test_an_image_that_is_too_large_is_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tar_reader, "LARGEST", 4000)
+    monkeypatch.setattr(tar_reader, "MAX_IMAGE_BYTES", 4000)
     (tmp_path / "x.tar").write_bytes(
         tar_of({"a.jpg": bytes(4000), "b.jpg": bytes(4001), "c.jpg": b"c"})
     )
@@ -1162,7 +1162,7 @@ def test_what_is_no_file_or_vanishes_is_left_out(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = Path(shutil.copytree(photos, tmp_path / "photos"))
-    monkeypatch.setattr(shard_command, "LARGEST", 10**6)
+    monkeypatch.setattr(shard_command, "MAX_IMAGE_BYTES", 10**6)
     os.mkfifo(mine / "fifo.jpg")
     (mine / "zero.jpg").symlink_to("/dev/zero")
     (mine / "large.jpg").write_bytes(bytes(10**6 + 1))

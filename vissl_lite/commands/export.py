@@ -24,7 +24,7 @@ from vissl_lite import __version__
 from vissl_lite.data.atomic_file import check_place
 from vissl_lite.data.images import BROKEN_IMAGE, find_images, read_image
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
-from vissl_lite.encoders.config import CONFIG, read_model_config
+from vissl_lite.encoders.config import ENCODER_CONFIG, read_model_config
 from vissl_lite.encoders.encoder import first_line
 from vissl_lite.encoders.folder import WEIGHTS
 from vissl_lite.errors import UserError, check_image_size
@@ -122,7 +122,7 @@ def export(options: ExportOptions) -> ExportResult:
         network = replace(network, image_size=(options.image_size, options.image_size))
     images = _images_to_check(options.check_data, network)
     batches = [images[:1], images[1:]]
-    with _temporary_folder(path if options.format == "onnx" else path / CONFIG) as draft:
+    with _temporary_folder(path if options.format == "onnx" else path / ENCODER_CONFIG) as draft:
         if options.format == "onnx":
             difference = _make_onnx(network, batches, draft / path.name)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,7 @@ def export(options: ExportOptions) -> ExportResult:
         else:
             difference = _make_timm_folder(network, batches, draft)
             path.mkdir(parents=True, exist_ok=True)
-            for name in (WEIGHTS, CONFIG):
+            for name in (WEIGHTS, ENCODER_CONFIG):
                 os.replace(draft / name, path / name)
     source = "synthetic" if options.check_data is None else "given"
     for line in (
@@ -153,7 +153,7 @@ def _check_out(out: Path, format: str, overwrite: bool) -> None:
         if out.is_file() or out.suffix.lower() in (".onnx", ".safetensors"):
             raise UserError(f"--out {out} is a file: for safetensors give a folder")
         inside = {entry.name for entry in out.iterdir()} if out.is_dir() else set()
-        if inside - {CONFIG, WEIGHTS}:
+        if inside - {ENCODER_CONFIG, WEIGHTS}:
             raise UserError(f"{out} holds other files: give a new folder with --out")
         if inside and not overwrite:
             raise UserError(f"{out} holds an encoder or a model: give a new folder, or --overwrite")
@@ -269,8 +269,8 @@ def _make_timm_folder(network: ExportModel, batches: list[Tensor], draft: Path) 
         )
     shutil.copyfile(folder / WEIGHTS, draft / WEIGHTS)
     # Only the checked entries: timm would act on any others.
-    config = read_model_config(folder / CONFIG)
-    (draft / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    config = read_model_config(folder / ENCODER_CONFIG)
+    (draft / ENCODER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     normalize, _, last = network.layers
     loaded = timm.create_model(f"local-dir:{draft}", pretrained=True).eval()
     expected = _finite_outputs(network.layers, batches)

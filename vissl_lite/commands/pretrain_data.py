@@ -18,7 +18,7 @@ from vissl_lite.errors import UserError
 from vissl_lite.options import path_list
 from vissl_lite.run import is_main_process, show_warnings_early
 
-SAMPLE = "sample"
+SAMPLE_FOLDER = "sample"
 
 
 @dataclass
@@ -48,12 +48,12 @@ class TrainingImages:
         """Move the sample of the shards from its temporary folder into the run."""
         if self.temporary is None or not is_main_process():
             return
-        part = run / f"{SAMPLE}.part"
+        part = run / f"{SAMPLE_FOLDER}.part"
         shutil.rmtree(part, ignore_errors=True)
         shutil.copytree(self.temporary.name, part)
-        part.rename(run / SAMPLE)  # atomic: a resumed run finds all files or none
+        part.rename(run / SAMPLE_FOLDER)  # atomic: a resumed run finds all files or none
         self.temporary.cleanup()
-        self.temporary, self.paths = None, PathList(find_images([run / SAMPLE]))
+        self.temporary, self.paths = None, PathList(find_images([run / SAMPLE_FOLDER]))
 
 
 def find_training_images(options: PretrainOptions, run: Path, resume: bool) -> TrainingImages:
@@ -74,8 +74,8 @@ def find_training_images(options: PretrainOptions, run: Path, resume: bool) -> T
         return TrainingImages(PathList(find_images(sources)))
     if options.cache:
         raise UserError("--cache is for image files: shards are read sequentially, once per epoch")
-    if resume and (run / SAMPLE).is_dir():
-        return TrainingImages(PathList(find_images([run / SAMPLE])), shards)
+    if resume and (run / SAMPLE_FOLDER).is_dir():
+        return TrainingImages(PathList(find_images([run / SAMPLE_FOLDER])), shards)
     if not is_main_process() and (options.image_size or Path(options.init).is_dir()):
         return TrainingImages(PathList([]), shards)  # the sample is not needed here
     temporary = tempfile.TemporaryDirectory(prefix="vissl-lite-")

@@ -38,7 +38,7 @@ from vissl_lite.options import (
 from vissl_lite.pretext import PRETEXTS, pretext_class
 from vissl_lite.pretext.base import PretextTask
 from vissl_lite.training.loggers import logger_names
-from vissl_lite.training.resizing import SMALLEST
+from vissl_lite.training.resizing import INITIAL_SIDE
 
 DEFAULT_PRETEXT = "simclr"
 MAX_TRAINING_DAYS = 3650
@@ -239,7 +239,7 @@ def _check_resizing(task: PretextTask) -> None:
         )
     encoder = task.encoder
     try:
-        encoder.check_image_size(encoder.fitting_size(encoder.image_size * SMALLEST))
+        encoder.check_image_size(encoder.fitting_size(encoder.image_size * INITIAL_SIDE))
     except UserError as error:
         raise UserError(f"--progressive_resizing: {error}") from None
 

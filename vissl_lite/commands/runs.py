@@ -18,7 +18,7 @@ from vissl_lite.data.reading import printable
 from vissl_lite.errors import UserError, did_you_mean
 from vissl_lite.options import Options, StrPath, command
 from vissl_lite.run import LARGEST_RESULTS, RESULTS, logged_to_console
-from vissl_lite.run_folder import CONFIG, is_locked
+from vissl_lite.run_folder import RUN_CONFIG, is_locked
 from vissl_lite.run_record import RUN, RunRecord, read_record
 
 log = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ def _is_run(folder: Path) -> bool:
     """Whether a folder is a run, possibly one with a damaged ``run.json``."""
     if not (folder / RUN).is_file():
         return False
-    return read_record(folder) is not None or (folder / CONFIG).is_file()
+    return read_record(folder) is not None or (folder / RUN_CONFIG).is_file()
 
 
 def summarize(folder: Path) -> RunSummary:

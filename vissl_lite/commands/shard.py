@@ -18,7 +18,7 @@ from vissl_lite.data.images import find_images
 from vissl_lite.data.path_list import PathList
 from vissl_lite.data.reading import open_regular, read_regular
 from vissl_lite.data.shards.index import INDEX, INDEX_PART, index_text, parse_index
-from vissl_lite.data.shards.tar_reader import LARGEST
+from vissl_lite.data.shards.tar_reader import MAX_IMAGE_BYTES
 from vissl_lite.errors import UserError, check_count
 from vissl_lite.options import Options, Paths, StrPath, command, path_list
 from vissl_lite.run import logged_to_console
@@ -210,7 +210,7 @@ def _members(
             bar.update(task, advance=1)
             try:
                 content = read_regular(path)
-                if len(content) > LARGEST:
+                if len(content) > MAX_IMAGE_BYTES:
                     raise ValueError("no reader of shards would read it")
             except (OSError, ValueError):  # ValueError: too large
                 left_out.append(path)

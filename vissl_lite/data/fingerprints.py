@@ -40,7 +40,7 @@ _BRIGHTNESS, _COLOR = 12, 3
 # training images in all positions 136 are above 0.94; of the 78 least similar pairs one is clearly
 # of two pictures, the others are the near-duplicates that the data set is known for (Barz & Denzler
 # 2020, ciFAIR).
-SIMILAR = 0.94
+MIN_SIMILARITY = 0.94
 
 # Below this contrast (of a gray picture, a standard deviation of about 2 of 256 steps) a look
 # fades, so that pictures of one color resemble nothing.
@@ -264,14 +264,14 @@ def find_matches(queries: Fingerprints, bank: Fingerprints) -> list[Match]:
     for index, (path, twin) in enumerate(zip(queries.paths, twins, strict=True)):
         if twin is not None:
             matches.append(Match(path, bank.paths[twin], "exact", 1.0))
-        elif similar[index][0] >= SIMILAR:
+        elif similar[index][0] >= MIN_SIMILARITY:
             value, at = similar[index]
             matches.append(Match(path, bank.paths[at], "similar", round(min(1.0, value), 4)))
     return matches
 
 
 def _nearest(queries: np.ndarray, bank: np.ndarray) -> tuple[list[float], list[int]]:
-    """The most similar image in any orientation, if its similarity is at least ``SIMILAR``.
+    """The most similar image in any orientation, if its similarity is at least ``MIN_SIMILARITY``.
 
     With all signs taken off, the product of two looks is an upper bound for all four flips. It is
     too small for nearly all pairs, which saves three products of four.
@@ -294,7 +294,7 @@ def _nearest(queries: np.ndarray, bank: np.ndarray) -> tuple[list[float], list[i
         for first in range(0, len(looks), 256):
             some = looks[first : first + 256]
             for position in (some, some[:, _TRANSPOSED]):
-                possible = position.abs() @ bare >= SIMILAR * _FULL**2
+                possible = position.abs() @ bare >= MIN_SIMILARITY * _FULL**2
                 for pairs in possible.nonzero().split(65536):
                     _keep_best(position, keys, flips, pairs, best[first:], nearest[first:], start)
     return best.tolist(), nearest.tolist()
@@ -312,7 +312,7 @@ def _keep_best(
     """Compare pairs exactly and update ``best`` and ``nearest``."""
     one, other = pairs.unbind(dim=1)
     values = ((looks[one] * keys[other]) @ flips).amax(dim=1) / _FULL**2
-    better = (values >= SIMILAR) & (values > best[one])
+    better = (values >= MIN_SIMILARITY) & (values > best[one])
     one, other, values = one[better], other[better], values[better]
     best.scatter_reduce_(0, one, values, "amax")
     winners = values == best[one]

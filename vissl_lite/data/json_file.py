@@ -9,13 +9,13 @@ from vissl_lite.data.text_file import read_bytes
 from vissl_lite.errors import UserError
 
 # Size in bytes of the largest file that is read unless told otherwise: annotations of a data set.
-LARGEST = 4 * 2**30
+MAX_JSON_BYTES = 4 * 2**30
 
 # Digits of the longest integer: all of 64 bits. Longer ones overflow whatever takes them.
-DIGITS = 20
+MAX_DIGITS = 20
 
 
-def read_json(file: Path, largest: int = LARGEST) -> Any:
+def read_json(file: Path, largest: int = MAX_JSON_BYTES) -> Any:
     """Read a JSON file.
 
     The values are as JSON has them: of any type at any place, and floating-point numbers may be
@@ -75,6 +75,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(digits: str) -> int:
-    if len(digits.lstrip("-")) > DIGITS:
-        raise ValueError(f"the number {digits[:DIGITS]}... has {len(digits.lstrip('-'))} digits")
+    if len(digits.lstrip("-")) > MAX_DIGITS:
+        raise ValueError(
+            f"the number {digits[:MAX_DIGITS]}... has {len(digits.lstrip('-'))} digits"
+        )
     return int(digits)

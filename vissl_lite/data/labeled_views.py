@@ -14,7 +14,7 @@ import numpy as np
 
 from vissl_lite.data.environment import default_variable
 from vissl_lite.data.view_steps import Step
-from vissl_lite.data.views import LARGE, PADDING, check_crop_scale, rekey
+from vissl_lite.data.views import OWN_SCALE_RATIO, PADDING_GRAY, check_crop_scale, rekey
 
 # At import Albumentations asks the network for its newest version, and warns where there is none.
 with default_variable("NO_ALBUMENTATIONS_UPDATE", "1"):
@@ -135,14 +135,14 @@ def box_pipeline(
         turn.insert(0, A.D4() if height == width else A.VerticalFlip())
     return [
         A.LongestMaxSize(max_size_hw=canvas, area_for_downscale="image"),
-        A.PadIfNeeded(height, width, fill=PADDING),
+        A.PadIfNeeded(height, width, fill=PADDING_GRAY),
         *turn,
         A.Affine(
             scale=(1 / zoom, zoom),
             balanced_scale=True,
             keep_ratio=True,
             translate_percent=(-0.1, 0.1),
-            fill=PADDING,
+            fill=PADDING_GRAY,
             p=1.0 if min_crop_scale < 1 else 0.0,
         ),
         _mild_colors(),
@@ -169,7 +169,7 @@ def mask_pipeline(
         (size, size), scale=(min_crop_scale, 1.0), area_for_downscale="image"
     )
     if own_scale:
-        zoom = min(LARGE, min_crop_scale**-0.5)
+        zoom = min(OWN_SCALE_RATIO, min_crop_scale**-0.5)
         crop = A.RandomSizedCrop(
             (round(size / zoom), round(size * zoom)), (size, size), area_for_downscale="image"
         )

@@ -10,10 +10,10 @@ from vissl_lite.data.reading import read_regular, reason
 from vissl_lite.errors import UserError
 
 # Size in bytes of the largest text file that is read unless told otherwise: a table of a large set.
-LARGEST = 2**30
+MAX_TEXT_BYTES = 2**30
 
 
-def read_bytes(file: str | Path, largest: int = LARGEST, name: str | None = None) -> bytes:
+def read_bytes(file: str | Path, largest: int = MAX_TEXT_BYTES, name: str | None = None) -> bytes:
     """Read a file.
 
     Args:
@@ -31,7 +31,7 @@ def read_bytes(file: str | Path, largest: int = LARGEST, name: str | None = None
         raise UserError(f"{name} can't be read: {reason(error, file)}") from None
 
 
-def read_text(file: str | Path, largest: int = LARGEST, name: str | None = None) -> str:
+def read_text(file: str | Path, largest: int = MAX_TEXT_BYTES, name: str | None = None) -> str:
     """Read a text file in UTF-8, with or without a byte order mark; see ``read_bytes``.
 
     Raises:

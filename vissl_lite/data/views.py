@@ -23,10 +23,10 @@ from vissl_lite.data.view_steps import (
 from vissl_lite.errors import UserError
 
 # Gray, where a view reaches past its image.
-PADDING = 114
+PADDING_GRAY = 114
 
 # An image whose shorter side is more than so many times a view's is segmented at its own scale.
-LARGE = 1.5
+OWN_SCALE_RATIO = 1.5
 
 
 def rekey(random: Random, seed: int, epoch: int, index: int, view: int = 0) -> None:

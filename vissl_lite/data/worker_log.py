@@ -26,11 +26,11 @@ class WorkerLog:
 
     def attach(self) -> None:
         """Forward log messages; called in a worker."""
-        log.handlers = [_Sender(self._sender)]
+        log.handlers = [_LogSender(self._sender)]
         log.propagate = False
 
 
-class _Sender(logging.Handler):
+class _LogSender(logging.Handler):
     def __init__(self, sender: "Connection[bytes, bytes]") -> None:
         super().__init__(logging.INFO)
         self._sender = sender

@@ -10,7 +10,7 @@ from vissl_lite.data.text_file import read_text
 from vissl_lite.errors import UserError, brief
 
 # Size in bytes of the largest text that is read, how many values it may hold, and how deep.
-LARGEST, MOST, DEEPEST = 2**25, 10**6, 32
+MAX_YAML_BYTES, MAX_VALUES, MAX_DEPTH = 2**25, 10**6, 32
 
 # Digits of the longest integer: all of 64 bits. Longer ones overflow whatever takes them.
 _DIGITS = 20
@@ -35,7 +35,7 @@ def read_yaml(file: Path, name: str | None = None) -> Any:
             holds, other tags than ``!!str``, ``!!seq`` and ``!!map``, a key given twice, an
             integer of more than 20 digits, more than a million values, nesting deeper than 32.
     """
-    return parse_yaml(read_text(file, LARGEST, name), str(file) if name is None else name)
+    return parse_yaml(read_text(file, MAX_YAML_BYTES, name), str(file) if name is None else name)
 
 
 def parse_yaml(text: str, name: str) -> Any:
@@ -48,8 +48,10 @@ def parse_yaml(text: str, name: str) -> Any:
     Raises:
         UserError: Likewise.
     """
-    if len(text) > LARGEST:
-        raise UserError(f"{name} is not YAML that can be read: it has more than {LARGEST} bytes")
+    if len(text) > MAX_YAML_BYTES:
+        raise UserError(
+            f"{name} is not YAML that can be read: it has more than {MAX_YAML_BYTES} bytes"
+        )
     try:
         _check_events(text)
         return yaml.load(text, Loader=_Loader)
@@ -84,12 +86,12 @@ def _check_events(text: str) -> None:
         if tag is not None and tag not in _TAGS and tag != "!":
             raise _refused(event, f"the tag {brief(tag)} is not for plain data: leave it out")
         values += isinstance(event, yaml.ScalarEvent)
-        if values > MOST:
-            raise _refused(event, f"it holds more than {MOST} values")
+        if values > MAX_VALUES:
+            raise _refused(event, f"it holds more than {MAX_VALUES} values")
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
-            if depth > DEEPEST:
-                raise _refused(event, f"it is nested deeper than {DEEPEST}")
+            if depth > MAX_DEPTH:
+                raise _refused(event, f"it is nested deeper than {MAX_DEPTH}")
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
 

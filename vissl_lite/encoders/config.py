@@ -17,7 +17,7 @@ from vissl_lite.data.json_file import read_json
 from vissl_lite.encoders.encoder import first_line
 from vissl_lite.errors import UserError
 
-CONFIG = "config.json"
+ENCODER_CONFIG = "config.json"
 
 # Maximum bytes of the file; names of 100,000 classes take less
 _LARGEST_FILE = 16 * 2**20
@@ -57,7 +57,7 @@ _SWITCHES = frozenset(
 _WORDS = frozenset({"global_pool"})
 
 # Exceptions that timm and torch raise for inconsistent arguments
-SENSELESS = (
+BUILD_ERRORS = (
     TypeError,
     ValueError,
     AssertionError,
@@ -220,7 +220,7 @@ def create(config: Mapping[str, Any], classes: int) -> Any:
         classes: Number of classes; 0 for no classifier.
 
     Raises:
-        TypeError, ValueError, ...: If the arguments are inconsistent (``SENSELESS``).
+        TypeError, ValueError, ...: If the arguments are inconsistent (``BUILD_ERRORS``).
     """
     saved = dict(config["pretrained_cfg"])
     saved.pop("tag", None)
@@ -248,7 +248,7 @@ def draw_up(config: Mapping[str, Any], classes: int, tensors: int, weight_bytes:
     Raises:
         ValueError: If the output has the wrong shape, or the model would take much more memory
             than its weights.
-        TypeError, ...: If the arguments are inconsistent (``SENSELESS``).
+        TypeError, ...: If the arguments are inconsistent (``BUILD_ERRORS``).
     """
     depth = config["model_args"].get("depth") or 0
     if not isinstance(depth, int) or depth > tensors:

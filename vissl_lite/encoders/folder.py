@@ -15,7 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vissl_lite.data.atomic_file import atomic_write
-from vissl_lite.encoders.config import CONFIG, SENSELESS, create, draw_up, read_model_config
+from vissl_lite.encoders.config import (
+    BUILD_ERRORS,
+    ENCODER_CONFIG,
+    create,
+    draw_up,
+    read_model_config,
+)
 from vissl_lite.encoders.encoder import Encoder, build_encoder, first_line
 from vissl_lite.errors import UserError, check_count
 
@@ -72,7 +78,7 @@ def save_model(
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     with atomic_write(folder / WEIGHTS) as part:
         save_file(tensors, part, metadata={"format": "pt"})
-    with atomic_write(folder / CONFIG) as part:
+    with atomic_write(folder / ENCODER_CONFIG) as part:
         part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -97,10 +103,12 @@ def load_encoder(source: str | Path, image_size: int | None = None) -> Encoder:
             f"no encoder at {source}: give a run, an encoder folder, timm:NAME or random:NAME"
         )
     for inside in (folder, folder / "encoder"):
-        if (inside / CONFIG).is_file():
+        if (inside / ENCODER_CONFIG).is_file():
             model, config = load_model(inside, num_classes=0)
             return Encoder(model, config["model_args"], config["pretrained_cfg"]["input_size"][-1])
-    raise UserError(f"{source} holds no encoder: neither {CONFIG} nor encoder/{CONFIG} is there")
+    raise UserError(
+        f"{source} holds no encoder: neither {ENCODER_CONFIG} nor encoder/{ENCODER_CONFIG} is there"
+    )
 
 
 def encoder_for(source: str, image_size: int | None) -> Encoder:
@@ -133,14 +141,14 @@ def load_model(folder: Path, num_classes: int | None = None) -> tuple[Any, dict[
     Raises:
         UserError: If the folder is damaged or its weights belong to another architecture.
     """
-    config = read_model_config(folder / CONFIG)
+    config = read_model_config(folder / ENCODER_CONFIG)
     name, has_classes = config["architecture"], config["num_classes"]
     classes = has_classes if num_classes is None else num_classes
     shapes = _read_shapes(folder / WEIGHTS)
     try:
         drawn = draw_up(config, classes, len(shapes), (folder / WEIGHTS).stat().st_size)
-    except SENSELESS as error:
-        raise UserError(f"{folder / CONFIG} is damaged: {first_line(error)}") from None
+    except BUILD_ERRORS as error:
+        raise UserError(f"{folder / ENCODER_CONFIG} is damaged: {first_line(error)}") from None
     if classes == 0 and has_classes:
         shapes = _without_classifier(shapes, drawn)
     _compare(drawn, shapes, str(folder), name)

@@ -24,18 +24,18 @@ from vissl_lite.inference import check_outputs
 
 Method = Literal["pca", "umap"]
 
-NEIGHBORS = 10  # of each image, that a map knows
-THUMBNAIL, QUALITY = 64, 70  # side in pixels, of JPEG: about 1.3 kB a photograph
+NUM_NEIGHBORS = 10  # of each image, that a map knows
+THUMBNAIL_SIDE, JPEG_QUALITY = 64, 70  # side in pixels, of JPEG: about 1.3 kB a photograph
 
 # UMAP looks at the 15 nearest images: among fewer than these there is nothing to unfold.
 UMAP_LEAST = 100
 
 # Similarity from which two images count as near-duplicates, see near_duplicates; and how many pairs
 # are kept, since an encoder that has collapsed finds all of them alike.
-SAME, PAIRS = 0.98, 200
+DUPLICATE_SIMILARITY, MAX_PAIRS = 0.98, 200
 
 # Bytes that the arrays of a file may take: 5,000 paths of 4,096 letters are 82 MB.
-LARGEST = 512 * 2**20
+MAX_MAP_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +89,7 @@ class ImageMap:
         Raises:
             UserError: The file is missing or damaged.
         """
-        content = read_npz(file, LARGEST)
+        content = read_npz(file, MAX_MAP_BYTES)
         try:
             return cls._of(content)
         except (LookupError, TypeError, ValueError) as error:
@@ -179,7 +179,7 @@ def make_map(
     layers, good = extract(encoder, [paths[i] for i in chosen], progress=progress)
     chosen, features = chosen[good], layers["last"]
     check_outputs([features], f"some of the {len(features)} images")
-    neighbors, similarities = nearest(features, NEIGHBORS)
+    neighbors, similarities = nearest(features, NUM_NEIGHBORS)
     return ImageMap(
         paths=[os.path.abspath(paths[i]) for i in chosen],
         labels=None if labels is None else labels[chosen],
@@ -188,7 +188,7 @@ def make_map(
         neighbors=neighbors,
         similarities=similarities,
         outlier_score=outlier_score(similarities),
-        duplicates=near_duplicates(features, SAME)[:PAIRS],
+        duplicates=near_duplicates(features, DUPLICATE_SIMILARITY)[:MAX_PAIRS],
         thumbnails=[thumbnail(paths[i]) for i in chosen],
     )
 
@@ -310,9 +310,9 @@ def unit(features: np.ndarray) -> np.ndarray:
 def thumbnail(path: str) -> bytes:
     """An image as a small JPEG file: the square that the encoder sees; gray if it can't be read."""
     try:
-        small = resize_and_crop(read_image(path, THUMBNAIL), THUMBNAIL)
+        small = resize_and_crop(read_image(path, THUMBNAIL_SIDE), THUMBNAIL_SIDE)
     except BROKEN_IMAGE:  # it was read a moment ago, but can have gone since
-        small = np.full((THUMBNAIL, THUMBNAIL, 3), 128, np.uint8)
+        small = np.full((THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3), 128, np.uint8)
     written = BytesIO()
-    Image.fromarray(small).save(written, "JPEG", quality=QUALITY, optimize=True)
+    Image.fromarray(small).save(written, "JPEG", quality=JPEG_QUALITY, optimize=True)
     return written.getvalue()

@@ -17,7 +17,7 @@ from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings, build_optimizer, clip_gradients
 from vissl_lite.plots import Picture
 from vissl_lite.training.processes import trainer_of
-from vissl_lite.training.sharding import UnshardedCopy, is_sharded, shard
+from vissl_lite.training.sharding import UnshardedCopy, is_sharded, shard_module
 
 Backbones = Literal["any", "ViT", "CNN", "patches"]
 
@@ -160,7 +160,7 @@ class PretextTask(pl.LightningModule, ABC):
     def configure_model(self) -> None:
         if self.device_mesh is not None and not is_sharded(self):
             self._unsharded.keep(self)
-            shard(self, self.device_mesh)
+            shard_module(self, self.device_mesh)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.loss([self.encoder.normalize(view) for view in batch.views])

@@ -17,7 +17,7 @@ from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import PretextInfo, PretextTask, Visualization
 from vissl_lite.pretext.modules.crops import cropped_views
-from vissl_lite.pretext.modules.heads import Decoder
+from vissl_lite.pretext.modules.heads import MapDecoder
 from vissl_lite.pretext.modules.visualization import picture_rows
 from vissl_lite.training.processes import world
 
@@ -273,7 +273,7 @@ class Colorization(PretextTask):
         if not 0 < uniform <= 1:
             raise UserError(f"--pretext.uniform {uniform} is not a share above 0, at most 1")
         bins = gamut_bins().clone()
-        self.decoder = Decoder(encoder, len(bins), decoder_width)
+        self.decoder = MapDecoder(encoder, len(bins), decoder_width)
         self.bins: Tensor
         self.candidates: Tensor
         self.smoothing: Tensor
@@ -307,7 +307,7 @@ class Colorization(PretextTask):
         lab = rgb_to_lab(((images - shift) / (255 * scale)).clamp(0, 1))
         gray = lab[:, :1] / 100 * (255 * scale) + shift
         gray = gray.contiguous(memory_format=torch.channels_last)
-        return gray, F.adaptive_avg_pool2d(lab[:, 1:], Decoder.size(images))
+        return gray, F.adaptive_avg_pool2d(lab[:, 1:], MapDecoder.size(images))
 
     @torch.no_grad()
     def count_colors(self, colors: Tensor, nearest: Tensor) -> None:
@@ -342,7 +342,7 @@ class Colorization(PretextTask):
         Returns:
             ``(B, Q, s, s)`` logits of the bins.
         """
-        return self.decoder(*self.encoder.pooled_and_map(gray), Decoder.size(gray))
+        return self.decoder(*self.encoder.pooled_and_map(gray), MapDecoder.size(gray))
 
     def loss(self, views: list[Tensor]) -> Tensor:
         gray, target = self.split(views[0])

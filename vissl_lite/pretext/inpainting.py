@@ -14,7 +14,7 @@ from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import PretextInfo, PretextTask, Visualization
 from vissl_lite.pretext.modules.crops import cropped_views
-from vissl_lite.pretext.modules.heads import Decoder
+from vissl_lite.pretext.modules.heads import MapDecoder
 from vissl_lite.pretext.modules.visualization import reconstruction
 
 # Number of blocks to try for each image, and range of the masked fraction. Smaller masks might not
@@ -106,7 +106,7 @@ class Inpainting(PretextTask):
         if not MIN_MASKED <= masked <= MAX_MASKED:
             raise UserError(f"--pretext.masked {masked} must be in [{MIN_MASKED}, {MAX_MASKED}]")
         # Each location of the decoder's map predicts a square of pixels.
-        self.decoder = Decoder(encoder, len(encoder.mean) * Decoder.STRIDE**2, decoder_width)
+        self.decoder = MapDecoder(encoder, len(encoder.mean) * MapDecoder.STRIDE**2, decoder_width)
         self.masked, self.min_crop_scale = masked, min_crop_scale
 
     def views(self, upright: bool = True) -> Views:
@@ -123,8 +123,8 @@ class Inpainting(PretextTask):
             ``(B, C, S, S)`` predictions of all pixels.
         """
         visible = images.masked_fill(mask, 0.0)
-        decoded = self.decoder(*self.encoder.pooled_and_map(visible), Decoder.size(images))
-        pixels = F.pixel_shuffle(decoded, Decoder.STRIDE)
+        decoded = self.decoder(*self.encoder.pooled_and_map(visible), MapDecoder.size(images))
+        pixels = F.pixel_shuffle(decoded, MapDecoder.STRIDE)
         return pixels[:, :, : images.shape[2], : images.shape[3]]
 
     def loss(self, views: list[Tensor]) -> Tensor:

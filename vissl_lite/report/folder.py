@@ -15,7 +15,7 @@ from vissl_lite.data.yaml_file import read_yaml
 from vissl_lite.errors import UserError
 from vissl_lite.metrics_file import read_metrics
 from vissl_lite.run import LARGEST_RESULTS, LOG, METRICS, RESULTS
-from vissl_lite.run_folder import CONFIG, is_locked
+from vissl_lite.run_folder import RUN_CONFIG, is_locked
 from vissl_lite.run_record import RUN, RunRecord, read_record
 
 # Number of log lines that are quoted, and number of bytes at the end of the log that are read.
@@ -75,7 +75,7 @@ def read_run(folder: Path) -> RunFolder:
     run = RunFolder(folder, read_record(folder))
     if run.record is None and run.has(RUN):
         run.unreadable.append(f"{RUN} is damaged and left out.")
-    run.config = _mapping(run, CONFIG, read_yaml) or {}
+    run.config = _mapping(run, RUN_CONFIG, read_yaml) or {}
     run.results = _mapping(run, RESULTS, lambda file: read_json(file, LARGEST_RESULTS))
     if run.has(METRICS):
         _read_metrics(run)

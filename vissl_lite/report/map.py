@@ -38,7 +38,7 @@ MAX_OUTLIERS, MAX_PAIRS, MAX_SELECTED = 24, 24, 60
 PROJECTION_NAMES = {"pca": "PCA", "umap": "UMAP"}
 
 # Once all colors are used, the shape of the points distinguishes further classes.
-SHAPES = ("circle", "square", "triangle", "diamond", "inverted_triangle", "hex")
+MARKERS = ("circle", "square", "triangle", "diamond", "inverted_triangle", "hex")
 
 _TOOLTIP = """
 <div style="max-width: 260px; overflow-wrap: anywhere">
@@ -236,7 +236,7 @@ def _draw(
             source=source,
             view=CDSView(filter=IndexFilter(inside.tolist())),
             fill_color=colors[label],
-            marker=SHAPES[label // 20 % len(SHAPES)],
+            marker=MARKERS[label // 20 % len(MARKERS)],
             **style,
         )
         layers.append((name, layer))

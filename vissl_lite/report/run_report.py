@@ -17,7 +17,7 @@ from vissl_lite.report.map import map_layout
 from vissl_lite.report.page import Block, render, write_page
 from vissl_lite.report.results import main_figures, result_blocks, verdicts
 from vissl_lite.run import LOG, MAP, METRICS, RESULTS
-from vissl_lite.run_folder import CONFIG
+from vissl_lite.run_folder import RUN_CONFIG
 from vissl_lite.run_record import RunRecord, WarningRecord
 
 REPORT = "report.html"
@@ -218,7 +218,7 @@ def _map(run: RunFolder) -> list[Block]:
 
 
 def _provenance(run: RunFolder) -> Block:
-    file = shlex.quote(str(run.folder / CONFIG))
+    file = shlex.quote(str(run.folder / RUN_CONFIG))
     command = f"vissl-lite {run.command} --config {file} --out NEW_FOLDER" if run.command else ""
     options = {
         name: "" if value is None else yaml.safe_dump(value, default_flow_style=True, width=1 << 30)

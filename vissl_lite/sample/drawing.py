@@ -18,7 +18,7 @@ Plane = np.ndarray  # (size, size) float32 in 0..1: one number a pixel
 Canvas = np.ndarray  # (size, size, 3) float32, about 0..1: an RGB picture in the making
 
 
-class Part(NamedTuple):
+class Region(NamedTuple):
     """A polygon of a shape; the parts are drawn in order, and ink 0 cuts a hole."""
 
     points: Points
@@ -61,66 +61,69 @@ def _densify(points: Points, pieces: int = 6) -> Points:
 # ------------------------------------------- the classes: shapes of radius about 1 around (0, 0)
 
 
-def _arrow(rng: Generator) -> list[Part]:
+def _arrow(rng: Generator) -> list[Region]:
     neck, wing, shaft = rng.uniform(-0.1, 0.35), rng.uniform(0.55, 0.85), rng.uniform(0.15, 0.28)
     upper = [(1.0, 0.0), (neck, wing), (neck, shaft), (-1.0, shaft)]
-    return [Part(np.array([*upper, *((x, -y) for x, y in reversed(upper[1:]))]))]
+    return [Region(np.array([*upper, *((x, -y) for x, y in reversed(upper[1:]))]))]
 
 
-def _crescent(rng: Generator) -> list[Part]:
+def _crescent(rng: Generator) -> list[Region]:
     bite = rng.uniform(0.75, 0.9)
-    return [Part(_circle(1.0)), Part(_circle(bite, x=1.15 - bite + rng.uniform(0.0, 0.25)), ink=0)]
+    return [
+        Region(_circle(1.0)),
+        Region(_circle(bite, x=1.15 - bite + rng.uniform(0.0, 0.25)), ink=0),
+    ]
 
 
-def _cross(rng: Generator) -> list[Part]:
+def _cross(rng: Generator) -> list[Region]:
     width, beam = rng.uniform(0.35, 0.6), rng.uniform(-0.3, 0.3)
-    return [Part(_bar(-1, 0, 1, 0, width)), Part(_bar(beam, -1, beam, 1, width))]
+    return [Region(_bar(-1, 0, 1, 0, width)), Region(_bar(beam, -1, beam, 1, width))]
 
 
-def _flower(rng: Generator) -> list[Part]:
+def _flower(rng: Generator) -> list[Region]:
     petals, depth = rng.integers(4, 8), rng.uniform(0.18, 0.32)
     angle = np.linspace(0, 2 * np.pi, 96, endpoint=False)
-    outline = Part(_polar(1 - depth * (1 - np.abs(np.sin(angle * petals / 2))) * 2))
-    return [outline, Part(_circle(rng.uniform(0.12, 0.25)), ink=0)]
+    outline = Region(_polar(1 - depth * (1 - np.abs(np.sin(angle * petals / 2))) * 2))
+    return [outline, Region(_circle(rng.uniform(0.12, 0.25)), ink=0)]
 
 
-def _gear(rng: Generator) -> list[Part]:
+def _gear(rng: Generator) -> list[Region]:
     teeth, root = rng.integers(7, 12), rng.uniform(0.7, 0.8)
     rim = np.tile([1.0, 1.0, root, root], teeth)
-    return [Part(_polar(rim)), Part(_circle(rng.uniform(0.2, 0.42)), ink=0)]
+    return [Region(_polar(rim)), Region(_circle(rng.uniform(0.2, 0.42)), ink=0)]
 
 
-def _heart(rng: Generator) -> list[Part]:
+def _heart(rng: Generator) -> list[Region]:
     t = np.linspace(0, 2 * np.pi, 60, endpoint=False)
     dip = rng.uniform(4.0, 6.5)
     y = -(13 * np.cos(t) - dip * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))
-    return [Part(np.stack([16 * np.sin(t) ** 3, y], axis=1) / 16)]
+    return [Region(np.stack([16 * np.sin(t) ** 3, y], axis=1) / 16)]
 
 
-def _ladder(rng: Generator) -> list[Part]:
+def _ladder(rng: Generator) -> list[Region]:
     half, width, rungs = rng.uniform(0.4, 0.55), rng.uniform(0.18, 0.26), rng.integers(3, 6)
-    rails = [Part(_bar(side, -1.1, side, 1.1, width)) for side in (-half, half)]
-    return rails + [Part(_bar(-half, y, half, y, width)) for y in np.linspace(-0.85, 0.85, rungs)]
+    rails = [Region(_bar(side, -1.1, side, 1.1, width)) for side in (-half, half)]
+    return rails + [Region(_bar(-half, y, half, y, width)) for y in np.linspace(-0.85, 0.85, rungs)]
 
 
-def _ring(rng: Generator) -> list[Part]:
+def _ring(rng: Generator) -> list[Region]:
     hole, shift = rng.uniform(0.5, 0.75), rng.uniform(0.0, 0.12)
-    return [Part(_circle(1.0)), Part(_circle(hole, x=shift), ink=0)]
+    return [Region(_circle(1.0)), Region(_circle(hole, x=shift), ink=0)]
 
 
-def _spiral(rng: Generator) -> list[Part]:
+def _spiral(rng: Generator) -> list[Region]:
     turns, hand = rng.uniform(1.7, 2.3), rng.choice([-1, 1])
     along = np.linspace(0.1, 1, 60)
     angle = hand * along * turns * 2 * np.pi
     path = along[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    return [Part(_ribbon(path, rng.uniform(0.2, 0.27)))]
+    return [Region(_ribbon(path, rng.uniform(0.2, 0.27)))]
 
 
-def _star(rng: Generator) -> list[Part]:
-    return [Part(_polar(np.tile([1.0, rng.uniform(0.35, 0.5)], rng.integers(4, 8))))]
+def _star(rng: Generator) -> list[Region]:
+    return [Region(_polar(np.tile([1.0, rng.uniform(0.35, 0.5)], rng.integers(4, 8))))]
 
 
-_DRAWERS: tuple[Callable[[Generator], list[Part]], ...] = (
+_DRAWERS: tuple[Callable[[Generator], list[Region]], ...] = (
     *(_arrow, _crescent, _cross, _flower, _gear, _heart, _ladder, _ring, _spiral, _star),
 )
 SHAPES = {drawer.__name__.strip("_"): drawer for drawer in _DRAWERS}
@@ -129,7 +132,7 @@ CLASSES = tuple(SHAPES)  # in the alphabet's order, as image-folder readers numb
 # ------------------------------------------------------------- planes: masks and textures
 
 
-def _fill(parts: Iterable[Part], size: int, oversample: int = 3) -> Plane:
+def _fill(parts: Iterable[Region], size: int, oversample: int = 3) -> Plane:
     """How much of each pixel the parts cover; their corners are in pictures' widths, 0..1."""
     image = Image.new("L", (size * oversample, size * oversample))
     draw = ImageDraw.Draw(image)
@@ -138,7 +141,7 @@ def _fill(parts: Iterable[Part], size: int, oversample: int = 3) -> Plane:
     return np.asarray(image.reduce(oversample), np.float32) / 255
 
 
-def _warp(parts: list[Part], rng: Generator) -> list[Part]:
+def _warp(parts: list[Region], rng: Generator) -> list[Region]:
     """The shape bent, squeezed, sheared and turned at random, about its old size."""
     waves = [(k, rng.uniform(-0.07, 0.07), rng.uniform(0, 2 * np.pi)) for k in (1, 2, 3)]
     turn = rng.uniform(0, 2 * np.pi)
@@ -150,7 +153,7 @@ def _warp(parts: list[Part], rng: Generator) -> list[Part]:
         swell = 1 + sum(a * np.cos(k * angle + phase) for k, a, phase in waves)
         return (points * np.reshape(swell, (-1, 1))) @ linear.T
 
-    return [Part(bend(_densify(points)), ink) for points, ink in parts]
+    return [Region(bend(_densify(points)), ink) for points, ink in parts]
 
 
 def _object(name: str, rng: Generator, size: int) -> Plane:
@@ -161,12 +164,12 @@ def _object(name: str, rng: Generator, size: int) -> Plane:
     """
     parts = _warp(SHAPES[name](rng), rng)
     # one unit is a third of the trial's width; fine pixels, as polygons come out half a pixel fat
-    trial = _fill([Part(points / 3 + 0.5, ink) for points, ink in parts], 128, oversample=1)
+    trial = _fill([Region(points / 3 + 0.5, ink) for points, ink in parts], 128, oversample=1)
     rows, columns = np.nonzero(trial)
     center = ((np.array([columns.mean(), rows.mean()]) + 0.5) / 128 - 0.5) * 3
     scale = np.sqrt(rng.uniform(*_LOOK.area) / trial.mean()) / 3
     place = rng.uniform(0.4, 0.6, 2)
-    return _fill([Part((points - center) * scale + place, ink) for points, ink in parts], size)
+    return _fill([Region((points - center) * scale + place, ink) for points, ink in parts], size)
 
 
 def _scrap(rng: Generator, size: int, length: float) -> Plane:
@@ -181,7 +184,7 @@ def _scrap(rng: Generator, size: int, length: float) -> Plane:
         points = _polar(rng.uniform(0.35, 0.5) * (1 + rng.uniform(-0.15, 0.15, 12)))
     else:
         points = _polar(rng.uniform(0.3, 0.8, rng.integers(3, 5)))
-    return _fill([Part(points * length + place)], size, oversample=2)
+    return _fill([Region(points * length + place)], size, oversample=2)
 
 
 def _clouds(rng: Generator, size: int, cells: int) -> Plane:

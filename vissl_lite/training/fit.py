@@ -32,7 +32,7 @@ from vissl_lite.training.hardware import Hardware, choose_precision, tf32
 from vissl_lite.training.memory import out_of_memory
 from vissl_lite.training.progress import MetricsLogger, ProgressBar, StepEnd, ThroughputMonitor
 from vissl_lite.training.schedule import Schedule
-from vissl_lite.training.sharding import PRECISIONS, check_same_sharding
+from vissl_lite.training.sharding import SHARDED_PRECISIONS, check_same_sharding
 from vissl_lite.training.stream import BrokenImages, StreamData
 from vissl_lite.training.sync_batchnorm import SyncBatchNorm
 
@@ -139,7 +139,7 @@ def fit(
             check_same_sharding(saved, hardware.sharded)
     all_callbacks.append(StepEnd(monitor))
     precision = choose_precision(hardware.precision, module)
-    if hardware.sharded and precision not in PRECISIONS:
+    if hardware.sharded and precision not in SHARDED_PRECISIONS:
         precision = "32-true"  # A GPU without bf16.
     trainer = pl.Trainer(
         accelerator="auto",

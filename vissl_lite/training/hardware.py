@@ -14,7 +14,7 @@ from torch import nn
 
 from vissl_lite.errors import UserError, check_count, did_you_mean
 from vissl_lite.training.compiling import check_compiler
-from vissl_lite.training.sharding import STRATEGY, check_sharding, sharded_strategy
+from vissl_lite.training.sharding import FSDP, check_sharding, sharded_strategy
 
 LARGEST_CLUSTER = 100_000  # Machines.
 
@@ -70,7 +70,7 @@ class Hardware:
             )
         _check_precision(self.precision)
         names = StrategyRegistry.available_strategies()
-        known = ["auto", STRATEGY, *(name for name in names if name.startswith("ddp"))]
+        known = ["auto", FSDP, *(name for name in names if name.startswith("ddp"))]
         if self.strategy not in known:
             raise UserError(
                 f"--strategy {self.strategy} is not known: {did_you_mean(self.strategy, known)}"
@@ -103,7 +103,7 @@ class Hardware:
     @property
     def sharded(self) -> bool:
         """Whether each process holds only a part of the network."""
-        return self.strategy == STRATEGY
+        return self.strategy == FSDP
 
     def devices_here(self) -> int | str:
         """Devices on this machine, in the form that Lightning takes."""

@@ -13,9 +13,9 @@ from vissl_lite.training.schedule import Schedule
 # The side that views begin with, as a share of their own; when it begins to rise, and when it is
 # whole, as shares of the run (the defaults of Composer's ProgressiveResizing, MosaicML 2022, after
 # Howard 2018, "Training Imagenet in 3 hours for USD 25").
-SMALLEST, RISES, WHOLE = 0.5, 0.5, 0.8
+INITIAL_SIDE, GROWTH_START, GROWTH_END = 0.5, 0.5, 0.8
 # Few sizes: compilers and cuDNN look for the best kernels for each of them anew.
-SIZES = 4
+NUM_SIZES = 4
 
 
 def share_of_side(progress: float) -> float:
@@ -24,10 +24,10 @@ def share_of_side(progress: float) -> float:
     Args:
         progress: Share of the run that is done, in [0, 1].
     """
-    risen = min(1.0, max(0.0, (progress - RISES) / (WHOLE - RISES)))
+    risen = min(1.0, max(0.0, (progress - GROWTH_START) / (GROWTH_END - GROWTH_START)))
     if risen == 1:
         return 1.0
-    return SMALLEST + (1 - SMALLEST) * int(risen * SIZES) / SIZES
+    return INITIAL_SIDE + (1 - INITIAL_SIDE) * int(risen * NUM_SIZES) / NUM_SIZES
 
 
 def shrink(views: Tensor, share: float, encoder: Encoder) -> Tensor:

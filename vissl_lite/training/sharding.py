@@ -20,12 +20,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from vissl_lite.errors import UserError
 from vissl_lite.training.sync_batchnorm import SyncBatchNorm
 
-STRATEGY = "fsdp"
+FSDP = "fsdp"
 
 Module = TypeVar("Module", bound=nn.Module)
 
 # What Lightning can do with a network in parts.
-PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true", "16-true")
+SHARDED_PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true", "16-true")
 
 
 def sharded_strategy(processes: int) -> ModelParallelStrategy:
@@ -41,18 +41,18 @@ def sharded_strategy(processes: int) -> ModelParallelStrategy:
 
 def check_sharding(precision: str, compile: bool) -> None:
     """Raise a UserError for settings that sharding does not support."""
-    if precision not in PRECISIONS:
+    if precision not in SHARDED_PRECISIONS:
         raise UserError(
-            f"--strategy {STRATEGY} works with --precision {', '.join(PRECISIONS)}, not with "
+            f"--strategy {FSDP} works with --precision {', '.join(SHARDED_PRECISIONS)}, not with "
             f"{precision}"
         )
     if compile:
         raise UserError(
-            f"--compile and --strategy {STRATEGY} do not go together: leave one of them out"
+            f"--compile and --strategy {FSDP} do not go together: leave one of them out"
         )
 
 
-def shard(module: pl.LightningModule, mesh: DeviceMesh) -> None:
+def shard_module(module: pl.LightningModule, mesh: DeviceMesh) -> None:
     """Shard the weights of a module over all processes.
 
     Blocks that a network repeats are gathered one at a time, all other weights together for the
@@ -85,7 +85,7 @@ def repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether ``shard`` has been applied."""
+    """Whether ``shard_module`` has been applied."""
     return isinstance(module, FSDPModule)
 
 
@@ -102,7 +102,7 @@ def check_same_sharding(checkpoint: dict[str, Any], sharded: bool) -> None:
     before = checkpoint.get("sharded", False)
     if before != sharded:
         raise UserError(
-            f"the run was trained {'with' if before else 'without'} --strategy {STRATEGY}: resume "
+            f"the run was trained {'with' if before else 'without'} --strategy {FSDP}: resume "
             f"it like that"
         )
 
@@ -123,7 +123,7 @@ class UnshardedCopy:
         """The module with its current weights. All processes have to call it.
 
         Args:
-            module: As given to ``keep``, cut by ``shard`` or not.
+            module: As given to ``keep``, cut by ``shard_module`` or not.
 
         Returns:
             The copy, with the weights and buffers of the module. The module itself if it is not

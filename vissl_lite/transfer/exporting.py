@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from vissl_lite.data.images import resize_and_crop
-from vissl_lite.encoders.config import CONFIG
+from vissl_lite.encoders.config import ENCODER_CONFIG
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.encoders.folder import load_encoder
 
@@ -81,6 +81,6 @@ def export_encoder(source: str, image_size: int | None) -> ExportModel:
     # not `encoder` itself, whose care for bf16 on small images the exporter can't follow
     layers = nn.Sequential(Normalization(encoder), encoder.model, nn.Identity())
     places = (Path(source), Path(source) / "encoder")
-    folder = next((place for place in places if (place / CONFIG).is_file()), None)
+    folder = next((place for place in places if (place / ENCODER_CONFIG).is_file()), None)
     size = encoder.image_size
     return ExportModel(layers, "encoder", ("features",), (size, size), folder)

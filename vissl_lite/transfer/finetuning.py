@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vissl_lite.data.atomic_file import write_atomically
 from vissl_lite.data.json_file import read_json
 from vissl_lite.data.stream import Batch, KeyedDataset
-from vissl_lite.encoders.config import CONFIG, SENSELESS, checked_names
+from vissl_lite.encoders.config import BUILD_ERRORS, ENCODER_CONFIG, checked_names
 from vissl_lite.encoders.encoder import Encoder, first_line
 from vissl_lite.encoders.folder import load_encoder, load_tensors, read_weights, save_encoder
 from vissl_lite.errors import UserError
@@ -248,7 +248,7 @@ def load_with_head(
             drawn = build(encoder, about)
         _compare(drawn, encoder, weights, folder)
         model = build(encoder, about)
-    except SENSELESS as error:
+    except BUILD_ERRORS as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
         raise UserError(f"{folder / HEAD} is damaged: {reason}") from None
     load_tensors(model, weights, str(folder / HEAD_WEIGHTS))
@@ -308,6 +308,6 @@ def model_folder(source: Path) -> Path:
         UserError: There is no model.
     """
     for folder in (source / "model", source):
-        if (folder / HEAD).is_file() or (folder / CONFIG).is_file():
+        if (folder / HEAD).is_file() or (folder / ENCODER_CONFIG).is_file():
             return folder
     raise UserError(f"no model at {source}: give a run of finetune, or its model folder")

@@ -22,7 +22,7 @@ from vissl_lite.transfer.options import FrozenNormOption
 
 log = logging.getLogger(__name__)
 
-LARGEST = 1024  # longer side in pixels of an image in a figure of predictions
+MAX_FIGURE_SIDE = 1024  # longer side in pixels of an image in a figure of predictions
 
 
 class Pyramid(nn.Module):
@@ -214,7 +214,7 @@ def shrunk(image: np.ndarray) -> np.ndarray:
     Args:
         image: ``(H, W, C)`` uint8.
     """
-    factor = max(image.shape[:2]) / LARGEST
+    factor = max(image.shape[:2]) / MAX_FIGURE_SIDE
     if factor <= 1:
         return image
     height, width = (max(1, round(side / factor)) for side in image.shape[:2])

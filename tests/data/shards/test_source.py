@@ -374,7 +374,7 @@ def test_a_sample_comes_from_several_shards(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shard_stream, "SAMPLE_SHARDS", 3)
-    monkeypatch.setattr(shard_stream, "SAMPLE", 6)
+    monkeypatch.setattr(shard_stream, "SAMPLE_IMAGES", 6)
     write_sample(found(made), tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         f"{number:09}.jpg" for number in (0, 1, 8, 9, 26, 27)

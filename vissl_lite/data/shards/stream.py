@@ -38,7 +38,7 @@ from vissl_lite.errors import UserError
 WINDOW_BYTES, MIN_WINDOW, MAX_WINDOW, DEFAULT_WINDOW = 128 << 20, 16, 4096, 256
 
 # Sample for inspection: number of images, and maximum number of shards and bytes to read
-SAMPLE, SAMPLE_SHARDS, SAMPLE_BYTES = 512, 8, 256 << 20
+SAMPLE_IMAGES, SAMPLE_SHARDS, SAMPLE_BYTES = 512, 8, 256 << 20
 
 # Consecutive unreadable shards before an error: more are unlikely to be damage of the shards
 MAX_FAILED_SHARDS = 8
@@ -333,7 +333,7 @@ def write_sample(shards: Shards, folder: Path) -> None:
     if len(some) > SAMPLE_SHARDS:
         some = some[np.linspace(0, len(some) - 1, SAMPLE_SHARDS).astype(int)]
     for shard in some.tolist():
-        each = min(-(-SAMPLE // len(some)), int(shards.counts[shard]))
+        each = min(-(-SAMPLE_IMAGES // len(some)), int(shards.counts[shard]))
         room = SAMPLE_BYTES // len(some)
         for found in read_images(shards, shards.starts[shard] + np.arange(each), lost):
             suffix = os.path.splitext(found.name)[1]

@@ -20,7 +20,7 @@ from typing import IO, Any
 from vissl_lite.data.shards.download import Readable
 
 # Maximum bytes of a file that is read: the largest 8-bit RGB image that Pillow decodes
-LARGEST = 512 << 20
+MAX_IMAGE_BYTES = 512 << 20
 
 # Maximum bytes of an extended header and of a name
 _HEADER, _NAME = 1 << 20, 4096
@@ -110,7 +110,7 @@ class TarReader:
 
     def read(self) -> bytes:
         """Return the content of the file; empty if it is too large or sparse."""
-        if self._left > LARGEST or self._sparse:
+        if self._left > MAX_IMAGE_BYTES or self._sparse:
             self.skip()
             return b""
         return self._content()

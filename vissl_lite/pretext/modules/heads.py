@@ -71,7 +71,7 @@ class PrototypeHead(nn.Module):
         self.prototypes.weight.grad = None
 
 
-class Decoder(nn.Module):
+class MapDecoder(nn.Module):
     """Decode the last feature map of an encoder to a quarter of the image resolution.
 
     Alternates 3x3 convolutions and 2x upsampling. The pooled features are added at every location:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vissl_lite.encoders.config import CONFIG
+from vissl_lite.encoders.config import ENCODER_CONFIG
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.encoders.folder import load_model, save_model
 from vissl_lite.errors import UserError
@@ -99,7 +99,7 @@ def load_classifier(source: Path) -> Classifier:
         UserError: There is no classifier, or it is damaged.
     """
     folder = model_folder(source)
-    if not (folder / CONFIG).is_file():
+    if not (folder / ENCODER_CONFIG).is_file():
         raise UserError(f"{folder} holds no classifier")
     model, config = load_model(folder)
     names, about = config.get("label_names"), config.get("vissl_lite", {})
@@ -107,6 +107,8 @@ def load_classifier(source: Path) -> Classifier:
         raise UserError(f"{folder} is not a classifier: its config.json names no classes")
     multi_label = about.get("multi_label", False)
     if not isinstance(multi_label, bool):
-        raise UserError(f"{folder / CONFIG} is damaged: multi_label is neither true nor false")
+        raise UserError(
+            f"{folder / ENCODER_CONFIG} is damaged: multi_label is neither true nor false"
+        )
     encoder = Encoder(model, config["model_args"], config["pretrained_cfg"]["input_size"][-1])
     return Classifier(encoder, names, multi_label)

@@ -31,7 +31,7 @@ from vissl_lite.transfer.classification.training import check_settings, train_cl
 from vissl_lite.transfer.exporting import ExportModel, Normalization
 from vissl_lite.transfer.prediction import Predictions, growing_file
 
-SHOWN = 16  # test images in the picture of predictions beside the truth
+MAX_SHOWN = 16  # test images in the picture of predictions beside the truth
 
 
 class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestScores]):
@@ -80,7 +80,7 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
         if scores.confusion is not None:
             plot_confusion(scores.confusion, data.classes, run / "confusion.png")
         plot_per_class(scores.per_class, run / "per_class.png")
-        part = data.test.take(spread(len(data.test), SHOWN))
+        part = data.test.take(spread(len(data.test), MAX_SHOWN))
         logits, good = class_logits(model, part.paths)
         part = part.take(np.flatnonzero(good))
         if data.multi_label:

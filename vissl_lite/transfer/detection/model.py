@@ -17,7 +17,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from vissl_lite.data.images import BROKEN_IMAGE, read_image
 from vissl_lite.data.reading import reason
-from vissl_lite.data.views import PADDING
+from vissl_lite.data.views import PADDING_GRAY
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.inference import check_outputs, inference_mode, report_broken
 from vissl_lite.transfer.detection.data import BoxedImage
@@ -29,7 +29,7 @@ from vissl_lite.transfer.pyramid import Pyramid, PyramidModel
 MIN_SCORE = 0.05
 
 # Channels of the pyramid and the heads: half as many as in the papers, for small data sets.
-CHANNELS = 128
+PYRAMID_CHANNELS = 128
 
 
 class Detections(NamedTuple):
@@ -103,7 +103,7 @@ class Detector(PyramidModel):
         super().__init__()
         self.classes, count = list(classes), len(classes)
         self.kind, self.canvas, self.threshold = kind, canvas, 0.5
-        pyramid = Pyramid(encoder, CHANNELS, finest=4 if kind == "faster_rcnn" else 8)
+        pyramid = Pyramid(encoder, PYRAMID_CHANNELS, finest=4 if kind == "faster_rcnn" else 8)
         maps, strides = _PyramidBackbone(encoder, pyramid), pyramid.strides
         size_limits: dict[str, Any] = {"min_size": min(canvas), "max_size": max(canvas)}
         self.net: Any
@@ -223,7 +223,7 @@ def fit_into(image: np.ndarray, canvas: tuple[int, int]) -> tuple[np.ndarray, fl
     scale = min(canvas[0] / image.shape[0], canvas[1] / image.shape[1])
     height, width = (max(1, round(side * scale)) for side in image.shape[:2])
     interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    padded = np.full((*canvas, image.shape[2]), PADDING, np.uint8)
+    padded = np.full((*canvas, image.shape[2]), PADDING_GRAY, np.uint8)
     padded[:height, :width] = cv2.resize(image, (width, height), interpolation=interpolation)
     return padded, scale
 

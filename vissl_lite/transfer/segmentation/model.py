@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from vissl_lite.data.views import LARGE
+from vissl_lite.data.views import OWN_SCALE_RATIO
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.inference import check_outputs, inference_mode
 from vissl_lite.transfer.finetuning import load_with_head, save_with_head
 from vissl_lite.transfer.pyramid import Pyramid, PyramidModel, group_norm
 from vissl_lite.transfer.segmentation.data import IGNORE_INDEX
 
-CHANNELS = 128  # of the pyramid and the head, as in the head of Kirillov et al. 2019
+PYRAMID_CHANNELS = 128  # of the pyramid and the head, as in the head of Kirillov et al. 2019
 
 WINDOWS_PER_BATCH = 16
 
@@ -84,7 +84,9 @@ class Segmenter(PyramidModel):
 
     encoder: Encoder
 
-    def __init__(self, encoder: Encoder, classes: Sequence[str], channels: int = CHANNELS) -> None:
+    def __init__(
+        self, encoder: Encoder, classes: Sequence[str], channels: int = PYRAMID_CHANNELS
+    ) -> None:
         super().__init__()
         self.classes, self.channels = list(classes), channels
         self.encoder = encoder
@@ -174,7 +176,7 @@ def window_starts(length: int, size: int) -> list[int]:
 
 def keeps_own_scale(image: np.ndarray, size: int) -> bool:
     """Whether an image is too large to be resized, and is cut into windows at its own scale."""
-    return min(image.shape[:2]) > LARGE * size
+    return min(image.shape[:2]) > OWN_SCALE_RATIO * size
 
 
 def _resize(image: np.ndarray, size: int) -> np.ndarray:
