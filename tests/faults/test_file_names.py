@@ -18,7 +18,7 @@ from vissl_lite.evaluation import embedding
 from vissl_lite.sample.dataset import make_sample_data
 from vissl_lite.transfer.classification.data import load_labelled
 from vissl_lite.transfer.detection.data import load_boxes
-from vissl_lite.transfer.prediction import MOST_BYTES, file_name
+from vissl_lite.transfer.prediction import MAX_NAME_BYTES, file_name
 from vissl_lite.transfer.sources import FileTree, read_rows
 
 NAMES = [
@@ -168,7 +168,7 @@ def test_masks_have_the_names_of_their_images(models: Path, data: Path, tmp_path
     source, out = data / "segmentation" / "images", tmp_path / "out"
     assert run("predict", "--model", models / "segmentation", "--data", source, "--pictures", 200,
                "--out", out) == 0  # fmt: skip
-    expected = {os.fsdecode(name) + ".png" for name in NAMES if len(name) <= MOST_BYTES}
+    expected = {os.fsdecode(name) + ".png" for name in NAMES if len(name) <= MAX_NAME_BYTES}
     found = {file.name for file in (out / "masks").iterdir()}
     assert len(found) == len(NAMES)
     assert expected <= found

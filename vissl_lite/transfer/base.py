@@ -106,7 +106,7 @@ class LabelledDataset(ABC):
         return None
 
     def identity(self) -> list[str]:
-        """Strings that identify the images and labels of the data set."""
+        """Strings that identify the images and parts of the data set."""
         return [f"{part} {path}" for part in PARTS for path in self.paths(part)]
 
 
@@ -163,7 +163,7 @@ class TrainedModel(Protocol):
     """A fine-tuned model.
 
     Attributes:
-        encoder: The part of it that came from pre-training: knows how images go in.
+        encoder: The encoder in the model, which normalizes images.
         classes: K names.
     """
 
@@ -221,7 +221,7 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
 
         Args:
             options: Has the task's own options among its attributes.
-            **common: Common of ``TransferSettings``.
+            **common: Keyword arguments of ``TransferSettings``.
         """
         own = {field.name: getattr(options, field.name) for field in fields(self.options)}
         return self.settings(**common, **own)
@@ -256,7 +256,7 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
             source: Source of its weights.
 
         Raises:
-            UserError: None of it.
+            UserError: The model uses none of its weights.
         """
 
     @abstractmethod

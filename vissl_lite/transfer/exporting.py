@@ -71,8 +71,8 @@ def export_encoder(source: str, image_size: int | None) -> ExportModel:
     """An encoder to be exported.
 
     Args:
-        source: See ``load_encoder``.
-        image_size: Likewise.
+        source: Source of the encoder; see ``load_encoder``.
+        image_size: Side of the images in pixels; see ``load_encoder``.
 
     Raises:
         UserError: There is no encoder, or it is damaged.

@@ -31,11 +31,11 @@ from vissl_lite.training.stream import StreamData
 
 log = logging.getLogger(__name__)
 
-# How often the validation part is looked at during a training.
+# Number of evaluations on the validation part during a training.
 EVALUATIONS = 25
 
 HEAD, HEAD_WEIGHTS = "head.json", "head.safetensors"
-LARGEST_HEAD = 16 * 2**20  # bytes of head.json
+MAX_HEAD_BYTES = 16 * 2**20  # bytes of head.json
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -50,8 +50,8 @@ class TransferSettings:
         batch_size: None for the task's own, or a quarter of the images where they are few.
         optimizer: Name, peak learning rate, weight decay, layer-wise decay.
         warmup: Share of the training in which the learning rate rises.
-        patience: Stop after so many looks at the validation part without a better figure; there
-            are 25 looks in a training. None never stops early.
+        patience: Stop after so many evaluations on the validation part without a better metric;
+            there are 25 looks in a training. None never stops early.
         min_crop_scale: Smallest share of the image's area in a training view.
         upright: Whether the images have an up; without one they are turned and flipped.
         seed: Seed of everything random.
@@ -105,7 +105,7 @@ class BestWeights(Callback):
         model: Model to keep the weights of.
         evaluate: Function that evaluates the validation part.
         schedule: Schedule of the training.
-        every: Batches from one look to the next; the last batch is followed by one too.
+        every: Batches between two evaluations; one more follows the last batch.
         patience: See ``TransferSettings``.
     """
 
@@ -243,7 +243,7 @@ def load_with_head(
     encoder = load_encoder(folder / "encoder")
     weights = read_weights(folder / HEAD_WEIGHTS)
     try:
-        # Drawn up without memory first: the head has to have the tensors that its file holds.
+        # Built on the meta device first, to check that the file holds the tensors of the head.
         with torch.device("meta"):
             drawn = build(encoder, about)
         _compare(drawn, encoder, weights, folder)
@@ -267,7 +267,7 @@ def read_head(folder: Path) -> dict[str, Any] | None:
     file = folder / HEAD
     if not file.is_file():
         return None
-    about = read_json(file, largest=LARGEST_HEAD)
+    about = read_json(file, largest=MAX_HEAD_BYTES)
     if not isinstance(about, dict):
         raise UserError(f"{file} is damaged: it holds no mapping")
     if not isinstance(about.get("task"), str):

@@ -20,7 +20,7 @@ from vissl_lite.data.reading import reason
 log = logging.getLogger(__name__)
 
 # What file systems allow a name, less ".png.part".
-MOST_BYTES = 255 - 9
+MAX_NAME_BYTES = 255 - 9
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ class Predictions:
         return os.path.commonpath([os.path.dirname(os.path.abspath(p)) for p in self.paths])
 
     def place(self, path: str, kind: str) -> Path:
-        """Path of the picture for an image: below ``kind``, in the image's own folders."""
+        """Path of the picture for an image: below ``kind``, in subfolders like the image's."""
         inside = Path(os.path.relpath(os.path.abspath(path), self.common))
         file = self.run / kind / inside.parent / file_name(inside.name)
         file.parent.mkdir(parents=True, exist_ok=True)
         return file
 
     def draw(self, number: int, path: str, drawn: Callable[[np.ndarray], np.ndarray]) -> None:
-        """Write a picture if fewer than the requested number have been drawn."""
+        """Write a picture if the image is among the first ``pictures`` ones."""
         if number < self.pictures:
             try:
                 image = read_image(path)
@@ -76,11 +76,11 @@ def file_name(name: str) -> str:
         name: Name of the image file.
     """
     whole = os.fsencode(name)
-    if len(whole) <= MOST_BYTES:
+    if len(whole) <= MAX_NAME_BYTES:
         return f"{name}.png"
     digest = blake2b(whole, digest_size=8).hexdigest()
-    # half a letter in UTF-8 would not be one
-    start = whole[: MOST_BYTES - len(digest) - 1].decode("utf-8", "ignore")
+    # A character must not be cut in the middle of its UTF-8 bytes.
+    start = whole[: MAX_NAME_BYTES - len(digest) - 1].decode("utf-8", "ignore")
     return f"{start}-{digest}.png"
 
 

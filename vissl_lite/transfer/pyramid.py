@@ -184,7 +184,7 @@ def report_use(encoder: Encoder, source: str) -> None:
         source: Source of its weights.
 
     Raises:
-        UserError: None of them: training would go on as if from nothing.
+        UserError: The gradient reaches none of them, so that the encoder would not be trained.
     """
     size = encoder.image_size
     device = next(encoder.parameters()).device

@@ -56,7 +56,7 @@ def take_share(items: Sequence[T], fraction: float | None, seed: int) -> list[T]
     """A seeded fraction of the items, at least one; smaller fractions are nested in larger ones.
 
     Args:
-        items: The whole.
+        items: All items.
         fraction: Share in (0, 1]; None takes all.
         seed: Seed of the choice.
 
@@ -72,7 +72,7 @@ def take_share(items: Sequence[T], fraction: float | None, seed: int) -> list[T]
 
 # Tables of images in a CSV file
 
-MOST_COLUMNS = 10_000
+MAX_COLUMNS = 10_000
 
 Rows = list[dict[str, str]]
 
@@ -91,8 +91,8 @@ def read_rows(file: Path) -> tuple[list[str], Rows]:
     reader = csv.DictReader(StringIO(text, newline=""), strict=True)
     try:
         columns = list(reader.fieldnames or [])
-        if len(columns) > MOST_COLUMNS:
-            raise UserError(f"{file} has {len(columns)} columns, more than {MOST_COLUMNS}")
+        if len(columns) > MAX_COLUMNS:
+            raise UserError(f"{file} has {len(columns)} columns, more than {MAX_COLUMNS}")
         twice = [name for name, count in Counter(columns).items() if count > 1 and name.strip()]
         if twice:
             raise UserError(f"{file} has the column {brief(twice[0])} twice")

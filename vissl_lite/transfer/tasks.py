@@ -13,7 +13,7 @@ from vissl_lite.transfer.detection.task import Detection
 from vissl_lite.transfer.finetuning import HEAD, model_folder, read_head
 from vissl_lite.transfer.segmentation.task import Segmentation
 
-# A task whose kinds of data, models and settings are its own affair.
+# A task of any types of data, models and settings.
 AnyTask = Task[Any, Any, Any, Any]
 
 TASKS: dict[str, AnyTask] = {

@@ -22,7 +22,7 @@ from vissl_lite.transfer.classification.files import (
 from vissl_lite.transfer.sources import TEST_SHARE, VAL_SHARE, hold_out, split_in_three, take_share
 
 # Cells of a table of images and classes, eight bytes each.
-LARGEST_TABLE = 2**29
+MAX_TABLE_CELLS = 2**29
 
 
 @dataclass(frozen=True)
@@ -340,7 +340,7 @@ def _numbered(images: _Named, classes: list[str], multi_label: bool) -> Part:
     paths = [path for path, _ in images]
     if not multi_label:
         return Part(paths, np.array([number[name] for _, (name,) in images], np.int64))
-    if len(images) * len(classes) > LARGEST_TABLE:
+    if len(images) * len(classes) > MAX_TABLE_CELLS:
         raise UserError(
             f"{len(images)} images with {len(classes)} classes, of which each may have "
             f"any, are more than the memory holds: give fewer classes"

@@ -60,7 +60,7 @@ class TestScores:
     """Scores of a classifier on the test part.
 
     Attributes:
-        metrics: Metrics with one class an image ``top1`` (share classified rightly) and
+        metrics: Metrics by name. With one class per image: ``top1`` (share classified rightly) and
             ``macro_f1``; with several labels ``map`` (mean average precision), ``auroc`` and
             ``macro_f1`` (at a probability of one half), nan without a class to score. Means over
             classes count each alike.

@@ -33,7 +33,7 @@ from vissl_lite.transfer.finetuning import EvalResult, train
 log = logging.getLogger(__name__)
 
 # Bounds of a class's balanced positive weight: beyond them a few images decide every step.
-LEAST_WEIGHT, MOST_WEIGHT = 0.1, 100.0
+MIN_POSITIVE_WEIGHT, MAX_POSITIVE_WEIGHT = 0.1, 100.0
 
 
 def check_settings(settings: ClassifierSettings, data: LabelledImages) -> None:
@@ -90,7 +90,7 @@ def loss_weights(chosen: str | dict[str, float] | None, data: LabelledImages) ->
     elif data.multi_label:
         have = labels.sum(axis=0)
         weights = (len(labels) - have) / np.maximum(have, 1)
-        weights = np.clip(weights, LEAST_WEIGHT, MOST_WEIGHT)
+        weights = np.clip(weights, MIN_POSITIVE_WEIGHT, MAX_POSITIVE_WEIGHT)
     else:
         weights = 1 / np.maximum(np.bincount(labels, minlength=count), 1)
     if not data.multi_label:
@@ -120,7 +120,7 @@ def several_labels_loss(
         logits: ``(B, K)``.
         target: ``(B, K)`` of 0 and 1.
         weights: ``(K,)``, on the side of the loss that asks for the class.
-        smoothing: S; targets are s / 2 and 1 - s / 2.
+        smoothing: Label smoothing s; targets are s / 2 and 1 - s / 2.
     """
     soft = target * (1 - smoothing) + smoothing / 2
     return F.binary_cross_entropy_with_logits(logits, soft, pos_weight=weights)
