@@ -289,7 +289,7 @@ def test_a_file_that_is_there_stays(
 
 def test_a_damaged_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "head.json").write_text("{")
-    assert "is no JSON that can be read" in refused(
+    assert "is not JSON that can be read" in refused(
         capsys, "--model", tmp_path, "--out", tmp_path / "x.onnx"
     )
 

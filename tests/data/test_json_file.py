@@ -48,7 +48,7 @@ def test_any_bytes_are_read_or_refused(content: bytes) -> None:
 def test_damage_is_said_in_one_line(content: bytes, reason: str, tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     file.write_bytes(content)
-    with pytest.raises(UserError, match=r"a\.json is no JSON that can be read: ") as raised:
+    with pytest.raises(UserError, match=r"a\.json is not JSON that can be read: ") as raised:
         read_json(file)
     assert reason in str(raised.value)
     assert len(str(raised.value).splitlines()) == 1

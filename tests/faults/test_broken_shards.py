@@ -496,11 +496,11 @@ def test_an_index_from_a_server_names_nothing_on_this_machine(
 
 
 INDICES = [
-    (b"", "it is no JSON that can be read"),
+    (b"", "it is not JSON that can be read"),
     (b"<!DOCTYPE html>", "it begins with b'<!DOCTYPE html>'"),
-    (b"\xff\xfe\xff", "it is no JSON that can be read"),
-    (b"[" * 100_000, "it is no JSON that can be read"),
-    (b'{"a":' * 100_000, "it is no JSON that can be read"),
+    (b"\xff\xfe\xff", "it is not JSON that can be read"),
+    (b"[" * 100_000, "it is not JSON that can be read"),
+    (b'{"a":' * 100_000, "it is not JSON that can be read"),
     (b"[]", "it has no list of shards, named shardlist"),
     (b"null", "it has no list of shards, named shardlist"),
     (b'{"shardlist": {}}', "it has no list of shards, named shardlist"),

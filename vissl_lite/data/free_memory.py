@@ -12,7 +12,7 @@ def free_memory(root: Path = Path("/")) -> int | None:
         root: Folder of ``proc`` and ``sys``.
 
     Returns:
-        None where the system doesn't say (it is no Linux).
+        None where the system doesn't say (not on Linux).
     """
     known = re.search(r"^MemAvailable:\s+(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE)
     if known is None:

@@ -29,7 +29,7 @@ def read_json(file: Path, largest: int = MAX_JSON_BYTES) -> Any:
         What it holds.
 
     Raises:
-        UserError: There is no such file, it is larger, or it is no JSON. So are an object that has
+        UserError: There is no such file, it is larger, or it is not JSON. So are an object that has
             a key twice, an integer of more than 20 digits, and half of a character (a lone
             surrogate), which can't be printed, unless it stands for a byte of a file's name.
     """
@@ -54,15 +54,15 @@ def parse_json(content: bytes, name: str) -> Any:
             # names of files that are not UTF-8 are written so (PEP 383)
             json.dumps(found, ensure_ascii=False).encode("utf-8", "surrogateescape")
     except UnicodeDecodeError:
-        raise UserError(f"{name} is no JSON that can be read: it is not in UTF-8") from None
+        raise UserError(f"{name} is not JSON that can be read: it is not in UTF-8") from None
     except UnicodeEncodeError:
         raise UserError(
-            f"{name} is no JSON that can be read: a text has half a character"
+            f"{name} is not JSON that can be read: a text has half a character"
         ) from None
     except RecursionError:
-        raise UserError(f"{name} is no JSON that can be read: it is nested too deeply") from None
+        raise UserError(f"{name} is not JSON that can be read: it is nested too deeply") from None
     except ValueError as error:
-        raise UserError(f"{name} is no JSON that can be read: {error}") from None
+        raise UserError(f"{name} is not JSON that can be read: {error}") from None
     return found
 
 

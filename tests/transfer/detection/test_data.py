@@ -527,7 +527,7 @@ def test_files_in_another_format(tmp_path: Path) -> None:
     file.write_text("[1, 2]")
     assert "no list 'images'" in refusal(file)
     file.write_text("{")
-    assert "notes.json is no JSON that can be read" in refusal(tmp_path)
+    assert "notes.json is not JSON that can be read" in refusal(tmp_path)
     other = write(tmp_path / "a.yaml", "lr: 3")
     assert "a.yaml is not YOLO's data.yaml" in refusal(other)
     other.write_text("names: [a\nb: {")
