@@ -308,7 +308,7 @@ def test_nothing_there_is_a_mistake(tmp_path: Path) -> None:
 )
 def test_a_damaged_config_is_a_mistake(text: str, folder: Path) -> None:
     (folder / "config.json").write_text(text)
-    with pytest.raises(UserError, match=r"config\.json is (damaged|no JSON)"):
+    with pytest.raises(UserError, match=r"config\.json is (damaged|not JSON)"):
         load_encoder(folder)
 
 
