@@ -220,7 +220,7 @@ def test_ids_of_coco_are_told_apart(root: Path) -> None:
     data = read_coco(root, json.dumps(content).encode())
     assert data is not None
     assert data.classes == ["cat", "dog"]
-    assert data.repairs == {
+    assert data.reading.counts == {
         "category with the id of another, left out": 1,
         "box not readable, left out": 1,
         "box of an image not listed, left out": 1,
@@ -238,7 +238,7 @@ def test_coco_with_too_much_of_everything(root: Path) -> None:
     content["annotations"] += [{"image_id": 0, "category_id": 1, "bbox": None}] * 30_000
     data = read_coco(root, json.dumps(content).encode())
     assert data is not None
-    assert data.repairs["box not readable, left out"] == 30_000
+    assert data.reading.counts["box not readable, left out"] == 30_000
     text = json.dumps(coco()).replace("[1, 2, 10, 12]", f"[{'9' * 400}, 2, 10, 12]")
     assert read_coco(root, text.encode()) is None
     assert read_coco(root, b"[" * 10**6) is None

@@ -19,7 +19,7 @@ from vissl_lite.report.map import map_layout
 from vissl_lite.report.page import Block, write_page
 from vissl_lite.run import logged_to_console
 from vissl_lite.training.progress import progress_bar
-from vissl_lite.transfer.sources import VAL_NAMES
+from vissl_lite.transfer.sources.parts import VAL_NAMES
 
 log = logging.getLogger(__name__)
 

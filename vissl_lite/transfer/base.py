@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence, Sized
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 
@@ -20,10 +20,8 @@ from vissl_lite.transfer.exporting import ExportModel
 from vissl_lite.transfer.finetuning import TransferSettings
 from vissl_lite.transfer.options import TaskOptions
 from vissl_lite.transfer.prediction import Predictions
-from vissl_lite.transfer.sources import take_share
-
-Split = Literal["train", "val", "test"]
-PARTS: tuple[Split, ...] = ("train", "val", "test")
+from vissl_lite.transfer.sources.parts import PARTS, Split, take_share
+from vissl_lite.transfer.sources.reading_log import ReadingLog
 
 
 class LabelledDataset(ABC):
@@ -34,16 +32,22 @@ class LabelledDataset(ABC):
         train: Images to train on.
         val: Images for model selection; may be empty.
         test: Images to report on.
+        reading: How the data were read.
     """
 
     classes: list[str]
     train: Sized
     val: Sized
     test: Sized
+    reading: ReadingLog
 
     @abstractmethod
     def paths(self, part: Split) -> list[str]:
         """The image files of a part."""
+
+    @abstractmethod
+    def class_counts(self, part: Split) -> np.ndarray:
+        """Number of labels of each class in a part, ``(K,)`` int64."""
 
     @abstractmethod
     def take(self, kept: Mapping[Split, Sequence[int]]) -> Self:
@@ -129,6 +133,7 @@ class ListDataset(LabelledDataset, Generic[RecordT]):
     train: list[RecordT]
     val: list[RecordT]
     test: list[RecordT]
+    reading: ReadingLog
 
     def part(self, name: Split) -> list[RecordT]:
         """A part by name."""

@@ -12,6 +12,34 @@ class TaskOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceOptions(TaskOptions):
+    """Options for reading tables of images, which all tasks have."""
+
+    path_column: str | None = None
+    """Column of a table that names the images. Default: by its usual name or its content."""
+    label_column: str | None = None
+    """Column of a table with the labels (classes, or mask files). Default: by its usual name."""
+    image_root: StrPath | None = None
+    """Folder of the images that a table names. Default: the folder of the table."""
+    test_fold: str | None = None
+    """Value of the column fold of a table whose rows are the test part."""
+
+
+# Everything by its usual name.
+DEFAULT_SOURCE = SourceOptions()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassNameOptions(TaskOptions):
+    """Options for taking the class of an image from its path."""
+
+    class_level: int | None = None
+    """Level of nested class folders that names the classes, 1 for the outermost. Default: 1."""
+    label_regex: str | None = None
+    """Regular expression whose first group is the class of an image, found in its file name."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class AnnotationsOption(TaskOptions):
     """Option for the annotations."""
 

@@ -122,7 +122,7 @@ def test_the_sample_data(tmp_path: Path) -> None:
     folder = make_sample_data(tmp_path / "s", 0, 5, train=20, val=10, test=10, processes=1)
     data = load_boxes(folder)
     assert [len(part) for part in (data.train, data.val, data.test)] == [20, 10, 10]
-    assert data.repairs == {}
+    assert data.reading.counts == {}
     for one in every(data):  # the masks give the same boxes
         mask = Path(one.path.replace("/labelled/", "/masks/")).with_suffix(".png")
         rows, columns = np.nonzero(np.asarray(Image.open(mask)))
@@ -165,7 +165,7 @@ def test_layouts_of_coco(
     }
     assert data.classes == ["cat", "dog"]  # in the order of the ids, which are not consecutive
     assert [one.labels.tolist() for one in data.train] == [[0], [1]]
-    assert data.repairs == {}
+    assert data.reading.counts == {}
 
 
 def test_an_image_missing_in_its_split_is_not_taken_from_another_split(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_an_image_missing_in_its_split_is_not_taken_from_another_split(tmp_path:
     picture(tmp_path / "train" / "2.png")
     data = load_boxes(tmp_path)
     assert [len(part) for part in (data.train, data.val, data.test)] == [2, 1, 1]
-    assert data.repairs == {"image missing, or not the only one of its name, left out": 2}
+    assert data.reading.counts == {"image missing, or not the only one of its name, left out": 2}
 
 
 @pytest.mark.parametrize("given", ["folder", "file", "annotations"])
@@ -219,7 +219,7 @@ def test_the_layout_of_voc(explicit: bool, tmp_path: Path) -> None:
         for split, members in numbers.items()
     }
     assert data.train[0].boxes.tolist() == [[1, 2, 30, 20]]
-    assert data.repairs == {}
+    assert data.reading.counts == {}
 
 
 def test_a_validation_part_is_held_out_by_seed(tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def test_the_layout_of_yolo_as_roboflow_writes_it(tmp_path: Path) -> None:
     np.testing.assert_allclose(labelled.boxes, [[10, 12, 30, 18], [4, 6, 12, 18]], rtol=1e-6)
     assert labelled.labels.tolist() == [1, 0]  # the second is a polygon
     assert background.boxes.shape == (0, 4)
-    assert data.repairs == {"image without boxes, kept as background": 3}
+    assert data.reading.counts == {"image without boxes, kept as background": 3}
     assert_same(data, load_boxes(root / "data.yaml"))
 
 
@@ -277,7 +277,7 @@ def test_lists_of_yolo(tmp_path: Path) -> None:
     data = load_boxes(tmp_path)
     assert sorted(Path(one.path).stem for one in (*data.train, *data.val)) == ["0", "1", "2"]
     assert [Path(one.path).stem for one in data.test] == ["3"]
-    assert list(data.repairs.values()) == [1]  # the image 4
+    assert list(data.reading.counts.values()) == [1]  # the image 4
 
 
 def test_folders_of_yolo_labels_and_of_coco_files_as_annotations(tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ def test_every_kind_of_invalid_box_is_counted_and_logged(
     one = data.train[0]
     assert one.boxes.tolist() == [[1, 2, 4, 6], [1, 2, 4, 6], [10, 15, 20, 20], [0, 25, 10, 30]]
     assert one.labels.tolist() == [0, 1, 0, 0]
-    assert data.repairs == {
+    assert data.reading.counts == {
         "box not readable, left out": 2,
         "box of an image not listed, left out": 1,
         "box of an unknown class, left out": 1,
@@ -333,7 +333,7 @@ def test_every_kind_of_invalid_box_is_counted_and_logged(
         "image without boxes, kept as background": 3,
     }
     lines = [(line.levelname, line.getMessage()) for line in caplog.records]
-    assert len(lines) == len(data.repairs)
+    assert len(lines) == len(data.reading.counts)
     assert ("WARNING", f"2 boxes without area, left out, the first in {one.path}") in lines
     background = f"3 images without boxes, kept as background, the first in {tmp_path / '1.png'}"
     assert ("INFO", background) in lines
@@ -361,7 +361,7 @@ def test_boxes_annotated_before_the_exif_rotation_are_rotated(
     x1, y1, x2, y2 = one.boxes[0].astype(int)
     assert image[y1:y2, x1:x2].min() > 128
     assert (x2 - x1) * (y2 - y1) == 40 == np.count_nonzero(image[..., 0] > 128)
-    rotated = data.repairs.get("image annotated before its EXIF rotation, boxes rotated", 0)
+    rotated = data.reading.counts.get("image annotated before its EXIF rotation, boxes rotated", 0)
     assert rotated == (orientation >= 5)
 
 
@@ -391,7 +391,7 @@ def test_an_annotated_size_that_differs_from_the_image(
     assert all(
         one.size == (HEIGHT, WIDTH) and one.boxes.tolist() == [list(box)] for one in every(data)
     )
-    assert data.repairs == {repair: 6}
+    assert data.reading.counts == {repair: 6}
 
 
 def test_damaged_and_missing_files_are_left_out(tmp_path: Path) -> None:
@@ -408,7 +408,7 @@ def test_damaged_and_missing_files_are_left_out(tmp_path: Path) -> None:
     remaining = {Path(one.path).stem: len(one.boxes) for one in every(data)}
     assert remaining == {"5": 2, "6": 1, "7": 1, "renamed": 0}
     assert data.classes == ["cat", "dog"]
-    assert data.repairs == {
+    assert data.reading.counts == {
         "file not readable, left out with the image": 2,
         "image missing, or not the only one of its name, left out": 1,
         "image not readable, left out": 1,
@@ -433,7 +433,7 @@ def test_damaged_lines_of_yolo_are_left_out(tmp_path: Path) -> None:
     write(tmp_path / "labels" / "classes.txt", "cat\n")
     data = load_boxes(tmp_path / "images", tmp_path / "labels")
     assert {Path(one.path).stem: len(one.boxes) for one in every(data)} == {"0": 1, "1": 1, "3": 1}
-    assert data.repairs == {
+    assert data.reading.counts == {
         "line not readable, left out": 12,
         "file not readable, left out with the image": 1,
         "box of an unknown class, left out": 1,
@@ -451,7 +451,7 @@ def test_test_images_are_not_trained_on(tmp_path: Path) -> None:
         [1],
         [2, 4, 5],
     ]
-    assert data.repairs == {"image of two splits, left out of the first": 3}
+    assert data.reading.counts == {"image of two splits, left out of the first": 3}
 
 
 def test_a_class_without_training_boxes_is_kept_and_logged(

@@ -4,11 +4,16 @@ from dataclasses import dataclass
 
 from vissl_lite.errors import check_warmup
 from vissl_lite.transfer.finetuning import TransferSettings
-from vissl_lite.transfer.options import ClassWeightsOption
+from vissl_lite.transfer.options import ClassNameOptions, ClassWeightsOption, SourceOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassificationOptions(ClassWeightsOption):
+class LabelOptions(SourceOptions, ClassNameOptions):
+    """Options for reading classes of images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationOptions(LabelOptions, ClassWeightsOption):
     """Options of classification."""
 
     label_smoothing: float = 0.1

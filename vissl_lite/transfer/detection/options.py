@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from vissl_lite.transfer.options import AnnotationsOption, FrozenNormOption
+from vissl_lite.transfer.options import AnnotationsOption, FrozenNormOption, SourceOptions
 from vissl_lite.transfer.pyramid import PyramidSettings
 
 DetectorName = Literal["fcos", "retinanet", "faster_rcnn"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectionOptions(AnnotationsOption, FrozenNormOption):
+class DetectionOptions(SourceOptions, AnnotationsOption, FrozenNormOption):
     """Command-line options of detection."""
 
     detector: DetectorName = "faster_rcnn"

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
@@ -18,6 +19,7 @@ from vissl_lite.data.text_file import csv_writer, read_text
 from vissl_lite.errors import UserError, brief
 from vissl_lite.options import StrPath
 from vissl_lite.transfer.base import ListDataset
+from vissl_lite.transfer.options import DEFAULT_SOURCE, SourceOptions
 from vissl_lite.transfer.segmentation.files import (
     MASK_FOLDERS,
     Parts,
@@ -25,7 +27,9 @@ from vissl_lite.transfer.segmentation.files import (
     read_folder,
     read_two_folders,
 )
-from vissl_lite.transfer.sources import hold_out
+from vissl_lite.transfer.sources.parts import Split, complete_parts, rarest_classes
+from vissl_lite.transfer.sources.reading_log import ReadingLog
+from vissl_lite.transfer.sources.tables import TABLES
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +48,13 @@ class MaskedImage:
         path: Path of the image file.
         mask: Path of the mask file.
         binary: Whether 255 in the mask is the second class; see ``read_mask``.
+        classes: Indices of the classes that occur in the mask.
     """
 
     path: str
     mask: str
     binary: bool = False
+    classes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,11 @@ class LabelledMasks(ListDataset[MaskedImage]):
 
     ``test`` may be empty only if ``need_test`` is False.
     """
+
+    def class_counts(self, part: Split) -> np.ndarray:
+        """Number of images in which each class occurs, ``(K,)`` int64."""
+        occurring = [number for one in self.part(part) for number in one.classes]
+        return np.bincount(np.array(occurring, np.int64), minlength=len(self.classes))
 
     def write_split(self, run: Path) -> None:
         self.write(run / "split.csv")
@@ -80,6 +91,7 @@ def load_masks(
     annotations: StrPath | None = None,
     seed: int = 0,
     need_test: bool = True,
+    options: SourceOptions = DEFAULT_SOURCE,
 ) -> LabelledMasks:
     """Read a segmentation data set and check all of its masks.
 
@@ -99,7 +111,8 @@ def load_masks(
             and test; without validation images, 20 % of the training images are held out.
         annotations: Folder of the masks, if ``source`` is the folder of the images.
         seed: Seed for holding out validation images, if there are none.
-        need_test: Whether missing test images are an error.
+        need_test: Whether a missing test part is made.
+        options: How a table is read.
 
     Returns:
         The data set.
@@ -114,27 +127,31 @@ def load_masks(
     for path in (source, masks):
         if path is not None and not os.path.exists(path):
             raise UserError(f"{brief(path)} does not exist")
+    reading = ReadingLog(str(source), layout="images and masks")
     if masks is not None:
         parts = read_two_folders(source, masks)
         name_folders = [source, masks, masks.parent, source.parent]
     elif source.is_dir():
         parts = read_folder(source)
         name_folders = [source, *(source / name for name in MASK_FOLDERS)]
-    elif source.suffix.lower() == ".csv" and source.is_file():
-        parts = read_csv(source)
+    elif source.suffix.lower() in TABLES and source.is_file():
+        parts = read_csv(source, options, reading)
         name_folders = [source.parent]
     else:
-        raise UserError(f"{source} is neither a folder with images and masks nor a .csv file")
-    if not parts["train"]:
-        raise UserError(f"{source} has no training images: three or more are needed to split them")
-    if need_test and not parts["test"]:
+        raise UserError(f"{source} is neither a folder with images and masks nor a table")
+    images, names = _with_classes(source, parts, _read_names(name_folders))
+    made = complete_parts(images, _rarest_classes, False, seed, reading, need_test)
+    present = {number for one in made["train"] for number in one.classes}
+    if len(present) < 2:
         raise UserError(
-            f"{source} has no test images: add a test split, or give images and masks "
-            f"without splits to have them split"
+            f"the training masks of {source} hold {len(present)} class: two or more are needed"
         )
-    if not parts["val"]:
-        parts["train"], parts["val"] = hold_out(parts["train"], seed)
-    return _with_classes(source, parts, _read_names(name_folders))
+    reading.report()
+    return LabelledMasks(names, made["train"], made["val"], made["test"], reading)
+
+
+def _rarest_classes(images: Sequence[MaskedImage]) -> np.ndarray:
+    return rarest_classes([one.classes for one in images])
 
 
 def read_mask(path: str | Path, binary: bool = False) -> np.ndarray:
@@ -193,7 +210,9 @@ def _read_names(folders: list[Path]) -> list[str] | None:
     return ["background", *names] if file.with_name("sample.json").is_file() else names
 
 
-def _with_classes(source: Path, parts: Parts, names: list[str] | None) -> LabelledMasks:
+def _with_classes(
+    source: Path, parts: Parts, names: list[str] | None
+) -> tuple[dict[Split | None, list[MaskedImage]], list[str]]:
     """Collect the values of all masks, and derive the classes from them."""
     pairs = [pair for part in parts.values() for pair in part]
     with ThreadPoolExecutor(4) as pool:
@@ -203,22 +222,19 @@ def _with_classes(source: Path, parts: Parts, names: list[str] | None) -> Labell
     if binary:
         log.info("The masks of %s hold only 0 and 255: 255 is used as the second class", source)
         occurring[:, 1], occurring[:, IGNORE_INDEX] = occurring[:, IGNORE_INDEX], False
-    training_values = np.flatnonzero(occurring[: len(parts["train"]), :IGNORE_INDEX].any(axis=0))
-    if len(training_values) < 2:
-        raise UserError(
-            f"the training masks of {source} hold {len(training_values)} class: "
-            f"two or more are needed"
-        )
-    largest = int(training_values[-1])
+    values_of_all = np.flatnonzero(occurring[:, :IGNORE_INDEX].any(axis=0))
+    if not len(values_of_all):
+        raise UserError(f"the masks of {source} hold no class: two or more are needed")
+    largest = int(values_of_all[-1])
     if names is None:
         numbers = [str(index) for index in range(largest + 1)]
         names = ["background", "foreground"] if largest == 1 else numbers
-        if 2 * len(training_values) <= largest:
+        if 2 * len(values_of_all) <= largest:
             log.warning(
                 "Only %(occurring)d of the values up to %(largest)d occur in the masks of "
                 "%(source)s: if they are gray levels and not class numbers, renumber "
                 "them",
-                {"occurring": len(training_values), "largest": largest, "source": source},
+                {"occurring": len(values_of_all), "largest": largest, "source": source},
                 extra={"code": "mask.values"},
             )
     elif len(names) == largest and names[0].lower() not in _BACKGROUND:
@@ -230,11 +246,20 @@ def _with_classes(source: Path, parts: Parts, names: list[str] | None) -> Labell
                 f"the mask {mask} holds {len(names) + invalid[0]}, which is neither "
                 f"a class (0 to {len(names) - 1}) nor 255 (ignored)"
             )
-    train, val, test = (
-        [MaskedImage(image, mask, binary) for image, mask in parts[name]]
-        for name in ("train", "val", "test")
-    )
-    return LabelledMasks(names, train, val, test)
+    rows = iter(occurring)
+    images = {
+        part: [
+            MaskedImage(
+                image,
+                mask,
+                binary,
+                tuple(np.flatnonzero(values[:IGNORE_INDEX]).tolist()),
+            )
+            for (image, mask), values in zip(pairs, rows, strict=False)
+        ]
+        for part, pairs in parts.items()
+    }
+    return images, names
 
 
 def _occurring_values(pair: tuple[str, str]) -> np.ndarray:

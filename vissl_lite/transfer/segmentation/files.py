@@ -6,14 +6,15 @@ from pathlib import Path
 from vissl_lite.data.images import find_images
 from vissl_lite.data.text_file import read_text
 from vissl_lite.errors import UserError, brief
-from vissl_lite.transfer.sources import (
-    VAL_NAMES,
-    cells,
-    check_files,
-    need_rows,
-    read_rows,
-    split_in_three,
-    splits,
+from vissl_lite.transfer.options import SourceOptions
+from vissl_lite.transfer.sources.parts import VAL_NAMES, Split
+from vissl_lite.transfer.sources.reading_log import ReadingLog
+from vissl_lite.transfer.sources.tables import (
+    ImageFinder,
+    find_images_of,
+    parts_of_rows,
+    path_column,
+    read_table,
 )
 
 IMAGE_FOLDERS = ("images", "JPEGImages", "labelled")
@@ -22,7 +23,7 @@ MASK_FOLDERS = ("masks", "labels", "annotations", "gt", "SegmentationClass")
 _SUFFIXES = ("_mask", "-mask", "_label", "_gt")
 
 Pairs = list[tuple[str, str]]  # (image file, mask file)
-Parts = dict[str, Pairs]  # train, val, test
+Parts = dict[Split | None, Pairs]
 
 
 def read_two_folders(images: Path, masks: Path) -> Parts:
@@ -83,7 +84,7 @@ def read_folder(folder: Path) -> Parts:
 def _pair_parts(images: Path, masks: Path) -> Parts:
     image_splits, mask_splits = _split_folders(images), _split_folders(masks)
     if not image_splits and not mask_splits:
-        return split_in_three(_pair(_by_key(images), _by_key(masks), images, masks))
+        return {None: _pair(_by_key(images), _by_key(masks), images, masks)}
     parts: Parts = {"train": [], "val": [], "test": []}
     for name in image_splits | mask_splits:
         image_folder = image_splits.get(name, images / name)
@@ -151,24 +152,41 @@ def _pair(
     return [(path, masks[key]) for key, path in images.items()]
 
 
-def read_csv(file: Path) -> Parts:
-    """Read pairs from a CSV file with the columns ``path``, ``mask`` and optionally ``split``.
+MASK_COLUMNS = ("mask", "mask_path", "mask_file", "label", "annotation", "segmentation")
+
+
+def read_csv(file: Path, options: SourceOptions, log: ReadingLog) -> Parts:
+    """Read pairs from a table with a column of images and one of masks, and optionally of parts.
+
+    Args:
+        file: CSV file or a relative of it; see ``read_table``.
+        options: Names of columns, and the folder of the images.
+        log: Counts what is left out.
 
     Raises:
-        UserError: If the file can't be read, lacks a column or a value, or names missing files.
+        UserError: If the file can't be read, lacks a column, or names mostly missing files.
     """
-    columns, rows = read_rows(file)
-    for name in ("path", "mask"):
-        if name not in columns:
-            raise UserError(f"{file} has no column {name}: it has {brief(', '.join(columns))}")
-        cells(file, rows, name)
-    need_rows(file, rows)
-    rows.sort(key=lambda row: row["path"])  # so that the split does not depend on the order of rows
-    pairs = [(str(file.parent / row["path"]), str(file.parent / row["mask"])) for row in rows]
-    check_files(file, [path for pair in pairs for path in pair])
-    if "split" not in columns:
-        return split_in_three(pairs)
-    parts: Parts = {"train": [], "val": [], "test": []}
-    for pair, part in zip(pairs, splits(file, rows), strict=True):
-        parts[part].append(pair)
+    root = None if options.image_root is None else Path(options.image_root)
+    finder = ImageFinder(file.parent, root)
+    table = read_table(file, finder.is_image, MASK_COLUMNS)
+    images = path_column(table, finder, options)
+    masks = table.column(MASK_COLUMNS)
+    if options.label_column is not None:
+        masks = table.given_column("label_column", options.label_column)
+    if images is None or masks is None:
+        missing = "mask" if masks is None else "path"
+        raise UserError(
+            f"{file} has no column {missing}: it has {brief(', '.join(table.columns))}; name it "
+            f"with --{'label' if masks is None else 'path'}_column"
+        )
+    named = parts_of_rows(table, options, log)
+    found = [find_images_of(table, column, named, finder, log) for column in (images, masks)]
+    parts: Parts = {}
+    for image, mask, part in sorted(
+        zip(*found, named, strict=True), key=lambda row: (row[0] or "", row[1] or "")
+    ):
+        if image is not None and mask is not None:
+            parts.setdefault(part, []).append((image, mask))
+    log.layout = f"table {file.name} ({table.form})"
+    log.label = f"column {masks}"
     return parts

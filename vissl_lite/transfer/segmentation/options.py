@@ -2,12 +2,17 @@
 
 from dataclasses import dataclass
 
-from vissl_lite.transfer.options import AnnotationsOption, ClassWeightsOption, FrozenNormOption
+from vissl_lite.transfer.options import (
+    AnnotationsOption,
+    ClassWeightsOption,
+    FrozenNormOption,
+    SourceOptions,
+)
 from vissl_lite.transfer.pyramid import PyramidSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentationOptions(AnnotationsOption, FrozenNormOption, ClassWeightsOption):
+class SegmentationOptions(SourceOptions, AnnotationsOption, FrozenNormOption, ClassWeightsOption):
     """Command-line options of segmentation."""
 
 

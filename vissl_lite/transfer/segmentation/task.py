@@ -56,7 +56,7 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
     curves = ("loss", "val_loss", "val_miou", "val_dice", "lr")
 
     def load_data(self, source: str, settings: SegmenterSettings) -> LabelledMasks:
-        return load_masks(source, settings.annotations, settings.seed)
+        return load_masks(source, settings.annotations, settings.seed, options=settings)
 
     def image_size(self, data: LabelledMasks, settings: SegmenterSettings) -> int | None:
         return suitable_size(data.paths("train"))

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -14,9 +14,11 @@ from vissl_lite.errors import UserError
 from vissl_lite.options import StrPath
 from vissl_lite.transfer.base import ListDataset
 from vissl_lite.transfer.detection.data.annotations import ImageAnnotation
-from vissl_lite.transfer.detection.data.cleaning import RepairLog, clean
+from vissl_lite.transfer.detection.data.cleaning import clean
 from vissl_lite.transfer.detection.data.discovery import read_annotations
-from vissl_lite.transfer.sources import SPLITS, hold_out, is_utf8, split_in_three
+from vissl_lite.transfer.sources.parts import PARTS, Split, complete_parts, rarest_classes
+from vissl_lite.transfer.sources.reading_log import ReadingLog
+from vissl_lite.transfer.sources.tables import is_utf8
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +53,12 @@ class LabelledBoxes(ListDataset[BoxedImage]):
         train: Training images.
         val: Validation images, for model selection; empty only if there is one training image.
         test: Test images, never used for selection; may be empty if ``need_test`` is False.
-        repairs: Counts of repaired and left out items, as ``{"box without area, left out": 2}``.
     """
 
-    repairs: dict[str, int]
+    def class_counts(self, part: Split) -> np.ndarray:
+        labels = [one.labels[~one.ignored] for one in self.part(part)]
+        joined = np.concatenate([np.empty(0, np.int64), *labels])
+        return np.bincount(joined, minlength=len(self.classes))
 
     def subsample(
         self, fraction: float | None = None, shots: int | None = None, seed: int = 0
@@ -84,7 +88,7 @@ class LabelledBoxes(ListDataset[BoxedImage]):
                 file names. It is created if missing.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        for name in SPLITS:
+        for name in PARTS:
             content = json.dumps(_as_coco(self.classes, getattr(self, name)))
             (folder / f"{name}.json").write_text(content, encoding="utf-8")
 
@@ -116,108 +120,75 @@ def load_boxes(
         annotations: COCO ``.json`` file, or a folder of one such file per split, of VOC's ``.xml``
             files, or of YOLO's ``.txt`` files, in which a ``classes.txt`` names the classes.
         seed: Seed for holding out validation images, if the annotations name none.
-        need_test: Whether missing test images are an error.
+        need_test: Whether a missing test part is made.
 
     Returns:
-        The data set. Annotations without splits are split 60/20/20 at random; without validation
-        images, 20 % of the training images are held out. An image listed in several splits is kept
-        only in the last of train, val and test, so that no test image is trained on.
+        The data set. Missing parts are made, see ``complete_parts``. An image listed in several
+        splits is kept only in the last of train, val and test, so that no test image is trained on.
 
     Raises:
         UserError: If there are no annotations, annotations in more than one format, a damaged
             file, no test images, or no boxes to train on.
     """
     source = Path(source)
-    repairs = RepairLog()
-    found = read_annotations(source, None if annotations is None else Path(annotations), repairs)
+    reading = ReadingLog(str(source))
+    found = read_annotations(source, None if annotations is None else Path(annotations), reading)
     classes = list(dict.fromkeys(found.classes))
     for name in classes:
         if not is_utf8(name):  # names are written to models, tables and figures
             raise UserError(f"{source}: the name of the class {name!a} is not text in UTF-8")
     class_indices = {name: index for index, name in enumerate(classes)}
-    splits, by_image = _group_by_image(found.images, source, repairs)
-    images: dict[str | None, list[BoxedImage]] = defaultdict(list)
+    splits, by_image = _group_by_image(found.images, reading)
+    images: dict[Split | None, list[BoxedImage]] = defaultdict(list)
     for path in sorted(by_image):
-        cleaned = clean(by_image[path], class_indices, repairs)
+        cleaned = clean(by_image[path], class_indices, reading)
         if cleaned is not None:
             images[splits[path]].append(BoxedImage(path, *cleaned))
-    repairs.report()
     if not any(images.values()):
         raise UserError(
             f"{source}: none of the {found.num_listed} images in its annotations exists "
             f"and is readable; give the folder of the images with --data, and the "
             f"annotations with --annotations"
         )
-    parts = _make_splits(images, source, seed, need_test)
-    data = LabelledBoxes(classes, **parts, repairs=repairs.counts)
+    parts = complete_parts(images, _rarest_labels, False, seed, reading, need_test)
+    data = LabelledBoxes(classes, **parts, reading=reading)
+    reading.report()
     _check_boxes(data, str(source), "add some, or give the annotations with --annotations")
     return data
 
 
+def _rarest_labels(images: Sequence[BoxedImage]) -> np.ndarray:
+    """A stratum for each image: its class that the fewest images have."""
+    return rarest_classes([one.labels.tolist() for one in images])
+
+
 def _group_by_image(
-    annotations: list[ImageAnnotation], source: Path, repairs: RepairLog
-) -> tuple[dict[str, str | None], dict[str, list[ImageAnnotation]]]:
+    annotations: list[ImageAnnotation], reading: ReadingLog
+) -> tuple[dict[str, Split | None], dict[str, list[ImageAnnotation]]]:
     """Return the split of each image, and its annotations in that split."""
-    given = sorted({one.split for one in annotations if one.split is not None})
-    if given and "train" not in given:
-        raise UserError(
-            f"{source} has images of {' and '.join(given)}, but none to train on that "
-            f"could be found: add training images and their annotations"
-        )
-    splits: dict[str, str | None] = {}
+    splits: dict[str, Split | None] = {}
     by_image: dict[str, list[ImageAnnotation]] = defaultdict(list)
-    for annotation in sorted(annotations, key=lambda one: (*SPLITS, None).index(one.split)):
-        if given and annotation.split is None:
-            repairs.add("image without a split, left out", annotation.image)
-            continue
+    for annotation in sorted(annotations, key=lambda one: (*PARTS, None).index(one.split)):
         if splits.setdefault(annotation.image, annotation.split) != annotation.split:
-            repairs.add("image of two splits, left out of the first", annotation.image)
+            if annotation.split is None:
+                reading.add("image without a part, left out", annotation.image)
+                continue
+            reading.add("image of two splits, left out of the first", annotation.image)
             splits[annotation.image] = annotation.split
             by_image[annotation.image].clear()
         by_image[annotation.image].append(annotation)
     return splits, by_image
 
 
-def _make_splits(
-    images: dict[str | None, list[BoxedImage]], source: Path, seed: int, need_test: bool
-) -> dict[str, list[BoxedImage]]:
-    """Create the splits that the annotations do not define."""
-    if images[None]:
-        parts = split_in_three(images[None])
-        if need_test and not parts["test"]:
-            raise UserError(
-                f"{source} has {len(images[None])} images with annotations: three are "
-                f"needed to train, validate and test"
-            )
-        return parts
-    parts = {split: images[split] for split in SPLITS}
-    if not parts["train"]:
-        raise UserError(
-            f"{source} has no train images that are not in val or test too, or none "
-            f"that can be read"
-        )
-    if need_test and not parts["test"]:
-        raise UserError(
-            f"{source} has no test images with annotations: add some (COCO: test.json, VOC: "
-            f"ImageSets/Main/test.txt, YOLO: test in data.yaml), or give annotations without "
-            f"splits to have them split"
-        )
-    if not parts["val"]:
-        parts["train"], parts["val"] = hold_out(parts["train"], seed)
-    return parts
-
-
 def _check_boxes(data: LabelledBoxes, source: str, remedy: str) -> None:
     """Raise a UserError if there are no training boxes; warn about classes without any."""
-    occurring: dict[str, set[int]] = {
-        split: {int(n) for one in getattr(data, split) for n in one.labels[~one.ignored]}
-        for split in SPLITS
-    }
+    occurring = {part: set(np.flatnonzero(data.class_counts(part)).tolist()) for part in PARTS}
     if not occurring["train"]:
         raise UserError(
             f"{source} has no boxes to train on in {len(data.train)} train images: {remedy}"
         )
-    for split in ("val", "test"):
+    made: tuple[Split, ...] = ("val", "test")
+    for split in made:
         for number in sorted(occurring[split] - occurring["train"]):
             log.warning(
                 "the class %(class)s has boxes in %(split)s, but none in train",

@@ -2,7 +2,8 @@
 
 from typing import Any, NamedTuple
 
-MISSING_IMAGE = "image missing, or not the only one of its name, left out"
+from vissl_lite.transfer.sources.parts import Split
+
 UNREADABLE_FILE = "file not readable, left out with the image"
 UNREADABLE_BOX = "box not readable, left out"
 UNKNOWN_CLASS = "box of an unknown class, left out"
@@ -30,7 +31,7 @@ class ImageAnnotation(NamedTuple):
     """
 
     image: str
-    split: str | None
+    split: Split | None
     size: tuple[float, float]
     boxes: list[tuple[float, float, float, float]]
     names: list[str]

@@ -2,18 +2,14 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from vissl_lite.data.headers import image_header
 from vissl_lite.data.images import BROKEN_IMAGE
 from vissl_lite.data.reading import reason
-from vissl_lite.errors import brief
 from vissl_lite.transfer.detection.data.annotations import RELATIVE_SIZE, ImageAnnotation
-
-# Maximum number of repairs of one kind that are logged individually.
-MAX_LOGGED = 100
+from vissl_lite.transfer.sources.reading_log import BACKGROUND, ReadingLog
 
 log = logging.getLogger(__name__)
 
@@ -27,38 +23,6 @@ _ROUNDING_TOLERANCE = 0.1
 MAX_COORDINATE = 1e18
 
 NO_AREA = "box without area, left out"
-# The only kind that is not a mistake, and not logged as a warning.
-BACKGROUND = "image without boxes, kept as background"
-
-
-class RepairLog:
-    """Counter of repaired and left out boxes and images.
-
-    Attributes:
-        counts: Count per kind, a phrase that begins with a noun: ``box without area, left out``.
-    """
-
-    def __init__(self) -> None:
-        self.counts: dict[str, int] = {}
-        self._first: dict[str, str] = {}
-
-    def add(self, kind: str, where: str, times: int | np.integer[Any] = 1) -> None:
-        """Count a repair in the file ``where``."""
-        if times:
-            if self.counts.get(kind, 0) < MAX_LOGGED:
-                log.debug("%s: %s", kind, brief(where))
-            self.counts[kind] = self.counts.get(kind, 0) + int(times)
-            self._first.setdefault(kind, where)
-
-    def report(self) -> None:
-        """Log the count and the first file of each kind."""
-        for kind, count in self.counts.items():
-            noun, _, rest = kind.partition(" ")
-            plural = "" if count == 1 else "es" if noun == "box" else "s"
-            level = logging.INFO if kind == BACKGROUND else logging.WARNING
-            log.log(
-                level, f"%d {noun}{plural} {rest}, the first in %s", count, brief(self._first[kind])
-            )
 
 
 def rotate_boxes(boxes: np.ndarray, height: float, width: float, orientation: int) -> np.ndarray:
@@ -80,7 +44,7 @@ def rotate_boxes(boxes: np.ndarray, height: float, width: float, orientation: in
 
 
 def clean(
-    annotations: Sequence[ImageAnnotation], class_indices: Mapping[str, int], repairs: RepairLog
+    annotations: Sequence[ImageAnnotation], class_indices: Mapping[str, int], repairs: ReadingLog
 ) -> tuple[tuple[int, int], np.ndarray, np.ndarray, np.ndarray] | None:
     """Clean the boxes of one image.
 
@@ -126,14 +90,14 @@ def clean(
     )
 
 
-def _drop_non_finite(rows: np.ndarray, path: str, repairs: RepairLog) -> np.ndarray:
+def _drop_non_finite(rows: np.ndarray, path: str, repairs: ReadingLog) -> np.ndarray:
     """Keep the rows whose boxes are finite, also after conversion to float32."""
     finite = (np.abs(rows[:, :4]) < MAX_COORDINATE).all(axis=1)
     repairs.add("box not finite, left out", path, np.count_nonzero(~finite))
     return rows[finite]
 
 
-def _order_corners(rows: np.ndarray, path: str, repairs: RepairLog) -> np.ndarray:
+def _order_corners(rows: np.ndarray, path: str, repairs: ReadingLog) -> np.ndarray:
     """Swap coordinates so that x1, y1 is the upper left corner."""
     low, high = np.minimum(rows[:, :2], rows[:, 2:4]), np.maximum(rows[:, :2], rows[:, 2:4])
     swapped = (rows[:, :2] > rows[:, 2:4]).any(axis=1)
@@ -147,7 +111,7 @@ def _scale_to_image(
     size: tuple[int, int],
     orientation: int,
     path: str,
-    repairs: RepairLog,
+    repairs: ReadingLog,
 ) -> np.ndarray:
     """Convert boxes from the coordinates of the annotated image size to those of the actual one."""
     height, width = size
@@ -170,7 +134,7 @@ def _scale_to_image(
 
 
 def _clip_to_image(
-    rows: np.ndarray, height: int, width: int, path: str, repairs: RepairLog
+    rows: np.ndarray, height: int, width: int, path: str, repairs: ReadingLog
 ) -> np.ndarray:
     """Clip boxes to the image, and drop those without area inside it."""
     boxes = rows[:, :4]

@@ -12,15 +12,15 @@ from vissl_lite.data.json_file import read_json
 from vissl_lite.errors import UserError
 from vissl_lite.transfer.detection.data.annotations import (
     MAX_CLASSES,
-    MISSING_IMAGE,
     UNKNOWN_CLASS,
     UNREADABLE_BOX,
     Annotations,
     ImageAnnotation,
     to_number,
 )
-from vissl_lite.transfer.detection.data.cleaning import RepairLog
-from vissl_lite.transfer.sources import FileTree, split_of_file
+from vissl_lite.transfer.sources.file_tree import FileTree
+from vissl_lite.transfer.sources.parts import Split, part_of_file
+from vissl_lite.transfer.sources.reading_log import MISSING_IMAGE, ReadingLog
 
 
 def missing_key(content: Any) -> str | None:
@@ -31,7 +31,7 @@ def missing_key(content: Any) -> str | None:
     return None
 
 
-def read_coco(file: Path, split: str | None, tree: FileTree, repairs: RepairLog) -> Annotations:
+def read_coco(file: Path, split: Split | None, tree: FileTree, repairs: ReadingLog) -> Annotations:
     """Read a file in COCO's format (cocodataset.org, "Data format", object detection).
 
     Args:
@@ -58,7 +58,7 @@ def read_coco(file: Path, split: str | None, tree: FileTree, repairs: RepairLog)
         if identity in annotations:
             repairs.add("image with the id of another, left out", name)
             continue
-        image = tree.image(name, split or split_of_file(file.name))
+        image = tree.image(name, split or part_of_file(file.name))
         if image is None:
             repairs.add(MISSING_IMAGE, name)
         size = (to_number(one.get("height")), to_number(one.get("width")))
@@ -86,7 +86,7 @@ def read_coco(file: Path, split: str | None, tree: FileTree, repairs: RepairLog)
     return Annotations([categories[one] for one in ids], kept, len(annotations))
 
 
-def _read_categories(file: Path, listed: list[Any], repairs: RepairLog) -> dict[int | str, str]:
+def _read_categories(file: Path, listed: list[Any], repairs: ReadingLog) -> dict[int | str, str]:
     """Class names by id."""
     if len(listed) > MAX_CLASSES:
         raise UserError(f"{file} lists {len(listed)} categories, more than {MAX_CLASSES}")

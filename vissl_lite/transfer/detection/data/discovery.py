@@ -12,18 +12,18 @@ from vissl_lite.data.json_file import read_json
 from vissl_lite.data.text_file import read_text
 from vissl_lite.errors import UserError, brief
 from vissl_lite.transfer.detection.data.annotations import Annotations
-from vissl_lite.transfer.detection.data.cleaning import RepairLog
 from vissl_lite.transfer.detection.data.coco import missing_key, read_coco
 from vissl_lite.transfer.detection.data.voc import read_voc
 from vissl_lite.transfer.detection.data.yolo import data_yaml, label_files, read_labels, read_yolo
-from vissl_lite.transfer.sources import (
-    SPLITS,
+from vissl_lite.transfer.sources.file_tree import FileTree
+from vissl_lite.transfer.sources.parts import (
+    PARTS,
     VAL_NAMES,
-    FileTree,
-    split_of_file,
-    split_of_folder,
-    split_of_path,
+    part_of_file,
+    part_of_name,
+    part_of_path,
 )
+from vissl_lite.transfer.sources.reading_log import ReadingLog
 
 _LAYOUTS = (
     "COCO (annotations/train.json, or train/_annotations.coco.json), Pascal VOC "
@@ -39,10 +39,10 @@ class _Layout(NamedTuple):
 
     name: str
     has_splits: bool
-    read: Callable[[RepairLog], Annotations]
+    read: Callable[[ReadingLog], Annotations]
 
 
-def read_annotations(source: Path, annotations: Path | None, repairs: RepairLog) -> Annotations:
+def read_annotations(source: Path, annotations: Path | None, repairs: ReadingLog) -> Annotations:
     """Detect the format of the annotations and read them; see ``load_boxes``."""
     for path in (source, annotations):
         if path is not None and not os.path.exists(path):  # False for invalid names, too
@@ -67,7 +67,7 @@ def read_annotations(source: Path, annotations: Path | None, repairs: RepairLog)
     return _choose_layout([coco, *others] if coco else others, tree).read(repairs)
 
 
-def _read_given(images: FileTree, annotations: Path, repairs: RepairLog) -> Annotations:
+def _read_given(images: FileTree, annotations: Path, repairs: ReadingLog) -> Annotations:
     """Read the file or folder given with ``--annotations``."""
     if annotations.is_file():
         if annotations.suffix.lower() != ".json":
@@ -118,7 +118,7 @@ def _find_coco(tree: FileTree, images: FileTree, required: bool) -> _Layout | No
     paths = []
     for path in tree.ending(".json"):
         folder = path.rpartition("/")[0]
-        if not folder or folder.lower() == "annotations" or split_of_folder(folder):
+        if not folder or folder.lower() == "annotations" or part_of_name(folder):
             paths.append(path)
     paths = (
         [path for path in paths if "instances" in path]
@@ -127,8 +127,8 @@ def _find_coco(tree: FileTree, images: FileTree, required: bool) -> _Layout | No
     )
     by_split: dict[str | None, list[str]] = defaultdict(list)
     for path in paths:
-        by_split[split_of_file(path)].append(path)
-    splits = [split for split in SPLITS if split in by_split]
+        by_split[part_of_file(path)].append(path)
+    splits = [split for split in PARTS if split in by_split]
     files: list[tuple[str | None, Path]]
     if not paths:
         return None
@@ -160,7 +160,7 @@ def _choose_json(folder: Path, paths: Sequence[str]) -> Path:
 
 
 def _read_coco(
-    files: Sequence[tuple[str | None, Path]], images: FileTree, repairs: RepairLog
+    files: Sequence[tuple[str | None, Path]], images: FileTree, repairs: ReadingLog
 ) -> Annotations:
     parts = [read_coco(file, split, images, repairs) for split, file in files]
     classes = [name for part in parts for name in part.classes]
@@ -178,12 +178,12 @@ def _find_voc(tree: FileTree, images: FileTree) -> _Layout | None:
         return None
     sets = _image_sets(images.folder) or _image_sets(tree.folder.parent)
     if not sets:
-        has_splits = any(split_of_path(path) == "train" for path in paths)
+        has_splits = any(part_of_path(path) == "train" for path in paths)
         files: list[tuple[str, str | None]] = [(path, None) for path in paths]
         return _Layout("Pascal VOC", has_splits, partial(read_voc, files, tree.folder, images))
     by_stem = {Path(path).stem: path for path in paths}
 
-    def read(repairs: RepairLog) -> Annotations:
+    def read(repairs: ReadingLog) -> Annotations:
         chosen = []
         for split, stems in sets.items():
             for stem in stems:

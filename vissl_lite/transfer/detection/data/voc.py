@@ -8,7 +8,6 @@ from vissl_lite.data.text_file import read_bytes
 from vissl_lite.errors import UserError
 from vissl_lite.transfer.detection.data.annotations import (
     MAX_FILE_SIZE,
-    MISSING_IMAGE,
     UNKNOWN_CLASS,
     UNREADABLE_BOX,
     UNREADABLE_FILE,
@@ -16,14 +15,16 @@ from vissl_lite.transfer.detection.data.annotations import (
     ImageAnnotation,
     to_number,
 )
-from vissl_lite.transfer.detection.data.cleaning import NO_AREA, RepairLog
-from vissl_lite.transfer.sources import FileTree, split_below, split_of_path
+from vissl_lite.transfer.detection.data.cleaning import NO_AREA
+from vissl_lite.transfer.sources.file_tree import FileTree, part_below
+from vissl_lite.transfer.sources.parts import part_of_path
+from vissl_lite.transfer.sources.reading_log import MISSING_IMAGE, ReadingLog
 
 Corners = tuple[float, float, float, float]
 
 
 def read_voc(
-    files: Sequence[tuple[str, str | None]], folder: Path, tree: FileTree, repairs: RepairLog
+    files: Sequence[tuple[str, str | None]], folder: Path, tree: FileTree, repairs: ReadingLog
 ) -> Annotations:
     """Read files in Pascal VOC's format (Everingham et al. 2010, development kit, section 8).
 
@@ -49,7 +50,7 @@ def read_voc(
         if root.tag != "annotation":
             repairs.add(UNREADABLE_FILE, file)
             continue
-        split = split or split_of_path(path)
+        split = split or part_of_path(path)
         image = tree.image(path[: -len(".xml")], split)
         if image is None:
             image = tree.image(root.findtext("filename", "").strip(), split)
@@ -57,7 +58,7 @@ def read_voc(
             repairs.add(MISSING_IMAGE, file)
             continue
         size = (to_number(root.findtext("size/height")), to_number(root.findtext("size/width")))
-        annotation = ImageAnnotation(image, split or split_below(image, tree), size, [], [], [])
+        annotation = ImageAnnotation(image, split or part_below(image, tree), size, [], [], [])
         annotations.append(annotation)
         for one in root.iterfind("object"):
             name = one.findtext("name", "").strip()

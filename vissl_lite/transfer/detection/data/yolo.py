@@ -15,15 +15,15 @@ from vissl_lite.errors import UserError, brief
 from vissl_lite.transfer.detection.data.annotations import (
     MAX_CLASSES,
     MAX_FILE_SIZE,
-    MISSING_IMAGE,
     RELATIVE_SIZE,
     UNKNOWN_CLASS,
     UNREADABLE_FILE,
     Annotations,
     ImageAnnotation,
 )
-from vissl_lite.transfer.detection.data.cleaning import RepairLog
-from vissl_lite.transfer.sources import VAL_NAMES, FileTree, split_below, split_of_path
+from vissl_lite.transfer.sources.file_tree import FileTree, part_below
+from vissl_lite.transfer.sources.parts import VAL_NAMES, Split, part_of_path
+from vissl_lite.transfer.sources.reading_log import MISSING_IMAGE, ReadingLog
 
 _KEYS = {"train": ("train",), "val": VAL_NAMES, "test": ("test",)}
 _CLASSES = "classes.txt"
@@ -41,7 +41,7 @@ def data_yaml(file: Path) -> dict[str, Any] | None:
     return content if any(key in content for key in ("train", *VAL_NAMES)) else None
 
 
-def read_yolo(file: Path, content: dict[str, Any], repairs: RepairLog) -> Annotations:
+def read_yolo(file: Path, content: dict[str, Any], repairs: ReadingLog) -> Annotations:
     """Read the data set of a ``data.yaml``.
 
     Args:
@@ -93,7 +93,7 @@ def read_yolo(file: Path, content: dict[str, Any], repairs: RepairLog) -> Annota
     return _replace_ids(annotations, names, len(images), repairs)
 
 
-def read_labels(labels: FileTree, images: FileTree, repairs: RepairLog) -> Annotations:
+def read_labels(labels: FileTree, images: FileTree, repairs: ReadingLog) -> Annotations:
     """Read a folder of label files that are named like their images; see ``load_boxes``.
 
     Args:
@@ -111,20 +111,20 @@ def read_labels(labels: FileTree, images: FileTree, repairs: RepairLog) -> Annot
     matched = set()
     for path in label_files(labels):
         file = os.path.join(labels.folder, path)
-        split = split_of_path(path)
+        split = part_of_path(path)
         image = images.image(path[: -len(".txt")], split)
         if image is None:
             repairs.add(MISSING_IMAGE, file)
             continue
         matched.add(image)
-        annotation = _read_label_file(file, image, split or split_below(image, images), repairs)
+        annotation = _read_label_file(file, image, split or part_below(image, images), repairs)
         if annotation is not None:
             annotations.append(annotation)
     for path in images.images:
         image = os.path.join(images.folder, path)
         if image not in matched:
             annotations.append(
-                ImageAnnotation(image, split_of_path(path), RELATIVE_SIZE, [], [], [])
+                ImageAnnotation(image, part_of_path(path), RELATIVE_SIZE, [], [], [])
             )
     return _replace_ids(annotations, names, len(images.images), repairs)
 
@@ -165,7 +165,7 @@ def _resolve_entry(folder: Path, root: str, entry: str) -> Path | None:
     return None
 
 
-def _read_list(file: Path, tree: FileTree, split: str, repairs: RepairLog) -> list[str]:
+def _read_list(file: Path, tree: FileTree, split: str, repairs: ReadingLog) -> list[str]:
     """Read a text file of image paths, relative to it or to the data set."""
     paths = []
     for line in filter(None, map(str.strip, read_text(file).splitlines())):
@@ -191,7 +191,7 @@ def _label_file(image: str) -> str:
 
 
 def _read_label_file(
-    file: str, image: str, split: str | None, repairs: RepairLog
+    file: str, image: str, split: Split | None, repairs: ReadingLog
 ) -> ImageAnnotation | None:
     """Read the label file of one image: lines of ``class cx cy w h``, relative to its size.
 
@@ -235,7 +235,7 @@ def _replace_ids(
     annotations: list[ImageAnnotation],
     names: dict[str, str] | None,
     num_listed: int,
-    repairs: RepairLog,
+    repairs: ReadingLog,
 ) -> Annotations:
     """Replace class ids by class names.
 

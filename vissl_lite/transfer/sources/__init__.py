@@ -1,0 +1,1 @@
+"""Reading of labelled data that all tasks share: parts, tables, files, and the log of a reading."""
