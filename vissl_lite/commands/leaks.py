@@ -5,7 +5,8 @@ from pathlib import Path
 
 from vissl_lite.leakage.matching import LEAKS, Leaks, Policy, check_leaks, seen_by
 from vissl_lite.training.progress import progress_bar
-from vissl_lite.transfer.base import PARTS, DatasetT
+from vissl_lite.transfer.base import DatasetT
+from vissl_lite.transfer.sources.parts import PARTS
 
 
 def guard(

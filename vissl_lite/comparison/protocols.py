@@ -21,8 +21,9 @@ from vissl_lite.inference import check_outputs
 from vissl_lite.metrics_file import MetricsFile
 from vissl_lite.training.fit import TrainingFiles
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.transfer.base import PARTS, LabelledDataset, Scores, Split, TrainedModel
+from vissl_lite.transfer.base import LabelledDataset, Scores, TrainedModel
 from vissl_lite.transfer.finetuning import TransferSettings
+from vissl_lite.transfer.sources.parts import PARTS, Split
 from vissl_lite.transfer.tasks import AnyTask
 
 Protocol = Literal["knn", "linear", "finetune"]

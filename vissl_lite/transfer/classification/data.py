@@ -11,18 +11,35 @@ import numpy as np
 
 from vissl_lite.data.text_file import csv_writer
 from vissl_lite.errors import UserError, brief, check_count, check_positive_share
-from vissl_lite.transfer.base import PARTS, LabelledDataset, Split
-from vissl_lite.transfer.classification.files import (
+from vissl_lite.transfer.base import LabelledDataset
+from vissl_lite.transfer.classification.folders import read_class_folders, suggested_regex
+from vissl_lite.transfer.classification.labels import FoundImage, FoundLabels
+from vissl_lite.transfer.classification.options import DEFAULT_LABELS, LabelOptions
+from vissl_lite.transfer.classification.tables import (
     LABEL_SEPARATORS,
+    METADATA,
     SEPARATORS,
-    FoundLabels,
-    read_csv,
-    read_folder,
+    read_label_table,
+    read_tables_of,
 )
-from vissl_lite.transfer.sources import TEST_SHARE, VAL_SHARE, hold_out, split_in_three, take_share
+from vissl_lite.transfer.sources.file_tree import MASK_FOLDERS, FileTree
+from vissl_lite.transfer.sources.parts import (
+    PARTS,
+    Split,
+    complete_parts,
+    part_of_name,
+    rarest_classes,
+    shuffled_classes,
+    take_share,
+)
+from vissl_lite.transfer.sources.reading_log import ReadingLog, count_endings
+from vissl_lite.transfer.sources.tables import TABLES
 
 # Cells of a table of images and classes, eight bytes each.
 MAX_TABLE_CELLS = 2**29
+
+# Share of the largest class from which the classes are called imbalanced.
+IMBALANCED = 0.95
 
 
 @dataclass(frozen=True)
@@ -56,19 +73,23 @@ class LabelledImages(LabelledDataset):
         classes: K names, sorted.
         train, val: May lose labels to ``subsample``.
         test: Empty only where the caller asked for no test part.
-        note: Message about how the labels were read; usually empty.
     """
 
     classes: list[str]
     train: Part
     val: Part
     test: Part
-    note: str = ""
+    reading: ReadingLog
 
     @property
     def multi_label(self) -> bool:
         """Whether an image may have several classes, or none."""
         return self.train.labels.ndim == 2
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
 
     def write(self, file: Path) -> None:
         """Write the splits to a CSV file that ``--data`` accepts.
@@ -100,6 +121,12 @@ class LabelledImages(LabelledDataset):
 
     def paths(self, part: Split) -> list[str]:
         return self.part(part).paths
+
+    def class_counts(self, part: Split) -> np.ndarray:
+        labels = self.part(part).labels
+        return (
+            labels.sum(0) if self.multi_label else np.bincount(labels, minlength=self.num_classes)
+        )
 
     def take(self, kept: Mapping[Split, Sequence[int]]) -> Self:
         train, val, test = (
@@ -146,7 +173,7 @@ class LabelledImages(LabelledDataset):
                 members[
                     : shots if shots is not None else max(1, round(len(members) * (fraction or 1)))
                 ]
-                for members in _shuffled_classes(part.labels, seed)
+                for members in shuffled_classes(part.labels, seed)
             ]
             return part.take(np.concatenate(chosen)) if chosen else part
 
@@ -196,61 +223,149 @@ def load_labelled(
     need_test: bool = True,
     need_val: bool = True,
     multi_label: bool = False,
+    options: LabelOptions = DEFAULT_LABELS,
 ) -> LabelledImages:
     """Read a labelled data set.
 
-    Several labels per image (multi-label) come in a CSV file: in a column ``labels``, names
-    separated by ``|``, ``;`` or ``,`` (none where it is empty); in a column ``label`` in which
-    some value has ``|`` or ``;``; or, without such a column, in a column for each class that
-    holds 0 or 1 (false or true, empty for 0) alone.
+    The class of an image is the name of its folder, or stands in a table (CSV, TSV, JSON Lines, or
+    a text file of paths and labels), whose columns are found by their usual names or content.
+
+    Several labels per image (multi-label) come in a table: in a column ``labels`` or ``tags``,
+    names separated by ``|``, ``;``, ``,`` or spaces; in a column ``label`` in which some value has
+    ``|`` or ``;``; or in a column for each class that holds 0 or 1 (false or true, empty for 0)
+    alone, unless each image has exactly one.
 
     Args:
-        source: A folder ``train/<class>/*`` with ``test/`` and optionally ``val/``; or plain class
-            folders; or a CSV file with the columns ``path`` and ``label``, and optionally
-            ``split`` (train, val, test), paths relative to the file. Without splits a seeded,
-            stratified 60/20/20 split is made; without a validation part, 20 % of the training part
-            becomes one. With several labels per image both go by chance.
-        seed: Seed of the splits that are made here.
-        need_test: Whether missing test images are an error.
+        source: A folder of class folders, below folders of parts or with folders of parts in them;
+            a folder of images with a table in it; or a table. docs/data.md lists the layouts.
+        seed: Seed of the parts that are made here.
+        need_test: Whether missing test images are made; see ``complete_parts``.
         need_val: Whether to take a missing validation part out of the training part.
         multi_label: Whether the caller can take several labels per image.
+        options: Columns, levels of folders, and so on.
 
     Returns:
         The parts, each sorted by path.
 
     Raises:
-        UserError: Nothing there, one class only, no test images, a class in a part that the
-            training part lacks, or several labels per image where one is needed.
+        UserError: Nothing there, one class only, a class in a part that the training part lacks, or
+            several labels per image where one is needed.
     """
     source = Path(source)
     if not os.path.exists(source):
         raise UserError(f"{brief(source)} does not exist")
-    if source.is_dir():
-        found = read_folder(source)
-    elif source.is_file() and source.suffix.lower() == ".csv":
-        found = read_csv(source)
-    else:
-        raise UserError(f"{source} is neither a folder with class folders nor a .csv file")
+    reading = ReadingLog(str(source))
+    found = _find(source, options, reading)
     if found.multi_label and not multi_label:
         raise UserError(
-            f"{source} has several labels per image: give finetune such a file; here "
-            f"each image needs one, in a column class"
+            f"{source} has several labels per image ({reading.label}): give finetune such data; "
+            f"here each image needs one, in a column class"
         )
-    parts = _parts(found)
+    given: dict[Split | None, list[FoundImage]] = {}
+    for image in sorted(found.images, key=lambda one: one.path):
+        given.setdefault(image.part, []).append(image)
+    numbers = {name: i for i, name in enumerate(sorted({n for i in found.images for n in i.names}))}
+
+    def strata(images: Sequence[FoundImage]) -> np.ndarray:
+        sets = [[numbers[name] for name in one.names] for one in images]
+        return rarest_classes(sets) if found.multi_label else np.array(sets, np.int64)[:, 0]
+
+    parts = complete_parts(given, strata, not found.multi_label, seed, reading, need_test, need_val)
     classes = _classes(source, found, parts)
     train, val, test = (_numbered(parts[name], classes, found.multi_label) for name in PARTS)
     if need_test and len(test) == 0:
         raise UserError(
-            f"{source} has no test images: add test/<class>/, or give plain class folders or a "
-            f"CSV file without splits to have them split"
+            f"{source} has no test images: each class has one image only, so that none can be "
+            f"held out; give a part test, or more images"
         )
     if need_test and found.multi_label and not has_both(test.labels).any():
         raise UserError(
             f"{source}: of no class are there test images with it and without it, so "
             f"that no score can be given: more test images are needed"
         )
-    data = LabelledImages(classes, train, val, test, found.note)
-    return hold_out_val(data, seed) if need_val and len(val) == 0 else data
+    data = LabelledImages(classes, train, val, test, reading)
+    _warn_of_classes(data)
+    reading.report()
+    return data
+
+
+def _find(source: Path, options: LabelOptions, reading: ReadingLog) -> FoundLabels:
+    """Find the images and labels of a folder or a table."""
+    if not source.is_dir():
+        if source.suffix.lower() not in TABLES:
+            raise UserError(
+                f"{source} is neither a folder nor a table: give class folders or one of "
+                f"{' '.join(TABLES)}"
+            )
+        return read_label_table(source, options, reading, part_of_name(source.stem))
+    tree = FileTree(source)
+    described = any(path.rpartition("/")[2].lower() in METADATA for path in tree.others)
+    found = FoundLabels([])
+    if described or options.label_column is not None or options.path_column is not None:
+        found = read_tables_of(tree, options, reading)
+    found = found if found.images else read_class_folders(tree, options, reading)
+    found = found if found.images else read_tables_of(tree, options, reading)
+    if not found.images:
+        raise UserError(_no_labels(tree))
+    others = [path for path in tree.others if not path.lower().endswith(TABLES)]
+    if others:
+        text = f"Files not read: {count_endings(others)}"
+        if len(others) >= len(tree.images):
+            reading.warn(
+                "data.unread", f"{text}, beside {len(tree.images)} images: are they images, too?"
+            )
+        else:
+            reading.note(text)
+    return found
+
+
+def _no_labels(tree: FileTree) -> str:
+    """Why a folder can't be used, and the way on."""
+    folder = tree.folder
+    if not tree.images:
+        found = count_endings(tree.files) if tree.files else "no files"
+        return f"{folder} holds no images that can be read, but {found}"
+    folders = {name.lower() for path in tree.images for name in path.split("/")[:-1]}
+    labels = [path for path in tree.others if path.lower().endswith((".xml", ".json", ".yaml"))]
+    texts = [path for path in tree.others if path.lower().endswith(".txt")]
+    has = f"{folder} has {len(tree.images)} images, but no class folders and no table of labels"
+    if folders & MASK_FOLDERS:
+        masks = sorted(folders & MASK_FOLDERS)[0]
+        return (
+            f"{has}: with {masks}/ it looks like a segmentation data set: give --task segmentation"
+        )
+    if labels or 2 * len(texts) > len(tree.images):
+        found = count_endings([*labels, *texts])
+        return f"{has}: with {found} it looks like a detection data set: give --task detection"
+    suggested = suggested_regex([os.path.basename(path) for path in tree.images])
+    if suggested is not None:
+        regex, classes = suggested
+        return (
+            f"{has}: if the class is in the file names, --label_regex '{regex}' would find "
+            f"{len(classes)} classes, such as {brief(', '.join(classes[:4]))}"
+        )
+    return f"{has}: put the images of each class into a folder, or give a .csv file with --data"
+
+
+def _warn_of_classes(data: LabelledImages) -> None:
+    """Warn of class names and counts that look wrong."""
+    odd = [name for name in data.classes if part_of_name(name) is not None]
+    masks = [name for name in data.classes if name.lower() in MASK_FOLDERS]
+    if odd or masks:
+        kind = "a part of the data" if odd else "a folder of masks or annotations"
+        data.reading.warn(
+            "data.class_names",
+            f"The class {(odd or masks)[0]} is named like {kind}: are the classes of "
+            f"{data.reading.source} really {brief(', '.join(data.classes))}?",
+        )
+    counts = data.class_counts("train")
+    if not data.multi_label and len(data.train) and counts.max() >= IMBALANCED * len(data.train):
+        data.reading.warn(
+            "data.imbalance",
+            f"{counts.max()} of {len(data.train)} training images have the class "
+            f"{data.classes[int(counts.argmax())]}: always predicting it is hard to beat in "
+            f"accuracy, so look at macro F1 and the accuracy per class",
+        )
 
 
 def has_both(labels: np.ndarray) -> np.ndarray:
@@ -262,61 +377,12 @@ def has_both(labels: np.ndarray) -> np.ndarray:
     return np.asarray(labels.any(axis=0) & ~labels.all(axis=0))
 
 
-def hold_out_val(data: LabelledImages, seed: int) -> LabelledImages:
-    """Split a validation part off the training part; empty if there are too few labels.
-
-    It is stratified, or with several labels per image by chance.
-    """
-    if data.multi_label:
-        left, part = hold_out(range(len(data.train)), seed)
-        kept, held = np.array(left, np.int64), np.array(part, np.int64)
-    else:
-        held, kept = _stratified(data.train.labels, VAL_SHARE, seed)
-    return replace(data, train=data.train.take(kept), val=data.train.take(held))
+_Named = list[FoundImage]
 
 
-def _shuffled_classes(labels: np.ndarray, seed: int) -> list[np.ndarray]:
-    """The indices of each class, shuffled."""
-    order = np.argsort(labels, kind="stable")
-    numbers, begins = np.unique(labels[order], return_index=True)
-    return [
-        np.random.default_rng((seed, int(number))).permutation(members)
-        for number, members in zip(numbers, np.split(order, begins)[1:], strict=True)
-    ]
-
-
-def _stratified(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split off a fraction of each class: at least one image of two or more."""
-    off, rest = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    for members in _shuffled_classes(labels, seed):
-        count = max(1, round(len(members) * share)) if len(members) > 1 else 0
-        off.append(members[:count])
-        rest.append(members[count:])
-    return np.concatenate(off), np.concatenate(rest)
-
-
-_Named = list[tuple[str, tuple[str, ...]]]  # (path, names of its classes)
-
-
-def _parts(found: FoundLabels) -> dict[str, _Named]:
-    if found.splits is not None:
-        given = list(zip(found.images, found.splits, strict=True))
-        return {name: [image for image, part in given if part == name] for name in PARTS}
-    if found.multi_label:
-        return split_in_three(found.images)
-    # This split does not follow the run's seed: the test part must stay the test part from one
-    # run to the next.
-    labels = np.unique([name for _, (name,) in found.images], return_inverse=True)[1]
-    test, rest = _stratified(labels, TEST_SHARE, seed=0)
-    within, _ = _stratified(labels[rest], VAL_SHARE / (1 - TEST_SHARE), seed=1)
-    val = rest[within]
-    members = {"train": np.setdiff1d(rest, val), "val": val, "test": test}
-    return {name: [found.images[i] for i in np.sort(indices)] for name, indices in members.items()}
-
-
-def _classes(source: Path, found: FoundLabels, parts: dict[str, _Named]) -> list[str]:
+def _classes(source: Path, found: FoundLabels, parts: Mapping[Split, _Named]) -> list[str]:
     """The names of all classes, sorted."""
-    names = {part: {n for _, of in images for n in of} for part, images in parts.items()}
+    names = {part: {n for one in images for n in one.names} for part, images in parts.items()}
     if found.multi_label:  # a class may be missing from training, as chance splits such data
         classes = sorted(set(found.classes).union(*names.values()))
         if not classes:
@@ -325,27 +391,28 @@ def _classes(source: Path, found: FoundLabels, parts: dict[str, _Named]) -> list
     classes = sorted(names["train"])
     if len(classes) < 2:
         raise UserError(f"{source} has one class only ({classes[0]}): two or more are needed")
-    for part in ("val", "test"):
+    for part in PARTS:
         unknown = sorted(names[part] - set(classes))
         if unknown:
             raise UserError(
-                f"{source}: the {part} images have the class {unknown[0]}, which no "
-                f"training image has"
+                f"{source}: the {part} images have the class {unknown[0]}, which no training image "
+                f"has; the training images have {brief(', '.join(classes))}: correct the name, or "
+                f"add training images of it"
             )
     return classes
 
 
 def _numbered(images: _Named, classes: list[str], multi_label: bool) -> Part:
     number = {name: index for index, name in enumerate(classes)}
-    paths = [path for path, _ in images]
+    paths = [one.path for one in images]
     if not multi_label:
-        return Part(paths, np.array([number[name] for _, (name,) in images], np.int64))
+        return Part(paths, np.array([number[one.names[0]] for one in images], np.int64))
     if len(images) * len(classes) > MAX_TABLE_CELLS:
         raise UserError(
             f"{len(images)} images with {len(classes)} classes, of which each may have "
             f"any, are more than the memory holds: give fewer classes"
         )
     labels = np.zeros((len(images), len(classes)), np.int64)
-    for row, (_, names) in enumerate(images):
-        labels[row, [number[name] for name in names]] = 1
+    for row, one in enumerate(images):
+        labels[row, [number[name] for name in one.names]] = 1
     return Part(paths, labels)

@@ -12,6 +12,10 @@ class LabelOptions(SourceOptions, ClassNameOptions):
     """Options for reading classes of images."""
 
 
+# Everything by its usual name.
+DEFAULT_LABELS = LabelOptions()
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClassificationOptions(LabelOptions, ClassWeightsOption):
     """Options of classification."""

@@ -44,7 +44,7 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
     takes_shots = True
 
     def load_data(self, source: str, settings: ClassifierSettings) -> LabelledImages:
-        return load_labelled(source, settings.seed, multi_label=True)
+        return load_labelled(source, settings.seed, multi_label=True, options=settings)
 
     def image_size(self, data: LabelledImages, settings: ClassifierSettings) -> int | None:
         return None if settings.pretrained else suitable_size(data.train.paths)

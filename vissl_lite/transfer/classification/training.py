@@ -205,8 +205,6 @@ def train_classifier(
         UserError: The batch is larger than the training part, or settings do not suit the data.
     """
     check_settings(settings, data)
-    if data.note:
-        log.info("%s", data.note)
     if data.multi_label:
         _warn_of_constant_classes(data)
     batch_size = settings.batch(len(data.train), usual=64)

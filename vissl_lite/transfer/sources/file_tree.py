@@ -8,19 +8,13 @@ from pathlib import Path
 from vissl_lite.data.images import EXTENSIONS, walk
 from vissl_lite.transfer.sources.parts import Split, part_of_name, part_of_path
 
+# Usual names of the folders of images, and of those of masks or annotations, in lower case.
 IMAGE_FOLDERS = frozenset(
-    [
-        "images",
-        "image",
-        "imgs",
-        "img",
-        "jpegimages",
-        "img_dir",
-        "leftimg8bit",
-        "pictures",
-        "photos",
-        "labelled",
-    ]
+    """image images img imgs img_dir jpegimages labelled leftimg8bit photos pictures""".split()
+)
+MASK_FOLDERS = frozenset(
+    """ann_dir annotation annotations ground_truth groundtruth gt gtfine label labels mask masks
+    segmentation segmentationclass segmentationobject""".split()
 )
 
 # Files that file managers leave behind.

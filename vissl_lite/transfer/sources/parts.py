@@ -36,27 +36,8 @@ _WORDS: dict[str, Split] = {
 
 # Words that say nothing beside the name of a part, as in train_images or Training_Set.
 _FILLERS = frozenset(
-    [
-        "annotation",
-        "annotations",
-        "data",
-        "dataset",
-        "gt",
-        "image",
-        "images",
-        "img",
-        "imgs",
-        "label",
-        "labels",
-        "labelled",
-        "labeled",
-        "mask",
-        "masks",
-        "seg",
-        "set",
-        "split",
-        "stage",
-    ]
+    """annotation annotations data dataset gt image images img imgs label labeled labelled labels
+    mask masks seg set split stage""".split()
 )
 
 
@@ -134,8 +115,8 @@ def complete_parts(
     if not parts["train"]:
         found = " and ".join(name for name in PARTS if parts[name]) or "no images"
         raise UserError(
-            f"{log.source} has {found}, but none to train on: add training images (a part "
-            f"train), or leave the names of parts away to have the images split"
+            f"{log.source} has no training images, only {found}: add a part train, or leave the "
+            f"names of parts away to have the images split"
         )
     origins: dict[str, str] = {n: log.origins.get(n, "as given") for n in PARTS if parts[n]}
     how = "stratified by class, seed 0"

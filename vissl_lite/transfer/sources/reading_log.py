@@ -72,6 +72,17 @@ class ReadingLog:
         if (code, text) not in self.warnings:
             self.warnings.append((code, text))
 
+    def absorb(self, other: "ReadingLog") -> None:
+        """Add what another reading of the same data set found, but for its layout."""
+        for kind, count in other.counts.items():
+            self.add(kind, other._first[kind], count)
+        for text in other.notes:
+            self.note(text)
+        for code, text in other.warnings:
+            self.warn(code, text)
+        self.origins |= other.origins
+        self.label = other.label or self.label
+
     def left_out(self) -> list[str]:
         """Phrases with the count and the first file of each kind."""
         return [

@@ -33,40 +33,13 @@ _SAMPLE = 100
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 # Columns by their usual names, see ``normalized``; the first that is found counts.
-PATH_COLUMNS = [
-    "path",
-    "filepath",
-    "file_path",
-    "filepaths",
-    "image_path",
-    "img_path",
-    "image_file",
-    "file",
-    "file_name",
-    "filename",
-    "image",
-    "img",
-    "images",
-    "image_name",
-    "img_name",
-    "image_index",
-    "image_id",
-    "imageid",
-    "id_code",
-    "id",
-]
-SPLIT_COLUMNS = [
-    "split",
-    "set",
-    "subset",
-    "partition",
-    "data_set",
-    "dataset",
-    "fold",
-    "is_valid",
-    "is_val",
-    "is_test",
-]
+PATH_COLUMNS = tuple(
+    """path filepath file_path filepaths image_path img_path image_file file file_name filename
+    image img images image_name img_name image_index image_id imageid id_code id""".split()
+)
+SPLIT_COLUMNS = tuple(
+    "split set subset partition data_set dataset fold is_valid is_val is_test".split()
+)
 
 _INDEX_COLUMNS = frozenset({"", "index", "unnamed_0"})
 
@@ -253,16 +226,22 @@ class ImageFinder:
     Args:
         folder: Folder of the table, to which paths are relative.
         root: Folder of the images, if it is another one.
+        tree: Files to search, if they are more than those below either folder.
 
     Raises:
         UserError: The folder of the images does not exist.
     """
 
-    def __init__(self, folder: Path, root: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, root: Path | None = None, tree: FileTree | None = None
+    ) -> None:
         if root is not None and not root.is_dir():
             raise UserError(f"--image_root {brief(root)} is not a folder")
         self.folders = [root, folder] if root is not None else [folder]
-        self.tree = FileTree(root or folder)
+        if root is not None:
+            tree = FileTree(root)
+        self.tree = tree or FileTree(folder)
+        self.folders += [self.tree.folder] if self.tree.folder not in self.folders else []
 
     def find(self, name: str, part: Split | None = None) -> str | None:
         """The path of an image, or None; see ``FileTree.image``."""
@@ -408,8 +387,7 @@ def parts_of_rows(table: Table, options: SourceOptions, log: ReadingLog) -> list
                     f"{table.file}: the {name} {brief(repr(cell))} is none of train, val, test: "
                     f"its rows are left out",
                 )
-        origins = {part: f"column {name}" for part in found if part is not None}
-        log.origins.update(origins)
+        log.origins.update({str(part): f"column {name}" for part in found if part is not None})
         return found
     return parts
 
