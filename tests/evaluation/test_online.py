@@ -27,6 +27,9 @@ from vissl_lite.evaluation.online import (
 )
 from vissl_lite.training.schedule import Schedule
 from vissl_lite.transfer.classification.data import LabelledImages, Part, load_labelled
+from vissl_lite.transfer.sources.reading_log import ReadingLog
+
+READING = ReadingLog("data")
 
 BATCH_SIZE = 8
 
@@ -134,10 +137,18 @@ def test_test_images_stay_unseen_and_validation_images_are_never_learned_from(
     wrong = Part(data.val.paths, (data.val.labels + 1) % 3)
     paths = find_images([photos])
     right = evaluate(
-        online(paths, LabelledImages(data.classes, data.train, data.val, unseen)), encoder
+        online(
+            paths,
+            LabelledImages(data.classes, data.train, data.val, unseen, READING),
+        ),
+        encoder,
     )
     mislabelled = evaluate(
-        online(paths, LabelledImages(data.classes, data.train, wrong, unseen)), encoder
+        online(
+            paths,
+            LabelledImages(data.classes, data.train, wrong, unseen, READING),
+        ),
+        encoder,
     )
     assert (right["knn"], right["linear"]) == (1, 1)
     assert (mislabelled["knn"], mislabelled["linear"]) == (0, 0)
@@ -152,7 +163,7 @@ def test_broken_images_are_named_once(
         Path(path).write_bytes(b"not an image")
     train = Part([broken[0], *data.train.paths], np.array([2, *data.train.labels]))
     val = Part([*data.val.paths, broken[1]], np.array([*data.val.labels, 2]))
-    seen = LabelledImages(data.classes, train, val, data.test)
+    seen = LabelledImages(data.classes, train, val, data.test, READING)
     evaluation = online([broken[2], *find_images([photos])], seen)
     with caplog.at_level(logging.WARNING):
         evaluate(evaluation, encoder)
@@ -168,7 +179,10 @@ def test_labels_of_one_class_give_no_linear_accuracy(
     data = load_labelled(labelled, 0)
     one = data.train.take(np.flatnonzero(data.train.labels == 0))
     values = evaluate(
-        online(find_images([photos]), LabelledImages(data.classes, one, data.val, data.test)),
+        online(
+            find_images([photos]),
+            LabelledImages(data.classes, one, data.val, data.test, READING),
+        ),
         encoder,
     )
     assert "linear" not in values
@@ -196,7 +210,7 @@ def test_evaluation_stays_within_its_share(
     time_budget = seconds if budget == "time" else None
     schedule = Schedule(0.1, 0.1, 0, None if time_budget else steps, time_budget)
     part = Part(["some.png"] * 6000, np.zeros(6000, np.int64))
-    data = LabelledImages(["a", "b"], part, part, part)
+    data = LabelledImages(["a", "b"], part, part, part, READING)
     evaluation = online(["some.png"] * 1000, data, schedule)
 
     def measure(self: EncoderMetrics, encoder: Any, counts: ImageCounts) -> dict[str, float]:

@@ -170,11 +170,10 @@ def test_one_class_is_not_enough(tmp_path: Path) -> None:
         load_labelled(make_class_folders(tmp_path, {"cats": 9}))
 
 
-def test_test_images_are_required_unless_disabled(tmp_path: Path) -> None:
+def test_no_test_part_is_made_if_disabled(tmp_path: Path) -> None:
     make_class_folders(tmp_path / "train", {"a": 5, "b": 5})
-    with pytest.raises(UserError, match="no test images: add test/<class>/"):
-        load_labelled(tmp_path)
-    assert len(load_labelled(tmp_path, need_test=False).test) == 0
+    data = load_labelled(tmp_path, need_test=False)
+    assert [len(part) for part in parts(data)] == [8, 2, 0]
 
 
 def test_validation_images_are_not_held_out_if_disabled(labelled: Path) -> None:
@@ -193,13 +192,15 @@ def test_a_class_without_training_images_is_an_error(part: str, tmp_path: Path) 
 
 def test_a_folder_without_class_folders_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match="has no class folders"):
+    with pytest.raises(UserError, match="1 images, but no class folders and no table"):
         load_labelled(tmp_path)
 
 
-def test_a_class_folder_without_images_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no images found in .*b "):
-        load_labelled(make_class_folders(tmp_path, {"a": 3, "b": 0}))
+def test_a_class_folder_without_images_is_named(tmp_path: Path) -> None:
+    make_class_folders(tmp_path, {"a": 3, "b": 3, "empty": 0})
+    data = load_labelled(tmp_path)
+    assert data.classes == ["a", "b"]
+    assert "Folders without images, skipped: empty" in data.reading.notes
 
 
 def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
@@ -209,24 +210,30 @@ def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
 
 def test_a_file_of_another_kind_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "data.json").write_text("{}")
-    with pytest.raises(UserError, match=r"neither a folder with class folders nor a \.csv"):
+    with pytest.raises(UserError, match=r"neither a folder nor a table"):
         load_labelled(tmp_path / "data.json")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("path,species\na/0.jpg,a\n", "no column label or class: it has path, species"),
-        ("where,label\na/0.jpg,a\n", "no column path or image or file or filename"),
-        ("", "no column path"),
+        (
+            "path,ward,age\na/0.jpg,5,x\n",
+            "no column of labels .* it has path, ward, age; name",
+        ),
+        ("where,label\nx,a\ny,b\n", "no column of images: it has where, label; name it"),
+        ("", "has no rows"),
         ("path,label\n", "has no rows"),
-        ("path,label\na/0.jpg,a\na/9.jpg,a\nb/9.jpg,b\n", r"names 2 missing files.*a/9\.jpg"),
-        ("path,label,split\na/0.jpg,a,dev\n", "the split 'dev' is none of train, val, test"),
-        ("path,label,split\na/0.jpg,a,test\n", "has no training images"),
-        ("path,label\na/0.jpg,a\na/0.jpg\n", "label"),
-        ("path,label\na/0.jpg,a\na/0.jpg,\n", "label"),
-        ("path,label,split\na/0.jpg,a,train\na/0.jpg,b\n", "split"),
-        ("label,path\na\n", "path|missing"),
+        (
+            "path,label\na/0.jpg,a\na/9.jpg,a\nb/9.jpg,b\n",
+            "2 do not exist.*a/9.jpg.*--image_root",
+        ),
+        ("path,label,split\na/0.jpg,a,dog\n", "the split 'dog' is none of train, val, test"),
+        ("path,label,split\na/0.jpg,a,test\n", "no training images, only test"),
+        ("path,label\na/0.jpg\na/0.jpg,\n", "2 of 2 rows can't be used: 1 row that is cut short"),
+        ("path,label\na/0.jpg,1.5\na/0.jpg,3\n", "numbers such as 1.5, which is a regression"),
+        ("path,a,a\na/0.jpg,1,2\n", "the column a twice"),
+        ('path,label\n"a/0.jpg,a\n', "can't be read as a table"),
     ],
 )
 def test_invalid_csv_files(text: str, message: str, tmp_path: Path) -> None:
@@ -237,7 +244,8 @@ def test_invalid_csv_files(text: str, message: str, tmp_path: Path) -> None:
 
 
 def test_a_csv_file_that_is_not_text_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "data.csv").write_bytes(b"\xff\xfe\x00\xd8")
+    make_class_folders(tmp_path, {"a": 1})
+    (tmp_path / "data.csv").write_bytes(b"path,label\na/0.jpg,\xff\n")
     with pytest.raises(UserError, match="it is not text in UTF-8"):
         load_labelled(tmp_path / "data.csv")
 
@@ -409,14 +417,14 @@ def test_other_columns_are_not_classes_and_are_logged(tmp_path: Path) -> None:
     rows = [[f"{i}.jpg", str(i), "ward 5", "65", str(i % 2)] for i in range(20)]
     data = many(write_csv(tmp_path, rows, "path,,place,age,ill"))
     assert data.classes == ["ill"]
-    assert data.note.endswith("left out, as no 0 or 1 is in them: place, age")
+    assert data.reading.notes[0].endswith("left out, as they are not 0 and 1: place, age")
 
 
 def test_a_divided_label_is_logged_and_a_column_class_is_never_divided(tmp_path: Path) -> None:
     rows = [[f"{i}.jpg", ("salt; pepper", "sugar")[i % 2]] for i in range(20)]
     data = many(write_csv(tmp_path, rows))
     assert data.classes == ["pepper", "salt", "sugar"]
-    assert "'salt; pepper' is read as several labels" in data.note
+    assert "'salt; pepper' is read as several labels" in data.reading.notes[0]
     data = many(write_csv(tmp_path, rows, "path,class"))
     assert not data.multi_label
     assert data.classes == ["salt; pepper", "sugar"]
@@ -504,14 +512,14 @@ def test_written_splits_of_several_labels_are_read_back_unchanged(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("path,a,b\n0.jpg,1,0\n1.jpg,-1,1\n", "the column a has '-1' beside 0 and 1"),
-        ("path,species\n0.jpg,0\n1.jpg,1\n2.jpg,2\n", "the column species has '2' beside 0 and 1"),
-        ("path,a,b\n0.jpg,1,0\n1.jpg,1\n", "has a row whose b is missing"),
-        ("path,label\n0.jpg,a|b\n1.jpg,\n", "has a row whose label is missing"),
-        ("path,labels\n0.jpg,\n1.jpg,\n2.jpg,|\n", "names no class: the labels of all images"),
-        ("path,split\n0.jpg,train\n", "no column label or class.* give a column labels, or one of"),
         (
-            "path,labels\n0.jpg,a\n1.jpg,a\n2.jpg,a\n",
+            "path,a,b\n" + "0.jpg,1,0\n" * 20 + "1.jpg,-1,1\n",
+            "column a has '-1' beside 0 and 1",
+        ),
+        ("path,labels\n0.jpg,\n1.jpg,\n2.jpg,|\n", "names no class: the labels of all images"),
+        ("path,split\n0.jpg,train\n", "no column of labels.* give a column labels, or one of"),
+        (
+            "path,labels\n0.jpg,a|b\n1.jpg,a|b\n2.jpg,a|b\n",
             "of no class are there test images with it and",
         ),
     ],
@@ -531,6 +539,6 @@ def test_the_probe_refuses_several_labels(
     given = ["--encoder", "random:test_resnet", "--data", file, "--out", out]
     assert main(["probe", *map(str, given)]) == 2
     error = capsys.readouterr().err
-    assert "has several labels per image: give finetune such a file" in error
+    assert "has several labels per image (column labels): give finetune such data" in error
     assert error.count("\n") == 1
     assert not out.exists()

@@ -33,6 +33,7 @@ from vissl_lite.transfer.classification.training import (
     several_labels_loss,
     train_classifier,
 )
+from vissl_lite.transfer.sources.reading_log import ReadingLog
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def warnings(
 
 def labels_only(labels: list[Any], classes: str = "abc") -> LabelledImages:
     part = Part([f"{i}.jpg" for i in range(len(labels))], np.array(labels))
-    return LabelledImages(list(classes), part, part, part)
+    return LabelledImages(list(classes), part, part, part, reading=ReadingLog("data"))
 
 
 ONE = labels_only([0, 0, 0, 0, 1, 1, 2, 0])
@@ -121,7 +122,7 @@ def test_weights_by_name() -> None:
     ],
 )
 def test_invalid_weights(weights: str | dict[str, float], message: str) -> None:
-    data = LabelledImages(["cat", "dog"], ONE.train, ONE.val, ONE.test)
+    data = LabelledImages(["cat", "dog"], ONE.train, ONE.val, ONE.test, reading=ReadingLog("data"))
     with pytest.raises(UserError, match=message):
         check_settings(ClassifierSettings(class_weights=weights), data)
 
@@ -221,7 +222,7 @@ def colored(tmp_path_factory: pytest.TempPathFactory) -> LabelledImages:
             paths.append(str(folder / f"{part}{index}.png"))
             Image.fromarray(image.astype(np.uint8)).save(paths[-1])
         parts.append(Part(paths, labels))
-    return LabelledImages(["blue", "green", "nothing", "red"], *parts)
+    return LabelledImages(["blue", "green", "nothing", "red"], *parts, reading=ReadingLog("data"))
 
 
 @pytest.mark.slow

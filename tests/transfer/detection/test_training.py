@@ -17,6 +17,7 @@ from vissl_lite.transfer.detection.metrics import best_threshold, score_detector
 from vissl_lite.transfer.detection.model import Detections, detect, load_detector, save_detector
 from vissl_lite.transfer.detection.options import DetectorSettings
 from vissl_lite.transfer.detection.training import BoxDataset, rescale_batch, train_detector
+from vissl_lite.transfer.sources.reading_log import ReadingLog
 
 
 def squares(folder: Path, count: int, seed: int) -> list[BoxedImage]:
@@ -51,7 +52,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> LabelledBoxes:
         squares(folder / name, count, seed)
         for seed, (name, count) in enumerate((("train", 24), ("val", 4), ("test", 8)))
     )
-    return LabelledBoxes(["red", "blue"], train, val, test, {})
+    return LabelledBoxes(["red", "blue"], train, val, test, ReadingLog("data"))
 
 
 SETTINGS = DetectorSettings(
@@ -155,7 +156,7 @@ def test_an_image_without_boxes_can_be_trained_on(data: LabelledBoxes) -> None:
     )
     item = BoxDataset([empty], (64, 64), DetectorSettings())[0, 0]
     assert item.target[0].shape == (0, 4)
-    some = LabelledBoxes(data.classes, [empty, *data.train[:7]], [], data.test, {})
+    some = LabelledBoxes(data.classes, [empty, *data.train[:7]], [], data.test, ReadingLog("data"))
     train_detector(build_encoder("test_resnet", 64), some, DetectorSettings(epochs=1, batch_size=8))
 
 
@@ -235,7 +236,7 @@ def test_the_threshold_is_where_f1_is_best() -> None:
 
 def test_errors_of_damaged_folders_and_large_batches(data: LabelledBoxes, tmp_path: Path) -> None:
     detector = training.Detector(build_encoder("test_resnet", 64), ["a", "b"], "fcos", (64, 64))
-    save_detector(detector, tmp_path, {})
+    save_detector(detector, tmp_path, ReadingLog("data"))
     (tmp_path / "head.json").write_text('{"task": "detection"}')
     with pytest.raises(UserError, match="is damaged"):
         load_detector(tmp_path)

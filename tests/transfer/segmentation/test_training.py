@@ -20,6 +20,7 @@ from vissl_lite.transfer.segmentation.metrics import score_confusion, score_segm
 from vissl_lite.transfer.segmentation.model import Segmenter, load_segmenter, save_segmenter
 from vissl_lite.transfer.segmentation.options import SegmenterSettings
 from vissl_lite.transfer.segmentation.training import MaskDataset, train_segmenter, weigh_classes
+from vissl_lite.transfer.sources.reading_log import ReadingLog
 
 HERE = Hardware("32-true", devices=1, num_workers=0)
 FAST = OptimizerSettings("adamw", lr=4e-3)
@@ -227,7 +228,7 @@ def test_class_weights(data: LabelledMasks) -> None:
     masks = np.stack([read_mask(one.mask) for one in data.train])
     pixels = np.array([(masks == index).sum() for index in range(3)])
     np.testing.assert_allclose(balanced.numpy(), pixels.mean() / pixels, rtol=1e-5)
-    rare = LabelledMasks(["a", "b", "c", "unseen"], data.train, [], [])
+    rare = LabelledMasks(["a", "b", "c", "unseen"], data.train, [], [], ReadingLog("data"))
     more = weigh_classes(rare, "balanced")
     assert more is not None
     assert more.tolist() == [*balanced.tolist(), 1]

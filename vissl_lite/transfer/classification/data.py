@@ -271,7 +271,7 @@ def load_labelled(
         return rarest_classes(sets) if found.multi_label else np.array(sets, np.int64)[:, 0]
 
     parts = complete_parts(given, strata, not found.multi_label, seed, reading, need_test, need_val)
-    classes = _classes(source, found, parts)
+    classes = _classes(reading, found, parts)
     train, val, test = (_numbered(parts[name], classes, found.multi_label) for name in PARTS)
     if need_test and len(test) == 0:
         raise UserError(
@@ -380,23 +380,26 @@ def has_both(labels: np.ndarray) -> np.ndarray:
 _Named = list[FoundImage]
 
 
-def _classes(source: Path, found: FoundLabels, parts: Mapping[Split, _Named]) -> list[str]:
+def _classes(reading: ReadingLog, found: FoundLabels, parts: Mapping[Split, _Named]) -> list[str]:
     """The names of all classes, sorted."""
     names = {part: {n for one in images for n in one.names} for part, images in parts.items()}
     if found.multi_label:  # a class may be missing from training, as chance splits such data
         classes = sorted(set(found.classes).union(*names.values()))
         if not classes:
-            raise UserError(f"{source} names no class: the labels of all images are empty")
+            raise UserError(f"{reading.source} names no class: the labels of all images are empty")
         return classes
     classes = sorted(names["train"])
     if len(classes) < 2:
-        raise UserError(f"{source} has one class only ({classes[0]}): two or more are needed")
+        how = f" ({'; '.join(reading.notes)})" if reading.notes else ""
+        raise UserError(
+            f"{reading.source} has one class only ({classes[0]}): two or more are needed{how}"
+        )
     for part in PARTS:
         unknown = sorted(names[part] - set(classes))
         if unknown:
             raise UserError(
-                f"{source}: the {part} images have the class {unknown[0]}, which no training image "
-                f"has; the training images have {brief(', '.join(classes))}: correct the name, or "
+                f"{reading.source}: the {part} images have the class {unknown[0]}, which no "
+                f"training image has; those have {brief(', '.join(classes))}: correct the name, or "
                 f"add training images of it"
             )
     return classes

@@ -26,6 +26,7 @@ from vissl_lite.transfer.sources.tables import (
     parts_of_rows,
     path_column,
     read_table,
+    without_short_rows,
     yes_or_no,
 )
 
@@ -129,6 +130,7 @@ def read_label_table(
     root = None if options.image_root is None else Path(options.image_root)
     finder = ImageFinder(file.parent, root, tree)
     table = read_table(file, finder.is_image, (*LABEL_COLUMNS, *MULTI_COLUMNS, *SPLIT_COLUMNS))
+    num_rows, table = len(table.rows), without_short_rows(table, log)
     column = path_column(table, finder, options)
     if column is None:
         raise UserError(
@@ -144,9 +146,9 @@ def read_label_table(
             log.add("image without a label, left out", path)
         elif path is not None:
             images.append(FoundImage(path, names, in_part))
-    if len(images) < (1 - MAX_LEFT_OUT) * len(table.rows):
+    if len(images) < (1 - MAX_LEFT_OUT) * num_rows:
         raise UserError(
-            f"{file}: {len(table.rows) - len(images)} of {len(table.rows)} rows can't be used: "
+            f"{file}: {num_rows - len(images)} of {num_rows} rows can't be used: "
             f"{'; '.join(log.left_out())}"
         )
     images, multi_label = _merge_rows(images, labels.multi_label, log)

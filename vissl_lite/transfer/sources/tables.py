@@ -4,9 +4,9 @@ import csv
 import json
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from vissl_lite.transfer.sources.reading_log import MISSING_IMAGE, ReadingLog
 TABLES = (".csv", ".tsv", ".tab", ".jsonl", ".ndjson", ".txt", ".lst")
 
 MAX_COLUMNS = 10_000
+
+JSON_LINES = "JSON Lines"  # the form of such a table
 
 # Largest share of the rows that may be unusable.
 MAX_LEFT_OUT = 0.5
@@ -198,7 +200,7 @@ def _read_json_lines(file: Path, text: str) -> Table:
         row = {name: _as_text(value) for name, value in content.items()}
         rows.append(row)
         columns.update(dict.fromkeys(row))
-    return Table(file, list(columns), rows, "JSON Lines")
+    return Table(file, list(columns), rows, JSON_LINES)
 
 
 def _as_text(value: Any) -> str:
@@ -245,14 +247,16 @@ class ImageFinder:
 
     def find(self, name: str, part: Split | None = None) -> str | None:
         """The path of an image, or None; see ``FileTree.image``."""
-        if not name:
-            return None
+        return (self.named(name) or self.tree.image(name, part)) if name else None
+
+    def named(self, name: str) -> str | None:
+        """The path of an image that is where its name says, or None."""
         for folder in self.folders:
             for one in dict.fromkeys((name, name.replace("\\", "/"))):
                 path = os.path.join(folder, one)
                 if _is_file(path):
                     return path
-        return self.tree.image(name, part)
+        return None
 
     def is_image(self, cell: str) -> bool:
         """Whether a cell of a table names an existing image, or looks like the name of one."""
@@ -316,6 +320,13 @@ def find_images_of(
     """
     names = table.cells(column)
     paths = [finder.find(name, part) for name, part in zip(names, parts, strict=True)]
+    meaning: dict[str, set[str]] = defaultdict(set)
+    for name, path in zip(names, paths, strict=True):
+        meaning[path or ""].add(name)
+    for row, (name, path) in enumerate(zip(names, paths, strict=True)):
+        # of several names for one image, only that counts under which it is found directly
+        if path and len(meaning[path]) > 1 and finder.named(name) is None:
+            paths[row] = None
     missing = [n for n, path in zip(names, paths, strict=True) if path is None]
     if len(missing) > MAX_LEFT_OUT * len(names):
         raise UserError(
@@ -326,6 +337,15 @@ def find_images_of(
     for name in missing:
         log.add(MISSING_IMAGE, name or f"{table.file} (empty cell)")
     return paths
+
+
+def without_short_rows(table: Table, log: ReadingLog) -> Table:
+    """A copy of the table without rows that lack cells at their end, which are counted."""
+    if table.form == JSON_LINES:  # where any key may be missing
+        return table
+    whole = [row for row in table.rows if len(row) == len(table.columns)]
+    log.add("row that is cut short, left out", str(table.file), len(table.rows) - len(whole))
+    return replace(table, rows=whole)
 
 
 def index_columns(table: Table) -> list[str]:
