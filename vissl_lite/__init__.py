@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from vissl_lite.commands.check import check
     from vissl_lite.commands.compare import compare
     from vissl_lite.commands.demo import demo
     from vissl_lite.commands.embed import embed
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "UserError",
+    "check",
     "compare",
     "demo",
     "embed",

@@ -42,6 +42,7 @@ from vissl_lite.options import (
 COMMANDS = {
     "demo": "run the whole workflow on sample data, in minutes",
     "pretrain": "train an encoder on unlabelled images",
+    "check": "show what is read of labelled images: parts, classes, what is left out",
     "probe": "evaluate a frozen encoder with kNN and a linear classifier",
     "finetune": "train a classifier, detector or segmenter on labelled images",
     "predict": "apply a fine-tuned model to a folder of images",

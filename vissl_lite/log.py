@@ -6,6 +6,8 @@ values, which ``run.json`` stores as data::
     log.warning("skipped: %(path)s (%(why)s)", {"path": path, "why": why},
                 extra={"code": "image.unreadable"})
 
+The summary of labelled data is stored with ``extra={"labelled": summary}``.
+
 Importing the package configures no logging. While a command runs, its messages are not propagated
 to the handlers of the root logger; afterwards the logger ``vissl_lite`` is restored.
 """
@@ -90,7 +92,7 @@ def logged_to_run(run: RunFile, console: Console) -> Iterator[None]:
         console: Console for messages of level INFO and above.
     """
     file = LogFile(run.folder / "log.txt")
-    with logged_to(file, _WarningRecords(run), ConsoleHandler(console, logging.INFO)):
+    with logged_to(file, _RunRecords(run), ConsoleHandler(console, logging.INFO)):
         try:
             yield
         except (UserError, KeyboardInterrupt, Terminated) as error:
@@ -160,14 +162,19 @@ class ConsoleHandler(logging.Handler):
         )
 
 
-class _WarningRecords(logging.Handler):
-    """Write warnings to ``run.json``."""
+class _RunRecords(logging.Handler):
+    """Write warnings and summaries of labelled data to ``run.json``."""
 
     def __init__(self, run: RunFile) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__(logging.INFO)
         self.run = run
 
     def emit(self, record: logging.LogRecord) -> None:
+        if hasattr(record, "labelled"):
+            with suppress(OSError):
+                self.run.describe(record.labelled)
+        if record.levelno < logging.WARNING:
+            return
         figures = record.args if isinstance(record.args, Mapping) else {}
         code = getattr(record, "code", DEFAULT_CODE)
         with suppress(OSError):  # A full disk is reported by the error that ends the run.

@@ -140,7 +140,7 @@ class Options:
     def as_config(self) -> dict[str, Any]:
         """Return all options as plain data, for ``config.yaml``, which reproduces the run."""
         names = (field.name for field in fields(self))
-        return {n: getattr(self, n) for n in names if n not in ("resume", "overwrite")}
+        return {n: getattr(self, n) for n in names if n not in ("resume", "overwrite", "dry_run")}
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with some values changed; ``given`` is kept."""

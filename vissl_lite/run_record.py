@@ -60,6 +60,7 @@ class RunRecord:
         version: Version of vissl-lite.
         environment: Python, platform, host, package versions and device.
         warnings: Warnings in order, including those before a resume. Leaks have the code ``leak``.
+        labelled: Summary of the labelled data, see ``summarize``; empty without labelled data.
     """
 
     command: str
@@ -70,6 +71,7 @@ class RunRecord:
     version: str = version("vissl-lite")
     environment: dict[str, Any] = field(default_factory=dict)
     warnings: list[WarningRecord] = field(default_factory=list)
+    labelled: dict[str, Any] = field(default_factory=dict)
 
     def start(self) -> datetime | None:
         """Parse ``started``; None if it is not a valid date."""
@@ -99,6 +101,7 @@ def read_record(folder: Path) -> RunRecord | None:
         "version": str,
         "environment": dict,
         "warnings": list,
+        "labelled": dict,
     }
     known = {n: v for n, v in known.items() if n not in kinds or isinstance(v, kinds[n])}
     if not math.isfinite(known.get("seconds", 0.0)):
@@ -204,6 +207,12 @@ class RunFile:
                 alike[-1].count += 1
                 if alike[-1].count.bit_count() > 1:  # Not a power of two.
                     return
+            self.write()
+
+    def describe(self, labelled: Mapping[str, Any]) -> None:
+        """Record the summary of the labelled data."""
+        with self._writing:
+            self.record = replace(self.record, labelled=dict(labelled))
             self.write()
 
 

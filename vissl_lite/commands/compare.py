@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from vissl_lite.commands.labelled import dry_run, show_data
 from vissl_lite.commands.leaks import guard
 from vissl_lite.comparison.options import CompareOptions
 from vissl_lite.comparison.outcome import ComparedEncoder, Outcome
@@ -80,9 +81,13 @@ def compare(options: CompareOptions) -> CompareResult:
     encoders, baseline = plan.choose_encoders()
     encoders, left_out = plan.load_encoders(encoders, baseline, data)
     data, leaks = guard(data, encoders, options.leaks, str(out))
+    if options.dry_run:
+        dry_run(data, leaks)
+        return CompareResult(out, "", [], {}, left_out)
     amounts, labels = plan.choose_amounts(data)
 
     with open_run(out, "compare", config, resume) as run:
+        show_data(data, leaks)
         if resume:
             write_config(run, config)  # encoders and seeds may have been added
         for name, why in left_out.items():

@@ -10,6 +10,7 @@ import torch
 from rich.table import Table
 
 from vissl_lite import __version__
+from vissl_lite.commands.labelled import dry_run, show_data
 from vissl_lite.commands.leaks import guard
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.encoders.folder import encoder_for, load_encoder
@@ -73,11 +74,11 @@ class FinetuneOptions(Options, AllTaskOptions):
     """Options of ``finetune``. Options that only some tasks have are inherited."""
 
     data: StrPath
-    """Labelled images. Classification: train/<class> and test/<class> folders, plain class folders,
-    or a .csv file (for several labels per image: one column per class, or several labels in one
-    column). Detection: a folder with COCO .json, Pascal VOC .xml or YOLO .txt annotations.
-    Segmentation: a folder with images/ and masks/, or a .csv file. With --annotations: only the
-    folder of the images."""
+    """Labelled images: a folder or a file in one of the usual layouts; docs/data.md lists them.
+    Classification: class folders, with or without train/, val/ and test/, or a table (.csv, .tsv,
+    .jsonl) of images and labels. Detection: COCO .json, Pascal VOC .xml, YOLO .txt and others.
+    Segmentation: images and masks, or polygons. With --annotations: only the folder of the
+    images."""
     out: StrPath
     """Run folder to write."""
     encoder: StrPath = "random:resnet18"
@@ -133,6 +134,8 @@ class FinetuneOptions(Options, AllTaskOptions):
     """Floating-point precision: auto, or one of Lightning's, such as 32-true or bf16-mixed."""
     num_workers: int | None = None
     """Number of data loading workers. Default: chosen from the number of CPU cores."""
+    dry_run: bool = False
+    """Only print what is read of the data, and write nothing."""
     resume: bool = False
     """Continue the run in --out from its last checkpoint, if there is one, with the options it was
     started with."""
@@ -212,18 +215,14 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
     start = encoder_for(encoder, image_size)
     task.check(start, labelled, settings)
     labelled, leaks = guard(labelled, [encoder], options.leaks, str(out))
+    if options.dry_run:
+        dry_run(labelled, leaks)
+        return FinetuneResult(out, out / "model", {}, {})
     with open_run(out, "finetune", config, resume) as run:
+        show_data(labelled, leaks)
         labelled.write_split(run)
         leaks.write(run)
-        log.info(
-            "%d training, %d validation, %d test images of %d classes; %s at %d pixels",
-            len(labelled.train),
-            len(labelled.val),
-            len(labelled.test),
-            len(labelled.classes),
-            start.backbone,
-            start.image_size,
-        )
+        log.info("%s at %d pixels", start.backbone, start.image_size)
         task.report_use(start, encoder)
         metrics = MetricsFile(run / METRICS)
         files = TrainingFiles(metrics, run / CHECKPOINTS, resume)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from rich.table import Table
 
+from vissl_lite.commands.labelled import dry_run, show_data
 from vissl_lite.commands.leaks import guard
 from vissl_lite.data.images import suitable_size
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
@@ -27,6 +28,7 @@ from vissl_lite.report.additions import add_report, add_test_embeddings
 from vissl_lite.run import check_out, console, open_run, write_results
 from vissl_lite.training.progress import progress_bar
 from vissl_lite.transfer.classification.data import LabelledImages, load_labelled
+from vissl_lite.transfer.classification.options import LabelOptions
 
 log = logging.getLogger(__name__)
 
@@ -52,15 +54,15 @@ class ProbeResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeOptions(Options):
+class ProbeOptions(Options, LabelOptions):
     """Options of ``probe``."""
 
     encoder: StrPath
     """A run, an encoder folder, timm:NAME (pre-trained weights) or random:NAME (untrained, as a
     baseline)."""
     data: StrPath
-    """Labelled images: train/<class> and test/<class> folders, plain class folders, or a .csv
-    file."""
+    """Labelled images: class folders, with or without train/, val/ and test/, or a table (.csv,
+    .tsv, .jsonl) of images and labels; docs/data.md lists the layouts."""
     out: StrPath
     """Run folder to write."""
     layers: bool = False
@@ -84,6 +86,8 @@ class ProbeOptions(Options):
     billions of pixels. The default is Pillow's limit."""
     seed: int = 0
     """Seed for the split, the choice of labels, and the weights of an untrained encoder."""
+    dry_run: bool = False
+    """Only print what is read of the data, and write nothing."""
     overwrite: bool = False
     """Replace an existing run in --out."""
 
@@ -108,7 +112,7 @@ def probe(options: ProbeOptions) -> ProbeResult:
     out, name, data = Path(options.out), os.fspath(options.encoder), os.fspath(options.data)
     limit_pixels(options.max_pixels)
     check_out(out, [("encoder", name), ("data", data)], overwrite=options.overwrite)
-    labelled = load_labelled(data, options.seed)
+    labelled = load_labelled(data, options.seed, options=options)
     labelled = labelled.subsample(options.fraction, options.shots, options.seed)
     torch.manual_seed(options.seed)
     size = options.image_size
@@ -116,7 +120,11 @@ def probe(options: ProbeOptions) -> ProbeResult:
         size = suitable_size(labelled.train.paths)
     encoder = encoder_for(name, size)
     labelled, leaks = guard(labelled, [name], options.leaks, str(out))
+    if options.dry_run:
+        dry_run(labelled, leaks)
+        return ProbeResult(out, 0.0, 0.0, {})
     with open_run(out, "probe", options.as_config()) as run:
+        show_data(labelled, leaks)
         labelled.write(run / "split.csv")
         leaks.write(run)
         scores = probe_encoder(encoder, labelled, options.layers, options.k, options.temperature)

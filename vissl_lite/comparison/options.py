@@ -77,6 +77,8 @@ class CompareOptions(Options, AllTaskOptions):
     """Floating-point precision: auto, or one of Lightning's, such as 32-true or bf16-mixed."""
     num_workers: int | None = None
     """Number of data loading workers of finetune. Default: chosen from the number of CPU cores."""
+    dry_run: bool = False
+    """Only print what is read of the data, and write nothing."""
     resume: bool = False
     """Continue the comparison in --out: run what is missing, including encoders and seeds that were
     added."""

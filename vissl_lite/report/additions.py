@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,16 @@ from vissl_lite.plots import plot_grid, plot_neighbors
 from vissl_lite.pretext.base import PretextTask
 from vissl_lite.pretext.modules.visualization import draw_views, visualization_of
 from vissl_lite.run import MAP
-from vissl_lite.transfer.base import LabelledDataset, Scores, TrainedModel
+from vissl_lite.transfer.base import LabelledDataset, Scores, TrainedModel, spread
+from vissl_lite.transfer.sources.parts import PARTS
 from vissl_lite.transfer.tasks import AnyTask
 
 log = logging.getLogger(__name__)
 
 NEIGHBORS_SHOWN = 7
+
+# Images of each part that are shown with their labels, and the side of their cells in pixels.
+LABELS_SHOWN, LABELS_CELL = 6, 240
 
 
 def add_pretext(
@@ -114,6 +119,29 @@ def add_test_pictures(
         task.visualize(model, data, scores, run)
     except (UserError, *BROKEN_IMAGE) as error:
         _warn_or_raise("the pictures of the test images", error)
+
+
+def add_label_pictures(run: Path, task: AnyTask, data: LabelledDataset) -> None:
+    """Write pictures of images with their labels, a row per part, into a run of ``check``.
+
+    Missing or broken images are logged as a warning.
+
+    Args:
+        run: Run folder, which gets ``labels.png``.
+        task: Task of the labels.
+        data: Labelled data.
+    """
+    try:
+        rows = []
+        for part in PARTS:
+            count = len(data.paths(part))
+            chosen = spread(count, LABELS_SHOWN) if count else ()
+            pictures = [task.labelled_picture(data, part, int(index)) for index in chosen]
+            titled = [replace(one, caption=f"{part}: {one.caption}") for one in pictures]
+            rows += [titled] if titled else []
+        plot_grid(rows, run / "labels.png", cell=LABELS_CELL)
+    except (UserError, *BROKEN_IMAGE) as error:
+        _warn_or_raise("the pictures of the labels", error)
 
 
 def add_report(run: Path) -> None:

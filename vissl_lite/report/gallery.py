@@ -16,6 +16,10 @@ PICTURES = {
         "Accuracy by number of labels",
         "Means over the seeds; bands are one standard deviation. The dashed line is the baseline.",
     ),
+    "labels.png": (
+        "Labels",
+        "Images of each part with their labels. Check that the labels are right.",
+    ),
     "test.png": ("Test images", "Predictions of the model and the ground truth."),
     "confusion.png": ("Confusion matrix", "Rows are true classes, columns predicted classes."),
     "per_class.png": ("Classes", "On the test part, best first."),

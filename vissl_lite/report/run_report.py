@@ -19,6 +19,7 @@ from vissl_lite.report.results import main_figures, result_blocks, verdicts
 from vissl_lite.run import LOG, MAP, METRICS, RESULTS
 from vissl_lite.run_folder import RUN_CONFIG
 from vissl_lite.run_record import RunRecord, WarningRecord
+from vissl_lite.transfer.summary import rows_of, title_of
 
 REPORT = "report.html"
 
@@ -58,6 +59,7 @@ def write_report(folder: Path) -> Path:
         replaced.add("per_class.png")
     blocks = [
         *results,
+        *_labelled(run),
         *pictures(run, frozenset(replaced)),
         *predicted(run),
         *_map(run),
@@ -197,6 +199,24 @@ def _leaks(run: RunFolder) -> dict[str, list[WarningRecord]]:
         return {}
     message = f"Leaks: {found} of the test images were seen in training."
     return {LEAK: [WarningRecord(LEAK, message)]}
+
+
+def _labelled(run: RunFolder) -> list[Block]:
+    """Return a table of the labelled data: parts, origins and labels per class."""
+    summary = {} if run.record is None else run.record.labelled
+    if not summary:
+        return []
+    try:
+        columns = ["part", "images", "from", "labels per class"]
+        table = render("table", columns=columns, rows=rows_of(summary))
+        left_out = [f"{count:,} {kind}" for kind, count in summary["left_out"].items()]
+        sentences = [f"{title_of(summary)}.", summary["split"], *summary["notes"]]
+        if left_out:
+            sentences.append(f"Left out or corrected: {'; '.join(left_out)}.")
+        return [Block("Labelled data", table, " ".join(filter(None, sentences)))]
+    except (LookupError, TypeError, AttributeError, ValueError):
+        run.unreadable.append("The summary of the labelled data is damaged and left out.")
+        return []
 
 
 def _curves(run: RunFolder) -> list[Block]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError
+from vissl_lite.plots import Picture
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.exporting import ExportModel
@@ -298,6 +299,19 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
     @abstractmethod
     def visualize(self, model: ModelT, data: DatasetT, scores: ScoresT, run: Path) -> None:
         """Plot test predictions beside the ground truth (``test.png``) and metrics per class."""
+
+    @abstractmethod
+    def labelled_picture(self, data: DatasetT, part: Split, index: int) -> Picture:
+        """Draw an image with its label.
+
+        Args:
+            data: Labelled data set.
+            part: Part of the image.
+            index: Index of the image in its part.
+
+        Raises:
+            OSError, ValueError, SyntaxError: The image can't be read (``BROKEN_IMAGE``).
+        """
 
     @abstractmethod
     def save(self, model: ModelT, folder: Path, about: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ from vissl_lite.transfer.classification.options import ClassificationOptions, Cl
 from vissl_lite.transfer.classification.training import check_settings, train_classifier
 from vissl_lite.transfer.exporting import ExportModel, Normalization
 from vissl_lite.transfer.prediction import Predictions, growing_file
+from vissl_lite.transfer.sources.parts import Split
 
 MAX_SHOWN = 16  # test images in the picture of predictions beside the truth
 
@@ -98,6 +99,12 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
             for path, caption, a, b in zip(part.paths, captions, true, found, strict=True)
         ]
         plot_grid([pictures[i : i + 8] for i in range(0, len(pictures), 8)], run / "test.png")
+
+    def labelled_picture(self, data: LabelledImages, part: Split, index: int) -> Picture:
+        one = data.part(part)
+        label = one.labels[index]
+        true = label > 0 if data.multi_label else np.eye(len(data.classes), dtype=bool)[label]
+        return Picture(read_image(one.paths[index], 256), _words(true, data.classes))
 
     def predict(self, model: Classifier, predictions: Predictions) -> tuple[Path, int]:
         """Write one row per image: class and probability, or all probabilities."""

@@ -33,6 +33,7 @@ from vissl_lite.transfer.detection.training import check_rescaling, train_detect
 from vissl_lite.transfer.exporting import ExportModel, Normalization
 from vissl_lite.transfer.prediction import Predictions, growing_file
 from vissl_lite.transfer.pyramid import report_use, shrunk
+from vissl_lite.transfer.sources.parts import Split
 
 MAX_SHOWN = 8  # test images in the figure of predictions and ground truth
 
@@ -99,6 +100,11 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
         colors = dict(zip(classes, class_colors(len(classes)), strict=True))
         plot_grid(rows, run / "test.png", ("truth", "prediction"), colors, cell=320)
         plot_per_class(scores.per_class, run / "per_class.png")
+
+    def labelled_picture(self, data: LabelledBoxes, part: Split, index: int) -> Picture:
+        one = data.part(part)[index]
+        image = read_image(one.path)
+        return Picture(shrunk(draw_boxes(image, one.boxes, one.labels, data.classes)))
 
     def predict(self, model: Detector, predictions: Predictions) -> tuple[Path, int]:
         """Write predictions in COCO's format, with a score for each annotation.

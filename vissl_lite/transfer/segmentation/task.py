@@ -41,6 +41,7 @@ from vissl_lite.transfer.segmentation.model import (
 )
 from vissl_lite.transfer.segmentation.options import SegmentationOptions, SegmenterSettings
 from vissl_lite.transfer.segmentation.training import train_segmenter, weigh_classes
+from vissl_lite.transfer.sources.parts import Split
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +113,12 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
         plot_grid(rows, run / "test.png", ("image", "truth", "prediction"), colors, cell=320)
         plot_per_class(scores.per_class, run / "per_class.png")
         plot_confusion(scores.confusion, classes, run / "confusion.png", "pixels")
+
+    def labelled_picture(self, data: LabelledMasks, part: Split, index: int) -> Picture:
+        one = data.part(part)[index]
+        mask = read_mask(one.mask, one.binary)
+        words = ", ".join(data.classes[number] for number in one.classes if number)
+        return Picture(shrunk(draw_mask(read_image(one.path), mask, len(data.classes))), words)
 
     def predict(self, model: Segmenter, predictions: Predictions) -> tuple[Path, int]:
         """Write a palette PNG of class indices for each image, at the size of the image."""

@@ -1,0 +1,133 @@
+"""``vissl-lite check``: show what is read of a labelled data set."""
+
+import logging
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from vissl_lite.commands.labelled import show_data
+from vissl_lite.commands.leaks import guard
+from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
+from vissl_lite.errors import UserError, check_count, check_seed
+from vissl_lite.log import ConsoleHandler, logged_to
+from vissl_lite.options import Options, StrPath, command
+from vissl_lite.report.additions import add_label_pictures, add_report
+from vissl_lite.run import check_out, console, open_run, write_results
+from vissl_lite.transfer.base import LabelledDataset
+from vissl_lite.transfer.classification.options import LabelOptions
+from vissl_lite.transfer.options import AnnotationsOption
+from vissl_lite.transfer.tasks import TASKS, AnyTask, check_given, find_task
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What was read of a labelled data set.
+
+    Attributes:
+        task: Task that the labels are for.
+        summary: Layout, parts, labels per class, and what was left out, as in ``run.json``.
+        run: Run folder with the report; None without ``out``.
+    """
+
+    task: str
+    summary: dict[str, Any]
+    run: Path | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions(Options, LabelOptions, AnnotationsOption):
+    """Options of ``check``."""
+
+    data: StrPath
+    """Labelled images, in any layout that finetune reads; see docs/data.md."""
+    task: str | None = None
+    """Task: classification, detection or segmentation. Default: the one that the labels fit."""
+    out: StrPath | None = None
+    """Run folder to write, with a report that shows images with their labels. Default: none."""
+    max_pixels: int = MAX_PIXELS
+    """Skip images with more pixels (height times width) than this; a small file can decode to
+    billions of pixels. The default is Pillow's limit."""
+    seed: int = 0
+    """Random seed of a validation part that is made."""
+    overwrite: bool = False
+    """Replace an existing run in --out."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.task is not None:
+            find_task(self.task)
+        check_seed(self.seed)
+        check_count("class_level", self.class_level)
+
+
+@command(CheckOptions)
+def check(options: CheckOptions) -> CheckResult:
+    """Print what is read of a labelled data set: parts, classes, and what is left out.
+
+    All images are decoded, so unreadable ones and images in several parts are found. Nothing is
+    trained.
+
+    Returns:
+        The task and the summary.
+
+    Raises:
+        UserError: An option is invalid, or the labels fit no task, or several.
+    """
+    limit_pixels(options.max_pixels)
+    out = None if options.out is None else Path(options.out)
+    if out is not None:
+        inputs = [(name, options.as_config().get(name)) for name in ("data", "annotations")]
+        check_out(out, inputs, overwrite=options.overwrite)
+    task, data = _read(options)
+    data, leaks = guard(data, [], "warn", str(out or "leaks.csv"))
+    if out is None:
+        with logged_to(ConsoleHandler(console, logging.INFO)):
+            return CheckResult(task.name, show_data(data, leaks), None)
+    with open_run(out, "check", options.as_config() | {"task": task.name}) as run:
+        summary = show_data(data, leaks)
+        data.write_split(run)
+        leaks.write(run)
+        write_results(
+            run,
+            {
+                **{f"{part}_images": one["images"] for part, one in summary["parts"].items()},
+                "classes": data.classes,
+                **leaks.figures(),
+            },
+        )
+        add_label_pictures(run, task, data)
+        add_report(run)
+    return CheckResult(task.name, summary, out)
+
+
+def _read(options: CheckOptions) -> tuple[AnyTask, LabelledDataset]:
+    """Read the data for the given task, or for the only one that they fit."""
+    source = os.fspath(options.data)
+    if not os.path.exists(source):
+        raise UserError(f"{source} does not exist")
+    tried = TASKS if options.task is None else {options.task: find_task(options.task)}
+    fitting: list[tuple[AnyTask, LabelledDataset]] = []
+    errors: dict[str, str] = {}
+    for name, task in tried.items():
+        named = {one.name for one in fields(task.settings)} & {one.name for one in fields(options)}
+        settings = task.settings(**{one: getattr(options, one) for one in named})
+        try:
+            check_given(task, options.given)
+            fitting.append((task, task.load_data(source, settings)))
+        except UserError as error:
+            if len(tried) == 1:
+                raise
+            errors[name] = str(error)
+    if not fitting:
+        reasons = "; ".join(f"as {name}: {error}" for name, error in errors.items())
+        raise UserError(f"{source} fits no task. {reasons}")
+    if len(fitting) > 1:
+        names = [task.name for task, _ in fitting]
+        raise UserError(
+            f"{source} can be read for {' and for '.join(names)}: choose with --task "
+            f"{' or --task '.join(names)}"
+        )
+    return fitting[0]
