@@ -3,11 +3,15 @@
 A layout is a function that writes a data set below a folder, and what ``check`` must find in it.
 """
 
+import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 Counts = tuple[int, int, int]  # images for training, validation and test
@@ -157,6 +161,46 @@ def _litter(folder: Path) -> None:
     (folder / "empty").mkdir()
     for name in ("Thumbs.db", "cat/.DS_Store", "notes.txt", "dog/scan.npy"):
         (folder / name).write_bytes(b"x")
+
+
+def _archive(ending: str) -> Callable[[Path], None]:
+    def build(folder: Path) -> None:
+        write_images(folder / "pets", _pairs("train", "test"))
+        kind = {"zip": "zip", "tar.gz": "gztar"}[ending]
+        shutil.make_archive(str(folder / "pets"), kind, folder, "pets")
+        shutil.rmtree(folder / "pets")
+
+    return build
+
+
+def _image_rows(folder: Path) -> tuple[list[dict[str, object]], dict[bytes, str]]:
+    """Rows of images as Hugging Face stores them, and the metadata of their schema."""
+    rows: list[dict[str, object]] = []
+    for n in range(10):
+        file = write_image(folder / f"{n}.png")
+        rows.append({"image": {"bytes": file.read_bytes(), "path": None}, "label": n % 2})
+        file.unlink()
+    label = {"names": ["cat", "dog"], "_type": "ClassLabel"}
+    features = {"image": {"_type": "Image"}, "label": label}
+    return rows, {b"huggingface": json.dumps({"info": {"features": features}})}
+
+
+def _parquet(folder: Path) -> None:
+    rows, metadata = _image_rows(folder)
+    for part, some in (("train", rows[:6]), ("test", rows[6:])):
+        table = pa.Table.from_pylist(some).replace_schema_metadata(metadata)
+        (folder / "pets/data").mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, folder / f"pets/data/{part}-00000-of-00001.parquet")
+
+
+def _saved(folder: Path) -> None:
+    rows, metadata = _image_rows(folder)
+    for part, some in (("train", rows[:6]), ("test", rows[6:])):
+        table = pa.Table.from_pylist(some).replace_schema_metadata(metadata)
+        write_text(folder / "pets" / part / "dataset_info.json", "{}")
+        with pa.ipc.new_stream(folder / f"pets/{part}/data-0.arrow", table.schema) as out:
+            out.write_table(table)
+    write_text(folder / "pets/dataset_dict.json", "{}")
 
 
 SPLIT_COLUMN = [
@@ -334,4 +378,8 @@ CLASSIFICATION = [
         data="labels.csv",
         says=("2 images missing", "1 image without a label", "1 row that is cut short"),
     ),
+    Layout("`.zip`", _archive("zip"), (8, 2, 10), data="pets.zip", says=("is unpacked to",)),
+    Layout("`.tar.gz`", _archive("tar.gz"), (8, 2, 10), data="pets.tar.gz"),
+    Layout("Parquet files (Hugging Face)", _parquet, (4, 2, 4), data="pets"),
+    Layout("a folder saved by `datasets`", _saved, (4, 2, 4), data="pets"),
 ]

@@ -151,7 +151,7 @@ def _entries(
         with os.scandir(folder) as entries:
             for entry in entries:
                 name = entry.name
-                if name.startswith("."):
+                if name.startswith(".") or name == "__MACOSX":  # what macOS adds to archives
                     continue
                 if _is(entry.is_dir):
                     folders.append(name)

@@ -23,6 +23,7 @@ from vissl_lite.transfer.classification.tables import (
     read_tables_of,
 )
 from vissl_lite.transfer.sources.file_tree import MASK_FOLDERS, FileTree
+from vissl_lite.transfer.sources.opening import unpacked
 from vissl_lite.transfer.sources.parts import (
     PARTS,
     Split,
@@ -255,7 +256,7 @@ def load_labelled(
     if not os.path.exists(source):
         raise UserError(f"{brief(source)} does not exist")
     reading = ReadingLog(str(source))
-    found = _find(source, options, reading)
+    found = _find(unpacked(source), options, reading)
     if found.multi_label and not multi_label:
         raise UserError(
             f"{source} has several labels per image ({reading.label}): give finetune such data; "
