@@ -308,7 +308,7 @@ def _find(source: Path, options: LabelOptions, reading: ReadingLog) -> FoundLabe
     found = found if found.images else read_tables_of(tree, options, reading)
     if not found.images:
         raise UserError(_no_labels(tree))
-    others = [path for path in tree.others if not path.lower().endswith(TABLES)]
+    others = [path for path in tree.others if tree.absolute(path) not in reading.tables]
     if others:
         text = f"Files not read: {count_endings(others)}"
         if len(others) >= len(tree.images):

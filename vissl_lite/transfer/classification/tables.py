@@ -157,6 +157,7 @@ def read_label_table(
     form = f" ({table.form})" if table.form != "separated by commas" else ""
     log.layout = f"table {file.name}{form}, images in column {brief(column)}"
     log.label = labels.source
+    log.tables.append(str(file))
     return FoundLabels(images, multi_label, labels.classes)
 
 

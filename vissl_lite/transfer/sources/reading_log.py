@@ -36,6 +36,7 @@ class ReadingLog:
         notes: Sentences on how the data were read.
         warnings: Code and sentence of what looks wrong.
         origins: Where each part (train, val, test) comes from.
+        tables: Files of labels that were read.
         split: Sentence on the parts that were made because they were not given; may be empty.
     """
 
@@ -46,6 +47,7 @@ class ReadingLog:
     notes: list[str] = field(default_factory=list)
     warnings: list[tuple[str, str]] = field(default_factory=list)
     origins: dict[str, str] = field(default_factory=dict)
+    tables: list[str] = field(default_factory=list)
     split: str = ""
     _first: dict[str, str] = field(default_factory=dict)
 
@@ -81,6 +83,7 @@ class ReadingLog:
         for code, text in other.warnings:
             self.warn(code, text)
         self.origins |= other.origins
+        self.tables += other.tables
         self.label = other.label or self.label
 
     def left_out(self) -> list[str]:
