@@ -261,7 +261,7 @@ CLASSIFICATION = [
         "folders with litter",
         _litter,
         (6, 2, 2),
-        says=("Folders without images, skipped: empty", "Files not read: 1 .txt, 1 .npy"),
+        says=("Folders without images, skipped: empty", "Files not read: 1 .npy, 1 .txt"),
     ),
     Layout(
         "CSV", _table("path,label", *_rows("images/{n}.png,{label}")), (6, 2, 2), data="labels.csv"

@@ -1,6 +1,7 @@
 import csv
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from vissl_lite.cli import main
 from vissl_lite.errors import UserError
 from vissl_lite.transfer.classification.data import LabelledImages, Part, load_labelled
+from vissl_lite.transfer.classification.options import LabelOptions
 
 
 def make_class_folders(folder: Path, counts: dict[str, int]) -> Path:
@@ -248,6 +250,92 @@ def test_a_csv_file_that_is_not_text_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "data.csv").write_bytes(b"path,label\na/0.jpg,\xff\n")
     with pytest.raises(UserError, match="it is not text in UTF-8"):
         load_labelled(tmp_path / "data.csv")
+
+
+# Folders that are something else, and labels that look wrong
+
+
+def make_files(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["images/1.jpg", "masks/1.png"], "with masks/ it looks like a segmentation data set"),
+        (["train/images/1.jpg", "train/labels/1.png"], "with labels/ .* give --task segmentation"),
+        (["images/train/1.jpg", "annotations/train/1.png"], "with annotations/ .*segmentation"),
+        (["JPEGImages/1.jpg", "Annotations/1.xml"], "with 1 .xml it looks like a detection data"),
+        (["train/1.jpg", "val/2.jpg", "ann/instances.json"], "with 1 .json .* --task detection"),
+        (["images/1.jpg", "labels/1.txt"], "with 1 .txt it looks like a detection data set"),
+        ([f"{c}_{i}.jpg" for c in "ab" for i in range(4)], "--label_regex .* 2 classes.* a, b"),
+        (["a.jpg", "b.jpg"], "put the images of each class into a folder, or give a .csv file"),
+        (["a.dcm", "b.dcm", "c"], "no images that can be read, but 2 .dcm, 1 without ending"),
+        ([], "no images that can be read, but no files"),
+        (["val/a/1.jpg", "test/a/1.jpg"], "has no training images, only val and test"),
+    ],
+)
+def test_a_folder_of_something_else(files: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        load_labelled(make_files(tmp_path, *files))
+
+
+def test_a_class_may_have_the_name_of_a_part(tmp_path: Path) -> None:
+    make_class_folders(tmp_path, {"bus": 3, "car": 3, "train": 3})
+    data = load_labelled(tmp_path)
+    assert data.classes == ["bus", "car", "train"]
+    assert [code for code, _ in data.reading.warnings] == ["data.class_names"]
+    assert "The class train is named like a part of the data" in data.reading.warnings[0][1]
+
+
+def test_imbalance_is_warned_of(tmp_path: Path) -> None:
+    data = load_labelled(make_class_folders(tmp_path, {"sick": 3, "well": 200}))
+    ((code, text),) = data.reading.warnings
+    assert code == "data.imbalance"
+    assert text.startswith("120 of 121 training images have the class well")
+
+
+def test_many_unread_files_are_warned_of(tmp_path: Path) -> None:
+    make_class_folders(tmp_path, {"a": 3, "b": 3})
+    make_files(tmp_path, *(f"a/{i}.npy" for i in range(6)))
+    ((code, text),) = load_labelled(tmp_path).reading.warnings
+    assert code == "data.unread"
+    assert "6 .npy, beside 6 images" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"class_level": 3}, "--class_level 3: the class folders of .* have 1 level"),
+        ({"label_regex": "("}, "is not a regular expression"),
+        ({"label_regex": "^a"}, "has 0 groups: one, in parentheses, is the class"),
+        ({"label_regex": "^(x)"}, "matches none of the 6 file names"),
+        ({"image_root": "nowhere"}, "--image_root nowhere is not a folder"),
+    ],
+)
+def test_options_that_do_not_fit(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    make_class_folders(tmp_path, {"a": 3, "b": 3})
+    (tmp_path / "t.csv").write_text("path,label\na/0.jpg,a\nb/0.jpg,b\n")
+    source = tmp_path / "t.csv" if "image_root" in options else tmp_path
+    with pytest.raises(UserError, match=message):
+        load_labelled(source, options=LabelOptions(**options))
+
+
+def test_rows_of_one_image_are_merged(tmp_path: Path) -> None:
+    rows = [[f"{c}/{i}.jpg", c] for c in "ab" for i in range(50)]
+    data = load_labelled(write_csv(tmp_path, [*rows, rows[0], ["a/1.jpg", "b"]]))
+    assert sum(map(len, parts(data))) == 99
+    assert data.reading.counts == {
+        "row that repeats another, left out": 1,
+        "image with rows of different classes, left out": 1,
+    }
+    rows = [[f"{i}.jpg", c] for i in range(12) for c in ("ab" if i % 2 else "a")]
+    data = many(write_csv(tmp_path, rows))
+    assert data.multi_label
+    assert sum(map(len, parts(data))) == 12
 
 
 # Subsampling

@@ -113,7 +113,9 @@ def complete_parts(
     elif unnamed:
         parts["train"] = unnamed
     if not parts["train"]:
-        found = " and ".join(name for name in PARTS if parts[name]) or "no images"
+        found = " and ".join(name for name in PARTS if parts[name])
+        if not found:
+            raise UserError(f"{log.source} has no labelled images that can be used")
         raise UserError(
             f"{log.source} has no training images, only {found}: add a part train, or leave the "
             f"names of parts away to have the images split"
