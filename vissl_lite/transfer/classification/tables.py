@@ -1,7 +1,7 @@
 """Reading of classes from tables: CSV and its relatives, alone or beside the images."""
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +11,7 @@ from vissl_lite.errors import UserError, brief
 from vissl_lite.transfer.classification.labels import FoundImage, FoundLabels
 from vissl_lite.transfer.classification.options import LabelOptions
 from vissl_lite.transfer.sources.file_tree import FileTree
-from vissl_lite.transfer.sources.parts import Split, part_of_file
+from vissl_lite.transfer.sources.parts import PARTS, Split, part_of_file
 from vissl_lite.transfer.sources.reading_log import ReadingLog
 from vissl_lite.transfer.sources.tables import (
     MAX_LEFT_OUT,
@@ -315,12 +315,12 @@ def _merge_rows(
         if len(sets[path]) > 1 and not several:
             log.add("image with rows of different classes, left out", path)
             continue
-        if len(of) > 1 and len(sets[path]) == 1:
+        if len({one.part for one in of}) == 1 < len(of) and len(sets[path]) == 1:
             log.add("row that repeats another, left out", path, len(of) - 1)
-        parts = Counter(one.part for one in of)
+        parts = {one.part for one in of}
         if len(parts) > 1:
-            log.add("image with rows in different parts, left out", path)
-            continue
+            log.add("image of several parts, left out of the first", path)
         names = tuple(dict.fromkeys(name for one in of for name in one.names))
-        merged.append(FoundImage(path, names, of[0].part))
+        last = max(parts, key=(None, *PARTS).index)  # no test image is trained on
+        merged.append(FoundImage(path, names, last))
     return merged, several
