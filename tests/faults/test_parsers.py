@@ -457,7 +457,8 @@ def test_csv_files_of_masks_that_are_damaged(root: Path, content: bytes) -> None
 BAD_CSV = (
     b"", b"\n", b"path", b"path,label", CSV.encode("utf-16")[:-1],
     CSV.encode() + b'set/images/0.png,"a', CSV.encode() + b"set/images/0.png,\xe9,train",
-    CSV.encode() + b"x" * 200_000 + b",a,train", CSV.encode() + b"x\0.png,a,train", CSV.replace("label", "path").encode(),
+    CSV.encode() + b"x" * 200_000 + b",a,train", CSV.encode() + b"x\0.png,a,train",
+    CSV.replace("label", "path").encode(),
     ",".join(f"c{n}" for n in range(100_000)).encode() + b"\n" + b"1," * 100_000,
     b"path," + b"," * 100_000,
     b"path,labels\n" + b"".join(b"gone%d.png,c%d\n" % (n, n) for n in range(20_000)),
