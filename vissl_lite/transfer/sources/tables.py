@@ -208,8 +208,8 @@ def _as_text(value: Any) -> str:
         return ""
     if isinstance(value, list):
         return "|".join(map(_as_text, value))
-    if isinstance(value, bool):
-        return str(value).lower()
+    if isinstance(value, bool | dict):
+        return json.dumps(value)
     return str(value)
 
 
