@@ -44,6 +44,9 @@ SEPARATORS, LABEL_SEPARATORS = "[|;,]", "[|;]"
 # Tables that belong to a folder of images by Hugging Face's convention.
 METADATA = ("metadata.csv", "metadata.jsonl")
 
+# Columns of tables of boxes.
+_BOX_COLUMNS = ({"xmin", "xmax"}, {"x_min", "x_max"}, {"x1", "x2"}, {"bbox"}, {"objects"})
+
 # Where the tables of a folder lie: at its top, or in a folder of a part or of annotations.
 _TABLE_DEPTH = 2
 
@@ -131,6 +134,7 @@ def read_label_table(
     finder = ImageFinder(file.parent, root, tree)
     table = read_table(file, finder.is_image, (*LABEL_COLUMNS, *MULTI_COLUMNS, *SPLIT_COLUMNS))
     num_rows, table = len(table.rows), without_short_rows(table, log)
+    _check_boxes(table, options)
     column = path_column(table, finder, options)
     if column is None:
         raise UserError(
@@ -159,6 +163,16 @@ def read_label_table(
     log.label = labels.source
     log.tables.append(str(file))
     return FoundLabels(images, multi_label, labels.classes)
+
+
+def _check_boxes(table: Table, options: LabelOptions) -> None:
+    """Raise a UserError if the rows of a table are boxes, unless a column of labels is given."""
+    names = {normalized(name) for name in table.columns}
+    if options.label_column is None and any(names >= boxes for boxes in _BOX_COLUMNS):
+        raise UserError(
+            f"{table.file} has a row for each box: give --task detection, or --label_column to "
+            f"classify whole images; it has {brief(', '.join(table.columns))}"
+        )
 
 
 def _labels(table: Table, path: str, options: LabelOptions, log: ReadingLog) -> _Labels:

@@ -384,9 +384,9 @@ def _find_labels(source: _Source) -> _Layout | None:
     """Find text files with the names of images."""
     images = {Path(path).stem for path in source.images.images}
     files = [path for path in label_files(source.tree) if Path(path).stem in images]
-    if not files or not any(
-        looks_like_labels(source.tree.absolute(one)) for one in files[:_SAMPLE]
-    ):
+    sample = [source.tree.absolute(path) for path in files[:_SAMPLE]]
+    # in a folder that was given for annotations, they may be damaged
+    if not files or (source.tree is source.images and not any(map(looks_like_labels, sample))):
         return None
     has_parts = any(part_of_path(path) == "train" for path in files)
     return _Layout("YOLO labels", has_parts, partial(read_labels, source.tree, source.images))
