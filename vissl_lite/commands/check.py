@@ -17,6 +17,7 @@ from vissl_lite.run import check_out, console, open_run, write_results
 from vissl_lite.transfer.base import LabelledDataset
 from vissl_lite.transfer.classification.options import LabelOptions
 from vissl_lite.transfer.options import AnnotationsOption
+from vissl_lite.transfer.sources.opening import unpacked
 from vissl_lite.transfer.tasks import TASKS, AnyTask, check_given, find_task
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ def check(options: CheckOptions) -> CheckResult:
         inputs = [(name, options.as_config().get(name)) for name in ("data", "annotations")]
         check_out(out, inputs, overwrite=options.overwrite)
     task, data = _read(options)
-    data, leaks = guard(data, [], "warn", str(out or "leaks.csv"))
+    data, leaks = guard(data, [], "warn", None if out is None else str(out))
     if out is None:
         with logged_to(ConsoleHandler(console, logging.INFO)):
             return CheckResult(task.name, show_data(data, leaks), None)
@@ -111,6 +112,7 @@ def _read(options: CheckOptions) -> tuple[AnyTask, LabelledDataset]:
     source = os.fspath(options.data)
     if not os.path.exists(source):
         raise UserError(f"{source} does not exist")
+    source = str(unpacked(Path(source)))
     order = [*_ORDER, *(name for name in TASKS if name not in _ORDER)]
     tried = {name: find_task(name) for name in ([options.task] if options.task else order)}
     fitting: list[tuple[AnyTask, LabelledDataset]] = []
@@ -126,7 +128,7 @@ def _read(options: CheckOptions) -> tuple[AnyTask, LabelledDataset]:
                 raise
             errors[name] = str(error)
     if not fitting:
-        reasons = "; ".join(f"as {name}: {error}" for name, error in errors.items())
+        reasons = "; ".join(f"as {name}: {error}" for name, error in reversed(errors.items()))
         raise UserError(f"{source} fits no task. {reasons}")
     if len(tried) > 1:
         others = "".join(f"; they also fit --task {task.name}" for task, _ in fitting[1:])

@@ -80,7 +80,7 @@ def compare(options: CompareOptions) -> CompareResult:
     protocols = plan.choose_protocols(data)
     encoders, baseline = plan.choose_encoders()
     encoders, left_out = plan.load_encoders(encoders, baseline, data)
-    data, leaks = guard(data, encoders, options.leaks, str(out))
+    data, leaks = guard(data, encoders, options.leaks, None if options.dry_run else str(out))
     if options.dry_run:
         dry_run(data, leaks)
         return CompareResult(out, "", [], {}, left_out)

@@ -214,7 +214,9 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
     torch.manual_seed(options.seed)
     start = encoder_for(encoder, image_size)
     task.check(start, labelled, settings)
-    labelled, leaks = guard(labelled, [encoder], options.leaks, str(out))
+    labelled, leaks = guard(
+        labelled, [encoder], options.leaks, None if options.dry_run else str(out)
+    )
     if options.dry_run:
         dry_run(labelled, leaks)
         return FinetuneResult(out, out / "model", {}, {})

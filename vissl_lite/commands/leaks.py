@@ -10,7 +10,7 @@ from vissl_lite.transfer.sources.parts import PARTS
 
 
 def guard(
-    data: DatasetT, encoders: Sequence[str], leaks: Policy, out: str
+    data: DatasetT, encoders: Sequence[str], leaks: Policy, out: str | None
 ) -> tuple[DatasetT, Leaks]:
     """Look for test and validation images among the pre-training and training images.
 
@@ -21,7 +21,7 @@ def guard(
         data: Labelled data set of any task.
         encoders: Encoders, as given by the user.
         leaks: What to do about leaks; see ``check_leaks``.
-        out: Run folder, named in messages. Nothing is written to it.
+        out: Run folder, named in messages; None if there is none. Nothing is written to it.
 
     Returns:
         The data set without excluded and unreadable images, and the leaks that were found.
@@ -34,7 +34,7 @@ def guard(
     pretrained_on = {encoder: seen_by(encoder) for encoder in encoders}
     with progress_bar() as bar:
         task = bar.add_task("leaks", total=sum(map(len, parts.values())), info="")
-        file = Path(out) / LEAKS
+        file = None if out is None else Path(out) / LEAKS
         found = check_leaks(parts, pretrained_on, leaks, file, lambda n: bar.advance(task, n))
     if any(found.left_out.values()) or any(found.broken.values()):
         data = data.without(found.left_out, found.broken)

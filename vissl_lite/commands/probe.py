@@ -120,7 +120,7 @@ def probe(options: ProbeOptions) -> ProbeResult:
     if size is None and name.startswith("random:"):
         size = suitable_size(labelled.train.paths)
     encoder = encoder_for(name, size)
-    labelled, leaks = guard(labelled, [name], options.leaks, str(out))
+    labelled, leaks = guard(labelled, [name], options.leaks, None if options.dry_run else str(out))
     if options.dry_run:
         dry_run(labelled, leaks)
         return ProbeResult(out, 0.0, 0.0, {})

@@ -115,7 +115,7 @@ def check_leaks(
     parts: Mapping[str, Sequence[str]],
     seen: Mapping[str, Fingerprints | None],
     leaks: Policy,
-    listed: Path,
+    listed: Path | None,
     progress: Callable[[int], None] | None = None,
 ) -> Leaks:
     """Find test and validation images among the pre-training images and the training part.
@@ -128,7 +128,7 @@ def check_leaks(
         leaks: ``warn`` logs a warning; ``error`` raises; ``exclude`` leaves out test images that
             are in the pre-training images or the training part, and validation images that are in
             the training or the test part.
-        listed: File that will list the leaks, for messages.
+        listed: File that will list the leaks, for messages; None if there will be none.
         progress: Called with the number of images processed since the last call.
 
     Raises:
@@ -157,8 +157,11 @@ def check_leaks(
         log.info("Validation images among the pre-training images, as is usual: %d", len(usual))
     if not harm:
         return result
+    first = harm[0]
+    where = f", the first {first.path} ({first.twin})"
+    if listed is not None:
+        where = f". They are listed in {listed}; --leaks exclude leaves them out."
     if leaks == "error":
-        first = harm[0]
         raise UserError(
             f"{_in_words(harm)}, the first {first.path} ({first.twin}): --leaks exclude leaves "
             f"them out, --leaks warn goes on"
@@ -181,8 +184,8 @@ def check_leaks(
         )
     else:
         log.warning(
-            "Leaks: %(words)s. They are listed in %(listed)s; --leaks exclude leaves them out.",
-            {"words": _in_words(harm), "leaks": _counted(harm), "listed": listed},
+            "Leaks: %(words)s%(listed)s",
+            {"words": _in_words(harm), "leaks": _counted(harm), "listed": where},
             extra={"code": "leak"},
         )
     return result
