@@ -158,7 +158,7 @@ def test_masks_are_left_out_with_their_images(tmp_path: Path) -> None:
 
 def test_several_labels_an_image_need_some_images_with_and_some_without(tmp_path: Path) -> None:
     rows = ["path,labels,split"]
-    for index, part in enumerate(["train"] * 4 + ["test"] * 3):
+    for index, part in enumerate(["train"] * 3 + ["val"] + ["test"] * 3):
         stripes({4: 1}.get(index, index), "red").save(tmp_path / f"{index}.png")
         rows.append(f"{index}.png,{'a|b' if index == 1 else 'a' if index % 2 else ''},{part}")
     rows[5] = "4.png,a|b,test"
