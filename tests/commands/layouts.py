@@ -149,6 +149,19 @@ def _lists(folder: Path) -> None:
     write_text(folder / "meta/val.txt", *_rows("images/{n}.png {label}")[8:])
 
 
+def _food101(folder: Path) -> None:
+    write_images(folder, {"images/cat": 5, "images/dog": 5})
+    for part, numbers in (("train", range(3)), ("test", range(3, 5))):
+        lines = (f"{name}/{n}" for name in ("cat", "dog") for n in numbers)
+        write_text(folder / f"meta/{part}.txt", *lines)
+
+
+def _celeba(folder: Path) -> None:
+    write_images(folder, {"img_align_celeba": 10})
+    lines = [f"{n}.png,{(-1) ** n},{1 if n % 3 else -1}" for n in range(10)]
+    write_text(folder / "list_attr_celeba.csv", "image_id,cat,dog", *lines)
+
+
 def _dirty(folder: Path) -> None:
     write_images(folder, {"images": 10})
     rows = [*_rows("images/{n}.png,{label}"), "images/99.png,cat", "images/98.png,dog"]
@@ -242,6 +255,8 @@ CLASSIFICATION = [
         (8, 2, 10),
         says=("3 images outside the folders of parts",),
     ),
+    Layout("lists of the images of each part (Food-101)", _food101, (4, 2, 4)),
+    Layout("attributes of CelebA", _celeba, (6, 2, 2)),
     Layout(
         "nested classes",
         _nested,

@@ -181,7 +181,7 @@ def test_a_missing_folder_is_a_mistake(tree: Path) -> None:
 
 
 def test_a_file_of_another_kind_is_a_mistake(tree: Path) -> None:
-    with pytest.raises(UserError, match=r"notes\.md is neither a folder, an image nor"):
+    with pytest.raises(UserError, match=r"notes\.md is neither a folder, an archive, an image nor"):
         find_images([tree / "notes.md"])
 
 

@@ -14,17 +14,17 @@ log = logging.getLogger(__name__)
 UNREADABLE = "image that can't be read, left out"
 
 
-def show_data(data: LabelledDataset, leaks: Leaks) -> dict[str, Any]:
+def show_data(data: LabelledDataset, leaks: Leaks | None = None) -> dict[str, Any]:
     """Log a table of a labelled data set, and record it in the ``run.json`` of an open run.
 
     Args:
         data: The data without unreadable images.
-        leaks: Result of the leak guard, which has found these.
+        leaks: Result of the leak guard, which has found these; None if it was not run.
 
     Returns:
         The summary that is recorded.
     """
-    for paths in leaks.broken.values():
+    for paths in leaks.broken.values() if leaks is not None else ():
         data.reading.add(UNREADABLE, next(iter(paths), ""), len(paths))
     summary = summarize(data)
     for number, line in enumerate(table_of(summary)):

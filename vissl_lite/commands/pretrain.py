@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from vissl_lite import __version__
+from vissl_lite.commands.labelled import show_data
 from vissl_lite.commands.pretrain_data import TrainingImages, find_training_images
 from vissl_lite.commands.pretrain_options import PretrainOptions, make_encoder, parse_time
 from vissl_lite.data.cache import CachePlan, forks_workers, plan_cache
@@ -198,6 +199,8 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
         settings.name,
         settings.lr,
     )
+    if labelled is not None:
+        show_data(labelled)
     if accumulate > 1:
         log.info("%s", accumulation_note(task.info, size, accumulate))
     seconds = parse_time(options.max_time)

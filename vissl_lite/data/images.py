@@ -21,6 +21,7 @@ from vissl_lite.data.headers import (
     png_size,
 )
 from vissl_lite.data.reading import check_pixels, read_regular
+from vissl_lite.data.unpacking import is_archive, unpack
 from vissl_lite.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -56,8 +57,9 @@ def find_images(sources: Sequence[str | Path]) -> list[str]:
     sorted, so that an image has the same index on every machine.
 
     Args:
-        sources: Folders, image files, or ``.txt`` files with one path a line (relative to the
-            text file; empty lines and lines that start with ``#`` are skipped).
+        sources: Folders, archives (which are unpacked beside), image files, or ``.txt`` files with
+            one path a line (relative to the text file; empty lines and lines that start with ``#``
+            are skipped).
 
     Returns:
         The paths, sources in the order given, without repetitions.
@@ -70,12 +72,16 @@ def find_images(sources: Sequence[str | Path]) -> list[str]:
         odd: list[str] = []
         if source.is_dir():
             paths = walk(source, EXTENSIONS, odd)
+        elif source.is_file() and is_archive(source):
+            paths = walk(unpack(source), EXTENSIONS, odd)
         elif source.suffix.lower() == ".txt" and source.is_file():
             paths = _read_list(source)
         elif source.suffix.lower() in EXTENSIONS and source.is_file():
             paths = [str(source)]
         elif source.exists():
-            raise UserError(f"{source} is neither a folder, an image nor a .txt file of paths")
+            raise UserError(
+                f"{source} is neither a folder, an archive, an image nor a .txt file of paths"
+            )
         else:
             raise UserError(f"{source} does not exist")
         if not paths and odd:

@@ -601,8 +601,8 @@ def test_written_splits_of_several_labels_are_read_back_unchanged(
     ("text", "message"),
     [
         (
-            "path,a,b\n" + "0.jpg,1,0\n" * 20 + "1.jpg,-1,1\n",
-            "column a has '-1' beside 0 and 1",
+            "path,a,b\n" + "0.jpg,1,0\n" * 20 + "1.jpg,5,1\n",
+            "column a has '5' beside 0 and 1",
         ),
         ("path,labels\n0.jpg,\n1.jpg,\n2.jpg,|\n", "names no class: the labels of all images"),
         ("path,split\n0.jpg,train\n", "no column of labels.* give a column labels, or one of"),

@@ -99,6 +99,8 @@ def test_a_fold_is_the_test_part(tmp_path: Path) -> None:
 
 def test_yes_or_no() -> None:
     assert yes_or_no(["1", "0.0", "", "True"]) == [True, False, False, True]
+    assert yes_or_no(["1", "-1"]) == [True, False]
+    assert yes_or_no(["1", "-1", "0"]) is None
     assert yes_or_no(["1", "2"]) is None
     assert yes_or_no(["", ""]) is None
     assert yes_or_no(["0", "0"]) == [False, False]

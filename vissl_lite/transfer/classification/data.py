@@ -305,7 +305,9 @@ def _find(source: Path, options: LabelOptions, reading: ReadingLog) -> FoundLabe
     if described or options.label_column is not None or options.path_column is not None:
         found = read_tables_of(tree, options, reading)
     found = found if found.images else read_class_folders(tree, options, reading)
-    found = found if found.images else read_tables_of(tree, options, reading)
+    if len({one.names for one in found.images}) < 2:  # no classes, or a folder of all images
+        tables = read_tables_of(tree, options, reading)
+        found = tables if tables.images else found
     if not found.images:
         raise UserError(_no_labels(tree))
     others = [path for path in tree.others if tree.absolute(path) not in reading.tables]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from vissl_lite.data.text_file import read_text
 from vissl_lite.errors import UserError, brief
 from vissl_lite.transfer.classification.labels import FoundImage, FoundLabels
 from vissl_lite.transfer.classification.options import LabelOptions
@@ -19,6 +20,9 @@ NO_CLASS = "image outside the class folders, left out"
 
 # A folder with one of these words in its name holds images of any class.
 _CONTAINER_WORDS = frozenset({"images", "imgs", "pictures", "photos", "jpegs"})
+
+# Share of the lines of a list of images that must name one.
+_MOSTLY = 0.9
 
 # What often separates the class from a number in a file name, see ``suggested_regex``.
 _COMMON_REGEXES = (r"^(.+?)[ _.-]*\(?\d+\)?\.\w+$", r"^([^_]+)_", r"^([A-Za-z]+)")
@@ -82,6 +86,9 @@ def read_class_folders(tree: FileTree, options: LabelOptions, log: ReadingLog) -
             )
     _note_empty_folders(tree, log)
     log.layout = "class folders"
+    if all(one.part is None for one in images):
+        parts = _listed_parts(tree, log)
+        names = {one._replace(part=parts.get(one.path)): name for one, name in names.items()}
     found = [FoundImage(tree.absolute(one.path), (name,), one.part) for one, name in names.items()]
     return FoundLabels(found)
 
@@ -201,6 +208,28 @@ def _wrapper(images: Sequence[_Image]) -> str | None:
     if len(firsts) != 1 or 2 * deeper <= len(images):
         return None
     return next(iter(firsts))
+
+
+def _listed_parts(tree: FileTree, log: ReadingLog) -> dict[str, Split]:
+    """The part of each image that text files such as ``meta/train.txt`` list; empty without any."""
+    lists: dict[Split, list[str]] = defaultdict(list)
+    for path in tree.ending(".txt"):
+        part = part_of_name(Path(path).stem)
+        if part is not None and path.count("/") <= 1:
+            lists[part].append(path)
+    if "train" not in lists or any(len(paths) > 1 for paths in lists.values()):
+        return {}
+    parts: dict[str, Split] = {}
+    for part, (path,) in lists.items():
+        lines = [line.strip() for line in read_text(tree.absolute(path)).splitlines()]
+        images = [tree.image(line) for line in lines if line]
+        found = [os.path.relpath(image, tree.folder) for image in images if image is not None]
+        if len(found) < _MOSTLY * len(images):
+            return {}
+        parts |= dict.fromkeys((one.replace(os.sep, "/") for one in found), part)
+        log.origins[part] = path
+        log.tables.append(tree.absolute(path))
+    return parts
 
 
 def _level_names(images: Sequence[_Image], level: int) -> dict[_Image, str]:

@@ -357,8 +357,13 @@ def index_columns(table: Table) -> list[str]:
 
 
 def yes_or_no(cells: Sequence[str]) -> list[bool] | None:
-    """A column of 0 and 1, or of true and false, where an empty cell is no; None for another."""
+    """A column of 0 and 1, or of true and false, where an empty cell is no; None for another.
+
+    A column of -1 and 1 alone is one, too.
+    """
     lowered = [cell.strip().lower() for cell in cells]
+    if set(lowered) == {"-1", "1"}:
+        return [cell == "1" for cell in lowered]
     if not set(lowered) <= _YES | _NO or not _YES.intersection(lowered):
         return None if not set(lowered) <= _NO - {""} else [False] * len(lowered)
     return [cell in _YES for cell in lowered]
