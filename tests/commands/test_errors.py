@@ -176,7 +176,7 @@ def test_what_is_needed_is_said(command: str, refused: Refused) -> None:
     else:
         error = refused(command)
         assert "--data" in error
-        assert "--out" in error
+        assert "--out" in error or command == "check"
 
 
 @pytest.mark.parametrize(
@@ -293,15 +293,6 @@ def test_one_class_only(command: str, refused: Refused, tmp_path: Path) -> None:
     data = classes(tmp_path / "set", "cats")
     error = refused(command, "--encoder", "random:test_resnet", "--data", data, "--out", "run")
     assert "has one class only (cats): two or more are needed" in error
-
-
-@pytest.mark.parametrize("command", ["probe", "finetune"])
-def test_no_test_images(command: str, refused: Refused, tmp_path: Path) -> None:
-    classes(tmp_path / "set" / "train", "cats", "dogs")
-    error = refused(
-        command, "--encoder", "random:test_resnet", "--data", tmp_path / "set", "--out", "run"
-    )
-    assert "has no test images: add test/<class>/" in error
 
 
 def test_labelled_images_to_watch_by_that_have_one_class(

@@ -19,7 +19,8 @@ from vissl_lite.sample.dataset import make_sample_data
 from vissl_lite.transfer.classification.data import load_labelled
 from vissl_lite.transfer.detection.data import load_boxes
 from vissl_lite.transfer.prediction import MAX_NAME_BYTES, file_name
-from vissl_lite.transfer.sources import FileTree, read_rows
+from vissl_lite.transfer.sources.file_tree import FileTree
+from vissl_lite.transfer.sources.tables import read_table
 
 NAMES = [
     b"caf\xe9.jpg",  # Latin-1
@@ -258,10 +259,12 @@ def test_what_is_printable_stays_and_the_rest_is_escaped() -> None:
 def test_a_table_may_hold_names_in_other_encodings_but_no_other_text(tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
     file.write_bytes(b"path,label\ncaf\xe9.jpg,green\n")
-    assert read_rows(file)[1] == [{"path": "caf\udce9.jpg", "label": "green"}]
+    rows = read_table(file, lambda cell: False).rows
+    assert rows == [{"path": "caf\udce9.jpg", "label": "green"}]
+    (tmp_path / "a.jpg").write_bytes(b"")
     file.write_bytes(b"path,label\na.jpg,gr\xfcn\n")
     with pytest.raises(UserError, match="can't be read: it is not text in UTF-8"):
-        read_rows(file)
+        load_labelled(file)
 
 
 def test_a_class_whose_name_is_not_utf8_is_a_mistake(sample: Path, tmp_path: Path) -> None:

@@ -133,6 +133,7 @@ def needed(command: str, place: Path) -> dict[str, str]:
     return {
         "demo": {"out": "run"},
         "pretrain": {"data": train, "out": "run", "init": encoder, "epochs": "1"},
+        "check": {"data": data, "task": "classification"},
         "probe": {"encoder": encoder, "data": data, "out": "run"},
         "finetune": {"encoder": encoder, "data": data, "out": "run"},
         "predict": {"model": encoder, "data": train, "out": "run"},

@@ -21,6 +21,9 @@ from vissl_lite.transfer.tasks import TASKS, AnyTask, check_given, find_task
 
 log = logging.getLogger(__name__)
 
+# Tasks in the order in which they are tried: from the labels that say most to those that say least.
+_ORDER = ("detection", "segmentation", "classification")
+
 
 @dataclass(frozen=True)
 class CheckResult:
@@ -74,7 +77,7 @@ def check(options: CheckOptions) -> CheckResult:
         The task and the summary.
 
     Raises:
-        UserError: An option is invalid, or the labels fit no task, or several.
+        UserError: An option is invalid, or the labels fit no task.
     """
     limit_pixels(options.max_pixels)
     out = None if options.out is None else Path(options.out)
@@ -104,11 +107,12 @@ def check(options: CheckOptions) -> CheckResult:
 
 
 def _read(options: CheckOptions) -> tuple[AnyTask, LabelledDataset]:
-    """Read the data for the given task, or for the only one that they fit."""
+    """Read the data for the given task, or for the first of ``_ORDER`` that they fit."""
     source = os.fspath(options.data)
     if not os.path.exists(source):
         raise UserError(f"{source} does not exist")
-    tried = TASKS if options.task is None else {options.task: find_task(options.task)}
+    order = [*_ORDER, *(name for name in TASKS if name not in _ORDER)]
+    tried = {name: find_task(name) for name in ([options.task] if options.task else order)}
     fitting: list[tuple[AnyTask, LabelledDataset]] = []
     errors: dict[str, str] = {}
     for name, task in tried.items():
@@ -124,10 +128,7 @@ def _read(options: CheckOptions) -> tuple[AnyTask, LabelledDataset]:
     if not fitting:
         reasons = "; ".join(f"as {name}: {error}" for name, error in errors.items())
         raise UserError(f"{source} fits no task. {reasons}")
-    if len(fitting) > 1:
-        names = [task.name for task, _ in fitting]
-        raise UserError(
-            f"{source} can be read for {' and for '.join(names)}: choose with --task "
-            f"{' or --task '.join(names)}"
-        )
+    if len(tried) > 1:
+        others = "".join(f"; they also fit --task {task.name}" for task, _ in fitting[1:])
+        log.info("The labels are for --task %s%s", fitting[0][0].name, others)
     return fitting[0]

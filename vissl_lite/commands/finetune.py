@@ -151,7 +151,7 @@ class FinetuneOptions(Options, AllTaskOptions):
             check_positive_share(name, getattr(self, name))
         check_image_size(self.image_size)
         check_rates(self.lr, self.weight_decay)
-        for name in ("epochs", "batch_size", "patience", "shots"):
+        for name in ("epochs", "batch_size", "patience", "shots", "class_level"):
             check_count(name, getattr(self, name))
         check_seed(self.seed)
 

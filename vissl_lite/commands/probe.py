@@ -94,6 +94,7 @@ class ProbeOptions(Options, LabelOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("k", self.k)
+        check_count("class_level", self.class_level)
         check_image_size(self.image_size)
         check_positive("temperature", self.temperature)
         check_seed(self.seed)

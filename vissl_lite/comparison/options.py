@@ -94,7 +94,7 @@ class CompareOptions(Options, AllTaskOptions):
         if self.seeds < 3:
             raise UserError(f"--seeds {self.seeds} must be at least 3 to estimate the spread")
         check_count("seeds", self.seeds, MAX_SEEDS)
-        for name in ("k", "epochs", "batch_size"):
+        for name in ("k", "epochs", "batch_size", "class_level"):
             check_count(name, getattr(self, name))
         check_image_size(self.image_size)
         for rate in as_list(self.lr) or ():

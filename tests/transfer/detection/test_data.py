@@ -517,8 +517,8 @@ def test_missing_sources_and_annotations(tmp_path: Path) -> None:
     assert "does not exist" in refusal(tmp_path, tmp_path / "gone")
     message = refusal(tmp_path)
     assert all(word in message for word in ("COCO", "VOC", "YOLO", "data.yaml", "--annotations"))
-    assert "no .json (COCO), .xml (VOC) or .txt (YOLO)" in refusal(tmp_path, tmp_path)
-    assert "give a folder, a .json or a .yaml file" in refusal(tmp_path / "a.png")
+    assert "holds no boxes in a known format, but 1 .png" in refusal(tmp_path, tmp_path)
+    assert "give a folder, a .json (COCO), .yaml (YOLO)" in refusal(tmp_path / "a.png")
 
 
 def test_files_in_another_format(tmp_path: Path) -> None:
@@ -549,14 +549,14 @@ def test_two_formats(tmp_path: Path) -> None:
     assert load_boxes(tmp_path).classes == ["dog"]  # the only one with splits
 
 
-def test_no_test_images(tmp_path: Path) -> None:
+def test_without_a_test_part_the_validation_part_becomes_it(tmp_path: Path) -> None:
     for split in ("train", "val"):
         picture(tmp_path / split / f"{split}.png")
         coco(tmp_path / f"{split}.json", [f"{split}.png"], [(0, 3, (1, 1, 5, 5))])
-    assert "has no test images with annotations: add some (COCO: test.json" in refusal(tmp_path)
+    assert [Path(one.path).name for one in load_boxes(tmp_path).test] == ["val.png"]
     assert load_boxes(tmp_path, need_test=False).test == []
     (tmp_path / "train" / "train.png").unlink()
-    assert "has images of val, but none to train on" in refusal(tmp_path, need_test=False)
+    assert "no training images, only val" in refusal(tmp_path, need_test=False)
 
 
 def test_nothing_to_train_on(tmp_path: Path) -> None:
@@ -566,4 +566,4 @@ def test_nothing_to_train_on(tmp_path: Path) -> None:
         file.unlink()
     assert "none of the 6 images in its annotations exists" in refusal(tmp_path)
     voc_set(tmp_path / "two", [("dog", (2, 3, 30, 20))], count=2)
-    assert "three are needed" in refusal(tmp_path / "two")
+    assert "2 images, too few to train, validate and test" in refusal(tmp_path / "two")

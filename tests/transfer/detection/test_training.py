@@ -236,7 +236,7 @@ def test_the_threshold_is_where_f1_is_best() -> None:
 
 def test_errors_of_damaged_folders_and_large_batches(data: LabelledBoxes, tmp_path: Path) -> None:
     detector = training.Detector(build_encoder("test_resnet", 64), ["a", "b"], "fcos", (64, 64))
-    save_detector(detector, tmp_path, ReadingLog("data"))
+    save_detector(detector, tmp_path, {})
     (tmp_path / "head.json").write_text('{"task": "detection"}')
     with pytest.raises(UserError, match="is damaged"):
         load_detector(tmp_path)

@@ -1,7 +1,7 @@
 """Reading of classes from tables: CSV and its relatives, alone or beside the images."""
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +11,7 @@ from vissl_lite.errors import UserError, brief
 from vissl_lite.transfer.classification.labels import FoundImage, FoundLabels
 from vissl_lite.transfer.classification.options import LabelOptions
 from vissl_lite.transfer.sources.file_tree import FileTree
-from vissl_lite.transfer.sources.parts import Split, part_of_file
+from vissl_lite.transfer.sources.parts import PARTS, Split, part_of_file
 from vissl_lite.transfer.sources.reading_log import ReadingLog
 from vissl_lite.transfer.sources.tables import (
     MAX_LEFT_OUT,
@@ -43,6 +43,9 @@ SEPARATORS, LABEL_SEPARATORS = "[|;,]", "[|;]"
 
 # Tables that belong to a folder of images by Hugging Face's convention.
 METADATA = ("metadata.csv", "metadata.jsonl")
+
+# Columns of tables of boxes.
+_BOX_COLUMNS = ({"xmin", "xmax"}, {"x_min", "x_max"}, {"x1", "x2"}, {"bbox"}, {"objects"})
 
 # Where the tables of a folder lie: at its top, or in a folder of a part or of annotations.
 _TABLE_DEPTH = 2
@@ -131,6 +134,7 @@ def read_label_table(
     finder = ImageFinder(file.parent, root, tree)
     table = read_table(file, finder.is_image, (*LABEL_COLUMNS, *MULTI_COLUMNS, *SPLIT_COLUMNS))
     num_rows, table = len(table.rows), without_short_rows(table, log)
+    _check_boxes(table, options)
     column = path_column(table, finder, options)
     if column is None:
         raise UserError(
@@ -159,6 +163,16 @@ def read_label_table(
     log.label = labels.source
     log.tables.append(str(file))
     return FoundLabels(images, multi_label, labels.classes)
+
+
+def _check_boxes(table: Table, options: LabelOptions) -> None:
+    """Raise a UserError if the rows of a table are boxes, unless a column of labels is given."""
+    names = {normalized(name) for name in table.columns}
+    if options.label_column is None and any(names >= boxes for boxes in _BOX_COLUMNS):
+        raise UserError(
+            f"{table.file} has a row for each box: give --task detection, or --label_column to "
+            f"classify whole images; it has {brief(', '.join(table.columns))}"
+        )
 
 
 def _labels(table: Table, path: str, options: LabelOptions, log: ReadingLog) -> _Labels:
@@ -315,12 +329,12 @@ def _merge_rows(
         if len(sets[path]) > 1 and not several:
             log.add("image with rows of different classes, left out", path)
             continue
-        if len(of) > 1 and len(sets[path]) == 1:
+        if len({one.part for one in of}) == 1 < len(of) and len(sets[path]) == 1:
             log.add("row that repeats another, left out", path, len(of) - 1)
-        parts = Counter(one.part for one in of)
+        parts = {one.part for one in of}
         if len(parts) > 1:
-            log.add("image with rows in different parts, left out", path)
-            continue
+            log.add("image of several parts, left out of the first", path)
         names = tuple(dict.fromkeys(name for one in of for name in one.names))
-        merged.append(FoundImage(path, names, of[0].part))
+        last = max(parts, key=(None, *PARTS).index)  # no test image is trained on
+        merged.append(FoundImage(path, names, last))
     return merged, several

@@ -47,7 +47,7 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
     curves = ("loss", "val_map", "val_map_50", "lr")
 
     def load_data(self, source: str, settings: DetectorSettings) -> LabelledBoxes:
-        return load_boxes(source, settings.annotations, settings.seed)
+        return load_boxes(source, settings.annotations, settings.seed, options=settings)
 
     def image_size(self, data: LabelledBoxes, settings: DetectorSettings) -> int | None:
         return suitable_size(data.paths("train"), side=max, most=416)

@@ -37,7 +37,7 @@ _WORDS: dict[str, Split] = {
 # Words that say nothing beside the name of a part, as in train_images or Training_Set.
 _FILLERS = frozenset(
     """annotation annotations data dataset gt image images img imgs label labeled labelled labels
-    mask masks seg set split stage""".split()
+    mask masks obj seg set split stage""".split()
 )
 
 
@@ -133,7 +133,7 @@ def complete_parts(
             f"{what}: the images are divided at random into {len(rest)} for training, {len(val)} "
             f"for validation and {len(test)} for testing ({how})."
         )
-        if not test:
+        if not test or len(everything) < len(PARTS):
             raise UserError(
                 f"{log.source} has {len(everything)} images, too few to train, validate and test: "
                 f"three or more are needed"

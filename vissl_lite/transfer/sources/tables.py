@@ -208,8 +208,8 @@ def _as_text(value: Any) -> str:
         return ""
     if isinstance(value, list):
         return "|".join(map(_as_text, value))
-    if isinstance(value, bool):
-        return str(value).lower()
+    if isinstance(value, bool | dict):
+        return json.dumps(value)
     return str(value)
 
 
@@ -318,14 +318,17 @@ def find_images_of(
     Raises:
         UserError: Most images are missing.
     """
-    names = table.cells(column)
-    paths = [finder.find(name, part) for name, part in zip(names, parts, strict=True)]
+    names = [row.get(column) or "" for row in table.rows]
+    paths = [
+        finder.find(name, part) or finder.find(name.strip(), part)
+        for name, part in zip(names, parts, strict=True)
+    ]
     meaning: dict[str, set[str]] = defaultdict(set)
     for name, path in zip(names, paths, strict=True):
         meaning[path or ""].add(name)
     for row, (name, path) in enumerate(zip(names, paths, strict=True)):
         # of several names for one image, only that counts under which it is found directly
-        if path and len(meaning[path]) > 1 and finder.named(name) is None:
+        if path and len(meaning[path]) > 1 and finder.named(name.strip()) is None:
             paths[row] = None
     missing = [n for n, path in zip(names, paths, strict=True) if path is None]
     if len(missing) > MAX_LEFT_OUT * len(names):

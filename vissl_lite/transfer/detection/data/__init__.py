@@ -10,12 +10,14 @@ from typing import Self
 
 import numpy as np
 
+from vissl_lite.data.unpacking import is_archive, unpack
 from vissl_lite.errors import UserError
 from vissl_lite.options import StrPath
 from vissl_lite.transfer.base import ListDataset
 from vissl_lite.transfer.detection.data.annotations import ImageAnnotation
 from vissl_lite.transfer.detection.data.cleaning import clean
 from vissl_lite.transfer.detection.data.discovery import read_annotations
+from vissl_lite.transfer.options import DEFAULT_SOURCE, SourceOptions
 from vissl_lite.transfer.sources.parts import PARTS, Split, complete_parts, rarest_classes
 from vissl_lite.transfer.sources.reading_log import ReadingLog
 from vissl_lite.transfer.sources.tables import is_utf8
@@ -98,6 +100,7 @@ def load_boxes(
     annotations: StrPath | None = None,
     seed: int = 0,
     need_test: bool = True,
+    options: SourceOptions = DEFAULT_SOURCE,
 ) -> LabelledBoxes:
     """Read a detection data set.
 
@@ -113,14 +116,16 @@ def load_boxes(
               anywhere below.
             - Pascal VOC: XML files in ``Annotations`` or next to the images, with the splits in
               ``ImageSets/Main/{train,val,test}.txt`` or in the names of folders.
-            - YOLO: a ``data.yaml`` at the top, and text files in ``labels`` next to ``images``.
+            - YOLO: a ``data.yaml`` or Darknet's ``obj.data`` at the top, or only text files in
+              ``labels`` next to ``images``, or beside the images.
+            - CVAT's ``annotations.xml``, LabelMe's JSON files, or tables with a row for each box.
 
-            Or COCO's ``.json`` or YOLO's ``.yaml`` file itself. With ``annotations``, the folder of
-            the images, searched recursively.
-        annotations: COCO ``.json`` file, or a folder of one such file per split, of VOC's ``.xml``
-            files, or of YOLO's ``.txt`` files, in which a ``classes.txt`` names the classes.
+            Or a file of annotations itself, or an archive of such a folder. With ``annotations``,
+            the folder of the images, searched recursively.
+        annotations: File of annotations, or a folder of them.
         seed: Seed for holding out validation images, if the annotations name none.
         need_test: Whether a missing test part is made.
+        options: How tables are read.
 
     Returns:
         The data set. Missing parts are made, see ``complete_parts``. An image listed in several
@@ -132,7 +137,10 @@ def load_boxes(
     """
     source = Path(source)
     reading = ReadingLog(str(source))
-    found = read_annotations(source, None if annotations is None else Path(annotations), reading)
+    if source.is_file() and is_archive(source):
+        source = unpack(source)
+    given = None if annotations is None else Path(annotations)
+    found = read_annotations(source, given, options, reading)
     classes = list(dict.fromkeys(found.classes))
     for name in classes:
         if not is_utf8(name):  # names are written to models, tables and figures

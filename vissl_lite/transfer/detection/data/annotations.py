@@ -18,6 +18,9 @@ MAX_FILE_SIZE = 2**24
 RELATIVE_SIZE = (1.0, 1.0)
 
 
+Corners = tuple[float, float, float, float]  # x1, y1, x2, y2
+
+
 class ImageAnnotation(NamedTuple):
     """Annotation of one image.
 
@@ -33,9 +36,15 @@ class ImageAnnotation(NamedTuple):
     image: str
     split: Split | None
     size: tuple[float, float]
-    boxes: list[tuple[float, float, float, float]]
+    boxes: list[Corners]
     names: list[str]
     ignored: list[bool]
+
+    def add(self, box: Corners, name: str, ignored: bool = False) -> None:
+        """Add a box."""
+        self.boxes.append(box)
+        self.names.append(name)
+        self.ignored.append(ignored)
 
 
 class Annotations(NamedTuple):
@@ -45,11 +54,25 @@ class Annotations(NamedTuple):
         classes: Class names in the order of their ids; sorted by name if there are no ids.
         images: Annotation of each image that was found.
         num_listed: Number of images that the files list, including missing ones.
+        parents: Names of COCO's supercategories.
     """
 
     classes: list[str]
     images: list[ImageAnnotation]
     num_listed: int
+    parents: frozenset[str] = frozenset()
+
+
+def enclosing_box(points: Any) -> Corners | None:
+    """The smallest box around points ``[[x, y], ...]``; None if they are not pairs of numbers."""
+    try:
+        pairs = [(float(x), float(y)) for x, y in points]
+    except (TypeError, ValueError):
+        return None
+    if not pairs:
+        return None
+    xs, ys = zip(*pairs, strict=True)
+    return min(xs), min(ys), max(xs), max(ys)
 
 
 def to_number(value: Any) -> float:

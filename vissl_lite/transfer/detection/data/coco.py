@@ -1,12 +1,16 @@
 """Reader for box annotations in COCO's format.
 
-The readers use the standard library and PyYAML. `supervision` also reads this format, VOC's and
-YOLO's, but installs a second OpenCV and fails with an assertion at the first invalid file.
+The readers of all formats use the standard library and PyYAML. `supervision` also reads this
+format, VOC's and YOLO's, but installs a second OpenCV and fails with an assertion at the first
+invalid file. `datumaro` reads more formats, but brings many dependencies for what is three small
+files here.
 """
 
 import math
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from vissl_lite.data.json_file import read_json
 from vissl_lite.errors import UserError
@@ -15,7 +19,9 @@ from vissl_lite.transfer.detection.data.annotations import (
     UNKNOWN_CLASS,
     UNREADABLE_BOX,
     Annotations,
+    Corners,
     ImageAnnotation,
+    enclosing_box,
     to_number,
 )
 from vissl_lite.transfer.sources.file_tree import FileTree
@@ -66,7 +72,7 @@ def read_coco(file: Path, split: Split | None, tree: FileTree, repairs: ReadingL
             None if image is None else ImageAnnotation(image, split, size, [], [], [])
         )
     for one in content["annotations"]:
-        box = _parse_box(one.get("bbox")) if isinstance(one, dict) else None
+        box = _parse_box(one) if isinstance(one, dict) else None
         if box is None:
             repairs.add(UNREADABLE_BOX, str(file))
             continue
@@ -78,12 +84,17 @@ def read_coco(file: Path, split: Split | None, tree: FileTree, repairs: ReadingL
         if annotation is not None and (category is None or category not in categories):
             repairs.add(UNKNOWN_CLASS, annotation.image)
         elif annotation is not None and category is not None:
-            annotation.boxes.append((x, y, x + width, y + height))
-            annotation.names.append(categories[category])
-            annotation.ignored.append(to_number(one.get("iscrowd")) > 0)
+            ignored = to_number(one.get("iscrowd")) > 0
+            annotation.add((x, y, x + width, y + height), categories[category], ignored)
     ids = sorted(categories, key=lambda one: (isinstance(one, str), one))
     kept = [annotation for annotation in annotations.values() if annotation is not None]
-    return Annotations([categories[one] for one in ids], kept, len(annotations))
+    parents = {one.get("supercategory") for one in content["categories"] if isinstance(one, dict)}
+    return Annotations(
+        [categories[one] for one in ids],
+        kept,
+        len(annotations),
+        frozenset(name.strip() for name in parents if isinstance(name, str)),
+    )
 
 
 def _read_categories(file: Path, listed: list[Any], repairs: ReadingLog) -> dict[int | str, str]:
@@ -118,8 +129,20 @@ def _parse_id(value: Any) -> int | str | None:
     return value if isinstance(value, int | str) and not isinstance(value, bool) else None
 
 
-def _parse_box(box: Any) -> tuple[float, float, float, float] | None:
-    """The four numbers of a box, which may be not finite; None if it is not four numbers."""
+def _parse_box(annotation: dict[str, Any]) -> Corners | None:
+    """The x, y, width and height of an annotation, which may be not finite.
+
+    They follow from the polygons or the run-length encoding where there is no box.
+
+    Returns:
+        The numbers; None if the annotation has no four of them.
+    """
+    box = annotation.get("bbox")
+    if not box and annotation.get("segmentation"):
+        corners = _box_of_segmentation(annotation["segmentation"])
+        if corners is None:
+            return None
+        return corners[0], corners[1], corners[2] - corners[0], corners[3] - corners[1]
     if not isinstance(box, list) or len(box) != 4 or any(isinstance(one, bool) for one in box):
         return None
     try:
@@ -127,3 +150,64 @@ def _parse_box(box: Any) -> tuple[float, float, float, float] | None:
     except (TypeError, ValueError):
         return None
     return x, y, width, height
+
+
+def _box_of_segmentation(segmentation: Any) -> Corners | None:
+    """The box around polygons, ``[[x, y, x, y, ...], ...]``, or around run lengths."""
+    if isinstance(segmentation, dict):
+        return box_of_runs(segmentation.get("counts"), segmentation.get("size"))
+    if not isinstance(segmentation, list):
+        return None
+    rings = [ring for ring in segmentation if isinstance(ring, list) and len(ring) % 2 == 0]
+    points = [pair for ring in rings for pair in zip(ring[::2], ring[1::2], strict=True)]
+    return enclosing_box(points)
+
+
+def box_of_runs(counts: Any, size: Any) -> Corners | None:
+    """The box around a mask in COCO's run-length encoding.
+
+    Runs of background and foreground alternate, column by column. In text, each has the difference
+    from the one two runs before, in groups of five bits, the lowest first; the sixth bit of a
+    character says that more follow (pycocotools, ``maskApi.c``, ``rleFrString``).
+
+    Args:
+        counts: Lengths of the runs, as a list or as text.
+        size: Height and width of the mask.
+    """
+    if isinstance(counts, str):
+        counts = _runs_of_text(counts)
+    try:
+        height = int(size[0])
+        runs = np.array(counts, np.int64)
+    except (TypeError, ValueError, LookupError, OverflowError):
+        return None
+    if height < 1 or runs.ndim != 1 or (runs < 0).any():
+        return None
+    ends = np.cumsum(runs)
+    starts, lasts = (ends - runs)[1::2], ends[1::2] - 1
+    filled = lasts >= starts
+    starts, lasts = starts[filled], lasts[filled]
+    if not len(starts):
+        return 0.0, 0.0, 0.0, 0.0
+    left, right = starts // height, lasts // height
+    across = left != right  # a run over several columns touches the upper and the lower edge
+    top = np.where(across, 0, starts % height).min()
+    bottom = np.where(across, height - 1, lasts % height).max()
+    return float(left.min()), float(top), float(right.max() + 1), float(bottom + 1)
+
+
+def _runs_of_text(text: str) -> list[int] | None:
+    runs: list[int] = []
+    value = shift = 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64 or shift > 60:
+            return None
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            if bits & 16:  # negative
+                value -= 1 << shift
+            runs.append(value + runs[-2] if len(runs) > 2 else value)
+            value = shift = 0
+    return runs

@@ -1,48 +1,91 @@
-"""Discovery of the annotation files of a detection data set, their format and their splits."""
+"""Discovery of the annotation files of a detection data set, their format and their parts."""
 
 import os
+import xml.etree.ElementTree as ET
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from vissl_lite.data.images import EXTENSIONS
 from vissl_lite.data.json_file import read_json
-from vissl_lite.data.text_file import read_text
+from vissl_lite.data.text_file import read_bytes, read_text
 from vissl_lite.errors import UserError, brief
 from vissl_lite.transfer.detection.data.annotations import Annotations
+from vissl_lite.transfer.detection.data.box_tables import (
+    class_descriptions,
+    find_box_table,
+    read_box_tables,
+)
 from vissl_lite.transfer.detection.data.coco import missing_key, read_coco
+from vissl_lite.transfer.detection.data.cvat import read_cvat
+from vissl_lite.transfer.detection.data.labelme import (
+    MAX_LABELME_BYTES,
+    is_labelme,
+    read_labelme,
+)
 from vissl_lite.transfer.detection.data.voc import read_voc
-from vissl_lite.transfer.detection.data.yolo import data_yaml, label_files, read_labels, read_yolo
-from vissl_lite.transfer.sources.file_tree import FileTree
+from vissl_lite.transfer.detection.data.yolo import (
+    darknet_data,
+    data_yaml,
+    label_files,
+    looks_like_labels,
+    read_labels,
+    read_yolo,
+)
+from vissl_lite.transfer.options import SourceOptions
+from vissl_lite.transfer.sources.file_tree import IMAGE_FOLDERS, MASK_FOLDERS, FileTree
 from vissl_lite.transfer.sources.parts import (
     PARTS,
     VAL_NAMES,
+    Split,
     part_of_file,
     part_of_name,
     part_of_path,
 )
-from vissl_lite.transfer.sources.reading_log import ReadingLog
+from vissl_lite.transfer.sources.reading_log import ReadingLog, count_endings
+from vissl_lite.transfer.sources.tables import TABLES
 
-_LAYOUTS = (
-    "COCO (annotations/train.json, or train/_annotations.coco.json), Pascal VOC "
-    "(Annotations/*.xml and JPEGImages) or YOLO (data.yaml, images and labels)"
-)
+# Suffixes of files that hold annotations.
+_ANNOTATIONS = (".json", ".xml", ".yaml", ".yml", *TABLES)
 
-# Besides instances_train2017.json, COCO has files of the same split without boxes.
+# Besides instances_train2017.json, COCO has files of the same part without boxes.
 _NO_BOXES = ("captions", "panoptic", "stuff", "image_info")
+
+# Number of files of which there is one for each image that are read to tell their format.
+_SAMPLE = 3
+
+# Deepest folder of tables.
+_TABLE_DEPTH = 2
 
 
 class _Layout(NamedTuple):
     """A layout found in a folder, and the function that reads it."""
 
     name: str
-    has_splits: bool
+    has_parts: bool
     read: Callable[[ReadingLog], Annotations]
 
 
-def read_annotations(source: Path, annotations: Path | None, repairs: ReadingLog) -> Annotations:
+class _Source(NamedTuple):
+    """Where annotations and images are.
+
+    Attributes:
+        tree: Folder of the annotations.
+        images: Folder of the images.
+        options: How tables are read.
+    """
+
+    tree: FileTree
+    images: FileTree
+    options: SourceOptions
+
+
+def read_annotations(
+    source: Path, annotations: Path | None, options: SourceOptions, log: ReadingLog
+) -> Annotations:
     """Detect the format of the annotations and read them; see ``load_boxes``."""
     for path in (source, annotations):
         if path is not None and not os.path.exists(path):  # False for invalid names, too
@@ -50,157 +93,244 @@ def read_annotations(source: Path, annotations: Path | None, repairs: ReadingLog
     if annotations is not None:
         if not source.is_dir():
             raise UserError(f"{source} is not a folder of images, which --annotations needs")
-        return _read_given(FileTree(source), annotations, repairs)
-    if source.is_file() and source.suffix.lower() == ".json":
-        within = source.parent.name.lower() == "annotations"
-        return read_coco(source, None, FileTree(source.parents[1 if within else 0]), repairs)
-    if source.is_file() and source.suffix.lower() in (".yaml", ".yml"):
-        content = data_yaml(source)
+        images = FileTree(source)
+        tree = images if annotations == source else FileTree(annotations)
+        if annotations.is_file():
+            return _read_file(annotations, FileTree(source), options, log)
+        layout = _find_layout(_Source(tree, images, options))
+        if layout is None:
+            raise UserError(
+                f"--annotations {annotations} holds no boxes in a known format, but "
+                f"{count_endings(tree.files) if tree.files else 'no files'}"
+            )
+    elif source.is_file():
+        return _read_file(source, None, options, log)
+    else:
+        tree = _inner(FileTree(source))
+        layout = _find_layout(_Source(tree, tree, options))
+        if layout is None and source.name.lower() in IMAGE_FOLDERS | MASK_FOLDERS:
+            above = FileTree(source.parent)
+            layout = _find_layout(_Source(above, above, options))
+            if layout is not None:
+                log.note(
+                    f"{source} has no annotations: those beside it, in {source.parent}, are read"
+                )
+        if layout is None:
+            raise UserError(_no_boxes(tree))
+    log.layout = layout.name
+    return layout.read(log)
+
+
+def _read_file(
+    file: Path, images: FileTree | None, options: SourceOptions, log: ReadingLog
+) -> Annotations:
+    """Read a file of annotations; unless given, the images are in or beside its folder."""
+    folder = file.parent
+    if images is None:
+        images = FileTree(folder.parent if folder.name.lower() in MASK_FOLDERS else folder)
+    suffix = file.suffix.lower()
+    if suffix == ".json":
+        log.layout = "COCO"
+        return read_coco(file, None, images, log)
+    if suffix == ".xml":
+        log.layout = "CVAT"
+        return read_cvat(file, images, log)
+    if suffix in (".yaml", ".yml", ".data"):
+        content = darknet_data(file) if suffix == ".data" else data_yaml(file)
         if content is None:
-            raise UserError(f"{source} is not YOLO's data.yaml: it has no train, or no names")
-        return read_yolo(source, content, repairs)
-    if not source.is_dir():
-        raise UserError(f"{source} holds no boxes: give a folder, a .json or a .yaml file")
-    tree = FileTree(source)
-    others = [one for one in (_find_voc(tree, tree), _find_yolo(tree)) if one]
-    coco = _find_coco(tree, tree, required=not others)
-    return _choose_layout([coco, *others] if coco else others, tree).read(repairs)
-
-
-def _read_given(images: FileTree, annotations: Path, repairs: ReadingLog) -> Annotations:
-    """Read the file or folder given with ``--annotations``."""
-    if annotations.is_file():
-        if annotations.suffix.lower() != ".json":
-            raise UserError(f"--annotations {annotations} is neither a .json file nor a folder")
-        return read_coco(annotations, None, images, repairs)
-    tree = FileTree(annotations)
-    layouts = [
-        one for one in (_find_coco(tree, images, required=True), _find_voc(tree, images)) if one
-    ]
-    if not layouts and label_files(tree):
-        return read_labels(tree, images, repairs)
-    if not layouts:
+            raise UserError(f"{file} is not YOLO's data.yaml: it has no train, or no names")
+        log.layout = f"YOLO ({file.name})"
+        return read_yolo(file, content, log)
+    table = find_box_table(file, None, images, options) if suffix in TABLES else None
+    if table is None:
         raise UserError(
-            f"--annotations {annotations} holds no .json (COCO), .xml (VOC) or .txt (YOLO) files"
+            f"{file} holds no boxes in a known format: give a folder, a .json (COCO), .yaml (YOLO) "
+            f"or .xml (CVAT) file, or a table with columns such as filename, xmin, ymin, xmax, "
+            f"ymax, class"
         )
-    return _choose_layout(layouts, tree).read(repairs)
+    log.layout = f"table {file.name}"
+    return read_box_tables([table], {}, images, options, log)
 
 
-def _choose_layout(layouts: list[_Layout], tree: FileTree) -> _Layout:
-    """Return the only layout, or the only one with splits."""
+def _inner(tree: FileTree) -> FileTree:
+    """The only folder with files in a folder, as VOCdevkit/VOC2012; else the folder itself."""
+    while True:
+        tops = {path.partition("/")[0] for path in tree.files if "/" in path}
+        loose = [path for path in tree.files if "/" not in path]
+        (only,) = tops if len(tops) == 1 else (None,)
+        if only is None or part_of_name(only) or only.lower() in IMAGE_FOLDERS | MASK_FOLDERS:
+            return tree
+        if any(
+            path.lower().endswith((".json", ".xml", ".yaml", ".yml", *TABLES)) for path in loose
+        ):
+            return tree
+        tree = FileTree(tree.folder / only)
+
+
+def _find_layout(source: _Source) -> _Layout | None:
+    """The layout of the annotations: the only one, or the only one with parts.
+
+    Raises:
+        UserError: Several fit.
+    """
+    exact = [_find_yolo(source), _find_coco(source), _find_voc(source)]
+    layouts = [one for one in exact if one is not None]
     if not layouts:
-        raise UserError(
-            f"{tree.folder} holds no boxes in a known layout: {_LAYOUTS} would "
-            f"work, or give the annotations with --annotations"
-        )
-    with_splits = [one for one in layouts if one.has_splits]
-    if len(with_splits) == 1:
-        return with_splits[0]
+        rarer = (_find_darknet, _find_cvat, _find_labelme, _find_tables, _find_labels)
+        return next((found for find in rarer if (found := find(source)) is not None), None)
+    with_parts = [one for one in layouts if one.has_parts]
+    if len(with_parts) == 1:
+        return with_parts[0]
     if len(layouts) > 1:
         raise UserError(
-            f"{tree.folder} holds boxes in the formats of {layouts[0].name} and "
+            f"{source.tree.folder} holds boxes in the formats of {layouts[0].name} and "
             f"{layouts[1].name}: choose with --annotations FILE or FOLDER"
         )
     return layouts[0]
 
 
+def _no_boxes(tree: FileTree) -> str:
+    """Why a folder can't be used, and the way on."""
+    found = count_endings(tree.files) if tree.files else "no files"
+    text = f"{tree.folder} holds no boxes in a known format, but {found}"
+    for path in tree.ending(".json")[:_SAMPLE]:
+        with suppress(UserError):
+            key = missing_key(read_json(Path(tree.absolute(path))))
+            text += f" ({path} is not in COCO's format: it has no list {key!r})"
+            break
+    folders = {part.lower() for path in tree.images for part in path.split("/")[:-1]}
+    if folders & MASK_FOLDERS:
+        masks = sorted(folders & MASK_FOLDERS)[0]
+        return f"{text}: with images in {masks}/ it looks like masks: give --task segmentation"
+    if len(folders - IMAGE_FOLDERS) > 1 and not tree.ending(".json", ".xml", ".txt", ".csv"):
+        return f"{text}: it looks like class folders: give --task classification"
+    return (
+        f"{text}: COCO (annotations/train.json), Pascal VOC (Annotations/*.xml), YOLO (data.yaml, "
+        f"or images/ and labels/), LabelMe, CVAT or a table of boxes would work; or give the "
+        f"annotations with --annotations"
+    )
+
+
 # COCO
 
 
-def _find_coco(tree: FileTree, images: FileTree, required: bool) -> _Layout | None:
-    """Find JSON files at the top, in ``annotations``, or in a folder of each split.
-
-    Args:
-        tree: Folder of the annotations.
-        images: Folder of the images.
-        required: Whether a JSON file in another format is an error; else it is not a layout.
-    """
+def _find_coco(source: _Source) -> _Layout | None:
+    """Find JSON files at the top, in a folder of annotations, or in a folder of each part."""
+    tree = source.tree
     paths = []
     for path in tree.ending(".json"):
-        folder = path.rpartition("/")[0]
-        if not folder or folder.lower() == "annotations" or part_of_name(folder):
+        folders = path.lower().split("/")[:-1]
+        if all(name in MASK_FOLDERS or part_of_name(name) for name in folders):
             paths.append(path)
     paths = (
         [path for path in paths if "instances" in path]
         or [path for path in paths if not any(word in path for word in _NO_BOXES)]
         or paths
     )
-    by_split: dict[str | None, list[str]] = defaultdict(list)
+    by_part: dict[Split | None, list[str]] = defaultdict(list)
     for path in paths:
-        by_split[part_of_file(path)].append(path)
-    splits = [split for split in PARTS if split in by_split]
-    files: list[tuple[str | None, Path]]
-    if not paths:
-        return None
-    if "train" not in splits and len(splits) > 1:
+        by_part[part_of_file(path)].append(path)
+    parts = [part for part in PARTS if part in by_part]
+    images = {os.path.splitext(path)[0] for path in tree.images}
+    if not paths or all(os.path.splitext(path)[0] in images for path in paths):
+        return None  # or a file for each image
+    if "train" not in parts and len(parts) > 1:
         raise UserError(
-            f"{tree.folder} has annotations of {' and '.join(splits)}, but none of train: "
+            f"{tree.folder} has annotations of {' and '.join(parts)}, but none of train: "
             f"add train.json"
         )
-    if "train" in splits:
-        files = [(split, _choose_json(tree.folder, by_split[split])) for split in splits]
+    files: list[tuple[Split | None, Path | None]]
+    if "train" in parts:
+        files = [(part, _choose_json(tree.folder, by_part[part])) for part in parts]
     else:
         files = [(None, _choose_json(tree.folder, paths))]
-    if not required and any(missing_key(read_json(file)) is not None for _, file in files):
+    found = [(part, file) for part, file in files if file is not None]
+    if not found:
         return None
-    return _Layout("COCO", "train" in splits, partial(_read_coco, files, images))
+    return _Layout("COCO", "train" in parts, partial(_read_coco, found, source.images))
 
 
-def _choose_json(folder: Path, paths: Sequence[str]) -> Path:
-    """Return the only one of several JSON files that is in COCO's format."""
-    if len(paths) > 1:
-        good = [path for path in paths if missing_key(read_json(folder / path)) is None]
-        if len(good) > 1:
-            raise UserError(
-                f"{folder} holds several files of the same split, {good[0]} and "
-                f"{good[1]}: choose with --annotations FILE"
-            )
-        paths = good or paths
-    return folder / paths[0]
+def _choose_json(folder: Path, paths: Sequence[str]) -> Path | None:
+    """The only JSON file that is in COCO's format; None if there is none.
+
+    Raises:
+        UserError: There are several, or the only file is not JSON.
+    """
+    good = [path for path in paths if missing_key(read_json(folder / path)) is None]
+    if len(good) > 1:
+        raise UserError(
+            f"{folder} holds several files of the same part, {good[0]} and "
+            f"{good[1]}: choose with --annotations FILE"
+        )
+    return folder / good[0] if good else None
 
 
 def _read_coco(
-    files: Sequence[tuple[str | None, Path]], images: FileTree, repairs: ReadingLog
+    files: Sequence[tuple[Split | None, Path]], images: FileTree, log: ReadingLog
 ) -> Annotations:
-    parts = [read_coco(file, split, images, repairs) for split, file in files]
-    classes = [name for part in parts for name in part.classes]
-    annotated = [image for part in parts for image in part.images]
-    return Annotations(classes, annotated, sum(part.num_listed for part in parts))
+    several = [read_coco(file, part, images, log) for part, file in files]
+    log.origins.update({str(part): file.name for part, file in files if part is not None})
+    classes = [name for one in several for name in one.classes]
+    annotated = [image for one in several for image in one.images]
+    used = {name for image in annotated for name in image.names}
+    parents = frozenset[str]().union(*(one.parents for one in several))
+    unused = [name for name in dict.fromkeys(classes) if name in parents and name not in used]
+    if unused and used:  # as Roboflow writes it
+        log.note(f"Left out as a class, being a category of others without boxes: {unused[0]}")
+        classes = [name for name in classes if name not in unused]
+    return Annotations(classes, annotated, sum(one.num_listed for one in several))
 
 
 # Pascal VOC
 
 
-def _find_voc(tree: FileTree, images: FileTree) -> _Layout | None:
-    """Find XML files, with splits in ``ImageSets/Main`` or in the names of folders."""
+def _find_voc(source: _Source) -> _Layout | None:
+    """Find XML files of images, with parts in ``ImageSets/Main`` or in the names of folders."""
+    tree = source.tree
     paths = tree.ending(".xml")
-    if not paths:
+    if not paths or _root_tag(tree, paths) == "annotations":
         return None
-    sets = _image_sets(images.folder) or _image_sets(tree.folder.parent)
+    sets = _image_sets(source.images) or _image_sets(FileTree(tree.folder.parent))
     if not sets:
-        has_splits = any(part_of_path(path) == "train" for path in paths)
-        files: list[tuple[str, str | None]] = [(path, None) for path in paths]
-        return _Layout("Pascal VOC", has_splits, partial(read_voc, files, tree.folder, images))
+        has_parts = any(part_of_path(path) == "train" for path in paths)
+        files: list[tuple[str, Split | None]] = [(path, None) for path in paths]
+        return _Layout("Pascal VOC", has_parts, partial(_read_voc, files, source))
     by_stem = {Path(path).stem: path for path in paths}
 
-    def read(repairs: ReadingLog) -> Annotations:
+    def read(log: ReadingLog) -> Annotations:
         chosen = []
-        for split, stems in sets.items():
+        for part, stems in sets.items():
+            if part is not None:
+                log.origins[part] = f"ImageSets/Main, {part}"
             for stem in stems:
                 if stem in by_stem:
-                    chosen.append((by_stem[stem], split))
+                    chosen.append((by_stem[stem], part))
                 else:
-                    repairs.add("image without an annotation file, left out", stem)
-        return read_voc(chosen, tree.folder, images, repairs)
+                    log.add("image without an annotation file, left out", stem)
+        return _read_voc(chosen, source, log)
 
     return _Layout("Pascal VOC", "train" in sets, read)
 
 
-def _image_sets(folder: Path) -> dict[str | None, list[str]]:
-    """Stems listed in ``ImageSets/Main`` by split; by None for a lone ``trainval.txt``."""
-    sets: dict[str | None, list[str]] = {}
+def _read_voc(
+    files: Sequence[tuple[str, Split | None]], source: _Source, log: ReadingLog
+) -> Annotations:
+    return read_voc(files, source.tree.folder, source.images, log)
+
+
+def _root_tag(tree: FileTree, paths: Sequence[str]) -> str:
+    """The root element of the first XML file that can be read."""
+    for path in paths[:_SAMPLE]:
+        with suppress(UserError, ET.ParseError, ValueError, LookupError):
+            return ET.fromstring(read_bytes(tree.absolute(path))).tag
+    return ""
+
+
+def _image_sets(tree: FileTree) -> dict[Split | None, list[str]]:
+    """Stems listed in ``ImageSets/Main`` by part; by None for a lone ``trainval.txt``."""
+    sets: dict[str, list[str]] = {}
     for name in ("train", *VAL_NAMES, "test", "trainval"):
-        file = folder / "ImageSets" / "Main" / f"{name}.txt"
+        file = tree.folder / "ImageSets" / "Main" / f"{name}.txt"
         if not file.is_file():
             continue
         # some tools write paths or file names instead of stems
@@ -211,25 +341,115 @@ def _image_sets(folder: Path) -> dict[str | None, list[str]]:
         stems = [Path(n).stem if n.lower().endswith(tuple(EXTENSIONS)) else n for n in names if n]
         sets["val" if name in VAL_NAMES else name] = stems
     trainval = sets.pop("trainval", None)
-    if trainval is not None and "train" not in sets:
-        others = {stem for stems in sets.values() for stem in stems}
-        sets["train" if sets else None] = [stem for stem in trainval if stem not in others]
-    return sets
+    parts: dict[Split | None, list[str]] = {one: sets[one] for one in PARTS if one in sets}
+    if trainval is not None and "train" not in parts:
+        others = {stem for stems in parts.values() for stem in stems}
+        rest = [stem for stem in trainval if stem not in others]
+        parts = {**parts, "train": rest} if parts else {None: rest}
+    return parts
 
 
 # YOLO
 
 
-def _find_yolo(tree: FileTree) -> _Layout | None:
+def _find_yolo(source: _Source) -> _Layout | None:
     """Find a ``data.yaml`` at the top of the folder."""
-    files = [tree.folder / path for path in tree.ending(".yaml", ".yml") if "/" not in path]
+    folder = source.tree.folder
+    files = [folder / path for path in source.tree.ending(".yaml", ".yml") if "/" not in path]
     found = [(file, content) for file in files if (content := data_yaml(file)) is not None]
     if len(found) > 1:
         raise UserError(
-            f"{tree.folder} holds several data sets, {found[0][0].name} and "
+            f"{folder} holds several data sets, {found[0][0].name} and "
             f"{found[1][0].name}: give one of these files"
         )
     if not found:
         return None
     file, content = found[0]
-    return _Layout("YOLO", True, partial(read_yolo, file, content))
+    return _Layout(f"YOLO ({file.name})", True, partial(read_yolo, file, content))
+
+
+def _find_darknet(source: _Source) -> _Layout | None:
+    """Find Darknet's ``obj.data`` at the top of the folder, as CVAT writes it."""
+    for path in source.tree.ending(".data"):
+        file = source.tree.folder / path
+        content = None
+        with suppress(UserError):
+            content = darknet_data(file) if "/" not in path else None
+        if content is not None:
+            return _Layout(f"YOLO ({file.name})", True, partial(read_yolo, file, content))
+    return None
+
+
+def _find_labels(source: _Source) -> _Layout | None:
+    """Find text files with the names of images."""
+    images = {Path(path).stem for path in source.images.images}
+    files = [path for path in label_files(source.tree) if Path(path).stem in images]
+    sample = [source.tree.absolute(path) for path in files[:_SAMPLE]]
+    # in a folder that was given for annotations, they may be damaged
+    if not files or (source.tree is source.images and not any(map(looks_like_labels, sample))):
+        return None
+    has_parts = any(part_of_path(path) == "train" for path in files)
+    return _Layout("YOLO labels", has_parts, partial(read_labels, source.tree, source.images))
+
+
+# Rarer formats
+
+
+def _find_cvat(source: _Source) -> _Layout | None:
+    """Find CVAT's ``annotations.xml``."""
+    paths = source.tree.ending(".xml")
+    if not paths or _root_tag(source.tree, paths) != "annotations":
+        return None
+    if len(paths) > 1:
+        raise UserError(
+            f"{source.tree.folder} holds several files of CVAT, {paths[0]} and {paths[1]}: choose "
+            f"with --annotations FILE"
+        )
+    return _Layout("CVAT", False, partial(read_cvat, source.tree.folder / paths[0], source.images))
+
+
+def _find_labelme(source: _Source) -> _Layout | None:
+    """Find JSON files with shapes, one for each image."""
+    paths = source.tree.ending(".json")
+    for path in paths[:_SAMPLE]:
+        with suppress(UserError):
+            if is_labelme(read_json(source.tree.folder / path, MAX_LABELME_BYTES)):
+                read = partial(read_labelme, paths, source.tree, source.images)
+                return _Layout("LabelMe", any(part_of_path(one) == "train" for one in paths), read)
+    return None
+
+
+def _find_tables(source: _Source) -> _Layout | None:
+    """Find tables with columns of boxes, one for each part or one in all."""
+    tree = source.tree
+    paths = [path for path in tree.ending(*TABLES) if path.count("/") <= _TABLE_DEPTH]
+    # of text files in folders there may be one for each image
+    paths = [path for path in paths if "/" not in path or not path.lower().endswith(".txt")]
+    found = [
+        table
+        for path in paths
+        if (
+            table := find_box_table(
+                tree.folder / path, part_of_file(path), source.images, source.options
+            )
+        )
+        is not None
+    ]
+    if not found:
+        return None
+    if any(table.part == "train" for table in found):
+        found = [table for table in found if table.part is not None]
+    else:
+        found = [max(found, key=lambda table: len(table.table.rows))]
+    names: dict[str, str] = {}
+    for path in paths:
+        if "class-descriptions" in path.lower():
+            names |= class_descriptions(tree.folder / path)
+    files = ", ".join(dict.fromkeys(table.table.file.name for table in found))
+    has_parts = any(table.part == "train" for table in found)
+
+    def read(log: ReadingLog) -> Annotations:
+        log.origins.update({str(one.part): one.table.file.name for one in found if one.part})
+        return read_box_tables(found, names, source.images, source.options, log)
+
+    return _Layout(f"table {files}", has_parts, read)

@@ -12,19 +12,18 @@ from vissl_lite.transfer.detection.data.annotations import (
     UNREADABLE_BOX,
     UNREADABLE_FILE,
     Annotations,
+    Corners,
     ImageAnnotation,
     to_number,
 )
 from vissl_lite.transfer.detection.data.cleaning import NO_AREA
 from vissl_lite.transfer.sources.file_tree import FileTree, part_below
-from vissl_lite.transfer.sources.parts import part_of_path
+from vissl_lite.transfer.sources.parts import Split, part_of_path
 from vissl_lite.transfer.sources.reading_log import MISSING_IMAGE, ReadingLog
-
-Corners = tuple[float, float, float, float]
 
 
 def read_voc(
-    files: Sequence[tuple[str, str | None]], folder: Path, tree: FileTree, repairs: ReadingLog
+    files: Sequence[tuple[str, Split | None]], folder: Path, tree: FileTree, repairs: ReadingLog
 ) -> Annotations:
     """Read files in Pascal VOC's format (Everingham et al. 2010, development kit, section 8).
 
@@ -71,9 +70,7 @@ def read_voc(
                 repairs.add(NO_AREA, file)  # subtracting 1 below would give it an area
             else:
                 from_zero = from_zero or 0 in corners
-                annotation.boxes.append(corners)
-                annotation.names.append(name)
-                annotation.ignored.append(to_number(one.findtext("difficult")) > 0)
+                annotation.add(corners, name, to_number(one.findtext("difficult")) > 0)
     if not from_zero:
         for annotation in annotations:
             annotation.boxes[:] = [(x1 - 1, y1 - 1, x2, y2) for x1, y1, x2, y2 in annotation.boxes]

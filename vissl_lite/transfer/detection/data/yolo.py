@@ -4,6 +4,7 @@ A ``data.yaml`` names the classes and the locations of the images of each split.
 folder ``images`` there is a folder ``labels`` with a text file for each image.
 """
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,15 @@ from vissl_lite.transfer.sources.file_tree import FileTree, part_below
 from vissl_lite.transfer.sources.parts import VAL_NAMES, Split, part_of_path
 from vissl_lite.transfer.sources.reading_log import MISSING_IMAGE, ReadingLog
 
-_KEYS = {"train": ("train",), "val": VAL_NAMES, "test": ("test",)}
-_CLASSES = "classes.txt"
+_KEYS: dict[Split, tuple[str, ...]] = {
+    "train": ("train",),
+    "val": VAL_NAMES,
+    "test": ("test",),
+}
+
+# Files that name a class on each line, as tools write them, and their suffix for Darknet.
+NAME_FILES = ("classes.txt", "predefined_classes.txt", "class_names.txt", "_darknet.labels")
+_NAMES_SUFFIX = ".names"
 
 
 def data_yaml(file: Path) -> dict[str, Any] | None:
@@ -39,6 +47,13 @@ def data_yaml(file: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict) or not ("names" in content or "nc" in content):
         return None
     return content if any(key in content for key in ("train", *VAL_NAMES)) else None
+
+
+def darknet_data(file: Path) -> dict[str, Any] | None:
+    """Read Darknet's ``obj.data``, lines of ``key = value``; None if the file is another one."""
+    pairs = [line.partition("=") for line in read_text(file).splitlines() if "=" in line]
+    content = {key.strip(): value.strip() for key, _, value in pairs}
+    return content if "names" in content and "train" in content else None
 
 
 def read_yolo(file: Path, content: dict[str, Any], repairs: ReadingLog) -> Annotations:
@@ -54,14 +69,19 @@ def read_yolo(file: Path, content: dict[str, Any], repairs: ReadingLog) -> Annot
     Raises:
         UserError: If the train images do not exist, or ``names`` is neither a list nor a mapping.
     """
-    names = _class_names(file, content.get("names"))
     tree = FileTree(file.parent)
-    images: dict[tuple[str, str], None] = {}  # path and split, in order
+    names = _class_names(file, _listed_names(file, content.get("names"), tree))
+    images: dict[tuple[str, Split], None] = {}  # path and split, in order
     folders_only = True  # whether no entry is a list of paths
     for split, keys in _KEYS.items():
         value: Any = next((content[key] for key in keys if content.get(key)), [])
         for entry in value if isinstance(value, list) else [value]:
             place = _resolve_entry(file.parent, str(content.get("path") or ""), str(entry))
+            if place is not None and holds(place, file.parent):
+                raise UserError(
+                    f"{file} names {brief(entry)} for {split}, a folder that holds the whole data "
+                    f"set: name the folder of the images"
+                )
             if place is None and split == "train":
                 raise UserError(f"{file} names {brief(entry)} for train, which does not exist")
             if place is None:
@@ -88,7 +108,7 @@ def read_yolo(file: Path, content: dict[str, Any], repairs: ReadingLog) -> Annot
         if "labels" in Path(folder).parts and os.path.isdir(folder):
             there = {os.path.join(folder, name) for name in os.listdir(folder)}
             for lone in sorted(there - labels):
-                if lone.endswith(".txt") and not lone.endswith(_CLASSES):
+                if lone.endswith(".txt") and not lone.endswith(NAME_FILES):
                     repairs.add(MISSING_IMAGE, lone)
     return _replace_ids(annotations, names, len(images), repairs)
 
@@ -97,16 +117,19 @@ def read_labels(labels: FileTree, images: FileTree, repairs: ReadingLog) -> Anno
     """Read a folder of label files that are named like their images; see ``load_boxes``.
 
     Args:
-        labels: Folder of the label files. A ``classes.txt`` in it, or in the folder of the images,
-            names the classes.
+        labels: Folder of the label files. A ``classes.txt``, ``obj.names`` or the like in it, or in
+            the folder of the images, names the classes.
         images: Folder of the images. Those without a label file are background.
         repairs: Log to add repairs to.
     """
-    names = None
-    for folder in (labels.folder, images.folder):
-        if names is None and (folder / _CLASSES).is_file():
-            lines = enumerate(read_text(folder / _CLASSES).splitlines())
-            names = {str(i): line.strip() for i, line in lines if line.strip()}
+    listed = _names_file(labels) or _names_file(images)
+    names = None if listed is None else _read_names(listed)
+    repairs.label = "class numbers" if listed is None else f"names in {listed.name}"
+    if listed is None:
+        repairs.warn(
+            "data.class_names",
+            f"{labels.folder} has no classes.txt that names the classes: they have numbers",
+        )
     annotations: list[ImageAnnotation] = []
     matched = set()
     for path in label_files(labels):
@@ -130,8 +153,52 @@ def read_labels(labels: FileTree, images: FileTree, repairs: ReadingLog) -> Anno
 
 
 def label_files(tree: FileTree) -> list[str]:
-    """List the label files in a folder, relative to it."""
-    return [path for path in tree.ending(".txt") if Path(path).name != _CLASSES]
+    """The files in a folder that are named like an image and may be YOLO's, relative to it."""
+    return [path for path in tree.ending(".txt") if Path(path).name not in NAME_FILES]
+
+
+def looks_like_labels(file: str | Path) -> bool:
+    """Whether the first line of a text file is one of YOLO's, or there is none."""
+    try:
+        lines = read_text(file, MAX_FILE_SIZE).splitlines()
+        words = next((line.split() for line in lines if line.strip()), ["0"] * 5)
+        return len(words) >= 5 and all(math.isfinite(float(word)) for word in words)
+    except (UserError, ValueError):
+        return False
+
+
+def holds(folder: Path, other: Path) -> bool:
+    """Whether a folder is above another, as the root of the file system is."""
+    real = other.resolve()
+    return folder.is_dir() and folder.resolve() in real.parents
+
+
+def _names_file(tree: FileTree) -> Path | None:
+    """The file of class names in a folder; the least deep of several."""
+    found = [
+        path
+        for path in tree.others
+        if path.rpartition("/")[2] in NAME_FILES or path.endswith(_NAMES_SUFFIX)
+    ]
+    return Path(tree.absolute(min(found, key=lambda path: path.count("/")))) if found else None
+
+
+def _read_names(file: Path) -> dict[str, str]:
+    lines = enumerate(read_text(file).splitlines())
+    return {str(number): line.strip() for number, line in lines if line.strip()}
+
+
+def _listed_names(file: Path, names: Any, tree: FileTree) -> Any:
+    """The names of a ``data.yaml``, which may be in another file."""
+    if isinstance(names, str):
+        place = _resolve_entry(file.parent, "", names)
+        if place is None or not place.is_file():
+            raise UserError(
+                f"{file} names {brief(names)} for the class names: there is no such file"
+            )
+        return _read_names(place)
+    other = _names_file(tree) if names is None else None
+    return names if other is None else _read_names(other)
 
 
 def _class_names(file: Path, names: Any) -> dict[str, str] | None:
@@ -159,13 +226,13 @@ def _resolve_entry(folder: Path, root: str, entry: str) -> Path | None:
     while below.startswith("../"):
         below = below[3:]
     for base in (folder / root, folder.parent / root, folder, folder.parent):
-        for name in (below, entry):
-            if os.path.exists(base / name):
+        for name in (below, entry, below.rpartition("/")[2]):
+            if name and os.path.exists(base / name):
                 return base / name
     return None
 
 
-def _read_list(file: Path, tree: FileTree, split: str, repairs: ReadingLog) -> list[str]:
+def _read_list(file: Path, tree: FileTree, split: Split, repairs: ReadingLog) -> list[str]:
     """Read a text file of image paths, relative to it or to the data set."""
     paths = []
     for line in filter(None, map(str.strip, read_text(file).splitlines())):
@@ -225,9 +292,7 @@ def _read_label_file(
         else:
             xs, ys = values[::2], values[1::2]
             box = (min(xs), min(ys), max(xs), max(ys))
-        annotation.boxes.append(box)
-        annotation.names.append(str(number))
-        annotation.ignored.append(False)
+        annotation.add(box, str(number))
     return annotation
 
 

@@ -1,0 +1,87 @@
+"""Reader for boxes in the XML format "CVAT for images"."""
+
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+from vissl_lite.data.text_file import read_bytes
+from vissl_lite.errors import UserError
+from vissl_lite.transfer.detection.data.annotations import (
+    UNKNOWN_CLASS,
+    UNREADABLE_BOX,
+    Annotations,
+    Corners,
+    ImageAnnotation,
+    enclosing_box,
+    to_number,
+)
+from vissl_lite.transfer.sources.file_tree import FileTree, part_below
+from vissl_lite.transfer.sources.parts import part_of_name
+from vissl_lite.transfer.sources.reading_log import MISSING_IMAGE, ReadingLog
+
+# Shapes that have boxes around them.
+_SHAPES = ("box", "polygon", "polyline", "ellipse", "mask")
+
+
+def read_cvat(file: Path, images: FileTree, repairs: ReadingLog) -> Annotations:
+    """Read a file of CVAT (docs.cvat.ai, "CVAT for images 1.1"); shapes become boxes around them.
+
+    Args:
+        file: XML file.
+        images: Folder of the images.
+        repairs: Log to add repairs to.
+
+    Raises:
+        UserError: The file can't be read.
+    """
+    try:
+        root = ET.fromstring(read_bytes(file))
+    except (ET.ParseError, ValueError, LookupError) as error:
+        raise UserError(f"{file} can't be read as XML: {error}") from None
+    annotations: list[ImageAnnotation] = []
+    listed = root.findall("image")
+    for one in listed:
+        name, part = one.get("name", ""), part_of_name(one.get("subset", ""))
+        image = images.image(name, part)
+        if image is None:
+            repairs.add(MISSING_IMAGE, name or str(file))
+            continue
+        size = (to_number(one.get("height")), to_number(one.get("width")))
+        annotation = ImageAnnotation(image, part or part_below(image, images), size, [], [], [])
+        annotations.append(annotation)
+        for shape in one:
+            if shape.tag not in _SHAPES:
+                continue
+            box, label = _box(shape), (shape.get("label") or "").strip()
+            if box is None:
+                repairs.add(UNREADABLE_BOX, name)
+            elif not label:
+                repairs.add(UNKNOWN_CLASS, name)
+            else:
+                annotation.add(box, label)
+    used = {name for one in annotations for name in one.names}
+    declared = [label.findtext("name", "").strip() for label in root.iter("label")]
+    known = dict.fromkeys(name for name in declared if name)
+    return Annotations([*known, *sorted(used - set(known))], annotations, len(listed))
+
+
+def _box(shape: ET.Element) -> Corners | None:
+    """The box around a shape; None if its coordinates are not numbers."""
+
+    def numbers(*keys: str) -> tuple[float, ...]:
+        return tuple(float(shape.get(key, "")) for key in keys)
+
+    try:
+        if shape.tag == "box":
+            x1, y1, x2, y2 = numbers("xtl", "ytl", "xbr", "ybr")
+        elif shape.tag == "ellipse":
+            x, y, rx, ry = numbers("cx", "cy", "rx", "ry")
+            x1, y1, x2, y2 = x - rx, y - ry, x + rx, y + ry
+        elif shape.tag == "mask":
+            x1, y1, width, height = numbers("left", "top", "width", "height")
+            x2, y2 = x1 + width, y1 + height
+        else:
+            pairs = [pair.split(",") for pair in shape.get("points", "").split(";")]
+            return enclosing_box([[float(x), float(y)] for x, y in pairs])
+    except ValueError:
+        return None
+    return x1, y1, x2, y2
