@@ -431,6 +431,10 @@ def test_data_of_other_tasks_are_named(tmp_path: Path) -> None:
         tmp_path / "boxes" / "images", tmp_path / "boxes" / "set.json"
     )
     assert "expected images/ and masks/ in it" in refusal(tmp_path / "plain")
+    (tmp_path / "plain" / "set.csv").write_text("path,label\n0.jpg,1\n1.jpg,0\n2.jpg,1\n")
+    assert "holds 1, 0, which are not mask files: if they are classes of images, give --task" in (
+        refusal(tmp_path / "plain" / "set.csv")
+    )
 
 
 # Writing

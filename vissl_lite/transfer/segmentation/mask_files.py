@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from vissl_lite.data.images import EXTENSIONS
 from vissl_lite.data.text_file import read_text
 from vissl_lite.errors import UserError, brief
 from vissl_lite.transfer.options import SourceOptions
@@ -16,6 +17,7 @@ from vissl_lite.transfer.sources.parts import Split, part_of_file, part_of_name
 from vissl_lite.transfer.sources.reading_log import ReadingLog
 from vissl_lite.transfer.sources.tables import (
     ImageFinder,
+    Table,
     find_images_of,
     parts_of_rows,
     path_column,
@@ -388,6 +390,27 @@ MASK_COLUMNS = (
 )  # fmt: skip
 
 
+def _check_masks(table: Table, images: str, masks: str, finder: ImageFinder) -> None:
+    """Raise a UserError if the column of masks holds classes or the images themselves."""
+    paths = {finder.find(cell) for cell in table.cells(images)} - {None}
+    cells = [cell for cell in table.cells(masks) if cell]
+    named = [cell for cell in cells if os.path.splitext(cell)[1].lower() in EXTENSIONS]
+    if any((path := finder.find(cell)) and path not in paths for cell in cells):
+        return
+    if cells and not named:
+        values = list(dict.fromkeys(cells))
+        raise UserError(
+            f"the column {brief(masks)} of {table.file} holds {brief(', '.join(values[:4]))}, which "
+            f"are not mask files: if they are classes of images, give --task classification; "
+            f"otherwise name the column of masks with --label_column"
+        )
+    if named and any(finder.find(cell) in paths for cell in named):
+        raise UserError(
+            f"the column {brief(masks)} of {table.file} holds the images themselves: name the "
+            f"column of masks with --label_column"
+        )
+
+
 def read_csv(file: Path, options: SourceOptions, log: ReadingLog) -> Parts:
     """Read pairs from a table with a column of images and one of masks, and optionally of parts.
 
@@ -412,6 +435,7 @@ def read_csv(file: Path, options: SourceOptions, log: ReadingLog) -> Parts:
             f"{file} has no column {missing}: it has {brief(', '.join(table.columns))}; name it "
             f"with --{'label' if masks is None else 'path'}_column"
         )
+    _check_masks(table, images, masks, finder)
     named = parts_of_rows(table, options, log)
     found = [find_images_of(table, column, named, finder, log) for column in (images, masks)]
     parts: Parts = {}
