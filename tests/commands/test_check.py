@@ -7,9 +7,10 @@ import yaml
 
 from tests.commands.box_layouts import BOX, DETECTION
 from tests.commands.layouts import CLASSIFICATION, Layout
+from tests.commands.mask_layouts import SEGMENTATION
 from vissl_lite.cli import main
 
-LAYOUTS = [*CLASSIFICATION, *DETECTION]
+LAYOUTS = [*CLASSIFICATION, *DETECTION, *SEGMENTATION]
 
 
 @pytest.mark.parametrize("layout", [pytest.param(one, id=one.name) for one in LAYOUTS])

@@ -398,9 +398,9 @@ def _check_masks(table: Table, images: str, masks: str, finder: ImageFinder) -> 
     if any((path := finder.find(cell)) and path not in paths for cell in cells):
         return
     if cells and not named:
-        values = list(dict.fromkeys(cells))
+        values = brief(", ".join(list(dict.fromkeys(cells))[:4]))
         raise UserError(
-            f"the column {brief(masks)} of {table.file} holds {brief(', '.join(values[:4]))}, which "
+            f"the column {brief(masks)} of {table.file} holds {values}, which "
             f"are not mask files: if they are classes of images, give --task classification; "
             f"otherwise name the column of masks with --label_column"
         )

@@ -235,8 +235,10 @@ def _coco_shape(segmentation: Any, size: tuple[float, float]) -> Shape | None:
         return None
     if not all(type(count) is int and 0 <= count <= pixels for count in counts):
         return None
-    if sum(counts) != pixels:
+    rest = pixels - sum(counts)
+    if rest < 0 or not any(counts[1::2]):
         return None
+    counts = [*counts, *([rest] if len(counts) % 2 == 0 else [0, rest])]  # the last may be missing
     return Shape(0, runs=np.array(counts, np.uint32).tobytes())
 
 
