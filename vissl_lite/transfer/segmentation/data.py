@@ -5,12 +5,16 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from vissl_lite.data.headers import image_header
+from vissl_lite.data.images import BROKEN_IMAGE
+from vissl_lite.data.reading import reason
 from vissl_lite.data.text_file import csv_writer, read_text
 from vissl_lite.errors import UserError, brief
 from vissl_lite.options import StrPath
@@ -88,7 +92,10 @@ class LabelledMasks(ListDataset[MaskedImage]):
         """Write the splits to a CSV file that ``load_masks`` can read again.
 
         The class names are written to ``classes.txt`` next to it. Masks that are not files of class
-        indices are written as such to ``split_masks/``, unless they can't be read.
+        indices are written as such to ``split_masks/``.
+
+        Raises:
+            UserError: A mask can't be read.
         """
         folder = file.with_name("split_masks")
         number = 0
@@ -101,7 +108,12 @@ class LabelledMasks(ListDataset[MaskedImage]):
                         mask = folder.absolute() / f"{number:06}.png"
                         number += 1
                         folder.mkdir(exist_ok=True)
-                        Image.fromarray(one.mask.read()).save(mask)
+                        try:
+                            Image.fromarray(one.mask.read()).save(mask)
+                        except BROKEN_IMAGE as error:  # readable when the data set was loaded
+                            file = one.mask.file
+                            why = reason(error, file)
+                            raise UserError(f"the mask {file} can't be read ({why})") from None
                     rows.writerow([Path(one.path).absolute(), mask, name])
         text = "".join(f"{name}\n" for name in self.classes)
         file.with_name(_NAME_FILES[0]).write_text(text, encoding="utf-8")
@@ -273,6 +285,13 @@ def _of_shapes(
             f"{reading.source} has {boxes}no polygons for {len(found.images)} images{way}"
         )
     reading.add("box without a polygon, left out", reading.source, found.num_boxes)
+    with ThreadPoolExecutor(4) as pool:
+        readable = list(pool.map(_is_readable, (one.image for one in found.images)))
+    for one, good in zip(found.images, readable, strict=True):
+        if not good:
+            reading.add("image not readable, left out", one.image)
+    kept = [one for one, good in zip(found.images, readable, strict=True) if good]
+    found = found._replace(images=kept)
     masks, names = with_classes(found)
     images: dict[Split | None, list[MaskedImage]] = {}
     pairs = sorted(zip(found.images, masks, strict=True), key=lambda pair: pair[0].image)
@@ -280,6 +299,14 @@ def _of_shapes(
         images.setdefault(one.part, []).append(MaskedImage(one.image, mask, classes))
     reading.note("Polygons are drawn as masks: 0 is the background, smaller objects on larger ones")
     return images, names
+
+
+def _is_readable(image: str) -> bool:
+    try:
+        image_header(image)
+    except BROKEN_IMAGE:
+        return False
+    return True
 
 
 def _of_files(

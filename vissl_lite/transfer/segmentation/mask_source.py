@@ -123,13 +123,28 @@ def number_levels(mask: np.ndarray, levels: bytes) -> np.ndarray:
 def _class_of_colors(
     codes: np.ndarray, colors: tuple[tuple[int, int], ...], file: str
 ) -> np.ndarray:
-    known, numbers = np.array(colors, np.int64).T
-    places = np.minimum(np.searchsorted(known, codes), len(known) - 1)
-    unknown = known[places] != codes
+    known, numbers = np.array(colors, np.uint32).T
+    values, lengths = color_runs(codes)
+    places = np.minimum(np.searchsorted(known, values), len(known) - 1)
+    unknown = known[places] != values
     if unknown.any():
-        color = int(codes[unknown][0])
+        color = int(values[unknown][0])
         raise UserError(f"the mask {file} holds the color {color_name(color)}, which has no class")
-    return numbers.astype(np.uint8)[places]
+    return np.repeat(numbers.astype(np.uint8)[places], lengths).reshape(codes.shape)
+
+
+def color_runs(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Runs of one color in row-major order, of which masks have few.
+
+    Args:
+        codes: Colors ``(H, W)`` from ``read_colors``.
+
+    Returns:
+        Color and length of each run.
+    """
+    flat = codes.ravel()
+    starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
+    return flat[starts], np.diff(starts, append=len(flat))
 
 
 def color_name(code: int) -> str:
@@ -141,7 +156,7 @@ def read_colors(path: str | Path) -> np.ndarray:
     """Read the colors of a mask.
 
     Returns:
-        ``65536 R + 256 G + B`` ``(H, W)`` int64.
+        ``65536 R + 256 G + B`` ``(H, W)`` uint32.
 
     Raises:
         UserError: If the mask is a JPEG file.
@@ -150,9 +165,9 @@ def read_colors(path: str | Path) -> np.ndarray:
     with opened_image(BytesIO(read_regular(path)), path) as image:
         _refuse_jpeg(image, path)
         if image.mode.startswith("I"):  # 16 bits, which Pillow would clip
-            return np.asarray(image).astype(np.int64) * 0x010101
-        channels = np.asarray(image.convert("RGB")).astype(np.int64)
-    return np.asarray(channels @ np.array([65536, 256, 1]))
+            return np.asarray(image).astype(np.uint32) * np.uint32(0x010101)
+        channels = np.array(image.convert("RGB").convert("RGBA"))
+    return np.asarray(channels.view(">u4")[..., 0] >> 8, np.uint32)
 
 
 def _refuse_jpeg(image: Image.Image, path: str | Path) -> None:

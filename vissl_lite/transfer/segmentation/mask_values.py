@@ -18,6 +18,7 @@ from vissl_lite.transfer.segmentation.mask_source import (
     IGNORE_INDEX,
     MaskSource,
     color_name,
+    color_runs,
     read_colors,
     read_raw,
 )
@@ -228,11 +229,9 @@ def _values_of(image: str, file: str, max_colors: int) -> _FileValues:
 
 
 def _count_colors(codes: np.ndarray) -> dict[int, int]:
-    """Pixels of each color. Runs of one color are counted at once, as masks have few."""
-    flat = codes.ravel()
-    starts = np.flatnonzero(np.diff(flat, prepend=-1))
-    lengths = np.diff(starts, append=len(flat))
-    colors, places = np.unique(flat[starts], return_inverse=True)
+    """Pixels of each color."""
+    values, lengths = color_runs(codes)
+    colors, places = np.unique(values, return_inverse=True)
     counts = np.bincount(places.ravel(), lengths)
     return dict(zip(colors.tolist(), counts.astype(np.int64).tolist(), strict=True))
 
