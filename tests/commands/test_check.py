@@ -13,9 +13,10 @@ from tests.commands.layouts import (
     write_images,
     write_text,
 )
+from tests.commands.mask_layouts import SEGMENTATION
 from vissl_lite.cli import main
 
-LAYOUTS = [*CLASSIFICATION, *DETECTION]
+LAYOUTS = [*CLASSIFICATION, *DETECTION, *SEGMENTATION]
 
 
 @pytest.mark.parametrize("layout", [pytest.param(one, id=one.name) for one in LAYOUTS])

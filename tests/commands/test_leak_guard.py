@@ -152,7 +152,7 @@ def test_masks_are_left_out_with_their_images(tmp_path: Path) -> None:
     data, found = guard(load_masks(tmp_path), ["random:test_resnet"], "exclude", "run")
     for part, names in (("train", "0123"), ("val", "4"), ("test", "68")):
         assert [Path(one.path).stem for one in getattr(data, part)] == list(names)
-        assert [Path(one.mask).stem for one in getattr(data, part)] == list(names)
+        assert [Path(one.mask.file).stem for one in getattr(data, part)] == list(names)
     assert found.figures() == {"leaks": 1, "leaks_left_out": {"test": 1, "val": 1}}
 
 

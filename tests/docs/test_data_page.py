@@ -8,10 +8,15 @@ from pathlib import Path
 
 from tests.commands.box_layouts import DETECTION
 from tests.commands.layouts import CLASSIFICATION, Layout
+from tests.commands.mask_layouts import SEGMENTATION
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 
-TABLES = {"classification": CLASSIFICATION, "detection": DETECTION}
+TABLES = {
+    "classification": CLASSIFICATION,
+    "detection": DETECTION,
+    "segmentation": SEGMENTATION,
+}
 
 # Number of patterns of files that are shown.
 SHOWN = 4
@@ -33,7 +38,8 @@ def patterns(layout: Layout) -> list[str]:
         for path in sorted(Path(folder).rglob("*")):
             if not path.is_file():
                 continue
-            name = re.sub(r"(\b|_)\d+(?=\.\w+$)", r"\1*", path.relative_to(folder).as_posix())
+            name = path.relative_to(folder).as_posix()
+            name = re.sub(r"(\b|_)\d+(?=(_[A-Za-z]\w*)?\.\w+$|/)", r"\1*", name)
             name = re.sub(rf"\b({classes})\b", "<class>", name)
             found.setdefault(name, f"`{name}`")
             if "*" not in name and path.suffix in (".csv", ".tsv", ".jsonl", ".txt"):

@@ -24,7 +24,7 @@ from vissl_lite.data.headers import image_header, image_size
 from vissl_lite.data.images import BROKEN_IMAGE, read_image
 from vissl_lite.data.reading import limit_pixels
 from vissl_lite.errors import UserError
-from vissl_lite.transfer.segmentation.data import read_mask
+from vissl_lite.transfer.segmentation.mask_source import read_mask
 
 # What an image may take here: a GiB holds no image of the default limit with its copies.
 PIXELS, SECONDS, MEMORY = 4_000_000, 1.0, 1 << 30

@@ -162,7 +162,7 @@ from vissl_lite.data.headers import image_header
 from vissl_lite.data.fingerprints import fingerprints_of
 from vissl_lite.data.headers import image_size
 from vissl_lite.data.images import BROKEN_IMAGE, read_image
-from vissl_lite.transfer.segmentation.data import read_mask
+from vissl_lite.transfer.segmentation.mask_source import read_mask
 from vissl_lite.errors import UserError
 from PIL import Image
 Image.init()

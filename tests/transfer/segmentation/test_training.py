@@ -15,7 +15,8 @@ from vissl_lite.metrics_file import MetricsFile
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.training.fit import TrainingFiles
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.transfer.segmentation.data import IGNORE_INDEX, LabelledMasks, load_masks, read_mask
+from vissl_lite.transfer.segmentation.data import LabelledMasks, load_masks
+from vissl_lite.transfer.segmentation.mask_source import IGNORE_INDEX
 from vissl_lite.transfer.segmentation.metrics import score_confusion, score_segmenter
 from vissl_lite.transfer.segmentation.model import Segmenter, load_segmenter, save_segmenter
 from vissl_lite.transfer.segmentation.options import SegmenterSettings
@@ -191,7 +192,7 @@ def test_pixels_are_counted_at_the_resolution_of_the_masks(data: LabelledMasks) 
     scores = score_segmenter(segmenter, data.train, done.append)
     assert sum(done) == len(data.train)
     assert scores.miou > 0.99
-    masks = [read_mask(one.mask) for one in data.train]
+    masks = [one.mask.read() for one in data.train]
     counts = [sum(int((mask == index).sum()) for mask in masks) for index in range(3)]
     assert scores.confusion.sum(axis=1).tolist() == counts  # 255 is not counted
 
@@ -225,7 +226,7 @@ def test_class_weights(data: LabelledMasks) -> None:
     assert by_name.tolist() == [1, 3, 1]
     balanced = weigh_classes(data, "balanced")
     assert balanced is not None
-    masks = np.stack([read_mask(one.mask) for one in data.train])
+    masks = np.stack([one.mask.read() for one in data.train])
     pixels = np.array([(masks == index).sum() for index in range(3)])
     np.testing.assert_allclose(balanced.numpy(), pixels.mean() / pixels, rtol=1e-5)
     rare = LabelledMasks(["a", "b", "c", "unseen"], data.train, [], [], ReadingLog("data"))

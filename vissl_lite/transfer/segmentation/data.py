@@ -1,43 +1,61 @@
-"""Segmentation data sets: reading folders or a CSV file of images and masks, and splitting."""
+"""Segmentation data sets: images with masks or shapes, and splitting."""
 
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
-import cv2
 import numpy as np
+from PIL import Image
 
-from vissl_lite.data.headers import image_size, opened_image
+from vissl_lite.data.headers import image_header
 from vissl_lite.data.images import BROKEN_IMAGE
-from vissl_lite.data.reading import read_regular, reason
+from vissl_lite.data.reading import reason
 from vissl_lite.data.text_file import csv_writer, read_text
 from vissl_lite.errors import UserError, brief
 from vissl_lite.options import StrPath
 from vissl_lite.transfer.base import ListDataset
 from vissl_lite.transfer.options import DEFAULT_SOURCE, SourceOptions
-from vissl_lite.transfer.segmentation.files import (
-    MASK_FOLDERS,
+from vissl_lite.transfer.segmentation.mask_files import (
     Parts,
+    masks_beside,
     read_csv,
     read_folder,
     read_two_folders,
 )
-from vissl_lite.transfer.sources.parts import Split, complete_parts, rarest_classes
-from vissl_lite.transfer.sources.reading_log import ReadingLog
+from vissl_lite.transfer.segmentation.mask_source import MaskSource
+from vissl_lite.transfer.segmentation.mask_values import ColorTable, number_classes
+from vissl_lite.transfer.segmentation.polygons import (
+    Drawn,
+    read_coco_file,
+    read_shapes,
+    with_classes,
+)
+from vissl_lite.transfer.sources.file_tree import FileTree
+from vissl_lite.transfer.sources.opening import unpacked
+from vissl_lite.transfer.sources.parts import (
+    PARTS,
+    Split,
+    complete_parts,
+    part_of_name,
+    rarest_classes,
+)
+from vissl_lite.transfer.sources.reading_log import ReadingLog, count_endings
 from vissl_lite.transfer.sources.tables import TABLES
 
 log = logging.getLogger(__name__)
 
-# Mask value of pixels that are excluded from training and evaluation.
-IGNORE_INDEX = 255
-
 _NAME_FILES = ("classes.txt", "labels.txt")
-_BACKGROUND = ("background", "bg", "void", "none", "unlabelled", "unlabeled")
+_COLOR_FILES = ("class_dict.csv", "labelmap.txt")
+
+# A color in class_dict.csv (name,r,g,b) or in CVAT's labelmap.txt (name:r,g,b:parts:actions).
+_COLOR_LINE = re.compile(
+    r"^\s*(?P<name>[^:#]+?)\s*[,;:\t]\s*(\d+)\s*[,;\t]\s*(\d+)\s*[,;\t]\s*(\d+)\b"
+)
 
 
 @dataclass(frozen=True)
@@ -46,14 +64,12 @@ class MaskedImage:
 
     Attributes:
         path: Path of the image file.
-        mask: Path of the mask file.
-        binary: Whether 255 in the mask is the second class; see ``read_mask``.
+        mask: Where its mask comes from.
         classes: Indices of the classes that occur in the mask.
     """
 
     path: str
-    mask: str
-    binary: bool = False
+    mask: MaskSource
     classes: tuple[int, ...] = ()
 
 
@@ -75,13 +91,30 @@ class LabelledMasks(ListDataset[MaskedImage]):
     def write(self, file: Path) -> None:
         """Write the splits to a CSV file that ``load_masks`` can read again.
 
-        The class names are written to ``classes.txt`` next to it.
+        The class names are written to ``classes.txt`` next to it. Masks that are not files of class
+        indices are written as such to ``split_masks/``.
+
+        Raises:
+            UserError: A mask can't be read.
         """
+        folder = file.with_name("split_masks")
+        number = 0
         with csv_writer(file) as rows:
             rows.writerow(["path", "mask", "split"])
-            for name in ("train", "val", "test"):
-                for one in getattr(self, name):
-                    rows.writerow([Path(one.path).absolute(), Path(one.mask).absolute(), name])
+            for name in PARTS:
+                for one in self.part(name):
+                    mask = Path(one.mask.file).absolute()
+                    if not one.mask.is_plain:
+                        mask = folder.absolute() / f"{number:06}.png"
+                        number += 1
+                        folder.mkdir(exist_ok=True)
+                        try:
+                            Image.fromarray(one.mask.read()).save(mask)
+                        except BROKEN_IMAGE as error:  # readable when the data set was loaded
+                            file = one.mask.file
+                            why = reason(error, file)
+                            raise UserError(f"the mask {file} can't be read ({why})") from None
+                    rows.writerow([Path(one.path).absolute(), mask, name])
         text = "".join(f"{name}\n" for name in self.classes)
         file.with_name(_NAME_FILES[0]).write_text(text, encoding="utf-8")
 
@@ -95,51 +128,63 @@ def load_masks(
 ) -> LabelledMasks:
     """Read a segmentation data set and check all of its masks.
 
-    An image and its mask have the same relative path except for the suffix, and for ``_mask``,
-    ``-mask``, ``_label`` or ``_gt`` at the end of the mask's name. The class names are the lines of
-    ``classes.txt`` or ``labels.txt``, in one of the folders or next to it. If the file has exactly
-    one name too few, ``background`` is added as the first class. Without such a file, two classes
-    are named ``background`` and ``foreground``, and more classes by their numbers.
+    Images and masks are paired by their names: those of folders are the same but for the words for
+    images, masks and parts (``images/train/a`` and ``masks/train/a``), and those of files but for
+    endings such as ``_mask``, ``-label`` or ``_gt``. docs/tasks/segmentation.md lists the layouts.
+
+    The values in masks are class indices, and 255 is ignored; except for masks of 0 and 255 alone,
+    of a few gray levels, and of colors, each of which is a class. The class names are the lines of
+    ``classes.txt`` or ``labels.txt``, or stand with their colors in ``class_dict.csv`` or
+    ``labelmap.txt``. If there is exactly one name too few, ``background`` is added as the first.
+    Without names, two classes are named ``background`` and ``foreground``, and more by their values
+    or colors.
 
     Args:
-        source: Folder with ``images/`` and ``masks/`` (or ``labels/``, ``annotations/``, ``gt/``),
-            each with ``train/``, ``val/`` and ``test/`` if there are splits; or with
-            ``train/images/``, ``train/masks/`` and so on; or in Pascal VOC's layout
-            (``JPEGImages/``, ``SegmentationClass/``, ``ImageSets/Segmentation/``); or the sample
-            data; or a CSV file with the columns ``path`` and ``mask``, and optionally ``split``,
-            with paths relative to the file. Data without splits are split 60/20/20 into train, val
-            and test; without validation images, 20 % of the training images are held out.
-        annotations: Folder of the masks, if ``source`` is the folder of the images.
+        source: Folder of images with masks, or with shapes in COCO's, YOLO's or LabelMe's format;
+            or a table with a column ``path`` and one ``mask``, and optionally ``split``, with paths
+            relative to the file; or an archive of these.
+        annotations: Folder of the masks or shapes, or COCO's JSON file, if ``source`` is the folder
+            of the images.
         seed: Seed for holding out validation images, if there are none.
         need_test: Whether a missing test part is made.
         options: How a table is read.
 
     Returns:
-        The data set.
+        The data set. Images without a mask and masks without an image are left out and counted.
+        Missing parts are made, see ``complete_parts``.
 
     Raises:
-        UserError: If there are no images, an image has no mask or a mask no image, a mask differs
-            in size from its image, is in color, or has a value that is neither a class nor 255,
-            there is only one class, or there are no test images.
+        UserError: There are no images with masks, most do not pair, a mask differs in size from its
+            image, can't be read, is smoothed, or has a value that is neither a class nor 255; or
+            there is only one class.
     """
     source = Path(source)
-    masks = None if annotations is None else Path(annotations)
-    for path in (source, masks):
+    place = None if annotations is None else Path(annotations)
+    for path in (source, place):
         if path is not None and not os.path.exists(path):
             raise UserError(f"{brief(path)} does not exist")
-    reading = ReadingLog(str(source), layout="images and masks")
-    if masks is not None:
-        parts = read_two_folders(source, masks)
-        name_folders = [source, masks, masks.parent, source.parent]
+    reading = ReadingLog(str(source))
+    source = unpacked(source)
+    found: Parts | Drawn
+    folders = [source, source.parent]
+    if place is not None:
+        found = _read_annotations(source, place, reading)
+        folders = [source, place, place.parent, source.parent]
     elif source.is_dir():
-        parts = read_folder(source)
-        name_folders = [source, *(source / name for name in MASK_FOLDERS)]
+        found, beside = _read_folder(source, reading)
+        folders += [beside, beside.parent] if beside is not None else []
     elif source.suffix.lower() in TABLES and source.is_file():
-        parts = read_csv(source, options, reading)
-        name_folders = [source.parent]
+        found = read_csv(source, options, reading)
+        folders = [source.parent]
+    elif source.suffix.lower() == ".json" and source.is_file():
+        found = read_coco_file(source, FileTree(source.parent), reading)
+        folders = []
     else:
         raise UserError(f"{source} is neither a folder with images and masks nor a table")
-    images, names = _with_classes(source, parts, _read_names(name_folders))
+    if isinstance(found, Drawn):
+        images, names = _of_shapes(found, reading)
+    else:
+        images, names = _of_files(found, folders, reading)
     made = complete_parts(images, _rarest_classes, False, seed, reading, need_test)
     present = {number for one in made["train"] for number in one.classes}
     if len(present) < 2:
@@ -154,54 +199,148 @@ def _rarest_classes(images: Sequence[MaskedImage]) -> np.ndarray:
     return rarest_classes([one.classes for one in images])
 
 
-def read_mask(path: str | Path, binary: bool = False) -> np.ndarray:
-    """Read the class indices of a mask. Palette images give their indices, not their colors.
-
-    Args:
-        path: Gray or palette image of up to 16 bits, or an image with three equal channels. White
-            pixels of a 1-bit image count as 255.
-        binary: Whether 255 is the second class, as in data sets whose masks hold only 0 and 255.
-
-    Returns:
-        Class indices ``(H, W)`` uint8; 255 is ignored.
-
-    Raises:
-        UserError: If the mask holds colors or values above 255, or is a JPEG file.
-        OSError, ValueError, SyntaxError: If the file is missing, broken, or has too many pixels
-            (``BROKEN_IMAGE``).
-    """
-    with opened_image(BytesIO(read_regular(path)), path) as image:
-        if image.format == "JPEG":
+def _read_annotations(source: Path, place: Path, reading: ReadingLog) -> Parts | Drawn:
+    """Read a folder of images and one of masks or shapes, or a JSON file."""
+    tree = FileTree(source)
+    if place.is_file():
+        if place.suffix.lower() != ".json":
             raise UserError(
-                f"the mask {path} is a JPEG file, whose compression changes the class "
-                f"numbers: save masks as PNG"
+                f"--annotations {place} is neither a folder of masks nor a .json file in COCO's "
+                f"format"
             )
-        mode, values = image.mode, np.asarray(image)
-    if mode in ("LA", "PA", "RGBA"):
-        values = values[..., :-1]
-    if values.ndim == 3:
-        if (values != values[..., :1]).any():
-            raise UserError(
-                f"the mask {path} holds colors ({mode}): convert each color to its "
-                f"class number, 0, 1, 2 and so on, in one gray channel"
-            )
-        values = values[..., 0]
-    if values.dtype == bool:
-        return values * np.uint8(1 if binary else 255)
-    if not np.issubdtype(values.dtype, np.integer) or values.min() < 0 or values.max() > 255:
-        raise UserError(
-            f"the mask {path} holds values from {values.min()} to {values.max()}: "
-            f"expected class numbers below 255, and 255 to ignore"
+        return read_coco_file(place, tree, reading)
+    labels = FileTree(place)
+    if not labels.images:
+        drawn = read_shapes(tree, labels, reading)
+        if drawn is not None:
+            return drawn
+        found = count_endings(labels.files) if labels.files else "no files"
+        raise UserError(f"--annotations {place} holds neither masks nor polygons, but {found}")
+    return read_two_folders(tree, labels, reading)
+
+
+def _read_folder(source: Path, reading: ReadingLog) -> tuple[Parts | Drawn, Path | None]:
+    """Read a folder: images with masks or shapes in it, or with masks beside it."""
+    tree = FileTree(source)
+    parts = read_folder(tree, reading) if tree.images else {}
+    if parts:
+        return parts, None
+    beside = masks_beside(source) if tree.images else None
+    if beside is not None and FileTree(beside).images:
+        reading.note(f"The masks are read from {beside}")
+        return read_two_folders(tree, FileTree(beside), reading), beside
+    drawn = read_shapes(tree, tree, reading) if tree.images else None
+    if drawn is not None and any(one.shapes for one in drawn.images):
+        return drawn, None
+    raise UserError(_no_masks(tree, drawn))
+
+
+def _no_masks(tree: FileTree, drawn: Drawn | None) -> str:
+    """Why a folder can't be used, and the way on."""
+    folder = tree.folder
+    if not tree.images:
+        found = count_endings(tree.files) if tree.files else "no files"
+        return (
+            f"{folder} holds no images that can be read, but {found}: expected images/ and masks/ "
+            f"in it"
         )
-    mask = np.array(values, np.uint8)  # a copy: Pillow's is read-only
-    return np.minimum(mask, 1) if binary else mask
+    has = f"{folder} has {len(tree.images)} images, but no masks"
+    if (drawn is not None and drawn.num_boxes) or tree.ending(".xml"):
+        others = count_endings(tree.ending(".json", ".xml", ".txt", ".yaml"))
+        return (
+            f"{has} or polygons: with boxes in {others} it looks like a detection data set: give "
+            f"--task detection"
+        )
+    names = {
+        name
+        for path in tree.images
+        for name in path.split("/")[-2:-1]
+        if part_of_name(name) is None
+    }
+    if len(names) > 1:
+        return (
+            f"{has}: with the folders {brief(', '.join(sorted(names)))} it looks like a "
+            f"classification data set: give --task classification"
+        )
+    tables = [path for path in tree.files if path.lower().endswith(TABLES)]
+    if tables:
+        return (
+            f"{has}: if {tables[0]} names the classes of images, give --task classification; if it "
+            f"names their masks, give it with --data"
+        )
+    others = f" (beside them, {count_endings(tree.others)})" if tree.others else ""
+    return (
+        f"{has}{others}: expected images/ and masks/ in it, or the folder of masks with "
+        f"--annotations"
+    )
 
 
-def _read_names(folders: list[Path]) -> list[str] | None:
-    files = [folder / name for folder in folders for name in _NAME_FILES]
-    file = next((file for file in files if file.is_file()), None)
-    if file is None:
+def _of_shapes(
+    found: Drawn, reading: ReadingLog
+) -> tuple[dict[Split | None, list[MaskedImage]], list[str]]:
+    if not any(one.shapes for one in found.images):
+        boxes = f"{found.num_boxes} boxes, but " if found.num_boxes else ""
+        way = ": give --task detection" if found.num_boxes else ""
+        raise UserError(
+            f"{reading.source} has {boxes}no polygons for {len(found.images)} images{way}"
+        )
+    reading.add("box without a polygon, left out", reading.source, found.num_boxes)
+    with ThreadPoolExecutor(4) as pool:
+        readable = list(pool.map(_is_readable, (one.image for one in found.images)))
+    for one, good in zip(found.images, readable, strict=True):
+        if not good:
+            reading.add("image not readable, left out", one.image)
+    kept = [one for one, good in zip(found.images, readable, strict=True) if good]
+    found = found._replace(images=kept)
+    masks, names = with_classes(found)
+    images: dict[Split | None, list[MaskedImage]] = {}
+    pairs = sorted(zip(found.images, masks, strict=True), key=lambda pair: pair[0].image)
+    for one, (mask, classes) in pairs:
+        images.setdefault(one.part, []).append(MaskedImage(one.image, mask, classes))
+    reading.note("Polygons are drawn as masks: 0 is the background, smaller objects on larger ones")
+    return images, names
+
+
+def _is_readable(image: str) -> bool:
+    try:
+        image_header(image)
+    except BROKEN_IMAGE:
+        return False
+    return True
+
+
+def _of_files(
+    parts: Parts, folders: Sequence[Path], reading: ReadingLog
+) -> tuple[dict[Split | None, list[MaskedImage]], list[str]]:
+    trees = [FileTree(folder) for folder in folders[:1] if folder.is_dir()]
+    names = _read_names(_named_files(folders, trees, _NAME_FILES))
+    table = _read_colors(_named_files(folders, trees, _COLOR_FILES))
+    pairs = [pair for part in parts.values() for pair in part]
+    voc = any("segmentationclass" in file.lower() for _, masks in pairs for file in masks[:1])
+    found, names = number_classes(reading.source, pairs, names, table, voc, reading)
+    rows = iter(found)
+    images = {
+        part: [MaskedImage(image, *row) for (image, _), row in zip(members, rows, strict=False)]
+        for part, members in parts.items()
+    }
+    return images, names
+
+
+def _named_files(
+    folders: Sequence[Path], trees: Sequence[FileTree], names: Sequence[str]
+) -> list[Path]:
+    """Files of these names in the folders themselves, then anywhere in the trees."""
+    files = [folder / name for folder in folders for name in names]
+    for tree in trees:
+        inner = [path for path in tree.others if path.rpartition("/")[2] in names]
+        files += [tree.folder / path for path in sorted(inner, key=lambda path: path.count("/"))]
+    return [file for file in dict.fromkeys(files) if file.is_file()]
+
+
+def _read_names(files: Sequence[Path]) -> list[str] | None:
+    if not files:
         return None
+    file = files[0]
     names = [line.strip() for line in read_text(file).splitlines() if line.strip()]
     duplicates = [name for name, count in Counter(names).items() if count > 1]
     if duplicates:
@@ -210,82 +349,14 @@ def _read_names(folders: list[Path]) -> list[str] | None:
     return ["background", *names] if file.with_name("sample.json").is_file() else names
 
 
-def _with_classes(
-    source: Path, parts: Parts, names: list[str] | None
-) -> tuple[dict[Split | None, list[MaskedImage]], list[str]]:
-    """Collect the values of all masks, and derive the classes from them."""
-    pairs = [pair for part in parts.values() for pair in part]
-    with ThreadPoolExecutor(4) as pool:
-        occurring = np.stack(list(pool.map(_occurring_values, pairs)))
-    used = set(np.flatnonzero(occurring.any(axis=0)).tolist())
-    binary = used == {0, IGNORE_INDEX}
-    if binary:
-        log.info("The masks of %s hold only 0 and 255: 255 is used as the second class", source)
-        occurring[:, 1], occurring[:, IGNORE_INDEX] = occurring[:, IGNORE_INDEX], False
-    values_of_all = np.flatnonzero(occurring[:, :IGNORE_INDEX].any(axis=0))
-    if not len(values_of_all):
-        raise UserError(f"the masks of {source} hold no class: two or more are needed")
-    largest = int(values_of_all[-1])
-    if names is None:
-        numbers = [str(index) for index in range(largest + 1)]
-        names = ["background", "foreground"] if largest == 1 else numbers
-        if 2 * len(values_of_all) <= largest:
-            log.warning(
-                "Only %(occurring)d of the values up to %(largest)d occur in the masks of "
-                "%(source)s: if they are gray levels and not class numbers, renumber "
-                "them",
-                {"occurring": len(values_of_all), "largest": largest, "source": source},
-                extra={"code": "mask.values"},
-            )
-    elif len(names) == largest and names[0].lower() not in _BACKGROUND:
-        names = ["background", *names]
-    for (_, mask), values in zip(pairs, occurring, strict=True):
-        invalid = np.flatnonzero(values[len(names) : IGNORE_INDEX])
-        if len(invalid):
-            raise UserError(
-                f"the mask {mask} holds {len(names) + invalid[0]}, which is neither "
-                f"a class (0 to {len(names) - 1}) nor 255 (ignored)"
-            )
-    rows = iter(occurring)
-    images = {
-        part: [
-            MaskedImage(
-                image,
-                mask,
-                binary,
-                tuple(np.flatnonzero(values[:IGNORE_INDEX]).tolist()),
-            )
-            for (image, mask), values in zip(pairs, rows, strict=False)
-        ]
-        for part, pairs in parts.items()
-    }
-    return images, names
-
-
-def _occurring_values(pair: tuple[str, str]) -> np.ndarray:
-    """Which of the 256 values occur in a mask. Raises a UserError if it does not fit its image."""
-    path, file = pair
-    try:
-        mask = read_mask(file)
-    except BROKEN_IMAGE as error:
-        raise UserError(
-            f"the mask {file} can't be read ({reason(error, file)}): repair it, or "
-            f"remove it together with {path}"
-        ) from None
-    height, width = mask.shape
-    size = _image_size(path)
-    if size is not None and size != (height, width):
-        raise UserError(
-            f"the mask {file} has {width} x {height} pixels, its image "
-            f"{path} has {size[1]} x {size[0]} after its EXIF rotation"
-        )
-    counts = cv2.calcHist([mask], [0], None, [256], [0, 256])
-    return np.asarray(counts).ravel() > 0
-
-
-def _image_size(path: str) -> tuple[int, int] | None:
-    """Height and width after EXIF rotation, from the header; None for images that can't be read."""
-    try:
-        return image_size(path)
-    except BROKEN_IMAGE:
-        return None
+def _read_colors(files: Sequence[Path]) -> ColorTable | None:
+    for file in files:
+        colors: dict[int, str] = {}
+        for line in read_text(file).splitlines():
+            match = _COLOR_LINE.match(line)
+            color = [int(match[n]) for n in (2, 3, 4)] if match else []
+            if match and max(color) <= 255:
+                colors[color[0] << 16 | color[1] << 8 | color[2]] = match["name"].strip('"')
+        if colors:
+            return ColorTable(str(file), colors)
+    return None

@@ -11,7 +11,8 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from vissl_lite.data.images import BROKEN_IMAGE, read_image
 from vissl_lite.data.reading import reason
 from vissl_lite.inference import inference_mode, report_broken
-from vissl_lite.transfer.segmentation.data import IGNORE_INDEX, MaskedImage, read_mask
+from vissl_lite.transfer.segmentation.data import MaskedImage
+from vissl_lite.transfer.segmentation.mask_source import IGNORE_INDEX
 from vissl_lite.transfer.segmentation.model import (
     Segmenter,
     resize_probabilities,
@@ -124,9 +125,9 @@ def _read(
         except BROKEN_IMAGE as error:
             return reason(error, one.path)
         try:
-            return image, read_mask(one.mask, one.binary)
+            return image, one.mask.read()
         except BROKEN_IMAGE as error:
-            return f"its mask {one.mask}: {reason(error, one.mask)}"
+            return f"its mask {one.mask.file}: {reason(error, one.mask.file)}"
 
     with ThreadPoolExecutor(4) as pool:
         for start in range(0, len(part), IMAGES_PER_BATCH):

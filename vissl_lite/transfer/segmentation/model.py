@@ -20,7 +20,7 @@ from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.inference import check_outputs, inference_mode
 from vissl_lite.transfer.finetuning import load_with_head, save_with_head
 from vissl_lite.transfer.pyramid import Pyramid, PyramidModel, group_norm
-from vissl_lite.transfer.segmentation.data import IGNORE_INDEX
+from vissl_lite.transfer.segmentation.mask_source import IGNORE_INDEX
 
 PYRAMID_CHANNELS = 128  # of the pyramid and the head, as in the head of Kirillov et al. 2019
 

@@ -31,7 +31,7 @@ from vissl_lite.transfer.base import Task, spread
 from vissl_lite.transfer.exporting import ExportModel, Normalization
 from vissl_lite.transfer.prediction import Predictions
 from vissl_lite.transfer.pyramid import report_use, shrunk
-from vissl_lite.transfer.segmentation.data import LabelledMasks, load_masks, read_mask
+from vissl_lite.transfer.segmentation.data import LabelledMasks, load_masks
 from vissl_lite.transfer.segmentation.metrics import SegmentationScores, score_segmenter
 from vissl_lite.transfer.segmentation.model import (
     Segmenter,
@@ -99,7 +99,7 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
         for index in spread(len(data.test), MAX_SHOWN):
             one = data.test[index]
             image = read_image(one.path)
-            truth = read_mask(one.mask, one.binary)
+            truth = one.mask.read()
             found = segment(model, image).argmax(axis=0)
             rows.append(
                 [
@@ -116,7 +116,7 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
 
     def labelled_picture(self, data: LabelledMasks, part: Split, index: int) -> Picture:
         one = data.part(part)[index]
-        mask = read_mask(one.mask, one.binary)
+        mask = one.mask.read()
         words = ", ".join(data.classes[number] for number in one.classes if number)
         return Picture(shrunk(draw_mask(read_image(one.path), mask, len(data.classes))), words)
 

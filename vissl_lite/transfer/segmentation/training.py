@@ -17,7 +17,7 @@ from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.finetuning import EvalResult, train
 from vissl_lite.transfer.pyramid import PyramidTraining
-from vissl_lite.transfer.segmentation.data import LabelledMasks, MaskedImage, read_mask
+from vissl_lite.transfer.segmentation.data import LabelledMasks, MaskedImage
 from vissl_lite.transfer.segmentation.metrics import score_segmenter
 from vissl_lite.transfer.segmentation.model import Segmenter, keeps_own_scale, segmentation_loss
 from vissl_lite.transfer.segmentation.options import SegmenterSettings
@@ -60,10 +60,10 @@ def weigh_classes(
     pixels = np.zeros(256, np.int64)
     for one in data.train:
         try:
-            mask = read_mask(one.mask, one.binary)
+            mask = one.mask.read()
         except BROKEN_IMAGE as error:  # readable when the data set was loaded
             raise UserError(
-                f"the mask {one.mask} can't be read ({reason(error, one.mask)})"
+                f"the mask {one.mask.file} can't be read ({reason(error, one.mask.file)})"
             ) from None
         pixels += np.bincount(mask.ravel(), minlength=256)
     pixels = pixels[:count]
@@ -94,7 +94,7 @@ class MaskDataset(KeyedDataset):
     def item(self, epoch: int, index: int) -> Item:
         """Return a view of one image, and the same view of its mask as a one-channel image."""
         one = self.images[index]
-        image, mask = read_image(one.path), read_mask(one.mask, one.binary)
+        image, mask = read_image(one.path), one.mask.read()
         large = keeps_own_scale(image, self.size)
         make_view = self.own_scale_view if large else self.resized_view
         view, mask = make_view(image, mask, self.seed, epoch, index)

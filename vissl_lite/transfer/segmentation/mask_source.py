@@ -1,0 +1,288 @@
+"""Sources of masks: files of class numbers, gray levels or colors, and shapes."""
+
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from vissl_lite.data.headers import image_header, opened_image
+from vissl_lite.data.reading import check_pixels, read_regular
+from vissl_lite.errors import UserError
+
+# Mask value of pixels that are excluded from training and evaluation.
+IGNORE_INDEX = 255
+
+# Binary places of a coordinate that is rasterized.
+_SHIFT = 4
+
+# Size of shapes whose coordinates are relative to width and height, as in YOLO's format.
+RELATIVE_SIZE = (1.0, 1.0)
+
+# Larger coordinates overflow the integers of OpenCV.
+_MAX_COORDINATE = 2**20
+
+# EXIF orientations that swap height and width, and what turns a stored mask (EXIF 2.32, 4.6.4).
+_TURNS = {
+    5: lambda mask: mask.T,
+    6: lambda mask: np.rot90(mask, -1),
+    7: lambda mask: np.rot90(mask, 2).T,
+    8: lambda mask: np.rot90(mask),
+}
+
+
+class Shape(NamedTuple):
+    """An object of one class.
+
+    Attributes:
+        number: Class index.
+        outlines: Polygons whose union is the object; each float32 x1, y1, x2, y2 and so on.
+        runs: Instead, uint32 lengths of runs of pixels outside and inside the object in turn, in
+            column-major order, as in COCO's RLE.
+    """
+
+    number: int
+    outlines: tuple[bytes, ...] = ()
+    runs: bytes = b""
+
+
+@dataclass(frozen=True)
+class MaskSource:
+    """The mask of an image.
+
+    Attributes:
+        files: Mask files, of which there may be several for a binary mask: the union counts. With
+            shapes, the file that they stand in.
+        levels: 256 bytes: the class index of each gray value; None if values are class indices.
+        colors: RGB colors (as ``65536 R + 256 G + B``) with their class indices, sorted; None if
+            masks are gray.
+        shapes: Objects on a background of class 0, smaller ones over larger ones.
+        image: Image of the shapes.
+        size: Height and width of the image in the coordinates of the shapes.
+    """
+
+    files: tuple[str, ...]
+    levels: bytes | None = None
+    colors: tuple[tuple[int, int], ...] | None = None
+    shapes: tuple[Shape, ...] | None = None
+    image: str = ""
+    size: tuple[float, float] = RELATIVE_SIZE
+
+    @property
+    def file(self) -> str:
+        """The first file, for messages."""
+        return self.files[0]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the mask is one file of class indices."""
+        mapped = (self.levels, self.colors, self.shapes)
+        return len(self.files) == 1 and all(one is None for one in mapped)
+
+    def read(self) -> np.ndarray:
+        """Read the class indices.
+
+        Returns:
+            Class indices ``(H, W)`` uint8; 255 is ignored.
+
+        Raises:
+            UserError: See ``read_mask``; or the mask holds a color without a class.
+            OSError, ValueError, SyntaxError: A file is missing, broken, or has too many pixels
+                (``BROKEN_IMAGE``).
+        """
+        if self.shapes is not None:
+            return _rasterize(self.shapes, self.size, self.image)
+        mask = self._read(self.files[0])
+        for file in self.files[1:]:
+            other = self._read(file)
+            if other.shape != mask.shape:
+                raise ValueError(f"{file} differs in size from {self.files[0]}")
+            mask = np.maximum(mask, other)
+        return mask
+
+    def _read(self, file: str) -> np.ndarray:
+        if self.colors is not None:
+            return _class_of_colors(read_colors(file), self.colors, file)
+        mask = read_mask(file)
+        return mask if self.levels is None else number_levels(mask, self.levels)
+
+
+def number_levels(mask: np.ndarray, levels: bytes) -> np.ndarray:
+    """Replace each gray value by its class index.
+
+    Args:
+        mask: ``(H, W)`` uint8.
+        levels: Class index of each of the 256 values.
+    """
+    return np.asarray(cv2.LUT(mask, np.frombuffer(levels, np.uint8)))
+
+
+def _class_of_colors(
+    codes: np.ndarray, colors: tuple[tuple[int, int], ...], file: str
+) -> np.ndarray:
+    known, numbers = np.array(colors, np.uint32).T
+    values, lengths = color_runs(codes)
+    places = np.minimum(np.searchsorted(known, values), len(known) - 1)
+    unknown = known[places] != values
+    if unknown.any():
+        color = int(values[unknown][0])
+        raise UserError(f"the mask {file} holds the color {color_name(color)}, which has no class")
+    return np.repeat(numbers.astype(np.uint8)[places], lengths).reshape(codes.shape)
+
+
+def color_runs(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Runs of one color in row-major order, of which masks have few.
+
+    Args:
+        codes: Colors ``(H, W)`` from ``read_colors``.
+
+    Returns:
+        Color and length of each run.
+    """
+    flat = codes.ravel()
+    starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
+    return flat[starts], np.diff(starts, append=len(flat))
+
+
+def color_name(code: int) -> str:
+    """A color as in HTML, such as ``#ff0000`` for red."""
+    return f"#{code:06x}"
+
+
+def read_colors(path: str | Path) -> np.ndarray:
+    """Read the colors of a mask.
+
+    Returns:
+        ``65536 R + 256 G + B`` ``(H, W)`` uint32.
+
+    Raises:
+        UserError: If the mask is a JPEG file.
+        OSError, ValueError, SyntaxError: See ``MaskSource.read``.
+    """
+    with opened_image(BytesIO(read_regular(path)), path) as image:
+        _refuse_jpeg(image, path)
+        if image.mode.startswith("I"):  # 16 bits, which Pillow would clip
+            return np.asarray(image).astype(np.uint32) * np.uint32(0x010101)
+        channels = np.array(image.convert("RGB").convert("RGBA"))
+    return np.asarray(channels.view(">u4")[..., 0] >> 8, np.uint32)
+
+
+def _refuse_jpeg(image: Image.Image, path: str | Path) -> None:
+    if image.format == "JPEG":
+        raise UserError(
+            f"the mask {path} is a JPEG file, whose compression changes the class "
+            f"numbers: save masks as PNG"
+        )
+
+
+class RawMask(NamedTuple):
+    """A mask as it is stored.
+
+    Attributes:
+        values: Gray values or palette indices ``(H, W)``, or colors ``(H, W, 3)``.
+        palette: Whether values are indices into a palette.
+    """
+
+    values: np.ndarray
+    palette: bool
+
+
+def read_raw(path: str | Path) -> RawMask:
+    """Read a mask file as it is; three equal channels are made one.
+
+    Args:
+        path: Gray, palette or color image. White pixels of a 1-bit image count as 255.
+
+    Raises:
+        UserError: If the mask is a JPEG file, or holds values that are no uint8.
+        OSError, ValueError, SyntaxError: If the file is missing, broken, or has too many pixels
+            (``BROKEN_IMAGE``).
+    """
+    with opened_image(BytesIO(read_regular(path)), path) as image:
+        _refuse_jpeg(image, path)
+        if image.mode == "CMYK":
+            image = image.convert("RGB")
+        mode, values = image.mode, np.asarray(image)
+    if mode in ("LA", "PA", "RGBA"):
+        values = values[..., :-1]
+    if values.ndim == 3 and (values == values[..., :1]).all():
+        values = values[..., 0]
+    if values.dtype == bool:
+        values = values * np.uint8(255)
+    if not np.issubdtype(values.dtype, np.integer) or values.min() < 0 or values.max() > 255:
+        raise UserError(
+            f"the mask {path} holds values from {values.min()} to {values.max()}: "
+            f"expected class numbers below 255, and 255 to ignore"
+        )
+    return RawMask(np.array(values, np.uint8), mode in ("P", "PA"))  # a copy: Pillow's is read-only
+
+
+def read_mask(path: str | Path) -> np.ndarray:
+    """Read the class indices of a mask. Palette images give their indices, not their colors.
+
+    Args:
+        path: Gray or palette image of up to 16 bits, or an image with three equal channels. White
+            pixels of a 1-bit image count as 255.
+
+    Returns:
+        Class indices ``(H, W)`` uint8; 255 is ignored.
+
+    Raises:
+        UserError: If the mask holds colors or values above 255, or is a JPEG file.
+        OSError, ValueError, SyntaxError: If the file is missing, broken, or has too many pixels
+            (``BROKEN_IMAGE``).
+    """
+    values = read_raw(path).values
+    if values.ndim == 3:
+        raise UserError(
+            f"the mask {path} holds colors: convert each color to its class number, 0, 1, 2 and "
+            f"so on, in one gray channel"
+        )
+    return values
+
+
+def _rasterize(shapes: tuple[Shape, ...], size: tuple[float, float], image: str) -> np.ndarray:
+    """Draw shapes at the size of the image after its EXIF rotation."""
+    height, width, orientation = image_header(image)
+    # Shapes drawn on the stored image are turned with it.
+    turn = _TURNS.get(orientation) if size == (width, height) and width != height else None
+    if turn is not None:
+        height, width = width, height
+    check_pixels(height, width, image)
+    scale = np.array([1.0, 1.0])
+    if min(size) > 0:
+        scale = np.array([width / size[1], height / size[0]])
+    mask = np.zeros((height, width), np.uint8)
+    for shape in sorted(shapes, key=_area, reverse=True):
+        if shape.runs:
+            mask[_inside(shape.runs, size, mask.shape)] = shape.number
+        for outline in shape.outlines:
+            # Integers are the edges of pixels in annotations, and their centers in OpenCV.
+            points = _points(outline) * scale - 0.5
+            points = np.clip(points, -_MAX_COORDINATE, _MAX_COORDINATE)
+            fixed = np.round(points * (1 << _SHIFT)).astype(np.int32)
+            cv2.fillPoly(mask, [fixed], (shape.number,), shift=_SHIFT)
+    return np.ascontiguousarray(mask if turn is None else turn(mask))
+
+
+def _points(outline: bytes) -> np.ndarray:
+    return np.frombuffer(outline, np.float32).reshape(-1, 2)
+
+
+def _area(shape: Shape) -> float:
+    runs = np.frombuffer(shape.runs, np.uint32)
+    outlined = sum(cv2.contourArea(_points(outline)) for outline in shape.outlines)
+    return float(runs[1::2].sum(dtype=np.int64)) + outlined
+
+
+def _inside(runs: bytes, size: tuple[float, float], shape: tuple[int, ...]) -> np.ndarray:
+    """The pixels of an object from its runs, ``(H, W)`` bool."""
+    lengths = np.frombuffer(runs, np.uint32)
+    inside = np.repeat(np.arange(len(lengths), dtype=np.uint8) % 2, lengths)
+    mask = inside.reshape(int(size[1]), int(size[0])).T
+    if mask.shape != shape:
+        mask = cv2.resize(mask, shape[::-1], interpolation=cv2.INTER_NEAREST)
+    return np.asarray(mask > 0)

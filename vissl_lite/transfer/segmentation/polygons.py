@@ -1,0 +1,404 @@
+"""Masks from shapes: COCO's polygons and RLE, YOLO's polygons, LabelMe's shapes."""
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vissl_lite.data.json_file import read_json
+from vissl_lite.data.reading import max_pixels
+from vissl_lite.data.text_file import read_text
+from vissl_lite.data.yaml_file import read_yaml
+from vissl_lite.errors import UserError
+from vissl_lite.transfer.segmentation.mask_source import (
+    IGNORE_INDEX,
+    RELATIVE_SIZE,
+    MaskSource,
+    Shape,
+)
+from vissl_lite.transfer.segmentation.mask_values import BACKGROUND
+from vissl_lite.transfer.sources.file_tree import FileTree, part_below
+from vissl_lite.transfer.sources.parts import Split, part_of_file, part_of_name, part_of_path
+from vissl_lite.transfer.sources.reading_log import MISSING_IMAGE, ReadingLog
+
+_UNREADABLE = "object without a polygon or RLE that can be read, left out"
+_UNKNOWN_CLASS = "object of an unknown class, left out"
+
+# Size in bytes of the largest text file of one image.
+_MAX_TEXT_BYTES = 2**26
+
+_Contents = Iterable[tuple[Path, Any]]  # JSON files with what they hold
+
+# Points of a circle of LabelMe.
+_CIRCLE = 64
+
+
+class DrawnImage(NamedTuple):
+    """An image and its shapes.
+
+    Attributes:
+        image: Path of the image file.
+        part: Part that the annotations name.
+        file: File of the shapes.
+        size: Height and width in the coordinates of the shapes; zeros if unknown.
+        shapes: Class name and the shape of each object; its number is set by ``with_classes``.
+    """
+
+    image: str
+    part: Split | None
+    file: str
+    size: tuple[float, float]
+    shapes: list[tuple[str, Shape]]
+
+
+class Drawn(NamedTuple):
+    """The images of a data set with shapes.
+
+    Attributes:
+        images: Images that were found.
+        classes: Class names in the order of their ids; sorted by name if there are no ids.
+        num_boxes: Number of objects that have a box only.
+    """
+
+    images: list[DrawnImage]
+    classes: list[str]
+    num_boxes: int
+
+
+def read_shapes(tree: FileTree, labels: FileTree, log: ReadingLog) -> Drawn | None:
+    """Read the shapes in a folder, if there are any.
+
+    Args:
+        tree: Folder of the images.
+        labels: Folder of the files of shapes.
+        log: Gets the layout and counts what is left out.
+
+    Returns:
+        The images; None if there are neither JSON files nor YOLO's text files.
+
+    Raises:
+        UserError: A file is damaged.
+    """
+    files = [labels.folder / path for path in labels.ending(".json")]
+    contents = ((file, read_json(file)) for file in files)
+    for file, content in contents:  # each file is parsed once, as they may be large
+        kind = _kind(content)
+        if kind is not None:
+            read = _read_coco if kind == "COCO" else _read_labelme
+            return read(chain([(file, content)], contents), tree, log)
+    return _read_yolo(tree, labels, log)
+
+
+def _kind(content: Any) -> str | None:
+    if not isinstance(content, dict):
+        return None
+    if all(isinstance(content.get(key), list) for key in ("images", "annotations")):
+        return "COCO"
+    return "LabelMe" if isinstance(content.get("shapes"), list) else None
+
+
+def with_classes(drawn: Drawn) -> tuple[list[tuple[MaskSource, tuple[int, ...]]], list[str]]:
+    """Number the classes: 0 is the background, then those that occur in the order of their ids.
+
+    Returns:
+        For each image its mask and the classes of its shapes and the background; and the names.
+
+    Raises:
+        UserError: There are too many classes.
+    """
+    used = {name for one in drawn.images for name, _ in one.shapes}
+    objects = [name for name in drawn.classes if name in used and name.lower() not in BACKGROUND]
+    names = ["background", *objects]
+    if len(names) > IGNORE_INDEX:
+        raise UserError(f"{drawn.images[0].file} has {len(objects)} classes, more than 254")
+    numbers = {name: number for number, name in enumerate(names)}
+    masks = []
+    for one in drawn.images:
+        shapes = tuple(shape._replace(number=numbers.get(name, 0)) for name, shape in one.shapes)
+        mask = MaskSource((one.file,), shapes=shapes, image=one.image, size=one.size)
+        masks.append((mask, tuple(sorted({0, *(shape.number for shape in shapes)}))))
+    return masks, names
+
+
+def _outline(values: Any) -> bytes | None:
+    """The points of a polygon from a list of x and y in turn; None if it is none."""
+    if not isinstance(values, list) or len(values) < 6 or len(values) % 2:
+        return None
+    try:
+        points = np.array(values, np.float64)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    if points.ndim != 1 or not np.isfinite(points).all():
+        return None
+    return np.clip(points, -1e9, 1e9).astype(np.float32).tobytes()
+
+
+def _number(value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return 0.0
+    return number if math.isfinite(number) and 0 < number < 1e9 else 0.0
+
+
+# COCO
+
+
+def read_coco_file(file: Path, tree: FileTree, log: ReadingLog) -> Drawn:
+    """Read polygons and RLE from one file in COCO's format.
+
+    Raises:
+        UserError: The file is not JSON, or not in COCO's format.
+    """
+    content = read_json(file)
+    if _kind(content) != "COCO":
+        raise UserError(f"{file} is not in COCO's format: it lacks the lists images, annotations")
+    return _read_coco([(file, content)], tree, log)
+
+
+def _read_coco(contents: _Contents, tree: FileTree, log: ReadingLog) -> Drawn:
+    log.layout = "COCO polygons"
+    found: dict[str, DrawnImage] = {}
+    classes: dict[str, Any] = {}
+    boxes = 0
+    for file, content in contents:
+        if _kind(content) != "COCO":
+            log.add("file that is not in COCO's format, left out", str(file))
+            continue
+        part = _part_of_annotations(file, tree)
+        categories = _categories(content.get("categories"))
+        classes.update(dict.fromkeys(categories.values()))
+        by_id: dict[Any, DrawnImage] = {}
+        for one in content["images"]:
+            name = one.get("file_name") if isinstance(one, dict) else None
+            if not isinstance(name, str) or not name:
+                log.add("image without a file name, left out", str(file))
+                continue
+            image = tree.image(name, part)
+            if image is None:
+                log.add(MISSING_IMAGE, name)
+                continue
+            size = (_number(one.get("height")), _number(one.get("width")))
+            own = part or part_below(image, tree)
+            fresh = DrawnImage(image, own, str(file), size, [])
+            if own is not None:
+                log.origins[own] = file.name
+            by_id[str(one.get("id"))] = found.setdefault(image, fresh)
+        for one in content["annotations"]:
+            drawn = by_id.get(str(one.get("image_id"))) if isinstance(one, dict) else None
+            if drawn is None:
+                continue
+            name = categories.get(str(one.get("category_id")))
+            shape = _coco_shape(one.get("segmentation"), drawn.size)
+            if shape is None and one.get("bbox") and not one.get("segmentation"):
+                boxes += 1
+            elif shape is None:
+                log.add(_UNREADABLE, str(file))
+            elif name is None:
+                log.add(_UNKNOWN_CLASS, str(file))
+            else:
+                drawn.shapes.append((name, shape))
+        log.tables.append(str(file))
+    return Drawn(list(found.values()), list(classes), boxes)
+
+
+def _part_of_annotations(file: Path, tree: FileTree) -> Split | None:
+    if file.is_relative_to(tree.folder):
+        return part_of_file(file.relative_to(tree.folder).as_posix())
+    return part_of_file(file.name)
+
+
+def _categories(listed: Any) -> dict[str, str]:
+    """Class names by id, in the order of ids."""
+    rows = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+    rows.sort(key=lambda one: (_number(one.get("id")), str(one.get("id"))))
+    return {str(one.get("id")): str(one.get("name", one.get("id"))).strip() for one in rows}
+
+
+def _coco_shape(segmentation: Any, size: tuple[float, float]) -> Shape | None:
+    if isinstance(segmentation, list):
+        outlines = [outline for one in segmentation if (outline := _outline(one)) is not None]
+        return Shape(0, tuple(outlines)) if outlines else None
+    if not isinstance(segmentation, dict):
+        return None
+    own, counts = segmentation.get("size"), segmentation.get("counts")
+    if not isinstance(own, list) or tuple(map(_number, own)) != size:
+        return None
+    if isinstance(counts, str):
+        counts = _decode_runs(counts)
+    pixels = int(size[0]) * int(size[1])
+    if not isinstance(counts, list) or not 0 < pixels <= max_pixels():
+        return None
+    if not all(type(count) is int and 0 <= count <= pixels for count in counts):
+        return None
+    rest = pixels - sum(counts)
+    if rest < 0 or not any(counts[1::2]):
+        return None
+    counts = [*counts, *([rest] if len(counts) % 2 == 0 else [0, rest])]  # the last may be missing
+    return Shape(0, runs=np.array(counts, np.uint32).tobytes())
+
+
+def _decode_runs(text: str) -> list[int]:
+    """Decode COCO's compressed RLE (``rleFrString`` in ``maskApi.c`` of cocoapi)."""
+    runs: list[int] = []
+    value = shift = 0
+    for letter in text:
+        bits = ord(letter) - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32 and shift < 60:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        if len(runs) > 2:
+            value += runs[-2]
+        runs.append(value)
+        value = shift = 0
+    return runs
+
+
+# LabelMe
+
+
+def _read_labelme(contents: _Contents, tree: FileTree, log: ReadingLog) -> Drawn:
+    log.layout = "LabelMe polygons"
+    images: dict[str, DrawnImage] = {}
+    for file, content in contents:
+        log.tables.append(str(file))
+        if _kind(content) != "LabelMe":
+            log.add("file without shapes, left out", str(file))
+            continue
+        name = content.get("imagePath")
+        near = (
+            file.relative_to(tree.folder) if file.is_relative_to(tree.folder) else Path(file.name)
+        )
+        part = part_of_path(near.as_posix())
+        own = os.path.basename(name.replace("\\", "/")) if isinstance(name, str) else ""
+        image = None
+        for one in (file.with_name(own) if own else file, *_named_like(file)):
+            if image is None and one != file and one.is_file():
+                image = str(one)
+        image = image or tree.image(near.with_suffix("").as_posix(), part)
+        image = image or (tree.image(own, part) if own else None)
+        if image is None or image in images:
+            log.add(MISSING_IMAGE, str(file))
+            continue
+        size = (_number(content.get("imageHeight")), _number(content.get("imageWidth")))
+        shapes = []
+        for shape in content["shapes"]:
+            outline = _labelme_outline(shape) if isinstance(shape, dict) else None
+            if outline is None:
+                log.add(_UNREADABLE, str(file))
+                continue
+            shapes.append((str(shape.get("label")).strip(), Shape(0, (outline,))))
+        images[image] = DrawnImage(image, part or part_below(image, tree), str(file), size, shapes)
+    found = list(images.values())
+    classes = sorted({name for one in found for name, _ in one.shapes})
+    return Drawn(found, classes, 0)
+
+
+def _named_like(file: Path) -> list[Path]:
+    return [
+        file.with_suffix(suffix) for suffix in (".jpg", ".png", ".jpeg", ".JPG", ".tif", ".bmp")
+    ]
+
+
+def _labelme_outline(shape: dict[str, Any]) -> bytes | None:
+    points, kind = shape.get("points"), shape.get("shape_type") or "polygon"
+    if not isinstance(points, list) or not all(isinstance(p, list) and len(p) == 2 for p in points):
+        return None
+    flat = [value for point in points for value in point]
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in flat):
+        return None
+    if kind == "rectangle" and len(points) == 2:
+        (x1, y1), (x2, y2) = points
+        return _outline([x1, y1, x2, y1, x2, y2, x1, y2])
+    if kind == "circle" and len(points) == 2:
+        (x, y), (x2, y2) = points
+        radius, angles = math.hypot(x2 - x, y2 - y), np.linspace(0, 2 * np.pi, _CIRCLE, False)
+        ring = np.stack([x + radius * np.cos(angles), y + radius * np.sin(angles)], axis=1)
+        return _outline(ring.ravel().tolist())
+    return _outline(flat) if kind == "polygon" else None
+
+
+# YOLO
+
+
+def _read_yolo(tree: FileTree, labels: FileTree, log: ReadingLog) -> Drawn | None:
+    texts = [path for path in labels.ending(".txt") if not _is_list(path)]
+    if not texts:
+        return None
+    log.layout = "YOLO polygons"
+    names = _yolo_names([labels, tree])
+    images: list[DrawnImage] = []
+    largest = -1
+    boxes = 0
+    matched = set()
+    for path in texts:
+        file = labels.absolute(path)
+        part = part_of_path(path)
+        image = tree.image(path[: -len(".txt")], part)
+        if image is None or image in matched:
+            log.add(MISSING_IMAGE, file)
+            continue
+        matched.add(image)
+        shapes = []
+        for line in read_text(file, _MAX_TEXT_BYTES).splitlines():
+            words = line.split()
+            if not words:
+                continue
+            boxes += len(words) in (5, 6)
+            try:
+                values = [float(word) for word in words[1:]]
+                number = int(float(words[0]))
+            except (ValueError, OverflowError):
+                values, number = [], -1
+            outline = _outline(values)
+            if outline is None or not 0 <= number < IGNORE_INDEX:
+                if len(words) not in (5, 6):
+                    log.add(_UNREADABLE, file)
+                continue
+            largest = max(largest, number)
+            shapes.append((str(number), Shape(0, (outline,))))
+        own = part or part_below(image, tree)
+        images.append(DrawnImage(image, own, file, RELATIVE_SIZE, shapes))
+        if own is not None:
+            log.origins.setdefault(own, "folder names")
+    for path in tree.images:
+        if tree.absolute(path) not in matched:
+            log.add("image without a text file, left out", path)
+    named = {str(n): names.get(n, str(n)) for n in range(max([largest, *names]) + 1)}
+    images = [
+        one._replace(shapes=[(named[number], shape) for number, shape in one.shapes])
+        for one in images
+    ]
+    return Drawn(images, list(dict.fromkeys(named.values())), boxes) if images else None
+
+
+def _is_list(path: str) -> bool:
+    name = os.path.splitext(os.path.basename(path))[0].lower()
+    known = name in ("classes", "labels", "obj_names", "readme", "license", "notes", "labelmap")
+    return known or name.startswith("readme") or part_of_name(name) is not None
+
+
+def _yolo_names(trees: Sequence[FileTree]) -> dict[int, str]:
+    """Class names by number, from a YAML file or classes.txt, in a tree or above it."""
+    for tree in trees:
+        places = [tree.folder / path for path in tree.ending(".yaml", ".yml")]
+        places += [tree.folder.parent / "data.yaml", tree.folder.parent / "dataset.yaml"]
+        for file in places:
+            content = read_yaml(file) if file.is_file() else None
+            listed = content.get("names") if isinstance(content, dict) else None
+            if isinstance(listed, list):
+                return {number: str(name) for number, name in enumerate(listed[:IGNORE_INDEX])}
+            if isinstance(listed, dict):
+                keys = {str(key): str(name) for key, name in listed.items()}
+                return {n: keys[str(n)] for n in range(IGNORE_INDEX) if str(n) in keys}
+        for path in tree.ending("classes.txt"):
+            lines = [line.strip() for line in read_text(tree.folder / path).splitlines()]
+            return dict(enumerate(filter(None, lines)))
+    return {}
