@@ -41,12 +41,9 @@ COLLAPSE_BELOW = {"feature_std": COLLAPSED_STD, "effective_rank": COLLAPSED_RANK
 # How to read the figures of pretrain; docs/watching.md says more.
 ONLINE_NOTES = {
     "loss": "Should have fallen. Not comparable between pretexts.",
-    "feature_std": f"below {COLLAPSED_STD} all images get nearly the same features. Higher is not "
-    "better.",
-    "effective_rank": f"number of directions that the features use; a collapse below "
-    f"{COLLAPSED_RANK}. Compare only runs of one pretext and backbone.",
-    "alignment": "0: two crops of an image have the same features. Means nothing without the "
-    "uniformity.",
+    "feature_std": "Higher is not better.",
+    "effective_rank": "Compare it only with runs of this pretext and backbone.",
+    "alignment": "0: two crops of an image have the same features. Read it with the uniformity.",
     "uniformity": "0: the features of all images are in one place. Lower is more even.",
     "knn": "On validation images. Higher is better.",
     "linear": "On validation images. Higher is better.",
@@ -114,8 +111,8 @@ def _read_online(tile: Tile, results: Mapping[str, Any]) -> Tile:
             if least is None:
                 return tile._replace(note=note)
             kind = "good" if results[metric] >= least else "bad"  # "bad" also for not a number.
-            state = "no collapse" if kind == "good" else "collapsed"
-            return tile._replace(note=f"{state}: {note}", kind=kind)
+            state = "No collapse" if kind == "good" else "Collapsed"
+            return tile._replace(note=f"{state} (that is below {least}). {note}", kind=kind)
     return tile
 
 
