@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from vissl_lite.cli import find_command, main, parse_words
+from vissl_lite.commands.finetune import FinetuneOptions
 from vissl_lite.commands.pretrain_options import PretrainOptions
 from vissl_lite.errors import UserError
 from vissl_lite.options import Options, Paths, options_of, parse_value
@@ -152,3 +153,42 @@ def test_rows_for_the_documentation() -> None:
     assert rows["format"].values == "{parquet,npz}"
     assert rows["overwrite"] == ("overwrite", "", None, False, "Replace an existing file.")
     assert all(row.help for row in rows.values())
+
+
+def test_help_says_how_to_see_another_pretext(capsys: pytest.CaptureFixture[str]) -> None:
+    for given, other in (("simclr", "mae"), ("mae", "dino")):
+        assert main(["pretrain", "--pretext", given, "--help"]) == 0
+        end = " ".join(capsys.readouterr().out.rpartition("\n\n")[2].split())
+        assert f"are those of {given}" in end
+        assert f"vissl-lite pretrain --pretext {other} --help" in end
+
+
+# Spelling
+
+
+def test_hyphens_stand_for_underscores() -> None:
+    given = ("--image-size", "64", "--pretext.min-crop-scale=0.5", "--probe-data", "a-b")
+    values = parsed(PretrainOptions, *given)
+    assert values["image_size"] == 64
+    assert values["probe_data"] == "a-b"
+    assert values["pretext"] == {"name": "simclr", "min_crop_scale": 0.5}
+    weights = parsed(FinetuneOptions, "--class-weights.red-fox", "2")["class_weights"]
+    assert weights == {"red-fox": 2}
+
+
+def test_names_match_without_case() -> None:
+    given = ("--pretext", "SimCLR", "--on_collapse", "Stop", "--optimizer", "AdamW")
+    values = parsed(PretrainOptions, *given, "--logger", "None")
+    config = PretrainOptions(data="a", out="b", **values).as_config()
+    assert config["pretext"]["name"] == "simclr"
+    assert (config["on_collapse"], config["optimizer"], config["logger"]) == (
+        "stop", "adamw", ["none"],
+    )  # fmt: skip
+    assert FinetuneOptions(data="a", out="b", task="Detection").as_config()["task"] == "detection"
+
+
+def test_a_run_is_resumed_with_names_in_another_case() -> None:
+    saved = FinetuneOptions(data="a", out="b", task="detection").as_config()
+    assert FinetuneOptions(data="a", out="b", task="Detection").resumed(saved).task == "detection"
+    with pytest.raises(UserError, match="contradict"):
+        FinetuneOptions(data="a", out="b", task="segmentation").resumed(saved)

@@ -2,7 +2,7 @@
 
 The options of a command are the fields of its dataclass (see ``options``); ``--config FILE`` reads
 them from YAML. All words between one ``--option`` and the next are its values, so ``--data A B``
-works, and negative numbers need no special form.
+works, and negative numbers need no special form. ``--image-size`` is read as ``--image_size``.
 """
 
 import importlib
@@ -41,11 +41,11 @@ from vissl_lite.options import (
 
 COMMANDS = {
     "demo": "run the whole workflow on sample data, in minutes",
-    "pretrain": "train an encoder on unlabelled images",
+    "pretrain": "train an encoder on unlabelled images with one of many methods: --pretext NAME",
     "check": "show what is read of labelled images: parts, classes, what is left out",
     "probe": "evaluate a frozen encoder with kNN and a linear classifier",
-    "finetune": "train a classifier, detector or segmenter on labelled images",
-    "predict": "apply a fine-tuned model to a folder of images",
+    "finetune": "train a model on labels: --task classification, detection or segmentation",
+    "predict": "classify, detect or segment in a folder of images with a fine-tuned model",
     "compare": "did pre-training help? compare encoders on the same few labels, with intervals",
     "report": "write the report of a run again: report RUN",
     "runs": "list the runs below a folder: runs [FOLDER] [--sort METRIC]",
@@ -190,7 +190,9 @@ def parse_words(options: type[Options], words: Sequence[str]) -> list[dict[str, 
             named[-1][1].append(word)
             continue
         name, equals, value = word.removeprefix("--").partition("=")
-        outer, dot, _ = name.partition(".")
+        outer, dot, inner = name.partition(".")
+        outer = outer.replace("-", "_")  # The part after the dot may be a class name.
+        name = f"{outer}{dot}{inner}"
         if outer not in kinds or (dot and not takes_any(kinds[outer], MAPPINGS)):
             raise unknown_option(name, kinds)
         named.append((name, [value] if equals else []))
@@ -262,6 +264,7 @@ def _help(command: str, function: Callable[..., Any], layers: Sequence[Mapping[s
     about = (inspect.getdoc(function) or "").partition("\n\nArgs:")[0]
     paragraphs = [usage, *about.split("\n\n")]
     lines = ["\n\n".join(textwrap.fill(one, width) for one in paragraphs), "", "options:"]
+    epilog = options_of(function).epilog(layers)
     rows.append(
         OptionRow(
             "config",
@@ -280,4 +283,4 @@ def _help(command: str, function: Callable[..., Any], layers: Sequence[Mapping[s
                 row.help + default, width, initial_indent=indent, subsequent_indent=indent
             )
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *(["", textwrap.fill(epilog, width)] if epilog else [])])

@@ -90,12 +90,25 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         A phrase such as ``did you mean resnet18 or resnet18d?``.
     """
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6) if len(name) < 1000 else []
+    lower = {one.lower(): one for one in known}
+    close = []
+    if len(name) < 1000:
+        close = [lower[one] for one in difflib.get_close_matches(name.lower(), lower, n=3)]
     if close:
         return f"did you mean {' or '.join(close)}?"
     if len(known) <= 12:
         return f"there are {', '.join(known)}"
     return f"none of the {len(known)} known names is close to it"
+
+
+def canonical_name(name: str, known: Iterable[str]) -> str:
+    """Return the known name that equals a name except for its case, or the name if there is none.
+
+    Args:
+        name: A given name.
+        known: All valid names, which differ in more than their case.
+    """
+    return {one.lower(): one for one in known}.get(name.lower(), name)
 
 
 def check_arguments(

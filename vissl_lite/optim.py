@@ -10,7 +10,13 @@ from torch.amp import GradScaler
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from vissl_lite.errors import UserError, check_not_negative, check_positive, did_you_mean
+from vissl_lite.errors import (
+    UserError,
+    canonical_name,
+    check_not_negative,
+    check_positive,
+    did_you_mean,
+)
 
 # Of a learning rate and a weight decay. Papers have up to 20 and so; float32 steps with 1e30 are
 # not finite.
@@ -50,11 +56,17 @@ class OptimizerSettings:
         )
 
 
-def check_optimizer(name: str) -> None:
-    """Raise a UserError for an optimizer that timm does not have."""
+def canonical_optimizer(name: str) -> str:
+    """Return timm's name of an optimizer, which may be given in any case.
+
+    Raises:
+        UserError: If timm does not have it.
+    """
     known = timm.optim.list_optimizers()
-    if name not in known:
+    found = canonical_name(name, known)
+    if found not in known:
         raise UserError(f"unknown optimizer {name}: {did_you_mean(name, known)}")
+    return found
 
 
 def check_rates(lr: float | None, weight_decay: float | None) -> None:

@@ -29,6 +29,7 @@ from vissl_lite.errors import (
     MAPPINGS,
     UserError,
     brief,
+    canonical_name,
     check_argument,
     did_you_mean,
     kinds_of,
@@ -137,6 +138,15 @@ class Options:
         own = inspect.get_annotations(cls)
         return sorted(rows, key=lambda row: (not row.required, row.name not in own))
 
+    @classmethod
+    def epilog(cls, layers: Sequence[Mapping[str, Any]] = ()) -> str:
+        """Return a paragraph to print below the options in the help; default: none.
+
+        Args:
+            layers: Options that are given together with ``--help``, as for ``merged``.
+        """
+        return ""
+
     def as_config(self) -> dict[str, Any]:
         """Return all options as plain data, for ``config.yaml``, which reproduces the run."""
         names = (field.name for field in fields(self))
@@ -167,10 +177,12 @@ class Options:
                 f"another version of vissl-lite has written it"
             )
         saved = flatten(config)
+        own = flatten({name: getattr(self, name) for name in known.intersection(self.given)})
         contradictions = []
         for name, value in flatten(self.given).items():
             if f"{name}.name" in saved:  # A name alone is short for a mapping with this name.
                 name = f"{name}.name"
+            value = own.get(name, value)  # Such as the canonical form of a name.
             if name.partition(".")[0] in self.free_to_change or name not in saved:
                 continue
             if _as_list(value) != _as_list(saved[name]):
@@ -351,6 +363,8 @@ def parse_value(name: str, value: Any, kind: Any) -> Any:
     if isinstance(value, dict) and inner:
         return {key: parse_value(name, one, inner[-1]) for key, one in value.items()}
     choices = [choice for one in kinds if get_origin(one) is Literal for choice in get_args(one)]
+    if isinstance(value, str):
+        value = canonical_name(value, choices)
     if not isinstance(value, str) or value in choices:
         return value
     if value == "null" and NoneType in kinds:

@@ -40,14 +40,14 @@ def pretrain(name: str, given: argparse.Namespace) -> None:
     images, pretext, size, batch, *minutes = PRETRAIN[name]
     place = given.domains / images if (given.domains / images).exists() else given.data / images
     starts = (
-        ("resnet18", "random", 1e-3),
-        ("tf_efficientnet_lite0", str(given.domains / "lite0"), 3e-4),
+        ("resnet18", "random:resnet18", 1e-3),
+        ("lite0", str(given.domains / "lite0"), 3e-4),
     )
-    for (backbone, init, lr), time_budget in zip(starts, minutes, strict=True):
-        out = given.out / f"{name}-{'resnet18' if init == 'random' else 'lite0'}"
+    for (start, encoder, lr), time_budget in zip(starts, minutes, strict=True):
+        out = given.out / f"{name}-{start}"
         if not (out / "encoder" / "config.json").exists():
             vissl_lite.pretrain(
-                data=str(place), out=str(out), pretext=pretext, backbone=backbone, init=init,
+                data=str(place), out=str(out), pretext=pretext, encoder=encoder,
                 image_size=size, batch_size=batch, lr=lr, weight_decay=1e-4, upright=False,
                 max_time=round(60 * time_budget), num_workers=0, overwrite=True,
             )  # fmt: skip

@@ -345,7 +345,7 @@ class Evil:
 def test_weights_with_code_in_them(refused: Refused, few: Path, tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "args": Evil(tmp_path / "executed")}, tmp_path / "evil.pth")
     error = refused(
-        "pretrain", "--data", few, "--out", "run", *SMALL, "--init", tmp_path / "evil.pth"
+        "pretrain", "--data", few, "--out", "run", *SMALL, "--encoder", tmp_path / "evil.pth"
     )
     assert "evil.pth can't be loaded: it holds pickled Python objects" in error
     assert not (tmp_path / "executed").exists()
@@ -355,16 +355,17 @@ def test_weights_that_are_missing_or_no_weights(
     refused: Refused, few: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "notes.pth").write_text("these are notes")
-    for init, message in (
-        ("gone.pth", "--init gone.pth does not exist: give random, pretrained"),
+    command = ("pretrain", "--data", few, "--out", "run", *SMALL, "--encoder")
+    for encoder, message in (
+        ("gone.pth", "no encoder at gone.pth: give a run, an encoder folder, timm:NAME"),
         (tmp_path / "notes.pth", "notes.pth can't be loaded"),
     ):
-        assert message in refused("pretrain", "--data", few, "--out", "run", *SMALL, "--init", init)
+        assert message in refused(*command, encoder)
 
 
 def test_an_encoder_of_another_backbone(refused: Refused, few: Path, encoder: Path) -> None:
     error = refused(
-        "pretrain", "--data", few, "--out", "run", "--init", encoder, "--backbone", "resnet18"
+        "pretrain", "--data", few, "--out", "run", "--encoder", encoder, "--backbone", "resnet18"
     )
     assert "is a test_resnet, not --backbone resnet18" in error
 

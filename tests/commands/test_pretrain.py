@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 
 from tests.conftest import with_pictures
 from vissl_lite.cli import main
-from vissl_lite.commands.pretrain import pretrain
+from vissl_lite.commands.pretrain import loading_code, pretrain
 from vissl_lite.commands.pretrain_options import default_backbone, parse_time
 from vissl_lite.encoders.encoder import build_encoder
+from vissl_lite.encoders.folder import save_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.evaluation import online
 from vissl_lite.evaluation.online import ONLINE_METRICS
@@ -294,13 +295,13 @@ def test_yaml_may_name_the_pretext_alone(photos: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_init_takes_a_run_a_folder_or_a_state_dict(
+def test_training_starts_from_a_run_a_folder_or_a_state_dict(
     finished: Path, photos: Path, tmp_path: Path
 ) -> None:
     torch.save(weights(finished), tmp_path / "weights.pth")
     for number, init in enumerate((finished, finished / "encoder", tmp_path / "weights.pth")):
         out = tmp_path / str(number)
-        assert run("--data", photos, "--out", out, *SMALL, "--epochs", 1, "--init", init,
+        assert run("--data", photos, "--out", out, *SMALL, "--epochs", 1, "--encoder", init,
                    "--lr", 1e-12, "--num_workers", 0) == 0  # fmt: skip
         for name, tensor in weights(out).items():
             if "running" not in name and "num_batches" not in name:
@@ -467,3 +468,11 @@ def test_from_python_with_a_vit(photos: Path, tmp_path: Path) -> None:
     assert result.encoder == tmp_path / "run" / "encoder"
     assert {"loss", "feature_std", "effective_rank"} <= result.metrics.keys()
     assert vissl_lite.load_encoder(result.run).backbone == "test_vit"
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "vit_slim_patch4_32"])
+def test_the_printed_lines_load_the_encoder(backbone: str, tmp_path: Path) -> None:
+    save_encoder(build_encoder(backbone, 32), tmp_path, {})
+    lines = loading_code(tmp_path, backbone)
+    assert ("vissl_lite" in "\n".join(lines[:-1])) == (backbone != "test_resnet")
+    exec("\n".join(lines))

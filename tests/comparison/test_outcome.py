@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vissl_lite.comparison.amounts import LabelCount
 from vissl_lite.comparison.outcome import Outcome
 from vissl_lite.comparison.protocols import Score
+from vissl_lite.comparison.statistics import Difference
 from vissl_lite.comparison.store import Cell
 
 RATES = {"good": 0.9, "random:net": 0.5}
@@ -26,7 +28,7 @@ def outcome(amounts: tuple[str, ...] = ("1%", "10%"), rates: dict[str, float] = 
                     scores[Cell(arm, protocol, amount, seed)] = Score(
                         value, {"accuracy": value}, {"penalty": 0.1}, right, {"layer1": 0.5}
                     )
-    labels = {name: 10 * 10**step for step, name in enumerate(amounts)}
+    labels = {name: LabelCount(6 * 10**step, 4 * 10**step) for step, name in enumerate(amounts)}
     metric = dict.fromkeys(("knn", "linear"), "accuracy")
     return Outcome(scores, list(rates), ["knn", "linear"], labels, [0, 1, 2], "random:net", metric)
 
@@ -34,7 +36,7 @@ def outcome(amounts: tuple[str, ...] = ("1%", "10%"), rates: dict[str, float] = 
 @pytest.mark.parametrize(
     ("rate", "verdict", "words"),
     [
-        (0.9, "helped", "10 labels with it are better than all 100 without"),
+        (0.9, "helped", "6 training + 4 validation labels with it are better than all 100 without"),
         (0.5, "no difference", "made no difference that these seeds can show"),
         (0.2, "hurt", "good hurt: linear accuracy -0."),
     ],
@@ -46,11 +48,22 @@ def test_the_verdict_and_its_words(rate: float, verdict: str, words: str) -> Non
     assert words in found.sentences()[-1]
 
 
+def test_a_verdict_that_differs_by_amount_is_one_statement() -> None:
+    helped, none = Difference(0.1, 0.05, 0.15), Difference(0.01, -0.02, 0.04)
+    found = outcome()._sentence("good", "knn", {"1%": helped, "10%": none}, none, {})
+    assert found == (
+        "good helped at 1%, but made no difference that these seeds can show on average: knn "
+        "accuracy +0.010 against random:net (averaged over 2 amounts of labels, 95 % interval "
+        "-0.020 to +0.040, 3 seeds)."
+    )
+
+
 def test_results_hold_the_figures_of_every_seed() -> None:
     results: dict[str, Any] = outcome().as_dict()
     assert results["arms"] == results["protocols"]["linear"]["arms"]  # of the last protocol
     figures = results["arms"]["good"]["10%"]
-    assert figures["labels"] == 100
+    assert (figures["labels"], figures["train_labels"], figures["val_labels"]) == (100, 60, 40)
+    assert (results["train_labels"]["1%"], results["val_labels"]["1%"]) == (6, 4)
     assert figures["mean"] == pytest.approx(np.mean(figures["runs"]))
     assert figures["std"] == pytest.approx(np.std(figures["runs"], ddof=1))
     assert results["protocols"]["knn"]["layers"]["good"] == {"layer1": {"1%": 0.5, "10%": 0.5}}

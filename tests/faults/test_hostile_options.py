@@ -132,7 +132,7 @@ def needed(command: str, place: Path) -> dict[str, str]:
     train = str(place / "labelled" / "train")
     return {
         "demo": {"out": "run"},
-        "pretrain": {"data": train, "out": "run", "init": encoder, "epochs": "1"},
+        "pretrain": {"data": train, "out": "run", "encoder": encoder, "epochs": "1"},
         "check": {"data": data, "task": "classification"},
         "probe": {"encoder": encoder, "data": data, "out": "run"},
         "finetune": {"encoder": encoder, "data": data, "out": "run"},

@@ -95,7 +95,7 @@ def test_inputs_and_out_lie_apart(
     inside = ((run, run / "images"), (run / "images" / "new", run), (run, run))
     before = tree(run)
     named = {
-        "pretrain": [("--data", "--init"), ("--init", "--data"), ("--probe_data", "--data")],
+        "pretrain": [("--data", "--encoder"), ("--encoder", "--data"), ("--probe_data", "--data")],
         "probe": [("--encoder", "--data"), ("--data", "--encoder")],
         "finetune": [("--encoder", "--data"), ("--data", "--encoder"), ("--annotations", "--data")],
         "predict": [("--model", "--data"), ("--data", "--model")],

@@ -116,7 +116,11 @@ def test_warnings_and_leaks_come_before_the_figures(tmp_path: Path) -> None:
     (run / "leaks.csv").write_text(columns + usual + "".join(rows))
     shown = words(run)
     assert "/t/0.png /u/0.png train exact" in shown
-    assert "The first 20 of 25" in shown
+    assert "The first 20 of 25 images" in shown
+    assert shown.index("0.625 linear accuracy") < shown.index("/t/0.png")  # Below the results.
+    assert "<details><summary>The first 20 of 25 images</summary>" in (
+        (run / "report.html").read_text(encoding="utf-8")
+    )
     assert "/v/0.png" not in shown
     assert "42 warnings" in shown
     order = [
@@ -126,6 +130,17 @@ def test_warnings_and_leaks_come_before_the_figures(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert order == sorted(order)
     assert "/a/5.png" not in shown
+
+
+def test_the_figures_of_pretrain_say_what_is_good(tmp_path: Path) -> None:
+    good = words(make(tmp_path / "good", feature_std=0.5, effective_rank=20.0, loss=1.0))
+    assert "0.500 spread of the features No collapse (that is below 0.02)" in good
+    assert "1.000 last loss Should have fallen" in good
+    assert "docs/watching.md" in good
+    bad = words(make(tmp_path / "bad", feature_std=0.01, effective_rank=1.01))
+    assert "0.010 spread of the features Collapsed" in bad
+    assert "1.010 effective rank Collapsed" in bad
+    assert "docs/watching.md" not in words(make(tmp_path / "probe", "probe", knn=0.5))
 
 
 def test_leaks_in_the_results_alone_are_said_too(tmp_path: Path) -> None:
@@ -182,16 +197,18 @@ def test_what_is_damaged_is_left_out_and_said(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_comparison_begins_with_its_verdict(tmp_path: Path) -> None:
+    few = {"labels": 1500, "train_labels": 1000, "val_labels": 500}
+    many = {"labels": 15000, "train_labels": 10000, "val_labels": 5000}
     sentence = "runs/a helped: knn accuracy +0.100 against random:resnet18."
     found = {
         "metric": "accuracy",
         "amounts": ["1%", "10%"],
         "arms": {
             "runs/a": {
-                "1%": {"mean": 0.4, "std": 0.01, "runs": [0.4], "labels": 1500},
-                "10%": {"mean": 0.6, "std": 0.02, "runs": [0.6], "labels": 15000},
+                "1%": {"mean": 0.4, "std": 0.01, "runs": [0.4], **few},
+                "10%": {"mean": 0.6, "std": 0.02, "runs": [0.6], **many},
             },
-            "random:resnet18": {"1%": {"mean": 0.3, "std": 0.01, "runs": [0.3], "labels": 1500}},
+            "random:resnet18": {"1%": {"mean": 0.3, "std": 0.01, "runs": [0.3], **few}},
         },
         "differences": {"runs/a": {"1%": {"mean": 0.1, "low": 0.05, "high": 0.15}}},
         "verdicts": {"runs/a": {"verdict": "helped", "sentence": sentence}},
@@ -210,7 +227,8 @@ def test_a_comparison_begins_with_its_verdict(tmp_path: Path) -> None:
     assert "2 warnings" in shown
     assert "Accuracy per stage" in shown
     assert "left out: timm:resnet18: no network" in shown
-    assert "encoder 1% 1,500 labels 10% 15,000 labels overall" in shown
+    columns = ("1% 1,000 training + 500 validation", "10% 10,000 training + 5,000 validation")
+    assert f"encoder {' labels '.join(columns)} labels overall" in shown
     assert "runs/a 0.400 ± 0.010 +0.100 (+0.050 to +0.150) 0.600 ± 0.020 helped" in shown
     assert "random:resnet18 0.300 ± 0.010 baseline" in shown
 

@@ -62,7 +62,7 @@ class CheckOptions(Options, LabelOptions, AnnotationsOption):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.task is not None:
-            find_task(self.task)
+            self._set("task", find_task(self.task).name)
         check_seed(self.seed)
         check_count("class_level", self.class_level)
 

@@ -100,7 +100,7 @@ def compare(options: CompareOptions) -> CompareResult:
             "%d encoders, %s, %s, %d seeds; %d test images",
             len(encoders),
             " and ".join(protocols),
-            ", ".join(f"{labels[a.name]} labels ({a.name})" for a in amounts),
+            ", ".join(f"{labels[a.name]} ({a.name})" for a in amounts),
             options.seeds,
             len(data.test),
         )
@@ -139,9 +139,9 @@ def _print_results(outcome: Outcome, run: Path) -> None:
             title=f"{protocol}: test {outcome.metric[protocol]}, mean ± standard "
             f"deviation over {len(outcome.seeds)} seeds"
         )
-        table.add_column("labels", overflow="fold")
+        table.add_column("labels: training\n+ validation", overflow="fold")
         for amount, count in outcome.labels.items():
-            table.add_column(f"{count}\n({amount})")
+            table.add_column(f"{count.train} + {count.val}\n({amount})")
         for encoder in outcome.encoders:
             runs = (outcome.runs(encoder, protocol, amount) for amount in outcome.labels)
             table.add_row(encoder, *(f"{one.mean:.3f} ± {one.std:.3f}" for one in runs))

@@ -22,7 +22,7 @@ from vissl_lite.errors import (
     check_warmup,
 )
 from vissl_lite.metrics_file import MetricsFile
-from vissl_lite.optim import OptimizerSettings, check_optimizer, check_rates
+from vissl_lite.optim import OptimizerSettings, canonical_optimizer, check_rates
 from vissl_lite.options import Options, StrPath, command
 from vissl_lite.plots import plot_curves
 from vissl_lite.report.additions import add_report, add_test_embeddings, add_test_pictures
@@ -144,8 +144,8 @@ class FinetuneOptions(Options, AllTaskOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        find_task(self.task)
-        check_optimizer(self.optimizer)
+        self._set("task", find_task(self.task).name)
+        self._set("optimizer", canonical_optimizer(self.optimizer))
         check_warmup("warmup", self.warmup)
         for name in ("fraction", "layer_decay", "min_crop_scale"):
             check_positive_share(name, getattr(self, name))
@@ -183,6 +183,8 @@ class FinetuneOptions(Options, AllTaskOptions):
 @command(FinetuneOptions)
 def finetune(options: FinetuneOptions) -> FinetuneResult:
     """Fine-tune an encoder as a classifier, detector or segmenter, or train one from scratch.
+
+    The option task chooses which: classification (the default), detection or segmentation.
 
     Returns:
         Paths and test metrics.

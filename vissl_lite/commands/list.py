@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vissl_lite.encoders import backbones as _registers_our_own  # noqa: F401
-from vissl_lite.errors import UserError, did_you_mean
+from vissl_lite.errors import UserError, canonical_name, did_you_mean
 from vissl_lite.options import Options, command
 from vissl_lite.pretext import PRETEXTS
 from vissl_lite.pretext.base import BACKBONE_KINDS
@@ -39,7 +39,7 @@ def list_(options: ListOptions) -> list[str]:
     Raises:
         UserError: There is no such list, or no name matches.
     """
-    what, pattern = options.what, options.pattern
+    what, pattern = canonical_name(options.what, LISTABLE), options.pattern.lower()
     if what not in LISTABLE:
         raise UserError(f"no list of {what}: {did_you_mean(what, LISTABLE)}")
     names = list(PRETEXTS) if what == "pretexts" else timm.list_models()

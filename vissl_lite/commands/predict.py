@@ -59,6 +59,8 @@ class PredictOptions(Options):
 def predict(options: PredictOptions) -> PredictResult:
     """Apply a fine-tuned model to images: classify them, detect objects, or segment them.
 
+    The task is that of the model: one that was fine-tuned with --task detection detects objects.
+
     Writes predictions.csv for classification, predictions.json in COCO format for detection, and
     for segmentation one indexed PNG per image in the folder masks. While running, predictions are
     written to predictions.csv.part or predictions.jsonl.part, which remain after a failure.

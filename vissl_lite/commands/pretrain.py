@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import timm
 import torch
 
 from vissl_lite import __version__
@@ -17,6 +18,7 @@ from vissl_lite.data.fingerprints import Fingerprints
 from vissl_lite.data.path_list import PathList
 from vissl_lite.data.reading import limit_pixels
 from vissl_lite.data.views import Views
+from vissl_lite.encoders import backbones
 from vissl_lite.encoders.folder import save_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.evaluation.online import ONLINE_METRICS, EncoderMetrics, OnlineEvaluation
@@ -129,7 +131,7 @@ def pretrain(options: PretrainOptions) -> PretrainResult:
     """
     started = time.monotonic()
     out = Path(options.out)
-    inputs = [(name, getattr(options, name)) for name in ("data", "init", "probe_data")]
+    inputs = [(name, getattr(options, name)) for name in ("data", "encoder", "probe_data")]
     # A job script may pass --resume every time, also for a finished run.
     resume = check_out(out, inputs, options.resume, options.overwrite, "pretrain")
     if resume:
@@ -167,7 +169,7 @@ def _prepare(options: PretrainOptions, resume: bool) -> _Training:
         labelled = load_labelled(os.fspath(options.probe_data), options.seed, need_test=False)
     torch.manual_seed(options.seed)
     encoder = make_encoder(
-        options.backbone, options.image_size, options.init, images.paths, options.pretext_name
+        options.backbone, options.image_size, options.encoder, images.paths, options.pretext_name
     )
     task = options.task(encoder)
     views = task.views(options.upright)
@@ -175,9 +177,10 @@ def _prepare(options: PretrainOptions, resume: bool) -> _Training:
         task, size * options.accumulate_grad_batches
     )
     cache = _cache_plan(options, images.paths, views, hardware) if options.cache else None
-    init = os.fspath(options.init)
-    # Read now: with --overwrite, the folder may be deleted before the training.
-    fingerprints = seen_by(init) if Path(init).is_dir() else None
+    fingerprints = None
+    if options.encoder is not None and Path(options.encoder).is_dir():
+        # Read now: with --overwrite, the folder may be deleted before the training.
+        fingerprints = seen_by(os.fspath(options.encoder))
     options = options.replace(
         backbone=encoder.backbone, image_size=encoder.image_size, batch_size=size
     )
@@ -270,7 +273,7 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
         "warnings": logged_warnings(run),
     }
     write_results(run, results)
-    _log_next_steps(result, options.probe_data)
+    _log_next_steps(result, task.encoder.backbone, options.probe_data)
     add_pretext(run, task, paths, views, options.seed)
     if labelled is None:
         add_embeddings(run, task.trained_encoder(), paths, seed=options.seed)
@@ -318,9 +321,22 @@ def _finished(out: Path) -> PretrainResult:
     return PretrainResult(out, out / "encoder", metrics, results["steps"], results["seconds"])
 
 
-def _log_next_steps(result: PretrainResult, labelled: StrPath | None) -> None:
-    log.info("The encoder is in %s. Load it with plain timm:", result.encoder)
-    log.info('  timm.create_model("local-dir:%s", pretrained=True)', result.encoder)
+def loading_code(encoder: Path, backbone: str) -> list[str]:
+    """Lines of Python that load an encoder folder with timm.
+
+    Args:
+        encoder: Encoder folder.
+        backbone: Name of its architecture. One that this package adds to timm needs an import.
+    """
+    ours = timm.model_entrypoint(backbone).__module__ == backbones.__name__
+    lines = ["import timm", *([f"import {backbones.__name__}"] if ours else [])]
+    return [*lines, f"timm.create_model({f'local-dir:{encoder}'!r}, pretrained=True)"]
+
+
+def _log_next_steps(result: PretrainResult, backbone: str, labelled: StrPath | None) -> None:
+    log.info("The encoder is in %s. Load it in Python with timm:", result.encoder)
+    for line in loading_code(result.encoder, backbone):
+        log.info("  %s", line)
     log.info("Next:")
     log.info(
         "  vissl-lite probe --encoder %s --data %s --out %s",

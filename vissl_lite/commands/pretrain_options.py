@@ -16,6 +16,7 @@ from vissl_lite.errors import (
     UserError,
     annotations,
     brief,
+    canonical_name,
     check_count,
     check_hyperparameters,
     check_image_size,
@@ -24,7 +25,7 @@ from vissl_lite.errors import (
     check_warmup,
     did_you_mean,
 )
-from vissl_lite.optim import LARGEST_RATE, OptimizerSettings, check_optimizer, check_rates
+from vissl_lite.optim import LARGEST_RATE, OptimizerSettings, canonical_optimizer, check_rates
 from vissl_lite.options import (
     OptionRow,
     Options,
@@ -37,7 +38,7 @@ from vissl_lite.options import (
 )
 from vissl_lite.pretext import PRETEXTS, pretext_class
 from vissl_lite.pretext.base import PretextTask
-from vissl_lite.training.loggers import logger_names
+from vissl_lite.training.loggers import canonical_loggers, logger_names
 from vissl_lite.training.resizing import INITIAL_SIDE
 
 DEFAULT_PRETEXT = "simclr"
@@ -59,13 +60,15 @@ class PretrainOptions(Options):
     out: StrPath
     """Run folder to write."""
     pretext: str | dict[str, Any] = "simclr"
-    """Pretext task. Set its hyperparameters with --pretext.NAME (in Python and YAML: a mapping
-    with the name and the hyperparameters)."""
+    """Pretext task: simclr, dino, mae or another one of `vissl-lite list pretexts`. Its
+    hyperparameters are --pretext.NAME (in Python and YAML: a mapping with the name and the
+    hyperparameters); `vissl-lite pretrain --pretext mae --help` shows those of mae."""
     backbone: str | None = None
-    """timm architecture. Default: that of --init; otherwise resnet18, or for pretexts that need a
-    transformer vit_tiny_patch16_224 (vit_tiny_patch4_32 below 64 pixels)."""
+    """timm architecture. Default: that of --encoder; otherwise resnet18, or for pretexts that need
+    a transformer vit_tiny_patch16_224 (vit_tiny_patch4_32 below 64 pixels)."""
     image_size: int | None = None
-    """Side length of the views in pixels. Default: that of --init, or the size of the images, at
+    """Side length of the views in pixels. Default: that of the run or folder given as
+    --encoder, or the size of the images, at
     most 224."""
     epochs: int | None = None
     """Number of passes over the images. Default: 100, unless --max_time is given."""
@@ -84,9 +87,10 @@ class PretrainOptions(Options):
     progressive_resizing: bool = False
     """Train on views of half the side length in the first half of the run, on growing ones after
     that, and on full-size ones in the last fifth. Takes about half the time per epoch."""
-    init: StrPath = "random"
-    """Initial weights: random, pretrained (timm's weights), a run, an encoder folder, or a file
-    with a timm state dict."""
+    encoder: StrPath | None = None
+    """Weights to start from: a run, an encoder folder, timm:NAME (pre-trained weights), random:NAME
+    (untrained), or a file with a timm state dict of --backbone. Default: random weights of
+    --backbone."""
     probe_data: StrPath | None = None
     """Labelled images for evaluating the encoder during training (kNN and linear probe accuracy on
     validation images)."""
@@ -154,9 +158,11 @@ class PretrainOptions(Options):
         if self.lr is not None and self.base_lr is not None:
             raise UserError("give --lr or --base_lr, not both")
         check_seed(self.seed)
+        if self.logger is not None:
+            self._set("logger", canonical_loggers(self.logger))
         logger_names(self.logger)
         if self.optimizer is not None:
-            check_optimizer(self.optimizer)
+            self._set("optimizer", canonical_optimizer(self.optimizer))
 
     @classmethod
     def merged(cls, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -200,6 +206,17 @@ class PretrainOptions(Options):
                 for name, kind in hyperparameters(pretext.info.name).items()
             ),
         ]
+
+    @classmethod
+    def epilog(cls, layers: Sequence[Mapping[str, Any]] = ()) -> str:
+        """See ``Options``. Says how to see the hyperparameters of another pretext."""
+        name = _named_pretext(layers)[0]
+        other = next(one for one in ("mae", "dino") if one != name)
+        return (
+            f"The options --pretext.NAME above are those of {name}. For those of another pretext, "
+            f"name it: vissl-lite pretrain --pretext {other} --help. "
+            f"vissl-lite list pretexts lists all pretexts and when to use each."
+        )
 
     @property
     def pretext_name(self) -> str:
@@ -267,39 +284,46 @@ def parse_time(text: str | int | None) -> float | None:
 
 
 def make_encoder(
-    backbone: str | None, image_size: int | None, init: StrPath, paths: Sequence[str], pretext: str
+    backbone: str | None,
+    image_size: int | None,
+    source: StrPath | None,
+    paths: Sequence[str],
+    pretext: str,
 ) -> Encoder:
     """Build or load the encoder that the training starts from.
 
     Args:
-        backbone: timm name; None for the backbone of ``init``, or the default.
-        image_size: Side in pixels; None for that of ``init``, or one that suits the images.
-        init: ``random``, ``pretrained``, a run, an encoder folder, or a state dict file.
+        backbone: timm name; None for the backbone of ``source``, or the default.
+        image_size: Side in pixels; None for that of the folder ``source``, or one that suits the
+            images.
+        source: A run, an encoder folder, ``timm:NAME``, ``random:NAME``, or a state dict file; None
+            for random weights.
         paths: Paths of the training images.
         pretext: Name of the pretext, which decides the default backbone.
 
     Raises:
-        UserError: ``init`` does not exist, or has another backbone than ``backbone``.
+        UserError: ``source`` does not exist, or has another backbone than ``backbone``.
     """
-    init = os.fspath(init)
-    if Path(init).is_dir():
-        encoder = load_encoder(init)
-        if backbone is not None and backbone.split(".")[0] != encoder.backbone:
-            raise UserError(f"--init {init} is a {encoder.backbone}, not --backbone {backbone}")
+    if source is None or Path(source).is_file():
+        size = image_size or suitable_size(paths)
+        encoder = build_encoder(backbone or default_backbone(pretext, size), size)
+        if source is not None:
+            load_weights(encoder, Path(source))
+        return encoder
+    source = os.fspath(source)
+    if Path(source).is_dir():
+        encoder = load_encoder(source)
         if image_size is not None:
             encoder.use_image_size(image_size)
-        return encoder
-    size = image_size or suitable_size(paths)
-    name = backbone or default_backbone(pretext, size)
-    if init in ("random", "pretrained"):
-        return build_encoder(name, size, pretrained=init == "pretrained")
-    if not Path(init).is_file():
+    elif source.startswith(("timm:", "random:")):
+        encoder = load_encoder(source, image_size or suitable_size(paths))
+    else:
         raise UserError(
-            f"--init {init} does not exist: give random, pretrained, a run, an encoder folder or a "
+            f"no encoder at {source}: give a run, an encoder folder, timm:NAME, random:NAME or a "
             f"state dict file"
         )
-    encoder = build_encoder(name, size)
-    load_weights(encoder, Path(init))
+    if backbone is not None and backbone.split(".")[0] != encoder.backbone:
+        raise UserError(f"--encoder {source} is a {encoder.backbone}, not --backbone {backbone}")
     return encoder
 
 
@@ -345,11 +369,17 @@ def hyperparameters(name: str) -> dict[str, Any]:
 
 
 def _as_mapping(pretext: Any) -> dict[str, Any]:
-    """A pretext as a mapping with its name, if given, and hyperparameters."""
+    """A pretext as a mapping with its name, if given, and hyperparameters.
+
+    The name may be in any case, and hyphens stand for underscores in hyperparameters.
+    """
     named = {"name": pretext} if isinstance(pretext, str) else pretext
     if not isinstance(named, Mapping) or not isinstance(named.get("name", ""), str):
         raise UserError(f"--pretext {brief(pretext)} is neither a name nor a mapping with one")
-    return dict(named)
+    named = {str(key).replace("-", "_"): value for key, value in named.items()}
+    if "name" in named:
+        named["name"] = canonical_name(named["name"], PRETEXTS)
+    return named
 
 
 def _named_pretext(

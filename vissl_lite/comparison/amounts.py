@@ -2,11 +2,30 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from vissl_lite.errors import UserError, check_count
 from vissl_lite.transfer.base import DatasetT
 
 DEFAULT_FRACTIONS = (0.01, 0.05, 0.1, 1.0)
+
+
+class LabelCount(NamedTuple):
+    """Numbers of labels that are used for training and for validation.
+
+    ``str`` gives them in words: ``21 training + 21 validation labels``.
+    """
+
+    train: int
+    val: int
+
+    @property
+    def total(self) -> int:
+        """Number of labels that must be made by hand."""
+        return self.train + self.val
+
+    def __str__(self) -> str:
+        return f"{self.train:,} training + {self.val:,} validation labels"
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class CompareOptions(Options, AllTaskOptions):
         for name in ("encoder", "protocols", "fractions", "shots", "lr"):
             value = getattr(self, name)
             self._set(name, value if isinstance(value, list) or value is None else [value])
-        find_task(self.task)
+        self._set("task", find_task(self.task).name)
         if self.seeds < 3:
             raise UserError(f"--seeds {self.seeds} must be at least 3 to estimate the spread")
         check_count("seeds", self.seeds, MAX_SEEDS)

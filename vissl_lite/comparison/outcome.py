@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from vissl_lite.comparison.amounts import LabelCount
 from vissl_lite.comparison.protocols import Score
 from vissl_lite.comparison.statistics import (
     Difference,
@@ -28,9 +29,9 @@ class ComparedEncoder:
     Attributes:
         by_amount: Difference for each amount of labels, by name.
         overall: Difference averaged over amounts; the verdict is based on it.
-        equivalent_labels: Number of labels with which the baseline reaches the same metric, and
-            whether it is exact (otherwise the baseline needs more), for each amount with the
-            verdict ``helped``.
+        equivalent_labels: Number of labels, training and validation together, with which the
+            baseline reaches the same metric, and whether it is exact (otherwise the baseline needs
+            more), for each amount with the verdict ``helped``.
         sentence: Verdict as a sentence.
     """
 
@@ -52,7 +53,7 @@ class Outcome:
         scores: Score of every cell.
         encoders: Names of the encoders; ``scores`` must have all their cells.
         protocols: Protocols, in order; the last one decides the verdict of the comparison.
-        labels: Number of labels (training and validation) of each amount, by name.
+        labels: Numbers of training and validation labels of each amount, by name.
         seeds: Seeds of the draws of labels.
         baseline: Name of the encoder that the others are compared with.
         metric: Name of the metric of each protocol.
@@ -63,7 +64,7 @@ class Outcome:
         scores: Mapping[Cell, Score],
         encoders: Sequence[str],
         protocols: Sequence[str],
-        labels: Mapping[str, int],
+        labels: Mapping[str, LabelCount],
         seeds: Sequence[int],
         baseline: str,
         metric: Mapping[str, str],
@@ -96,7 +97,8 @@ class Outcome:
         theirs = {amount: self.runs(self.baseline, protocol, amount) for amount in self.labels}
         by_amount = {name: difference([ours[name]], [theirs[name]]) for name in self.labels}
         overall = difference(list(ours.values()), list(theirs.values()))
-        counts, curve = list(self.labels.values()), [runs.mean for runs in theirs.values()]
+        counts = [count.total for count in self.labels.values()]
+        curve = [runs.mean for runs in theirs.values()]
         equivalent = {}
         for name, found in by_amount.items():
             equal = equivalent_labels(counts, curve, ours[name].mean)
@@ -118,21 +120,24 @@ class Outcome:
             "hurt": "hurt",
             "no difference": "made no difference that these seeds can show",
         }[overall.verdict]
+        exceptions = []
+        for verdict in ("helped", "hurt"):
+            at = [name for name, one in by_amount.items() if one.verdict == verdict]
+            if at and verdict != overall.verdict:
+                exceptions.append(f"{verdict} at {', '.join(at)}")
+        if exceptions:
+            what = f"{' and '.join(exceptions)}, but {what} on average"
         over = f"averaged over {len(by_amount)} amounts of labels, " if len(by_amount) > 1 else ""
         words = (
             f"{encoder} {what}: {protocol} {self.metric[protocol]} {overall.mean:+.3f} against "
             f"{self.baseline} ({over}95 % interval {overall.low:+.3f} to {overall.high:+.3f}, "
             f"{len(self.seeds)} seeds)."
         )
-        for verdict in ("helped", "hurt"):
-            at = [name for name, one in by_amount.items() if one.verdict == verdict]
-            if at and verdict != overall.verdict:
-                words += f" At {', '.join(at)} it {verdict}."
         # Only for the smallest such amount, where pre-training matters most.
         for name, (equal, exact) in list(equivalent.items())[:1]:
             count = self.labels[name]
-            rest = f"equal about {equal:.0f}" if exact else f"are better than all {equal:.0f}"
-            words += f" {count} labels with it {rest} without."
+            rest = f"equal about {equal:,.0f}" if exact else f"are better than all {equal:,.0f}"
+            words += f" {count} with it {rest} without."
         return words
 
     def sentences(self) -> list[str]:
@@ -158,7 +163,7 @@ class Outcome:
                 },
                 "labels_worth": {
                     encoder: {
-                        name: {"labels": self.labels[name], "equal": equal, "exact": exact}
+                        name: {"labels": self.labels[name].total, "equal": equal, "exact": exact}
                         for name, (equal, exact) in one.equivalent_labels.items()
                     }
                     for encoder, one in by_encoder.items()
@@ -177,7 +182,9 @@ class Outcome:
             "verdict": self.verdict,
             "sentences": self.sentences(),
             "baseline": self.baseline,
-            "labels": dict(self.labels),
+            "labels": {name: count.total for name, count in self.labels.items()},
+            "train_labels": {name: count.train for name, count in self.labels.items()},
+            "val_labels": {name: count.val for name, count in self.labels.items()},
             "seeds": list(self.seeds),
             "protocols": protocols,
         }
@@ -190,7 +197,9 @@ class Outcome:
                 "mean": runs.mean,
                 "std": runs.std,
                 "runs": runs.values.tolist(),
-                "labels": count,
+                "labels": count.total,
+                "train_labels": count.train,
+                "val_labels": count.val,
             }
         return by_amount
 
@@ -208,9 +217,8 @@ class Outcome:
         """Write one row per run."""
         with file.open("w", newline="", encoding="utf-8") as out:
             rows = csv.writer(out)
-            rows.writerow(
-                ["arm", "protocol", "amount", "labels", "seed", "metric", "value", "chosen"]
-            )
+            columns = ("arm", "protocol", "amount", "train_labels", "val_labels", "seed")
+            rows.writerow([*columns, "metric", "value", "chosen"])
             for protocol in self.protocols:
                 for encoder in self.encoders:
                     for amount, count in self.labels.items():
@@ -222,7 +230,8 @@ class Outcome:
                                     encoder,
                                     protocol,
                                     amount,
-                                    count,
+                                    count.train,
+                                    count.val,
                                     seed,
                                     self.metric[protocol],
                                     score.value,
@@ -250,7 +259,7 @@ class Outcome:
             for protocol in self.protocols
         }
         figure = Figure(figsize=(8, 4.6), layout="constrained")
-        title = f"test images, {count} labels ({amount}), {len(self.seeds)} seeds"
+        title = f"test images, {count} ({amount}), {len(self.seeds)} seeds"
         plot_bars(figure.subplots(), values, title)
         return figure
 
@@ -259,7 +268,8 @@ class Outcome:
         columns = len(self.protocols)
         figure = Figure(figsize=(1.0 + 4.6 * columns, 4.6), layout="constrained")
         panels = figure.subplots(1, columns, squeeze=False)[0]
-        counts = list(self.labels.values())
+        counts = [count.total for count in self.labels.values()]
+        ticks = [f"{one.train} + {one.val}\n{name}" for name, one in self.labels.items()]
         for axes, protocol in zip(panels, self.protocols, strict=True):
             for encoder in self.encoders:
                 runs = [self.runs(encoder, protocol, amount) for amount in self.labels]
@@ -269,10 +279,10 @@ class Outcome:
                 (line,) = axes.plot(counts, mean, style, marker="o", markersize=4, label=encoder)
                 axes.fill_between(counts, mean - std, mean + std, color=line.get_color(), alpha=0.2)
             axes.set_xscale("log")
-            axes.set_xticks(counts, [f"{count}\n{name}" for name, count in self.labels.items()])
+            axes.set_xticks(counts, ticks)
             axes.minorticks_off()
             axes.set_title(f"{protocol}: test {self.metric[protocol]}")
-            axes.set_xlabel("labels")
+            axes.set_xlabel("training + validation labels")
             axes.grid(alpha=0.3)
         handles, names = panels[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=1 if columns < 2 else 2)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from vissl_lite.comparison.amounts import Amount, make_amounts
+from vissl_lite.comparison.amounts import Amount, LabelCount, make_amounts
 from vissl_lite.comparison.options import CompareOptions, as_list
 from vissl_lite.comparison.protocols import Protocol
 from vissl_lite.encoders.encoder import Encoder
@@ -69,14 +69,14 @@ class Plan:
             raise UserError(f"nothing to compare {baseline} with: give at least two encoders")
         return encoders, baseline
 
-    def choose_amounts(self, data: LabelledDataset) -> tuple[list[Amount], dict[str, int]]:
-        """Amounts of labels, without duplicates, and the number of labels of each."""
+    def choose_amounts(self, data: LabelledDataset) -> tuple[list[Amount], dict[str, LabelCount]]:
+        """Amounts of labels, without duplicates, and the numbers of labels of each."""
         amounts: list[Amount] = []
-        labels: dict[str, int] = {}
+        labels: dict[str, LabelCount] = {}
         for amount in make_amounts(as_list(self.options.fractions), as_list(self.options.shots)):
             subset = amount.subsample(data, self.options.seed)
-            count = len(subset.train) + len(subset.val)
-            if count in labels.values():
+            count = LabelCount(len(subset.train), len(subset.val))
+            if count.total in [one.total for one in labels.values()]:
                 log.info(
                     "left out: %s, as many labels as another amount",
                     amount.name,

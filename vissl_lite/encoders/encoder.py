@@ -305,7 +305,8 @@ def _create(backbone: str, pretrained: bool, model_args: dict[str, Any]) -> nn.M
         reason = first_line(error).split(". ")[0]
         raise WeightsUnavailableError(
             f"the pre-trained weights of {backbone} can't be downloaded and are not in the cache "
-            f"({reason}); pretrain takes a file of weights too (--init FILE), or random ones"
+            f"({reason}): give a run, an encoder folder, or random:{backbone.split('.')[0]} for "
+            f"random weights"
         ) from None
     finally:
         hub.HF_HUB_OFFLINE = was_offline

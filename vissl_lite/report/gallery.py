@@ -20,7 +20,11 @@ PICTURES = {
         "Labels",
         "Images of each part with their labels. Check that the labels are right.",
     ),
-    "test.png": ("Test images", "Predictions of the model and the ground truth."),
+    "test.png": (
+        "Test images",
+        "Predictions of the model and the ground truth. For detection, the title names the"
+        " confidence above which boxes are drawn: that of the best F1 on the validation images.",
+    ),
     "confusion.png": ("Confusion matrix", "Rows are true classes, columns predicted classes."),
     "per_class.png": ("Classes", "On the test part, best first."),
     "views.png": (
@@ -115,5 +119,10 @@ def predicted(run: RunFolder) -> list[Block]:
     if not shown:
         return []
     note = f"{len(shown)} of {len(files)} in the folder pictures." if len(files) > 1 else ""
+    if run.figures.get("task") == "detection":
+        note += (
+            " Boxes below the confidence with the best F1 on the validation images are not drawn;"
+            " predictions.json holds all boxes, and this confidence as info.threshold."
+        )
     html = render("pictures", pictures=shown, small=True, alt="prediction")
     return [Block("Predictions", html, note)]

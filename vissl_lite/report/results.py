@@ -3,10 +3,11 @@
 import csv
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from vissl_lite.evaluation.online import COLLAPSED_RANK, COLLAPSED_STD
 from vissl_lite.leakage.matching import LEAKS
 from vissl_lite.report.charts import stages
 from vissl_lite.report.folder import RunFolder
@@ -34,6 +35,20 @@ NAMES = {
     "test_images": "test images",
 }
 
+# Values of an online metric below which ``pretrain`` warns of a collapse.
+COLLAPSE_BELOW = {"feature_std": COLLAPSED_STD, "effective_rank": COLLAPSED_RANK}
+
+# How to read the figures of pretrain; docs/watching.md says more.
+ONLINE_NOTES = {
+    "loss": "Should have fallen. Not comparable between pretexts.",
+    "feature_std": "Higher is not better.",
+    "effective_rank": "Compare it only with runs of this pretext and backbone.",
+    "alignment": "0: two crops of an image have the same features. Read it with the uniformity.",
+    "uniformity": "0: the features of all images are in one place. Lower is more even.",
+    "knn": "On validation images. Higher is better.",
+    "linear": "On validation images. Higher is better.",
+}
+
 # Figures that are not shown at the top of the page.
 _NOT_AT_TOP = frozenset({"seconds", "k", "temperature", "image_size", "leaks", "evaluation_share"})
 
@@ -54,8 +69,24 @@ def number(value: Any) -> str:
     return f"{value:.3f}" if 0.001 <= abs(value) < 100 or value == 0 else f"{value:.3g}"
 
 
-def main_figures(run: RunFolder) -> list[tuple[str, str]]:
-    """Return the names and formatted values of the figures at the top of the page."""
+class Tile(NamedTuple):
+    """A figure at the top of the page.
+
+    Attributes:
+        name: Name of the figure.
+        figure: Formatted value.
+        note: How to read it; empty for figures that need no words.
+        kind: ``good`` or ``bad`` where a threshold tells; otherwise empty.
+    """
+
+    name: str
+    figure: str
+    note: str = ""
+    kind: str = ""
+
+
+def main_figures(run: RunFolder) -> list[Tile]:
+    """Return the figures at the top of the page."""
     results = run.figures
     named: dict[str, Any] = {}
     if isinstance(results.get("test"), dict):
@@ -68,7 +99,21 @@ def main_figures(run: RunFolder) -> list[tuple[str, str]]:
             named[_name(name)] = value
     if isinstance(results.get("classes"), list):
         named["classes"] = len(results["classes"])
-    return [(name, number(value)) for name, value in named.items()]
+    tiles = [Tile(name, number(value)) for name, value in named.items()]
+    return [_read_online(tile, results) for tile in tiles] if run.command == "pretrain" else tiles
+
+
+def _read_online(tile: Tile, results: Mapping[str, Any]) -> Tile:
+    """Add how to read a metric of the online evaluation of ``pretrain``."""
+    for metric, note in ONLINE_NOTES.items():
+        if tile.name == _name(metric):
+            least = COLLAPSE_BELOW.get(metric)
+            if least is None:
+                return tile._replace(note=note)
+            kind = "good" if results[metric] >= least else "bad"  # "bad" also for not a number.
+            state = "No collapse" if kind == "good" else "Collapsed"
+            return tile._replace(note=f"{state} (that is below {least}). {note}", kind=kind)
+    return tile
 
 
 def verdicts(run: RunFolder) -> Markup | None:
@@ -121,8 +166,14 @@ def comparison(run: RunFolder) -> list[Block]:
 
 
 def _amount(name: str, encoders: Mapping[str, Any]) -> tuple[str, str]:
-    counts = {_mapping(encoder.get(name)).get("labels") for encoder in encoders.values()} - {None}
-    return name, f"{number(counts.pop())} labels" if len(counts) == 1 else ""
+    figures = [_mapping(encoder.get(name)) for encoder in encoders.values()]
+    counts = {(one.get("train_labels"), one.get("val_labels")) for one in figures if one}
+    if len(counts) != 1:
+        return name, ""
+    train, val = counts.pop()
+    if train is None or val is None:
+        return name, ""
+    return name, f"{number(train)} training + {number(val)} validation labels"
 
 
 def _cell(figures: Any, difference: Any) -> tuple[str, str]:
@@ -141,8 +192,8 @@ def _difference(found: Any) -> str:
 
 
 def result_blocks(run: RunFolder) -> list[Block]:
-    """Return tables and charts of all results that are not at the top of the page."""
-    return [*comparison(run), *_layers(run), *_per_class(run), *_leaks(run)]
+    """Return tables and charts of the results that are not at the top of the page."""
+    return [*comparison(run), *_layers(run), *_per_class(run)]
 
 
 def _layers(run: RunFolder) -> list[Block]:
@@ -210,8 +261,8 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else float("nan")
 
 
-def _leaks(run: RunFolder) -> list[Block]:
-    """Render a table of leaks from the file that ``leakage/matching.py`` writes."""
+def leak_blocks(run: RunFolder) -> list[Block]:
+    """Render a table of leaks, folded, from the file that ``leakage/matching.py`` writes."""
     if not run.has(LEAKS):
         return []
     columns = ("path", "twin", "where", "kind")
@@ -228,9 +279,11 @@ def _leaks(run: RunFolder) -> list[Block]:
     if not found:
         return []
     names = ["evaluated image", "training image", "found in", "match"]
-    html = render("table", columns=names, rows=found[:LISTED_LEAKS])
-    more = f" The first {LISTED_LEAKS} of {len(found)}." if len(found) > LISTED_LEAKS else ""
-    note = f"Evaluated images that were seen in training; {LEAKS} lists all of them.{more}"
+    table = render("table", columns=names, rows=found[:LISTED_LEAKS])
+    count = f"{len(found):,} image{'s' * (len(found) != 1)}"
+    shown = f"The first {LISTED_LEAKS} of {count}" if len(found) > LISTED_LEAKS else count
+    html = Markup("<details><summary>{}</summary>{}</details>").format(shown, table)
+    note = f"Evaluated images that were seen in training; {LEAKS} lists all of them."
     return [Block("Leaks", html, note)]
 
 

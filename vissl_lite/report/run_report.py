@@ -15,7 +15,7 @@ from vissl_lite.report.folder import RunFolder, read_run
 from vissl_lite.report.gallery import pictures, predicted
 from vissl_lite.report.map import map_layout
 from vissl_lite.report.page import Block, render, write_page
-from vissl_lite.report.results import main_figures, result_blocks, verdicts
+from vissl_lite.report.results import leak_blocks, main_figures, result_blocks, verdicts
 from vissl_lite.run import LOG, MAP, METRICS, RESULTS
 from vissl_lite.run_folder import RUN_CONFIG
 from vissl_lite.run_record import RunRecord, WarningRecord
@@ -64,6 +64,7 @@ def write_report(folder: Path) -> Path:
         *predicted(run),
         *_map(run),
         *_curves(run),
+        *leak_blocks(run),
         _provenance(run),
     ]
     # The head is rendered last, because it lists the files that the other blocks could not read.
@@ -91,8 +92,21 @@ def _head(run: RunFolder) -> Block:
         more=max(0, len(warnings) - MAX_KINDS),
         verdicts=verdicts(run),
         tiles=main_figures(run),
+        explained=_explained(run),
     )
     return Block("", html)
+
+
+def _explained(run: RunFolder) -> str:
+    """Say where the figures of a pre-training are explained, and how to measure the encoder."""
+    if run.command != "pretrain" or run.results is None:
+        return ""
+    folder = shlex.quote(str(run.folder))
+    return (
+        "The page docs/watching.md of the documentation explains these numbers. Whether the "
+        f"features are useful, only labels can show: vissl-lite probe --encoder {folder} "
+        "--data LABELLED --out NEW_FOLDER"
+    )
 
 
 def _lines(run: RunFolder) -> list[str]:

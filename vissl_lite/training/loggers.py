@@ -6,10 +6,16 @@ from pathlib import Path
 
 from lightning.pytorch.loggers import Logger
 
-from vissl_lite.errors import UserError, did_you_mean
+from vissl_lite.errors import UserError, canonical_name, did_you_mean
 
 # By the name of their package.
 LOGGERS = ("tensorboard", "wandb", "mlflow")
+NAMES = (*LOGGERS, "none")
+
+
+def canonical_loggers(given: Sequence[str] | str) -> list[str]:
+    """Names of loggers as in ``NAMES``, from names in any case; unknown ones stay as they are."""
+    return [canonical_name(name, NAMES) for name in ([given] if isinstance(given, str) else given)]
 
 
 def logger_names(given: Sequence[str] | str | None) -> list[str]:
@@ -23,10 +29,10 @@ def logger_names(given: Sequence[str] | str | None) -> list[str]:
     """
     if given is None:
         return ["tensorboard"] if find_spec("tensorboard") else []
-    names = list(dict.fromkeys([given] if isinstance(given, str) else given))
+    names = list(dict.fromkeys(canonical_loggers(given)))
     for name in names:
-        if name not in (*LOGGERS, "none"):
-            raise UserError(f"unknown --logger {name}: {did_you_mean(name, (*LOGGERS, 'none'))}")
+        if name not in NAMES:
+            raise UserError(f"unknown --logger {name}: {did_you_mean(name, NAMES)}")
         if name != "none" and find_spec(name) is None:
             raise UserError(f"--logger {name} needs a package that is missing: pip install {name}")
     if "none" in names:

@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vissl_lite.errors import UserError
+from vissl_lite.errors import UserError, canonical_name
 from vissl_lite.transfer.base import Task
 from vissl_lite.transfer.classification.task import Classification
 from vissl_lite.transfer.detection.task import Detection
@@ -36,11 +36,12 @@ else:
 
 
 def find_task(name: str) -> AnyTask:
-    """A task by its name.
+    """A task by its name, in any case.
 
     Raises:
         UserError: There is none of this name.
     """
+    name = canonical_name(name, TASKS)
     if name not in TASKS:
         raise UserError(f"--task {name} is none of {', '.join(TASKS)}")
     return TASKS[name]

@@ -1,6 +1,7 @@
 """The detection task of the commands."""
 
 import json
+import logging
 from collections.abc import Iterator
 from functools import partial
 from itertools import count
@@ -34,6 +35,8 @@ from vissl_lite.transfer.exporting import ExportModel, Normalization
 from vissl_lite.transfer.prediction import Predictions, growing_file
 from vissl_lite.transfer.pyramid import report_use, shrunk
 from vissl_lite.transfer.sources.parts import Split
+
+log = logging.getLogger(__name__)
 
 MAX_SHOWN = 8  # test images in the figure of predictions and ground truth
 
@@ -98,7 +101,8 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
                 ]
             )
         colors = dict(zip(classes, class_colors(len(classes)), strict=True))
-        plot_grid(rows, run / "test.png", ("truth", "prediction"), colors, cell=320)
+        columns = ("truth", f"prediction\n{shown_boxes(model)}")
+        plot_grid(rows, run / "test.png", columns, colors, cell=320)
         plot_per_class(scores.per_class, run / "per_class.png")
 
     def labelled_picture(self, data: LabelledBoxes, part: Split, index: int) -> Picture:
@@ -112,6 +116,8 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
         Pictures show the boxes above the threshold. As a COCO file can't be written image by image,
         the predictions first go to a JSON Lines file.
         """
+        if predictions.pictures:
+            log.info("The pictures show boxes of %s", shown_boxes(model))
         file, lines = predictions.run / "predictions.json", predictions.run / "predictions.jsonl"
         with growing_file(lines) as out:
             images, annotations = count(1), count(1)
@@ -169,6 +175,11 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
             preparation="fitted into {size} pixels, at the upper left, on gray",
             translations=ONNX_TRANSLATIONS,
         )
+
+
+def shown_boxes(model: Detector) -> str:
+    """Which of its boxes the pictures of a detector show, for titles and the log."""
+    return f"confidence ≥ {model.threshold:.2f} (best F1)"
 
 
 def _annotation(box: np.ndarray, score: float, label: int) -> dict[str, Any]:
