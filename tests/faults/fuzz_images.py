@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from PIL import Image, features
+from PIL import Image
 
 from vissl_lite.data.headers import image_header, image_size
 from vissl_lite.data.images import BROKEN_IMAGE, read_image
@@ -61,9 +61,12 @@ def seeds() -> list[bytes]:
         (rgb, "WEBP", {"save_all": True, "append_images": [rgba]}),
         (rgb, "BMP", {}),
         (rgb.quantize(8), "BMP", {}),
+        (rgb, "AVIF", {}),
+        (rgb, "JPEG2000", {}),
+        (rgba, "JPEG2000", {"no_jp2": True}),
+        (rgb, "PPM", {}),
+        (rgb.convert("1"), "PPM", {}),
     ]
-    if features.check("avif"):
-        kinds.append((rgb, "AVIF", {}))
     files = []
     for image, kind, options in kinds:
         out = BytesIO()
@@ -72,7 +75,8 @@ def seeds() -> list[bytes]:
     # 16-bit color, which Pillow does not know, in strips
     written, coded = cv2.imencode(".tif", pixels[..., :3].astype(np.uint16) * 257)
     assert written
-    return [*files, coded.tobytes()]
+    pgm = b"P5 40 24 4095\n" + (pixels[..., 0].astype(">u2") * 16).tobytes()
+    return [*files, coded.tobytes(), pgm]
 
 
 @st.composite

@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 import pytest
 import yaml
-from PIL import Image, features
+from PIL import Image
 
 from vissl_lite.cli import main
 from vissl_lite.data import reading
@@ -122,6 +122,12 @@ def avif(width: int, height: int) -> bytes:
     return data[: at + 8] + struct.pack(">II", width, height) + data[at + 16 :]
 
 
+def jpeg_2000(width: int, height: int, **options: Any) -> bytes:
+    data = saved("JPEG2000", **options)
+    at = data.index(b"\xff\x4f\xff\x51") + 8
+    return data[:at] + struct.pack(">II", width, height) + data[at + 8 :]
+
+
 BOMBS = {
     "jpeg": jpeg(65_500, 65_500),
     "gray jpeg": jpeg(65_500, 65_500, mode="L"),
@@ -151,9 +157,13 @@ BOMBS = {
     "webp": webp(16_383, 16_383, b"VP8 "),
     "lossless webp": webp(16_383, 16_383, b"VP8L"),
     "animated webp": webp(1 << 16, 1 << 15, b"VP8X"),
+    "avif": avif(15_000, 15_000),  # libavif has a limit of its own
+    "jpeg 2000": jpeg_2000(SIDE, SIDE),
+    "jpeg 2000 codestream": jpeg_2000(SIDE, SIDE, no_jp2=True),
+    "ppm": b"P6 50000 50000 255\n" + bytes(1000),
+    "12-bit pgm": b"P5 50000 50000 4095\n" + bytes(1000),
+    "plain pbm": b"P1 50000 50000\n" + b"1 " * 1000,
 }
-if features.check("avif"):
-    BOMBS["avif"] = avif(15_000, 15_000)  # libavif has a limit of its own
 
 IN_LITTLE_MEMORY = """
 import os, resource, sys, time

@@ -28,9 +28,18 @@ _ON_ITS_SIDE = range(5, 9)  # its values that make height of width
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
-# What Pillow may open: what the suffixes of images stand for, and AVIF, which web servers send
-# under other names. Pillow knows dozens, and hands one of them to Ghostscript.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
+# What Pillow may open: what the suffixes of images stand for. Pillow knows dozens, and hands one of
+# them to Ghostscript.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM")
+
+# Major brands of HEIF files; the last two may also be AVIF.
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_MOST_HEIF_HEADER = 1 << 16  # bytes of a HEIF file in which image sizes are looked for
+
+_JP2 = b"\0\0\0\x0cjP  \r\n\x87\n"
+_J2K = b"\xff\x4f\xff\x51"
+_MOST_BOXES = 1000  # of a JPEG 2000 file before its pixels
+_MOST_TILES = 1 << 14  # of a JPEG 2000 file: OpenJPEG takes about 10 kB for each at once
 
 # What Pillow raises on bytes that it does not expect, beside what ``BROKEN_IMAGE`` names.
 _CONFUSED = (
@@ -227,11 +236,15 @@ def opened_image(file: BinaryIO, path: str | Path) -> Iterator[Image.Image]:
         OSError, ValueError, SyntaxError: It is damaged, or has too many pixels.
     """
     try:
-        _check_by_hand(file, path)
-        with Image.open(file, formats=_formats()) as image:
+        heif = _check_by_hand(file, path)
+        formats = [*_formats(), "HEIF"] if heif and _knows_heif() else _formats()
+        with Image.open(file, formats=formats) as image:
             check_pixels(image.height, image.width, path)
             yield image
     except UnidentifiedImageError:
+        file.seek(0)
+        if is_heif(file.read(12)) and not _knows_heif():
+            raise ValueError(f"{path}: HEIC is read with pip install 'vissl-lite[heic]'") from None
         raise UnidentifiedImageError(f"{path}: no image of a format that is known") from None
     except Image.DecompressionBombError:
         raise ValueError(f"{path}: more pixels than --max_pixels {max_pixels()}") from None
@@ -254,19 +267,92 @@ def _formats() -> list[str]:
     return [name for name in _FORMATS if name in Image.OPEN]
 
 
-def _check_by_hand(file: BinaryIO, path: str | Path) -> None:
-    """Check the size of a file before Pillow opens it, which may allocate memory at once."""
+@cache
+def _knows_heif() -> bool:
+    """Register HEIF with Pillow if ``pi_heif`` is installed, which is looked for only when needed.
+
+    Returns:
+        Whether it is.
+    """
+    try:
+        import pi_heif
+    except ImportError:
+        return False
+    pi_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False)
+    return True
+
+
+def is_heif(data: bytes) -> bool:
+    """Whether a file begins as a HEIF file, such as HEIC."""
+    return data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS
+
+
+def _check_by_hand(file: BinaryIO, path: str | Path) -> bool:
+    """Check the size of a file before Pillow opens it, which may allocate memory at once.
+
+    Returns:
+        Whether it begins as a HEIF file.
+    """
     file.seek(0)
     start = file.read(33)
     if is_png(start):
         png_size(start, path)
     elif is_tiff(start):
         check_tiff(file, path)
+    elif is_heif(start):
+        # The size that Pillow sees is a part of the image that is decoded.
+        file.seek(0)
+        _check_heif(file.read(_MOST_HEIF_HEADER), path)
+    elif start[:4] == _J2K or start[:12] == _JP2:
+        _check_jpeg2000(file, path)
     else:
         size = _size_in_start(start)
         if size is not None:
             check_pixels(*size, path)
     file.seek(0)
+    return is_heif(start)
+
+
+def _check_heif(header: bytes, path: str | Path) -> None:
+    """Check the sizes of all images in a HEIF file (ISO/IEC 23008-12, 6.5.3: ``ispe``)."""
+    at = header.find(b"ispe\0\0\0\0")
+    while at >= 0:
+        width, height = (int.from_bytes(header[at + i : at + i + 4], "big") for i in (8, 12))
+        check_pixels(height, width, path)
+        at = header.find(b"ispe\0\0\0\0", at + 8)
+
+
+def _check_jpeg2000(file: BinaryIO, path: str | Path) -> None:
+    """Check the size of the codestream of a JPEG 2000 file, which may differ from its header's.
+
+    Reads the boxes and the marker SIZ by hand (ITU T.800, annexes I.4 and A.5.1).
+
+    Raises:
+        ValueError: It has too many pixels, tiles or channels, or none.
+    """
+    at = 0
+    for _ in range(_MOST_BOXES):
+        file.seek(at)
+        start = file.read(42)
+        if start[:4] == _J2K:
+            break
+        length, head = int.from_bytes(start[:4], "big"), 8
+        if length == 1:
+            length, head = int.from_bytes(start[8:16], "big"), 16
+        is_pixels = start[4:8] == b"jp2c"
+        if not is_pixels and length < head:  # 0: up to the end
+            raise ValueError(f"{path}: no size in it")
+        at += head if is_pixels else length
+    if start[:4] != _J2K or len(start) < 42:
+        raise ValueError(f"{path}: no size in it")
+    right, bottom, left, top, wide, high, from_left, from_top = struct.unpack(">8I", start[8:40])
+    check_pixels(bottom - top, right - left, path)
+    if not wide or not high:
+        raise ValueError(f"{path}: its tiles have no size")
+    tiles = -(-(right - from_left) // wide) * -(-(bottom - from_top) // high)
+    channels = int.from_bytes(start[40:42], "big")
+    if not 0 < tiles <= _MOST_TILES or channels > 4:
+        raise ValueError(f"{path}: {tiles} tiles of {channels} channels")
 
 
 def _size_in_start(start: bytes) -> tuple[int, int] | None:

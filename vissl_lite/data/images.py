@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Callable, Collection, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -27,8 +28,12 @@ from vissl_lite.errors import UserError
 log = logging.getLogger(__name__)
 
 EXTENSIONS = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
+    | {".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".heic", ".heif"}
 )
+
+# What macOS adds to an archive: for each file one of the same suffix that is not an image.
+_NO_FOLDERS = frozenset({"__MACOSX"})
 
 # What decoding raises on a broken file; anything else is a bug of ours and must surface.
 BROKEN_IMAGE = (OSError, ValueError, SyntaxError, EOFError, cv2.error, Image.DecompressionBombError)
@@ -106,8 +111,8 @@ def walk(
 ) -> list[str]:
     """The regular files below a folder, folder by folder, sorted; hidden ones are left out.
 
-    Links to folders are followed, each folder once. Pipes, devices and links to nothing are left
-    out, and counted in the log.
+    So are folders ``__MACOSX``. Links to folders are followed, each folder once. Pipes, devices and
+    links to nothing are left out, and counted in the log.
 
     Args:
         folder: Folder to search; the paths begin with it.
@@ -160,6 +165,8 @@ def _entries(
                 if name.startswith(".") or name == "__MACOSX":  # what macOS adds to archives
                     continue
                 if _is(entry.is_dir):
+                    if name in _NO_FOLDERS:
+                        continue
                     folders.append(name)
                 elif endings is None or name.lower().endswith(endings):
                     # the folder says which it is; of a link, what is_dir has found is known
@@ -200,7 +207,7 @@ def read_image(path: str | Path, shortest: int | None = None) -> np.ndarray:
     GIF, palettes, alpha (laid over white), CMYK, 16 bits. EXIF orientation is applied. Sixteen-bit
     gray values are scaled to eight bits: by 1/16 where all fit into 12 bits (as cameras and
     scanners store them), else by 1/257. Floating-point images are scaled from their own minimum
-    and maximum.
+    and maximum. A PGM or PPM file whose header has another maximum than 65535 is scaled by that.
 
     Args:
         path: The file.
@@ -262,7 +269,9 @@ def decode_reduced(
     elif _is_plain_png(data):
         png_size(data, path)
     else:
-        read = _read_with_pillow(data, path)
+        read = _read_pnm(data, path)
+        if read is None:
+            read = _read_with_pillow(data, path)
         return read, (read.shape[0], read.shape[1])
     image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     if image is None:
@@ -280,6 +289,43 @@ def _is_plain_png(data: bytes) -> bool:
         return False
     depth, kind = data[24], data[25]
     return depth == 8 and kind in (0, 2) and b"tRNS" not in data[33 : data.find(b"IDAT")]
+
+
+_PNM_GAP = rb"(?:\s|#[^\r\n]*[\r\n])+"
+_PNM_HEADER = re.compile(
+    rb"P([56])" + _PNM_GAP + rb"(\d{1,9})" + _PNM_GAP + rb"(\d{1,9})" + _PNM_GAP + rb"(\d{1,5})\s"
+)
+
+
+def _read_pnm(data: bytes, path: str | Path) -> np.ndarray | None:
+    """Decode a binary PGM or PPM file whose maximum is not 255, which takes Pillow seconds.
+
+    Format: https://netpbm.sourceforge.net/doc/ppm.html and pgm.html.
+
+    Returns:
+        ``(H, W, 3)`` uint8; None for other files.
+    """
+    header = _PNM_HEADER.match(data, 0, 1 << 16)
+    if header is None:
+        return None
+    kind, width, height, largest = map(int, header.groups())
+    if largest == 255:
+        return None
+    check_pixels(height, width, path)
+    if not 0 < largest < 1 << 16:
+        raise ValueError(f"{path}: its largest value is {largest}")
+    channels = 3 if kind == 6 else 1
+    dtype = np.dtype(">u2" if largest > 255 else "u1")
+    if len(data) - header.end() < height * width * channels * dtype.itemsize:
+        raise ValueError(f"{path}: cut short")
+    values = np.frombuffer(data, dtype, height * width * channels, header.end())
+    if largest == 65535:
+        scaled = _to_eight_bits(values)
+    else:
+        table = np.minimum(np.arange(np.iinfo(dtype).max + 1), largest) * 255.0 / largest
+        scaled = table.round().astype(np.uint8)[values]
+    image = scaled.reshape(height, width, channels)
+    return image if channels == 3 else np.repeat(image, 3, axis=2)
 
 
 def _read_with_pillow(data: bytes, path: str | Path) -> np.ndarray:
