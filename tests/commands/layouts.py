@@ -393,7 +393,7 @@ CLASSIFICATION = [
         data="labels.csv",
         says=("2 images missing", "1 image without a label", "1 row that is cut short"),
     ),
-    Layout("`.zip`", _archive("zip"), (8, 2, 10), data="pets.zip", says=("is unpacked to",)),
+    Layout("`.zip`", _archive("zip"), (8, 2, 10), data="pets.zip", says=("Unpacking ",)),
     Layout("`.tar.gz`", _archive("tar.gz"), (8, 2, 10), data="pets.tar.gz"),
     Layout("Parquet files (Hugging Face)", _parquet, (4, 2, 4), data="pets"),
     Layout("a folder saved by `datasets`", _saved, (4, 2, 4), data="pets"),

@@ -9,7 +9,8 @@ import shutil
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from lzma import LZMAError
 from pathlib import Path
 from typing import IO
@@ -22,9 +23,9 @@ log = logging.getLogger(__name__)
 
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
-# File in an unpacked folder that identifies the archive it came from.
+# File in an unpacked folder that identifies the files it came from.
 MARKER = ".unpacked.json"
-MAX_MARKER_BYTES = 2**16
+MAX_MARKER_BYTES = 2**24
 
 # Number of bytes that must stay free on the disk.
 RESERVE = 2**28
@@ -75,51 +76,73 @@ def unpack(archive: Path) -> Path:
         MachineError: There is too little space on the disk.
     """
     folder = archive.with_name(_stem(archive))
-    about = archive.stat()
-    marker = {"archive": archive.name, "bytes": about.st_size, "mtime_ns": about.st_mtime_ns}
+    return unpack_beside(archive, [archive], folder, partial(_extract, archive))
+
+
+def unpack_beside(
+    source: Path, files: Sequence[Path], folder: Path, extract: Callable[[Path], None]
+) -> Path:
+    """Unpack files into a folder; see ``unpack``.
+
+    Args:
+        source: File or folder that was given, for messages.
+        files: Files whose content is unpacked.
+        folder: Folder to create.
+        extract: Function that writes the content into an empty folder.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: The folder exists and is not from these files, or cannot be created; or
+            ``extract`` fails.
+        MachineError: There is too little space on the disk.
+    """
+    stats = {file.name: file.stat() for file in files}
+    marker = {"files": {name: [one.st_size, one.st_mtime_ns] for name, one in stats.items()}}
     if os.path.lexists(folder):
-        _check_earlier(folder, archive, marker)
+        _check_earlier(folder, source, marker)
         return folder
-    log.info("Unpacking %s into %s", archive, folder)
+    log.info("Unpacking %s into %s", source, folder)
     # Some characters suffice to recognize what a killed process leaves.
     part = folder.with_name(f".{folder.name[:40]}.{secrets.token_hex(4)}.part")
     try:
         part.mkdir()
     except OSError as error:
         raise UserError(
-            f"{archive} can't be unpacked into {folder}: {error.strerror}: unpack it elsewhere, "
+            f"{source} can't be unpacked into {folder}: {error.strerror}: unpack it elsewhere, "
             f"and give the folder"
         ) from None
     try:
-        _extract(archive, part)
+        extract(part)
         (part / MARKER).write_text(json.dumps(marker) + "\n", encoding="utf-8")
         try:
             part.rename(folder)
         except OSError:
             if not os.path.lexists(folder):
                 raise
-            _check_earlier(folder, archive, marker)  # Another process was faster.
+            _check_earlier(folder, source, marker)  # Another process was faster.
     except OSError as error:
         raise machine_error(error) or UserError(
-            f"{archive} can't be unpacked: {brief(error)}"
+            f"{source} can't be unpacked: {brief(error)}"
         ) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
 
 
-def _check_earlier(folder: Path, archive: Path, marker: dict[str, object]) -> None:
-    """Raise a UserError unless a folder was unpacked from this archive."""
+def _check_earlier(folder: Path, source: Path, marker: Mapping[str, object]) -> None:
+    """Raise a UserError unless a folder was unpacked from these files."""
     try:
         earlier = read_json(folder / MARKER, MAX_MARKER_BYTES)
     except UserError:
         earlier = None
     if earlier != marker:
         raise UserError(
-            f"{archive} can't be unpacked: {folder} exists, and does not come from this archive: "
+            f"{source} can't be unpacked: {folder} exists, and does not come from it: "
             f"give {folder} itself, or rename it"
         )
-    log.info("%s is unpacked already: using %s", archive, folder)
+    log.info("%s is unpacked already: using %s", source, folder)
 
 
 def _extract(archive: Path, folder: Path) -> None:

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from vissl_lite.data.archives import is_archive, unpack
 from vissl_lite.data.headers import (
     check_tiff,
     image_size,
@@ -22,7 +23,6 @@ from vissl_lite.data.headers import (
     png_size,
 )
 from vissl_lite.data.reading import check_pixels, read_regular
-from vissl_lite.data.unpacking import is_archive, unpack
 from vissl_lite.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def find_images(sources: Sequence[str | Path]) -> list[str]:
         odd: list[str] = []
         if source.is_dir():
             paths = walk(source, EXTENSIONS, odd)
-        elif source.is_file() and is_archive(source):
+        elif is_archive(source):
             paths = walk(unpack(source), EXTENSIONS, odd)
         elif source.suffix.lower() == ".txt" and source.is_file():
             paths = _read_list(source)
@@ -162,7 +162,7 @@ def _entries(
         with os.scandir(folder) as entries:
             for entry in entries:
                 name = entry.name
-                if name.startswith(".") or name == "__MACOSX":  # what macOS adds to archives
+                if name.startswith("."):
                     continue
                 if _is(entry.is_dir):
                     if name in _NO_FOLDERS:

@@ -7,9 +7,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vissl_lite.data.archives import unpack_beside
 from vissl_lite.data.headers import opened_image
 from vissl_lite.data.images import BROKEN_IMAGE
-from vissl_lite.data.unpacking import unpack_beside
 from vissl_lite.errors import UserError
 from vissl_lite.transfer.sources.file_tree import FileTree
 from vissl_lite.transfer.sources.parts import part_of_name
@@ -57,7 +57,7 @@ def unpack_hugging_face(source: Path, files: list[Path]) -> Path:
         UserError: pyarrow is not installed, or the files have no column of images.
     """
     folder = source.with_name(f"{source.stem}_images")
-    return unpack_beside(files, folder, lambda target: _extract(files, target))
+    return unpack_beside(source, files, folder, lambda target: _extract(files, target))
 
 
 class _Columns(NamedTuple):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from vissl_lite.data.unpacking import is_archive, unpack
+from vissl_lite.data.archives import is_archive, unpack
 from vissl_lite.transfer.sources.hugging_face import hugging_face_files, unpack_hugging_face
 
 
@@ -15,7 +15,7 @@ def unpacked(source: Path) -> Path:
     Raises:
         UserError: It can't be unpacked; see ``unpack`` and ``unpack_hugging_face``.
     """
-    if source.is_file() and is_archive(source):
+    if is_archive(source):
         source = unpack(source)
     files = hugging_face_files(source)
     return unpack_hugging_face(source, files) if files else source

@@ -10,7 +10,7 @@ from typing import Self
 
 import numpy as np
 
-from vissl_lite.data.unpacking import is_archive, unpack
+from vissl_lite.data.archives import is_archive, unpack
 from vissl_lite.errors import UserError
 from vissl_lite.options import StrPath
 from vissl_lite.transfer.base import ListDataset
@@ -137,7 +137,7 @@ def load_boxes(
     """
     source = Path(source)
     reading = ReadingLog(str(source))
-    if source.is_file() and is_archive(source):
+    if is_archive(source):
         source = unpack(source)
     given = None if annotations is None else Path(annotations)
     found = read_annotations(source, given, options, reading)
