@@ -9,7 +9,7 @@ from vissl_lite.errors import UserError
 from vissl_lite.optim import (
     OptimizerSettings,
     build_optimizer,
-    check_optimizer,
+    canonical_optimizer,
     cosine_schedule,
     cosine_with_warmup,
     set_lr,
@@ -132,9 +132,9 @@ def test_each_optimizer_moves_the_weights_downhill(name: str) -> None:
 )
 def test_an_unknown_optimizer_is_a_mistake(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check_optimizer(name)
+        canonical_optimizer(name)
 
 
 def test_a_known_optimizer_is_fine() -> None:
     for name in ("adamw", "sgd", "lars"):
-        check_optimizer(name)
+        canonical_optimizer(name)
