@@ -111,10 +111,9 @@ class LabelledMasks(ListDataset[MaskedImage]):
                         try:
                             Image.fromarray(one.mask.read()).save(mask)
                         except BROKEN_IMAGE as error:  # readable when the data set was loaded
-                            why = reason(error, one.mask.file)
-                            raise UserError(
-                                f"the mask {one.mask.file} can't be read ({why})"
-                            ) from None
+                            drawn = one.mask.file
+                            why = reason(error, drawn)
+                            raise UserError(f"the mask {drawn} can't be read ({why})") from None
                     rows.writerow([Path(one.path).absolute(), mask, name])
         text = "".join(f"{name}\n" for name in self.classes)
         file.with_name(_NAME_FILES[0]).write_text(text, encoding="utf-8")

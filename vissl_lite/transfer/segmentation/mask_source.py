@@ -166,8 +166,14 @@ def read_colors(path: str | Path) -> np.ndarray:
         _refuse_jpeg(image, path)
         if image.mode.startswith("I"):  # 16 bits, which Pillow would clip
             return np.asarray(image).astype(np.uint32) * np.uint32(0x010101)
-        channels = np.array(image.convert("RGB").convert("RGBA"))
-    return np.asarray(channels.view(">u4")[..., 0] >> 8, np.uint32)
+        channels = np.asarray(image.convert("RGB"))
+    return color_codes(channels)
+
+
+def color_codes(channels: np.ndarray) -> np.ndarray:
+    """Colors ``65536 R + 256 G + B`` ``(H, W)`` uint32 of ``(H, W, 3)`` uint8."""
+    red, green, blue = (channels[..., n].astype(np.uint32) for n in range(3))
+    return np.asarray(red << 16 | green << 8 | blue)
 
 
 def _refuse_jpeg(image: Image.Image, path: str | Path) -> None:
@@ -208,8 +214,10 @@ def read_raw(path: str | Path) -> RawMask:
         mode, values = image.mode, np.asarray(image)
     if mode in ("LA", "PA", "RGBA"):
         values = values[..., :-1]
-    if values.ndim == 3 and (values == values[..., :1]).all():
-        values = values[..., 0]
+    if values.ndim == 3:
+        first = values[..., 0]
+        if all(np.array_equal(first, values[..., n]) for n in range(1, values.shape[-1])):
+            values = first
     if values.dtype == bool:
         values = values * np.uint8(255)
     if not np.issubdtype(values.dtype, np.integer) or values.min() < 0 or values.max() > 255:

@@ -17,6 +17,7 @@ from vissl_lite.errors import UserError, brief
 from vissl_lite.transfer.segmentation.mask_source import (
     IGNORE_INDEX,
     MaskSource,
+    color_codes,
     color_name,
     color_runs,
     read_colors,
@@ -204,7 +205,10 @@ def _values_of(image: str, file: str, max_colors: int) -> _FileValues:
         raw = read_raw(file)
         height, width = raw.values.shape[:2]
         in_color = raw.values.ndim == 3
-        colors = _count_colors(read_colors(file)) if in_color or raw.palette else {}
+        colors: dict[int, int] = {}
+        if in_color or raw.palette:
+            codes = color_codes(raw.values) if in_color else read_colors(file)
+            colors = _count_colors(codes)
     except BROKEN_IMAGE as error:
         raise UserError(
             f"the mask {file} can't be read ({reason(error, file)}): repair it, or "
