@@ -10,7 +10,7 @@ from vissl_lite.cli import parse_words
 from vissl_lite.commands.pretrain_options import PretrainOptions
 from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.errors import UserError
-from vissl_lite.optim import build_optimizer, check_optimizer
+from vissl_lite.optim import build_optimizer, canonical_optimizer
 from vissl_lite.pretext import PRETEXTS, pretext_class
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -40,7 +40,7 @@ def test_recipes_for_imagenet_are_known_options() -> None:
         assert {n: options[n] for n in content if n != "pretext"} == {
             n: v for n, v in content.items() if n != "pretext"
         }
-        check_optimizer(content["optimizer"])
+        assert canonical_optimizer(content["optimizer"]) == content["optimizer"]
 
 
 @pytest.mark.slow

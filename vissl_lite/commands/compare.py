@@ -114,7 +114,9 @@ def compare(options: CompareOptions) -> CompareResult:
         )
         outcome.write_csv(run / "runs.csv")
         outcome.plot(run / "compare.png")
+        majority = data.majority()
         results = outcome.as_dict() | {
+            **({} if majority is None else {"majority": majority}),
             "task": options.task,
             "left_out": left_out,
             "train_images": len(data.train),
@@ -126,6 +128,8 @@ def compare(options: CompareOptions) -> CompareResult:
         }
         leaks.write(run)
         write_results(run, results)
+        if majority is not None:
+            log.info("Always predicting the most frequent class: accuracy %.3f", majority)
         _print_results(outcome, run)
         first = plan.load(encoders[0], options.seed, data)
         add_test_embeddings(run, first, data, options.seed)

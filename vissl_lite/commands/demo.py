@@ -120,9 +120,10 @@ def demo(options: DemoOptions) -> DemoResult:
             lr=2e-3,
             epochs=FINETUNE_EPOCHS,
         )
-        found = read_results(compared.run, "protocols", "sentences", "test_images")
+        found = read_results(compared.run, "protocols", "sentences", "test_images", "majority")
         results = {
             "scores": _scores(found["protocols"], str(pretrained.run)),
+            "majority": found["majority"],
             "verdict": compared.verdict,
             "sentences": found["sentences"],
             "shots": options.shots,

@@ -240,6 +240,7 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
         best = max(metrics.series(metric)[1], default=None)
         results = {
             "test": scores.metrics,
+            **_majority(labelled),
             "per_class": scores.per_class,
             "val": {metric.removeprefix("val_"): best},
             "train_images": len(labelled.train),
@@ -249,7 +250,7 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
             **leaks.figures(),
         }
         write_results(run, results)
-        _print_results(len(labelled.test), scores, encoder, run)
+        _print_results(labelled, scores, encoder, run)
         add_test_embeddings(run, load_encoder(run / "model"), labelled, options.seed)
         add_report(run)
     return FinetuneResult(run, run / "model", scores.metrics, scores.per_class)
@@ -261,11 +262,23 @@ def _finished(out: Path) -> FinetuneResult:
     return FinetuneResult(out, out / "model", results["test"], results["per_class"])
 
 
-def _print_results(images: int, scores: Scores, encoder: str, run: Path) -> None:
+def _majority(data: LabelledDataset) -> dict[str, float]:
+    """Baseline of the accuracy, where each image has one class."""
+    share = data.majority()
+    return {} if share is None else {"majority": share}
+
+
+def _print_results(data: LabelledDataset, scores: Scores, encoder: str, run: Path) -> None:
     console.print(f"fine-tuned from {encoder}", highlight=False, soft_wrap=True)
     table = Table("test images", *scores.metrics)
-    table.add_row(str(images), *(f"{x:.3f}" for x in scores.metrics.values()))
+    table.add_row(str(len(data.test)), *(f"{x:.3f}" for x in scores.metrics.values()))
     console.print(table)
+    for share in _majority(data).values():
+        console.print(
+            f"always predicting the most frequent class: top1 {share:.3f}",
+            highlight=False,
+            soft_wrap=True,
+        )
     if 1 < len(scores.per_class) <= 30:
         names = list(next(iter(scores.per_class.values())))
         by_class = Table("class", *names)

@@ -132,6 +132,7 @@ def probe(options: ProbeOptions) -> ProbeResult:
         last = scores.pop("last")
         results: dict[str, Any] = {
             **last,
+            "majority": labelled.majority(),
             "layers": scores,
             "encoder": name,
             "k": min(options.k, len(labelled.train) + len(labelled.val)),
@@ -147,6 +148,8 @@ def probe(options: ProbeOptions) -> ProbeResult:
         table = Table("layer", "kNN", "linear")
         for layer, row in {**scores, "last": last}.items():
             table.add_row(layer, f"{row['knn']:.3f}", f"{row['linear']:.3f}")
+        majority = f"{results['majority']:.3f}"
+        table.add_row("always the most frequent class", majority, majority, style="dim")
         console.print(table)
         log.info("Written: %s", run / "results.json")
         add_test_embeddings(run, encoder, labelled, options.seed)
@@ -182,9 +185,23 @@ def probe_encoder(
         fitting = bar.add_task("probes", total=len(test.by_layer), info="")
         scores: dict[str, dict[str, float]] = {}
         for layer in test.by_layer:
-            scores[layer] = {
-                name: evaluate_features(name, train, val, test, k, temperature, layer).accuracy
+            found = {
+                name: evaluate_features(name, train, val, test, k, temperature, layer)
                 for name in PROBES
             }
+            scores[layer] = {name: score.accuracy for name, score in found.items()}
+            for name, score in found.items():
+                if score.one_class is not None:
+                    log.warning(
+                        "%(probe)s on the layer %(layer)s classifies all %(images)d test images as "
+                        "%(class)s",
+                        {
+                            "probe": name,
+                            "layer": layer,
+                            "images": len(test),
+                            "class": labelled.classes[score.one_class],
+                        },
+                        extra={"code": "prediction.one_class"},
+                    )
             bar.advance(fitting)
     return scores

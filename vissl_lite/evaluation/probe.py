@@ -51,10 +51,12 @@ class ProbeScore:
     Attributes:
         right: ``(M,)`` bool: which of them it classifies correctly.
         chosen: Hyperparameters chosen on validation images, such as ``{"penalty": 0.01}``.
+        one_class: Index of the class that it predicts for all of them; None if there are several.
     """
 
     right: np.ndarray
     chosen: dict[str, float] = field(default_factory=dict)
+    one_class: int | None = None
 
     @property
     def accuracy(self) -> float:
@@ -116,7 +118,13 @@ def evaluate_features(
     x_test, y_test = test.of_layer(layer)
     if probe == "linear":
         fitted = linear_probe((x_train, y_train), (x_val, y_val), x_test)
-        return ProbeScore(fitted.test_predictions == y_test, {"penalty": fitted.penalty})
+        return _score(fitted.test_predictions, y_test, {"penalty": fitted.penalty})
     if len(val):
         x_train, y_train = np.concatenate([x_train, x_val]), np.concatenate([y_train, y_val])
-    return ProbeScore(knn_predict(x_train, y_train, x_test, k, temperature) == y_test)
+    return _score(knn_predict(x_train, y_train, x_test, k, temperature), y_test, {})
+
+
+def _score(predicted: np.ndarray, true: np.ndarray, chosen: dict[str, float]) -> ProbeScore:
+    found = np.unique(predicted)
+    one_class = int(found[0]) if len(found) == 1 and len(np.unique(true)) > 1 else None
+    return ProbeScore(predicted == true, chosen, one_class)

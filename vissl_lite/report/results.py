@@ -26,6 +26,7 @@ NAMES = {
     "miou": "mean IoU",
     "dice": "Dice, mean over classes",
     "accuracy": "accuracy",
+    "majority": "accuracy of always predicting the most frequent class",
     "loss": "last loss",
     "feature_std": "spread of the features",
     "effective_rank": "effective rank",

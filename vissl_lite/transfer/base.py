@@ -110,6 +110,21 @@ class LabelledDataset(ABC):
         """``(N,)`` class indices of the images of a part; None unless each image has one class."""
         return None
 
+    def majority(self) -> float | None:
+        """Test accuracy of always predicting the most frequent training class.
+
+        Where several are equally frequent, the mean of their accuracies.
+
+        Returns:
+            Share of the test images; None unless each image has one class.
+        """
+        train, test = self.image_classes("train"), self.image_classes("test")
+        if train is None or test is None or not len(train) or not len(test):
+            return None
+        counts = np.bincount(train, minlength=len(self.classes))
+        shares = np.bincount(test, minlength=len(counts)) / len(test)
+        return float(shares[counts == counts.max()].mean())
+
     def identity(self) -> list[str]:
         """Strings that identify the images and parts of the data set."""
         return [f"{part} {path}" for part in PARTS for path in self.paths(part)]

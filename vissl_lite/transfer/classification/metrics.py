@@ -97,6 +97,13 @@ def score_one(logits: Tensor, target: Tensor, classes: Sequence[str]) -> TestSco
         classes: K names.
     """
     count = len(classes)
+    predicted = logits.argmax(dim=1).unique()
+    if len(predicted) == 1 and len(target.unique()) > 1:
+        log.warning(
+            "all %(images)d test images are classified as %(class)s",
+            {"images": len(target), "class": classes[int(predicted)]},
+            extra={"code": "prediction.one_class"},
+        )
     each = {
         "precision": multiclass_precision(logits, target, count, average="none"),
         "recall": multiclass_recall(logits, target, count, average="none"),
