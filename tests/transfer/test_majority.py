@@ -9,6 +9,7 @@ import torch
 from vissl_lite.evaluation.probe import LabelledFeatures, evaluate_features
 from vissl_lite.transfer.classification.data import LabelledImages, Part
 from vissl_lite.transfer.classification.metrics import score_one
+from vissl_lite.transfer.sources.reading_log import ReadingLog
 
 
 def part(labels: list[int] | list[list[int]]) -> Part:
@@ -24,13 +25,15 @@ def part(labels: list[int] | list[list[int]]) -> Part:
     ],
 )
 def test_majority(train: list[int], test: list[int], expected: float) -> None:
-    data = LabelledImages(["a", "b", "c"], part(train), part([0]), part(test))
+    data = LabelledImages(["a", "b", "c"], part(train), part([0]), part(test), ReadingLog("data"))
     assert data.majority() == expected
 
 
 def test_several_labels_have_no_majority() -> None:
     several = part([[0, 1], [1, 1]])
-    assert LabelledImages(["a", "b"], several, several, several).majority() is None
+    assert (
+        LabelledImages(["a", "b"], several, several, several, ReadingLog("data")).majority() is None
+    )
 
 
 @pytest.mark.parametrize(("last", "warns"), [(0, True), (1, False)])
