@@ -42,7 +42,9 @@ def rows_of(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         counts = list(one["classes"].items())
         words = [f"{name} {count:,}" for name, count in counts[:SHOWN_CLASSES]]
         more = summary["num_classes"] - len(words)
-        labels = ", ".join(words) + (f", and {more} more classes" if more > 0 else "")
+        labels = ", ".join(words) + (
+            f", and {more} more class{'es' * (more > 1)}" if more > 0 else ""
+        )
         rows.append((title, f"{one['images']:,}", one["from"], labels if one["images"] else ""))
     return rows
 

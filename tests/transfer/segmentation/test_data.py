@@ -292,7 +292,7 @@ def test_a_colored_mask_among_gray_ones_is_refused(data: Path) -> None:
 def test_jpeg_masks_are_refused(data: Path) -> None:
     (data / "masks" / "2.png").unlink()
     mask(data / "masks" / "2.jpg", 0, 1)
-    assert "2.jpg is a JPEG file" in refused(data)
+    assert "2.jpg is in the format JPEG" in refused(data)
 
 
 def test_instance_numbers_are_refused(data: Path) -> None:

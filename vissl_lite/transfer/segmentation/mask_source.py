@@ -159,11 +159,11 @@ def read_colors(path: str | Path) -> np.ndarray:
         ``65536 R + 256 G + B`` ``(H, W)`` uint32.
 
     Raises:
-        UserError: If the mask is a JPEG file.
+        UserError: If the mask is a JPEG, AVIF or HEIC file.
         OSError, ValueError, SyntaxError: See ``MaskSource.read``.
     """
     with opened_image(BytesIO(read_regular(path)), path) as image:
-        _refuse_jpeg(image, path)
+        _refuse_lossy(image, path)
         if image.mode.startswith("I"):  # 16 bits, which Pillow would clip
             return np.asarray(image).astype(np.uint32) * np.uint32(0x010101)
         channels = np.asarray(image.convert("RGB"))
@@ -176,11 +176,15 @@ def color_codes(channels: np.ndarray) -> np.ndarray:
     return np.asarray(red << 16 | green << 8 | blue)
 
 
-def _refuse_jpeg(image: Image.Image, path: str | Path) -> None:
-    if image.format == "JPEG":
+# Formats whose compression changes values, by Pillow's names.
+_LOSSY = {"JPEG": "JPEG", "MPO": "JPEG", "AVIF": "AVIF", "HEIF": "HEIC"}
+
+
+def _refuse_lossy(image: Image.Image, path: str | Path) -> None:
+    if image.format in _LOSSY:
         raise UserError(
-            f"the mask {path} is a JPEG file, whose compression changes the class "
-            f"numbers: save masks as PNG"
+            f"the mask {path} is in the format {_LOSSY[image.format]}, whose compression changes "
+            f"class numbers: save masks as PNG"
         )
 
 
@@ -203,12 +207,12 @@ def read_raw(path: str | Path) -> RawMask:
         path: Gray, palette or color image. White pixels of a 1-bit image count as 255.
 
     Raises:
-        UserError: If the mask is a JPEG file, or holds values that are no uint8.
+        UserError: If the mask is a JPEG, AVIF or HEIC file, or holds values that are no uint8.
         OSError, ValueError, SyntaxError: If the file is missing, broken, or has too many pixels
             (``BROKEN_IMAGE``).
     """
     with opened_image(BytesIO(read_regular(path)), path) as image:
-        _refuse_jpeg(image, path)
+        _refuse_lossy(image, path)
         if image.mode == "CMYK":
             image = image.convert("RGB")
         mode, values = image.mode, np.asarray(image)
@@ -239,7 +243,7 @@ def read_mask(path: str | Path) -> np.ndarray:
         Class indices ``(H, W)`` uint8; 255 is ignored.
 
     Raises:
-        UserError: If the mask holds colors or values above 255, or is a JPEG file.
+        UserError: If the mask holds colors or values above 255, or is a JPEG, AVIF or HEIC file.
         OSError, ValueError, SyntaxError: If the file is missing, broken, or has too many pixels
             (``BROKEN_IMAGE``).
     """
