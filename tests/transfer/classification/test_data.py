@@ -10,6 +10,7 @@ from vissl_lite.cli import main
 from vissl_lite.errors import UserError
 from vissl_lite.transfer.classification.data import LabelledImages, Part, load_labelled
 from vissl_lite.transfer.classification.options import LabelOptions
+from vissl_lite.transfer.sources.parts import PARTS
 
 
 def make_class_folders(folder: Path, counts: dict[str, int]) -> Path:
@@ -630,3 +631,54 @@ def test_the_probe_refuses_several_labels(
     assert "has several labels per image (column labels): give finetune such data" in error
     assert error.count("\n") == 1
     assert not out.exists()
+
+
+def test_masks_in_class_folders_are_left_out(tmp_path: Path) -> None:
+    names = ("COVID/images", "COVID/masks", "Normal/images", "Normal/masks")
+    make_class_folders(tmp_path, dict.fromkeys(names, 5))
+    data = load_labelled(tmp_path)
+    assert data.classes == ["COVID", "Normal"]
+    assert sum(len(data.paths(part)) for part in PARTS) == 10
+    assert not any("/masks/" in path for part in PARTS for path in data.paths(part))
+    assert data.reading.counts == {"mask beside the images of a class, left out": 10}
+
+
+def test_folders_named_like_parts_are_warned_of(tmp_path: Path) -> None:
+    make_class_folders(tmp_path, {"cars_train": 5, "cars_test": 5})
+    assert [code for code, _ in load_labelled(tmp_path).reading.warnings] == ["data.class_names"]
+
+
+def test_folders_of_patients_beside_a_table_are_warned_of(tmp_path: Path) -> None:
+    make_class_folders(tmp_path, {f"patient{n}": 2 for n in range(6)})
+    (tmp_path / "studies.csv").write_text("study,finding\n1,edema\n")
+    ((code, text),) = load_labelled(tmp_path).reading.warnings
+    assert code == "data.class_names"
+    assert f"--data, such as {tmp_path / 'studies.csv'}" in text
+
+
+@pytest.mark.parametrize("folder", ["", "photos"])
+def test_a_table_that_cannot_be_used_is_named(tmp_path: Path, folder: str) -> None:
+    for n in range(4):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / f"{n}.jpg").write_bytes(b"")
+    (tmp_path / "labels.csv").write_bytes("path,label\n0.jpg,Bär\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"labels\.csv can't be read: it is not text in UTF-8"):
+        load_labelled(tmp_path)
+
+
+def test_lists_of_parts_in_a_wrapped_data_set(tmp_path: Path) -> None:
+    make_class_folders(tmp_path / "food" / "images", {"cat": 5, "dog": 5})
+    for part, numbers in (("train", range(3)), ("test", range(3, 5))):
+        lines = (f"{name}/{n}\n" for name in ("cat", "dog") for n in numbers)
+        file = tmp_path / "food" / "meta" / f"{part}.txt"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("".join(lines))
+    data = load_labelled(tmp_path)
+    assert sorted(Path(path).stem for path in data.test.paths) == ["3", "3", "4", "4"]
+
+
+def test_the_separator_that_excel_names(tmp_path: Path) -> None:
+    make_class_folders(tmp_path, {"i": 6})
+    rows = "".join(f"i/{n}.jpg;{('cat', 'dog')[n % 2]}\r\n" for n in range(6))
+    (tmp_path / "labels.csv").write_text("sep=;\r\npath;label\r\n" + rows, newline="")
+    assert load_labelled(tmp_path / "labels.csv").classes == ["cat", "dog"]

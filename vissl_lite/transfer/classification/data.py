@@ -28,6 +28,7 @@ from vissl_lite.transfer.sources.parts import (
     PARTS,
     Split,
     complete_parts,
+    part_of_file,
     part_of_name,
     rarest_classes,
     shuffled_classes,
@@ -38,6 +39,12 @@ from vissl_lite.transfer.sources.tables import TABLES
 
 # Cells of a table of images and classes, eight bytes each.
 MAX_TABLE_CELLS = 2**29
+
+# Folders with fewer images each than this may be patients rather than classes, if they are many.
+_FEW_IMAGES, _MANY_CLASSES = 4, 5
+
+# Endings of tables that are hardly anything else.
+_SURE_TABLES = (".csv", ".tsv", ".jsonl")
 
 # Share of the largest class from which the classes are called imbalanced.
 IMBALANCED = 0.95
@@ -309,7 +316,8 @@ def _find(source: Path, options: LabelOptions, reading: ReadingLog) -> FoundLabe
         tables = read_tables_of(tree, options, reading)
         found = tables if tables.images else found
     if not found.images:
-        raise UserError(_no_labels(tree))
+        why = f" ({'; '.join(reading.notes)})" if reading.notes else ""
+        raise UserError(_no_labels(tree) + why)
     others = [path for path in tree.others if tree.absolute(path) not in reading.tables]
     if others:
         text = f"Files not read: {count_endings(others)}"
@@ -319,7 +327,22 @@ def _find(source: Path, options: LabelOptions, reading: ReadingLog) -> FoundLabe
             )
         else:
             reading.note(text)
+    if reading.layout == "class folders":
+        _warn_of_tables(found, others, reading)
     return found
+
+
+def _warn_of_tables(found: FoundLabels, unread: Sequence[str], reading: ReadingLog) -> None:
+    """Warn where folders look like patients rather than classes, and there are unread tables."""
+    classes = len({one.names for one in found.images})
+    tables = [path for path in unread if path.lower().endswith(_SURE_TABLES)]
+    if classes >= _MANY_CLASSES and len(found.images) < _FEW_IMAGES * classes and tables:
+        reading.warn(
+            "data.class_names",
+            f"{len(found.images)} images have {classes} classes, and tables are not read: if the "
+            f"folders are patients or the like, give the table with --data, such as "
+            f"{Path(reading.source) / tables[0]}",
+        )
 
 
 def _no_labels(tree: FileTree) -> str:
@@ -353,6 +376,8 @@ def _no_labels(tree: FileTree) -> str:
 def _warn_of_classes(data: LabelledImages) -> None:
     """Warn of class names and counts that look wrong."""
     odd = [name for name in data.classes if part_of_name(name) is not None]
+    near = [name for name in data.classes if part_of_file(name.rpartition("/")[2]) is not None]
+    odd = near if 2 * len(near) >= data.num_classes else odd
     masks = [name for name in data.classes if name.lower() in MASK_FOLDERS]
     if odd or masks:
         kind = "a part of the data" if odd else "a folder of masks or annotations"

@@ -21,6 +21,9 @@ NO_CLASS = "image outside the class folders, left out"
 # A folder with one of these words in its name holds images of any class.
 _CONTAINER_WORDS = frozenset({"images", "imgs", "pictures", "photos", "jpegs"})
 
+# Folders around a list of the images of a part, as in food-101/meta/train.txt.
+_LIST_DEPTH = 2
+
 # Share of the lines of a list of images that must name one.
 _MOSTLY = 0.9
 
@@ -56,6 +59,7 @@ def read_class_folders(tree: FileTree, options: LabelOptions, log: ReadingLog) -
     if options.label_regex is not None:
         return _from_names(tree, options.label_regex, log)
     images = _strip_parts([_Image(path, tuple(path.split("/")[:-1])) for path in tree.images], log)
+    images = _without_masks(images, log)
     depth = max((len(one.folders) for one in images), default=0)
     if depth == 0:
         return FoundLabels([])
@@ -91,6 +95,24 @@ def read_class_folders(tree: FileTree, options: LabelOptions, log: ReadingLog) -
         names = {one._replace(part=parts.get(one.path)): name for one, name in names.items()}
     found = [FoundImage(tree.absolute(one.path), (name,), one.part) for one, name in names.items()]
     return FoundLabels(found)
+
+
+def _without_masks(images: list[_Image], log: ReadingLog) -> list[_Image]:
+    """Leave out masks beside the images of a class, as in ``<class>/images``, ``<class>/masks``."""
+    holding = {
+        one.folders[:level]
+        for one in images
+        for level, name in enumerate(one.folders)
+        if level > 0 and name.lower() in IMAGE_FOLDERS
+    }
+    kept = []
+    for one in images:
+        levels = [i for i, name in enumerate(one.folders) if name.lower() in MASK_FOLDERS]
+        if any(one.folders[:level] in holding for level in levels):
+            log.add("mask beside the images of a class, left out", one.path)
+        else:
+            kept.append(one)
+    return kept
 
 
 def _from_names(tree: FileTree, regex: str, log: ReadingLog) -> FoundLabels:
@@ -215,7 +237,7 @@ def _listed_parts(tree: FileTree, log: ReadingLog) -> dict[str, Split]:
     lists: dict[Split, list[str]] = defaultdict(list)
     for path in tree.ending(".txt"):
         part = part_of_name(Path(path).stem)
-        if part is not None and path.count("/") <= 1:
+        if part is not None and path.count("/") <= _LIST_DEPTH:
             lists[part].append(path)
     if "train" not in lists or any(len(paths) > 1 for paths in lists.values()):
         return {}

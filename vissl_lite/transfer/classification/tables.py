@@ -75,26 +75,32 @@ def read_tables_of(tree: FileTree, options: LabelOptions, log: ReadingLog) -> Fo
     Args:
         tree: Files of the data set.
         options: Names of columns, and the folder of the images.
-        log: Gets the layout, and what is left out.
+        log: Gets the layout, what is left out, and why no table is usable.
 
     Returns:
         Labels; empty if no table is usable.
     """
     found: dict[Split | None, tuple[Path, FoundLabels, ReadingLog]] = {}
+    refused: list[str] = []
     for path in tree.ending(*TABLES):
         if path.count("/") >= _TABLE_DEPTH or "submission" in path.lower():
             continue
         file, part = Path(tree.absolute(path)), part_of_file(path)
         tried = ReadingLog(log.source)
-        with suppress(UserError):
+        try:
             labels = read_label_table(file, options, tried, part, tree)
-            if part not in found or len(labels.images) > len(found[part][1].images):
-                found[part] = (file, labels, tried)
+        except UserError as error:
+            refused += [str(error)] if path.lower().endswith((".csv", ".tsv", ".jsonl")) else []
+            continue
+        if part not in found or len(labels.images) > len(found[part][1].images):
+            found[part] = (file, labels, tried)
     if "train" in found:  # a table for each part
         found.pop(None, None)
     elif None in found:
         found = {None: found[None]}
     if not found:
+        if refused:
+            log.note(f"A table is not used: {refused[0]}")
         return FoundLabels([])
     for part, (file, _, tried) in found.items():
         if part is not None:

@@ -37,7 +37,7 @@ _WORDS: dict[str, Split] = {
 # Words that say nothing beside the name of a part, as in train_images or Training_Set.
 _FILLERS = frozenset(
     """annotation annotations data dataset gt image images img imgs label labeled labelled labels
-    mask masks obj seg set split stage""".split()
+    mask masks mini obj seg set split stage""".split()
 )
 
 

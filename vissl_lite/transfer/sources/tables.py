@@ -119,6 +119,7 @@ def read_table(file: Path, is_image: Callable[[str], bool], known: Collection[st
             raise UserError(f"{file} can't be read: it is not text in UTF-16") from None
     else:
         text = content.decode("utf-8-sig", "surrogateescape")
+    text = re.sub(r"\Asep=.\r?\n", "", text)  # as Excel writes it
     if "\0" in text:
         raise UserError(f"{file} can't be read as a table: it has NUL bytes")
     if file.suffix.lower() in (".jsonl", ".ndjson"):
