@@ -268,7 +268,7 @@ def test_a_class_or_a_part_that_can_not_be_read(
         out = tmp_path / f"out{number}"
         status, shown = ends_well(*evaluation(command, data, out), capsys=capsys)
         if kind is pipe and part == "train":
-            assert f"have the class {classes[3]}, which no training image has" in shown
+            assert f"have the class {classes[3]!r}, which no training image has" in shown
             assert status == 2
         elif kind is pipe:
             assert f"Folders without images, skipped: {part}/{classes[3]}" in shown

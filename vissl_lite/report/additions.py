@@ -137,7 +137,10 @@ def add_label_pictures(run: Path, task: AnyTask, data: LabelledDataset) -> None:
             count = len(data.paths(part))
             chosen = spread(count, LABELS_SHOWN) if count else ()
             pictures = [task.labelled_picture(data, part, int(index)) for index in chosen]
-            titled = [replace(one, caption=f"{part}: {one.caption}") for one in pictures]
+            titled = [
+                replace(one, caption=": ".join(filter(None, (part, one.caption))))
+                for one in pictures
+            ]
             rows += [titled] if titled else []
         plot_grid(rows, run / "labels.png", cell=LABELS_CELL)
     except (UserError, *BROKEN_IMAGE) as error:

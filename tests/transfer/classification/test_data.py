@@ -189,7 +189,7 @@ def test_validation_images_are_not_held_out_if_disabled(labelled: Path) -> None:
 def test_a_class_without_training_images_is_an_error(part: str, tmp_path: Path) -> None:
     for name in ("train", "val", "test"):
         make_class_folders(tmp_path / name, {"a": 2, "b": 2} | ({"cow": 1} if name == part else {}))
-    with pytest.raises(UserError, match=f"the {part} images have the class cow"):
+    with pytest.raises(UserError, match=f"the {part} images have the class 'cow'"):
         load_labelled(tmp_path)
 
 
@@ -290,6 +290,28 @@ def test_a_class_may_have_the_name_of_a_part(tmp_path: Path) -> None:
     assert data.classes == ["bus", "car", "train"]
     assert [code for code, _ in data.reading.warnings] == ["data.class_names"]
     assert "The class train is named like a part of the data" in data.reading.warnings[0][1]
+
+
+def test_a_flat_folder_in_a_folder_suggests_file_names(tmp_path: Path) -> None:
+    make_files(tmp_path, *(f"faces/{c}_{i}.jpg" for c in "ab" for i in range(4)))
+    with pytest.raises(UserError, match=r"one class only \(faces\).*--label_regex .* such as a, b"):
+        load_labelled(tmp_path)
+
+
+def test_a_copy_of_the_class_folders_is_left_out(tmp_path: Path) -> None:
+    make_class_folders(tmp_path, {"sick": 5, "well": 5, "cells/sick": 5, "cells/well": 5})
+    data = load_labelled(tmp_path)
+    assert data.classes == ["sick", "well"]
+    assert data.reading.counts == {"image in a second copy of the class folders, left out": 10}
+
+
+def test_images_of_a_part_without_classes_are_left_out(tmp_path: Path) -> None:
+    """Tiny ImageNet: train/<class>/images and val/images."""
+    make_class_folders(tmp_path / "train", {"a/images": 5, "b/images": 5})
+    make_class_folders(tmp_path / "val", {"images": 4})
+    data = load_labelled(tmp_path)
+    assert data.classes == ["a", "b"]
+    assert data.reading.counts == {"image outside the class folders, left out": 4}
 
 
 def test_imbalance_is_warned_of(tmp_path: Path) -> None:

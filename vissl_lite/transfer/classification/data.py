@@ -30,6 +30,7 @@ from vissl_lite.transfer.sources.parts import (
     complete_parts,
     part_of_file,
     part_of_name,
+    part_of_path,
     rarest_classes,
     shuffled_classes,
     take_share,
@@ -318,6 +319,10 @@ def _find(source: Path, options: LabelOptions, reading: ReadingLog) -> FoundLabe
     if not found.images:
         why = f" ({'; '.join(reading.notes)})" if reading.notes else ""
         raise UserError(_no_labels(tree) + why)
+    if reading.layout == "class folders" and len({one.names for one in found.images}) == 1:
+        suggestion = _regex_suggestion(tree)
+        if suggestion:
+            reading.note(suggestion)
     others = [path for path in tree.others if tree.absolute(path) not in reading.tables]
     if others:
         text = f"Files not read: {count_endings(others)}"
@@ -363,14 +368,23 @@ def _no_labels(tree: FileTree) -> str:
     if labels or 2 * len(texts) > len(tree.images):
         found = count_endings([*labels, *texts])
         return f"{has}: with {found} it looks like a detection data set: give --task detection"
-    suggested = suggested_regex([os.path.basename(path) for path in tree.images])
-    if suggested is not None:
-        regex, classes = suggested
-        return (
-            f"{has}: if the class is in the file names, --label_regex '{regex}' would find "
-            f"{len(classes)} classes, such as {brief(', '.join(classes[:4]))}"
-        )
+    suggestion = _regex_suggestion(tree)
+    if suggestion:
+        return f"{has}: {suggestion}"
     return f"{has}: put the images of each class into a folder, or give a .csv file with --data"
+
+
+def _regex_suggestion(tree: FileTree) -> str:
+    """A phrase on a regular expression that finds classes in the file names; empty if none does."""
+    training = [path for path in tree.images if part_of_path(path) == "train"]
+    suggested = suggested_regex([os.path.basename(path) for path in training or tree.images])
+    if suggested is None:
+        return ""
+    regex, classes = suggested
+    return (
+        f"if the class is in the file names, --label_regex '{regex}' would find {len(classes)} "
+        f"classes, such as {brief(', '.join(classes[:4]))}"
+    )
 
 
 def _warn_of_classes(data: LabelledImages) -> None:
@@ -425,10 +439,10 @@ def _classes(reading: ReadingLog, found: FoundLabels, parts: Mapping[Split, _Nam
     for part in PARTS:
         unknown = sorted(names[part] - set(classes))
         if unknown:
+            known = brief(", ".join(map(repr, classes)))
             raise UserError(
-                f"{reading.source}: the {part} images have the class {unknown[0]}, which no "
-                f"training image has; those have {brief(', '.join(classes))}: correct the name, or "
-                f"add training images of it"
+                f"{reading.source}: the {part} images have the class {unknown[0]!r}, which no "
+                f"training image has; those have {known}: correct the name, or add training images"
             )
     return classes
 

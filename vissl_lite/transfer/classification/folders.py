@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,9 +72,14 @@ def read_class_folders(tree: FileTree, options: LabelOptions, log: ReadingLog) -
     names = _level_names(images, level)
     if set(names.values()) and all(map(_is_container, names.values())):
         return FoundLabels([])
+    names = {one: name for one, name in names.items() if not _is_container(name)}
     for one in images:
         if one not in names:
             log.add(NO_CLASS, tree.absolute(one.path))
+    copies = _copies(names, level)
+    for one in [one for one, name in names.items() if name in copies]:
+        log.add("image in a second copy of the class folders, left out", tree.absolute(one.path))
+        del names[one]
     if depth > 1 and len(images) > 1:
         counts = [
             f"{n} gives {len(set(_level_names(images, n).values()))} classes"
@@ -95,6 +100,15 @@ def read_class_folders(tree: FileTree, options: LabelOptions, log: ReadingLog) -
         names = {one._replace(part=parts.get(one.path)): name for one, name in names.items()}
     found = [FoundImage(tree.absolute(one.path), (name,), one.part) for one, name in names.items()]
     return FoundLabels(found)
+
+
+def _copies(names: Mapping[_Image, str], level: int) -> set[str]:
+    """Classes whose folders have the names of other classes, as in ``cell_images/cell_images/``."""
+    inner: dict[str, set[str]] = defaultdict(set)
+    for one, name in names.items():
+        inner[name].add(one.folders[level] if len(one.folders) > level else "")
+    classes = set(inner)
+    return {name for name, below in inner.items() if len(below) > 1 and below <= classes - {name}}
 
 
 def _without_masks(images: list[_Image], log: ReadingLog) -> list[_Image]:

@@ -108,7 +108,10 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
     def labelled_picture(self, data: LabelledBoxes, part: Split, index: int) -> Picture:
         one = data.part(part)[index]
         image = read_image(one.path)
-        return Picture(shrunk(draw_boxes(image, one.boxes, one.labels, data.classes)))
+        counts = np.bincount(one.labels, minlength=len(data.classes))
+        words = [f"{counts[n]} {data.classes[n]}" for n in np.flatnonzero(counts)]
+        drawn = draw_boxes(image, one.boxes, one.labels, data.classes)
+        return Picture(shrunk(drawn), ", ".join(words) or "no boxes")
 
     def predict(self, model: Detector, predictions: Predictions) -> tuple[Path, int]:
         """Write predictions in COCO's format, with a score for each annotation.

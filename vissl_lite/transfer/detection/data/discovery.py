@@ -269,7 +269,8 @@ def _read_coco(
     files: Sequence[tuple[Split | None, Path]], images: FileTree, log: ReadingLog
 ) -> Annotations:
     several = [read_coco(file, part, images, log) for part, file in files]
-    log.origins.update({str(part): file.name for part, file in files if part is not None})
+    named = {part: f"{file.parent.name}/{file.name}" for part, file in files}
+    log.origins.update({str(part): name for part, name in named.items() if part is not None})
     classes = [name for one in several for name in one.classes]
     annotated = [image for one in several for image in one.images]
     used = {name for image in annotated for name in image.names}
