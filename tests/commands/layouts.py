@@ -221,7 +221,7 @@ SPLIT_COLUMN = [
 ]
 
 CLASSIFICATION = [
-    Layout("class folders", _both({"cat": 5, "dog": 5}), (6, 2, 2), says=("No parts are given",)),
+    Layout("class folders", _both({"cat": 5, "dog": 5}), (6, 2, 2), says=("No parts were found",)),
     Layout("`train/`, `val/`, `test/`", _both(_pairs("train", "val", "test")), (10, 10, 10)),
     Layout("`train/` and `test/`", _both(_pairs("train", "test")), (8, 2, 10)),
     Layout(

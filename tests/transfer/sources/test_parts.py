@@ -63,7 +63,7 @@ def test_a_validation_part_becomes_the_test_part() -> None:
     assert len(parts["val"]) == 4
     assert sorted(parts["train"] + parts["val"]) == list(range(20))
     assert log.split == (
-        "No test part is given: the given validation part is the test part. 4 of the training "
+        "No test part was found: the given validation part is the test part. 4 of the training "
         "images, chosen at random and stratified by class (seed 0), are the validation part."
     )
     assert log.origins["test"] == "validation part, as given"

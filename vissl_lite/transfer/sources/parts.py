@@ -128,7 +128,7 @@ def complete_parts(
         rest, val = _divide(rest, strata, exclusive, VAL_SHARE / (1 - TEST_SHARE), 1)
         parts = {"train": rest, "val": val, "test": test}
         origins = {"train": "60 %", "val": "20 %", "test": "20 %"}
-        what = "No test or validation part is given" if not unnamed else "No parts are given"
+        what = "No test or validation part was found" if not unnamed else "No parts were found"
         log.split = (
             f"{what}: the images are divided at random into {len(rest)} for training, {len(val)} "
             f"for validation and {len(test)} for testing ({how})."
@@ -141,12 +141,12 @@ def complete_parts(
     elif not parts["test"] and need_test:
         parts["test"], parts["val"] = parts["val"], []
         origins["test"] = f"validation part, {origins.pop('val')}"
-        log.split = "No test part is given: the given validation part is the test part."
+        log.split = "No test part was found: the given validation part is the test part."
     if not parts["val"] and need_val:
         parts["train"], parts["val"] = _divide(parts["train"], strata, exclusive, VAL_SHARE, seed)
         origins["val"] = f"{held_out}, seed {seed}"
         if not log.split:
-            log.split = "No validation part is given."
+            log.split = "No validation part was found."
         log.split += (
             f" {len(parts['val'])} of the training images, chosen at random and stratified by "
             f"class (seed {seed}), are the validation part."
