@@ -271,8 +271,15 @@ def make_files(folder: Path, *names: str) -> Path:
         (["images/train/1.jpg", "annotations/train/1.png"], "with annotations/ .*segmentation"),
         (["JPEGImages/1.jpg", "Annotations/1.xml"], "with 1 .xml it looks like a detection data"),
         (["train/1.jpg", "val/2.jpg", "ann/instances.json"], "with 1 .json .* --task detection"),
-        (["images/1.jpg", "labels/1.txt"], "with 1 .txt it looks like a detection data set"),
+        (
+            ["images/1.jpg", "labels/1.txt", "notes.txt"],
+            "with 1 .txt it looks like a detection data set",
+        ),
         ([f"{c}_{i}.jpg" for c in "ab" for i in range(4)], "--label_regex .* 2 classes.* a, b"),
+        (
+            [*(f"images/{c}_{i}.jpg" for c in "ab" for i in range(4)), "annotations/a_1.png"],
+            "give --task segmentation; or .* --label_regex .* such as a, b",
+        ),
         (["a.jpg", "b.jpg"], "put the images of each class into a folder, or give a .csv file"),
         (["a.dcm", "b.dcm", "c"], "no images that can be read, but 2 .dcm, 1 without ending"),
         ([], "no images that can be read, but no files"),
@@ -312,6 +319,23 @@ def test_images_of_a_part_without_classes_are_left_out(tmp_path: Path) -> None:
     data = load_labelled(tmp_path)
     assert data.classes == ["a", "b"]
     assert data.reading.counts == {"image outside the class folders, left out": 4}
+
+
+def test_parts_beside_the_given_one_are_named(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        make_class_folders(tmp_path / part, {"a": 5, "b": 5})
+    ((code, text),) = load_labelled(tmp_path / "train").reading.warnings
+    assert code == "data.part"
+    assert text.endswith(f"to use test beside it, give {tmp_path}")
+
+
+def test_uncertain_labels_are_warned_of(tmp_path: Path) -> None:
+    rows = [[f"{i}.jpg", str(i % 2), str(i % 3 - 1)] for i in range(12)]
+    data = many(write_csv(tmp_path, rows, "path,sick,unsure"))
+    assert data.classes == ["sick"]
+    ((code, text),) = data.reading.warnings
+    assert code == "data.labels"
+    assert "the column unsure holds -1 beside 0 and 1" in text
 
 
 def test_imbalance_is_warned_of(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -290,7 +291,7 @@ def load_labelled(
     if need_test and found.multi_label and not has_both(test.labels).any():
         raise UserError(
             f"{source}: of no class are there test images with it and without it, so "
-            f"that no score can be given: more test images are needed"
+            f"that no score can be given: more test images are needed{_how(reading)}"
         )
     data = LabelledImages(classes, train, val, test, reading)
     _warn_of_classes(data)
@@ -307,6 +308,7 @@ def _find(source: Path, options: LabelOptions, reading: ReadingLog) -> FoundLabe
                 f"{' '.join(TABLES)}"
             )
         return read_label_table(source, options, reading, part_of_name(source.stem))
+    _warn_of_siblings(source, reading)
     tree = FileTree(source)
     described = any(path.rpartition("/")[2].lower() in METADATA for path in tree.others)
     found = FoundLabels([])
@@ -317,8 +319,7 @@ def _find(source: Path, options: LabelOptions, reading: ReadingLog) -> FoundLabe
         tables = read_tables_of(tree, options, reading)
         found = tables if tables.images else found
     if not found.images:
-        why = f" ({'; '.join(reading.notes)})" if reading.notes else ""
-        raise UserError(_no_labels(tree) + why)
+        raise UserError(_no_labels(tree) + _how(reading))
     if reading.layout == "class folders" and len({one.names for one in found.images}) == 1:
         suggestion = _regex_suggestion(tree)
         if suggestion:
@@ -337,6 +338,22 @@ def _find(source: Path, options: LabelOptions, reading: ReadingLog) -> FoundLabe
     return found
 
 
+def _warn_of_siblings(source: Path, reading: ReadingLog) -> None:
+    """Warn where one part of a data set is given, and others lie beside it."""
+    folder = source.resolve()
+    if part_of_name(folder.name) != "train":
+        return
+    others: list[str] = []
+    with suppress(OSError):  # the folder above may not be readable
+        beside = [one.name for one in folder.parent.iterdir() if one.is_dir() and one != folder]
+        others = sorted(name for name in beside if part_of_name(name) is not None)
+    if others:
+        reading.warn(
+            "data.part",
+            f"Only {source} is read: to use {' and '.join(others)} beside it, give {folder.parent}",
+        )
+
+
 def _warn_of_tables(found: FoundLabels, unread: Sequence[str], reading: ReadingLog) -> None:
     """Warn where folders look like patients rather than classes, and there are unread tables."""
     classes = len({one.names for one in found.images})
@@ -350,6 +367,11 @@ def _warn_of_tables(found: FoundLabels, unread: Sequence[str], reading: ReadingL
         )
 
 
+def _how(reading: ReadingLog) -> str:
+    """The notes on how the data were read, in parentheses, for the end of an error."""
+    return f" ({'; '.join(reading.notes)})" if reading.notes else ""
+
+
 def _no_labels(tree: FileTree) -> str:
     """Why a folder can't be used, and the way on."""
     folder = tree.folder
@@ -358,17 +380,20 @@ def _no_labels(tree: FileTree) -> str:
         return f"{folder} holds no images that can be read, but {found}"
     folders = {name.lower() for path in tree.images for name in path.split("/")[:-1]}
     labels = [path for path in tree.others if path.lower().endswith((".xml", ".json", ".yaml"))]
-    texts = [path for path in tree.others if path.lower().endswith(".txt")]
+    stems = {Path(path).stem for path in tree.images}
+    texts = [path for path in tree.ending(".txt") if Path(path).stem in stems]
+    suggestion = _regex_suggestion(tree)
     has = f"{folder} has {len(tree.images)} images, but no class folders and no table of labels"
     if folders & MASK_FOLDERS:
         masks = sorted(folders & MASK_FOLDERS)[0]
-        return (
+        text = (
             f"{has}: with {masks}/ it looks like a segmentation data set: give --task segmentation"
         )
-    if labels or 2 * len(texts) > len(tree.images):
+        return "; or ".join(filter(None, (text, suggestion)))
+    if labels or texts:
         found = count_endings([*labels, *texts])
-        return f"{has}: with {found} it looks like a detection data set: give --task detection"
-    suggestion = _regex_suggestion(tree)
+        text = f"{has}: with {found} it looks like a detection data set: give --task detection"
+        return "; or ".join(filter(None, (text, suggestion)))
     if suggestion:
         return f"{has}: {suggestion}"
     return f"{has}: put the images of each class into a folder, or give a .csv file with --data"
@@ -376,8 +401,13 @@ def _no_labels(tree: FileTree) -> str:
 
 def _regex_suggestion(tree: FileTree) -> str:
     """A phrase on a regular expression that finds classes in the file names; empty if none does."""
-    training = [path for path in tree.images if part_of_path(path) == "train"]
-    suggested = suggested_regex([os.path.basename(path) for path in training or tree.images])
+    images = [
+        path
+        for path in tree.images
+        if MASK_FOLDERS.isdisjoint(part.lower() for part in path.split("/")[:-1])
+    ]
+    training = [path for path in images if part_of_path(path) == "train"]
+    suggested = suggested_regex([os.path.basename(path) for path in training or images])
     if suggested is None:
         return ""
     regex, classes = suggested
@@ -432,9 +462,9 @@ def _classes(reading: ReadingLog, found: FoundLabels, parts: Mapping[Split, _Nam
         return classes
     classes = sorted(names["train"])
     if len(classes) < 2:
-        how = f" ({'; '.join(reading.notes)})" if reading.notes else ""
         raise UserError(
-            f"{reading.source} has one class only ({classes[0]}): two or more are needed{how}"
+            f"{reading.source} has one class only ({classes[0]}): two or more are needed"
+            f"{_how(reading)}"
         )
     for part in PARTS:
         unknown = sorted(names[part] - set(classes))

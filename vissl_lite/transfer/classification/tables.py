@@ -302,6 +302,12 @@ def _class_columns(table: Table, columns: Sequence[str], log: ReadingLog) -> _La
                 f"{table.file}: the column {brief(column)} has {brief(repr(odd))} beside 0 and 1; "
                 f"without a column label or labels, the column of a class holds 0 or 1"
             )
+        if {"0", "1", "-1"} <= {_whole(cell) for cell in cells}:
+            log.warn(
+                "data.labels",
+                f"{table.file}: the column {brief(column)} holds -1 beside 0 and 1, as for "
+                f"uncertain labels, and is left out: write 0, 1 or nothing instead of -1",
+            )
         left_out.append(column)
     if not has:
         return None
@@ -312,6 +318,11 @@ def _class_columns(table: Table, columns: Sequence[str], log: ReadingLog) -> _La
         )
     exclusive = all(len(one) == 1 for one in names)
     return _Labels(names, f"{len(has)} columns of 0 and 1", not exclusive, list(has))
+
+
+def _whole(cell: str) -> str:
+    """A whole number without ``.0``."""
+    return cell.strip().removesuffix(".0")
 
 
 def _merge_rows(
