@@ -66,6 +66,8 @@ class Child:
             status = 99
             try:
                 os.setsid()
+                # ignored where the tests themselves run in the background of a shell
+                signal.signal(signal.SIGINT, signal.default_int_handler)
                 out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 os.dup2(out, 1), os.dup2(out, 2)
                 sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
