@@ -84,11 +84,6 @@ class LabelledImages(LabelledDataset):
         """Whether an image may have several classes, or none."""
         return self.train.labels.ndim == 2
 
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.classes)
-
     def write(self, file: Path) -> None:
         """Write the splits to a CSV file that ``--data`` accepts.
 
@@ -123,7 +118,7 @@ class LabelledImages(LabelledDataset):
     def class_counts(self, part: Split) -> np.ndarray:
         labels = self.part(part).labels
         return (
-            labels.sum(0) if self.multi_label else np.bincount(labels, minlength=self.num_classes)
+            labels.sum(0) if self.multi_label else np.bincount(labels, minlength=len(self.classes))
         )
 
     def take(self, kept: Mapping[Split, Sequence[int]]) -> Self:
@@ -291,7 +286,7 @@ def _warn_of_classes(data: LabelledImages) -> None:
     """Warn of class names and counts that look wrong."""
     odd = [name for name in data.classes if part_of_name(name) is not None]
     near = [name for name in data.classes if part_of_file(name.rpartition("/")[2]) is not None]
-    odd = near if 2 * len(near) >= data.num_classes else odd
+    odd = near if 2 * len(near) >= len(data.classes) else odd
     masks = [name for name in data.classes if name.lower() in MASK_FOLDERS]
     if odd or masks:
         kind = "a part of the data" if odd else "a folder of masks or annotations"

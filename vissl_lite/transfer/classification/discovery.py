@@ -43,11 +43,11 @@ def find_labels(source: Path, options: LabelOptions, reading: ReadingLog) -> Fou
     _warn_of_siblings(source, reading)
     tree = FileTree(source)
     described = any(path.rpartition("/")[2].lower() in METADATA for path in tree.others)
-    found = FoundLabels([])
-    if described or options.label_column is not None or options.path_column is not None:
-        found = read_tables_of(tree, options, reading)
+    tables_first = described or options.label_column is not None or options.path_column is not None
+    found = read_tables_of(tree, options, reading) if tables_first else FoundLabels([])
     found = found if found.images else read_class_folders(tree, options, reading)
-    if len({one.names for one in found.images}) < 2:  # no classes, or a folder of all images
+    # no classes, or a folder of all images
+    if not tables_first and len({one.names for one in found.images}) < 2:
         tables = read_tables_of(tree, options, reading)
         found = tables if tables.images else found
     if not found.images:

@@ -136,8 +136,7 @@ def read_label_table(
         UserError: The file can't be read, has no column of images or of labels, or most of its rows
             can't be used.
     """
-    root = None if options.image_root is None else Path(options.image_root)
-    finder = ImageFinder(file.parent, root, tree)
+    finder = ImageFinder(file.parent, options.image_root, tree)
     table = read_table(file, finder.is_image, (*LABEL_COLUMNS, *MULTI_COLUMNS, *SPLIT_COLUMNS))
     num_rows, table = len(table.rows), without_short_rows(table, log)
     _check_boxes(table, options)

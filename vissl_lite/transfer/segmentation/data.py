@@ -130,7 +130,7 @@ def load_masks(
 
     Images and masks are paired by their names: those of folders are the same but for the words for
     images, masks and parts (``images/train/a`` and ``masks/train/a``), and those of files but for
-    endings such as ``_mask``, ``-label`` or ``_gt``. docs/tasks/segmentation.md lists the layouts.
+    endings such as ``_mask``, ``-label`` or ``_gt``. docs/data.md lists the layouts.
 
     The values in masks are class indices, and 255 is ignored; except for masks of 0 and 255 alone,
     of a few gray levels, and of colors, each of which is a class. The class names are the lines of
@@ -165,26 +165,28 @@ def load_masks(
             raise UserError(f"{brief(path)} does not exist")
     reading = ReadingLog(str(source))
     source = unpacked(source)
+    # one tree, so that the folder is listed once
+    tree = FileTree(source.parent if place is None and source.is_file() else source)
     found: Parts | Drawn
     folders = [source, source.parent]
     if place is not None:
-        found = _read_annotations(source, place, reading)
+        found = _read_annotations(tree, place, reading)
         folders = [source, place, place.parent, source.parent]
     elif source.is_dir():
-        found, beside = _read_folder(source, reading)
+        found, beside = _read_folder(tree, reading)
         folders += [beside, beside.parent] if beside is not None else []
     elif source.suffix.lower() in TABLES and source.is_file():
         found = read_csv(source, options, reading)
         folders = [source.parent]
     elif source.suffix.lower() == ".json" and source.is_file():
-        found = read_coco_file(source, FileTree(source.parent), reading)
+        found = read_coco_file(source, tree, reading)
         folders = []
     else:
         raise UserError(f"{source} is neither a folder with images and masks nor a table")
     if isinstance(found, Drawn):
         images, names = _of_shapes(found, reading)
     else:
-        images, names = _of_files(found, folders, reading)
+        images, names = _of_files(found, tree, folders, reading)
     made = complete_parts(images, _rarest_classes, False, seed, reading, need_test)
     present = {number for one in made["train"] for number in one.classes}
     if len(present) < 2:
@@ -199,9 +201,8 @@ def _rarest_classes(images: Sequence[MaskedImage]) -> np.ndarray:
     return rarest_classes([one.classes for one in images])
 
 
-def _read_annotations(source: Path, place: Path, reading: ReadingLog) -> Parts | Drawn:
+def _read_annotations(tree: FileTree, place: Path, reading: ReadingLog) -> Parts | Drawn:
     """Read a folder of images and one of masks or shapes, or a JSON file."""
-    tree = FileTree(source)
     if place.is_file():
         if place.suffix.lower() != ".json":
             raise UserError(
@@ -219,13 +220,12 @@ def _read_annotations(source: Path, place: Path, reading: ReadingLog) -> Parts |
     return read_two_folders(tree, labels, reading)
 
 
-def _read_folder(source: Path, reading: ReadingLog) -> tuple[Parts | Drawn, Path | None]:
+def _read_folder(tree: FileTree, reading: ReadingLog) -> tuple[Parts | Drawn, Path | None]:
     """Read a folder: images with masks or shapes in it, or with masks beside it."""
-    tree = FileTree(source)
     parts = read_folder(tree, reading) if tree.images else {}
     if parts:
         return parts, None
-    beside = masks_beside(source) if tree.images else None
+    beside = masks_beside(tree.folder) if tree.images else None
     if beside is not None and FileTree(beside).images:
         reading.note(f"The masks are read from {beside}")
         return read_two_folders(tree, FileTree(beside), reading), beside
@@ -310,11 +310,10 @@ def _is_readable(image: str) -> bool:
 
 
 def _of_files(
-    parts: Parts, folders: Sequence[Path], reading: ReadingLog
+    parts: Parts, tree: FileTree, folders: Sequence[Path], reading: ReadingLog
 ) -> tuple[dict[Split | None, list[MaskedImage]], list[str]]:
-    trees = [FileTree(folder) for folder in folders[:1] if folder.is_dir()]
-    names = _read_names(_named_files(folders, trees, _NAME_FILES))
-    table = _read_colors(_named_files(folders, trees, _COLOR_FILES))
+    names = _read_names(_named_files(folders, tree, _NAME_FILES))
+    table = _read_colors(_named_files(folders, tree, _COLOR_FILES))
     pairs = [pair for part in parts.values() for pair in part]
     voc = any("segmentationclass" in file.lower() for _, masks in pairs for file in masks[:1])
     found, names = number_classes(reading.source, pairs, names, table, voc, reading)
@@ -326,14 +325,11 @@ def _of_files(
     return images, names
 
 
-def _named_files(
-    folders: Sequence[Path], trees: Sequence[FileTree], names: Sequence[str]
-) -> list[Path]:
-    """Files of these names in the folders themselves, then anywhere in the trees."""
+def _named_files(folders: Sequence[Path], tree: FileTree, names: Sequence[str]) -> list[Path]:
+    """Files of these names in the folders themselves, then anywhere in the tree."""
     files = [folder / name for folder in folders for name in names]
-    for tree in trees:
-        inner = [path for path in tree.others if path.rpartition("/")[2] in names]
-        files += [tree.folder / path for path in sorted(inner, key=lambda path: path.count("/"))]
+    inner = [path for path in tree.others if path.rpartition("/")[2] in names]
+    files += [tree.folder / path for path in sorted(inner, key=lambda path: path.count("/"))]
     return [file for file in dict.fromkeys(files) if file.is_file()]
 
 

@@ -13,7 +13,7 @@ from vissl_lite.data.text_file import read_text
 from vissl_lite.errors import UserError, brief
 from vissl_lite.transfer.options import SourceOptions
 from vissl_lite.transfer.sources.file_tree import IMAGE_FOLDERS, MASK_FOLDERS, FileTree
-from vissl_lite.transfer.sources.parts import Split, part_of_file, part_of_name
+from vissl_lite.transfer.sources.parts import Split, part_of_file, part_of_name, words_of
 from vissl_lite.transfer.sources.reading_log import ReadingLog
 from vissl_lite.transfer.sources.tables import (
     ImageFinder,
@@ -76,7 +76,7 @@ def is_mask_folder(name: str) -> bool | None:
         return True
     if name.lower() in IMAGE_FOLDERS:
         return False
-    words = {word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", name)}
+    words = set(words_of(name))
     if words & _MASK_WORDS:
         return True
     return False if words & _IMAGE_WORDS else None
@@ -422,8 +422,7 @@ def read_csv(file: Path, options: SourceOptions, log: ReadingLog) -> Parts:
     Raises:
         UserError: If the file can't be read, lacks a column, or names mostly missing files.
     """
-    root = None if options.image_root is None else Path(options.image_root)
-    finder = ImageFinder(file.parent, root)
+    finder = ImageFinder(file.parent, options.image_root)
     table = read_table(file, finder.is_image, MASK_COLUMNS)
     images = path_column(table, finder, options)
     masks = table.column(MASK_COLUMNS)

@@ -24,6 +24,7 @@ from vissl_lite.transfer.segmentation.mask_values import BACKGROUND
 from vissl_lite.transfer.sources.file_tree import FileTree, part_below
 from vissl_lite.transfer.sources.parts import Split, part_of_file, part_of_name, part_of_path
 from vissl_lite.transfer.sources.reading_log import MISSING_IMAGE, ReadingLog
+from vissl_lite.transfer.sources.run_lengths import runs_of_text
 
 _UNREADABLE = "object without a polygon or RLE that can be read, left out"
 _UNKNOWN_CLASS = "object of an unknown class, left out"
@@ -229,7 +230,7 @@ def _coco_shape(segmentation: Any, size: tuple[float, float]) -> Shape | None:
     if not isinstance(own, list) or tuple(map(_number, own)) != size:
         return None
     if isinstance(counts, str):
-        counts = _decode_runs(counts)
+        counts = runs_of_text(counts)
     pixels = int(size[0]) * int(size[1])
     if not isinstance(counts, list) or not 0 < pixels <= max_pixels():
         return None
@@ -240,25 +241,6 @@ def _coco_shape(segmentation: Any, size: tuple[float, float]) -> Shape | None:
         return None
     counts = [*counts, *([rest] if len(counts) % 2 == 0 else [0, rest])]  # the last may be missing
     return Shape(0, runs=np.array(counts, np.uint32).tobytes())
-
-
-def _decode_runs(text: str) -> list[int]:
-    """Decode COCO's compressed RLE (``rleFrString`` in ``maskApi.c`` of cocoapi)."""
-    runs: list[int] = []
-    value = shift = 0
-    for letter in text:
-        bits = ord(letter) - 48
-        value |= (bits & 31) << shift
-        shift += 5
-        if bits & 32 and shift < 60:
-            continue
-        if bits & 16:
-            value -= 1 << shift
-        if len(runs) > 2:
-            value += runs[-2]
-        runs.append(value)
-        value = shift = 0
-    return runs
 
 
 # LabelMe

@@ -41,6 +41,11 @@ _FILLERS = frozenset(
 )
 
 
+def words_of(name: str) -> list[str]:
+    """The words of a name in lower case: ``TrainImages_2`` has ``train`` and ``images``."""
+    return [word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", name)]
+
+
 def part_of_name(name: str) -> Split | None:
     """The part that the name of a folder or file means, or None.
 
@@ -50,7 +55,7 @@ def part_of_name(name: str) -> Split | None:
     Args:
         name: Name without its suffix.
     """
-    words = [word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", name)]
+    words = words_of(name)
     named = [_WORDS[word] for word in words if word in _WORDS]
     others = [word for word in words if word not in _WORDS and word not in _FILLERS]
     return named[0] if len(set(named)) == 1 and not others else None

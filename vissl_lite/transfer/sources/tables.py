@@ -14,6 +14,7 @@ from typing import Any
 from vissl_lite.data.images import EXTENSIONS
 from vissl_lite.data.text_file import read_bytes
 from vissl_lite.errors import UserError, brief
+from vissl_lite.options import StrPath
 from vissl_lite.transfer.options import SourceOptions
 from vissl_lite.transfer.sources.file_tree import FileTree
 from vissl_lite.transfer.sources.parts import Split, part_of_name
@@ -236,13 +237,14 @@ class ImageFinder:
     """
 
     def __init__(
-        self, folder: Path, root: Path | None = None, tree: FileTree | None = None
+        self, folder: Path, root: StrPath | None = None, tree: FileTree | None = None
     ) -> None:
-        if root is not None and not root.is_dir():
-            raise UserError(f"--image_root {brief(root)} is not a folder")
-        self.folders = [root, folder] if root is not None else [folder]
+        self.folders = [folder]
         if root is not None:
-            tree = FileTree(root)
+            tree = FileTree(Path(root))
+            if not tree.folder.is_dir():
+                raise UserError(f"--image_root {brief(root)} is not a folder")
+            self.folders.insert(0, tree.folder)
         self.tree = tree or FileTree(folder)
         self.folders += [self.tree.folder] if self.tree.folder not in self.folders else []
 

@@ -82,7 +82,7 @@ def find_box_table(
     Raises:
         UserError: A column that an option names is missing.
     """
-    finder = _finder(file, images, options)
+    finder = ImageFinder(file.parent, options.image_root, images)
     known = (*_LEFT, *_BOX, *CLASS_COLUMNS)
     try:
         table = read_table(file, finder.is_image, known)
@@ -106,11 +106,6 @@ def find_box_table(
         label = table.given_column("label_column", options.label_column)
     found = tuple(one for one in corners if one is not None)
     return BoxTable(table, image, found, sizes, label, part)
-
-
-def _finder(file: Path, images: FileTree, options: SourceOptions) -> ImageFinder:
-    root = None if options.image_root is None else Path(options.image_root)
-    return ImageFinder(file.parent, root, images)
 
 
 def read_box_tables(
@@ -140,7 +135,7 @@ def read_box_tables(
     listed = 0
     for one in tables:
         parts = [part or one.part for part in parts_of_rows(one.table, options, repairs)]
-        finder = _finder(one.table.file, images, options)
+        finder = ImageFinder(one.table.file.parent, options.image_root, images)
         paths = find_images_of(one.table, one.image, parts, finder, repairs)
         listed += len(set(one.table.cells(one.image)))
         boxes = [_boxes_of(row, one) for row in one.table.rows]

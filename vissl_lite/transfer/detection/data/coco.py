@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from vissl_lite.data.json_file import read_json
 from vissl_lite.errors import UserError
 from vissl_lite.transfer.detection.data.annotations import (
     MAX_CLASSES,
@@ -27,6 +26,7 @@ from vissl_lite.transfer.detection.data.annotations import (
 from vissl_lite.transfer.sources.file_tree import FileTree
 from vissl_lite.transfer.sources.parts import Split, part_of_file
 from vissl_lite.transfer.sources.reading_log import MISSING_IMAGE, ReadingLog
+from vissl_lite.transfer.sources.run_lengths import runs_of_text
 
 
 def missing_key(content: Any) -> str | None:
@@ -37,19 +37,21 @@ def missing_key(content: Any) -> str | None:
     return None
 
 
-def read_coco(file: Path, split: Split | None, tree: FileTree, repairs: ReadingLog) -> Annotations:
+def read_coco(
+    file: Path, content: Any, split: Split | None, tree: FileTree, repairs: ReadingLog
+) -> Annotations:
     """Read a file in COCO's format (cocodataset.org, "Data format", object detection).
 
     Args:
-        file: JSON file.
+        file: JSON file, for messages.
+        content: Its content.
         split: Split of its images; None if they are to be split.
         tree: Folder of the images.
         repairs: Log to add repairs to.
 
     Raises:
-        UserError: If the file is not JSON, or lacks a key of the format.
+        UserError: If the content lacks a key of the format.
     """
-    content = read_json(file)
     key = missing_key(content)
     if key is not None:
         raise UserError(f"{file} is not in COCO's format: it has no list {key!r}")
@@ -166,16 +168,14 @@ def _box_of_segmentation(segmentation: Any) -> Corners | None:
 def box_of_runs(counts: Any, size: Any) -> Corners | None:
     """The box around a mask in COCO's run-length encoding.
 
-    Runs of background and foreground alternate, column by column. In text, each has the difference
-    from the one two runs before, in groups of five bits, the lowest first; the sixth bit of a
-    character says that more follow (pycocotools, ``maskApi.c``, ``rleFrString``).
+    Runs of background and foreground alternate, column by column.
 
     Args:
         counts: Lengths of the runs, as a list or as text.
         size: Height and width of the mask.
     """
     if isinstance(counts, str):
-        counts = _runs_of_text(counts)
+        counts = runs_of_text(counts)
     try:
         height = int(size[0])
         runs = np.array(counts, np.int64)
@@ -194,20 +194,3 @@ def box_of_runs(counts: Any, size: Any) -> Corners | None:
     top = np.where(across, 0, starts % height).min()
     bottom = np.where(across, height - 1, lasts % height).max()
     return float(left.min()), float(top), float(right.max() + 1), float(bottom + 1)
-
-
-def _runs_of_text(text: str) -> list[int] | None:
-    runs: list[int] = []
-    value = shift = 0
-    for character in text:
-        bits = ord(character) - 48
-        if not 0 <= bits < 64 or shift > 60:
-            return None
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:
-            if bits & 16:  # negative
-                value -= 1 << shift
-            runs.append(value + runs[-2] if len(runs) > 2 else value)
-            value = shift = 0
-    return runs

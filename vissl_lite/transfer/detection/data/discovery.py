@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vissl_lite.data.images import EXTENSIONS
 from vissl_lite.data.json_file import read_json
@@ -131,7 +131,7 @@ def _read_file(
     suffix = file.suffix.lower()
     if suffix == ".json":
         log.layout = "COCO"
-        return read_coco(file, None, images, log)
+        return read_coco(file, read_json(file), None, images, log)
     if suffix == ".xml":
         log.layout = "CVAT"
         return read_cvat(file, images, log)
@@ -214,6 +214,14 @@ def _no_boxes(tree: FileTree) -> str:
 # COCO
 
 
+class _CocoFile(NamedTuple):
+    """A JSON file in COCO's format: its part, path and content, which is parsed once."""
+
+    part: Split | None
+    file: Path
+    content: Any
+
+
 def _find_coco(source: _Source) -> _Layout | None:
     """Find JSON files at the top, in a folder of annotations, or in a folder of each part."""
     tree = source.tree
@@ -239,37 +247,40 @@ def _find_coco(source: _Source) -> _Layout | None:
             f"{tree.folder} has annotations of {' and '.join(parts)}, but none of train: "
             f"add train.json"
         )
-    files: list[tuple[Split | None, Path | None]]
-    if "train" in parts:
-        files = [(part, _choose_json(tree.folder, by_part[part])) for part in parts]
-    else:
-        files = [(None, _choose_json(tree.folder, paths))]
-    found = [(part, file) for part, file in files if file is not None]
+    wanted = {part: by_part[part] for part in parts} if "train" in parts else {None: paths}
+    found = [
+        _CocoFile(part, *chosen)
+        for part, several in wanted.items()
+        if (chosen := _choose_json(tree.folder, several)) is not None
+    ]
     if not found:
         return None
     return _Layout("COCO", "train" in parts, partial(_read_coco, found, source.images))
 
 
-def _choose_json(folder: Path, paths: Sequence[str]) -> Path | None:
-    """The only JSON file that is in COCO's format; None if there is none.
+def _choose_json(folder: Path, paths: Sequence[str]) -> tuple[Path, Any] | None:
+    """The only JSON file that is in COCO's format, and its content; None if there is none.
 
     Raises:
         UserError: There are several, or the only file is not JSON.
     """
-    good = [path for path in paths if missing_key(read_json(folder / path)) is None]
-    if len(good) > 1:
-        raise UserError(
-            f"{folder} holds several files of the same part, {good[0]} and "
-            f"{good[1]}: choose with --annotations FILE"
-        )
-    return folder / good[0] if good else None
+    chosen: tuple[str, Any] | None = None
+    for path in paths:
+        content = read_json(folder / path)
+        if missing_key(content) is not None:
+            continue
+        if chosen is not None:
+            raise UserError(
+                f"{folder} holds several files of the same part, {chosen[0]} and "
+                f"{path}: choose with --annotations FILE"
+            )
+        chosen = path, content
+    return None if chosen is None else (folder / chosen[0], chosen[1])
 
 
-def _read_coco(
-    files: Sequence[tuple[Split | None, Path]], images: FileTree, log: ReadingLog
-) -> Annotations:
-    several = [read_coco(file, part, images, log) for part, file in files]
-    named = {part: f"{file.parent.name}/{file.name}" for part, file in files}
+def _read_coco(files: Sequence[_CocoFile], images: FileTree, log: ReadingLog) -> Annotations:
+    several = [read_coco(one.file, one.content, one.part, images, log) for one in files]
+    named = {one.part: f"{one.file.parent.name}/{one.file.name}" for one in files}
     log.origins.update({str(part): name for part, name in named.items() if part is not None})
     classes = [name for one in several for name in one.classes]
     annotated = [image for one in several for image in one.images]
