@@ -89,6 +89,28 @@ def test_layer_decay_scales_the_rate_down_from_the_last_layer(backbone: str) -> 
     assert all(b == pytest.approx(2 * a) for a, b in itertools.pairwise(values))
 
 
+def test_a_layer_of_a_resnet_is_a_stage() -> None:
+    """A deeper network of the same stages has the same rates."""
+    scales = []
+    for backbone in ("resnet18", "resnet50"):
+        with torch.device("meta"):
+            model = timm.create_model(backbone, num_classes=3)
+        groups = build_optimizer(model, OptimizerSettings("lars", layer_decay=0.5)).param_groups
+        scales.append({group["lr_scale"] for group in groups})
+    assert scales[0] == scales[1] == {0.5**power for power in range(6)}
+
+
+def test_layer_decay_and_exemptions_of_an_encoder_in_a_model() -> None:
+    encoder, head = timm.create_model("test_vit", num_classes=0), nn.Linear(8, 2)
+    settings = OptimizerSettings(layer_decay=0.5, weight_decay=0.3)
+    groups = build_optimizer(nn.ModuleList([encoder, head]), settings, encoder).param_groups
+    group = {id(parameter): one for one in groups for parameter in one["params"]}
+    assert group[id(head.weight)]["lr_scale"] == 1
+    assert group[id(head.weight)]["weight_decay"] == 0.3
+    assert group[id(encoder.pos_embed)]["lr_scale"] < 0.5
+    assert group[id(encoder.pos_embed)]["weight_decay"] == 0
+
+
 def test_set_lr_is_the_same_for_all_without_layer_decay() -> None:
     optimizer = build_optimizer(timm.create_model("test_vit", num_classes=3), OptimizerSettings())
     set_lr(optimizer, 0.25)

@@ -2,9 +2,11 @@
 
 import math
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from typing import Literal
 
 import timm.optim
+from timm.models import group_parameters
 from torch import nn
 from torch.amp import GradScaler
 from torch.distributed.tensor import DTensor
@@ -75,56 +77,68 @@ def check_rates(lr: float | None, weight_decay: float | None) -> None:
     check_not_negative("weight_decay", weight_decay, LARGEST_RATE)
 
 
-def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> Optimizer:
+def build_optimizer(
+    module: nn.Module, settings: OptimizerSettings, encoder: nn.Module | None = None
+) -> Optimizer:
     """Build the optimizer of a module's trainable parameters.
 
     Args:
-        module: Module to optimize; a timm model if ``layer_decay`` is below 1.
+        module: Module to optimize.
         settings: Settings of the optimizer.
+        encoder: The timm model in the module that ``layer_decay`` applies to; default the module
+            itself. All other parameters have the full learning rate.
 
     Returns:
         An optimizer; ``lr_scale``, where a parameter group has it, is left to ``set_lr``.
     """
-    decay = settings.layer_decay if settings.layer_decay < 1 else None
+    inner = module if encoder is None else encoder
+    scales = _layer_scales(inner, settings.layer_decay)
+    undecayed = _without_decay(inner)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    known = {id(parameter): name for name, parameter in inner.named_parameters()}
+    for parameter in module.parameters():
+        if not parameter.requires_grad:
+            continue
+        name = known.get(id(parameter), "")
+        decayed = parameter.ndim > 1 and name not in undecayed
+        key = scales.get(name, 1.0), settings.weight_decay if decayed else 0.0
+        groups.setdefault(key, []).append(parameter)
     optimizer: Optimizer = timm.optim.create_optimizer_v2(
-        module,
+        [
+            {"params": parameters, "lr_scale": scale, "weight_decay": decay}
+            for (scale, decay), parameters in groups.items()
+        ],
         opt=settings.name,
         lr=settings.lr,
-        weight_decay=settings.weight_decay,
         momentum=0.9,
-        layer_decay=decay,
         **_fused(settings.name, module),
     )
     return optimizer
 
 
-def build_optimizer_with_head(
-    encoder: nn.Module, head: nn.Module, settings: OptimizerSettings
-) -> Optimizer:
-    """Build the optimizer of an encoder and a head, with layer-wise decay in the encoder only.
+def _layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
+    """Factor on the learning rate of each parameter of a timm model; empty for 1.
 
-    Args:
-        encoder: A timm model.
-        head: Module whose parameters outside of the encoder get the full learning rate.
-        settings: Settings of the optimizer.
+    A layer is a block of a plain ViT, and a stage of a convolutional or hierarchical network, whose
+    blocks differ in number: a ResNet-50 and a ResNet-18 have the same six layers.
     """
-    groups = timm.optim.param_groups_layer_decay(
-        encoder, settings.weight_decay, layer_decay=settings.layer_decay
-    )
-    below = {id(p) for p in encoder.parameters()}
-    rest = [p for p in head.parameters() if p.requires_grad and id(p) not in below]
-    groups += [
-        {"params": [p for p in rest if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer: Optimizer = timm.optim.create_optimizer_v2(
-        [group for group in groups if group["params"]],
-        opt=settings.name,
-        lr=settings.lr,
-        momentum=0.9,
-        **_fused(settings.name, encoder),
-    )
-    return optimizer
+    matcher = getattr(model, "group_matcher", None)
+    if decay == 1 or matcher is None:
+        return {}
+    layers = group_parameters(model, matcher(coarse=True), reverse=True)
+    last = max(layers.values())
+    return {name: decay ** (last - layer) for name, layer in layers.items()}
+
+
+def _without_decay(model: nn.Module) -> set[str]:
+    """Parameters that a timm model excludes from weight decay, such as position embeddings."""
+    listed = getattr(model, "no_weight_decay", None)
+    names = listed() if callable(listed) else ()
+    return {
+        name
+        for name, _ in model.named_parameters()
+        if any(fnmatch(name, pattern) for pattern in names)
+    }
 
 
 def _fused(name: str, module: nn.Module) -> dict[str, bool]:

@@ -100,19 +100,6 @@ def test_the_same_seed_gives_the_same_model(encoder: Path, labelled: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_stops_early_on_validation_images(encoder: Path, labelled: Path, tmp_path: Path) -> None:
-    """With a rate that changes nothing the first look stays the best one."""
-    out = tmp_path / "run"
-    vissl_lite.finetune(
-        data=str(labelled), out=str(out), encoder=str(encoder), frozen=True, epochs=40, lr=1e-12,
-        patience=3, num_workers=0,
-    )  # fmt: skip
-    with (out / "metrics.csv").open(newline="") as file:
-        looks = [row for row in csv.DictReader(file) if row["val_top1"]]
-    assert len(looks) == 4
-
-
-@pytest.mark.slow
 def test_few_labels_are_stratified(encoder: Path, labelled: Path, tmp_path: Path) -> None:
     result = vissl_lite.finetune(
         data=str(labelled),

@@ -173,7 +173,7 @@ def training(photos: Path, labelled: Path) -> Callable[..., list[object]]:
         if command == "pretrain":
             return [command, "--data", photos, "--backbone", "test_resnet", "--image_size", 32,
                     "--logger", "none", *common]  # fmt: skip
-        return [command, "--data", labelled, "--encoder", "random:test_resnet", "--patience", 1000,
+        return [command, "--data", labelled, "--encoder", "random:test_resnet", "--refit", "false",
                 *common]  # fmt: skip
 
     return words

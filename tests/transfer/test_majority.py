@@ -52,8 +52,7 @@ def test_a_probe_tells_whether_it_predicts_one_class() -> None:
         values = np.array([[1.0, label] for label in labels], np.float32)
         return LabelledFeatures({"last": values}, np.array(labels))
 
-    none = LabelledFeatures({}, np.empty(0, np.int64))
     ones = LabelledFeatures({"last": np.ones((4, 2), np.float32)}, np.array([0, 0, 0, 1]))
-    assert evaluate_features("knn", ones, none, ones).one_class == 0
+    assert evaluate_features("knn", ones, ones).one_class == 0
     both = features([0, 1, 0, 1])
-    assert evaluate_features("knn", both, none, both, k=1).one_class is None
+    assert evaluate_features("knn", both, both, k=1).one_class is None

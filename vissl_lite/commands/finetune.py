@@ -12,6 +12,7 @@ from rich.table import Table
 from vissl_lite import __version__
 from vissl_lite.commands.labelled import dry_run, show_data
 from vissl_lite.commands.leaks import guard
+from vissl_lite.commands.pretrain_options import parse_time
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.encoders.folder import encoder_for, load_encoder
 from vissl_lite.errors import (
@@ -22,12 +23,11 @@ from vissl_lite.errors import (
     check_warmup,
 )
 from vissl_lite.metrics_file import MetricsFile
-from vissl_lite.optim import OptimizerSettings, canonical_optimizer, check_rates
+from vissl_lite.optim import canonical_optimizer, check_rates
 from vissl_lite.options import Options, StrPath, command
 from vissl_lite.plots import plot_curves
 from vissl_lite.report.additions import add_report, add_test_embeddings, add_test_pictures
 from vissl_lite.run import (
-    CHECKPOINTS,
     METRICS,
     beside,
     check_out,
@@ -38,10 +38,10 @@ from vissl_lite.run import (
     read_results,
     write_results,
 )
-from vissl_lite.training.fit import TrainingFiles
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.base import LabelledDataset, Scores, TrainedModel
-from vissl_lite.transfer.finetuning import TransferSettings
+from vissl_lite.transfer.finetuning import TransferSettings, finetune_optimizer
+from vissl_lite.transfer.fitting import FitFiles, FittedModel, fit_model, monitor_of
 from vissl_lite.transfer.tasks import AllTaskOptions, check_given, find_task, without_others
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,9 @@ class FinetuneOptions(Options, AllTaskOptions):
     shots: int | None = None
     """Use this many training and validation labels per class."""
     epochs: int | None = None
-    """Number of epochs. Default: as many as give 1,000 steps, but at least 10 and at most 100."""
+    """Number of epochs. Default: as many as give 1,000 steps, but at least 10."""
+    max_time: str | int | None = None
+    """Time budget of all trainings together, as HH:MM:SS or in seconds, instead of --epochs."""
     batch_size: int | None = None
     """Number of images per batch. Default: 64 for classification and 8 for other tasks, or a
     quarter of the training images if they are few."""
@@ -109,13 +111,20 @@ class FinetuneOptions(Options, AllTaskOptions):
     weight_decay: float = 0.05
     """Weight decay of weight matrices and convolution kernels."""
     layer_decay: float | None = None
-    """Factor by which the learning rate decreases from each layer to the one below it. Default:
-    0.75, or 1 (no decrease) for random:NAME."""
+    """Factor by which the learning rate decreases from each layer (a block of a ViT, a stage of
+    other backbones) to the one below it. Default: 0.75, or 1 (no decrease) for random:NAME."""
     warmup: float = 0.1
     """Fraction of the training used for learning rate warmup."""
-    patience: int | None = 10
-    """Stop early after this many validations (of 25 per training) without improvement; null
-    disables early stopping."""
+    frozen_norm: bool | None = None
+    """Keep the BatchNorm layers of the encoder as they are. Default: true for a pre-trained encoder
+    and fewer than 1,000 training images."""
+    refit: bool | None = None
+    """Train on training and validation labels together once the hyperparameters are chosen.
+    Default: true if the validation part was taken out of the training labels, false for a
+    validation part of your own."""
+    monitor: str | None = None
+    """Validation metric to choose by. Default: top1 (several labels per image: map) for
+    classification, map for detection, miou for segmentation; also loss, map_50 or dice."""
     min_crop_scale: float = 0.35
     """Smallest fraction of the image area that a random training crop covers."""
     upright: bool = True
@@ -151,7 +160,7 @@ class FinetuneOptions(Options, AllTaskOptions):
             check_positive_share(name, getattr(self, name))
         check_image_size(self.image_size)
         check_rates(self.lr, self.weight_decay)
-        for name in ("epochs", "batch_size", "patience", "shots", "class_level"):
+        for name in ("epochs", "batch_size", "shots", "class_level"):
             check_count(name, getattr(self, name))
         check_seed(self.seed)
 
@@ -161,17 +170,19 @@ class FinetuneOptions(Options, AllTaskOptions):
     def settings(self) -> TransferSettings:
         """Training settings for the task."""
         from_scratch = os.fspath(self.encoder).startswith("random:")
-        decay = self.layer_decay
-        if decay is None:
-            decay = 1.0 if from_scratch else 0.75
         settings: TransferSettings = find_task(self.task).make_settings(
             self,
             frozen=self.frozen,
             epochs=self.epochs,
             batch_size=self.batch_size,
-            optimizer=OptimizerSettings(self.optimizer, self.lr, self.weight_decay, decay),
+            seconds=parse_time(self.max_time),
+            optimizer=finetune_optimizer(
+                from_scratch, self.optimizer, self.lr, self.weight_decay, self.layer_decay
+            ),
             warmup=self.warmup,
-            patience=self.patience,
+            frozen_norm=self.frozen_norm,
+            refit=self.refit,
+            monitor=self.monitor,
             min_crop_scale=self.min_crop_scale,
             upright=self.upright,
             seed=self.seed,
@@ -216,6 +227,7 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
     torch.manual_seed(options.seed)
     start = encoder_for(encoder, image_size)
     task.check(start, labelled, settings)
+    monitor_of(task, labelled, settings.monitor)
     labelled, leaks = guard(
         labelled, [encoder], options.leaks, None if options.dry_run else str(out)
     )
@@ -228,29 +240,26 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
         leaks.write(run)
         log.info("%s at %d pixels", start.backbone, start.image_size)
         task.report_use(start, encoder)
-        metrics = MetricsFile(run / METRICS)
-        files = TrainingFiles(metrics, run / CHECKPOINTS, resume)
-        model: TrainedModel = task.train(start, labelled, settings, hardware, files)
+        files = FitFiles(run, checkpoints=True, resume=resume)
+        fitted = fit_model(task, start, labelled, settings, (), hardware, files)
+        model: TrainedModel = fitted.model
+        log.info("%s", fitted.describe())
         about = {"version": __version__, "task": task.name, "encoder": encoder, "data": data}
         task.save(model, run / "model", about)  # before evaluating, which may fail
         scores: Scores = task.evaluate(model, labelled)
         add_test_pictures(run, task, model, labelled, scores)
-        plot_curves(metrics, task.curves, run / "curves.png")
-        metric = task.validation_metric(labelled)
-        best = max(metrics.series(metric)[1], default=None)
+        plot_curves(MetricsFile(run / METRICS), task.curves, run / "curves.png")
         results = {
             "test": scores.metrics,
             **_majority(labelled),
             "per_class": scores.per_class,
-            "val": {metric.removeprefix("val_"): best},
-            "train_images": len(labelled.train),
-            "val_images": len(labelled.val),
+            **fitted.as_dict(),
             "test_images": len(labelled.test),
             "classes": labelled.classes,
             **leaks.figures(),
         }
         write_results(run, results)
-        _print_results(labelled, scores, encoder, run)
+        _print_results(labelled, scores, fitted, encoder, run)
         add_test_embeddings(run, load_encoder(run / "model"), labelled, options.seed)
         add_report(run)
     return FinetuneResult(run, run / "model", scores.metrics, scores.per_class)
@@ -268,10 +277,24 @@ def _majority(data: LabelledDataset) -> dict[str, float]:
     return {} if share is None else {"majority": share}
 
 
-def _print_results(data: LabelledDataset, scores: Scores, encoder: str, run: Path) -> None:
+def _print_results(
+    data: LabelledDataset,
+    scores: Scores,
+    fitted: FittedModel[TrainedModel],
+    encoder: str,
+    run: Path,
+) -> None:
     console.print(f"fine-tuned from {encoder}", highlight=False, soft_wrap=True)
-    table = Table("test images", *scores.metrics)
-    table.add_row(str(len(data.test)), *(f"{x:.3f}" for x in scores.metrics.values()))
+    parts = {
+        "training (trained on)": (fitted.train_images, fitted.train_metrics),
+        "validation (held out)": (fitted.val_images, fitted.chosen.metrics),
+        "test": (len(data.test), scores.metrics),
+    }
+    names = list(dict.fromkeys(name for _, found in parts.values() for name in found))
+    table = Table("images", "number", *names)
+    for part, (images, found) in parts.items():
+        cells = (f"{found[name]:.3f}" if name in found else "" for name in names)
+        table.add_row(part, f"{images:,}", *cells)
     console.print(table)
     for share in _majority(data).values():
         console.print(

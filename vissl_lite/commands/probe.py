@@ -84,6 +84,9 @@ class ProbeOptions(Options, LabelOptions):
     max_pixels: int = MAX_PIXELS
     """Skip images with more pixels (height times width) than this; a small file can decode to
     billions of pixels. The default is Pillow's limit."""
+    refit: bool | None = None
+    """Whether the probes are fitted to the validation labels too. Default: true if the validation
+    part was taken out of the training labels, false for a validation part of your own."""
     seed: int = 0
     """Seed for the split, the choice of labels, and the weights of an untrained encoder."""
     dry_run: bool = False
@@ -128,22 +131,28 @@ def probe(options: ProbeOptions) -> ProbeResult:
         show_data(labelled, leaks)
         labelled.write(run / "split.csv")
         leaks.write(run)
-        scores = probe_encoder(encoder, labelled, options.layers, options.k, options.temperature)
+        used = labelled.for_probes(options.refit)
+        scores = probe_encoder(encoder, used, options.layers, options.k, options.temperature)
         last = scores.pop("last")
         results: dict[str, Any] = {
             **last,
             "majority": labelled.majority(),
             "layers": scores,
             "encoder": name,
-            "k": min(options.k, len(labelled.train) + len(labelled.val)),
+            "k": min(options.k, len(used.train)),
             "temperature": options.temperature,
             "image_size": encoder.image_size,
-            "train_images": len(labelled.train) + len(labelled.val),
+            "train_images": len(used.train),
             "test_images": len(labelled.test),
             "classes": labelled.classes,
             **leaks.figures(),
         }
         write_results(run, results)
+        log.info(
+            "Fitted to %d labels; the penalty of the linear probe is chosen by cross-validation of "
+            "them",
+            len(used.train),
+        )
         console.print(f"{name}: test accuracy", highlight=False, soft_wrap=True)
         table = Table("layer", "kNN", "linear")
         for layer, row in {**scores, "last": last}.items():
@@ -168,7 +177,7 @@ def probe_encoder(
 
     Args:
         encoder: Frozen encoder.
-        labelled: Labelled images.
+        labelled: Labelled images; the probes are fitted to the training part.
         layers: Also evaluate every stage.
         k: Number of neighbors that vote.
         temperature: Temperature of the votes.
@@ -176,18 +185,17 @@ def probe_encoder(
     Returns:
         ``{"last": {"knn": ..., "linear": ...}, ...}``; ``last`` is the encoder's output.
     """
-    parts = (labelled.train, labelled.val, labelled.test)
+    parts = (labelled.train, labelled.test)
     with progress_bar() as bar:
         task = bar.add_task("features", total=sum(len(part) for part in parts), info="")
-        train, val, test = (
+        train, test = (
             extract_part(encoder, part, layers, partial(bar.advance, task)) for part in parts
         )
         fitting = bar.add_task("probes", total=len(test.by_layer), info="")
         scores: dict[str, dict[str, float]] = {}
         for layer in test.by_layer:
             found = {
-                name: evaluate_features(name, train, val, test, k, temperature, layer)
-                for name in PROBES
+                name: evaluate_features(name, train, test, k, temperature, layer) for name in PROBES
             }
             scores[layer] = {name: score.accuracy for name, score in found.items()}
             for name, score in found.items():

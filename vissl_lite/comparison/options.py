@@ -8,9 +8,9 @@ from vissl_lite.comparison.amounts import make_amounts
 from vissl_lite.comparison.protocols import Protocol
 from vissl_lite.data.reading import MAX_PIXELS
 from vissl_lite.errors import UserError, check_count, check_image_size, check_seed
-from vissl_lite.optim import OptimizerSettings, check_rates
+from vissl_lite.optim import check_rates
 from vissl_lite.options import Options, Paths, StrPath, path_list
-from vissl_lite.transfer.finetuning import TransferSettings
+from vissl_lite.transfer.finetuning import TransferSettings, finetune_optimizer
 from vissl_lite.transfer.tasks import AllTaskOptions, find_task, without_others
 
 MAX_SEEDS = 10_000
@@ -51,11 +51,14 @@ class CompareOptions(Options, AllTaskOptions):
     k: int = 20
     """Number of neighbors in knn."""
     lr: Sequence[float] | float | None = None
-    """Candidate learning rates of finetune. Default: 0.0003 0.001 0.003. The best one is chosen for
-    each encoder and amount of labels, on the validation images of the first seed."""
+    """Candidate learning rates of finetune. Default: 0.00003 0.0001 0.0003 0.001 0.003. The best is
+    chosen for each encoder, amount of labels and seed, on labels that are held out."""
+    refit: bool | None = None
+    """Whether all protocols train on the validation labels too, once hyperparameters are chosen.
+    Default: true if the validation part was taken out of the training labels, false for a
+    validation part of your own."""
     epochs: int | None = None
-    """Number of epochs of finetune. Default: as many as give 1,000 steps, but at least 10 and at
-    most 100."""
+    """Number of epochs of finetune. Default: as many as give 1,000 steps, but at least 10."""
     batch_size: int | None = None
     """Batch size of finetune. Default: as for the command finetune."""
     image_size: int | None = None
@@ -113,13 +116,10 @@ class CompareOptions(Options, AllTaskOptions):
         """Seeds of the draws of labels."""
         return list(range(self.seed, self.seed + self.seeds))
 
-    def settings(
-        self, rate: float = 1e-3, seed: int | None = None, untrained: bool = True
-    ) -> TransferSettings:
-        """Settings for fine-tuning.
+    def settings(self, seed: int | None = None, untrained: bool = True) -> TransferSettings:
+        """Settings for fine-tuning, but for the learning rate.
 
         Args:
-            rate: Learning rate.
             seed: Seed of the training. Default: the first seed.
             untrained: Whether the encoder is untrained.
         """
@@ -127,7 +127,8 @@ class CompareOptions(Options, AllTaskOptions):
             self,
             epochs=self.epochs,
             batch_size=self.batch_size,
-            optimizer=OptimizerSettings("adamw", rate, 0.05, 1.0 if untrained else 0.75),
+            optimizer=finetune_optimizer(untrained),
+            refit=self.refit,
             upright=self.upright,
             seed=self.seed if seed is None else seed,
             pretrained=not untrained,

@@ -116,4 +116,5 @@ class Plan:
 
     def finetune_metric(self, data: LabelledDataset) -> str:
         """Name of the metric that fine-tuned encoders are compared by."""
-        return self.task.validation_metric(data).removeprefix("val_")
+        name: str = self.task.metric_names(data)[0]
+        return name

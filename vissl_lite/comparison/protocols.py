@@ -1,11 +1,11 @@
 """Protocols of a comparison: how an encoder is evaluated with a subset of the labels.
 
 ``knn`` and ``linear`` evaluate the frozen encoder on features that are computed once; ``finetune``
-trains a copy of it. Hyperparameters (the penalty of the linear probe, the learning rate of
-fine-tuning) are chosen on the validation images. Test labels are used for scoring only.
+trains a copy of it. All are trained on the same labels. Hyperparameters (the penalty of the linear
+probe, the learning rate of fine-tuning) are chosen on labels that are held out of a training: the
+validation part, or folds of all labels. Test labels are used for scoring only.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +18,11 @@ from vissl_lite.errors import UserError
 from vissl_lite.evaluation.features import extract
 from vissl_lite.evaluation.probe import LabelledFeatures, ProbeName, evaluate_features
 from vissl_lite.inference import check_outputs
-from vissl_lite.metrics_file import MetricsFile
-from vissl_lite.training.fit import TrainingFiles
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.transfer.base import LabelledDataset, Scores, TrainedModel
+from vissl_lite.transfer.base import LabelledDataset, Scores
 from vissl_lite.transfer.finetuning import TransferSettings
-from vissl_lite.transfer.sources.parts import PARTS, Split
+from vissl_lite.transfer.fitting import FitFiles, fit_model
+from vissl_lite.transfer.sources.parts import Split
 from vissl_lite.transfer.tasks import AnyTask
 
 Protocol = Literal["knn", "linear", "finetune"]
@@ -100,12 +99,12 @@ def evaluate_frozen(
     Args:
         protocol: ``knn`` or ``linear``.
         features: Features of the images of all parts of the data.
-        data: Data set with the labels to use.
+        data: Data set with the labels to use; the probe is fitted to the training part.
         k: Number of neighbors that vote.
     """
-    train, val, test = (features.select(data, part) for part in PARTS)
+    train, test = features.select(data, "train"), features.select(data, "test")
     scores = {
-        layer: evaluate_features(protocol, train, val, test, k, layer=layer)
+        layer: evaluate_features(protocol, train, test, k, layer=layer)
         for layer in features.by_layer
     }
     last = scores.pop("last")
@@ -117,41 +116,32 @@ def finetune_best(
     encoder: Encoder,
     task: AnyTask,
     data: LabelledDataset,
-    make_settings: Callable[[float], TransferSettings],
+    settings: TransferSettings,
     rates: Sequence[float],
     hardware: Hardware,
     curves: Path,
 ) -> Score:
-    """Fine-tune with each learning rate, and score the model that is best on validation images.
+    """Fine-tune an encoder with hyperparameters chosen for it, and score it on the test images.
 
     Args:
         encoder: Encoder to start from; it is not changed.
         task: Task to fine-tune for.
         data: Labelled data set.
-        make_settings: Function from a learning rate to the training settings.
+        settings: Training settings.
         rates: Candidate learning rates.
         hardware: Devices and precision.
         curves: Folder for the metrics of each training.
     """
     curves.mkdir(parents=True, exist_ok=True)
-    metric = task.validation_metric(data)
-    best: tuple[float, float, TrainedModel] | None = None
-    for rate in rates:
-        file = curves / f"lr-{rate:g}.csv"
-        file.unlink(missing_ok=True)  # left by an interrupted run
-        metrics = MetricsFile(file)
-        model: TrainedModel = task.train(
-            encoder, data, make_settings(rate), hardware, TrainingFiles(metrics)
-        )
-        values = [value for value in metrics.series(metric)[1] if math.isfinite(value)]
-        val = max(values, default=-math.inf)
-        if best is None or val > best[0]:
-            best = val, rate, model
-    assert best is not None
-    _, rate, model = best
-    scores: Scores = task.evaluate(model, data)
-    name = metric.removeprefix("val_")
+    fitted = fit_model(task, encoder, data, settings, rates, hardware, FitFiles(curves))
+    scores: Scores = task.evaluate(fitted.model, data)
     right, test = scores.right, data.paths("test")
     if right is not None and len(right) < len(test):
         _raise_missing([path for path in test if not Path(path).is_file()] or test)
-    return Score(scores.metrics[name], scores.metrics, {"lr": rate}, right)
+    name = task.metric_names(data)[0]
+    parts = {"train": fitted.train_metrics, "val": fitted.chosen.metrics}
+    metrics = scores.metrics | {
+        f"{part}_{name}": found[name] for part, found in parts.items() if name in found
+    }
+    chosen = {"lr": fitted.chosen.lr, "tuned_share": fitted.chosen.share}
+    return Score(scores.metrics[name], metrics, chosen, right)

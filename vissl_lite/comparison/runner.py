@@ -1,7 +1,7 @@
 """Run a comparison encoder by encoder, and store each finished run."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from vissl_lite.transfer.base import LabelledDataset
 log = logging.getLogger(__name__)
 
 # Candidate learning rates of fine-tuning.
-DEFAULT_LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+DEFAULT_LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 
 
 class Runner:
@@ -82,10 +82,11 @@ class Runner:
                         self.store.save(cell, score, inputs)
                     if score is None:
                         if protocol == "finetune":
-                            score = self._finetune(cell, encoder, subset, scores)
+                            score = self._finetune(cell, encoder, subset)
                         else:
                             features = features or self._features(name, encoder)
-                            score = evaluate_frozen(protocol, features, subset, self.plan.options.k)
+                            used = subset.for_probes(self.plan.options.refit)
+                            score = evaluate_frozen(protocol, features, used, self.plan.options.k)
                         self.store.save(cell, score, inputs)
                     if protocol != "finetune":  # fine-tuning depends on the seed as well
                         reusable[key] = score
@@ -102,6 +103,7 @@ class Runner:
             "labels": digest_names(subset.identity()),
             "image_size": encoder.image_size,
             "layers": self.plan.options.layers,
+            "refit": self.plan.options.refit,
         }
 
     def _features(self, name: str, encoder: Encoder) -> Features:
@@ -113,17 +115,10 @@ class Runner:
             task = bar.add_task("features", total=len(paths), info=name)
             return Features(encoder, paths, self.plan.options.layers, partial(bar.advance, task))
 
-    def _finetune(
-        self, cell: Cell, encoder: Encoder, subset: LabelledDataset, scores: Mapping[Cell, Score]
-    ) -> Score:
-        rates: Sequence[float] = as_list(self.plan.options.lr) or DEFAULT_LEARNING_RATES
-        first = Cell(cell.encoder, cell.protocol, cell.amount, self.plan.options.seed)
-        if first in scores:  # all seeds use the rate that was chosen with the first one
-            rates = [scores[first].chosen["lr"]]
-        elif len(subset.val) == 0:
-            rates = [sorted(rates)[len(rates) // 2]]  # no validation images to choose with
+    def _finetune(self, cell: Cell, encoder: Encoder, subset: LabelledDataset) -> Score:
+        rates = sorted(as_list(self.plan.options.lr) or DEFAULT_LEARNING_RATES)
         untrained = cell.encoder.startswith("random:")
-        make = partial(self.plan.options.settings, seed=cell.seed, untrained=untrained)
+        settings = self.plan.options.settings(seed=cell.seed, untrained=untrained)
         return finetune_best(
-            encoder, self.plan.task, subset, make, rates, self.hardware, self.store.path(cell)
+            encoder, self.plan.task, subset, settings, rates, self.hardware, self.store.path(cell)
         )

@@ -17,7 +17,7 @@ from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import MachineError, UserError
 from vissl_lite.evaluation.features import extract
 from vissl_lite.evaluation.measures import alignment, effective_rank, feature_std, uniformity
-from vissl_lite.evaluation.probe import NO_FEATURES, LabelledFeatures, evaluate_features
+from vissl_lite.evaluation.probe import LabelledFeatures, evaluate_features
 from vissl_lite.inference import inference_mode
 from vissl_lite.training.schedule import Schedule
 from vissl_lite.training.stream import StreamData
@@ -162,11 +162,11 @@ class EncoderMetrics:
         x_val, self._val = _extract(encoder, self._val, counts.val)
         train = LabelledFeatures({"last": x_train}, self._train.labels[: len(x_train)])
         val = LabelledFeatures({"last": x_val}, self._val.labels[: len(x_val)])
-        accuracies = {"knn": evaluate_features("knn", train, NO_FEATURES, val).accuracy}
+        accuracies = {"knn": evaluate_features("knn", train, val).accuracy}
         # a fit to features that are not finite, or to one class, would fail
         finite = np.isfinite(x_train).all() and np.isfinite(x_val).all()
         if finite and len(np.unique(train.labels)) > 1:
-            accuracies["linear"] = evaluate_features("linear", train, NO_FEATURES, val).accuracy
+            accuracies["linear"] = evaluate_features("linear", train, val).accuracy
         return accuracies
 
 

@@ -10,11 +10,12 @@ from typing import Literal
 import numpy as np
 
 from vissl_lite.encoders.encoder import Encoder
+from vissl_lite.errors import UserError
 from vissl_lite.evaluation.features import extract
 from vissl_lite.evaluation.knn import knn_predict
-from vissl_lite.evaluation.linear import linear_probe
 from vissl_lite.inference import check_outputs
 from vissl_lite.transfer.classification.data import Part
+from vissl_lite.transfer.classification.linear_head import fit_linear
 
 ProbeName = Literal["knn", "linear"]
 PROBES: tuple[ProbeName, ...] = ("knn", "linear")
@@ -50,7 +51,7 @@ class ProbeScore:
 
     Attributes:
         right: ``(M,)`` bool: which of them it classifies correctly.
-        chosen: Hyperparameters chosen on validation images, such as ``{"penalty": 0.01}``.
+        chosen: Hyperparameters chosen on held-out training images, such as ``{"penalty": 0.01}``.
         one_class: Index of the class that it predicts for all of them; None if there are several.
     """
 
@@ -91,21 +92,19 @@ def extract_part(
 def evaluate_features(
     probe: ProbeName,
     train: LabelledFeatures,
-    val: LabelledFeatures,
     test: LabelledFeatures,
     k: int = 20,
     temperature: float = 0.07,
     layer: str = "last",
 ) -> ProbeScore:
-    """Fit a probe to training and validation images, and score it on test images.
+    """Fit a probe to training images, and score it on test images.
 
-    For kNN, training and validation images vote. The linear probe chooses its penalty on the
-    validation images and is then fitted to both. Test labels are only used to count.
+    The linear probe chooses its penalty by cross-validation of the training images. Test labels are
+    only used to count.
 
     Args:
         probe: ``knn`` or ``linear``.
         train: Training images.
-        val: Validation images; may be empty.
         test: Test images.
         k: Number of neighbors that vote.
         temperature: A neighbor of similarity s votes with weight exp(s / temperature).
@@ -114,13 +113,16 @@ def evaluate_features(
     Raises:
         UserError: The training images are of one class only, for the linear probe.
     """
-    (x_train, y_train), (x_val, y_val) = train.of_layer(layer), val.of_layer(layer)
-    x_test, y_test = test.of_layer(layer)
+    (x_train, y_train), (x_test, y_test) = train.of_layer(layer), test.of_layer(layer)
     if probe == "linear":
-        fitted = linear_probe((x_train, y_train), (x_val, y_val), x_test)
-        return _score(fitted.test_predictions, y_test, {"penalty": fitted.penalty})
-    if len(val):
-        x_train, y_train = np.concatenate([x_train, x_val]), np.concatenate([y_train, y_val])
+        if len(np.unique(y_train)) < 2:
+            raise UserError(
+                "the training images that can be read are of one class only: a linear probe needs "
+                "two or more"
+            )
+        head, chosen = fit_linear(x_train, y_train, int(max(y_train.max(), y_test.max())) + 1)
+        penalty = {} if chosen is None else {"penalty": chosen.penalty}
+        return _score(head.logits(x_test).argmax(axis=1), y_test, penalty)
     return _score(knn_predict(x_train, y_train, x_test, k, temperature), y_test, {})
 
 

@@ -62,6 +62,13 @@ class Schedule(Callback):
         """Number of optimizer steps so far."""
         return -(-self.batches // self.accumulate)
 
+    def progress(self) -> float:
+        """Fraction of the run that is done after the last batch, in [0, 1]."""
+        if self.seconds is None:
+            assert self.total is not None
+            return self.batches / self.total
+        return min(1.0, self.elapsed() / max(self.seconds - self.reserve, 1e-9))
+
     def elapsed(self) -> float:
         """Seconds of training so far, including those before the run was resumed."""
         return self._earlier + time.monotonic() - self.started

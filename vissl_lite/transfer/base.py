@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
+from torch import Tensor
 
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError
@@ -41,6 +42,11 @@ class LabelledDataset(ABC):
     val: Sized
     test: Sized
     reading: ReadingLog
+
+    @property
+    def val_from_train(self) -> bool:
+        """Whether the validation part was taken out of the training images."""
+        return self.reading.val_from_train
 
     @abstractmethod
     def paths(self, part: Split) -> list[str]:
@@ -74,6 +80,31 @@ class LabelledDataset(ABC):
         Raises:
             UserError: Both are given, a number is out of range, or the data have no such labels.
         """
+
+    @abstractmethod
+    def merged(self) -> Self:
+        """A copy with the validation part added to the training part."""
+
+    def for_probes(self, refit: bool | None) -> Self:
+        """The data set whose training part probes are fitted to.
+
+        Args:
+            refit: Whether validation images are trained on once hyperparameters are chosen; None
+                for those that were taken out of the training images.
+        """
+        return self.merged() if (self.val_from_train if refit is None else refit) else self
+
+    def folds(self, count: int, seed: int = 0) -> list[Self]:
+        """Copies of the data set for a cross-validation over training and validation images.
+
+        Args:
+            count: Number of copies wanted; in each, other images are the validation part.
+            seed: Seed of the division.
+
+        Returns:
+            The copies; the data set itself if such a division is not needed for its kind of labels.
+        """
+        return [self]
 
     @abstractmethod
     def write_split(self, run: Path) -> None:
@@ -166,6 +197,9 @@ class ListDataset(LabelledDataset, Generic[RecordT]):
         )
         return replace(self, train=train, val=val, test=test)
 
+    def merged(self) -> Self:
+        return replace(self, train=[*self.train, *self.val], val=[])
+
     def subsample(
         self, fraction: float | None = None, shots: int | None = None, seed: int = 0
     ) -> Self:
@@ -194,6 +228,12 @@ class TrainedModel(Protocol):
     @property
     def classes(self) -> list[str]: ...
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Weights and buffers by name."""
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> object:
+        """Load weights and buffers."""
+
 
 class Scores(Protocol):
     """Scores of a model on the test part.
@@ -213,6 +253,9 @@ class Scores(Protocol):
     @property
     def right(self) -> np.ndarray | None: ...
 
+
+# Images that an evaluation on training or validation images uses at most.
+MAX_VALIDATION_IMAGES = 5000
 
 DatasetT = TypeVar("DatasetT", bound=LabelledDataset)
 ModelT = TypeVar("ModelT", bound=TrainedModel)
@@ -281,30 +324,69 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
         """
 
     @abstractmethod
-    def validation_metric(self, data: DatasetT) -> str:
-        """Name of the logged validation metric that selects the weights, such as ``val_map``.
+    def metric_names(self, data: DatasetT) -> tuple[str, ...]:
+        """Names of the metrics of ``validate``, such as ``map``.
 
-        Without ``val_``, it is the name of the metric of the test part that encoders are compared
-        by.
+        By the first one encoders are compared, and hyperparameters are chosen unless ``--monitor``
+        names another.
         """
+
+    @abstractmethod
+    def build(self, encoder: Encoder, data: DatasetT, settings: SettingsT) -> ModelT:
+        """A model to be trained, on a copy of an encoder.
+
+        Args:
+            encoder: Left as it is.
+            data: Labelled images; only the training part may be used.
+            settings: Settings of the training; the seed determines the new weights.
+        """
+
+    def starts_fitted(self, model: ModelT, settings: SettingsT) -> bool:
+        """Whether a model from ``build`` is fitted to the labels already.
+
+        It is then a candidate beside the trained model, and so are interpolations between them.
+        """
+        return False
 
     @abstractmethod
     def train(
         self,
-        encoder: Encoder,
+        model: ModelT,
         data: DatasetT,
         settings: SettingsT,
         hardware: Hardware | None = None,
         files: TrainingFiles = NO_FILES,
-    ) -> ModelT:
-        """Fine-tune a copy of an encoder; the validation part selects the weights.
+    ) -> None:
+        """Train a model; it holds the weights of the last step afterwards.
 
         Args:
-            encoder: Left as it is.
-            data: Labelled images; the test part is not used.
+            model: Model from ``build``.
+            data: Trained on the training part; the validation part is evaluated for the curve. The
+                test part is not used.
             settings: Settings of the training.
             hardware: Hardware to train on; default one device.
             files: Files for metrics and checkpoints.
+        """
+
+    @abstractmethod
+    def validate(self, model: ModelT, data: DatasetT, part: Split = "val") -> dict[str, float]:
+        """Metrics of a model on a part, by name; see ``metric_names``.
+
+        ``loss`` among them is better if it is smaller, any other if it is larger.
+
+        Args:
+            model: Model to evaluate.
+            data: Labelled images.
+            part: Part to evaluate on, which is not empty.
+        """
+
+    def calibrate(self, model: ModelT, data: DatasetT, like: ModelT | None = None) -> None:
+        """Set what is chosen after the training, such as the score threshold of a detector.
+
+        Args:
+            model: Trained model.
+            data: The validation part is used, or the training part where it is empty.
+            like: Model for which it has been chosen already; its values are copied.
         """
 
     @abstractmethod
@@ -366,6 +448,11 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
             model: Model from ``load``.
             folder: Folder that it was loaded from.
         """
+
+
+def sample(images: list[RecordT], wanted: int = MAX_VALIDATION_IMAGES) -> list[RecordT]:
+    """Up to so many images, evenly spread."""
+    return [images[i] for i in spread(len(images), wanted)]
 
 
 def spread(images: int, wanted: int) -> np.ndarray:

@@ -1,13 +1,12 @@
-"""Fine-tuning for any task: settings, training loop, early stopping, model folders."""
+"""Fine-tuning for any task: settings, training loop, model folders."""
 
-import copy
 import json
 import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import numpy as np
@@ -15,6 +14,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
 
 from vissl_lite.data.atomic_file import write_atomically
 from vissl_lite.data.json_file import read_json
@@ -23,7 +24,7 @@ from vissl_lite.encoders.config import BUILD_ERRORS, ENCODER_CONFIG, checked_nam
 from vissl_lite.encoders.encoder import Encoder, first_line
 from vissl_lite.encoders.folder import load_encoder, load_tensors, read_weights, save_encoder
 from vissl_lite.errors import UserError
-from vissl_lite.optim import OptimizerSettings
+from vissl_lite.optim import OptimizerSettings, clip_gradients
 from vissl_lite.training.fit import NO_FILES, TrainingFiles, fit
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.training.schedule import Schedule
@@ -31,13 +32,47 @@ from vissl_lite.training.stream import StreamData
 
 log = logging.getLogger(__name__)
 
-# Number of evaluations on the validation part during a training.
-EVALUATIONS = 25
+# Number of evaluations on the validation part during a training, for its curve.
+EVALUATIONS = 10
+
+# Length of a training by default, in steps, and its least length in epochs.
+STEPS, MIN_EPOCHS = 1000, 10
+
+# Factor on the learning rate from one layer of a pre-trained encoder to the one below it.
+LAYER_DECAY = 0.75
+
+# Largest norm of the gradient: single batches of few images would otherwise move the weights far.
+CLIP_NORM = 3.0
+
+# Up to so many training images BatchNorms of a pre-trained encoder are frozen by default.
+FEW_IMAGES = 1000
 
 HEAD, HEAD_WEIGHTS = "head.json", "head.safetensors"
 MAX_HEAD_BYTES = 16 * 2**20  # bytes of head.json
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def finetune_optimizer(
+    untrained: bool,
+    name: str = "adamw",
+    lr: float = 1e-3,
+    weight_decay: float = 0.05,
+    layer_decay: float | None = None,
+) -> OptimizerSettings:
+    """Settings of the optimizer of fine-tuning.
+
+    Args:
+        untrained: Whether the encoder is untrained.
+        name: A timm optimizer.
+        lr: Peak learning rate.
+        weight_decay: Weight decay of matrices and kernels.
+        layer_decay: Factor on the learning rate from one layer to the one below it; None for 0.75,
+            or 1 for an untrained encoder.
+    """
+    if layer_decay is None:
+        layer_decay = 1.0 if untrained else LAYER_DECAY
+    return OptimizerSettings(name, lr, weight_decay, layer_decay, clip_norm=CLIP_NORM)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,26 +81,33 @@ class TransferSettings:
 
     Attributes:
         frozen: Train the head alone, on the encoder as it is.
-        epochs: None for as many as make 1,000 steps, between 10 and 100.
+        epochs: None for as many as make 1,000 steps, at least 10.
+        seconds: Time budget of all trainings together, instead of a number of epochs.
         batch_size: None for the task's own, or a quarter of the images where they are few.
-        optimizer: Name, peak learning rate, weight decay, layer-wise decay.
+        optimizer: Name, peak learning rate, weight decay, layer-wise decay, largest gradient.
         warmup: Share of the training in which the learning rate rises.
-        patience: Stop after so many evaluations on the validation part without a better metric;
-            there are 25 looks in a training. None never stops early.
         min_crop_scale: Smallest share of the image's area in a training view.
         upright: Whether the images have an up; without one they are turned and flipped.
+        frozen_norm: Leave the encoder's BatchNorms as they are. None does so for a pre-trained
+            encoder where images or batches are few, see ``freezes_norms``.
+        refit: Train on training and validation images together once the hyperparameters are
+            chosen. None does so where the validation part was taken out of the training images.
+        monitor: Validation metric to choose by; None for the task's own.
         seed: Seed of everything random.
         pretrained: Whether the encoder's weights are more than random ones.
     """
 
     frozen: bool = False
     epochs: int | None = None
+    seconds: float | None = None
     batch_size: int | None = None
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     warmup: float = 0.1
-    patience: int | None = 10
     min_crop_scale: float = 0.35
     upright: bool = True
+    frozen_norm: bool | None = None
+    refit: bool | None = None
+    monitor: str | None = None
     seed: int = 0
     pretrained: bool = False
 
@@ -85,54 +127,67 @@ class TransferSettings:
             )
         return self.batch_size or max(min(usual, images // 4), min(8, images))
 
+    def freezes_norms(self, images: int) -> bool:
+        """Whether the BatchNorms of the encoder are frozen.
 
-class EvalResult(NamedTuple):
-    """Result of an evaluation on the validation part.
+        Args:
+            images: Number of training images.
+        """
+        if self.frozen_norm is not None:
+            return self.frozen_norm
+        return self.pretrained and images < FEW_IMAGES
 
-    Attributes:
-        rank: Larger is better; the first number decides, the others where it is equal.
-        values: Values to log, by name.
+
+def freeze_norms(encoder: nn.Module) -> None:
+    """Freeze the BatchNorms of an encoder, because images or batches are few.
+
+    Their statistics and their affine parameters stay as pre-training left them (He et al. 2017,
+    Mask R-CNN). To be called after each ``train()``.
     """
+    for module in encoder.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+            module.requires_grad_(False)
 
-    rank: tuple[float, ...]
-    values: dict[str, float]
 
-
-class BestWeights(Callback):
-    """Evaluate on the validation part at intervals, keep the best weights and stop early.
+class TransferModule(pl.LightningModule):
+    """Base of the Lightning modules of fine-tuning: clips gradients.
 
     Args:
-        model: Model to keep the weights of.
-        evaluate: Function that evaluates the validation part.
-        schedule: Schedule of the training.
-        every: Batches between two evaluations; one more follows the last batch.
-        patience: See ``TransferSettings``.
+        settings: Settings of the training.
+        images: Number of training images.
+
+    Attributes:
+        freezes_norms: Whether the BatchNorms of the encoder are frozen.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        evaluate: Callable[[], EvalResult],
-        schedule: Schedule,
-        every: int,
-        patience: int | None,
-    ) -> None:
-        self.model, self.evaluate, self.schedule = model, evaluate, schedule
-        self.every, self.patience = every, patience
-        self.best: tuple[float, ...] = ()
-        self.weights: dict[str, Tensor] = {}
-        self._since_best = 0
+    def __init__(self, settings: TransferSettings, images: int) -> None:
+        super().__init__()
+        self.clip_norm = settings.optimizer.clip_norm
+        self.freezes_norms = settings.freezes_norms(images)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        clip_gradients(self, self.clip_norm, optimizer, scaler)
+
+
+class ValidationCurve(Callback):
+    """Log metrics of the validation part at intervals.
+
+    Args:
+        validate: Function that evaluates the validation part.
+        schedule: Schedule of the training.
+    """
+
+    def __init__(self, validate: Callable[[], Mapping[str, float]], schedule: Schedule) -> None:
+        self.validate, self.schedule = validate, schedule
+        self._done = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": list(self.best), "weights": self.weights, "since_best": self._since_best}
+        return {"done": self._done}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        own, weights = self.model.state_dict(), state_dict["weights"]
-        shapes = {name: one.shape for name, one in weights.items() if isinstance(one, Tensor)}
-        if weights and shapes != {name: one.shape for name, one in own.items()}:
-            raise UserError("the best weights in the checkpoint are damaged, or of another model")
-        self.best, self.weights = tuple(state_dict["best"]), weights
-        self._since_best = state_dict["since_best"]
+        self._done = state_dict["done"]
 
     def on_train_batch_end(
         self,
@@ -142,17 +197,13 @@ class BestWeights(Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        if self.schedule.batches % self.every and self.schedule.batches != self.schedule.total:
+        due = int(self.schedule.progress() * EVALUATIONS + 1e-9)
+        if due <= self._done or not trainer.is_global_zero:
             return
-        seen = self.evaluate()
+        self._done = due
+        values = {f"val_{name}": value for name, value in self.validate().items()}
         for logger in trainer.loggers:
-            logger.log_metrics(seen.values, step=self.schedule.batches - 1)
-        self._since_best = 0 if seen.rank[:1] > self.best[:1] else self._since_best + 1
-        if seen.rank > self.best:
-            self.best = tuple(map(float, seen.rank))
-            self.weights = copy.deepcopy(self.model.state_dict())
-        if self.patience is not None and self._since_best >= self.patience:
-            trainer.should_stop = True
+            logger.log_metrics(values, step=self.schedule.batches - 1)
 
 
 def train(
@@ -161,13 +212,16 @@ def train(
     dataset: KeyedDataset,
     batch_size: int,
     settings: TransferSettings,
-    evaluate: Callable[[], EvalResult] | None,
+    validate: Callable[[], Mapping[str, float]] | None,
     hardware: Hardware | None = None,
     files: TrainingFiles = NO_FILES,
     title: str = "finetune",
     weights: np.ndarray | None = None,
 ) -> None:
-    """Train a model; it holds the weights with the best validation metric afterwards.
+    """Train a model; it holds the weights of the last step afterwards.
+
+    The learning rate falls to zero along a cosine, so that the last weights are the ones to keep:
+    the best of several on few validation images would be chosen by chance.
 
     Args:
         task: Module with ``training_step`` and ``configure_optimizers``.
@@ -175,25 +229,24 @@ def train(
         dataset: The training images.
         batch_size: Images per step.
         settings: Settings of the training.
-        evaluate: Function that evaluates the validation part; None to keep the last weights.
+        validate: Function that evaluates the validation part, for the curve; None without one.
         hardware: Hardware to train on; default one device.
-        files: Files for metrics and checkpoints; a checkpoint holds the best weights so far, too.
+        files: Files for metrics and checkpoints.
         title: Title of the progress bar.
         weights: Sampling weights; see ``StreamSampler``.
     """
     per_epoch = len(dataset) // batch_size
-    epochs = settings.epochs or min(100, max(10, math.ceil(1000 / per_epoch)))
-    total = epochs * per_epoch
-    schedule = Schedule(settings.optimizer.lr, settings.warmup, settings.seed, total)
+    epochs = settings.epochs or max(MIN_EPOCHS, math.ceil(STEPS / per_epoch))
+    rate, seconds = settings.optimizer.lr, settings.seconds
+    schedule = Schedule(
+        rate, settings.warmup, settings.seed, None if seconds else epochs * per_epoch, seconds
+    )
     hardware = hardware or Hardware(devices=1)
-    stream = StreamData(dataset, batch_size, epochs, schedule, hardware.workers(), weights)
-    best = None
-    if evaluate is not None:
-        every = max(per_epoch, math.ceil(total / EVALUATIONS))
-        best = BestWeights(model, evaluate, schedule, every, settings.patience)
-    fit(task, stream, schedule, hardware, [best] if best else [], files, title=title)
-    if best and best.weights:
-        model.load_state_dict(best.weights)
+    stream = StreamData(
+        dataset, batch_size, None if seconds else epochs, schedule, hardware.workers(), weights
+    )
+    callbacks = [] if validate is None else [ValidationCurve(validate, schedule)]
+    fit(task, stream, schedule, hardware, callbacks, files, title=title)
     model.cpu()
 
 

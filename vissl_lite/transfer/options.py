@@ -48,15 +48,6 @@ class AnnotationsOption(TaskOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrozenNormOption(TaskOptions):
-    """Option for BatchNorm in small batches."""
-
-    frozen_norm: bool | None = None
-    """Leave the encoder's BatchNorms as they are, for detection and segmentation; default where a
-    batch has fewer than 8 images, which is too few for them; never for random:NAME."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class ClassWeightsOption(TaskOptions):
     """Option for class weights."""
 

@@ -2,23 +2,19 @@
 
 import logging
 from collections import OrderedDict
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 import cv2
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torchvision.ops import FeaturePyramidNetwork
 
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError
-from vissl_lite.optim import build_optimizer_with_head
-from vissl_lite.transfer.finetuning import TransferSettings
-from vissl_lite.transfer.options import FrozenNormOption
+from vissl_lite.optim import build_optimizer
+from vissl_lite.transfer.finetuning import TransferModule, TransferSettings, freeze_norms
 
 log = logging.getLogger(__name__)
 
@@ -107,35 +103,6 @@ def _simple_level(depth: int, channels: int, stride: int, wanted: int) -> nn.Seq
     return nn.Sequential(*steps)
 
 
-def freeze_norms(encoder: nn.Module) -> None:
-    """Freeze the BatchNorms of an encoder, because batches of detectors are small.
-
-    Their statistics and their affine parameters stay as pre-training left them (He et al. 2017,
-    Mask R-CNN). To be called after each ``train()``.
-    """
-    for module in encoder.modules():
-        if isinstance(module, _BatchNorm):
-            module.eval()
-            module.requires_grad_(False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PyramidSettings(TransferSettings, FrozenNormOption):
-    """Settings of the training of an encoder with a pyramid and a head.
-
-    Attributes:
-        frozen_norm: Leave the encoder's BatchNorms as they are, for batches too small for them.
-            None does so for a pre-trained encoder if the batch size is below 8.
-    """
-
-    @property
-    def freezes_norms(self) -> bool:
-        """Whether the BatchNorms of the encoder are frozen."""
-        if self.frozen_norm is not None:
-            return self.frozen_norm
-        return self.pretrained and self.batch_size is not None and self.batch_size < 8
-
-
 class PyramidModel(nn.Module):
     """A model with a pyramid over its ``encoder``."""
 
@@ -146,19 +113,20 @@ class PyramidModel(nn.Module):
 
 
 PyramidModelT = TypeVar("PyramidModelT", bound=PyramidModel)
-PyramidSettingsT = TypeVar("PyramidSettingsT", bound=PyramidSettings)
+PyramidSettingsT = TypeVar("PyramidSettingsT", bound=TransferSettings)
 
 
-class PyramidTraining(pl.LightningModule, Generic[PyramidModelT, PyramidSettingsT]):
+class PyramidTraining(TransferModule, Generic[PyramidModelT, PyramidSettingsT]):
     """Lightning module of a pyramid model: frozen parts and optimizer.
 
     Args:
         model: A detector or segmenter, with its encoder as ``encoder``.
         settings: Settings of the training.
+        images: Number of training images.
     """
 
-    def __init__(self, model: PyramidModelT, settings: PyramidSettingsT) -> None:
-        super().__init__()
+    def __init__(self, model: PyramidModelT, settings: PyramidSettingsT, images: int) -> None:
+        super().__init__(settings, images)
         self.model, self.settings = model, settings
         if settings.frozen:
             model.encoder.requires_grad_(False)
@@ -167,13 +135,13 @@ class PyramidTraining(pl.LightningModule, Generic[PyramidModelT, PyramidSettings
         super().train(mode)
         if self.settings.frozen:
             self.model.encoder.eval()
-        elif self.settings.freezes_norms:
+        elif self.freezes_norms:
             freeze_norms(self.model.encoder)
         return self
 
     def configure_optimizers(self) -> Optimizer:
         encoder = self.model.encoder.model
-        return build_optimizer_with_head(encoder, self.model, self.settings.optimizer)
+        return build_optimizer(self.model, self.settings.optimizer, encoder)
 
 
 def report_use(encoder: Encoder, source: str) -> None:

@@ -14,19 +14,24 @@ from vissl_lite.data.stream import Batch
 from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.encoders.folder import save_model
 from vissl_lite.errors import UserError
+from vissl_lite.evaluation.features import extract
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.classification import metrics as class_scores
 from vissl_lite.transfer.classification.data import LabelledImages, Part
+from vissl_lite.transfer.classification.linear_head import fit_linear
 from vissl_lite.transfer.classification.model import (
     Classifier,
+    class_logits,
     load_classifier,
     save_classifier,
     score_classifier,
 )
 from vissl_lite.transfer.classification.options import ClassifierSettings
+from vissl_lite.transfer.classification.task import Classification
 from vissl_lite.transfer.classification.training import (
     ClassifierTraining,
+    build_classifier,
     check_settings,
     loss_weights,
     one_label_loss,
@@ -195,14 +200,12 @@ def test_evaluation_of_several_labels() -> None:
     precise = sk.average_precision_score(target[:, [0, 2]], logits[:, [0, 2]], average="macro")
     probability = logits.double().sigmoid().clamp(1e-12, 1 - 1e-12)
     loss = np.mean([sk.log_loss(target[:, k], probability[:, k], labels=[0, 1]) for k in range(3)])
-    assert result.values == pytest.approx({"val_map": precise, "val_loss": loss}, rel=1e-5)
-    assert result.rank == (result.values["val_map"], -result.values["val_loss"])
+    assert result == pytest.approx({"map": precise, "loss": loss}, rel=1e-5)
 
 
 def test_evaluation_without_a_rankable_class_uses_the_loss() -> None:
     result = class_scores.evaluate_several(torch.zeros(2, 2), torch.tensor([[1, 0], [1, 0]]))
-    assert result.values == pytest.approx({"val_loss": math.log(2)})
-    assert result.rank == (pytest.approx(-math.log(2)),)
+    assert result == pytest.approx({"loss": math.log(2)})
 
 
 # Training
@@ -225,6 +228,31 @@ def colored(tmp_path_factory: pytest.TempPathFactory) -> LabelledImages:
     return LabelledImages(["blue", "green", "nothing", "red"], *parts, reading=ReadingLog("data"))
 
 
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_vit", "test_efficientnet"])
+def test_a_pretrained_encoder_starts_at_its_linear_probe(
+    backbone: str, colored: LabelledImages
+) -> None:
+    """The logits before the first step are those of a probe on the encoder's features."""
+    encoder = build_encoder(backbone, 32)
+    settings = ClassifierSettings(pretrained=True)
+    model = build_classifier(encoder, colored, settings)
+    assert Classification().starts_fitted(model, settings)
+    features, _ = extract(encoder, colored.train.paths)
+    head, _ = fit_linear(features["last"], colored.train.labels, len(colored.classes))
+    expected = head.logits(features["last"])
+    found, _ = class_logits(model, colored.train.paths)
+    np.testing.assert_allclose(found, expected, atol=0.01)
+    untrained = build_classifier(encoder, colored, ClassifierSettings())
+    assert not Classification().starts_fitted(untrained, ClassifierSettings())
+
+
+@pytest.mark.parametrize("images", [10, 1000])
+def test_norms_of_a_pretrained_encoder_are_frozen_where_images_are_few(images: int) -> None:
+    assert ClassifierSettings(pretrained=True).freezes_norms(images) == (images < 1000)
+    assert not ClassifierSettings(pretrained=False).freezes_norms(images)
+    assert ClassifierSettings(frozen_norm=True).freezes_norms(images)
+
+
 @pytest.mark.slow
 def test_learns_several_labels_per_image(
     colored: LabelledImages, warnings: pytest.LogCaptureFixture, tmp_path: Path
@@ -234,7 +262,8 @@ def test_learns_several_labels_per_image(
     settings = ClassifierSettings(
         epochs=5, batch_size=8, class_weights="balanced", optimizer=OptimizerSettings(lr=3e-3)
     )
-    model = train_classifier(encoder, colored, settings, Hardware(devices=1, num_workers=0))
+    model = build_classifier(encoder, colored, settings)
+    train_classifier(model, colored, settings, Hardware(devices=1, num_workers=0))
     assert "can't be learned, as no training image has it: nothing" in warnings.text
     scores = score_classifier(model, colored)
     assert scores.metrics["map"] > 0.9

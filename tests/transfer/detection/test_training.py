@@ -8,15 +8,27 @@ import pytest
 import torch
 from PIL import Image
 
-from vissl_lite.encoders.encoder import build_encoder
+from vissl_lite.encoders.encoder import Encoder, build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
-from vissl_lite.transfer.detection import metrics, training
+from vissl_lite.transfer.detection import metrics
 from vissl_lite.transfer.detection.data import BoxedImage, LabelledBoxes
 from vissl_lite.transfer.detection.metrics import best_threshold, score_detector
-from vissl_lite.transfer.detection.model import Detections, detect, load_detector, save_detector
+from vissl_lite.transfer.detection.model import (
+    Detections,
+    Detector,
+    detect,
+    load_detector,
+    save_detector,
+)
 from vissl_lite.transfer.detection.options import DetectorSettings
-from vissl_lite.transfer.detection.training import BoxDataset, rescale_batch, train_detector
+from vissl_lite.transfer.detection.training import (
+    BoxDataset,
+    build_detector,
+    choose_threshold,
+    rescale_batch,
+    train_detector,
+)
 from vissl_lite.transfer.sources.reading_log import ReadingLog
 
 
@@ -65,6 +77,13 @@ SETTINGS = DetectorSettings(
 )
 
 
+def trained(encoder: Encoder, data: LabelledBoxes, settings: DetectorSettings) -> Detector:
+    detector = build_detector(encoder, data, settings)
+    train_detector(detector, data, settings)
+    choose_threshold(detector, data)
+    return detector
+
+
 @pytest.mark.slow
 def test_learns_and_is_the_same_after_saving_and_loading(
     data: LabelledBoxes, tmp_path: Path
@@ -72,7 +91,7 @@ def test_learns_and_is_the_same_after_saving_and_loading(
     torch.manual_seed(0)
     encoder = build_encoder("test_resnet", 64)
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
-    detector = train_detector(encoder, replace(data, val=[]), SETTINGS)
+    detector = trained(encoder, replace(data, val=[]), SETTINGS)
     assert all(torch.equal(before[name], t) for name, t in encoder.state_dict().items())
     scores = score_detector(detector, data.test)
     assert scores.map_50 > 0.4
@@ -92,7 +111,7 @@ def test_learns_and_is_the_same_after_saving_and_loading(
 def test_frozen_leaves_the_encoder_as_it_was(data: LabelledBoxes) -> None:
     encoder = build_encoder("test_resnet", 64)
     settings = DetectorSettings(detector="fcos", epochs=1, batch_size=8, frozen=True)
-    detector = train_detector(encoder, data, settings)
+    detector = trained(encoder, data, settings)
     before = encoder.state_dict()
     assert all(torch.equal(before[name], t) for name, t in detector.encoder.state_dict().items())
 
@@ -101,33 +120,11 @@ def test_frozen_leaves_the_encoder_as_it_was(data: LabelledBoxes) -> None:
 def test_frozen_norms_do_not_change_after_validation(data: LabelledBoxes) -> None:
     encoder = build_encoder("test_resnet", 64)
     settings = DetectorSettings(detector="fcos", epochs=3, batch_size=8, frozen_norm=True)
-    detector = train_detector(encoder, data, settings)
+    detector = trained(encoder, data, settings)
     before = encoder.state_dict()
     changed = {n for n, t in detector.encoder.state_dict().items() if not torch.equal(before[n], t)}
     assert changed
     assert not [name for name in changed if "running" in name or "bn" in name]
-
-
-@pytest.mark.slow
-def test_the_best_weights_on_validation_images_are_kept(
-    data: LabelledBoxes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    maps, states = iter((0.2, 0.9, 0.5)), []
-    real = training.score_detector
-
-    def score(detector: training.Detector, *rest: object) -> object:
-        states.append({k: v.clone() for k, v in detector.state_dict().items()})
-        scores = real(detector, *rest)  # type: ignore[arg-type]
-        return metrics.DetectionScores(
-            next(maps, 0.0), 0.0, scores.per_class, scores.found, scores.images
-        )
-
-    monkeypatch.setattr(training, "score_detector", score)
-    encoder = build_encoder("test_resnet", 64)
-    settings = DetectorSettings(detector="fcos", epochs=3, batch_size=8)
-    detector = train_detector(encoder, data, settings)
-    assert len(states) == 4  # three evaluations, and one for the threshold
-    assert all(torch.equal(states[1][name], t) for name, t in detector.state_dict().items())
 
 
 def test_boxes_follow_the_view_and_ignored_ones_are_left_out(data: LabelledBoxes) -> None:
@@ -157,7 +154,7 @@ def test_an_image_without_boxes_can_be_trained_on(data: LabelledBoxes) -> None:
     item = BoxDataset([empty], (64, 64), DetectorSettings())[0, 0]
     assert item.target[0].shape == (0, 4)
     some = LabelledBoxes(data.classes, [empty, *data.train[:7]], [], data.test, ReadingLog("data"))
-    train_detector(build_encoder("test_resnet", 64), some, DetectorSettings(epochs=1, batch_size=8))
+    trained(build_encoder("test_resnet", 64), some, DetectorSettings(epochs=1, batch_size=8))
 
 
 def test_boxes_are_rescaled_with_their_images() -> None:
@@ -178,7 +175,7 @@ def test_boxes_are_rescaled_with_their_images() -> None:
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_vit"])
 def test_training_at_several_scales(data: LabelledBoxes, backbone: str) -> None:
     settings = DetectorSettings(epochs=1, batch_size=8, multi_scale=True)
-    train_detector(build_encoder(backbone, 64), replace(data, val=[]), settings)
+    trained(build_encoder(backbone, 64), replace(data, val=[]), settings)
 
 
 def answers(images: list[BoxedImage]) -> list[Detections]:
@@ -235,10 +232,10 @@ def test_the_threshold_is_where_f1_is_best() -> None:
 
 
 def test_errors_of_damaged_folders_and_large_batches(data: LabelledBoxes, tmp_path: Path) -> None:
-    detector = training.Detector(build_encoder("test_resnet", 64), ["a", "b"], "fcos", (64, 64))
+    detector = Detector(build_encoder("test_resnet", 64), ["a", "b"], "fcos", (64, 64))
     save_detector(detector, tmp_path, {})
     (tmp_path / "head.json").write_text('{"task": "detection"}')
     with pytest.raises(UserError, match="is damaged"):
         load_detector(tmp_path)
     with pytest.raises(UserError, match="larger than the training part: 24 images"):
-        train_detector(detector.encoder, data, DetectorSettings(batch_size=100))
+        trained(detector.encoder, data, DetectorSettings(batch_size=100))

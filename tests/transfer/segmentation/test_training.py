@@ -1,6 +1,7 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from vissl_lite.data.stream import StreamSampler, stream
-from vissl_lite.encoders.encoder import build_encoder
+from vissl_lite.encoders.encoder import Encoder, build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.metrics_file import MetricsFile
 from vissl_lite.optim import OptimizerSettings
@@ -20,7 +21,12 @@ from vissl_lite.transfer.segmentation.mask_source import IGNORE_INDEX
 from vissl_lite.transfer.segmentation.metrics import score_confusion, score_segmenter
 from vissl_lite.transfer.segmentation.model import Segmenter, load_segmenter, save_segmenter
 from vissl_lite.transfer.segmentation.options import SegmenterSettings
-from vissl_lite.transfer.segmentation.training import MaskDataset, train_segmenter, weigh_classes
+from vissl_lite.transfer.segmentation.training import (
+    MaskDataset,
+    build_segmenter,
+    train_segmenter,
+    weigh_classes,
+)
 from vissl_lite.transfer.sources.reading_log import ReadingLog
 
 HERE = Hardware("32-true", devices=1, num_workers=0)
@@ -58,24 +64,30 @@ def settings(epochs: int, **more: object) -> SegmenterSettings:
     return SegmenterSettings(epochs=epochs, batch_size=8, optimizer=FAST, **more)  # type: ignore[arg-type]
 
 
+def trained(
+    encoder: Encoder, data: LabelledMasks, chosen: SegmenterSettings, *rest: Any
+) -> Segmenter:
+    segmenter = build_segmenter(encoder, data, chosen)
+    train_segmenter(segmenter, data, chosen, *rest)
+    return segmenter
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_vit"])
-def test_learns_keeps_the_best_weights_and_is_saved(
-    backbone: str, data: LabelledMasks, tmp_path: Path
-) -> None:
+def test_learns_and_is_saved(backbone: str, data: LabelledMasks, tmp_path: Path) -> None:
     torch.manual_seed(1)
     encoder = build_encoder(backbone, 32)
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     metrics = MetricsFile(tmp_path / "metrics.csv")
     chosen = settings(7, frozen_norm=False, min_crop_scale=0.6)
-    segmenter = train_segmenter(encoder, data, chosen, HERE, TrainingFiles(metrics))
+    segmenter = trained(encoder, data, chosen, HERE, TrainingFiles(metrics))
     for name, tensor in encoder.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     scores = score_segmenter(segmenter, data.test)
     assert scores.miou > 0.45  # predicting one class everywhere gives 0.24
     assert scores.per_class.keys() == {"nothing", "red", "green"}
-    kept = score_segmenter(segmenter, data.val)
-    assert kept.miou == pytest.approx(max(metrics.series("val_miou")[1]), abs=1e-3)
+    last = score_segmenter(segmenter, data.val)
+    assert last.miou == pytest.approx(metrics.series("val_miou")[1][-1], abs=1e-3)
     assert all(metrics.series(name)[1] for name in ("loss", "val_dice", "val_loss"))
 
     save_segmenter(segmenter, tmp_path / "run" / "model", {"version": "1"})
@@ -96,7 +108,7 @@ def test_learns_keeps_the_best_weights_and_is_saved(
 def test_frozen_weights_do_not_change_after_validation(kind: str, data: LabelledMasks) -> None:
     encoder = build_encoder("test_resnet", 32)
     chosen = settings(3, frozen=kind == "frozen", frozen_norm=kind == "frozen_norm")
-    segmenter = train_segmenter(encoder, data, chosen, HERE)
+    segmenter = trained(encoder, data, chosen, HERE)
     norms = {
         f"{name}.{inner}"
         for name, module in encoder.named_modules()
@@ -113,7 +125,7 @@ def test_frozen_weights_do_not_change_after_validation(kind: str, data: Labelled
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_segmenter(data: LabelledMasks) -> None:
     encoder = build_encoder("test_resnet", 32)
-    one, other = (train_segmenter(encoder, data, settings(1), HERE) for _ in range(2))
+    one, other = (trained(encoder, data, settings(1), HERE) for _ in range(2))
     for name, tensor in one.state_dict().items():
         torch.testing.assert_close(tensor, other.state_dict()[name], msg=name)
 

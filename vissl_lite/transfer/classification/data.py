@@ -25,6 +25,7 @@ from vissl_lite.transfer.sources.parts import (
     PARTS,
     Split,
     complete_parts,
+    fold_numbers,
     part_of_file,
     part_of_name,
     rarest_classes,
@@ -171,6 +172,32 @@ class LabelledImages(LabelledDataset):
             return part.take(np.concatenate(chosen)) if chosen else part
 
         return replace(self, train=some(self.train), val=some(self.val))
+
+    def merged(self) -> Self:
+        return replace(self, train=self._all(), val=self.train.take(np.empty(0, np.int64)))
+
+    def folds(self, count: int, seed: int = 0) -> list[Self]:
+        everything = self._all()
+        labels = everything.labels
+        strata = (
+            rarest_classes([np.flatnonzero(row).tolist() for row in labels])
+            if self.multi_label
+            else labels
+        )
+        numbers = fold_numbers(strata, count, seed)
+        return [
+            replace(
+                self,
+                train=everything.take(np.flatnonzero(numbers != fold)),
+                val=everything.take(np.flatnonzero(numbers == fold)),
+            )
+            for fold in range(count)
+        ]
+
+    def _all(self) -> Part:
+        """Training and validation images."""
+        paths = self.train.paths + self.val.paths
+        return Part(paths, np.concatenate([self.train.labels, self.val.labels]))
 
     def without(
         self, left_out: Mapping[str, Collection[str]], broken: Mapping[str, Mapping[str, str]]

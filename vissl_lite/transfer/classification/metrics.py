@@ -21,38 +21,43 @@ from torchmetrics.functional.classification import (
 )
 
 from vissl_lite.transfer.classification.data import has_both
-from vissl_lite.transfer.finetuning import EvalResult
 
 log = logging.getLogger(__name__)
 
 
-def evaluate_one(logits: Tensor, target: Tensor) -> EvalResult:
-    """Evaluate logits of images with one class each.
+def evaluate_one(logits: Tensor, target: Tensor) -> dict[str, float]:
+    """Accuracy and loss of images with one class each.
 
     Args:
         logits: ``(N, K)``.
         target: ``(N,)`` class indices.
+
+    Returns:
+        ``top1`` and ``loss``.
     """
     loss = float(F.cross_entropy(logits, target))
     accuracy = float((logits.argmax(dim=1) == target).float().mean())
-    return EvalResult((accuracy, -loss), {"val_top1": accuracy, "val_loss": loss})
+    return {"top1": accuracy, "loss": loss}
 
 
-def evaluate_several(logits: Tensor, target: Tensor) -> EvalResult:
-    """Evaluate logits of images with several labels; only the loss if no class can be ranked.
+def evaluate_several(logits: Tensor, target: Tensor) -> dict[str, float]:
+    """Mean average precision and loss of images with several labels.
 
     Args:
         logits: ``(N, K)``.
         target: ``(N, K)`` of 0 and 1.
+
+    Returns:
+        ``map`` and ``loss``; only the loss if no class can be ranked.
     """
     loss = float(F.binary_cross_entropy_with_logits(logits, target.float()))
     ranked = np.flatnonzero(has_both(target.numpy())).tolist()
     if not ranked:
-        return EvalResult((-loss,), {"val_loss": loss})
+        return {"loss": loss}
     # one class at a time: torchmetrics' multi-label functions refuse a single class
     score = logits.double().sigmoid()
     mean = _mean([binary_average_precision(score[:, k], target[:, k]) for k in ranked])
-    return EvalResult((mean, -loss), {"val_map": mean, "val_loss": loss})
+    return {"map": mean, "loss": loss}
 
 
 @dataclass(frozen=True)

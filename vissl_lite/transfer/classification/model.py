@@ -27,11 +27,15 @@ class Classifier(nn.Module):
         classes: K names.
         multi_label: Whether an image may have several: the probability of each is then the sigmoid
             of its logit, else all of them are a softmax.
+
+    Attributes:
+        fitted: Whether the last layer is fitted to labels before the training.
     """
 
     def __init__(self, encoder: Encoder, classes: Sequence[str], multi_label: bool = False) -> None:
         super().__init__()
         self.encoder, self.classes, self.multi_label = encoder, list(classes), multi_label
+        self.fitted = False
         if self.network.num_classes != len(self.classes):
             self.network.reset_classifier(len(self.classes))
 
@@ -48,6 +52,19 @@ class Classifier(nn.Module):
     def probabilities(self, logits: Tensor) -> Tensor:
         """``(B, K)`` probabilities of logits."""
         return logits.sigmoid() if self.multi_label else logits.softmax(dim=1)
+
+
+def pooled_features(classifier: Classifier, paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Input of the last layer, ``(N, D)``, for the readable images, and ``(M,)`` bool: which."""
+    network, encoder = classifier.network, classifier.encoder
+
+    def compute(images: Tensor) -> list[Tensor]:
+        return [network.forward_head(network.forward_features(images), pre_logits=True)]
+
+    (features,), good = predict_images(
+        classifier, compute, encoder.normalize, paths, encoder.image_size
+    )
+    return features.numpy(), good
 
 
 def class_logits(classifier: Classifier, paths: Sequence[str]) -> tuple[Tensor, np.ndarray]:

@@ -27,7 +27,12 @@ from vissl_lite.transfer.classification.model import (
     score_classifier,
 )
 from vissl_lite.transfer.classification.options import ClassificationOptions, ClassifierSettings
-from vissl_lite.transfer.classification.training import check_settings, train_classifier
+from vissl_lite.transfer.classification.training import (
+    build_classifier,
+    check_settings,
+    train_classifier,
+    validate_classifier,
+)
 from vissl_lite.transfer.exporting import ExportModel, Normalization
 from vissl_lite.transfer.prediction import Predictions, growing_file
 from vissl_lite.transfer.sources.parts import Split
@@ -53,18 +58,32 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
     def check(self, encoder: Encoder, data: LabelledImages, settings: ClassifierSettings) -> None:
         check_settings(settings, data)
 
-    def validation_metric(self, data: LabelledImages) -> str:
-        return "val_map" if data.multi_label else "val_top1"
+    def metric_names(self, data: LabelledImages) -> tuple[str, ...]:
+        return ("map" if data.multi_label else "top1", "loss")
+
+    def build(
+        self, encoder: Encoder, data: LabelledImages, settings: ClassifierSettings
+    ) -> Classifier:
+        return build_classifier(encoder, data, settings)
+
+    def starts_fitted(self, model: Classifier, settings: ClassifierSettings) -> bool:
+        # The probe knows nothing of weights of classes.
+        return model.fitted and settings.class_weights is None and not settings.balanced
 
     def train(
         self,
-        encoder: Encoder,
+        model: Classifier,
         data: LabelledImages,
         settings: ClassifierSettings,
         hardware: Hardware | None = None,
         files: TrainingFiles = NO_FILES,
-    ) -> Classifier:
-        return train_classifier(encoder, data, settings, hardware, files)
+    ) -> None:
+        train_classifier(model, data, settings, hardware, files)
+
+    def validate(
+        self, model: Classifier, data: LabelledImages, part: Split = "val"
+    ) -> dict[str, float]:
+        return validate_classifier(model, data.part(part), data.multi_label)
 
     def evaluate(self, model: Classifier, data: LabelledImages) -> TestScores:
         return score_classifier(model, data)

@@ -6,12 +6,13 @@ An image has one class, or any number of them (multi-label): the data say which.
 import copy
 import logging
 import math
+from collections.abc import Mapping
+from typing import Self
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vissl_lite.data.stream import Batch, ViewDataset
@@ -21,19 +22,24 @@ from vissl_lite.errors import UserError, did_you_mean
 from vissl_lite.optim import build_optimizer
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.transfer.classification.data import LabelledImages
+from vissl_lite.transfer.base import MAX_VALIDATION_IMAGES, spread
+from vissl_lite.transfer.classification.data import LabelledImages, Part
+from vissl_lite.transfer.classification.linear_head import fit_linear
 from vissl_lite.transfer.classification.metrics import (
     evaluate_one,
     evaluate_several,
 )
-from vissl_lite.transfer.classification.model import Classifier, class_logits
+from vissl_lite.transfer.classification.model import Classifier, class_logits, pooled_features
 from vissl_lite.transfer.classification.options import ClassifierSettings
-from vissl_lite.transfer.finetuning import EvalResult, train
+from vissl_lite.transfer.finetuning import TransferModule, freeze_norms, train
 
 log = logging.getLogger(__name__)
 
 # Bounds of a class's balanced positive weight: beyond them a few images decide every step.
 MIN_POSITIVE_WEIGHT, MAX_POSITIVE_WEIGHT = 0.1, 100.0
+
+# Images that the head is fitted to before the training.
+MAX_HEAD_IMAGES = 20_000
 
 
 def check_settings(settings: ClassifierSettings, data: LabelledImages) -> None:
@@ -126,7 +132,7 @@ def several_labels_loss(
     return F.binary_cross_entropy_with_logits(logits, soft, pos_weight=weights)
 
 
-class ClassifierTraining(pl.LightningModule):
+class ClassifierTraining(TransferModule):
     """Lightning module that trains a classifier.
 
     Args:
@@ -138,7 +144,7 @@ class ClassifierTraining(pl.LightningModule):
     def __init__(
         self, classifier: Classifier, data: LabelledImages, settings: ClassifierSettings
     ) -> None:
-        super().__init__()
+        super().__init__(settings, len(data.train))
         self.model, self.settings = classifier, settings
         self.loss = several_labels_loss if data.multi_label else one_label_loss
         self.labels: Tensor
@@ -150,10 +156,12 @@ class ClassifierTraining(pl.LightningModule):
             classifier.requires_grad_(False)
             classifier.network.get_classifier().requires_grad_(True)
 
-    def train(self, mode: bool = True) -> "ClassifierTraining":
+    def train(self, mode: bool = True) -> Self:
         super().train(mode)
         if self.settings.frozen:
             self.model.eval()  # a frozen encoder's norms and dropout stand still too
+        elif self.freezes_norms:
+            freeze_norms(self.model)
         return self
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -179,27 +187,63 @@ def classifier_views(size: int, min_crop_scale: float, upright: bool) -> Views:
     return Views([one], shortest=crop_decode_size(size, min_crop_scale))
 
 
+def build_classifier(
+    encoder: Encoder, data: LabelledImages, settings: ClassifierSettings
+) -> Classifier:
+    """A classifier on a copy of an encoder, to be trained.
+
+    On a pre-trained encoder its head is a linear probe that is fitted to the training images, so
+    that the training does not distort the features for the sake of a random head (LP-FT, Kumar et
+    al. 2022).
+
+    Args:
+        encoder: Left as it is.
+        data: Labelled images; the training part is used.
+        settings: Settings of the training.
+    """
+    torch.manual_seed(settings.seed)  # the new classifier's weights
+    classifier = Classifier(copy.deepcopy(encoder), data.classes, data.multi_label)
+    if settings.pretrained:
+        classifier.fitted = _fit_classifier(classifier, data, settings.seed)
+    return classifier
+
+
+def _fit_classifier(classifier: Classifier, data: LabelledImages, seed: int) -> bool:
+    """Fit the last layer to the training images; False if it is no plain linear layer."""
+    layer, encoder = classifier.network.get_classifier(), classifier.encoder
+    if not isinstance(layer, nn.Linear) or layer.in_features != encoder.num_features:
+        return False
+    paths, labels = data.train.paths, data.train.labels
+    if len(paths) > MAX_HEAD_IMAGES:
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(paths))[:MAX_HEAD_IMAGES])
+        paths, labels = [paths[i] for i in chosen], labels[chosen]
+    features, good = pooled_features(classifier, paths)
+    if not np.isfinite(features).all() or len(np.unique(labels[good], axis=0)) < 2:
+        return False
+    head, _ = fit_linear(features, labels[good], len(data.classes), seed)
+    with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy(head.weight))
+        layer.bias.copy_(torch.from_numpy(head.bias))
+    return True
+
+
 def train_classifier(
-    encoder: Encoder,
+    classifier: Classifier,
     data: LabelledImages,
     settings: ClassifierSettings,
     hardware: Hardware | None = None,
     files: TrainingFiles = NO_FILES,
     title: str = "finetune",
-) -> Classifier:
-    """Fine-tune a copy of an encoder. The test part is not used.
+) -> None:
+    """Train a classifier from ``build_classifier``. The test part is not used.
 
     Args:
-        encoder: Left as it is.
-        data: Trained on ``train``; the weights with the best accuracy on ``val`` (with several
-            labels per image, mean average precision) are kept, or the last ones if it is empty.
+        classifier: Holds the weights of the last step afterwards.
+        data: Trained on ``train``; ``val``, unless it is empty, is evaluated for the curve.
         settings: Settings of the training.
         hardware: Hardware to train on; default one device.
         files: Files for metrics and checkpoints.
         title: Title of the progress bar.
-
-    Returns:
-        A classifier with a class for each of the data's.
 
     Raises:
         UserError: The batch is larger than the training part, or settings do not suit the data.
@@ -208,25 +252,35 @@ def train_classifier(
     if data.multi_label:
         _warn_of_constant_classes(data)
     batch_size = settings.batch(len(data.train), usual=64)
-    torch.manual_seed(settings.seed)  # the new classifier's weights
-    classifier = Classifier(copy.deepcopy(encoder), data.classes, data.multi_label)
     training = ClassifierTraining(classifier, data, settings)
-    views = classifier_views(encoder.image_size, settings.min_crop_scale, settings.upright)
+    size = classifier.encoder.image_size
+    views = classifier_views(size, settings.min_crop_scale, settings.upright)
     dataset = ViewDataset(data.train.paths, views, settings.seed)
 
-    def evaluate() -> EvalResult:
-        logits, good = class_logits(classifier, data.val.paths)
-        target = torch.from_numpy(data.val.labels[good])
-        return (evaluate_several if data.multi_label else evaluate_one)(logits, target)
+    def validate() -> Mapping[str, float]:
+        return validate_classifier(classifier, data.val, data.multi_label)
 
     weights = None
     if settings.balanced:
         weights = 1 / np.bincount(data.train.labels)[data.train.labels]
-    look = evaluate if len(data.val) else None
+    curve = validate if len(data.val) else None
     train(
-        training, classifier, dataset, batch_size, settings, look, hardware, files, title, weights
+        training, classifier, dataset, batch_size, settings, curve, hardware, files, title, weights
     )
-    return classifier
+
+
+def validate_classifier(classifier: Classifier, part: Part, multi_label: bool) -> dict[str, float]:
+    """Metrics of a classifier on some images; see ``evaluate_one`` and ``evaluate_several``.
+
+    Args:
+        classifier: Classifier to evaluate.
+        part: Images and labels; of more than 5,000 images as many are used, evenly spread.
+        multi_label: Whether images may have several labels.
+    """
+    part = part.take(spread(len(part), MAX_VALIDATION_IMAGES))
+    logits, good = class_logits(classifier, part.paths)
+    target = torch.from_numpy(part.labels[good])
+    return (evaluate_several if multi_label else evaluate_one)(logits, target)
 
 
 def _warn_of_constant_classes(data: LabelledImages) -> None:

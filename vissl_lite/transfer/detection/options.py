@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from vissl_lite.transfer.options import AnnotationsOption, FrozenNormOption, SourceOptions
-from vissl_lite.transfer.pyramid import PyramidSettings
+from vissl_lite.transfer.finetuning import TransferSettings
+from vissl_lite.transfer.options import AnnotationsOption, SourceOptions
 
 DetectorName = Literal["fcos", "retinanet", "faster_rcnn"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectionOptions(SourceOptions, AnnotationsOption, FrozenNormOption):
+class DetectionOptions(SourceOptions, AnnotationsOption):
     """Command-line options of detection."""
 
     detector: DetectorName = "faster_rcnn"
@@ -20,7 +20,7 @@ class DetectionOptions(SourceOptions, AnnotationsOption, FrozenNormOption):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectorSettings(PyramidSettings, DetectionOptions):
+class DetectorSettings(TransferSettings, DetectionOptions):
     """Settings for training a detector.
 
     Attributes:

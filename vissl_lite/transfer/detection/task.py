@@ -17,7 +17,7 @@ from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.plots import Picture, class_colors, draw_boxes, plot_grid, plot_per_class
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.transfer.base import Task, spread
+from vissl_lite.transfer.base import Task, sample, spread
 from vissl_lite.transfer.detection.data import LabelledBoxes, load_boxes
 from vissl_lite.transfer.detection.export import ONNX_TRANSLATIONS, ExportableDetector
 from vissl_lite.transfer.detection.metrics import DetectionScores, score_detector
@@ -30,7 +30,13 @@ from vissl_lite.transfer.detection.model import (
     save_detector,
 )
 from vissl_lite.transfer.detection.options import DetectionOptions, DetectorSettings
-from vissl_lite.transfer.detection.training import check_rescaling, train_detector
+from vissl_lite.transfer.detection.training import (
+    build_detector,
+    check_rescaling,
+    choose_threshold,
+    train_detector,
+    validate_detector,
+)
 from vissl_lite.transfer.exporting import ExportModel, Normalization
 from vissl_lite.transfer.prediction import Predictions, growing_file
 from vissl_lite.transfer.pyramid import report_use, shrunk
@@ -62,18 +68,32 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
     def report_use(self, encoder: Encoder, source: str) -> None:
         report_use(encoder, source)
 
-    def validation_metric(self, data: LabelledBoxes) -> str:
-        return "val_map"
+    def metric_names(self, data: LabelledBoxes) -> tuple[str, ...]:
+        return ("map", "map_50")
+
+    def build(self, encoder: Encoder, data: LabelledBoxes, settings: DetectorSettings) -> Detector:
+        return build_detector(encoder, data, settings)
 
     def train(
         self,
-        encoder: Encoder,
+        model: Detector,
         data: LabelledBoxes,
         settings: DetectorSettings,
         hardware: Hardware | None = None,
         files: TrainingFiles = NO_FILES,
-    ) -> Detector:
-        return train_detector(encoder, data, settings, hardware, files)
+    ) -> None:
+        train_detector(model, data, settings, hardware, files)
+
+    def validate(
+        self, model: Detector, data: LabelledBoxes, part: Split = "val"
+    ) -> dict[str, float]:
+        return validate_detector(model, sample(data.part(part)))
+
+    def calibrate(self, model: Detector, data: LabelledBoxes, like: Detector | None = None) -> None:
+        if like is None:
+            choose_threshold(model, data)
+        else:
+            model.threshold = like.threshold
 
     def evaluate(self, model: Detector, data: LabelledBoxes) -> DetectionScores:
         return score_detector(model, data.test)

@@ -18,7 +18,7 @@ from vissl_lite.transfer.detection.data import BoxedImage, LabelledBoxes
 from vissl_lite.transfer.detection.metrics import best_threshold, score_detector
 from vissl_lite.transfer.detection.model import Detector, choose_canvas
 from vissl_lite.transfer.detection.options import DetectorSettings
-from vissl_lite.transfer.finetuning import EvalResult, train
+from vissl_lite.transfer.finetuning import train
 from vissl_lite.transfer.pyramid import PyramidTraining
 
 
@@ -94,45 +94,67 @@ class BoxDataset(KeyedDataset):
         return Item([view], index, [], target)
 
 
+def build_detector(encoder: Encoder, data: LabelledBoxes, settings: DetectorSettings) -> Detector:
+    """A detector on a copy of an encoder, with a random head.
+
+    Args:
+        encoder: Left as it is.
+        data: Data set; the training images determine the canvas.
+        settings: The seed determines the weights of the head.
+    """
+    canvas = choose_canvas(data.train, encoder)
+    torch.manual_seed(settings.seed)
+    return Detector(copy.deepcopy(encoder), data.classes, settings.detector, canvas)
+
+
 def train_detector(
-    encoder: Encoder,
+    detector: Detector,
     data: LabelledBoxes,
     settings: DetectorSettings,
     hardware: Hardware | None = None,
     files: TrainingFiles = NO_FILES,
     title: str = "finetune",
-) -> Detector:
-    """Fine-tune a copy of an encoder into a detector. The test images are not used.
+) -> None:
+    """Train a detector. The test images are not used.
 
     Args:
-        encoder: Encoder to start from. It is not modified.
-        data: Data set. The weights with the best mean average precision on ``val`` are kept, or
-            the last ones if ``val`` is empty.
+        detector: Holds the weights of the last step afterwards.
+        data: Data set; ``val``, unless it is empty, is evaluated for the curve.
         settings: Training settings.
         hardware: Devices and precision; one device by default.
         files: Files for metrics and checkpoints.
         title: Title of the progress bar.
 
-    Returns:
-        The detector, with its ``threshold`` set.
-
     Raises:
         UserError: If the batch is larger than the training split.
     """
     batch_size = settings.batch(len(data.train), usual=8)
-    canvas = choose_canvas(data.train, encoder)
-    torch.manual_seed(settings.seed)  # for the weights of the new head
-    detector = Detector(copy.deepcopy(encoder), data.classes, settings.detector, canvas)
-    task = DetectorTraining(detector, settings)
+    task = DetectorTraining(detector, settings, len(data.train))
+    dataset = BoxDataset(data.train, detector.canvas, settings)
 
-    def evaluate() -> EvalResult:
-        scores = score_detector(detector, data.val)
-        values = {"val_map": scores.map, "val_map_50": scores.map_50}
-        return EvalResult((scores.map, scores.map_50), values)
+    def validate() -> dict[str, float]:
+        return validate_detector(detector, data.val)
 
-    dataset = BoxDataset(data.train, canvas, settings)
-    evaluation = evaluate if data.val else None
-    train(task, detector, dataset, batch_size, settings, evaluation, hardware, files, title)
+    curve = validate if data.val else None
+    train(task, detector, dataset, batch_size, settings, curve, hardware, files, title)
+
+
+def validate_detector(detector: Detector, part: Sequence[BoxedImage]) -> dict[str, float]:
+    """Mean average precision on some images: ``map`` and ``map_50``.
+
+    Args:
+        detector: Detector to evaluate.
+        part: Images with boxes.
+    """
+    return score_detector(detector, part).metrics
+
+
+def choose_threshold(detector: Detector, data: LabelledBoxes) -> None:
+    """Set the score threshold of a detector to that of the best F1 on the validation images.
+
+    Args:
+        detector: Trained detector.
+        data: Data set; the training images are used if there are no validation images.
+    """
     scores = score_detector(detector, data.val or data.train)
     detector.threshold = best_threshold(scores.found, scores.images)
-    return detector

@@ -2,22 +2,17 @@
 
 from dataclasses import dataclass
 
-from vissl_lite.transfer.options import (
-    AnnotationsOption,
-    ClassWeightsOption,
-    FrozenNormOption,
-    SourceOptions,
-)
-from vissl_lite.transfer.pyramid import PyramidSettings
+from vissl_lite.transfer.finetuning import TransferSettings
+from vissl_lite.transfer.options import AnnotationsOption, ClassWeightsOption, SourceOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentationOptions(SourceOptions, AnnotationsOption, FrozenNormOption, ClassWeightsOption):
+class SegmentationOptions(SourceOptions, AnnotationsOption, ClassWeightsOption):
     """Command-line options of segmentation."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmenterSettings(PyramidSettings, SegmentationOptions):
+class SegmenterSettings(TransferSettings, SegmentationOptions):
     """Settings for training a segmenter.
 
     Attributes:

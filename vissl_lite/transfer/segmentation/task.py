@@ -27,7 +27,7 @@ from vissl_lite.plots import (
 )
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.transfer.base import Task, spread
+from vissl_lite.transfer.base import Task, sample, spread
 from vissl_lite.transfer.exporting import ExportModel, Normalization
 from vissl_lite.transfer.prediction import Predictions
 from vissl_lite.transfer.pyramid import report_use, shrunk
@@ -40,7 +40,12 @@ from vissl_lite.transfer.segmentation.model import (
     segment,
 )
 from vissl_lite.transfer.segmentation.options import SegmentationOptions, SegmenterSettings
-from vissl_lite.transfer.segmentation.training import train_segmenter, weigh_classes
+from vissl_lite.transfer.segmentation.training import (
+    build_segmenter,
+    train_segmenter,
+    validate_segmenter,
+    weigh_classes,
+)
 from vissl_lite.transfer.sources.parts import Split
 
 log = logging.getLogger(__name__)
@@ -69,18 +74,28 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
     def report_use(self, encoder: Encoder, source: str) -> None:
         report_use(encoder, source)
 
-    def validation_metric(self, data: LabelledMasks) -> str:
-        return "val_miou"
+    def metric_names(self, data: LabelledMasks) -> tuple[str, ...]:
+        return ("miou", "dice", "loss")
+
+    def build(
+        self, encoder: Encoder, data: LabelledMasks, settings: SegmenterSettings
+    ) -> Segmenter:
+        return build_segmenter(encoder, data, settings)
 
     def train(
         self,
-        encoder: Encoder,
+        model: Segmenter,
         data: LabelledMasks,
         settings: SegmenterSettings,
         hardware: Hardware | None = None,
         files: TrainingFiles = NO_FILES,
-    ) -> Segmenter:
-        return train_segmenter(encoder, data, settings, hardware, files)
+    ) -> None:
+        train_segmenter(model, data, settings, hardware, files)
+
+    def validate(
+        self, model: Segmenter, data: LabelledMasks, part: Split = "val"
+    ) -> dict[str, float]:
+        return validate_segmenter(model, sample(data.part(part)))
 
     def evaluate(self, model: Segmenter, data: LabelledMasks) -> SegmentationScores:
         return score_segmenter(model, data.test)

@@ -15,7 +15,7 @@ from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError, did_you_mean
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.transfer.finetuning import EvalResult, train
+from vissl_lite.transfer.finetuning import train
 from vissl_lite.transfer.pyramid import PyramidTraining
 from vissl_lite.transfer.segmentation.data import LabelledMasks, MaskedImage
 from vissl_lite.transfer.segmentation.metrics import score_segmenter
@@ -105,9 +105,13 @@ class SegmenterTraining(PyramidTraining[Segmenter, SegmenterSettings]):
     """Lightning module that trains a segmenter."""
 
     def __init__(
-        self, segmenter: Segmenter, weights: Tensor | None, settings: SegmenterSettings
+        self,
+        segmenter: Segmenter,
+        weights: Tensor | None,
+        settings: SegmenterSettings,
+        images: int,
     ) -> None:
-        super().__init__(segmenter, settings)
+        super().__init__(segmenter, settings, images)
         self.weights: Tensor | None
         self.register_buffer("weights", weights, persistent=False)
 
@@ -119,20 +123,33 @@ class SegmenterTraining(PyramidTraining[Segmenter, SegmenterSettings]):
         return loss
 
 
+def build_segmenter(
+    encoder: Encoder, data: LabelledMasks, settings: SegmenterSettings
+) -> Segmenter:
+    """A segmenter on a copy of an encoder, with a random head.
+
+    Args:
+        encoder: Left as it is.
+        data: Data set with the classes.
+        settings: The seed determines the weights of the head.
+    """
+    torch.manual_seed(settings.seed)
+    return Segmenter(copy.deepcopy(encoder), data.classes)
+
+
 def train_segmenter(
-    encoder: Encoder,
+    segmenter: Segmenter,
     data: LabelledMasks,
     settings: SegmenterSettings,
     hardware: Hardware | None = None,
     files: TrainingFiles = NO_FILES,
     title: str = "finetune",
-) -> Segmenter:
-    """Fine-tune a copy of an encoder into a segmenter. The test images are not used.
+) -> None:
+    """Train a segmenter. The test images are not used.
 
     Args:
-        encoder: Encoder to start from. It is not modified.
-        data: Data set. The weights with the best mean IoU on ``val`` are kept, or the last ones if
-            ``val`` is empty.
+        segmenter: Holds the weights of the last step afterwards.
+        data: Data set; ``val``, unless it is empty, is evaluated for the curve.
         settings: Training settings.
         hardware: Devices and precision; one device by default.
         files: Files for metrics and checkpoints.
@@ -143,16 +160,22 @@ def train_segmenter(
     """
     batch_size = settings.batch(len(data.train), usual=8)
     weights = weigh_classes(data, settings.class_weights)
-    torch.manual_seed(settings.seed)  # for the weights of the new head
-    segmenter = Segmenter(copy.deepcopy(encoder), data.classes)
-    task = SegmenterTraining(segmenter, weights, settings)
-    dataset = MaskDataset(data.train, encoder.image_size, settings)
+    task = SegmenterTraining(segmenter, weights, settings, len(data.train))
+    dataset = MaskDataset(data.train, segmenter.encoder.image_size, settings)
 
-    def evaluate() -> EvalResult:
-        scores = score_segmenter(segmenter, data.val)
-        values = {"val_miou": scores.miou, "val_dice": scores.dice, "val_loss": scores.loss}
-        return EvalResult((scores.miou, -scores.loss), values)
+    def validate() -> dict[str, float]:
+        return validate_segmenter(segmenter, data.val)
 
-    evaluation = evaluate if data.val else None
-    train(task, segmenter, dataset, batch_size, settings, evaluation, hardware, files, title)
-    return segmenter
+    curve = validate if data.val else None
+    train(task, segmenter, dataset, batch_size, settings, curve, hardware, files, title)
+
+
+def validate_segmenter(segmenter: Segmenter, part: Sequence[MaskedImage]) -> dict[str, float]:
+    """Mean IoU, mean Dice and loss on some images: ``miou``, ``dice`` and ``loss``.
+
+    Args:
+        segmenter: Segmenter to evaluate.
+        part: Images with masks.
+    """
+    scores = score_segmenter(segmenter, part)
+    return {"miou": scores.miou, "dice": scores.dice, "loss": scores.loss}

@@ -133,6 +133,7 @@ def complete_parts(
         rest, val = _divide(rest, strata, exclusive, VAL_SHARE / (1 - TEST_SHARE), 1)
         parts = {"train": rest, "val": val, "test": test}
         origins = {"train": "60 %", "val": "20 %", "test": "20 %"}
+        log.val_from_train = True
         what = "No test or validation part was found" if not unnamed else "No parts were found"
         log.split = (
             f"{what}: the images are divided at random into {len(rest)} for training, {len(val)} "
@@ -150,6 +151,7 @@ def complete_parts(
     if not parts["val"] and need_val:
         parts["train"], parts["val"] = _divide(parts["train"], strata, exclusive, VAL_SHARE, seed)
         origins["val"] = f"{held_out}, seed {seed}"
+        log.val_from_train = True
         if not log.split:
             log.split = "No validation part was found."
         log.split += (
@@ -225,6 +227,27 @@ def hold_out_of_all(strata: np.ndarray, share: float, seed: int) -> np.ndarray:
     order = order[np.argsort(strata[order], kind="stable")]
     steps = (np.arange(count) + random.random()) * (len(strata) / count)
     return order[steps.astype(np.int64)]
+
+
+def fold_numbers(strata: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Folds of a stratified cross-validation.
+
+    Args:
+        strata: ``(N,)`` stratum of each item.
+        count: Number of folds.
+        seed: Seed of the choice.
+
+    Returns:
+        ``(N,)`` number of the fold that each item is held out in, from 0.
+    """
+    random = np.random.default_rng((seed, 3))
+    order = random.permutation(len(strata))
+    order = order[np.argsort(strata[order], kind="stable")]
+    folds = np.empty(len(strata), np.int64)
+    folds[order] = (
+        np.arange(len(strata)) % count
+    )  # an item of each stratum to one fold after another
+    return folds
 
 
 def rarest_classes(classes: Sequence[Collection[int]]) -> np.ndarray:

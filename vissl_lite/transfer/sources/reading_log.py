@@ -38,6 +38,7 @@ class ReadingLog:
         origins: Where each part (train, val, test) comes from.
         tables: Files of labels that were read.
         split: Sentence on the parts that were made because they were not given; may be empty.
+        val_from_train: Whether the validation part was taken out of the training images.
     """
 
     source: str
@@ -49,6 +50,7 @@ class ReadingLog:
     origins: dict[str, str] = field(default_factory=dict)
     tables: list[str] = field(default_factory=list)
     split: str = ""
+    val_from_train: bool = False
     _first: dict[str, str] = field(default_factory=dict)
 
     def add(self, kind: str, where: str, times: int | np.integer[Any] = 1) -> None:

@@ -1,0 +1,186 @@
+"""Choosing hyperparameters on held-out labels, then training on all of them.
+
+The task here has no network: its model is one number, which training moves.
+"""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from vissl_lite.errors import UserError
+from vissl_lite.transfer.classification.data import LabelledImages, Part
+from vissl_lite.transfer.finetuning import TransferSettings, finetune_optimizer
+from vissl_lite.transfer.fitting import climb, fit_model, monitor_of
+from vissl_lite.transfer.sources.reading_log import ReadingLog
+
+
+def data_of(train: int, val: int, made: bool = True) -> LabelledImages:
+    """Data of two classes; ``made`` says that the validation part was taken from training."""
+
+    def part(name: str, count: int) -> Part:
+        return Part([f"{name}{i}" for i in range(count)], np.arange(count) % 2)
+
+    parts = part("train", train), part("val", val), part("test", 4)
+    return LabelledImages(["a", "b"], *parts, ReadingLog("data", val_from_train=made))
+
+
+@dataclass
+class Number:
+    """A model of one weight."""
+
+    value: Tensor
+    threshold: float = 0.0
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.value = state["value"].clone()
+
+
+class Guess:
+    """Start at 0; a training moves the value by 1000 times the learning rate.
+
+    The validation metric ``near`` is best at 1.5, and ``loss`` at 0.5.
+    """
+
+    def __init__(self, fitted: bool = True) -> None:
+        self.fitted = fitted
+        self.trained: list[tuple[int, float]] = []
+        self.validated: list[list[str]] = []
+
+    def metric_names(self, data: LabelledImages) -> tuple[str, ...]:
+        return ("near", "loss")
+
+    def build(self, encoder: object, data: LabelledImages, settings: TransferSettings) -> Number:
+        return Number(torch.zeros(()))
+
+    def starts_fitted(self, model: Number, settings: TransferSettings) -> bool:
+        return self.fitted
+
+    def train(
+        self, model: Number, data: LabelledImages, settings: TransferSettings, *rest: object
+    ) -> None:
+        assert settings.batch_size is None or settings.batch_size <= len(data.train)
+        self.trained.append((len(data.train), settings.optimizer.lr))
+        model.value = model.value + 1000 * settings.optimizer.lr
+
+    def validate(self, model: Number, data: LabelledImages, part: str = "val") -> dict[str, float]:
+        if part == "val":
+            self.validated.append(data.val.paths)
+        value = float(model.value)
+        return {"near": -abs(value - 1.5), "loss": abs(value - 0.5)}
+
+    def calibrate(self, model: Number, data: LabelledImages, like: Number | None = None) -> None:
+        model.threshold = len(data.val) if like is None else like.threshold
+
+
+def fit(task: Guess, data: LabelledImages, *rates: float, **settings: Any) -> Any:
+    settings = {"optimizer": finetune_optimizer(True, lr=2e-3), "pretrained": True, **settings}
+    chosen = TransferSettings(**settings)
+    return fit_model(cast(Any, task), cast(Any, None), data, chosen, rates)
+
+
+def test_many_validation_labels_choose_then_all_labels_are_trained_on() -> None:
+    task = Guess()
+    fitted = fit(task, data_of(300, 100))
+    assert task.trained == [(300, 2e-3), (400, 2e-3)]
+    assert fitted.chosen.share == 0.75
+    assert float(fitted.model.value) == pytest.approx(1.5)
+    assert (fitted.train_images, fitted.val_images, fitted.folds) == (400, 100, 1)
+    assert fitted.refit
+    assert fitted.model.threshold == 100  # of the model that has not seen the validation images
+    assert "75% of the way" in fitted.describe()
+
+
+def test_few_validation_labels_choose_by_cross_validation() -> None:
+    task = Guess()
+    fitted = fit(task, data_of(20, 10))
+    assert task.trained == [(20, 2e-3)] * 3 + [(30, 2e-3)]
+    assert (fitted.folds, fitted.val_images) == (3, 30)
+    held_out = {tuple(paths) for paths in task.validated}
+    assert sorted(path for paths in held_out for path in paths) == sorted(
+        data_of(20, 10).train.paths + data_of(20, 10).val.paths
+    )
+
+
+def test_a_validation_part_of_ones_own_is_not_trained_on() -> None:
+    task = Guess()
+    fitted = fit(task, data_of(20, 10, made=False))
+    assert task.trained == [(20, 2e-3)]
+    assert not fitted.refit
+    assert float(fitted.model.value) == pytest.approx(1.5)
+    assert fit(Guess(), data_of(20, 10, made=False), refit=True).train_images == 30
+    assert fit(Guess(), data_of(20, 10), refit=False).train_images == 20
+
+
+def test_a_model_before_its_first_step_is_a_candidate_only_if_it_is_fitted() -> None:
+    """A training that makes the model worse is not used."""
+    away = finetune_optimizer(True, lr=-1e-3)
+    assert fit(Guess(), data_of(20, 100), optimizer=away).chosen.share == 0
+    random = fit(Guess(fitted=False), data_of(20, 100), optimizer=away)
+    assert random.chosen.share == 1
+    assert float(random.model.value) == pytest.approx(-1)
+
+
+def test_the_learning_rate_is_chosen_with_the_rest() -> None:
+    task = Guess(fitted=False)
+    fitted = fit(task, data_of(20, 100), 1e-4, 5e-4, 1e-3, 1.4e-3, 4e-3)
+    assert fitted.chosen.lr == 1.4e-3
+    assert task.trained[-1] == (120, 1.4e-3)
+    by_loss = fit(Guess(fitted=False), data_of(20, 100), 1e-4, 5e-4, 1e-3, monitor="val_loss")
+    assert by_loss.chosen.lr == 5e-4
+
+
+def test_without_validation_images_nothing_is_chosen() -> None:
+    task = Guess()
+    fitted = fit(task, data_of(20, 0))
+    assert task.trained == [(20, 2e-3)]
+    assert (fitted.chosen.share, fitted.chosen.metrics, fitted.val_images) == (1.0, {}, 0)
+    assert "no images were left" in fitted.describe()
+    assert fit(Guess(), data_of(20, 0), 1e-4, 3e-4, 1e-3).chosen.lr == 3e-4
+
+
+def test_a_batch_that_fits_all_labels_fits_the_folds() -> None:
+    assert fit(Guess(), data_of(6, 6), batch_size=12).train_images == 12
+
+
+@pytest.mark.parametrize("best", range(5))
+def test_climbing_finds_the_top_of_one_hill(best: int) -> None:
+    tried: list[float] = []
+
+    def score(rate: float) -> tuple[float]:
+        tried.append(rate)
+        return (-abs(rate - best),)
+
+    climb(score, range(5))
+    assert best in tried
+    assert len(tried) == len(set(tried)) <= 4 + (best in (0, 4))
+
+
+def test_monitors() -> None:
+    task = cast(Any, Guess())
+    assert monitor_of(task, data_of(2, 2), None) == "near"
+    assert monitor_of(task, data_of(2, 2), "val_Loss") == "loss"
+    with pytest.raises(UserError, match=r"--monitor val_los.*loss"):
+        monitor_of(task, data_of(2, 2), "val_los")
+
+
+def test_a_time_budget_is_for_all_trainings_together() -> None:
+    seconds = []
+
+    class Timed(Guess):
+        def train(
+            self, model: Number, data: LabelledImages, settings: TransferSettings, *rest: object
+        ) -> None:
+            seconds.append(settings.seconds)
+
+    fit(Timed(), data_of(20, 10), seconds=60.0)
+    assert seconds == [15.0] * 4
+    seconds.clear()
+    fit(Timed(), data_of(20, 10), seconds=60.0, pretrained=False)
+    assert seconds == [30.0] * 2  # nothing to choose: one held-out part, for its metrics

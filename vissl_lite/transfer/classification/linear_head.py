@@ -1,0 +1,217 @@
+"""Linear classifiers on frozen features: the linear probe, and the head that fine-tuning starts at.
+
+They are logistic regressions: multinomial where each image has one class, one for each class where
+an image may have several.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import minimize
+from scipy.special import expit, logsumexp
+
+from vissl_lite.transfer.sources.parts import fold_numbers, rarest_classes
+
+# Candidates for the L2 penalty on the mean loss, from strong to weak.
+PENALTIES = tuple(10.0**power for power in (0, -0.5, -1, -1.5, -2, -2.5, -3, -4, -5))
+
+# Where each class has one image, so that none can be held out.
+DEFAULT_PENALTY = 0.01
+
+# Folds of the cross-validation; with more images than this, one of the folds is held out.
+MAX_FOLDS, MANY = 5, 2000
+
+# Of L-BFGS: more change no prediction.
+MAX_ITERATIONS, GRADIENT_TOLERANCE = 300, 1e-4
+
+# Indices of images to fit to, and of images to score on.
+Fold = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """A fitted linear classifier.
+
+    Attributes:
+        weight: ``(K, D)`` float32, for features as they are: their standardization is folded in.
+        bias: ``(K,)`` float32.
+    """
+
+    weight: np.ndarray
+    bias: np.ndarray
+
+    def logits(self, features: np.ndarray) -> np.ndarray:
+        """``(N, K)`` logits of ``(N, D)`` features."""
+        return np.asarray(features @ self.weight.T + self.bias)
+
+
+class ChosenPenalty(NamedTuple):
+    """A penalty, and its scores on the held-out images.
+
+    Attributes:
+        penalty: lambda in mean(loss) + lambda / 2 * |weights|^2.
+        loss: Mean loss of an image.
+        accuracy: Share of the images that are classified correctly; with several labels per image,
+            share of the labels.
+    """
+
+    penalty: float
+    loss: float
+    accuracy: float
+
+
+def fit_linear(
+    features: np.ndarray, labels: np.ndarray, classes: int, seed: int = 0
+) -> tuple[LinearHead, ChosenPenalty | None]:
+    """Choose the penalty by cross-validation, then fit a linear classifier to all images.
+
+    Args:
+        features: ``(N, D)``.
+        labels: See ``fit_head``.
+        classes: Number of classes K.
+        seed: Seed of the folds.
+
+    Returns:
+        The classifier, and the penalty with its scores; None for the default penalty, where no
+        class has two images.
+    """
+    folds = _folds(labels, seed)
+    chosen = choose_penalty(features, labels, classes, folds) if folds else None
+    penalty = chosen.penalty if chosen else DEFAULT_PENALTY
+    return fit_head(features, labels, classes, penalty), chosen
+
+
+def _folds(labels: np.ndarray, seed: int) -> list[Fold]:
+    """Up to five stratified folds; of many images one; none where each class has one image."""
+    several = labels.ndim == 2
+    strata = rarest_classes([np.flatnonzero(row).tolist() for row in labels]) if several else labels
+    count = min(MAX_FOLDS, int(np.median(np.unique(strata, return_counts=True)[1])))
+    if count < 2:
+        return []
+    numbers = fold_numbers(strata, MAX_FOLDS if len(labels) > MANY else count, seed)
+    held_out = range(1 if len(labels) > MANY else count)
+    return [(np.flatnonzero(numbers != n), np.flatnonzero(numbers == n)) for n in held_out]
+
+
+def fit_head(
+    features: np.ndarray, labels: np.ndarray, classes: int, penalty: float = DEFAULT_PENALTY
+) -> LinearHead:
+    """Fit a linear classifier with an L2 penalty.
+
+    Features are centered and divided by their standard deviation, or by the mean one of all features
+    where theirs is smaller.
+
+    Args:
+        features: ``(N, D)``.
+        labels: ``(N,)`` class indices, or ``(N, K)`` of 0 and 1 with several labels per image.
+        classes: Number of classes K. Those that no image has get a low logit.
+        penalty: lambda in mean(loss) + lambda / 2 * |weights|^2.
+    """
+    return _Regression(features, labels, classes).fit(penalty)
+
+
+def choose_penalty(
+    features: np.ndarray, labels: np.ndarray, classes: int, folds: Sequence[Fold]
+) -> ChosenPenalty:
+    """Choose the penalty with the smallest loss on the held-out images of all folds.
+
+    The loss differs between penalties also where the accuracies on few images are equal.
+
+    Args:
+        features: ``(N, D)``.
+        labels: See ``fit_head``.
+        classes: Number of classes K.
+        folds: Indices of images to fit to, and of images to score on.
+    """
+    loss, accuracy = np.zeros(len(PENALTIES)), np.zeros(len(PENALTIES))
+    for inside, outside in folds:
+        regression = _Regression(features[inside], labels[inside], classes)
+        for number, penalty in enumerate(PENALTIES):  # each solution is a start close to the next
+            logits = regression.fit(penalty).logits(features[outside])
+            losses, correct = _losses(logits, labels[outside])
+            loss[number] += losses.sum()
+            accuracy[number] += correct.sum()
+    held_out = sum(len(outside) for _, outside in folds)
+    best = int(loss.argmin())
+    return ChosenPenalty(
+        PENALTIES[best], float(loss[best] / held_out), float(accuracy[best] / held_out)
+    )
+
+
+class _Regression:
+    """Logistic regression on some images, for one penalty after the other.
+
+    Args:
+        features: ``(N, D)``.
+        labels: See ``fit_head``.
+        classes: Number of classes K.
+    """
+
+    def __init__(self, features: np.ndarray, labels: np.ndarray, classes: int) -> None:
+        self.labels = labels
+        self.mean = features.mean(axis=0, dtype=np.float64)
+        scale = features.std(axis=0, dtype=np.float64)
+        # A rectified feature that is zero in almost all images would otherwise outweigh all others
+        # in the few images in which it is not.
+        self.scale = np.maximum(scale, scale.mean() + 1e-6)
+        x = ((features - self.mean) / self.scale).astype(np.float32)
+        self.basis: np.ndarray | None = None
+        if x.shape[0] < x.shape[1]:
+            # The weights lie in the span of the images, which has fewer dimensions.
+            self.basis = np.linalg.svd(x, full_matrices=False)[2]
+            x = x @ self.basis.T
+        self.x = x
+        self.solution = np.zeros((classes, x.shape[1] + 1))
+
+    def fit(self, penalty: float) -> LinearHead:
+        """Minimize the loss by L-BFGS, starting at the solution for the last penalty."""
+        shape = self.solution.shape
+
+        def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+            both = flat.reshape(shape)
+            weight = both[:, :-1]
+            logits = self.x @ weight.T.astype(np.float32) + both[:, -1]
+            losses, _ = _losses(logits, self.labels)
+            slope = (_probabilities(logits, self.labels) - _targets(self.labels, shape[0])) / len(
+                self.x
+            )
+            gradient = np.empty(shape)
+            gradient[:, :-1] = slope.T.astype(np.float32) @ self.x + penalty * weight
+            gradient[:, -1] = slope.sum(axis=0)
+            return float(losses.mean() + penalty / 2 * np.square(weight).sum()), gradient.ravel()
+
+        found = minimize(
+            objective,
+            self.solution.ravel(),
+            jac=True,
+            method="L-BFGS-B",
+            options={"maxiter": MAX_ITERATIONS, "gtol": GRADIENT_TOLERANCE, "ftol": 1e-7},
+        )
+        self.solution = found.x.reshape(shape)
+        weight, bias = self.solution[:, :-1], self.solution[:, -1]
+        if self.basis is not None:
+            weight = weight @ self.basis
+        weight = weight / self.scale
+        return LinearHead(weight.astype(np.float32), (bias - weight @ self.mean).astype(np.float32))
+
+
+def _losses(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Loss of each image, summed over labels, and the share of it that is correct; ``(N,)``."""
+    if labels.ndim == 1:
+        rows = np.arange(len(labels))
+        losses = logsumexp(logits, axis=1) - logits[rows, labels]
+        return losses, (logits.argmax(axis=1) == labels).astype(float)
+    losses = (np.logaddexp(0, logits) - labels * logits).sum(axis=1)
+    return losses, ((logits > 0) == (labels > 0)).mean(axis=1)
+
+
+def _probabilities(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    if labels.ndim == 2:
+        return np.asarray(expit(logits))
+    return np.asarray(np.exp(logits - logsumexp(logits, axis=1, keepdims=True)))
+
+
+def _targets(labels: np.ndarray, classes: int) -> np.ndarray:
+    return labels if labels.ndim == 2 else np.eye(classes)[labels]

@@ -1,0 +1,342 @@
+"""Fine-tuning from labels to a finished model: choose hyperparameters, then use all labels.
+
+What is chosen (the learning rate, if several are given, and how much of the change by the training
+is kept) is chosen on images that the models have not been trained on. Then a model is trained with
+it on all labels.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Generic
+
+from torch import Tensor
+
+from vissl_lite.encoders.encoder import Encoder
+from vissl_lite.errors import UserError, did_you_mean
+from vissl_lite.metrics_file import MetricsFile
+from vissl_lite.run import CHECKPOINTS, METRICS
+from vissl_lite.training.fit import NO_FILES, TrainingFiles
+from vissl_lite.training.hardware import Hardware
+from vissl_lite.transfer.base import DatasetT, ModelT, ScoresT, SettingsT, Task
+
+# With fewer validation images than this, hyperparameters are chosen by cross-validation.
+FEW_VALIDATION_IMAGES = 100
+FOLDS = 3
+
+# Shares of the change by the training that are tried. 0 is the model before its first step.
+SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
+
+
+@dataclass(frozen=True)
+class FitFiles:
+    """Files of all trainings of a model.
+
+    Attributes:
+        folder: Folder of the files of metrics and of checkpoints; None for no files.
+        checkpoints: Whether checkpoints are written.
+        resume: Whether to continue from them.
+    """
+
+    folder: Path | None = None
+    checkpoints: bool = False
+    resume: bool = False
+
+    def of_training(self, metrics: str, checkpoints: str) -> TrainingFiles:
+        """Files of one training.
+
+        Args:
+            metrics: Name of the file of its metrics; empty for none.
+            checkpoints: Subfolder for its checkpoints; empty for the folder itself.
+        """
+        if self.folder is None:
+            return NO_FILES
+        file = self.folder / metrics
+        if not self.resume and metrics:
+            file.unlink(missing_ok=True)
+        return TrainingFiles(
+            MetricsFile(file) if metrics else None,
+            self.folder / CHECKPOINTS / checkpoints if self.checkpoints else None,
+            self.resume,
+        )
+
+
+NO_FIT_FILES = FitFiles()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What can be chosen, and its validation metrics.
+
+    Attributes:
+        lr: Learning rate.
+        share: Share of the change by the training that is kept: 1 for the trained weights, 0 for
+            those before the first step, which are a linear probe, and in between an interpolation
+            (WiSE-FT, Wortsman et al. 2022, eq. 1).
+        metrics: Mean validation metrics, by name.
+    """
+
+    lr: float
+    share: float
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class FittedModel(Generic[ModelT]):
+    """A model that is ready to be used, and how it was made.
+
+    Attributes:
+        model: The model.
+        chosen: What was chosen; without metrics where no image was left to choose by.
+        candidates: All candidates, in the order in which they were tried.
+        train_images: Number of images that the model is trained on.
+        val_images: Number of images that the candidates were evaluated on.
+        folds: Number of folds of the cross-validation; 1 for a validation part.
+        refit: Whether the model was trained on training and validation images together.
+        train_metrics: Metrics of the model on its training images.
+    """
+
+    model: ModelT
+    chosen: Candidate
+    candidates: list[Candidate]
+    train_images: int
+    val_images: int
+    folds: int
+    refit: bool
+    train_metrics: dict[str, float]
+
+    def describe(self) -> str:
+        """What was chosen by which labels, and which labels the model is trained on."""
+        trained = f"trained on {self.train_images:,} images"
+        if not self.candidates:
+            return f"The model is {trained}; no images were left to choose anything by."
+        by = f"{self.val_images:,} validation images"
+        if self.folds > 1:
+            by = f"{self.folds}-fold cross-validation of {self.val_images:,} images"
+        what = {1.0: "the trained weights", 0.0: "the linear probe, without the training"}.get(
+            self.chosen.share, f"{self.chosen.share:.0%} of the way from the probe to the training"
+        )
+        values = ", ".join(f"{name} {value:.3f}" for name, value in self.chosen.metrics.items())
+        included = ", those included" if self.refit else ""
+        return (
+            f"By {by}: learning rate {self.chosen.lr:g}, {what} ({values}). The model is "
+            f"{trained}{included}."
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Content for ``results.json``."""
+        return {
+            "chosen": {"lr": self.chosen.lr, "tuned_share": self.chosen.share},
+            "val": self.chosen.metrics,
+            "train": self.train_metrics,
+            "candidates": [
+                {"lr": one.lr, "tuned_share": one.share, **one.metrics} for one in self.candidates
+            ],
+            "train_images": self.train_images,
+            "val_images": self.val_images,
+            "folds": self.folds,
+            "refit": self.refit,
+        }
+
+
+@dataclass(frozen=True)
+class _Trained(Generic[ModelT]):
+    """A trained model, with its weights before the first step if they are a candidate."""
+
+    model: ModelT
+    start: dict[str, Tensor] | None
+    end: dict[str, Tensor]
+
+    def use(self, share: float) -> None:
+        """Give the model a share of the change by the training."""
+        if self.start is not None:
+            weights = {
+                name: tensor.lerp(self.end[name], share) if tensor.is_floating_point() else tensor
+                for name, tensor in self.start.items()
+            }
+            self.model.load_state_dict(weights)
+
+
+class _Fitting(Generic[DatasetT, ModelT, SettingsT, ScoresT]):
+    """Trainings of one model with the same labels; see ``fit_model``."""
+
+    def __init__(
+        self,
+        task: Task[DatasetT, ModelT, SettingsT, ScoresT],
+        encoder: Encoder,
+        settings: SettingsT,
+        hardware: Hardware | None,
+        monitor: str,
+    ) -> None:
+        self.task, self.encoder, self.settings = task, encoder, settings
+        self.hardware, self.monitor = hardware, monitor
+        self.candidates: list[Candidate] = []
+        self.best: Candidate | None = None
+        self.model: _Trained[ModelT] | None = None  # of the first round, with the best rate
+
+    def train(self, data: DatasetT, rate: float, files: TrainingFiles) -> _Trained[ModelT]:
+        """Train a model on the training part."""
+        size = self.settings.batch_size
+        settings = replace(
+            self.settings,
+            optimizer=replace(self.settings.optimizer, lr=rate),
+            batch_size=size and min(size, len(data.train)),
+        )
+        model = self.task.build(self.encoder, data, settings)
+        fitted = self.task.starts_fitted(model, settings)
+        start = deepcopy(model.state_dict()) if fitted else None
+        self.task.train(model, data, settings, self.hardware, files)
+        return _Trained(model, start, deepcopy(model.state_dict()) if fitted else {})
+
+    def evaluate(
+        self, rate: float, rounds: Sequence[DatasetT], files: Sequence[TrainingFiles]
+    ) -> tuple[float, float]:
+        """Train in each round and add the candidates with this learning rate.
+
+        Returns:
+            Rank of the best of them; larger is better.
+        """
+        totals: dict[float, dict[str, float]] = {}  # sums over images
+        first: _Trained[ModelT] | None = None
+        for data, some in zip(rounds, files, strict=True):
+            trained = self.train(data, rate, some)
+            first = first or trained
+            for share in (1.0,) if trained.start is None else SHARES:
+                trained.use(share)
+                for name, value in self.task.validate(trained.model, data).items():
+                    sums = totals.setdefault(share, {})
+                    sums[name] = sums.get(name, 0.0) + value * len(data.val)
+            trained.use(1.0)
+        images = sum(len(data.val) for data in rounds)
+        added = [
+            Candidate(rate, share, {name: total / images for name, total in sums.items()})
+            for share, sums in totals.items()
+        ]
+        self.candidates += added
+        best = max(added, key=self.rank)
+        if self.best is None or self.rank(best) > self.rank(self.best):
+            self.best, self.model = best, first
+        return self.rank(best)
+
+    def rank(self, candidate: Candidate) -> tuple[float, float]:
+        """By the monitored metric, then by the loss; larger is better."""
+        loss = -candidate.metrics.get("loss", math.inf)
+        value = loss if self.monitor == "loss" else candidate.metrics.get(self.monitor, -math.inf)
+        return value, loss
+
+
+def fit_model(
+    task: Task[DatasetT, ModelT, SettingsT, ScoresT],
+    encoder: Encoder,
+    data: DatasetT,
+    settings: SettingsT,
+    rates: Sequence[float] = (),
+    hardware: Hardware | None = None,
+    files: FitFiles = NO_FIT_FILES,
+) -> FittedModel[ModelT]:
+    """Fine-tune a copy of an encoder: choose hyperparameters, then train on all labels.
+
+    Args:
+        task: Task to fine-tune for.
+        encoder: Encoder to start from; it is left as it is.
+        data: Labelled images; the test part is not used.
+        settings: Settings of the trainings; ``seconds`` is divided between them.
+        rates: Candidate learning rates, ascending; default the one of the settings.
+        hardware: Hardware to train on; default one device.
+        files: Files for metrics and checkpoints.
+
+    Raises:
+        UserError: Settings do not suit the data.
+    """
+    rates = list(rates) or [settings.optimizer.lr]
+    refit = (data.val_from_train if settings.refit is None else settings.refit) and len(
+        data.val
+    ) > 0
+    rounds = [data]
+    if refit and len(data.val) < FEW_VALIDATION_IMAGES and (len(rates) > 1 or settings.pretrained):
+        rounds = data.folds(FOLDS, settings.seed)
+    if settings.seconds is not None:
+        trainings = len(rounds) * len(rates) + refit
+        settings = replace(settings, seconds=settings.seconds / trainings)
+    fitting = _Fitting(task, encoder, settings, hardware, monitor_of(task, data, settings.monitor))
+
+    def score(rate: float) -> tuple[float, float]:
+        name = f"lr-{rate:g}" if len(rates) > 1 else "selection"
+        stages = []
+        for number in range(len(rounds)):
+            metrics = METRICS if len(rates) == 1 else f"{name}.csv"
+            folder = f"{name}-{number + 1}" if refit or len(rates) > 1 else ""
+            stages.append(files.of_training(metrics if number == 0 else "", folder))
+        return fitting.evaluate(rate, rounds, stages)
+
+    if len(data.val):
+        climb(score, rates)
+    chosen = fitting.best or Candidate(rates[len(rates) // 2], 1.0, {})
+    trained, everything = fitting.model, data
+    if trained is not None:
+        trained.use(chosen.share)
+        task.calibrate(trained.model, rounds[0])
+    if trained is None or refit:
+        everything = data.merged() if refit else data
+        stage = files.of_training("refit.csv" if refit else METRICS, "")
+        final = fitting.train(everything, chosen.lr, stage)
+        final.use(chosen.share)
+        task.calibrate(final.model, everything, None if trained is None else trained.model)
+        trained = final
+    return FittedModel(
+        trained.model,
+        chosen,
+        fitting.candidates,
+        len(everything.train),
+        sum(len(one.val) for one in rounds),
+        len(rounds),
+        refit,
+        task.validate(trained.model, everything, "train"),
+    )
+
+
+def climb(score: Callable[[float], tuple[float, ...]], rates: Sequence[float]) -> None:
+    """Score learning rates from the middle one upwards or downwards, until none is better.
+
+    Args:
+        score: Function from a learning rate to its rank; called once for a rate.
+        rates: Candidates, ascending.
+    """
+    ranks: dict[int, tuple[float, ...]] = {}
+
+    def rank(index: int) -> tuple[float, ...]:
+        if index not in ranks:
+            ranks[index] = score(rates[index])
+        return ranks[index]
+
+    at = len(rates) // 2
+    while True:
+        neighbors = [index for index in (at - 1, at + 1) if 0 <= index < len(rates)]
+        best = max([at, *neighbors], key=rank)
+        if best == at:
+            return
+        at = best
+
+
+def monitor_of(
+    task: Task[DatasetT, ModelT, SettingsT, ScoresT], data: DatasetT, monitor: str | None
+) -> str:
+    """The validation metric to choose by.
+
+    Args:
+        task: Task of the data.
+        data: Labelled images.
+        monitor: Name, with or without ``val_``; None for the main metric of the task.
+
+    Raises:
+        UserError: The task has no such metric.
+    """
+    names = task.metric_names(data)
+    if monitor is None:
+        return names[0]
+    name = monitor.lower().removeprefix("val_")
+    if name not in names:
+        raise UserError(f"--monitor {monitor}: {did_you_mean(name, names)}")
+    return name
