@@ -81,7 +81,7 @@ def detection(given: argparse.Namespace, arm: str, encoder: str, seed: int) -> d
         {
             "data": str(given.data / "bccd"), "task": "detection", "encoder": encoder,
             "image_size": 320, "epochs": given.epochs or 6, "batch_size": 8, "upright": False,
-            "seed": seed, "patience": None, "detector": given.detector,
+            "seed": seed, "detector": given.detector,
         },
     )  # fmt: skip
 
@@ -92,7 +92,7 @@ def segmentation(given: argparse.Namespace, arm: str, encoder: str, seed: int) -
         {
             "data": str(given.domains / "water-rgb"), "task": "segmentation", "encoder": encoder,
             "image_size": 128, "epochs": given.epochs or 40, "batch_size": 6, "upright": False,
-            "seed": seed, "patience": None,
+            "seed": seed,
         },
     )  # fmt: skip
 
@@ -111,7 +111,6 @@ def classification(given: argparse.Namespace, arm: str, encoder: str, seed: int)
             {
                 "data": data, "encoder": encoder, "image_size": 96, "epochs": epochs, **some,
                 "batch_size": 8 if shots == 1 else 24, "upright": False, "seed": seed,
-                "patience": None,
             },
         )  # fmt: skip
         probed = run.with_name(f"{run.name}-probe")

@@ -104,6 +104,7 @@ def compare(options: CompareOptions) -> CompareResult:
             options.seeds,
             len(data.test),
         )
+        log.info("%s", plan.trained_on(data))
         runner = Runner(plan, data, amounts, Store(run / "runs"), hardware)
         scores: dict[Cell, Score] = {}
         for encoder in encoders:
@@ -118,6 +119,7 @@ def compare(options: CompareOptions) -> CompareResult:
         results = outcome.as_dict() | {
             **({} if majority is None else {"majority": majority}),
             "task": options.task,
+            "trained_on": plan.trained_on(data),
             "left_out": left_out,
             "train_images": len(data.train),
             "val_images": len(data.val),
@@ -137,6 +139,24 @@ def compare(options: CompareOptions) -> CompareResult:
     return CompareResult(run, outcome.verdict, outcome.sentences(), outcome.compared, left_out)
 
 
+def _print_parts(outcome: Outcome, protocol: str) -> None:
+    """Print what training, held-out and test images show beside each other: overfitting."""
+    table = Table(
+        title=f"{protocol}: {outcome.metric[protocol]} on training / held-out / test images"
+    )
+    table.add_column("encoder", overflow="fold")
+    for amount in outcome.labels:
+        table.add_column(amount)
+    for encoder in outcome.encoders:
+        cells = []
+        for amount in outcome.labels:
+            found = outcome.by_part(encoder, protocol, amount)
+            figures = [found.get(part) for part in ("train", "val", "test")]
+            cells.append(" / ".join("-" if one is None else f"{one:.3f}" for one in figures))
+        table.add_row(encoder, *cells)
+    console.print(table)
+
+
 def _print_results(outcome: Outcome, run: Path) -> None:
     for protocol in outcome.protocols:
         table = Table(
@@ -154,6 +174,8 @@ def _print_results(outcome: Outcome, run: Path) -> None:
                 gains = (f"{one.mean:+.3f}\n({one.low:+.3f} to {one.high:+.3f})" for one in found)
                 table.add_row("  difference (95 %)", *gains, style="dim")
         console.print(table)
+        if outcome.by_part(outcome.encoders[0], protocol, next(iter(outcome.labels))):
+            _print_parts(outcome, protocol)
     for sentence in outcome.sentences():
         log.info("%s", sentence)
     log.info("Written: %s, %s, %s", run / "results.json", run / "runs.csv", run / "compare.png")

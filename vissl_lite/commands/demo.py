@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 # Small enough for about twenty epochs in two minutes on two cores.
 BACKBONE, IMAGE_SIZE = "resnet10t_slim", 48
-FINETUNE_EPOCHS = 60
+FINETUNE_EPOCHS, FINETUNE_LR = 60, 1e-3
 MAX_UNLABELLED = 10**6
 
 # Protocols of the comparison, and their names in results.json.
@@ -117,7 +117,8 @@ def demo(options: DemoOptions) -> DemoResult:
             seeds=options.seeds,
             image_size=IMAGE_SIZE,
             upright=False,
-            lr=2e-3,
+            refit=True,
+            lr=FINETUNE_LR,
             epochs=FINETUNE_EPOCHS,
         )
         found = read_results(compared.run, "protocols", "sentences", "test_images", "majority")

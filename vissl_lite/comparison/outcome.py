@@ -87,6 +87,26 @@ class Outcome:
         right = np.stack(rights) if len(rights) == len(scores) else None
         return Runs(np.array([score.value for score in scores]), right)
 
+    def by_part(self, encoder: str, protocol: str, amount: str) -> dict[str, float]:
+        """Mean metric on training, held-out and test images, ``train``, ``val`` and ``test``.
+
+        Args:
+            encoder: Name of the encoder.
+            protocol: Protocol; a frozen encoder has no metric on its training images.
+            amount: Amount of labels.
+
+        Returns:
+            The means over seeds; empty if the metric is not known for the training images.
+        """
+        scores = [self.scores[Cell(encoder, protocol, amount, seed)] for seed in self.seeds]
+        name = self.metric[protocol]
+        means = {
+            part: float(np.mean([score.metrics[f"{part}_{name}"] for score in scores]))
+            for part in ("train", "val")
+            if all(f"{part}_{name}" in score.metrics for score in scores)
+        }
+        return {**means, "test": self.runs(encoder, protocol, amount).mean} if means else {}
+
     @property
     def verdict(self) -> Verdict:
         """Verdict on the first encoder that is not the baseline, under the last protocol."""
@@ -200,6 +220,7 @@ class Outcome:
                 "labels": count.total,
                 "train_labels": count.train,
                 "val_labels": count.val,
+                "by_part": self.by_part(encoder, protocol, amount),
             }
         return by_amount
 

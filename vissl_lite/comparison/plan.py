@@ -114,6 +114,19 @@ class Plan:
         torch.manual_seed(seed)
         return encoder_for(name, size)
 
+    def trained_on(self, data: LabelledDataset) -> str:
+        """Which labels all protocols train on, and which they choose by, as a sentence."""
+        refit, own = self.options.refit, data.val_from_train
+        if own if refit is None else refit:
+            return (
+                "All protocols are trained on training and validation labels together; what is "
+                "chosen for them is chosen on labels that were held out of a training before."
+            )
+        return (
+            "All protocols are trained on the training labels alone; the learning rate of finetune "
+            "is chosen on the validation labels, and the penalty of linear by cross-validation."
+        )
+
     def finetune_metric(self, data: LabelledDataset) -> str:
         """Name of the metric that fine-tuned encoders are compared by."""
         name: str = self.task.metric_names(data)[0]

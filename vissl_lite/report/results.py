@@ -163,6 +163,8 @@ def comparison(run: RunFolder) -> list[Block]:
     note = "Mean ± standard deviation over seeds" + (
         f"; below it the difference from {baseline} with its 95 % interval." if baseline else "."
     )
+    if isinstance(run.figures.get("trained_on"), str):
+        note += f" {run.figures['trained_on']}"
     return [Block("Comparison", Markup("").join(tables), note)]
 
 
@@ -194,7 +196,49 @@ def _difference(found: Any) -> str:
 
 def result_blocks(run: RunFolder) -> list[Block]:
     """Return tables and charts of the results that are not at the top of the page."""
-    return [*comparison(run), *_layers(run), *_per_class(run)]
+    return [*comparison(run), *_overfitting(run), *_layers(run), *_per_class(run)]
+
+
+def _overfitting(run: RunFolder) -> list[Block]:
+    """Tables of a metric on training, held-out and test images beside each other."""
+    note = (
+        "The larger the difference between images that were trained on and others, the more a model "
+        "overfits. Held-out images are those that hyperparameters were chosen by, "
+        "evaluated with models that were not trained on them."
+    )
+    columns = ["training images", "held-out images", "test images", "training - test"]
+    tables = []
+    for protocol, found in _mappings(run.figures.get("protocols")).items():
+        rows = [
+            [encoder, amount, *_by_part(_mapping(figures.get("by_part")))]
+            for encoder, amounts in _mappings(found.get("arms")).items()
+            for amount, figures in _mappings(amounts).items()
+            if _mapping(figures.get("by_part"))
+        ]
+        if rows:
+            table = render("table", columns=["encoder", "labels", *columns], rows=rows)
+            tables.append(Block(f"{protocol}: {found.get('metric', 'accuracy')}", table))
+    train, val, test = (_mapping(run.figures.get(part)) for part in ("train", "val", "test"))
+    rows = [
+        [_name(name), *_by_part({"train": train[name], "val": val.get(name), "test": test[name]})]
+        for name in test
+        if _is_figure(train.get(name))
+    ]
+    if rows:
+        tables.append(Block("", render("table", columns=["metric", *columns], rows=rows)))
+    return [Block("Overfitting", tables, note)] if tables else []
+
+
+def _by_part(found: Mapping[str, Any]) -> list[Any]:
+    """Cells with the figures of each part, and the difference between the first and the last."""
+    train, test = found.get("train"), found.get("test")
+    cells: list[Any] = [
+        number(found[part]) if _is_figure(found.get(part)) else {"text": "none", "unset": True}
+        for part in ("train", "val", "test")
+    ]
+    if _is_figure(train) and _is_figure(test):
+        return [*cells, number(float(train or 0) - float(test or 0))]
+    return [*cells, {"text": "none", "unset": True}]
 
 
 def _layers(run: RunFolder) -> list[Block]:

@@ -100,8 +100,8 @@ def fit_head(
 ) -> LinearHead:
     """Fit a linear classifier with an L2 penalty.
 
-    Features are centered and divided by their standard deviation, or by the mean one of all features
-    where theirs is smaller.
+    Features are centered and divided by their standard deviation, or by the mean one of all
+    features where theirs is smaller.
 
     Args:
         features: ``(N, D)``.
