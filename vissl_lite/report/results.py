@@ -202,8 +202,8 @@ def result_blocks(run: RunFolder) -> list[Block]:
 def _overfitting(run: RunFolder) -> list[Block]:
     """Tables of a metric on training, held-out and test images beside each other."""
     note = (
-        "The larger the difference between images that were trained on and others, the more a model "
-        "overfits. Held-out images are those that hyperparameters were chosen by, "
+        "The larger the difference between images that were trained on and others, the more a "
+        "model overfits. Held-out images are those that hyperparameters were chosen by, "
         "evaluated with models that were not trained on them."
     )
     columns = ["training images", "held-out images", "test images", "training - test"]
