@@ -14,6 +14,7 @@ from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
+from vissl_lite.transfer.detection.anchors import choose_anchor_scale
 from vissl_lite.transfer.detection.data import BoxedImage, LabelledBoxes
 from vissl_lite.transfer.detection.metrics import best_threshold, score_detector
 from vissl_lite.transfer.detection.model import Detector, choose_canvas
@@ -121,8 +122,11 @@ def train_detector(
     """
     batch_size = settings.batch(len(data.train), usual=8)
     canvas = choose_canvas(data.train, encoder)
+    anchor_scale = choose_anchor_scale(data.train, settings.detector, canvas, encoder)
     torch.manual_seed(settings.seed)  # for the weights of the new head
-    detector = Detector(copy.deepcopy(encoder), data.classes, settings.detector, canvas)
+    detector = Detector(
+        copy.deepcopy(encoder), data.classes, settings.detector, canvas, anchor_scale
+    )
     task = DetectorTraining(detector, settings)
 
     def evaluate() -> EvalResult:
