@@ -147,15 +147,18 @@ class PyramidSettings(TransferSettings, FrozenNormOption):
 
     Attributes:
         frozen_norm: Leave the encoder's BatchNorms as they are, for batches too small for them.
-            None does so for a pre-trained encoder if the batch size is below 8.
+            None does so for a pre-trained encoder if a batch has fewer than 8 images.
     """
 
-    @property
-    def freezes_norms(self) -> bool:
-        """Whether the BatchNorms of the encoder are frozen."""
+    def freezes_norms(self, batch_size: int) -> bool:
+        """Whether the BatchNorms of the encoder are frozen.
+
+        Args:
+            batch_size: Images per batch, over all devices, as ``batch`` returns it.
+        """
         if self.frozen_norm is not None:
             return self.frozen_norm
-        return self.pretrained and self.batch_size is not None and self.batch_size < 8
+        return self.pretrained and batch_size < 8
 
 
 class PyramidModel(nn.Module):
@@ -177,11 +180,13 @@ class PyramidTraining(pl.LightningModule, Generic[PyramidModelT, PyramidSettings
     Args:
         model: A detector or segmenter, with its encoder as ``encoder``.
         settings: Settings of the training.
+        batch_size: Images per batch, over all devices.
     """
 
-    def __init__(self, model: PyramidModelT, settings: PyramidSettingsT) -> None:
+    def __init__(self, model: PyramidModelT, settings: PyramidSettingsT, batch_size: int) -> None:
         super().__init__()
         self.model, self.settings = model, settings
+        self.freezes_norms = settings.freezes_norms(batch_size)
         if settings.frozen:
             model.encoder.requires_grad_(False)
 
@@ -189,7 +194,7 @@ class PyramidTraining(pl.LightningModule, Generic[PyramidModelT, PyramidSettings
         super().train(mode)
         if self.settings.frozen:
             self.model.encoder.eval()
-        elif self.settings.freezes_norms:
+        elif self.freezes_norms:
             freeze_norms(self.model.encoder)
         return self
 

@@ -127,7 +127,7 @@ def train_detector(
     detector = Detector(
         copy.deepcopy(encoder), data.classes, settings.detector, canvas, anchor_scale
     )
-    task = DetectorTraining(detector, settings)
+    task = DetectorTraining(detector, settings, batch_size)
 
     def evaluate() -> EvalResult:
         scores = score_detector(detector, data.val)

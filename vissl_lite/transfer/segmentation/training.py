@@ -105,9 +105,13 @@ class SegmenterTraining(PyramidTraining[Segmenter, SegmenterSettings]):
     """Lightning module that trains a segmenter."""
 
     def __init__(
-        self, segmenter: Segmenter, weights: Tensor | None, settings: SegmenterSettings
+        self,
+        segmenter: Segmenter,
+        weights: Tensor | None,
+        settings: SegmenterSettings,
+        batch_size: int,
     ) -> None:
-        super().__init__(segmenter, settings)
+        super().__init__(segmenter, settings, batch_size)
         self.weights: Tensor | None
         self.register_buffer("weights", weights, persistent=False)
 
@@ -145,7 +149,7 @@ def train_segmenter(
     weights = weigh_classes(data, settings.class_weights)
     torch.manual_seed(settings.seed)  # for the weights of the new head
     segmenter = Segmenter(copy.deepcopy(encoder), data.classes)
-    task = SegmenterTraining(segmenter, weights, settings)
+    task = SegmenterTraining(segmenter, weights, settings, batch_size)
     dataset = MaskDataset(data.train, encoder.image_size, settings)
 
     def evaluate() -> EvalResult:
