@@ -10,6 +10,7 @@ from vissl_lite.transfer.detection.anchors import (
     ANCHOR_SCALES,
     ASPECT_RATIOS,
     DEFAULT_ANCHOR_SCALE,
+    StridedAnchors,
     best_anchor_iou,
     choose_anchor_scale,
 )
@@ -29,14 +30,31 @@ def choose(images: list[BoxedImage], kind: DetectorName = "faster_rcnn") -> floa
     return choose_anchor_scale(images, kind, (256, 256), build_encoder("test_resnet", 256))
 
 
+def place(generator: AnchorGenerator, height: int, width: int) -> torch.Tensor:
+    """Anchors on maps of strides 8 and 16."""
+    maps = [torch.zeros(1, 1, -(-height // stride), -(-width // stride)) for stride in (8, 16)]
+    images = ImageList(torch.zeros(1, 3, height, width), [(height, width)])
+    (anchors,) = generator(images, maps)
+    return torch.as_tensor(anchors)
+
+
+def test_anchors_lie_at_multiples_of_the_stride() -> None:
+    sizes = ((32, 40), (64,))
+    strided = StridedAnchors(sizes, (8, 16))
+    own = AnchorGenerator(sizes, (ASPECT_RATIOS,) * 2)
+    assert torch.equal(place(strided, 64, 96), place(own, 64, 96))
+    anchors = place(strided, 68, 100)  # maps of 9 by 13 and 5 by 7 pixels
+    centers = (anchors[:, :2] + anchors[:, 2:]) / 2
+    assert centers[: 9 * 13 * 6].amax(dim=0).tolist() == [96, 64]
+    assert centers[9 * 13 * 6 :].amax(dim=0).tolist() == [96, 64]
+
+
 def test_best_iou_is_that_with_torchvisions_anchors() -> None:
     random = np.random.default_rng(0)
     corner = random.uniform(0, 150, (200, 2))
     boxes = np.hstack([corner, corner + random.uniform(15, 106, (200, 2))])
     sizes, strides = ((40, 56), (80,)), (8, 16)
-    maps = [torch.zeros(1, 1, 256 // stride, 256 // stride) for stride in strides]
-    generator = AnchorGenerator(sizes, (ASPECT_RATIOS,) * 2)
-    (anchors,) = generator(ImageList(torch.zeros(1, 3, 256, 256), [(256, 256)]), maps)
+    anchors = place(AnchorGenerator(sizes, (ASPECT_RATIOS,) * 2), 256, 256)
     expected = box_iou(torch.from_numpy(boxes), anchors.double()).amax(dim=1)
     # torchvision rounds half of a side of an anchor to whole pixels
     np.testing.assert_allclose(best_anchor_iou(boxes, sizes, strides), expected, atol=0.04)

@@ -3,6 +3,10 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
 
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.transfer.detection.data import BoxedImage
@@ -20,6 +24,35 @@ ONE_SIZE, THREE_SIZES = (1.0,), (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
 # for RetinaNet, on images of 800 pixels. Neighbors of anchors below twice the stride miss boxes.
 ANCHOR_SCALES = (2.0, 2.5, 3.2, 4.0, 5.0, 6.3, 8.0)  # an octave in three steps, as levels double
 DEFAULT_ANCHOR_SCALE = 4.0
+
+
+class StridedAnchors(AnchorGenerator):
+    """Anchors around the multiples of given strides.
+
+    torchvision's own takes the side of the image divided by that of the map, rounded down: of 300
+    pixels and a map of 38 it makes a stride of 7, and the last anchors lie 37 pixels too far left.
+
+    Args:
+        sizes: Sizes of the anchors of each level in pixels.
+        strides: Strides of the levels in pixels.
+        ratios: Height by width of the anchors of each size.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[Sequence[int]],
+        strides: Sequence[int],
+        ratios: Sequence[float] = ASPECT_RATIOS,
+    ) -> None:
+        super().__init__(tuple(map(tuple, sizes)), (tuple(ratios),) * len(sizes))
+        self.strides = list(strides)
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        """Anchors ``(N, 4)`` of x1, y1, x2, y2 for each image, level by level."""
+        self.set_cell_anchors(feature_maps[0].dtype, feature_maps[0].device)
+        grids = [level.shape[-2:] for level in feature_maps]
+        anchors = torch.cat(self.grid_anchors(grids, [(s, s) for s in self.strides]))
+        return [anchors] * len(image_list.image_sizes)
 
 
 def finest_stride(kind: DetectorName) -> int:

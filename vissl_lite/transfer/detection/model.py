@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
@@ -25,8 +24,8 @@ from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.inference import check_outputs, inference_mode, report_broken
 from vissl_lite.transfer.detection.anchors import (
     ANCHOR_SCALES,
-    ASPECT_RATIOS,
     DEFAULT_ANCHOR_SCALE,
+    StridedAnchors,
     anchor_sizes,
     finest_stride,
     has_extra_level,
@@ -152,14 +151,13 @@ class Detector(PyramidModel):
         size_limits: dict[str, Any] = {"min_size": min(canvas), "max_size": max(canvas)}
         self.net: Any
         if kind == "fcos":
-            anchors = AnchorGenerator(tuple((s,) for s in strides), ((1.0,),) * len(strides))
+            anchors = StridedAnchors([(stride,) for stride in strides], strides, (1.0,))
             self.net = FCOS(
                 maps, count, anchor_generator=anchors, score_thresh=MIN_SCORE, **size_limits
             )
             heads = [self.net.head]
         elif kind == "retinanet":
-            sizes = anchor_sizes(kind, strides, anchor_scale)
-            anchors = AnchorGenerator(sizes, (ASPECT_RATIOS,) * len(strides))
+            anchors = StridedAnchors(anchor_sizes(kind, strides, anchor_scale), strides)
             self.net = RetinaNet(
                 maps,
                 count,
@@ -170,8 +168,7 @@ class Detector(PyramidModel):
             )
             heads = [self.net.head]
         else:
-            sizes = anchor_sizes(kind, strides, anchor_scale)
-            anchors = AnchorGenerator(sizes, (ASPECT_RATIOS,) * len(strides))
+            anchors = StridedAnchors(anchor_sizes(kind, strides, anchor_scale), strides)
             self.net = FasterRCNN(
                 maps,
                 count + 1,  # class 0 is the background
