@@ -142,7 +142,7 @@ def test_shrinking_is_antialiased(min_crop_scale: float) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), np.uint8)
     mask, boxes = np.zeros((1024, 1024), np.uint8), np.array([[0, 0, 1024, 1024]], np.float32)
     masked = MaskView(mask_pipeline(96, min_crop_scale, True)[:1])
-    boxed = BoxView(box_pipeline((96, 96), 1.0, True)[:2])
+    boxed = BoxView(box_pipeline((96, 96), 1.0, True)[:3])
     evaluated = resize_and_crop(noise, 96).std()
     for index in range(5):
         assert boxed(noise, boxes, np.array([0]), 0, 0, index)[0].std() < 1.2 * evaluated

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from vissl_lite.encoders.encoder import build_encoder
-from vissl_lite.transfer.pyramid import Pyramid, freeze_norms, report_use
+from vissl_lite.transfer.finetuning import TransferSettings, freeze_norms
+from vissl_lite.transfer.pyramid import Pyramid, PyramidModel, PyramidTraining, report_use
 
 BACKBONES = ("test_resnet", "test_vit", "test_convnext", "vit_slim_patch4_32")
 
@@ -56,6 +57,26 @@ def test_frozen_norms_keep_their_statistics_and_their_parameters() -> None:
     for name, parameter in encoder.named_parameters():
         assert parameter.requires_grad != (name.rpartition(".")[0] in norms), name
     assert all(torch.equal(before[name], tensor) for name, tensor in encoder.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("images", "asked", "pretrained", "frozen_norm", "frozen"),
+    [
+        (100, None, True, None, False),
+        (5, None, True, None, True),  # the default batch is as small as the training part
+        (100, 4, True, None, True),
+        (5, None, False, None, False),
+        (5, None, True, False, False),
+        (100, None, False, True, True),
+    ],
+)
+def test_norms_are_frozen_in_small_batches(
+    images: int, asked: int | None, pretrained: bool, frozen_norm: bool | None, frozen: bool
+) -> None:
+    settings = TransferSettings(batch_size=asked, pretrained=pretrained, frozen_norm=frozen_norm)
+    model = PyramidModel()
+    training = PyramidTraining(model, settings, settings.batch(images, usual=8))
+    assert training.freezes_norms == frozen
 
 
 def test_the_number_of_used_tensors_is_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -119,7 +119,8 @@ def box_pipeline(
 ) -> list[A.BasicTransform]:
     """A training view for detection: scale jitter (Ghiasi et al. 2021), a flip, mild colors.
 
-    The image is fitted into the canvas, then enlarged or shrunk about its own size, and moved.
+    The image is flipped, fitted into the canvas at the upper left as ``fit_into`` does in
+    evaluation, then enlarged or shrunk about its own size, and moved.
 
     Args:
         canvas: Height and width in pixels.
@@ -134,9 +135,9 @@ def box_pipeline(
     if not upright:
         turn.insert(0, A.D4() if height == width else A.VerticalFlip())
     return [
-        A.LongestMaxSize(max_size_hw=canvas, area_for_downscale="image"),
-        A.PadIfNeeded(height, width, fill=PADDING_GRAY),
         *turn,
+        A.LongestMaxSize(max_size_hw=canvas, area_for_downscale="image"),
+        A.PadIfNeeded(height, width, position="top_left", fill=PADDING_GRAY),
         A.Affine(
             scale=(1 / zoom, zoom),
             balanced_scale=True,

@@ -235,9 +235,10 @@ class Colorization(PretextTask):
     """Colorization by classification, with rebalanced rare colors.
 
     The input of the encoder is the lightness, repeated in three channels, so that the trained
-    encoder takes RGB images. A small decoder predicts the distribution of colors at a quarter of
-    the resolution (56 of 224, as in the paper). The frequency of colors is counted on the training
-    images during training; the paper counts it on ImageNet beforehand.
+    encoder takes RGB images; it learns nothing about color. A small decoder predicts the
+    distribution of colors at a quarter of the resolution (56 of 224, as in the paper). The
+    frequency of colors is counted on the training images during training; the paper counts it on
+    ImageNet beforehand.
 
     Args:
         encoder: Encoder to train; takes images of three channels.
@@ -252,7 +253,7 @@ class Colorization(PretextTask):
         family="predictive",
         views="1",
         paper="Zhang et al. 2016, arXiv 1603.08511",
-        use="color photographs whose colors depend on what they show",
+        use="color photographs; its encoder sees gray ones, and learns nothing about color",
     )
     # Adam as in the paper, with decoupled weight decay and a higher learning rate for short runs.
     optimizer_settings = OptimizerSettings("adamw", lr=1e-3, weight_decay=1e-4, scaling="sqrt")

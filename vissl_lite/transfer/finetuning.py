@@ -44,9 +44,6 @@ LAYER_DECAY = 0.75
 # Largest norm of the gradient: single batches of few images would otherwise move the weights far.
 CLIP_NORM = 3.0
 
-# Up to so many training images BatchNorms of a pre-trained encoder are frozen by default.
-FEW_IMAGES = 1000
-
 HEAD, HEAD_WEIGHTS = "head.json", "head.safetensors"
 MAX_HEAD_BYTES = 16 * 2**20  # bytes of head.json
 
@@ -127,15 +124,13 @@ class TransferSettings:
             )
         return self.batch_size or max(min(usual, images // 4), min(8, images))
 
-    def freezes_norms(self, images: int) -> bool:
+    def freezes_norms(self, few: bool) -> bool:
         """Whether the BatchNorms of the encoder are frozen.
 
         Args:
-            images: Number of training images.
+            few: Whether images or batches are too few for statistics of their own.
         """
-        if self.frozen_norm is not None:
-            return self.frozen_norm
-        return self.pretrained and images < FEW_IMAGES
+        return self.pretrained and few if self.frozen_norm is None else self.frozen_norm
 
 
 def freeze_norms(encoder: nn.Module) -> None:
@@ -155,20 +150,18 @@ class TransferModule(pl.LightningModule):
 
     Args:
         settings: Settings of the training.
-        images: Number of training images.
-
-    Attributes:
         freezes_norms: Whether the BatchNorms of the encoder are frozen.
     """
 
-    def __init__(self, settings: TransferSettings, images: int) -> None:
+    def __init__(self, settings: TransferSettings, freezes_norms: bool = False) -> None:
         super().__init__()
         self.clip_norm = settings.optimizer.clip_norm
-        self.freezes_norms = settings.freezes_norms(images)
+        self.freezes_norms = freezes_norms
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        clip_gradients(self, self.clip_norm, optimizer, scaler)
+        if self.clip_norm:
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+            clip_gradients(self, self.clip_norm, optimizer, scaler)
 
 
 class ValidationCurve(Callback):

@@ -18,6 +18,9 @@ from vissl_lite.transfer.finetuning import TransferModule, TransferSettings, fre
 
 log = logging.getLogger(__name__)
 
+# Images of a batch from which its statistics suffice for BatchNorm.
+MIN_NORM_BATCH = 8
+
 MAX_FIGURE_SIDE = 1024  # longer side in pixels of an image in a figure of predictions
 
 
@@ -42,21 +45,14 @@ class Pyramid(nn.Module):
     def __init__(self, encoder: Encoder, channels: int, finest: int = 4) -> None:
         super().__init__()
         self.channels = channels
-        size = encoder.image_size
-        shapes = encoder.stage_shapes(size, size)
-        depths = [depth for depth, _, _ in shapes]
-        strides = [max(1, round(size / width)) for _, _, width in shapes]
-        self.plain = len(set(strides)) == 1 and len(strides) > 1
+        depths, strides = _stages(encoder)
+        self.plain, self.strides = _is_plain(strides), _offered(strides, finest)
         if self.plain:
-            depth, stride = depths[-1], strides[-1]
-            offered = [stride * scale // 4 for scale in (1, 2, 4, 8) if stride * scale >= 4]
-            self.strides = _wanted(offered, finest)
             self.levels = nn.ModuleList(
-                _simple_level(depth, channels, stride, wanted) for wanted in self.strides
+                _simple_level(depths[-1], channels, strides[-1], wanted) for wanted in self.strides
             )
         else:
             last = {stride: index for index, stride in enumerate(strides)}
-            self.strides = _wanted(sorted(last), finest)
             self.chosen = [last[stride] for stride in self.strides]
             self.fpn = FeaturePyramidNetwork(
                 [depths[index] for index in self.chosen], channels, norm_layer=group_norm
@@ -82,9 +78,38 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(min(32, channels // 4), channels)
 
 
-def _wanted(strides: list[int], finest: int) -> list[int]:
-    coarse = [stride for stride in strides if stride >= finest]
-    return coarse if len(coarse) >= 2 else strides[-2:]
+def pyramid_strides(encoder: Encoder, finest: int = 4) -> list[int]:
+    """Strides of the maps of a ``Pyramid`` over an encoder, fine to coarse.
+
+    Args:
+        encoder: Encoder whose ``stages`` are the input of the pyramid.
+        finest: As for ``Pyramid``.
+    """
+    return _offered(_stages(encoder)[1], finest)
+
+
+def _stages(encoder: Encoder) -> tuple[list[int], list[int]]:
+    """Channels and strides of the stages of an encoder."""
+    size = encoder.image_size
+    shapes = encoder.stage_shapes(size, size)
+    strides = [max(1, round(size / width)) for _, _, width in shapes]
+    return [depth for depth, _, _ in shapes], strides
+
+
+def _is_plain(strides: list[int]) -> bool:
+    """Whether all stages have one stride, as in a plain ViT."""
+    return len(set(strides)) == 1 and len(strides) > 1
+
+
+def _offered(strides: list[int], finest: int) -> list[int]:
+    """Strides of the maps of a pyramid over stages of these strides."""
+    if _is_plain(strides):
+        stride = strides[-1]
+        offered = [stride * scale // 4 for scale in (1, 2, 4, 8) if stride * scale >= 4]
+    else:
+        offered = sorted(set(strides))
+    coarse = [stride for stride in offered if stride >= finest]
+    return coarse if len(coarse) >= 2 else offered[-2:]
 
 
 def _simple_level(depth: int, channels: int, stride: int, wanted: int) -> nn.Sequential:
@@ -122,11 +147,11 @@ class PyramidTraining(TransferModule, Generic[PyramidModelT, PyramidSettingsT]):
     Args:
         model: A detector or segmenter, with its encoder as ``encoder``.
         settings: Settings of the training.
-        images: Number of training images.
+        batch_size: Images per batch, over all devices.
     """
 
-    def __init__(self, model: PyramidModelT, settings: PyramidSettingsT, images: int) -> None:
-        super().__init__(settings, images)
+    def __init__(self, model: PyramidModelT, settings: PyramidSettingsT, batch_size: int) -> None:
+        super().__init__(settings, settings.freezes_norms(batch_size < MIN_NORM_BATCH))
         self.model, self.settings = model, settings
         if settings.frozen:
             model.encoder.requires_grad_(False)

@@ -1,5 +1,7 @@
+import copy
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn import metrics as sk
-from torch import Tensor
+from torch import Tensor, nn
 
 from vissl_lite.data.stream import Batch
 from vissl_lite.encoders.encoder import build_encoder
@@ -246,11 +248,23 @@ def test_a_pretrained_encoder_starts_at_its_linear_probe(
     assert not Classification().starts_fitted(untrained, ClassifierSettings())
 
 
-@pytest.mark.parametrize("images", [10, 1000])
-def test_norms_of_a_pretrained_encoder_are_frozen_where_images_are_few(images: int) -> None:
-    assert ClassifierSettings(pretrained=True).freezes_norms(images) == (images < 1000)
-    assert not ClassifierSettings(pretrained=False).freezes_norms(images)
-    assert ClassifierSettings(frozen_norm=True).freezes_norms(images)
+def test_norms_of_a_pretrained_encoder_are_frozen_where_images_are_few(
+    colored: LabelledImages,
+) -> None:
+    encoder = build_encoder("test_resnet", 32)
+
+    def trains_norms(settings: ClassifierSettings, data: LabelledImages) -> bool:
+        classifier = Classifier(copy.deepcopy(encoder), data.classes, multi_label=True)
+        training = ClassifierTraining(classifier, data, settings).train()
+        norms = [one for one in training.modules() if isinstance(one, nn.BatchNorm2d)]
+        return norms[0].training
+
+    some = colored.train
+    many = replace(colored, train=Part(some.paths * 25, np.tile(some.labels, (25, 1))))
+    assert not trains_norms(ClassifierSettings(pretrained=True), colored)
+    assert trains_norms(ClassifierSettings(pretrained=True), many)
+    assert trains_norms(ClassifierSettings(pretrained=False), colored)
+    assert not trains_norms(ClassifierSettings(frozen_norm=True), many)
 
 
 @pytest.mark.slow

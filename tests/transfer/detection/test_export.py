@@ -7,12 +7,10 @@ from vissl_lite.transfer.detection.model import Detector
 from vissl_lite.transfer.detection.options import DetectorName
 
 
-def make_detector(kind: DetectorName, classes: int = 3) -> Detector:
+def make_detector(kind: DetectorName, canvas: tuple[int, int] = (64, 96)) -> Detector:
     """Detector with random weights so large that it detects many boxes of all classes."""
     torch.manual_seed(0)
-    detector = Detector(
-        build_encoder("test_resnet", 64), list("abcdef")[:classes], kind, (64, 96)
-    ).eval()
+    detector = Detector(build_encoder("test_resnet", 64), ["a", "b", "c"], kind, canvas).eval()
     net = detector.net
     if kind == "faster_rcnn":
         scale = {net.roi_heads.box_predictor.cls_score: 5, net.rpn.head.cls_logits: 50,
@@ -25,10 +23,20 @@ def make_detector(kind: DetectorName, classes: int = 3) -> Detector:
     return detector
 
 
-@pytest.mark.parametrize("kind", ["fcos", "retinanet", "faster_rcnn"])
-def test_detections_equal_those_of_the_detector(kind: DetectorName) -> None:
-    detector = make_detector(kind)
-    images = torch.rand(3, 3, 64, 96) * 4 - 2
+@pytest.mark.parametrize(
+    ("kind", "canvas"),
+    [
+        ("fcos", (64, 96)),
+        ("retinanet", (64, 96)),
+        ("faster_rcnn", (64, 96)),
+        ("faster_rcnn", (68, 100)),  # which no stride divides
+    ],
+)
+def test_detections_equal_those_of_the_detector(
+    kind: DetectorName, canvas: tuple[int, int]
+) -> None:
+    detector = make_detector(kind, canvas)
+    images = torch.rand(3, 3, *canvas) * 4 - 2
     with torch.no_grad():
         expected = detector(images)
         boxes, scores, labels = ExportableDetector(detector)(images)

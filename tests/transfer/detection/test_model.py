@@ -15,6 +15,8 @@ from vissl_lite.transfer.detection.model import (
     detect,
     detect_in_batches,
     fit_into,
+    load_detector,
+    save_detector,
 )
 from vissl_lite.transfer.detection.options import DetectorName
 
@@ -73,6 +75,51 @@ def test_the_encoder_keeps_timms_names() -> None:
     detector = make()
     own = dict(build_encoder("test_resnet", 64).named_parameters())
     assert list(own) == [name for name, _ in detector.encoder.named_parameters()]
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_vit"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_proposals_but_not_regions_come_from_one_more_level(
+    kind: DetectorName, backbone: str
+) -> None:
+    net = make(kind, backbone).net
+    maps = list(net.backbone(torch.zeros(1, 3, 64, 64)).values())
+    strides = net.backbone.pyramid.strides
+    expected = strides if kind == "fcos" else [*strides, 64]
+    assert [64 // level.shape[-1] for level in maps] == expected
+    if kind == "faster_rcnn":
+        torch.testing.assert_close(maps[-1], maps[-2][:, :, ::2, ::2])
+        assert net.rpn.anchor_generator.sizes == tuple((4 * stride,) for stride in expected)
+        assert len(net.roi_heads.box_roi_pool.featmap_names) == len(strides)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sides_that_no_stride_divides(kind: DetectorName) -> None:
+    torch.manual_seed(0)
+    detector = Detector(build_encoder("test_resnet", 100), ["a"], kind, (68, 100), 2.5).train()
+    target = {"boxes": torch.tensor([[4.0, 4, 90, 60]]), "labels": torch.tensor([0])}
+    losses = detector.losses(torch.rand(1, 3, 68, 100), [target])
+    assert all(loss.isfinite() for loss in losses.values())
+
+
+def test_regions_are_pooled_at_the_stride_of_a_vit_of_14_pixels() -> None:
+    encoder = build_encoder("eva02_tiny_patch14_224", 56)
+    with torch.device("meta"):
+        detector = Detector(encoder, ["a"], "faster_rcnn", (56, 56))
+    assert detector.net.roi_heads.box_roi_pool.scales == [1 / 7, 1 / 14, 1 / 28]
+
+
+def test_the_anchors_are_saved(tmp_path: Path) -> None:
+    encoder = build_encoder("test_resnet", 64)
+    detector = Detector(encoder, ["a"], "faster_rcnn", (64, 64), anchor_scale=2.5)
+    save_detector(detector, tmp_path, {})
+    loaded = load_detector(tmp_path)
+    sizes = ((10,), (20,), (40,), (80,), (160,))
+    assert loaded.net.rpn.anchor_generator.sizes == sizes
+    head = tmp_path / "head.json"
+    head.write_text(head.read_text().replace('"anchor_scale": 2.5', '"anchor_scale": 1e9'))
+    with pytest.raises(UserError, match="anchor_scale is not a number from 2 to 8"):
+        load_detector(tmp_path)
 
 
 @pytest.mark.slow

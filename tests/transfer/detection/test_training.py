@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from vissl_lite.data.labeled_views import BoxView, box_pipeline
 from vissl_lite.encoders.encoder import Encoder, build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
@@ -18,6 +19,7 @@ from vissl_lite.transfer.detection.model import (
     Detections,
     Detector,
     detect,
+    fit_into,
     load_detector,
     save_detector,
 )
@@ -143,6 +145,28 @@ def test_boxes_follow_the_view_and_ignored_ones_are_left_out(data: LabelledBoxes
             assert middle[0] > middle[2] + 60  # still on the red square
             checked += 1
     assert checked > 10
+
+
+@pytest.mark.parametrize("upright", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "canvas"),
+    [((40, 90), (64, 64)), ((90, 40), (64, 64)), ((320, 200), (64, 64)), ((60, 96), (64, 96))],
+)
+def test_views_are_resized_and_padded_as_in_evaluation(
+    shape: tuple[int, int], canvas: tuple[int, int], upright: bool
+) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    turned = [np.rot90(one, turns) for one in (image, image[:, ::-1]) for turns in range(4)]
+    fitted = [fit_into(one, canvas) for one in turned]
+    view = BoxView(box_pipeline(canvas, 1.0, upright)[:-1])  # without the colors
+    box, seen = np.array([[10, 20, 30, 38]], np.float32), set()
+    for index in range(12):
+        made, (found,), _ = view(image, box, np.array([0]), 0, 0, index)
+        (which,) = [n for n, (one, _) in enumerate(fitted) if np.array_equal(one, made)]
+        if which == 0:
+            np.testing.assert_allclose(found, box[0] * fitted[0][1], atol=0.5)
+        seen.add(which)
+    assert len(seen) > 1
 
 
 @pytest.mark.slow

@@ -38,6 +38,9 @@ log = logging.getLogger(__name__)
 # Bounds of a class's balanced positive weight: beyond them a few images decide every step.
 MIN_POSITIVE_WEIGHT, MAX_POSITIVE_WEIGHT = 0.1, 100.0
 
+# Up to so many training images the BatchNorms of a pre-trained encoder are frozen by default.
+FEW_IMAGES = 1000
+
 # Images that the head is fitted to before the training.
 MAX_HEAD_IMAGES = 20_000
 
@@ -144,7 +147,7 @@ class ClassifierTraining(TransferModule):
     def __init__(
         self, classifier: Classifier, data: LabelledImages, settings: ClassifierSettings
     ) -> None:
-        super().__init__(settings, len(data.train))
+        super().__init__(settings, settings.freezes_norms(len(data.train) < FEW_IMAGES))
         self.model, self.settings = classifier, settings
         self.loss = several_labels_loss if data.multi_label else one_label_loss
         self.labels: Tensor

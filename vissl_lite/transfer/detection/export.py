@@ -85,7 +85,6 @@ class ExportableDetector(nn.Module):
         self.register_buffer("anchors", anchors, persistent=False)
         places = generator.num_anchors_per_location()
         self.counts = [m.shape[2] * m.shape[3] * n for m, n in zip(maps, places, strict=True)]
-        self.scales = [m.shape[3] / width for m in maps]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Detect objects in a batch.
@@ -164,11 +163,13 @@ class ExportableDetector(nn.Module):
         image = torch.arange(batch, device=flat.device).repeat_interleave(count)
         regions = torch.cat([image[:, None].to(flat.dtype), flat], dim=1)
         level = self._level(flat)
-        side, ratio = heads.box_roi_pool.output_size, heads.box_roi_pool.sampling_ratio
+        pool = heads.box_roi_pool
+        side, ratio = pool.output_size, pool.sampling_ratio
         pooled = torch.stack(
             [
                 roi_align(m, regions, side, scale, ratio) * (level == i)[:, None, None, None]
-                for i, (m, scale) in enumerate(zip(maps, self.scales, strict=True))
+                # without the extra level, from which only proposals come
+                for i, (scale, m) in enumerate(zip(pool.scales, maps, strict=False))
             ]
         ).sum(dim=0)
         logits, offsets = heads.box_predictor(heads.box_head(pooled))
@@ -183,10 +184,10 @@ class ExportableDetector(nn.Module):
     def _level(self, boxes: Tensor) -> Tensor:
         """Index of the pyramid level that a box is pooled from (Lin et al. 2017, eq. 1)."""
         pool = self.net.roi_heads.box_roi_pool
-        finest, coarsest = (-torch.tensor(s).log2() for s in (self.scales[0], self.scales[-1]))
+        finest, coarsest = pool.map_levels.k_min, pool.map_levels.k_max
         size = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).clamp_min(1e-12).sqrt()
         level = pool.canonical_level + (size / pool.canonical_scale).log2() + 1e-6
-        return level.floor().clamp(float(finest), float(coarsest)) - float(finest)
+        return level.floor().clamp(finest, coarsest) - finest
 
     def _clip(self, boxes: Tensor) -> Tensor:
         height, width = self.detector.canvas

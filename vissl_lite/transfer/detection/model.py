@@ -1,5 +1,6 @@
 """Torchvision's detectors on a feature pyramid over an encoder, and inference with them."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,17 +10,27 @@ from typing import Any, NamedTuple, get_args
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.poolers import initLevelMapper
 
 from vissl_lite.data.images import BROKEN_IMAGE, read_image
 from vissl_lite.data.reading import reason
 from vissl_lite.data.views import PADDING_GRAY
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.inference import check_outputs, inference_mode, report_broken
+from vissl_lite.transfer.detection.anchors import (
+    ANCHOR_SCALES,
+    DEFAULT_ANCHOR_SCALE,
+    StridedAnchors,
+    anchor_sizes,
+    finest_stride,
+    has_extra_level,
+    level_strides,
+)
 from vissl_lite.transfer.detection.data import BoxedImage
 from vissl_lite.transfer.detection.options import DetectorName
 from vissl_lite.transfer.finetuning import load_with_head, save_with_head
@@ -51,15 +62,23 @@ class _PyramidBackbone(nn.Module):
 
     The maps are float32 under any precision: torchvision creates anchors in the dtype of the maps,
     and bf16 can't represent pixel coordinates.
+
+    Args:
+        encoder: Encoder of the detector.
+        pyramid: Pyramid over its stages.
+        extra_level: Whether every second pixel of the coarsest map makes one more, for proposals
+            of large objects (Lin et al. 2017, FPN, section 4.1).
     """
 
-    def __init__(self, encoder: Encoder, pyramid: Pyramid) -> None:
+    def __init__(self, encoder: Encoder, pyramid: Pyramid, extra_level: bool) -> None:
         super().__init__()
-        self.encoder, self.pyramid = encoder, pyramid
+        self.encoder, self.pyramid, self.extra_level = encoder, pyramid, extra_level
         self.out_channels = pyramid.channels
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         maps = self.pyramid(self.encoder.stages(images))
+        if self.extra_level:
+            maps.append(F.max_pool2d(maps[-1], kernel_size=1, stride=2))
         return OrderedDict((str(index), level.float()) for index, level in enumerate(maps))
 
 
@@ -72,6 +91,22 @@ class _IdentityTransform(nn.Module):
 
     def postprocess(self, found: Any, sizes: Any, original_sizes: Any) -> Any:
         return found
+
+
+def _roi_pool(strides: Sequence[int]) -> MultiScaleRoIAlign:
+    """Pooling of 7x7 from the maps of a pyramid, without an extra level.
+
+    Args:
+        strides: Strides of the pyramid, fine to coarse.
+    """
+    pool = MultiScaleRoIAlign(
+        [str(index) for index in range(len(strides))], output_size=7, sampling_ratio=2
+    )
+    # torchvision would round the strides to powers of 2, which a ViT of 14-pixel patches has not
+    pool.scales = [1 / stride for stride in strides]
+    finest, coarsest = (int(math.log2(stride)) for stride in (strides[0], strides[-1]))
+    pool.map_levels = initLevelMapper(finest, coarsest, pool.canonical_scale, pool.canonical_level)
+    return pool
 
 
 def _to_float(module: nn.Module, arguments: Any, output: Any) -> Any:
@@ -92,31 +127,37 @@ class Detector(PyramidModel):
         kind: Architecture: ``fcos`` (Tian et al. 2019), ``retinanet`` (Lin et al. 2017) or
             ``faster_rcnn`` (Ren et al. 2015, with the pyramid of Lin et al. 2017).
         canvas: Height and width in pixels of the input, which images are resized and padded to.
+        anchor_scale: Smallest anchor of a level as a multiple of its stride. FCOS has no anchors.
 
     Attributes:
         threshold: Minimum score of boxes to show. Training sets it to the score of the best F1.
     """
 
     def __init__(
-        self, encoder: Encoder, classes: Sequence[str], kind: DetectorName, canvas: tuple[int, int]
+        self,
+        encoder: Encoder,
+        classes: Sequence[str],
+        kind: DetectorName,
+        canvas: tuple[int, int],
+        anchor_scale: float = DEFAULT_ANCHOR_SCALE,
     ) -> None:
         super().__init__()
         self.classes, count = list(classes), len(classes)
         self.kind, self.canvas, self.threshold = kind, canvas, 0.5
-        pyramid = Pyramid(encoder, PYRAMID_CHANNELS, finest=4 if kind == "faster_rcnn" else 8)
-        maps, strides = _PyramidBackbone(encoder, pyramid), pyramid.strides
+        self.anchor_scale = anchor_scale
+        pyramid = Pyramid(encoder, PYRAMID_CHANNELS, finest_stride(kind))
+        maps = _PyramidBackbone(encoder, pyramid, has_extra_level(kind))
+        strides = level_strides(kind, pyramid.strides)
         size_limits: dict[str, Any] = {"min_size": min(canvas), "max_size": max(canvas)}
         self.net: Any
         if kind == "fcos":
-            anchors = AnchorGenerator(tuple((s,) for s in strides), ((1.0,),) * len(strides))
+            anchors = StridedAnchors([(stride,) for stride in strides], strides, (1.0,))
             self.net = FCOS(
                 maps, count, anchor_generator=anchors, score_thresh=MIN_SCORE, **size_limits
             )
             heads = [self.net.head]
         elif kind == "retinanet":
-            octave = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
-            sizes = tuple(tuple(round(4 * s * o) for o in octave) for s in strides)
-            anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(strides))
+            anchors = StridedAnchors(anchor_sizes(kind, strides, anchor_scale), strides)
             self.net = RetinaNet(
                 maps,
                 count,
@@ -127,14 +168,12 @@ class Detector(PyramidModel):
             )
             heads = [self.net.head]
         else:
-            sizes = tuple((8 * s,) for s in strides)
-            anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(strides))
-            names = [str(index) for index in range(len(strides))]
+            anchors = StridedAnchors(anchor_sizes(kind, strides, anchor_scale), strides)
             self.net = FasterRCNN(
                 maps,
                 count + 1,  # class 0 is the background
                 rpn_anchor_generator=anchors,
-                box_roi_pool=MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2),
+                box_roi_pool=_roi_pool(pyramid.strides),
                 box_score_thresh=MIN_SCORE,
                 # fewer than torchvision's defaults, for small images and computers
                 rpn_pre_nms_top_n_train=1000,
@@ -354,6 +393,7 @@ def save_detector(detector: Detector, folder: Path, about: dict[str, Any]) -> No
         "classes": detector.classes,
         "detector": detector.kind,
         "canvas": list(detector.canvas),
+        "anchor_scale": detector.anchor_scale,
         "threshold": detector.threshold,
     }
     save_with_head(detector, detector.encoder, folder, {**head, **about})
@@ -380,8 +420,12 @@ def load_detector(folder: Path) -> Detector:
             raise ValueError(f"the sides of the canvas are not from 1 to {max_side} pixels")
         if not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
             raise ValueError("the threshold is not a number from 0 to 1")
+        scale, limits = about["anchor_scale"], (ANCHOR_SCALES[0], ANCHOR_SCALES[-1])
+        if not isinstance(scale, int | float) or not limits[0] <= scale <= limits[1]:
+            raise ValueError(f"anchor_scale is not a number from {limits[0]:g} to {limits[1]:g}")
         encoder.stage_shapes(*canvas)
-        detector = Detector(encoder, about["classes"], kind, (canvas[0], canvas[1]))
+        classes = about["classes"]
+        detector = Detector(encoder, classes, kind, (canvas[0], canvas[1]), float(scale))
         detector.threshold = float(threshold)
         return detector
 

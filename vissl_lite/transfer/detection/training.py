@@ -14,6 +14,7 @@ from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
+from vissl_lite.transfer.detection.anchors import choose_anchor_scale
 from vissl_lite.transfer.detection.data import BoxedImage, LabelledBoxes
 from vissl_lite.transfer.detection.metrics import best_threshold, score_detector
 from vissl_lite.transfer.detection.model import Detector, choose_canvas
@@ -103,8 +104,9 @@ def build_detector(encoder: Encoder, data: LabelledBoxes, settings: DetectorSett
         settings: The seed determines the weights of the head.
     """
     canvas = choose_canvas(data.train, encoder)
+    anchor_scale = choose_anchor_scale(data.train, settings.detector, canvas, encoder)
     torch.manual_seed(settings.seed)
-    return Detector(copy.deepcopy(encoder), data.classes, settings.detector, canvas)
+    return Detector(copy.deepcopy(encoder), data.classes, settings.detector, canvas, anchor_scale)
 
 
 def train_detector(
@@ -129,7 +131,7 @@ def train_detector(
         UserError: If the batch is larger than the training split.
     """
     batch_size = settings.batch(len(data.train), usual=8)
-    task = DetectorTraining(detector, settings, len(data.train))
+    task = DetectorTraining(detector, settings, batch_size)
     dataset = BoxDataset(data.train, detector.canvas, settings)
 
     def validate() -> dict[str, float]:

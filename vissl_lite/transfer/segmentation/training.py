@@ -109,9 +109,9 @@ class SegmenterTraining(PyramidTraining[Segmenter, SegmenterSettings]):
         segmenter: Segmenter,
         weights: Tensor | None,
         settings: SegmenterSettings,
-        images: int,
+        batch_size: int,
     ) -> None:
-        super().__init__(segmenter, settings, images)
+        super().__init__(segmenter, settings, batch_size)
         self.weights: Tensor | None
         self.register_buffer("weights", weights, persistent=False)
 
@@ -160,7 +160,7 @@ def train_segmenter(
     """
     batch_size = settings.batch(len(data.train), usual=8)
     weights = weigh_classes(data, settings.class_weights)
-    task = SegmenterTraining(segmenter, weights, settings, len(data.train))
+    task = SegmenterTraining(segmenter, weights, settings, batch_size)
     dataset = MaskDataset(data.train, segmenter.encoder.image_size, settings)
 
     def validate() -> dict[str, float]:
