@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 
 from vissl_lite.data.reading import max_pixels
-from vissl_lite.transfer.sources.run_lengths import mask_of_runs, runs_of_text
+from vissl_lite.transfer.sources.run_lengths import mask_of_runs, runs_of_text, text_of_runs
 
 # Binary places of a coordinate that is rasterized.
 _SHIFT = 4
@@ -98,8 +98,24 @@ def coco_shape(segmentation: Any, size: tuple[float, float]) -> Shape | None:
     rest = pixels - sum(counts)
     if rest < 0 or not any(counts[1::2]):
         return None
-    counts = [*counts, *([rest] if len(counts) % 2 == 0 else [0, rest])]  # the last may be missing
+    if rest:  # the last may be missing
+        counts = [*counts, *([rest] if len(counts) % 2 == 0 else [0, rest])]
     return Shape(runs=np.array(counts, np.uint32).tobytes())
+
+
+def as_coco(shape: Shape, size: tuple[int, int]) -> list[list[float]] | dict[str, Any]:
+    """The ``segmentation`` of an annotation in COCO's format; the inverse of ``coco_shape``.
+
+    Args:
+        shape: Polygons or run lengths.
+        size: Height and width of the image.
+
+    Returns:
+        Polygons, or compressed run lengths.
+    """
+    if shape.runs:
+        return {"size": list(size), "counts": text_of_runs(shape.run_lengths())}
+    return [np.frombuffer(outline, np.float32).tolist() for outline in shape.outlines]
 
 
 def labelme_shape(shape: dict[str, Any]) -> Shape | None:
@@ -149,7 +165,7 @@ def draw_shape(mask: np.ndarray, shape: Shape, size: tuple[float, float], value:
     if shape.runs:
         inside = mask_of_runs(shape.run_lengths(), (int(size[0]), int(size[1])))
         if inside.shape != mask.shape:
-            inside = cv2.resize(inside, mask.shape[::-1], interpolation=cv2.INTER_NEAREST)
+            inside = cv2.resize(inside, mask.shape[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
         mask[inside > 0] = value
     for outline in shape.outlines:
         _fill(mask, np.clip(points_of(outline) * scale, -_MAX_COORDINATE, _MAX_COORDINATE), value)
