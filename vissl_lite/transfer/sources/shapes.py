@@ -165,7 +165,8 @@ def draw_shape(mask: np.ndarray, shape: Shape, size: tuple[float, float], value:
     if shape.runs:
         inside = mask_of_runs(shape.run_lengths(), (int(size[0]), int(size[1])))
         if inside.shape != mask.shape:
-            inside = cv2.resize(inside, mask.shape[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+            how = cv2.INTER_AREA if inside.size > mask.size else cv2.INTER_NEAREST_EXACT
+            inside = cv2.resize(inside * np.uint8(255), mask.shape[::-1], interpolation=how) >= 128
         mask[inside > 0] = value
     for outline in shape.outlines:
         _fill(mask, np.clip(points_of(outline) * scale, -_MAX_COORDINATE, _MAX_COORDINATE), value)

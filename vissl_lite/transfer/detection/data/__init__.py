@@ -54,7 +54,8 @@ class BoxedImage:
     @property
     def has_shape(self) -> np.ndarray:
         """Array ``(N,)`` bool that tells which objects have a shape."""
-        return np.array([shape is not None for shape in self.shapes or (None,) * len(self.boxes)])
+        shapes = self.shapes or (None,) * len(self.boxes)
+        return np.array([shape is not None for shape in shapes], bool)
 
     def mask(self, index: int, size: tuple[int, int] | None = None) -> np.ndarray:
         """Draw the shape of an object.
