@@ -137,6 +137,23 @@ def test_pasting_interpolates_linearly(seed: int) -> None:
             assert mask[y, x] == (value >= 0.5) or abs(value - 0.5) < 1e-5
 
 
+def test_the_target_of_the_loss_pasted_back_is_the_mask() -> None:
+    """The loss and the pasting agree on where cells are, to less than half a pixel."""
+    y, x = np.mgrid[:70, :90] + 0.5
+    mask = (((x - 40) / 23) ** 2 + ((y - 33) / 17) ** 2 < 1) & (x + y > 60)
+    rows, columns = np.nonzero(mask)
+    box = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], np.float32)
+    for shift in (0.0, 0.4):  # an error of the proposal
+        region = torch.from_numpy(box + np.float32(shift))[None]
+        targets = torch.zeros(1, 1, MASK_SIDE, MASK_SIDE, requires_grad=True)
+        which = [torch.tensor([0])]
+        mask_loss(targets, [region], [torch.from_numpy(mask)[None]], which, which).backward()
+        assert targets.grad is not None  # 0.5 less the target, over the number of cells
+        cells = 0.5 - targets.grad[0, 0].numpy() * MASK_SIDE**2
+        pasted = decoded(paste_mask(cells, region[0].numpy(), (70, 90)), (70, 90))
+        assert (pasted & mask).sum() > 0.97 * (pasted | mask).sum()
+
+
 # Targets
 
 
