@@ -111,7 +111,7 @@ def test_predict_writes_boxes_as_coco_reads_them(
 def mask_detector(sample: Path, encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "masks"
     common = ("--encoder", encoder, "--data", sample, "--out", out, "--num_workers", 0)
-    how = ("--task", "detection", "--detector", "mask_rcnn", "--epochs", 2, "--multi_scale", "true")
+    how = ("--task", "detection", "--detector", "mask_rcnn", "--epochs", 1, "--multi_scale", "true")
     with with_pictures():
         assert run("finetune", *how, *common) == 0
     return out
@@ -138,7 +138,7 @@ def test_predict_writes_masks_that_are_read_back(
     model.net.roi_heads.score_thresh = 0.0  # it has hardly learned anything
     monkeypatch.setattr(detection, "load_detector", lambda folder: model)
     images.mkdir()
-    for number in range(6):
+    for number in range(3):
         noise = np.random.default_rng(number).integers(0, 256, (40, 60, 3), np.uint8)
         Image.fromarray(noise).save(images / f"{number}.png")
     out = tmp_path / "out"

@@ -1,6 +1,7 @@
 """Shapes of objects from annotation files, up to the masks of images."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,15 @@ def test_objects_with_a_box_alone_are_counted_and_stay(tmp_path: Path) -> None:
     data = load(tmp_path)
     assert data.reading.counts == {BOX_ONLY: 12, "shape not readable, the box kept": 6}
     assert all(one.has_shape.tolist() == [True, False, False] for one in every(data))
+
+
+def test_a_fraction_without_shapes_is_refused(tmp_path: Path) -> None:
+    data = load(coco_set(tmp_path, [POLYGON], count=20))
+    plain = [replace(one, shapes=(None,)) for one in data.train]
+    plain = replace(data, train=plain)
+    with pytest.raises(UserError, match=r"what --fraction 0.5 takes has boxes, but no shapes"):
+        plain.subsample(0.5)
+    data.subsample(0.5)
 
 
 def test_of_two_equal_boxes_the_one_with_a_shape_is_kept(tmp_path: Path) -> None:

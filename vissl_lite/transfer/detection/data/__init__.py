@@ -98,6 +98,8 @@ class LabelledBoxes(ListDataset[BoxedImage]):
         some = super().subsample(fraction, shots, seed)
         if fraction is not None:
             _check_boxes(some, f"--fraction {fraction}", "use a larger fraction")
+            if self.with_shapes:
+                _check_shapes(some, f"what --fraction {fraction} takes")
         return some
 
     def without(
