@@ -123,3 +123,16 @@ def test_neighbors_of_another_class_are_framed_red(tmp_path: Path) -> None:
     plot_neighbors(rows, values, tmp_path / "n.png", classes)
     counts = colors(tmp_path / "n.png")
     assert counts[GREEN] == pytest.approx(3 * counts[RED], rel=0.2)
+
+
+def test_masks_are_filled_and_outlined_in_the_color_of_their_class() -> None:
+    image = np.full((100, 100, 3), 90, np.uint8)
+    mask = np.zeros((100, 100), np.uint8)
+    mask[30:80, 20:70] = 1
+    boxes, labels = np.array([[10.0, 10, 90, 90], [0, 0, 5, 5]]), np.array([1, 0])
+    drawn = draw_boxes(image, boxes, labels, ["a", "b"], masks=[mask, None])
+    color = np.array(class_colors(2)[1])
+    assert np.abs(drawn[50, 50] - (0.6 * 90 + 0.4 * color)).max() <= 1
+    assert drawn[50, 20].tolist() == color.tolist()  # the contour
+    assert drawn[50, 80].tolist() == [90] * 3
+    assert (image == 90).all()

@@ -1,9 +1,10 @@
 """Plots of curves, tables and predictions, drawn with matplotlib without a display."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from matplotlib import colormaps, get_data_path
@@ -113,8 +114,9 @@ def draw_boxes(
     labels: np.ndarray,
     classes: Sequence[str],
     scores: np.ndarray | None = None,
+    masks: Iterable[np.ndarray | None] = (),
 ) -> np.ndarray:
-    """Draw boxes into an image, each with its class and optionally its score.
+    """Draw boxes into an image, each with its class and optionally its score and its mask.
 
     Args:
         image: Image ``(H, W, 3)``, uint8.
@@ -122,6 +124,8 @@ def draw_boxes(
         labels: Class indices ``(N,)``.
         classes: Class names.
         scores: Scores ``(N,)``.
+        masks: Masks ``(H, W)`` of the N objects, nonzero inside; None for objects without one. They
+            are filled, with a contour, below the boxes.
 
     Returns:
         The image with boxes, ``(H, W, 3)`` uint8.
@@ -129,6 +133,8 @@ def draw_boxes(
     if len(boxes) == 0:
         return image
     colors = class_colors(len(classes))
+    width = max(1, min(image.shape[:2]) // 200)
+    image = _fill_masks(image, masks, [colors[label] for label in labels], width)
     captions = [classes[label] for label in labels]
     if scores is not None:
         captions = [f"{name} {score:.2f}" for name, score in zip(captions, scores, strict=True)]
@@ -137,9 +143,29 @@ def draw_boxes(
         torch.from_numpy(boxes),
         labels=captions,
         colors=[colors[label] for label in labels],
-        width=max(1, min(image.shape[:2]) // 200),
+        width=width,
     )
     return drawn.permute(1, 2, 0).numpy()
+
+
+def _fill_masks(
+    image: np.ndarray,
+    masks: Iterable[np.ndarray | None],
+    colors: Sequence[tuple[int, int, int]],
+    width: int,
+) -> np.ndarray:
+    """Blend masks into a copy of an image, each in its color, with contours of ``width`` pixels."""
+    drawn = image.copy()
+    for mask, color in zip(masks, colors, strict=False):
+        if mask is None:
+            continue
+        inside = mask > 0
+        drawn[inside] = (0.6 * drawn[inside] + 0.4 * np.array(color)).astype(np.uint8)
+        contours, _ = cv2.findContours(
+            inside.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE
+        )
+        cv2.drawContours(drawn, contours, -1, color, width)
+    return drawn
 
 
 def draw_caption(image: np.ndarray, caption: str) -> np.ndarray:

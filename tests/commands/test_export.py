@@ -19,6 +19,7 @@ from vissl_lite.data.images import read_image
 from vissl_lite.encoders.encoder import Encoder, build_encoder
 from vissl_lite.encoders.folder import load_encoder, save_encoder, save_model
 from vissl_lite.errors import UserError
+from vissl_lite.transfer.detection.masks import paste_mask
 from vissl_lite.transfer.detection.model import Detector, detect, fit_into, save_detector
 from vissl_lite.transfer.detection.options import DetectorName
 from vissl_lite.transfer.segmentation import task as segmentation
@@ -295,14 +296,15 @@ def test_a_damaged_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.slow
-def test_a_detector_gives_the_boxes_of_predict(
+def test_a_detector_gives_the_boxes_and_masks_of_predict(
     photos: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(inference, "cpu_has_bf16", lambda: False)  # as the ONNX file computes
-    detector = outspoken("faster_rcnn")
+    detector = outspoken("mask_rcnn")
+    detector.net.roi_heads.mask_predictor.mask_fcn_logits.weight.data *= 50
     save_detector(detector, tmp_path / "model", {})
     out = tmp_path / "detector.onnx"
     images = photos / "a"  # 40 by 48 pixels, fitted into 64 by 96
@@ -317,14 +319,26 @@ def test_a_detector_gives_the_boxes_of_predict(
     fitted = [fit_into(read_image(path), (64, 96)) for path in paths]
     session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
     batch = np.stack([image for image, _ in fitted]).transpose(0, 3, 1, 2)
-    boxes, scores, labels = session.run(["boxes", "scores", "labels"], {"images": batch})
+    names = ["boxes", "scores", "labels", "masks"]
+    boxes, scores, labels, masks = session.run(names, {"images": batch})
     assert boxes.shape == (5, 100, 4)
+    assert masks.shape == (5, 100, 28, 28)
+    sizes = set()
     for index, (one, (_, scale)) in enumerate(zip(expected, fitted, strict=True)):
         assert len(one.scores) > 3
-        for box, score, label in zip(*one, strict=True):
+        assert one.masks is not None
+        for box, score, label, mask in zip(*one[:3], one.masks, strict=True):
             found = (boxes[index] / scale).clip(0, (48, 40, 48, 40))
             near = (labels[index] == label) & (np.abs(scores[index] - score) < 1e-4)
-            assert (near & (np.abs(found - box).max(axis=1) < 0.01)).any()
+            near &= np.abs(found - box).max(axis=1) < 0.01
+            pasted = [
+                paste_mask(masks[index, row], boxes[index, row] / scale, (40, 48)).area
+                for row in np.flatnonzero(near)
+            ]
+            assert pasted
+            assert min(abs(area - mask.area) for area in pasted) <= 2  # pixels at the contour
+            sizes.add(mask.area)
+    assert len(sizes) > 5
     error = refused(capsys, *given, "--overwrite", "--image_size", 64)
     assert "a detector has the image size that it was trained at" in error
 

@@ -4,6 +4,7 @@ import csv
 import json
 from pathlib import Path
 
+import faster_coco_eval.core.mask as coco
 import numpy as np
 import pytest
 import timm
@@ -13,7 +14,10 @@ import vissl_lite
 from tests.conftest import with_pictures
 from vissl_lite.cli import main
 from vissl_lite.sample.dataset import make_sample_data
+from vissl_lite.transfer.detection import task as detection
 from vissl_lite.transfer.detection.data import load_boxes
+from vissl_lite.transfer.detection.model import detect, load_detector
+from vissl_lite.transfer.sources.run_lengths import mask_of_runs
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +107,64 @@ def test_predict_writes_boxes_as_coco_reads_them(
     assert json.loads((out / "results.json").read_text())["skipped"] == 1
 
 
+@pytest.fixture(scope="module")
+def mask_detector(sample: Path, encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "masks"
+    common = ("--encoder", encoder, "--data", sample, "--out", out, "--num_workers", 0)
+    how = ("--task", "detection", "--detector", "mask_rcnn", "--epochs", 1, "--multi_scale", "true")
+    with with_pictures():
+        assert run("finetune", *how, *common) == 0
+    return out
+
+
+@pytest.mark.slow
+def test_a_detector_with_masks_is_trained_and_reported(mask_detector: Path) -> None:
+    results = json.loads((mask_detector / "results.json").read_text())
+    assert list(results["test"]) == ["mask_map", "mask_map_50", "map", "map_50"]
+    assert results["val"]["mask_map"] is not None
+    assert (mask_detector / "test.png").stat().st_size > 3000
+    assert (
+        json.loads((mask_detector / "model" / "head.json").read_text())["detector"] == "mask_rcnn"
+    )
+    again = load_boxes(mask_detector / "split", with_shapes=True)
+    assert all(one.has_shape.all() for one in again.test)
+
+
+@pytest.mark.slow
+def test_predict_writes_masks_that_are_read_back(
+    mask_detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, images = load_detector(mask_detector), tmp_path / "images"
+    model.net.roi_heads.score_thresh = 0.0  # it has hardly learned anything
+    monkeypatch.setattr(detection, "load_detector", lambda folder: model)
+    images.mkdir()
+    for number in range(3):
+        noise = np.random.default_rng(number).integers(0, 256, (40, 60, 3), np.uint8)
+        Image.fromarray(noise).save(images / f"{number}.png")
+    out = tmp_path / "out"
+    given = ("--model", mask_detector, "--data", images, "--out", out, "--pictures", 1)
+    assert run("predict", *given) == 0
+    found, _ = detect(model, sorted(map(str, images.iterdir())))
+    content = json.loads((out / "predictions.json").read_text())
+    masks = [mask for one in found for mask in one.masks or ()]
+    assert len(masks) == len(content["annotations"]) > 100
+    for note, mask in zip(content["annotations"], masks, strict=True):
+        drawn = coco.decode(note["segmentation"])
+        assert drawn.shape == (40, 60)
+        assert np.array_equal(drawn, mask_of_runs(mask.run_lengths(), (40, 60)))
+        assert note["area"] == drawn.sum()
+    assert len({note["area"] for note in content["annotations"]}) > 10
+    again = load_boxes(images, out / "predictions.json", with_shapes=True)
+    shapes = {
+        shape
+        for one in (*again.train, *again.val, *again.test)
+        for shape in one.shapes
+        if shape is not None
+    }
+    assert shapes == {mask for mask in masks if mask.area}
+    assert len(list((out / "pictures").rglob("*.png"))) == 1
+
+
 @pytest.mark.slow
 def test_a_segmenter_is_trained_and_reported(segmenter: Path) -> None:
     results = json.loads((segmenter / "results.json").read_text())
@@ -187,7 +249,10 @@ def test_several_labels_an_image(labelled: Path, encoder: Path, tmp_path: Path) 
         (["--task", "detection", "--batch_size", "21"], "training part: 20 images"),
         (["--task", "detection", "--annotations", "/nowhere"], "/nowhere"),
         (["--task", "tracking"], "--task tracking is none of classification, detection, segm"),
-        (["--task", "detection", "--detector", "yolo"], "is none of fcos, retinanet, faster_rcnn"),
+        (
+            ["--task", "detection", "--detector", "yolo"],
+            "is none of fcos, retinanet, faster_rcnn, mask_rcnn",
+        ),
         (["--task", "classification", "--multi_scale"], "--multi_scale is for --task detection"),
         (["--task", "classification", "--class_weights", "odd"], "odd"),
     ],

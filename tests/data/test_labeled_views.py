@@ -9,6 +9,7 @@ from vissl_lite.data.images import resize_and_crop
 from vissl_lite.data.labeled_views import (
     Albumentations,
     BoxView,
+    InstanceView,
     MaskView,
     box_pipeline,
     mask_pipeline,
@@ -148,3 +149,61 @@ def test_shrinking_is_antialiased(min_crop_scale: float) -> None:
         assert boxed(noise, boxes, np.array([0]), 0, 0, index)[0].std() < 1.2 * evaluated
         largest = evaluated * min_crop_scale**-0.5  # a crop is shrunk less
         assert masked(noise, mask, 0, 0, index)[0].std() < 1.2 * largest
+
+
+def ellipse(shape: tuple[int, int], center: tuple[int, int], axes: tuple[int, int]) -> np.ndarray:
+    y, x = np.mgrid[: shape[0], : shape[1]]
+    return ((x - center[0]) / axes[0]) ** 2 + ((y - center[1]) / axes[1]) ** 2 < 1
+
+
+@pytest.mark.parametrize("size", [(60, 90), (240, 360)])
+def test_masks_follow_their_image(size: tuple[int, int]) -> None:
+    scale = size[0] // 60
+    mask = ellipse(size, (55 * scale, 22 * scale), (20 * scale, 10 * scale))
+    image = np.full((*size, 3), 90, np.uint8)
+    image[mask] = 250
+    edges = np.argwhere(mask)
+    (top, left), (bottom, right) = edges.min(axis=0), edges.max(axis=0) + 1
+    boxes = np.array([[1, 1, 30, 30], [left, top, right, bottom]], np.float32)
+    view = InstanceView(box_pipeline((64, 96), 0.3, upright=False)[:-1])  # the colors stay
+    kept = cut = 0
+    for index in range(40):
+        pixels, found, masks, numbers = view(
+            image, boxes, mask[None].astype(np.uint8), np.array([False, True]), 0, 0, index
+        )
+        assert pixels.shape == (64, 96, 3)
+        assert masks.shape == (len(numbers), 64, 96)
+        for box, drawn, number in zip(found, masks, numbers, strict=True):
+            if number == 0:
+                assert not drawn.any()
+                continue
+            bright = pixels.max(axis=2) > 170
+            assert (bright & drawn).sum() > 0.98 * (bright | drawn).sum()
+            rows, columns = np.nonzero(drawn)
+            around = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+            assert np.abs(box - around).max() <= 1
+            cut += drawn[0].any() or drawn[-1].any() or drawn[:, 0].any() or drawn[:, -1].any()
+            kept += 1
+    assert kept >= 30
+    assert cut >= 3
+
+
+def test_the_box_of_an_object_that_is_cut_is_that_of_its_mask() -> None:
+    mask = np.zeros((64, 64), np.uint8)
+    mask[20:30, 10:60] = 1  # a bar to the right, and
+    mask[20:60, 10:16] = 1  # one downwards
+    view = InstanceView([A.Crop(20, 0, 64, 64)])
+    box, drawn = np.array([[10, 20, 60, 60]], np.float32), np.array([True])
+    image = np.zeros((64, 64, 3), np.uint8)
+    _, (found,), (left,), _ = view(image, box, mask[None], drawn, 0, 0, 0)
+    assert left.sum() == 10 * 40
+    assert found.tolist() == [0, 20, 40, 30]  # without the bar that is outside
+
+
+def test_an_object_whose_mask_is_outside_is_dropped() -> None:
+    mask = np.zeros((1, 64, 64), np.uint8)
+    mask[0, :, :4] = 1
+    view = InstanceView([A.Crop(20, 0, 64, 64)])
+    box, image = np.array([[0, 0, 64, 64]], np.float32), np.zeros((64, 64, 3), np.uint8)
+    assert len(view(image, box, mask, np.array([True]), 0, 0, 0)[1]) == 0
+    assert len(view(image, box, mask[:0], np.array([False]), 0, 0, 0)[1]) == 1

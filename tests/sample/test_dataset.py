@@ -78,6 +78,9 @@ def test_masks_boxes_and_classes_agree(sample: Path, split: str) -> None:
         assert (sample / "labelled" / split / file).is_file()
         assert CLASSES[note["category_id"] - 1] == file.parent.name
         mask = Image.open(sample / "masks" / split / file.with_suffix(".png"))
+        runs = note["segmentation"]["counts"]
+        inside = np.repeat(np.arange(len(runs)) % 2, runs).reshape(64, 64).T
+        assert np.array_equal(inside, np.asarray(mask) > 0)
         assert mask.mode == "P"
         pixels = np.asarray(mask)
         assert set(np.unique(pixels)) == {0, note["category_id"]}

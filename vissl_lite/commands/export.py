@@ -87,7 +87,9 @@ def export(options: ExportOptions) -> ExportResult:
 
     An ONNX file takes decoded RGB images, (B, 3, H, W) uint8, and normalizes them itself. Encoders
     return features, classifiers and segmenters probabilities. Detectors return boxes (x1, y1, x2,
-    y2 in pixels), scores and labels, best first, 100 per image, padded with zeros.
+    y2 in pixels), scores and labels, best first, 100 per image, padded with zeros; mask_rcnn also
+    masks, (B, 100, 28, 28): the probability that each of 28 x 28 equal cells of the box is inside
+    the object.
 
     Returns:
         What was written, and how far its outputs differ from torch's.

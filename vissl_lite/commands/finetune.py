@@ -55,8 +55,9 @@ class FinetuneResult:
         run: Run folder.
         model: Model folder inside the run folder.
         test: Metrics on the test images: ``top1`` and ``macro_f1``, with several labels per image
-            ``map``, ``auroc`` and ``macro_f1``; for detection ``map`` and ``map_50``; for
-            segmentation ``miou``, ``dice`` and ``accuracy``.
+            ``map``, ``auroc`` and ``macro_f1``; for detection ``map`` and ``map_50``, with masks
+            before them ``mask_map`` and ``mask_map_50``; for segmentation ``miou``, ``dice`` and
+            ``accuracy``.
         per_class: Metrics per class, by class name and metric.
     """
 

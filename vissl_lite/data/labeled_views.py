@@ -85,6 +85,82 @@ class BoxView:
         return made["image"], kept, np.asarray(made["labels"], np.int64).reshape(-1)
 
 
+class InstanceView:
+    """One augmented version of an image together with its objects: their boxes and masks.
+
+    Args:
+        transforms: Applied in this order. Masks are resampled as the image is, not by the nearest
+            pixel, and what is at least half inside the object stays.
+        smallest: An object of whose box less than this share is left in the view is dropped.
+    """
+
+    def __init__(self, transforms: Transforms, smallest: float = 0.25) -> None:
+        self._random = Random()
+        for step in transforms:
+            if isinstance(step, A.DualTransform):
+                step.mask_interpolation = cv2.INTER_LINEAR
+            if getattr(step, "area_for_downscale", None) == "image":
+                step.area_for_downscale = "image_mask"
+        boxes = A.BboxParams("pascal_voc", ["numbers"], min_visibility=smallest, clip=True)
+        self._compose = A.Compose(list(transforms), bbox_params=boxes)
+
+    def __call__(
+        self,
+        image: np.ndarray,
+        boxes: np.ndarray,
+        masks: np.ndarray,
+        drawn: np.ndarray,
+        seed: int,
+        epoch: int,
+        index: int,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The view, and the objects in it.
+
+        Where a side of the box of an object is further than a pixel from its mask, as where the
+        view cuts the object, the side is moved to the mask.
+
+        Args:
+            image: ``(H, W, C)`` uint8.
+            boxes: ``(N, 4)`` x1, y1, x2, y2 in pixels.
+            masks: ``(M, H, W)`` uint8 of 0 and 1.
+            drawn: ``(N,)`` bool with M times True: the objects that have a mask, in their order.
+            seed: Seed of the run.
+            epoch: Number of the epoch, from 0.
+            index: The image's number in the data set.
+
+        Returns:
+            The view ``(H', W', C)``; the boxes of the K objects in it, ``(K, 4)`` float32; their
+            masks ``(K, H', W')`` bool, empty for those without one; and their indices ``(K,)``
+            among the N.
+        """
+        rekey(self._random, seed, epoch, index)
+        _rekey(self._compose, self._random)
+        given = {"masks": masks * np.uint8(255)} if len(masks) else {}
+        made = self._compose(image=image, bboxes=boxes, numbers=np.arange(len(boxes)), **given)
+        kept = np.asarray(made["bboxes"], np.float32).reshape(-1, 4)
+        numbers = np.asarray(made["numbers"], np.int64).reshape(-1)
+        view = made["image"]
+        pixels = np.zeros((len(kept), *view.shape[:2]), bool)
+        visible = np.ones(len(kept), bool)
+        place = np.cumsum(drawn) - 1
+        for row, number in enumerate(numbers):
+            if not drawn[number]:
+                continue
+            soft = made["masks"][place[number]]
+            visible[row] = soft.any()
+            if visible[row]:
+                pixels[row] = soft >= min(128, soft.max())  # a thin object does not vanish
+                kept[row] = _fitted(kept[row], pixels[row])
+        return view, kept[visible], pixels[visible], numbers[visible]
+
+
+def _fitted(box: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """A box, with the sides moved to a mask that are further than a pixel from it."""
+    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+    around = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float32)
+    return np.where(np.abs(around - box) > 1, around, box)
+
+
 class MaskView:
     """One augmented version of an image together with its mask.
 

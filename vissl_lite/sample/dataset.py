@@ -43,7 +43,7 @@ class _Plan:
     val: int
     test: int
     size: int
-    version: int = 1  # Increase when the drawing changes, so that old data sets are not reused.
+    version: int = 2  # Increase when the files change, so that old data sets are not reused.
 
 
 class _Job(NamedTuple):
@@ -69,6 +69,8 @@ def _draw_file(job: _Job) -> Annotation | None:
     mask.putpalette(_PALETTE)
     mask.save(folder / "masks" / split / name / f"{index:05d}.png")
     rows, columns = np.nonzero(visible)
+    flat = visible.T.ravel()  # column by column, as COCO counts
+    edges = np.flatnonzero(np.diff(flat, prepend=False))
     x, y = int(columns.min()), int(rows.min())
     return {
         "id": index + 1,
@@ -76,6 +78,10 @@ def _draw_file(job: _Job) -> Annotation | None:
         "category_id": label + 1,
         "bbox": [x, y, int(columns.max()) - x + 1, int(rows.max()) - y + 1],
         "area": len(rows),
+        "segmentation": {
+            "size": list(visible.shape),
+            "counts": np.diff(edges, prepend=0, append=flat.size).tolist(),
+        },
         "iscrowd": 0,
     }
 
@@ -130,8 +136,8 @@ background, clutter and camera are random.
 
 - `masks/<split>/<class>/<stem>.png` pairs with `labelled/<split>/<class>/<stem>.jpg`: 0 is
   background, 1..{kinds} the class, numbered as in `classes.txt`; visible pixels only.
-- `annotations/<split>.json` contains the boxes in COCO format, `file_name` relative to
-  `labelled/<split>/`.
+- `annotations/<split>.json` contains the boxes and masks (run lengths) in COCO format,
+  `file_name` relative to `labelled/<split>/`.
 - `sample.json` contains the parameters; the same parameters give the same files.
 """
 

@@ -3,7 +3,7 @@ import torch
 
 from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.transfer.detection.export import ExportableDetector, suppress
-from vissl_lite.transfer.detection.model import Detector
+from vissl_lite.transfer.detection.model import TWO_STAGES, Detector
 from vissl_lite.transfer.detection.options import DetectorName
 
 
@@ -12,7 +12,7 @@ def make_detector(kind: DetectorName, canvas: tuple[int, int] = (64, 96)) -> Det
     torch.manual_seed(0)
     detector = Detector(build_encoder("test_resnet", 64), ["a", "b", "c"], kind, canvas).eval()
     net = detector.net
-    if kind == "faster_rcnn":
+    if kind in TWO_STAGES:
         scale = {net.roi_heads.box_predictor.cls_score: 5, net.rpn.head.cls_logits: 50,
                  net.roi_heads.box_predictor.bbox_pred: 10, net.rpn.head.bbox_pred: 30}  # fmt: skip
     else:
@@ -30,6 +30,7 @@ def make_detector(kind: DetectorName, canvas: tuple[int, int] = (64, 96)) -> Det
         ("retinanet", (64, 96)),
         ("faster_rcnn", (64, 96)),
         ("faster_rcnn", (68, 100)),  # which no stride divides
+        ("mask_rcnn", (64, 96)),
     ],
 )
 def test_detections_equal_those_of_the_detector(
@@ -39,22 +40,29 @@ def test_detections_equal_those_of_the_detector(
     images = torch.rand(3, 3, *canvas) * 4 - 2
     with torch.no_grad():
         expected = detector(images)
-        boxes, scores, labels = ExportableDetector(detector)(images)
+        boxes, scores, labels, *masks = ExportableDetector(detector)(images)
+    assert len(masks) == (kind == "mask_rcnn")
     assert any(len(one["scores"]) > 20 for one in expected)
     for index, one in enumerate(expected):
         count = len(one["scores"])
         assert (scores[index, :count] > 0.05).all()
-        assert all((what[index, count:] == 0).all() for what in (boxes, scores, labels))
+        assert all((what[index, count:] == 0).all() for what in (boxes, scores, labels, *masks))
         torch.testing.assert_close(scores[index, :count], one["scores"])
         # match one to one, as the order of scores that are equal up to rounding may differ
         unmatched = set(range(count))
-        for box, score, label in zip(one["boxes"], one["scores"], one["labels"], strict=True):
+        for row, (box, score, label) in enumerate(
+            zip(one["boxes"], one["scores"], one["labels"], strict=True)
+        ):
             near = (boxes[index, :count] - box).abs().amax(dim=1) < 1e-3 + 1e-4 * box.abs().max()
             alike = near & ((scores[index, :count] - score).abs() < 1e-4)
             same = unmatched & set(
                 (alike & (labels[index, :count] == label)).nonzero()[:, 0].tolist()
             )
             assert same
+            for cells in masks:
+                assert cells.shape == (3, 100, 28, 28)
+                found = cells[index, list(same)]
+                assert ((found - one["masks"][row, 0]).abs().amax(dim=(1, 2)) < 1e-3).any()
             unmatched.remove(min(same))
 
 

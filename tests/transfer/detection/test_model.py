@@ -10,6 +10,7 @@ from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.transfer.detection.data import BoxedImage
 from vissl_lite.transfer.detection.model import (
+    TWO_STAGES,
     Detector,
     choose_canvas,
     detect,
@@ -20,7 +21,7 @@ from vissl_lite.transfer.detection.model import (
 )
 from vissl_lite.transfer.detection.options import DetectorName
 
-KINDS: tuple[DetectorName, ...] = ("fcos", "retinanet", "faster_rcnn")
+KINDS: tuple[DetectorName, ...] = ("fcos", "retinanet", "faster_rcnn", "mask_rcnn")
 
 
 def shaped(height: int, width: int) -> BoxedImage:
@@ -41,6 +42,10 @@ def test_losses_are_finite_and_reach_the_encoder(kind: DetectorName, backbone: s
     boxes = torch.tensor([[4.0, 4, 30, 40], [20, 10, 60, 60]])
     none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
     targets = [{"boxes": boxes, "labels": torch.tensor([0, 2])}, none]
+    for target in targets:  # which only Mask R-CNN uses
+        count = len(target["boxes"])
+        masks = torch.rand(count, 64, 64) < 0.5
+        target |= {"masks": masks, "drawn": torch.ones(count, dtype=torch.bool)}
     with torch.autocast("cpu", torch.bfloat16):
         losses = detector.losses(torch.rand(2, 3, 64, 64), targets)
     assert all(loss.isfinite() and loss.dtype == torch.float32 for loss in losses.values())
@@ -55,7 +60,7 @@ def test_losses_are_finite_and_reach_the_encoder(kind: DetectorName, backbone: s
 def test_classes_are_counted_from_zero(kind: DetectorName) -> None:
     detector = make(kind).eval()
     detector.net.score_thresh = 0.0
-    if kind == "faster_rcnn":
+    if kind in TWO_STAGES:
         detector.net.roi_heads.score_thresh = 0.0
     with torch.no_grad():
         found = detector(torch.rand(1, 3, 64, 64))[0]
@@ -68,7 +73,8 @@ def test_boxes_and_scores_are_float32_under_bf16(kind: DetectorName) -> None:
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         found = detector(images)
-    assert all(one["boxes"].dtype == one["scores"].dtype == torch.float32 for one in found)
+    names = ["boxes", "scores", *(["masks"] if kind == "mask_rcnn" else [])]
+    assert all(one[name].dtype == torch.float32 for one in found for name in names)
 
 
 def test_the_encoder_keeps_timms_names() -> None:
@@ -97,7 +103,12 @@ def test_proposals_but_not_regions_come_from_one_more_level(
 def test_sides_that_no_stride_divides(kind: DetectorName) -> None:
     torch.manual_seed(0)
     detector = Detector(build_encoder("test_resnet", 100), ["a"], kind, (68, 100), 2.5).train()
-    target = {"boxes": torch.tensor([[4.0, 4, 90, 60]]), "labels": torch.tensor([0])}
+    target = {
+        "boxes": torch.tensor([[4.0, 4, 90, 60]]),
+        "labels": torch.tensor([0]),
+        "masks": torch.ones(1, 68, 100, dtype=torch.uint8),
+        "drawn": torch.tensor([True]),
+    }
     losses = detector.losses(torch.rand(1, 3, 68, 100), [target])
     assert all(loss.isfinite() for loss in losses.values())
 

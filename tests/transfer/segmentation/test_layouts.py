@@ -11,7 +11,8 @@ from PIL import Image
 
 from vissl_lite.errors import UserError
 from vissl_lite.transfer.segmentation.data import LabelledMasks, load_masks
-from vissl_lite.transfer.segmentation.mask_source import MaskSource, Shape
+from vissl_lite.transfer.segmentation.mask_source import MaskSource
+from vissl_lite.transfer.sources.shapes import Shape
 
 HEIGHT, WIDTH = 8, 10
 RED, GREEN, BLACK, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 0), (255, 255, 255)
@@ -360,7 +361,7 @@ def test_polygons(write: Callable[[Path], None], tmp_path: Path) -> None:
 def test_smaller_shapes_lie_on_larger_ones(tmp_path: Path) -> None:
     image(tmp_path / "a.png")
     shapes = tuple(
-        Shape(number, (np.array(points, np.float32).tobytes(),))
+        (number, Shape((np.array(points, np.float32).tobytes(),)))
         for number, points in ((1, SQUARE), (2, [0, 0, 10, 0, 10, 8, 0, 8]))
     )
     made = MaskSource(("a.json",), shapes=shapes, image=str(tmp_path / "a.png"), size=(8, 10))
@@ -374,7 +375,7 @@ def test_shapes_turn_with_the_image(tmp_path: Path) -> None:
     photo.save(tmp_path / "a.jpg", exif=exif)
     outline = np.array([0, 0, 3, 0, 3, 2, 0, 2], np.float32).tobytes()
     made = MaskSource(
-        ("a.json",), shapes=(Shape(1, (outline,)),), image=str(tmp_path / "a.jpg"), size=(8, 10)
+        ("a.json",), shapes=((1, Shape((outline,))),), image=str(tmp_path / "a.jpg"), size=(8, 10)
     )
     drawn = made.read()
     assert drawn.shape == (WIDTH, HEIGHT)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import batched_nms, roi_align
+from torchvision.ops import MultiScaleRoIAlign, batched_nms, roi_align
 
-from vissl_lite.transfer.detection.model import MIN_SCORE, Detector
+from vissl_lite.transfer.detection.model import MIN_SCORE, TWO_STAGES, Detector
 
 MAX_BOXES = 100  # per image
 
@@ -72,7 +72,8 @@ class ExportableDetector(nn.Module):
     def __init__(self, detector: Detector) -> None:
         super().__init__()
         self.detector, self.net = detector, detector.net
-        self.two_stages = detector.kind == "faster_rcnn"
+        self.two_stages = detector.kind in TWO_STAGES
+        self.with_masks = detector.kind == "mask_rcnn"
         height, width = detector.canvas
         blank = torch.zeros(1, len(detector.encoder.mean), height, width)
         was_training = detector.training
@@ -86,7 +87,7 @@ class ExportableDetector(nn.Module):
         places = generator.num_anchors_per_location()
         self.counts = [m.shape[2] * m.shape[3] * n for m, n in zip(maps, places, strict=True)]
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Detect objects in a batch.
 
         Args:
@@ -94,7 +95,8 @@ class ExportableDetector(nn.Module):
 
         Returns:
             Boxes ``(B, N, 4)`` in pixels of the canvas, scores ``(B, N)`` in descending order, and
-            labels ``(B, N)``.
+            labels ``(B, N)``. Of Mask R-CNN also masks ``(B, N, 28, 28)``: the probabilities of
+            equal cells of the box, from its upper left corner on; 0 where nothing is found.
         """
         maps = list(self.net.backbone(images).values())
         if self.two_stages:
@@ -117,7 +119,10 @@ class ExportableDetector(nn.Module):
         best, chosen = kept.topk(min(MAX_BOXES, classes * places), dim=1)
         labels = torch.div(chosen, places, rounding_mode="floor")
         found = best > 0
-        return _gather_boxes(boxes, chosen) * found[..., None], best, labels * found
+        boxes, labels = _gather_boxes(boxes, chosen) * found[..., None], labels * found
+        if not self.with_masks:
+            return boxes, best, labels
+        return boxes, best, labels, self._masks(maps, boxes, labels) * found[..., None, None]
 
     def _dense(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Boxes ``(B, N, 4)`` and scores ``(B, K, N)`` of all anchors, for FCOS and RetinaNet."""
@@ -157,21 +162,9 @@ class ExportableDetector(nn.Module):
         self, maps: list[Tensor], proposals: Tensor, objectness: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Boxes ``(B, K, P, 4)`` and scores ``(B, K, P)`` of the proposals."""
-        heads = self.net.roi_heads
-        batch, count = proposals.shape[:2]
+        heads, count = self.net.roi_heads, proposals.shape[1]
         flat = proposals.flatten(0, 1)
-        image = torch.arange(batch, device=flat.device).repeat_interleave(count)
-        regions = torch.cat([image[:, None].to(flat.dtype), flat], dim=1)
-        level = self._level(flat)
-        pool = heads.box_roi_pool
-        side, ratio = pool.output_size, pool.sampling_ratio
-        pooled = torch.stack(
-            [
-                roi_align(m, regions, side, scale, ratio) * (level == i)[:, None, None, None]
-                # without the extra level, from which only proposals come
-                for i, (scale, m) in enumerate(zip(pool.scales, maps, strict=False))
-            ]
-        ).sum(dim=0)
+        pooled = self._pool(maps, proposals, heads.box_roi_pool)
         logits, offsets = heads.box_predictor(heads.box_head(pooled))
         scores = logits.softmax(dim=1)[:, 1:].unflatten(0, (-1, count))  # without the background
         weights = torch.tensor(heads.box_coder.weights, device=flat.device)
@@ -180,6 +173,31 @@ class ExportableDetector(nn.Module):
         large = ((boxes[..., 2:] - boxes[..., :2]) >= 1e-2).all(dim=-1)
         scores = scores * large * (objectness > 0)[..., None]
         return boxes.transpose(1, 2), scores.transpose(1, 2)
+
+    def _masks(self, maps: list[Tensor], boxes: Tensor, labels: Tensor) -> Tensor:
+        """Probabilities ``(B, N, M, M)`` in boxes ``(B, N, 4)`` of labels ``(B, N)``."""
+        heads = self.net.roi_heads
+        logits = heads.mask_predictor(heads.mask_head(self._pool(maps, boxes, heads.mask_roi_pool)))
+        side = logits.shape[-1]
+        label = (labels.flatten() + 1)[:, None, None, None].expand(-1, 1, side, side)
+        own = logits.gather(1, label)[:, 0]  # of the predicted class; class 0 is the background
+        return own.sigmoid().unflatten(0, (-1, boxes.shape[1]))
+
+    def _pool(self, maps: list[Tensor], boxes: Tensor, pool: MultiScaleRoIAlign) -> Tensor:
+        """Features ``(B N, C, side, side)`` of boxes ``(B, N, 4)``, each from one level."""
+        batch, count = boxes.shape[:2]
+        flat = boxes.flatten(0, 1)
+        image = torch.arange(batch, device=flat.device).repeat_interleave(count)
+        regions = torch.cat([image[:, None].to(flat.dtype), flat], dim=1)
+        level = self._level(flat)
+        side, ratio = pool.output_size, pool.sampling_ratio
+        return torch.stack(
+            [
+                roi_align(m, regions, side, scale, ratio) * (level == i)[:, None, None, None]
+                # without the extra level, from which only proposals come
+                for i, (m, scale) in enumerate(zip(maps, pool.scales, strict=False))
+            ]
+        ).sum(dim=0)
 
     def _level(self, boxes: Tensor) -> Tensor:
         """Index of the pyramid level that a box is pooled from (Lin et al. 2017, eq. 1)."""

@@ -32,12 +32,18 @@ from vissl_lite.transfer.detection.anchors import (
     level_strides,
 )
 from vissl_lite.transfer.detection.data import BoxedImage
+from vissl_lite.transfer.detection.masks import MASK_SIDE, MaskHeads, paste_mask
 from vissl_lite.transfer.detection.options import DetectorName
 from vissl_lite.transfer.finetuning import load_with_head, save_with_head
 from vissl_lite.transfer.pyramid import Pyramid, PyramidModel
+from vissl_lite.transfer.sources.run_lengths import mask_of_runs
+from vissl_lite.transfer.sources.shapes import Shape
 
 # Boxes with a lower score are dropped. It is low because mean average precision needs weak boxes.
 MIN_SCORE = 0.05
+
+# Detectors that classify proposals, with class 0 as the background.
+TWO_STAGES = ("faster_rcnn", "mask_rcnn")
 
 # Channels of the pyramid and the heads: half as many as in the papers, for small data sets.
 PYRAMID_CHANNELS = 128
@@ -50,11 +56,27 @@ class Detections(NamedTuple):
         boxes: Array ``(N, 4)`` float32 of x1, y1, x2, y2 in pixels of the image.
         scores: Array ``(N,)`` of values in [0, 1].
         labels: Array ``(N,)`` of class indices.
+        masks: The N masks at the size of the image, as run lengths; None without a mask head.
     """
 
     boxes: np.ndarray
     scores: np.ndarray
     labels: np.ndarray
+    masks: tuple[Shape, ...] | None = None
+
+    def drawn(self, kept: np.ndarray, size: tuple[int, int]) -> Iterator[np.ndarray]:
+        """Decode masks one by one; none without a mask head.
+
+        Args:
+            kept: ``(N,)`` bool, which of the masks.
+            size: Height and width of the image.
+
+        Yields:
+            ``(H, W)`` uint8 of 0 and 1.
+        """
+        for mask, wanted in zip(self.masks or (), kept, strict=False):
+            if wanted:
+                yield mask_of_runs(mask.run_lengths(), size)
 
 
 class _PyramidBackbone(nn.Module):
@@ -93,15 +115,15 @@ class _IdentityTransform(nn.Module):
         return found
 
 
-def _roi_pool(strides: Sequence[int]) -> MultiScaleRoIAlign:
-    """Pooling of 7x7 from the maps of a pyramid, without an extra level.
+def _roi_pool(strides: Sequence[int], side: int) -> MultiScaleRoIAlign:
+    """Pooling of regions from the maps of a pyramid, without an extra level.
 
     Args:
         strides: Strides of the pyramid, fine to coarse.
+        side: Height and width of a pooled region.
     """
-    pool = MultiScaleRoIAlign(
-        [str(index) for index in range(len(strides))], output_size=7, sampling_ratio=2
-    )
+    names = [str(index) for index in range(len(strides))]
+    pool = MultiScaleRoIAlign(names, output_size=side, sampling_ratio=2)
     # torchvision would round the strides to powers of 2, which a ViT of 14-pixel patches has not
     pool.scales = [1 / stride for stride in strides]
     finest, coarsest = (int(math.log2(stride)) for stride in (strides[0], strides[-1]))
@@ -124,8 +146,9 @@ class Detector(PyramidModel):
     Args:
         encoder: Backbone of the detector. It is not copied.
         classes: Names of the K classes.
-        kind: Architecture: ``fcos`` (Tian et al. 2019), ``retinanet`` (Lin et al. 2017) or
-            ``faster_rcnn`` (Ren et al. 2015, with the pyramid of Lin et al. 2017).
+        kind: Architecture: ``fcos`` (Tian et al. 2019), ``retinanet`` (Lin et al. 2017),
+            ``faster_rcnn`` (Ren et al. 2015, with the pyramid of Lin et al. 2017) or ``mask_rcnn``
+            (He et al. 2017), which adds a mask head to it.
         canvas: Height and width in pixels of the input, which images are resized and padded to.
         anchor_scale: Smallest anchor of a level as a multiple of its stride. FCOS has no anchors.
 
@@ -173,7 +196,7 @@ class Detector(PyramidModel):
                 maps,
                 count + 1,  # class 0 is the background
                 rpn_anchor_generator=anchors,
-                box_roi_pool=_roi_pool(pyramid.strides),
+                box_roi_pool=_roi_pool(pyramid.strides, 7),
                 box_score_thresh=MIN_SCORE,
                 # fewer than torchvision's defaults, for small images and computers
                 rpn_pre_nms_top_n_train=1000,
@@ -184,6 +207,12 @@ class Detector(PyramidModel):
                 **size_limits,
             )
             heads = [self.net.rpn.head, self.net.roi_heads.box_predictor]
+            if kind == "mask_rcnn":
+                pool = _roi_pool(pyramid.strides, MASK_SIDE // 2)
+                self.net.roi_heads = MaskHeads(
+                    self.net.roi_heads, pool, PYRAMID_CHANNELS, count + 1
+                )
+                heads.append(self.net.roi_heads.mask_predictor)
         self.heads = heads  # a plain list, so that the parameters are not registered twice
         for head in heads:
             head.register_forward_hook(_to_float)
@@ -201,20 +230,24 @@ class Detector(PyramidModel):
         Args:
             images: Normalized images ``(B, C, H, W)``.
             targets: ``boxes`` ``(N, 4)`` in pixels and ``labels`` ``(N,)``, counted from 0, of
-                each image.
+                each image; with a mask head also ``masks`` ``(N, H, W)`` and ``drawn`` ``(N,)``,
+                see ``MaskHeads``.
 
         Returns:
             Scalar losses by torchvision's names.
         """
-        if self.kind == "faster_rcnn":
+        if self.kind in TWO_STAGES:
             targets = [{**target, "labels": target["labels"] + 1} for target in targets]
         losses: dict[str, Tensor] = self.net(images, targets)
         return losses
 
     def forward(self, images: Tensor) -> list[dict[str, Tensor]]:
-        """Return ``boxes``, ``scores`` and ``labels`` (from 0) for each normalized image."""
+        """Return ``boxes``, ``scores`` and ``labels`` (from 0) for each normalized image.
+
+        With a mask head also ``masks`` ``(N, 1, 28, 28)``: probabilities of cells of the boxes.
+        """
         found: list[dict[str, Tensor]] = self.net(images)
-        if self.kind == "faster_rcnn":
+        if self.kind in TWO_STAGES:
             found = [{**one, "labels": one["labels"] - 1} for one in found]
         return found
 
@@ -372,12 +405,18 @@ def _check_head_outputs(detector: Detector) -> Iterator[list[str]]:
 def _to_image(output: dict[str, Tensor], scale: float, size: tuple[int, int]) -> Detections:
     """Convert boxes from the canvas to pixels of the image, and drop those in the padding."""
     boxes = output["boxes"].float().cpu().numpy() / scale
+    whole = boxes.copy()  # masks are relative to boxes that are not clipped
     boxes[:, 0::2] = boxes[:, 0::2].clip(0, size[1])
     boxes[:, 1::2] = boxes[:, 1::2].clip(0, size[0])
     scores, labels = output["scores"].float().cpu().numpy(), output["labels"].cpu().numpy()
     inside = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(axis=1)
     order = np.argsort(-scores[inside], kind="stable")
-    return Detections(boxes[inside][order], scores[inside][order], labels[inside][order])
+    masks = None
+    if "masks" in output:
+        cells = output["masks"][:, 0].float().cpu().numpy()
+        kept = np.flatnonzero(inside)[order]
+        masks = tuple(paste_mask(cells[index], whole[index], size) for index in kept)
+    return Detections(boxes[inside][order], scores[inside][order], labels[inside][order], masks)
 
 
 def save_detector(detector: Detector, folder: Path, about: dict[str, Any]) -> None:

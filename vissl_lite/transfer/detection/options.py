@@ -6,7 +6,7 @@ from typing import Literal
 from vissl_lite.transfer.finetuning import TransferSettings
 from vissl_lite.transfer.options import AnnotationsOption, SourceOptions
 
-DetectorName = Literal["fcos", "retinanet", "faster_rcnn"]
+DetectorName = Literal["fcos", "retinanet", "faster_rcnn", "mask_rcnn"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +14,9 @@ class DetectionOptions(SourceOptions, AnnotationsOption):
     """Command-line options of detection."""
 
     detector: DetectorName = "faster_rcnn"
-    """Detector architecture. faster_rcnn learns fastest from few images."""
+    """Detector architecture. faster_rcnn learns fastest from few images. mask_rcnn is faster_rcnn
+    that also segments each object; it needs polygons or run lengths of objects in the
+    annotations."""
     multi_scale: bool = False
     """Resize each training batch by a random factor from 0.75 to 1.25, for detection."""
 

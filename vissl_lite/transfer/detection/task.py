@@ -18,7 +18,7 @@ from vissl_lite.plots import Picture, class_colors, draw_boxes, plot_grid, plot_
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.base import Task, sample, spread
-from vissl_lite.transfer.detection.data import LabelledBoxes, load_boxes
+from vissl_lite.transfer.detection.data import BoxedImage, LabelledBoxes, load_boxes
 from vissl_lite.transfer.detection.export import ONNX_TRANSLATIONS, ExportableDetector
 from vissl_lite.transfer.detection.metrics import DetectionScores, score_detector
 from vissl_lite.transfer.detection.model import (
@@ -41,6 +41,7 @@ from vissl_lite.transfer.exporting import ExportModel, Normalization
 from vissl_lite.transfer.prediction import Predictions, growing_file
 from vissl_lite.transfer.pyramid import report_use, shrunk
 from vissl_lite.transfer.sources.parts import Split
+from vissl_lite.transfer.sources.shapes import as_coco
 
 log = logging.getLogger(__name__)
 
@@ -53,10 +54,13 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
     name = "detection"
     options = DetectionOptions
     settings = DetectorSettings
-    curves = ("loss", "val_map", "val_map_50", "lr")
+    curves = ("loss", "val_mask_map", "val_mask_map_50", "val_map", "val_map_50", "lr")
 
     def load_data(self, source: str, settings: DetectorSettings) -> LabelledBoxes:
-        return load_boxes(source, settings.annotations, settings.seed, options=settings)
+        with_shapes = settings.detector == "mask_rcnn"
+        return load_boxes(
+            source, settings.annotations, settings.seed, options=settings, with_shapes=with_shapes
+        )
 
     def image_size(self, data: LabelledBoxes, settings: DetectorSettings) -> int | None:
         return suitable_size(data.paths("train"), side=max, most=416)
@@ -69,7 +73,8 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
         report_use(encoder, source)
 
     def metric_names(self, data: LabelledBoxes) -> tuple[str, ...]:
-        return ("map", "map_50")
+        masks = ("mask_map", "mask_map_50") if data.with_shapes else ()
+        return (*masks, "map", "map_50")
 
     def build(self, encoder: Encoder, data: LabelledBoxes, settings: DetectorSettings) -> Detector:
         return build_detector(encoder, data, settings)
@@ -113,12 +118,16 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
             truth, found = scores.images[index], scores.found[index]
             image = read_image(truth.path)
             sure = found.scores >= model.threshold
-            boxes, labels = found.boxes[sure], found.labels[sure]
+            drawn = draw_boxes(
+                image,
+                found.boxes[sure],
+                found.labels[sure],
+                classes,
+                found.scores[sure],
+                found.drawn(sure, truth.size),
+            )
             rows.append(
-                [
-                    Picture(shrunk(draw_boxes(image, truth.boxes, truth.labels, classes))),
-                    Picture(shrunk(draw_boxes(image, boxes, labels, classes, found.scores[sure]))),
-                ]
+                [Picture(shrunk(_draw_truth(image, truth, classes))), Picture(shrunk(drawn))]
             )
         colors = dict(zip(classes, class_colors(len(classes)), strict=True))
         columns = ("truth", f"prediction\n{shown_boxes(model)}")
@@ -130,14 +139,15 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
         image = read_image(one.path)
         counts = np.bincount(one.labels, minlength=len(data.classes))
         words = [f"{counts[n]} {data.classes[n]}" for n in np.flatnonzero(counts)]
-        drawn = draw_boxes(image, one.boxes, one.labels, data.classes)
+        drawn = _draw_truth(image, one, data.classes)
         return Picture(shrunk(drawn), ", ".join(words) or "no boxes")
 
     def predict(self, model: Detector, predictions: Predictions) -> tuple[Path, int]:
         """Write predictions in COCO's format, with a score for each annotation.
 
-        Pictures show the boxes above the threshold. As a COCO file can't be written image by image,
-        the predictions first go to a JSON Lines file.
+        With a mask head each has a ``segmentation``, too, in compressed run lengths, whose pixels
+        are its ``area``. Pictures show the objects above the threshold. As a COCO file can't be
+        written image by image, the predictions first go to a JSON Lines file.
         """
         if predictions.pictures:
             log.info("The pictures show boxes of %s", shown_boxes(model))
@@ -155,6 +165,9 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
                         {"id": next(annotations), "image_id": number, **_annotation(*box)}
                         for box in zip(one.boxes, one.scores, one.labels, strict=True)
                     ]
+                    for box, mask in zip(boxes, one.masks or (), strict=False):
+                        area = int(mask.area)
+                        box |= {"area": area, "segmentation": as_coco(mask, (height, width))}
                     out.write(json.dumps({"image": image, "annotations": boxes}) + "\n")
                     sure = one.scores >= model.threshold
                     drawn = partial(
@@ -163,6 +176,7 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
                         labels=one.labels[sure],
                         classes=model.classes,
                         scores=one.scores[sure],
+                        masks=one.drawn(sure, (height, width)),
                     )
                     predictions.draw(number - 1, path, drawn)
                 out.flush()
@@ -186,10 +200,11 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
             Normalization(model.encoder), ExportableDetector(model), nn.Identity()
         )
         about = {"classes": json.dumps(model.classes), "threshold": str(model.threshold)}
+        masks = ("masks",) if model.kind == "mask_rcnn" else ()
         return ExportModel(
             layers,
             self.name,
-            ("boxes", "scores", "labels"),
+            ("boxes", "scores", "labels", *masks),
             model.canvas,
             None,
             about,
@@ -198,6 +213,11 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
             preparation="fitted into {size} pixels, at the upper left, on gray",
             translations=ONNX_TRANSLATIONS,
         )
+
+
+def _draw_truth(image: np.ndarray, truth: BoxedImage, classes: list[str]) -> np.ndarray:
+    drawn = (truth.mask(i) if there else None for i, there in enumerate(truth.has_shape))
+    return draw_boxes(image, truth.boxes, truth.labels, classes, masks=drawn)
 
 
 def shown_boxes(model: Detector) -> str:

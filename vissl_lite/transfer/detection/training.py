@@ -3,12 +3,14 @@
 import copy
 from collections.abc import Sequence
 
+import cv2
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from vissl_lite.data.images import read_image
-from vissl_lite.data.labeled_views import BoxView, box_pipeline
+from vissl_lite.data.labeled_views import BoxView, InstanceView, box_pipeline
 from vissl_lite.data.stream import Batch, Item, KeyedDataset
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError
@@ -28,10 +30,17 @@ class DetectorTraining(PyramidTraining[Detector, DetectorSettings]):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images = self.model.encoder.normalize(batch.views[0])
-        stretch = torch.ones(4, device=images.device)
+        stretch, width = torch.ones(4, device=images.device), images.shape[-1]
         if self.settings.multi_scale:
             images, stretch = rescale_batch(images)
-        targets = [{"boxes": boxes * stretch, "labels": labels} for boxes, labels in batch.targets]
+        targets = []
+        for boxes, labels, *masks in batch.targets:
+            target = {"boxes": boxes * stretch, "labels": labels}
+            if masks:
+                bits, drawn = masks
+                unpacked = unpack_masks(bits, width)
+                target |= {"masks": resize_masks(unpacked, images.shape[-2:]), "drawn": drawn}
+            targets.append(target)
         losses = self.model.losses(images, targets)
         loss = torch.stack(list(losses.values())).sum()
         self.log("loss", loss.detach())
@@ -55,6 +64,31 @@ def rescale_batch(images: Tensor) -> tuple[Tensor, Tensor]:
     return images, torch.tensor([x, y, x, y], device=images.device)
 
 
+def unpack_masks(bits: Tensor, width: int) -> Tensor:
+    """Unpack masks that ``numpy.packbits`` has packed along their rows, to travel to the device.
+
+    Args:
+        bits: ``(N, H, ceil(width / 8))`` uint8.
+        width: Width of the masks in pixels.
+
+    Returns:
+        Masks ``(N, H, width)`` bool.
+    """
+    places = torch.arange(7, -1, -1, device=bits.device, dtype=torch.uint8)
+    unpacked = (bits[..., None] >> places & 1).flatten(2)
+    return unpacked[..., :width] > 0
+
+
+def resize_masks(masks: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize masks ``(N, H, W)`` bool to a height and width; a pixel half covered is inside."""
+    if masks.shape[-2:] == tuple(size):
+        return masks
+    if not len(masks):
+        return masks.new_zeros((0, *size))
+    resized = F.interpolate(masks[None].float(), list(size), mode="bilinear", antialias=True)
+    return resized[0] >= 0.5
+
+
 def check_rescaling(encoder: Encoder) -> None:
     """Raise a UserError if an encoder accepts only images of its own size."""
     other = encoder.image_size + 32
@@ -72,27 +106,62 @@ class BoxDataset(KeyedDataset):
     Args:
         images: Images with their boxes. Ignored boxes are left out.
         canvas: Height and width of a view in pixels.
-        settings: Provides ``min_crop_scale``, ``upright`` and ``seed``.
+        settings: Provides ``detector``, ``min_crop_scale``, ``upright`` and ``seed``.
     """
 
     def __init__(
         self, images: Sequence[BoxedImage], canvas: tuple[int, int], settings: DetectorSettings
     ) -> None:
         super().__init__([image.path for image in images], settings.seed)
-        self.images = images
-        self.view = BoxView(box_pipeline(canvas, settings.min_crop_scale, settings.upright))
+        self.images, self.canvas = images, canvas
+        steps = box_pipeline(canvas, settings.min_crop_scale, settings.upright)
+        self.view = BoxView(steps)
+        self.instances = InstanceView(steps) if settings.detector == "mask_rcnn" else None
         self.shortest = round(min(canvas) * settings.min_crop_scale**-0.5)
 
     def item(self, epoch: int, index: int) -> Item:
-        """Return a view of one image, with boxes ``(N, 4)`` and labels ``(N,)`` as the target."""
+        """Return a view of one image, with boxes ``(N, 4)`` and labels ``(N,)`` as the target.
+
+        For Mask R-CNN also with masks, packed as bits along their rows, and ``(N,)`` bool, which
+        objects have a mask.
+        """
         truth = self.images[index]
         image = read_image(truth.path, self.shortest)
         kept = ~truth.ignored
+        if self.instances is not None:
+            return self._item_with_masks(self.instances, epoch, index, image)
         boxes = truth.boxes[kept] * (image.shape[1] / truth.size[1])
         view, boxes, labels = self.view(image, boxes, truth.labels[kept], self.seed, epoch, index)
         large = ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(axis=1)
         target = torch.from_numpy(boxes[large]), torch.from_numpy(labels[large])
         return Item([view], index, [], target)
+
+    def _item_with_masks(
+        self, view: InstanceView, epoch: int, index: int, image: np.ndarray
+    ) -> Item:
+        truth = self.images[index]
+        scale = min(new / old for new, old in zip(self.canvas, image.shape, strict=False))
+        if scale < 1:  # as the view does first; masks of many objects are then small from the start
+            height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+            image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+        size = image.shape[0], image.shape[1]
+        kept = np.flatnonzero(~truth.ignored)
+        drawn = truth.has_shape[kept]
+        masks = [truth.mask(number, size) for number in kept[drawn]]
+        boxes = truth.boxes[kept] * np.tile(np.divide(size, truth.size)[::-1], 2)
+        stacked = np.stack(masks) if masks else np.empty((0, *size), np.uint8)
+        made, boxes, pixels, numbers = view(
+            image, boxes.astype(np.float32), stacked, drawn, self.seed, epoch, index
+        )
+        large = ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(axis=1)
+        numbers = numbers[large]
+        target = (
+            torch.from_numpy(boxes[large]),
+            torch.from_numpy(truth.labels[kept][numbers]),
+            torch.from_numpy(np.packbits(pixels[large], axis=-1)),
+            torch.from_numpy(drawn[numbers]),
+        )
+        return Item([made], index, [], target)
 
 
 def build_detector(encoder: Encoder, data: LabelledBoxes, settings: DetectorSettings) -> Detector:
@@ -142,7 +211,7 @@ def train_detector(
 
 
 def validate_detector(detector: Detector, part: Sequence[BoxedImage]) -> dict[str, float]:
-    """Mean average precision on some images: ``map`` and ``map_50``.
+    """Metrics of a detector on some images; see ``DetectionScores.metrics``.
 
     Args:
         detector: Detector to evaluate.

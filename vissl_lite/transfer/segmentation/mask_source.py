@@ -12,41 +12,13 @@ from PIL import Image
 from vissl_lite.data.headers import image_header, opened_image
 from vissl_lite.data.reading import check_pixels, read_regular
 from vissl_lite.errors import UserError
+from vissl_lite.transfer.sources.shapes import TURNS, Shape, draw_shape
 
 # Mask value of pixels that are excluded from training and evaluation.
 IGNORE_INDEX = 255
 
-# Binary places of a coordinate that is rasterized.
-_SHIFT = 4
-
 # Size of shapes whose coordinates are relative to width and height, as in YOLO's format.
 RELATIVE_SIZE = (1.0, 1.0)
-
-# Larger coordinates overflow the integers of OpenCV.
-_MAX_COORDINATE = 2**20
-
-# EXIF orientations that swap height and width, and what turns a stored mask (EXIF 2.32, 4.6.4).
-_TURNS = {
-    5: lambda mask: mask.T,
-    6: lambda mask: np.rot90(mask, -1),
-    7: lambda mask: np.rot90(mask, 2).T,
-    8: lambda mask: np.rot90(mask),
-}
-
-
-class Shape(NamedTuple):
-    """An object of one class.
-
-    Attributes:
-        number: Class index.
-        outlines: Polygons whose union is the object; each float32 x1, y1, x2, y2 and so on.
-        runs: Instead, uint32 lengths of runs of pixels outside and inside the object in turn, in
-            column-major order, as in COCO's RLE.
-    """
-
-    number: int
-    outlines: tuple[bytes, ...] = ()
-    runs: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -59,7 +31,8 @@ class MaskSource:
         levels: 256 bytes: the class index of each gray value; None if values are class indices.
         colors: RGB colors (as ``65536 R + 256 G + B``) with their class indices, sorted; None if
             masks are gray.
-        shapes: Objects on a background of class 0, smaller ones over larger ones.
+        shapes: Class index and shape of each object, on a background of class 0, smaller objects
+            over larger ones.
         image: Image of the shapes.
         size: Height and width of the image in the coordinates of the shapes.
     """
@@ -67,7 +40,7 @@ class MaskSource:
     files: tuple[str, ...]
     levels: bytes | None = None
     colors: tuple[tuple[int, int], ...] | None = None
-    shapes: tuple[Shape, ...] | None = None
+    shapes: tuple[tuple[int, Shape], ...] | None = None
     image: str = ""
     size: tuple[float, float] = RELATIVE_SIZE
 
@@ -256,45 +229,17 @@ def read_mask(path: str | Path) -> np.ndarray:
     return values
 
 
-def _rasterize(shapes: tuple[Shape, ...], size: tuple[float, float], image: str) -> np.ndarray:
+def _rasterize(
+    shapes: tuple[tuple[int, Shape], ...], size: tuple[float, float], image: str
+) -> np.ndarray:
     """Draw shapes at the size of the image after its EXIF rotation."""
     height, width, orientation = image_header(image)
     # Shapes drawn on the stored image are turned with it.
-    turn = _TURNS.get(orientation) if size == (width, height) and width != height else None
+    turn = TURNS.get(orientation) if size == (width, height) and width != height else None
     if turn is not None:
         height, width = width, height
     check_pixels(height, width, image)
-    scale = np.array([1.0, 1.0])
-    if min(size) > 0:
-        scale = np.array([width / size[1], height / size[0]])
     mask = np.zeros((height, width), np.uint8)
-    for shape in sorted(shapes, key=_area, reverse=True):
-        if shape.runs:
-            mask[_inside(shape.runs, size, mask.shape)] = shape.number
-        for outline in shape.outlines:
-            # Integers are the edges of pixels in annotations, and their centers in OpenCV.
-            points = _points(outline) * scale - 0.5
-            points = np.clip(points, -_MAX_COORDINATE, _MAX_COORDINATE)
-            fixed = np.round(points * (1 << _SHIFT)).astype(np.int32)
-            cv2.fillPoly(mask, [fixed], (shape.number,), shift=_SHIFT)
+    for number, shape in sorted(shapes, key=lambda one: one[1].area, reverse=True):
+        draw_shape(mask, shape, size, number)
     return np.ascontiguousarray(mask if turn is None else turn(mask))
-
-
-def _points(outline: bytes) -> np.ndarray:
-    return np.frombuffer(outline, np.float32).reshape(-1, 2)
-
-
-def _area(shape: Shape) -> float:
-    runs = np.frombuffer(shape.runs, np.uint32)
-    outlined = sum(cv2.contourArea(_points(outline)) for outline in shape.outlines)
-    return float(runs[1::2].sum(dtype=np.int64)) + outlined
-
-
-def _inside(runs: bytes, size: tuple[float, float], shape: tuple[int, ...]) -> np.ndarray:
-    """The pixels of an object from its runs, ``(H, W)`` bool."""
-    lengths = np.frombuffer(runs, np.uint32)
-    inside = np.repeat(np.arange(len(lengths), dtype=np.uint8) % 2, lengths)
-    mask = inside.reshape(int(size[1]), int(size[0])).T
-    if mask.shape != shape:
-        mask = cv2.resize(mask, shape[::-1], interpolation=cv2.INTER_NEAREST)
-    return np.asarray(mask > 0)

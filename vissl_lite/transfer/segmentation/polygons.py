@@ -1,16 +1,12 @@
 """Masks from shapes: COCO's polygons and RLE, YOLO's polygons, LabelMe's shapes."""
 
-import math
 import os
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from vissl_lite.data.json_file import read_json
-from vissl_lite.data.reading import max_pixels
 from vissl_lite.data.text_file import read_text
 from vissl_lite.data.yaml_file import read_yaml
 from vissl_lite.errors import UserError
@@ -18,13 +14,18 @@ from vissl_lite.transfer.segmentation.mask_source import (
     IGNORE_INDEX,
     RELATIVE_SIZE,
     MaskSource,
-    Shape,
 )
 from vissl_lite.transfer.segmentation.mask_values import BACKGROUND
 from vissl_lite.transfer.sources.file_tree import FileTree, part_below
 from vissl_lite.transfer.sources.parts import Split, part_of_file, part_of_name, part_of_path
 from vissl_lite.transfer.sources.reading_log import MISSING_IMAGE, ReadingLog
-from vissl_lite.transfer.sources.run_lengths import runs_of_text
+from vissl_lite.transfer.sources.shapes import (
+    Shape,
+    coco_shape,
+    labelme_shape,
+    outline_of,
+    positive_number,
+)
 
 _UNREADABLE = "object without a polygon or RLE that can be read, left out"
 _UNKNOWN_CLASS = "object of an unknown class, left out"
@@ -33,9 +34,6 @@ _UNKNOWN_CLASS = "object of an unknown class, left out"
 _MAX_TEXT_BYTES = 2**26
 
 _Contents = Iterable[tuple[Path, Any]]  # JSON files with what they hold
-
-# Points of a circle of LabelMe.
-_CIRCLE = 64
 
 
 class DrawnImage(NamedTuple):
@@ -46,7 +44,7 @@ class DrawnImage(NamedTuple):
         part: Part that the annotations name.
         file: File of the shapes.
         size: Height and width in the coordinates of the shapes; zeros if unknown.
-        shapes: Class name and the shape of each object; its number is set by ``with_classes``.
+        shapes: Class name and the shape of each object.
     """
 
     image: str
@@ -119,31 +117,10 @@ def with_classes(drawn: Drawn) -> tuple[list[tuple[MaskSource, tuple[int, ...]]]
     numbers = {name: number for number, name in enumerate(names)}
     masks = []
     for one in drawn.images:
-        shapes = tuple(shape._replace(number=numbers.get(name, 0)) for name, shape in one.shapes)
+        shapes = tuple((numbers.get(name, 0), shape) for name, shape in one.shapes)
         mask = MaskSource((one.file,), shapes=shapes, image=one.image, size=one.size)
-        masks.append((mask, tuple(sorted({0, *(shape.number for shape in shapes)}))))
+        masks.append((mask, tuple(sorted({0, *(number for number, _ in shapes)}))))
     return masks, names
-
-
-def _outline(values: Any) -> bytes | None:
-    """The points of a polygon from a list of x and y in turn; None if it is none."""
-    if not isinstance(values, list) or len(values) < 6 or len(values) % 2:
-        return None
-    try:
-        points = np.array(values, np.float64)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    if points.ndim != 1 or not np.isfinite(points).all():
-        return None
-    return np.clip(points, -1e9, 1e9).astype(np.float32).tobytes()
-
-
-def _number(value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return 0.0
-    return number if math.isfinite(number) and 0 < number < 1e9 else 0.0
 
 
 # COCO
@@ -183,7 +160,7 @@ def _read_coco(contents: _Contents, tree: FileTree, log: ReadingLog) -> Drawn:
             if image is None:
                 log.add(MISSING_IMAGE, name)
                 continue
-            size = (_number(one.get("height")), _number(one.get("width")))
+            size = (positive_number(one.get("height")), positive_number(one.get("width")))
             own = part or part_below(image, tree)
             fresh = DrawnImage(image, own, str(file), size, [])
             if own is not None:
@@ -194,7 +171,7 @@ def _read_coco(contents: _Contents, tree: FileTree, log: ReadingLog) -> Drawn:
             if drawn is None:
                 continue
             name = categories.get(str(one.get("category_id")))
-            shape = _coco_shape(one.get("segmentation"), drawn.size)
+            shape = coco_shape(one.get("segmentation"), drawn.size)
             if shape is None and one.get("bbox") and not one.get("segmentation"):
                 boxes += 1
             elif shape is None:
@@ -216,31 +193,8 @@ def _part_of_annotations(file: Path, tree: FileTree) -> Split | None:
 def _categories(listed: Any) -> dict[str, str]:
     """Class names by id, in the order of ids."""
     rows = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
-    rows.sort(key=lambda one: (_number(one.get("id")), str(one.get("id"))))
+    rows.sort(key=lambda one: (positive_number(one.get("id")), str(one.get("id"))))
     return {str(one.get("id")): str(one.get("name", one.get("id"))).strip() for one in rows}
-
-
-def _coco_shape(segmentation: Any, size: tuple[float, float]) -> Shape | None:
-    if isinstance(segmentation, list):
-        outlines = [outline for one in segmentation if (outline := _outline(one)) is not None]
-        return Shape(0, tuple(outlines)) if outlines else None
-    if not isinstance(segmentation, dict):
-        return None
-    own, counts = segmentation.get("size"), segmentation.get("counts")
-    if not isinstance(own, list) or tuple(map(_number, own)) != size:
-        return None
-    if isinstance(counts, str):
-        counts = runs_of_text(counts)
-    pixels = int(size[0]) * int(size[1])
-    if not isinstance(counts, list) or not 0 < pixels <= max_pixels():
-        return None
-    if not all(type(count) is int and 0 <= count <= pixels for count in counts):
-        return None
-    rest = pixels - sum(counts)
-    if rest < 0 or not any(counts[1::2]):
-        return None
-    counts = [*counts, *([rest] if len(counts) % 2 == 0 else [0, rest])]  # the last may be missing
-    return Shape(0, runs=np.array(counts, np.uint32).tobytes())
 
 
 # LabelMe
@@ -269,14 +223,17 @@ def _read_labelme(contents: _Contents, tree: FileTree, log: ReadingLog) -> Drawn
         if image is None or image in images:
             log.add(MISSING_IMAGE, str(file))
             continue
-        size = (_number(content.get("imageHeight")), _number(content.get("imageWidth")))
+        size = (
+            positive_number(content.get("imageHeight")),
+            positive_number(content.get("imageWidth")),
+        )
         shapes = []
         for shape in content["shapes"]:
-            outline = _labelme_outline(shape) if isinstance(shape, dict) else None
-            if outline is None:
+            drawn = labelme_shape(shape) if isinstance(shape, dict) else None
+            if drawn is None:
                 log.add(_UNREADABLE, str(file))
                 continue
-            shapes.append((str(shape.get("label")).strip(), Shape(0, (outline,))))
+            shapes.append((str(shape.get("label")).strip(), drawn))
         images[image] = DrawnImage(image, part or part_below(image, tree), str(file), size, shapes)
     found = list(images.values())
     classes = sorted({name for one in found for name, _ in one.shapes})
@@ -287,24 +244,6 @@ def _named_like(file: Path) -> list[Path]:
     return [
         file.with_suffix(suffix) for suffix in (".jpg", ".png", ".jpeg", ".JPG", ".tif", ".bmp")
     ]
-
-
-def _labelme_outline(shape: dict[str, Any]) -> bytes | None:
-    points, kind = shape.get("points"), shape.get("shape_type") or "polygon"
-    if not isinstance(points, list) or not all(isinstance(p, list) and len(p) == 2 for p in points):
-        return None
-    flat = [value for point in points for value in point]
-    if not all(isinstance(value, int | float) and math.isfinite(value) for value in flat):
-        return None
-    if kind == "rectangle" and len(points) == 2:
-        (x1, y1), (x2, y2) = points
-        return _outline([x1, y1, x2, y1, x2, y2, x1, y2])
-    if kind == "circle" and len(points) == 2:
-        (x, y), (x2, y2) = points
-        radius, angles = math.hypot(x2 - x, y2 - y), np.linspace(0, 2 * np.pi, _CIRCLE, False)
-        ring = np.stack([x + radius * np.cos(angles), y + radius * np.sin(angles)], axis=1)
-        return _outline(ring.ravel().tolist())
-    return _outline(flat) if kind == "polygon" else None
 
 
 # YOLO
@@ -339,13 +278,13 @@ def _read_yolo(tree: FileTree, labels: FileTree, log: ReadingLog) -> Drawn | Non
                 number = int(float(words[0]))
             except (ValueError, OverflowError):
                 values, number = [], -1
-            outline = _outline(values)
+            outline = outline_of(values)
             if outline is None or not 0 <= number < IGNORE_INDEX:
                 if len(words) not in (5, 6):
                     log.add(_UNREADABLE, file)
                 continue
             largest = max(largest, number)
-            shapes.append((str(number), Shape(0, (outline,))))
+            shapes.append((str(number), Shape((outline,))))
         own = part or part_below(image, tree)
         images.append(DrawnImage(image, own, file, RELATIVE_SIZE, shapes))
         if own is not None:

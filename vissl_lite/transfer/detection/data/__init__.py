@@ -20,9 +20,12 @@ from vissl_lite.transfer.detection.data.discovery import read_annotations
 from vissl_lite.transfer.options import DEFAULT_SOURCE, SourceOptions
 from vissl_lite.transfer.sources.parts import PARTS, Split, complete_parts, rarest_classes
 from vissl_lite.transfer.sources.reading_log import ReadingLog
+from vissl_lite.transfer.sources.shapes import Shape, as_coco, draw_shape
 from vissl_lite.transfer.sources.tables import is_utf8
 
 log = logging.getLogger(__name__)
+
+BOX_ONLY = "object without a shape, whose box alone is used"
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class BoxedImage:
         labels: Array ``(N,)`` int64 of indices into the classes of the data set.
         ignored: Array ``(N,)`` bool of COCO's ``iscrowd`` or VOC's ``difficult``. Such boxes are
             not trained on and do not count in evaluation.
+        shapes: Polygons or run lengths of the N objects in pixels, after applying the EXIF
+            orientation; None for objects that have a box only. Empty unless shapes were asked for.
     """
 
     path: str
@@ -44,6 +49,28 @@ class BoxedImage:
     boxes: np.ndarray
     labels: np.ndarray
     ignored: np.ndarray
+    shapes: tuple[Shape | None, ...] = ()
+
+    @property
+    def has_shape(self) -> np.ndarray:
+        """Array ``(N,)`` bool that tells which objects have a shape."""
+        shapes = self.shapes or (None,) * len(self.boxes)
+        return np.array([shape is not None for shape in shapes], bool)
+
+    def mask(self, index: int, size: tuple[int, int] | None = None) -> np.ndarray:
+        """Draw the shape of an object.
+
+        Args:
+            index: Index of an object that has a shape.
+            size: Height and width to draw it at; default those of the image.
+
+        Returns:
+            ``(H, W)`` uint8 of 0 and 1.
+        """
+        shape, mask = self.shapes[index], np.zeros(size or self.size, np.uint8)
+        if shape is not None:
+            draw_shape(mask, shape, self.size)
+        return mask
 
 
 @dataclass(frozen=True)
@@ -55,7 +82,10 @@ class LabelledBoxes(ListDataset[BoxedImage]):
         train: Training images.
         val: Validation images, for model selection; empty only if there is one training image.
         test: Test images, never used for selection; may be empty if ``need_test`` is False.
+        with_shapes: Whether objects have shapes, for instance segmentation.
     """
+
+    with_shapes: bool = False
 
     def class_counts(self, part: Split) -> np.ndarray:
         labels = [one.labels[~one.ignored] for one in self.part(part)]
@@ -68,6 +98,8 @@ class LabelledBoxes(ListDataset[BoxedImage]):
         some = super().subsample(fraction, shots, seed)
         if fraction is not None:
             _check_boxes(some, f"--fraction {fraction}", "use a larger fraction")
+            if self.with_shapes:
+                _check_shapes(some, f"what --fraction {fraction} takes")
         return some
 
     def without(
@@ -101,6 +133,7 @@ def load_boxes(
     seed: int = 0,
     need_test: bool = True,
     options: SourceOptions = DEFAULT_SOURCE,
+    with_shapes: bool = False,
 ) -> LabelledBoxes:
     """Read a detection data set.
 
@@ -126,6 +159,8 @@ def load_boxes(
         seed: Seed for holding out validation images, if the annotations name none.
         need_test: Whether a missing test part is made.
         options: How tables are read.
+        with_shapes: Whether the shapes of objects are read, too: polygons of COCO, YOLO, LabelMe
+            and CVAT, and run lengths of COCO. Objects that have a box only are counted.
 
     Returns:
         The data set. Missing parts are made, see ``complete_parts``. An image listed in several
@@ -133,14 +168,14 @@ def load_boxes(
 
     Raises:
         UserError: If there are no annotations, annotations in more than one format, a damaged
-            file, no test images, or no boxes to train on.
+            file, no test images, no boxes to train on, or a part without shapes that are wanted.
     """
     source = Path(source)
     reading = ReadingLog(str(source))
     if is_archive(source):
         source = unpack(source)
     given = None if annotations is None else Path(annotations)
-    found = read_annotations(source, given, options, reading)
+    found = read_annotations(source, given, options, reading, with_shapes)
     classes = list(dict.fromkeys(found.classes))
     for name in classes:
         if not is_utf8(name):  # names are written to models, tables and figures
@@ -151,7 +186,12 @@ def load_boxes(
     for path in sorted(by_image):
         cleaned = clean(by_image[path], class_indices, reading)
         if cleaned is not None:
-            images[splits[path]].append(BoxedImage(path, *cleaned))
+            if not with_shapes:
+                cleaned = cleaned._replace(shapes=())
+            one = BoxedImage(path, *cleaned)
+            if with_shapes:
+                reading.add(BOX_ONLY, path, np.count_nonzero(~one.has_shape & ~one.ignored))
+            images[splits[path]].append(one)
     if not any(images.values()):
         raise UserError(
             f"{source}: none of the {found.num_listed} images in its annotations exists "
@@ -159,8 +199,10 @@ def load_boxes(
             f"annotations with --annotations"
         )
     parts = complete_parts(images, _rarest_labels, False, seed, reading, need_test)
-    data = LabelledBoxes(classes, **parts, reading=reading)
+    data = LabelledBoxes(classes, **parts, reading=reading, with_shapes=with_shapes)
     reading.report()
+    if with_shapes:
+        _check_shapes(data, str(source))
     _check_boxes(data, str(source), "add some, or give the annotations with --annotations")
     return data
 
@@ -205,6 +247,18 @@ def _check_boxes(data: LabelledBoxes, source: str, remedy: str) -> None:
             )
 
 
+def _check_shapes(data: LabelledBoxes, source: str) -> None:
+    """Raise a UserError if a part has objects, but none with a shape."""
+    for name in PARTS:
+        images = [one for one in data.part(name) if (~one.ignored).any()]
+        if images and not any((one.has_shape & ~one.ignored).any() for one in images):
+            raise UserError(
+                f"{source} has boxes, but no shapes of objects in {len(images)} {name} images, the "
+                f"first {images[0].path}: --detector mask_rcnn needs polygons (of COCO, YOLO, "
+                f"LabelMe or CVAT) or run lengths (of COCO); or give --detector faster_rcnn"
+            )
+
+
 def _as_coco(classes: list[str], images: list[BoxedImage]) -> dict[str, list[dict[str, object]]]:
     """Convert images to the content of a file in COCO's format."""
     listed: list[dict[str, object]] = []
@@ -212,8 +266,9 @@ def _as_coco(classes: list[str], images: list[BoxedImage]) -> dict[str, list[dic
     for number, one in enumerate(images, start=1):
         name, (height, width) = str(Path(one.path).absolute()), one.size
         listed.append({"id": number, "file_name": name, "height": height, "width": width})
-        for box, label, ignored in zip(
-            one.boxes.tolist(), one.labels.tolist(), one.ignored.tolist(), strict=True
+        shapes = one.shapes or (None,) * len(one.boxes)
+        for box, label, ignored, shape in zip(
+            one.boxes.tolist(), one.labels.tolist(), one.ignored.tolist(), shapes, strict=True
         ):
             x1, y1, x2, y2 = box
             annotations.append(
@@ -227,8 +282,9 @@ def _as_coco(classes: list[str], images: list[BoxedImage]) -> dict[str, list[dic
                         x2 - x1,
                         y2 - y1,
                     ],  # not rounded, so that reading gives the same boxes
-                    "area": (x2 - x1) * (y2 - y1),
+                    "area": (x2 - x1) * (y2 - y1) if shape is None else shape.area,
                     "iscrowd": int(ignored),
+                    **({} if shape is None else {"segmentation": as_coco(shape, one.size)}),
                 }
             )
     categories: list[dict[str, object]] = [

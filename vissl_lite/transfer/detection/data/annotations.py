@@ -3,9 +3,11 @@
 from typing import Any, NamedTuple
 
 from vissl_lite.transfer.sources.parts import Split
+from vissl_lite.transfer.sources.shapes import Shape
 
 UNREADABLE_FILE = "file not readable, left out with the image"
 UNREADABLE_BOX = "box not readable, left out"
+UNREADABLE_SHAPE = "shape not readable, the box kept"
 UNKNOWN_CLASS = "box of an unknown class, left out"
 
 # Maximum number of classes in a data set, far above that of any public one.
@@ -31,6 +33,8 @@ class ImageAnnotation(NamedTuple):
         boxes: Corners x1, y1, x2, y2 of each box.
         names: Class name of each box.
         ignored: COCO's ``iscrowd`` or VOC's ``difficult`` of each box.
+        shapes: Polygons or run lengths of each object in the coordinates of the boxes; None for
+            those that have a box only, and for all unless shapes are asked for.
     """
 
     image: str
@@ -39,12 +43,16 @@ class ImageAnnotation(NamedTuple):
     boxes: list[Corners]
     names: list[str]
     ignored: list[bool]
+    shapes: list[Shape | None]
 
-    def add(self, box: Corners, name: str, ignored: bool = False) -> None:
-        """Add a box."""
+    def add(
+        self, box: Corners, name: str, ignored: bool = False, shape: Shape | None = None
+    ) -> None:
+        """Add an object."""
         self.boxes.append(box)
         self.names.append(name)
         self.ignored.append(ignored)
+        self.shapes.append(shape)
 
 
 class Annotations(NamedTuple):

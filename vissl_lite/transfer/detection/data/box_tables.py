@@ -145,7 +145,7 @@ def read_box_tables(
             if path is None:
                 continue
             size = RELATIVE_SIZE if relative else _size(row, one)
-            new = ImageAnnotation(path, part, size, [], [], [])
+            new = ImageAnnotation(path, part, size, [], [], [], [])
             annotation = annotations.setdefault((path, part), new)
             if some is None:
                 repairs.add(UNREADABLE_BOX, f"{one.table.file}: {brief(path)}")

@@ -1,8 +1,10 @@
 """Cleaning of box annotations. Every repair is counted and logged."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
+import cv2
 import numpy as np
 
 from vissl_lite.data.headers import image_header
@@ -10,6 +12,8 @@ from vissl_lite.data.images import BROKEN_IMAGE
 from vissl_lite.data.reading import reason
 from vissl_lite.transfer.detection.data.annotations import RELATIVE_SIZE, ImageAnnotation
 from vissl_lite.transfer.sources.reading_log import BACKGROUND, ReadingLog
+from vissl_lite.transfer.sources.run_lengths import mask_of_runs, runs_of_mask
+from vissl_lite.transfer.sources.shapes import TURNS, Shape, points_of
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +47,19 @@ def rotate_boxes(boxes: np.ndarray, height: float, width: float, orientation: in
     return np.stack([y1, x1, y2, x2], axis=1)
 
 
+class CleanBoxes(NamedTuple):
+    """Cleaned annotation of an image; see ``BoxedImage``."""
+
+    size: tuple[int, int]
+    boxes: np.ndarray
+    labels: np.ndarray
+    ignored: np.ndarray
+    shapes: tuple[Shape | None, ...]
+
+
 def clean(
     annotations: Sequence[ImageAnnotation], class_indices: Mapping[str, int], repairs: ReadingLog
-) -> tuple[tuple[int, int], np.ndarray, np.ndarray, np.ndarray] | None:
+) -> CleanBoxes | None:
     """Clean the boxes of one image.
 
     Args:
@@ -54,8 +68,7 @@ def clean(
         repairs: Log to add repairs to.
 
     Returns:
-        Size (height, width), boxes, labels and ignored as in ``BoxedImage``; None if the image
-        can't be read.
+        Objects in pixels of the image after its EXIF rotation; None if the image can't be read.
     """
     path = annotations[0].image
     try:
@@ -65,28 +78,36 @@ def clean(
         repairs.add("image not readable, left out", path)
         return None
     repairs.add("annotation of an image that has one already, merged", path, len(annotations) - 1)
-    tables: list[np.ndarray] = []
+    unique: dict[tuple[float, ...], Shape | None] = {}  # box, label and whether it is ignored
+    total = 0
     for annotation in annotations:
         boxes = np.array(annotation.boxes, np.float64).reshape(-1, 4)
         labels = np.array([class_indices[name] for name in annotation.names], np.float64)
-        rows = np.column_stack([boxes, labels, np.array(annotation.ignored, np.float64)])
+        ignored = np.array(annotation.ignored, np.float64)
+        rows = np.column_stack([boxes, labels, ignored, np.arange(len(boxes))])
         rows = _order_corners(_drop_non_finite(rows, path, repairs), path, repairs)
+        place = _placement(annotation.size, (height, width), orientation, path, repairs)
         with np.errstate(over="ignore", invalid="ignore"):  # such boxes are dropped below
-            scaled = _scale_to_image(
-                rows[:, :4], annotation.size, (height, width), orientation, path, repairs
-            )
+            scaled = place(rows[:, :4])
         rows = _drop_non_finite(np.column_stack([scaled, rows[:, 4:]]), path, repairs)
-        tables.append(_clip_to_image(rows, height, width, path, repairs))
-    unique = list(dict.fromkeys(map(tuple, np.concatenate(tables).tolist())))
-    repairs.add("box given twice, left out", path, sum(map(len, tables)) - len(unique))
+        rows = _clip_to_image(rows, height, width, path, repairs)
+        total += len(rows)
+        for *key, number in rows.tolist():
+            shape = annotation.shapes[int(number)]
+            if unique.get(tuple(key)) is None:  # of two equal boxes the one with a shape
+                unique[tuple(key)] = shape and _place_shape(
+                    shape, annotation.size, (height, width), orientation, place
+                )
+    repairs.add("box given twice, left out", path, total - len(unique))
     if not unique:
         repairs.add(BACKGROUND, path)
-    table = np.array(unique, np.float64).reshape(-1, 6)
-    return (
+    table = np.array(list(unique), np.float64).reshape(-1, 6)
+    return CleanBoxes(
         (height, width),
         table[:, :4].astype(np.float32),
         table[:, 4].astype(np.int64),
         table[:, 5].astype(bool),
+        tuple(unique.values()),
     )
 
 
@@ -105,32 +126,54 @@ def _order_corners(rows: np.ndarray, path: str, repairs: ReadingLog) -> np.ndarr
     return np.column_stack([low, high, rows[:, 4:]])
 
 
-def _scale_to_image(
-    boxes: np.ndarray,
+def _placement(
     annotated_size: tuple[float, float],
     size: tuple[int, int],
     orientation: int,
     path: str,
     repairs: ReadingLog,
-) -> np.ndarray:
-    """Convert boxes from the coordinates of the annotated image size to those of the actual one."""
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Function from boxes in the coordinates of the annotated image size to those of the image."""
     height, width = size
     if annotated_size == size:
-        return boxes
+        return lambda boxes: boxes
     if annotated_size == RELATIVE_SIZE:
-        return boxes * (width, height, width, height)
+        return lambda boxes: boxes * (width, height, width, height)
     if not all(0 < side < np.inf for side in annotated_size):
         repairs.add("size not given, read from the image", path)
-        return boxes
+        return lambda boxes: boxes
     if annotated_size == (width, height):
         if orientation == 1:  # many tools swap the two, and few rotate images
             repairs.add("size with height and width swapped, read from the image", path)
-            return boxes
+            return lambda boxes: boxes
         repairs.add("image annotated before its EXIF rotation, boxes rotated", path)
-        return rotate_boxes(boxes, *annotated_size, orientation)
+        return lambda boxes: rotate_boxes(boxes, *annotated_size, orientation)
     repairs.add("image annotated at another size, boxes scaled", path)
     scale_x, scale_y = width / annotated_size[1], height / annotated_size[0]
-    return boxes * (scale_x, scale_y, scale_x, scale_y)
+    return lambda boxes: boxes * (scale_x, scale_y, scale_x, scale_y)
+
+
+def _place_shape(
+    shape: Shape,
+    annotated_size: tuple[float, float],
+    size: tuple[int, int],
+    orientation: int,
+    place: Callable[[np.ndarray], np.ndarray],
+) -> Shape:
+    """Convert a shape to pixels of the image, as ``place`` converts boxes."""
+    outlines = []
+    for outline in shape.outlines:
+        points = points_of(outline).astype(np.float64)
+        placed = place(np.concatenate([points, points], axis=1))[:, :2]  # boxes without area
+        outlines.append(placed.astype(np.float32).tobytes())
+    if not shape.runs or annotated_size == size:
+        return Shape(tuple(outlines), shape.runs)
+    mask = mask_of_runs(shape.run_lengths(), (int(annotated_size[0]), int(annotated_size[1])))
+    if annotated_size == size[::-1] and orientation in TURNS:
+        mask = TURNS[orientation](mask)
+    if mask.shape != size:
+        mask = cv2.resize(mask, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+    return Shape(tuple(outlines), runs_of_mask(mask > 0).tobytes())
 
 
 def _clip_to_image(

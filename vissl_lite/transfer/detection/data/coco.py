@@ -17,6 +17,7 @@ from vissl_lite.transfer.detection.data.annotations import (
     MAX_CLASSES,
     UNKNOWN_CLASS,
     UNREADABLE_BOX,
+    UNREADABLE_SHAPE,
     Annotations,
     Corners,
     ImageAnnotation,
@@ -27,6 +28,7 @@ from vissl_lite.transfer.sources.file_tree import FileTree
 from vissl_lite.transfer.sources.parts import Split, part_of_file
 from vissl_lite.transfer.sources.reading_log import MISSING_IMAGE, ReadingLog
 from vissl_lite.transfer.sources.run_lengths import runs_of_text
+from vissl_lite.transfer.sources.shapes import coco_shape
 
 
 def missing_key(content: Any) -> str | None:
@@ -38,7 +40,12 @@ def missing_key(content: Any) -> str | None:
 
 
 def read_coco(
-    file: Path, content: Any, split: Split | None, tree: FileTree, repairs: ReadingLog
+    file: Path,
+    content: Any,
+    split: Split | None,
+    tree: FileTree,
+    repairs: ReadingLog,
+    with_shapes: bool = False,
 ) -> Annotations:
     """Read a file in COCO's format (cocodataset.org, "Data format", object detection).
 
@@ -48,6 +55,7 @@ def read_coco(
         split: Split of its images; None if they are to be split.
         tree: Folder of the images.
         repairs: Log to add repairs to.
+        with_shapes: Whether polygons and run lengths are read.
 
     Raises:
         UserError: If the content lacks a key of the format.
@@ -71,7 +79,7 @@ def read_coco(
             repairs.add(MISSING_IMAGE, name)
         size = (to_number(one.get("height")), to_number(one.get("width")))
         annotations[identity] = (
-            None if image is None else ImageAnnotation(image, split, size, [], [], [])
+            None if image is None else ImageAnnotation(image, split, size, [], [], [], [])
         )
     for one in content["annotations"]:
         box = _parse_box(one) if isinstance(one, dict) else None
@@ -87,7 +95,11 @@ def read_coco(
             repairs.add(UNKNOWN_CLASS, annotation.image)
         elif annotation is not None and category is not None:
             ignored = to_number(one.get("iscrowd")) > 0
-            annotation.add((x, y, x + width, y + height), categories[category], ignored)
+            shape = None
+            if with_shapes and one.get("segmentation"):
+                shape = coco_shape(one["segmentation"], annotation.size)
+                repairs.add(UNREADABLE_SHAPE, annotation.image, shape is None)
+            annotation.add((x, y, x + width, y + height), categories[category], ignored, shape)
     ids = sorted(categories, key=lambda one: (isinstance(one, str), one))
     kept = [annotation for annotation in annotations.values() if annotation is not None]
     parents = {one.get("supercategory") for one in content["categories"] if isinstance(one, dict)}

@@ -17,18 +17,22 @@ from vissl_lite.transfer.detection.data.annotations import (
 from vissl_lite.transfer.sources.file_tree import FileTree, part_below
 from vissl_lite.transfer.sources.parts import part_of_name
 from vissl_lite.transfer.sources.reading_log import MISSING_IMAGE, ReadingLog
+from vissl_lite.transfer.sources.shapes import Shape, outline_of
 
 # Shapes that have boxes around them.
 _SHAPES = ("box", "polygon", "polyline", "ellipse", "mask")
 
 
-def read_cvat(file: Path, images: FileTree, repairs: ReadingLog) -> Annotations:
+def read_cvat(
+    file: Path, images: FileTree, repairs: ReadingLog, with_shapes: bool = False
+) -> Annotations:
     """Read a file of CVAT (docs.cvat.ai, "CVAT for images 1.1"); shapes become boxes around them.
 
     Args:
         file: XML file.
         images: Folder of the images.
         repairs: Log to add repairs to.
+        with_shapes: Whether polygons are read, too.
 
     Raises:
         UserError: The file can't be read.
@@ -46,7 +50,7 @@ def read_cvat(file: Path, images: FileTree, repairs: ReadingLog) -> Annotations:
             repairs.add(MISSING_IMAGE, name or str(file))
             continue
         size = (to_number(one.get("height")), to_number(one.get("width")))
-        annotation = ImageAnnotation(image, part or part_below(image, images), size, [], [], [])
+        annotation = ImageAnnotation(image, part or part_below(image, images), size, [], [], [], [])
         annotations.append(annotation)
         for shape in one:
             if shape.tag not in _SHAPES:
@@ -57,11 +61,28 @@ def read_cvat(file: Path, images: FileTree, repairs: ReadingLog) -> Annotations:
             elif not label:
                 repairs.add(UNKNOWN_CLASS, name)
             else:
-                annotation.add(box, label)
+                is_drawn = with_shapes and shape.tag == "polygon"
+                annotation.add(box, label, shape=_polygon(shape) if is_drawn else None)
     used = {name for one in annotations for name in one.names}
     declared = [label.findtext("name", "").strip() for label in root.iter("label")]
     known = dict.fromkeys(name for name in declared if name)
     return Annotations([*known, *sorted(used - set(known))], annotations, len(listed))
+
+
+def _points(shape: ET.Element) -> list[tuple[float, float]]:
+    """The points of a shape, written as ``x,y;x,y``.
+
+    Raises:
+        ValueError: If they are not pairs of numbers.
+    """
+    pairs = [pair.split(",") for pair in shape.get("points", "").split(";")]
+    return [(float(x), float(y)) for x, y in pairs]
+
+
+def _polygon(shape: ET.Element) -> Shape | None:
+    """The shape of a polygon whose points can be read; None if it has fewer than three."""
+    outline = outline_of([value for point in _points(shape) for value in point])
+    return None if outline is None else Shape((outline,))
 
 
 def _box(shape: ET.Element) -> Corners | None:
@@ -80,8 +101,7 @@ def _box(shape: ET.Element) -> Corners | None:
             x1, y1, width, height = numbers("left", "top", "width", "height")
             x2, y2 = x1 + width, y1 + height
         else:
-            pairs = [pair.split(",") for pair in shape.get("points", "").split(";")]
-            return enclosing_box([[float(x), float(y)] for x, y in pairs])
+            return enclosing_box(_points(shape))
     except ValueError:
         return None
     return x1, y1, x2, y2

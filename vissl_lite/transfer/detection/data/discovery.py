@@ -76,15 +76,21 @@ class _Source(NamedTuple):
         tree: Folder of the annotations.
         images: Folder of the images.
         options: How tables are read.
+        with_shapes: Whether shapes are read, too.
     """
 
     tree: FileTree
     images: FileTree
     options: SourceOptions
+    with_shapes: bool
 
 
 def read_annotations(
-    source: Path, annotations: Path | None, options: SourceOptions, log: ReadingLog
+    source: Path,
+    annotations: Path | None,
+    options: SourceOptions,
+    log: ReadingLog,
+    with_shapes: bool,
 ) -> Annotations:
     """Detect the format of the annotations and read them; see ``load_boxes``."""
     for path in (source, annotations):
@@ -96,21 +102,21 @@ def read_annotations(
         images = FileTree(source)
         tree = images if annotations == source else FileTree(annotations)
         if annotations.is_file():
-            return _read_file(annotations, FileTree(source), options, log)
-        layout = _find_layout(_Source(tree, images, options))
+            return _read_file(annotations, FileTree(source), options, log, with_shapes)
+        layout = _find_layout(_Source(tree, images, options, with_shapes))
         if layout is None:
             raise UserError(
                 f"--annotations {annotations} holds no boxes in a known format, but "
                 f"{count_endings(tree.files) if tree.files else 'no files'}"
             )
     elif source.is_file():
-        return _read_file(source, None, options, log)
+        return _read_file(source, None, options, log, with_shapes)
     else:
         tree = _inner(FileTree(source))
-        layout = _find_layout(_Source(tree, tree, options))
+        layout = _find_layout(_Source(tree, tree, options, with_shapes))
         if layout is None and source.name.lower() in IMAGE_FOLDERS | MASK_FOLDERS:
             above = FileTree(source.parent)
-            layout = _find_layout(_Source(above, above, options))
+            layout = _find_layout(_Source(above, above, options, with_shapes))
             if layout is not None:
                 log.note(
                     f"{source} has no annotations: those beside it, in {source.parent}, are read"
@@ -122,7 +128,11 @@ def read_annotations(
 
 
 def _read_file(
-    file: Path, images: FileTree | None, options: SourceOptions, log: ReadingLog
+    file: Path,
+    images: FileTree | None,
+    options: SourceOptions,
+    log: ReadingLog,
+    with_shapes: bool,
 ) -> Annotations:
     """Read a file of annotations; unless given, the images are in or beside its folder."""
     folder = file.parent
@@ -131,16 +141,16 @@ def _read_file(
     suffix = file.suffix.lower()
     if suffix == ".json":
         log.layout = "COCO"
-        return read_coco(file, read_json(file), None, images, log)
+        return read_coco(file, read_json(file), None, images, log, with_shapes)
     if suffix == ".xml":
         log.layout = "CVAT"
-        return read_cvat(file, images, log)
+        return read_cvat(file, images, log, with_shapes)
     if suffix in (".yaml", ".yml", ".data"):
         content = darknet_data(file) if suffix == ".data" else data_yaml(file)
         if content is None:
             raise UserError(f"{file} is not YOLO's data.yaml: it has no train, or no names")
         log.layout = f"YOLO ({file.name})"
-        return read_yolo(file, content, log)
+        return read_yolo(file, content, log, with_shapes)
     table = find_box_table(file, None, images, options) if suffix in TABLES else None
     if table is None:
         raise UserError(
@@ -255,7 +265,7 @@ def _find_coco(source: _Source) -> _Layout | None:
     ]
     if not found:
         return None
-    return _Layout("COCO", "train" in parts, partial(_read_coco, found, source.images))
+    return _Layout("COCO", "train" in parts, partial(_read_coco, found, source))
 
 
 def _choose_json(folder: Path, paths: Sequence[str]) -> tuple[Path, Any] | None:
@@ -278,8 +288,11 @@ def _choose_json(folder: Path, paths: Sequence[str]) -> tuple[Path, Any] | None:
     return None if chosen is None else (folder / chosen[0], chosen[1])
 
 
-def _read_coco(files: Sequence[_CocoFile], images: FileTree, log: ReadingLog) -> Annotations:
-    several = [read_coco(one.file, one.content, one.part, images, log) for one in files]
+def _read_coco(files: Sequence[_CocoFile], source: _Source, log: ReadingLog) -> Annotations:
+    several = [
+        read_coco(one.file, one.content, one.part, source.images, log, source.with_shapes)
+        for one in files
+    ]
     named = {one.part: f"{one.file.parent.name}/{one.file.name}" for one in files}
     log.origins.update({str(part): name for part, name in named.items() if part is not None})
     classes = [name for one in several for name in one.classes]
@@ -377,7 +390,8 @@ def _find_yolo(source: _Source) -> _Layout | None:
     if not found:
         return None
     file, content = found[0]
-    return _Layout(f"YOLO ({file.name})", True, partial(read_yolo, file, content))
+    read = partial(read_yolo, file, content, with_shapes=source.with_shapes)
+    return _Layout(f"YOLO ({file.name})", True, read)
 
 
 def _find_darknet(source: _Source) -> _Layout | None:
@@ -388,7 +402,8 @@ def _find_darknet(source: _Source) -> _Layout | None:
         with suppress(UserError):
             content = darknet_data(file) if "/" not in path else None
         if content is not None:
-            return _Layout(f"YOLO ({file.name})", True, partial(read_yolo, file, content))
+            read = partial(read_yolo, file, content, with_shapes=source.with_shapes)
+            return _Layout(f"YOLO ({file.name})", True, read)
     return None
 
 
@@ -401,7 +416,8 @@ def _find_labels(source: _Source) -> _Layout | None:
     if not files or (source.tree is source.images and not any(map(looks_like_labels, sample))):
         return None
     has_parts = any(part_of_path(path) == "train" for path in files)
-    return _Layout("YOLO labels", has_parts, partial(read_labels, source.tree, source.images))
+    read = partial(read_labels, source.tree, source.images, with_shapes=source.with_shapes)
+    return _Layout("YOLO labels", has_parts, read)
 
 
 # Rarer formats
@@ -417,7 +433,9 @@ def _find_cvat(source: _Source) -> _Layout | None:
             f"{source.tree.folder} holds several files of CVAT, {paths[0]} and {paths[1]}: choose "
             f"with --annotations FILE"
         )
-    return _Layout("CVAT", False, partial(read_cvat, source.tree.folder / paths[0], source.images))
+    file = source.tree.folder / paths[0]
+    read = partial(read_cvat, file, source.images, with_shapes=source.with_shapes)
+    return _Layout("CVAT", False, read)
 
 
 def _find_labelme(source: _Source) -> _Layout | None:
@@ -426,7 +444,8 @@ def _find_labelme(source: _Source) -> _Layout | None:
     for path in paths[:_SAMPLE]:
         with suppress(UserError):
             if is_labelme(read_json(source.tree.folder / path, MAX_LABELME_BYTES)):
-                read = partial(read_labelme, paths, source.tree, source.images)
+                trees = source.tree, source.images
+                read = partial(read_labelme, paths, *trees, with_shapes=source.with_shapes)
                 return _Layout("LabelMe", any(part_of_path(one) == "train" for one in paths), read)
     return None
 

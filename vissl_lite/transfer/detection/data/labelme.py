@@ -21,6 +21,7 @@ from vissl_lite.transfer.detection.data.annotations import (
 from vissl_lite.transfer.sources.file_tree import FileTree, part_below
 from vissl_lite.transfer.sources.parts import part_of_path
 from vissl_lite.transfer.sources.reading_log import MISSING_IMAGE, ReadingLog
+from vissl_lite.transfer.sources.shapes import labelme_shape
 
 # Size in bytes of the largest file, which may have the image in it.
 MAX_LABELME_BYTES = 2**27
@@ -32,7 +33,11 @@ def is_labelme(content: Any) -> bool:
 
 
 def read_labelme(
-    files: Sequence[str], tree: FileTree, images: FileTree, repairs: ReadingLog
+    files: Sequence[str],
+    tree: FileTree,
+    images: FileTree,
+    repairs: ReadingLog,
+    with_shapes: bool = False,
 ) -> Annotations:
     """Read files of LabelMe (github.com/wkentaro/labelme); all shapes become boxes around them.
 
@@ -41,6 +46,7 @@ def read_labelme(
         tree: Folder of the files.
         images: Folder of the images. An image has the stem of its file, or is its ``imagePath``.
         repairs: Log to add repairs to.
+        with_shapes: Whether polygons, rectangles and circles are read, too.
     """
     annotations: list[ImageAnnotation] = []
     for path in files:
@@ -61,7 +67,7 @@ def read_labelme(
             repairs.add(MISSING_IMAGE, file)
             continue
         size = (to_number(content.get("imageHeight")), to_number(content.get("imageWidth")))
-        annotation = ImageAnnotation(image, part or part_below(image, images), size, [], [], [])
+        annotation = ImageAnnotation(image, part or part_below(image, images), size, [], [], [], [])
         annotations.append(annotation)
         for shape in content["shapes"]:
             shape = shape if isinstance(shape, dict) else {}
@@ -71,7 +77,8 @@ def read_labelme(
             elif not isinstance(name, str) or not name.strip():
                 repairs.add(UNKNOWN_CLASS, file)
             else:
-                annotation.add(box, name.strip())
+                outline = labelme_shape(shape) if with_shapes else None
+                annotation.add(box, name.strip(), shape=outline)
     names = sorted({name for one in annotations for name in one.names})
     return Annotations(names, annotations, len(files))
 

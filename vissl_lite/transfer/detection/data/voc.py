@@ -57,7 +57,7 @@ def read_voc(
             repairs.add(MISSING_IMAGE, file)
             continue
         size = (to_number(root.findtext("size/height")), to_number(root.findtext("size/width")))
-        annotation = ImageAnnotation(image, split or part_below(image, tree), size, [], [], [])
+        annotation = ImageAnnotation(image, split or part_below(image, tree), size, [], [], [], [])
         annotations.append(annotation)
         for one in root.iterfind("object"):
             name = one.findtext("name", "").strip()

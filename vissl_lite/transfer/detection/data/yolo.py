@@ -25,6 +25,7 @@ from vissl_lite.transfer.detection.data.annotations import (
 from vissl_lite.transfer.sources.file_tree import FileTree, part_below
 from vissl_lite.transfer.sources.parts import VAL_NAMES, Split, part_of_path
 from vissl_lite.transfer.sources.reading_log import MISSING_IMAGE, ReadingLog
+from vissl_lite.transfer.sources.shapes import Shape, outline_of
 
 _KEYS: dict[Split, tuple[str, ...]] = {
     "train": ("train",),
@@ -56,7 +57,9 @@ def darknet_data(file: Path) -> dict[str, Any] | None:
     return content if "names" in content and "train" in content else None
 
 
-def read_yolo(file: Path, content: dict[str, Any], repairs: ReadingLog) -> Annotations:
+def read_yolo(
+    file: Path, content: dict[str, Any], repairs: ReadingLog, with_shapes: bool = False
+) -> Annotations:
     """Read the data set of a ``data.yaml``.
 
     Args:
@@ -65,6 +68,7 @@ def read_yolo(file: Path, content: dict[str, Any], repairs: ReadingLog) -> Annot
             ``train/images``.
         content: Content of the file.
         repairs: Log to add repairs to.
+        with_shapes: Whether polygons are read as such.
 
     Raises:
         UserError: If the train images do not exist, or ``names`` is neither a list nor a mapping.
@@ -97,9 +101,11 @@ def read_yolo(file: Path, content: dict[str, Any], repairs: ReadingLog) -> Annot
         label = _label_file(path)
         labels.add(label)
         # images without a label file are background, like those with an empty one
-        empty = ImageAnnotation(path, split, RELATIVE_SIZE, [], [], [])
+        empty = ImageAnnotation(path, split, RELATIVE_SIZE, [], [], [], [])
         annotation = (
-            _read_label_file(label, path, split, repairs) if os.path.isfile(label) else empty
+            _read_label_file(label, path, split, repairs, with_shapes)
+            if os.path.isfile(label)
+            else empty
         )
         if annotation is not None:
             annotations.append(annotation)
@@ -113,7 +119,9 @@ def read_yolo(file: Path, content: dict[str, Any], repairs: ReadingLog) -> Annot
     return _replace_ids(annotations, names, len(images), repairs)
 
 
-def read_labels(labels: FileTree, images: FileTree, repairs: ReadingLog) -> Annotations:
+def read_labels(
+    labels: FileTree, images: FileTree, repairs: ReadingLog, with_shapes: bool = False
+) -> Annotations:
     """Read a folder of label files that are named like their images; see ``load_boxes``.
 
     Args:
@@ -121,6 +129,7 @@ def read_labels(labels: FileTree, images: FileTree, repairs: ReadingLog) -> Anno
             the folder of the images, names the classes.
         images: Folder of the images. Those without a label file are background.
         repairs: Log to add repairs to.
+        with_shapes: Whether polygons are read as such.
     """
     listed = _names_file(labels) or _names_file(images)
     names = None if listed is None else _read_names(listed)
@@ -140,14 +149,15 @@ def read_labels(labels: FileTree, images: FileTree, repairs: ReadingLog) -> Anno
             repairs.add(MISSING_IMAGE, file)
             continue
         matched.add(image)
-        annotation = _read_label_file(file, image, split or part_below(image, images), repairs)
+        part = split or part_below(image, images)
+        annotation = _read_label_file(file, image, part, repairs, with_shapes)
         if annotation is not None:
             annotations.append(annotation)
     for path in images.images:
         image = os.path.join(images.folder, path)
         if image not in matched:
             annotations.append(
-                ImageAnnotation(image, part_of_path(path), RELATIVE_SIZE, [], [], [])
+                ImageAnnotation(image, part_of_path(path), RELATIVE_SIZE, [], [], [], [])
             )
     return _replace_ids(annotations, names, len(images.images), repairs)
 
@@ -258,17 +268,18 @@ def _label_file(image: str) -> str:
 
 
 def _read_label_file(
-    file: str, image: str, split: Split | None, repairs: ReadingLog
+    file: str, image: str, split: Split | None, repairs: ReadingLog, with_shapes: bool
 ) -> ImageAnnotation | None:
     """Read the label file of one image: lines of ``class cx cy w h``, relative to its size.
 
-    Lines with more numbers are polygons (``class x y x y x y ...``) and give their bounding boxes.
+    Lines with more numbers are polygons (``class x y x y x y ...``) and give their bounding boxes,
+    and with ``with_shapes`` themselves.
     The class names of the result are still ids.
 
     Returns:
         The annotation; None if the file is not a text file.
     """
-    annotation = ImageAnnotation(image, split, RELATIVE_SIZE, [], [], [])
+    annotation = ImageAnnotation(image, split, RELATIVE_SIZE, [], [], [], [])
     try:
         lines = read_text(file, MAX_FILE_SIZE).splitlines()
     except UserError:
@@ -286,13 +297,16 @@ def _read_label_file(
         if kind < 0 or kind != number or len(values) not in (4, *range(6, len(values) + 1, 2)):
             repairs.add("line not readable, left out", file)
             continue
+        outline = None
         if len(values) == 4:
             x, y, width, height = values
             box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
         else:
             xs, ys = values[::2], values[1::2]
             box = (min(xs), min(ys), max(xs), max(ys))
-        annotation.add(box, str(number))
+            outline = outline_of(values) if with_shapes else None
+        shape = None if outline is None else Shape((outline,))
+        annotation.add(box, str(number), shape=shape)
     return annotation
 
 
@@ -324,6 +338,7 @@ def _replace_ids(
                 boxes=[annotation.boxes[i] for i in known],
                 names=[names[annotation.names[i]] for i in known],
                 ignored=[annotation.ignored[i] for i in known],
+                shapes=[annotation.shapes[i] for i in known],
             )
         )
     return Annotations([names[number] for number in sorted(names, key=int)], good, num_listed)
