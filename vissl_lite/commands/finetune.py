@@ -231,7 +231,13 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
         metrics = MetricsFile(run / METRICS)
         files = TrainingFiles(metrics, run / CHECKPOINTS, resume)
         model: TrainedModel = task.train(start, labelled, settings, hardware, files)
-        about = {"version": __version__, "task": task.name, "encoder": encoder, "data": data}
+        about = {
+            "version": __version__,
+            "task": task.name,
+            "encoder": encoder,
+            "data": data,
+            "upright": settings.upright,  # for ``predict --tta``
+        }
         task.save(model, run / "model", about)  # before evaluating, which may fail
         scores: Scores = task.evaluate(model, labelled)
         add_test_pictures(run, task, model, labelled, scores)

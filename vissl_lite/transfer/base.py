@@ -352,7 +352,7 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
 
         Args:
             model: Model from ``load``.
-            predictions: The images, and where files and pictures go.
+            predictions: The images, the turns to average over, and where files and pictures go.
 
         Returns:
             The file or folder of the predictions, and how many images could be read.

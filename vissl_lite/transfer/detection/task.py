@@ -147,7 +147,9 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
                     predictions.draw(number - 1, path, drawn)
                 out.flush()
 
-            good = detect_in_batches(model, predictions.paths, use, predictions.advance)
+            good = detect_in_batches(
+                model, predictions.paths, use, predictions.advance, turns=predictions.turns
+            )
         head = {
             "info": {
                 "description": "vissl-lite predict",
