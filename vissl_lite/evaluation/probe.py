@@ -118,13 +118,22 @@ def evaluate_features(
     x_test, y_test = test.of_layer(layer)
     if probe == "linear":
         fitted = linear_probe((x_train, y_train), (x_val, y_val), x_test)
-        return _score(fitted.test_predictions, y_test, {"penalty": fitted.penalty})
+        return score_predictions(fitted.test_predictions, y_test, {"penalty": fitted.penalty})
     if len(val):
         x_train, y_train = np.concatenate([x_train, x_val]), np.concatenate([y_train, y_val])
-    return _score(knn_predict(x_train, y_train, x_test, k, temperature), y_test, {})
+    return score_predictions(knn_predict(x_train, y_train, x_test, k, temperature), y_test, {})
 
 
-def _score(predicted: np.ndarray, true: np.ndarray, chosen: dict[str, float]) -> ProbeScore:
+def score_predictions(
+    predicted: np.ndarray, true: np.ndarray, chosen: dict[str, float]
+) -> ProbeScore:
+    """Score the predictions of a probe.
+
+    Args:
+        predicted: ``(M,)`` class indices.
+        true: ``(M,)`` class indices.
+        chosen: Hyperparameters that were chosen.
+    """
     found = np.unique(predicted)
     one_class = int(found[0]) if len(found) == 1 and len(np.unique(true)) > 1 else None
     return ProbeScore(predicted == true, chosen, one_class)
