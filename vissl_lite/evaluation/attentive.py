@@ -21,7 +21,8 @@ from vissl_lite.errors import UserError
 from vissl_lite.inference import check_outputs, run_in_batches
 from vissl_lite.optim import cosine_with_warmup
 
-# Queries, each of which pools a part of the features. The paper has up to 64 for 1,000 classes.
+# Queries, each of which pools a part of the features. The authors' code has 32, for the 1,000
+# classes of ImageNet.
 QUERIES = 8
 
 # Candidates for the L2 penalty, from strong to weak: lambda in mean(loss) + lambda / 2 * |w|^2.
@@ -47,8 +48,8 @@ Fold = tuple[np.ndarray, np.ndarray]
 class AttentiveHead(nn.Module):
     """Attention pooling with several queries, and a linear classifier.
 
-    Query q_m attends to all tokens x_t with weights softmax_t(q_m . x_t) and pools them
-    to z_m. The values are the m-th part of the features of (I + W) z_m; the parts of all queries
+    Query q_m attends to all tokens x_t with weights softmax_t(q_m . x_t) and pools them to
+    z_m. The values are the m-th part of the features of (I + W) z_m; the parts of all queries
     are joined again to D features and classified linearly.
 
     It differs from the paper in its start and its scale. With zero queries, W and weights, at which
