@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from safetensors.torch import load_file
 import vissl_lite
 from tests.conftest import with_pictures
 from vissl_lite.cli import main
+from vissl_lite.errors import UserError
+from vissl_lite.transfer.classification.task import Classification
+from vissl_lite.transfer.prediction import Predictions
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +56,31 @@ def test_predict_writes_path_class_and_probability(
     top1 = json.loads((tuned / "results.json").read_text())["test"]["top1"]
     assert sum(right) / 18 == pytest.approx(top1)
     assert all(1 / 3 <= float(row["probability"]) <= 1 for row in rows)
+
+
+def test_predict_reads_from_the_model_whether_images_have_an_up(
+    tuned: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tuned / "model", model)
+    config = json.loads((model / "config.json").read_text())
+    assert config["vissl_lite"]["upright"] is True
+    turns: list[int] = []
+
+    def predict(_: object, __: object, todo: Predictions) -> tuple[Path, int]:
+        turns.append(len(todo.turns))
+        return todo.run / "predictions.csv", 18
+
+    monkeypatch.setattr(Classification, "predict", predict)
+    data, out = str(labelled / "test"), str(tmp_path / "run")
+    for upright in (True, False, "yes"):
+        config["vissl_lite"]["upright"] = upright
+        (model / "config.json").write_text(json.dumps(config))
+        if upright != "yes":
+            vissl_lite.predict(model=model, data=data, out=out, tta=True, overwrite=True)
+    assert turns == [2, 8]
+    with pytest.raises(UserError, match=r"config.json is damaged: upright is neither true nor f"):
+        vissl_lite.predict(model=model, data=data, out=out, tta=True, overwrite=True)
 
 
 def test_predict_skips_broken_images(tuned: Path, labelled: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 import vissl_lite
 from vissl_lite.cli import main
+from vissl_lite.evaluation import attentive
 from vissl_lite.transfer.classification.data import load_labelled
 
 
@@ -40,3 +41,17 @@ def test_labels_can_be_few(labelled: Path, tmp_path: Path) -> None:
             rows = [row["split"] for row in csv.DictReader(file)]
         assert rows.count("train") == 3 * shots
         assert result.linear > 0.4
+
+
+@pytest.mark.parametrize("backbone", ["test_vit", "test_resnet"])
+def test_an_attentive_probe_stands_beside_the_others(
+    labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backbone: str
+) -> None:
+    monkeypatch.setattr(attentive, "MAX_STEPS", 30)
+    monkeypatch.setattr(attentive, "PENALTIES", (1e-2, 1e-3))
+    out = tmp_path / "run"
+    result = vissl_lite.probe(encoder=f"random:{backbone}", data=labelled, out=out, attentive=True)
+    results = json.loads((out / "results.json").read_text())
+    assert results["attentive"] == result.attentive
+    assert results["attentive"] > 0.8  # color tells these classes apart
+    assert "penalty of the attentive probe: 0.0" in (out / "log.txt").read_text()

@@ -496,3 +496,18 @@ def test_images_below_32_pixels_are_not_computed_in_bf16_on_a_cpu(
     with torch.autocast("cpu", torch.bfloat16):
         assert encoder(torch.randn(2, 3, size, size)).dtype == dtype
         assert encoder.pooled_and_map(torch.randn(2, 3, size, size))[1].dtype == dtype
+
+
+@pytest.mark.parametrize("backbone", ["test_vit", "test_resnet", "test_efficientnet"])
+def test_tokens_are_what_the_last_map_shows_and_the_class_token(backbone: str) -> None:
+    encoder = build_encoder(backbone, 64).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        pooled, last = encoder.pooled_and_map(images)
+        tokens = encoder.tokens(images)
+    assert tokens.shape[1:] == encoder.token_shape()
+    extra = tokens.shape[1] - last[0, 0].numel()
+    assert extra == (1 if backbone == "test_vit" else 0)
+    torch.testing.assert_close(tokens[:, extra:], last.flatten(2).transpose(1, 2))
+    if extra:
+        torch.testing.assert_close(tokens[:, 0], pooled)

@@ -245,7 +245,13 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
         fitted = fit_model(task, start, labelled, settings, (), hardware, files)
         model: TrainedModel = fitted.model
         log.info("%s", fitted.describe())
-        about = {"version": __version__, "task": task.name, "encoder": encoder, "data": data}
+        about = {
+            "version": __version__,
+            "task": task.name,
+            "encoder": encoder,
+            "data": data,
+            "upright": settings.upright,  # for ``predict --tta``
+        }
         task.save(model, run / "model", about)  # before evaluating, which may fail
         scores: Scores = task.evaluate(model, labelled)
         add_test_pictures(run, task, model, labelled, scores)

@@ -8,12 +8,14 @@ from pathlib import Path
 
 from vissl_lite.data.images import find_images
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
+from vissl_lite.data.turns import UNTURNED, Turn, turns_for
 from vissl_lite.errors import check_not_negative
 from vissl_lite.options import Options, Paths, StrPath, command, path_list
 from vissl_lite.report.additions import add_report
 from vissl_lite.run import check_out, open_run, write_results
 from vissl_lite.training.progress import progress_bar
 from vissl_lite.transfer.base import TrainedModel
+from vissl_lite.transfer.finetuning import read_upright
 from vissl_lite.transfer.prediction import Predictions
 from vissl_lite.transfer.tasks import find_model
 
@@ -46,6 +48,10 @@ class PredictOptions(Options):
     """Folders of images (searched recursively) or .txt files of paths."""
     out: StrPath
     """Run folder to write."""
+    tta: bool = False
+    """Test-time augmentation: average the predictions over flips of each image: left and right, or
+    all eight flips and quarter turns if the model was trained with --upright false. Takes two or
+    eight times as long."""
     pictures: int = 0
     """Number of images to save with their predictions drawn in (in the folder pictures)."""
     max_pixels: int = MAX_PIXELS
@@ -60,6 +66,9 @@ def predict(options: PredictOptions) -> PredictResult:
     """Apply a fine-tuned model to images: classify them, detect objects, or segment them.
 
     The task is that of the model: one that was fine-tuned with --task detection detects objects.
+
+    With --tta, predictions for the flips and turns of an image are mapped back and averaged: the
+    probabilities of classes, those of the classes of every pixel, or boxes with their scores.
 
     Writes predictions.csv for classification, predictions.json in COCO format for detection, and
     for segmentation one indexed PNG per image in the folder masks. While running, predictions are
@@ -82,17 +91,23 @@ def predict(options: PredictOptions) -> PredictResult:
     check_out(Path(options.out), [("model", model), ("data", sources)], overwrite=options.overwrite)
     task, folder = find_model(Path(model))
     loaded: TrainedModel = task.load(folder)
+    turns: tuple[Turn, ...] = UNTURNED
+    if options.tta:
+        task.check_turns(loaded)
+        turns = turns_for(read_upright(folder))
     paths = find_images(sources)
     with open_run(Path(options.out), "predict", options.as_config()) as run:
         with progress_bar() as bar:
             shown = bar.add_task("predict", total=len(paths), info="")
-            todo = Predictions(paths, run, options.pictures, partial(bar.advance, shown))
+            advance = partial(bar.advance, shown)
+            todo = Predictions(paths, run, options.pictures, advance, turns)
             file, images = task.predict(loaded, todo)
         results = {
             "task": task.name,
             "images": images,
             "skipped": len(paths) - images,
             "classes": loaded.classes,
+            "tta": options.tta,
         }
         write_results(run, results)
         log.info("%d images, %s: %s", images, task.name, file)

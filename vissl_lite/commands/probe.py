@@ -22,12 +22,26 @@ from vissl_lite.errors import (
     check_positive,
     check_seed,
 )
-from vissl_lite.evaluation.probe import PROBES, evaluate_features, extract_part
+from vissl_lite.evaluation.attentive import (
+    check_memory,
+    extract_tokens,
+    fit_attentive,
+    number_of_fits,
+    predict_attentive,
+)
+from vissl_lite.evaluation.probe import (
+    PROBES,
+    ProbeScore,
+    evaluate_features,
+    extract_part,
+    score_predictions,
+)
 from vissl_lite.options import Options, StrPath, command
 from vissl_lite.report.additions import add_report, add_test_embeddings
 from vissl_lite.run import check_out, console, open_run, write_results
 from vissl_lite.training.progress import progress_bar
 from vissl_lite.transfer.classification.data import LabelledImages, load_labelled
+from vissl_lite.transfer.classification.linear_head import make_folds
 from vissl_lite.transfer.classification.options import LabelOptions
 
 log = logging.getLogger(__name__)
@@ -42,12 +56,14 @@ class ProbeResult:
         knn: KNN accuracy of the encoder's output.
         linear: Accuracy of the linear probe on the encoder's output.
         layers: ``{"layer3": {"knn": ..., "linear": ...}, ...}`` for each stage, if requested.
+        attentive: Accuracy of the attentive probe on the encoder's tokens; None unless requested.
     """
 
     run: Path
     knn: float
     linear: float
     layers: dict[str, dict[str, float]]
+    attentive: float | None = None
 
     def __fspath__(self) -> str:
         return str(self.run)
@@ -67,6 +83,10 @@ class ProbeOptions(Options, LabelOptions):
     """Run folder to write."""
     layers: bool = False
     """Also evaluate every stage. Pretexts often learn the best features before the last stage."""
+    attentive: bool = False
+    """Also train an attentive probe: attention pooling over the patch tokens, or over the positions
+    of the last feature map, and a linear classifier. Fairer to masked encoders such as mae, whose
+    pooled features understate them. Keeps the tokens of the training images in memory."""
     k: int = 20
     """Number of neighbors in kNN."""
     temperature: float = 0.07
@@ -107,6 +127,8 @@ class ProbeOptions(Options, LabelOptions):
 def probe(options: ProbeOptions) -> ProbeResult:
     """Evaluate a frozen encoder by kNN and by a linear classifier on its features.
 
+    With --attentive also by a classifier that pools its tokens by attention.
+
     Returns:
         The accuracies.
 
@@ -124,6 +146,8 @@ def probe(options: ProbeOptions) -> ProbeResult:
         size = suitable_size(labelled.train.paths)
     encoder = encoder_for(name, size)
     labelled, leaks = guard(labelled, [name], options.leaks, None if options.dry_run else str(out))
+    if options.attentive:
+        check_memory(encoder, len(labelled.for_probes(options.refit).train))
     if options.dry_run:
         dry_run(labelled, leaks)
         return ProbeResult(out, 0.0, 0.0, {})
@@ -134,6 +158,10 @@ def probe(options: ProbeOptions) -> ProbeResult:
         used = labelled.for_probes(options.refit)
         scores = probe_encoder(encoder, used, options.layers, options.k, options.temperature)
         last = scores.pop("last")
+        if options.attentive:
+            score = probe_tokens(encoder, used, options.seed)
+            last["attentive"] = score.accuracy
+            log.info("penalty of the attentive probe: %g", score.chosen["penalty"])
         results: dict[str, Any] = {
             **last,
             "majority": labelled.majority(),
@@ -149,21 +177,20 @@ def probe(options: ProbeOptions) -> ProbeResult:
         }
         write_results(run, results)
         log.info(
-            "Fitted to %d labels; the penalty of the linear probe is chosen by cross-validation of "
-            "them",
+            "Fitted to %d labels; penalties are chosen by cross-validation of them",
             len(used.train),
         )
         console.print(f"{name}: test accuracy", highlight=False, soft_wrap=True)
-        table = Table("layer", "kNN", "linear")
+        table = Table("layer", "kNN", *(name for name in last if name != "knn"))
         for layer, row in {**scores, "last": last}.items():
-            table.add_row(layer, f"{row['knn']:.3f}", f"{row['linear']:.3f}")
-        majority = f"{results['majority']:.3f}"
-        table.add_row("always the most frequent class", majority, majority, style="dim")
+            table.add_row(layer, *(f"{row[name]:.3f}" if name in row else "" for name in last))
+        majority = [f"{results['majority']:.3f}"] * len(last)
+        table.add_row("always the most frequent class", *majority, style="dim")
         console.print(table)
         log.info("Written: %s", run / "results.json")
         add_test_embeddings(run, encoder, labelled, options.seed)
         add_report(run)
-    return ProbeResult(run, last["knn"], last["linear"], scores)
+    return ProbeResult(run, last["knn"], last["linear"], scores, last.get("attentive"))
 
 
 def probe_encoder(
@@ -199,17 +226,44 @@ def probe_encoder(
             }
             scores[layer] = {name: score.accuracy for name, score in found.items()}
             for name, score in found.items():
-                if score.one_class is not None:
-                    log.warning(
-                        "%(probe)s on the layer %(layer)s classifies all %(images)d test images as "
-                        "%(class)s",
-                        {
-                            "probe": name,
-                            "layer": layer,
-                            "images": len(test),
-                            "class": labelled.classes[score.one_class],
-                        },
-                        extra={"code": "prediction.one_class"},
-                    )
+                _warn_of_one_class(name, layer, score, labelled.classes)
             bar.advance(fitting)
     return scores
+
+
+def probe_tokens(encoder: Encoder, labelled: LabelledImages, seed: int) -> ProbeScore:
+    """Score of an attentive probe on the test part; see ``fit_attentive``.
+
+    Args:
+        encoder: Frozen encoder.
+        labelled: Labelled images; the probe is fitted to the training part.
+        seed: Seed of the order of the images.
+    """
+    train, test = labelled.train, labelled.test
+    with progress_bar() as bar:
+        task = bar.add_task("tokens", total=len(train), info="")
+        tokens, good = extract_tokens(encoder, train.paths, partial(bar.advance, task))
+        labels = train.labels[good]
+        folds = make_folds(labels, seed)
+        task = bar.add_task("attentive probe", total=number_of_fits(folds), info="")
+        count, done = len(labelled.classes), partial(bar.advance, task)
+        probe = fit_attentive(tokens, labels, count, folds, seed, done)
+        task = bar.add_task("test", total=len(test), info="")
+        found, good = predict_attentive(probe, encoder, test.paths, partial(bar.advance, task))
+    score = score_predictions(found, test.labels[good], {"penalty": probe.penalty})
+    _warn_of_one_class("attentive", "last", score, labelled.classes)
+    return score
+
+
+def _warn_of_one_class(probe: str, layer: str, score: ProbeScore, classes: list[str]) -> None:
+    if score.one_class is not None:
+        log.warning(
+            "%(probe)s on the layer %(layer)s classifies all %(images)d test images as %(class)s",
+            {
+                "probe": probe,
+                "layer": layer,
+                "images": len(score.right),
+                "class": classes[score.one_class],
+            },
+            extra={"code": "prediction.one_class"},
+        )

@@ -152,6 +152,28 @@ class Encoder(nn.Module):
             last = self.model.forward_features(images)
             return self.model.forward_head(last, pre_logits=True), self._as_map(last, images)
 
+    def tokens(self, images: Tensor) -> Tensor:
+        """Compute the tokens of the last layer.
+
+        Args:
+            images: ``(B, C, H, W)`` normalized images.
+
+        Returns:
+            ``(B, T, D')`` tokens of a transformer, class and register tokens first; for other
+            backbones the positions of the last feature map. D' is ``map_features``.
+        """
+        with _exact_if_tiny(images):
+            last: Tensor = self.model.forward_features(images)
+        if last.ndim == 3:
+            return last
+        return self._as_map(last, images).flatten(2).transpose(1, 2)
+
+    def token_shape(self) -> tuple[int, int]:
+        """Number and length of the tokens at ``image_size``, measured by a dry run."""
+        with self._dry_run(self.image_size, self.image_size) as blank:
+            _, count, features = self.tokens(blank).shape
+        return count, features
+
     @property
     def map_features(self) -> int:
         """Channels of the last feature map; ``num_features`` except for a few mobile backbones."""

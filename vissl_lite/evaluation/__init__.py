@@ -1,1 +1,1 @@
-"""Evaluation of encoders: features, kNN, linear probe, embeddings, online evaluation."""
+"""Evaluation of encoders: features, kNN, linear and attentive probe, online evaluation."""

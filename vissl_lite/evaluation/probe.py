@@ -122,11 +122,20 @@ def evaluate_features(
             )
         head, chosen = fit_linear(x_train, y_train, int(max(y_train.max(), y_test.max())) + 1)
         penalty = {} if chosen is None else {"penalty": chosen.penalty}
-        return _score(head.logits(x_test).argmax(axis=1), y_test, penalty)
-    return _score(knn_predict(x_train, y_train, x_test, k, temperature), y_test, {})
+        return score_predictions(head.logits(x_test).argmax(axis=1), y_test, penalty)
+    return score_predictions(knn_predict(x_train, y_train, x_test, k, temperature), y_test, {})
 
 
-def _score(predicted: np.ndarray, true: np.ndarray, chosen: dict[str, float]) -> ProbeScore:
+def score_predictions(
+    predicted: np.ndarray, true: np.ndarray, chosen: dict[str, float]
+) -> ProbeScore:
+    """Score the predictions of a probe.
+
+    Args:
+        predicted: ``(M,)`` class indices.
+        true: ``(M,)`` class indices.
+        chosen: Hyperparameters that were chosen.
+    """
     found = np.unique(predicted)
     one_class = int(found[0]) if len(found) == 1 and len(np.unique(true)) > 1 else None
     return ProbeScore(predicted == true, chosen, one_class)

@@ -17,6 +17,7 @@ from vissl_lite.report.page import Block, render
 NAMES = {
     "knn": "kNN accuracy",
     "linear": "linear accuracy",
+    "attentive": "attentive accuracy",
     "top1": "accuracy",
     "macro_f1": "F1, mean over classes",
     "map": "mean average precision",

@@ -428,13 +428,16 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
             UserError: There is no model for this task, or it is damaged.
         """
 
+    def check_turns(self, model: ModelT) -> None:
+        """Raise a UserError if predictions of the model can't be averaged over turns."""
+
     @abstractmethod
     def predict(self, model: ModelT, predictions: Predictions) -> tuple[Path, int]:
         """Write predictions for images.
 
         Args:
             model: Model from ``load``.
-            predictions: The images, and where files and pictures go.
+            predictions: The images, the turns to average over, and where files and pictures go.
 
         Returns:
             The file or folder of the predictions, and how many images could be read.

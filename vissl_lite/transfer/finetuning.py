@@ -20,7 +20,12 @@ from torch.optim import Optimizer
 from vissl_lite.data.atomic_file import write_atomically
 from vissl_lite.data.json_file import read_json
 from vissl_lite.data.stream import Batch, KeyedDataset
-from vissl_lite.encoders.config import BUILD_ERRORS, ENCODER_CONFIG, checked_names
+from vissl_lite.encoders.config import (
+    BUILD_ERRORS,
+    ENCODER_CONFIG,
+    checked_names,
+    read_model_config,
+)
 from vissl_lite.encoders.encoder import Encoder, first_line
 from vissl_lite.encoders.folder import load_encoder, load_tensors, read_weights, save_encoder
 from vissl_lite.errors import UserError
@@ -323,6 +328,28 @@ def read_head(folder: Path) -> dict[str, Any] | None:
     except TypeError as error:
         raise UserError(f"{file} is damaged: {error}") from None
     return about
+
+
+def read_upright(folder: Path) -> bool:
+    """Read whether the images that a model was trained on have an up.
+
+    Args:
+        folder: The model folder.
+
+    Returns:
+        True as well for a model that was not trained by ``finetune``, which does not record it.
+
+    Raises:
+        UserError: The record is damaged.
+    """
+    about = read_head(folder)
+    file = folder / (ENCODER_CONFIG if about is None else HEAD)
+    if about is None:
+        about = read_model_config(file).get("vissl_lite", {})
+    upright = about.get("upright", True)
+    if not isinstance(upright, bool):
+        raise UserError(f"{file} is damaged: upright is neither true nor false")
+    return upright
 
 
 def _compare(

@@ -16,6 +16,7 @@ from PIL import Image
 from vissl_lite.data.atomic_file import atomic_write
 from vissl_lite.data.images import BROKEN_IMAGE, read_image
 from vissl_lite.data.reading import reason
+from vissl_lite.data.turns import UNTURNED, Turn
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +33,14 @@ class Predictions:
         run: Run folder.
         pictures: Number of images to draw.
         advance: Called with the number of images done since the last call.
+        turns: Flips and turns of an image to average its predictions over.
     """
 
     paths: list[str]
     run: Path
     pictures: int
     advance: Callable[[int], None]
+    turns: tuple[Turn, ...] = UNTURNED
 
     @cached_property
     def common(self) -> str:

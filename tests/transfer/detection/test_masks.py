@@ -12,12 +12,14 @@ from torch import Tensor
 
 from tests.transfer.detection.test_training import squares
 from vissl_lite.encoders.encoder import build_encoder
+from vissl_lite.errors import UserError
 from vissl_lite.transfer.detection import metrics
 from vissl_lite.transfer.detection.data import BoxedImage
 from vissl_lite.transfer.detection.masks import MASK_SIDE, mask_loss, paste_mask
 from vissl_lite.transfer.detection.metrics import mask_precision, score_detector
 from vissl_lite.transfer.detection.model import Detections, Detector
 from vissl_lite.transfer.detection.options import DetectorSettings
+from vissl_lite.transfer.detection.task import Detection
 from vissl_lite.transfer.detection.training import BoxDataset, resize_masks, unpack_masks
 from vissl_lite.transfer.sources.run_lengths import mask_of_runs, runs_of_mask
 from vissl_lite.transfer.sources.shapes import Shape
@@ -312,3 +314,10 @@ def test_predicted_masks_lie_in_their_boxes(tmp_path: Any) -> None:
         assert all(np.abs(columns + 0.5 - (box[0] + box[2]) / 2) <= (box[2] - box[0]) / 2 + 1e-3)
         assert all(np.abs(rows + 0.5 - (box[1] + box[3]) / 2) <= (box[3] - box[1]) / 2 + 1e-3)
     assert drawn > 3
+
+
+def test_masks_are_not_averaged_over_turns() -> None:
+    with torch.device("meta"):
+        detector = Detector(build_encoder("test_resnet", 64), ["a"], "mask_rcnn", (64, 64))
+    with pytest.raises(UserError, match="--tta does not merge the masks"):
+        Detection().check_turns(detector)

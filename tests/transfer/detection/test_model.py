@@ -6,11 +6,13 @@ import pytest
 import torch
 from PIL import Image
 
-from vissl_lite.encoders.encoder import build_encoder
+from vissl_lite.data.turns import Turn, turns_for
+from vissl_lite.encoders.encoder import Encoder, build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.transfer.detection.data import BoxedImage
 from vissl_lite.transfer.detection.model import (
     TWO_STAGES,
+    Detections,
     Detector,
     choose_canvas,
     detect,
@@ -183,3 +185,60 @@ def test_boxes_come_back_in_pixels_of_the_image_best_first(tmp_path: Path) -> No
     assert found.boxes.tolist() == [[0, 0, 128, 64], [16, 8, 48, 32]]
     with pytest.raises(UserError, match="none of 1 images can be read"):
         detect(detector, paths[1:])
+
+
+class _ColorNet(torch.nn.Module):
+    """Network that finds the red rectangle (class 0) and the blue one (class 2) of an image."""
+
+    def __init__(self, net: Any) -> None:
+        super().__init__()
+        self.backbone = net.backbone
+        self.shapes: list[torch.Size] = []
+
+    def forward(self, images: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+        self.shapes.append(images.shape)
+        encoder: Encoder = self.backbone.encoder
+        found = []
+        for red, _, blue in encoder.denormalize(images).int():
+            corners = []
+            for excess in (red - blue, blue - red):
+                rows, columns = (excess > 100).nonzero(as_tuple=True)
+                low = columns.min(), rows.min()
+                corners.append([*low, columns.max() + 1, rows.max() + 1])
+            boxes, labels = torch.tensor(corners).float(), torch.tensor([0, 2])
+            found.append({"boxes": boxes, "scores": torch.tensor([0.6, 0.8]), "labels": labels})
+        return found
+
+
+def detect_turned(detector: Detector, path: Path, turns: tuple[Turn, ...]) -> Detections:
+    found: list[Detections] = []
+    detect_in_batches(detector, [str(path)], lambda _, some, __: found.extend(some), turns=turns)
+    return found[0]
+
+
+@pytest.mark.parametrize("canvas", [(64, 64), (32, 64)])
+def test_a_detector_that_turns_with_the_image_gives_the_same_boxes_with_turns(
+    tmp_path: Path, canvas: tuple[int, int]
+) -> None:
+    detector = Detector(build_encoder("test_resnet", 64), ["a", "b", "c"], "fcos", canvas)
+    detector.net = net = _ColorNet(detector.net)
+    pixels = np.full((30, 64, 3), 40, np.uint8)
+    pixels[4:9, 10:40, 0] = 250
+    pixels[12:29, 50:63, 2] = 250
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    found = detect_turned(detector, tmp_path / "a.png", turns_for(upright=False))
+    assert found.labels.tolist() == [2, 0]
+    np.testing.assert_allclose(found.boxes, [[50, 12, 63, 29], [10, 4, 40, 9]], atol=1e-4)
+    np.testing.assert_allclose(found.scores, [0.8, 0.6], atol=1e-6)
+    # a quarter turn does not fit into a canvas that is not square
+    assert len(net.shapes) == (8 if canvas[0] == canvas[1] else 4)
+
+
+def test_a_box_that_only_one_turn_finds_loses_score(tmp_path: Path) -> None:
+    detector = make()
+    detector.net = _ConstantNet(detector.net)
+    Image.new("RGB", (128, 64)).save(tmp_path / "a.png")
+    found = detect_turned(detector, tmp_path / "a.png", turns_for(upright=True))
+    assert found.labels.tolist() == [2, 0, 0]
+    assert found.boxes.tolist() == [[0, 0, 128, 64], [16, 8, 48, 32], [80, 8, 112, 32]]
+    np.testing.assert_allclose(found.scores, [0.7, 0.25, 0.25])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vissl_lite.data.turns import turns_for
 from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.transfer.segmentation.model import (
     Segmenter,
@@ -211,6 +212,34 @@ def test_the_border_of_a_window_has_little_weight() -> None:
         probabilities[1, 8:-8, 8:-8] > 0.52
     ).all()  # an unweighted mean would be 0.5 where two windows overlap
     assert (probabilities[0, :8] > 0.99).all()
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (49, 90), (20, 31)])
+def test_a_model_that_turns_with_the_image_gives_the_same_with_turns(
+    shape: tuple[int, int],
+) -> None:
+    model, image = Pixelwise(), picture(*shape)
+    turned = segment(model, image, turns_for(upright=False))  # type: ignore[arg-type]
+    np.testing.assert_allclose(turned, segment(model, image), atol=1e-2)  # type: ignore[arg-type]
+    assert turned.shape == (3, *shape)
+
+
+class LeftRight(Pixelwise):
+    """Classify the left half of a window as 1, the right half as 0."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = torch.zeros(len(images), 2, *images.shape[-2:])
+        logits[:, 1, :, : images.shape[-1] // 2] = 2
+        return logits
+
+
+def test_probabilities_of_turns_are_averaged() -> None:
+    image = picture(32, 32)
+    left = math.exp(2) / (1 + math.exp(2))
+    (_, one) = segment(LeftRight(), image)  # type: ignore[arg-type]
+    np.testing.assert_allclose(one[:, [0, -1]], np.full((32, 2), [left, 0.5]), atol=1e-6)
+    (_, both) = segment(LeftRight(), image, turns_for(upright=True))  # type: ignore[arg-type]
+    np.testing.assert_allclose(both, (left + 0.5) / 2, atol=1e-6)
 
 
 @pytest.mark.parametrize("length", [32, 33, 40, 48, 49, 64, 100, 1000])

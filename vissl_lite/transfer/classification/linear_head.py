@@ -77,14 +77,22 @@ def fit_linear(
         The classifier, and the penalty with its scores; None for the default penalty, where no
         class has two images.
     """
-    folds = _folds(labels, seed)
+    folds = make_folds(labels, seed)
     chosen = choose_penalty(features, labels, classes, folds) if folds else None
     penalty = chosen.penalty if chosen else DEFAULT_PENALTY
     return fit_head(features, labels, classes, penalty), chosen
 
 
-def _folds(labels: np.ndarray, seed: int) -> list[Fold]:
-    """Up to five stratified folds; of many images one; none where each class has one image."""
+def make_folds(labels: np.ndarray, seed: int) -> list[Fold]:
+    """Folds of a cross-validation, stratified by class.
+
+    Args:
+        labels: See ``fit_head``.
+        seed: Seed of the folds.
+
+    Returns:
+        Up to five; one of more than 2,000 images; none where most classes have one image.
+    """
     several = labels.ndim == 2
     strata = rarest_classes([np.flatnonzero(row).tolist() for row in labels]) if several else labels
     count = min(MAX_FOLDS, int(np.median(np.unique(strata, return_counts=True)[1])))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from vissl_lite.data.images import read_image, suitable_size
@@ -137,11 +138,11 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
             numbers = count()
 
             def use(paths: list[str], outputs: list[Tensor]) -> None:
-                (logits,) = outputs
                 check_outputs(
-                    [logits], f"{paths[0]} or one of the {len(paths)} images from there on"
+                    outputs, f"{paths[0]} or one of the {len(paths)} images from there on"
                 )
-                for path, row in zip(paths, model.probabilities(logits).numpy(), strict=True):
+                probabilities = torch.stack([model.probabilities(logits) for logits in outputs])
+                for path, row in zip(paths, probabilities.mean(dim=0).numpy(), strict=True):
                     best = int(row.argmax())
                     if model.multi_label:
                         words = "|".join(
@@ -158,7 +159,7 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
 
             good = run_in_batches(
                 model,
-                lambda images: [model(images)],
+                lambda images: [model(turn.batch(images)) for turn in predictions.turns],
                 model.encoder.normalize,
                 predictions.paths,
                 model.encoder.image_size,

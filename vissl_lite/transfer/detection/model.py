@@ -19,6 +19,7 @@ from torchvision.ops.poolers import initLevelMapper
 
 from vissl_lite.data.images import BROKEN_IMAGE, read_image
 from vissl_lite.data.reading import reason
+from vissl_lite.data.turns import UNTURNED, Turn
 from vissl_lite.data.views import PADDING_GRAY
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.inference import check_outputs, inference_mode, report_broken
@@ -32,6 +33,7 @@ from vissl_lite.transfer.detection.anchors import (
     level_strides,
 )
 from vissl_lite.transfer.detection.data import BoxedImage
+from vissl_lite.transfer.detection.fusion import fuse_boxes
 from vissl_lite.transfer.detection.masks import MASK_SIDE, MaskHeads, paste_mask
 from vissl_lite.transfer.detection.options import DetectorName
 from vissl_lite.transfer.finetuning import load_with_head, save_with_head
@@ -334,6 +336,7 @@ def detect_in_batches(
     on_batch: Callable[[list[str], list[Detections], list[tuple[int, int]]], None],
     progress: Callable[[int], None] | None = None,
     batch_size: int = 8,
+    turns: Sequence[Turn] = UNTURNED,
 ) -> np.ndarray:
     """Detect objects like ``detect``, but pass on each batch instead of keeping all detections.
 
@@ -344,6 +347,9 @@ def detect_in_batches(
             their (height, width).
         progress: Called with the number of images processed since the last call.
         batch_size: Number of images per batch.
+        turns: Flips and turns of each image; their boxes are mapped back and merged, see
+            ``fuse_boxes``. Quarter turns are left out unless the canvas is square: a turned image
+            would be resized to another scale, which training does not show either.
 
     Returns:
         Array ``(M,)`` bool that tells which images are readable.
@@ -352,12 +358,16 @@ def detect_in_batches(
         UserError: If no image can be read, or the outputs of the heads are not finite.
     """
     faults: list[str | None] = []
+    if detector.canvas[0] != detector.canvas[1]:
+        turns = [turn for turn in turns if not turn.swaps_sides]
     with inference_mode(detector) as device, _check_head_outputs(detector) as current:
         for start in range(0, len(paths), batch_size):
             batch_paths = paths[start : start + batch_size]
             current[:] = batch_paths
             readable: list[str] = []
-            fitted, scales, sizes = [], [], []
+            sizes: list[tuple[int, int]] = []
+            fitted: list[list[np.ndarray]] = [[] for _ in turns]
+            scales: list[float] = []
             for path in batch_paths:
                 try:
                     image = read_image(path)
@@ -366,15 +376,20 @@ def detect_in_batches(
                     continue
                 faults.append(None)
                 readable.append(path)
-                padded, scale = fit_into(image, detector.canvas)
-                fitted.append(padded)
-                scales.append(scale)
+                for turn, some in zip(turns, fitted, strict=True):
+                    padded, scale = fit_into(turn.image(image), detector.canvas)
+                    some.append(padded)
+                scales.append(scale)  # the same for all turns
                 sizes.append((image.shape[0], image.shape[1]))
-            if fitted:
-                batch = torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2).to(device)
-                outputs = detector(detector.encoder.normalize(batch))
-                detections = [_to_image(*one) for one in zip(outputs, scales, sizes, strict=True)]
-                on_batch(readable, detections, sizes)
+            if sizes:
+                by_turn = []
+                for turn, some in zip(turns, fitted, strict=True):
+                    batch = torch.from_numpy(np.stack(some)).permute(0, 3, 1, 2).to(device)
+                    outputs = detector(detector.encoder.normalize(batch))
+                    by_turn.append(
+                        [_to_image(*one, turn) for one in zip(outputs, scales, sizes, strict=True)]
+                    )
+                on_batch(readable, [_merge(one) for one in zip(*by_turn, strict=True)], sizes)
             if progress is not None:
                 progress(len(batch_paths))
     return report_broken(paths, faults)
@@ -402,10 +417,13 @@ def _check_head_outputs(detector: Detector) -> Iterator[list[str]]:
             hook.remove()
 
 
-def _to_image(output: dict[str, Tensor], scale: float, size: tuple[int, int]) -> Detections:
+def _to_image(
+    output: dict[str, Tensor], scale: float, size: tuple[int, int], turn: Turn
+) -> Detections:
     """Convert boxes from the canvas to pixels of the image, and drop those in the padding."""
     boxes = output["boxes"].float().cpu().numpy() / scale
     whole = boxes.copy()  # masks are relative to boxes that are not clipped
+    boxes = turn.boxes_back(boxes, *size)
     boxes[:, 0::2] = boxes[:, 0::2].clip(0, size[1])
     boxes[:, 1::2] = boxes[:, 1::2].clip(0, size[0])
     scores, labels = output["scores"].float().cpu().numpy(), output["labels"].cpu().numpy()
@@ -417,6 +435,16 @@ def _to_image(output: dict[str, Tensor], scale: float, size: tuple[int, int]) ->
         kept = np.flatnonzero(inside)[order]
         masks = tuple(paste_mask(cells[index], whole[index], size) for index in kept)
     return Detections(boxes[inside][order], scores[inside][order], labels[inside][order], masks)
+
+
+def _merge(by_turn: Sequence[Detections]) -> Detections:
+    """Merge the detections in the turns of one image; masks are not merged."""
+    if len(by_turn) == 1:
+        return by_turn[0]
+    boxes, scores = [one.boxes for one in by_turn], [one.scores for one in by_turn]
+    found = Detections(*fuse_boxes(boxes, scores, [one.labels for one in by_turn]))
+    sure = found.scores >= MIN_SCORE
+    return Detections(found.boxes[sure], found.scores[sure], found.labels[sure])
 
 
 def save_detector(detector: Detector, folder: Path, about: dict[str, Any]) -> None:

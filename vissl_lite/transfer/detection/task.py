@@ -14,6 +14,7 @@ from torch import nn
 from vissl_lite.data.atomic_file import atomic_write
 from vissl_lite.data.images import read_image, suitable_size
 from vissl_lite.encoders.encoder import Encoder
+from vissl_lite.errors import UserError
 from vissl_lite.plots import Picture, class_colors, draw_boxes, plot_grid, plot_per_class
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
@@ -142,6 +143,13 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
         drawn = _draw_truth(image, one, data.classes)
         return Picture(shrunk(drawn), ", ".join(words) or "no boxes")
 
+    def check_turns(self, model: Detector) -> None:
+        if model.kind == "mask_rcnn":
+            raise UserError(
+                "--tta does not merge the masks of mask_rcnn: leave it out, or train another "
+                "--detector for boxes"
+            )
+
     def predict(self, model: Detector, predictions: Predictions) -> tuple[Path, int]:
         """Write predictions in COCO's format, with a score for each annotation.
 
@@ -181,7 +189,9 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
                     predictions.draw(number - 1, path, drawn)
                 out.flush()
 
-            good = detect_in_batches(model, predictions.paths, use, predictions.advance)
+            good = detect_in_batches(
+                model, predictions.paths, use, predictions.advance, turns=predictions.turns
+            )
         head = {
             "info": {
                 "description": "vissl-lite predict",

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from vissl_lite.data.turns import UNTURNED, Turn
 from vissl_lite.data.views import OWN_SCALE_RATIO
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.inference import check_outputs, inference_mode
@@ -236,7 +237,9 @@ def resize_probabilities(probabilities: Tensor, height: int, width: int) -> Tens
     return F.interpolate(probabilities[None], (height, width), mode="bilinear")[0]
 
 
-def segment(segmenter: Segmenter, image: np.ndarray) -> np.ndarray:
+def segment(
+    segmenter: Segmenter, image: np.ndarray, turns: Sequence[Turn] = UNTURNED
+) -> np.ndarray:
     """Compute class probabilities for every pixel of an image of any size.
 
     The scale is that of the training views: an image whose shorter side is at most ``LARGE`` times
@@ -248,13 +251,17 @@ def segment(segmenter: Segmenter, image: np.ndarray) -> np.ndarray:
     Args:
         segmenter: Segmenter. It is moved to the accelerator, if there is one, and back afterwards.
         image: Image ``(H, W, C)`` uint8.
+        turns: Flips and turns of the image; their probabilities are turned back and averaged.
 
     Returns:
         Probabilities ``(K, H, W)`` float32, which sum to one over the classes.
     """
     with inference_mode(segmenter) as device:
-        probabilities = segment_all(segmenter, [image], device)[0]
-        return resize_probabilities(probabilities, *image.shape[:2]).cpu().numpy()
+        total = torch.zeros((), device=device)
+        for turn in turns:  # one at a time, as large images take much memory
+            (probabilities,) = segment_all(segmenter, [turn.image(image)], device)
+            total = total + turn.map_back(probabilities)
+        return resize_probabilities(total / len(turns), *image.shape[:2]).cpu().numpy()
 
 
 def save_segmenter(segmenter: Segmenter, folder: Path, about: dict[str, Any]) -> None:

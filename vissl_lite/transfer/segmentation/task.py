@@ -150,7 +150,8 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
                 except BROKEN_IMAGE as error:
                     faults.append(reason(error, path))
                     continue
-                mask = np.asarray(segment(model, image).argmax(axis=0), np.uint8)
+                found = segment(model, image, predictions.turns)
+                mask = np.asarray(found.argmax(axis=0), np.uint8)
                 picture = Image.fromarray(mask)
                 picture.putpalette(palette.ravel().tolist())
                 place = predictions.place(path, "masks")
