@@ -123,7 +123,7 @@ def _is_user_mistake(error: Exception) -> bool:
 def _how_to_continue(command: str, run: Path) -> str:
     """Describe what is kept of a run that ended early, and how to continue it."""
     if command in ("pretrain", "finetune"):
-        if (run / CHECKPOINTS / CHECKPOINT).is_file():
+        if next((run / CHECKPOINTS).rglob(CHECKPOINT), None) is not None:
             return (
                 f"the training up to its last checkpoint is kept in {run}: the same command "
                 f"with --resume continues it"

@@ -16,6 +16,7 @@ from vissl_lite.commands.pretrain_options import parse_time
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.encoders.folder import encoder_for, load_encoder
 from vissl_lite.errors import (
+    UserError,
     check_count,
     check_image_size,
     check_positive_share,
@@ -33,6 +34,7 @@ from vissl_lite.run import (
     check_out,
     console,
     is_finished,
+    is_main_process,
     open_run,
     read_config,
     read_results,
@@ -142,8 +144,12 @@ class FinetuneOptions(Options, AllTaskOptions):
     """Random seed, also of the choice of labels."""
     precision: str = "auto"
     """Floating-point precision: auto, or one of Lightning's, such as 32-true or bf16-mixed."""
+    devices: int | str = 1
+    """Number of devices to use, or auto for all."""
+    strategy: Literal["auto", "ddp"] = "auto"
+    """Strategy for training on several devices: auto or ddp."""
     num_workers: int | None = None
-    """Number of data loading workers. Default: chosen from the number of CPU cores."""
+    """Number of data loading workers per device. Default: chosen from the number of CPU cores."""
     dry_run: bool = False
     """Only print what is read of the data, and write nothing."""
     resume: bool = False
@@ -164,6 +170,8 @@ class FinetuneOptions(Options, AllTaskOptions):
         for name in ("epochs", "batch_size", "shots", "class_level"):
             check_count(name, getattr(self, name))
         check_seed(self.seed)
+        if self.epochs is not None and parse_time(self.max_time) is not None:
+            raise UserError("give --epochs or --max_time, not both")
 
     def as_config(self) -> dict[str, Any]:
         return without_others(find_task(self.task), super().as_config())
@@ -216,7 +224,12 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
     task = find_task(options.task)
     check_given(task, options.given)
     limit_pixels(options.max_pixels)
-    hardware = Hardware(options.precision, devices=1, num_workers=options.num_workers)
+    hardware = Hardware(
+        options.precision,
+        options.devices,
+        strategy=options.strategy,
+        num_workers=options.num_workers,
+    )
     hardware.check()
     data, encoder = os.fspath(options.data), os.fspath(options.encoder)
     settings, image_size = options.settings(), options.image_size
@@ -236,14 +249,17 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
         dry_run(labelled, leaks)
         return FinetuneResult(out, out / "model", {}, {})
     with open_run(out, "finetune", config, resume) as run:
-        show_data(labelled, leaks)
-        labelled.write_split(run)
-        leaks.write(run)
-        log.info("%s at %d pixels", start.backbone, start.image_size)
-        task.report_use(start, encoder)
+        if is_main_process():
+            show_data(labelled, leaks)
+            labelled.write_split(run)
+            leaks.write(run)
+            log.info("%s at %d pixels", start.backbone, start.image_size)
+            task.report_use(start, encoder)
         files = FitFiles(run, checkpoints=True, resume=resume)
         fitted = fit_model(task, start, labelled, settings, (), hardware, files)
         model: TrainedModel = fitted.model
+        if not is_main_process():
+            return FinetuneResult(run, run / "model", {}, {})
         log.info("%s", fitted.describe())
         about = {
             "version": __version__,

@@ -233,13 +233,15 @@ def train(
         title: Title of the progress bar.
         weights: Sampling weights; see ``StreamSampler``.
     """
+    hardware = hardware or Hardware(devices=1)
+    if settings.batch_size is None:  # a multiple of the number of devices
+        batch_size = max(1, batch_size // hardware.processes()) * hardware.processes()
     per_epoch = len(dataset) // batch_size
     epochs = settings.epochs or max(MIN_EPOCHS, math.ceil(STEPS / per_epoch))
     rate, seconds = settings.optimizer.lr, settings.seconds
     schedule = Schedule(
         rate, settings.warmup, settings.seed, None if seconds else epochs * per_epoch, seconds
     )
-    hardware = hardware or Hardware(devices=1)
     stream = StreamData(
         dataset, batch_size, None if seconds else epochs, schedule, hardware.workers(), weights
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError, did_you_mean
 from vissl_lite.metrics_file import MetricsFile
-from vissl_lite.run import CHECKPOINTS, METRICS
+from vissl_lite.run import CHECKPOINTS, METRICS, is_main_process
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.base import DatasetT, ModelT, ScoresT, SettingsT, Task
@@ -53,11 +53,11 @@ class FitFiles:
         """
         if self.folder is None:
             return NO_FILES
-        file = self.folder / metrics
-        if not self.resume and metrics:
-            file.unlink(missing_ok=True)
+        logged = bool(metrics) and is_main_process()
+        if logged and not self.resume:
+            (self.folder / metrics).unlink(missing_ok=True)
         return TrainingFiles(
-            MetricsFile(file) if metrics else None,
+            MetricsFile(self.folder / metrics) if logged else None,
             self.folder / CHECKPOINTS / checkpoints if self.checkpoints else None,
             self.resume,
         )
