@@ -90,7 +90,7 @@ def test_every_arm_has_the_same_labels_and_smaller_amounts_are_parts_of_larger_o
     assert first == second  # arm by arm, seed by seed
     assert len(set(first)) == 6  # each seed has labels of its own
     for few, more in zip(first[::2], first[1::2], strict=True):
-        assert len(few) == 6
+        assert len(few) == 12  # those that were held out as validation part, too
         assert set(few) < set(more)
 
 

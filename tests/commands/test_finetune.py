@@ -1,7 +1,10 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -12,6 +15,7 @@ import vissl_lite
 from tests.conftest import with_pictures
 from vissl_lite.cli import main
 from vissl_lite.errors import UserError
+from vissl_lite.transfer import fitting
 from vissl_lite.transfer.classification.task import Classification
 from vissl_lite.transfer.prediction import Predictions
 
@@ -143,3 +147,58 @@ def test_few_labels_are_stratified(encoder: Path, labelled: Path, tmp_path: Path
     for name in ("red", "green", "blue"):
         assert rows.count(("train", name)) == 4
         assert rows.count(("test", name)) == 6
+
+
+@pytest.mark.slow
+def test_what_was_chosen_is_in_the_results_and_a_killed_run_goes_on(
+    encoder: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted in the last of the trainings, a run ends as one that was not interrupted."""
+    given: dict[str, Any] = {
+        "data": str(labelled), "encoder": str(encoder), "epochs": 2, "num_workers": 0,
+        "precision": "32-true", "batch_size": 8,
+    }  # fmt: skip
+    whole = vissl_lite.finetune(out=tmp_path / "whole", **given)
+    results = json.loads((whole.run / "results.json").read_text())
+    assert (results["folds"], results["val_images"], results["train_images"]) == (3, 36, 36)
+    assert results["refit"]
+    assert set(results["chosen"]) == {"lr", "tuned_share"}
+    assert {one["tuned_share"] for one in results["candidates"]} == {0, 0.25, 0.5, 0.75, 1}
+    best = max(results["candidates"], key=lambda one: (one["top1"], -one["loss"]))
+    assert best["tuned_share"] == results["chosen"]["tuned_share"]
+    assert results["train"].keys() == results["val"].keys() == {"top1", "loss"}
+
+    original, begun = fitting._Fitting.train, []
+
+    def until_killed(self: Any, data: Any, *rest: Any) -> Any:
+        begun.append(len(data.train))
+        if begun == [24, 24, 24, 36]:
+            raise KeyboardInterrupt
+        return original(self, data, *rest)
+
+    monkeypatch.setattr(fitting._Fitting, "train", until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        vissl_lite.finetune(out=tmp_path / "cut", **given)
+    monkeypatch.undo()
+    again = vissl_lite.finetune(out=tmp_path / "cut", resume=True, **given)
+    assert again.test == whole.test
+    one, other = (load_file(run.model / "model.safetensors") for run in (whole, again))
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], msg=name)
+    for name in ("metrics.csv", "refit.csv"):
+        rows = [(run.run / name).read_text().count("\n") for run in (whole, again)]
+        assert rows[0] == rows[1]
+
+
+@pytest.mark.slow
+def test_training_on_two_processes(encoder: Path, labelled: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = ["finetune", "--data", labelled, "--encoder", encoder, "--out", out, "--epochs", 1,
+             "--devices", 2, "--num_workers", 0, "--refit", "false"]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "vissl_lite", *map(str, words)], capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((out / "results.json").read_text())
+    assert results["train_images"] == 30
+    assert (out / "model" / "model.safetensors").is_file()

@@ -218,11 +218,13 @@ def color_distortion(strength: float) -> list[Step]:
         strength: S of the paper: brightness, contrast and saturation change by up to 0.8 s, the
             hue by up to 0.2 s of the circle. 1 for ImageNet, 0.5 for CIFAR-10.
     """
+    return [color_jitter(strength), Grayscale(p=0.2)]
+
+
+def color_jitter(strength: float) -> Step:
+    """Color jitter with probability 0.8, without turning gray; see ``color_distortion``."""
     change = 0.8 * strength
-    return [
-        ColorJitter(change, change, change, hue=min(0.5, 0.2 * strength), p=0.8),
-        Grayscale(p=0.2),
-    ]
+    return ColorJitter(change, change, change, hue=min(0.5, 0.2 * strength), p=0.8)
 
 
 def gray(probability: float) -> Step:

@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 
-from vissl_lite.errors import check_warmup
+from vissl_lite.errors import check_not_negative, check_warmup
 from vissl_lite.transfer.finetuning import TransferSettings
 from vissl_lite.transfer.options import ClassNameOptions, ClassWeightsOption, SourceOptions
+
+# Strength of the color jitter at which brightness is between black and 1.8 times itself.
+MAX_COLOR = 1.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +27,9 @@ class ClassificationOptions(LabelOptions, ClassWeightsOption):
     """Share of the target that is spread over all classes."""
     balanced: bool = False
     """Sample all classes equally often."""
+    color: float = 0.5
+    """Strength of the color jitter of training images: brightness, contrast and saturation change
+    by up to 0.8 times it, the hue by up to 0.2 of the circle times it. 0 leaves colors alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +41,11 @@ class ClassifierSettings(TransferSettings, ClassificationOptions):
             section 7); with several labels per image over yes and no, so that targets are s / 2 and
             1 - s / 2.
         balanced: Sample all classes equally often.
+        color: Strength of the color jitter, see ``color_distortion``.
         class_weights: Weights of the classes in the loss, see ``loss_weights``: ``balanced``, or a
             weight by name. None for all alike.
     """
 
     def __post_init__(self) -> None:
         check_warmup("label_smoothing", self.label_smoothing)
+        check_not_negative("color", self.color, MAX_COLOR)

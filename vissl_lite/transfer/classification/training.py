@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vissl_lite.data.stream import Batch, ViewDataset
-from vissl_lite.data.views import Views, crop_decode_size, flip, random_crop
+from vissl_lite.data.views import Views, color_jitter, crop_decode_size, flip, random_crop
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError, did_you_mean
 from vissl_lite.optim import build_optimizer
@@ -178,15 +178,18 @@ class ClassifierTraining(TransferModule):
         return build_optimizer(self.model.network, self.settings.optimizer)
 
 
-def classifier_views(size: int, min_crop_scale: float, upright: bool) -> Views:
-    """One training view: a random crop, perhaps flipped.
+def classifier_views(size: int, min_crop_scale: float, upright: bool, color: float = 0.0) -> Views:
+    """One training view: a random crop, perhaps flipped, with changed colors.
 
     Args:
         size: Side in pixels.
         min_crop_scale: Smallest share of the image's area.
         upright: Whether the images have an up; see ``flip``.
+        color: Strength of the color jitter; see ``color_distortion``.
     """
     one = [random_crop(size, min_crop_scale), flip(upright)]
+    if color:
+        one.append(color_jitter(color))
     return Views([one], shortest=crop_decode_size(size, min_crop_scale))
 
 
@@ -257,7 +260,7 @@ def train_classifier(
     batch_size = settings.batch(len(data.train), usual=64)
     training = ClassifierTraining(classifier, data, settings)
     size = classifier.encoder.image_size
-    views = classifier_views(size, settings.min_crop_scale, settings.upright)
+    views = classifier_views(size, settings.min_crop_scale, settings.upright, settings.color)
     dataset = ViewDataset(data.train.paths, views, settings.seed)
 
     def validate() -> Mapping[str, float]:
