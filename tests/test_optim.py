@@ -100,6 +100,15 @@ def test_a_layer_of_a_resnet_is_a_stage() -> None:
     assert scales[0] == scales[1] == {0.5**power for power in range(6)}
 
 
+@pytest.mark.parametrize(("backbone", "decays"), [("test_resnet", False), ("test_vit", True)])
+def test_by_default_only_a_plain_vit_has_layer_decay(backbone: str, decays: bool) -> None:
+    settings = OptimizerSettings(layer_decay=None)
+    groups = build_optimizer(timm.create_model(backbone), settings).param_groups
+    scales = sorted({group["lr_scale"] for group in groups}, reverse=True)
+    assert (len(scales) > 1) == decays
+    assert scales == pytest.approx([0.75**power for power in range(len(scales))])
+
+
 def test_layer_decay_and_exemptions_of_an_encoder_in_a_model() -> None:
     encoder, head = timm.create_model("test_vit", num_classes=0), nn.Linear(8, 2)
     settings = OptimizerSettings(layer_decay=0.5, weight_decay=0.3)

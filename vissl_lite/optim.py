@@ -24,6 +24,9 @@ from vissl_lite.errors import (
 # not finite.
 LARGEST_RATE = 1e6
 
+# Layer-wise decay of a plain ViT by default.
+VIT_LAYER_DECAY = 0.75
+
 
 @dataclass(frozen=True)
 class OptimizerSettings:
@@ -34,7 +37,8 @@ class OptimizerSettings:
         lr: Peak learning rate.
         weight_decay: Weight decay of matrices and kernels; biases and norms have none.
         layer_decay: Factor on the learning rate from one layer to the one below it (BEiT, Bao et
-            al. 2021); 1 trains all layers alike.
+            al. 2021); 1 trains all layers alike. None for 0.75 in plain ViTs, as in BEiT and MAE,
+            and 1 in other networks.
         scaling: Scaling of the learning rate with the batch: ``linear`` (Goyal et al. 2017),
             ``sqrt`` (Malladi et al. 2022, for Adam) or ``none``.
         clip_norm: Largest norm of the gradient; 0 does not clip it.
@@ -43,7 +47,7 @@ class OptimizerSettings:
     name: str = "adamw"
     lr: float = 1e-3
     weight_decay: float = 0.05
-    layer_decay: float = 1.0
+    layer_decay: float | None = 1.0
     scaling: Literal["linear", "sqrt", "none"] = "linear"
     clip_norm: float = 0.0
 
@@ -116,12 +120,15 @@ def build_optimizer(
     return optimizer
 
 
-def _layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
+def _layer_scales(model: nn.Module, decay: float | None) -> dict[str, float]:
     """Factor on the learning rate of each parameter of a timm model; empty for 1.
 
     A layer is a block of a plain ViT, and a stage of a convolutional or hierarchical network, whose
     blocks differ in number: a ResNet-50 and a ResNet-18 have the same six layers.
     """
+    if decay is None:
+        plain = hasattr(model, "patch_embed") and hasattr(model, "blocks")
+        decay = VIT_LAYER_DECAY if plain else 1.0
     matcher = getattr(model, "group_matcher", None)
     if decay == 1 or matcher is None:
         return {}

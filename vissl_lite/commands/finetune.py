@@ -2,9 +2,10 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from rich.table import Table
@@ -109,13 +110,15 @@ class FinetuneOptions(Options, AllTaskOptions):
     windows)."""
     optimizer: str = "adamw"
     """timm optimizer."""
-    lr: float = 1e-3
-    """Peak learning rate."""
+    lr: Sequence[float] | float = 1e-3
+    """Peak learning rate. Of several, such as 0.0003 0.001 0.003, the best is chosen on labels that
+    are held out, starting from the middle one; each takes a training."""
     weight_decay: float = 0.05
     """Weight decay of weight matrices and convolution kernels."""
     layer_decay: float | None = None
     """Factor by which the learning rate decreases from each layer (a block of a ViT, a stage of
-    other backbones) to the one below it. Default: 0.75, or 1 (no decrease) for random:NAME."""
+    other backbones) to the one below it. Default: 0.75 for plain ViTs, 1 (no decrease) for other
+    backbones and random:NAME."""
     warmup: float = 0.1
     """Fraction of the training used for learning rate warmup."""
     frozen_norm: bool | None = None
@@ -166,12 +169,20 @@ class FinetuneOptions(Options, AllTaskOptions):
         for name in ("fraction", "layer_decay", "min_crop_scale"):
             check_positive_share(name, getattr(self, name))
         check_image_size(self.image_size)
-        check_rates(self.lr, self.weight_decay)
+        if isinstance(self.lr, list | tuple):
+            self._set("lr", sorted(self.lr) if len(self.lr) > 1 else self.lr[0])
+        for rate in self.rates:
+            check_rates(rate, self.weight_decay)
         for name in ("epochs", "batch_size", "shots", "class_level"):
             check_count(name, getattr(self, name))
         check_seed(self.seed)
         if self.epochs is not None and parse_time(self.max_time) is not None:
             raise UserError("give --epochs or --max_time, not both")
+
+    @property
+    def rates(self) -> list[float]:
+        """Candidate learning rates, ascending."""
+        return self.lr if isinstance(self.lr, list) else [cast(float, self.lr)]
 
     def as_config(self) -> dict[str, Any]:
         return without_others(find_task(self.task), super().as_config())
@@ -186,7 +197,7 @@ class FinetuneOptions(Options, AllTaskOptions):
             batch_size=self.batch_size,
             seconds=parse_time(self.max_time),
             optimizer=finetune_optimizer(
-                from_scratch, self.optimizer, self.lr, self.weight_decay, self.layer_decay
+                from_scratch, self.optimizer, self.rates[0], self.weight_decay, self.layer_decay
             ),
             warmup=self.warmup,
             frozen_norm=self.frozen_norm,
@@ -256,7 +267,7 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
             log.info("%s at %d pixels", start.backbone, start.image_size)
             task.report_use(start, encoder)
         files = FitFiles(run, checkpoints=True, resume=resume)
-        fitted = fit_model(task, start, labelled, settings, (), hardware, files)
+        fitted = fit_model(task, start, labelled, settings, options.rates, hardware, files)
         model: TrainedModel = fitted.model
         if not is_main_process():
             return FinetuneResult(run, run / "model", {}, {})

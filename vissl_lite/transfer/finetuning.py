@@ -43,9 +43,6 @@ EVALUATIONS = 10
 # Length of a training by default, in steps, and its least length in epochs.
 STEPS, MIN_EPOCHS = 1000, 10
 
-# Factor on the learning rate from one layer of a pre-trained encoder to the one below it.
-LAYER_DECAY = 0.75
-
 # Largest norm of the gradient: single batches of few images would otherwise move the weights far.
 CLIP_NORM = 3.0
 
@@ -69,11 +66,11 @@ def finetune_optimizer(
         name: A timm optimizer.
         lr: Peak learning rate.
         weight_decay: Weight decay of matrices and kernels.
-        layer_decay: Factor on the learning rate from one layer to the one below it; None for 0.75,
-            or 1 for an untrained encoder.
+        layer_decay: Factor on the learning rate from one layer to the one below it; None for the
+            default of ``OptimizerSettings``, or 1 for an untrained encoder.
     """
-    if layer_decay is None:
-        layer_decay = 1.0 if untrained else LAYER_DECAY
+    if layer_decay is None and untrained:
+        layer_decay = 1.0
     return OptimizerSettings(name, lr, weight_decay, layer_decay, clip_norm=CLIP_NORM)
 
 

@@ -6,6 +6,7 @@ it on all labels.
 """
 
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from typing import Any, Generic
 
 from torch import Tensor
 
+from vissl_lite.data.atomic_file import atomic_write
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError, did_you_mean
 from vissl_lite.metrics_file import MetricsFile
@@ -61,6 +63,12 @@ class FitFiles:
             self.folder / CHECKPOINTS / checkpoints if self.checkpoints else None,
             self.resume,
         )
+
+    def use_curve(self, metrics: str) -> None:
+        """Copy the metrics of one of several trainings, if there are, to ``metrics.csv``."""
+        if self.folder is not None and is_main_process() and (self.folder / metrics).is_file():
+            with atomic_write(self.folder / METRICS) as part:
+                shutil.copyfile(self.folder / metrics, part)
 
 
 NO_FIT_FILES = FitFiles()
@@ -274,6 +282,7 @@ def fit_model(
     if len(data.val):
         climb(score, rates)
     chosen = fitting.best or Candidate(rates[len(rates) // 2], 1.0, {})
+    files.use_curve(f"lr-{chosen.lr:g}.csv")
     trained, everything = fitting.model, data
     if trained is not None:
         trained.use(chosen.share)
