@@ -103,7 +103,19 @@ def models(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for task in TASKS:
         source = data / ("labelled" if task == "classification" else task)
         assert (
-            run("finetune", "--task", task, "--data", source, *SMALL, *SHORT, "--out", root / task)
+            run(
+                "finetune",
+                "--task",
+                task,
+                "--data",
+                source,
+                "--refit",
+                "false",
+                *SMALL,
+                *SHORT,
+                "--out",
+                root / task,
+            )  # fmt: skip
             == 0
         )
     return root
