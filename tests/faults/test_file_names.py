@@ -102,22 +102,8 @@ def models(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     for task in TASKS:
         source = data / ("labelled" if task == "classification" else task)
-        assert (
-            run(
-                "finetune",
-                "--task",
-                task,
-                "--data",
-                source,
-                "--refit",
-                "false",
-                *SMALL,
-                *SHORT,
-                "--out",
-                root / task,
-            )  # fmt: skip
-            == 0
-        )
+        words = ["--refit", "false", *SMALL, *SHORT, "--out", root / task]
+        assert run("finetune", "--task", task, "--data", source, *words) == 0
     return root
 
 
