@@ -57,6 +57,9 @@ class CompareOptions(Options, AllTaskOptions):
     """Whether all protocols train on the validation labels too, once hyperparameters are chosen.
     Default: true if the validation part was taken out of the training labels, false for a
     validation part of your own."""
+    frozen_norm: bool | None = None
+    """Whether finetune keeps the BatchNorm layers of encoders as they are. Default: as for the
+    command finetune."""
     epochs: int | None = None
     """Number of epochs of finetune. Default: as many as give 1,000 steps, but at least 10."""
     batch_size: int | None = None
@@ -128,6 +131,7 @@ class CompareOptions(Options, AllTaskOptions):
             epochs=self.epochs,
             batch_size=self.batch_size,
             optimizer=finetune_optimizer(untrained),
+            frozen_norm=self.frozen_norm,
             refit=self.refit,
             upright=self.upright,
             seed=self.seed if seed is None else seed,
