@@ -84,3 +84,23 @@ def test_the_table_has_a_row_for_every_run(tmp_path: Path) -> None:
 def test_one_amount_and_several_are_drawn(amounts: tuple[str, ...], tmp_path: Path) -> None:
     outcome(amounts).plot(tmp_path / "compare.png")
     assert (tmp_path / "compare.png").stat().st_size > 3000
+
+
+def test_training_held_out_and_test_figures_stand_side_by_side() -> None:
+    scores = {
+        Cell("net", "finetune", "1%", seed): Score(
+            0.6, {"top1": 0.6, "train_top1": 0.9 + 0.05 * seed, "val_top1": 0.7}
+        )
+        for seed in range(3)
+    }
+    scores |= {
+        Cell("base", cell.protocol, cell.amount, cell.seed): one for cell, one in scores.items()
+    }
+    found = Outcome(
+        scores, ["net", "base"], ["finetune"], {"1%": LabelCount(6, 4)}, [0, 1, 2], "base",
+        {"finetune": "top1"},
+    )  # fmt: skip
+    expected = {"train": pytest.approx(0.95), "val": pytest.approx(0.7), "test": pytest.approx(0.6)}
+    assert found.by_part("net", "finetune", "1%") == expected
+    assert found.as_dict()["arms"]["net"]["1%"]["by_part"] == expected
+    assert outcome().by_part("good", "knn", "1%") == {}

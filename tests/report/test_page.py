@@ -259,6 +259,19 @@ def test_the_figures_of_finetune_and_its_classes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_overfitting_is_shown(tmp_path: Path) -> None:
+    run = make(tmp_path / "run", "finetune", test={"top1": 0.6, "macro_f1": 0.5},
+               train={"top1": 0.975, "loss": 0.3}, val={"top1": 0.65, "loss": 1.2},
+               trained_on="By 30 validation images: the trained weights.")  # fmt: skip
+    shown = words(run)
+    assert "By 30 validation images: the trained weights." in shown
+    assert "accuracy 0.975 0.650 0.600 0.375" in shown
+    figures = {"mean": 0.6, "by_part": {"train": 1.0, "test": 0.6}}
+    found = {"metric": "top1", "arms": {"runs/a": {"1%": figures}}}
+    shown = words(make(tmp_path / "compared", "compare", protocols={"finetune": found}))
+    assert "runs/a 1% 1.000 none 0.600 0.400" in shown
+
+
 def test_large_pictures_become_small_ones(tmp_path: Path) -> None:
     run = make(tmp_path / "run", seconds=1)
     noise = np.random.default_rng(0).integers(0, 256, (150, 240, 3), dtype=np.uint8)

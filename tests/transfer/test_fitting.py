@@ -184,3 +184,15 @@ def test_a_time_budget_is_for_all_trainings_together() -> None:
     seconds.clear()
     fit(Timed(), data_of(20, 10), seconds=60.0, pretrained=False)
     assert seconds == [30.0] * 2  # nothing to choose: one held-out part, for its metrics
+
+
+def test_a_training_that_diverged_is_not_chosen() -> None:
+    class Diverging(Guess):
+        def validate(
+            self, model: Number, data: LabelledImages, part: str = "val"
+        ) -> dict[str, float]:
+            found = super().validate(model, data, part)
+            return {k: float("nan") if float(model.value) > 1.2 else v for k, v in found.items()}
+
+    fitted = fit(Diverging(fitted=False), data_of(20, 100), 5e-4, 1e-3, 2e-3)
+    assert fitted.chosen.lr == 1e-3

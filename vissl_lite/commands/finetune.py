@@ -288,6 +288,7 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
             **_majority(labelled),
             "per_class": scores.per_class,
             **fitted.as_dict(),
+            "trained_on": fitted.describe(),
             "test_images": len(labelled.test),
             "classes": labelled.classes,
             **leaks.figures(),

@@ -171,6 +171,7 @@ def probe(options: ProbeOptions) -> ProbeResult:
             "temperature": options.temperature,
             "image_size": encoder.image_size,
             "train_images": len(used.train),
+            "refit": used is not labelled,
             "test_images": len(labelled.test),
             "classes": labelled.classes,
             **leaks.figures(),

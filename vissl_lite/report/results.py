@@ -230,6 +230,8 @@ def _overfitting(run: RunFolder) -> list[Block]:
     ]
     if rows:
         tables.append(Block("", render("table", columns=["metric", *columns], rows=rows)))
+    if isinstance(run.figures.get("trained_on"), str) and run.command == "finetune":
+        note = f"{run.figures['trained_on']} {note}"
     return [Block("Overfitting", tables, note)] if tables else []
 
 

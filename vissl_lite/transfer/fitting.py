@@ -232,7 +232,12 @@ class _Fitting(Generic[DatasetT, ModelT, SettingsT, ScoresT]):
         """By the monitored metric, then by the loss; larger is better."""
         loss = -candidate.metrics.get("loss", math.inf)
         value = loss if self.monitor == "loss" else candidate.metrics.get(self.monitor, -math.inf)
-        return value, loss
+        return _or_worst(value), _or_worst(loss)
+
+
+def _or_worst(value: float) -> float:
+    """The value; minus infinity if it is not a number, as of a training that diverged."""
+    return -math.inf if math.isnan(value) else value
 
 
 def fit_model(
@@ -259,9 +264,8 @@ def fit_model(
         UserError: Settings do not suit the data.
     """
     rates = list(rates) or [settings.optimizer.lr]
-    refit = (data.val_from_train if settings.refit is None else settings.refit) and len(
-        data.val
-    ) > 0
+    refit = data.val_from_train if settings.refit is None else settings.refit
+    refit = refit and len(data.val) > 0
     rounds = [data]
     if refit and len(data.val) < FEW_VALIDATION_IMAGES and (len(rates) > 1 or settings.pretrained):
         rounds = data.folds(FOLDS, settings.seed)

@@ -403,6 +403,25 @@ def test_val_is_held_out_of_train(data: LabelledImages, tmp_path: Path) -> None:
     assert_labels_true(data)
 
 
+def test_folds_and_the_merged_part_hold_all_labels_but_those_of_the_test_part(
+    data: LabelledImages,
+) -> None:
+    assert data.val_from_train
+    merged = data.merged()
+    assert len(merged.val) == 0
+    assert_labels_true(merged)
+    everything = sorted(data.train.paths + data.val.paths)
+    assert sorted(merged.train.paths) == everything
+    folds = data.folds(3, seed=1)
+    assert sorted(path for fold in folds for path in fold.val.paths) == everything
+    for fold in folds:
+        assert_labels_true(fold)
+        assert sorted(fold.train.paths + fold.val.paths) == everything
+        assert fold.test.paths == data.test.paths
+        assert (np.abs(np.array(counts(fold.val)) - [50 / 3, 20 / 3, 5 / 3]) < 1).all()
+    assert data.folds(3, seed=2)[0].val.paths != folds[0].val.paths
+
+
 def test_val_depends_on_the_seed(data: LabelledImages, tmp_path: Path) -> None:
     assert_same(load_labelled(tmp_path, seed=0), data)
     assert load_labelled(tmp_path, seed=1).val.paths != data.val.paths

@@ -35,6 +35,7 @@ from vissl_lite.transfer.classification.training import (
     ClassifierTraining,
     build_classifier,
     check_settings,
+    classifier_views,
     loss_weights,
     one_label_loss,
     several_labels_loss,
@@ -246,6 +247,16 @@ def test_a_pretrained_encoder_starts_at_its_linear_probe(
     np.testing.assert_allclose(found, expected, atol=0.01)
     untrained = build_classifier(encoder, colored, ClassifierSettings())
     assert not Classification().starts_fitted(untrained, ClassifierSettings())
+
+
+def test_training_views_change_colors_unless_they_are_to_be_left_alone() -> None:
+    image = np.full((40, 40, 3), (200, 120, 40), np.uint8)
+    kept, changed = (classifier_views(32, 0.5, True, color) for color in (0.0, 0.5))
+    for epoch in range(5):
+        (view,) = kept(image, seed=0, epoch=epoch, index=0)
+        assert (view == image[0, 0]).all()
+    means = {tuple(changed(image, seed=0, epoch=epoch, index=0)[0][0, 0]) for epoch in range(5)}
+    assert len(means) > 2
 
 
 def test_norms_of_a_pretrained_encoder_are_frozen_where_images_are_few(

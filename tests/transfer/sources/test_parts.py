@@ -7,6 +7,7 @@ from vissl_lite.errors import UserError
 from vissl_lite.transfer.sources.parts import (
     Split,
     complete_parts,
+    fold_numbers,
     hold_out_of_all,
     hold_out_of_each,
     part_of_file,
@@ -120,3 +121,28 @@ def test_a_systematic_sample_is_proportional() -> None:
 
 def test_the_rarest_class_of_an_image() -> None:
     assert rarest_classes([[0], [0, 1], [1, 0, 2], [], [0, 0]]).tolist() == [0, 1, 2, -1, 0]
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_folds_are_stratified_and_of_equal_size(count: int) -> None:
+    strata = np.array([0] * 10 + [1] * 7 + [2] * 3 + [3])
+    folds = fold_numbers(strata, count, seed=0)
+    assert np.ptp(np.bincount(folds, minlength=count)) <= 1
+    for stratum in range(4):
+        assert np.ptp(np.bincount(folds[strata == stratum], minlength=count)) <= 1
+    assert not np.array_equal(folds, fold_numbers(strata, count, seed=1))
+
+
+def test_the_origin_of_the_validation_part_is_known() -> None:
+    """Hyperparameters may be refitted on labels that were taken out of the training part only."""
+
+    def made(**given: int) -> bool:
+        log = ReadingLog("data")
+        parts = {name: list(range(count)) for name, count in given.items()}
+        complete_parts(parts, lambda items: np.zeros(len(items), int), True, 0, log)  # type: ignore[arg-type]
+        return log.val_from_train
+
+    assert made(train=20, test=5)
+    assert made(train=20)
+    assert made(train=20, val=5)  # the given validation part is the test part
+    assert not made(train=20, val=5, test=5)
