@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from sklearn import metrics as sk
@@ -38,6 +39,7 @@ from vissl_lite.transfer.classification.training import (
     classifier_views,
     loss_weights,
     one_label_loss,
+    set_drop_path,
     several_labels_loss,
     train_classifier,
 )
@@ -77,7 +79,8 @@ def test_the_loss_of_one_label(smoothing: float) -> None:
         for k in range(3):
             wanted = (1 - smoothing) * (k == label) + smoothing / 3
             total -= weights[label] * wanted * log_softmax(row, k)
-    ours = one_label_loss(logits, torch.tensor(target), torch.tensor(weights), smoothing)
+    one_hot = torch.eye(3)[target]
+    ours = one_label_loss(logits, one_hot, torch.tensor(weights), smoothing)
     assert float(ours) == pytest.approx(total / 5, rel=1e-5)
 
 
@@ -153,8 +156,9 @@ def test_a_training_step_uses_labels_weights_and_smoothing(data: LabelledImages)
     loss = task.training_step(Batch([torch.zeros(3, 3, 8, 8)], torch.tensor(chosen), [], []), 0)
     expected = several_labels_loss if data.multi_label else one_label_loss
     target = torch.from_numpy(data.train.labels[chosen])
+    target = target if data.multi_label else torch.eye(3)[target]
     weights = loss_weights({"a": 5.0}, data)
-    torch.testing.assert_close(loss, expected(logits, target, weights, 0.3))
+    torch.testing.assert_close(loss, expected(logits, target.float(), weights, 0.3))
 
 
 # Scores
@@ -247,6 +251,20 @@ def test_a_pretrained_encoder_starts_at_its_linear_probe(
     np.testing.assert_allclose(found, expected, atol=0.01)
     untrained = build_classifier(encoder, colored, ClassifierSettings())
     assert not Classification().starts_fitted(untrained, ClassifierSettings())
+
+
+def test_stochastic_depth_rises_over_the_blocks_and_is_off_in_evaluation() -> None:
+    model = timm.create_model("test_vit", num_classes=3).eval()
+    images = torch.randn(2, 3, 160, 160)
+    before = model(images)
+    set_drop_path(model, 0.3)
+    rates = [getattr(block.drop_path2, "drop_prob", 0.0) for block in model.blocks]
+    assert rates == pytest.approx(np.linspace(0, 0.3, len(rates)).tolist())
+    torch.testing.assert_close(model.eval()(images), before)
+    convolutional = timm.create_model("test_resnet", num_classes=3)
+    names = [name for name, _ in convolutional.named_modules()]
+    set_drop_path(convolutional, 0.3)
+    assert [name for name, _ in convolutional.named_modules()] == names
 
 
 def test_training_views_change_colors_unless_they_are_to_be_left_alone() -> None:

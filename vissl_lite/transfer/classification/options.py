@@ -9,6 +9,9 @@ from vissl_lite.transfer.options import ClassNameOptions, ClassWeightsOption, So
 # Strength of the color jitter at which brightness is between black and 1.8 times itself.
 MAX_COLOR = 1.25
 
+# Parameter of mixup and CutMix at which almost all ratios are one half.
+MAX_ALPHA = 1000.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class LabelOptions(SourceOptions, ClassNameOptions):
@@ -27,6 +30,15 @@ class ClassificationOptions(LabelOptions, ClassWeightsOption):
     """Share of the target that is spread over all classes."""
     balanced: bool = False
     """Sample all classes equally often."""
+    mixup: float = 0.0
+    """Mix pairs of training images: parameter alpha of mixup; 0.8 in DeiT and MAE, for many labels
+    and long trainings. 0 for none."""
+    cutmix: float = 0.0
+    """Put a rectangle of one training image into another: parameter alpha of CutMix; 1 in DeiT and
+    MAE. With --mixup, half of the batches have each. 0 for none."""
+    drop_path: float = 0.0
+    """Probability of leaving out a branch of the last block of a transformer, less in earlier
+    blocks (stochastic depth); 0.1 in MAE."""
     color: float = 0.5
     """Strength of the color jitter of training images: brightness, contrast and saturation change
     by up to 0.8 times it, the hue by up to 0.2 of the circle times it. 0 leaves colors alone."""
@@ -41,6 +53,8 @@ class ClassifierSettings(TransferSettings, ClassificationOptions):
             section 7); with several labels per image over yes and no, so that targets are s / 2 and
             1 - s / 2.
         balanced: Sample all classes equally often.
+        mixup, cutmix: See ``mixing.mix``.
+        drop_path: See ``set_drop_path``.
         color: Strength of the color jitter, see ``color_distortion``.
         class_weights: Weights of the classes in the loss, see ``loss_weights``: ``balanced``, or a
             weight by name. None for all alike.
@@ -49,3 +63,6 @@ class ClassifierSettings(TransferSettings, ClassificationOptions):
     def __post_init__(self) -> None:
         check_warmup("label_smoothing", self.label_smoothing)
         check_not_negative("color", self.color, MAX_COLOR)
+        check_not_negative("mixup", self.mixup, MAX_ALPHA)
+        check_not_negative("cutmix", self.cutmix, MAX_ALPHA)
+        check_warmup("drop_path", self.drop_path)

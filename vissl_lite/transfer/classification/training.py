@@ -12,6 +12,7 @@ from typing import Self
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
+from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -29,6 +30,7 @@ from vissl_lite.transfer.classification.metrics import (
     evaluate_one,
     evaluate_several,
 )
+from vissl_lite.transfer.classification.mixing import mix
 from vissl_lite.transfer.classification.model import Classifier, class_logits, pooled_features
 from vissl_lite.transfer.classification.options import ClassifierSettings
 from vissl_lite.transfer.finetuning import TransferModule, freeze_norms, train
@@ -112,12 +114,12 @@ def one_label_loss(logits: Tensor, target: Tensor, weights: Tensor, smoothing: f
 
     Args:
         logits: ``(B, K)``.
-        target: ``(B,)`` class indices.
+        target: ``(B, K)`` probabilities of the classes: one-hot, or those of mixed images.
         weights: ``(K,)``.
         smoothing: Share of the target that is spread over all classes.
     """
     losses = F.cross_entropy(logits, target, label_smoothing=smoothing, reduction="none")
-    return (weights[target] * losses).mean()
+    return ((target @ weights) * losses).mean()
 
 
 def several_labels_loss(
@@ -127,7 +129,7 @@ def several_labels_loss(
 
     Args:
         logits: ``(B, K)``.
-        target: ``(B, K)`` of 0 and 1.
+        target: ``(B, K)`` of 0 and 1, or in between for mixed images.
         weights: ``(K,)``, on the side of the loss that asks for the class.
         smoothing: Label smoothing s; targets are s / 2 and 1 - s / 2.
     """
@@ -155,6 +157,7 @@ class ClassifierTraining(TransferModule):
         weights = loss_weights(settings.class_weights, data)
         self.register_buffer("labels", torch.from_numpy(data.train.labels), persistent=False)
         self.register_buffer("weights", weights, persistent=False)
+        set_drop_path(classifier.network, settings.drop_path)
         if settings.frozen:
             classifier.requires_grad_(False)
             classifier.network.get_classifier().requires_grad_(True)
@@ -168,14 +171,35 @@ class ClassifierTraining(TransferModule):
         return self
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        logits = self.model(self.model.encoder.normalize(batch.views[0])).float()
+        images = self.model.encoder.normalize(batch.views[0])
         target = self.labels[batch.indices]
+        if target.ndim == 1:
+            target = F.one_hot(target, len(self.weights))
+        images, target = mix(images, target.float(), self.settings.mixup, self.settings.cutmix)
+        logits = self.model(images).float()
         loss = self.loss(logits, target, self.weights, self.settings.label_smoothing)
         self.log("loss", loss.detach())
         return loss
 
     def configure_optimizers(self) -> Optimizer:
         return build_optimizer(self.model.network, self.settings.optimizer)
+
+
+def set_drop_path(model: nn.Module, rate: float) -> None:
+    """Set the stochastic depth (Huang et al. 2016) of a transformer of timm.
+
+    Args:
+        model: A timm model whose blocks have the branches ``drop_path1`` and ``drop_path2``; others
+            are left as they are.
+        rate: Probability of dropping a branch of the last block; it rises linearly from 0 in the
+            first block.
+    """
+    blocks = [module for module in model.modules() if hasattr(module, "drop_path1")]
+    for index, block in enumerate(blocks):
+        here = rate * index / max(1, len(blocks) - 1)
+        for name in ("drop_path1", "drop_path2"):
+            if hasattr(block, name):
+                setattr(block, name, DropPath(here) if here else nn.Identity())
 
 
 def classifier_views(size: int, min_crop_scale: float, upright: bool, color: float = 0.0) -> Views:
