@@ -146,8 +146,9 @@ def probe(options: ProbeOptions) -> ProbeResult:
         size = suitable_size(labelled.train.paths)
     encoder = encoder_for(name, size)
     labelled, leaks = guard(labelled, [name], options.leaks, None if options.dry_run else str(out))
+    used = labelled.for_probes(options.refit)
     if options.attentive:
-        check_memory(encoder, len(labelled.for_probes(options.refit).train))
+        check_memory(encoder, len(used.train))
     if options.dry_run:
         dry_run(labelled, leaks)
         return ProbeResult(out, 0.0, 0.0, {})
@@ -155,7 +156,6 @@ def probe(options: ProbeOptions) -> ProbeResult:
         show_data(labelled, leaks)
         labelled.write(run / "split.csv")
         leaks.write(run)
-        used = labelled.for_probes(options.refit)
         scores = probe_encoder(encoder, used, options.layers, options.k, options.temperature)
         last = scores.pop("last")
         if options.attentive:

@@ -116,8 +116,7 @@ class Plan:
 
     def trained_on(self, data: LabelledDataset) -> str:
         """Which labels all protocols train on, and which they choose by, as a sentence."""
-        refit, own = self.options.refit, data.val_from_train
-        if own if refit is None else refit:
+        if data.refits(self.options.refit):
             return (
                 "All protocols are trained on training and validation labels together; what is "
                 "chosen for them is chosen on labels that were held out of a training before."

@@ -280,21 +280,12 @@ def extract_tokens(
     tokens = torch.empty(len(paths), *encoder.token_shape(), dtype=torch.float16)
     done = 0
 
-    def use(some: list[str], outputs: list[Tensor]) -> None:
+    def keep(some: Tensor) -> None:
         nonlocal done
-        check_outputs(outputs, f"some of the {len(paths)} images")
-        tokens[done : done + len(some)] = _half(outputs[0])
+        tokens[done : done + len(some)] = some
         done += len(some)
 
-    good = run_in_batches(
-        encoder,
-        lambda images: [encoder.tokens(images)],
-        encoder.normalize,
-        paths,
-        encoder.image_size,
-        use,
-        progress,
-    )
+    good = _for_tokens(encoder, paths, keep, progress)
     return tokens[:done], good
 
 
@@ -320,22 +311,36 @@ def predict_attentive(
     """
     found: list[Tensor] = []
 
-    def use(some: list[str], outputs: list[Tensor]) -> None:
-        check_outputs(outputs, f"some of the {len(paths)} images")
+    def classify(some: Tensor) -> None:
         with torch.autocast("cpu", enabled=False):  # as in the training of the probe
-            found.append(probe.head(_half(outputs[0]).float()).argmax(dim=1))
+            found.append(probe.head(some.float()).argmax(dim=1))
 
-    good = run_in_batches(
+    good = _for_tokens(encoder, paths, classify, progress)
+    return torch.cat(found).numpy(), good
+
+
+def _for_tokens(
+    encoder: Encoder,
+    paths: Sequence[str],
+    use: Callable[[Tensor], None],
+    progress: Callable[[int], None] | None,
+) -> np.ndarray:
+    """Call a function with the tokens of one batch after another, as float16.
+
+    Returns:
+        ``(M,)`` bool: which images could be read.
+    """
+
+    def on_batch(some: list[str], outputs: list[Tensor]) -> None:
+        check_outputs(outputs, f"some of the {len(paths)} images")
+        use(outputs[0].clamp(-MAX_FLOAT16, MAX_FLOAT16).half())
+
+    return run_in_batches(
         encoder,
         lambda images: [encoder.tokens(images)],
         encoder.normalize,
         paths,
         encoder.image_size,
-        use,
+        on_batch,
         progress,
     )
-    return torch.cat(found).numpy(), good
-
-
-def _half(tokens: Tensor) -> Tensor:
-    return tokens.clamp(-MAX_FLOAT16, MAX_FLOAT16).half()

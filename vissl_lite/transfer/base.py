@@ -85,14 +85,21 @@ class LabelledDataset(ABC):
     def merged(self) -> Self:
         """A copy with the validation part added to the training part."""
 
+    def refits(self, refit: bool | None) -> bool:
+        """Whether validation images are trained on once hyperparameters are chosen.
+
+        Args:
+            refit: What the user wants; None for those that were taken out of the training images.
+        """
+        return self.val_from_train if refit is None else refit
+
     def for_probes(self, refit: bool | None) -> Self:
         """The data set whose training part probes are fitted to.
 
         Args:
-            refit: Whether validation images are trained on once hyperparameters are chosen; None
-                for those that were taken out of the training images.
+            refit: See ``refits``.
         """
-        return self.merged() if (self.val_from_train if refit is None else refit) else self
+        return self.merged() if self.refits(refit) else self
 
     def folds(self, count: int, seed: int = 0) -> list[Self]:
         """Copies of the data set for a cross-validation over training and validation images.

@@ -264,8 +264,7 @@ def fit_model(
         UserError: Settings do not suit the data.
     """
     rates = list(rates) or [settings.optimizer.lr]
-    refit = data.val_from_train if settings.refit is None else settings.refit
-    refit = refit and len(data.val) > 0
+    refit = data.refits(settings.refit) and len(data.val) > 0
     rounds = [data]
     if refit and len(data.val) < FEW_VALIDATION_IMAGES and (len(rates) > 1 or settings.pretrained):
         rounds = data.folds(FOLDS, settings.seed)

@@ -6,7 +6,7 @@ An image has one class, or any number of them (multi-label): the data say which.
 import copy
 import logging
 import math
-from collections.abc import Mapping
+from functools import partial
 from typing import Self
 
 import numpy as np
@@ -286,14 +286,12 @@ def train_classifier(
     size = classifier.encoder.image_size
     views = classifier_views(size, settings.min_crop_scale, settings.upright, settings.color)
     dataset = ViewDataset(data.train.paths, views, settings.seed)
-
-    def validate() -> Mapping[str, float]:
-        return validate_classifier(classifier, data.val, data.multi_label)
-
     weights = None
     if settings.balanced:
         weights = 1 / np.bincount(data.train.labels)[data.train.labels]
-    curve = validate if len(data.val) else None
+    curve = None
+    if len(data.val):
+        curve = partial(validate_classifier, classifier, data.val, data.multi_label)
     train(
         training, classifier, dataset, batch_size, settings, curve, hardware, files, title, weights
     )

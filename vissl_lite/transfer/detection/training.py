@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 
 import cv2
 import numpy as np
@@ -202,11 +203,7 @@ def train_detector(
     batch_size = settings.batch(len(data.train), usual=8)
     task = DetectorTraining(detector, settings, batch_size)
     dataset = BoxDataset(data.train, detector.canvas, settings)
-
-    def validate() -> dict[str, float]:
-        return validate_detector(detector, data.val)
-
-    curve = validate if data.val else None
+    curve = partial(validate_detector, detector, data.val) if data.val else None
     train(task, detector, dataset, batch_size, settings, curve, hardware, files, title)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -162,11 +163,7 @@ def train_segmenter(
     weights = weigh_classes(data, settings.class_weights)
     task = SegmenterTraining(segmenter, weights, settings, batch_size)
     dataset = MaskDataset(data.train, segmenter.encoder.image_size, settings)
-
-    def validate() -> dict[str, float]:
-        return validate_segmenter(segmenter, data.val)
-
-    curve = validate if data.val else None
+    curve = partial(validate_segmenter, segmenter, data.val) if data.val else None
     train(task, segmenter, dataset, batch_size, settings, curve, hardware, files, title)
 
 
