@@ -122,8 +122,8 @@ class FinetuneOptions(Options, AllTaskOptions):
     warmup: float = 0.1
     """Fraction of the training used for learning rate warmup."""
     frozen_norm: bool | None = None
-    """Keep the BatchNorm layers of the encoder as they are. Default: true for a pre-trained encoder
-    and fewer than 1,000 training images."""
+    """Keep the BatchNorm layers of a pre-trained encoder as they are. Default: true for fewer than
+    1,000 training images in classification, and batches of fewer than 8 in other tasks."""
     refit: bool | None = None
     """Train on training and validation labels together once the hyperparameters are chosen.
     Default: true if the validation part was taken out of the training labels, false for a
