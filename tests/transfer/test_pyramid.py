@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from vissl_lite.encoders.encoder import build_encoder
-from vissl_lite.transfer.finetuning import TransferSettings, freeze_norms
-from vissl_lite.transfer.pyramid import Pyramid, PyramidModel, PyramidTraining, report_use
+from vissl_lite.transfer.finetuning import TransferModel, TransferSettings, freeze_norms
+from vissl_lite.transfer.pyramid import Pyramid, PyramidTraining, report_use
 
 BACKBONES = ("test_resnet", "test_vit", "test_convnext", "vit_slim_patch4_32")
 
@@ -74,7 +74,7 @@ def test_norms_are_frozen_in_small_batches(
     images: int, asked: int | None, pretrained: bool, frozen_norm: bool | None, frozen: bool
 ) -> None:
     settings = TransferSettings(batch_size=asked, pretrained=pretrained, frozen_norm=frozen_norm)
-    model = PyramidModel()
+    model = TransferModel()
     training = PyramidTraining(model, settings, settings.batch(images, usual=8))
     assert training.freezes_norms == frozen
 

@@ -212,7 +212,7 @@ def _fit(
 def _statistics(tokens: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Center and scales of tokens for ``AttentiveHead``.
 
-    A scale is at least the median one: a feature that hardly varies would otherwise outweigh the
+    A scale is at least the mean one: a feature that hardly varies would otherwise outweigh the
     others in the few images in which it does.
     """
     means, squares = [], torch.zeros(tokens.shape[2], dtype=torch.float64)
@@ -226,7 +226,7 @@ def _statistics(tokens: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor
         (squares / len(indices) - center.square()).clamp_min(0).sqrt(),
         pooled.std(dim=0, unbiased=False),
     ]
-    token_scale, pooled_scale = (one.clamp_min(one.median() + 1e-6).float() for one in scales)
+    token_scale, pooled_scale = (one.clamp_min(one.mean() + 1e-6).float() for one in scales)
     return center.float(), token_scale, pooled_scale
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 import lightning.pytorch as pl
 import numpy as np
@@ -29,7 +29,7 @@ from vissl_lite.encoders.config import (
 from vissl_lite.encoders.encoder import Encoder, first_line
 from vissl_lite.encoders.folder import load_encoder, load_tensors, read_weights, save_encoder
 from vissl_lite.errors import UserError
-from vissl_lite.optim import OptimizerSettings, clip_gradients
+from vissl_lite.optim import OptimizerSettings, build_optimizer, clip_gradients
 from vissl_lite.training.fit import NO_FILES, TrainingFiles, fit
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.training.schedule import Schedule
@@ -147,23 +147,50 @@ def freeze_norms(encoder: nn.Module) -> None:
             module.requires_grad_(False)
 
 
-class TransferModule(pl.LightningModule):
-    """Base of the Lightning modules of fine-tuning: clips gradients.
+class TransferModel(nn.Module):
+    """A model with an ``encoder`` in it."""
+
+    if TYPE_CHECKING:  # an attribute of one model, a property of another
+
+        @property
+        def encoder(self) -> Encoder: ...
+
+
+TransferModelT = TypeVar("TransferModelT", bound=TransferModel)
+SettingsT = TypeVar("SettingsT", bound=TransferSettings)
+
+
+class TransferModule(pl.LightningModule, Generic[TransferModelT, SettingsT]):
+    """Base of the Lightning modules of fine-tuning: frozen parts, optimizer, clipped gradients.
 
     Args:
+        model: Model to train.
         settings: Settings of the training.
-        freezes_norms: Whether the BatchNorms of the encoder are frozen.
+        few: Whether images or batches are too few for BatchNorm statistics of their own.
     """
 
-    def __init__(self, settings: TransferSettings, freezes_norms: bool = False) -> None:
+    def __init__(self, model: TransferModelT, settings: SettingsT, few: bool) -> None:
         super().__init__()
-        self.clip_norm = settings.optimizer.clip_norm
-        self.freezes_norms = freezes_norms
+        self.model, self.settings = model, settings
+        self.freezes_norms = settings.freezes_norms(few)
+        if settings.frozen:
+            model.encoder.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self.settings.frozen:
+            self.model.encoder.eval()  # its norms and its dropout do not change either
+        elif self.freezes_norms:
+            freeze_norms(self.model.encoder)
+        return self
+
+    def configure_optimizers(self) -> Optimizer:
+        return build_optimizer(self.model, self.settings.optimizer, self.model.encoder.model)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        if self.clip_norm:
+        if largest := self.settings.optimizer.clip_norm:
             scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-            clip_gradients(self, self.clip_norm, optimizer, scaler)
+            clip_gradients(self, largest, optimizer, scaler)
 
 
 class ValidationCurve(Callback):

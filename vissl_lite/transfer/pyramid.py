@@ -2,19 +2,16 @@
 
 import logging
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torchvision.ops import FeaturePyramidNetwork
 
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError
-from vissl_lite.optim import build_optimizer
-from vissl_lite.transfer.finetuning import TransferModule, TransferSettings, freeze_norms
+from vissl_lite.transfer.finetuning import SettingsT, TransferModelT, TransferModule
 
 log = logging.getLogger(__name__)
 
@@ -128,45 +125,17 @@ def _simple_level(depth: int, channels: int, stride: int, wanted: int) -> nn.Seq
     return nn.Sequential(*steps)
 
 
-class PyramidModel(nn.Module):
-    """A model with a pyramid over its ``encoder``."""
-
-    if TYPE_CHECKING:  # an attribute of one model, a property of another
-
-        @property
-        def encoder(self) -> Encoder: ...
-
-
-PyramidModelT = TypeVar("PyramidModelT", bound=PyramidModel)
-PyramidSettingsT = TypeVar("PyramidSettingsT", bound=TransferSettings)
-
-
-class PyramidTraining(TransferModule, Generic[PyramidModelT, PyramidSettingsT]):
-    """Lightning module of a pyramid model: frozen parts and optimizer.
+class PyramidTraining(TransferModule[TransferModelT, SettingsT]):
+    """Lightning module of a model with a pyramid over its encoder.
 
     Args:
-        model: A detector or segmenter, with its encoder as ``encoder``.
+        model: A detector or segmenter.
         settings: Settings of the training.
         batch_size: Images per batch, over all devices.
     """
 
-    def __init__(self, model: PyramidModelT, settings: PyramidSettingsT, batch_size: int) -> None:
-        super().__init__(settings, settings.freezes_norms(batch_size < MIN_NORM_BATCH))
-        self.model, self.settings = model, settings
-        if settings.frozen:
-            model.encoder.requires_grad_(False)
-
-    def train(self, mode: bool = True) -> Self:
-        super().train(mode)
-        if self.settings.frozen:
-            self.model.encoder.eval()
-        elif self.freezes_norms:
-            freeze_norms(self.model.encoder)
-        return self
-
-    def configure_optimizers(self) -> Optimizer:
-        encoder = self.model.encoder.model
-        return build_optimizer(self.model, self.settings.optimizer, encoder)
+    def __init__(self, model: TransferModelT, settings: SettingsT, batch_size: int) -> None:
+        super().__init__(model, settings, few=batch_size < MIN_NORM_BATCH)
 
 
 def report_use(encoder: Encoder, source: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vissl_lite.encoders.config import ENCODER_CONFIG
 from vissl_lite.encoders.encoder import Encoder
@@ -15,10 +15,10 @@ from vissl_lite.errors import UserError
 from vissl_lite.inference import predict_images
 from vissl_lite.transfer.classification.data import LabelledImages
 from vissl_lite.transfer.classification.metrics import TestScores, score_one, score_several
-from vissl_lite.transfer.finetuning import model_folder
+from vissl_lite.transfer.finetuning import TransferModel, model_folder
 
 
-class Classifier(nn.Module):
+class Classifier(TransferModel):
     """A timm model with a classifier, and what is needed to use it.
 
     Args:
@@ -31,6 +31,8 @@ class Classifier(nn.Module):
     Attributes:
         fitted: Whether the last layer is fitted to labels before the training.
     """
+
+    encoder: Encoder
 
     def __init__(self, encoder: Encoder, classes: Sequence[str], multi_label: bool = False) -> None:
         super().__init__()

@@ -7,20 +7,17 @@ import copy
 import logging
 import math
 from functools import partial
-from typing import Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from timm.layers import DropPath
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from vissl_lite.data.stream import Batch, ViewDataset
 from vissl_lite.data.views import Views, color_jitter, crop_decode_size, flip, random_crop
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError, did_you_mean
-from vissl_lite.optim import build_optimizer
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.base import MAX_VALIDATION_IMAGES, spread
@@ -33,7 +30,7 @@ from vissl_lite.transfer.classification.metrics import (
 from vissl_lite.transfer.classification.mixing import mix
 from vissl_lite.transfer.classification.model import Classifier, class_logits, pooled_features
 from vissl_lite.transfer.classification.options import ClassifierSettings
-from vissl_lite.transfer.finetuning import TransferModule, freeze_norms, train
+from vissl_lite.transfer.finetuning import TransferModule, train
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +134,7 @@ def several_labels_loss(
     return F.binary_cross_entropy_with_logits(logits, soft, pos_weight=weights)
 
 
-class ClassifierTraining(TransferModule):
+class ClassifierTraining(TransferModule[Classifier, ClassifierSettings]):
     """Lightning module that trains a classifier.
 
     Args:
@@ -149,8 +146,7 @@ class ClassifierTraining(TransferModule):
     def __init__(
         self, classifier: Classifier, data: LabelledImages, settings: ClassifierSettings
     ) -> None:
-        super().__init__(settings, settings.freezes_norms(len(data.train) < FEW_IMAGES))
-        self.model, self.settings = classifier, settings
+        super().__init__(classifier, settings, few=len(data.train) < FEW_IMAGES)
         self.loss = several_labels_loss if data.multi_label else one_label_loss
         self.labels: Tensor
         self.weights: Tensor
@@ -159,16 +155,7 @@ class ClassifierTraining(TransferModule):
         self.register_buffer("weights", weights, persistent=False)
         set_drop_path(classifier.network, settings.drop_path)
         if settings.frozen:
-            classifier.requires_grad_(False)
             classifier.network.get_classifier().requires_grad_(True)
-
-    def train(self, mode: bool = True) -> Self:
-        super().train(mode)
-        if self.settings.frozen:
-            self.model.eval()  # a frozen encoder's norms and dropout stand still too
-        elif self.freezes_norms:
-            freeze_norms(self.model)
-        return self
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images = self.model.encoder.normalize(batch.views[0])
@@ -180,9 +167,6 @@ class ClassifierTraining(TransferModule):
         loss = self.loss(logits, target, self.weights, self.settings.label_smoothing)
         self.log("loss", loss.detach())
         return loss
-
-    def configure_optimizers(self) -> Optimizer:
-        return build_optimizer(self.model.network, self.settings.optimizer)
 
 
 def set_drop_path(model: nn.Module, rate: float) -> None:

@@ -36,8 +36,8 @@ from vissl_lite.transfer.detection.data import BoxedImage
 from vissl_lite.transfer.detection.fusion import fuse_boxes
 from vissl_lite.transfer.detection.masks import MASK_SIDE, MaskHeads, paste_mask
 from vissl_lite.transfer.detection.options import DetectorName
-from vissl_lite.transfer.finetuning import load_with_head, save_with_head
-from vissl_lite.transfer.pyramid import Pyramid, PyramidModel
+from vissl_lite.transfer.finetuning import TransferModel, load_with_head, save_with_head
+from vissl_lite.transfer.pyramid import Pyramid
 from vissl_lite.transfer.sources.run_lengths import mask_of_runs
 from vissl_lite.transfer.sources.shapes import Shape
 
@@ -142,7 +142,7 @@ def _to_float(module: nn.Module, arguments: Any, output: Any) -> Any:
     return type(output)(_to_float(module, arguments, value) for value in output)
 
 
-class Detector(PyramidModel):
+class Detector(TransferModel):
     """One of torchvision's detectors on a feature pyramid over an encoder.
 
     Args:

@@ -19,8 +19,8 @@ from vissl_lite.data.turns import UNTURNED, Turn
 from vissl_lite.data.views import OWN_SCALE_RATIO
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.inference import check_outputs, inference_mode
-from vissl_lite.transfer.finetuning import load_with_head, save_with_head
-from vissl_lite.transfer.pyramid import Pyramid, PyramidModel, group_norm
+from vissl_lite.transfer.finetuning import TransferModel, load_with_head, save_with_head
+from vissl_lite.transfer.pyramid import Pyramid, group_norm
 from vissl_lite.transfer.segmentation.mask_source import IGNORE_INDEX
 
 PYRAMID_CHANNELS = 128  # of the pyramid and the head, as in the head of Kirillov et al. 2019
@@ -74,7 +74,7 @@ class PyramidHead(nn.Module):
         return logits
 
 
-class Segmenter(PyramidModel):
+class Segmenter(TransferModel):
     """Semantic segmentation model: an encoder, a feature pyramid and a head.
 
     Args:
