@@ -45,7 +45,7 @@ class Number:
 class Guess:
     """Start at 0; a training moves the value by 1000 times the learning rate.
 
-    The validation metric ``near`` is best at 1.5, and ``loss`` at 0.5.
+    The validation loss is best at 1.5, and the metric ``near`` at 0.5.
     """
 
     def __init__(self, fitted: bool = True) -> None:
@@ -73,7 +73,7 @@ class Guess:
         if part == "val":
             self.validated.append(data.val.paths)
         value = float(model.value)
-        return {"near": -abs(value - 1.5), "loss": abs(value - 0.5)}
+        return {"near": -abs(value - 0.5), "loss": abs(value - 1.5)}
 
     def calibrate(self, model: Number, data: LabelledImages, like: Number | None = None) -> None:
         model.threshold = len(data.val) if like is None else like.threshold
@@ -132,8 +132,8 @@ def test_the_learning_rate_is_chosen_with_the_rest() -> None:
     fitted = fit(task, data_of(20, 100), 1e-4, 5e-4, 1e-3, 1.4e-3, 4e-3)
     assert fitted.chosen.lr == 1.4e-3
     assert task.trained[-1] == (120, 1.4e-3)
-    by_loss = fit(Guess(fitted=False), data_of(20, 100), 1e-4, 5e-4, 1e-3, monitor="val_loss")
-    assert by_loss.chosen.lr == 5e-4
+    near = fit(Guess(fitted=False), data_of(20, 100), 1e-4, 5e-4, 1e-3, monitor="val_near")
+    assert near.chosen.lr == 5e-4
 
 
 def test_without_validation_images_nothing_is_chosen() -> None:
@@ -164,8 +164,8 @@ def test_climbing_finds_the_top_of_one_hill(best: int) -> None:
 
 def test_monitors() -> None:
     task = cast(Any, Guess())
-    assert monitor_of(task, data_of(2, 2), None) == "near"
-    assert monitor_of(task, data_of(2, 2), "val_Loss") == "loss"
+    assert monitor_of(task, data_of(2, 2), None) == "loss"
+    assert monitor_of(task, data_of(2, 2), "val_Near") == "near"
     with pytest.raises(UserError, match=r"--monitor val_los.*loss"):
         monitor_of(task, data_of(2, 2), "val_los")
 

@@ -129,8 +129,9 @@ class FinetuneOptions(Options, AllTaskOptions):
     Default: true if the validation part was taken out of the training labels, false for a
     validation part of your own."""
     monitor: str | None = None
-    """Validation metric to choose by. Default: top1 (several labels per image: map) for
-    classification, map for detection, miou for segmentation; also loss, map_50 or dice."""
+    """Validation metric to choose by. Default: calibrated_loss (the loss after temperature scaling)
+    for classification, map for detection, loss for segmentation; also loss, top1 (several labels
+    per image: map), map_50, miou or dice."""
     min_crop_scale: float = 0.35
     """Smallest fraction of the image area that a random training crop covers."""
     upright: bool = True

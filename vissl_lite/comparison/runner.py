@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -120,9 +119,6 @@ class Runner:
         rates = sorted(as_list(self.plan.options.lr) or DEFAULT_LEARNING_RATES)
         untrained = cell.encoder.startswith("random:")
         settings = self.plan.options.settings(seed=cell.seed, untrained=untrained)
-        if "loss" in self.plan.task.metric_names(subset):
-            # It differs between learning rates also where the accuracies on few images do not.
-            settings = replace(settings, monitor="loss")
         return finetune_best(
             encoder, self.plan.task, subset, settings, rates, self.hardware, self.store.path(cell)
         )

@@ -200,7 +200,7 @@ class _Fitting(Generic[DatasetT, ModelT, SettingsT, ScoresT]):
 
     def evaluate(
         self, rate: float, rounds: Sequence[DatasetT], files: Sequence[TrainingFiles]
-    ) -> tuple[float, float]:
+    ) -> tuple[float, ...]:
         """Train in each round and add the candidates with this learning rate.
 
         Returns:
@@ -228,16 +228,22 @@ class _Fitting(Generic[DatasetT, ModelT, SettingsT, ScoresT]):
             self.best, self.model = best, first
         return self.rank(best)
 
-    def rank(self, candidate: Candidate) -> tuple[float, float]:
-        """By the monitored metric, then by the loss; larger is better."""
-        loss = -candidate.metrics.get("loss", math.inf)
-        value = loss if self.monitor == "loss" else candidate.metrics.get(self.monitor, -math.inf)
-        return _or_worst(value), _or_worst(loss)
+    def rank(self, candidate: Candidate) -> tuple[float, ...]:
+        """By the monitored metric, then by the others; larger is better."""
+        names = (self.monitor, *candidate.metrics)
+        return tuple(_rank(name, candidate.metrics.get(name, math.nan)) for name in names)
 
 
-def _or_worst(value: float) -> float:
-    """The value; minus infinity if it is not a number, as of a training that diverged."""
-    return -math.inf if math.isnan(value) else value
+def _rank(name: str, value: float) -> float:
+    """A metric, of which larger is better; not a number is worst, as of a diverged training."""
+    if math.isnan(value):
+        return -math.inf
+    return -value if is_loss(name) else value
+
+
+def is_loss(name: str) -> bool:
+    """Whether smaller values of a metric are better."""
+    return name.endswith("loss")
 
 
 def fit_model(
@@ -273,7 +279,7 @@ def fit_model(
         settings = replace(settings, seconds=settings.seconds / trainings)
     fitting = _Fitting(task, encoder, settings, hardware, monitor_of(task, data, settings.monitor))
 
-    def score(rate: float) -> tuple[float, float]:
+    def score(rate: float) -> tuple[float, ...]:
         name = f"lr-{rate:g}" if len(rates) > 1 else "selection"
         stages = []
         for number in range(len(rounds)):
@@ -340,14 +346,16 @@ def monitor_of(
     Args:
         task: Task of the data.
         data: Labelled images.
-        monitor: Name, with or without ``val_``; None for the main metric of the task.
+        monitor: Name, with or without ``val_``; None for the first loss, which differs between
+            candidates also where few images do not tell their accuracies apart, or for the main
+            metric of a task without one.
 
     Raises:
         UserError: The task has no such metric.
     """
     names = task.metric_names(data)
     if monitor is None:
-        return names[0]
+        return next(filter(is_loss, names), names[0])
     name = monitor.lower().removeprefix("val_")
     if name not in names:
         raise UserError(f"--monitor {monitor}: {did_you_mean(name, names)}")

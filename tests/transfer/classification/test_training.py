@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F  # noqa: N812
 from PIL import Image
 from sklearn import metrics as sk
 from torch import Tensor, nn
@@ -207,12 +208,23 @@ def test_evaluation_of_several_labels() -> None:
     precise = sk.average_precision_score(target[:, [0, 2]], logits[:, [0, 2]], average="macro")
     probability = logits.double().sigmoid().clamp(1e-12, 1 - 1e-12)
     loss = np.mean([sk.log_loss(target[:, k], probability[:, k], labels=[0, 1]) for k in range(3)])
-    assert result == pytest.approx({"map": precise, "loss": loss}, rel=1e-5)
+    assert (result["map"], result["loss"]) == pytest.approx((precise, loss), rel=1e-5)
 
 
 def test_evaluation_without_a_rankable_class_uses_the_loss() -> None:
     result = class_scores.evaluate_several(torch.zeros(2, 2), torch.tensor([[1, 0], [1, 0]]))
-    assert result == pytest.approx({"loss": math.log(2)})
+    assert result == pytest.approx({"loss": math.log(2), "calibrated_loss": math.log(2)})
+
+
+def test_an_overconfident_model_is_not_worse_than_a_calibrated_one() -> None:
+    logits, target = torch.randn(40, 3), torch.randint(0, 3, (40,))
+    logits[range(30), target[:30]] += 2
+    plain, bold = (class_scores.evaluate_one(scale * logits, target) for scale in (1, 8))
+    assert bold["loss"] > 2 * plain["loss"]
+    assert bold["calibrated_loss"] == pytest.approx(plain["calibrated_loss"], rel=1e-4)
+    tried = [float(F.cross_entropy(logits / t, target)) for t in np.geomspace(0.1, 10, 400)]
+    assert plain["calibrated_loss"] == pytest.approx(min(tried), rel=1e-4)
+    assert math.isnan(class_scores.evaluate_one(logits * math.nan, target)["calibrated_loss"])
 
 
 # Training

@@ -60,7 +60,7 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
         check_settings(settings, data)
 
     def metric_names(self, data: LabelledImages) -> tuple[str, ...]:
-        return ("map" if data.multi_label else "top1", "loss")
+        return ("map" if data.multi_label else "top1", "calibrated_loss", "loss")
 
     def build(
         self, encoder: Encoder, data: LabelledImages, settings: ClassifierSettings
