@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from vissl_lite.data import headers
-from vissl_lite.data.headers import image_size
+from vissl_lite.data.formats import image_size
 from vissl_lite.data.images import find_images, read_image
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 

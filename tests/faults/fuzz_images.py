@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vissl_lite.data.headers import image_header, image_size
+from vissl_lite.data.formats import image_header, image_size
 from vissl_lite.data.images import BROKEN_IMAGE, read_image
 from vissl_lite.data.reading import limit_pixels
 from vissl_lite.errors import UserError

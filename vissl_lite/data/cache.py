@@ -22,8 +22,8 @@ import cv2
 import numpy as np
 
 from vissl_lite.data.atomic_file import atomic_write
+from vissl_lite.data.formats import file_of, image_size
 from vissl_lite.data.free_memory import free_memory
-from vissl_lite.data.headers import image_size
 from vissl_lite.data.images import BROKEN_IMAGE, decode_reduced
 from vissl_lite.data.path_list import PathList
 from vissl_lite.errors import UserError
@@ -289,7 +289,7 @@ def _some_headers(paths: list[str]) -> np.ndarray:
 def _header(path: str) -> tuple[int, int, int, int]:
     """Height, width, bytes and time of change of an image file; zeros for a broken one."""
     try:
-        about = os.stat(path)
+        about = os.stat(file_of(path))
         return *image_size(path), about.st_size, about.st_mtime_ns
     except BROKEN_IMAGE:
         return 0, 0, 0, 0

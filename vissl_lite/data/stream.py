@@ -17,9 +17,9 @@ from torch.utils.data import Dataset, Sampler
 
 from vissl_lite.data.cache import ImageCache, decode_down_sized
 from vissl_lite.data.fingerprints import Fingerprints, fingerprint, fingerprints_of
-from vissl_lite.data.images import BROKEN_IMAGE, decode_reduced
+from vissl_lite.data.images import BROKEN_IMAGE, decode_reduced, read_content
 from vissl_lite.data.path_list import PathList
-from vissl_lite.data.reading import Broken, printable, read_regular, reason
+from vissl_lite.data.reading import Broken, printable, reason
 from vissl_lite.data.views import Views
 from vissl_lite.data.workers import WorkerLoader
 from vissl_lite.errors import UserError
@@ -237,7 +237,7 @@ class ViewDataset(KeyedDataset):
         taken = None
         if kept is None or epoch == 0:
             path = self.paths[index]
-            data = read_regular(path)
+            data = read_content(path)
             kept = kept or self._decode(data, path, epoch, index)
             taken = fingerprint(data, kept[0]) if epoch == 0 else None
         image, whole = kept

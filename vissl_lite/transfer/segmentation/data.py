@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vissl_lite.data.headers import image_header
+from vissl_lite.data.formats import image_header
 from vissl_lite.data.images import BROKEN_IMAGE
 from vissl_lite.data.reading import reason
 from vissl_lite.data.text_file import csv_writer, read_text

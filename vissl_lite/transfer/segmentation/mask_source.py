@@ -9,7 +9,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from vissl_lite.data.headers import image_header, opened_image
+from vissl_lite.data.formats import image_header
+from vissl_lite.data.headers import opened_image
 from vissl_lite.data.reading import check_pixels, read_regular
 from vissl_lite.errors import UserError
 from vissl_lite.transfer.sources.shapes import TURNS, Shape, draw_shape
