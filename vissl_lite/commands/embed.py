@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vissl_lite.data.atomic_file import atomic_write, check_place
+from vissl_lite.data.image_survey import ImageSettings
 from vissl_lite.data.images import find_images, suitable_size
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.encoders.encoder import Encoder
@@ -42,7 +43,7 @@ class EmbedResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedOptions(Options):
+class EmbedOptions(Options, ImageSettings):
     """Options of ``embed``."""
 
     encoder: StrPath
@@ -67,6 +68,7 @@ class EmbedOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_images()
         check_image_size(self.image_size)
 
 
@@ -98,7 +100,7 @@ def embed(options: EmbedOptions) -> EmbedResult:
     paths = find_images(path_list(options.data))
     if kind == "parquet":
         _check_utf8(paths)
-    encoder = encoder_for_images(os.fspath(options.encoder), options.image_size, paths)
+    encoder = encoder_for_images(os.fspath(options.encoder), options.image_size, paths, options)
     with logged_to_console():
         features, readable = _features(encoder, paths, options.layer)
         names = [path for path, is_readable in zip(paths, readable, strict=True) if is_readable]
@@ -117,7 +119,9 @@ def check_file(file: Path, overwrite: bool) -> None:
     check_place(file)
 
 
-def encoder_for_images(source: str, image_size: int | None, paths: Sequence[str]) -> Encoder:
+def encoder_for_images(
+    source: str, image_size: int | None, paths: Sequence[str], settings: ImageSettings
+) -> Encoder:
     """Load an encoder for use on images without labels.
 
     Args:
@@ -126,6 +130,7 @@ def encoder_for_images(source: str, image_size: int | None, paths: Sequence[str]
         image_size: Side in pixels. Default: that of the encoder, for ``random:NAME`` that of the
             images.
         paths: Paths of the images.
+        settings: What the user says of them.
 
     Raises:
         UserError: The encoder does not exist, has diverged, or can't take images of this size.
@@ -133,7 +138,7 @@ def encoder_for_images(source: str, image_size: int | None, paths: Sequence[str]
     torch.manual_seed(0)
     if image_size is None and source.startswith("random:"):
         image_size = suitable_size(paths)
-    return encoder_for(source, image_size)
+    return encoder_for(source, image_size, paths, settings)
 
 
 def _check_utf8(paths: Sequence[str]) -> None:
@@ -171,9 +176,8 @@ def _features(
         (features,), good = predict_images(
             encoder,
             compute,
-            encoder.normalize,
+            encoder,
             paths,
-            encoder.image_size,
             lambda images: bar.advance(task, images),
         )
     check_outputs([features], f"some of the {len(features)} images")

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from vissl_lite.commands.labelled import dry_run, show_data
 from vissl_lite.commands.leaks import guard
+from vissl_lite.data.image_survey import ImageSettings
 from vissl_lite.data.images import suitable_size
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.encoders.encoder import Encoder
@@ -70,7 +71,7 @@ class ProbeResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeOptions(Options, LabelOptions):
+class ProbeOptions(Options, ImageSettings, LabelOptions):
     """Options of ``probe``."""
 
     encoder: StrPath
@@ -116,6 +117,7 @@ class ProbeOptions(Options, LabelOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_images()
         check_count("k", self.k)
         check_count("class_level", self.class_level)
         check_image_size(self.image_size)
@@ -144,7 +146,7 @@ def probe(options: ProbeOptions) -> ProbeResult:
     size = options.image_size
     if size is None and name.startswith("random:"):
         size = suitable_size(labelled.train.paths)
-    encoder = encoder_for(name, size)
+    encoder = encoder_for(name, size, labelled.train.paths, options)
     labelled, leaks = guard(labelled, [name], options.leaks, None if options.dry_run else str(out))
     used = labelled.for_probes(options.refit)
     if options.attentive:

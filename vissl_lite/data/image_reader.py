@@ -6,21 +6,24 @@ transfers keep their precision. The reader is stored with the encoder: whoever u
 reads images as its training did.
 """
 
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from vissl_lite.data.formats import RawImage, decode_reduced, describe, read_raw, split_path
+from vissl_lite.data.formats import (
+    RawImage,
+    decode_raw,
+    decode_reduced,
+    describe,
+    read_raw,
+    split_path,
+)
 from vissl_lite.data.formats.display import display_bands
 from vissl_lite.data.images import BROKEN_IMAGE, read_image
-from vissl_lite.data.reading import read_regular
-
-log = logging.getLogger(__name__)
 
 # Largest value of a photograph and of a scaled band.
 PHOTOGRAPH_MAX, BAND_MAX = 255, 65535
@@ -84,6 +87,11 @@ class ImageReader:
         """Largest value of a channel."""
         return PHOTOGRAPH_MAX if self.bands is None else BAND_MAX
 
+    @property
+    def dtype(self) -> np.dtype[np.generic]:
+        """Type of the values of an image."""
+        return np.dtype(np.uint8 if self.bands is None else np.uint16)
+
     def read(self, path: str | Path, shortest: int | None = None) -> np.ndarray:
         """Read an image.
 
@@ -103,21 +111,22 @@ class ImageReader:
             return read_image(path, shortest)
         return self.scale(read_raw(path, self.axis), path)
 
-    def read_reduced(
-        self, path: str, times: Callable[[int, int], int]
+    def decode_reduced(
+        self, data: bytes, path: str, times: Callable[[int, int], int]
     ) -> tuple[np.ndarray, tuple[int, int]]:
-        """Read an image no larger than needed; see ``decode_reduced``.
+        """Decode the content of an image file, no larger than needed; see ``decode_reduced``.
+
+        Args:
+            data: Result of ``read_content``.
+            path: The file; may name a frame.
+            times: See ``decode_reduced`` of photographs. Bands are not reduced.
 
         Returns:
-            ``(h, w, C)``, and height and width of the whole image. Bands are not reduced.
+            ``(h, w, C)``, and height and width of the whole image.
         """
         if self.bands is None:
-            file, frame = split_path(path)
-            if frame is None:
-                return decode_reduced(read_regular(file), path, times)
-            image = read_image(path)
-        else:
-            image = self.read(path)
+            return decode_reduced(data, path, times)
+        image = self.scale(decode_raw(data, path, self.axis), path)
         return image, (image.shape[0], image.shape[1])
 
     def scale(self, raw: RawImage, path: str | Path) -> np.ndarray:
@@ -176,6 +185,10 @@ class ImageReader:
             return volume_range(self, str(path))
         return percentile_range(sample_values(values, valid, 0))
 
+    def picture_bands(self) -> list[int]:
+        """Indices of the channels to show: three, or one as gray."""
+        return [0, 1, 2] if self.bands is None else display_bands(self.channels, self.names)
+
     def picture(self, image: np.ndarray) -> np.ndarray:
         """Show an image.
 
@@ -187,7 +200,7 @@ class ImageReader:
         """
         if self.bands is None:
             return image
-        shown = (image[..., display_bands(self.channels, self.names)] / 257).round()
+        shown = (image[..., self.picture_bands()] / 257).round()
         return np.ascontiguousarray(np.broadcast_to(shown, (*image.shape[:2], 3)).astype(np.uint8))
 
     def as_dict(self) -> dict[str, Any]:
@@ -230,7 +243,8 @@ class ImageReader:
         names = content.get("names", [])
         if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
             raise TypeError("names is not a list of texts")
-        low = high = ()
+        low: tuple[float, ...] = ()
+        high: tuple[float, ...] = ()
         if scope == "dataset":
             low = _numbers(content.get("low"), "low", len(mean))
             high = _numbers(content.get("high"), "high", len(mean))
@@ -323,7 +337,7 @@ def volume_range(reader: ImageReader, path: str) -> ValueRange:
         reader: Reader of the image.
         path: The file; may name a frame. Of a series of DICOM files those in its folder are read.
     """
-    file, frame = split_path(path)
+    file = split_path(path)[0]
     described = describe(path, reader.axis)
     volume = described.volume or file
     key = volume if volume == file else f"{Path(file).parent}\0{volume}"

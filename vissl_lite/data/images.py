@@ -433,6 +433,25 @@ def decode_reduced(
 _STRIP = 16
 
 
+def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize an image: by averaging over areas to a smaller one, else by linear interpolation.
+
+    Args:
+        image: ``(H, W, C)`` of any number of channels.
+        size: Height and width of the result.
+    """
+    shape, channels = size[::-1], image.shape[2]
+    smaller = size[0] < image.shape[0] or size[1] < image.shape[1]
+    how = cv2.INTER_AREA if smaller else cv2.INTER_LINEAR
+    if channels == 3:
+        return np.asarray(cv2.resize(image, shape, interpolation=how))
+    parts = [  # OpenCV averages at most four channels, and drops a single one
+        cv2.resize(np.ascontiguousarray(image[..., at : at + 4]), shape, interpolation=how)
+        for at in range(0, channels, 4)
+    ]
+    return np.concatenate([part.reshape(*size, -1) for part in parts], axis=2)
+
+
 def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
     """Resize the shorter side to ``size`` and crop the central square, as for evaluation.
 
@@ -451,9 +470,8 @@ def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
             image = image[top : top + longest, left : left + longest]
             height, width = image.shape[:2]
         scale = size / min(height, width)
-        shape = (max(size, round(width * scale)), max(size, round(height * scale)))
-        how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-        image = cv2.resize(image, shape, interpolation=how)
+        shape = (max(size, round(height * scale)), max(size, round(width * scale)))
+        image = resize(image, shape)
         height, width = image.shape[:2]
     top, left = (height - size) // 2, (width - size) // 2
     return image[top : top + size, left : left + size]

@@ -141,7 +141,7 @@ class EncoderMetrics:
         size = encoder.image_size
         crop = distorted_crop(size, MIN_CROP_SCALE, upright=self._upright)
         views = Views([crop, crop], crop_decode_size(size, MIN_CROP_SCALE))
-        images = ViewDataset(paths, views, self._seed)
+        images = ViewDataset(paths, views, self._seed, reader=encoder.reader)
         features: list[list[Tensor]] = [[], []]
         seconds = 0.0
         with inference_mode(encoder) as device:

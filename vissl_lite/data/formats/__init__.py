@@ -31,6 +31,7 @@ __all__ = [
     "Description",
     "NoImageError",
     "RawImage",
+    "decode_raw",
     "decode_reduced",
     "describe",
     "encode_frame",
@@ -146,6 +147,18 @@ def decode_reduced(
         raw = _read(source, None, None, lambda: data)
     image = to_rgb(raw)
     return image, (image.shape[0], image.shape[1])
+
+
+def decode_raw(data: bytes, path: str | Path, axis: int | None = None) -> RawImage:
+    """Decode the bytes of an image file, or of ``encode_frame``; see ``read_raw``.
+
+    Args:
+        data: The content.
+        path: Named in errors.
+        axis: See ``describe``.
+    """
+    with Source(str(path), data) as source:
+        return _read(source, None, axis, lambda: data)
 
 
 def encode_frame(path: str | Path) -> bytes:

@@ -269,7 +269,8 @@ def train_classifier(
     training = ClassifierTraining(classifier, data, settings)
     size = classifier.encoder.image_size
     views = classifier_views(size, settings.min_crop_scale, settings.upright, settings.color)
-    dataset = ViewDataset(data.train.paths, views, settings.seed)
+    reader = classifier.encoder.reader
+    dataset = ViewDataset(data.train.paths, views, settings.seed, reader=reader)
     weights = None
     if settings.balanced:
         weights = 1 / np.bincount(data.train.labels)[data.train.labels]

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from vissl_lite.data.images import BROKEN_IMAGE, read_image
+from vissl_lite.data.image_reader import ImageReader
+from vissl_lite.data.images import BROKEN_IMAGE
 from vissl_lite.data.reading import reason
 from vissl_lite.inference import inference_mode, report_broken
 from vissl_lite.transfer.segmentation.data import MaskedImage
@@ -91,7 +92,7 @@ def score_segmenter(
     losses: list[float] = []
     faults: list[str | None] = []
     with inference_mode(segmenter) as device:
-        for pairs in _read(part):
+        for pairs in _read(part, segmenter.encoder.reader):
             faults += [pair if isinstance(pair, str) else None for pair in pairs]
             found = [pair for pair in pairs if not isinstance(pair, str)]
             images = [image for image, _ in found]
@@ -115,13 +116,13 @@ def score_segmenter(
 
 
 def _read(
-    part: Sequence[MaskedImage],
+    part: Sequence[MaskedImage], reader: ImageReader
 ) -> Iterator[list[tuple[np.ndarray, np.ndarray] | str]]:
     """Yield batches of images and masks, or of the reason why they can't be read."""
 
     def read(one: MaskedImage) -> tuple[np.ndarray, np.ndarray] | str:
         try:
-            image = read_image(one.path)
+            image = reader.read(one.path)
         except BROKEN_IMAGE as error:
             return reason(error, one.path)
         try:

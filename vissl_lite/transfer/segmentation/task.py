@@ -115,7 +115,7 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
             one = data.test[index]
             image = read_image(one.path)
             truth = one.mask.read()
-            found = segment(model, image).argmax(axis=0)
+            found = segment(model, model.encoder.reader.read(one.path)).argmax(axis=0)
             rows.append(
                 [
                     Picture(shrunk(image)),
@@ -146,7 +146,7 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
             for path in predictions.paths:
                 predictions.advance(1)
                 try:
-                    image = read_image(path)
+                    image = model.encoder.reader.read(path)
                 except BROKEN_IMAGE as error:
                     faults.append(reason(error, path))
                     continue
