@@ -163,9 +163,8 @@ def survey(paths: Sequence[str], settings: ImageSettings) -> ImageReader:
         UserError: The images differ in their number of bands, lack one, or none can be read.
     """
     described = _described(_spread(paths, HEADERS), settings.axis)
-    if not described or (
-        all(_is_photograph(one) for _, one in described) and not settings.chosen()
-    ):
+    usual = all(_is_photograph(one) for _, one in described) and not settings.chosen()
+    if not described or usual:
         return PHOTOGRAPHS
     reader = _with_bands(described, settings)
     fixed = settings.fixed_range()

@@ -1,6 +1,7 @@
 """Progressive resizing: views that start small and grow during training."""
 
 import lightning.pytorch as pl
+import torch
 import torch.nn.functional as F  # noqa: N812
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
