@@ -103,7 +103,7 @@ class FinetuneOptions(Options, ImageSettings, AllTaskOptions):
     """Time budget of all trainings together, as HH:MM:SS or in seconds, instead of --epochs."""
     batch_size: int | None = None
     """Number of images per batch. Default: 64 for classification and 8 for other tasks, or a
-    quarter of the training images if they are few."""
+    twelfth of the training images, at least 8, if they are few."""
     image_size: int | None = None
     """Side length of the input in pixels. Default for classification: that of the encoder, or for
     random:NAME that of the images; for detection: the longer side of the images, at most 416; for

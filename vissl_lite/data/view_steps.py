@@ -4,11 +4,14 @@ A step is a pure function of an image and of the numbers it draws. Which numbers
 which order, its docstring says. A step with a probability ``p`` between 0 and 1 first draws one
 uniform number that decides whether it is applied, and nothing more if it is not.
 
-All of them take ``(H, W, 3)`` uint8 pixels, leave them alone and return others.
+All of them take ``(H, W, C)`` pixels, leave them alone and return others: photographs, which are
+uint8 with three channels, or bands, which are uint16 with any number of channels (see
+``image_reader``). Of bands no step assumes that they are colors; each step says what it does.
 """
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
@@ -49,9 +52,14 @@ class Step(ABC):
         """Apply the step.
 
         Args:
-            image: ``(H, W, 3)`` uint8; not to be written to.
+            image: ``(H, W, C)`` uint8 or uint16; not to be written to.
             random: Generator to draw from.
         """
+
+
+def is_photograph(image: np.ndarray) -> bool:
+    """Whether an image is 8-bit RGB; otherwise it has bands."""
+    return image.dtype == np.uint8 and image.shape[2] == 3
 
 
 class Crop(NamedTuple):
@@ -103,7 +111,7 @@ class RandomResizedCrop(Step):
         """Crop and resize a part of an image.
 
         Args:
-            image: ``(H, W, 3)`` uint8, which may have been reduced since the crop was drawn.
+            image: ``(H, W, C)``, which may have been reduced since the crop was drawn.
             crop: The part, in pixels of the whole image.
             whole: Height and width of the whole image.
         """
@@ -127,22 +135,22 @@ def resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     s. It takes a third of the time of OpenCV's area interpolation, and averages noise as much.
 
     Args:
-        image: ``(H, W, 3)`` uint8.
+        image: ``(H, W, C)`` uint8 or uint16.
         size: Height and width of the result.
     """
-    height, width = image.shape[:2]
+    height, width, channels = image.shape
     twice = 2 * size[0], 2 * size[1]
     while (height, width) == twice or min(height / size[0], width / size[1]) >= HALVED:
         height, width = height // 2, width // 2
         even = image[: 2 * height, : 2 * width]
         image = cv2.resize(even, (width, height), interpolation=cv2.INTER_AREA)
-    if (height, width) == size:
-        return np.ascontiguousarray(image)
-    if height > size[0] or width > size[1]:
-        image = cv2.sepFilter2D(
-            image, -1, _smoothing(width / size[1]), _smoothing(height / size[0])
-        )
-    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
+    if (height, width) != size:
+        if height > size[0] or width > size[1]:
+            image = cv2.sepFilter2D(
+                image, -1, _smoothing(width / size[1]), _smoothing(height / size[0])
+            )
+        image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
+    return np.ascontiguousarray(image).reshape(*size, channels)  # OpenCV drops a single channel
 
 
 def _smoothing(shrinking: float) -> np.ndarray:
@@ -158,7 +166,7 @@ class HorizontalFlip(Step):
     p: float = 0.5
 
     def apply(self, image: np.ndarray, random: Random) -> np.ndarray:
-        return cv2.flip(image, 1)
+        return cv2.flip(image, 1).reshape(image.shape)
 
 
 @dataclass(frozen=True)
@@ -173,7 +181,9 @@ class D4(Step):
     def apply(self, image: np.ndarray, random: Random) -> np.ndarray:
         turns, flipped = random.randrange(4), random.randrange(2)
         if flipped:
-            image = cv2.flip(image, 1)
+            image = cv2.flip(image, 1).reshape(image.shape)
+        if turns and image.shape[2] != 3:  # OpenCV turns few other numbers of channels
+            return np.ascontiguousarray(np.rot90(image, turns))
         return cv2.rotate(image, _TURNS[turns - 1]) if turns else image
 
 
@@ -190,6 +200,10 @@ class ColorJitter(Step):
     Brightness multiplies all values; contrast blends the image with its mean luma, saturation each
     pixel with its luma. Values are rounded and cut off at 0 and 255 after what may exceed them.
 
+    Bands have no saturation or hue. Of them brightness and contrast change, contrast about the mean
+    of each band; then a gamma from ``[1 - saturation / 2, 1 + saturation / 2]``, and a gain of each
+    band from ``[1 - hue, 1 + hue]``; see ``jitter_bands``.
+
     Args:
         brightness: Largest change of the factor.
         contrast: Likewise.
@@ -205,6 +219,14 @@ class ColorJitter(Step):
     p: float = 1.0
 
     def apply(self, image: np.ndarray, random: Random) -> np.ndarray:
+        if not is_photograph(image):
+            return jitter_bands(
+                image,
+                random.uniform(max(0.0, 1 - self.brightness), 1 + self.brightness),
+                random.uniform(max(0.0, 1 - self.contrast), 1 + self.contrast),
+                random.uniform(1 - self.saturation / 2, 1 + self.saturation / 2),
+                [random.uniform(1 - self.hue, 1 + self.hue) for _ in range(image.shape[2])],
+            )
         strengths = (self.brightness, self.contrast, self.saturation)
         factors = [random.uniform(max(0.0, 1 - x), 1 + x) for x in strengths]
         factors.append(random.uniform(-self.hue, self.hue))
@@ -214,6 +236,31 @@ class ColorJitter(Step):
 
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+
+
+def jitter_bands(
+    image: np.ndarray, brightness: float, contrast: float, gamma: float, gains: Sequence[float]
+) -> np.ndarray:
+    """Change the values of bands.
+
+    With values x in [0, 1] and the mean m of a band: ``(contrast (brightness gain x - m') + m')
+    ^ gamma``, where m' is ``brightness gain m``, cut off at 0 and 1 before the power.
+
+    Args:
+        image: ``(H, W, C)`` uint16, or uint8.
+        brightness: Factor of all values.
+        contrast: Factor of the distance from the mean of the band.
+        gamma: Exponent.
+        gains: Factor of each band.
+    """
+    largest = np.iinfo(image.dtype).max
+    factors = np.asarray(gains, np.float32) * brightness
+    means = image.mean(axis=(0, 1), dtype=np.float32) * factors
+    values = image * (contrast * factors) + (1 - contrast) * means
+    values = np.clip(values * np.float32(1 / largest), 0, 1, dtype=np.float32)
+    if gamma != 1:
+        values = cv2.pow(values, gamma).reshape(image.shape)
+    return np.rint(values * largest).astype(image.dtype)
 
 
 def jitter(image: np.ndarray, factors: list[float], order: list[int]) -> np.ndarray:
@@ -285,12 +332,35 @@ def turn_hue(image: np.ndarray, turn: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Grayscale(Step):
-    """Replace each pixel by its luma (ITU-R BT.601), in all three channels."""
+    """Replace each pixel by its luma (ITU-R BT.601), in all three channels.
+
+    As gray takes the color from a photograph, bands lose some of their number: each is kept with
+    probability 0.5, one at least, and the others get their mean. Which are kept, is drawn.
+    """
 
     p: float = 1.0
 
     def apply(self, image: np.ndarray, random: Random) -> np.ndarray:
+        if not is_photograph(image):
+            return drop_bands(image, random)
         return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+
+
+def drop_bands(image: np.ndarray, random: Random) -> np.ndarray:
+    """Replace some bands by their mean; see ``Grayscale``.
+
+    Args:
+        image: ``(H, W, C)``.
+        random: Generator to draw from.
+    """
+    count = image.shape[2]
+    kept = random.randrange(count)
+    dropped = [band for band in range(count) if random.random() < 0.5 and band != kept]
+    if not dropped:
+        return image
+    image = image.copy()
+    image[..., dropped] = image[..., dropped].mean(axis=(0, 1))
+    return image
 
 
 @dataclass(frozen=True)
@@ -314,14 +384,15 @@ class GaussianBlur(Step):
             return image
         kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
         kernel /= kernel.sum()
-        return cv2.sepFilter2D(image, -1, kernel, kernel)
+        return cv2.sepFilter2D(image, -1, kernel, kernel).reshape(image.shape)
 
 
 @dataclass(frozen=True)
 class Solarize(Step):
-    """Invert the values from 128 on (BYOL, Grill et al. 2020, appendix B)."""
+    """Invert the values of the upper half, for 8 bits from 128 on (BYOL, Grill et al. 2020,
+    appendix B)."""
 
     p: float = 0.2
 
     def apply(self, image: np.ndarray, random: Random) -> np.ndarray:
-        return cv2.min(image, cv2.bitwise_not(image))
+        return cv2.min(image, cv2.bitwise_not(image)).reshape(image.shape)

@@ -97,14 +97,14 @@ class Views:
         """All views of one image.
 
         Args:
-            image: ``(H, W, 3)`` uint8.
+            image: ``(H, W, C)`` uint8 or uint16.
             seed: Seed of the run.
             epoch: Number of the epoch, from 0.
             index: The image's number in the data set.
             whole: Height and width of the image before it was reduced; default: it was not.
 
         Returns:
-            One ``(h, w, 3)`` uint8 array for each view.
+            One ``(h, w, C)`` array for each view.
         """
         height, width = whole or image.shape[:2]
         views = []

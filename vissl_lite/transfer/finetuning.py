@@ -82,7 +82,7 @@ class TransferSettings:
         frozen: Train the head alone, on the encoder as it is.
         epochs: None for as many as make 1,000 steps, at least 10.
         seconds: Time budget of all trainings together, instead of a number of epochs.
-        batch_size: None for the task's own, or a quarter of the images where they are few.
+        batch_size: None for the task's own, or a twelfth of the images, at least 8, where they are few.
         optimizer: Name, peak learning rate, weight decay, layer-wise decay, largest gradient.
         warmup: Share of the training in which the learning rate rises.
         min_crop_scale: Smallest share of the image's area in a training view.
@@ -124,7 +124,7 @@ class TransferSettings:
             raise UserError(
                 f"--batch_size {self.batch_size} is larger than the training part: {images} images"
             )
-        return self.batch_size or max(min(usual, images // 4), min(8, images))
+        return self.batch_size or max(min(usual, images // 12), min(8, images))
 
     def freezes_norms(self, few: bool) -> bool:
         """Whether the BatchNorms of the encoder are frozen.
