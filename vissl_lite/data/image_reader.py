@@ -185,6 +185,36 @@ class ImageReader:
             return volume_range(self, str(path))
         return percentile_range(sample_values(values, valid, 0))
 
+    def to_units(self, image: np.ndarray) -> np.ndarray:
+        """Undo the scaling of bands, as far as it is the same for all images.
+
+        Args:
+            image: ``(..., C)`` from this reader.
+
+        Returns:
+            Photographs as they are; bands as float32, in the units of the files, or scaled to
+            [0, 1] where each volume or image has a range of its own.
+        """
+        if self.bands is None:
+            return image
+        values = image.astype(np.float32) * np.float32(1 / BAND_MAX)
+        if self.scope != "dataset":
+            return values
+        low, high = (np.array(ends, np.float32) for ends in (self.low, self.high))
+        return low + values * (high - low)
+
+    def units(self) -> str:
+        """What ``to_units`` returns, in words."""
+        if self.bands is None:
+            return "uint8 RGB as decoded"
+        numbers = ", ".join(str(band + 1) for band in self.bands)
+        if self.scope == "dataset":
+            return f"float32, bands {numbers} in the units of the files"
+        return (
+            f"float32, bands {numbers}, each scaled to [0, 1] from the percentiles "
+            f"{PERCENTILES[0]} to {PERCENTILES[1]} of its {self.scope}"
+        )
+
     def picture_bands(self) -> list[int]:
         """Indices of the channels to show: three, or one as gray."""
         return [0, 1, 2] if self.bands is None else display_bands(self.channels, self.names)
