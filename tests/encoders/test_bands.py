@@ -37,7 +37,7 @@ def first_weight(encoder: Encoder) -> Tensor:
 
 
 def test_normalization_of_bands() -> None:
-    encoder = build_encoder("test_resnet", 32, reader=reader(5))
+    encoder = build_encoder("test_resnet", 32, reader=reader(5)).eval()
     raw = torch.full((1, 5, 32, 32), 0.5 * 65535).to(torch.uint16)
     assert torch.allclose(encoder.normalize(raw), torch.tensor(2.0), atol=1e-3)
     assert encoder(encoder.normalize(raw)).shape == (1, encoder.num_features)
