@@ -268,6 +268,6 @@ def encode(image: RawImage) -> bytes:
     with zipfile.ZipFile(out, "w") as archive:
         for name, array in arrays.items():
             part = BytesIO()
-            np.lib.format.write_array(part, np.ascontiguousarray(array), allow_pickle=False)
+            np.lib.format.write_array(part, np.asarray(array, order="C"), allow_pickle=False)
             archive.writestr(zipfile.ZipInfo(f"{name}.npy"), part.getbuffer())
     return out.getvalue()

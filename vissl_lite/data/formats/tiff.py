@@ -503,6 +503,7 @@ def _read_page(source: Source, page: Page) -> np.ndarray:
         import tifffile
     except ImportError:
         return _read_without(source, page)
+    source.file.seek(0)
     with converting(source.path), tifffile.TiffFile(source.file, name=source.path) as tif:
         tif.filehandle.seek(page.at)
         pixels = tifffile.TiffPage(tif, index=page.number).asarray(maxworkers=1)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from vissl_lite.data.formats import split_suffix
 from vissl_lite.data.images import EXTENSIONS
 from vissl_lite.data.text_file import read_text
 from vissl_lite.errors import UserError, brief
@@ -179,7 +180,7 @@ def _parse(tree: FileTree) -> list[_File]:
         if part is None:  # as in train/data/images and train/data/masks
             for name in steps[:kept]:
                 part = part_of_name(name) or part
-        stem = steps[-1].rpartition(".")[0]
+        stem = split_suffix(steps[-1])[0]
         files.append(_File(tree.absolute(path), tuple(folders), stem, part, is_mask, named))
     return files
 
@@ -379,7 +380,7 @@ def _by_stem(folder: Path) -> dict[str, str]:
     if not folder.is_dir():
         return {}
     tree = FileTree(folder)
-    return {path.rpartition(".")[0]: tree.absolute(path) for path in tree.images}
+    return {split_suffix(path)[0]: tree.absolute(path) for path in tree.images}
 
 
 # Tables
@@ -394,7 +395,7 @@ def _check_masks(table: Table, images: str, masks: str, finder: ImageFinder) -> 
     """Raise a UserError if the column of masks holds classes or the images themselves."""
     paths = {finder.find(cell) for cell in table.cells(images)} - {None}
     cells = [cell for cell in table.cells(masks) if cell]
-    named = [cell for cell in cells if os.path.splitext(cell)[1].lower() in EXTENSIONS]
+    named = [cell for cell in cells if split_suffix(cell)[1].lower() in EXTENSIONS]
     if any((path := finder.find(cell)) and path not in paths for cell in cells):
         return
     if cells and not named:

@@ -11,6 +11,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from vissl_lite.data.formats import is_image_path, split_suffix
 from vissl_lite.data.images import EXTENSIONS
 from vissl_lite.data.text_file import read_bytes
 from vissl_lite.errors import UserError, brief
@@ -266,14 +267,14 @@ class ImageFinder:
         cell = cell.strip()
         if not cell or len(cell) > 1000 or "\0" in cell:
             return False
-        if os.path.splitext(cell)[1].lower() in EXTENSIONS:
+        if split_suffix(cell)[1].lower() in EXTENSIONS:
             return True
         return self.find(cell) is not None
 
 
 def _is_file(path: str) -> bool:
     try:
-        return os.path.isfile(path)
+        return is_image_path(path)
     except ValueError:  # it has a NUL byte
         return False
 
