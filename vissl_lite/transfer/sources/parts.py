@@ -1,7 +1,6 @@
 """The parts of a labelled data set: their names, and those that are made where none are given."""
 
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -303,23 +302,38 @@ def hold_out_groups(
 
 
 def _folds_of_groups(strata: np.ndarray, groups: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Fold of each item, ``(N,)``, from 0; no more folds than groups. No fold is empty."""
-    from sklearn.model_selection import StratifiedGroupKFold  # slow to import
+    """Folds of a cross-validation over groups, of similar size and with similar strata.
 
-    names, numbers = np.unique(groups, return_inverse=True)
-    count = min(count, len(names))
-    if count < 2:
-        return np.zeros(len(groups), np.int64)
-    if np.unique(strata, return_counts=True)[1].max() < count:
-        strata = np.zeros_like(strata)  # nothing to stratify by
-    state = int(np.random.default_rng((seed, 4)).integers(2**31))
-    splitter = StratifiedGroupKFold(count, shuffle=True, random_state=state)
-    folds = np.zeros(len(groups), np.int64)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of classes with fewer items than folds
-        for fold, (_, held) in enumerate(splitter.split(strata, strata, numbers)):
-            folds[held] = fold
-    return np.unique(folds, return_inverse=True)[1].astype(np.int64)
+    One group after another, the largest first, goes to the fold in which the variances over folds
+    of the shares of all strata, and of all items, grow least. It is the rule of scikit-learn's
+    StratifiedGroupKFold, which takes minutes for 100,000 images.
+
+    Args:
+        strata: ``(N,)`` stratum of each item.
+        groups: ``(N,)`` group of each item.
+        count: Number of folds; there are no more than groups.
+        seed: Seed of the choice.
+
+    Returns:
+        ``(N,)`` fold of each item, from 0; none is empty.
+    """
+    numbers, sizes = np.unique(groups, return_inverse=True, return_counts=True)[1:]
+    strata, totals = np.unique(strata, return_inverse=True, return_counts=True)[1:]
+    order = np.random.default_rng((seed, 4)).permutation(len(sizes))
+    order = order[np.argsort(-sizes[order], kind="stable")]
+    members = np.split(np.argsort(numbers, kind="stable"), np.cumsum(sizes)[:-1])
+    shares = np.zeros((min(count, len(sizes)), len(totals)))  # of each stratum in each fold
+    filled = np.zeros(len(shares))
+    folds = np.empty(len(groups), np.int64)
+    for group in order:
+        own = strata[members[group]]
+        # Adding g to one of several numbers n changes the sum of their squares by 2 n g + g^2.
+        growth = (shares[:, own] / totals[own]).sum(axis=1) + filled * sizes[group] / len(groups)
+        fold = int(growth.argmin())
+        np.add.at(shares[fold], own, 1 / totals[own])
+        filled[fold] += sizes[group] / len(groups)
+        folds[members[group]] = fold
+    return folds
 
 
 def fold_numbers(
@@ -402,15 +416,11 @@ def draw_groups(strata: np.ndarray, groups: np.ndarray, fraction: float, seed: i
         fraction: Share in (0, 1].
         seed: Seed of the choice.
     """
-    _, strata = np.unique(strata, return_inverse=True)
     names, numbers = np.unique(groups, return_inverse=True)
-    order = np.random.default_rng((seed, 5)).permutation(len(names))
-    counts = np.zeros((len(names), strata.max(initial=-1) + 1), np.int64)
-    np.add.at(counts, (numbers, strata), 1)
-    drawn = np.zeros(len(names), bool)
-    for of_stratum in counts.T:
-        own = order[of_stratum[order] > 0]
-        reached = np.cumsum(of_stratum[own])
-        nearest = int(np.abs(reached - fraction * reached[-1]).argmin())
-        drawn[own[: nearest + 1]] = True
-    return np.flatnonzero(drawn[numbers])
+    place = np.random.default_rng((seed, 5)).permutation(len(names))[numbers]
+    drawn: set[int] = set()
+    for stratum in np.unique(strata):
+        own, sizes = np.unique(place[strata == stratum], return_counts=True)
+        reached = np.cumsum(sizes)
+        drawn.update(own[: int(np.abs(reached - fraction * reached[-1]).argmin()) + 1].tolist())
+    return np.flatnonzero(np.isin(place, list(drawn)))
