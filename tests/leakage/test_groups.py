@@ -13,14 +13,15 @@ GROUPS = {
 }
 
 
-def test_groups_in_several_parts_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.WARNING)
-    logging.getLogger("vissl_lite").addHandler(caplog.handler)
-    try:
-        assert check_groups(GROUPS, "column patient", "warn") == (3, {})
-    finally:
-        logging.getLogger("vissl_lite").removeHandler(caplog.handler)
-    assert caplog.messages[0] == (
+def test_groups_in_several_parts_are_warned_of(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = logging.getLogger("vissl_lite")
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    monkeypatch.setattr(logger, "propagate", False)
+    assert check_groups(GROUPS, "column patient", "warn") == (3, {})
+    (message,) = caplog.messages
+    assert message == (
         "Leaks: 1 group is in the training part and the test part, the first p2; 1 group is in the "
         "training part and the validation part, the first p3; 1 group is in the validation part "
         "and the test part, the first p4 (groups: column patient). --leaks exclude leaves their "

@@ -116,17 +116,21 @@ def warn_of_shortcuts(data: LabelledDataset) -> None:
         None if groups is None else groups[chosen],
     )
     if found:
-        others = "".join(f", the {one.attribute} that of {one.accuracy:.0%}" for one in found[1:])
+        others = [f", the {one.attribute} that of {_percent(one.accuracy)}" for one in found[1:]]
         log.warning(
             "The %(attribute)s alone predicts the class of %(accuracy)s of the training images"
             "%(others)s; the largest class has %(majority)s. A model may learn how the images were "
             "made instead of what they show.",
             {
                 "attribute": found[0].attribute,
-                "accuracy": f"{found[0].accuracy:.0%}",
-                "others": others,
-                "majority": f"{found[0].majority:.0%}",
+                "accuracy": _percent(found[0].accuracy),
+                "others": "".join(others),
+                "majority": _percent(found[0].majority),
                 "attributes": {one.attribute: one.accuracy for one in found},
             },
             extra={"code": "data.shortcut"},
         )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
