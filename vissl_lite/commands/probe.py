@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from rich.table import Table
 
@@ -178,9 +179,11 @@ def probe(options: ProbeOptions) -> ProbeResult:
             **leaks.figures(),
         }
         write_results(run, results)
+        groups = used.groups("train")
         log.info(
-            "Fitted to %d labels; penalties are chosen by cross-validation of them",
+            "Fitted to %d labels%s; penalties are chosen by cross-validation of them",
             len(used.train),
+            "" if groups is None else f" of {len(np.unique(groups))} groups",
         )
         console.print(f"{name}: test accuracy", highlight=False, soft_wrap=True)
         table = Table("layer", "kNN", *(name for name in last if name != "knn"))

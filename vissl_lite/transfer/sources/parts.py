@@ -272,7 +272,7 @@ def hold_out_groups(
     """Indices of about a share of the items, in whole groups, stratified as well as that allows.
 
     It is the fold of a cross-validation over groups that leaves the most strata to the rest, then
-    has the most strata itself, then is nearest in size.
+    has the most strata itself, then is nearest to the share of each stratum.
 
     Args:
         strata: ``(N,)`` stratum of each item.
@@ -292,11 +292,13 @@ def hold_out_groups(
     if not len(free) or groups.max() == 0:
         return np.empty(0, np.int64)
     folds = _folds_of_groups(strata[free], groups[free], max(2, round(1 / share)), seed)
+    strata = np.unique(strata, return_inverse=True)[1]
+    total = np.bincount(strata)
 
     def rank(fold: int) -> tuple[float, ...]:
-        held = free[folds == fold]
-        left = len(np.unique(np.delete(strata, held)))
-        return -left, -len(np.unique(strata[held])), abs(len(held) - share * len(strata))
+        held = np.bincount(strata[free[folds == fold]], minlength=len(total))
+        unlike = float(np.abs(held - share * total).sum())
+        return int((held == total).sum()), -int((held > 0).sum()), unlike
 
     return free[folds == min(range(int(folds.max()) + 1), key=rank)]
 
