@@ -111,7 +111,14 @@ def compare(options: CompareOptions) -> CompareResult:
             scores |= runner.run(encoder, protocols)
         metric = {"knn": "accuracy", "linear": "accuracy", "finetune": plan.finetune_metric(data)}
         outcome = Outcome(
-            scores, encoders, protocols, labels, options.all_seeds(), baseline, metric
+            scores,
+            encoders,
+            protocols,
+            labels,
+            options.all_seeds(),
+            baseline,
+            metric,
+            data.groups("test"),
         )
         outcome.write_csv(run / "runs.csv")
         outcome.plot(run / "compare.png")

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from rich.table import Table
 
@@ -44,6 +45,7 @@ from vissl_lite.training.progress import progress_bar
 from vissl_lite.transfer.classification.data import LabelledImages, load_labelled
 from vissl_lite.transfer.classification.linear_head import make_folds
 from vissl_lite.transfer.classification.options import LabelOptions
+from vissl_lite.transfer.sources.parts import Split
 
 log = logging.getLogger(__name__)
 
@@ -179,9 +181,11 @@ def probe(options: ProbeOptions) -> ProbeResult:
             **leaks.figures(),
         }
         write_results(run, results)
+        groups = used.groups("train")
         log.info(
-            "Fitted to %d labels; penalties are chosen by cross-validation of them",
+            "Fitted to %d labels%s; penalties are chosen by cross-validation of them",
             len(used.train),
+            "" if groups is None else f" of {len(np.unique(groups))} groups",
         )
         console.print(f"{name}: test accuracy", highlight=False, soft_wrap=True)
         table = Table("layer", "kNN", *(name for name in last if name != "knn"))
@@ -215,11 +219,13 @@ def probe_encoder(
     Returns:
         ``{"last": {"knn": ..., "linear": ...}, ...}``; ``last`` is the encoder's output.
     """
-    parts = (labelled.train, labelled.test)
+    parts: tuple[Split, ...] = ("train", "test")
     with progress_bar() as bar:
-        task = bar.add_task("features", total=sum(len(part) for part in parts), info="")
+        total = sum(len(labelled.part(name)) for name in parts)
+        advance = partial(bar.advance, bar.add_task("features", total=total, info=""))
         train, test = (
-            extract_part(encoder, part, layers, partial(bar.advance, task)) for part in parts
+            extract_part(encoder, labelled.part(name), layers, advance, labelled.groups(name))
+            for name in parts
         )
         fitting = bar.add_task("probes", total=len(test.by_layer), info="")
         scores: dict[str, dict[str, float]] = {}
@@ -246,8 +252,8 @@ def probe_tokens(encoder: Encoder, labelled: LabelledImages, seed: int) -> Probe
     with progress_bar() as bar:
         task = bar.add_task("tokens", total=len(train), info="")
         tokens, good = extract_tokens(encoder, train.paths, partial(bar.advance, task))
-        labels = train.labels[good]
-        folds = make_folds(labels, seed)
+        labels, groups = train.labels[good], labelled.groups("train")
+        folds = make_folds(labels, seed, None if groups is None else groups[good])
         task = bar.add_task("attentive probe", total=number_of_fits(folds), info="")
         count, done = len(labelled.classes), partial(bar.advance, task)
         probe = fit_attentive(tokens, labels, count, folds, seed, done)

@@ -82,7 +82,8 @@ class Features:
         rows = [self._row[path] for path in data.paths(part)]
         labels = data.image_classes(part)
         assert labels is not None  # Plan.choose_protocols ensures it
-        return LabelledFeatures({k: v[rows] for k, v in self.by_layer.items()}, labels)
+        by_layer = {layer: features[rows] for layer, features in self.by_layer.items()}
+        return LabelledFeatures(by_layer, labels, data.groups(part))
 
 
 def _raise_missing(paths: Sequence[str]) -> NoReturn:

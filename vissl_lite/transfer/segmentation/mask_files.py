@@ -20,6 +20,7 @@ from vissl_lite.transfer.sources.tables import (
     ImageFinder,
     Table,
     find_images_of,
+    groups_of_rows,
     parts_of_rows,
     path_column,
     read_table,
@@ -438,6 +439,7 @@ def read_csv(file: Path, options: SourceOptions, log: ReadingLog) -> Parts:
     _check_masks(table, images, masks, finder)
     named = parts_of_rows(table, options, log)
     found = [find_images_of(table, column, named, finder, log) for column in (images, masks)]
+    groups_of_rows(table, found[0], {images, masks}, log)
     parts: Parts = {}
     for image, mask, part in sorted(
         zip(*found, named, strict=True), key=lambda row: (row[0] or "", row[1] or "")

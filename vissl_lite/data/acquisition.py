@@ -1,0 +1,26 @@
+"""How an image was acquired and stored, as its file says: size, format, bit depth, color mode."""
+
+from vissl_lite.data.headers import opened_image
+from vissl_lite.data.images import BROKEN_IMAGE
+from vissl_lite.data.reading import open_regular
+
+
+def acquisition(path: str) -> dict[str, str]:
+    """Attributes of an image file that say nothing about its content, without decoding it.
+
+    Args:
+        path: Image file.
+
+    Returns:
+        Values by the name of the attribute as a noun phrase, such as ``image size``; empty if the
+        header can't be read.
+    """
+    try:
+        with open_regular(path) as file, opened_image(file, path) as image:
+            return {
+                "image size": f"{image.width} x {image.height}",
+                "file format": str(image.format),
+                "bit depth and color mode": image.mode,
+            }
+    except BROKEN_IMAGE:
+        return {}
