@@ -1,5 +1,6 @@
-"""How an image was acquired and stored, as its file says: size, format, bit depth, color mode."""
+"""How an image was acquired and stored, as its file says: size, bit depth, maker, sequence."""
 
+from vissl_lite.data.formats import describe
 from vissl_lite.data.headers import opened_image
 from vissl_lite.data.images import BROKEN_IMAGE
 from vissl_lite.data.reading import open_regular
@@ -16,6 +17,9 @@ def acquisition(path: str) -> dict[str, str]:
         header can't be read.
     """
     try:
+        described = describe(path)
+        if described.format != "photograph":
+            return dict(described.acquisition)
         with open_regular(path) as file, opened_image(file, path) as image:
             return {
                 "image size": f"{image.width} x {image.height}",

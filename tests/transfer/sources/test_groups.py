@@ -71,7 +71,7 @@ def test_slices_of_a_volume_are_a_group() -> None:
     group = find_groups(paths, Path("data"), None, log)
     assert group is not None
     assert log.groups == {path: path[:5] for path in paths}
-    assert log.grouped_by == "volumes"
+    assert log.grouped_by == "patients or volumes"
 
 
 @pytest.mark.parametrize(

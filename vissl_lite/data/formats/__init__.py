@@ -13,6 +13,7 @@ from PIL import UnidentifiedImageError
 
 from vissl_lite.data.formats import arrays, dicom, nifti, photographs, tiff
 from vissl_lite.data.formats.common import (
+    DICOM_SUFFIXES,
     Description,
     NoImageError,
     RawImage,
@@ -20,6 +21,7 @@ from vissl_lite.data.formats.common import (
     check_frame,
     file_of,
     is_image_path,
+    is_photograph_path,
     split_path,
     split_suffix,
 )
@@ -28,6 +30,7 @@ from vissl_lite.data.headers import ImageHeader, image_header_of, is_tiff
 from vissl_lite.data.reading import open_regular, read_regular
 
 __all__ = [
+    "DICOM_SUFFIXES",
     "Description",
     "NoImageError",
     "RawImage",
@@ -39,6 +42,7 @@ __all__ = [
     "image_header",
     "image_size",
     "is_image_path",
+    "is_photograph_path",
     "read_raw",
     "split_path",
     "split_suffix",

@@ -195,6 +195,12 @@ def split_suffix(path: str) -> tuple[str, str]:
     return stem + mark + number, suffix
 
 
+def is_photograph_path(path: str | Path) -> bool:
+    """Whether the suffix of a path is of a format for photographs, or of TIFF."""
+    suffix = split_suffix(os.fspath(path))[1].lower()
+    return bool(suffix) and suffix not in DICOM_SUFFIXES | NIFTI_SUFFIXES | ARRAY_SUFFIXES
+
+
 def missing_extra(path: str, library: str, extra: str) -> UserError:
     """The error for a file that needs a library which is not installed."""
     return UserError(

@@ -13,15 +13,14 @@ from typing import Protocol
 
 import numpy as np
 
+from vissl_lite.data.formats import DICOM_SUFFIXES, describe, split_path, split_suffix
+from vissl_lite.data.images import BROKEN_IMAGE
 from vissl_lite.errors import UserError, brief
 from vissl_lite.transfer.sources.reading_log import ReadingLog
 
-# A slice or page of a file, as in ``scan.nii.gz#17``.
-_SLICE = re.compile(r"(.+)#\d+")
-
 
 def default_group(path: str) -> str | None:
-    """The group that an image belongs to by its file: for a slice of a volume, the volume.
+    """The group that an image belongs to by its file: a volume, or the patient of a DICOM file.
 
     Args:
         path: Image file, or a slice of it such as ``scan.nii.gz#17``.
@@ -29,8 +28,14 @@ def default_group(path: str) -> str | None:
     Returns:
         Name of the group; None for an image that belongs to no other.
     """
-    match = _SLICE.fullmatch(path)
-    return match[1] if match else None
+    file, frame = split_path(path)
+    suffix = split_suffix(file)[1].lower()
+    if suffix and suffix not in DICOM_SUFFIXES:
+        return None if frame is None else file
+    try:
+        return describe(path).group
+    except BROKEN_IMAGE:
+        return None
 
 
 class Record(Protocol):
@@ -69,7 +74,7 @@ def find_groups(
         log.grouped_by = f"--group_by {group_by}"
     elif not log.groups:
         found = {path: group for path in paths if (group := default_group(path)) is not None}
-        log.groups, log.grouped_by = found, "volumes"
+        log.groups, log.grouped_by = found, "patients or volumes"
     kept = {path: log.groups[path] for path in paths if path in log.groups}
     if max(Counter(kept.values()).values(), default=0) < 2:
         if group_by is not None:
