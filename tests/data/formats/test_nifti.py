@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.data.formats.making import nifti, noise
-from vissl_lite.data.formats import describe, read_raw
+from vissl_lite.data.formats import describe, read_raw, write_masks
 from vissl_lite.errors import UserError
 
 VOXELS = noise(6, 7, 8, dtype=np.int16, low=-1000, high=1000)
@@ -127,3 +127,26 @@ def test_absurd_dimensions(dim: list[int], message: str, tmp_path: Path) -> None
         for read in (describe, read_raw):
             with pytest.raises(ValueError, match=message):
                 read(file)
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_masks_are_written_at_the_place_of_their_volume(tmp_path: Path, axis: int | None) -> None:
+    """Turned and mirrored as it may be: each slice of the masks is that of the volume."""
+    affine = np.array([[0, 2, 0, 5], [-1, 0, 0, 7], [0, 0, 3, -9], [0, 0, 0, 1]], float)
+    values = np.random.default_rng(0).integers(0, 5, (4, 5, 6)).astype(np.int16)
+    image = nib.Nifti1Image(values, affine)
+    image.header.set_xyzt_units("mm")
+    path = str(tmp_path / "scan.nii.gz")
+    nib.save(image, path)
+    count = describe(path, axis).frames
+    masks = {n: read_raw(f"{path}#{n}", axis).pixels[..., 0].astype(np.uint8) for n in range(count)}
+    file = write_masks(path, masks, tmp_path / "out" / "scan.nii.gz", axis)
+    assert file == tmp_path / "out" / "scan.nii.gz"
+    written = nib.load(file)
+    assert (np.asarray(written.dataobj) == values).all()
+    assert np.allclose(written.affine, affine)
+    assert written.header.get_xyzt_units()[0] == "mm"
+    assert written.get_data_dtype() == np.uint8
+    masks.pop(1)
+    fewer = write_masks(path, masks, tmp_path / "out" / "fewer.nii.gz", axis)
+    assert not read_raw(f"{fewer}#1", axis).pixels.any()

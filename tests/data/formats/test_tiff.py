@@ -8,7 +8,7 @@ import tifffile
 from PIL import Image
 
 from tests.data.formats.making import noise, tiff
-from vissl_lite.data.formats import describe, image_size, read_raw
+from vissl_lite.data.formats import describe, image_size, read_raw, write_masks
 from vissl_lite.errors import UserError
 
 BANDS = noise(33, 47, 12, dtype=np.int16, low=-500, high=9000)
@@ -168,3 +168,19 @@ def test_without_tifffile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         UserError, match=r'many.tif needs tifffile.*pip install "vissl-lite\[tiff\]"'
     ):
         read_raw(file)
+
+
+def test_a_mask_keeps_the_place_of_a_geotiff(tmp_path: Path) -> None:
+    tags = [(33550, 12, 3, (10.0, 10.0, 0.0), True), (34735, 3, 4, (1, 1, 0, 0), True)]
+    path = str(tmp_path / "scene.tif")
+    tifffile.imwrite(path, np.zeros((4, 6, 5), np.int16), extratags=tags, planarconfig="contig")
+    mask = np.arange(24, dtype=np.uint8).reshape(4, 6)
+    file = write_masks(path, {0: mask}, tmp_path / "masks.tif")
+    assert file is not None
+    with tifffile.TiffFile(file) as written:
+        page = written.pages[0]
+        assert (page.asarray() == mask).all()
+        assert page.tags[33550].value == (10.0, 10.0, 0.0)
+        assert page.tags[34735].value == (1, 1, 0, 0)
+    tifffile.imwrite(path, np.zeros((4, 6, 5), np.int16), planarconfig="contig")
+    assert write_masks(path, {0: mask}, tmp_path / "none.tif") is None

@@ -4,13 +4,14 @@ The family of a file is chosen by its content. A path may name a slice, page or 
 counted from 0, as in ``scan.nii.gz#17``; see ``split_path``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import UnidentifiedImageError
 
+from vissl_lite.data.atomic_file import atomic_write
 from vissl_lite.data.formats import arrays, dicom, nifti, photographs, tiff
 from vissl_lite.data.formats.common import (
     DICOM_SUFFIXES,
@@ -47,6 +48,7 @@ __all__ = [
     "split_path",
     "split_suffix",
     "to_rgb",
+    "write_masks",
 ]
 
 # Cameras put a thumbnail of up to 64 KB before the size; most other files have it at the start.
@@ -168,6 +170,34 @@ def decode_raw(data: bytes, path: str | Path, axis: int | None = None) -> RawIma
 def encode_frame(path: str | Path) -> bytes:
     """A frame as the content of a file of its own, an uncompressed ``.npz``; see ``read_raw``."""
     return arrays.encode(read_raw(path))
+
+
+def write_masks(
+    path: str, masks: Mapping[int, np.ndarray], place: Path, axis: int | None = None
+) -> Path | None:
+    """Write predicted masks at the place in space or on the earth that their image has.
+
+    Args:
+        path: A NIfTI volume, or a GeoTIFF.
+        masks: ``(H, W)`` uint8 by the number of the slice; 0 for a single image.
+        place: File to write, without a suffix for its format.
+        axis: Axis of the slices; see ``describe``.
+
+    Returns:
+        The file; None for an image that has no such place.
+    """
+    with Source(path) as source:
+        volume, tagged = nifti.is_nifti(source.start), is_tiff(source.start)
+    if volume:
+        file = place.with_name(f"{split_suffix(place.name)[0]}.nii.gz")
+        with atomic_write(file) as part:
+            nifti.write_masks(path, masks, part, axis)
+        return file
+    if not tagged or len(masks) > 1:
+        return None
+    file = place.with_name(f"{split_suffix(place.name)[0]}.tif")
+    (mask,) = masks.values()
+    return file if tiff.write_mask(path, mask, file) else None
 
 
 def image_size(path: str | Path) -> tuple[int, int]:

@@ -9,6 +9,8 @@ Format: NIfTI-1.1 and NIfTI-2, https://nifti.nimh.nih.gov.
 import gzip
 import math
 import zlib
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -241,3 +243,38 @@ def _canonical(source: Source, header: _Header) -> tuple[np.ndarray, int]:
     volume = volume.reshape(*header.shape[:3], header.bands, order="F")
     with converting(source.path):
         return nib.orientations.apply_orientation(volume, header.orientation), count
+
+
+def write_masks(path: str, masks: Mapping[int, np.ndarray], file: Path, axis: int | None) -> None:
+    """Write masks of the slices of a volume as a NIfTI volume at the same place in space.
+
+    Args:
+        path: The volume that the masks are of; its affine, shape and orientation are kept.
+        masks: ``(H, W)`` uint8 by the number of the slice; others are filled with 0.
+        file: File to write; compressed.
+        axis: Axis of the slices; see ``describe``.
+    """
+    import nibabel as nib
+
+    with Source(path) as source:
+        header = _header(source)
+        start = source.start
+    along = header.axis(axis)
+    volume = np.zeros(header.sides, np.uint8)
+    for number, mask in masks.items():
+        place: list[slice | int] = [slice(None)] * 3
+        place[along] = number
+        volume[tuple(place)] = np.rot90(mask, -1)
+    canonical = nib.orientations.axcodes2ornt("RAS")
+    back = nib.orientations.ornt_transform(canonical, header.orientation)
+    stored = nib.orientations.apply_orientation(volume, back).reshape(header.shape[:3])
+    if start[:2] == _GZIP:
+        start = zlib.decompressobj(31).decompress(start, _HEADER_2)
+    # of NIfTI-1, the codes of the affine and the units of the voxels are kept, too
+    first = start[344:348] == b"n+1\0"
+    original = nib.Nifti1Header(start[:_HEADER_1], check=False) if first else None
+    image = nib.Nifti1Image(stored, header.affine, original)
+    image.header.set_data_dtype(np.uint8)
+    image.header.set_slope_inter(1, 0)
+    image.header["descrip"] = b"classes"
+    file.write_bytes(gzip.compress(image.to_bytes(), mtime=0))

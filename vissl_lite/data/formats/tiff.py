@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import cv2
@@ -599,3 +600,32 @@ def _read_without(source: Source, page: Page) -> np.ndarray:
             order = [2, 1, 0, 3][: decoded.shape[2]]
             return _with_bands(decoded[..., order], page, source.path)
     raise missing_extra(source.path, "tifffile", "tiff")
+
+
+# Tags that place an image on the earth (GeoTIFF 1.1, 7.1).
+_PLACE_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
+
+
+def write_mask(path: str, mask: np.ndarray, file: Path) -> bool:
+    """Write a mask as a GeoTIFF at the place of an image.
+
+    Args:
+        path: The image that the mask is of.
+        mask: ``(H, W)`` uint8.
+        file: File to write.
+
+    Returns:
+        False if the image is no GeoTIFF, or tifffile is not installed; nothing is written then.
+    """
+    try:
+        import tifffile
+    except ImportError:
+        return False
+    with converting(path), tifffile.TiffFile(path) as image:
+        tags = image.pages[0].tags
+        found = [tags[code] for code in _PLACE_TAGS if code in tags]
+        kept = [(tag.code, int(tag.dtype), tag.count, tag.value, True) for tag in found]
+    if not kept:
+        return False
+    tifffile.imwrite(file, mask, photometric="minisblack", compression="zlib", extratags=kept)
+    return True
