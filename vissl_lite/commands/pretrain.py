@@ -17,7 +17,7 @@ from vissl_lite.data.cache import CachePlan, forks_workers, plan_cache
 from vissl_lite.data.fingerprints import Fingerprints
 from vissl_lite.data.image_reader import ImageReader
 from vissl_lite.data.path_list import PathList
-from vissl_lite.data.reading import limit_pixels
+from vissl_lite.data.reading import limit_pixels, slice_along
 from vissl_lite.data.views import Views
 from vissl_lite.encoders import backbones
 from vissl_lite.encoders.folder import save_encoder
@@ -147,6 +147,7 @@ def pretrain(options: PretrainOptions) -> PretrainResult:
 def _prepare(options: PretrainOptions, resume: bool) -> _Training:
     """Read the data and build the network; raise a UserError if they do not fit together."""
     limit_pixels(options.max_pixels)
+    slice_along(options.axis)
     hardware = Hardware(
         options.precision,
         options.devices,

@@ -42,6 +42,8 @@ NAMED = 20
 
 _max_pixels = MAX_PIXELS
 
+_slice_axis: int | None = None
+
 # What the system lacks counts as no flag. A terminal must not become this process's own.
 _FLAGS = os.O_RDONLY
 for _name in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"):
@@ -89,15 +91,34 @@ def max_bytes() -> int:
     return _BYTES_PER_PIXEL * _max_pixels + _OTHER_BYTES
 
 
+def slice_along(axis: int | None) -> None:
+    """Set the axis of the slices of volumes in this process, which paths such as ``a.nii#5`` mean.
+
+    ``WorkerLoader`` gives it to its data workers.
+
+    Args:
+        axis: 0 from left to right, 1 from back to front, 2 upwards; None for the one along which
+            the slices of a volume are farthest apart.
+    """
+    global _slice_axis
+    _slice_axis = axis
+
+
+def slice_axis() -> int | None:
+    """The axis of the slices of volumes; see ``slice_along``."""
+    return _slice_axis
+
+
 @contextmanager
 def pixel_limit() -> Iterator[None]:
-    """Restore the limits of ``limit_pixels`` after a block."""
+    """Restore the settings of ``limit_pixels`` and ``slice_along`` after a block."""
     global _max_pixels
-    before, pillows = _max_pixels, Image.MAX_IMAGE_PIXELS
+    before, pillows, axis = _max_pixels, Image.MAX_IMAGE_PIXELS, _slice_axis
     try:
         yield
     finally:
         _max_pixels, Image.MAX_IMAGE_PIXELS = before, pillows
+        slice_along(axis)
 
 
 def silence_decoders() -> Callable[[], None]:

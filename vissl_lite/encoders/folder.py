@@ -6,6 +6,7 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vissl_lite.data.atomic_file import atomic_write
+from vissl_lite.data.formats import split_path
 from vissl_lite.data.image_reader import PHOTOGRAPHS
 from vissl_lite.data.image_survey import NO_SETTINGS, ImageSettings, survey
 from vissl_lite.encoders.config import (
@@ -132,7 +134,17 @@ def use_on(encoder: Encoder, paths: Sequence[str], settings: ImageSettings) -> E
         paths: Images; none for any.
         settings: What the user says of them.
     """
-    if not paths or (encoder.reader.bands is not None and not settings.chosen()):
+    known, axis = encoder.reader, settings.axis
+    if not paths:
+        return encoder
+    if known.bands is not None and not settings.chosen().keys() - {"axis"}:
+        slices = any(split_path(path)[1] is not None for path in paths)
+        if slices and known.axis is not None and axis != known.axis:
+            raise UserError(
+                f"the encoder was trained on slices along axis {known.axis} of volumes: give "
+                f"--axis {known.axis}"
+            )
+        encoder.reader = known if axis is None else replace(known, axis=axis)
         return encoder
     reader = survey(paths, settings)
     return encoder if reader == encoder.reader else adapt_encoder(encoder, reader)

@@ -30,6 +30,7 @@ from vissl_lite.data.formats.common import (
     rescaled_dtype,
     volumes,
 )
+from vissl_lite.data.reading import slice_axis
 
 _HEADER_1, _HEADER_2 = 348, 540  # bytes
 _GZIP = b"\x1f\x8b"
@@ -104,6 +105,7 @@ class _Header(NamedTuple):
 
     def axis(self, given: int | None) -> int:
         """The canonical axis that slices are taken along: the one of the largest spacing."""
+        given = slice_axis() if given is None else given
         if given is not None:
             return given
         largest = max(self.spacing) * (1 - _EQUAL_SPACING)
