@@ -39,6 +39,10 @@ EXTENSIONS = _PHOTOGRAPHS | TIFF_SUFFIXES | DICOM_SUFFIXES | NIFTI_SUFFIXES | AR
 
 _ENDINGS, _ARRAY_ENDINGS = tuple(EXTENSIONS), tuple(ARRAY_SUFFIXES)
 
+# The most frequent ones first: each name is compared with one after another.
+_USUAL = (".jpg", ".png", ".jpeg")
+_PHOTOGRAPH_ENDINGS = (*_USUAL, *sorted(_PHOTOGRAPHS.difference(_USUAL)))
+
 # The last letters of photographs, by which a million of them are told from other images at once.
 _PHOTOGRAPH_ENDS = frozenset(suffix[-3:] for suffix in _PHOTOGRAPHS)
 
@@ -87,10 +91,11 @@ def find_images(sources: Sequence[str | Path], axis: int | None = None) -> list[
     found: list[str] = []
     for source in map(Path, sources):
         odd: list[str] = []
+        others = True
         if source.is_dir():
-            paths = walk(source, True, odd)
+            paths, others, odd = _walk(source, True)
         elif is_archive(source):
-            paths = walk(unpack(source), True, odd)
+            paths, others, odd = _walk(unpack(source), True)
         elif source.suffix.lower() == ".txt" and source.is_file():
             paths = _read_list(source)
         elif _is_image_file(str(source)):
@@ -106,7 +111,8 @@ def find_images(sources: Sequence[str | Path], axis: int | None = None) -> list[
                 f"no images found in {source}: {len(odd)} are not regular files but "
                 f"{_ODD}, the first {odd[0]}"
             )
-        paths = expand_frames(paths, axis)
+        if others:  # a million photographs need no further look
+            paths = expand_frames(paths, axis)
         if not paths:
             kinds = " ".join(sorted(e[1:] for e in EXTENSIONS))
             raise UserError(f"no images found in {source} (looked for {kinds}, recursively)")
@@ -163,8 +169,6 @@ def expand_frames(paths: Sequence[str], axis: int | None = None) -> list[str]:
     Raises:
         UserError: A file needs a library that is not installed.
     """
-    if {path[-3:].lower() for path in paths} <= _PHOTOGRAPH_ENDS:
-        return list(paths)
     asked = [index for index, path in enumerate(paths) if _may_hold_frames(path)]
 
     def look(first: int) -> list[_Frames]:
@@ -236,7 +240,7 @@ def _sorted_series(paths: Sequence[str], known: dict[int, _Frames]) -> dict[int,
 _ODD = "pipes, devices or links to nothing"
 
 
-def walk(folder: str | Path, images: bool = False, odd: list[str] | None = None) -> list[str]:
+def walk(folder: str | Path) -> list[str]:
     """The regular files below a folder, folder by folder, sorted; hidden ones are left out.
 
     So are folders ``__MACOSX``. Links to folders are followed, each folder once. Pipes, devices and
@@ -244,14 +248,26 @@ def walk(folder: str | Path, images: bool = False, odd: list[str] | None = None)
 
     Args:
         folder: Folder to search; the paths begin with it.
-        images: Whether to find only images; see ``image_names``.
-        odd: Gets the paths of those that are not regular files.
 
     Raises:
         UserError: A folder can't be read.
     """
+    return _walk(folder, False)[0]
+
+
+def _walk(folder: str | Path, images: bool) -> tuple[list[str], bool, list[str]]:
+    """The files below a folder; see ``walk``.
+
+    Args:
+        folder: Folder to search.
+        images: Whether to find only images; see ``image_names``.
+
+    Returns:
+        Paths, whether some may be no photographs, and paths of what is no regular file.
+    """
     paths: list[str] = []
-    odd = [] if odd is None else odd
+    odd: list[str] = []
+    others = False
     seen, ahead = set(), [os.fspath(folder)]
     while ahead:
         root = ahead.pop()
@@ -259,30 +275,43 @@ def walk(folder: str | Path, images: bool = False, odd: list[str] | None = None)
         if real in seen:  # a link that leads back
             continue
         seen.add(real)
-        files, folders, others = _entries(root, images)
+        found = _entries(root, images)
         start = os.path.join(root, "")
-        paths += [start + name for name in files]
-        odd += [start + name for name in others]
-        ahead += [start + name for name in reversed(folders)]
+        paths += [start + name for name in found.files]
+        odd += [start + name for name in found.odd]
+        ahead += [start + name for name in reversed(found.folders)]
+        others = others or found.others
     if odd:
         log.warning(
             f"left out, as no regular files but {_ODD}: %(files)d, the first %(first)s",
             {"files": len(odd), "first": odd[0]},
             extra={"code": "file.irregular"},
         )
-    return paths
+    return paths, others, odd
 
 
-def _entries(folder: str, images: bool) -> tuple[list[str], list[str], list[str]]:
+class _Entries(NamedTuple):
     """Entries of a folder, sorted by name.
 
-    Returns:
-        Regular files (or the images among them), folders, and what else could be one by its name.
+    Attributes:
+        files: Regular files, or the images among them.
+        folders: Folders.
+        odd: What else could be a file to find, by its name.
+        others: Whether images may be no photographs.
     """
+
+    files: list[str]
+    folders: list[str]
+    odd: list[str]
+    others: bool
+
+
+def _entries(folder: str, images: bool) -> _Entries:
     files: list[str] = []
     folders: list[str] = []
-    others: list[str] = []
+    odd: list[str] = []
     unknown: list[str] = []
+    others = False
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -293,16 +322,20 @@ def _entries(folder: str, images: bool) -> tuple[list[str], list[str], list[str]
                     if name in _NO_FOLDERS:
                         continue
                     folders.append(name)
-                elif not images or name.lower().endswith(_ENDINGS):
+                elif not images or name.endswith(_PHOTOGRAPH_ENDINGS):
                     # the folder says which it is; of a link, what is_dir has found is known
-                    (files if _is(entry.is_file) else others).append(name)
+                    (files if _is(entry.is_file) else odd).append(name)
+                elif name.lower().endswith(_ENDINGS):
+                    others = True
+                    (files if _is(entry.is_file) else odd).append(name)
                 elif not files and _is(entry.is_file):
                     unknown.append(name)
     except OSError as error:
         raise UserError(f"{folder} can't be read: {error.strerror}") from None
-    if images:
+    if images and (others or not files):
         files = image_names(folder, files or unknown)
-    return sorted(files), sorted(folders), sorted(others)
+        others = bool(files)
+    return _Entries(sorted(files), sorted(folders), sorted(odd), others)
 
 
 def image_names(folder: str | Path, names: Iterable[str]) -> list[str]:
@@ -318,10 +351,7 @@ def image_names(folder: str | Path, names: Iterable[str]) -> list[str]:
     names = list(names)
     found = [name for name in names if name.lower().endswith(_ENDINGS)]
     if found:
-        arrays = {name for name in found if name.lower().endswith(_ARRAY_ENDINGS)}
-        if 0 < len(arrays) < len(found):
-            return [name for name in found if name not in arrays]
-        return found
+        return [name for name in found if not name.lower().endswith(_ARRAY_ENDINGS)] or found
     for tried, name in enumerate(names):
         if tried >= _MAX_OTHERS and not found:
             break

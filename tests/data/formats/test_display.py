@@ -24,8 +24,8 @@ def test_bands_are_stretched_each_on_its_own_and_without_nodata() -> None:
     shown = to_rgb(RawImage(pixels, -9999.0))
     np.testing.assert_allclose(shown[..., 0], shown[..., 1], atol=1)
     assert shown[0, 0].tolist() == [0, 0, 0]
-    assert shown[50, 0, 0] == pytest.approx(127, abs=1)
-    assert shown[2, 0, 0] == pytest.approx(2.6, abs=1)  # were -9999 in it, this were 255 / 2
+    assert int(shown[50, 0, 0]) in (127, 128)
+    assert int(shown[2, 0, 0]) in (2, 3)  # were -9999 in it, this were 255 / 2
 
 
 def test_a_window_is_used(tmp_path: Path) -> None:
