@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vissl_lite.errors import UserError
 from vissl_lite.leakage.groups import check_groups
 from vissl_lite.leakage.matching import LEAKS, Leaks, Policy, check_leaks, seen_by
 from vissl_lite.training.progress import progress_bar
@@ -49,6 +50,11 @@ def guard(
         left_out = {part: set(paths) for part, paths in found.left_out.items()}
         for part, indices in shared.left_out.items():
             left_out[part].update(parts[part][i] for i in indices)
+        if shared.left_out and left_out["test"].issuperset(parts["test"]):
+            raise UserError(
+                f"--leaks exclude leaves no test image: {found.count} are leaks, and others are of "
+                f"{shared.total} groups with images in several parts"
+            )
         found = replace(found, left_out=left_out, groups=shared.total)
     if any(found.left_out.values()) or any(found.broken.values()):
         data = data.without(found.left_out, found.broken)

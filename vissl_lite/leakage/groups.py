@@ -37,7 +37,7 @@ def check_groups(groups: Mapping[str, np.ndarray], grouped_by: str, leaks: Polic
             among the test images that are left.
 
     Raises:
-        UserError: There are such groups and the policy is ``error``, or no test image is left.
+        UserError: There are such groups and the policy is ``error``.
     """
     train, val, test = (set(groups[part].tolist()) for part in ("train", "val", "test"))
     pairs = {("train", "test"): train & test, ("train", "val"): train & val}
@@ -61,8 +61,6 @@ def check_groups(groups: Mapping[str, np.ndarray], grouped_by: str, leaks: Polic
         part: np.flatnonzero([group in names for group in groups[part].tolist()]).tolist()
         for part, names in gone.items()
     }
-    if len(left_out["test"]) == len(groups["test"]):
-        raise UserError(f"--leaks exclude leaves no test image: {words}")
     log.warning(
         "Leaks: %(words)s. Left out: %(test_left_out)d test and %(val_left_out)d validation images "
         "of these groups.",

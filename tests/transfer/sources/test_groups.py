@@ -195,7 +195,7 @@ def test_a_class_of_one_group_is_trained_on(tmp_path: Path) -> None:
     ("patients", "message"),
     [
         (2, r"6 images in 2 groups \(--group_by p\\d\+\), too few to train, validate and test"),
-        (3, "each class has images of one group only"),
+        (3, "is the only one of some class, so that none can be held out"),
     ],
 )
 def test_too_few_groups_are_an_error(patients: int, message: str, tmp_path: Path) -> None:

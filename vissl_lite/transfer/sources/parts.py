@@ -149,8 +149,8 @@ def complete_parts(
         )
         if not test and groups:
             raise UserError(
-                f"{log.source}: each class has images of one group only ({log.grouped_by}), so "
-                f"that no test images can be held out: add groups, or give parts of your own"
+                f"{log.source}: each group ({log.grouped_by}) is the only one of some class, so "
+                f"that none can be held out: add groups, or give parts of your own"
             )
         if not test or len(everything) < len(PARTS):
             raise UserError(
@@ -189,8 +189,8 @@ def _check_groups(
     if count < len(PARTS) <= len(items):
         raise UserError(
             f"{log.source} has {len(items)} images in {count} group{'s' * (count > 1)} "
-            f"({log.grouped_by}), too few to train, validate and test without dividing one: three "
-            f"or more are needed; or give parts of your own"
+            f"({log.grouped_by}), too few to train, validate and test without dividing one: add "
+            f"groups, or give parts of your own"
         )
 
 
