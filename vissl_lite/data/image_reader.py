@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
@@ -65,6 +65,8 @@ class ImageReader:
         mean: Mean of each band, scaled to [0, 1]. Pixels without data get it.
         std: Standard deviation of each band, scaled likewise.
     """
+
+    COLUMNS: ClassVar = ("band", "name", "low", "high", "mean", "std")
 
     bands: tuple[int, ...] | None = None
     names: tuple[str, ...] = ()
@@ -232,6 +234,29 @@ class ImageReader:
             return image
         shown = (image[..., self.picture_bands()] / 257).round()
         return np.ascontiguousarray(np.broadcast_to(shown, (*image.shape[:2], 3)).astype(np.uint8))
+
+    def summary(self) -> str:
+        """How bands are scaled, as a sentence."""
+        scopes = {
+            "dataset": "the same range for all images",
+            "volume": "the range of its volume, as the volumes are on scales of their own",
+            "image": "the range of its image",
+        }
+        window = "; the window that a file names takes precedence" if self.use_window else ""
+        bands = f"{self.channels} bands" if self.channels > 1 else "One band"
+        return f"{bands} of 16 bits, scaled from {scopes[self.scope]}{window}."
+
+    def rows(self) -> list[list[str]]:
+        """A row of ``COLUMNS`` for each band; mean and deviation are of scaled values."""
+        rows = []
+        for number, band in enumerate(self.bands or ()):
+            ends = ["", ""]
+            if self.low:
+                ends = [f"{self.low[number]:.5g}", f"{self.high[number]:.5g}"]
+            name = self.names[number] if self.names else ""
+            scaled = [f"{self.mean[number]:.3f}", f"{self.std[number]:.3f}"]
+            rows.append([str(band + 1), name, *ends, *scaled])
+        return rows
 
     def as_dict(self) -> dict[str, Any]:
         """Content for ``config.json``; empty for photographs. Bands are numbered from 1."""

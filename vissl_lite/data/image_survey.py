@@ -327,20 +327,10 @@ def _with_statistics(
 
 def table(reader: ImageReader) -> list[str]:
     """Bands, value ranges, means and standard deviations of a reader, in lines of text."""
-    assert reader.bands is not None
-    scope = {
-        "dataset": "of the data set",
-        "volume": "of its volume",
-        "image": "of its image",
-    }[reader.scope]
-    if reader.use_window:
-        scope += " (its window, if the file names one)"
-    width = max([4, *(len(name) for name in reader.names)])
-    lines = [f"{reader.channels} bands of 16 bits, each scaled from the range {scope}:"]
-    for number, band in enumerate(reader.bands):
-        name = reader.names[number] if reader.names else ""
-        line = f"  {band + 1:>4}  {name:{width}}"
-        if reader.low:
-            line += f"  {reader.low[number]:>10.5g} to {reader.high[number]:<10.5g}"
-        lines.append(f"{line}  mean {reader.mean[number]:.3f}  std {reader.std[number]:.3f}")
-    return lines
+    rows = [list(reader.COLUMNS), *reader.rows()]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    ]
+    return [reader.summary(), *(f"  {line}" for line in lines)]
