@@ -11,7 +11,7 @@ from vissl_lite.data.acquisition import acquisition
     ("pixels", "name", "values"),
     [
         (np.zeros((4, 6, 3), np.uint8), "a.png", ("6 x 4", "PNG", "RGB")),
-        (np.zeros((4, 6), np.uint16), "a.tif", ("6 x 4", "TIFF", "I;16")),
+        (np.zeros((4, 6), np.uint16), "a.tif", ("16", "6 x 4")),
         (np.zeros((5, 5), np.uint8), "a.jpg", ("5 x 5", "JPEG", "L")),
     ],
 )

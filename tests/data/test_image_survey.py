@@ -36,7 +36,7 @@ def test_ranges_and_statistics_of_a_data_set(tmp_path: Path) -> None:
     assert found.high == pytest.approx((100, 100), abs=1)
     assert found.mean == pytest.approx((0.5, 0.5), abs=0.05)
     assert found.std == pytest.approx((12**-0.5,) * 2, abs=0.05)
-    assert len(table(found)) == 3
+    assert len(table(found)) == 4
 
 
 def test_sixteen_bits(tmp_path: Path) -> None:

@@ -49,16 +49,23 @@ def _rekey(compose: A.Compose, random: Random) -> None:
     compose.set_random_state(numbers, Random(random.getrandbits(64)))
 
 
+def _recolored(image: np.ndarray, colors: Step | None, random: Random) -> np.ndarray:
+    return image if colors is None else colors(image, random)
+
+
 class BoxView:
     """One augmented version of an image together with its boxes.
 
     Args:
         transforms: Applied in this order.
         smallest: A box of which less than this share is left in the view is dropped.
+        colors: Changes the colors afterwards; None leaves them.
     """
 
-    def __init__(self, transforms: Transforms, smallest: float = 0.25) -> None:
-        self._random = Random()
+    def __init__(
+        self, transforms: Transforms, smallest: float = 0.25, colors: Step | None = MILD_COLORS
+    ) -> None:
+        self._random, self._colors = Random(), colors
         boxes = A.BboxParams("pascal_voc", ["labels"], min_visibility=smallest, clip=True)
         self._compose = A.Compose(list(transforms), bbox_params=boxes)
 
@@ -84,7 +91,7 @@ class BoxView:
         rekey(self._random, seed, epoch, index)
         _rekey(self._compose, self._random)
         made = self._compose(image=image, bboxes=boxes, labels=labels)
-        view = MILD_COLORS(made["image"], self._random)
+        view = _recolored(made["image"], self._colors, self._random)
         kept = np.asarray(made["bboxes"], np.float32).reshape(-1, 4)
         return view, kept, np.asarray(made["labels"], np.int64).reshape(-1)
 
@@ -96,10 +103,13 @@ class InstanceView:
         transforms: Applied in this order. Masks are resampled as the image is, not by the nearest
             pixel, and what is at least half inside the object stays.
         smallest: An object of whose box less than this share is left in the view is dropped.
+        colors: Changes the colors afterwards; None leaves them.
     """
 
-    def __init__(self, transforms: Transforms, smallest: float = 0.25) -> None:
-        self._random = Random()
+    def __init__(
+        self, transforms: Transforms, smallest: float = 0.25, colors: Step | None = MILD_COLORS
+    ) -> None:
+        self._random, self._colors = Random(), colors
         for step in transforms:
             if isinstance(step, A.DualTransform):
                 step.mask_interpolation = cv2.INTER_LINEAR
@@ -143,7 +153,7 @@ class InstanceView:
         made = self._compose(image=image, bboxes=boxes, numbers=np.arange(len(boxes)), **given)
         kept = np.asarray(made["bboxes"], np.float32).reshape(-1, 4)
         numbers = np.asarray(made["numbers"], np.int64).reshape(-1)
-        view = MILD_COLORS(made["image"], self._random)
+        view = _recolored(made["image"], self._colors, self._random)
         pixels = np.zeros((len(kept), *view.shape[:2]), bool)
         visible = np.ones(len(kept), bool)
         place = np.cumsum(drawn) - 1
@@ -170,10 +180,11 @@ class MaskView:
 
     Args:
         transforms: Applied in this order.
+        colors: Changes the colors afterwards; None leaves them.
     """
 
-    def __init__(self, transforms: Transforms) -> None:
-        self._random = Random()
+    def __init__(self, transforms: Transforms, colors: Step | None = MILD_COLORS) -> None:
+        self._random, self._colors = Random(), colors
         self._compose = A.Compose(list(transforms))
 
     def __call__(
@@ -191,7 +202,7 @@ class MaskView:
         rekey(self._random, seed, epoch, index)
         _rekey(self._compose, self._random)
         made = self._compose(image=image, mask=mask)
-        return MILD_COLORS(made["image"], self._random), made["mask"]
+        return _recolored(made["image"], self._colors, self._random), made["mask"]
 
 
 def box_pipeline(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from vissl_lite.data.image_reader import ImageReader
+from vissl_lite.data.image_reader import PHOTOGRAPHS, ImageReader
 from vissl_lite.data.images import BROKEN_IMAGE
 from vissl_lite.data.stream import Item, ViewDataset, collate
 from vissl_lite.data.views import Views
@@ -49,7 +49,11 @@ def visualization_of(
 
 
 def draw_views(
-    paths: Sequence[str], views: Views, seed: int, file: Path, reader: ImageReader
+    paths: Sequence[str],
+    views: Views,
+    seed: int,
+    file: Path,
+    reader: ImageReader = PHOTOGRAPHS,
 ) -> None:
     """Draw a few images and their views in the first epoch of a run with this seed.
 
