@@ -70,10 +70,10 @@ def _stretched(
         values = np.where(valid, values, values.dtype.type(0))
     # float32 holds 16 bits exactly
     exact = values.dtype.itemsize <= 2 or values.dtype == np.float32
-    scaled = values.astype(np.float32 if exact else np.float64)
+    scaled: np.ndarray = values.astype(np.float32 if exact else np.float64)
     with np.errstate(over="ignore", invalid="ignore"):
-        scaled -= low
-        scaled *= 255.0 / ((high - low) or 1.0)
+        np.subtract(scaled, low, out=scaled)
+        np.multiply(scaled, 255.0 / ((high - low) or 1.0), out=scaled)
     np.clip(scaled, 0, 255, out=scaled)
     np.rint(scaled, out=scaled)
     shown = np.nan_to_num(scaled).astype(np.uint8) if valid is not None else scaled.astype(np.uint8)
