@@ -29,10 +29,10 @@ def test_bands_are_stretched_each_on_its_own_and_without_nodata() -> None:
 
 
 def test_a_window_is_used(tmp_path: Path) -> None:
-    pixels = np.array([[-200, -160, 40, 240, 3000]] * 2, np.int16)
+    pixels = np.array([[-200, -160, 41, 240, 3000]] * 2, np.int16)
     file = tmp_path / "a.dcm"
     file.write_bytes(dicom(pixels, WindowCenter=40, WindowWidth=400))
-    assert read_image(file)[0, :, 0].tolist() == [0, 0, 127, 255, 255]
+    assert read_image(file)[0, :, 0].tolist() == [0, 0, 128, 255, 255]
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "float32"])

@@ -7,11 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import vissl_lite
 from tests.data.formats.making import dataset, dicom, nifti, noise, npy, saved, tiff
 from vissl_lite.data.cache import plan_cache
 from vissl_lite.data.fingerprints import fingerprints_of
-from vissl_lite.data.formats import image_size, split_path, split_suffix
+from vissl_lite.data.formats import (
+    image_size,
+    read_raw,
+    read_raw_content,
+    split_path,
+    split_suffix,
+)
 from vissl_lite.data.images import decode_image, find_images, read_content, read_image
+from vissl_lite.data.shards.index import find_shards
+from vissl_lite.data.shards.stream import read_images
 from vissl_lite.errors import UserError
 from vissl_lite.transfer.sources.file_tree import FileTree
 
@@ -67,6 +76,28 @@ def test_slices_have_contents_fingerprints_and_sizes(volume: str, tmp_path: Path
     assert len({one.tobytes() for one in prints.exact}) == 3
     plan = plan_cache(slices, 16, tmp_path, True)
     assert plan.wholes.tolist() == [[30, 40]] * 3
+
+
+def test_shards_hold_slices_and_arrays_with_their_values(
+    volume: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    Path(volume, "arrays").mkdir()
+    Path(volume, "arrays", "x.npy").write_bytes(npy(noise(20, 30, 2)))
+    out = tmp_path_factory.mktemp("shards")
+    paths = find_images([volume])
+    vissl_lite.shard(data=volume, out=str(out))
+    shards = find_shards([str(out)])
+    assert shards is not None
+    found = {one.name: one.data for one in read_images(shards, np.arange(5))}
+    assert sorted(name.rpartition("!")[2] for name in found) == [
+        "arrays/x.frame.npz",
+        "photo.tif",
+        *(f"scan#{number}.frame.npz" for number in range(3)),
+    ]
+    for path in paths[1:]:
+        stem = split_suffix(path)[0].removeprefix(f"{volume}/")
+        data = next(data for name, data in found.items() if name.endswith(f"{stem}.frame.npz"))
+        np.testing.assert_array_equal(read_raw_content(data, path).pixels, read_raw(path).pixels)
 
 
 def test_a_dicom_series_is_sorted_and_other_objects_are_left_out(

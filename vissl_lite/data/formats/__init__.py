@@ -45,6 +45,7 @@ __all__ = [
     "is_image_path",
     "is_photograph_path",
     "read_raw",
+    "read_raw_content",
     "split_path",
     "split_suffix",
     "to_rgb",
@@ -140,6 +141,17 @@ def _read_tiff(source: Source, frame: int, content: Callable[[], bytes]) -> RawI
     return tiff.read(source, frame)
 
 
+def read_raw_content(data: bytes, path: str | Path) -> RawImage:
+    """Read the content of an image file, such as that of a member of a shard; see ``read_raw``.
+
+    Args:
+        data: The file's bytes.
+        path: Named in errors.
+    """
+    with Source(str(path), data) as source:
+        return _read(source, None, None, lambda: data)
+
+
 def decode_reduced(
     data: bytes, path: str | Path, times: Callable[[int, int], int]
 ) -> tuple[np.ndarray, tuple[int, int]]:
@@ -149,9 +161,7 @@ def decode_reduced(
     """
     if photographs.is_usual(data):
         return photographs.decode(data, path, times)
-    with Source(str(path), data) as source:
-        raw = _read(source, None, None, lambda: data)
-    image = to_rgb(raw)
+    image = to_rgb(read_raw_content(data, path))
     return image, (image.shape[0], image.shape[1])
 
 

@@ -24,6 +24,9 @@ DICOM_SUFFIXES = frozenset({".dcm", ".dicom", ".ima"})
 NIFTI_SUFFIXES = frozenset({".nii", ".nii.gz"})
 ARRAY_SUFFIXES = frozenset({".npy", ".npz"})
 
+# Suffix of a raw image in a shard, where other arrays may stand beside images.
+FRAME_SUFFIX = ".frame.npz"
+
 # Deflate compresses at most about 1032 times (zlib's technical details).
 MAX_DEFLATE_RATIO = 1040
 

@@ -68,9 +68,15 @@ def _stretched(
             low, high = float(sample.min()), float(sample.max())
     if valid is not None:
         values = np.where(valid, values, values.dtype.type(0))
+    # float32 holds 16 bits exactly
+    exact = values.dtype.itemsize <= 2 or values.dtype == np.float32
+    scaled: np.ndarray = values.astype(np.float32 if exact else np.float64)
     with np.errstate(over="ignore", invalid="ignore"):
-        scaled = (values.astype(np.float64) - low) * (255.0 / ((high - low) or 1.0))
-    shown = np.clip(np.nan_to_num(scaled), 0, 255).round().astype(np.uint8)
+        np.subtract(scaled, low, out=scaled)
+        np.multiply(scaled, 255.0 / ((high - low) or 1.0), out=scaled)
+    np.clip(scaled, 0, 255, out=scaled)
+    np.rint(scaled, out=scaled)
+    shown = np.nan_to_num(scaled).astype(np.uint8) if valid is not None else scaled.astype(np.uint8)
     if valid is not None:
         shown[~valid] = 0
     return shown

@@ -67,10 +67,7 @@ class FileTree:
     def others(self) -> list[str]:
         """The files that are not images."""
         images = set(self.image_files)
-        endings = tuple(EXTENSIONS)
-        return [
-            path for path in self.files if path not in images and not path.lower().endswith(endings)
-        ]
+        return [path for path in self.files if path not in images]
 
     def absolute(self, path: str) -> str:
         """The path of a file of the tree."""
