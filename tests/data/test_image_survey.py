@@ -25,6 +25,8 @@ def test_photographs_need_no_reader(tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "b.png"), np.zeros((8, 8), np.uint8))
     paths = [f"{tmp_path}/a.png", f"{tmp_path}/b.png"]
     assert survey(paths, NO_SETTINGS) is PHOTOGRAPHS
+    cv2.imwrite(str(tmp_path / "deep.png"), np.zeros((8, 8), np.uint16))
+    assert survey([*paths, f"{tmp_path}/deep.png"], NO_SETTINGS) is PHOTOGRAPHS
     assert survey(paths[:1], ImageSettings(bands="2")).bands == (1,)
 
 

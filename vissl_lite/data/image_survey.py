@@ -151,8 +151,8 @@ def _pair(option: str, text: str, form: str, names: Sequence[str]) -> tuple[floa
 def survey(paths: Sequence[str], settings: ImageSettings) -> ImageReader:
     """Find out how the images of a data set are to be read.
 
-    Sets of photographs (8 bits, gray or RGB) are read as such unless bands are chosen. Of all
-    others the bands, their value ranges, means and standard deviations are measured, and logged as
+    Sets of which at least half are photographs (8 bits, gray or RGB) are read as such unless bands
+    are chosen. Of all others the bands, their value ranges, means and standard deviations are measured, and logged as
     a table.
 
     Args:
@@ -163,8 +163,16 @@ def survey(paths: Sequence[str], settings: ImageSettings) -> ImageReader:
         UserError: The images differ in their number of bands, lack one, or none can be read.
     """
     described = _described(_spread(paths, HEADERS), settings.axis)
-    usual = all(_is_photograph(one) for _, one in described) and not settings.chosen()
-    if not described or usual:
+    others = [path for path, one in described if not _is_photograph(one)]
+    if not settings.chosen() and len(others) <= len(described) / 2:
+        if others:
+            log.info(
+                "%d of %d images that were looked at are no 8-bit photographs, the first %s: they "
+                "are shown as such, each stretched by itself; --bands reads the values of all",
+                len(others),
+                len(described),
+                others[0],
+            )
         return PHOTOGRAPHS
     reader = _with_bands(described, settings)
     fixed = settings.fixed_range()
