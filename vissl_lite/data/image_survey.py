@@ -152,8 +152,8 @@ def survey(paths: Sequence[str], settings: ImageSettings) -> ImageReader:
     """Find out how the images of a data set are to be read.
 
     Sets of which at least half are photographs (8 bits, gray or RGB) are read as such unless bands
-    are chosen. Of all others the bands, their value ranges, means and standard deviations are measured, and logged as
-    a table.
+    are chosen. Of all others the bands, their value ranges, means and standard deviations are
+    measured, and logged as a table.
 
     Args:
         paths: Image files, those to train on.
