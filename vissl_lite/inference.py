@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from vissl_lite.data.images import BROKEN_IMAGE, read_image, resize_and_crop
+from vissl_lite.data.image_reader import PHOTOGRAPHS, ImageReader
+from vissl_lite.data.images import BROKEN_IMAGE, resize_and_crop
 from vissl_lite.data.reading import Broken, reason, report_skipped
 from vissl_lite.data.workers import WorkerLoader
+from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.training.cpu.operators import fast_cpu_operators
 from vissl_lite.training.hardware import cpu_has_bf16
@@ -25,17 +27,18 @@ class CenterCroppedImages(Dataset[Tensor | str]):
     Args:
         paths: Image files.
         size: Side in pixels.
+        reader: How they are read.
     """
 
-    def __init__(self, paths: Sequence[str], size: int) -> None:
-        self.paths, self.size = paths, size
+    def __init__(self, paths: Sequence[str], size: int, reader: ImageReader = PHOTOGRAPHS) -> None:
+        self.paths, self.size, self.reader = paths, size, reader
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor | str:
         try:
-            image = resize_and_crop(read_image(self.paths[index], self.size), self.size)
+            image = resize_and_crop(self.reader.read(self.paths[index], self.size), self.size)
         except BROKEN_IMAGE as error:
             return reason(error, self.paths[index])
         return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
@@ -50,9 +53,8 @@ def _collate(items: Sequence[Tensor | str]) -> tuple[Tensor | None, list[str | N
 def predict_images(
     model: nn.Module,
     compute: Callable[[Tensor], list[Tensor]],
-    normalize: Callable[[Tensor], Tensor],
+    encoder: Encoder,
     paths: Sequence[str],
-    image_size: int,
     progress: Callable[[int], None] | None = None,
     batch_size: int = 128,
 ) -> tuple[list[Tensor], np.ndarray]:
@@ -61,10 +63,8 @@ def predict_images(
     Args:
         model: Put on the accelerator if there is one, and back where it was afterwards.
         compute: Function from a normalized ``(B, C, H, W)`` batch to tensors ``(B, ...)``.
-        normalize: Function from a raw uint8 batch to the input of ``compute``:
-            ``encoder.normalize``.
+        encoder: Encoder of the model, which tells how images are read and normalized.
         paths: Image files. Broken ones are left out, and named in the log.
-        image_size: Side in pixels.
         progress: Called with the number of images done since the last call.
         batch_size: Images at a time.
 
@@ -79,9 +79,8 @@ def predict_images(
     good = run_in_batches(
         model,
         compute,
-        normalize,
+        encoder,
         paths,
-        image_size,
         lambda some, found: outputs.append(found),
         progress,
         batch_size,
@@ -92,9 +91,8 @@ def predict_images(
 def run_in_batches(
     model: nn.Module,
     compute: Callable[[Tensor], list[Tensor]],
-    normalize: Callable[[Tensor], Tensor],
+    encoder: Encoder,
     paths: Sequence[str],
-    image_size: int,
     use: Callable[[list[str], list[Tensor]], None],
     progress: Callable[[int], None] | None = None,
     batch_size: int = 128,
@@ -104,10 +102,8 @@ def run_in_batches(
     Args:
         model: See ``predict_images``, as for the others.
         compute: Function from a batch to tensors.
-        normalize: Function from a raw uint8 batch to the input of ``compute``:
-            ``encoder.normalize``.
+        encoder: Encoder of the model.
         paths: Image files.
-        image_size: Side in pixels.
         use: Called with the paths of the images of a batch that can be read and their tensors,
             float32 on the CPU.
         progress: Called with the number of images done since the last call.
@@ -120,7 +116,7 @@ def run_in_batches(
         UserError: No image can be read.
     """
     loader = WorkerLoader(
-        CenterCroppedImages(paths, image_size),
+        CenterCroppedImages(paths, encoder.image_size, encoder.reader),
         _collate,
         # a worker costs a tenth of a second to start, and few images are read as fast here
         0 if len(paths) < 512 else (8 if torch.cuda.is_available() else 1),
@@ -132,7 +128,7 @@ def run_in_batches(
             if images is not None:
                 read = [paths[len(faults) + i] for i, fault in enumerate(found) if fault is None]
                 images = images.to(device, memory_format=torch.channels_last)
-                use(read, [o.float().cpu() for o in compute(normalize(images))])
+                use(read, [o.float().cpu() for o in compute(encoder.normalize(images))])
             faults += found
             if progress is not None:
                 progress(len(found))

@@ -177,6 +177,17 @@ def test_an_arm_that_can_not_be_had_is_left_out(
 
 
 @pytest.mark.slow
+def test_intervals_are_taken_over_groups(labelled: Path, tmp_path: Path) -> None:
+    arms = ("--encoder", "random:test_resnet", "--encoder", "random:test_vit")
+    common = ("--data", labelled, "--fractions", 1, "--protocols", "linear")
+    by_number = (*arms, *common, "--group_by", r"(\d+)\.")
+    assert run("compare", *by_number, "--out", tmp_path / "run") == 0
+    found = results(tmp_path / "run")
+    assert (found["test_groups"], found["test_images"], found["leaking_groups"]) == (6, 18, 6)
+    assert "6 groups of test images" in found["sentences"][0]
+
+
+@pytest.mark.slow
 def test_segmentation_is_compared_by_fine_tuning(tmp_path: Path) -> None:
     sample = make_sample_data(
         tmp_path / "data", unlabelled=0, train=12, val=6, test=6, size=32, processes=1

@@ -142,8 +142,7 @@ def test_a_classifier_gives_the_probabilities_of_predict(
 def test_several_labels_have_a_probability_each(tmp_path: Path) -> None:
     start = build_encoder("test_resnet", 32)
     start.model.reset_classifier(3)
-    extra = {"label_names": ["a", "b", "c"], "vissl_lite": {"multi_label": True}}
-    save_model(start.model, tmp_path / "model", start.model_args, 32, extra)
+    save_model(start, tmp_path / "model", {"multi_label": True}, ["a", "b", "c"])
     task, folder = find_model(tmp_path)
     made = task.export_model(task.load(folder), folder)
     images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)

@@ -178,3 +178,23 @@ def test_without_leaks_there_is_no_list(data: Path, tmp_path: Path) -> None:
     assert results(tmp_path / "run")["leaks"] == 0
     assert "leaks_left_out" not in results(tmp_path / "run")
     assert not (tmp_path / "run" / "leaks.csv").exists()
+
+
+def test_patients_on_both_sides_of_a_given_split(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (data / "test" / "blue" / "0.png").unlink()
+    (data / "test" / "red" / "4.jpg").unlink()
+    by_number = ("--group_by", r"(\d)\.", "--leaks")  # 0 to 9 in train, 0 to 4 in test
+    assert probe(data, tmp_path / "run", *by_number, "warn") == 0
+    found = results(tmp_path / "run")
+    assert (found["leaks"], found["leaking_groups"], found["test_images"]) == (0, 5, 8)
+    warnings = json.loads((tmp_path / "run" / "run.json").read_text())["warnings"]
+    (leak,) = [one for one in warnings if one["code"] == "leak"]
+    assert "5 groups are in the training part and the test part, the first 0" in leak["message"]
+    assert leak["figures"]["groups"] == 5
+    assert probe(data, tmp_path / "other", *by_number, "exclude") == 2
+    assert (
+        "leaves no test image: 0 are leaks, and others are of 5 groups" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "other").exists()

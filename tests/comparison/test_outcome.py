@@ -16,7 +16,11 @@ from vissl_lite.comparison.store import Cell
 RATES = {"good": 0.9, "random:net": 0.5}
 
 
-def outcome(amounts: tuple[str, ...] = ("1%", "10%"), rates: dict[str, float] = RATES) -> Outcome:
+def outcome(
+    amounts: tuple[str, ...] = ("1%", "10%"),
+    rates: dict[str, float] = RATES,
+    groups: np.ndarray | None = None,
+) -> Outcome:
     random = np.random.default_rng(0)
     scores = {}
     for arm, rate in rates.items():
@@ -30,7 +34,20 @@ def outcome(amounts: tuple[str, ...] = ("1%", "10%"), rates: dict[str, float] = 
                     )
     labels = {name: LabelCount(6 * 10**step, 4 * 10**step) for step, name in enumerate(amounts)}
     metric = dict.fromkeys(("knn", "linear"), "accuracy")
-    return Outcome(scores, list(rates), ["knn", "linear"], labels, [0, 1, 2], "random:net", metric)
+    protocols, seeds = ["knn", "linear"], [0, 1, 2]
+    return Outcome(scores, list(rates), protocols, labels, seeds, "random:net", metric, groups)
+
+
+def test_groups_of_test_images_are_counted_where_intervals_are_taken_over_them() -> None:
+    found = outcome(groups=np.arange(400) // 10)
+    assert found.as_dict()["test_groups"] == 40
+    assert "3 seeds, 40 groups of test images)" in found.sentences()[0]
+    by_image = outcome()
+    assert "test_groups" not in by_image.as_dict()
+    assert "3 seeds)" in by_image.sentences()[0]
+    (ours,), (theirs,) = (one.compared["knn"].values() for one in (found, by_image))
+    assert ours.overall.mean == theirs.overall.mean
+    assert ours.overall.high != theirs.overall.high
 
 
 @pytest.mark.parametrize(

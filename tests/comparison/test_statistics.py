@@ -52,6 +52,65 @@ def test_both_sources_add_in_squares_and_amounts_are_averaged() -> None:
     )
 
 
+def grouped(random: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Groups of 1 to 8 images, and differences per image that are alike within a group."""
+    groups = np.repeat(np.arange(count), random.integers(1, 9, count))
+    shift = random.normal(0.05, 0.3, count)[groups]
+    return groups, np.clip(np.round(shift + random.normal(0, 0.4, len(groups))), -1, 1)
+
+
+def runs_of(difference: np.ndarray) -> tuple[Runs, Runs]:
+    """Runs of two encoders, three seeds that agree, with these differences per image."""
+    right = np.repeat([difference >= 0], 3, axis=0), np.repeat([difference <= 0], 3, axis=0)
+    ours, theirs = (Runs(one.mean(axis=1), one) for one in right)
+    return ours, theirs
+
+
+def test_over_groups_it_agrees_with_a_slow_version() -> None:
+    random = np.random.default_rng(4)
+    groups, each = grouped(random, 30)
+    ours, theirs = runs_of(each)
+    found = difference([ours], [theirs], groups=np.array([f"p{g}" for g in groups]))
+    total = 0.0
+    for group in range(30):
+        total += sum(each[i] - each.mean() for i in range(len(each)) if groups[i] == group) ** 2
+    error = (30 / 29 * total) ** 0.5 / len(each)
+    assert found.high - found.mean == pytest.approx(stats.t.ppf(0.975, 29) * error)
+    # resampling whole groups gives the same standard error, but for chance and a factor 29 / 30
+    means = []
+    for _ in range(1000):
+        drawn = random.integers(0, 30, 30)
+        means.append(np.concatenate([each[groups == group] for group in drawn]).mean())
+    assert np.std(means) == pytest.approx(error, rel=0.08)
+    assert found.mean == pytest.approx(each.mean())
+
+
+def test_groups_of_one_image_are_images_and_one_group_has_no_spread() -> None:
+    random = np.random.default_rng(5)
+    each = random.integers(-1, 2, 4000).astype(float)
+    ours, theirs = runs_of(each)
+    plain = difference([ours], [theirs])
+    alone = difference([ours], [theirs], groups=np.arange(4000))
+    assert alone.high == pytest.approx(plain.high, rel=1e-3)  # t is nearly normal
+    one = difference([ours], [theirs], groups=np.zeros(4000, int))
+    assert one.low == one.mean == one.high
+
+
+@pytest.mark.slow
+def test_the_interval_over_groups_covers_the_truth_as_often_as_it_says() -> None:
+    random = np.random.default_rng(6)
+    truth = np.mean([grouped(random, 400)[1].mean() for _ in range(300)])
+    covered = {True: 0, False: 0}
+    for _ in range(400):
+        groups, each = grouped(random, 15)
+        ours, theirs = runs_of(each)
+        for by_group in covered:
+            found = difference([ours], [theirs], groups=groups if by_group else None)
+            covered[by_group] += found.low <= truth <= found.high
+    assert covered[True] / 400 > 0.91
+    assert covered[False] / 400 < 0.85  # which is why
+
+
 @pytest.mark.slow
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     """Runs drawn with known accuracies: 95 % intervals hold the true difference about 95 times."""

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 from PIL.TiffImagePlugin import IFDRational
 
-from vissl_lite.data.headers import image_size, jpeg_header
+from vissl_lite.data.formats import image_size
+from vissl_lite.data.headers import jpeg_header
 from vissl_lite.data.images import BROKEN_IMAGE, read_image
 
 

@@ -17,7 +17,9 @@ from vissl_lite.data.view_steps import (
     RandomResizedCrop,
     Solarize,
     Step,
+    drop_bands,
     jitter,
+    jitter_bands,
     resized,
     turn_hue,
 )
@@ -217,3 +219,55 @@ def test_a_crop_is_the_resized_part_of_the_image(shape: tuple[int, int]) -> None
         assert made.shape == (24, 24, 3)
         assert made.flags.c_contiguous
         assert abs(made.mean() - part.mean()) < 12
+
+
+# Bands
+
+
+def bands(count: int = 5, side: int = 8) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 65536, (side, side, count), np.uint16)
+
+
+def test_jitter_of_bands_against_a_literal_version() -> None:
+    image, gains = bands(2, 3), [0.8, 1.3]
+    result = jitter_bands(image, 1.2, 0.5, 1.7, gains)
+    for band in range(2):
+        values = [1.2 * gains[band] * x / 65535 for x in image[..., band].ravel().tolist()]
+        mean = sum(values) / len(values)
+        changed = [min(1.0, max(0.0, 0.5 * (x - mean) + mean)) ** 1.7 for x in values]
+        expected = [round(65535 * x) for x in changed]
+        assert result[..., band].ravel().tolist() == pytest.approx(expected, abs=2)
+    assert (jitter_bands(image, 1, 1, 1, [1, 1]) == image).all()
+
+
+def test_dropped_bands_are_flat_and_one_is_kept() -> None:
+    image = bands(6)
+    flat = []
+    for seed in range(40):
+        dropped = drop_bands(image, Random(seed))
+        same = (dropped == image).all(axis=(0, 1))
+        assert same.any()
+        assert all(np.ptp(dropped[..., band]) == 0 for band in np.flatnonzero(~same))
+        flat.append(int((~same).sum()))
+    assert 1.5 < np.mean(flat) < 3.5
+    assert (drop_bands(bands(1), Random(0)) == bands(1)).all()
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 12])
+def test_steps_keep_the_number_of_bands(count: int) -> None:
+    image, random = bands(count, 20), Random(0)
+    for step in (
+        RandomResizedCrop((9, 7)), HorizontalFlip(p=1), D4(), ColorJitter(0.4, 0.4, 0.4, 0.1),
+        Grayscale(), GaussianBlur((1.0, 1.0), p=1), Solarize(p=1),
+    ):  # fmt: skip
+        result = step(image, random)
+        assert (result.shape[2], result.dtype) == (count, np.uint16), step
+        assert result.flags.c_contiguous
+
+
+def test_turns_of_many_bands_are_those_of_three() -> None:
+    image = bands(5)
+    for seed in range(8):
+        turned = D4().apply(image, Random(seed))
+        three = D4().apply(np.ascontiguousarray(image[..., :3]), Random(seed))
+        assert (turned[..., :3] == three).all()

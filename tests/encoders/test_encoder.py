@@ -284,12 +284,13 @@ def test_the_folder_holds_no_leftovers(folder: Path) -> None:
 def test_a_classifiers_folder_gives_its_encoder(backbone: str, tmp_path: Path) -> None:
     encoder = made(backbone)
     expected = encoder(images())
-    model = copy.deepcopy(encoder).model
+    classifier = copy.deepcopy(encoder)
+    model = classifier.model
     model.reset_classifier(5)
-    save_model(model, tmp_path / "m", encoder.model_args, 32, {"label_names": list("abcde")})
+    save_model(classifier, tmp_path / "m", {}, list("abcde"))
     assert torch.equal(load_encoder(tmp_path / "m").eval()(images()), expected)
     whole, config = load_model(tmp_path / "m")
-    assert torch.equal(whole.eval()(images()), model.eval()(images()))
+    assert torch.equal(whole.model.eval()(images()), model.eval()(images()))
     assert config["label_names"] == list("abcde")
 
 

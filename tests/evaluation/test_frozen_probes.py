@@ -50,6 +50,19 @@ def test_images_that_cannot_be_read_go_with_their_labels(labelled: Path, tmp_pat
     assert len(extract_part(encoder, Part([], np.empty(0, np.int64)))) == 0
 
 
+def test_the_linear_probe_holds_out_whole_groups(labelled: Path) -> None:
+    train, test = clouds(100, 0), clouds(50, 2)
+    assert "penalty" in evaluate_features("linear", train, test).chosen
+    groups = np.array([f"patient {label}" for label in train.labels])  # of one class each
+    grouped = LabelledFeatures(train.by_layer, train.labels, groups)
+    assert evaluate_features("linear", grouped, test).chosen == {}
+    part = load_labelled(labelled, 0).val
+    names = np.arange(len(part)).astype(str)
+    found = extract_part(build_encoder("test_resnet", 32), part, groups=names)
+    assert found.groups is not None
+    assert found.groups.tolist() == names.tolist()
+
+
 def test_features_that_are_not_finite_are_refused(labelled: Path) -> None:
     encoder = build_encoder("test_resnet", 32)
     with torch.no_grad():

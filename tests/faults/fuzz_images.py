@@ -4,6 +4,7 @@ Run in a process of its own, which has a limit on its memory: ``python -m tests.
 EXAMPLES``. Nothing but the last line is printed if all is well.
 """
 
+import gzip
 import os
 import resource
 import sys
@@ -19,8 +20,10 @@ import numpy as np
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless
 
-from vissl_lite.data.headers import image_header, image_size
+from tests.data.formats import making
+from vissl_lite.data.formats import RawImage, arrays, image_header, image_size
 from vissl_lite.data.images import BROKEN_IMAGE, read_image
 from vissl_lite.data.reading import limit_pixels
 from vissl_lite.errors import UserError
@@ -76,7 +79,25 @@ def seeds() -> list[bytes]:
     written, coded = cv2.imencode(".tif", pixels[..., :3].astype(np.uint16) * 257)
     assert written
     pgm = b"P5 40 24 4095\n" + (pixels[..., 0].astype(">u2") * 16).tobytes()
-    return [*files, coded.tobytes(), pgm]
+    deep = pixels.astype(np.uint16) * 16
+    gray = deep[..., 0]
+    others = [
+        making.tiff(deep.astype(np.int16)),
+        making.tiff(np.concatenate([deep, deep], axis=2), compression="zlib", predictor=2),
+        making.tiff(
+            deep.transpose(2, 0, 1), planarconfig="separate", tile=(16, 16), compression="lzw"
+        ),
+        making.tiff(np.stack([gray] * 3), imagej=True),
+        making.dicom(gray, WindowCenter=900, WindowWidth=1000, RescaleSlope=2, RescaleIntercept=-1),
+        making.dicom(np.stack([gray] * 2), RLELossless),
+        making.dicom(gray, JPEGLSLossless),
+        making.dicom(pixels[..., 0].copy(), JPEG2000Lossless),
+        making.nifti(np.stack([gray.T] * 3, axis=2)),
+        gzip.compress(making.nifti(np.stack([gray.T] * 3, axis=2))),
+        making.npy(deep),
+        arrays.encode(RawImage(deep[..., :3], 0.0, (100.0, 50.0))),
+    ]
+    return [*files, coded.tobytes(), pgm, *others]
 
 
 @st.composite

@@ -21,7 +21,7 @@ from PIL import Image
 
 from vissl_lite.cli import main
 from vissl_lite.data import reading
-from vissl_lite.data.headers import image_size
+from vissl_lite.data.formats import image_size
 from vissl_lite.data.images import BROKEN_IMAGE, read_image, resize_and_crop
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.data.workers import WorkerLoader
@@ -168,9 +168,9 @@ BOMBS = {
 IN_LITTLE_MEMORY = """
 import os, resource, sys, time
 from pathlib import Path
-from vissl_lite.data.headers import image_header
+from vissl_lite.data.formats import image_header
 from vissl_lite.data.fingerprints import fingerprints_of
-from vissl_lite.data.headers import image_size
+from vissl_lite.data.formats import image_size
 from vissl_lite.data.images import BROKEN_IMAGE, read_image
 from vissl_lite.transfer.segmentation.mask_source import read_mask
 from vissl_lite.errors import UserError

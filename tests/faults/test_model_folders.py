@@ -36,8 +36,7 @@ def make(kind: str, folder: Path) -> Path:
         save_encoder(encoder, folder, {"pretext": {"name": "simclr"}})
     elif kind == "classifier":
         encoder.model.reset_classifier(len(CLASSES))
-        extra = {"label_names": CLASSES, "vissl_lite": {"multi_label": False}}
-        save_model(encoder.model, folder, {}, 32, extra)
+        save_model(encoder, folder, {"multi_label": False}, CLASSES)
     elif kind == "segmenter":
         save_segmenter(Segmenter(encoder, CLASSES, 16), folder, {})
     else:

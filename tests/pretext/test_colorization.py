@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vissl_lite.data.image_reader import ImageReader
 from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.pretext import colorization as module
@@ -294,10 +295,9 @@ def test_gray_images_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> Non
 
 
 def test_errors_say_what_would_work() -> None:
-    encoder = build_encoder("test_resnet", 32)
-    encoder.mean = encoder.std = (0.5,)
-    with pytest.raises(UserError, match="3 channels: test_resnet takes 1"):
-        Colorization(encoder)
+    gray = ImageReader(bands=(0,), low=(0.0,), high=(9.0,), mean=(0.5,), std=(0.5,))
+    with pytest.raises(UserError, match="needs photographs of 8-bit color"):
+        Colorization(build_encoder("test_resnet", 32, reader=gray))
     with pytest.raises(UserError, match="uniform 0"):
         made(uniform=0.0)
 

@@ -14,7 +14,7 @@ from vissl_lite.comparison.plan import Plan
 from vissl_lite.comparison.protocols import Score
 from vissl_lite.comparison.runner import Runner
 from vissl_lite.comparison.store import Cell, Store
-from vissl_lite.data.reading import limit_pixels
+from vissl_lite.data.reading import limit_pixels, slice_along
 from vissl_lite.options import command
 from vissl_lite.report.additions import add_report, add_test_embeddings
 from vissl_lite.run import (
@@ -73,6 +73,7 @@ def compare(options: CompareOptions) -> CompareResult:
     check_given(find_task(options.task), options.given)
     config = options.as_config()
     limit_pixels(options.max_pixels)
+    slice_along(options.axis)
     hardware = Hardware(options.precision, devices=1, num_workers=options.num_workers)
     hardware.check()
     plan = Plan(options)
@@ -111,7 +112,14 @@ def compare(options: CompareOptions) -> CompareResult:
             scores |= runner.run(encoder, protocols)
         metric = {"knn": "accuracy", "linear": "accuracy", "finetune": plan.finetune_metric(data)}
         outcome = Outcome(
-            scores, encoders, protocols, labels, options.all_seeds(), baseline, metric
+            scores,
+            encoders,
+            protocols,
+            labels,
+            options.all_seeds(),
+            baseline,
+            metric,
+            data.groups("test"),
         )
         outcome.write_csv(run / "runs.csv")
         outcome.plot(run / "compare.png")

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from vissl_lite.data.atomic_file import atomic_write, check_place
+from vissl_lite.data.image_survey import ImageSettings
 from vissl_lite.data.images import find_images, suitable_size
-from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
+from vissl_lite.data.reading import MAX_PIXELS, limit_pixels, slice_along
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.encoders.folder import encoder_for
 from vissl_lite.errors import UserError, check_image_size, did_you_mean
@@ -42,7 +43,7 @@ class EmbedResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedOptions(Options):
+class EmbedOptions(Options, ImageSettings):
     """Options of ``embed``."""
 
     encoder: StrPath
@@ -67,6 +68,7 @@ class EmbedOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_images()
         check_image_size(self.image_size)
 
 
@@ -84,6 +86,7 @@ def embed(options: EmbedOptions) -> EmbedResult:
         UserError: An option is invalid; nothing is written then.
     """
     limit_pixels(options.max_pixels)
+    slice_along(options.axis)
     file = Path(options.out)
     if options.format is None and file.suffix.lower() not in (".parquet", ".npz"):
         raise UserError(
@@ -98,7 +101,7 @@ def embed(options: EmbedOptions) -> EmbedResult:
     paths = find_images(path_list(options.data))
     if kind == "parquet":
         _check_utf8(paths)
-    encoder = encoder_for_images(os.fspath(options.encoder), options.image_size, paths)
+    encoder = encoder_for_images(os.fspath(options.encoder), options.image_size, paths, options)
     with logged_to_console():
         features, readable = _features(encoder, paths, options.layer)
         names = [path for path, is_readable in zip(paths, readable, strict=True) if is_readable]
@@ -117,7 +120,9 @@ def check_file(file: Path, overwrite: bool) -> None:
     check_place(file)
 
 
-def encoder_for_images(source: str, image_size: int | None, paths: Sequence[str]) -> Encoder:
+def encoder_for_images(
+    source: str, image_size: int | None, paths: Sequence[str], settings: ImageSettings
+) -> Encoder:
     """Load an encoder for use on images without labels.
 
     Args:
@@ -126,6 +131,7 @@ def encoder_for_images(source: str, image_size: int | None, paths: Sequence[str]
         image_size: Side in pixels. Default: that of the encoder, for ``random:NAME`` that of the
             images.
         paths: Paths of the images.
+        settings: What the user says of them.
 
     Raises:
         UserError: The encoder does not exist, has diverged, or can't take images of this size.
@@ -133,7 +139,7 @@ def encoder_for_images(source: str, image_size: int | None, paths: Sequence[str]
     torch.manual_seed(0)
     if image_size is None and source.startswith("random:"):
         image_size = suitable_size(paths)
-    return encoder_for(source, image_size)
+    return encoder_for(source, image_size, paths, settings)
 
 
 def _check_utf8(paths: Sequence[str]) -> None:
@@ -171,9 +177,8 @@ def _features(
         (features,), good = predict_images(
             encoder,
             compute,
-            encoder.normalize,
+            encoder,
             paths,
-            encoder.image_size,
             lambda images: bar.advance(task, images),
         )
     check_outputs([features], f"some of the {len(features)} images")

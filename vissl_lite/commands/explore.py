@@ -10,8 +10,9 @@ import numpy as np
 from markupsafe import Markup
 
 from vissl_lite.commands.embed import check_file, encoder_for_images
+from vissl_lite.data.image_survey import ImageSettings
 from vissl_lite.data.images import find_images
-from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
+from vissl_lite.data.reading import MAX_PIXELS, limit_pixels, slice_along
 from vissl_lite.errors import UserError, check_count, check_image_size, check_seed
 from vissl_lite.evaluation.embedding import make_map
 from vissl_lite.options import Options, Paths, StrPath, command, path_list
@@ -28,7 +29,7 @@ MAX_CLASSES = 50
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExploreOptions(Options):
+class ExploreOptions(Options, ImageSettings):
     """Options of ``explore``."""
 
     encoder: StrPath
@@ -53,6 +54,7 @@ class ExploreOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_images()
         check_count("most", self.most)
         check_image_size(self.image_size)
         check_seed(self.seed)
@@ -72,6 +74,7 @@ def explore(options: ExploreOptions) -> Path:
         UserError: An option is invalid; nothing is written then.
     """
     limit_pixels(options.max_pixels)
+    slice_along(options.axis)
     file = Path(options.out)
     if file.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out {file} is not an HTML file: give a name that ends in .html")
@@ -79,7 +82,7 @@ def explore(options: ExploreOptions) -> Path:
     name, most, sources = os.fspath(options.encoder), options.most, path_list(options.data)
     paths = find_images(sources)
     labels, classes = folder_classes(sources, paths)
-    encoder = encoder_for_images(name, options.image_size, paths)
+    encoder = encoder_for_images(name, options.image_size, paths, options)
     with logged_to_console(), progress_bar() as bar:
         task = bar.add_task("embed", total=min(most, len(paths)), info="")
         image_map = make_map(

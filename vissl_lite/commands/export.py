@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vissl_lite import __version__
 from vissl_lite.data.atomic_file import check_place
-from vissl_lite.data.images import BROKEN_IMAGE, find_images, read_image
+from vissl_lite.data.images import BROKEN_IMAGE, find_images
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.encoders.config import ENCODER_CONFIG, read_model_config
 from vissl_lite.encoders.encoder import first_line
@@ -85,11 +85,11 @@ class ExportOptions(Options):
 def export(options: ExportOptions) -> ExportResult:
     """Export an encoder or a fine-tuned model for use without vissl_lite, and check the outputs.
 
-    An ONNX file takes decoded RGB images, (B, 3, H, W) uint8, and normalizes them itself. Encoders
-    return features, classifiers and segmenters probabilities. Detectors return boxes (x1, y1, x2,
-    y2 in pixels), scores and labels, best first, 100 per image, padded with zeros; mask_rcnn also
-    masks, (B, 100, 28, 28): the probability that each of 28 x 28 equal cells of the box is inside
-    the object.
+    An ONNX file takes decoded RGB images, (B, 3, H, W) uint8, or bands in the units of the files,
+    (B, C, H, W) float32, and normalizes them itself. Encoders return features, classifiers and
+    segmenters probabilities. Detectors return boxes (x1, y1, x2, y2 in pixels), scores and labels,
+    best first, 100 per image, padded with zeros; mask_rcnn also masks, (B, 100, 28, 28): the
+    probability that each of 28 x 28 equal cells of the box is inside the object.
 
     Returns:
         What was written, and how far its outputs differ from torch's.
@@ -174,7 +174,7 @@ def _check_packages() -> None:
 def _size_error(network: ExportModel, height: int, width: int) -> str | None:
     """Reason why a network can't process images of this size; None if it can."""
     try:
-        _outputs(network.layers, [torch.zeros(1, 3, height, width, dtype=torch.uint8)])
+        _outputs(network.layers, [network.blank(1, height, width)])
     except (AssertionError, RuntimeError, ValueError) as error:
         return first_line(error)
     return None
@@ -186,18 +186,20 @@ def _format_size(size: tuple[int, int]) -> str:
 
 
 def _images_to_check(sources: Paths | None, network: ExportModel) -> Tensor:
-    """``(NUM_CHECK_IMAGES, 3, H, W)`` uint8: the first readable images, or synthetic ones."""
-    size = network.image_size
+    """``(NUM_CHECK_IMAGES, C, H, W)``: the first readable images, or synthetic ones."""
+    size, reader = network.image_size, network.reader
     if sources is None:
-        coarse = torch.rand(NUM_CHECK_IMAGES, 3, 6, 6, generator=torch.Generator().manual_seed(0))
-        smooth = F.interpolate(coarse, size, mode="bicubic")
-        return (255 * smooth.clamp(0, 1)).to(torch.uint8)
+        generator = torch.Generator().manual_seed(0)
+        coarse = torch.rand(NUM_CHECK_IMAGES, reader.channels, 6, 6, generator=generator)
+        smooth = F.interpolate(coarse, size, mode="bicubic").clamp(0, 1) * reader.max_value
+        made = smooth.permute(0, 2, 3, 1).numpy().astype(reader.dtype)
+        return torch.from_numpy(reader.to_units(made)).permute(0, 3, 1, 2)
     paths = find_images(path_list(sources))
     good: list[np.ndarray] = []
     for path in paths:
         with suppress(*BROKEN_IMAGE):
-            image = read_image(path)
-            good.append(network.prepare(image, size))
+            image = network.prepare(reader.read(path), size)
+            good.append(reader.to_units(image))
         if len(good) == NUM_CHECK_IMAGES:
             break
     if not good:
@@ -272,6 +274,7 @@ def _make_timm_folder(network: ExportModel, batches: list[Tensor], draft: Path) 
     shutil.copyfile(folder / WEIGHTS, draft / WEIGHTS)
     # Only the checked entries: timm would act on any others.
     config = read_model_config(folder / ENCODER_CONFIG)
+    del config["reader"]  # it is in the other entries
     (draft / ENCODER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     normalize, _, last = network.layers
     loaded = timm.create_model(f"local-dir:{draft}", pretrained=True).eval()
@@ -304,7 +307,7 @@ def _make_onnx(network: ExportModel, batches: list[Tensor], file: Path) -> float
     else:
         crop = "" if network.any_size else ", center-cropped to a square"
         resizing = f"the shorter side resized to {_format_size(network.image_size)} pixels{crop}"
-    program.doc_string = f"images: uint8 RGB as decoded, {resizing}; normalized by the model"
+    program.doc_string = f"images: {network.reader.units()}, {resizing}; normalized by the model"
     onnx.save(program, file)
     onnx.checker.check_model(str(file), full_check=True)
     options = onnxruntime.SessionOptions()
@@ -331,7 +334,7 @@ def _trace(network: ExportModel) -> Any:
 
     def trace(width: int, dynamic: dict[int, str]) -> Any:
         # Two images: torch.export would treat a batch size of one as a constant.
-        example = torch.zeros(2, 3, height, width, dtype=torch.uint8)
+        example = network.blank(2, height, width)
         with _silenced():
             program = torch.onnx.export(
                 network.layers,

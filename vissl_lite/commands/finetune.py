@@ -14,7 +14,8 @@ from vissl_lite import __version__
 from vissl_lite.commands.labelled import dry_run, show_data
 from vissl_lite.commands.leaks import guard
 from vissl_lite.commands.pretrain_options import parse_time
-from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
+from vissl_lite.data.image_survey import ImageSettings
+from vissl_lite.data.reading import MAX_PIXELS, limit_pixels, slice_along
 from vissl_lite.encoders.folder import encoder_for, load_encoder
 from vissl_lite.errors import (
     UserError,
@@ -74,7 +75,7 @@ class FinetuneResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(Options, AllTaskOptions):
+class FinetuneOptions(Options, ImageSettings, AllTaskOptions):
     """Options of ``finetune``. Options that only some tasks have are inherited."""
 
     data: StrPath
@@ -164,6 +165,7 @@ class FinetuneOptions(Options, AllTaskOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_images()
         self._set("task", find_task(self.task).name)
         self._set("optimizer", canonical_optimizer(self.optimizer))
         check_warmup("warmup", self.warmup)
@@ -236,6 +238,7 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
     task = find_task(options.task)
     check_given(task, options.given)
     limit_pixels(options.max_pixels)
+    slice_along(options.axis)
     hardware = Hardware(
         options.precision,
         options.devices,
@@ -251,7 +254,7 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
     if image_size is None:
         image_size = task.image_size(labelled, settings)
     torch.manual_seed(options.seed)
-    start = encoder_for(encoder, image_size)
+    start = encoder_for(encoder, image_size, labelled.paths("train"), options)
     task.check(start, labelled, settings)
     monitor_of(task, labelled, settings.monitor)
     labelled, leaks = guard(

@@ -7,6 +7,7 @@ from vissl_lite.leakage.matching import Leaks
 from vissl_lite.log import ConsoleHandler, logged_to
 from vissl_lite.run import console
 from vissl_lite.transfer.base import LabelledDataset
+from vissl_lite.transfer.shortcuts import warn_of_shortcuts
 from vissl_lite.transfer.summary import summarize, table_of
 
 log = logging.getLogger(__name__)
@@ -16,6 +17,8 @@ UNREADABLE = "image that can't be read, left out"
 
 def show_data(data: LabelledDataset, leaks: Leaks | None = None) -> dict[str, Any]:
     """Log a table of a labelled data set, and record it in the ``run.json`` of an open run.
+
+    Attributes of the files that predict the classes are warned of.
 
     Args:
         data: The data without unreadable images.
@@ -29,6 +32,7 @@ def show_data(data: LabelledDataset, leaks: Leaks | None = None) -> dict[str, An
     summary = summarize(data)
     for number, line in enumerate(table_of(summary)):
         log.info("%s", line, extra={} if number else {"labelled": summary})
+    warn_of_shortcuts(data)
     return summary
 
 

@@ -1,8 +1,13 @@
 """Leak guard of ``probe``, ``finetune`` and ``compare``, which runs before any training."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
+from vissl_lite.errors import UserError
+from vissl_lite.leakage.groups import check_groups
 from vissl_lite.leakage.matching import LEAKS, Leaks, Policy, check_leaks, seen_by
 from vissl_lite.training.progress import progress_bar
 from vissl_lite.transfer.base import DatasetT
@@ -12,7 +17,7 @@ from vissl_lite.transfer.sources.parts import PARTS
 def guard(
     data: DatasetT, encoders: Sequence[str], leaks: Policy, out: str | None
 ) -> tuple[DatasetT, Leaks]:
-    """Look for test and validation images among the pre-training and training images.
+    """Look for test and validation images, and groups of them, in pre-training and training.
 
     Images that can't be read are detected here as well. They are logged and removed, so that they
     are neither counted nor drawn as labels of a comparison.
@@ -36,6 +41,21 @@ def guard(
         task = bar.add_task("leaks", total=sum(map(len, parts.values())), info="")
         file = None if out is None else Path(out) / LEAKS
         found = check_leaks(parts, pretrained_on, leaks, file, lambda n: bar.advance(task, n))
+    names = {part: data.groups(part) for part in PARTS}
+    groups: dict[str, np.ndarray] = {
+        part: of_part for part, of_part in names.items() if of_part is not None
+    }
+    if groups:
+        shared = check_groups(groups, data.reading.grouped_by, leaks)
+        left_out = {part: set(paths) for part, paths in found.left_out.items()}
+        for part, indices in shared.left_out.items():
+            left_out[part].update(parts[part][i] for i in indices)
+        if shared.left_out and left_out["test"].issuperset(parts["test"]):
+            raise UserError(
+                f"--leaks exclude leaves no test image: {found.count} are leaks, and others are of "
+                f"{shared.total} groups with images in several parts"
+            )
+        found = replace(found, left_out=left_out, groups=shared.total)
     if any(found.left_out.values()) or any(found.broken.values()):
         data = data.without(found.left_out, found.broken)
     return data, found

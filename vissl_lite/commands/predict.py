@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from vissl_lite.data.images import find_images
-from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
+from vissl_lite.data.reading import MAX_PIXELS, limit_pixels, slice_along
 from vissl_lite.data.turns import UNTURNED, Turn, turns_for
 from vissl_lite.errors import check_not_negative
 from vissl_lite.options import Options, Paths, StrPath, command, path_list
@@ -95,6 +95,7 @@ def predict(options: PredictOptions) -> PredictResult:
     if options.tta:
         task.check_turns(loaded)
         turns = turns_for(read_upright(folder))
+    slice_along(loaded.encoder.reader.axis)
     paths = find_images(sources)
     with open_run(Path(options.out), "predict", options.as_config()) as run:
         with progress_bar() as bar:

@@ -15,8 +15,9 @@ from vissl_lite.commands.pretrain_data import TrainingImages, find_training_imag
 from vissl_lite.commands.pretrain_options import PretrainOptions, make_encoder, parse_time
 from vissl_lite.data.cache import CachePlan, forks_workers, plan_cache
 from vissl_lite.data.fingerprints import Fingerprints
+from vissl_lite.data.image_reader import ImageReader
 from vissl_lite.data.path_list import PathList
-from vissl_lite.data.reading import limit_pixels
+from vissl_lite.data.reading import limit_pixels, slice_along
 from vissl_lite.data.views import Views
 from vissl_lite.encoders import backbones
 from vissl_lite.encoders.folder import save_encoder
@@ -146,6 +147,7 @@ def pretrain(options: PretrainOptions) -> PretrainResult:
 def _prepare(options: PretrainOptions, resume: bool) -> _Training:
     """Read the data and build the network; raise a UserError if they do not fit together."""
     limit_pixels(options.max_pixels)
+    slice_along(options.axis)
     hardware = Hardware(
         options.precision,
         options.devices,
@@ -169,14 +171,26 @@ def _prepare(options: PretrainOptions, resume: bool) -> _Training:
         labelled = load_labelled(os.fspath(options.probe_data), options.seed, need_test=False)
     torch.manual_seed(options.seed)
     encoder = make_encoder(
-        options.backbone, options.image_size, options.encoder, images.paths, options.pretext_name
+        options.backbone,
+        options.image_size,
+        options.encoder,
+        images.paths,
+        options.pretext_name,
+        options,
     )
+    if images.shards is not None and encoder.reader.scope == "volume":
+        raise UserError(
+            "the volumes are on scales of their own, and shards hold single images: give the files "
+            "themselves, or a --value_range for all"
+        )
     task = options.task(encoder)
     views = task.views(options.upright)
     task.optimizer_settings = options.optimizer_settings(
         task, size * options.accumulate_grad_batches
     )
-    cache = _cache_plan(options, images.paths, views, hardware) if options.cache else None
+    cache = None
+    if options.cache:
+        cache = _cache_plan(options, images.paths, views, hardware, encoder.reader)
     fingerprints = None
     if options.encoder is not None and Path(options.encoder).is_dir():
         # Read now: with --overwrite, the folder may be deleted before the training.
@@ -215,7 +229,7 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
     cache = None if training.cache is None else training.cache.open(run, maker=is_main_process())
     images.keep_sample(run)
     paths = images.paths
-    dataset = images.source(views, options.seed, cache)
+    dataset = images.source(views, options.seed, cache, task.encoder.reader)
     stream = StreamData(dataset, size, epochs, schedule, hardware.workers())
     online = OnlineEvaluation(
         EncoderMetrics(paths, labelled, options.seed, options.upright),
@@ -285,7 +299,11 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
 
 
 def _cache_plan(
-    options: PretrainOptions, paths: PathList, views: Views, hardware: Hardware
+    options: PretrainOptions,
+    paths: PathList,
+    views: Views,
+    hardware: Hardware,
+    reader: ImageReader,
 ) -> CachePlan:
     """Plan the cache of ``--cache``; raise a UserError if it is not possible."""
     if hardware.num_nodes > 1:
@@ -293,7 +311,7 @@ def _cache_plan(
             f"--cache is for one machine, not for --num_nodes {hardware.num_nodes}: leave it out"
         )
     shareable = hardware.one_process() and forks_workers(hardware.workers())
-    return plan_cache(paths, views.shortest, Path(options.out), shareable)
+    return plan_cache(paths, views.shortest, Path(options.out), shareable, reader)
 
 
 def accumulation_note(info: PretextInfo, batch_size: int, accumulate: int) -> str:

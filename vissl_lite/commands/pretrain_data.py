@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vissl_lite.commands.pretrain_options import PretrainOptions
 from vissl_lite.data.cache import ImageCache
+from vissl_lite.data.image_reader import ImageReader
 from vissl_lite.data.images import find_images
 from vissl_lite.data.path_list import PathList
 from vissl_lite.data.shards.index import find_shards
@@ -38,11 +39,13 @@ class TrainingImages:
     def __len__(self) -> int:
         return len(self.paths if self.shards is None else self.shards)
 
-    def source(self, views: Views, seed: int, cache: ImageCache | None) -> Source:
+    def source(
+        self, views: Views, seed: int, cache: ImageCache | None, reader: ImageReader
+    ) -> Source:
         """Source of the images and their views for the data loader."""
         if self.shards is not None:
-            return ShardSource(self.shards, views, seed)
-        return ViewDataset(self.paths, views, seed, cache)
+            return ShardSource(self.shards, views, seed, reader)
+        return ViewDataset(self.paths, views, seed, cache, reader)
 
     def keep_sample(self, run: Path) -> None:
         """Move the sample of the shards from its temporary folder into the run."""

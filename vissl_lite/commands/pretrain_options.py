@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from vissl_lite.data.image_survey import ImageSettings, survey
 from vissl_lite.data.images import suitable_size
 from vissl_lite.data.reading import MAX_PIXELS
 from vissl_lite.encoders.encoder import Encoder, build_encoder
@@ -47,7 +48,7 @@ MAX_ACCUMULATION = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainOptions(Options):
+class PretrainOptions(Options, ImageSettings):
     """Options of ``pretrain``.
 
     On construction, ``data`` is converted to a list and ``pretext`` to a mapping with all
@@ -141,6 +142,7 @@ class PretrainOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_images()
         self._set("data", path_list(self.data))
         self._set("pretext", complete_pretext(self.pretext))
         for name in ("epochs", "batch_size"):
@@ -289,6 +291,7 @@ def make_encoder(
     source: StrPath | None,
     paths: Sequence[str],
     pretext: str,
+    settings: ImageSettings,
 ) -> Encoder:
     """Build or load the encoder that the training starts from.
 
@@ -300,23 +303,25 @@ def make_encoder(
             for random weights.
         paths: Paths of the training images.
         pretext: Name of the pretext, which decides the default backbone.
+        settings: What the user says of the images.
 
     Raises:
         UserError: ``source`` does not exist, or has another backbone than ``backbone``.
     """
     if source is None or Path(source).is_file():
         size = image_size or suitable_size(paths)
-        encoder = build_encoder(backbone or default_backbone(pretext, size), size)
+        reader = survey(paths, settings)
+        encoder = build_encoder(backbone or default_backbone(pretext, size), size, reader=reader)
         if source is not None:
             load_weights(encoder, Path(source))
         return encoder
     source = os.fspath(source)
     if Path(source).is_dir():
-        encoder = load_encoder(source)
+        encoder = load_encoder(source, None, paths, settings)
         if image_size is not None:
             encoder.use_image_size(image_size)
     elif source.startswith(("timm:", "random:")):
-        encoder = load_encoder(source, image_size or suitable_size(paths))
+        encoder = load_encoder(source, image_size or suitable_size(paths), paths, settings)
     else:
         raise UserError(
             f"no encoder at {source}: give a run, an encoder folder, timm:NAME, random:NAME or a "

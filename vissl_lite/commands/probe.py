@@ -7,13 +7,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from rich.table import Table
 
 from vissl_lite.commands.labelled import dry_run, show_data
 from vissl_lite.commands.leaks import guard
+from vissl_lite.data.image_survey import ImageSettings
 from vissl_lite.data.images import suitable_size
-from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
+from vissl_lite.data.reading import MAX_PIXELS, limit_pixels, slice_along
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.encoders.folder import encoder_for
 from vissl_lite.errors import (
@@ -43,6 +45,7 @@ from vissl_lite.training.progress import progress_bar
 from vissl_lite.transfer.classification.data import LabelledImages, load_labelled
 from vissl_lite.transfer.classification.linear_head import make_folds
 from vissl_lite.transfer.classification.options import LabelOptions
+from vissl_lite.transfer.sources.parts import Split
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +73,7 @@ class ProbeResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeOptions(Options, LabelOptions):
+class ProbeOptions(Options, ImageSettings, LabelOptions):
     """Options of ``probe``."""
 
     encoder: StrPath
@@ -116,6 +119,7 @@ class ProbeOptions(Options, LabelOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_images()
         check_count("k", self.k)
         check_count("class_level", self.class_level)
         check_image_size(self.image_size)
@@ -137,6 +141,7 @@ def probe(options: ProbeOptions) -> ProbeResult:
     """
     out, name, data = Path(options.out), os.fspath(options.encoder), os.fspath(options.data)
     limit_pixels(options.max_pixels)
+    slice_along(options.axis)
     check_out(out, [("encoder", name), ("data", data)], overwrite=options.overwrite)
     labelled = load_labelled(data, options.seed, options=options)
     labelled = labelled.subsample(options.fraction, options.shots, options.seed)
@@ -144,7 +149,7 @@ def probe(options: ProbeOptions) -> ProbeResult:
     size = options.image_size
     if size is None and name.startswith("random:"):
         size = suitable_size(labelled.train.paths)
-    encoder = encoder_for(name, size)
+    encoder = encoder_for(name, size, labelled.train.paths, options)
     labelled, leaks = guard(labelled, [name], options.leaks, None if options.dry_run else str(out))
     used = labelled.for_probes(options.refit)
     if options.attentive:
@@ -177,9 +182,11 @@ def probe(options: ProbeOptions) -> ProbeResult:
             **leaks.figures(),
         }
         write_results(run, results)
+        groups = used.groups("train")
         log.info(
-            "Fitted to %d labels; penalties are chosen by cross-validation of them",
+            "Fitted to %d labels%s; penalties are chosen by cross-validation of them",
             len(used.train),
+            "" if groups is None else f" of {len(np.unique(groups))} groups",
         )
         console.print(f"{name}: test accuracy", highlight=False, soft_wrap=True)
         table = Table("layer", "kNN", *(name for name in last if name != "knn"))
@@ -213,11 +220,13 @@ def probe_encoder(
     Returns:
         ``{"last": {"knn": ..., "linear": ...}, ...}``; ``last`` is the encoder's output.
     """
-    parts = (labelled.train, labelled.test)
+    parts: tuple[Split, ...] = ("train", "test")
     with progress_bar() as bar:
-        task = bar.add_task("features", total=sum(len(part) for part in parts), info="")
+        total = sum(len(labelled.part(name)) for name in parts)
+        advance = partial(bar.advance, bar.add_task("features", total=total, info=""))
         train, test = (
-            extract_part(encoder, part, layers, partial(bar.advance, task)) for part in parts
+            extract_part(encoder, labelled.part(name), layers, advance, labelled.groups(name))
+            for name in parts
         )
         fitting = bar.add_task("probes", total=len(test.by_layer), info="")
         scores: dict[str, dict[str, float]] = {}
@@ -244,8 +253,8 @@ def probe_tokens(encoder: Encoder, labelled: LabelledImages, seed: int) -> Probe
     with progress_bar() as bar:
         task = bar.add_task("tokens", total=len(train), info="")
         tokens, good = extract_tokens(encoder, train.paths, partial(bar.advance, task))
-        labels = train.labels[good]
-        folds = make_folds(labels, seed)
+        labels, groups = train.labels[good], labelled.groups("train")
+        folds = make_folds(labels, seed, None if groups is None else groups[good])
         task = bar.add_task("attentive probe", total=number_of_fits(folds), info="")
         count, done = len(labelled.classes), partial(bar.advance, task)
         probe = fit_attentive(tokens, labels, count, folds, seed, done)

@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from vissl_lite.data.atomic_file import check_place
-from vissl_lite.data.images import find_images
+from vissl_lite.data.formats import encode_frame, split_path, split_suffix
+from vissl_lite.data.formats.common import ARRAY_SUFFIXES, FRAME_SUFFIX
+from vissl_lite.data.images import BROKEN_IMAGE, EXTENSIONS, find_images, read_content
 from vissl_lite.data.path_list import PathList
-from vissl_lite.data.reading import open_regular, read_regular
+from vissl_lite.data.reading import open_regular
 from vissl_lite.data.shards.index import INDEX, INDEX_PART, index_text, parse_index
 from vissl_lite.data.shards.tar_reader import MAX_IMAGE_BYTES
 from vissl_lite.errors import UserError, check_count
@@ -209,13 +211,18 @@ def _members(
             path = paths[int(index)]
             bar.update(task, advance=1)
             try:
-                content = read_regular(path)
+                stem, suffix = split_suffix(os.path.relpath(os.path.abspath(path), base))
+                if split_path(path)[1] is None and suffix.lower() not in ARRAY_SUFFIXES:
+                    content = read_content(path)
+                else:
+                    content, suffix = encode_frame(path), FRAME_SUFFIX
                 if len(content) > MAX_IMAGE_BYTES:
                     raise ValueError("no reader of shards would read it")
-            except (OSError, ValueError):  # ValueError: too large
+            except BROKEN_IMAGE:  # ValueError: too large
                 left_out.append(path)
                 continue
-            stem, suffix = os.path.splitext(os.path.relpath(os.path.abspath(path), base))
+            if suffix.lower() not in {*EXTENSIONS, FRAME_SUFFIX}:  # DICOM files need none
+                stem, suffix = stem + suffix, ".dcm"
             member = tarfile.TarInfo(unique_key(stem, keys) + suffix.lower())
             member.size = len(content)
             yield member, content

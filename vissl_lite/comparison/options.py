@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from vissl_lite.comparison.amounts import make_amounts
 from vissl_lite.comparison.protocols import Protocol
+from vissl_lite.data.image_survey import ImageSettings
 from vissl_lite.data.reading import MAX_PIXELS
 from vissl_lite.errors import UserError, check_count, check_image_size, check_seed
 from vissl_lite.optim import check_rates
@@ -19,7 +20,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareOptions(Options, AllTaskOptions):
+class CompareOptions(Options, ImageSettings, AllTaskOptions):
     """Options of ``compare``. Options that only some tasks have are inherited."""
 
     free_to_change = Options.free_to_change | {"encoder", "seeds", "baseline"}
@@ -93,6 +94,7 @@ class CompareOptions(Options, AllTaskOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_images()
         for name in ("encoder", "protocols", "fractions", "shots", "lr"):
             value = getattr(self, name)
             self._set(name, value if isinstance(value, list) or value is None else [value])

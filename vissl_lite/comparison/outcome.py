@@ -57,6 +57,8 @@ class Outcome:
         seeds: Seeds of the draws of labels.
         baseline: Name of the encoder that the others are compared with.
         metric: Name of the metric of each protocol.
+        groups: ``(M,)`` group of each test image, over which intervals are taken; None for images
+            that are all apart.
     """
 
     def __init__(
@@ -68,9 +70,11 @@ class Outcome:
         seeds: Sequence[int],
         baseline: str,
         metric: Mapping[str, str],
+        groups: np.ndarray | None = None,
     ) -> None:
         self.scores, self.encoders, self.protocols = scores, encoders, protocols
         self.labels, self.seeds, self.baseline, self.metric = labels, seeds, baseline, metric
+        self.groups = groups
         self.compared = {
             protocol: {
                 encoder: self._compare(encoder, protocol)
@@ -115,8 +119,11 @@ class Outcome:
     def _compare(self, encoder: str, protocol: str) -> ComparedEncoder:
         ours = {amount: self.runs(encoder, protocol, amount) for amount in self.labels}
         theirs = {amount: self.runs(self.baseline, protocol, amount) for amount in self.labels}
-        by_amount = {name: difference([ours[name]], [theirs[name]]) for name in self.labels}
-        overall = difference(list(ours.values()), list(theirs.values()))
+        by_amount = {
+            name: difference([ours[name]], [theirs[name]], groups=self.groups)
+            for name in self.labels
+        }
+        overall = difference(list(ours.values()), list(theirs.values()), groups=self.groups)
         counts = [count.total for count in self.labels.values()]
         curve = [runs.mean for runs in theirs.values()]
         equivalent = {}
@@ -151,7 +158,7 @@ class Outcome:
         words = (
             f"{encoder} {what}: {protocol} {self.metric[protocol]} {overall.mean:+.3f} against "
             f"{self.baseline} ({over}95 % interval {overall.low:+.3f} to {overall.high:+.3f}, "
-            f"{len(self.seeds)} seeds)."
+            f"{len(self.seeds)} seeds{self._over_groups(protocol)})."
         )
         # Only for the smallest such amount, where pre-training matters most.
         for name, (equal, exact) in list(equivalent.items())[:1]:
@@ -159,6 +166,14 @@ class Outcome:
             rest = f"equal about {equal:,.0f}" if exact else f"are better than all {equal:,.0f}"
             words += f" {count} with it {rest} without."
         return words
+
+    def _over_groups(self, protocol: str) -> str:
+        """The number of groups that the intervals cover, in words; empty if they cover none."""
+        runs = [self.runs(self.baseline, protocol, amount) for amount in self.labels]
+        if self.groups is None or any(one.right is None for one in runs):
+            return ""
+        count = len(np.unique(self.groups))
+        return f", {count} groups of test images" if count > 1 else ", one group of test images"
 
     def sentences(self) -> list[str]:
         """Verdict on every encoder under every protocol, as sentences."""
@@ -202,6 +217,7 @@ class Outcome:
             "verdict": self.verdict,
             "sentences": self.sentences(),
             "baseline": self.baseline,
+            **({} if self.groups is None else {"test_groups": len(np.unique(self.groups))}),
             "labels": {name: count.total for name, count in self.labels.items()},
             "train_labels": {name: count.train for name, count in self.labels.items()},
             "val_labels": {name: count.val for name, count in self.labels.items()},

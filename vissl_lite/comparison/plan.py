@@ -112,7 +112,7 @@ class Plan:
             settings = self.options.settings(untrained=untrained)
             size = self.task.image_size(data, settings)
         torch.manual_seed(seed)
-        return encoder_for(name, size)
+        return encoder_for(name, size, data.paths("train"), self.options)
 
     def trained_on(self, data: LabelledDataset) -> str:
         """Which labels all protocols train on, and which they choose by, as a sentence."""

@@ -13,6 +13,7 @@ from typing import Literal, NoReturn
 
 import numpy as np
 
+from vissl_lite.data.formats import is_image_path
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.evaluation.features import extract
@@ -81,7 +82,8 @@ class Features:
         rows = [self._row[path] for path in data.paths(part)]
         labels = data.image_classes(part)
         assert labels is not None  # Plan.choose_protocols ensures it
-        return LabelledFeatures({k: v[rows] for k, v in self.by_layer.items()}, labels)
+        by_layer = {layer: features[rows] for layer, features in self.by_layer.items()}
+        return LabelledFeatures(by_layer, labels, data.groups(part))
 
 
 def _raise_missing(paths: Sequence[str]) -> NoReturn:
@@ -137,7 +139,7 @@ def finetune_best(
     scores: Scores = task.evaluate(fitted.model, data)
     right, test = scores.right, data.paths("test")
     if right is not None and len(right) < len(test):
-        _raise_missing([path for path in test if not Path(path).is_file()] or test)
+        _raise_missing([path for path in test if not is_image_path(path)] or test)
     name = task.metric_names(data)[0]
     parts = {"train": fitted.train_metrics, "val": fitted.chosen.metrics}
     metrics = scores.metrics | {

@@ -50,7 +50,10 @@ class Difference:
 
 
 def difference(
-    encoder: Sequence[Runs], baseline: Sequence[Runs], confidence: float = 0.95
+    encoder: Sequence[Runs],
+    baseline: Sequence[Runs],
+    confidence: float = 0.95,
+    groups: np.ndarray | None = None,
 ) -> Difference:
     """Difference between an encoder and the baseline, averaged over amounts of labels.
 
@@ -58,14 +61,19 @@ def difference(
     and per image. The interval covers two sources of variation. Seeds differ in their labels (and
     in the weights of an untrained encoder): Student's t interval over seeds. The test images are a
     sample that all seeds share: normal interval over the per-image differences, averaged over
-    seeds. The half-widths are added in quadrature, which makes the interval slightly too wide, as
-    the differences between seeds depend on the test images too. Without ``right``, only the
-    variation over seeds is covered.
+    seeds. Where images come in groups, such as those of a patient, the groups are the sample:
+    Student's t interval over them, from the linearized variance of a mean over clusters of
+    different sizes (ratio-to-size estimate, Cochran 1977, "Sampling Techniques", chapter 9A). The
+    half-widths are added in quadrature, which makes the interval slightly too wide, as the
+    differences between seeds depend on the test images too. Without ``right``, only the variation
+    over seeds is covered.
 
     Args:
         encoder: Runs of the encoder, for each amount of labels.
         baseline: Runs of the baseline, with the same amounts, seeds and test images.
         confidence: Confidence level of the interval.
+        groups: ``(M,)`` group of each test image; None for images that are all apart. If all are
+            in one group, only the variation over seeds is covered.
     """
     by_seed = np.mean([a.values - b.values for a, b in zip(encoder, baseline, strict=True)], axis=0)
     tail = (1 + confidence) / 2
@@ -77,12 +85,22 @@ def difference(
         for a, b in zip(encoder, baseline, strict=True)
         if a.right is not None and b.right is not None
     ]
-    if len(pairs) == len(encoder) and len(pairs[0]) > 1:
-        by_image = np.mean(pairs, axis=0)
-        sampling = norm.ppf(tail) * by_image.std(ddof=1) / np.sqrt(len(by_image))
-        half = float(np.hypot(half, sampling))
+    if len(pairs) == len(encoder):
+        half = float(np.hypot(half, _sampling(np.mean(pairs, axis=0), tail, groups)))
     mean = float(by_seed.mean())
     return Difference(mean, mean - half, mean + half)
+
+
+def _sampling(values: np.ndarray, tail: float, groups: np.ndarray | None) -> float:
+    """Half-width of the interval of a mean over images or groups of images; 0 for a single one."""
+    sums = values - values.mean()
+    if groups is not None:
+        sums = np.bincount(np.unique(groups, return_inverse=True)[1], weights=sums)
+    count = len(sums)
+    if count < 2:
+        return 0.0
+    error = np.sqrt(count / (count - 1) * np.square(sums).sum()) / len(values)
+    return float(error * (norm.ppf(tail) if groups is None else t.ppf(tail, count - 1)))
 
 
 def equivalent_labels(

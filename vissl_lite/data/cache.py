@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from vissl_lite.data.atomic_file import atomic_write
+from vissl_lite.data.formats import file_of, image_size
 from vissl_lite.data.free_memory import free_memory
-from vissl_lite.data.headers import image_size
-from vissl_lite.data.images import BROKEN_IMAGE, decode_reduced
+from vissl_lite.data.image_reader import PHOTOGRAPHS, ImageReader
+from vissl_lite.data.images import BROKEN_IMAGE, resize
 from vissl_lite.data.path_list import PathList
 from vissl_lite.errors import UserError
 
@@ -55,6 +55,8 @@ class CachePlan:
         digest: Digest of what the cache was planned for: other files or other sizes have another
             one.
         in_memory: Or else in a file.
+        channels: Number of channels of an image.
+        dtype: Name of its dtype.
     """
 
     wholes: np.ndarray
@@ -64,6 +66,8 @@ class CachePlan:
     shortest: int
     digest: bytes
     in_memory: bool
+    channels: int = 3
+    dtype: str = "uint8"
 
     def open(self, folder: Path, maker: bool = True) -> "ImageCache":
         """Create the cache, or open that of an interrupted run.
@@ -149,13 +153,15 @@ class ImageCache:
             index: Number of the image.
 
         Returns:
-            ``(h, w, 3)`` uint8, not to be written to, and height and width of the whole image;
+            ``(h, w, C)``, not to be written to, and height and width of the whole image;
             None if it is not there.
         """
         if not self._bytes[_DIGEST_BYTES + index]:
             return None
         start, (height, width) = int(self.plan.starts[index]), self.plan.sizes[index].tolist()
-        pixels = self._bytes[start : start + 3 * height * width].reshape(height, width, 3)
+        dtype, channels = np.dtype(self.plan.dtype), self.plan.channels
+        size = height * width * channels * dtype.itemsize
+        pixels = self._bytes[start : start + size].view(dtype).reshape(height, width, channels)
         pixels.flags.writeable = False
         height, width = self.plan.wholes[index].tolist()
         return pixels, (height, width)
@@ -165,7 +171,7 @@ class ImageCache:
 
         Args:
             index: Number of the image.
-            image: ``(h, w, 3)`` uint8, from ``decode_down_sized``.
+            image: ``(h, w, C)``, from ``decode_down_sized``.
             whole: Height and width of the whole image.
         """
         if tuple(self.plan.wholes[index].tolist()) != whole:
@@ -173,7 +179,7 @@ class ImageCache:
         start, ready = int(self.plan.starts[index]), _DIGEST_BYTES + index
         pixels = np.ascontiguousarray(image)
         if self.file is None:
-            self._bytes[start : start + pixels.size] = pixels.reshape(-1)
+            self._bytes[start : start + pixels.nbytes] = pixels.reshape(-1).view(np.uint8)
             self._bytes[ready] = 1  # last: who sees it may read the pixels
             return
         try:
@@ -200,7 +206,13 @@ class ImageCache:
                 )
 
 
-def plan_cache(paths: Sequence[str], shortest: int, folder: Path, shareable: bool) -> CachePlan:
+def plan_cache(
+    paths: Sequence[str],
+    shortest: int,
+    folder: Path,
+    shareable: bool,
+    reader: ImageReader = PHOTOGRAPHS,
+) -> CachePlan:
     """Read the headers of all images and choose where to keep the pixels.
 
     Args:
@@ -209,6 +221,7 @@ def plan_cache(paths: Sequence[str], shortest: int, folder: Path, shareable: boo
         folder: Folder of the file; it need not exist yet.
         shareable: Whether memory of this process reaches all that read the cache; see
             ``forks_workers``.
+        reader: How the images are read.
 
     Raises:
         UserError: The disk has too little room.
@@ -219,18 +232,31 @@ def plan_cache(paths: Sequence[str], shortest: int, folder: Path, shareable: boo
     sizes = np.array(
         [kept_size(height, width, shortest) for height, width in wholes.tolist()], np.int32
     )
-    ends = np.cumsum(3 * sizes.astype(np.int64).prod(axis=1)) + _DIGEST_BYTES + len(paths)
-    starts = np.concatenate([[_DIGEST_BYTES + len(paths)], ends[:-1]])
+    first = _DIGEST_BYTES + len(paths)
+    first += first % 2  # where values of two bytes may begin
+    itemsize = 1 if reader.bands is None else 2
+    ends = np.cumsum(reader.channels * itemsize * sizes.astype(np.int64).prod(axis=1)) + first
+    starts = np.concatenate([[first], ends[:-1]])
     total = int(ends[-1])
     names = "\0".join(paths).encode("utf-8", "surrogatepass")
     # after the machine went down, a file may lack what had not reached the disk
-    about = f"{_boot()} {shortest} {len(paths)}\n".encode()
+    about = f"{_boot()} {shortest} {len(paths)} {reader}\n".encode()
     digest = blake2b(about + seen.tobytes() + names, digest_size=_DIGEST_BYTES)
     free = free_memory() if shareable else None
     in_memory = free is not None and total < MEMORY_SHARE * free
     if not in_memory:
         _check_disk(total, folder)
-    return CachePlan(wholes, sizes, starts, total, shortest, digest.digest(), in_memory)
+    return CachePlan(
+        wholes,
+        sizes,
+        starts,
+        total,
+        shortest,
+        digest.digest(),
+        in_memory,
+        reader.channels,
+        "uint8" if reader.bands is None else "uint16",
+    )
 
 
 def forks_workers(workers: int) -> bool:
@@ -254,23 +280,26 @@ def kept_size(height: int, width: int, shortest: int) -> tuple[int, int]:
     )
 
 
-def decode_down_sized(data: bytes, path: str, shortest: int) -> tuple[np.ndarray, tuple[int, int]]:
+def decode_down_sized(
+    data: bytes, path: str, shortest: int, reader: ImageReader = PHOTOGRAPHS
+) -> tuple[np.ndarray, tuple[int, int]]:
     """Decode an image at the size of the cache.
 
     Args:
         data: The file's bytes.
         path: Named in errors.
         shortest: Shorter side of what is kept; smaller images are left as they are.
+        reader: How the image is read.
 
     Returns:
-        ``(h, w, 3)`` uint8, and height and width of the whole image.
+        ``(h, w, C)``, and height and width of the whole image.
     """
-    image, whole = decode_reduced(
+    image, whole = reader.decode_reduced(
         data, path, lambda height, width: min(height, width) // max(1, shortest)
     )
     height, width = kept_size(*whole, shortest)
     if image.shape[:2] != (height, width):
-        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+        image = resize(image, (height, width))
     return image, whole
 
 
@@ -289,7 +318,7 @@ def _some_headers(paths: list[str]) -> np.ndarray:
 def _header(path: str) -> tuple[int, int, int, int]:
     """Height, width, bytes and time of change of an image file; zeros for a broken one."""
     try:
-        about = os.stat(path)
+        about = os.stat(file_of(path))
         return *image_size(path), about.st_size, about.st_mtime_ns
     except BROKEN_IMAGE:
         return 0, 0, 0, 0

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from vissl_lite.data.atomic_file import atomic_write
-from vissl_lite.data.images import BROKEN_IMAGE, decode_image
+from vissl_lite.data.images import BROKEN_IMAGE, decode_image, read_content
 from vissl_lite.data.npz_file import read_npz
-from vissl_lite.data.reading import Broken, read_regular, reason, report_skipped
+from vissl_lite.data.reading import Broken, reason, report_skipped
 from vissl_lite.errors import UserError
 
 EXACT_BYTES = 16
@@ -223,7 +223,7 @@ def read_fingerprints(
 def _fingerprint_of(path: str) -> np.ndarray | str:
     """The fingerprint of a file, or the reason why it cannot be read."""
     try:
-        data = read_regular(path)
+        data = read_content(path)
         return fingerprint(data, decode_image(data, path, 2 * _SIDE))
     except BROKEN_IMAGE as error:
         return reason(error, path)

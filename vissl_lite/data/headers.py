@@ -13,12 +13,10 @@ from functools import cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from vissl_lite.data.reading import check_pixels, max_pixels, open_regular
-
-# Cameras put a thumbnail of up to 64 KB before the size; most other files have it at the start.
-_START = 4096
+from vissl_lite.data.reading import check_pixels, max_pixels
 
 # Segments of a JPEG before its size at most; a color profile takes up to 255.
 _MOST_MARKERS = 10_000
@@ -105,7 +103,8 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
             continue
         if marker in (0xD8, 0xD9, 0xDA):  # no size comes after these
             return None
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+        # 0xF7 is JPEG-LS's
+        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
             height = int.from_bytes(data[at + 5 : at + 7], "big")
             width = int.from_bytes(data[at + 7 : at + 9], "big")
             if turn in _ON_ITS_SIDE:
@@ -148,36 +147,33 @@ class ImageHeader(NamedTuple):
     orientation: int
 
 
-def image_size(path: str) -> tuple[int, int]:
-    """Height and width that an image file decodes to; see ``image_header``."""
-    height, width, _ = image_header(path)
-    return height, width
-
-
-def image_header(path: str) -> ImageHeader:
-    """Height, width and orientation of an image file, without decoding it.
+def image_header_of(file: BinaryIO, start: bytes, path: str) -> ImageHeader:
+    """Height, width and orientation of a photograph or TIFF, without decoding it.
 
     Args:
-        path: The file.
+        file: The file.
+        start: Its first 4096 bytes.
+        path: Named in errors.
 
     Raises:
-        OSError, ValueError, SyntaxError: It is missing, no image, or has more pixels than are
-            allowed (``BROKEN_IMAGE``).
+        OSError, ValueError, SyntaxError: It is no image, or has more pixels than are allowed
+            (``BROKEN_IMAGE``).
     """
-    with open_regular(path) as file:
-        data = file.read(_START)
-        if is_png(data):
-            return _shown(*png_size(data, path), _png_orientation(file))
-        if data[:2] == b"\xff\xd8":
-            header = jpeg_header(data) or jpeg_header(data + file.read())
-            if header is None:
-                raise ValueError(f"{path}: no size in it")
-            check_pixels(header.height, header.width, path)
-            return ImageHeader(header.height, header.width, header.orientation)
-        if is_tiff(data):
-            return _shown(*check_tiff(file, path))
-        with opened_image(file, path) as image:
-            return _shown(image.height, image.width, orientation(image))
+    if is_png(start):
+        return _shown(*png_size(start, path), png_orientation(file))
+    if start[:2] == b"\xff\xd8":
+        header = jpeg_header(start)
+        if header is None:
+            file.seek(0)
+            header = jpeg_header(file.read())
+        if header is None:
+            raise ValueError(f"{path}: no size in it")
+        check_pixels(header.height, header.width, path)
+        return ImageHeader(header.height, header.width, header.orientation)
+    if is_tiff(start):
+        return _shown(*check_tiff(file, path))
+    with opened_image(file, path) as image:
+        return _shown(image.height, image.width, orientation(image))
 
 
 def _shown(height: int, width: int, turn: int) -> ImageHeader:
@@ -187,8 +183,8 @@ def _shown(height: int, width: int, turn: int) -> ImageHeader:
     return ImageHeader(height, width, turn)
 
 
-def _png_orientation(file: BinaryIO) -> int:
-    """The orientation in the EXIF chunk of a PNG, which may stand behind the pixels."""
+def png_orientation(file: BinaryIO) -> int:
+    """The EXIF orientation of a PNG, which may stand behind the pixels; 1 if there is none."""
     at = 8
     while True:
         file.seek(at)
@@ -259,6 +255,17 @@ def orientation(image: Image.Image) -> int:
     except (OSError, ValueError, SyntaxError, *_CONFUSED):
         return 1
     return value if value in range(1, 9) else 1
+
+
+def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn an image ``(H, W, C)`` upright by its EXIF orientation (EXIF 2.32, 4.6.4, tag 274)."""
+    if orientation in range(5, 9):
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels
 
 
 @cache
@@ -381,6 +388,24 @@ def _size_in_start(start: bytes) -> tuple[int, int] | None:
         bits = number(21, 4)
         return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
     return None
+
+
+def codestream_size(data: bytes) -> tuple[int, int] | None:
+    """Height and width that a JPEG, JPEG-LS or JPEG 2000 stream states itself; None for others.
+
+    Reads the frame header (ITU T.81, B.2.2; ITU T.87, C.2.2) or the marker SIZ (ITU T.800, A.5.1).
+
+    Args:
+        data: The stream, at least up to its header.
+    """
+    at = data.find(_J2K, 0, _MOST_HEIF_HEADER)
+    if data[:4] == _J2K or (data[:12] == _JP2 and at > 0):
+        if len(data) < at + 24:
+            return None
+        right, bottom, left, top = struct.unpack(">4I", data[at + 8 : at + 24])
+        return bottom - top, right - left
+    header = jpeg_header(data)
+    return None if header is None else (header.height, header.width)
 
 
 def is_tiff(data: bytes) -> bool:

@@ -13,12 +13,15 @@ import cv2
 import numpy as np
 
 from vissl_lite.data.environment import default_variable
-from vissl_lite.data.view_steps import Step
+from vissl_lite.data.view_steps import ColorJitter, Step
 from vissl_lite.data.views import OWN_SCALE_RATIO, PADDING_GRAY, check_crop_scale, rekey
 
 # At import Albumentations asks the network for its newest version, and warns where there is none.
 with default_variable("NO_ALBUMENTATIONS_UPDATE", "1"):
     import albumentations as A  # noqa: N812
+
+# Weaker than in pre-training, because colors may tell the class.
+MILD_COLORS = ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.02, p=0.8)
 
 Transforms: TypeAlias = Sequence[A.BasicTransform | A.BaseCompose]
 
@@ -46,16 +49,23 @@ def _rekey(compose: A.Compose, random: Random) -> None:
     compose.set_random_state(numbers, Random(random.getrandbits(64)))
 
 
+def _recolored(image: np.ndarray, colors: Step | None, random: Random) -> np.ndarray:
+    return image if colors is None else colors(image, random)
+
+
 class BoxView:
     """One augmented version of an image together with its boxes.
 
     Args:
         transforms: Applied in this order.
         smallest: A box of which less than this share is left in the view is dropped.
+        colors: Changes the colors afterwards; None leaves them.
     """
 
-    def __init__(self, transforms: Transforms, smallest: float = 0.25) -> None:
-        self._random = Random()
+    def __init__(
+        self, transforms: Transforms, smallest: float = 0.25, colors: Step | None = MILD_COLORS
+    ) -> None:
+        self._random, self._colors = Random(), colors
         boxes = A.BboxParams("pascal_voc", ["labels"], min_visibility=smallest, clip=True)
         self._compose = A.Compose(list(transforms), bbox_params=boxes)
 
@@ -71,7 +81,7 @@ class BoxView:
         """The view, its boxes and their labels.
 
         Args:
-            image: ``(H, W, C)`` uint8.
+            image: ``(H, W, C)`` uint8 or uint16.
             boxes: ``(N, 4)`` x1, y1, x2, y2 in pixels.
             labels: ``(N,)`` class indices.
             seed: Seed of the run.
@@ -81,8 +91,9 @@ class BoxView:
         rekey(self._random, seed, epoch, index)
         _rekey(self._compose, self._random)
         made = self._compose(image=image, bboxes=boxes, labels=labels)
+        view = _recolored(made["image"], self._colors, self._random)
         kept = np.asarray(made["bboxes"], np.float32).reshape(-1, 4)
-        return made["image"], kept, np.asarray(made["labels"], np.int64).reshape(-1)
+        return view, kept, np.asarray(made["labels"], np.int64).reshape(-1)
 
 
 class InstanceView:
@@ -92,10 +103,13 @@ class InstanceView:
         transforms: Applied in this order. Masks are resampled as the image is, not by the nearest
             pixel, and what is at least half inside the object stays.
         smallest: An object of whose box less than this share is left in the view is dropped.
+        colors: Changes the colors afterwards; None leaves them.
     """
 
-    def __init__(self, transforms: Transforms, smallest: float = 0.25) -> None:
-        self._random = Random()
+    def __init__(
+        self, transforms: Transforms, smallest: float = 0.25, colors: Step | None = MILD_COLORS
+    ) -> None:
+        self._random, self._colors = Random(), colors
         for step in transforms:
             if isinstance(step, A.DualTransform):
                 step.mask_interpolation = cv2.INTER_LINEAR
@@ -120,7 +134,7 @@ class InstanceView:
         view cuts the object, the side is moved to the mask.
 
         Args:
-            image: ``(H, W, C)`` uint8.
+            image: ``(H, W, C)`` uint8 or uint16.
             boxes: ``(N, 4)`` x1, y1, x2, y2 in pixels.
             masks: ``(M, H, W)`` uint8 of 0 and 1.
             drawn: ``(N,)`` bool with M times True: the objects that have a mask, in their order.
@@ -139,7 +153,7 @@ class InstanceView:
         made = self._compose(image=image, bboxes=boxes, numbers=np.arange(len(boxes)), **given)
         kept = np.asarray(made["bboxes"], np.float32).reshape(-1, 4)
         numbers = np.asarray(made["numbers"], np.int64).reshape(-1)
-        view = made["image"]
+        view = _recolored(made["image"], self._colors, self._random)
         pixels = np.zeros((len(kept), *view.shape[:2]), bool)
         visible = np.ones(len(kept), bool)
         place = np.cumsum(drawn) - 1
@@ -166,10 +180,11 @@ class MaskView:
 
     Args:
         transforms: Applied in this order.
+        colors: Changes the colors afterwards; None leaves them.
     """
 
-    def __init__(self, transforms: Transforms) -> None:
-        self._random = Random()
+    def __init__(self, transforms: Transforms, colors: Step | None = MILD_COLORS) -> None:
+        self._random, self._colors = Random(), colors
         self._compose = A.Compose(list(transforms))
 
     def __call__(
@@ -178,7 +193,7 @@ class MaskView:
         """The view and its mask.
 
         Args:
-            image: ``(H, W, C)`` uint8.
+            image: ``(H, W, C)`` uint8 or uint16.
             mask: ``(H, W)`` uint8.
             seed: Seed of the run.
             epoch: Number of the epoch, from 0.
@@ -187,13 +202,13 @@ class MaskView:
         rekey(self._random, seed, epoch, index)
         _rekey(self._compose, self._random)
         made = self._compose(image=image, mask=mask)
-        return made["image"], made["mask"]
+        return _recolored(made["image"], self._colors, self._random), made["mask"]
 
 
 def box_pipeline(
-    canvas: tuple[int, int], min_crop_scale: float, upright: bool
+    canvas: tuple[int, int], min_crop_scale: float, upright: bool, fill: int = PADDING_GRAY
 ) -> list[A.BasicTransform]:
-    """A training view for detection: scale jitter (Ghiasi et al. 2021), a flip, mild colors.
+    """The geometry of a training view for detection: scale jitter (Ghiasi et al. 2021), a flip.
 
     The image is flipped, fitted into the canvas at the upper left as ``fit_into`` does in
     evaluation, then enlarged or shrunk about its own size, and moved.
@@ -204,6 +219,7 @@ def box_pipeline(
             by as much.
         upright: Whether the images have an up; without one they are flipped in both directions,
             and turned where the canvas is a square.
+        fill: Value of what lies outside the image.
     """
     height, width = canvas
     zoom = min_crop_scale**-0.5
@@ -213,23 +229,22 @@ def box_pipeline(
     return [
         *turn,
         A.LongestMaxSize(max_size_hw=canvas, area_for_downscale="image"),
-        A.PadIfNeeded(height, width, position="top_left", fill=PADDING_GRAY),
+        A.PadIfNeeded(height, width, position="top_left", fill=fill),
         A.Affine(
             scale=(1 / zoom, zoom),
             balanced_scale=True,
             keep_ratio=True,
             translate_percent=(-0.1, 0.1),
-            fill=PADDING_GRAY,
+            fill=fill,
             p=1.0 if min_crop_scale < 1 else 0.0,
         ),
-        _mild_colors(),
     ]
 
 
 def mask_pipeline(
     size: int, min_crop_scale: float, upright: bool, own_scale: bool = False
 ) -> list[A.BasicTransform]:
-    """A training view for segmentation: a random crop, a flip, mild colors.
+    """The geometry of a training view for segmentation: a random crop, a flip.
 
     The crop lies inside the image, so no pixel of the mask is made up.
 
@@ -252,9 +267,4 @@ def mask_pipeline(
         )
     # OpenCV's plain nearest neighbor is up to half a pixel off
     crop.mask_interpolation = cv2.INTER_NEAREST_EXACT
-    return [crop, A.HorizontalFlip() if upright else A.D4(), _mild_colors()]
-
-
-def _mild_colors() -> A.BasicTransform:
-    """Color jitter that is weaker than in pre-training, because colors may tell the class."""
-    return A.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.02, p=0.8)
+    return [crop, A.HorizontalFlip() if upright else A.D4()]

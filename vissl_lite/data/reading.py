@@ -9,8 +9,9 @@ import logging
 import os
 import stat
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import NamedTuple
@@ -33,10 +34,15 @@ _OPENCV_PIXELS = 1 << 30
 # have, and some more: what else is in a file, such as the video of a phone's moving picture.
 _BYTES_PER_PIXEL, _OTHER_BYTES = 16, 64 << 20
 
+# Loggers of the libraries that decode images.
+_DECODER_LOGGERS = ("PIL", "tifffile", "pydicom", "nibabel.global")
+
 # Files that can't be read which are named one by one.
 NAMED = 20
 
 _max_pixels = MAX_PIXELS
+
+_slice_axis: int | None = None
 
 # What the system lacks counts as no flag. A terminal must not become this process's own.
 _FLAGS = os.O_RDONLY
@@ -80,37 +86,68 @@ def max_pixels() -> int:
     return _max_pixels
 
 
+def max_bytes() -> int:
+    """The maximum number of bytes of an image file, and of what may be decompressed from one."""
+    return _BYTES_PER_PIXEL * _max_pixels + _OTHER_BYTES
+
+
+def slice_along(axis: int | None) -> None:
+    """Set the axis of the slices of volumes in this process, which paths such as ``a.nii#5`` mean.
+
+    ``WorkerLoader`` gives it to its data workers.
+
+    Args:
+        axis: 0 from left to right, 1 from back to front, 2 upwards; None for the one along which
+            the slices of a volume are farthest apart.
+    """
+    global _slice_axis
+    _slice_axis = axis
+
+
+def slice_axis() -> int | None:
+    """The axis of the slices of volumes; see ``slice_along``."""
+    return _slice_axis
+
+
 @contextmanager
 def pixel_limit() -> Iterator[None]:
-    """Restore the limits of ``limit_pixels`` after a block."""
+    """Restore the settings of ``limit_pixels`` and ``slice_along`` after a block."""
     global _max_pixels
-    before, pillows = _max_pixels, Image.MAX_IMAGE_PIXELS
+    before, pillows, axis = _max_pixels, Image.MAX_IMAGE_PIXELS, _slice_axis
     try:
         yield
     finally:
         _max_pixels, Image.MAX_IMAGE_PIXELS = before, pillows
+        slice_along(axis)
 
 
 def silence_decoders() -> Callable[[], None]:
-    """Keep Pillow and OpenCV from printing messages about broken images, which are logged here.
+    """Keep decoders from printing messages about broken images, which are logged here.
 
     OpenCV is left alone where it is not loaded, and where ``OPENCV_LOG_LEVEL`` is set.
 
     Returns:
         What undoes it.
     """
-    pillow = logging.getLogger("PIL")
-    level = pillow.level
-    pillow.setLevel(logging.CRITICAL)
+    loggers = [logging.getLogger(name) for name in _DECODER_LOGGERS]
+    levels = [one.level for one in loggers]
+    for one in loggers:
+        one.setLevel(logging.CRITICAL + 1)
+    before = list(warnings.filters)
+    warnings.filterwarnings("ignore", module=r"(pydicom|nibabel|tifffile)\b")
+    added = [one for one in warnings.filters if one not in before]
     opencv = sys.modules.get("cv2")
-    if opencv is None or "OPENCV_LOG_LEVEL" in os.environ:
-        return lambda: pillow.setLevel(level)
-    logs = opencv.utils.logging
-    before = logs.setLogLevel(logs.LOG_LEVEL_SILENT)
+    logs = None if "OPENCV_LOG_LEVEL" in os.environ or opencv is None else opencv.utils.logging
+    opencv_level = logs and logs.setLogLevel(logs.LOG_LEVEL_SILENT)
 
     def restore() -> None:
-        pillow.setLevel(level)
-        logs.setLogLevel(before)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        for one in added:
+            with suppress(ValueError):
+                warnings.filters.remove(one)  # type: ignore[attr-defined]
+        if logs is not None:
+            logs.setLogLevel(opencv_level)
 
     return restore
 
@@ -174,7 +211,7 @@ def read_regular(path: str | Path, largest: int | None = None) -> bytes:
     try:
         most, why = largest, ""
         if most is None:
-            most = _BYTES_PER_PIXEL * _max_pixels + _OTHER_BYTES
+            most = max_bytes()
             why = f" for --max_pixels {_max_pixels}"
         if size > most:
             raise ValueError(f"{path}: {size} bytes, more than the {most}{why}")

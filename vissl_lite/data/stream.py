@@ -17,9 +17,10 @@ from torch.utils.data import Dataset, Sampler
 
 from vissl_lite.data.cache import ImageCache, decode_down_sized
 from vissl_lite.data.fingerprints import Fingerprints, fingerprint, fingerprints_of
-from vissl_lite.data.images import BROKEN_IMAGE, decode_reduced
+from vissl_lite.data.image_reader import PHOTOGRAPHS, ImageReader
+from vissl_lite.data.images import BROKEN_IMAGE, decode_image, read_content
 from vissl_lite.data.path_list import PathList
-from vissl_lite.data.reading import Broken, printable, read_regular, reason
+from vissl_lite.data.reading import Broken, printable, reason
 from vissl_lite.data.views import Views
 from vissl_lite.data.workers import WorkerLoader
 from vissl_lite.errors import UserError
@@ -57,7 +58,7 @@ class Batch(NamedTuple):
     """A batch of a training step.
 
     Attributes:
-        views: One ``(B, C, H, W)`` uint8 tensor per view, channels last in memory.
+        views: One ``(B, C, H, W)`` tensor per view, uint8 or uint16, channels last in memory.
         indices: ``(B,)`` int64, the images' numbers in the data set.
         broken: Images that could not be read and gave way to their successors.
         targets: Targets of the images, such as boxes; empty if there are none.
@@ -223,13 +224,19 @@ class ViewDataset(KeyedDataset):
         seed: Seed of the run.
         cache: Keeps what has been decoded; without one, every epoch decodes each image, as small as
             the crops that it draws allow.
+        reader: How the images are read.
     """
 
     def __init__(
-        self, paths: Sequence[str], views: Views, seed: int, cache: ImageCache | None = None
+        self,
+        paths: Sequence[str],
+        views: Views,
+        seed: int,
+        cache: ImageCache | None = None,
+        reader: ImageReader = PHOTOGRAPHS,
     ) -> None:
         super().__init__(paths, seed)
-        self.views, self.cache = views, cache
+        self.views, self.cache, self.reader = views, cache, reader
 
     def item(self, epoch: int, index: int) -> Item:
         """All views of one image."""
@@ -237,9 +244,10 @@ class ViewDataset(KeyedDataset):
         taken = None
         if kept is None or epoch == 0:
             path = self.paths[index]
-            data = read_regular(path)
+            data = read_content(path)
             kept = kept or self._decode(data, path, epoch, index)
-            taken = fingerprint(data, kept[0]) if epoch == 0 else None
+            if epoch == 0:
+                taken = take_fingerprint(data, path, kept[0], self.reader)
         image, whole = kept
         views = self.views(image, self.seed, epoch, index, whole)
         return Item(views, index, [], fingerprint=taken)
@@ -247,13 +255,26 @@ class ViewDataset(KeyedDataset):
     def _decode(
         self, data: bytes, path: str, epoch: int, index: int
     ) -> tuple[np.ndarray, tuple[int, int]]:
-        """``(h, w, 3)`` uint8, and height and width of the whole image."""
+        """``(h, w, C)``, and height and width of the whole image."""
         key = self.seed, epoch, index
         if self.cache is None:
-            return decode_reduced(data, path, lambda h, w: self.views.times(h, w, *key))
-        image, whole = decode_down_sized(data, path, self.cache.plan.shortest)
+            return self.reader.decode_reduced(data, path, lambda h, w: self.views.times(h, w, *key))
+        image, whole = decode_down_sized(data, path, self.cache.plan.shortest, self.reader)
         self.cache.put(index, image, whole)
         return image, whole
+
+
+def take_fingerprint(data: bytes, path: str, image: np.ndarray, reader: ImageReader) -> np.ndarray:
+    """Fingerprint of an image that is read for training; see ``fingerprint``.
+
+    Args:
+        data: Content of the file or frame.
+        path: The file.
+        image: What the reader makes of it. Bands are decoded again as they are shown, so that
+            fingerprints do not depend on the reader.
+        reader: How the image is read.
+    """
+    return fingerprint(data, image if reader.bands is None else decode_image(data, path))
 
 
 class StreamSampler(Sampler[list[Key]]):
@@ -307,7 +328,7 @@ class StreamSampler(Sampler[list[Key]]):
 
 
 def collate(items: Sequence[Item]) -> Batch:
-    """Join items to a batch; images stay uint8 and channels last."""
+    """Join items to a batch; images stay integers and channels last."""
     views = [
         torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
         for arrays in zip(*(item.views for item in items), strict=True)

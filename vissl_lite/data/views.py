@@ -148,6 +148,11 @@ def random_crop(size: int, smallest: float, largest: float = 1.0) -> RandomResiz
     return RandomResizedCrop((size, size), (smallest, max(smallest, largest)))
 
 
+def padding_value(dtype: np.dtype[np.generic]) -> int:
+    """The value of ``PADDING_GRAY`` in images of 8 or of 16 bits."""
+    return PADDING_GRAY * (1 if dtype == np.uint8 else 257)
+
+
 def check_crop_scale(smallest: float) -> None:
     """Check the smallest fraction of an image's area in a crop.
 

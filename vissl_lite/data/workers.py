@@ -18,7 +18,13 @@ import cv2
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from vissl_lite.data.reading import limit_pixels, max_pixels, silence_decoders
+from vissl_lite.data.reading import (
+    limit_pixels,
+    max_pixels,
+    silence_decoders,
+    slice_along,
+    slice_axis,
+)
 from vissl_lite.data.worker_log import WorkerLog
 from vissl_lite.errors import UserError
 from vissl_lite.faults import worker_ended
@@ -62,7 +68,9 @@ class WorkerLoader(Generic[T]):
             num_workers=workers,
             collate_fn=_Sender(collate),
             worker_init_fn=(
-                partial(start_worker, most=max_pixels(), lines=WorkerLog()) if workers else None
+                partial(start_worker, most=max_pixels(), axis=slice_axis(), lines=WorkerLog())
+                if workers
+                else None
             ),
             **options,
         )
@@ -160,7 +168,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(one)
 
 
-def start_worker(worker: int, most: int, lines: WorkerLog) -> None:
+def start_worker(worker: int, most: int, axis: int | None, lines: WorkerLog) -> None:
     """Initialize a data worker: one OpenCV thread, signals left to the main process.
 
     (A lower priority made training slower.)
@@ -168,10 +176,12 @@ def start_worker(worker: int, most: int, lines: WorkerLog) -> None:
     Args:
         worker: Number of the worker.
         most: Pixels that an image may have, of which a worker that is started anew knows nothing.
+        axis: Axis of the slices of volumes, likewise.
         lines: Takes what it logs.
     """
     lines.attach()
     limit_pixels(most)
+    slice_along(axis)
     silence_decoders()
     sys.excepthook = _report
     cv2.setNumThreads(0)

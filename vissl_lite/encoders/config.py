@@ -13,6 +13,7 @@ from typing import Any
 import timm
 import torch
 
+from vissl_lite.data.image_reader import ImageReader
 from vissl_lite.data.json_file import read_json
 from vissl_lite.encoders.encoder import first_line
 from vissl_lite.errors import UserError
@@ -28,8 +29,8 @@ LARGEST_SIDE = 4096
 # Maximum of widths, channels and so on, so that products of several still fit int64
 _LARGEST_WIDTH = 2**20
 
-# Images are decoded to RGB.
-_CHANNELS = 3
+# Maximum number of channels of images
+_MOST_CHANNELS = 4096
 
 # Maximum memory of a model, for example with position tables: this many bytes plus this multiple of
 # the size of its weights file
@@ -75,7 +76,8 @@ def read_model_config(file: Path) -> dict[str, Any]:
         file: File in the format of timm's ``save_for_hf``.
 
     Returns:
-        ``architecture``, ``num_classes``, ``pretrained_cfg`` and ``model_args``; if present also
+        ``architecture``, ``num_classes``, ``pretrained_cfg``, ``model_args`` and ``reader`` (an
+        ``ImageReader``); if present also
         ``num_features``, ``label_names`` (a list) and ``vissl_lite`` (a mapping).
 
     Raises:
@@ -115,7 +117,12 @@ def _checked(content: Any) -> dict[str, Any]:
         checked["label_names"] = checked_names(content["label_names"], "label_names")
     if "vissl_lite" in content:
         checked["vissl_lite"] = _mapping(content["vissl_lite"], "vissl_lite")
-    return checked
+    about = _mapping(content.get("vissl_lite") or {}, "vissl_lite")
+    images = _mapping(about.get("images") or {}, "images")
+    reader = ImageReader.from_dict(images, saved["mean"], saved["std"])
+    if reader.channels != saved["input_size"][0]:
+        raise ValueError(f"images with {reader.channels} bands do not fit input_size")
+    return {**checked, "reader": reader}
 
 
 def checked_names(value: Any, what: str) -> list[str]:
@@ -125,10 +132,13 @@ def checked_names(value: Any, what: str) -> list[str]:
     return value
 
 
-def checked_statistics(mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def checked_statistics(
+    mean: Any, std: Any, channels: int = 3
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Validate the mean and standard deviation per channel, for values in [0, 1].
 
     Args:
+        channels: Number of channels.
         mean: List of one number in [0, 1] per channel.
         std: Likewise, from 0.001 to 10: no real deviation is above 0.5, but 1 is in use.
 
@@ -137,17 +147,18 @@ def checked_statistics(mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[fl
     """
     found = []
     for what, values, least, most in (("mean", mean, 0.0, 1.0), ("std", std, 1e-3, 10.0)):
-        if not isinstance(values, list) or len(values) != _CHANNELS:
-            raise TypeError(f"{what} is not a list of {_CHANNELS} numbers: {_shown(values)}")
+        if not isinstance(values, list) or len(values) != channels:
+            raise TypeError(f"{what} is not a list of {channels} numbers: {_shown(values)}")
         found.append(tuple(_number(value, what, least, most) for value in values))
     return found[0], found[1]
 
 
 def _check_description(saved: dict[str, Any]) -> None:
-    checked_statistics(saved["mean"], saved["std"])
     size = saved["input_size"]
-    if not isinstance(size, list) or len(size) != 3 or size[0] != _CHANNELS:
-        raise ValueError(f"input_size is not [{_CHANNELS}, height, width]: {_shown(size)}")
+    if not isinstance(size, list) or len(size) != 3:
+        raise ValueError(f"input_size is not [channels, height, width]: {_shown(size)}")
+    channels = _whole(size[0], "input_size", 1, _MOST_CHANNELS)
+    checked_statistics(saved["mean"], saved["std"], channels)
     for side in size[1:]:
         _whole(side, "input_size", 1, LARGEST_SIDE)
     for key in ("interpolation", "crop_mode", "license", "tag"):

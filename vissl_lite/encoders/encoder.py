@@ -1,5 +1,6 @@
 """Encoder: a timm backbone with weights, the output of pre-training and input of evaluation."""
 
+import logging
 import math
 import os
 import socket
@@ -11,8 +12,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from vissl_lite.data.image_reader import PHOTOGRAPHS, ImageReader
 from vissl_lite.encoders import backbones as _registers_small_image_resnets  # noqa: F401
 from vissl_lite.errors import UserError, WeightsUnavailableError, did_you_mean
+
+log = logging.getLogger(__name__)
 
 
 class Encoder(nn.Module):
@@ -22,6 +26,7 @@ class Encoder(nn.Module):
         model: The timm model, created with ``num_classes=0``.
         model_args: Arguments besides the name that ``timm.create_model`` needs to rebuild it.
         image_size: Side of the input images in pixels.
+        reader: How its images are read.
 
     Attributes:
         model: The timm model. ``model.state_dict()`` uses timm's names, as on disk.
@@ -31,9 +36,16 @@ class Encoder(nn.Module):
         scale, shift: ``(1, C, 1, 1)`` buffers: normalized = raw * scale + shift; see ``normalize``.
     """
 
-    def __init__(self, model: nn.Module, model_args: dict[str, Any], image_size: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        model_args: dict[str, Any],
+        image_size: int,
+        reader: ImageReader = PHOTOGRAPHS,
+    ) -> None:
         super().__init__()
         self.model: Any = model
+        self.reader = reader
         self.model_args = model_args
         self.image_size = image_size
         timm_model: Any = model
@@ -44,7 +56,7 @@ class Encoder(nn.Module):
         self.std: tuple[float, ...] = tuple(config["std"])
         self.scale: Tensor
         self.shift: Tensor
-        scale = 1 / (255 * torch.tensor(self.std))
+        scale = 1 / (reader.max_value * torch.tensor(self.std))
         shift = -torch.tensor(self.mean) / torch.tensor(self.std)
         self.register_buffer("scale", scale.view(1, -1, 1, 1), persistent=False)
         self.register_buffer("shift", shift.view(1, -1, 1, 1), persistent=False)
@@ -106,7 +118,8 @@ class Encoder(nn.Module):
         """Normalize a batch of raw images for the backbone.
 
         Args:
-            images: ``(B, C, H, W)`` uint8 images on the encoder's device.
+            images: ``(B, C, H, W)`` images from ``reader``, uint8 or uint16, on the encoder's
+                device.
 
         Returns:
             ``(B, C, H, W)`` images in the encoder's floating-point type and the memory format of
@@ -115,16 +128,18 @@ class Encoder(nn.Module):
         return torch.addcmul(self.shift, images.to(self.scale.dtype), self.scale)
 
     def denormalize(self, images: Tensor) -> Tensor:
-        """Undo ``normalize``.
+        """Turn normalized images into pictures.
 
         Args:
             images: ``(B, C, H, W)`` normalized images. NaN is replaced by 0.
 
         Returns:
-            ``(B, C, H, W)`` uint8 images.
+            ``(B, 3, H, W)`` uint8 images; of bands those that ``ImageReader.picture`` shows.
         """
         values = (images.float() - self.shift) / self.scale
-        return values.nan_to_num(0.0).clamp(0, 255).round().to(torch.uint8)
+        values = values.nan_to_num(0.0) * (255 / self.reader.max_value)
+        shown = self.reader.picture_bands()
+        return values[:, shown].clamp(0, 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute pooled features.
@@ -259,7 +274,10 @@ def _exact_if_tiny(images: Tensor) -> AbstractContextManager[Any]:
 
 
 def build_encoder(
-    backbone: str, image_size: int | None = None, pretrained: bool = False
+    backbone: str,
+    image_size: int | None = None,
+    pretrained: bool = False,
+    reader: ImageReader = PHOTOGRAPHS,
 ) -> Encoder:
     """Create an encoder.
 
@@ -267,7 +285,9 @@ def build_encoder(
         backbone: Name of a timm architecture, with or without a tag (``resnet18.a1_in1k``).
         image_size: Side of the images in pixels; default: that of the backbone. Backbones whose
             weights depend on the size are built for it.
-        pretrained: Load timm's weights from the hub or its cache instead of random ones.
+        pretrained: Load timm's weights from the hub or its cache instead of random ones. To other
+            numbers of channels than three timm adapts the first convolution.
+        reader: How the images are read; the backbone gets as many channels.
 
     Raises:
         UserError: If the name is unknown, or the backbone does not support the size.
@@ -280,10 +300,11 @@ def build_encoder(
     if image_size is not None:
         size_args = {"img_size": image_size, "dynamic_img_size": True}
     model, model_args = None, size_args
+    channels = {} if reader.channels == 3 else {"in_chans": reader.channels}
     # Some backbones accept no img_size, others img_size but no dynamic_img_size.
     for model_args in (size_args, {"img_size": image_size} if size_args else {}, {}):
         try:
-            model = _create(backbone, pretrained, model_args)
+            model = _create(backbone, pretrained, {**channels, **model_args})
             break
         except TypeError as error:
             if "img_size" not in str(error) or not model_args:
@@ -291,11 +312,90 @@ def build_encoder(
         except (AssertionError, ValueError, RuntimeError) as error:
             raise UserError(f"{backbone} can't be built for {image_size} pixels: {error}") from None
     assert model is not None
+    use_reader(model, reader)
     config: Any = model.pretrained_cfg
-    encoder = Encoder(model, model_args, int(config["input_size"][-1]))
+    encoder = Encoder(model, {**channels, **model_args}, int(config["input_size"][-1]), reader)
     if image_size is not None:
         encoder.use_image_size(image_size)
     return encoder
+
+
+def use_reader(model: nn.Module, reader: ImageReader) -> None:
+    """Record the channels, means and standard deviations of bands in the config of a timm model.
+
+    Args:
+        model: The timm model.
+        reader: How its images are read; photographs leave the config as it is.
+    """
+    if reader.bands is not None:
+        timm_model: Any = model
+        config = dict(timm_model.pretrained_cfg)
+        size = (reader.channels, *config["input_size"][1:])
+        timm_model.pretrained_cfg = {
+            **config, "input_size": size, "mean": reader.mean, "std": reader.std
+        }  # fmt: skip
+
+
+def adapt_encoder(encoder: Encoder, reader: ImageReader) -> Encoder:
+    """A copy of an encoder for images with other bands.
+
+    The first convolution gets as many input channels. A band that the encoder knows by name keeps
+    its weights, another one gets their mean over the bands; all are scaled by the ratio of the
+    numbers of bands, so that the sum over bands has the same size as before. Statistics of the
+    normalization are those of the reader.
+
+    Args:
+        encoder: Left as it is.
+        reader: How the images are read.
+
+    Raises:
+        UserError: The first convolution of the backbone is not known.
+    """
+    before, old = encoder.reader, encoder.model
+    args = {name: value for name, value in encoder.model_args.items() if name != "in_chans"}
+    if reader.channels != 3:
+        args["in_chans"] = reader.channels
+    model: Any = timm.create_model(encoder.backbone, num_classes=0, **args)
+    state = old.state_dict()
+    if reader.channels != before.channels:
+        first = model.pretrained_cfg.get("first_conv")
+        names = [first] if isinstance(first, str) else list(first or ())
+        if not names or any(f"{name}.weight" not in state for name in names):
+            raise UserError(
+                f"{encoder.backbone} can't be adapted from {before.channels} to {reader.channels} "
+                f"bands: timm does not say which its first convolution is"
+            )
+        for name in names:
+            state[f"{name}.weight"] = _adapt_weight(state[f"{name}.weight"], before, reader)
+    use_reader(model, reader)
+    if reader.bands is None:
+        model.pretrained_cfg = {**model.pretrained_cfg, "mean": _MEAN, "std": _STD}
+    model.load_state_dict(state)
+    kept = sum(name in before.names for name in reader.names)
+    log.info(
+        "The encoder for %d bands is adapted to %d: %s",
+        before.channels,
+        reader.channels,
+        "its weights are the same, the normalization is another"
+        if reader.channels == before.channels
+        else f"{kept} keep the weights of their names, {reader.channels - kept} get the mean",
+    )
+    return Encoder(model, args, encoder.image_size, reader)
+
+
+# Mean and standard deviation of photographs (ImageNet), where the bands of an encoder had others.
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def _adapt_weight(weight: Tensor, before: ImageReader, after: ImageReader) -> Tensor:
+    """``(O, C, h, w)`` weights of the first convolution for other bands; see ``adapt_encoder``."""
+    places = {name: index for index, name in enumerate(before.names)}
+    mean = weight.mean(dim=1)
+    bands = [
+        weight[:, places[name]] if name in places else mean
+        for name in after.names or ("",) * after.channels
+    ]
+    return torch.stack(bands, dim=1) * (weight.shape[1] / after.channels)
 
 
 def first_line(error: Exception) -> str:

@@ -6,6 +6,7 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vissl_lite.data.atomic_file import atomic_write
+from vissl_lite.data.formats import split_path
+from vissl_lite.data.image_reader import PHOTOGRAPHS
+from vissl_lite.data.image_survey import NO_SETTINGS, ImageSettings, survey
 from vissl_lite.encoders.config import (
     BUILD_ERRORS,
     ENCODER_CONFIG,
@@ -22,7 +26,7 @@ from vissl_lite.encoders.config import (
     draw_up,
     read_model_config,
 )
-from vissl_lite.encoders.encoder import Encoder, build_encoder, first_line
+from vissl_lite.encoders.encoder import Encoder, adapt_encoder, build_encoder, first_line
 from vissl_lite.errors import UserError, check_count
 
 log = logging.getLogger(__name__)
@@ -40,22 +44,24 @@ def save_encoder(encoder: Encoder, folder: Path, about: dict[str, Any]) -> None:
         folder: Destination folder; created if missing.
         about: How it was trained; written under ``vissl_lite`` in ``config.json``.
     """
-    save_model(encoder.model, folder, encoder.model_args, encoder.image_size, {"vissl_lite": about})
+    save_model(encoder, folder, about)
 
 
 def save_model(
-    model: Any, folder: Path, model_args: dict[str, Any], image_size: int, extra: dict[str, Any]
+    encoder: Encoder, folder: Path, about: dict[str, Any], label_names: Sequence[str] = ()
 ) -> None:
     """Write a timm model as a folder that timm can load; each file is written atomically.
 
     Args:
-        model: The timm model.
+        encoder: Encoder of the model, which may have got a classifier.
         folder: Destination folder; created if missing.
-        model_args: Arguments besides the name that ``timm.create_model`` needs.
-        image_size: Side of the images in pixels.
-        extra: Additional keys of ``config.json``.
+        about: How it was trained; written under ``vissl_lite`` in ``config.json``, together with
+            how images are read.
+        label_names: Names of the classes of its classifier.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    model, image_size = encoder.model, encoder.image_size
+    images = encoder.reader.as_dict()
     config = dict(model.pretrained_cfg)
     channels = config["input_size"][0]
     kept = ("mean", "std", "interpolation", "first_conv", "classifier", "license")
@@ -72,8 +78,9 @@ def save_model(
             "crop_mode": "center",
             "num_classes": model.num_classes,
         },
-        "model_args": model_args,
-        **extra,
+        "model_args": encoder.model_args,
+        **({"label_names": list(label_names)} if label_names else {}),
+        "vissl_lite": {**about, **({"images": images} if images else {})},
     }
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     with atomic_write(folder / WEIGHTS) as part:
@@ -82,7 +89,12 @@ def save_model(
         part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def load_encoder(source: str | Path, image_size: int | None = None) -> Encoder:
+def load_encoder(
+    source: str | Path,
+    image_size: int | None = None,
+    paths: Sequence[str] = (),
+    settings: ImageSettings = NO_SETTINGS,
+) -> Encoder:
     """Load an encoder.
 
     Args:
@@ -90,13 +102,17 @@ def load_encoder(source: str | Path, image_size: int | None = None) -> Encoder:
             ``random:NAME`` (untrained; reproducible through ``torch.manual_seed``).
         image_size: Side of the images in pixels for ``timm:`` and ``random:``; default: that of
             the backbone. Ignored for folders, which record their size.
+        paths: Images that it is used on. An encoder of photographs is adapted to images that are
+            none; those of bands keep their reader, unless ``settings`` name another.
+        settings: What the user says of the images.
 
     Raises:
         UserError: If there is no encoder, it is damaged, or its training has diverged.
     """
     kind, _, name = str(source).partition(":")
     if name and kind in ("timm", "random"):
-        return build_encoder(name, image_size, pretrained=kind == "timm")
+        reader = survey(paths, settings) if paths else PHOTOGRAPHS
+        return build_encoder(name, image_size, kind == "timm", reader)
     folder = Path(source)
     if not folder.exists():
         raise UserError(
@@ -104,39 +120,70 @@ def load_encoder(source: str | Path, image_size: int | None = None) -> Encoder:
         )
     for inside in (folder, folder / "encoder"):
         if (inside / ENCODER_CONFIG).is_file():
-            model, config = load_model(inside, num_classes=0)
-            return Encoder(model, config["model_args"], config["pretrained_cfg"]["input_size"][-1])
+            return use_on(load_model(inside, num_classes=0)[0], paths, settings)
     raise UserError(
         f"{source} holds no encoder: neither {ENCODER_CONFIG} nor encoder/{ENCODER_CONFIG} is there"
     )
 
 
-def encoder_for(source: str, image_size: int | None) -> Encoder:
-    """Load an encoder for use on labeled images.
+def use_on(encoder: Encoder, paths: Sequence[str], settings: ImageSettings) -> Encoder:
+    """An encoder for images, adapted to their bands where it does not fit them.
+
+    Args:
+        encoder: Returned as it is where it fits.
+        paths: Images; none for any.
+        settings: What the user says of them.
+    """
+    known, axis = encoder.reader, settings.axis
+    if not paths:
+        return encoder
+    if known.bands is not None and not settings.chosen().keys() - {"axis"}:
+        slices = any(split_path(path)[1] is not None for path in paths)
+        if slices and known.axis is not None and axis != known.axis:
+            raise UserError(
+                f"the encoder was trained on slices along axis {known.axis} of volumes: give "
+                f"--axis {known.axis}"
+            )
+        encoder.reader = known if axis is None else replace(known, axis=axis)
+        return encoder
+    reader = survey(paths, settings)
+    return encoder if reader == encoder.reader else adapt_encoder(encoder, reader)
+
+
+def encoder_for(
+    source: str,
+    image_size: int | None,
+    paths: Sequence[str] = (),
+    settings: ImageSettings = NO_SETTINGS,
+) -> Encoder:
+    """Load an encoder for use on images.
 
     Args:
         source: A run, an encoder folder, ``timm:NAME`` or ``random:NAME``.
         image_size: Side of the images in pixels; default: that of the encoder.
+        paths: Images that it is used on, those to train on first.
+        settings: What the user says of them.
 
     Raises:
-        UserError: If there is no such encoder, or it does not support the size.
+        UserError: If there is no such encoder, or it supports neither the size nor the images.
     """
     check_count("image_size", image_size)
-    encoder = load_encoder(source, image_size)
+    encoder = load_encoder(source, image_size, paths, settings)
     if image_size is not None:
         encoder.use_image_size(image_size)
     return encoder
 
 
-def load_model(folder: Path, num_classes: int | None = None) -> tuple[Any, dict[str, Any]]:
-    """Build a timm model from its folder and load its weights.
+def load_model(folder: Path, num_classes: int | None = None) -> tuple[Encoder, dict[str, Any]]:
+    """Build an encoder, perhaps with a classifier, from its folder and load its weights.
 
     Args:
         folder: Folder with ``config.json`` and ``model.safetensors``.
         num_classes: 0 to leave out the classifier; default: the number in the folder.
 
     Returns:
-        The model, with the folder's ``pretrained_cfg``, and the content of ``config.json``.
+        The encoder, whose model has the folder's ``pretrained_cfg``, and the content of
+        ``config.json``.
 
     Raises:
         UserError: If the folder is damaged or its weights belong to another architecture.
@@ -157,7 +204,8 @@ def load_model(folder: Path, num_classes: int | None = None) -> tuple[Any, dict[
     if classes == 0 and has_classes:
         weights = _without_classifier(weights, model)
     _load(model, weights, str(folder), name)
-    return model, config
+    size = config["pretrained_cfg"]["input_size"][-1]
+    return Encoder(model, config["model_args"], size, config["reader"]), config
 
 
 def check_finite(module: nn.Module, source: str) -> None:

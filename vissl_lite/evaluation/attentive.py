@@ -338,9 +338,8 @@ def _for_tokens(
     return run_in_batches(
         encoder,
         lambda images: [encoder.tokens(images)],
-        encoder.normalize,
+        encoder,
         paths,
-        encoder.image_size,
         on_batch,
         progress,
     )

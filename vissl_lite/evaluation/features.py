@@ -35,7 +35,5 @@ def extract(
             return [last]
         return [last, *(stage.float().mean(dim=(2, 3)) for stage in encoder.stages(images))]
 
-    outputs, good = predict_images(
-        encoder, compute, encoder.normalize, paths, encoder.image_size, progress
-    )
+    outputs, good = predict_images(encoder, compute, encoder, paths, progress)
     return {name: out.numpy() for name, out in zip(names, outputs, strict=True)}, good

@@ -22,6 +22,7 @@ from vissl_lite.inference import inference_mode
 from vissl_lite.training.schedule import Schedule
 from vissl_lite.training.stream import StreamData
 from vissl_lite.transfer.classification.data import LabelledImages, Part
+from vissl_lite.transfer.sources.groups import group_names
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +106,7 @@ class EncoderMetrics:
             fewest = fewest._replace(train=max(fewest.train, of_classes))
         self.most = ImageCounts(len(self._unlabelled), len(self._train), len(self._val))
         self.fewest = fewest.at_most(self.most)
+        self._groups = {} if labelled is None else labelled.reading.groups
         self._seed, self._upright = seed, upright
         self.seconds_per_image = 0.0
 
@@ -141,7 +143,7 @@ class EncoderMetrics:
         size = encoder.image_size
         crop = distorted_crop(size, MIN_CROP_SCALE, upright=self._upright)
         views = Views([crop, crop], crop_decode_size(size, MIN_CROP_SCALE))
-        images = ViewDataset(paths, views, self._seed)
+        images = ViewDataset(paths, views, self._seed, reader=encoder.reader)
         features: list[list[Tensor]] = [[], []]
         seconds = 0.0
         with inference_mode(encoder) as device:
@@ -160,7 +162,8 @@ class EncoderMetrics:
         """Accuracies of kNN and a linear probe on validation images."""
         x_train, self._train = _extract(encoder, self._train, counts.train)
         x_val, self._val = _extract(encoder, self._val, counts.val)
-        train = LabelledFeatures({"last": x_train}, self._train.labels[: len(x_train)])
+        groups = group_names(self._train.paths[: len(x_train)], self._groups)
+        train = LabelledFeatures({"last": x_train}, self._train.labels[: len(x_train)], groups)
         val = LabelledFeatures({"last": x_val}, self._val.labels[: len(x_val)])
         accuracies = {"knn": evaluate_features("knn", train, val).accuracy}
         # a fit to features that are not finite, or to one class, would fail

@@ -28,10 +28,13 @@ class LabelledFeatures:
     Attributes:
         by_layer: ``(N, D)`` float32 by layer; ``last`` is the encoder's output.
         labels: ``(N,)`` class indices.
+        groups: ``(N,)`` group of each image, such as its patient; None for images that are all
+            apart.
     """
 
     by_layer: dict[str, np.ndarray]
     labels: np.ndarray
+    groups: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -70,6 +73,7 @@ def extract_part(
     part: Part,
     layers: bool = False,
     progress: Callable[[int], None] | None = None,
+    groups: np.ndarray | None = None,
 ) -> LabelledFeatures:
     """Features of one part of a labelled data set, without the images that can't be read.
 
@@ -78,6 +82,7 @@ def extract_part(
         part: Images and their classes; may be empty.
         layers: Also extract the features of every stage.
         progress: Called with the number of images done since the last call.
+        groups: Group of each image; see ``LabelledDataset.groups``.
 
     Raises:
         UserError: None of the images can be read, or the features are not finite numbers.
@@ -86,7 +91,8 @@ def extract_part(
         return NO_FEATURES
     by_layer, good = extract(encoder, part.paths, layers, progress)
     check_outputs(by_layer.values(), f"some of the {len(part.paths)} images")
-    return LabelledFeatures(by_layer, part.labels[good])
+    groups = None if groups is None else groups[good]
+    return LabelledFeatures(by_layer, part.labels[good], groups)
 
 
 def evaluate_features(
@@ -99,7 +105,8 @@ def evaluate_features(
 ) -> ProbeScore:
     """Fit a probe to training images, and score it on test images.
 
-    The linear probe chooses its penalty by cross-validation of the training images. Test labels are
+    The linear probe chooses its penalty by cross-validation of the training images, over groups if
+    there are any. Test labels are
     only used to count.
 
     Args:
@@ -120,7 +127,8 @@ def evaluate_features(
                 "the training images that can be read are of one class only: a linear probe needs "
                 "two or more"
             )
-        head, chosen = fit_linear(x_train, y_train, int(max(y_train.max(), y_test.max())) + 1)
+        classes = int(max(y_train.max(), y_test.max())) + 1
+        head, chosen = fit_linear(x_train, y_train, classes, groups=train.groups)
         penalty = {} if chosen is None else {"penalty": chosen.penalty}
         return score_predictions(head.logits(x_test).argmax(axis=1), y_test, penalty)
     return score_predictions(knn_predict(x_train, y_train, x_test, k, temperature), y_test, {})

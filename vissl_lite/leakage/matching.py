@@ -60,11 +60,13 @@ class Leaks:
             which are harmless: pre-training often uses all images but the test part, unlabeled.
         left_out: Files to exclude, by part; empty unless the policy is ``exclude``.
         broken: Unreadable files and the reasons, by part. They are also logged.
+        groups: Number of groups, such as patients, with images in several parts.
     """
 
     found: list[Leak]
     left_out: dict[str, set[str]]
     broken: dict[str, dict[str, str]]
+    groups: int = 0
 
     @property
     def count(self) -> int:
@@ -79,7 +81,11 @@ class Leaks:
     def figures(self) -> dict[str, Any]:
         """Numbers of leaks and excluded images for ``results.json``."""
         gone = {part: len(paths) for part, paths in self.left_out.items()}
-        return {"leaks": self.count, **({"leaks_left_out": gone} if any(gone.values()) else {})}
+        return {
+            "leaks": self.count,
+            **({"leaking_groups": self.groups} if self.groups else {}),
+            **({"leaks_left_out": gone} if any(gone.values()) else {}),
+        }
 
     def write(self, folder: Path) -> None:
         """Write ``leaks.csv`` to a run folder if there are leaks."""

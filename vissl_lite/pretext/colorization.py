@@ -266,10 +266,10 @@ class Colorization(PretextTask):
         min_crop_scale: float = 0.3,
     ) -> None:
         super().__init__(encoder)
-        if len(encoder.mean) != 3:
+        if encoder.reader.bands is not None:
             raise UserError(
-                f"the pretext colorization needs images of 3 channels: {encoder.backbone} takes "
-                f"{len(encoder.mean)}"
+                "the pretext colorization needs photographs of 8-bit color, and these images have "
+                "bands: take another one, such as simclr, mae or spark"
             )
         if not 0 < uniform <= 1:
             raise UserError(f"--pretext.uniform {uniform} is not a share above 0, at most 1")

@@ -130,10 +130,10 @@ class RelativePatch(PretextTask):
         super().__init__(encoder)
         if color not in ("drop", "project", "keep"):
             raise UserError(f"--pretext.color {color} is unknown: give drop, project or keep")
-        if color == "project" and len(encoder.mean) != 3:
+        if color == "project" and encoder.reader.bands is not None:
             raise UserError(
-                f"--pretext.color project needs images of 3 channels, {encoder.backbone} takes "
-                f"{len(encoder.mean)}: give drop or keep"
+                "--pretext.color project needs photographs of 8-bit color, and these images have "
+                "bands: give drop or keep"
             )
         check_sizes(hidden_size=hidden_size)
         side = patch_side(encoder, patch_size, 3 / 7, "patch_size")

@@ -45,7 +45,7 @@ def add_pretext(
         seed: Seed that selects the images.
     """
     try:
-        draw_views(paths, views, seed, run / "views.png")
+        draw_views(paths, views, seed, run / "views.png", task.encoder.reader)
         shown = visualization_of(task, paths, views, seed)
         if shown is not None:
             plot_grid(shown.rows, run / "pretext.png", shown.columns)

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from vissl_lite.encoders.config import ENCODER_CONFIG, read_model_config
 from vissl_lite.errors import UserError
 from vissl_lite.evaluation.embedding import ImageMap
 from vissl_lite.options import flatten
@@ -60,6 +61,7 @@ def write_report(folder: Path) -> Path:
     blocks = [
         *results,
         *_labelled(run),
+        *_bands(run),
         *pictures(run, frozenset(replaced)),
         *predicted(run),
         *_map(run),
@@ -231,6 +233,24 @@ def _labelled(run: RunFolder) -> list[Block]:
     except (LookupError, TypeError, AttributeError, ValueError):
         run.unreadable.append("The summary of the labelled data is damaged and left out.")
         return []
+
+
+def _bands(run: RunFolder) -> list[Block]:
+    """Return a table of the bands of the images and their value ranges, as the encoder has them."""
+    for folder in ("encoder", "model", "model/encoder"):
+        if not run.has(f"{folder}/{ENCODER_CONFIG}"):
+            continue
+        try:
+            reader = read_model_config(run.folder / folder / ENCODER_CONFIG)["reader"]
+        except UserError:
+            run.unreadable.append(f"{folder}/{ENCODER_CONFIG} is damaged and left out.")
+            return []
+        if reader.bands is None:
+            return []
+        table = render("table", columns=list(reader.COLUMNS), rows=reader.rows())
+        note = f"{reader.summary()} Mean and standard deviation are those of scaled values, 0 to 1."
+        return [Block("Bands", table, note)]
+    return []
 
 
 def _curves(run: RunFolder) -> list[Block]:

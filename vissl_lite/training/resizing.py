@@ -36,20 +36,22 @@ def shrink(views: Tensor, share: float, encoder: Encoder) -> Tensor:
     They are shrunk on the device: how far the run is by then, no data worker can know.
 
     Args:
-        views: ``(B, C, S, S)`` uint8.
+        views: ``(B, C, S, S)`` uint8 or uint16.
         share: Fraction of the side, in (0, 1].
         encoder: Gives the nearest size that it can take.
 
     Returns:
-        ``(B, C, s, s)`` uint8.
+        ``(B, C, s, s)`` of the same type.
     """
     size = min(encoder.fitting_size(views.shape[-1] * share), views.shape[-1])
     if size == views.shape[-1]:
         return views
-    if views.device.type == "cpu":  # bytes are fast there, and on other devices not to be had
+    if (
+        views.device.type == "cpu" and views.dtype == torch.uint8
+    ):  # bytes are fast there, and on other devices not to be had
         return F.interpolate(views, size=(size, size), mode="bilinear", antialias=True)
     small = F.interpolate(views.float(), size=(size, size), mode="bilinear", antialias=True)
-    return small.round().to(torch.uint8)
+    return small.round().to(views.dtype)
 
 
 class ProgressiveResizing(Callback):

@@ -22,6 +22,7 @@ from vissl_lite.transfer.exporting import ExportModel
 from vissl_lite.transfer.finetuning import TransferSettings
 from vissl_lite.transfer.options import TaskOptions
 from vissl_lite.transfer.prediction import Predictions
+from vissl_lite.transfer.sources.groups import Record, group_names
 from vissl_lite.transfer.sources.parts import PARTS, Split, take_share
 from vissl_lite.transfer.sources.reading_log import ReadingLog
 
@@ -52,6 +53,14 @@ class LabelledDataset(ABC):
     def paths(self, part: Split) -> list[str]:
         """The image files of a part."""
 
+    def groups(self, part: Split) -> np.ndarray | None:
+        """The group of each image of a part, such as its patient, which no split divides.
+
+        Returns:
+            ``(N,)`` str; None if all images are apart.
+        """
+        return group_names(self.paths(part), self.reading.groups)
+
     @abstractmethod
     def class_counts(self, part: Split) -> np.ndarray:
         """Number of labels of each class in a part, ``(K,)`` int64."""
@@ -73,7 +82,7 @@ class LabelledDataset(ABC):
         A smaller amount is always contained in a larger one of the same seed.
 
         Args:
-            fraction: Share in (0, 1]; None takes all.
+            fraction: Share in (0, 1], in whole groups; None takes all.
             shots: Labels per class, instead, where each image has one class.
             seed: Seed of the choice.
 
@@ -109,7 +118,8 @@ class LabelledDataset(ABC):
             seed: Seed of the division.
 
         Returns:
-            The copies; the data set itself if such a division is not needed for its kind of labels.
+            The copies, fewer where there are fewer groups; the data set itself if such a division
+            is not needed for its kind of labels, or not possible.
         """
         return [self]
 
@@ -165,15 +175,12 @@ class LabelledDataset(ABC):
 
     def identity(self) -> list[str]:
         """Strings that identify the images and parts of the data set."""
-        return [f"{part} {path}" for part in PARTS for path in self.paths(part)]
-
-
-class Record(Protocol):
-    """An image and its label."""
-
-    @property
-    def path(self) -> str:
-        """The image file."""
+        groups = self.reading.groups
+        return [
+            f"{part} {path}{f' of {groups[path]}' if path in groups else ''}"
+            for part in PARTS
+            for path in self.paths(part)
+        ]
 
 
 RecordT = TypeVar("RecordT", bound=Record)
@@ -217,8 +224,13 @@ class ListDataset(LabelledDataset, Generic[RecordT]):
             )
         if fraction is None:
             return self
-        train, val = (take_share(part, fraction, seed) for part in (self.train, self.val))
-        return replace(self, train=train, val=val)
+        made: tuple[Split, ...] = ("train", "val")
+        return self.take(
+            {
+                part: take_share(len(self.part(part)), fraction, seed, self.groups(part))
+                for part in made
+            }
+        )
 
 
 class TrainedModel(Protocol):

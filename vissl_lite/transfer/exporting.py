@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
+from vissl_lite.data.image_reader import ImageReader
 from vissl_lite.data.images import resize_and_crop
 from vissl_lite.encoders.config import ENCODER_CONFIG
 from vissl_lite.encoders.encoder import Encoder
@@ -29,7 +31,8 @@ class ExportModel:
     """A model from decoded images to predictions.
 
     Attributes:
-        layers: Normalization, the model, and the last step: from ``(B, 3, H, W)`` uint8.
+        layers: ``Normalization``, the model, and the last step: from ``(B, C, H, W)``, see
+            ``blank``.
         task: ``encoder``, or the name of the task.
         outputs: The names of what comes out.
         image_size: Height and width in pixels.
@@ -54,16 +57,42 @@ class ExportModel:
     preparation: str | None = None
     translations: dict[Any, Callable[..., Any]] = field(default_factory=dict)
 
+    @property
+    def reader(self) -> ImageReader:
+        """How the images of the model are read."""
+        first = self.layers[0]
+        assert isinstance(first, Normalization)
+        return first.encoder.reader
+
+    def blank(self, batch: int, height: int, width: int) -> Tensor:
+        """Images of zeros as the model takes them, see ``ImageReader.to_units``."""
+        dtype = torch.uint8 if self.reader.bands is None else torch.float32
+        return torch.zeros(batch, self.reader.channels, height, width, dtype=dtype)
+
 
 class Normalization(nn.Module):
-    """``Encoder.normalize`` as the first layer of an exported network."""
+    """``Encoder.normalize`` as the first layer of an exported network.
+
+    Bands are in the units of the files, and scaled first; see ``ImageReader.to_units``.
+    """
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder
+        self.low: Tensor
+        self.width: Tensor
+        reader = encoder.reader
+        low, high = (torch.tensor(ends).view(1, -1, 1, 1) for ends in (reader.low, reader.high))
+        self.register_buffer("low", low, persistent=False)
+        self.register_buffer("width", high - low, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """``(B, C, H, W)`` uint8 to what the backbone takes."""
+        """``(B, C, H, W)`` to what the backbone takes."""
+        reader = self.encoder.reader
+        if reader.bands is not None:
+            if reader.scope == "dataset":
+                images = (images - self.low) / self.width
+            images = images.clamp(0, 1) * reader.max_value
         return self.encoder.normalize(images)
 
 

@@ -82,7 +82,7 @@ class TransferSettings:
         frozen: Train the head alone, on the encoder as it is.
         epochs: None for as many as make 1,000 steps, at least 10.
         seconds: Time budget of all trainings together, instead of a number of epochs.
-        batch_size: None for the task's own, or a twelfth of the images, at least 8, where they are few.
+        batch_size: None for the task's own, or where images are few a twelfth of them, at least 8.
         optimizer: Name, peak learning rate, weight decay, layer-wise decay, largest gradient.
         warmup: Share of the training in which the learning rate rises.
         min_crop_scale: Smallest share of the image's area in a training view.

@@ -23,6 +23,11 @@ class SourceOptions(TaskOptions):
     """Folder of the images that a table names. Default: the folder of the table."""
     test_fold: str | None = None
     """Value of the column fold of a table whose rows are the test part."""
+    group_by: str | None = None
+    """Regular expression on the path of an image below the data folder. Images for which its first
+    group (or, without one, all that it matches) is the same, such as those of a patient, stay
+    together in all splits. Default: by the column group or patient_id of a table, or by the volume
+    of slices."""
 
 
 # Everything by its usual name.

@@ -24,6 +24,23 @@ log = logging.getLogger(__name__)
 MAX_NAME_BYTES = 255 - 9
 
 
+def file_name(name: str) -> str:
+    """The name of the PNG file for an image: its own with ``.png``.
+
+    One that would be too long for a file system is cut, and gets a hash of the whole in its place.
+
+    Args:
+        name: Name of the image file.
+    """
+    whole = os.fsencode(name)
+    if len(whole) <= MAX_NAME_BYTES:
+        return f"{name}.png"
+    digest = blake2b(whole, digest_size=8).hexdigest()
+    # A character must not be cut in the middle of its UTF-8 bytes.
+    start = whole[: MAX_NAME_BYTES - len(digest) - 1].decode("utf-8", "ignore")
+    return f"{start}-{digest}.png"
+
+
 @dataclass(frozen=True)
 class Predictions:
     """Images to predict for, and the output folder.
@@ -47,10 +64,16 @@ class Predictions:
         """The innermost folder that holds all images."""
         return os.path.commonpath([os.path.dirname(os.path.abspath(p)) for p in self.paths])
 
-    def place(self, path: str, kind: str) -> Path:
-        """Path of the picture for an image: below ``kind``, in subfolders like the image's."""
+    def place(self, path: str, kind: str, name: Callable[[str], str] = file_name) -> Path:
+        """Path of the output for an image: below ``kind``, in subfolders like the image's.
+
+        Args:
+            path: The image file.
+            kind: Folder in the run.
+            name: Function from the name of the image to that of the output; default a PNG.
+        """
         inside = Path(os.path.relpath(os.path.abspath(path), self.common))
-        file = self.run / kind / inside.parent / file_name(inside.name)
+        file = self.run / kind / inside.parent / name(inside.name)
         file.parent.mkdir(parents=True, exist_ok=True)
         return file
 
@@ -68,23 +91,6 @@ class Predictions:
                 return
             with atomic_write(self.place(path, "pictures")) as part:
                 Image.fromarray(drawn(image)).save(part, "PNG")
-
-
-def file_name(name: str) -> str:
-    """The name of the PNG file for an image: its own with ``.png``.
-
-    One that would be too long for a file system is cut, and gets a hash of the whole in its place.
-
-    Args:
-        name: Name of the image file.
-    """
-    whole = os.fsencode(name)
-    if len(whole) <= MAX_NAME_BYTES:
-        return f"{name}.png"
-    digest = blake2b(whole, digest_size=8).hexdigest()
-    # A character must not be cut in the middle of its UTF-8 bytes.
-    start = whole[: MAX_NAME_BYTES - len(digest) - 1].decode("utf-8", "ignore")
-    return f"{start}-{digest}.png"
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from vissl_lite.transfer.base import LabelledDataset
 from vissl_lite.transfer.sources.parts import PARTS
 
@@ -20,14 +22,16 @@ def summarize(data: LabelledDataset) -> dict[str, Any]:
 
     Returns:
         The content of its ``ReadingLog``, ``num_classes``, and ``parts``: for each part ``images``,
-        ``from`` (where it comes from) and ``classes`` (number of labels by class).
+        ``groups`` (number of groups, 0 if there are none), ``from`` (where it comes from) and
+        ``classes`` (number of labels by class).
     """
     parts = {}
     for part in PARTS:
-        counts = data.class_counts(part).tolist()
+        counts, groups = data.class_counts(part).tolist(), data.groups(part)
         by_class = dict(zip(data.classes[:MAX_CLASSES], counts, strict=False))
         parts[part] = {
             "images": len(data.paths(part)),
+            "groups": 0 if groups is None else len(np.unique(groups)),
             "from": data.reading.origins.get(part, ""),
             "classes": by_class,
         }
@@ -45,13 +49,16 @@ def rows_of(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         labels = ", ".join(words) + (
             f", and {more} more class{'es' * (more > 1)}" if more > 0 else ""
         )
-        rows.append((title, f"{one['images']:,}", one["from"], labels if one["images"] else ""))
+        groups = one.get("groups", 0)
+        images = f"{one['images']:,}" + (f" in {groups:,} group{'s' * (groups > 1)}" * (groups > 0))
+        rows.append((title, images, one["from"], labels if one["images"] else ""))
     return rows
 
 
 def title_of(summary: Mapping[str, Any]) -> str:
-    """The source, the layout, and where the labels come from, in one line."""
+    """The source, the layout, and where the labels and groups come from, in one line."""
     label = f", label: {summary['label']}" if summary["label"] else ""
+    label += f", groups: {summary['grouped_by']}" if summary.get("grouped_by") else ""
     classes = summary["num_classes"]
     words = f"{classes} class{'es' if classes != 1 else ''}"
     return f"{summary['source']}: {summary['layout'] or 'labelled images'}{label}; {words}"

@@ -281,7 +281,7 @@ def make_files(folder: Path, *names: str) -> Path:
             "give --task segmentation; or .* --label_regex .* such as a, b",
         ),
         (["a.jpg", "b.jpg"], "put the images of each class into a folder, or give a .csv file"),
-        (["a.dcm", "b.dcm", "c"], "no images that can be read, but 2 .dcm, 1 without ending"),
+        (["a.czi", "b.czi", "c"], "no images that can be read, but 2 .czi, 1 without ending"),
         ([], "no images that can be read, but no files"),
         (["val/a/1.jpg", "test/a/1.jpg"], "has no training images, only val and test"),
     ],
@@ -347,10 +347,10 @@ def test_imbalance_is_warned_of(tmp_path: Path) -> None:
 
 def test_many_unread_files_are_warned_of(tmp_path: Path) -> None:
     make_class_folders(tmp_path, {"a": 3, "b": 3})
-    make_files(tmp_path, *(f"a/{i}.npy" for i in range(6)))
+    make_files(tmp_path, *(f"a/{i}.czi" for i in range(6)))
     ((code, text),) = load_labelled(tmp_path).reading.warnings
     assert code == "data.unread"
-    assert "6 .npy, beside 6 images" in text
+    assert "6 .czi, beside 6 images" in text
 
 
 @pytest.mark.parametrize(

@@ -337,5 +337,5 @@ def test_learns_several_labels_per_image(
 def test_a_model_folder_has_one_label_by_default(tmp_path: Path) -> None:
     encoder = build_encoder("test_resnet", 32)
     encoder.model.reset_classifier(2)
-    save_model(encoder.model, tmp_path, encoder.model_args, 32, {"label_names": ["a", "b"]})
+    save_model(encoder, tmp_path, {}, ["a", "b"])
     assert not load_classifier(tmp_path).multi_label

@@ -158,7 +158,7 @@ def test_views_are_resized_and_padded_as_in_evaluation(
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     turned = [np.rot90(one, turns) for one in (image, image[:, ::-1]) for turns in range(4)]
     fitted = [fit_into(one, canvas) for one in turned]
-    view = BoxView(box_pipeline(canvas, 1.0, upright)[:-1])  # without the colors
+    view = BoxView(box_pipeline(canvas, 1.0, upright), colors=None)
     box, seen = np.array([[10, 20, 30, 38]], np.float32), set()
     for index in range(12):
         made, (found,), _ = view(image, box, np.array([0]), 0, 0, index)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vissl_lite.data.formats.common import ARRAY_SUFFIXES, FRAME_SUFFIX
 from vissl_lite.data.images import EXTENSIONS
 from vissl_lite.data.reading import open_regular
 from vissl_lite.data.shards.download import open_url
@@ -122,6 +123,10 @@ class Shards:
         raise BrokenShardError(whole, "it ends there")
 
 
+# Arrays beside an image of the same name are its labels or embeddings.
+_SUFFIXES = EXTENSIONS - ARRAY_SUFFIXES | {FRAME_SUFFIX}
+
+
 class ImageMembers:
     """Decide which members of a tar are images, called for each member in order.
 
@@ -137,7 +142,7 @@ class ImageMembers:
         folder, _, file = name.rpartition("/")
         stem, _, extension = file.partition(".")
         # WebDataset skips names like __meta__/ as its own metadata
-        if not stem or f".{extension.lower()}" not in EXTENSIONS or re.match(r"__[^/]*__/", name):
+        if not stem or f".{extension.lower()}" not in _SUFFIXES or re.match(r"__[^/]*__/", name):
             return False
         key = f"{folder}/{stem}"
         if key == self._key:  # Another image of the same sample

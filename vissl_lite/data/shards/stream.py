@@ -25,10 +25,11 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vissl_lite.data.fingerprints import EXACT_BYTES, LOOK_BYTES, Fingerprints, fingerprint
-from vissl_lite.data.images import BROKEN_IMAGE, decode_image, decode_reduced
+from vissl_lite.data.image_reader import PHOTOGRAPHS, ImageReader
+from vissl_lite.data.images import BROKEN_IMAGE, decode_image
 from vissl_lite.data.reading import Broken, reason
 from vissl_lite.data.shards.source import BrokenShardError, Shards
-from vissl_lite.data.stream import Batch, Item, Lost, Source, collate
+from vissl_lite.data.stream import Batch, Item, Lost, Source, collate, take_fingerprint
 from vissl_lite.data.views import Views
 from vissl_lite.data.workers import WorkerLoader
 from vissl_lite.errors import UserError
@@ -139,6 +140,7 @@ class ShardStream(IterableDataset[Batch]):
         start: Index of the first batch; resuming is exact for the same ``world`` and workers.
         rank: Rank of this process.
         world: Number of processes.
+        reader: How the images are read.
     """
 
     def __init__(
@@ -151,8 +153,9 @@ class ShardStream(IterableDataset[Batch]):
         start: int = 0,
         rank: int = 0,
         world: int = 1,
+        reader: ImageReader = PHOTOGRAPHS,
     ) -> None:
-        self.shards, self.views, self.seed = shards, views, seed
+        self.shards, self.views, self.seed, self.reader = shards, views, seed, reader
         self.share, self.epochs, self.start, self.rank = batch_size // world, epochs, start, rank
         self.per_epoch = len(shards) // batch_size
         images = WINDOW_BYTES / shards.image_bytes if shards.image_bytes else DEFAULT_WINDOW
@@ -215,7 +218,7 @@ class ShardStream(IterableDataset[Batch]):
                 ahead.append(next(found))
             one = ahead[len(broken)]
             try:
-                item = _item(one, self.views, self.seed, epoch)
+                item = _item(one, self.views, self.seed, epoch, self.reader)
                 ahead.popleft()
                 return item._replace(broken=broken)
             except BROKEN_IMAGE as error:
@@ -224,11 +227,13 @@ class ShardStream(IterableDataset[Batch]):
                     raise
 
 
-def _item(found: Found, views: Views, seed: int, epoch: int) -> Item:
+def _item(found: Found, views: Views, seed: int, epoch: int, reader: ImageReader) -> Item:
     """Item of an image, as ``ViewDataset`` returns it; raises the errors of decoding."""
     key = seed, epoch, found.number
-    image, whole = decode_reduced(found.data, found.name, lambda h, w: views.times(h, w, *key))
-    taken = fingerprint(found.data, image) if epoch == 0 else None
+    image, whole = reader.decode_reduced(
+        found.data, found.name, lambda h, w: views.times(h, w, *key)
+    )
+    taken = take_fingerprint(found.data, found.name, image, reader) if epoch == 0 else None
     return Item(views(image, *key, whole), found.number, [], fingerprint=taken, name=found.name)
 
 
@@ -239,10 +244,13 @@ class ShardSource(Source):
         shards: Shards with the images.
         views: Augmentations.
         seed: Seed of the run.
+        reader: How the images are read.
     """
 
-    def __init__(self, shards: Shards, views: Views, seed: int) -> None:
-        self.shards, self.views, self.seed = shards, views, seed
+    def __init__(
+        self, shards: Shards, views: Views, seed: int, reader: ImageReader = PHOTOGRAPHS
+    ) -> None:
+        self.shards, self.views, self.seed, self.reader = shards, views, seed, reader
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -253,7 +261,7 @@ class ShardSource(Source):
             numbers = self.shards.starts[shard] + np.arange(self.shards.counts[shard])
             for found in read_images(self.shards, numbers, lost):
                 try:
-                    return _item(found, self.views, self.seed, 0)
+                    return _item(found, self.views, self.seed, 0, self.reader)
                 except BROKEN_IMAGE as error:
                     why = why or str(error)
         raise _unreadable(self.shards, why or lost[0])
@@ -271,7 +279,17 @@ class ShardSource(Source):
     ) -> WorkerLoader[Batch]:
         assert weights is None, "shards are read from front to back"
         return WorkerLoader(
-            ShardStream(self.shards, self.views, self.seed, batch_size, epochs, start, rank, world),
+            ShardStream(
+                self.shards,
+                self.views,
+                self.seed,
+                batch_size,
+                epochs,
+                start,
+                rank,
+                world,
+                self.reader,
+            ),
             _identity,  # Batches are collated by the stream
             workers,
             batch_size=None,

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from vissl_lite.data.images import BROKEN_IMAGE, read_image
+from vissl_lite.data.image_reader import PHOTOGRAPHS, ImageReader
+from vissl_lite.data.images import BROKEN_IMAGE
 from vissl_lite.data.stream import Item, ViewDataset, collate
 from vissl_lite.data.views import Views
 from vissl_lite.encoders.encoder import Encoder
@@ -36,7 +37,7 @@ def visualization_of(
     Returns:
         The visualization; None if the task has none, or if no image can be read.
     """
-    items = _readable_items(paths, views, seed, NUM_VISUALIZED)
+    items = _readable_items(paths, views, seed, NUM_VISUALIZED, task.encoder.reader)
     if not items:
         return None
     with inference_mode(task) as device:
@@ -47,7 +48,13 @@ def visualization_of(
             return task.visualize([task.encoder.normalize(view) for view in raw])
 
 
-def draw_views(paths: Sequence[str], views: Views, seed: int, file: Path) -> None:
+def draw_views(
+    paths: Sequence[str],
+    views: Views,
+    seed: int,
+    file: Path,
+    reader: ImageReader = PHOTOGRAPHS,
+) -> None:
     """Draw a few images and their views in the first epoch of a run with this seed.
 
     Args:
@@ -55,15 +62,19 @@ def draw_views(paths: Sequence[str], views: Views, seed: int, file: Path) -> Non
         views: Views of the task.
         seed: Seed of the run.
         file: PNG file to write; not written if no image can be read.
+        reader: How the images are read.
     """
-    items = _readable_items(paths, views, seed, NUM_VIEWED)
+    items = _readable_items(paths, views, seed, NUM_VIEWED, reader)
     if items:
-        images = [read_image(paths[item.number], views.shortest) for item in items]
-        plot_views(images, [item.views for item in items], file)
+        images = [reader.picture(reader.read(paths[item.number], views.shortest)) for item in items]
+        pictures = [[reader.picture(view) for view in item.views] for item in items]
+        plot_views(images, pictures, file)
 
 
-def _readable_items(paths: Sequence[str], views: Views, seed: int, count: int) -> list[Item]:
-    dataset = ViewDataset(paths, views, seed)
+def _readable_items(
+    paths: Sequence[str], views: Views, seed: int, count: int, reader: ImageReader
+) -> list[Item]:
+    dataset = ViewDataset(paths, views, seed, reader=reader)
     tries = min(MAX_TRIES, len(paths))
     items: list[Item] = []
     for index in np.random.default_rng(seed).choice(len(paths), tries, replace=False):

@@ -20,11 +20,13 @@ from vissl_lite.transfer.classification.tables import (
     SEPARATORS,
 )
 from vissl_lite.transfer.sources.file_tree import MASK_FOLDERS
+from vissl_lite.transfer.sources.groups import find_groups, group_names
 from vissl_lite.transfer.sources.opening import unpacked
 from vissl_lite.transfer.sources.parts import (
     PARTS,
     Split,
     complete_parts,
+    draw_groups,
     fold_numbers,
     part_of_file,
     part_of_name,
@@ -33,6 +35,7 @@ from vissl_lite.transfer.sources.parts import (
     take_share,
 )
 from vissl_lite.transfer.sources.reading_log import ReadingLog
+from vissl_lite.transfer.sources.tables import group_column
 
 # Cells of a table of images and classes, eight bytes each.
 MAX_TABLE_CELLS = 2**29
@@ -86,7 +89,7 @@ class LabelledImages(LabelledDataset):
         return self.train.labels.ndim == 2
 
     def write(self, file: Path) -> None:
-        """Write the splits to a CSV file that ``--data`` accepts.
+        """Write the splits, and groups if there are any, to a CSV file that ``--data`` accepts.
 
         One class an image goes into a column ``label`` (``class``, where a name would be split),
         several into a column ``labels``, or into a column for each class where that could not be
@@ -94,7 +97,8 @@ class LabelledImages(LabelledDataset):
         """
         columns = self._label_columns()
         with csv_writer(file) as rows:
-            rows.writerow(["path", *columns, "split"])
+            groups = self.reading.groups
+            rows.writerow(["path", *columns, *([group_column(columns)] if groups else []), "split"])
             for name in PARTS:
                 part: Part = getattr(self, name)
                 for path, label in zip(part.paths, part.labels, strict=True):
@@ -104,6 +108,7 @@ class LabelledImages(LabelledDataset):
                         cells = ["|".join(self.classes[i] for i in np.flatnonzero(label))]
                     else:
                         cells = label.tolist()
+                    cells += [groups.get(path, "")] if groups else []
                     rows.writerow([Path(path).absolute(), *cells, name])
 
     def write_split(self, run: Path) -> None:
@@ -139,8 +144,8 @@ class LabelledImages(LabelledDataset):
         A smaller amount is always contained in a larger one of the same seed.
 
         Args:
-            fraction: Share of each class in (0, 1]; at least one image of each. With several labels
-                an image, where no class has images to itself, share of the images.
+            fraction: Share of each class in (0, 1]; at least one image of each, or one group. With
+                several labels an image, where no class has images to itself, share of the images.
             shots: Images per class, instead.
             seed: Seed of the choice.
 
@@ -160,9 +165,11 @@ class LabelledImages(LabelledDataset):
                 f"has several labels: give --fraction"
             )
 
-        def some(part: Part) -> Part:
+        def some(part: Part, groups: np.ndarray | None) -> Part:
             if self.multi_label:
-                return part.take(np.array(take_share(range(len(part)), fraction, seed), np.int64))
+                return part.take(np.array(take_share(len(part), fraction, seed, groups), np.int64))
+            if fraction is not None and groups is not None:
+                return part.take(draw_groups(part.labels, groups, fraction, seed))
             chosen = [
                 members[
                     : shots if shots is not None else max(1, round(len(members) * (fraction or 1)))
@@ -171,7 +178,8 @@ class LabelledImages(LabelledDataset):
             ]
             return part.take(np.concatenate(chosen)) if chosen else part
 
-        return replace(self, train=some(self.train), val=some(self.val))
+        train, val = some(self.train, self.groups("train")), some(self.val, self.groups("val"))
+        return replace(self, train=train, val=val)
 
     def merged(self) -> Self:
         return replace(self, train=self._all(), val=self.train.take(np.empty(0, np.int64)))
@@ -184,7 +192,11 @@ class LabelledImages(LabelledDataset):
             if self.multi_label
             else labels
         )
-        numbers = fold_numbers(strata, count, seed)
+        groups = group_names(everything.paths, self.reading.groups)
+        numbers = fold_numbers(strata, count, seed, groups)
+        count = count if groups is None else int(numbers.max()) + 1
+        if count < 2:
+            return [self]
         return [
             replace(
                 self,
@@ -275,7 +287,8 @@ def load_labelled(
     if not os.path.exists(source):
         raise UserError(f"{brief(source)} does not exist")
     reading = ReadingLog(str(source))
-    found = find_labels(unpacked(source), options, reading)
+    opened = unpacked(source)
+    found = find_labels(opened, options, reading)
     if found.multi_label and not multi_label:
         raise UserError(
             f"{source} has several labels per image ({reading.label}): give finetune such data; "
@@ -290,7 +303,10 @@ def load_labelled(
         sets = [[numbers[name] for name in one.names] for one in images]
         return rarest_classes(sets) if found.multi_label else np.array(sets, np.int64)[:, 0]
 
-    parts = complete_parts(given, strata, not found.multi_label, seed, reading, need_test, need_val)
+    groups = find_groups([one.path for one in found.images], opened, options.group_by, reading)
+    parts = complete_parts(
+        given, strata, not found.multi_label, seed, reading, need_test, need_val, groups
+    )
     classes = _classes(reading, found, parts)
     train, val, test = (_numbered(parts[name], classes, found.multi_label) for name in PARTS)
     if need_test and len(test) == 0:

@@ -63,7 +63,11 @@ class ChosenPenalty(NamedTuple):
 
 
 def fit_linear(
-    features: np.ndarray, labels: np.ndarray, classes: int, seed: int = 0
+    features: np.ndarray,
+    labels: np.ndarray,
+    classes: int,
+    seed: int = 0,
+    groups: np.ndarray | None = None,
 ) -> tuple[LinearHead, ChosenPenalty | None]:
     """Choose the penalty by cross-validation, then fit a linear classifier to all images.
 
@@ -72,34 +76,42 @@ def fit_linear(
         labels: See ``fit_head``.
         classes: Number of classes K.
         seed: Seed of the folds.
+        groups: See ``make_folds``.
 
     Returns:
         The classifier, and the penalty with its scores; None for the default penalty, where no
         class has two images.
     """
-    folds = make_folds(labels, seed)
+    folds = make_folds(labels, seed, groups)
     chosen = choose_penalty(features, labels, classes, folds) if folds else None
     penalty = chosen.penalty if chosen else DEFAULT_PENALTY
     return fit_head(features, labels, classes, penalty), chosen
 
 
-def make_folds(labels: np.ndarray, seed: int) -> list[Fold]:
+def make_folds(labels: np.ndarray, seed: int, groups: np.ndarray | None = None) -> list[Fold]:
     """Folds of a cross-validation, stratified by class.
 
     Args:
         labels: See ``fit_head``.
         seed: Seed of the folds.
+        groups: ``(N,)`` group of each image, such as its patient; no fold divides one. None for
+            images that are all apart.
 
     Returns:
-        Up to five; one of more than 2,000 images; none where most classes have one image.
+        Up to five; one of more than 2,000 images; none where most classes have one image, or
+        images of one group only.
     """
     several = labels.ndim == 2
     strata = rarest_classes([np.flatnonzero(row).tolist() for row in labels]) if several else labels
-    count = min(MAX_FOLDS, int(np.median(np.unique(strata, return_counts=True)[1])))
+    apart = strata
+    if groups is not None:  # images of a group count once in each class
+        numbers = np.unique(groups, return_inverse=True)[1]
+        apart = np.unique(np.stack([strata, numbers], axis=1), axis=0)[:, 0]
+    count = min(MAX_FOLDS, int(np.median(np.unique(apart, return_counts=True)[1])))
     if count < 2:
         return []
-    numbers = fold_numbers(strata, MAX_FOLDS if len(labels) > MANY else count, seed)
-    held_out = range(1 if len(labels) > MANY else count)
+    numbers = fold_numbers(strata, MAX_FOLDS if len(labels) > MANY else count, seed, groups)
+    held_out = range(1 if len(labels) > MANY else int(numbers.max()) + 1)
     return [(np.flatnonzero(numbers != n), np.flatnonzero(numbers == n)) for n in held_out]
 
 

@@ -63,21 +63,17 @@ def pooled_features(classifier: Classifier, paths: Sequence[str]) -> tuple[np.nd
     def compute(images: Tensor) -> list[Tensor]:
         return [network.forward_head(network.forward_features(images), pre_logits=True)]
 
-    (features,), good = predict_images(
-        classifier, compute, encoder.normalize, paths, encoder.image_size
-    )
+    (features,), good = predict_images(classifier, compute, encoder, paths)
     return features.numpy(), good
 
 
 def class_logits(classifier: Classifier, paths: Sequence[str]) -> tuple[Tensor, np.ndarray]:
     """``(N, K)`` logits of the readable images, and ``(M,)`` bool: which of all M these are."""
-    encoder = classifier.encoder
     (logits,), good = predict_images(
         classifier,
         lambda images: [classifier(images)],
-        encoder.normalize,
+        classifier.encoder,
         paths,
-        encoder.image_size,
     )
     return logits, good
 
@@ -102,10 +98,8 @@ def save_classifier(classifier: Classifier, folder: Path, about: dict[str, Any])
         folder: Folder to write; created if it is missing.
         about: Record of the training.
     """
-    encoder = classifier.encoder
     about = {**about, "multi_label": classifier.multi_label}
-    extra = {"label_names": classifier.classes, "vissl_lite": about}
-    save_model(classifier.network, folder, encoder.model_args, encoder.image_size, extra)
+    save_model(classifier.encoder, folder, about, classifier.classes)
 
 
 def load_classifier(source: Path) -> Classifier:
@@ -120,14 +114,13 @@ def load_classifier(source: Path) -> Classifier:
     folder = model_folder(source)
     if not (folder / ENCODER_CONFIG).is_file():
         raise UserError(f"{folder} holds no classifier")
-    model, config = load_model(folder)
+    encoder, config = load_model(folder)
     names, about = config.get("label_names"), config.get("vissl_lite", {})
-    if names is None or model.num_classes != len(names):
+    if names is None or encoder.model.num_classes != len(names):
         raise UserError(f"{folder} is not a classifier: its config.json names no classes")
     multi_label = about.get("multi_label", False)
     if not isinstance(multi_label, bool):
         raise UserError(
             f"{folder / ENCODER_CONFIG} is damaged: multi_label is neither true nor false"
         )
-    encoder = Encoder(model, config["model_args"], config["pretrained_cfg"]["input_size"][-1])
     return Classifier(encoder, names, multi_label)

@@ -20,6 +20,7 @@ from vissl_lite.transfer.sources.tables import (
     ImageFinder,
     Table,
     find_images_of,
+    groups_of_rows,
     index_columns,
     is_utf8,
     normalized,
@@ -59,12 +60,13 @@ _MOSTLY = 0.9
 
 
 class _Labels(NamedTuple):
-    """The labels of the rows of a table; the rest as in ``FoundLabels``."""
+    """The labels of the rows of a table, and their column; the rest as in ``FoundLabels``."""
 
     names: list[tuple[str, ...]]
     source: str
     multi_label: bool = False
     classes: Sequence[str] = ()
+    column: str = ""
 
 
 def read_tables_of(tree: FileTree, options: LabelOptions, log: ReadingLog) -> FoundLabels:
@@ -149,6 +151,7 @@ def read_label_table(
     parts = [one or part for one in parts_of_rows(table, options, log)]
     labels = _labels(table, column, options, log)
     paths = find_images_of(table, column, parts, finder, log)
+    groups_of_rows(table, paths, {column, labels.column, *labels.classes}, log)
     images = []
     for path, names, in_part in zip(paths, labels.names, parts, strict=True):
         if path is not None and not names and not labels.multi_label:
@@ -228,15 +231,15 @@ def _read_column(table: Table, name: str, log: ReadingLog) -> _Labels:
         if not any(re.search(SEPARATORS, cell) for cell in cells) and _are_words(cells):
             separators = r"\s"
         names = [_divide(cell, separators) for cell in cells]
-        return _Labels(names, source, any(len(one) != 1 for one in names))
+        return _Labels(names, source, any(len(one) != 1 for one in names), column=name)
     divided = next((cell for cell in cells if re.search(LABEL_SEPARATORS, cell)), None)
     if kind != "label" or divided is None:
-        return _Labels([(cell,) if cell else () for cell in cells], source)
+        return _Labels([(cell,) if cell else () for cell in cells], source, column=name)
     log.note(
         f"{table.file}: {brief(repr(divided))} is read as several labels of one image; call the "
         f"column class to have names taken as they stand"
     )
-    return _Labels([_divide(cell, LABEL_SEPARATORS) for cell in cells], source, True)
+    return _Labels([_divide(cell, LABEL_SEPARATORS) for cell in cells], source, True, column=name)
 
 
 def _divide(cell: str, separators: str) -> tuple[str, ...]:

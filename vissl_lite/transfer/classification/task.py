@@ -160,9 +160,8 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
             good = run_in_batches(
                 model,
                 lambda images: [model(turn.batch(images)) for turn in predictions.turns],
-                model.encoder.normalize,
+                model.encoder,
                 predictions.paths,
-                model.encoder.image_size,
                 use,
                 predictions.advance,
             )

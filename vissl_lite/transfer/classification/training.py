@@ -227,14 +227,16 @@ def _fit_classifier(classifier: Classifier, data: LabelledImages, seed: int) -> 
     layer, encoder = classifier.network.get_classifier(), classifier.encoder
     if not isinstance(layer, nn.Linear) or layer.in_features != encoder.num_features:
         return False
-    paths, labels = data.train.paths, data.train.labels
+    paths, labels, groups = data.train.paths, data.train.labels, data.groups("train")
     if len(paths) > MAX_HEAD_IMAGES:
         chosen = np.sort(np.random.default_rng(seed).permutation(len(paths))[:MAX_HEAD_IMAGES])
         paths, labels = [paths[i] for i in chosen], labels[chosen]
+        groups = None if groups is None else groups[chosen]
     features, good = pooled_features(classifier, paths)
     if not np.isfinite(features).all() or len(np.unique(labels[good], axis=0)) < 2:
         return False
-    head, _ = fit_linear(features, labels[good], len(data.classes), seed)
+    groups = None if groups is None else groups[good]
+    head, _ = fit_linear(features, labels[good], len(data.classes), seed, groups)
     with torch.no_grad():
         layer.weight.copy_(torch.from_numpy(head.weight))
         layer.bias.copy_(torch.from_numpy(head.bias))
@@ -269,7 +271,8 @@ def train_classifier(
     training = ClassifierTraining(classifier, data, settings)
     size = classifier.encoder.image_size
     views = classifier_views(size, settings.min_crop_scale, settings.upright, settings.color)
-    dataset = ViewDataset(data.train.paths, views, settings.seed)
+    reader = classifier.encoder.reader
+    dataset = ViewDataset(data.train.paths, views, settings.seed, reader=reader)
     weights = None
     if settings.balanced:
         weights = 1 / np.bincount(data.train.labels)[data.train.labels]

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -17,10 +16,10 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
-from vissl_lite.data.images import BROKEN_IMAGE, read_image
+from vissl_lite.data.images import BROKEN_IMAGE, resize
 from vissl_lite.data.reading import reason
 from vissl_lite.data.turns import UNTURNED, Turn
-from vissl_lite.data.views import PADDING_GRAY
+from vissl_lite.data.views import padding_value
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.inference import check_outputs, inference_mode, report_broken
 from vissl_lite.transfer.detection.anchors import (
@@ -288,17 +287,16 @@ def fit_into(image: np.ndarray, canvas: tuple[int, int]) -> tuple[np.ndarray, fl
     """Resize an image to fit into a canvas, and pad it at the right and the bottom.
 
     Args:
-        image: Image ``(h, w, C)`` uint8.
+        image: Image ``(h, w, C)``, uint8 or uint16.
         canvas: Height and width in pixels.
 
     Returns:
-        The padded image ``(H, W, C)`` uint8 and the scale factor of the image.
+        The padded image ``(H, W, C)`` and the scale factor of the image.
     """
     scale = min(canvas[0] / image.shape[0], canvas[1] / image.shape[1])
     height, width = (max(1, round(side * scale)) for side in image.shape[:2])
-    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    padded = np.full((*canvas, image.shape[2]), PADDING_GRAY, np.uint8)
-    padded[:height, :width] = cv2.resize(image, (width, height), interpolation=interpolation)
+    padded = np.full((*canvas, image.shape[2]), padding_value(image.dtype), image.dtype)
+    padded[:height, :width] = resize(image, (height, width))
     return padded, scale
 
 
@@ -370,7 +368,7 @@ def detect_in_batches(
             scales: list[float] = []
             for path in batch_paths:
                 try:
-                    image = read_image(path)
+                    image = detector.encoder.reader.read(path)
                 except BROKEN_IMAGE as error:
                     faults.append(reason(error, path))
                     continue

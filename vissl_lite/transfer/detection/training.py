@@ -4,15 +4,16 @@ import copy
 from collections.abc import Sequence
 from functools import partial
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from vissl_lite.data.images import read_image
+from vissl_lite.data.image_reader import PHOTOGRAPHS, ImageReader
+from vissl_lite.data.images import resize
 from vissl_lite.data.labeled_views import BoxView, InstanceView, box_pipeline
 from vissl_lite.data.stream import Batch, Item, KeyedDataset
+from vissl_lite.data.views import padding_value
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
@@ -108,14 +109,20 @@ class BoxDataset(KeyedDataset):
         images: Images with their boxes. Ignored boxes are left out.
         canvas: Height and width of a view in pixels.
         settings: Provides ``detector``, ``min_crop_scale``, ``upright`` and ``seed``.
+        reader: How the images are read.
     """
 
     def __init__(
-        self, images: Sequence[BoxedImage], canvas: tuple[int, int], settings: DetectorSettings
+        self,
+        images: Sequence[BoxedImage],
+        canvas: tuple[int, int],
+        settings: DetectorSettings,
+        reader: ImageReader = PHOTOGRAPHS,
     ) -> None:
         super().__init__([image.path for image in images], settings.seed)
-        self.images, self.canvas = images, canvas
-        steps = box_pipeline(canvas, settings.min_crop_scale, settings.upright)
+        self.images, self.canvas, self.reader = images, canvas, reader
+        fill = padding_value(reader.dtype)
+        steps = box_pipeline(canvas, settings.min_crop_scale, settings.upright, fill)
         self.view = BoxView(steps)
         self.instances = InstanceView(steps) if settings.detector == "mask_rcnn" else None
         self.shortest = round(min(canvas) * settings.min_crop_scale**-0.5)
@@ -127,7 +134,7 @@ class BoxDataset(KeyedDataset):
         objects have a mask.
         """
         truth = self.images[index]
-        image = read_image(truth.path, self.shortest)
+        image = self.reader.read(truth.path, self.shortest)
         kept = ~truth.ignored
         if self.instances is not None:
             return self._item_with_masks(self.instances, epoch, index, image)
@@ -144,7 +151,7 @@ class BoxDataset(KeyedDataset):
         scale = min(new / old for new, old in zip(self.canvas, image.shape, strict=False))
         if scale < 1:  # as the view does first; masks of many objects are then small from the start
             height, width = (max(1, round(side * scale)) for side in image.shape[:2])
-            image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+            image = resize(image, (height, width))
         size = image.shape[0], image.shape[1]
         kept = np.flatnonzero(~truth.ignored)
         drawn = truth.has_shape[kept]
@@ -202,7 +209,7 @@ def train_detector(
     """
     batch_size = settings.batch(len(data.train), usual=8)
     task = DetectorTraining(detector, settings, batch_size)
-    dataset = BoxDataset(data.train, detector.canvas, settings)
+    dataset = BoxDataset(data.train, detector.canvas, settings, detector.encoder.reader)
     curve = partial(validate_detector, detector, data.val) if data.val else None
     train(task, detector, dataset, batch_size, settings, curve, hardware, files, title)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vissl_lite.data.headers import image_header
+from vissl_lite.data.formats import image_header
 from vissl_lite.data.images import BROKEN_IMAGE
 from vissl_lite.data.reading import reason
 from vissl_lite.data.text_file import csv_writer, read_text
@@ -36,6 +36,7 @@ from vissl_lite.transfer.segmentation.polygons import (
     with_classes,
 )
 from vissl_lite.transfer.sources.file_tree import FileTree
+from vissl_lite.transfer.sources.groups import find_groups
 from vissl_lite.transfer.sources.opening import unpacked
 from vissl_lite.transfer.sources.parts import (
     PARTS,
@@ -89,7 +90,7 @@ class LabelledMasks(ListDataset[MaskedImage]):
         self.write(run / "split.csv")
 
     def write(self, file: Path) -> None:
-        """Write the splits to a CSV file that ``load_masks`` can read again.
+        """Write the splits, and groups if there are any, to a CSV file for ``load_masks``.
 
         The class names are written to ``classes.txt`` next to it. Masks that are not files of class
         indices are written as such to ``split_masks/``.
@@ -97,10 +98,10 @@ class LabelledMasks(ListDataset[MaskedImage]):
         Raises:
             UserError: A mask can't be read.
         """
-        folder = file.with_name("split_masks")
+        folder, groups = file.with_name("split_masks"), self.reading.groups
         number = 0
         with csv_writer(file) as rows:
-            rows.writerow(["path", "mask", "split"])
+            rows.writerow(["path", "mask", *(["group"] if groups else []), "split"])
             for name in PARTS:
                 for one in self.part(name):
                     mask = Path(one.mask.file).absolute()
@@ -114,7 +115,8 @@ class LabelledMasks(ListDataset[MaskedImage]):
                             drawn = one.mask.file
                             why = reason(error, drawn)
                             raise UserError(f"the mask {drawn} can't be read ({why})") from None
-                    rows.writerow([Path(one.path).absolute(), mask, name])
+                    group = [groups.get(one.path, "")] if groups else []
+                    rows.writerow([Path(one.path).absolute(), mask, *group, name])
         text = "".join(f"{name}\n" for name in self.classes)
         file.with_name(_NAME_FILES[0]).write_text(text, encoding="utf-8")
 
@@ -187,7 +189,9 @@ def load_masks(
         images, names = _of_shapes(found, reading)
     else:
         images, names = _of_files(found, tree, folders, reading)
-    made = complete_parts(images, _rarest_classes, False, seed, reading, need_test)
+    paths = [one.path for some in images.values() for one in some]
+    groups = find_groups(paths, source, options.group_by, reading)
+    made = complete_parts(images, _rarest_classes, False, seed, reading, need_test, groups=groups)
     present = {number for one in made["train"] for number in one.classes}
     if len(present) < 2:
         raise UserError(

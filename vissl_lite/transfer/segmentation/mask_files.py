@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from vissl_lite.data.formats import split_suffix
 from vissl_lite.data.images import EXTENSIONS
 from vissl_lite.data.text_file import read_text
 from vissl_lite.errors import UserError, brief
@@ -19,6 +20,7 @@ from vissl_lite.transfer.sources.tables import (
     ImageFinder,
     Table,
     find_images_of,
+    groups_of_rows,
     parts_of_rows,
     path_column,
     read_table,
@@ -179,7 +181,7 @@ def _parse(tree: FileTree) -> list[_File]:
         if part is None:  # as in train/data/images and train/data/masks
             for name in steps[:kept]:
                 part = part_of_name(name) or part
-        stem = steps[-1].rpartition(".")[0]
+        stem = split_suffix(steps[-1])[0]
         files.append(_File(tree.absolute(path), tuple(folders), stem, part, is_mask, named))
     return files
 
@@ -379,7 +381,7 @@ def _by_stem(folder: Path) -> dict[str, str]:
     if not folder.is_dir():
         return {}
     tree = FileTree(folder)
-    return {path.rpartition(".")[0]: tree.absolute(path) for path in tree.images}
+    return {split_suffix(path)[0]: tree.absolute(path) for path in tree.images}
 
 
 # Tables
@@ -394,7 +396,7 @@ def _check_masks(table: Table, images: str, masks: str, finder: ImageFinder) -> 
     """Raise a UserError if the column of masks holds classes or the images themselves."""
     paths = {finder.find(cell) for cell in table.cells(images)} - {None}
     cells = [cell for cell in table.cells(masks) if cell]
-    named = [cell for cell in cells if os.path.splitext(cell)[1].lower() in EXTENSIONS]
+    named = [cell for cell in cells if split_suffix(cell)[1].lower() in EXTENSIONS]
     if any((path := finder.find(cell)) and path not in paths for cell in cells):
         return
     if cells and not named:
@@ -437,6 +439,7 @@ def read_csv(file: Path, options: SourceOptions, log: ReadingLog) -> Parts:
     _check_masks(table, images, masks, finder)
     named = parts_of_rows(table, options, log)
     found = [find_images_of(table, column, named, finder, log) for column in (images, masks)]
+    groups_of_rows(table, found[0], {images, masks}, log)
     parts: Parts = {}
     for image, mask, part in sorted(
         zip(*found, named, strict=True), key=lambda row: (row[0] or "", row[1] or "")

@@ -9,7 +9,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from vissl_lite.data.headers import image_header, opened_image
+from vissl_lite.data import formats
+from vissl_lite.data.formats import image_header, is_photograph_path, split_path
+from vissl_lite.data.headers import opened_image
 from vissl_lite.data.reading import check_pixels, read_regular
 from vissl_lite.errors import UserError
 from vissl_lite.transfer.sources.shapes import TURNS, Shape, draw_shape
@@ -177,20 +179,27 @@ def read_raw(path: str | Path) -> RawMask:
     """Read a mask file as it is; three equal channels are made one.
 
     Args:
-        path: Gray, palette or color image. White pixels of a 1-bit image count as 255.
+        path: Gray, palette or color image, a slice of a NIfTI volume such as ``mask.nii.gz#17``, or
+            an array of whole numbers. White pixels of a 1-bit image count as 255.
 
     Raises:
         UserError: If the mask is a JPEG, AVIF or HEIC file, or holds values that are no uint8.
         OSError, ValueError, SyntaxError: If the file is missing, broken, or has too many pixels
             (``BROKEN_IMAGE``).
     """
-    with opened_image(BytesIO(read_regular(path)), path) as image:
-        _refuse_lossy(image, path)
-        if image.mode == "CMYK":
-            image = image.convert("RGB")
-        mode, values = image.mode, np.asarray(image)
-    if mode in ("LA", "PA", "RGBA"):
-        values = values[..., :-1]
+    mode = ""
+    if split_path(path)[1] is not None or not is_photograph_path(path):
+        values = formats.read_raw(path).pixels
+        if values.dtype.kind == "f" and (values == np.rint(values)).all():
+            values = values.astype(np.int64)
+    else:
+        with opened_image(BytesIO(read_regular(path)), path) as image:
+            _refuse_lossy(image, path)
+            if image.mode == "CMYK":
+                image = image.convert("RGB")
+            mode, values = image.mode, np.asarray(image)
+        if mode in ("LA", "PA", "RGBA"):
+            values = values[..., :-1]
     if values.ndim == 3:
         first = values[..., 0]
         if all(np.array_equal(first, values[..., n]) for n in range(1, values.shape[-1])):

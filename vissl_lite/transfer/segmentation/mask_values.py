@@ -10,7 +10,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from vissl_lite.data.headers import image_size
+from vissl_lite.data.formats import image_size
 from vissl_lite.data.images import BROKEN_IMAGE
 from vissl_lite.data.reading import reason
 from vissl_lite.errors import UserError, brief

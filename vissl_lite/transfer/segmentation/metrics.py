@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from vissl_lite.data.images import BROKEN_IMAGE, read_image
+from vissl_lite.data.formats import split_path
+from vissl_lite.data.image_reader import ImageReader
+from vissl_lite.data.images import BROKEN_IMAGE
 from vissl_lite.data.reading import reason
 from vissl_lite.inference import inference_mode, report_broken
 from vissl_lite.transfer.segmentation.data import MaskedImage
@@ -32,8 +34,11 @@ class SegmentationScores:
         dice: Mean Dice coefficient of the same classes.
         accuracy: Fraction of correctly classified pixels.
         loss: Mean of the unweighted ``segmentation_loss`` over images.
-        per_class: ``iou`` and ``dice`` by class name, for the same classes.
+        per_class: ``iou`` and ``dice`` by class name, for the same classes. Of slices of volumes
+            also ``volume_dice``, the mean over volumes, and ``volume_dice_std``.
         confusion: Number of pixels ``(K, K)`` by true class (row) and predicted class (column).
+        volume_dice: Mean of ``volume_dice`` over all classes but the first, the background; None
+            if there are no volumes.
     """
 
     miou: float
@@ -42,18 +47,30 @@ class SegmentationScores:
     loss: float
     per_class: dict[str, dict[str, float]]
     confusion: np.ndarray
+    volume_dice: float | None = None
     right: None = None  # correctness is not defined per image
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The values of ``miou``, ``dice`` and ``accuracy``."""
-        return {"miou": self.miou, "dice": self.dice, "accuracy": self.accuracy}
+        """The values of ``miou``, ``dice`` and ``accuracy``, of volumes also ``volume_dice``."""
+        metrics = {"miou": self.miou, "dice": self.dice, "accuracy": self.accuracy}
+        return metrics if self.volume_dice is None else metrics | {"volume_dice": self.volume_dice}
 
 
 def score_confusion(
-    confusion: np.ndarray, classes: Sequence[str], loss: float
+    confusion: np.ndarray,
+    classes: Sequence[str],
+    loss: float,
+    volumes: Sequence[np.ndarray] = (),
 ) -> SegmentationScores:
-    """Compute metrics from the confusion matrix of a split; see ``SegmentationScores``."""
+    """Compute metrics from the confusion matrix of a split; see ``SegmentationScores``.
+
+    Args:
+        confusion: ``(K, K)`` pixels.
+        classes: K names.
+        loss: Mean loss.
+        volumes: The confusion matrix of each volume.
+    """
     right = np.diag(confusion).astype(float)
     either = confusion.sum(axis=0) + confusion.sum(
         axis=1
@@ -68,7 +85,27 @@ def score_confusion(
         for kind in ("iou", "dice")
     )
     accuracy = float(right.sum() / max(1, confusion.sum()))
-    return SegmentationScores(miou, dice, accuracy, loss, per_class, confusion)
+    volume_dice = _add_volumes(per_class, classes, volumes)
+    return SegmentationScores(miou, dice, accuracy, loss, per_class, confusion, volume_dice)
+
+
+def _add_volumes(
+    per_class: dict[str, dict[str, float]], classes: Sequence[str], volumes: Sequence[np.ndarray]
+) -> float | None:
+    """Add the Dice coefficients of volumes to those of each class; return their mean."""
+    means = []
+    for number, name in enumerate(classes):
+        found = []
+        for confusion in volumes:
+            total = confusion[number].sum() + confusion[:, number].sum()
+            if total:
+                found.append(2 * float(confusion[number, number]) / float(total))
+        if found:
+            std = float(np.std(found, ddof=1)) if len(found) > 1 else 0.0
+            per_class[name] |= {"volume_dice": float(np.mean(found)), "volume_dice_std": std}
+            if number:
+                means.append(float(np.mean(found)))
+    return float(np.mean(means)) if means else None
 
 
 def score_segmenter(
@@ -88,15 +125,18 @@ def score_segmenter(
     """
     classes = segmenter.classes
     confusion = np.zeros((len(classes), len(classes)), np.int64)
+    volumes: dict[str, np.ndarray] = {}
     losses: list[float] = []
     faults: list[str | None] = []
     with inference_mode(segmenter) as device:
-        for pairs in _read(part):
+        for pairs in _read(part, segmenter.encoder.reader):
+            paths = [one.path for one in part[len(faults) : len(faults) + len(pairs)]]
+            good = [p for p, pair in zip(paths, pairs, strict=True) if not isinstance(pair, str)]
             faults += [pair if isinstance(pair, str) else None for pair in pairs]
             found = [pair for pair in pairs if not isinstance(pair, str)]
             images = [image for image, _ in found]
             probabilities = segment_all(segmenter, images, device)
-            for (_, mask), one in zip(found, probabilities, strict=True):
+            for path, (_, mask), one in zip(good, found, probabilities, strict=True):
                 target = torch.from_numpy(mask).to(device).long()
                 logits = resize_probabilities(one, *mask.shape).clamp_min(1e-8).log()
                 losses.append(float(segmentation_loss(logits[None], target[None])))
@@ -108,20 +148,23 @@ def score_segmenter(
                     validate_args=False,
                 )
                 confusion += counts.cpu().numpy()
+                file, frame = split_path(path)
+                if frame is not None:
+                    volumes[file] = volumes.get(file, 0) + counts.cpu().numpy()
             if progress is not None:
                 progress(len(pairs))
     report_broken([one.path for one in part], faults)
-    return score_confusion(confusion, classes, float(np.mean(losses)))
+    return score_confusion(confusion, classes, float(np.mean(losses)), list(volumes.values()))
 
 
 def _read(
-    part: Sequence[MaskedImage],
+    part: Sequence[MaskedImage], reader: ImageReader
 ) -> Iterator[list[tuple[np.ndarray, np.ndarray] | str]]:
     """Yield batches of images and masks, or of the reason why they can't be read."""
 
     def read(one: MaskedImage) -> tuple[np.ndarray, np.ndarray] | str:
         try:
-            image = read_image(one.path)
+            image = reader.read(one.path)
         except BROKEN_IMAGE as error:
             return reason(error, one.path)
         try:

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from vissl_lite.data.images import resize
 from vissl_lite.data.turns import UNTURNED, Turn
 from vissl_lite.data.views import OWN_SCALE_RATIO
 from vissl_lite.encoders.encoder import Encoder
@@ -187,8 +187,7 @@ def _resize(image: np.ndarray, size: int) -> np.ndarray:
     # limit the longer side of thin images; their shorter side is stretched to ``size`` below
     scale = min(size / min(image.shape[:2]), MAX_ENLARGED_SIDE * size / max(image.shape[:2]))
     height, width = (max(size, round(side * scale)) for side in image.shape[:2])
-    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    return np.asarray(cv2.resize(image, (width, height), interpolation=interpolation))
+    return resize(image, (height, width))
 
 
 def segment_all(
@@ -198,7 +197,7 @@ def segment_all(
 
     Args:
         segmenter: Segmenter on the device, in ``inference_mode``.
-        images: Images ``(H, W, C)`` uint8 of any sizes.
+        images: Images ``(H, W, C)`` of any sizes, read by the reader of the encoder.
         device: Device of the segmenter and of the results.
 
     Returns:
@@ -250,7 +249,7 @@ def segment(
 
     Args:
         segmenter: Segmenter. It is moved to the accelerator, if there is one, and back afterwards.
-        image: Image ``(H, W, C)`` uint8.
+        image: Image ``(H, W, C)``, read by the reader of the encoder.
         turns: Flips and turns of the image; their probabilities are turned back and averaged.
 
     Returns:

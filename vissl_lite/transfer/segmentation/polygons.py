@@ -160,6 +160,7 @@ def _read_coco(contents: _Contents, tree: FileTree, log: ReadingLog) -> Drawn:
             if image is None:
                 log.add(MISSING_IMAGE, name)
                 continue
+            log.add_group(image, one.get("group"))
             size = (positive_number(one.get("height")), positive_number(one.get("width")))
             own = part or part_below(image, tree)
             fresh = DrawnImage(image, own, str(file), size, [])

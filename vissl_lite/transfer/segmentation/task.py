@@ -3,8 +3,9 @@
 import json
 import logging
 import os
+from collections.abc import Mapping
 from functools import partial
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from vissl_lite.data.atomic_file import atomic_write
+from vissl_lite.data.formats import file_of, split_path, write_masks
 from vissl_lite.data.images import BROKEN_IMAGE, read_image, suitable_size
 from vissl_lite.data.reading import reason
 from vissl_lite.encoders.encoder import Encoder
@@ -115,7 +117,7 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
             one = data.test[index]
             image = read_image(one.path)
             truth = one.mask.read()
-            found = segment(model, image).argmax(axis=0)
+            found = segment(model, model.encoder.reader.read(one.path)).argmax(axis=0)
             rows.append(
                 [
                     Picture(shrunk(image)),
@@ -136,34 +138,31 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
         return Picture(shrunk(draw_mask(read_image(one.path), mask, len(data.classes))), words)
 
     def predict(self, model: Segmenter, predictions: Predictions) -> tuple[Path, int]:
-        """Write a palette PNG of class indices for each image, at the size of the image."""
-        classes = len(model.classes)
-        palette = np.array(class_colors(classes), np.uint8)
-        palette[0] = 0
+        """Write a palette PNG of class indices for each image, at the size of the image.
+
+        Of the slices of a NIfTI volume a NIfTI volume is written, with its affine, and of a GeoTIFF
+        a GeoTIFF at its place.
+        """
+        reader, classes = model.encoder.reader, len(model.classes)
         faults: list[str | None] = []
         numbers = count()
+        masks: dict[str, np.ndarray] = {}  # of one file, whose slices come in a row
         with inference_mode(model):
-            for path in predictions.paths:
+            for path, following in pairwise([*predictions.paths, ""]):
                 predictions.advance(1)
                 try:
-                    image = read_image(path)
+                    image = reader.read(path)
                 except BROKEN_IMAGE as error:
                     faults.append(reason(error, path))
-                    continue
-                found = segment(model, image, predictions.turns)
-                mask = np.asarray(found.argmax(axis=0), np.uint8)
-                picture = Image.fromarray(mask)
-                picture.putpalette(palette.ravel().tolist())
-                place = predictions.place(path, "masks")
-                if place.name != f"{os.path.basename(path)}.png":
-                    log.info(
-                        "the file name is too long: the mask of %s is written to %s", path, place
-                    )
-                with atomic_write(place) as part:
-                    picture.save(part, "PNG")
-                drawn = partial(draw_mask, mask=mask, classes=classes)
-                predictions.draw(next(numbers), path, drawn)
-                faults.append(None)
+                else:
+                    faults.append(None)
+                    found = segment(model, image, predictions.turns)
+                    masks[path] = np.asarray(found.argmax(axis=0), np.uint8)
+                    drawn = partial(draw_mask, mask=masks[path], classes=classes)
+                    predictions.draw(next(numbers), path, drawn)
+                if masks and file_of(following) != file_of(path):
+                    _write_masks(masks, predictions, classes, reader.axis)
+                    masks = {}
         good = report_broken(predictions.paths, faults)
         return predictions.run / "masks", int(good.sum())
 
@@ -177,3 +176,23 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
         return ExportModel(
             layers, self.name, ("probabilities",), size, None, about, any_size=not windows
         )
+
+
+def _write_masks(
+    masks: Mapping[str, np.ndarray], predictions: Predictions, classes: int, axis: int | None
+) -> None:
+    """Write the masks of the images of one file, by path."""
+    file = file_of(next(iter(masks)))
+    by_frame = {split_path(path)[1] or 0: mask for path, mask in masks.items()}
+    if write_masks(file, by_frame, predictions.place(file, "masks", str), axis) is not None:
+        return
+    palette = np.array(class_colors(classes), np.uint8)
+    palette[0] = 0
+    for path, mask in masks.items():
+        picture = Image.fromarray(mask)
+        picture.putpalette(palette.ravel().tolist())
+        place = predictions.place(path, "masks")
+        if place.name != f"{os.path.basename(path)}.png":
+            log.info("the file name is too long: the mask of %s is written to %s", path, place)
+        with atomic_write(place) as part:
+            picture.save(part, "PNG")

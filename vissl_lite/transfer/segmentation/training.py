@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vissl_lite.data.images import BROKEN_IMAGE, read_image
+from vissl_lite.data.image_reader import PHOTOGRAPHS, ImageReader
+from vissl_lite.data.images import BROKEN_IMAGE
 from vissl_lite.data.labeled_views import MaskView, mask_pipeline
 from vissl_lite.data.reading import reason
 from vissl_lite.data.stream import Batch, Item, KeyedDataset
@@ -80,13 +81,18 @@ class MaskDataset(KeyedDataset):
         images: Images with their masks.
         size: Side of a view in pixels.
         settings: Provides ``min_crop_scale``, ``upright`` and ``seed``.
+        reader: How the images are read.
     """
 
     def __init__(
-        self, images: Sequence[MaskedImage], size: int, settings: SegmenterSettings
+        self,
+        images: Sequence[MaskedImage],
+        size: int,
+        settings: SegmenterSettings,
+        reader: ImageReader = PHOTOGRAPHS,
     ) -> None:
         super().__init__([image.path for image in images], settings.seed)
-        self.images, self.size = images, size
+        self.images, self.size, self.reader = images, size, reader
         self.resized_view, self.own_scale_view = (
             MaskView(mask_pipeline(size, settings.min_crop_scale, settings.upright, own_scale))
             for own_scale in (False, True)
@@ -95,7 +101,7 @@ class MaskDataset(KeyedDataset):
     def item(self, epoch: int, index: int) -> Item:
         """Return a view of one image, and the same view of its mask as a one-channel image."""
         one = self.images[index]
-        image, mask = read_image(one.path), one.mask.read()
+        image, mask = self.reader.read(one.path), one.mask.read()
         large = keeps_own_scale(image, self.size)
         make_view = self.own_scale_view if large else self.resized_view
         view, mask = make_view(image, mask, self.seed, epoch, index)
@@ -162,7 +168,8 @@ def train_segmenter(
     batch_size = settings.batch(len(data.train), usual=8)
     weights = weigh_classes(data, settings.class_weights)
     task = SegmenterTraining(segmenter, weights, settings, batch_size)
-    dataset = MaskDataset(data.train, segmenter.encoder.image_size, settings)
+    encoder = segmenter.encoder
+    dataset = MaskDataset(data.train, encoder.image_size, settings, encoder.reader)
     curve = partial(validate_segmenter, segmenter, data.val) if data.val else None
     train(task, segmenter, dataset, batch_size, settings, curve, hardware, files, title)
 

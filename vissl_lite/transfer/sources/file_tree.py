@@ -5,7 +5,8 @@ from collections import defaultdict
 from functools import cached_property
 from pathlib import Path
 
-from vissl_lite.data.images import EXTENSIONS, walk
+from vissl_lite.data.formats import is_image_path, split_suffix
+from vissl_lite.data.images import EXTENSIONS, expand_frames, image_names, walk
 from vissl_lite.transfer.sources.parts import Split, part_of_name, part_of_path
 
 # Usual names of the folders of images, and of those of masks or annotations, in lower case.
@@ -42,15 +43,31 @@ class FileTree:
         return [path for path in self.files if path.lower().endswith(suffixes)]
 
     @cached_property
+    def image_files(self) -> list[str]:
+        """The files that are images; see ``image_names``."""
+        folders: dict[str, list[str]] = {}
+        for path in self.files:
+            folder, _, name = path.rpartition("/")
+            folders.setdefault(folder, []).append(name)
+        chosen = {
+            f"{folder}/{name}" if folder else name
+            for folder, names in folders.items()
+            for name in image_names(os.path.join(self.folder, folder), names)
+        }
+        return [path for path in self.files if path in chosen]
+
+    @cached_property
     def images(self) -> list[str]:
-        """The image files."""
-        return self.ending(*EXTENSIONS)
+        """The images; files of several are replaced by their frames; see ``expand_frames``."""
+        start = os.path.join(self.folder, "")
+        found = expand_frames([start + path for path in self.image_files])
+        return [path.removeprefix(start) for path in found]
 
     @cached_property
     def others(self) -> list[str]:
         """The files that are not images."""
-        endings = tuple(EXTENSIONS)
-        return [path for path in self.files if not path.lower().endswith(endings)]
+        images = set(self.image_files)
+        return [path for path in self.files if path not in images]
 
     def absolute(self, path: str) -> str:
         """The path of a file of the tree."""
@@ -61,7 +78,7 @@ class FileTree:
         """Image files by stem and by ``folder/stem``."""
         images = defaultdict(list)
         for path in self.images:
-            stem = os.path.splitext(path)[0]
+            stem = split_suffix(path)[0]
             for depth in (1, 2):
                 key = "/".join(stem.split("/")[-depth:])
                 images[key].append(path)
@@ -71,7 +88,11 @@ class FileTree:
 
     def _ending(self, key: str, suffix: str) -> list[str]:
         """Image files by stem or ``folder/stem``, and by suffix if it is not empty."""
-        return [path for path in self._by_stem.get(key, ()) if path.endswith(suffix)]
+        return [
+            path
+            for path in self._by_stem.get(key, ())
+            if split_suffix(path)[1] == suffix or not suffix
+        ]
 
     @cached_property
     def _folders(self) -> set[str]:
@@ -94,15 +115,15 @@ class FileTree:
             Its path, or None if there is none, or several that are equally near.
         """
         exact = os.path.join(self.folder, name)
-        if (os.path.isabs(name) or "\\" in name) and os.path.isfile(exact):
+        if (os.path.isabs(name) or "\\" in name) and is_image_path(exact):
             return exact
         name = name.replace("\\", "/")
-        if os.path.isabs(name) and os.path.isfile(name):
+        if os.path.isabs(name) and is_image_path(name):
             return name
         parts = [part for part in name.split("/") if part not in ("", ".", "..")]
         if not parts:
             return None
-        stem, suffix = os.path.splitext(parts[-1])
+        stem, suffix = split_suffix(parts[-1])
         if suffix.lower() not in EXTENSIONS:  # a stem, in which there may be dots
             stem, suffix = parts[-1], ""
         stems = [*parts[:-1], stem]
@@ -111,7 +132,7 @@ class FileTree:
             found = self._ending(stem, suffix)
         ranked = []
         for path in found:
-            own = os.path.splitext(path)[0].split("/")
+            own = split_suffix(path)[0].split("/")
             shared = 0
             while shared < min(len(own), len(stems)) and own[-shared - 1] == stems[-shared - 1]:
                 shared += 1

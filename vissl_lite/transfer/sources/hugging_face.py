@@ -40,7 +40,7 @@ def hugging_face_files(source: Path) -> list[Path]:
         files = [*source.glob("*.arrow"), *source.glob("*/*.arrow")]
     else:
         files = [*source.glob("*.parquet"), *source.glob("data/*.parquet")]
-    return sorted(files) if files and not FileTree(source).images else []
+    return sorted(files) if files and not FileTree(source).image_files else []
 
 
 def unpack_hugging_face(source: Path, files: list[Path]) -> Path:

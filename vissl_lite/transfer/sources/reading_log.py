@@ -37,6 +37,8 @@ class ReadingLog:
         warnings: Code and sentence of what looks wrong.
         origins: Where each part (train, val, test) comes from.
         tables: Files of labels that were read.
+        groups: Group of each image file that belongs to others, such as those of a patient.
+        grouped_by: Where the groups come from, such as ``column patient_id``; may be empty.
         split: Sentence on the parts that were made because they were not given; may be empty.
         val_from_train: Whether the validation part was taken out of the training images.
     """
@@ -49,6 +51,8 @@ class ReadingLog:
     warnings: list[tuple[str, str]] = field(default_factory=list)
     origins: dict[str, str] = field(default_factory=dict)
     tables: list[str] = field(default_factory=list)
+    groups: dict[str, str] = field(default_factory=dict)
+    grouped_by: str = ""
     split: str = ""
     val_from_train: bool = False
     _first: dict[str, str] = field(default_factory=dict)
@@ -60,6 +64,11 @@ class ReadingLog:
                 log.debug("%s: %s", kind, brief(where))
             self.counts[kind] = self.counts.get(kind, 0) + int(times)
             self._first.setdefault(kind, where)
+
+    def add_group(self, image: str, group: object) -> None:
+        """Add the group of an image that COCO's format names, if it is text or a number."""
+        if isinstance(group, str | int) and str(group).strip():
+            self.groups[image], self.grouped_by = str(group).strip(), "key group"
 
     def note(self, text: str) -> None:
         """Add a sentence on how the data were read; repetitions are dropped."""
@@ -86,6 +95,8 @@ class ReadingLog:
             self.warn(code, text)
         self.origins |= other.origins
         self.tables += other.tables
+        self.groups |= other.groups
+        self.grouped_by = other.grouped_by or self.grouped_by
         self.label = other.label or self.label
 
     def left_out(self) -> list[str]:
@@ -112,6 +123,7 @@ class ReadingLog:
             "source": self.source,
             "layout": self.layout,
             "label": self.label,
+            "grouped_by": self.grouped_by,
             "split": self.split,
             "origins": dict(self.origins),
             "notes": list(self.notes),

@@ -11,6 +11,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from vissl_lite.data.formats import is_image_path, split_suffix
 from vissl_lite.data.images import EXTENSIONS
 from vissl_lite.data.text_file import read_bytes
 from vissl_lite.errors import UserError, brief
@@ -42,6 +43,11 @@ PATH_COLUMNS = tuple(
 )
 SPLIT_COLUMNS = tuple(
     "split set subset partition data_set dataset fold is_valid is_val is_test".split()
+)
+
+GROUP_COLUMNS = tuple(
+    """group group_id patient patient_id patientid subject subject_id lesion_id slide_id scene_id
+    volume_id case_id""".split()
 )
 
 _INDEX_COLUMNS = frozenset({"", "index", "unnamed_0"})
@@ -266,14 +272,14 @@ class ImageFinder:
         cell = cell.strip()
         if not cell or len(cell) > 1000 or "\0" in cell:
             return False
-        if os.path.splitext(cell)[1].lower() in EXTENSIONS:
+        if split_suffix(cell)[1].lower() in EXTENSIONS:
             return True
         return self.find(cell) is not None
 
 
 def _is_file(path: str) -> bool:
     try:
-        return os.path.isfile(path)
+        return is_image_path(path)
     except ValueError:  # it has a NUL byte
         return False
 
@@ -343,6 +349,32 @@ def find_images_of(
     for name in missing:
         log.add(MISSING_IMAGE, name or f"{table.file} (empty cell)")
     return paths
+
+
+def groups_of_rows(
+    table: Table, paths: Sequence[str | None], taken: Collection[str | None], log: ReadingLog
+) -> None:
+    """Add the groups in a column such as ``group`` or ``patient_id`` to the log, if there is one.
+
+    Args:
+        table: Table of images.
+        paths: Image of each row; None for those that are left out.
+        taken: Columns that are something else, such as the label.
+        log: Gets the group of each image whose cell is not empty.
+    """
+    names = [name for name in table.columns if name not in taken]
+    column = replace(table, columns=names).column(GROUP_COLUMNS)
+    if column is None:
+        return
+    log.grouped_by = f"column {brief(column)}"
+    for path, cell in zip(paths, table.cells(column), strict=True):
+        if path is not None and cell:
+            log.groups.setdefault(path, cell)
+
+
+def group_column(others: Collection[str]) -> str:
+    """A name for a column of groups in a table with other columns."""
+    return next(name for name in GROUP_COLUMNS if name not in map(normalized, others))
 
 
 def without_short_rows(table: Table, log: ReadingLog) -> Table:

@@ -18,6 +18,7 @@ from vissl_lite.transfer.detection.data.annotations import ImageAnnotation
 from vissl_lite.transfer.detection.data.cleaning import clean
 from vissl_lite.transfer.detection.data.discovery import read_annotations
 from vissl_lite.transfer.options import DEFAULT_SOURCE, SourceOptions
+from vissl_lite.transfer.sources.groups import find_groups
 from vissl_lite.transfer.sources.parts import PARTS, Split, complete_parts, rarest_classes
 from vissl_lite.transfer.sources.reading_log import ReadingLog
 from vissl_lite.transfer.sources.shapes import Shape, as_coco, draw_shape
@@ -119,11 +120,11 @@ class LabelledBoxes(ListDataset[BoxedImage]):
 
         Args:
             folder: Folder for ``train.json``, ``val.json`` and ``test.json``, which hold absolute
-                file names. It is created if missing.
+                file names, and groups if there are any. It is created if missing.
         """
         folder.mkdir(parents=True, exist_ok=True)
         for name in PARTS:
-            content = json.dumps(_as_coco(self.classes, getattr(self, name)))
+            content = json.dumps(_as_coco(self.classes, self.part(name), self.reading.groups))
             (folder / f"{name}.json").write_text(content, encoding="utf-8")
 
 
@@ -198,7 +199,8 @@ def load_boxes(
             f"and is readable; give the folder of the images with --data, and the "
             f"annotations with --annotations"
         )
-    parts = complete_parts(images, _rarest_labels, False, seed, reading, need_test)
+    groups = find_groups(sorted(by_image), source, options.group_by, reading)
+    parts = complete_parts(images, _rarest_labels, False, seed, reading, need_test, groups=groups)
     data = LabelledBoxes(classes, **parts, reading=reading, with_shapes=with_shapes)
     reading.report()
     if with_shapes:
@@ -259,13 +261,17 @@ def _check_shapes(data: LabelledBoxes, source: str) -> None:
             )
 
 
-def _as_coco(classes: list[str], images: list[BoxedImage]) -> dict[str, list[dict[str, object]]]:
-    """Convert images to the content of a file in COCO's format."""
+def _as_coco(
+    classes: list[str], images: list[BoxedImage], groups: Mapping[str, str]
+) -> dict[str, list[dict[str, object]]]:
+    """Convert images to the content of a file in COCO's format, with a key ``group`` if needed."""
     listed: list[dict[str, object]] = []
     annotations: list[dict[str, object]] = []
     for number, one in enumerate(images, start=1):
         name, (height, width) = str(Path(one.path).absolute()), one.size
-        listed.append({"id": number, "file_name": name, "height": height, "width": width})
+        group = {"group": groups[one.path]} if one.path in groups else {}
+        size: dict[str, object] = {"height": height, "width": width}
+        listed.append({"id": number, "file_name": name, **size, **group})
         shapes = one.shapes or (None,) * len(one.boxes)
         for box, label, ignored, shape in zip(
             one.boxes.tolist(), one.labels.tolist(), one.ignored.tolist(), shapes, strict=True

@@ -23,6 +23,7 @@ from vissl_lite.transfer.sources.tables import (
     ImageFinder,
     Table,
     find_images_of,
+    groups_of_rows,
     parts_of_rows,
     path_column,
     read_table,
@@ -137,6 +138,7 @@ def read_box_tables(
         parts = [part or one.part for part in parts_of_rows(one.table, options, repairs)]
         finder = ImageFinder(one.table.file.parent, options.image_root, images)
         paths = find_images_of(one.table, one.image, parts, finder, repairs)
+        groups_of_rows(one.table, paths, {one.image, one.label, *one.corners}, repairs)
         listed += len(set(one.table.cells(one.image)))
         boxes = [_boxes_of(row, one) for row in one.table.rows]
         highest = max((max(map(abs, box)) for some in boxes for box, _ in some or ()), default=2)

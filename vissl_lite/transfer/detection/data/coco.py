@@ -77,6 +77,8 @@ def read_coco(
         image = tree.image(name, split or part_of_file(file.name))
         if image is None:
             repairs.add(MISSING_IMAGE, name)
+        else:
+            repairs.add_group(image, one.get("group"))
         size = (to_number(one.get("height")), to_number(one.get("width")))
         annotations[identity] = (
             None if image is None else ImageAnnotation(image, split, size, [], [], [], [])

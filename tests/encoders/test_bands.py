@@ -1,0 +1,100 @@
+"""Encoders of images with other bands than those of photographs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import Tensor
+
+from vissl_lite.data.image_reader import PHOTOGRAPHS, ImageReader
+from vissl_lite.encoders.encoder import Encoder, adapt_encoder, build_encoder
+from vissl_lite.encoders.folder import load_encoder, save_encoder
+from vissl_lite.errors import UserError
+
+
+def reader(bands: int, **given: Any) -> ImageReader:
+    return ImageReader(
+        **{
+            "bands": tuple(range(bands)),
+            "low": (-50.0,) * bands,
+            "high": (150.0,) * bands,
+            "mean": (0.25,) * bands,
+            "std": (0.125,) * bands,
+            **given,
+        }
+    )
+
+
+FIRST = "conv1.0"  # first convolution of test_resnet
+
+
+def first_weight(encoder: Encoder) -> Tensor:
+    return encoder.model.state_dict()[f"{FIRST}.weight"]
+
+
+def test_normalization_of_bands() -> None:
+    encoder = build_encoder("test_resnet", 32, reader=reader(5)).eval()
+    raw = torch.full((1, 5, 32, 32), 0.5 * 65535).to(torch.uint16)
+    assert torch.allclose(encoder.normalize(raw), torch.tensor(2.0), atol=1e-3)
+    assert encoder(encoder.normalize(raw)).shape == (1, encoder.num_features)
+    picture = encoder.denormalize(encoder.normalize(raw))
+    assert picture.shape == (1, 3, 32, 32)
+    assert picture.unique().tolist() == [127]
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_a_folder_of_an_encoder_of_bands(tmp_path: Path, name: str) -> None:
+    encoder = build_encoder(name, 64, reader=reader(4, names=("b2", "b3", "b4", "b8"))).eval()
+    save_encoder(encoder, tmp_path / "e", {"pretext": "simclr"})
+    loaded = load_encoder(tmp_path / "e").eval()
+    assert loaded.reader == encoder.reader
+    images = torch.randn(2, 4, 64, 64)
+    assert (loaded(images) == encoder(images)).all()
+    plain = timm.create_model(f"local-dir:{tmp_path / 'e'}", pretrained=True, num_classes=0).eval()
+    assert (plain(images) == encoder(images)).all()
+    assert plain.pretrained_cfg["mean"] == [0.25] * 4
+
+
+def test_a_folder_whose_bands_contradict_is_damaged(tmp_path: Path) -> None:
+    save_encoder(build_encoder("test_resnet", 32, reader=reader(2)), tmp_path, {})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["vissl_lite"]["images"]["low"] = [0]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"config.json is damaged: low is not a list of 2"):
+        load_encoder(tmp_path)
+
+
+def test_weights_are_adapted_by_name_or_by_their_mean() -> None:
+    encoder = build_encoder("test_resnet", 32, reader=reader(3, names=("red", "green", "nir")))
+    adapted = adapt_encoder(encoder, reader(4, names=("nir", "red", "swir", "blue")))
+    old, new = (first_weight(one) for one in (encoder, adapted))
+    literal = [old[:, 2], old[:, 0], old.mean(dim=1), old.mean(dim=1)]
+    for band, weight in enumerate(literal):
+        assert torch.allclose(new[:, band], weight * 3 / 4)
+    before, after = (one.model.state_dict() for one in (encoder, adapted))
+    others = [name for name in before if name != f"{FIRST}.weight"]
+    assert others
+    assert all(torch.equal(before[name], after[name]) for name in others)
+    one = adapt_encoder(build_encoder("test_vit", 32), reader(1))
+    assert one.model(torch.zeros(1, 1, 32, 32)).shape == (1, one.num_features)
+    assert one.mean == (0.25,)
+    back = adapt_encoder(one, PHOTOGRAPHS)
+    assert (back.reader, len(back.mean)) == (PHOTOGRAPHS, 3)
+
+
+def test_an_encoder_takes_the_reader_of_its_images(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).random((16, 16, 6)).astype(np.float32) * 300
+    np.save(tmp_path / "a.npy", values)
+    paths = [f"{tmp_path}/a.npy"]
+    fresh = load_encoder("random:test_resnet", 32, paths)
+    assert fresh.reader.channels == 6
+    save_encoder(fresh, tmp_path / "six", {})
+    save_encoder(build_encoder("test_resnet", 32), tmp_path / "three", {})
+    assert load_encoder(tmp_path / "six", None, paths).reader == fresh.reader
+    adapted = load_encoder(tmp_path / "three", None, paths)
+    assert adapted.reader == fresh.reader
+    assert first_weight(adapted).shape[1] == 6

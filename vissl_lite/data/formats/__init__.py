@@ -1,0 +1,236 @@
+"""Reading of image files as they are: photographs, TIFF, DICOM, NIfTI and NumPy arrays.
+
+The family of a file is chosen by its content. A path may name a slice, page or frame after ``#``,
+counted from 0, as in ``scan.nii.gz#17``; see ``split_path``.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import UnidentifiedImageError
+
+from vissl_lite.data.atomic_file import atomic_write
+from vissl_lite.data.formats import arrays, dicom, nifti, photographs, tiff
+from vissl_lite.data.formats.common import (
+    DICOM_SUFFIXES,
+    Description,
+    NoImageError,
+    RawImage,
+    Source,
+    check_frame,
+    file_of,
+    is_image_path,
+    is_photograph_path,
+    split_path,
+    split_suffix,
+)
+from vissl_lite.data.formats.display import to_rgb
+from vissl_lite.data.headers import ImageHeader, image_header_of, is_tiff
+from vissl_lite.data.reading import open_regular, read_regular
+
+__all__ = [
+    "DICOM_SUFFIXES",
+    "Description",
+    "NoImageError",
+    "RawImage",
+    "decode_raw",
+    "decode_reduced",
+    "describe",
+    "encode_frame",
+    "file_of",
+    "image_header",
+    "image_size",
+    "is_image_path",
+    "is_photograph_path",
+    "read_raw",
+    "read_raw_content",
+    "split_path",
+    "split_suffix",
+    "to_rgb",
+    "write_masks",
+]
+
+# Cameras put a thumbnail of up to 64 KB before the size; most other files have it at the start.
+_START = 4096
+
+
+def describe(path: str | Path, axis: int | None = None) -> Description:
+    """Describe an image file by its header alone.
+
+    Args:
+        path: The file; may name a frame, whose number is then the position.
+        axis: Axis of the slices of a volume: 0 from left to right, 1 from back to front, 2 upwards.
+            Default: the one along which slices are farthest apart, and 2 if that is undecided.
+
+    Raises:
+        OSError, ValueError, SyntaxError: The file is missing, broken or too large
+            (``BROKEN_IMAGE``); ``NoImageError`` if it holds no image.
+        UserError: It needs a library that is not installed.
+    """
+    file, frame = split_path(path)
+    with Source(file) as source:
+        found = _describe(source, axis)
+    if frame is not None:
+        check_frame(frame, found.frames, file)
+    if found.frames > 1:
+        number = found.default_frame if frame is None else frame
+        return replace(found, position=float(number))
+    return found
+
+
+def _describe(source: Source, axis: int | None) -> Description:
+    start = source.start
+    if not photographs.is_usual(start):
+        if is_tiff(start):
+            return tiff.describe(source)
+        if dicom.is_dicom(start) or dicom.may_be_dicom(start, source.path):
+            return dicom.describe(source)
+        if nifti.is_nifti(start):
+            return nifti.describe(source, axis)
+        if arrays.is_npy(start) or arrays.is_npz(start):
+            return arrays.describe(source)
+    return photographs.describe(source)
+
+
+def read_raw(path: str | Path, axis: int | None = None) -> RawImage:
+    """Read an image with its values as they are stored, or as the file rescales them.
+
+    Photographs of 8 bits are RGB. What a path without a number means: the first frame, and the
+    middle slice of a NIfTI volume.
+
+    Args:
+        path: The file; may name a frame.
+        axis: See ``describe``.
+
+    Raises:
+        OSError, ValueError, SyntaxError, cv2.error: See ``describe``.
+        UserError: The file needs a library that is not installed.
+    """
+    file, frame = split_path(path)
+    with Source(file) as source:
+        return _read(source, frame, axis, lambda: read_regular(file))
+
+
+def _read(
+    source: Source, frame: int | None, axis: int | None, content: Callable[[], bytes]
+) -> RawImage:
+    start, path = source.start, source.path
+    if not photographs.is_usual(start):
+        if is_tiff(start):
+            return _read_tiff(source, frame or 0, content)
+        if dicom.is_dicom(start) or dicom.may_be_dicom(start, path):
+            return dicom.read(source, frame or 0)
+        if nifti.is_nifti(start):
+            number = nifti.describe(source, axis).default_frame if frame is None else frame
+            return nifti.read(source, number, axis)
+        if arrays.is_npy(start) or arrays.is_npz(start):
+            return arrays.read(source, frame or 0)
+    photographs.check_one_frame(frame, path)
+    return photographs.read(content(), path)
+
+
+def _read_tiff(source: Source, frame: int, content: Callable[[], bytes]) -> RawImage:
+    if tiff.is_photograph(source):
+        page = tiff.photograph_page(source, frame)
+        try:
+            return photographs.read(content(), source.path, page)
+        except UnidentifiedImageError:  # a kind that Pillow does not know
+            pass
+    return tiff.read(source, frame)
+
+
+def read_raw_content(data: bytes, path: str | Path) -> RawImage:
+    """Read the content of an image file, such as that of a member of a shard; see ``read_raw``.
+
+    Args:
+        data: The file's bytes.
+        path: Named in errors.
+    """
+    with Source(str(path), data) as source:
+        return _read(source, None, None, lambda: data)
+
+
+def decode_reduced(
+    data: bytes, path: str | Path, times: Callable[[int, int], int]
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Decode the bytes of an image file to 8-bit RGB; see ``photographs.decode`` and ``to_rgb``.
+
+    Of several frames the one is decoded that ``read_raw`` takes.
+    """
+    if photographs.is_usual(data):
+        return photographs.decode(data, path, times)
+    image = to_rgb(read_raw_content(data, path))
+    return image, (image.shape[0], image.shape[1])
+
+
+def decode_raw(data: bytes, path: str | Path, axis: int | None = None) -> RawImage:
+    """Decode the bytes of an image file, or of ``encode_frame``; see ``read_raw``.
+
+    Args:
+        data: The content.
+        path: Named in errors.
+        axis: See ``describe``.
+    """
+    with Source(str(path), data) as source:
+        return _read(source, None, axis, lambda: data)
+
+
+def encode_frame(path: str | Path) -> bytes:
+    """A frame as the content of a file of its own, an uncompressed ``.npz``; see ``read_raw``."""
+    return arrays.encode(read_raw(path))
+
+
+def write_masks(
+    path: str, masks: Mapping[int, np.ndarray], place: Path, axis: int | None = None
+) -> Path | None:
+    """Write predicted masks at the place in space or on the earth that their image has.
+
+    Args:
+        path: A NIfTI volume, or a GeoTIFF.
+        masks: ``(H, W)`` uint8 by the number of the slice; 0 for a single image.
+        place: File to write, without a suffix for its format.
+        axis: Axis of the slices; see ``describe``.
+
+    Returns:
+        The file; None for an image that has no such place.
+    """
+    with Source(path) as source:
+        volume, tagged = nifti.is_nifti(source.start), is_tiff(source.start)
+    if volume:
+        file = place.with_name(f"{split_suffix(place.name)[0]}.nii.gz")
+        with atomic_write(file) as part:
+            nifti.write_masks(path, masks, part, axis)
+        return file
+    if not tagged or len(masks) > 1:
+        return None
+    file = place.with_name(f"{split_suffix(place.name)[0]}.tif")
+    (mask,) = masks.values()
+    return file if tiff.write_mask(path, mask, file) else None
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Height and width that an image file decodes to; see ``image_header``."""
+    height, width, _ = image_header(path)
+    return height, width
+
+
+def image_header(path: str | Path) -> ImageHeader:
+    """Height, width and orientation of an image file, without decoding it.
+
+    Args:
+        path: The file; may name a frame.
+
+    Raises:
+        OSError, ValueError, SyntaxError: It is missing, no image, or has more pixels than are
+            allowed (``BROKEN_IMAGE``).
+        UserError: It needs a library that is not installed.
+    """
+    file, frame = split_path(path)
+    with open_regular(file) as opened:
+        start = opened.read(_START)
+        if frame is None and (photographs.is_usual(start) or is_tiff(start)):
+            return image_header_of(opened, start, file)
+    found = describe(path)
+    return ImageHeader(found.height, found.width, 1)

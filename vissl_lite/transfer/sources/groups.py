@@ -1,0 +1,139 @@
+"""Groups of images that belong together, such as those of a patient: no split divides them.
+
+A group is read from a column of a table (``groups_of_rows`` in ``tables.py``), from the path by a
+regular expression (``--group_by``), or from the file itself (``default_group``).
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from vissl_lite.data.formats import DICOM_SUFFIXES, describe, split_path, split_suffix
+from vissl_lite.data.images import BROKEN_IMAGE
+from vissl_lite.errors import UserError, brief
+from vissl_lite.transfer.sources.reading_log import ReadingLog
+
+
+def default_group(path: str) -> str | None:
+    """The group that an image belongs to by its file: a volume, or the patient of a DICOM file.
+
+    Args:
+        path: Image file, or a slice of it such as ``scan.nii.gz#17``.
+
+    Returns:
+        Name of the group; None for an image that belongs to no other.
+    """
+    file, frame = split_path(path)
+    suffix = split_suffix(file)[1].lower()
+    if suffix and suffix not in DICOM_SUFFIXES:
+        return None if frame is None else file
+    try:
+        return describe(path).group
+    except BROKEN_IMAGE:
+        return None
+
+
+class Record(Protocol):
+    """An image and its label."""
+
+    @property
+    def path(self) -> str:
+        """The image file."""
+
+
+def find_groups(
+    paths: Sequence[str], source: Path, group_by: str | None, log: ReadingLog
+) -> Callable[[Sequence[Record]], np.ndarray] | None:
+    """Complete the groups of the images in the log.
+
+    A regular expression takes precedence over a column, and a column over the files themselves.
+    Groups of one image each are no groups.
+
+    Args:
+        paths: All images.
+        source: Data folder, or a file in it. The regular expression gets paths relative to it.
+        group_by: The regular expression: its first capture group, or without one the whole match,
+            is the group; None if none is given.
+        log: Has the groups of a column, and gets those that count.
+
+    Returns:
+        Function to the group of each of N images, ``(N,)`` str, as ``complete_parts`` takes it;
+        None if there are no groups.
+
+    Raises:
+        UserError: The regular expression is invalid, or no image matches.
+    """
+    if group_by is not None:
+        folder = source if source.is_dir() else source.parent
+        log.groups = _matches(paths, folder, group_by, log)
+        log.grouped_by = f"--group_by {group_by}"
+    elif not log.groups:
+        found = {path: group for path in paths if (group := default_group(path)) is not None}
+        log.groups, log.grouped_by = found, "patients or volumes"
+    kept = {path: log.groups[path] for path in paths if path in log.groups}
+    if max(Counter(kept.values()).values(), default=0) < 2:
+        if group_by is not None:
+            log.note(f"--group_by {brief(group_by)}: each image is a group of its own")
+        kept = {}
+    log.groups, log.grouped_by = kept, log.grouped_by if kept else ""
+    if not kept:
+        return None
+    return lambda images: _names([one.path for one in images], kept)
+
+
+def _matches(paths: Sequence[str], folder: Path, regex: str, log: ReadingLog) -> dict[str, str]:
+    """The group of each image whose path matches."""
+    try:
+        pattern = re.compile(regex)
+    except re.error as error:
+        raise UserError(f"--group_by {brief(regex)} is not a regular expression: {error}") from None
+    groups = {}
+    unmatched = []
+    for path in paths:
+        name = _relative(path, folder)
+        match = pattern.search(name)
+        group = match[min(1, pattern.groups)] if match else None
+        if group:
+            groups[path] = group
+        else:
+            unmatched.append(name)
+    if not groups:
+        raise UserError(
+            f"--group_by {brief(regex)} matches none of the paths of {len(paths)} images in "
+            f"{log.source}, the first {brief(unmatched[0]) if unmatched else ''}"
+        )
+    if unmatched:
+        log.note(
+            f"{len(unmatched)} of {len(paths)} images do not match --group_by, the first "
+            f"{brief(unmatched[0])}: each of them is a group of its own"
+        )
+    return groups
+
+
+def _relative(path: str, folder: Path) -> str:
+    """The path below the folder, with forward slashes; an image elsewhere keeps its own."""
+    place = Path(os.path.abspath(path))
+    above = Path(os.path.abspath(folder))
+    return (place.relative_to(above) if place.is_relative_to(above) else place).as_posix()
+
+
+def group_names(paths: Sequence[str], groups: Mapping[str, str]) -> np.ndarray | None:
+    """The group of each of N images.
+
+    Args:
+        paths: Images.
+        groups: Groups by path; an image without one is a group of its own, named by its path.
+
+    Returns:
+        ``(N,)`` str; None if there are no groups at all.
+    """
+    return _names(paths, groups) if groups else None
+
+
+def _names(paths: Sequence[str], groups: Mapping[str, str]) -> np.ndarray:
+    return np.array([groups.get(path, path) for path in paths], dtype=str)
