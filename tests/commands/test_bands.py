@@ -50,7 +50,12 @@ def test_from_volumes_to_predicted_volumes(volumes: Path, tmp_path: Path) -> Non
         batch_size=8, **common,
     )  # fmt: skip
     results = json.loads((found.run / "results.json").read_text())
-    assert set(results["per_class"]["foreground"]) == {"iou", "dice", "volume_dice", "volume_dice_std"}
+    assert set(results["per_class"]["foreground"]) == {
+        "iou",
+        "dice",
+        "volume_dice",
+        "volume_dice_std",
+    }
     assert results["test"]["volume_dice"] == results["per_class"]["foreground"]["volume_dice"]
     split = (found.run / "split.csv").read_text().splitlines()
     parts: dict[str, set[str]] = {}

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vissl_lite.data.image_survey import NO_SETTINGS, survey
+from vissl_lite.data.images import find_images
 from vissl_lite.errors import UserError
 from vissl_lite.sample.dataset import make_sample_data
-from vissl_lite.sample.drawing import CLASSES, draw
+from vissl_lite.sample.drawing import CLASSES, NODATA, draw
 
 COUNTS = {"unlabelled": 12, "train": 20, "val": 10, "test": 30}
 SPLITS = ("train", "val", "test")
@@ -94,6 +96,21 @@ def test_the_object_shows_even_in_tiny_pictures() -> None:
         for number in range(20):
             _, seen = draw(name, np.random.default_rng(number), size=16)
             assert seen.sum() >= 8
+
+
+def test_images_of_six_bands(tmp_path: Path) -> None:
+    counts = {"unlabelled": 30, "train": 10, "val": 0, "test": 0}
+    data = make_sample_data(tmp_path / "data", kind="multiband", processes=1, size=32, **counts)
+    paths = find_images([data / "unlabelled"])
+    bands = np.stack([np.load(path) for path in paths])
+    assert (bands.shape, bands.dtype) == ((30, 32, 32, 6), np.int16)
+    edges = (bands == NODATA).all(axis=3)
+    assert 1 <= edges.any(axis=(1, 2)).sum() <= 14
+    reader = survey(paths, NO_SETTINGS)
+    assert (reader.channels, reader.nodata, reader.scope) == (6, NODATA, "dataset")
+    assert reader.high[4] > 2 * reader.high[0] > 8 * reader.high[5]
+    coco = json.loads((data / "annotations" / "train.json").read_text())
+    assert all((data / "labelled" / "train" / one["file_name"]).is_file() for one in coco["images"])
 
 
 def test_progress_counts_up_to_all(tmp_path: Path) -> None:

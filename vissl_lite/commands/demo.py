@@ -4,7 +4,7 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vissl_lite.commands.compare import CompareResult, compare
 from vissl_lite.commands.pretrain import PretrainResult, pretrain
@@ -55,6 +55,8 @@ class DemoOptions(Options):
     untrained weights. The pre-trained encoder is always the same."""
     unlabelled: int = 4000
     """Number of images to pre-train on."""
+    kind: Literal["photographs", "multiband"] = "photographs"
+    """Kind of the images: photographs, or arrays of six bands of 16 bits, as of a satellite."""
     max_time: str | int = "00:02:00"
     """Time budget of pre-training, as HH:MM:SS or in seconds."""
     overwrite: bool = False
@@ -91,6 +93,7 @@ def demo(options: DemoOptions) -> DemoResult:
             make_sample_data(
                 data,
                 unlabelled=options.unlabelled,
+                kind=options.kind,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
         pretrained = pretrain(

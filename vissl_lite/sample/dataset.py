@@ -15,15 +15,16 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from vissl_lite.errors import UserError
-from vissl_lite.sample.drawing import CLASSES, draw
+from vissl_lite.sample.drawing import CLASSES, draw, to_bands
 
 Annotation = dict[str, Any]  # A COCO annotation.
+Kind = Literal["photographs", "multiband"]
 Progress = Callable[[int, int], None]  # Called with (number of images done, total number).
 
 LABELLED = ("train", "val", "test")
@@ -43,7 +44,8 @@ class _Plan:
     val: int
     test: int
     size: int
-    version: int = 2  # Increase when the files change, so that old data sets are not reused.
+    kind: Kind = "photographs"
+    version: int = 3  # Increase when the files change, so that old data sets are not reused.
 
 
 class _Job(NamedTuple):
@@ -53,18 +55,30 @@ class _Job(NamedTuple):
     number: int
 
 
+_SUFFIXES: dict[Kind, str] = {"photographs": ".jpg", "multiband": ".npy"}
+
+
+def _save(image: Image.Image, plan: _Plan, place: Path, rng: np.random.Generator) -> None:
+    """Write an image, with the suffix of its kind."""
+    place = place.with_suffix(_SUFFIXES[plan.kind])
+    if plan.kind == "photographs":
+        image.save(place, quality=92)
+    else:
+        np.save(place, to_bands(image, rng))
+
+
 def _draw_file(job: _Job) -> Annotation | None:
     """Draw and write one image; return its COCO annotation if it is labelled."""
     folder, plan, split, index = job
     rng = np.random.default_rng([plan.seed, ("unlabelled", *LABELLED).index(split), index])
     if split == "unlabelled":
         image, _ = draw(str(rng.choice(CLASSES)), rng, plan.size)
-        image.save(folder / split / f"{index:05d}.jpg", quality=92)
+        _save(image, plan, folder / split / f"{index:05d}", rng)
         return None
     label = index % len(CLASSES)
     name = CLASSES[label]
     image, visible = draw(name, rng, plan.size)
-    image.save(folder / "labelled" / split / name / f"{index:05d}.jpg", quality=92)
+    _save(image, plan, folder / "labelled" / split / name / f"{index:05d}", rng)
     mask = Image.fromarray(np.uint8(visible * (label + 1)))
     mask.putpalette(_PALETTE)
     mask.save(folder / "masks" / split / name / f"{index:05d}.png")
@@ -91,7 +105,8 @@ def _coco(plan: _Plan, annotations: list[Annotation]) -> dict[str, Any]:
     images = [
         {
             "id": one["image_id"],
-            "file_name": f"{CLASSES[one['category_id'] - 1]}/{one['image_id'] - 1:05d}.jpg",
+            "file_name": f"{CLASSES[one['category_id'] - 1]}/{one['image_id'] - 1:05d}"
+            f"{_SUFFIXES[plan.kind]}",
             "width": plan.size,
             "height": plan.size,
         }
@@ -134,7 +149,7 @@ background, clutter and camera are random.
 | `labelled/val/<class>/` | {val} |
 | `labelled/test/<class>/` | {test} |
 
-- `masks/<split>/<class>/<stem>.png` pairs with `labelled/<split>/<class>/<stem>.jpg`: 0 is
+- `masks/<split>/<class>/<stem>.png` pairs with `labelled/<split>/<class>/<stem>{suffix}`: 0 is
   background, 1..{kinds} the class, numbered as in `classes.txt`; visible pixels only.
 - `annotations/<split>.json` contains the boxes and masks (run lengths) in COCO format,
   `file_name` relative to `labelled/<split>/`.
@@ -159,7 +174,12 @@ def _write(folder: Path, plan: _Plan, processes: int | None, progress: Progress 
         ]
         (folder / "annotations" / f"{split}.json").write_text(json.dumps(_coco(plan, annotations)))
     (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n")
-    facts = {**asdict(plan), "kinds": len(CLASSES), "names": ", ".join(CLASSES)}
+    facts = {
+        **asdict(plan),
+        "suffix": _SUFFIXES[plan.kind],
+        "kinds": len(CLASSES),
+        "names": ", ".join(CLASSES),
+    }
     (folder / "README.md").write_text(_README.format(**facts))
     (folder / "sample.json").write_text(json.dumps(asdict(plan), indent=2) + "\n")
 
@@ -187,6 +207,7 @@ def make_sample_data(
     val: int = 200,
     test: int = 1000,
     size: int = 64,
+    kind: Kind = "photographs",
     processes: int | None = None,
     progress: Progress | None = None,
 ) -> Path:
@@ -200,6 +221,8 @@ def make_sample_data(
         val: Total number of labelled validation images.
         test: Total number of labelled test images.
         size: Width and height of an image in pixels, at least 16.
+        kind: ``photographs`` (JPEG), or ``multiband``: arrays of six bands of 16 bits; see
+            ``to_bands``.
         processes: Number of processes; None for one per core. The files do not depend on it.
         progress: Called with (number of images done, total number) after every image.
 
@@ -211,7 +234,7 @@ def make_sample_data(
         UserError: If ``out`` exists with other content, or a number is out of range.
     """
     out = Path(out)
-    plan = _Plan(seed, unlabelled, train, val, test, size)
+    plan = _Plan(seed, unlabelled, train, val, test, size, kind)
     if min(seed, unlabelled, train, val, test) < 0 or size < 16:
         raise UserError("sample data: counts and seed must be 0 or more, and size 16 or more")
     if _exists(out, plan):

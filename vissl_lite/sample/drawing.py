@@ -295,3 +295,34 @@ def draw(name: str, rng: Generator, size: int = 64) -> tuple[Image.Image, np.nda
         canvas = _over(canvas, scrap, _color(rng, brightness))
         seen = seen * (1 - scrap)
     return _camera(canvas, rng), seen > 0.5
+
+
+# Share of red, green and blue in each band of ``to_bands``; gain and offset of its values.
+_MIXTURE = np.array(
+    [[0, 0.1, 0.9], [0.1, 0.8, 0.1], [0.9, 0.1, 0], [0.6, 0, 0.4], [0.2, 0.7, 0.1], [0.3, 0.3, 0.4]]
+)
+_GAIN = np.array([2500, 3000, 3500, 5000, 8000, 400])
+_OFFSET = np.array([200, 150, 100, 300, 500, 0])
+
+NODATA = -9999  # value of pixels without data
+
+
+def to_bands(image: Image.Image, rng: Generator) -> np.ndarray:
+    """Turn a picture into one of six bands, as of a satellite: each has units of its own.
+
+    Noise is added to each band. A fifth of the pictures lie at the edge of a scene: beyond it the
+    bands hold ``NODATA``.
+
+    Args:
+        image: RGB.
+        rng: The source of everything that is random.
+
+    Returns:
+        ``(H, W, 6)`` int16.
+    """
+    mixed = np.asarray(image) / 255 @ _MIXTURE.T
+    mixed += rng.standard_normal(mixed.shape) * 0.01
+    bands = np.rint(_OFFSET + _GAIN * mixed).astype(np.int16)
+    if rng.random() < 0.2:
+        bands[:, : rng.integers(2, 2 + image.width // 8)] = NODATA
+    return bands
