@@ -146,12 +146,15 @@ class ImageReader:
         """
         values, valid = self.select(raw, path)
         low, high = self._range(raw, path, values, valid)
-        scaled = (values - low.astype(np.float32)) * (BAND_MAX / (high - low)).astype(np.float32)
-        image = np.rint(np.clip(scaled, 0, BAND_MAX))
+        # in place, as each pass over the values takes time
+        values -= low.astype(np.float32)
+        values *= (BAND_MAX / (high - low)).astype(np.float32)
+        values += np.float32(0.5)  # rounds what is cut off below
+        np.clip(values, 0, BAND_MAX, out=values)
         if valid is not None:
             fill = np.rint(np.array(self.mean or [0.5] * self.channels) * BAND_MAX)
-            image = np.where(valid, image, fill)
-        return image.astype(np.uint16)
+            values = np.where(valid, values, fill.astype(np.float32))
+        return values.astype(np.uint16)
 
     def select(self, raw: RawImage, path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
         """Values of the bands ``(H, W, C)`` float32, and which are data; None for all."""
@@ -381,7 +384,8 @@ def percentile_range(samples: Sequence[np.ndarray]) -> ValueRange:
     return ValueRange(low, high)
 
 
-# Ranges of volumes, by volume and what of it is read.
+# Volumes by file, and their ranges by volume and what of it is read, as each slice needs them.
+_volumes: dict[str, str] = {}
 _volume_ranges: dict[tuple[str, ImageReader], ValueRange] = {}
 
 
@@ -393,10 +397,12 @@ def volume_range(reader: ImageReader, path: str) -> ValueRange:
         path: The file; may name a frame. Of a series of DICOM files those in its folder are read.
     """
     file = split_path(path)[0]
-    described = describe(path, reader.axis)
-    volume = described.volume or file
-    key = volume if volume == file else f"{Path(file).parent}\0{volume}"
+    if file not in _volumes:
+        volume = describe(path, reader.axis).volume or file
+        _volumes[file] = volume if volume == file else f"{Path(file).parent}\0{volume}"
+    key = _volumes[file]
     if (key, reader) not in _volume_ranges:
+        described = describe(path, reader.axis)
         if described.frames > 1:
             frames = np.unique(np.linspace(0, described.frames - 1, FRAMES).round().astype(int))
             paths = [f"{file}#{number}" for number in frames]
