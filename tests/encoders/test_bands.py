@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vissl_lite.data.image_reader import PHOTOGRAPHS, ImageReader
+from vissl_lite.data.image_survey import ImageSet
 from vissl_lite.encoders.encoder import Encoder, adapt_encoder, build_encoder
 from vissl_lite.encoders.folder import load_encoder, save_encoder
 from vissl_lite.errors import UserError
@@ -89,12 +90,12 @@ def test_weights_are_adapted_by_name_or_by_their_mean() -> None:
 def test_an_encoder_takes_the_reader_of_its_images(tmp_path: Path) -> None:
     values = np.random.default_rng(0).random((16, 16, 6)).astype(np.float32) * 300
     np.save(tmp_path / "a.npy", values)
-    paths = [f"{tmp_path}/a.npy"]
-    fresh = load_encoder("random:test_resnet", 32, paths)
+    images = ImageSet([f"{tmp_path}/a.npy"])
+    fresh = load_encoder("random:test_resnet", 32, images)
     assert fresh.reader.channels == 6
     save_encoder(fresh, tmp_path / "six", {})
     save_encoder(build_encoder("test_resnet", 32), tmp_path / "three", {})
-    assert load_encoder(tmp_path / "six", None, paths).reader == fresh.reader
-    adapted = load_encoder(tmp_path / "three", None, paths)
+    assert load_encoder(tmp_path / "six", None, images).reader == fresh.reader
+    adapted = load_encoder(tmp_path / "three", None, images)
     assert adapted.reader == fresh.reader
     assert first_weight(adapted).shape[1] == 6

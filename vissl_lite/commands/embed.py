@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vissl_lite.data.atomic_file import atomic_write, check_place
-from vissl_lite.data.image_survey import ImageSettings
+from vissl_lite.data.image_survey import ImageSet, ImageSettings
 from vissl_lite.data.images import find_images, suitable_size
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels, slice_along
 from vissl_lite.encoders.encoder import Encoder
@@ -139,7 +139,7 @@ def encoder_for_images(
     torch.manual_seed(0)
     if image_size is None and source.startswith("random:"):
         image_size = suitable_size(paths)
-    return encoder_for(source, image_size, paths, settings)
+    return encoder_for(source, image_size, ImageSet(paths, settings))
 
 
 def _check_utf8(paths: Sequence[str]) -> None:

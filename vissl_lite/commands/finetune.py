@@ -14,7 +14,7 @@ from vissl_lite import __version__
 from vissl_lite.commands.labelled import dry_run, show_data
 from vissl_lite.commands.leaks import guard
 from vissl_lite.commands.pretrain_options import parse_time
-from vissl_lite.data.image_survey import ImageSettings
+from vissl_lite.data.image_survey import ImageSet, ImageSettings
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels, slice_along
 from vissl_lite.encoders.folder import encoder_for, load_encoder
 from vissl_lite.errors import (
@@ -254,7 +254,7 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
     if image_size is None:
         image_size = task.image_size(labelled, settings)
     torch.manual_seed(options.seed)
-    start = encoder_for(encoder, image_size, labelled.paths("train"), options)
+    start = encoder_for(encoder, image_size, ImageSet(labelled.paths("train"), options))
     task.check(start, labelled, settings)
     monitor_of(task, labelled, settings.monitor)
     labelled, leaks = guard(

@@ -16,6 +16,7 @@ from vissl_lite.commands.pretrain_options import PretrainOptions, make_encoder, 
 from vissl_lite.data.cache import CachePlan, forks_workers, plan_cache
 from vissl_lite.data.fingerprints import Fingerprints
 from vissl_lite.data.image_reader import ImageReader
+from vissl_lite.data.image_survey import ImageSet
 from vissl_lite.data.path_list import PathList
 from vissl_lite.data.reading import limit_pixels, slice_along
 from vissl_lite.data.views import Views
@@ -174,9 +175,8 @@ def _prepare(options: PretrainOptions, resume: bool) -> _Training:
         options.backbone,
         options.image_size,
         options.encoder,
-        images.paths,
+        ImageSet(images.paths, options),
         options.pretext_name,
-        options,
     )
     if images.shards is not None and encoder.reader.scope == "volume":
         raise UserError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from vissl_lite.data.image_survey import ImageSettings, survey
+from vissl_lite.data.image_survey import ImageSet, ImageSettings
 from vissl_lite.data.images import suitable_size
 from vissl_lite.data.reading import MAX_PIXELS
 from vissl_lite.encoders.encoder import Encoder, build_encoder
@@ -289,9 +289,8 @@ def make_encoder(
     backbone: str | None,
     image_size: int | None,
     source: StrPath | None,
-    paths: Sequence[str],
+    images: ImageSet,
     pretext: str,
-    settings: ImageSettings,
 ) -> Encoder:
     """Build or load the encoder that the training starts from.
 
@@ -301,27 +300,26 @@ def make_encoder(
             images.
         source: A run, an encoder folder, ``timm:NAME``, ``random:NAME``, or a state dict file; None
             for random weights.
-        paths: Paths of the training images.
+        images: Training images.
         pretext: Name of the pretext, which decides the default backbone.
-        settings: What the user says of the images.
 
     Raises:
         UserError: ``source`` does not exist, or has another backbone than ``backbone``.
     """
     if source is None or Path(source).is_file():
-        size = image_size or suitable_size(paths)
-        reader = survey(paths, settings)
-        encoder = build_encoder(backbone or default_backbone(pretext, size), size, reader=reader)
+        size = image_size or suitable_size(images.paths)
+        name = backbone or default_backbone(pretext, size)
+        encoder = build_encoder(name, size, reader=images.reader)
         if source is not None:
             load_weights(encoder, Path(source))
         return encoder
     source = os.fspath(source)
     if Path(source).is_dir():
-        encoder = load_encoder(source, None, paths, settings)
+        encoder = load_encoder(source, None, images)
         if image_size is not None:
             encoder.use_image_size(image_size)
     elif source.startswith(("timm:", "random:")):
-        encoder = load_encoder(source, image_size or suitable_size(paths), paths, settings)
+        encoder = load_encoder(source, image_size or suitable_size(images.paths), images)
     else:
         raise UserError(
             f"no encoder at {source}: give a run, an encoder folder, timm:NAME, random:NAME or a "

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from vissl_lite.commands.labelled import dry_run, show_data
 from vissl_lite.commands.leaks import guard
-from vissl_lite.data.image_survey import ImageSettings
+from vissl_lite.data.image_survey import ImageSet, ImageSettings
 from vissl_lite.data.images import suitable_size
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels, slice_along
 from vissl_lite.encoders.encoder import Encoder
@@ -149,7 +149,7 @@ def probe(options: ProbeOptions) -> ProbeResult:
     size = options.image_size
     if size is None and name.startswith("random:"):
         size = suitable_size(labelled.train.paths)
-    encoder = encoder_for(name, size, labelled.train.paths, options)
+    encoder = encoder_for(name, size, ImageSet(labelled.train.paths, options))
     labelled, leaks = guard(labelled, [name], options.leaks, None if options.dry_run else str(out))
     used = labelled.for_probes(options.refit)
     if options.attentive:

@@ -9,6 +9,7 @@ import torch
 from vissl_lite.comparison.amounts import Amount, LabelCount, make_amounts
 from vissl_lite.comparison.options import CompareOptions, as_list
 from vissl_lite.comparison.protocols import Protocol
+from vissl_lite.data.image_survey import ImageSet
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.encoders.folder import encoder_for
 from vissl_lite.errors import (
@@ -33,6 +34,7 @@ class Plan:
         self.options = options
         self.task = find_task(options.task)
         self.encoders = path_list(options.encoder)
+        self.images: ImageSet | None = None  # of the training part
 
     def load_data(self) -> LabelledDataset:
         source = os.fspath(self.options.data)
@@ -112,7 +114,9 @@ class Plan:
             settings = self.options.settings(untrained=untrained)
             size = self.task.image_size(data, settings)
         torch.manual_seed(seed)
-        return encoder_for(name, size, data.paths("train"), self.options)
+        if self.images is None:
+            self.images = ImageSet(data.paths("train"), self.options)
+        return encoder_for(name, size, self.images)
 
     def trained_on(self, data: LabelledDataset) -> str:
         """Which labels all protocols train on, and which they choose by, as a sentence."""

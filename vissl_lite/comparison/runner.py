@@ -102,6 +102,7 @@ class Runner:
             "weights": weights,
             "labels": digest_names(subset.identity()),
             "image_size": encoder.image_size,
+            "images": encoder.reader.as_dict(),
             "layers": self.plan.options.layers,
             "refit": self.plan.options.refit,
         }

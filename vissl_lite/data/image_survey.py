@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -133,6 +134,27 @@ class ImageSettings:
 
 
 NO_SETTINGS = ImageSettings()
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images that an encoder is used on, and what the user says of them.
+
+    Attributes:
+        paths: Image files, those to train on first; none for any images.
+        settings: What the user says of them.
+    """
+
+    paths: Sequence[str] = ()
+    settings: ImageSettings = NO_SETTINGS
+
+    @cached_property
+    def reader(self) -> ImageReader:
+        """How they are read, found out once; see ``survey``."""
+        return survey(self.paths, self.settings) if self.paths else PHOTOGRAPHS
+
+
+ANY_IMAGES = ImageSet()
 
 
 def _pair(option: str, text: str, form: str, names: Sequence[str]) -> tuple[float, float]:

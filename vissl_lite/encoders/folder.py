@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from vissl_lite.data.atomic_file import atomic_write
 from vissl_lite.data.formats import split_path
-from vissl_lite.data.image_reader import PHOTOGRAPHS
-from vissl_lite.data.image_survey import NO_SETTINGS, ImageSettings, survey
+from vissl_lite.data.image_survey import ANY_IMAGES, ImageSet
 from vissl_lite.encoders.config import (
     BUILD_ERRORS,
     ENCODER_CONFIG,
@@ -92,8 +91,7 @@ def save_model(
 def load_encoder(
     source: str | Path,
     image_size: int | None = None,
-    paths: Sequence[str] = (),
-    settings: ImageSettings = NO_SETTINGS,
+    images: ImageSet = ANY_IMAGES,
 ) -> Encoder:
     """Load an encoder.
 
@@ -102,17 +100,15 @@ def load_encoder(
             ``random:NAME`` (untrained; reproducible through ``torch.manual_seed``).
         image_size: Side of the images in pixels for ``timm:`` and ``random:``; default: that of
             the backbone. Ignored for folders, which record their size.
-        paths: Images that it is used on. An encoder of photographs is adapted to images that are
-            none; those of bands keep their reader, unless ``settings`` name another.
-        settings: What the user says of the images.
+        images: Images that it is used on. An encoder of photographs is adapted to images that are
+            none; one of bands keeps its reader, unless the settings ask for another.
 
     Raises:
         UserError: If there is no encoder, it is damaged, or its training has diverged.
     """
     kind, _, name = str(source).partition(":")
     if name and kind in ("timm", "random"):
-        reader = survey(paths, settings) if paths else PHOTOGRAPHS
-        return build_encoder(name, image_size, kind == "timm", reader)
+        return build_encoder(name, image_size, kind == "timm", images.reader)
     folder = Path(source)
     if not folder.exists():
         raise UserError(
@@ -120,25 +116,27 @@ def load_encoder(
         )
     for inside in (folder, folder / "encoder"):
         if (inside / ENCODER_CONFIG).is_file():
-            return use_on(load_model(inside, num_classes=0)[0], paths, settings)
+            return use_on(load_model(inside, num_classes=0)[0], images)
     raise UserError(
         f"{source} holds no encoder: neither {ENCODER_CONFIG} nor encoder/{ENCODER_CONFIG} is there"
     )
 
 
-def use_on(encoder: Encoder, paths: Sequence[str], settings: ImageSettings) -> Encoder:
+def use_on(encoder: Encoder, images: ImageSet) -> Encoder:
     """An encoder for images, adapted to their bands where it does not fit them.
 
     Args:
         encoder: Returned as it is where it fits.
-        paths: Images; none for any.
-        settings: What the user says of them.
+        images: Images to use it on.
+
+    Raises:
+        UserError: It was trained on other slices of volumes.
     """
-    known, axis = encoder.reader, settings.axis
-    if not paths:
+    known, axis = encoder.reader, images.settings.axis
+    if not images.paths:
         return encoder
-    if known.bands is not None and not settings.chosen().keys() - {"axis"}:
-        slices = any(split_path(path)[1] is not None for path in paths)
+    if known.bands is not None and not images.settings.chosen().keys() - {"axis"}:
+        slices = any(split_path(path)[1] is not None for path in images.paths)
         if slices and known.axis is not None and axis != known.axis:
             raise UserError(
                 f"the encoder was trained on slices along axis {known.axis} of volumes: give "
@@ -146,29 +144,22 @@ def use_on(encoder: Encoder, paths: Sequence[str], settings: ImageSettings) -> E
             )
         encoder.reader = known if axis is None else replace(known, axis=axis)
         return encoder
-    reader = survey(paths, settings)
-    return encoder if reader == encoder.reader else adapt_encoder(encoder, reader)
+    return encoder if images.reader == known else adapt_encoder(encoder, images.reader)
 
 
-def encoder_for(
-    source: str,
-    image_size: int | None,
-    paths: Sequence[str] = (),
-    settings: ImageSettings = NO_SETTINGS,
-) -> Encoder:
+def encoder_for(source: str, image_size: int | None, images: ImageSet = ANY_IMAGES) -> Encoder:
     """Load an encoder for use on images.
 
     Args:
         source: A run, an encoder folder, ``timm:NAME`` or ``random:NAME``.
         image_size: Side of the images in pixels; default: that of the encoder.
-        paths: Images that it is used on, those to train on first.
-        settings: What the user says of them.
+        images: Images that it is used on; see ``load_encoder``.
 
     Raises:
         UserError: If there is no such encoder, or it supports neither the size nor the images.
     """
     check_count("image_size", image_size)
-    encoder = load_encoder(source, image_size, paths, settings)
+    encoder = load_encoder(source, image_size, images)
     if image_size is not None:
         encoder.use_image_size(image_size)
     return encoder
