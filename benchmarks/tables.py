@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from benchmarks.accuracy import cifar10, compare, demo, leaks, pretexts, transfer
 from benchmarks.common import ROOT
-from benchmarks.data import listing, photographs, shards, views
+from benchmarks.data import formats, listing, photographs, shards, views
 from benchmarks.gpu import cifar10 as gpu_cifar10
 from benchmarks.gpu import throughput
 from benchmarks.peers import against_peers
@@ -20,7 +20,8 @@ from benchmarks.training import growth, losses, operations, resizing, sharding
 
 FILES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 SCRIPTS = (
-    cifar10, compare, demo, leaks, pretexts, transfer, listing, photographs, shards, views,
+    cifar10, compare, demo, leaks, pretexts, transfer, formats, listing, photographs, shards,
+    views,
     gpu_cifar10, throughput, against_peers, growth, losses, operations, resizing, sharding,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {
