@@ -5,11 +5,13 @@ EXAMPLES``. Nothing but the last line is printed if all is well.
 """
 
 import gzip
+import importlib
 import os
 import resource
 import sys
 import time
 import warnings
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -125,6 +127,9 @@ def mutated(draw: st.DrawFn, files: list[bytes]) -> bytes:
 def main(examples: int) -> int:
     limit_pixels(PIXELS)
     files = seeds()
+    for name in ("gdcm", "imagecodecs", "openjpeg", "pylibjpeg"):
+        with suppress(ImportError):  # a damaged file may be the first to need a decoder
+            importlib.import_module(name)
     with TemporaryDirectory() as place:
         file = Path(place) / "a.jpg"
         for data in files:  # the good ones are read, and all libraries are loaded

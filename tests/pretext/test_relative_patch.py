@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from vissl_lite.data.image_reader import ImageReader
 from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.plots import Picture
@@ -245,11 +246,9 @@ def test_errors_say_what_would_work() -> None:
         made(color="gray")
     with pytest.raises(UserError, match="gap -1"):
         made(gap=-1)
-    encoder = build_encoder("test_resnet", 32)
-    encoder.mean = encoder.std = (0.5,) * 4
-    encoder.check_image_size = lambda size: None  # type: ignore[method-assign]
-    with pytest.raises(UserError, match="3 channels"):
-        RelativePatch(encoder, color="project")
+    reader = ImageReader(bands=(0,), low=(0.0,), high=(9.0,), mean=(0.5,), std=(0.5,))
+    with pytest.raises(UserError, match="needs photographs of 8-bit color"):
+        RelativePatch(build_encoder("test_resnet", 64, reader=reader), color="project")
 
 
 # What it shows

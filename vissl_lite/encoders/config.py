@@ -118,8 +118,8 @@ def _checked(content: Any) -> dict[str, Any]:
     if "vissl_lite" in content:
         checked["vissl_lite"] = _mapping(content["vissl_lite"], "vissl_lite")
     about = _mapping(content.get("vissl_lite") or {}, "vissl_lite")
-    images = _mapping(about.get("images") or {}, "images")
-    reader = ImageReader.from_dict(images, saved["mean"], saved["std"])
+    content = _mapping(about.get("reader") or {}, "reader")
+    reader = ImageReader.from_dict(content, saved["mean"], saved["std"])
     if reader.channels != saved["input_size"][0]:
         raise ValueError(f"images with {reader.channels} bands do not fit input_size")
     return {**checked, "reader": reader}

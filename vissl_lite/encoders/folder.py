@@ -60,7 +60,7 @@ def save_model(
     """
     folder.mkdir(parents=True, exist_ok=True)
     model, image_size = encoder.model, encoder.image_size
-    images = encoder.reader.as_dict()
+    reader = encoder.reader.as_dict()
     config = dict(model.pretrained_cfg)
     channels = config["input_size"][0]
     kept = ("mean", "std", "interpolation", "first_conv", "classifier", "license")
@@ -79,7 +79,7 @@ def save_model(
         },
         "model_args": encoder.model_args,
         **({"label_names": list(label_names)} if label_names else {}),
-        "vissl_lite": {**about, **({"images": images} if images else {})},
+        "vissl_lite": {**about, **({"reader": reader} if reader else {})},
     }
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     with atomic_write(folder / WEIGHTS) as part:

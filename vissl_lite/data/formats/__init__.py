@@ -15,6 +15,8 @@ from vissl_lite.data.atomic_file import atomic_write
 from vissl_lite.data.formats import arrays, dicom, nifti, photographs, tiff
 from vissl_lite.data.formats.common import (
     DICOM_SUFFIXES,
+    NIFTI_SUFFIXES,
+    TIFF_SUFFIXES,
     Description,
     NoImageError,
     RawImage,
@@ -196,8 +198,8 @@ def write_masks(
     Returns:
         The file; None for an image that has no such place.
     """
-    with Source(path) as source:
-        volume, tagged = nifti.is_nifti(source.start), is_tiff(source.start)
+    suffix = split_suffix(path)[1].lower()
+    volume, tagged = suffix in NIFTI_SUFFIXES, suffix in TIFF_SUFFIXES
     if volume:
         file = place.with_name(f"{split_suffix(place.name)[0]}.nii.gz")
         with atomic_write(file) as part:

@@ -63,7 +63,7 @@ def test_a_folder_of_an_encoder_of_bands(tmp_path: Path, name: str) -> None:
 def test_a_folder_whose_bands_contradict_is_damaged(tmp_path: Path) -> None:
     save_encoder(build_encoder("test_resnet", 32, reader=reader(2)), tmp_path, {})
     config = json.loads((tmp_path / "config.json").read_text())
-    config["vissl_lite"]["images"]["low"] = [0]
+    config["vissl_lite"]["reader"]["low"] = [0]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"config.json is damaged: low is not a list of 2"):
         load_encoder(tmp_path)
