@@ -3,6 +3,7 @@
 from io import BytesIO
 from typing import Any
 
+import imagecodecs
 import nibabel as nib
 import numpy as np
 import pydicom
@@ -10,7 +11,13 @@ import tifffile
 from PIL import Image
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
-from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, MRImageStorage, generate_uid
+from pydicom.uid import (
+    ExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLSLossless,
+    MRImageStorage,
+    generate_uid,
+)
 
 
 def noise(*shape: int, dtype: Any = np.uint16, low: int = 0, high: int = 4096) -> np.ndarray:
@@ -66,13 +73,16 @@ def dicom(pixels: np.ndarray, syntax: str | None = None, **attributes: Any) -> b
         attributes: Attributes to set.
     """
     one = dataset(pixels, **attributes)
-    if syntax == JPEG2000Lossless:
+    if syntax in (JPEG2000Lossless, JPEGLSLossless):
         coded = BytesIO()
-        Image.fromarray(pixels).save(coded, "JPEG2000", no_jp2=True, irreversible=False)
+        if syntax == JPEG2000Lossless:
+            Image.fromarray(pixels).save(coded, "JPEG2000", no_jp2=True, irreversible=False)
+        else:
+            coded.write(imagecodecs.jpegls_encode(pixels))
         one.PixelData = encapsulate([coded.getvalue()])
         one["PixelData"].VR = "OB"
         one["PixelData"].is_undefined_length = True
-        one.file_meta.TransferSyntaxUID = JPEG2000Lossless
+        one.file_meta.TransferSyntaxUID = syntax
     elif syntax is not None:
         one.compress(syntax)
     return saved(one)
