@@ -43,6 +43,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "smallest crop 0.6": {"min_crop_scale": 0.6},
     "no label smoothing": {"label_smoothing": 0.0},
     "gradients not clipped": {"clip_norm": 0.0},
+    "batch size 16": {"batch_size": 16},
+    "batch size 16, learning rate 3e-4": {"batch_size": 16, "lr": 3e-4},
+    "batch size 16, learning rate 3e-3": {"batch_size": 16, "lr": 3e-3},
+    "batch size 16, BatchNorm trained": {"batch_size": 16, "frozen_norm": False},
+    "mixup 0.2": {"mixup": 0.2},
+    "CutMix 1": {"cutmix": 1.0},
     "random head": {"pretrained": False, "frozen_norm": True},
 }
 OF_OPTIMIZER = ("lr", "layer_decay", "clip_norm")
@@ -84,6 +90,8 @@ def recipes_table() -> str:
         ]
     )
     for recipe in RECIPES:
+        if not any(recipe in results[name] for name in sets):
+            continue
         cells = []
         for name in sets:
             runs = results[name].get(recipe, {})
