@@ -23,7 +23,9 @@ def arrays(folder: Path, scales: list[float], bands: int = 2, frames: int = 0) -
 def test_photographs_need_no_reader(tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((8, 8, 3), np.uint8))
     cv2.imwrite(str(tmp_path / "b.png"), np.zeros((8, 8), np.uint8))
-    paths = [f"{tmp_path}/a.png", f"{tmp_path}/b.png"]
+    cv2.imwrite(str(tmp_path / "c.tif"), np.zeros((8, 8, 3), np.uint8))
+    paths = [f"{tmp_path}/{name}" for name in ("a.png", "b.png", "c.tif")]
+    assert survey(paths[2:], NO_SETTINGS) is PHOTOGRAPHS
     assert survey(paths, NO_SETTINGS) is PHOTOGRAPHS
     cv2.imwrite(str(tmp_path / "deep.png"), np.zeros((8, 8), np.uint16))
     assert survey([*paths, f"{tmp_path}/deep.png"], NO_SETTINGS) is PHOTOGRAPHS

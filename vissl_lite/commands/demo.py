@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 # Small enough for about twenty epochs in two minutes on two cores.
 BACKBONE, IMAGE_SIZE = "resnet10t_slim", 48
-FINETUNE_EPOCHS, FINETUNE_LR = 30, 3e-3
+FINETUNE_EPOCHS, FINETUNE_LR = 20, 3e-3
 MAX_UNLABELLED = 10**6
 
 # Protocols of the comparison, and their names in results.json.

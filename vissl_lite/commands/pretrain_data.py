@@ -79,10 +79,6 @@ def find_training_images(options: PretrainOptions, run: Path, resume: bool) -> T
         raise UserError("--cache is for image files: shards are read sequentially, once per epoch")
     if resume and (run / SAMPLE_FOLDER).is_dir():
         return TrainingImages(PathList(find_images([run / SAMPLE_FOLDER])), shards)
-    if not is_main_process() and (
-        options.image_size or (options.encoder is not None and Path(options.encoder).is_dir())
-    ):
-        return TrainingImages(PathList([]), shards)  # the sample is not needed here
     temporary = tempfile.TemporaryDirectory(prefix="vissl-lite-")
     with show_warnings_early():
         write_sample(shards, Path(temporary.name))

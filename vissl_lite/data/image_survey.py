@@ -244,7 +244,8 @@ def _described(paths: Sequence[str], axis: int | None) -> list[tuple[str, Descri
 
 
 def _is_photograph(one: Description) -> bool:
-    return one.format == "photograph" and one.dtype == "uint8" and one.bands in _PHOTOGRAPH_BANDS
+    usual = one.format in ("photograph", "TIFF")
+    return usual and one.dtype == "uint8" and one.bands in _PHOTOGRAPH_BANDS
 
 
 def _with_bands(
