@@ -22,7 +22,7 @@ from vissl_lite.data.reading import check_pixels, max_pixels
 _MOST_MARKERS = 10_000
 
 _ORIENTATION = 0x0112  # the EXIF tag
-_ON_ITS_SIDE = range(5, 9)  # its values that make height of width
+ON_ITS_SIDE = range(5, 9)  # its values that make height of width
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -107,7 +107,7 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
         if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
             height = int.from_bytes(data[at + 5 : at + 7], "big")
             width = int.from_bytes(data[at + 7 : at + 9], "big")
-            if turn in _ON_ITS_SIDE:
+            if turn in ON_ITS_SIDE:
                 height, width = width, height
             return JpegHeader(height, width, data[at + 9], turn)
         end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
@@ -178,7 +178,7 @@ def image_header_of(file: BinaryIO, start: bytes, path: str) -> ImageHeader:
 
 def _shown(height: int, width: int, turn: int) -> ImageHeader:
     """The header of an image with this stored height and width."""
-    if turn in _ON_ITS_SIDE:
+    if turn in ON_ITS_SIDE:
         height, width = width, height
     return ImageHeader(height, width, turn)
 
@@ -258,9 +258,9 @@ def orientation(image: Image.Image) -> int:
 
 
 def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Turn an image ``(H, W, C)`` upright by its EXIF orientation (EXIF 2.32, 4.6.4, tag 274)."""
-    if orientation in range(5, 9):
-        pixels = pixels.transpose(1, 0, 2)
+    """Turn an image ``(H, W, ...)`` upright by its EXIF orientation (EXIF 2.32, 4.6.4, tag 274)."""
+    if orientation in ON_ITS_SIDE:
+        pixels = pixels.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
     if orientation in (3, 4, 7, 8):

@@ -26,17 +26,6 @@ from vissl_lite.data.reading import check_pixels
 # What a JPEG can be divided by in decoding, and OpenCV's flags for it.
 _REDUCED = {1: 0, 2: 16, 4: 32, 8: 64}
 
-# What turns an image upright, by its EXIF orientation (EXIF 2.32, 4.6.4, tag 274).
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
 # NumPy's dtypes of Pillow's modes that are not of 8 bits.
 _DEEP_MODES = {"I": "int32", "F": "float32", "I;16": "uint16", "I;16L": "uint16", "I;16B": "uint16"}
 
@@ -220,13 +209,13 @@ def _decode_pnm(data: bytes, path: str | Path) -> np.ndarray | None:
 
 def _from_pillow(image: Image.Image) -> np.ndarray:
     image.load()  # by which a TIFF is turned, and what EXIF data stands behind the pixels is read
-    turn = _UPRIGHT.get(orientation(image))
-    if turn is not None:
-        image = image.transpose(turn)
+    turn = orientation(image)
     if image.mode in _DEEP_MODES:
-        return np.array(image).astype(_DEEP_MODES[image.mode], copy=False)[..., None]
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return np.asarray(image.convert("RGB"))
+        pixels = np.array(image).astype(_DEEP_MODES[image.mode], copy=False)[..., None]
+    else:
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+        pixels = np.asarray(image.convert("RGB"))
+    return np.ascontiguousarray(turned(pixels, turn))

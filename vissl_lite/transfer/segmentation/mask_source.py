@@ -11,10 +11,10 @@ from PIL import Image
 
 from vissl_lite.data import formats
 from vissl_lite.data.formats import image_header, is_photograph_path, split_path
-from vissl_lite.data.headers import opened_image
+from vissl_lite.data.headers import ON_ITS_SIDE, opened_image, turned
 from vissl_lite.data.reading import check_pixels, read_regular
 from vissl_lite.errors import UserError
-from vissl_lite.transfer.sources.shapes import TURNS, Shape, draw_shape
+from vissl_lite.transfer.sources.shapes import Shape, draw_shape
 
 # Mask value of pixels that are excluded from training and evaluation.
 IGNORE_INDEX = 255
@@ -244,11 +244,11 @@ def _rasterize(
     """Draw shapes at the size of the image after its EXIF rotation."""
     height, width, orientation = image_header(image)
     # Shapes drawn on the stored image are turned with it.
-    turn = TURNS.get(orientation) if size == (width, height) and width != height else None
-    if turn is not None:
+    stored = size == (width, height) and width != height and orientation in ON_ITS_SIDE
+    if stored:
         height, width = width, height
     check_pixels(height, width, image)
     mask = np.zeros((height, width), np.uint8)
     for number, shape in sorted(shapes, key=lambda one: one[1].area, reverse=True):
         draw_shape(mask, shape, size, number)
-    return np.ascontiguousarray(mask if turn is None else turn(mask))
+    return np.ascontiguousarray(turned(mask, orientation) if stored else mask)

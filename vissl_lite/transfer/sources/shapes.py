@@ -19,15 +19,6 @@ _MAX_COORDINATE = 2**20
 _CIRCLE = 64
 
 
-# EXIF orientations that swap height and width, and what turns a stored mask (EXIF 2.32, 4.6.4).
-TURNS = {
-    5: lambda mask: mask.T,
-    6: lambda mask: np.rot90(mask, -1),
-    7: lambda mask: np.rot90(mask, 2).T,
-    8: lambda mask: np.rot90(mask),
-}
-
-
 class Shape(NamedTuple):
     """The pixels of an object.
 

@@ -8,12 +8,13 @@ import cv2
 import numpy as np
 
 from vissl_lite.data.formats import image_header
+from vissl_lite.data.headers import ON_ITS_SIDE, turned
 from vissl_lite.data.images import BROKEN_IMAGE
 from vissl_lite.data.reading import reason
 from vissl_lite.transfer.detection.data.annotations import RELATIVE_SIZE, ImageAnnotation
 from vissl_lite.transfer.sources.reading_log import BACKGROUND, ReadingLog
 from vissl_lite.transfer.sources.run_lengths import mask_of_runs, runs_of_mask
-from vissl_lite.transfer.sources.shapes import TURNS, Shape, points_of
+from vissl_lite.transfer.sources.shapes import Shape, points_of
 
 log = logging.getLogger(__name__)
 
@@ -169,8 +170,8 @@ def _place_shape(
     if not shape.runs or annotated_size == size:
         return Shape(tuple(outlines), shape.runs)
     mask = mask_of_runs(shape.run_lengths(), (int(annotated_size[0]), int(annotated_size[1])))
-    if annotated_size == size[::-1] and orientation in TURNS:
-        mask = TURNS[orientation](mask)
+    if annotated_size == size[::-1] and orientation in ON_ITS_SIDE:
+        mask = turned(mask, orientation)
     if mask.shape != size:
         mask = cv2.resize(mask, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
     return Shape(tuple(outlines), runs_of_mask(mask > 0).tobytes())
