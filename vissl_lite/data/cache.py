@@ -281,13 +281,13 @@ def kept_size(height: int, width: int, shortest: int) -> tuple[int, int]:
 
 
 def decode_down_sized(
-    data: bytes, path: str, shortest: int, reader: ImageReader = PHOTOGRAPHS
+    data: bytes | None, path: str, shortest: int, reader: ImageReader = PHOTOGRAPHS
 ) -> tuple[np.ndarray, tuple[int, int]]:
     """Decode an image at the size of the cache.
 
     Args:
-        data: The file's bytes.
-        path: Named in errors.
+        data: Result of ``read_content``; None reads the file.
+        path: The file; may name a frame.
         shortest: Shorter side of what is kept; smaller images are left as they are.
         reader: How the image is read.
 

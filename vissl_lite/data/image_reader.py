@@ -7,7 +7,7 @@ reads images as its training did.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -16,14 +16,14 @@ import numpy as np
 
 from vissl_lite.data.formats import (
     RawImage,
-    decode_raw,
     decode_reduced,
     describe,
     read_raw,
+    read_raw_content,
     split_path,
 )
 from vissl_lite.data.formats.display import display_bands
-from vissl_lite.data.images import BROKEN_IMAGE, read_image
+from vissl_lite.data.images import BROKEN_IMAGE, read_content, read_image
 
 # Largest value of a photograph and of a scaled band.
 PHOTOGRAPH_MAX, BAND_MAX = 255, 65535
@@ -58,12 +58,12 @@ class ImageReader:
         scope: What one range holds for: the data set, each volume (a DICOM series, a NIfTI file)
             or each image. The range of a volume or image goes from its percentile 0.1 to 99.9.
         low: Values that become 0, by band, in the units of the files; for the data set only.
-        high: Values that become 65535, likewise.
+        high: Values that become 65535, by band, in the units of the files.
         use_window: Whether the range of an image is the window that its file names, if it does.
         nodata: Value of pixels without data; None for the value that a file names.
         axis: Axis of the slices of volumes; see ``describe``.
         mean: Mean of each band, scaled to [0, 1]. Pixels without data get it.
-        std: Standard deviation of each band, scaled likewise.
+        std: Standard deviation of each band, scaled to [0, 1].
     """
 
     COLUMNS: ClassVar = ("band", "name", "low", "high", "mean", "std")
@@ -114,12 +114,12 @@ class ImageReader:
         return self.scale(read_raw(path, self.axis), path)
 
     def decode_reduced(
-        self, data: bytes, path: str, times: Callable[[int, int], int]
+        self, data: bytes | None, path: str, times: Callable[[int, int], int]
     ) -> tuple[np.ndarray, tuple[int, int]]:
         """Decode the content of an image file, no larger than needed; see ``decode_reduced``.
 
         Args:
-            data: Result of ``read_content``.
+            data: Result of ``read_content``; None reads the file, of bands no more than needed.
             path: The file; may name a frame.
             times: See ``decode_reduced`` of photographs. Bands are not reduced.
 
@@ -127,8 +127,11 @@ class ImageReader:
             ``(h, w, C)``, and height and width of the whole image.
         """
         if self.bands is None:
-            return decode_reduced(data, path, times)
-        image = self.scale(decode_raw(data, path, self.axis), path)
+            return decode_reduced(read_content(path) if data is None else data, path, times)
+        if data is None:
+            image = self.read(path)
+        else:
+            image = self.scale(read_raw_content(data, path, self.axis), path)
         return image, (image.shape[0], image.shape[1])
 
     def scale(self, raw: RawImage, path: str | Path) -> np.ndarray:
@@ -342,29 +345,49 @@ def _numbers(values: Any, what: str, count: int) -> tuple[float, ...]:
     return tuple(float(one) for one in values)
 
 
-def sample_values(
-    values: np.ndarray, valid: np.ndarray | None, seed: int, most: int = VALUES
-) -> list[np.ndarray]:
+def sample_values(values: np.ndarray, valid: np.ndarray | None, seed: int) -> list[np.ndarray]:
     """Values of each band at random pixels that hold data.
 
     Args:
         values: ``(H, W, C)``.
         valid: ``(H, W, C)`` bool; None for all.
         seed: Seed of the pixels.
-        most: Number of pixels.
 
     Returns:
         An array for each band.
     """
     flat = values.reshape(-1, values.shape[2])
     chosen: np.ndarray | slice = slice(None)
-    if len(flat) > most:
-        chosen = np.random.default_rng(seed).integers(len(flat), size=most)
+    if len(flat) > VALUES:
+        chosen = np.random.default_rng(seed).integers(len(flat), size=VALUES)
     some = flat[chosen]
     if valid is None:
         return list(some.T)
     data = valid.reshape(flat.shape)[chosen]
     return [band[has] for band, has in zip(some.T, data.T, strict=True)]
+
+
+def sampled(
+    paths: Sequence[str], read: Callable[[str], tuple[np.ndarray, np.ndarray | None]]
+) -> Iterator[tuple[str, list[np.ndarray]]]:
+    """Yield the paths of some images and values of their bands; broken ones are left out.
+
+    Args:
+        paths: Image files.
+        read: Function from a path to the first two arguments of ``sample_values``.
+    """
+    for number, path in enumerate(paths):
+        try:
+            values, valid = read(path)
+        except BROKEN_IMAGE:
+            continue
+        yield path, sample_values(values, valid, number)
+
+
+def joined(samples: Iterable[Sequence[np.ndarray]], bands: int) -> list[np.ndarray]:
+    """Values of each band in all samples, of which there may be none."""
+    parts = [[np.empty(0, np.float32)] * bands, *samples]
+    return [np.concatenate(band) for band in zip(*parts, strict=True)]
 
 
 def percentile_range(samples: Sequence[np.ndarray]) -> ValueRange:
@@ -385,8 +408,16 @@ def percentile_range(samples: Sequence[np.ndarray]) -> ValueRange:
 
 
 # Volumes by file, and their ranges by volume and what of it is read, as each slice needs them.
-_volumes: dict[str, str] = {}
+_volumes: dict[str, str | None] = {}
 _volume_ranges: dict[tuple[str, ImageReader], ValueRange] = {}
+
+
+def volume_of(path: str, axis: int | None) -> str | None:
+    """The volume of an image; see ``Description``. A file is described once."""
+    file = split_path(path)[0]
+    if file not in _volumes:
+        _volumes[file] = describe(path, axis).volume
+    return _volumes[file]
 
 
 def volume_range(reader: ImageReader, path: str) -> ValueRange:
@@ -396,39 +427,30 @@ def volume_range(reader: ImageReader, path: str) -> ValueRange:
         reader: Reader of the image.
         path: The file; may name a frame. Of a series of DICOM files those in its folder are read.
     """
-    file = split_path(path)[0]
-    if file not in _volumes:
-        volume = describe(path, reader.axis).volume or file
-        _volumes[file] = volume if volume == file else f"{Path(file).parent}\0{volume}"
-    key = _volumes[file]
+    file, volume = split_path(path)[0], volume_of(path, reader.axis)
+    folder = Path(file).parent
+    key = file if volume in (None, file) else f"{folder}\0{volume}"
     if (key, reader) not in _volume_ranges:
         described = describe(path, reader.axis)
         if described.frames > 1:
             frames = np.unique(np.linspace(0, described.frames - 1, FRAMES).round().astype(int))
             paths = [f"{file}#{number}" for number in frames]
-        elif described.volume:
-            paths = _series(Path(file).parent, described.volume)
+        elif volume is not None:
+            paths = _series(folder, volume, reader.axis)
         else:
             paths = [path]
-        samples: list[list[np.ndarray]] = [[] for _ in range(reader.channels)]
-        for number, one in enumerate(paths):
-            try:
-                found = sample_values(*reader.select(read_raw(one, reader.axis), one), number)
-            except BROKEN_IMAGE:
-                continue
-            for band, some in zip(samples, found, strict=True):
-                band.append(some)
-        joined = [np.concatenate([np.empty(0, np.float32), *band]) for band in samples]
-        _volume_ranges[key, reader] = percentile_range(joined)
+        found = sampled(paths, lambda one: reader.select(read_raw(one, reader.axis), one))
+        samples = joined((values for _, values in found), reader.channels)
+        _volume_ranges[key, reader] = percentile_range(samples)
     return _volume_ranges[key, reader]
 
 
-def _series(folder: Path, volume: str) -> list[str]:
+def _series(folder: Path, volume: str, axis: int | None) -> list[str]:
     """Files of a DICOM series in a folder, evenly spread."""
     found = []
     for file in sorted(folder.iterdir()):
         try:
-            if file.is_file() and describe(file).volume == volume:
+            if file.is_file() and volume_of(str(file), axis) == volume:
                 found.append(str(file))
         except BROKEN_IMAGE:
             continue

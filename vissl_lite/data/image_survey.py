@@ -13,8 +13,10 @@ from vissl_lite.data.image_reader import (
     MAX_BANDS,
     PHOTOGRAPHS,
     ImageReader,
+    joined,
     percentile_range,
-    sample_values,
+    sampled,
+    volume_of,
 )
 from vissl_lite.data.images import BROKEN_IMAGE
 from vissl_lite.errors import UserError, did_you_mean
@@ -185,6 +187,7 @@ def survey(paths: Sequence[str], settings: ImageSettings) -> ImageReader:
         UserError: The images differ in their number of bands, lack one, or none can be read.
     """
     described = _described(_spread(paths, HEADERS), settings.axis)
+    sample = _spread(paths, SAMPLE)
     others = [path for path, one in described if not _is_photograph(one)]
     if not settings.chosen() and len(others) <= len(described) / 2:
         if others:
@@ -204,12 +207,12 @@ def survey(paths: Sequence[str], settings: ImageSettings) -> ImageReader:
         reader = _with_ends(reader, *_dtype_range(described))
     elif settings.value_range == "image" or settings.window == "file":
         reader = replace(reader, scope="image", use_window=settings.window == "file")
-    samples, highest = _samples(reader, _spread(paths, SAMPLE), described[0][0])
+    samples, highest = _samples(reader, sample, described[0][0])
     nodata = _find_nodata(samples) if settings.nodata is None else None
     if nodata is not None:
         log.info("Pixels of value %g hold no data, it seems; --nodata gives another value", nodata)
         reader = replace(reader, nodata=nodata)
-        samples, highest = _samples(reader, _spread(paths, SAMPLE), described[0][0])
+        samples, highest = _samples(reader, sample, described[0][0])
     if reader.scope == "dataset" and not reader.low:
         ratio = _ratio(highest) if settings.value_range is None else 1.0
         if ratio >= OWN_SCALES:
@@ -222,7 +225,7 @@ def survey(paths: Sequence[str], settings: ImageSettings) -> ImageReader:
         else:
             low, high = percentile_range(samples)
             reader = replace(reader, low=tuple(low.tolist()), high=tuple(high.tolist()))
-    reader = _with_statistics(reader, samples, _spread(paths, SAMPLE))
+    reader = _with_statistics(reader, samples, sample)
     for line in table(reader):
         log.info("%s", line)
     return reader
@@ -289,27 +292,25 @@ def _samples(
     reader: ImageReader, paths: Sequence[str], first: str
 ) -> tuple[list[np.ndarray], dict[str, float]]:
     """Values of each band, and the highest values (99th percentile) of each volume."""
-    samples: list[list[np.ndarray]] = [[] for _ in range(reader.channels)]
-    by_volume: dict[str, list[np.ndarray]] = {}
-    for number, path in enumerate(paths):
-        try:
-            values, valid = reader.select(read_raw(path, reader.axis), path)
-            volume = describe(path, reader.axis).volume
-        except BROKEN_IMAGE:
-            continue
-        found = sample_values(values, valid, number)
-        for band, some in zip(samples, found, strict=True):
-            band.append(some)
-        if volume is not None:
-            by_volume.setdefault(volume, []).extend(found)
-    if not samples[0]:
+
+    def read(path: str) -> tuple[np.ndarray, np.ndarray | None]:
+        volume_of(path, reader.axis)  # a file that cannot be described is left out
+        return reader.select(read_raw(path, reader.axis), path)
+
+    found = list(sampled(paths, read))
+    if not found:
         raise UserError(f"none of {len(paths)} images can be read, the first {first}")
+    by_volume: dict[str, list[np.ndarray]] = {}
+    for path, values in found:
+        volume = volume_of(path, reader.axis)
+        if volume is not None:
+            by_volume.setdefault(volume, []).extend(values)
     highest = {}
     for volume, parts in by_volume.items():
-        joined = np.concatenate(parts)
-        if len(joined):
-            highest[volume] = float(np.percentile(joined, 99))
-    return [np.concatenate(band) for band in samples], highest
+        whole = np.concatenate(parts)
+        if len(whole):
+            highest[volume] = float(np.percentile(whole, 99))
+    return joined((values for _, values in found), reader.channels), highest
 
 
 def _find_nodata(samples: Sequence[np.ndarray]) -> float | None:
@@ -342,15 +343,8 @@ def _with_statistics(
             for band, low, high in zip(samples, reader.low, reader.high, strict=True)
         ]
     else:
-        parts: list[list[np.ndarray]] = [[] for _ in range(reader.channels)]
-        for number, path in enumerate(paths):
-            try:
-                values = reader.read(path).astype(np.float32) / BAND_MAX
-            except BROKEN_IMAGE:
-                continue
-            for band, some in zip(parts, sample_values(values, None, number), strict=True):
-                band.append(some)
-        scaled = [np.concatenate([np.empty(0, np.float32), *band]) for band in parts]
+        found = sampled(paths, lambda path: (reader.read(path).astype(np.float32) / BAND_MAX, None))
+        scaled = joined((values for _, values in found), reader.channels)
     mean = tuple(float(band.mean()) if len(band) else 0.5 for band in scaled)
     std = tuple(max(float(band.std()), 1e-3) if len(band) else 1.0 for band in scaled)
     return replace(reader, mean=mean, std=std)

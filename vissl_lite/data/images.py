@@ -436,26 +436,9 @@ def decode_image(data: bytes, path: str | Path, shortest: int | None = None) -> 
         shortest: The shorter side, in pixels, that is needed.
     """
     if shortest is None:
-        return decode_reduced(data, path, lambda height, width: 1)[0]
+        return formats.decode_reduced(data, path, lambda height, width: 1)[0]
     needed = max(shortest, 1)
-    return decode_reduced(data, path, lambda height, width: min(height, width) // needed)[0]
-
-
-def decode_reduced(
-    data: bytes, path: str | Path, times: Callable[[int, int], int]
-) -> tuple[np.ndarray, tuple[int, int]]:
-    """Decode the bytes of an image file, a JPEG no larger than needed; see ``read_image``.
-
-    Args:
-        data: The file's bytes, or what ``read_content`` returns.
-        path: Named in errors.
-        times: Function from the displayed height and width of the whole image: how many times as
-            large as needed it is. It is asked before anything is decoded, and for a JPEG only.
-
-    Returns:
-        ``(H, W, 3)`` uint8, and the height and width of the whole image.
-    """
-    return formats.decode_reduced(data, path, times)
+    return formats.decode_reduced(data, path, lambda height, width: min(height, width) // needed)[0]
 
 
 # An image longer than so many times its shorter side is cut before its shorter side is enlarged: a

@@ -244,16 +244,16 @@ class ViewDataset(KeyedDataset):
         taken = None
         if kept is None or epoch == 0:
             path = self.paths[index]
-            data = read_content(path)
+            data = read_content(path) if epoch == 0 else None
             kept = kept or self._decode(data, path, epoch, index)
-            if epoch == 0:
+            if data is not None:
                 taken = take_fingerprint(data, path, kept[0], self.reader)
         image, whole = kept
         views = self.views(image, self.seed, epoch, index, whole)
         return Item(views, index, [], fingerprint=taken)
 
     def _decode(
-        self, data: bytes, path: str, epoch: int, index: int
+        self, data: bytes | None, path: str, epoch: int, index: int
     ) -> tuple[np.ndarray, tuple[int, int]]:
         """``(h, w, C)``, and height and width of the whole image."""
         key = self.seed, epoch, index

@@ -37,7 +37,6 @@ __all__ = [
     "Description",
     "NoImageError",
     "RawImage",
-    "decode_raw",
     "decode_reduced",
     "describe",
     "encode_frame",
@@ -143,40 +142,39 @@ def _read_tiff(source: Source, frame: int, content: Callable[[], bytes]) -> RawI
     return tiff.read(source, frame)
 
 
-def read_raw_content(data: bytes, path: str | Path) -> RawImage:
+def read_raw_content(data: bytes, path: str | Path, axis: int | None = None) -> RawImage:
     """Read the content of an image file, such as that of a member of a shard; see ``read_raw``.
 
     Args:
-        data: The file's bytes.
-        path: Named in errors.
-    """
-    with Source(str(path), data) as source:
-        return _read(source, None, None, lambda: data)
-
-
-def decode_reduced(
-    data: bytes, path: str | Path, times: Callable[[int, int], int]
-) -> tuple[np.ndarray, tuple[int, int]]:
-    """Decode the bytes of an image file to 8-bit RGB; see ``photographs.decode`` and ``to_rgb``.
-
-    Of several frames the one is decoded that ``read_raw`` takes.
-    """
-    if photographs.is_usual(data):
-        return photographs.decode(data, path, times)
-    image = to_rgb(read_raw_content(data, path))
-    return image, (image.shape[0], image.shape[1])
-
-
-def decode_raw(data: bytes, path: str | Path, axis: int | None = None) -> RawImage:
-    """Decode the bytes of an image file, or of ``encode_frame``; see ``read_raw``.
-
-    Args:
-        data: The content.
+        data: The file's bytes, or those of ``encode_frame``.
         path: Named in errors.
         axis: See ``describe``.
     """
     with Source(str(path), data) as source:
         return _read(source, None, axis, lambda: data)
+
+
+def decode_reduced(
+    data: bytes, path: str | Path, times: Callable[[int, int], int]
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Decode the bytes of an image file to 8-bit RGB, a JPEG no larger than needed.
+
+    Of several frames the one is decoded that ``read_raw`` takes. What is not a photograph is shown
+    as ``to_rgb`` does.
+
+    Args:
+        data: The file's bytes, or those of ``encode_frame``.
+        path: Named in errors.
+        times: Function from the displayed height and width of the whole image: how many times as
+            large as needed it is. It is asked before anything is decoded, and for a JPEG only.
+
+    Returns:
+        ``(H, W, 3)`` uint8, and the height and width of the whole image.
+    """
+    if photographs.is_usual(data):
+        return photographs.decode(data, path, times)
+    image = to_rgb(read_raw_content(data, path))
+    return image, (image.shape[0], image.shape[1])
 
 
 def encode_frame(path: str | Path) -> bytes:
