@@ -15,18 +15,12 @@ Results: benchmarks/results/bands.json.
 
 import argparse
 import json
-import shutil
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import vissl_lite
+from benchmarks.accuracy.transfer import CONTRAST, once
 from benchmarks.common import keep, load, markdown_table, over_seeds, provenance
-
-COMMON: dict[str, Any] = {"upright": False, "num_workers": 0}
-CONTRAST = {"name": "simclr", "temperature": 0.2, "min_crop_scale": 0.25}
 
 # Options of fine-tuning, the arms of a set (name: options), and the minutes of pre-training.
 SETS: dict[str, dict[str, Any]] = {
@@ -41,7 +35,7 @@ SETS: dict[str, dict[str, Any]] = {
         "pretrain": {"image_size": 64, "batch_size": 24, "max_time": 300},
     },
     "hippocampus": {
-        "common": {"image_size": 48, "epochs": None, "max_time": None, "batch_size": 16},
+        "common": {"image_size": 48, "batch_size": 16},
         "arms": {
             f"{share:.0%} of the masks{words}": {"fraction": share, **encoder}
             for share in (0.05, 0.2, 1.0)
@@ -57,34 +51,26 @@ def pretrain(name: str, given: argparse.Namespace) -> None:
     """Pre-train on the images of a set, without masks."""
     vissl_lite.pretrain(
         data=str(given.data / "images"), out=str(given.out / name), pretext=CONTRAST,
-        backbone=given.backbone, lr=1e-3, weight_decay=1e-4, overwrite=True, **COMMON,
-        **SETS[name]["pretrain"],
+        backbone=given.backbone, lr=1e-3, weight_decay=1e-4, upright=False, num_workers=0,
+        overwrite=True, **SETS[name]["pretrain"],
     )  # fmt: skip
 
 
-def once(name: str, arm: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
-    """One fine-tuning: test metrics, and the CPU minutes that it took."""
-    out = given.out / f"{name}-runs" / f"{arm.replace(' ', '_')}-{seed}"
-    file = out / "took.json"
+def run(name: str, arm: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
+    """One fine-tuning: test metrics, also by structure, and the CPU minutes that it took."""
     options = {**SETS[name]["common"], **SETS[name]["arms"][arm]}
     encoder = options.pop("encoder", None)
     encoder = f"random:{given.backbone}" if encoder is None else str(given.out / encoder)
-    if not file.exists():
-        shutil.rmtree(out, ignore_errors=True)
-        torch.manual_seed(seed)
-        started = time.process_time()
-        vissl_lite.finetune(
-            data=str(given.data), task="segmentation", out=str(out), encoder=encoder, seed=seed,
-            **COMMON, **{key: value for key, value in options.items() if value is not None},
-        )  # fmt: skip
-        file.write_text(json.dumps((time.process_time() - started) / 60))
+    out = given.out / f"{name}-runs" / f"{arm.replace(' ', '_')}-{seed}"
+    figures = once(
+        out,
+        {
+            "data": str(given.data), "task": "segmentation", "encoder": encoder, "upright": False,
+            "seed": seed, **options,
+        },
+    )  # fmt: skip
     found = json.loads((out / "results.json").read_text())
-    return {
-        "test": found["test"],
-        "per_class": found["per_class"],
-        "train_images": found["train_images"],
-        "cpu_minutes": json.loads(file.read_text()),
-    }
+    return {**figures, "per_class": found["per_class"]}
 
 
 def table(name: str) -> str:
@@ -126,7 +112,7 @@ def main() -> None:
     found: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
     for seed in given.seeds:
         for arm in given.arms or SETS[name]["arms"]:
-            found.setdefault(arm, {})[str(seed)] = once(name, arm, seed, given)
+            found.setdefault(arm, {})[str(seed)] = run(name, arm, seed, given)
             print(name, arm, seed, found[arm][str(seed)]["test"], flush=True)
             file.write_text(json.dumps(found))
     keep("bands", {name: found})

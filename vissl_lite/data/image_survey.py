@@ -40,6 +40,9 @@ WINDOWS: Mapping[str, tuple[float, float]] = {
     "soft_tissue": (40, 400),
 }
 
+# Value ranges that are not two numbers.
+RANGES = ("percentile", "dtype", "image")
+
 # Numbers of the bands of gray and of colored photographs.
 _PHOTOGRAPH_BANDS = (1, 3)
 
@@ -108,12 +111,7 @@ class ImageSettings:
         Raises:
             UserError: They are not numbers, or the first is not below the second.
         """
-        if self.window in (None, "file") and self.value_range in (
-            None,
-            "percentile",
-            "dtype",
-            "image",
-        ):
+        if self.window in (None, "file") and self.value_range in (None, *RANGES):
             return None
         if self.window is not None:
             if self.window in WINDOWS:
@@ -124,8 +122,7 @@ class ImageSettings:
             low, high = center - width / 2, center + width / 2
         else:
             assert self.value_range is not None
-            names = ["percentile", "dtype", "image"]
-            low, high = _pair("value_range", self.value_range, "LOW,HIGH", names)
+            low, high = _pair("value_range", self.value_range, "LOW,HIGH", RANGES)
         if not low < high:
             raise UserError(
                 f"--window {self.window}: the width must be above 0"

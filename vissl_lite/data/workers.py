@@ -176,7 +176,7 @@ def start_worker(worker: int, most: int, axis: int | None, lines: WorkerLog) -> 
     Args:
         worker: Number of the worker.
         most: Pixels that an image may have, of which a worker that is started anew knows nothing.
-        axis: Axis of the slices of volumes, likewise.
+        axis: Axis of the slices of volumes, which it does not know either; see ``slice_along``.
         lines: Takes what it logs.
     """
     lines.attach()

@@ -13,7 +13,7 @@ from typing import Any
 import timm
 import torch
 
-from vissl_lite.data.image_reader import ImageReader
+from vissl_lite.data.image_reader import MAX_BANDS, ImageReader
 from vissl_lite.data.json_file import read_json
 from vissl_lite.encoders.encoder import first_line
 from vissl_lite.errors import UserError
@@ -28,9 +28,6 @@ LARGEST_SIDE = 4096
 
 # Maximum of widths, channels and so on, so that products of several still fit int64
 _LARGEST_WIDTH = 2**20
-
-# Maximum number of channels of images
-_MOST_CHANNELS = 4096
 
 # Maximum memory of a model, for example with position tables: this many bytes plus this multiple of
 # the size of its weights file
@@ -118,8 +115,8 @@ def _checked(content: Any) -> dict[str, Any]:
     if "vissl_lite" in content:
         checked["vissl_lite"] = _mapping(content["vissl_lite"], "vissl_lite")
     about = _mapping(content.get("vissl_lite") or {}, "vissl_lite")
-    content = _mapping(about.get("reader") or {}, "reader")
-    reader = ImageReader.from_dict(content, saved["mean"], saved["std"])
+    read_by = _mapping(about.get("reader") or {}, "reader")
+    reader = ImageReader.from_dict(read_by, saved["mean"], saved["std"])
     if reader.channels != saved["input_size"][0]:
         raise ValueError(f"images with {reader.channels} bands do not fit input_size")
     return {**checked, "reader": reader}
@@ -133,14 +130,15 @@ def checked_names(value: Any, what: str) -> list[str]:
 
 
 def checked_statistics(
-    mean: Any, std: Any, channels: int = 3
+    mean: Any, std: Any, channels: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Validate the mean and standard deviation per channel, for values in [0, 1].
 
     Args:
-        channels: Number of channels.
         mean: List of one number in [0, 1] per channel.
-        std: Likewise, from 0.001 to 10: no real deviation is above 0.5, but 1 is in use.
+        std: List of one number per channel, from 0.001 to 10: no real deviation is above 0.5, but 1
+            is in use.
+        channels: Number of channels.
 
     Raises:
         TypeError, ValueError: If they are not such lists.
@@ -157,7 +155,7 @@ def _check_description(saved: dict[str, Any]) -> None:
     size = saved["input_size"]
     if not isinstance(size, list) or len(size) != 3:
         raise ValueError(f"input_size is not [channels, height, width]: {_shown(size)}")
-    channels = _whole(size[0], "input_size", 1, _MOST_CHANNELS)
+    channels = _whole(size[0], "input_size", 1, MAX_BANDS)
     checked_statistics(saved["mean"], saved["std"], channels)
     for side in size[1:]:
         _whole(side, "input_size", 1, LARGEST_SIDE)

@@ -203,11 +203,13 @@ def write_masks(
         with atomic_write(file) as part:
             nifti.write_masks(path, masks, part, axis)
         return file
-    if not tagged or len(masks) > 1:
+    tags = tiff.place_tags(path) if tagged and len(masks) == 1 else []
+    if not tags:
         return None
     file = place.with_name(f"{split_suffix(place.name)[0]}.tif")
-    (mask,) = masks.values()
-    return file if tiff.write_mask(path, mask, file) else None
+    with atomic_write(file) as part:
+        tiff.write_mask(next(iter(masks.values())), tags, part)
+    return file
 
 
 def image_size(path: str | Path) -> tuple[int, int]:

@@ -606,26 +606,35 @@ def _read_without(source: Source, page: Page) -> np.ndarray:
 _PLACE_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
 
 
-def write_mask(path: str, mask: np.ndarray, file: Path) -> bool:
-    """Write a mask as a GeoTIFF at the place of an image.
+def place_tags(path: str) -> list[tuple[int, int, int, Any, bool]]:
+    """The tags that place a GeoTIFF on the earth, as tifffile writes them.
 
     Args:
-        path: The image that the mask is of.
-        mask: ``(H, W)`` uint8.
-        file: File to write.
+        path: The image.
 
     Returns:
-        False if the image is no GeoTIFF, or tifffile is not installed; nothing is written then.
+        Empty for other images, or if tifffile is not installed.
     """
     try:
         import tifffile
     except ImportError:
-        return False
+        return []
     with converting(path), tifffile.TiffFile(path) as image:
         tags = image.pages[0].tags
         found = [tags[code] for code in _PLACE_TAGS if code in tags]
-        kept = [(tag.code, int(tag.dtype), tag.count, tag.value, True) for tag in found]
-    if not kept:
-        return False
-    tifffile.imwrite(file, mask, photometric="minisblack", compression="zlib", extratags=kept)
-    return True
+        return [(tag.code, int(tag.dtype), tag.count, tag.value, True) for tag in found]
+
+
+def write_mask(
+    mask: np.ndarray, tags: Sequence[tuple[int, int, int, Any, bool]], file: Path
+) -> None:
+    """Write a mask as a GeoTIFF.
+
+    Args:
+        mask: ``(H, W)`` uint8.
+        tags: Result of ``place_tags``.
+        file: File to write.
+    """
+    import tifffile
+
+    tifffile.imwrite(file, mask, photometric="minisblack", compression="zlib", extratags=tags)

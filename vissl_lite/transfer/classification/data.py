@@ -145,7 +145,7 @@ class LabelledImages(LabelledDataset):
 
         Args:
             fraction: Share of each class in (0, 1]; at least one image of each, or one group. With
-                several labels an image, where no class has images to itself, share of the images.
+                several labels per image, where no class has images to itself, share of the images.
             shots: Images per class, instead.
             seed: Seed of the choice.
 
