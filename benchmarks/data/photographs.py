@@ -34,7 +34,8 @@ from benchmarks.common import RESULTS, keep, load, markdown_table, over_seeds, p
 from vissl_lite.commands.pretrain import pretrain
 from vissl_lite.commands.probe import probe
 from vissl_lite.data.cache import plan_cache
-from vissl_lite.data.images import decode_image, decode_reduced, find_images
+from vissl_lite.data.formats import decode_reduced
+from vissl_lite.data.images import decode_image, find_images
 from vissl_lite.data.stream import ViewDataset
 from vissl_lite.data.views import Views
 from vissl_lite.encoders.encoder import build_encoder
