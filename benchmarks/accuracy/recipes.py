@@ -41,6 +41,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "no color jitter": {"color": 0.0},
     "color jitter 0.25": {"color": 0.25},
     "smallest crop 0.6": {"min_crop_scale": 0.6},
+    "smallest crop 0.6, color jitter 0.25": {"min_crop_scale": 0.6, "color": 0.25},
+    "smallest crop 0.6, BatchNorm trained": {"min_crop_scale": 0.6, "frozen_norm": False},
     "no label smoothing": {"label_smoothing": 0.0},
     "gradients not clipped": {"clip_norm": 0.0},
     "batch size 16": {"batch_size": 16},
