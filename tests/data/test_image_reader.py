@@ -92,12 +92,13 @@ def test_pictures_show_colors_or_gray() -> None:
 @pytest.mark.parametrize(
     "given",
     [{}, {"scope": "volume", "low": (), "high": ()}, {"names": ("a", "b"), "nodata": 0.0},
-     {"axis": 1, "use_window": True}],
+     {"axis": 1, "use_window": True}, {"histogram": ((0.5, 0.5) * 16, (0.0, 1.0) * 16)}],
 )  # fmt: skip
 def test_a_reader_is_written_and_read(given: dict[str, Any]) -> None:
     one = reader(2, **given)
     content = json.loads(json.dumps(one.as_dict()))
-    assert ImageReader.from_dict(content, list(one.mean), list(one.std)) == one
+    found = ImageReader.from_dict(content, list(one.mean), list(one.std))
+    assert (found, found.histogram) == (one, one.histogram)
     assert ImageReader.from_dict(PHOTOGRAPHS.as_dict(), [0.5] * 3, [0.2] * 3) == PHOTOGRAPHS
 
 
@@ -105,7 +106,7 @@ def test_a_reader_is_written_and_read(given: dict[str, Any]) -> None:
     "change",
     [{"bands": [0, 1]}, {"bands": [1]}, {"bands": "all"}, {"scope": "patient"}, {"low": [0]},
      {"low": [0, 200]}, {"high": [1, float("inf")]}, {"axis": True}, {"names": [1]},
-     {"nodata": "no"}],
+     {"nodata": "no"}, {"histogram": [[0.5] * 32]}, {"histogram": [[1.0], [1.0]]}],
 )  # fmt: skip
 def test_a_damaged_reader_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises((ValueError, TypeError)):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from vissl_lite.data.image_reader import PHOTOGRAPHS
-from vissl_lite.data.image_survey import NO_SETTINGS, ImageSettings, survey, table
+from vissl_lite.data.image_survey import NO_SETTINGS, ImageSettings, override, survey, table
 from vissl_lite.errors import UserError
 
 
@@ -106,6 +106,31 @@ def test_given_ranges(tmp_path: Path, settings: ImageSettings, low: float, high:
 def test_wrong_options(given: dict[str, str], words: str) -> None:
     with pytest.raises(UserError, match=words):
         ImageSettings(**given).check_images()  # type: ignore[arg-type]
+
+
+def test_a_model_reads_images_that_are_stored_in_another_way(tmp_path: Path) -> None:
+    known = survey(arrays(tmp_path, [100.0], 2), NO_SETTINGS)
+    (tmp_path / "new").mkdir()
+    paths = arrays(tmp_path / "new", [1.0], 4)
+    assert override(known, paths, NO_SETTINGS) == known
+    moved = override(known, paths, ImageSettings(bands="4,1", nodata=7.0))
+    assert (moved.bands, moved.nodata, moved.high) == ((3, 0), 7.0, known.high)
+    scaled = override(known, paths, ImageSettings(bands="4,1", value_range="percentile"))
+    assert scaled.high == pytest.approx((1.0, 1.0), abs=0.05)
+    assert (scaled.mean, scaled.std) == (known.mean, known.std)
+    with pytest.raises(UserError, match="the model needs 2 bands"):
+        override(known, paths, ImageSettings(bands="all"))
+    with pytest.raises(UserError, match="trained on photographs"):
+        override(PHOTOGRAPHS, paths, ImageSettings(bands="4,1"))
+
+
+def test_the_histogram_is_of_scaled_values(tmp_path: Path) -> None:
+    values = np.full((16, 16, 1), 10, np.uint16)
+    values[:4] = 900
+    np.save(tmp_path / "a.npy", values)
+    found = survey([f"{tmp_path}/a.npy"], ImageSettings(value_range="0,1000"))
+    (shares,) = found.histogram
+    assert {i: share for i, share in enumerate(shares) if share} == {0: 0.75, 28: 0.25}
 
 
 def test_different_numbers_of_bands(tmp_path: Path) -> None:

@@ -40,6 +40,14 @@ def test_excluding_them_leaves_no_group_in_two_parts() -> None:
     assert kept == {"train": {"p1", "p2", "p3"}, "val": {"p5"}, "test": {"p4", "p6"}}
 
 
+def test_groups_of_pretraining_are_found() -> None:
+    apart = {"train": np.array(["p1"]), "val": np.array(["p2"]), "test": np.array(["p3", "p4"])}
+    seen = {"runs/a": {"p1", "p4"}, "runs/b": {"p2"}}
+    assert check_groups(apart, "column patient", "exclude", seen) == (1, {"test": [1], "val": []})
+    with pytest.raises(UserError, match="1 group is in the pre-training images of runs/a and the"):
+        check_groups(apart, "column patient", "error", seen)
+
+
 def test_an_error_stops_if_there_are_any() -> None:
     with pytest.raises(UserError, match="1 group is in the training part and the test part"):
         check_groups(GROUPS, "column patient", "error")

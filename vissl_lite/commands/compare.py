@@ -14,7 +14,8 @@ from vissl_lite.comparison.plan import Plan
 from vissl_lite.comparison.protocols import Score
 from vissl_lite.comparison.runner import Runner
 from vissl_lite.comparison.store import Cell, Store
-from vissl_lite.data.reading import limit_pixels, slice_along
+from vissl_lite.data.reading import limit_pixels
+from vissl_lite.encoders.folder import choose_slice_axis
 from vissl_lite.options import command
 from vissl_lite.report.additions import add_report, add_test_embeddings
 from vissl_lite.run import (
@@ -73,10 +74,10 @@ def compare(options: CompareOptions) -> CompareResult:
     check_given(find_task(options.task), options.given)
     config = options.as_config()
     limit_pixels(options.max_pixels)
-    slice_along(options.axis)
     hardware = Hardware(options.precision, devices=1, num_workers=options.num_workers)
     hardware.check()
     plan = Plan(options)
+    choose_slice_axis(options.axis, *plan.encoders, options.baseline)
     data = plan.load_data()
     protocols = plan.choose_protocols(data)
     encoders, baseline = plan.choose_encoders()

@@ -15,9 +15,9 @@ from torch import Tensor
 from vissl_lite.data.atomic_file import atomic_write, check_place
 from vissl_lite.data.image_survey import ImageSet, ImageSettings
 from vissl_lite.data.images import find_images, suitable_size
-from vissl_lite.data.reading import MAX_PIXELS, limit_pixels, slice_along
+from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.encoders.encoder import Encoder
-from vissl_lite.encoders.folder import encoder_for
+from vissl_lite.encoders.folder import choose_slice_axis, encoder_for
 from vissl_lite.errors import UserError, check_image_size, did_you_mean
 from vissl_lite.inference import check_outputs, predict_images
 from vissl_lite.options import Options, Paths, StrPath, command, path_list
@@ -86,7 +86,7 @@ def embed(options: EmbedOptions) -> EmbedResult:
         UserError: An option is invalid; nothing is written then.
     """
     limit_pixels(options.max_pixels)
-    slice_along(options.axis)
+    choose_slice_axis(options.axis, options.encoder)
     file = Path(options.out)
     if options.format is None and file.suffix.lower() not in (".parquet", ".npz"):
         raise UserError(

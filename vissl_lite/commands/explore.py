@@ -12,7 +12,8 @@ from markupsafe import Markup
 from vissl_lite.commands.embed import check_file, encoder_for_images
 from vissl_lite.data.image_survey import ImageSettings
 from vissl_lite.data.images import find_images
-from vissl_lite.data.reading import MAX_PIXELS, limit_pixels, slice_along
+from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
+from vissl_lite.encoders.folder import choose_slice_axis
 from vissl_lite.errors import UserError, check_count, check_image_size, check_seed
 from vissl_lite.evaluation.embedding import make_map
 from vissl_lite.options import Options, Paths, StrPath, command, path_list
@@ -74,7 +75,7 @@ def explore(options: ExploreOptions) -> Path:
         UserError: An option is invalid; nothing is written then.
     """
     limit_pixels(options.max_pixels)
-    slice_along(options.axis)
+    choose_slice_axis(options.axis, options.encoder)
     file = Path(options.out)
     if file.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out {file} is not an HTML file: give a name that ends in .html")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vissl_lite import __version__
 from vissl_lite.data.atomic_file import check_place
 from vissl_lite.data.images import BROKEN_IMAGE, find_images
-from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
+from vissl_lite.data.reading import MAX_PIXELS, limit_pixels, slice_along
 from vissl_lite.encoders.config import ENCODER_CONFIG, read_model_config
 from vissl_lite.encoders.encoder import first_line
 from vissl_lite.encoders.folder import WEIGHTS
@@ -194,6 +194,7 @@ def _images_to_check(sources: Paths | None, network: ExportModel) -> Tensor:
         smooth = F.interpolate(coarse, size, mode="bicubic").clamp(0, 1) * reader.max_value
         made = smooth.permute(0, 2, 3, 1).numpy().astype(reader.dtype)
         return torch.from_numpy(reader.to_units(made)).permute(0, 3, 1, 2)
+    slice_along(reader.axis)
     paths = find_images(path_list(sources))
     good: list[np.ndarray] = []
     for path in paths:

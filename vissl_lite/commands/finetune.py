@@ -15,8 +15,8 @@ from vissl_lite.commands.labelled import dry_run, show_data
 from vissl_lite.commands.leaks import guard
 from vissl_lite.commands.pretrain_options import parse_time
 from vissl_lite.data.image_survey import ImageSet, ImageSettings
-from vissl_lite.data.reading import MAX_PIXELS, limit_pixels, slice_along
-from vissl_lite.encoders.folder import encoder_for, load_encoder
+from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
+from vissl_lite.encoders.folder import choose_slice_axis, encoder_for, load_encoder
 from vissl_lite.errors import (
     UserError,
     check_count,
@@ -238,7 +238,7 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
     task = find_task(options.task)
     check_given(task, options.given)
     limit_pixels(options.max_pixels)
-    slice_along(options.axis)
+    choose_slice_axis(options.axis, options.encoder)
     hardware = Hardware(
         options.precision,
         options.devices,

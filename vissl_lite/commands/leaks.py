@@ -11,6 +11,7 @@ from vissl_lite.leakage.groups import check_groups
 from vissl_lite.leakage.matching import LEAKS, Leaks, Policy, check_leaks, seen_by
 from vissl_lite.training.progress import progress_bar
 from vissl_lite.transfer.base import DatasetT
+from vissl_lite.transfer.sources.groups import groups_of_others
 from vissl_lite.transfer.sources.parts import PARTS
 
 
@@ -46,14 +47,19 @@ def guard(
         part: of_part for part, of_part in names.items() if of_part is not None
     }
     if groups:
-        shared = check_groups(groups, data.reading.grouped_by, leaks)
+        pretrained = {
+            encoder: groups_of_others(seen.paths, data.reading)
+            for encoder, seen in pretrained_on.items()
+            if seen is not None
+        }
+        shared = check_groups(groups, data.reading.grouped_by, leaks, pretrained)
         left_out = {part: set(paths) for part, paths in found.left_out.items()}
         for part, indices in shared.left_out.items():
             left_out[part].update(parts[part][i] for i in indices)
         if shared.left_out and left_out["test"].issuperset(parts["test"]):
             raise UserError(
                 f"--leaks exclude leaves no test image: {found.count} are leaks, and others are of "
-                f"{shared.total} groups with images in several parts"
+                f"{shared.total} groups with images in several parts or in pre-training"
             )
         found = replace(found, left_out=left_out, groups=shared.total)
     if any(found.left_out.values()) or any(found.broken.values()):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from vissl_lite.data.image_survey import ImageSettings, override
 from vissl_lite.data.images import find_images
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels, slice_along
 from vissl_lite.data.turns import UNTURNED, Turn, turns_for
@@ -39,7 +40,7 @@ class PredictResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictOptions(Options):
+class PredictOptions(Options, ImageSettings):
     """Options of ``predict``."""
 
     model: StrPath
@@ -60,12 +61,18 @@ class PredictOptions(Options):
     overwrite: bool = False
     """Replace an existing run in --out."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_images()
+
 
 @command(PredictOptions)
 def predict(options: PredictOptions) -> PredictResult:
     """Apply a fine-tuned model to images: classify them, detect objects, or segment them.
 
     The task is that of the model: one that was fine-tuned with --task detection detects objects.
+    Images are read as the training images were: the same bands, value ranges and slices. --bands,
+    --window, --value_range, --axis and --nodata are for images that are stored in another way.
 
     With --tta, predictions for the flips and turns of an image are mapped back and averaged: the
     probabilities of classes, those of the classes of every pixel, or boxes with their scores.
@@ -95,8 +102,10 @@ def predict(options: PredictOptions) -> PredictResult:
     if options.tta:
         task.check_turns(loaded)
         turns = turns_for(read_upright(folder))
-    slice_along(loaded.encoder.reader.axis)
+    encoder = loaded.encoder
+    slice_along(encoder.reader.axis if options.axis is None else options.axis)
     paths = find_images(sources)
+    encoder.reader = override(encoder.reader, paths, options)
     with open_run(Path(options.out), "predict", options.as_config()) as run:
         with progress_bar() as bar:
             shown = bar.add_task("predict", total=len(paths), info="")

@@ -18,10 +18,10 @@ from vissl_lite.data.fingerprints import Fingerprints
 from vissl_lite.data.image_reader import ImageReader
 from vissl_lite.data.image_survey import ImageSet
 from vissl_lite.data.path_list import PathList
-from vissl_lite.data.reading import limit_pixels, slice_along
+from vissl_lite.data.reading import limit_pixels
 from vissl_lite.data.views import Views
 from vissl_lite.encoders import backbones
-from vissl_lite.encoders.folder import save_encoder
+from vissl_lite.encoders.folder import choose_slice_axis, save_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.evaluation.online import ONLINE_METRICS, EncoderMetrics, OnlineEvaluation
 from vissl_lite.leakage.callback import FingerprintCallback
@@ -148,7 +148,7 @@ def pretrain(options: PretrainOptions) -> PretrainResult:
 def _prepare(options: PretrainOptions, resume: bool) -> _Training:
     """Read the data and build the network; raise a UserError if they do not fit together."""
     limit_pixels(options.max_pixels)
-    slice_along(options.axis)
+    choose_slice_axis(options.axis, options.encoder)
     hardware = Hardware(
         options.precision,
         options.devices,

@@ -15,9 +15,9 @@ from vissl_lite.commands.labelled import dry_run, show_data
 from vissl_lite.commands.leaks import guard
 from vissl_lite.data.image_survey import ImageSet, ImageSettings
 from vissl_lite.data.images import suitable_size
-from vissl_lite.data.reading import MAX_PIXELS, limit_pixels, slice_along
+from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.encoders.encoder import Encoder
-from vissl_lite.encoders.folder import encoder_for
+from vissl_lite.encoders.folder import choose_slice_axis, encoder_for
 from vissl_lite.errors import (
     check_count,
     check_image_size,
@@ -141,7 +141,7 @@ def probe(options: ProbeOptions) -> ProbeResult:
     """
     out, name, data = Path(options.out), os.fspath(options.encoder), os.fspath(options.data)
     limit_pixels(options.max_pixels)
-    slice_along(options.axis)
+    choose_slice_axis(options.axis, options.encoder)
     check_out(out, [("encoder", name), ("data", data)], overwrite=options.overwrite)
     labelled = load_labelled(data, options.seed, options=options)
     labelled = labelled.subsample(options.fraction, options.shots, options.seed)

@@ -16,9 +16,10 @@ import numpy as np
 from vissl_lite.data.atomic_file import check_place
 from vissl_lite.data.formats import encode_frame, split_path, split_suffix
 from vissl_lite.data.formats.common import ARRAY_SUFFIXES, FRAME_SUFFIX
+from vissl_lite.data.image_survey import check_axis
 from vissl_lite.data.images import BROKEN_IMAGE, EXTENSIONS, find_images, read_content
 from vissl_lite.data.path_list import PathList
-from vissl_lite.data.reading import open_regular
+from vissl_lite.data.reading import open_regular, slice_along
 from vissl_lite.data.shards.index import INDEX, INDEX_PART, index_text, parse_index
 from vissl_lite.data.shards.tar_reader import MAX_IMAGE_BYTES
 from vissl_lite.errors import UserError, check_count
@@ -67,11 +68,15 @@ class ShardOptions(Options):
     """Approximate size of a shard in megabytes; default 100."""
     images_per_shard: int | None = None
     """Number of images per shard, instead of a size."""
+    axis: int | None = None
+    """Axis of the slices of volumes: 0 from left to right, 1 from back to front, 2 upwards.
+    Default: the one along which slices are farthest apart."""
     overwrite: bool = False
     """Replace the shards in --out."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_axis(self.axis)
         check_count("shard_size_mb", self.shard_size_mb)
         check_count("images_per_shard", self.images_per_shard)
         if self.shard_size_mb is not None and self.images_per_shard is not None:
@@ -84,8 +89,10 @@ def shard(options: ShardOptions) -> ShardResult:
 
     Image files are copied unchanged, in a random but reproducible order, since shards are read
     sequentially and neighbors end up in one batch. They are not decoded; pretrain reports and skips
-    broken ones. The file index.json lists the number of images in each shard and is written last.
-    Older shards are kept until all new ones are written, so the disk needs room for both.
+    broken ones. Slices of volumes, pages and frames are stored with their values as they are, so
+    --bands, --window and --value_range are options of pretrain. The file index.json lists the
+    number of images in each shard and is written last. Older shards are kept until all new ones are
+    written, so the disk needs room for both.
 
     Returns:
         The folder, the index, and the numbers of shards and images.
@@ -93,6 +100,7 @@ def shard(options: ShardOptions) -> ShardResult:
     Raises:
         UserError: If an option is invalid; nothing is written then.
     """
+    slice_along(options.axis)
     sources = path_list(options.data)
     folder = Path(options.out)
     check_place(folder)

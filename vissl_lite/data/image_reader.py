@@ -8,7 +8,7 @@ reads images as its training did.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -61,9 +61,11 @@ class ImageReader:
         high: Values that become 65535, by band, in the units of the files.
         use_window: Whether the range of an image is the window that its file names, if it does.
         nodata: Value of pixels without data; None for the value that a file names.
-        axis: Axis of the slices of volumes; see ``describe``.
+        axis: Axis of the slices of volumes, as ``slice_along`` has it; None for each volume's own.
         mean: Mean of each band, scaled to [0, 1]. Pixels without data get it.
         std: Standard deviation of each band, scaled to [0, 1].
+        histogram: Share of the values of each band in ``BINS`` equal intervals of [0, 1]; for
+            reports only.
     """
 
     COLUMNS: ClassVar = ("band", "name", "low", "high", "mean", "std")
@@ -78,6 +80,7 @@ class ImageReader:
     axis: int | None = None
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    histogram: tuple[tuple[float, ...], ...] = field(default=(), compare=False, repr=False)
 
     @property
     def channels(self) -> int:
@@ -111,7 +114,7 @@ class ImageReader:
         """
         if self.bands is None:
             return read_image(path, shortest)
-        return self.scale(read_raw(path, self.axis), path)
+        return self.scale(read_raw(path), path)
 
     def decode_reduced(
         self, data: bytes | None, path: str, times: Callable[[int, int], int]
@@ -128,10 +131,7 @@ class ImageReader:
         """
         if self.bands is None:
             return decode_reduced(read_content(path) if data is None else data, path, times)
-        if data is None:
-            image = self.read(path)
-        else:
-            image = self.scale(read_raw_content(data, path, self.axis), path)
+        image = self.scale(read_raw(path) if data is None else read_raw_content(data, path), path)
         return image, (image.shape[0], image.shape[1])
 
     def scale(self, raw: RawImage, path: str | Path) -> np.ndarray:
@@ -277,6 +277,8 @@ class ImageReader:
                 content[name] = getattr(self, name)
         if self.use_window:
             content["use_window"] = True
+        if self.histogram:
+            content["histogram"] = [list(shares) for shares in self.histogram]
         return content
 
     @classmethod
@@ -316,6 +318,10 @@ class ImageReader:
             (nodata,) = _numbers([nodata], "nodata", 1)
         if axis not in (None, 0, 1, 2) or isinstance(axis, bool):
             raise ValueError(f"axis is not 0, 1 or 2: {str(axis)[:60]}")
+        drawn = content.get("histogram", [[]] * len(bands))
+        if not isinstance(drawn, list) or len(drawn) != len(bands):
+            raise TypeError("histogram is not a list for each band")
+        shares = tuple(_numbers(one, "histogram", BINS if drawn[0] else 0) for one in drawn)
         return cls(
             bands=tuple(int(one) - 1 for one in bands),
             names=tuple(names),
@@ -327,10 +333,14 @@ class ImageReader:
             axis=axis,
             mean=tuple(mean),
             std=tuple(std),
+            histogram=shares if drawn[0] else (),
         )
 
 
 PHOTOGRAPHS = ImageReader()
+
+# Intervals of a histogram of scaled values.
+BINS = 32
 
 # Bands of an image at most.
 MAX_BANDS = 4096
@@ -412,11 +422,11 @@ _volumes: dict[str, str | None] = {}
 _volume_ranges: dict[tuple[str, ImageReader], ValueRange] = {}
 
 
-def volume_of(path: str, axis: int | None) -> str | None:
+def volume_of(path: str) -> str | None:
     """The volume of an image; see ``Description``. A file is described once."""
     file = split_path(path)[0]
     if file not in _volumes:
-        _volumes[file] = describe(path, axis).volume
+        _volumes[file] = describe(path).volume
     return _volumes[file]
 
 
@@ -427,30 +437,30 @@ def volume_range(reader: ImageReader, path: str) -> ValueRange:
         reader: Reader of the image.
         path: The file; may name a frame. Of a series of DICOM files those in its folder are read.
     """
-    file, volume = split_path(path)[0], volume_of(path, reader.axis)
+    file, volume = split_path(path)[0], volume_of(path)
     folder = Path(file).parent
     key = file if volume in (None, file) else f"{folder}\0{volume}"
     if (key, reader) not in _volume_ranges:
-        described = describe(path, reader.axis)
+        described = describe(path)
         if described.frames > 1:
             frames = np.unique(np.linspace(0, described.frames - 1, FRAMES).round().astype(int))
             paths = [f"{file}#{number}" for number in frames]
         elif volume is not None:
-            paths = _series(folder, volume, reader.axis)
+            paths = _series(folder, volume)
         else:
             paths = [path]
-        found = sampled(paths, lambda one: reader.select(read_raw(one, reader.axis), one))
+        found = sampled(paths, lambda one: reader.select(read_raw(one), one))
         samples = joined((values for _, values in found), reader.channels)
         _volume_ranges[key, reader] = percentile_range(samples)
     return _volume_ranges[key, reader]
 
 
-def _series(folder: Path, volume: str, axis: int | None) -> list[str]:
+def _series(folder: Path, volume: str) -> list[str]:
     """Files of a DICOM series in a folder, evenly spread."""
     found = []
     for file in sorted(folder.iterdir()):
         try:
-            if file.is_file() and volume_of(str(file), axis) == volume:
+            if file.is_file() and volume_of(str(file)) == volume:
                 found.append(str(file))
         except BROKEN_IMAGE:
             continue

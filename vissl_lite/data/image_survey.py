@@ -10,6 +10,7 @@ import numpy as np
 from vissl_lite.data.formats import Description, describe, read_raw
 from vissl_lite.data.image_reader import (
     BAND_MAX,
+    BINS,
     MAX_BANDS,
     PHOTOGRAPHS,
     ImageReader,
@@ -19,6 +20,7 @@ from vissl_lite.data.image_reader import (
     volume_of,
 )
 from vissl_lite.data.images import BROKEN_IMAGE
+from vissl_lite.data.reading import slice_axis
 from vissl_lite.errors import UserError, did_you_mean
 
 log = logging.getLogger(__name__)
@@ -76,11 +78,7 @@ class ImageSettings:
         if self.window is not None and self.value_range is not None:
             raise UserError("give --window or --value_range, not both")
         self.fixed_range()
-        if self.axis not in (None, 0, 1, 2):
-            raise UserError(
-                f"--axis {self.axis} must be 0 (slices from left to right), 1 (from back to front) "
-                f"or 2 (upwards)"
-            )
+        check_axis(self.axis)
 
     def chosen(self) -> dict[str, object]:
         """Those that were given, by name."""
@@ -135,6 +133,15 @@ class ImageSettings:
 NO_SETTINGS = ImageSettings()
 
 
+def check_axis(axis: int | None) -> None:
+    """Raise a UserError unless volumes have slices along this axis."""
+    if axis not in (None, 0, 1, 2):
+        raise UserError(
+            f"--axis {axis} must be 0 (slices from left to right), 1 (from back to front) or 2 "
+            f"(upwards)"
+        )
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """Images that an encoder is used on, and what the user says of them.
@@ -183,7 +190,7 @@ def survey(paths: Sequence[str], settings: ImageSettings) -> ImageReader:
     Raises:
         UserError: The images differ in their number of bands, lack one, or none can be read.
     """
-    described = _described(_spread(paths, HEADERS), settings.axis)
+    described = _described(_spread(paths, HEADERS))
     sample = _spread(paths, SAMPLE)
     others = [path for path, one in described if not _is_photograph(one)]
     if not settings.chosen() and len(others) <= len(described) / 2:
@@ -228,16 +235,54 @@ def survey(paths: Sequence[str], settings: ImageSettings) -> ImageReader:
     return reader
 
 
+def override(reader: ImageReader, paths: Sequence[str], settings: ImageSettings) -> ImageReader:
+    """How a trained model reads images that are stored in another way than its training images.
+
+    Means and standard deviations stay those of the training images, which the weights expect.
+
+    Args:
+        reader: How the training images are read.
+        paths: Images to read.
+        settings: What the user says of them; what is not given stays as it is.
+
+    Raises:
+        UserError: The model expects photographs, or another number of bands.
+    """
+    reader = replace(reader, axis=slice_axis()) if reader.bands is not None else reader
+    chosen = settings.chosen().keys() - {"axis"}
+    if not chosen:
+        return reader
+    options = ", ".join(f"--{name}" for name in chosen)
+    if reader.bands is None:
+        raise UserError(
+            f"the model was trained on photographs and reads images as such: {options} cannot be "
+            f"given"
+        )
+    if settings.bands is None:
+        bands = ",".join(str(band + 1) for band in reader.bands)
+        settings = replace(settings, bands=bands)
+    found = survey(paths, settings)
+    if found.channels != reader.channels:
+        raise UserError(
+            f"--bands {settings.bands}: the model needs {reader.channels} bands, in the order of "
+            f"{', '.join(reader.names) or ', '.join(str(band + 1) for band in reader.bands)}"
+        )
+    if not chosen & {"window", "value_range"}:
+        nodata = reader.nodata if settings.nodata is None else settings.nodata
+        return replace(reader, bands=found.bands, names=found.names, nodata=nodata)
+    return replace(found, mean=reader.mean, std=reader.std)
+
+
 def _spread(paths: Sequence[str], most: int) -> list[str]:
     chosen = np.unique(np.linspace(0, len(paths) - 1, min(most, len(paths))).round().astype(int))
     return [paths[int(number)] for number in chosen]
 
 
-def _described(paths: Sequence[str], axis: int | None) -> list[tuple[str, Description]]:
+def _described(paths: Sequence[str]) -> list[tuple[str, Description]]:
     found = []
     for path in paths:
         try:
-            found.append((path, describe(path, axis)))
+            found.append((path, describe(path)))
         except BROKEN_IMAGE:
             continue
     return found
@@ -270,7 +315,7 @@ def _with_bands(
             + (f": {', '.join(names)}" if names else "")
         )
     named = tuple(names[band] for band in chosen) if len(names) == one.bands else ()
-    return ImageReader(bands=chosen, names=named, nodata=settings.nodata, axis=settings.axis)
+    return ImageReader(bands=chosen, names=named, nodata=settings.nodata, axis=slice_axis())
 
 
 def _with_ends(reader: ImageReader, low: float, high: float) -> ImageReader:
@@ -291,15 +336,15 @@ def _samples(
     """Values of each band, and the highest values (99th percentile) of each volume."""
 
     def read(path: str) -> tuple[np.ndarray, np.ndarray | None]:
-        volume_of(path, reader.axis)  # a file that cannot be described is left out
-        return reader.select(read_raw(path, reader.axis), path)
+        volume_of(path)  # a file that cannot be described is left out
+        return reader.select(read_raw(path), path)
 
     found = list(sampled(paths, read))
     if not found:
         raise UserError(f"none of {len(paths)} images can be read, the first {first}")
     by_volume: dict[str, list[np.ndarray]] = {}
     for path, values in found:
-        volume = volume_of(path, reader.axis)
+        volume = volume_of(path)
         if volume is not None:
             by_volume.setdefault(volume, []).extend(values)
     highest = {}
@@ -344,7 +389,14 @@ def _with_statistics(
         scaled = joined((values for _, values in found), reader.channels)
     mean = tuple(float(band.mean()) if len(band) else 0.5 for band in scaled)
     std = tuple(max(float(band.std()), 1e-3) if len(band) else 1.0 for band in scaled)
-    return replace(reader, mean=mean, std=std)
+    drawn = tuple(tuple(_shares(band)) for band in scaled)
+    return replace(reader, mean=mean, std=std, histogram=drawn)
+
+
+def _shares(values: np.ndarray) -> list[float]:
+    """Share of scaled values in each interval of the histogram."""
+    counts = np.histogram(values, BINS, (0, 1))[0]
+    return [round(share, 4) for share in (counts / max(1, len(values))).tolist()]
 
 
 def table(reader: ImageReader) -> list[str]:

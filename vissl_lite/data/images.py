@@ -63,7 +63,7 @@ BROKEN_IMAGE = (OSError, ValueError, SyntaxError, EOFError, cv2.error, Image.Dec
 _STRETCH = 64
 
 
-def find_images(sources: Sequence[str | Path], axis: int | None = None) -> list[str]:
+def find_images(sources: Sequence[str | Path]) -> list[str]:
     """All image files in folders (searched recursively) and in text files of paths.
 
     Links to folders are followed, each folder once; hidden files and folders are left out, and so
@@ -79,7 +79,6 @@ def find_images(sources: Sequence[str | Path], axis: int | None = None) -> list[
         sources: Folders, archives (which are unpacked beside), image files, or ``.txt`` files with
             one path a line (relative to the text file; empty lines and lines that start with ``#``
             are skipped).
-        axis: Axis of the slices of volumes; see ``formats.describe``.
 
     Returns:
         The paths, sources in the order given, without repetitions.
@@ -112,7 +111,7 @@ def find_images(sources: Sequence[str | Path], axis: int | None = None) -> list[
                 f"{_ODD}, the first {odd[0]}"
             )
         if others:  # a million photographs need no further look
-            paths = expand_frames(paths, axis)
+            paths = expand_frames(paths)
         if not paths:
             kinds = " ".join(sorted(e[1:] for e in EXTENSIONS))
             raise UserError(f"no images found in {source} (looked for {kinds}, recursively)")
@@ -154,7 +153,7 @@ class _Frames(NamedTuple):
     position: float = 0.0
 
 
-def expand_frames(paths: Sequence[str], axis: int | None = None) -> list[str]:
+def expand_frames(paths: Sequence[str]) -> list[str]:
     """Replace files of several images by paths of their slices, pages or frames, in order.
 
     Their headers are read by several threads, those of photographs not at all. The DICOM files of
@@ -164,7 +163,6 @@ def expand_frames(paths: Sequence[str], axis: int | None = None) -> list[str]:
 
     Args:
         paths: Image files; those that name a frame stay as they are.
-        axis: Axis of the slices of volumes; see ``formats.describe``.
 
     Raises:
         UserError: A file needs a library that is not installed.
@@ -172,7 +170,7 @@ def expand_frames(paths: Sequence[str], axis: int | None = None) -> list[str]:
     asked = [index for index, path in enumerate(paths) if _may_hold_frames(path)]
 
     def look(first: int) -> list[_Frames]:
-        return [_frames(paths[index], axis) for index in asked[first : first + _STRETCH]]
+        return [_frames(paths[index]) for index in asked[first : first + _STRETCH]]
 
     known: dict[int, _Frames] = {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
@@ -204,9 +202,9 @@ def _may_hold_frames(path: str) -> bool:
     return path[-3:].lower() not in _PHOTOGRAPH_ENDS and split_path(path)[1] is None
 
 
-def _frames(path: str, axis: int | None) -> _Frames:
+def _frames(path: str) -> _Frames:
     try:
-        found = formats.describe(path, axis)
+        found = formats.describe(path)
     except NoImageError:
         return _Frames(0)
     except BROKEN_IMAGE:

@@ -2,10 +2,12 @@
 
 import json
 import logging
+import os
 import pickle
 import struct
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vissl_lite.data.atomic_file import atomic_write
-from vissl_lite.data.formats import split_path
 from vissl_lite.data.image_survey import ANY_IMAGES, ImageSet
+from vissl_lite.data.reading import slice_along, slice_axis
 from vissl_lite.encoders.config import (
     BUILD_ERRORS,
     ENCODER_CONFIG,
@@ -129,22 +131,45 @@ def use_on(encoder: Encoder, images: ImageSet) -> Encoder:
         encoder: Returned as it is where it fits.
         images: Images to use it on.
 
-    Raises:
-        UserError: It was trained on other slices of volumes.
     """
-    known, axis = encoder.reader, images.settings.axis
+    known = encoder.reader
     if not images.paths:
         return encoder
     if known.bands is not None and not images.settings.chosen().keys() - {"axis"}:
-        slices = any(split_path(path)[1] is not None for path in images.paths)
-        if slices and known.axis is not None and axis != known.axis:
-            raise UserError(
-                f"the encoder was trained on slices along axis {known.axis} of volumes: give "
-                f"--axis {known.axis}"
-            )
-        encoder.reader = known if axis is None else replace(known, axis=axis)
+        encoder.reader = replace(known, axis=slice_axis())
         return encoder
     return encoder if images.reader == known else adapt_encoder(encoder, images.reader)
+
+
+def choose_slice_axis(given: int | None, *encoders: str | os.PathLike[str] | None) -> None:
+    """Set the axis of the slices of volumes (``slice_along``) before any path is looked for.
+
+    Args:
+        given: The axis that the user gives; None for the one that the encoders were trained on.
+        encoders: Runs, encoder folders, or anything else that ``load_encoder`` takes.
+
+    Raises:
+        UserError: They were trained on slices along different axes and none is given.
+    """
+    slice_along(given)
+    known: dict[int | None, str] = {}
+    for source in encoders:
+        if source is None or given is not None:
+            continue
+        for inside in (Path(source), Path(source) / "encoder"):
+            if (inside / ENCODER_CONFIG).is_file():
+                with suppress(UserError):  # a damaged one is reported when it is loaded
+                    reader = read_model_config(inside / ENCODER_CONFIG)["reader"]
+                    if reader.bands is not None:
+                        known[reader.axis] = os.fspath(source)
+                break
+    if len(known) > 1:
+        words = ", ".join(
+            f"{source}: {'none' if axis is None else axis}" for axis, source in known.items()
+        )
+        raise UserError(f"the encoders know different axes of slices ({words}): give --axis")
+    if known:
+        slice_along(next(iter(known)))
 
 
 def encoder_for(source: str, image_size: int | None, images: ImageSet = ANY_IMAGES) -> Encoder:

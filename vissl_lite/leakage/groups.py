@@ -1,7 +1,7 @@
-"""Leak check for groups: patients, scenes or volumes with images in several parts."""
+"""Leak check for groups: patients, scenes or volumes in several parts, or in pre-training."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,8 @@ class SharedGroups(NamedTuple):
     """Result of ``check_groups``.
 
     Attributes:
-        total: Number of groups with images in several parts.
+        total: Number of groups with images in several parts, or test images of which others were
+            pre-trained on.
         left_out: Indices of the images to exclude, by part; empty unless the policy is ``exclude``.
     """
 
@@ -26,15 +27,21 @@ class SharedGroups(NamedTuple):
     left_out: dict[str, list[int]]
 
 
-def check_groups(groups: Mapping[str, np.ndarray], grouped_by: str, leaks: Policy) -> SharedGroups:
-    """Find groups with images in several parts.
+def check_groups(
+    groups: Mapping[str, np.ndarray],
+    grouped_by: str,
+    leaks: Policy,
+    pretrained: Mapping[str, Set[str]] | None = None,
+) -> SharedGroups:
+    """Find groups with images in several parts, and test groups that an encoder was trained on.
 
     Args:
         groups: Group ``(N,)`` of each image of the parts ``train``, ``val`` and ``test``.
         grouped_by: Where the groups come from, such as ``column patient_id``, for messages.
         leaks: ``warn`` logs a warning; ``error`` raises; ``exclude`` leaves out test images of
-            groups in the training part, and validation images of groups in the training part or
-            among the test images that are left.
+            groups in the training part or in pre-training, and validation images of groups in the
+            training part or among the test images that are left.
+        pretrained: Groups of the pre-training images of each encoder.
 
     Raises:
         UserError: There are such groups and the policy is ``error``.
@@ -42,10 +49,24 @@ def check_groups(groups: Mapping[str, np.ndarray], grouped_by: str, leaks: Polic
     train, val, test = (set(groups[part].tolist()) for part in ("train", "val", "test"))
     pairs = {("train", "test"): train & test, ("train", "val"): train & val}
     pairs["val", "test"] = val & test
-    shared = set().union(*pairs.values())
+    seen = {encoder: names & test for encoder, names in (pretrained or {}).items()}
+    shared = set().union(*pairs.values(), *seen.values())
     if not shared:
         return SharedGroups(0, {})
-    words = "; ".join(_in_words(pair, found) for pair, found in pairs.items() if found)
+    words = "; ".join(
+        [
+            *(
+                _in_words(f"the {_TITLES[one]} part", other, found)
+                for (one, other), found in pairs.items()
+                if found
+            ),
+            *(
+                _in_words(f"the pre-training images of {brief(encoder)}", "test", found)
+                for encoder, found in seen.items()
+                if found
+            ),
+        ]
+    )
     words = f"{words} (groups: {brief(grouped_by)})"
     if leaks == "error":
         raise UserError(f"{words}: --leaks exclude leaves them out, --leaks warn goes on")
@@ -56,7 +77,7 @@ def check_groups(groups: Mapping[str, np.ndarray], grouped_by: str, leaks: Polic
             extra={"code": "leak"},
         )
         return SharedGroups(len(shared), {})
-    gone = {"test": train & test, "val": (train | test) & val}
+    gone = {"test": set().union(train & test, *seen.values()), "val": (train | test) & val}
     left_out = {
         part: np.flatnonzero([group in names for group in groups[part].tolist()]).tolist()
         for part, names in gone.items()
@@ -75,11 +96,10 @@ def check_groups(groups: Mapping[str, np.ndarray], grouped_by: str, leaks: Polic
     return SharedGroups(len(shared), left_out)
 
 
-def _in_words(pair: tuple[str, str], shared: set[str]) -> str:
+def _in_words(place: str, part: str, shared: Set[str]) -> str:
     """Such as ``2 groups are in the training part and the test part, the first p01``."""
-    one, other = (_TITLES[part] for part in pair)
     are = "group is" if len(shared) == 1 else "groups are"
     return (
-        f"{len(shared)} {are} in the {one} part and the {other} part, the first "
+        f"{len(shared)} {are} in {place} and the {_TITLES[part]} part, the first "
         f"{brief(min(shared))}"
     )

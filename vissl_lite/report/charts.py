@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from bokeh.models import ColumnDataSource, FactorRange, HoverTool, NumeralTickFormatter
+from bokeh.palettes import viridis
 from bokeh.plotting import figure
 
 from vissl_lite.report.page import Block
@@ -86,6 +87,35 @@ def stages(layers: Mapping[str, Mapping[str, float]]) -> figure:
     _hover(chart, "<b>@name</b> @y{0.000}<br>@x")
     _legend(chart, metrics)
     chart.xaxis.axis_label = "stage, from input to output"
+    return chart
+
+
+def histograms(shares: Mapping[str, Sequence[float]]) -> figure:
+    """Draw the distribution of the scaled values of each band.
+
+    Args:
+        shares: Share of the values in equal intervals of [0, 1], by the name of the band.
+    """
+    chart = _figure(height=230)
+    few = len(shares) <= len(COLORS)
+    colors = COLORS if few else viridis(len(shares))
+    for (name, values), color in zip(shares.items(), colors, strict=False):
+        centers = (np.arange(len(values)) + 0.5) / len(values)
+        data = ColumnDataSource({"x": centers, "y": values, "name": [name] * len(values)})
+        chart.step(
+            "x",
+            "y",
+            source=data,
+            color=color,
+            mode="center",
+            line_width=2,
+            **({"legend_label": name} if few else {}),
+        )
+    _hover(chart, "<b>band @name</b> @y{0.0%}<br>@x{0.00}")
+    if few:
+        _legend(chart, list(shares))
+    chart.xaxis.axis_label = "value, scaled"
+    chart.yaxis.axis_label = "share of pixels"
     return chart
 
 

@@ -11,7 +11,7 @@ from vissl_lite.encoders.config import ENCODER_CONFIG, read_model_config
 from vissl_lite.errors import UserError
 from vissl_lite.evaluation.embedding import ImageMap
 from vissl_lite.options import flatten
-from vissl_lite.report.charts import curves
+from vissl_lite.report.charts import curves, histograms
 from vissl_lite.report.folder import RunFolder, read_run
 from vissl_lite.report.gallery import pictures, predicted
 from vissl_lite.report.map import map_layout
@@ -249,7 +249,14 @@ def _bands(run: RunFolder) -> list[Block]:
             return []
         table = render("table", columns=list(reader.COLUMNS), rows=reader.rows())
         note = f"{reader.summary()} Mean and standard deviation are those of scaled values, 0 to 1."
-        return [Block("Bands", table, note)]
+        blocks = [Block("Bands", table, note)]
+        if reader.histogram:
+            names = reader.names or [str(band + 1) for band in reader.bands]
+            shares = dict(zip(names, reader.histogram, strict=True))
+            note = "Values of a sample of the training images. A high step at an end is values that"
+            note += " are cut off there."
+            blocks.append(Block("Values of the bands", histograms(shares), note))
+        return blocks
     return []
 
 

@@ -1,5 +1,6 @@
 import gzip
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from tests.data.formats.making import nifti, noise
 from vissl_lite.data.formats import describe, read_raw, write_masks
+from vissl_lite.data.reading import pixel_limit, slice_along
 from vissl_lite.errors import UserError
 
 VOXELS = noise(6, 7, 8, dtype=np.int16, low=-1000, high=1000)
@@ -19,20 +21,29 @@ def write(data: bytes, folder: Path, name: str = "a.nii") -> str:
     return str(folder / name)
 
 
+@pytest.fixture
+def sliced(axis: int | None) -> Iterator[None]:
+    """Slices are taken along an axis."""
+    with pixel_limit():
+        slice_along(axis)
+        yield
+
+
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
 @pytest.mark.parametrize("axis", [None, 0, 1, 2])
+@pytest.mark.usefixtures("sliced")
 def test_slices_along_each_axis(name: str, axis: int | None, tmp_path: Path) -> None:
     file = write(nifti(VOXELS), tmp_path, name)
     along = 2 if axis is None else axis
-    found = describe(file, axis)
+    found = describe(file)
     assert found.frames == VOXELS.shape[along]
     for number in (0, found.frames - 1):
-        raw = read_raw(f"{file}#{number}", axis).pixels
+        raw = read_raw(f"{file}#{number}").pixels
         np.testing.assert_array_equal(raw[..., 0], np.rot90(VOXELS.take(number, along)))
         assert raw.shape == (found.height, found.width, found.bands)
         assert raw.dtype == found.dtype == "int16"
-    middle = read_raw(file, axis).pixels
-    np.testing.assert_array_equal(middle, read_raw(f"{file}#{found.frames // 2}", axis).pixels)
+    middle = read_raw(file).pixels
+    np.testing.assert_array_equal(middle, read_raw(f"{file}#{found.frames // 2}").pixels)
 
 
 def test_the_default_axis_is_that_of_the_largest_spacing(tmp_path: Path) -> None:
@@ -130,6 +141,7 @@ def test_absurd_dimensions(dim: list[int], message: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("axis", [None, 0, 1])
+@pytest.mark.usefixtures("sliced")
 def test_masks_are_written_at_the_place_of_their_volume(tmp_path: Path, axis: int | None) -> None:
     """Turned and mirrored as it may be: each slice of the masks is that of the volume."""
     affine = np.array([[0, 2, 0, 5], [-1, 0, 0, 7], [0, 0, 3, -9], [0, 0, 0, 1]], float)
@@ -138,9 +150,9 @@ def test_masks_are_written_at_the_place_of_their_volume(tmp_path: Path, axis: in
     image.header.set_xyzt_units("mm")
     path = str(tmp_path / "scan.nii.gz")
     nib.save(image, path)
-    count = describe(path, axis).frames
-    masks = {n: read_raw(f"{path}#{n}", axis).pixels[..., 0].astype(np.uint8) for n in range(count)}
-    file = write_masks(path, masks, tmp_path / "out" / "scan.nii.gz", axis)
+    count = describe(path).frames
+    masks = {n: read_raw(f"{path}#{n}").pixels[..., 0].astype(np.uint8) for n in range(count)}
+    file = write_masks(path, masks, tmp_path / "out" / "scan.nii.gz")
     assert file == tmp_path / "out" / "scan.nii.gz"
     written = nib.load(file)
     assert (np.asarray(written.dataobj) == values).all()
@@ -148,5 +160,5 @@ def test_masks_are_written_at_the_place_of_their_volume(tmp_path: Path, axis: in
     assert written.header.get_xyzt_units()[0] == "mm"
     assert written.get_data_dtype() == np.uint8
     masks.pop(1)
-    fewer = write_masks(path, masks, tmp_path / "out" / "fewer.nii.gz", axis)
-    assert not read_raw(f"{fewer}#1", axis).pixels.any()
+    fewer = write_masks(path, masks, tmp_path / "out" / "fewer.nii.gz")
+    assert not read_raw(f"{fewer}#1").pixels.any()

@@ -16,7 +16,7 @@ from vissl_lite.transfer.classification.linear_head import make_folds
 from vissl_lite.transfer.classification.options import LabelOptions
 from vissl_lite.transfer.detection.data import load_boxes
 from vissl_lite.transfer.segmentation.data import load_masks
-from vissl_lite.transfer.sources.groups import default_group, find_groups
+from vissl_lite.transfer.sources.groups import default_group, find_groups, groups_of_others
 from vissl_lite.transfer.sources.parts import (
     PARTS,
     draw_groups,
@@ -101,6 +101,15 @@ def test_a_regular_expression_on_the_path_below_the_folder(
         assert f"{groups.count(None)} of 4 images do not match --group_by" in log.notes[0]
     if not log.groups:
         assert "each image is a group of its own" in log.notes[-1]
+
+
+def test_groups_of_pretraining_images() -> None:
+    paths = ["old/scan.nii.gz#3", "old/p7_1.png", "data/p1_0.png", "gone/x.png"]
+    assert groups_of_others(paths, ReadingLog("data", group_by=r"p(\d)_")) == {"7", "1"}
+    by_file = ReadingLog("data", grouped_by="patients or volumes")
+    assert groups_of_others(paths, by_file) == {"old/scan.nii.gz"}
+    column = {"data/p1_0.png": "anna", "data/p2_0.png": "ben"}
+    assert groups_of_others(paths, ReadingLog("data", groups=column)) == {"anna"}
 
 
 def test_an_invalid_expression_is_an_error(tmp_path: Path) -> None:

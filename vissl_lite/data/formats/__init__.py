@@ -57,13 +57,12 @@ __all__ = [
 _START = 4096
 
 
-def describe(path: str | Path, axis: int | None = None) -> Description:
+def describe(path: str | Path) -> Description:
     """Describe an image file by its header alone.
 
     Args:
-        path: The file; may name a frame, whose number is then the position.
-        axis: Axis of the slices of a volume: 0 from left to right, 1 from back to front, 2 upwards.
-            Default: the one along which slices are farthest apart, and 2 if that is undecided.
+        path: The file; may name a frame, whose number is then the position. Frames of a volume are
+            slices along the axis of ``slice_along``.
 
     Raises:
         OSError, ValueError, SyntaxError: The file is missing, broken or too large
@@ -72,7 +71,7 @@ def describe(path: str | Path, axis: int | None = None) -> Description:
     """
     file, frame = split_path(path)
     with Source(file) as source:
-        found = _describe(source, axis)
+        found = _describe(source)
     if frame is not None:
         check_frame(frame, found.frames, file)
     if found.frames > 1:
@@ -81,7 +80,7 @@ def describe(path: str | Path, axis: int | None = None) -> Description:
     return found
 
 
-def _describe(source: Source, axis: int | None) -> Description:
+def _describe(source: Source) -> Description:
     start = source.start
     if not photographs.is_usual(start):
         if is_tiff(start):
@@ -89,13 +88,13 @@ def _describe(source: Source, axis: int | None) -> Description:
         if dicom.is_dicom(start) or dicom.may_be_dicom(start, source.path):
             return dicom.describe(source)
         if nifti.is_nifti(start):
-            return nifti.describe(source, axis)
+            return nifti.describe(source)
         if arrays.is_npy(start) or arrays.is_npz(start):
             return arrays.describe(source)
     return photographs.describe(source)
 
 
-def read_raw(path: str | Path, axis: int | None = None) -> RawImage:
+def read_raw(path: str | Path) -> RawImage:
     """Read an image with its values as they are stored, or as the file rescales them.
 
     Photographs of 8 bits are RGB. What a path without a number means: the first frame, and the
@@ -103,7 +102,6 @@ def read_raw(path: str | Path, axis: int | None = None) -> RawImage:
 
     Args:
         path: The file; may name a frame.
-        axis: See ``describe``.
 
     Raises:
         OSError, ValueError, SyntaxError, cv2.error: See ``describe``.
@@ -111,12 +109,10 @@ def read_raw(path: str | Path, axis: int | None = None) -> RawImage:
     """
     file, frame = split_path(path)
     with Source(file) as source:
-        return _read(source, frame, axis, lambda: read_regular(file))
+        return _read(source, frame, lambda: read_regular(file))
 
 
-def _read(
-    source: Source, frame: int | None, axis: int | None, content: Callable[[], bytes]
-) -> RawImage:
+def _read(source: Source, frame: int | None, content: Callable[[], bytes]) -> RawImage:
     start, path = source.start, source.path
     if not photographs.is_usual(start):
         if is_tiff(start):
@@ -124,8 +120,8 @@ def _read(
         if dicom.is_dicom(start) or dicom.may_be_dicom(start, path):
             return dicom.read(source, frame or 0)
         if nifti.is_nifti(start):
-            number = nifti.describe(source, axis).default_frame if frame is None else frame
-            return nifti.read(source, number, axis)
+            number = nifti.describe(source).default_frame if frame is None else frame
+            return nifti.read(source, number)
         if arrays.is_npy(start) or arrays.is_npz(start):
             return arrays.read(source, frame or 0)
     photographs.check_one_frame(frame, path)
@@ -142,16 +138,15 @@ def _read_tiff(source: Source, frame: int, content: Callable[[], bytes]) -> RawI
     return tiff.read(source, frame)
 
 
-def read_raw_content(data: bytes, path: str | Path, axis: int | None = None) -> RawImage:
+def read_raw_content(data: bytes, path: str | Path) -> RawImage:
     """Read the content of an image file, such as that of a member of a shard; see ``read_raw``.
 
     Args:
         data: The file's bytes, or those of ``encode_frame``.
         path: Named in errors.
-        axis: See ``describe``.
     """
     with Source(str(path), data) as source:
-        return _read(source, None, axis, lambda: data)
+        return _read(source, None, lambda: data)
 
 
 def decode_reduced(
@@ -182,16 +177,13 @@ def encode_frame(path: str | Path) -> bytes:
     return arrays.encode(read_raw(path))
 
 
-def write_masks(
-    path: str, masks: Mapping[int, np.ndarray], place: Path, axis: int | None = None
-) -> Path | None:
+def write_masks(path: str, masks: Mapping[int, np.ndarray], place: Path) -> Path | None:
     """Write predicted masks at the place in space or on the earth that their image has.
 
     Args:
         path: A NIfTI volume, or a GeoTIFF.
         masks: ``(H, W)`` uint8 by the number of the slice; 0 for a single image.
         place: File to write, without a suffix for its format.
-        axis: Axis of the slices; see ``describe``.
 
     Returns:
         The file; None for an image that has no such place.
@@ -201,7 +193,7 @@ def write_masks(
     if volume:
         file = place.with_name(f"{split_suffix(place.name)[0]}.nii.gz")
         with atomic_write(file) as part:
-            nifti.write_masks(path, masks, part, axis)
+            nifti.write_masks(path, masks, part)
         return file
     tags = tiff.place_tags(path) if tagged and len(masks) == 1 else []
     if not tags:

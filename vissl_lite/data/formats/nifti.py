@@ -103,11 +103,12 @@ class _Header(NamedTuple):
         info = np.iinfo(dtype)
         return rescaled_dtype(int(info.min), int(info.max), self.slope, self.intercept)
 
-    def axis(self, given: int | None) -> int:
-        """The canonical axis that slices are taken along: the one of the largest spacing."""
-        given = slice_axis() if given is None else given
-        if given is not None:
-            return given
+    @property
+    def axis(self) -> int:
+        """The canonical axis of the slices, by default that of the largest spacing."""
+        chosen = slice_axis()
+        if chosen is not None:
+            return chosen
         largest = max(self.spacing) * (1 - _EQUAL_SPACING)
         return max(axis for axis in range(3) if self.spacing[axis] >= largest)
 
@@ -176,21 +177,19 @@ def _read_header(source: Source) -> _Header:
     )
 
 
-def _plane(header: _Header, axis: int | None, path: str) -> tuple[int, int, int, int]:
+def _plane(header: _Header, path: str) -> tuple[int, int, int, int]:
     """The axis, and the number of slices, height and width along it."""
-    along = header.axis(axis)
-    if along not in (0, 1, 2):
-        raise ValueError(f"{path}: a volume has the axes 0, 1 and 2, not {axis}")
+    along = header.axis
     right, up = (one for one in range(3) if one != along)
     sides = header.sides
     check_size(sides[up], sides[right], header.bands, header.stored_dtype.itemsize, path)
     return along, sides[along], sides[up], sides[right]
 
 
-def describe(source: Source, axis: int | None = None) -> Description:
+def describe(source: Source) -> Description:
     """Describe a volume by its header."""
     header = _header(source)
-    along, frames, height, width = _plane(header, axis, source.path)
+    along, frames, height, width = _plane(header, source.path)
     right, up = (one for one in range(3) if one != along)
     spacing = header.spacing
     return Description(
@@ -214,10 +213,10 @@ def describe(source: Source, axis: int | None = None) -> Description:
     )
 
 
-def read(source: Source, frame: int, axis: int | None = None) -> RawImage:
+def read(source: Source, frame: int) -> RawImage:
     """Read a slice."""
     header = _header(source)
-    along, frames, _, _ = _plane(header, axis, source.path)
+    along, frames, _, _ = _plane(header, source.path)
     check_frame(frame, frames, source.path)
     volume = volumes.get(source.key and ("nifti", *source.key), lambda: _canonical(source, header))
     pixels = np.rot90(volume.take(frame, axis=along))
@@ -247,21 +246,20 @@ def _canonical(source: Source, header: _Header) -> tuple[np.ndarray, int]:
         return nib.orientations.apply_orientation(volume, header.orientation), count
 
 
-def write_masks(path: str, masks: Mapping[int, np.ndarray], file: Path, axis: int | None) -> None:
+def write_masks(path: str, masks: Mapping[int, np.ndarray], file: Path) -> None:
     """Write masks of the slices of a volume as a NIfTI volume at the same place in space.
 
     Args:
         path: The volume that the masks are of; its affine, shape and orientation are kept.
         masks: ``(H, W)`` uint8 by the number of the slice; others are filled with 0.
         file: File to write; compressed.
-        axis: Axis of the slices; see ``describe``.
     """
     import nibabel as nib
 
     with Source(path) as source:
         header = _header(source)
         start = source.start
-    along = header.axis(axis)
+    along = header.axis
     volume = np.zeros(header.sides, np.uint8)
     for number, mask in masks.items():
         place: list[slice | int] = [slice(None)] * 3

@@ -161,7 +161,7 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
                     drawn = partial(draw_mask, mask=masks[path], classes=classes)
                     predictions.draw(next(numbers), path, drawn)
                 if masks and file_of(following) != file_of(path):
-                    _write_masks(masks, predictions, classes, reader.axis)
+                    _write_masks(masks, predictions, classes)
                     masks = {}
         good = report_broken(predictions.paths, faults)
         return predictions.run / "masks", int(good.sum())
@@ -178,13 +178,11 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
         )
 
 
-def _write_masks(
-    masks: Mapping[str, np.ndarray], predictions: Predictions, classes: int, axis: int | None
-) -> None:
+def _write_masks(masks: Mapping[str, np.ndarray], predictions: Predictions, classes: int) -> None:
     """Write the masks of the images of one file, by path."""
     file = file_of(next(iter(masks)))
     by_frame = {split_path(path)[1] or 0: mask for path, mask in masks.items()}
-    if write_masks(file, by_frame, predictions.place(file, "masks", str), axis) is not None:
+    if write_masks(file, by_frame, predictions.place(file, "masks", str)) is not None:
         return
     palette = np.array(class_colors(classes), np.uint8)
     palette[0] = 0

@@ -18,6 +18,9 @@ from vissl_lite.data.images import BROKEN_IMAGE
 from vissl_lite.errors import UserError, brief
 from vissl_lite.transfer.sources.reading_log import ReadingLog
 
+# Where groups come from that are read from the files themselves.
+_OF_FILES = "patients or volumes"
+
 
 def default_group(path: str) -> str | None:
     """The group that an image belongs to by its file: a volume, or the patient of a DICOM file.
@@ -71,10 +74,10 @@ def find_groups(
     if group_by is not None:
         folder = source if source.is_dir() else source.parent
         log.groups = _matches(paths, folder, group_by, log)
-        log.grouped_by = f"--group_by {group_by}"
+        log.grouped_by, log.group_by = f"--group_by {group_by}", group_by
     elif not log.groups:
         found = {path: group for path in paths if (group := default_group(path)) is not None}
-        log.groups, log.grouped_by = found, "patients or volumes"
+        log.groups, log.grouped_by = found, _OF_FILES
     kept = {path: log.groups[path] for path in paths if path in log.groups}
     if max(Counter(kept.values()).values(), default=0) < 2:
         if group_by is not None:
@@ -113,6 +116,25 @@ def _matches(paths: Sequence[str], folder: Path, regex: str, log: ReadingLog) ->
             f"{brief(unmatched[0])}: each of them is a group of its own"
         )
     return groups
+
+
+def groups_of_others(paths: Sequence[str], log: ReadingLog) -> set[str]:
+    """Groups of images that are not of the data set, such as those of pre-training.
+
+    Args:
+        paths: Image files, which need not exist anymore.
+        log: Result of ``find_groups``. The same regular expression is searched in the whole path;
+            groups of a column are those of the same files.
+    """
+    if log.group_by is not None:
+        pattern = re.compile(log.group_by)
+        matches = (pattern.search(Path(path).as_posix()) for path in paths)
+        return {match[min(1, pattern.groups)] for match in matches if match} - {None, ""}
+    if log.grouped_by == _OF_FILES:
+        return {group for path in paths if (group := default_group(path)) is not None}
+    known = {os.path.abspath(path): group for path, group in log.groups.items()}
+    places = map(os.path.abspath, paths)
+    return {known[place] for place in places if place in known}
 
 
 def _relative(path: str, folder: Path) -> str:

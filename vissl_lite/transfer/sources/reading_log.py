@@ -39,6 +39,7 @@ class ReadingLog:
         tables: Files of labels that were read.
         groups: Group of each image file that belongs to others, such as those of a patient.
         grouped_by: Where the groups come from, such as ``column patient_id``; may be empty.
+        group_by: The regular expression that takes groups from paths, if one was given.
         split: Sentence on the parts that were made because they were not given; may be empty.
         val_from_train: Whether the validation part was taken out of the training images.
     """
@@ -53,6 +54,7 @@ class ReadingLog:
     tables: list[str] = field(default_factory=list)
     groups: dict[str, str] = field(default_factory=dict)
     grouped_by: str = ""
+    group_by: str | None = None
     split: str = ""
     val_from_train: bool = False
     _first: dict[str, str] = field(default_factory=dict)
