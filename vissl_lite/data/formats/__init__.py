@@ -7,6 +7,7 @@ counted from 0, as in ``scan.nii.gz#17``; see ``split_path``.
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import UnidentifiedImageError
@@ -71,7 +72,7 @@ def describe(path: str | Path) -> Description:
     """
     file, frame = split_path(path)
     with Source(file) as source:
-        found = _describe(source)
+        found = _family(source).describe(source)
     if frame is not None:
         check_frame(frame, found.frames, file)
     if found.frames > 1:
@@ -80,18 +81,32 @@ def describe(path: str | Path) -> Description:
     return found
 
 
-def _describe(source: Source) -> Description:
+class _Family(NamedTuple):
+    """How files of one family are described and read.
+
+    Attributes:
+        describe: Function from the file to its description.
+        read: Function of the file, the number of the frame (None if the path names none) and a
+            function that reads its whole content.
+    """
+
+    describe: Callable[[Source], Description]
+    read: Callable[[Source, int | None, Callable[[], bytes]], RawImage]
+
+
+def _family(source: Source) -> _Family:
+    """The family of a file, by its content."""
     start = source.start
     if not photographs.is_usual(start):
         if is_tiff(start):
-            return tiff.describe(source)
+            return _Family(tiff.describe, _read_tiff)
         if dicom.is_dicom(start) or dicom.may_be_dicom(start, source.path):
-            return dicom.describe(source)
+            return _Family(dicom.describe, lambda file, frame, _: dicom.read(file, frame or 0))
         if nifti.is_nifti(start):
-            return nifti.describe(source)
+            return _Family(nifti.describe, _read_nifti)
         if arrays.is_npy(start) or arrays.is_npz(start):
-            return arrays.describe(source)
-    return photographs.describe(source)
+            return _Family(arrays.describe, lambda file, frame, _: arrays.read(file, frame or 0))
+    return _Family(photographs.describe, _read_photograph)
 
 
 def read_raw(path: str | Path) -> RawImage:
@@ -109,26 +124,20 @@ def read_raw(path: str | Path) -> RawImage:
     """
     file, frame = split_path(path)
     with Source(file) as source:
-        return _read(source, frame, lambda: read_regular(file))
+        return _family(source).read(source, frame, lambda: read_regular(file))
 
 
-def _read(source: Source, frame: int | None, content: Callable[[], bytes]) -> RawImage:
-    start, path = source.start, source.path
-    if not photographs.is_usual(start):
-        if is_tiff(start):
-            return _read_tiff(source, frame or 0, content)
-        if dicom.is_dicom(start) or dicom.may_be_dicom(start, path):
-            return dicom.read(source, frame or 0)
-        if nifti.is_nifti(start):
-            number = nifti.describe(source).default_frame if frame is None else frame
-            return nifti.read(source, number)
-        if arrays.is_npy(start) or arrays.is_npz(start):
-            return arrays.read(source, frame or 0)
-    photographs.check_one_frame(frame, path)
-    return photographs.read(content(), path)
+def _read_photograph(source: Source, frame: int | None, content: Callable[[], bytes]) -> RawImage:
+    photographs.check_one_frame(frame, source.path)
+    return photographs.read(content(), source.path)
 
 
-def _read_tiff(source: Source, frame: int, content: Callable[[], bytes]) -> RawImage:
+def _read_nifti(source: Source, frame: int | None, content: Callable[[], bytes]) -> RawImage:
+    return nifti.read(source, nifti.describe(source).default_frame if frame is None else frame)
+
+
+def _read_tiff(source: Source, frame: int | None, content: Callable[[], bytes]) -> RawImage:
+    frame = frame or 0
     if tiff.is_photograph(source):
         page = tiff.photograph_page(source, frame)
         try:
@@ -146,7 +155,7 @@ def read_raw_content(data: bytes, path: str | Path) -> RawImage:
         path: Named in errors.
     """
     with Source(str(path), data) as source:
-        return _read(source, None, lambda: data)
+        return _family(source).read(source, None, lambda: data)
 
 
 def decode_reduced(
