@@ -11,7 +11,14 @@ from PIL import Image
 
 from vissl_lite.cli import main
 from vissl_lite.commands.leaks import guard
-from vissl_lite.data.fingerprints import fingerprints_of
+from vissl_lite.data.fingerprints import (
+    EXACT_BYTES,
+    LOOK_BYTES,
+    Fingerprints,
+    fingerprints_of,
+)
+from vissl_lite.encoders.encoder import build_encoder
+from vissl_lite.encoders.folder import save_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.transfer.classification.data import load_labelled
 from vissl_lite.transfer.segmentation.data import load_masks
@@ -198,3 +205,19 @@ def test_patients_on_both_sides_of_a_given_split(
         "leaves no test image: 0 are leaks, and others are of 5 groups" in capsys.readouterr().err
     )
     assert not (tmp_path / "other").exists()
+
+
+def test_groups_of_pretraining_are_leaks(data: Path, tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        for file in (data / part).rglob("*.*"):
+            file.rename(file.with_name(f"{part}{file.name}"))
+    encoder = tmp_path / "pretrained"
+    save_encoder(build_encoder("test_resnet", 32), encoder / "encoder", {})
+    other = np.full((1, EXACT_BYTES + LOOK_BYTES), 255, np.uint8)
+    Fingerprints.of(other, ["old/test3.dcm"]).save(encoder / "fingerprints.npz")
+    by_name = ("--group_by", r"(test\d|train\d)", "--encoder", encoder)
+    assert probe(data, tmp_path / "run", *by_name) == 0
+    assert results(tmp_path / "run")["leaking_groups"] == 1
+    warnings = json.loads((tmp_path / "run" / "run.json").read_text())["warnings"]
+    (leak,) = [one for one in warnings if "1 group" in one["message"]]
+    assert f"1 group is in the pre-training images of {encoder} and the test" in leak["message"]
