@@ -133,8 +133,9 @@ class FinetuneOptions(Options, ImageSettings, AllTaskOptions):
     """Validation metric to choose by. Default: calibrated_loss (the loss after temperature scaling)
     for classification, map for detection, loss for segmentation; also loss, top1 (several labels
     per image: map), map_50, miou or dice."""
-    min_crop_scale: float = 0.35
-    """Smallest fraction of the image area that a random training crop covers."""
+    min_crop_scale: float | None = None
+    """Smallest fraction of the image area that a random training crop covers. Default: 0.6 in
+    classification, 0.35 in detection and segmentation."""
     upright: bool = True
     """Whether the images have a natural orientation (default true). Give --upright false for images
     without one, such as microscopy images: training images are then also rotated and flipped in all

@@ -85,7 +85,8 @@ class TransferSettings:
         batch_size: None for the task's own, or where images are few a twelfth of them, at least 8.
         optimizer: Name, peak learning rate, weight decay, layer-wise decay, largest gradient.
         warmup: Share of the training in which the learning rate rises.
-        min_crop_scale: Smallest share of the image's area in a training view.
+        min_crop_scale: Smallest share of the image's area in a training view. None for the task's
+            own.
         upright: Whether the images have an up; without one they are turned and flipped.
         frozen_norm: Leave the encoder's BatchNorms as they are. None does so for a pre-trained
             encoder where images or batches are few, see ``freezes_norms``.
@@ -102,7 +103,7 @@ class TransferSettings:
     batch_size: int | None = None
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     warmup: float = 0.1
-    min_crop_scale: float = 0.35
+    min_crop_scale: float | None = None
     upright: bool = True
     frozen_norm: bool | None = None
     refit: bool | None = None

@@ -26,6 +26,9 @@ from vissl_lite.transfer.detection.options import DetectorSettings
 from vissl_lite.transfer.finetuning import train
 from vissl_lite.transfer.pyramid import PyramidTraining
 
+# Smallest share of the area of an image in a training view.
+MIN_CROP_SCALE = 0.35
+
 
 class DetectorTraining(PyramidTraining[Detector, DetectorSettings]):
     """Lightning module that trains a detector."""
@@ -122,10 +125,11 @@ class BoxDataset(KeyedDataset):
         super().__init__([image.path for image in images], settings.seed)
         self.images, self.canvas, self.reader = images, canvas, reader
         fill = padding_value(reader.dtype)
-        steps = box_pipeline(canvas, settings.min_crop_scale, settings.upright, fill)
+        scale = settings.min_crop_scale or MIN_CROP_SCALE
+        steps = box_pipeline(canvas, scale, settings.upright, fill)
         self.view = BoxView(steps)
         self.instances = InstanceView(steps) if settings.detector == "mask_rcnn" else None
-        self.shortest = round(min(canvas) * settings.min_crop_scale**-0.5)
+        self.shortest = round(min(canvas) * scale**-0.5)
 
     def item(self, epoch: int, index: int) -> Item:
         """Return a view of one image, with boxes ``(N, 4)`` and labels ``(N,)`` as the target.

@@ -24,6 +24,9 @@ from vissl_lite.transfer.segmentation.metrics import score_segmenter
 from vissl_lite.transfer.segmentation.model import Segmenter, keeps_own_scale, segmentation_loss
 from vissl_lite.transfer.segmentation.options import SegmenterSettings
 
+# Smallest share of the area of an image in a training view.
+MIN_CROP_SCALE = 0.35
+
 
 def weigh_classes(
     data: LabelledMasks, class_weights: str | dict[str, float] | None
@@ -93,8 +96,9 @@ class MaskDataset(KeyedDataset):
     ) -> None:
         super().__init__([image.path for image in images], settings.seed)
         self.images, self.size, self.reader = images, size, reader
+        scale = settings.min_crop_scale or MIN_CROP_SCALE
         self.resized_view, self.own_scale_view = (
-            MaskView(mask_pipeline(size, settings.min_crop_scale, settings.upright, own_scale))
+            MaskView(mask_pipeline(size, scale, settings.upright, own_scale))
             for own_scale in (False, True)
         )
 
