@@ -164,13 +164,24 @@ def test_weights_follow_the_epoch_and_can_be_resumed() -> None:
     assert list(StreamSampler(IMAGES, BATCH, 0, EPOCHS, start=4, weights=weights)) == whole[4:]
 
 
+def test_views_of_a_batch_are_drawn_at_its_resolution(photos: Path) -> None:
+    one = views()
+    data = ViewDataset(find_images([photos]), one, 0, smaller=[one.resized(0.5, round)])
+    sampler = StreamSampler(IMAGES, BATCH, 0, 1, resolution=lambda batch: batch % 2)
+    sides = [batch.views[0].shape[-1] for batch in stream(data, sampler, 0, pin_memory=False)]
+    assert sides == [16, 8, 16]
+    whole, small = data[0, 3].views[0], data[0, 3, 1].views[0]
+    halved = cv2.resize(whole, small.shape[:2], interpolation=cv2.INTER_AREA).astype(float)
+    assert np.abs(halved - small).mean() < 4  # the same crop, flip and colors
+
+
 def spoilt(photos: Path, *broken: int) -> ViewDataset:
     """The photos, some of them replaced by what is no image."""
     data = dataset(photos)
     paths = list(data.paths)
     for index in broken:
         paths[index] += ".gone"
-    return ViewDataset(paths, data.views, data.seed)
+    return ViewDataset(paths, data.views[0], data.seed)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +224,7 @@ def test_a_set_of_broken_images_alone_is_an_error(photos: Path, tmp_path: Path) 
 class Worker(KeyedDataset):
     """Tells what a data worker holds, beside the path it was asked for."""
 
-    def item(self, epoch: int, index: int) -> Item:
+    def item(self, epoch: int, index: int, resolution: int = 0) -> Item:
         told = (type(self.paths).__name__, self.paths[index], gc.get_freeze_count() > 0)
         return Item([np.zeros((1, 1, 3), np.uint8)], index, [], told)
 

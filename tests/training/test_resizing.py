@@ -3,12 +3,14 @@ import itertools
 import pytest
 import torch
 
-from vissl_lite.encoders.encoder import build_encoder
-from vissl_lite.training.resizing import share_of_side, shrink
+from vissl_lite.data.view_steps import GaussianBlur, HorizontalFlip, RandomResizedCrop
+from vissl_lite.data.views import Views
+from vissl_lite.training.resizing import SHARES, resolution_at, resolution_of, shrink
+from vissl_lite.training.schedule import Schedule
 
 
 def test_views_are_small_for_half_of_the_run_and_whole_in_the_last_fifth() -> None:
-    shares = [share_of_side(progress / 1000) for progress in range(1001)]
+    shares = [SHARES[resolution_at(progress / 1000)] for progress in range(1001)]
     assert set(shares[:500]) == {0.5}
     assert set(shares[800:]) == {1.0}
     assert all(a <= b for a, b in itertools.pairwise(shares))
@@ -17,19 +19,37 @@ def test_views_are_small_for_half_of_the_run_and_whole_in_the_last_fifth() -> No
     assert area == pytest.approx(0.5, abs=0.03)  # what the help promises
 
 
-@pytest.mark.parametrize(("backbone", "expected"), [("test_resnet", 48), ("test_vit", 48)])
-def test_a_pixel_is_the_mean_of_those_it_stands_for(backbone: str, expected: int) -> None:
-    encoder = build_encoder(backbone, 96)
+def test_the_resolution_of_a_batch_follows_its_number_or_the_time() -> None:
+    counted = Schedule(0.1, 0.0, 0, batches=100)
+    assert [resolution_of(batch, counted) for batch in (0, 1, 60, 90)] == [0, 1, 2, 0]
+    timed = Schedule(0.1, 0.0, 0, seconds=100.0)
+    timed.fraction = 0.6
+    assert [resolution_of(batch, timed) for batch in (0, 7)] == [0, 2]
+
+
+def test_crops_are_resized_and_blurred_in_proportion() -> None:
+    crop, blur = RandomResizedCrop((64, 64)), GaussianBlur((0.1, 0.6))
+    views = Views([[crop, HorizontalFlip(), blur], [HorizontalFlip()]], shortest=100)
+    small = views.resized(0.5, lambda side: 8 * round(side / 8))
+    (first, steps), (none, others) = small._pipelines
+    assert first is not None
+    assert first.size == (32, 32)
+    assert steps == [HorizontalFlip(), GaussianBlur((0.1, 0.3))]
+    assert none is None
+    assert others == [HorizontalFlip()]
+
+
+def test_a_pixel_is_the_mean_of_those_it_stands_for() -> None:
     views = torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8)
     views = views.contiguous(memory_format=torch.channels_last)
-    small = shrink(views, 0.5, encoder)
-    assert small.shape == (2, 3, expected, expected)
+    small = shrink(views, 48)
+    assert small.shape == (2, 3, 48, 48)
     assert small.dtype == torch.uint8
     assert small.is_contiguous(memory_format=torch.channels_last)
     assert small.float().mean() == pytest.approx(float(views.float().mean()), abs=1)
     block = torch.full((1, 3, 96, 96), 10, dtype=torch.uint8)
     block[..., 48:] = 200
-    half = shrink(block, 0.5, encoder)[0, 0, 24]
+    half = shrink(block, 48)[0, 0, 24]
     assert half[:22].eq(10).all()
     assert half[26:].eq(200).all()
-    assert shrink(views, 1.0, encoder) is views
+    assert shrink(small, 96) is small

@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -47,7 +48,7 @@ from vissl_lite.run import (
 from vissl_lite.training.fit import TrainingFiles, fit
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.training.loggers import logger_names, make_loggers
-from vissl_lite.training.resizing import ProgressiveResizing
+from vissl_lite.training.resizing import INITIAL_SIDE, SHARES, ProgressiveResizing, resolution_of
 from vissl_lite.training.schedule import Schedule
 from vissl_lite.training.stream import StreamData
 from vissl_lite.transfer.classification.data import LabelledImages, load_labelled
@@ -196,7 +197,10 @@ def _prepare(options: PretrainOptions, resume: bool) -> _Training:
         # Read now: with --overwrite, the folder may be deleted before the training.
         fingerprints = seen_by(os.fspath(options.encoder))
     options = options.replace(
-        backbone=encoder.backbone, image_size=encoder.image_size, batch_size=size
+        backbone=encoder.backbone,
+        image_size=encoder.image_size,
+        batch_size=size,
+        progressive_resizing=options.resizes(task, count // size),
     )
     return _Training(options, hardware, images, labelled, task, views, size, cache, fingerprints)
 
@@ -229,8 +233,18 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
     cache = None if training.cache is None else training.cache.open(run, maker=is_main_process())
     images.keep_sample(run)
     paths = images.paths
-    dataset = images.source(views, options.seed, cache, task.encoder.reader)
-    stream = StreamData(dataset, size, epochs, schedule, hardware.workers())
+    reader, smaller, resolution = task.encoder.reader, [], None
+    if options.progressive_resizing:
+        log.info(
+            "Views start at %d pixels and grow to their full side; --progressive_resizing false "
+            "keeps one size",
+            task.encoder.fitting_size(task.encoder.image_size * INITIAL_SIDE),
+        )
+        fitting = task.encoder.fitting_size
+        smaller = [views.resized(share, fitting) for share in SHARES[1:]]
+        resolution = partial(resolution_of, schedule=schedule)
+    dataset = images.source(views, options.seed, cache, reader, smaller)
+    stream = StreamData(dataset, size, epochs, schedule, hardware.workers(), None, resolution)
     online = OnlineEvaluation(
         EncoderMetrics(paths, labelled, options.seed, options.upright),
         stream,
@@ -239,7 +253,8 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
     )
     callbacks = [online, FingerprintCallback(run, stream, schedule, training.fingerprints)]
     if options.progressive_resizing:
-        callbacks.append(ProgressiveResizing(schedule, task.encoder))
+        sides = [len(view) for view in dataset.first().views]
+        callbacks.append(ProgressiveResizing(schedule, task.encoder, sides))
     metrics = MetricsFile(run / METRICS) if is_main_process() else None
     trainer = fit(
         task,

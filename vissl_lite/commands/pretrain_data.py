@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,12 +41,17 @@ class TrainingImages:
         return len(self.paths if self.shards is None else self.shards)
 
     def source(
-        self, views: Views, seed: int, cache: ImageCache | None, reader: ImageReader
+        self,
+        views: Views,
+        seed: int,
+        cache: ImageCache | None,
+        reader: ImageReader,
+        smaller: Sequence[Views] = (),
     ) -> Source:
-        """Source of the images and their views for the data loader."""
+        """Source of the images and their views for the data loader; see ``ViewDataset``."""
         if self.shards is not None:
             return ShardSource(self.shards, views, seed, reader)
-        return ViewDataset(self.paths, views, seed, cache, reader)
+        return ViewDataset(self.paths, views, seed, cache, reader, smaller)
 
     def keep_sample(self, run: Path) -> None:
         """Move the sample of the shards from its temporary folder into the run."""

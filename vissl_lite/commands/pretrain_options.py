@@ -85,9 +85,10 @@ class PretrainOptions(Options, ImageSettings):
     """Whether the images have a natural orientation (default true). Give --upright false for images
     without one, such as microscopy or satellite images: views are then also rotated and flipped in
     all directions."""
-    progressive_resizing: bool = False
+    progressive_resizing: bool | None = None
     """Train on views of half the side length in the first half of the run, on growing ones after
-    that, and on full-size ones in the last fifth. Takes about half the time per epoch."""
+    that, and on full-size ones in the last fifth. Takes about half the time per epoch. Default:
+    true for runs of 200 steps or one minute, or more, if the pretext and the backbone allow it."""
     encoder: StrPath | None = None
     """Weights to start from: a run, an encoder folder, timm:NAME (pre-trained weights), random:NAME
     (untrained), or a file with a timm state dict of --backbone. Default: random weights of
@@ -233,6 +234,21 @@ class PretrainOptions(Options, ImageSettings):
             _check_resizing(task)
         return task
 
+    def resizes(self, task: PretextTask, steps_per_epoch: int) -> bool:
+        """Whether the views start small and grow, by ``--progressive_resizing`` or its default."""
+        if self.progressive_resizing is not None:
+            return self.progressive_resizing
+        seconds = parse_time(self.max_time)
+        if seconds is not None:
+            long = seconds >= MIN_RESIZING_SECONDS
+        else:
+            long = (self.epochs or 100) * steps_per_epoch >= MIN_RESIZING_STEPS
+        try:
+            _check_resizing(task)
+        except UserError:
+            return False
+        return long
+
     def optimizer_settings(self, task: PretextTask, batch_size: int) -> OptimizerSettings:
         """Optimizer settings for a task; ``batch_size`` is the number of images per step."""
         settings = task.optimizer_settings
@@ -247,6 +263,10 @@ class PretrainOptions(Options, ImageSettings):
         decay = settings.weight_decay if self.weight_decay is None else self.weight_decay
         lr = self.lr or settings.scaled_lr(batch_size)
         return replace(settings, name=name, lr=lr, weight_decay=decay)
+
+
+# Runs of at least so many steps or seconds are long enough for views to grow in.
+MIN_RESIZING_STEPS, MIN_RESIZING_SECONDS = 200, 60
 
 
 def _check_resizing(task: PretextTask) -> None:

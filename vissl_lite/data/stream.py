@@ -1,13 +1,14 @@
 """The stream of training batches: views of images, in an order that can be resumed.
 
-The whole run is one stream. Its sampler gives keys (epoch, image index) and can start anywhere, so
-resuming continues with the very batch that came next, and no worker waits at the end of an epoch.
+The whole run is one stream. Its sampler gives keys (epoch, image index, resolution) and can start
+anywhere, so resuming continues with the very batch that came next, and no worker waits at the end
+of an epoch.
 """
 
 import itertools
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,8 @@ from vissl_lite.data.views import Views
 from vissl_lite.data.workers import WorkerLoader
 from vissl_lite.errors import UserError
 
-Key = tuple[int, int]  # (epoch, image index)
+# Epoch, image index, and the number of the resolution of the views where there are several.
+Key = tuple[int, int] | tuple[int, int, int]
 
 # At most this share of the images may be unreadable.
 BROKEN_SHARE = 0.2
@@ -119,6 +121,7 @@ class Source(ABC):
         workers: int,
         pin_memory: bool,
         weights: np.ndarray | None = None,
+        resolution: Callable[[int], int] | None = None,
     ) -> WorkerLoader[Batch]:
         """The training stream of one process.
 
@@ -131,6 +134,7 @@ class Source(ABC):
             workers: Data workers.
             pin_memory: Whether batches lie where a GPU can fetch them from.
             weights: Sampling weights, where images come in any order; see ``StreamSampler``.
+            resolution: See ``StreamSampler``; a source whose views have one size takes no notice.
         """
 
     @abstractmethod
@@ -162,11 +166,12 @@ class KeyedDataset(Dataset[Item], Source):
         return len(self.paths)
 
     def __getitem__(self, key: Key) -> Item:
-        epoch, index = key
+        epoch, index, *rest = key
+        resolution = rest[0] if rest else 0
         broken: list[Broken] = []
         while True:
             try:
-                return self.item(epoch, index)._replace(broken=broken)
+                return self.item(epoch, index, resolution)._replace(broken=broken)
             except BROKEN_IMAGE as error:
                 path = self.paths[index]
                 broken.append(Broken(path, reason(error, path)))
@@ -195,9 +200,10 @@ class KeyedDataset(Dataset[Item], Source):
         workers: int,
         pin_memory: bool,
         weights: np.ndarray | None = None,
+        resolution: Callable[[int], int] | None = None,
     ) -> WorkerLoader[Batch]:
         sampler = StreamSampler(
-            len(self), batch_size, self.seed, epochs, start, rank, world, weights
+            len(self), batch_size, self.seed, epochs, start, rank, world, weights, resolution
         )
         return stream(self, sampler, workers, pin_memory)
 
@@ -211,7 +217,7 @@ class KeyedDataset(Dataset[Item], Source):
         return fingerprints_of([self.name(number) for number in numbers])
 
     @abstractmethod
-    def item(self, epoch: int, index: int) -> Item:
+    def item(self, epoch: int, index: int, resolution: int = 0) -> Item:
         """The item of one image; raises errors of decoding (``BROKEN_IMAGE``)."""
 
 
@@ -225,6 +231,7 @@ class ViewDataset(KeyedDataset):
         cache: Keeps what has been decoded; without one, every epoch decodes each image, as small as
             the crops that it draws allow.
         reader: How the images are read.
+        smaller: The augmentations at other resolutions: numbers 1 and up in a key.
     """
 
     def __init__(
@@ -234,31 +241,33 @@ class ViewDataset(KeyedDataset):
         seed: int,
         cache: ImageCache | None = None,
         reader: ImageReader = PHOTOGRAPHS,
+        smaller: Sequence[Views] = (),
     ) -> None:
         super().__init__(paths, seed)
-        self.views, self.cache, self.reader = views, cache, reader
+        self.views, self.cache, self.reader = (views, *smaller), cache, reader
 
-    def item(self, epoch: int, index: int) -> Item:
+    def item(self, epoch: int, index: int, resolution: int = 0) -> Item:
         """All views of one image."""
+        views = self.views[resolution]
         kept = None if self.cache is None else self.cache.get(index)
         taken = None
         if kept is None or epoch == 0:
             path = self.paths[index]
             data = read_content(path) if epoch == 0 else None
-            kept = kept or self._decode(data, path, epoch, index)
+            kept = kept or self._decode(data, path, views, epoch, index)
             if data is not None:
                 taken = take_fingerprint(data, path, kept[0], self.reader)
         image, whole = kept
-        views = self.views(image, self.seed, epoch, index, whole)
-        return Item(views, index, [], fingerprint=taken)
+        made = views(image, self.seed, epoch, index, whole)
+        return Item(made, index, [], fingerprint=taken)
 
     def _decode(
-        self, data: bytes | None, path: str, epoch: int, index: int
+        self, data: bytes | None, path: str, views: Views, epoch: int, index: int
     ) -> tuple[np.ndarray, tuple[int, int]]:
         """``(h, w, C)``, and height and width of the whole image."""
         key = self.seed, epoch, index
         if self.cache is None:
-            return self.reader.decode_reduced(data, path, lambda h, w: self.views.times(h, w, *key))
+            return self.reader.decode_reduced(data, path, lambda h, w: views.times(h, w, *key))
         image, whole = decode_down_sized(data, path, self.cache.plan.shortest, self.reader)
         self.cache.put(index, image, whole)
         return image, whole
@@ -289,6 +298,8 @@ class StreamSampler(Sampler[list[Key]]):
         rank: This process: joined in the order of ranks, the shares are the batch.
         world: Number of processes.
         weights: ``(images,)`` positive sampling weights: each epoch then draws with replacement.
+        resolution: Function from the number of a batch to that of the resolution of its views; it
+            is asked when the batch is sent to a data worker. Default: always 0.
     """
 
     def __init__(
@@ -301,7 +312,9 @@ class StreamSampler(Sampler[list[Key]]):
         rank: int = 0,
         world: int = 1,
         weights: np.ndarray | None = None,
+        resolution: Callable[[int], int] | None = None,
     ) -> None:
+        self.resolution = resolution
         self.images, self.batch_size, self.seed = images, batch_size, seed
         self.epochs, self.start, self.rank, self.world = epochs, start, rank, world
         self.weights = None if weights is None else weights / weights.sum()
@@ -323,7 +336,11 @@ class StreamSampler(Sampler[list[Key]]):
             for batch in range(skip, self.batches_per_epoch):
                 share = self.batch_size // self.world
                 mine = order[batch * self.batch_size + self.rank * share :][:share]
-                yield [(epoch, int(index)) for index in mine]
+                if self.resolution is None:
+                    yield [(epoch, int(index)) for index in mine]
+                else:
+                    resolution = self.resolution(epoch * self.batches_per_epoch + batch)
+                    yield [(epoch, int(index), resolution) for index in mine]
             skip = 0
 
 

@@ -4,7 +4,8 @@ Every view draws from a generator that is keyed afresh from (seed, epoch, image 
 so that it is a pure function of those four. The steps draw in their order; see ``view_steps``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -120,6 +121,26 @@ class Views:
             views.append(made)
         return views
 
+    def resized(self, share: float, fitting: Callable[[float], int]) -> "Views":
+        """The same views at a lower resolution: equal crops and distortions, blurred in proportion.
+
+        Views that do not begin with a random crop keep their size.
+
+        Args:
+            share: Side of the new views, relative to the side of these, in (0, 1].
+            fitting: Function from a side in pixels to the nearest one that the encoder takes.
+        """
+        pipelines: list[list[Step]] = []
+        for first, steps in self._pipelines:
+            if first is None:
+                pipelines.append(steps)
+                continue
+            height, width = (min(side, fitting(side * share)) for side in first.size)
+            factor = height / first.size[0]
+            smaller = [_less_blurred(step, factor) for step in steps]
+            pipelines.append([replace(first, size=(height, width)), *smaller])
+        return Views(pipelines, round(self.shortest * share))
+
     def _begin(self, first: RandomResizedCrop, height: int, width: int, *key: int) -> Crop:
         """Seed the generator for a view and draw its initial crop."""
         rekey(self._random, *key)
@@ -131,6 +152,13 @@ def _split(steps: list[Step]) -> tuple[RandomResizedCrop | None, list[Step]]:
     if steps and isinstance(steps[0], RandomResizedCrop):
         return steps[0], steps[1:]
     return None, steps
+
+
+def _less_blurred(step: Step, factor: float) -> Step:
+    if not isinstance(step, GaussianBlur):
+        return step
+    low, high = step.sigma
+    return replace(step, sigma=(low, max(low, high * factor)))
 
 
 def random_crop(size: int, smallest: float, largest: float = 1.0) -> RandomResizedCrop:

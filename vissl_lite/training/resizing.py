@@ -1,5 +1,7 @@
 """Progressive resizing: views that start small and grow during training."""
 
+from collections.abc import Sequence
+
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -17,58 +19,77 @@ INITIAL_SIDE, GROWTH_START, GROWTH_END = 0.5, 0.5, 0.8
 # Few sizes: compilers and cuDNN look for the best kernels for each of them anew.
 NUM_SIZES = 4
 
+# Sides of the views, relative to their full side, by the number of their resolution: the full side
+# is the first, as it is where views have one size.
+SHARES = (1.0, *(INITIAL_SIDE + (1 - INITIAL_SIDE) * step / NUM_SIZES for step in range(NUM_SIZES)))
 
-def share_of_side(progress: float) -> float:
-    """Side of the views at a fraction of the run, relative to their full side.
+
+def resolution_at(progress: float) -> int:
+    """Number of the resolution of the views at a fraction of the run.
 
     Args:
         progress: Share of the run that is done, in [0, 1].
     """
     risen = min(1.0, max(0.0, (progress - GROWTH_START) / (GROWTH_END - GROWTH_START)))
-    if risen == 1:
-        return 1.0
-    return INITIAL_SIDE + (1 - INITIAL_SIDE) * int(risen * NUM_SIZES) / NUM_SIZES
+    return 0 if risen == 1 else 1 + int(risen * NUM_SIZES)
 
 
-def shrink(views: Tensor, share: float, encoder: Encoder) -> Tensor:
+def resolution_of(batch: int, schedule: Schedule) -> int:
+    """Number of the resolution of the views of a batch that is about to be loaded.
+
+    With a time budget it follows the time that has passed by then; the batches that are on their
+    way at a change are still of the lower resolution.
+
+    Args:
+        batch: Number of the batch.
+        schedule: Schedule of the run.
+    """
+    if batch == 0:
+        return 0  # a batch too large for the memory shows at once
+    return resolution_at(schedule.fraction if schedule.total is None else batch / schedule.total)
+
+
+def shrink(views: Tensor, side: int) -> Tensor:
     """Downscale views by averaging pixels.
-
-    They are shrunk on the device: how far the run is by then, no data worker can know.
 
     Args:
         views: ``(B, C, S, S)`` uint8 or uint16.
-        share: Fraction of the side, in (0, 1].
-        encoder: Gives the nearest size that it can take.
+        side: Side in pixels; smaller views are left as they are.
 
     Returns:
         ``(B, C, s, s)`` of the same type.
     """
-    size = min(encoder.fitting_size(views.shape[-1] * share), views.shape[-1])
-    if size == views.shape[-1]:
+    if views.shape[-1] <= side:
         return views
     if (
         views.device.type == "cpu" and views.dtype == torch.uint8
     ):  # bytes are fast there, and on other devices not to be had
-        return F.interpolate(views, size=(size, size), mode="bilinear", antialias=True)
-    small = F.interpolate(views.float(), size=(size, size), mode="bilinear", antialias=True)
+        return F.interpolate(views, size=(side, side), mode="bilinear", antialias=True)
+    small = F.interpolate(views.float(), size=(side, side), mode="bilinear", antialias=True)
     return small.round().to(views.dtype)
 
 
 class ProgressiveResizing(Callback):
-    """Downscale the views of each batch on the device and log their side as ``view_size``.
+    """Log the side of the views as ``view_size``, and downscale those that were not drawn smaller.
+
+    Data workers draw views at their resolution (``Views.resized``). Those of shards and those that
+    do not begin with a random crop come in full size, and are downscaled on the device.
 
     Args:
         schedule: Schedule of the run.
         encoder: Encoder that the views are for.
+        sides: Full side of each view in pixels.
     """
 
-    def __init__(self, schedule: Schedule, encoder: Encoder) -> None:
-        self.schedule, self.encoder = schedule, encoder
+    def __init__(self, schedule: Schedule, encoder: Encoder, sides: Sequence[int]) -> None:
+        self.schedule, self.encoder, self.sides = schedule, encoder, sides
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        # the first step is a whole one: a batch too large for the memory shows at once
-        share = share_of_side(self.schedule.fraction) if trainer.global_step else 1.0
-        batch.views[:] = [shrink(view, share, self.encoder) for view in batch.views]
+        share = SHARES[resolution_at(self.schedule.fraction)] if self.schedule.batches else 1.0
+        batch.views[:] = [
+            shrink(view, min(side, self.encoder.fitting_size(side * share)))
+            for view, side in zip(batch.views, self.sides, strict=True)
+        ]
         module.log("view_size", float(batch.views[0].shape[-1]))

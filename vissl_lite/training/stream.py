@@ -1,6 +1,7 @@
 """The training stream as a LightningDataModule, and the callback that counts broken images."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -28,6 +29,7 @@ class StreamData(pl.LightningDataModule):
         schedule: Schedule of the run, which counts the batches done.
         workers: Data workers per device.
         weights: Sampling weights; see ``StreamSampler``.
+        resolution: Resolution of the views of a batch; see ``StreamSampler``.
 
     Attributes:
         indices: ``(B,)`` indices of the current batch on the CPU: reading those of the batch itself
@@ -46,11 +48,13 @@ class StreamData(pl.LightningDataModule):
         schedule: Schedule,
         workers: int,
         weights: np.ndarray | None = None,
+        resolution: Callable[[int], int] | None = None,
     ) -> None:
         super().__init__()
         dataset.first()
         self.dataset, self.batch_size, self.epochs = dataset, batch_size, epochs
         self.schedule, self.workers, self.weights = schedule, workers, weights
+        self.resolution = resolution
         self.batches_per_epoch = len(dataset) // batch_size
         self.indices: Tensor
         self._loader: WorkerLoader[Batch] | None = None
@@ -73,6 +77,7 @@ class StreamData(pl.LightningDataModule):
             workers=self.workers,
             pin_memory=torch.cuda.is_available(),
             weights=self.weights,
+            resolution=self.resolution,
         )
         return self._loader
 

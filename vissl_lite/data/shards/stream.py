@@ -13,7 +13,7 @@ batch: the order of earlier images is recomputed without opening their shards.
 import os
 import random
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from hashlib import blake2b
 from itertools import count as counting
@@ -276,6 +276,7 @@ class ShardSource(Source):
         workers: int,
         pin_memory: bool,
         weights: np.ndarray | None = None,
+        resolution: Callable[[int], int] | None = None,
     ) -> WorkerLoader[Batch]:
         assert weights is None, "shards are read from front to back"
         return WorkerLoader(

@@ -131,7 +131,7 @@ class BoxDataset(KeyedDataset):
         self.instances = InstanceView(steps) if settings.detector == "mask_rcnn" else None
         self.shortest = round(min(canvas) * scale**-0.5)
 
-    def item(self, epoch: int, index: int) -> Item:
+    def item(self, epoch: int, index: int, resolution: int = 0) -> Item:
         """Return a view of one image, with boxes ``(N, 4)`` and labels ``(N,)`` as the target.
 
         For Mask R-CNN also with masks, packed as bits along their rows, and ``(N,)`` bool, which

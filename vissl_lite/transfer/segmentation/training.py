@@ -102,7 +102,7 @@ class MaskDataset(KeyedDataset):
             for own_scale in (False, True)
         )
 
-    def item(self, epoch: int, index: int) -> Item:
+    def item(self, epoch: int, index: int, resolution: int = 0) -> Item:
         """Return a view of one image, and the same view of its mask as a one-channel image."""
         one = self.images[index]
         image, mask = self.reader.read(one.path), one.mask.read()
