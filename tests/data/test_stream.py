@@ -172,7 +172,8 @@ def test_views_of_a_batch_are_drawn_at_its_resolution(photos: Path) -> None:
     assert sides == [16, 8, 16]
     whole, small = data[0, 3].views[0], data[0, 3, 1].views[0]
     halved = cv2.resize(whole, small.shape[:2], interpolation=cv2.INTER_AREA).astype(float)
-    assert np.abs(halved - small).mean() < 4  # the same crop, flip and colors
+    same = np.corrcoef(halved.ravel(), small.ravel())[0, 1]
+    assert same > 0.9  # the same crop, flip and colors
 
 
 def spoilt(photos: Path, *broken: int) -> ViewDataset:
