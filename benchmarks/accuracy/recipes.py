@@ -43,6 +43,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "smallest crop 0.6": {"min_crop_scale": 0.6},
     "smallest crop 0.6, color jitter 0.25": {"min_crop_scale": 0.6, "color": 0.25},
     "smallest crop 0.6, BatchNorm trained": {"min_crop_scale": 0.6, "frozen_norm": False},
+    "smallest crop 0.6, BatchNorm trained, learning rate 3e-3": {
+        "min_crop_scale": 0.6,
+        "frozen_norm": False,
+        "lr": 3e-3,
+    },
     "no label smoothing": {"label_smoothing": 0.0},
     "gradients not clipped": {"clip_norm": 0.0},
     "batch size 16": {"batch_size": 16},
