@@ -162,7 +162,7 @@ def test_what_was_chosen_is_in_the_results_and_a_killed_run_goes_on(
     results = json.loads((whole.run / "results.json").read_text())
     assert (results["folds"], results["val_images"], results["train_images"]) == (3, 36, 36)
     assert results["refit"]
-    assert set(results["chosen"]) == {"lr", "tuned_share"}
+    assert set(results["chosen"]) == {"lr", "tuned_share", "frozen_norm"}
     assert {one["tuned_share"] for one in results["candidates"]} == {0, 0.25, 0.5, 0.75, 1}
     best = min(one["calibrated_loss"] for one in results["candidates"])
     assert results["val"]["calibrated_loss"] == best
@@ -170,11 +170,11 @@ def test_what_was_chosen_is_in_the_results_and_a_killed_run_goes_on(
 
     original, begun = fitting._Fitting.train, []
 
-    def until_killed(self: Any, data: Any, *rest: Any) -> Any:
+    def until_killed(self: Any, settings: Any, data: Any, *rest: Any) -> Any:
         begun.append(len(data.train))
-        if begun == [24, 24, 24, 36]:
+        if begun == [24] * 6 + [36]:  # in three folds with frozen and with trained norms
             raise KeyboardInterrupt
-        return original(self, data, *rest)
+        return original(self, settings, data, *rest)
 
     monkeypatch.setattr(fitting._Fitting, "train", until_killed)
     with pytest.raises(KeyboardInterrupt):

@@ -3,7 +3,7 @@
 The task here has no network: its model is one number, which training moves.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -61,6 +61,9 @@ class Guess:
 
     def starts_fitted(self, model: Number, settings: TransferSettings) -> bool:
         return self.fitted
+
+    def variants(self, *given: Any) -> list[TransferSettings]:
+        return [given[-1]]
 
     def train(
         self, model: Number, data: LabelledImages, settings: TransferSettings, *rest: object
@@ -134,6 +137,25 @@ def test_the_learning_rate_is_chosen_with_the_rest() -> None:
     assert task.trained[-1] == (120, 1.4e-3)
     near = fit(Guess(fitted=False), data_of(20, 100), 1e-4, 5e-4, 1e-3, monitor="val_near")
     assert near.chosen.lr == 5e-4
+
+
+def test_frozen_norms_are_chosen_with_the_middle_rate() -> None:
+    class Norms(Guess):
+        def variants(self, *given: Any) -> list[TransferSettings]:
+            return [replace(given[-1], frozen_norm=frozen) for frozen in (True, False)]
+
+        def train(self, model: Number, data: Any, settings: TransferSettings, *rest: Any) -> None:
+            super().train(model, data, settings)
+            if settings.frozen_norm:
+                model.value = model.value - 5  # far from the best
+
+    task = Norms()
+    fitted = fit(task, data_of(300, 100), 1e-4, 1e-3, 2e-3)
+    assert (fitted.chosen.lr, fitted.chosen.frozen_norm) == (2e-3, False)
+    assert [(lr, images) for images, lr in task.trained] == [
+        (1e-3, 300), (1e-3, 300), (1e-4, 300), (2e-3, 300), (2e-3, 400)
+    ]  # fmt: skip
+    assert "BatchNorm trained" in fitted.describe()
 
 
 def test_without_validation_images_nothing_is_chosen() -> None:

@@ -123,8 +123,9 @@ class FinetuneOptions(Options, ImageSettings, AllTaskOptions):
     warmup: float = 0.1
     """Fraction of the training used for learning rate warmup."""
     frozen_norm: bool | None = None
-    """Keep the BatchNorm layers of a pre-trained encoder as they are. Default: true for fewer than
-    1,000 training images in classification, and batches of fewer than 8 in other tasks."""
+    """Keep the BatchNorm layers of a pre-trained encoder as they are. Default: in classification
+    with fewer than 1,000 training images both are tried and the better one on held-out labels is
+    chosen; true in other tasks with batches of fewer than 8; else false."""
     refit: bool | None = None
     """Train on training and validation labels together once the hyperparameters are chosen.
     Default: true if the validation part was taken out of the training labels, false for a

@@ -145,5 +145,5 @@ def finetune_best(
     metrics = scores.metrics | {
         f"{part}_{name}": found[name] for part, found in parts.items() if name in found
     }
-    chosen = {"lr": fitted.chosen.lr, "tuned_share": fitted.chosen.share}
+    chosen = {name: float(value) for name, value in fitted.chosen.as_dict().items()}
     return Score(scores.metrics[name], metrics, chosen, right)

@@ -367,6 +367,15 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
         """
         return False
 
+    def variants(
+        self, encoder: Encoder, data: DatasetT, settings: SettingsT
+    ) -> Sequence[SettingsT]:
+        """Settings among which one is chosen on held-out labels; by default the given ones alone.
+
+        They may differ in ``frozen_norm``.
+        """
+        return [settings]
+
     @abstractmethod
     def train(
         self,

@@ -136,6 +136,11 @@ class TransferSettings:
         return self.pretrained and few if self.frozen_norm is None else self.frozen_norm
 
 
+def has_norms(encoder: nn.Module) -> bool:
+    """Whether an encoder has BatchNorms."""
+    return any(isinstance(module, _BatchNorm) for module in encoder.modules())
+
+
 def freeze_norms(encoder: nn.Module) -> None:
     """Freeze the BatchNorms of an encoder, because images or batches are few.
 

@@ -1,8 +1,8 @@
 """Fine-tuning from labels to a finished model: choose hyperparameters, then use all labels.
 
-What is chosen (the learning rate, if several are given, and how much of the change by the training
-is kept) is chosen on images that the models have not been trained on. Then a model is trained with
-it on all labels.
+What is chosen (the learning rate, if several are given, whether BatchNorms are frozen, and how much
+of the change by the training is kept) is chosen on images that the models have not been trained on.
+Then a model is trained with it on all labels.
 """
 
 import math
@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Generic
 
@@ -84,11 +85,18 @@ class Candidate:
             those before the first step, which are a linear probe, and in between an interpolation
             (WiSE-FT, Wortsman et al. 2022, eq. 1).
         metrics: Mean validation metrics, by name.
+        frozen_norm: Whether BatchNorms were frozen; None where that was not to be chosen.
     """
 
     lr: float
     share: float
     metrics: dict[str, float]
+    frozen_norm: bool | None = None
+
+    def as_dict(self) -> dict[str, float]:
+        """What was chosen, for ``results.json``."""
+        norm = {} if self.frozen_norm is None else {"frozen_norm": self.frozen_norm}
+        return {"lr": self.lr, "tuned_share": self.share, **norm}
 
 
 @dataclass(frozen=True)
@@ -128,20 +136,19 @@ class FittedModel(Generic[ModelT]):
         )
         values = ", ".join(f"{name} {value:.3f}" for name, value in self.chosen.metrics.items())
         included = ", those included" if self.refit else ""
+        norms = {None: "", True: "BatchNorm frozen, ", False: "BatchNorm trained, "}
         return (
-            f"By {by}: learning rate {self.chosen.lr:g}, {what} ({values}). The model is "
-            f"{trained}{included}."
+            f"By {by}: learning rate {self.chosen.lr:g}, {norms[self.chosen.frozen_norm]}{what} "
+            f"({values}). The model is {trained}{included}."
         )
 
     def as_dict(self) -> dict[str, Any]:
         """Content for ``results.json``."""
         return {
-            "chosen": {"lr": self.chosen.lr, "tuned_share": self.chosen.share},
+            "chosen": self.chosen.as_dict(),
             "val": self.chosen.metrics,
             "train": self.train_metrics,
-            "candidates": [
-                {"lr": one.lr, "tuned_share": one.share, **one.metrics} for one in self.candidates
-            ],
+            "candidates": [{**one.as_dict(), **one.metrics} for one in self.candidates],
             "train_images": self.train_images,
             "val_images": self.val_images,
             "folds": self.folds,
@@ -174,22 +181,24 @@ class _Fitting(Generic[DatasetT, ModelT, SettingsT, ScoresT]):
         self,
         task: Task[DatasetT, ModelT, SettingsT, ScoresT],
         encoder: Encoder,
-        settings: SettingsT,
         hardware: Hardware | None,
         monitor: str,
     ) -> None:
-        self.task, self.encoder, self.settings = task, encoder, settings
+        self.task, self.encoder = task, encoder
         self.hardware, self.monitor = hardware, monitor
         self.candidates: list[Candidate] = []
         self.best: Candidate | None = None
+        self.settings: SettingsT | None = None  # of the best candidate, but for the rate
         self.model: _Trained[ModelT] | None = None  # of the first round, with the best rate
 
-    def train(self, data: DatasetT, rate: float, files: TrainingFiles) -> _Trained[ModelT]:
+    def train(
+        self, settings: SettingsT, data: DatasetT, rate: float, files: TrainingFiles
+    ) -> _Trained[ModelT]:
         """Train a model on the training part."""
-        size = self.settings.batch_size
+        size = settings.batch_size
         settings = replace(
-            self.settings,
-            optimizer=replace(self.settings.optimizer, lr=rate),
+            settings,
+            optimizer=replace(settings.optimizer, lr=rate),
             batch_size=size and min(size, len(data.train)),
         )
         model = self.task.build(self.encoder, data, settings)
@@ -199,9 +208,14 @@ class _Fitting(Generic[DatasetT, ModelT, SettingsT, ScoresT]):
         return _Trained(model, start, deepcopy(model.state_dict()) if fitted else {})
 
     def evaluate(
-        self, rate: float, rounds: Sequence[DatasetT], files: Sequence[TrainingFiles]
+        self,
+        settings: SettingsT,
+        rate: float,
+        rounds: Sequence[DatasetT],
+        files: Sequence[TrainingFiles],
+        norm: bool | None,
     ) -> tuple[float, ...]:
-        """Train in each round and add the candidates with this learning rate.
+        """Train in each round and add the candidates with these settings and learning rate.
 
         Returns:
             Rank of the best of them; larger is better.
@@ -209,7 +223,7 @@ class _Fitting(Generic[DatasetT, ModelT, SettingsT, ScoresT]):
         totals: dict[float, dict[str, float]] = {}  # sums over images
         first: _Trained[ModelT] | None = None
         for data, some in zip(rounds, files, strict=True):
-            trained = self.train(data, rate, some)
+            trained = self.train(settings, data, rate, some)
             first = first or trained
             for share in (1.0,) if trained.start is None else SHARES:
                 trained.use(share)
@@ -219,13 +233,13 @@ class _Fitting(Generic[DatasetT, ModelT, SettingsT, ScoresT]):
             trained.use(1.0)
         images = sum(len(data.val) for data in rounds)
         added = [
-            Candidate(rate, share, {name: total / images for name, total in sums.items()})
+            Candidate(rate, share, {name: total / images for name, total in sums.items()}, norm)
             for share, sums in totals.items()
         ]
         self.candidates += added
         best = max(added, key=self.rank)
         if self.best is None or self.rank(best) > self.rank(self.best):
-            self.best, self.model = best, first
+            self.best, self.model, self.settings = best, first, settings
         return self.rank(best)
 
     def rank(self, candidate: Candidate) -> tuple[float, ...]:
@@ -262,7 +276,8 @@ def fit_model(
         encoder: Encoder to start from; it is left as it is.
         data: Labelled images; the test part is not used.
         settings: Settings of the trainings; ``seconds`` is divided between them.
-        rates: Candidate learning rates, ascending; default the one of the settings.
+        rates: Candidate learning rates, ascending; default the one of the settings. Other settings
+            that are to be chosen (``Task.variants``) are chosen with the middle one.
         hardware: Hardware to train on; default one device.
         files: Files for metrics and checkpoints.
 
@@ -274,24 +289,31 @@ def fit_model(
     rounds = [data]
     if refit and len(data.val) < FEW_VALIDATION_IMAGES and (len(rates) > 1 or settings.pretrained):
         rounds = data.folds(FOLDS, settings.seed)
+    variants = task.variants(encoder, data, settings) if len(data.val) else [settings]
+    tried = len(rates) + len(variants) - 1
     if settings.seconds is not None:
-        trainings = len(rounds) * len(rates) + refit
-        settings = replace(settings, seconds=settings.seconds / trainings)
-    fitting = _Fitting(task, encoder, settings, hardware, monitor_of(task, data, settings.monitor))
+        each = settings.seconds / (len(rounds) * tried + refit)
+        variants = [replace(one, seconds=each) for one in variants]
+    fitting = _Fitting(task, encoder, hardware, monitor_of(task, data, settings.monitor))
 
-    def score(rate: float) -> tuple[float, ...]:
-        name = f"lr-{rate:g}" if len(rates) > 1 else "selection"
+    @cache
+    def score(rate: float, number: int) -> tuple[float, ...]:
+        variant = variants[number]
+        norm = variant.frozen_norm if len(variants) > 1 else None
+        name = _name(rate, norm)
         stages = []
-        for number in range(len(rounds)):
-            metrics = METRICS if len(rates) == 1 else f"{name}.csv"
-            folder = f"{name}-{number + 1}" if refit or len(rates) > 1 else ""
-            stages.append(files.of_training(metrics if number == 0 else "", folder))
-        return fitting.evaluate(rate, rounds, stages)
+        for turn in range(len(rounds)):
+            metrics = METRICS if tried == 1 else f"{name}.csv"
+            folder = f"{name}-{turn + 1}" if refit or tried > 1 else ""
+            stages.append(files.of_training(metrics if turn == 0 else "", folder))
+        return fitting.evaluate(variant, rate, rounds, stages, norm)
 
     if len(data.val):
-        climb(score, rates)
+        middle = rates[len(rates) // 2]
+        best = max(range(len(variants)), key=lambda number: score(middle, number))
+        climb(lambda rate: score(rate, best), rates)
     chosen = fitting.best or Candidate(rates[len(rates) // 2], 1.0, {})
-    files.use_curve(f"lr-{chosen.lr:g}.csv")
+    files.use_curve(f"{_name(chosen.lr, chosen.frozen_norm)}.csv")
     trained, everything = fitting.model, data
     if trained is not None:
         trained.use(chosen.share)
@@ -299,7 +321,7 @@ def fit_model(
     if trained is None or refit:
         everything = data.merged() if refit else data
         stage = files.of_training("refit.csv" if refit else METRICS, "")
-        final = fitting.train(everything, chosen.lr, stage)
+        final = fitting.train(fitting.settings or variants[0], everything, chosen.lr, stage)
         final.use(chosen.share)
         task.calibrate(final.model, everything, None if trained is None else trained.model)
         trained = final
@@ -313,6 +335,12 @@ def fit_model(
         refit,
         task.validate(trained.model, everything, "train"),
     )
+
+
+def _name(rate: float, frozen_norm: bool | None) -> str:
+    """Name of the files of a training by which something is chosen."""
+    norms = {None: "", True: "-frozen_norm", False: "-trained_norm"}
+    return f"lr-{rate:g}{norms[frozen_norm]}"
 
 
 def climb(score: Callable[[float], tuple[float, ...]], rates: Sequence[float]) -> None:

@@ -307,6 +307,15 @@ def test_norms_of_a_pretrained_encoder_are_frozen_where_images_are_few(
     assert trains_norms(ClassifierSettings(pretrained=False), colored)
     assert not trains_norms(ClassifierSettings(frozen_norm=True), many)
 
+    def tried(settings: ClassifierSettings, data: LabelledImages, backbone: nn.Module) -> list:
+        return [one.frozen_norm for one in Classification().variants(backbone, data, settings)]
+
+    assert tried(ClassifierSettings(pretrained=True), colored, encoder) == [True, False]
+    assert tried(ClassifierSettings(pretrained=True), many, encoder) == [None]
+    assert tried(ClassifierSettings(), colored, encoder) == [None]
+    vit = build_encoder("test_vit", 32)
+    assert tried(ClassifierSettings(pretrained=True), colored, vit) == [None]
+
 
 @pytest.mark.slow
 def test_learns_several_labels_per_image(

@@ -2,6 +2,8 @@
 
 import csv
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -29,12 +31,14 @@ from vissl_lite.transfer.classification.model import (
 )
 from vissl_lite.transfer.classification.options import ClassificationOptions, ClassifierSettings
 from vissl_lite.transfer.classification.training import (
+    FEW_IMAGES,
     build_classifier,
     check_settings,
     train_classifier,
     validate_classifier,
 )
 from vissl_lite.transfer.exporting import ExportModel, Normalization
+from vissl_lite.transfer.finetuning import has_norms
 from vissl_lite.transfer.prediction import Predictions, growing_file
 from vissl_lite.transfer.sources.parts import Split
 
@@ -70,6 +74,19 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
     def starts_fitted(self, model: Classifier, settings: ClassifierSettings) -> bool:
         # The probe knows nothing of weights of classes.
         return model.fitted and settings.class_weights is None and not settings.balanced
+
+    def variants(
+        self, encoder: Encoder, data: LabelledImages, settings: ClassifierSettings
+    ) -> Sequence[ClassifierSettings]:
+        """With few images, BatchNorms as pre-training left them, and trained ones.
+
+        Frozen ones are much better with ImageNet weights on small batches, and much worse with an
+        encoder that was pre-trained for minutes (``benchmarks/accuracy/recipes.py``).
+        """
+        undecided = settings.pretrained and not settings.frozen and settings.frozen_norm is None
+        if not undecided or len(data.train) >= FEW_IMAGES or not has_norms(encoder):
+            return [settings]
+        return [replace(settings, frozen_norm=frozen) for frozen in (True, False)]
 
     def train(
         self,
