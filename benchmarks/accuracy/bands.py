@@ -53,11 +53,11 @@ SETS: dict[str, dict[str, Any]] = {
         "common": {"task": "segmentation", "image_size": 48, "batch_size": 16},
         "arms": {
             f"{share:.0%} of the masks{words}": {"fraction": share, "epochs": epochs, **encoder}
-            for share, epochs in ((0.05, 40), (0.2, 10), (1.0, 2))
+            for share, epochs in ((0.05, 20), (0.2, 5), (1.0, 1))
             for words, encoder in (("", {}), (", pre-trained", {"encoder": "hippocampus"}))
         },
         "measures": {"dice": "test Dice of slices", "volume_dice": "Dice of volumes"},
-        "pretrain": {"image_size": 32, "batch_size": 64, "max_time": 600},
+        "pretrain": {"image_size": 32, "batch_size": 64, "max_time": 300},
     },
     "mr": {
         "common": {"task": "classification", "image_size": 96, "epochs": 20, "batch_size": 8},
@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("set", nargs="?", choices=list(SETS))
     parser.add_argument("--data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--backbone", default="resnet18")
+    parser.add_argument("--backbone", default="resnet10t_slim")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+")
     given = parser.parse_args()
