@@ -174,10 +174,12 @@ def water_table() -> str:
 
 
 def ucmerced_table() -> str:
-    results = load("transfer")
+    results = load("ucmerced")
     rows = []
     for arm, label in ARMS.items():
-        runs = list(results["ucmerced"][arm].values())
+        if arm not in results:
+            continue
+        runs = list(results[arm].values())
         for kind in ("kNN", "linear", "fine-tuned"):
             row = [label, kind]
             for shots in runs[0]:
@@ -232,6 +234,8 @@ if __name__ == "__main__":
             print(name, arm, seed, json.dumps(results[arm][str(seed)]), flush=True)
     if given.detector != "faster_rcnn":
         keep("transfer", {f"{name}-{given.detector}": results})
+    elif name == "ucmerced":
+        keep("ucmerced", results)
     elif not given.arms:
         keep("transfer", {name: results})
     for arm, runs in results.items():
