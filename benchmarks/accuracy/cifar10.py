@@ -1,4 +1,4 @@
-"""Pre-training on CIFAR-10 for equal minutes: ours against lightly's SimCLR, then few labels.
+"""Pre-training on CIFAR-10 for equal minutes: ours against lightly's SimCLR.
 
 Each arm trains for the same wall-clock time, one after the other on the same machine. Then every
 encoder is evaluated by the same probe: kNN (k = 200, T = 0.1) and linear, at every stage, on the
@@ -14,15 +14,12 @@ import argparse
 import json
 from pathlib import Path
 
-import numpy as np
-
 from benchmarks.common import (
     ROOT,
     keep,
     last_json_line,
     load,
     markdown_table,
-    plus_minus,
     provenance,
 )
 from vissl_lite.cli import main as vissl_lite
@@ -60,22 +57,6 @@ def evaluate(name: str, encoder: str, data: Path, out: Path) -> dict:
         "best_layer": best,
         "best_layer_knn": scores["layers"][best]["knn"],
         "best_layer_linear": scores["layers"][best]["linear"],
-    }
-
-
-def few_labels(name: str, encoder: str, data: Path, out: Path) -> dict:
-    """Linear and fine-tuned accuracy with 1 % of the labels, three seeds: other labels each."""
-    linear, tuned = [], []
-    for seed in range(SEEDS):
-        run = out / f"few-{name}-{seed}"
-        few = ["--encoder", encoder, "--data", data, "--fraction", 0.01, "--seed", seed]
-        command("probe", *few, "--image_size", 32, "--out", f"{run}-linear")
-        linear.append(results_of(Path(f"{run}-linear"))["linear"])
-        command("finetune", *few, "--image_size", 32, "--epochs", 15, "--out", run)
-        tuned.append(results_of(run)["test"]["top1"])
-    return {
-        measure: {"mean": float(np.mean(v)), "std": float(np.std(v, ddof=1)), "runs": v}
-        for measure, v in (("linear", linear), ("finetuned", tuned))
     }
 
 
@@ -119,22 +100,7 @@ def cifar10_table() -> str:
     return markdown_table(header, rows) + "\n\n" + provenance(results, command)
 
 
-def few_labels_table() -> str:
-    results = load("few_labels")
-    names = {"untrained": "untrained", "simclr": "SimCLR, 8 minutes"}
-    rows = [
-        [name, plus_minus(results[arm]["linear"]), plus_minus(results[arm]["finetuned"])]
-        for arm, name in names.items()
-    ]
-    command = "python -m benchmarks.accuracy.cifar10 ... --arms few"
-    return (
-        markdown_table(["encoder (`resnet18`)", "linear", "fine-tuned"], rows)
-        + "\n\n"
-        + provenance(results, command)
-    )
-
-
-TABLES = {"cifar10": cifar10_table, "few_labels": few_labels_table}
+TABLES = {"cifar10": cifar10_table}
 
 
 def main() -> None:
@@ -143,16 +109,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--peer_python", help="interpreter of the environment with lightly")
-    parser.add_argument("--arms", nargs="+", default=["lightly", *OURS, "untrained", "few"])
+    parser.add_argument("--arms", nargs="+", default=["lightly", *OURS, "untrained"])
     parser.add_argument("--steps", nargs="+", default=["train", "evaluate"])
     options = parser.parse_args()
     data, out = options.data, options.out
     for arm in options.arms:
-        if arm == "few":
-            scratch = few_labels("untrained", "random:resnet18", data, out)
-            trained = few_labels("simclr", str(out / "simclr"), data, out)
-            keep("few_labels", {"untrained": scratch, "simclr": trained})
-        elif arm == "untrained":
+        if arm == "untrained":
             keep("cifar10", {"untrained": evaluate(arm, "random:resnet18", data, out)})
         elif arm == "lightly":
             if "train" in options.steps:

@@ -38,7 +38,6 @@ from benchmarks.common import (
 
 JOBS: dict[str, list[object]] = {
     "cifar10": ["--fractions", 0.001, 0.01, 0.1, 1, "--image_size", 32],
-    "cifar10-finetune": ["--fractions", 0.001, 0.01, "--image_size", 32, "--protocols", "finetune"],
     "ucmerced": ["--shots", 1, 5, 10, 40, "--image_size", 96],
     "layers": ["--fractions", 0.2, "--image_size", 32, "--layers", "--protocols", "linear"],
 }
@@ -109,14 +108,6 @@ def command_of(job: str) -> str:
     )
 
 
-def verdict_table() -> str:
-    """The README's example: the comparison of fine-tuning."""
-    results = load("compare")["cifar10-finetune"]
-    words = "\n\n".join(f"> {sentence}" for sentence in results["sentences"])
-    link = "[measured](benchmarks/README.md#did-it-help-compare-on-cifar-10-and-uc-merced)"
-    return f"CIFAR-10, fine-tuned on 50 and on 500 labels ({link}):\n\n{words}"
-
-
 def layers_table() -> str:
     picture = "![accuracy over the stages of five encoders](results/layers.png)"
     return picture + "\n\n" + provenance(load("compare")["layers"], command_of("layers"))
@@ -124,9 +115,7 @@ def layers_table() -> str:
 
 TABLES = {
     "compare_cifar10": partial(comparison_tables, "cifar10"),
-    "compare_finetune": partial(comparison_tables, "cifar10-finetune"),
     "compare_ucmerced": partial(comparison_tables, "ucmerced"),
-    "verdict": verdict_table,
     "layers": layers_table,
 }
 

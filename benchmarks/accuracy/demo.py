@@ -34,7 +34,19 @@ def demo_table() -> str:
     )
 
 
-TABLES = {"demo": demo_table}
+def verdict_table() -> str:
+    """The README's example: the verdicts of the demo's comparison."""
+    results = load("demo")
+    names = {"runs/demo/pretrain": "Two minutes of SimCLR", "random:resnet10t_slim": "untrained"}
+    sentences = []
+    for sentence in results["sentences"]:
+        for source, name in names.items():
+            sentence = sentence.replace(source, name)
+        sentences.append(f"> {sentence}")
+    return "\n\n".join(["What `compare` says of the demo above:", *sentences])
+
+
+TABLES = {"demo": demo_table, "verdict": verdict_table}
 
 
 def main() -> None:
