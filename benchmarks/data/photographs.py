@@ -191,6 +191,7 @@ def accuracy(options: argparse.Namespace) -> dict[str, Any]:
                             data=str(folder / "large"), out=str(out), backbone="resnet10t",
                             image_size=64, batch_size=64, epochs=options.epochs, upright=False,
                             logger="none", num_workers=0, seed=seed,
+                            progressive_resizing=False,
                         )
                     )  # fmt: skip
                 evaluated = probe(encoder=str(out), data=str(options.data), out=f"{out}-probe")

@@ -1,7 +1,7 @@
 """vissl_lite as its README runs it: the command ``vissl-lite pretrain``.
 
-Given are the images, the pretext, the backbone, the size and the batch; all else is the default,
-as are DINO's two views of 224 pixels and six of 96. (``precision`` is bf16 where the CPU has it.)
+Given are the images, the pretext, the backbone, the size and the batch, and that images are counted
+at their full size; all else is the default, as are DINO's two views of 224 pixels and six of 96. (``precision`` is bf16 where the CPU has it.)
 For --minutes, configs/cifar10_minutes.yaml, with --max_time, which counts
 training alone: it is given what start-up and the report leave of the minutes.
 """
@@ -30,7 +30,7 @@ def train(work: Work) -> int:
     if work.seconds is None:
         options += ["--pretext", work.pretext, "--backbone", work.backbone]
         options += ["--image_size", work.image_size, "--batch_size", work.batch_size]
-        options += ["--epochs", work.epochs]
+        options += ["--epochs", work.epochs, "--progressive_resizing", "false"]
     else:
         options += [
             "--config",

@@ -6,6 +6,7 @@ import math
 import time
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from tests.conftest import with_pictures
 from vissl_lite.cli import main
 from vissl_lite.commands.pretrain import loading_code, pretrain
-from vissl_lite.commands.pretrain_options import default_backbone, parse_time
+from vissl_lite.commands.pretrain_options import PretrainOptions, default_backbone, parse_time
 from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.encoders.folder import save_encoder
 from vissl_lite.errors import UserError
@@ -223,6 +224,22 @@ def test_views_grow_to_their_size(photos: Path, tmp_path: Path) -> None:
     assert run(*options, "--out", tmp_path / "plain") == 0
     grown_weights, plain_weights = weights(tmp_path / "grown"), weights(tmp_path / "plain")
     assert not all(torch.equal(grown_weights[name], plain_weights[name]) for name in plain_weights)
+
+
+def test_views_grow_by_default_where_they_can_and_the_run_is_long_enough() -> None:
+    def resizes(pretext: str = "simclr", size: int = 64, steps: int = 50, **given: Any) -> bool:
+        backbone = "test_vit" if pretext == "mae" else "test_resnet"
+        options = PretrainOptions(data="x", out="y", pretext=pretext, **given)
+        return options.resizes(options.task(build_encoder(backbone, size)), steps)
+
+    assert resizes(epochs=4)
+    assert resizes(max_time=60)
+    assert not resizes(epochs=3)  # 150 steps
+    assert not resizes(max_time=59)
+    assert not resizes(epochs=4, size=48)
+    assert not resizes(pretext="mae", epochs=4)
+    assert not resizes(epochs=4, progressive_resizing=False)
+    assert resizes(epochs=1, progressive_resizing=True)
 
 
 def test_masked_views_can_not_grow(

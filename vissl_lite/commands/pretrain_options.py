@@ -88,7 +88,8 @@ class PretrainOptions(Options, ImageSettings):
     progressive_resizing: bool | None = None
     """Train on views of half the side length in the first half of the run, on growing ones after
     that, and on full-size ones in the last fifth. Takes about half the time per epoch. Default:
-    true for runs of 200 steps or one minute, or more, if the pretext and the backbone allow it."""
+    true for images of 64 pixels or more in runs of 200 steps or one minute, or more, if the pretext
+    and the backbone allow it."""
     encoder: StrPath | None = None
     """Weights to start from: a run, an encoder folder, timm:NAME (pre-trained weights), random:NAME
     (untrained), or a file with a timm state dict of --backbone. Default: random weights of
@@ -247,7 +248,7 @@ class PretrainOptions(Options, ImageSettings):
             _check_resizing(task)
         except UserError:
             return False
-        return long
+        return long and task.encoder.image_size * INITIAL_SIDE >= MIN_RESIZED_SIDE
 
     def optimizer_settings(self, task: PretextTask, batch_size: int) -> OptimizerSettings:
         """Optimizer settings for a task; ``batch_size`` is the number of images per step."""
@@ -265,8 +266,9 @@ class PretrainOptions(Options, ImageSettings):
         return replace(settings, name=name, lr=lr, weight_decay=decay)
 
 
-# Runs of at least so many steps or seconds are long enough for views to grow in.
-MIN_RESIZING_STEPS, MIN_RESIZING_SECONDS = 200, 60
+# Runs of at least so many steps or seconds are long enough for views to grow in, from a side of at
+# least so many pixels. (Views of fewer than 32 pixels have not been measured.)
+MIN_RESIZING_STEPS, MIN_RESIZING_SECONDS, MIN_RESIZED_SIDE = 200, 60, 32
 
 
 def _check_resizing(task: PretextTask) -> None:
