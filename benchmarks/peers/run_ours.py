@@ -1,7 +1,8 @@
 """vissl_lite as its README runs it: the command ``vissl-lite pretrain``.
 
 Given are the images, the pretext, the backbone, the size and the batch, and that images are counted
-at their full size; all else is the default, as are DINO's two views of 224 pixels and six of 96. (``precision`` is bf16 where the CPU has it.)
+at their full size; all else is the default, as are DINO's two views of 224 pixels and six of 96.
+(``precision`` is bf16 where the CPU has it.)
 For --minutes, configs/cifar10_minutes.yaml, with --max_time, which counts
 training alone: it is given what start-up and the report leave of the minutes.
 """
