@@ -43,6 +43,7 @@ class SimCLR(PretextTask):
         use="the first to try: simple, stable, good in short runs",
         negatives=True,
         any_size=True,
+        token_drop=True,
     )
     # The paper trains with LARS on batches of thousands; at 64 to 256 AdamW learns faster.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")

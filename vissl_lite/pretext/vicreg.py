@@ -38,6 +38,7 @@ class VICReg(PretextTask):
         paper="Bardes et al. 2022, arXiv 2105.04906",
         use="batches of 128 to 1024; three interpretable loss terms",
         any_size=True,
+        token_drop=True,
     )
     # The paper trains with LARS on batches of 2048; at 64 to 256 AdamW learns faster.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
