@@ -373,9 +373,11 @@ def free_port() -> int:
 DIRECTIONS = random_directions(5, 16, torch.zeros(1))
 WHOLE_BATCH = {
     "nt_xent": lambda a, b: nt_xent(a, b, 0.2),
+    "nt_xent with a local crop": lambda a, b: nt_xent(a, b, 0.2, [a - 2 * b]),
     "contrast": lambda a, b: contrast(a, b, 0.2),
     "barlow_twins": lambda a, b: barlow_twins(a, b, 0.01),
     "vicreg": lambda a, b: vicreg(a, b, 25, 25, 1),
+    "vicreg with a local crop": lambda a, b: vicreg(a, b, 25, 25, 1, [a - 2 * b]),
     "sigreg": lambda a, b: sigreg(a, DIRECTIONS) + sigreg(b, DIRECTIONS),
     "visreg": lambda a, b: visreg(a, DIRECTIONS) + visreg(b, DIRECTIONS),
     "swav": lambda a, b: (

@@ -222,12 +222,8 @@ def vicreg(
     """
     with torch.autocast(z1.device.type, enabled=False):
         z = [gather(one.float()) for one in (z1, z2, *local_crops)]
-        pairs = [
-            (z[0], z[1]),
-            (z[1], z[0]),
-            *((small, large) for small in z[2:] for large in z[:2]),
-        ]
-        similarity = torch.stack([F.mse_loss(one, other) for one, other in pairs]).mean()
+        pairs = [(view, other) for other in (0, 1) for view in range(len(z)) if view != other]
+        similarity = torch.stack([F.mse_loss(z[view], z[other]) for view, other in pairs]).mean()
         spread = torch.stack([_variance_hinge(one) for one in z]).mean()  # As in the authors' code.
         covariance = 2 * torch.stack([_covariance(one) for one in z]).mean()
         return sim_weight * similarity + std_weight * spread + cov_weight * covariance
