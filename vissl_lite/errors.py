@@ -213,6 +213,8 @@ def _type_name(kind: Any) -> str:
     if get_origin(kind) in LISTS:
         inner = [_type_name(part) for part in kinds_of(get_args(kind)[0]) if not _is_path(part)]
         return f"list[{' or '.join(inner)}]"
+    if get_origin(kind) is Literal:
+        return " or ".join(map(str, get_args(kind)))
     return str(kind) if get_origin(kind) is not None else kind.__name__
 
 

@@ -47,7 +47,8 @@ class OptionRow(NamedTuple):
 
     Attributes:
         name: Name on the command line, without ``--``.
-        values: Placeholder, such as ``EPOCHS``, ``DATA ...`` or ``{warn,stop}``; empty for a flag.
+        values: Placeholder, such as ``EPOCHS``, ``DATA ...``, ``{warn,stop}`` or
+            ``{auto,TOKEN_DROP}``; empty for a flag.
         default: Default as text; None for required options, flags and options that may be None.
         required: Whether the option must be given.
         help: Help text, one paragraph.
@@ -251,6 +252,8 @@ def option_row(name: str, kind: Any, default: object, text: str) -> OptionRow:
     kinds = [one for one in kinds_of(kind) if one is not NoneType]
     single = [get_args(one)[0] if get_origin(one) in LISTS else one for one in kinds]
     choices = [str(word) for one in single if get_origin(one) is Literal for word in get_args(one)]
+    if choices and any(get_origin(one) is not Literal for one in single):
+        choices.append(name.upper())  # Also accepts values that can't be listed.
     values = f"{{{','.join(dict.fromkeys(choices))}}}" if choices else name.upper()
     if takes_any(kind, LISTS):
         values += " ..."

@@ -252,6 +252,62 @@ def test_masked_views_can_not_grow(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("pretext", "backbone", "share", "message"),
+    [
+        ("mae", "test_vit", 0.5, "mae needs all tokens of its views; rotation, simclr"),
+        ("densecl", "test_vit", 0.5, "densecl needs all tokens of its views"),
+        ("simclr", "test_resnet", 0.5, "needs a plain ViT, which test_resnet is not: try one of"),
+        ("simclr", "test_vit", 0.95, r"--token_drop 0.95 must be in [0, 0.9], or auto"),
+        ("simclr", "test_vit", "half", "--token_drop half is not of the type float or auto"),
+    ],
+)
+def test_tokens_that_can_not_be_dropped(
+    pretext: str,
+    backbone: str,
+    share: float | str,
+    message: str,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ["--data", photos, "--out", tmp_path / "run", "--image_size", 32]
+    options += ["--pretext", pretext, "--backbone", backbone, "--token_drop", share]
+    assert run(*options) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "jigsaw" not in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "pretext", "backbone", "share"),
+    [
+        ("auto", "simclr", "vit_slim_patch4_32", 0.5),
+        ("auto", "simclr", "test_resnet", 0.0),
+        ("auto", "mae", "vit_slim_patch4_32", 0.0),
+        (0.3, "simclr", "vit_slim_patch4_32", 0.3),
+        (0.0, "mae", "vit_slim_patch4_32", 0.0),
+        (None, "simclr", "vit_slim_patch4_32", 0.0),
+    ],
+)
+def test_tokens_are_dropped_where_possible(
+    given: float | str | None, pretext: str, backbone: str, share: float
+) -> None:
+    options = PretrainOptions(data="images", out="run", pretext=pretext, token_drop=given)
+    assert options.dropped_tokens(options.task(build_encoder(backbone, 32))) == share
+
+
+@pytest.mark.slow
+def test_a_run_sees_more_tokens_towards_its_end(photos: Path, tmp_path: Path) -> None:
+    options = ["--data", photos, *SMALL[2:], "--epochs", 4, "--num_workers", 0]
+    options += ["--backbone", "vit_slim_patch4_32", "--token_drop", "auto"]
+    assert run(*options, "--out", tmp_path) == 0
+    shares = [float(row["token_drop"]) for row in rows(tmp_path) if row["token_drop"]]
+    assert shares == [0.0] + [0.5] * 9 + [0.25] + [0.0]
+    assert "without 50 % of the patches" in (tmp_path / "log.txt").read_text()
+
+
 def test_resuming_a_finished_run_gives_its_result(finished: Path, photos: Path) -> None:
     before = (finished / "results.json").read_text()
     result = pretrain(data=str(photos), out=str(finished), resume=True)

@@ -73,7 +73,8 @@ def test_views_that_grow_can_be_learned_from_at_each_size(
     task = pretext_class(name)(build_encoder(backbone, 64))
     batch = make_batch(task, photos)
     for share in (0.5, 0.75, 1.0):
-        small = [shrink(view, share, task.encoder) for view in batch.views]
+        fitting = task.encoder.fitting_size
+        small = [shrink(view, fitting(view.shape[-1] * share)) for view in batch.views]
         assert small[0].shape[-1] == 64 * share
         loss = task.loss([task.encoder.normalize(view) for view in small])
         loss.backward()

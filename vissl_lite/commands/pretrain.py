@@ -51,6 +51,7 @@ from vissl_lite.training.loggers import logger_names, make_loggers
 from vissl_lite.training.resizing import INITIAL_SIDE, SHARES, ProgressiveResizing, resolution_of
 from vissl_lite.training.schedule import Schedule
 from vissl_lite.training.stream import StreamData
+from vissl_lite.training.token_drop import TokenDrop
 from vissl_lite.transfer.classification.data import LabelledImages, load_labelled
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ CURVES = (
     "uniformity",
     "lr",
     "view_size",
+    "token_drop",
     "images_per_second",
     "data_wait",
 )
@@ -255,6 +257,19 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
     if options.progressive_resizing:
         sides = [len(view) for view in dataset.first().views]
         callbacks.append(ProgressiveResizing(schedule, task.encoder, sides))
+    dropped = options.dropped_tokens(task)
+    if dropped:
+        log.info(
+            "The encoder is trained without %.0f %% of the patches of a view, in the last tenth of "
+            "the run with all; --token_drop 0 keeps all",
+            100 * dropped,
+        )
+        callbacks.append(TokenDrop(schedule, task.encoder, dropped))
+    elif options.token_drop == "auto":
+        log.info(
+            "Views keep all of their patches: --token_drop needs a ViT and a pretext that compares "
+            "pooled features"
+        )
     metrics = MetricsFile(run / METRICS) if is_main_process() else None
     trainer = fit(
         task,

@@ -61,6 +61,14 @@ class Views:
     def __len__(self) -> int:
         return len(self._pipelines)
 
+    def __add__(self, other: "Views") -> "Views":
+        """These views, followed by others."""
+        pipelines = [
+            steps if first is None else [first, *steps]
+            for first, steps in self._pipelines + other._pipelines
+        ]
+        return Views(pipelines, max(self.shortest, other.shortest))
+
     def times(self, height: int, width: int, seed: int, epoch: int, index: int) -> int:
         """Largest factor by which decoding can reduce an image so that no view enlarges its crop.
 

@@ -47,6 +47,8 @@ class PretextInfo:
         negatives: Whether images of a batch are compared with one another, so that gradient
             accumulation is not equivalent to a larger batch.
         any_size: Whether views may be smaller than the encoder's image size.
+        token_drop: Whether a ViT may see a random part of the patches of a view, as the loss uses
+            nothing but pooled features of whole views.
     """
 
     name: str
@@ -57,6 +59,7 @@ class PretextInfo:
     backbones: Backbones = "any"
     negatives: bool = False
     any_size: bool = False
+    token_drop: bool = False
 
 
 @dataclass(frozen=True)

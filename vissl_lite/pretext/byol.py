@@ -12,10 +12,16 @@ from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import check_share, check_sizes
 from vissl_lite.optim import OptimizerSettings, cosine_schedule
 from vissl_lite.pretext.base import PretextInfo, PretextTask
-from vissl_lite.pretext.modules.crops import BYOL_BLUR, BYOL_SOLARIZE, two_views
+from vissl_lite.pretext.modules.crops import (
+    BYOL_BLUR,
+    BYOL_SOLARIZE,
+    forward_multi_crop,
+    local_views,
+    two_views,
+)
 from vissl_lite.pretext.modules.ema import ema_update, make_teacher
 from vissl_lite.pretext.modules.heads import ProjectionHead
-from vissl_lite.pretext.modules.losses import negative_cosine
+from vissl_lite.pretext.modules.losses import swapped_cosine
 
 
 class BYOL(PretextTask):
@@ -27,7 +33,11 @@ class BYOL(PretextTask):
             paper uses 0.996 for a thousand epochs, and less for fewer.
         hidden_size: Hidden size of both heads; the paper uses 4096.
         projection_size: Size of the embeddings (section 3.3).
-        min_crop_scale: Smallest fraction of the image area in a view; the paper uses 0.08.
+        local_crops: Number of local crops (small views of small parts of the image), from which the
+            teacher's outputs on both views are predicted too (multi-crop; SwAV, Caron et al. 2020,
+            arXiv 2006.09882).
+        min_crop_scale: Smallest fraction of the image area in a view, largest in a local crop; the
+            paper uses 0.08.
         color: Strength of the color distortion; the paper uses about 0.5.
     """
 
@@ -38,6 +48,7 @@ class BYOL(PretextTask):
         paper="Grill et al. 2020, arXiv 2006.07733",
         use="small batches and long runs; needs no negatives",
         any_size=True,
+        token_drop=True,
     )
     # The paper trains with LARS on batches of 4096; at 64 to 256 AdamW learns faster.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
@@ -48,6 +59,7 @@ class BYOL(PretextTask):
         momentum: float = 0.99,
         hidden_size: int = 1024,
         projection_size: int = 256,
+        local_crops: int = 0,
         min_crop_scale: float = 0.2,
         color: float | None = None,
     ) -> None:
@@ -58,20 +70,24 @@ class BYOL(PretextTask):
         self.predictor = ProjectionHead(projection_size, hidden_size, projection_size)
         self.teacher_encoder = make_teacher(encoder)
         self.teacher_projector = make_teacher(self.projector)
-        self.momentum = momentum
+        self.momentum, self.local_crops = momentum, local_crops
         self.min_crop_scale, self.color = min_crop_scale, color
 
     def views(self, upright: bool = True) -> Views:
         size = self.encoder.image_size
-        return two_views(size, self.min_crop_scale, self.color, upright, BYOL_BLUR, BYOL_SOLARIZE)
+        large = two_views(size, self.min_crop_scale, self.color, upright, BYOL_BLUR, BYOL_SOLARIZE)
+        border = self.min_crop_scale
+        return large + local_views(self.encoder, self.local_crops, border, self.color, upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
-        both = torch.cat(views)
-        p1, p2 = self.predictor(self.projector(self.encoder(both))).chunk(2)
+        predictions = forward_multi_crop(self._predict, views)
         with torch.no_grad():
-            t1, t2 = self.teacher_projector(self.teacher_encoder(both)).chunk(2)
-        # Equation 2, for both orders of the views.
-        return 4 + 2 * (negative_cosine(p1, t2) + negative_cosine(p2, t1))
+            targets = self.teacher_projector(self.teacher_encoder(torch.cat(views[:2]))).chunk(2)
+        # Equation 2; without local crops it is the sum for both orders of the views.
+        return 4 + 4 * swapped_cosine(predictions, targets)
+
+    def _predict(self, images: Tensor) -> Tensor:
+        return self.predictor(self.projector(self.encoder(images)))
 
     def after_step(self) -> None:
         momentum = cosine_schedule(self.momentum, 1, self.progress)

@@ -52,6 +52,7 @@ class DINO(PretextTask):
         paper="Caron et al. 2021, arXiv 2104.14294",
         use="ViTs and long runs; strong kNN features",
         any_size=True,
+        token_drop=True,
     )
     # The paper uses 5e-4 at batches of 256 with linear scaling, for hundreds of epochs; gradients
     # are clipped at 3.

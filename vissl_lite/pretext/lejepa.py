@@ -42,6 +42,7 @@ class LeJEPA(PretextTask):
         paper="Balestriero & LeCun 2025, arXiv 2511.08544",
         use="any backbone, with a single hyperparameter; the loss indicates encoder quality",
         any_size=True,
+        token_drop=True,
     )
     # The authors' example: AdamW with 2e-3 at batches of 256, weight decay 0.05.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=0.05, scaling="sqrt")

@@ -43,6 +43,7 @@ class MoCo(PretextTask):
         paper="He et al. 2020, arXiv 1911.05722; v2 2003.04297",
         use="small batches: negatives come from a queue, not from the batch",
         any_size=True,
+        token_drop=True,
     )
     # The paper uses SGD, 0.03 at 256, for hundreds of epochs; AdamW learns faster in short runs.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")

@@ -42,6 +42,7 @@ class MoCoV3(PretextTask):
         use="ViTs with batches of 256 and more",
         negatives=True,
         any_size=True,
+        token_drop=True,
     )
     # Appendix A uses AdamW with 1.5e-4 and decay 0.1, for batches of 4096 and 300 epochs
     optimizer_settings = OptimizerSettings("adamw", lr=1e-3, weight_decay=0.05, scaling="sqrt")

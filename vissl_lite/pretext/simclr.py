@@ -6,7 +6,6 @@ Representations", arXiv 2002.05709.
 
 import math
 
-import torch
 from torch import Tensor
 
 from vissl_lite.data.views import Views
@@ -14,7 +13,7 @@ from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import check_positive, check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import PretextInfo, PretextTask
-from vissl_lite.pretext.modules.crops import two_views
+from vissl_lite.pretext.modules.crops import forward_multi_crop, local_views, two_views
 from vissl_lite.pretext.modules.heads import ProjectionHead
 from vissl_lite.pretext.modules.losses import nt_xent
 
@@ -30,7 +29,10 @@ class SimCLR(PretextTask):
         hidden_size: Hidden size of the projection head; default the number of features of the
             encoder (section 4.2).
         projection_size: Size of the embeddings (section 4.2).
-        min_crop_scale: Smallest fraction of the image area in a view; the paper uses 0.08.
+        local_crops: Number of local crops (small views of small parts of the image), each of which
+            is matched with both views (multi-crop; SwAV, Caron et al. 2020, arXiv 2006.09882).
+        min_crop_scale: Smallest fraction of the image area in a view, largest in a local crop; the
+            paper uses 0.08.
         color: Strength of the color distortion; default 1 as for ImageNet, 0.5 for images below
             64 pixels as for CIFAR-10 (appendix B.9).
     """
@@ -43,6 +45,7 @@ class SimCLR(PretextTask):
         use="the first to try: simple, stable, good in short runs",
         negatives=True,
         any_size=True,
+        token_drop=True,
     )
     # The paper trains with LARS on batches of thousands; at 64 to 256 AdamW learns faster.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
@@ -53,6 +56,7 @@ class SimCLR(PretextTask):
         temperature: float = 0.1,
         hidden_size: int | None = None,
         projection_size: int = 128,
+        local_crops: int = 0,
         min_crop_scale: float = 0.2,
         color: float | None = None,
     ) -> None:
@@ -62,12 +66,14 @@ class SimCLR(PretextTask):
         features = encoder.num_features
         hidden = features if hidden_size is None else hidden_size
         self.head = ProjectionHead(features, hidden, projection_size)
-        self.temperature = temperature
+        self.temperature, self.local_crops = temperature, local_crops
         self.min_crop_scale, self.color = min_crop_scale, color
 
     def views(self, upright: bool = True) -> Views:
         size = self.encoder.image_size
-        return two_views(size, self.min_crop_scale, self.color, upright)
+        large = two_views(size, self.min_crop_scale, self.color, upright)
+        border = self.min_crop_scale
+        return large + local_views(self.encoder, self.local_crops, border, self.color, upright)
 
     def chance_loss(self, images: int) -> float:
         return math.log(2 * images - 1)  # All embeddings are equal.
@@ -75,5 +81,8 @@ class SimCLR(PretextTask):
     def loss(self, views: list[Tensor]) -> Tensor:
         # A single pass over both views is faster, and BatchNorm uses the statistics of both, as in
         # the authors' code (tf2/run.py).
-        z1, z2 = self.head(self.encoder(torch.cat(views))).chunk(2)
-        return nt_xent(z1, z2, self.temperature)
+        z1, z2, *local = forward_multi_crop(self._embed, views)
+        return nt_xent(z1, z2, self.temperature, local)
+
+    def _embed(self, images: Tensor) -> Tensor:
+        return self.head(self.encoder(images))

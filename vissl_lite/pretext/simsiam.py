@@ -36,6 +36,7 @@ class SimSiam(PretextTask):
         paper="Chen & He 2021, arXiv 2011.10566",
         use="when memory is limited: no negatives, no teacher",
         any_size=True,
+        token_drop=True,
     )
     optimizer_settings = OptimizerSettings("sgd", lr=0.05, weight_decay=1e-4)  # Section 3.
 

@@ -49,6 +49,7 @@ class SwAV(PretextTask):
         paper="Caron et al. 2020, arXiv 2006.09882",
         use="images in groups of similar size; benefits from local crops",
         any_size=True,
+        token_drop=True,
     )
     # The paper trains long with LARS, 0.6 at batches of 256; AdamW learns faster in short runs.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-6, scaling="sqrt")

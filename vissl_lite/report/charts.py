@@ -27,6 +27,7 @@ METRIC_NOTES = {
     "uniformity": "How uniformly the features cover the sphere; lower is more uniform.",
     "lr": "Learning rate: rises during warm-up, then falls until the end.",
     "view_size": "Side of the views in pixels.",
+    "token_drop": "Share of the patches of a view that the encoder does not see.",
     "images_per_second": "Training speed.",
     "data_wait": "Fraction of the time spent waiting for images. Well above 0.1, use more workers"
     " or smaller files.",

@@ -4,6 +4,7 @@ import torch
 
 from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.errors import UserError
+from vissl_lite.pretext import pretext_class
 from vissl_lite.pretext.modules.crops import MultiCrop, default_local_crops, forward_multi_crop
 
 
@@ -31,6 +32,29 @@ def test_small_crops_show_less_of_the_image_than_large_ones() -> None:
         large, small = shares[: len(shares) - 2], shares[len(shares) - 2 :]
         assert all(share > 0.2 for share in large)
         assert all(share < 0.4 for share in small) or len(shares) < 4
+
+
+@pytest.mark.parametrize("name", ["simclr", "byol", "vicreg"])
+def test_local_crops_are_optional_and_leave_the_views_as_they_are(name: str) -> None:
+    encoder = build_encoder("test_resnet", 64)
+    image = np.random.default_rng(0).integers(0, 256, (80, 90, 3), dtype=np.uint8)
+    plain, more = (
+        pretext_class(name)(encoder, local_crops=count).views()(image, 0, 0, 0) for count in (0, 3)
+    )
+    assert [view.shape[0] for view in plain] == [64, 64]
+    assert [view.shape[0] for view in more] == [64, 64, 24, 24, 24]
+    assert all(np.array_equal(one, other) for one, other in zip(plain, more[:2], strict=True))
+    assert not np.array_equal(more[2], more[3])
+
+
+@pytest.mark.parametrize("name", ["simclr", "byol", "vicreg"])
+def test_each_local_crop_is_part_of_the_loss(name: str) -> None:
+    task = pretext_class(name)(build_encoder("test_resnet", 64), local_crops=2)
+    views = [torch.randn(4, 3, side, side, requires_grad=True) for side in (64, 64, 24, 24)]
+    task.loss(views).backward()
+    for view in views:
+        assert view.grad is not None
+        assert view.grad.abs().sum() > 0
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from vissl_lite.pretext.modules.losses import (
     random_directions,
     sigreg,
     sinkhorn,
+    swapped_cosine,
     vicreg,
     visreg,
 )
@@ -59,6 +60,27 @@ def test_nt_xent_equals_the_paper(count: int, temperature: float) -> None:
     z1, z2 = embeddings(count)
     ours = nt_xent(z1, z2, temperature)
     assert ours.item() == pytest.approx(literal_nt_xent(z1, z2, temperature).item(), abs=1e-5)
+
+
+def test_nt_xent_matches_a_local_crop_with_each_view() -> None:
+    """A local crop in the place of a view, term by term; the mean is over all pairs."""
+    z1, z2 = embeddings(5)
+    crops = [torch.randn(5, 5, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+
+    def unit(row: torch.Tensor) -> torch.Tensor:
+        return row.double() / row.double().norm()
+
+    total = 10 * literal_nt_xent(z1, z2, 0.2)
+    for crop in crops:
+        for own, other in ((z1, z2), (z2, z1)):
+            for i in range(5):
+                keys = [other[i], *(z[j] for z in (own, other) for j in range(5) if j != i)]
+                scores = torch.stack([unit(crop[i]) @ unit(key) / 0.2 for key in keys])
+                total = total - scores.log_softmax(dim=0)[0]
+    ours = nt_xent(z1, z2, 0.2, crops)
+    assert ours.item() == pytest.approx(total.item() / 40, abs=1e-5)
+    same = torch.ones(5, 3)  # no better than a guess among nine
+    assert nt_xent(same, same, 0.2, [same]).item() == pytest.approx(math.log(9), abs=1e-5)
 
 
 def test_nt_xent_has_the_gradient_of_the_paper() -> None:
@@ -169,6 +191,13 @@ def test_byol_is_the_squared_distance_of_unit_vectors() -> None:
     assert (2 + 2 * negative_cosine(p, z)).item() == pytest.approx(distance.item(), abs=1e-5)
 
 
+def test_each_target_is_predicted_from_all_other_views() -> None:
+    targets, predictions = embeddings(4), [*embeddings(4), *embeddings(4)]
+    pairs = [(1, 0), (2, 0), (3, 0), (0, 1), (2, 1), (3, 1)]
+    literal = sum(negative_cosine(predictions[v], targets[t]) for v, t in pairs) / 6
+    assert swapped_cosine(predictions, targets).item() == pytest.approx(float(literal), abs=1e-6)
+
+
 def test_barlow_twins_equals_the_paper() -> None:
     """Eq. 1 and 2; standardized as in the authors' code, a BatchNorm without parameters."""
     z1, z2 = embeddings(8)
@@ -183,11 +212,17 @@ def test_barlow_twins_equals_the_paper() -> None:
     assert barlow_twins(z1, z2, 0.01).item() == pytest.approx(float(total), rel=1e-4)
 
 
-def literal_vicreg(z1: torch.Tensor, z2: torch.Tensor) -> float:
-    count, size = z1.shape
-    similarity = sum((a - b).square().sum() for a, b in zip(z1, z2, strict=True)) / (count * size)
+def literal_vicreg(*views: torch.Tensor) -> float:
+    """The paper's for two views; further ones are local crops."""
+    count, size = views[0].shape
+    pairs = [(v, g) for g in (0, 1) for v in range(len(views)) if v != g]
+    similarity = sum(
+        (a - b).square().sum() / (count * size * len(pairs))
+        for v, g in pairs
+        for a, b in zip(views[v], views[g], strict=True)
+    )
     terms = []
-    for z in (z1.double(), z2.double()):
+    for z in (view.double() for view in views):
         mean = z.mean(0)
         std = [
             math.sqrt(sum((z[n, j] - mean[j]) ** 2 for n in range(count)) / (count - 1) + 1e-4)
@@ -201,13 +236,17 @@ def literal_vicreg(z1: torch.Tensor, z2: torch.Tensor) -> float:
                     c = sum((z[n, i] - mean[i]) * (z[n, j] - mean[j]) for n in range(count))
                     covariance += float(c / (count - 1)) ** 2 / size
         terms.append((spread, covariance))
-    spread, covariance = (terms[0][0] + terms[1][0]) / 2, terms[0][1] + terms[1][1]
+    spread = sum(term[0] for term in terms) / len(views)
+    covariance = 2 * sum(term[1] for term in terms) / len(views)
     return float(25 * similarity + 15 * spread + 2 * covariance)
 
 
 def test_vicreg_equals_the_paper() -> None:
     z1, z2 = (0.6 * z for z in embeddings(7))  # below 1, where the hinge is at work
     assert vicreg(z1, z2, 25, 15, 2).item() == pytest.approx(literal_vicreg(z1, z2), rel=1e-4)
+    crops = [0.3 * z for z in embeddings(7)]
+    ours = vicreg(z1, z2, 25, 15, 2, crops)
+    assert ours.item() == pytest.approx(literal_vicreg(z1, z2, *crops), rel=1e-4)
 
 
 def test_sigreg_is_the_epps_pulley_statistic() -> None:
@@ -334,9 +373,11 @@ def free_port() -> int:
 DIRECTIONS = random_directions(5, 16, torch.zeros(1))
 WHOLE_BATCH = {
     "nt_xent": lambda a, b: nt_xent(a, b, 0.2),
+    "nt_xent with a local crop": lambda a, b: nt_xent(a, b, 0.2, [a - 2 * b]),
     "contrast": lambda a, b: contrast(a, b, 0.2),
     "barlow_twins": lambda a, b: barlow_twins(a, b, 0.01),
     "vicreg": lambda a, b: vicreg(a, b, 25, 25, 1),
+    "vicreg with a local crop": lambda a, b: vicreg(a, b, 25, 25, 1, [a - 2 * b]),
     "sigreg": lambda a, b: sigreg(a, DIRECTIONS) + sigreg(b, DIRECTIONS),
     "visreg": lambda a, b: visreg(a, DIRECTIONS) + visreg(b, DIRECTIONS),
     "swav": lambda a, b: (

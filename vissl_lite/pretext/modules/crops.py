@@ -54,9 +54,43 @@ def two_views(
 BYOL_BLUR, BYOL_SOLARIZE = (1.0, 0.1), (0.0, 0.2)
 
 
+def local_views(
+    encoder: Encoder,
+    count: int,
+    largest: float,
+    color: float | None,
+    upright: bool,
+    smallest: float = 0.05,
+) -> Views:
+    """Local crops, whose side is 96/224 of the encoder's (SwAV, Caron 2020).
+
+    Args:
+        encoder: The encoder that the views are for.
+        count: Number of local crops; may be 0.
+        largest: Largest fraction of the image area in a crop.
+        color: Strength of the color distortion; see ``distorted_crop``.
+        upright: Whether the images have a natural orientation.
+        smallest: Smallest fraction of the image area, but at most ``largest``; default as SwAV's.
+
+    Raises:
+        UserError: If the backbone does not support the size of the local crops.
+    """
+    check_count("pretext.local_crops", count or None, LARGEST_DEPTH)
+    if not count:
+        return Views([], shortest=0)
+    side = encoder.fitting_size(encoder.image_size * 96 / 224)
+    try:
+        encoder.check_image_size(side)
+    except UserError as error:
+        raise UserError(f"{error}; --pretext.local_crops 0 does without") from None
+    smallest = min(smallest, largest)
+    local = distorted_crop(side, smallest, color, upright=upright, largest_crop=largest)
+    return Views([local] * count, crop_decode_size(side, smallest))
+
+
 @dataclass(frozen=True)
 class MultiCrop:
-    """Global crops of the encoder's size, then local ones of 96/224 of it (SwAV, Caron 2020).
+    """Global crops of the encoder's size, then local ones; see ``local_views``.
 
     Attributes:
         global_crops: Number of global crops.
@@ -98,21 +132,9 @@ class MultiCrop:
             for blur, solarize in chances
         ]
         pipelines = [kinds[number % len(kinds)] for number in range(self.global_crops)]
-        shortest = crop_decode_size(size, border)
         count = default_local_crops(encoder) if self.local_crops is None else self.local_crops
-        check_count("pretext.local_crops", count or None, LARGEST_DEPTH)
-        if count:
-            small = encoder.fitting_size(size * 96 / 224)
-            try:
-                encoder.check_image_size(small)
-            except UserError as error:
-                raise UserError(f"{error}; --pretext.local_crops 0 does without") from None
-            local = distorted_crop(
-                small, self.min_crop_scale, self.color, upright=upright, largest_crop=border
-            )
-            pipelines += [local] * count
-            shortest = max(shortest, crop_decode_size(small, self.min_crop_scale))
-        return Views(pipelines, shortest)
+        local = local_views(encoder, count, border, self.color, upright, self.min_crop_scale)
+        return Views(pipelines, crop_decode_size(size, border)) + local
 
 
 def forward_multi_crop(network: Callable[[Tensor], Tensor], views: list[Tensor]) -> list[Tensor]:

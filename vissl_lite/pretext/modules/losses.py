@@ -60,31 +60,41 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         )
 
 
-def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+def nt_xent(
+    z1: Tensor, z2: Tensor, temperature: float, local_crops: Sequence[Tensor] = ()
+) -> Tensor:
     """Normalized temperature-scaled cross-entropy (SimCLR, Chen et al. 2020, eq. 1).
 
     The positive of an embedding is the other view of its image; all other embeddings of both views
     and of all processes are negatives. The mean of the losses of all processes is the loss of the
     joined batch, and so is its gradient. Memory is linear in the batch size, time quadratic.
 
+    A local crop takes the place of each view in turn: its positive is the other view, its
+    negatives are those of the view (multi-crop; SwAV, Caron et al. 2020, section 3.2). Local crops
+    are not negatives themselves.
+
     Args:
         z1: ``(B, D)`` embeddings of the first views; need not be normalized.
         z2: ``(B, D)`` embeddings of the second views.
         temperature: Softmax temperature, above 0.
+        local_crops: ``(B, D)`` embeddings of each local crop.
 
     Returns:
-        Scalar, the mean over the 2 B embeddings of this process. Computed in float32.
+        Scalar, the mean over the 2 B pairs of views of this process and the 2 B pairs of each local
+        crop. Computed in float32.
     """
     with torch.autocast(z1.device.type, enabled=False):
-        z1, z2 = F.normalize(z1.float(), dim=1), F.normalize(z2.float(), dim=1)
+        z1, z2, *local = (F.normalize(z.float(), dim=1) for z in (z1, z2, *local_crops))
         rank, size = len(z1) * world()[0], len(z1)
         others = torch.cat([gather(z1), gather(z2)])
         total = len(others) // 2
         own = torch.arange(size, device=z1.device) + rank
         itself = torch.cat([own, own + total])
         partner = torch.cat([own + total, own])
+        queries = [z1, z2, *(z for z in local for _ in range(2))]
+        times = 1 + len(local)
         loss: Tensor = _ChunkedCrossEntropy.apply(
-            torch.cat([z1, z2]) / temperature, others, partner, itself
+            torch.cat(queries) / temperature, others, partner.repeat(times), itself.repeat(times)
         )
         return loss
 
@@ -142,6 +152,25 @@ def negative_cosine(prediction: Tensor, target: Tensor) -> Tensor:
     return -F.cosine_similarity(prediction.float(), target.detach().float(), dim=1).mean()
 
 
+def swapped_cosine(predictions: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    """Negative cosine similarity of each global crop's target to the predictions of other views.
+
+    Args:
+        predictions: ``(B, D)`` predictions from each view, global crops first.
+        targets: ``(B, D)`` targets of each global crop; detached.
+
+    Returns:
+        Scalar in [-1, 1], the mean over pairs of views. Computed in float32.
+    """
+    terms = [
+        negative_cosine(prediction, target)
+        for global_view, target in enumerate(targets)
+        for view, prediction in enumerate(predictions)
+        if view != global_view
+    ]
+    return torch.stack(terms).mean()
+
+
 def barlow_twins(z1: Tensor, z2: Tensor, lambd: float) -> Tensor:
     """Distance of the cross-correlation of two views to the identity (Zbontar et al. 2021, eq. 1).
 
@@ -166,11 +195,18 @@ def barlow_twins(z1: Tensor, z2: Tensor, lambd: float) -> Tensor:
 
 
 def vicreg(
-    z1: Tensor, z2: Tensor, sim_weight: float, std_weight: float, cov_weight: float
+    z1: Tensor,
+    z2: Tensor,
+    sim_weight: float,
+    std_weight: float,
+    cov_weight: float,
+    local_crops: Sequence[Tensor] = (),
 ) -> Tensor:
     """Variance-invariance-covariance loss (VICReg, Bardes et al. 2022, eq. 1 to 6).
 
-    Variances and covariances are those of the batch joined over processes.
+    Variances and covariances are those of the batch joined over processes. The distance is the mean
+    over pairs of a view, or local crop, and another view; variance and covariance are means over
+    views and local crops, the covariance times two as in the paper's sum over two views.
 
     Args:
         z1: ``(B, D)`` embeddings of the first views, B * processes at least 2.
@@ -179,15 +215,17 @@ def vicreg(
         std_weight: Mu, weight of the hinge loss on the standard deviation of each dimension, with
             target 1.
         cov_weight: Nu, weight of the squared covariances between dimensions.
+        local_crops: ``(B, D)`` embeddings of each local crop.
 
     Returns:
         Scalar loss. Computed in float32.
     """
     with torch.autocast(z1.device.type, enabled=False):
-        z1, z2 = gather(z1.float()), gather(z2.float())
-        similarity = F.mse_loss(z1, z2)
-        spread = (_variance_hinge(z1) + _variance_hinge(z2)) / 2  # As in the authors' code.
-        covariance = _covariance(z1) + _covariance(z2)
+        z = [gather(one.float()) for one in (z1, z2, *local_crops)]
+        pairs = [(view, other) for other in (0, 1) for view in range(len(z)) if view != other]
+        similarity = torch.stack([F.mse_loss(z[view], z[other]) for view, other in pairs]).mean()
+        spread = torch.stack([_variance_hinge(one) for one in z]).mean()  # As in the authors' code.
+        covariance = 2 * torch.stack([_covariance(one) for one in z]).mean()
         return sim_weight * similarity + std_weight * spread + cov_weight * covariance
 
 
