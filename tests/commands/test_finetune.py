@@ -24,7 +24,7 @@ from vissl_lite.transfer.prediction import Predictions
 def tuned(encoder: Path, labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "tuned"
     arguments = ["--encoder", encoder, "--data", labelled, "--out", out, "--epochs", 12]
-    options = ["--batch_size", "10", "--balanced", "--num_workers", "0"]
+    options = ["--batch_size", "10", "--balanced", "--num_workers", "0", "--frozen_norm", "true"]
     with with_pictures():
         assert main(["finetune", "--task", "classification", *map(str, arguments), *options]) == 0
     return out
@@ -125,6 +125,7 @@ def test_the_same_seed_gives_the_same_model(encoder: Path, labelled: Path, tmp_p
             encoder=str(encoder),
             shots=4,
             epochs=2,
+            frozen_norm=True,
             num_workers=0,
         )
         models.append(load_file(result.model / "model.safetensors"))
@@ -194,7 +195,7 @@ def test_what_was_chosen_is_in_the_results_and_a_killed_run_goes_on(
 def test_training_on_two_processes(encoder: Path, labelled: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = ["finetune", "--data", labelled, "--encoder", encoder, "--out", out, "--epochs", 1,
-             "--devices", 2, "--num_workers", 0, "--refit", "false"]  # fmt: skip
+             "--devices", 2, "--num_workers", 0, "--refit", "false", "--frozen_norm", "true"]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "vissl_lite", *map(str, words)], capture_output=True, check=False
     )

@@ -221,7 +221,8 @@ def test_several_labels_an_image(labelled: Path, encoder: Path, tmp_path: Path) 
         csv.writer(file).writerows(rows)
     out = tmp_path / "run"
     common = ("--encoder", encoder, "--data", tmp_path / "labels.csv", "--out", out)
-    options = ("--epochs", 12, "--batch_size", 9, "--class_weights", "balanced")
+    options = ("--epochs", 12, "--batch_size", 9, "--class_weights", "balanced",
+               "--frozen_norm", "true")  # fmt: skip
     with with_pictures():
         assert run("finetune", *common, *options, "--num_workers", 0) == 0
     results = json.loads((out / "results.json").read_text())
