@@ -48,7 +48,14 @@ from vissl_lite.run import (
 from vissl_lite.training.fit import TrainingFiles, fit
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.training.loggers import logger_names, make_loggers
-from vissl_lite.training.resizing import INITIAL_SIDE, SHARES, ProgressiveResizing, resolution_of
+from vissl_lite.training.progress import Forecast
+from vissl_lite.training.resizing import (
+    INITIAL_SIDE,
+    SHARES,
+    ProgressiveResizing,
+    resolution_at,
+    resolution_of,
+)
 from vissl_lite.training.schedule import Schedule
 from vissl_lite.training.stream import StreamData
 from vissl_lite.training.token_drop import TokenDrop
@@ -253,7 +260,11 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
         schedule,
         stop_on_collapse=options.on_collapse == "stop",
     )
-    callbacks = [online, FingerprintCallback(run, stream, schedule, training.fingerprints)]
+    callbacks = [
+        Forecast(stream, schedule, partial(_batch_cost, options), lambda: online.seconds),
+        online,
+        FingerprintCallback(run, stream, schedule, training.fingerprints),
+    ]
     if options.progressive_resizing:
         sides = [len(view) for view in dataset.first().views]
         callbacks.append(ProgressiveResizing(schedule, task.encoder, sides))
@@ -326,6 +337,11 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
         add_embeddings(run, task.trained_encoder(), part.paths, part.labels, labelled.classes)
     add_report(run)
     return result
+
+
+def _batch_cost(options: PretrainOptions, fraction: float) -> float:
+    """Relative time of a batch at a fraction of the run: about that of its number of pixels."""
+    return SHARES[resolution_at(fraction)] ** 2 if options.progressive_resizing else 1.0
 
 
 def _cache_plan(

@@ -190,6 +190,7 @@ class OnlineEvaluation(Callback):
         metrics: Values of the last evaluation, by name.
         collapsed: Whether they showed a collapse.
         stopped: Whether that ended the run.
+        seconds: Duration of all evaluations so far.
     """
 
     def __init__(
@@ -206,13 +207,13 @@ class OnlineEvaluation(Callback):
         self._counts: ImageCounts | None = None  # None before the first evaluation
         self._at: int | None = None  # batches before the last evaluation in this process
         self._fraction = 0.0  # share of the run before the last evaluation
-        # Seconds: of all evaluations, of the first one, of one like the last one.
-        self._spent = self._first_cost = self._cost = 0.0
+        self.seconds = 0.0
+        self._first_cost = self._cost = 0.0  # seconds of the first evaluation, of one like the last
 
     @property
     def share(self) -> float:
         """Fraction of the training time spent on evaluations so far."""
-        return self._spent / max(self._schedule.elapsed(), 1e-9)
+        return self.seconds / max(self._schedule.elapsed(), 1e-9)
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self._schedule.batches == 0:
@@ -258,7 +259,7 @@ class OnlineEvaluation(Callback):
             return False
         total = self._schedule.seconds or self._schedule.elapsed() / self._schedule.fraction
         between = TIME_SHARE * total - self._first_cost - self._cost
-        return self._spent - self._first_cost + self._cost <= between * self._schedule.fraction
+        return self.seconds - self._first_cost + self._cost <= between * self._schedule.fraction
 
     def evaluate(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Compute and log the metrics now. All processes have to call it; the main one computes.
@@ -293,7 +294,7 @@ class OnlineEvaluation(Callback):
                     extra={"code": "evaluation.failed"},
                 )
         seconds = time.monotonic() - started
-        self._spent += seconds
+        self.seconds += seconds
         if first:
             self._first_cost = seconds
         else:
@@ -356,14 +357,14 @@ class OnlineEvaluation(Callback):
     def state_dict(self) -> dict[str, Any]:
         return {
             "counts": list(self._counts or ()),
-            "seconds": [self._spent, self._first_cost, self._cost],
+            "seconds": [self.seconds, self._first_cost, self._cost],
             "collapsed": self.collapsed,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         counts = state_dict["counts"]
         self._counts = ImageCounts(*counts) if counts else None
-        self._spent, self._first_cost, self._cost = state_dict["seconds"]
+        self.seconds, self._first_cost, self._cost = state_dict["seconds"]
         self.collapsed = state_dict["collapsed"]
         self._schedule.reserve = self._cost
 
