@@ -1,6 +1,7 @@
 """Evaluation of an encoder while it trains: metrics with and without labels, collapse."""
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from vissl_lite.evaluation.features import extract
 from vissl_lite.evaluation.measures import alignment, effective_rank, feature_std, uniformity
 from vissl_lite.evaluation.probe import LabelledFeatures, evaluate_features
 from vissl_lite.inference import inference_mode
+from vissl_lite.training.open_schedule import OpenSchedule
 from vissl_lite.training.schedule import Schedule
 from vissl_lite.training.stream import StreamData
 from vissl_lite.transfer.classification.data import LabelledImages, Part
@@ -29,6 +31,9 @@ log = logging.getLogger(__name__)
 # Share of the training time that all evaluations together may take, and the number of evaluations
 # that it has to suffice for; the first one may cost twice, see ``OnlineEvaluation._first``.
 TIME_SHARE, PLANNED_EVALUATIONS = 0.02, 8
+
+# The same for a run of open length, of its limit, which it may end long before.
+OPEN_TIME_SHARE, OPEN_PLANNED_EVALUATIONS = 0.05, 200
 
 # Evaluations between the first and the last at most: more make no better curve.
 MAX_EVALUATIONS = 100
@@ -48,6 +53,30 @@ COLLAPSED_STD, COLLAPSED_RANK = 0.02, 1.05
 
 # Metrics of an evaluation; the last two require labels.
 ONLINE_METRICS = ("feature_std", "effective_rank", "alignment", "uniformity", "knn", "linear")
+
+
+def open_measures(labelled: bool) -> tuple[str, ...]:
+    """Names of the measures that end a run of open length.
+
+    Without labels there are two, as neither tells alone: RankMe (Garrido et al. 2023, arXiv
+    2210.02885), and the sum that contrastive losses lower (Wang & Isola 2020, arXiv 2005.10242).
+
+    Args:
+        labelled: Whether there are labelled images.
+    """
+    return ("knn",) if labelled else ("effective_rank", "-(alignment + uniformity)")
+
+
+def open_scores(metrics: dict[str, float]) -> dict[str, float]:
+    """Values of ``open_measures``, of which higher ones are better.
+
+    Args:
+        metrics: Metrics of an evaluation.
+    """
+    if "knn" in metrics:
+        return {"knn": metrics["knn"]}
+    rank, total = metrics["effective_rank"], metrics["alignment"] + metrics["uniformity"]
+    return dict(zip(open_measures(labelled=False), (rank, -total), strict=True))
 
 
 class ImageCounts(NamedTuple):
@@ -177,7 +206,8 @@ class OnlineEvaluation(Callback):
     """Log metrics of the encoder during training, in about 2 % of the training time.
 
     Evaluates before the first step, at the end, and in between as often as its share of the time
-    allows. Where an evaluation would cost too much of it, it uses fewer images.
+    allows. Where an evaluation would cost too much of it, it uses fewer images. A run of open
+    length is evaluated when its ``OpenSchedule`` asks for it, in at most about 5 % of the time.
 
     Args:
         compute: Computes the metrics.
@@ -201,6 +231,7 @@ class OnlineEvaluation(Callback):
         stop_on_collapse: bool = False,
     ) -> None:
         self._compute, self._data, self._schedule = compute, data, schedule
+        self._open = schedule if isinstance(schedule, OpenSchedule) else None
         self._stop_on_collapse = stop_on_collapse
         self.metrics: dict[str, float] = {}
         self.collapsed = self.stopped = False
@@ -255,6 +286,8 @@ class OnlineEvaluation(Callback):
 
     def _is_due(self) -> bool:
         """Whether enough of the time that the first and last evaluation leave has accumulated."""
+        if self._open is not None:
+            return self._open.evaluation_due
         if self._schedule.fraction < self._fraction + 1 / MAX_EVALUATIONS:
             return False
         total = self._schedule.seconds or self._schedule.elapsed() / self._schedule.fraction
@@ -274,6 +307,7 @@ class OnlineEvaluation(Callback):
         started = time.monotonic()
         first = self._counts is None
         self._at, self._fraction = self._schedule.batches, self._schedule.fraction
+        scores: dict[str, float] | None = None
         whole: Any = module.unsharded()  # type: ignore[operator]
         if trainer.is_global_zero:
             encoder: Encoder = whole.trained_encoder()
@@ -285,6 +319,8 @@ class OnlineEvaluation(Callback):
                 for logger in trainer.loggers:
                     logger.log_metrics(self.metrics, step=max(0, self._schedule.steps - 1))
                 self._check_collapse()
+                if self._open is not None:
+                    scores = open_scores(self.metrics)
             except UserError as error:  # the images have gone: what was learned is still there
                 if first or isinstance(error, MachineError):
                     raise
@@ -303,18 +339,26 @@ class OnlineEvaluation(Callback):
             (self._counts, self.collapsed, self._cost)
         )
         self._schedule.reserve = self._cost  # the last evaluation is part of a time budget too
+        if self._open is not None:
+            scores, self._open.min_spacing = trainer.strategy.broadcast(
+                (scores, self._open.min_spacing)
+            )
+            self._open.evaluated(scores)
 
     def _first(self, encoder: Encoder) -> None:
         """Evaluate with the fewest images, then with as many as the time allows."""
         self._compute.embed_views(encoder, self._compute.fewest.unlabelled)  # slow: the first pass
         self._timed(encoder, self._compute.fewest)
         total = self._schedule.seconds
+        # No step has been timed: one costs three passes through the encoder at least.
+        step = 3 * self._compute.seconds_per_image * self._data.batch_size
         if total is None:
-            # No step has been timed: one costs three passes through the encoder at least.
             assert self._schedule.total is not None
-            step = 3 * self._compute.seconds_per_image * self._data.batch_size
             total = step * self._schedule.total
-        factor = TIME_SHARE * total / PLANNED_EVALUATIONS / self._cost
+        share, planned = TIME_SHARE, PLANNED_EVALUATIONS
+        if self._open is not None:
+            share, planned = OPEN_TIME_SHARE, OPEN_PLANNED_EVALUATIONS
+        factor = share * total / planned / self._cost
         if factor > 1:
             more = ImageCounts(*(int(factor * count) for count in self._compute.fewest))
             self._timed(encoder, more.at_most(self._compute.most))
@@ -326,8 +370,10 @@ class OnlineEvaluation(Callback):
             log.info(
                 "The run is short: evaluations are rare and use few images, to take about %.0f %% "
                 "of the time.",
-                100 * TIME_SHARE,
+                100 * share,
             )
+        if self._open is not None:
+            self._open.min_spacing = math.ceil(self._cost / max(share * step, 1e-9))
 
     def _timed(self, encoder: Encoder, counts: ImageCounts) -> None:
         started = time.monotonic()

@@ -186,7 +186,8 @@ class ProgressBar(Callback):
         if not console.is_terminal:
             left = self._seconds_left(now)
             if left is not None:
-                info += f"  {timedelta(seconds=round(left))} left"
+                most = "at most " if self.schedule.open_ended else ""
+                info += f"  {most}{timedelta(seconds=round(left))} left"
             log.info("%s %3.0f %%  %s", self.title, 100 * self.schedule.fraction, info)
 
     def _seconds_left(self, now: float) -> float | None:
@@ -276,7 +277,8 @@ class Forecast(Callback):
             assert schedule.total is not None
             left = (schedule.total - schedule.batches) * seconds_per_batch * float(costs.mean())
             total = _duration(schedule.elapsed() + left)
-            text = f"{_figure(schedule.total / per_epoch)} epochs take about {total}"
+            most = "at most " if schedule.open_ended else ""
+            text = f"{most}{_figure(schedule.total / per_epoch)} epochs take about {total}"
         else:
             left = max(0.0, schedule.seconds - schedule.elapsed())
             speedup = float((1 / costs).mean())
@@ -286,7 +288,8 @@ class Forecast(Callback):
         speed = _figure(self.data.batch_size / seconds_per_batch)
         text = f"{speed} images per second: {text}"
         with suppress(OverflowError):  # after the year 9999
-            text += f", expected end {datetime.now() + timedelta(seconds=left):%Y-%m-%d %H:%M:%S}"
+            expected = "latest" if schedule.open_ended else "expected"
+            text += f", {expected} end {datetime.now() + timedelta(seconds=left):%Y-%m-%d %H:%M:%S}"
         return text if memory is None else f"{text}; peak memory so far {memory / 2**30:.2f} GiB"
 
 
