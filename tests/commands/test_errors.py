@@ -219,7 +219,7 @@ def test_a_hyperparameter_out_of_range(
 
 @pytest.mark.parametrize(
     ("time", "message"),
-    [("soon", "is not a time: give HH:MM:SS or seconds"), ("1:2:3:4:5", "is not a time"),
+    [("soon", "is not a time: give HH:MM:SS, seconds or auto"), ("1:2:3:4:5", "is not a time"),
      ("00:00:00", "must be longer than 0 seconds"), ("-5", "is not a time")],
 )  # fmt: skip
 def test_a_time_that_is_none(time: str, message: str, refused: Refused, few: Path) -> None:

@@ -4,6 +4,8 @@ import csv
 import json
 import math
 import time
+from collections.abc import Callable
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,12 @@ from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.encoders.folder import save_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.evaluation import online
-from vissl_lite.evaluation.online import ONLINE_METRICS
+from vissl_lite.evaluation.online import ONLINE_METRICS, EncoderMetrics
 from vissl_lite.pretext import PRETEXTS
 from vissl_lite.pretext.base import check_backbone
 from vissl_lite.pretext.simclr import SimCLR
 from vissl_lite.training.checkpoints import Checkpoints, read_checkpoint
+from vissl_lite.training.open_schedule import OpenSchedule
 
 SMALL = ["--backbone", "test_resnet", "--image_size", "32", "--batch_size", "8"]
 
@@ -347,6 +350,55 @@ def test_a_time_budget_is_kept_schedule_and_all(
     rates = [float(row["lr"]) for row in rows(tmp_path / "run") if row["lr"]]
     assert max(rates) > 0.9 * max(rates[len(rates) // 20 :])
     assert rates[-1] < 0.05 * max(rates)
+
+
+@pytest.mark.slow
+def test_an_open_length_ends_by_itself(
+    photos: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evaluations cost nothing here, and find the same accuracy each time from the third on."""
+    accuracies = count()
+
+    def measure(self: EncoderMetrics, encoder: Any, counts: Any) -> dict[str, float]:
+        knn = min(next(accuracies), 3) / 4
+        return dict.fromkeys(ONLINE_METRICS, 1.0) | {"effective_rank": 9.0, "knn": knn}
+
+    monkeypatch.setattr(EncoderMetrics, "__call__", measure)
+    monkeypatch.setattr(EncoderMetrics, "embed_views", lambda self, encoder, count: [])
+    monkeypatch.setattr(OpenSchedule, "evaluated", with_spacing_one(OpenSchedule.evaluated))
+    out = tmp_path / "run"
+    options = ["--data", photos, *SMALL, "--probe_data", labelled, "--num_workers", 0]
+    assert run(*options, "--max_time", "auto", "--epochs", 40, "--out", out) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["stopped"] == "plateau"
+    assert results["epochs"] < 36
+    rates = [float(row["lr"]) for row in rows(out) if row["lr"]]
+    assert rates[-1] < 0.1 * max(rates)
+    log = (out / "log.txt").read_text()
+    assert "it ends when knn has stopped improving, after 40.0 epochs at most" in log
+    assert "The cool-down begins in epoch" in log
+    assert "The run ended by itself after" in log
+    assert "images per second: at most 40 epochs take about" in log
+    assert yaml.safe_load((out / "config.yaml").read_text())["max_time"] == "auto"
+
+
+def with_spacing_one(evaluated: Callable[..., None]) -> Callable[..., None]:
+    """``OpenSchedule.evaluated`` as if evaluations cost nothing."""
+
+    def wrapped(self: OpenSchedule, scores: dict[str, float] | None) -> None:
+        self.min_spacing = 1
+        evaluated(self, scores)
+
+    return wrapped
+
+
+def test_an_open_length_has_a_limit() -> None:
+    options = partial(PretrainOptions, data="photos", out="run", max_time="Auto")
+    assert options().open_ended
+    assert options().seconds is None
+    assert options().max_epochs == 100
+    assert options(epochs=7).max_epochs == 7
+    assert PretrainOptions(data="photos", out="run", max_time=60).max_epochs is None
 
 
 def test_times() -> None:

@@ -7,7 +7,7 @@ import torch
 
 from vissl_lite.cli import main
 from vissl_lite.pretext.simclr import SimCLR
-from vissl_lite.training.memory import largest_that_fits
+from vissl_lite.training.memory import largest_that_fits, peak_memory
 
 
 @pytest.mark.parametrize(("room", "found"), [(100, 64), (64, 64), (63, 32), (2, 2), (1, 0)])
@@ -45,3 +45,15 @@ def test_a_run_that_does_not_fit_says_what_would(
     assert "--batch_size 16 does not fit" in error
     assert "--batch_size 4 --accumulate_grad_batches 4" in error
     assert main(["pretrain", *where, *options, "--batch_size", "4", "--overwrite"]) == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux only")
+def test_the_peak_stays_when_memory_is_given_back() -> None:
+    cpu = torch.device("cpu")
+    before = peak_memory(cpu)
+    assert before is not None
+    block = torch.ones(before // 4)  # as many bytes as there are
+    del block
+    after = peak_memory(cpu)
+    assert after is not None
+    assert after > before

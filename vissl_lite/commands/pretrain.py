@@ -13,7 +13,7 @@ import torch
 from vissl_lite import __version__
 from vissl_lite.commands.labelled import show_data
 from vissl_lite.commands.pretrain_data import TrainingImages, find_training_images
-from vissl_lite.commands.pretrain_options import PretrainOptions, make_encoder, parse_time
+from vissl_lite.commands.pretrain_options import PretrainOptions, make_encoder
 from vissl_lite.data.cache import CachePlan, forks_workers, plan_cache
 from vissl_lite.data.fingerprints import Fingerprints
 from vissl_lite.data.image_reader import ImageReader
@@ -24,7 +24,12 @@ from vissl_lite.data.views import Views
 from vissl_lite.encoders import backbones
 from vissl_lite.encoders.folder import choose_slice_axis, save_encoder
 from vissl_lite.errors import UserError
-from vissl_lite.evaluation.online import ONLINE_METRICS, EncoderMetrics, OnlineEvaluation
+from vissl_lite.evaluation.online import (
+    ONLINE_METRICS,
+    EncoderMetrics,
+    OnlineEvaluation,
+    open_measures,
+)
 from vissl_lite.leakage.callback import FingerprintCallback
 from vissl_lite.leakage.matching import seen_by
 from vissl_lite.metrics_file import MetricsFile
@@ -48,7 +53,15 @@ from vissl_lite.run import (
 from vissl_lite.training.fit import TrainingFiles, fit
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.training.loggers import logger_names, make_loggers
-from vissl_lite.training.resizing import INITIAL_SIDE, SHARES, ProgressiveResizing, resolution_of
+from vissl_lite.training.open_schedule import OpenSchedule
+from vissl_lite.training.progress import Forecast
+from vissl_lite.training.resizing import (
+    INITIAL_SIDE,
+    SHARES,
+    ProgressiveResizing,
+    resolution_at,
+    resolution_of,
+)
 from vissl_lite.training.schedule import Schedule
 from vissl_lite.training.stream import StreamData
 from vissl_lite.training.token_drop import TokenDrop
@@ -226,12 +239,31 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
         show_data(labelled)
     if accumulate > 1:
         log.info("%s", accumulation_note(task.info, size, accumulate))
-    seconds = parse_time(options.max_time)
-    epochs = options.epochs if options.epochs or seconds else 100
+    epochs = options.max_epochs
     batches = None if epochs is None else epochs * (count // size)
-    schedule = Schedule(
-        settings.lr, options.warmup, options.seed, batches, seconds, started, accumulate
-    )
+    schedule: Schedule
+    if options.open_ended:
+        assert batches is not None
+        schedule = OpenSchedule(
+            settings.lr,
+            options.warmup,
+            options.seed,
+            batches,
+            count // size,
+            open_measures(labelled is not None),
+            started,
+            accumulate,
+        )
+    else:
+        schedule = Schedule(
+            settings.lr,
+            options.warmup,
+            options.seed,
+            batches,
+            options.seconds,
+            started,
+            accumulate,
+        )
     cache = None if training.cache is None else training.cache.open(run, maker=is_main_process())
     images.keep_sample(run)
     paths = images.paths
@@ -253,7 +285,11 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
         schedule,
         stop_on_collapse=options.on_collapse == "stop",
     )
-    callbacks = [online, FingerprintCallback(run, stream, schedule, training.fingerprints)]
+    callbacks = [
+        Forecast(stream, schedule, partial(_batch_cost, options), lambda: online.seconds),
+        online,
+        FingerprintCallback(run, stream, schedule, training.fingerprints),
+    ]
     if options.progressive_resizing:
         sides = [len(view) for view in dataset.first().views]
         callbacks.append(ProgressiveResizing(schedule, task.encoder, sides))
@@ -313,7 +349,7 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
         "images": count,
         "evaluation_share": round(online.share, 4),
         "collapsed": online.collapsed,
-        "stopped": "collapsed" if online.stopped else None,
+        "stopped": _stopped(online, schedule),
         "warnings": logged_warnings(run),
     }
     write_results(run, results)
@@ -326,6 +362,19 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
         add_embeddings(run, task.trained_encoder(), part.paths, part.labels, labelled.classes)
     add_report(run)
     return result
+
+
+def _stopped(online: OnlineEvaluation, schedule: Schedule) -> str | None:
+    """Why a run ended before the length that was given; None if it did not."""
+    if online.stopped:
+        return "collapsed"
+    plateaued = isinstance(schedule, OpenSchedule) and schedule.plateaued
+    return "plateau" if plateaued else None
+
+
+def _batch_cost(options: PretrainOptions, fraction: float) -> float:
+    """Relative time of a batch at a fraction of the run: about that of its number of pixels."""
+    return SHARES[resolution_at(fraction)] ** 2 if options.progressive_resizing else 1.0
 
 
 def _cache_plan(

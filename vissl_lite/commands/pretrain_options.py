@@ -47,6 +47,8 @@ from vissl_lite.training.token_drop import DEFAULT_SHARE, MAX_SHARE
 
 DEFAULT_PRETEXT = "simclr"
 MAX_TRAINING_DAYS = 3650
+DEFAULT_EPOCHS = 100
+AUTO_TIME = "auto"
 MAX_ACCUMULATION = 100_000
 
 
@@ -75,9 +77,12 @@ class PretrainOptions(Options, ImageSettings):
     --encoder, or the size of the images, at
     most 224."""
     epochs: int | None = None
-    """Number of passes over the images. Default: 100, unless --max_time is given."""
+    """Number of passes over the images, or the largest one with --max_time auto. Default: 100,
+    unless a time is given."""
     max_time: str | int | None = None
-    """Time budget, as HH:MM:SS or in seconds. The learning rate schedule is fitted to it."""
+    """Time budget, as HH:MM:SS or in seconds. The learning rate schedule is fitted to it. auto: the
+    run ends when the online evaluation has stopped improving, after --epochs (default 100) at the
+    latest (see docs/watching.md)."""
     batch_size: int | None = None
     """Number of images per batch, summed over all devices. Default: 128, or all images if there
     are fewer."""
@@ -160,8 +165,8 @@ class PretrainOptions(Options, ImageSettings):
         check_image_size(self.image_size)
         if isinstance(self.token_drop, int | float) and not 0 <= self.token_drop <= MAX_SHARE:
             raise UserError(f"--token_drop {self.token_drop} must be in [0, {MAX_SHARE}], or auto")
-        parse_time(self.max_time)
-        if self.epochs is not None and self.max_time is not None:
+        seconds = self.seconds
+        if self.epochs is not None and seconds is not None:
             raise UserError(
                 "give --epochs or --max_time, not both (--epochs null unsets the one of a --config)"
             )
@@ -176,6 +181,23 @@ class PretrainOptions(Options, ImageSettings):
         logger_names(self.logger)
         if self.optimizer is not None:
             self._set("optimizer", canonical_optimizer(self.optimizer))
+
+    @property
+    def open_ended(self) -> bool:
+        """Whether the run ends when it has stopped improving."""
+        return str(self.max_time).strip().lower() == AUTO_TIME
+
+    @property
+    def seconds(self) -> float | None:
+        """Time budget in seconds; None without one."""
+        if self.open_ended:
+            return None
+        return parse_time(self.max_time, f"HH:MM:SS, seconds or {AUTO_TIME}")
+
+    @property
+    def max_epochs(self) -> int | None:
+        """Number of epochs, the largest one of a run of open length; None with a time budget."""
+        return DEFAULT_EPOCHS if self.epochs is None and self.seconds is None else self.epochs
 
     @classmethod
     def merged(cls, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -250,11 +272,10 @@ class PretrainOptions(Options, ImageSettings):
         """Whether the views start small and grow, by ``--progressive_resizing`` or its default."""
         if self.progressive_resizing is not None:
             return self.progressive_resizing
-        seconds = parse_time(self.max_time)
-        if seconds is not None:
-            long = seconds >= MIN_RESIZING_SECONDS
+        if self.max_epochs is None:
+            long = (self.seconds or 0) >= MIN_RESIZING_SECONDS
         else:
-            long = (self.epochs or 100) * steps_per_epoch >= MIN_RESIZING_STEPS
+            long = self.max_epochs * steps_per_epoch >= MIN_RESIZING_STEPS
         try:
             _check_resizing(task)
         except UserError:
@@ -321,8 +342,12 @@ def _check_token_drop(task: PretextTask) -> None:
         )
 
 
-def parse_time(text: str | int | None) -> float | None:
+def parse_time(text: str | int | None, accepted: str = "HH:MM:SS or seconds") -> float | None:
     """Convert ``HH:MM:SS``, ``MM:SS``, seconds, or ``D-HH:MM:SS`` with days to seconds.
+
+    Args:
+        text: Time; None for none.
+        accepted: What the option takes, for the error.
 
     Raises:
         UserError: The text has another format, or the time is 0 or longer than ten years.
@@ -331,7 +356,7 @@ def parse_time(text: str | int | None) -> float | None:
         return None
     match = re.fullmatch(r"(?:(?:(?:(\d+)[-:])?(\d+):)?(\d+):)?(\d+)", str(text).strip())
     if match is None:
-        raise UserError(f"--max_time {brief(text)} is not a time: give HH:MM:SS or seconds")
+        raise UserError(f"--max_time {brief(text)} is not a time: give {accepted}")
     if len(match[0]) > 20:
         raise UserError(f"--max_time {brief(text)} is longer than {MAX_TRAINING_DAYS} days")
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())

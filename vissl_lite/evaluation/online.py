@@ -1,6 +1,7 @@
 """Evaluation of an encoder while it trains: metrics with and without labels, collapse."""
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from vissl_lite.evaluation.features import extract
 from vissl_lite.evaluation.measures import alignment, effective_rank, feature_std, uniformity
 from vissl_lite.evaluation.probe import LabelledFeatures, evaluate_features
 from vissl_lite.inference import inference_mode
+from vissl_lite.training.open_schedule import OpenSchedule
 from vissl_lite.training.schedule import Schedule
 from vissl_lite.training.stream import StreamData
 from vissl_lite.transfer.classification.data import LabelledImages, Part
@@ -29,6 +31,9 @@ log = logging.getLogger(__name__)
 # Share of the training time that all evaluations together may take, and the number of evaluations
 # that it has to suffice for; the first one may cost twice, see ``OnlineEvaluation._first``.
 TIME_SHARE, PLANNED_EVALUATIONS = 0.02, 8
+
+# The same for a run of open length, of its limit, which it may end long before.
+OPEN_TIME_SHARE, OPEN_PLANNED_EVALUATIONS = 0.05, 200
 
 # Evaluations between the first and the last at most: more make no better curve.
 MAX_EVALUATIONS = 100
@@ -48,6 +53,30 @@ COLLAPSED_STD, COLLAPSED_RANK = 0.02, 1.05
 
 # Metrics of an evaluation; the last two require labels.
 ONLINE_METRICS = ("feature_std", "effective_rank", "alignment", "uniformity", "knn", "linear")
+
+
+def open_measures(labelled: bool) -> tuple[str, ...]:
+    """Names of the measures that end a run of open length.
+
+    Without labels there are two, as neither tells alone: RankMe (Garrido et al. 2023, arXiv
+    2210.02885), and the sum that contrastive losses lower (Wang & Isola 2020, arXiv 2005.10242).
+
+    Args:
+        labelled: Whether there are labelled images.
+    """
+    return ("knn",) if labelled else ("effective_rank", "-(alignment + uniformity)")
+
+
+def open_scores(metrics: dict[str, float]) -> dict[str, float]:
+    """Values of ``open_measures``, of which higher ones are better.
+
+    Args:
+        metrics: Metrics of an evaluation.
+    """
+    if "knn" in metrics:
+        return {"knn": metrics["knn"]}
+    rank, total = metrics["effective_rank"], metrics["alignment"] + metrics["uniformity"]
+    return dict(zip(open_measures(labelled=False), (rank, -total), strict=True))
 
 
 class ImageCounts(NamedTuple):
@@ -177,7 +206,8 @@ class OnlineEvaluation(Callback):
     """Log metrics of the encoder during training, in about 2 % of the training time.
 
     Evaluates before the first step, at the end, and in between as often as its share of the time
-    allows. Where an evaluation would cost too much of it, it uses fewer images.
+    allows. Where an evaluation would cost too much of it, it uses fewer images. A run of open
+    length is evaluated when its ``OpenSchedule`` asks for it, in at most about 5 % of the time.
 
     Args:
         compute: Computes the metrics.
@@ -190,6 +220,7 @@ class OnlineEvaluation(Callback):
         metrics: Values of the last evaluation, by name.
         collapsed: Whether they showed a collapse.
         stopped: Whether that ended the run.
+        seconds: Duration of all evaluations so far.
     """
 
     def __init__(
@@ -200,19 +231,20 @@ class OnlineEvaluation(Callback):
         stop_on_collapse: bool = False,
     ) -> None:
         self._compute, self._data, self._schedule = compute, data, schedule
+        self._open = schedule if isinstance(schedule, OpenSchedule) else None
         self._stop_on_collapse = stop_on_collapse
         self.metrics: dict[str, float] = {}
         self.collapsed = self.stopped = False
         self._counts: ImageCounts | None = None  # None before the first evaluation
         self._at: int | None = None  # batches before the last evaluation in this process
         self._fraction = 0.0  # share of the run before the last evaluation
-        # Seconds: of all evaluations, of the first one, of one like the last one.
-        self._spent = self._first_cost = self._cost = 0.0
+        self.seconds = 0.0
+        self._first_cost = self._cost = 0.0  # seconds of the first evaluation, of one like the last
 
     @property
     def share(self) -> float:
         """Fraction of the training time spent on evaluations so far."""
-        return self._spent / max(self._schedule.elapsed(), 1e-9)
+        return self.seconds / max(self._schedule.elapsed(), 1e-9)
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self._schedule.batches == 0:
@@ -254,11 +286,13 @@ class OnlineEvaluation(Callback):
 
     def _is_due(self) -> bool:
         """Whether enough of the time that the first and last evaluation leave has accumulated."""
+        if self._open is not None:
+            return self._open.evaluation_due
         if self._schedule.fraction < self._fraction + 1 / MAX_EVALUATIONS:
             return False
         total = self._schedule.seconds or self._schedule.elapsed() / self._schedule.fraction
         between = TIME_SHARE * total - self._first_cost - self._cost
-        return self._spent - self._first_cost + self._cost <= between * self._schedule.fraction
+        return self.seconds - self._first_cost + self._cost <= between * self._schedule.fraction
 
     def evaluate(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Compute and log the metrics now. All processes have to call it; the main one computes.
@@ -273,6 +307,7 @@ class OnlineEvaluation(Callback):
         started = time.monotonic()
         first = self._counts is None
         self._at, self._fraction = self._schedule.batches, self._schedule.fraction
+        scores: dict[str, float] | None = None
         whole: Any = module.unsharded()  # type: ignore[operator]
         if trainer.is_global_zero:
             encoder: Encoder = whole.trained_encoder()
@@ -284,6 +319,8 @@ class OnlineEvaluation(Callback):
                 for logger in trainer.loggers:
                     logger.log_metrics(self.metrics, step=max(0, self._schedule.steps - 1))
                 self._check_collapse()
+                if self._open is not None:
+                    scores = open_scores(self.metrics)
             except UserError as error:  # the images have gone: what was learned is still there
                 if first or isinstance(error, MachineError):
                     raise
@@ -293,7 +330,7 @@ class OnlineEvaluation(Callback):
                     extra={"code": "evaluation.failed"},
                 )
         seconds = time.monotonic() - started
-        self._spent += seconds
+        self.seconds += seconds
         if first:
             self._first_cost = seconds
         else:
@@ -302,18 +339,26 @@ class OnlineEvaluation(Callback):
             (self._counts, self.collapsed, self._cost)
         )
         self._schedule.reserve = self._cost  # the last evaluation is part of a time budget too
+        if self._open is not None:
+            scores, self._open.min_spacing = trainer.strategy.broadcast(
+                (scores, self._open.min_spacing)
+            )
+            self._open.evaluated(scores)
 
     def _first(self, encoder: Encoder) -> None:
         """Evaluate with the fewest images, then with as many as the time allows."""
         self._compute.embed_views(encoder, self._compute.fewest.unlabelled)  # slow: the first pass
         self._timed(encoder, self._compute.fewest)
         total = self._schedule.seconds
+        # No step has been timed: one costs three passes through the encoder at least.
+        step = 3 * self._compute.seconds_per_image * self._data.batch_size
         if total is None:
-            # No step has been timed: one costs three passes through the encoder at least.
             assert self._schedule.total is not None
-            step = 3 * self._compute.seconds_per_image * self._data.batch_size
             total = step * self._schedule.total
-        factor = TIME_SHARE * total / PLANNED_EVALUATIONS / self._cost
+        share, planned = TIME_SHARE, PLANNED_EVALUATIONS
+        if self._open is not None:
+            share, planned = OPEN_TIME_SHARE, OPEN_PLANNED_EVALUATIONS
+        factor = share * total / planned / self._cost
         if factor > 1:
             more = ImageCounts(*(int(factor * count) for count in self._compute.fewest))
             self._timed(encoder, more.at_most(self._compute.most))
@@ -325,8 +370,10 @@ class OnlineEvaluation(Callback):
             log.info(
                 "The run is short: evaluations are rare and use few images, to take about %.0f %% "
                 "of the time.",
-                100 * TIME_SHARE,
+                100 * share,
             )
+        if self._open is not None:
+            self._open.min_spacing = math.ceil(self._cost / max(share * step, 1e-9))
 
     def _timed(self, encoder: Encoder, counts: ImageCounts) -> None:
         started = time.monotonic()
@@ -356,14 +403,14 @@ class OnlineEvaluation(Callback):
     def state_dict(self) -> dict[str, Any]:
         return {
             "counts": list(self._counts or ()),
-            "seconds": [self._spent, self._first_cost, self._cost],
+            "seconds": [self.seconds, self._first_cost, self._cost],
             "collapsed": self.collapsed,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         counts = state_dict["counts"]
         self._counts = ImageCounts(*counts) if counts else None
-        self._spent, self._first_cost, self._cost = state_dict["seconds"]
+        self.seconds, self._first_cost, self._cost = state_dict["seconds"]
         self.collapsed = state_dict["collapsed"]
         self._schedule.reserve = self._cost
 

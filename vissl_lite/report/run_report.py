@@ -168,6 +168,8 @@ def _state(run: RunFolder) -> tuple[str, str, list[dict[str, Any]]]:
     if status in ("stopped", "failed"):
         text = f"{'Stopped' if status == 'stopped' else 'Stopped by an error'}: {reason}"
         return status, "bad", [{"text": text, "kind": "bad", "more": more}]
+    if run.figures.get("stopped") == "plateau":
+        return "finished: no longer improving", "good", []
     if run.figures.get("stopped"):
         return f"stopped: {run.figures['stopped']}", "bad", []
     if run.results is not None and (status != "running" or run.is_open()):

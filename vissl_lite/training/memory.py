@@ -1,6 +1,9 @@
-"""Find a batch size that fits after running out of memory."""
+"""Memory: the peak so far, and a batch size that fits after running out of it."""
 
+import re
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
@@ -9,6 +12,27 @@ from lightning.fabric.utilities import move_data_to_device
 from vissl_lite.data.stream import Source, collate
 from vissl_lite.errors import UserError
 from vissl_lite.training.sharding import is_sharded
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Peak memory of this process so far in bytes.
+
+    Args:
+        device: Device of the training. Of CUDA it is the GPU memory that PyTorch has reserved,
+            otherwise the resident set of the process, without its data workers.
+
+    Returns:
+        None where the system does not say.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    with suppress(OSError):  # There is no such file outside Linux.
+        known = re.search(
+            r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE
+        )
+        if known is not None:
+            return 1024 * int(known[1])
+    return None
 
 
 def out_of_memory(

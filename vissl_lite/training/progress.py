@@ -2,12 +2,14 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
@@ -16,10 +18,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from vissl_lite.data.stream import Batch
 from vissl_lite.metrics_file import MetricsFile
 from vissl_lite.run import console, is_main_process
+from vissl_lite.training.memory import peak_memory
 from vissl_lite.training.schedule import Schedule
 from vissl_lite.training.stream import StreamData
 
 log = logging.getLogger(__name__)
+
+# The forecast follows after so many batches or seconds, whichever is first.
+FORECAST_BATCHES, FORECAST_SECONDS = 10, 20.0
 
 
 class ThroughputMonitor(Callback):
@@ -180,7 +186,8 @@ class ProgressBar(Callback):
         if not console.is_terminal:
             left = self._seconds_left(now)
             if left is not None:
-                info += f"  {timedelta(seconds=round(left))} left"
+                most = "at most " if self.schedule.open_ended else ""
+                info += f"  {most}{timedelta(seconds=round(left))} left"
             log.info("%s %3.0f %%  %s", self.title, 100 * self.schedule.fraction, info)
 
     def _seconds_left(self, now: float) -> float | None:
@@ -200,6 +207,100 @@ class ProgressBar(Callback):
     ) -> None:
         with suppress(AttributeError):  # Training has not started.
             self._bar.stop()
+
+
+class Forecast(Callback):
+    """Log once how fast the training is, how long it will take or how far it will get, and memory.
+
+    It is measured on a few batches after the first one, which is slower than the others. A resumed
+    run is measured again.
+
+    Args:
+        data: Training stream.
+        schedule: Schedule of the run.
+        cost: Relative time of a batch at a fraction of the run, in any unit; batches with small
+            views take less.
+        paused: Seconds between batches that were not spent on training so far, such as those of
+            evaluations.
+    """
+
+    def __init__(
+        self,
+        data: StreamData,
+        schedule: Schedule,
+        cost: Callable[[float], float] = lambda fraction: 1.0,
+        paused: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        self.data, self.schedule, self.cost, self.paused = data, schedule, cost, paused
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._since: float | None = None
+        self._first, self._done = self.schedule.batches, False
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        if self._done or not is_main_process():
+            return
+        batches = self.schedule.batches - self._first - 1
+        if self._since is None:
+            self._since = self._clock(module)
+        elif batches >= FORECAST_BATCHES or self._now() - self._since >= FORECAST_SECONDS:
+            self._done = True
+            seconds = max(self._clock(module) - self._since, 1e-9) / batches
+            log.info("%s", self.message(seconds, peak_memory(module.device)))
+
+    def _now(self) -> float:
+        return time.monotonic() - self.paused()
+
+    def _clock(self, module: pl.LightningModule) -> float:
+        if module.device.type == "cuda":
+            torch.cuda.synchronize(module.device)  # Kernels are launched ahead of their execution.
+        return self._now()
+
+    def message(self, seconds_per_batch: float, memory: int | None) -> str:
+        """The forecast as a line of the log.
+
+        Args:
+            seconds_per_batch: Mean time of a batch now.
+            memory: Peak memory in bytes; None if it is not known.
+        """
+        schedule, per_epoch = self.schedule, self.data.batches_per_epoch
+        now = schedule.fraction
+        costs = np.array([self.cost(f) for f in np.linspace(now, 1, 100)]) / self.cost(now)
+        if schedule.seconds is None:
+            assert schedule.total is not None
+            left = (schedule.total - schedule.batches) * seconds_per_batch * float(costs.mean())
+            total = _duration(schedule.elapsed() + left)
+            most = "at most " if schedule.open_ended else ""
+            text = f"{most}{_figure(schedule.total / per_epoch)} epochs take about {total}"
+        else:
+            left = max(0.0, schedule.seconds - schedule.elapsed())
+            speedup = float((1 / costs).mean())
+            batches = max(0.0, left - schedule.reserve) / seconds_per_batch * speedup
+            epochs = (schedule.batches + batches) / per_epoch
+            text = f"about {_figure(epochs)} epochs in {_duration(schedule.seconds)}"
+        speed = _figure(self.data.batch_size / seconds_per_batch)
+        text = f"{speed} images per second: {text}"
+        with suppress(OverflowError):  # after the year 9999
+            expected = "latest" if schedule.open_ended else "expected"
+            text += f", {expected} end {datetime.now() + timedelta(seconds=left):%Y-%m-%d %H:%M:%S}"
+        return text if memory is None else f"{text}; peak memory so far {memory / 2**30:.2f} GiB"
+
+
+def _duration(seconds: float) -> str:
+    """Days, hours, minutes and seconds, as Python writes them."""
+    return str(timedelta(seconds=round(min(seconds, 1e13))))
+
+
+def _figure(value: float) -> str:
+    """A number with three digits that matter, or all those before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def progress_bar() -> Progress:

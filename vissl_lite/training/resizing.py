@@ -46,7 +46,7 @@ def resolution_of(batch: int, schedule: Schedule) -> int:
     """
     if batch == 0:
         return 0  # a batch too large for the memory shows at once
-    return resolution_at(schedule.fraction if schedule.total is None else batch / schedule.total)
+    return resolution_at(schedule.fraction_at(batch))
 
 
 def shrink(views: Tensor, side: int) -> Tensor:

@@ -62,12 +62,27 @@ class Schedule(Callback):
         """Number of optimizer steps so far."""
         return -(-self.batches // self.accumulate)
 
+    @property
+    def open_ended(self) -> bool:
+        """Whether the run may end before ``batches`` or ``seconds``."""
+        return False
+
     def progress(self) -> float:
         """Fraction of the run that is done after the last batch, in [0, 1]."""
         if self.seconds is None:
-            assert self.total is not None
-            return self.batches / self.total
+            return self.fraction_at(self.batches)
         return min(1.0, self.elapsed() / max(self.seconds - self.reserve, 1e-9))
+
+    def fraction_at(self, batch: int) -> float:
+        """Fraction of the run that is done before a batch, in [0, 1].
+
+        With a time budget it is that of the current batch: when others follow is not known.
+        """
+        return self.fraction if self.total is None else batch / self.total
+
+    def lr_factor(self) -> float:
+        """Learning rate of the current step, as a factor of the peak."""
+        return cosine_with_warmup(self.fraction, self.warmup)
 
     def elapsed(self) -> float:
         """Seconds of training so far, including those before the run was resumed."""
@@ -84,15 +99,10 @@ class Schedule(Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         self._step_started = time.monotonic()
-        if self.seconds is None:
-            assert self.total is not None
-            self.fraction = self.batches / self.total
-        else:
-            elapsed = self.elapsed()
-            if trainer.world_size > 1:
-                elapsed = trainer.strategy.broadcast(elapsed)
-            self.fraction = min(1.0, elapsed / max(self.seconds - self.reserve, 1e-9))
-        rate = self.lr * cosine_with_warmup(self.fraction, self.warmup)
+        self.fraction = self.progress()
+        if self.seconds is not None and trainer.world_size > 1:
+            self.fraction = trainer.strategy.broadcast(self.fraction)
+        rate = self.lr * self.lr_factor()
         for optimizer in trainer.optimizers:
             set_lr(optimizer, rate)
         module.progress = self.fraction  # type: ignore[assignment]
