@@ -159,7 +159,7 @@ def test_a_run_that_did_not_finish_says_why(tmp_path: Path) -> None:
     assert "probe stopped" in shown
     assert "Stopped: stopped by SIGTERM" in shown
     assert "--resume" not in shown
-    results = run / RESULTS
+    results = run / "results.json"
     results.write_text(json.dumps(json.loads(results.read_text()) | {"stopped": "plateau"}))
     RunRecord("pretrain", "finished").write(run)
     assert "pretrain finished: no longer improving" in words(run)
