@@ -1,6 +1,6 @@
 """SimCLR's two views per image: views per second and core, decoding included.
 
-    git worktree add BEFORE a055420
+    git worktree add BEFORE a055420  # any number of them
     taskset -c 0 python -m benchmarks.data.views --small DATA/cifar10/train \
         --large DATA/bccd/JPEGImages --before BEFORE --peer_python PEERS/bin/python
 
@@ -126,7 +126,9 @@ def main() -> None:
     parser.add_argument("--large", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=SECONDS)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--before", type=Path, help="a checkout of an older commit")
+    parser.add_argument(
+        "--before", type=Path, nargs="+", default=[], help="checkouts of older commits"
+    )
     parser.add_argument("--peer_python", help="interpreter of the environment with lightly")
     parser.add_argument("--png", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--epoch", type=int, help=argparse.SUPPRESS)  # measure this alone, once
@@ -146,11 +148,11 @@ def main() -> None:
             "vissl_lite, first epoch": (here, [*itself, "--epoch", "0", "--png", pngs]),
             "vissl_lite, later epochs": (here, [*itself, "--epoch", "1", "--png", pngs]),
         }
-        if options.before:
-            head = ["git", "-C", str(options.before), "rev-parse", "--short", "HEAD"]
+        for checkout in options.before:
+            head = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
             commit = subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
             old = [*itself, "--epoch", "1", "--png", pngs]
-            commands[f"vissl_lite at {commit}, later epochs"] = (options.before, old)
+            commands[f"vissl_lite at {commit}, later epochs"] = (checkout, old)
         if options.peer_python:
             script = str(here / "benchmarks" / "peers" / "views.py")
             commands["lightly"] = (here, [options.peer_python, script])

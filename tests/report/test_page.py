@@ -160,9 +160,10 @@ def test_a_run_that_did_not_finish_says_why(tmp_path: Path) -> None:
     assert "Stopped: stopped by SIGTERM" in shown
     assert "--resume" not in shown
     results = run / "results.json"
-    results.write_text(json.dumps(json.loads(results.read_text()) | {"stopped": "plateau"}))
+    results.write_text(json.dumps({"loss": 1, "stopped": "plateau"}))
     RunRecord("pretrain", "finished").write(run)
     assert "pretrain finished: no longer improving" in words(run)
+    results.unlink()
     make(run, status="running")
     assert "pretrain killed" in words(run)
     with lock(run):
