@@ -269,12 +269,12 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
     paths = images.paths
     reader, smaller, resolution = task.encoder.reader, [], None
     if options.progressive_resizing:
+        fitting = task.encoder.fitting_size
         log.info(
             "Views start at %d pixels and grow to their full side; --progressive_resizing false "
             "keeps one size",
-            task.encoder.fitting_size(task.encoder.image_size * INITIAL_SIDE),
+            fitting(task.encoder.image_size * INITIAL_SIDE),
         )
-        fitting = task.encoder.fitting_size
         smaller = [views.resized(share, fitting) for share in SHARES[1:]]
         resolution = partial(resolution_of, schedule=schedule)
     dataset = images.source(views, options.seed, cache, reader, smaller)
@@ -291,8 +291,7 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
         FingerprintCallback(run, stream, schedule, training.fingerprints),
     ]
     if options.progressive_resizing:
-        sides = [len(view) for view in dataset.first().views]
-        callbacks.append(ProgressiveResizing(schedule, task.encoder, sides))
+        callbacks.append(ProgressiveResizing(schedule, task.encoder, stream.sides))
     dropped = options.dropped_tokens(task)
     if dropped:
         log.info(

@@ -276,11 +276,13 @@ class PretrainOptions(Options, ImageSettings):
             long = (self.seconds or 0) >= MIN_RESIZING_SECONDS
         else:
             long = self.max_epochs * steps_per_epoch >= MIN_RESIZING_STEPS
+        if not long or task.encoder.image_size * INITIAL_SIDE < MIN_RESIZED_SIDE:
+            return False
         try:
-            _check_resizing(task)
+            _check_resizing(task)  # runs the encoder once
         except UserError:
             return False
-        return long and task.encoder.image_size * INITIAL_SIDE >= MIN_RESIZED_SIDE
+        return True
 
     def dropped_tokens(self, task: PretextTask) -> float:
         """Share of the patch tokens to drop, by ``--token_drop``; ``auto`` chooses it."""

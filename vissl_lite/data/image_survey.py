@@ -261,13 +261,17 @@ def override(reader: ImageReader, paths: Sequence[str], settings: ImageSettings)
     if settings.bands is None:
         bands = ",".join(str(band + 1) for band in reader.bands)
         settings = replace(settings, bands=bands)
-    found = survey(paths, settings)
+    measures = bool(chosen & {"window", "value_range"})
+    if measures:
+        found = survey(paths, settings)
+    else:
+        found = _with_bands(_described(_spread(paths, HEADERS)), settings)
     if found.channels != reader.channels:
         raise UserError(
             f"--bands {settings.bands}: the model needs {reader.channels} bands, in the order of "
             f"{', '.join(reader.names) or ', '.join(str(band + 1) for band in reader.bands)}"
         )
-    if not chosen & {"window", "value_range"}:
+    if not measures:
         nodata = reader.nodata if settings.nodata is None else settings.nodata
         return replace(reader, bands=found.bands, names=found.names, nodata=nodata)
     return replace(found, mean=reader.mean, std=reader.std)

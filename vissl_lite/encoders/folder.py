@@ -116,12 +116,18 @@ def load_encoder(
         raise UserError(
             f"no encoder at {source}: give a run, an encoder folder, timm:NAME or random:NAME"
         )
-    for inside in (folder, folder / "encoder"):
-        if (inside / ENCODER_CONFIG).is_file():
-            return use_on(load_model(inside, num_classes=0)[0], images)
+    inside = _find_folder(folder)
+    if inside is not None:
+        return use_on(load_model(inside, num_classes=0)[0], images)
     raise UserError(
         f"{source} holds no encoder: neither {ENCODER_CONFIG} nor encoder/{ENCODER_CONFIG} is there"
     )
+
+
+def _find_folder(source: str | os.PathLike[str]) -> Path | None:
+    """The encoder folder that a path is or holds, as a run does; None if there is none."""
+    folders = (Path(source), Path(source) / "encoder")
+    return next((one for one in folders if (one / ENCODER_CONFIG).is_file()), None)
 
 
 def use_on(encoder: Encoder, images: ImageSet) -> Encoder:
@@ -154,15 +160,13 @@ def choose_slice_axis(given: int | None, *encoders: str | os.PathLike[str] | Non
     slice_along(given)
     known: dict[int | None, str] = {}
     for source in encoders:
-        if source is None or given is not None:
+        folder = _find_folder(source) if source is not None and given is None else None
+        if source is None or folder is None:
             continue
-        for inside in (Path(source), Path(source) / "encoder"):
-            if (inside / ENCODER_CONFIG).is_file():
-                with suppress(UserError):  # a damaged one is reported when it is loaded
-                    reader = read_model_config(inside / ENCODER_CONFIG)["reader"]
-                    if reader.bands is not None:
-                        known[reader.axis] = os.fspath(source)
-                break
+        with suppress(UserError):  # a damaged one is reported when it is loaded
+            reader = read_model_config(folder / ENCODER_CONFIG)["reader"]
+            if reader.bands is not None:
+                known[reader.axis] = os.fspath(source)
     if len(known) > 1:
         words = ", ".join(
             f"{source}: {'none' if axis is None else axis}" for axis, source in known.items()

@@ -35,10 +35,10 @@ def resolution_at(progress: float) -> int:
 
 
 def resolution_of(batch: int, schedule: Schedule) -> int:
-    """Number of the resolution of the views of a batch that is about to be loaded.
+    """Number of the resolution of the views of a batch.
 
-    With a time budget it follows the time that has passed by then; the batches that are on their
-    way at a change are still of the lower resolution.
+    With a time budget it follows the time that has passed when a batch is sent to a data worker;
+    the batches that are on their way at a change are still of the lower resolution.
 
     Args:
         batch: Number of the batch.
@@ -87,7 +87,7 @@ class ProgressiveResizing(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        share = SHARES[resolution_at(self.schedule.fraction)] if self.schedule.batches else 1.0
+        share = SHARES[resolution_of(self.schedule.batches, self.schedule)]
         batch.views[:] = [
             shrink(view, min(side, self.encoder.fitting_size(side * share)))
             for view, side in zip(batch.views, self.sides, strict=True)

@@ -35,6 +35,7 @@ class StreamData(pl.LightningDataModule):
         indices: ``(B,)`` indices of the current batch on the CPU: reading those of the batch itself
             would wait for the GPU.
         batches_per_epoch: Batches per epoch.
+        sides: Height of each view of an image in pixels.
 
     Raises:
         UserError: No image can be read.
@@ -51,7 +52,7 @@ class StreamData(pl.LightningDataModule):
         resolution: Callable[[int], int] | None = None,
     ) -> None:
         super().__init__()
-        dataset.first()
+        self.sides = [len(view) for view in dataset.first().views]
         self.dataset, self.batch_size, self.epochs = dataset, batch_size, epochs
         self.schedule, self.workers, self.weights = schedule, workers, weights
         self.resolution = resolution

@@ -289,6 +289,7 @@ def fit_model(
     rounds = [data]
     if refit and len(data.val) < FEW_VALIDATION_IMAGES and (len(rates) > 1 or settings.pretrained):
         rounds = data.folds(FOLDS, settings.seed)
+    middle = rates[len(rates) // 2]
     variants = task.variants(encoder, data, settings) if len(data.val) else [settings]
     tried = len(rates) + len(variants) - 1
     if settings.seconds is not None:
@@ -309,10 +310,9 @@ def fit_model(
         return fitting.evaluate(variant, rate, rounds, stages, norm)
 
     if len(data.val):
-        middle = rates[len(rates) // 2]
         best = max(range(len(variants)), key=lambda number: score(middle, number))
         climb(lambda rate: score(rate, best), rates)
-    chosen = fitting.best or Candidate(rates[len(rates) // 2], 1.0, {})
+    chosen = fitting.best or Candidate(middle, 1.0, {})
     files.use_curve(f"{_name(chosen.lr, chosen.frozen_norm)}.csv")
     trained, everything = fitting.model, data
     if trained is not None:

@@ -99,9 +99,7 @@ def _matches(paths: Sequence[str], folder: Path, regex: str, log: ReadingLog) ->
     unmatched = []
     for path in paths:
         name = _relative(path, folder)
-        match = pattern.search(name)
-        group = match[min(1, pattern.groups)] if match else None
-        if group:
+        if group := _group_in(name, pattern):
             groups[path] = group
         else:
             unmatched.append(name)
@@ -118,6 +116,12 @@ def _matches(paths: Sequence[str], folder: Path, regex: str, log: ReadingLog) ->
     return groups
 
 
+def _group_in(name: str, pattern: re.Pattern[str]) -> str | None:
+    """The first capture group of a match, or without one the whole match; may be empty."""
+    match = pattern.search(name)
+    return match[min(1, pattern.groups)] if match else None
+
+
 def groups_of_others(paths: Sequence[str], log: ReadingLog) -> set[str]:
     """Groups of images that are not of the data set, such as those of pre-training.
 
@@ -128,8 +132,7 @@ def groups_of_others(paths: Sequence[str], log: ReadingLog) -> set[str]:
     """
     if log.group_by is not None:
         pattern = re.compile(log.group_by)
-        matches = (pattern.search(Path(path).as_posix()) for path in paths)
-        return {match[min(1, pattern.groups)] for match in matches if match} - {None, ""}
+        return {group for path in paths if (group := _group_in(Path(path).as_posix(), pattern))}
     if log.grouped_by == _OF_FILES:
         return {group for path in paths if (group := default_group(path)) is not None}
     known = {os.path.abspath(path): group for path, group in log.groups.items()}
