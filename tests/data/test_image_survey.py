@@ -124,6 +124,12 @@ def test_a_model_reads_images_that_are_stored_in_another_way(tmp_path: Path) -> 
         override(PHOTOGRAPHS, paths, ImageSettings(bands="4,1"))
 
 
+def test_bands_of_images_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "a.tif").write_text("no image")
+    with pytest.raises(UserError, match="none of the images that were looked at can be read"):
+        survey([f"{tmp_path}/a.tif"], ImageSettings(bands="1"))
+
+
 def test_the_histogram_is_of_scaled_values(tmp_path: Path) -> None:
     values = np.full((16, 16, 1), 10, np.uint16)
     values[:4] = 900

@@ -301,6 +301,8 @@ def _with_bands(
     described: Sequence[tuple[str, Description]], settings: ImageSettings
 ) -> ImageReader:
     """A reader of the chosen bands, still without value ranges."""
+    if not described:
+        raise UserError("none of the images that were looked at can be read")
     (first, one), *others = described
     chosen = settings.band_numbers()
     if chosen is None:
