@@ -4,14 +4,16 @@
     python -m benchmarks.accuracy.transfer pretrain SET --data FOLDER --domains DOMAINS --out OUT
     python -m benchmarks.accuracy.transfer SET --data FOLDER --domains DOMAINS --out OUT --seeds 2
 
-``SET`` is ``bccd`` (detection), ``water`` (segmentation) or ``ucmerced`` (classification). Four
-arms each: an untrained ResNet-18, one pre-trained by us on the training images, an ImageNet-trained
-``tf_efficientnet_lite0``, and that one further pre-trained by us. All arms of a set get the same
-images, seeds and epochs; what is chosen is chosen on labels that are held out, and then all labels
-are trained on. Runs that are there are kept.
+``SET`` is ``bccd`` (detection), ``water`` (segmentation) or ``ucmerced`` (classification). The
+arms: an untrained ResNet-18, one pre-trained by us on the training images (for ``bccd`` one with
+each of three pretexts), an ImageNet-trained ``tf_efficientnet_lite0``, and, but for ``bccd``, that
+one further pre-trained by us. All arms of a set get the same images, seeds and epochs; what is
+chosen is chosen on labels that are held out, and where these were taken out of the training images
+all labels are then trained on. Runs that are there are kept.
 """
 
 import argparse
+import csv
 import json
 import os
 import shutil
@@ -22,29 +24,36 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 import vissl_lite
-from benchmarks.common import keep, load, markdown_table, over_seeds, provenance
+from benchmarks.common import RESULTS, keep, load, markdown_table, over_seeds, provenance
 
 CONTRAST = {"name": "simclr", "temperature": 0.2, "min_crop_scale": 0.25}
-COLOR = {"name": "colorization"}
 
-# Pre-training of each set: images, pretext, side, batch, minutes from nothing and from ImageNet
-PRETRAIN: dict[str, tuple[str, dict[str, Any], int, int, float, float]] = {
-    "bccd": ("bccd-crops", COLOR, 96, 32, 11, 9),
-    "ucmerced": ("ucmerced/train", CONTRAST, 96, 64, 16, 10),
-    "water": ("water-crops", CONTRAST, 64, 64, 4, 4),
+# Pre-training of each set: images, side, batch, minutes from nothing and from ImageNet weights
+PRETRAIN: dict[str, tuple[str, int, int, float, float]] = {
+    "bccd": ("bccd-crops", 96, 64, 8, 0),
+    "ucmerced": ("ucmerced/train", 96, 64, 16, 10),
+    "water": ("water-crops", 64, 64, 4, 4),
+}
+CELL_PRETEXTS: dict[str, dict[str, Any]] = {
+    "SimCLR": CONTRAST,
+    "DenseCL": {"name": "densecl", "min_crop_scale": 0.25},
+    "SparK": {"name": "spark"},
 }
 
 
 def pretrain(name: str, given: argparse.Namespace) -> None:
-    images, pretext, size, batch, *minutes = PRETRAIN[name]
+    images, size, batch, minutes, more_minutes = PRETRAIN[name]
     place = given.domains / images if (given.domains / images).exists() else given.data / images
-    starts = (
-        ("resnet18", "random:resnet18", 1e-3),
-        ("lite0", str(given.domains / "lite0"), 3e-4),
-    )
-    for (start, encoder, lr), time_budget in zip(starts, minutes, strict=True):
+    pretexts = CELL_PRETEXTS if name == "bccd" else {"resnet18": CONTRAST}
+    starts = [
+        (start, pretext, "random:resnet18", 1e-3, minutes) for start, pretext in pretexts.items()
+    ]
+    if more_minutes:
+        starts.append(("lite0", CONTRAST, str(given.domains / "lite0"), 3e-4, more_minutes))
+    for start, pretext, encoder, lr, time_budget in starts:
         out = given.out / f"{name}-{start}"
         if not (out / "encoder" / "config.json").exists():
             vissl_lite.pretrain(
@@ -55,10 +64,15 @@ def pretrain(name: str, given: argparse.Namespace) -> None:
 
 
 def arms(name: str, given: argparse.Namespace) -> dict[str, str]:
+    """Encoder of each arm of a set."""
+    untrained, imagenet = "random:resnet18", str(given.domains / "lite0")
+    if name == "bccd":
+        ours = {pretext: str(given.out / f"bccd-{pretext}") for pretext in CELL_PRETEXTS}
+        return {"untrained": untrained, **ours, "ImageNet": imagenet}
     return {
-        "untrained": "random:resnet18",
+        "untrained": untrained,
         "ours": str(given.out / f"{name}-resnet18"),
-        "ImageNet": str(given.domains / "lite0"),
+        "ImageNet": imagenet,
         "ImageNet, then ours": str(given.out / f"{name}-lite0"),
     }
 
@@ -76,15 +90,26 @@ def once(out: Path, arguments: dict[str, Any]) -> dict[str, Any]:
     return {"test": found["test"], "cpu_minutes": json.loads(file.read_text())}
 
 
+def curve_of(run: Path, name: str) -> list[list[float]]:
+    """A validation metric over the training: shares of the steps, and values."""
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+    last = max(int(row["step"]) for row in rows)
+    return [[(step + 1) / (last + 1), value] for step, value in found]
+
+
 def detection(given: argparse.Namespace, arm: str, encoder: str, seed: int) -> dict[str, Any]:
-    return once(
-        given.out / "bccd" / f"{arm}-{seed}",
+    run = given.out / "bccd" / f"{arm}-{seed}"
+    made = once(
+        run,
         {
             "data": str(given.data / "bccd"), "task": "detection", "encoder": encoder,
-            "image_size": 320, "epochs": given.epochs or 6, "batch_size": 8, "upright": False,
+            "image_size": 320, "epochs": given.epochs or 12, "batch_size": 8, "upright": False,
             "seed": seed, "detector": given.detector,
         },
     )  # fmt: skip
+    return {**made, "curve": curve_of(run, "val_map_50")}
 
 
 def segmentation(given: argparse.Namespace, arm: str, encoder: str, seed: int) -> dict[str, Any]:
@@ -128,6 +153,7 @@ SETS = {"bccd": detection, "water": segmentation, "ucmerced": classification}
 ARMS = {
     "untrained": "`resnet18`, untrained",
     "ours": "`resnet18`, pre-trained by us",
+    **{name: f"`resnet18`, pre-trained by us with {name}" for name in CELL_PRETEXTS},
     "ImageNet": "`tf_efficientnet_lite0`, ImageNet",
     "ImageNet, then ours": "the same, further pre-trained by us",
 }
@@ -138,6 +164,8 @@ def dense_table(name: str, measures: dict[str, str]) -> str:
     results = load("transfer")
     rows = []
     for arm, label in ARMS.items():
+        if arm not in results[name]:
+            continue
         runs = list(results[name][arm].values())
         minutes = statistics.mean(run["cpu_minutes"] for run in runs)
         figures = [over_seeds([run["test"][measure] for run in runs]) for measure in measures]
@@ -150,7 +178,22 @@ def dense_table(name: str, measures: dict[str, str]) -> str:
 
 
 def bccd_table() -> str:
-    return dense_table("bccd", {"map_50": "test mAP50", "map": "test mAP"})
+    picture = "![validation mAP50 against CPU minutes](results/bccd.png)"
+    table = dense_table("bccd", {"map_50": "test mAP50", "map": "test mAP"})
+    return table.replace("\n\n", f"\n\n{picture}\n\n", 1)
+
+
+def plot_bccd(arms: dict[str, dict[str, Any]]) -> None:
+    """Validation mAP50 over the CPU minutes of a training, mean over seeds."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="CPU minutes", ylabel="validation mAP50")
+    for arm, runs in arms.items():
+        curves = np.array([run["curve"] for run in runs.values()]).mean(axis=0)
+        minutes = statistics.mean(run["cpu_minutes"] for run in runs.values())
+        axes.plot(curves[:, 0] * minutes, curves[:, 1], marker=".", label=ARMS[arm])
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(RESULTS / "bccd.png", dpi=100)
 
 
 def detectors_table() -> str:
@@ -162,9 +205,7 @@ def detectors_table() -> str:
         run = results[key]["ImageNet"]["0"]
         figures = [f"{run['test'][measure]:.3f}" for measure in ("map_50", "map")]
         rows.append([f"`{detector}`", *figures, f"{run['cpu_minutes']:.1f}"])
-    command = (
-        "python -m benchmarks.accuracy.transfer bccd --detector fcos --arms ImageNet --epochs 8 ..."
-    )
+    command = "python -m benchmarks.accuracy.transfer bccd --detector fcos --arms ImageNet ..."
     header = ["detector", "test mAP50", "test mAP", "CPU minutes"]
     return markdown_table(header, rows) + "\n\n" + provenance(results, command)
 
@@ -238,6 +279,8 @@ if __name__ == "__main__":
         keep("ucmerced", results)
     elif not given.arms:
         keep("transfer", {name: results})
+        if name == "bccd":
+            plot_bccd(results)
     for arm, runs in results.items():
         if name != "ucmerced":
             figures = {k: [run["test"][k] for run in runs.values()] for k in runs["0"]["test"]}
