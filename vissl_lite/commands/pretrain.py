@@ -51,6 +51,7 @@ from vissl_lite.run import (
     write_results,
 )
 from vissl_lite.training.fit import TrainingFiles, fit
+from vissl_lite.training.freezing import ALL_PARTS, FrozenParts, train_only
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.training.loggers import logger_names, make_loggers
 from vissl_lite.training.open_schedule import OpenSchedule
@@ -200,6 +201,7 @@ def _prepare(options: PretrainOptions, resume: bool) -> _Training:
             "themselves, or a --value_range for all"
         )
     task = options.task(encoder)
+    train_only(encoder, options.train)
     views = task.views(options.upright)
     task.optimizer_settings = options.optimizer_settings(
         task, size * options.accumulate_grad_batches
@@ -305,6 +307,8 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
             "Views keep all of their patches: --token_drop needs a ViT and a pretext that compares "
             "pooled features"
         )
+    if options.frozen_share or options.train != ALL_PARTS:
+        callbacks.append(FrozenParts(schedule, task.encoder, options.frozen_share))
     metrics = MetricsFile(run / METRICS) if is_main_process() else None
     trainer = fit(
         task,

@@ -41,6 +41,7 @@ from vissl_lite.options import (
 )
 from vissl_lite.pretext import PRETEXTS, pretext_class
 from vissl_lite.pretext.base import BACKBONE_KINDS, PretextTask
+from vissl_lite.training.freezing import ALL_PARTS, check_parts
 from vissl_lite.training.loggers import canonical_loggers, logger_names
 from vissl_lite.training.resizing import INITIAL_SIDE
 from vissl_lite.training.token_drop import DEFAULT_SHARE, MAX_SHARE
@@ -50,6 +51,9 @@ MAX_TRAINING_DAYS = 3650
 DEFAULT_EPOCHS = 100
 AUTO_TIME = "auto"
 MAX_ACCUMULATION = 100_000
+
+# Share of a run from pre-trained weights in which the heads are trained alone.
+FREEZE_SHARE = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +110,14 @@ class PretrainOptions(Options, ImageSettings):
     """Weights to start from: a run, an encoder folder, timm:NAME (pre-trained weights), random:NAME
     (untrained), or a file with a timm state dict of --backbone. Default: random weights of
     --backbone."""
+    train: str = ALL_PARTS
+    """Weights of the encoder to train: all; blocks:N, the last N blocks of a ViT or stages of
+    another backbone; norms, the scales and shifts of normalization layers; or attn_proj, the output
+    projections of attention layers. All others stay as they are in --encoder. The heads of the
+    pretext are always trained."""
+    freeze_share: float | None = None
+    """Share of the run in which the whole encoder is frozen at first, while the heads of the
+    pretext are trained. Default: 0.05 with pre-trained weights, otherwise 0."""
     probe_data: StrPath | None = None
     """Labelled images for evaluating the encoder during training (kNN and linear probe accuracy on
     validation images)."""
@@ -171,6 +183,18 @@ class PretrainOptions(Options, ImageSettings):
                 "give --epochs or --max_time, not both (--epochs null unsets the one of a --config)"
             )
         check_warmup("warmup", self.warmup)
+        check_warmup("freeze_share", self.freeze_share)
+        check_parts(self.train)
+        if self.encoder is None:
+            for name, frozen in (
+                ("train", self.train != ALL_PARTS),
+                ("freeze_share", self.freeze_share),
+            ):
+                if frozen:
+                    raise UserError(
+                        f"--{name} {getattr(self, name)} freezes weights that are random: give "
+                        f"pre-trained ones by --encoder, such as timm:NAME, or leave it out"
+                    )
         check_rates(self.lr, self.weight_decay)
         check_positive("base_lr", self.base_lr, LARGEST_RATE)
         if self.lr is not None and self.base_lr is not None:
@@ -186,6 +210,18 @@ class PretrainOptions(Options, ImageSettings):
     def open_ended(self) -> bool:
         """Whether the run ends when it has stopped improving."""
         return str(self.max_time).strip().lower() == AUTO_TIME
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether the training starts from pre-trained weights."""
+        return self.encoder is not None and not os.fspath(self.encoder).startswith("random:")
+
+    @property
+    def frozen_share(self) -> float:
+        """Share of the run in which the encoder is frozen, by ``--freeze_share`` or its default."""
+        if self.freeze_share is not None:
+            return self.freeze_share
+        return FREEZE_SHARE if self.pretrained else 0.0
 
     @property
     def seconds(self) -> float | None:

@@ -1,0 +1,159 @@
+"""Which weights of an encoder are trained, and from when on."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vissl_lite.encoders.encoder import build_encoder
+from vissl_lite.errors import UserError
+from vissl_lite.pretext.byol import BYOL
+from vissl_lite.pretext.moco_v3 import MoCoV3
+from vissl_lite.training.freezing import FrozenParts, check_parts, select_parameters, train_only
+from vissl_lite.training.schedule import Schedule
+
+
+@pytest.mark.parametrize("backbone", ["test_vit", "test_resnet"])
+def test_all_is_every_parameter(backbone: str) -> None:
+    encoder = build_encoder(backbone, 32)
+    assert select_parameters(encoder, "all") == set(dict(encoder.model.named_parameters()))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "parts", "first_trained", "last_frozen"),
+    [
+        ("test_vit", "blocks:2", "blocks.4.norm1.weight", "blocks.3.mlp.fc2.bias"),
+        ("test_resnet", "blocks:1", "layer4.0.conv1.weight", "layer3.0.downsample.2.bias"),
+        # a final norm of its own is not a block, and is trained
+        ("convnext_atto", "blocks:1", "stages.3.downsample.0.weight", "stages.2.blocks.5.gamma"),
+    ],
+)
+def test_the_last_blocks_and_what_follows_them(
+    backbone: str, parts: str, first_trained: str, last_frozen: str
+) -> None:
+    encoder = build_encoder(backbone, 32)
+    names = list(dict(encoder.model.named_parameters()))
+    chosen = select_parameters(encoder, parts)
+    assert first_trained in chosen
+    assert last_frozen in names
+    assert last_frozen not in chosen
+    assert chosen == set(names[names.index(first_trained) :])
+
+
+def test_norms_are_scales_and_shifts_alone() -> None:
+    vit = select_parameters(build_encoder("test_vit", 32), "norms")
+    assert vit == {
+        f"{place}.{name}"
+        for place in ("norm", *(f"blocks.{i}.norm{k}" for i in range(6) for k in (1, 2)))
+        for name in ("weight", "bias")
+    }
+    cnn = build_encoder("resnet18", 32)
+    shapes = {cnn.model.get_parameter(name).ndim for name in select_parameters(cnn, "norms")}
+    assert shapes == {1}
+
+
+@pytest.mark.parametrize(
+    ("backbone", "place"),
+    [("test_vit", "blocks.0."), ("swin_tiny_patch4_window7_224", "layers.0.blocks.0.")],
+)
+def test_attention_projections(backbone: str, place: str) -> None:
+    chosen = select_parameters(build_encoder(backbone, 224), "attn_proj")
+    first = {name for name in chosen if name.startswith(place)}
+    assert first == {f"{place}attn.proj.weight", f"{place}attn.proj.bias"}
+    assert all(name.split(".")[-3:-1] == ["attn", "proj"] for name in chosen)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ("attn_proj", "test_resnet has no attention layers"),
+        ("blocks:5", "test_resnet has 4 blocks or stages"),
+    ],
+)
+def test_parts_that_a_backbone_lacks(parts: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        select_parameters(build_encoder("test_resnet", 32), parts)
+
+
+@pytest.mark.parametrize("parts", ["blocks", "blocks:0", "blocks:-1", "heads", ""])
+def test_parts_that_do_not_exist(parts: str) -> None:
+    with pytest.raises(UserError, match="is not all, blocks:N"):
+        check_parts(parts)
+
+
+def test_what_a_pretext_has_frozen_stays_frozen() -> None:
+    task = MoCoV3(build_encoder("test_vit", 32))
+    train_only(task.encoder, "all")
+    assert not task.encoder.model.patch_embed.proj.weight.requires_grad
+
+
+class Steps:
+    """Optimizer steps of BYOL, whose teacher is a moving average, on random images."""
+
+    def __init__(self, parts: str, freeze_share: float, backbone: str = "test_resnet") -> None:
+        torch.manual_seed(0)
+        self.task = BYOL(build_encoder(backbone, 32))
+        train_only(self.task.encoder, parts)
+        self.schedule = Schedule(0.1, 0.0, 0, batches=10)
+        self.callback = FrozenParts(self.schedule, self.task.encoder, freeze_share)
+        self.optimizer: Any = self.task.configure_optimizers()
+        self.trainer: Any = SimpleNamespace(
+            world_size=1, global_rank=0, optimizers=[self.optimizer]
+        )
+        self.task.train()
+
+    def step(self, number: int) -> None:
+        self.schedule.batches = number
+        batch: Any = SimpleNamespace(views=[torch.randn(4, 3, 32, 32) for _ in range(2)])
+        for callback in (self.schedule, self.callback):
+            callback.on_train_batch_start(self.trainer, self.task, batch, 0)
+        self.task.loss(batch.views).backward()
+        self.callback.on_before_optimizer_step(self.trainer, self.task, self.optimizer)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.task.after_step()
+
+    def changes(self, module: nn.Module, number: int) -> set[str]:
+        """Tensors of a module that a step changes."""
+        before = {name: value.clone() for name, value in module.state_dict().items()}
+        self.step(number)
+        after: dict[str, Tensor] = module.state_dict()
+        return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_heads_are_trained_first_and_the_encoder_waits_with_its_statistics() -> None:
+    steps = Steps("all", freeze_share=0.2)
+    encoders = nn.ModuleList([steps.task.encoder, steps.task.teacher_encoder])
+    assert steps.changes(encoders, 0) == set()
+    assert steps.changes(steps.task.predictor, 1)
+    changed = steps.changes(encoders, 2)
+    statistics = {name for name in encoders.state_dict() if "running" in name}
+    assert statistics < changed
+    assert {"0.model.conv1.0.weight", "1.model.conv1.0.weight"} < changed
+
+
+def test_frozen_blocks_keep_their_statistics_in_the_teacher_too() -> None:
+    steps = Steps("blocks:1", freeze_share=0.0)
+    encoder, teacher = steps.task.encoder, steps.task.teacher_encoder
+    for module in (encoder, teacher):
+        changed = steps.changes(module, 1)
+        assert {name.split(".")[1] for name in changed} == {"layer4"}
+        assert {
+            name for name in encoder.state_dict() if "layer4" in name and "running" in name
+        } < changed
+
+
+def test_a_frozen_encoder_has_no_state_in_the_optimizer() -> None:
+    steps = Steps("all", freeze_share=0.5)
+    steps.step(0)
+    weights = list(steps.task.encoder.parameters())
+    assert not any(weight in steps.optimizer.state for weight in weights)
+    assert any(weight in steps.optimizer.state for weight in steps.task.predictor.parameters())
+
+
+def test_without_norms_of_batches_only_the_chosen_weights_move() -> None:
+    steps = Steps("norms", freeze_share=0.0, backbone="test_vit")
+    chosen = {f"model.{name}" for name in select_parameters(steps.task.encoder, "norms")}
+    assert steps.changes(steps.task.encoder, 0) == chosen
