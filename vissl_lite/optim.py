@@ -120,6 +120,12 @@ def build_optimizer(
     return optimizer
 
 
+def default_layer_decay(model: nn.Module) -> float:
+    """Layer-wise decay for pre-trained weights of a timm model; see ``OptimizerSettings``."""
+    plain = hasattr(model, "patch_embed") and hasattr(model, "blocks")
+    return VIT_LAYER_DECAY if plain else 1.0
+
+
 def _layer_scales(model: nn.Module, decay: float | None) -> dict[str, float]:
     """Factor on the learning rate of each parameter of a timm model; empty for 1.
 
@@ -127,8 +133,7 @@ def _layer_scales(model: nn.Module, decay: float | None) -> dict[str, float]:
     blocks differ in number: a ResNet-50 and a ResNet-18 have the same six layers.
     """
     if decay is None:
-        plain = hasattr(model, "patch_embed") and hasattr(model, "blocks")
-        decay = VIT_LAYER_DECAY if plain else 1.0
+        decay = default_layer_decay(model)
     matcher = getattr(model, "group_matcher", None)
     if decay == 1 or matcher is None:
         return {}

@@ -24,11 +24,18 @@ from vissl_lite.errors import (
     check_hyperparameters,
     check_image_size,
     check_positive,
+    check_positive_share,
     check_seed,
     check_warmup,
     did_you_mean,
 )
-from vissl_lite.optim import LARGEST_RATE, OptimizerSettings, canonical_optimizer, check_rates
+from vissl_lite.optim import (
+    LARGEST_RATE,
+    OptimizerSettings,
+    canonical_optimizer,
+    check_rates,
+    default_layer_decay,
+)
 from vissl_lite.options import (
     OptionRow,
     Options,
@@ -54,6 +61,10 @@ MAX_ACCUMULATION = 100_000
 
 # Share of a run from pre-trained weights in which the heads are trained alone.
 FREEZE_SHARE = 0.05
+
+# Factor on the default learning rates of the pretexts, which are for random weights. A choice that
+# was not measured on several data sets.
+PRETRAINED_LR_FACTOR = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,12 +136,20 @@ class PretrainOptions(Options, ImageSettings):
     """timm optimizer. Default: that of the pretext."""
     lr: float | None = None
     """Peak learning rate. Default: that of the pretext, scaled to the batch size by the pretext's
-    own rule."""
+    own rule; a tenth of it with pre-trained weights."""
     base_lr: float | None = None
     """Peak learning rate for a batch of 256 images, as given in papers. It is scaled linearly with
     the batch size. Use instead of --lr."""
     weight_decay: float | None = None
     """Weight decay. Default: that of the pretext."""
+    layer_decay: float | None = None
+    """Factor by which the learning rate decreases from each layer of the encoder (a block of a ViT,
+    a stage of other backbones) to the one below it. Default: 0.75 for plain ViTs with pre-trained
+    weights, otherwise 1 (no decrease)."""
+    ema: float | None = None
+    """Momentum of an exponential moving average of the encoder's weights, such as 0.999; the run
+    then saves the average instead of the weights of the last step. Default: no average. Pretexts
+    that save a momentum teacher have one already."""
     warmup: float = 0.1
     """Fraction of the training used for learning rate warmup."""
     on_collapse: Literal["warn", "stop"] = "warn"
@@ -184,6 +203,8 @@ class PretrainOptions(Options, ImageSettings):
             )
         check_warmup("warmup", self.warmup)
         check_warmup("freeze_share", self.freeze_share)
+        check_positive_share("layer_decay", self.layer_decay)
+        check_warmup("ema", self.ema)
         check_parts(self.train)
         if self.encoder is None:
             for name, frozen in (
@@ -215,6 +236,11 @@ class PretrainOptions(Options, ImageSettings):
     def pretrained(self) -> bool:
         """Whether the training starts from pre-trained weights."""
         return self.encoder is not None and not os.fspath(self.encoder).startswith("random:")
+
+    @property
+    def default_rate(self) -> bool:
+        """Whether the learning rate is that of the pretext."""
+        return self.lr is None and self.base_lr is None
 
     @property
     def frozen_share(self) -> float:
@@ -302,6 +328,8 @@ class PretrainOptions(Options, ImageSettings):
             _check_resizing(task)
         if self.token_drop and self.token_drop != "auto":
             _check_token_drop(task)
+        if self.ema is not None:
+            task.average_encoder(self.ema)
         return task
 
     def resizes(self, task: PretextTask, steps_per_epoch: int) -> bool:
@@ -334,7 +362,7 @@ class PretrainOptions(Options, ImageSettings):
         """Optimizer settings for a task; ``batch_size`` is the number of images per step."""
         settings = task.optimizer_settings
         name = self.optimizer or settings.name
-        if name != settings.name and self.lr is None and self.base_lr is None:
+        if name != settings.name and self.default_rate:
             raise UserError(
                 f"--optimizer {name} needs an --lr: the default {settings.lr} of {task.info.name} "
                 f"is for {settings.name}"
@@ -343,7 +371,12 @@ class PretrainOptions(Options, ImageSettings):
             settings = replace(settings, lr=self.base_lr, scaling="linear")
         decay = settings.weight_decay if self.weight_decay is None else self.weight_decay
         lr = self.lr or settings.scaled_lr(batch_size)
-        return replace(settings, name=name, lr=lr, weight_decay=decay)
+        if self.default_rate and self.pretrained:
+            lr *= PRETRAINED_LR_FACTOR
+        layer_decay = self.layer_decay
+        if layer_decay is None:
+            layer_decay = default_layer_decay(task.encoder.model) if self.pretrained else 1.0
+        return replace(settings, name=name, lr=lr, weight_decay=decay, layer_decay=layer_decay)
 
 
 # Runs of at least so many steps or seconds are long enough for views to grow in, from a side of at

@@ -16,6 +16,7 @@ from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings, build_optimizer, clip_gradients
 from vissl_lite.plots import Picture
+from vissl_lite.pretext.modules.ema import average_buffers, ema_update, make_teacher
 from vissl_lite.training.processes import trainer_of
 from vissl_lite.training.sharding import UnshardedCopy, is_sharded, shard_module
 
@@ -103,8 +104,17 @@ class PretextTask(pl.LightningModule, ABC):
         super().__init__()
         check_backbone(self.info, encoder)
         self.encoder = encoder
+        self.average: Encoder | None = None
+        self.average_momentum = 0.0
         self.progress = 0.0
         self._unsharded = UnshardedCopy()
+
+    def prepare(self, images: int) -> None:
+        """Prepare for a data set, before the training; few tasks depend on its size.
+
+        Args:
+            images: Number of training images.
+        """
 
     @abstractmethod
     def views(self, upright: bool = True) -> Views:
@@ -150,8 +160,44 @@ class PretextTask(pl.LightningModule, ABC):
         """Run after every optimizer step, for example to update a momentum teacher."""
 
     def trained_encoder(self) -> Encoder:
-        """Return the encoder that a run saves; methods with a momentum teacher may return it."""
-        return self.encoder
+        """Return the encoder that a run saves: the moving average if there is one.
+
+        Methods with a momentum teacher may return that.
+        """
+        return self.encoder if self.average is None else self.average
+
+    def average_encoder(self, momentum: float) -> None:
+        """Keep an exponential moving average of the encoder, which a run then saves.
+
+        To be called before the training.
+
+        Args:
+            momentum: Largest momentum, in [0, 1); see ``update_average``.
+
+        Raises:
+            UserError: The task saves a momentum teacher.
+        """
+        if type(self).trained_encoder is not PretextTask.trained_encoder:
+            raise UserError(
+                f"--ema {momentum}: a run of {self.info.name} saves its momentum teacher, which is "
+                f"a moving average already: leave --ema out"
+            )
+        self.average, self.average_momentum = make_teacher(self.encoder), momentum
+
+    def update_average(self, step: int) -> None:
+        """Update the moving average of the encoder, if there is one.
+
+        The momentum grows with the number of steps, as in TensorFlow's
+        ``ExponentialMovingAverage``, so that the first weights are soon forgotten.
+
+        Args:
+            step: Number of the optimizer step, from 0.
+        """
+        if self.average is None:
+            return
+        momentum = min(self.average_momentum, (1 + step) / (10 + step))
+        ema_update(self.average, self.encoder, momentum)
+        average_buffers(self.average, self.encoder, momentum)
 
     def unsharded(self) -> "PretextTask":
         """Return the task with its full weights in the main process; all processes must call it.
@@ -182,7 +228,10 @@ class PretextTask(pl.LightningModule, ABC):
         self.log(name, value)
 
     def configure_optimizers(self) -> Optimizer:
-        return build_optimizer(self, self.optimizer_settings)
+        # With the timm model, position embeddings do not decay either; from random weights they do,
+        # as in DINO.
+        encoder = None if self.optimizer_settings.layer_decay == 1 else self.encoder.model
+        return build_optimizer(self, self.optimizer_settings, encoder)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if self.optimizer_settings.clip_norm:
@@ -198,6 +247,7 @@ class PretextTask(pl.LightningModule, ABC):
         super().optimizer_step(*args, **kwargs)
         self.zero_grad()  # Free the memory before the next forward pass.
         self.after_step()
+        self.update_average(self.global_step)
 
 
 def check_backbone(info: PretextInfo, encoder: Encoder) -> None:

@@ -3,6 +3,7 @@
 import copy
 from typing import TypeVar
 
+import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -33,3 +34,21 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """
     update = get_ema_multi_avg_fn(momentum)
     update(list(teacher.parameters()), list(student.parameters()), None)
+
+
+@torch.no_grad()
+def average_buffers(average: nn.Module, network: nn.Module, momentum: float) -> None:
+    """Update the buffers of a moving average that is never trained itself.
+
+    Its BatchNorms see no batches, so their running statistics are averaged like its parameters.
+
+    Args:
+        average: Copy of the network by ``make_teacher``.
+        network: Network of the same structure.
+        momentum: M, in [0, 1].
+    """
+    for mean, value in zip(average.buffers(), network.buffers(), strict=True):
+        if mean.is_floating_point():
+            mean.lerp_(value, 1 - momentum)
+        else:
+            mean.copy_(value)
