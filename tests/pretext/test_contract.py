@@ -49,7 +49,9 @@ SHARP = {
 def make_task(name: str, backbone: str, **options: Any) -> PretextTask:
     torch.manual_seed(0)
     size = 64 if backbone == "test_vit" and pretext_class(name).info.family == "masked" else 32
-    return pretext_class(name)(build_encoder(backbone, size), **options)
+    task = pretext_class(name)(build_encoder(backbone, size), **options)
+    task.prepare(images=24)
+    return task
 
 
 def make_batch(task: PretextTask, photos: Path, first: int = 0) -> Batch:
@@ -71,12 +73,13 @@ def test_views_that_grow_can_be_learned_from_at_each_size(
     name: str, backbone: str, photos: Path
 ) -> None:
     task = pretext_class(name)(build_encoder(backbone, 64))
+    task.prepare(images=24)
     batch = make_batch(task, photos)
     for share in (0.5, 0.75, 1.0):
         fitting = task.encoder.fitting_size
         small = [shrink(view, fitting(view.shape[-1] * share)) for view in batch.views]
         assert small[0].shape[-1] == 64 * share
-        loss = task.loss([task.encoder.normalize(view) for view in small])
+        loss = task.training_step(batch._replace(views=small), 0)
         loss.backward()
         assert loss.isfinite()
 
@@ -205,6 +208,7 @@ def test_everything_that_a_resumed_run_needs_is_in_the_state(
         task.after_step()
     torch.manual_seed(5)
     other = pretext_class(name)(build_encoder(backbone, task.encoder.image_size))
+    other.prepare(images=24)
     other.load_state_dict(task.state_dict())
     torch.manual_seed(6)
     expected = task.training_step(make_batch(task, photos, 12), 0)
@@ -237,6 +241,7 @@ IMPOSSIBLE = {
     "jitter": -1, "mask_unit": 5, "gray": 1.5, "masked": 0.0, "epsilon": 0.0,
     "sinkhorn_iterations": 0, "targets": 0, "predictor_width": 33, "dense_weight": 2.0,
     "tile_features": 0, "cell_size": 1, "uniform": 0.0, "predictor_depth": -1,
+    "label_smoothing": 1.0,
 }  # fmt: skip
 
 

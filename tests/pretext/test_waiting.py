@@ -52,6 +52,7 @@ def test_a_step_waits_for_nothing(name: str, photos: Path) -> None:
     kind = pretext_class(name).info.backbones
     backbone = "test_vit" if kind in ("ViT", "patches") else "test_resnet"
     task = pretext_class(name)(build_encoder(backbone, 64))
+    task.prepare(images=24)
     dataset = ViewDataset(find_images([photos]), task.views(), seed=0)
     keys: list[Key] = [(0, index) for index in range(8)]
     batch = collate([dataset[key] for key in keys])

@@ -29,6 +29,7 @@ def train(name: str, photos: Path) -> None:
     backbone = BACKBONES[PRETEXTS[name].info.backbones]
     size = 64 if backbone == "test_vit" else 32
     task = pretext_class(name)(build_encoder(backbone, size))
+    task.prepare(images=24)
     schedule = Schedule(task.optimizer_settings.lr, 0.0, seed=0, batches=2)
     dataset = ViewDataset(find_images([photos]), task.views(), seed=0)
     data = StreamData(dataset, 12, 1, schedule, workers=0)

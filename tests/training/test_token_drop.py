@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vissl_lite.data.stream import Batch
 from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.pretext import PRETEXTS, pretext_class
 from vissl_lite.pretext.base import PretextTask
@@ -105,10 +106,11 @@ def test_nothing_of_it_is_in_the_weights_or_stays_in_the_model() -> None:
 def test_pretexts_that_take_it_learn_from_some_tokens(name: str) -> None:
     torch.manual_seed(0)
     task = pretext_class(name)(build_encoder("vit_slim_patch4_32", 32))
+    task.prepare(images=4)
     steps, seen = Steps(task, share=0.5), tokens_seen(task.encoder)
-    views = [torch.randn(4, 3, 32, 32) for _ in range(len(task.views()))]
+    views = [torch.randint(256, (4, 3, 32, 32)) for _ in range(len(task.views()))]
     steps.start(1, views)
-    loss = task.loss(views)
+    loss = task.training_step(Batch(views, torch.arange(4), [], []), 0)
     loss.backward()
     assert loss.isfinite()
     assert set(seen) == {32 + task.encoder.model.num_prefix_tokens}

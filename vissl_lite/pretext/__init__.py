@@ -6,6 +6,7 @@ from vissl_lite.pretext.base import PretextTask
 from vissl_lite.pretext.byol import BYOL
 from vissl_lite.pretext.colorization import Colorization
 from vissl_lite.pretext.densecl import DenseCL
+from vissl_lite.pretext.diet import DIET
 from vissl_lite.pretext.dino import DINO
 from vissl_lite.pretext.ibot import IBOT
 from vissl_lite.pretext.ijepa import IJEPA
@@ -36,6 +37,7 @@ PRETEXTS: dict[str, type[PretextTask]] = {
         Jigsaw,
         Colorization,
         Inpainting,
+        DIET,
         SimCLR,
         MoCo,
         MoCoV3,

@@ -1,0 +1,78 @@
+"""DIET: tell each training image from all others, by a classifier with one class per image.
+
+Ibrahim, Klindt & Balestriero 2024, "Occam's Razor for Self Supervised Learning: What is Sufficient
+to Learn Good Representations?", arXiv 2406.10743; from pre-trained weights and with few images:
+Rodas, Montesino, Ambsdorf, Klindt & Balestriero 2025, "DIET-CP: Lightweight and Data Efficient Self
+Supervised Continued Pretraining", arXiv 2509.06990.
+"""
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from vissl_lite.data.stream import Batch
+from vissl_lite.data.views import Views, crop_decode_size, distorted_crop
+from vissl_lite.encoders.encoder import Encoder
+from vissl_lite.errors import check_warmup
+from vissl_lite.optim import OptimizerSettings
+from vissl_lite.pretext.base import PretextInfo, PretextTask
+
+
+class DIET(PretextTask):
+    """DIET.
+
+    The classifier has a row of weights for each training image, so it is for sets of hundreds or
+    thousands of images. ``--freeze_share`` and ``--train blocks:2`` do what DIET-CP does: first the
+    classifier is trained alone, then the last blocks of the encoder with it.
+
+    Args:
+        encoder: Encoder to train.
+        label_smoothing: Share of the target that is spread over all images, in [0, 1); 0.3 as in
+            DIET-CP (DIET from random weights uses 0.8).
+        min_crop_scale: Smallest fraction of the image area in the view.
+        color: Strength of the color distortion; default 1, 0.5 for images below 64 pixels.
+    """
+
+    info = PretextInfo(
+        name="diet",
+        family="predictive",
+        views="1",
+        paper="Ibrahim et al. 2024, arXiv 2406.10743; DIET-CP 2509.06990",
+        use="hundreds or thousands of images, from pre-trained weights",
+        any_size=True,
+        token_drop=True,
+    )
+    # As of the other pretexts that classify; DIET uses 1e-3 for batches of 256 and long runs.
+    optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=0.05, scaling="sqrt")
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        label_smoothing: float = 0.3,
+        min_crop_scale: float = 0.2,
+        color: float | None = None,
+    ) -> None:
+        super().__init__(encoder)
+        check_warmup("pretext.label_smoothing", label_smoothing)
+        self.label_smoothing = label_smoothing
+        self.min_crop_scale, self.color = min_crop_scale, color
+        self.head: nn.Linear
+        self._indices: Tensor  # (B,) numbers of the images of the current batch
+
+    def prepare(self, images: int) -> None:
+        self.head = nn.Linear(self.encoder.num_features, images, bias=False)
+
+    def views(self, upright: bool = True) -> Views:
+        size = self.encoder.image_size
+        crop = distorted_crop(size, self.min_crop_scale, self.color, upright=upright)
+        return Views([crop], shortest=crop_decode_size(size, self.min_crop_scale))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self._indices = batch.indices
+        return super().training_step(batch, batch_idx)
+
+    def loss(self, views: list[Tensor]) -> Tensor:
+        logits = self.head(self.encoder(views[0])).float()
+        with torch.no_grad():
+            self.measure("accuracy", (logits.argmax(dim=1) == self._indices).float().mean())
+        return F.cross_entropy(logits, self._indices, label_smoothing=self.label_smoothing)
