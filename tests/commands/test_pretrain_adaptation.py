@@ -1,5 +1,6 @@
 """``vissl-lite pretrain`` from pre-trained weights through the command line."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,12 @@ from safetensors.torch import load_file
 
 from vissl_lite.cli import main
 from vissl_lite.commands.pretrain_options import PretrainOptions
-from vissl_lite.encoders.encoder import build_encoder
+from vissl_lite.encoders.encoder import Encoder, build_encoder
 from vissl_lite.encoders.folder import save_encoder
-from vissl_lite.training.checkpoints import Checkpoints
+from vissl_lite.evaluation.online import ONLINE_METRICS, EncoderMetrics
+from vissl_lite.optim import OptimizerSettings
+from vissl_lite.pretext.simclr import SimCLR
+from vissl_lite.training.checkpoints import Checkpoints, read_checkpoint
 from vissl_lite.training.schedule import Schedule
 
 SMALL = ["--image_size", 32, "--batch_size", 8, "--num_workers", 0]
@@ -87,6 +91,62 @@ def test_resume_while_the_encoder_is_frozen_and_after(
     assert_equal_weights(tmp_path / "whole" / "encoder", tmp_path / "resumed" / "encoder")
 
 
+@pytest.mark.slow
+def test_an_average_of_the_encoder_is_what_is_saved_also_after_a_resume(
+    start: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--data", photos, "--encoder", start, *SMALL, "--epochs", 2, "--ema", 0.9]
+    assert run(*options, "--out", tmp_path / "whole") == 0
+    interrupted(monkeypatch, 4, *options, "--out", tmp_path / "resumed")
+    saved = weights(tmp_path / "whole" / "encoder")
+    state = read_checkpoint(tmp_path / "whole" / "checkpoints" / "last.ckpt")["state_dict"]
+    for name in ("conv1.0.weight", "bn1.running_mean"):
+        assert torch.equal(saved[name], state[f"average.model.{name}"])
+        assert not torch.equal(saved[name], state[f"encoder.model.{name}"])
+    assert_equal_weights(tmp_path / "whole" / "encoder", tmp_path / "resumed" / "encoder")
+
+
+def test_an_average_follows_the_encoder_more_slowly_with_each_step() -> None:
+    options = PretrainOptions(data="images", out="run", ema=0.5)
+    task = options.task(build_encoder("test_resnet", 32))
+    followed = []
+    for step in (0, 3, 100):
+        with torch.no_grad():
+            task.encoder.model.bn1.bias.fill_(1.0)
+            task.average.model.bn1.bias.fill_(0.0)
+        task.update_average(step)
+        followed.append(task.average.model.bn1.bias[0].item())
+    assert followed == pytest.approx([0.9, 9 / 13, 0.5])
+
+
+def test_gentle_rates_where_weights_are_pre_trained() -> None:
+    def settings(backbone: str = "test_vit", **given: object) -> OptimizerSettings:
+        options = PretrainOptions(data="images", out="run", **given)  # type: ignore[arg-type]
+        return options.optimizer_settings(options.task(build_encoder(backbone, 32)), 256)
+
+    assert settings().lr == pytest.approx(SimCLR.optimizer_settings.lr)
+    assert settings(encoder="random:test_vit") == settings()
+    assert settings(encoder="runs/a").lr == pytest.approx(settings().lr / 10)
+    assert (
+        settings(encoder="runs/a", lr=0.3).lr == settings(encoder="runs/a", base_lr=0.3).lr == 0.3
+    )
+    assert settings().layer_decay == 1
+    assert settings(encoder="runs/a").layer_decay == 0.75
+    assert settings("test_resnet", encoder="runs/a").layer_decay == 1
+    assert settings(encoder="runs/a", layer_decay=0.9).layer_decay == 0.9
+
+
+def test_layer_decay_is_that_of_the_encoder_alone() -> None:
+    options = PretrainOptions(data="images", out="run", encoder="runs/a", layer_decay=0.5)
+    task = options.task(build_encoder("test_vit", 32))
+    task.optimizer_settings = options.optimizer_settings(task, 256)
+    groups = task.configure_optimizers().param_groups
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    blocks = task.encoder.model.blocks
+    assert [scale[id(block.norm1.weight)] for block in blocks[-3:]] == [0.25, 0.5, 1.0]
+    assert {scale[id(parameter)] for parameter in task.head.parameters()} == {1.0}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -94,6 +154,9 @@ def test_resume_while_the_encoder_is_frozen_and_after(
         (["--freeze_share", 0.1], "--freeze_share 0.1 freezes weights that are random"),
         (["--train", "heads"], "--train heads is not all, blocks:N"),
         (["--freeze_share", 1], "--freeze_share 1 is not a share"),
+        (["--ema", 1], "--ema 1 is not a share"),
+        (["--layer_decay", 0], "--layer_decay 0 is not a share"),
+        (["--ema", 0.9, "--pretext", "dino"], "dino saves its momentum teacher"),
         (["--encoder", "random:test_resnet", "--train", "attn_proj"], "has no attention layers"),
     ],
 )
@@ -116,3 +179,33 @@ def test_heads_go_first_where_weights_are_pre_trained() -> None:
     assert share(encoder="runs/a") == share(encoder="timm:resnet18") == 0.05
     assert share(encoder="runs/a", freeze_share=0) == 0
     assert share() == share(encoder="random:resnet18") == 0
+
+
+def test_diet_has_a_class_for_each_image(start: Path, photos: Path, tmp_path: Path) -> None:
+    options = ["--data", photos, "--encoder", start, *SMALL, "--epochs", 1, "--train", "blocks:2"]
+    assert run(*options, "--pretext", "diet", "--out", tmp_path) == 0
+    state = read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["state_dict"]
+    assert len(state["head.weight"]) == 24
+    changed = changes(start, tmp_path / "encoder")
+    assert {name.split(".")[0] for name in changed} == {"layer3", "layer4"}
+
+
+@pytest.mark.slow
+def test_weights_that_have_become_worse_are_a_warning_of_the_run(
+    start: Path, photos: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = weights(start)["conv1.0.weight"]
+
+    def measure(self: EncoderMetrics, encoder: Encoder, counts: object) -> dict[str, float]:
+        untouched = torch.equal(encoder.model.conv1[0].weight, first)
+        knn = 0.9 if untouched else 0.2
+        return dict.fromkeys(ONLINE_METRICS, 1.0) | {"effective_rank": 9.0, "knn": knn}
+
+    monkeypatch.setattr(EncoderMetrics, "__call__", measure)
+    options = ["--data", photos, "--encoder", start, *SMALL, "--epochs", 1]
+    assert run(*options, "--probe_data", labelled, "--out", tmp_path) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (results["before"]["knn"], results["knn"]) == (0.9, 0.2)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert [one["code"] for one in record["warnings"]] == ["features.forgotten"]
+    assert "This is a weak hint" in (tmp_path / "log.txt").read_text()

@@ -13,7 +13,11 @@ import torch
 from vissl_lite import __version__
 from vissl_lite.commands.labelled import show_data
 from vissl_lite.commands.pretrain_data import TrainingImages, find_training_images
-from vissl_lite.commands.pretrain_options import PretrainOptions, make_encoder
+from vissl_lite.commands.pretrain_options import (
+    PRETRAINED_LR_FACTOR,
+    PretrainOptions,
+    make_encoder,
+)
 from vissl_lite.data.cache import CachePlan, forks_workers, plan_cache
 from vissl_lite.data.fingerprints import Fingerprints
 from vissl_lite.data.image_reader import ImageReader
@@ -24,6 +28,7 @@ from vissl_lite.data.views import Views
 from vissl_lite.encoders import backbones
 from vissl_lite.encoders.folder import choose_slice_axis, save_encoder
 from vissl_lite.errors import UserError
+from vissl_lite.evaluation.adaptation_monitor import AdaptationMonitor
 from vissl_lite.evaluation.online import (
     ONLINE_METRICS,
     EncoderMetrics,
@@ -201,6 +206,7 @@ def _prepare(options: PretrainOptions, resume: bool) -> _Training:
             "themselves, or a --value_range for all"
         )
     task = options.task(encoder)
+    task.prepare(count)
     train_only(encoder, options.train)
     views = task.views(options.upright)
     task.optimizer_settings = options.optimizer_settings(
@@ -237,6 +243,14 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
         settings.name,
         settings.lr,
     )
+    if options.pretrained:
+        log.info(
+            "The weights are pre-trained: the learning rate is %s, layer decay is %.3g",
+            f"{PRETRAINED_LR_FACTOR:g} times the default for random weights"
+            if options.default_rate
+            else "the one that was given",
+            settings.layer_decay,
+        )
     if labelled is not None:
         show_data(labelled)
     if accumulate > 1:
@@ -281,8 +295,9 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
         resolution = partial(resolution_of, schedule=schedule)
     dataset = images.source(views, options.seed, cache, reader, smaller)
     stream = StreamData(dataset, size, epochs, schedule, hardware.workers(), None, resolution)
+    compute = EncoderMetrics(paths, labelled, options.seed, options.upright)
     online = OnlineEvaluation(
-        EncoderMetrics(paths, labelled, options.seed, options.upright),
+        compute,
         stream,
         schedule,
         stop_on_collapse=options.on_collapse == "stop",
@@ -292,6 +307,9 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
         online,
         FingerprintCallback(run, stream, schedule, training.fingerprints),
     ]
+    adaptation = AdaptationMonitor(compute, online, schedule, task.encoder)
+    if options.pretrained:
+        callbacks.append(adaptation)
     if options.progressive_resizing:
         callbacks.append(ProgressiveResizing(schedule, task.encoder, stream.sides))
     dropped = options.dropped_tokens(task)
@@ -324,6 +342,7 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
     if cache is not None and trainer.is_global_zero:
         cache.remove()
     online.finish(trainer, task)  # also evaluates a run that was resumed after its last step
+    adaptation.finish()
     task = task.unsharded()
     encoder, spent = run / "encoder", schedule.elapsed()
     if not trainer.is_global_zero:
@@ -346,6 +365,7 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
     result = PretrainResult(run, encoder, last | online.metrics, schedule.steps, spent)
     results = {
         **result.metrics,
+        **({"before": adaptation.before} if adaptation.before else {}),
         "steps": result.steps,
         "epochs": schedule.batches / stream.batches_per_epoch,
         "seconds": round(result.seconds, 1),

@@ -149,17 +149,26 @@ class EncoderMetrics:
         Raises:
             UserError: None of the images can be read.
         """
-        features, self._unlabelled = _extract(encoder, self._unlabelled, counts.unlabelled)
+        metrics = self.spread(encoder, counts.unlabelled)
         one, other = self.embed_views(encoder, counts.unlabelled)
-        metrics = {
-            "feature_std": feature_std(features),
-            "effective_rank": effective_rank(features),
-            "alignment": alignment(one, other),
-            "uniformity": uniformity(features),
-        }
+        metrics["alignment"] = alignment(one, other)
         if len(self._val):
             metrics |= self._accuracies(encoder, counts)
-        return metrics
+        return {name: metrics[name] for name in ONLINE_METRICS if name in metrics}
+
+    def spread(self, encoder: Encoder, count: int) -> dict[str, float]:
+        """``feature_std``, ``effective_rank`` and ``uniformity`` of unlabelled images.
+
+        Args:
+            encoder: Encoder, which is left as it is.
+            count: Number of images.
+        """
+        features, self._unlabelled = _extract(encoder, self._unlabelled, count)
+        return {
+            "feature_std": feature_std(features),
+            "effective_rank": effective_rank(features),
+            "uniformity": uniformity(features),
+        }
 
     def embed_views(self, encoder: Encoder, count: int) -> list[np.ndarray]:
         """Features of two views of each unlabelled image, ``(N, D)`` each; always the same views.
@@ -218,6 +227,7 @@ class OnlineEvaluation(Callback):
 
     Attributes:
         metrics: Values of the last evaluation, by name.
+        counts: Images in an evaluation; None before the first one.
         collapsed: Whether they showed a collapse.
         stopped: Whether that ended the run.
         seconds: Duration of all evaluations so far.
@@ -235,7 +245,7 @@ class OnlineEvaluation(Callback):
         self._stop_on_collapse = stop_on_collapse
         self.metrics: dict[str, float] = {}
         self.collapsed = self.stopped = False
-        self._counts: ImageCounts | None = None  # None before the first evaluation
+        self.counts: ImageCounts | None = None
         self._at: int | None = None  # batches before the last evaluation in this process
         self._fraction = 0.0  # share of the run before the last evaluation
         self.seconds = 0.0
@@ -305,17 +315,17 @@ class OnlineEvaluation(Callback):
             UserError: At the first evaluation, none of the images can be read.
         """
         started = time.monotonic()
-        first = self._counts is None
+        first = self.counts is None
         self._at, self._fraction = self._schedule.batches, self._schedule.fraction
         scores: dict[str, float] | None = None
         whole: Any = module.unsharded()  # type: ignore[operator]
         if trainer.is_global_zero:
             encoder: Encoder = whole.trained_encoder()
             try:
-                if self._counts is None:
+                if self.counts is None:
                     self._first(encoder)
                 else:
-                    self.metrics = self._compute(encoder, self._counts)
+                    self.metrics = self._compute(encoder, self.counts)
                 for logger in trainer.loggers:
                     logger.log_metrics(self.metrics, step=max(0, self._schedule.steps - 1))
                 self._check_collapse()
@@ -335,8 +345,8 @@ class OnlineEvaluation(Callback):
             self._first_cost = seconds
         else:
             self._cost = seconds
-        self._counts, self.collapsed, self._cost = trainer.strategy.broadcast(
-            (self._counts, self.collapsed, self._cost)
+        self.counts, self.collapsed, self._cost = trainer.strategy.broadcast(
+            (self.counts, self.collapsed, self._cost)
         )
         self._schedule.reserve = self._cost  # the last evaluation is part of a time budget too
         if self._open is not None:
@@ -362,8 +372,8 @@ class OnlineEvaluation(Callback):
         if factor > 1:
             more = ImageCounts(*(int(factor * count) for count in self._compute.fewest))
             self._timed(encoder, more.at_most(self._compute.most))
-        assert self._counts is not None
-        unlabelled, train, val = self._counts
+        assert self.counts is not None
+        unlabelled, train, val = self.counts
         labels = f", {train} labelled to fit to, {val} to score" if val else ""
         log.info("Evaluating the encoder takes %.2f s: %d images%s", self._cost, unlabelled, labels)
         if factor < 1:
@@ -377,7 +387,7 @@ class OnlineEvaluation(Callback):
 
     def _timed(self, encoder: Encoder, counts: ImageCounts) -> None:
         started = time.monotonic()
-        self._counts, self.metrics = counts, self._compute(encoder, counts)
+        self.counts, self.metrics = counts, self._compute(encoder, counts)
         self._cost = time.monotonic() - started
 
     def _check_collapse(self) -> None:
@@ -402,14 +412,14 @@ class OnlineEvaluation(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "counts": list(self._counts or ()),
+            "counts": list(self.counts or ()),
             "seconds": [self.seconds, self._first_cost, self._cost],
             "collapsed": self.collapsed,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         counts = state_dict["counts"]
-        self._counts = ImageCounts(*counts) if counts else None
+        self.counts = ImageCounts(*counts) if counts else None
         self.seconds, self._first_cost, self._cost = state_dict["seconds"]
         self.collapsed = state_dict["collapsed"]
         self._schedule.reserve = self._cost

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from vissl_lite.data.stream import Batch
 from vissl_lite.encoders.encoder import Encoder
-from vissl_lite.errors import UserError
+from vissl_lite.errors import UserError, brief
 from vissl_lite.training.schedule import Schedule
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ def check_parts(parts: str) -> None:
     """Raise a UserError if ``parts`` is not a value of ``--train``; see ``select_parameters``."""
     if not re.fullmatch(r"all|norms|attn_proj|blocks:[1-9]\d{0,3}", parts):
         raise UserError(
-            f"--train {parts} is not all, blocks:N (such as blocks:2), norms or attn_proj"
+            f"--train {brief(parts)} is not all, blocks:N (such as blocks:2), norms or attn_proj"
         )
 
 
@@ -128,12 +128,14 @@ class FrozenParts(Callback):
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         weights = list(self.encoder.parameters())
         trained = sum(one.numel() for one in weights if one.requires_grad)
-        log.info(
-            "%.3g %% of the weights of the encoder are trained, after the first %.3g %% of the "
-            "run, which trains the heads of the pretext alone",
-            100 * trained / sum(one.numel() for one in weights),
-            100 * self.freeze_share,
-        )
+        total = sum(one.numel() for one in weights)
+        log.info("%.3g %% of the weights of the encoder are trained", 100 * trained / total)
+        if self.freeze_share:
+            log.info(
+                "In the first %.3g %% of the run the heads of the pretext are trained alone; "
+                "--freeze_share 0 trains the encoder from the start",
+                100 * self.freeze_share,
+            )
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, batch_idx: int
