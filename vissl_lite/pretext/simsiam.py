@@ -51,7 +51,9 @@ class SimSiam(PretextTask):
         super().__init__(encoder)
         check_sizes(hidden_size=hidden_size, projection_size=projection_size)
         size = projection_size
-        self.projector = ProjectionHead(encoder.num_features, size, size, size, last_norm=True)
+        self.projector = ProjectionHead(
+            encoder.num_features, size, size, size, last_norm=True, last_affine=False
+        )
         self.predictor = ProjectionHead(size, hidden_size, size)
         self.min_crop_scale, self.color = min_crop_scale, color
 
