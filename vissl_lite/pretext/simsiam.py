@@ -38,7 +38,8 @@ class SimSiam(PretextTask):
         any_size=True,
         token_drop=True,
     )
-    optimizer_settings = OptimizerSettings("sgd", lr=0.05, weight_decay=1e-4)  # Section 3.
+    # SGD with momentum, not that of Nesterov (section 3)
+    optimizer_settings = OptimizerSettings("momentum", lr=0.05, weight_decay=1e-4)
 
     def __init__(
         self,
