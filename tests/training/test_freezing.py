@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.pretext.byol import BYOL
+from vissl_lite.pretext.moco import MoCo
 from vissl_lite.pretext.moco_v3 import MoCoV3
 from vissl_lite.training.freezing import FrozenParts, check_parts, select_parameters, train_only
 from vissl_lite.training.schedule import Schedule
@@ -143,6 +144,16 @@ def test_frozen_blocks_keep_their_statistics_in_the_teacher_too() -> None:
         assert {
             name for name in encoder.state_dict() if "layer4" in name and "running" in name
         } < changed
+
+
+def test_a_teacher_that_a_pretext_keeps_in_evaluation_mode_stays_so() -> None:
+    task = MoCo(build_encoder("test_resnet", 32))
+    schedule = Schedule(0.1, 0.0, 0, batches=10)
+    callback, trainer = FrozenParts(schedule, task.encoder, 0.5), SimpleNamespace(optimizers=[])
+    for schedule.fraction in (0.0, 0.6):
+        callback.on_train_batch_start(trainer, task, None, 0)  # type: ignore[arg-type]
+        assert task.encoder.model.bn1.training == (schedule.fraction > 0.5)
+        assert not task.teacher_encoder.model.bn1.training
 
 
 def test_a_frozen_encoder_has_no_state_in_the_optimizer() -> None:

@@ -16,7 +16,7 @@ from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings, build_optimizer, clip_gradients
 from vissl_lite.plots import Picture
-from vissl_lite.pretext.modules.ema import average_buffers, ema_update, make_teacher
+from vissl_lite.pretext.modules.ema import ema_update, make_teacher
 from vissl_lite.training.processes import trainer_of
 from vissl_lite.training.sharding import UnshardedCopy, is_sharded, shard_module
 
@@ -196,8 +196,7 @@ class PretextTask(pl.LightningModule, ABC):
         if self.average is None:
             return
         momentum = min(self.average_momentum, (1 + step) / (10 + step))
-        ema_update(self.average, self.encoder, momentum)
-        average_buffers(self.average, self.encoder, momentum)
+        ema_update(self.average, self.encoder, momentum, norms=True)
 
     def unsharded(self) -> "PretextTask":
         """Return the task with its full weights in the main process; all processes must call it.

@@ -144,11 +144,13 @@ class FrozenParts(Callback):
         if heads_only == self._heads_only:
             return
         self._heads_only = heads_only
+        module.train()  # a pretext may keep a teacher in evaluation mode
         norms = dict(_batch_norms(self.encoder))
         for one in module.modules():
             if isinstance(one, Encoder):  # the encoder, or a teacher of it
                 for name, norm in _batch_norms(one):
-                    norm.train(not (heads_only or _is_frozen(norms[name])))
+                    if heads_only or _is_frozen(norms[name]):
+                        norm.eval()
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Optimizer

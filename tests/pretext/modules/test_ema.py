@@ -1,7 +1,7 @@
 import torch
 
 from vissl_lite.encoders.encoder import build_encoder
-from vissl_lite.pretext.modules.ema import average_buffers, ema_update, make_teacher
+from vissl_lite.pretext.modules.ema import ema_update, make_teacher
 
 
 def test_follow_moves_parameters_by_the_momentum_and_leaves_buffers() -> None:
@@ -19,6 +19,17 @@ def test_follow_moves_parameters_by_the_momentum_and_leaves_buffers() -> None:
     assert (teacher[1].running_mean == 0).all()
 
 
+def test_statistics_of_norms_follow_if_asked_for() -> None:
+    student = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    teacher = make_teacher(student)
+    student(torch.randn(8, 3))
+    ema_update(teacher, student, 0.75, norms=True)
+    torch.testing.assert_close(teacher[1].running_mean, 0.25 * student[1].running_mean)
+    expected = 0.75 + 0.25 * student[1].running_var
+    torch.testing.assert_close(teacher[1].running_var, expected)
+    assert teacher[1].num_batches_tracked == 0
+
+
 def test_a_copied_encoder_is_one_of_its_own() -> None:
     encoder = build_encoder("test_resnet", 32)
     teacher = make_teacher(encoder)
@@ -28,13 +39,3 @@ def test_a_copied_encoder_is_one_of_its_own() -> None:
         next(encoder.parameters()).add_(1.0)
     assert not torch.equal(next(teacher.parameters()), next(encoder.parameters()))
     assert teacher.state_dict().keys() == encoder.state_dict().keys()
-
-
-def test_buffers_of_an_average_follow_by_the_momentum_and_counts_at_once() -> None:
-    network = torch.nn.BatchNorm1d(2)
-    average = make_teacher(network)
-    network(torch.randn(8, 2) + 3)
-    average_buffers(average, network, 0.75)
-    torch.testing.assert_close(average.running_mean, 0.25 * network.running_mean)
-    torch.testing.assert_close(average.running_var, 0.75 + 0.25 * network.running_var)
-    assert average.num_batches_tracked == 1
