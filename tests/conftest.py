@@ -88,6 +88,13 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     return report
 
 
+def required(pretext: str) -> dict[str, str]:
+    """The hyperparameters without which a pretext can't be built: encoders to learn from."""
+    from vissl_lite.pretext import pretext_class
+
+    return dict.fromkeys(pretext_class(pretext).info.encoders, "random:test_resnet")
+
+
 @pytest.fixture(autouse=True)
 def same_random_numbers() -> None:
     """Whatever test ran before."""

@@ -122,8 +122,8 @@ class _Training:
         views: Views of each image.
         batch_size: Number of images per batch, over all devices.
         cache: Plan of the cache of decoded images; None without a cache.
-        fingerprints: Fingerprints of the images that the initial weights were trained on; None if
-            they are unknown.
+        fingerprints: Fingerprints of the images that the initial weights, or a teacher, were
+            trained on; None if they are unknown.
     """
 
     options: PretrainOptions
@@ -149,7 +149,8 @@ def pretrain(options: PretrainOptions) -> PretrainResult:
     """
     started = time.monotonic()
     out = Path(options.out)
-    inputs = [(name, getattr(options, name)) for name in ("data", "encoder", "probe_data")]
+    inputs = [(name, getattr(options, name)) for name in ("data", "probe_data")]
+    inputs += options.sources.items()
     # A job script may pass --resume every time, also for a finished run.
     resume = check_out(out, inputs, options.resume, options.overwrite, "pretrain")
     if resume:
@@ -164,7 +165,7 @@ def pretrain(options: PretrainOptions) -> PretrainResult:
 def _prepare(options: PretrainOptions, resume: bool) -> _Training:
     """Read the data and build the network; raise a UserError if they do not fit together."""
     limit_pixels(options.max_pixels)
-    choose_slice_axis(options.axis, options.encoder)
+    choose_slice_axis(options.axis, *options.sources.values())
     hardware = Hardware(
         options.precision,
         options.devices,
@@ -207,10 +208,12 @@ def _prepare(options: PretrainOptions, resume: bool) -> _Training:
     cache = None
     if options.cache:
         cache = _cache_plan(options, images.paths, views, hardware, encoder.reader)
-    fingerprints = None
-    if options.encoder is not None and Path(options.encoder).is_dir():
+    fingerprints: Fingerprints | None = None
+    for source in filter(os.path.isdir, options.sources.values()):
         # Read now: with --overwrite, the folder may be deleted before the training.
-        fingerprints = seen_by(os.fspath(options.encoder))
+        seen = seen_by(source)
+        if seen is not None:
+            fingerprints = seen if fingerprints is None else fingerprints.join(seen)
     options = options.replace(
         backbone=encoder.backbone,
         image_size=encoder.image_size,

@@ -39,7 +39,8 @@ class PretextInfo:
 
     Attributes:
         name: Name, as given to ``--pretext``.
-        family: Predictive, contrastive, clustering, non-contrastive, self-distilling or masked.
+        family: Predictive, contrastive, clustering, non-contrastive, self-distilling, masked or
+            distilling.
         views: Number of views per image, as text.
         paper: Authors, year and arXiv number.
         use: When to use it, in one line.
@@ -49,6 +50,8 @@ class PretextInfo:
         any_size: Whether views may be smaller than the encoder's image size.
         token_drop: Whether a ViT may see a random part of the patches of a view, as the loss uses
             nothing but pooled features of whole views.
+        encoders: Hyperparameters that name an encoder to learn from, as ``--encoder`` does. They
+            are required.
     """
 
     name: str
@@ -60,6 +63,7 @@ class PretextInfo:
     negatives: bool = False
     any_size: bool = False
     token_drop: bool = False
+    encoders: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
