@@ -142,8 +142,8 @@ class Teacher:
         with torch.random.fork_rng(devices=[]):  # the student's weights must not depend on it
             torch.manual_seed(0)
             encoder = encoder_for(source, image_size)
-        if encoder.reader != student.reader:
-            encoder = adapt_encoder(encoder, student.reader)
+            if encoder.reader != student.reader:
+                encoder = adapt_encoder(encoder, student.reader)
         encoder.to(memory_format=torch.channels_last)
         self.encoder = encoder.eval().requires_grad_(False)
 
