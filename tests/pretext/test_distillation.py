@@ -15,9 +15,12 @@ from tests.conftest import blobs, without_pictures
 from vissl_lite.cli import main
 from vissl_lite.data.fingerprints import Fingerprints
 from vissl_lite.data.image_reader import ImageReader
+from vissl_lite.data.images import find_images
+from vissl_lite.data.stream import Key, ViewDataset, collate
 from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.encoders.folder import save_encoder
 from vissl_lite.errors import UserError
+from vissl_lite.inference import predict_images
 from vissl_lite.pretext.distillation import (
     LARGEST_MAP,
     Distillation,
@@ -285,3 +288,49 @@ def test_a_run_as_teacher(photos: Path, tmp_path: Path, capsys: pytest.CaptureFi
     capsys.readouterr()
     assert pretrain(*distilled, "--out", teacher, "--overwrite") == 2
     assert f"--pretext.teacher {teacher} lies in --out" in capsys.readouterr().err
+
+
+def test_fixed_views_show_the_teacher_each_image_once(photos: Path, tmp_path: Path) -> None:
+    paths = find_images([photos])
+    teacher = str(saved(tmp_path / "teacher"))
+    task = Distillation(
+        build_encoder("test_resnet", 32), teacher, fixed_views=True, queue_size=8
+    ).eval()
+    data = ViewDataset(paths, task.views(), seed=0)
+    task.prepare(data, tmp_path)
+    (expected,), _ = predict_images(
+        task.teacher.encoder, lambda x: [task.teacher.encoder(x)], task.teacher.encoder, paths
+    )
+    keys: list[Key] = [(0, index) for index in (5, 2, 11)]
+    batch, queue = collate([data[key] for key in keys]), task.queue.items.clone()
+    predicted = task.head(task.encoder(task.encoder.normalize(batch.views[0])))
+    loss = similarity_distillation(predicted, expected[[5, 2, 11]], queue, task.temperature)
+    torch.testing.assert_close(task.training_step(batch, 0), loss, atol=1e-2, rtol=1e-2)
+
+
+def test_a_resumed_run_finds_what_the_teacher_saw(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, calls = build_encoder("test_resnet", 32), []
+    embed = Teacher.embeddings
+    monkeypatch.setattr(
+        Teacher, "embeddings", lambda self, images: calls.append(1) or embed(self, images)
+    )
+    data = ViewDataset(find_images([photos]), Distillation(student, "random:test_vit").views(), 0)
+    for seed in (0, 0, 1):  # the last one is another teacher
+        teacher = str(saved(tmp_path / str(seed), seed=seed))
+        Distillation(student, teacher, fixed_views=True).prepare(data, tmp_path)
+    assert len(calls) == 2
+
+
+@pytest.mark.slow
+def test_a_run_with_fixed_views_leaves_no_embeddings_behind(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    given = ("--data", photos, "--out", out, "--pretext", "distillation", "--epochs", 1)
+    given += ("--pretext.teacher", "random:test_vit", "--pretext.fixed_views=true")
+    given += ("--image_size", 32)
+    given += ("--backbone", "test_resnet", "--batch_size", 8, "--num_workers", 0)
+    with without_pictures():
+        assert main(["pretrain", *map(str, given)]) == 0
+    assert (out / "encoder").is_dir()
+    assert not (out / "teacher.safetensors").exists()

@@ -201,6 +201,11 @@ def _prepare(options: PretrainOptions, resume: bool) -> _Training:
             "themselves, or a --value_range for all"
         )
     task = options.task(encoder)
+    if images.shards is not None and task.reads_files:
+        raise UserError(
+            f"{options.pretext_name} reads images before the training, and shards are read "
+            f"sequentially: give the files themselves, or other hyperparameters"
+        )
     views = task.views(options.upright)
     task.optimizer_settings = options.optimizer_settings(
         task, size * options.accumulate_grad_batches
@@ -281,6 +286,7 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
         smaller = [views.resized(share, fitting) for share in SHARES[1:]]
         resolution = partial(resolution_of, schedule=schedule)
     dataset = images.source(views, options.seed, cache, reader, smaller)
+    task.prepare(dataset, run)
     stream = StreamData(dataset, size, epochs, schedule, hardware.workers(), None, resolution)
     online = OnlineEvaluation(
         EncoderMetrics(paths, labelled, options.seed, options.upright),

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -10,7 +11,7 @@ from timm.models import VisionTransformer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from vissl_lite.data.stream import Batch
+from vissl_lite.data.stream import Batch, Source
 from vissl_lite.data.views import Views
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError
@@ -95,6 +96,7 @@ class PretextTask(pl.LightningModule, ABC):
         optimizer_settings: Default optimizer settings for a batch of 256 images; replaced by the
             options of a run.
         progress: Completed fraction of the run, in [0, 1]; ``Schedule`` sets it before every step.
+        reads_files: Whether ``prepare`` reads the images, which have to be files then, not shards.
 
     Raises:
         UserError: If the pretext does not support this backbone.
@@ -102,6 +104,7 @@ class PretextTask(pl.LightningModule, ABC):
 
     info: PretextInfo
     optimizer_settings = OptimizerSettings()
+    reads_files = False
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
@@ -127,6 +130,14 @@ class PretextTask(pl.LightningModule, ABC):
 
         Returns:
             Scalar loss.
+        """
+
+    def prepare(self, images: Source, run: Path) -> None:
+        """Run once before the training, for example to compute what never changes in it.
+
+        Args:
+            images: Training images; the numbers in a batch are theirs.
+            run: Run folder, which may hold what an interrupted run has prepared.
         """
 
     def visualize(self, views: list[Tensor]) -> Visualization | None:

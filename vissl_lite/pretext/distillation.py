@@ -12,15 +12,19 @@ Distillation: A Good Teacher Is Patient and Consistent", arXiv 2106.05237.
 import hashlib
 import logging
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vissl_lite.data.atomic_file import atomic_write
+from vissl_lite.data.stream import Batch, Source
 from vissl_lite.data.views import Views, crop_decode_size, distorted_crop
 from vissl_lite.encoders.encoder import Encoder, adapt_encoder
-from vissl_lite.encoders.folder import encoder_for
+from vissl_lite.encoders.folder import encoder_for, read_weights
 from vissl_lite.errors import (
     LARGEST_IMAGE,
     LARGEST_QUEUE,
@@ -29,11 +33,16 @@ from vissl_lite.errors import (
     check_positive,
     check_sizes,
 )
+from vissl_lite.inference import run_in_batches
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import PretextInfo, PretextTask
 from vissl_lite.pretext.modules.queue import Queue
+from vissl_lite.run import is_main_process
 
 log = logging.getLogger(__name__)
+
+# Embeddings of the training images by the teacher, in the run folder until the training ends.
+TEACHER = "teacher.safetensors"
 
 # Feature maps are compared at this side at most: B pairs of h w x h w similarities take memory.
 LARGEST_MAP = 16
@@ -161,6 +170,31 @@ class Teacher:
         images = _resized(images, [encoder.image_size] * 2)
         return encoder.pooled_and_map(encoder.normalize(images))
 
+    def embeddings(self, images: Source) -> Tensor:
+        """Embed all images once, whole as in evaluation.
+
+        Args:
+            images: N image files.
+
+        Returns:
+            ``(N, D)`` float16 normalized embeddings on the CPU; zeros for unreadable images.
+
+        Raises:
+            UserError: If no image can be read.
+        """
+        paths = [images.name(number) for number in range(len(images))]
+        found: list[Tensor] = []
+        readable = run_in_batches(
+            self.encoder,
+            lambda batch: [self.encoder(batch)],
+            self.encoder,
+            paths,
+            lambda _, outputs: found.append(F.normalize(outputs[0], dim=1).half()),
+        )
+        embeddings = torch.zeros(len(paths), self.encoder.num_features, dtype=torch.float16)
+        embeddings[torch.from_numpy(readable)] = torch.cat(found)
+        return embeddings
+
     @cached_property
     def digest(self) -> str:
         """A digest of its weights, normalization and image size."""
@@ -189,6 +223,9 @@ class Distillation(PretextTask):
         map_weight: Weight of the loss between feature maps, the other loss having 1 (Liu et al.
             2019: 10); 0 for the loss between images alone.
         mixup: Whether images are mixed with one another (Beyer et al. 2022).
+        fixed_views: Show the teacher each image once, whole, before the training, and not every
+            view at every step, as CompRess does with cached features. Epochs then take as long as
+            without a teacher; images are not mixed, and feature maps not compared.
         min_crop_scale: Smallest fraction of the image area in a view.
         color: Strength of the color distortion; 0.5 is that of MoCo v2, which SEED uses.
     """
@@ -214,6 +251,7 @@ class Distillation(PretextTask):
         queue_size: int = 4096,
         map_weight: float = 10.0,
         mixup: bool = True,
+        fixed_views: bool = False,
         min_crop_scale: float = 0.2,
         color: float = 0.5,
     ) -> None:
@@ -235,6 +273,9 @@ class Distillation(PretextTask):
         self.queue = Queue(queue_size, features)
         self.temperature, self.map_weight, self.mixup = temperature, map_weight, mixup
         self.min_crop_scale, self.color = min_crop_scale, color
+        self.reads_files = fixed_views
+        self._embeddings: Tensor | None = None
+        self._embeddings_file: Path | None = None
         self._maps_checked = map_weight == 0
 
     def views(self, upright: bool = True) -> Views:
@@ -248,15 +289,50 @@ class Distillation(PretextTask):
         # The teacher has its own normalization: undo the student's.
         raw = (view.float() - self.encoder.shift) / self.encoder.scale
         target, teacher_map = self.teacher(raw)
-        loss = similarity_distillation(
-            self.head(pooled), target, self.queue.items, self.temperature
-        )
-        self.queue.push(target)
+        loss = self._global_loss(pooled, target)
         if self._have_positions(student_map, teacher_map):
             dense = pairwise_distillation(student_map, teacher_map)
             self.measure("map_loss", dense)
             loss = loss + self.map_weight * dense
         return loss
+
+    def _global_loss(self, pooled: Tensor, target: Tensor) -> Tensor:
+        predicted = self.head(pooled)
+        loss = similarity_distillation(predicted, target, self.queue.items, self.temperature)
+        self.queue.push(target)
+        return loss
+
+    def prepare(self, images: Source, run: Path) -> None:
+        """With ``fixed_views``, embed all images by the teacher, or load what a run has embedded.
+
+        Args:
+            images: Training images, files.
+            run: Run folder, where the embeddings are kept until the training ends.
+        """
+        if not self.reads_files:
+            return
+        file, key = run / TEACHER, f"{self.teacher.digest} {images.digest()}"
+        kept = read_weights(file) if file.is_file() else {}
+        if key not in kept:
+            log.info("The teacher sees each of the %d images once", len(images))
+            kept = {key: self.teacher.embeddings(images)}
+            if is_main_process():
+                with atomic_write(file) as part:
+                    save_file(kept, part)
+        self._embeddings, self._embeddings_file = kept[key], file
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        if self._embeddings is None:
+            return super().training_step(batch, batch_idx)
+        view = self.encoder.normalize(batch.views[0])
+        self._embeddings = self._embeddings.to(view.device)
+        loss = self._global_loss(self.encoder(view), self._embeddings[batch.indices])
+        self.measure("loss", loss)
+        return loss
+
+    def on_train_end(self) -> None:
+        if self._embeddings_file is not None and self.global_rank == 0:
+            self._embeddings_file.unlink(missing_ok=True)
 
     def _have_positions(self, student_map: Tensor, teacher_map: Tensor) -> bool:
         """Whether both maps have several positions to compare; if not, say so once."""
