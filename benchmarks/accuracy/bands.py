@@ -40,6 +40,7 @@ SETS: dict[str, dict[str, Any]] = {
             "image_size": 128,
             "epochs": 30,
             "batch_size": 6,
+            "upright": False,
         },
         "arms": {
             "bands 3, 2, 1": {"bands": "3,2,1"},
@@ -47,10 +48,11 @@ SETS: dict[str, dict[str, Any]] = {
             "all 12 bands, pre-trained": {"encoder": "water"},
         },
         "measures": {"miou": "test mIoU", "dice": "test Dice"},
-        "pretrain": {"image_size": 64, "batch_size": 24, "max_time": 300},
+        "pretrain": {"image_size": 64, "batch_size": 24, "max_time": 300, "upright": False},
     },
     "hippocampus": {
-        "common": {"task": "segmentation", "image_size": 48, "batch_size": 16},
+        # the structures are told apart by which is in front: slices must not be turned around
+        "common": {"task": "segmentation", "image_size": 48, "batch_size": 8},
         "arms": {
             f"{share:.0%} of the masks{words}": {"fraction": share, "epochs": epochs, **encoder}
             for share, epochs in ((0.05, 20), (0.2, 5), (1.0, 1))
@@ -121,7 +123,7 @@ def pretrain(name: str, given: argparse.Namespace) -> None:
     """Pre-train on the training images of a set, without masks."""
     vissl_lite.pretrain(
         data=str(given.out / f"{name}-data" / "images" / "train"), out=str(given.out / name),
-        pretext=CONTRAST, backbone=given.backbone, lr=1e-3, weight_decay=1e-4, upright=False,
+        pretext=CONTRAST, backbone=given.backbone, lr=1e-3, weight_decay=1e-4,
         num_workers=0, overwrite=True, **SETS[name]["pretrain"],
     )  # fmt: skip
 
@@ -137,9 +139,7 @@ def run(name: str, arm: str, seed: int, given: argparse.Namespace) -> dict[str, 
         data = data / f"{kind}-{seed}.csv"
         if kind == "image":
             options["group_by"] = "(.+)"  # each image by itself
-    figures = once(
-        out, {"data": str(data), "encoder": encoder, "upright": False, "seed": seed, **options}
-    )
+    figures = once(out, {"data": str(data), "encoder": encoder, "seed": seed, **options})
     found = json.loads((out / "results.json").read_text())
     return {**figures, "per_class": found["per_class"]}
 

@@ -123,7 +123,7 @@ def segmentation(given: argparse.Namespace, arm: str, encoder: str, seed: int) -
     )  # fmt: skip
 
 
-SHOTS = {1: 40, 5: 20, 10: 15, 40: 6}  # labels per class, epochs
+SHOTS = {1: 40, 5: 20, 10: 15, 40: 15}  # labels per class, epochs
 
 
 def classification(given: argparse.Namespace, arm: str, encoder: str, seed: int) -> dict[str, Any]:

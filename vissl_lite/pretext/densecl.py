@@ -5,6 +5,7 @@ Pre-Training", arXiv 2011.09157.
 """
 
 import logging
+from typing import Self
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -72,6 +73,9 @@ class DenseHead(nn.Module):
 
 class DenseCL(PretextTask):
     """DenseCL.
+
+    The teacher is in evaluation mode, so that BatchNorm does not tell the keys of the same batch
+    from those of the queues; see ``MoCo``.
 
     Args:
         encoder: Encoder to train. Its last feature map should have several locations: at 32 pixels,
@@ -159,6 +163,11 @@ class DenseCL(PretextTask):
             )
         self._map_checked = True
 
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.teacher_encoder.eval()
+        return self
+
     def after_step(self) -> None:
-        ema_update(self.teacher_encoder, self.encoder, self.momentum)
+        ema_update(self.teacher_encoder, self.encoder, self.momentum, norms=True)
         ema_update(self.teacher_head, self.head, self.momentum)

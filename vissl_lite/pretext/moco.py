@@ -5,6 +5,8 @@ Learning", arXiv 1911.05722; Chen, Fan, Girshick & He 2020, "Improved Baselines 
 Contrastive Learning" (v2), arXiv 2003.04297.
 """
 
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
@@ -22,8 +24,10 @@ from vissl_lite.pretext.modules.queue import Queue
 class MoCo(PretextTask):
     """MoCo v2.
 
-    The paper shuffles images between GPUs, so that BatchNorm does not reveal which views belong
-    together. Here BatchNorm is synchronized over all GPUs, as in later methods.
+    With the statistics of one batch, BatchNorm would tell the key of the same batch from those of
+    the queue. The paper shuffles the images of keys between GPUs (section 3.3); here the teacher
+    is in evaluation mode, with a moving average of the student's statistics (EMAN, Cai et al. 2021,
+    arXiv 2101.08482), which works on a single device as well.
 
     Args:
         encoder: Encoder to train.
@@ -86,6 +90,11 @@ class MoCo(PretextTask):
         self.queue.push(key)
         return loss
 
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.teacher_encoder.eval()
+        return self
+
     def after_step(self) -> None:
-        ema_update(self.teacher_encoder, self.encoder, self.momentum)
+        ema_update(self.teacher_encoder, self.encoder, self.momentum, norms=True)
         ema_update(self.teacher_head, self.head, self.momentum)

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,7 +20,9 @@ from vissl_lite.pretext.modules.visualization import draw_views, visualization_o
 from vissl_lite.run import MAP
 from vissl_lite.transfer.base import LabelledDataset, Scores, TrainedModel, spread
 from vissl_lite.transfer.sources.parts import PARTS
-from vissl_lite.transfer.tasks import AnyTask
+
+if TYPE_CHECKING:  # importing all tasks takes a second, and pre-training has none
+    from vissl_lite.transfer.tasks import AnyTask
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +105,7 @@ def add_test_embeddings(run: Path, encoder: Encoder, data: LabelledDataset, seed
 
 
 def add_test_pictures(
-    run: Path, task: AnyTask, model: TrainedModel, data: LabelledDataset, scores: Scores
+    run: Path, task: "AnyTask", model: TrainedModel, data: LabelledDataset, scores: Scores
 ) -> None:
     """Write pictures of test predictions into a run of ``finetune``.
 
@@ -121,7 +124,7 @@ def add_test_pictures(
         _warn_or_raise("the pictures of the test images", error)
 
 
-def add_label_pictures(run: Path, task: AnyTask, data: LabelledDataset) -> None:
+def add_label_pictures(run: Path, task: "AnyTask", data: LabelledDataset) -> None:
     """Write pictures of images with their labels, a row per part, into a run of ``check``.
 
     Missing or broken images are logged as a warning.

@@ -19,6 +19,17 @@ def test_follow_moves_parameters_by_the_momentum_and_leaves_buffers() -> None:
     assert (teacher[1].running_mean == 0).all()
 
 
+def test_statistics_of_norms_follow_if_asked_for() -> None:
+    student = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    teacher = make_teacher(student)
+    student(torch.randn(8, 3))
+    ema_update(teacher, student, 0.75, norms=True)
+    torch.testing.assert_close(teacher[1].running_mean, 0.25 * student[1].running_mean)
+    expected = 0.75 + 0.25 * student[1].running_var
+    torch.testing.assert_close(teacher[1].running_var, expected)
+    assert teacher[1].num_batches_tracked == 0
+
+
 def test_a_copied_encoder_is_one_of_its_own() -> None:
     encoder = build_encoder("test_resnet", 32)
     teacher = make_teacher(encoder)
