@@ -13,6 +13,7 @@ from torch.nn.functional import interpolate
 
 from tests.conftest import blobs, without_pictures
 from vissl_lite.cli import main
+from vissl_lite.commands.pretrain_options import PretrainOptions
 from vissl_lite.data.fingerprints import Fingerprints
 from vissl_lite.data.image_reader import ImageReader
 from vissl_lite.data.images import find_images
@@ -213,6 +214,12 @@ def test_a_missing_teacher_says_what_to_give(
     assert main(["pretrain", *map(str, given), "--backbone", "test_resnet"]) == 2
     assert "give --pretext.teacher with a run, an encoder folder" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_path_as_teacher_is_text_in_the_config(tmp_path: Path) -> None:
+    pretext = {"name": "distillation", "teacher": tmp_path}
+    options = PretrainOptions(data=["photos"], out="run", pretext=pretext)
+    assert options.as_config()["pretext"]["teacher"] == str(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -450,6 +450,7 @@ def complete_pretext(pretext: str | Mapping[str, Any]) -> dict[str, Any]:
         if one not in known:
             raise UserError(f"unknown option --pretext.{one} of {name}: {did_you_mean(one, known)}")
     check_hyperparameters(cls, given)
+    given = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in given.items()}
     return {"name": name, **known, **given}
 
 
