@@ -100,11 +100,10 @@ def pairwise_distillation(student: Tensor, teacher: Tensor) -> Tensor:
     """
     with torch.autocast(student.device.type, enabled=False):
         size = [min(side, LARGEST_MAP) for side in student.shape[2:]]
-        grams = []
-        for one in (student.float(), teacher.float()):
-            tokens = F.normalize(_resized(one, size).flatten(2), dim=1)
-            grams.append(tokens.transpose(1, 2) @ tokens)
-        return F.mse_loss(*grams)
+        predicted, target = (
+            F.normalize(_resized(one.float(), size).flatten(2), dim=1) for one in (student, teacher)
+        )
+        return F.mse_loss(predicted.mT @ predicted, target.mT @ target)
 
 
 def mixup(images: Tensor) -> Tensor:
