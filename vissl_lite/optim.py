@@ -198,6 +198,18 @@ def cosine_with_warmup(fraction: float, warmup: float) -> float:
     return cosine_schedule(1.0, 0.0, min(1.0, (fraction - warmup) / (1 - warmup)))
 
 
+def warmed_up(start: float, end: float, share: float, progress: float) -> float:
+    """A line from ``start`` to ``end`` over the first part of the way, then ``end``.
+
+    Args:
+        start: Value at progress 0.
+        end: Value from progress ``share`` on.
+        share: Share of the way that the line takes, in [0, 1].
+        progress: Share of the way, in [0, 1].
+    """
+    return end if progress >= share else start + (end - start) * progress / share
+
+
 def cosine_schedule(start: float, end: float, progress: float) -> float:
     """Half a cosine from ``start`` to ``end``.
 

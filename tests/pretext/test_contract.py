@@ -43,7 +43,7 @@ every_pair = pytest.mark.parametrize(("name", "backbone"), PAIRS)
 # A loss can't fall below the entropy of what a teacher says: let it be sure of itself.
 SHARP = {
     "dino": {"teacher_temperature": 0.005, "warm_teacher_temperature": 0.005},
-    "ibot": {"teacher_temperature": 0.005},
+    "ibot": {"teacher_temperature": 0.005, "warm_teacher_temperature": 0.005},
 }
 
 

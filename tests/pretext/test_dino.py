@@ -4,6 +4,7 @@ import torch
 from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.optim import build_optimizer
 from vissl_lite.pretext.dino import DINO
+from vissl_lite.pretext.modules.losses import Center
 
 
 def made(**options: object) -> DINO:
@@ -14,10 +15,20 @@ def made(**options: object) -> DINO:
 @pytest.mark.parametrize(
     ("progress", "value"), [(0.0, 0.04), (0.15, 0.055), (0.3, 0.07), (1, 0.07)]
 )
-def test_the_teachers_temperature_warms_up(progress: float, value: float) -> None:
+def test_the_teachers_temperature_warms_up(
+    progress: float, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     task = made(teacher_temperature=0.07, warm_teacher_temperature=0.04, temperature_warmup=0.3)
     task.progress = progress
-    assert task.teacher_temperature() == pytest.approx(value)
+    used: list[float] = []
+    targets = Center.targets
+    monkeypatch.setattr(
+        Center,
+        "targets",
+        lambda one, x, temperature: targets(one, x, used.append(temperature) or 1),
+    )
+    task.loss([torch.randn(4, 3, 32, 32) for _ in range(2)])
+    assert used == [pytest.approx(value)]
 
 
 @pytest.mark.slow

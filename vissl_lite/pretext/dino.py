@@ -10,7 +10,7 @@ from torch import Tensor
 from vissl_lite.data.views import Views
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import LARGEST_QUEUE, check_positive, check_share, check_sizes
-from vissl_lite.optim import OptimizerSettings, cosine_schedule
+from vissl_lite.optim import OptimizerSettings, cosine_schedule, warmed_up
 from vissl_lite.pretext.base import PretextInfo, PretextTask
 from vissl_lite.pretext.modules.crops import MultiCrop, forward_multi_crop
 from vissl_lite.pretext.modules.ema import ema_update, make_teacher
@@ -116,16 +116,12 @@ class DINO(PretextTask):
         scores = forward_multi_crop(lambda images: self.head(self.encoder(images)), views)
         with torch.no_grad():
             outputs = self.teacher_head(self.teacher_encoder(torch.cat(views[:2])))
-            targets = self.center.targets(outputs, self.teacher_temperature()).chunk(2)
+            temperature = warmed_up(
+                *self.teacher_temperatures, self.temperature_warmup, self.progress
+            )
+            targets = self.center.targets(outputs, temperature).chunk(2)
             self.center.update(outputs)
         return swapped_prediction(scores, targets, self.temperature)
-
-    def teacher_temperature(self) -> float:
-        """Current temperature of the teacher, with linear warm-up (section 3.3)."""
-        start, end = self.teacher_temperatures
-        if self.progress >= self.temperature_warmup:
-            return end
-        return start + (end - start) * self.progress / self.temperature_warmup
 
     def on_after_backward(self) -> None:
         if self.progress < self.freeze_last_layer:

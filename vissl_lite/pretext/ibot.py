@@ -4,43 +4,50 @@ Zhou, Wei, Wang, Shen, Xie, Yuille & Kong 2022, "iBOT: Image BERT Pre-Training w
 Tokenizer", arXiv 2111.07832; with DINOv2's regularizer KoLeo (Oquab et al. 2023, arXiv 2304.07193).
 """
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vissl_lite.data.views import Views
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import LARGEST_QUEUE, check_positive, check_share, check_sizes
-from vissl_lite.optim import OptimizerSettings, cosine_schedule
+from vissl_lite.optim import OptimizerSettings, cosine_schedule, warmed_up
 from vissl_lite.pretext.base import PretextInfo, PretextTask
 from vissl_lite.pretext.modules.crops import MultiCrop, forward_multi_crop
 from vissl_lite.pretext.modules.ema import ema_update, make_teacher
 from vissl_lite.pretext.modules.heads import PrototypeHead
 from vissl_lite.pretext.modules.losses import Center, cross_entropy, koleo, swapped_prediction
-from vissl_lite.pretext.modules.masking import check_patches, masked_patches
+from vissl_lite.pretext.modules.masking import block_mask, check_patches, masked_patches
 
 
-def random_masks(batch: int, rows: int, columns: int, like: Tensor) -> Tensor:
-    """Mask a tenth to half of the patches in half of the images (section 4.1).
+def draw_masks(batch: int, rows: int, columns: int) -> Tensor:
+    """Mask a tenth to half of the patches in half of the images, in blocks (section 4.1).
 
     Args:
         batch: B, number of images.
         rows: Number of rows of patches.
         columns: Number of columns of patches.
-        like: Tensor on the device to draw on.
 
     Returns:
-        ``(B, rows, columns)`` bool, true where masked; at least one patch of the batch is.
+        ``(B, rows, columns)`` bool on the CPU, true where masked; at least one patch of the batch
+        is.
     """
-    ratio = torch.empty(batch, 1, device=like.device).uniform_(0.1, 0.5)
-    ratio = ratio * (torch.rand(batch, 1, device=like.device) < 0.5)
-    rank = torch.rand(batch, rows * columns, device=like.device).argsort(dim=1).argsort(dim=1)
-    mask = rank < ratio * rows * columns
-    mask[0] |= (rank[0] == 0) & ~mask.any()
-    return mask.unflatten(1, (rows, columns))
+    rng = np.random.default_rng(int(torch.randint(2**62, ())))
+    mask = np.zeros((batch, rows, columns), dtype=bool)
+    for one in range(batch):
+        if rng.random() < 0.5:
+            mask[one] = block_mask(
+                rows, columns, round(rng.uniform(0.1, 0.5) * rows * columns), rng
+            )
+    if not mask.any():
+        mask[0, rng.integers(rows), rng.integers(columns)] = True
+    return torch.from_numpy(mask)
 
 
 def patch_loss(targets: Tensor, scores: Tensor, mask: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy on masked patches, averaged over each image, then over images (equation 2).
+    """Cross-entropy on masked patches: a mean over those of an image, then over all images.
+
+    Equation 2; images without a mask count as 0, as in the authors' code.
 
     Args:
         targets: ``(M, K)`` target distributions of the masked patches, image by image.
@@ -53,8 +60,7 @@ def patch_loss(targets: Tensor, scores: Tensor, mask: Tensor, temperature: float
     """
     count = mask.sum(dim=1)
     weights = (1 / count.clamp_min(1))[:, None].expand_as(mask)[mask]
-    total = (weights * cross_entropy(targets, scores, temperature)).sum()
-    return total / (count > 0).sum()
+    return (weights * cross_entropy(targets, scores, temperature)).sum() / len(mask)
 
 
 class IBOT(PretextTask):
@@ -67,7 +73,10 @@ class IBOT(PretextTask):
         koleo_weight: Weight of the KoLeo regularizer, which spreads the embeddings of a batch;
             DINOv2 uses 0.1, iBOT none.
         temperature: Softmax temperature of the student (section 4.1).
-        teacher_temperature: Softmax temperature of the teacher; the paper uses up to 0.07.
+        teacher_temperature: Final softmax temperature of the teacher; the paper uses 0.07.
+        warm_teacher_temperature: Initial softmax temperature of the teacher.
+        temperature_warmup: Fraction of the run in which the teacher temperature is warmed up; the
+            paper uses 30 epochs of 800.
         momentum: Initial momentum of the teacher; increases to 1 along a cosine. The paper uses
             0.996, for batches of 1024 and hundreds of epochs.
         center_momentum: Momentum of the centers of the teacher's outputs.
@@ -103,6 +112,8 @@ class IBOT(PretextTask):
         koleo_weight: float = 0.1,
         temperature: float = 0.1,
         teacher_temperature: float = 0.04,
+        warm_teacher_temperature: float = 0.04,
+        temperature_warmup: float = 0.1,
         momentum: float = 0.99,
         center_momentum: float = 0.9,
         freeze_last_layer: float = 0.01,
@@ -118,11 +129,13 @@ class IBOT(PretextTask):
             ("momentum", momentum),
             ("center_momentum", center_momentum),
             ("freeze_last_layer", freeze_last_layer),
+            ("temperature_warmup", temperature_warmup),
         ):
             check_share(f"pretext.{name}", value)
         check_patches(self.info, encoder)
         check_positive("pretext.temperature", temperature)
         check_positive("pretext.teacher_temperature", teacher_temperature)
+        check_positive("pretext.warm_teacher_temperature", warm_teacher_temperature)
         check_sizes(LARGEST_QUEUE, prototypes=prototypes)
         check_sizes(hidden_size=hidden_size, bottleneck_size=bottleneck_size)
         features = encoder.num_features
@@ -132,7 +145,9 @@ class IBOT(PretextTask):
         self.center = Center(prototypes, center_momentum)
         self.patch_center = Center(prototypes, center_momentum)
         self.patch_weight, self.koleo_weight = patch_weight, koleo_weight
-        self.temperature, self.teacher_temperature = temperature, teacher_temperature
+        self.temperature = temperature
+        self.teacher_temperatures = (warm_teacher_temperature, teacher_temperature)
+        self.temperature_warmup = temperature_warmup
         self.momentum, self.freeze_last_layer = momentum, freeze_last_layer
         self.crops = MultiCrop(
             2, local_crops, min_crop_scale, min_global_crop_scale, color, solarize=True
@@ -146,11 +161,14 @@ class IBOT(PretextTask):
         with torch.no_grad():
             pooled, patches = self.teacher_encoder.pooled_and_map(global_crops)
             rows, columns = patches.shape[2:]
-            mask = random_masks(len(global_crops), rows, columns, like=global_crops)
+            mask = draw_masks(len(global_crops), rows, columns).to(global_crops.device)
             outputs = self.teacher_head(pooled)
             patch_outputs = self.teacher_head(patches.permute(0, 2, 3, 1)[mask])
-            targets = self.center.targets(outputs, self.teacher_temperature)
-            patch_targets = self.patch_center.targets(patch_outputs, self.teacher_temperature)
+            temperature = warmed_up(
+                *self.teacher_temperatures, self.temperature_warmup, self.progress
+            )
+            targets = self.center.targets(outputs, temperature)
+            patch_targets = self.patch_center.targets(patch_outputs, temperature)
             self.center.update(outputs)
             self.patch_center.update(patch_outputs.mean(dim=0, keepdim=True))
 

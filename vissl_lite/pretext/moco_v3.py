@@ -25,7 +25,8 @@ class MoCoV3(PretextTask):
 
     Args:
         encoder: Encoder to train. The patch projection of a ViT is not trained, for stability
-            (section 4.2).
+            (section 4.2). Other encoders have heads of two layers, without a last norm in the
+            predictor, as ResNets do in the authors' code (``moco/builder.py``).
         temperature: Softmax temperature (appendix A: 0.2); 0.1 is better in short training.
         momentum: Initial momentum of the teacher; increases to 1 along a cosine (appendix A).
         hidden_size: Hidden size of the heads; the paper uses 4096.
@@ -62,15 +63,17 @@ class MoCoV3(PretextTask):
         check_positive("pretext.temperature", temperature)
         check_sizes(hidden_size=hidden_size, projection_size=projection_size)
         features = encoder.num_features
+        is_vit = encoder.patch_size is not None
+        hidden = (hidden_size, hidden_size) if is_vit else (hidden_size,)
         self.projector = ProjectionHead(
-            features, hidden_size, hidden_size, projection_size, last_norm=True
+            features, *hidden, projection_size, last_norm=True, last_affine=False
         )
         self.predictor = ProjectionHead(
-            projection_size, hidden_size, projection_size, last_norm=True
+            projection_size, hidden_size, projection_size, last_norm=is_vit, last_affine=False
         )
         self.teacher_encoder = make_teacher(encoder)
         self.teacher_projector = make_teacher(self.projector)
-        if encoder.patch_size is not None:
+        if is_vit:
             for parameter in encoder.model.patch_embed.parameters():
                 parameter.requires_grad_(False)
         self.temperature, self.momentum = temperature, momentum

@@ -38,7 +38,8 @@ class SimSiam(PretextTask):
         any_size=True,
         token_drop=True,
     )
-    optimizer_settings = OptimizerSettings("sgd", lr=0.05, weight_decay=1e-4)  # Section 3.
+    # SGD with momentum, not that of Nesterov (section 3)
+    optimizer_settings = OptimizerSettings("momentum", lr=0.05, weight_decay=1e-4)
 
     def __init__(
         self,
@@ -51,7 +52,9 @@ class SimSiam(PretextTask):
         super().__init__(encoder)
         check_sizes(hidden_size=hidden_size, projection_size=projection_size)
         size = projection_size
-        self.projector = ProjectionHead(encoder.num_features, size, size, size, last_norm=True)
+        self.projector = ProjectionHead(
+            encoder.num_features, size, size, size, last_norm=True, last_affine=False
+        )
         self.predictor = ProjectionHead(size, hidden_size, size)
         self.min_crop_scale, self.color = min_crop_scale, color
 

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -10,6 +11,7 @@ from vissl_lite.errors import UserError
 from vissl_lite.pretext.base import PretextInfo
 from vissl_lite.pretext.modules.masking import (
     PatchPredictor,
+    block_mask,
     check_patches,
     check_ratio,
     encode_visible,
@@ -239,3 +241,23 @@ def test_a_single_patch_is_refused() -> None:
     with pytest.raises(UserError, match="those of 32 do"):
         check_patches(ABOUT, build_encoder("test_vit", 16))
     assert check_patches(ABOUT, build_encoder("test_vit", 32)) == 16
+
+
+def test_blocks_are_few_rectangles_and_mask_no_more_than_asked_for() -> None:
+    rng = np.random.default_rng(0)
+    shares, neighbors = [], []
+    for _ in range(100):
+        mask = block_mask(14, 14, 60, rng)
+        shares.append(mask.sum())
+        inner = mask[1:-1, 1:-1]
+        around = mask[:-2, 1:-1] & mask[2:, 1:-1] & mask[1:-1, :-2] & mask[1:-1, 2:]
+        neighbors.append((inner & around).sum() / max(1, inner.sum()))
+    assert max(shares) <= 60
+    assert np.mean(shares) > 50
+    # of 60 patches masked one by one, 0.3 ** 4 would have all four neighbors masked
+    assert np.mean(neighbors) > 0.25
+
+
+def test_no_block_is_masked_of_a_grid_without_room() -> None:
+    assert block_mask(2, 2, 0, np.random.default_rng(0)).sum() == 0
+    assert block_mask(2, 2, 1, np.random.default_rng(0)).sum() <= 1

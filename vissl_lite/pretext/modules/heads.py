@@ -17,9 +17,10 @@ class ProjectionHead(nn.Sequential):
     Args:
         sizes: Number of input features, of hidden features of each layer, of output features.
         last_norm: Append a BatchNorm to the last layer.
+        last_affine: Whether that BatchNorm has weights and biases.
     """
 
-    def __init__(self, *sizes: int, last_norm: bool = False) -> None:
+    def __init__(self, *sizes: int, last_norm: bool = False, last_affine: bool = True) -> None:
         layers: list[nn.Module] = []
         for index, (before, after) in enumerate(pairwise(sizes)):
             last = index == len(sizes) - 2
@@ -27,7 +28,7 @@ class ProjectionHead(nn.Sequential):
             if not last:
                 layers += [nn.BatchNorm1d(after), nn.ReLU(inplace=True)]
             elif last_norm:
-                layers.append(nn.BatchNorm1d(after))
+                layers.append(nn.BatchNorm1d(after, affine=last_affine))
         super().__init__(*layers)
 
 

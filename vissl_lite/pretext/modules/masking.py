@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.pretext.base import BACKBONE_KINDS, PretextInfo
+
+# Tries to place a block before it is given up, and the logarithm of its largest aspect ratio.
+BLOCK_TRIES, MAX_LOG_ASPECT = 10, math.log(1 / 0.3)
 
 
 def check_ratio(ratio: float) -> None:
@@ -84,6 +88,39 @@ def random_mask(
     masked = num_masked(count, ratio)
     shuffled = torch.rand(batch, count, device=device).argsort(dim=1)
     return shuffled[:, masked:].sort(dim=1).values, shuffled[:, :masked].sort(dim=1).values
+
+
+def block_mask(rows: int, columns: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Mask rectangles of patches until enough are masked, or none that fits is found.
+
+    Bao et al. 2022 (BEiT), arXiv 2106.08254, algorithm 1; smallest block and number of tries as in
+    the code of iBOT (``loader.py``).
+
+    Args:
+        rows: Number of rows of patches.
+        columns: Number of columns of patches.
+        count: Number of patches to mask at most.
+        rng: Generator to draw from.
+
+    Returns:
+        ``(rows, columns)`` bool, true where masked.
+    """
+    mask = np.zeros((rows, columns), dtype=bool)
+    smallest = (min(rows, columns) // 3) ** 2
+    tries = BLOCK_TRIES
+    while tries and (left := count - int(mask.sum())) > 0:
+        tries -= 1
+        area = rng.uniform(min(smallest, left), left)
+        aspect = math.exp(rng.uniform(-MAX_LOG_ASPECT, MAX_LOG_ASPECT))
+        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if not (1 <= height < rows and 1 <= width < columns):
+            continue
+        top, start = rng.integers(rows - height + 1), rng.integers(columns - width + 1)
+        block = mask[top : top + height, start : start + width]
+        if 0 < height * width - block.sum() <= left:
+            block[:] = True
+            tries = BLOCK_TRIES
+    return mask
 
 
 def indices_to_mask(indices: Tensor, count: int) -> Tensor:
