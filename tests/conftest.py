@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import hypothesis
 import numpy as np
@@ -86,6 +86,24 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
         (name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections
     ]
     return report
+
+
+def required(pretext: str) -> dict[str, str]:
+    """The hyperparameters without which a pretext can't be built: encoders to learn from."""
+    from vissl_lite.pretext import pretext_class
+
+    return dict.fromkeys(pretext_class(pretext).info.encoders, "random:test_resnet")
+
+
+Task = TypeVar("Task", bound=Any)
+
+
+def prepared(task: Task, images: int = 24) -> Task:
+    """A pretext that is ready to be trained on a number of images, which it does not read."""
+    from vissl_lite.data.stream import ViewDataset
+
+    task.prepare(ViewDataset(["image.png"] * images, task.views(), seed=0), Path())
+    return task
 
 
 @pytest.fixture(autouse=True)

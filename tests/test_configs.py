@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 
+from tests.conftest import required
 from vissl_lite.cli import parse_words
 from vissl_lite.commands.pretrain_options import PretrainOptions
 from vissl_lite.encoders.encoder import build_encoder
@@ -97,6 +98,7 @@ def test_pretexts_can_be_built_on_their_backbones() -> None:
         built.add((name, size))
         options = dict(recipe(Path(file), name)["pretext"])
         options.pop("name")
+        options |= required(name)  # instead of weights from a hub
         looks_at_values = name in ("spark", "colorization")  # at masks, at colors
         with torch.device("cpu" if looks_at_values else "meta"):
             task = pretext_class(name)(build_encoder(backbone, size), **options)

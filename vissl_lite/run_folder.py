@@ -38,6 +38,7 @@ _TRAINING = (
     "encoder/config.json",
     "encoder/model.safetensors",
     "cache.bin",
+    "teacher.safetensors",
     "fingerprints.npz",
     "fingerprints/*.bin",
     "fingerprints/*.names",

@@ -120,7 +120,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=4)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--arms", nargs="+", default=[*UNTRAINED, *PRETEXTS])
+    alone = [name for name, made in PRETEXTS.items() if not made.info.encoders]
+    parser.add_argument("--arms", nargs="+", default=[*UNTRAINED, *alone])
     parser.add_argument("--steps", nargs="+", default=["train", "evaluate"])
     options = parser.parse_args()
     for step in options.steps:

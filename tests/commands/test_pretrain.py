@@ -16,7 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.conftest import with_pictures
+from tests.conftest import required, with_pictures
 from vissl_lite.cli import main
 from vissl_lite.commands.pretrain import loading_code, pretrain
 from vissl_lite.commands.pretrain_options import PretrainOptions, default_backbone, parse_time
@@ -125,8 +125,10 @@ class KilledError(Exception):
     """Stands for whatever ends a process at the worst moment."""
 
 
-# What there is to save: weights alone, a queue and a teacher, a center, masks.
-STATES = (("simclr", 1), ("simclr", 6), ("moco", 5), ("dino", 5), ("mae", 5))
+# What there is to save: weights alone, a queue and a teacher, a center, masks, another's teacher.
+STATES = (
+    ("simclr", 1), ("simclr", 6), ("moco", 5), ("dino", 5), ("mae", 5), ("distillation", 5),
+)  # fmt: skip
 
 
 def backbone_for(pretext: str) -> list[str]:
@@ -144,6 +146,7 @@ def test_resume_continues_as_if_nothing_had_happened(
 
     options = ["--data", photos, *SMALL[2:], "--epochs", 3, "--pretext", pretext]
     options += ["--num_workers", 0, *backbone_for(pretext)]
+    options += [f"--pretext.{name}={value}" for name, value in required(pretext).items()]
     assert run(*options, "--out", tmp_path / "whole") == 0
 
     saved = Checkpoints.on_train_batch_end

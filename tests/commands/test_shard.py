@@ -261,8 +261,13 @@ def test_a_broken_shard_is_named_once_and_too_many_stop_the_run(
     assert pretrain("--data", pattern, "--out", tmp_path / "a", "--epochs", 2) == 0
     log = (tmp_path / "a" / "log.txt").read_text()
     assert log.count("train-000002.tar (from image 0 on: No such file or directory)") == 1
-    (shards / "train-000001.tar").unlink()
     capsys.readouterr()
+    teacher = ("--pretext", "distillation", "--pretext.teacher", "random:test_vit")
+    teacher += ("--pretext.fixed_views", "true")
+    assert pretrain("--data", pattern, "--out", tmp_path / "b", *teacher) == 2
+    assert "shards are read sequentially: give the files" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+    (shards / "train-000001.tar").unlink()
     assert pretrain("--data", pattern, "--out", tmp_path / "b", "--epochs", 2) == 2
     assert "of 24 images can't be read, the first" in capsys.readouterr().err
     assert pretrain("--data", pattern, "--out", tmp_path / "c", "--cache") == 2

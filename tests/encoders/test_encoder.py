@@ -205,9 +205,31 @@ def test_pretrained_weights_without_network_are_a_mistake(
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     was_offline = hub.HF_HUB_OFFLINE
-    with pytest.raises(UserError, match=r"pre-trained weights of test_resnet.*can't be downloaded"):
+    with pytest.raises(
+        UserError,
+        match=r"pre-trained weights of test_resnet.*can't be downloaded.*put config.json and "
+        r"model.safetensors of https://huggingface.co/timm/test_resnet.r160_in1k into a folder",
+    ):
         load_encoder("timm:test_resnet.r160_in1k")
     assert was_offline == hub.HF_HUB_OFFLINE
+
+
+def test_files_of_the_hub_are_an_encoder_folder(tmp_path: Path) -> None:
+    plain = timm.create_model("test_resnet").eval()  # with the classifier of ImageNet
+    timm.models.save_for_hf(plain, tmp_path, safe_serialization=True)
+    encoder = load_encoder(tmp_path).eval()
+    expected = plain.forward_head(plain.forward_features(images()), pre_logits=True)
+    torch.testing.assert_close(encoder(images()), expected)
+
+
+def test_weights_that_are_not_on_the_hub_name_their_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(module, "_online", lambda: False)
+    monkeypatch.setattr(timm, "create_model", unreachable)
+    with pytest.raises(UserError, match=r"put https://github.com/\S+\.pth into \S+/checkpoints"):
+        load_encoder("timm:gcvit_xxtiny.in1k")
 
 
 def test_a_backbone_without_pretrained_weights_is_a_mistake(

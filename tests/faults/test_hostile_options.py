@@ -20,6 +20,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from tests.conftest import required
 from vissl_lite.cli import COMMANDS, find_command, main
 from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.encoders.folder import save_encoder
@@ -305,6 +306,7 @@ def test_hyperparameters(name: str, tried: Tried, called: Called, place: Path) -
     del hyperparameters["encoder"]
     defaults = inspect.signature(PRETEXTS[name]).parameters
     small = {one: 32 for one in hyperparameters if _large(defaults[one].default)}  # quickly built
+    small |= required(name)
     assert called("pretrain", {**given, "pretext": {"name": name, **small}}) is None
     text = words({option: str(value) for option, value in given.items()}, pretext=name)
     seen = set()

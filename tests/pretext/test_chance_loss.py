@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import required
 from vissl_lite.data.images import find_images
 from vissl_lite.data.stream import ViewDataset, collate
 from vissl_lite.encoders.encoder import build_encoder
@@ -16,7 +17,8 @@ def test_those_that_know_it() -> None:
     made = {
         name: pretext_class(name) for name, one in PRETEXTS.items() if one.info.backbones == "any"
     }
-    known = {name for name, one in made.items() if one(encoder).chance_loss(8) is not None}
+    tasks = {name: one(encoder, **required(name)) for name, one in made.items()}
+    known = {name for name, task in tasks.items() if task.chance_loss(8) is not None}
     assert known == {"simclr", "moco_v3", "nnclr"}
 
 

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 
+from tests.conftest import prepared, required
 from vissl_lite import inference
 from vissl_lite.data.images import find_images
 from vissl_lite.data.stream import Batch, Key, ViewDataset, collate
@@ -49,9 +50,8 @@ SHARP = {
 def make_task(name: str, backbone: str, **options: Any) -> PretextTask:
     torch.manual_seed(0)
     size = 64 if backbone == "test_vit" and pretext_class(name).info.family == "masked" else 32
-    task = pretext_class(name)(build_encoder(backbone, size), **options)
-    task.prepare(images=24)
-    return task
+    options = required(name) | options
+    return prepared(pretext_class(name)(build_encoder(backbone, size), **options))
 
 
 def make_batch(task: PretextTask, photos: Path, first: int = 0) -> Batch:
@@ -72,8 +72,7 @@ def task_and_batch(name: str, backbone: str, photos: Path) -> tuple[PretextTask,
 def test_views_that_grow_can_be_learned_from_at_each_size(
     name: str, backbone: str, photos: Path
 ) -> None:
-    task = pretext_class(name)(build_encoder(backbone, 64))
-    task.prepare(images=24)
+    task = prepared(pretext_class(name)(build_encoder(backbone, 64), **required(name)))
     batch = make_batch(task, photos)
     for share in (0.5, 0.75, 1.0):
         fitting = task.encoder.fitting_size
@@ -207,8 +206,8 @@ def test_everything_that_a_resumed_run_needs_is_in_the_state(
         optimizer.step()
         task.after_step()
     torch.manual_seed(5)
-    other = pretext_class(name)(build_encoder(backbone, task.encoder.image_size))
-    other.prepare(images=24)
+    encoder = build_encoder(backbone, task.encoder.image_size)
+    other = prepared(pretext_class(name)(encoder, **required(name)))
     other.load_state_dict(task.state_dict())
     torch.manual_seed(6)
     expected = task.training_step(make_batch(task, photos, 12), 0)
@@ -240,8 +239,8 @@ IMPOSSIBLE = {
     "decoder_depth": -1, "permutations": 1, "patch_size": -1, "tile_size": -1, "gap": -1,
     "jitter": -1, "mask_unit": 5, "gray": 1.5, "masked": 0.0, "epsilon": 0.0,
     "sinkhorn_iterations": 0, "targets": 0, "predictor_width": 33, "dense_weight": 2.0,
-    "tile_features": 0, "cell_size": 1, "uniform": 0.0, "predictor_depth": -1,
-    "label_smoothing": 1.0,
+    "tile_features": 0, "cell_size": 1, "uniform": 0.0, "predictor_depth": -1, "map_weight": -1.0,
+    "teacher_size": 0, "label_smoothing": 1.0,
 }  # fmt: skip
 
 
@@ -261,7 +260,7 @@ def test_hyperparameters_are_documented_and_impossible_ones_the_users_mistake(
     assert known
     for option in known:
         with pytest.raises(UserError) as raised:
-            made(encoder, **{option: IMPOSSIBLE.get(option, -1.0)}).views()
+            made(encoder, **required(name) | {option: IMPOSSIBLE.get(option, -1.0)}).views()
         assert len(str(raised.value).splitlines()) == 1, option
     # no labels of the user's, and no indices to look them up by
     assert list(inspect.signature(made.loss).parameters) == ["self", "views"]

@@ -3,15 +3,14 @@ import math
 import pytest
 import torch
 
+from tests.conftest import prepared
 from vissl_lite.data.stream import Batch
 from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.pretext.diet import DIET
 
 
 def diet(images: int, **arguments: float) -> DIET:
-    task = DIET(build_encoder("test_resnet", 32), **arguments)
-    task.prepare(images)
-    return task
+    return prepared(DIET(build_encoder("test_resnet", 32), **arguments), images)
 
 
 def batch_of(indices: list[int]) -> Batch:

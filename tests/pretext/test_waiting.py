@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.conftest import prepared, required
 from vissl_lite.data.images import find_images
 from vissl_lite.data.stream import Key, ViewDataset, collate
 from vissl_lite.encoders.encoder import build_encoder
@@ -51,8 +52,7 @@ class Waits(TorchDispatchMode):
 def test_a_step_waits_for_nothing(name: str, photos: Path) -> None:
     kind = pretext_class(name).info.backbones
     backbone = "test_vit" if kind in ("ViT", "patches") else "test_resnet"
-    task = pretext_class(name)(build_encoder(backbone, 64))
-    task.prepare(images=24)
+    task = prepared(pretext_class(name)(build_encoder(backbone, 64), **required(name)))
     dataset = ViewDataset(find_images([photos]), task.views(), seed=0)
     keys: list[Key] = [(0, index) for index in range(8)]
     batch = collate([dataset[key] for key in keys])

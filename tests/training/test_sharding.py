@@ -9,6 +9,7 @@ from test_distributed import SERVER, free_port, place
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from tests.conftest import prepared, required
 from vissl_lite.data.images import find_images
 from vissl_lite.data.stream import ViewDataset
 from vissl_lite.encoders.encoder import build_encoder
@@ -28,8 +29,7 @@ def train(name: str, photos: Path) -> None:
     torch.manual_seed(0)
     backbone = BACKBONES[PRETEXTS[name].info.backbones]
     size = 64 if backbone == "test_vit" else 32
-    task = pretext_class(name)(build_encoder(backbone, size))
-    task.prepare(images=24)
+    task = prepared(pretext_class(name)(build_encoder(backbone, size), **required(name)))
     schedule = Schedule(task.optimizer_settings.lr, 0.0, seed=0, batches=2)
     dataset = ViewDataset(find_images([photos]), task.views(), seed=0)
     data = StreamData(dataset, 12, 1, schedule, workers=0)
@@ -61,9 +61,9 @@ def one_of(rank: int, port: int, names: list[str], photos: Path) -> None:
 
 @pytest.mark.slow
 def test_pretexts_train_sharded(photos: Path) -> None:
-    """One of each kind: plain, with a queue, a teacher, prototypes, masks, a decoder."""
+    """One of each kind: plain, with a queue, teachers, prototypes, masks, a decoder."""
     port = free_port()
-    names = ["simclr", "moco", "dino", "swav", "mae", "spark", "ijepa", "rotation"]
+    names = ["simclr", "moco", "dino", "distillation", "swav", "mae", "spark", "ijepa", "rotation"]
     started = [SERVER.Process(target=one_of, args=(rank, port, names, photos)) for rank in (0, 1)]
     for process in started:
         process.start()

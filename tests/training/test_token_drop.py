@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.conftest import prepared
 from vissl_lite.data.stream import Batch
 from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.pretext import PRETEXTS, pretext_class
@@ -105,8 +106,7 @@ def test_nothing_of_it_is_in_the_weights_or_stays_in_the_model() -> None:
 @pytest.mark.parametrize("name", [name for name, cls in PRETEXTS.items() if cls.info.token_drop])
 def test_pretexts_that_take_it_learn_from_some_tokens(name: str) -> None:
     torch.manual_seed(0)
-    task = pretext_class(name)(build_encoder("vit_slim_patch4_32", 32))
-    task.prepare(images=4)
+    task = prepared(pretext_class(name)(build_encoder("vit_slim_patch4_32", 32)), images=4)
     steps, seen = Steps(task, share=0.5), tokens_seen(task.encoder)
     views = [torch.randint(256, (4, 3, 32, 32)) for _ in range(len(task.views()))]
     steps.start(1, views)

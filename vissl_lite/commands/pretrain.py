@@ -128,8 +128,8 @@ class _Training:
         views: Views of each image.
         batch_size: Number of images per batch, over all devices.
         cache: Plan of the cache of decoded images; None without a cache.
-        fingerprints: Fingerprints of the images that the initial weights were trained on; None if
-            they are unknown.
+        fingerprints: Fingerprints of the images that the initial weights, or a teacher, were
+            trained on; None if they are unknown.
     """
 
     options: PretrainOptions
@@ -155,7 +155,8 @@ def pretrain(options: PretrainOptions) -> PretrainResult:
     """
     started = time.monotonic()
     out = Path(options.out)
-    inputs = [(name, getattr(options, name)) for name in ("data", "encoder", "probe_data")]
+    inputs = [(name, getattr(options, name)) for name in ("data", "probe_data")]
+    inputs += options.sources.items()
     # A job script may pass --resume every time, also for a finished run.
     resume = check_out(out, inputs, options.resume, options.overwrite, "pretrain")
     if resume:
@@ -170,7 +171,7 @@ def pretrain(options: PretrainOptions) -> PretrainResult:
 def _prepare(options: PretrainOptions, resume: bool) -> _Training:
     """Read the data and build the network; raise a UserError if they do not fit together."""
     limit_pixels(options.max_pixels)
-    choose_slice_axis(options.axis, options.encoder)
+    choose_slice_axis(options.axis, *options.sources.values())
     hardware = Hardware(
         options.precision,
         options.devices,
@@ -206,7 +207,11 @@ def _prepare(options: PretrainOptions, resume: bool) -> _Training:
             "themselves, or a --value_range for all"
         )
     task = options.task(encoder)
-    task.prepare(count)
+    if images.shards is not None and task.reads_files:
+        raise UserError(
+            f"{options.pretext_name} reads images before the training, and shards are read "
+            f"sequentially: give the files themselves, or other hyperparameters"
+        )
     train_only(encoder, options.train)
     views = task.views(options.upright)
     task.optimizer_settings = options.optimizer_settings(
@@ -215,10 +220,12 @@ def _prepare(options: PretrainOptions, resume: bool) -> _Training:
     cache = None
     if options.cache:
         cache = _cache_plan(options, images.paths, views, hardware, encoder.reader)
-    fingerprints = None
-    if options.encoder is not None and Path(options.encoder).is_dir():
+    fingerprints: Fingerprints | None = None
+    for source in filter(os.path.isdir, options.sources.values()):
         # Read now: with --overwrite, the folder may be deleted before the training.
-        fingerprints = seen_by(os.fspath(options.encoder))
+        seen = seen_by(source)
+        if seen is not None:
+            fingerprints = seen if fingerprints is None else fingerprints.join(seen)
     options = options.replace(
         backbone=encoder.backbone,
         image_size=encoder.image_size,
@@ -294,6 +301,7 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
         smaller = [views.resized(share, fitting) for share in SHARES[1:]]
         resolution = partial(resolution_of, schedule=schedule)
     dataset = images.source(views, options.seed, cache, reader, smaller)
+    task.prepare(dataset, run)
     stream = StreamData(dataset, size, epochs, schedule, hardware.workers(), None, resolution)
     compute = EncoderMetrics(paths, labelled, options.seed, options.upright)
     online = OnlineEvaluation(

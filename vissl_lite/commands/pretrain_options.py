@@ -320,6 +320,14 @@ class PretrainOptions(Options, ImageSettings):
         """Name of the pretext."""
         return str(_as_mapping(self.pretext)["name"])
 
+    @property
+    def sources(self) -> dict[str, str]:
+        """Encoders that the run learns from, by option: initial weights, and a pretext's own."""
+        given = {f"pretext.{name}": value for name, value in _as_mapping(self.pretext).items()}
+        names = [f"pretext.{name}" for name in pretext_class(self.pretext_name).info.encoders]
+        found = {"encoder": self.encoder, **{name: given[name] for name in names}}
+        return {name: os.fspath(one) for name, one in found.items() if one is not None}
+
     def task(self, encoder: Encoder) -> PretextTask:
         """Build the pretext task around an encoder."""
         given = {k: v for k, v in _as_mapping(self.pretext).items() if k != "name"}
@@ -511,6 +519,7 @@ def complete_pretext(pretext: str | Mapping[str, Any]) -> dict[str, Any]:
         if one not in known:
             raise UserError(f"unknown option --pretext.{one} of {name}: {did_you_mean(one, known)}")
     check_hyperparameters(cls, given)
+    given = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in given.items()}
     return {"name": name, **known, **given}
 
 

@@ -427,11 +427,22 @@ def _create(backbone: str, pretrained: bool, model_args: dict[str, Any]) -> nn.M
         reason = first_line(error).split(". ")[0]
         raise WeightsUnavailableError(
             f"the pre-trained weights of {backbone} can't be downloaded and are not in the cache "
-            f"({reason}): give a run, an encoder folder, or random:{backbone.split('.')[0]} for "
-            f"random weights"
+            f"({reason}): {_by_hand(backbone)}; or give a run, an encoder folder, or "
+            f"random:{backbone.split('.')[0]} for random weights"
         ) from None
     finally:
         hub.HF_HUB_OFFLINE = was_offline
+
+
+def _by_hand(backbone: str) -> str:
+    """What to do with pre-trained weights that are downloaded on another machine."""
+    config: Any = timm.get_pretrained_cfg(backbone)
+    if config.hf_hub_id:
+        return (
+            f"put config.json and model.safetensors of https://huggingface.co/{config.hf_hub_id} "
+            f"into a folder and give that folder"
+        )
+    return f"put {config.url} into {torch.hub.get_dir()}/checkpoints"
 
 
 def _online() -> bool:

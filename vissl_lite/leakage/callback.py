@@ -32,7 +32,7 @@ class FingerprintCallback(Callback):
         run: Run folder.
         data: Training stream.
         schedule: Schedule of the run; it counts batches before this callback runs.
-        before: Images of earlier training, if the encoder was initialized from weights.
+        before: Images of earlier training of the encoder, or of one that it learns from.
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -10,7 +11,7 @@ from timm.models import VisionTransformer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from vissl_lite.data.stream import Batch
+from vissl_lite.data.stream import Batch, Source
 from vissl_lite.data.views import Views
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError
@@ -40,7 +41,8 @@ class PretextInfo:
 
     Attributes:
         name: Name, as given to ``--pretext``.
-        family: Predictive, contrastive, clustering, non-contrastive, self-distilling or masked.
+        family: Predictive, contrastive, clustering, non-contrastive, self-distilling, masked or
+            distilling.
         views: Number of views per image, as text.
         paper: Authors, year and arXiv number.
         use: When to use it, in one line.
@@ -50,6 +52,8 @@ class PretextInfo:
         any_size: Whether views may be smaller than the encoder's image size.
         token_drop: Whether a ViT may see a random part of the patches of a view, as the loss uses
             nothing but pooled features of whole views.
+        encoders: Hyperparameters that name an encoder to learn from, as ``--encoder`` does. They
+            are required.
     """
 
     name: str
@@ -61,6 +65,7 @@ class PretextInfo:
     negatives: bool = False
     any_size: bool = False
     token_drop: bool = False
+    encoders: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ class PretextTask(pl.LightningModule, ABC):
         optimizer_settings: Default optimizer settings for a batch of 256 images; replaced by the
             options of a run.
         progress: Completed fraction of the run, in [0, 1]; ``Schedule`` sets it before every step.
+        reads_files: Whether ``prepare`` reads the images, which have to be files then, not shards.
 
     Raises:
         UserError: If the pretext does not support this backbone.
@@ -99,6 +105,7 @@ class PretextTask(pl.LightningModule, ABC):
 
     info: PretextInfo
     optimizer_settings = OptimizerSettings()
+    reads_files = False
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
@@ -108,13 +115,6 @@ class PretextTask(pl.LightningModule, ABC):
         self.average_momentum = 0.0
         self.progress = 0.0
         self._unsharded = UnshardedCopy()
-
-    def prepare(self, images: int) -> None:
-        """Prepare for a data set, before the training; few tasks depend on its size.
-
-        Args:
-            images: Number of training images.
-        """
 
     @abstractmethod
     def views(self, upright: bool = True) -> Views:
@@ -133,6 +133,15 @@ class PretextTask(pl.LightningModule, ABC):
 
         Returns:
             Scalar loss.
+        """
+
+    def prepare(self, images: Source, run: Path) -> None:
+        """Run once before the training, for example to build layers whose size depends on the
+        number of images, or to compute what never changes.
+
+        Args:
+            images: Training images; the numbers in a batch are theirs.
+            run: Run folder, which may hold what an interrupted run has prepared.
         """
 
     def visualize(self, views: list[Tensor]) -> Visualization | None:

@@ -6,11 +6,13 @@ Rodas, Montesino, Ambsdorf, Klindt & Balestriero 2025, "DIET-CP: Lightweight and
 Supervised Continued Pretraining", arXiv 2509.06990.
 """
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from vissl_lite.data.stream import Batch
+from vissl_lite.data.stream import Batch, Source
 from vissl_lite.data.views import Views, crop_decode_size, distorted_crop
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import check_warmup
@@ -59,8 +61,8 @@ class DIET(PretextTask):
         self.head: nn.Linear
         self._indices: Tensor  # (B,) numbers of the images of the current batch
 
-    def prepare(self, images: int) -> None:
-        self.head = nn.Linear(self.encoder.num_features, images, bias=False)
+    def prepare(self, images: Source, run: Path) -> None:
+        self.head = nn.Linear(self.encoder.num_features, len(images), bias=False)
 
     def views(self, upright: bool = True) -> Views:
         size = self.encoder.image_size

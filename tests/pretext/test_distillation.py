@@ -1,0 +1,343 @@
+import json
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from tests.conftest import blobs, without_pictures
+from vissl_lite.cli import main
+from vissl_lite.commands.pretrain_options import PretrainOptions
+from vissl_lite.data.fingerprints import Fingerprints
+from vissl_lite.data.image_reader import ImageReader
+from vissl_lite.data.images import find_images
+from vissl_lite.data.stream import Key, ViewDataset, collate
+from vissl_lite.encoders.encoder import build_encoder
+from vissl_lite.encoders.folder import save_encoder
+from vissl_lite.errors import UserError
+from vissl_lite.inference import predict_images
+from vissl_lite.pretext.distillation import (
+    LARGEST_MAP,
+    Distillation,
+    Teacher,
+    mixup,
+    pairwise_distillation,
+    similarity_distillation,
+)
+from vissl_lite.training.checkpoints import read_checkpoint
+
+
+def cosine(a: list[float], b: list[float]) -> float:
+    dot = sum(x * y for x, y in zip(a, b, strict=True))
+    return dot / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+
+
+def slow_similarity(student: Tensor, teacher: Tensor, queue: Tensor, temperature: float) -> float:
+    total = 0.0
+    for one, target in zip(student.tolist(), teacher.tolist(), strict=True):
+        others = [target, *queue.tolist()]
+        p, q = (
+            [math.exp(cosine(z, other) / temperature) for other in others] for z in (target, one)
+        )
+        p, q = [x / sum(p) for x in p], [x / sum(q) for x in q]
+        total += sum(x * (math.log(x) - math.log(y)) for x, y in zip(p, q, strict=True))
+    return total / len(student)
+
+
+def slow_pairwise(student: Tensor, teacher: Tensor) -> float:
+    total, count = 0.0, 0
+    for one, other in zip(student.flatten(2), teacher.flatten(2), strict=True):
+        s, t = one.T.tolist(), other.T.tolist()
+        for i in range(len(s)):
+            for j in range(len(s)):
+                total += (cosine(t[i], t[j]) - cosine(s[i], s[j])) ** 2
+                count += 1
+    return total / count
+
+
+@pytest.mark.parametrize("temperature", [0.07, 1.0])
+def test_similarities_to_a_queue(temperature: float) -> None:
+    student, teacher = 3 * torch.randn(4, 5), torch.randn(4, 5)
+    queue = torch.nn.functional.normalize(torch.randn(7, 5), dim=1)
+    found = similarity_distillation(student, teacher, queue, temperature)
+    expected = slow_similarity(student, teacher, queue, temperature)
+    assert found.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_student_that_agrees_has_no_loss_and_no_gradient() -> None:
+    teacher, queue = torch.randn(4, 5), torch.eye(5)
+    student = (2 * teacher).requires_grad_()
+    loss = similarity_distillation(student, teacher, queue, 0.1)
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    assert student.grad is not None
+    assert student.grad.abs().max() < 1e-5
+
+
+def test_similarities_between_positions() -> None:
+    student, teacher = torch.randn(2, 4, 2, 3), torch.randn(2, 6, 2, 3)
+    found = pairwise_distillation(student, 5 * teacher)
+    assert found.item() == pytest.approx(slow_pairwise(student, teacher), rel=1e-4)
+
+
+@pytest.mark.parametrize("side", [2, 7])
+def test_the_teachers_map_is_resized_to_the_students(side: int) -> None:
+    student, teacher = torch.randn(2, 4, 3, 3), torch.randn(2, 6, side, side)
+    resized = interpolate(teacher, size=(3, 3), mode="bilinear", antialias=True)
+    found = pairwise_distillation(student, teacher)
+    assert found.item() == pytest.approx(slow_pairwise(student, resized), rel=1e-4)
+
+
+def test_a_large_map_is_compared_at_a_lower_resolution() -> None:
+    large = torch.randn(1, 4, LARGEST_MAP, LARGEST_MAP).repeat_interleave(2, 2)
+    large = large.repeat_interleave(2, 3)
+    small = interpolate(large, size=(LARGEST_MAP,) * 2, mode="bilinear", antialias=True)
+    teacher = torch.randn(1, 3, 5, 5)
+    expected = pairwise_distillation(small, teacher)
+    torch.testing.assert_close(pairwise_distillation(large, teacher), expected)
+
+
+def test_mixup_mixes_each_image_with_another() -> None:
+    images = torch.randn(6, 3, 4, 4)
+    mixed, partner = mixup(images), images.roll(1, 0)
+    shares = ((mixed - partner) / (images - partner)).flatten(1)
+    assert (shares.amax(dim=1) - shares.amin(dim=1)).max() < 1e-3  # one for the whole image
+    assert ((shares > 0) & (shares < 1)).all()
+    assert shares[:, 0].std() > 0.05
+
+
+def saved(folder: Path, backbone: str = "test_resnet", seed: int = 0, size: int = 48) -> Path:
+    """An encoder folder with a normalization of its own."""
+    torch.manual_seed(seed)
+    encoder = build_encoder(backbone, size)
+    encoder.model.pretrained_cfg |= {"mean": [0.2, 0.3, 0.4], "std": [0.5, 0.6, 0.7]}
+    save_encoder(encoder, folder, {})
+    return folder
+
+
+def test_the_teacher_has_its_own_size_and_normalization(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = Distillation(
+        build_encoder("test_resnet", 32), str(saved(tmp_path)), mixup=False, queue_size=8
+    )
+    teacher, seen = task.teacher.encoder, []
+    monkeypatch.setattr(
+        teacher.model, "forward_features", record(teacher.model.forward_features, seen)
+    )
+    raw = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+    task.loss([task.encoder.normalize(raw)])
+    resized = interpolate(raw.float(), size=(48, 48), mode="bilinear")
+    mean, std = torch.tensor([0.2, 0.3, 0.4]), torch.tensor([0.5, 0.6, 0.7])
+    expected = (resized / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    torch.testing.assert_close(seen[0], expected, atol=1e-4, rtol=1e-4)
+
+
+def record(function: Callable[[Tensor], Tensor], seen: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    def recorded(images: Tensor) -> Tensor:
+        seen.append(images)
+        return function(images)
+
+    return recorded
+
+
+def test_a_smaller_size_for_the_teacher(tmp_path: Path) -> None:
+    student = build_encoder("test_resnet", 32)
+    assert Teacher(str(saved(tmp_path)), None, student).encoder.image_size == 48
+    assert Teacher(str(saved(tmp_path)), 40, student).encoder.image_size == 40
+    with pytest.raises(UserError, match="can't be built for 33 pixels"):
+        Teacher("random:test_vit", 33, student)
+
+
+def test_both_networks_see_the_mixed_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = Distillation(build_encoder("test_resnet", 48), str(saved(tmp_path)), queue_size=8)
+    seen: dict[str, list[Tensor]] = {"student": [], "teacher": []}
+    for name, encoder in (("student", task.encoder), ("teacher", task.teacher.encoder)):
+        model = encoder.model
+        monkeypatch.setattr(model, "forward_features", record(model.forward_features, seen[name]))
+    view = task.encoder.normalize(torch.randint(256, (4, 3, 48, 48), dtype=torch.uint8))
+    task.loss([view])
+    student, teacher = task.encoder, task.teacher.encoder
+    raw = (seen["student"][0] - student.shift) / student.scale
+    torch.testing.assert_close(teacher.normalize(raw), seen["teacher"][0], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(seen["student"][0], view)
+
+
+def test_the_teacher_stays_as_it_is_and_is_no_part_of_the_task(tmp_path: Path) -> None:
+    task = Distillation(build_encoder("test_resnet", 32), str(saved(tmp_path)), queue_size=8)
+    names = {name.split(".")[0] for name in task.state_dict()}
+    assert names == {"encoder", "head", "queue"}
+    assert {name.split(".")[0] for name, _ in task.named_parameters()} == {"encoder", "head"}
+    before = {name: one.clone() for name, one in task.teacher.encoder.state_dict().items()}
+    task.train()
+    task.loss([torch.randn(4, 3, 32, 32)]).backward()
+    assert not any(module.training for module in task.teacher.encoder.modules())
+    after = task.teacher.encoder.state_dict()
+    assert all(torch.equal(after[name], one) for name, one in before.items())
+    assert all(one.grad is None for one in task.teacher.encoder.parameters())
+
+
+def test_a_random_teacher_follows_its_name_and_leaves_the_generator_alone() -> None:
+    student, digests = build_encoder("test_resnet", 32), set()
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        digests.add(Teacher("random:test_vit", None, student).digest)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert len(digests) == 1
+
+
+def test_a_resumed_run_needs_the_same_teacher(tmp_path: Path) -> None:
+    student = build_encoder("test_resnet", 32)
+    one, other = (str(saved(tmp_path / str(seed), seed=seed)) for seed in (0, 1))
+    checkpoint: dict[str, Any] = {}
+    Distillation(student, one).on_save_checkpoint(checkpoint)
+    Distillation(student, one).on_load_checkpoint(checkpoint)
+    with pytest.raises(UserError, match="teacher is not the one that the run began with"):
+        Distillation(student, other).on_load_checkpoint(checkpoint)
+    with pytest.raises(UserError, match="teacher is not the one that the run began with"):
+        Distillation(student, one, teacher_size=40).on_load_checkpoint(checkpoint)
+
+
+def test_a_missing_teacher_says_what_to_give(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--data", photos, "--out", tmp_path / "run", "--pretext", "distillation"]
+    assert main(["pretrain", *map(str, given), "--backbone", "test_resnet"]) == 2
+    assert "give --pretext.teacher with a run, an encoder folder" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_path_as_teacher_is_text_in_the_config(tmp_path: Path) -> None:
+    pretext = {"name": "distillation", "teacher": tmp_path}
+    options = PretrainOptions(data=["photos"], out="run", pretext=pretext)
+    assert options.as_config()["pretext"]["teacher"] == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"), [("test_resnet", "test_vit"), ("test_vit", "test_resnet")]
+)
+def test_cnns_learn_from_vits_and_back(student: str, teacher: str) -> None:
+    losses = []
+    for weight in (0.0, 10.0):
+        torch.manual_seed(0)
+        encoder = build_encoder(student, 64)
+        task = Distillation(encoder, f"random:{teacher}", map_weight=weight, queue_size=8)
+        loss = task.loss([torch.randn(4, 3, 64, 64)])
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[1] > losses[0] > 0  # the maps have several positions
+
+
+def test_a_map_of_one_position_is_said_once_and_left_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    losses = []
+    for weight in (0.0, 10.0):
+        torch.manual_seed(0)
+        task = Distillation(
+            build_encoder("resnet10t_slim", 32), "random:test_vit", map_weight=weight
+        )
+        view = torch.randn(4, 3, 32, 32)
+        with caplog.at_level(logging.WARNING):
+            losses.append([task.loss([view]).item() for _ in range(2)])
+    assert losses[0] == losses[1]
+    assert len(caplog.records) == 1
+    assert "resnet10t_slim, the student, at 32 pixels has fewer than 2x2" in caplog.text
+
+
+def test_a_teacher_of_photographs_is_adapted_to_bands() -> None:
+    bands = ImageReader(
+        bands=(0, 1), low=(0.0, 0.0), high=(9.0, 9.0), mean=(0.5, 0.4), std=(0.2, 0.1)
+    )
+    task = Distillation(build_encoder("test_resnet", 32, reader=bands), "random:test_vit")
+    raw = torch.randint(2**16, (4, 2, 32, 32)).to(torch.uint16)
+    assert task.loss([task.encoder.normalize(raw)]).isfinite()
+    assert task.teacher.encoder.mean == (0.5, 0.4)
+
+
+@pytest.mark.slow
+def test_a_run_as_teacher(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The student is saved without the teacher, and counts what the teacher has seen as seen."""
+    more = tmp_path / "more"
+    more.mkdir()
+    for index in range(8):
+        blobs(100 + index).save(more / f"{index}.png")
+    common = ["--image_size", "32", "--batch_size", "8", "--epochs", "1", "--num_workers", "0"]
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+
+    def pretrain(*arguments: object) -> int:
+        with without_pictures():
+            return main(["pretrain", *map(str, arguments), *common])
+
+    assert pretrain("--data", photos, "--out", teacher, "--backbone", "test_vit") == 0
+    distilled = ("--data", more, "--pretext", "distillation", "--pretext.teacher", teacher)
+    distilled += ("--backbone", "test_resnet")
+    assert pretrain(*distilled, "--out", student) == 0
+    seen = {
+        Path(path).parent.name for path in Fingerprints.load(student / "fingerprints.npz").paths
+    }
+    assert seen == {"a", "b", "more"}
+    config = json.loads((student / "encoder" / "config.json").read_text())
+    assert config["architecture"] == "test_resnet"
+    weights = load_file(student / "encoder" / "model.safetensors")
+    assert weights.keys() == build_encoder("test_resnet", 32).model.state_dict().keys()
+    kept = read_checkpoint(student / "checkpoints" / "last.ckpt")["state_dict"]
+    assert {name.split(".")[0] for name in kept} == {"encoder", "head", "queue"}
+    capsys.readouterr()
+    assert pretrain(*distilled, "--out", teacher, "--overwrite") == 2
+    assert f"--pretext.teacher {teacher} lies in --out" in capsys.readouterr().err
+
+
+def test_fixed_views_show_the_teacher_each_image_once(photos: Path, tmp_path: Path) -> None:
+    paths = find_images([photos])
+    teacher = str(saved(tmp_path / "teacher"))
+    task = Distillation(
+        build_encoder("test_resnet", 32), teacher, fixed_views=True, queue_size=8
+    ).eval()
+    data = ViewDataset(paths, task.views(), seed=0)
+    task.prepare(data, tmp_path)
+    (expected,), _ = predict_images(
+        task.teacher.encoder, lambda x: [task.teacher.encoder(x)], task.teacher.encoder, paths
+    )
+    keys: list[Key] = [(0, index) for index in (5, 2, 11)]
+    batch, queue = collate([data[key] for key in keys]), task.queue.items.clone()
+    predicted = task.head(task.encoder(task.encoder.normalize(batch.views[0])))
+    loss = similarity_distillation(predicted, expected[[5, 2, 11]], queue, task.temperature)
+    torch.testing.assert_close(task.training_step(batch, 0), loss, atol=1e-2, rtol=1e-2)
+
+
+def test_a_resumed_run_finds_what_the_teacher_saw(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, calls = build_encoder("test_resnet", 32), []
+    embed = Teacher.embeddings
+    monkeypatch.setattr(
+        Teacher, "embeddings", lambda self, images: calls.append(1) or embed(self, images)
+    )
+    data = ViewDataset(find_images([photos]), Distillation(student, "random:test_vit").views(), 0)
+    for seed in (0, 0, 1):  # the last one is another teacher
+        teacher = str(saved(tmp_path / str(seed), seed=seed))
+        Distillation(student, teacher, fixed_views=True).prepare(data, tmp_path)
+    assert len(calls) == 2
+
+
+@pytest.mark.slow
+def test_a_run_with_fixed_views_leaves_no_embeddings_behind(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    given = ("--data", photos, "--out", out, "--pretext", "distillation", "--epochs", 1)
+    given += ("--pretext.teacher", "random:test_vit", "--pretext.fixed_views=true")
+    given += ("--image_size", 32)
+    given += ("--backbone", "test_resnet", "--batch_size", 8, "--num_workers", 0)
+    with without_pictures():
+        assert main(["pretrain", *map(str, given)]) == 0
+    assert (out / "encoder").is_dir()
+    assert not (out / "teacher.safetensors").exists()

@@ -1,0 +1,365 @@
+"""Distillation: a student learns the similarities that a frozen teacher sees.
+
+Fang, Wang, Wang, Zhang, Yang & Liu 2021, "SEED: Self-supervised Distillation for Visual
+Representation", arXiv 2101.04731; Abbasi Koohpayegani, Tejankar & Pirsiavash 2020, "CompRess:
+Self-Supervised Learning by Compressing Representations", arXiv 2010.14713. Both compare an image
+with a queue of the teacher's embeddings of other images. For feature maps: Liu, Chen, Liu, Qin, Luo
+& Wang 2019, "Structured Knowledge Distillation for Semantic Segmentation", arXiv 1903.04197. One
+view for both networks, and mixup: Beyer, Zhai, Royer, Markeeva, Anil & Kolesnikov 2022, "Knowledge
+Distillation: A Good Teacher Is Patient and Consistent", arXiv 2106.05237.
+"""
+
+import hashlib
+import logging
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vissl_lite.data.atomic_file import atomic_write
+from vissl_lite.data.stream import Batch, Source
+from vissl_lite.data.views import Views, crop_decode_size, distorted_crop
+from vissl_lite.encoders.encoder import Encoder, adapt_encoder
+from vissl_lite.encoders.folder import encoder_for, read_weights
+from vissl_lite.errors import (
+    LARGEST_IMAGE,
+    LARGEST_QUEUE,
+    UserError,
+    check_not_negative,
+    check_positive,
+    check_sizes,
+)
+from vissl_lite.inference import run_in_batches
+from vissl_lite.optim import OptimizerSettings
+from vissl_lite.pretext.base import PretextInfo, PretextTask
+from vissl_lite.pretext.modules.queue import Queue
+from vissl_lite.run import is_main_process
+
+log = logging.getLogger(__name__)
+
+# Embeddings of the training images by the teacher, in the run folder until the training ends.
+TEACHER = "teacher.safetensors"
+
+# Feature maps are compared at this side at most: B pairs of h w x h w similarities take memory.
+LARGEST_MAP = 16
+
+
+def similarity_distillation(
+    student: Tensor, teacher: Tensor, queue: Tensor, temperature: float
+) -> Tensor:
+    """Divergence of the student's similarities to a queue from the teacher's.
+
+    The similarities of an embedding to the teacher's embedding of the same image and to those in
+    the queue, through a softmax, are a distribution over images. The loss is the Kullback-Leibler
+    divergence of the student's distribution from the teacher's. SEED (section 3.2;
+    ``seed/builder.py``) uses the cross-entropy, whose gradient is the same. One temperature for
+    both, and the divergence, are CompRess's (``nn/compress_loss.py``, ``CompReSSA``).
+
+    Args:
+        student: ``(B, D)`` embeddings in the teacher's space; need not be normalized.
+        teacher: ``(B, D)`` embeddings of the same images, without gradient; need not be normalized.
+        queue: ``(Q, D)`` normalized embeddings of other images by the teacher.
+        temperature: Softmax temperature, above 0.
+
+    Returns:
+        Scalar, the mean over the batch; 0 if both networks agree. Computed in float32.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        student, teacher = F.normalize(student.float(), dim=1), F.normalize(teacher.float(), dim=1)
+        predicted, target = (
+            torch.cat([(one * teacher).sum(dim=1, keepdim=True), one @ queue.T], dim=1)
+            for one in (student, teacher)
+        )
+        return F.kl_div(
+            F.log_softmax(predicted / temperature, dim=1),
+            F.log_softmax(target / temperature, dim=1),
+            reduction="batchmean",
+            log_target=True,
+        )
+
+
+def pairwise_distillation(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared difference of the cosine similarities between all positions of two feature maps.
+
+    Pair-wise distillation of Liu et al. 2019 (section 3.2); with a teacher that is an earlier
+    student, it is the Gram anchoring of DINOv3 (Siméoni et al. 2025, arXiv 2508.10104), but for a
+    constant factor. The teacher's map is resized to the student's, and both to ``LARGEST_MAP``
+    positions per side if the student's is larger.
+
+    Args:
+        student: ``(B, C, h, w)`` features.
+        teacher: ``(B, C', h', w')`` features of the same images, without gradient.
+
+    Returns:
+        Scalar, the mean over the batch and over all (h w)^2 pairs of positions. Computed in
+        float32.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        size = [min(side, LARGEST_MAP) for side in student.shape[2:]]
+        predicted, target = (
+            F.normalize(_resized(one.float(), size).flatten(2), dim=1) for one in (student, teacher)
+        )
+        return F.mse_loss(predicted.mT @ predicted, target.mT @ target)
+
+
+def mixup(images: Tensor) -> Tensor:
+    """Mix each image of a batch with another one (Zhang et al. 2018, arXiv 1710.09412).
+
+    As the teacher sees the mixed images, too, there are no labels to mix. The proportions are
+    uniform in [0, 1], as by Beyer et al. 2022.
+
+    Args:
+        images: ``(B, C, H, W)`` floating-point images in random order.
+
+    Returns:
+        Images of the same shape.
+    """
+    share = torch.rand(len(images), 1, 1, 1, device=images.device, dtype=images.dtype)
+    return images.roll(1, dims=0).lerp(images, share)
+
+
+def _resized(maps: Tensor, size: list[int]) -> Tensor:
+    """Resize ``(B, C, h, w)`` maps or images, averaging where they shrink."""
+    if list(maps.shape[2:]) == size:
+        return maps
+    return F.interpolate(maps, size=size, mode="bilinear", antialias=True)
+
+
+class Teacher:
+    """A frozen encoder in evaluation mode, with its own image size and normalization.
+
+    It is not a module, and therefore no part of the task that has it: not of its checkpoints (a
+    resumed run loads it again), its optimizer or its mode, and neither synchronized nor sharded
+    over processes, each of which has all of it.
+
+    Args:
+        source: A run, an encoder folder, ``timm:NAME`` or ``random:NAME``. The weights of the last
+            depend on the name alone.
+        image_size: Side of the images in pixels; None for the encoder's own.
+        student: Encoder whose images it sees. A teacher for images with other bands is adapted.
+
+    Raises:
+        UserError: If there is no such encoder, or it does not support the size.
+    """
+
+    def __init__(self, source: str, image_size: int | None, student: Encoder) -> None:
+        with torch.random.fork_rng(devices=[]):  # the student's weights must not depend on it
+            torch.manual_seed(0)
+            encoder = encoder_for(source, image_size)
+            if encoder.reader != student.reader:
+                encoder = adapt_encoder(encoder, student.reader)
+        encoder.to(memory_format=torch.channels_last)
+        self.encoder = encoder.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute features.
+
+        Args:
+            images: ``(B, C, H, W)`` images of any size and floating-point type, not normalized.
+
+        Returns:
+            ``(B, D)`` pooled features and a ``(B, D', h, w)`` map, without gradient.
+        """
+        encoder = self.encoder.to(images.device)
+        images = _resized(images, [encoder.image_size] * 2)
+        return encoder.pooled_and_map(encoder.normalize(images))
+
+    def embeddings(self, images: Source) -> Tensor:
+        """Embed all images once, whole as in evaluation.
+
+        Args:
+            images: N image files.
+
+        Returns:
+            ``(N, D)`` float16 normalized embeddings on the CPU; zeros for unreadable images.
+
+        Raises:
+            UserError: If no image can be read.
+        """
+        paths = [images.name(number) for number in range(len(images))]
+        found: list[Tensor] = []
+        readable = run_in_batches(
+            self.encoder,
+            lambda batch: [self.encoder(batch)],
+            self.encoder,
+            paths,
+            lambda _, outputs: found.append(F.normalize(outputs[0], dim=1).half()),
+        )
+        embeddings = torch.zeros(len(paths), self.encoder.num_features, dtype=torch.float16)
+        embeddings[torch.from_numpy(readable)] = torch.cat(found)
+        return embeddings
+
+    @cached_property
+    def digest(self) -> str:
+        """A digest of its weights, normalization and image size."""
+        encoder = self.encoder
+        about = (encoder.backbone, encoder.image_size, encoder.mean, encoder.std)
+        found = hashlib.sha256(repr(about).encode())
+        for name, tensor in encoder.state_dict().items():
+            found.update(name.encode())
+            found.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
+
+
+class Distillation(PretextTask):
+    """Learn to see the similarities between images, and between their parts, that a teacher sees.
+
+    Args:
+        encoder: Encoder to train, the student.
+        teacher: Encoder to learn from, of any backbone: a run, an encoder folder or ``timm:NAME``
+            (pre-trained weights). Required. It sees the student's views.
+        teacher_size: Side in pixels to which the views are resized for the teacher; default its
+            own image size. A smaller one is faster: DINOv2's is 518.
+        temperature: Softmax temperature of the similarities to other images (0.04 in the code of
+            CompRess).
+        queue_size: Number of the teacher's latest embeddings that an image is compared with; SEED
+            uses 65536 and CompRess 128000, for 1.3 million images.
+        map_weight: Weight of the loss between feature maps, the other loss having 1 (Liu et al.
+            2019: 10); 0 for the loss between images alone.
+        mixup: Whether images are mixed with one another (Beyer et al. 2022).
+        fixed_views: Show the teacher each image once, whole, before the training, and not every
+            view at every step, as CompRess does with cached features. Epochs then take as long as
+            without a teacher; images are not mixed, and feature maps not compared.
+        min_crop_scale: Smallest fraction of the image area in a view.
+        color: Strength of the color distortion; 0.5 is that of MoCo v2, which SEED uses.
+    """
+
+    info = PretextInfo(
+        name="distillation",
+        family="distilling",
+        views="1",
+        paper="Fang et al. 2021, arXiv 2101.04731",
+        use="a good encoder exists, but is too large or of another architecture",
+        any_size=True,
+        encoders=("teacher",),
+    )
+    # SEED trains with SGD for 200 epochs; AdamW learns faster in short runs, as for moco.
+    optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        teacher: str | None = None,
+        teacher_size: int | None = None,
+        temperature: float = 0.04,
+        queue_size: int = 4096,
+        map_weight: float = 10.0,
+        mixup: bool = True,
+        fixed_views: bool = False,
+        min_crop_scale: float = 0.2,
+        color: float = 0.5,
+    ) -> None:
+        super().__init__(encoder)
+        check_positive("pretext.temperature", temperature)
+        check_sizes(LARGEST_QUEUE, queue_size=queue_size)
+        check_sizes(LARGEST_IMAGE, teacher_size=teacher_size)
+        check_not_negative("pretext.map_weight", map_weight)
+        if teacher is None:
+            raise UserError(
+                "distillation needs a teacher: give --pretext.teacher with a run, an encoder "
+                "folder or timm:NAME, such as timm:vit_small_patch14_dinov2.lvd142m"
+            )
+        self.teacher = Teacher(teacher, teacher_size, encoder)
+        features = self.teacher.encoder.num_features
+        # Linear, as in CompRess (train_student_one_queue.py): what the teacher knows has to be in
+        # the student's own features.
+        self.head = nn.Linear(encoder.num_features, features)
+        self.queue = Queue(queue_size, features)
+        self.temperature, self.map_weight, self.mixup = temperature, map_weight, mixup
+        self.min_crop_scale, self.color = min_crop_scale, color
+        self.reads_files = fixed_views
+        self._embeddings: Tensor | None = None
+        self._embeddings_file: Path | None = None
+        self._maps_checked = map_weight == 0
+
+    def views(self, upright: bool = True) -> Views:
+        size = self.encoder.image_size
+        view = distorted_crop(size, self.min_crop_scale, self.color, upright=upright)
+        return Views([view], shortest=crop_decode_size(size, self.min_crop_scale))
+
+    def loss(self, views: list[Tensor]) -> Tensor:
+        view = mixup(views[0]) if self.mixup else views[0]
+        pooled, student_map = self.encoder.pooled_and_map(view)
+        # The teacher has its own normalization: undo the student's.
+        raw = (view.float() - self.encoder.shift) / self.encoder.scale
+        target, teacher_map = self.teacher(raw)
+        loss = self._global_loss(pooled, target)
+        if self._have_positions(student_map, teacher_map):
+            dense = pairwise_distillation(student_map, teacher_map)
+            self.measure("map_loss", dense)
+            loss = loss + self.map_weight * dense
+        return loss
+
+    def _global_loss(self, pooled: Tensor, target: Tensor) -> Tensor:
+        predicted = self.head(pooled)
+        loss = similarity_distillation(predicted, target, self.queue.items, self.temperature)
+        self.queue.push(target)
+        return loss
+
+    def prepare(self, images: Source, run: Path) -> None:
+        """With ``fixed_views``, embed all images by the teacher, or load what a run has embedded.
+
+        Args:
+            images: Training images, files.
+            run: Run folder, where the embeddings are kept until the training ends.
+        """
+        if not self.reads_files:
+            return
+        file, key = run / TEACHER, f"{self.teacher.digest} {images.digest()}"
+        kept = read_weights(file) if file.is_file() else {}
+        if key not in kept:
+            log.info("The teacher sees each of the %d images once", len(images))
+            kept = {key: self.teacher.embeddings(images)}
+            if is_main_process():
+                with atomic_write(file) as part:
+                    save_file(kept, part)
+        self._embeddings, self._embeddings_file = kept[key], file
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        if self._embeddings is None:
+            return super().training_step(batch, batch_idx)
+        view = self.encoder.normalize(batch.views[0])
+        self._embeddings = self._embeddings.to(view.device)
+        loss = self._global_loss(self.encoder(view), self._embeddings[batch.indices])
+        self.measure("loss", loss)
+        return loss
+
+    def on_train_end(self) -> None:
+        if self._embeddings_file is not None and self.global_rank == 0:
+            self._embeddings_file.unlink(missing_ok=True)
+
+    def _have_positions(self, student_map: Tensor, teacher_map: Tensor) -> bool:
+        """Whether both maps have several positions to compare; if not, say so once."""
+        few = [
+            f"{encoder.backbone}, the {role}, at {encoder.image_size} pixels"
+            for role, encoder, found in (
+                ("student", self.encoder, student_map),
+                ("teacher", self.teacher.encoder, teacher_map),
+            )
+            if min(found.shape[2:]) < 2
+        ]
+        if few and not self._maps_checked:
+            log.warning(
+                "distillation: the last feature map of %(backbone)s has fewer than 2x2 positions, "
+                "so that feature maps are not compared; give a larger --image_size or another "
+                "--backbone or --pretext.teacher, or --pretext.map_weight 0",
+                {"backbone": few[0]},
+                extra={"code": "pretext.one_location"},
+            )
+        self._maps_checked = True
+        return self.map_weight > 0 and not few
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["teacher"] = self.teacher.digest
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if checkpoint.get("teacher") != self.teacher.digest:
+            raise UserError(
+                "the --pretext.teacher is not the one that the run began with: put it back, or "
+                "start a new run with --overwrite"
+            )
