@@ -254,14 +254,14 @@ def test_masked_views_can_not_grow(
     options = ["--data", photos, "--out", tmp_path / "run", "--pretext", "mae"]
     assert run(*options, "--backbone", "test_vit", "--progressive_resizing", "true") == 2
     error = capsys.readouterr().err
-    assert "the views of mae can't change their size; those of rotation, simclr" in error
+    assert "the views of mae can't change their size; those of rotation, diet, simclr" in error
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     ("pretext", "backbone", "share", "message"),
     [
-        ("mae", "test_vit", 0.5, "mae needs all tokens of its views; rotation, simclr"),
+        ("mae", "test_vit", 0.5, "mae needs all tokens of its views; rotation, diet, simclr"),
         ("densecl", "test_vit", 0.5, "densecl needs all tokens of its views"),
         ("simclr", "test_resnet", 0.5, "needs a plain ViT, which test_resnet is not: try one of"),
         ("simclr", "test_vit", 0.95, r"--token_drop 0.95 must be in [0, 0.9], or auto"),
