@@ -18,9 +18,9 @@ from vissl_lite.pretext import PRETEXTS, pretext_class
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "lift_fresh"}
 
 # What asks all the same: the masked patches of ibot are as many as it draws; colorization counts
-# colors (bincount), and looks whether there are any; ijepa asks the CPU, where it draws.
+# colors (bincount), and looks whether there are any; ibot and ijepa ask the CPU, where they draw.
 KNOWN = {
-    "ibot": {"index", "index_put"},
+    "ibot": {"index", "index_put", "_local_scalar_dense", "lift_fresh"},
     "colorization": {"_local_scalar_dense"},
     "ijepa": {"_local_scalar_dense"},
 }

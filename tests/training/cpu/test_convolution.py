@@ -72,6 +72,12 @@ def test_the_rest_is_torchs(side: int, options: dict[str, object]) -> None:
     assert convolution(torch.randn(2, 8, side, side), weight, **options) is None  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("kernel", "padding"), [(1, 0), (3, 1)])
+def test_no_image_at_all_is_left_to_torch(kernel: int, padding: int) -> None:
+    images, weight = torch.randn(0, 4, 7, 7), torch.randn(2, 4, kernel, kernel)
+    assert convolution(images, weight, None, 1, padding) is None
+
+
 def test_an_image_smaller_than_the_kernel_is_torchs_error() -> None:
     assert convolution(torch.randn(2, 8, 2, 2), torch.randn(8, 8, 5, 5)) is None
 

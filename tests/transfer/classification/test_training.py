@@ -260,7 +260,8 @@ def test_a_pretrained_encoder_starts_at_its_linear_probe(
     head, _ = fit_linear(features["last"], colored.train.labels, len(colored.classes))
     expected = head.logits(features["last"])
     found, _ = class_logits(model, colored.train.paths)
-    np.testing.assert_allclose(found, expected, atol=0.01)
+    # bf16 where the processor has it: a value is exact to one part in 256
+    np.testing.assert_allclose(found, expected, atol=0.01 * np.abs(expected).max())
     untrained = build_classifier(encoder, colored, ClassifierSettings())
     assert not Classification().starts_fitted(untrained, ClassifierSettings())
 

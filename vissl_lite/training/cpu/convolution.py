@@ -57,6 +57,8 @@ def convolution(
     """
     if groups != 1 or _pair(dilation) != (1, 1) or isinstance(padding, str) or images.ndim != 4:
         return None
+    if images.shape[0] == 0:  # as of the mask head, where no object was found
+        return None
     steps, around = _pair(stride), _pair(padding)
     sides = zip(images.shape[2:], weight.shape[2:], steps, around, strict=True)
     rows, columns = ((side + 2 * pad - kernel) // step + 1 for side, kernel, step, pad in sides)
