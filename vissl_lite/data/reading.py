@@ -250,7 +250,9 @@ def reason(error: Exception, path: str | Path) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     words = getattr(error, "err", None) or str(error)  # OpenCV's begins with its version
-    return words.removeprefix(f"{path}: ").split("\n")[0] or type(error).__name__
+    for name in (path, str(path).rpartition("#")[0]):  # with and without the number of a frame
+        words = words.removeprefix(f"{name}: ")
+    return words.split("\n")[0] or type(error).__name__
 
 
 def report_skipped(broken: Sequence[Broken]) -> None:
