@@ -13,11 +13,12 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from vissl_lite.data.stream import Batch, Source
-from vissl_lite.data.views import Views, crop_decode_size, distorted_crop
+from vissl_lite.data.views import Views
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import check_warmup
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import PretextInfo, PretextTask
+from vissl_lite.pretext.modules.crops import distorted_view
 
 
 class DIET(PretextTask):
@@ -65,9 +66,7 @@ class DIET(PretextTask):
         self.head = nn.Linear(self.encoder.num_features, len(images), bias=False)
 
     def views(self, upright: bool = True) -> Views:
-        size = self.encoder.image_size
-        crop = distorted_crop(size, self.min_crop_scale, self.color, upright=upright)
-        return Views([crop], shortest=crop_decode_size(size, self.min_crop_scale))
+        return distorted_view(self.encoder.image_size, self.min_crop_scale, self.color, upright)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self._indices = batch.indices

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vissl_lite.data.atomic_file import atomic_write
 from vissl_lite.data.stream import Batch, Source
-from vissl_lite.data.views import Views, crop_decode_size, distorted_crop
+from vissl_lite.data.views import Views
 from vissl_lite.encoders.encoder import Encoder, adapt_encoder
 from vissl_lite.encoders.folder import encoder_for, read_weights
 from vissl_lite.errors import (
@@ -36,6 +36,7 @@ from vissl_lite.errors import (
 from vissl_lite.inference import run_in_batches
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import PretextInfo, PretextTask
+from vissl_lite.pretext.modules.crops import distorted_view
 from vissl_lite.pretext.modules.queue import Queue
 from vissl_lite.run import is_main_process
 
@@ -278,9 +279,7 @@ class Distillation(PretextTask):
         self._maps_checked = map_weight == 0
 
     def views(self, upright: bool = True) -> Views:
-        size = self.encoder.image_size
-        view = distorted_crop(size, self.min_crop_scale, self.color, upright=upright)
-        return Views([view], shortest=crop_decode_size(size, self.min_crop_scale))
+        return distorted_view(self.encoder.image_size, self.min_crop_scale, self.color, upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
         view = mixup(views[0]) if self.mixup else views[0]

@@ -24,6 +24,19 @@ def cropped_views(size: int, min_crop_scale: float, upright: bool) -> Views:
     return Views([one], shortest=crop_decode_size(size, min_crop_scale))
 
 
+def distorted_view(size: int, min_crop_scale: float, color: float | None, upright: bool) -> Views:
+    """One view of each image: a crop with changed colors.
+
+    Args:
+        size: Side of the view in pixels.
+        min_crop_scale: Smallest fraction of the image area in the view.
+        color: Strength of the color distortion; None for the default of ``distorted_crop``.
+        upright: Whether the images have a natural orientation.
+    """
+    view = distorted_crop(size, min_crop_scale, color, upright=upright)
+    return Views([view], shortest=crop_decode_size(size, min_crop_scale))
+
+
 def two_views(
     size: int,
     min_crop_scale: float,
