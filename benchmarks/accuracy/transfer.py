@@ -13,7 +13,6 @@ all labels are then trained on. Runs that are there are kept.
 """
 
 import argparse
-import csv
 import json
 import os
 import shutil
@@ -28,6 +27,7 @@ from matplotlib.figure import Figure
 
 import vissl_lite
 from benchmarks.common import RESULTS, keep, load, markdown_table, over_seeds, provenance
+from vissl_lite.metrics_file import read_metrics
 
 CONTRAST = {"name": "simclr", "temperature": 0.2, "min_crop_scale": 0.25}
 
@@ -92,11 +92,9 @@ def once(out: Path, arguments: dict[str, Any]) -> dict[str, Any]:
 
 def curve_of(run: Path, name: str) -> list[list[float]]:
     """A validation metric over the training: shares of the steps, and values."""
-    with (run / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    found = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
-    last = max(int(row["step"]) for row in rows)
-    return [[(step + 1) / (last + 1), value] for step, value in found]
+    _, rows, _ = read_metrics(run / "metrics.csv")
+    steps = max(row["step"] for row in rows) + 1
+    return [[(row["step"] + 1) / steps, row[name]] for row in rows if name in row]
 
 
 def detection(given: argparse.Namespace, arm: str, encoder: str, seed: int) -> dict[str, Any]:
