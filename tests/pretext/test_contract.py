@@ -22,6 +22,7 @@ from vissl_lite.optim import build_optimizer
 from vissl_lite.pretext import PRETEXTS, PretextTask, pretext_class
 from vissl_lite.pretext.base import BACKBONE_KINDS
 from vissl_lite.pretext.modules.visualization import visualization_of
+from vissl_lite.training.freezing import train_only
 from vissl_lite.training.resizing import shrink
 
 EXAMPLES = {
@@ -116,6 +117,31 @@ def test_a_step_reaches_the_encoder_and_moves_a_teacher_only_afterwards(
     task.after_step()
     if teacher:
         assert not all(torch.equal(before[n], p) for n, p in teacher.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [name for name, made in PRETEXTS.items() if "test_vit" in EXAMPLES[made.info.backbones]]
+)
+def test_low_rank_adapters_are_all_that_is_trained_of_an_encoder(name: str, photos: Path) -> None:
+    encoder = build_encoder("test_vit", 64)
+    train_only(encoder, "lora:4")
+    task = prepared(pretext_class(name)(encoder, **required(name)))
+    before = {n: p.clone() for n, p in task.named_parameters()}
+    optimizer = task.configure_optimizers()
+    for _ in range(2):  # the first step moves the factors that are zero, the second the others
+        task.training_step(make_batch(task, photos), 0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        task.after_step()
+    moved = {n for n, p in task.named_parameters() if not torch.equal(p, before[n])}
+    factors = {n for n in before if n.endswith((".weight.0.a", ".weight.0.b"))}
+    trained = {n for n in factors if n.startswith("encoder.")}
+    assert {n for n in moved if n.startswith("encoder.")} == trained
+    assert len(trained) == 6 * 2 * 2
+    teachers = {n for n in before if "teacher" in n and ".model." in n}
+    if any("parametrizations" in n for n in teachers):  # that of distillation is another network
+        assert {n for n in teachers if n in moved} == {n for n in factors if n in teachers}
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ from vissl_lite.options import (
 )
 from vissl_lite.pretext import PRETEXTS, pretext_class
 from vissl_lite.pretext.base import BACKBONE_KINDS, PretextTask
-from vissl_lite.training.freezing import ALL_PARTS, check_parts
+from vissl_lite.training.freezing import ALL_PARTS, check_parts, lora_rank
 from vissl_lite.training.loggers import canonical_loggers, logger_names
 from vissl_lite.training.resizing import INITIAL_SIDE
 from vissl_lite.training.token_drop import DEFAULT_SHARE, MAX_SHARE
@@ -123,9 +123,10 @@ class PretrainOptions(Options, ImageSettings):
     --backbone."""
     train: str = ALL_PARTS
     """Weights of the encoder to train: all; blocks:N, the last N blocks of a ViT or stages of
-    another backbone; norms, the scales and shifts of normalization layers; or attn_proj, the output
-    projections of attention layers. All others stay as they are in --encoder. The heads of the
-    pretext are always trained."""
+    another backbone; norms, the scales and shifts of normalization layers; attn_proj, the output
+    projections of attention layers; or lora:RANK (such as lora:16), low-rank adapters beside the
+    weights of attention layers, which are merged into them when the encoder is saved. All others
+    stay as they are in --encoder. The heads of the pretext are always trained."""
     freeze_share: float | None = None
     """Share of the run in which the whole encoder is frozen at first, while the heads of the
     pretext are trained. Default: 0.05 with pre-trained weights, otherwise 0."""
@@ -136,7 +137,7 @@ class PretrainOptions(Options, ImageSettings):
     """timm optimizer. Default: that of the pretext."""
     lr: float | None = None
     """Peak learning rate. Default: that of the pretext, scaled to the batch size by the pretext's
-    own rule; a tenth of it with pre-trained weights."""
+    own rule; a tenth of it with pre-trained weights, unless only adapters of them are trained."""
     base_lr: float | None = None
     """Peak learning rate for a batch of 256 images, as given in papers. It is scaled linearly with
     the batch size. Use instead of --lr."""
@@ -145,7 +146,7 @@ class PretrainOptions(Options, ImageSettings):
     layer_decay: float | None = None
     """Factor by which the learning rate decreases from each layer of the encoder (a block of a ViT,
     a stage of other backbones) to the one below it. Default: 0.75 for plain ViTs with pre-trained
-    weights, otherwise 1 (no decrease)."""
+    weights, otherwise, as for adapters, 1 (no decrease)."""
     ema: float | None = None
     """Momentum of an exponential moving average of the encoder's weights, such as 0.999; the run
     then saves the average instead of the weights of the last step. Default: no average. Pretexts
@@ -236,6 +237,11 @@ class PretrainOptions(Options, ImageSettings):
     def pretrained(self) -> bool:
         """Whether the training starts from pre-trained weights."""
         return self.encoder is not None and not os.fspath(self.encoder).startswith("random:")
+
+    @property
+    def moves_pretrained(self) -> bool:
+        """Whether pre-trained weights are trained themselves, rather than new adapters of them."""
+        return self.pretrained and lora_rank(self.train) is None
 
     @property
     def default_rate(self) -> bool:
@@ -379,11 +385,11 @@ class PretrainOptions(Options, ImageSettings):
             settings = replace(settings, lr=self.base_lr, scaling="linear")
         decay = settings.weight_decay if self.weight_decay is None else self.weight_decay
         lr = self.lr or settings.scaled_lr(batch_size)
-        if self.default_rate and self.pretrained:
+        if self.default_rate and self.moves_pretrained:
             lr *= PRETRAINED_LR_FACTOR
         layer_decay = self.layer_decay
         if layer_decay is None:
-            layer_decay = default_layer_decay(task.encoder.model) if self.pretrained else 1.0
+            layer_decay = default_layer_decay(task.encoder.model) if self.moves_pretrained else 1.0
         return replace(settings, name=name, lr=lr, weight_decay=decay, layer_decay=layer_decay)
 
 
