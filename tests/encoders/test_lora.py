@@ -14,7 +14,7 @@ from vissl_lite.encoders.folder import save_encoder
 from vissl_lite.encoders.lora import adapters, add_adapters, merge_adapters
 from vissl_lite.errors import UserError
 
-# One layer of queries, keys and values that is called; one whose weight alone is read; one for each.
+# A layer of queries, keys and values that is called; one whose weight is read; one layer for each.
 NARROW = {"num_classes": 0, "img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2}
 MODELS = ["test_vit", "beit_base_patch16_224", "eva02_tiny_patch14_224"]
 
@@ -54,7 +54,8 @@ def test_features_are_the_same_until_the_adapters_are_trained(name: str) -> None
 
 def test_adapters_are_the_product_of_two_factors_beside_a_weight() -> None:
     encoder = made()
-    layers = [layer for block in encoder.model.blocks for layer in (block.attn.qkv, block.attn.proj)]
+    attention = [block.attn for block in encoder.model.blocks]
+    layers = [layer for one in attention for layer in (one.qkv, one.proj)]
     weights = [layer.weight.detach().clone() for layer in layers]
     add_adapters(encoder, 4)
     trained(encoder)

@@ -36,7 +36,8 @@ class SwAV(PretextTask):
         hidden_size: Hidden size of the projection head; the paper uses 2048.
         projection_size: Size of the embeddings (appendix A.1).
         local_crops: Number of local crops besides the two global ones; default 6 as in the paper,
-            none below 64 pixels.
+            none below 64 pixels. The BatchNorm of the head has statistics of each size of crops; in
+            the authors' code, of all of them together.
         min_crop_scale: Smallest fraction of the image area in a local crop (section 5).
         min_global_crop_scale: Smallest fraction in a global crop; the paper uses 0.14.
         color: Strength of the color distortion.
