@@ -21,8 +21,8 @@ from torch.nn.utils import parametrize
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError
 
-# Names in timm of the linear layers of attention: one of queries, keys and values, or one each.
-_ADAPTED = re.compile(r"(^|\.)attn\.(qkv|q_proj|k_proj|v_proj|proj)$")
+# Names in timm of the linear layers of attention: for queries, keys and values together or apart.
+_ADAPTED = re.compile(r"(^|\.)attn\.(qkv|kv|[qkv]|[qkv]_proj|proj)$")
 
 
 class LowRankUpdate(nn.Module):
