@@ -1,14 +1,17 @@
 """What was read of labelled data, shown by the commands that use them before any training."""
 
 import logging
+from dataclasses import fields
 from typing import Any
 
 from vissl_lite.leakage.matching import Leaks
 from vissl_lite.log import ConsoleHandler, logged_to
+from vissl_lite.options import Options
 from vissl_lite.run import console
 from vissl_lite.transfer.base import LabelledDataset
 from vissl_lite.transfer.shortcuts import warn_of_shortcuts
 from vissl_lite.transfer.summary import summarize, table_of
+from vissl_lite.transfer.tasks import AnyTask, check_given
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +37,27 @@ def show_data(data: LabelledDataset, leaks: Leaks | None = None) -> dict[str, An
         log.info("%s", line, extra={} if number else {"labelled": summary})
     warn_of_shortcuts(data)
     return summary
+
+
+def read_labelled(
+    task: AnyTask, source: str, options: Options, group_by: str | None = None
+) -> LabelledDataset:
+    """Read a labelled data set with the options of a command that does not train.
+
+    Args:
+        task: Task of the labels.
+        source: What the user gave.
+        options: Has options for reading labels among its attributes.
+        group_by: Regular expression for the groups that splits keep together.
+
+    Raises:
+        UserError: Nothing is there, it does not fit the task, or an option belongs to another task.
+    """
+    names = {one.name for one in fields(task.settings)} & {one.name for one in fields(options)}
+    given = {one: getattr(options, one) for one in names} | {"group_by": group_by}
+    check_given(task, options.given)
+    data: LabelledDataset = task.load_data(source, task.settings(**given))
+    return data
 
 
 def dry_run(data: LabelledDataset, leaks: Leaks) -> None:

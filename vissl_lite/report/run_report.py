@@ -17,6 +17,7 @@ from vissl_lite.report.gallery import pictures, predicted
 from vissl_lite.report.map import map_layout
 from vissl_lite.report.page import Block, render, write_page
 from vissl_lite.report.results import leak_blocks, main_figures, result_blocks, verdicts
+from vissl_lite.report.selection import selection_blocks
 from vissl_lite.run import LOG, MAP, METRICS, RESULTS
 from vissl_lite.run_folder import RUN_CONFIG
 from vissl_lite.run_record import RunRecord, WarningRecord
@@ -60,6 +61,7 @@ def write_report(folder: Path) -> Path:
         replaced.add("per_class.png")
     blocks = [
         *results,
+        *selection_blocks(run),
         *_labelled(run),
         *_bands(run),
         *pictures(run, frozenset(replaced)),

@@ -5,7 +5,7 @@ docs/extending.md for one to start from.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Mapping, Sequence, Sized
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
@@ -470,6 +470,25 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
         Returns:
             The file or folder of the predictions, and how many images could be read.
         """
+
+    def uncertainty(
+        self, model: ModelT, paths: Sequence[str], advance: Callable[[int], None]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """How uncertain a model is of images, for the choice of those to label next.
+
+        Args:
+            model: Model from ``load``.
+            paths: Image files. Broken ones are left out, and named in the log.
+            advance: Called with the number of images done since the last call.
+
+        Returns:
+            ``(N,)`` float32, at least 0 and larger where it is more uncertain, of the readable
+            images, and ``(M,)`` bool: which images these are.
+
+        Raises:
+            UserError: No image can be read, or the task has no measure of uncertainty.
+        """
+        raise UserError(f"--model: --task {self.name} has no measure of uncertainty")
 
     @abstractmethod
     def export_model(self, model: ModelT, folder: Path) -> ExportModel:

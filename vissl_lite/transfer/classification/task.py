@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -26,6 +26,7 @@ from vissl_lite.transfer.classification.model import (
     Classifier,
     class_logits,
     load_classifier,
+    margin_uncertainty,
     save_classifier,
     score_classifier,
 )
@@ -183,6 +184,14 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
                 predictions.advance,
             )
         return file, int(good.sum())
+
+    def uncertainty(
+        self, model: Classifier, paths: Sequence[str], advance: Callable[[int], None]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """1 minus the margin of the two most probable classes; of several labels the mean."""
+        logits, good = class_logits(model, paths, advance)
+        check_outputs([logits], f"one of {len(paths)} images")
+        return margin_uncertainty(model.probabilities(logits), model.multi_label).numpy(), good
 
     def export_model(self, model: Classifier, folder: Path) -> ExportModel:
         encoder = model.encoder
