@@ -1,6 +1,5 @@
 """``vissl-lite select``: choose which images to label next."""
 
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -13,11 +12,9 @@ import numpy as np
 
 from vissl_lite.commands.embed import encoder_for_images
 from vissl_lite.commands.labelled import read_labelled
-from vissl_lite.data.atomic_file import write_atomically
 from vissl_lite.data.fingerprints import Fingerprints, read_fingerprints
-from vissl_lite.data.formats import image_size
 from vissl_lite.data.image_survey import ImageSettings, override
-from vissl_lite.data.images import BROKEN_IMAGE, find_images
+from vissl_lite.data.images import find_images
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels, report_skipped
 from vissl_lite.data.text_file import csv_writer
 from vissl_lite.encoders.encoder import Encoder
@@ -43,8 +40,8 @@ from vissl_lite.transfer.tasks import AnyTask, find_model, find_task
 
 log = logging.getLogger(__name__)
 
-# Files in the run folder.
-SELECTED, TABLE, COCO = "selected.csv", "to_label.csv", "to_label.json"
+# Table of the chosen images in the run folder.
+SELECTED = "selected.csv"
 
 
 @dataclass(frozen=True)
@@ -92,8 +89,8 @@ class SelectOptions(Options, ImageSettings, LabelOptions, AnnotationsOption):
     """Task of the labels: classification, detection or segmentation. Default: that of --model, or
     classification."""
     per_group: int | None = None
-    """Maximum number of images of each group, such as a patient, labelled ones included. Default: no
-    limit."""
+    """Maximum number of images of each group, such as a patient, labelled ones included. Default:
+    no limit."""
     group_by: str | None = None
     """Regular expression on the path of an image below the folder of all images, for --per_group.
     Images for which its first group (or, without one, all that it matches) is the same belong
@@ -205,7 +202,7 @@ def select(options: SelectOptions) -> SelectResult:
         coverage = estimate_coverage(features, labelled_at, chosen, counted, options.seed)
         covers = _covers(features, labelled_at, chosen, counted)
         _write_table(run / SELECTED, absolute, selection, covers, images.uncertainty)
-        skeleton = _write_skeleton(run, task, [absolute[i] for i in chosen], classes)
+        skeleton = task.write_skeleton([absolute[i] for i in chosen], classes, run)
         results: dict[str, Any] = {
             "method": options.method,
             "task": task.name,
@@ -290,8 +287,9 @@ def _check_budget(
     """Raise a UserError if there are fewer images to choose from than the budget."""
     has_label = np.array([os.path.abspath(path) in known for path in paths])
     left, why = int((~has_label).sum()), "images without a label"
-    if grouping is not None and options.per_group is not None:
-        _, group = np.unique(group_names(paths, grouping), return_inverse=True)
+    names = None if grouping is None else group_names(paths, grouping)
+    if names is not None and options.per_group is not None:
+        _, group = np.unique(names, return_inverse=True)
         free = np.bincount(group[~has_label], minlength=group.max() + 1)
         room = options.per_group - np.bincount(group[has_label], minlength=len(free))
         left = int(np.minimum(free, room.clip(min=0)).sum())
@@ -352,28 +350,3 @@ def _write_table(
         for rank, index in enumerate(map(int, selection.indices), start=1):
             row = [rank, paths[index], selection.reasons[rank - 1], covers[rank - 1]]
             rows.writerow(row if uncertainty is None else [*row, f"{uncertainty[index]:.4f}"])
-
-
-def _write_skeleton(run: Path, task: AnyTask, paths: Sequence[str], classes: Sequence[str]) -> Path:
-    """Write a file to fill with labels: a table for classification, COCO for other tasks."""
-    if task.name == "classification":
-        with csv_writer(run / TABLE) as rows:
-            rows.writerow(["path", "label"])
-            rows.writerows([path, ""] for path in paths)
-        return run / TABLE
-    images = []
-    for number, path in enumerate(paths, start=1):
-        try:
-            height, width = image_size(path)
-        except BROKEN_IMAGE:  # it was read a moment ago, but can have gone since
-            continue
-        images.append({"id": number, "file_name": path, "height": height, "width": width})
-    # With the background of segmentation first, as class 0 has no objects
-    names = classes[1:] if task.name == "segmentation" else classes
-    content = {
-        "images": images,
-        "annotations": [],
-        "categories": [{"id": i, "name": name} for i, name in enumerate(names, start=1)],
-    }
-    write_atomically(run / COCO, json.dumps(content, indent=1) + "\n")
-    return run / COCO

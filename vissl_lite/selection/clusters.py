@@ -4,6 +4,9 @@ import warnings
 
 import numpy as np
 
+# Maximum number of clusters for methods that make one for each label, as in TypiClust.
+MAX_CLUSTERS = 500
+
 # With more clusters than this, k-means uses mini-batches of so many images, as TypiClust does.
 MAX_EXACT, BATCH = 50, 5000
 

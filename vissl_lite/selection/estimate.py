@@ -25,8 +25,8 @@ class CoverageEstimate:
     """Coverage after each image, with the kernel of MaxHerding, from 0 to 1.
 
     Attributes:
-        values: 2 B + 1 values or fewer: before the first image, after each of the B chosen ones, and
-            after each further one, as ``herding`` would choose it.
+        values: 2 B + 1 values or fewer: before the first image, after each of the B chosen ones,
+            and after each further one, as ``herding`` would choose it.
         random: As many values for images in random order.
         knee: Number of images from which on a further one adds less than the average one.
     """

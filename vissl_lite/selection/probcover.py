@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vissl_lite.selection.candidates import NOTHING_LABELLED, Candidates, Selection
-from vissl_lite.selection.clusters import cluster
+from vissl_lite.selection.clusters import MAX_CLUSTERS, cluster
 from vissl_lite.selection.coverage import (
     BLOCK,
     blocks,
@@ -19,7 +19,6 @@ from vissl_lite.selection.coverage import (
     top_hat,
     unit_features,
 )
-from vissl_lite.selection.typiclust import MAX_CLUSTERS
 
 # Share of the balls that are to hold images of one cluster only (section 4.1).
 PURITY = 0.95

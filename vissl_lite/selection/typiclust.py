@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from vissl_lite.selection.candidates import NOTHING_LABELLED, Candidates, Selection
-from vissl_lite.selection.clusters import cluster
+from vissl_lite.selection.clusters import MAX_CLUSTERS, cluster
 from vissl_lite.selection.coverage import BLOCK, blocks, squared_distances, unit_features
 
-# Maximum number of clusters, and of neighbors whose mean distance is taken.
-MAX_CLUSTERS, NEIGHBORS = 500, 20
+# Maximum number of neighbors whose mean distance is taken.
+NEIGHBORS = 20
 
 # Clusters of at most so many images are outliers: they come last.
 SMALL = 5

@@ -22,6 +22,7 @@ from vissl_lite.transfer.exporting import ExportModel
 from vissl_lite.transfer.finetuning import TransferSettings
 from vissl_lite.transfer.options import TaskOptions
 from vissl_lite.transfer.prediction import Predictions
+from vissl_lite.transfer.skeleton import COCO_SKELETON, write_coco_skeleton
 from vissl_lite.transfer.sources.groups import Record, group_names
 from vissl_lite.transfer.sources.parts import PARTS, Split, take_share
 from vissl_lite.transfer.sources.reading_log import ReadingLog
@@ -489,6 +490,21 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
             UserError: No image can be read, or the task has no measure of uncertainty.
         """
         raise UserError(f"--model: --task {self.name} has no measure of uncertainty")
+
+    def write_skeleton(self, paths: Sequence[str], classes: Sequence[str], folder: Path) -> Path:
+        """Write a file of images without labels, to be filled by hand or with a labelling tool.
+
+        By default it is in COCO's format.
+
+        Args:
+            paths: Image files.
+            classes: Names of the classes; empty if they are not known yet.
+            folder: Folder to write to.
+
+        Returns:
+            The file, ``to_label.json`` or ``to_label.csv``.
+        """
+        return write_coco_skeleton(folder / COCO_SKELETON, paths, classes)
 
     @abstractmethod
     def export_model(self, model: ModelT, folder: Path) -> ExportModel:

@@ -41,6 +41,7 @@ from vissl_lite.transfer.classification.training import (
 from vissl_lite.transfer.exporting import ExportModel, Normalization
 from vissl_lite.transfer.finetuning import has_norms
 from vissl_lite.transfer.prediction import Predictions, growing_file
+from vissl_lite.transfer.skeleton import TABLE_SKELETON, write_table_skeleton
 from vissl_lite.transfer.sources.parts import Split
 
 MAX_SHOWN = 16  # test images in the picture of predictions beside the truth
@@ -192,6 +193,9 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
         logits, good = class_logits(model, paths, advance)
         check_outputs([logits], f"one of {len(paths)} images")
         return margin_uncertainty(model.probabilities(logits), model.multi_label).numpy(), good
+
+    def write_skeleton(self, paths: Sequence[str], classes: Sequence[str], folder: Path) -> Path:
+        return write_table_skeleton(folder / TABLE_SKELETON, paths)
 
     def export_model(self, model: Classifier, folder: Path) -> ExportModel:
         encoder = model.encoder

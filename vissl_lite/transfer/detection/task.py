@@ -211,8 +211,8 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Sum over boxes of 1 minus the margin between object and no object.
 
-        Source: Brust et al. 2019 (arXiv 1809.09875, sections 3.1 and 3.2): a measure per box, summed
-        over the boxes of an image. An image without boxes is certain.
+        Source: Brust et al. 2019 (arXiv 1809.09875): a measure per box, summed over the boxes of an
+        image. An image without boxes is certain.
         """
         found, good = detect(model, paths, advance)
         sums = [float((1 - np.abs(2 * one.scores - 1)).sum()) for one in found]

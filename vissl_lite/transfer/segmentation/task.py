@@ -187,6 +187,10 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
                 means.append(float(1 - (first - second).mean()))
         return np.array(means, np.float32), report_broken(paths, faults)
 
+    def write_skeleton(self, paths: Sequence[str], classes: Sequence[str], folder: Path) -> Path:
+        # the first class is the background, which has no objects
+        return super().write_skeleton(paths, classes[1:], folder)
+
     def export_model(self, model: Segmenter, folder: Path) -> ExportModel:
         encoder = model.encoder
         layers = nn.Sequential(Normalization(encoder), model, nn.Softmax(dim=1))
