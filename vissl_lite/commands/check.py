@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vissl_lite.commands.labelled import read_labelled, show_data
+from vissl_lite.commands.labelled import reading_settings, show_data
 from vissl_lite.commands.leaks import guard
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.errors import UserError, check_count, check_seed
@@ -119,7 +119,7 @@ def _read(options: CheckOptions) -> tuple[AnyTask, LabelledDataset]:
     errors: dict[str, str] = {}
     for name, task in tried.items():
         try:
-            fitting.append((task, read_labelled(task, source, options, options.group_by)))
+            fitting.append((task, task.load_data(source, reading_settings(task, options))))
         except UserError as error:
             if len(tried) == 1:
                 raise

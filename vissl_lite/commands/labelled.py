@@ -9,6 +9,7 @@ from vissl_lite.log import ConsoleHandler, logged_to
 from vissl_lite.options import Options
 from vissl_lite.run import console
 from vissl_lite.transfer.base import LabelledDataset
+from vissl_lite.transfer.finetuning import TransferSettings
 from vissl_lite.transfer.shortcuts import warn_of_shortcuts
 from vissl_lite.transfer.summary import summarize, table_of
 from vissl_lite.transfer.tasks import AnyTask, check_given
@@ -39,25 +40,20 @@ def show_data(data: LabelledDataset, leaks: Leaks | None = None) -> dict[str, An
     return summary
 
 
-def read_labelled(
-    task: AnyTask, source: str, options: Options, group_by: str | None = None
-) -> LabelledDataset:
-    """Read a labelled data set with the options of a command that does not train.
+def reading_settings(task: AnyTask, options: Options) -> TransferSettings:
+    """Settings for reading labels, of a command that does not train.
 
     Args:
         task: Task of the labels.
-        source: What the user gave.
         options: Has options for reading labels among its attributes.
-        group_by: Regular expression for the groups that splits keep together.
 
     Raises:
-        UserError: Nothing is there, it does not fit the task, or an option belongs to another task.
+        UserError: An option belongs to another task.
     """
-    names = {one.name for one in fields(task.settings)} & {one.name for one in fields(options)}
-    given = {one: getattr(options, one) for one in names} | {"group_by": group_by}
     check_given(task, options.given)
-    data: LabelledDataset = task.load_data(source, task.settings(**given))
-    return data
+    names = {one.name for one in fields(task.settings)} & {one.name for one in fields(options)}
+    settings: TransferSettings = task.settings(**{one: getattr(options, one) for one in names})
+    return settings
 
 
 def dry_run(data: LabelledDataset, leaks: Leaks) -> None:

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vissl_lite.commands.embed import encoder_for_images
-from vissl_lite.commands.labelled import read_labelled
+from vissl_lite.commands.labelled import reading_settings
 from vissl_lite.data.fingerprints import Fingerprints, read_fingerprints
 from vissl_lite.data.image_survey import ImageSettings, override
 from vissl_lite.data.images import find_images
@@ -34,7 +34,6 @@ from vissl_lite.transfer.classification.options import LabelOptions
 from vissl_lite.transfer.options import AnnotationsOption
 from vissl_lite.transfer.sources.groups import find_groups, group_names
 from vissl_lite.transfer.sources.opening import unpacked
-from vissl_lite.transfer.sources.parts import PARTS
 from vissl_lite.transfer.sources.reading_log import ReadingLog
 from vissl_lite.transfer.tasks import AnyTask, find_model, find_task
 
@@ -255,8 +254,9 @@ def _read_labels(options: SelectOptions, task: AnyTask) -> tuple[list[str], list
     source = Path(options.labelled)
     if not source.exists():
         raise UserError(f"--labelled {source} does not exist")
-    data = read_labelled(task, str(unpacked(source)), options)
-    return [path for part in PARTS for path in data.paths(part)], data.classes
+    # groups are those of all images, and splits do not matter
+    settings = replace(reading_settings(task, options), group_by=None)  # type: ignore[call-arg]
+    return task.labelled_images(str(unpacked(source)), settings)
 
 
 def _joined(pool: Sequence[str], labelled: Sequence[str]) -> list[str]:

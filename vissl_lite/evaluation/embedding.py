@@ -34,6 +34,9 @@ UMAP_LEAST = 100
 # are kept, since an encoder that has collapsed finds all of them alike.
 DUPLICATE_SIMILARITY, MAX_PAIRS = 0.98, 200
 
+# Class of the images that ``select`` has chosen, which the page marks.
+CHOSEN = "chosen"
+
 # Bytes that the arrays of a file may take: 5,000 paths of 4,096 letters are 82 MB.
 MAX_MAP_BYTES = 512 * 2**20
 

@@ -13,7 +13,7 @@ from vissl_lite.data.images import BROKEN_IMAGE, read_image, resize_and_crop
 from vissl_lite.data.views import Views
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError
-from vissl_lite.evaluation.embedding import make_map, map_of_features
+from vissl_lite.evaluation.embedding import CHOSEN, make_map, map_of_features
 from vissl_lite.faults import machine_error
 from vissl_lite.plots import CELL, Picture, plot_grid, plot_neighbors
 from vissl_lite.pretext.base import PretextTask
@@ -32,9 +32,9 @@ NEIGHBORS_SHOWN = 7
 # Images of each part that are shown with their labels, and the side of their cells in pixels.
 LABELS_SHOWN, LABELS_CELL = 6, 240
 
-# Chosen images on the contact sheet, in a row of it, and the side of their cells in pixels; and
-# images of each kind (chosen, labelled, others) on the map.
-SHEET, SHEET_ROW, SHEET_CELL, MAP_IMAGES = 100, 10, 140, 1000
+# Chosen images on the contact sheet and in a row of it, and images of each kind (chosen, labelled,
+# others) on the map.
+SHEET, SHEET_ROW, MAP_IMAGES = 100, 10, 1000
 
 
 def add_pretext(
@@ -181,7 +181,7 @@ def add_selection(
             for rank, index in enumerate(chosen[:SHEET].tolist(), start=1)
         ]
         rows = [sheet[start : start + SHEET_ROW] for start in range(0, len(sheet), SHEET_ROW)]
-        plot_grid(rows, run / "selected.png", cell=SHEET_CELL)
+        plot_grid(rows, run / "selected.png")
         labels = labelled.astype(np.int64)
         labels[chosen] = 2
         order = np.random.default_rng(seed).permutation(len(paths))
@@ -189,7 +189,7 @@ def add_selection(
             np.concatenate([order[labels[order] == kind][:MAP_IMAGES] for kind in range(3)])
         )
         some = [paths[index] for index in shown]
-        kinds = ("others", "labelled", "chosen")
+        kinds = ("others", "labelled", CHOSEN)
         map_of_features(features[shown], some, labels[shown], kinds, seed).save(run / MAP)
     except Exception as error:
         _warn_or_raise("the picture or the map of the chosen images", error)

@@ -1,4 +1,4 @@
-"""Blocks of the report of ``select``: coverage by budget, and the table of chosen images."""
+"""Blocks of the report of ``select``: coverage by budget, and why images were chosen."""
 
 import csv
 from typing import Any
@@ -13,16 +13,10 @@ from vissl_lite.report.page import Block, render
 SELECTED, LISTED = "selected.csv", 100
 
 
-def selection_blocks(run: RunFolder) -> list[Block]:
-    """Return the blocks of a run of ``select``; none for other commands."""
-    if run.command != "select":
-        return []
-    return [*_coverage(run), *_table(run)]
-
-
-def _coverage(run: RunFolder) -> list[Block]:
+def coverage_by_budget(run: RunFolder) -> list[Block]:
+    """Return a chart of the coverage for a run of ``select``; nothing for other commands."""
     found = run.figures.get("coverage")
-    if found is None:
+    if run.command != "select" or found is None:
         return []
     try:
         selected, continued, at_random = (
@@ -45,8 +39,9 @@ def _coverage(run: RunFolder) -> list[Block]:
     return [Block("Coverage by number of images", coverage(lines, knee), note)]
 
 
-def _table(run: RunFolder) -> list[Block]:
-    if not run.has(SELECTED):
+def chosen_images(run: RunFolder) -> list[Block]:
+    """Return the table of chosen images, folded, of a run of ``select``."""
+    if run.command != "select" or not run.has(SELECTED):
         return []
     names = {"rank": "rank", "path": "image", "reason": "reason", "covers": "nearest to"}
     try:

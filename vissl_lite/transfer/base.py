@@ -322,6 +322,22 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
             UserError: Nothing is there, or it can't be used.
         """
 
+    def labelled_images(self, source: str, settings: SettingsT) -> tuple[list[str], list[str]]:
+        """The images of a labelled data set of which the parts do not matter.
+
+        Args:
+            source: Folder or file, as the user gave it.
+            settings: See ``load_data``.
+
+        Returns:
+            Paths of the images, and names of the classes.
+
+        Raises:
+            UserError: Nothing is there, or it can't be used.
+        """
+        data = self.load_data(source, settings)
+        return [path for part in PARTS for path in data.paths(part)], data.classes
+
     @abstractmethod
     def image_size(self, data: DatasetT, settings: SettingsT) -> int | None:
         """Image size in pixels that suits the images; None for the encoder's own."""

@@ -21,6 +21,7 @@ from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.base import Task, spread
 from vissl_lite.transfer.classification.data import LabelledImages, load_labelled
+from vissl_lite.transfer.classification.discovery import find_labels
 from vissl_lite.transfer.classification.metrics import TestScores
 from vissl_lite.transfer.classification.model import (
     Classifier,
@@ -43,6 +44,7 @@ from vissl_lite.transfer.finetuning import has_norms
 from vissl_lite.transfer.prediction import Predictions, growing_file
 from vissl_lite.transfer.skeleton import TABLE_SKELETON, write_table_skeleton
 from vissl_lite.transfer.sources.parts import Split
+from vissl_lite.transfer.sources.reading_log import ReadingLog
 
 MAX_SHOWN = 16  # test images in the picture of predictions beside the truth
 
@@ -58,6 +60,16 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
 
     def load_data(self, source: str, settings: ClassifierSettings) -> LabelledImages:
         return load_labelled(source, settings.seed, multi_label=True, options=settings)
+
+    def labelled_images(
+        self, source: str, settings: ClassifierSettings
+    ) -> tuple[list[str], list[str]]:
+        """Also of images that are too few to train on."""
+        reading = ReadingLog(source)
+        found = find_labels(Path(source), settings, reading)
+        reading.report()
+        named = {name for image in found.images for name in image.names}
+        return [image.path for image in found.images], sorted({*named, *found.classes})
 
     def image_size(self, data: LabelledImages, settings: ClassifierSettings) -> int | None:
         return None if settings.pretrained else suitable_size(data.train.paths)
