@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -84,6 +84,8 @@ class SelectOptions(Options, ImageSettings, LabelOptions, AnnotationsOption):
     same pictures, are not chosen, and what they cover counts as covered."""
     model: StrPath | None = None
     """A run of finetune, whose uncertainty counts."""
+    annotations: StrPath | None = None
+    """Where the boxes or masks are, if --labelled is the folder of the images alone."""
     task: str | None = None
     """Task of the labels: classification, detection or segmentation. Default: that of --model, or
     classification."""
@@ -255,7 +257,7 @@ def _read_labels(options: SelectOptions, task: AnyTask) -> tuple[list[str], list
     if not source.exists():
         raise UserError(f"--labelled {source} does not exist")
     # groups are those of all images, and splits do not matter
-    settings = replace(reading_settings(task, options), group_by=None)  # type: ignore[call-arg]
+    settings = reading_settings(task, options.replace(group_by=None, per_group=None))
     return task.labelled_images(str(unpacked(source)), settings)
 
 

@@ -181,7 +181,8 @@ def add_selection(
             for rank, index in enumerate(chosen[:SHEET].tolist(), start=1)
         ]
         rows = [sheet[start : start + SHEET_ROW] for start in range(0, len(sheet), SHEET_ROW)]
-        plot_grid(rows, run / "selected.png")
+        if rows:
+            plot_grid(rows, run / "selected.png")
         labels = labelled.astype(np.int64)
         labels[chosen] = 2
         order = np.random.default_rng(seed).permutation(len(paths))

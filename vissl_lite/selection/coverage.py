@@ -159,12 +159,13 @@ def coverage_curve(
         B + 1 values from 0 to 1; the first is before the first point.
     """
     among = torch.from_numpy(counted).to(points.device)
-    values = [float(covered[among].mean())]
-    for index in map(int, order):
-        covered = torch.maximum(
-            covered, kernel(squared_distances(points[index : index + 1], points))[0]
-        )
-        values.append(float(covered[among].mean()))
+    covered, counted_points = covered[among], points[among]
+    values = [float(covered.mean())]
+    centers = points[torch.as_tensor(order, device=points.device)]
+    for rows in blocks(len(centers), len(covered)):
+        for similarity in kernel(squared_distances(centers[rows], counted_points)):
+            covered = torch.maximum(covered, similarity)
+            values.append(float(covered.mean()))
     return values
 
 
