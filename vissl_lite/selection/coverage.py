@@ -15,7 +15,8 @@ from torch import Tensor
 
 from vissl_lite.selection.candidates import Candidates
 
-# Function from squared distances to similarities in [0, 1], of which nearer ones are larger.
+# Function from squared distances to similarities in [0, 1], of which nearer ones are larger. It may
+# overwrite its argument: most of the time is spent on reading and writing these blocks.
 Kernel: TypeAlias = Callable[[Tensor], Tensor]
 
 # Similarities that are in memory at a time: 64 MiB of float32.
@@ -38,7 +39,7 @@ def squared_distances(one: Tensor, other: Tensor) -> Tensor:
 
 def gaussian(radius: float) -> Kernel:
     """``exp(-d^2 / radius^2)``, the kernel of MaxHerding."""
-    return lambda squared: torch.exp(squared / -(radius**2))
+    return lambda squared: squared.div_(-(radius**2)).exp_()
 
 
 def top_hat(radius: float) -> Kernel:
@@ -107,9 +108,8 @@ def greedy_cover(
         found = np.empty(len(indices))
         for rows in blocks(len(indices), count, block):
             some = torch.from_numpy(indices[rows]).to(device)
-            increase = (kernel(squared_distances(points[some], points)) - covered).clamp_(min=0)
-            sums = increase.mul_(weights).sum(dim=1, dtype=torch.float64)
-            found[rows] = sums.cpu().numpy()
+            increase = kernel(squared_distances(points[some], points)).sub_(covered).clamp_(min=0)
+            found[rows] = (increase @ weights).cpu().numpy()
         return found
 
     numbers = np.arange(count)
