@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vissl_lite.commands.probe import probe
     from vissl_lite.commands.report import report
     from vissl_lite.commands.runs import runs
+    from vissl_lite.commands.select import select
     from vissl_lite.commands.shard import shard
     from vissl_lite.encoders.folder import load_encoder
     from vissl_lite.errors import UserError
@@ -39,6 +40,7 @@ __all__ = [
     "probe",
     "report",
     "runs",
+    "select",
     "shard",
 ]
 

@@ -72,6 +72,9 @@ _RESULTS = (
     "runs/*/*.csv",
     "predictions.csv",
     "predictions.json",
+    "selected.csv",
+    "to_label.csv",
+    "to_label.json",
     "masks.csv",
     "masks/**/*.png",
     "pictures/**/*.png",
@@ -84,6 +87,7 @@ _RESULTS = (
             "neighbors",
             "per_class",
             "pretext",
+            "selected",
             "test",
             "views",
         )

@@ -143,6 +143,7 @@ def needed(command: str, place: Path) -> dict[str, str]:
         "report": {"run": str(place)},
         "embed": {"encoder": encoder, "data": train, "out": "features.npz"},
         "explore": {"encoder": encoder, "data": train, "out": "map.html"},
+        "select": {"encoder": encoder, "data": train, "budget": "5", "out": "run"},
         "export": {"encoder": encoder, "out": "encoder.onnx"},
         "shard": {"data": train, "out": "shards"},
         "list": {"what": "pretexts"},

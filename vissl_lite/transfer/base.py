@@ -5,7 +5,7 @@ docs/extending.md for one to start from.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Mapping, Sequence, Sized
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
@@ -22,6 +22,7 @@ from vissl_lite.transfer.exporting import ExportModel
 from vissl_lite.transfer.finetuning import TransferSettings
 from vissl_lite.transfer.options import TaskOptions
 from vissl_lite.transfer.prediction import Predictions
+from vissl_lite.transfer.skeleton import COCO_SKELETON, write_coco_skeleton
 from vissl_lite.transfer.sources.groups import Record, group_names
 from vissl_lite.transfer.sources.parts import PARTS, Split, take_share
 from vissl_lite.transfer.sources.reading_log import ReadingLog
@@ -321,6 +322,22 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
             UserError: Nothing is there, or it can't be used.
         """
 
+    def labelled_images(self, source: str, settings: SettingsT) -> tuple[list[str], list[str]]:
+        """The images of a labelled data set of which the parts do not matter.
+
+        Args:
+            source: Folder or file, as the user gave it.
+            settings: See ``load_data``.
+
+        Returns:
+            Paths of the images, and names of the classes.
+
+        Raises:
+            UserError: Nothing is there, or it can't be used.
+        """
+        data = self.load_data(source, settings)
+        return [path for part in PARTS for path in data.paths(part)], data.classes
+
     @abstractmethod
     def image_size(self, data: DatasetT, settings: SettingsT) -> int | None:
         """Image size in pixels that suits the images; None for the encoder's own."""
@@ -470,6 +487,40 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
         Returns:
             The file or folder of the predictions, and how many images could be read.
         """
+
+    def uncertainty(
+        self, model: ModelT, paths: Sequence[str], advance: Callable[[int], None]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """How uncertain a model is of images, for the choice of those to label next.
+
+        Args:
+            model: Model from ``load``.
+            paths: Image files. Broken ones are left out, and named in the log.
+            advance: Called with the number of images done since the last call.
+
+        Returns:
+            ``(N,)`` float32, at least 0 and larger where it is more uncertain, of the readable
+            images, and ``(M,)`` bool: which images these are.
+
+        Raises:
+            UserError: No image can be read, or the task has no measure of uncertainty.
+        """
+        raise UserError(f"--model: --task {self.name} has no measure of uncertainty")
+
+    def write_skeleton(self, paths: Sequence[str], classes: Sequence[str], folder: Path) -> Path:
+        """Write a file of images without labels, to be filled by hand or with a labelling tool.
+
+        By default it is in COCO's format.
+
+        Args:
+            paths: Image files.
+            classes: Names of the classes; empty if they are not known yet.
+            folder: Folder to write to.
+
+        Returns:
+            The file, ``to_label.json`` or ``to_label.csv``.
+        """
+        return write_coco_skeleton(folder / COCO_SKELETON, paths, classes)
 
     @abstractmethod
     def export_model(self, model: ModelT, folder: Path) -> ExportModel:

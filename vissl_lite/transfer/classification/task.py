@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -21,11 +21,13 @@ from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.base import Task, spread
 from vissl_lite.transfer.classification.data import LabelledImages, load_labelled
+from vissl_lite.transfer.classification.discovery import find_labels
 from vissl_lite.transfer.classification.metrics import TestScores
 from vissl_lite.transfer.classification.model import (
     Classifier,
     class_logits,
     load_classifier,
+    margin_uncertainty,
     save_classifier,
     score_classifier,
 )
@@ -40,7 +42,9 @@ from vissl_lite.transfer.classification.training import (
 from vissl_lite.transfer.exporting import ExportModel, Normalization
 from vissl_lite.transfer.finetuning import has_norms
 from vissl_lite.transfer.prediction import Predictions, growing_file
+from vissl_lite.transfer.skeleton import TABLE_SKELETON, write_table_skeleton
 from vissl_lite.transfer.sources.parts import Split
+from vissl_lite.transfer.sources.reading_log import ReadingLog
 
 MAX_SHOWN = 16  # test images in the picture of predictions beside the truth
 
@@ -56,6 +60,16 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
 
     def load_data(self, source: str, settings: ClassifierSettings) -> LabelledImages:
         return load_labelled(source, settings.seed, multi_label=True, options=settings)
+
+    def labelled_images(
+        self, source: str, settings: ClassifierSettings
+    ) -> tuple[list[str], list[str]]:
+        """Also of images that are too few to train on."""
+        reading = ReadingLog(source)
+        found = find_labels(Path(source), settings, reading)
+        reading.report()
+        named = {name for image in found.images for name in image.names}
+        return [image.path for image in found.images], sorted({*named, *found.classes})
 
     def image_size(self, data: LabelledImages, settings: ClassifierSettings) -> int | None:
         return None if settings.pretrained else suitable_size(data.train.paths)
@@ -183,6 +197,17 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
                 predictions.advance,
             )
         return file, int(good.sum())
+
+    def uncertainty(
+        self, model: Classifier, paths: Sequence[str], advance: Callable[[int], None]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """1 minus the margin of the two most probable classes; of several labels the mean."""
+        logits, good = class_logits(model, paths, advance)
+        check_outputs([logits], f"one of {len(paths)} images")
+        return margin_uncertainty(model.probabilities(logits), model.multi_label).numpy(), good
+
+    def write_skeleton(self, paths: Sequence[str], classes: Sequence[str], folder: Path) -> Path:
+        return write_table_skeleton(folder / TABLE_SKELETON, paths)
 
     def export_model(self, model: Classifier, folder: Path) -> ExportModel:
         encoder = model.encoder

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -25,6 +25,7 @@ from vissl_lite.transfer.detection.metrics import DetectionScores, score_detecto
 from vissl_lite.transfer.detection.model import (
     Detections,
     Detector,
+    detect,
     detect_in_batches,
     fit_into,
     load_detector,
@@ -204,6 +205,18 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
         _write_coco(file, head, lines)
         lines.unlink()
         return file, int(good.sum())
+
+    def uncertainty(
+        self, model: Detector, paths: Sequence[str], advance: Callable[[int], None]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Sum over boxes of 1 minus the margin between object and no object.
+
+        Source: Brust et al. 2019 (arXiv 1809.09875): a measure per box, summed over the boxes of an
+        image. An image without boxes is certain.
+        """
+        found, good = detect(model, paths, advance)
+        sums = [float((1 - np.abs(2 * one.scores - 1)).sum()) for one in found]
+        return np.array(sums, np.float32), good
 
     def export_model(self, model: Detector, folder: Path) -> ExportModel:
         layers = nn.Sequential(

@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
@@ -40,6 +40,7 @@ from vissl_lite.transfer.segmentation.model import (
     load_segmenter,
     save_segmenter,
     segment,
+    segment_all,
 )
 from vissl_lite.transfer.segmentation.options import SegmentationOptions, SegmenterSettings
 from vissl_lite.transfer.segmentation.training import (
@@ -165,6 +166,30 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
                     masks = {}
         good = report_broken(predictions.paths, faults)
         return predictions.run / "masks", int(good.sum())
+
+    def uncertainty(
+        self, model: Segmenter, paths: Sequence[str], advance: Callable[[int], None]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Mean over pixels of 1 minus the margin of the two most probable classes."""
+        means: list[float] = []
+        faults: list[str | None] = []
+        with inference_mode(model) as device:
+            for path in paths:
+                advance(1)
+                try:
+                    image = model.encoder.reader.read(path)
+                except BROKEN_IMAGE as error:
+                    faults.append(reason(error, path))
+                    continue
+                faults.append(None)
+                (probabilities,) = segment_all(model, [image], device)
+                first, second = probabilities.topk(2, dim=0).values.unbind()
+                means.append(float(1 - (first - second).mean()))
+        return np.array(means, np.float32), report_broken(paths, faults)
+
+    def write_skeleton(self, paths: Sequence[str], classes: Sequence[str], folder: Path) -> Path:
+        # the first class is the background, which has no objects
+        return super().write_skeleton(paths, classes[1:], folder)
 
     def export_model(self, model: Segmenter, folder: Path) -> ExportModel:
         encoder = model.encoder
