@@ -3,11 +3,10 @@
     python -m benchmarks.accuracy.selection JOB --data DATA/SET --encoder RUN --out OUT
 
 ``JOB`` names the set and where the encoder is from: ``cifar10-ours``, ``ucmerced-ours`` and
-``ucmerced-ImageNet``. The budgets are 1, 5, 10 and 50 (UC Merced: 30) times the number of classes, of which no method
-knows how many images there are in the pool; with five seeds, of which each has 80 % of the training
-images
-to choose from. ``--protocols`` takes ``linear`` and ``finetune``, the latter with a fixed learning
-rate and number of epochs.
+``ucmerced-ImageNet``. The budgets are 1, 5, 10 and 50 (UC Merced: 30) times the number of classes;
+no method knows how many images of each class there are. Each of five seeds has 80 % of the training
+images to choose from. ``--protocols`` takes ``linear`` and ``finetune``, the latter with a fixed
+learning rate and number of epochs.
 
 Results: benchmarks/results/selection.json. A comparison that was interrupted goes on.
 """
