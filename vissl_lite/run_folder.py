@@ -68,6 +68,7 @@ _RESULTS = (
     "classes.txt",
     "split/*.json",
     "runs.csv",
+    "selected.csv",
     "runs/*/*.json",
     "runs/*/*.csv",
     "predictions.csv",

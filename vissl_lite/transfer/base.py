@@ -95,6 +95,14 @@ class LabelledDataset(ABC):
     def merged(self) -> Self:
         """A copy with the validation part added to the training part."""
 
+    @abstractmethod
+    def hold_out(self, indices: Sequence[int]) -> Self:
+        """A copy whose validation part is some of the training images.
+
+        Args:
+            indices: Indices of training images, ascending.
+        """
+
     def refits(self, refit: bool | None) -> bool:
         """Whether validation images are trained on once hyperparameters are chosen.
 
@@ -214,6 +222,12 @@ class ListDataset(LabelledDataset, Generic[RecordT]):
 
     def merged(self) -> Self:
         return replace(self, train=[*self.train, *self.val], val=[])
+
+    def hold_out(self, indices: Sequence[int]) -> Self:
+        held = set(indices)
+        train = [one for i, one in enumerate(self.train) if i not in held]
+        val = [self.train[i] for i in indices]
+        return replace(self, train=train, val=val, reading=self.reading.with_val_from_train())
 
     def subsample(
         self, fraction: float | None = None, shots: int | None = None, seed: int = 0

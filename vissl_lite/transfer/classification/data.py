@@ -184,6 +184,15 @@ class LabelledImages(LabelledDataset):
     def merged(self) -> Self:
         return replace(self, train=self._all(), val=self.train.take(np.empty(0, np.int64)))
 
+    def hold_out(self, indices: Sequence[int]) -> Self:
+        kept = np.setdiff1d(np.arange(len(self.train)), indices)
+        return replace(
+            self,
+            train=self.train.take(kept),
+            val=self.train.take(np.array(indices, np.int64)),
+            reading=self.reading.with_val_from_train(),
+        )
+
     def folds(self, count: int, seed: int = 0) -> list[Self]:
         everything = self._all()
         labels = everything.labels
