@@ -68,7 +68,6 @@ _RESULTS = (
     "classes.txt",
     "split/*.json",
     "runs.csv",
-    "selected.csv",
     "runs/*/*.json",
     "runs/*/*.csv",
     "predictions.csv",

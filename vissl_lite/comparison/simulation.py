@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Generic, Literal, get_args
 
 import numpy as np
-from scipy.special import softmax
+import torch
 
 from vissl_lite.comparison.amounts import LabelCount
 from vissl_lite.errors import UserError
 from vissl_lite.selection import METHODS
-from vissl_lite.selection.margin import margin_uncertainty
 from vissl_lite.transfer.base import DatasetT
 from vissl_lite.transfer.classification.linear_head import fit_linear
+from vissl_lite.transfer.classification.model import margin_uncertainty
 
 Selector = Literal[
     "random", "herding", "uncertainty_herding", "typiclust", "probcover", "k_center", "margin"
@@ -132,4 +132,5 @@ class SimulatedLabelling(Generic[DatasetT]):
         if len(np.unique(known)) < 2:
             return None
         head, _ = fit_linear(points[labelled], known, len(self.data.classes), seed)
-        return margin_uncertainty(softmax(head.logits(points), axis=1))
+        probabilities = torch.from_numpy(head.logits(points)).softmax(dim=1)
+        return margin_uncertainty(probabilities, multi_label=False).numpy()

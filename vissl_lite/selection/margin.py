@@ -6,19 +6,6 @@ from vissl_lite.errors import UserError
 from vissl_lite.selection.candidates import NOTHING_LABELLED, Candidates, Selection, in_order
 
 
-def margin_uncertainty(probabilities: np.ndarray) -> np.ndarray:
-    """Uncertainty by the margin: 1 minus the difference of the two largest probabilities.
-
-    Args:
-        probabilities: ``(N, K)`` of at least two classes.
-
-    Returns:
-        ``(N,)``.
-    """
-    largest = np.sort(probabilities, axis=1)[:, -2:]
-    return np.asarray(1 - (largest[:, 1] - largest[:, 0]))
-
-
 def margin(
     features: np.ndarray,
     budget: int,
