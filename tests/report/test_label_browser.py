@@ -62,7 +62,7 @@ def test_images_are_labelled_by_keys_and_finetune_reads_the_csv(
 ) -> None:
     counter, place = opened.locator("#counter"), opened.locator("#place")
     expect(counter).to_have_text("0 of 6 labelled")
-    expect(opened.locator("#accept")).to_contain_text("fern 1 of 1 labelled neighbors")
+    expect(opened.locator("#accept")).to_contain_text("fern 1 of 1 neighbors")
     press(opened, "Enter", "2", "s", "x", "3", "n")
     opened.keyboard.type("  sea weed ")
     press(opened, "Enter")
@@ -192,6 +192,21 @@ def test_saved_files_are_loaded_in_another_browser(
     other.context.close()
 
 
+def test_labels_of_earlier_rounds_are_in_the_csv(page: Page, tmp_path: Path) -> None:
+    old, new = str(tmp_path / "old.png"), str(tmp_path / "new.png")
+    for path in (old, new):
+        Image.new("RGB", (8, 8), "red").save(path)
+    file, before = tmp_path / "label.html", [(old, "moss"), (new, "stone")]
+    write_label_page(file, [LabelImage(new)], [], "Plants", before)
+    page.goto(file.as_uri())
+    press(page, "n")
+    page.keyboard.type("fern")
+    press(page, "Enter")
+    rows = lines(file, ("old", "moss"), ("new", "fern"))
+    assert saved(page, tmp_path / "labels.csv") == rows
+    expect(page.locator("#message")).to_contain_text("1 labels and 1 from before")
+
+
 @pytest.fixture
 def phone(browser: Browser, file: Path) -> Iterator[Page]:
     context = browser.new_context(
@@ -231,10 +246,10 @@ def test_a_phone_is_enough(phone: Page, file: Path, tmp_path: Path) -> None:
 def test_hostile_names_are_shown_as_text_and_written_as_they_are(
     page: Page, tmp_path: Path
 ) -> None:
-    names = ["a,b.png", 'a "quoted" name.png', "two\nlines.png", "semi;colon\t.png", "naïve 😀.png",
-             "<", "<img src=x onerror=fail()>.png", os.fsdecode(b"\xff\xe9.png"), " $& .png"]  # fmt: skip
-    (tmp_path / "<").mkdir()
-    names[5] = "</script><b>.png"  # a file in a folder
+    names = ["a,b.png", 'a "quoted" name.png', "two\nlines.png", "semi;colon\t.png",
+             "naïve 😀.png", "</script><b>.png", "<img src=x onerror=fail()>.png",
+             os.fsdecode(b"\xff\xe9.png"), " $& .png"]  # fmt: skip
+    (tmp_path / "<").mkdir()  # where one of the images is
     classes = ["a,b", '"quoted"', "<img src=x onerror=fail()>", "x|y;z", "two\nlines", "naïve 😀",
                "</script>", "1.0", "=1+1"]  # fmt: skip
     paths = [str(tmp_path / name) for name in names]

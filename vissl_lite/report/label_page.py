@@ -67,7 +67,11 @@ def suggested_class(neighbors: Sequence[LabelledNeighbor]) -> str | None:
 
 
 def write_label_page(
-    file: Path, images: Sequence[LabelImage], classes: Sequence[str], title: str
+    file: Path,
+    images: Sequence[LabelImage],
+    classes: Sequence[str],
+    title: str,
+    labelled: Sequence[tuple[str, str]] = (),
 ) -> None:
     """Write the page atomically as one file, which loads nothing else.
 
@@ -83,9 +87,11 @@ def write_label_page(
     Args:
         file: HTML file to write.
         images: Images to label, in the order in which they are shown.
-        classes: Known classes, in the order of their keys; those of the neighbors are added. The
+        classes: Known classes, in the order of their keys; those of labelled images are added. The
             person can add more. May be empty.
         title: Title of the page.
+        labelled: Path and class of images that were labelled before. ``labels.csv`` begins with
+            them, so that one file has the labels of all rounds.
 
     Raises:
         UserError: None of the images can be read.
@@ -123,13 +129,16 @@ def write_label_page(
     report_skipped(broken)
     if not shown:
         raise UserError(f"none of the {len(images)} images to label can be read")
-    paths = json.dumps([one["path"] for one in shown])
-    labels = (one.label for image in images for one in image.neighbors)
+    paths = [one["path"] for one in shown]
+    digest = hashlib.sha256(json.dumps(paths).encode()).hexdigest()
+    labels = [one.label for image in images for one in image.neighbors]
+    labels += [label for _, label in labelled]
     content = {
-        "key": f"vissl-lite-label-{hashlib.sha256(paths.encode()).hexdigest()[:32]}",
+        "key": f"vissl-lite-label-{digest[:32]}",
         "classes": list(dict.fromkeys([*classes, *labels])),
         "images": shown,
         "thumbnails": thumbnails,
+        "labelled": [row for row in labelled if row[0] not in set(paths)],
     }
     # "<" would let a path end the script element; json.dumps escapes all that is not ASCII.
     script = Markup(json.dumps(content).replace("<", "\\u003c"))
