@@ -176,7 +176,7 @@ def test_saved_files_are_loaded_in_another_browser(
     other.goto(file.as_uri())
     expect(other.locator("#counter")).to_have_text("0 of 6 labelled")
     other.set_input_files("#load", tmp_path / "labels.csv")
-    expect(other.locator("#message")).to_contain_text("2 images read, 1 rows name no image")
+    expect(other.locator("#message")).to_contain_text("labels.csv: 2 read, 1 not on this page")
     other.set_input_files("#load", tmp_path / "not_usable.csv")
     expect(other.locator("#counter")).to_have_text("2 of 6 labelled, 1 not usable")
     assert saved(other, tmp_path / "again.csv") == first
@@ -204,7 +204,7 @@ def test_labels_of_earlier_rounds_are_in_the_csv(page: Page, tmp_path: Path) -> 
     press(page, "Enter")
     rows = lines(file, ("old", "moss"), ("new", "fern"))
     assert saved(page, tmp_path / "labels.csv") == rows
-    expect(page.locator("#message")).to_contain_text("1 labels and 1 from before")
+    expect(page.locator("#message")).to_contain_text("Labels: 1 and 1 from before")
 
 
 @pytest.fixture

@@ -97,7 +97,9 @@ def write_label_page(
         UserError: None of the images can be read.
     """
     broken: list[Broken] = []
-    shown, thumbnails, places = [], [], dict[str, int | None]()
+    shown = []
+    thumbnails: list[str] = []
+    places: dict[str, int | None] = {}  # of the neighbors among the thumbnails
     for image in images:
         try:
             pixels = read_image(image.path, PICTURE_SIDE)
