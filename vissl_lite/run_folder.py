@@ -62,6 +62,7 @@ _RESULTS = (
     "log.txt",
     "results.json",
     "report.html",
+    "label.html",
     "map.npz",
     "leaks.csv",
     "split.csv",

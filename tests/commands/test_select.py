@@ -1,6 +1,8 @@
 import csv
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +28,14 @@ def run(*words: object) -> int:
     return main(["select", *map(str, words)])
 
 
+def page_content(file: Path) -> dict[str, Any]:
+    """The data in a page for labelling."""
+    found = re.search(r'<script[^>]*type="application/json"[^>]*>(.*?)</script>', file.read_text())
+    assert found is not None
+    content: dict[str, Any] = json.loads(found[1])
+    return content
+
+
 def rows(file: Path) -> list[dict[str, str]]:
     with file.open(newline="") as opened:
         return list(csv.DictReader(opened))
@@ -49,6 +59,7 @@ def test_the_first_round(encoder: Path, photos: Path, tmp_path: Path) -> None:
     assert [len(coverage[name]) for name in ("selected", "continued", "random")] == [7, 7, 13]
     assert coverage["selected"][-1] == coverage["continued"][0]
     assert Image.open(out / "selected.png").width > 1000
+    assert all(row["path"] in (out / "label.html").read_text() for row in chosen)
     page = (out / "report.html").read_text()
     for words in ("Coverage by number of images", "Chosen images", "Map of the images"):
         assert f">{words}</h2>" in page
@@ -82,6 +93,13 @@ def test_a_later_round_knows_what_is_labelled(
         assert (np.diff(expected) <= 1e-6).all()
     results = json.loads((out / "results.json").read_text())
     assert (results["images"], results["labelled"]) == (24, 10)
+    content = page_content(out / "label.html")
+    assert content["classes"] == ["cat", "dog", "eel"]
+    assert len(content["labelled"]) == 10
+    assert [one["path"] for one in content["images"]] == paths
+    for one in content["images"]:
+        assert len(one["neighbors"]) == 5
+        assert one["suggestion"] in ("cat", "dog")
 
 
 def test_near_duplicates_are_chosen_once(
@@ -97,6 +115,21 @@ def test_near_duplicates_are_chosen_once(
     names = [Path(row["path"]).name[0] for row in rows(tmp_path / "run" / "selected.csv")]
     assert sorted(names) == ["0", "1", "2"]
     assert "3 images are chosen instead of 5" in " ".join(capsys.readouterr().err.split())
+
+
+def test_excluded_images_are_not_chosen(
+    encoder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = sorted(photos.rglob("*.jpg"))
+    table = tmp_path / "not_usable.csv"
+    table.write_text("\n".join(["path,not_usable", *(f"{path},1" for path in known[4:])]) + "\n")
+    given = ("--encoder", encoder, "--data", photos, "--budget", 4, "--exclude", table)
+    assert run(*given, "--out", tmp_path / "run") == 0
+    chosen = {row["path"] for row in rows(tmp_path / "run" / "selected.csv")}
+    assert chosen == {str(path) for path in known[:4]}
+    table.write_text("file\na.png\n")
+    assert run(*given, "--out", tmp_path / "again") == 2
+    assert f"--exclude {table} has no column path" in capsys.readouterr().err
 
 
 def test_groups_have_so_many_images(encoder: Path, tmp_path: Path) -> None:
@@ -119,6 +152,7 @@ def test_other_tasks_get_a_coco_file(encoder: Path, photos: Path, tmp_path: Path
     assert [one["file_name"] for one in content["images"]] == [row["path"] for row in chosen]
     assert {(one["height"], one["width"]) for one in content["images"]} == {(40, 48)}
     assert content["annotations"] == []
+    assert not (tmp_path / "run" / "label.html").exists()  # for one class per image
 
 
 def test_mistakes_are_said_before_anything_is_written(

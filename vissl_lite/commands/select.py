@@ -1,5 +1,7 @@
 """``vissl-lite select``: choose which images to label next."""
 
+import csv
+import io
 import logging
 import os
 from collections.abc import Sequence
@@ -16,20 +18,22 @@ from vissl_lite.data.fingerprints import Fingerprints, read_fingerprints
 from vissl_lite.data.image_survey import ImageSettings, override
 from vissl_lite.data.images import find_images
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels, report_skipped
-from vissl_lite.data.text_file import csv_writer
+from vissl_lite.data.text_file import csv_writer, read_text
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.encoders.folder import choose_slice_axis
 from vissl_lite.errors import UserError, check_count, check_image_size, check_seed
 from vissl_lite.evaluation.features import extract
+from vissl_lite.evaluation.knn import nearest_neighbors
 from vissl_lite.inference import check_outputs
 from vissl_lite.options import Options, Paths, StrPath, command, path_list
 from vissl_lite.report.additions import add_report, add_selection
+from vissl_lite.report.label_page import LabelImage, LabelledNeighbor, write_label_page
 from vissl_lite.run import check_out, open_run, write_results
 from vissl_lite.selection import METHODS, Candidates, Selection
 from vissl_lite.selection.coverage import nearest_of, unit_features
 from vissl_lite.selection.estimate import estimate_coverage
 from vissl_lite.training.progress import progress_bar
-from vissl_lite.transfer.base import TrainedModel
+from vissl_lite.transfer.base import KnownImages, TrainedModel
 from vissl_lite.transfer.classification.options import LabelOptions
 from vissl_lite.transfer.options import AnnotationsOption
 from vissl_lite.transfer.sources.groups import find_groups, group_names
@@ -39,8 +43,11 @@ from vissl_lite.transfer.tasks import AnyTask, find_model, find_task
 
 log = logging.getLogger(__name__)
 
-# Table of the chosen images in the run folder.
-SELECTED = "selected.csv"
+# Table of the chosen images in the run folder, and the page in which they are labelled.
+SELECTED, LABEL_PAGE = "selected.csv", "label.html"
+
+# Labelled images that the page shows beside each chosen one.
+NEIGHBORS = 5
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,9 @@ class SelectOptions(Options, ImageSettings, LabelOptions, AnnotationsOption):
     labelled: StrPath | None = None
     """What is labelled already, in any layout that finetune reads. These images, and others of the
     same pictures, are not chosen, and what they cover counts as covered."""
+    exclude: Paths | None = None
+    """Images that are not to be chosen, such as those that are not usable: tables (.csv) with a
+    column path."""
     model: StrPath | None = None
     """A run of finetune, whose uncertainty counts."""
     annotations: StrPath | None = None
@@ -152,6 +162,8 @@ def select(options: SelectOptions) -> SelectResult:
     Writes selected.csv (rank, path, reason, number of images that are nearest to it), to_label.csv
     (path and an empty column label) for classification or to_label.json (COCO without annotations)
     for other tasks, and report.html with the chosen images, a map, and the coverage at each budget.
+    Where each image has one class, label.html is a page for labelling them in a browser; it saves
+    the CSV that finetune reads.
 
     Returns:
         The paths of the chosen images.
@@ -166,12 +178,11 @@ def select(options: SelectOptions) -> SelectResult:
     names = ("encoder", "data", "labelled", "annotations", "model")
     check_out(out, [(name, config.get(name)) for name in names], overwrite=options.overwrite)
     task, model = _find_task(options)
-    pool = find_images(sources)
-    labelled, classes = _read_labels(options, task)
-    if model is not None:
-        classes = model.classes
-    paths = _joined(pool, labelled)
-    known = set(map(os.path.abspath, labelled))
+    pool = _without(find_images(sources), path_list(options.exclude or []))
+    labelled = _read_labels(options, task)
+    classes = labelled.classes if model is None else model.classes
+    paths = _joined(pool, labelled.paths)
+    known = set(map(os.path.abspath, labelled.paths))
     grouping = _groups(paths, pool, options)
     _check_budget(options, paths, known, grouping)
     encoder = encoder_for_images(os.fspath(options.encoder), options.image_size, paths, options)
@@ -219,6 +230,10 @@ def select(options: SelectOptions) -> SelectResult:
             },
         }
         write_results(run, results)
+        if labelled.labels is not None:
+            _write_page(
+                run / LABEL_PAGE, absolute, features, chosen, labelled, labelled_at, classes
+            )
         log.info(
             "%d of %d images are chosen by %s; coverage %.3f before, %.3f with them (%.3f with a "
             "random choice)",
@@ -231,6 +246,8 @@ def select(options: SelectOptions) -> SelectResult:
         )
         log.info("From %d images on, a further one adds less than the average", coverage.knee)
         log.info("Written: %s, %s", run / SELECTED, skeleton)
+        if labelled.labels is not None:
+            log.info("Label the images in a browser: %s", run / LABEL_PAGE)
         add_selection(run, features, absolute, has_label, chosen, options.seed)
         add_report(run)
     return SelectResult(out, out / SELECTED, [absolute[i] for i in chosen])
@@ -249,16 +266,28 @@ def _find_task(options: SelectOptions) -> tuple[AnyTask, TrainedModel | None]:
     return task, model
 
 
-def _read_labels(options: SelectOptions, task: AnyTask) -> tuple[list[str], list[str]]:
-    """Paths of the labelled images of all parts, and the classes."""
+def _read_labels(options: SelectOptions, task: AnyTask) -> KnownImages:
+    """The labelled images of all parts."""
     if options.labelled is None:
-        return [], []
+        return KnownImages([], [], [] if task.takes_shots else None)
     source = Path(options.labelled)
     if not source.exists():
         raise UserError(f"--labelled {source} does not exist")
     # groups are those of all images, and splits do not matter
     settings = reading_settings(task, options.replace(group_by=None, per_group=None))
-    return task.labelled_images(str(unpacked(source)), settings)
+    found: KnownImages = task.labelled_images(str(unpacked(source)), settings)
+    return found
+
+
+def _without(pool: list[str], tables: Sequence[str]) -> list[str]:
+    """The images that no table names, for --exclude."""
+    excluded: set[str] = set()
+    for name in tables:
+        rows = csv.DictReader(io.StringIO(read_text(name), newline=""))
+        if "path" not in (rows.fieldnames or ()):
+            raise UserError(f"--exclude {name} has no column path")
+        excluded |= {os.path.abspath(Path(name).parent / row["path"]) for row in rows}
+    return [path for path in pool if os.path.abspath(path) not in excluded]
 
 
 def _joined(pool: Sequence[str], labelled: Sequence[str]) -> list[str]:
@@ -337,6 +366,46 @@ def _covers(
     """Number of images to which each chosen one is nearer than any other chosen or labelled one."""
     nearest = nearest_of(unit_features(features), np.concatenate([chosen, labelled]))
     return np.bincount(nearest[counted], minlength=len(chosen) + len(labelled))[: len(chosen)]
+
+
+def _write_page(
+    file: Path,
+    paths: Sequence[str],
+    features: np.ndarray,
+    chosen: np.ndarray,
+    labelled: KnownImages,
+    labelled_at: np.ndarray,
+    classes: Sequence[str],
+) -> None:
+    """Write the page in which a person labels the chosen images.
+
+    Args:
+        file: HTML file to write.
+        paths: Absolute paths of all images.
+        features: ``(N, D)`` of all images.
+        chosen: Indices of the chosen images.
+        labelled: Labelled images, of one class each.
+        labelled_at: Indices of those that can be read.
+        classes: Names of the classes.
+    """
+    places = map(os.path.abspath, labelled.paths)
+    class_of = dict(zip(places, labelled.labels or (), strict=True))
+    images = [LabelImage(paths[index]) for index in chosen]
+    if len(labelled_at):
+        nearest = nearest_neighbors(features[labelled_at], features[chosen], NEIGHBORS)
+        images = [
+            LabelImage(
+                paths[index],
+                [
+                    LabelledNeighbor(paths[i], class_of[paths[i]], float(similarity))
+                    for i, similarity in zip(labelled_at[near], similarities, strict=True)
+                ],
+            )
+            for index, near, similarities in zip(chosen, *nearest, strict=True)
+        ]
+    # A table with all labels would mix training and test images that are kept apart.
+    before = [] if labelled.parts_given else [*class_of.items()]
+    write_label_page(file, images, classes, f"{len(images)} images to label", before)
 
 
 def _write_table(

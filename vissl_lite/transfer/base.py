@@ -248,6 +248,23 @@ class ListDataset(LabelledDataset, Generic[RecordT]):
         )
 
 
+@dataclass(frozen=True)
+class KnownImages:
+    """Images that are labelled already.
+
+    Attributes:
+        paths: Their files.
+        classes: Names of the classes.
+        labels: Class of each image; None unless each image has one class.
+        parts_given: Whether the source says which images are for training and which for testing.
+    """
+
+    paths: list[str]
+    classes: list[str]
+    labels: list[str] | None = None
+    parts_given: bool = False
+
+
 class TrainedModel(Protocol):
     """A fine-tuned model.
 
@@ -336,21 +353,18 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
             UserError: Nothing is there, or it can't be used.
         """
 
-    def labelled_images(self, source: str, settings: SettingsT) -> tuple[list[str], list[str]]:
+    def labelled_images(self, source: str, settings: SettingsT) -> KnownImages:
         """The images of a labelled data set of which the parts do not matter.
 
         Args:
             source: Folder or file, as the user gave it.
             settings: See ``load_data``.
 
-        Returns:
-            Paths of the images, and names of the classes.
-
         Raises:
             UserError: Nothing is there, or it can't be used.
         """
         data = self.load_data(source, settings)
-        return [path for part in PARTS for path in data.paths(part)], data.classes
+        return KnownImages([path for part in PARTS for path in data.paths(part)], data.classes)
 
     @abstractmethod
     def image_size(self, data: DatasetT, settings: SettingsT) -> int | None:

@@ -19,7 +19,7 @@ from vissl_lite.inference import check_outputs, run_in_batches
 from vissl_lite.plots import Picture, draw_caption, plot_confusion, plot_grid, plot_per_class
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.transfer.base import Task, spread
+from vissl_lite.transfer.base import KnownImages, Task, spread
 from vissl_lite.transfer.classification.data import LabelledImages, load_labelled
 from vissl_lite.transfer.classification.discovery import find_labels
 from vissl_lite.transfer.classification.metrics import TestScores
@@ -61,15 +61,19 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
     def load_data(self, source: str, settings: ClassifierSettings) -> LabelledImages:
         return load_labelled(source, settings.seed, multi_label=True, options=settings)
 
-    def labelled_images(
-        self, source: str, settings: ClassifierSettings
-    ) -> tuple[list[str], list[str]]:
+    def labelled_images(self, source: str, settings: ClassifierSettings) -> KnownImages:
         """Also of images that are too few to train on."""
         reading = ReadingLog(source)
         found = find_labels(Path(source), settings, reading)
         reading.report()
         named = {name for image in found.images for name in image.names}
-        return [image.path for image in found.images], sorted({*named, *found.classes})
+        labels = [image.names[0] for image in found.images if len(image.names) == 1]
+        return KnownImages(
+            [image.path for image in found.images],
+            sorted({*named, *found.classes}),
+            labels if len(labels) == len(found.images) else None,
+            any(image.part is not None for image in found.images),
+        )
 
     def image_size(self, data: LabelledImages, settings: ClassifierSettings) -> int | None:
         return None if settings.pretrained else suitable_size(data.train.paths)
