@@ -34,7 +34,7 @@ from vissl_lite.optim import (
     LARGEST_RATE,
     OptimizerSettings,
     canonical_optimizer,
-    check_betas,
+    check_has_betas,
     check_rates,
     default_layer_decay,
 )
@@ -149,7 +149,7 @@ class PretrainOptions(Options, ImageSettings):
     """Weight decay at the end of the run, reached along a cosine. Default: that of the pretext, or
     --weight_decay if that is given (no change)."""
     betas: tuple[float, float] | None = None
-    """Decay rates of the two averages of Adam and its relatives, such as 0.9,0.95. Default: those
+    """Decay rates of the two averages of Adam and its relatives, such as 0.9 0.95. Default: those
     of the pretext."""
     clip_norm: float | None = None
     """Largest norm of the gradient; larger ones are scaled down to it. 0: no limit. Default: that
@@ -231,6 +231,8 @@ class PretrainOptions(Options, ImageSettings):
         check_rates(self.lr, self.weight_decay)
         check_not_negative("weight_decay_end", self.weight_decay_end, LARGEST_RATE)
         check_not_negative("clip_norm", self.clip_norm, LARGEST_RATE)
+        if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"--betas {list(self.betas)} must be two numbers in [0, 1)")
         check_positive("base_lr", self.base_lr, LARGEST_RATE)
         if self.lr is not None and self.base_lr is not None:
             raise UserError("give --lr or --base_lr, not both")
@@ -402,7 +404,7 @@ class PretrainOptions(Options, ImageSettings):
             settings = replace(settings, clip_norm=self.clip_norm)
         betas = settings.betas if name == settings.name else None
         if self.betas is not None:
-            check_betas(name, self.betas)
+            check_has_betas(name)
             betas = (self.betas[0], self.betas[1])
         lr = self.lr or settings.scaled_lr(batch_size)
         if self.default_rate and self.pretrained:

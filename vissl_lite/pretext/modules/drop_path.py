@@ -15,8 +15,8 @@ def add_drop_path(encoder: Encoder, rate: float | None) -> None:
     """Train an encoder with stochastic depth (Huang et al. 2016, arXiv 1603.09382).
 
     In training, residual branches are left out for random images: none of the first block, and more
-    from block to block, as with timm's ``drop_path_rate``. Nothing else changes: neither weights and
-    their names, nor outputs in evaluation mode, nor a saved encoder. A teacher, which is to see all
+    from block to block, as with timm's ``drop_path_rate``. Weights, their names, outputs in
+    evaluation mode and a saved encoder are the same as without. A teacher, which is to use all
     branches, must be copied from the encoder before.
 
     Args:
