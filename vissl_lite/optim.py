@@ -243,7 +243,8 @@ def set_weight_decay(optimizer: Optimizer, progress: float) -> None:
     """
     for group in optimizer.param_groups:
         if "weight_decay_range" in group:
-            group["weight_decay"] = cosine_schedule(*group["weight_decay_range"], progress)
+            start, end = group["weight_decay_range"]
+            group["weight_decay"] = cosine_schedule(start, end, progress)
 
 
 def cosine_with_warmup(fraction: float, warmup: float) -> float:
