@@ -203,7 +203,7 @@ def parse_words(options: type[Options], words: Sequence[str]) -> list[dict[str, 
             values = ["true"]
         if not values:
             raise UserError(f"--{name} needs a value")
-        if name in kinds and takes_any(kinds[name], LISTS):  # Also --data A --data B.
+        if name in kinds and takes_any(kinds[name], (*LISTS, tuple)):  # Also --data A --data B.
             values = [*given.get(name, []), *values]
         elif name in kinds and len(values) > 1:
             raise UserError(f"--{name} takes one value, not {brief(' '.join(values))}")
