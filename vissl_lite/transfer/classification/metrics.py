@@ -79,8 +79,6 @@ def calibrated_loss(logits: Tensor, target: Tensor, loss: LossFunction) -> float
     Models are chosen by it. Training makes a model overconfident, for which the plain loss punishes
     it also where more images are classified correctly; of few images, their accuracy is too coarse.
 
-    Source: temperature scaling (Guo et al. 2017, section 4.2).
-
     Args:
         logits: ``(N, K)``.
         target: Target of the loss.
@@ -88,11 +86,25 @@ def calibrated_loss(logits: Tensor, target: Tensor, loss: LossFunction) -> float
     """
     if not logits.isfinite().all():
         return math.nan
+    return fit_temperature(logits, target, loss)[1]
+
+
+def fit_temperature(logits: Tensor, target: Tensor, loss: LossFunction) -> tuple[float, float]:
+    """The temperature at which a loss is smallest, and this loss.
+
+    Source: temperature scaling (Guo et al. 2017, section 4.2).
+
+    Args:
+        logits: ``(N, K)``, finite.
+        target: Target of the loss.
+        loss: Function of logits and target.
+    """
 
     def at(log_temperature: float) -> float:
         return float(loss(logits / math.exp(log_temperature), target))
 
-    return float(minimize_scalar(at, bounds=TEMPERATURES, method="bounded").fun)
+    found = minimize_scalar(at, bounds=TEMPERATURES, method="bounded")
+    return math.exp(float(found.x)), float(found.fun)
 
 
 @dataclass(frozen=True)
