@@ -12,10 +12,17 @@ from PIL import Image
 import vissl_lite
 from tests.conftest import with_pictures
 from vissl_lite.cli import main
+from vissl_lite.sample.dataset import make_sample_data
 
 
 def run(*words: object) -> int:
     return main([str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sample") / "data"
+    return make_sample_data(out, unlabelled=8, train=20, val=10, test=10, size=48, processes=1)
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +144,40 @@ def test_what_can_not_be_used_is_refused(
         table.write_text(rows)
         words = ("--pseudo_labels", tmp_path / "pseudo")
         assert expected in refused("finetune", "--data", labelled, *words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_boxes_and_masks_are_written_and_trained_on(
+    task: str, sample: Path, encoder: Path, tmp_path: Path
+) -> None:
+    kind = ("--detector", "fcos") if task == "detection" else ()
+    common = ("--task", task, *kind, "--data", sample, "--encoder", encoder, "--num_workers", 0)
+    model, pseudo, out = (tmp_path / name for name in ("model", "pseudo", "run"))
+    assert run("finetune", *common, "--epochs", 2, "--out", model) == 0
+    confidence = json.loads((model / "model" / "confidence.json").read_text())
+    assert confidence["of"] == {"detection": "boxes", "segmentation": "pixels"}[task]
+    assert confidence["images"][0] == 10
+    head = json.loads((model / "model" / "head.json").read_text())
+    if task == "detection":  # a detector of two epochs is never sure
+        head["threshold"] = 0.06
+        (model / "model" / "head.json").write_text(json.dumps(head))
+    words = ("--model", model, "--data", sample / "unlabelled", "--min_confidence", 0.06)
+    assert run("pseudo-label", *words, "--out", pseudo) == 0
+    results = json.loads((pseudo / "results.json").read_text())
+    assert results["images"] == 8
+    if task == "detection":
+        found = json.loads((pseudo / "pseudo_labels.json").read_text())
+        assert len(found["annotations"]) == results["labels"] > 0
+        assert all(one["score"] >= 0.06 for one in found["annotations"])
+        images = len(found["images"])
+    else:
+        rows = rows_of(pseudo / "pseudo_labels.csv")
+        images = len(rows)
+        assert all((pseudo / row["mask"]).is_file() for row in rows)
+    options = ("--pseudo_labels", pseudo, "--epochs", 1, "--out", out)
+    assert run("finetune", *common, *options) == 0
+    found = json.loads((out / "results.json").read_text())["pseudo_labels"]
+    assert [one["pseudo_labelled"] for one in found["rounds"]] == [0, images]
+    assert found["verdict"] == "unknown"  # no interval for one training each
+    assert found["difference"].keys() == {"mean"}

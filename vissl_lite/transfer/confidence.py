@@ -6,18 +6,24 @@ decide which predictions for unlabelled images are taken as labels.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import torch
+from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from vissl_lite.data.atomic_file import write_atomically
 from vissl_lite.data.json_file import read_json
 from vissl_lite.errors import UserError
+
+LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+# Logarithms of the smallest and the largest temperature.
+TEMPERATURES = (-3.0, 3.0)
 
 # File in a model folder.
 CONFIDENCE = "confidence.json"
@@ -158,8 +164,8 @@ class Confidence:
         best = max(enough, key=lambda one: one.precision)
         raise UserError(
             f"no confidence has the precision {min_precision:g} on {self.images[0]} held-out "
-            f"images; the best is {best.precision:.3f} from a confidence of {best.value:g} on: give "
-            f"a lower --min_precision, or a number with --min_confidence"
+            f"images; the best is {best.precision:.3f} from a confidence of {best.value:g} on: "
+            f"give a lower --min_precision, or a number with --min_confidence"
         )
 
     def _cutoff(self, number: int, value: float) -> Cutoff:
@@ -232,3 +238,21 @@ def wilson(share: float, count: int) -> float:
     center = share + square / 2
     half = Z_95 * math.sqrt(share * (1 - share) / count + square / (4 * count))
     return (center - half) / (1 + square)
+
+
+def fit_temperature(logits: Tensor, target: Tensor, loss: LossFunction) -> tuple[float, float]:
+    """The temperature at which a loss is smallest, and this loss.
+
+    Source: temperature scaling (Guo et al. 2017, section 4.2).
+
+    Args:
+        logits: ``(N, K)``, finite.
+        target: Target of the loss.
+        loss: Function of logits and target.
+    """
+
+    def at(log_temperature: float) -> float:
+        return float(loss(logits / math.exp(log_temperature), target))
+
+    found = minimize_scalar(at, bounds=TEMPERATURES, method="bounded")
+    return math.exp(float(found.x)), float(found.fun)

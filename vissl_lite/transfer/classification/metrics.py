@@ -2,14 +2,12 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torchmetrics.functional.classification import (
     binary_auroc,
@@ -23,13 +21,9 @@ from torchmetrics.functional.classification import (
 )
 
 from vissl_lite.transfer.classification.data import has_both
+from vissl_lite.transfer.confidence import LossFunction, fit_temperature
 
 log = logging.getLogger(__name__)
-
-LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-
-# Logarithms of the smallest and the largest temperature.
-TEMPERATURES = (-3.0, 3.0)
 
 
 def evaluate_one(logits: Tensor, target: Tensor) -> dict[str, float]:
@@ -87,24 +81,6 @@ def calibrated_loss(logits: Tensor, target: Tensor, loss: LossFunction) -> float
     if not logits.isfinite().all():
         return math.nan
     return fit_temperature(logits, target, loss)[1]
-
-
-def fit_temperature(logits: Tensor, target: Tensor, loss: LossFunction) -> tuple[float, float]:
-    """The temperature at which a loss is smallest, and this loss.
-
-    Source: temperature scaling (Guo et al. 2017, section 4.2).
-
-    Args:
-        logits: ``(N, K)``, finite.
-        target: Target of the loss.
-        loss: Function of logits and target.
-    """
-
-    def at(log_temperature: float) -> float:
-        return float(loss(logits / math.exp(log_temperature), target))
-
-    found = minimize_scalar(at, bounds=TEMPERATURES, method="bounded")
-    return math.exp(float(found.x)), float(found.fun)
 
 
 @dataclass(frozen=True)
