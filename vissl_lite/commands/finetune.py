@@ -137,6 +137,9 @@ class FinetuneOptions(Options, ImageSettings, AllTaskOptions):
     backbones and random:NAME."""
     warmup: float = 0.1
     """Fraction of the training used for learning rate warmup."""
+    ema: float | None = None
+    """Decay of an exponential moving average of the weights, such as 0.99, which is then the model.
+    Default: the weights of the last step."""
     frozen_norm: bool | None = None
     """Keep the BatchNorm layers of a pre-trained encoder as they are. Default: in classification
     with fewer than 1,000 training images both are tried and the better one on held-out labels is
@@ -186,6 +189,7 @@ class FinetuneOptions(Options, ImageSettings, AllTaskOptions):
         self._set("task", find_task(self.task).name)
         self._set("optimizer", canonical_optimizer(self.optimizer))
         check_warmup("warmup", self.warmup)
+        check_warmup("ema", self.ema)
         for name in ("fraction", "layer_decay", "min_crop_scale"):
             check_positive_share(name, getattr(self, name))
         check_image_size(self.image_size)
@@ -224,6 +228,7 @@ class FinetuneOptions(Options, ImageSettings, AllTaskOptions):
                 from_scratch, self.optimizer, self.rates[0], self.weight_decay, self.layer_decay
             ),
             warmup=self.warmup,
+            ema=self.ema,
             frozen_norm=self.frozen_norm,
             refit=self.refit,
             monitor=self.monitor,

@@ -68,7 +68,7 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
         return None if settings.pretrained else suitable_size(data.train.paths)
 
     def check(self, encoder: Encoder, data: LabelledImages, settings: ClassifierSettings) -> None:
-        check_settings(settings, data)
+        check_settings(settings, data, encoder.reader)
 
     def metric_names(self, data: LabelledImages) -> tuple[str, ...]:
         return ("map" if data.multi_label else "top1", "calibrated_loss", "loss")

@@ -14,6 +14,8 @@ import torch.nn.functional as F  # noqa: N812
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from vissl_lite.data.image_reader import ImageReader
+from vissl_lite.data.rand_augment import RandAugment
 from vissl_lite.data.stream import Batch, ViewDataset
 from vissl_lite.data.views import Views, color_jitter, crop_decode_size, flip, random_crop
 from vissl_lite.encoders.encoder import Encoder
@@ -48,13 +50,19 @@ MIN_CROP_SCALE = 0.6
 MAX_HEAD_IMAGES = 20_000
 
 
-def check_settings(settings: ClassifierSettings, data: LabelledImages) -> None:
+def check_settings(settings: ClassifierSettings, data: LabelledImages, reader: ImageReader) -> None:
     """Raise a UserError if settings do not suit the data.
 
     Args:
         settings: Settings of the training.
         data: Labelled images.
+        reader: How the images are read.
     """
+    if settings.rand_augment and reader.bands is not None:
+        raise UserError(
+            "--rand_augment has operations for 8-bit RGB images alone, and these are read as "
+            f"{reader.channels} bands: leave it out"
+        )
     if settings.balanced and data.multi_label:
         raise UserError(
             "--balanced samples images by their one class, but here an image has "
@@ -210,7 +218,9 @@ def set_drop_path(model: nn.Module, rate: float) -> None:
                 setattr(block, name, DropPath(here) if here else nn.Identity())
 
 
-def classifier_views(size: int, min_crop_scale: float, upright: bool, color: float = 0.0) -> Views:
+def classifier_views(
+    size: int, min_crop_scale: float, upright: bool, color: float = 0.0, rand_augment: float = 0.0
+) -> Views:
     """One training view: a random crop, perhaps flipped, with changed colors.
 
     Args:
@@ -218,8 +228,11 @@ def classifier_views(size: int, min_crop_scale: float, upright: bool, color: flo
         min_crop_scale: Smallest share of the image's area.
         upright: Whether the images have an up; see ``flip``.
         color: Strength of the color jitter; see ``color_distortion``.
+        rand_augment: Magnitude of ``RandAugment``; 0 for none.
     """
     one = [random_crop(size, min_crop_scale), flip(upright)]
+    if rand_augment:
+        one.append(RandAugment(rand_augment))
     if color:
         one.append(color_jitter(color))
     return Views([one], shortest=crop_decode_size(size, min_crop_scale))
@@ -288,14 +301,18 @@ def train_classifier(
     Raises:
         UserError: The batch is larger than the training part, or settings do not suit the data.
     """
-    check_settings(settings, data)
+    check_settings(settings, data, classifier.encoder.reader)
     if data.multi_label:
         _warn_of_constant_classes(data)
     batch_size = settings.batch(len(data.train), usual=64)
     training = ClassifierTraining(classifier, data, settings)
     size = classifier.encoder.image_size
     views = classifier_views(
-        size, settings.min_crop_scale or MIN_CROP_SCALE, settings.upright, settings.color
+        size,
+        settings.min_crop_scale or MIN_CROP_SCALE,
+        settings.upright,
+        settings.color,
+        settings.rand_augment,
     )
     reader = classifier.encoder.reader
     dataset = ViewDataset(data.train.paths, views, settings.seed, reader=reader)
