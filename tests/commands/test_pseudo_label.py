@@ -163,9 +163,11 @@ def test_boxes_and_masks_are_written_and_trained_on(
         head["threshold"] = 0.06
         (model / "model" / "head.json").write_text(json.dumps(head))
     words = ("--model", model, "--data", sample / "unlabelled", "--min_confidence", 0.06)
+    words += ("--pictures", 1)
     assert run("pseudo-label", *words, "--out", pseudo) == 0
     results = json.loads((pseudo / "results.json").read_text())
     assert results["images"] == 8
+    assert len(list((pseudo / "pictures").rglob("*.png"))) == 1
     if task == "detection":
         found = json.loads((pseudo / "pseudo_labels.json").read_text())
         assert len(found["annotations"]) == results["labels"] > 0

@@ -1,6 +1,7 @@
 """Pseudo-labels of detection: images whose boxes are all confident, in COCO's format."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from vissl_lite.data.atomic_file import write_atomically
 from vissl_lite.data.json_file import read_json
 from vissl_lite.errors import UserError, did_you_mean
+from vissl_lite.plots import draw_boxes
 from vissl_lite.transfer.base import sample
 from vissl_lite.transfer.confidence import Confidence, Cutoff, HeldOut
 from vissl_lite.transfer.detection.data import BoxedImage, LabelledBoxes, as_coco_content
@@ -95,6 +97,15 @@ def write_pseudo_labels(
             ignored = np.zeros(len(labels), bool)
             images.append(BoxedImage(path, size, one.boxes[sure], labels, ignored, tuple(masks)))
             scores.extend(one.scores[sure].tolist())
+            drawn = partial(
+                draw_boxes,
+                boxes=one.boxes[sure],
+                labels=labels,
+                classes=detector.classes,
+                scores=one.scores[sure],
+                masks=one.drawn(sure, size),
+            )
+            predictions.draw(len(images) - 1, path, drawn)
 
     good = detect_in_batches(detector, predictions.paths, use, predictions.advance)
     content = as_coco_content(detector.classes, images, {})
