@@ -81,6 +81,7 @@ def test_a_number_is_taken_as_it_is(tuned: Path, pool: Path, tmp_path: Path) -> 
     assert result.min_confidence == 0
 
 
+@pytest.mark.slow
 def test_images_of_the_test_part_are_left_out_and_rounds_are_compared(
     pseudo_labels: Path, encoder: Path, labelled: Path, tmp_path: Path
 ) -> None:
