@@ -39,6 +39,7 @@ DRAWN = {
     "compare": ("add_test_embeddings", "add_report"),
     "predict": ("add_report",),
     "select": ("add_selection", "add_report"),
+    "pseudo_label": ("add_report",),
 }
 
 

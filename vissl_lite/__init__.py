@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vissl_lite.commands.predict import predict
     from vissl_lite.commands.pretrain import pretrain
     from vissl_lite.commands.probe import probe
+    from vissl_lite.commands.pseudo_label import pseudo_label
     from vissl_lite.commands.report import report
     from vissl_lite.commands.runs import runs
     from vissl_lite.commands.select import select
@@ -38,6 +39,7 @@ __all__ = [
     "predict",
     "pretrain",
     "probe",
+    "pseudo_label",
     "report",
     "runs",
     "select",

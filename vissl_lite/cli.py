@@ -46,6 +46,7 @@ COMMANDS = {
     "probe": "evaluate a frozen encoder with kNN and a linear classifier",
     "finetune": "train a model on labels: --task classification, detection or segmentation",
     "predict": "classify, detect or segment in a folder of images with a fine-tuned model",
+    "pseudo-label": "write confident predictions as labels, for finetune --pseudo_labels",
     "compare": "did pre-training help? compare encoders on the same few labels, with intervals",
     "report": "write the report of a run again: report RUN",
     "runs": "list the runs below a folder: runs [FOLDER] [--sort METRIC]",
@@ -128,7 +129,7 @@ def _sigterm_raises() -> Iterator[None]:
 
 
 def _overview() -> str:
-    commands = "\n".join(f"  {name:9} {text}" for name, text in COMMANDS.items())
+    commands = "\n".join(f"  {name:12} {text}" for name, text in COMMANDS.items())
     return (
         "usage: vissl-lite COMMAND [--config FILE] [--option value ...]\n\n"
         "Self-supervised vision pre-training: train an encoder on unlabelled images,\n"
@@ -140,6 +141,7 @@ def _overview() -> str:
 
 def find_command(name: str) -> Callable[..., Any]:
     """Import and return the function of a command."""
+    name = name.replace("-", "_")
     module = importlib.import_module(f"vissl_lite.commands.{name}")
     function: Callable[..., Any] = getattr(module, "list_" if name == "list" else name)
     return function

@@ -79,7 +79,7 @@ def tried(
     """Runs a command: the line that refuses it, or None if it would have started."""
     monkeypatch.chdir(place / "here")
     for command in COMMANDS:
-        module = importlib.import_module(f"vissl_lite.commands.{command}")
+        module = importlib.import_module(f"vissl_lite.commands.{command.replace('-', '_')}")
         for name in STARTS:
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, _Start)
@@ -139,6 +139,7 @@ def needed(command: str, place: Path) -> dict[str, str]:
         "probe": {"encoder": encoder, "data": data, "out": "run"},
         "finetune": {"encoder": encoder, "data": data, "out": "run"},
         "predict": {"model": encoder, "data": train, "out": "run"},
+        "pseudo-label": {"model": encoder, "data": train, "out": "run"},
         "compare": {"encoder": encoder, "data": data, "out": "run"},
         "report": {"run": str(place)},
         "embed": {"encoder": encoder, "data": train, "out": "features.npz"},

@@ -18,6 +18,7 @@ from vissl_lite.errors import UserError
 from vissl_lite.plots import Picture
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
+from vissl_lite.transfer.confidence import Confidence, Cutoff, HeldOut
 from vissl_lite.transfer.exporting import ExportModel
 from vissl_lite.transfer.finetuning import TransferSettings
 from vissl_lite.transfer.options import TaskOptions
@@ -102,6 +103,10 @@ class LabelledDataset(ABC):
         Args:
             indices: Indices of training images, ascending.
         """
+
+    @abstractmethod
+    def with_train(self, other: Self) -> Self:
+        """A copy with the training part of another data set of these classes added to its own."""
 
     def refits(self, refit: bool | None) -> bool:
         """Whether validation images are trained on once hyperparameters are chosen.
@@ -228,6 +233,9 @@ class ListDataset(LabelledDataset, Generic[RecordT]):
         train = [one for i, one in enumerate(self.train) if i not in held]
         val = [self.train[i] for i in indices]
         return replace(self, train=train, val=val, reading=self.reading.with_val_from_train())
+
+    def with_train(self, other: Self) -> Self:
+        return replace(self, train=[*self.train, *other.train])
 
     def subsample(
         self, fraction: float | None = None, shots: int | None = None, seed: int = 0
@@ -461,6 +469,63 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
             data: The validation part is used, or the training part where it is empty.
             like: Model for which it has been chosen already; its values are copied.
         """
+
+    def held_out(self, model: ModelT, data: DatasetT) -> HeldOut | None:
+        """Predictions for the validation part, from which ``confidence`` is computed.
+
+        Args:
+            model: A model that was not trained on the validation part.
+            data: The validation part is used; it is not empty.
+
+        Returns:
+            None for a task that can't make pseudo-labels.
+        """
+        return None
+
+    def confidence(self, held_out: HeldOut) -> Confidence | None:
+        """Calibrate predictions and count how often those of a confidence are right.
+
+        Args:
+            held_out: Predictions of one model, or of those of all folds.
+
+        Returns:
+            None if that can't be told, as of outputs that are not finite.
+        """
+        return None
+
+    def pseudo_label(
+        self, model: ModelT, cutoff: Cutoff, predictions: Predictions
+    ) -> tuple[Path, int, np.ndarray]:
+        """Write the confident predictions as a data set for ``read_pseudo_labels``.
+
+        Args:
+            model: Model from ``load``.
+            cutoff: Which predictions are confident.
+            predictions: The images, and the folder of the data set.
+
+        Returns:
+            The file of the labels; how many images could be read; and ``(K,)`` int64, how many
+            images (of boxes: how many boxes) have each class.
+
+        Raises:
+            UserError: The task can't make pseudo-labels.
+        """
+        raise UserError(f"--task {self.name} makes no pseudo-labels")
+
+    def read_pseudo_labels(self, folder: Path, data: DatasetT) -> DatasetT:
+        """Read a data set that ``pseudo_label`` has written.
+
+        Args:
+            folder: Folder of the data set.
+            data: Labelled images, whose classes count.
+
+        Returns:
+            A data set of these classes with a training part only.
+
+        Raises:
+            UserError: There is none, it is damaged, or it has other classes.
+        """
+        raise UserError(f"--pseudo_labels: --task {self.name} reads none")
 
     @abstractmethod
     def evaluate(self, model: ModelT, data: DatasetT) -> ScoresT:

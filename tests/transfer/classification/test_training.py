@@ -1,6 +1,7 @@
 import copy
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,14 @@ def test_the_loss_of_one_label(smoothing: float) -> None:
     one_hot = torch.eye(3)[target]
     ours = one_label_loss(logits, one_hot, torch.tensor(weights), smoothing)
     assert float(ours) == pytest.approx(total / 5, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", [one_label_loss, several_labels_loss])
+def test_weights_of_images_multiply_their_losses(loss: Callable[..., Tensor]) -> None:
+    logits, target, weights = torch.randn(3, 2), torch.eye(2)[[0, 1, 1]], torch.tensor([1.0, 3.0])
+    each = [loss(logits[i : i + 1], target[i : i + 1], weights, 0.1) for i in range(3)]
+    ours = loss(logits, target, weights, 0.1, torch.tensor([1.0, 0.5, 0.0]))
+    assert float(ours) == pytest.approx(float(each[0] + 0.5 * each[1]) / 3, rel=1e-5)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])

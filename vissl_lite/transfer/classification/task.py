@@ -32,6 +32,12 @@ from vissl_lite.transfer.classification.model import (
     score_classifier,
 )
 from vissl_lite.transfer.classification.options import ClassificationOptions, ClassifierSettings
+from vissl_lite.transfer.classification.pseudo_labels import (
+    held_out_logits,
+    measure_confidence,
+    read_pseudo_labels,
+    write_pseudo_labels,
+)
 from vissl_lite.transfer.classification.training import (
     FEW_IMAGES,
     build_classifier,
@@ -39,6 +45,7 @@ from vissl_lite.transfer.classification.training import (
     train_classifier,
     validate_classifier,
 )
+from vissl_lite.transfer.confidence import Confidence, Cutoff, HeldOut
 from vissl_lite.transfer.exporting import ExportModel, Normalization
 from vissl_lite.transfer.finetuning import has_norms
 from vissl_lite.transfer.prediction import Predictions, growing_file
@@ -120,6 +127,20 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
         self, model: Classifier, data: LabelledImages, part: Split = "val"
     ) -> dict[str, float]:
         return validate_classifier(model, data.part(part), data.multi_label)
+
+    def held_out(self, model: Classifier, data: LabelledImages) -> HeldOut:
+        return held_out_logits(model, data)
+
+    def confidence(self, held_out: HeldOut) -> Confidence | None:
+        return measure_confidence(held_out)
+
+    def pseudo_label(
+        self, model: Classifier, cutoff: Cutoff, predictions: Predictions
+    ) -> tuple[Path, int, np.ndarray]:
+        return write_pseudo_labels(model, cutoff, predictions)
+
+    def read_pseudo_labels(self, folder: Path, data: LabelledImages) -> LabelledImages:
+        return read_pseudo_labels(folder, data)
 
     def evaluate(self, model: Classifier, data: LabelledImages) -> TestScores:
         return score_classifier(model, data)

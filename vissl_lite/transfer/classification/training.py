@@ -118,21 +118,32 @@ def loss_weights(chosen: str | dict[str, float] | None, data: LabelledImages) ->
     return torch.from_numpy(weights).float()
 
 
-def one_label_loss(logits: Tensor, target: Tensor, weights: Tensor, smoothing: float) -> Tensor:
-    """Cross-entropy, each image weighted by its class.
+def one_label_loss(
+    logits: Tensor,
+    target: Tensor,
+    weights: Tensor,
+    smoothing: float,
+    image_weights: Tensor | float = 1.0,
+) -> Tensor:
+    """Cross-entropy, each image weighted by its class and by itself.
 
     Args:
         logits: ``(B, K)``.
         target: ``(B, K)`` probabilities of the classes: one-hot, or those of mixed images.
         weights: ``(K,)``.
         smoothing: Share of the target that is spread over all classes.
+        image_weights: ``(B,)``, or the same for all.
     """
     losses = F.cross_entropy(logits, target, label_smoothing=smoothing, reduction="none")
-    return ((target @ weights) * losses).mean()
+    return ((target @ weights) * losses * image_weights).mean()
 
 
 def several_labels_loss(
-    logits: Tensor, target: Tensor, weights: Tensor, smoothing: float
+    logits: Tensor,
+    target: Tensor,
+    weights: Tensor,
+    smoothing: float,
+    image_weights: Tensor | float = 1.0,
 ) -> Tensor:
     """Binary cross-entropy, averaged over images and classes.
 
@@ -141,9 +152,11 @@ def several_labels_loss(
         target: ``(B, K)`` of 0 and 1, or in between for mixed images.
         weights: ``(K,)``, on the side of the loss that asks for the class.
         smoothing: Label smoothing s; targets are s / 2 and 1 - s / 2.
+        image_weights: ``(B,)``, or the same for all.
     """
     soft = target * (1 - smoothing) + smoothing / 2
-    return F.binary_cross_entropy_with_logits(logits, soft, pos_weight=weights)
+    losses = F.binary_cross_entropy_with_logits(logits, soft, pos_weight=weights, reduction="none")
+    return (losses.mean(dim=1) * image_weights).mean()
 
 
 class ClassifierTraining(TransferModule[Classifier, ClassifierSettings]):
@@ -162,9 +175,12 @@ class ClassifierTraining(TransferModule[Classifier, ClassifierSettings]):
         self.loss = several_labels_loss if data.multi_label else one_label_loss
         self.labels: Tensor
         self.weights: Tensor
+        self.image_weights: Tensor
         weights = loss_weights(settings.class_weights, data)
         self.register_buffer("labels", torch.from_numpy(data.train.labels), persistent=False)
         self.register_buffer("weights", weights, persistent=False)
+        image_weights = torch.from_numpy(data.train.image_weights())
+        self.register_buffer("image_weights", image_weights, persistent=False)
         set_drop_path(classifier.network, settings.drop_path)
         if settings.frozen:
             classifier.network.get_classifier().requires_grad_(True)
@@ -174,9 +190,13 @@ class ClassifierTraining(TransferModule[Classifier, ClassifierSettings]):
         target = self.labels[batch.indices]
         if target.ndim == 1:
             target = F.one_hot(target, len(self.weights))
-        images, target = mix(images, target.float(), self.settings.mixup, self.settings.cutmix)
+        # the weight of an image is mixed in the same ratio as its label
+        weight = self.image_weights[batch.indices, None]
+        both = torch.cat([target.float(), weight], dim=1)
+        images, both = mix(images, both, self.settings.mixup, self.settings.cutmix)
+        target, weight = both[:, :-1], both[:, -1]
         logits = self.model(images).float()
-        loss = self.loss(logits, target, self.weights, self.settings.label_smoothing)
+        loss = self.loss(logits, target, self.weights, self.settings.label_smoothing, weight)
         self.log("loss", loss.detach())
         return loss
 

@@ -30,6 +30,7 @@ from vissl_lite.plots import (
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.base import Task, sample, spread
+from vissl_lite.transfer.confidence import Confidence, Cutoff, HeldOut
 from vissl_lite.transfer.exporting import ExportModel, Normalization
 from vissl_lite.transfer.prediction import Predictions
 from vissl_lite.transfer.pyramid import report_use, shrunk
@@ -43,6 +44,12 @@ from vissl_lite.transfer.segmentation.model import (
     segment_all,
 )
 from vissl_lite.transfer.segmentation.options import SegmentationOptions, SegmenterSettings
+from vissl_lite.transfer.segmentation.pseudo_labels import (
+    held_out_pixels,
+    measure_confidence,
+    read_pseudo_labels,
+    write_pseudo_labels,
+)
 from vissl_lite.transfer.segmentation.training import (
     build_segmenter,
     train_segmenter,
@@ -99,6 +106,20 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
         self, model: Segmenter, data: LabelledMasks, part: Split = "val"
     ) -> dict[str, float]:
         return validate_segmenter(model, sample(data.part(part)))
+
+    def held_out(self, model: Segmenter, data: LabelledMasks) -> HeldOut:
+        return held_out_pixels(model, data)
+
+    def confidence(self, held_out: HeldOut) -> Confidence | None:
+        return measure_confidence(held_out)
+
+    def pseudo_label(
+        self, model: Segmenter, cutoff: Cutoff, predictions: Predictions
+    ) -> tuple[Path, int, np.ndarray]:
+        return write_pseudo_labels(model, cutoff, predictions)
+
+    def read_pseudo_labels(self, folder: Path, data: LabelledMasks) -> LabelledMasks:
+        return read_pseudo_labels(folder, data)
 
     def evaluate(self, model: Segmenter, data: LabelledMasks) -> SegmentationScores:
         return score_segmenter(model, data.test)
