@@ -1,6 +1,7 @@
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,13 @@ import vissl_lite
 from tests.conftest import blobs, trying, with_pictures
 from vissl_lite.cli import main
 from vissl_lite.encoders.folder import load_encoder
-from vissl_lite.transfer.classification.model import Classifier, load_classifier, save_classifier
+from vissl_lite.transfer.classification.model import (
+    Classifier,
+    class_logits,
+    load_classifier,
+    save_classifier,
+)
+from vissl_lite.transfer.confidence import Confidence
 from vissl_lite.transfer.tasks import TASKS
 
 
@@ -86,7 +93,7 @@ def test_a_later_round_knows_what_is_labelled(
     assert len({row["path"] for row in chosen}) == 14
     paths = [row["path"] for row in chosen]
     expected, _ = TASKS["classification"].uncertainty(
-        load_classifier(model), paths, lambda done: None
+        load_classifier(model), 1.0, paths, lambda done: None
     )
     assert [float(row["uncertainty"]) for row in chosen] == pytest.approx(expected, abs=1e-3)
     if method == "margin":
@@ -100,6 +107,21 @@ def test_a_later_round_knows_what_is_labelled(
     for one in content["images"]:
         assert len(one["neighbors"]) == 5
         assert one["suggestion"] in ("cat", "dog")
+
+
+def test_the_uncertainty_of_a_model_is_calibrated(
+    encoder: Path, model: Path, photos: Path, tmp_path: Path
+) -> None:
+    tuned = Path(shutil.copytree(model, tmp_path / "tuned"))
+    nothing = np.empty(0)
+    Confidence.measured("images", nothing, nothing, nothing, 0.05).save(tuned / "model")
+    given = ("--encoder", encoder, "--data", photos, "--method", "margin", "--budget", 24)
+    assert run(*given, "--model", tuned, "--out", tmp_path / "run") == 0
+    chosen = rows(tmp_path / "run" / "selected.csv")
+    logits, _ = class_logits(load_classifier(model), [row["path"] for row in chosen])
+    first, second = (logits / 0.05).softmax(dim=1).sort(dim=1, descending=True).values.T[:2]
+    found = [float(row["uncertainty"]) for row in chosen]
+    assert found == pytest.approx((1 - first + second).tolist(), abs=1e-3)
 
 
 def test_near_duplicates_are_chosen_once(

@@ -35,6 +35,7 @@ from vissl_lite.selection.estimate import estimate_coverage
 from vissl_lite.training.progress import progress_bar
 from vissl_lite.transfer.base import KnownImages, TrainedModel
 from vissl_lite.transfer.classification.options import LabelOptions
+from vissl_lite.transfer.confidence import Confidence
 from vissl_lite.transfer.options import AnnotationsOption
 from vissl_lite.transfer.sources.groups import find_groups, group_names
 from vissl_lite.transfer.sources.opening import unpacked
@@ -177,7 +178,7 @@ def select(options: SelectOptions) -> SelectResult:
     config = options.as_config()
     names = ("encoder", "data", "labelled", "annotations", "model")
     check_out(out, [(name, config.get(name)) for name in names], overwrite=options.overwrite)
-    task, model = _find_task(options)
+    task, model, temperature = _find_task(options)
     pool = _without(find_images(sources), path_list(options.exclude or []))
     labelled = _read_labels(options, task)
     classes = labelled.classes if model is None else model.classes
@@ -189,7 +190,7 @@ def select(options: SelectOptions) -> SelectResult:
     if model is not None:
         model.encoder.reader = override(model.encoder.reader, paths, options)
     with open_run(out, "select", config) as run:
-        images = _read_images(paths, encoder, task, model)
+        images = _read_images(paths, encoder, task, model, temperature)
         prints, features = images.prints, images.features
         absolute = [os.path.abspath(path) for path in prints.paths]
         has_label = np.array([path in known for path in absolute])
@@ -253,17 +254,18 @@ def select(options: SelectOptions) -> SelectResult:
     return SelectResult(out, out / SELECTED, [absolute[i] for i in chosen])
 
 
-def _find_task(options: SelectOptions) -> tuple[AnyTask, TrainedModel | None]:
-    """The task, and the model if one is given."""
+def _find_task(options: SelectOptions) -> tuple[AnyTask, TrainedModel | None, float]:
+    """The task, the model if one is given, and the temperature of its logits."""
     if options.model is None:
-        return find_task(options.task or "classification"), None
+        return find_task(options.task or "classification"), None, 1.0
     task, folder = find_model(Path(options.model))
     if options.task not in (None, task.name):
         raise UserError(
             f"--task {options.task}: the model {options.model} is of --task {task.name}"
         )
     model: TrainedModel = task.load(folder)
-    return task, model
+    confidence = Confidence.load(folder)
+    return task, model, 1.0 if confidence is None else confidence.temperature
 
 
 def _read_labels(options: SelectOptions, task: AnyTask) -> KnownImages:
@@ -333,7 +335,11 @@ def _check_budget(
 
 
 def _read_images(
-    paths: Sequence[str], encoder: Encoder, task: AnyTask, model: TrainedModel | None
+    paths: Sequence[str],
+    encoder: Encoder,
+    task: AnyTask,
+    model: TrainedModel | None,
+    temperature: float,
 ) -> _Images:
     """Fingerprints, features and uncertainty of all images that can be read."""
     with progress_bar() as bar:
@@ -355,7 +361,7 @@ def _read_images(
         if model is None:
             return _Images(prints, features, None)
         uncertainty, good = task.uncertainty(
-            model, prints.paths, advance("uncertainty", len(prints))
+            model, temperature, prints.paths, advance("uncertainty", len(prints))
         )
         return _Images(prints.take(np.flatnonzero(good)), features[good], uncertainty)
 
