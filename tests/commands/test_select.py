@@ -109,6 +109,41 @@ def test_a_later_round_knows_what_is_labelled(
         assert one["suggestion"] in ("cat", "dog")
 
 
+def test_dropquery_fits_a_probe_to_the_labels(
+    encoder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = sorted(photos.rglob("*.jpg"))[:10]
+    table = tmp_path / "labels.csv"
+    given = ("--encoder", encoder, "--data", photos, "--method", "dropquery")
+    out = tmp_path / "run"
+
+    def label(*names: str) -> None:
+        lines = [f"{path},{names[i % len(names)]}" for i, path in enumerate(known)]
+        table.write_text("\n".join(["path,label", *lines]) + "\n")
+
+    for names, message in (
+        (["cat"], "at least two classes in --labelled, which has 1: label more"),
+        (["cat|dog", "cat"], "--method dropquery needs --labelled with one class for each image"),
+    ):
+        label(*names)
+        assert run(*given, "--labelled", table, "--budget", 14, "--out", out) == 2
+        assert message in capsys.readouterr().err
+        assert not out.exists()
+    label("cat", "dog", "eel")
+    assert run(*given, "--labelled", table, "--budget", 14, "--out", out) == 0
+    chosen = rows(out / "selected.csv")
+    assert {row["path"] for row in chosen} == {*map(str, photos.rglob("*.jpg"))} - {
+        *map(str, known)
+    }
+    shares = [float(row["uncertainty"]) for row in chosen]
+    assert {*shares} <= {0.0, 0.3333, 0.6667, 1.0}
+    uncertain = [share > 0.5 for share in shares]
+    assert 0 < sum(uncertain) < 14
+    assert uncertain == sorted(uncertain, reverse=True)
+    assert run(*given, "--budget", 3, "--out", tmp_path / "first") == 0
+    assert rows(tmp_path / "first" / "selected.csv")[0]["reason"].startswith("center of a cluster")
+
+
 def test_the_uncertainty_of_a_model_is_calibrated(
     encoder: Path, model: Path, photos: Path, tmp_path: Path
 ) -> None:
@@ -186,6 +221,7 @@ def test_mistakes_are_said_before_anything_is_written(
         ("--budget 0", "--budget 0 must be at least 1"),
         ("--method best", "--method best is none of herding, typiclust"),
         ("--method margin", "--method margin needs a model: give --model with a run of finetune"),
+        (f"--method dropquery --model {model}", "fits a linear probe to --labelled: leave out"),
         (f"--model {photos}", f"{photos}"),
         (f"--model {model} --task detection", "is of --task classification"),
         ("--labelled nowhere.csv", "--labelled nowhere.csv does not exist"),

@@ -31,9 +31,11 @@ from vissl_lite.report.label_page import LabelImage, LabelledNeighbor, write_lab
 from vissl_lite.run import check_out, open_run, write_results
 from vissl_lite.selection import METHODS, Candidates, Selection
 from vissl_lite.selection.coverage import nearest_of, unit_features
+from vissl_lite.selection.dropquery import changed_by_dropout
 from vissl_lite.selection.estimate import estimate_coverage
 from vissl_lite.training.progress import progress_bar
 from vissl_lite.transfer.base import KnownImages, TrainedModel
+from vissl_lite.transfer.classification.linear_head import fit_linear
 from vissl_lite.transfer.classification.options import LabelOptions
 from vissl_lite.transfer.confidence import Confidence
 from vissl_lite.transfer.options import AnnotationsOption
@@ -82,11 +84,14 @@ class SelectOptions(Options, ImageSettings, LabelOptions, AnnotationsOption):
     """Number of images to choose."""
     out: StrPath
     """Run folder to write."""
-    method: Literal["herding", "typiclust", "probcover", "margin", "k_center", "random"] = "herding"
+    method: Literal[
+        "herding", "typiclust", "probcover", "margin", "dropquery", "k_center", "random"
+    ] = "herding"
     """How to choose: herding (the images that cover all others best; with --model those that cover
     uncertain images best), typiclust (typical images of the largest clusters), probcover (balls
-    around images), margin (the images that --model is most uncertain of), k_center (the farthest
-    images), or random."""
+    around images), margin (the images that --model is most uncertain of), dropquery (typical images
+    among those of which a linear probe on --labelled is uncertain), k_center (the farthest images),
+    or random."""
     labelled: StrPath | None = None
     """What is labelled already, in any layout that finetune reads. These images, and others of the
     same pictures, are not chosen, and what they cover counts as covered."""
@@ -129,6 +134,10 @@ class SelectOptions(Options, ImageSettings, LabelOptions, AnnotationsOption):
             self._set("task", find_task(self.task).name)
         if self.method == "margin" and self.model is None:
             raise UserError("--method margin needs a model: give --model with a run of finetune")
+        if self.method == "dropquery" and self.model is not None:
+            raise UserError(
+                "--method dropquery fits a linear probe to --labelled: leave out --model"
+            )
         if self.group_by is not None and self.per_group is None:
             raise UserError("--group_by is for --per_group, which is not given")
         reading = {one.name for one in (*fields(LabelOptions), *fields(AnnotationsOption))}
@@ -181,6 +190,8 @@ def select(options: SelectOptions) -> SelectResult:
     task, model, temperature = _find_task(options)
     pool = _without(find_images(sources), path_list(options.exclude or []))
     labelled = _read_labels(options, task)
+    if options.method == "dropquery" and options.labelled is not None:
+        _check_probe_labels(labelled.labels)
     classes = labelled.classes if model is None else model.classes
     paths = _joined(pool, labelled.paths)
     known = set(map(os.path.abspath, labelled.paths))
@@ -191,16 +202,20 @@ def select(options: SelectOptions) -> SelectResult:
         model.encoder.reader = override(model.encoder.reader, paths, options)
     with open_run(out, "select", config) as run:
         images = _read_images(paths, encoder, task, model, temperature)
-        prints, features = images.prints, images.features
+        prints, features, uncertainty = images.prints, images.features, images.uncertainty
         absolute = [os.path.abspath(path) for path in prints.paths]
         has_label = np.array([path in known for path in absolute])
         labelled_at = np.flatnonzero(has_label)
         groups = None if grouping is None else group_names(prints.paths, grouping)
         candidates = Candidates(len(prints), labelled_at, prints, groups, options.per_group)
         open_before = len(candidates)
+        if options.method == "dropquery" and options.labelled is not None:
+            known_classes = _classes_by_path(labelled)
+            names = [known_classes[absolute[i]] for i in labelled_at]
+            uncertainty = _probe_uncertainty(features, labelled_at, names, options.seed)
         method = METHODS[options.method]
         selection = method(
-            features, options.budget, labelled_at, images.uncertainty, options.seed, candidates
+            features, options.budget, labelled_at, uncertainty, options.seed, candidates
         )
         chosen = selection.indices
         if len(chosen) < options.budget:
@@ -214,7 +229,7 @@ def select(options: SelectOptions) -> SelectResult:
         counted = np.array([path in in_pool for path in absolute])
         coverage = estimate_coverage(features, labelled_at, chosen, counted, options.seed)
         covers = _covers(features, labelled_at, chosen, counted)
-        _write_table(run / SELECTED, absolute, selection, covers, images.uncertainty)
+        _write_table(run / SELECTED, absolute, selection, covers, uncertainty)
         skeleton = task.write_skeleton([absolute[i] for i in chosen], classes, run)
         results: dict[str, Any] = {
             "method": options.method,
@@ -366,6 +381,42 @@ def _read_images(
         return _Images(prints.take(np.flatnonzero(good)), features[good], uncertainty)
 
 
+def _check_probe_labels(names: list[str] | None) -> None:
+    """Raise a UserError if no linear probe can be fitted to these classes of images."""
+    if names is None:
+        raise UserError("--method dropquery needs --labelled with one class for each image")
+    if len(set(names)) < 2:
+        raise UserError(
+            f"--method dropquery needs readable images of at least two classes in --labelled, "
+            f"which has {len(set(names))}: label more, or choose with --method herding"
+        )
+
+
+def _probe_uncertainty(
+    features: np.ndarray, labelled: np.ndarray, names: list[str], seed: int
+) -> np.ndarray:
+    """Share of dropout masks that change the class by a linear probe, for DropQuery.
+
+    Args:
+        features: ``(N, D)`` of all images.
+        labelled: ``(L,)`` indices of the labelled images.
+        names: L names of their classes.
+        seed: Seed of the folds and masks.
+
+    Raises:
+        UserError: The labelled images that can be read are of fewer than two classes.
+    """
+    _check_probe_labels(names)
+    classes, numbers = np.unique(names, return_inverse=True)
+    head, _ = fit_linear(features[labelled], numbers, len(classes), seed)
+    return changed_by_dropout(head.logits, features, seed)
+
+
+def _classes_by_path(labelled: KnownImages) -> dict[str, str]:
+    """Class of each labelled image, by absolute path."""
+    return dict(zip(map(os.path.abspath, labelled.paths), labelled.labels or (), strict=True))
+
+
 def _covers(
     features: np.ndarray, labelled: np.ndarray, chosen: np.ndarray, counted: np.ndarray
 ) -> np.ndarray:
@@ -394,8 +445,7 @@ def _write_page(
         labelled_at: Indices of those that can be read.
         classes: Names of the classes.
     """
-    places = map(os.path.abspath, labelled.paths)
-    class_of = dict(zip(places, labelled.labels or (), strict=True))
+    class_of = _classes_by_path(labelled)
     images = [LabelImage(paths[index]) for index in chosen]
     if len(labelled_at):
         nearest = nearest_neighbors(features[labelled_at], features[chosen], NEIGHBORS)
