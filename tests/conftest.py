@@ -38,6 +38,8 @@ DRAWN = {
     "probe": ("add_test_embeddings", "add_report"),
     "compare": ("add_test_embeddings", "add_report"),
     "predict": ("add_report",),
+    "select": ("add_selection", "add_report"),
+    "pseudo_label": ("add_report",),
 }
 
 

@@ -10,9 +10,11 @@ from vissl_lite.optim import (
     OptimizerSettings,
     build_optimizer,
     canonical_optimizer,
+    check_has_betas,
     cosine_schedule,
     cosine_with_warmup,
     set_lr,
+    set_weight_decay,
 )
 
 every_backbone = pytest.mark.parametrize("backbone", ["test_resnet", "test_vit"])
@@ -118,6 +120,64 @@ def test_layer_decay_and_exemptions_of_an_encoder_in_a_model() -> None:
     assert group[id(head.weight)]["weight_decay"] == 0.3
     assert group[id(encoder.pos_embed)]["lr_scale"] < 0.5
     assert group[id(encoder.pos_embed)]["weight_decay"] == 0
+
+
+@pytest.mark.parametrize("backbone", ["test_vit", "swin_tiny_patch4_window7_224"])
+def test_what_timm_excludes_does_not_decay_wherever_the_model_is(backbone: str) -> None:
+    with torch.device("meta"):
+        encoder, head = timm.create_model(backbone, num_classes=0), nn.Linear(8, 2)
+    module = nn.ModuleList([nn.Sequential(encoder), head])
+    groups = build_optimizer(module, OptimizerSettings(weight_decay=0.3)).param_groups
+    decay = {id(one): group["weight_decay"] for group in groups for one in group["params"]}
+    excluded = [p for n, p in encoder.named_parameters() if n in encoder.no_weight_decay()]
+    assert any(parameter.ndim > 1 for parameter in excluded)
+    assert {decay[id(parameter)] for parameter in excluded} == {0.0}
+    assert decay[id(head.weight)] == 0.3
+
+
+@pytest.mark.parametrize("start", [0.0, 0.04])
+def test_weight_decay_follows_a_cosine_and_biases_still_have_none(start: float) -> None:
+    model = nn.Linear(2, 2)
+    settings = OptimizerSettings(weight_decay=start, weight_decay_end=0.4)
+    optimizer = build_optimizer(model, settings)
+    for progress, expected in ((0.0, start), (0.5, (start + 0.4) / 2), (1.0, 0.4)):
+        set_weight_decay(optimizer, progress)
+        decay = {
+            id(p): group["weight_decay"]
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
+        assert decay[id(model.weight)] == pytest.approx(expected)
+        assert decay[id(model.bias)] == 0
+
+
+def test_without_an_end_the_weight_decay_stays() -> None:
+    optimizer = build_optimizer(nn.Linear(2, 2), OptimizerSettings(weight_decay=0.3))
+    set_weight_decay(optimizer, 1.0)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.3}
+
+
+def test_one_part_keeps_the_peak_rate() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizer = build_optimizer(model, OptimizerSettings("sgd", lr=0.5), constant=model[1])
+    set_lr(optimizer, 0.1)
+    rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert [rate[id(parameter)] for parameter in model.parameters()] == [0.1, 0.1, 0.5, 0.5]
+
+
+def test_betas() -> None:
+    (group, *_) = build_optimizer(nn.Linear(2, 2), OptimizerSettings(betas=(0.8, 0.9))).param_groups
+    assert group["betas"] == (0.8, 0.9)
+    with pytest.raises(UserError, match="--betas: sgd has none"):
+        check_has_betas("sgd")
+
+
+@pytest.mark.parametrize(("clip_norm", "own"), [(0.0, 1.0), (5.0, None)])
+def test_lamb_clips_by_itself_only_without_a_norm_of_ours(
+    clip_norm: float, own: float | None
+) -> None:
+    optimizer = build_optimizer(nn.Linear(2, 2), OptimizerSettings("lamb", clip_norm=clip_norm))
+    assert optimizer.defaults["max_grad_norm"] == own
 
 
 def test_set_lr_is_the_same_for_all_without_layer_decay() -> None:

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from vissl_lite.commands.predict import predict
     from vissl_lite.commands.pretrain import pretrain
     from vissl_lite.commands.probe import probe
+    from vissl_lite.commands.pseudo_label import pseudo_label
     from vissl_lite.commands.report import report
     from vissl_lite.commands.runs import runs
+    from vissl_lite.commands.select import select
     from vissl_lite.commands.shard import shard
     from vissl_lite.encoders.folder import load_encoder
     from vissl_lite.errors import UserError
@@ -37,8 +39,10 @@ __all__ = [
     "predict",
     "pretrain",
     "probe",
+    "pseudo_label",
     "report",
     "runs",
+    "select",
     "shard",
 ]
 

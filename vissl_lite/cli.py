@@ -46,11 +46,13 @@ COMMANDS = {
     "probe": "evaluate a frozen encoder with kNN and a linear classifier",
     "finetune": "train a model on labels: --task classification, detection or segmentation",
     "predict": "classify, detect or segment in a folder of images with a fine-tuned model",
+    "pseudo-label": "write confident predictions as labels, for finetune --pseudo_labels",
     "compare": "did pre-training help? compare encoders on the same few labels, with intervals",
     "report": "write the report of a run again: report RUN",
     "runs": "list the runs below a folder: runs [FOLDER] [--sort METRIC]",
     "embed": "write the features of images as a Parquet or NPZ file",
     "explore": "write a map of a folder of images as one HTML file",
+    "select": "choose which images to label: those that cover or confuse most",
     "export": "write an encoder or a model as an ONNX file or a timm folder",
     "shard": "write images as tar files, to stream them from a disk or a URL",
     "list": "list pretexts or backbones: list pretexts, list backbones [PATTERN]",
@@ -127,7 +129,7 @@ def _sigterm_raises() -> Iterator[None]:
 
 
 def _overview() -> str:
-    commands = "\n".join(f"  {name:9} {text}" for name, text in COMMANDS.items())
+    commands = "\n".join(f"  {name:12} {text}" for name, text in COMMANDS.items())
     return (
         "usage: vissl-lite COMMAND [--config FILE] [--option value ...]\n\n"
         "Self-supervised vision pre-training: train an encoder on unlabelled images,\n"
@@ -139,6 +141,7 @@ def _overview() -> str:
 
 def find_command(name: str) -> Callable[..., Any]:
     """Import and return the function of a command."""
+    name = name.replace("-", "_")
     module = importlib.import_module(f"vissl_lite.commands.{name}")
     function: Callable[..., Any] = getattr(module, "list_" if name == "list" else name)
     return function
@@ -202,7 +205,7 @@ def parse_words(options: type[Options], words: Sequence[str]) -> list[dict[str, 
             values = ["true"]
         if not values:
             raise UserError(f"--{name} needs a value")
-        if name in kinds and takes_any(kinds[name], LISTS):  # Also --data A --data B.
+        if name in kinds and takes_any(kinds[name], (*LISTS, tuple)):  # Also --data A --data B.
             values = [*given.get(name, []), *values]
         elif name in kinds and len(values) > 1:
             raise UserError(f"--{name} takes one value, not {brief(' '.join(values))}")

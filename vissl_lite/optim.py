@@ -42,6 +42,10 @@ class OptimizerSettings:
         scaling: Scaling of the learning rate with the batch: ``linear`` (Goyal et al. 2017),
             ``sqrt`` (Malladi et al. 2022, for Adam) or ``none``.
         clip_norm: Largest norm of the gradient; 0 does not clip it.
+        weight_decay_end: Weight decay at the end of the run, reached along half a cosine (DINO,
+            Caron et al. 2021); None keeps it constant.
+        betas: Decay rates of Adam's averages of the gradient and of its square; None for those of
+            timm's optimizer, mostly (0.9, 0.999).
     """
 
     name: str = "adamw"
@@ -50,6 +54,8 @@ class OptimizerSettings:
     layer_decay: float | None = 1.0
     scaling: Literal["linear", "sqrt", "none"] = "linear"
     clip_norm: float = 0.0
+    weight_decay_end: float | None = None
+    betas: tuple[float, float] | None = None
 
     def scaled_lr(self, batch_size: int) -> float:
         """Scale a learning rate for 256 images to another batch size.
@@ -75,6 +81,12 @@ def canonical_optimizer(name: str) -> str:
     return found
 
 
+def check_has_betas(name: str) -> None:
+    """Raise a UserError if an optimizer has no betas."""
+    if not timm.optim.get_optimizer_info(name).has_betas:
+        raise UserError(f"--betas: {name} has none; adamw, adam and lamb have")
+
+
 def check_rates(lr: float | None, weight_decay: float | None) -> None:
     """Raise a UserError for a learning rate or a weight decay that is out of range."""
     check_positive("lr", lr, LARGEST_RATE)
@@ -82,39 +94,58 @@ def check_rates(lr: float | None, weight_decay: float | None) -> None:
 
 
 def build_optimizer(
-    module: nn.Module, settings: OptimizerSettings, encoder: nn.Module | None = None
+    module: nn.Module,
+    settings: OptimizerSettings,
+    encoder: nn.Module | None = None,
+    constant: nn.Module | None = None,
 ) -> Optimizer:
     """Build the optimizer of a module's trainable parameters.
+
+    Biases, norms, and what a timm model lists in ``no_weight_decay``, such as position embeddings,
+    do not decay.
 
     Args:
         module: Module to optimize.
         settings: Settings of the optimizer.
         encoder: The timm model in the module that ``layer_decay`` applies to; default the module
             itself. All other parameters have the full learning rate.
+        constant: Part of the module that keeps the peak learning rate during the whole run.
 
     Returns:
-        An optimizer; ``lr_scale``, where a parameter group has it, is left to ``set_lr``.
+        An optimizer. ``set_lr`` and ``set_weight_decay`` follow the entries ``lr_scale``,
+        ``constant_lr`` and ``weight_decay_range`` of its parameter groups.
     """
     inner = module if encoder is None else encoder
     scales = _layer_scales(inner, settings.layer_decay)
-    undecayed = _without_decay(inner)
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    undecayed = _without_decay(module)
+    kept = set() if constant is None else {id(parameter) for parameter in constant.parameters()}
+    groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
     known = {id(parameter): name for name, parameter in inner.named_parameters()}
     for parameter in module.parameters():
         if not parameter.requires_grad:
             continue
-        name = known.get(id(parameter), "")
-        decayed = parameter.ndim > 1 and name not in undecayed
-        key = scales.get(name, 1.0), settings.weight_decay if decayed else 0.0
-        groups.setdefault(key, []).append(parameter)
+        scale = scales.get(known.get(id(parameter), ""), 1.0)
+        decayed = parameter.ndim > 1 and id(parameter) not in undecayed
+        groups.setdefault((scale, decayed, id(parameter) in kept), []).append(parameter)
+    decay, end = settings.weight_decay, settings.weight_decay_end
+    rising = {} if end is None else {"weight_decay_range": (decay, end)}
     optimizer: Optimizer = timm.optim.create_optimizer_v2(
         [
-            {"params": parameters, "lr_scale": scale, "weight_decay": decay}
-            for (scale, decay), parameters in groups.items()
+            {
+                "params": parameters,
+                "lr_scale": scale,
+                "constant_lr": constant_lr,
+                "decayed": decayed,
+                "weight_decay": decay if decayed else 0.0,
+                **(rising if decayed else {}),
+            }
+            for (scale, decayed, constant_lr), parameters in groups.items()
         ],
         opt=settings.name,
         lr=settings.lr,
         momentum=0.9,
+        **({} if settings.betas is None else {"betas": settings.betas}),
+        **_own_clipping(settings),
         **_fused(settings.name, module),
     )
     return optimizer
@@ -142,15 +173,25 @@ def _layer_scales(model: nn.Module, decay: float | None) -> dict[str, float]:
     return {name: decay ** (last - layer) for name, layer in layers.items()}
 
 
-def _without_decay(model: nn.Module) -> set[str]:
-    """Parameters that a timm model excludes from weight decay, such as position embeddings."""
-    listed = getattr(model, "no_weight_decay", None)
-    names = listed() if callable(listed) else ()
-    return {
-        name
-        for name, _ in model.named_parameters()
-        if any(fnmatch(name, pattern) for pattern in names)
-    }
+def _without_decay(module: nn.Module) -> set[int]:
+    """The ``id`` of each parameter that a timm model in the module excludes from weight decay."""
+    found: set[int] = set()
+    for model in module.modules():
+        listed = getattr(model, "no_weight_decay", None)
+        patterns = listed() if callable(listed) else ()
+        for name, parameter in model.named_parameters() if patterns else ():
+            if any(fnmatch(name, pattern) for pattern in patterns):
+                found.add(id(parameter))
+    return found
+
+
+def _own_clipping(settings: OptimizerSettings) -> dict[str, None]:
+    """Options that switch off LAMB's own clipping of gradients at a norm of 1.
+
+    Without ``clip_norm`` it stays, as it is part of the optimizer (You et al. 2020).
+    """
+    kind = timm.optim.get_optimizer_class(settings.name, bind_defaults=False)
+    return {"max_grad_norm": None} if kind is timm.optim.Lamb and settings.clip_norm else {}
 
 
 def _fused(name: str, module: nn.Module) -> dict[str, bool]:
@@ -184,9 +225,26 @@ def clip_gradients(
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Set the learning rate of all groups, times their ``lr_scale`` (layer-wise decay)."""
+    """Set the learning rate of all groups, times their ``lr_scale`` (layer-wise decay).
+
+    Groups with ``constant_lr`` keep the rate that the optimizer was built with, times ``lr_scale``.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
+        rate = optimizer.defaults["lr"] if group.get("constant_lr") else lr
+        group["lr"] = rate * group.get("lr_scale", 1.0)
+
+
+def set_weight_decay(optimizer: Optimizer, progress: float) -> None:
+    """Set the weight decay of the groups whose ``weight_decay_range`` says that it changes.
+
+    Args:
+        optimizer: Optimizer by ``build_optimizer``.
+        progress: Completed fraction of the run, in [0, 1].
+    """
+    for group in optimizer.param_groups:
+        if "weight_decay_range" in group:
+            start, end = group["weight_decay_range"]
+            group["weight_decay"] = cosine_schedule(start, end, progress)
 
 
 def cosine_with_warmup(fraction: float, warmup: float) -> float:

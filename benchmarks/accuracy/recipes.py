@@ -60,6 +60,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "batch size 16, BatchNorm trained": {"batch_size": 16, "frozen_norm": False},
     "mixup 0.2": {"mixup": 0.2},
     "CutMix 1": {"cutmix": 1.0},
+    "RandAugment 9": {"rand_augment": 9.0},
+    "RandAugment 9, BatchNorm trained": {"rand_augment": 9.0, "frozen_norm": False},
+    "moving average 0.99": {"ema": 0.99},
+    "moving average 0.99, BatchNorm trained": {"ema": 0.99, "frozen_norm": False},
     "random head": {"pretrained": False, "frozen_norm": True},
 }
 OF_OPTIMIZER = ("lr", "layer_decay", "clip_norm")

@@ -39,7 +39,7 @@ PRETRAIN: dict[str, tuple[str, int, int, float, float]] = {
 }
 CELL_PRETEXTS: dict[str, dict[str, Any]] = {
     "SimCLR": CONTRAST,
-    "DenseCL": {"name": "densecl", "min_crop_scale": 0.25},
+    "DenseCL": {"name": "densecl", "min_crop_scale": 0.25, "momentum": 0.95, "queue_size": 2048},
     "SparK": {"name": "spark"},
 }
 

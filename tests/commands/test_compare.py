@@ -204,6 +204,30 @@ def test_segmentation_is_compared_by_fine_tuning(tmp_path: Path) -> None:
     assert found["verdict"] in ("helped", "no difference", "hurt")
 
 
+def test_ways_to_choose_images_are_compared_with_random_ones(
+    encoder: Path, labelled: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    given = ("--encoder", encoder, "--data", labelled, "--out", out, "--seeds", 3)
+    ways = ("--selection", "herding", "margin", "--budgets", 6, 12, "--protocols", "linear")
+    assert run("compare", *given, *ways) == 0
+    found = results(out)
+    assert list(found["arms"]) == ["herding", "margin", "random"]
+    assert found["baseline"] == "random"
+    assert found["labels"] == {"6 images": 6, "12 images": 12}
+    assert found["protocols"]["linear"]["verdicts"]["herding"]["sentence"].startswith("herding ")
+    with (out / "selected.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 * 3 * 12
+    assert {row["method"] for row in rows} == {"herding", "margin", "random"}
+    assert all(Path(row["path"]).is_file() for row in rows)
+    again = [out / "results.json", out / "selected.csv"]
+    before = [file.read_text() for file in again]
+    (out / "run.json").write_text((out / "run.json").read_text().replace("finished", "stopped"))
+    assert run("compare", *given, *ways, "--resume") == 0
+    assert [file.read_text() for file in again] == before
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -221,6 +245,15 @@ def test_segmentation_is_compared_by_fine_tuning(tmp_path: Path) -> None:
          "unknown backbone test_vti"),
         (("--encoder", "random:test_vit", "random:test_resnet", "--layers", "--protocols",
           "finetune"), "--layers requires"),
+        (("--encoder", "random:test_vit", "--selection", "herding", "--shots", 1),
+         "--selection and --shots do not go together: give --budgets"),
+        (("--encoder", "random:test_vit", "random:test_resnet", "--selection", "herding"),
+         "--selection compares ways to choose images: give one --encoder"),
+        (("--encoder", "random:test_vit", "--selection", "herdin"), "none of random, herding"),
+        (("--encoder", "random:test_vit", "--selection", "herding", "--budgets", 5000),
+         "--budgets 5000 is more than there is to choose from"),
+        (("--encoder", "random:test_vit", "random:test_resnet", "--budgets", 10),
+         "--budgets belongs to --selection"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line_and_nothing_is_written(

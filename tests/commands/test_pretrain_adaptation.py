@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from vissl_lite.cli import main
 from vissl_lite.commands.pretrain_options import PretrainOptions
 from vissl_lite.encoders.encoder import Encoder, build_encoder
-from vissl_lite.encoders.folder import save_encoder
+from vissl_lite.encoders.folder import load_encoder, save_encoder
 from vissl_lite.evaluation.online import ONLINE_METRICS, EncoderMetrics
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.simclr import SimCLR
@@ -48,6 +48,42 @@ def test_frozen_stages_are_those_of_the_start(start: Path, photos: Path, tmp_pat
     changed = changes(start, tmp_path / "encoder")
     assert {name.split(".")[0] for name in changed} == {"layer4"}
     assert "% of the weights of the encoder are trained" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ViT whose weights count as pre-trained."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vit")
+    save_encoder(build_encoder("test_vit", 32), folder, {})
+    return folder
+
+
+def test_low_rank_adapters_end_up_in_the_weights_of_attention(
+    vit: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The online evaluation sees the weights that are saved in the end."""
+    images, seen = torch.randn(4, 3, 32, 32), []
+
+    def measure(self: EncoderMetrics, encoder: Encoder, counts: object) -> dict[str, float]:
+        with torch.no_grad():
+            seen.append(encoder.eval()(images))
+        unlabelled = [name for name in ONLINE_METRICS if name not in ("knn", "linear")]
+        return dict.fromkeys(unlabelled, 1.0) | {"effective_rank": 9.0}
+
+    monkeypatch.setattr(EncoderMetrics, "__call__", measure)
+    options = ["--data", photos, "--encoder", vit, *SMALL, "--epochs", 2]
+    assert run(*options, "--train", "lora:4", "--out", tmp_path) == 0
+    folder = tmp_path / "encoder"
+    assert weights(vit).keys() == weights(folder).keys()
+    assert changes(vit, folder) == {
+        f"blocks.{block}.attn.{layer}.weight" for block in range(6) for layer in ("qkv", "proj")
+    }
+    with torch.no_grad():
+        first, last = (load_encoder(one).eval()(images) for one in (vit, folder))
+    torch.testing.assert_close(seen[0], first)
+    torch.testing.assert_close(seen[-1], last, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(first, last, atol=1e-3)
 
 
 class KilledError(Exception):
@@ -88,6 +124,25 @@ def test_resume_while_the_encoder_is_frozen_and_after(
     assert run(*options, "--out", tmp_path / "whole") == 0
     interrupted(monkeypatch, last_step, *options, "--out", tmp_path / "resumed")
     assert changes(start, tmp_path / "whole" / "encoder")
+    assert_equal_weights(tmp_path / "whole" / "encoder", tmp_path / "resumed" / "encoder")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [("--pretext", "dino"), ("--pretext", "moco_v3", "--ema", 0.9)], ids=["dino", "ema"]
+)
+def test_adapters_are_resumed_with_those_of_teachers_and_averages(
+    options: tuple[object, ...],
+    vit: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = ("--data", photos, "--encoder", vit, *SMALL, "--epochs", 2, *options)
+    options += ("--train", "lora:4")
+    assert run(*options, "--out", tmp_path / "whole") == 0
+    interrupted(monkeypatch, 4, *options, "--out", tmp_path / "resumed")
+    assert changes(vit, tmp_path / "whole" / "encoder")
     assert_equal_weights(tmp_path / "whole" / "encoder", tmp_path / "resumed" / "encoder")
 
 
@@ -134,6 +189,7 @@ def test_gentle_rates_where_weights_are_pre_trained() -> None:
     assert settings(encoder="runs/a").layer_decay == 0.75
     assert settings("test_resnet", encoder="runs/a").layer_decay == 1
     assert settings(encoder="runs/a", layer_decay=0.9).layer_decay == 0.9
+    assert settings(encoder="runs/a", train="lora:4") == settings()
 
 
 def test_layer_decay_is_that_of_the_encoder_alone() -> None:
@@ -153,6 +209,7 @@ def test_layer_decay_is_that_of_the_encoder_alone() -> None:
         (["--train", "blocks:1"], "--train blocks:1 freezes weights that are random"),
         (["--freeze_share", 0.1], "--freeze_share 0.1 freezes weights that are random"),
         (["--train", "heads"], "--train heads is not all, blocks:N"),
+        (["--encoder", "random:test_vit", "--train", "lora:64"], "have 64 features, and the rank"),
         (["--freeze_share", 1], "--freeze_share 1 is not a share"),
         (["--ema", 1], "--ema 1 is not a share"),
         (["--layer_decay", 0], "--layer_decay 0 is not a share"),

@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 
-from vissl_lite.evaluation.knn import knn_predict
+from vissl_lite.evaluation.knn import knn_predict, nearest_neighbors
 
 
 def literal_knn(bank, labels, queries, k, temperature):
@@ -37,3 +37,16 @@ def test_more_neighbors_than_images_means_all() -> None:
 def test_a_low_temperature_does_not_overflow() -> None:
     bank = np.eye(2, dtype=np.float32)
     assert knn_predict(bank, np.array([0, 1]), bank, k=2, temperature=1e-3).tolist() == [0, 1]
+
+
+def test_neighbors_are_the_most_similar_of_the_bank_first() -> None:
+    random = np.random.default_rng(0)
+    bank, queries = random.normal(size=(30, 8)), random.normal(size=(11, 8))
+    cosines = np.array(
+        [[q @ b / np.linalg.norm(q) / np.linalg.norm(b) for b in bank] for q in queries]
+    )
+    expected = np.argsort(-cosines, axis=1)[:, :4]
+    indices, similarities = nearest_neighbors(bank, queries, 4, batch_size=3)
+    np.testing.assert_array_equal(indices, expected)
+    np.testing.assert_allclose(similarities, np.take_along_axis(cosines, expected, axis=1))
+    assert nearest_neighbors(bank, queries, 99)[0].shape == (11, 30)

@@ -79,7 +79,7 @@ def tried(
     """Runs a command: the line that refuses it, or None if it would have started."""
     monkeypatch.chdir(place / "here")
     for command in COMMANDS:
-        module = importlib.import_module(f"vissl_lite.commands.{command}")
+        module = importlib.import_module(f"vissl_lite.commands.{command.replace('-', '_')}")
         for name in STARTS:
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, _Start)
@@ -139,10 +139,12 @@ def needed(command: str, place: Path) -> dict[str, str]:
         "probe": {"encoder": encoder, "data": data, "out": "run"},
         "finetune": {"encoder": encoder, "data": data, "out": "run"},
         "predict": {"model": encoder, "data": train, "out": "run"},
+        "pseudo-label": {"model": encoder, "data": train, "out": "run"},
         "compare": {"encoder": encoder, "data": data, "out": "run"},
         "report": {"run": str(place)},
         "embed": {"encoder": encoder, "data": train, "out": "features.npz"},
         "explore": {"encoder": encoder, "data": train, "out": "map.html"},
+        "select": {"encoder": encoder, "data": train, "budget": "5", "out": "run"},
         "export": {"encoder": encoder, "out": "encoder.onnx"},
         "shard": {"data": train, "out": "shards"},
         "list": {"what": "pretexts"},
@@ -300,7 +302,7 @@ def _large(value: object) -> bool:
 def test_hyperparameters(name: str, tried: Tried, called: Called, place: Path) -> None:
     given = {"data": str(place / "labelled" / "train"), "out": "run", "epochs": 1,
              "backbone": "test_resnet", "image_size": 32}  # fmt: skip
-    if PRETEXTS[name].info.backbones in ("ViT", "patches"):
+    if PRETEXTS[name].info.backbones not in ("any", "CNN"):
         given |= {"backbone": "test_vit", "image_size": 64}
     hyperparameters = annotations(PRETEXTS[name])
     del hyperparameters["encoder"]

@@ -178,7 +178,7 @@ def test_killed_again_and_again(
     same(out, whole)
 
 
-OTHERS = ("probe", "predict", "compare", "embed", "explore", "export")
+OTHERS = ("probe", "predict", "compare", "select", "embed", "explore", "export")
 SUFFIX = {"embed": ".npz", "explore": ".html"}
 
 
@@ -200,6 +200,7 @@ def test_any_command_is_killed_and_starts_again(
         "predict": ["--model", model, "--data", photos],
         "compare": ["--encoder", encoder_folder, "--data", labelled, "--protocols", "knn",
                     "--shots", 2],
+        "select": ["--encoder", encoder_folder, "--data", photos, "--budget", 5],
         "embed": ["--encoder", encoder_folder, "--data", photos],
         "explore": ["--encoder", encoder_folder, "--data", photos],
         "export": ["--encoder", encoder_folder, "--format", "safetensors"],

@@ -122,6 +122,7 @@ def commands(labelled: Path, photos: Path, encoder: Path, model: Path) -> dict[s
         "predict": ["predict", "--model", model, "--data", photos],
         "compare": ["compare", "--encoder", encoder, "--data", labelled, "--shots", 2,
                     "--protocols", "knn"],
+        "select": ["select", "--encoder", encoder, "--data", photos, "--budget", 5],
         "embed": ["embed", "--encoder", encoder, "--data", photos],
         "explore": ["explore", "--encoder", encoder, "--data", photos],
         "export": ["export", "--encoder", encoder],
@@ -134,7 +135,7 @@ SUFFIX = {"embed": ".npz", "explore": ".html", "export": ".onnx"}
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "command", ["probe", "predict", "compare", "embed", "explore", "export", "shard"]
+    "command", ["probe", "predict", "compare", "select", "embed", "explore", "export", "shard"]
 )
 def test_a_full_disk_is_one_sentence_in_every_command(
     command: str,

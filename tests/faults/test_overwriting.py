@@ -79,7 +79,9 @@ def probed(labelled: Path, encoder_folder: Path, tmp_path_factory: pytest.TempPa
     return run
 
 
-@pytest.mark.parametrize("command", ["pretrain", "probe", "finetune", "predict", "compare"])
+@pytest.mark.parametrize(
+    "command", ["pretrain", "probe", "finetune", "predict", "pseudo-label", "compare"]
+)
 def test_inputs_and_out_lie_apart(
     command: str,
     probed: Path,
@@ -99,6 +101,7 @@ def test_inputs_and_out_lie_apart(
         "probe": [("--encoder", "--data"), ("--data", "--encoder")],
         "finetune": [("--encoder", "--data"), ("--data", "--encoder"), ("--annotations", "--data")],
         "predict": [("--model", "--data"), ("--data", "--model")],
+        "pseudo-label": [("--model", "--data"), ("--data", "--model")],
         "compare": [("--encoder", "--data"), ("--data", "--encoder"), ("--baseline", "--data")],
     }[command]
     for (out, given), (option, other) in product(inside, named):

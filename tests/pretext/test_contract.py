@@ -22,11 +22,13 @@ from vissl_lite.optim import build_optimizer
 from vissl_lite.pretext import PRETEXTS, PretextTask, pretext_class
 from vissl_lite.pretext.base import BACKBONE_KINDS
 from vissl_lite.pretext.modules.visualization import visualization_of
+from vissl_lite.training.freezing import train_only
 from vissl_lite.training.resizing import shrink
 
 EXAMPLES = {
     "any": ["test_resnet", "test_vit"],
     "ViT": ["test_vit", "vit_slim_patch4_32"],
+    "any ViT": ["test_vit", "vit_slim_patch4_32"],
     "CNN": ["test_resnet", "test_efficientnet"],
     "patches": ["test_vit", "vit_slim_patch4_32"],
 }
@@ -44,6 +46,7 @@ every_pair = pytest.mark.parametrize(("name", "backbone"), PAIRS)
 SHARP = {
     "dino": {"teacher_temperature": 0.005, "warm_teacher_temperature": 0.005},
     "ibot": {"teacher_temperature": 0.005, "warm_teacher_temperature": 0.005},
+    "dinov2": {"teacher_temperature": 0.005, "warm_teacher_temperature": 0.005},
 }
 
 
@@ -116,6 +119,30 @@ def test_a_step_reaches_the_encoder_and_moves_a_teacher_only_afterwards(
     task.after_step()
     if teacher:
         assert not all(torch.equal(before[n], p) for n, p in teacher.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [name for name, made in PRETEXTS.items() if "test_vit" in EXAMPLES[made.info.backbones]]
+)
+def test_low_rank_adapters_are_all_that_is_trained_of_an_encoder(name: str, photos: Path) -> None:
+    encoder = build_encoder("test_vit", 64)
+    train_only(encoder, "lora:4")
+    task = prepared(pretext_class(name)(encoder, **required(name)))
+    before = {n: p.clone() for n, p in task.named_parameters()}
+    optimizer = task.configure_optimizers()
+    for _ in range(2):  # the first step moves the factors that are zero, the second the others
+        task.training_step(make_batch(task, photos), 0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        task.after_step()
+    moved = {n for n, p in task.named_parameters() if not torch.equal(p, before[n])}
+    factors = {n for n in before if n.endswith((".weight.0.a", ".weight.0.b"))}
+    trained = {n for n in factors if n.startswith("encoder.")}
+    assert {n for n in moved if n.startswith("encoder.")} == trained
+    assert len(trained) == 6 * 2 * 2
+    teachers = {n for n in before if n.startswith(("teacher_encoder.", "target_encoder."))}
+    assert teachers & moved == teachers & factors
 
 
 @pytest.mark.slow
@@ -221,7 +248,7 @@ def test_everything_that_a_resumed_run_needs_is_in_the_state(
 )
 def test_a_backbone_that_does_not_suit_names_some_that_do(name: str) -> None:
     kind = pretext_class(name).info.backbones
-    wrong = {"ViT": "test_resnet", "patches": "test_resnet", "CNN": "test_vit"}[kind]
+    wrong = "test_vit" if kind == "CNN" else "test_resnet"
     with pytest.raises(UserError, match=f"{name} needs .*{wrong} is not: try one of") as raised:
         pretext_class(name)(build_encoder(wrong, 32))
     assert len(str(raised.value).splitlines()) == 1
@@ -240,7 +267,7 @@ IMPOSSIBLE = {
     "jitter": -1, "mask_unit": 5, "gray": 1.5, "masked": 0.0, "epsilon": 0.0,
     "sinkhorn_iterations": 0, "targets": 0, "predictor_width": 33, "dense_weight": 2.0,
     "tile_features": 0, "cell_size": 1, "uniform": 0.0, "predictor_depth": -1, "map_weight": -1.0,
-    "teacher_size": 0, "label_smoothing": 1.0,
+    "teacher_size": 0, "label_smoothing": 1.0, "patch_weight": -1.0, "koleo_weight": -1.0,
 }  # fmt: skip
 
 

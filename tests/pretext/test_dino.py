@@ -44,6 +44,12 @@ def test_the_last_layer_stays_at_first(progress: float, moves: bool) -> None:
     assert torch.equal(before, task.head.prototypes.weight) != moves
 
 
+def test_weight_decay_rises_for_transformers_alone() -> None:
+    assert made().optimizer_settings.weight_decay_end is None
+    vit = DINO(build_encoder("test_vit", 32), prototypes=16)
+    assert vit.optimizer_settings.weight_decay_end == 0.4
+
+
 def test_the_teacher_is_what_a_run_saves() -> None:
     task = made()
     assert task.trained_encoder() is task.teacher_encoder

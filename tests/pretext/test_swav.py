@@ -38,6 +38,15 @@ def test_the_queue_takes_part_once_the_run_is_on_its_way() -> None:
     )
 
 
+@pytest.mark.parametrize(("progress", "trained"), [(0.0, False), (0.2, True)])
+def test_the_prototypes_are_not_trained_at_first(progress: float, trained: bool) -> None:
+    task = SwAV(build_encoder("test_resnet", 32), freeze_prototypes=0.1)
+    task.progress = progress
+    task.loss([torch.randn(8, 3, 32, 32) for _ in range(2)]).backward()
+    task.on_after_backward()
+    assert (task.prototypes.weight.grad is not None) == trained
+
+
 def test_without_a_queue() -> None:
     task = SwAV(build_encoder("test_resnet", 32), queue_size=0)
     assert task.queues == []

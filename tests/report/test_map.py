@@ -68,6 +68,16 @@ def test_a_class_without_images_has_no_layer() -> None:
     assert len(parts(map_layout(given), Plot)[0].legend[0].items) == 3
 
 
+def test_a_class_that_is_marked_is_large() -> None:
+    layout = map_layout(image_map(), marked="<i>1")
+    layers = parts(layout, Plot)[0].renderers
+    assert [(layer.glyph.marker, layer.glyph.size) for layer in layers] == [
+        ("circle", 8),
+        ("diamond", 15),
+        ("circle", 8),
+    ]
+
+
 @pytest.mark.slow
 def test_two_maps_have_a_switch() -> None:
     assert parts(map_layout(image_map()), RadioButtonGroup) == []

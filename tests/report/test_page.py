@@ -39,6 +39,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "compare": {"encoder": ["runs/a", "timm:resnet18"], "data": "labelled", "protocols": None,
                 "detector": None},
     "predict": {"model": "runs/m", "data": "images", "out": "run", "pictures": 3},
+    "select": {"encoder": "runs/a", "data": ["images"], "budget": 50, "out": "run"},
     "demo": {"out": "run", "unlabelled": 4000},
 }  # fmt: skip
 
@@ -336,3 +337,18 @@ def test_validation_stands_with_training_and_long_lines_are_thinned() -> None:
     assert max(len(line["x"]) for line in lines) == POINTS
     assert type(charts[0].content.y_scale).__name__ == "LogScale"
     assert type(charts[2].content.y_scale).__name__ == "LinearScale"
+
+
+def test_a_selection_shows_its_coverage_and_its_images(tmp_path: Path) -> None:
+    coverage = {"selected": [0, 0.5, 0.6], "continued": [0.6, 0.7], "random": [0, 0.4, 0.5, 0.6],
+                "knee": 2}  # fmt: skip
+    run = make(tmp_path / "run", "select", chosen=2, coverage=coverage)
+    (run / "selected.csv").write_text("rank,path,reason,covers\n1,/a/b.png,because,7\n")
+    shown = words(run)
+    assert "from 2 images on, each further one adds less" in shown
+    assert "1 /a/b.png because 7" in shown
+    damaged = make(tmp_path / "damaged", "select", coverage={"selected": "x"})
+    (damaged / "selected.csv").write_text("rank\n1\n")
+    shown = words(damaged)
+    assert "The coverage in results.json is damaged" in shown
+    assert "selected.csv is damaged" in shown

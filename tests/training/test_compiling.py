@@ -7,6 +7,7 @@ from vissl_lite.errors import UserError
 from vissl_lite.pretext.moco import MoCo
 from vissl_lite.training import compiling
 from vissl_lite.training.compiling import check_compiler, compiled
+from vissl_lite.training.freezing import train_only
 from vissl_lite.training.hardware import Hardware
 
 
@@ -40,6 +41,23 @@ def test_encoders_are_compiled_in_training_and_as_before_afterwards(
     task.loss(views)
     assert len(calls) == both
     assert all("forward" not in module.__dict__ for module in task.modules())
+
+
+@pytest.mark.slow
+def test_low_rank_adapters_are_trained_through_the_compiler() -> None:
+    """With the eager backend: what is tested is that the parametrized weights can be traced."""
+    encoder = build_encoder("test_vit", 32)
+    train_only(encoder, "lora:4")
+    block, tokens = encoder.model.blocks[0], torch.randn(2, 5, 64)
+    fast = torch.compile(block, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(fast(tokens), block(tokens))
+    update = block.attn.qkv.parametrizations.weight[0]
+    gradients = []
+    for forward in (block, fast):
+        update.b.grad = None
+        forward(tokens).square().sum().backward()
+        gradients.append(update.b.grad)
+    torch.testing.assert_close(*gradients)
 
 
 def test_without_a_compiler_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

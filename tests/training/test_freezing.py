@@ -78,7 +78,7 @@ def test_parts_that_a_backbone_lacks(parts: str, message: str) -> None:
         select_parameters(build_encoder("test_resnet", 32), parts)
 
 
-@pytest.mark.parametrize("parts", ["blocks", "blocks:0", "blocks:-1", "heads", ""])
+@pytest.mark.parametrize("parts", ["blocks", "blocks:0", "lora", "lora:0", "lora:-1", "heads"])
 def test_parts_that_do_not_exist(parts: str) -> None:
     with pytest.raises(UserError, match="is not all, blocks:N"):
         check_parts(parts)
@@ -95,8 +95,9 @@ class Steps:
 
     def __init__(self, parts: str, freeze_share: float, backbone: str = "test_resnet") -> None:
         torch.manual_seed(0)
-        self.task = BYOL(build_encoder(backbone, 32))
-        train_only(self.task.encoder, parts)
+        encoder = build_encoder(backbone, 32)
+        train_only(encoder, parts)
+        self.task = BYOL(encoder)
         self.schedule = Schedule(0.1, 0.0, 0, batches=10)
         self.callback = FrozenParts(self.schedule, self.task.encoder, freeze_share)
         self.optimizer: Any = self.task.configure_optimizers()
@@ -168,3 +169,13 @@ def test_without_norms_of_batches_only_the_chosen_weights_move() -> None:
     steps = Steps("norms", freeze_share=0.0, backbone="test_vit")
     chosen = {f"model.{name}" for name in select_parameters(steps.task.encoder, "norms")}
     assert steps.changes(steps.task.encoder, 0) == chosen
+
+
+def test_low_rank_adapters_move_alone_and_those_of_the_teacher_follow() -> None:
+    steps = Steps("lora:4", freeze_share=0.0, backbone="test_vit")
+    encoder, teacher = steps.task.encoder, steps.task.teacher_encoder
+    chosen = {f"model.{name}" for name in select_parameters(encoder, "lora:4")}
+    assert len(chosen) == 6 * 2 * 2
+    steps.step(0)  # the first factors have no gradient as long as the second ones are zero
+    assert steps.changes(encoder, 1) == chosen
+    assert steps.changes(teacher, 2) == chosen

@@ -56,6 +56,9 @@ class Guess:
     def metric_names(self, data: LabelledImages) -> tuple[str, ...]:
         return ("near", "loss")
 
+    def held_out(self, model: Number, data: LabelledImages) -> None:
+        pass
+
     def build(self, encoder: object, data: LabelledImages, settings: TransferSettings) -> Number:
         return Number(torch.zeros(()))
 

@@ -2,11 +2,11 @@
 
 import logging
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vissl_lite.commands.labelled import show_data
+from vissl_lite.commands.labelled import reading_settings, show_data
 from vissl_lite.commands.leaks import guard
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.errors import UserError, check_count, check_seed
@@ -18,7 +18,7 @@ from vissl_lite.transfer.base import LabelledDataset
 from vissl_lite.transfer.classification.options import LabelOptions
 from vissl_lite.transfer.options import AnnotationsOption
 from vissl_lite.transfer.sources.opening import unpacked
-from vissl_lite.transfer.tasks import TASKS, AnyTask, check_given, find_task
+from vissl_lite.transfer.tasks import TASKS, AnyTask, find_task
 
 log = logging.getLogger(__name__)
 
@@ -118,11 +118,8 @@ def _read(options: CheckOptions) -> tuple[AnyTask, LabelledDataset]:
     fitting: list[tuple[AnyTask, LabelledDataset]] = []
     errors: dict[str, str] = {}
     for name, task in tried.items():
-        named = {one.name for one in fields(task.settings)} & {one.name for one in fields(options)}
-        settings = task.settings(**{one: getattr(options, one) for one in named})
         try:
-            check_given(task, options.given)
-            fitting.append((task, task.load_data(source, settings)))
+            fitting.append((task, task.load_data(source, reading_settings(task, options))))
         except UserError as error:
             if len(tried) == 1:
                 raise

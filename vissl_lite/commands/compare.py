@@ -57,7 +57,9 @@ def compare(options: CompareOptions) -> CompareResult:
     """Compare encoders on the same few labels: did pre-training help, and by how much?
 
     Every encoder gets the same labels, seeds and budget. Hyperparameters such as learning rates are
-    chosen for each encoder on the validation images only.
+    chosen for each encoder on the validation images only. With --selection, ways to choose the
+    images that are labelled are compared instead: does choosing pay, and how many labels does it
+    save?
 
     Returns:
         Verdicts and differences.
@@ -81,12 +83,22 @@ def compare(options: CompareOptions) -> CompareResult:
     data = plan.load_data()
     protocols = plan.choose_protocols(data)
     encoders, baseline = plan.choose_encoders()
-    encoders, left_out = plan.load_encoders(encoders, baseline, data)
-    data, leaks = guard(data, encoders, options.leaks, None if options.dry_run else str(out))
+    left_out: dict[str, str] = {}
+    if options.selection:
+        plan.load(plan.encoders[0], options.seed, data)  # fails early without its weights
+        loaded = plan.encoders
+    else:
+        encoders, left_out = plan.load_encoders(encoders, baseline, data)
+        loaded = encoders
+    data, leaks = guard(data, loaded, options.leaks, None if options.dry_run else str(out))
     if options.dry_run:
         dry_run(data, leaks)
         return CompareResult(out, "", [], {}, left_out)
-    amounts, labels = plan.choose_amounts(data)
+    simulation = plan.simulate(data)
+    if simulation is None:
+        amounts, labels = plan.choose_amounts(data)
+    else:
+        amounts, labels = [], simulation.labels
 
     with open_run(out, "compare", config, resume) as run:
         show_data(data, leaks)
@@ -99,15 +111,16 @@ def compare(options: CompareOptions) -> CompareResult:
                 extra={"code": "encoder.left_out"},
             )
         log.info(
-            "%d encoders, %s, %s, %d seeds; %d test images",
+            "%d %s, %s, %s, %d seeds; %d test images",
             len(encoders),
+            "encoders" if simulation is None else "ways to choose images",
             " and ".join(protocols),
-            ", ".join(f"{labels[a.name]} ({a.name})" for a in amounts),
+            ", ".join(f"{count} ({name})" for name, count in labels.items()),
             options.seeds,
             len(data.test),
         )
         log.info("%s", plan.trained_on(data))
-        runner = Runner(plan, data, amounts, Store(run / "runs"), hardware)
+        runner = Runner(plan, data, amounts, Store(run / "runs"), hardware, simulation)
         scores: dict[Cell, Score] = {}
         for encoder in encoders:
             scores |= runner.run(encoder, protocols)
@@ -121,6 +134,7 @@ def compare(options: CompareOptions) -> CompareResult:
             baseline,
             metric,
             data.groups("test"),
+            ("with it", "without") if simulation is None else ("chosen by it", "random ones"),
         )
         outcome.write_csv(run / "runs.csv")
         outcome.plot(run / "compare.png")
@@ -135,14 +149,16 @@ def compare(options: CompareOptions) -> CompareResult:
             "test_images": len(data.test),
             "classes": data.classes,
             **leaks.figures(),
-            "leaks_by_arm": {encoder: leaks.count_of(encoder) for encoder in encoders},
+            "leaks_by_arm": {encoder: leaks.count_of(encoder) for encoder in loaded},
         }
         leaks.write(run)
         write_results(run, results)
         if majority is not None:
             log.info("Always predicting the most frequent class: accuracy %.3f", majority)
         _print_results(outcome, run)
-        first = plan.load(encoders[0], options.seed, data)
+        if simulation is not None:
+            simulation.write_csv(run / "selected.csv")
+        first = plan.load(loaded[0], options.seed, data)
         add_test_embeddings(run, first, data, options.seed)
         add_report(run)
     return CompareResult(run, outcome.verdict, outcome.sentences(), outcome.compared, left_out)
@@ -172,9 +188,11 @@ def _print_results(outcome: Outcome, run: Path) -> None:
             title=f"{protocol}: test {outcome.metric[protocol]}, mean ± standard "
             f"deviation over {len(outcome.seeds)} seeds"
         )
-        table.add_column("labels: training\n+ validation", overflow="fold")
+        split = any(count.val for count in outcome.labels.values())
+        heading = "labels: training\n+ validation" if split else "labels"
+        table.add_column(heading, overflow="fold")
         for amount, count in outcome.labels.items():
-            table.add_column(f"{count.train} + {count.val}\n({amount})")
+            table.add_column(f"{count.short}\n({amount})")
         for encoder in outcome.encoders:
             runs = (outcome.runs(encoder, protocol, amount) for amount in outcome.labels)
             table.add_row(encoder, *(f"{one.mean:.3f} ± {one.std:.3f}" for one in runs))

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -14,6 +14,15 @@ from vissl_lite import __version__
 from vissl_lite.commands.labelled import dry_run, show_data
 from vissl_lite.commands.leaks import guard
 from vissl_lite.commands.pretrain_options import parse_time
+from vissl_lite.commands.self_training import (
+    ROUNDS,
+    Round,
+    best_round,
+    load_pseudo_labels,
+    outcome,
+    read_unlabelled,
+    self_train,
+)
 from vissl_lite.data.image_survey import ImageSet, ImageSettings
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.encoders.folder import choose_slice_axis, encoder_for, load_encoder
@@ -93,6 +102,12 @@ class FinetuneOptions(Options, ImageSettings, AllTaskOptions):
     """Task: classification, detection or segmentation."""
     frozen: bool = False
     """Train only the head and keep the encoder frozen."""
+    pseudo_labels: StrPath | None = None
+    """Data set of pseudo-label, to train on beside the true labels. A model without it is trained
+    as well, both are tested, and the better one on validation images is kept."""
+    rounds: int = 1
+    """Number of trainings with --pseudo_labels. From the second one on, the model of the one before
+    labels the images of pseudo-label again."""
     fraction: float | None = None
     """Use this fraction of the training and validation labels."""
     shots: int | None = None
@@ -122,6 +137,9 @@ class FinetuneOptions(Options, ImageSettings, AllTaskOptions):
     backbones and random:NAME."""
     warmup: float = 0.1
     """Fraction of the training used for learning rate warmup."""
+    ema: float | None = None
+    """Decay of an exponential moving average of the weights, such as 0.99, which is then the model.
+    Default: the weights of the last step."""
     frozen_norm: bool | None = None
     """Keep the BatchNorm layers of a pre-trained encoder as they are. Default: in classification
     with fewer than 1,000 training images both are tried and the better one on held-out labels is
@@ -171,6 +189,7 @@ class FinetuneOptions(Options, ImageSettings, AllTaskOptions):
         self._set("task", find_task(self.task).name)
         self._set("optimizer", canonical_optimizer(self.optimizer))
         check_warmup("warmup", self.warmup)
+        check_warmup("ema", self.ema)
         for name in ("fraction", "layer_decay", "min_crop_scale"):
             check_positive_share(name, getattr(self, name))
         check_image_size(self.image_size)
@@ -178,11 +197,15 @@ class FinetuneOptions(Options, ImageSettings, AllTaskOptions):
             self._set("lr", sorted(self.lr) if len(self.lr) > 1 else self.lr[0])
         for rate in self.rates:
             check_rates(rate, self.weight_decay)
-        for name in ("epochs", "batch_size", "shots", "class_level"):
+        for name in ("epochs", "batch_size", "shots", "class_level", "rounds"):
             check_count(name, getattr(self, name))
         check_seed(self.seed)
         if self.epochs is not None and parse_time(self.max_time) is not None:
             raise UserError("give --epochs or --max_time, not both")
+        if self.rounds > 1 and self.pseudo_labels is None:
+            raise UserError(f"--rounds {self.rounds} needs --pseudo_labels")
+        if self.rounds > 1 and self.devices != 1:
+            raise UserError("--rounds above 1 label images on one device: give --devices 1")
 
     @property
     def rates(self) -> list[float]:
@@ -205,6 +228,7 @@ class FinetuneOptions(Options, ImageSettings, AllTaskOptions):
                 from_scratch, self.optimizer, self.rates[0], self.weight_decay, self.layer_decay
             ),
             warmup=self.warmup,
+            ema=self.ema,
             frozen_norm=self.frozen_norm,
             refit=self.refit,
             monitor=self.monitor,
@@ -229,7 +253,9 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
         UserError: An option is invalid; nothing is written then.
     """
     config = options.as_config()
-    inputs = [(name, config.get(name)) for name in ("data", "annotations", "encoder")]
+    inputs = [
+        (name, config.get(name)) for name in ("data", "annotations", "encoder", "pseudo_labels")
+    ]
     out = Path(options.out)
     resume = check_out(out, inputs, options.resume, options.overwrite, "finetune")
     if resume:
@@ -250,6 +276,8 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
     hardware.check()
     data, encoder = os.fspath(options.data), os.fspath(options.encoder)
     settings, image_size = options.settings(), options.image_size
+    if options.pseudo_labels is not None and settings.seconds is not None:
+        settings = replace(settings, seconds=settings.seconds / (options.rounds + 1))
     labelled: LabelledDataset = task.load_data(data, settings)
     labelled = labelled.subsample(options.fraction, options.shots, options.seed)
     settings.batch(len(labelled.train), usual=1)  # checks the batch size before anything is written
@@ -262,6 +290,11 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
     labelled, leaks = guard(
         labelled, [encoder], options.leaks, None if options.dry_run else str(out)
     )
+    pseudo_labels, unlabelled = None, None
+    if options.pseudo_labels is not None:
+        folder = Path(options.pseudo_labels)
+        pseudo_labels = load_pseudo_labels(task, folder, labelled)
+        unlabelled = read_unlabelled(folder) if options.rounds > 1 else None
     if options.dry_run:
         dry_run(labelled, leaks)
         return FinetuneResult(out, out / "model", {}, {})
@@ -272,8 +305,24 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
             leaks.write(run)
             log.info("%s at %d pixels", start.backbone, start.image_size)
             task.report_use(start, encoder)
-        files = FitFiles(run, checkpoints=True, resume=resume)
-        fitted = fit_model(task, start, labelled, settings, options.rates, hardware, files)
+
+        def fit(added: LabelledDataset | None, number: int) -> FittedModel[TrainedModel]:
+            place = run if pseudo_labels is None else run / ROUNDS / str(number)
+            place.mkdir(parents=True, exist_ok=True)
+            files = FitFiles(place, checkpoints=True, resume=resume)
+            return fit_model(task, start, labelled, settings, options.rates, hardware, files, added)
+
+        rounds: list[Round] = []
+        helped: dict[str, Any] = {}
+        if pseudo_labels is None:
+            fitted = fit(None, 0)
+        else:
+            rounds = self_train(task, labelled, pseudo_labels, unlabelled, options.rounds, run, fit)
+            monitor = monitor_of(task, labelled, settings.monitor)
+            kept = best_round(rounds, monitor)
+            fitted = rounds[kept].fitted
+            FitFiles(run).use_curve(f"{ROUNDS}/{kept}/{METRICS}")
+            helped = {"pseudo_labels": outcome(rounds, kept, monitor, labelled)}
         model: TrainedModel = fitted.model
         if not is_main_process():
             return FinetuneResult(run, run / "model", {}, {})
@@ -286,7 +335,9 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
             "upright": settings.upright,  # for ``predict --tta``
         }
         task.save(model, run / "model", about)  # before evaluating, which may fail
-        scores: Scores = task.evaluate(model, labelled)
+        if fitted.confidence is not None:
+            fitted.confidence.save(run / "model")
+        scores: Scores = rounds[kept].scores if rounds else task.evaluate(model, labelled)
         add_test_pictures(run, task, model, labelled, scores)
         plot_curves(MetricsFile(run / METRICS), task.curves, run / "curves.png")
         results = {
@@ -294,6 +345,7 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
             **_majority(labelled),
             "per_class": scores.per_class,
             **fitted.as_dict(),
+            **helped,
             "trained_on": fitted.describe(),
             "test_images": len(labelled.test),
             "classes": labelled.classes,
@@ -301,6 +353,8 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
         }
         write_results(run, results)
         _print_results(labelled, scores, fitted, encoder, run)
+        for one in helped.values():
+            log.info("%s", one["sentence"])
         add_test_embeddings(run, load_encoder(run / "model"), labelled, options.seed)
         add_report(run)
     return FinetuneResult(run, run / "model", scores.metrics, scores.per_class)

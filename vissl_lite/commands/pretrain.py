@@ -27,6 +27,7 @@ from vissl_lite.data.reading import limit_pixels
 from vissl_lite.data.views import Views
 from vissl_lite.encoders import backbones
 from vissl_lite.encoders.folder import choose_slice_axis, save_encoder
+from vissl_lite.encoders.lora import merge_adapters
 from vissl_lite.errors import UserError
 from vissl_lite.evaluation.adaptation_monitor import AdaptationMonitor
 from vissl_lite.evaluation.online import (
@@ -206,13 +207,13 @@ def _prepare(options: PretrainOptions, resume: bool) -> _Training:
             "the volumes are on scales of their own, and shards hold single images: give the files "
             "themselves, or a --value_range for all"
         )
+    train_only(encoder, options.train)
     task = options.task(encoder)
     if images.shards is not None and task.reads_files:
         raise UserError(
             f"{options.pretext_name} reads images before the training, and shards are read "
             f"sequentially: give the files themselves, or other hyperparameters"
         )
-    train_only(encoder, options.train)
     views = task.views(options.upright)
     task.optimizer_settings = options.optimizer_settings(
         task, size * options.accumulate_grad_batches
@@ -250,7 +251,7 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
         settings.name,
         settings.lr,
     )
-    if options.pretrained:
+    if options.moves_pretrained:
         log.info(
             "The weights are pre-trained: the learning rate is %s, layer decay is %.3g",
             f"{PRETRAINED_LR_FACTOR:g} times the default for random weights"
@@ -365,7 +366,8 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
         "step": schedule.steps,
         "seed": options.seed,
     }
-    save_encoder(task.trained_encoder(), encoder, about)
+    trained = merge_adapters(task.trained_encoder())
+    save_encoder(trained, encoder, about)
     spent = schedule.elapsed()
     plot_curves(metrics, CURVES, run / "curves.png")
     losses = metrics.series("loss")[1]
@@ -387,10 +389,10 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
     _log_next_steps(result, task.encoder.backbone, options.probe_data)
     add_pretext(run, task, paths, views, options.seed)
     if labelled is None:
-        add_embeddings(run, task.trained_encoder(), paths, seed=options.seed)
+        add_embeddings(run, trained, paths, seed=options.seed)
     else:
         part = labelled.val
-        add_embeddings(run, task.trained_encoder(), part.paths, part.labels, labelled.classes)
+        add_embeddings(run, trained, part.paths, part.labels, labelled.classes)
     add_report(run)
     return result
 

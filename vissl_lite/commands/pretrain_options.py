@@ -23,6 +23,7 @@ from vissl_lite.errors import (
     check_count,
     check_hyperparameters,
     check_image_size,
+    check_not_negative,
     check_positive,
     check_positive_share,
     check_seed,
@@ -33,6 +34,7 @@ from vissl_lite.optim import (
     LARGEST_RATE,
     OptimizerSettings,
     canonical_optimizer,
+    check_has_betas,
     check_rates,
     default_layer_decay,
 )
@@ -48,7 +50,8 @@ from vissl_lite.options import (
 )
 from vissl_lite.pretext import PRETEXTS, pretext_class
 from vissl_lite.pretext.base import BACKBONE_KINDS, PretextTask
-from vissl_lite.training.freezing import ALL_PARTS, check_parts
+from vissl_lite.pretext.modules.positions import fix_positions
+from vissl_lite.training.freezing import ALL_PARTS, check_parts, lora_rank
 from vissl_lite.training.loggers import canonical_loggers, logger_names
 from vissl_lite.training.resizing import INITIAL_SIDE
 from vissl_lite.training.token_drop import DEFAULT_SHARE, MAX_SHARE
@@ -123,9 +126,10 @@ class PretrainOptions(Options, ImageSettings):
     --backbone."""
     train: str = ALL_PARTS
     """Weights of the encoder to train: all; blocks:N, the last N blocks of a ViT or stages of
-    another backbone; norms, the scales and shifts of normalization layers; or attn_proj, the output
-    projections of attention layers. All others stay as they are in --encoder. The heads of the
-    pretext are always trained."""
+    another backbone; norms, the scales and shifts of normalization layers; attn_proj, the output
+    projections of attention layers; or lora:RANK (such as lora:16), low-rank adapters beside the
+    weights of attention layers, which are merged into them when the encoder is saved. All others
+    stay as they are in --encoder. The heads of the pretext are always trained."""
     freeze_share: float | None = None
     """Share of the run in which the whole encoder is frozen at first, while the heads of the
     pretext are trained. Default: 0.05 with pre-trained weights, otherwise 0."""
@@ -136,16 +140,25 @@ class PretrainOptions(Options, ImageSettings):
     """timm optimizer. Default: that of the pretext."""
     lr: float | None = None
     """Peak learning rate. Default: that of the pretext, scaled to the batch size by the pretext's
-    own rule; a tenth of it with pre-trained weights."""
+    own rule; a tenth of it with pre-trained weights, unless only adapters of them are trained."""
     base_lr: float | None = None
     """Peak learning rate for a batch of 256 images, as given in papers. It is scaled linearly with
     the batch size. Use instead of --lr."""
     weight_decay: float | None = None
     """Weight decay. Default: that of the pretext."""
+    weight_decay_end: float | None = None
+    """Weight decay at the end of the run, reached along a cosine. Default: that of the pretext, or
+    --weight_decay if that is given (no change)."""
+    betas: tuple[float, float] | None = None
+    """Decay rates of the two averages of Adam and its relatives, such as 0.9 0.95. Default: those
+    of the pretext."""
+    clip_norm: float | None = None
+    """Largest norm of the gradient; larger ones are scaled down to it. 0: no limit. Default: that
+    of the pretext."""
     layer_decay: float | None = None
     """Factor by which the learning rate decreases from each layer of the encoder (a block of a ViT,
     a stage of other backbones) to the one below it. Default: 0.75 for plain ViTs with pre-trained
-    weights, otherwise 1 (no decrease)."""
+    weights, otherwise, as for adapters, 1 (no decrease)."""
     ema: float | None = None
     """Momentum of an exponential moving average of the encoder's weights, such as 0.999; the run
     then saves the average instead of the weights of the last step. Default: no average. Pretexts
@@ -217,6 +230,10 @@ class PretrainOptions(Options, ImageSettings):
                         f"pre-trained ones by --encoder, such as timm:NAME, or leave it out"
                     )
         check_rates(self.lr, self.weight_decay)
+        check_not_negative("weight_decay_end", self.weight_decay_end, LARGEST_RATE)
+        check_not_negative("clip_norm", self.clip_norm, LARGEST_RATE)
+        if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"--betas {list(self.betas)} must be two numbers in [0, 1)")
         check_positive("base_lr", self.base_lr, LARGEST_RATE)
         if self.lr is not None and self.base_lr is not None:
             raise UserError("give --lr or --base_lr, not both")
@@ -236,6 +253,11 @@ class PretrainOptions(Options, ImageSettings):
     def pretrained(self) -> bool:
         """Whether the training starts from pre-trained weights."""
         return self.encoder is not None and not os.fspath(self.encoder).startswith("random:")
+
+    @property
+    def moves_pretrained(self) -> bool:
+        """Whether pre-trained weights are trained themselves, rather than new adapters of them."""
+        return self.pretrained and lora_rank(self.train) is None
 
     @property
     def default_rate(self) -> bool:
@@ -331,7 +353,10 @@ class PretrainOptions(Options, ImageSettings):
     def task(self, encoder: Encoder) -> PretextTask:
         """Build the pretext task around an encoder."""
         given = {k: v for k, v in _as_mapping(self.pretext).items() if k != "name"}
-        task = pretext_class(self.pretext_name)(encoder, **given)
+        cls = pretext_class(self.pretext_name)
+        if cls.info.fixed_positions and not self.pretrained:
+            fix_positions(encoder)
+        task = cls(encoder, **given)
         if self.progressive_resizing:
             _check_resizing(task)
         if self.token_drop and self.token_drop != "auto":
@@ -377,14 +402,23 @@ class PretrainOptions(Options, ImageSettings):
             )
         if self.base_lr is not None:  # papers that give a base rate scale it linearly
             settings = replace(settings, lr=self.base_lr, scaling="linear")
-        decay = settings.weight_decay if self.weight_decay is None else self.weight_decay
+        if self.weight_decay is not None:
+            settings = replace(settings, weight_decay=self.weight_decay, weight_decay_end=None)
+        if self.weight_decay_end is not None:
+            settings = replace(settings, weight_decay_end=self.weight_decay_end)
+        if self.clip_norm is not None:
+            settings = replace(settings, clip_norm=self.clip_norm)
+        betas = settings.betas if name == settings.name else None
+        if self.betas is not None:
+            check_has_betas(name)
+            betas = (self.betas[0], self.betas[1])
         lr = self.lr or settings.scaled_lr(batch_size)
-        if self.default_rate and self.pretrained:
+        if self.default_rate and self.moves_pretrained:
             lr *= PRETRAINED_LR_FACTOR
         layer_decay = self.layer_decay
         if layer_decay is None:
-            layer_decay = default_layer_decay(task.encoder.model) if self.pretrained else 1.0
-        return replace(settings, name=name, lr=lr, weight_decay=decay, layer_decay=layer_decay)
+            layer_decay = default_layer_decay(task.encoder.model) if self.moves_pretrained else 1.0
+        return replace(settings, name=name, lr=lr, layer_decay=layer_decay, betas=betas)
 
 
 # Runs of at least so many steps or seconds are long enough for views to grow in, from a side of at

@@ -33,6 +33,7 @@ MAIN_METRICS = {
     "finetune": ("test.",),
     "demo": ("scores.fine-tuned.pre-trained", "scores."),
     "predict": ("images",),
+    "pseudo-label": ("labels",),
 }
 
 # Endings of the names of metrics for which lower is better.

@@ -13,7 +13,7 @@ DEFAULT_FRACTIONS = (0.01, 0.05, 0.1, 1.0)
 class LabelCount(NamedTuple):
     """Numbers of labels that are used for training and for validation.
 
-    ``str`` gives them in words: ``21 training + 21 validation labels``.
+    ``str`` gives them in words, ``21 training + 21 validation labels``; ``short`` is ``21 + 21``.
     """
 
     train: int
@@ -24,7 +24,14 @@ class LabelCount(NamedTuple):
         """Number of labels that must be made by hand."""
         return self.train + self.val
 
+    @property
+    def short(self) -> str:
+        """The numbers alone."""
+        return f"{self.train} + {self.val}" if self.val else str(self.train)
+
     def __str__(self) -> str:
+        if not self.val:
+            return f"{self.train:,} labels"
         return f"{self.train:,} training + {self.val:,} validation labels"
 
 

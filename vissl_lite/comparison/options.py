@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from vissl_lite.comparison.amounts import make_amounts
 from vissl_lite.comparison.protocols import Protocol
+from vissl_lite.comparison.simulation import Selector
 from vissl_lite.data.image_survey import ImageSettings
 from vissl_lite.data.reading import MAX_PIXELS
 from vissl_lite.errors import UserError, check_count, check_image_size, check_seed
@@ -15,6 +16,8 @@ from vissl_lite.transfer.finetuning import TransferSettings, finetune_optimizer
 from vissl_lite.transfer.tasks import AllTaskOptions, find_task, without_others
 
 MAX_SEEDS = 10_000
+
+DEFAULT_BUDGETS = (10, 50, 100, 500)
 
 T = TypeVar("T")
 
@@ -47,6 +50,14 @@ class CompareOptions(Options, ImageSettings, AllTaskOptions):
     baseline: StrPath | None = None
     """Encoder that the others are compared with. Default: the untrained encoder, which is added if
     --encoder does not name one."""
+    selection: Sequence[Selector] | Selector | None = None
+    """Compare ways to choose which images are labelled, instead of encoders: random, herding,
+    uncertainty_herding, typiclust, probcover, k_center or margin; see the command select. One
+    --encoder finds the images and is trained with them. Labelling is simulated on the training
+    images, of which each seed has 80 % to choose from, and the others are compared with random."""
+    budgets: Sequence[int] | int | None = None
+    """Numbers of images to label with --selection, each of which includes the smaller one. Default:
+    10 50 100 500."""
     layers: bool = False
     """Also evaluate every stage with knn and linear."""
     k: int = 20
@@ -95,7 +106,7 @@ class CompareOptions(Options, ImageSettings, AllTaskOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_images()
-        for name in ("encoder", "protocols", "fractions", "shots", "lr"):
+        for name in ("encoder", "protocols", "fractions", "shots", "lr", "selection", "budgets"):
             value = getattr(self, name)
             self._set(name, value if isinstance(value, list) or value is None else [value])
         self._set("task", find_task(self.task).name)
@@ -108,11 +119,36 @@ class CompareOptions(Options, ImageSettings, AllTaskOptions):
         for rate in as_list(self.lr) or ():
             check_rates(rate, None)
         make_amounts(as_list(self.fractions), as_list(self.shots))
+        self._check_selection()
         check_seed(self.seed, self.seeds - 1)
         encoders = path_list(self.encoder)
         twice = [name for name in encoders if encoders.count(name) > 1]
         if twice:
             raise UserError(f"--encoder {twice[0]} is given twice")
+
+    def _check_selection(self) -> None:
+        if self.selection is None:
+            if self.budgets is not None:
+                raise UserError("--budgets belongs to --selection: give --fractions or --shots")
+            return
+        given = [name for name in ("fractions", "shots", "baseline") if getattr(self, name)]
+        if given:
+            raise UserError(f"--selection and --{given[0]} do not go together: give --budgets")
+        if len(path_list(self.encoder)) > 1:
+            raise UserError("--selection compares ways to choose images: give one --encoder")
+        if self.refit is False:
+            raise UserError("--selection trains on all labels that are chosen: leave --refit out")
+        for budget in as_list(self.budgets) or ():
+            check_count("budgets", budget)
+
+    def all_budgets(self) -> list[int]:
+        """Numbers of images to label, ascending."""
+        return sorted(set(as_list(self.budgets) or DEFAULT_BUDGETS))
+
+    def selectors(self) -> list[Selector]:
+        """Ways to choose images, random ones included; empty if encoders are compared."""
+        chosen: list[Selector] | None = as_list(self.selection)
+        return list(dict.fromkeys([*chosen, "random"])) if chosen else []
 
     def as_config(self) -> dict[str, Any]:
         return without_others(find_task(self.task), super().as_config())

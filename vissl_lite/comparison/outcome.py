@@ -59,6 +59,8 @@ class Outcome:
         metric: Name of the metric of each protocol.
         groups: ``(M,)`` group of each test image, over which intervals are taken; None for images
             that are all apart.
+        with_it: What labels of an encoder, and of the baseline, are called in a sentence on how
+            many of them are equal.
     """
 
     def __init__(
@@ -71,7 +73,9 @@ class Outcome:
         baseline: str,
         metric: Mapping[str, str],
         groups: np.ndarray | None = None,
+        with_it: tuple[str, str] = ("with it", "without"),
     ) -> None:
+        self.with_it = with_it
         self.scores, self.encoders, self.protocols = scores, encoders, protocols
         self.labels, self.seeds, self.baseline, self.metric = labels, seeds, baseline, metric
         self.groups = groups
@@ -164,7 +168,7 @@ class Outcome:
         for name, (equal, exact) in list(equivalent.items())[:1]:
             count = self.labels[name]
             rest = f"equal about {equal:,.0f}" if exact else f"are better than all {equal:,.0f}"
-            words += f" {count} with it {rest} without."
+            words += f" {count} {self.with_it[0]} {rest} {self.with_it[1]}."
         return words
 
     def _over_groups(self, protocol: str) -> str:
@@ -306,7 +310,7 @@ class Outcome:
         figure = Figure(figsize=(1.0 + 4.6 * columns, 4.6), layout="constrained")
         panels = figure.subplots(1, columns, squeeze=False)[0]
         counts = [count.total for count in self.labels.values()]
-        ticks = [f"{one.train} + {one.val}\n{name}" for name, one in self.labels.items()]
+        ticks = [f"{one.short}\n{name}" for name, one in self.labels.items()]
         for axes, protocol in zip(panels, self.protocols, strict=True):
             for encoder in self.encoders:
                 runs = [self.runs(encoder, protocol, amount) for amount in self.labels]
@@ -319,7 +323,7 @@ class Outcome:
             axes.set_xticks(counts, ticks)
             axes.minorticks_off()
             axes.set_title(f"{protocol}: test {self.metric[protocol]}")
-            axes.set_xlabel("training + validation labels")
+            axes.set_xlabel("labels")
             axes.grid(alpha=0.3)
         handles, names = panels[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=1 if columns < 2 else 2)

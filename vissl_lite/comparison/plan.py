@@ -9,6 +9,7 @@ import torch
 from vissl_lite.comparison.amounts import Amount, LabelCount, make_amounts
 from vissl_lite.comparison.options import CompareOptions, as_list
 from vissl_lite.comparison.protocols import Protocol
+from vissl_lite.comparison.simulation import FIRST_ROUND, SimulatedLabelling
 from vissl_lite.data.image_survey import ImageSet
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.encoders.folder import encoder_for
@@ -56,7 +57,9 @@ class Plan:
         return wanted
 
     def choose_encoders(self) -> tuple[list[str], str]:
-        """Names of all encoders, and the name of the baseline."""
+        """Names of all encoders, or ways to choose images, and the name of the baseline."""
+        if self.options.selection:
+            return list(self.options.selectors()), "random"
         baseline = None if self.options.baseline is None else os.fspath(self.options.baseline)
         if baseline is None:
             baseline = next((name for name in self.encoders if name.startswith("random:")), None)
@@ -118,8 +121,23 @@ class Plan:
             self.images = ImageSet(data.paths("train"), self.options)
         return encoder_for(name, size, self.images)
 
+    def simulate(self, data: LabelledDataset) -> SimulatedLabelling[LabelledDataset] | None:
+        """The labelling to simulate, if ways to choose images are compared."""
+        if not self.options.selection:
+            return None
+        probed = [name for name in self.options.selectors() if name in FIRST_ROUND]
+        if probed and data.image_classes("train") is None:
+            raise UserError(f"--selection {probed[0]} needs one class per image")
+        return SimulatedLabelling(data, self.options.all_budgets())
+
     def trained_on(self, data: LabelledDataset) -> str:
         """Which labels all protocols train on, and which they choose by, as a sentence."""
+        if self.options.selection:
+            return (
+                f"All protocols are trained on all labels of a budget, from {self.encoders[0]}; "
+                f"what is chosen for them is chosen on labels that were held out of a training "
+                f"before, or on a validation part of your own."
+            )
         if data.refits(self.options.refit):
             return (
                 "All protocols are trained on training and validation labels together; what is "

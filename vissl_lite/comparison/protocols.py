@@ -77,6 +77,10 @@ class Features:
         check_outputs(self.by_layer.values(), f"some of the {len(paths)} images")
         self._row = {path: row for row, path in enumerate(paths)}
 
+    def of(self, paths: Sequence[str]) -> np.ndarray:
+        """``(N, D)`` features of the last layer of some of the images."""
+        return self.by_layer["last"][[self._row[path] for path in paths]]
+
     def select(self, data: LabelledDataset, part: Split) -> LabelledFeatures:
         """Features and labels of one part of a data set."""
         rows = [self._row[path] for path in data.paths(part)]

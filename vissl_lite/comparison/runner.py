@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from vissl_lite.comparison.amounts import Amount
 from vissl_lite.comparison.options import as_list
@@ -15,6 +15,7 @@ from vissl_lite.comparison.protocols import (
     evaluate_frozen,
     finetune_best,
 )
+from vissl_lite.comparison.simulation import Selector, SimulatedLabelling
 from vissl_lite.comparison.store import Cell, Store, digest_names, digest_weights
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.training.hardware import Hardware
@@ -28,14 +29,15 @@ DEFAULT_LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 
 
 class Runner:
-    """Run the cells of an encoder that are not in the store.
+    """Run the cells of an encoder, or of a way to choose images, that are not in the store.
 
     Args:
         plan: Plan of the comparison.
         data: Labelled data set.
-        amounts: Amounts of labels.
+        amounts: Amounts of labels; empty with a simulation.
         store: Store of finished cells.
         hardware: Devices and precision of fine-tuning.
+        simulation: The labelling to simulate, if ways to choose images are compared.
     """
 
     def __init__(
@@ -45,35 +47,38 @@ class Runner:
         amounts: Sequence[Amount],
         store: Store,
         hardware: Hardware,
+        simulation: SimulatedLabelling[LabelledDataset] | None = None,
     ) -> None:
-        self.plan, self.data, self.amounts = plan, data, amounts
-        self.store, self.hardware = store, hardware
+        self.plan, self.data, self.store, self.hardware = plan, data, store, hardware
+        self.simulation = simulation
+        self.amounts = list(simulation.labels) if simulation else [one.name for one in amounts]
         self.subsets = {
             (amount.name, seed): amount.subsample(data, seed)
             for amount in amounts
             for seed in plan.options.all_seeds()
         }
+        self._weights, self._features = "", cast(Features | None, None)  # the last ones
 
-    def run(self, name: str, protocols: Sequence[Protocol]) -> dict[Cell, Score]:
-        """Scores of all cells of an encoder.
+    def run(self, arm: str, protocols: Sequence[Protocol]) -> dict[Cell, Score]:
+        """Scores of all cells of an encoder, or of a way to choose images.
 
         Args:
-            name: Encoder, as given by the user.
+            arm: Encoder, as given by the user, or the name of the way.
             protocols: Protocols to evaluate it with.
         """
+        name = self.plan.encoders[0] if self.simulation else arm
         scores: dict[Cell, Score] = {}
         # Scores of other seeds that drew the same labels, by protocol, labels and weights.
         reusable: dict[tuple[str, str, str], Score] = {}
-        features: Features | None = None
-        weights = ""
         for seed in self.plan.options.all_seeds():
             encoder = self.plan.load(name, seed, self.data)
-            if digest_weights(encoder) != weights:  # for the first seed and untrained encoders
-                weights, features = digest_weights(encoder), None
+            weights = digest_weights(encoder)
+            if weights != self._weights:
+                self._weights, self._features = weights, None
             for protocol in protocols:
                 for amount in self.amounts:
-                    cell = Cell(name, protocol, amount.name, seed)
-                    subset = self.subsets[amount.name, seed]
+                    cell = Cell(arm, protocol, amount, seed)
+                    subset = self._subset(cell, name, encoder)
                     inputs = self._inputs(subset, encoder, weights)
                     key = (protocol, inputs["labels"], weights)
                     score = self.store.load(cell, inputs)
@@ -82,19 +87,25 @@ class Runner:
                         self.store.save(cell, score, inputs)
                     if score is None:
                         if protocol == "finetune":
-                            score = self._finetune(cell, encoder, subset)
+                            score = self._finetune(cell, name, encoder, subset)
                         else:
-                            features = features or self._features(name, encoder)
+                            features = self._features_of(name, encoder)
                             used = subset.for_probes(self.plan.options.refit)
                             score = evaluate_frozen(protocol, features, used, self.plan.options.k)
                         self.store.save(cell, score, inputs)
                     if protocol != "finetune":  # fine-tuning depends on the seed as well
                         reusable[key] = score
                     scores[cell] = score
-                    log.info(
-                        "%s, %s, %s, seed %d: %.3f", name, protocol, amount.name, seed, score.value
-                    )
+                    log.info("%s, %s, %s, seed %d: %.3f", arm, protocol, amount, seed, score.value)
         return scores
+
+    def _subset(self, cell: Cell, name: str, encoder: Encoder) -> LabelledDataset:
+        """The data set with the labels of a cell."""
+        if self.simulation is None:
+            return self.subsets[cell.amount, cell.seed]
+        budget = self.simulation.labels[cell.amount].train
+        features = self._features_of(name, encoder).of(self.simulation.paths)
+        return self.simulation.subset(cast(Selector, cell.encoder), budget, cell.seed, features)
 
     def _inputs(self, subset: LabelledDataset, encoder: Encoder, weights: str) -> dict[str, Any]:
         """Inputs of a cell. A stored score is valid only if they are the same."""
@@ -107,18 +118,22 @@ class Runner:
             "refit": self.plan.options.refit,
         }
 
-    def _features(self, name: str, encoder: Encoder) -> Features:
-        used: dict[str, None] = {}
-        for subset in self.subsets.values():
-            used |= dict.fromkeys([*subset.paths("train"), *subset.paths("val")])
-        paths = [*used, *self.data.paths("test")]
-        with progress_bar() as bar:
-            task = bar.add_task("features", total=len(paths), info=name)
-            return Features(encoder, paths, self.plan.options.layers, partial(bar.advance, task))
+    def _features_of(self, name: str, encoder: Encoder) -> Features:
+        if self._features is None:
+            subsets = [self.simulation.data] if self.simulation else list(self.subsets.values())
+            used: dict[str, None] = {}
+            for subset in subsets:
+                used |= dict.fromkeys([*subset.paths("train"), *subset.paths("val")])
+            paths = [*used, *self.data.paths("test")]
+            with progress_bar() as bar:
+                task = bar.add_task("features", total=len(paths), info=name)
+                layers = self.plan.options.layers
+                self._features = Features(encoder, paths, layers, partial(bar.advance, task))
+        return self._features
 
-    def _finetune(self, cell: Cell, encoder: Encoder, subset: LabelledDataset) -> Score:
+    def _finetune(self, cell: Cell, name: str, encoder: Encoder, subset: LabelledDataset) -> Score:
         rates = sorted(as_list(self.plan.options.lr) or DEFAULT_LEARNING_RATES)
-        untrained = cell.encoder.startswith("random:")
+        untrained = name.startswith("random:")
         settings = self.plan.options.settings(seed=cell.seed, untrained=untrained)
         return finetune_best(
             encoder, self.plan.task, subset, settings, rates, self.hardware, self.store.path(cell)

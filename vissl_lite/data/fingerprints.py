@@ -144,6 +144,12 @@ class Fingerprints:
         looks = np.ascontiguousarray(records[:, EXACT_BYTES:]).view(np.int8)
         return cls(np.ascontiguousarray(records[:, :EXACT_BYTES]), looks, list(paths))
 
+    def take(self, indices: np.ndarray) -> "Fingerprints":
+        """The fingerprints of some of the files."""
+        return Fingerprints(
+            self.exact[indices], self.looks[indices], [self.paths[int(i)] for i in indices]
+        )
+
     def join(self, others: "Fingerprints") -> "Fingerprints":
         """Add other fingerprints, except of files with equal bytes."""
         known = {row.tobytes() for row in self.exact}
@@ -268,6 +274,28 @@ def find_matches(queries: Fingerprints, bank: Fingerprints) -> list[Match]:
             value, at = similar[index]
             matches.append(Match(path, bank.paths[at], "similar", round(min(1.0, value), 4)))
     return matches
+
+
+def similar_to(prints: Fingerprints, index: int) -> np.ndarray:
+    """All images that show the same picture as one of them, also flipped or turned by quarters.
+
+    Args:
+        prints: Images.
+        index: One of them.
+
+    Returns:
+        ``(M,)`` indices, that of the image itself included.
+    """
+    look = prints.looks[index].astype(np.float32)
+    positions = np.concatenate([_FLIPS * one[:, None] for one in (look, look[_TRANSPOSED])], axis=1)
+    best = np.concatenate(
+        [
+            (prints.looks[start : start + 8192].astype(np.float32) @ positions).max(axis=1)
+            for start in range(0, len(prints), 8192)
+        ]
+    )
+    copies = (prints.exact == prints.exact[index]).all(axis=1)
+    return np.flatnonzero(copies | (best >= MIN_SIMILARITY * _FULL**2))
 
 
 def _nearest(queries: np.ndarray, bank: np.ndarray) -> tuple[list[float], list[int]]:

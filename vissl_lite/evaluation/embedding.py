@@ -34,6 +34,9 @@ UMAP_LEAST = 100
 # are kept, since an encoder that has collapsed finds all of them alike.
 DUPLICATE_SIMILARITY, MAX_PAIRS = 0.98, 200
 
+# Class of the images that ``select`` has chosen, which the page marks.
+CHOSEN = "chosen"
+
 # Bytes that the arrays of a file may take: 5,000 paths of 4,096 letters are 82 MB.
 MAX_MAP_BYTES = 512 * 2**20
 
@@ -179,17 +182,37 @@ def make_map(
     layers, good = extract(encoder, [paths[i] for i in chosen], progress=progress)
     chosen, features = chosen[good], layers["last"]
     check_outputs([features], f"some of the {len(features)} images")
+    some = None if labels is None else labels[chosen]
+    return map_of_features(features, [paths[i] for i in chosen], some, classes, seed)
+
+
+def map_of_features(
+    features: np.ndarray,
+    paths: Sequence[str],
+    labels: np.ndarray | None = None,
+    classes: Sequence[str] = (),
+    seed: int = 0,
+) -> ImageMap:
+    """Compute the map of images whose features are known.
+
+    Args:
+        features: ``(N, D)`` finite features.
+        paths: N image files.
+        labels: ``(N,)`` class indices.
+        classes: Their names.
+        seed: Chooses where UMAP begins.
+    """
     neighbors, similarities = nearest(features, NUM_NEIGHBORS)
     return ImageMap(
-        paths=[os.path.abspath(paths[i]) for i in chosen],
-        labels=None if labels is None else labels[chosen],
+        paths=[os.path.abspath(path) for path in paths],
+        labels=labels,
         classes=[] if labels is None else list(classes),
         coordinates={name: flat_map(features, name, seed) for name in methods(len(features))},
         neighbors=neighbors,
         similarities=similarities,
         outlier_score=outlier_score(similarities),
         duplicates=near_duplicates(features, DUPLICATE_SIMILARITY)[:MAX_PAIRS],
-        thumbnails=[thumbnail(paths[i]) for i in chosen],
+        thumbnails=[thumbnail(path) for path in paths],
     )
 
 

@@ -6,6 +6,7 @@ Reduction", arXiv 2103.03230.
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from vissl_lite.data.views import Views
 from vissl_lite.encoders.encoder import Encoder
@@ -20,11 +21,15 @@ from vissl_lite.pretext.modules.losses import barlow_twins
 class BarlowTwins(PretextTask):
     """Barlow Twins.
 
+    Both views are in one batch for BatchNorm, whose statistics the authors compute for each view.
+
     Args:
         encoder: Encoder to train.
         lambd: Weight of the redundancy reduction term (section 2.2).
         projection_size: Size of the three layers of the projector and of the embeddings; the paper
             uses 8192 and finds larger sizes better, at a higher cost.
+        bias_lr: Factor on the learning rate of biases and norms. The paper uses 0.024 with LARS
+            (0.0048 instead of 0.2, section 2.2), which adapts the rate of all other parameters.
         min_crop_scale: Smallest fraction of the image area in a view; the paper uses 0.08.
         color: Strength of the color distortion; the paper uses about 0.5.
     """
@@ -46,15 +51,17 @@ class BarlowTwins(PretextTask):
         encoder: Encoder,
         lambd: float = 0.005,
         projection_size: int = 1024,
+        bias_lr: float = 1.0,
         min_crop_scale: float = 0.2,
         color: float | None = None,
     ) -> None:
         super().__init__(encoder)
         check_positive("pretext.lambd", lambd)
+        check_positive("pretext.bias_lr", bias_lr)
         check_sizes(projection_size=projection_size)
         size = projection_size
         self.projector = ProjectionHead(encoder.num_features, size, size, size)
-        self.lambd = lambd
+        self.lambd, self.bias_lr = lambd, bias_lr
         self.min_crop_scale, self.color = min_crop_scale, color
 
     def views(self, upright: bool = True) -> Views:
@@ -64,3 +71,10 @@ class BarlowTwins(PretextTask):
     def loss(self, views: list[Tensor]) -> Tensor:
         z1, z2 = self.projector(self.encoder(torch.cat(views))).chunk(2)
         return barlow_twins(z1, z2, self.lambd)
+
+    def configure_optimizers(self) -> Optimizer:
+        optimizer = super().configure_optimizers()
+        for group in optimizer.param_groups:
+            if not group["decayed"]:
+                group["lr_scale"] *= self.bias_lr
+        return optimizer

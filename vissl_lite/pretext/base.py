@@ -56,6 +56,8 @@ class PretextInfo:
         any_size: Whether views may be smaller than the encoder's image size.
         token_drop: Whether a ViT may see a random part of the patches of a view, as the loss uses
             nothing but pooled features of whole views.
+        fixed_positions: Whether a ViT with random weights gets fixed sine-cosine position
+            embeddings; see ``fix_positions``.
         encoders: Hyperparameters that name an encoder to learn from, as ``--encoder`` does. They
             are required.
     """
@@ -69,6 +71,7 @@ class PretextInfo:
     negatives: bool = False
     any_size: bool = False
     token_drop: bool = False
+    fixed_positions: bool = False
     encoders: tuple[str, ...] = ()
 
 
@@ -240,10 +243,7 @@ class PretextTask(pl.LightningModule, ABC):
         self.log(name, value)
 
     def configure_optimizers(self) -> Optimizer:
-        # With the timm model, position embeddings do not decay either; from random weights they do,
-        # as in DINO.
-        encoder = None if self.optimizer_settings.layer_decay == 1 else self.encoder.model
-        return build_optimizer(self, self.optimizer_settings, encoder)
+        return build_optimizer(self, self.optimizer_settings, self.encoder.model)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if self.optimizer_settings.clip_norm:

@@ -27,6 +27,8 @@ from vissl_lite.pretext.modules.losses import swapped_cosine
 class BYOL(PretextTask):
     """BYOL.
 
+    Both views are in one batch for BatchNorm, whose statistics the authors compute for each view.
+
     Args:
         encoder: Encoder to train.
         momentum: Initial momentum of the teacher; increases to 1 along a cosine (section 3.3). The

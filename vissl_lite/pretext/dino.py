@@ -4,6 +4,8 @@ Caron, Touvron, Misra, Jégou, Mairal, Bojanowski & Joulin 2021, "Emerging Prope
 Self-Supervised Vision Transformers", arXiv 2104.14294.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from vissl_lite.errors import LARGEST_QUEUE, check_positive, check_share, check_
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import PretextInfo, PretextTask
 from vissl_lite.pretext.modules.crops import MultiCrop, forward_multi_crop
+from vissl_lite.pretext.modules.drop_path import add_drop_path
 from vissl_lite.pretext.modules.ema import TeacherSchedule, ema_update, make_teacher
 from vissl_lite.pretext.modules.heads import PrototypeHead
 from vissl_lite.pretext.modules.losses import Center, swapped_prediction
@@ -20,6 +23,13 @@ from vissl_lite.pretext.modules.losses import Center, swapped_prediction
 
 class DINO(PretextTask):
     """DINO.
+
+    The defaults are for runs of minutes to hours. For hundreds of epochs use the paper's rate
+    (``--base_lr 5e-4``) and more momentum, and see ``configs/imagenet/dino.yaml``.
+
+    As in the authors' recipe for ViT-B, the prototypes are always normalized (their best ViT-S is
+    trained without). Gradients are clipped by the norm of all parameters together, theirs by that
+    of each, which makes little difference to AdamW; and position embeddings do not decay.
 
     Args:
         encoder: Encoder to train; a run saves the teacher, which has better features.
@@ -31,7 +41,9 @@ class DINO(PretextTask):
         temperature_warmup: Fraction of the run in which the teacher temperature is warmed up; the
             paper uses 30 epochs of 300 or more.
         momentum: Initial momentum of the teacher; increases to 1 along a cosine. The paper uses
-            0.996, for batches of 1024 and hundreds of epochs.
+            0.996, for batches of 1024 and hundreds of epochs; the authors' code advises more for
+            smaller batches in such runs, for example 0.9995 at 256. In a short run the teacher
+            would then hardly leave its initial weights.
         center_momentum: Momentum of the center of the teacher's outputs (equation 4).
         freeze_last_layer: Fraction of the run in which the last layer is not trained; the paper
             uses one epoch of a hundred (appendix C).
@@ -43,6 +55,8 @@ class DINO(PretextTask):
         min_crop_scale: Smallest fraction of the image area in a local crop.
         min_global_crop_scale: Smallest fraction in a global crop (0.4 in the authors' recipes).
         color: Strength of the color distortion; the paper uses about 0.5.
+        drop_path: Rate of stochastic depth in the student; default 0.1 for transformers as in the
+            paper, and 0 for CNNs.
     """
 
     info = PretextInfo(
@@ -55,9 +69,9 @@ class DINO(PretextTask):
         token_drop=True,
     )
     # The paper uses 5e-4 at batches of 256 with linear scaling, for hundreds of epochs; gradients
-    # are clipped at 3.
+    # are clipped at 3, and the weight decay rises from 0.04 to 0.4.
     optimizer_settings = OptimizerSettings(
-        "adamw", lr=2e-3, weight_decay=0.04, scaling="sqrt", clip_norm=3.0
+        "adamw", lr=2e-3, weight_decay=0.04, scaling="sqrt", clip_norm=3.0, weight_decay_end=0.4
     )
 
     def __init__(
@@ -78,8 +92,11 @@ class DINO(PretextTask):
         min_crop_scale: float = 0.05,
         min_global_crop_scale: float = 0.3,
         color: float | None = None,
+        drop_path: float | None = None,
     ) -> None:
         super().__init__(encoder)
+        if encoder.patch_size is None:  # As in the authors' recipe for ResNet-50
+            self.optimizer_settings = replace(self.optimizer_settings, weight_decay_end=None)
         check_share("pretext.center_momentum", center_momentum)
         check_share("pretext.freeze_last_layer", freeze_last_layer)
         check_positive("pretext.temperature", temperature)
@@ -90,6 +107,7 @@ class DINO(PretextTask):
             encoder.num_features, hidden_size, bottleneck_size, prototypes, norm
         )
         self.teacher_encoder, self.teacher_head = make_teacher(encoder), make_teacher(self.head)
+        add_drop_path(encoder, drop_path)
         self.center = Center(prototypes, center_momentum)
         self.teacher_schedule = TeacherSchedule(
             momentum, warm_teacher_temperature, teacher_temperature, temperature_warmup

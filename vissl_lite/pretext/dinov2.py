@@ -20,6 +20,7 @@ from vissl_lite.errors import (
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import PretextInfo, PretextTask
 from vissl_lite.pretext.modules.crops import MultiCrop, forward_multi_crop
+from vissl_lite.pretext.modules.drop_path import add_drop_path
 from vissl_lite.pretext.modules.ema import TeacherSchedule, ema_update, make_teacher
 from vissl_lite.pretext.modules.heads import PrototypeHead
 from vissl_lite.pretext.modules.losses import koleo, patch_loss, sinkhorn, swapped_prediction
@@ -65,18 +66,22 @@ class DINOv2(PretextTask):
     replaced by a mask token; it predicts the teacher's outputs for these patches, and from every
     crop those for the other global crops. Image features are those that the backbone pools: the
     class token of most ViTs, the mean of the patches of timm's DINOv3 models. Register tokens take
-    part in attention only. timm's weights lack the mask token; it starts anew.
+    part in attention only. timm's weights lack the mask token and the heads, which start anew.
+
+    The defaults are for runs of minutes to hours. For long runs on ImageNet see
+    ``configs/imagenet/dinov2.yaml``. Clipping, and decay of position embeddings, differ from the
+    authors' code as in ``dino``; stochastic depth is timm's, theirs has the same rate in all
+    blocks.
 
     Args:
         encoder: Encoder to train; a run saves the teacher, which has better features.
-        prototypes: Number of prototypes of each head; the paper uses 131072, for 142 million
-            images and batches of 2048 or more. Sinkhorn-Knopp uses all of them in every batch, so
-            small batches need few.
+        prototypes: Number of prototypes of each head; the authors' code uses 65536 for ImageNet and
+            131072 for its large runs. Sinkhorn-Knopp uses all of them in every batch.
         patch_weight: Weight of the loss on masked patches.
         koleo_weight: Weight of the KoLeo regularizer, which spreads the image features of the
             student on each global crop.
         temperature: Softmax temperature of the student.
-        teacher_temperature: Final softmax temperature of the teacher; the paper uses 0.07.
+        teacher_temperature: Final softmax temperature of the teacher; 0.07 in the authors' code.
         warm_teacher_temperature: Initial softmax temperature of the teacher.
         temperature_warmup: Fraction of the run in which the teacher temperature is warmed up; the
             authors' code uses 30 epochs of 100 or 500.
@@ -84,13 +89,15 @@ class DINOv2(PretextTask):
             uses 0.992 to 0.994, for batches of 1024 and more and 125,000 steps and more.
         freeze_last_layer: Fraction of the run in which the last layers of the heads are not
             trained; the authors' code uses one epoch of 100 or 500.
-        hidden_size: Hidden size of the heads; the paper uses 2048.
-        bottleneck_size: Number of features before the last layer; the paper uses 256 to 384.
+        hidden_size: Hidden size of the heads; 2048 in the authors' code.
+        bottleneck_size: Number of features before the last layer; 256 to 384 in the authors' code.
         local_crops: Number of local crops besides the two global ones; default 6, none below 64
-            pixels; the paper uses 8.
+            pixels; 8 in the authors' code.
         min_crop_scale: Smallest fraction of the image area in a local crop.
         min_global_crop_scale: Smallest fraction in a global crop.
         color: Strength of the color distortion; the paper uses about 0.5.
+        drop_path: Rate of stochastic depth in the student; default 0.1; 0.3 to 0.4 in the
+            authors' code, for ViT-L.
     """
 
     info = PretextInfo(
@@ -101,9 +108,10 @@ class DINOv2(PretextTask):
         use="ViTs and long runs; to continue from DINOv2 or DINOv3 weights, with registers or not",
         backbones="any ViT",
     )
-    # The authors' code uses 2e-3 for 256, for ViT-L and 125,000 steps; gradients are clipped at 3.
+    # The authors' code uses 2e-3 for 256, for ViT-L and 125,000 steps; gradients are clipped at 3,
+    # and the weight decay rises from 0.04 to 0.4 or 0.2.
     optimizer_settings = OptimizerSettings(
-        "adamw", lr=1e-3, weight_decay=0.04, scaling="sqrt", clip_norm=3.0
+        "adamw", lr=1e-3, weight_decay=0.04, scaling="sqrt", clip_norm=3.0, weight_decay_end=0.4
     )
 
     def __init__(
@@ -124,6 +132,7 @@ class DINOv2(PretextTask):
         min_crop_scale: float = 0.05,
         min_global_crop_scale: float = 0.32,
         color: float | None = None,
+        drop_path: float | None = None,
     ) -> None:
         super().__init__(encoder)
         check_patches(self.info, encoder)
@@ -140,6 +149,7 @@ class DINOv2(PretextTask):
         self.teacher_encoder = make_teacher(encoder)
         self.teacher_head = make_teacher(self.head)
         self.teacher_patch_head = make_teacher(self.patch_head)
+        add_drop_path(encoder, drop_path)
         self.mask_token = nn.Parameter(torch.empty(encoder.num_features).normal_(std=0.02))
         self.patch_weight, self.koleo_weight = patch_weight, koleo_weight
         self.temperature, self.freeze_last_layer = temperature, freeze_last_layer

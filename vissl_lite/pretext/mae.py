@@ -38,6 +38,9 @@ class MAE(PretextTask):
     pooling layer with weights not at all. Fine-tuning benefits more from the pre-training than a
     linear probe (section 4.3).
 
+    The default learning rate is for runs of minutes to hours. For hundreds of epochs use the
+    paper's (``--base_lr 1.5e-4``), see ``configs/imagenet/mae.yaml``.
+
     Args:
         encoder: Encoder to train; a plain ViT.
         mask_ratio: Fraction of the patches to mask (figure 5).
@@ -59,9 +62,12 @@ class MAE(PretextTask):
         paper="He et al. 2021, arXiv 2111.06377",
         use="ViTs that will be fine-tuned; the cheapest training step; needs long runs",
         backbones="ViT",
+        fixed_positions=True,
     )
     # Ten times the learning rate of the paper (table 8), which is for 800 epochs of ImageNet.
-    optimizer_settings = OptimizerSettings("adamw", lr=1.5e-3, weight_decay=0.05, scaling="linear")
+    optimizer_settings = OptimizerSettings(
+        "adamw", lr=1.5e-3, weight_decay=0.05, scaling="linear", betas=(0.9, 0.95)
+    )
 
     def __init__(
         self,

@@ -23,12 +23,20 @@ from vissl_lite.pretext.modules.losses import contrast
 class MoCoV3(PretextTask):
     """MoCo v3.
 
+    The default learning rate is for runs of minutes to hours. For hundreds of epochs use the
+    paper's (``--base_lr 1.5e-4``), see ``configs/imagenet/moco_v3.yaml``. ViTs are timm's, with its
+    initial weights: the authors' ViT-S has 12 heads instead of 6, and Xavier-uniform weights.
+    Biases and norms do not decay, in the authors' code they do. Both views are in one batch for
+    BatchNorm, whose statistics the authors compute for each view.
+
     Args:
         encoder: Encoder to train. The patch projection of a ViT is not trained, for stability
             (section 4.2). Other encoders have heads of two layers, without a last norm in the
             predictor, as ResNets do in the authors' code (``moco/builder.py``).
         temperature: Softmax temperature (appendix A: 0.2); 0.1 is better in short training.
-        momentum: Initial momentum of the teacher; increases to 1 along a cosine (appendix A).
+        momentum: Initial momentum of the teacher; increases to 1 along a cosine (appendix A). The
+            teacher follows each step with the momentum of that step; the authors' code does it in
+            the middle of the next step, with the momentum of the next.
         hidden_size: Hidden size of the heads; the paper uses 4096.
         projection_size: Size of the embeddings; the paper uses 256.
         min_crop_scale: Smallest fraction of the image area in a view; the paper uses 0.08.
@@ -44,6 +52,7 @@ class MoCoV3(PretextTask):
         negatives=True,
         any_size=True,
         token_drop=True,
+        fixed_positions=True,
     )
     # Appendix A uses AdamW with 1.5e-4 and decay 0.1, for batches of 4096 and 300 epochs
     optimizer_settings = OptimizerSettings("adamw", lr=1e-3, weight_decay=0.05, scaling="sqrt")

@@ -39,6 +39,8 @@ def nearest_neighbors(embeddings: Tensor, support: Tensor) -> Tensor:
 class NNCLR(PretextTask):
     """NNCLR.
 
+    Both views are in one batch for BatchNorm, as in SimCLR.
+
     Args:
         encoder: Encoder to train.
         temperature: Softmax temperature (section 4.1).

@@ -21,6 +21,8 @@ from vissl_lite.pretext.modules.losses import nt_xent
 class SimCLR(PretextTask):
     """SimCLR.
 
+    The last layer of the head has a bias; the authors' code has a BatchNorm after it instead.
+
     Args:
         encoder: Encoder to train.
         temperature: Softmax temperature. The paper finds 0.1 best on ImageNet (table 5) and 0.5 in

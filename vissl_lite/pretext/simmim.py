@@ -74,6 +74,9 @@ class SimMIM(PretextTask):
     last feature map are not trained: a class token is trained only through attention, a pooling
     layer with weights not at all.
 
+    The default learning rate is for runs of minutes to hours. For a hundred epochs or more use the
+    paper's (``--base_lr 1e-4``), see ``configs/imagenet/simmim.yaml``.
+
     Args:
         encoder: Encoder to train; a ViT or a Swin Transformer.
         mask_ratio: Fraction of the image to mask (table 1).
@@ -91,8 +94,10 @@ class SimMIM(PretextTask):
         backbones="patches",
     )
     # The paper uses 8e-4 for batches of 2048, so 1e-4 for 256 (section 4.1), for long runs on
-    # ImageNet.
-    optimizer_settings = OptimizerSettings("adamw", lr=1e-3, weight_decay=0.05, scaling="linear")
+    # ImageNet. The authors' code clips gradients at 5.
+    optimizer_settings = OptimizerSettings(
+        "adamw", lr=1e-3, weight_decay=0.05, scaling="linear", clip_norm=5.0
+    )
 
     def __init__(
         self,

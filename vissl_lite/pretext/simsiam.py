@@ -5,11 +5,12 @@ Chen & He 2021, "Exploring Simple Siamese Representation Learning", arXiv 2011.1
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from vissl_lite.data.views import Views
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import check_sizes
-from vissl_lite.optim import OptimizerSettings
+from vissl_lite.optim import OptimizerSettings, build_optimizer
 from vissl_lite.pretext.base import PretextInfo, PretextTask
 from vissl_lite.pretext.modules.crops import two_views
 from vissl_lite.pretext.modules.heads import ProjectionHead
@@ -18,6 +19,10 @@ from vissl_lite.pretext.modules.losses import negative_cosine
 
 class SimSiam(PretextTask):
     """SimSiam.
+
+    The learning rate of the predictor stays at its peak, which works better (section 4.2, table 1;
+    ``--fix-pred-lr`` of the authors' code). Both views are in one batch for BatchNorm, whose
+    statistics the authors compute for each view; biases and norms do not decay.
 
     Args:
         encoder: Encoder to train.
@@ -66,3 +71,8 @@ class SimSiam(PretextTask):
         z = self.projector(self.encoder(torch.cat(views)))
         (z1, z2), (p1, p2) = z.chunk(2), self.predictor(z).chunk(2)
         return (negative_cosine(p1, z2) + negative_cosine(p2, z1)) / 2  # Equation 4.
+
+    def configure_optimizers(self) -> Optimizer:
+        return build_optimizer(
+            self, self.optimizer_settings, self.encoder.model, constant=self.predictor
+        )

@@ -339,7 +339,10 @@ class SparK(PretextTask):
         backbones="CNN",
     )
     # The paper trains with LAMB on batches of 4096 (appendix); at 64 to 256 AdamW learns faster.
-    optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=0.05, scaling="sqrt")
+    # Clipping and rising weight decay are those of the authors' code.
+    optimizer_settings = OptimizerSettings(
+        "adamw", lr=2e-3, weight_decay=0.04, scaling="sqrt", clip_norm=5.0, weight_decay_end=0.2
+    )
 
     def __init__(
         self,

@@ -22,6 +22,9 @@ from vissl_lite.pretext.modules.queue import Queue
 class SwAV(PretextTask):
     """SwAV.
 
+    Prototypes are normalized where they are used, in the authors' code in place before each step.
+    With LARS, biases and norms have the plain learning rate; theirs adapts it for all parameters.
+
     Args:
         encoder: Encoder to train.
         prototypes: Number of clusters; the paper uses 3000, for 1000 classes and batches of 4096.
@@ -33,10 +36,13 @@ class SwAV(PretextTask):
             (section 3.1: 3840 for batches of 256, fifteen batches); 0 for none.
         queue_start: Fraction of the run after which the queue is used, once embeddings change
             slowly; the paper uses 15 epochs of 200, short runs need a larger fraction.
+        freeze_prototypes: Fraction of the run in which the prototypes are not trained; the authors'
+            code uses the first of 100 to 800 epochs.
         hidden_size: Hidden size of the projection head; the paper uses 2048.
         projection_size: Size of the embeddings (appendix A.1).
         local_crops: Number of local crops besides the two global ones; default 6 as in the paper,
-            none below 64 pixels.
+            none below 64 pixels. The BatchNorm of the head has statistics of each size of crops; in
+            the authors' code, of all of them together.
         min_crop_scale: Smallest fraction of the image area in a local crop (section 5).
         min_global_crop_scale: Smallest fraction in a global crop; the paper uses 0.14.
         color: Strength of the color distortion.
@@ -63,6 +69,7 @@ class SwAV(PretextTask):
         sinkhorn_iterations: int = 3,
         queue_size: int = 1024,
         queue_start: float = 0.5,
+        freeze_prototypes: float = 0.01,
         hidden_size: int = 1024,
         projection_size: int = 128,
         local_crops: int | None = None,
@@ -74,6 +81,7 @@ class SwAV(PretextTask):
         check_positive("pretext.temperature", temperature)
         check_positive("pretext.epsilon", epsilon)
         check_share("pretext.queue_start", queue_start)
+        check_share("pretext.freeze_prototypes", freeze_prototypes)
         check_sizes(LARGEST_QUEUE, prototypes=prototypes, queue_size=queue_size or None)
         check_sizes(hidden_size=hidden_size, projection_size=projection_size)
         check_sizes(100, sinkhorn_iterations=sinkhorn_iterations)
@@ -83,6 +91,7 @@ class SwAV(PretextTask):
         self.earlier = nn.ModuleList(self.queues)  # Registered, so that checkpoints contain them.
         self.temperature, self.epsilon = temperature, epsilon
         self.sinkhorn_iterations, self.queue_start = sinkhorn_iterations, queue_start
+        self.freeze_prototypes = freeze_prototypes
         self.crops = MultiCrop(2, local_crops, min_crop_scale, min_global_crop_scale, color)
 
     def views(self, upright: bool = True) -> Views:
@@ -95,6 +104,10 @@ class SwAV(PretextTask):
             scores = [view @ prototypes.T for view in z]
         codes = [self._codes(index, z[index], scores[index], prototypes) for index in range(2)]
         return swapped_prediction(scores, codes, self.temperature)
+
+    def on_after_backward(self) -> None:
+        if self.progress < self.freeze_prototypes:
+            self.prototypes.weight.grad = None
 
     def _embed(self, images: Tensor) -> Tensor:
         return self.head(self.encoder(images))

@@ -19,6 +19,9 @@ from vissl_lite.pretext.modules.losses import vicreg
 class VICReg(PretextTask):
     """VICReg.
 
+    The two views are drawn alike, as in the paper; the authors' code draws them as BYOL does.
+    Both views are in one batch for BatchNorm, whose statistics the authors compute for each view.
+
     Args:
         encoder: Encoder to train.
         sim_weight: Weight of the invariance term (section 4.2).

@@ -1,6 +1,7 @@
 """Pictures, a map of embeddings and the report, which commands add to their runs."""
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,9 @@ from vissl_lite.data.images import BROKEN_IMAGE, read_image, resize_and_crop
 from vissl_lite.data.views import Views
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError
-from vissl_lite.evaluation.embedding import make_map
+from vissl_lite.evaluation.embedding import CHOSEN, make_map, map_of_features
 from vissl_lite.faults import machine_error
-from vissl_lite.plots import plot_grid, plot_neighbors
+from vissl_lite.plots import CELL, Picture, plot_grid, plot_neighbors
 from vissl_lite.pretext.base import PretextTask
 from vissl_lite.pretext.modules.visualization import draw_views, visualization_of
 from vissl_lite.run import MAP
@@ -30,6 +31,10 @@ NEIGHBORS_SHOWN = 7
 
 # Images of each part that are shown with their labels, and the side of their cells in pixels.
 LABELS_SHOWN, LABELS_CELL = 6, 240
+
+# Chosen images on the contact sheet and in a row of it, and images of each kind (chosen, labelled,
+# others) on the map.
+SHEET, SHEET_ROW, MAP_IMAGES = 100, 10, 1000
 
 
 def add_pretext(
@@ -148,6 +153,47 @@ def add_label_pictures(run: Path, task: "AnyTask", data: LabelledDataset) -> Non
         plot_grid(rows, run / "labels.png", cell=LABELS_CELL)
     except (UserError, *BROKEN_IMAGE) as error:
         _warn_or_raise("the pictures of the labels", error)
+
+
+def add_selection(
+    run: Path,
+    features: np.ndarray,
+    paths: Sequence[str],
+    labelled: np.ndarray,
+    chosen: np.ndarray,
+    seed: int = 0,
+) -> None:
+    """Write a contact sheet of chosen images, and a map that marks them, into a run of ``select``.
+
+    A failure is logged as a warning; machine errors are raised.
+
+    Args:
+        run: Run folder, which gets ``selected.png`` and ``map.npz``.
+        features: ``(N, D)`` features of all images.
+        paths: N image files.
+        labelled: ``(N,)`` bool: which of them are labelled.
+        chosen: ``(B,)`` indices of the chosen ones, in order.
+        seed: Seed that selects the others on the map.
+    """
+    try:
+        sheet = [
+            Picture(read_image(paths[index], CELL), f"{rank} {os.path.basename(paths[index])}")
+            for rank, index in enumerate(chosen[:SHEET].tolist(), start=1)
+        ]
+        rows = [sheet[start : start + SHEET_ROW] for start in range(0, len(sheet), SHEET_ROW)]
+        if rows:
+            plot_grid(rows, run / "selected.png")
+        labels = labelled.astype(np.int64)
+        labels[chosen] = 2
+        order = np.random.default_rng(seed).permutation(len(paths))
+        shown = np.sort(
+            np.concatenate([order[labels[order] == kind][:MAP_IMAGES] for kind in range(3)])
+        )
+        some = [paths[index] for index in shown]
+        kinds = ("others", "labelled", CHOSEN)
+        map_of_features(features[shown], some, labels[shown], kinds, seed).save(run / MAP)
+    except Exception as error:
+        _warn_or_raise("the picture or the map of the chosen images", error)
 
 
 def add_report(run: Path) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from bokeh.models import ColumnDataSource, FactorRange, HoverTool, NumeralTickFormatter
+from bokeh.models import ColumnDataSource, FactorRange, HoverTool, NumeralTickFormatter, Span
 from bokeh.palettes import viridis
 from bokeh.plotting import figure
 
@@ -88,6 +88,26 @@ def stages(layers: Mapping[str, Mapping[str, float]]) -> figure:
     _hover(chart, "<b>@name</b> @y{0.000}<br>@x")
     _legend(chart, metrics)
     chart.xaxis.axis_label = "stage, from input to output"
+    return chart
+
+
+def coverage(lines: Mapping[str, tuple[int, Sequence[float]]], knee: int) -> figure:
+    """Draw the coverage by number of images.
+
+    Args:
+        lines: Number of images at the first value, and the values, by name.
+        knee: Number of images at which a dashed line stands.
+    """
+    chart = _figure(height=280)
+    for (name, (start, values)), color in zip(lines.items(), COLORS, strict=False):
+        counts = np.arange(start, start + len(values))
+        data = ColumnDataSource({"x": counts, "y": values, "name": [name] * len(values)})
+        _line(chart, data, color, name)
+    chart.add_layout(Span(location=knee, dimension="height", line_color=GRAY, line_dash="dashed"))
+    _hover(chart, "<b>@name</b> @y{0.000}<br>@x images")
+    _legend(chart, list(lines))
+    chart.xaxis.axis_label = "images to label"
+    chart.yaxis.axis_label = "coverage"
     return chart
 
 

@@ -20,6 +20,10 @@ PICTURES = {
         "Labels",
         "Images of each part with their labels. Check that the labels are right.",
     ),
+    "selected.png": (
+        "Chosen images",
+        "The images to label, the most useful first. selected.csv lists all of them.",
+    ),
     "test.png": (
         "Test images",
         "Predictions of the model and the ground truth. For detection, the title names the"

@@ -40,6 +40,9 @@ PROJECTION_NAMES = {"pca": "PCA", "umap": "UMAP"}
 # Once all colors are used, the shape of the points distinguishes further classes.
 MARKERS = ("circle", "square", "triangle", "diamond", "inverted_triangle", "hex")
 
+# Style of the points of a class that is marked.
+_MARKED = {"marker": "diamond", "size": 15, "alpha": 1.0, "line_color": "black"}
+
 _TOOLTIP = """
 <div style="max-width: 260px; overflow-wrap: anywhere">
   <img src="data:image/jpeg;base64,@thumbnail" width="128" height="128"><br>
@@ -115,7 +118,7 @@ _HINT = "Click a point to see its nearest neighbors; hover to see the image."
 _SAVE_LABEL = "Save the paths of selected images"
 
 
-def map_layout(image_map: ImageMap, explore: bool = False) -> LayoutDOM:
+def map_layout(image_map: ImageMap, explore: bool = False, marked: str | None = None) -> LayoutDOM:
     """Build the map as a self-contained Bokeh layout.
 
     The page needs ``Resources(components=["bokeh", "bokeh-widgets"])``.
@@ -124,6 +127,7 @@ def map_layout(image_map: ImageMap, explore: bool = False) -> LayoutDOM:
         image_map: Images, their coordinates and their neighbors.
         explore: Whether to add tools for browsing a folder: lasso selection, saving the selected
             paths, a class filter, outliers and near-duplicates.
+        marked: Class whose points are large diamonds.
     """
     folder = common_folder(image_map.paths)
     source = _source(image_map, len(folder))
@@ -143,7 +147,7 @@ def map_layout(image_map: ImageMap, explore: bool = False) -> LayoutDOM:
     points.grid.grid_line_color = GRAY
     points.grid.grid_line_alpha = 0.25
     points.add_tools(HoverTool(tooltips=_TOOLTIP, limit=1))
-    layers = _draw(points, source, image_map)
+    layers = _draw(points, source, image_map, marked)
     details = _html(_HINT)
     controls: list[Any] = []
     if len(image_map.coordinates) > 1:
@@ -208,12 +212,12 @@ def _class_names(image_map: ImageMap) -> list[str]:
 
 
 def _draw(
-    points: figure, source: ColumnDataSource, image_map: ImageMap
+    points: figure, source: ColumnDataSource, image_map: ImageMap, marked: str | None
 ) -> list[tuple[str, GlyphRenderer]]:
     """Draw the points, with one layer per class if there are few, and return layers by name."""
     rgb = class_colors(len(image_map.classes) or 1)
     colors = [f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in rgb]
-    style = {
+    style: dict[str, Any] = {
         "size": 8,
         "alpha": 0.8,
         "line_color": "white",
@@ -230,14 +234,14 @@ def _draw(
         inside = np.flatnonzero(labels == label)
         if len(inside) == 0:
             continue
+        style["marker"] = MARKERS[label // 20 % len(MARKERS)]
         layer = points.scatter(
             "x",
             "y",
             source=source,
             view=CDSView(filter=IndexFilter(inside.tolist())),
             fill_color=colors[label],
-            marker=MARKERS[label // 20 % len(MARKERS)],
-            **style,
+            **{**style, **(_MARKED if name == marked else {})},
         )
         layers.append((name, layer))
     items = [LegendItem(label={"value": _short(name)}, renderers=[one]) for name, one in layers]

@@ -129,6 +129,10 @@ def verdicts(run: RunFolder) -> Markup | None:
         for one in _mappings(protocol.get("verdicts")).values()
         if "sentence" in one
     ]
+    pseudo_labels = _mapping(run.figures.get("pseudo_labels"))
+    if "sentence" in pseudo_labels:
+        kind = BADGES.get(str(pseudo_labels.get("verdict")), "")
+        alerts.append({"text": str(pseudo_labels["sentence"]), "kind": kind})
     if not alerts and isinstance(run.figures.get("sentences"), list):
         alerts = [{"text": str(one), "kind": ""} for one in run.figures["sentences"]]
     return render("alerts", alerts=alerts) if alerts else None
@@ -200,7 +204,37 @@ def _difference(found: Any) -> str:
 
 def result_blocks(run: RunFolder) -> list[Block]:
     """Return tables and charts of the results that are not at the top of the page."""
-    return [*comparison(run), *_overfitting(run), *_layers(run), *_per_class(run)]
+    return [
+        *comparison(run),
+        *_rounds(run),
+        *_overfitting(run),
+        *_layers(run),
+        *_per_class(run),
+    ]
+
+
+def _rounds(run: RunFolder) -> list[Block]:
+    """Table of the trainings with and without pseudo-labels."""
+    found = _mapping(run.figures.get("pseudo_labels"))
+    listed = found.get("rounds")
+    rounds = [_mapping(one) for one in listed] if isinstance(listed, list) else []
+    if not rounds:
+        return []
+    monitor, metric = str(found.get("monitor")), str(found.get("metric"))
+    rows = [
+        [
+            f"{index}, kept" if index == found.get("kept") else index,
+            number(one.get("pseudo_labelled")),
+            number(_mapping(one.get("val")).get(monitor)),
+            number(_mapping(one.get("test")).get(metric)),
+        ]
+        for index, one in enumerate(rounds)
+    ]
+    columns = [
+        "round", "pseudo-labelled images", f"validation {_name(monitor)}", f"test {_name(metric)}",
+    ]  # fmt: skip
+    note = "The model that is best on validation images is kept. Round 0 has true labels only."
+    return [Block("Pseudo-labels", render("table", columns=columns, rows=rows), note)]
 
 
 def _overfitting(run: RunFolder) -> list[Block]:

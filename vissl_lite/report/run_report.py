@@ -9,7 +9,7 @@ import yaml
 
 from vissl_lite.encoders.config import ENCODER_CONFIG, read_model_config
 from vissl_lite.errors import UserError
-from vissl_lite.evaluation.embedding import ImageMap
+from vissl_lite.evaluation.embedding import CHOSEN, ImageMap
 from vissl_lite.options import flatten
 from vissl_lite.report.charts import curves, histograms
 from vissl_lite.report.folder import RunFolder, read_run
@@ -17,6 +17,7 @@ from vissl_lite.report.gallery import pictures, predicted
 from vissl_lite.report.map import map_layout
 from vissl_lite.report.page import Block, render, write_page
 from vissl_lite.report.results import leak_blocks, main_figures, result_blocks, verdicts
+from vissl_lite.report.selection import chosen_images, coverage_by_budget
 from vissl_lite.run import LOG, MAP, METRICS, RESULTS
 from vissl_lite.run_folder import RUN_CONFIG
 from vissl_lite.run_record import RunRecord, WarningRecord
@@ -60,10 +61,12 @@ def write_report(folder: Path) -> Path:
         replaced.add("per_class.png")
     blocks = [
         *results,
+        *coverage_by_budget(run),
         *_labelled(run),
         *_bands(run),
         *pictures(run, frozenset(replaced)),
         *predicted(run),
+        *chosen_images(run),
         *_map(run),
         *_curves(run),
         *leak_blocks(run),
@@ -272,7 +275,8 @@ def _map(run: RunFolder) -> list[Block]:
     if not run.has(MAP):
         return []
     try:
-        layout = map_layout(ImageMap.load(run.folder / MAP))
+        marked = CHOSEN if run.command == "select" else None
+        layout = map_layout(ImageMap.load(run.folder / MAP), marked=marked)
     except UserError:
         run.unreadable.append(f"{MAP} is damaged and left out.")
         return []

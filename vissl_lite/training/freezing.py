@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from vissl_lite.data.stream import Batch
 from vissl_lite.encoders.encoder import Encoder
+from vissl_lite.encoders.lora import adapters, add_adapters
 from vissl_lite.errors import UserError, brief
 from vissl_lite.training.schedule import Schedule
 
@@ -23,10 +24,16 @@ ALL_PARTS = "all"
 
 def check_parts(parts: str) -> None:
     """Raise a UserError if ``parts`` is not a value of ``--train``; see ``select_parameters``."""
-    if not re.fullmatch(r"all|norms|attn_proj|blocks:[1-9]\d{0,3}", parts):
+    if not re.fullmatch(r"all|norms|attn_proj|(blocks|lora):[1-9]\d{0,3}", parts):
         raise UserError(
-            f"--train {brief(parts)} is not all, blocks:N (such as blocks:2), norms or attn_proj"
+            f"--train {brief(parts)} is not all, blocks:N (such as blocks:2), norms, attn_proj or "
+            f"lora:RANK (such as lora:16)"
         )
+
+
+def lora_rank(parts: str) -> int | None:
+    """Rank of the low-rank adapters that a value of ``--train`` asks for; None for other values."""
+    return int(parts.removeprefix("lora:")) if parts.startswith("lora:") else None
 
 
 def select_parameters(encoder: Encoder, parts: str) -> set[str]:
@@ -36,8 +43,9 @@ def select_parameters(encoder: Encoder, parts: str) -> set[str]:
         encoder: Encoder to train.
         parts: ``all``; ``blocks:N`` for the last N blocks of a ViT, or stages of another backbone,
             and what follows them; ``norms`` for the scales and shifts of normalization layers
-            (LN-Tune, Basu et al. 2023, arXiv 2304.01917); or ``attn_proj`` for the output
-            projections of attention layers (APLA, Sorkhei et al. 2025, arXiv 2503.11335).
+            (LN-Tune, Basu et al. 2023, arXiv 2304.01917); ``attn_proj`` for the output projections
+            of attention layers (APLA, Sorkhei et al. 2025, arXiv 2503.11335); or ``lora:RANK`` for
+            the low-rank adapters that ``add_adapters`` has added.
 
     Raises:
         UserError: The backbone has no such parameters.
@@ -57,6 +65,13 @@ def select_parameters(encoder: Encoder, parts: str) -> set[str]:
     elif parts == "attn_proj":
         found = {name for name in names if re.search(r"(^|\.)attn\.proj\.(weight|bias)$", name)}
         kind = "attention layers with an output projection as in a ViT"
+    elif lora_rank(parts):
+        found = {
+            f"{place}.{name}"
+            for place, adapter in adapters(model)
+            for name, _ in adapter.named_parameters()
+        }
+        kind = "low-rank adapters"
     else:
         found = _last_blocks(encoder, int(parts.removeprefix("blocks:")))
         kind = "blocks or stages that timm tells apart"
@@ -91,7 +106,9 @@ def _last_blocks(encoder: Encoder, count: int) -> set[str]:
 def train_only(encoder: Encoder, parts: str) -> None:
     """Leave all parameters of an encoder but those of ``select_parameters`` without gradients.
 
-    A parameter that is frozen already stays so.
+    For ``lora:RANK``, low-rank adapters are added first. Call it before a pretext copies the
+    encoder, so that its momentum teachers have the same parameters. A parameter that is frozen
+    already stays so.
 
     Args:
         encoder: Encoder to train.
@@ -100,6 +117,9 @@ def train_only(encoder: Encoder, parts: str) -> None:
     Raises:
         UserError: The backbone has no such parameters.
     """
+    rank = lora_rank(parts)
+    if rank is not None:
+        add_adapters(encoder, rank)
     chosen = select_parameters(encoder, parts)
     for name, parameter in encoder.model.named_parameters():
         if name not in chosen:

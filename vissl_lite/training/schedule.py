@@ -9,13 +9,14 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from vissl_lite.data.stream import Batch
-from vissl_lite.optim import cosine_with_warmup, set_lr
+from vissl_lite.optim import cosine_with_warmup, set_lr, set_weight_decay
 
 
 class Schedule(Callback):
     """Track the progress of a run, set the learning rate, seed each step, keep the time budget.
 
-    The learning rate rises linearly, then falls along a cosine. The module's ``progress``, from 0
+    The learning rate rises linearly, then falls along a cosine; the weight decay changes along a
+    cosine where ``OptimizerSettings`` ask for it. The module's ``progress``, from 0
     to 1, is set before each step. All randomness of a step follows from (seed, step, rank), so that
     a resumed run draws the same numbers as one that was not interrupted.
 
@@ -105,6 +106,7 @@ class Schedule(Callback):
         rate = self.lr * self.lr_factor()
         for optimizer in trainer.optimizers:
             set_lr(optimizer, rate)
+            set_weight_decay(optimizer, self.fraction)
         module.progress = self.fraction  # type: ignore[assignment]
         step = np.random.SeedSequence((self.seed, self.batches, trainer.global_rank))
         torch.manual_seed(int(step.generate_state(1, np.uint64)[0]) >> 1)

@@ -5,7 +5,7 @@ docs/extending.md for one to start from.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Mapping, Sequence, Sized
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
@@ -18,10 +18,12 @@ from vissl_lite.errors import UserError
 from vissl_lite.plots import Picture
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
+from vissl_lite.transfer.confidence import Confidence, Cutoff, HeldOut
 from vissl_lite.transfer.exporting import ExportModel
 from vissl_lite.transfer.finetuning import TransferSettings
 from vissl_lite.transfer.options import TaskOptions
 from vissl_lite.transfer.prediction import Predictions
+from vissl_lite.transfer.skeleton import COCO_SKELETON, write_coco_skeleton
 from vissl_lite.transfer.sources.groups import Record, group_names
 from vissl_lite.transfer.sources.parts import PARTS, Split, take_share
 from vissl_lite.transfer.sources.reading_log import ReadingLog
@@ -93,6 +95,18 @@ class LabelledDataset(ABC):
     @abstractmethod
     def merged(self) -> Self:
         """A copy with the validation part added to the training part."""
+
+    @abstractmethod
+    def hold_out(self, indices: Sequence[int]) -> Self:
+        """A copy whose validation part is some of the training images.
+
+        Args:
+            indices: Indices of training images, ascending.
+        """
+
+    @abstractmethod
+    def with_train(self, other: Self) -> Self:
+        """A copy with the training part of another data set of these classes added to its own."""
 
     def refits(self, refit: bool | None) -> bool:
         """Whether validation images are trained on once hyperparameters are chosen.
@@ -214,6 +228,15 @@ class ListDataset(LabelledDataset, Generic[RecordT]):
     def merged(self) -> Self:
         return replace(self, train=[*self.train, *self.val], val=[])
 
+    def hold_out(self, indices: Sequence[int]) -> Self:
+        held = set(indices)
+        train = [one for i, one in enumerate(self.train) if i not in held]
+        val = [self.train[i] for i in indices]
+        return replace(self, train=train, val=val, reading=self.reading.with_val_from_train())
+
+    def with_train(self, other: Self) -> Self:
+        return replace(self, train=[*self.train, *other.train])
+
     def subsample(
         self, fraction: float | None = None, shots: int | None = None, seed: int = 0
     ) -> Self:
@@ -231,6 +254,23 @@ class ListDataset(LabelledDataset, Generic[RecordT]):
                 for part in made
             }
         )
+
+
+@dataclass(frozen=True)
+class KnownImages:
+    """Images that are labelled already.
+
+    Attributes:
+        paths: Their files.
+        classes: Names of the classes.
+        labels: Class of each image; None unless each image has one class.
+        parts_given: Whether the source says which images are for training and which for testing.
+    """
+
+    paths: list[str]
+    classes: list[str]
+    labels: list[str] | None = None
+    parts_given: bool = False
 
 
 class TrainedModel(Protocol):
@@ -320,6 +360,19 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
         Raises:
             UserError: Nothing is there, or it can't be used.
         """
+
+    def labelled_images(self, source: str, settings: SettingsT) -> KnownImages:
+        """The images of a labelled data set of which the parts do not matter.
+
+        Args:
+            source: Folder or file, as the user gave it.
+            settings: See ``load_data``.
+
+        Raises:
+            UserError: Nothing is there, or it can't be used.
+        """
+        data = self.load_data(source, settings)
+        return KnownImages([path for part in PARTS for path in data.paths(part)], data.classes)
 
     @abstractmethod
     def image_size(self, data: DatasetT, settings: SettingsT) -> int | None:
@@ -417,6 +470,63 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
             like: Model for which it has been chosen already; its values are copied.
         """
 
+    def held_out(self, model: ModelT, data: DatasetT) -> HeldOut | None:
+        """Predictions for the validation part, from which ``confidence`` is computed.
+
+        Args:
+            model: A model that was not trained on the validation part.
+            data: The validation part is used; it is not empty.
+
+        Returns:
+            None for a task that can't make pseudo-labels.
+        """
+        return None
+
+    def confidence(self, held_out: HeldOut) -> Confidence | None:
+        """Calibrate predictions and count how often those of a confidence are right.
+
+        Args:
+            held_out: Predictions of one model, or of those of all folds.
+
+        Returns:
+            None if that can't be told, as of outputs that are not finite.
+        """
+        return None
+
+    def pseudo_label(
+        self, model: ModelT, cutoff: Cutoff, predictions: Predictions
+    ) -> tuple[Path, int, np.ndarray]:
+        """Write the confident predictions as a data set for ``read_pseudo_labels``.
+
+        Args:
+            model: Model from ``load``.
+            cutoff: Which predictions are confident.
+            predictions: The images, and the folder of the data set.
+
+        Returns:
+            The file of the labels; how many images could be read; and ``(K,)`` int64, how many
+            images (of boxes: how many boxes) have each class.
+
+        Raises:
+            UserError: The task can't make pseudo-labels.
+        """
+        raise UserError(f"--task {self.name} makes no pseudo-labels")
+
+    def read_pseudo_labels(self, folder: Path, data: DatasetT) -> DatasetT:
+        """Read a data set that ``pseudo_label`` has written.
+
+        Args:
+            folder: Folder of the data set.
+            data: Labelled images, whose classes count.
+
+        Returns:
+            A data set of these classes with a training part only.
+
+        Raises:
+            UserError: There is none, it is damaged, or it has other classes.
+        """
+        raise UserError(f"--pseudo_labels: --task {self.name} reads none")
+
     @abstractmethod
     def evaluate(self, model: ModelT, data: DatasetT) -> ScoresT:
         """Score the model on the test part."""
@@ -470,6 +580,40 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
         Returns:
             The file or folder of the predictions, and how many images could be read.
         """
+
+    def uncertainty(
+        self, model: ModelT, paths: Sequence[str], advance: Callable[[int], None]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """How uncertain a model is of images, for the choice of those to label next.
+
+        Args:
+            model: Model from ``load``.
+            paths: Image files. Broken ones are left out, and named in the log.
+            advance: Called with the number of images done since the last call.
+
+        Returns:
+            ``(N,)`` float32, at least 0 and larger where it is more uncertain, of the readable
+            images, and ``(M,)`` bool: which images these are.
+
+        Raises:
+            UserError: No image can be read, or the task has no measure of uncertainty.
+        """
+        raise UserError(f"--model: --task {self.name} has no measure of uncertainty")
+
+    def write_skeleton(self, paths: Sequence[str], classes: Sequence[str], folder: Path) -> Path:
+        """Write a file of images without labels, to be filled by hand or with a labelling tool.
+
+        By default it is in COCO's format.
+
+        Args:
+            paths: Image files.
+            classes: Names of the classes; empty if they are not known yet.
+            folder: Folder to write to.
+
+        Returns:
+            The file, ``to_label.json`` or ``to_label.csv``.
+        """
+        return write_coco_skeleton(folder / COCO_SKELETON, paths, classes)
 
     @abstractmethod
     def export_model(self, model: ModelT, folder: Path) -> ExportModel:

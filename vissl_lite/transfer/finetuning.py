@@ -3,8 +3,10 @@
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
@@ -16,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vissl_lite.data.atomic_file import write_atomically
 from vissl_lite.data.json_file import read_json
@@ -84,6 +87,8 @@ class TransferSettings:
         seconds: Time budget of all trainings together, instead of a number of epochs.
         batch_size: None for the task's own, or where images are few a twelfth of them, at least 8.
         optimizer: Name, peak learning rate, weight decay, layer-wise decay, largest gradient.
+        ema: Decay of an exponential moving average of the weights, which is then the trained model;
+            None for the weights of the last step.
         warmup: Share of the training in which the learning rate rises.
         min_crop_scale: Smallest share of the image's area in a training view. None for the task's
             own.
@@ -102,6 +107,7 @@ class TransferSettings:
     seconds: float | None = None
     batch_size: int | None = None
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    ema: float | None = None
     warmup: float = 0.1
     min_crop_scale: float | None = None
     upright: bool = True
@@ -166,8 +172,21 @@ TransferModelT = TypeVar("TransferModelT", bound=TransferModel)
 SettingsT = TypeVar("SettingsT", bound=TransferSettings)
 
 
+def _ema(decay: float) -> Callable[[Any, Any, Any], None]:
+    """Update of a moving average whose decay grows to ``decay``: min(d, (1 + n) / (10 + n)) after n
+    steps, as in TensorFlow's ``ExponentialMovingAverage``, so that the first weights are forgotten.
+    """
+
+    def update(average: Any, current: Any, steps: Any) -> None:
+        n = int(steps)
+        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(average, current, steps)
+
+    return update
+
+
 class TransferModule(pl.LightningModule, Generic[TransferModelT, SettingsT]):
-    """Base of the Lightning modules of fine-tuning: frozen parts, optimizer, clipped gradients.
+    """Base of the Lightning modules of fine-tuning: frozen parts, optimizer, clipped gradients, and
+    a moving average of the weights.
 
     Args:
         model: Model to train.
@@ -181,6 +200,39 @@ class TransferModule(pl.LightningModule, Generic[TransferModelT, SettingsT]):
         self.freezes_norms = settings.freezes_norms(few)
         if settings.frozen:
             model.encoder.requires_grad_(False)
+        self.average: AveragedModel | None = None
+        if settings.ema is not None:
+            self.average = AveragedModel(
+                model, multi_avg_fn=_ema(settings.ema), use_buffers=True
+            ).requires_grad_(False)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Have the averaged weights in the model meanwhile, if there are any."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def keep_average(self) -> None:
+        """Leave the averaged weights in the model, if there are any."""
+        self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        if self.average is None:
+            return
+        networks = self.model, self.average.module
+        pairs = zip(*(chain(one.parameters(), one.buffers()) for one in networks), strict=True)
+        for current, averaged in pairs:
+            kept = current.clone()
+            current.copy_(averaged)
+            averaged.copy_(kept)
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -225,17 +277,19 @@ class ValidationCurve(Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
+        assert isinstance(module, TransferModule)
         due = int(self.schedule.progress() * EVALUATIONS + 1e-9)
         if due <= self._done or not trainer.is_global_zero:
             return
         self._done = due
-        values = {f"val_{name}": value for name, value in self.validate().items()}
+        with module.averaged():
+            values = {f"val_{name}": value for name, value in self.validate().items()}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=self.schedule.batches - 1)
 
 
 def train(
-    task: pl.LightningModule,
+    task: TransferModule[Any, Any],
     model: nn.Module,
     dataset: KeyedDataset,
     batch_size: int,
@@ -246,13 +300,13 @@ def train(
     title: str = "finetune",
     weights: np.ndarray | None = None,
 ) -> None:
-    """Train a model; it holds the weights of the last step afterwards.
+    """Train a model; it holds the weights of the last step afterwards, or their moving average.
 
     The learning rate falls to zero along a cosine, so that the last weights are the ones to keep:
     the best of several on few validation images would be chosen by chance.
 
     Args:
-        task: Module with ``training_step`` and ``configure_optimizers``.
+        task: Module with a ``training_step``.
         model: Model in the module; it is on the CPU afterwards.
         dataset: The training images.
         batch_size: Images per step.
@@ -277,7 +331,8 @@ def train(
     )
     callbacks = [] if validate is None else [ValidationCurve(validate, schedule)]
     fit(task, stream, schedule, hardware, callbacks, files, title=title)
-    model.cpu()
+    task.cpu()
+    task.keep_average()
 
 
 def save_with_head(model: nn.Module, encoder: Encoder, folder: Path, about: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ Then a model is trained with it on all labels.
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
@@ -24,6 +24,7 @@ from vissl_lite.run import CHECKPOINTS, METRICS, is_main_process
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.base import DatasetT, ModelT, ScoresT, SettingsT, Task
+from vissl_lite.transfer.confidence import Confidence, HeldOut
 
 # With fewer validation images than this, hyperparameters are chosen by cross-validation.
 FEW_VALIDATION_IMAGES = 100
@@ -112,6 +113,9 @@ class FittedModel(Generic[ModelT]):
         folds: Number of folds of the cross-validation; 1 for a validation part.
         refit: Whether the model was trained on training and validation images together.
         train_metrics: Metrics of the model on its training images.
+        confidence: What the confidence of predictions is worth, by images that models of these
+            settings were not trained on; None without such images.
+        added: Number of pseudo-labelled images that the model is also trained on.
     """
 
     model: ModelT
@@ -122,10 +126,14 @@ class FittedModel(Generic[ModelT]):
     folds: int
     refit: bool
     train_metrics: dict[str, float]
+    confidence: Confidence | None = None
+    added: int = 0
 
     def describe(self) -> str:
         """What was chosen by which labels, and which labels the model is trained on."""
         trained = f"trained on {self.train_images:,} images"
+        if self.added:
+            trained += f" and {self.added:,} pseudo-labelled ones"
         if not self.candidates:
             return f"The model is {trained}; no images were left to choose anything by."
         by = f"{self.val_images:,} validation images"
@@ -183,18 +191,22 @@ class _Fitting(Generic[DatasetT, ModelT, SettingsT, ScoresT]):
         encoder: Encoder,
         hardware: Hardware | None,
         monitor: str,
+        added: DatasetT | None,
     ) -> None:
         self.task, self.encoder = task, encoder
-        self.hardware, self.monitor = hardware, monitor
+        self.hardware, self.monitor, self.added = hardware, monitor, added
         self.candidates: list[Candidate] = []
         self.best: Candidate | None = None
         self.settings: SettingsT | None = None  # of the best candidate, but for the rate
         self.model: _Trained[ModelT] | None = None  # of the first round, with the best rate
+        self.held_out: list[HeldOut] = []  # of the best candidate in each round, if there are many
 
     def train(
         self, settings: SettingsT, data: DatasetT, rate: float, files: TrainingFiles
     ) -> _Trained[ModelT]:
-        """Train a model on the training part."""
+        """Train a model on the training part and the added images."""
+        if self.added is not None:
+            data = data.with_train(self.added)
         size = settings.batch_size
         settings = replace(
             settings,
@@ -221,6 +233,7 @@ class _Fitting(Generic[DatasetT, ModelT, SettingsT, ScoresT]):
             Rank of the best of them; larger is better.
         """
         totals: dict[float, dict[str, float]] = {}  # sums over images
+        held_out: dict[float, list[HeldOut]] = {}
         first: _Trained[ModelT] | None = None
         for data, some in zip(rounds, files, strict=True):
             trained = self.train(settings, data, rate, some)
@@ -230,6 +243,9 @@ class _Fitting(Generic[DatasetT, ModelT, SettingsT, ScoresT]):
                 for name, value in self.task.validate(trained.model, data).items():
                     sums = totals.setdefault(share, {})
                     sums[name] = sums.get(name, 0.0) + value * len(data.val)
+                if len(rounds) > 1:  # the models of the other folds are not kept
+                    predicted = self.task.held_out(trained.model, data)
+                    held_out.setdefault(share, []).extend([predicted] if predicted else [])
             trained.use(1.0)
         images = sum(len(data.val) for data in rounds)
         added = [
@@ -240,12 +256,30 @@ class _Fitting(Generic[DatasetT, ModelT, SettingsT, ScoresT]):
         best = max(added, key=self.rank)
         if self.best is None or self.rank(best) > self.rank(self.best):
             self.best, self.model, self.settings = best, first, settings
+            self.held_out = held_out.get(best.share, [])
         return self.rank(best)
 
     def rank(self, candidate: Candidate) -> tuple[float, ...]:
-        """By the monitored metric, then by the others; larger is better."""
-        names = (self.monitor, *candidate.metrics)
-        return tuple(_rank(name, candidate.metrics.get(name, math.nan)) for name in names)
+        """See ``rank_metrics``."""
+        return rank_metrics(candidate.metrics, self.monitor)
+
+    def confidence(self, model: ModelT, data: DatasetT) -> Confidence | None:
+        """The confidence of the best candidate.
+
+        Args:
+            model: Its model of the first round.
+            data: Data of the first round.
+        """
+        held_out = self.held_out
+        if not held_out:
+            predicted = self.task.held_out(model, data)
+            held_out = [predicted] if predicted is not None else []
+        return self.task.confidence(HeldOut.joined(held_out)) if held_out else None
+
+
+def rank_metrics(metrics: Mapping[str, float], monitor: str) -> tuple[float, ...]:
+    """By the monitored metric, then by the others; larger is better."""
+    return tuple(_rank(name, metrics.get(name, math.nan)) for name in (monitor, *metrics))
 
 
 def _rank(name: str, value: float) -> float:
@@ -268,6 +302,7 @@ def fit_model(
     rates: Sequence[float] = (),
     hardware: Hardware | None = None,
     files: FitFiles = NO_FIT_FILES,
+    added: DatasetT | None = None,
 ) -> FittedModel[ModelT]:
     """Fine-tune a copy of an encoder: choose hyperparameters, then train on all labels.
 
@@ -280,6 +315,8 @@ def fit_model(
             that are to be chosen (``Task.variants``) are chosen with the middle one.
         hardware: Hardware to train on; default one device.
         files: Files for metrics and checkpoints.
+        added: Data set whose training part, such as of pseudo-labels, every model is also trained
+            on. Nothing is chosen by it.
 
     Raises:
         UserError: Settings do not suit the data.
@@ -295,7 +332,7 @@ def fit_model(
     if settings.seconds is not None:
         each = settings.seconds / (len(rounds) * tried + refit)
         variants = [replace(one, seconds=each) for one in variants]
-    fitting = _Fitting(task, encoder, hardware, monitor_of(task, data, settings.monitor))
+    fitting = _Fitting(task, encoder, hardware, monitor_of(task, data, settings.monitor), added)
 
     @cache
     def score(rate: float, number: int) -> tuple[float, ...]:
@@ -314,10 +351,11 @@ def fit_model(
         climb(lambda rate: score(rate, best), rates)
     chosen = fitting.best or Candidate(middle, 1.0, {})
     files.use_curve(f"{_name(chosen.lr, chosen.frozen_norm)}.csv")
-    trained, everything = fitting.model, data
+    trained, everything, confidence = fitting.model, data, None
     if trained is not None:
         trained.use(chosen.share)
         task.calibrate(trained.model, rounds[0])
+        confidence = fitting.confidence(trained.model, rounds[0])
     if trained is None or refit:
         everything = data.merged() if refit else data
         stage = files.of_training("refit.csv" if refit else METRICS, "")
@@ -334,6 +372,8 @@ def fit_model(
         len(rounds),
         refit,
         task.validate(trained.model, everything, "train"),
+        confidence,
+        0 if added is None else len(added.train),
     )
 
 

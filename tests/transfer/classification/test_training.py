@@ -1,6 +1,7 @@
 import copy
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from PIL import Image
 from sklearn import metrics as sk
 from torch import Tensor, nn
 
+from vissl_lite.data.image_reader import ImageReader
 from vissl_lite.data.stream import Batch
 from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.encoders.folder import save_model
@@ -85,6 +87,14 @@ def test_the_loss_of_one_label(smoothing: float) -> None:
     assert float(ours) == pytest.approx(total / 5, rel=1e-5)
 
 
+@pytest.mark.parametrize("loss", [one_label_loss, several_labels_loss])
+def test_weights_of_images_multiply_their_losses(loss: Callable[..., Tensor]) -> None:
+    logits, target, weights = torch.randn(3, 2), torch.eye(2)[[0, 1, 1]], torch.tensor([1.0, 3.0])
+    each = [loss(logits[i : i + 1], target[i : i + 1], weights, 0.1) for i in range(3)]
+    ours = loss(logits, target, weights, 0.1, torch.tensor([1.0, 0.5, 0.0]))
+    assert float(ours) == pytest.approx(float(each[0] + 0.5 * each[1]) / 3, rel=1e-5)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_the_loss_of_several_labels(smoothing: float) -> None:
     """Targets are s / 2 and 1 - s / 2; only the positive term is weighted."""
@@ -136,13 +146,55 @@ def test_weights_by_name() -> None:
 def test_invalid_weights(weights: str | dict[str, float], message: str) -> None:
     data = LabelledImages(["cat", "dog"], ONE.train, ONE.val, ONE.test, reading=ReadingLog("data"))
     with pytest.raises(UserError, match=message):
-        check_settings(ClassifierSettings(class_weights=weights), data)
+        check_settings(ClassifierSettings(class_weights=weights), data, ImageReader())
 
 
 def test_balanced_sampling_needs_one_label_per_image() -> None:
-    check_settings(ClassifierSettings(balanced=True), ONE)
+    check_settings(ClassifierSettings(balanced=True), ONE, ImageReader())
     with pytest.raises(UserError, match=r"--balanced .* give --class_weights balanced"):
-        check_settings(ClassifierSettings(balanced=True), SEVERAL)
+        check_settings(ClassifierSettings(balanced=True), SEVERAL, ImageReader())
+
+
+def test_rand_augment_needs_photographs() -> None:
+    reader = ImageReader(bands=(0, 1), low=(0.0, 0.0), high=(1.0, 1.0))
+    with pytest.raises(UserError, match=r"--rand_augment .* read as 2 bands: leave it out"):
+        check_settings(ClassifierSettings(rand_augment=9), ONE, reader)
+
+
+def test_the_moving_average_of_the_weights() -> None:
+    torch.manual_seed(0)
+    classifier = Classifier(build_encoder("test_resnet", 32), ["a", "b"], multi_label=False)
+    training = ClassifierTraining(classifier, ONE, ClassifierSettings(ema=0.5))
+    weight = classifier.network.get_classifier().weight
+    mean = next(buffer for name, buffer in classifier.named_buffers() if "running_mean" in name)
+    expected: list[torch.Tensor] = []
+    for step in range(8):
+        with torch.no_grad():
+            weight.normal_()
+            mean.normal_()
+        training.on_train_batch_end(None, None, step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        current = [weight.detach().clone(), mean.clone()]
+        if step:
+            current = [decay * a + (1 - decay) * b for a, b in zip(expected, current, strict=True)]
+        expected = current
+    last = [weight.detach().clone(), mean.clone()]
+    with training.averaged():
+        torch.testing.assert_close([weight.detach(), mean], expected)
+    assert (weight == last[0]).all()
+    assert (mean == last[1]).all()
+    training.keep_average()
+    torch.testing.assert_close([weight.detach(), mean], expected)
+
+
+def test_training_views_with_rand_augment() -> None:
+    image = np.random.default_rng(0).integers(0, 255, (40, 40, 3)).astype(np.uint8)
+    plain, strong = (classifier_views(32, 1.0, True, rand_augment=m) for m in (0.0, 9.0))
+    pairs = [
+        [views(image, seed=0, epoch=epoch, index=0)[0] for views in (plain, strong)]
+        for epoch in range(8)
+    ]
+    assert sum((a != b).any() for a, b in pairs) > 4
 
 
 @pytest.mark.parametrize("data", [ONE, SEVERAL], ids=["one", "several"])

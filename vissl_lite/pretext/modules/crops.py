@@ -74,6 +74,7 @@ def local_views(
     color: float | None,
     upright: bool,
     smallest: float = 0.05,
+    solarize: float = 0.0,
 ) -> Views:
     """Local crops, whose side is 96/224 of the encoder's (SwAV, Caron 2020).
 
@@ -84,6 +85,7 @@ def local_views(
         color: Strength of the color distortion; see ``distorted_crop``.
         upright: Whether the images have a natural orientation.
         smallest: Smallest fraction of the image area, but at most ``largest``; default as SwAV's.
+        solarize: Probability of solarizing a crop.
 
     Raises:
         UserError: If the backbone does not support the size of the local crops.
@@ -97,7 +99,7 @@ def local_views(
     except UserError as error:
         raise UserError(f"{error}; --pretext.local_crops 0 does without") from None
     smallest = min(smallest, largest)
-    local = distorted_crop(side, smallest, color, upright=upright, largest_crop=largest)
+    local = distorted_crop(side, smallest, color, 0.5, solarize, upright, largest)
     return Views([local] * count, crop_decode_size(side, smallest))
 
 
@@ -113,6 +115,7 @@ class MultiCrop:
         color: Strength of the color distortion; see ``distorted_crop``.
         solarize: Blur and solarize the global crops as BYOL does; else blur each with probability
             0.5.
+        solarize_all: Otherwise, probability of solarizing a crop, be it global or local.
     """
 
     global_crops: int
@@ -121,6 +124,7 @@ class MultiCrop:
     min_global_scale: float
     color: float | None
     solarize: bool = False
+    solarize_all: float = 0.0
 
     def views(self, encoder: Encoder, upright: bool) -> Views:
         """Build the augmentations.
@@ -139,14 +143,15 @@ class MultiCrop:
                 f"--pretext.min_crop_scale {self.min_crop_scale} must be above 0 and at most "
                 f"--pretext.min_global_crop_scale {border}"
             )
-        chances = zip(BYOL_BLUR, BYOL_SOLARIZE, strict=True) if self.solarize else [(0.5, 0.0)]
+        each = self.solarize_all
+        chances = zip(BYOL_BLUR, BYOL_SOLARIZE, strict=True) if self.solarize else [(0.5, each)]
         kinds = [
             distorted_crop(size, border, self.color, blur, solarize, upright)
             for blur, solarize in chances
         ]
         pipelines = [kinds[number % len(kinds)] for number in range(self.global_crops)]
         count = default_local_crops(encoder) if self.local_crops is None else self.local_crops
-        local = local_views(encoder, count, border, self.color, upright, self.min_crop_scale)
+        local = local_views(encoder, count, border, self.color, upright, self.min_crop_scale, each)
         return Views(pipelines, crop_decode_size(size, border)) + local
 
 

@@ -12,21 +12,24 @@ from vissl_lite.errors import check_sizes
 
 
 class ProjectionHead(nn.Sequential):
-    """Multi-layer perceptron with BatchNorm and ReLU between its linear layers.
+    """Multi-layer perceptron with BatchNorm and ReLU or GELU between its linear layers.
 
     Args:
         sizes: Number of input features, of hidden features of each layer, of output features.
         last_norm: Append a BatchNorm to the last layer.
         last_affine: Whether that BatchNorm has weights and biases.
+        gelu: Whether the activation is GELU.
     """
 
-    def __init__(self, *sizes: int, last_norm: bool = False, last_affine: bool = True) -> None:
+    def __init__(
+        self, *sizes: int, last_norm: bool = False, last_affine: bool = True, gelu: bool = False
+    ) -> None:
         layers: list[nn.Module] = []
         for index, (before, after) in enumerate(pairwise(sizes)):
             last = index == len(sizes) - 2
             layers.append(nn.Linear(before, after, bias=last and not last_norm))
             if not last:
-                layers += [nn.BatchNorm1d(after), nn.ReLU(inplace=True)]
+                layers += [nn.BatchNorm1d(after), nn.GELU() if gelu else nn.ReLU(inplace=True)]
             elif last_norm:
                 layers.append(nn.BatchNorm1d(after, affine=last_affine))
         super().__init__(*layers)

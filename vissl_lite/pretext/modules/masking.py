@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.pretext.base import BACKBONE_KINDS, PretextInfo
+from vissl_lite.pretext.modules.positions import sine_cosine_positions
 
 # Tries to place a block before it is given up, and the logarithm of its largest aspect ratio.
 BLOCK_TRIES, MAX_LOG_ASPECT = 10, math.log(1 / 0.3)
@@ -346,7 +346,7 @@ class PatchPredictor(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(width))
         self.positions: Tensor
         # 2D sine-cosine embeddings, as in MAE (appendix A.1) and I-JEPA.
-        positions = build_sincos2d_pos_embed([side, side], width, interleave_sin_cos=True)
+        positions = sine_cosine_positions(side, side, width)
         self.register_buffer("positions", positions, persistent=False)
         self.blocks = nn.Sequential(
             *(Block(width, num_heads=width // 32, qkv_bias=True) for _ in range(depth))

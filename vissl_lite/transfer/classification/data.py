@@ -53,10 +53,12 @@ class Part:
         labels: Where each image has one class, ``(N,)`` int64, indices into the data set's
             classes; where it may have several or none (multi-label), ``(N, K)`` int64: 1 for each
             class that an image has, else 0.
+        weights: ``(N,)`` float32 weights of the images in the training loss; None for 1.
     """
 
     paths: list[str]
     labels: np.ndarray
+    weights: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -64,7 +66,12 @@ class Part:
     def take(self, indices: np.ndarray) -> "Part":
         """A copy of the part with the images of these indices, ascending."""
         indices = np.sort(indices)
-        return Part([self.paths[i] for i in indices], self.labels[indices])
+        weights = None if self.weights is None else self.weights[indices]
+        return Part([self.paths[i] for i in indices], self.labels[indices], weights)
+
+    def image_weights(self) -> np.ndarray:
+        """``(N,)`` float32 weights of the images in the training loss."""
+        return np.ones(len(self), np.float32) if self.weights is None else self.weights
 
 
 @dataclass(frozen=True)
@@ -183,6 +190,23 @@ class LabelledImages(LabelledDataset):
 
     def merged(self) -> Self:
         return replace(self, train=self._all(), val=self.train.take(np.empty(0, np.int64)))
+
+    def hold_out(self, indices: Sequence[int]) -> Self:
+        kept = np.setdiff1d(np.arange(len(self.train)), indices)
+        return replace(
+            self,
+            train=self.train.take(kept),
+            val=self.train.take(np.array(indices, np.int64)),
+            reading=self.reading.with_val_from_train(),
+        )
+
+    def with_train(self, other: Self) -> Self:
+        one, more = self.train, other.train
+        weights = None
+        if one.weights is not None or more.weights is not None:
+            weights = np.concatenate([one.image_weights(), more.image_weights()])
+        labels = np.concatenate([one.labels, more.labels])
+        return replace(self, train=Part([*one.paths, *more.paths], labels, weights))
 
     def folds(self, count: int, seed: int = 0) -> list[Self]:
         everything = self._all()

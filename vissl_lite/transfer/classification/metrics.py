@@ -2,14 +2,12 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torchmetrics.functional.classification import (
     binary_auroc,
@@ -23,13 +21,9 @@ from torchmetrics.functional.classification import (
 )
 
 from vissl_lite.transfer.classification.data import has_both
+from vissl_lite.transfer.confidence import LossFunction, fit_temperature
 
 log = logging.getLogger(__name__)
-
-LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-
-# Logarithms of the smallest and the largest temperature.
-TEMPERATURES = (-3.0, 3.0)
 
 
 def evaluate_one(logits: Tensor, target: Tensor) -> dict[str, float]:
@@ -79,8 +73,6 @@ def calibrated_loss(logits: Tensor, target: Tensor, loss: LossFunction) -> float
     Models are chosen by it. Training makes a model overconfident, for which the plain loss punishes
     it also where more images are classified correctly; of few images, their accuracy is too coarse.
 
-    Source: temperature scaling (Guo et al. 2017, section 4.2).
-
     Args:
         logits: ``(N, K)``.
         target: Target of the loss.
@@ -88,11 +80,7 @@ def calibrated_loss(logits: Tensor, target: Tensor, loss: LossFunction) -> float
     """
     if not logits.isfinite().all():
         return math.nan
-
-    def at(log_temperature: float) -> float:
-        return float(loss(logits / math.exp(log_temperature), target))
-
-    return float(minimize_scalar(at, bounds=TEMPERATURES, method="bounded").fun)
+    return fit_temperature(logits, target, loss)[1]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The classifier, a timm model with named classes, and its model folder."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +67,37 @@ def pooled_features(classifier: Classifier, paths: Sequence[str]) -> tuple[np.nd
     return features.numpy(), good
 
 
-def class_logits(classifier: Classifier, paths: Sequence[str]) -> tuple[Tensor, np.ndarray]:
+def class_logits(
+    classifier: Classifier, paths: Sequence[str], progress: Callable[[int], None] | None = None
+) -> tuple[Tensor, np.ndarray]:
     """``(N, K)`` logits of the readable images, and ``(M,)`` bool: which of all M these are."""
     (logits,), good = predict_images(
         classifier,
         lambda images: [classifier(images)],
         classifier.encoder,
         paths,
+        progress,
     )
     return logits, good
+
+
+def margin_uncertainty(probabilities: Tensor, multi_label: bool) -> Tensor:
+    """1 minus the difference of the two largest probabilities (Scheffer et al. 2001).
+
+    Args:
+        probabilities: ``(N, K)``.
+        multi_label: Whether an image may have several labels: each class is then a decision between
+            yes and no, and the mean over classes is taken.
+
+    Returns:
+        ``(N,)`` from 0 to 1.
+    """
+    if multi_label:
+        return 1 - (2 * probabilities - 1).abs().mean(dim=1)
+    if probabilities.shape[1] == 1:
+        return torch.zeros(len(probabilities))
+    first, second = probabilities.topk(2, dim=1).values.unbind(dim=1)
+    return 1 - (first - second)
 
 
 def score_classifier(classifier: Classifier, data: LabelledImages) -> TestScores:

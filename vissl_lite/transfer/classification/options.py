@@ -42,6 +42,9 @@ class ClassificationOptions(LabelOptions, ClassWeightsOption):
     color: float = 0.5
     """Strength of the color jitter of training images: brightness, contrast and saturation change
     by up to 0.8 times it, the hue by up to 0.2 of the circle times it. 0 leaves colors alone."""
+    rand_augment: float = 0.0
+    """Strength, up to 10, of two random operations on each training image (RandAugment): turns,
+    shears, shifts, colors and others; 9 in DeiT and MAE, for many labels. 0 for none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,7 @@ class ClassifierSettings(TransferSettings, ClassificationOptions):
         mixup, cutmix: See ``mixing.mix``.
         drop_path: See ``set_drop_path``.
         color: Strength of the color jitter, see ``color_distortion``.
+        rand_augment: Magnitude of ``RandAugment``; 0 for none.
         class_weights: Weights of the classes in the loss, see ``loss_weights``: ``balanced``, or a
             weight by name. None for all alike.
     """
@@ -63,6 +67,7 @@ class ClassifierSettings(TransferSettings, ClassificationOptions):
     def __post_init__(self) -> None:
         check_warmup("label_smoothing", self.label_smoothing)
         check_not_negative("color", self.color, MAX_COLOR)
+        check_not_negative("rand_augment", self.rand_augment, 10)
         check_not_negative("mixup", self.mixup, MAX_ALPHA)
         check_not_negative("cutmix", self.cutmix, MAX_ALPHA)
         check_warmup("drop_path", self.drop_path)

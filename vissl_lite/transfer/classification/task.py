@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -19,17 +19,25 @@ from vissl_lite.inference import check_outputs, run_in_batches
 from vissl_lite.plots import Picture, draw_caption, plot_confusion, plot_grid, plot_per_class
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.transfer.base import Task, spread
+from vissl_lite.transfer.base import KnownImages, Task, spread
 from vissl_lite.transfer.classification.data import LabelledImages, load_labelled
+from vissl_lite.transfer.classification.discovery import find_labels
 from vissl_lite.transfer.classification.metrics import TestScores
 from vissl_lite.transfer.classification.model import (
     Classifier,
     class_logits,
     load_classifier,
+    margin_uncertainty,
     save_classifier,
     score_classifier,
 )
 from vissl_lite.transfer.classification.options import ClassificationOptions, ClassifierSettings
+from vissl_lite.transfer.classification.pseudo_labels import (
+    held_out_logits,
+    measure_confidence,
+    read_pseudo_labels,
+    write_pseudo_labels,
+)
 from vissl_lite.transfer.classification.training import (
     FEW_IMAGES,
     build_classifier,
@@ -37,10 +45,13 @@ from vissl_lite.transfer.classification.training import (
     train_classifier,
     validate_classifier,
 )
+from vissl_lite.transfer.confidence import Confidence, Cutoff, HeldOut
 from vissl_lite.transfer.exporting import ExportModel, Normalization
 from vissl_lite.transfer.finetuning import has_norms
 from vissl_lite.transfer.prediction import Predictions, growing_file
+from vissl_lite.transfer.skeleton import TABLE_SKELETON, write_table_skeleton
 from vissl_lite.transfer.sources.parts import Split
+from vissl_lite.transfer.sources.reading_log import ReadingLog
 
 MAX_SHOWN = 16  # test images in the picture of predictions beside the truth
 
@@ -57,11 +68,25 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
     def load_data(self, source: str, settings: ClassifierSettings) -> LabelledImages:
         return load_labelled(source, settings.seed, multi_label=True, options=settings)
 
+    def labelled_images(self, source: str, settings: ClassifierSettings) -> KnownImages:
+        """Also of images that are too few to train on."""
+        reading = ReadingLog(source)
+        found = find_labels(Path(source), settings, reading)
+        reading.report()
+        named = {name for image in found.images for name in image.names}
+        labels = [image.names[0] for image in found.images if len(image.names) == 1]
+        return KnownImages(
+            [image.path for image in found.images],
+            sorted({*named, *found.classes}),
+            labels if len(labels) == len(found.images) else None,
+            any(image.part is not None for image in found.images),
+        )
+
     def image_size(self, data: LabelledImages, settings: ClassifierSettings) -> int | None:
         return None if settings.pretrained else suitable_size(data.train.paths)
 
     def check(self, encoder: Encoder, data: LabelledImages, settings: ClassifierSettings) -> None:
-        check_settings(settings, data)
+        check_settings(settings, data, encoder.reader)
 
     def metric_names(self, data: LabelledImages) -> tuple[str, ...]:
         return ("map" if data.multi_label else "top1", "calibrated_loss", "loss")
@@ -102,6 +127,20 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
         self, model: Classifier, data: LabelledImages, part: Split = "val"
     ) -> dict[str, float]:
         return validate_classifier(model, data.part(part), data.multi_label)
+
+    def held_out(self, model: Classifier, data: LabelledImages) -> HeldOut:
+        return held_out_logits(model, data)
+
+    def confidence(self, held_out: HeldOut) -> Confidence | None:
+        return measure_confidence(held_out)
+
+    def pseudo_label(
+        self, model: Classifier, cutoff: Cutoff, predictions: Predictions
+    ) -> tuple[Path, int, np.ndarray]:
+        return write_pseudo_labels(model, cutoff, predictions)
+
+    def read_pseudo_labels(self, folder: Path, data: LabelledImages) -> LabelledImages:
+        return read_pseudo_labels(folder, data)
 
     def evaluate(self, model: Classifier, data: LabelledImages) -> TestScores:
         return score_classifier(model, data)
@@ -183,6 +222,17 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
                 predictions.advance,
             )
         return file, int(good.sum())
+
+    def uncertainty(
+        self, model: Classifier, paths: Sequence[str], advance: Callable[[int], None]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """1 minus the margin of the two most probable classes; of several labels the mean."""
+        logits, good = class_logits(model, paths, advance)
+        check_outputs([logits], f"one of {len(paths)} images")
+        return margin_uncertainty(model.probabilities(logits), model.multi_label).numpy(), good
+
+    def write_skeleton(self, paths: Sequence[str], classes: Sequence[str], folder: Path) -> Path:
+        return write_table_skeleton(folder / TABLE_SKELETON, paths)
 
     def export_model(self, model: Classifier, folder: Path) -> ExportModel:
         encoder = model.encoder

@@ -14,6 +14,8 @@ import torch.nn.functional as F  # noqa: N812
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from vissl_lite.data.image_reader import ImageReader
+from vissl_lite.data.rand_augment import RandAugment
 from vissl_lite.data.stream import Batch, ViewDataset
 from vissl_lite.data.views import Views, color_jitter, crop_decode_size, flip, random_crop
 from vissl_lite.encoders.encoder import Encoder
@@ -48,13 +50,19 @@ MIN_CROP_SCALE = 0.6
 MAX_HEAD_IMAGES = 20_000
 
 
-def check_settings(settings: ClassifierSettings, data: LabelledImages) -> None:
+def check_settings(settings: ClassifierSettings, data: LabelledImages, reader: ImageReader) -> None:
     """Raise a UserError if settings do not suit the data.
 
     Args:
         settings: Settings of the training.
         data: Labelled images.
+        reader: How the images are read.
     """
+    if settings.rand_augment and reader.bands is not None:
+        raise UserError(
+            "--rand_augment has operations for 8-bit RGB images alone, and these are read as "
+            f"{reader.channels} bands: leave it out"
+        )
     if settings.balanced and data.multi_label:
         raise UserError(
             "--balanced samples images by their one class, but here an image has "
@@ -110,21 +118,32 @@ def loss_weights(chosen: str | dict[str, float] | None, data: LabelledImages) ->
     return torch.from_numpy(weights).float()
 
 
-def one_label_loss(logits: Tensor, target: Tensor, weights: Tensor, smoothing: float) -> Tensor:
-    """Cross-entropy, each image weighted by its class.
+def one_label_loss(
+    logits: Tensor,
+    target: Tensor,
+    weights: Tensor,
+    smoothing: float,
+    image_weights: Tensor | float = 1.0,
+) -> Tensor:
+    """Cross-entropy, each image weighted by its class and by itself.
 
     Args:
         logits: ``(B, K)``.
         target: ``(B, K)`` probabilities of the classes: one-hot, or those of mixed images.
         weights: ``(K,)``.
         smoothing: Share of the target that is spread over all classes.
+        image_weights: ``(B,)``, or the same for all.
     """
     losses = F.cross_entropy(logits, target, label_smoothing=smoothing, reduction="none")
-    return ((target @ weights) * losses).mean()
+    return ((target @ weights) * losses * image_weights).mean()
 
 
 def several_labels_loss(
-    logits: Tensor, target: Tensor, weights: Tensor, smoothing: float
+    logits: Tensor,
+    target: Tensor,
+    weights: Tensor,
+    smoothing: float,
+    image_weights: Tensor | float = 1.0,
 ) -> Tensor:
     """Binary cross-entropy, averaged over images and classes.
 
@@ -133,9 +152,11 @@ def several_labels_loss(
         target: ``(B, K)`` of 0 and 1, or in between for mixed images.
         weights: ``(K,)``, on the side of the loss that asks for the class.
         smoothing: Label smoothing s; targets are s / 2 and 1 - s / 2.
+        image_weights: ``(B,)``, or the same for all.
     """
     soft = target * (1 - smoothing) + smoothing / 2
-    return F.binary_cross_entropy_with_logits(logits, soft, pos_weight=weights)
+    losses = F.binary_cross_entropy_with_logits(logits, soft, pos_weight=weights, reduction="none")
+    return (losses.mean(dim=1) * image_weights).mean()
 
 
 class ClassifierTraining(TransferModule[Classifier, ClassifierSettings]):
@@ -154,9 +175,12 @@ class ClassifierTraining(TransferModule[Classifier, ClassifierSettings]):
         self.loss = several_labels_loss if data.multi_label else one_label_loss
         self.labels: Tensor
         self.weights: Tensor
+        self.image_weights: Tensor
         weights = loss_weights(settings.class_weights, data)
         self.register_buffer("labels", torch.from_numpy(data.train.labels), persistent=False)
         self.register_buffer("weights", weights, persistent=False)
+        image_weights = torch.from_numpy(data.train.image_weights())
+        self.register_buffer("image_weights", image_weights, persistent=False)
         set_drop_path(classifier.network, settings.drop_path)
         if settings.frozen:
             classifier.network.get_classifier().requires_grad_(True)
@@ -166,9 +190,13 @@ class ClassifierTraining(TransferModule[Classifier, ClassifierSettings]):
         target = self.labels[batch.indices]
         if target.ndim == 1:
             target = F.one_hot(target, len(self.weights))
-        images, target = mix(images, target.float(), self.settings.mixup, self.settings.cutmix)
+        # the weight of an image is mixed in the same ratio as its label
+        weight = self.image_weights[batch.indices, None]
+        both = torch.cat([target.float(), weight], dim=1)
+        images, both = mix(images, both, self.settings.mixup, self.settings.cutmix)
+        target, weight = both[:, :-1], both[:, -1]
         logits = self.model(images).float()
-        loss = self.loss(logits, target, self.weights, self.settings.label_smoothing)
+        loss = self.loss(logits, target, self.weights, self.settings.label_smoothing, weight)
         self.log("loss", loss.detach())
         return loss
 
@@ -190,7 +218,9 @@ def set_drop_path(model: nn.Module, rate: float) -> None:
                 setattr(block, name, DropPath(here) if here else nn.Identity())
 
 
-def classifier_views(size: int, min_crop_scale: float, upright: bool, color: float = 0.0) -> Views:
+def classifier_views(
+    size: int, min_crop_scale: float, upright: bool, color: float = 0.0, rand_augment: float = 0.0
+) -> Views:
     """One training view: a random crop, perhaps flipped, with changed colors.
 
     Args:
@@ -198,8 +228,11 @@ def classifier_views(size: int, min_crop_scale: float, upright: bool, color: flo
         min_crop_scale: Smallest share of the image's area.
         upright: Whether the images have an up; see ``flip``.
         color: Strength of the color jitter; see ``color_distortion``.
+        rand_augment: Magnitude of ``RandAugment``; 0 for none.
     """
     one = [random_crop(size, min_crop_scale), flip(upright)]
+    if rand_augment:
+        one.append(RandAugment(rand_augment))
     if color:
         one.append(color_jitter(color))
     return Views([one], shortest=crop_decode_size(size, min_crop_scale))
@@ -268,14 +301,18 @@ def train_classifier(
     Raises:
         UserError: The batch is larger than the training part, or settings do not suit the data.
     """
-    check_settings(settings, data)
+    check_settings(settings, data, classifier.encoder.reader)
     if data.multi_label:
         _warn_of_constant_classes(data)
     batch_size = settings.batch(len(data.train), usual=64)
     training = ClassifierTraining(classifier, data, settings)
     size = classifier.encoder.image_size
     views = classifier_views(
-        size, settings.min_crop_scale or MIN_CROP_SCALE, settings.upright, settings.color
+        size,
+        settings.min_crop_scale or MIN_CROP_SCALE,
+        settings.upright,
+        settings.color,
+        settings.rand_augment,
     )
     reader = classifier.encoder.reader
     dataset = ViewDataset(data.train.paths, views, settings.seed, reader=reader)

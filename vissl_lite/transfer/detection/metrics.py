@@ -183,6 +183,33 @@ def mask_precision(
     return by_class, float(at_50.mean()) if len(at_50) else 0.0
 
 
+def match_boxes(
+    found: Sequence[Detections], images: Sequence[BoxedImage]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find which boxes are right: of the class of a true box, at IoU 0.5, which no better box has.
+
+    Args:
+        found: Detections of each image, sorted by descending score.
+        images: Images with their true boxes.
+
+    Returns:
+        Scores ``(N,)`` float64 and ``(N,)`` bool of the boxes of all images, in their order.
+    """
+    scores, right = [], []
+    for one, image in zip(found, images, strict=True):
+        truth, labels = image.boxes[~image.ignored], image.labels[~image.ignored]
+        overlap = box_iou(torch.from_numpy(one.boxes), torch.from_numpy(truth)).numpy()
+        overlap[one.labels[:, None] != labels[None]] = 0
+        for row, score in zip(overlap, one.scores, strict=True):
+            best = int(row.argmax()) if len(row) else 0
+            hit = len(row) > 0 and row[best] >= 0.5
+            if hit:
+                overlap[:, best] = 0  # each true box matches only once
+            scores.append(float(score))
+            right.append(bool(hit))
+    return np.array(scores, np.float64), np.array(right, bool)
+
+
 def best_threshold(found: Sequence[Detections], images: Sequence[BoxedImage]) -> float:
     """Find the score threshold with the best F1 at IoU 0.5.
 
@@ -193,22 +220,11 @@ def best_threshold(found: Sequence[Detections], images: Sequence[BoxedImage]) ->
     Returns:
         Minimum score of the boxes to keep; 0.5 if no detection is correct.
     """
-    scores, right, wanted = [], [], 0
-    for one, image in zip(found, images, strict=True):
-        truth, labels = image.boxes[~image.ignored], image.labels[~image.ignored]
-        wanted += len(truth)
-        overlap = box_iou(torch.from_numpy(one.boxes), torch.from_numpy(truth)).numpy()
-        overlap[one.labels[:, None] != labels[None]] = 0
-        for row, score in zip(overlap, one.scores, strict=True):
-            best = int(row.argmax()) if len(row) else 0
-            hit = len(row) > 0 and row[best] >= 0.5
-            if hit:
-                overlap[:, best] = 0  # each true box matches only once
-            scores.append(float(score))
-            right.append(hit)
-    if not any(right):
+    scores, right = match_boxes(found, images)
+    wanted = sum(int((~image.ignored).sum()) for image in images)
+    if not right.any():
         return 0.5
-    order = np.argsort(-np.array(scores), kind="stable")
-    hits = np.cumsum(np.array(right)[order])
+    order = np.argsort(-scores, kind="stable")
+    hits = np.cumsum(right[order])
     f1 = 2 * hits / (np.arange(1, len(hits) + 1) + wanted)
-    return float(np.array(scores)[order][f1.argmax()])
+    return float(scores[order][f1.argmax()])

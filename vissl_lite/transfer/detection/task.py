@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -19,18 +19,26 @@ from vissl_lite.plots import Picture, class_colors, draw_boxes, plot_grid, plot_
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.base import Task, sample, spread
+from vissl_lite.transfer.confidence import Confidence, Cutoff, HeldOut
 from vissl_lite.transfer.detection.data import BoxedImage, LabelledBoxes, load_boxes
 from vissl_lite.transfer.detection.export import ONNX_TRANSLATIONS, ExportableDetector
 from vissl_lite.transfer.detection.metrics import DetectionScores, score_detector
 from vissl_lite.transfer.detection.model import (
     Detections,
     Detector,
+    detect,
     detect_in_batches,
     fit_into,
     load_detector,
     save_detector,
 )
 from vissl_lite.transfer.detection.options import DetectionOptions, DetectorSettings
+from vissl_lite.transfer.detection.pseudo_labels import (
+    held_out_boxes,
+    measure_confidence,
+    read_pseudo_labels,
+    write_pseudo_labels,
+)
 from vissl_lite.transfer.detection.training import (
     build_detector,
     check_rescaling,
@@ -100,6 +108,20 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
             choose_threshold(model, data)
         else:
             model.threshold = like.threshold
+
+    def held_out(self, model: Detector, data: LabelledBoxes) -> HeldOut:
+        return held_out_boxes(model, data)
+
+    def confidence(self, held_out: HeldOut) -> Confidence | None:
+        return measure_confidence(held_out)
+
+    def pseudo_label(
+        self, model: Detector, cutoff: Cutoff, predictions: Predictions
+    ) -> tuple[Path, int, np.ndarray]:
+        return write_pseudo_labels(model, cutoff, predictions)
+
+    def read_pseudo_labels(self, folder: Path, data: LabelledBoxes) -> LabelledBoxes:
+        return read_pseudo_labels(folder, data)
 
     def evaluate(self, model: Detector, data: LabelledBoxes) -> DetectionScores:
         return score_detector(model, data.test)
@@ -204,6 +226,18 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
         _write_coco(file, head, lines)
         lines.unlink()
         return file, int(good.sum())
+
+    def uncertainty(
+        self, model: Detector, paths: Sequence[str], advance: Callable[[int], None]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Sum over boxes of 1 minus the margin between object and no object.
+
+        Source: Brust et al. 2019 (arXiv 1809.09875): a measure per box, summed over the boxes of an
+        image. An image without boxes is certain.
+        """
+        found, good = detect(model, paths, advance)
+        sums = [float((1 - np.abs(2 * one.scores - 1)).sum()) for one in found]
+        return np.array(sums, np.float32), good
 
     def export_model(self, model: Detector, folder: Path) -> ExportModel:
         layers = nn.Sequential(

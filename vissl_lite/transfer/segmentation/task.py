@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
@@ -30,6 +30,7 @@ from vissl_lite.plots import (
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.base import Task, sample, spread
+from vissl_lite.transfer.confidence import Confidence, Cutoff, HeldOut
 from vissl_lite.transfer.exporting import ExportModel, Normalization
 from vissl_lite.transfer.prediction import Predictions
 from vissl_lite.transfer.pyramid import report_use, shrunk
@@ -40,8 +41,15 @@ from vissl_lite.transfer.segmentation.model import (
     load_segmenter,
     save_segmenter,
     segment,
+    segment_all,
 )
 from vissl_lite.transfer.segmentation.options import SegmentationOptions, SegmenterSettings
+from vissl_lite.transfer.segmentation.pseudo_labels import (
+    held_out_pixels,
+    measure_confidence,
+    read_pseudo_labels,
+    write_pseudo_labels,
+)
 from vissl_lite.transfer.segmentation.training import (
     build_segmenter,
     train_segmenter,
@@ -98,6 +106,20 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
         self, model: Segmenter, data: LabelledMasks, part: Split = "val"
     ) -> dict[str, float]:
         return validate_segmenter(model, sample(data.part(part)))
+
+    def held_out(self, model: Segmenter, data: LabelledMasks) -> HeldOut:
+        return held_out_pixels(model, data)
+
+    def confidence(self, held_out: HeldOut) -> Confidence | None:
+        return measure_confidence(held_out)
+
+    def pseudo_label(
+        self, model: Segmenter, cutoff: Cutoff, predictions: Predictions
+    ) -> tuple[Path, int, np.ndarray]:
+        return write_pseudo_labels(model, cutoff, predictions)
+
+    def read_pseudo_labels(self, folder: Path, data: LabelledMasks) -> LabelledMasks:
+        return read_pseudo_labels(folder, data)
 
     def evaluate(self, model: Segmenter, data: LabelledMasks) -> SegmentationScores:
         return score_segmenter(model, data.test)
@@ -165,6 +187,30 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
                     masks = {}
         good = report_broken(predictions.paths, faults)
         return predictions.run / "masks", int(good.sum())
+
+    def uncertainty(
+        self, model: Segmenter, paths: Sequence[str], advance: Callable[[int], None]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Mean over pixels of 1 minus the margin of the two most probable classes."""
+        means: list[float] = []
+        faults: list[str | None] = []
+        with inference_mode(model) as device:
+            for path in paths:
+                advance(1)
+                try:
+                    image = model.encoder.reader.read(path)
+                except BROKEN_IMAGE as error:
+                    faults.append(reason(error, path))
+                    continue
+                faults.append(None)
+                (probabilities,) = segment_all(model, [image], device)
+                first, second = probabilities.topk(2, dim=0).values.unbind()
+                means.append(float(1 - (first - second).mean()))
+        return np.array(means, np.float32), report_broken(paths, faults)
+
+    def write_skeleton(self, paths: Sequence[str], classes: Sequence[str], folder: Path) -> Path:
+        # the first class is the background, which has no objects
+        return super().write_skeleton(paths, classes[1:], folder)
 
     def export_model(self, model: Segmenter, folder: Path) -> ExportModel:
         encoder = model.encoder

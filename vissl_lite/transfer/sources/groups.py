@@ -126,18 +126,27 @@ def groups_of_others(paths: Sequence[str], log: ReadingLog) -> set[str]:
     """Groups of images that are not of the data set, such as those of pre-training.
 
     Args:
+        paths: See ``group_of_others``, as for the other.
+        log: Result of ``find_groups``.
+    """
+    return {group for group in group_of_others(paths, log) if group is not None}
+
+
+def group_of_others(paths: Sequence[str], log: ReadingLog) -> list[str | None]:
+    """The group of each of some images that are not of the data set; None for one without.
+
+    Args:
         paths: Image files, which need not exist anymore.
         log: Result of ``find_groups``. The same regular expression is searched in the whole path;
             groups of a column are those of the same files.
     """
     if log.group_by is not None:
         pattern = re.compile(log.group_by)
-        return {group for path in paths if (group := _group_in(Path(path).as_posix(), pattern))}
+        return [_group_in(Path(path).as_posix(), pattern) or None for path in paths]
     if log.grouped_by == _OF_FILES:
-        return {group for path in paths if (group := default_group(path)) is not None}
+        return [default_group(path) for path in paths]
     known = {os.path.abspath(path): group for path, group in log.groups.items()}
-    places = map(os.path.abspath, paths)
-    return {known[place] for place in places if place in known}
+    return [known.get(os.path.abspath(path)) for path in paths]
 
 
 def _relative(path: str, folder: Path) -> str:

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,10 @@ class ReadingLog:
     split: str = ""
     val_from_train: bool = False
     _first: dict[str, str] = field(default_factory=dict)
+
+    def with_val_from_train(self) -> "ReadingLog":
+        """A copy for a data set whose validation part is taken out of its training images."""
+        return replace(self, val_from_train=True)
 
     def add(self, kind: str, where: str, times: int | np.integer[Any] = 1) -> None:
         """Count an item that was left out or corrected, in the file ``where``."""

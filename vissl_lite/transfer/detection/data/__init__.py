@@ -124,7 +124,9 @@ class LabelledBoxes(ListDataset[BoxedImage]):
         """
         folder.mkdir(parents=True, exist_ok=True)
         for name in PARTS:
-            content = json.dumps(_as_coco(self.classes, self.part(name), self.reading.groups))
+            content = json.dumps(
+                as_coco_content(self.classes, self.part(name), self.reading.groups)
+            )
             (folder / f"{name}.json").write_text(content, encoding="utf-8")
 
 
@@ -261,10 +263,16 @@ def _check_shapes(data: LabelledBoxes, source: str) -> None:
             )
 
 
-def _as_coco(
+def as_coco_content(
     classes: list[str], images: list[BoxedImage], groups: Mapping[str, str]
 ) -> dict[str, list[dict[str, object]]]:
-    """Convert images to the content of a file in COCO's format, with a key ``group`` if needed."""
+    """Convert images to the content of a file in COCO's format.
+
+    Args:
+        classes: Names of all classes.
+        images: Images with their boxes.
+        groups: Groups by path of the image, written to a key ``group``.
+    """
     listed: list[dict[str, object]] = []
     annotations: list[dict[str, object]] = []
     for number, one in enumerate(images, start=1):

@@ -1,0 +1,186 @@
+"""Pseudo-labels, and training on them, through the command line."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import vissl_lite
+from tests.conftest import with_pictures
+from vissl_lite.cli import main
+from vissl_lite.sample.dataset import make_sample_data
+
+
+def run(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sample") / "data"
+    return make_sample_data(out, unlabelled=8, train=20, val=10, test=10, size=48, processes=1)
+
+
+@pytest.fixture(scope="module")
+def tuned(encoder: Path, labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "tuned"
+    common = ("--data", labelled, "--encoder", encoder, "--epochs", 6, "--frozen_norm", "true")
+    assert run("finetune", *common, "--num_workers", 0, "--out", out) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def pool(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Unlabelled images: 30 new ones, two of the test part, one of the training part."""
+    folder = tmp_path_factory.mktemp("pool")
+    for index in range(30):
+        image = np.random.default_rng(index).integers(0, 120, (32, 32, 3), dtype=np.uint8)
+        image[..., index % 3] += 130
+        Image.fromarray(image).save(folder / f"{('red', 'green', 'blue')[index % 3]}-{index}.png")
+    for number, name in enumerate(("test/red/0", "test/blue/1", "train/red/2")):
+        shutil.copy(labelled / f"{name}.png", folder / f"{name.split('/')[1]}-copy{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pseudo_labels(tuned: Path, pool: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "pseudo"
+    options = ("--min_precision", 0.5, "--pictures", 2)
+    with with_pictures():
+        assert run("pseudo-label", "--model", tuned, "--data", pool, "--out", out, *options) == 0
+    return out
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as table:
+        return list(csv.DictReader(table))
+
+
+def test_confident_predictions_are_written_as_labels(pseudo_labels: Path, pool: Path) -> None:
+    rows = rows_of(pseudo_labels / "pseudo_labels.csv")
+    results = json.loads((pseudo_labels / "results.json").read_text())
+    assert results["images"] == 33
+    assert len(rows) == results["labels"] == sum(results["labelled"].values()) >= 11
+    assert all(float(row["confidence"]) >= results["min_confidence"] - 1e-4 for row in rows)
+    right = [Path(row["path"]).name.startswith(row["label"]) for row in rows]
+    assert sum(right) > len(rows) / 2
+    assert results["precision"] >= 0.5
+    assert results["held_out_images"] <= 36
+    assert len((pseudo_labels / "unlabelled.txt").read_text().splitlines()) == 33
+    assert len(list((pseudo_labels / "pictures").iterdir())) == 2
+    assert "report.html" in {path.name for path in pseudo_labels.iterdir()}
+
+
+def test_a_number_is_taken_as_it_is(tuned: Path, pool: Path, tmp_path: Path) -> None:
+    result = vissl_lite.pseudo_label(model=tuned, data=pool, out=tmp_path, min_confidence=0)
+    assert len(rows_of(result.labels)) == result.images == 33
+    assert result.min_confidence == 0
+
+
+@pytest.mark.slow
+def test_images_of_the_test_part_are_left_out_and_rounds_are_compared(
+    pseudo_labels: Path, encoder: Path, labelled: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    everything = tmp_path / "pseudo"
+    shutil.copytree(pseudo_labels, everything)
+    rows = [
+        [row["path"], Path(row["path"]).name.split("-")[0], 1, 0.5]
+        for row in ({"path": path} for path in (everything / "unlabelled.txt").read_text().split())
+    ]
+    with (everything / "pseudo_labels.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["path", "label", "confidence", "weight"], *rows])
+    common = ("--data", labelled, "--encoder", encoder, "--num_workers", 0, "--epochs", 2)
+    options = ("--pseudo_labels", everything, "--rounds", 2, "--frozen_norm", "true")
+    with with_pictures():
+        assert run("finetune", *common, *options, "--out", out) == 0
+    results = json.loads((out / "results.json").read_text())
+    found = results["pseudo_labels"]
+    first, second, *_ = found["rounds"]
+    assert first["pseudo_labelled"] == 0
+    assert second["pseudo_labelled"] == 30
+    assert second["left_out"] == {"test": 2, "val": 0, "train": 1}
+    assert results["train_images"] == 36  # true labels
+    assert results["test"] == found["rounds"][found["kept"]]["test"]
+    best = min(one["val"]["calibrated_loss"] for one in found["rounds"])
+    assert results["val"]["calibrated_loss"] == best
+    gap = found["rounds"][-1]["test"]["top1"] - first["test"]["top1"]
+    assert found["difference"]["mean"] == pytest.approx(gap)
+    assert found["difference"]["low"] <= gap <= found["difference"]["high"]
+    assert {row["split"] for row in rows_of(out / "split.csv")} == {"train", "val", "test"}
+    assert len(rows_of(out / "split.csv")) == 54
+    assert "Pseudo-labels of" in (out / "report.html").read_text()
+    assert (out / "metrics.csv").is_file()
+
+
+def test_what_can_not_be_used_is_refused(
+    tuned: Path, pool: Path, pseudo_labels: Path, labelled: Path, tmp_path: Path, capfd
+) -> None:
+    def refused(*words: object) -> str:
+        assert run(*words, "--out", tmp_path / "out") == 2
+        assert not (tmp_path / "out").exists()
+        return capfd.readouterr().err
+
+    model = tmp_path / "model"
+    shutil.copytree(tuned / "model", model)
+    (model / "confidence.json").unlink()
+    message = refused("pseudo-label", "--model", model, "--data", pool)
+    assert "does not say how often its confident predictions are right" in message
+    message = refused("pseudo-label", "--model", tuned, "--data", pool, "--min_confidence", 2)
+    assert "--min_confidence 2" in message
+    message = refused("finetune", "--data", labelled, "--rounds", 2)
+    assert "--rounds 2 needs --pseudo_labels" in message
+    shutil.copytree(pseudo_labels, tmp_path / "pseudo")
+    table = tmp_path / "pseudo" / "pseudo_labels.csv"
+    for rows, expected in (
+        ("path,label\na.png,pink\n", "line 2: the data have no class 'pink'"),
+        ("path,label,weight\na.png,red,-1\n", "line 2: the weight '-1' is no positive number"),
+        ("path,labels\na.png,red\n", "has no column label"),
+        ("path,label\na.png,red\n", "none of the 1 pseudo-labelled images"),
+    ):
+        table.write_text(rows)
+        words = ("--pseudo_labels", tmp_path / "pseudo")
+        assert expected in refused("finetune", "--data", labelled, *words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_boxes_and_masks_are_written_and_trained_on(
+    task: str, sample: Path, encoder: Path, tmp_path: Path
+) -> None:
+    kind = ("--detector", "fcos") if task == "detection" else ()
+    common = ("--task", task, *kind, "--data", sample, "--encoder", encoder, "--num_workers", 0)
+    model, pseudo, out = (tmp_path / name for name in ("model", "pseudo", "run"))
+    assert run("finetune", *common, "--epochs", 2, "--out", model) == 0
+    confidence = json.loads((model / "model" / "confidence.json").read_text())
+    assert confidence["of"] == {"detection": "boxes", "segmentation": "pixels"}[task]
+    assert confidence["images"][0] == 10
+    head = json.loads((model / "model" / "head.json").read_text())
+    if task == "detection":  # a detector of two epochs is never sure
+        head["threshold"] = 0.06
+        (model / "model" / "head.json").write_text(json.dumps(head))
+    words = ("--model", model, "--data", sample / "unlabelled", "--min_confidence", 0.06)
+    words += ("--pictures", 1)
+    assert run("pseudo-label", *words, "--out", pseudo) == 0
+    results = json.loads((pseudo / "results.json").read_text())
+    assert results["images"] == 8
+    assert len(list((pseudo / "pictures").rglob("*.png"))) == 1
+    if task == "detection":
+        found = json.loads((pseudo / "pseudo_labels.json").read_text())
+        assert len(found["annotations"]) == results["labels"] > 0
+        assert all(one["score"] >= 0.06 for one in found["annotations"])
+        images = len(found["images"])
+    else:
+        rows = rows_of(pseudo / "pseudo_labels.csv")
+        images = len(rows)
+        assert all((pseudo / row["mask"]).is_file() for row in rows)
+    options = ("--pseudo_labels", pseudo, "--epochs", 1, "--out", out)
+    assert run("finetune", *common, *options) == 0
+    found = json.loads((out / "results.json").read_text())["pseudo_labels"]
+    assert [one["pseudo_labelled"] for one in found["rounds"]] == [0, images]
+    assert found["verdict"] == "unknown"  # no interval for one training each
+    assert found["difference"].keys() == {"mean"}

@@ -1,0 +1,182 @@
+import csv
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+import vissl_lite
+from tests.conftest import blobs, trying, with_pictures
+from vissl_lite.cli import main
+from vissl_lite.encoders.folder import load_encoder
+from vissl_lite.transfer.classification.model import Classifier, load_classifier, save_classifier
+from vissl_lite.transfer.tasks import TASKS
+
+
+@pytest.fixture(scope="module")
+def model(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier that knows nothing."""
+    folder = tmp_path_factory.mktemp("tuned")
+    save_classifier(Classifier(load_encoder(encoder), ["cat", "dog", "eel"]), folder / "model", {})
+    return folder
+
+
+def run(*words: object) -> int:
+    return main(["select", *map(str, words)])
+
+
+def page_content(file: Path) -> dict[str, Any]:
+    """The data in a page for labelling."""
+    found = re.search(r'<script[^>]*type="application/json"[^>]*>(.*?)</script>', file.read_text())
+    assert found is not None
+    content: dict[str, Any] = json.loads(found[1])
+    return content
+
+
+def rows(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
+def test_the_first_round(encoder: Path, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with with_pictures():
+        assert run("--encoder", encoder, "--data", photos, "--budget", 6, "--out", out) == 0
+    chosen = rows(out / "selected.csv")
+    assert [row["rank"] for row in chosen] == list("123456")
+    assert len({row["path"] for row in chosen}) == 6
+    assert all(Path(row["path"]).is_relative_to(photos) for row in chosen)
+    assert sum(int(row["covers"]) for row in chosen) == 24
+    assert all(row["reason"].startswith("raises the coverage by 0.") for row in chosen)
+    to_label = [{"path": row["path"], "label": ""} for row in chosen]
+    assert rows(out / "to_label.csv") == to_label
+    results = json.loads((out / "results.json").read_text())
+    assert (results["chosen"], results["images"], results["labelled"]) == (6, 24, 0)
+    coverage = results["coverage"]
+    assert [len(coverage[name]) for name in ("selected", "continued", "random")] == [7, 7, 13]
+    assert coverage["selected"][-1] == coverage["continued"][0]
+    assert Image.open(out / "selected.png").width > 1000
+    assert all(row["path"] in (out / "label.html").read_text() for row in chosen)
+    page = (out / "report.html").read_text()
+    for words in ("Coverage by number of images", "Chosen images", "Map of the images"):
+        assert f">{words}</h2>" in page
+    again = vissl_lite.select(encoder=encoder, data=photos, budget=6, out=tmp_path / "again")
+    assert again.paths == [row["path"] for row in chosen]
+    assert again.selected.read_bytes() == (out / "selected.csv").read_bytes()
+
+
+@pytest.mark.parametrize("method", ["herding", "margin"])
+def test_a_later_round_knows_what_is_labelled(
+    method: str, encoder: Path, model: Path, photos: Path, tmp_path: Path
+) -> None:
+    known = sorted(photos.rglob("*.jpg"))[:10]
+    copy = tmp_path / "elsewhere.jpg"
+    copy.write_bytes(known[-1].read_bytes())  # of a labelled image that is not in the pool
+    table = tmp_path / "labels.csv"
+    lines = [*(f"{path},{'cat' if path == copy else 'dog'}" for path in [*known[:-1], copy])]
+    table.write_text("\n".join(["path,label", *lines, f"{known[-1]},"]) + "\n")
+    given = ("--encoder", encoder, "--data", photos, "--labelled", table, "--model", model)
+    out = tmp_path / "run"
+    assert run(*given, "--method", method, "--budget", 14, "--out", out) == 0
+    chosen = rows(out / "selected.csv")
+    assert not {row["path"] for row in chosen} & {str(path) for path in known}
+    assert len({row["path"] for row in chosen}) == 14
+    paths = [row["path"] for row in chosen]
+    expected, _ = TASKS["classification"].uncertainty(
+        load_classifier(model), paths, lambda done: None
+    )
+    assert [float(row["uncertainty"]) for row in chosen] == pytest.approx(expected, abs=1e-3)
+    if method == "margin":
+        assert (np.diff(expected) <= 1e-6).all()
+    results = json.loads((out / "results.json").read_text())
+    assert (results["images"], results["labelled"]) == (24, 10)
+    content = page_content(out / "label.html")
+    assert content["classes"] == ["cat", "dog", "eel"]
+    assert len(content["labelled"]) == 10
+    assert [one["path"] for one in content["images"]] == paths
+    for one in content["images"]:
+        assert len(one["neighbors"]) == 5
+        assert one["suggestion"] in ("cat", "dog")
+
+
+def test_near_duplicates_are_chosen_once(
+    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index in range(3):
+        blobs(index, 64, 64).save(folder / f"{index}.png")
+        ImageOps.mirror(blobs(index, 64, 64)).save(folder / f"{index}-mirrored.jpg", quality=90)
+    given = ("--encoder", encoder, "--data", folder, "--budget", 5)
+    assert run(*given, "--method", "random", "--out", tmp_path / "run") == 0
+    names = [Path(row["path"]).name[0] for row in rows(tmp_path / "run" / "selected.csv")]
+    assert sorted(names) == ["0", "1", "2"]
+    assert "3 images are chosen instead of 5" in " ".join(capsys.readouterr().err.split())
+
+
+def test_excluded_images_are_not_chosen(
+    encoder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = sorted(photos.rglob("*.jpg"))
+    table = tmp_path / "not_usable.csv"
+    table.write_text("\n".join(["path,not_usable", *(f"{path},1" for path in known[4:])]) + "\n")
+    given = ("--encoder", encoder, "--data", photos, "--budget", 4, "--exclude", table)
+    assert run(*given, "--out", tmp_path / "run") == 0
+    chosen = {row["path"] for row in rows(tmp_path / "run" / "selected.csv")}
+    assert chosen == {str(path) for path in known[:4]}
+    table.write_text("file\na.png\n")
+    assert run(*given, "--out", tmp_path / "again") == 2
+    assert f"--exclude {table} has no column path" in capsys.readouterr().err
+
+
+def test_groups_have_so_many_images(encoder: Path, tmp_path: Path) -> None:
+    for index in range(12):
+        folder = tmp_path / "images" / f"p{index % 4}"
+        folder.mkdir(parents=True, exist_ok=True)
+        blobs(index).save(folder / f"{index}.png")
+    given = ("--encoder", encoder, "--data", tmp_path / "images", "--out", tmp_path / "run")
+    assert run(*given, "--budget", 8, "--per_group", 2, "--group_by", "^(p.)/") == 0
+    chosen = rows(tmp_path / "run" / "selected.csv")
+    groups = sorted(Path(row["path"]).parent.name for row in chosen)
+    assert groups == ["p0", "p0", "p1", "p1", "p2", "p2", "p3", "p3"]
+
+
+def test_other_tasks_get_a_coco_file(encoder: Path, photos: Path, tmp_path: Path) -> None:
+    given = ("--encoder", encoder, "--data", photos, "--out", tmp_path / "run")
+    assert run(*given, "--budget", 2, "--task", "detection", "--method", "k_center") == 0
+    chosen = rows(tmp_path / "run" / "selected.csv")
+    content = json.loads((tmp_path / "run" / "to_label.json").read_text())
+    assert [one["file_name"] for one in content["images"]] == [row["path"] for row in chosen]
+    assert {(one["height"], one["width"]) for one in content["images"]} == {(40, 48)}
+    assert content["annotations"] == []
+    assert not (tmp_path / "run" / "label.html").exists()  # for one class per image
+
+
+def test_mistakes_are_said_before_anything_is_written(
+    encoder: Path, model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    for words, message in (
+        ("--budget 25", "--budget 25: there are 24 images without a label; give at most 24"),
+        ("--budget 0", "--budget 0 must be at least 1"),
+        ("--method best", "--method best is none of herding, typiclust"),
+        ("--method margin", "--method margin needs a model: give --model with a run of finetune"),
+        (f"--model {photos}", f"{photos}"),
+        (f"--model {model} --task detection", "is of --task classification"),
+        ("--labelled nowhere.csv", "--labelled nowhere.csv does not exist"),
+        ("--label_column a", "--label_column is for reading --labelled, which is not given"),
+        ("--group_by a", "--group_by is for --per_group, which is not given"),
+        ("--per_group 1", "give --group_by with a regular expression"),
+        ("--budget 3 --per_group 1 --group_by ^(.)/", "there are 2 images without a label within"),
+    ):
+        budget = "" if "--budget" in words else "--budget 3"
+        given = ("--encoder", encoder, "--data", photos, "--out", out)
+        with trying(words):
+            assert run(*given, *words.split(), *budget.split()) == 2
+            error = capsys.readouterr().err
+            assert message in error
+            assert error.count("\n") == 1
+    assert not out.exists()

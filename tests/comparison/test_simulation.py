@@ -1,0 +1,84 @@
+"""Simulated labelling: pools, rounds and the labels that a method has."""
+
+import numpy as np
+import pytest
+
+from vissl_lite.comparison.simulation import NAMES, SimulatedLabelling
+from vissl_lite.errors import UserError
+from vissl_lite.transfer.classification.data import LabelledImages, Part
+from vissl_lite.transfer.sources.reading_log import ReadingLog
+
+IMAGES = 60
+
+
+def part(start: int, count: int) -> Part:
+    return Part([f"{i}.png" for i in range(start, start + count)], np.arange(count) % 3)
+
+
+def labelled(val_from_train: bool) -> LabelledImages:
+    reading = ReadingLog("data", val_from_train=val_from_train)
+    return LabelledImages(["a", "b", "c"], part(0, 40), part(40, 20), part(100, 9), reading=reading)
+
+
+def features(count: int = IMAGES) -> np.ndarray:
+    """Three clusters, which are the classes."""
+    centers = 4 * np.eye(3)[np.r_[np.arange(40) % 3, np.arange(20) % 3][:count]]
+    return (centers + np.random.default_rng(0).normal(size=centers.shape)).astype(np.float32)
+
+
+def chosen(
+    simulated: SimulatedLabelling[LabelledImages], name: str, budget: int, seed: int = 0
+) -> set[str]:
+    count = len(simulated.paths)
+    found = simulated.subset(name, budget, seed, features(count))  # type: ignore[arg-type]
+    return {*found.train.paths, *found.val.paths}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_larger_budget_includes_the_smaller_one(name: str) -> None:
+    simulated = SimulatedLabelling(labelled(True), [6, 12])
+    few, more = (chosen(simulated, name, budget) for budget in (6, 12))
+    assert (len(few), len(more)) == (6, 12)
+    assert few < more
+
+
+def test_seeds_have_pools_of_their_own_and_methods_share_them() -> None:
+    simulated = SimulatedLabelling(labelled(True), [48])  # 80 % of all training images
+    pools = [chosen(simulated, "random", 48, seed) for seed in range(3)]
+    assert len(set(map(frozenset, pools))) == 3
+    assert chosen(simulated, "herding", 48, 1) == pools[1]
+
+
+def test_labels_are_divided_for_the_choice_of_hyperparameters_and_refitted() -> None:
+    simulated = SimulatedLabelling(labelled(False), [12])
+    assert simulated.own_val
+    own = simulated.subset("random", 12, 0, features(40))
+    assert (len(own.train), own.val.paths) == (12, labelled(False).val.paths)
+    made = SimulatedLabelling(labelled(True), [12]).subset("random", 12, 0, features())
+    assert (len(made.train), len(made.val)) == (8, 4)
+    assert made.refits(None)
+    labels = dict(zip([f"{i}.png" for i in range(40)], np.arange(40) % 3, strict=True))
+    labels |= dict(zip([f"{i}.png" for i in range(40, 60)], np.arange(20) % 3, strict=True))
+    for one in (made.train, made.val):
+        assert [labels[path] for path in one.paths] == one.labels.tolist()
+
+
+def test_uncertain_images_are_those_between_the_classes() -> None:
+    simulated = SimulatedLabelling(labelled(True), [9, 15])
+    first = chosen(simulated, "random", 9)
+    pool = [path for path in simulated.paths if path not in first]
+    border = pool[::4]
+    points = features()
+    points[[simulated.paths.index(path) for path in border]] = 4 / 3  # mean of the centers
+    found = simulated.subset("margin", 9, 0, points)
+    assert {*found.train.paths, *found.val.paths} == first  # without a model yet
+    found = simulated.subset("margin", 15, 0, points)
+    added = {*found.train.paths, *found.val.paths} - first
+    assert len(added & {*border}) >= 5
+
+
+def test_a_budget_that_is_too_large_is_left_out() -> None:
+    simulated = SimulatedLabelling(labelled(True), [10, 100])
+    assert list(simulated.labels) == ["10 images"]
+    with pytest.raises(UserError, match=r"--budgets 100 is more .* 80% of 60 .* which is 48"):
+        SimulatedLabelling(labelled(True), [100])

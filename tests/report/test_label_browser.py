@@ -1,0 +1,301 @@
+"""The page for labelling in a real browser: by keys, by touch, and with hostile names."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, Page, expect
+
+from vissl_lite.report.label_page import LabelImage, LabelledNeighbor, write_label_page
+from vissl_lite.transfer.classification.data import load_labelled
+
+pytestmark = pytest.mark.slow
+
+COLORS = ["red", "green", "blue", "orange", "purple", "gray"]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six images to label; one labelled neighbor suggests fern for the first three, else moss."""
+    folder = tmp_path_factory.mktemp("label")
+    for color in COLORS:
+        Image.new("RGB", (48, 32), color).save(folder / f"{color}.png")
+    images = []
+    for number, color in enumerate(COLORS):
+        other = folder / f"{COLORS[number // 3]}.png"
+        neighbor = LabelledNeighbor(str(other), ["fern", "moss"][number // 3], 0.8)
+        images.append(LabelImage(str(folder / f"{color}.png"), [neighbor]))
+    write_label_page(folder / "label.html", images, ["fern", "moss", "alga"], "Plants")
+    return folder / "label.html"
+
+
+@pytest.fixture
+def opened(page: Page, file: Path) -> Page:
+    page.goto(file.as_uri())
+    return page
+
+
+def press(page: Page, *keys: str) -> None:
+    for key in keys:
+        page.keyboard.press(key)
+
+
+def saved(page: Page, to: Path, button: str = "#save") -> str:
+    """The file that a button saves, as it is on the disk."""
+    with page.expect_download() as download:
+        page.click(button)
+    assert download.value.suggested_filename in ("labels.csv", "not_usable.csv")
+    download.value.save_as(to)
+    return to.read_bytes().decode("utf-8", "surrogateescape")
+
+
+def lines(file: Path, *rows: tuple[str, str], header: str = "path,class") -> str:
+    return "".join(
+        f"{row}\r\n" for row in (header, *(f"{file.parent}/{a}.png,{b}" for a, b in rows))
+    )
+
+
+def test_images_are_labelled_by_keys_and_finetune_reads_the_csv(
+    opened: Page, file: Path, tmp_path: Path
+) -> None:
+    counter, place = opened.locator("#counter"), opened.locator("#place")
+    expect(counter).to_have_text("0 of 6 labelled")
+    expect(opened.locator("#accept")).to_contain_text("fern 1 of 1 neighbors")
+    press(opened, "Enter", "2", "s", "x", "3", "n")
+    opened.keyboard.type("  sea weed ")
+    press(opened, "Enter")
+    expect(counter).to_have_text("4 of 6 labelled, 1 skipped, 1 not usable")
+    expect(opened.locator("#message")).to_contain_text("1 skipped")
+    press(opened, "Control+z", "Backspace")
+    expect(place).to_have_text("5 / 6")
+    expect(counter).to_have_text("2 of 6 labelled, 1 skipped, 1 not usable")
+    expect(opened.locator("#classes button")).to_have_count(3)  # the new class is gone, too
+    press(opened, "1", "4")  # there is no fourth class
+    expect(place).to_have_text("6 / 6")
+    assert saved(opened, tmp_path / "labels.csv") == lines(
+        file, ("red", "fern"), ("green", "moss"), ("purple", "fern")
+    )
+    unusable = saved(opened, tmp_path / "not_usable.csv", "#save-unusable")
+    assert unusable == lines(file, ("orange", "1"), header="path,not_usable")
+    read = load_labelled(tmp_path / "labels.csv", need_test=False, need_val=False)
+    assert read.classes == ["fern", "moss"]
+    assert [Path(path).stem for path in read.train.paths] == ["green", "purple", "red"]
+    assert read.train.labels.tolist() == [1, 0, 0]
+
+
+def test_progress_is_there_again_after_a_reload(opened: Page) -> None:
+    press(opened, "n")
+    opened.keyboard.type("lichen")
+    press(opened, "Enter", "s", "2")
+    opened.reload()
+    expect(opened.locator("#counter")).to_have_text("2 of 6 labelled, 1 skipped")
+    expect(opened.locator("#place")).to_have_text("4 / 6")
+    expect(opened.locator("#classes button").last).to_contain_text("lichen")
+    press(opened, "Backspace", "Backspace", "Backspace")
+    expect(opened.locator("#counter")).to_have_text("0 of 6 labelled")
+
+
+def test_typing_a_name_is_not_taken_for_shortcuts(opened: Page) -> None:
+    press(opened, "n")
+    opened.keyboard.type("s12x")
+    press(opened, "Backspace", "ArrowLeft")
+    expect(opened.locator("#counter")).to_have_text("0 of 6 labelled")
+    expect(opened.locator("#place")).to_have_text("1 / 6")
+    expect(opened.locator("#new-class")).to_have_value("s12")
+    press(opened, "Escape", "s")
+    expect(opened.locator("#new-class")).to_have_value("")
+    expect(opened.locator("#counter")).to_have_text("0 of 6 labelled, 1 skipped")
+
+
+def test_a_class_that_is_there_is_found_by_its_name_in_any_case(opened: Page) -> None:
+    opened.fill("#new-class", "MO")
+    expect(opened.locator("#classes button:visible")).to_have_text(["2moss"])
+    opened.fill("#new-class", "Moss ")
+    expect(opened.locator("#add")).to_have_text("Use moss")
+    opened.click("#add")
+    expect(opened.locator("#classes button")).to_have_count(3)
+    expect(opened.locator("#strip button").first).to_have_text("✓ moss")
+
+
+def test_the_enter_key_takes_the_suggestion_after_a_click_and_never_changes_a_label(
+    opened: Page,
+) -> None:
+    opened.click("#classes button:nth-child(3)")
+    press(opened, "Enter")
+    expect(opened.locator("#strip button span")).to_have_text(
+        ["✓ alga", "✓ fern", "· 3", "· 4", "· 5", "· 6"]
+    )
+    press(opened, "ArrowLeft", "ArrowLeft", "Enter")
+    expect(opened.locator("#state")).to_have_text("alga")
+    opened.locator("#skip").focus()  # by the Tab key: a button that has the focus is pressed
+    press(opened, "Enter")
+    expect(opened.locator("#strip button span").first).to_have_text("↷ 1")
+
+
+def test_a_key_that_is_held_labels_one_image(opened: Page) -> None:
+    for _ in range(3):
+        opened.keyboard.down("1")
+    opened.keyboard.up("1")
+    expect(opened.locator("#counter")).to_have_text("1 of 6 labelled")
+
+
+def test_skipped_images_alone_are_gone_through(opened: Page) -> None:
+    press(opened, "s", "1", "s", "1")
+    opened.get_by_role("button", name="skipped 2").click()
+    expect(opened.locator("#strip button:visible")).to_have_count(2)
+    expect(opened.locator("#place")).to_have_text("1 / 6")
+    press(opened, "ArrowRight")
+    expect(opened.locator("#place")).to_have_text("3 / 6")
+    press(opened, "2", "2")
+    expect(opened.locator("#counter")).to_have_text("4 of 6 labelled")
+    expect(opened.locator("#strip button:visible")).to_have_count(6)
+
+
+def test_an_image_of_the_strip_is_opened_and_its_label_changed(opened: Page) -> None:
+    press(opened, "1", "1", "1")
+    opened.locator("#strip button").nth(1).click()
+    expect(opened.locator("#picture")).to_have_attribute("alt", "Image 2 of 6: label0/green.png")
+    press(opened, "x")
+    expect(opened.locator("#place")).to_have_text("4 / 6")
+    expect(opened.locator("#counter")).to_have_text("2 of 6 labelled, 1 not usable")
+
+
+def test_saved_files_are_loaded_in_another_browser(
+    opened: Page, browser: Browser, file: Path, tmp_path: Path
+) -> None:
+    press(opened, "1", "x", "n")
+    opened.keyboard.type('sea, "weed"')
+    press(opened, "Enter")
+    first = saved(opened, tmp_path / "labels.csv")
+    saved(opened, tmp_path / "not_usable.csv", "#save-unusable")
+    with (tmp_path / "labels.csv").open("a") as more:
+        more.write("/elsewhere.png,fern\r\n")
+    other = browser.new_page()
+    other.goto(file.as_uri())
+    expect(other.locator("#counter")).to_have_text("0 of 6 labelled")
+    other.set_input_files("#load", tmp_path / "labels.csv")
+    expect(other.locator("#message")).to_contain_text("labels.csv: 2 read, 1 not on this page")
+    other.set_input_files("#load", tmp_path / "not_usable.csv")
+    expect(other.locator("#counter")).to_have_text("2 of 6 labelled, 1 not usable")
+    assert saved(other, tmp_path / "again.csv") == first
+    press(other, "Backspace", "Backspace")
+    expect(other.locator("#counter")).to_have_text("0 of 6 labelled")
+    # as a spreadsheet may write it
+    (tmp_path / "sheet.csv").write_text(f"\ufeffPath;Label\n{file.parent}/blue.png;'moss'\n")
+    other.set_input_files("#load", tmp_path / "sheet.csv")
+    expect(other.locator("#strip button span").nth(2)).to_have_text("✓ 'moss'")
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    other.set_input_files("#load", tmp_path / "other.csv")
+    expect(other.locator("#message")).to_contain_text("no columns path and class")
+    other.context.close()
+
+
+def test_labels_of_earlier_rounds_are_in_the_csv(page: Page, tmp_path: Path) -> None:
+    old, new = str(tmp_path / "old.png"), str(tmp_path / "new.png")
+    for path in (old, new):
+        Image.new("RGB", (8, 8), "red").save(path)
+    file, before = tmp_path / "label.html", [(old, "moss"), (new, "stone")]
+    write_label_page(file, [LabelImage(new)], [], "Plants", before)
+    page.goto(file.as_uri())
+    press(page, "n")
+    page.keyboard.type("fern")
+    press(page, "Enter")
+    rows = lines(file, ("old", "moss"), ("new", "fern"))
+    assert saved(page, tmp_path / "labels.csv") == rows
+    expect(page.locator("#message")).to_contain_text("Labels: 1 and 1 from before")
+
+
+@pytest.fixture
+def phone(browser: Browser, file: Path) -> Iterator[Page]:
+    context = browser.new_context(
+        viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True
+    )
+    page = context.new_page()
+    page.goto(file.as_uri())
+    yield page
+    context.close()
+
+
+def test_a_phone_is_enough(phone: Page, file: Path, tmp_path: Path) -> None:
+    phone.tap("#accept")
+    phone.tap("#classes button:nth-child(3)")
+    phone.tap("#skip")
+    phone.tap("#unusable")
+    phone.tap("#undo")
+    phone.fill("#new-class", "lichen on a very old and weathered stone")
+    phone.tap("#add")
+    expect(phone.locator("#counter")).to_contain_text("3 of 6 labelled")
+    assert phone.evaluate("document.documentElement.scrollWidth") == 360
+    small = phone.evaluate("""() => [...document.querySelectorAll("button, input, .file label")]
+      .filter((one) => one.checkVisibility() && !one.matches(".file input"))
+      .filter((one) => {
+        const {width, height} = one.getBoundingClientRect()
+        return width < 44 || height < 44
+      }).map((one) => one.outerHTML)""")
+    assert small == []
+    assert phone.locator("kbd:visible").count() == 0
+    # the image stays in sight while one scrolls to the last class
+    phone.evaluate("scrollTo(0, 400)")
+    assert phone.locator("#picture").bounding_box()["y"] >= 0
+    saved(phone, tmp_path / "labels.csv")
+    assert len(load_labelled(tmp_path / "labels.csv", need_test=False, need_val=False).train) == 3
+
+
+def test_hostile_names_are_shown_as_text_and_written_as_they_are(
+    page: Page, tmp_path: Path
+) -> None:
+    names = ["a,b.png", 'a "quoted" name.png', "two\nlines.png", "semi;colon\t.png",
+             "naïve 😀.png", "</script><b>.png", "<img src=x onerror=fail()>.png",
+             os.fsdecode(b"\xff\xe9.png"), " $& .png"]  # fmt: skip
+    (tmp_path / "<").mkdir()  # where one of the images is
+    classes = ["a,b", '"quoted"', "<img src=x onerror=fail()>", "x|y;z", "two\nlines", "naïve 😀",
+               "</script>", "1.0", "=1+1"]  # fmt: skip
+    paths = [str(tmp_path / name) for name in names]
+    for number, path in enumerate(paths):
+        Image.new("RGB", (8, 8), (20 * number, 9, 9)).save(path, "PNG")
+    images = [LabelImage(path, [LabelledNeighbor(paths[0], classes[6], 0.5)]) for path in paths]
+    write_label_page(tmp_path / "label.html", images, classes, "<b>&amp; \udcff")
+    page.goto((tmp_path / "label.html").as_uri())
+    expect(page.locator("h1")).to_have_text("<b>&amp; ?")
+    for number in range(9):
+        expect(page.locator("#classes span").nth(number)).to_have_text(classes[number])
+        press(page, str(number + 1))
+    expect(page.locator("#counter")).to_have_text("9 of 9 labelled")
+    assert page.locator("#name").get_attribute("title") is not None
+    text = saved(page, tmp_path / "labels.csv")
+    assert f'"{paths[0]}","a,b"\r\n"{tmp_path}/a ""quoted"" name.png","""quoted"""\r\n' in text
+    read = load_labelled(tmp_path / "labels.csv", need_test=False, need_val=False)
+    found = dict(zip(read.train.paths, read.train.labels, strict=True))
+    assert {path: read.classes[label] for path, label in found.items()} == dict(
+        zip(paths, classes, strict=True)
+    )
+    press(page, *["Backspace"] * 9)
+    page.set_input_files("#load", tmp_path / "labels.csv")
+    expect(page.locator("#counter")).to_have_text("9 of 9 labelled")
+    assert saved(page, tmp_path / "again.csv") == text
+
+
+def test_a_browser_that_keeps_nothing_says_so(page: Page, file: Path, tmp_path: Path) -> None:
+    page.add_init_script(
+        "Object.defineProperty(window, 'localStorage', {get() { throw new Error('denied') }})"
+    )
+    page.goto(file.as_uri())
+    expect(page.locator("#no-storage")).to_be_visible()
+    press(page, "1")
+    expect(page.locator("#counter")).to_have_text("1 of 6 labelled")
+    asked: list[str] = []
+    page.on("dialog", lambda dialog: (asked.append(dialog.type), dialog.accept()))
+    page.reload()
+    assert asked == ["beforeunload"]
+    expect(page.locator("#counter")).to_have_text("0 of 6 labelled")
+
+
+def test_the_same_page_in_two_windows_is_one(opened: Page, file: Path) -> None:
+    other = opened.context.new_page()
+    other.goto(file.as_uri())
+    press(other, "1")
+    expect(opened.locator("#counter")).to_have_text("1 of 6 labelled")
+    press(opened, "2")
+    expect(other.locator("#counter")).to_have_text("2 of 6 labelled")

@@ -1,0 +1,93 @@
+"""What the page for labelling holds; test_label_browser.py uses it."""
+
+import json
+import logging
+import re
+from base64 import b64decode
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vissl_lite.errors import UserError
+from vissl_lite.report.label_page import (
+    LabelImage,
+    LabelledNeighbor,
+    suggested_class,
+    write_label_page,
+)
+
+
+def drawn(file: Path, size: tuple[int, int] = (8, 8)) -> str:
+    Image.new("RGB", size, (200, 30, 90)).save(file)
+    return str(file)
+
+
+def content(file: Path) -> dict[str, Any]:
+    text = file.read_text()
+    found = re.search(r'<script type="application/json" id="content">(.*?)</script>', text)
+    assert found is not None
+    return json.loads(found[1])
+
+
+def test_a_close_neighbor_outvotes_two_distant_ones() -> None:
+    near = LabelledNeighbor("a", "fern", 0.9)
+    far = [LabelledNeighbor(name, "moss", 0.7) for name in "bc"]
+    assert suggested_class([near, *far]) == "fern"
+    assert suggested_class([LabelledNeighbor("a", "fern", 0.74), *far]) == "moss"
+    assert suggested_class([]) is None
+
+
+def test_pictures_are_reduced_and_thumbnails_of_neighbors_are_stored_once(tmp_path: Path) -> None:
+    paths = [drawn(tmp_path / f"{name}.png", (900, 600)) for name in "abcd"]
+    neighbors = [LabelledNeighbor(paths[2], "moss", 0.5), LabelledNeighbor(paths[3], "fern", 0.4)]
+    images = [LabelImage(paths[0], neighbors), LabelImage(paths[1], neighbors[:1])]
+    write_label_page(tmp_path / "label.html", images, ["fern", "alga"], "Plants")
+    stored = content(tmp_path / "label.html")
+    assert len(stored["thumbnails"]) == 2
+    assert [one["neighbors"] for one in stored["images"]] == [
+        [[0, "moss", 0.5], [1, "fern", 0.4]],
+        [[0, "moss", 0.5]],
+    ]
+    assert stored["classes"] == ["fern", "alga", "moss"]
+    picture = stored["images"][0]["picture"].partition(",")[2]
+    assert Image.open(BytesIO(b64decode(picture))).size == (512, 341)
+
+
+def test_progress_is_kept_by_the_list_of_images_alone(tmp_path: Path) -> None:
+    images = [LabelImage(drawn(tmp_path / f"{name}.png")) for name in "abc"]
+
+    def key(chosen: list[LabelImage], title: str) -> str:
+        write_label_page(tmp_path / "label.html", chosen, [title], title)
+        return content(tmp_path / "label.html")["key"]
+
+    assert key(images, "one") == key(images, "another") != key(images[:2], "one")
+
+
+def test_unreadable_images_are_left_out_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    broken = str(tmp_path / "broken.png")
+    whole = LabelImage(drawn(tmp_path / "a.png"), [LabelledNeighbor(broken, "moss", 0.5)])
+    with caplog.at_level(logging.WARNING):
+        write_label_page(tmp_path / "label.html", [LabelImage(broken), whole], [], "Plants")
+    assert "broken.png" in caplog.text
+    (shown,) = content(tmp_path / "label.html")["images"]
+    assert shown["path"] == whole.path
+    assert shown["suggestion"] == "moss"  # its vote counts without a picture
+    with pytest.raises(UserError, match="none of the 1 images"):
+        write_label_page(tmp_path / "none.html", [LabelImage(broken)], [], "Plants")
+    assert not (tmp_path / "none.html").exists()
+
+
+def test_a_hundred_photographs_make_a_page_of_some_megabytes(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    photo = Image.fromarray(noise).resize((1024, 768), Image.Resampling.BICUBIC)
+    photo.save(tmp_path / "photo.jpg", quality=95)
+    images = [LabelImage(str(tmp_path / "photo.jpg"))] * 5
+    write_label_page(tmp_path / "label.html", images, [], "Photographs")
+    assert (tmp_path / "label.html").stat().st_size < 5 * 80_000

@@ -1,0 +1,29 @@
+"""The coverage at each budget."""
+
+import numpy as np
+import pytest
+
+from tests.selection.test_methods import LABELLED, distances, points
+from vissl_lite.selection.estimate import estimate_coverage
+from vissl_lite.selection.herding import herding
+
+
+def test_the_selection_is_continued_by_herding() -> None:
+    features = points()
+    chosen = np.array([0, 1, 2])
+    found = estimate_coverage(features, LABELLED, chosen, np.ones(60, bool))
+    kernel = np.exp(-(distances(features) ** 2))
+    order = [*LABELLED, *chosen, *herding(features, 3, np.array([*LABELLED, *chosen])).indices]
+    expected = [kernel[order[:count]].max(axis=0).mean() for count in range(3, 10)]
+    assert found.values == pytest.approx(expected, abs=1e-5)
+    assert len(found.random) == 7
+    assert found.random[0] == pytest.approx(found.values[0])
+    line = np.linspace(expected[0], expected[-1], 7)
+    assert found.knee == int(np.argmax(np.array(expected) - line))
+
+
+def test_the_first_label_of_all_is_no_bend() -> None:
+    features = points()
+    found = estimate_coverage(features, LABELLED[:0], np.arange(10), np.ones(60, bool))
+    assert found.values[0] == 0
+    assert found.knee >= 1

@@ -1,0 +1,74 @@
+"""The precision of confident predictions, and the confidence that is chosen by it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from vissl_lite.errors import UserError
+from vissl_lite.transfer.confidence import CONFIDENCE, CUTOFFS, Confidence, wilson
+
+
+@pytest.mark.parametrize(("right", "count"), [(0, 5), (7, 9), (60, 60), (951, 1000)])
+def test_the_bound_is_wilsons_interval(right: int, count: int) -> None:
+    test = binomtest(right, count, alternative="greater")
+    expected = test.proportion_ci(0.95, method="wilson").low
+    assert wilson(right / count, count) == pytest.approx(expected, abs=1e-4)
+
+
+def measured(confidences: list[float], right: list[bool], images: list[str] | None = None):
+    names = images or [str(i) for i in range(len(right))]
+    return Confidence.measured(
+        "images", np.array(confidences), np.array(right), np.array(names), 1.5
+    )
+
+
+def test_predictions_are_counted_from_each_confidence_on() -> None:
+    random = np.random.default_rng(0)
+    confidences, right = random.random(50), random.random(50) < 0.5
+    images = [str(n) for n in random.integers(0, 9, 50)]
+    found = measured(confidences.tolist(), right.tolist(), images)
+    for number, cutoff in enumerate(CUTOFFS):
+        sure = [i for i in range(50) if confidences[i] >= cutoff]
+        assert found.predictions[number] == len(sure)
+        assert found.right[number] == sum(bool(right[i]) for i in sure)
+        assert found.images[number] == len({images[i] for i in sure})
+    at = found.at(0.333)
+    assert (at.value, at.predictions, at.temperature) == (0.333, found.predictions[33], 1.5)
+
+
+def test_the_lowest_confidence_is_chosen_whose_precision_is_certain() -> None:
+    # from 0.5 on 80 of 100 are right, from 0.7 on 80 of 80
+    found = measured([0.7] * 80 + [0.5] * 20, [True] * 80 + [False] * 20)
+    assert found.choose(0.9).value == 0.51  # the first that leaves out those of 0.5
+    assert found.choose(0.9).lower_bound == wilson(1, 80) > 0.9
+    assert found.choose(0.7).value == 0
+
+
+def test_with_few_images_the_observed_precision_decides() -> None:
+    found = measured([0.7] * 20 + [0.5] * 5, [True] * 20 + [False] * 5)
+    chosen = found.choose(0.95)
+    assert chosen.value == 0.51
+    assert chosen.precision == 1
+    assert chosen.lower_bound < 0.95  # which the command warns of
+    with pytest.raises(UserError, match="can't be judged by 9 held-out images"):
+        measured([0.7] * 9, [True] * 9).choose(0.95)
+    # all boxes of an image count as one observation
+    with pytest.raises(UserError, match="can't be judged by 2 held-out images"):
+        measured([0.7] * 90, [True] * 90, ["a", "b"] * 45).choose(0.95)
+    with pytest.raises(UserError, match=r"the best is 0\.800 from a confidence of 0 on"):
+        measured([0.7] * 20, [True] * 16 + [False] * 4).choose(0.95)
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    assert Confidence.load(tmp_path) is None
+    found = measured([0.7] * 20, [True] * 20)
+    found.save(tmp_path)
+    assert Confidence.load(tmp_path) == found
+    content = json.loads((tmp_path / CONFIDENCE).read_text())
+    for name, value in (("right", [1, 2]), ("temperature", 0), ("temperature", None), ("of", 3)):
+        (tmp_path / CONFIDENCE).write_text(json.dumps({**content, name: value}))
+        with pytest.raises(UserError, match="is damaged"):
+            Confidence.load(tmp_path)

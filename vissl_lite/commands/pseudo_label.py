@@ -1,0 +1,219 @@
+"""``vissl-lite pseudo-label``: write the confident predictions of a model as a data set."""
+
+import logging
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from vissl_lite.data.image_survey import ImageSettings, override
+from vissl_lite.data.images import find_images
+from vissl_lite.data.reading import MAX_PIXELS, limit_pixels, slice_along
+from vissl_lite.errors import UserError, check_not_negative, check_positive_share, check_share
+from vissl_lite.options import Options, Paths, StrPath, command, path_list
+from vissl_lite.report.additions import add_report
+from vissl_lite.run import beside, check_out, open_run, write_results
+from vissl_lite.training.progress import progress_bar
+from vissl_lite.transfer.base import TrainedModel
+from vissl_lite.transfer.confidence import Confidence, Cutoff
+from vissl_lite.transfer.prediction import Predictions
+from vissl_lite.transfer.tasks import find_model
+
+log = logging.getLogger(__name__)
+
+MinConfidence: TypeAlias = float | Literal["auto"]
+
+# File in the data set that lists all images that were given, labelled or not.
+UNLABELLED = "unlabelled.txt"
+
+
+@dataclass(frozen=True)
+class PseudoLabelResult:
+    """Result of ``pseudo_label``.
+
+    Attributes:
+        run: Folder of the data set.
+        labels: File of the labels in it.
+        images: Number of images that were read.
+        labelled: Number of labels by class: of images, or of boxes.
+        min_confidence: Confidence from which predictions were taken.
+    """
+
+    run: Path
+    labels: Path
+    images: int
+    labelled: dict[str, int]
+    min_confidence: float
+
+    def __fspath__(self) -> str:
+        return str(self.run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PseudoLabelOptions(Options, ImageSettings):
+    """Options of ``pseudo-label``."""
+
+    model: StrPath
+    """A run of finetune, or the model folder in it."""
+    data: Paths
+    """Folders of unlabelled images (searched recursively) or .txt files of paths."""
+    out: StrPath
+    """Folder of the data set to write, for --pseudo_labels of finetune."""
+    min_confidence: MinConfidence = "auto"
+    """Take predictions of at least this calibrated probability, or score of a box. auto: the lowest
+    one that has the precision --min_precision on labelled images that were not trained on."""
+    min_precision: float = 0.95
+    """Share of the predictions that must be right, for --min_confidence auto."""
+    pictures: int = 0
+    """Number of images to save with their pseudo-labels drawn in (in the folder pictures)."""
+    max_pixels: int = MAX_PIXELS
+    """Skip images with more pixels (height times width) than this; a small file can decode to
+    billions of pixels. The default is Pillow's limit."""
+    overwrite: bool = False
+    """Replace an existing run in --out."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_images()
+        if self.min_confidence != "auto":
+            check_share("min_confidence", self.min_confidence)
+        check_positive_share("min_precision", self.min_precision)
+        check_not_negative("pictures", self.pictures)
+
+
+@command(PseudoLabelOptions)
+def pseudo_label(options: PseudoLabelOptions) -> PseudoLabelResult:
+    """Write the confident predictions of a fine-tuned model for unlabelled images as a data set.
+
+    Give the data set to finetune with --pseudo_labels, beside the true labels. Images are not
+    copied.
+
+    Classification: pseudo_labels.csv with path, label and confidence; with several labels per
+    image, an image is taken if every class is certain, present or absent. Detection:
+    pseudo_labels.json in COCO format with the boxes of images in which no box is uncertain, since
+    a box that is missed would be trained to be background. Segmentation: masks in which uncertain
+    pixels are ignored (255), and pseudo_labels.csv with their paths.
+
+    With --min_confidence auto the precision is measured on the validation images of finetune, and
+    must reach --min_precision at the lower end of its 95 % confidence interval. If there are too
+    few images for that, the observed precision decides, and a warning says so.
+
+    Returns:
+        Paths and numbers of labels.
+
+    Raises:
+        UserError: An option is invalid, or no confidence has the precision; nothing is written
+            then.
+    """
+    limit_pixels(options.max_pixels)
+    model, sources = os.fspath(options.model), path_list(options.data)
+    check_out(Path(options.out), [("model", model), ("data", sources)], overwrite=options.overwrite)
+    task, folder = find_model(Path(model))
+    loaded: TrainedModel = task.load(folder)
+    cutoff = choose_cutoff(
+        Confidence.load(folder), options.min_confidence, options.min_precision, str(folder)
+    )
+    encoder = loaded.encoder
+    slice_along(encoder.reader.axis if options.axis is None else options.axis)
+    paths = find_images(sources)
+    encoder.reader = override(encoder.reader, paths, options)
+    with open_run(Path(options.out), "pseudo-label", options.as_config()) as run:
+        report_cutoff(cutoff, options.min_confidence, options.min_precision)
+        with progress_bar() as bar:
+            shown = bar.add_task("pseudo-label", total=len(paths), info="")
+            todo = Predictions(paths, run, options.pictures, partial(bar.advance, shown))
+            file, images, counts = task.pseudo_label(loaded, cutoff, todo)
+        listed = "".join(f"{Path(path).absolute()}\n" for path in paths)
+        (run / UNLABELLED).write_text(listed, encoding="utf-8", errors="surrogateescape")
+        labelled = dict(zip(loaded.classes, counts.tolist(), strict=True))
+        results = {
+            "task": task.name,
+            "images": images,
+            "skipped": len(paths) - images,
+            "labels": sum(labelled.values()),
+            "labelled": labelled,
+            "classes": loaded.classes,
+            **cutoff_figures(cutoff),
+        }
+        write_results(run, results)
+        missing = [name for name, number in labelled.items() if not number]
+        if missing:
+            log.warning(
+                "no prediction of these classes is confident enough: %(classes)s",
+                {"classes": ", ".join(missing)},
+                extra={"code": "pseudo_labels.no_class"},
+            )
+        log.info("%d labels in %d images: %s", sum(labelled.values()), images, file)
+        log.info("Next:")
+        log.info(
+            "  vissl-lite finetune --data LABELLED --pseudo_labels %s --out %s",
+            run,
+            beside(run, "model"),
+        )
+        add_report(run)
+    return PseudoLabelResult(run, file, images, labelled, cutoff.value)
+
+
+def choose_cutoff(
+    confidence: Confidence | None, min_confidence: MinConfidence, min_precision: float, model: str
+) -> Cutoff:
+    """The confidence from which predictions are taken as labels.
+
+    Args:
+        confidence: What is known of the model; None if nothing is.
+        min_confidence: ``auto``, or the smallest confidence.
+        min_precision: Share of the predictions that must be right, for ``auto``.
+        model: The model, for messages.
+
+    Raises:
+        UserError: There is none.
+    """
+    if min_confidence == "auto":
+        if confidence is None:
+            raise UserError(
+                f"{model} does not say how often its confident predictions are right, since "
+                f"finetune has held out no labels for it: give a number with --min_confidence"
+            )
+        return confidence.choose(min_precision)
+    if confidence is None:
+        return Cutoff(min_confidence, 1.0, 0, 0, float("nan"), 0.0)
+    return confidence.at(min_confidence)
+
+
+def report_cutoff(cutoff: Cutoff, min_confidence: MinConfidence, min_precision: float) -> None:
+    """Log how precise predictions of a confidence are, and on how many labels that rests."""
+    if not cutoff.images:
+        log.warning(
+            "It is not known how often predictions of a confidence of %(value)g are right: no "
+            "held-out image has one",
+            {"value": cutoff.value},
+            extra={"code": "pseudo_labels.unknown_precision"},
+        )
+        return
+    words = (
+        f"Predictions of a confidence of at least {cutoff.value:g} are right in "
+        f"{cutoff.precision:.1%} of {cutoff.predictions:,} cases on {cutoff.images:,} held-out "
+        f"images (with 95 % confidence in at least {cutoff.lower_bound:.1%})"
+    )
+    if min_confidence == "auto" and cutoff.lower_bound < min_precision:
+        log.warning(
+            "%(words)s: too few images to be sure of a precision of %(wanted)g",
+            {"words": words, "wanted": min_precision},
+            extra={"code": "pseudo_labels.few_labels"},
+        )
+    else:
+        log.info("%s", words)
+
+
+def cutoff_figures(cutoff: Cutoff) -> dict[str, float | int | None]:
+    """Figures for ``results.json``."""
+    known = cutoff.predictions > 0
+    return {
+        "min_confidence": cutoff.value,
+        "temperature": cutoff.temperature,
+        "precision": cutoff.precision if known else None,
+        "precision_lower_bound": cutoff.lower_bound if known else None,
+        "held_out_images": cutoff.images,
+        "held_out_predictions": cutoff.predictions,
+    }

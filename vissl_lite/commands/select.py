@@ -1,0 +1,423 @@
+"""``vissl-lite select``: choose which images to label next."""
+
+import csv
+import io
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from vissl_lite.commands.embed import encoder_for_images
+from vissl_lite.commands.labelled import reading_settings
+from vissl_lite.data.fingerprints import Fingerprints, read_fingerprints
+from vissl_lite.data.image_survey import ImageSettings, override
+from vissl_lite.data.images import find_images
+from vissl_lite.data.reading import MAX_PIXELS, limit_pixels, report_skipped
+from vissl_lite.data.text_file import csv_writer, read_text
+from vissl_lite.encoders.encoder import Encoder
+from vissl_lite.encoders.folder import choose_slice_axis
+from vissl_lite.errors import UserError, check_count, check_image_size, check_seed
+from vissl_lite.evaluation.features import extract
+from vissl_lite.evaluation.knn import nearest_neighbors
+from vissl_lite.inference import check_outputs
+from vissl_lite.options import Options, Paths, StrPath, command, path_list
+from vissl_lite.report.additions import add_report, add_selection
+from vissl_lite.report.label_page import LabelImage, LabelledNeighbor, write_label_page
+from vissl_lite.run import check_out, open_run, write_results
+from vissl_lite.selection import METHODS, Candidates, Selection
+from vissl_lite.selection.coverage import nearest_of, unit_features
+from vissl_lite.selection.estimate import estimate_coverage
+from vissl_lite.training.progress import progress_bar
+from vissl_lite.transfer.base import KnownImages, TrainedModel
+from vissl_lite.transfer.classification.options import LabelOptions
+from vissl_lite.transfer.options import AnnotationsOption
+from vissl_lite.transfer.sources.groups import find_groups, group_names
+from vissl_lite.transfer.sources.opening import unpacked
+from vissl_lite.transfer.sources.reading_log import ReadingLog
+from vissl_lite.transfer.tasks import AnyTask, find_model, find_task
+
+log = logging.getLogger(__name__)
+
+# Table of the chosen images in the run folder, and the page in which they are labelled.
+SELECTED, LABEL_PAGE = "selected.csv", "label.html"
+
+# Labelled images that the page shows beside each chosen one.
+NEIGHBORS = 5
+
+
+@dataclass(frozen=True)
+class SelectResult:
+    """Images to label.
+
+    Attributes:
+        run: Run folder.
+        selected: Table of the images in it, ``selected.csv``.
+        paths: Absolute paths of the images, the most useful first.
+    """
+
+    run: Path
+    selected: Path
+    paths: list[str]
+
+    def __fspath__(self) -> str:
+        return str(self.run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectOptions(Options, ImageSettings, LabelOptions, AnnotationsOption):
+    """Options of ``select``."""
+
+    encoder: StrPath
+    """A run, an encoder folder, timm:NAME (pre-trained weights) or random:NAME (untrained)."""
+    data: Paths
+    """Images to choose from: folders (searched recursively) or .txt files of paths. Labelled ones
+    may be among them."""
+    budget: int
+    """Number of images to choose."""
+    out: StrPath
+    """Run folder to write."""
+    method: Literal["herding", "typiclust", "probcover", "margin", "k_center", "random"] = "herding"
+    """How to choose: herding (the images that cover all others best; with --model those that cover
+    uncertain images best), typiclust (typical images of the largest clusters), probcover (balls
+    around images), margin (the images that --model is most uncertain of), k_center (the farthest
+    images), or random."""
+    labelled: StrPath | None = None
+    """What is labelled already, in any layout that finetune reads. These images, and others of the
+    same pictures, are not chosen, and what they cover counts as covered."""
+    exclude: Paths | None = None
+    """Images that are not to be chosen, such as those that are not usable: tables (.csv) with a
+    column path."""
+    model: StrPath | None = None
+    """A run of finetune, whose uncertainty counts."""
+    annotations: StrPath | None = None
+    """Where the boxes or masks are, if --labelled is the folder of the images alone."""
+    task: str | None = None
+    """Task of the labels: classification, detection or segmentation. Default: that of --model, or
+    classification."""
+    per_group: int | None = None
+    """Maximum number of images of each group, such as a patient, labelled ones included. Default:
+    no limit."""
+    group_by: str | None = None
+    """Regular expression on the path of an image below the folder of all images, for --per_group.
+    Images for which its first group (or, without one, all that it matches) is the same belong
+    together. Default: by the volume of slices, or the patient of DICOM files."""
+    image_size: int | None = None
+    """Side length of the input in pixels. Default: that of the encoder, or for random:NAME that of
+    the images."""
+    max_pixels: int = MAX_PIXELS
+    """Skip images with more pixels (height times width) than this; a small file can decode to
+    billions of pixels. The default is Pillow's limit."""
+    seed: int = 0
+    """Seed of what is random in the method."""
+    overwrite: bool = False
+    """Replace an existing run in --out."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_images()
+        for name in ("budget", "per_group", "class_level"):
+            check_count(name, getattr(self, name))
+        check_image_size(self.image_size)
+        check_seed(self.seed)
+        if self.task is not None:
+            self._set("task", find_task(self.task).name)
+        if self.method == "margin" and self.model is None:
+            raise UserError("--method margin needs a model: give --model with a run of finetune")
+        if self.group_by is not None and self.per_group is None:
+            raise UserError("--group_by is for --per_group, which is not given")
+        reading = {one.name for one in (*fields(LabelOptions), *fields(AnnotationsOption))}
+        for name in sorted((reading - {"group_by"}).intersection(self.given)):
+            if self.labelled is None and self.given[name] is not None:
+                raise UserError(f"--{name} is for reading --labelled, which is not given")
+
+
+@dataclass(frozen=True)
+class _Images:
+    """All readable images: those to choose from, and labelled ones.
+
+    Attributes:
+        prints: Fingerprints, with the paths.
+        features: ``(N, D)``.
+        uncertainty: ``(N,)`` of the model; None without one.
+    """
+
+    prints: Fingerprints
+    features: np.ndarray
+    uncertainty: np.ndarray | None
+
+
+@command(SelectOptions)
+def select(options: SelectOptions) -> SelectResult:
+    """Choose which images of a folder to label, by the features of an encoder.
+
+    The first images to label are chosen by what they cover. Later choices know the images that are
+    labelled (--labelled) and how uncertain a model is of each image (--model). Of near-duplicates
+    one is chosen.
+
+    Writes selected.csv (rank, path, reason, number of images that are nearest to it), to_label.csv
+    (path and an empty column label) for classification or to_label.json (COCO without annotations)
+    for other tasks, and report.html with the chosen images, a map, and the coverage at each budget.
+    Where each image has one class, label.html is a page for labelling them in a browser; it saves
+    the CSV that finetune reads.
+
+    Returns:
+        The paths of the chosen images.
+
+    Raises:
+        UserError: An option is invalid; nothing is written then.
+    """
+    limit_pixels(options.max_pixels)
+    choose_slice_axis(options.axis, options.encoder)
+    out, sources = Path(options.out), path_list(options.data)
+    config = options.as_config()
+    names = ("encoder", "data", "labelled", "annotations", "model")
+    check_out(out, [(name, config.get(name)) for name in names], overwrite=options.overwrite)
+    task, model = _find_task(options)
+    pool = _without(find_images(sources), path_list(options.exclude or []))
+    labelled = _read_labels(options, task)
+    classes = labelled.classes if model is None else model.classes
+    paths = _joined(pool, labelled.paths)
+    known = set(map(os.path.abspath, labelled.paths))
+    grouping = _groups(paths, pool, options)
+    _check_budget(options, paths, known, grouping)
+    encoder = encoder_for_images(os.fspath(options.encoder), options.image_size, paths, options)
+    if model is not None:
+        model.encoder.reader = override(model.encoder.reader, paths, options)
+    with open_run(out, "select", config) as run:
+        images = _read_images(paths, encoder, task, model)
+        prints, features = images.prints, images.features
+        absolute = [os.path.abspath(path) for path in prints.paths]
+        has_label = np.array([path in known for path in absolute])
+        labelled_at = np.flatnonzero(has_label)
+        groups = None if grouping is None else group_names(prints.paths, grouping)
+        candidates = Candidates(len(prints), labelled_at, prints, groups, options.per_group)
+        open_before = len(candidates)
+        method = METHODS[options.method]
+        selection = method(
+            features, options.budget, labelled_at, images.uncertainty, options.seed, candidates
+        )
+        chosen = selection.indices
+        if len(chosen) < options.budget:
+            log.warning(
+                "%(chosen)d images are chosen instead of %(budget)d: all others show the same as "
+                "labelled or chosen ones, are of groups with enough images, or can't be read",
+                {"chosen": len(chosen), "budget": options.budget},
+                extra={"code": "selection.short"},
+            )
+        in_pool = set(map(os.path.abspath, pool))
+        counted = np.array([path in in_pool for path in absolute])
+        coverage = estimate_coverage(features, labelled_at, chosen, counted, options.seed)
+        covers = _covers(features, labelled_at, chosen, counted)
+        _write_table(run / SELECTED, absolute, selection, covers, images.uncertainty)
+        skeleton = task.write_skeleton([absolute[i] for i in chosen], classes, run)
+        results: dict[str, Any] = {
+            "method": options.method,
+            "task": task.name,
+            "chosen": len(chosen),
+            "images": int(counted.sum()),
+            "labelled": len(labelled_at),
+            "ruled_out": len(prints) - len(labelled_at) - open_before,
+            "coverage": {
+                "selected": coverage.values[: len(chosen) + 1],
+                "continued": coverage.values[len(chosen) :],
+                "random": coverage.random,
+                "knee": coverage.knee,
+            },
+        }
+        write_results(run, results)
+        if labelled.labels is not None:
+            _write_page(
+                run / LABEL_PAGE, absolute, features, chosen, labelled, labelled_at, classes
+            )
+        log.info(
+            "%d of %d images are chosen by %s; coverage %.3f before, %.3f with them (%.3f with a "
+            "random choice)",
+            len(chosen),
+            results["images"],
+            options.method,
+            coverage.values[0],
+            coverage.values[len(chosen)],
+            coverage.random[len(chosen)],
+        )
+        log.info("From %d images on, a further one adds less than the average", coverage.knee)
+        log.info("Written: %s, %s", run / SELECTED, skeleton)
+        if labelled.labels is not None:
+            log.info("Label the images in a browser: %s", run / LABEL_PAGE)
+        add_selection(run, features, absolute, has_label, chosen, options.seed)
+        add_report(run)
+    return SelectResult(out, out / SELECTED, [absolute[i] for i in chosen])
+
+
+def _find_task(options: SelectOptions) -> tuple[AnyTask, TrainedModel | None]:
+    """The task, and the model if one is given."""
+    if options.model is None:
+        return find_task(options.task or "classification"), None
+    task, folder = find_model(Path(options.model))
+    if options.task not in (None, task.name):
+        raise UserError(
+            f"--task {options.task}: the model {options.model} is of --task {task.name}"
+        )
+    model: TrainedModel = task.load(folder)
+    return task, model
+
+
+def _read_labels(options: SelectOptions, task: AnyTask) -> KnownImages:
+    """The labelled images of all parts."""
+    if options.labelled is None:
+        return KnownImages([], [], [] if task.takes_shots else None)
+    source = Path(options.labelled)
+    if not source.exists():
+        raise UserError(f"--labelled {source} does not exist")
+    # groups are those of all images, and splits do not matter
+    settings = reading_settings(task, options.replace(group_by=None, per_group=None))
+    found: KnownImages = task.labelled_images(str(unpacked(source)), settings)
+    return found
+
+
+def _without(pool: list[str], tables: Sequence[str]) -> list[str]:
+    """The images that no table names, for --exclude."""
+    excluded: set[str] = set()
+    for name in tables:
+        rows = csv.DictReader(io.StringIO(read_text(name), newline=""))
+        if "path" not in (rows.fieldnames or ()):
+            raise UserError(f"--exclude {name} has no column path")
+        excluded |= {os.path.abspath(Path(name).parent / row["path"]) for row in rows}
+    return [path for path in pool if os.path.abspath(path) not in excluded]
+
+
+def _joined(pool: Sequence[str], labelled: Sequence[str]) -> list[str]:
+    """All images; of one that is in both, the path in the pool."""
+    by_place = {os.path.abspath(path): path for path in (*labelled, *pool)}
+    return list(by_place.values())
+
+
+def _groups(
+    paths: Sequence[str], pool: Sequence[str], options: SelectOptions
+) -> dict[str, str] | None:
+    """Groups of images by path, for --per_group."""
+    if options.per_group is None:
+        return None
+    folder = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in pool])
+    reading = ReadingLog(source=", ".join(path_list(options.data)))
+    if find_groups(paths, Path(folder), options.group_by, reading) is None:
+        raise UserError(
+            f"--per_group {options.per_group}: the images are not of volumes or patients: give "
+            f"--group_by with a regular expression that finds the group in a path"
+        )
+    return reading.groups
+
+
+def _check_budget(
+    options: SelectOptions, paths: Sequence[str], known: set[str], grouping: dict[str, str] | None
+) -> None:
+    """Raise a UserError if there are fewer images to choose from than the budget."""
+    has_label = np.array([os.path.abspath(path) in known for path in paths])
+    left, why = int((~has_label).sum()), "images without a label"
+    names = None if grouping is None else group_names(paths, grouping)
+    if names is not None and options.per_group is not None:
+        _, group = np.unique(names, return_inverse=True)
+        free = np.bincount(group[~has_label], minlength=group.max() + 1)
+        room = options.per_group - np.bincount(group[has_label], minlength=len(free))
+        left = int(np.minimum(free, room.clip(min=0)).sum())
+        why += f" within --per_group {options.per_group}"
+    if options.budget > left:
+        raise UserError(
+            f"--budget {options.budget}: there are {left} {why}"
+            + (f"; give at most {left}" if left else "")
+        )
+
+
+def _read_images(
+    paths: Sequence[str], encoder: Encoder, task: AnyTask, model: TrainedModel | None
+) -> _Images:
+    """Fingerprints, features and uncertainty of all images that can be read."""
+    with progress_bar() as bar:
+
+        def advance(name: str, total: int) -> Any:
+            return partial(bar.advance, bar.add_task(name, total=total, info=""))
+
+        prints, broken = read_fingerprints(paths, advance("near-duplicates", len(paths)))
+        report_skipped(broken)
+        if len(prints) == 0:
+            raise UserError(
+                f"none of {len(paths)} images can be read, the first {broken[0].path} "
+                f"({broken[0].why})"
+            )
+        layers, good = extract(encoder, prints.paths, False, advance("features", len(prints)))
+        features = layers["last"]
+        check_outputs([features], f"some of the {len(features)} images")
+        prints = prints.take(np.flatnonzero(good))
+        if model is None:
+            return _Images(prints, features, None)
+        uncertainty, good = task.uncertainty(
+            model, prints.paths, advance("uncertainty", len(prints))
+        )
+        return _Images(prints.take(np.flatnonzero(good)), features[good], uncertainty)
+
+
+def _covers(
+    features: np.ndarray, labelled: np.ndarray, chosen: np.ndarray, counted: np.ndarray
+) -> np.ndarray:
+    """Number of images to which each chosen one is nearer than any other chosen or labelled one."""
+    nearest = nearest_of(unit_features(features), np.concatenate([chosen, labelled]))
+    return np.bincount(nearest[counted], minlength=len(chosen) + len(labelled))[: len(chosen)]
+
+
+def _write_page(
+    file: Path,
+    paths: Sequence[str],
+    features: np.ndarray,
+    chosen: np.ndarray,
+    labelled: KnownImages,
+    labelled_at: np.ndarray,
+    classes: Sequence[str],
+) -> None:
+    """Write the page in which a person labels the chosen images.
+
+    Args:
+        file: HTML file to write.
+        paths: Absolute paths of all images.
+        features: ``(N, D)`` of all images.
+        chosen: Indices of the chosen images.
+        labelled: Labelled images, of one class each.
+        labelled_at: Indices of those that can be read.
+        classes: Names of the classes.
+    """
+    places = map(os.path.abspath, labelled.paths)
+    class_of = dict(zip(places, labelled.labels or (), strict=True))
+    images = [LabelImage(paths[index]) for index in chosen]
+    if len(labelled_at):
+        nearest = nearest_neighbors(features[labelled_at], features[chosen], NEIGHBORS)
+        images = [
+            LabelImage(
+                paths[index],
+                [
+                    LabelledNeighbor(paths[i], class_of[paths[i]], float(similarity))
+                    for i, similarity in zip(labelled_at[near], similarities, strict=True)
+                ],
+            )
+            for index, near, similarities in zip(chosen, *nearest, strict=True)
+        ]
+    # A table with all labels would mix training and test images that are kept apart.
+    before = [] if labelled.parts_given else [*class_of.items()]
+    write_label_page(file, images, classes, f"{len(images)} images to label", before)
+
+
+def _write_table(
+    file: Path,
+    paths: Sequence[str],
+    selection: Selection,
+    covers: np.ndarray,
+    uncertainty: np.ndarray | None,
+) -> None:
+    with csv_writer(file) as rows:
+        more = [] if uncertainty is None else ["uncertainty"]
+        rows.writerow(["rank", "path", "reason", "covers", *more])
+        for rank, index in enumerate(map(int, selection.indices), start=1):
+            row = [rank, paths[index], selection.reasons[rank - 1], covers[rank - 1]]
+            rows.writerow(row if uncertainty is None else [*row, f"{uncertainty[index]:.4f}"])

@@ -1,0 +1,302 @@
+"""Training on pseudo-labels beside true labels, and whether that helped."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vissl_lite.commands.pseudo_label import (
+    UNLABELLED,
+    MinConfidence,
+    choose_cutoff,
+    report_cutoff,
+)
+from vissl_lite.comparison.statistics import Difference, Runs, difference
+from vissl_lite.data.fingerprints import find_matches, read_fingerprints
+from vissl_lite.data.reading import report_skipped
+from vissl_lite.data.text_file import read_bytes
+from vissl_lite.errors import UserError
+from vissl_lite.run import read_config
+from vissl_lite.training.progress import progress_bar
+from vissl_lite.transfer.base import LabelledDataset, Scores, TrainedModel
+from vissl_lite.transfer.fitting import FittedModel, rank_metrics
+from vissl_lite.transfer.prediction import Predictions
+from vissl_lite.transfer.sources.groups import group_of_others
+from vissl_lite.transfer.sources.parts import Split
+from vissl_lite.transfer.tasks import AnyTask
+
+log = logging.getLogger(__name__)
+
+
+# Folder in a run that has a subfolder for each round.
+ROUNDS = "rounds"
+
+
+@dataclass(frozen=True)
+class Unlabelled:
+    """What ``pseudo-label`` was given, so that images can be labelled again.
+
+    Attributes:
+        paths: All images, labelled or not.
+        min_confidence, min_precision: See ``choose_cutoff``.
+    """
+
+    paths: list[str]
+    min_confidence: MinConfidence
+    min_precision: float
+
+
+@dataclass(frozen=True)
+class PseudoLabels:
+    """Pseudo-labelled images.
+
+    Attributes:
+        data: Its training part has the images; the others are empty.
+        left_out: Number of images that were left out, by the part of the true labels in which they
+            are, too, or images of the same group.
+    """
+
+    data: LabelledDataset
+    left_out: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Round:
+    """A training, the first without pseudo-labels.
+
+    Attributes:
+        fitted: The model.
+        scores: Its test scores.
+        left_out: See ``PseudoLabels``.
+    """
+
+    fitted: FittedModel[TrainedModel]
+    scores: Scores
+    left_out: dict[str, int]
+
+
+def load_pseudo_labels(task: AnyTask, folder: Path, data: LabelledDataset) -> PseudoLabels:
+    """Read pseudo-labels, without images that have a true label or would leak.
+
+    Images that are in the validation or test part as well, to all appearance, are left out, as are
+    those of the same groups, such as patients. So are those of the training part: their true label
+    is better, and each of these is held out once in a cross-validation.
+
+    Args:
+        task: Task of the data.
+        folder: Folder of the data set of ``pseudo-label``.
+        data: Labelled images.
+
+    Raises:
+        UserError: The data set can't be read, or no image is left.
+    """
+    found: LabelledDataset = task.read_pseudo_labels(folder, data)
+    paths = found.paths("train")
+    prints, broken = read_fingerprints(paths)
+    report_skipped(broken)
+    gone = {one.path for one in broken}
+    groups = group_of_others(paths, data.reading)
+    left_out: dict[str, int] = {}
+    parts: tuple[Split, ...] = ("test", "val", "train")
+    for part in parts:
+        bank, _ = read_fingerprints(data.paths(part))
+        same = {match.path for match in find_matches(prints, bank)}
+        of_part = data.groups(part)
+        if of_part is not None and part != "train":
+            names = set(of_part.tolist())
+            same |= {path for path, group in zip(paths, groups, strict=True) if group in names}
+        left_out[part] = len(same - gone)
+        gone |= same
+    if left_out["test"] or left_out["val"]:
+        log.warning(
+            "Pseudo-labelled images that are left out, since they or images of their groups are in "
+            "the test part (%(test)d) or in the validation part (%(val)d)",
+            left_out,
+            extra={"code": "pseudo_labels.leak"},
+        )
+    if left_out["train"]:
+        log.info("Pseudo-labelled images with a true label, left out: %d", left_out["train"])
+    kept = [index for index, path in enumerate(paths) if path not in gone]
+    if not kept:
+        raise UserError(
+            f"none of the {len(paths)} pseudo-labelled images in {folder} is left: "
+            f"{len(broken)} can't be read, and the others have a true label or are in the test "
+            f"or validation part"
+        )
+    return PseudoLabels(found.take({"train": kept}), left_out)
+
+
+def read_unlabelled(folder: Path) -> Unlabelled:
+    """Read what ``pseudo-label`` was given.
+
+    Args:
+        folder: Folder of its data set.
+
+    Raises:
+        UserError: The data set was not written by it, or is damaged.
+    """
+    config = read_config(folder)
+    try:
+        min_confidence, min_precision = config["min_confidence"], float(config["min_precision"])
+        if min_confidence != "auto":
+            min_confidence = float(min_confidence)
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"--rounds needs a data set of pseudo-label, which {folder} is not"
+        ) from None
+    text = read_bytes(folder / UNLABELLED).decode("utf-8", "surrogateescape")
+    return Unlabelled(text.splitlines(), min_confidence, min_precision)
+
+
+def self_train(
+    task: AnyTask,
+    data: LabelledDataset,
+    pseudo_labels: PseudoLabels,
+    unlabelled: Unlabelled | None,
+    rounds: int,
+    run: Path,
+    fit: Callable[[LabelledDataset | None, int], FittedModel[TrainedModel]],
+) -> list[Round]:
+    """Train without pseudo-labels, then with them, for some rounds.
+
+    From the second round on, the images that were given to ``pseudo-label`` are labelled by the
+    model of the round before.
+
+    Args:
+        task: Task of the data.
+        data: Labelled images.
+        pseudo_labels: Pseudo-labels of the first round.
+        unlabelled: What is labelled in further rounds; None if there are none.
+        rounds: Number of trainings with pseudo-labels. There are fewer if the confident predictions
+            of a model are not precise enough for another one.
+        run: Run folder, which gets the pseudo-labels of later rounds.
+        fit: Function from the pseudo-labelled images, and the number of the round, to a model.
+
+    Returns:
+        The training without pseudo-labels, then those with them.
+    """
+    fitted = fit(None, 0)
+    done = [Round(fitted, task.evaluate(fitted.model, data), {})]
+    for number in range(1, rounds + 1):
+        if number > 1 and unlabelled is not None:
+            folder = run / ROUNDS / str(number)
+            try:
+                pseudo_labels = _label_again(task, data, fitted, unlabelled, folder)
+            except UserError as error:
+                log.warning(
+                    "There is no round %(number)d: %(why)s",
+                    {"number": number, "why": str(error)},
+                    extra={"code": "pseudo_labels.stopped"},
+                )
+                break
+        fitted = fit(pseudo_labels.data, number)
+        scores = task.evaluate(fitted.model, data)
+        done.append(Round(fitted, scores, pseudo_labels.left_out))
+    return done
+
+
+def _label_again(
+    task: AnyTask,
+    data: LabelledDataset,
+    fitted: FittedModel[TrainedModel],
+    unlabelled: Unlabelled,
+    folder: Path,
+) -> PseudoLabels:
+    """Label images with a model, and read the labels."""
+    cutoff = choose_cutoff(
+        fitted.confidence, unlabelled.min_confidence, unlabelled.min_precision, "the model"
+    )
+    report_cutoff(cutoff, unlabelled.min_confidence, unlabelled.min_precision)
+    folder.mkdir(parents=True, exist_ok=True)
+    with progress_bar() as bar:
+        shown = bar.add_task("pseudo-label", total=len(unlabelled.paths), info="")
+        advance = partial(bar.advance, shown)
+        task.pseudo_label(fitted.model, cutoff, Predictions(unlabelled.paths, folder, 0, advance))
+    return load_pseudo_labels(task, folder, data)
+
+
+def best_round(rounds: Sequence[Round], monitor: str) -> int:
+    """Number of the round whose model is the best on validation images.
+
+    Args:
+        rounds: The trainings.
+        monitor: Validation metric to choose by.
+
+    Returns:
+        Of equal ones the first; that without pseudo-labels if there are no validation images.
+    """
+    ranks = [rank_metrics(one.fitted.chosen.metrics, monitor) for one in rounds]
+    return ranks.index(max(ranks))
+
+
+def outcome(
+    rounds: Sequence[Round], kept: int, monitor: str, data: LabelledDataset
+) -> dict[str, Any]:
+    """Whether pseudo-labels helped, for ``results.json``.
+
+    The last model with them is compared with the one without on the same test images. Where images
+    are right or wrong, the difference has a 95 % interval. It covers the choice of test images, not
+    the randomness of training, as there is one training each.
+
+    Args:
+        rounds: The trainings.
+        kept: Number of the round whose model is kept.
+        monitor: Validation metric that was chosen by.
+        data: Labelled images.
+
+    Returns:
+        ``rounds`` with the number of pseudo-labelled images, validation and test metrics of each;
+        ``kept``, ``monitor``, ``metric``, ``difference`` with its interval if there is one,
+        ``verdict`` (``helped``, ``no difference``, ``hurt``, or ``unknown`` without an interval),
+        and all of it in a ``sentence``.
+    """
+    first, last = rounds[0].scores, rounds[-1].scores
+    metric = next(iter(first.metrics))
+    before, after = first.metrics[metric], last.metrics[metric]
+    found = {"mean": after - before}
+    verdict, interval = "unknown", ""
+    if first.right is not None and last.right is not None and first.right.shape == last.right.shape:
+        gap = _paired(first.right, last.right, data.groups("test"))
+        found |= {"low": gap.low, "high": gap.high}
+        verdict = gap.verdict
+        interval = f", 95 % interval over the test images {gap.low:+.3f} to {gap.high:+.3f}"
+    said = {
+        "helped": "they helped",
+        "hurt": "they did not help, but hurt",
+        "no difference": "the test images do not show that they helped",
+        "unknown": "whether that is more than chance, one training each does not tell",
+    }
+    images = rounds[-1].fitted.added
+    keeps = "without them" if kept == 0 else f"of round {kept}"
+    sentence = (
+        f"Pseudo-labels of {images:,} images: test {metric} {before:.3f} without them, "
+        f"{after:.3f} with them ({after - before:+.3f}{interval}): {said[verdict]}. "
+        f"Kept, by validation {monitor}, is the model {keeps}."
+    )
+    return {
+        "rounds": [
+            {
+                "pseudo_labelled": one.fitted.added,
+                "left_out": one.left_out,
+                "val": one.fitted.chosen.metrics,
+                "test": one.scores.metrics,
+            }
+            for one in rounds
+        ],
+        "kept": kept,
+        "monitor": monitor,
+        "metric": metric,
+        "difference": found,
+        "verdict": verdict,
+        "sentence": sentence,
+    }
+
+
+def _paired(before: np.ndarray, after: np.ndarray, groups: np.ndarray | None) -> Difference:
+    """Difference of the accuracies of two models on the same images."""
+    one, other = (Runs(np.array([right.mean()]), right[None]) for right in (after, before))
+    return difference([one], [other], groups=groups)

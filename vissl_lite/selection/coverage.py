@@ -1,0 +1,201 @@
+"""How well chosen images cover all images, and the greedy choice of those that cover most.
+
+An image is covered by the chosen image most similar to it; the coverage is the mean over all images
+(generalized coverage, Bae et al. 2024, arXiv 2407.12212, section 3). All N x N similarities never
+are in memory: they are computed in blocks.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from vissl_lite.selection.candidates import Candidates
+
+# Function from squared distances to similarities in [0, 1], of which nearer ones are larger. It may
+# overwrite its argument: most of the time is spent on reading and writing these blocks.
+Kernel: TypeAlias = Callable[[Tensor], Tensor]
+
+# Similarities that are in memory at a time: 64 MiB of float32.
+BLOCK = 2**24
+
+# Candidates whose gains are computed again at a time.
+TOP = 64
+
+
+def unit_features(features: np.ndarray) -> Tensor:
+    """``(N, D)`` features scaled to length 1, float32, on the accelerator if there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return F.normalize(torch.from_numpy(np.asarray(features, np.float32)).to(device), dim=1)
+
+
+def squared_distances(one: Tensor, other: Tensor) -> Tensor:
+    """``(A, B)`` squared distances between unit vectors ``(A, D)`` and ``(B, D)``."""
+    return (one @ other.T).mul_(-2).add_(2).clamp_(min=0)
+
+
+def gaussian(radius: float) -> Kernel:
+    """``exp(-d^2 / radius^2)``, the kernel of MaxHerding."""
+    return lambda squared: squared.div_(-(radius**2)).exp_()
+
+
+def top_hat(radius: float) -> Kernel:
+    """1 at distances below the radius, else 0: the balls of ProbCover."""
+    return lambda squared: (squared < radius**2).float()
+
+
+def blocks(rows: int, columns: int, block: int = BLOCK) -> Iterator[slice]:
+    """Slices of the rows of a matrix with at most ``block`` entries each, or one row."""
+    step = max(1, block // max(1, columns))
+    return (slice(start, min(rows, start + step)) for start in range(0, rows, step))
+
+
+def cover(points: Tensor, indices: np.ndarray, kernel: Kernel, block: int = BLOCK) -> Tensor:
+    """Similarity of each point to the most similar of some of them.
+
+    Args:
+        points: ``(N, D)`` unit vectors.
+        indices: ``(L,)`` those that cover.
+        kernel: Similarity.
+        block: See ``blocks``.
+
+    Returns:
+        ``(N,)``, zeros if there are none.
+    """
+    covered = points.new_zeros(len(points))
+    centers = points[torch.as_tensor(indices, device=points.device)]
+    for rows in blocks(len(centers), len(points), block):
+        nearest = squared_distances(centers[rows], points).amin(dim=0)
+        covered = torch.maximum(covered, kernel(nearest))
+    return covered
+
+
+def greedy_cover(
+    points: Tensor,
+    kernel: Kernel,
+    budget: int,
+    candidates: Candidates,
+    covered: Tensor,
+    weights: Tensor,
+    seed: int = 0,
+    block: int = BLOCK,
+) -> tuple[list[int], list[float]]:
+    """Choose points one after the other, each of which raises the weighted coverage most.
+
+    The gain of a point never grows as others are chosen (the coverage is submodular), so a gain
+    from an earlier step is an upper bound: only the points with the largest bounds are computed
+    again (Minoux 1978, "Accelerated greedy algorithms"). The choice is that of computing all.
+
+    Args:
+        points: ``(N, D)`` unit vectors.
+        kernel: Similarity.
+        budget: Number of points to choose.
+        candidates: What may be chosen; it is used up.
+        covered: ``(N,)`` similarity of each point to what covers it already.
+        weights: ``(N,)`` weight of each point.
+        seed: Once nothing is gained by any point, points are chosen at random.
+        block: See ``blocks``.
+
+    Returns:
+        Indices, and the gain of each: the sum over points of weight times increase.
+    """
+    count, device = len(points), points.device
+
+    def gains_of(indices: np.ndarray) -> np.ndarray:
+        found = np.empty(len(indices))
+        for rows in blocks(len(indices), count, block):
+            some = torch.from_numpy(indices[rows]).to(device)
+            increase = kernel(squared_distances(points[some], points)).sub_(covered).clamp_(min=0)
+            found[rows] = (increase @ weights).cpu().numpy()
+        return found
+
+    numbers = np.arange(count)
+    bounds = np.full(count, -np.inf)
+    bounds[candidates.open] = gains_of(numbers[candidates.open])
+    exact = np.ones(count, bool)
+    at_random = np.random.default_rng(seed)
+    chosen: list[int] = []
+    gains: list[float] = []
+    while len(chosen) < budget and len(candidates):
+        bounds[~candidates.open] = -np.inf
+        while True:
+            known = np.where(exact, bounds, -np.inf)
+            best = int(known.argmax())
+            ahead = (bounds > known[best]) | ((bounds == known[best]) & (numbers < best))
+            stale = np.flatnonzero(ahead & ~exact & candidates.open)
+            if len(stale) == 0:
+                break
+            top = stale[np.argsort(-bounds[stale], kind="stable")[:TOP]]
+            bounds[top] = gains_of(top)
+            exact[top] = True
+        if bounds[best] <= 0:
+            best = int(at_random.choice(numbers[candidates.open]))
+        chosen.append(best)
+        gains.append(max(0.0, float(bounds[best])))
+        candidates.take(best)
+        covered = torch.maximum(
+            covered, kernel(squared_distances(points[best : best + 1], points))[0]
+        )
+        exact[:] = False
+    return chosen, gains
+
+
+def coverage_curve(
+    points: Tensor, order: np.ndarray, kernel: Kernel, covered: Tensor, counted: np.ndarray
+) -> list[float]:
+    """Coverage after each of some points.
+
+    Args:
+        points: ``(N, D)`` unit vectors.
+        order: ``(B,)`` indices of the points that cover, in order.
+        kernel: Similarity.
+        covered: ``(N,)`` similarity of each point to what covers it before.
+        counted: ``(N,)`` bool: which points the mean is over.
+
+    Returns:
+        B + 1 values from 0 to 1; the first is before the first point.
+    """
+    among = torch.from_numpy(counted).to(points.device)
+    covered, counted_points = covered[among], points[among]
+    values = [float(covered.mean())]
+    centers = points[torch.as_tensor(order, device=points.device)]
+    for rows in blocks(len(centers), len(covered)):
+        for similarity in kernel(squared_distances(centers[rows], counted_points)):
+            covered = torch.maximum(covered, similarity)
+            values.append(float(covered.mean()))
+    return values
+
+
+def nearest_of(points: Tensor, indices: np.ndarray, block: int = BLOCK) -> np.ndarray:
+    """``(N,)`` position in ``indices`` of the point that is nearest to each of N points.
+
+    Args:
+        points: ``(N, D)`` unit vectors.
+        indices: ``(L,)`` points to choose from, at least one.
+        block: See ``blocks``.
+    """
+    centers = points[torch.as_tensor(indices, device=points.device)]
+    found = [
+        squared_distances(points[rows], centers).argmin(dim=1)
+        for rows in blocks(len(points), len(centers), block)
+    ]
+    return torch.cat(found).cpu().numpy()
+
+
+def knee(values: list[float]) -> int:
+    """Where a rising curve bends: from there on it rises more slowly than on the average.
+
+    The point farthest above the line from the first to the last one (Satopaa et al. 2011, "Finding
+    a 'kneedle' in a haystack", for a single knee without smoothing).
+
+    Args:
+        values: Values of the curve at equal steps.
+
+    Returns:
+        Index of the first such point.
+    """
+    line = np.linspace(values[0], values[-1], len(values))
+    return int(np.argmax(np.asarray(values) - line))

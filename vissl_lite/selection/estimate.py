@@ -1,0 +1,78 @@
+"""How much of all images is covered at each budget, and where more labels stop to pay."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vissl_lite.selection.candidates import Candidates
+from vissl_lite.selection.coverage import (
+    cover,
+    coverage_curve,
+    gaussian,
+    greedy_cover,
+    knee,
+    unit_features,
+)
+from vissl_lite.selection.herding import RADIUS
+from vissl_lite.selection.uniform import uniform
+
+# Random orders whose mean the curve of a random choice is.
+RANDOM_ORDERS = 3
+
+
+@dataclass(frozen=True)
+class CoverageEstimate:
+    """Coverage after each image, with the kernel of MaxHerding, from 0 to 1.
+
+    Attributes:
+        values: 2 B + 1 values or fewer: before the first image, after each of the B chosen ones,
+            and after each further one, as ``herding`` would choose it.
+        random: As many values for images in random order.
+        knee: Number of images from which on a further one adds less than the average one.
+    """
+
+    values: list[float]
+    random: list[float]
+    knee: int
+
+
+def estimate_coverage(
+    features: np.ndarray,
+    labelled: np.ndarray,
+    chosen: np.ndarray,
+    counted: np.ndarray,
+    seed: int = 0,
+) -> CoverageEstimate:
+    """Estimate the coverage at each budget up to twice that of a selection.
+
+    Args:
+        features: ``(N, D)`` of all images, labelled ones included.
+        labelled: ``(L,)`` indices of the images that have a label already.
+        chosen: ``(B,)`` indices of the selection, in order.
+        counted: ``(N,)`` bool: which images the coverage is the mean of.
+        seed: Seed of the random orders.
+    """
+    points, kernel = unit_features(features), gaussian(RADIUS)
+    taken = np.concatenate([labelled, chosen])
+    further, _ = greedy_cover(
+        points,
+        kernel,
+        len(chosen),
+        Candidates(len(points), taken),
+        cover(points, taken, kernel),
+        points.new_ones(len(points)),
+        seed,
+    )
+    order = np.concatenate([chosen, np.array(further, np.int64)])
+    before = cover(points, labelled, kernel)
+    values = coverage_curve(points, order, kernel, before, counted)
+    at_random = [
+        uniform(features, len(order), labelled, seed=seed + number).indices
+        for number in range(RANDOM_ORDERS)
+    ]
+    curves = [coverage_curve(points, one, kernel, before, counted) for one in at_random]
+    # The first label of all covers much; the bend is looked for after it.
+    skipped = 1 if len(labelled) == 0 and len(values) > 2 else 0
+    return CoverageEstimate(
+        values, np.mean(curves, axis=0).tolist(), skipped + knee(values[skipped:])
+    )

@@ -1,0 +1,88 @@
+"""MaxHerding, and Uncertainty Herding with a model: one objective for the first and later rounds.
+
+MaxHerding (Bae et al. 2024, arXiv 2407.12212, algorithm 1) chooses the images that cover all others
+best. Uncertainty Herding (Bae et al. 2025, arXiv 2412.20644, algorithm 1) weights the coverage of
+each image by how uncertain the model is of it, and narrows the kernel as labels become dense: to
+the smallest distance between two labelled images. With few labels that is representative sampling,
+with many it becomes uncertainty sampling. The code of the authors, BorealisAI/uherding, looks at a
+sample of at most 35,000 images; here all are considered.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vissl_lite.selection.candidates import NOTHING_LABELLED, Candidates, Selection
+from vissl_lite.selection.coverage import (
+    BLOCK,
+    blocks,
+    cover,
+    gaussian,
+    greedy_cover,
+    squared_distances,
+    unit_features,
+)
+
+# Radius of the kernel on features of length 1, as in the code of the authors.
+RADIUS = 1.0
+
+# Images nearer than this show the same in float32; they do not narrow the kernel.
+SAME = 1e-3
+
+
+def herding(
+    features: np.ndarray,
+    budget: int,
+    labelled: np.ndarray = NOTHING_LABELLED,
+    uncertainty: np.ndarray | None = None,
+    seed: int = 0,
+    candidates: Candidates | None = None,
+    block: int = BLOCK,
+) -> Selection:
+    """Choose the images that cover all others best; see the module and ``Method``.
+
+    Args:
+        features: ``(N, D)``.
+        budget: Number of images to choose.
+        labelled: ``(L,)`` indices.
+        uncertainty: ``(N,)`` weight of each image; without it the method is MaxHerding.
+        seed: Chooses once all images are covered entirely.
+        candidates: What may be chosen.
+        block: See ``coverage.blocks``.
+    """
+    candidates = candidates or Candidates(len(features), labelled)
+    points = unit_features(features)
+    if uncertainty is None:
+        radius, weights = RADIUS, points.new_ones(len(points))
+    else:
+        radius = adapted_radius(points, labelled, block)
+        weights = torch.from_numpy(np.asarray(uncertainty, np.float32)).to(points.device)
+        weights[torch.as_tensor(labelled, device=points.device)] = 0
+    kernel = gaussian(radius)
+    covered = cover(points, labelled, kernel, block)
+    chosen, gains = greedy_cover(points, kernel, budget, candidates, covered, weights, seed, block)
+    total = max(float(weights.sum()), 1e-12)
+    what = "" if uncertainty is None else " of uncertain images"
+    reasons = [f"raises the coverage{what} by {gain / total:.4f}" for gain in gains]
+    return Selection(np.array(chosen, np.int64), reasons)
+
+
+def adapted_radius(points: Tensor, labelled: np.ndarray, block: int = BLOCK) -> float:
+    """Radius of the kernel in Uncertainty Herding: the smallest distance of two labelled images.
+
+    Args:
+        points: ``(N, D)`` unit vectors.
+        labelled: ``(L,)`` indices.
+        block: See ``coverage.blocks``.
+
+    Returns:
+        The radius; that of MaxHerding if no two labelled images differ.
+    """
+    centers = points[torch.as_tensor(labelled, device=points.device)]
+    smallest = float("inf")
+    for rows in blocks(len(centers), len(centers), block):
+        squared = squared_distances(centers[rows], centers)
+        apart = squared[squared > SAME**2]
+        if len(apart):
+            smallest = min(smallest, float(apart.min()))
+    return smallest**0.5 if smallest < float("inf") else RADIUS
