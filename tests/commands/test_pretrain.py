@@ -129,12 +129,13 @@ class KilledError(Exception):
 
 # What there is to save: weights alone, a queue and a teacher, a center, masks, another's teacher.
 STATES = (
-    ("simclr", 1), ("simclr", 6), ("moco", 5), ("dino", 5), ("mae", 5), ("distillation", 5),
+    ("simclr", 1), ("simclr", 6), ("moco", 5), ("dino", 5), ("dinov2", 5), ("mae", 5),
+    ("distillation", 5),
 )  # fmt: skip
 
 
 def backbone_for(pretext: str) -> list[str]:
-    transformer = PRETEXTS[pretext].info.backbones in ("ViT", "patches")
+    transformer = PRETEXTS[pretext].info.backbones not in ("any", "CNN")
     return ["--backbone", "test_vit" if transformer else "test_resnet"]
 
 
