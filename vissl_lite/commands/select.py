@@ -30,7 +30,7 @@ from vissl_lite.report.additions import add_report, add_selection
 from vissl_lite.report.label_page import LabelImage, LabelledNeighbor, write_label_page
 from vissl_lite.run import check_out, open_run, write_results
 from vissl_lite.selection import METHODS, Candidates, Selection
-from vissl_lite.selection.coverage import nearest_of, unit_features
+from vissl_lite.selection.coverage import MAX_IMAGES, nearest_of, unit_features
 from vissl_lite.selection.estimate import estimate_coverage
 from vissl_lite.training.progress import progress_bar
 from vissl_lite.transfer.base import KnownImages, TrainedModel
@@ -197,6 +197,13 @@ def select(options: SelectOptions) -> SelectResult:
         groups = None if grouping is None else group_names(prints.paths, grouping)
         candidates = Candidates(len(prints), labelled_at, prints, groups, options.per_group)
         open_before = len(candidates)
+        if len(prints) > MAX_IMAGES:
+            log.info(
+                "%d images are many: the coverage is that of a random sample of %d, and herding and "
+                "probcover choose from as many",
+                len(prints),
+                MAX_IMAGES,
+            )
         method = METHODS[options.method]
         selection = method(
             features, options.budget, labelled_at, images.uncertainty, options.seed, candidates
