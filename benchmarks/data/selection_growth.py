@@ -3,11 +3,11 @@
     taskset -c 1 python -m benchmarks.data.selection_growth
 
 Each point is a process of its own, on one thread: synthetic features (clusters of unequal size), a
-budget of 50, nothing labelled. Time is that of the process on its core, without making the features;
-memory is the process's largest resident size, features, torch and the package included. Besides the
-methods there are what every run of ``select`` does: the coverage for its report, and looking for
+budget of 50, nothing labelled. Time is the CPU time of the process, without making the features;
+memory is its largest resident size, features, torch and the package included. Besides the methods
+there is what every run of ``select`` does: the coverage for its report, and looking for
 near-duplicates of 50 labelled and 50 chosen images. Reading images and computing their features is
-not included. Results: benchmarks/results/selection_growth.json.
+not included. The option --counts measures some of the sizes. Results: benchmarks/results/selection_growth.json.
 """
 
 import argparse

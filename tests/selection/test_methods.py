@@ -183,7 +183,8 @@ def test_sampled_choices_repeat_themselves_and_know_what_may_be_chosen(method: C
     features, labelled = points(400), np.arange(390)
     one, other = (method(features, 8, labelled, seed=3).indices for _ in range(2))
     assert one.tolist() == other.tolist()
-    assert len(set(one.tolist())) == 8 and one.min() >= 390
+    assert len(set(one.tolist())) == 8
+    assert one.min() >= 390
     spread = [method(features, 8, LABELLED, seed=seed).indices.tolist() for seed in (3, 4)]
     assert spread[0] != spread[1]
     assert not {*spread[0], *spread[1]} & {*LABELLED.tolist()}

@@ -199,8 +199,8 @@ def select(options: SelectOptions) -> SelectResult:
         open_before = len(candidates)
         if len(prints) > MAX_IMAGES:
             log.info(
-                "%d images are many: the coverage is that of a random sample of %d, and herding and "
-                "probcover choose from as many",
+                "Of %d images, the coverage is estimated on a random sample of %d; herding and "
+                "probcover choose from a sample too",
                 len(prints),
                 MAX_IMAGES,
             )

@@ -7,9 +7,9 @@ import numpy as np
 # Maximum number of clusters for methods that make one for each label, as in TypiClust.
 MAX_CLUSTERS = 500
 
-# With more clusters than this, k-means uses mini-batches of so many images, as TypiClust does; and of
-# more images than this, which the code of its authors does not have.
-MAX_EXACT, BATCH, MAX_EXACT_IMAGES = 50, 5000, 100_000
+# With more clusters than this, k-means uses mini-batches of so many images, as TypiClust does; here
+# also with more images than this.
+MAX_EXACT, BATCH, MAX_EXACT_IMAGES = 50, 5000, 50_000
 
 
 def cluster(points: np.ndarray, clusters: int, seed: int) -> np.ndarray:

@@ -26,8 +26,8 @@ BLOCK = 2**24
 # Candidates whose gains are computed again at a time.
 TOP = 64
 
-# Sizes of the random samples of images to cover and to choose from. The code of MaxHerding's authors
-# samples 35,000.
+# Sizes of the random samples of images to cover and to choose from. The code of MaxHerding's
+# authors samples 35,000. On one core, 50 of 20,000 images take about 20 s, of 10,000 a quarter.
 MAX_IMAGES = 20_000
 
 # The sample to choose from has at least so many images for each one to be chosen.
