@@ -6,8 +6,9 @@ Each point is a process of its own, on one thread: synthetic features (clusters 
 budget of 50, nothing labelled. Time is the CPU time of the process, without making the features;
 memory is its largest resident size, features, torch and the package included. Besides the methods
 there is what every run of ``select`` does: the coverage for its report, and looking for
-near-duplicates of 50 labelled and 50 chosen images. Reading images and computing their features is
-not included. The option --counts measures some of the sizes. Results: benchmarks/results/selection_growth.json.
+near-duplicates of 50 labelled and 50 chosen images. Reading images and computing their features
+is not included. Results, which are added to those that are there (--counts measures some sizes):
+benchmarks/results/selection_growth.json.
 """
 
 import argparse

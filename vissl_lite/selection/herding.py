@@ -4,8 +4,8 @@ MaxHerding (Bae et al. 2024, arXiv 2407.12212, algorithm 1) chooses the images t
 best. Uncertainty Herding (Bae et al. 2025, arXiv 2412.20644, algorithm 1) weights the coverage of
 each image by how uncertain the model is of it, and narrows the kernel as labels become dense: to
 the smallest distance between two labelled images. With few labels that is representative sampling,
-with many it becomes uncertainty sampling. Of more than ``coverage.MAX_IMAGES`` images, random samples
-are considered, as in the code of the authors, BorealisAI/uherding.
+with many it becomes uncertainty sampling. Of more than ``coverage.MAX_IMAGES`` images, random
+samples are considered, as in the code of the authors, BorealisAI/uherding.
 """
 
 import numpy as np
