@@ -33,9 +33,8 @@ one_at_a_time = threading.Lock()  # results go into one file
 def backbone_of(name: str) -> str:
     if name in UNTRAINED:
         return name.split()[1]
-    return {"ViT": "vit_slim_patch4_32", "patches": "vit_slim_patch4_32"}.get(
-        PRETEXTS[name].info.backbones, "resnet18"
-    )
+    convolutional = PRETEXTS[name].info.backbones in ("any", "CNN")
+    return "resnet18" if convolutional else "vit_slim_patch4_32"
 
 
 def vissl_lite(core: int, *arguments: object) -> None:

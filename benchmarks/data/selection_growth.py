@@ -32,7 +32,7 @@ from benchmarks.common import (
 
 COUNTS = (10**4, 10**5, 10**6)
 FEATURES, CLUSTERS, BUDGET = 256, 200, 50
-METHODS = ("herding", "typiclust", "probcover", "k_center", "margin", "random")
+METHODS = ("herding", "typiclust", "probcover", "k_center", "margin", "dropquery", "random")
 COVERAGE, DUPLICATES = "coverage for the report", "near-duplicates"
 RUN = "python -m benchmarks.data.selection_growth"
 

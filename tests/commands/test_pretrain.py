@@ -66,12 +66,14 @@ def finished(photos: Path, labelled: Path, tmp_path_factory: pytest.TempPathFact
     return out
 
 
+@pytest.mark.gpu
 @pytest.mark.slow
 def test_writes_an_encoder_that_plain_timm_loads(finished: Path) -> None:
     model = timm.create_model(f"local-dir:{finished / 'encoder'}", pretrained=True).eval()
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, model.num_features)
 
 
+@pytest.mark.gpu
 @pytest.mark.slow
 def test_writes_results_curves_log_and_config(finished: Path) -> None:
     results = json.loads((finished / "results.json").read_text())
@@ -127,15 +129,17 @@ class KilledError(Exception):
 
 # What there is to save: weights alone, a queue and a teacher, a center, masks, another's teacher.
 STATES = (
-    ("simclr", 1), ("simclr", 6), ("moco", 5), ("dino", 5), ("mae", 5), ("distillation", 5),
+    ("simclr", 1), ("simclr", 6), ("moco", 5), ("dino", 5), ("dinov2", 5), ("mae", 5),
+    ("distillation", 5),
 )  # fmt: skip
 
 
 def backbone_for(pretext: str) -> list[str]:
-    transformer = PRETEXTS[pretext].info.backbones in ("ViT", "patches")
+    transformer = PRETEXTS[pretext].info.backbones not in ("any", "CNN")
     return ["--backbone", "test_vit" if transformer else "test_resnet"]
 
 
+@pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.parametrize(("pretext", "last_step"), STATES)
 def test_resume_continues_as_if_nothing_had_happened(

@@ -50,6 +50,7 @@ def segmenter(sample: Path, encoder: Path, tmp_path_factory: pytest.TempPathFact
     return out
 
 
+@pytest.mark.gpu
 @pytest.mark.slow
 def test_a_detector_is_trained_and_reported(detector: Path) -> None:
     results = json.loads((detector / "results.json").read_text())
@@ -80,6 +81,7 @@ def test_the_tuned_encoder_of_a_detector_is_timms(detector: Path) -> None:
     assert vissl_lite.load_encoder(detector / "model").backbone == "test_resnet"
 
 
+@pytest.mark.gpu
 @pytest.mark.slow
 def test_predict_writes_boxes_as_coco_reads_them(
     detector: Path, sample: Path, tmp_path: Path
@@ -117,6 +119,7 @@ def mask_detector(sample: Path, encoder: Path, tmp_path_factory: pytest.TempPath
     return out
 
 
+@pytest.mark.gpu
 @pytest.mark.slow
 def test_a_detector_with_masks_is_trained_and_reported(mask_detector: Path) -> None:
     results = json.loads((mask_detector / "results.json").read_text())
@@ -165,6 +168,7 @@ def test_predict_writes_masks_that_are_read_back(
     assert len(list((out / "pictures").rglob("*.png"))) == 1
 
 
+@pytest.mark.gpu
 @pytest.mark.slow
 def test_a_segmenter_is_trained_and_reported(segmenter: Path) -> None:
     results = json.loads((segmenter / "results.json").read_text())

@@ -28,6 +28,7 @@ from vissl_lite.training.resizing import shrink
 EXAMPLES = {
     "any": ["test_resnet", "test_vit"],
     "ViT": ["test_vit", "vit_slim_patch4_32"],
+    "any ViT": ["test_vit", "vit_slim_patch4_32"],
     "CNN": ["test_resnet", "test_efficientnet"],
     "patches": ["test_vit", "vit_slim_patch4_32"],
 }
@@ -45,6 +46,7 @@ every_pair = pytest.mark.parametrize(("name", "backbone"), PAIRS)
 SHARP = {
     "dino": {"teacher_temperature": 0.005, "warm_teacher_temperature": 0.005},
     "ibot": {"teacher_temperature": 0.005, "warm_teacher_temperature": 0.005},
+    "dinov2": {"teacher_temperature": 0.005, "warm_teacher_temperature": 0.005},
 }
 
 
@@ -246,7 +248,7 @@ def test_everything_that_a_resumed_run_needs_is_in_the_state(
 )
 def test_a_backbone_that_does_not_suit_names_some_that_do(name: str) -> None:
     kind = pretext_class(name).info.backbones
-    wrong = {"ViT": "test_resnet", "patches": "test_resnet", "CNN": "test_vit"}[kind]
+    wrong = "test_vit" if kind == "CNN" else "test_resnet"
     with pytest.raises(UserError, match=f"{name} needs .*{wrong} is not: try one of") as raised:
         pretext_class(name)(build_encoder(wrong, 32))
     assert len(str(raised.value).splitlines()) == 1
@@ -265,7 +267,7 @@ IMPOSSIBLE = {
     "jitter": -1, "mask_unit": 5, "gray": 1.5, "masked": 0.0, "epsilon": 0.0,
     "sinkhorn_iterations": 0, "targets": 0, "predictor_width": 33, "dense_weight": 2.0,
     "tile_features": 0, "cell_size": 1, "uniform": 0.0, "predictor_depth": -1, "map_weight": -1.0,
-    "teacher_size": 0, "label_smoothing": 1.0,
+    "teacher_size": 0, "label_smoothing": 1.0, "patch_weight": -1.0, "koleo_weight": -1.0,
 }  # fmt: skip
 
 

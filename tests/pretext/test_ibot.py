@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from vissl_lite.encoders.encoder import build_encoder
-from vissl_lite.pretext.ibot import IBOT, draw_masks, patch_loss
+from vissl_lite.pretext.ibot import IBOT, draw_masks
 
 
 def test_half_of_the_images_get_a_tenth_to_half_of_their_patches_masked() -> None:
@@ -16,23 +16,6 @@ def test_half_of_the_images_get_a_tenth_to_half_of_their_patches_masked() -> Non
 
 def test_a_batch_never_goes_without_a_mask() -> None:
     assert all(draw_masks(1, 2, 2).any() for _ in range(50))
-
-
-def test_patch_loss_is_a_mean_over_patches_then_over_images() -> None:
-    """Equation 2, loop by loop; an image without a mask counts as 0."""
-    mask = torch.tensor([[True, False, True, True], [False] * 4, [False, True, False, False]])
-    targets, scores = torch.rand(4, 5).softmax(dim=1), torch.randn(4, 5)
-    place, images = 0, []
-    for row in mask:
-        terms = []
-        for masked in row:
-            if masked:
-                log = (scores[place] / 0.1).log_softmax(dim=0)
-                terms.append(-(targets[place] * log).sum())
-                place += 1
-        images.append(torch.stack(terms).mean() if terms else torch.zeros(()))
-    expected = torch.stack(images).mean()
-    torch.testing.assert_close(patch_loss(targets, scores, mask, 0.1), expected)
 
 
 @pytest.mark.slow

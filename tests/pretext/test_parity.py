@@ -21,6 +21,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from vissl_lite.encoders.encoder import build_encoder
+from vissl_lite.pretext import dinov2
 from vissl_lite.pretext.barlow_twins import BarlowTwins
 from vissl_lite.pretext.base import PretextTask
 from vissl_lite.pretext.byol import BYOL
@@ -400,6 +401,27 @@ def test_dino() -> None:
     assert_parity(task, steps, literal)
 
 
+def tokens(
+    model: Any, images: Tensor, mask: Tensor | None = None, token: Tensor | None = None
+) -> Tensor:
+    """``(B, 1 + N, D)``: blocks see a token in place of masked patches, at their positions."""
+    patches = model.patch_embed(images)
+    if mask is not None:
+        rows = patches.flatten(1, -2)
+        rows = torch.where(mask.flatten(1)[..., None], token, rows)
+        patches = rows.view_as(patches)
+    return model.norm(model.blocks(model.norm_pre(model._pos_embed(patches))))
+
+
+def closeness(z: Tensor) -> Tensor:
+    """KoLeo: minus the mean logarithm of the distance to the nearest other image."""
+    z, total = unit(z), torch.zeros(())
+    for i in range(len(z)):
+        others = [(z[i] - z[j]).norm() for j in range(len(z)) if j != i]
+        total = total - min(others).log() / len(z)
+    return total
+
+
 def test_ibot() -> None:
     """Equations 1 to 3, and KoLeo: the student sees masks in its global crops, the teacher none.
 
@@ -413,15 +435,6 @@ def test_ibot() -> None:
     teacher_encoder, teacher_head = map(copy.deepcopy, (task.teacher_encoder, task.teacher_head))
     center, patch_center = torch.zeros(7), torch.zeros(7)
 
-    def tokens(model: Any, images: Tensor, mask: Tensor | None = None) -> Tensor:
-        """``(B, 1 + N, D)``: blocks see a token in place of masked patches, at their positions."""
-        patches = model.patch_embed(images)
-        if mask is not None:
-            rows = patches.flatten(1, -2)
-            rows = torch.where(mask.flatten(1)[..., None], token[0], rows)
-            patches = rows.view_as(patches)
-        return model.norm(model.blocks(model.norm_pre(model._pos_embed(patches))))
-
     for step, (progress, views) in enumerate(zip(PROGRESS, steps, strict=True)):
         frozen_at_first(progress, head)
         torch.manual_seed(step)
@@ -431,7 +444,8 @@ def test_ibot() -> None:
             seen = [tokens(teacher_encoder.model, view) for view in views[:2]]
             outputs = [teacher_head(one.flatten(0, 1)).view(IMAGES, 65, 7) for one in seen]
         hidden = [
-            tokens(encoder.model, view, mask) for view, mask in zip(views, masks, strict=False)
+            tokens(encoder.model, view, mask, token[0])
+            for view, mask in zip(views, masks, strict=False)
         ]
         scores = [head(one.flatten(0, 1)).view(IMAGES, 65, 7) for one in hidden]
         local = student(views[2])
@@ -445,10 +459,7 @@ def test_ibot() -> None:
             each = cross_entropy(patch_target, scores[t][:, 1:])
             for image, mask in zip(each, masks[t].flatten(1), strict=True):
                 on_patches.append(image[mask].mean() if mask.any() else torch.zeros(()))
-            z = unit(hidden[t][:, 0])
-            for i in range(IMAGES):
-                others = [(z[i] - z[j]).norm() for j in range(IMAGES) if j != i]
-                spread = spread - min(others).log() / IMAGES
+            spread = spread + closeness(hidden[t][:, 0])
         center = 0.7 * center + 0.3 * torch.cat(outputs)[:, 0].mean(dim=0)
         masked = torch.cat(outputs)[:, 1:][torch.cat(masks).flatten(1)]
         patch_center = 0.7 * patch_center + 0.3 * masked.mean(dim=0)
@@ -456,6 +467,56 @@ def test_ibot() -> None:
         literal.append(descend(loss, student, token))
         for teacher, follows in ((teacher_encoder, encoder), (teacher_head, head)):
             average(teacher, follows, half_cosine(0.6, progress))
+    assert_parity(task, steps, literal)
+
+
+def test_dinov2() -> None:
+    """As the authors' code: a head for images and one for masked patches, no centers.
+
+    Sinkhorn-Knopp balances the images of both global crops together, and the masked patches of
+    both. KoLeo is computed in each crop.
+    """
+    options = {name: value for name, value in PROTOTYPES.items() if name != "center_momentum"}
+    task = made(dinov2.DINOv2, "vit_slim_patch4_32", local_crops=1, koleo_weight=0.2, **options)
+    steps, literal = batches(local_crops=1), []
+    students = [task.encoder, task.head, task.patch_head]
+    encoder, head, patch_head = students = [copy.deepcopy(one) for one in students]
+    teachers = [task.teacher_encoder, task.teacher_head, task.teacher_patch_head]
+    teacher, teacher_head, teacher_patch_head = teachers = [copy.deepcopy(one) for one in teachers]
+    token = nn.ParameterList([task.mask_token.clone()])
+    for step, (progress, views) in enumerate(zip(PROGRESS, steps, strict=True)):
+        for one in (head, patch_head):
+            frozen_at_first(progress, one)
+        torch.manual_seed(step)
+        masks = dinov2.draw_masks(2 * IMAGES, 8, 8).flatten(1).chunk(2)
+        temperature = teacher_temperature(progress)
+        with torch.no_grad():
+            seen = [tokens(teacher.model, view) for view in views[:2]]
+            outputs = torch.cat([teacher_head(one[:, 0]) for one in seen])
+            targets = balanced(outputs, temperature, 3).chunk(2)
+            masked = [one[:, 1:][mask] for one, mask in zip(seen, masks, strict=True)]
+            patch_targets = balanced(teacher_patch_head(torch.cat(masked)), temperature, 3)
+        hidden = [
+            tokens(encoder.model, view, mask, token[0])
+            for view, mask in zip(views, masks, strict=False)
+        ]
+        local = head(tokens(encoder.model, views[2])[:, 0])
+        on_images, on_patches, spread, place = [], [], torch.zeros(()), 0
+        for t, target in enumerate(targets):
+            other = head(hidden[1 - t][:, 0])
+            on_images += [cross_entropy(target, score).mean() for score in (other, local)]
+            spread = spread + closeness(hidden[t][:, 0])
+            for image, mask in zip(hidden[t][:, 1:], masks[t], strict=True):
+                if not mask.any():
+                    on_patches.append(torch.zeros(()))
+                    continue
+                own = patch_targets[place : place + int(mask.sum())]
+                place += len(own)
+                on_patches.append(cross_entropy(own, patch_head(image[mask])).mean())
+        loss = mean(on_images) + mean(on_patches) + 0.2 * spread
+        literal.append(descend(loss, *students, token))
+        for follower, followed in zip(teachers, students, strict=True):
+            average(follower, followed, half_cosine(0.6, progress))
     assert_parity(task, steps, literal)
 
 

@@ -19,6 +19,7 @@ from vissl_lite.selection.coverage import (
     sample,
     unit_features,
 )
+from vissl_lite.selection.dropquery import changed_by_dropout, dropquery
 from vissl_lite.selection.herding import adapted_radius, herding
 from vissl_lite.selection.k_center import k_center
 from vissl_lite.selection.probcover import probcover, pure_radius
@@ -129,6 +130,50 @@ def test_margin_takes_the_most_uncertain_and_needs_a_model() -> None:
     assert found.indices.tolist() == [3, 2, 4]
     with pytest.raises(UserError, match="--model with a run of finetune"):
         METHODS["margin"](np.zeros((5, 2)), 3)
+
+
+@pytest.mark.parametrize("first_round", [False, True])
+def test_dropquery_takes_the_centers_of_clusters_of_uncertain_images(first_round: bool) -> None:
+    features = points(80)
+    unit = unit_features(features).numpy()
+    uncertainty = np.random.default_rng(3).integers(0, 4, 80) / 3  # of three masks
+    left = [
+        i for i in range(80) if i not in LABELLED and (first_round or uncertainty[i] in (2 / 3, 1))
+    ]
+    found = KMeans(8, random_state=0).fit(unit[left])
+    expected = {}
+    for number, center in enumerate(found.cluster_centers_):
+        inside = [i for i, of in zip(left, found.labels_, strict=True) if of == number]
+        nearest = min(inside, key=lambda i: np.linalg.norm(unit[i] - center))
+        expected[nearest] = len(inside)
+    chosen = dropquery(features, 8, LABELLED, None if first_round else uncertainty).indices
+    assert {*chosen.tolist()} == {*expected}
+    sizes = [expected[i] for i in chosen]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_dropquery_takes_others_only_if_no_uncertain_image_is_left() -> None:
+    uncertainty = np.zeros(60)
+    uncertainty[10:20] = 1
+    candidates = Candidates(60, groups=np.arange(60) % 5, per_group=2)
+    assert {*dropquery(points(), 8, uncertainty=uncertainty).indices} < {*range(10, 20)}
+    found = dropquery(points(), 14, uncertainty=uncertainty, seed=1)
+    assert {*found.indices[:10]} == {*range(10, 20)}
+    assert found.reasons[10:] == ["random, as no more images are uncertain"] * 4
+    assert {*found.indices[10:]} != {*dropquery(points(), 14, uncertainty=uncertainty).indices[10:]}
+    found = dropquery(points(), 10, uncertainty=uncertainty, candidates=candidates)
+    assert {*found.indices} == {*range(10, 20)}  # although clusters are ruled out by groups
+
+
+def test_dropout_drops_three_quarters_and_scales_the_others_by_four() -> None:
+    features = np.ones((4000, 2), np.float32)
+    # the first feature decides: above the threshold it is class 1
+    for threshold, share in ((0.5, 0.75), (3.5, 0.25), (4.5, 0.0), (-0.5, 0.0)):
+        changed = changed_by_dropout(
+            lambda x, at=threshold: np.stack([np.full(len(x), at), x[:, 0]], axis=1), features, 5
+        )
+        assert {*np.round(3 * changed, 4)} <= {0, 1, 2, 3}
+        assert changed.mean() == pytest.approx(share, abs=0.02)
 
 
 @pytest.mark.parametrize("name", METHODS)

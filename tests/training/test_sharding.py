@@ -21,13 +21,12 @@ from vissl_lite.training.schedule import Schedule
 from vissl_lite.training.sharding import check_same_sharding, repeated_blocks
 from vissl_lite.training.stream import StreamData
 
-BACKBONES = {"any": "test_resnet", "ViT": "test_vit", "CNN": "test_resnet", "patches": "test_vit"}
-
 
 def train(name: str, photos: Path) -> None:
     """Two steps with the pretext's own optimizer, in one of two processes, and what they left."""
     torch.manual_seed(0)
-    backbone = BACKBONES[PRETEXTS[name].info.backbones]
+    convolutional = PRETEXTS[name].info.backbones in ("any", "CNN")
+    backbone = "test_resnet" if convolutional else "test_vit"
     size = 64 if backbone == "test_vit" else 32
     task = prepared(pretext_class(name)(build_encoder(backbone, size), **required(name)))
     schedule = Schedule(task.optimizer_settings.lr, 0.0, seed=0, batches=2)
@@ -63,7 +62,18 @@ def one_of(rank: int, port: int, names: list[str], photos: Path) -> None:
 def test_pretexts_train_sharded(photos: Path) -> None:
     """One of each kind: plain, with a queue, teachers, prototypes, masks, a decoder."""
     port = free_port()
-    names = ["simclr", "moco", "dino", "distillation", "swav", "mae", "spark", "ijepa", "rotation"]
+    names = [
+        "simclr",
+        "moco",
+        "dino",
+        "dinov2",
+        "distillation",
+        "swav",
+        "mae",
+        "spark",
+        "ijepa",
+        "rotation",
+    ]
     started = [SERVER.Process(target=one_of, args=(rank, port, names, photos)) for rank in (0, 1)]
     for process in started:
         process.start()

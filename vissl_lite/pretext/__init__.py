@@ -8,6 +8,7 @@ from vissl_lite.pretext.colorization import Colorization
 from vissl_lite.pretext.densecl import DenseCL
 from vissl_lite.pretext.diet import DIET
 from vissl_lite.pretext.dino import DINO
+from vissl_lite.pretext.dinov2 import DINOv2
 from vissl_lite.pretext.distillation import Distillation
 from vissl_lite.pretext.ibot import IBOT
 from vissl_lite.pretext.ijepa import IJEPA
@@ -53,6 +54,7 @@ PRETEXTS: dict[str, type[PretextTask]] = {
         VISReg,
         DINO,
         IBOT,
+        DINOv2,
         MAE,
         SimMIM,
         SparK,

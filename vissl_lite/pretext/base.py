@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from timm.models import VisionTransformer
+from timm.models import Eva, VisionTransformer
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -21,12 +21,16 @@ from vissl_lite.pretext.modules.ema import ema_update, make_teacher
 from vissl_lite.training.processes import trainer_of
 from vissl_lite.training.sharding import UnshardedCopy, is_sharded, shard_module
 
-Backbones = Literal["any", "ViT", "CNN", "patches"]
+Backbones = Literal["any", "ViT", "any ViT", "CNN", "patches"]
 
 # Description and examples of each kind of backbone.
 BACKBONE_KINDS: dict[Backbones, tuple[str, str]] = {
     "any": ("any backbone", "resnet18, vit_tiny_patch16_224"),
     "ViT": ("a plain ViT", "vit_tiny_patch16_224, vit_small_patch16_224, vit_tiny_patch4_32"),
+    "any ViT": (
+        "a ViT",
+        "vit_tiny_patch16_224, vit_small_patch16_dinov3, vit_tiny_patch4_32",
+    ),
     "CNN": ("a convolutional backbone", "resnet18, resnet50, convnext_atto, resnet10t_slim"),
     "patches": (
         "a ViT or a Swin Transformer",
@@ -264,6 +268,7 @@ def check_backbone(info: PretextInfo, encoder: Encoder) -> None:
     fits = {
         "any": True,
         "ViT": isinstance(model, VisionTransformer),
+        "any ViT": isinstance(model, VisionTransformer | Eva),
         "CNN": not hasattr(model, "patch_embed") and hasattr(model, "forward_intermediates"),
         "patches": hasattr(model, "patch_embed") and encoder.patch_size is not None,
     }

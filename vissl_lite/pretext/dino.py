@@ -12,11 +12,11 @@ from torch import Tensor
 from vissl_lite.data.views import Views
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import LARGEST_QUEUE, check_positive, check_share, check_sizes
-from vissl_lite.optim import OptimizerSettings, cosine_schedule, warmed_up
+from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import PretextInfo, PretextTask
 from vissl_lite.pretext.modules.crops import MultiCrop, forward_multi_crop
 from vissl_lite.pretext.modules.drop_path import add_drop_path
-from vissl_lite.pretext.modules.ema import ema_update, make_teacher
+from vissl_lite.pretext.modules.ema import TeacherSchedule, ema_update, make_teacher
 from vissl_lite.pretext.modules.heads import PrototypeHead
 from vissl_lite.pretext.modules.losses import Center, swapped_prediction
 
@@ -97,19 +97,9 @@ class DINO(PretextTask):
         super().__init__(encoder)
         if encoder.patch_size is None:  # As in the authors' recipe for ResNet-50
             self.optimizer_settings = replace(self.optimizer_settings, weight_decay_end=None)
-        for name, value in (
-            ("momentum", momentum),
-            ("center_momentum", center_momentum),
-            ("freeze_last_layer", freeze_last_layer),
-            ("temperature_warmup", temperature_warmup),
-        ):
-            check_share(f"pretext.{name}", value)
-        for name, value in (
-            ("temperature", temperature),
-            ("teacher_temperature", teacher_temperature),
-            ("warm_teacher_temperature", warm_teacher_temperature),
-        ):
-            check_positive(f"pretext.{name}", value)
+        check_share("pretext.center_momentum", center_momentum)
+        check_share("pretext.freeze_last_layer", freeze_last_layer)
+        check_positive("pretext.temperature", temperature)
         check_sizes(LARGEST_QUEUE, prototypes=prototypes)
         check_sizes(hidden_size=hidden_size, bottleneck_size=bottleneck_size)
         norm = encoder.patch_size is None if head_norm is None else head_norm
@@ -119,10 +109,10 @@ class DINO(PretextTask):
         self.teacher_encoder, self.teacher_head = make_teacher(encoder), make_teacher(self.head)
         add_drop_path(encoder, drop_path)
         self.center = Center(prototypes, center_momentum)
-        self.temperature = temperature
-        self.teacher_temperatures = (warm_teacher_temperature, teacher_temperature)
-        self.temperature_warmup = temperature_warmup
-        self.momentum, self.freeze_last_layer = momentum, freeze_last_layer
+        self.teacher_schedule = TeacherSchedule(
+            momentum, warm_teacher_temperature, teacher_temperature, temperature_warmup
+        )
+        self.temperature, self.freeze_last_layer = temperature, freeze_last_layer
         self.crops = MultiCrop(
             2, local_crops, min_crop_scale, min_global_crop_scale, color, solarize=True
         )
@@ -134,9 +124,7 @@ class DINO(PretextTask):
         scores = forward_multi_crop(lambda images: self.head(self.encoder(images)), views)
         with torch.no_grad():
             outputs = self.teacher_head(self.teacher_encoder(torch.cat(views[:2])))
-            temperature = warmed_up(
-                *self.teacher_temperatures, self.temperature_warmup, self.progress
-            )
+            temperature = self.teacher_schedule.temperature_at(self.progress)
             targets = self.center.targets(outputs, temperature).chunk(2)
             self.center.update(outputs)
         return swapped_prediction(scores, targets, self.temperature)
@@ -146,7 +134,7 @@ class DINO(PretextTask):
             self.head.freeze_last()
 
     def after_step(self) -> None:
-        momentum = cosine_schedule(self.momentum, 1, self.progress)
+        momentum = self.teacher_schedule.momentum_at(self.progress)
         ema_update(self.teacher_encoder, self.encoder, momentum)
         ema_update(self.teacher_head, self.head, momentum)
 

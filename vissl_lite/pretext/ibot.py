@@ -10,15 +10,26 @@ from torch import Tensor, nn
 
 from vissl_lite.data.views import Views
 from vissl_lite.encoders.encoder import Encoder
-from vissl_lite.errors import LARGEST_QUEUE, check_positive, check_share, check_sizes
-from vissl_lite.optim import OptimizerSettings, cosine_schedule, warmed_up
+from vissl_lite.errors import (
+    LARGEST_QUEUE,
+    check_not_negative,
+    check_positive,
+    check_share,
+    check_sizes,
+)
+from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import PretextInfo, PretextTask
 from vissl_lite.pretext.modules.crops import MultiCrop, forward_multi_crop
 from vissl_lite.pretext.modules.drop_path import add_drop_path
-from vissl_lite.pretext.modules.ema import ema_update, make_teacher
+from vissl_lite.pretext.modules.ema import TeacherSchedule, ema_update, make_teacher
 from vissl_lite.pretext.modules.heads import PrototypeHead
-from vissl_lite.pretext.modules.losses import Center, cross_entropy, koleo, swapped_prediction
-from vissl_lite.pretext.modules.masking import block_mask, check_patches, masked_patches
+from vissl_lite.pretext.modules.losses import Center, koleo, patch_loss, swapped_prediction
+from vissl_lite.pretext.modules.masking import (
+    block_masks,
+    check_patches,
+    masked_patches,
+    select_patches,
+)
 
 
 def draw_masks(batch: int, rows: int, columns: int) -> Tensor:
@@ -34,34 +45,8 @@ def draw_masks(batch: int, rows: int, columns: int) -> Tensor:
         is.
     """
     rng = np.random.default_rng(int(torch.randint(2**62, ())))
-    mask = np.zeros((batch, rows, columns), dtype=bool)
-    for one in range(batch):
-        if rng.random() < 0.5:
-            mask[one] = block_mask(
-                rows, columns, round(rng.uniform(0.1, 0.5) * rows * columns), rng
-            )
-    if not mask.any():
-        mask[0, rng.integers(rows), rng.integers(columns)] = True
-    return torch.from_numpy(mask)
-
-
-def patch_loss(targets: Tensor, scores: Tensor, mask: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy on masked patches: a mean over those of an image, then over all images.
-
-    Equation 2; images without a mask count as 0, as in the authors' code.
-
-    Args:
-        targets: ``(M, K)`` target distributions of the masked patches, image by image.
-        scores: ``(M, K)`` scores of the student for these patches.
-        mask: ``(B, N)`` bool, true for the M masked patches.
-        temperature: Softmax temperature of the scores.
-
-    Returns:
-        Scalar, computed in float32.
-    """
-    count = mask.sum(dim=1)
-    weights = (1 / count.clamp_min(1))[:, None].expand_as(mask)[mask]
-    return (weights * cross_entropy(targets, scores, temperature)).sum() / len(mask)
+    shares = (rng.uniform(0.1, 0.5) if rng.random() < 0.5 else 0.0 for _ in range(batch))
+    return block_masks(shares, rows, columns, rng)
 
 
 class IBOT(PretextTask):
@@ -103,7 +88,7 @@ class IBOT(PretextTask):
         views="2 + 6 small",
         paper="Zhou et al. 2022, arXiv 2111.07832; DINOv2 2304.07193",
         use="ViTs and long runs; before detection or segmentation; trains patch features",
-        backbones="ViT",
+        backbones="any ViT",
     )
     # The paper uses 5e-4 at batches of 256 with linear scaling, for hundreds of epochs; gradients
     # are clipped at 3, and the weight decay rises from 0.04 to 0.4.
@@ -133,17 +118,12 @@ class IBOT(PretextTask):
         drop_path: float | None = None,
     ) -> None:
         super().__init__(encoder)
-        for name, value in (
-            ("momentum", momentum),
-            ("center_momentum", center_momentum),
-            ("freeze_last_layer", freeze_last_layer),
-            ("temperature_warmup", temperature_warmup),
-        ):
-            check_share(f"pretext.{name}", value)
+        check_share("pretext.center_momentum", center_momentum)
+        check_share("pretext.freeze_last_layer", freeze_last_layer)
         check_patches(self.info, encoder)
+        check_not_negative("pretext.patch_weight", patch_weight)
+        check_not_negative("pretext.koleo_weight", koleo_weight)
         check_positive("pretext.temperature", temperature)
-        check_positive("pretext.teacher_temperature", teacher_temperature)
-        check_positive("pretext.warm_teacher_temperature", warm_teacher_temperature)
         check_sizes(LARGEST_QUEUE, prototypes=prototypes)
         check_sizes(hidden_size=hidden_size, bottleneck_size=bottleneck_size)
         features = encoder.num_features
@@ -154,10 +134,10 @@ class IBOT(PretextTask):
         self.center = Center(prototypes, center_momentum)
         self.patch_center = Center(prototypes, center_momentum)
         self.patch_weight, self.koleo_weight = patch_weight, koleo_weight
-        self.temperature = temperature
-        self.teacher_temperatures = (warm_teacher_temperature, teacher_temperature)
-        self.temperature_warmup = temperature_warmup
-        self.momentum, self.freeze_last_layer = momentum, freeze_last_layer
+        self.teacher_schedule = TeacherSchedule(
+            momentum, warm_teacher_temperature, teacher_temperature, temperature_warmup
+        )
+        self.temperature, self.freeze_last_layer = temperature, freeze_last_layer
         self.crops = MultiCrop(
             2, local_crops, min_crop_scale, min_global_crop_scale, color, solarize=True
         )
@@ -170,12 +150,11 @@ class IBOT(PretextTask):
         with torch.no_grad():
             pooled, patches = self.teacher_encoder.pooled_and_map(global_crops)
             rows, columns = patches.shape[2:]
-            mask = draw_masks(len(global_crops), rows, columns).to(global_crops.device)
+            mask = draw_masks(len(global_crops), rows, columns)
+            masked = mask.flatten().nonzero().flatten().to(global_crops.device)
             outputs = self.teacher_head(pooled)
-            patch_outputs = self.teacher_head(patches.permute(0, 2, 3, 1)[mask])
-            temperature = warmed_up(
-                *self.teacher_temperatures, self.temperature_warmup, self.progress
-            )
+            patch_outputs = self.teacher_head(select_patches(patches, masked))
+            temperature = self.teacher_schedule.temperature_at(self.progress)
             targets = self.center.targets(outputs, temperature)
             patch_targets = self.patch_center.targets(patch_outputs, temperature)
             self.center.update(outputs)
@@ -185,7 +164,7 @@ class IBOT(PretextTask):
             pooled, patches = self.encoder.pooled_and_map(global_crops)
         scores = list(self.head(pooled).chunk(2))
         scores += forward_multi_crop(lambda images: self.head(self.encoder(images)), views[2:])
-        patch_scores = self.head(patches.permute(0, 2, 3, 1)[mask])
+        patch_scores = self.head(select_patches(patches, masked))
 
         on_images = swapped_prediction(scores, targets.chunk(2), self.temperature)
         on_patches = patch_loss(patch_targets, patch_scores, mask.flatten(1), self.temperature)
@@ -199,7 +178,7 @@ class IBOT(PretextTask):
             self.head.freeze_last()
 
     def after_step(self) -> None:
-        momentum = cosine_schedule(self.momentum, 1, self.progress)
+        momentum = self.teacher_schedule.momentum_at(self.progress)
         ema_update(self.teacher_encoder, self.encoder, momentum)
         ema_update(self.teacher_head, self.head, momentum)
 

@@ -1,7 +1,9 @@
+import pytest
 import torch
 
 from vissl_lite.encoders.encoder import build_encoder
-from vissl_lite.pretext.modules.ema import ema_update, make_teacher
+from vissl_lite.errors import UserError
+from vissl_lite.pretext.modules.ema import TeacherSchedule, ema_update, make_teacher
 
 
 def test_follow_moves_parameters_by_the_momentum_and_leaves_buffers() -> None:
@@ -39,3 +41,22 @@ def test_a_copied_encoder_is_one_of_its_own() -> None:
         next(encoder.parameters()).add_(1.0)
     assert not torch.equal(next(teacher.parameters()), next(encoder.parameters()))
     assert teacher.state_dict().keys() == encoder.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("progress", "momentum", "temperature"),
+    [(0.0, 0.6, 0.04), (0.15, 0.6218, 0.055), (0.3, 0.6824, 0.07), (0.5, 0.8, 0.07), (1, 1, 0.07)],
+)
+def test_a_teachers_momentum_rises_to_1_and_its_temperature_warms_up(
+    progress: float, momentum: float, temperature: float
+) -> None:
+    schedule = TeacherSchedule(0.6, 0.04, 0.07, warmup=0.3)
+    assert schedule.momentum_at(progress) == pytest.approx(momentum, abs=1e-4)
+    assert schedule.temperature_at(progress) == pytest.approx(temperature)
+
+
+def test_a_schedule_out_of_range_is_the_users_mistake() -> None:
+    with pytest.raises(UserError, match=r"--pretext.momentum 1.5 must be in \[0, 1\]"):
+        TeacherSchedule(1.5, 0.04, 0.07, 0.3)
+    with pytest.raises(UserError, match=r"--pretext.teacher_temperature 0 must be above 0"):
+        TeacherSchedule(0.9, 0.04, 0, 0.3)

@@ -22,6 +22,7 @@ from vissl_lite.pretext.modules.losses import (
     koleo,
     negative_cosine,
     nt_xent,
+    patch_loss,
     random_directions,
     sigreg,
     sinkhorn,
@@ -354,6 +355,23 @@ def test_cross_entropy_and_center_equal_the_paper() -> None:
         assert loss.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-6)
 
 
+def test_patch_loss_is_a_mean_over_patches_then_over_images() -> None:
+    """iBOT, equation 2, loop by loop; an image without a mask counts as 0."""
+    mask = torch.tensor([[True, False, True, True], [False] * 4, [False, True, False, False]])
+    targets, scores = torch.rand(4, 5).softmax(dim=1), torch.randn(4, 5)
+    place, images = 0, []
+    for row in mask:
+        terms = []
+        for masked in row:
+            if masked:
+                log = (scores[place] / 0.1).log_softmax(dim=0)
+                terms.append(-(targets[place] * log).sum())
+                place += 1
+        images.append(torch.stack(terms).mean() if terms else torch.zeros(()))
+    expected = torch.stack(images).mean()
+    torch.testing.assert_close(patch_loss(targets, scores, mask, 0.1), expected)
+
+
 def test_koleo_is_the_mean_log_distance_to_the_nearest() -> None:
     z = embeddings(6)[0]
     unit = z / z.norm(dim=1, keepdim=True)
@@ -387,6 +405,11 @@ WHOLE_BATCH = {
 }
 
 
+# Similarities to prototypes, of which one process has more rows than the other.
+SCORES = embeddings(8)[0].clamp(-1, 1)
+UNEQUAL = (slice(0, 2), slice(2, 8))
+
+
 def _loss_and_gradient(name: str, own: slice) -> tuple[float, torch.Tensor]:
     z1, z2 = embeddings(8)
     weight = torch.eye(5).requires_grad_()  # a layer that both ranks share
@@ -416,6 +439,7 @@ def _one_rank(rank: int, port: int, directions: torch.Tensor, results: dict) -> 
         dist.all_reduce(gradient)  # what DistributedDataParallel does with gradients
         results[name, rank] = (loss, gradient / 2)
     results["states", rank] = _states(rank, 4)
+    results["codes", rank] = sinkhorn(SCORES[UNEQUAL[rank]], 0.2, 3)
     dist.destroy_process_group()
 
 
@@ -445,3 +469,10 @@ def test_queue_and_center_of_two_processes_are_those_of_one(two_processes: dict)
     for rank in (0, 1):
         for name, value in two_processes["states", rank].items():
             torch.testing.assert_close(value, whole[name])
+
+
+@pytest.mark.slow
+def test_sinkhorn_balances_batches_of_unequal_size(two_processes: dict) -> None:
+    """As those of masked patches are."""
+    codes = torch.cat([two_processes["codes", rank] for rank in (0, 1)])
+    torch.testing.assert_close(codes, literal_sinkhorn(SCORES, 0.2, 3))

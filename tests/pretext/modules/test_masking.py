@@ -12,6 +12,7 @@ from vissl_lite.pretext.base import PretextInfo
 from vissl_lite.pretext.modules.masking import (
     PatchPredictor,
     block_mask,
+    block_masks,
     check_patches,
     check_ratio,
     encode_visible,
@@ -22,6 +23,7 @@ from vissl_lite.pretext.modules.masking import (
     normalized_patches,
     patchify,
     random_mask,
+    select_patches,
     unpatchify,
 )
 
@@ -261,3 +263,20 @@ def test_blocks_are_few_rectangles_and_mask_no_more_than_asked_for() -> None:
 def test_no_block_is_masked_of_a_grid_without_room() -> None:
     assert block_mask(2, 2, 0, np.random.default_rng(0)).sum() == 0
     assert block_mask(2, 2, 1, np.random.default_rng(0)).sum() <= 1
+
+
+def test_each_image_has_its_share_masked_and_a_batch_at_least_one_patch() -> None:
+    rng = np.random.default_rng(0)
+    shares = [0.0, 0.5, 0.25, 0.0]
+    counts = torch.stack([block_masks(shares, 8, 8, rng).flatten(1).sum(dim=1) for _ in range(50)])
+    assert (counts[:, [0, 3]] == 0).all()
+    assert (counts[:, 1] <= 32).all()
+    assert (counts[:, 2] <= 16).all()
+    assert counts.float().mean(dim=0)[1:3].tolist() == pytest.approx([31, 15], abs=1.5)
+    assert block_masks([0.0, 0.0], 2, 2, rng).sum() == 1
+
+
+def test_patches_are_selected_as_a_mask_does() -> None:
+    patches, mask = torch.randn(2, 5, 3, 4), torch.rand(2, 3, 4) < 0.4
+    expected = torch.stack([patches[i, :, r, c] for i, r, c in mask.nonzero().tolist()])
+    assert torch.equal(select_patches(patches, mask.flatten().nonzero()[:, 0]), expected)

@@ -1,10 +1,14 @@
 """Momentum teachers: exponential moving averages of a network."""
 
 import copy
+from dataclasses import dataclass
 from typing import TypeVar
 
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from vissl_lite.errors import check_positive, check_share
+from vissl_lite.optim import cosine_schedule, warmed_up
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -45,3 +49,39 @@ def ema_update(
         ]
         if statistics[0]:
             update(*statistics, None)
+
+
+@dataclass(frozen=True)
+class TeacherSchedule:
+    """Momentum and softmax temperature of a self-distilling teacher over a run.
+
+    Caron et al. 2021 (DINO), arXiv 2104.14294, section 3.3.
+
+    Attributes:
+        momentum: Initial momentum, in [0, 1]; increases to 1 along a cosine.
+        warm_temperature: Initial softmax temperature, above 0.
+        temperature: Softmax temperature after the warm-up, above 0.
+        warmup: Fraction of the run in which the temperature goes from one to the other in a line.
+
+    Raises:
+        UserError: If one is out of range, by the name of its hyperparameter.
+    """
+
+    momentum: float
+    warm_temperature: float
+    temperature: float
+    warmup: float
+
+    def __post_init__(self) -> None:
+        check_share("pretext.momentum", self.momentum)
+        check_positive("pretext.warm_teacher_temperature", self.warm_temperature)
+        check_positive("pretext.teacher_temperature", self.temperature)
+        check_share("pretext.temperature_warmup", self.warmup)
+
+    def momentum_at(self, progress: float) -> float:
+        """Momentum after a fraction of the run, ``progress`` in [0, 1]."""
+        return cosine_schedule(self.momentum, 1, progress)
+
+    def temperature_at(self, progress: float) -> float:
+        """Softmax temperature after a fraction of the run, ``progress`` in [0, 1]."""
+        return warmed_up(self.warm_temperature, self.temperature, self.warmup, progress)

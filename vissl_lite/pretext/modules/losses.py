@@ -303,7 +303,8 @@ def sinkhorn(
 ) -> Tensor:
     """Balanced soft assignments to prototypes (SwAV, Caron et al. 2020, eq. 3 to 5).
 
-    The assignments are balanced over the batches of all processes together.
+    The assignments are balanced over the batches of all processes together, which may differ in
+    size.
 
     Args:
         scores: ``(B, K)`` similarities to prototypes, in [-1, 1].
@@ -320,7 +321,6 @@ def sinkhorn(
         codes = scores.float()
         if earlier is not None:
             codes = torch.cat([codes, earlier.float()])
-        rows = processes * size + len(codes) - size
         highest = codes.max()
         if processes > 1:
             dist.all_reduce(highest, dist.ReduceOp.MAX)
@@ -333,8 +333,8 @@ def sinkhorn(
             columns += codes[size:].sum(dim=0)  # Equal in all processes.
             # Avoid a division by zero for prototypes whose column underflows.
             codes = codes / (columns.clamp_min(1e-30) * codes.shape[1])
-            codes = codes / (codes.sum(dim=1, keepdim=True) * rows)
-        return rows * codes[:size]
+            codes = codes / codes.sum(dim=1, keepdim=True)
+        return codes[:size]
 
 
 def cross_entropy(targets: Tensor, scores: Tensor, temperature: float) -> Tensor:
@@ -372,6 +372,27 @@ def swapped_prediction(
         if view != global_view
     ]
     return torch.stack(terms).mean()
+
+
+def patch_loss(targets: Tensor, scores: Tensor, mask: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy on masked patches: a mean over those of an image, then over all images.
+
+    iBOT (Zhou et al. 2022), arXiv 2111.07832, equation 2; images without a mask count as 0, as in
+    the authors' code and in DINOv2's.
+
+    Args:
+        targets: ``(M, K)`` target distributions of the masked patches, image by image.
+        scores: ``(M, K)`` scores of the student for these patches.
+        mask: ``(B, N)`` bool, true for the M masked patches; on the CPU, so that no GPU is waited
+            for, or with the scores.
+        temperature: Softmax temperature of the scores, above 0.
+
+    Returns:
+        Scalar, computed in float32.
+    """
+    weights = (1 / mask.sum(dim=1).clamp_min(1))[:, None].expand_as(mask)[mask]
+    losses = cross_entropy(targets, scores, temperature)
+    return (weights.to(losses.device) * losses).sum() / len(mask)
 
 
 def koleo(z: Tensor) -> Tensor:

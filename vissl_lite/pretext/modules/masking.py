@@ -1,7 +1,7 @@
 """Shared parts of masked pretexts: masks, patches, encoding of visible patches, a predictor."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -123,6 +123,29 @@ def block_mask(rows: int, columns: int, count: int, rng: np.random.Generator) ->
     return mask
 
 
+def block_masks(
+    shares: Iterable[float], rows: int, columns: int, rng: np.random.Generator
+) -> Tensor:
+    """Mask a share of the patches of each image, in blocks; see ``block_mask``.
+
+    Args:
+        shares: Share of the patches to mask at most in each of B images, in [0, 1].
+        rows: Number of rows of patches.
+        columns: Number of columns of patches.
+        rng: Generator to draw from.
+
+    Returns:
+        ``(B, rows, columns)`` bool on the CPU, true where masked; at least one patch of the batch
+        is.
+    """
+    mask = np.stack(
+        [block_mask(rows, columns, round(share * rows * columns), rng) for share in shares]
+    )
+    if not mask.any():
+        mask[0, rng.integers(rows), rng.integers(columns)] = True
+    return torch.from_numpy(mask)
+
+
 def indices_to_mask(indices: Tensor, count: int) -> Tensor:
     """Mask of the patches with the given indices.
 
@@ -148,6 +171,21 @@ def gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
         ``(B, K, D)`` selected tokens.
     """
     return tokens.gather(1, indices[:, :, None].expand(-1, -1, tokens.shape[2]))
+
+
+def select_patches(patches: Tensor, indices: Tensor) -> Tensor:
+    """Select positions of the feature maps of a batch.
+
+    Indices, unlike a mask, have a known number: a GPU need not be waited for to count them.
+
+    Args:
+        patches: ``(B, D, h, w)`` feature maps.
+        indices: ``(M,)`` indices below B * h * w, image by image and row by row.
+
+    Returns:
+        ``(M, D)`` selected features.
+    """
+    return patches.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, indices)
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
@@ -220,9 +258,10 @@ def masked_patches(model: Any, mask: Tensor, token: Tensor) -> Iterator[None]:
 
     Args:
         model: Timm model with a ``patch_embed``.
-        mask: ``(B, h, w)``, true where a patch is masked.
+        mask: ``(B, h, w)``, true where a patch is masked; on any device.
         token: ``(D,)`` mask token.
     """
+    mask = mask.to(token.device)
 
     def replace(embed: nn.Module, images: tuple[Tensor, ...], tokens: Tensor) -> Tensor:
         value = token.to(tokens.dtype)
