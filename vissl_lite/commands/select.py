@@ -30,7 +30,7 @@ from vissl_lite.report.additions import add_report, add_selection
 from vissl_lite.report.label_page import LabelImage, LabelledNeighbor, write_label_page
 from vissl_lite.run import check_out, open_run, write_results
 from vissl_lite.selection import METHODS, Candidates, Selection
-from vissl_lite.selection.coverage import nearest_of, unit_features
+from vissl_lite.selection.coverage import MAX_IMAGES, nearest_of, unit_features
 from vissl_lite.selection.dropquery import changed_by_dropout
 from vissl_lite.selection.estimate import estimate_coverage
 from vissl_lite.training.progress import progress_bar
@@ -209,10 +209,17 @@ def select(options: SelectOptions) -> SelectResult:
         groups = None if grouping is None else group_names(prints.paths, grouping)
         candidates = Candidates(len(prints), labelled_at, prints, groups, options.per_group)
         open_before = len(candidates)
+        if len(prints) > MAX_IMAGES:
+            log.info(
+                "Of %d images, the coverage is estimated on a random sample of %d; herding and "
+                "probcover choose from a sample too",
+                len(prints),
+                MAX_IMAGES,
+            )
         if options.method == "dropquery" and options.labelled is not None:
             known_classes = _classes_by_path(labelled)
-            names = [known_classes[absolute[i]] for i in labelled_at]
-            uncertainty = _probe_uncertainty(features, labelled_at, names, options.seed)
+            known_names = [known_classes[absolute[i]] for i in labelled_at]
+            uncertainty = _probe_uncertainty(features, labelled_at, known_names, options.seed)
         method = METHODS[options.method]
         selection = method(
             features, options.budget, labelled_at, uncertainty, options.seed, candidates
