@@ -209,12 +209,12 @@ def test_ways_to_choose_images_are_compared_with_random_ones(
 ) -> None:
     out = tmp_path / "run"
     given = ("--encoder", encoder, "--data", labelled, "--out", out, "--seeds", 3)
-    ways = ("--selection", "herding", "margin", "--budgets", 6, 12, "--protocols", "linear")
+    ways = ("--selection", "herding", "margin", "--budgets", 1, 12, "--protocols", "linear")
     assert run("compare", *given, *ways) == 0
     found = results(out)
     assert list(found["arms"]) == ["herding", "margin", "random"]
     assert found["baseline"] == "random"
-    assert found["labels"] == {"6 images": 6, "12 images": 12}
+    assert found["labels"] == {"1 images": 1, "12 images": 12}  # one image: one class
     assert found["protocols"]["linear"]["verdicts"]["herding"]["sentence"].startswith("herding ")
     with (out / "selected.csv").open() as file:
         rows = list(csv.DictReader(file))
