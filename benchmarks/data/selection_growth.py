@@ -96,6 +96,10 @@ def measure(name: str, count: int) -> dict[str, float]:
     return {"seconds": seconds, "mb": int(lines["VmHWM"].split()[0]) / 1024}
 
 
+def seconds_text(seconds: float) -> str:
+    return f"{seconds:.1f}" if seconds >= 0.05 else "< 0.1"
+
+
 def selection_growth_table() -> str:
     if not (RESULTS / "selection_growth.json").exists():
         return "Not measured yet."
@@ -103,7 +107,7 @@ def selection_growth_table() -> str:
     rows = []
     for name in (*METHODS, COVERAGE, DUPLICATES):
         found = [results["rows"].get(f"{name} {count}") for count in COUNTS]
-        seconds = ["not run" if one is None else f"{one['seconds']:.1f}" for one in found]
+        seconds = ["not run" if one is None else seconds_text(one["seconds"]) for one in found]
         memory = ["not run" if one is None else f"{one['mb'] / 1024:.2f}" for one in found]
         rows.append([f"`{name}`" if name in METHODS else name, *seconds, *memory])
     header = [""]
