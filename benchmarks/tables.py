@@ -10,9 +10,19 @@ return Markdown. Nothing is typed in by hand.
 import re
 from collections.abc import Callable
 
-from benchmarks.accuracy import bands, cifar10, compare, demo, leaks, pretexts, recipes, transfer
+from benchmarks.accuracy import (
+    bands,
+    cifar10,
+    compare,
+    demo,
+    leaks,
+    pretexts,
+    recipes,
+    selection,
+    transfer,
+)
 from benchmarks.common import ROOT
-from benchmarks.data import formats, listing, photographs, shards, views
+from benchmarks.data import formats, listing, photographs, selection_growth, shards, views
 from benchmarks.gpu import cifar10 as gpu_cifar10
 from benchmarks.gpu import throughput
 from benchmarks.peers import against_peers, detection
@@ -20,9 +30,9 @@ from benchmarks.training import growth, losses, operations, resizing, sharding
 
 FILES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 SCRIPTS = (
-    bands, cifar10, compare, demo, leaks, pretexts, recipes, transfer, formats, listing,
-    photographs, shards, views, gpu_cifar10, throughput, against_peers, detection, growth, losses,
-    operations, resizing, sharding,
+    bands, cifar10, compare, demo, leaks, pretexts, recipes, selection, transfer, formats,
+    listing, photographs, selection_growth, shards, views, gpu_cifar10, throughput, against_peers,
+    detection, growth, losses, operations, resizing, sharding,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {
     name: table for script in SCRIPTS for name, table in script.TABLES.items()

@@ -10,6 +10,12 @@ from nbclient import NotebookClient
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
 SMALL = {
+    "choose_and_label": """
+images, test = 100, 20
+budget = 30
+minutes = 0.05
+epochs = 1
+""",
     "pretrain_probe_finetune": """
 images, shots = 64, 2
 train, val, test = 60, 40, 60

@@ -50,7 +50,7 @@ def table(job: str) -> str:
     return "\n\n".join([*parts, provenance(found, command)])
 
 
-TABLES = {f"selection_{job}": partial(table, job) for job in JOBS}
+TABLES = {f"selection_{job.replace('-', '_')}": partial(table, job) for job in JOBS}
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import with_pictures
 from vissl_lite.cli import main
 from vissl_lite.comparison import runner
 from vissl_lite.encoders.encoder import build_encoder
@@ -210,10 +211,12 @@ def test_ways_to_choose_images_are_compared_with_random_ones(
     out = tmp_path / "run"
     given = ("--encoder", encoder, "--data", labelled, "--out", out, "--seeds", 3)
     ways = ("--selection", "herding", "margin", "--budgets", 1, 12, "--protocols", "linear")
-    assert run("compare", *given, *ways) == 0
+    with with_pictures():
+        assert run("compare", *given, *ways) == 0
     found = results(out)
     assert list(found["arms"]) == ["herding", "margin", "random"]
     assert found["baseline"] == "random"
+    assert "<th>choice</th>" in (out / "report.html").read_text()
     assert found["labels"] == {"1 images": 1, "12 images": 12}  # one image: one class
     assert found["protocols"]["linear"]["verdicts"]["herding"]["sentence"].startswith("herding ")
     with (out / "selected.csv").open() as file:

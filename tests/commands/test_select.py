@@ -1,6 +1,7 @@
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,13 @@ import vissl_lite
 from tests.conftest import blobs, trying, with_pictures
 from vissl_lite.cli import main
 from vissl_lite.encoders.folder import load_encoder
-from vissl_lite.transfer.classification.model import Classifier, load_classifier, save_classifier
+from vissl_lite.transfer.classification.model import (
+    Classifier,
+    class_logits,
+    load_classifier,
+    save_classifier,
+)
+from vissl_lite.transfer.confidence import Confidence
 from vissl_lite.transfer.tasks import TASKS
 
 
@@ -86,7 +93,7 @@ def test_a_later_round_knows_what_is_labelled(
     assert len({row["path"] for row in chosen}) == 14
     paths = [row["path"] for row in chosen]
     expected, _ = TASKS["classification"].uncertainty(
-        load_classifier(model), paths, lambda done: None
+        load_classifier(model), 1.0, paths, lambda done: None
     )
     assert [float(row["uncertainty"]) for row in chosen] == pytest.approx(expected, abs=1e-3)
     if method == "margin":
@@ -100,6 +107,56 @@ def test_a_later_round_knows_what_is_labelled(
     for one in content["images"]:
         assert len(one["neighbors"]) == 5
         assert one["suggestion"] in ("cat", "dog")
+
+
+def test_dropquery_fits_a_probe_to_the_labels(
+    encoder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = sorted(photos.rglob("*.jpg"))[:10]
+    table = tmp_path / "labels.csv"
+    given = ("--encoder", encoder, "--data", photos, "--method", "dropquery")
+    out = tmp_path / "run"
+
+    def label(*names: str) -> None:
+        lines = [f"{path},{names[i % len(names)]}" for i, path in enumerate(known)]
+        table.write_text("\n".join(["path,label", *lines]) + "\n")
+
+    for names, message in (
+        (["cat"], "at least two classes in --labelled, which has 1: label more"),
+        (["cat|dog", "cat"], "--method dropquery needs --labelled with one class for each image"),
+    ):
+        label(*names)
+        assert run(*given, "--labelled", table, "--budget", 14, "--out", out) == 2
+        assert message in capsys.readouterr().err
+        assert not out.exists()
+    label("cat", "dog", "eel")
+    assert run(*given, "--labelled", table, "--budget", 14, "--out", out) == 0
+    chosen = rows(out / "selected.csv")
+    assert {row["path"] for row in chosen} == {*map(str, photos.rglob("*.jpg"))} - {
+        *map(str, known)
+    }
+    shares = [float(row["uncertainty"]) for row in chosen]
+    assert {*shares} <= {0.0, 0.3333, 0.6667, 1.0}
+    uncertain = [share > 0.5 for share in shares]
+    assert 0 < sum(uncertain) < 14
+    assert uncertain == sorted(uncertain, reverse=True)
+    assert run(*given, "--budget", 3, "--out", tmp_path / "first") == 0
+    assert rows(tmp_path / "first" / "selected.csv")[0]["reason"].startswith("center of a cluster")
+
+
+def test_the_uncertainty_of_a_model_is_calibrated(
+    encoder: Path, model: Path, photos: Path, tmp_path: Path
+) -> None:
+    tuned = Path(shutil.copytree(model, tmp_path / "tuned"))
+    nothing = np.empty(0)
+    Confidence.measured("images", nothing, nothing, nothing, 0.05).save(tuned / "model")
+    given = ("--encoder", encoder, "--data", photos, "--method", "margin", "--budget", 24)
+    assert run(*given, "--model", tuned, "--out", tmp_path / "run") == 0
+    chosen = rows(tmp_path / "run" / "selected.csv")
+    logits, _ = class_logits(load_classifier(model), [row["path"] for row in chosen])
+    first, second = (logits / 0.05).softmax(dim=1).sort(dim=1, descending=True).values.T[:2]
+    found = [float(row["uncertainty"]) for row in chosen]
+    assert found == pytest.approx((1 - first + second).tolist(), abs=1e-3)
 
 
 def test_near_duplicates_are_chosen_once(
@@ -171,6 +228,7 @@ def test_mistakes_are_said_before_anything_is_written(
         ("--budget 0", "--budget 0 must be at least 1"),
         ("--method best", "--method best is none of herding, typiclust"),
         ("--method margin", "--method margin needs a model: give --model with a run of finetune"),
+        (f"--method dropquery --model {model}", "fits a linear probe to --labelled: leave out"),
         (f"--model {photos}", f"{photos}"),
         (f"--model {model} --task detection", "is of --task classification"),
         ("--labelled nowhere.csv", "--labelled nowhere.csv does not exist"),

@@ -1,10 +1,12 @@
 """Simulated labelling: pools, rounds and the labels that a method has."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from vissl_lite.comparison import simulation
 from vissl_lite.comparison.simulation import NAMES, SimulatedLabelling
 from vissl_lite.errors import UserError
 from vissl_lite.transfer.classification.data import LabelledImages, Part
@@ -77,6 +79,21 @@ def test_uncertain_images_are_those_between_the_classes() -> None:
     found = simulated.subset("margin", 15, 0, points)
     added = {*found.train.paths, *found.val.paths} - first
     assert len(added & {*border}) >= 5
+
+
+def test_dropquery_chooses_among_images_whose_class_dropout_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def changed(logits: Callable, points: np.ndarray, seed: int) -> np.ndarray:
+        assert logits(points).shape == (48, 3)
+        return points[:, 0] > 3
+
+    simulated = SimulatedLabelling(labelled(True), [9, 15])
+    monkeypatch.setattr(simulation, "changed_by_dropout", changed)
+    centers = [simulated.paths.index(one) for one in chosen(simulated, "dropquery", 9)]
+    assert len({*(features()[centers].argmax(axis=1))}) == 3  # of all clusters, without labels
+    both = [simulated.paths.index(one) for one in chosen(simulated, "dropquery", 15)]
+    assert (features()[sorted({*both} - {*centers}), 0] > 3).all()
 
 
 def test_a_budget_that_is_too_large_is_left_out(caplog: pytest.LogCaptureFixture) -> None:

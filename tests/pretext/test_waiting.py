@@ -17,10 +17,12 @@ from vissl_lite.pretext import PRETEXTS, pretext_class
 # is what ``torch.tensor`` ends with, which copies to the device and waits for that.
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "lift_fresh"}
 
-# What asks all the same: the masked patches of ibot are as many as it draws; colorization counts
-# colors (bincount), and looks whether there are any; ibot and ijepa ask the CPU, where they draw.
+# What asks all the same: colorization counts colors (bincount), and looks whether there are any.
+# ibot, dinov2 and ijepa ask the CPU, where they draw masks; the first two count them there, too.
+ON_CPU = {"index", "nonzero", "_local_scalar_dense", "lift_fresh"}
 KNOWN = {
-    "ibot": {"index", "index_put", "_local_scalar_dense", "lift_fresh"},
+    "ibot": ON_CPU,
+    "dinov2": ON_CPU,
     "colorization": {"_local_scalar_dense"},
     "ijepa": {"_local_scalar_dense"},
 }

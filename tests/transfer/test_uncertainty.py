@@ -30,21 +30,26 @@ def test_of_boxes_it_is_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
 
     good = np.array([True, False, True])
     monkeypatch.setattr(detection, "detect", lambda *_: ([found(0.5, 0.9), found()], good))
-    uncertainty, read = TASKS["detection"].uncertainty(None, ["a", "b", "c"], lambda done: None)
+    uncertainty, read = TASKS["detection"].uncertainty(
+        None, 1.0, ["a", "b", "c"], lambda done: None
+    )
     assert uncertainty.tolist() == pytest.approx([1.2, 0.0])
     assert read is good
 
 
-def test_of_pixels_it_is_the_mean_margin(tmp_path: Path) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_of_pixels_it_is_the_mean_margin(temperature: float, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Segmenter(build_encoder("test_resnet", 32), ["background", "a", "b"], 8)
     paths = [str(tmp_path / name) for name in ("0.png", "broken.png", "1.png")]
     blobs(0, 32, 32).save(paths[0])
     (tmp_path / "broken.png").write_bytes(b"no picture")
     blobs(1, 32, 48).save(paths[2])
-    uncertainty, read = TASKS["segmentation"].uncertainty(model, paths, lambda done: None)
+    task = TASKS["segmentation"]
+    uncertainty, read = task.uncertainty(model, temperature, paths, lambda done: None)
     assert read.tolist() == [True, False, True]
     for index, path in enumerate((paths[0], paths[2])):
-        ordered = np.sort(segment(model, model.encoder.reader.read(path)), axis=0)
+        powers = segment(model, model.encoder.reader.read(path)) ** (1 / temperature)
+        ordered = np.sort(powers / powers.sum(axis=0), axis=0)
         expected = 1 - (ordered[-1] - ordered[-2]).mean()
         assert uncertainty[index] == pytest.approx(expected, abs=1e-4)

@@ -142,6 +142,7 @@ def compare(options: CompareOptions) -> CompareResult:
         results = outcome.as_dict() | {
             **({} if majority is None else {"majority": majority}),
             "task": options.task,
+            "compared": "encoder" if simulation is None else "choice",
             "trained_on": plan.trained_on(data),
             "left_out": left_out,
             "train_images": len(data.train),
@@ -155,7 +156,7 @@ def compare(options: CompareOptions) -> CompareResult:
         write_results(run, results)
         if majority is not None:
             log.info("Always predicting the most frequent class: accuracy %.3f", majority)
-        _print_results(outcome, run)
+        _print_results(outcome, run, results["compared"])
         if simulation is not None:
             simulation.write_csv(run / "selected.csv")
         first = plan.load(loaded[0], options.seed, data)
@@ -164,12 +165,12 @@ def compare(options: CompareOptions) -> CompareResult:
     return CompareResult(run, outcome.verdict, outcome.sentences(), outcome.compared, left_out)
 
 
-def _print_parts(outcome: Outcome, protocol: str) -> None:
+def _print_parts(outcome: Outcome, protocol: str, compared: str) -> None:
     """Print what training, held-out and test images show beside each other: overfitting."""
     table = Table(
         title=f"{protocol}: {outcome.metric[protocol]} on training / held-out / test images"
     )
-    table.add_column("encoder", overflow="fold")
+    table.add_column(compared, overflow="fold")
     for amount in outcome.labels:
         table.add_column(amount)
     for encoder in outcome.encoders:
@@ -182,7 +183,7 @@ def _print_parts(outcome: Outcome, protocol: str) -> None:
     console.print(table)
 
 
-def _print_results(outcome: Outcome, run: Path) -> None:
+def _print_results(outcome: Outcome, run: Path, compared: str) -> None:
     for protocol in outcome.protocols:
         table = Table(
             title=f"{protocol}: test {outcome.metric[protocol]}, mean ± standard "
@@ -202,7 +203,7 @@ def _print_results(outcome: Outcome, run: Path) -> None:
                 table.add_row("  difference (95 %)", *gains, style="dim")
         console.print(table)
         if outcome.by_part(outcome.encoders[0], protocol, next(iter(outcome.labels))):
-            _print_parts(outcome, protocol)
+            _print_parts(outcome, protocol, compared)
     for sentence in outcome.sentences():
         log.info("%s", sentence)
     log.info("Written: %s, %s, %s", run / "results.json", run / "runs.csv", run / "compare.png")

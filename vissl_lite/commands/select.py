@@ -28,11 +28,14 @@ from vissl_lite.report.additions import add_report, add_selection
 from vissl_lite.report.label_page import LabelImage, LabelledNeighbor, write_label_page
 from vissl_lite.run import check_out, open_run, write_results
 from vissl_lite.selection import METHODS, Candidates, Selection
-from vissl_lite.selection.coverage import nearest_of, unit_features
+from vissl_lite.selection.coverage import MAX_IMAGES, nearest_of, unit_features
+from vissl_lite.selection.dropquery import changed_by_dropout
 from vissl_lite.selection.estimate import estimate_coverage
 from vissl_lite.training.progress import progress_bar
 from vissl_lite.transfer.base import KnownImages, TrainedModel
+from vissl_lite.transfer.classification.linear_head import fit_linear
 from vissl_lite.transfer.classification.options import LabelOptions
+from vissl_lite.transfer.confidence import Confidence
 from vissl_lite.transfer.options import AnnotationsOption
 from vissl_lite.transfer.sources.groups import find_groups, group_names
 from vissl_lite.transfer.sources.opening import unpacked
@@ -80,11 +83,14 @@ class SelectOptions(Options, ImageSettings, LabelOptions, AnnotationsOption):
     """Number of images to choose."""
     out: StrPath
     """Run folder to write."""
-    method: Literal["herding", "typiclust", "probcover", "margin", "k_center", "random"] = "herding"
+    method: Literal[
+        "herding", "typiclust", "probcover", "margin", "dropquery", "k_center", "random"
+    ] = "herding"
     """How to choose: herding (the images that cover all others best; with --model those that cover
     uncertain images best), typiclust (typical images of the largest clusters), probcover (balls
-    around images), margin (the images that --model is most uncertain of), k_center (the farthest
-    images), or random."""
+    around images), margin (the images that --model is most uncertain of), dropquery (typical images
+    among those of which a linear probe on --labelled is uncertain), k_center (the farthest images),
+    or random."""
     labelled: StrPath | None = None
     """What is labelled already, in any layout that finetune reads. These images, and others of the
     same pictures, are not chosen, and what they cover counts as covered."""
@@ -127,6 +133,10 @@ class SelectOptions(Options, ImageSettings, LabelOptions, AnnotationsOption):
             self._set("task", find_task(self.task).name)
         if self.method == "margin" and self.model is None:
             raise UserError("--method margin needs a model: give --model with a run of finetune")
+        if self.method == "dropquery" and self.model is not None:
+            raise UserError(
+                "--method dropquery fits a linear probe to --labelled: leave out --model"
+            )
         if self.group_by is not None and self.per_group is None:
             raise UserError("--group_by is for --per_group, which is not given")
         reading = {one.name for one in (*fields(LabelOptions), *fields(AnnotationsOption))}
@@ -176,9 +186,11 @@ def select(options: SelectOptions) -> SelectResult:
     config = options.as_config()
     names = ("encoder", "data", "labelled", "annotations", "model")
     check_out(out, [(name, config.get(name)) for name in names], overwrite=options.overwrite)
-    task, model = _find_task(options)
+    task, model, temperature = _find_task(options)
     pool = _without(find_images(sources), path_list(options.exclude or []))
     labelled = _read_labels(options, task)
+    if options.method == "dropquery" and options.labelled is not None:
+        _check_probe_labels(labelled.labels)
     classes = labelled.classes if model is None else model.classes
     paths = _joined(pool, labelled.paths)
     known = set(map(os.path.abspath, labelled.paths))
@@ -188,17 +200,28 @@ def select(options: SelectOptions) -> SelectResult:
     if model is not None:
         model.encoder.reader = override(model.encoder.reader, paths, options)
     with open_run(out, "select", config) as run:
-        images = _read_images(paths, encoder, task, model)
-        prints, features = images.prints, images.features
+        images = _read_images(paths, encoder, task, model, temperature)
+        prints, features, uncertainty = images.prints, images.features, images.uncertainty
         absolute = [os.path.abspath(path) for path in prints.paths]
         has_label = np.array([path in known for path in absolute])
         labelled_at = np.flatnonzero(has_label)
         groups = None if grouping is None else group_names(prints.paths, grouping)
         candidates = Candidates(len(prints), labelled_at, prints, groups, options.per_group)
         open_before = len(candidates)
+        if len(prints) > MAX_IMAGES:
+            log.info(
+                "Of %d images, the coverage is estimated on a random sample of %d; herding and "
+                "probcover choose from a sample too",
+                len(prints),
+                MAX_IMAGES,
+            )
+        if options.method == "dropquery" and options.labelled is not None:
+            known_classes = _classes_by_path(labelled)
+            known_names = [known_classes[absolute[i]] for i in labelled_at]
+            uncertainty = _probe_uncertainty(features, labelled_at, known_names, options.seed)
         method = METHODS[options.method]
         selection = method(
-            features, options.budget, labelled_at, images.uncertainty, options.seed, candidates
+            features, options.budget, labelled_at, uncertainty, options.seed, candidates
         )
         chosen = selection.indices
         if len(chosen) < options.budget:
@@ -212,7 +235,7 @@ def select(options: SelectOptions) -> SelectResult:
         counted = np.array([path in in_pool for path in absolute])
         coverage = estimate_coverage(features, labelled_at, chosen, counted, options.seed)
         covers = _covers(features, labelled_at, chosen, counted)
-        _write_table(run / SELECTED, absolute, selection, covers, images.uncertainty)
+        _write_table(run / SELECTED, absolute, selection, covers, uncertainty)
         skeleton = task.write_skeleton([absolute[i] for i in chosen], classes, run)
         results: dict[str, Any] = {
             "method": options.method,
@@ -252,17 +275,18 @@ def select(options: SelectOptions) -> SelectResult:
     return SelectResult(out, out / SELECTED, [absolute[i] for i in chosen])
 
 
-def _find_task(options: SelectOptions) -> tuple[AnyTask, TrainedModel | None]:
-    """The task, and the model if one is given."""
+def _find_task(options: SelectOptions) -> tuple[AnyTask, TrainedModel | None, float]:
+    """The task, the model if one is given, and the temperature of its logits."""
     if options.model is None:
-        return find_task(options.task or "classification"), None
+        return find_task(options.task or "classification"), None, 1.0
     task, folder = find_model(Path(options.model))
     if options.task not in (None, task.name):
         raise UserError(
             f"--task {options.task}: the model {options.model} is of --task {task.name}"
         )
     model: TrainedModel = task.load(folder)
-    return task, model
+    confidence = Confidence.load(folder)
+    return task, model, 1.0 if confidence is None else confidence.temperature
 
 
 def _read_labels(options: SelectOptions, task: AnyTask) -> KnownImages:
@@ -337,7 +361,11 @@ def _check_budget(
 
 
 def _read_images(
-    paths: Sequence[str], encoder: Encoder, task: AnyTask, model: TrainedModel | None
+    paths: Sequence[str],
+    encoder: Encoder,
+    task: AnyTask,
+    model: TrainedModel | None,
+    temperature: float,
 ) -> _Images:
     """Fingerprints, features and uncertainty of all images that can be read."""
     with progress_bar() as bar:
@@ -359,9 +387,45 @@ def _read_images(
         if model is None:
             return _Images(prints, features, None)
         uncertainty, good = task.uncertainty(
-            model, prints.paths, advance("uncertainty", len(prints))
+            model, temperature, prints.paths, advance("uncertainty", len(prints))
         )
         return _Images(prints.take(np.flatnonzero(good)), features[good], uncertainty)
+
+
+def _check_probe_labels(names: list[str] | None) -> None:
+    """Raise a UserError if no linear probe can be fitted to these classes of images."""
+    if names is None:
+        raise UserError("--method dropquery needs --labelled with one class for each image")
+    if len(set(names)) < 2:
+        raise UserError(
+            f"--method dropquery needs readable images of at least two classes in --labelled, "
+            f"which has {len(set(names))}: label more, or choose with --method herding"
+        )
+
+
+def _probe_uncertainty(
+    features: np.ndarray, labelled: np.ndarray, names: list[str], seed: int
+) -> np.ndarray:
+    """Share of dropout masks that change the class by a linear probe, for DropQuery.
+
+    Args:
+        features: ``(N, D)`` of all images.
+        labelled: ``(L,)`` indices of the labelled images.
+        names: L names of their classes.
+        seed: Seed of the folds and masks.
+
+    Raises:
+        UserError: The labelled images that can be read are of fewer than two classes.
+    """
+    _check_probe_labels(names)
+    classes, numbers = np.unique(names, return_inverse=True)
+    head, _ = fit_linear(features[labelled], numbers, len(classes), seed)
+    return changed_by_dropout(head.logits, features, seed)
+
+
+def _classes_by_path(labelled: KnownImages) -> dict[str, str]:
+    """Class of each labelled image, by absolute path."""
+    return dict(zip(map(os.path.abspath, labelled.paths), labelled.labels or (), strict=True))
 
 
 def _covers(
@@ -392,8 +456,7 @@ def _write_page(
         labelled_at: Indices of those that can be read.
         classes: Names of the classes.
     """
-    places = map(os.path.abspath, labelled.paths)
-    class_of = dict(zip(places, labelled.labels or (), strict=True))
+    class_of = _classes_by_path(labelled)
     images = [LabelImage(paths[index]) for index in chosen]
     if len(labelled_at):
         nearest = nearest_neighbors(features[labelled_at], features[chosen], NEIGHBORS)

@@ -52,9 +52,10 @@ class CompareOptions(Options, ImageSettings, AllTaskOptions):
     --encoder does not name one."""
     selection: Sequence[Selector] | Selector | None = None
     """Compare ways to choose which images are labelled, instead of encoders: random, herding,
-    uncertainty_herding, typiclust, probcover, k_center or margin; see the command select. One
-    --encoder finds the images and is trained with them. Labelling is simulated on the training
-    images, of which each seed has 80 % to choose from, and the others are compared with random."""
+    uncertainty_herding, typiclust, probcover, k_center, margin or dropquery; see the command
+    select. One --encoder finds the images and is trained with them. Labelling is simulated on the
+    training images, of which each seed has 80 % to choose from, and the others are compared with
+    random."""
     budgets: Sequence[int] | int | None = None
     """Numbers of images to label with --selection, each of which includes the smaller one. Default:
     10 50 100 500."""

@@ -17,6 +17,7 @@ from vissl_lite.comparison.amounts import LabelCount
 from vissl_lite.data.text_file import csv_writer
 from vissl_lite.errors import UserError
 from vissl_lite.selection import METHODS
+from vissl_lite.selection.dropquery import changed_by_dropout
 from vissl_lite.transfer.base import DatasetT
 from vissl_lite.transfer.classification.linear_head import fit_linear
 from vissl_lite.transfer.classification.model import margin_uncertainty
@@ -24,12 +25,19 @@ from vissl_lite.transfer.classification.model import margin_uncertainty
 log = logging.getLogger(__name__)
 
 Selector = Literal[
-    "random", "herding", "uncertainty_herding", "typiclust", "probcover", "k_center", "margin"
+    "random",
+    "herding",
+    "uncertainty_herding",
+    "typiclust",
+    "probcover",
+    "k_center",
+    "margin",
+    "dropquery",
 ]
 NAMES: tuple[Selector, ...] = get_args(Selector)
 
 # Those that choose by the uncertainty of a model, and what they are in the first round without one.
-FIRST_ROUND = {"margin": "random", "uncertainty_herding": "herding"}
+FIRST_ROUND = {"margin": "random", "uncertainty_herding": "herding", "dropquery": "dropquery"}
 
 # Share of the images that each seed chooses from. Methods that draw nothing would otherwise choose
 # the same images with every seed, as if their result could not have been another one.
@@ -116,7 +124,7 @@ class SimulatedLabelling(Generic[DatasetT]):
             for budget in self.budgets:
                 name, uncertainty = str(method), None
                 if method in FIRST_ROUND:
-                    uncertainty = self._uncertainty(points, pool, labelled, seed)
+                    uncertainty = self._uncertainty(method, points, pool, labelled, seed)
                     name = FIRST_ROUND[method] if uncertainty is None else method
                 choose = METHODS[name.removeprefix("uncertainty_")]
                 more = choose(
@@ -131,7 +139,12 @@ class SimulatedLabelling(Generic[DatasetT]):
         return self._chosen[method, seed]
 
     def _uncertainty(
-        self, points: np.ndarray, pool: np.ndarray, labelled: np.ndarray, seed: int
+        self,
+        method: Selector,
+        points: np.ndarray,
+        pool: np.ndarray,
+        labelled: np.ndarray,
+        seed: int,
     ) -> np.ndarray | None:
         """Uncertainty of a linear probe; None where the labels are of fewer than two classes."""
         classes = self.data.image_classes("train")
@@ -140,5 +153,7 @@ class SimulatedLabelling(Generic[DatasetT]):
         if len(np.unique(known)) < 2:
             return None
         head, _ = fit_linear(points[labelled], known, len(self.data.classes), seed)
+        if method == "dropquery":
+            return changed_by_dropout(head.logits, points, seed)
         probabilities = torch.from_numpy(head.logits(points)).softmax(dim=1)
         return margin_uncertainty(probabilities, multi_label=False).numpy()

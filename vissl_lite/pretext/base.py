@@ -28,7 +28,7 @@ BACKBONE_KINDS: dict[Backbones, tuple[str, str]] = {
     "any": ("any backbone", "resnet18, vit_tiny_patch16_224"),
     "ViT": ("a plain ViT", "vit_tiny_patch16_224, vit_small_patch16_224, vit_tiny_patch4_32"),
     "any ViT": (
-        "a ViT, with learned or rotary positions",
+        "a ViT",
         "vit_tiny_patch16_224, vit_small_patch16_dinov3, vit_tiny_patch4_32",
     ),
     "CNN": ("a convolutional backbone", "resnet18, resnet50, convnext_atto, resnet10t_slim"),

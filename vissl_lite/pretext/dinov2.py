@@ -105,7 +105,7 @@ class DINOv2(PretextTask):
         family="self-distilling and masked",
         views="2 + 6 small",
         paper="Oquab et al. 2023, arXiv 2304.07193",
-        use="ViTs and long runs; to continue from DINOv2 or DINOv3 weights, with registers or not",
+        use="ViTs and long runs; to go on from weights of DINOv2 or DINOv3",
         backbones="any ViT",
     )
     # The authors' code uses 2e-3 for 256, for ViT-L and 125,000 steps; gradients are clipped at 3,

@@ -163,7 +163,13 @@ def comparison(run: RunFolder) -> list[Block]:
         columns = [_amount(one, encoders) for one in amounts]
         metric = found.get("metric", "accuracy")
         tables.append(
-            render("comparison", rows=rows, columns=columns, caption=f"{protocol}: test {metric}")
+            render(
+                "comparison",
+                compared=_compared(run),
+                rows=rows,
+                columns=columns,
+                caption=f"{protocol}: test {metric}",
+            )
         )
     if not tables:
         return []
@@ -237,6 +243,11 @@ def _rounds(run: RunFolder) -> list[Block]:
     return [Block("Pseudo-labels", render("table", columns=columns, rows=rows), note)]
 
 
+def _compared(run: RunFolder) -> str:
+    """What a comparison compares: encoders, or ways to choose images."""
+    return str(run.figures.get("compared", "encoder"))
+
+
 def _overfitting(run: RunFolder) -> list[Block]:
     """Tables of a metric on training, held-out and test images beside each other."""
     note = (
@@ -254,7 +265,7 @@ def _overfitting(run: RunFolder) -> list[Block]:
             if _mapping(figures.get("by_part"))
         ]
         if rows:
-            table = render("table", columns=["encoder", "labels", *columns], rows=rows)
+            table = render("table", columns=[_compared(run), "labels", *columns], rows=rows)
             tables.append(Block(f"{protocol}: {found.get('metric', 'accuracy')}", table))
     train, val, test = (_mapping(run.figures.get(part)) for part in ("train", "val", "test"))
     rows = [

@@ -6,6 +6,7 @@
 """
 
 from vissl_lite.selection.candidates import Candidates, Method, Selection
+from vissl_lite.selection.dropquery import dropquery
 from vissl_lite.selection.herding import herding
 from vissl_lite.selection.k_center import k_center
 from vissl_lite.selection.margin import margin
@@ -20,6 +21,7 @@ METHODS: dict[str, Method] = {
     "typiclust": typiclust,
     "probcover": probcover,
     "margin": margin,
+    "dropquery": dropquery,
     "k_center": k_center,
     "random": uniform,
 }

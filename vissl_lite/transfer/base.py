@@ -582,12 +582,18 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
         """
 
     def uncertainty(
-        self, model: ModelT, paths: Sequence[str], advance: Callable[[int], None]
+        self,
+        model: ModelT,
+        temperature: float,
+        paths: Sequence[str],
+        advance: Callable[[int], None],
     ) -> tuple[np.ndarray, np.ndarray]:
         """How uncertain a model is of images, for the choice of those to label next.
 
         Args:
             model: Model from ``load``.
+            temperature: Logits are divided by it before they become probabilities, see
+                ``Confidence``; 1 leaves them as they are.
             paths: Image files. Broken ones are left out, and named in the log.
             advance: Called with the number of images done since the last call.
 

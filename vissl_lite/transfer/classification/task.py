@@ -224,12 +224,17 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
         return file, int(good.sum())
 
     def uncertainty(
-        self, model: Classifier, paths: Sequence[str], advance: Callable[[int], None]
+        self,
+        model: Classifier,
+        temperature: float,
+        paths: Sequence[str],
+        advance: Callable[[int], None],
     ) -> tuple[np.ndarray, np.ndarray]:
         """1 minus the margin of the two most probable classes; of several labels the mean."""
         logits, good = class_logits(model, paths, advance)
         check_outputs([logits], f"one of {len(paths)} images")
-        return margin_uncertainty(model.probabilities(logits), model.multi_label).numpy(), good
+        probabilities = model.probabilities(logits / temperature)
+        return margin_uncertainty(probabilities, model.multi_label).numpy(), good
 
     def write_skeleton(self, paths: Sequence[str], classes: Sequence[str], folder: Path) -> Path:
         return write_table_skeleton(folder / TABLE_SKELETON, paths)

@@ -228,9 +228,15 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
         return file, int(good.sum())
 
     def uncertainty(
-        self, model: Detector, paths: Sequence[str], advance: Callable[[int], None]
+        self,
+        model: Detector,
+        temperature: float,
+        paths: Sequence[str],
+        advance: Callable[[int], None],
     ) -> tuple[np.ndarray, np.ndarray]:
         """Sum over boxes of 1 minus the margin between object and no object.
+
+        Scores of boxes are not calibrated: ``temperature`` is 1.
 
         Source: Brust et al. 2019 (arXiv 1809.09875): a measure per box, summed over the boxes of an
         image. An image without boxes is certain.

@@ -51,14 +51,15 @@ def held_out_pixels(segmenter: Segmenter, data: LabelledMasks) -> HeldOut:
             valid = np.flatnonzero(mask != IGNORE_INDEX)
             chosen = random.permutation(valid)[:HELD_OUT_PIXELS]
             found = segment(segmenter, image).reshape(len(segmenter.classes), -1)
-            outputs.append(_logits(torch.from_numpy(found[:, chosen].T.copy())))
+            outputs.append(log_probabilities(torch.from_numpy(found[:, chosen].T.copy())))
             targets.append(mask.ravel()[chosen].astype(np.int64))
             images += [one.path if groups is None else str(groups[index])] * len(chosen)
     target = torch.from_numpy(np.concatenate(targets))
     return HeldOut(torch.cat(outputs), target, np.array(images, dtype=str))
 
 
-def _logits(probabilities: Tensor) -> Tensor:
+def log_probabilities(probabilities: Tensor) -> Tensor:
+    """Finite logarithms of probabilities, which a temperature divides as it does logits."""
     return probabilities.clamp_min(1e-8).log()
 
 
@@ -90,7 +91,7 @@ def confident_mask(probabilities: np.ndarray, cutoff: Cutoff) -> np.ndarray:
     Returns:
         ``(H, W)`` uint8.
     """
-    logits = _logits(torch.from_numpy(probabilities))
+    logits = log_probabilities(torch.from_numpy(probabilities))
     confidence, best = (logits / cutoff.temperature).softmax(dim=0).max(dim=0)
     best[confidence < cutoff.value] = IGNORE_INDEX
     return np.asarray(best.numpy(), np.uint8)

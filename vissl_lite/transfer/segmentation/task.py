@@ -46,6 +46,7 @@ from vissl_lite.transfer.segmentation.model import (
 from vissl_lite.transfer.segmentation.options import SegmentationOptions, SegmenterSettings
 from vissl_lite.transfer.segmentation.pseudo_labels import (
     held_out_pixels,
+    log_probabilities,
     measure_confidence,
     read_pseudo_labels,
     write_pseudo_labels,
@@ -189,7 +190,11 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
         return predictions.run / "masks", int(good.sum())
 
     def uncertainty(
-        self, model: Segmenter, paths: Sequence[str], advance: Callable[[int], None]
+        self,
+        model: Segmenter,
+        temperature: float,
+        paths: Sequence[str],
+        advance: Callable[[int], None],
     ) -> tuple[np.ndarray, np.ndarray]:
         """Mean over pixels of 1 minus the margin of the two most probable classes."""
         means: list[float] = []
@@ -203,7 +208,8 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
                     faults.append(reason(error, path))
                     continue
                 faults.append(None)
-                (probabilities,) = segment_all(model, [image], device)
+                (found,) = segment_all(model, [image], device)
+                probabilities = (log_probabilities(found) / temperature).softmax(dim=0)
                 first, second = probabilities.topk(2, dim=0).values.unbind()
                 means.append(float(1 - (first - second).mean()))
         return np.array(means, np.float32), report_broken(paths, faults)
