@@ -134,8 +134,7 @@ def write_label_page(
             }
         )
     report_skipped(broken)
-    paths = [image.path for image in images]
-    lost = [path for path in paths if path.encode(errors="replace") != fsencode(path)]
+    lost = [one.path for one in images if one.path.encode(errors="replace") != fsencode(one.path)]
     if lost:
         log.warning(
             "names that are not UTF-8: %(images)d, the first %(first)s; a browser can't save them "
