@@ -134,7 +134,11 @@ def write_label_page(
             }
         )
     report_skipped(broken)
-    lost = [one.path for one in images if one.path.encode(errors="replace") != fsencode(one.path)]
+    lost = [
+        image.path
+        for image in images
+        if image.path.encode(errors="replace") != fsencode(image.path)
+    ]
     if lost:
         log.warning(
             "names that are not UTF-8: %(images)d, the first %(first)s; a browser can't save them "
@@ -144,7 +148,8 @@ def write_label_page(
         )
     if not shown:
         raise UserError(f"none of the {len(images)} images to label can be read")
-    paths = [one["path"] for one in shown]
+    paths = [str(one["path"]) for one in shown]
+    here = set(paths)
     digest = hashlib.sha256(json.dumps(paths).encode()).hexdigest()
     labels = [one.label for image in images for one in image.neighbors]
     labels += [label for _, label in labelled]
@@ -153,7 +158,7 @@ def write_label_page(
         "classes": list(dict.fromkeys([*classes, *labels])),
         "images": shown,
         "thumbnails": thumbnails,
-        "labelled": [row for row in labelled if row[0] not in set(paths)],
+        "labelled": [row for row in labelled if row[0] not in here],
     }
     # "<" would let a path end the script element; json.dumps escapes all that is not ASCII.
     script = Markup(json.dumps(content).replace("<", "\\u003c"))
