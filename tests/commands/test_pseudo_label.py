@@ -142,6 +142,7 @@ def test_what_can_not_be_used_is_refused(
         ("path,label\na.png,pink\n", "line 2: the data have no class 'pink'"),
         ("path,label,weight\na.png,red,-1\n", "line 2: the weight '-1' is no positive number"),
         ("path,labels\na.png,red\n", "has no column label"),
+        ("path,label\n", "has no pseudo-labels, since no prediction was confident enough"),
         ("path,label\na.png,red\n", "none of the 1 pseudo-labelled images"),
     ):
         table.write_text(rows)

@@ -185,7 +185,7 @@ def test_excluded_images_are_not_chosen(
     chosen = {row["path"] for row in rows(tmp_path / "run" / "selected.csv")}
     assert chosen == {str(path) for path in known[:4]}
     # as a spreadsheet saves it, with a row that is cut short and a name that is not UTF-8
-    lines = ["not_usable;path", *(f"1;{path}" for path in known[5:]), "1", "1;caf\udce9.jpg"]
+    lines = ["not_usable;path", *(f"1;{path}" for path in known[5:]), "1;caf\udce9.jpg", "1"]
     table.write_text("\n".join(lines), errors="surrogateescape")
     assert run(*given, "--out", tmp_path / "again") == 0
     capsys.readouterr()

@@ -100,6 +100,11 @@ def load_pseudo_labels(task: AnyTask, folder: Path, data: LabelledDataset) -> Ps
         )
     found: LabelledDataset = task.read_pseudo_labels(folder, data)
     paths = found.paths("train")
+    if not paths:
+        raise UserError(
+            f"{folder} has no pseudo-labels, since no prediction was confident enough: give "
+            f"pseudo-label a lower --min_confidence"
+        )
     prints, broken = read_fingerprints(paths)
     report_skipped(broken)
     gone = {one.path for one in broken}
