@@ -211,8 +211,8 @@ def select(options: SelectOptions) -> SelectResult:
         open_before = len(candidates)
         if options.method == "dropquery" and options.labelled is not None:
             known_classes = _classes_by_path(labelled)
-            names = [known_classes[absolute[i]] for i in labelled_at]
-            uncertainty = _probe_uncertainty(features, labelled_at, names, options.seed)
+            class_names = [known_classes[absolute[i]] for i in labelled_at]
+            uncertainty = _probe_uncertainty(features, labelled_at, class_names, options.seed)
         method = METHODS[options.method]
         selection = method(
             features, options.budget, labelled_at, uncertainty, options.seed, candidates
