@@ -22,7 +22,7 @@ from benchmarks.accuracy import (
     transfer,
 )
 from benchmarks.common import ROOT
-from benchmarks.data import formats, listing, photographs, shards, views
+from benchmarks.data import formats, listing, photographs, selection_growth, shards, views
 from benchmarks.gpu import cifar10 as gpu_cifar10
 from benchmarks.gpu import throughput
 from benchmarks.peers import against_peers, detection
@@ -31,8 +31,8 @@ from benchmarks.training import growth, losses, operations, resizing, sharding
 FILES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 SCRIPTS = (
     bands, cifar10, compare, demo, leaks, pretexts, recipes, selection, transfer, formats,
-    listing, photographs, shards, views, gpu_cifar10, throughput, against_peers, detection, growth,
-    losses, operations, resizing, sharding,
+    listing, photographs, selection_growth, shards, views, gpu_cifar10, throughput, against_peers,
+    detection, growth, losses, operations, resizing, sharding,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {
     name: table for script in SCRIPTS for name, table in script.TABLES.items()

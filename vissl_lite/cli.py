@@ -52,7 +52,7 @@ COMMANDS = {
     "runs": "list the runs below a folder: runs [FOLDER] [--sort METRIC]",
     "embed": "write the features of images as a Parquet or NPZ file",
     "explore": "write a map of a folder of images as one HTML file",
-    "select": "choose which images to label: those that cover or confuse most",
+    "select": "choose which images of a folder to label, and write a page to label them in",
     "export": "write an encoder or a model as an ONNX file or a timm folder",
     "shard": "write images as tar files, to stream them from a disk or a URL",
     "list": "list pretexts or backbones: list pretexts, list backbones [PATTERN]",

@@ -205,6 +205,9 @@ def _mismatch(kind: Any) -> str:
     choices = [choice for part in parts if get_origin(part) is Literal for choice in get_args(part)]
     if choices and len(parts) == 1:
         return f"none of {', '.join(map(str, choices))}"
+    if [get_origin(part) for part in parts] == [tuple]:
+        each = [_type_name(part) for part in get_args(parts[0])]
+        return f"not {len(each)} values of the type {each[0]}"
     return f"not of the type {' or '.join(map(_type_name, parts))}"
 
 

@@ -210,14 +210,14 @@ def test_ways_to_choose_images_are_compared_with_random_ones(
 ) -> None:
     out = tmp_path / "run"
     given = ("--encoder", encoder, "--data", labelled, "--out", out, "--seeds", 3)
-    ways = ("--selection", "herding", "margin", "--budgets", 6, 12, "--protocols", "linear")
+    ways = ("--selection", "herding", "margin", "--budgets", 1, 12, "--protocols", "linear")
     with with_pictures():
         assert run("compare", *given, *ways) == 0
     found = results(out)
     assert list(found["arms"]) == ["herding", "margin", "random"]
     assert found["baseline"] == "random"
     assert "<th>choice</th>" in (out / "report.html").read_text()
-    assert found["labels"] == {"6 images": 6, "12 images": 12}
+    assert found["labels"] == {"1 images": 1, "12 images": 12}  # one image: one class
     assert found["protocols"]["linear"]["verdicts"]["herding"]["sentence"].startswith("herding ")
     with (out / "selected.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -253,6 +253,8 @@ def test_ways_to_choose_images_are_compared_with_random_ones(
         (("--encoder", "random:test_vit", "random:test_resnet", "--selection", "herding"),
          "--selection compares ways to choose images: give one --encoder"),
         (("--encoder", "random:test_vit", "--selection", "herdin"), "none of random, herding"),
+        (("--encoder", "random:test_vit", "--selection", "random"),
+         "--selection random has nothing that it is compared with"),
         (("--encoder", "random:test_vit", "--selection", "herding", "--budgets", 5000),
          "--budgets 5000 is more than there is to choose from"),
         (("--encoder", "random:test_vit", "random:test_resnet", "--budgets", 10),

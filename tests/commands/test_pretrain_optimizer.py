@@ -100,6 +100,7 @@ def test_betas_and_clipping_are_those_of_the_pretext_unless_given() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--betas", 0.9], "--betas 0.9 is not 2 values of the type float"),
         (["--betas", 1, 0.9], "--betas [1, 0.9] must be two numbers in [0, 1)"),
         (["--optimizer", "sgd", "--lr", 0.1, "--betas", 0.9, 0.95], "--betas: sgd has none"),
         (["--clip_norm", -1], "--clip_norm -1 must not be negative"),

@@ -134,6 +134,8 @@ def test_what_can_not_be_used_is_refused(
     assert "--min_confidence 2" in message
     message = refused("finetune", "--data", labelled, "--rounds", 2)
     assert "--rounds 2 needs --pseudo_labels" in message
+    message = refused("finetune", "--data", labelled, "--pseudo_labels", pool)
+    assert f"no pseudo-labels at {pool}: give a folder that vissl-lite pseudo-label has" in message
     shutil.copytree(pseudo_labels, tmp_path / "pseudo")
     table = tmp_path / "pseudo" / "pseudo_labels.csv"
     for rows, expected in (

@@ -48,7 +48,9 @@ def test_runs_are_listed_with_their_main_figures(
     make(tmp_path / "e", "demo", 5, scores=scores)
     make(tmp_path / "e" / "pretrain", "pretrain", 6, loss=1.0)
     make(tmp_path / "f", "predict", 7, "failed", "the disk is full")
+    make(tmp_path / "g", "select", 1, images=40, chosen=5)
     found = vissl_lite.runs(tmp_path)
+    assert found.pop().metric == "chosen 5"
     assert names(found) == ["f", "pretrain", "e", "d", "c", "b", "a"]  # the newest first
     assert [one.metric for one in found] == [
         "", "loss 1", "pre-trained 0.6", "helped (+0.100)", "top1 0.75", "linear 0.625", "knn 0.25",

@@ -184,8 +184,15 @@ def test_excluded_images_are_not_chosen(
     assert run(*given, "--out", tmp_path / "run") == 0
     chosen = {row["path"] for row in rows(tmp_path / "run" / "selected.csv")}
     assert chosen == {str(path) for path in known[:4]}
+    # as a spreadsheet saves it, with a row that is cut short and a name that is not UTF-8
+    lines = ["not_usable;path", *(f"1;{path}" for path in known[5:]), "1", "1;caf\udce9.jpg"]
+    table.write_text("\n".join(lines), errors="surrogateescape")
+    assert run(*given, "--out", tmp_path / "again") == 0
+    capsys.readouterr()
+    assert run(*given[:4], "--budget", 6, "--exclude", table, "--out", tmp_path / "many") == 2
+    assert "there are 5 images without a label that --exclude does not" in capsys.readouterr().err
     table.write_text("file\na.png\n")
-    assert run(*given, "--out", tmp_path / "again") == 2
+    assert run(*given, "--out", tmp_path / "none") == 2
     assert f"--exclude {table} has no column path" in capsys.readouterr().err
 
 

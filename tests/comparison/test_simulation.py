@@ -1,6 +1,7 @@
 """Simulated labelling: pools, rounds and the labels that a method has."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,8 +96,19 @@ def test_dropquery_chooses_among_images_whose_class_dropout_changes(
     assert (features()[sorted({*both} - {*centers}), 0] > 3).all()
 
 
-def test_a_budget_that_is_too_large_is_left_out() -> None:
+def test_a_budget_that_is_too_large_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     simulated = SimulatedLabelling(labelled(True), [10, 100])
     assert list(simulated.labels) == ["10 images"]
+    assert "budgets of 100, since each seed has 48 images to choose from" in caplog.text
     with pytest.raises(UserError, match=r"--budgets 100 is more .* 80% of 60 .* which is 48"):
         SimulatedLabelling(labelled(True), [100])
+
+
+def test_names_of_files_that_are_not_utf8_are_written(tmp_path: Path) -> None:
+    data = labelled(True)
+    data.train.paths[:] = [f"{name}\udce4.png" for name in data.train.paths]
+    simulated = SimulatedLabelling(data, [48])
+    chosen(simulated, "random", 48)
+    simulated.write_csv(tmp_path / "selected.csv")
+    assert b"\xe4.png" in (tmp_path / "selected.csv").read_bytes()

@@ -84,6 +84,17 @@ def test_unreadable_images_are_left_out_and_named(
     assert not (tmp_path / "none.html").exists()
 
 
+def test_names_that_a_browser_can_not_save_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lost = drawn(tmp_path / "a\udce4.png")
+    write_label_page(tmp_path / "label.html", [LabelImage(lost)], [], "Plants")
+    assert "names that are not UTF-8: 1, the first" in caplog.text
+    caplog.clear()
+    write_label_page(tmp_path / "label.html", [LabelImage(drawn(tmp_path / "ä.png"))], [], "")
+    assert not caplog.text
+
+
 def test_a_hundred_photographs_make_a_page_of_some_megabytes(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     photo = Image.fromarray(noise).resize((1024, 768), Image.Resampling.BICUBIC)

@@ -22,6 +22,17 @@ def test_the_selection_is_continued_by_herding() -> None:
     assert found.knee == int(np.argmax(np.array(expected) - line))
 
 
+def test_of_many_images_the_coverage_is_estimated() -> None:
+    features = points(2000)
+    of_all = (features, LABELLED, np.array([0, 1, 2]), np.arange(2000) % 3 > 0)
+    exact = estimate_coverage(*of_all)
+    sampled, again, other = (estimate_coverage(*of_all, seed=seed, most=400) for seed in (0, 0, 1))
+    assert sampled.values == pytest.approx(exact.values, abs=0.02)
+    assert sampled.random == pytest.approx(exact.random, abs=0.02)
+    assert sampled == again
+    assert sampled.values != exact.values != other.values
+
+
 def test_the_first_label_of_all_is_no_bend() -> None:
     features = points()
     found = estimate_coverage(features, LABELLED[:0], np.arange(10), np.ones(60, bool))

@@ -16,6 +16,7 @@ from vissl_lite.selection.coverage import (
     gaussian,
     knee,
     nearest_of,
+    sample,
     unit_features,
 )
 from vissl_lite.selection.dropquery import changed_by_dropout, dropquery
@@ -199,12 +200,60 @@ def test_blocks_of_any_size_give_the_same(method: Callable) -> None:
     assert small().indices.tolist() == method(points(), 10, LABELLED).indices.tolist()
 
 
+def test_samples_of_many_images_are_chosen_from_nearly_as_well_as_all() -> None:
+    features = points(2000)
+    unit = unit_features(features).numpy()
+    kernel = np.exp(2 * unit @ unit.T - 2)
+
+    def coverage(labelled: np.ndarray, most: int) -> float:
+        chosen = herding(features, 6, labelled, seed=1, most=most).indices
+        return float(kernel[[*labelled, *chosen]].max(axis=0).mean())
+
+    for labelled in (LABELLED[:0], np.arange(5)):
+        best = coverage(labelled, 2000)
+        at_random = kernel[[*labelled, *range(100, 106)]].max(axis=0).mean()
+        assert best >= coverage(labelled, 500) > best - 0.2 * (best - at_random)
+    exact, sampled = (probcover(features, 6, most=most) for most in (2000, 500))
+    assert len(set(exact.indices.tolist())) == len(set(sampled.indices.tolist())) == 6
+    assert "of 500 sampled images within" in sampled.reasons[0]
+    first = typiclust(features, 6, large=2000).indices[0]
+    assert typiclust(features, 6, large=100).indices[0] != first
+
+
+@pytest.mark.parametrize(
+    "method",
+    [partial(herding, most=50), partial(probcover, most=50), partial(typiclust, large=20)],
+)
+def test_sampled_choices_repeat_themselves_and_know_what_may_be_chosen(method: Callable) -> None:
+    features, labelled = points(400), np.arange(390)
+    one, other = (method(features, 8, labelled, seed=3).indices for _ in range(2))
+    assert one.tolist() == other.tolist()
+    assert len(set(one.tolist())) == 8
+    assert one.min() >= 390
+    spread = [method(features, 8, LABELLED, seed=seed).indices.tolist() for seed in (3, 4)]
+    assert spread[0] != spread[1]
+    assert not {*spread[0], *spread[1]} & {*LABELLED.tolist()}
+    groups = np.arange(400) % 40
+    candidates = Candidates(400, LABELLED, groups=groups, per_group=1)
+    found = method(features, 40, LABELLED, None, 0, candidates).indices
+    assert sorted({*groups[found], *groups[LABELLED]}) == list(range(40))
+    assert len(found) == len({*groups[found]})
+
+
+def test_samples_share_what_they_can() -> None:
+    every = sample(np.ones(50, bool), 20, seed=2)
+    even = sample(np.arange(50) % 2 == 0, 20, seed=2)
+    assert len(set(every.tolist())) == 20
+    assert {i for i in every.tolist() if i % 2 == 0} <= set(even.tolist())
+    assert not (even % 2).any()
+    assert sample(np.arange(50) < 7, 20, seed=2).tolist() == list(range(7))
+
+
 def test_coverage_and_its_knee() -> None:
     features = points()
     kernel = np.exp(-(distances(features) ** 2))
     order, unit = np.array([5, 9, 30]), unit_features(features)
-    counted = np.arange(60) < 40
-    curve = coverage_curve(unit, order, gaussian(1.0), torch.zeros(60), counted)
+    curve = coverage_curve(unit[:40], unit[order], gaussian(1.0), torch.zeros(40))
     expected = [0.0, *(kernel[order[: n + 1]].max(axis=0)[:40].mean() for n in range(3))]
     assert curve == pytest.approx(expected, abs=1e-5)
     nearest = distances(features)[order].argmin(axis=0)

@@ -34,6 +34,7 @@ MAIN_METRICS = {
     "demo": ("scores.fine-tuned.pre-trained", "scores."),
     "predict": ("images",),
     "pseudo-label": ("labels",),
+    "select": ("chosen",),
 }
 
 # Endings of the names of metrics for which lower is better.

@@ -1,7 +1,5 @@
 """``vissl-lite select``: choose which images to label next."""
 
-import csv
-import io
 import logging
 import os
 from collections.abc import Sequence
@@ -18,7 +16,7 @@ from vissl_lite.data.fingerprints import Fingerprints, read_fingerprints
 from vissl_lite.data.image_survey import ImageSettings, override
 from vissl_lite.data.images import find_images
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels, report_skipped
-from vissl_lite.data.text_file import csv_writer, read_text
+from vissl_lite.data.text_file import csv_writer
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.encoders.folder import choose_slice_axis
 from vissl_lite.errors import UserError, check_count, check_image_size, check_seed
@@ -30,7 +28,7 @@ from vissl_lite.report.additions import add_report, add_selection
 from vissl_lite.report.label_page import LabelImage, LabelledNeighbor, write_label_page
 from vissl_lite.run import check_out, open_run, write_results
 from vissl_lite.selection import METHODS, Candidates, Selection
-from vissl_lite.selection.coverage import nearest_of, unit_features
+from vissl_lite.selection.coverage import MAX_IMAGES, nearest_of, unit_features
 from vissl_lite.selection.dropquery import changed_by_dropout
 from vissl_lite.selection.estimate import estimate_coverage
 from vissl_lite.training.progress import progress_bar
@@ -42,6 +40,7 @@ from vissl_lite.transfer.options import AnnotationsOption
 from vissl_lite.transfer.sources.groups import find_groups, group_names
 from vissl_lite.transfer.sources.opening import unpacked
 from vissl_lite.transfer.sources.reading_log import ReadingLog
+from vissl_lite.transfer.sources.tables import read_table
 from vissl_lite.transfer.tasks import AnyTask, find_model, find_task
 
 log = logging.getLogger(__name__)
@@ -209,10 +208,17 @@ def select(options: SelectOptions) -> SelectResult:
         groups = None if grouping is None else group_names(prints.paths, grouping)
         candidates = Candidates(len(prints), labelled_at, prints, groups, options.per_group)
         open_before = len(candidates)
+        if len(prints) > MAX_IMAGES:
+            log.info(
+                "Of %d images, the coverage is estimated on a random sample of %d; herding and "
+                "probcover choose from a sample too",
+                len(prints),
+                MAX_IMAGES,
+            )
         if options.method == "dropquery" and options.labelled is not None:
             known_classes = _classes_by_path(labelled)
-            class_names = [known_classes[absolute[i]] for i in labelled_at]
-            uncertainty = _probe_uncertainty(features, labelled_at, class_names, options.seed)
+            known_names = [known_classes[absolute[i]] for i in labelled_at]
+            uncertainty = _probe_uncertainty(features, labelled_at, known_names, options.seed)
         method = METHODS[options.method]
         selection = method(
             features, options.budget, labelled_at, uncertainty, options.seed, candidates
@@ -260,7 +266,7 @@ def select(options: SelectOptions) -> SelectResult:
             coverage.values[len(chosen)],
             coverage.random[len(chosen)],
         )
-        log.info("From %d images on, a further one adds less than the average", coverage.knee)
+        log.info("From %d images on, a further one covers less than the average one", coverage.knee)
         log.info("Written: %s, %s", run / SELECTED, skeleton)
         if labelled.labels is not None:
             log.info("Label the images in a browser: %s", run / LABEL_PAGE)
@@ -300,10 +306,13 @@ def _without(pool: list[str], tables: Sequence[str]) -> list[str]:
     """The images that no table names, for --exclude."""
     excluded: set[str] = set()
     for name in tables:
-        rows = csv.DictReader(io.StringIO(read_text(name), newline=""))
-        if "path" not in (rows.fieldnames or ()):
+        # The first line is a header, whatever it says.
+        table = read_table(Path(name), is_image=lambda cell: False)
+        column = table.column(["path"])
+        if column is None:
             raise UserError(f"--exclude {name} has no column path")
-        excluded |= {os.path.abspath(Path(name).parent / row["path"]) for row in rows}
+        folder = Path(name).parent
+        excluded |= {os.path.abspath(folder / path) for path in table.cells(column)}
     return [path for path in pool if os.path.abspath(path) not in excluded]
 
 
@@ -335,6 +344,8 @@ def _check_budget(
     """Raise a UserError if there are fewer images to choose from than the budget."""
     has_label = np.array([os.path.abspath(path) in known for path in paths])
     left, why = int((~has_label).sum()), "images without a label"
+    if options.exclude is not None:
+        why += " that --exclude does not name"
     names = None if grouping is None else group_names(paths, grouping)
     if names is not None and options.per_group is not None:
         _, group = np.unique(names, return_inverse=True)

@@ -94,6 +94,10 @@ def load_pseudo_labels(task: AnyTask, folder: Path, data: LabelledDataset) -> Ps
     Raises:
         UserError: The data set can't be read, or no image is left.
     """
+    if not any(folder.glob("pseudo_labels.*")):
+        raise UserError(
+            f"no pseudo-labels at {folder}: give a folder that vissl-lite pseudo-label has written"
+        )
     found: LabelledDataset = task.read_pseudo_labels(folder, data)
     paths = found.paths("train")
     prints, broken = read_fingerprints(paths)
@@ -149,7 +153,8 @@ def read_unlabelled(folder: Path) -> Unlabelled:
             f"--rounds needs a data set of pseudo-label, which {folder} is not"
         ) from None
     text = read_bytes(folder / UNLABELLED).decode("utf-8", "surrogateescape")
-    return Unlabelled(text.splitlines(), min_confidence, min_precision)
+    # str.splitlines would divide a name at further characters
+    return Unlabelled(text.split("\n")[:-1], min_confidence, min_precision)
 
 
 def self_train(

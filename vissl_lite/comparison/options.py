@@ -139,6 +139,11 @@ class CompareOptions(Options, ImageSettings, AllTaskOptions):
             raise UserError("--selection compares ways to choose images: give one --encoder")
         if self.refit is False:
             raise UserError("--selection trains on all labels that are chosen: leave --refit out")
+        if self.selectors() == ["random"]:
+            raise UserError(
+                "--selection random has nothing that it is compared with: give another way, "
+                "such as herding"
+            )
         for budget in as_list(self.budgets) or ():
             check_count("budgets", budget)
 

@@ -4,7 +4,7 @@ A budget is a round. What was labelled before stays labelled, and the next image
 it; methods that need the uncertainty of a model get that of a linear probe fitted to those labels.
 """
 
-import csv
+import logging
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +14,15 @@ import numpy as np
 import torch
 
 from vissl_lite.comparison.amounts import LabelCount
+from vissl_lite.data.text_file import csv_writer
 from vissl_lite.errors import UserError
 from vissl_lite.selection import METHODS
 from vissl_lite.selection.dropquery import changed_by_dropout
 from vissl_lite.transfer.base import DatasetT
 from vissl_lite.transfer.classification.linear_head import fit_linear
 from vissl_lite.transfer.classification.model import margin_uncertainty
+
+log = logging.getLogger(__name__)
 
 Selector = Literal[
     "random",
@@ -68,6 +71,12 @@ class SimulatedLabelling(Generic[DatasetT]):
                 f"--budgets {budgets[0]} is more than there is to choose from: each seed has "
                 f"{POOL_SHARE:.0%} of {len(self.data.train):,} training images, which is {size:,}"
             )
+        if left_out := budgets[len(self.budgets) :]:
+            log.info(
+                "left out: budgets of %s, since each seed has %d images to choose from",
+                ", ".join(map(str, left_out)),
+                size,
+            )
         val = len(self.data.val) if self.own_val else 0
         self.labels = {f"{b:,} images": LabelCount(b, val) for b in self.budgets}
         self._chosen: dict[tuple[str, int], np.ndarray] = {}
@@ -100,8 +109,7 @@ class SimulatedLabelling(Generic[DatasetT]):
 
     def write_csv(self, file: Path) -> None:
         """Write what was chosen: method, seed, rank and path, for the largest budget."""
-        with file.open("w", newline="", encoding="utf-8") as out:
-            rows = csv.writer(out)
+        with csv_writer(file) as rows:
             rows.writerow(["method", "seed", "rank", "path"])
             for (method, seed), chosen in self._chosen.items():
                 for rank, index in enumerate(chosen, start=1):

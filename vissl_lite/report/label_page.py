@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from base64 import b64encode
 from collections import defaultdict
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from io import BytesIO
 from math import exp
+from os import fsencode
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +19,12 @@ from PIL import Image
 
 from vissl_lite.data.atomic_file import write_atomically
 from vissl_lite.data.images import BROKEN_IMAGE, read_image
-from vissl_lite.data.reading import Broken, reason, report_skipped
+from vissl_lite.data.reading import Broken, printable, reason, report_skipped
 from vissl_lite.errors import UserError
 from vissl_lite.evaluation.knn import TEMPERATURE
 from vissl_lite.report.page import render
+
+log = logging.getLogger(__name__)
 
 # Longer side in pixels of the image that is labelled, of a neighbor, and of the strip's thumbnails.
 PICTURE_SIDE, NEIGHBOR_SIDE, STRIP_SIDE = 512, 160, 96
@@ -82,7 +86,8 @@ def write_label_page(
     columns ``path`` and ``not_usable``, which is 1.
 
     Pictures are reduced to 512 pixels, so that 100 photographs take about 4 MB. Images that can't
-    be read are left out, and named in the log.
+    be read are left out, and named in the log. It names those, too, whose names are not UTF-8: a
+    browser can't save them.
 
     Args:
         file: HTML file to write.
@@ -129,9 +134,22 @@ def write_label_page(
             }
         )
     report_skipped(broken)
+    lost = [
+        image.path
+        for image in images
+        if image.path.encode(errors="replace") != fsencode(image.path)
+    ]
+    if lost:
+        log.warning(
+            "names that are not UTF-8: %(images)d, the first %(first)s; a browser can't save them "
+            "in labels.csv: rename the files, or label them in another way",
+            {"images": len(lost), "first": printable(lost[0])},
+            extra={"code": "label_page.name"},
+        )
     if not shown:
         raise UserError(f"none of the {len(images)} images to label can be read")
-    paths = [one["path"] for one in shown]
+    paths = [str(one["path"]) for one in shown]
+    here = set(paths)
     digest = hashlib.sha256(json.dumps(paths).encode()).hexdigest()
     labels = [one.label for image in images for one in image.neighbors]
     labels += [label for _, label in labelled]
@@ -140,7 +158,7 @@ def write_label_page(
         "classes": list(dict.fromkeys([*classes, *labels])),
         "images": shown,
         "thumbnails": thumbnails,
-        "labelled": [row for row in labelled if row[0] not in set(paths)],
+        "labelled": [row for row in labelled if row[0] not in here],
     }
     # "<" would let a path end the script element; json.dumps escapes all that is not ASCII.
     script = Markup(json.dumps(content).replace("<", "\\u003c"))

@@ -7,8 +7,9 @@ import numpy as np
 # Maximum number of clusters for methods that make one for each label, as in TypiClust.
 MAX_CLUSTERS = 500
 
-# With more clusters than this, k-means uses mini-batches of so many images, as TypiClust does.
-MAX_EXACT, BATCH = 50, 5000
+# With more clusters than this, k-means uses mini-batches of so many images, as TypiClust does; here
+# also with more images than this.
+MAX_EXACT, BATCH, MAX_EXACT_IMAGES = 50, 5000, 50_000
 
 
 def cluster(points: np.ndarray, clusters: int, seed: int) -> np.ndarray:
@@ -27,7 +28,7 @@ def cluster(points: np.ndarray, clusters: int, seed: int) -> np.ndarray:
     from sklearn.exceptions import ConvergenceWarning
 
     clusters = min(clusters, len(points))
-    if clusters <= MAX_EXACT:
+    if clusters <= MAX_EXACT and len(points) <= MAX_EXACT_IMAGES:
         model = KMeans(clusters, random_state=seed)
     else:
         model = MiniBatchKMeans(clusters, batch_size=BATCH, random_state=seed)

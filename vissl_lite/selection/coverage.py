@@ -2,7 +2,8 @@
 
 An image is covered by the chosen image most similar to it; the coverage is the mean over all images
 (generalized coverage, Bae et al. 2024, arXiv 2407.12212, section 3). All N x N similarities never
-are in memory: they are computed in blocks.
+are in memory: they are computed in blocks. Of more than ``MAX_IMAGES`` images, those to cover and
+those to choose from are random samples, which keeps the time from growing with the square.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,6 +25,14 @@ BLOCK = 2**24
 
 # Candidates whose gains are computed again at a time.
 TOP = 64
+
+# Sizes of the random samples of images to cover and to choose from. The code of MaxHerding's
+# authors samples 35,000. With 20,000, choosing 50 of 100,000 synthetic images takes 19 s on one
+# core for a coverage of 0.366; with 10,000, 5 s for 0.363; with 5,000, 1 s for 0.359.
+MAX_IMAGES = 20_000
+
+# The sample to choose from has at least so many images for each one to be chosen.
+POOL = 4
 
 
 def unit_features(features: np.ndarray) -> Tensor:
@@ -53,22 +62,36 @@ def blocks(rows: int, columns: int, block: int = BLOCK) -> Iterator[slice]:
     return (slice(start, min(rows, start + step)) for start in range(0, rows, step))
 
 
-def cover(points: Tensor, indices: np.ndarray, kernel: Kernel, block: int = BLOCK) -> Tensor:
-    """Similarity of each point to the most similar of some of them.
+def sample(among: np.ndarray, most: int, seed: int) -> np.ndarray:
+    """Random images. With the same seed, samples of different masks share what they can.
 
     Args:
-        points: ``(N, D)`` unit vectors.
-        indices: ``(L,)`` those that cover.
+        among: ``(N,)`` bool: which images may be in the sample.
+        most: Maximum size; of at most so many images all are in it.
+        seed: Seed of the sample.
+
+    Returns:
+        Indices, ascending.
+    """
+    order = np.random.default_rng(seed).permutation(len(among))
+    return np.sort(order[among[order]][:most])
+
+
+def cover(targets: Tensor, centers: Tensor, kernel: Kernel, block: int = BLOCK) -> Tensor:
+    """Similarity of each point to the most similar of those that cover.
+
+    Args:
+        targets: ``(M, D)`` unit vectors that are covered.
+        centers: ``(L, D)`` unit vectors that cover.
         kernel: Similarity.
         block: See ``blocks``.
 
     Returns:
-        ``(N,)``, zeros if there are none.
+        ``(M,)``, zeros if nothing covers.
     """
-    covered = points.new_zeros(len(points))
-    centers = points[torch.as_tensor(indices, device=points.device)]
-    for rows in blocks(len(centers), len(points), block):
-        nearest = squared_distances(centers[rows], points).amin(dim=0)
+    covered = targets.new_zeros(len(targets))
+    for rows in blocks(len(centers), len(targets), block):
+        nearest = squared_distances(centers[rows], targets).amin(dim=0)
         covered = torch.maximum(covered, kernel(nearest))
     return covered
 
@@ -78,9 +101,11 @@ def greedy_cover(
     kernel: Kernel,
     budget: int,
     candidates: Candidates,
+    targets: Tensor,
     covered: Tensor,
     weights: Tensor,
     seed: int = 0,
+    most: int = MAX_IMAGES,
     block: int = BLOCK,
 ) -> tuple[list[int], list[float]]:
     """Choose points one after the other, each of which raises the weighted coverage most.
@@ -89,81 +114,81 @@ def greedy_cover(
     from an earlier step is an upper bound: only the points with the largest bounds are computed
     again (Minoux 1978, "Accelerated greedy algorithms"). The choice is that of computing all.
 
+    Of more than ``most`` candidates a random sample is considered.
+
     Args:
         points: ``(N, D)`` unit vectors.
         kernel: Similarity.
         budget: Number of points to choose.
         candidates: What may be chosen; it is used up.
-        covered: ``(N,)`` similarity of each point to what covers it already.
-        weights: ``(N,)`` weight of each point.
-        seed: Once nothing is gained by any point, points are chosen at random.
+        targets: ``(M, D)`` unit vectors to cover: the points, or a ``sample`` of them.
+        covered: ``(M,)`` similarity of each target to what covers it already.
+        weights: ``(M,)`` weight of each target.
+        seed: Seed of the sample, and of what is chosen once no candidate in it gains anything.
+        most: Maximum number of candidates that are considered, but ``POOL`` for each to be chosen.
         block: See ``blocks``.
 
     Returns:
-        Indices, and the gain of each: the sum over points of weight times increase.
+        Indices, and the gain of each: the sum over targets of weight times increase.
     """
-    count, device = len(points), points.device
+    pool = sample(candidates.open, max(most, POOL * budget), seed)
 
     def gains_of(indices: np.ndarray) -> np.ndarray:
         found = np.empty(len(indices))
-        for rows in blocks(len(indices), count, block):
-            some = torch.from_numpy(indices[rows]).to(device)
-            increase = kernel(squared_distances(points[some], points)).sub_(covered).clamp_(min=0)
+        for rows in blocks(len(indices), len(targets), block):
+            some = points[torch.from_numpy(indices[rows])]
+            increase = kernel(squared_distances(some, targets)).sub_(covered).clamp_(min=0)
             found[rows] = (increase @ weights).cpu().numpy()
         return found
 
-    numbers = np.arange(count)
-    bounds = np.full(count, -np.inf)
-    bounds[candidates.open] = gains_of(numbers[candidates.open])
-    exact = np.ones(count, bool)
+    places = np.arange(len(pool))
+    bounds = gains_of(pool)
+    exact = np.ones(len(pool), bool)
     at_random = np.random.default_rng(seed)
     chosen: list[int] = []
     gains: list[float] = []
     while len(chosen) < budget and len(candidates):
-        bounds[~candidates.open] = -np.inf
+        bounds[~candidates.open[pool]] = -np.inf
         while True:
             known = np.where(exact, bounds, -np.inf)
             best = int(known.argmax())
-            ahead = (bounds > known[best]) | ((bounds == known[best]) & (numbers < best))
-            stale = np.flatnonzero(ahead & ~exact & candidates.open)
+            ahead = (bounds > known[best]) | ((bounds == known[best]) & (places < best))
+            stale = np.flatnonzero(ahead & ~exact & candidates.open[pool])
             if len(stale) == 0:
                 break
             top = stale[np.argsort(-bounds[stale], kind="stable")[:TOP]]
-            bounds[top] = gains_of(top)
+            bounds[top] = gains_of(pool[top])
             exact[top] = True
-        if bounds[best] <= 0:
-            best = int(at_random.choice(numbers[candidates.open]))
-        chosen.append(best)
-        gains.append(max(0.0, float(bounds[best])))
-        candidates.take(best)
-        covered = torch.maximum(
-            covered, kernel(squared_distances(points[best : best + 1], points))[0]
-        )
+        index, gain = int(pool[best]), float(bounds[best])
+        if gain <= 0:
+            index = int(at_random.choice(np.flatnonzero(candidates.open)))
+            gain = float(gains_of(np.array([index]))[0])
+        chosen.append(index)
+        gains.append(gain)
+        candidates.take(index)
+        similarity = kernel(squared_distances(points[index : index + 1], targets))[0]
+        covered = torch.maximum(covered, similarity)
         exact[:] = False
     return chosen, gains
 
 
 def coverage_curve(
-    points: Tensor, order: np.ndarray, kernel: Kernel, covered: Tensor, counted: np.ndarray
+    targets: Tensor, centers: Tensor, kernel: Kernel, covered: Tensor
 ) -> list[float]:
     """Coverage after each of some points.
 
     Args:
-        points: ``(N, D)`` unit vectors.
-        order: ``(B,)`` indices of the points that cover, in order.
+        targets: ``(M, D)`` unit vectors that are covered.
+        centers: ``(B, D)`` unit vectors that cover, in order.
         kernel: Similarity.
-        covered: ``(N,)`` similarity of each point to what covers it before.
-        counted: ``(N,)`` bool: which points the mean is over.
+        covered: ``(M,)`` similarity of each target to what covers it before.
 
     Returns:
         B + 1 values from 0 to 1; the first is before the first point.
     """
-    among = torch.from_numpy(counted).to(points.device)
-    covered, counted_points = covered[among], points[among]
     values = [float(covered.mean())]
-    centers = points[torch.as_tensor(order, device=points.device)]
     for rows in blocks(len(centers), len(covered)):
-        for similarity in kernel(squared_distances(centers[rows], counted_points)):
+        for similarity in kernel(squared_distances(centers[rows], targets)):
             covered = torch.maximum(covered, similarity)
             values.append(float(covered.mean()))
     return values

@@ -6,11 +6,13 @@ import numpy as np
 
 from vissl_lite.selection.candidates import Candidates
 from vissl_lite.selection.coverage import (
+    MAX_IMAGES,
     cover,
     coverage_curve,
     gaussian,
     greedy_cover,
     knee,
+    sample,
     unit_features,
 )
 from vissl_lite.selection.herding import RADIUS
@@ -42,35 +44,43 @@ def estimate_coverage(
     chosen: np.ndarray,
     counted: np.ndarray,
     seed: int = 0,
+    most: int = MAX_IMAGES,
 ) -> CoverageEstimate:
-    """Estimate the coverage at each budget up to twice that of a selection.
+    """Compute the coverage at each budget up to twice that of a selection.
+
+    Of more than ``most`` images it is estimated: by the mean over a random sample.
 
     Args:
         features: ``(N, D)`` of all images, labelled ones included.
         labelled: ``(L,)`` indices of the images that have a label already.
         chosen: ``(B,)`` indices of the selection, in order.
         counted: ``(N,)`` bool: which images the coverage is the mean of.
-        seed: Seed of the random orders.
+        seed: Seed of the random orders and of the samples.
+        most: Size of the samples, see ``greedy_cover``.
     """
     points, kernel = unit_features(features), gaussian(RADIUS)
     taken = np.concatenate([labelled, chosen])
+    targets = points[sample(np.ones(len(points), bool), most, seed)]
     further, _ = greedy_cover(
         points,
         kernel,
         len(chosen),
         Candidates(len(points), taken),
-        cover(points, taken, kernel),
-        points.new_ones(len(points)),
+        targets,
+        cover(targets, points[taken], kernel),
+        targets.new_ones(len(targets)),
         seed,
+        most,
     )
     order = np.concatenate([chosen, np.array(further, np.int64)])
-    before = cover(points, labelled, kernel)
-    values = coverage_curve(points, order, kernel, before, counted)
+    shown = points[sample(counted, most, seed)]
+    before = cover(shown, points[labelled], kernel)
+    values = coverage_curve(shown, points[order], kernel, before)
     at_random = [
         uniform(features, len(order), labelled, seed=seed + number).indices
         for number in range(RANDOM_ORDERS)
     ]
-    curves = [coverage_curve(points, one, kernel, before, counted) for one in at_random]
+    curves = [coverage_curve(shown, points[one], kernel, before) for one in at_random]
     # The first label of all covers much; the bend is looked for after it.
     skipped = 1 if len(labelled) == 0 and len(values) > 2 else 0
     return CoverageEstimate(

@@ -4,8 +4,8 @@ MaxHerding (Bae et al. 2024, arXiv 2407.12212, algorithm 1) chooses the images t
 best. Uncertainty Herding (Bae et al. 2025, arXiv 2412.20644, algorithm 1) weights the coverage of
 each image by how uncertain the model is of it, and narrows the kernel as labels become dense: to
 the smallest distance between two labelled images. With few labels that is representative sampling,
-with many it becomes uncertainty sampling. The code of the authors, BorealisAI/uherding, looks at a
-sample of at most 35,000 images; here all are considered.
+with many it becomes uncertainty sampling. Of more than ``coverage.MAX_IMAGES`` images, random
+samples are considered, as in the code of the authors, BorealisAI/uherding.
 """
 
 import numpy as np
@@ -15,10 +15,12 @@ from torch import Tensor
 from vissl_lite.selection.candidates import NOTHING_LABELLED, Candidates, Selection
 from vissl_lite.selection.coverage import (
     BLOCK,
+    MAX_IMAGES,
     blocks,
     cover,
     gaussian,
     greedy_cover,
+    sample,
     squared_distances,
     unit_features,
 )
@@ -37,6 +39,7 @@ def herding(
     uncertainty: np.ndarray | None = None,
     seed: int = 0,
     candidates: Candidates | None = None,
+    most: int = MAX_IMAGES,
     block: int = BLOCK,
 ) -> Selection:
     """Choose the images that cover all others best; see the module and ``Method``.
@@ -46,8 +49,9 @@ def herding(
         budget: Number of images to choose.
         labelled: ``(L,)`` indices.
         uncertainty: ``(N,)`` weight of each image; without it the method is MaxHerding.
-        seed: Chooses once all images are covered entirely.
+        seed: Seed of the samples, and of the choice once all images are covered entirely.
         candidates: What may be chosen.
+        most: Size of the samples of images to cover and to choose from, see ``greedy_cover``.
         block: See ``coverage.blocks``.
     """
     candidates = candidates or Candidates(len(features), labelled)
@@ -57,10 +61,14 @@ def herding(
     else:
         radius = adapted_radius(points, labelled, block)
         weights = torch.from_numpy(np.asarray(uncertainty, np.float32)).to(points.device)
-        weights[torch.as_tensor(labelled, device=points.device)] = 0
+        weights[labelled] = 0
     kernel = gaussian(radius)
-    covered = cover(points, labelled, kernel, block)
-    chosen, gains = greedy_cover(points, kernel, budget, candidates, covered, weights, seed, block)
+    among = sample(weights.cpu().numpy() > 0, most, seed)
+    targets, weights = points[among], weights[among]
+    covered = cover(targets, points[labelled], kernel, block)
+    chosen, gains = greedy_cover(
+        points, kernel, budget, candidates, targets, covered, weights, seed, most, block
+    )
     total = max(float(weights.sum()), 1e-12)
     what = "" if uncertainty is None else " of uncertain images"
     reasons = [f"raises the coverage{what} by {gain / total:.4f}" for gain in gains]
@@ -78,7 +86,7 @@ def adapted_radius(points: Tensor, labelled: np.ndarray, block: int = BLOCK) -> 
     Returns:
         The radius; that of MaxHerding if no two labelled images differ.
     """
-    centers = points[torch.as_tensor(labelled, device=points.device)]
+    centers = points[labelled]
     smallest = float("inf")
     for rows in blocks(len(centers), len(centers), block):
         squared = squared_distances(centers[rows], centers)

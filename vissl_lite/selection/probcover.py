@@ -12,9 +12,11 @@ from vissl_lite.selection.candidates import NOTHING_LABELLED, Candidates, Select
 from vissl_lite.selection.clusters import MAX_CLUSTERS, cluster
 from vissl_lite.selection.coverage import (
     BLOCK,
+    MAX_IMAGES,
     blocks,
     cover,
     greedy_cover,
+    sample,
     squared_distances,
     top_hat,
     unit_features,
@@ -31,32 +33,39 @@ def probcover(
     uncertainty: np.ndarray | None = None,
     seed: int = 0,
     candidates: Candidates | None = None,
+    most: int = MAX_IMAGES,
     block: int = BLOCK,
 ) -> Selection:
     """Choose images whose balls cover most images; see the module and ``Method``.
 
     The paper clusters into as many clusters as there are classes. Their number is not known before
     the first label, so it is that of TypiClust: of the labelled images and those to be chosen.
+    Of very many images, a random sample is clustered and covered.
 
     Args:
         features: ``(N, D)``.
         budget: Number of images to choose.
         labelled: ``(L,)`` indices.
         uncertainty: Not used.
-        seed: Seed of k-means, and of the choice once all images are covered.
+        seed: Seed of k-means, of the samples, and of the choice once all images are covered.
         candidates: What may be chosen.
+        most: Size of the samples of images to cover and to choose from, see ``greedy_cover``.
         block: See ``coverage.blocks``.
     """
     candidates = candidates or Candidates(len(features), labelled)
     points = unit_features(features)
     clusters = max(2, min(len(labelled) + budget, MAX_CLUSTERS))
-    radius = pure_radius(points, cluster(points.cpu().numpy(), clusters, seed), block)
+    targets = points[sample(np.ones(len(points), bool), most, seed)]
+    radius = pure_radius(targets, cluster(targets.cpu().numpy(), clusters, seed), block)
     kernel = top_hat(radius)
-    covered = cover(points, labelled, kernel, block)
-    ones = points.new_ones(len(points))
-    chosen, gains = greedy_cover(points, kernel, budget, candidates, covered, ones, seed, block)
+    covered = cover(targets, points[labelled], kernel, block)
+    ones = targets.new_ones(len(targets))
+    chosen, gains = greedy_cover(
+        points, kernel, budget, candidates, targets, covered, ones, seed, most, block
+    )
+    what = "images" if len(targets) == len(points) else f"of {len(targets)} sampled images"
     reasons = [
-        f"{gain:.0f} images within {radius:.3f} that no image before covers" for gain in gains
+        f"{gain:.0f} {what} within {radius:.3f} that no image before covers" for gain in gains
     ]
     return Selection(np.array(chosen, np.int64), reasons)
 

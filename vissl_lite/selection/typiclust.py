@@ -18,6 +18,10 @@ NEIGHBORS = 20
 # Clusters of at most so many images are outliers: they come last.
 SMALL = 5
 
+# Of a cluster of more images than this, a random sample is looked at: typicality takes the
+# distances of all pairs.
+LARGE = 5000
+
 
 def typiclust(
     features: np.ndarray,
@@ -26,6 +30,7 @@ def typiclust(
     uncertainty: np.ndarray | None = None,
     seed: int = 0,
     candidates: Candidates | None = None,
+    large: int = LARGE,
     block: int = BLOCK,
 ) -> Selection:
     """Choose typical images of large clusters; see the module and ``Method``.
@@ -37,8 +42,9 @@ def typiclust(
         budget: Number of images to choose.
         labelled: ``(L,)`` indices.
         uncertainty: Not used.
-        seed: Seed of k-means.
+        seed: Seed of k-means, and of the samples of large clusters.
         candidates: What may be chosen.
+        large: Maximum number of images of a cluster that are looked at.
         block: See ``coverage.blocks``.
     """
     candidates = candidates or Candidates(len(features), labelled)
@@ -49,14 +55,18 @@ def typiclust(
     has = np.bincount(of[labelled], minlength=len(sizes))
     used = np.zeros(len(of), bool)
     used[labelled] = True
+    shuffled = np.random.default_rng(seed).permutation(len(of))
     chosen: list[int] = []
     reasons: list[str] = []
     while len(chosen) < budget and len(candidates):
         # numbers of what is small, of labels, and of images: the cluster with the first triple
         left = np.unique(of[candidates.open])
         name = min(left, key=lambda one: (sizes[one] <= SMALL, has[one], -sizes[one]))
-        inside = np.flatnonzero((of == name) & ~used)
-        typical = typicality(points[torch.from_numpy(inside).to(points.device)], block)
+        inside = shuffled[(of == name)[shuffled] & ~used[shuffled]]
+        # those that may be chosen first: one of them is chosen
+        ahead = np.argsort(~candidates.open[inside], kind="stable")
+        inside = np.sort(inside[ahead[:large]])
+        typical = typicality(points[inside], block)
         typical[~candidates.open[inside]] = -1
         index = int(inside[typical.argmax()])
         reasons.append(
