@@ -159,12 +159,12 @@ ARMS = {
 
 def dense_table(name: str, measures: dict[str, str]) -> str:
     """A row for each arm: figures over seeds, and the CPU minutes of a run."""
-    results = load("transfer")
+    results = load(name)
     rows = []
     for arm, label in ARMS.items():
-        if arm not in results[name]:
+        if arm not in results:
             continue
-        runs = list(results[name][arm].values())
+        runs = list(results[arm].values())
         minutes = statistics.mean(run["cpu_minutes"] for run in runs)
         figures = [over_seeds([run["test"][measure] for run in runs]) for measure in measures]
         rows.append([label, *figures, str(len(runs)), f"{minutes:.1f}"])
@@ -198,11 +198,10 @@ def plot_bccd(arms: dict[str, dict[str, Any]]) -> None:
 
 def detectors_table() -> str:
     """The same encoder, seed and about the same CPU minutes."""
-    results = load("transfer")
     rows = []
-    for detector in ("faster_rcnn", "fcos"):
-        key = "bccd" if detector == "faster_rcnn" else f"bccd-{detector}"
-        run = results[key]["ImageNet"]["0"]
+    for detector, name in (("faster_rcnn", "bccd"), ("fcos", "bccd_fcos")):
+        results = load(name)
+        run = results["ImageNet"]["0"]
         figures = [f"{run['test'][measure]:.3f}" for measure in ("map_50", "map")]
         rows.append([f"`{detector}`", *figures, f"{run['cpu_minutes']:.1f}"])
     command = "python -m benchmarks.accuracy.transfer bccd --detector fcos --arms ImageNet ..."
@@ -274,11 +273,9 @@ if __name__ == "__main__":
             results.setdefault(arm, {})[str(seed)] = SETS[name](given, arm, encoder, seed)
             print(name, arm, seed, json.dumps(results[arm][str(seed)]), flush=True)
     if given.detector != "faster_rcnn":
-        keep("transfer", {f"{name}-{given.detector}": results})
-    elif name == "ucmerced":
-        keep("ucmerced", results)
-    elif not given.arms:
-        keep("transfer", {name: results})
+        keep(f"{name}_{given.detector}", results)
+    elif name == "ucmerced" or not given.arms:
+        keep(name, results)
         if name == "bccd":
             plot_bccd(results)
     for arm, runs in results.items():
