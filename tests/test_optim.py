@@ -1,3 +1,4 @@
+import copy
 import itertools
 
 import pytest
@@ -163,6 +164,34 @@ def test_one_part_keeps_the_peak_rate() -> None:
     set_lr(optimizer, 0.1)
     rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert [rate[id(parameter)] for parameter in model.parameters()] == [0.1, 0.1, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum"])
+def test_a_part_may_get_its_first_gradient_later(name: str) -> None:
+    """As a last layer that is frozen at first does; the fused kernel of SGD is not made for it."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    optimizer = build_optimizer(module, OptimizerSettings(name, lr=0.1, weight_decay=0.01))
+    expected = copy.deepcopy(module)
+    momentum: dict[str, torch.Tensor] = {}
+    for step in range(4):
+        for parameter in module.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        if step < 2:
+            module[1].weight.grad = None
+        with torch.no_grad():
+            for key, parameter in expected.named_parameters():
+                gradient = module.get_parameter(key).grad
+                if gradient is None:
+                    continue
+                gradient = gradient + (0.01 * parameter if parameter.ndim > 1 else 0)
+                before = momentum.get(key, torch.zeros_like(parameter))
+                momentum[key] = 0.9 * before + gradient
+                ahead = name == "sgd"  # timm's name for Nesterov's
+                parameter -= 0.1 * (gradient + 0.9 * momentum[key] if ahead else momentum[key])
+        optimizer.step()
+    for (key, ours), theirs in zip(module.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=key)
 
 
 def test_betas() -> None:

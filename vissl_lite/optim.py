@@ -6,6 +6,7 @@ from fnmatch import fnmatch
 from typing import Literal
 
 import timm.optim
+import torch
 from timm.models import group_parameters
 from torch import nn
 from torch.amp import GradScaler
@@ -148,7 +149,21 @@ def build_optimizer(
         **_own_clipping(settings),
         **_fused(settings.name, module),
     )
+    if isinstance(optimizer, SGD) and optimizer.defaults["fused"]:
+        _start_momentum(optimizer)
     return optimizer
+
+
+def _start_momentum(optimizer: SGD) -> None:
+    """Give all parameters a momentum of zero, from which the first step is as without one.
+
+    The fused kernel takes the first step of all parameters to be the same one, and fails on a
+    parameter that gets its first gradient later, such as a last layer that is frozen at first.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            momentum = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            optimizer.state[parameter]["momentum_buffer"] = momentum
 
 
 def default_layer_decay(model: nn.Module) -> float:

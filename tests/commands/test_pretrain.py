@@ -318,8 +318,12 @@ def test_a_run_sees_more_tokens_towards_its_end(photos: Path, tmp_path: Path) ->
     assert "without 50 % of the patches" in (tmp_path / "log.txt").read_text()
 
 
-def test_resuming_a_finished_run_gives_its_result(finished: Path, photos: Path) -> None:
+def test_resuming_a_finished_run_gives_its_result(
+    finished: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = (finished / "results.json").read_text()
+    assert run("--out", finished, "--resume") == 0
+    assert "Nothing is left to resume" in " ".join(capsys.readouterr())
     result = pretrain(data=str(photos), out=str(finished), resume=True)
     assert result.steps == 12
     assert (finished / "results.json").read_text() == before

@@ -262,6 +262,7 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
         options = options.resumed(read_config(out))
         config = options.as_config()
         if is_finished(out):
+            log.info("Nothing is left to resume: the run %s is finished", out)
             return _finished(out)
     task = find_task(options.task)
     check_given(task, options.given)

@@ -163,6 +163,7 @@ def pretrain(options: PretrainOptions) -> PretrainResult:
     if resume:
         options = options.resumed(read_config(out))
         if is_finished(out):
+            log.info("Nothing is left to resume: the run %s is finished", out)
             return _finished(out)
     training = _prepare(options, resume)
     with open_run(out, "pretrain", training.options.as_config(), resume) as run:
