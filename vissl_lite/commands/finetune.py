@@ -262,7 +262,8 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
         options = options.resumed(read_config(out))
         config = options.as_config()
         if is_finished(out):
-            log.info("Nothing is left to resume: the run %s is finished", out)
+            words = f"Nothing is left to resume: the run {out} is finished"
+            console.print(words, highlight=False, markup=False, soft_wrap=True)
             return _finished(out)
     task = find_task(options.task)
     check_given(task, options.given)

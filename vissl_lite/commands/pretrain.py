@@ -48,6 +48,7 @@ from vissl_lite.run import (
     METRICS,
     beside,
     check_out,
+    console,
     is_finished,
     is_main_process,
     logged_warnings,
@@ -163,7 +164,8 @@ def pretrain(options: PretrainOptions) -> PretrainResult:
     if resume:
         options = options.resumed(read_config(out))
         if is_finished(out):
-            log.info("Nothing is left to resume: the run %s is finished", out)
+            words = f"Nothing is left to resume: the run {out} is finished"
+            console.print(words, highlight=False, markup=False, soft_wrap=True)
             return _finished(out)
     training = _prepare(options, resume)
     with open_run(out, "pretrain", training.options.as_config(), resume) as run:
