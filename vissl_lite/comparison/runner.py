@@ -57,7 +57,8 @@ class Runner:
             for amount in amounts
             for seed in plan.options.all_seeds()
         }
-        self._weights, self._features = "", cast(Features | None, None)  # the last ones
+        self._weights = ""  # those of the last encoder
+        self._features: Features | None = None
 
     def run(self, arm: str, protocols: Sequence[Protocol]) -> dict[Cell, Score]:
         """Scores of all cells of an encoder, or of a way to choose images.

@@ -50,7 +50,7 @@ class Candidates:
     ) -> None:
         self.open = np.ones(images, bool)
         self.open[labelled] = False
-        self._prints, self._per_group, self._left = prints, per_group, np.empty(0, np.int64)
+        self._prints, self._left = prints, np.empty(0, np.int64)
         if prints is not None and len(labelled):
             known = {match.path for match in find_matches(prints, prints.take(labelled))}
             self.open &= [path not in known for path in prints.paths]

@@ -77,6 +77,23 @@ def sample(among: np.ndarray, most: int, seed: int) -> np.ndarray:
     return np.sort(order[among[order]][:most])
 
 
+def squared_to_nearest(targets: Tensor, centers: Tensor, block: int = BLOCK) -> Tensor:
+    """Squared distance of each point to the nearest of some centers.
+
+    Args:
+        targets: ``(M, D)`` unit vectors.
+        centers: ``(L, D)`` unit vectors.
+        block: See ``blocks``.
+
+    Returns:
+        ``(M,)``, infinite without a center.
+    """
+    nearest = targets.new_full((len(targets),), torch.inf)
+    for rows in blocks(len(centers), len(targets), block):
+        nearest = torch.minimum(nearest, squared_distances(centers[rows], targets).amin(dim=0))
+    return nearest
+
+
 def cover(targets: Tensor, centers: Tensor, kernel: Kernel, block: int = BLOCK) -> Tensor:
     """Similarity of each point to the most similar of those that cover.
 
@@ -89,11 +106,7 @@ def cover(targets: Tensor, centers: Tensor, kernel: Kernel, block: int = BLOCK) 
     Returns:
         ``(M,)``, zeros if nothing covers.
     """
-    covered = targets.new_zeros(len(targets))
-    for rows in blocks(len(centers), len(targets), block):
-        nearest = squared_distances(centers[rows], targets).amin(dim=0)
-        covered = torch.maximum(covered, kernel(nearest))
-    return covered
+    return kernel(squared_to_nearest(targets, centers, block))
 
 
 def greedy_cover(

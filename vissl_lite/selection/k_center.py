@@ -10,8 +10,8 @@ import torch
 from vissl_lite.selection.candidates import NOTHING_LABELLED, Candidates, Selection
 from vissl_lite.selection.coverage import (
     BLOCK,
-    blocks,
     squared_distances,
+    squared_to_nearest,
     unit_features,
 )
 
@@ -38,10 +38,7 @@ def k_center(
     """
     candidates = candidates or Candidates(len(features), labelled)
     points = unit_features(features)
-    nearest = points.new_full((len(points),), torch.inf)
-    centers = points[torch.as_tensor(labelled, device=points.device)]
-    for rows in blocks(len(centers), len(points), block):
-        nearest = torch.minimum(nearest, squared_distances(centers[rows], points).amin(dim=0))
+    nearest = squared_to_nearest(points, points[labelled], block)
     chosen: list[int] = []
     reasons: list[str] = []
     while len(chosen) < budget and len(candidates):

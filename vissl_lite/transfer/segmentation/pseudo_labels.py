@@ -154,7 +154,7 @@ def read_pseudo_labels(folder: Path, data: LabelledMasks) -> LabelledMasks:
 
     Raises:
         UserError: There is no table or no class names, a class is unknown, or a mask can't be read,
-            has another size than its image, or a value that is no class.
+            has another size than its image, or a value that is not a class.
     """
     file = folder / TABLE
     names = read_text(folder / CLASSES).splitlines()
