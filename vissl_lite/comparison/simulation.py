@@ -148,7 +148,7 @@ class SimulatedLabelling(Generic[DatasetT]):
     ) -> np.ndarray | None:
         """Uncertainty of a linear probe; None where the labels are of fewer than two classes."""
         classes = self.data.image_classes("train")
-        assert classes is not None  # ``Plan.load_data`` ensures it
+        assert classes is not None  # ``Plan.simulate`` ensures it
         known = classes[pool[labelled]]
         if len(np.unique(known)) < 2:
             return None
