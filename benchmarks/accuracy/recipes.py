@@ -34,6 +34,8 @@ TASK = Classification()
 # better here is the default since, or chosen on held-out labels (frozen or trained BatchNorms).
 BASELINE: dict[str, Any] = {"pretrained": True, "frozen_norm": True, "min_crop_scale": 0.35}
 
+TRAINED_NORM: dict[str, Any] = {"min_crop_scale": 0.6, "frozen_norm": False}
+
 # Name of a row, and what it changes: settings, or settings of the optimizer.
 RECIPES: dict[str, dict[str, Any]] = {
     "the baseline": {},
@@ -46,24 +48,18 @@ RECIPES: dict[str, dict[str, Any]] = {
     "color jitter 0.25": {"color": 0.25},
     "smallest crop 0.6": {"min_crop_scale": 0.6},
     "smallest crop 0.6, color jitter 0.25": {"min_crop_scale": 0.6, "color": 0.25},
-    "smallest crop 0.6, BatchNorm trained": {"min_crop_scale": 0.6, "frozen_norm": False},
-    "smallest crop 0.6, BatchNorm trained, learning rate 3e-3": {
-        "min_crop_scale": 0.6,
-        "frozen_norm": False,
-        "lr": 3e-3,
-    },
+    "smallest crop 0.6, BatchNorm trained": TRAINED_NORM,
+    "smallest crop 0.6, BatchNorm trained, learning rate 3e-3": {**TRAINED_NORM, "lr": 3e-3},
     "no label smoothing": {"label_smoothing": 0.0},
     "gradients not clipped": {"clip_norm": 0.0},
     "batch size 16": {"batch_size": 16},
     "batch size 16, learning rate 3e-4": {"batch_size": 16, "lr": 3e-4},
     "batch size 16, learning rate 3e-3": {"batch_size": 16, "lr": 3e-3},
     "batch size 16, BatchNorm trained": {"batch_size": 16, "frozen_norm": False},
-    "mixup 0.2": {"mixup": 0.2},
-    "CutMix 1": {"cutmix": 1.0},
-    "RandAugment 9": {"rand_augment": 9.0},
-    "RandAugment 9, BatchNorm trained": {"rand_augment": 9.0, "frozen_norm": False},
-    "moving average 0.99": {"ema": 0.99},
-    "moving average 0.99, BatchNorm trained": {"ema": 0.99, "frozen_norm": False},
+    "smallest crop 0.6, BatchNorm trained, mixup 0.2": {**TRAINED_NORM, "mixup": 0.2},
+    "smallest crop 0.6, BatchNorm trained, CutMix 1": {**TRAINED_NORM, "cutmix": 1.0},
+    "smallest crop 0.6, BatchNorm trained, RandAugment 9": {**TRAINED_NORM, "rand_augment": 9.0},
+    "smallest crop 0.6, BatchNorm trained, moving average 0.99": {**TRAINED_NORM, "ema": 0.99},
     "random head": {"pretrained": False, "frozen_norm": True},
 }
 OF_OPTIMIZER = ("lr", "layer_decay", "clip_norm")

@@ -4,10 +4,11 @@
     python -m benchmarks.accuracy.transfer pretrain SET --data FOLDER --domains DOMAINS --out OUT
     python -m benchmarks.accuracy.transfer SET --data FOLDER --domains DOMAINS --out OUT --seeds 2
 
-``SET`` is ``bccd`` (detection), ``water`` (segmentation) or ``ucmerced`` (classification). The
-arms: an untrained ResNet-18, one pre-trained by us on the training images (for ``bccd`` one with
-each of three pretexts), an ImageNet-trained ``tf_efficientnet_lite0``, and, but for ``bccd``, that
-one further pre-trained by us. All arms of a set get the same images, seeds and epochs; what is
+``SET`` is ``bccd`` (detection), ``water`` (segmentation), ``ucmerced`` or ``cifar10``
+(classification). The arms: an untrained ResNet-18 (``cifar10``: ``resnet10t``), one pre-trained by
+us on the training images (``bccd``: one with each of three pretexts), an ImageNet-trained
+``tf_efficientnet_lite0`` (not for ``cifar10``), and that one further pre-trained by us (``water``
+and ``ucmerced``). All arms of a set get the same images, seeds and epochs; what is
 chosen is chosen on labels that are held out, and where these were taken out of the training images
 all labels are then trained on. Runs that are there are kept.
 """
@@ -18,6 +19,7 @@ import os
 import shutil
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,15 @@ import torch
 from matplotlib.figure import Figure
 
 import vissl_lite
-from benchmarks.common import RESULTS, keep, load, markdown_table, over_seeds, provenance
+from benchmarks.common import (
+    RESULTS,
+    ROOT,
+    keep,
+    load,
+    markdown_table,
+    over_seeds,
+    provenance,
+)
 from vissl_lite.metrics_file import read_metrics
 
 CONTRAST = {"name": "simclr", "temperature": 0.2, "min_crop_scale": 0.25}
@@ -45,6 +55,13 @@ CELL_PRETEXTS: dict[str, dict[str, Any]] = {
 
 
 def pretrain(name: str, given: argparse.Namespace) -> None:
+    if name == "cifar10":  # about 70 minutes of one core
+        vissl_lite.pretrain(
+            config=str(ROOT / "configs" / "cifar10_minutes.yaml"), pretext="simclr",
+            backbone="resnet10t", data=str(given.data / "cifar10" / "train"),
+            out=str(given.out / "cifar10-resnet10t"), epochs=24, num_workers=0, overwrite=True,
+        )  # fmt: skip
+        return
     images, size, batch, minutes, more_minutes = PRETRAIN[name]
     place = given.domains / images if (given.domains / images).exists() else given.data / images
     pretexts = CELL_PRETEXTS if name == "bccd" else {"resnet18": CONTRAST}
@@ -69,12 +86,19 @@ def arms(name: str, given: argparse.Namespace) -> dict[str, str]:
     if name == "bccd":
         ours = {pretext: str(given.out / f"bccd-{pretext}") for pretext in CELL_PRETEXTS}
         return {"untrained": untrained, **ours, "ImageNet": imagenet}
+    if name == "cifar10":
+        return {"untrained": "random:resnet10t", "ours": str(given.out / "cifar10-resnet10t")}
     return {
         "untrained": untrained,
         "ours": str(given.out / f"{name}-resnet18"),
         "ImageNet": imagenet,
         "ImageNet, then ours": str(given.out / f"{name}-lite0"),
     }
+
+
+def file_of(name: str) -> str:
+    """Name of the results of a set: ``cifar10.json`` holds those of pre-training for minutes."""
+    return "cifar10_transfer" if name == "cifar10" else name
 
 
 def once(out: Path, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -121,32 +145,41 @@ def segmentation(given: argparse.Namespace, arm: str, encoder: str, seed: int) -
     )  # fmt: skip
 
 
-SHOTS = {1: 40, 5: 20, 10: 15, 40: 15}  # labels per class, epochs
+# Labels per class, and epochs of fine-tuning with them
+SHOTS = {"ucmerced": {1: 40, 5: 20, 10: 15, 40: 15}, "cifar10": {50: 30, 500: 12}}
+SIZES = {"ucmerced": 64, "cifar10": 32}
 
 
-def classification(given: argparse.Namespace, arm: str, encoder: str, seed: int) -> dict[str, Any]:
+def classification(
+    name: str, given: argparse.Namespace, arm: str, encoder: str, seed: int
+) -> dict[str, Any]:
     made: dict[str, Any] = {}
-    for shots, epochs in SHOTS.items():
-        some = {"shots": shots} if shots < 40 else {}
-        data = str(given.data / "ucmerced")
-        run = given.out / "ucmerced" / f"{arm}-{shots}-{seed}"
+    for shots, epochs in SHOTS[name].items():
+        some = {} if (name, shots) == ("ucmerced", 40) else {"shots": shots}  # 40 are all of them
+        data = str(given.data / name)
+        run = given.out / name / f"{arm}-{shots}-{seed}"
         tuned = once(
             run,
             {
-                "data": data, "encoder": encoder, "image_size": 64, "epochs": epochs, **some,
-                "upright": False, "seed": seed,
+                "data": data, "encoder": encoder, "image_size": SIZES[name], "epochs": epochs,
+                **some, "upright": name == "cifar10", "seed": seed,
             },
         )  # fmt: skip
         probed = run.with_name(f"{run.name}-probe")
         if not (probed / "results.json").exists():
-            vissl_lite.probe(encoder=encoder, data=data, out=str(probed), image_size=64, seed=seed,
-                             overwrite=True, **some)  # fmt: skip
+            vissl_lite.probe(encoder=encoder, data=data, out=str(probed), image_size=SIZES[name],
+                             seed=seed, overwrite=True, **some)  # fmt: skip
         probes = json.loads((probed / "results.json").read_text())
         made[str(shots)] = {**tuned, "kNN": probes["knn"], "linear": probes["linear"]}
     return made
 
 
-SETS = {"bccd": detection, "water": segmentation, "ucmerced": classification}
+SETS = {
+    "bccd": detection,
+    "water": segmentation,
+    "ucmerced": partial(classification, "ucmerced"),
+    "cifar10": partial(classification, "cifar10"),
+}
 
 ARMS = {
     "untrained": "`resnet18`, untrained",
@@ -213,12 +246,15 @@ def water_table() -> str:
     return dense_table("water", {"miou": "test mIoU", "dice": "test Dice"})
 
 
-def ucmerced_table() -> str:
-    results = load("ucmerced")
+def classification_table(name: str) -> str:
+    """For each arm the rows of kNN, linear and fine-tuned; a column for each number of labels."""
+    results = load(file_of(name))
     rows = []
     for arm, label in ARMS.items():
         if arm not in results:
             continue
+        if name == "cifar10":
+            label = label.replace("resnet18", "resnet10t")
         runs = list(results[arm].values())
         for kind in ("kNN", "linear", "fine-tuned"):
             row = [label, kind]
@@ -229,7 +265,7 @@ def ucmerced_table() -> str:
             rows.append(row)
     header = ["encoder", "", *(f"{shots} per class" for shots in runs[0])]
     command = (
-        "python -m benchmarks.accuracy.transfer ucmerced --data DATA --domains DOMAINS --out RUNS"
+        f"python -m benchmarks.accuracy.transfer {name} --data DATA --domains DOMAINS --out RUNS"
     )
     return markdown_table(header, rows) + "\n\n" + provenance(results, command)
 
@@ -238,7 +274,8 @@ TABLES = {
     "bccd": bccd_table,
     "detectors": detectors_table,
     "water": water_table,
-    "ucmerced": ucmerced_table,
+    "ucmerced": partial(classification_table, "ucmerced"),
+    "cifar10_transfer": partial(classification_table, "cifar10"),
 }
 
 
@@ -267,18 +304,18 @@ if __name__ == "__main__":
         for arm, encoder in arms(name, given).items():
             if given.arms and arm not in given.arms:
                 continue
-            last = f"{arm}-{seed}" if name != "ucmerced" else f"{arm}-{max(SHOTS)}-{seed}-probe"
+            last = f"{arm}-{max(SHOTS[name])}-{seed}-probe" if name in SHOTS else f"{arm}-{seed}"
             if given.collect and not (given.out / name / last / "results.json").exists():
                 continue
             results.setdefault(arm, {})[str(seed)] = SETS[name](given, arm, encoder, seed)
             print(name, arm, seed, json.dumps(results[arm][str(seed)]), flush=True)
     if given.detector != "faster_rcnn":
         keep(f"{name}_{given.detector}", results)
-    elif name == "ucmerced" or not given.arms:
-        keep(name, results)
+    elif name in SHOTS or not given.arms:
+        keep(file_of(name), results)
         if name == "bccd":
             plot_bccd(results)
     for arm, runs in results.items():
-        if name != "ucmerced":
+        if name not in SHOTS:
             figures = {k: [run["test"][k] for run in runs.values()] for k in runs["0"]["test"]}
             print(arm, {k: f"{np.mean(v):.3f} ± {np.std(v):.3f}" for k, v in figures.items()})
