@@ -3,10 +3,10 @@
     python -m benchmarks.accuracy.pseudo_labels SET --data DATA/SET --encoder RUN --out OUT
 
 ``SET`` is ``cifar10`` (500 labels) or ``bccd`` (20 images with boxes). For each seed a model is
-trained on labels that the seed draws, it labels all training images, and a second one is trained on
-both: ``finetune``, ``pseudo-label`` and ``finetune --pseudo_labels``, with their defaults (``bccd``:
-with a time budget). The last command trains the model without pseudo-labels once more; its figures
-are those of the table. Runs that are there are kept.
+trained on labels that the seed draws, it labels all training images, and a second one is trained
+on both: ``finetune``, ``pseudo-label`` and ``finetune --pseudo_labels``, with their defaults
+(``bccd``: with a time budget). The last command trains the model without pseudo-labels once more;
+its figures are those of the table. Runs that are there are kept.
 
 Results: benchmarks/results/pseudo_labels.json.
 """
