@@ -11,10 +11,12 @@ import re
 from collections.abc import Callable
 
 from benchmarks.accuracy import (
+    adaptation,
     bands,
     cifar10,
     compare,
     demo,
+    distillation,
     leaks,
     pretexts,
     pseudo_labels,
@@ -31,9 +33,10 @@ from benchmarks.training import growth, losses, operations, resizing, sharding
 
 FILES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 SCRIPTS = (
-    bands, cifar10, compare, demo, leaks, pretexts, pseudo_labels, recipes, selection, transfer,
-    formats, listing, photographs, selection_growth, shards, views, gpu_cifar10, throughput,
-    against_peers, detection, growth, losses, operations, resizing, sharding,
+    adaptation, bands, cifar10, compare, demo, distillation, leaks, pretexts, pseudo_labels,
+    recipes, selection, transfer, formats, listing, photographs, selection_growth, shards, views,
+    gpu_cifar10, throughput, against_peers, detection, growth, losses, operations, resizing,
+    sharding,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {
     name: table for script in SCRIPTS for name, table in script.TABLES.items()

@@ -23,11 +23,14 @@ takes about 40 minutes a round on two cores. What is done is kept and not done a
 was cut off goes on, --rounds 3 adds to what there is, and --anew measures the given cases and tools
 again from nothing.
 
-Accuracy: each tool trains SimCLR on CIFAR-10 for the same minutes, with its own recipe; the
-encoders are evaluated by ``vissl-lite probe`` (kNN, k = 200, T = 0.1, and linear, on the test
-images).
+Accuracy: each tool trains SimCLR for the same minutes, with its own recipe, on CIFAR-10 (32 pixels)
+or on UC Merced's training images (224 pixels); ours for part of the minutes, too. On UC Merced
+ours is the default command line. The encoders are evaluated by ``vissl-lite probe`` (kNN, for
+CIFAR-10 with k = 200 and T = 0.1, and linear, fitted to all training labels, on the test images).
+Start-up and what comes after the training count.
 
-    python -m benchmarks.peers.against_peers accuracy --data DATA --out RUNS --peer_python PYTHON
+    python -m benchmarks.peers.against_peers accuracy --data DATA --out RUNS --peer_python PYTHON \
+        --cases ucmerced-resnet18-224 --minutes 10 --ours_minutes 2.5 10 --seeds 0 1
 
 Results: benchmarks/results/peers.json and peers_accuracy.json.
 """
@@ -46,7 +49,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, keep, load, markdown_table, provenance, where_and_when
+from benchmarks.common import (
+    RESULTS,
+    keep,
+    load,
+    markdown_table,
+    over_seeds,
+    provenance,
+    where_and_when,
+)
 
 HERE = Path(__file__).parent
 TOOLS = ("ours", "alone", "lightly", "lightly-train", "stable-pretraining")
@@ -85,7 +96,14 @@ CASES = {
     "vit_small-dino-224": Case("dino", "vit_small_patch16_224", 224, 8, 4096),
     "resnet18-simclr-32": Case("simclr", "resnet18", 32, 256, 65536),
 }
-SMALL = CASES["resnet18-simclr-32"]
+
+# What is trained for some minutes: the data set, backbone and size
+TRAINED = {
+    "cifar10-resnet18-32": CASES["resnet18-simclr-32"],
+    "ucmerced-resnet18-224": Case("simclr", "resnet18", 224, 64, 840),
+    "ucmerced-vit_small-224": Case("simclr", "vit_small_patch16_224", 224, 32, 840),
+}
+SPEED = "images_per_second"
 
 
 def sources(data: Path, case: Case) -> list[Path]:
@@ -238,39 +256,54 @@ def speed(o: argparse.Namespace) -> None:
 
 
 def accuracy(o: argparse.Namespace) -> None:
-    """Train for equal minutes, one after the other, and evaluate."""
-    data = o.data / "cifar10"
-    cores = [] if o.cores is None else ["taskset", "-c", f"0-{o.cores - 1}"]
+    """Train for equal minutes, one after the other, and evaluate; what is there is left out."""
     if o.cores is not None:
         os.environ["OMP_NUM_THREADS"] = str(o.cores)
-    for tool in o.tools:
-        out = (o.out / tool).resolve()
-        out.mkdir(parents=True, exist_ok=True)
-        where = [*SMALL.arguments, "--data", data / "train", "--out", out]
-        steps = []
-        if tool in ("lightly-train", "stable-pretraining"):
-            # Their schedules have a length in steps: as many as fit, by a short run's speed.
-            # Trainer's own time limit ends what takes longer.
-            trial = [*where, "--seconds", min(30, 6 * o.minutes), "--warmup_seconds", 2]
-            run([*cores, *work(tool, o.peer_python, *trial)], out / "trial.txt")
-            rate = json.loads((out / "result.json").read_text())["images_per_second"]
-            steps = ["--max_steps", max(2, int(60 * o.minutes * rate / SMALL.batch_size))]
-        train = work(tool, o.peer_python, *where, "--minutes", o.minutes, *steps)
-        run([*cores, *train], out / "log.txt")
-        evaluated = ["--encoder", out / "encoder", "--data", data, "--out", out / "probe"]
-        evaluated += ["--k", 200, "--temperature", 0.1, "--image_size", 32, "--overwrite"]
-        program = Path(sys.executable).absolute().parent / "vissl-lite"
-        run([*cores, str(program), "probe", *map(str, evaluated)], out / "probe.txt")
-        scores = json.loads((out / "probe" / "results.json").read_text())
-        results = kept("peers_accuracy")
-        results["accuracy"][tool] = {
-            **json.loads((out / "result.json").read_text()),
-            "knn": scores["knn"],
-            "linear": scores["linear"],
-            "cores": o.cores or os.cpu_count(),
-        }
-        keep("peers_accuracy", results)
-        print(tool, results["accuracy"][tool], flush=True)
+    for name in o.cases:
+        for seed in o.seeds:
+            for tool in o.tools:
+                shares = o.ours_minutes if tool == "ours" and o.ours_minutes else [o.minutes]
+                for minutes in shares:
+                    results = kept("peers_accuracy")
+                    runs = results["accuracy"].setdefault(name, {}).setdefault(tool, {})
+                    of_length = runs.setdefault(f"{minutes:g}", {})
+                    if str(seed) not in of_length:
+                        of_length[str(seed)] = trained(tool, name, minutes, seed, o)
+                        keep("peers_accuracy", results)
+                        print(name, tool, minutes, seed, of_length[str(seed)], flush=True)
+
+
+def trained(
+    tool: str, name: str, minutes: float, seed: int, o: argparse.Namespace
+) -> dict[str, Any]:
+    """Figures of the encoder that a tool trains for some minutes."""
+    case, data = TRAINED[name], o.data / name.split("-")[0]
+    cores = [] if o.cores is None else ["taskset", "-c", f"0-{o.cores - 1}"]
+    out = (o.out / f"{name}-{tool}-{minutes:g}-{seed}").resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    where = [*case.arguments, "--data", data / "train", "--out", out, "--seed", seed]
+    steps = []
+    if tool in ("lightly-train", "stable-pretraining"):
+        # Their schedules have a length in steps: as many as fit, by a short run's speed.
+        # Trainer's own time limit ends what takes longer.
+        trial = [*where, "--seconds", min(30, 6 * minutes), "--warmup_seconds", 2]
+        run([*cores, *work(tool, o.peer_python, *trial)], out / "trial.txt")
+        rate = json.loads((out / "result.json").read_text())["images_per_second"]
+        steps = ["--max_steps", max(2, int(60 * minutes * rate / case.batch_size))]
+    run([*cores, *work(tool, o.peer_python, *where, "--minutes", minutes, *steps)], out / "log.txt")
+    evaluated = ["--encoder", out / "encoder", "--data", data, "--out", out / "probe"]
+    evaluated += ["--image_size", case.image_size, "--leaks", "warn", "--overwrite"]
+    if case is CASES["resnet18-simclr-32"]:
+        evaluated += ["--k", 200, "--temperature", 0.1]
+    program = Path(sys.executable).absolute().parent / "vissl-lite"
+    run([*cores, str(program), "probe", *map(str, evaluated)], out / "probe.txt")
+    scores = json.loads((out / "probe" / "results.json").read_text())
+    return {
+        **json.loads((out / "result.json").read_text()),
+        "knn": scores["knn"],
+        "linear": scores["linear"],
+        "cores": o.cores or os.cpu_count(),
+    }
 
 
 def peers_table() -> str:
@@ -347,18 +380,30 @@ def in_short_table() -> str:
 
 
 def peers_accuracy_table() -> str:
-    """SimCLR on CIFAR-10 for equal minutes."""
+    """SimCLR for equal minutes: a row for each case, tool and number of minutes."""
     results = load("peers_accuracy")
-    rows = [
-        [tool, str(r["cores"]), f"{r['minutes']:.1f}", f"{r['images_per_second']:.0f}",
-         f"{r['knn']:.3f}", f"{r['linear']:.3f}"]
-        for tool, r in results["accuracy"].items()
-    ]  # fmt: skip
+    rows = []
+    for name, tools in results["accuracy"].items():
+        for tool, lengths in tools.items():
+            for seeds in lengths.values():
+                runs = list(seeds.values())
+                mean = {key: statistics.mean(r[key] for r in runs) for key in ("minutes", SPEED)}
+                rows.append(
+                    [
+                        name,
+                        tool,
+                        str(runs[0]["cores"]),
+                        f"{mean['minutes']:.1f}",
+                        f"{mean[SPEED]:.0f}",
+                        over_seeds([r["knn"] for r in runs]),
+                        over_seeds([r["linear"] for r in runs]),
+                    ]
+                )
     command = (
         "python -m benchmarks.peers.against_peers accuracy --data DATA --out RUNS "
         "--peer_python PYTHON"
     )
-    header = ["`resnet18`, 32 pixels", "cores", "minutes", "images/s", "kNN", "linear"]
+    header = ["", "", "cores", "minutes", "images/s", "kNN", "linear"]
     return markdown_table(header, rows) + "\n\n" + provenance(results, command)
 
 
@@ -382,7 +427,10 @@ def main() -> None:
     measured.add_argument("--anew", action="store_true", help="forget what is there before")
     evaluated = commands.add_parser("accuracy")
     evaluated.add_argument("--out", type=Path, required=True)
+    evaluated.add_argument("--cases", nargs="+", choices=TRAINED, default=list(TRAINED))
     evaluated.add_argument("--minutes", type=float, default=8)
+    evaluated.add_argument("--ours_minutes", type=float, nargs="+", help="default --minutes")
+    evaluated.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     evaluated.add_argument("--cores", type=int, help="default all")
     for one, tools in ((measured, TOOLS), (evaluated, ("ours", *PEERS))):
         one.add_argument("--data", type=Path, required=True)

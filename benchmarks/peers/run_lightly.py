@@ -42,7 +42,7 @@ def about() -> dict[str, object]:
 
 def train(work: Work) -> int:
     """Run an example until the time is over, and save SimCLR's encoder; returns images."""
-    torch.manual_seed(0)
+    torch.manual_seed(work.seed)
     if work.pretext == "dino":
         return work.batch_size * steps(dino(work), work.seconds)
     timed = work.seconds is not None

@@ -51,6 +51,7 @@ def train(work: Work) -> int:
         batch_size=work.batch_size,
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         overwrite=True,
+        seed=work.seed,
         trainer_args=limits,
         **optional,
     )

@@ -43,6 +43,7 @@ def train(work: Work) -> int:
     from timm_folder import save_encoder
     from torchvision.datasets import ImageFolder
 
+    pl.seed_everything(work.seed)
     dataset = spt.data.FromTorchDataset(
         ImageFolder(str(work.data)), names=["image", "label"], transform=transform(work)
     )

@@ -41,6 +41,7 @@ class Work:
         batch_size: source images per step, each with all its views.
         steps: after how many a run ends; None for one that the clock ends.
         seconds: after how many it ends at the latest; None for no limit.
+        seed: random seed.
     """
 
     data: Path
@@ -51,6 +52,7 @@ class Work:
     batch_size: int
     steps: int | None
     seconds: float | None
+    seed: int
 
     @property
     def epochs(self) -> int:
@@ -79,13 +81,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="timed steps at least")
     parser.add_argument("--seconds", type=float, default=40, help="timed at least")
     parser.add_argument("--minutes", type=float, help="train for this time, and keep the encoder")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max_steps", type=int, help="with --minutes: the schedule's length")
     o = parser.parse_args()
     o.out.mkdir(parents=True, exist_ok=True)
     seconds = None if o.minutes is None else 60 * o.minutes
     work = Work(
         o.data.resolve(), o.out.resolve(), o.pretext, o.backbone, o.image_size, o.batch_size,
-        o.max_steps, seconds,
+        o.max_steps, seconds, o.seed,
     )  # fmt: skip
     # What a tool would fetch or report, there is no network for.
     os.environ |= {"NO_ALBUMENTATIONS_UPDATE": "1", "HF_HUB_OFFLINE": "1"}
