@@ -29,13 +29,13 @@ from benchmarks.data import formats, listing, photographs, selection_growth, sha
 from benchmarks.gpu import cifar10 as gpu_cifar10
 from benchmarks.gpu import throughput
 from benchmarks.peers import against_peers, detection
-from benchmarks.training import growth, losses, operations, resizing, sharding
+from benchmarks.training import growth, levers, losses, operations, sharding
 
 FILES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 SCRIPTS = (
     adaptation, bands, cifar10, compare, demo, distillation, leaks, pretexts, pseudo_labels,
     recipes, selection, transfer, formats, listing, photographs, selection_growth, shards, views,
-    gpu_cifar10, throughput, against_peers, detection, growth, losses, operations, resizing,
+    gpu_cifar10, throughput, against_peers, detection, growth, levers, losses, operations,
     sharding,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {

@@ -1,0 +1,160 @@
+"""Accuracy against time: what makes a short pre-training reach an accuracy sooner?
+
+SimCLR on UC Merced's training images without their labels, for several numbers of epochs, with one
+setting changed (``ARMS``); each encoder is evaluated by ``probe`` on the test images. Time is that
+of the processor over the whole command, start, workers, pictures and report included, so that other
+work on the machine matters little.
+
+    OMP_NUM_THREADS=1 taskset -c 0 python -m benchmarks.training.levers \
+        --data DATA/ucmerced --out RUNS [--backbone vit_tiny_patch16_224]
+
+``--arms`` and ``--seeds`` pick some, for a core each; finished runs are kept. Results:
+benchmarks/results/levers.json and levers-BACKBONE.png, a table and a picture for each backbone.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.common import RESULTS, keep, load, markdown_table, provenance, where_and_when
+from vissl_lite.data.images import find_images
+
+SMALL = ["--progressive_resizing", "true"]
+LARGE = ["--progressive_resizing", "false"]
+
+# Name of a row, and options of pretrain
+ARMS: dict[str, list[object]] = {
+    "one size": LARGE,
+    "progressive resizing": SMALL,
+    "one size, two local crops": [*LARGE, "--pretext.local_crops", 2],
+    "progressive resizing, two local crops": [*SMALL, "--pretext.local_crops", 2],
+    "progressive resizing, batch of 128": [*SMALL, "--batch_size", 128],
+    "progressive resizing, rotation first": SMALL,
+}
+OF_TRANSFORMERS: dict[str, list[object]] = {
+    "one size, half of the tokens": [*LARGE, "--token_drop", 0.5],
+    "progressive resizing, half of the tokens": [*SMALL, "--token_drop", 0.5],
+}
+ROTATION = "rotation first"  # a quarter of the epochs with the cheapest pretext, then SimCLR
+BACKBONES = {"resnet10t": 128, "vit_tiny_patch16_224": 128}  # and the image size
+
+
+def arms_of(backbone: str) -> dict[str, list[object]]:
+    return ARMS | OF_TRANSFORMERS if backbone.startswith("vit") else ARMS
+
+
+def command(*words: object) -> float:
+    """Run a command; the seconds of processor time that it took, those of its workers included."""
+    before = os.times()
+    subprocess.run([sys.executable, "-m", "vissl_lite", *map(str, words)], check=True)
+    after = os.times()
+    return sum(getattr(after, n) - getattr(before, n) for n in ("children_user", "children_system"))
+
+
+def run(arm: str, epochs: int, seed: int, o: argparse.Namespace) -> None:
+    """Train and evaluate one encoder, if that has not been done yet."""
+    folder = o.out / f"{o.backbone}-{arm.replace(', ', '-').replace(' ', '_')}-{epochs}-{seed}"
+    done = folder / "figures.json"
+    if done.exists():
+        return
+    common = [
+        "pretrain", "--data", o.data / "train", "--overwrite", "true",
+        "--image_size", BACKBONES[o.backbone], "--batch_size", 64, "--seed", seed,
+        "--upright", "false", *arms_of(o.backbone)[arm],
+    ]  # fmt: skip
+    seconds = 0.0
+    start: list[object] = ["--backbone", o.backbone]
+    if arm.endswith(ROTATION):
+        first = folder / "rotation"
+        seconds += command(*common, "--out", first, *start, "--pretext", "rotation",
+                           "--epochs", epochs // 4)  # fmt: skip
+        epochs_left = epochs - epochs // 4
+        # at the rate of random weights, for these are not yet good
+        start = ["--encoder", first, "--freeze_share", 0, "--lr", 1e-3]
+    else:
+        epochs_left = epochs
+    seconds += command(*common, "--out", folder / "run", *start, "--epochs", epochs_left)
+    command("probe", "--encoder", folder / "run", "--data", o.data, "--out", folder / "probe",
+            "--leaks", "warn", "--overwrite", "true")  # fmt: skip
+    scores = json.loads((folder / "probe" / "results.json").read_text())
+    figures = {name: scores[name] for name in ("knn", "linear")} | {"minutes": seconds / 60}
+    done.write_text(json.dumps({"arm": arm, "epochs": epochs, "seed": seed, **figures}))
+
+
+def collect(o: argparse.Namespace) -> None:
+    """Write down all finished runs of a backbone and their plot."""
+    files = sorted(o.out.glob(f"{o.backbone}-*/figures.json"))
+    runs = [json.loads(file.read_text()) for file in files]
+    rows: list[dict[str, Any]] = []
+    for arm in arms_of(o.backbone):
+        for epochs in sorted({r["epochs"] for r in runs if r["arm"] == arm}):
+            same = [r for r in runs if (r["arm"], r["epochs"]) == (arm, epochs)]
+            means = {name: mean(r[name] for r in same) for name in ("minutes", "knn", "linear")}
+            rows.append({"arm": arm, "epochs": epochs, "seeds": len(same), **means})
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    for axes, measure in zip(figure.subplots(1, 2), ("knn", "linear"), strict=True):
+        for arm in dict.fromkeys(row["arm"] for row in rows):
+            mine = [row for row in rows if row["arm"] == arm]
+            dots = [r for r in runs if r["arm"] == arm]
+            line = axes.plot([r["minutes"] for r in mine], [r[measure] for r in mine], label=arm)
+            axes.plot([r["minutes"] for r in dots], [r[measure] for r in dots], ".",
+                      color=line[0].get_color())  # fmt: skip
+        axes.set_xlabel("minutes of one core")
+        axes.set_title(f"{measure} accuracy")
+        axes.set_xscale("log")
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.savefig(RESULTS / f"levers-{o.backbone}.png", dpi=100)
+    images = len(find_images([o.data / "train"]))
+    found = {"rows": rows, "runs": runs, "images": images, "made": where_and_when()}
+    keep("levers", {o.backbone: found})
+    for row in rows:
+        print(row)
+
+
+def levers_table(backbone: str) -> str:
+    results = load("levers")[backbone]
+    rows = [
+        [row["arm"], str(row["epochs"]), str(row["seeds"]), f"{row['minutes']:.1f}",
+         f"{row['knn']:.3f}", f"{row['linear']:.3f}"]
+        for row in results["rows"]
+    ]  # fmt: skip
+    header = ["", "epochs", "seeds", "minutes of one core", "kNN", "linear"]
+    command = (
+        f"python -m benchmarks.training.levers --data DATA/ucmerced --out RUNS "
+        f"--backbone {backbone}"
+    )
+    picture = f"![accuracy against minutes](results/levers-{backbone}.png)"
+    return markdown_table(header, rows) + f"\n\n{picture}\n\n" + provenance(results, command)
+
+
+TABLES = {f"levers_{backbone}": partial(levers_table, backbone) for backbone in BACKBONES}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="with train/ and test/")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS | OF_TRANSFORMERS))
+    parser.add_argument("--epochs", type=int, nargs="+", default=[8, 16, 32, 64])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--backbone", choices=BACKBONES, default="resnet10t")
+    parser.add_argument("--collect", action="store_true", help="only write down what is there")
+    o = parser.parse_args()
+    for seed in o.seeds:
+        for epochs in o.epochs:
+            for arm in () if o.collect else o.arms or arms_of(o.backbone):
+                run(arm, epochs, seed, o)
+    collect(o)
+
+
+if __name__ == "__main__":
+    main()
