@@ -62,7 +62,7 @@ def train(name: str, student: str, arm: str, seed: int, out: Path, given: Any) -
         run(
             [
                 given.peer_python, script, "--data", given.data / "train", "--out", out,
-                "--teacher", teacher, "--teacher_size", TEACHER_SIZE, "--student", student,
+                "--teacher", teacher, "--student", student,
                 "--image_size", size, "--batch_size", BATCH, "--minutes", given.minutes,
                 "--seed", seed,
             ],
@@ -91,7 +91,7 @@ def once(name: str, student: str, arm: str, seed: int, given: argparse.Namespace
     out: Path = given.out / f"{name}-{student}-{arm.replace(' ', '_')}-{seed}"
     probed = out.with_name(f"{out.name}-probe")
     if not (probed / "results.json").exists():
-        encoder = out
+        encoder: Path | str = out / "encoder"
         if arm == "untrained":
             encoder = f"random:{student}"
         else:

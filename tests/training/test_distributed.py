@@ -22,7 +22,7 @@ from vissl_lite.data.stream import ViewDataset
 from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
-from vissl_lite.pretext import mae, pretext_class
+from vissl_lite.pretext import dinov2, mae, pretext_class
 from vissl_lite.training.checkpoints import read_checkpoint
 from vissl_lite.training.fit import fit
 from vissl_lite.training.freezing import train_only
@@ -34,14 +34,21 @@ from vissl_lite.training.sync_batchnorm import SyncBatchNorm, Synchronized
 
 STEPS = 20
 
-# A contrastive, a momentum, a clustering and a masked pretext, and one with low-rank adapters, each
-# with a learning rate at which the loss falls: beyond, rounding errors double from step to step.
-# The queues fill up, and SwAV's takes part, within the 20 steps.
+# A contrastive, a momentum, a clustering, a masked and a self-distilling pretext, and one with
+# low-rank adapters, each with a learning rate at which the loss falls: beyond, rounding errors
+# double from step to step. The queues fill up, and SwAV's takes part, within the 20 steps.
 PRETEXTS = {
     "simclr": ("test_resnet", "all", 2e-4, {"temperature": 0.5}),
     "moco": ("test_resnet", "all", 1e-3, {"queue_size": 32}),
     "swav": ("test_resnet", "all", 1e-4, {"queue_size": 32, "prototypes": 16, "hidden_size": 64}),
     "mae": ("test_vit", "all", 0.1, {}),
+    # KoLeo looks at the images of a process, as in the authors' code; stochastic depth is random
+    "dinov2": (
+        "test_vit",
+        "all",
+        1e-3,
+        {"prototypes": 16, "hidden_size": 64, "koleo_weight": 0.0, "drop_path": 0.0},
+    ),
     "moco_v3": ("test_vit", "lora:4", 1e-3, {}),
 }
 
@@ -63,6 +70,15 @@ def shared_mask(
     own = order[rank * count : (rank + 1) * count]
     masked = max(1, round(ratio * patches))
     return own[:, masked:], own[:, :masked]
+
+
+def shared_blocks(count: int, rows: int, columns: int) -> torch.Tensor:
+    """This process's rows of masks that are drawn for two views of the whole batch."""
+    rank, processes = world()
+    step = torch.Generator().manual_seed(shared_mask.drawn)
+    shared_mask.drawn += 1
+    size = (2, processes, count // 2, rows, columns)
+    return (torch.rand(size, generator=step) < 0.3)[:, rank].reshape(count, rows, columns)
 
 
 Tensors = dict[str, torch.Tensor]
@@ -110,7 +126,7 @@ def one_of(rank: int, processes: int, strategy: str, port: int, photos: Path, ou
     """One of the processes."""
     os.environ.update(place(rank, processes, port))
     torch.set_num_threads(1)
-    mae.random_mask = shared_mask
+    mae.random_mask, dinov2.draw_masks = shared_mask, shared_blocks
     states = {name: train(name, photos, processes, strategy) for name in PRETEXTS}
     if strategy != "fsdp" or rank == 0:
         torch.save(states, out / f"{processes}-{rank}.pt")
@@ -137,6 +153,7 @@ def together(
 def alone(photos: Path) -> dict[str, tuple[Tensors, Tensors]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mae, "random_mask", shared_mask)
+        patch.setattr(dinov2, "draw_masks", shared_blocks)
         return {name: train(name, photos, 1) for name in PRETEXTS}
 
 
