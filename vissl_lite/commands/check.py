@@ -14,8 +14,8 @@ from vissl_lite.log import ConsoleHandler, logged_to
 from vissl_lite.options import Options, StrPath, command
 from vissl_lite.report.additions import add_label_pictures, add_report
 from vissl_lite.run import check_out, console, open_run, write_results
-from vissl_lite.transfer.base import LabelledDataset
 from vissl_lite.transfer.classification.options import LabelOptions
+from vissl_lite.transfer.dataset import LabelledDataset
 from vissl_lite.transfer.options import AnnotationsOption
 from vissl_lite.transfer.sources.opening import unpacked
 from vissl_lite.transfer.tasks import TASKS, AnyTask, find_task

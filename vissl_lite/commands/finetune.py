@@ -52,7 +52,8 @@ from vissl_lite.run import (
     write_results,
 )
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.transfer.base import LabelledDataset, Scores, TrainedModel
+from vissl_lite.transfer.base import Scores, TrainedModel
+from vissl_lite.transfer.dataset import LabelledDataset
 from vissl_lite.transfer.finetuning import TransferSettings, finetune_optimizer
 from vissl_lite.transfer.fitting import FitFiles, FittedModel, fit_model, monitor_of
 from vissl_lite.transfer.tasks import AllTaskOptions, check_given, find_task, without_others

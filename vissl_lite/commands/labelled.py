@@ -8,7 +8,7 @@ from vissl_lite.leakage.matching import Leaks
 from vissl_lite.log import ConsoleHandler, logged_to
 from vissl_lite.options import Options
 from vissl_lite.run import console
-from vissl_lite.transfer.base import LabelledDataset
+from vissl_lite.transfer.dataset import LabelledDataset
 from vissl_lite.transfer.finetuning import TransferSettings
 from vissl_lite.transfer.shortcuts import warn_of_shortcuts
 from vissl_lite.transfer.summary import summarize, table_of

@@ -32,10 +32,11 @@ from vissl_lite.selection.coverage import MAX_IMAGES, nearest_of, unit_features
 from vissl_lite.selection.dropquery import changed_by_dropout
 from vissl_lite.selection.estimate import estimate_coverage
 from vissl_lite.training.progress import progress_bar
-from vissl_lite.transfer.base import KnownImages, TrainedModel
+from vissl_lite.transfer.base import TrainedModel
 from vissl_lite.transfer.classification.linear_head import fit_linear
 from vissl_lite.transfer.classification.options import LabelOptions
 from vissl_lite.transfer.confidence import Confidence
+from vissl_lite.transfer.dataset import KnownImages
 from vissl_lite.transfer.options import AnnotationsOption
 from vissl_lite.transfer.sources.groups import find_groups, group_names
 from vissl_lite.transfer.sources.opening import unpacked

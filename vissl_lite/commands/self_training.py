@@ -22,7 +22,8 @@ from vissl_lite.data.text_file import read_bytes
 from vissl_lite.errors import UserError
 from vissl_lite.run import read_config
 from vissl_lite.training.progress import progress_bar
-from vissl_lite.transfer.base import LabelledDataset, Scores, TrainedModel
+from vissl_lite.transfer.base import Scores, TrainedModel
+from vissl_lite.transfer.dataset import LabelledDataset
 from vissl_lite.transfer.fitting import FittedModel, rank_metrics
 from vissl_lite.transfer.prediction import Predictions
 from vissl_lite.transfer.sources.groups import group_of_others

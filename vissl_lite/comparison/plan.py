@@ -18,7 +18,7 @@ from vissl_lite.errors import (
     WeightsUnavailableError,
 )
 from vissl_lite.options import path_list
-from vissl_lite.transfer.base import LabelledDataset
+from vissl_lite.transfer.dataset import LabelledDataset
 from vissl_lite.transfer.tasks import find_task
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,8 @@ from vissl_lite.evaluation.features import extract
 from vissl_lite.evaluation.probe import LabelledFeatures, ProbeName, evaluate_features
 from vissl_lite.inference import check_outputs
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.transfer.base import LabelledDataset, Scores
+from vissl_lite.transfer.base import Scores
+from vissl_lite.transfer.dataset import LabelledDataset
 from vissl_lite.transfer.finetuning import TransferSettings
 from vissl_lite.transfer.fitting import FitFiles, fit_model
 from vissl_lite.transfer.sources.parts import Split

@@ -20,7 +20,7 @@ from vissl_lite.comparison.store import Cell, Store, digest_names, digest_weight
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.training.progress import progress_bar
-from vissl_lite.transfer.base import LabelledDataset
+from vissl_lite.transfer.dataset import LabelledDataset
 
 log = logging.getLogger(__name__)
 

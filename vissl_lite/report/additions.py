@@ -19,7 +19,8 @@ from vissl_lite.plots import CELL, Picture, plot_grid, plot_neighbors
 from vissl_lite.pretext.base import PretextTask
 from vissl_lite.pretext.modules.visualization import draw_views, visualization_of
 from vissl_lite.run import MAP
-from vissl_lite.transfer.base import LabelledDataset, Scores, TrainedModel, spread
+from vissl_lite.transfer.base import Scores, TrainedModel
+from vissl_lite.transfer.dataset import LabelledDataset, spread
 from vissl_lite.transfer.sources.parts import PARTS
 
 if TYPE_CHECKING:  # importing all tasks takes a second, and pre-training has none

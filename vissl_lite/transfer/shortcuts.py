@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import binom
 
 from vissl_lite.data.acquisition import acquisition
-from vissl_lite.transfer.base import LabelledDataset
+from vissl_lite.transfer.dataset import LabelledDataset
 from vissl_lite.transfer.sources.parts import fold_numbers
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from vissl_lite.transfer.base import LabelledDataset
+from vissl_lite.transfer.dataset import LabelledDataset
 from vissl_lite.transfer.sources.parts import PARTS
 
 # Number of classes whose labels are counted in the table.

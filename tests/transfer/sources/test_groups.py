@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from vissl_lite.errors import UserError
-from vissl_lite.transfer.base import LabelledDataset
 from vissl_lite.transfer.classification.data import load_labelled
 from vissl_lite.transfer.classification.linear_head import make_folds
 from vissl_lite.transfer.classification.options import LabelOptions
+from vissl_lite.transfer.dataset import LabelledDataset
 from vissl_lite.transfer.detection.data import load_boxes
 from vissl_lite.transfer.segmentation.data import load_masks
 from vissl_lite.transfer.sources.groups import default_group, find_groups, groups_of_others

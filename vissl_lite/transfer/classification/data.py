@@ -11,7 +11,6 @@ import numpy as np
 
 from vissl_lite.data.text_file import csv_writer
 from vissl_lite.errors import UserError, brief, check_count, check_positive_share
-from vissl_lite.transfer.base import LabelledDataset
 from vissl_lite.transfer.classification.discovery import find_labels, how_read
 from vissl_lite.transfer.classification.labels import FoundImage, FoundLabels
 from vissl_lite.transfer.classification.options import DEFAULT_LABELS, LabelOptions
@@ -19,6 +18,7 @@ from vissl_lite.transfer.classification.tables import (
     LABEL_SEPARATORS,
     SEPARATORS,
 )
+from vissl_lite.transfer.dataset import LabelledDataset
 from vissl_lite.transfer.sources.file_tree import MASK_FOLDERS
 from vissl_lite.transfer.sources.groups import find_groups, group_names
 from vissl_lite.transfer.sources.opening import unpacked

@@ -17,10 +17,10 @@ from vissl_lite.data.text_file import read_bytes
 from vissl_lite.errors import UserError, brief, did_you_mean
 from vissl_lite.inference import check_outputs, run_in_batches
 from vissl_lite.plots import draw_caption
-from vissl_lite.transfer.base import MAX_VALIDATION_IMAGES, spread
 from vissl_lite.transfer.classification.data import LabelledImages, Part
 from vissl_lite.transfer.classification.model import Classifier, class_logits
 from vissl_lite.transfer.confidence import Confidence, Cutoff, HeldOut, fit_temperature
+from vissl_lite.transfer.dataset import MAX_VALIDATION_IMAGES, spread
 from vissl_lite.transfer.prediction import Predictions, growing_file
 
 TABLE = "pseudo_labels.csv"

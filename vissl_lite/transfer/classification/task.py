@@ -19,7 +19,7 @@ from vissl_lite.inference import check_outputs, run_in_batches
 from vissl_lite.plots import Picture, draw_caption, plot_confusion, plot_grid, plot_per_class
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.transfer.base import KnownImages, Task, spread
+from vissl_lite.transfer.base import Task
 from vissl_lite.transfer.classification.data import LabelledImages, load_labelled
 from vissl_lite.transfer.classification.discovery import find_labels
 from vissl_lite.transfer.classification.metrics import TestScores
@@ -46,6 +46,7 @@ from vissl_lite.transfer.classification.training import (
     validate_classifier,
 )
 from vissl_lite.transfer.confidence import Confidence, Cutoff, HeldOut
+from vissl_lite.transfer.dataset import KnownImages, spread
 from vissl_lite.transfer.exporting import ExportModel, Normalization
 from vissl_lite.transfer.finetuning import has_norms
 from vissl_lite.transfer.prediction import Predictions, growing_file

@@ -22,7 +22,6 @@ from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError, did_you_mean
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.transfer.base import MAX_VALIDATION_IMAGES, spread
 from vissl_lite.transfer.classification.data import LabelledImages, Part
 from vissl_lite.transfer.classification.linear_head import fit_linear
 from vissl_lite.transfer.classification.metrics import (
@@ -32,6 +31,7 @@ from vissl_lite.transfer.classification.metrics import (
 from vissl_lite.transfer.classification.mixing import mix
 from vissl_lite.transfer.classification.model import Classifier, class_logits, pooled_features
 from vissl_lite.transfer.classification.options import ClassifierSettings
+from vissl_lite.transfer.dataset import MAX_VALIDATION_IMAGES, spread
 from vissl_lite.transfer.finetuning import TransferModule, train
 
 log = logging.getLogger(__name__)

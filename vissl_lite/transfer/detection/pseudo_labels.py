@@ -11,8 +11,8 @@ from vissl_lite.data.atomic_file import write_atomically
 from vissl_lite.data.json_file import read_json
 from vissl_lite.errors import UserError, did_you_mean
 from vissl_lite.plots import draw_boxes
-from vissl_lite.transfer.base import sample
 from vissl_lite.transfer.confidence import Confidence, Cutoff, HeldOut
+from vissl_lite.transfer.dataset import sample
 from vissl_lite.transfer.detection.data import BoxedImage, LabelledBoxes, as_coco_content
 from vissl_lite.transfer.detection.data.cleaning import clean
 from vissl_lite.transfer.detection.data.coco import read_coco

@@ -18,8 +18,9 @@ from vissl_lite.errors import UserError
 from vissl_lite.plots import Picture, class_colors, draw_boxes, plot_grid, plot_per_class
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.transfer.base import Task, sample, spread
+from vissl_lite.transfer.base import Task
 from vissl_lite.transfer.confidence import Confidence, Cutoff, HeldOut
+from vissl_lite.transfer.dataset import sample, spread
 from vissl_lite.transfer.detection.data import BoxedImage, LabelledBoxes, load_boxes
 from vissl_lite.transfer.detection.export import ONNX_TRANSLATIONS, ExportableDetector
 from vissl_lite.transfer.detection.metrics import DetectionScores, score_detector

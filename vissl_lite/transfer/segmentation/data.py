@@ -18,7 +18,7 @@ from vissl_lite.data.reading import reason
 from vissl_lite.data.text_file import csv_writer, read_text
 from vissl_lite.errors import UserError, brief
 from vissl_lite.options import StrPath
-from vissl_lite.transfer.base import ListDataset
+from vissl_lite.transfer.dataset import ListDataset
 from vissl_lite.transfer.options import DEFAULT_SOURCE, SourceOptions
 from vissl_lite.transfer.segmentation.mask_files import (
     Parts,

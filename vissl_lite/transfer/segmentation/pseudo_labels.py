@@ -20,8 +20,8 @@ from vissl_lite.data.text_file import read_bytes, read_text
 from vissl_lite.errors import UserError, did_you_mean
 from vissl_lite.inference import inference_mode, report_broken
 from vissl_lite.plots import draw_mask
-from vissl_lite.transfer.base import sample
 from vissl_lite.transfer.confidence import Confidence, Cutoff, HeldOut, fit_temperature
+from vissl_lite.transfer.dataset import sample
 from vissl_lite.transfer.prediction import Predictions, growing_file
 from vissl_lite.transfer.segmentation.data import LabelledMasks, MaskedImage
 from vissl_lite.transfer.segmentation.mask_source import IGNORE_INDEX, MaskSource, read_mask

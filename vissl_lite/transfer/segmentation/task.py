@@ -29,8 +29,9 @@ from vissl_lite.plots import (
 )
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
-from vissl_lite.transfer.base import Task, sample, spread
+from vissl_lite.transfer.base import Task
 from vissl_lite.transfer.confidence import Confidence, Cutoff, HeldOut
+from vissl_lite.transfer.dataset import sample, spread
 from vissl_lite.transfer.exporting import ExportModel, Normalization
 from vissl_lite.transfer.prediction import Predictions
 from vissl_lite.transfer.pyramid import report_use, shrunk

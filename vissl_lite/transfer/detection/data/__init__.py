@@ -13,7 +13,7 @@ import numpy as np
 from vissl_lite.data.archives import is_archive, unpack
 from vissl_lite.errors import UserError
 from vissl_lite.options import StrPath
-from vissl_lite.transfer.base import ListDataset
+from vissl_lite.transfer.dataset import ListDataset
 from vissl_lite.transfer.detection.data.annotations import ImageAnnotation
 from vissl_lite.transfer.detection.data.cleaning import clean
 from vissl_lite.transfer.detection.data.discovery import read_annotations
