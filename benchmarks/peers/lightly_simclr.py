@@ -69,6 +69,11 @@ def make_loader(
     )
 
 
+def device() -> torch.device:
+    """As the example chooses it."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 class SimCLR(nn.Module):
     """An encoder and lightly's projection head: for resnet18 of the example's sizes."""
 
@@ -103,6 +108,7 @@ def train(
         model.parameters(), lr=rate, momentum=momentum, weight_decay=weight_decay
     )
     model.train()
+    place = next(model.parameters()).device
     start = time.perf_counter()
     while True:
         for (x0, x1), *_ in loader:
@@ -110,7 +116,7 @@ def train(
                 done = min(1.0, (time.perf_counter() - start) / seconds)
                 for group in optimizer.param_groups:
                     group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * done))
-            loss = criterion(model(x0), model(x1))
+            loss = criterion(model(x0.to(place)), model(x1.to(place)))
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -137,7 +143,7 @@ def main() -> None:
     loader = make_loader(args.data, args.image_size, args.batch_size, args.num_workers, jitter)
     if not len(loader):
         parser.error(f"{args.data} holds fewer images than one batch of {args.batch_size}")
-    model = SimCLR(torchvision_init=args.torchvision_init)
+    model = SimCLR(torchvision_init=args.torchvision_init).to(device())
 
     losses: list[Tensor] = []
     seconds = 0.0
@@ -153,7 +159,7 @@ def main() -> None:
     cpu_seconds = time.process_time() - cpu_start
 
     mean, std = IMAGENET_NORMALIZE["mean"], IMAGENET_NORMALIZE["std"]
-    save_encoder(model.encoder, args.out / "encoder", args.image_size, mean, std)
+    save_encoder(model.encoder.cpu(), args.out / "encoder", args.image_size, mean, std)
     images = len(losses) * args.batch_size
     tail = torch.stack(losses[-50:])
     result = {

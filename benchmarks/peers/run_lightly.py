@@ -52,10 +52,11 @@ def train(work: Work) -> int:
     )
     resnet = work.backbone.startswith("resnet")
     model = lightly_simclr.SimCLR(work.backbone, torchvision_init=timed and resnet)
+    model.to(lightly_simclr.device())
     recipe = "benchmark" if timed else "example"
     done = steps(lightly_simclr.train(model, loader, recipe, work.seconds or 0.0), work.seconds)
     mean, std = IMAGENET_NORMALIZE["mean"], IMAGENET_NORMALIZE["std"]
-    save_encoder(model.encoder, work.out / "encoder", work.image_size, mean, std)
+    save_encoder(model.encoder.cpu(), work.out / "encoder", work.image_size, mean, std)
     return work.batch_size * done
 
 
@@ -88,7 +89,8 @@ class DINO(nn.Module):
 
 def dino(work: Work) -> Iterator[Tensor]:
     """The example's loop without end."""
-    model = DINO(work.backbone)
+    device = lightly_simclr.device()
+    model = DINO(work.backbone).to(device)
     dataset = LightlyDataset(
         str(work.data), transform=DINOTransform(global_crop_size=work.image_size)
     )
@@ -99,11 +101,12 @@ def dino(work: Work) -> Iterator[Tensor]:
         drop_last=True,
         num_workers=work.workers,
     )
-    criterion = DINOLoss(output_dim=PROTOTYPES, warmup_teacher_temp_epochs=5)
+    criterion = DINOLoss(output_dim=PROTOTYPES, warmup_teacher_temp_epochs=5).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
     model.train()
     for epoch in count():
         for views, *_ in loader:
+            views = [view.to(device) for view in views]
             update_momentum(model.student, model.teacher, m=MOMENTUM)
             update_momentum(model.student_head, model.teacher_head, m=MOMENTUM)
             teacher = [model.teacher_head(model.teacher(view)) for view in views[:2]]

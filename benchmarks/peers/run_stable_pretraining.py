@@ -78,7 +78,7 @@ def train(work: Work) -> int:
     if work.pretext == "simclr":
         stats = spt.data.static.CIFAR10 if work.image_size <= 32 else spt.data.static.ImageNet
         where = work.out / "encoder"
-        save_encoder(module.backbone, where, work.image_size, stats["mean"], stats["std"])
+        save_encoder(module.backbone.cpu(), where, work.image_size, stats["mean"], stats["std"])
     return work.batch_size * int(trainer.global_step)
 
 

@@ -144,7 +144,7 @@ def together(
     for process in started:
         process.start()
     for process in started:
-        process.join(240)
+        process.join(480)
         assert process.exitcode == 0
     return [torch.load(file) for file in out.glob("*.pt")]
 
