@@ -24,6 +24,7 @@ from vissl_lite.metrics_file import MetricsFile
 from vissl_lite.run import CHECKPOINTS, METRICS, is_main_process
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
+from vissl_lite.training.processes import of_main_process
 from vissl_lite.transfer.base import DatasetT, ModelT, ScoresT, SettingsT, Task
 from vissl_lite.transfer.confidence import Confidence, HeldOut
 
@@ -248,11 +249,13 @@ class _Fitting(Generic[DatasetT, ModelT, SettingsT, ScoresT]):
                     held_out.setdefault(share, []).extend([predicted] if predicted else [])
             trained.use(1.0)
         # Where a round has no fitted probe, shares but the whole were not evaluated on all images.
-        added = [
-            Candidate(rate, share, mean_metrics(parts), norm)
-            for share, parts in found.items()
-            if len(parts) == len(rounds)
-        ]
+        added = of_main_process(
+            [
+                Candidate(rate, share, mean_metrics(parts), norm)
+                for share, parts in found.items()
+                if len(parts) == len(rounds)
+            ]
+        )
         self.candidates += added
         best = max(added, key=self.rank)
         if self.best is None or self.rank(best) > self.rank(self.best):
