@@ -63,7 +63,8 @@ class PseudoLabelOptions(Options, ImageSettings):
     """Folder of the data set to write, for --pseudo_labels of finetune."""
     min_confidence: MinConfidence = "auto"
     """Take predictions of at least this calibrated probability, or score of a box. auto: the lowest
-    one that has the precision --min_precision on labelled images that were not trained on."""
+    one that has the precision --min_precision on labelled images that were not trained on, and not
+    below what was observed there."""
     min_precision: float = 0.95
     """Share of the predictions that must be right, for --min_confidence auto."""
     pictures: int = 0
