@@ -122,6 +122,15 @@ def test_one_of_two_measures_that_still_improves_is_enough() -> None:
     assert schedule.plateaued
 
 
+def test_while_the_encoder_is_frozen_its_measures_do_not_count() -> None:
+    """They are constant. The run ends as one that begins when the encoder is trained."""
+    frozen, plain = make(freeze_share=0.2), make()
+    train(frozen, lambda batch: saturating(60)(max(0, batch - 400)))
+    train(plain, saturating(60))
+    assert plain.cooldown_start is not None
+    assert frozen.cooldown_start == 400 + plain.cooldown_start
+
+
 def test_noise_is_no_improvement() -> None:
     random = np.random.default_rng(0)
     for _ in range(3):

@@ -29,6 +29,7 @@ class Schedule(Callback):
         started: ``time.monotonic()`` at the start of the command, from which the time budget
             counts; default now.
         accumulate: Batches per optimizer step.
+        freeze_share: Share of the run at its start in which the encoder is frozen, in [0, 1).
 
     Attributes:
         batches: Batches done so far.
@@ -46,8 +47,9 @@ class Schedule(Callback):
         seconds: float | None = None,
         started: float | None = None,
         accumulate: int = 1,
+        freeze_share: float = 0.0,
     ) -> None:
-        self.accumulate = accumulate
+        self.accumulate, self.freeze_share = accumulate, freeze_share
         self.lr, self.warmup, self.seed = lr, warmup, seed
         self.total, self.seconds = batches, seconds
         self.started = time.monotonic() if started is None else started
@@ -62,6 +64,11 @@ class Schedule(Callback):
     def steps(self) -> int:
         """Number of optimizer steps so far."""
         return -(-self.batches // self.accumulate)
+
+    @property
+    def encoder_frozen(self) -> bool:
+        """Whether the encoder is frozen in the current step."""
+        return self.fraction < self.freeze_share
 
     @property
     def open_ended(self) -> bool:
