@@ -182,9 +182,10 @@ def test_gentle_rates_where_weights_are_pre_trained() -> None:
     assert settings().lr == pytest.approx(SimCLR.optimizer_settings.lr)
     assert settings(encoder="random:test_vit") == settings()
     assert settings(encoder="runs/a").lr == pytest.approx(settings().lr / 10)
-    assert (
-        settings(encoder="runs/a", lr=0.3).lr == settings(encoder="runs/a", base_lr=0.3).lr == 0.3
-    )
+    assert settings(encoder="runs/a").head_scale == 10  # the heads are random
+    for given in ({"lr": 0.3}, {"base_lr": 0.3}):
+        found = settings(encoder="runs/a", **given)
+        assert (found.lr, found.head_scale) == (0.3, 1)
     assert settings().layer_decay == 1
     assert settings(encoder="runs/a").layer_decay == 0.75
     assert settings("test_resnet", encoder="runs/a").layer_decay == 1
@@ -200,7 +201,7 @@ def test_layer_decay_is_that_of_the_encoder_alone() -> None:
     scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
     blocks = task.encoder.model.blocks
     assert [scale[id(block.norm1.weight)] for block in blocks[-3:]] == [0.25, 0.5, 1.0]
-    assert {scale[id(parameter)] for parameter in task.head.parameters()} == {1.0}
+    assert {scale[id(parameter)] for parameter in task.head.parameters()} == {10.0}
 
 
 @pytest.mark.parametrize(

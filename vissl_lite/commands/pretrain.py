@@ -256,8 +256,8 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
     )
     if options.moves_pretrained:
         log.info(
-            "The weights are pre-trained: the learning rate is %s, layer decay is %.3g",
-            f"{PRETRAINED_LR_FACTOR:g} times the default for random weights"
+            "The weights are pre-trained: the learning rate is %s; layer decay is %.3g",
+            f"{PRETRAINED_LR_FACTOR:g} times that of the heads, the default for random weights"
             if options.default_rate
             else "the one that was given",
             settings.layer_decay,

@@ -126,9 +126,12 @@ class OpenSchedule(Schedule):
         accumulate: int = 1,
         freeze_share: float = 0.0,
     ) -> None:
+        super().__init__(lr, warmup, seed, limit, None, started, accumulate, freeze_share)
         rising = max(WARMUP_EPOCHS * batches_per_epoch, WARMUP_STEPS * accumulate)
-        share = warmup * min(rising, limit) / limit
-        super().__init__(lr, share, seed, limit, None, started, accumulate, freeze_share)
+        trained = (1 - freeze_share) * limit
+        self.warmup *= min(rising, trained) / trained
+        if not freeze_share:
+            self.head_warmup = self.warmup
         self.limit, self.batches_per_epoch = limit, batches_per_epoch
         self.cooldown_start: int | None = None
         self.plateaued = False
@@ -150,9 +153,9 @@ class OpenSchedule(Schedule):
         begun = self.cooldown_start / self.limit
         return 1 - (1 - begun) * (1 - self._cooled(batch)) ** 2
 
-    def lr_factor(self) -> float:
+    def factor_at(self, fraction: float, warmup: float) -> float:
         """See ``Schedule``."""
-        risen = self.fraction / self.warmup if self.fraction < self.warmup else 1.0
+        risen = fraction / warmup if fraction < warmup else 1.0
         return risen * cosine_schedule(1.0, 0.0, self._cooled(self.batches))
 
     def _cooled(self, batch: int) -> float:
@@ -185,7 +188,7 @@ class OpenSchedule(Schedule):
         self._evaluated.append(trained)
         for name, values in self._scores.items():
             values.append(scores[name])
-        if trained < 2 * self.warmup * self.limit:
+        if trained < 2 * (self.warmup_end * self.limit - self.frozen):
             return
         courses = {n: improvement(self._evaluated, values) for n, values in self._scores.items()}
         known = {name: one for name, one in courses.items() if one is not None}
@@ -223,11 +226,11 @@ class OpenSchedule(Schedule):
         if self.cooldown_start is None:
             log.info(
                 "The length of the run is open: it ends when %s %s stopped improving, after %s "
-                "epochs at most. The learning rate rises for %s epochs and is constant then.",
+                "epochs at most. The learning rate rises until epoch %s and is constant then.",
                 " and ".join(self._scores),
                 "has" if len(self._scores) == 1 else "have",
                 self._epoch(self.limit),
-                self._epoch(self.warmup * self.limit),
+                self._epoch(self.warmup_end * self.limit),
             )
 
     def on_train_batch_start(

@@ -20,9 +20,13 @@ class Schedule(Callback):
     to 1, is set before each step. All randomness of a step follows from (seed, step, rank), so that
     a resumed run draws the same numbers as one that was not interrupted.
 
+    If the encoder is frozen at first, its learning rate is 0 then, and rises and falls in the rest
+    of the run. That of the heads rises within the frozen phase, and falls until the end.
+
     Args:
-        lr: Peak learning rate.
-        warmup: Fraction of the training in which the learning rate rises.
+        lr: Peak learning rate; see ``OptimizerSettings``.
+        warmup: Share of the run in which the learning rate rises: of the part in which the encoder
+            is trained, and for the heads of the frozen phase, if there is one.
         seed: Seed of the run.
         batches: Length of the run in batches; None with a time budget.
         seconds: Time budget in seconds; None with a number of batches.
@@ -35,6 +39,7 @@ class Schedule(Callback):
         batches: Batches done so far.
         ended: Whether the training has reached its end.
         fraction: Fraction of the run that is done.
+        current_lr: Learning rate of the encoder in the current step, before layer decay.
         reserve: Seconds of the time budget kept for what follows the last step.
     """
 
@@ -51,11 +56,12 @@ class Schedule(Callback):
     ) -> None:
         self.accumulate, self.freeze_share = accumulate, freeze_share
         self.lr, self.warmup, self.seed = lr, warmup, seed
+        self.head_warmup = warmup * freeze_share if freeze_share else warmup
         self.total, self.seconds = batches, seconds
         self.started = time.monotonic() if started is None else started
         self.batches = 0
         self.ended = False
-        self.fraction = 0.0
+        self.fraction = self.current_lr = 0.0
         self.reserve = 0.0
         self._earlier = 0.0  # Seconds of training before the run was resumed.
         self._step_seconds = 0.0
@@ -69,6 +75,11 @@ class Schedule(Callback):
     def encoder_frozen(self) -> bool:
         """Whether the encoder is frozen in the current step."""
         return self.fraction < self.freeze_share
+
+    @property
+    def warmup_end(self) -> float:
+        """Fraction of the run at which the warm-up of the encoder ends."""
+        return self.freeze_share + (1 - self.freeze_share) * self.warmup
 
     @property
     def open_ended(self) -> bool:
@@ -88,9 +99,25 @@ class Schedule(Callback):
         """
         return self.fraction if self.total is None else batch / self.total
 
-    def lr_factor(self) -> float:
-        """Learning rate of the current step, as a factor of the peak."""
-        return cosine_with_warmup(self.fraction, self.warmup)
+    def encoder_factor(self) -> float:
+        """Learning rate of the encoder in the current step, as a factor of the peak."""
+        if self.encoder_frozen:
+            return 0.0
+        trained = (self.fraction - self.freeze_share) / (1 - self.freeze_share)
+        return self.factor_at(trained, self.warmup)
+
+    def head_factor(self) -> float:
+        """Learning rate of the heads in the current step, as a factor of their peak."""
+        return self.factor_at(self.fraction, self.head_warmup)
+
+    def factor_at(self, fraction: float, warmup: float) -> float:
+        """Factor on a peak learning rate in the current step.
+
+        Args:
+            fraction: Share that is done of the time in which it is not 0, in [0, 1].
+            warmup: Share of that time in which it rises.
+        """
+        return cosine_with_warmup(fraction, warmup)
 
     def elapsed(self) -> float:
         """Seconds of training so far, including those before the run was resumed."""
@@ -110,9 +137,9 @@ class Schedule(Callback):
         self.fraction = self.progress()
         if self.seconds is not None and trainer.world_size > 1:
             self.fraction = trainer.strategy.broadcast(self.fraction)
-        rate = self.lr * self.lr_factor()
+        self.current_lr = self.lr * self.encoder_factor()
         for optimizer in trainer.optimizers:
-            set_lr(optimizer, rate)
+            set_lr(optimizer, self.current_lr, self.lr * self.head_factor())
             set_weight_decay(optimizer, self.fraction)
         module.progress = self.fraction  # type: ignore[assignment]
         step = np.random.SeedSequence((self.seed, self.batches, trainer.global_rank))
