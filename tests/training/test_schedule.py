@@ -16,12 +16,15 @@ def falling(done: float) -> float:
     return (1 + math.cos(math.pi * done)) / 2
 
 
-@pytest.mark.parametrize("length", [{"batches": 20}, {"seconds": 20.0}], ids=["counted", "timed"])
+@pytest.mark.parametrize("length", [{"batches": 20}, {"seconds": 25.0}], ids=["counted", "timed"])
 def test_the_encoder_warms_up_when_it_is_no_longer_frozen(
     length: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """20 steps, or seconds: in the first 4, the heads are alone. The run is resumed twice."""
-    clock = 0.0
+    """Of 20 steps, one per second, 4 train the heads alone. The run is resumed twice.
+
+    Five seconds of a time budget pass before the first step.
+    """
+    clock = 5.0
     monkeypatch.setattr(schedule_module, "time", SimpleNamespace(monotonic=lambda: clock))
     encoder, head = nn.Linear(2, 2), nn.Linear(2, 1)
     settings = OptimizerSettings(lr=0.1, head_scale=10.0)
@@ -29,7 +32,7 @@ def test_the_encoder_warms_up_when_it_is_no_longer_frozen(
     trainer: Any = SimpleNamespace(world_size=1, global_rank=0, optimizers=[optimizer])
     module: Any = SimpleNamespace()
     unused: Any = None
-    schedule = Schedule(0.1, 0.25, 0, **length, freeze_share=0.2)
+    schedule = Schedule(0.1, 0.25, 0, **length, started=0.0, freeze_share=0.2)
     rates: dict[int, list[float]] = {id(encoder.weight): [], id(head.weight): []}
     for step in range(20):
         if step in (2, 11):

@@ -29,7 +29,8 @@ class Schedule(Callback):
             is trained, and for the heads of the frozen phase, if there is one.
         seed: Seed of the run.
         batches: Length of the run in batches; None with a time budget.
-        seconds: Time budget in seconds; None with a number of batches.
+        seconds: Time budget in seconds; None with a number of batches. What is left of it at the
+            first step is the length of the run.
         started: ``time.monotonic()`` at the start of the command, from which the time budget
             counts; default now.
         accumulate: Batches per optimizer step.
@@ -64,6 +65,7 @@ class Schedule(Callback):
         self.fraction = self.current_lr = 0.0
         self.reserve = 0.0
         self._earlier = 0.0  # Seconds of training before the run was resumed.
+        self._begun = 0.0  # Seconds of the time budget before the first step.
         self._step_seconds = 0.0
 
     @property
@@ -90,7 +92,8 @@ class Schedule(Callback):
         """Fraction of the run that is done after the last batch, in [0, 1]."""
         if self.seconds is None:
             return self.fraction_at(self.batches)
-        return min(1.0, self.elapsed() / max(self.seconds - self.reserve, 1e-9))
+        left = max(self.seconds - self.reserve - self._begun, 1e-9)
+        return min(1.0, (self.elapsed() - self._begun) / left)
 
     def fraction_at(self, batch: int) -> float:
         """Fraction of the run that is done before a batch, in [0, 1].
@@ -134,6 +137,8 @@ class Schedule(Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         self._step_started = time.monotonic()
+        if self.batches == 0 and self.seconds is not None:
+            self._begun = self.elapsed()
         self.fraction = self.progress()
         if self.seconds is not None and trainer.world_size > 1:
             self.fraction = trainer.strategy.broadcast(self.fraction)
@@ -168,8 +173,13 @@ class Schedule(Callback):
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:
-        return {"batches": self.batches, "elapsed": self.elapsed(), "ended": self.ended}
+        return {
+            "batches": self.batches,
+            "elapsed": self.elapsed(),
+            "begun": self._begun,
+            "ended": self.ended,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.batches, self.ended = state_dict["batches"], state_dict["ended"]
-        self._earlier = state_dict["elapsed"]
+        self._earlier, self._begun = state_dict["elapsed"], state_dict["begun"]
