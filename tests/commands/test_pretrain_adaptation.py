@@ -210,12 +210,18 @@ def test_layer_decay_is_that_of_the_encoder_alone() -> None:
         (["--train", "blocks:1"], "--train blocks:1 freezes weights that are random"),
         (["--freeze_share", 0.1], "--freeze_share 0.1 freezes weights that are random"),
         (["--train", "heads"], "--train heads is not all, blocks:N"),
-        (["--encoder", "random:test_vit", "--train", "lora:64"], "have 64 features, and the rank"),
+        (
+            ["--encoder", "random:test_vit", "--train", "norms"],
+            "--train norms freezes weights that",
+        ),
+        (
+            ["--encoder", "random:test_vit", "--freeze_share", 0.1],
+            "freezes weights that are random",
+        ),
         (["--freeze_share", 1], "--freeze_share 1 is not a share"),
         (["--ema", 1], "--ema 1 is not a share"),
         (["--layer_decay", 0], "--layer_decay 0 is not a share"),
         (["--ema", 0.9, "--pretext", "dino"], "dino saves its momentum teacher"),
-        (["--encoder", "random:test_resnet", "--train", "attn_proj"], "has no attention layers"),
     ],
 )
 def test_mistakes(
@@ -228,6 +234,19 @@ def test_mistakes(
     assert run("--data", photos, "--out", tmp_path / "run", *SMALL, *options) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_parts_that_the_pre_trained_backbone_lacks(
+    start: Path, vit: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for encoder, parts, message in (
+        (vit, "lora:64", "have 64 features, and the rank"),
+        (start, "attn_proj", "has no attention layers"),
+    ):
+        options = ["--encoder", encoder, "--train", parts, "--out", tmp_path / "run"]
+        assert run("--data", photos, *SMALL, *options) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
 
 
 def test_heads_go_first_where_weights_are_pre_trained() -> None:

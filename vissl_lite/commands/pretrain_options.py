@@ -224,7 +224,7 @@ class PretrainOptions(Options, ImageSettings):
         check_positive_share("layer_decay", self.layer_decay)
         check_warmup("ema", self.ema)
         check_parts(self.train)
-        if self.encoder is None:
+        if not self.pretrained:
             for name, frozen in (
                 ("train", self.train != ALL_PARTS),
                 ("freeze_share", self.freeze_share),
