@@ -242,6 +242,12 @@ def test_a_logger_that_is_not_installed(
     assert "pip install tensorboard" in refused("pretrain", *arguments)
 
 
+def test_norms_of_an_untrained_encoder_are_not_kept(refused: Refused, labelled: Path) -> None:
+    arguments = ("--data", labelled, "--out", "run", "--encoder", "random:test_resnet")
+    error = refused("finetune", *arguments, "--frozen_norm", "true")
+    assert "of a pre-trained encoder, which random:test_resnet is not" in error
+
+
 def test_what_to_do_on_collapse(refused: Refused, few: Path) -> None:
     error = refused("pretrain", "--data", few, "--out", "run", *SMALL, "--on_collapse", "cry")
     assert "--on_collapse cry is none of warn, stop" in error

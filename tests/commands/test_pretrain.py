@@ -238,9 +238,11 @@ def test_views_grow_to_their_size(photos: Path, tmp_path: Path) -> None:
 
 def test_views_grow_by_default_where_they_can_and_the_run_is_long_enough() -> None:
     def resizes(pretext: str = "simclr", size: int = 64, steps: int = 50, **given: Any) -> bool:
-        backbone = "test_vit" if pretext == "mae" else "test_resnet"
+        backbone = backbones.get(pretext, "test_resnet")
         options = PretrainOptions(data="x", out="y", pretext=pretext, **given)
         return options.resizes(options.task(build_encoder(backbone, size)), steps)
+
+    backbones = {"mae": "test_vit", "dino": "test_convnext"}
 
     assert resizes(epochs=4)
     assert resizes(max_time=60)
@@ -248,6 +250,10 @@ def test_views_grow_by_default_where_they_can_and_the_run_is_long_enough() -> No
     assert not resizes(max_time=59)
     assert not resizes(epochs=4, size=48)
     assert not resizes(pretext="mae", epochs=4)
+    assert resizes(pretext="dino", epochs=4, size=224)
+    assert not resizes(pretext="dino", epochs=4, size=96)  # local crops would have 16 pixels
+    with pytest.raises(UserError, match=r"--progressive_resizing: test_convnext .* 16 pixels"):
+        resizes(pretext="dino", epochs=4, size=96, progressive_resizing=True)
     assert not resizes(epochs=4, progressive_resizing=False)
     assert resizes(epochs=1, progressive_resizing=True)
 

@@ -23,6 +23,7 @@ def test_evaluates_every_layer_of_an_untrained_encoder(labelled: Path, tmp_path:
     assert results["k"] == 5
     assert results["classes"] == ["blue", "green", "red"]
     assert (results["train_images"], results["test_images"]) == (36, 18)
+    assert results["trained_on"].startswith("Fitted to 36 labels; penalties are chosen by")
 
 
 @pytest.mark.slow

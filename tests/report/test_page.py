@@ -145,7 +145,8 @@ def test_the_figures_of_pretrain_say_what_is_good(tmp_path: Path) -> None:
 
 
 def test_leaks_in_the_results_alone_are_said_too(tmp_path: Path) -> None:
-    run = make(tmp_path / "run", "probe", knn=0.5, leaks=3)
+    run = make(tmp_path / "run", "probe", knn=0.5, leaks=3, trained_on="Fitted to 36 labels.")
+    assert "Fitted to 36 labels." in words(run)
     assert "Leaks: 3 of the test images were seen in training" in words(run)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from vissl_lite.errors import UserError
 from vissl_lite.transfer.classification.data import LabelledImages, Part
 from vissl_lite.transfer.finetuning import TransferSettings, finetune_optimizer
-from vissl_lite.transfer.fitting import climb, fit_model, monitor_of
+from vissl_lite.transfer.fitting import climb, fit_model, mean_metrics, monitor_of, most_climbed
 from vissl_lite.transfer.sources.reading_log import ReadingLog
 
 
@@ -133,6 +133,26 @@ def test_a_model_before_its_first_step_is_a_candidate_only_if_it_is_fitted() -> 
     assert float(random.model.value) == pytest.approx(-1)
 
 
+def test_a_share_is_a_candidate_only_if_every_round_has_a_fitted_probe() -> None:
+    """A probe can't be fitted where a fold leaves one class; the others must not gain by it."""
+
+    class Partly(Guess):
+        def starts_fitted(self, model: Number, settings: TransferSettings) -> bool:
+            return len(self.trained) != 1
+
+    task = Partly()
+    fitted = fit(task, data_of(20, 10))
+    assert [(one.share, one.metrics) for one in fitted.candidates] == [
+        (1.0, {"near": pytest.approx(-1.5), "loss": pytest.approx(0.5)})
+    ]
+    assert fitted.chosen.share == 1.0
+
+
+def test_a_metric_that_a_round_lacks_is_the_mean_over_the_others() -> None:
+    parts = [({"map": 0.8, "loss": 1.0}, 10), ({"loss": 4.0}, 20)]
+    assert mean_metrics(parts) == {"map": 0.8, "loss": pytest.approx(3.0)}
+
+
 def test_the_learning_rate_is_chosen_with_the_rest() -> None:
     task = Guess(fitted=False)
     fitted = fit(task, data_of(20, 100), 1e-4, 5e-4, 1e-3, 1.4e-3, 4e-3)
@@ -184,7 +204,22 @@ def test_climbing_finds_the_top_of_one_hill(best: int) -> None:
 
     climb(score, range(5))
     assert best in tried
-    assert len(tried) == len(set(tried)) <= 4 + (best in (0, 4))
+    assert len(tried) == len(set(tried)) <= most_climbed(5) == 4
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_no_more_rates_are_tried_than_the_time_is_divided_by(count: int) -> None:
+    def tried(best: int) -> int:
+        ranks = {}
+
+        def score(rate: float) -> tuple[float]:
+            ranks[rate] = (-abs(rate - best),)
+            return ranks[rate]
+
+        climb(score, range(count))
+        return len(ranks)
+
+    assert max(map(tried, range(count))) == most_climbed(count)
 
 
 def test_monitors() -> None:
@@ -206,6 +241,9 @@ def test_a_time_budget_is_for_all_trainings_together() -> None:
 
     fit(Timed(), data_of(20, 10), seconds=60.0)
     assert seconds == [15.0] * 4
+    seconds.clear()
+    fit(Timed(), data_of(300, 100), 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, seconds=60.0)
+    assert set(seconds) == {12.0}  # at most four of the five rates, and all labels
     seconds.clear()
     fit(Timed(), data_of(20, 10), seconds=60.0, pretrained=False)
     assert seconds == [30.0] * 2  # nothing to choose: one held-out part, for its metrics

@@ -203,6 +203,11 @@ class FinetuneOptions(Options, ImageSettings, AllTaskOptions):
         check_seed(self.seed)
         if self.epochs is not None and parse_time(self.max_time) is not None:
             raise UserError("give --epochs or --max_time, not both")
+        if self.frozen_norm and self.from_scratch:
+            raise UserError(
+                f"--frozen_norm true keeps the BatchNorms of a pre-trained encoder, which "
+                f"{self.encoder} is not: leave it out"
+            )
         if self.rounds > 1 and self.pseudo_labels is None:
             raise UserError(f"--rounds {self.rounds} needs --pseudo_labels")
         if self.rounds > 1 and self.devices != 1:
@@ -213,21 +218,26 @@ class FinetuneOptions(Options, ImageSettings, AllTaskOptions):
         """Candidate learning rates, ascending."""
         return self.lr if isinstance(self.lr, list) else [cast(float, self.lr)]
 
+    @property
+    def from_scratch(self) -> bool:
+        """Whether the encoder is untrained."""
+        return os.fspath(self.encoder).startswith("random:")
+
     def as_config(self) -> dict[str, Any]:
         return without_others(find_task(self.task), super().as_config())
 
     def settings(self) -> TransferSettings:
         """Training settings for the task."""
-        from_scratch = os.fspath(self.encoder).startswith("random:")
+        optimizer = finetune_optimizer(
+            self.from_scratch, self.optimizer, self.rates[0], self.weight_decay, self.layer_decay
+        )
         settings: TransferSettings = find_task(self.task).make_settings(
             self,
             frozen=self.frozen,
             epochs=self.epochs,
             batch_size=self.batch_size,
             seconds=parse_time(self.max_time),
-            optimizer=finetune_optimizer(
-                from_scratch, self.optimizer, self.rates[0], self.weight_decay, self.layer_decay
-            ),
+            optimizer=optimizer,
             warmup=self.warmup,
             ema=self.ema,
             frozen_norm=self.frozen_norm,
@@ -236,7 +246,7 @@ class FinetuneOptions(Options, ImageSettings, AllTaskOptions):
             min_crop_scale=self.min_crop_scale,
             upright=self.upright,
             seed=self.seed,
-            pretrained=not from_scratch,
+            pretrained=not self.from_scratch,
         )
         return settings
 

@@ -446,8 +446,10 @@ def _check_resizing(task: PretextTask) -> None:
             f"those of {supported} can"
         )
     encoder = task.encoder
+    sides = {encoder.image_size, task.views().smallest_crop or encoder.image_size}
     try:
-        encoder.check_image_size(encoder.fitting_size(encoder.image_size * INITIAL_SIDE))
+        for side in sides:
+            encoder.check_image_size(encoder.fitting_size(side * INITIAL_SIDE))
     except UserError as error:
         raise UserError(f"--progressive_resizing: {error}") from None
 

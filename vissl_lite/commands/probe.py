@@ -167,6 +167,12 @@ def probe(options: ProbeOptions) -> ProbeResult:
             score = probe_tokens(encoder, used, options.seed)
             last["attentive"] = score.accuracy
             log.info("penalty of the attentive probe: %g", score.chosen["penalty"])
+        groups = used.groups("train")
+        trained_on = (
+            f"Fitted to {len(used.train)} labels"
+            f"{'' if groups is None else f' of {len(np.unique(groups))} groups'}; penalties are "
+            f"chosen by cross-validation of them."
+        )
         results: dict[str, Any] = {
             **last,
             "majority": labelled.majority(),
@@ -177,17 +183,13 @@ def probe(options: ProbeOptions) -> ProbeResult:
             "image_size": encoder.image_size,
             "train_images": len(used.train),
             "refit": used is not labelled,
+            "trained_on": trained_on,
             "test_images": len(labelled.test),
             "classes": labelled.classes,
             **leaks.figures(),
         }
         write_results(run, results)
-        groups = used.groups("train")
-        log.info(
-            "Fitted to %d labels%s; penalties are chosen by cross-validation of them",
-            len(used.train),
-            "" if groups is None else f" of {len(np.unique(groups))} groups",
-        )
+        log.info(trained_on)
         console.print(f"{name}: test accuracy", highlight=False, soft_wrap=True)
         table = Table("layer", "kNN", *(name for name in last if name != "knn"))
         for layer, row in {**scores, "last": last}.items():

@@ -95,9 +95,9 @@ def pseudo_label(options: PseudoLabelOptions) -> PseudoLabelResult:
     a box that is missed would be trained to be background. Segmentation: masks in which uncertain
     pixels are ignored (255), and pseudo_labels.csv with their paths.
 
-    With --min_confidence auto the precision is measured on the validation images of finetune, and
-    must reach --min_precision at the lower end of its 95 % confidence interval. If there are too
-    few images for that, the observed precision decides, and a warning says so.
+    With --min_confidence auto, the precision is measured on the validation images of finetune; it
+    must be at least --min_precision with 95 % confidence (one-sided). If there are too few images
+    for that, the observed precision decides, and a warning says so.
 
     Returns:
         Paths and numbers of labels.

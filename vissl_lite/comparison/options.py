@@ -71,15 +71,15 @@ class CompareOptions(Options, ImageSettings, AllTaskOptions):
     Default: true if the validation part was taken out of the training labels, false for a
     validation part of your own."""
     frozen_norm: bool | None = None
-    """Whether finetune keeps the BatchNorm layers of encoders as they are. Default: as for the
-    command finetune."""
+    """Whether finetune keeps the BatchNorm layers of pre-trained encoders as they are. Default: as
+    for the command finetune."""
     epochs: int | None = None
     """Number of epochs of finetune. Default: as many as give 1,000 steps, but at least 10."""
     batch_size: int | None = None
     """Batch size of finetune. Default: as for the command finetune."""
     image_size: int | None = None
-    """Side length of the input in pixels. Default: that of each encoder, or for random:NAME that of
-    the images (for detection and segmentation: as for the command finetune)."""
+    """Side length of the input in pixels. Default for classification: that of each encoder, and for
+    random:NAME that of the first pre-trained one; for other tasks as for the command finetune."""
     upright: bool = True
     """Whether the images have a natural orientation (default true). Give --upright false for images
     without one, such as microscopy images: finetune then also rotates and flips them in all

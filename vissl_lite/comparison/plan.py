@@ -112,14 +112,28 @@ class Plan:
 
     def load(self, name: str, seed: int, data: LabelledDataset) -> Encoder:
         """Load an encoder; ``seed`` determines the weights of an untrained one."""
-        size, untrained = self.options.image_size, name.startswith("random:")
-        if size is None:
-            settings = self.options.settings(untrained=untrained)
-            size = self.task.image_size(data, settings)
+        size = self.options.image_size or self._default_size(name, data)
         torch.manual_seed(seed)
         if self.images is None:
             self.images = ImageSet(data.paths("train"), self.options)
         return encoder_for(name, size, self.images)
+
+    def _default_size(self, name: str, data: LabelledDataset) -> int | None:
+        """Image size of an encoder; None for its own.
+
+        Where pre-trained encoders keep their own, an untrained one gets that of the first of them,
+        so that its images have no more pixels, or fewer, than those it is compared with.
+        """
+        pretrained = [one for one in self.encoders if not one.startswith("random:")]
+        size = self.task.image_size(data, self.options.settings(untrained=not pretrained))
+        if size is not None or not name.startswith("random:"):
+            return size
+        for one in pretrained:
+            try:
+                return encoder_for(one, None).image_size
+            except WeightsUnavailableError:  # left out of the comparison
+                continue
+        return self.task.image_size(data, self.options.settings(untrained=True))
 
     def simulate(self, data: LabelledDataset) -> SimulatedLabelling[LabelledDataset] | None:
         """The labelling to simulate, if ways to choose images are compared."""

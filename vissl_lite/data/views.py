@@ -61,6 +61,11 @@ class Views:
     def __len__(self) -> int:
         return len(self._pipelines)
 
+    @property
+    def smallest_crop(self) -> int | None:
+        """Side in pixels of the smallest view that begins with a random crop, if there is one."""
+        return min((first.size[0] for first, _ in self._pipelines if first), default=None)
+
     def __add__(self, other: "Views") -> "Views":
         """These views, followed by others."""
         pipelines = [

@@ -105,6 +105,10 @@ def main_figures(run: RunFolder) -> list[Tile]:
     if isinstance(results.get("classes"), list):
         named["classes"] = len(results["classes"])
     tiles = [Tile(name, number(value)) for name, value in named.items()]
+    if run.command == "probe":
+        probes = [_name(name) for name in ("knn", "linear", "attentive")]
+        note = str(results.get("trained_on", ""))
+        return [tile._replace(note=note) if tile.name in probes else tile for tile in tiles]
     return [_read_online(tile, results) for tile in tiles] if run.command == "pretrain" else tiles
 
 

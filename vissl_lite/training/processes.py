@@ -1,11 +1,13 @@
-"""Gathering of tensors over the processes of a distributed run, with gradients."""
+"""Exchange between the processes of a distributed run: gathering with gradients, and broadcast."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+ValueT = TypeVar("ValueT")
 
 
 class _Gather(torch.autograd.Function):
@@ -41,6 +43,19 @@ def gather(tensor: Tensor) -> Tensor:
         ``(B * world, ...)``, in the order of ranks; the tensor itself in a single process.
     """
     return _Gather.apply(tensor) if world()[1] > 1 else tensor
+
+
+def of_main_process(value: ValueT) -> ValueT:
+    """The value that the main process has, for decisions that all processes must take alike.
+
+    Args:
+        value: This process's value, which can be pickled.
+    """
+    if world()[1] == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def trainer_of(module: pl.LightningModule) -> Any:

@@ -134,12 +134,12 @@ class TransferSettings:
         return self.batch_size or max(min(usual, images // 12), min(8, images))
 
     def freezes_norms(self, few: bool) -> bool:
-        """Whether the BatchNorms of the encoder are frozen.
+        """Whether the BatchNorms of the encoder are frozen; those of an untrained one never are.
 
         Args:
             few: Whether images or batches are too few for statistics of their own.
         """
-        return self.pretrained and few if self.frozen_norm is None else self.frozen_norm
+        return self.pretrained and (few if self.frozen_norm is None else self.frozen_norm)
 
 
 def has_norms(encoder: nn.Module) -> bool:

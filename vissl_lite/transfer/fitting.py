@@ -7,6 +7,7 @@ Then a model is trained with it on all labels.
 
 import math
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from vissl_lite.metrics_file import MetricsFile
 from vissl_lite.run import CHECKPOINTS, METRICS, is_main_process
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
+from vissl_lite.training.processes import of_main_process
 from vissl_lite.transfer.base import DatasetT, ModelT, ScoresT, SettingsT, Task
 from vissl_lite.transfer.confidence import Confidence, HeldOut
 
@@ -232,7 +234,7 @@ class _Fitting(Generic[DatasetT, ModelT, SettingsT, ScoresT]):
         Returns:
             Rank of the best of them; larger is better.
         """
-        totals: dict[float, dict[str, float]] = {}  # sums over images
+        found: dict[float, list[tuple[dict[str, float], int]]] = {}  # metrics and images of rounds
         held_out: dict[float, list[HeldOut]] = {}
         first: _Trained[ModelT] | None = None
         for data, some in zip(rounds, files, strict=True):
@@ -240,18 +242,20 @@ class _Fitting(Generic[DatasetT, ModelT, SettingsT, ScoresT]):
             first = first or trained
             for share in (1.0,) if trained.start is None else SHARES:
                 trained.use(share)
-                for name, value in self.task.validate(trained.model, data).items():
-                    sums = totals.setdefault(share, {})
-                    sums[name] = sums.get(name, 0.0) + value * len(data.val)
+                metrics = self.task.validate(trained.model, data)
+                found.setdefault(share, []).append((metrics, len(data.val)))
                 if len(rounds) > 1:  # the models of the other folds are not kept
                     predicted = self.task.held_out(trained.model, data)
                     held_out.setdefault(share, []).extend([predicted] if predicted else [])
             trained.use(1.0)
-        images = sum(len(data.val) for data in rounds)
-        added = [
-            Candidate(rate, share, {name: total / images for name, total in sums.items()}, norm)
-            for share, sums in totals.items()
-        ]
+        # Where a round has no fitted probe, shares but the whole were not evaluated on all images.
+        added = of_main_process(
+            [
+                Candidate(rate, share, mean_metrics(parts), norm)
+                for share, parts in found.items()
+                if len(parts) == len(rounds)
+            ]
+        )
         self.candidates += added
         best = max(added, key=self.rank)
         if self.best is None or self.rank(best) > self.rank(self.best):
@@ -330,7 +334,8 @@ def fit_model(
     variants = task.variants(encoder, data, settings) if len(data.val) else [settings]
     tried = len(rates) + len(variants) - 1
     if settings.seconds is not None:
-        each = settings.seconds / (len(rounds) * tried + refit)
+        trainings = most_climbed(len(rates)) + len(variants) - 1
+        each = settings.seconds / (len(rounds) * trainings + refit)
         variants = [replace(one, seconds=each) for one in variants]
     fitting = _Fitting(task, encoder, hardware, monitor_of(task, data, settings.monitor), added)
 
@@ -381,6 +386,27 @@ def _name(rate: float, frozen_norm: bool | None) -> str:
     """Name of the files of a training by which something is chosen."""
     norms = {None: "", True: "-frozen_norm", False: "-trained_norm"}
     return f"lr-{rate:g}{norms[frozen_norm]}"
+
+
+def mean_metrics(parts: Sequence[tuple[Mapping[str, float], int]]) -> dict[str, float]:
+    """Means of metrics over the images of several parts.
+
+    Args:
+        parts: Metrics and number of images of each. A metric that a part lacks, such as the average
+            precision of classes of which it has no image, is the mean over the others.
+    """
+    sums: dict[str, float] = defaultdict(float)
+    images: dict[str, int] = defaultdict(int)
+    for metrics, count in parts:
+        for name, value in metrics.items():
+            sums[name] += value * count
+            images[name] += count
+    return {name: total / images[name] for name, total in sums.items()}
+
+
+def most_climbed(count: int) -> int:
+    """Number of rates that ``climb`` scores at most: the middle, its neighbors, and a side."""
+    return 1 + min(count - 1, 2) + max(0, count // 2 - 1)
 
 
 def climb(score: Callable[[float], tuple[float, ...]], rates: Sequence[float]) -> None:

@@ -27,7 +27,7 @@ class SourceOptions(TaskOptions):
     """Regular expression on the path of an image below the data folder. Images for which its first
     group (or, without one, all that it matches) is the same, such as those of a patient, stay
     together in all splits. Default: by the column group or patient_id of a table, or by the volume
-    of slices."""
+    of slices or the patient of DICOM files."""
 
 
 # Everything by its usual name.

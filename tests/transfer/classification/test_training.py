@@ -38,6 +38,7 @@ from vissl_lite.transfer.classification.task import Classification
 from vissl_lite.transfer.classification.training import (
     ClassifierTraining,
     build_classifier,
+    check_drop_path,
     check_settings,
     classifier_views,
     loss_weights,
@@ -326,10 +327,10 @@ def test_stochastic_depth_rises_over_the_blocks_and_is_off_in_evaluation() -> No
     rates = [getattr(block.drop_path2, "drop_prob", 0.0) for block in model.blocks]
     assert rates == pytest.approx(np.linspace(0, 0.3, len(rates)).tolist())
     torch.testing.assert_close(model.eval()(images), before)
-    convolutional = timm.create_model("test_resnet", num_classes=3)
-    names = [name for name, _ in convolutional.named_modules()]
-    set_drop_path(convolutional, 0.3)
-    assert [name for name, _ in convolutional.named_modules()] == names
+    check_drop_path(0.3, build_encoder("test_vit", 32))
+    check_drop_path(0.0, build_encoder("test_resnet", 32))
+    with pytest.raises(UserError, match=r"--drop_path 0\.3 needs a transformer"):
+        check_drop_path(0.3, build_encoder("test_resnet", 32))
 
 
 def test_training_views_change_colors_unless_they_are_to_be_left_alone() -> None:
@@ -358,7 +359,7 @@ def test_norms_of_a_pretrained_encoder_are_frozen_where_images_are_few(
     assert not trains_norms(ClassifierSettings(pretrained=True), colored)
     assert trains_norms(ClassifierSettings(pretrained=True), many)
     assert trains_norms(ClassifierSettings(pretrained=False), colored)
-    assert not trains_norms(ClassifierSettings(frozen_norm=True), many)
+    assert not trains_norms(ClassifierSettings(pretrained=True, frozen_norm=True), many)
 
     def tried(settings: ClassifierSettings, data: LabelledImages, backbone: nn.Module) -> list:
         return [one.frozen_norm for one in Classification().variants(backbone, data, settings)]

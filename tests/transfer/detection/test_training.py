@@ -121,7 +121,9 @@ def test_frozen_leaves_the_encoder_as_it_was(data: LabelledBoxes) -> None:
 @pytest.mark.slow
 def test_frozen_norms_do_not_change_after_validation(data: LabelledBoxes) -> None:
     encoder = build_encoder("test_resnet", 64)
-    settings = DetectorSettings(detector="fcos", epochs=3, batch_size=8, frozen_norm=True)
+    settings = DetectorSettings(
+        detector="fcos", epochs=3, batch_size=8, frozen_norm=True, pretrained=True
+    )
     detector = trained(encoder, data, settings)
     before = encoder.state_dict()
     changed = {n for n, t in detector.encoder.state_dict().items() if not torch.equal(before[n], t)}

@@ -107,7 +107,8 @@ def test_learns_and_is_saved(backbone: str, data: LabelledMasks, tmp_path: Path)
 @pytest.mark.parametrize("kind", ["frozen", "frozen_norm"])
 def test_frozen_weights_do_not_change_after_validation(kind: str, data: LabelledMasks) -> None:
     encoder = build_encoder("test_resnet", 32)
-    chosen = settings(3, frozen=kind == "frozen", frozen_norm=kind == "frozen_norm")
+    frozen = kind == "frozen"
+    chosen = settings(3, frozen=frozen, frozen_norm=not frozen, pretrained=True)
     segmenter = trained(encoder, data, chosen, HERE)
     norms = {
         f"{name}.{inner}"

@@ -41,6 +41,7 @@ from vissl_lite.transfer.classification.pseudo_labels import (
 from vissl_lite.transfer.classification.training import (
     FEW_IMAGES,
     build_classifier,
+    check_drop_path,
     check_settings,
     train_classifier,
     validate_classifier,
@@ -88,6 +89,7 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
 
     def check(self, encoder: Encoder, data: LabelledImages, settings: ClassifierSettings) -> None:
         check_settings(settings, data, encoder.reader)
+        check_drop_path(settings.drop_path, encoder)
 
     def metric_names(self, data: LabelledImages) -> tuple[str, ...]:
         return ("map" if data.multi_label else "top1", "calibrated_loss", "loss")

@@ -39,11 +39,11 @@ log = logging.getLogger(__name__)
 # Bounds of a class's balanced positive weight: beyond them a few images decide every step.
 MIN_POSITIVE_WEIGHT, MAX_POSITIVE_WEIGHT = 0.1, 100.0
 
-# Up to so many training images the BatchNorms of a pre-trained encoder are frozen by default.
+# With fewer training images, frozen BatchNorms of a pre-trained encoder are tried, too.
 FEW_IMAGES = 1000
 
-# Smallest share of the area of an image in a training view: better than 0.35 or as good on all sets
-# of ``benchmarks/accuracy/recipes.py``.
+# Smallest share of the area of an image in a training view: better than 0.35, or as good, where
+# ``benchmarks/accuracy/recipes.py`` compares them.
 MIN_CROP_SCALE = 0.6
 
 # Images that the head is fitted to before the training.
@@ -201,16 +201,34 @@ class ClassifierTraining(TransferModule[Classifier, ClassifierSettings]):
         return loss
 
 
+def residual_blocks(model: nn.Module) -> list[nn.Module]:
+    """Blocks of a timm model that ``set_drop_path`` knows, those of transformers."""
+    return [module for module in model.modules() if hasattr(module, "drop_path1")]
+
+
+def check_drop_path(rate: float, encoder: Encoder) -> None:
+    """Raise a UserError if an encoder has no blocks for stochastic depth.
+
+    Args:
+        rate: See ``set_drop_path``.
+        encoder: Encoder to be trained.
+    """
+    if rate and not residual_blocks(encoder.model):
+        raise UserError(
+            f"--drop_path {rate:g} needs a transformer, such as a ViT, which {encoder.backbone} is "
+            f"not: leave it out"
+        )
+
+
 def set_drop_path(model: nn.Module, rate: float) -> None:
     """Set the stochastic depth (Huang et al. 2016) of a transformer of timm.
 
     Args:
-        model: A timm model whose blocks have the branches ``drop_path1`` and ``drop_path2``; others
-            are left as they are.
+        model: A timm model whose blocks have the branches ``drop_path1`` and ``drop_path2``.
         rate: Probability of dropping a branch of the last block; it rises linearly from 0 in the
             first block.
     """
-    blocks = [module for module in model.modules() if hasattr(module, "drop_path1")]
+    blocks = residual_blocks(model)
     for index, block in enumerate(blocks):
         here = rate * index / max(1, len(blocks) - 1)
         for name in ("drop_path1", "drop_path2"):
