@@ -115,8 +115,9 @@ class PretrainOptions(Options, ImageSettings):
     progressive_resizing: bool | None = None
     """Train on views of half the side length in the first half of the run, on growing ones after
     that, and on full-size ones in the last fifth. Takes about half the time per epoch. Default:
-    true for images of 64 pixels or more in runs of 200 steps or one minute, or more, if the pretext
-    and the backbone allow it."""
+    true from random weights for images of 64 pixels or more in runs of 200 steps or one minute, or
+    more, if the pretext and the backbone allow it; false from pre-trained weights and for pretexts
+    with a teacher of their own, where it was not measured."""
     token_drop: float | Literal["auto"] | None = None
     """Share of the patches of a view that a ViT is trained without, in [0, 0.9], drawn at random
     at every step; half of it after 80 % of the run, and none after 90 %. Speeds up the training.
@@ -374,6 +375,8 @@ class PretrainOptions(Options, ImageSettings):
         """Whether the views start small and grow, by ``--progressive_resizing`` or its default."""
         if self.progressive_resizing is not None:
             return self.progressive_resizing
+        if self.pretrained or task.info.encoders:  # not measured; a teacher gains no speed by it
+            return False
         if self.max_epochs is None:
             long = (self.seconds or 0) >= MIN_RESIZING_SECONDS
         else:
