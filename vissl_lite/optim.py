@@ -35,7 +35,8 @@ class OptimizerSettings:
 
     Attributes:
         name: A timm optimizer, such as ``adamw``, ``sgd`` or ``lars``.
-        lr: Peak learning rate.
+        lr: Peak learning rate of the encoder.
+        head_scale: Factor on the learning rate of all other parameters, such as heads.
         weight_decay: Weight decay of matrices and kernels; biases and norms have none.
         layer_decay: Factor on the learning rate from one layer to the one below it (BEiT, Bao et
             al. 2021); 1 trains all layers alike. None for 0.75 in plain ViTs, as in BEiT and MAE,
@@ -57,6 +58,7 @@ class OptimizerSettings:
     clip_norm: float = 0.0
     weight_decay_end: float | None = None
     betas: tuple[float, float] | None = None
+    head_scale: float = 1.0
 
     def scaled_lr(self, batch_size: int) -> float:
         """Scale a learning rate for 256 images to another batch size.
@@ -109,25 +111,27 @@ def build_optimizer(
         module: Module to optimize.
         settings: Settings of the optimizer.
         encoder: The timm model in the module that ``layer_decay`` applies to; default the module
-            itself. All other parameters have the full learning rate.
+            itself. ``head_scale`` applies to all other parameters.
         constant: Part of the module that keeps the peak learning rate during the whole run.
 
     Returns:
         An optimizer. ``set_lr`` and ``set_weight_decay`` follow the entries ``lr_scale``,
-        ``constant_lr`` and ``weight_decay_range`` of its parameter groups.
+        ``in_encoder``, ``constant_lr`` and ``weight_decay_range`` of its parameter groups.
     """
     inner = module if encoder is None else encoder
     scales = _layer_scales(inner, settings.layer_decay)
     undecayed = _without_decay(module)
     kept = set() if constant is None else {id(parameter) for parameter in constant.parameters()}
-    groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool, bool, bool], list[nn.Parameter]] = {}
     known = {id(parameter): name for name, parameter in inner.named_parameters()}
     for parameter in module.parameters():
         if not parameter.requires_grad:
             continue
-        scale = scales.get(known.get(id(parameter), ""), 1.0)
+        name = known.get(id(parameter))
+        scale = settings.head_scale if name is None else scales.get(name, 1.0)
         decayed = parameter.ndim > 1 and id(parameter) not in undecayed
-        groups.setdefault((scale, decayed, id(parameter) in kept), []).append(parameter)
+        kind = (scale, decayed, name is not None, id(parameter) in kept)
+        groups.setdefault(kind, []).append(parameter)
     decay, end = settings.weight_decay, settings.weight_decay_end
     rising = {} if end is None else {"weight_decay_range": (decay, end)}
     optimizer: Optimizer = timm.optim.create_optimizer_v2(
@@ -135,12 +139,13 @@ def build_optimizer(
             {
                 "params": parameters,
                 "lr_scale": scale,
+                "in_encoder": in_encoder,
                 "constant_lr": constant_lr,
                 "decayed": decayed,
                 "weight_decay": decay if decayed else 0.0,
                 **(rising if decayed else {}),
             }
-            for (scale, decayed, constant_lr), parameters in groups.items()
+            for (scale, decayed, in_encoder, constant_lr), parameters in groups.items()
         ],
         opt=settings.name,
         lr=settings.lr,
@@ -239,13 +244,21 @@ def clip_gradients(
     nn.utils.clip_grad_norm_(module.parameters(), max_norm)
 
 
-def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Set the learning rate of all groups, times their ``lr_scale`` (layer-wise decay).
+def set_lr(optimizer: Optimizer, lr: float, head_lr: float | None = None) -> None:
+    """Set the learning rate of all groups, times their ``lr_scale`` (layer decay, ``head_scale``).
 
     Groups with ``constant_lr`` keep the rate that the optimizer was built with, times ``lr_scale``.
+
+    Args:
+        optimizer: Optimizer by ``build_optimizer``.
+        lr: Learning rate of the encoder.
+        head_lr: Learning rate of all other parameters; default the same.
     """
+    head_lr = lr if head_lr is None else head_lr
     for group in optimizer.param_groups:
-        rate = optimizer.defaults["lr"] if group.get("constant_lr") else lr
+        rate = lr if group.get("in_encoder", True) else head_lr
+        if group.get("constant_lr"):
+            rate = optimizer.defaults["lr"]
         group["lr"] = rate * group.get("lr_scale", 1.0)
 
 

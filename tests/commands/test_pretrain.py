@@ -237,8 +237,8 @@ def test_views_grow_to_their_size(photos: Path, tmp_path: Path) -> None:
 
 
 def test_views_grow_by_default_where_they_can_and_the_run_is_long_enough() -> None:
-    def resizes(pretext: str = "simclr", size: int = 64, steps: int = 50, **given: Any) -> bool:
-        backbone = backbones.get(pretext, "test_resnet")
+    def resizes(pretext: Any = "simclr", size: int = 64, steps: int = 50, **given: Any) -> bool:
+        backbone = backbones.get(str(pretext), "test_resnet")
         options = PretrainOptions(data="x", out="y", pretext=pretext, **given)
         return options.resizes(options.task(build_encoder(backbone, size)), steps)
 
@@ -256,6 +256,11 @@ def test_views_grow_by_default_where_they_can_and_the_run_is_long_enough() -> No
         resizes(pretext="dino", epochs=4, size=96, progressive_resizing=True)
     assert not resizes(epochs=4, progressive_resizing=False)
     assert resizes(epochs=1, progressive_resizing=True)
+    assert not resizes(epochs=4, encoder="runs/a")
+    assert resizes(epochs=4, encoder="random:test_resnet")
+    taught = {"name": "distillation", "teacher": "random:test_vit"}
+    assert not resizes(pretext=taught, epochs=4)
+    assert resizes(pretext=taught, epochs=4, progressive_resizing=True)
 
 
 def test_masked_views_can_not_grow(

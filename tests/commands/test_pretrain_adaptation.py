@@ -182,9 +182,10 @@ def test_gentle_rates_where_weights_are_pre_trained() -> None:
     assert settings().lr == pytest.approx(SimCLR.optimizer_settings.lr)
     assert settings(encoder="random:test_vit") == settings()
     assert settings(encoder="runs/a").lr == pytest.approx(settings().lr / 10)
-    assert (
-        settings(encoder="runs/a", lr=0.3).lr == settings(encoder="runs/a", base_lr=0.3).lr == 0.3
-    )
+    assert settings(encoder="runs/a").head_scale == 10  # the heads are random
+    for given in ({"lr": 0.3}, {"base_lr": 0.3}):
+        found = settings(encoder="runs/a", **given)
+        assert (found.lr, found.head_scale) == (0.3, 1)
     assert settings().layer_decay == 1
     assert settings(encoder="runs/a").layer_decay == 0.75
     assert settings("test_resnet", encoder="runs/a").layer_decay == 1
@@ -200,7 +201,7 @@ def test_layer_decay_is_that_of_the_encoder_alone() -> None:
     scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
     blocks = task.encoder.model.blocks
     assert [scale[id(block.norm1.weight)] for block in blocks[-3:]] == [0.25, 0.5, 1.0]
-    assert {scale[id(parameter)] for parameter in task.head.parameters()} == {1.0}
+    assert {scale[id(parameter)] for parameter in task.head.parameters()} == {10.0}
 
 
 @pytest.mark.parametrize(
@@ -209,12 +210,18 @@ def test_layer_decay_is_that_of_the_encoder_alone() -> None:
         (["--train", "blocks:1"], "--train blocks:1 freezes weights that are random"),
         (["--freeze_share", 0.1], "--freeze_share 0.1 freezes weights that are random"),
         (["--train", "heads"], "--train heads is not all, blocks:N"),
-        (["--encoder", "random:test_vit", "--train", "lora:64"], "have 64 features, and the rank"),
+        (
+            ["--encoder", "random:test_vit", "--train", "norms"],
+            "--train norms freezes weights that",
+        ),
+        (
+            ["--encoder", "random:test_vit", "--freeze_share", 0.1],
+            "freezes weights that are random",
+        ),
         (["--freeze_share", 1], "--freeze_share 1 is not a share"),
         (["--ema", 1], "--ema 1 is not a share"),
         (["--layer_decay", 0], "--layer_decay 0 is not a share"),
         (["--ema", 0.9, "--pretext", "dino"], "dino saves its momentum teacher"),
-        (["--encoder", "random:test_resnet", "--train", "attn_proj"], "has no attention layers"),
     ],
 )
 def test_mistakes(
@@ -227,6 +234,19 @@ def test_mistakes(
     assert run("--data", photos, "--out", tmp_path / "run", *SMALL, *options) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_parts_that_the_pre_trained_backbone_lacks(
+    start: Path, vit: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for encoder, parts, message in (
+        (vit, "lora:64", "have 64 features, and the rank"),
+        (start, "attn_proj", "has no attention layers"),
+    ):
+        options = ["--encoder", encoder, "--train", parts, "--out", tmp_path / "run"]
+        assert run("--data", photos, *SMALL, *options) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
 
 
 def test_heads_go_first_where_weights_are_pre_trained() -> None:

@@ -71,6 +71,9 @@ def test_confident_predictions_are_written_as_labels(pseudo_labels: Path, pool: 
     assert results["precision"] >= 0.5
     assert results["held_out_images"] <= 36
     assert len((pseudo_labels / "unlabelled.txt").read_text().splitlines()) == 33
+    trained_on = [Path(path) for path in (pseudo_labels / "trained_on.txt").read_text().split()]
+    assert len(set(trained_on)) == 36  # validation images, too
+    assert {path.parents[1].name for path in trained_on} == {"train"}
     assert len(list((pseudo_labels / "pictures").iterdir())) == 2
     assert "report.html" in {path.name for path in pseudo_labels.iterdir()}
 
@@ -94,6 +97,8 @@ def test_images_of_the_test_part_are_left_out_and_rounds_are_compared(
     ]
     with (everything / "pseudo_labels.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["path", "label", "confidence", "weight"], *rows])
+    with (everything / "trained_on.txt").open("a") as file:
+        file.write("/elsewhere.png\n")
     common = ("--data", labelled, "--encoder", encoder, "--num_workers", 0, "--epochs", 2)
     options = ("--pseudo_labels", everything, "--rounds", 2, "--frozen_norm", "true")
     with with_pictures():
@@ -105,6 +110,9 @@ def test_images_of_the_test_part_are_left_out_and_rounds_are_compared(
     assert second["pseudo_labelled"] == 30
     assert second["left_out"] == {"test": 2, "val": 0, "train": 1}
     assert results["train_images"] == 36  # true labels
+    trained_on = (out / "model" / "trained_on.txt").read_text().split()
+    assert ("/elsewhere.png" in trained_on) == (found["kept"] > 0)  # the labeller's, too
+    assert len(trained_on) == 36 + (found["kept"] > 0)
     assert results["test"] == found["rounds"][found["kept"]]["test"]
     best = min(one["val"]["calibrated_loss"] for one in found["rounds"])
     assert results["val"]["calibrated_loss"] == best
@@ -148,6 +156,46 @@ def test_what_can_not_be_used_is_refused(
         table.write_text(rows)
         words = ("--pseudo_labels", tmp_path / "pseudo")
         assert expected in refused("finetune", "--data", labelled, *words)
+
+
+def test_a_labeller_that_knows_test_images_is_refused(
+    pseudo_labels: Path, encoder: Path, labelled: Path, tmp_path: Path, capfd
+) -> None:
+    def tried(data: Path, pseudo: Path) -> tuple[int, str]:
+        common = ("--encoder", encoder, "--leaks", "exclude", "--out", tmp_path / "out")
+        status = run("finetune", "--data", data, "--pseudo_labels", pseudo, "--dry_run", *common)
+        return status, " ".join(capfd.readouterr().err.split())
+
+    table = tmp_path / "other_split.csv"  # five training images are tested on
+    lines = [
+        f"{path},{path.parent.name},{'test' if path.stem in '67' else 'train'}"
+        for path in sorted(labelled.glob("train/*/*.png"))
+        if path.parent.name != "blue" or path.stem != "7"
+    ]
+    table.write_text("\n".join(["path,label,split", *lines]))
+    message = "was trained on 5 of 5 test images: give the same --data, --seed, --fraction and"
+    status, error = tried(table, pseudo_labels)
+    assert status == 2
+    assert message in error
+    copied = Path(shutil.copytree(labelled, tmp_path / "copied"))  # as one does on a cluster
+    table.write_text(table.read_text().replace(str(labelled), str(copied)))
+    status, error = tried(table, pseudo_labels)
+    assert status == 2
+    assert message in error
+    for data in (labelled, copied):
+        status, error = tried(data, pseudo_labels)
+        assert status == 0
+        assert "can't be checked" not in error
+    unknown = Path(shutil.copytree(pseudo_labels, tmp_path / "pseudo"))
+    listed = unknown / "trained_on.txt"
+    listed.write_text(listed.read_text().replace(str(labelled), "/gone"))
+    status, error = tried(labelled, unknown)
+    assert status == 0
+    assert "36 of 36 images that the model" in error
+    listed.unlink()
+    status, error = tried(table, unknown)
+    assert status == 0
+    assert "it can't be checked that no test image is among these images" in error
 
 
 @pytest.mark.slow

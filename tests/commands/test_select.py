@@ -208,6 +208,45 @@ def test_groups_have_so_many_images(encoder: Path, tmp_path: Path) -> None:
     assert groups == ["p0", "p0", "p1", "p1", "p2", "p2", "p3", "p3"]
 
 
+def test_labelled_images_of_another_folder_count_in_their_groups(
+    encoder: Path, tmp_path: Path
+) -> None:
+    for index in range(8):
+        name = "labelled" if index < 2 else "unlabelled"  # the labelled ones are of p0 and p1
+        folder = tmp_path / name / f"p{index % 2}" / ("yes" if index else "no")
+        folder.mkdir(parents=True, exist_ok=True)
+        blobs(index).save(folder / f"{index}.png")
+    table = tmp_path / "labelled" / "labels.csv"
+    table.write_text("path,label\np0/no/0.png,no\np1/yes/1.png,yes\n")
+    given = ("--encoder", encoder, "--data", tmp_path / "unlabelled", "--out", tmp_path / "run")
+    given = (*given, "--labelled", table, "--per_group", 2, "--group_by", "^(p.)/")
+    assert run(*given, "--budget", 3) == 2
+    assert run(*given, "--budget", 2) == 0
+    chosen = rows(tmp_path / "run" / "selected.csv")
+    assert sorted(Path(row["path"]).parts[-3] for row in chosen) == ["p0", "p1"]
+
+
+def test_a_model_that_does_not_count_is_said(
+    encoder: Path, model: Path, photos: Path, tmp_path: Path
+) -> None:
+    given = ("--encoder", encoder, "--data", photos, "--out", tmp_path / "run", "--budget", 2)
+    assert run(*given, "--model", model, "--method", "k_center") == 0
+    assert "k_center does not use the uncertainty" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_page_of_too_many_images_is_not_written(
+    encoder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vissl_lite.commands.select.MAX_PAGE_IMAGES", 3)
+    given = ("--encoder", encoder, "--data", photos, "--method", "random")
+    for budget, written in ((3, True), (4, False)):
+        out = tmp_path / str(budget)
+        assert run(*given, "--budget", budget, "--out", out) == 0
+        assert (out / "label.html").exists() == written
+        said = "No label.html is written" in (out / "log.txt").read_text()
+        assert said != written
+
+
 def test_other_tasks_get_a_coco_file(encoder: Path, photos: Path, tmp_path: Path) -> None:
     given = ("--encoder", encoder, "--data", photos, "--out", tmp_path / "run")
     assert run(*given, "--budget", 2, "--task", "detection", "--method", "k_center") == 0

@@ -97,6 +97,27 @@ def test_progress_is_there_again_after_a_reload(opened: Page) -> None:
     expect(opened.locator("#counter")).to_have_text("0 of 6 labelled")
 
 
+def test_an_added_class_keeps_its_key_when_its_last_image_gets_another_one(
+    opened: Page, file: Path, tmp_path: Path
+) -> None:
+    for name in ("cat", "dog", "bird"):  # keys 4, 5 and 6
+        press(opened, "n")
+        opened.keyboard.type(name)
+        press(opened, "Enter")
+    press(opened, *["ArrowLeft"] * 3, "5")  # the only cat is a dog
+    buttons = ["1fern", "2moss", "3alga", "4cat", "5dog2", "6bird1"]
+    expect(opened.locator("#classes button")).to_have_text(buttons)
+    press(opened, "5")
+    opened.reload()
+    buttons[4] = "5dog3"
+    expect(opened.locator("#classes button")).to_have_text(buttons)
+    assert saved(opened, tmp_path / "labels.csv") == lines(
+        file, ("red", "dog"), ("green", "dog"), ("blue", "bird"), ("orange", "dog")
+    )
+    press(opened, *["Backspace"] * 3)  # up to the change that added bird, which goes with it
+    expect(opened.locator("#classes button")).to_have_text([*buttons[:3], "4cat1", "5dog1"])
+
+
 def test_typing_a_name_is_not_taken_for_shortcuts(opened: Page) -> None:
     press(opened, "n")
     opened.keyboard.type("s12x")

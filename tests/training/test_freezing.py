@@ -98,8 +98,8 @@ class Steps:
         encoder = build_encoder(backbone, 32)
         train_only(encoder, parts)
         self.task = BYOL(encoder)
-        self.schedule = Schedule(0.1, 0.0, 0, batches=10)
-        self.callback = FrozenParts(self.schedule, self.task.encoder, freeze_share)
+        self.schedule = Schedule(0.1, 0.0, 0, batches=10, freeze_share=freeze_share)
+        self.callback = FrozenParts(self.schedule, self.task.encoder)
         self.optimizer: Any = self.task.configure_optimizers()
         self.trainer: Any = SimpleNamespace(
             world_size=1, global_rank=0, optimizers=[self.optimizer]
@@ -149,8 +149,8 @@ def test_frozen_blocks_keep_their_statistics_in_the_teacher_too() -> None:
 
 def test_a_teacher_that_a_pretext_keeps_in_evaluation_mode_stays_so() -> None:
     task = MoCo(build_encoder("test_resnet", 32))
-    schedule = Schedule(0.1, 0.0, 0, batches=10)
-    callback, trainer = FrozenParts(schedule, task.encoder, 0.5), SimpleNamespace(optimizers=[])
+    schedule = Schedule(0.1, 0.0, 0, batches=10, freeze_share=0.5)
+    callback, trainer = FrozenParts(schedule, task.encoder), SimpleNamespace(optimizers=[])
     for schedule.fraction in (0.0, 0.6):
         callback.on_train_batch_start(trainer, task, None, 0)  # type: ignore[arg-type]
         assert task.encoder.model.bn1.training == (schedule.fraction > 0.5)

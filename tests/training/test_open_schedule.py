@@ -84,7 +84,7 @@ def test_a_run_that_saturates_ends_early(caplog: pytest.LogCaptureFixture) -> No
     assert progress[-1] > 0.999
     first, begins, ended = caplog.messages
     assert "ends when knn has stopped improving, after 100.0 epochs at most" in first
-    assert "rises for 5.0 epochs" in first
+    assert "rises until epoch 5.0" in first
     assert f"The cool-down begins in epoch {start / PER_EPOCH:.1f}: knn was 0.4" in begins
     assert f"until epoch {len(rates) / PER_EPOCH:.1f}, in which the run ends" in begins
     assert f"ended by itself after {len(rates) / PER_EPOCH:.1f} epochs" in ended
@@ -120,6 +120,28 @@ def test_one_of_two_measures_that_still_improves_is_enough() -> None:
     schedule = make(("rank", "sum"))
     train(schedule, lambda batch: {"rank": 5.0, "sum": saturating(60)(batch)}, until=900)
     assert schedule.plateaued
+
+
+def test_while_the_encoder_is_frozen_its_measures_do_not_count() -> None:
+    """They are constant. The run ends as one that begins when the encoder is trained."""
+    frozen, plain = make(freeze_share=0.2), make()
+    rates, _ = train(frozen, lambda batch: saturating(60)(max(0, batch - 400)))
+    expected, _ = train(plain, saturating(60))
+    start = plain.cooldown_start
+    assert start is not None
+    assert frozen.cooldown_start == 400 + start
+    assert rates[: 400 + start] == pytest.approx([0.0] * 400 + expected[:start])
+
+
+def test_heads_warm_up_while_the_encoder_is_frozen() -> None:
+    schedule = make(freeze_share=0.2)
+    factors = []
+    for schedule.batches in (0, 20, 40, 400, 450, 500):
+        schedule.fraction = schedule.progress()
+        factors.append((schedule.encoder_factor(), schedule.head_factor()))
+    encoder, heads = zip(*factors, strict=True)
+    assert encoder == pytest.approx((0, 0, 0, 0, 0.5, 1))
+    assert heads == pytest.approx((0, 0.5, 1, 1, 1, 1))
 
 
 def test_noise_is_no_improvement() -> None:

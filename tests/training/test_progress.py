@@ -28,7 +28,9 @@ def test_speed_and_time_left(
     schedule = Schedule(
         0.1, 0.1, 0, 1000 if budget == "epochs" else None, 500 if budget == "time" else None
     )
-    schedule.load_state_dict({"batches": resumed_at, "elapsed": resumed_at / 2, "ended": False})
+    schedule.load_state_dict(
+        {"batches": resumed_at, "elapsed": resumed_at / 2, "begun": 0.0, "ended": False}
+    )
     bar = ProgressBar("simclr", SimpleNamespace(batch_size=64, batches_per_epoch=100), schedule)  # type: ignore[arg-type]
     unused: Any = SimpleNamespace(world_size=1, optimizers=[], global_rank=0)
     bar.on_train_start(unused, unused)
@@ -113,7 +115,7 @@ def test_forecast_of_a_resumed_run_is_of_what_is_left(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     schedule = Schedule(0.1, 0.1, 0, batches=1000, started=0.0)
-    schedule.load_state_dict({"batches": 889, "elapsed": 1000.0, "ended": False})
+    schedule.load_state_dict({"batches": 889, "elapsed": 1000.0, "begun": 0.0, "ended": False})
     [message] = forecast(schedule, monkeypatch, caplog)
     assert "10 epochs take about 0:18:46" in message  # 1000 + 75.5 + 50
 

@@ -42,15 +42,22 @@ def test_predictions_are_counted_from_each_confidence_on() -> None:
 def test_the_lowest_confidence_is_chosen_whose_precision_is_certain() -> None:
     # from 0.5 on 80 of 100 are right, from 0.7 on 80 of 80
     found = measured([0.7] * 80 + [0.5] * 20, [True] * 80 + [False] * 20)
-    assert found.choose(0.9).value == 0.51  # the first that leaves out those of 0.5
+    assert found.choose(0.9).value == 0.7  # the first that leaves out those of 0.5
     assert found.choose(0.9).lower_bound == wilson(1, 80) > 0.9
-    assert found.choose(0.7).value == 0
+    assert found.choose(0.7).value == 0.5
+
+
+def test_no_confidence_below_those_that_were_held_out_is_chosen() -> None:
+    # 0.83 is taken and not 0, although no prediction is wrong
+    chosen = measured([0.999, 0.95, 0.837, 0.9] * 3, [True] * 12).choose(0.95)
+    assert (chosen.value, chosen.predictions) == (0.83, 12)
+    assert measured([1.0] * 60, [True] * 60).choose(0.95).value == CUTOFFS[-1]
 
 
 def test_with_few_images_the_observed_precision_decides() -> None:
     found = measured([0.7] * 20 + [0.5] * 5, [True] * 20 + [False] * 5)
     chosen = found.choose(0.95)
-    assert chosen.value == 0.51
+    assert chosen.value == 0.7
     assert chosen.precision == 1
     assert chosen.lower_bound < 0.95  # which the command warns of
     with pytest.raises(UserError, match="can't be judged by 9 held-out images"):

@@ -18,6 +18,7 @@ from vissl_lite.commands.self_training import (
     ROUNDS,
     Round,
     best_round,
+    check_labeller,
     load_pseudo_labels,
     outcome,
     read_unlabelled,
@@ -57,6 +58,7 @@ from vissl_lite.transfer.dataset import LabelledDataset
 from vissl_lite.transfer.finetuning import TransferSettings, finetune_optimizer
 from vissl_lite.transfer.fitting import FitFiles, FittedModel, fit_model, monitor_of
 from vissl_lite.transfer.tasks import AllTaskOptions, check_given, find_task, without_others
+from vissl_lite.transfer.trained_on import save_trained_on
 
 log = logging.getLogger(__name__)
 
@@ -304,8 +306,10 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
         labelled, [encoder], options.leaks, None if options.dry_run else str(out)
     )
     pseudo_labels, unlabelled = None, None
+    known_to_labeller: list[str] = []
     if options.pseudo_labels is not None:
         folder = Path(options.pseudo_labels)
+        known_to_labeller = check_labeller(folder, labelled)
         pseudo_labels = load_pseudo_labels(task, folder, labelled)
         unlabelled = read_unlabelled(folder) if options.rounds > 1 else None
     if options.dry_run:
@@ -350,6 +354,10 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
         task.save(model, run / "model", about)  # before evaluating, which may fail
         if fitted.confidence is not None:
             fitted.confidence.save(run / "model")
+        trained_on = (labelled.merged() if fitted.refit else labelled).paths("train")
+        # Pseudo-labels pass on what the model that made them was trained on.
+        indirectly = known_to_labeller if fitted.added else []
+        save_trained_on(run / "model", [*trained_on, *indirectly])
         scores: Scores = rounds[kept].scores if rounds else task.evaluate(model, labelled)
         add_test_pictures(run, task, model, labelled, scores)
         plot_curves(MetricsFile(run / METRICS), task.curves, run / "curves.png")

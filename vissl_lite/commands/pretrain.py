@@ -256,8 +256,8 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
     )
     if options.moves_pretrained:
         log.info(
-            "The weights are pre-trained: the learning rate is %s, layer decay is %.3g",
-            f"{PRETRAINED_LR_FACTOR:g} times the default for random weights"
+            "The weights are pre-trained: the learning rate is %s; layer decay is %.3g",
+            f"{PRETRAINED_LR_FACTOR:g} times that of the heads, the default for random weights"
             if options.default_rate
             else "the one that was given",
             settings.layer_decay,
@@ -280,6 +280,7 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
             open_measures(labelled is not None),
             started,
             accumulate,
+            options.frozen_share,
         )
     else:
         schedule = Schedule(
@@ -290,6 +291,7 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
             options.seconds,
             started,
             accumulate,
+            options.frozen_share,
         )
     cache = None if training.cache is None else training.cache.open(run, maker=is_main_process())
     images.keep_sample(run)
@@ -338,7 +340,7 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
             "pooled features"
         )
     if options.frozen_share or options.train != ALL_PARTS:
-        callbacks.append(FrozenParts(schedule, task.encoder, options.frozen_share))
+        callbacks.append(FrozenParts(schedule, task.encoder))
     metrics = MetricsFile(run / METRICS) if is_main_process() else None
     trainer = fit(
         task,

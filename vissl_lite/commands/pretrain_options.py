@@ -65,8 +65,9 @@ MAX_ACCUMULATION = 100_000
 # Share of a run from pre-trained weights in which the heads are trained alone.
 FREEZE_SHARE = 0.05
 
-# Factor on the default learning rates of the pretexts, which are for random weights. A choice that
-# was not measured on several data sets.
+# Factor on the default learning rates of the pretexts, which are for random weights, for encoders
+# with pre-trained ones. The heads are random in any case. A choice that was not measured on several
+# data sets.
 PRETRAINED_LR_FACTOR = 0.1
 
 
@@ -114,8 +115,9 @@ class PretrainOptions(Options, ImageSettings):
     progressive_resizing: bool | None = None
     """Train on views of half the side length in the first half of the run, on growing ones after
     that, and on full-size ones in the last fifth. Takes about half the time per epoch. Default:
-    true for images of 64 pixels or more in runs of 200 steps or one minute, or more, if the pretext
-    and the backbone allow it."""
+    true from random weights for images of 64 pixels or more in runs of 200 steps or one minute, or
+    more, if the pretext and the backbone allow it; false from pre-trained weights and for pretexts
+    with a teacher of their own, where it was not measured."""
     token_drop: float | Literal["auto"] | None = None
     """Share of the patches of a view that a ViT is trained without, in [0, 0.9], drawn at random
     at every step; half of it after 80 % of the run, and none after 90 %. Speeds up the training.
@@ -132,7 +134,8 @@ class PretrainOptions(Options, ImageSettings):
     stay as they are in --encoder. The heads of the pretext are always trained."""
     freeze_share: float | None = None
     """Share of the run in which the whole encoder is frozen at first, while the heads of the
-    pretext are trained. Default: 0.05 with pre-trained weights, otherwise 0."""
+    pretext are trained; the warmup of the encoder follows. Default: 0.05 with pre-trained weights,
+    otherwise 0."""
     probe_data: StrPath | None = None
     """Labelled images for evaluating the encoder during training (kNN and linear probe accuracy on
     validation images)."""
@@ -140,7 +143,8 @@ class PretrainOptions(Options, ImageSettings):
     """timm optimizer. Default: that of the pretext."""
     lr: float | None = None
     """Peak learning rate. Default: that of the pretext, scaled to the batch size by the pretext's
-    own rule; a tenth of it with pre-trained weights, unless only adapters of them are trained."""
+    own rule; for an encoder with pre-trained weights a tenth of it, unless only adapters of them
+    are trained."""
     base_lr: float | None = None
     """Peak learning rate for a batch of 256 images, as given in papers. It is scaled linearly with
     the batch size. Use instead of --lr."""
@@ -164,7 +168,9 @@ class PretrainOptions(Options, ImageSettings):
     then saves the average instead of the weights of the last step. Default: no average. Pretexts
     that save a momentum teacher have one already."""
     warmup: float = 0.1
-    """Fraction of the training used for learning rate warmup."""
+    """Fraction of the training used for learning rate warmup. With --freeze_share, it is that of
+    the training of the encoder, and the heads have a warmup of the same fraction of the frozen
+    phase."""
     on_collapse: Literal["warn", "stop"] = "warn"
     """What to do when the features collapse (all images get nearly the same ones): warn or stop."""
     logger: str | Sequence[str] | None = None
@@ -219,7 +225,7 @@ class PretrainOptions(Options, ImageSettings):
         check_positive_share("layer_decay", self.layer_decay)
         check_warmup("ema", self.ema)
         check_parts(self.train)
-        if self.encoder is None:
+        if not self.pretrained:
             for name, frozen in (
                 ("train", self.train != ALL_PARTS),
                 ("freeze_share", self.freeze_share),
@@ -369,6 +375,8 @@ class PretrainOptions(Options, ImageSettings):
         """Whether the views start small and grow, by ``--progressive_resizing`` or its default."""
         if self.progressive_resizing is not None:
             return self.progressive_resizing
+        if self.pretrained or task.info.encoders:  # not measured; a teacher gains no speed by it
+            return False
         if self.max_epochs is None:
             long = (self.seconds or 0) >= MIN_RESIZING_SECONDS
         else:
@@ -412,13 +420,20 @@ class PretrainOptions(Options, ImageSettings):
         if self.betas is not None:
             check_has_betas(name)
             betas = (self.betas[0], self.betas[1])
-        lr = self.lr or settings.scaled_lr(batch_size)
+        lr, head_scale = self.lr or settings.scaled_lr(batch_size), 1.0
         if self.default_rate and self.moves_pretrained:
-            lr *= PRETRAINED_LR_FACTOR
+            lr, head_scale = lr * PRETRAINED_LR_FACTOR, 1 / PRETRAINED_LR_FACTOR
         layer_decay = self.layer_decay
         if layer_decay is None:
             layer_decay = default_layer_decay(task.encoder.model) if self.moves_pretrained else 1.0
-        return replace(settings, name=name, lr=lr, layer_decay=layer_decay, betas=betas)
+        return replace(
+            settings,
+            name=name,
+            lr=lr,
+            layer_decay=layer_decay,
+            betas=betas,
+            head_scale=head_scale,
+        )
 
 
 # Runs of at least so many steps or seconds are long enough for views to grow in, from a side of at

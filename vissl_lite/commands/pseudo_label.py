@@ -19,6 +19,7 @@ from vissl_lite.transfer.base import TrainedModel
 from vissl_lite.transfer.confidence import Confidence, Cutoff
 from vissl_lite.transfer.prediction import Predictions
 from vissl_lite.transfer.tasks import find_model
+from vissl_lite.transfer.trained_on import load_trained_on, save_trained_on
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,8 @@ class PseudoLabelOptions(Options, ImageSettings):
     """Folder of the data set to write, for --pseudo_labels of finetune."""
     min_confidence: MinConfidence = "auto"
     """Take predictions of at least this calibrated probability, or score of a box. auto: the lowest
-    one that has the precision --min_precision on labelled images that were not trained on."""
+    one that has the precision --min_precision on labelled images that were not trained on, and not
+    below what was observed there."""
     min_precision: float = 0.95
     """Share of the predictions that must be right, for --min_confidence auto."""
     pictures: int = 0
@@ -87,7 +89,8 @@ def pseudo_label(options: PseudoLabelOptions) -> PseudoLabelResult:
     """Write the confident predictions of a fine-tuned model for unlabelled images as a data set.
 
     Give the data set to finetune with --pseudo_labels, beside the true labels. Images are not
-    copied.
+    copied. trained_on.txt lists the images that the model was trained on, which finetune must not
+    test on.
 
     Classification: pseudo_labels.csv with path, label and confidence; with several labels per
     image, an image is taken if every class is certain, present or absent. Detection:
@@ -114,6 +117,7 @@ def pseudo_label(options: PseudoLabelOptions) -> PseudoLabelResult:
     cutoff = choose_cutoff(
         Confidence.load(folder), options.min_confidence, options.min_precision, str(folder)
     )
+    trained_on = load_trained_on(folder)
     encoder = loaded.encoder
     slice_along(encoder.reader.axis if options.axis is None else options.axis)
     paths = find_images(sources)
@@ -126,6 +130,8 @@ def pseudo_label(options: PseudoLabelOptions) -> PseudoLabelResult:
             file, images, counts = task.pseudo_label(loaded, cutoff, todo)
         listed = "".join(f"{Path(path).absolute()}\n" for path in paths)
         (run / UNLABELLED).write_text(listed, encoding="utf-8", errors="surrogateescape")
+        if trained_on is not None:
+            save_trained_on(run, trained_on)
         labelled = dict(zip(loaded.classes, counts.tolist(), strict=True))
         results = {
             "task": task.name,

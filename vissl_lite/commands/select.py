@@ -49,6 +49,9 @@ log = logging.getLogger(__name__)
 # Table of the chosen images in the run folder, and the page in which they are labelled.
 SELECTED, LABEL_PAGE = "selected.csv", "label.html"
 
+# Browsers are slow with larger pages: a thousand photographs take about 40 MB.
+MAX_PAGE_IMAGES = 1000
+
 # Labelled images that the page shows beside each chosen one.
 NEIGHBORS = 5
 
@@ -99,7 +102,7 @@ class SelectOptions(Options, ImageSettings, LabelOptions, AnnotationsOption):
     """Images that are not to be chosen, such as those that are not usable: tables (.csv) with a
     column path."""
     model: StrPath | None = None
-    """A run of finetune, whose uncertainty counts."""
+    """A run of finetune, whose uncertainty counts with --method herding and margin."""
     annotations: StrPath | None = None
     """Where the boxes or masks are, if --labelled is the folder of the images alone."""
     task: str | None = None
@@ -109,7 +112,7 @@ class SelectOptions(Options, ImageSettings, LabelOptions, AnnotationsOption):
     """Maximum number of images of each group, such as a patient, labelled ones included. Default:
     no limit."""
     group_by: str | None = None
-    """Regular expression on the path of an image below the folder of all images, for --per_group.
+    """Regular expression on the path of an image below --data or --labelled, for --per_group.
     Images for which its first group (or, without one, all that it matches) is the same belong
     together. Default: by the volume of slices, or the patient of DICOM files."""
     image_size: int | None = None
@@ -172,8 +175,8 @@ def select(options: SelectOptions) -> SelectResult:
     Writes selected.csv (rank, path, reason, number of images that are nearest to it), to_label.csv
     (path and an empty column label) for classification or to_label.json (COCO without annotations)
     for other tasks, and report.html with the chosen images, a map, and the coverage at each budget.
-    Where each image has one class, label.html is a page for labelling them in a browser; it saves
-    the CSV that finetune reads.
+    Where each image has one class, label.html is a page for labelling up to 1,000 of them in a
+    browser; it saves the CSV that finetune reads.
 
     Returns:
         The paths of the chosen images.
@@ -195,9 +198,16 @@ def select(options: SelectOptions) -> SelectResult:
     classes = labelled.classes if model is None else model.classes
     paths = _joined(pool, labelled.paths)
     known = set(map(os.path.abspath, labelled.paths))
-    grouping = _groups(paths, pool, options)
+    grouping = _groups(paths, options)
     _check_budget(options, paths, known, grouping)
     encoder = encoder_for_images(os.fspath(options.encoder), options.image_size, paths, options)
+    if model is not None and options.method not in ("herding", "margin"):
+        log.warning(
+            "--method %(method)s does not use the uncertainty of --model, which is only written to "
+            "%(table)s: herding and margin use it",
+            {"method": options.method, "table": SELECTED},
+            extra={"code": "selection.unused_model"},
+        )
     if model is not None:
         model.encoder.reader = override(model.encoder.reader, paths, options)
     with open_run(out, "select", config) as run:
@@ -253,7 +263,18 @@ def select(options: SelectOptions) -> SelectResult:
             },
         }
         write_results(run, results)
-        if labelled.labels is not None:
+        page = labelled.labels is not None and len(chosen) <= MAX_PAGE_IMAGES
+        if labelled.labels is not None and not page:
+            log.warning(
+                "No %(page)s is written: the page would hold the pictures of %(images)d images; "
+                "label them in portions with --budget %(most)d, or fill in %(skeleton)s",
+                {
+                    "page": LABEL_PAGE, "images": len(chosen), "most": MAX_PAGE_IMAGES,
+                    "skeleton": skeleton.name,
+                },
+                extra={"code": "selection.large_page"},
+            )  # fmt: skip
+        if page:
             _write_page(
                 run / LABEL_PAGE, absolute, features, chosen, labelled, labelled_at, classes
             )
@@ -269,7 +290,7 @@ def select(options: SelectOptions) -> SelectResult:
         )
         log.info("From %d images on, a further one covers less than the average one", coverage.knee)
         log.info("Written: %s, %s", run / SELECTED, skeleton)
-        if labelled.labels is not None:
+        if page:
             log.info("Label the images in a browser: %s", run / LABEL_PAGE)
         add_selection(run, features, absolute, has_label, chosen, options.seed)
         add_report(run)
@@ -323,19 +344,21 @@ def _joined(pool: Sequence[str], labelled: Sequence[str]) -> list[str]:
     return list(by_place.values())
 
 
-def _groups(
-    paths: Sequence[str], pool: Sequence[str], options: SelectOptions
-) -> dict[str, str] | None:
+def _groups(paths: Sequence[str], options: SelectOptions) -> dict[str, str] | None:
     """Groups of images by path, for --per_group."""
     if options.per_group is None:
         return None
-    folder = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in pool])
-    reading = ReadingLog(source=", ".join(path_list(options.data)))
-    if find_groups(paths, Path(folder), options.group_by, reading) is None:
+    sources = path_list(options.data)
+    reading = ReadingLog(source=", ".join(sources))
+    if options.labelled is not None:
+        sources = [*sources, os.fspath(options.labelled)]
+    if find_groups(paths, [Path(one) for one in sources], options.group_by, reading) is None:
         raise UserError(
             f"--per_group {options.per_group}: the images are not of volumes or patients: give "
             f"--group_by with a regular expression that finds the group in a path"
         )
+    for note in reading.notes:
+        log.info(note)
     return reading.groups
 
 

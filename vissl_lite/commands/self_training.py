@@ -1,6 +1,7 @@
 """Training on pseudo-labels beside true labels, and whether that helped."""
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,7 @@ from vissl_lite.transfer.prediction import Predictions
 from vissl_lite.transfer.sources.groups import group_of_others
 from vissl_lite.transfer.sources.parts import Split
 from vissl_lite.transfer.tasks import AnyTask
+from vissl_lite.transfer.trained_on import load_trained_on
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +140,57 @@ def load_pseudo_labels(task: AnyTask, folder: Path, data: LabelledDataset) -> Ps
             f"or validation part"
         )
     return PseudoLabels(found.take({"train": kept}), left_out)
+
+
+def check_labeller(folder: Path, data: LabelledDataset) -> list[str]:
+    """Check that the model that made pseudo-labels was not trained on what is a test image now.
+
+    Its predictions are right for images like those that it was trained on. A model that learns from
+    them is better on these images than it will be on new ones.
+
+    Args:
+        folder: Folder of the data set of ``pseudo-label``.
+        data: Labelled images.
+
+    Returns:
+        The images that the model was trained on, as far as the data set lists them.
+
+    Raises:
+        UserError: Test images, or copies of their files, are among them.
+    """
+    listed = load_trained_on(folder)
+    if listed is None:
+        log.warning(
+            "%(folder)s does not say what the model that made the pseudo-labels was trained on: "
+            "it can't be checked that no test image is among these images",
+            {"folder": str(folder)},
+            extra={"code": "pseudo_labels.unchecked"},
+        )
+        return []
+    test = {os.path.abspath(path): path for path in data.paths("test")}
+    known = {os.path.abspath(path) for part in ("train", "val") for path in data.paths(part)}
+    others = [path for path in listed if path not in known]
+    leaks = {test[path] for path in others if path in test}
+    if others and not leaks:
+        prints, broken = read_fingerprints(others)
+        if broken:
+            log.warning(
+                "%(gone)d of %(images)d images that the model that made the pseudo-labels was "
+                "trained on can't be read, the first %(first)s: it can't be checked that they are "
+                "not copies of test images",
+                {"gone": len(broken), "images": len(listed), "first": broken[0].path},
+                extra={"code": "pseudo_labels.unchecked"},
+            )
+        # Near-duplicates are a matter of the data set, of which the leak guard warns.
+        matches = find_matches(read_fingerprints(data.paths("test"))[0], prints)
+        leaks = {match.path for match in matches if match.kind == "exact"}
+    if leaks:
+        raise UserError(
+            f"the model that made the pseudo-labels in {folder} was trained on {len(leaks)} of "
+            f"{len(test)} test images: give the same --data, --seed, --fraction and --shots as for "
+            f"that model, or a test part of its own"
+        )
+    return listed
 
 
 def read_unlabelled(folder: Path) -> Unlabelled:

@@ -277,7 +277,7 @@ class OnlineEvaluation(Callback):
         if (
             self._stop_on_collapse
             and self.collapsed
-            and self._schedule.fraction >= self._schedule.warmup
+            and self._schedule.fraction >= self._schedule.warmup_end
         ):
             log.warning(
                 "The run ends here, as --on_collapse stop asks for.",

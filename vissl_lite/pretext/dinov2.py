@@ -71,7 +71,9 @@ class DINOv2(PretextTask):
     The defaults are for runs of minutes to hours. For long runs on ImageNet see
     ``configs/imagenet/dinov2.yaml``. Clipping, and decay of position embeddings, differ from the
     authors' code as in ``dino``; stochastic depth is timm's, theirs has the same rate in all
-    blocks.
+    blocks. The smallest block of a mask is that of ``ibot``, (side // 3)^2 patches, theirs 4
+    patches; and the patch embedding has no learning rate of its own, theirs 0.2 times that of the
+    lowest layer.
 
     Args:
         encoder: Encoder to train; a run saves the teacher, which has better features.

@@ -171,7 +171,7 @@ class Teacher:
         return encoder.pooled_and_map(encoder.normalize(images))
 
     def embeddings(self, images: Source) -> Tensor:
-        """Embed all images once, whole as in evaluation.
+        """Embed the middle of each image once: resized and center-cropped, as in evaluation.
 
         Args:
             images: N image files.
@@ -223,9 +223,10 @@ class Distillation(PretextTask):
         map_weight: Weight of the loss between feature maps, the other loss having 1 (Liu et al.
             2019: 10); 0 for the loss between images alone.
         mixup: Whether images are mixed with one another (Beyer et al. 2022).
-        fixed_views: Show the teacher each image once, whole, before the training, and not every
-            view at every step, as CompRess does with cached features. Epochs then take as long as
-            without a teacher; images are not mixed, and feature maps not compared.
+        fixed_views: Show the teacher the middle of each image once (resized and center-cropped, as
+            in evaluation) before the training, and not every view at every step, as CompRess does
+            with cached features. Epochs then take as long as without a teacher; images are not
+            mixed, and feature maps not compared.
         min_crop_scale: Smallest fraction of the image area in a view.
         color: Strength of the color distortion; 0.5 is that of MoCo v2, which SEED uses.
     """

@@ -136,13 +136,12 @@ class FrozenParts(Callback):
     run.
 
     Args:
-        schedule: Schedule of the run.
+        schedule: Schedule of the run, whose ``freeze_share`` says how long the heads are alone.
         encoder: Encoder to train, after ``train_only``.
-        freeze_share: Share of the run in which no parameter of the encoder is trained.
     """
 
-    def __init__(self, schedule: Schedule, encoder: Encoder, freeze_share: float) -> None:
-        self.schedule, self.encoder, self.freeze_share = schedule, encoder, freeze_share
+    def __init__(self, schedule: Schedule, encoder: Encoder) -> None:
+        self.schedule, self.encoder = schedule, encoder
         self._heads_only: bool | None = None  # None before the first step
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -150,17 +149,17 @@ class FrozenParts(Callback):
         trained = sum(one.numel() for one in weights if one.requires_grad)
         total = sum(one.numel() for one in weights)
         log.info("%.3g %% of the weights of the encoder are trained", 100 * trained / total)
-        if self.freeze_share:
+        if self.schedule.freeze_share:
             log.info(
                 "In the first %.3g %% of the run the heads of the pretext are trained alone; "
                 "--freeze_share 0 trains the encoder from the start",
-                100 * self.freeze_share,
+                100 * self.schedule.freeze_share,
             )
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        heads_only = self.schedule.fraction < self.freeze_share
+        heads_only = self.schedule.encoder_frozen
         if heads_only == self._heads_only:
             return
         self._heads_only = heads_only

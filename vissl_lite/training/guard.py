@@ -101,7 +101,7 @@ class LossGuard(Callback):
         self._running += (loss - self._running) * max(SMOOTHING, 1 / self._seen)
         if self._seen == 1:
             self._highest = loss
-        if self.schedule.fraction <= max(SETTLING_FRACTION, self.schedule.warmup):
+        if self.schedule.fraction <= max(SETTLING_FRACTION, self.schedule.warmup_end):
             self._highest = max(self._highest, self._running)
         elif self._seen >= MIN_VALUES:
             self._compare_with_chance()

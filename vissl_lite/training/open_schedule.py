@@ -86,7 +86,8 @@ class OpenSchedule(Schedule):
 
     Warmup-stable-decay (Hu et al. 2024, arXiv 2404.06395). The cool-down begins when no measure of
     the online evaluation has improved for a share of the run, or so late that the run ends at its
-    limit; in it, the learning rate falls to 0 along a cosine, and the run ends.
+    limit; in it, the learning rate falls to 0 along a cosine, and the run ends. As the measures are
+    of the encoder, the time in which it is frozen at the start does not count.
 
     All decisions follow from the number of batches and the measures, so that a resumed run ends
     like one that was not interrupted. Before the cool-down ``fraction`` is that of the limit; in
@@ -103,11 +104,13 @@ class OpenSchedule(Schedule):
         measures: Names of the measures that decide.
         started: See ``Schedule``.
         accumulate: Batches per optimizer step.
+        freeze_share: See ``Schedule``; of the limit.
 
     Attributes:
         total: Length of the run in batches: the limit until the cool-down begins.
         cooldown_start: Batches done before the cool-down; None before it begins.
         plateaued: Whether it began because no measure improved.
+        frozen: Batches at the start in which the encoder is frozen.
         min_spacing: Batches between two evaluations at least, by what they cost.
     """
 
@@ -121,15 +124,20 @@ class OpenSchedule(Schedule):
         measures: Sequence[str],
         started: float | None = None,
         accumulate: int = 1,
+        freeze_share: float = 0.0,
     ) -> None:
+        super().__init__(lr, warmup, seed, limit, None, started, accumulate, freeze_share)
         rising = max(WARMUP_EPOCHS * batches_per_epoch, WARMUP_STEPS * accumulate)
-        share = warmup * min(rising, limit) / limit
-        super().__init__(lr, share, seed, limit, started=started, accumulate=accumulate)
+        trained = (1 - freeze_share) * limit
+        self.warmup *= min(rising, trained) / trained
+        if not freeze_share:
+            self.head_warmup = self.warmup
         self.limit, self.batches_per_epoch = limit, batches_per_epoch
         self.cooldown_start: int | None = None
         self.plateaued = False
+        self.frozen = math.ceil(freeze_share * limit)
         self.min_spacing = 1
-        self._next_evaluation = 1
+        self._next_evaluation = max(1, self.frozen)
         self._evaluated: list[int] = []
         self._scores: dict[str, list[float]] = {name: [] for name in measures}
 
@@ -145,9 +153,9 @@ class OpenSchedule(Schedule):
         begun = self.cooldown_start / self.limit
         return 1 - (1 - begun) * (1 - self._cooled(batch)) ** 2
 
-    def lr_factor(self) -> float:
+    def factor_at(self, fraction: float, warmup: float) -> float:
         """See ``Schedule``."""
-        risen = self.fraction / self.warmup if self.fraction < self.warmup else 1.0
+        risen = fraction / warmup if fraction < warmup else 1.0
         return risen * cosine_schedule(1.0, 0.0, self._cooled(self.batches))
 
     def _cooled(self, batch: int) -> float:
@@ -169,17 +177,18 @@ class OpenSchedule(Schedule):
         Args:
             scores: Value of each measure, higher is better; None if the evaluation failed.
         """
-        spacing = max(self.min_spacing, math.ceil(EVALUATION_SPACING * self.batches))
-        self._next_evaluation = self.batches + spacing
+        trained = self.batches - self.frozen  # since the encoder is trained
+        spacing = max(self.min_spacing, math.ceil(EVALUATION_SPACING * trained))
+        self._next_evaluation = self.frozen if trained < 0 else self.batches + spacing
         # A failed one, or one of an encoder whose features are not finite, says nothing.
         if scores is None or not all(math.isfinite(score) for score in scores.values()):
             return
-        if self.cooldown_start is not None:
+        if self.cooldown_start is not None or trained < 0:
             return
-        self._evaluated.append(self.batches)
+        self._evaluated.append(trained)
         for name, values in self._scores.items():
             values.append(scores[name])
-        if self.fraction_at(self.batches) < 2 * self.warmup:
+        if trained < 2 * (self.warmup_end * self.limit - self.frozen):
             return
         courses = {n: improvement(self._evaluated, values) for n, values in self._scores.items()}
         known = {name: one for name, one in courses.items() if one is not None}
@@ -188,9 +197,9 @@ class OpenSchedule(Schedule):
             self._begin_cooldown()
             self._log_cooldown(
                 "; ".join(
-                    f"{name} was {one.best:.3f} in epoch {self._epoch(one.best_batch)} and is "
-                    f"{one.latest:.3f} at most since epoch "
-                    f"{self._epoch((1 - PATIENCE) * self.batches)}"
+                    f"{name} was {one.best:.3f} in epoch "
+                    f"{self._epoch(self.frozen + one.best_batch)} and is {one.latest:.3f} at most "
+                    f"since epoch {self._epoch(self.frozen + (1 - PATIENCE) * trained)}"
                     for name, one in known.items()
                 )
             )
@@ -217,11 +226,11 @@ class OpenSchedule(Schedule):
         if self.cooldown_start is None:
             log.info(
                 "The length of the run is open: it ends when %s %s stopped improving, after %s "
-                "epochs at most. The learning rate rises for %s epochs and is constant then.",
+                "epochs at most. The learning rate rises until epoch %s and is constant then.",
                 " and ".join(self._scores),
                 "has" if len(self._scores) == 1 else "have",
                 self._epoch(self.limit),
-                self._epoch(self.warmup * self.limit),
+                self._epoch(self.warmup_end * self.limit),
             )
 
     def on_train_batch_start(

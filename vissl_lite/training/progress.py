@@ -71,7 +71,7 @@ class ThroughputMonitor(Callback):
             module.log("epoch", self.schedule.batches / self.data.batches_per_epoch)
             seconds = max(time.monotonic() - self._since, 1e-9)
             values = {
-                "lr": trainer.optimizers[0].param_groups[-1]["lr"],
+                "lr": self.schedule.current_lr,
                 "images_per_second": self._steps * self.data.batch_size / seconds,
                 "data_wait": self._waited / seconds,
             }

@@ -20,20 +20,27 @@ class Schedule(Callback):
     to 1, is set before each step. All randomness of a step follows from (seed, step, rank), so that
     a resumed run draws the same numbers as one that was not interrupted.
 
+    If the encoder is frozen at first, its learning rate is 0 then, and rises and falls in the rest
+    of the run. That of the heads rises within the frozen phase, and falls until the end.
+
     Args:
-        lr: Peak learning rate.
-        warmup: Fraction of the training in which the learning rate rises.
+        lr: Peak learning rate; see ``OptimizerSettings``.
+        warmup: Share of the run in which the learning rate rises: of the part in which the encoder
+            is trained, and for the heads of the frozen phase, if there is one.
         seed: Seed of the run.
         batches: Length of the run in batches; None with a time budget.
-        seconds: Time budget in seconds; None with a number of batches.
+        seconds: Time budget in seconds; None with a number of batches. What is left of it at the
+            first step is the length of the run.
         started: ``time.monotonic()`` at the start of the command, from which the time budget
             counts; default now.
         accumulate: Batches per optimizer step.
+        freeze_share: Share of the run at its start in which the encoder is frozen, in [0, 1).
 
     Attributes:
         batches: Batches done so far.
         ended: Whether the training has reached its end.
         fraction: Fraction of the run that is done.
+        current_lr: Learning rate of the encoder in the current step, before layer decay.
         reserve: Seconds of the time budget kept for what follows the last step.
     """
 
@@ -46,22 +53,35 @@ class Schedule(Callback):
         seconds: float | None = None,
         started: float | None = None,
         accumulate: int = 1,
+        freeze_share: float = 0.0,
     ) -> None:
-        self.accumulate = accumulate
+        self.accumulate, self.freeze_share = accumulate, freeze_share
         self.lr, self.warmup, self.seed = lr, warmup, seed
+        self.head_warmup = warmup * freeze_share if freeze_share else warmup
         self.total, self.seconds = batches, seconds
         self.started = time.monotonic() if started is None else started
         self.batches = 0
         self.ended = False
-        self.fraction = 0.0
+        self.fraction = self.current_lr = 0.0
         self.reserve = 0.0
         self._earlier = 0.0  # Seconds of training before the run was resumed.
+        self._begun = 0.0  # Seconds of the time budget before the first step.
         self._step_seconds = 0.0
 
     @property
     def steps(self) -> int:
         """Number of optimizer steps so far."""
         return -(-self.batches // self.accumulate)
+
+    @property
+    def encoder_frozen(self) -> bool:
+        """Whether the encoder is frozen in the current step."""
+        return self.fraction < self.freeze_share
+
+    @property
+    def warmup_end(self) -> float:
+        """Fraction of the run at which the warm-up of the encoder ends."""
+        return self.freeze_share + (1 - self.freeze_share) * self.warmup
 
     @property
     def open_ended(self) -> bool:
@@ -72,7 +92,8 @@ class Schedule(Callback):
         """Fraction of the run that is done after the last batch, in [0, 1]."""
         if self.seconds is None:
             return self.fraction_at(self.batches)
-        return min(1.0, self.elapsed() / max(self.seconds - self.reserve, 1e-9))
+        left = max(self.seconds - self.reserve - self._begun, 1e-9)
+        return min(1.0, (self.elapsed() - self._begun) / left)
 
     def fraction_at(self, batch: int) -> float:
         """Fraction of the run that is done before a batch, in [0, 1].
@@ -81,9 +102,25 @@ class Schedule(Callback):
         """
         return self.fraction if self.total is None else batch / self.total
 
-    def lr_factor(self) -> float:
-        """Learning rate of the current step, as a factor of the peak."""
-        return cosine_with_warmup(self.fraction, self.warmup)
+    def encoder_factor(self) -> float:
+        """Learning rate of the encoder in the current step, as a factor of the peak."""
+        if self.encoder_frozen:
+            return 0.0
+        trained = (self.fraction - self.freeze_share) / (1 - self.freeze_share)
+        return self.factor_at(trained, self.warmup)
+
+    def head_factor(self) -> float:
+        """Learning rate of the heads in the current step, as a factor of their peak."""
+        return self.factor_at(self.fraction, self.head_warmup)
+
+    def factor_at(self, fraction: float, warmup: float) -> float:
+        """Factor on a peak learning rate in the current step.
+
+        Args:
+            fraction: Share that is done of the time in which it is not 0, in [0, 1].
+            warmup: Share of that time in which it rises.
+        """
+        return cosine_with_warmup(fraction, warmup)
 
     def elapsed(self) -> float:
         """Seconds of training so far, including those before the run was resumed."""
@@ -100,12 +137,14 @@ class Schedule(Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         self._step_started = time.monotonic()
+        if self.batches == 0 and self.seconds is not None:
+            self._begun = self.elapsed()
         self.fraction = self.progress()
         if self.seconds is not None and trainer.world_size > 1:
             self.fraction = trainer.strategy.broadcast(self.fraction)
-        rate = self.lr * self.lr_factor()
+        self.current_lr = self.lr * self.encoder_factor()
         for optimizer in trainer.optimizers:
-            set_lr(optimizer, rate)
+            set_lr(optimizer, self.current_lr, self.lr * self.head_factor())
             set_weight_decay(optimizer, self.fraction)
         module.progress = self.fraction  # type: ignore[assignment]
         step = np.random.SeedSequence((self.seed, self.batches, trainer.global_rank))
@@ -134,8 +173,13 @@ class Schedule(Callback):
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:
-        return {"batches": self.batches, "elapsed": self.elapsed(), "ended": self.ended}
+        return {
+            "batches": self.batches,
+            "elapsed": self.elapsed(),
+            "begun": self._begun,
+            "ended": self.ended,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.batches, self.ended = state_dict["batches"], state_dict["ended"]
-        self._earlier = state_dict["elapsed"]
+        self._earlier, self._begun = state_dict["elapsed"], state_dict["begun"]

@@ -140,7 +140,9 @@ class Confidence:
     def choose(self, min_precision: float) -> Cutoff:
         """The lowest confidence whose precision is large enough.
 
-        That is judged by the lower bound of the precision. If no confidence passes, as where
+        Of the cutoffs with the same held-out predictions it is the highest: nothing is known of
+        predictions that are less confident than all held-out ones. That the precision is large
+        enough is judged by the lower bound of the precision. If no confidence passes, as where
         held-out images are few, it is judged by the observed precision of at least ten images;
         ``Cutoff.lower_bound`` is then less than what was asked for.
 
@@ -155,7 +157,10 @@ class Confidence:
         enough = [one for one in found if one.images >= MIN_IMAGES]
         seen = [one for one in enough if one.precision >= min_precision]
         if proven or seen:
-            return (proven or seen)[0]
+            least = (proven or seen)[0].predictions
+            return max(
+                (one for one in found if one.predictions == least), key=lambda one: one.value
+            )
         if not enough:
             raise UserError(
                 f"--min_precision {min_precision:g} can't be judged by {self.images[0]} held-out "

@@ -68,7 +68,7 @@ def test_slices_of_a_volume_are_a_group() -> None:
     assert default_group("a/photo#x.png") is None
     log = ReadingLog("data")
     paths = [f"{name}.nii#{i}" for name in "ab" for i in range(2)]
-    group = find_groups(paths, Path("data"), None, log)
+    group = find_groups(paths, [Path("data")], None, log)
     assert group is not None
     assert log.groups == {path: path[:5] for path in paths}
     assert log.grouped_by == "patients or volumes"
@@ -91,9 +91,9 @@ def test_a_regular_expression_on_the_path_below_the_folder(
     paths = [str(tmp_path / name) for name in ("a/p1_0.png", "a/p1_1.png", "b/p2_0.png", "b/c.png")]
     if groups is None:
         with pytest.raises(UserError, match=r"--group_by x\* matches none of .* 4 images.*a/p1_0"):
-            find_groups(paths, tmp_path, regex, log)
+            find_groups(paths, [tmp_path], regex, log)
         return
-    find_groups(paths, tmp_path, regex, log)
+    find_groups(paths, [tmp_path], regex, log)
     expected = dict(zip(paths, groups, strict=True))
     matched = {path: group for path, group in expected.items() if group is not None}
     assert log.groups == (matched if len(set(matched.values())) < len(matched) else {})
@@ -114,7 +114,7 @@ def test_groups_of_pretraining_images() -> None:
 
 def test_an_invalid_expression_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--group_by \(p is not a regular expression"):
-        find_groups(["p1.png"], tmp_path, "(p", ReadingLog("data"))
+        find_groups(["p1.png"], [tmp_path], "(p", ReadingLog("data"))
 
 
 def test_a_column_of_a_table_of_images_is_kept_by_what_a_run_writes(tmp_path: Path) -> None:

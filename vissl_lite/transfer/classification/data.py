@@ -327,7 +327,7 @@ def load_labelled(
         sets = [[numbers[name] for name in one.names] for one in images]
         return rarest_classes(sets) if found.multi_label else np.array(sets, np.int64)[:, 0]
 
-    groups = find_groups([one.path for one in found.images], opened, options.group_by, reading)
+    groups = find_groups([one.path for one in found.images], [opened], options.group_by, reading)
     parts = complete_parts(
         given, strata, not found.multi_label, seed, reading, need_test, need_val, groups
     )

@@ -190,7 +190,7 @@ def load_masks(
     else:
         images, names = _of_files(found, tree, folders, reading)
     paths = [one.path for some in images.values() for one in some]
-    groups = find_groups(paths, source, options.group_by, reading)
+    groups = find_groups(paths, [source], options.group_by, reading)
     made = complete_parts(images, _rarest_classes, False, seed, reading, need_test, groups=groups)
     present = {number for one in made["train"] for number in one.classes}
     if len(present) < 2:

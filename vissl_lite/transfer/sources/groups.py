@@ -50,7 +50,7 @@ class Record(Protocol):
 
 
 def find_groups(
-    paths: Sequence[str], source: Path, group_by: str | None, log: ReadingLog
+    paths: Sequence[str], sources: Sequence[Path], group_by: str | None, log: ReadingLog
 ) -> Callable[[Sequence[Record]], np.ndarray] | None:
     """Complete the groups of the images in the log.
 
@@ -59,7 +59,8 @@ def find_groups(
 
     Args:
         paths: All images.
-        source: Data folder, or a file in it. The regular expression gets paths relative to it.
+        sources: Data folders, or files in them. The regular expression gets paths relative to the
+            first folder that holds the image.
         group_by: The regular expression: its first capture group, or without one the whole match,
             is the group; None if none is given.
         log: Has the groups of a column, and gets those that count.
@@ -72,8 +73,8 @@ def find_groups(
         UserError: The regular expression is invalid, or no image matches.
     """
     if group_by is not None:
-        folder = source if source.is_dir() else source.parent
-        log.groups = _matches(paths, folder, group_by, log)
+        folders = [one if one.is_dir() else one.parent for one in sources]
+        log.groups = _matches(paths, folders, group_by, log)
         log.grouped_by, log.group_by = f"--group_by {group_by}", group_by
     elif not log.groups:
         found = {path: group for path in paths if (group := default_group(path)) is not None}
@@ -89,7 +90,9 @@ def find_groups(
     return lambda images: _names([one.path for one in images], kept)
 
 
-def _matches(paths: Sequence[str], folder: Path, regex: str, log: ReadingLog) -> dict[str, str]:
+def _matches(
+    paths: Sequence[str], folders: Sequence[Path], regex: str, log: ReadingLog
+) -> dict[str, str]:
     """The group of each image whose path matches."""
     try:
         pattern = re.compile(regex)
@@ -98,7 +101,7 @@ def _matches(paths: Sequence[str], folder: Path, regex: str, log: ReadingLog) ->
     groups = {}
     unmatched = []
     for path in paths:
-        name = _relative(path, folder)
+        name = _relative(path, folders)
         if group := _group_in(name, pattern):
             groups[path] = group
         else:
@@ -149,11 +152,13 @@ def group_of_others(paths: Sequence[str], log: ReadingLog) -> list[str | None]:
     return [known.get(os.path.abspath(path)) for path in paths]
 
 
-def _relative(path: str, folder: Path) -> str:
-    """The path below the folder, with forward slashes; an image elsewhere keeps its own."""
+def _relative(path: str, folders: Sequence[Path]) -> str:
+    """The path below its folder, with forward slashes; an image elsewhere keeps its own."""
     place = Path(os.path.abspath(path))
-    above = Path(os.path.abspath(folder))
-    return (place.relative_to(above) if place.is_relative_to(above) else place).as_posix()
+    for above in map(os.path.abspath, folders):
+        if place.is_relative_to(above):
+            return place.relative_to(above).as_posix()
+    return place.as_posix()
 
 
 def group_names(paths: Sequence[str], groups: Mapping[str, str]) -> np.ndarray | None:

@@ -201,7 +201,7 @@ def load_boxes(
             f"and is readable; give the folder of the images with --data, and the "
             f"annotations with --annotations"
         )
-    groups = find_groups(sorted(by_image), source, options.group_by, reading)
+    groups = find_groups(sorted(by_image), [source], options.group_by, reading)
     parts = complete_parts(images, _rarest_labels, False, seed, reading, need_test, groups=groups)
     data = LabelledBoxes(classes, **parts, reading=reading, with_shapes=with_shapes)
     reading.report()

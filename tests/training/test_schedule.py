@@ -1,0 +1,62 @@
+"""Learning rates of the encoder and of the heads over a run."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch import nn
+
+from vissl_lite.optim import OptimizerSettings, build_optimizer
+from vissl_lite.training import schedule as schedule_module
+from vissl_lite.training.schedule import Schedule
+
+
+def falling(done: float) -> float:
+    return (1 + math.cos(math.pi * done)) / 2
+
+
+@pytest.mark.parametrize("length", [{"batches": 20}, {"seconds": 25.0}], ids=["counted", "timed"])
+def test_the_encoder_warms_up_when_it_is_no_longer_frozen(
+    length: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 20 steps, one per second, 4 train the heads alone. The run is resumed twice.
+
+    Five seconds of a time budget pass before the first step.
+    """
+    clock = 5.0
+    monkeypatch.setattr(schedule_module, "time", SimpleNamespace(monotonic=lambda: clock))
+    encoder, head = nn.Linear(2, 2), nn.Linear(2, 1)
+    settings = OptimizerSettings(lr=0.1, head_scale=10.0)
+    optimizer = build_optimizer(nn.ModuleList([encoder, head]), settings, encoder)
+    trainer: Any = SimpleNamespace(world_size=1, global_rank=0, optimizers=[optimizer])
+    module: Any = SimpleNamespace()
+    unused: Any = None
+    schedule = Schedule(0.1, 0.25, 0, **length, started=0.0, freeze_share=0.2)
+    rates: dict[int, list[float]] = {id(encoder.weight): [], id(head.weight): []}
+    for step in range(20):
+        if step in (2, 11):
+            state = schedule.state_dict()
+            schedule = Schedule(0.1, 0.25, 0, **length, freeze_share=0.2)
+            schedule.load_state_dict(state)
+        schedule.on_train_batch_start(trainer, module, unused, step)
+        rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        for parameter, found in rates.items():
+            found.append(rate[parameter])
+        assert rate[id(encoder.weight)] == rate[id(encoder.bias)] == schedule.current_lr
+        assert rate[id(head.weight)] == rate[id(head.bias)]
+        clock += 1
+        schedule.on_train_batch_end(trainer, module, unused, unused, step)
+    rising = [0.0, 0.25, 0.5, 0.75]  # over a quarter of the 16 steps that are left
+    expected = [0.0] * 4 + rising + [falling((step - 8) / 12) for step in range(8, 20)]
+    assert rates[id(encoder.weight)] == pytest.approx([0.1 * factor for factor in expected])
+    # over a quarter of the 4 steps, which is the first one
+    expected = [0.0, *(falling((step - 1) / 19) for step in range(1, 20))]
+    assert rates[id(head.weight)] == pytest.approx(expected)
+
+
+def test_without_a_frozen_phase_both_follow_one_curve() -> None:
+    schedule = Schedule(0.1, 0.25, 0, batches=20)
+    for schedule.fraction in (0.0, 0.1, 0.25, 0.7, 1.0):
+        assert schedule.encoder_factor() == schedule.head_factor()
+    assert schedule.warmup_end == 0.25
