@@ -201,7 +201,7 @@ def dense_table(name: str, measures: dict[str, str]) -> str:
         minutes = statistics.mean(run["cpu_minutes"] for run in runs)
         figures = [over_seeds([run["test"][measure] for run in runs]) for measure in measures]
         rows.append([label, *figures, str(len(runs)), f"{minutes:.1f}"])
-    header = ["encoder", *measures.values(), "seeds", "CPU minutes a run"]
+    header = ["encoder", *measures.values(), "seeds", "CPU minutes per run"]
     command = (
         f"python -m benchmarks.accuracy.transfer {name} --data DATA --domains DOMAINS --out RUNS"
     )
@@ -223,7 +223,7 @@ def plot_bccd(arms: dict[str, dict[str, Any]]) -> None:
     for arm, runs in arms.items():
         curves = np.array([run["curve"] for run in runs.values()]).mean(axis=0)
         minutes = statistics.mean(run["cpu_minutes"] for run in runs.values())
-        axes.plot(curves[:, 0] * minutes, curves[:, 1], marker=".", label=ARMS[arm])
+        axes.plot(curves[:, 0] * minutes, curves[:, 1], marker=".", label=ARMS[arm].replace("`", ""))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(RESULTS / "bccd.png", dpi=100)

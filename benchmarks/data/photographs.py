@@ -102,7 +102,7 @@ def seconds_of(work: Callable[[], Any]) -> float:
 
 
 def speed(options: argparse.Namespace) -> dict[str, Any]:
-    """Views a second: the median over rounds in which all ways take turns."""
+    """Views per second: the median over rounds in which all ways take turns."""
     views, results = simclr_views(), {}
     with tempfile.TemporaryDirectory() as folder:
         for name in SIZES:
@@ -125,7 +125,7 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def cache(options: argparse.Namespace) -> dict[str, Any]:
-    """Views a second in the first epoch and in later ones, with and without a cache."""
+    """Views per second in the first epoch and in later ones, with and without a cache."""
     views, results = simclr_views(), {}
     with tempfile.TemporaryDirectory() as folder:
         for name in ("640x480", "12 MP"):
@@ -204,7 +204,7 @@ def accuracy(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def photographs_table() -> str:
-    """Views a second by way of decoding and with a cache; accuracy of short runs."""
+    """Views per second by way of decoding and with a cache; accuracy of short runs."""
     if not (RESULTS / "photographs.json").exists():
         return "Not measured yet."
     results = load("photographs")

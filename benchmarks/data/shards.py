@@ -1,4 +1,4 @@
-"""Images a second of the training stream alone: from files, from shards, from shards over HTTP.
+"""Images per second of the training stream alone: from files, from shards, from shards over HTTP.
 
     python -m benchmarks.data.shards --small DATA/cifar10/train --large DATA/bccd/JPEGImages
 
@@ -89,8 +89,8 @@ def shards_table() -> str:
                  for figure, digits in (("images_per_second", 0), ("cpu_ms", 2)))]
         for name in results["224"]
     ]  # fmt: skip
-    header = ["one data worker", "32 px, CIFAR files: images/s", "CPU ms an image",
-              "224 px, 640x480 JPEGs: images/s", "CPU ms an image"]  # fmt: skip
+    header = ["one data worker", "32 px, CIFAR files: images/s", "CPU ms per image",
+              "224 px, 640x480 JPEGs: images/s", "CPU ms per image"]  # fmt: skip
     command = (
         "python -m benchmarks.data.shards --small DATA/cifar10/train --large DATA/bccd/JPEGImages"
     )

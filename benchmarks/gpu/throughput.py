@@ -1,4 +1,4 @@
-"""Images a second of training at 224 pixels on a GPU: from files, and on a batch that is there.
+"""Images per second of training at 224 pixels on a GPU: from files, and on a batch that is there.
 
 The limit is the same model, step and precision on a batch that already lies on the device, in a
 plain loop; from files is what ``vissl-lite pretrain`` does: data workers, Lightning, logging. An
@@ -67,7 +67,7 @@ def make_task(pretext: str, backbone: str, size: int) -> PretextTask:
 def from_files(
     task: PretextTask, paths: list[str], batch: int, steps: int, hardware: Hardware
 ) -> dict[str, float]:
-    """Images a second as in a run, its start left out, and the share of waiting for data."""
+    """Images per second as in a run, its start left out, and the share of waiting for data."""
     schedule = Schedule(1e-4, 0.1, 0, steps)
     dataset = ViewDataset(paths, task.views(), 0)
     batch = min(batch, len(paths))
@@ -96,7 +96,7 @@ def finished() -> float:
 def limit(
     task: PretextTask, paths: list[str], batch: int, steps: int, compile: bool
 ) -> dict[str, float]:
-    """Images a second of the bare step on a batch on the device, and the memory that it takes."""
+    """Images per second of the bare step on a batch on the device, and the memory that it takes."""
     task.to(DEVICE, memory_format=torch.channels_last).train()
     task.progress = 0.5
     dataset = ViewDataset(paths, task.views(), 0)

@@ -3,7 +3,7 @@
     python -m benchmarks.training.growth              # what is missing, then the plot
     python -m benchmarks.training.growth --only side  # one of them
 
-PretextInfo 12 minutes; ``--tiny`` measures two cheap points of each.
+About 12 minutes; ``--tiny`` measures two cheap points of each.
 
 Each point is a few training steps in a process of its own, on one thread (a process), in the
 precision of ``--precision auto``. Time is the median step; memory is the process's largest resident

@@ -6,7 +6,7 @@ The first part measures each loss alone, forward and backward, on one thread: th
 allocated beside its inputs, and the median time, at growing batches; and the same of NT-Xent as one
 writes it down, with the whole matrix of similarities. The second part trains SimCLR in 1, 2 and 4
 processes through gloo, counts the bytes on the loopback device, and sets them and the time of a
-step beside what the formulas say. PretextInfo two minutes. Results: benchmarks/results/losses.json.
+step beside what the formulas say. About two minutes. Results: benchmarks/results/losses.json.
 """
 
 import argparse
@@ -217,7 +217,7 @@ def predicted(processes: int, alone: float, own: dict[str, float]) -> dict[str, 
     gradient = 2 * (w - 1) * 4 * own["parameters"]
     embeddings = 2 * (w * (w - 1) * images * 128 + 2 * (w - 1) * w * images * 128) * 4
     norms = (w * (w - 1) + 2 * (w - 1) * w) * own["channels"] * 4
-    speed = 2 * (w - 1) * 4 * 2**22 / own["large"]  # bytes a second, over all processes
+    speed = 2 * (w - 1) * 4 * 2**22 / own["large"]  # bytes per second, over all processes
     waits = 2 * own["norms"] * own["small"]
     busy = alone * max(1.0, processes / len(os.sched_getaffinity(0)))
     total = gradient + embeddings + norms
