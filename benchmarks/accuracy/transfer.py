@@ -223,7 +223,8 @@ def plot_bccd(arms: dict[str, dict[str, Any]]) -> None:
     for arm, runs in arms.items():
         curves = np.array([run["curve"] for run in runs.values()]).mean(axis=0)
         minutes = statistics.mean(run["cpu_minutes"] for run in runs.values())
-        axes.plot(curves[:, 0] * minutes, curves[:, 1], marker=".", label=ARMS[arm].replace("`", ""))
+        label = ARMS[arm].replace("`", "")
+        axes.plot(curves[:, 0] * minutes, curves[:, 1], marker=".", label=label)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(RESULTS / "bccd.png", dpi=100)
