@@ -45,6 +45,19 @@ def keep(name: str, results: dict[str, Any]) -> None:
     file.write_text(text + "\n")
 
 
+def results_of(run: Path) -> dict[str, Any]:
+    """Results of a run of vissl_lite."""
+    return json.loads((run / "results.json").read_text())
+
+
+def use_core(core: int) -> None:
+    """Compute on one core."""
+    import torch
+
+    os.sched_setaffinity(0, {core})
+    torch.set_num_threads(1)
+
+
 def last_json_line(command: list[str]) -> dict[str, Any]:
     """Run a command and read the last line that it prints."""
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

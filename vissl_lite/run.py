@@ -116,6 +116,12 @@ def is_finished(out: Path) -> bool:
     return record is not None and record.status == "finished" and (out / RESULTS).is_file()
 
 
+def say_finished(out: Path) -> None:
+    """Print that there is nothing to resume."""
+    words = f"Nothing is left to resume: the run {out} is finished"
+    console.print(words, highlight=False, markup=False, soft_wrap=True)
+
+
 def _is_user_mistake(error: Exception) -> bool:
     return isinstance(error, UserError) and not isinstance(error, MachineError)
 

@@ -15,17 +15,23 @@ Results: benchmarks/results/adaptation.json.
 
 import argparse
 import json
-import os
 import statistics
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import vissl_lite
-from benchmarks.common import keep, load, markdown_table, over_seeds, provenance, where_and_when
+from benchmarks.common import (
+    keep,
+    load,
+    markdown_table,
+    over_seeds,
+    provenance,
+    results_of,
+    use_core,
+    where_and_when,
+)
 
 # Name of a row, and options of pretrain; without any: the encoder as it was.
 ARMS: dict[str, dict[str, Any]] = {
@@ -44,7 +50,7 @@ class Job:
 
     Attributes:
         images: Unlabelled images, in the folder of the data or that of the domains.
-        labelled: Labelled images, likewise.
+        labelled: Labelled images, in one of the same folders.
         size: Side of the views of pre-training in pixels.
         minutes: Minutes of pre-training.
         finetune: Options of ``finetune``.
@@ -80,10 +86,6 @@ JOBS = {
 def found_in(place: str, given: argparse.Namespace) -> str:
     """A folder of the data, or of the domains."""
     return str(given.domains / place if (given.domains / place).exists() else given.data / place)
-
-
-def results_of(run: Path) -> dict[str, Any]:
-    return json.loads((run / "results.json").read_text())
 
 
 def evaluate(job: Job, encoder: str, seed: int, out: Path, given: Any) -> dict[str, float]:
@@ -153,8 +155,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--core", type=int, default=0, help="use this one core")
     given = parser.parse_args()
-    os.sched_setaffinity(0, {given.core})
-    torch.set_num_threads(1)
+    use_core(given.core)
     arms: dict[str, dict[str, Any]] = {}
     for seed in given.seeds:
         for arm in given.arms:

@@ -21,6 +21,7 @@ from benchmarks.common import (
     load,
     markdown_table,
     provenance,
+    results_of,
 )
 from vissl_lite.cli import main as vissl_lite
 from vissl_lite.run import read_config
@@ -38,10 +39,6 @@ def command(verb: str, *arguments: object) -> None:
     status = vissl_lite([verb, *map(str, arguments), "--overwrite"])
     if status:
         raise SystemExit(status)
-
-
-def results_of(run: Path) -> dict:
-    return json.loads((run / "results.json").read_text())
 
 
 def evaluate(name: str, encoder: str, data: Path, out: Path) -> dict:

@@ -34,6 +34,7 @@ from benchmarks.common import (
     markdown_table,
     over_seeds,
     provenance,
+    results_of,
     where_and_when,
 )
 
@@ -104,10 +105,10 @@ def once(name: str, student: str, arm: str, seed: int, given: argparse.Namespace
             ],
             given.core,
         )  # fmt: skip
-    scores = json.loads((probed / "results.json").read_text())
+    scores = results_of(probed)
     found = {"knn": scores["knn"], "linear": scores["linear"]}
     if (out / "results.json").exists():
-        found["epochs"] = json.loads((out / "results.json").read_text())["epochs"]
+        found["epochs"] = results_of(out)["epochs"]
     return found
 
 

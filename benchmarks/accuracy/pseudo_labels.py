@@ -2,24 +2,22 @@
 
     python -m benchmarks.accuracy.pseudo_labels SET --data DATA/SET --encoder RUN --out OUT
 
-``SET`` is ``cifar10`` (500 labels) or ``bccd`` (20 images with boxes). For each seed a model is
-trained on labels that the seed draws, it labels all training images, and a second one is trained
-on both: ``finetune``, ``pseudo-label`` and ``finetune --pseudo_labels``, with their defaults
-(``bccd``: with a time budget). The last command trains the model without pseudo-labels once more;
-its figures are those of the table. Runs that are there are kept.
+``SET`` is ``cifar10`` (500 labels: 25 for training and 25 for validation per class) or ``bccd``
+(20 images with boxes). For each seed a model is trained on labels that the seed draws, it labels
+all training images, and a second one is trained on both: ``finetune``, ``pseudo-label`` and
+``finetune --pseudo_labels``, with their defaults (``bccd``: with a time budget). The last command
+trains the model without pseudo-labels once more; its figures are those of the table. Runs that are
+there are kept.
 
 Results: benchmarks/results/pseudo_labels.json.
 """
 
 import argparse
 import json
-import os
 import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 import vissl_lite
 from benchmarks.common import (
@@ -28,11 +26,13 @@ from benchmarks.common import (
     markdown_table,
     over_seeds,
     provenance,
+    results_of,
+    use_core,
     where_and_when,
 )
 
 SETS: dict[str, dict[str, Any]] = {
-    "cifar10": {"shots": 50, "image_size": 32},
+    "cifar10": {"shots": 25, "image_size": 32},
     "bccd": {"task": "detection", "fraction": 0.07, "image_size": 320, "upright": False},
 }
 # Seconds for the first command and for the last, which trains twice; None: its number of epochs
@@ -48,10 +48,6 @@ def unlabelled(name: str, data: Path, out: Path) -> Path:
     file = out / "bccd.txt"
     file.write_text("\n".join(paths) + "\n")
     return file
-
-
-def results_of(run: Path) -> dict[str, Any]:
-    return json.loads((run / "results.json").read_text())
 
 
 def once(name: str, given: argparse.Namespace, seed: int) -> dict[str, Any]:
@@ -123,8 +119,7 @@ def main() -> None:
     parser.add_argument("--core", type=int, help="use this one core")
     given = parser.parse_args()
     if given.core is not None:
-        os.sched_setaffinity(0, {given.core})
-        torch.set_num_threads(1)
+        use_core(given.core)
     seeds = {}
     for seed in given.seeds:
         seeds[str(seed)] = once(given.set, given, seed)

@@ -15,7 +15,6 @@ all labels are then trained on. Runs that are there are kept.
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import time
@@ -36,6 +35,7 @@ from benchmarks.common import (
     markdown_table,
     over_seeds,
     provenance,
+    use_core,
 )
 from vissl_lite.metrics_file import read_metrics
 
@@ -294,8 +294,7 @@ if __name__ == "__main__":
     parser.add_argument("--core", type=int, help="use this one core")
     given = parser.parse_args()
     if given.core is not None:
-        os.sched_setaffinity(0, {given.core})
-        torch.set_num_threads(1)
+        use_core(given.core)
     name = given.what[-1]
     if given.what[0] == "pretrain":
         pretrain(name, given)

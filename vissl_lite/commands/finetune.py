@@ -50,6 +50,7 @@ from vissl_lite.run import (
     open_run,
     read_config,
     read_results,
+    say_finished,
     write_results,
 )
 from vissl_lite.training.hardware import Hardware
@@ -275,8 +276,7 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
         options = options.resumed(read_config(out))
         config = options.as_config()
         if is_finished(out):
-            words = f"Nothing is left to resume: the run {out} is finished"
-            console.print(words, highlight=False, markup=False, soft_wrap=True)
+            say_finished(out)
             return _finished(out)
     task = find_task(options.task)
     check_given(task, options.given)

@@ -48,13 +48,13 @@ from vissl_lite.run import (
     METRICS,
     beside,
     check_out,
-    console,
     is_finished,
     is_main_process,
     logged_warnings,
     open_run,
     read_config,
     read_results,
+    say_finished,
     write_results,
 )
 from vissl_lite.training.fit import TrainingFiles, fit
@@ -164,8 +164,7 @@ def pretrain(options: PretrainOptions) -> PretrainResult:
     if resume:
         options = options.resumed(read_config(out))
         if is_finished(out):
-            words = f"Nothing is left to resume: the run {out} is finished"
-            console.print(words, highlight=False, markup=False, soft_wrap=True)
+            say_finished(out)
             return _finished(out)
     training = _prepare(options, resume)
     with open_run(out, "pretrain", training.options.as_config(), resume) as run:

@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias
 from vissl_lite.data.image_survey import ImageSettings, override
 from vissl_lite.data.images import find_images
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels, slice_along
+from vissl_lite.data.text_file import write_paths
 from vissl_lite.errors import UserError, check_not_negative, check_positive_share, check_share
 from vissl_lite.options import Options, Paths, StrPath, command, path_list
 from vissl_lite.report.additions import add_report
@@ -128,8 +129,7 @@ def pseudo_label(options: PseudoLabelOptions) -> PseudoLabelResult:
             shown = bar.add_task("pseudo-label", total=len(paths), info="")
             todo = Predictions(paths, run, options.pictures, partial(bar.advance, shown))
             file, images, counts = task.pseudo_label(loaded, cutoff, todo)
-        listed = "".join(f"{Path(path).absolute()}\n" for path in paths)
-        (run / UNLABELLED).write_text(listed, encoding="utf-8", errors="surrogateescape")
+        write_paths(run / UNLABELLED, [str(Path(path).absolute()) for path in paths])
         if trained_on is not None:
             save_trained_on(run, trained_on)
         labelled = dict(zip(loaded.classes, counts.tolist(), strict=True))

@@ -19,7 +19,7 @@ from vissl_lite.commands.pseudo_label import (
 from vissl_lite.comparison.statistics import Difference, Runs, difference
 from vissl_lite.data.fingerprints import find_matches, read_fingerprints
 from vissl_lite.data.reading import report_skipped
-from vissl_lite.data.text_file import read_bytes
+from vissl_lite.data.text_file import read_paths
 from vissl_lite.errors import UserError
 from vissl_lite.run import read_config
 from vissl_lite.training.progress import progress_bar
@@ -211,9 +211,7 @@ def read_unlabelled(folder: Path) -> Unlabelled:
         raise UserError(
             f"--rounds needs a data set of pseudo-label, which {folder} is not"
         ) from None
-    text = read_bytes(folder / UNLABELLED).decode("utf-8", "surrogateescape")
-    # str.splitlines would divide a name at further characters
-    return Unlabelled(text.split("\n")[:-1], min_confidence, min_precision)
+    return Unlabelled(read_paths(folder / UNLABELLED), min_confidence, min_precision)
 
 
 def self_train(

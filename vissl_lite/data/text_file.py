@@ -1,7 +1,7 @@
 """Reading of text files that may be damaged or malicious."""
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,23 @@ def read_text(file: str | Path, largest: int = MAX_TEXT_BYTES, name: str | None 
         raise UserError(
             f"{name or file} can't be read: it is not text in UTF-8 (byte {error.start})"
         ) from None
+
+
+def write_paths(file: Path, paths: Iterable[str]) -> None:
+    """Write paths, one per line; names that are not UTF-8 keep their bytes."""
+    lines = "".join(f"{path}\n" for path in paths)
+    file.write_text(lines, encoding="utf-8", errors="surrogateescape")
+
+
+def read_paths(file: Path) -> list[str]:
+    """Read what ``write_paths`` has written.
+
+    Raises:
+        UserError: The file can't be read.
+    """
+    text = read_bytes(file).decode("utf-8", "surrogateescape")
+    # str.splitlines would divide a name at further characters
+    return text.split("\n")[:-1]
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from vissl_lite.data.text_file import read_bytes
+from vissl_lite.data.text_file import read_paths, write_paths
 
 # File in a model folder, and in a data set of pseudo-labels, with one absolute path per line.
 TRAINED_ON = "trained_on.txt"
@@ -19,8 +19,7 @@ def save_trained_on(folder: Path, paths: Iterable[str]) -> None:
         folder: Model folder, or folder of the pseudo-labels that the model has made.
         paths: Images with true labels that the model was trained on; repetitions are dropped.
     """
-    lines = [f"{path}\n" for path in dict.fromkeys(map(os.path.abspath, paths))]
-    (folder / TRAINED_ON).write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
+    write_paths(folder / TRAINED_ON, dict.fromkeys(map(os.path.abspath, paths)))
 
 
 def load_trained_on(folder: Path) -> list[str] | None:
@@ -34,6 +33,4 @@ def load_trained_on(folder: Path) -> list[str] | None:
     """
     if not (folder / TRAINED_ON).is_file():
         return None
-    text = read_bytes(folder / TRAINED_ON).decode("utf-8", "surrogateescape")
-    # str.splitlines would divide a name at further characters
-    return text.split("\n")[:-1]
+    return read_paths(folder / TRAINED_ON)
