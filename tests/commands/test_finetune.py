@@ -165,6 +165,7 @@ def test_what_was_chosen_is_in_the_results_and_a_killed_run_goes_on(
     assert results["refit"]
     assert set(results["chosen"]) == {"lr", "tuned_share", "frozen_norm"}
     assert {one["tuned_share"] for one in results["candidates"]} == {0, 0.25, 0.5, 0.75, 1}
+    assert results["monitor"] == "calibrated_loss"
     best = min(one["calibrated_loss"] for one in results["candidates"])
     assert results["val"]["calibrated_loss"] == best
     assert results["train"].keys() == results["val"].keys() == {"top1", "loss", "calibrated_loss"}

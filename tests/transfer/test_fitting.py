@@ -101,6 +101,7 @@ def test_many_validation_labels_choose_then_all_labels_are_trained_on() -> None:
     assert fitted.refit
     assert fitted.model.threshold == 100  # of the model that has not seen the validation images
     assert "75% of the way" in fitted.describe()
+    assert fitted.describe().startswith("By the loss of 100 validation images")
 
 
 def test_few_validation_labels_choose_by_cross_validation() -> None:

@@ -117,6 +117,7 @@ class FittedModel(Generic[ModelT]):
         train_metrics: Metrics of the model on its training images.
         confidence: What the confidence of predictions is worth, by images that models of these
             settings were not trained on; None without such images.
+        monitor: Validation metric that the candidates were compared by.
         added: Number of pseudo-labelled images that the model is also trained on.
     """
 
@@ -128,7 +129,8 @@ class FittedModel(Generic[ModelT]):
     folds: int
     refit: bool
     train_metrics: dict[str, float]
-    confidence: Confidence | None = None
+    confidence: Confidence | None
+    monitor: str
     added: int = 0
 
     def describe(self) -> str:
@@ -138,9 +140,12 @@ class FittedModel(Generic[ModelT]):
             trained += f" and {self.added:,} pseudo-labelled ones"
         if not self.candidates:
             return f"The model is {trained}; no images were left to choose anything by."
-        by = f"{self.val_images:,} validation images"
+        by = f"the {self.monitor} of {self.val_images:,} validation images"
         if self.folds > 1:
-            by = f"{self.folds}-fold cross-validation of {self.val_images:,} images"
+            by = (
+                f"the {self.monitor} in {self.folds}-fold cross-validation of "
+                f"{self.val_images:,} images"
+            )
         what = {1.0: "the trained weights", 0.0: "the linear probe, without the training"}.get(
             self.chosen.share, f"{self.chosen.share:.0%} of the way from the probe to the training"
         )
@@ -158,6 +163,7 @@ class FittedModel(Generic[ModelT]):
             "chosen": self.chosen.as_dict(),
             "val": self.chosen.metrics,
             "train": self.train_metrics,
+            "monitor": self.monitor,
             "candidates": [{**one.as_dict(), **one.metrics} for one in self.candidates],
             "train_images": self.train_images,
             "val_images": self.val_images,
@@ -378,6 +384,7 @@ def fit_model(
         refit,
         task.validate(trained.model, everything, "train"),
         confidence,
+        fitting.monitor,
         0 if added is None else len(added.train),
     )
 
