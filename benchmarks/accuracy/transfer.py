@@ -146,7 +146,7 @@ def segmentation(given: argparse.Namespace, arm: str, encoder: str, seed: int) -
 
 
 # Labels per class, and epochs of fine-tuning with them
-SHOTS = {"ucmerced": {1: 40, 5: 20, 10: 15, 40: 15}, "cifar10": {50: 30, 500: 12}}
+SHOTS = {"ucmerced": {1: 40, 5: 20, 10: 15, 40: 15}, "cifar10": {25: 80, 250: 30}}
 SIZES = {"ucmerced": 64, "cifar10": 32}
 
 
