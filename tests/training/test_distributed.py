@@ -34,9 +34,10 @@ from vissl_lite.training.sync_batchnorm import SyncBatchNorm, Synchronized
 
 STEPS = 20
 
-# A contrastive, a momentum, a clustering, a masked and a self-distilling pretext, and one with
-# low-rank adapters, each with a learning rate at which the loss falls: beyond, rounding errors
-# double from step to step. The queues fill up, and SwAV's takes part, within the 20 steps.
+# A contrastive, a momentum, a clustering, a masked and a self-distilling pretext, one with a row of
+# weights for each image, one with a frozen teacher, and one with low-rank adapters, each with a
+# learning rate at which the loss falls: beyond, rounding errors double from step to step. The
+# queues fill up, and SwAV's takes part, within the 20 steps.
 PRETEXTS = {
     "simclr": ("test_resnet", "all", 2e-4, {"temperature": 0.5}),
     "moco": ("test_resnet", "all", 1e-3, {"queue_size": 32}),
@@ -48,6 +49,13 @@ PRETEXTS = {
         "all",
         1e-3,
         {"prototypes": 16, "hidden_size": 64, "koleo_weight": 0.0, "drop_path": 0.0},
+    ),
+    "diet": ("test_resnet", "all", 1e-3, {}),
+    "distillation": (  # mixup is random
+        "test_resnet",
+        "all",
+        1e-3,
+        {"teacher": "random:test_vit", "queue_size": 32, "mixup": False, "map_weight": 1.0},
     ),
     "moco_v3": ("test_vit", "lora:4", 1e-3, {}),
 }
@@ -97,6 +105,7 @@ def train(
     task.optimizer_settings = OptimizerSettings("sgd", lr=lr, weight_decay=1e-4)
     schedule = Schedule(lr, 0.1, seed=0, batches=STEPS)
     dataset = ViewDataset(find_images([photos]), task.views(), seed=0)
+    task.prepare(dataset, photos)
     data = StreamData(dataset, 8, None, schedule, workers=0)
     data.epochs = -(-STEPS // data.batches_per_epoch)
     schedule.total = data.epochs * data.batches_per_epoch
