@@ -225,7 +225,8 @@ def test_no_more_rates_are_tried_than_the_time_is_divided_by(count: int) -> None
 
 def test_monitors() -> None:
     task = cast(Any, Guess())
-    assert monitor_of(task, data_of(2, 2), None) == "loss"
+    assert monitor_of(task, data_of(2, 999), None) == "loss"
+    assert monitor_of(task, data_of(2, 1000), None) == "near"
     assert monitor_of(task, data_of(2, 2), "val_Near") == "near"
     with pytest.raises(UserError, match=r"--monitor val_los.*loss"):
         monitor_of(task, data_of(2, 2), "val_los")

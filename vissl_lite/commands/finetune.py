@@ -153,9 +153,9 @@ class FinetuneOptions(Options, ImageSettings, AllTaskOptions):
     Default: true if the validation part was taken out of the training labels, false for a
     validation part of your own."""
     monitor: str | None = None
-    """Validation metric to choose by. Default: calibrated_loss (the loss after temperature scaling)
-    for classification, map for detection, loss for segmentation; also loss, top1 (several labels
-    per image: map), map_50, miou or dice."""
+    """Validation metric to choose by. Default: top1 for classification (several labels per image:
+    map), miou for segmentation, and with fewer than 1,000 validation images calibrated_loss (the
+    loss after temperature scaling) and loss; map for detection. Also dice or map_50."""
     min_crop_scale: float | None = None
     """Smallest fraction of the image area that a random training crop covers. Default: 0.6 in
     classification, 0.35 in detection and segmentation."""

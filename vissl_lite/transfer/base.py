@@ -151,8 +151,8 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
     def metric_names(self, data: DatasetT) -> tuple[str, ...]:
         """Names of the metrics of ``validate``, such as ``map``.
 
-        By the first one encoders are compared. Hyperparameters are chosen by the first loss among
-        them, or by the first metric where there is none, unless ``--monitor`` names another.
+        By the first one encoders are compared. Hyperparameters are chosen by it as well, or with
+        few validation images by the first loss, if there is one; see ``monitor_of``.
         """
 
     @abstractmethod

@@ -32,6 +32,10 @@ from vissl_lite.transfer.confidence import Confidence, HeldOut
 FEW_VALIDATION_IMAGES = 100
 FOLDS = 3
 
+# With at least this many, they are chosen by the task's main metric, and not by the loss: that of
+# overfitted models is high also where they are right most often.
+MANY_VALIDATION_IMAGES = 1000
+
 # Shares of the change by the training that are tried. 0 is the model before its first step.
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
 
@@ -447,16 +451,17 @@ def monitor_of(
     Args:
         task: Task of the data.
         data: Labelled images.
-        monitor: Name, with or without ``val_``; None for the first loss, which differs between
-            candidates also where few images do not tell their accuracies apart, or for the main
-            metric of a task without one.
+        monitor: Name, with or without ``val_``; None for the main metric, or with fewer than
+            1,000 validation images for the first loss, if the task has one: it differs between
+            candidates also where few images do not tell their accuracies apart.
 
     Raises:
         UserError: The task has no such metric.
     """
     names = task.metric_names(data)
     if monitor is None:
-        return next(filter(is_loss, names), names[0])
+        many = len(data.val) >= MANY_VALIDATION_IMAGES
+        return names[0] if many else next(filter(is_loss, names), names[0])
     name = monitor.lower().removeprefix("val_")
     if name not in names:
         raise UserError(f"--monitor {monitor}: {did_you_mean(name, names)}")
