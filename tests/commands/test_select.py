@@ -174,6 +174,19 @@ def test_near_duplicates_are_chosen_once(
     assert "3 images are chosen instead of 5" in " ".join(capsys.readouterr().err.split())
 
 
+def test_nothing_is_chosen_if_all_images_are_copies_of_labelled_ones(
+    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for index in range(4):
+        for folder, side in ((tmp_path / "pool", 64), (tmp_path / "known" / "ab"[index % 2], 48)):
+            folder.mkdir(parents=True, exist_ok=True)
+            blobs(index).resize((side, side)).save(folder / f"{index}.png")
+    given = ("--encoder", encoder, "--data", tmp_path / "pool", "--labelled", tmp_path / "known")
+    assert run(*given, "--budget", 2, "--out", tmp_path / "run") == 2
+    assert "no image is left to choose: all without a label show" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "selected.csv").exists()
+
+
 def test_excluded_images_are_not_chosen(
     encoder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -194,6 +194,14 @@ def test_all_methods_stop_when_nothing_may_be_chosen(name: str) -> None:
     assert sorted(groups[found.indices].tolist()) == [0, 1, 2, 4, 6]  # 3 and 5 are labelled
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_images_that_are_ruled_out_stay_out_also_if_all_are(name: str) -> None:
+    features, ruled_out = points(5), Candidates(5)
+    ruled_out.open[:] = False
+    found = METHODS[name](features, 3, uncertainty=np.ones(5), candidates=ruled_out)
+    assert (found.indices.tolist(), found.reasons) == ([], [])
+
+
 @pytest.mark.parametrize("method", [herding, typiclust, probcover, k_center])
 def test_blocks_of_any_size_give_the_same(method: Callable) -> None:
     small = partial(method, points(), 10, LABELLED, block=130)

@@ -219,6 +219,11 @@ def select(options: SelectOptions) -> SelectResult:
         groups = None if grouping is None else group_names(prints.paths, grouping)
         candidates = Candidates(len(prints), labelled_at, prints, groups, options.per_group)
         open_before = len(candidates)
+        if open_before == 0:
+            raise UserError(
+                "no image is left to choose: all without a label show the same as labelled ones, "
+                "are of groups with enough images, or can't be read"
+            )
         if len(prints) > MAX_IMAGES:
             log.info(
                 "Of %d images, the coverage is estimated on a random sample of %d; herding and "

@@ -54,7 +54,8 @@ def herding(
         most: Size of the samples of images to cover and to choose from, see ``greedy_cover``.
         block: See ``coverage.blocks``.
     """
-    candidates = candidates or Candidates(len(features), labelled)
+    if candidates is None:
+        candidates = Candidates(len(features), labelled)
     points = unit_features(features)
     if uncertainty is None:
         radius, weights = RADIUS, points.new_ones(len(points))
