@@ -221,6 +221,13 @@ def test_groups_have_so_many_images(encoder: Path, tmp_path: Path) -> None:
     assert groups == ["p0", "p0", "p1", "p1", "p2", "p2", "p3", "p3"]
 
 
+def test_groups_of_one_image_each_are_no_limit(encoder: Path, photos: Path, tmp_path: Path) -> None:
+    given = ("--encoder", encoder, "--data", photos, "--out", tmp_path / "run")
+    assert run(*given, "--budget", 3, "--per_group", 1, "--group_by", r"(\d+)\.jpg") == 0
+    assert len(rows(tmp_path / "run" / "selected.csv")) == 3
+    assert "each image is a group of its own" in (tmp_path / "run" / "log.txt").read_text()
+
+
 def test_labelled_images_of_another_folder_count_in_their_groups(
     encoder: Path, tmp_path: Path
 ) -> None:

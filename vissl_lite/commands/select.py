@@ -357,7 +357,8 @@ def _groups(paths: Sequence[str], options: SelectOptions) -> dict[str, str] | No
     reading = ReadingLog(source=", ".join(sources))
     if options.labelled is not None:
         sources = [*sources, os.fspath(options.labelled)]
-    if find_groups(paths, [Path(one) for one in sources], options.group_by, reading) is None:
+    found = find_groups(paths, [Path(one) for one in sources], options.group_by, reading)
+    if found is None and options.group_by is None:
         raise UserError(
             f"--per_group {options.per_group}: the images are not of volumes or patients: give "
             f"--group_by with a regular expression that finds the group in a path"
