@@ -14,7 +14,7 @@ import yaml
 from markupsafe import Markup
 from PIL import Image
 
-from vissl_lite.report.charts import POINTS, curves
+from vissl_lite.report.charts import COLORS, POINTS, curves, stages
 from vissl_lite.report.folder import read_run
 from vissl_lite.report.page import Block, write_page
 from vissl_lite.report.run_report import write_report
@@ -200,6 +200,13 @@ def test_what_is_damaged_is_left_out_and_said(tmp_path: Path) -> None:
     assert "run.json is damaged" in shown
     assert "config.yaml is damaged" in shown
     assert "metrics.csv can't be read: there are no curves" in shown
+
+
+def test_stages_of_many_encoders_are_all_in_the_chart() -> None:
+    names = [f"runs/{index}" for index in range(len(COLORS) + 2)]
+    chart = stages({"layer1": dict.fromkeys(names, 0.5), "layer2": dict.fromkeys(names, 0.6)})
+    shown = [item.label.value for item in chart.legend[0].items]
+    assert shown == names
 
 
 @pytest.mark.slow
