@@ -133,7 +133,8 @@ class Outcome:
         equivalent = {}
         for name, found in by_amount.items():
             equal = equivalent_labels(counts, curve, ours[name].mean)
-            if found.verdict == "helped" and equal is not None:
+            # The monotone curve can lie above the baseline's own metric at this amount.
+            if found.verdict == "helped" and equal and equal[0] >= self.labels[name].total:
                 equivalent[name] = equal
         words = self._sentence(encoder, protocol, by_amount, overall, equivalent)
         return ComparedEncoder(by_amount, overall, equivalent, words)
