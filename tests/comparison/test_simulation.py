@@ -59,6 +59,7 @@ def test_labels_are_divided_for_the_choice_of_hyperparameters_and_refitted() -> 
     assert simulated.own_val
     own = simulated.subset("random", 12, 0, features(40))
     assert (len(own.train), own.val.paths) == (12, labelled(False).val.paths)
+    assert simulated.labels == {"12 images": (12, 0)}  # the validation part is not chosen
     made = SimulatedLabelling(labelled(True), [12]).subset("random", 12, 0, features())
     assert (len(made.train), len(made.val)) == (8, 4)
     assert made.refits(None)

@@ -78,8 +78,7 @@ class SimulatedLabelling(Generic[DatasetT]):
                 ", ".join(map(str, left_out)),
                 size,
             )
-        val = len(self.data.val) if self.own_val else 0
-        self.labels = {f"{b:,} images": LabelCount(b, val) for b in self.budgets}
+        self.labels = {f"{budget:,} images": LabelCount(budget, 0) for budget in self.budgets}
         self._chosen: dict[tuple[str, int], np.ndarray] = {}
 
     @cached_property
