@@ -61,7 +61,7 @@ def herding(
         radius, weights = RADIUS, points.new_ones(len(points))
     else:
         radius = adapted_radius(points, labelled, block)
-        weights = torch.from_numpy(np.asarray(uncertainty, np.float32)).to(points.device)
+        weights = torch.from_numpy(np.array(uncertainty, np.float32)).to(points.device)  # a copy
         weights[labelled] = 0
     kernel = gaussian(radius)
     among = sample(weights.cpu().numpy() > 0, most, seed)
