@@ -355,6 +355,8 @@ def test_a_selection_shows_its_coverage_and_its_images(tmp_path: Path) -> None:
     shown = words(run)
     assert "from 2 images on, each further one adds less" in shown
     assert "1 /a/b.png because 7" in shown
+    straight = make(tmp_path / "straight", "select", coverage={**coverage, "knee": 0})
+    assert "knee" not in words(straight).partition("Provenance")[0]
     damaged = make(tmp_path / "damaged", "select", coverage={"selected": "x"})
     (damaged / "selected.csv").write_text("rank\n1\n")
     shown = words(damaged)

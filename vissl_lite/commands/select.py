@@ -293,7 +293,10 @@ def select(options: SelectOptions) -> SelectResult:
             coverage.values[len(chosen)],
             coverage.random[len(chosen)],
         )
-        log.info("From %d images on, a further one covers less than the average one", coverage.knee)
+        if coverage.knee:
+            log.info(
+                "From %d images on, a further one covers less than the average one", coverage.knee
+            )
         log.info("Written: %s, %s", run / SELECTED, skeleton)
         if page:
             log.info("Label the images in a browser: %s", run / LABEL_PAGE)

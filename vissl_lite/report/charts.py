@@ -96,14 +96,16 @@ def coverage(lines: Mapping[str, tuple[int, Sequence[float]]], knee: int) -> fig
 
     Args:
         lines: Number of images at the first value, and the values, by name.
-        knee: Number of images at which a dashed line stands.
+        knee: Number of images at which a dashed line stands; 0 for none.
     """
     chart = _figure(height=280)
     for (name, (start, values)), color in zip(lines.items(), COLORS, strict=False):
         counts = np.arange(start, start + len(values))
         data = ColumnDataSource({"x": counts, "y": values, "name": [name] * len(values)})
         _line(chart, data, color, name)
-    chart.add_layout(Span(location=knee, dimension="height", line_color=GRAY, line_dash="dashed"))
+    if knee:
+        line = Span(location=knee, dimension="height", line_color=GRAY, line_dash="dashed")
+        chart.add_layout(line)
     _hover(chart, "<b>@name</b> @y{0.000}<br>@x images")
     _legend(chart, list(lines))
     chart.xaxis.axis_label = "images to label"
