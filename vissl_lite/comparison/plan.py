@@ -79,7 +79,8 @@ class Plan:
 
         Where whole groups are drawn, seeds have different numbers of labels: the means count.
         """
-        seeds = self.options.all_seeds() if data.groups("train") is not None else [self.options.seed]
+        grouped = data.groups("train") is not None
+        seeds = self.options.all_seeds() if grouped else [self.options.seed]
         amounts: list[Amount] = []
         labels: dict[str, LabelCount] = {}
         for amount in make_amounts(as_list(self.options.fractions), as_list(self.options.shots)):
