@@ -221,6 +221,18 @@ def test_groups_have_so_many_images(encoder: Path, tmp_path: Path) -> None:
     assert groups == ["p0", "p0", "p1", "p1", "p2", "p2", "p3", "p3"]
 
 
+def test_groups_are_found_below_an_archive(encoder: Path, tmp_path: Path) -> None:
+    for index in range(6):
+        folder = tmp_path / "made" / f"p{index % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        blobs(index).save(folder / f"{index}.png")
+    archive = shutil.make_archive(str(tmp_path / "images"), "zip", tmp_path / "made")
+    given = ("--encoder", encoder, "--data", archive, "--out", tmp_path / "run")
+    assert run(*given, "--budget", 2, "--per_group", 1, "--group_by", "^(p.)/") == 0
+    chosen = rows(tmp_path / "run" / "selected.csv")
+    assert sorted(Path(row["path"]).parent.name for row in chosen) == ["p0", "p1"]
+
+
 def test_groups_of_one_image_each_are_no_limit(encoder: Path, photos: Path, tmp_path: Path) -> None:
     given = ("--encoder", encoder, "--data", photos, "--out", tmp_path / "run")
     assert run(*given, "--budget", 3, "--per_group", 1, "--group_by", r"(\d+)\.jpg") == 0

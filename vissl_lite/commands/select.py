@@ -360,7 +360,8 @@ def _groups(paths: Sequence[str], options: SelectOptions) -> dict[str, str] | No
     reading = ReadingLog(source=", ".join(sources))
     if options.labelled is not None:
         sources = [*sources, os.fspath(options.labelled)]
-    found = find_groups(paths, [Path(one) for one in sources], options.group_by, reading)
+    places = [unpacked(Path(one)) for one in sources]
+    found = find_groups(paths, places, options.group_by, reading)
     if found is None and options.group_by is None:
         raise UserError(
             f"--per_group {options.per_group}: the images are not of volumes or patients: give "
