@@ -60,9 +60,11 @@ def test_colors_tell_the_first_twenty_classes_apart(classes: int) -> None:
 
 @pytest.mark.slow
 def test_figures_are_written_whatever_their_number(tmp_path: Path) -> None:
-    plot_per_class({"a": {"ap": 0.5, "f1": 0.25}, "b": {"ap": 1.0, "f1": 0.0}}, tmp_path / "c.png")
+    scores = {"a": {"ap": 0.5, "f1": 0.25}, "$5_$10": {"ap": 1.0, "f1": 0.0}}
+    plot_per_class(scores, tmp_path / "c.png")
     plot_per_class({}, tmp_path / "none.png")
-    plot_confusion(np.array([[5, 0], [2, 3]]), ["a", "b"], tmp_path / "m.png", "pixels")
+    classes = ["a", "$5_$10"]  # which would be no valid formula
+    plot_confusion(np.array([[5, 0], [2, 3]]), classes, tmp_path / "m.png", "pixels")
     for name in ("c", "none", "m"):
         assert Image.open(tmp_path / f"{name}.png").width > 100
 

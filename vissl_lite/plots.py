@@ -58,8 +58,9 @@ def plot_confusion(
     figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    axes.set_xticks(range(len(classes)), classes, rotation=90)
-    axes.set_yticks(range(len(classes)), classes)
+    names = [verbatim(name) for name in classes]
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set_yticks(range(len(names)), names)
     if len(classes) <= 20:
         for row, column in np.ndindex(*counts.shape):
             if counts[row, column]:
@@ -75,6 +76,11 @@ def plot_confusion(
     figure.savefig(file, dpi=100)
 
 
+def verbatim(text: str) -> str:
+    """Text that matplotlib draws as it is: two dollar signs would enclose a formula."""
+    return text.replace("$", r"\$")
+
+
 def plot_bars(axes: Axes, values: Mapping[str, Mapping[str, Sequence[float]]], title: str) -> None:
     """Plot means as grouped bars, with a dot for every seed.
 
@@ -86,17 +92,18 @@ def plot_bars(axes: Axes, values: Mapping[str, Mapping[str, Sequence[float]]], t
     """
     encoders = list(next(iter(values.values())))
     width = 0.8 / len(encoders)
+    bars = []
     for index, encoder in enumerate(encoders):
         at = np.arange(len(values)) + (index - (len(encoders) - 1) / 2) * width
         runs = [group[encoder] for group in values.values()]
-        axes.bar(at, [float(np.mean(r)) for r in runs], width * 0.95, label=encoder, alpha=0.75)
+        bars.append(axes.bar(at, [float(np.mean(r)) for r in runs], width * 0.95, alpha=0.75))
         for x, dots in zip(at, runs, strict=True):
             axes.plot([x] * len(dots), dots, "k.", markersize=4)
     axes.set_xticks(range(len(values)), list(values))
     axes.set_ylim(0, 1)
     axes.set_title(title)
     axes.grid(alpha=0.3, axis="y")
-    axes.legend()
+    axes.legend(bars, [verbatim(encoder) for encoder in encoders])
 
 
 def class_colors(classes: int) -> list[tuple[int, int, int]]:
@@ -225,7 +232,7 @@ def plot_per_class(scores: Mapping[str, Mapping[str, float]], file: Path) -> Non
         at = np.arange(len(names)) + (index - (len(metrics) - 1) / 2) * thickness
         bars = axes.barh(at, [scores[name][metric] for name in names], thickness, label=metric)
         axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [verbatim(name) for name in names])
     axes.set_xlim(0, 1.08)
     axes.grid(alpha=0.3, axis="x")
     handles, labels = axes.get_legend_handles_labels()

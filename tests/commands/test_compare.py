@@ -160,6 +160,27 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(
     assert len(calls) == 4 * 2
 
 
+def test_the_same_weights_at_two_sizes_are_two_encoders(
+    labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = build_encoder("test_resnet", 32)
+    save_encoder(encoder, tmp_path / "small", {})
+    larger = build_encoder("test_resnet", 64)
+    larger.load_state_dict(encoder.state_dict())
+    save_encoder(larger, tmp_path / "large", {})
+    original, used = runner.evaluate_frozen, []
+
+    def noted(protocol: Any, features: Any, *more: Any) -> Any:
+        used.append(features.by_layer["last"])
+        return original(protocol, features, *more)
+
+    monkeypatch.setattr(runner, "evaluate_frozen", noted)
+    arms = ("--encoder", tmp_path / "small", tmp_path / "large", "--baseline", tmp_path / "small")
+    how = ("--protocols", "knn", "--shots", 2, "--out", tmp_path / "run")
+    assert run("compare", *arms, *how, "--data", labelled) == 0
+    assert np.abs(used[0] - used[-1]).max() > 1e-3
+
+
 @pytest.mark.slow
 def test_an_arm_that_can_not_be_had_is_left_out(
     labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any

@@ -1,7 +1,9 @@
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+from bokeh.models import Div
 
 from tests.conftest import blobs
 from vissl_lite.commands.explore import explore, folder_classes
@@ -21,6 +23,19 @@ def test_a_folder_becomes_one_page(encoder: Path, labelled: Path, tmp_path: Path
     assert [f.name for f in file.parent.iterdir()] == ["map.html"]
     with pytest.raises(UserError, match="exists: give a new file, or --overwrite"):
         explore(encoder=str(encoder), data=str(labelled), out=str(file))
+
+
+def test_folders_in_an_archive_are_classes(
+    encoder: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = shutil.make_archive(str(tmp_path / "images"), "zip", labelled)
+    shown = []
+    monkeypatch.setattr(
+        "vissl_lite.commands.explore.map_layout",
+        lambda image_map, explore: shown.append(image_map) or Div(),
+    )
+    explore(encoder=str(encoder), data=archive, out=str(tmp_path / "map.html"))
+    assert shown[0].classes == ["blue", "green", "red"]
 
 
 def test_mistakes_are_said_before_anything_is_embedded(encoder: Path, tmp_path: Path) -> None:

@@ -174,6 +174,19 @@ def test_near_duplicates_are_chosen_once(
     assert "3 images are chosen instead of 5" in " ".join(capsys.readouterr().err.split())
 
 
+def test_nothing_is_chosen_if_all_images_are_copies_of_labelled_ones(
+    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for index in range(4):
+        for folder, side in ((tmp_path / "pool", 64), (tmp_path / "known" / "ab"[index % 2], 48)):
+            folder.mkdir(parents=True, exist_ok=True)
+            blobs(index).resize((side, side)).save(folder / f"{index}.png")
+    given = ("--encoder", encoder, "--data", tmp_path / "pool", "--labelled", tmp_path / "known")
+    assert run(*given, "--budget", 2, "--out", tmp_path / "run") == 2
+    assert "no image is left to choose: all without a label show" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "selected.csv").exists()
+
+
 def test_excluded_images_are_not_chosen(
     encoder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -206,6 +219,25 @@ def test_groups_have_so_many_images(encoder: Path, tmp_path: Path) -> None:
     chosen = rows(tmp_path / "run" / "selected.csv")
     groups = sorted(Path(row["path"]).parent.name for row in chosen)
     assert groups == ["p0", "p0", "p1", "p1", "p2", "p2", "p3", "p3"]
+
+
+def test_groups_are_found_below_an_archive(encoder: Path, tmp_path: Path) -> None:
+    for index in range(6):
+        folder = tmp_path / "made" / f"p{index % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        blobs(index).save(folder / f"{index}.png")
+    archive = shutil.make_archive(str(tmp_path / "images"), "zip", tmp_path / "made")
+    given = ("--encoder", encoder, "--data", archive, "--out", tmp_path / "run")
+    assert run(*given, "--budget", 2, "--per_group", 1, "--group_by", "^(p.)/") == 0
+    chosen = rows(tmp_path / "run" / "selected.csv")
+    assert sorted(Path(row["path"]).parent.name for row in chosen) == ["p0", "p1"]
+
+
+def test_groups_of_one_image_each_are_no_limit(encoder: Path, photos: Path, tmp_path: Path) -> None:
+    given = ("--encoder", encoder, "--data", photos, "--out", tmp_path / "run")
+    assert run(*given, "--budget", 3, "--per_group", 1, "--group_by", r"(\d+)\.jpg") == 0
+    assert len(rows(tmp_path / "run" / "selected.csv")) == 3
+    assert "each image is a group of its own" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_labelled_images_of_another_folder_count_in_their_groups(

@@ -103,6 +103,35 @@ def test_one_amount_and_several_are_drawn(amounts: tuple[str, ...], tmp_path: Pa
     assert (tmp_path / "compare.png").stat().st_size > 3000
 
 
+@pytest.mark.parametrize("amounts", [("1%",), ("1%", "10%")])
+def test_names_that_matplotlib_reads_otherwise_are_in_the_legend(
+    amounts: tuple[str, ...], tmp_path: Path
+) -> None:
+    names = ("_old", "lr$1_$2", "random:net")
+    found = outcome(amounts, dict.fromkeys(names, 0.5))
+    figure = found._bars() if len(amounts) == 1 else found._curves()
+    figure.savefig(tmp_path / "compare.png")
+    legend = (figure.legends or [figure.axes[0].get_legend()])[0]
+    assert [text.get_text().replace("\\$", "$") for text in legend.get_texts()] == list(names)
+
+
+def test_labels_are_not_said_to_be_worth_fewer_than_they_are() -> None:
+    names = ("a", "b", "c", "d")
+    rates = {"good": (0.2, 0.5, 0.37, 0.6), "net": (0.2, 0.5, 0.3, 0.6)}  # "net" sags at "c"
+    scores = {}
+    for arm, values in rates.items():
+        for amount, rate in zip(names, values, strict=True):
+            right = np.arange(1000) < 1000 * rate
+            for seed in range(3):
+                scores[Cell(arm, "knn", amount, seed)] = Score(rate, {}, {}, right)
+    labels = {name: LabelCount(10 * 2**step, 0) for step, name in enumerate(names)}
+    found = Outcome(scores, list(rates), ["knn"], labels, [0, 1, 2], "net", {"knn": "accuracy"})
+    compared = found.compared["knn"]["good"]
+    assert compared.by_amount["c"].verdict == "helped"
+    assert compared.equivalent_labels == {}
+    assert compared.sentence.endswith("3 seeds).")
+
+
 def test_training_held_out_and_test_figures_stand_side_by_side() -> None:
     scores = {
         Cell("net", "finetune", "1%", seed): Score(

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +11,8 @@ from vissl_lite.comparison.plan import Plan
 from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.encoders.folder import save_encoder
 from vissl_lite.sample.dataset import make_sample_data
+from vissl_lite.transfer.classification.data import LabelledImages, Part
+from vissl_lite.transfer.sources.reading_log import ReadingLog
 
 
 @pytest.mark.parametrize(
@@ -34,3 +37,18 @@ def test_an_untrained_encoder_gets_images_of_the_size_of_the_pretrained_one(
     data = plan.load_data()
     assert plan.load("random:test_resnet", 0, data).image_size == expected
     assert plan.load(first, 0, data).image_size == expected
+
+
+def test_labels_of_whole_groups_are_counted_over_all_seeds() -> None:
+    sizes = [1, 2, 4, 8, 16, 32]  # images of each patient
+    paths = [f"p{patient}/{i}.png" for patient, size in enumerate(sizes) for i in range(size)]
+    reading = ReadingLog("data", groups={path: path.split("/")[0] for path in paths})
+    train, none = Part(paths, np.zeros(len(paths), np.int64)), Part([], np.empty(0, np.int64))
+    data = LabelledImages(["a"], train, none, none, reading=reading)
+    options = CompareOptions(
+        encoder=["random:a", "random:b"], data="data", out="run", fractions=[0.01, 1.0], seeds=6
+    )
+    drawn = [len(data.subsample(0.01, None, seed).train) for seed in range(6)]
+    assert len(set(drawn)) > 1
+    _, labels = Plan(options).choose_amounts(data)
+    assert labels == {"1%": (round(np.mean(drawn)), 0), "100%": (63, 0)}

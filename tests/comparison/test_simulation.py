@@ -1,6 +1,7 @@
 """Simulated labelling: pools, rounds and the labels that a method has."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,7 @@ def test_labels_are_divided_for_the_choice_of_hyperparameters_and_refitted() -> 
     assert simulated.own_val
     own = simulated.subset("random", 12, 0, features(40))
     assert (len(own.train), own.val.paths) == (12, labelled(False).val.paths)
+    assert simulated.labels == {"12 images": (12, 0)}  # the validation part is not chosen
     made = SimulatedLabelling(labelled(True), [12]).subset("random", 12, 0, features())
     assert (len(made.train), len(made.val)) == (8, 4)
     assert made.refits(None)
@@ -65,6 +67,17 @@ def test_labels_are_divided_for_the_choice_of_hyperparameters_and_refitted() -> 
     labels |= dict(zip([f"{i}.png" for i in range(40, 60)], np.arange(20) % 3, strict=True))
     for one in (made.train, made.val):
         assert [labels[path] for path in one.paths] == one.labels.tolist()
+
+
+def test_no_group_is_divided_for_the_choice_of_hyperparameters() -> None:
+    data = labelled(True)
+    groups = {f"{i}.png": f"patient {i // 5}" for i in range(IMAGES)}
+    data = replace(data, reading=replace(data.reading, groups=groups))
+    found = SimulatedLabelling(data, [24]).subset("random", 24, 0, features())
+    train, val = (set(map(groups.__getitem__, part.paths)) for part in (found.train, found.val))
+    assert min(len(train), len(val)) > 0
+    assert not train & val
+    assert len(found.train) + len(found.val) == 24
 
 
 def test_uncertain_images_are_those_between_the_classes() -> None:

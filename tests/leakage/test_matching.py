@@ -121,6 +121,18 @@ def test_exclude_leaves_out_what_makes_the_parts_overlap(parts: Parts) -> None:
     assert [one.where for one in check(rest, seen=[parts["test"][5]]).found] == []
 
 
+@pytest.mark.parametrize(
+    ("listed", "words"),
+    [(Path("a/leaks.csv"), "images; all are listed in a/leaks.csv."), (None, "images.")],
+)
+def test_a_list_is_named_if_there_is_one(
+    listed: Path | None, words: str, parts: Parts, log: pytest.LogCaptureFixture
+) -> None:
+    shutil.copy(parts["train"][3], parts["test"][2])
+    check_leaks(parts, {}, "exclude", listed)
+    assert log.messages[-1].endswith(f"Left out: 1 test and 0 validation {words}")
+
+
 @pytest.mark.slow
 def test_held_out_images_among_the_unlabelled_ones_are_no_error(
     parts: Parts, log: pytest.LogCaptureFixture

@@ -14,7 +14,7 @@ import yaml
 from markupsafe import Markup
 from PIL import Image
 
-from vissl_lite.report.charts import POINTS, curves
+from vissl_lite.report.charts import COLORS, POINTS, curves, stages
 from vissl_lite.report.folder import read_run
 from vissl_lite.report.page import Block, write_page
 from vissl_lite.report.run_report import write_report
@@ -202,6 +202,13 @@ def test_what_is_damaged_is_left_out_and_said(tmp_path: Path) -> None:
     assert "metrics.csv can't be read: there are no curves" in shown
 
 
+def test_stages_of_many_encoders_are_all_in_the_chart() -> None:
+    names = [f"runs/{index}" for index in range(len(COLORS) + 2)]
+    chart = stages({"layer1": dict.fromkeys(names, 0.5), "layer2": dict.fromkeys(names, 0.6)})
+    shown = [item.label.value for item in chart.legend[0].items]
+    assert shown == names
+
+
 @pytest.mark.slow
 def test_a_comparison_begins_with_its_verdict(tmp_path: Path) -> None:
     few = {"labels": 1500, "train_labels": 1000, "val_labels": 500}
@@ -348,6 +355,8 @@ def test_a_selection_shows_its_coverage_and_its_images(tmp_path: Path) -> None:
     shown = words(run)
     assert "from 2 images on, each further one adds less" in shown
     assert "1 /a/b.png because 7" in shown
+    straight = make(tmp_path / "straight", "select", coverage={**coverage, "knee": 0})
+    assert "knee" not in words(straight).partition("Provenance")[0]
     damaged = make(tmp_path / "damaged", "select", coverage={"selected": "x"})
     (damaged / "selected.csv").write_text("rank\n1\n")
     shown = words(damaged)

@@ -38,3 +38,12 @@ def test_the_first_label_of_all_is_no_bend() -> None:
     found = estimate_coverage(features, LABELLED[:0], np.arange(10), np.ones(60, bool))
     assert found.values[0] == 0
     assert found.knee >= 1
+
+
+def test_a_curve_that_does_not_flatten_has_no_knee() -> None:
+    features = np.eye(12, dtype=np.float32)[np.repeat(np.arange(12), np.arange(1, 13))]
+    at = np.cumsum(np.arange(12))  # one of each kind, the rarest first
+    for labelled, chosen in ((at[:1], at[1:4]), (at[:0], at[:4])):
+        found = estimate_coverage(features, labelled, chosen, np.ones(len(features), bool))
+        assert np.diff(found.values)[-1] > np.diff(found.values)[1]
+        assert found.knee == 0

@@ -63,7 +63,8 @@ def test_herding_raises_the_coverage_most_at_each_step(labelled: np.ndarray) -> 
 
 def test_uncertainty_herding_weights_images_and_narrows_the_kernel() -> None:
     features = points()
-    uncertainty = np.random.default_rng(1).uniform(size=60)
+    uncertainty = np.random.default_rng(1).uniform(size=60).astype(np.float32)
+    before = uncertainty.copy()
     between = distances(features)[np.ix_(LABELLED, LABELLED)]
     radius = between[between > 0].min()
     assert adapted_radius(unit_features(features), LABELLED) == pytest.approx(radius, rel=1e-4)
@@ -73,6 +74,7 @@ def test_uncertainty_herding_weights_images_and_narrows_the_kernel() -> None:
     found = herding(features, 12, LABELLED, uncertainty).indices.tolist()
     assert found == greedy(kernel, 12, LABELLED, weights)
     assert found != herding(features, 12, LABELLED).indices.tolist()
+    np.testing.assert_array_equal(uncertainty, before)
 
 
 def test_typiclust_takes_the_most_typical_of_the_largest_clusters_without_a_label() -> None:
@@ -192,6 +194,14 @@ def test_all_methods_stop_when_nothing_may_be_chosen(name: str) -> None:
     candidates = Candidates(60, LABELLED, groups=groups, per_group=1)
     found = METHODS[name](points(), 20, LABELLED, np.ones(60), 0, candidates)
     assert sorted(groups[found.indices].tolist()) == [0, 1, 2, 4, 6]  # 3 and 5 are labelled
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_images_that_are_ruled_out_stay_out_also_if_all_are(name: str) -> None:
+    features, ruled_out = points(5), Candidates(5)
+    ruled_out.open[:] = False
+    found = METHODS[name](features, 3, uncertainty=np.ones(5), candidates=ruled_out)
+    assert (found.indices.tolist(), found.reasons) == ([], [])
 
 
 @pytest.mark.parametrize("method", [herding, typiclust, probcover, k_center])

@@ -10,6 +10,7 @@ import numpy as np
 from markupsafe import Markup
 
 from vissl_lite.commands.embed import check_file, encoder_for_images
+from vissl_lite.data.archives import is_archive, unpack
 from vissl_lite.data.image_survey import ImageSettings
 from vissl_lite.data.images import find_images
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
@@ -82,7 +83,8 @@ def explore(options: ExploreOptions) -> Path:
     check_file(file, options.overwrite)
     name, most, sources = os.fspath(options.encoder), options.most, path_list(options.data)
     paths = find_images(sources)
-    labels, classes = folder_classes(sources, paths)
+    places = [str(unpack(Path(one))) if is_archive(Path(one)) else one for one in sources]
+    labels, classes = folder_classes(places, paths)
     encoder = encoder_for_images(name, options.image_size, paths, options)
     with logged_to_console(), progress_bar() as bar:
         task = bar.add_task("embed", total=min(most, len(paths)), info="")

@@ -219,6 +219,11 @@ def select(options: SelectOptions) -> SelectResult:
         groups = None if grouping is None else group_names(prints.paths, grouping)
         candidates = Candidates(len(prints), labelled_at, prints, groups, options.per_group)
         open_before = len(candidates)
+        if open_before == 0:
+            raise UserError(
+                "no image is left to choose: all without a label show the same as labelled ones, "
+                "are of groups with enough images, or can't be read"
+            )
         if len(prints) > MAX_IMAGES:
             log.info(
                 "Of %d images, the coverage is estimated on a random sample of %d; herding and "
@@ -288,7 +293,10 @@ def select(options: SelectOptions) -> SelectResult:
             coverage.values[len(chosen)],
             coverage.random[len(chosen)],
         )
-        log.info("From %d images on, a further one covers less than the average one", coverage.knee)
+        if coverage.knee:
+            log.info(
+                "From %d images on, a further one covers less than the average one", coverage.knee
+            )
         log.info("Written: %s, %s", run / SELECTED, skeleton)
         if page:
             log.info("Label the images in a browser: %s", run / LABEL_PAGE)
@@ -352,7 +360,9 @@ def _groups(paths: Sequence[str], options: SelectOptions) -> dict[str, str] | No
     reading = ReadingLog(source=", ".join(sources))
     if options.labelled is not None:
         sources = [*sources, os.fspath(options.labelled)]
-    if find_groups(paths, [Path(one) for one in sources], options.group_by, reading) is None:
+    places = [unpacked(Path(one)) for one in sources]
+    found = find_groups(paths, places, options.group_by, reading)
+    if found is None and options.group_by is None:
         raise UserError(
             f"--per_group {options.per_group}: the images are not of volumes or patients: give "
             f"--group_by with a regular expression that finds the group in a path"

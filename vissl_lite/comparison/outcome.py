@@ -19,7 +19,7 @@ from vissl_lite.comparison.statistics import (
     equivalent_labels,
 )
 from vissl_lite.comparison.store import Cell
-from vissl_lite.plots import plot_bars
+from vissl_lite.plots import plot_bars, verbatim
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,8 @@ class Outcome:
         equivalent = {}
         for name, found in by_amount.items():
             equal = equivalent_labels(counts, curve, ours[name].mean)
-            if found.verdict == "helped" and equal is not None:
+            # The monotone curve can lie above the baseline's own metric at this amount.
+            if found.verdict == "helped" and equal and equal[0] >= self.labels[name].total:
                 equivalent[name] = equal
         words = self._sentence(encoder, protocol, by_amount, overall, equivalent)
         return ComparedEncoder(by_amount, overall, equivalent, words)
@@ -312,12 +313,14 @@ class Outcome:
         counts = [count.total for count in self.labels.values()]
         ticks = [f"{one.short}\n{name}" for name, one in self.labels.items()]
         for axes, protocol in zip(panels, self.protocols, strict=True):
+            lines = []
             for encoder in self.encoders:
                 runs = [self.runs(encoder, protocol, amount) for amount in self.labels]
                 mean = np.array([one.mean for one in runs])
                 std = np.array([one.std for one in runs])
                 style = "--" if encoder == self.baseline else "-"
-                (line,) = axes.plot(counts, mean, style, marker="o", markersize=4, label=encoder)
+                (line,) = axes.plot(counts, mean, style, marker="o", markersize=4)
+                lines.append(line)
                 axes.fill_between(counts, mean - std, mean + std, color=line.get_color(), alpha=0.2)
             axes.set_xscale("log")
             axes.set_xticks(counts, ticks)
@@ -325,6 +328,6 @@ class Outcome:
             axes.set_title(f"{protocol}: test {self.metric[protocol]}")
             axes.set_xlabel("labels")
             axes.grid(alpha=0.3)
-        handles, names = panels[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=1 if columns < 2 else 2)
+        names = [verbatim(encoder) for encoder in self.encoders]
+        figure.legend(lines, names, loc="outside lower center", ncols=1 if columns < 2 else 2)
         return figure

@@ -75,12 +75,21 @@ class Plan:
         return encoders, baseline
 
     def choose_amounts(self, data: LabelledDataset) -> tuple[list[Amount], dict[str, LabelCount]]:
-        """Amounts of labels, without duplicates, and the numbers of labels of each."""
+        """Amounts of labels, without duplicates, and the numbers of labels of each.
+
+        Where whole groups are drawn, seeds have different numbers of labels: the means count.
+        """
+        grouped = data.groups("train") is not None
+        seeds = self.options.all_seeds() if grouped else [self.options.seed]
         amounts: list[Amount] = []
         labels: dict[str, LabelCount] = {}
         for amount in make_amounts(as_list(self.options.fractions), as_list(self.options.shots)):
-            subset = amount.subsample(data, self.options.seed)
-            count = LabelCount(len(subset.train), len(subset.val))
+            drawn = [amount.subsample(data, seed) for seed in seeds]
+            train, val = (
+                round(sum(map(len, parts)) / len(seeds))
+                for parts in ([one.train for one in drawn], [one.val for one in drawn])
+            )
+            count = LabelCount(train, val)
             if count.total in [one.total for one in labels.values()]:
                 log.info(
                     "left out: %s, as many labels as another amount",

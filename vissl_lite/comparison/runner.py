@@ -57,8 +57,8 @@ class Runner:
             for amount in amounts
             for seed in plan.options.all_seeds()
         }
-        self._weights = ""  # those of the last encoder
         self._features: Features | None = None
+        self._features_depend_on: tuple[Any, ...] = ()  # weights, and how images are read
 
     def run(self, arm: str, protocols: Sequence[Protocol]) -> dict[Cell, Score]:
         """Scores of all cells of an encoder, or of a way to choose images.
@@ -74,8 +74,10 @@ class Runner:
         for seed in self.plan.options.all_seeds():
             encoder = self.plan.load(name, seed, self.data)
             weights = digest_weights(encoder)
-            if weights != self._weights:
-                self._weights, self._features = weights, None
+            # Encoders of the same weights can differ in how they read images.
+            reads = (encoder.image_size, encoder.mean, encoder.std, encoder.reader.as_dict())
+            if (weights, *reads) != self._features_depend_on:
+                self._features_depend_on, self._features = (weights, *reads), None
             for protocol in protocols:
                 for amount in self.amounts:
                     cell = Cell(arm, protocol, amount, seed)

@@ -21,6 +21,7 @@ from vissl_lite.selection.dropquery import changed_by_dropout
 from vissl_lite.transfer.base import DatasetT
 from vissl_lite.transfer.classification.linear_head import fit_linear
 from vissl_lite.transfer.classification.model import margin_uncertainty
+from vissl_lite.transfer.sources.parts import hold_out_groups
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +78,7 @@ class SimulatedLabelling(Generic[DatasetT]):
                 ", ".join(map(str, left_out)),
                 size,
             )
-        val = len(self.data.val) if self.own_val else 0
-        self.labels = {f"{b:,} images": LabelCount(b, val) for b in self.budgets}
+        self.labels = {f"{budget:,} images": LabelCount(budget, 0) for budget in self.budgets}
         self._chosen: dict[tuple[str, int], np.ndarray] = {}
 
     @cached_property
@@ -97,13 +97,18 @@ class SimulatedLabelling(Generic[DatasetT]):
 
         Returns:
             A copy of the data set. Without a validation part of the user's own, a third of the
-            images are its validation part, drawn at random.
+            images are its validation part, drawn at random; in whole groups if there are any.
         """
         chosen = self._rounds(method, seed, features)[:budget]
-        if self.own_val:
-            return self.data.take({"train": sorted(chosen)})
-        shuffled = np.random.default_rng(seed).permutation(chosen)
         subset = self.data.take({"train": sorted(chosen)})
+        if self.own_val:
+            return subset
+        groups = subset.groups("train")
+        if groups is not None:
+            alike = np.zeros(budget, np.int64)  # no strata
+            held = hold_out_groups(alike, groups, exclusive=False, share=1 / 3, seed=seed)
+            return subset.hold_out(np.sort(held).tolist())
+        shuffled = np.random.default_rng(seed).permutation(chosen)
         held = np.searchsorted(sorted(chosen), np.sort(shuffled[: budget // 3]))
         return subset.hold_out(held.tolist())
 
@@ -152,7 +157,9 @@ class SimulatedLabelling(Generic[DatasetT]):
         known = classes[pool[labelled]]
         if len(np.unique(known)) < 2:
             return None
-        head, _ = fit_linear(points[labelled], known, len(self.data.classes), seed)
+        groups = self.data.groups("train")
+        groups = None if groups is None else groups[pool[labelled]]
+        head, _ = fit_linear(points[labelled], known, len(self.data.classes), seed, groups)
         if method == "dropquery":
             return changed_by_dropout(head.logits, points, seed)
         probabilities = torch.from_numpy(head.logits(points)).softmax(dim=1)

@@ -77,7 +77,8 @@ def check_groups(
             extra={"code": "leak"},
         )
         return SharedGroups(len(shared), {})
-    gone = {"test": set().union(train & test, *seen.values()), "val": (train | test) & val}
+    gone_test = set().union(train & test, *seen.values())
+    gone = {"test": gone_test, "val": (train | (test - gone_test)) & val}
     left_out = {
         part: np.flatnonzero([group in names for group in groups[part].tolist()]).tolist()
         for part, names in gone.items()

@@ -178,13 +178,13 @@ def check_leaks(
             raise UserError(f"--leaks exclude leaves no test image: {_in_words(harm)}")
         log.warning(
             "Leaks: %(words)s. Left out: %(test_left_out)d test and %(val_left_out)d validation "
-            "images; all are listed in %(listed)s.",
+            "images%(listed)s.",
             {
                 "words": _in_words(harm),
                 "leaks": _counted(harm),
                 "test_left_out": len(result.left_out["test"]),
                 "val_left_out": len(result.left_out["val"]),
-                "listed": listed,
+                "listed": "" if listed is None else f"; all are listed in {listed}",
             },
             extra={"code": "leak"},
         )

@@ -80,7 +80,7 @@ def stages(layers: Mapping[str, Mapping[str, float]]) -> figure:
     names = list(layers)
     chart = _figure(x_range=FactorRange(*names), height=280)
     metrics = list(dict.fromkeys(metric for row in layers.values() for metric in row))
-    for metric, color in zip(metrics, COLORS, strict=False):
+    for metric, color in zip(metrics, _colors(len(metrics)), strict=True):
         values = [layers[name].get(metric, math.nan) for name in names]
         data = ColumnDataSource({"x": names, "y": values, "name": [metric] * len(names)})
         _line(chart, data, color, metric)
@@ -96,14 +96,16 @@ def coverage(lines: Mapping[str, tuple[int, Sequence[float]]], knee: int) -> fig
 
     Args:
         lines: Number of images at the first value, and the values, by name.
-        knee: Number of images at which a dashed line stands.
+        knee: Number of images at which a dashed line stands; 0 for none.
     """
     chart = _figure(height=280)
     for (name, (start, values)), color in zip(lines.items(), COLORS, strict=False):
         counts = np.arange(start, start + len(values))
         data = ColumnDataSource({"x": counts, "y": values, "name": [name] * len(values)})
         _line(chart, data, color, name)
-    chart.add_layout(Span(location=knee, dimension="height", line_color=GRAY, line_dash="dashed"))
+    if knee:
+        line = Span(location=knee, dimension="height", line_color=GRAY, line_dash="dashed")
+        chart.add_layout(line)
     _hover(chart, "<b>@name</b> @y{0.000}<br>@x images")
     _legend(chart, list(lines))
     chart.xaxis.axis_label = "images to label"
@@ -119,8 +121,7 @@ def histograms(shares: Mapping[str, Sequence[float]]) -> figure:
     """
     chart = _figure(height=230)
     few = len(shares) <= len(COLORS)
-    colors = COLORS if few else viridis(len(shares))
-    for (name, values), color in zip(shares.items(), colors, strict=False):
+    for (name, values), color in zip(shares.items(), _colors(len(shares)), strict=True):
         centers = (np.arange(len(values)) + 0.5) / len(values)
         data = ColumnDataSource({"x": centers, "y": values, "name": [name] * len(values)})
         chart.step(
@@ -169,6 +170,11 @@ def _downsample(steps: Sequence[float], values: Sequence[float]) -> tuple[np.nda
     return np.array([x[part].mean() for part in parts]), np.array(
         [y[part].mean() for part in parts]
     )
+
+
+def _colors(count: int) -> Sequence[str]:
+    """Colors of so many lines."""
+    return COLORS[:count] if count <= len(COLORS) else viridis(count)
 
 
 def _figure(**options: Any) -> figure:

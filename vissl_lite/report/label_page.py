@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 from base64 import b64encode
 from collections import defaultdict
 from collections.abc import Sequence
@@ -10,7 +9,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from io import BytesIO
 from math import exp
-from os import fsencode
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +17,10 @@ from PIL import Image
 
 from vissl_lite.data.atomic_file import write_atomically
 from vissl_lite.data.images import BROKEN_IMAGE, read_image
-from vissl_lite.data.reading import Broken, printable, reason, report_skipped
+from vissl_lite.data.reading import Broken, reason, report_skipped
 from vissl_lite.errors import UserError
 from vissl_lite.evaluation.knn import TEMPERATURE
 from vissl_lite.report.page import render
-
-log = logging.getLogger(__name__)
 
 # Longer side in pixels of the image that is labelled, of a neighbor, and of the strip's thumbnails.
 PICTURE_SIDE, NEIGHBOR_SIDE, STRIP_SIDE = 512, 160, 96
@@ -86,8 +82,7 @@ def write_label_page(
     columns ``path`` and ``not_usable``, which is 1.
 
     Pictures are reduced to 512 pixels, so that 100 photographs take about 4 MB. Images that can't
-    be read are left out, and named in the log. It names those, too, whose names are not UTF-8: a
-    browser can't save them.
+    be read are left out, and named in the log. Names that are not UTF-8 are saved as they are.
 
     Args:
         file: HTML file to write.
@@ -134,18 +129,6 @@ def write_label_page(
             }
         )
     report_skipped(broken)
-    lost = [
-        image.path
-        for image in images
-        if image.path.encode(errors="replace") != fsencode(image.path)
-    ]
-    if lost:
-        log.warning(
-            "names that are not UTF-8: %(images)d, the first %(first)s; a browser can't save them "
-            "in labels.csv: rename the files, or label them in another way",
-            {"images": len(lost), "first": printable(lost[0])},
-            extra={"code": "label_page.name"},
-        )
     if not shown:
         raise UserError(f"none of the {len(images)} images to label can be read")
     paths = [str(one["path"]) for one in shown]

@@ -33,9 +33,13 @@ def coverage_by_budget(run: RunFolder) -> list[Block]:
     note = (
         "Coverage: the mean over all images of the similarity, from 0 to 1, to the most similar "
         "image that is labelled or chosen. It is an estimate of how much is represented, not of "
-        f"accuracy. The dashed line is the knee: from {knee} images on, each further one adds less "
-        "than the average one in this range. If the curve is nearly straight, it means little."
+        "accuracy."
     )
+    if knee:
+        note += (
+            f" The dashed line is the knee: from {knee} images on, each further one adds less than "
+            "the average one in this range. If the curve is nearly straight, it means little."
+        )
     return [Block("Coverage by number of images", coverage(lines, knee), note)]
 
 

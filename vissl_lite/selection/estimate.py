@@ -30,7 +30,8 @@ class CoverageEstimate:
         values: 2 B + 1 values or fewer: before the first image, after each of the B chosen ones,
             and after each further one, as ``herding`` would choose it.
         random: As many values for images in random order.
-        knee: Number of images from which on a further one adds less than the average one.
+        knee: Number of images from which on a further one adds less than the average one; 0 if
+            the curve does not bend that way.
     """
 
     values: list[float]
@@ -83,6 +84,6 @@ def estimate_coverage(
     curves = [coverage_curve(shown, points[one], kernel, before) for one in at_random]
     # The first label of all covers much; the bend is looked for after it.
     skipped = 1 if len(labelled) == 0 and len(values) > 2 else 0
-    return CoverageEstimate(
-        values, np.mean(curves, axis=0).tolist(), skipped + knee(values[skipped:])
-    )
+    bend = knee(values[skipped:])
+    at_random_mean = np.mean(curves, axis=0).tolist()
+    return CoverageEstimate(values, at_random_mean, skipped + bend if bend else 0)

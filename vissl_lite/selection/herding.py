@@ -54,13 +54,14 @@ def herding(
         most: Size of the samples of images to cover and to choose from, see ``greedy_cover``.
         block: See ``coverage.blocks``.
     """
-    candidates = candidates or Candidates(len(features), labelled)
+    if candidates is None:
+        candidates = Candidates(len(features), labelled)
     points = unit_features(features)
     if uncertainty is None:
         radius, weights = RADIUS, points.new_ones(len(points))
     else:
         radius = adapted_radius(points, labelled, block)
-        weights = torch.from_numpy(np.asarray(uncertainty, np.float32)).to(points.device)
+        weights = torch.from_numpy(np.array(uncertainty, np.float32)).to(points.device)  # a copy
         weights[labelled] = 0
     kernel = gaussian(radius)
     among = sample(weights.cpu().numpy() > 0, most, seed)

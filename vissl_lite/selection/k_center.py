@@ -36,7 +36,8 @@ def k_center(
         candidates: What may be chosen.
         block: See ``coverage.blocks``.
     """
-    candidates = candidates or Candidates(len(features), labelled)
+    if candidates is None:
+        candidates = Candidates(len(features), labelled)
     points = unit_features(features)
     nearest = squared_to_nearest(points, points[labelled], block)
     chosen: list[int] = []

@@ -47,7 +47,8 @@ def typiclust(
         large: Maximum number of images of a cluster that are looked at.
         block: See ``coverage.blocks``.
     """
-    candidates = candidates or Candidates(len(features), labelled)
+    if candidates is None:
+        candidates = Candidates(len(features), labelled)
     points = unit_features(features)
     clusters = min(len(labelled) + budget, MAX_CLUSTERS)
     of = cluster(points.cpu().numpy(), clusters, seed)

@@ -24,5 +24,7 @@ def uniform(
         candidates: What may be chosen.
     """
     order = np.random.default_rng(seed).permutation(len(features))
-    chosen = in_order(order, budget, candidates or Candidates(len(features), labelled))
+    if candidates is None:
+        candidates = Candidates(len(features), labelled)
+    chosen = in_order(order, budget, candidates)
     return Selection(np.array(chosen, np.int64), ["random"] * len(chosen))

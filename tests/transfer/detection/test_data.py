@@ -490,6 +490,14 @@ def test_written_data_is_read_back_unchanged(tmp_path: Path) -> None:
         assert_same(data, load_boxes(tmp_path / "run" / "boxes"))
 
 
+def test_other_boxes_are_another_data_set(tmp_path: Path) -> None:
+    def identity(name: str, right: int) -> list[str]:
+        return load_boxes(voc_set(tmp_path, [(name, (2, 3, right, 20))], count=6)).identity()
+
+    assert identity("dog", 30) == identity("dog", 30)
+    assert identity("dog", 30) != identity("dog", 31)
+
+
 def test_a_subsample_is_part_of_a_larger_one(tmp_path: Path) -> None:
     data = load_boxes(voc_set(tmp_path, [("dog", (2, 3, 30, 20))], count=40))
     small, large = (data.subsample(share, None, 3) for share in (0.25, 0.5))

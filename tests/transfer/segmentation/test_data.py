@@ -138,6 +138,14 @@ def test_written_data_is_read_back_unchanged(
             np.testing.assert_array_equal(read, other.mask.read())
 
 
+def test_other_masks_are_another_data_set(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "images", tmp_path / "masks", 6)
+    before = load_masks(tmp_path).identity()
+    assert load_masks(tmp_path).identity() == before
+    mask(tmp_path / "masks" / "0.png", *range(3), *range(3), 1)
+    assert load_masks(tmp_path).identity() != before
+
+
 def test_subsampling_keeps_the_test_split(tmp_path: Path) -> None:
     write_pairs(tmp_path / "images", tmp_path / "masks", 30)
     data = load_masks(tmp_path)

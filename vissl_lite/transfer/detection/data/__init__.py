@@ -5,6 +5,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Self
 
@@ -111,6 +112,15 @@ class LabelledBoxes(ListDataset[BoxedImage]):
             path, why = next(iter(broken["train"].items()))
             raise UserError(f"no training image with boxes can be read, the first {path} ({why})")
         return left
+
+    def identity(self) -> list[str]:
+        digest = blake2b(digest_size=16)
+        for name in PARTS:
+            for one in self.part(name):
+                digest.update(repr((len(one.boxes), one.shapes)).encode())
+                for array in (one.boxes, one.labels, one.ignored):
+                    digest.update(array.tobytes())
+        return [*super().identity(), digest.hexdigest()]
 
     def write_split(self, run: Path) -> None:
         self.write(run / "split")
