@@ -15,6 +15,7 @@ from vissl_lite.errors import UserError
 from vissl_lite.transfer.classification.data import LabelledImages, Part
 from vissl_lite.transfer.finetuning import TransferSettings, finetune_optimizer
 from vissl_lite.transfer.fitting import climb, fit_model, mean_metrics, monitor_of, most_climbed
+from vissl_lite.transfer.sources.parts import PARTS
 from vissl_lite.transfer.sources.reading_log import ReadingLog
 
 
@@ -189,6 +190,34 @@ def test_without_validation_images_nothing_is_chosen() -> None:
     assert (fitted.chosen.share, fitted.chosen.metrics, fitted.val_images) == (1.0, {}, 0)
     assert "no images were left" in fitted.describe()
     assert fit(Guess(), data_of(20, 0), 1e-4, 3e-4, 1e-3).chosen.lr == 3e-4
+
+
+def test_added_images_of_a_group_do_not_train_where_the_group_is_held_out() -> None:
+    seen: list[tuple[set[str], set[str]]] = []
+
+    class Noting(Guess):
+        def train(self, model: Number, data: LabelledImages, *rest: Any) -> None:
+            super().train(model, data, *rest)
+            seen.append(tuple({path.split("-")[0] for path in data.paths(p)} for p in PARTS[:2]))
+
+    def part(name: str, *numbers: int) -> Part:
+        paths = [f"p{number}-{name}{i}" for number in numbers for i in range(2)]
+        return Part(paths, np.arange(len(paths)) % 2)
+
+    parts = part("train", 0, 1, 2, 3), part("val", 4, 5), part("test", 6)
+    groups = {path: path.split("-")[0] for one in parts for path in one.paths}
+    reading = ReadingLog("data", groups=groups, group_by="p[0-9]", val_from_train=True)
+    data = LabelledImages(["a", "b"], *parts, reading)
+    none = data.test.take(np.empty(0, np.int64))
+    added = replace(data, train=part("more", *range(6), 7), val=none, test=none)
+    settings = TransferSettings(optimizer=finetune_optimizer(True, lr=2e-3), pretrained=True)
+    fitted = fit_model(
+        cast(Any, Noting()), cast(Any, None), data, settings, added=cast(Any, added)
+    )
+    assert fitted.folds == 3
+    assert all(not train & val for train, val in seen)
+    assert [len(train) for train, _ in seen] == [5, 5, 5, 7]  # and all in the last training
+    assert (fitted.train_images, fitted.added) == (12, 14)
 
 
 def test_a_batch_that_fits_all_labels_fits_the_folds() -> None:

@@ -27,6 +27,7 @@ from vissl_lite.training.hardware import Hardware
 from vissl_lite.training.processes import of_main_process
 from vissl_lite.transfer.base import DatasetT, ModelT, ScoresT, SettingsT, Task
 from vissl_lite.transfer.confidence import Confidence, HeldOut
+from vissl_lite.transfer.sources.groups import group_of_others
 
 # With fewer validation images than this, hyperparameters are chosen by cross-validation.
 FEW_VALIDATION_IMAGES = 100
@@ -203,6 +204,9 @@ class _Fitting(Generic[DatasetT, ModelT, SettingsT, ScoresT]):
     ) -> None:
         self.task, self.encoder = task, encoder
         self.hardware, self.monitor, self.added = hardware, monitor, added
+        self.groups: list[str | None] = []  # of the added images, if there are any groups
+        if added is not None and added.reading.groups:
+            self.groups = group_of_others(added.paths("train"), added.reading)
         self.candidates: list[Candidate] = []
         self.best: Candidate | None = None
         self.settings: SettingsT | None = None  # of the best candidate, but for the rate
@@ -212,9 +216,15 @@ class _Fitting(Generic[DatasetT, ModelT, SettingsT, ScoresT]):
     def train(
         self, settings: SettingsT, data: DatasetT, rate: float, files: TrainingFiles
     ) -> _Trained[ModelT]:
-        """Train a model on the training part and the added images."""
+        """Train a model on the training part and the added images.
+
+        Those of the groups that are held out, as each is in one fold, are left out.
+        """
         if self.added is not None:
-            data = data.with_train(self.added)
+            held_out = data.groups("val") if self.groups else None
+            names = set() if held_out is None else set(held_out.tolist())
+            kept = [i for i, group in enumerate(self.groups) if group not in names]
+            data = data.with_train(self.added.take({"train": kept}) if names else self.added)
         size = settings.batch_size
         settings = replace(
             settings,
