@@ -277,6 +277,9 @@ def test_a_time_budget_is_for_all_trainings_together() -> None:
     seconds.clear()
     fit(Timed(), data_of(20, 10), seconds=60.0, pretrained=False)
     assert seconds == [30.0] * 2  # nothing to choose: one held-out part, for its metrics
+    seconds.clear()
+    fit(Timed(), data_of(20, 0), 1e-4, 1e-3, 1e-2, seconds=60.0)
+    assert seconds == [60.0]  # no images to choose a rate by: one training
 
 
 def test_a_training_that_diverged_is_not_chosen() -> None:

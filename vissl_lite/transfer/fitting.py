@@ -350,8 +350,8 @@ def fit_model(
     variants = task.variants(encoder, data, settings) if len(data.val) else [settings]
     tried = len(rates) + len(variants) - 1
     if settings.seconds is not None:
-        trainings = most_climbed(len(rates)) + len(variants) - 1
-        each = settings.seconds / (len(rounds) * trainings + refit)
+        trainings = len(rounds) * (most_climbed(len(rates)) + len(variants) - 1)
+        each = settings.seconds / (trainings + refit if len(data.val) else 1)
         variants = [replace(one, seconds=each) for one in variants]
     fitting = _Fitting(task, encoder, hardware, monitor_of(task, data, settings.monitor), added)
 
