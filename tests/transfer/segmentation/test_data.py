@@ -170,6 +170,23 @@ def test_a_csv_file(text: str, message: str | None, tmp_path: Path) -> None:
             load_masks(tmp_path / "data.csv")
 
 
+def test_rows_of_one_image_are_its_masks_in_one_part(tmp_path: Path) -> None:
+    write_pairs(tmp_path, tmp_path, 9, (0, 255))
+    rows = [f"{n}.jpg,{m}.png" for n in range(8) for m in (n, n + 1)]
+    (tmp_path / "data.csv").write_text("\n".join(["path,mask", *rows, rows[0]]))
+    data = load_masks(tmp_path / "data.csv")
+    assert sum(sizes(data)) == 8  # none in two parts
+    for one in (*data.train, *data.val, *data.test):
+        number = int(Path(one.path).stem)
+        pieces = [read_mask(tmp_path / f"{n}.png") for n in (number, number + 1)]
+        np.testing.assert_array_equal(one.mask.read(), np.maximum(*pieces) > 0)
+    assert data.reading.counts == {"row that repeats another, left out": 1}
+    rows = [f"{n}.jpg,{n}.png,{part}" for n in range(4) for part in ("train", "test")]
+    (tmp_path / "data.csv").write_text("\n".join(["path,mask,split", *rows]))
+    with pytest.raises(UserError, match="no training images, only test"):
+        load_masks(tmp_path / "data.csv")
+
+
 # Mask formats and values
 
 
