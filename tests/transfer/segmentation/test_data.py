@@ -104,6 +104,10 @@ def test_pascal_voc_uses_only_the_listed_images(tmp_path: Path) -> None:
     data = load_masks(tmp_path)
     assert sizes(data) == [3, 2, 1]
     assert data.reading.counts == {"name without a mask in a list, left out": 1}
+    (lists / "test.txt").write_text("1\n4\n")
+    data = load_masks(tmp_path)
+    assert sizes(data) == [3, 1, 2]  # no image of the test part is in another
+    assert data.reading.counts == {"image of several parts, left out of the first": 1}
 
 
 def test_the_sample_data(tmp_path: Path) -> None:

@@ -343,6 +343,29 @@ def _are_numbered(masks: Sequence[_File]) -> bool:
     return len(bases) == len(masks)
 
 
+def _merge_rows(rows: Sequence[tuple[str, str, Split | None]], log: ReadingLog) -> Parts:
+    """Make one pair of all rows of an image, with all of their masks, sorted by path.
+
+    Args:
+        rows: Image, mask and part.
+        log: Counts rows that repeat another, and images of several parts.
+    """
+    masks: dict[str, set[str]] = defaultdict(set)
+    named: dict[str, set[Split | None]] = defaultdict(set)
+    for image, mask, part in rows:
+        if mask in masks[image] and part in named[image]:
+            log.add("row that repeats another, left out", image)
+        masks[image].add(mask)
+        named[image].add(part)
+    parts: Parts = {}
+    for image in sorted(masks):
+        if len(named[image]) > 1:
+            log.add("image of several parts, left out of the first", image)
+        last = max(named[image], key=(None, *PARTS).index)  # no test image is trained on
+        parts.setdefault(last, []).append((image, tuple(sorted(masks[image]))))
+    return parts
+
+
 # Pascal VOC
 
 
@@ -355,7 +378,7 @@ def _voc_folders(tree: FileTree) -> list[str]:
 def _read_voc(tree: FileTree, folders: Sequence[str], log: ReadingLog) -> Parts:
     """Read Pascal VOC's layout, whose lists name the images with masks of each part."""
     log.layout = "Pascal VOC"
-    parts: Parts = {}
+    rows: list[tuple[str, str, Split | None]] = []
     for folder in folders:
         root = tree.folder / folder
         images, masks = (_by_stem(root / name) for name in ("JPEGImages", "SegmentationClass"))
@@ -372,15 +395,15 @@ def _read_voc(tree: FileTree, folders: Sequence[str], log: ReadingLog) -> Parts:
                     kind = "without an image" if key not in images else "without a mask"
                     log.add(f"name {kind} in a list, left out", f"{file}: {key}")
                     continue
-                parts.setdefault(part, []).append((images[key], (masks[key],)))
+                rows.append((images[key], masks[key], part))
             if keys:
                 log.origins[part] = f"ImageSets/Segmentation/{name}.txt"
-    if not any(parts.values()):
+    if not rows:
         raise UserError(
             f"the lists in {tree.folder / folders[0]}/ImageSets/Segmentation name no image in "
             f"JPEGImages/ with a mask in SegmentationClass/"
         )
-    return parts
+    return _merge_rows(rows, log)
 
 
 def _by_stem(folder: Path) -> dict[str, str]:
@@ -417,29 +440,6 @@ def _check_masks(table: Table, images: str, masks: str, finder: ImageFinder) -> 
             f"the column {brief(masks)} of {table.file} holds the images themselves: name the "
             f"column of masks with --label_column"
         )
-
-
-def _merge_rows(rows: Sequence[tuple[str, str, Split | None]], log: ReadingLog) -> Parts:
-    """Make one pair of all rows of an image, with all of their masks, sorted by path.
-
-    Args:
-        rows: Image, mask and part.
-        log: Counts rows that repeat another, and images of several parts.
-    """
-    masks: dict[str, set[str]] = defaultdict(set)
-    named: dict[str, set[Split | None]] = defaultdict(set)
-    for image, mask, part in rows:
-        if mask in masks[image] and part in named[image]:
-            log.add("row that repeats another, left out", image)
-        masks[image].add(mask)
-        named[image].add(part)
-    parts: Parts = {}
-    for image in sorted(masks):
-        if len(named[image]) > 1:
-            log.add("image of several parts, left out of the first", image)
-        last = max(named[image], key=(None, *PARTS).index)  # no test image is trained on
-        parts.setdefault(last, []).append((image, tuple(sorted(masks[image]))))
-    return parts
 
 
 def read_csv(file: Path, options: SourceOptions, log: ReadingLog) -> Parts:
