@@ -211,9 +211,7 @@ def test_added_images_of_a_group_do_not_train_where_the_group_is_held_out() -> N
     none = data.test.take(np.empty(0, np.int64))
     added = replace(data, train=part("more", *range(6), 7), val=none, test=none)
     settings = TransferSettings(optimizer=finetune_optimizer(True, lr=2e-3), pretrained=True)
-    fitted = fit_model(
-        cast(Any, Noting()), cast(Any, None), data, settings, added=cast(Any, added)
-    )
+    fitted = fit_model(cast(Any, Noting()), cast(Any, None), data, settings, added=cast(Any, added))
     assert fitted.folds == 3
     assert all(not train & val for train, val in seen)
     assert [len(train) for train, _ in seen] == [5, 5, 5, 7]  # and all in the last training

@@ -471,7 +471,9 @@ def read_csv(file: Path, options: SourceOptions, log: ReadingLog) -> Parts:
     found = [find_images_of(table, column, named, finder, log) for column in (images, masks)]
     groups_of_rows(table, found[0], {images, masks}, log)
     rows = zip(*found, named, strict=True)
-    parts = _merge_rows([(i, m, part) for i, m, part in rows if i is not None and m is not None], log)
+    parts = _merge_rows(
+        [(i, m, part) for i, m, part in rows if i is not None and m is not None], log
+    )
     log.layout = f"table {file.name} ({table.form})"
     log.label = f"column {masks}"
     return parts
