@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vissl_lite.errors import UserError
+from vissl_lite.errors import DivergedError, UserError
 from vissl_lite.transfer.classification.data import LabelledImages, Part
 from vissl_lite.transfer.finetuning import TransferSettings, finetune_optimizer
 from vissl_lite.transfer.fitting import climb, fit_model, mean_metrics, monitor_of, most_climbed
@@ -290,3 +290,21 @@ def test_a_training_that_diverged_is_not_chosen() -> None:
 
     fitted = fit(Diverging(fitted=False), data_of(20, 100), 5e-4, 1e-3, 2e-3)
     assert fitted.chosen.lr == 1e-3
+
+
+def test_a_training_that_can_not_go_on_is_not_chosen_and_alone_an_error() -> None:
+    class Stopping(Guess):
+        def train(
+            self, model: Number, data: LabelledImages, settings: TransferSettings, *rest: object
+        ) -> None:
+            super().train(model, data, settings, *rest)
+            if settings.optimizer.lr > 1.2e-3:
+                raise DivergedError(f"the loss at {settings.optimizer.lr:g} is nan")
+
+    fitted = fit(Stopping(), data_of(20, 10), 5e-4, 1e-3, 2e-3)
+    assert fitted.chosen.lr == 1e-3
+    assert {one.lr for one in fitted.candidates} == {5e-4, 1e-3}
+    assert fit(Stopping(), data_of(20, 100), 1e-3, 2e-3).chosen.lr == 1e-3  # from the upper one
+    for rates in ((2e-3,), (2e-3, 3e-3)):
+        with pytest.raises(DivergedError, match="is nan"):
+            fit(Stopping(), data_of(20, 10), *rates)
