@@ -126,8 +126,8 @@ class FinetuneOptions(Options, ImageSettings, AllTaskOptions):
     image_size: int | None = None
     """Side length of the input in pixels. Default for classification: that of the encoder, or for
     random:NAME that of the images; for detection: the longer side of the images, at most 416; for
-    segmentation: their shorter side, at most 224 (larger images are segmented in overlapping
-    windows)."""
+    segmentation: their shorter side, at most 224 (images more than 1.5 times as large are segmented
+    in overlapping windows at their own scale)."""
     optimizer: str = "adamw"
     """timm optimizer."""
     lr: Sequence[float] | float = 1e-3
@@ -154,8 +154,9 @@ class FinetuneOptions(Options, ImageSettings, AllTaskOptions):
     validation part of your own."""
     monitor: str | None = None
     """Validation metric to choose by. Default: calibrated_loss (the loss after temperature scaling)
-    for classification, map for detection, loss for segmentation; also loss, top1 (several labels
-    per image: map), map_50, miou or dice."""
+    for classification, map for detection (mask_map with --detector mask_rcnn), loss for
+    segmentation; also loss, top1 (several labels per image: map), map_50, mask_map_50, miou or
+    dice."""
     min_crop_scale: float | None = None
     """Smallest fraction of the image area that a random training crop covers. Default: 0.6 in
     classification, 0.35 in detection and segmentation."""
