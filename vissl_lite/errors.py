@@ -60,6 +60,10 @@ class MachineError(UserError):
     """
 
 
+class DivergedError(UserError):
+    """The loss or the outputs of a model are no longer finite numbers."""
+
+
 class Terminated(SystemExit):
     """The process was stopped by a signal; the exit status is 128 plus the signal number.
 

@@ -14,7 +14,7 @@ from vissl_lite.data.images import BROKEN_IMAGE, resize_and_crop
 from vissl_lite.data.reading import Broken, reason, report_skipped
 from vissl_lite.data.workers import WorkerLoader
 from vissl_lite.encoders.encoder import Encoder
-from vissl_lite.errors import UserError
+from vissl_lite.errors import DivergedError, UserError
 from vissl_lite.training.cpu.operators import fast_cpu_operators
 from vissl_lite.training.hardware import cpu_has_bf16
 
@@ -136,7 +136,7 @@ def run_in_batches(
 
 
 def check_outputs(outputs: Iterable[Tensor | np.ndarray], place: str) -> None:
-    """Raise a UserError for outputs that are not finite numbers.
+    """Raise a DivergedError for outputs that are not finite numbers.
 
     All images are refused with the one that shows it: a model whose sums overflow on one image is
     not to be trusted on others.
@@ -146,7 +146,7 @@ def check_outputs(outputs: Iterable[Tensor | np.ndarray], place: str) -> None:
         place: Description of the images, for messages.
     """
     if not all(torch.as_tensor(one).isfinite().all() for one in outputs):
-        raise UserError(
+        raise DivergedError(
             f"the outputs for {place} are not finite numbers: the training of the model has "
             f"diverged, or its weights or the mean and std in its config.json are damaged"
         )

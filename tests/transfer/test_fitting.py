@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from vissl_lite.errors import UserError
+from vissl_lite.errors import DivergedError, UserError
 from vissl_lite.transfer.classification.data import LabelledImages, Part
 from vissl_lite.transfer.finetuning import TransferSettings, finetune_optimizer
 from vissl_lite.transfer.fitting import climb, fit_model, mean_metrics, monitor_of, most_climbed
+from vissl_lite.transfer.sources.parts import PARTS
 from vissl_lite.transfer.sources.reading_log import ReadingLog
 
 
@@ -191,6 +192,32 @@ def test_without_validation_images_nothing_is_chosen() -> None:
     assert fit(Guess(), data_of(20, 0), 1e-4, 3e-4, 1e-3).chosen.lr == 3e-4
 
 
+def test_added_images_of_a_group_do_not_train_where_the_group_is_held_out() -> None:
+    seen: list[tuple[set[str], set[str]]] = []
+
+    class Noting(Guess):
+        def train(self, model: Number, data: LabelledImages, *rest: Any) -> None:
+            super().train(model, data, *rest)
+            seen.append(tuple({path.split("-")[0] for path in data.paths(p)} for p in PARTS[:2]))
+
+    def part(name: str, *numbers: int) -> Part:
+        paths = [f"p{number}-{name}{i}" for number in numbers for i in range(2)]
+        return Part(paths, np.arange(len(paths)) % 2)
+
+    parts = part("train", 0, 1, 2, 3), part("val", 4, 5), part("test", 6)
+    groups = {path: path.split("-")[0] for one in parts for path in one.paths}
+    reading = ReadingLog("data", groups=groups, group_by="p[0-9]", val_from_train=True)
+    data = LabelledImages(["a", "b"], *parts, reading)
+    none = data.test.take(np.empty(0, np.int64))
+    added = replace(data, train=part("more", *range(6), 7), val=none, test=none)
+    settings = TransferSettings(optimizer=finetune_optimizer(True, lr=2e-3), pretrained=True)
+    fitted = fit_model(cast(Any, Noting()), cast(Any, None), data, settings, added=cast(Any, added))
+    assert fitted.folds == 3
+    assert all(not train & val for train, val in seen)
+    assert [len(train) for train, _ in seen] == [5, 5, 5, 7]  # and all in the last training
+    assert (fitted.train_images, fitted.added) == (12, 14)
+
+
 def test_a_batch_that_fits_all_labels_fits_the_folds() -> None:
     assert fit(Guess(), data_of(6, 6), batch_size=12).train_images == 12
 
@@ -249,6 +276,9 @@ def test_a_time_budget_is_for_all_trainings_together() -> None:
     seconds.clear()
     fit(Timed(), data_of(20, 10), seconds=60.0, pretrained=False)
     assert seconds == [30.0] * 2  # nothing to choose: one held-out part, for its metrics
+    seconds.clear()
+    fit(Timed(), data_of(20, 0), 1e-4, 1e-3, 1e-2, seconds=60.0)
+    assert seconds == [60.0]  # no images to choose a rate by: one training
 
 
 def test_a_training_that_diverged_is_not_chosen() -> None:
@@ -261,3 +291,21 @@ def test_a_training_that_diverged_is_not_chosen() -> None:
 
     fitted = fit(Diverging(fitted=False), data_of(20, 100), 5e-4, 1e-3, 2e-3)
     assert fitted.chosen.lr == 1e-3
+
+
+def test_a_training_that_can_not_go_on_is_not_chosen_and_alone_an_error() -> None:
+    class Stopping(Guess):
+        def train(
+            self, model: Number, data: LabelledImages, settings: TransferSettings, *rest: object
+        ) -> None:
+            super().train(model, data, settings, *rest)
+            if settings.optimizer.lr > 1.2e-3:
+                raise DivergedError(f"the loss at {settings.optimizer.lr:g} is nan")
+
+    fitted = fit(Stopping(), data_of(20, 10), 5e-4, 1e-3, 2e-3)
+    assert fitted.chosen.lr == 1e-3
+    assert {one.lr for one in fitted.candidates} == {5e-4, 1e-3}
+    assert fit(Stopping(), data_of(20, 100), 1e-3, 2e-3).chosen.lr == 1e-3  # from the upper one
+    for rates in ((2e-3,), (2e-3, 3e-3)):
+        with pytest.raises(DivergedError, match="is nan"):
+            fit(Stopping(), data_of(20, 10), *rates)

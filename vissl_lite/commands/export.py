@@ -303,11 +303,9 @@ def _make_onnx(network: ExportModel, batches: list[Tensor], file: Path) -> float
     program = _trace(network)
     names = {"size": _format_size(network.image_size), "version": __version__}
     onnx.helper.set_model_props(program, {"task": network.task, **network.about, **names})
-    if network.preparation is not None:
-        resizing = network.preparation.format(size=_format_size(network.image_size))
-    else:
-        crop = "" if network.any_size else ", center-cropped to a square"
-        resizing = f"the shorter side resized to {_format_size(network.image_size)} pixels{crop}"
+    resizing = network.preparation.format(size=_format_size(network.image_size))
+    if not network.any_size and not network.fixed_size:
+        resizing += ", center-cropped to a square"
     program.doc_string = f"images: {network.reader.units()}, {resizing}; normalized by the model"
     onnx.save(program, file)
     onnx.checker.check_model(str(file), full_check=True)

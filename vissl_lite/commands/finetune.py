@@ -126,8 +126,8 @@ class FinetuneOptions(Options, ImageSettings, AllTaskOptions):
     image_size: int | None = None
     """Side length of the input in pixels. Default for classification: that of the encoder, or for
     random:NAME that of the images; for detection: the longer side of the images, at most 416; for
-    segmentation: their shorter side, at most 224 (larger images are segmented in overlapping
-    windows)."""
+    segmentation: their shorter side, at most 224 (images more than 1.5 times as large are segmented
+    in overlapping windows at their own scale)."""
     optimizer: str = "adamw"
     """timm optimizer."""
     lr: Sequence[float] | float = 1e-3
@@ -155,7 +155,8 @@ class FinetuneOptions(Options, ImageSettings, AllTaskOptions):
     monitor: str | None = None
     """Validation metric to choose by. Default: top1 for classification (several labels per image:
     map), miou for segmentation, and with fewer than 1,000 validation images calibrated_loss (the
-    loss after temperature scaling) and loss; map for detection. Also dice or map_50."""
+    loss after temperature scaling) and loss; map for detection (mask_map with --detector
+    mask_rcnn). Also dice, map_50 or mask_map_50."""
     min_crop_scale: float | None = None
     """Smallest fraction of the image area that a random training crop covers. Default: 0.6 in
     classification, 0.35 in detection and segmentation."""

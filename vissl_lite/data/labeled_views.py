@@ -252,9 +252,9 @@ def mask_pipeline(
         size: Side in pixels.
         min_crop_scale: Smallest share of the image's area.
         upright: Whether the images have an up; see ``flip``.
-        own_scale: For images more than ``LARGE`` times as large as the view: the crop has about
+        own_scale: For images more than 1.5 times as large as the view: the crop has about
             its size, enlarged or shrunk by as much as ``min_crop_scale`` does, but not more than
-            ``LARGE`` times.
+            1.5 times.
     """
     check_crop_scale(min_crop_scale)
     crop = A.RandomResizedCrop(

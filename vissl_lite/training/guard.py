@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from vissl_lite.data.stream import Batch
-from vissl_lite.errors import UserError
+from vissl_lite.errors import DivergedError
 from vissl_lite.training.schedule import Schedule
 
 log = logging.getLogger(__name__)
@@ -88,8 +88,8 @@ class LossGuard(Callback):
             raise self._not_finite(f"loss is {loss}, which is not finite")
         return loss
 
-    def _not_finite(self, what: str) -> UserError:
-        return UserError(
+    def _not_finite(self, what: str) -> DivergedError:
+        return DivergedError(
             f"{self.title} has diverged: after step {self.schedule.steps} the {what}; start again "
             f"with a lower --lr (it was {self.schedule.lr:.2g}), a longer --warmup, or "
             f"--precision 32-true"

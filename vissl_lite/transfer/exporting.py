@@ -40,8 +40,8 @@ class ExportModel:
         about: More facts for users of the ONNX file, by name.
         any_size: Whether images of other sizes mean something to it.
         fixed_size: Why images can't have another size than it was trained at; empty if they can.
-        prepare: Function from an image and ``image_size`` to the input of the model, and
-        preparation: The same in words, in which ``{size}`` is the size. None for ``crop``.
+        prepare: Function from an image and ``image_size`` to the input of the model.
+        preparation: The resizing in words, in which ``{size}`` is the size.
         translations: Operators of its own, for torch's ONNX exporter.
     """
 
@@ -54,7 +54,7 @@ class ExportModel:
     any_size: bool = False
     fixed_size: str = ""
     prepare: Callable[[np.ndarray, tuple[int, int]], np.ndarray] = crop
-    preparation: str | None = None
+    preparation: str = "the shorter side resized to {size} pixels"
     translations: dict[Any, Callable[..., Any]] = field(default_factory=dict)
 
     @property

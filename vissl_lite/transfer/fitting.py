@@ -5,6 +5,7 @@ of the change by the training is kept) is chosen on images that the models have 
 Then a model is trained with it on all labels.
 """
 
+import logging
 import math
 import shutil
 from collections import defaultdict
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from vissl_lite.data.atomic_file import atomic_write
 from vissl_lite.encoders.encoder import Encoder
-from vissl_lite.errors import UserError, did_you_mean
+from vissl_lite.errors import DivergedError, UserError, did_you_mean
 from vissl_lite.metrics_file import MetricsFile
 from vissl_lite.run import CHECKPOINTS, METRICS, is_main_process
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
@@ -27,6 +28,9 @@ from vissl_lite.training.hardware import Hardware
 from vissl_lite.training.processes import of_main_process
 from vissl_lite.transfer.base import DatasetT, ModelT, ScoresT, SettingsT, Task
 from vissl_lite.transfer.confidence import Confidence, HeldOut
+from vissl_lite.transfer.sources.groups import group_of_others
+
+log = logging.getLogger(__name__)
 
 # With fewer validation images than this, hyperparameters are chosen by cross-validation.
 FEW_VALIDATION_IMAGES = 100
@@ -207,7 +211,11 @@ class _Fitting(Generic[DatasetT, ModelT, SettingsT, ScoresT]):
     ) -> None:
         self.task, self.encoder = task, encoder
         self.hardware, self.monitor, self.added = hardware, monitor, added
+        self.groups: list[str | None] = []  # of the added images, if there are any groups
+        if added is not None and added.reading.groups:
+            self.groups = group_of_others(added.paths("train"), added.reading)
         self.candidates: list[Candidate] = []
+        self.diverged: DivergedError | None = None  # the last of them
         self.best: Candidate | None = None
         self.settings: SettingsT | None = None  # of the best candidate, but for the rate
         self.model: _Trained[ModelT] | None = None  # of the first round, with the best rate
@@ -216,9 +224,15 @@ class _Fitting(Generic[DatasetT, ModelT, SettingsT, ScoresT]):
     def train(
         self, settings: SettingsT, data: DatasetT, rate: float, files: TrainingFiles
     ) -> _Trained[ModelT]:
-        """Train a model on the training part and the added images."""
+        """Train a model on the training part and the added images.
+
+        Those of the groups that are held out, as each is in one fold, are left out.
+        """
         if self.added is not None:
-            data = data.with_train(self.added)
+            held_out = data.groups("val") if self.groups else None
+            names = set() if held_out is None else set(held_out.tolist())
+            kept = [i for i, group in enumerate(self.groups) if group not in names]
+            data = data.with_train(self.added.take({"train": kept}) if names else self.added)
         size = settings.batch_size
         settings = replace(
             settings,
@@ -241,9 +255,30 @@ class _Fitting(Generic[DatasetT, ModelT, SettingsT, ScoresT]):
     ) -> tuple[float, ...]:
         """Train in each round and add the candidates with these settings and learning rate.
 
+        A training that diverges adds none.
+
         Returns:
             Rank of the best of them; larger is better.
         """
+        try:
+            return self._evaluate(settings, rate, rounds, files, norm)
+        except DivergedError as error:
+            self.diverged = error
+            log.warning(
+                "The learning rate %(lr)g can't be chosen: the training with it has diverged",
+                {"lr": rate, "why": str(error)},
+                extra={"code": "candidate.diverged"},
+            )
+            return (-math.inf,)
+
+    def _evaluate(
+        self,
+        settings: SettingsT,
+        rate: float,
+        rounds: Sequence[DatasetT],
+        files: Sequence[TrainingFiles],
+        norm: bool | None,
+    ) -> tuple[float, ...]:
         found: dict[float, list[tuple[dict[str, float], int]]] = {}  # metrics and images of rounds
         held_out: dict[float, list[HeldOut]] = {}
         first: _Trained[ModelT] | None = None
@@ -333,7 +368,7 @@ def fit_model(
             on. Nothing is chosen by it.
 
     Raises:
-        UserError: Settings do not suit the data.
+        UserError: Settings do not suit the data, or the training diverges, of several all.
     """
     rates = list(rates) or [settings.optimizer.lr]
     refit = data.refits(settings.refit) and len(data.val) > 0
@@ -344,8 +379,8 @@ def fit_model(
     variants = task.variants(encoder, data, settings) if len(data.val) else [settings]
     tried = len(rates) + len(variants) - 1
     if settings.seconds is not None:
-        trainings = most_climbed(len(rates)) + len(variants) - 1
-        each = settings.seconds / (len(rounds) * trainings + refit)
+        trainings = len(rounds) * (most_climbed(len(rates)) + len(variants) - 1)
+        each = settings.seconds / (trainings + refit if len(data.val) else 1)
         variants = [replace(one, seconds=each) for one in variants]
     fitting = _Fitting(task, encoder, hardware, monitor_of(task, data, settings.monitor), added)
 
@@ -364,6 +399,8 @@ def fit_model(
     if len(data.val):
         best = max(range(len(variants)), key=lambda number: score(middle, number))
         climb(lambda rate: score(rate, best), rates)
+        if fitting.best is None and fitting.diverged is not None:
+            raise fitting.diverged
     chosen = fitting.best or Candidate(middle, 1.0, {})
     files.use_curve(f"{_name(chosen.lr, chosen.frozen_norm)}.csv")
     trained, everything, confidence = fitting.model, data, None

@@ -215,6 +215,16 @@ def test_a_training_step_uses_labels_weights_and_smoothing(data: LabelledImages)
     torch.testing.assert_close(loss, expected(logits, target.float(), weights, 0.3))
 
 
+@pytest.mark.parametrize("backbone", ["test_resnet", "deit_tiny_distilled_patch16_224"])
+def test_only_the_classifier_of_a_frozen_encoder_is_trained(backbone: str) -> None:
+    encoder = build_encoder(backbone, 32)
+    classifier = Classifier(encoder, ONE.classes)
+    ClassifierTraining(classifier, ONE, ClassifierSettings(frozen=True))
+    trained = {n for n, p in classifier.network.named_parameters() if p.requires_grad}
+    heads = ("head", "head_dist") if "deit" in backbone else ("fc",)
+    assert trained == {f"{head}.{kind}" for head in heads for kind in ("weight", "bias")}
+
+
 # Scores
 
 

@@ -14,7 +14,7 @@ from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.transfer.detection import metrics
 from vissl_lite.transfer.detection.data import BoxedImage, LabelledBoxes
-from vissl_lite.transfer.detection.metrics import best_threshold, score_detector
+from vissl_lite.transfer.detection.metrics import best_threshold, match_boxes, score_detector
 from vissl_lite.transfer.detection.model import (
     Detections,
     Detector,
@@ -255,6 +255,28 @@ def test_the_threshold_is_where_f1_is_best() -> None:
     assert best_threshold([found], [truth]) == pytest.approx(0.6)
     nothing = Detections(np.empty((0, 4), np.float32), np.empty(0, np.float32), np.empty(0, int))
     assert best_threshold([nothing], [truth]) == 0.5
+
+
+def test_boxes_of_ignored_objects_are_neither_right_nor_wrong() -> None:
+    boxes = np.array([[0, 0, 10, 10], [20, 20, 40, 40]], np.float32)
+    truth = BoxedImage("x", (40, 40), boxes, np.array([0, 0]), np.array([False, True]))
+    found = Detections(
+        np.array(
+            [[20, 20, 30, 30], [21, 21, 31, 31], [0, 0, 10, 10], [22, 22, 40, 40]], np.float32
+        ),
+        np.array([0.9, 0.8, 0.7, 0.6], np.float32),
+        np.array([0, 0, 0, 1]),
+    )
+    empty = np.empty((0, 4), np.float32)
+    none = BoxedImage("y", (40, 40), empty, np.empty(0, np.int64), np.zeros(0, bool))
+    scores, right, images = match_boxes([found, found], [truth, none])
+    # the first two are of the ignored object, the last is of another class
+    np.testing.assert_allclose(scores, [0.7, 0.6, 0.9, 0.8, 0.7, 0.6])
+    assert right.tolist() == [True] + [False] * 5
+    assert images.tolist() == [0, 0, 1, 1, 1, 1]
+    assert best_threshold([found], [truth]) == pytest.approx(0.7)
+    nothing = Detections(empty, np.empty(0, np.float32), np.empty(0, np.int64))
+    assert [len(one) for one in match_boxes([nothing], [truth])] == [0, 0, 0]
 
 
 def test_errors_of_damaged_folders_and_large_batches(data: LabelledBoxes, tmp_path: Path) -> None:

@@ -104,6 +104,10 @@ def test_pascal_voc_uses_only_the_listed_images(tmp_path: Path) -> None:
     data = load_masks(tmp_path)
     assert sizes(data) == [3, 2, 1]
     assert data.reading.counts == {"name without a mask in a list, left out": 1}
+    (lists / "test.txt").write_text("1\n4\n")
+    data = load_masks(tmp_path)
+    assert sizes(data) == [3, 1, 2]  # no image of the test part is in another
+    assert data.reading.counts == {"image of several parts, left out of the first": 1}
 
 
 def test_the_sample_data(tmp_path: Path) -> None:
@@ -176,6 +180,23 @@ def test_a_csv_file(text: str, message: str | None, tmp_path: Path) -> None:
     else:
         with pytest.raises(UserError, match=message):
             load_masks(tmp_path / "data.csv")
+
+
+def test_rows_of_one_image_are_its_masks_in_one_part(tmp_path: Path) -> None:
+    write_pairs(tmp_path, tmp_path, 9, (0, 255))
+    rows = [f"{n}.jpg,{m}.png" for n in range(8) for m in (n, n + 1)]
+    (tmp_path / "data.csv").write_text("\n".join(["path,mask", *rows, rows[0]]))
+    data = load_masks(tmp_path / "data.csv")
+    assert sum(sizes(data)) == 8  # none in two parts
+    for one in (*data.train, *data.val, *data.test):
+        number = int(Path(one.path).stem)
+        pieces = [read_mask(tmp_path / f"{n}.png") for n in (number, number + 1)]
+        np.testing.assert_array_equal(one.mask.read(), np.maximum(*pieces) > 0)
+    assert data.reading.counts == {"row that repeats another, left out": 1}
+    rows = [f"{n}.jpg,{n}.png,{part}" for n in range(4) for part in ("train", "test")]
+    (tmp_path / "data.csv").write_text("\n".join(["path,mask,split", *rows]))
+    with pytest.raises(UserError, match="no training images, only test"):
+        load_masks(tmp_path / "data.csv")
 
 
 # Mask formats and values

@@ -1,5 +1,6 @@
 import itertools
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,10 +13,12 @@ from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.transfer.segmentation.model import (
     Segmenter,
     dice_loss,
+    keeps_own_scale,
     segment,
     segmentation_loss,
     window_starts,
 )
+from vissl_lite.transfer.segmentation.task import Segmentation
 
 IGNORE_INDEX = 255
 
@@ -204,6 +207,15 @@ def test_large_images_keep_their_own_scale() -> None:
     assert (probabilities.argmax(axis=0) == (np.arange(60) % 2)[:, None]).all()
     shrunk = segment(Pixelwise(), stripes[:48, :48])  # type: ignore[arg-type]
     assert not (shrunk.argmax(axis=0) == (np.arange(48) % 2)[:, None]).all()
+
+
+def test_an_exported_segmenter_says_which_images_keep_their_own_scale(tmp_path: Path) -> None:
+    segmenter = Segmenter(build_encoder("test_resnet", 33), ["a", "b"])
+    made = Segmentation().export_model(segmenter, tmp_path)
+    words = made.preparation.format(size=made.image_size[0])
+    assert words == "the shorter side resized to 33 pixels if it has 49 at most"
+    for side in (49, 50):
+        assert keeps_own_scale(np.zeros((side, 90, 3), np.uint8), 33) == (side > 49)
 
 
 def test_the_border_of_a_window_has_little_weight() -> None:

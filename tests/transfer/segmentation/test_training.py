@@ -255,6 +255,7 @@ def test_class_weights(data: LabelledMasks) -> None:
         ({"reed": 2.0}, "the unknown class reed: did you mean red"),
         ({"red": 0.0}, "gives red 0.0: it must be above 0"),
         ({"red": float("nan")}, "gives red nan: it must be above 0"),
+        ({"red": float("inf")}, "gives red inf: it must be above 0 and finite"),
     ],
 )
 def test_invalid_class_weights(

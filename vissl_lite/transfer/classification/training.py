@@ -183,7 +183,9 @@ class ClassifierTraining(TransferModule[Classifier, ClassifierSettings]):
         self.register_buffer("image_weights", image_weights, persistent=False)
         set_drop_path(classifier.network, settings.drop_path)
         if settings.frozen:
-            classifier.network.get_classifier().requires_grad_(True)
+            heads = classifier.network.get_classifier()
+            for head in heads if isinstance(heads, tuple) else (heads,):  # two of a distilled model
+                head.requires_grad_(True)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images = self.model.encoder.normalize(batch.views[0])

@@ -185,29 +185,47 @@ def mask_precision(
 
 def match_boxes(
     found: Sequence[Detections], images: Sequence[BoxedImage]
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Find which boxes are right: of the class of a true box, at IoU 0.5, which no better box has.
+
+    As in COCO's evaluation, other boxes that lie at least half in an ignored one of their class are
+    neither right nor wrong.
 
     Args:
         found: Detections of each image, sorted by descending score.
         images: Images with their true boxes.
 
     Returns:
-        Scores ``(N,)`` float64 and ``(N,)`` bool of the boxes of all images, in their order.
+        Scores ``(N,)`` float64, ``(N,)`` bool, whether they are right, and ``(N,)`` int64, the
+        index of the image, of the boxes that count in all images, in their order.
     """
-    scores, right = [], []
-    for one, image in zip(found, images, strict=True):
-        truth, labels = image.boxes[~image.ignored], image.labels[~image.ignored]
-        overlap = box_iou(torch.from_numpy(one.boxes), torch.from_numpy(truth)).numpy()
-        overlap[one.labels[:, None] != labels[None]] = 0
-        for row, score in zip(overlap, one.scores, strict=True):
+    scores, right, numbers = [], [], []
+    for number, (one, image) in enumerate(zip(found, images, strict=True)):
+        same = one.labels[:, None] == image.labels[None]
+        overlap = box_iou(torch.from_numpy(one.boxes), torch.from_numpy(image.boxes)).numpy()
+        overlap = np.where(same & ~image.ignored, overlap, 0)
+        covered = _covered_share(one.boxes, image.boxes) >= 0.5
+        beside = (covered & same & image.ignored).any(axis=1)
+        for row, score, may_be_ignored in zip(overlap, one.scores, beside, strict=True):
             best = int(row.argmax()) if len(row) else 0
             hit = len(row) > 0 and row[best] >= 0.5
             if hit:
                 overlap[:, best] = 0  # each true box matches only once
+            elif may_be_ignored:
+                continue
             scores.append(float(score))
             right.append(bool(hit))
-    return np.array(scores, np.float64), np.array(right, bool)
+            numbers.append(number)
+    return np.array(scores, np.float64), np.array(right, bool), np.array(numbers, np.int64)
+
+
+def _covered_share(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Share of the area of each of N boxes that lies in each of M others, ``(N, M)``."""
+    sides = np.minimum(boxes[:, None, 2:], others[:, 2:]) - np.maximum(
+        boxes[:, None, :2], others[:, :2]
+    )
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+    return np.asarray(sides.clip(min=0).prod(axis=2) / areas[:, None].clip(min=1e-9))
 
 
 def best_threshold(found: Sequence[Detections], images: Sequence[BoxedImage]) -> float:
@@ -220,7 +238,7 @@ def best_threshold(found: Sequence[Detections], images: Sequence[BoxedImage]) ->
     Returns:
         Minimum score of the boxes to keep; 0.5 if no detection is correct.
     """
-    scores, right = match_boxes(found, images)
+    scores, right, _ = match_boxes(found, images)
     wanted = sum(int((~image.ignored).sum()) for image in images)
     if not right.any():
         return 0.5

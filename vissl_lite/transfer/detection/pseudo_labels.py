@@ -27,19 +27,18 @@ ANNOTATIONS = "pseudo_labels.json"
 
 
 def held_out_boxes(detector: Detector, data: LabelledBoxes) -> HeldOut:
-    """Scores ``(N,)`` of all boxes in the validation images, and whether each is right."""
+    """Scores ``(N,)`` of the boxes in the validation images, and whether each is right.
+
+    Those of ignored objects are left out; see ``match_boxes``.
+    """
     part = sample(data.val)
     found, good = detect(detector, [image.path for image in part])
     images = [image for image, fine in zip(part, good, strict=True) if fine]
-    scores, right = match_boxes(found, images)
+    scores, right, numbers = match_boxes(found, images)
     paths = [one.path for one in images]
     groups = group_names(paths, data.reading.groups)
     names = np.array(paths) if groups is None else groups
-    return HeldOut(
-        torch.from_numpy(scores),
-        torch.from_numpy(right),
-        np.repeat(names, [len(one.scores) for one in found]),
-    )
+    return HeldOut(torch.from_numpy(scores), torch.from_numpy(right), names[numbers])
 
 
 def measure_confidence(held_out: HeldOut) -> Confidence:

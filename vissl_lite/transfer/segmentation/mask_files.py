@@ -14,7 +14,13 @@ from vissl_lite.data.text_file import read_text
 from vissl_lite.errors import UserError, brief
 from vissl_lite.transfer.options import SourceOptions
 from vissl_lite.transfer.sources.file_tree import IMAGE_FOLDERS, MASK_FOLDERS, FileTree
-from vissl_lite.transfer.sources.parts import Split, part_of_file, part_of_name, words_of
+from vissl_lite.transfer.sources.parts import (
+    PARTS,
+    Split,
+    part_of_file,
+    part_of_name,
+    words_of,
+)
 from vissl_lite.transfer.sources.reading_log import ReadingLog
 from vissl_lite.transfer.sources.tables import (
     ImageFinder,
@@ -337,6 +343,29 @@ def _are_numbered(masks: Sequence[_File]) -> bool:
     return len(bases) == len(masks)
 
 
+def _merge_rows(rows: Sequence[tuple[str, str, Split | None]], log: ReadingLog) -> Parts:
+    """Make one pair of all rows of an image, with all of their masks, sorted by path.
+
+    Args:
+        rows: Image, mask and part.
+        log: Counts rows that repeat another, and images of several parts.
+    """
+    masks: dict[str, set[str]] = defaultdict(set)
+    named: dict[str, set[Split | None]] = defaultdict(set)
+    for image, mask, part in rows:
+        if mask in masks[image] and part in named[image]:
+            log.add("row that repeats another, left out", image)
+        masks[image].add(mask)
+        named[image].add(part)
+    parts: Parts = {}
+    for image in sorted(masks):
+        if len(named[image]) > 1:
+            log.add("image of several parts, left out of the first", image)
+        last = max(named[image], key=(None, *PARTS).index)  # no test image is trained on
+        parts.setdefault(last, []).append((image, tuple(sorted(masks[image]))))
+    return parts
+
+
 # Pascal VOC
 
 
@@ -349,7 +378,7 @@ def _voc_folders(tree: FileTree) -> list[str]:
 def _read_voc(tree: FileTree, folders: Sequence[str], log: ReadingLog) -> Parts:
     """Read Pascal VOC's layout, whose lists name the images with masks of each part."""
     log.layout = "Pascal VOC"
-    parts: Parts = {}
+    rows: list[tuple[str, str, Split | None]] = []
     for folder in folders:
         root = tree.folder / folder
         images, masks = (_by_stem(root / name) for name in ("JPEGImages", "SegmentationClass"))
@@ -366,15 +395,15 @@ def _read_voc(tree: FileTree, folders: Sequence[str], log: ReadingLog) -> Parts:
                     kind = "without an image" if key not in images else "without a mask"
                     log.add(f"name {kind} in a list, left out", f"{file}: {key}")
                     continue
-                parts.setdefault(part, []).append((images[key], (masks[key],)))
+                rows.append((images[key], masks[key], part))
             if keys:
                 log.origins[part] = f"ImageSets/Segmentation/{name}.txt"
-    if not any(parts.values()):
+    if not rows:
         raise UserError(
             f"the lists in {tree.folder / folders[0]}/ImageSets/Segmentation name no image in "
             f"JPEGImages/ with a mask in SegmentationClass/"
         )
-    return parts
+    return _merge_rows(rows, log)
 
 
 def _by_stem(folder: Path) -> dict[str, str]:
@@ -417,7 +446,8 @@ def read_csv(file: Path, options: SourceOptions, log: ReadingLog) -> Parts:
     """Read pairs from a table with a column of images and one of masks, and optionally of parts.
 
     Args:
-        file: CSV file or a relative of it; see ``read_table``.
+        file: CSV file or a relative of it; see ``read_table``. Rows of the same image are its
+            masks, of which the union counts.
         options: Names of columns, and the folder of the images.
         log: Counts what is left out.
 
@@ -440,12 +470,10 @@ def read_csv(file: Path, options: SourceOptions, log: ReadingLog) -> Parts:
     named = parts_of_rows(table, options, log)
     found = [find_images_of(table, column, named, finder, log) for column in (images, masks)]
     groups_of_rows(table, found[0], {images, masks}, log)
-    parts: Parts = {}
-    for image, mask, part in sorted(
-        zip(*found, named, strict=True), key=lambda row: (row[0] or "", row[1] or "")
-    ):
-        if image is not None and mask is not None:
-            parts.setdefault(part, []).append((image, (mask,)))
+    rows = zip(*found, named, strict=True)
+    parts = _merge_rows(
+        [(i, m, part) for i, m, part in rows if i is not None and m is not None], log
+    )
     log.layout = f"table {file.name} ({table.form})"
     log.label = f"column {masks}"
     return parts

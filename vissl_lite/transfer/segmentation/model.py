@@ -175,9 +175,14 @@ def window_starts(length: int, size: int) -> list[int]:
     return [round(start) for start in np.linspace(0, length - size, count).tolist()]
 
 
+def largest_resized(size: int) -> int:
+    """Shorter side in pixels up to which images are resized to ``size``."""
+    return int(OWN_SCALE_RATIO * size)
+
+
 def keeps_own_scale(image: np.ndarray, size: int) -> bool:
     """Whether an image is too large to be resized, and is cut into windows at its own scale."""
-    return min(image.shape[:2]) > OWN_SCALE_RATIO * size
+    return min(image.shape[:2]) > largest_resized(size)
 
 
 def _resize(image: np.ndarray, size: int) -> np.ndarray:
@@ -241,7 +246,7 @@ def segment(
 ) -> np.ndarray:
     """Compute class probabilities for every pixel of an image of any size.
 
-    The scale is that of the training views: an image whose shorter side is at most ``LARGE`` times
+    The scale is that of the training views: an image whose shorter side is at most 1.5 times
     the encoder's image size is resized to that size, a larger one keeps its own scale. Square
     windows of the image size, which overlap by half, cover the image. Their probabilities are
     averaged with sin^2 weights, which are small at the border of a window, where predictions lack

@@ -39,6 +39,7 @@ from vissl_lite.transfer.segmentation.data import LabelledMasks, load_masks
 from vissl_lite.transfer.segmentation.metrics import SegmentationScores, score_segmenter
 from vissl_lite.transfer.segmentation.model import (
     Segmenter,
+    largest_resized,
     load_segmenter,
     save_segmenter,
     segment,
@@ -225,9 +226,19 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
         about = {"classes": json.dumps(model.classes)}
         # With windowed attention, as in Swin, exporting a free image size does not finish.
         windows = any(hasattr(module, "window_size") for module in encoder.modules())
-        size = (encoder.image_size, encoder.image_size)
+        side = encoder.image_size
+        scale = (
+            f"the shorter side resized to {{size}} pixels if it has {largest_resized(side)} at most"
+        )
         return ExportModel(
-            layers, self.name, ("probabilities",), size, None, about, any_size=not windows
+            layers,
+            self.name,
+            ("probabilities",),
+            (side, side),
+            None,
+            about,
+            any_size=not windows,
+            preparation=scale,
         )
 
 

@@ -1,6 +1,7 @@
 """Fine-tuning of an encoder into a segmenter on images with masks."""
 
 import copy
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -44,7 +45,8 @@ def weigh_classes(
         Weights ``(K,)`` float32; None for equal weights.
 
     Raises:
-        UserError: If a class is unknown, a weight is not above 0, or a mask can't be read.
+        UserError: If a class is unknown, a weight is not above 0 and finite, or a mask can't be
+            read.
     """
     if class_weights is None:
         return None
@@ -57,8 +59,10 @@ def weigh_classes(
                     f"--class_weights names the unknown class {name}: "
                     f"{did_you_mean(name, data.classes)}"
                 )
-            if not weight > 0:
-                raise UserError(f"--class_weights gives {name} {weight}: it must be above 0")
+            if not 0 < weight < math.inf:
+                raise UserError(
+                    f"--class_weights gives {name} {weight}: it must be above 0 and finite"
+                )
         return torch.tensor([float(class_weights.get(name, 1)) for name in data.classes])
     if class_weights != "balanced":
         raise UserError(f"--class_weights {class_weights} is neither balanced nor weights by name")
