@@ -37,6 +37,14 @@ def test_the_resolution_of_a_batch_follows_its_number_or_the_time() -> None:
     assert [resolution_of(batch, timed) for batch in (0, 7)] == [0, 2]
 
 
+@pytest.mark.parametrize("length", [{"batches": 100}, {"seconds": 1000.0}])
+def test_views_of_a_resumed_run_are_as_large_as_before(length: dict[str, Any]) -> None:
+    """Those of the first batches are ordered before the first step."""
+    schedule = Schedule(0.1, 0.0, 0, **length)
+    schedule.load_state_dict({"batches": 95, "elapsed": 950.0, "begun": 0.0, "ended": False})
+    assert resolution_of(95, schedule) == 0
+
+
 def test_crops_are_resized_and_blurred_in_proportion() -> None:
     crop, blur = RandomResizedCrop((64, 64)), GaussianBlur((0.1, 0.6))
     views = Views([[crop, HorizontalFlip(), blur], [HorizontalFlip()]], shortest=100)
