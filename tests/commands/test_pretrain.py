@@ -497,10 +497,15 @@ def test_a_collapse_is_said_in_plain_words(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("accumulate", "steps"), [(1, 14), (4, 4)])
 def test_a_collapse_may_end_the_run(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    accumulate: int, steps: int, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It ends cleanly, at the first evaluation after the warm-up, and its encoder is there."""
+    """It ends cleanly, at the first evaluation after the warm-up, and its encoder is there.
+
+    Batch 14 of 24 is the first that collapses; a step of several batches is completed. If the run
+    is killed before it has written its results, it writes the same ones when it is resumed.
+    """
     loss = SimCLR.loss
 
     def collapse_at_last(self: SimCLR, views: list[torch.Tensor]) -> torch.Tensor:
@@ -513,13 +518,19 @@ def test_a_collapse_may_end_the_run(
     monkeypatch.setattr(online, "TIME_SHARE", 100)  # an evaluation after every step
     out = tmp_path / "run"
     options = ["--data", photos, *SMALL, "--epochs", 8, "--on_collapse", "stop", "--out", out]
-    assert run(*options) == 0
+    assert run(*options, "--accumulate_grad_batches", accumulate) == 0
     results = json.loads((out / "results.json").read_text())
     assert results["stopped"] == "collapsed"
-    assert 12 < results["steps"] < 16
+    assert results["steps"] == steps
+    assert results["epochs"] == steps * accumulate / 3
     assert any("as --on_collapse stop asks for" in line for line in results["warnings"])
     assert weights(out)
     assert run("--out", out, "--resume") == 0  # it is done
+    (out / "results.json").unlink()
+    assert run("--out", out, "--resume") == 0
+    again = json.loads((out / "results.json").read_text())
+    for name in ("stopped", "steps", "collapsed"):
+        assert again[name] == results[name]
 
 
 @pytest.mark.slow
