@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import required, with_pictures
 from vissl_lite.cli import main
-from vissl_lite.commands.pretrain import loading_code, pretrain
+from vissl_lite.commands.pretrain import choose_batch_size, loading_code, pretrain
 from vissl_lite.commands.pretrain_options import PretrainOptions, default_backbone, parse_time
 from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.encoders.folder import save_encoder
@@ -421,6 +421,19 @@ def test_an_open_length_has_a_limit() -> None:
     assert options().max_epochs == 100
     assert options(epochs=7).max_epochs == 7
     assert PretrainOptions(data="photos", out="run", max_time=60).max_epochs is None
+
+
+@pytest.mark.parametrize(
+    ("images", "processes", "expected"),
+    [(1000, 1, 128), (101, 1, 101), (101, 2, 100), (1000, 3, 126), (1000, 200, 200)],
+)
+def test_the_default_batch_is_shared_equally(images: int, processes: int, expected: int) -> None:
+    assert choose_batch_size(None, images, processes) == expected
+
+
+def test_there_are_fewer_images_than_devices() -> None:
+    with pytest.raises(UserError, match="at least 8 images, one per device, found 7"):
+        choose_batch_size(None, 7, 8)
 
 
 def test_times() -> None:

@@ -186,13 +186,7 @@ def _prepare(options: PretrainOptions, resume: bool) -> _Training:
     hardware.check()
     images = find_training_images(options, Path(options.out), resume)
     count = len(images)
-    size = min(options.batch_size or 128, count)
-    if options.batch_size is not None and options.batch_size > count:
-        raise UserError(
-            f"--batch_size {options.batch_size} is larger than the data set: {count} images"
-        )
-    if size < 2:
-        raise UserError(f"pre-training needs at least two images, found {count}")
+    size = choose_batch_size(options.batch_size, count, hardware.processes())
     labelled = None
     if options.probe_data is not None:
         labelled = load_labelled(os.fspath(options.probe_data), options.seed, need_test=False)
@@ -236,6 +230,34 @@ def _prepare(options: PretrainOptions, resume: bool) -> _Training:
         progressive_resizing=options.resizes(task, count // size),
     )
     return _Training(options, hardware, images, labelled, task, views, size, cache, fingerprints)
+
+
+def choose_batch_size(given: int | None, images: int, processes: int) -> int:
+    """Images per batch over all processes.
+
+    Args:
+        given: That of ``--batch_size``; None for 128, or all images if there are fewer, rounded
+            down to a multiple of ``processes``.
+        images: Number of training images.
+        processes: Number of training processes, each of which gets an equal share of a batch.
+
+    Raises:
+        UserError: There is no such batch.
+    """
+    if given is not None and given > images:
+        raise UserError(f"--batch_size {given} is larger than the data set: {images} images")
+    if given is not None and given % processes:
+        raise UserError(
+            f"--batch_size {given} can't be divided by {processes} devices: give a multiple of "
+            f"{processes}"
+        )
+    if given == 1:
+        raise UserError("--batch_size 1 is too small: pre-training needs at least 2")
+    size = given or min(max(128, processes), images) // processes * processes
+    if size < 2:
+        needed = "two images" if processes <= 2 else f"{processes} images, one per device"
+        raise UserError(f"pre-training needs at least {needed}, found {images}")
+    return size
 
 
 def _train(training: _Training, run: Path, resume: bool, started: float) -> PretrainResult:
