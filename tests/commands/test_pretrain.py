@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import required, with_pictures
 from vissl_lite.cli import main
-from vissl_lite.commands.pretrain import choose_batch_size, loading_code, pretrain
+from vissl_lite.commands.pretrain import batch_cost, choose_batch_size, loading_code, pretrain
 from vissl_lite.commands.pretrain_options import PretrainOptions, default_backbone, parse_time
 from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.encoders.folder import save_encoder
@@ -327,6 +327,18 @@ def test_a_run_sees_more_tokens_towards_its_end(photos: Path, tmp_path: Path) ->
     shares = [float(row["token_drop"]) for row in rows(tmp_path) if row["token_drop"]]
     assert shares == [0.0] + [0.5] * 9 + [0.25] + [0.0]
     assert "without 50 % of the patches" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("resizing", "dropped", "expected"),
+    [(False, 0.0, [1.0] * 3), (True, 0.0, [0.25, 1.0, 1.0]), (True, 0.9, [0.025, 0.55, 1.0])],
+)
+def test_later_batches_are_expected_to_take_longer(
+    resizing: bool, dropped: float, expected: list[float]
+) -> None:
+    options = PretrainOptions(data="photos", out="run", progressive_resizing=resizing)
+    costs = [batch_cost(options, dropped, fraction) for fraction in (0.1, 0.85, 0.95)]
+    assert costs == pytest.approx(expected)
 
 
 def test_resuming_a_finished_run_gives_its_result(

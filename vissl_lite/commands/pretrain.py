@@ -72,7 +72,7 @@ from vissl_lite.training.resizing import (
 )
 from vissl_lite.training.schedule import Schedule
 from vissl_lite.training.stream import StreamData
-from vissl_lite.training.token_drop import TokenDrop
+from vissl_lite.training.token_drop import TokenDrop, dropped_at
 from vissl_lite.transfer.classification.data import LabelledImages, load_labelled
 
 log = logging.getLogger(__name__)
@@ -337,8 +337,9 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
         schedule,
         stop_on_collapse=options.on_collapse == "stop",
     )
+    dropped = options.dropped_tokens(task)
     callbacks = [
-        Forecast(stream, schedule, partial(_batch_cost, options), lambda: online.seconds),
+        Forecast(stream, schedule, partial(batch_cost, options, dropped), lambda: online.seconds),
         online,
         FingerprintCallback(run, stream, schedule, training.fingerprints),
     ]
@@ -347,7 +348,6 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
         callbacks.append(adaptation)
     if options.progressive_resizing:
         callbacks.append(ProgressiveResizing(schedule, task.encoder, stream.sides))
-    dropped = options.dropped_tokens(task)
     if dropped:
         log.info(
             "The encoder is trained without %.0f %% of the patches of a view, in the last tenth of "
@@ -431,9 +431,16 @@ def _stopped(online: OnlineEvaluation, schedule: Schedule) -> str | None:
     return "plateau" if plateaued else None
 
 
-def _batch_cost(options: PretrainOptions, fraction: float) -> float:
-    """Relative time of a batch at a fraction of the run: about that of its number of pixels."""
-    return SHARES[resolution_at(fraction)] ** 2 if options.progressive_resizing else 1.0
+def batch_cost(options: PretrainOptions, dropped: float, fraction: float) -> float:
+    """Relative time of a batch at a fraction of the run: about that of its number of pixels.
+
+    Args:
+        options: Options of the run.
+        dropped: Share of the patches that a ViT is trained without at first.
+        fraction: Share of the run that is done, in [0, 1].
+    """
+    pixels = SHARES[resolution_at(fraction)] ** 2 if options.progressive_resizing else 1.0
+    return pixels * (1 - dropped_at(fraction, dropped))
 
 
 def _cache_plan(
