@@ -353,6 +353,15 @@ def test_resuming_a_finished_run_gives_its_result(
 
 
 @pytest.mark.slow
+def test_the_same_command_resumes_a_run_whose_backbone_has_a_tag(
+    photos: Path, tmp_path: Path
+) -> None:
+    options = ["--data", photos, *SMALL, "--epochs", 1, "--resume", "--out", tmp_path / "run"]
+    for _ in range(2):  # as a job script does
+        assert run(*options, "--backbone", "test_resnet.r160_in1k") == 0
+
+
+@pytest.mark.slow
 def test_a_checkpoint_with_a_pickle_is_never_executed(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -224,7 +224,7 @@ def _prepare(options: PretrainOptions, resume: bool) -> _Training:
         if seen is not None:
             fingerprints = seen if fingerprints is None else fingerprints.join(seen)
     options = options.replace(
-        backbone=encoder.backbone,
+        backbone=options.backbone or encoder.backbone,
         image_size=encoder.image_size,
         batch_size=size,
         progressive_resizing=options.resizes(task, count // size),
