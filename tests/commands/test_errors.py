@@ -290,7 +290,8 @@ def test_a_batch_larger_than_the_data_set(refused: Refused, few: Path) -> None:
 
 
 def test_a_batch_that_devices_cannot_share(refused: Refused, few: Path) -> None:
-    error = refused("pretrain", "--data", few, "--out", "run", *SMALL, "--batch_size", 4, "--devices", 3)  # fmt: skip
+    shared = ("--batch_size", 4, "--devices", 3)
+    error = refused("pretrain", "--data", few, "--out", "run", *SMALL, *shared)
     assert "--batch_size 4 can't be divided by 3 devices: give a multiple of 3" in error
 
 

@@ -24,9 +24,9 @@ from vissl_lite.training.stream import StreamData
 
 log = logging.getLogger(__name__)
 
-# The forecast follows after so many batches or seconds, whichever is first. The first batches are
-# not counted: the second one may be the first of its size (see ``resizing`` and ``token_drop``), for
-# which ``torch.compile`` takes a minute, as it does for the very first.
+# The forecast follows after so many batches or seconds, whichever is first. The first two batches
+# are not counted: ``torch.compile`` takes a minute for each size of views, and the second batch may
+# be the first of its size (see ``resizing`` and ``token_drop``).
 FORECAST_BATCHES, FORECAST_SECONDS, SKIPPED_BATCHES = 10, 20.0, 2
 
 
