@@ -59,6 +59,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "smallest crop 0.6, BatchNorm trained, mixup 0.2": {**TRAINED_NORM, "mixup": 0.2},
     "smallest crop 0.6, BatchNorm trained, CutMix 1": {**TRAINED_NORM, "cutmix": 1.0},
     "smallest crop 0.6, BatchNorm trained, RandAugment 9": {**TRAINED_NORM, "rand_augment": 9.0},
+    "smallest crop 0.6, BatchNorm trained, RandAugment 9, mixup 0.2": {
+        **TRAINED_NORM,
+        "rand_augment": 9.0,
+        "mixup": 0.2,
+    },
     "smallest crop 0.6, BatchNorm trained, moving average 0.99": {**TRAINED_NORM, "ema": 0.99},
     "random head": {"pretrained": False, "frozen_norm": True},
 }
