@@ -157,7 +157,8 @@ def inference_mode(model: nn.Module) -> Iterator[torch.device]:
     """Evaluation mode without gradients, in bf16 if the CPU has instructions for it.
 
     Args:
-        model: Put on the accelerator if there is one, and back where it was afterwards.
+        model: Its own type is used if that is not float32, as with ``--precision 64-true``. Put on
+            the accelerator if there is one, and back where it was afterwards.
 
     Yields:
         The device.
@@ -167,8 +168,9 @@ def inference_mode(model: nn.Module) -> Iterator[torch.device]:
     device = torch.device("cuda") if torch.cuda.is_available() else place
     model.to(device).eval()
     bf16 = device.type == "cuda" or cpu_has_bf16()
+    single = all(one.dtype == torch.float32 for one in model.parameters())
     try:
-        half = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+        half = torch.autocast(device.type, torch.bfloat16, enabled=bf16 and single)
         with torch.inference_mode(), half, fast_cpu_operators():
             yield device
     finally:

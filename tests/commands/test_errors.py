@@ -289,6 +289,17 @@ def test_a_batch_larger_than_the_data_set(refused: Refused, few: Path) -> None:
     assert "--batch_size 5 is larger than the data set: 4 images" in error
 
 
+def test_a_batch_that_devices_cannot_share(refused: Refused, few: Path) -> None:
+    shared = ("--batch_size", 4, "--devices", 3)
+    error = refused("pretrain", "--data", few, "--out", "run", *SMALL, *shared)
+    assert "--batch_size 4 can't be divided by 3 devices: give a multiple of 3" in error
+
+
+def test_a_batch_of_one_image(refused: Refused, few: Path) -> None:
+    error = refused("pretrain", "--data", few, "--out", "run", *SMALL, "--batch_size", 1)
+    assert "--batch_size 1 is too small" in error
+
+
 def test_a_batch_larger_than_the_training_part(refused: Refused, labelled: Path) -> None:
     error = refused("finetune", "--data", labelled, "--out", "run", "--batch_size", 500)
     assert "--batch_size 500 is larger than the training part: 30 images" in error

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import required, with_pictures
 from vissl_lite.cli import main
-from vissl_lite.commands.pretrain import loading_code, pretrain
+from vissl_lite.commands.pretrain import batch_cost, choose_batch_size, loading_code, pretrain
 from vissl_lite.commands.pretrain_options import PretrainOptions, default_backbone, parse_time
 from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.encoders.folder import save_encoder
@@ -329,6 +329,18 @@ def test_a_run_sees_more_tokens_towards_its_end(photos: Path, tmp_path: Path) ->
     assert "without 50 % of the patches" in (tmp_path / "log.txt").read_text()
 
 
+@pytest.mark.parametrize(
+    ("resizing", "dropped", "expected"),
+    [(False, 0.0, [1.0] * 3), (True, 0.0, [0.25, 1.0, 1.0]), (True, 0.9, [0.025, 0.55, 1.0])],
+)
+def test_later_batches_are_expected_to_take_longer(
+    resizing: bool, dropped: float, expected: list[float]
+) -> None:
+    options = PretrainOptions(data="photos", out="run", progressive_resizing=resizing)
+    costs = [batch_cost(options, dropped, fraction) for fraction in (0.1, 0.85, 0.95)]
+    assert costs == pytest.approx(expected)
+
+
 def test_resuming_a_finished_run_gives_its_result(
     finished: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -338,6 +350,15 @@ def test_resuming_a_finished_run_gives_its_result(
     result = pretrain(data=str(photos), out=str(finished), resume=True)
     assert result.steps == 12
     assert (finished / "results.json").read_text() == before
+
+
+@pytest.mark.slow
+def test_the_same_command_resumes_a_run_whose_backbone_has_a_tag(
+    photos: Path, tmp_path: Path
+) -> None:
+    options = ["--data", photos, *SMALL, "--epochs", 1, "--resume", "--out", tmp_path / "run"]
+    for _ in range(2):  # as a job script does
+        assert run(*options, "--backbone", "test_resnet.r160_in1k") == 0
 
 
 @pytest.mark.slow
@@ -423,6 +444,19 @@ def test_an_open_length_has_a_limit() -> None:
     assert PretrainOptions(data="photos", out="run", max_time=60).max_epochs is None
 
 
+@pytest.mark.parametrize(
+    ("images", "processes", "expected"),
+    [(1000, 1, 128), (101, 1, 101), (101, 2, 100), (1000, 3, 126), (1000, 200, 200)],
+)
+def test_the_default_batch_is_shared_equally(images: int, processes: int, expected: int) -> None:
+    assert choose_batch_size(None, images, processes) == expected
+
+
+def test_there_are_fewer_images_than_devices() -> None:
+    with pytest.raises(UserError, match="at least 8 images, one per device, found 7"):
+        choose_batch_size(None, 7, 8)
+
+
 def test_times() -> None:
     for text, seconds in (("00:15:00", 900), ("90", 90), (90, 90), ("02:30", 150),
                           ("1-00:00:01", 86401)):  # fmt: skip
@@ -497,10 +531,15 @@ def test_a_collapse_is_said_in_plain_words(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("accumulate", "steps"), [(1, 14), (4, 4)])
 def test_a_collapse_may_end_the_run(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    accumulate: int, steps: int, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It ends cleanly, at the first evaluation after the warm-up, and its encoder is there."""
+    """It ends cleanly, at the first evaluation after the warm-up, and its encoder is there.
+
+    Batch 14 of 24 is the first that collapses; a step of several batches is completed. If the run
+    is killed before it has written its results, it writes the same ones when it is resumed.
+    """
     loss = SimCLR.loss
 
     def collapse_at_last(self: SimCLR, views: list[torch.Tensor]) -> torch.Tensor:
@@ -513,13 +552,19 @@ def test_a_collapse_may_end_the_run(
     monkeypatch.setattr(online, "TIME_SHARE", 100)  # an evaluation after every step
     out = tmp_path / "run"
     options = ["--data", photos, *SMALL, "--epochs", 8, "--on_collapse", "stop", "--out", out]
-    assert run(*options) == 0
+    assert run(*options, "--accumulate_grad_batches", accumulate) == 0
     results = json.loads((out / "results.json").read_text())
     assert results["stopped"] == "collapsed"
-    assert 12 < results["steps"] < 16
+    assert results["steps"] == steps
+    assert results["epochs"] == steps * accumulate / 3
     assert any("as --on_collapse stop asks for" in line for line in results["warnings"])
     assert weights(out)
     assert run("--out", out, "--resume") == 0  # it is done
+    (out / "results.json").unlink()
+    assert run("--out", out, "--resume") == 0
+    again = json.loads((out / "results.json").read_text())
+    for name in ("stopped", "steps", "collapsed"):
+        assert again[name] == results[name]
 
 
 @pytest.mark.slow

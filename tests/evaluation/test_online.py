@@ -105,6 +105,16 @@ def test_an_evaluation_gives_every_metric_and_is_the_same_twice(
     assert first["linear"] == 1  # colors tell the classes apart
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_an_encoder_of_another_precision_is_evaluated_in_it(
+    dtype: torch.dtype, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with ``--precision 64-true``, on a CPU that has instructions for bf16."""
+    monkeypatch.setattr("vissl_lite.inference.cpu_has_bf16", lambda: True)
+    encoder = build_encoder("test_resnet", 32).to(dtype)
+    assert evaluate(online(find_images([photos])), encoder)["effective_rank"] > 1
+
+
 def test_the_untrained_and_the_trained_encoder_are_evaluated(photos: Path) -> None:
     encoder = build_encoder("test_resnet", 32)
     evaluation, running, task = online(find_images([photos])), trainer(), Task(encoder)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from lightning.pytorch.plugins.precision import HalfPrecision
 
 from tests.conftest import prepared, required
 from vissl_lite import inference
@@ -66,6 +67,20 @@ def make_batch(task: PretextTask, photos: Path, first: int = 0) -> Batch:
 def task_and_batch(name: str, backbone: str, photos: Path) -> tuple[PretextTask, Batch]:
     task = make_task(name, backbone)
     return task, make_batch(task, photos)
+
+
+@pytest.mark.slow
+@every_pretext
+def test_learns_with_weights_and_buffers_in_bf16(name: str, backbone: str, photos: Path) -> None:
+    """``--precision bf16-true``, with which new tensors are in bf16 too unless told otherwise."""
+    precision = HalfPrecision("bf16-true")
+    task, batch = task_and_batch(name, backbone, photos)
+    precision.convert_module(task)
+    with precision.forward_context():
+        task.training_step(batch, 0)
+        loss = task.training_step(batch, 1)
+    loss.backward()
+    assert loss.isfinite()
 
 
 @pytest.mark.slow

@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from vissl_lite.training.progress import FORECAST_BATCHES, Forecast, ProgressBar
+from vissl_lite.training.progress import (
+    FORECAST_BATCHES,
+    SKIPPED_BATCHES,
+    Forecast,
+    ProgressBar,
+)
 from vissl_lite.training.schedule import Schedule
 
 
@@ -58,7 +63,7 @@ def forecast(
     cost: Callable[[float], float] = lambda fraction: 1.0,
     batch_seconds: float = 0.5,
 ) -> list[str]:
-    """Messages in 40 batches of 64 images, the first of which takes a minute more.
+    """Messages in 40 batches of 64 images, the first two of which take a minute more.
 
     After the sixth an evaluation takes ten seconds.
     """
@@ -74,32 +79,32 @@ def forecast(
     with caplog.at_level(logging.INFO):
         for batch in range(40):
             schedule.on_train_batch_start(unused, unused, unused, batch)
-            clock += batch_seconds + 60 * (batch == 0)
+            clock += batch_seconds + 60 * (batch < SKIPPED_BATCHES)
             schedule.on_train_batch_end(unused, unused, unused, unused, batch)
             callback.on_train_batch_end(unused, unused, unused, unused, batch)
             said_after = said_after or (batch + 1 if caplog.messages else 0)
             if batch == 5:
                 clock, paused = clock + 10, paused + 10
-    assert said_after == (1 + FORECAST_BATCHES if batch_seconds < 2 else 2)
+    assert said_after == SKIPPED_BATCHES + (FORECAST_BATCHES if batch_seconds < 2 else 1)
     return caplog.messages
 
 
 def test_forecast_of_epochs(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The first batch, the evaluation: of 1000 batches, 11 are done, in 75.5 seconds."""
+    """With the first two batches and the evaluation, 12 of 1000 batches take 136 seconds."""
     schedule = Schedule(0.1, 0.1, 0, batches=1000, started=0.0)
     [message] = forecast(schedule, monkeypatch, caplog)
-    assert "128 images per second: 10 epochs take about 0:09:30, expected end 2" in message
+    assert "128 images per second: 10 epochs take about 0:10:30, expected end 2" in message
     assert message.endswith("; peak memory so far 1.50 GiB")
 
 
 def test_forecast_of_a_time_budget(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    schedule = Schedule(0.1, 0.1, 0, seconds=575.5, started=0.0)
+    schedule = Schedule(0.1, 0.1, 0, seconds=636, started=0.0)
     [message] = forecast(schedule, monkeypatch, caplog)
-    assert "128 images per second: about 10.1 epochs in 0:09:36, expected end 2" in message
+    assert "128 images per second: about 10.1 epochs in 0:10:36, expected end 2" in message
 
 
 def test_forecast_knows_that_later_batches_are_slower(
@@ -117,7 +122,7 @@ def test_forecast_of_a_resumed_run_is_of_what_is_left(
     schedule = Schedule(0.1, 0.1, 0, batches=1000, started=0.0)
     schedule.load_state_dict({"batches": 889, "elapsed": 1000.0, "begun": 0.0, "ended": False})
     [message] = forecast(schedule, monkeypatch, caplog)
-    assert "10 epochs take about 0:18:46" in message  # 1000 + 75.5 + 50
+    assert "10 epochs take about 0:19:46" in message  # 1000 + 136 + 50
 
 
 def test_forecast_of_slow_batches_comes_after_twenty_seconds(

@@ -1,11 +1,21 @@
 import itertools
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from vissl_lite.data.stream import Batch
 from vissl_lite.data.view_steps import GaussianBlur, HorizontalFlip, RandomResizedCrop
 from vissl_lite.data.views import Views
-from vissl_lite.training.resizing import SHARES, resolution_at, resolution_of, shrink
+from vissl_lite.encoders.encoder import build_encoder
+from vissl_lite.training.resizing import (
+    SHARES,
+    ProgressiveResizing,
+    resolution_at,
+    resolution_of,
+    shrink,
+)
 from vissl_lite.training.schedule import Schedule
 
 
@@ -25,6 +35,14 @@ def test_the_resolution_of_a_batch_follows_its_number_or_the_time() -> None:
     timed = Schedule(0.1, 0.0, 0, seconds=100.0)
     timed.fraction = 0.6
     assert [resolution_of(batch, timed) for batch in (0, 7)] == [0, 2]
+
+
+@pytest.mark.parametrize("length", [{"batches": 100}, {"seconds": 1000.0}])
+def test_views_of_a_resumed_run_are_as_large_as_before(length: dict[str, Any]) -> None:
+    """Those of the first batches are ordered before the first step."""
+    schedule = Schedule(0.1, 0.0, 0, **length)
+    schedule.load_state_dict({"batches": 95, "elapsed": 950.0, "begun": 0.0, "ended": False})
+    assert resolution_of(95, schedule) == 0
 
 
 def test_crops_are_resized_and_blurred_in_proportion() -> None:
@@ -53,3 +71,17 @@ def test_a_pixel_is_the_mean_of_those_it_stands_for() -> None:
     assert half[:22].eq(10).all()
     assert half[26:].eq(200).all()
     assert shrink(small, 96) is small
+
+
+@pytest.mark.parametrize(("batch", "sides"), [(1, [40, 16]), (95, [84, 32])])
+def test_a_full_side_is_kept_whatever_the_backbone_prefers(batch: int, sides: list[int]) -> None:
+    """84 pixels are not a multiple of 8, which smaller views for a CNN are."""
+    views = [torch.zeros(2, 3, side, side, dtype=torch.uint8) for side in (84, 32)]
+    schedule, logged = Schedule(0.1, 0.0, 0, batches=100), {}
+    schedule.batches = batch
+    module: Any = SimpleNamespace(log=logged.__setitem__)
+    callback = ProgressiveResizing(schedule, build_encoder("test_resnet", 84), [84, 32])
+    data = Batch(views, torch.arange(2), [], [])
+    callback.on_train_batch_start(module, module, data, 0)
+    assert [view.shape[-1] for view in data.views] == sides
+    assert logged == {"view_size": sides[0]}

@@ -72,7 +72,7 @@ from vissl_lite.training.resizing import (
 )
 from vissl_lite.training.schedule import Schedule
 from vissl_lite.training.stream import StreamData
-from vissl_lite.training.token_drop import TokenDrop
+from vissl_lite.training.token_drop import TokenDrop, dropped_at
 from vissl_lite.transfer.classification.data import LabelledImages, load_labelled
 
 log = logging.getLogger(__name__)
@@ -186,13 +186,7 @@ def _prepare(options: PretrainOptions, resume: bool) -> _Training:
     hardware.check()
     images = find_training_images(options, Path(options.out), resume)
     count = len(images)
-    size = min(options.batch_size or 128, count)
-    if options.batch_size is not None and options.batch_size > count:
-        raise UserError(
-            f"--batch_size {options.batch_size} is larger than the data set: {count} images"
-        )
-    if size < 2:
-        raise UserError(f"pre-training needs at least two images, found {count}")
+    size = choose_batch_size(options.batch_size, count, hardware.processes())
     labelled = None
     if options.probe_data is not None:
         labelled = load_labelled(os.fspath(options.probe_data), options.seed, need_test=False)
@@ -230,12 +224,40 @@ def _prepare(options: PretrainOptions, resume: bool) -> _Training:
         if seen is not None:
             fingerprints = seen if fingerprints is None else fingerprints.join(seen)
     options = options.replace(
-        backbone=encoder.backbone,
+        backbone=options.backbone or encoder.backbone,
         image_size=encoder.image_size,
         batch_size=size,
         progressive_resizing=options.resizes(task, count // size),
     )
     return _Training(options, hardware, images, labelled, task, views, size, cache, fingerprints)
+
+
+def choose_batch_size(given: int | None, images: int, processes: int) -> int:
+    """Images per batch over all processes.
+
+    Args:
+        given: That of ``--batch_size``; None for 128, or all images if there are fewer, rounded
+            down to a multiple of ``processes``.
+        images: Number of training images.
+        processes: Number of training processes, each of which gets an equal share of a batch.
+
+    Raises:
+        UserError: There is no such batch.
+    """
+    if given is not None and given > images:
+        raise UserError(f"--batch_size {given} is larger than the data set: {images} images")
+    if given is not None and given % processes:
+        raise UserError(
+            f"--batch_size {given} can't be divided by {processes} devices: give a multiple of "
+            f"{processes}"
+        )
+    if given == 1:
+        raise UserError("--batch_size 1 is too small: pre-training needs at least 2")
+    size = given or min(max(128, processes), images) // processes * processes
+    if size < 2:
+        needed = "two images" if processes <= 2 else f"{processes} images, one per device"
+        raise UserError(f"pre-training needs at least {needed}, found {images}")
+    return size
 
 
 def _train(training: _Training, run: Path, resume: bool, started: float) -> PretrainResult:
@@ -315,8 +337,9 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
         schedule,
         stop_on_collapse=options.on_collapse == "stop",
     )
+    dropped = options.dropped_tokens(task)
     callbacks = [
-        Forecast(stream, schedule, partial(_batch_cost, options), lambda: online.seconds),
+        Forecast(stream, schedule, partial(batch_cost, options, dropped), lambda: online.seconds),
         online,
         FingerprintCallback(run, stream, schedule, training.fingerprints),
     ]
@@ -325,7 +348,6 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
         callbacks.append(adaptation)
     if options.progressive_resizing:
         callbacks.append(ProgressiveResizing(schedule, task.encoder, stream.sides))
-    dropped = options.dropped_tokens(task)
     if dropped:
         log.info(
             "The encoder is trained without %.0f %% of the patches of a view, in the last tenth of "
@@ -409,9 +431,16 @@ def _stopped(online: OnlineEvaluation, schedule: Schedule) -> str | None:
     return "plateau" if plateaued else None
 
 
-def _batch_cost(options: PretrainOptions, fraction: float) -> float:
-    """Relative time of a batch at a fraction of the run: about that of its number of pixels."""
-    return SHARES[resolution_at(fraction)] ** 2 if options.progressive_resizing else 1.0
+def batch_cost(options: PretrainOptions, dropped: float, fraction: float) -> float:
+    """Relative time of a batch at a fraction of the run: about that of its number of pixels.
+
+    Args:
+        options: Options of the run.
+        dropped: Share of the patches that a ViT is trained without at first.
+        fraction: Share of the run that is done, in [0, 1].
+    """
+    pixels = SHARES[resolution_at(fraction)] ** 2 if options.progressive_resizing else 1.0
+    return pixels * (1 - dropped_at(fraction, dropped))
 
 
 def _cache_plan(

@@ -104,7 +104,7 @@ class PretrainOptions(Options, ImageSettings):
     latest (see docs/watching.md)."""
     batch_size: int | None = None
     """Number of images per batch, summed over all devices. Default: 128, or all images if there
-    are fewer."""
+    are fewer, rounded down to a multiple of the number of devices."""
     accumulate_grad_batches: int = 1
     """Number of batches per optimizer step, for effective batches that do not fit into memory.
     Pretexts that compare the images of a batch still compare within each single batch."""

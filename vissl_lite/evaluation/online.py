@@ -268,7 +268,9 @@ class OnlineEvaluation(Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        between = self._schedule.batches % max(1, self._data.batches_per_epoch // 20)
+        # after whole optimizer steps only: the run may end here, and would lose gradients
+        steps = max(1, self._data.batches_per_epoch // 20 // self._schedule.accumulate)
+        between = self._schedule.batches % (steps * self._schedule.accumulate)
         if between or trainer.should_stop or self._schedule.batches == self._schedule.total:
             return
         if not trainer.strategy.broadcast(self._is_due()):
@@ -422,6 +424,8 @@ class OnlineEvaluation(Callback):
         self.counts = ImageCounts(*counts) if counts else None
         self.seconds, self._first_cost, self._cost = state_dict["seconds"]
         self.collapsed = state_dict["collapsed"]
+        ended_early = self._schedule.ended and self._schedule.batches != self._schedule.total
+        self.stopped = self._stop_on_collapse and self.collapsed and ended_early
         self._schedule.reserve = self._cost
 
 

@@ -72,7 +72,7 @@ def similarity_distillation(
     with torch.autocast(student.device.type, enabled=False):
         student, teacher = F.normalize(student.float(), dim=1), F.normalize(teacher.float(), dim=1)
         predicted, target = (
-            torch.cat([(one * teacher).sum(dim=1, keepdim=True), one @ queue.T], dim=1)
+            torch.cat([(one * teacher).sum(dim=1, keepdim=True), one @ queue.float().T], dim=1)
             for one in (student, teacher)
         )
         return F.kl_div(

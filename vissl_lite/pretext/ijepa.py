@@ -100,7 +100,7 @@ def draw_context(context: Tensor, targets: Tensor, side: int) -> tuple[Tensor, T
         kept.append(torch.where(fits, block, targets[:, 0]))
     smallest = int(remaining.sum(dim=1).min())
     # Context patches come first, in random order.
-    order = torch.rand(remaining.shape, device=remaining.device) + ~remaining
+    order = torch.rand(remaining.shape, device=remaining.device, dtype=torch.float32) + ~remaining
     return order.argsort(dim=1)[:, :smallest], torch.stack(kept, dim=1)
 
 

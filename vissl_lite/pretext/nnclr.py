@@ -32,7 +32,7 @@ def nearest_neighbors(embeddings: Tensor, support: Tensor) -> Tensor:
     Returns:
         ``(B, D)`` normalized nearest neighbors, without gradient.
     """
-    similarity = F.normalize(embeddings.float(), dim=1) @ support.T
+    similarity = F.normalize(embeddings.float(), dim=1) @ support.float().T
     return support[similarity.argmax(dim=1)]
 
 

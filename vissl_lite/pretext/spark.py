@@ -102,8 +102,9 @@ def _update_running(norm: _BatchNorm, mean: Tensor, variance: Tensor, count: Ten
     assert norm.num_batches_tracked is not None
     norm.num_batches_tracked += 1
     weight = norm.momentum if norm.momentum is not None else 1 / int(norm.num_batches_tracked)
-    norm.running_mean.lerp_(mean, weight)
-    norm.running_var.lerp_(variance * count / (count - 1).clamp(min=1), weight)
+    variance = variance * count / (count - 1).clamp(min=1)
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), weight)
+    norm.running_var.lerp_(variance.to(norm.running_var.dtype), weight)
 
 
 def visible_group_norm(norm: nn.GroupNorm, features: Tensor, mask: Tensor) -> Tensor:

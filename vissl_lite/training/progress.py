@@ -24,8 +24,10 @@ from vissl_lite.training.stream import StreamData
 
 log = logging.getLogger(__name__)
 
-# The forecast follows after so many batches or seconds, whichever is first.
-FORECAST_BATCHES, FORECAST_SECONDS = 10, 20.0
+# The forecast follows after so many batches or seconds, whichever is first. The first two batches
+# are not counted: ``torch.compile`` takes a minute for each size of views, and the second batch may
+# be the first of its size (see ``resizing`` and ``token_drop``).
+FORECAST_BATCHES, FORECAST_SECONDS, SKIPPED_BATCHES = 10, 20.0, 2
 
 
 class ThroughputMonitor(Callback):
@@ -212,8 +214,8 @@ class ProgressBar(Callback):
 class Forecast(Callback):
     """Log once how fast the training is, how long it will take or how far it will get, and memory.
 
-    It is measured on a few batches after the first one, which is slower than the others. A resumed
-    run is measured again.
+    It is measured on a few batches after the first ones, which are slower than the others. A
+    resumed run is measured again.
 
     Args:
         data: Training stream.
@@ -247,7 +249,9 @@ class Forecast(Callback):
     ) -> None:
         if self._done or not is_main_process():
             return
-        batches = self.schedule.batches - self._first - 1
+        batches = self.schedule.batches - self._first - SKIPPED_BATCHES
+        if batches < 0:
+            return
         if self._since is None:
             self._since = self._clock(module)
         elif batches >= FORECAST_BATCHES or self._now() - self._since >= FORECAST_SECONDS:

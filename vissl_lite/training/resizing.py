@@ -88,8 +88,9 @@ class ProgressiveResizing(Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         share = SHARES[resolution_of(self.schedule.batches, self.schedule)]
-        batch.views[:] = [
-            shrink(view, min(side, self.encoder.fitting_size(side * share)))
-            for view, side in zip(batch.views, self.sides, strict=True)
-        ]
+        if share < 1:  # a full side need not be one that is chosen for smaller views
+            batch.views[:] = [
+                shrink(view, min(side, self.encoder.fitting_size(side * share)))
+                for view, side in zip(batch.views, self.sides, strict=True)
+            ]
         module.log("view_size", float(batch.views[0].shape[-1]))

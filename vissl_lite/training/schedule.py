@@ -183,3 +183,5 @@ class Schedule(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.batches, self.ended = state_dict["batches"], state_dict["ended"]
         self._earlier, self._begun = state_dict["elapsed"], state_dict["begun"]
+        if self.seconds is not None:  # asked for before the first step, by the data workers' views
+            self.fraction = self.progress()

@@ -52,7 +52,7 @@ class ChanceMonitor(nn.Module):
             accuracy: Scalar accuracy of the batch.
             progress: Completed fraction of the run.
         """
-        self.accuracy.lerp_(accuracy.detach().float(), SMOOTHING)
+        self.accuracy.lerp_(accuracy.detach().to(self.accuracy.dtype), SMOOTHING)
         self._num_updates += 1
         # Checks are rare because reading the accuracy synchronizes with the GPU.
         if self._num_updates % CHECK_INTERVAL or self.warned:

@@ -135,7 +135,7 @@ def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> T
     with torch.autocast(query.device.type, enabled=False):
         query, key = F.normalize(query.float(), dim=1), F.normalize(key.float(), dim=1)
         positive = (query * key).sum(dim=1, keepdim=True)
-        similarity = torch.cat([positive, query @ queue.T], dim=1) / temperature
+        similarity = torch.cat([positive, query @ queue.float().T], dim=1) / temperature
         return F.cross_entropy(similarity, similarity.new_zeros(len(query), dtype=torch.long))
 
 
@@ -243,7 +243,7 @@ def _covariance(z: Tensor) -> Tensor:
 
 def random_directions(size: int, count: int, like: Tensor) -> Tensor:
     """Draw uniform random unit vectors, ``(size, count)`` float32, on the device of a tensor."""
-    return F.normalize(torch.randn(size, count, device=like.device), dim=0)
+    return F.normalize(torch.randn(size, count, device=like.device, dtype=torch.float32), dim=0)
 
 
 def sigreg(z: Tensor, directions: Tensor, points: int = 17, limit: float = 5.0) -> Tensor:
@@ -265,7 +265,7 @@ def sigreg(z: Tensor, directions: Tensor, points: int = 17, limit: float = 5.0) 
     with torch.autocast(z.device.type, enabled=False):
         z = gather(z.float())
         # The integrand is even: integrate from 0 and double.
-        t = torch.linspace(0, limit, points, device=z.device)
+        t = torch.linspace(0, limit, points, device=z.device, dtype=z.dtype)
         normal = torch.exp(-t.square() / 2)
         angles = (z @ directions).unsqueeze(2) * t
         error = (angles.cos().mean(dim=0) - normal).square() + angles.sin().mean(dim=0).square()
@@ -291,7 +291,7 @@ def visreg(z: Tensor, directions: Tensor) -> Tensor:
         center = z.mean(dim=0)
         std = (z.var(dim=0, correction=0) + 1e-12).sqrt()
         standard = (z - center) / std.detach().clamp_min(1e-6)
-        ranks = torch.arange(1, len(z) + 1, device=z.device) / (len(z) + 1)
+        ranks = torch.arange(1, len(z) + 1, device=z.device, dtype=z.dtype) / (len(z) + 1)
         quantiles = torch.special.ndtri(ranks)
         shape = ((standard @ directions).sort(dim=0).values - quantiles[:, None]).square().mean()
         return (std - 1).square().mean() + shape + center.square().mean()
@@ -446,4 +446,4 @@ class Center(nn.Module):
             outputs: ``(B, size)`` outputs of the teacher.
         """
         batch_mean = gather(outputs.float()).mean(dim=0)
-        self.mean = torch.lerp(batch_mean, self.mean, self.momentum)
+        self.mean = torch.lerp(batch_mean, self.mean.float(), self.momentum).to(self.mean.dtype)

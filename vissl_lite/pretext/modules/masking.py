@@ -86,7 +86,7 @@ def random_mask(
         ascending.
     """
     masked = num_masked(count, ratio)
-    shuffled = torch.rand(batch, count, device=device).argsort(dim=1)
+    shuffled = torch.rand(batch, count, device=device, dtype=torch.float32).argsort(dim=1)
     return shuffled[:, masked:].sort(dim=1).values, shuffled[:, :masked].sort(dim=1).values
 
 

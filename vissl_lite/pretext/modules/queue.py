@@ -36,6 +36,7 @@ class Queue(nn.Module):
             embeddings: ``(B, dimensions)`` embeddings; need not be normalized.
         """
         new = gather(F.normalize(embeddings.detach().float(), dim=1))[-len(self.items) :]
+        new = new.to(self.items.dtype)  # not float32 with --precision bf16-true
         slots = (self.position + torch.arange(len(new), device=new.device)) % len(self.items)
         # Out of place: autograd may need the old tensor.
         self.items = self.items.index_copy(0, slots, new)
