@@ -42,12 +42,6 @@ def press(page: Page, *keys: str) -> None:
         page.keyboard.press(key)
 
 
-def reload(page: Page) -> None:
-    # Chromium passes what was stored to the process of the new page only some time later.
-    page.wait_for_timeout(500)
-    page.reload()
-
-
 def saved(page: Page, to: Path, button: str = "#save") -> str:
     """The file that a button saves, as it is on the disk."""
     with page.expect_download() as download:
@@ -95,7 +89,7 @@ def test_progress_is_there_again_after_a_reload(opened: Page) -> None:
     press(opened, "n")
     opened.keyboard.type("lichen")
     press(opened, "Enter", "s", "2")
-    reload(opened)
+    opened.reload()
     expect(opened.locator("#counter")).to_have_text("2 of 6 labelled, 1 skipped")
     expect(opened.locator("#place")).to_have_text("4 / 6")
     expect(opened.locator("#classes button").last).to_contain_text("lichen")
@@ -114,7 +108,7 @@ def test_an_added_class_keeps_its_key_when_its_last_image_gets_another_one(
     buttons = ["1fern", "2moss", "3alga", "4cat", "5dog2", "6bird1"]
     expect(opened.locator("#classes button")).to_have_text(buttons)
     press(opened, "5")
-    reload(opened)
+    opened.reload()
     buttons[4] = "5dog3"
     expect(opened.locator("#classes button")).to_have_text(buttons)
     assert saved(opened, tmp_path / "labels.csv") == lines(
@@ -314,7 +308,7 @@ def test_a_browser_that_keeps_nothing_says_so(page: Page, file: Path, tmp_path: 
     expect(page.locator("#counter")).to_have_text("1 of 6 labelled")
     asked: list[str] = []
     page.on("dialog", lambda dialog: (asked.append(dialog.type), dialog.accept()))
-    reload(page)
+    page.reload()
     assert asked == ["beforeunload"]
     expect(page.locator("#counter")).to_have_text("0 of 6 labelled")
 
