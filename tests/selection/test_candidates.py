@@ -51,6 +51,6 @@ def test_groups_have_so_many_images_labelled_ones_included() -> None:
     candidates.take(1)
     assert candidates.open.tolist() == [False, False, False, True, True, True]
     candidates.take(4)
-    assert len(candidates) == 2
+    assert candidates.remaining == 2
     candidates.take(3)
     assert np.flatnonzero(candidates.open).tolist() == [5]

@@ -218,7 +218,7 @@ def select(options: SelectOptions) -> SelectResult:
         labelled_at = np.flatnonzero(has_label)
         groups = None if grouping is None else group_names(prints.paths, grouping)
         candidates = Candidates(len(prints), labelled_at, prints, groups, options.per_group)
-        open_before = len(candidates)
+        open_before = candidates.remaining
         if open_before == 0:
             raise UserError(
                 "no image is left to choose: all without a label show the same as labelled ones, "

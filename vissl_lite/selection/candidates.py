@@ -62,7 +62,9 @@ class Candidates:
             self._left = per_group - taken
             self.open &= self._left[self._groups] > 0
 
-    def __len__(self) -> int:
+    @property
+    def remaining(self) -> int:
+        """Number of images that may be chosen. Not the length: without any it would be false."""
         return int(self.open.sum())
 
     def take(self, index: int) -> None:

@@ -160,7 +160,7 @@ def greedy_cover(
     at_random = np.random.default_rng(seed)
     chosen: list[int] = []
     gains: list[float] = []
-    while len(chosen) < budget and len(candidates):
+    while len(chosen) < budget and candidates.remaining:
         bounds[~candidates.open[pool]] = -np.inf
         while True:
             known = np.where(exact, bounds, -np.inf)

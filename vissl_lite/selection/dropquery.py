@@ -39,8 +39,7 @@ def dropquery(
         seed: Seed of k-means and of the random choice.
         candidates: What may be chosen.
     """
-    if candidates is None:
-        candidates = Candidates(len(features), labelled)
+    candidates = candidates or Candidates(len(features), labelled)
     points = unit_features(features).cpu().numpy()
     uncertain = np.ones(len(points), bool) if uncertainty is None else uncertainty > 0.5
     what = "" if uncertainty is None else " uncertain"

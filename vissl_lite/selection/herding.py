@@ -54,8 +54,7 @@ def herding(
         most: Size of the samples of images to cover and to choose from, see ``greedy_cover``.
         block: See ``coverage.blocks``.
     """
-    if candidates is None:
-        candidates = Candidates(len(features), labelled)
+    candidates = candidates or Candidates(len(features), labelled)
     points = unit_features(features)
     if uncertainty is None:
         radius, weights = RADIUS, points.new_ones(len(points))

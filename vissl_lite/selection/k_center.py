@@ -36,13 +36,12 @@ def k_center(
         candidates: What may be chosen.
         block: See ``coverage.blocks``.
     """
-    if candidates is None:
-        candidates = Candidates(len(features), labelled)
+    candidates = candidates or Candidates(len(features), labelled)
     points = unit_features(features)
     nearest = squared_to_nearest(points, points[labelled], block)
     chosen: list[int] = []
     reasons: list[str] = []
-    while len(chosen) < budget and len(candidates):
+    while len(chosen) < budget and candidates.remaining:
         if not chosen and len(labelled) == 0:
             index = int(np.random.default_rng(seed).choice(np.flatnonzero(candidates.open)))
             reasons.append("the first one, at random")

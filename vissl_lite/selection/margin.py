@@ -34,9 +34,7 @@ def margin(
     if uncertainty is None:
         raise UserError("--method margin needs a model: give --model with a run of finetune")
     order = np.argsort(-np.asarray(uncertainty), kind="stable")
-    if candidates is None:
-        candidates = Candidates(len(features), labelled)
-    chosen = in_order(order, budget, candidates)
+    chosen = in_order(order, budget, candidates or Candidates(len(features), labelled))
     return Selection(
         np.array(chosen, np.int64), [f"uncertainty {uncertainty[index]:.3f}" for index in chosen]
     )

@@ -52,8 +52,7 @@ def probcover(
         most: Size of the samples of images to cover and to choose from, see ``greedy_cover``.
         block: See ``coverage.blocks``.
     """
-    if candidates is None:
-        candidates = Candidates(len(features), labelled)
+    candidates = candidates or Candidates(len(features), labelled)
     points = unit_features(features)
     clusters = max(2, min(len(labelled) + budget, MAX_CLUSTERS))
     targets = points[sample(np.ones(len(points), bool), most, seed)]

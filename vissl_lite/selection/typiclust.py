@@ -47,8 +47,7 @@ def typiclust(
         large: Maximum number of images of a cluster that are looked at.
         block: See ``coverage.blocks``.
     """
-    if candidates is None:
-        candidates = Candidates(len(features), labelled)
+    candidates = candidates or Candidates(len(features), labelled)
     points = unit_features(features)
     clusters = min(len(labelled) + budget, MAX_CLUSTERS)
     of = cluster(points.cpu().numpy(), clusters, seed)
@@ -59,7 +58,7 @@ def typiclust(
     shuffled = np.random.default_rng(seed).permutation(len(of))
     chosen: list[int] = []
     reasons: list[str] = []
-    while len(chosen) < budget and len(candidates):
+    while len(chosen) < budget and candidates.remaining:
         # numbers of what is small, of labels, and of images: the cluster with the first triple
         left = np.unique(of[candidates.open])
         name = min(left, key=lambda one: (sizes[one] <= SMALL, has[one], -sizes[one]))

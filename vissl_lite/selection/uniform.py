@@ -24,7 +24,5 @@ def uniform(
         candidates: What may be chosen.
     """
     order = np.random.default_rng(seed).permutation(len(features))
-    if candidates is None:
-        candidates = Candidates(len(features), labelled)
-    chosen = in_order(order, budget, candidates)
+    chosen = in_order(order, budget, candidates or Candidates(len(features), labelled))
     return Selection(np.array(chosen, np.int64), ["random"] * len(chosen))

@@ -255,30 +255,12 @@ class _Fitting(Generic[DatasetT, ModelT, SettingsT, ScoresT]):
     ) -> tuple[float, ...]:
         """Train in each round and add the candidates with these settings and learning rate.
 
-        A training that diverges adds none.
-
         Returns:
             Rank of the best of them; larger is better.
-        """
-        try:
-            return self._evaluate(settings, rate, rounds, files, norm)
-        except DivergedError as error:
-            self.diverged = error
-            log.warning(
-                "The learning rate %(lr)g can't be chosen: the training with it has diverged",
-                {"lr": rate, "why": str(error)},
-                extra={"code": "candidate.diverged"},
-            )
-            return (-math.inf,)
 
-    def _evaluate(
-        self,
-        settings: SettingsT,
-        rate: float,
-        rounds: Sequence[DatasetT],
-        files: Sequence[TrainingFiles],
-        norm: bool | None,
-    ) -> tuple[float, ...]:
+        Raises:
+            DivergedError: A training has diverged; no candidate is added.
+        """
         found: dict[float, list[tuple[dict[str, float], int]]] = {}  # metrics and images of rounds
         held_out: dict[float, list[HeldOut]] = {}
         first: _Trained[ModelT] | None = None
@@ -307,6 +289,16 @@ class _Fitting(Generic[DatasetT, ModelT, SettingsT, ScoresT]):
             self.best, self.model, self.settings = best, first, settings
             self.held_out = held_out.get(best.share, [])
         return self.rank(best)
+
+    def give_up(self, rate: float, error: DivergedError) -> tuple[float, ...]:
+        """Say that a training has diverged, and rank its learning rate below all others."""
+        self.diverged = error
+        log.warning(
+            "The learning rate %(lr)g can't be chosen: the training with it has diverged",
+            {"lr": rate, "why": str(error)},
+            extra={"code": "candidate.diverged"},
+        )
+        return (-math.inf,)
 
     def rank(self, candidate: Candidate) -> tuple[float, ...]:
         """See ``rank_metrics``."""
@@ -394,7 +386,10 @@ def fit_model(
             metrics = METRICS if tried == 1 else f"{name}.csv"
             folder = f"{name}-{turn + 1}" if refit or tried > 1 else ""
             stages.append(files.of_training(metrics if turn == 0 else "", folder))
-        return fitting.evaluate(variant, rate, rounds, stages, norm)
+        try:
+            return fitting.evaluate(variant, rate, rounds, stages, norm)
+        except DivergedError as error:
+            return fitting.give_up(rate, error)
 
     if len(data.val):
         best = max(range(len(variants)), key=lambda number: score(middle, number))
