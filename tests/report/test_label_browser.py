@@ -33,8 +33,14 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def opened(page: Page, file: Path) -> Page:
-    page.goto(file.as_uri())
+    show(page, file)
     return page
+
+
+def show(page: Page, file: Path) -> None:
+    """Open a page for labelling, and wait until it takes keys."""
+    page.goto(file.as_uri())
+    expect(page.locator("#filters button").first).to_be_visible()
 
 
 def press(page: Page, *keys: str) -> None:
@@ -108,6 +114,7 @@ def test_an_added_class_keeps_its_key_when_its_last_image_gets_another_one(
     buttons = ["1fern", "2moss", "3alga", "4cat", "5dog2", "6bird1"]
     expect(opened.locator("#classes button")).to_have_text(buttons)
     press(opened, "5")
+    opened.reload()
     buttons[4] = "5dog3"
     expect(opened.locator("#classes button")).to_have_text(buttons)
     assert saved(opened, tmp_path / "labels.csv") == lines(
@@ -193,7 +200,7 @@ def test_saved_files_are_loaded_in_another_browser(
     with (tmp_path / "labels.csv").open("a") as more:
         more.write("/elsewhere.png,fern\r\n")
     other = browser.new_page()
-    other.goto(file.as_uri())
+    show(other, file)
     expect(other.locator("#counter")).to_have_text("0 of 6 labelled")
     other.set_input_files("#load", tmp_path / "labels.csv")
     expect(other.locator("#message")).to_contain_text("labels.csv: 2 read, 1 not on this page")
@@ -218,7 +225,7 @@ def test_labels_of_earlier_rounds_are_in_the_csv(page: Page, tmp_path: Path) -> 
         Image.new("RGB", (8, 8), "red").save(path)
     file, before = tmp_path / "label.html", [(old, "moss"), (new, "stone")]
     write_label_page(file, [LabelImage(new)], [], "Plants", before)
-    page.goto(file.as_uri())
+    show(page, file)
     press(page, "n")
     page.keyboard.type("fern")
     press(page, "Enter")
@@ -233,7 +240,7 @@ def phone(browser: Browser, file: Path) -> Iterator[Page]:
         viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True
     )
     page = context.new_page()
-    page.goto(file.as_uri())
+    show(page, file)
     yield page
     context.close()
 
@@ -277,7 +284,7 @@ def test_hostile_names_are_shown_as_text_and_written_as_they_are(
         Image.new("RGB", (8, 8), (20 * number, 9, 9)).save(path, "PNG")
     images = [LabelImage(path, [LabelledNeighbor(paths[0], classes[6], 0.5)]) for path in paths]
     write_label_page(tmp_path / "label.html", images, classes, "<b>&amp; \udcff")
-    page.goto((tmp_path / "label.html").as_uri())
+    show(page, tmp_path / "label.html")
     expect(page.locator("h1")).to_have_text("<b>&amp; ?")
     for number in range(9):
         expect(page.locator("#classes span").nth(number)).to_have_text(classes[number])
@@ -299,9 +306,9 @@ def test_hostile_names_are_shown_as_text_and_written_as_they_are(
 
 def test_a_browser_that_keeps_nothing_says_so(page: Page, file: Path, tmp_path: Path) -> None:
     page.add_init_script(
-        "Object.defineProperty(window, 'localStorage', {get() { throw new Error('denied') }})"
+        "Object.defineProperty(window, 'indexedDB', {get() { throw new Error('denied') }})"
     )
-    page.goto(file.as_uri())
+    show(page, file)
     expect(page.locator("#no-storage")).to_be_visible()
     press(page, "1")
     expect(page.locator("#counter")).to_have_text("1 of 6 labelled")
@@ -314,7 +321,7 @@ def test_a_browser_that_keeps_nothing_says_so(page: Page, file: Path, tmp_path: 
 
 def test_the_same_page_in_two_windows_is_one(opened: Page, file: Path) -> None:
     other = opened.context.new_page()
-    other.goto(file.as_uri())
+    show(other, file)
     press(other, "1")
     expect(opened.locator("#counter")).to_have_text("1 of 6 labelled")
     press(opened, "2")

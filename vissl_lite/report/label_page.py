@@ -76,7 +76,7 @@ def write_label_page(
     """Write the page atomically as one file, which loads nothing else.
 
     The person gives each image a class, skips it, or marks it as not usable. Progress is kept in
-    the browser's ``localStorage``, by a hash of the images' paths. The page saves ``labels.csv``
+    the browser's ``IndexedDB``, by a hash of the images' paths. The page saves ``labels.csv``
     with the columns ``path`` and ``class``, which ``load_labelled`` reads (a column ``class`` is
     not divided at ``|`` and ``;``, unlike one called ``label``), and ``not_usable.csv`` with the
     columns ``path`` and ``not_usable``, which is 1.
