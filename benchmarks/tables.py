@@ -13,7 +13,6 @@ from collections.abc import Callable
 from benchmarks.accuracy import (
     adaptation,
     bands,
-    cifar10,
     compare,
     demo,
     distillation,
@@ -26,16 +25,15 @@ from benchmarks.accuracy import (
 )
 from benchmarks.common import ROOT
 from benchmarks.data import formats, listing, photographs, selection_growth, shards, views
-from benchmarks.gpu import cifar10 as gpu_cifar10
-from benchmarks.gpu import throughput
+from benchmarks.gpu import cifar10, throughput
 from benchmarks.peers import against_peers, detection
 from benchmarks.training import growth, levers, losses, operations, sharding
 
 FILES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 SCRIPTS = (
-    adaptation, bands, cifar10, compare, demo, distillation, leaks, pretexts, pseudo_labels,
+    adaptation, bands, compare, demo, distillation, leaks, pretexts, pseudo_labels,
     recipes, selection, transfer, formats, listing, photographs, selection_growth, shards, views,
-    gpu_cifar10, throughput, against_peers, detection, growth, levers, losses, operations,
+    cifar10, throughput, against_peers, detection, growth, levers, losses, operations,
     sharding,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {

@@ -27,7 +27,7 @@ Accuracy: each tool trains SimCLR for the same minutes, with its own recipe, on 
 or on UC Merced's training images (224 pixels); ours for part of the minutes, too. On UC Merced
 ours is the default command line. The encoders are evaluated by ``vissl-lite probe`` (kNN, for
 CIFAR-10 with k = 200 and T = 0.1, and linear, fitted to all training labels, on the test images).
-Start-up and what comes after the training count.
+Start-up and what comes after the training count. With ``taskset`` seeds run side by side.
 
     python -m benchmarks.peers.against_peers accuracy --data DATA --out RUNS --peer_python PYTHON \
         --cases ucmerced-resnet18-224 --minutes 10 --ours_minutes 2.5 10 --seeds 0 1
@@ -257,20 +257,24 @@ def speed(o: argparse.Namespace) -> None:
 
 def accuracy(o: argparse.Namespace) -> None:
     """Train for equal minutes, one after the other, and evaluate; what is there is left out."""
-    if o.cores is not None:
-        os.environ["OMP_NUM_THREADS"] = str(o.cores)
     for name in o.cases:
         for seed in o.seeds:
             for tool in o.tools:
                 shares = o.ours_minutes if tool == "ours" and o.ours_minutes else [o.minutes]
                 for minutes in shares:
-                    results = kept("peers_accuracy")
-                    runs = results["accuracy"].setdefault(name, {}).setdefault(tool, {})
-                    of_length = runs.setdefault(f"{minutes:g}", {})
-                    if str(seed) not in of_length:
-                        of_length[str(seed)] = trained(tool, name, minutes, seed, o)
-                        keep("peers_accuracy", results)
-                        print(name, tool, minutes, seed, of_length[str(seed)], flush=True)
+                    if str(seed) in runs_of(kept("peers_accuracy"), name, tool, minutes):
+                        continue
+                    scores = trained(tool, name, minutes, seed, o)
+                    results = kept("peers_accuracy")  # again: another seed may run beside this one
+                    runs_of(results, name, tool, minutes)[str(seed)] = scores
+                    keep("peers_accuracy", results)
+                    print(name, tool, minutes, seed, scores, flush=True)
+
+
+def runs_of(results: dict[str, Any], name: str, tool: str, minutes: float) -> dict[str, Any]:
+    """The runs of a tool for some minutes, by seed."""
+    lengths = results["accuracy"].setdefault(name, {}).setdefault(tool, {})
+    return lengths.setdefault(f"{minutes:g}", {})
 
 
 def trained(
@@ -278,7 +282,6 @@ def trained(
 ) -> dict[str, Any]:
     """Figures of the encoder that a tool trains for some minutes."""
     case, data = TRAINED[name], o.data / name.split("-")[0]
-    cores = [] if o.cores is None else ["taskset", "-c", f"0-{o.cores - 1}"]
     out = (o.out / f"{name}-{tool}-{minutes:g}-{seed}").resolve()
     out.mkdir(parents=True, exist_ok=True)
     where = [*case.arguments, "--data", data / "train", "--out", out, "--seed", seed]
@@ -287,22 +290,22 @@ def trained(
         # Their schedules have a length in steps: as many as fit, by a short run's speed.
         # Trainer's own time limit ends what takes longer.
         trial = [*where, "--seconds", min(30, 6 * minutes), "--warmup_seconds", 2]
-        run([*cores, *work(tool, o.peer_python, *trial)], out / "trial.txt")
+        run(work(tool, o.peer_python, *trial), out / "trial.txt")
         rate = json.loads((out / "result.json").read_text())["images_per_second"]
         steps = ["--max_steps", max(2, int(60 * minutes * rate / case.batch_size))]
-    run([*cores, *work(tool, o.peer_python, *where, "--minutes", minutes, *steps)], out / "log.txt")
+    run(work(tool, o.peer_python, *where, "--minutes", minutes, *steps), out / "log.txt")
     evaluated = ["--encoder", out / "encoder", "--data", data, "--out", out / "probe"]
     evaluated += ["--image_size", case.image_size, "--leaks", "warn", "--overwrite"]
     if case is CASES["resnet18-simclr-32"]:
         evaluated += ["--k", 200, "--temperature", 0.1]
     program = Path(sys.executable).absolute().parent / "vissl-lite"
-    run([*cores, str(program), "probe", *map(str, evaluated)], out / "probe.txt")
+    run([str(program), "probe", *map(str, evaluated)], out / "probe.txt")
     scores = json.loads((out / "probe" / "results.json").read_text())
     return {
         **json.loads((out / "result.json").read_text()),
         "knn": scores["knn"],
         "linear": scores["linear"],
-        "cores": o.cores or os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),
     }
 
 
@@ -431,7 +434,6 @@ def main() -> None:
     evaluated.add_argument("--minutes", type=float, default=8)
     evaluated.add_argument("--ours_minutes", type=float, nargs="+", help="default --minutes")
     evaluated.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    evaluated.add_argument("--cores", type=int, help="default all")
     for one, tools in ((measured, TOOLS), (evaluated, ("ours", *PEERS))):
         one.add_argument("--data", type=Path, required=True)
         one.add_argument("--peer_python", required=True)
