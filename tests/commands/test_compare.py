@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -229,22 +230,26 @@ def test_segmentation_is_compared_by_fine_tuning(tmp_path: Path) -> None:
 def test_ways_to_choose_images_are_compared_with_random_ones(
     encoder: Path, labelled: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "run"
-    given = ("--encoder", encoder, "--data", labelled, "--out", out, "--seeds", 3)
-    ways = ("--selection", "herding", "margin", "--budgets", 1, 12, "--protocols", "linear")
+    out, images = tmp_path / "run", tmp_path / "images"
+    shutil.copytree(labelled, images)
+    first = min(path for path in (images / "train").rglob("*") if path.is_file())
+    shutil.copyfile(first, first.with_stem("copy"))
+    given = ("--encoder", encoder, "--data", images, "--out", out, "--seeds", 3)
+    ways = ("--selection", "herding", "margin", "--budgets", 1, 29, "--protocols", "linear")
     with with_pictures():
         assert run("compare", *given, *ways) == 0
     found = results(out)
     assert list(found["arms"]) == ["herding", "margin", "random"]
     assert found["baseline"] == "random"
     assert "<th>choice</th>" in (out / "report.html").read_text()
-    assert found["labels"] == {"1 images": 1, "12 images": 12}  # one image: one class
+    assert found["labels"] == {"1 images": 1, "29 images": 29}  # one image: one class
     assert found["protocols"]["linear"]["verdicts"]["herding"]["sentence"].startswith("herding ")
     with (out / "selected.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 3 * 3 * 12
+    assert len(rows) == 3 * 3 * 29
     assert {row["method"] for row in rows} == {"herding", "margin", "random"}
     assert all(Path(row["path"]).is_file() for row in rows)
+    assert not {str(first), str(first.with_stem("copy"))} <= {row["path"] for row in rows}
     again = [out / "results.json", out / "selected.csv"]
     before = [file.read_text() for file in again]
     (out / "run.json").write_text((out / "run.json").read_text().replace("finished", "stopped"))

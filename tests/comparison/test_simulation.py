@@ -118,6 +118,15 @@ def test_a_budget_that_is_too_large_is_left_out(caplog: pytest.LogCaptureFixture
         SimulatedLabelling(labelled(True), [100])
 
 
+def test_of_near_duplicates_one_may_be_chosen() -> None:
+    repeated = {f"{number}.png" for number in (0, 7, 45)}
+    simulated = SimulatedLabelling(labelled(True), [10], repeated)
+    assert len(simulated.paths) == IMAGES - 3
+    assert not repeated & set(simulated.paths)
+    own = SimulatedLabelling(labelled(False), [10], repeated)
+    assert (len(own.paths), len(own.data.val)) == (38, 20)  # the user's own part stays as it is
+
+
 def test_names_of_files_that_are_not_utf8_are_written(tmp_path: Path) -> None:
     data = labelled(True)
     data.train.paths[:] = [f"{name}\udce4.png" for name in data.train.paths]

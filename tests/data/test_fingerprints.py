@@ -15,6 +15,7 @@ from vissl_lite.data.fingerprints import (
     find_matches,
     fingerprint,
     fingerprints_of,
+    repeats,
 )
 from vissl_lite.data.images import read_image
 from vissl_lite.errors import UserError
@@ -131,6 +132,20 @@ def test_the_best_of_several_twins_is_given(tmp_path: Path) -> None:
     bank = fingerprints_of([str(tmp_path / name) for name in ("a.jpg", "b.png", "c.png")])
     (match,) = find_matches(fingerprints_of([str(tmp_path / "query.png")]), bank)
     assert Path(match.twin).name == "b.png"
+
+
+def test_of_a_picture_all_files_but_the_first_are_repeats(tmp_path: Path) -> None:
+    paths = []
+    for place in range(300):  # more than are looked through at a time
+        seed, how = place % 250, "side" if place % 2 else "quarter"
+        paths.append(tmp_path / f"{place:03}.png")
+        altered(picture(seed), how if place >= 250 else "").save(paths[-1])
+    shutil.copy(paths[260], tmp_path / "copy.png")
+    paths[1:1] = [tmp_path / "copy.png"]  # is now the first of picture 10
+    found = repeats(fingerprints_of(list(map(str, paths))))
+    names = {Path(path).stem for path in found}
+    assert names == {"010", *(f"{place:03}" for place in range(250, 300))}
+    assert repeats(fingerprints_of([])) == set()
 
 
 def test_a_jpeg_decoded_at_any_scale_has_the_same_look(tmp_path: Path) -> None:

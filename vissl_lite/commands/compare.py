@@ -94,7 +94,7 @@ def compare(options: CompareOptions) -> CompareResult:
     if options.dry_run:
         dry_run(data, leaks)
         return CompareResult(out, "", [], {}, left_out)
-    simulation = plan.simulate(data)
+    simulation = plan.simulate(data, leaks.prints)
     if simulation is None:
         amounts, labels = plan.choose_amounts(data)
     else:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -10,6 +10,7 @@ from vissl_lite.comparison.amounts import Amount, LabelCount, make_amounts
 from vissl_lite.comparison.options import CompareOptions, as_list
 from vissl_lite.comparison.protocols import Protocol
 from vissl_lite.comparison.simulation import FIRST_ROUND, SimulatedLabelling
+from vissl_lite.data.fingerprints import Fingerprints, repeats
 from vissl_lite.data.image_survey import ImageSet
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.encoders.folder import encoder_for
@@ -144,14 +145,22 @@ class Plan:
                 continue
         return self.task.image_size(data, self.options.settings(untrained=True))
 
-    def simulate(self, data: LabelledDataset) -> SimulatedLabelling[LabelledDataset] | None:
-        """The labelling to simulate, if ways to choose images are compared."""
+    def simulate(
+        self, data: LabelledDataset, prints: Mapping[str, Fingerprints]
+    ) -> SimulatedLabelling[LabelledDataset] | None:
+        """The labelling to simulate, if ways to choose images are compared.
+
+        Args:
+            data: Labelled images.
+            prints: Fingerprints of the images, by part.
+        """
         if not self.options.selection:
             return None
         probed = [name for name in self.options.selectors() if name in FIRST_ROUND]
         if probed and data.image_classes("train") is None:
             raise UserError(f"--selection {probed[0]} needs one class per image")
-        return SimulatedLabelling(data, self.options.all_budgets())
+        repeated = repeats(prints["train"].append(prints["val"]))
+        return SimulatedLabelling(data, self.options.all_budgets(), repeated)
 
     def trained_on(self, data: LabelledDataset) -> str:
         """Which labels all protocols train on, and which they choose by, as a sentence."""

@@ -5,7 +5,7 @@ it; methods that need the uncertainty of a model get that of a linear probe fitt
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Generic, Literal, get_args
@@ -52,6 +52,8 @@ class SimulatedLabelling(Generic[DatasetT]):
         data: Labelled images. A validation part that was taken out of the training images is added
             to them; one of the user's own stays as it is, and its labels are not counted.
         budgets: Numbers of images to label, ascending.
+        repeated: Files that show the same picture as another one. No method chooses them, as
+            ``select`` chooses one of near-duplicates.
 
     Attributes:
         data: The images to choose from are its training part.
@@ -61,9 +63,15 @@ class SimulatedLabelling(Generic[DatasetT]):
         UserError: There are fewer images to choose from than the smallest budget.
     """
 
-    def __init__(self, data: DatasetT, budgets: Sequence[int]) -> None:
+    def __init__(
+        self, data: DatasetT, budgets: Sequence[int], repeated: Collection[str] = ()
+    ) -> None:
         self.own_val = not data.refits(None) and len(data.val) > 0
         self.data = data if self.own_val else data.merged()
+        everything = len(self.data.train)
+        self.data = self.data.without({"train": repeated}, {})
+        if left := everything - len(self.data.train):
+            log.info("Training images that show the same picture as another one: %d", left)
         size = round(POOL_SHARE * len(self.data.train))
         self.size = size
         self.budgets = [budget for budget in budgets if budget <= size]

@@ -154,10 +154,14 @@ class Fingerprints:
         """Add other fingerprints, except of files with equal bytes."""
         known = {row.tobytes() for row in self.exact}
         new = [i for i, row in enumerate(others.exact) if row.tobytes() not in known]
+        return self.append(others.take(np.array(new, np.int64)))
+
+    def append(self, others: "Fingerprints") -> "Fingerprints":
+        """Add all other fingerprints."""
         return Fingerprints(
-            np.concatenate([self.exact, others.exact[new]]),
-            np.concatenate([self.looks, others.looks[new]]),
-            [*self.paths, *(others.paths[i] for i in new)],
+            np.concatenate([self.exact, others.exact]),
+            np.concatenate([self.looks, others.looks]),
+            [*self.paths, *others.paths],
         )
 
     def save(self, file: Path) -> None:
@@ -296,6 +300,26 @@ def similar_to(prints: Fingerprints, index: int) -> np.ndarray:
     )
     copies = (prints.exact == prints.exact[index]).all(axis=1)
     return np.flatnonzero(copies | (best >= MIN_SIMILARITY * _FULL**2))
+
+
+def repeats(prints: Fingerprints) -> set[str]:
+    """Files that show the same picture as one before them, also flipped or turned by quarters.
+
+    Args:
+        prints: Images. The first one of a picture is not a repeat.
+    """
+    first, found = prints.take(np.empty(0, np.int64)), set[str]()
+    for start in range(0, len(prints), 256):
+        block = prints.take(np.arange(start, min(start + 256, len(prints))))
+        known = {match.path for match in find_matches(block, first)}
+        new = np.array([path not in known for path in block.paths])
+        for index in range(len(block)):
+            if new[index]:
+                same = similar_to(block, index)
+                new[same[same > index]] = False
+        found |= {path for path, kept in zip(block.paths, new, strict=True) if not kept}
+        first = first.append(block.take(np.flatnonzero(new)))
+    return found
 
 
 def _nearest(queries: np.ndarray, bank: np.ndarray) -> tuple[list[float], list[int]]:

@@ -60,12 +60,14 @@ class Leaks:
             which are harmless: pre-training often uses all images but the test part, unlabeled.
         left_out: Files to exclude, by part; empty unless the policy is ``exclude``.
         broken: Unreadable files and the reasons, by part. They are also logged.
+        prints: Fingerprints of the readable images, by part.
         groups: Number of groups, such as patients, with images in several parts.
     """
 
     found: list[Leak]
     left_out: dict[str, set[str]]
     broken: dict[str, dict[str, str]]
+    prints: dict[str, Fingerprints]
     groups: int = 0
 
     @property
@@ -156,7 +158,7 @@ def check_leaks(
                 Leak(part, match.path, where, encoder, match.twin, match.kind, match.similarity)
                 for match in find_matches(prints[part], bank)
             ]
-    result = Leaks(found, {"test": set(), "val": set()}, broken)
+    result = Leaks(found, {"test": set(), "val": set()}, broken, prints)
     usual = {leak.path for leak in found if (leak.part, leak.where) == ("val", "pretraining")}
     harm = [leak for leak in found if (leak.part, leak.where) != ("val", "pretraining")]
     if usual:
@@ -173,7 +175,7 @@ def check_leaks(
             f"them out, --leaks warn goes on"
         )
     if leaks == "exclude":
-        result = Leaks(found, _left_out(harm, prints), broken)
+        result = Leaks(found, _left_out(harm, prints), broken, prints)
         if result.left_out["test"].issuperset(parts["test"]):
             raise UserError(f"--leaks exclude leaves no test image: {_in_words(harm)}")
         log.warning(
