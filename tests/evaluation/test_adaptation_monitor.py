@@ -50,17 +50,21 @@ def online(metrics: dict[str, float]) -> Any:
 SPREAD = {"uniformity": -1.0, "effective_rank": 20.0}
 
 
-@pytest.mark.parametrize(("after", "warns"), [(0.9, False), (0.78, False), (0.74, True)])
+@pytest.mark.parametrize(
+    ("before", "after", "warns"),
+    [(0.8, 0.9, False), (0.8, 0.78, False), (0.8, 0.74, True), (1, 0.99, False), (1, 0.97, True)],
+)
 def test_a_fall_by_more_than_a_standard_error_is_a_warning(
-    after: float, warns: bool, photos: Path, caplog: pytest.LogCaptureFixture
+    before: float, after: float, warns: bool, photos: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    evaluation = online({**SPREAD, "knn": 0.8})  # of 100 images: a standard error of 0.04
+    # of 100 images: a standard error of 0.04 at 0.8, and of 0.013 at 1
+    evaluation = online({**SPREAD, "knn": before})
     one = monitor(photos, evaluation)
     one.before = evaluation.metrics
     evaluation.metrics = {**SPREAD, "knn": after}
     with caplog.at_level(logging.INFO, "vissl_lite"):
         one.finish()
-    assert "0.800 before the training" in caplog.text
+    assert f"{before:.3f} before the training" in caplog.text
     codes = [getattr(record, "code", None) for record in caplog.records]
     assert ("features.forgotten" in codes) == warns
 

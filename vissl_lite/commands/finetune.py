@@ -26,7 +26,7 @@ from vissl_lite.commands.self_training import (
 )
 from vissl_lite.data.image_survey import ImageSet, ImageSettings
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
-from vissl_lite.encoders.folder import choose_slice_axis, encoder_for, load_encoder
+from vissl_lite.encoders.folder import choose_slice_axis, encoder_for, is_untrained, load_encoder
 from vissl_lite.errors import (
     UserError,
     check_count,
@@ -225,7 +225,7 @@ class FinetuneOptions(Options, ImageSettings, AllTaskOptions):
     @property
     def from_scratch(self) -> bool:
         """Whether the encoder is untrained."""
-        return os.fspath(self.encoder).startswith("random:")
+        return is_untrained(self.encoder)
 
     def as_config(self) -> dict[str, Any]:
         return without_others(find_task(self.task), super().as_config())

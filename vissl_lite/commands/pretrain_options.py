@@ -14,7 +14,7 @@ from vissl_lite.data.image_survey import ImageSet, ImageSettings
 from vissl_lite.data.images import suitable_size
 from vissl_lite.data.reading import MAX_PIXELS
 from vissl_lite.encoders.encoder import Encoder, build_encoder
-from vissl_lite.encoders.folder import load_encoder, load_weights
+from vissl_lite.encoders.folder import is_untrained, load_encoder, load_weights
 from vissl_lite.errors import (
     UserError,
     annotations,
@@ -258,7 +258,7 @@ class PretrainOptions(Options, ImageSettings):
     @property
     def pretrained(self) -> bool:
         """Whether the training starts from pre-trained weights."""
-        return self.encoder is not None and not os.fspath(self.encoder).startswith("random:")
+        return self.encoder is not None and not is_untrained(self.encoder)
 
     @property
     def moves_pretrained(self) -> bool:

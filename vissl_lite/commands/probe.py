@@ -17,7 +17,7 @@ from vissl_lite.data.image_survey import ImageSet, ImageSettings
 from vissl_lite.data.images import suitable_size
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.encoders.encoder import Encoder
-from vissl_lite.encoders.folder import choose_slice_axis, encoder_for
+from vissl_lite.encoders.folder import choose_slice_axis, encoder_for, is_untrained
 from vissl_lite.errors import (
     check_count,
     check_image_size,
@@ -147,7 +147,7 @@ def probe(options: ProbeOptions) -> ProbeResult:
     labelled = labelled.subsample(options.fraction, options.shots, options.seed)
     torch.manual_seed(options.seed)
     size = options.image_size
-    if size is None and name.startswith("random:"):
+    if size is None and is_untrained(name):
         size = suitable_size(labelled.train.paths)
     encoder = encoder_for(name, size, ImageSet(labelled.train.paths, options))
     labelled, leaks = guard(labelled, [name], options.leaks, None if options.dry_run else str(out))

@@ -13,7 +13,7 @@ from vissl_lite.comparison.simulation import FIRST_ROUND, SimulatedLabelling
 from vissl_lite.data.fingerprints import Fingerprints, repeats
 from vissl_lite.data.image_survey import ImageSet
 from vissl_lite.encoders.encoder import Encoder
-from vissl_lite.encoders.folder import encoder_for
+from vissl_lite.encoders.folder import encoder_for, is_untrained
 from vissl_lite.errors import (
     UserError,
     WeightsUnavailableError,
@@ -63,7 +63,7 @@ class Plan:
             return list(self.options.selectors()), "random"
         baseline = None if self.options.baseline is None else os.fspath(self.options.baseline)
         if baseline is None:
-            baseline = next((name for name in self.encoders if name.startswith("random:")), None)
+            baseline = next(filter(is_untrained, self.encoders), None)
         if baseline is None:
             first = self.encoders[0]
             name = first.removeprefix("timm:")
@@ -134,9 +134,9 @@ class Plan:
         Where pre-trained encoders keep their own, an untrained one gets that of the first of them,
         so that its images have no more pixels, or fewer, than those it is compared with.
         """
-        pretrained = [one for one in self.encoders if not one.startswith("random:")]
+        pretrained = [one for one in self.encoders if not is_untrained(one)]
         size = self.task.image_size(data, self.options.settings(untrained=not pretrained))
-        if size is not None or not name.startswith("random:"):
+        if size is not None or not is_untrained(name):
             return size
         for one in pretrained:
             try:

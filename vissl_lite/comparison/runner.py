@@ -18,6 +18,7 @@ from vissl_lite.comparison.protocols import (
 from vissl_lite.comparison.simulation import Selector, SimulatedLabelling
 from vissl_lite.comparison.store import Cell, Store, digest_names, digest_weights
 from vissl_lite.encoders.encoder import Encoder
+from vissl_lite.encoders.folder import is_untrained
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.training.progress import progress_bar
 from vissl_lite.transfer.dataset import LabelledDataset
@@ -136,7 +137,7 @@ class Runner:
 
     def _finetune(self, cell: Cell, name: str, encoder: Encoder, subset: LabelledDataset) -> Score:
         rates = sorted(as_list(self.plan.options.lr) or DEFAULT_LEARNING_RATES)
-        untrained = name.startswith("random:")
+        untrained = is_untrained(name)
         settings = self.plan.options.settings(seed=cell.seed, untrained=untrained)
         return finetune_best(
             encoder, self.plan.task, subset, settings, rates, self.hardware, self.store.path(cell)

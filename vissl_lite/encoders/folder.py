@@ -124,6 +124,11 @@ def load_encoder(
     )
 
 
+def is_untrained(source: str | os.PathLike[str]) -> bool:
+    """Whether a source of ``load_encoder`` is a network with random weights, ``random:NAME``."""
+    return os.fspath(source).startswith("random:")
+
+
 def _find_folder(source: str | os.PathLike[str]) -> Path | None:
     """The encoder folder that a path is or holds, as a run does; None if there is none."""
     folders = (Path(source), Path(source) / "encoder")

@@ -90,7 +90,8 @@ class AdaptationMonitor(Callback):
     def finish(self) -> None:
         """Compare the accuracies before and after the training; warn if that of kNN has fallen.
 
-        A fall counts from one standard error of the accuracy on.
+        A fall counts from one standard error of the accuracy on. Two right and two wrong images are
+        added for it, so that it is not zero where all are right (Agresti & Coull 1998).
         """
         if "knn" not in self.before or "knn" not in self._online.metrics:
             return
@@ -100,7 +101,8 @@ class AdaptationMonitor(Callback):
         log.info(
             "kNN accuracy on --probe_data: %.3f before the training, %.3f after", before, after
         )
-        if after < before - math.sqrt(before * (1 - before) / images):
+        share = (before * images + 2) / (images + 4)
+        if after < before - math.sqrt(share * (1 - share) / (images + 4)):
             log.warning(
                 "The weights have become worse for --probe_data: the kNN accuracy on %(images)d "
                 "images fell from %(before).3f to %(after).3f. The weights that the run began with "

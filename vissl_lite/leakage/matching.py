@@ -12,6 +12,7 @@ import numpy as np
 from vissl_lite.data.fingerprints import Fingerprints, find_matches, read_fingerprints
 from vissl_lite.data.reading import report_skipped
 from vissl_lite.data.text_file import csv_writer
+from vissl_lite.encoders.folder import is_untrained
 from vissl_lite.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ def seen_by(encoder: str) -> Fingerprints | None:
     for run in (folder, *([folder.parent] if folder.name == "encoder" else [])):
         if (run / FINGERPRINTS).is_file():
             return Fingerprints.load(run / FINGERPRINTS)
-    if not encoder.startswith("random:"):
+    if not is_untrained(encoder):
         log.debug("pre-training images of %s are unknown: no check for leaks", encoder)
     return None
 
