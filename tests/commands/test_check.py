@@ -112,11 +112,16 @@ def test_refusals_lead_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "nowhere does not exist" in refusal("--data", "nowhere", capsys=capsys)
     write_images(tmp_path, {"images": 3})
     error = refusal("--data", str(tmp_path), capsys=capsys)
-    assert "fits no task. as classification: " in error
+    assert f"{tmp_path} fits no task: as classification: " in error
     assert "; as detection: " in error
     one = ["--data", str(tmp_path), "--task", "classification"]
     assert "put the images of each class into a folder" in refusal(*one, capsys=capsys)
     assert "--task x is none of" in refusal(*one[:-1], "x", capsys=capsys)
+    rows = "".join(f"{file},\n" for file in tmp_path.iterdir())
+    (tmp_path / "to_label.csv").write_text(f"path,label\n{rows}")  # as select writes it
+    error = refusal("--data", str(tmp_path / "to_label.csv"), capsys=capsys)
+    assert "as classification: 3 of 3 rows can't be used: 3 images without a label" in error
+    assert "; as segmentation: the column label is empty; as detection: " in error
     level = ["--class_level", "0"]
     assert "--class_level 0 must be at least 1" in refusal(*one, *level, capsys=capsys)
     given = ["--task", "detection", "--class_level", "2", "--data", str(tmp_path)]

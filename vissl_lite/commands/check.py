@@ -125,8 +125,11 @@ def _read(options: CheckOptions) -> tuple[AnyTask, LabelledDataset]:
                 raise
             errors[name] = str(error)
     if not fitting:
-        reasons = "; ".join(f"as {name}: {error}" for name, error in reversed(errors.items()))
-        raise UserError(f"{source} fits no task. {reasons}")
+        reasons = "; ".join(
+            f"as {name}: {error.removeprefix(f'{source}: ')}"
+            for name, error in reversed(errors.items())
+        )
+        raise UserError(f"{source} fits no task: {reasons}")
     if len(tried) > 1:
         others = "".join(f"; they also fit --task {task.name}" for task, _ in fitting[1:])
         log.info("The labels are for --task %s%s", fitting[0][0].name, others)

@@ -339,6 +339,8 @@ def find_images_of(
         # of several names for one image, only that counts under which it is found directly
         if path and len(meaning[path]) > 1 and finder.named(name.strip()) is None:
             paths[row] = None
+    if not any(names):
+        raise UserError(f"{table.file}: the column {brief(column)} is empty")
     missing = [n for n, path in zip(names, paths, strict=True) if path is None]
     if len(missing) > MAX_LEFT_OUT * len(names):
         raise UserError(
