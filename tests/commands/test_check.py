@@ -117,7 +117,7 @@ def test_refusals_lead_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     one = ["--data", str(tmp_path), "--task", "classification"]
     assert "put the images of each class into a folder" in refusal(*one, capsys=capsys)
     assert "--task x is none of" in refusal(*one[:-1], "x", capsys=capsys)
-    rows = "".join(f"{file},\n" for file in tmp_path.iterdir())
+    rows = "".join(f"{file},\n" for file in (tmp_path / "images").iterdir())
     (tmp_path / "to_label.csv").write_text(f"path,label\n{rows}")  # as select writes it
     error = refusal("--data", str(tmp_path / "to_label.csv"), capsys=capsys)
     assert "as classification: 3 of 3 rows can't be used: 3 images without a label" in error

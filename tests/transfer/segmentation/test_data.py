@@ -166,7 +166,7 @@ def test_subsampling_keeps_the_test_split(tmp_path: Path) -> None:
         ("path,mask,split\n0.jpg,0.png,train\n1.jpg,1.png,valid\n2.jpg,2.png,test\n", None),
         ("path,file2\n0.jpg,0.png\n", "no column mask: it has path, file2"),
         ("path,mask\n", "has no rows"),
-        ("path,mask\n0.jpg\n", "names 1 images in the column mask, of which 1 do not exist"),
+        ("path,mask\n0.jpg\n", "the column mask is empty"),
         ("path,mask\n0.jpg,9.png\n", r"1 do not exist, the first 9\.png"),
         ("path,mask,split\n0.jpg,0.png,odd\n", "the split 'odd' is none of train, val, test"),
         ("path,mask,split\n0.jpg,0.png,test\n", "no training images"),
