@@ -284,16 +284,8 @@ def trained(
     case, data = TRAINED[name], o.data / name.split("-")[0]
     out = (o.out / f"{name}-{tool}-{minutes:g}-{seed}").resolve()
     out.mkdir(parents=True, exist_ok=True)
-    where = [*case.arguments, "--data", data / "train", "--out", out, "--seed", seed]
-    steps = []
-    if tool in ("lightly-train", "stable-pretraining"):
-        # Their schedules have a length in steps: as many as fit, by a short run's speed.
-        # Trainer's own time limit ends what takes longer.
-        trial = [*where, "--seconds", min(30, 6 * minutes), "--warmup_seconds", 2]
-        run(work(tool, o.peer_python, *trial), out / "trial.txt")
-        rate = json.loads((out / "result.json").read_text())["images_per_second"]
-        steps = ["--max_steps", max(2, int(60 * minutes * rate / case.batch_size))]
-    run(work(tool, o.peer_python, *where, "--minutes", minutes, *steps), out / "log.txt")
+    if not is_trained(out):
+        train(tool, case, data, minutes, seed, out, o)
     evaluated = ["--encoder", out / "encoder", "--data", data, "--out", out / "probe"]
     evaluated += ["--image_size", case.image_size, "--leaks", "warn", "--overwrite"]
     if case is CASES["resnet18-simclr-32"]:
@@ -307,6 +299,34 @@ def trained(
         "linear": scores["linear"],
         "cores": len(os.sched_getaffinity(0)),
     }
+
+
+def is_trained(out: Path) -> bool:
+    """Whether a training is there whose evaluation was cut off."""
+    file = out / "result.json"  # that of a trial run has no minutes
+    return file.exists() and "minutes" in json.loads(file.read_text())
+
+
+def train(
+    tool: str,
+    case: Case,
+    data: Path,
+    minutes: float,
+    seed: int,
+    out: Path,
+    o: argparse.Namespace,
+) -> None:
+    """Train an encoder with a tool for some minutes."""
+    where = [*case.arguments, "--data", data / "train", "--out", out, "--seed", seed]
+    steps = []
+    if tool in ("lightly-train", "stable-pretraining"):
+        # Their schedules have a length in steps: as many as fit, by a short run's speed.
+        # Trainer's own time limit ends what takes longer.
+        trial = [*where, "--seconds", min(30, 6 * minutes), "--warmup_seconds", 2]
+        run(work(tool, o.peer_python, *trial), out / "trial.txt")
+        rate = json.loads((out / "result.json").read_text())["images_per_second"]
+        steps = ["--max_steps", max(2, int(60 * minutes * rate / case.batch_size))]
+    run(work(tool, o.peer_python, *where, "--minutes", minutes, *steps), out / "log.txt")
 
 
 def peers_table() -> str:

@@ -32,6 +32,7 @@ def save_encoder(
     config = json.loads(path.read_text())
     known = {*preprocessing, "num_classes", "pool_size", "fixed_input_size", "custom_load"}
     known |= {"first_conv", "classifier"}
+    config["model_args"].pop("zero_init_last", None)  # how weights start, which these are past
     cfg = config["pretrained_cfg"]
     config["pretrained_cfg"] = {key: cfg[key] for key in cfg if key in known}
     path.write_text(json.dumps(config, indent=2) + "\n")

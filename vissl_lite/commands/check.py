@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vissl_lite.commands.labelled import reading_settings, show_data
+from vissl_lite.commands.labelled import show_data
 from vissl_lite.commands.leaks import guard
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.errors import UserError, check_count, check_seed
@@ -18,7 +18,7 @@ from vissl_lite.transfer.classification.options import LabelOptions
 from vissl_lite.transfer.dataset import LabelledDataset
 from vissl_lite.transfer.options import AnnotationsOption
 from vissl_lite.transfer.sources.opening import unpacked
-from vissl_lite.transfer.tasks import TASKS, AnyTask, find_task
+from vissl_lite.transfer.tasks import TASKS, AnyTask, find_task, reading_settings
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import numpy as np
 
 from vissl_lite.commands.embed import encoder_for_images
-from vissl_lite.commands.labelled import reading_settings
 from vissl_lite.data.fingerprints import Fingerprints, read_fingerprints
 from vissl_lite.data.image_survey import ImageSettings, override
 from vissl_lite.data.images import find_images
@@ -42,7 +41,7 @@ from vissl_lite.transfer.sources.groups import find_groups, group_names
 from vissl_lite.transfer.sources.opening import unpacked
 from vissl_lite.transfer.sources.reading_log import ReadingLog
 from vissl_lite.transfer.sources.tables import read_table
-from vissl_lite.transfer.tasks import AnyTask, find_model, find_task
+from vissl_lite.transfer.tasks import AnyTask, find_model, find_task, reading_settings
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import binom
+from scipy.special import bdtrc
 
 from vissl_lite.data.acquisition import acquisition
 from vissl_lite.transfer.dataset import LabelledDataset
@@ -75,8 +75,8 @@ def find_shortcuts(
     found = []
     for name in names:
         right = _predicted([one.get(name, "") for one in attributes], labels, folds)
-        # the probability of as many groups or more, rounded down, if it were chance
-        probability = binom.sf(np.floor((right * weights).sum()) - 1, trials, chance)
+        # the probability of as many groups or more, rounded down, if it were chance (binomial)
+        probability = bdtrc(np.floor((right * weights).sum()) - 1, trials, chance)
         gain = right.mean() - majority
         if gain >= MIN_GAIN * (1 - majority) > 0 and probability < MAX_CHANCE / len(names):
             found.append(Shortcut(name, float(right.mean()), majority))

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vissl_lite.errors import UserError, canonical_name
+from vissl_lite.options import Options
 from vissl_lite.transfer.base import Task
 from vissl_lite.transfer.classification.task import Classification
 from vissl_lite.transfer.detection.task import Detection
-from vissl_lite.transfer.finetuning import HEAD, model_folder, read_head
+from vissl_lite.transfer.finetuning import HEAD, TransferSettings, model_folder, read_head
 from vissl_lite.transfer.segmentation.task import Segmentation
 
 # A task of any types of data, models and settings.
@@ -58,6 +59,22 @@ def check_given(task: AnyTask, given: Mapping[str, Any]) -> None:
         owners = _owners(name)
         if value is not None and owners and task.name not in owners:
             raise UserError(f"--{name} is for --task {' or '.join(owners)}, not for {task.name}")
+
+
+def reading_settings(task: AnyTask, options: Options) -> TransferSettings:
+    """Settings for reading labels, of a command that does not train.
+
+    Args:
+        task: Task of the labels.
+        options: Has options for reading labels among its attributes.
+
+    Raises:
+        UserError: An option belongs to another task.
+    """
+    check_given(task, options.given)
+    names = {one.name for one in fields(task.settings)} & {one.name for one in fields(options)}
+    settings: TransferSettings = task.settings(**{one: getattr(options, one) for one in names})
+    return settings
 
 
 def without_others(task: AnyTask, config: Mapping[str, Any]) -> dict[str, Any]:
