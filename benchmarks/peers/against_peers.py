@@ -407,14 +407,15 @@ def peers_accuracy_table() -> str:
     results = load("peers_accuracy")
     rows = []
     for name, tools in results["accuracy"].items():
+        images, backbone, side = name.split("-")
         for tool, lengths in tools.items():
             for seeds in lengths.values():
                 runs = list(seeds.values())
                 mean = {key: statistics.mean(r[key] for r in runs) for key in ("minutes", SPEED)}
                 rows.append(
                     [
-                        name,
-                        tool,
+                        f"{images}, {side} px, `{backbone}`",
+                        "vissl_lite" if tool == "ours" else tool,
                         str(runs[0]["cores"]),
                         f"{mean['minutes']:.1f}",
                         f"{mean[SPEED]:.0f}",
@@ -426,7 +427,7 @@ def peers_accuracy_table() -> str:
         "python -m benchmarks.peers.against_peers accuracy --data DATA --out RUNS "
         "--peer_python PYTHON"
     )
-    header = ["", "", "cores", "minutes", "images/s", "kNN", "linear"]
+    header = ["images", "library", "cores", "minutes", "images/s", "kNN", "linear"]
     return markdown_table(header, rows) + "\n\n" + provenance(results, command)
 
 

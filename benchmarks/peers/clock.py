@@ -85,7 +85,7 @@ class Clock:
         steps = len(timed) - 1
         each = [after - before for before, after in pairwise(timed)]
         return {
-            **self.info,
+            **self.about,
             "batch_size": self.batch_size,
             "images_per_second": round(steps * self.batch_size / seconds, 3),
             "median_step_seconds": round(statistics.median(each), 4),
