@@ -1,3 +1,7 @@
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
@@ -5,6 +9,7 @@ from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.pretext.base import PretextTask
 from vissl_lite.pretext.densecl import DenseCL
 from vissl_lite.pretext.moco import MoCo
+from vissl_lite.pretext.modules.queue import Queue
 
 
 @pytest.mark.parametrize("kind", [MoCo, DenseCL])
@@ -34,3 +39,23 @@ def test_the_teacher_follows_the_statistics_of_the_student() -> None:
         own, followed = task.teacher_encoder.get_buffer(name), task.encoder.get_buffer(name)
         assert own.abs().sum() > 0
         assert (own - followed).norm() < 0.5 * followed.norm()
+
+
+class _Images(SimpleNamespace):
+    def __len__(self) -> int:
+        return int(self.count)
+
+
+@pytest.mark.parametrize("kind", [MoCo, DenseCL])
+@pytest.mark.parametrize(
+    ("images", "given", "expected"),
+    [(840, {}, 210), (50_000, {}, 4096), (40, {"queue_size": 64}, 64)],
+)
+def test_a_queue_holds_at_most_a_quarter_of_the_images(
+    kind: Any, images: int, given: dict[str, int], expected: int, tmp_path: Path
+) -> None:
+    task = kind(build_encoder("test_resnet", 32), **given)
+    task.prepare(_Images(count=images), tmp_path)
+    queues = [one for one in task.modules() if isinstance(one, Queue)]
+    assert {tuple(one.items.shape) for one in queues} == {(expected, 128)}
+    assert "queue.items" in task.state_dict()

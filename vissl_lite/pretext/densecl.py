@@ -5,12 +5,14 @@ Pre-Training", arXiv 2011.09157.
 """
 
 import logging
+from pathlib import Path
 from typing import Self
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from vissl_lite.data.stream import Source
 from vissl_lite.data.views import Views
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import (
@@ -24,7 +26,7 @@ from vissl_lite.pretext.base import PretextInfo, PretextTask
 from vissl_lite.pretext.modules.crops import two_views
 from vissl_lite.pretext.modules.ema import ema_update, make_teacher
 from vissl_lite.pretext.modules.losses import info_nce
-from vissl_lite.pretext.modules.queue import Queue
+from vissl_lite.pretext.modules.queue import DEFAULT_SIZE, Queue, suitable_size
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +85,9 @@ class DenseCL(PretextTask):
         temperature: Softmax temperature of both losses; the paper uses 0.2, 0.1 is better in short
             training.
         momentum: Momentum of the teacher; the paper uses 0.999, for hundreds of thousands of steps.
-        queue_size: Number of negatives of each loss; the paper uses 65536.
+            See ``MoCo`` for how it goes with the size of the queue.
+        queue_size: Number of negatives of each loss; default 4096, but at most a quarter of the
+            images, see ``suitable_size``. The paper uses 65536, for 1.3 million images.
         projection_size: Size of the embeddings.
         dense_weight: Lambda, weight of the dense loss (equation 3; 0.5 in section 4.1).
         min_crop_scale: Smallest fraction of the image area in a view.
@@ -106,7 +110,7 @@ class DenseCL(PretextTask):
         encoder: Encoder,
         temperature: float = 0.1,
         momentum: float = 0.99,
-        queue_size: int = 4096,
+        queue_size: int | None = None,
         projection_size: int = 128,
         dense_weight: float = 0.5,
         min_crop_scale: float = 0.2,
@@ -120,12 +124,20 @@ class DenseCL(PretextTask):
         check_sizes(projection_size=projection_size)
         self.head = DenseHead(encoder.num_features, encoder.map_features, projection_size)
         self.teacher_encoder, self.teacher_head = make_teacher(encoder), make_teacher(self.head)
-        self.queue = Queue(queue_size, projection_size)
-        self.dense_queue = Queue(queue_size, projection_size)
+        self.queue_size, self.projection_size = queue_size, projection_size
+        self._make_queues(queue_size or DEFAULT_SIZE)
         self.temperature, self.momentum = temperature, momentum
         self.dense_weight = dense_weight
         self.min_crop_scale, self.color = min_crop_scale, color
         self._map_checked = False
+
+    def _make_queues(self, size: int) -> None:
+        self.queue = Queue(size, self.projection_size)
+        self.dense_queue = Queue(size, self.projection_size)
+
+    def prepare(self, images: Source, run: Path) -> None:
+        if self.queue_size is None:
+            self._make_queues(suitable_size(len(images)))
 
     def views(self, upright: bool = True) -> Views:
         size = self.encoder.image_size

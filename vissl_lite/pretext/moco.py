@@ -5,11 +5,13 @@ Learning", arXiv 1911.05722; Chen, Fan, Girshick & He 2020, "Improved Baselines 
 Contrastive Learning" (v2), arXiv 2003.04297.
 """
 
+from pathlib import Path
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from vissl_lite.data.stream import Source
 from vissl_lite.data.views import Views
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import LARGEST_QUEUE, check_positive, check_share, check_sizes
@@ -18,7 +20,7 @@ from vissl_lite.pretext.base import PretextInfo, PretextTask
 from vissl_lite.pretext.modules.crops import two_views
 from vissl_lite.pretext.modules.ema import ema_update, make_teacher
 from vissl_lite.pretext.modules.losses import info_nce
-from vissl_lite.pretext.modules.queue import Queue
+from vissl_lite.pretext.modules.queue import DEFAULT_SIZE, Queue, suitable_size
 
 
 class MoCo(PretextTask):
@@ -33,8 +35,12 @@ class MoCo(PretextTask):
         encoder: Encoder to train.
         temperature: Softmax temperature; the paper uses 0.2 (v2, table 1), 0.1 is better in short
             training.
-        momentum: Momentum of the teacher; the paper uses 0.999, for hundreds of thousands of steps.
-        queue_size: Number of negatives; the paper uses 65536, for 1.3 million images.
+        momentum: Momentum m of the teacher; the paper uses 0.999, for hundreds of thousands of
+            steps. The teacher should change little while a key is in the queue, for
+            queue_size / B steps in a batch of B: else keys are told apart by their age. So 1 / (1
+            - m), the steps that it averages over, should be larger.
+        queue_size: Number of negatives; default 4096, but at most a quarter of the images, see
+            ``suitable_size``. The paper uses 65536, for 1.3 million images.
         projection_size: Size of the embeddings.
         min_crop_scale: Smallest fraction of the image area in a view.
         color: Strength of the color distortion; the paper uses 0.5.
@@ -57,7 +63,7 @@ class MoCo(PretextTask):
         encoder: Encoder,
         temperature: float = 0.1,
         momentum: float = 0.99,
-        queue_size: int = 4096,
+        queue_size: int | None = None,
         projection_size: int = 128,
         min_crop_scale: float = 0.2,
         color: float | None = None,
@@ -74,9 +80,14 @@ class MoCo(PretextTask):
             nn.Linear(features, projection_size),
         )
         self.teacher_encoder, self.teacher_head = make_teacher(encoder), make_teacher(self.head)
-        self.queue = Queue(queue_size, projection_size)
+        self.queue_size, self.projection_size = queue_size, projection_size
+        self.queue = Queue(queue_size or DEFAULT_SIZE, projection_size)
         self.temperature, self.momentum = temperature, momentum
         self.min_crop_scale, self.color = min_crop_scale, color
+
+    def prepare(self, images: Source, run: Path) -> None:
+        if self.queue_size is None:
+            self.queue = Queue(suitable_size(len(images)), self.projection_size)
 
     def views(self, upright: bool = True) -> Views:
         size = self.encoder.image_size

@@ -6,6 +6,18 @@ from torch import Tensor, nn
 
 from vissl_lite.training.processes import gather
 
+DEFAULT_SIZE = 4096
+
+
+def suitable_size(images: int) -> int:
+    """Number of negatives for a set of images: 4096, but at most a quarter of the images.
+
+    A queue as long as the training set holds earlier embeddings of each image, which are no
+    negatives of it. Of images in random order, a quarter as many do so for 3 % of the images:
+    (1/4)^2 / 2. (MoCo's queue, He et al. 2020, is a twentieth of ImageNet.)
+    """
+    return min(DEFAULT_SIZE, max(1, images // 4))
+
 
 class Queue(nn.Module):
     """Queue of the latest normalized embeddings (MoCo, He et al. 2020).
