@@ -1,15 +1,12 @@
-"""What `vissl-lite compare` says of our encoders: CIFAR-10, UC Merced, and stage by stage.
+"""What `vissl-lite compare` says of our encoders: CIFAR-10 and UC Merced.
 
     python -m benchmarks.accuracy.compare cifar10 --data DATA/cifar10 \
         --arm "SimCLR, 70 CPU minutes=RUN" --out OUT
     python -m benchmarks.accuracy.compare ucmerced --data DATA/ucmerced \
         --arm "ImageNet=FOLDER" --out OUT
-    python -m benchmarks.accuracy.compare layers --data DATA/cifar10 \
-        --arm rotation=RUN --arm simclr=RUN --out OUT
 
 ``--arm NAME=ENCODER`` names what the tables call it; the baseline is ``--baseline NAME=ENCODER``.
 Each job compares at least three seeds of labels; all that is chosen is chosen on validation images.
-``layers`` evaluates every stage by a linear probe and draws accuracy over depth.
 
 Results: benchmarks/results/compare.json, and pictures beside it.
 """
@@ -22,9 +19,6 @@ import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from matplotlib.figure import Figure
 
 from benchmarks.common import (
     RESULTS,
@@ -39,7 +33,6 @@ from benchmarks.common import (
 JOBS: dict[str, list[object]] = {
     "cifar10": ["--fractions", 0.001, 0.01, 0.1, 1, "--image_size", 32],
     "ucmerced": ["--shots", 1, 5, 10, 40, "--image_size", 96],
-    "layers": ["--fractions", 0.2, "--image_size", 32, "--layers", "--protocols", "linear"],
 }
 
 
@@ -62,27 +55,6 @@ def rename(value: Any, names: dict[str, str]) -> Any:
     return value
 
 
-def plot_layers(results: dict[str, Any], file: Path) -> None:
-    """Accuracy of a linear probe over the stages of each arm."""
-    stages = results["protocols"]["linear"]["layers"]
-    (amount,) = results["labels"]
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    for arm, by_stage in stages.items():
-        values = [one[amount] for one in by_stage.values()]
-        style = "--" if arm == results["baseline"] else "-"
-        axes.plot(range(len(values)), values, style, marker="o", label=arm)
-        best = int(np.argmax(values))
-        axes.plot(best, values[best], "o", markersize=11, fillstyle="none",
-                  color=axes.lines[-1].get_color())  # fmt: skip
-    axes.set_xticks(range(len(by_stage)), list(by_stage))
-    axes.set_ylabel(f"linear accuracy, {results['labels'][amount]:,} labels")
-    axes.set_xlabel("stage, from the pixels up; circled: the best")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(file, dpi=110)
-
-
 def comparison_tables(job: str) -> str:
     """A table per protocol, with the difference from the baseline; then the verdicts."""
     results = load("compare")[job]
@@ -102,21 +74,12 @@ def comparison_tables(job: str) -> str:
 
 
 def command_of(job: str) -> str:
-    data = job.split("-")[0] if job != "layers" else "cifar10"
-    return (
-        f"python -m benchmarks.accuracy.compare {job} --data DATA/{data} --arm NAME=RUN --out OUT"
-    )
-
-
-def layers_table() -> str:
-    picture = "![accuracy over the stages of five encoders](results/layers.png)"
-    return picture + "\n\n" + provenance(load("compare")["layers"], command_of("layers"))
+    return f"python -m benchmarks.accuracy.compare {job} --data DATA/{job} --arm NAME=RUN --out OUT"
 
 
 TABLES = {
     "compare_cifar10": partial(comparison_tables, "cifar10"),
     "compare_ucmerced": partial(comparison_tables, "ucmerced"),
-    "layers": layers_table,
 }
 
 
@@ -140,10 +103,7 @@ def main() -> None:
     kept = ("protocols", "labels", "seeds", "baseline", "sentences", "leaks", "test_images")
     found = {name: results[name] for name in kept if name in results}
     keep("compare", {given.job: {**found, "made": where_and_when()}})
-    if given.job == "layers":
-        plot_layers(results, RESULTS / "layers.png")
-    else:
-        shutil.copy(given.out / "compare.png", RESULTS / f"compare-{given.job}.png")
+    shutil.copy(given.out / "compare.png", RESULTS / f"compare-{given.job}.png")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ test split. Encoders are those of the last step.
 
     python -m benchmarks.accuracy.pretexts --data DATA/cifar10 --out RUNS
 
-Results: benchmarks/results/pretexts.json.
+Results: benchmarks/results/pretexts.json, and layers.png: the stages of some encoders.
 """
 
 import argparse
@@ -20,10 +20,15 @@ import threading
 from pathlib import Path
 from queue import Empty, Queue
 
-from benchmarks.common import ROOT, keep, load, markdown_table, provenance
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks.common import RESULTS, ROOT, keep, load, markdown_table, provenance
 from vissl_lite.pretext import PRETEXTS
 from vissl_lite.run import read_config
 
+COMMAND = "python -m benchmarks.accuracy.pretexts --data DATA/cifar10 --out RUNS"
+IN_PICTURE = ("rotation", "jigsaw", "colorization", "simclr", "untrained resnet18")
 UNTRAINED = ("untrained resnet18", "untrained vit_slim_patch4_32")
 RECIPE = ROOT / "configs" / "cifar10_minutes.yaml"
 FRACTION = 0.2  # of the training labels, for the probe
@@ -73,6 +78,7 @@ def evaluate(name: str, core: int, data: Path, out: Path) -> None:
         "best_layer": best,
         "best_layer_knn": scores["layers"][best]["knn"],
         "best_layer_linear": scores["layers"][best]["linear"],
+        "layers": {layer: each["linear"] for layer, each in scores["layers"].items()},
     }
     if name not in UNTRAINED:
         trained = json.loads((out / name / "results.json").read_text())
@@ -106,11 +112,35 @@ def pretexts_table() -> str:
             row += ["", "", f"{r['knn']:.3f}", f"{r['linear']:.3f}", ""]
         rows.append([*row, best])
     header = ["encoder", "", "images/s", "kNN", "linear", "gain", "best stage: kNN / linear"]
-    command = "python -m benchmarks.accuracy.pretexts --data DATA/cifar10 --out RUNS"
-    return markdown_table(header, rows) + "\n\n" + provenance(results, command)
+    return markdown_table(header, rows) + "\n\n" + provenance(results, COMMAND)
 
 
-TABLES = {"pretexts": pretexts_table}
+def plot_layers() -> None:
+    """Accuracy of a linear probe over the stages of ``IN_PICTURE``."""
+    results = load("pretexts")
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for name in IN_PICTURE:
+        stages = results[name]["layers"]
+        values = list(stages.values())
+        axes.plot(values, "-" if name in PRETEXTS else "--", marker="o", label=name)
+        best = int(np.argmax(values))
+        axes.plot(best, values[best], "o", markersize=11, fillstyle="none",
+                  color=axes.lines[-1].get_color())  # fmt: skip
+    axes.set_xticks(range(len(stages)), list(stages))
+    axes.set_ylabel("linear accuracy, 10,000 labels")
+    axes.set_xlabel("stage, from the pixels up; circled: the best")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(RESULTS / "layers.png", dpi=110)
+
+
+def layers_table() -> str:
+    picture = "![accuracy over the stages of five encoders](results/layers.png)"
+    return picture + "\n\n" + provenance(load("pretexts"), COMMAND)
+
+
+TABLES = {"pretexts": pretexts_table, "layers": layers_table}
 
 
 def main() -> None:
@@ -146,6 +176,8 @@ def main() -> None:
             worker.start()
         for worker in workers:
             worker.join()
+    if all(name in load("pretexts") for name in IN_PICTURE):
+        plot_layers()
 
 
 if __name__ == "__main__":
