@@ -1,5 +1,4 @@
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,11 +40,6 @@ def test_the_teacher_follows_the_statistics_of_the_student() -> None:
         assert (own - followed).norm() < 0.5 * followed.norm()
 
 
-class _Images(SimpleNamespace):
-    def __len__(self) -> int:
-        return int(self.count)
-
-
 @pytest.mark.parametrize("kind", [MoCo, DenseCL])
 @pytest.mark.parametrize(
     ("images", "given", "expected"),
@@ -55,7 +49,7 @@ def test_a_queue_holds_at_most_a_quarter_of_the_images(
     kind: Any, images: int, given: dict[str, int], expected: int, tmp_path: Path
 ) -> None:
     task = kind(build_encoder("test_resnet", 32), **given)
-    task.prepare(_Images(count=images), tmp_path)
+    task.prepare(range(images), tmp_path)
     queues = [one for one in task.modules() if isinstance(one, Queue)]
     assert {tuple(one.items.shape) for one in queues} == {(expected, 128)}
     assert "queue.items" in task.state_dict()
