@@ -95,11 +95,12 @@ def test_umap_is_there_where_it_is_installed_and_there_is_something_to_unfold(
             return np.full((len(given), 2), self.seed)
 
     monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=Fake, __spec__="installed"))
-    assert methods(30) == ["pca"]
-    assert methods(200) == ["pca", "umap"]
+    assert methods(30, unfold=True) == ["pca"]
+    assert methods(200, unfold=True) == ["pca", "umap"]
+    assert methods(200, unfold=False) == ["pca"]
     assert flat_map(features(200), "umap", 7)[0].tolist() == [7, 7]
     monkeypatch.setattr(embedding.importlib.util, "find_spec", lambda name: None)
-    assert methods(200) == ["pca"]
+    assert methods(200, unfold=True) == ["pca"]
 
 
 def test_a_map_of_images_with_labels_is_saved_and_read_back(tmp_path: Path) -> None:

@@ -66,8 +66,9 @@ class ExploreOptions(Options, ImageSettings):
 def explore(options: ExploreOptions) -> Path:
     """Write a map of images by their features, as one HTML file that works offline.
 
-    The page shows the nearest neighbors of a clicked point, outliers, and near-duplicates. The
-    paths of selected points can be saved as a text file, for pretrain --data and predict --data.
+    The map is drawn by PCA and, if umap-learn is installed (the extra umap), also by UMAP. The page
+    shows the nearest neighbors of a clicked point, outliers, and near-duplicates. The paths of
+    selected points can be saved as a text file, for pretrain --data and predict --data.
 
     Returns:
         Path of the HTML file.
@@ -96,6 +97,7 @@ def explore(options: ExploreOptions) -> Path:
             most,
             options.seed,
             lambda done: bar.advance(task, done),
+            unfold=True,
         )
         summary = f"{len(image_map.paths)} images of {', '.join(sources)}, features of {name} "
         summary += f"at {encoder.image_size} pixels"

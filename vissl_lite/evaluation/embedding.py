@@ -163,6 +163,7 @@ def make_map(
     most: int = 1000,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
+    unfold: bool = False,
 ) -> ImageMap:
     """Embed images and compute their map.
 
@@ -174,6 +175,7 @@ def make_map(
         most: More images than these are sampled.
         seed: Chooses the sample, and where UMAP begins.
         progress: Called with the number of images embedded since the last call.
+        unfold: See ``map_of_features``.
 
     Raises:
         UserError: No image can be read, or the features are not finite numbers.
@@ -183,7 +185,7 @@ def make_map(
     chosen, features = chosen[good], layers["last"]
     check_outputs([features], f"some of the {len(features)} images")
     some = None if labels is None else labels[chosen]
-    return map_of_features(features, [paths[i] for i in chosen], some, classes, seed)
+    return map_of_features(features, [paths[i] for i in chosen], some, classes, seed, unfold)
 
 
 def map_of_features(
@@ -192,6 +194,7 @@ def map_of_features(
     labels: np.ndarray | None = None,
     classes: Sequence[str] = (),
     seed: int = 0,
+    unfold: bool = False,
 ) -> ImageMap:
     """Compute the map of images whose features are known.
 
@@ -201,13 +204,18 @@ def map_of_features(
         labels: ``(N,)`` class indices.
         classes: Their names.
         seed: Chooses where UMAP begins.
+        unfold: Also compute the projection by UMAP, if it is installed and there are enough
+            images. Its first use in a process takes about 15 seconds of compilation, too long for
+            the end of every run.
     """
     neighbors, similarities = nearest(features, NUM_NEIGHBORS)
     return ImageMap(
         paths=[os.path.abspath(path) for path in paths],
         labels=labels,
         classes=[] if labels is None else list(classes),
-        coordinates={name: flat_map(features, name, seed) for name in methods(len(features))},
+        coordinates={
+            name: flat_map(features, name, seed) for name in methods(len(features), unfold)
+        },
         neighbors=neighbors,
         similarities=similarities,
         outlier_score=outlier_score(similarities),
@@ -216,13 +224,14 @@ def map_of_features(
     )
 
 
-def methods(images: int) -> list[Method]:
-    """The available projections: UMAP if ``umap-learn`` is installed and there are enough images.
+def methods(images: int, unfold: bool) -> list[Method]:
+    """The projections of a map: PCA, and UMAP if it is wanted and available.
 
     Args:
-        images: Number of images.
+        images: Number of images; UMAP needs 100.
+        unfold: Whether UMAP is wanted; ``umap-learn`` may be missing.
     """
-    umap = images >= UMAP_LEAST and importlib.util.find_spec("umap") is not None
+    umap = unfold and images >= UMAP_LEAST and importlib.util.find_spec("umap") is not None
     return ["pca", "umap"] if umap else ["pca"]
 
 

@@ -192,7 +192,9 @@ def add_selection(
         )
         some = [paths[index] for index in shown]
         kinds = ("others", "labelled", CHOSEN)
-        map_of_features(features[shown], some, labels[shown], kinds, seed).save(run / MAP)
+        map_of_features(features[shown], some, labels[shown], kinds, seed, unfold=True).save(
+            run / MAP
+        )
     except Exception as error:
         _warn_or_raise("the picture or the map of the chosen images", error)
 

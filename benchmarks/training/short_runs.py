@@ -1,0 +1,153 @@
+"""Which settings are best for a pre-training of a few minutes? Each is changed alone.
+
+    python -m benchmarks.training.short_runs SET --data DATA/SET --out RUNS --core 0 --minutes 2 8
+
+The settings are searched on ``cifar10``: 32 pixels, each encoder evaluated on training images that
+the probe holds out, never on the test images. What is better there is confirmed on ``ucmerced`` (64
+pixels, test images), which the search does not see. Every run has the same wall-clock time on one
+core, the start of the command included, and ``resnet18`` with the defaults of ``pretrain`` but for
+what the arm changes. ``--arms`` picks some; runs that are there are kept.
+
+Results: benchmarks/results/short_runs.json.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import (
+    keep,
+    load,
+    markdown_table,
+    over_seeds,
+    provenance,
+    results_of,
+    where_and_when,
+)
+
+# Options of pretrain and of probe for each set
+SETS: dict[str, tuple[list[object], list[object]]] = {
+    "cifar10": (["--image_size", 32], ["--image_size", 32, "--fraction", 0.2]),
+    "ucmerced": (["--image_size", 64, "--upright", "false"], ["--image_size", 64]),
+}
+
+# Name of an arm: a pretext and what is changed.
+ARMS: dict[str, list[object]] = {
+    "simclr": [],
+    "simclr, lr 0.0005": ["--lr", 0.0005],
+    "simclr, lr 0.003": ["--lr", 0.003],
+    "simclr, batch size 64": ["--batch_size", 64],
+    "simclr, batch size 256": ["--batch_size", 256],
+    "simclr, temperature 0.07": ["--pretext.temperature", 0.07],
+    "simclr, temperature 0.2": ["--pretext.temperature", 0.2],
+    "simclr, warm-up 0.02": ["--warmup", 0.02],
+    "simclr, warm-up 0.3": ["--warmup", 0.3],
+    "simclr, smallest crop 0.08": ["--pretext.min_crop_scale", 0.08],
+    "simclr, smallest crop 0.4": ["--pretext.min_crop_scale", 0.4],
+    "simclr, average 0.99": ["--ema", 0.99],
+    "simclr, two local crops": ["--pretext.local_crops", 2],
+    "simclr, progressive resizing": ["--progressive_resizing", "true"],
+    "byol, momentum 0.9": ["--pretext.momentum", 0.9],
+    "byol, momentum 0.95": ["--pretext.momentum", 0.95],
+    "byol, momentum 0.99": ["--pretext.momentum", 0.99],
+    "byol, momentum 0.996": ["--pretext.momentum", 0.996],
+    "dino, momentum 0.9": ["--pretext.momentum", 0.9],
+    "dino, momentum 0.95": ["--pretext.momentum", 0.95],
+    "dino, momentum 0.99": ["--pretext.momentum", 0.99],
+    "dino, momentum 0.996": ["--pretext.momentum", 0.996],
+    "moco, momentum 0.9, queue 512": ["--pretext.momentum", 0.9, "--pretext.queue_size", 512],
+    "moco, momentum 0.95, queue 512": ["--pretext.momentum", 0.95, "--pretext.queue_size", 512],
+    "moco, momentum 0.99, queue 512": ["--pretext.momentum", 0.99, "--pretext.queue_size", 512],
+    "moco, momentum 0.99, queue 4096": ["--pretext.momentum", 0.99, "--pretext.queue_size", 4096],
+    "moco, momentum 0.996, queue 512": ["--pretext.momentum", 0.996, "--pretext.queue_size", 512],
+}
+
+
+def command(words: Sequence[object], core: int) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "vissl_lite", *map(str, words), "--overwrite"],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+        stdout=subprocess.DEVNULL,
+    )
+
+
+def once(name: str, arm: str, minutes: float, seed: int, o: argparse.Namespace) -> dict[str, float]:
+    """Accuracy of kNN and of a linear probe, and images per second, of one encoder."""
+    out: Path = o.out / f"{name}-{arm.replace(', ', '-').replace(' ', '_')}-{minutes:g}-{seed}"
+    of_training, of_probe = SETS[name]
+    if not (out / "probe" / "results.json").exists():
+        words = ["pretrain", "--data", o.data / "train", "--out", out / "run", "--seed", seed]
+        words += ["--backbone", "resnet18", "--pretext", arm.split(",")[0], "--num_workers", 0]
+        words += ["--max_time", round(60 * minutes), *of_training, *ARMS[arm]]
+        command(words, o.core)
+        data = o.data / "train" if name == "cifar10" else o.data
+        words = ["probe", "--encoder", out / "run", "--data", data, "--out", out / "probe"]
+        command([*words, "--leaks", "warn", *of_probe], o.core)
+    scores, trained = results_of(out / "probe"), results_of(out / "run")
+    speed = trained["epochs"] * trained["images"] / trained["seconds"]
+    return {"knn": scores["knn"], "linear": scores["linear"], "images_per_second": speed}
+
+
+def short_runs_table(name: str) -> str:
+    found = load("short_runs")[name]
+    lengths = sorted({minutes for runs in found["arms"].values() for minutes in runs}, key=float)
+    rows = []
+    for arm in ARMS:
+        if arm not in found["arms"]:
+            continue
+        cells = []
+        for minutes in lengths:
+            runs = list(found["arms"][arm].get(minutes, {}).values())
+            cells += [
+                over_seeds([one[kind] for one in runs]) if runs else ""
+                for kind in ("knn", "linear")
+            ]
+        rows.append([f"`{arm.split(',')[0]}`{arm.removeprefix(arm.split(',')[0])}", *cells])
+    header = [""]
+    header += [f"{minutes} min, {kind}" for minutes in lengths for kind in ("kNN", "linear")]
+    words = f"python -m benchmarks.training.short_runs {name} --data DATA/{name} --out RUNS ..."
+    return markdown_table(header, rows) + "\n\n" + provenance(found, words)
+
+
+TABLES = {f"short_runs_{name}": partial(short_runs_table, name) for name in SETS}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("set", choices=SETS)
+    parser.add_argument("--data", type=Path, required=True, help="with train/ and test/")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, nargs="+", default=[2, 8])
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--core", type=int, default=0, help="use this one core")
+    o = parser.parse_args()
+    for seed in o.seeds:
+        for minutes in o.minutes:
+            for arm in o.arms:
+                figures = once(o.set, arm, minutes, seed, o)
+                print(o.set, arm, minutes, seed, json.dumps(figures), flush=True)
+                record(o.set, arm, minutes, seed, figures)
+
+
+def record(name: str, arm: str, minutes: float, seed: int, figures: dict[str, float]) -> None:
+    """Write down the figures of one run beside those of others."""
+    try:
+        found = load("short_runs").get(name, {})
+    except FileNotFoundError:
+        found = {}
+    arms: dict[str, Any] = found.get("arms", {})
+    arms.setdefault(arm, {}).setdefault(f"{minutes:g}", {})[str(seed)] = figures
+    keep("short_runs", {name: {"arms": arms, "made": where_and_when()}})
+
+
+if __name__ == "__main__":
+    main()
