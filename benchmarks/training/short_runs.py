@@ -6,7 +6,9 @@ The settings are searched on ``cifar10``: 32 pixels, each encoder evaluated on t
 the probe holds out, never on the test images. What is better there is confirmed on ``ucmerced`` (64
 pixels, test images), which the search does not see. Every run has the same wall-clock time on one
 core, the start of the command included, and ``resnet18`` with the defaults of ``pretrain`` but for
-what the arm changes. ``--arms`` picks some; runs that are there are kept.
+what the arm changes. Arms with a momentum from the start need ``--before``, a checkout of commit
+26f006b: since then the momentum of teachers is smaller in the first steps. ``--arms`` picks some;
+runs that are there are kept.
 
 Results: benchmarks/results/short_runs.json.
 """
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import (
+    ROOT,
     keep,
     load,
     markdown_table,
@@ -31,17 +34,22 @@ from benchmarks.common import (
     where_and_when,
 )
 
+FROM_THE_START = "from the start"  # in names of arms that need --before
+
 # Options of pretrain and of probe for each set
 SETS: dict[str, tuple[list[object], list[object]]] = {
     "cifar10": (["--image_size", 32], ["--image_size", 32, "--fraction", 0.2]),
     "ucmerced": (["--image_size", 64, "--upright", "false"], ["--image_size", 64]),
 }
 
+M: list[object] = ["--pretext.momentum"]
+
 # Name of an arm: a pretext and what is changed.
 ARMS: dict[str, list[object]] = {
     "simclr": [],
     "simclr, lr 0.0005": ["--lr", 0.0005],
     "simclr, lr 0.003": ["--lr", 0.003],
+    "simclr, lr 0.006": ["--lr", 0.006],
     "simclr, batch size 64": ["--batch_size", 64],
     "simclr, batch size 256": ["--batch_size", 256],
     "simclr, temperature 0.07": ["--pretext.temperature", 0.07],
@@ -50,30 +58,33 @@ ARMS: dict[str, list[object]] = {
     "simclr, warm-up 0.3": ["--warmup", 0.3],
     "simclr, smallest crop 0.08": ["--pretext.min_crop_scale", 0.08],
     "simclr, smallest crop 0.4": ["--pretext.min_crop_scale", 0.4],
+    "simclr, smallest crop 0.6": ["--pretext.min_crop_scale", 0.6],
+    "simclr, lr 0.003, smallest crop 0.4": ["--lr", 0.003, "--pretext.min_crop_scale", 0.4],
     "simclr, average 0.99": ["--ema", 0.99],
     "simclr, two local crops": ["--pretext.local_crops", 2],
     "simclr, progressive resizing": ["--progressive_resizing", "true"],
-    "byol, momentum 0.9": ["--pretext.momentum", 0.9],
-    "byol, momentum 0.95": ["--pretext.momentum", 0.95],
-    "byol, momentum 0.99": ["--pretext.momentum", 0.99],
-    "byol, momentum 0.996": ["--pretext.momentum", 0.996],
-    "dino, momentum 0.9": ["--pretext.momentum", 0.9],
-    "dino, momentum 0.95": ["--pretext.momentum", 0.95],
-    "dino, momentum 0.99": ["--pretext.momentum", 0.99],
-    "dino, momentum 0.996": ["--pretext.momentum", 0.996],
-    "moco, momentum 0.9, queue 512": ["--pretext.momentum", 0.9, "--pretext.queue_size", 512],
-    "moco, momentum 0.95, queue 512": ["--pretext.momentum", 0.95, "--pretext.queue_size", 512],
-    "moco, momentum 0.99, queue 512": ["--pretext.momentum", 0.99, "--pretext.queue_size", 512],
-    "moco, momentum 0.99, queue 4096": ["--pretext.momentum", 0.99, "--pretext.queue_size", 4096],
-    "moco, momentum 0.996, queue 512": ["--pretext.momentum", 0.996, "--pretext.queue_size", 512],
+    "byol": [],
+    "byol, momentum 0.9 from the start": [*M, 0.9],
+    "byol, momentum 0.95 from the start": [*M, 0.95],
+    "byol, momentum 0.99 from the start": [*M, 0.99],
+    "byol, momentum 0.996 from the start": [*M, 0.996],
+    "moco": [],
+    "moco, momentum 0.95 from the start, queue 512": [*M, 0.95, "--pretext.queue_size", 512],
+    "moco, momentum 0.99 from the start, queue 512": [*M, 0.99, "--pretext.queue_size", 512],
+    "moco, momentum 0.99 from the start": [*M, 0.99],
+    "moco_v3": [],
+    "moco_v3, momentum 0.95 from the start": [*M, 0.95],
+    "dino, momentum 0.95": [*M, 0.95],
+    "dino": [],
 }
 
 
-def command(words: Sequence[object], core: int) -> None:
+def command(words: Sequence[object], core: int, code: Path) -> None:
+    """Run a command of vissl_lite, of the checkout ``code``, on one core."""
     subprocess.run(
         [sys.executable, "-m", "vissl_lite", *map(str, words), "--overwrite"],
         check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(code)},
         preexec_fn=lambda: os.sched_setaffinity(0, {core}),
         stdout=subprocess.DEVNULL,
     )
@@ -87,10 +98,10 @@ def once(name: str, arm: str, minutes: float, seed: int, o: argparse.Namespace) 
         words = ["pretrain", "--data", o.data / "train", "--out", out / "run", "--seed", seed]
         words += ["--backbone", "resnet18", "--pretext", arm.split(",")[0], "--num_workers", 0]
         words += ["--max_time", round(60 * minutes), *of_training, *ARMS[arm]]
-        command(words, o.core)
+        command(words, o.core, o.before if FROM_THE_START in arm else ROOT)
         data = o.data / "train" if name == "cifar10" else o.data
         words = ["probe", "--encoder", out / "run", "--data", data, "--out", out / "probe"]
-        command([*words, "--leaks", "warn", *of_probe], o.core)
+        command([*words, "--leaks", "warn", *of_probe], o.core, ROOT)
     scores, trained = results_of(out / "probe"), results_of(out / "run")
     speed = trained["epochs"] * trained["images"] / trained["seconds"]
     return {"knn": scores["knn"], "linear": scores["linear"], "images_per_second": speed}
@@ -125,6 +136,7 @@ def main() -> None:
     parser.add_argument("set", choices=SETS)
     parser.add_argument("--data", type=Path, required=True, help="with train/ and test/")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--before", type=Path, help="a checkout of commit 26f006b")
     parser.add_argument("--minutes", type=float, nargs="+", default=[2, 8])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
@@ -133,6 +145,8 @@ def main() -> None:
     for seed in o.seeds:
         for minutes in o.minutes:
             for arm in o.arms:
+                if FROM_THE_START in arm and not o.before:
+                    continue
                 figures = once(o.set, arm, minutes, seed, o)
                 print(o.set, arm, minutes, seed, json.dumps(figures), flush=True)
                 record(o.set, arm, minutes, seed, figures)

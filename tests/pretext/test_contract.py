@@ -136,6 +136,22 @@ def test_a_step_reaches_the_encoder_and_moves_a_teacher_only_afterwards(
         assert not all(torch.equal(before[n], p) for n, p in teacher.items())
 
 
+@pytest.mark.parametrize("name", ["byol", "densecl", "moco", "moco_v3"])
+def test_a_momentum_teacher_follows_quickly_in_the_first_steps(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PretextTask, "largest_momentum", 0.1)
+    task = make_task(name, "test_resnet")
+    teacher = task.get_submodule("teacher_encoder")
+    before = [parameter.clone() for parameter in teacher.parameters()]
+    with torch.no_grad():
+        for parameter in task.encoder.parameters():
+            parameter += 1
+    task.after_step()
+    for now, old in zip(teacher.parameters(), before, strict=True):
+        torch.testing.assert_close(now, old + 0.9)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name for name, made in PRETEXTS.items() if "test_vit" in EXAMPLES[made.info.backbones]]

@@ -145,8 +145,12 @@ def test_simclr() -> None:
 
 
 def test_moco() -> None:
-    """Algorithm 1 of the paper: keys come from a teacher that has been updated already."""
-    task, steps = made(MoCo, temperature=0.3, momentum=0.6, queue_size=6), batches()
+    """Algorithm 1 of the paper: keys come from a teacher that has been updated already.
+
+    Other than there, the keys of the other images are negatives too, and of the queue only those of
+    the last batch, since a teacher of this momentum changes quickly.
+    """
+    task, steps = made(MoCo, temperature=0.3, momentum=0.6, queue_size=9), batches()
     query = nn.Sequential(*map(copy.deepcopy, (task.encoder, task.head)))
     key = nn.Sequential(*map(copy.deepcopy, (task.teacher_encoder, task.teacher_head)))
     queue, literal = list(task.queue.items), []
@@ -154,11 +158,12 @@ def test_moco() -> None:
         q = unit(query(first))
         average(key, query, 0.6)
         k = unit(key(second)).detach()
-        terms = [
-            of_first([q[i] @ k[i], *(q[i] @ old for old in queue)], 0.3) for i in range(IMAGES)
-        ]
+        terms = []
+        for i in range(IMAGES):
+            others = [k[j] for j in range(IMAGES) if j != i]
+            terms.append(of_first([q[i] @ old for old in (k[i], *others, *queue[-IMAGES:])], 0.3))
         literal.append(descend(mean(terms), query))
-        queue = [*queue, *k][-6:]
+        queue = [*queue, *k]
     assert_parity(task, steps, literal)
 
 
@@ -239,8 +244,11 @@ def test_nnclr() -> None:
 
 
 def test_densecl() -> None:
-    """Equations 2 to 4: the dense queue gets one embedding per image, the mean over its map."""
-    options = {"temperature": 0.3, "momentum": 0.6, "queue_size": 6, "dense_weight": 0.7}
+    """Equations 2 to 4: the dense queue gets one embedding per image, the mean over its map.
+
+    The negatives are those of ``test_moco``.
+    """
+    options = {"temperature": 0.3, "momentum": 0.6, "queue_size": 9, "dense_weight": 0.7}
     task, steps = made(DenseCL, **options), batches()
     query = nn.ModuleList(map(copy.deepcopy, (task.encoder, task.head)))
     key = nn.ModuleList(map(copy.deepcopy, (task.teacher_encoder, task.teacher_head)))
@@ -257,18 +265,22 @@ def test_densecl() -> None:
         q, q_map, q_dense = outputs(query, first)
         average(key, query, 0.6)
         k, k_map, k_dense = (one.detach() for one in outputs(key, second))
+        k_mean = unit(k_dense.mean(dim=1))
         whole, dense = [], []
         for i in range(IMAGES):
-            scores = [unit(q[i]) @ old for old in (unit(k[i]), *queue)]
-            whole.append(of_first(scores, 0.3))
+            others = [j for j in range(IMAGES) if j != i]
+            negatives = [*unit(k)[others], *queue[-IMAGES:]]
+            dense_negatives = [*k_mean[others], *dense_queue[-IMAGES:]]
+            whole.append(of_first([unit(q[i]) @ old for old in (unit(k[i]), *negatives)], 0.3))
             for place in range(q_map.shape[1]):
                 similar = unit(k_map[i]) @ unit(q_map[i, place])
                 partner = k_dense[i, int(similar.argmax())]
-                scores = [unit(q_dense[i, place]) @ old for old in (unit(partner), *dense_queue)]
+                scores = [
+                    unit(q_dense[i, place]) @ old for old in (unit(partner), *dense_negatives)
+                ]
                 dense.append(of_first(scores, 0.3))
         literal.append(descend(0.3 * mean(whole) + 0.7 * mean(dense), query))
-        queue = [*queue, *unit(k)][-6:]
-        dense_queue = [*dense_queue, *unit(k_dense.mean(dim=1))][-6:]
+        queue, dense_queue = [*queue, *unit(k)], [*dense_queue, *k_mean]
     assert_parity(task, steps, literal)
 
 

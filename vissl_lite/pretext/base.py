@@ -17,7 +17,7 @@ from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings, build_optimizer, clip_gradients
 from vissl_lite.plots import Picture
-from vissl_lite.pretext.modules.ema import ema_update, make_teacher
+from vissl_lite.pretext.modules.ema import ema_update, make_teacher, momentum_after
 from vissl_lite.training.processes import trainer_of
 from vissl_lite.training.sharding import UnshardedCopy, is_sharded, shard_module
 
@@ -188,7 +188,7 @@ class PretextTask(pl.LightningModule, ABC):
         To be called before the training.
 
         Args:
-            momentum: Largest momentum, in [0, 1); see ``update_average``.
+            momentum: Momentum, in [0, 1).
 
         Raises:
             UserError: The task saves a momentum teacher.
@@ -200,19 +200,11 @@ class PretextTask(pl.LightningModule, ABC):
             )
         self.average, self.average_momentum = make_teacher(self.encoder), momentum
 
-    def update_average(self, step: int) -> None:
-        """Update the moving average of the encoder, if there is one.
-
-        The momentum grows with the number of steps, as in TensorFlow's
-        ``ExponentialMovingAverage``, so that the first weights are soon forgotten.
-
-        Args:
-            step: Number of the optimizer step, from 0.
-        """
-        if self.average is None:
-            return
-        momentum = min(self.average_momentum, (1 + step) / (10 + step))
-        ema_update(self.average, self.encoder, momentum, norms=True)
+    def update_average(self) -> None:
+        """Update the moving average of the encoder, if there is one."""
+        if self.average is not None:
+            momentum = min(self.average_momentum, self.largest_momentum)
+            ema_update(self.average, self.encoder, momentum, norms=True)
 
     def unsharded(self) -> "PretextTask":
         """Return the task with its full weights in the main process; all processes must call it.
@@ -230,6 +222,14 @@ class PretextTask(pl.LightningModule, ABC):
         loss = self.loss([self.encoder.normalize(view) for view in batch.views])
         self.measure("loss", loss)
         return loss
+
+    @property
+    def largest_momentum(self) -> float:
+        """Largest momentum of teachers and averages in this step, see ``momentum_after``.
+
+        1 outside a training run.
+        """
+        return 1.0 if trainer_of(self) is None else momentum_after(self.global_step)
 
     def measure(self, name: str, value: Tensor) -> None:
         """Log a metric of this step; do nothing outside a training run, as in a notebook."""
@@ -259,7 +259,7 @@ class PretextTask(pl.LightningModule, ABC):
         super().optimizer_step(*args, **kwargs)
         self.zero_grad()  # Free the memory before the next forward pass.
         self.after_step()
-        self.update_average(self.global_step)
+        self.update_average()
 
 
 def check_backbone(info: PretextInfo, encoder: Encoder) -> None:

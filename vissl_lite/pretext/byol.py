@@ -31,8 +31,9 @@ class BYOL(PretextTask):
 
     Args:
         encoder: Encoder to train.
-        momentum: Initial momentum of the teacher; increases to 1 along a cosine (section 3.3). The
-            paper uses 0.996 for a thousand epochs, and less for fewer.
+        momentum: Initial momentum of the teacher; increases to 1 along a cosine (section 3.3: 0.996
+            for a thousand epochs, less for fewer). In the first steps it is smaller, see
+            ``momentum_after``.
         hidden_size: Hidden size of both heads; the paper uses 4096.
         projection_size: Size of the embeddings (section 3.3).
         local_crops: Number of local crops (small views of small parts of the image), from which the
@@ -58,7 +59,7 @@ class BYOL(PretextTask):
     def __init__(
         self,
         encoder: Encoder,
-        momentum: float = 0.99,
+        momentum: float = 0.996,
         hidden_size: int = 1024,
         projection_size: int = 256,
         local_crops: int = 0,
@@ -92,6 +93,6 @@ class BYOL(PretextTask):
         return self.predictor(self.projector(self.encoder(images)))
 
     def after_step(self) -> None:
-        momentum = cosine_schedule(self.momentum, 1, self.progress)
+        momentum = min(cosine_schedule(self.momentum, 1, self.progress), self.largest_momentum)
         ema_update(self.teacher_encoder, self.encoder, momentum)
         ema_update(self.teacher_projector, self.projector, momentum)

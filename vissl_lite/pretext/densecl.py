@@ -77,17 +77,19 @@ class DenseCL(PretextTask):
     """DenseCL.
 
     The teacher is in evaluation mode, so that BatchNorm does not tell the keys of the same batch
-    from those of the queues; see ``MoCo``.
+    from those of the queues. Other than in the paper, the keys of the other images of the batch are
+    negatives too (in the dense loss the mean over their locations, as in its queue), and those of
+    the queues only if the teacher has changed little since; see ``MoCo``.
 
     Args:
         encoder: Encoder to train. Its last feature map should have several locations: at 32 pixels,
             that of ``resnet18`` has one, that of ``resnet18_cifar`` sixteen.
         temperature: Softmax temperature of both losses; the paper uses 0.2, 0.1 is better in short
             training.
-        momentum: Momentum of the teacher; the paper uses 0.999, for hundreds of thousands of steps.
-            See ``MoCo`` for how it goes with the size of the queue.
-        queue_size: Number of negatives of each loss; default 4096, but at most a quarter of the
-            images, see ``suitable_size``. The paper uses 65536, for 1.3 million images.
+        momentum: Momentum of the teacher; smaller in the first steps, see ``momentum_after``.
+        queue_size: Largest number of negatives of each loss from its queue; default 4096, but at
+            most a quarter of the images, see ``suitable_size``. The paper uses 65536, for 1.3
+            million images.
         projection_size: Size of the embeddings.
         dense_weight: Lambda, weight of the dense loss (equation 3; 0.5 in section 4.1).
         min_crop_scale: Smallest fraction of the image area in a view.
@@ -109,7 +111,7 @@ class DenseCL(PretextTask):
         self,
         encoder: Encoder,
         temperature: float = 0.1,
-        momentum: float = 0.99,
+        momentum: float = 0.999,
         queue_size: int | None = None,
         projection_size: int = 128,
         dense_weight: float = 0.5,
@@ -152,15 +154,19 @@ class DenseCL(PretextTask):
             self._check_map(map1)
             partner = correspondence(map1.flatten(2), map2.flatten(2))
             dense_key = dense_keys.gather(2, partner[:, None].expand_as(dense_keys))
-        whole = info_nce(query, key, self.queue.items, self.temperature)
+            dense_mean = dense_keys.mean(dim=2)  # one per image (section 3.3)
+        queue = self.queue.fresh(len(key), self.teacher_momentum)
+        dense_queue = self.dense_queue.fresh(len(key), self.teacher_momentum)
+        whole = info_nce(query, key, key, queue, self.temperature)
         dense = info_nce(
             dense_query.transpose(1, 2).flatten(0, 1),
             dense_key.transpose(1, 2).flatten(0, 1),
-            self.dense_queue.items,
+            dense_mean,
+            dense_queue,
             self.temperature,
         )
         self.queue.push(key)
-        self.dense_queue.push(dense_keys.mean(dim=2))  # One per image (section 3.3).
+        self.dense_queue.push(dense_mean)
         self.measure("dense_loss", dense)
         return (1 - self.dense_weight) * whole + self.dense_weight * dense
 
@@ -180,6 +186,10 @@ class DenseCL(PretextTask):
         self.teacher_encoder.eval()
         return self
 
+    @property
+    def teacher_momentum(self) -> float:
+        return min(self.momentum, self.largest_momentum)
+
     def after_step(self) -> None:
-        ema_update(self.teacher_encoder, self.encoder, self.momentum, norms=True)
-        ema_update(self.teacher_head, self.head, self.momentum)
+        ema_update(self.teacher_encoder, self.encoder, self.teacher_momentum, norms=True)
+        ema_update(self.teacher_head, self.head, self.teacher_momentum)

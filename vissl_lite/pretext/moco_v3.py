@@ -34,9 +34,10 @@ class MoCoV3(PretextTask):
             (section 4.2). Other encoders have heads of two layers, without a last norm in the
             predictor, as ResNets do in the authors' code (``moco/builder.py``).
         temperature: Softmax temperature (appendix A: 0.2); 0.1 is better in short training.
-        momentum: Initial momentum of the teacher; increases to 1 along a cosine (appendix A). The
-            teacher follows each step with the momentum of that step; the authors' code does it in
-            the middle of the next step, with the momentum of the next.
+        momentum: Initial momentum of the teacher; increases to 1 along a cosine (appendix A). In
+            the first steps it is smaller, see ``momentum_after``. The teacher follows each step
+            with the momentum of that step; the authors' code does it in the middle of the next
+            step, with the momentum of the next.
         hidden_size: Hidden size of the heads; the paper uses 4096.
         projection_size: Size of the embeddings; the paper uses 256.
         min_crop_scale: Smallest fraction of the image area in a view; the paper uses 0.08.
@@ -104,6 +105,6 @@ class MoCoV3(PretextTask):
         return 2 * self.temperature * loss  # Algorithm 1.
 
     def after_step(self) -> None:
-        momentum = cosine_schedule(self.momentum, 1, self.progress)
+        momentum = min(cosine_schedule(self.momentum, 1, self.progress), self.largest_momentum)
         ema_update(self.teacher_encoder, self.encoder, momentum)
         ema_update(self.teacher_projector, self.projector, momentum)

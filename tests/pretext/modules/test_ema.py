@@ -3,7 +3,12 @@ import torch
 
 from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.errors import UserError
-from vissl_lite.pretext.modules.ema import TeacherSchedule, ema_update, make_teacher
+from vissl_lite.pretext.modules.ema import (
+    TeacherSchedule,
+    ema_update,
+    make_teacher,
+    momentum_after,
+)
 
 
 def test_follow_moves_parameters_by_the_momentum_and_leaves_buffers() -> None:
@@ -30,6 +35,17 @@ def test_statistics_of_norms_follow_if_asked_for() -> None:
     expected = 0.75 + 0.25 * student[1].running_var
     torch.testing.assert_close(teacher[1].running_var, expected)
     assert teacher[1].num_batches_tracked == 0
+
+
+def test_an_average_is_over_a_ninth_of_the_steps_so_far() -> None:
+    values = [momentum_after(steps) for steps in range(2000)]
+    assert values[0] == 0.1
+    assert (values[170], values[890]) == pytest.approx((0.95, 0.99), abs=1e-4)
+    weight = 1.0  # of the initial weights
+    for momentum in values:
+        weight *= momentum
+    assert weight < 1e-12
+    assert 1 / (1 - values[-1]) == pytest.approx(2000 / 9, rel=0.01)
 
 
 def test_a_copied_encoder_is_one_of_its_own() -> None:

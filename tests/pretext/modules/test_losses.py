@@ -161,17 +161,19 @@ def test_contrast_equals_the_paper() -> None:
     assert contrast(z2, z1, 0.2).item() != pytest.approx(paper.item(), abs=1e-3)
 
 
-def test_info_nce_equals_the_paper() -> None:
-    """MoCo, eq. 1: the positive stands first among the queue's keys."""
+def test_info_nce_is_of_the_positive_among_the_queue_and_the_other_images() -> None:
+    """MoCo, eq. 1, for three images with two queries each."""
     z1, z2 = embeddings(6)
+    images = torch.randn(3, 5)
     queue = torch.nn.functional.normalize(torch.randn(9, 5), dim=1)
     total = 0.0
-    for query, key in zip(z1.double(), z2.double(), strict=True):
+    for number, (query, key) in enumerate(zip(z1.double(), z2.double(), strict=True)):
         query, key = query / query.norm(), key / key.norm()
+        others = [one / one.norm() for i, one in enumerate(images.double()) if i != number // 2]
         positive = math.exp(query @ key / 0.1)
-        negatives = sum(math.exp(query @ negative / 0.1) for negative in queue.double())
+        negatives = sum(math.exp(query @ negative / 0.1) for negative in (*others, *queue.double()))
         total -= math.log(positive / (positive + negatives))
-    assert info_nce(z1, z2, queue, 0.1).item() == pytest.approx(total / 6, rel=1e-5)
+    assert info_nce(z1, z2, images, queue, 0.1).item() == pytest.approx(total / 6, rel=1e-5)
 
 
 def test_negative_cosine_stops_the_gradient_at_the_target() -> None:

@@ -120,13 +120,17 @@ def contrast(query: Tensor, key: Tensor, temperature: float) -> Tensor:
         return loss
 
 
-def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tensor:
-    """InfoNCE with a queue of negatives (MoCo, He et al. 2020, eq. 1).
+def info_nce(
+    query: Tensor, key: Tensor, images: Tensor, queue: Tensor, temperature: float
+) -> Tensor:
+    """InfoNCE with negatives from a queue (MoCo, He et al. 2020, eq. 1) and from the batch.
 
     Args:
-        query: ``(B, D)`` queries; need not be normalized.
-        key: ``(B, D)`` keys; need not be normalized, not detached here.
-        queue: ``(Q, D)`` normalized negatives.
+        query: ``(B P, D)`` queries, P of each image in turn; need not be normalized.
+        key: ``(B P, D)`` keys; need not be normalized, not detached here.
+        images: ``(B, D)`` a key of each image, a negative for the queries of the other images; need
+            not be normalized.
+        queue: ``(Q, D)`` normalized negatives of earlier batches.
         temperature: Softmax temperature, above 0.
 
     Returns:
@@ -135,7 +139,11 @@ def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> T
     with torch.autocast(query.device.type, enabled=False):
         query, key = F.normalize(query.float(), dim=1), F.normalize(key.float(), dim=1)
         positive = (query * key).sum(dim=1, keepdim=True)
-        similarity = torch.cat([positive, query @ queue.float().T], dim=1) / temperature
+        others = query @ F.normalize(images.float(), dim=1).T
+        own = torch.eye(len(images), dtype=torch.bool, device=query.device)
+        own = own.repeat_interleave(len(query) // len(images), dim=0)
+        others = others.masked_fill(own, -torch.inf)
+        similarity = torch.cat([positive, others, query @ queue.float().T], dim=1) / temperature
         return F.cross_entropy(similarity, similarity.new_zeros(len(query), dtype=torch.long))
 
 

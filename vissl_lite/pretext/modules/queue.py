@@ -4,9 +4,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from vissl_lite.training.processes import gather
+from vissl_lite.training.processes import gather, world
 
 DEFAULT_SIZE = 4096
+
+# Age of the oldest negatives, as a share of the number of steps that the teacher averages over.
+FRESH = 0.25
 
 
 def suitable_size(images: int) -> int:
@@ -53,3 +56,22 @@ class Queue(nn.Module):
         # Out of place: autograd may need the old tensor.
         self.items = self.items.index_copy(0, slots, new)
         self.position = (self.position + len(new)) % len(self.items)
+
+    def latest(self, count: int) -> Tensor:
+        """The latest embeddings, latest first: ``(min(count, size), dimensions)``."""
+        back = torch.arange(1, min(count, len(self.items)) + 1, device=self.items.device)
+        return self.items[(self.position - back) % len(self.items)]
+
+    def fresh(self, batch: int, momentum: float) -> Tensor:
+        """The embeddings of a momentum teacher that has changed little since.
+
+        Those of the last 1 / (4 (1 - m)) batches, a quarter of the steps that the teacher averages
+        over, and at least those of one batch. Keys of a teacher that changes quickly would be told
+        apart by their age, since the positive is the only key of the present step.
+
+        Args:
+            batch: Number of images of a batch on each device.
+            momentum: Momentum m of the teacher in the present step, in [0, 1].
+        """
+        steps = max(1.0, FRESH / max(1 - momentum, 1e-9))
+        return self.latest(round(steps * batch * world()[1]))
