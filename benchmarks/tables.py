@@ -27,14 +27,14 @@ from benchmarks.common import ROOT
 from benchmarks.data import formats, listing, photographs, selection_growth, shards, views
 from benchmarks.gpu import cifar10, throughput
 from benchmarks.peers import against_peers, detection
-from benchmarks.training import growth, levers, losses, operations, sharding
+from benchmarks.training import growth, levers, losses, operations, sharding, short_runs
 
 FILES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 SCRIPTS = (
     adaptation, bands, compare, demo, distillation, leaks, pretexts, pseudo_labels,
     recipes, selection, transfer, formats, listing, photographs, selection_growth, shards, views,
     cifar10, throughput, against_peers, detection, growth, levers, losses, operations,
-    sharding,
+    sharding, short_runs,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {
     name: table for script in SCRIPTS for name, table in script.TABLES.items()

@@ -118,12 +118,14 @@ def short_runs_table(name: str) -> str:
         for minutes in lengths:
             runs = list(found["arms"][arm].get(minutes, {}).values())
             cells += [
-                over_seeds([one[kind] for one in runs]) if runs else ""
+                over_seeds([one[kind] for one in runs]).removesuffix(" (one seed)") if runs else ""
                 for kind in ("knn", "linear")
             ]
-        rows.append([f"`{arm.split(',')[0]}`{arm.removeprefix(arm.split(',')[0])}", *cells])
-    header = [""]
-    header += [f"{minutes} min, {kind}" for minutes in lengths for kind in ("kNN", "linear")]
+        pretext = arm.split(",")[0]
+        seeds = str(max(len(runs) for runs in found["arms"][arm].values()))
+        rows.append([f"`{pretext}`{arm.removeprefix(pretext)}", *cells, seeds])
+    header = [f"{minutes} min, {kind}" for minutes in lengths for kind in ("kNN", "linear")]
+    header = ["", *header, "seeds"]
     words = f"python -m benchmarks.training.short_runs {name} --data DATA/{name} --out RUNS ..."
     return markdown_table(header, rows) + "\n\n" + provenance(found, words)
 
