@@ -128,8 +128,8 @@ def info_nce(
     Args:
         query: ``(B P, D)`` queries, P of each image in turn; need not be normalized.
         key: ``(B P, D)`` keys; need not be normalized, not detached here.
-        images: ``(B, D)`` a key of each image, a negative for the queries of the other images; need
-            not be normalized.
+        images: ``(B, D)`` a key of each image, a negative for the queries of the other images, over
+            all processes; need not be normalized.
         queue: ``(Q, D)`` normalized negatives of earlier batches.
         temperature: Softmax temperature, above 0.
 
@@ -139,10 +139,11 @@ def info_nce(
     with torch.autocast(query.device.type, enabled=False):
         query, key = F.normalize(query.float(), dim=1), F.normalize(key.float(), dim=1)
         positive = (query * key).sum(dim=1, keepdim=True)
-        others = query @ F.normalize(images.float(), dim=1).T
-        own = torch.eye(len(images), dtype=torch.bool, device=query.device)
+        everywhere = gather(F.normalize(images.float(), dim=1))
+        numbers = world()[0] * len(images) + torch.arange(len(images), device=query.device)
+        own = F.one_hot(numbers, len(everywhere)).bool()
         own = own.repeat_interleave(len(query) // len(images), dim=0)
-        others = others.masked_fill(own, -torch.inf)
+        others = (query @ everywhere.T).masked_fill(own, -torch.inf)
         similarity = torch.cat([positive, others, query @ queue.float().T], dim=1) / temperature
         return F.cross_entropy(similarity, similarity.new_zeros(len(query), dtype=torch.long))
 
