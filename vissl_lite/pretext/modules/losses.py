@@ -141,7 +141,7 @@ def info_nce(
         positive = (query * key).sum(dim=1, keepdim=True)
         everywhere = gather(F.normalize(images.float(), dim=1))
         numbers = world()[0] * len(images) + torch.arange(len(images), device=query.device)
-        own = F.one_hot(numbers, len(everywhere)).bool()
+        own = numbers[:, None] == torch.arange(len(everywhere), device=query.device)
         own = own.repeat_interleave(len(query) // len(images), dim=0)
         others = (query @ everywhere.T).masked_fill(own, -torch.inf)
         similarity = torch.cat([positive, others, query @ queue.float().T], dim=1) / temperature
