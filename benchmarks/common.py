@@ -5,6 +5,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -56,6 +57,17 @@ def use_core(core: int) -> None:
 
     os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
+
+
+def vissl_lite(core: int, *arguments: object, code: Path = ROOT) -> None:
+    """Run a command of vissl_lite, of the checkout ``code``, on one core."""
+    subprocess.run(
+        [sys.executable, "-m", "vissl_lite", *map(str, arguments), "--overwrite"],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(code)},
+        preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+        stdout=subprocess.DEVNULL,
+    )
 
 
 def last_json_line(command: list[str]) -> dict[str, Any]:

@@ -14,8 +14,6 @@ Results: benchmarks/results/pretexts.json, and layers.png: the stages of some en
 import argparse
 import json
 import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from queue import Empty, Queue
@@ -23,7 +21,7 @@ from queue import Empty, Queue
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.common import RESULTS, ROOT, keep, load, markdown_table, provenance
+from benchmarks.common import RESULTS, ROOT, keep, load, markdown_table, provenance, vissl_lite
 from vissl_lite.pretext import PRETEXTS
 from vissl_lite.run import read_config
 
@@ -40,17 +38,6 @@ def backbone_of(name: str) -> str:
         return name.split()[1]
     convolutional = PRETEXTS[name].info.backbones in ("any", "CNN")
     return "resnet18" if convolutional else "vit_slim_patch4_32"
-
-
-def vissl_lite(core: int, *arguments: object) -> None:
-    """Run a command on one core."""
-    subprocess.run(
-        [sys.executable, "-m", "vissl_lite", *map(str, arguments), "--overwrite"],
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: os.sched_setaffinity(0, {core}),
-        stdout=subprocess.DEVNULL,
-    )
 
 
 def train(name: str, core: int, data: Path, out: Path, minutes: float) -> None:

@@ -15,10 +15,6 @@ Results: benchmarks/results/short_runs.json.
 
 import argparse
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +27,7 @@ from benchmarks.common import (
     over_seeds,
     provenance,
     results_of,
+    vissl_lite,
     where_and_when,
 )
 
@@ -42,7 +39,7 @@ SETS: dict[str, tuple[list[object], list[object]]] = {
     "ucmerced": (["--image_size", 64, "--upright", "false"], ["--image_size", 64]),
 }
 
-M: list[object] = ["--pretext.momentum"]
+MOMENTUM: list[object] = ["--pretext.momentum"]
 
 # Name of an arm: a pretext and what is changed.
 ARMS: dict[str, list[object]] = {
@@ -64,30 +61,19 @@ ARMS: dict[str, list[object]] = {
     "simclr, two local crops": ["--pretext.local_crops", 2],
     "simclr, progressive resizing": ["--progressive_resizing", "true"],
     "byol": [],
-    "byol, momentum 0.9 from the start": [*M, 0.9],
-    "byol, momentum 0.95 from the start": [*M, 0.95],
-    "byol, momentum 0.99 from the start": [*M, 0.99],
-    "byol, momentum 0.996 from the start": [*M, 0.996],
+    "byol, momentum 0.9 from the start": [*MOMENTUM, 0.9],
+    "byol, momentum 0.95 from the start": [*MOMENTUM, 0.95],
+    "byol, momentum 0.99 from the start": [*MOMENTUM, 0.99],
+    "byol, momentum 0.996 from the start": [*MOMENTUM, 0.996],
     "moco": [],
-    "moco, momentum 0.95 from the start, queue 512": [*M, 0.95, "--pretext.queue_size", 512],
-    "moco, momentum 0.99 from the start, queue 512": [*M, 0.99, "--pretext.queue_size", 512],
-    "moco, momentum 0.99 from the start": [*M, 0.99],
+    "moco, momentum 0.95 from the start, queue 512": [*MOMENTUM, 0.95, "--pretext.queue_size", 512],
+    "moco, momentum 0.99 from the start, queue 512": [*MOMENTUM, 0.99, "--pretext.queue_size", 512],
+    "moco, momentum 0.99 from the start": [*MOMENTUM, 0.99],
     "moco_v3": [],
-    "moco_v3, momentum 0.95 from the start": [*M, 0.95],
-    "dino, momentum 0.95": [*M, 0.95],
+    "moco_v3, momentum 0.95 from the start": [*MOMENTUM, 0.95],
+    "dino, momentum 0.95": [*MOMENTUM, 0.95],
     "dino": [],
 }
-
-
-def command(words: Sequence[object], core: int, code: Path) -> None:
-    """Run a command of vissl_lite, of the checkout ``code``, on one core."""
-    subprocess.run(
-        [sys.executable, "-m", "vissl_lite", *map(str, words), "--overwrite"],
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(code)},
-        preexec_fn=lambda: os.sched_setaffinity(0, {core}),
-        stdout=subprocess.DEVNULL,
-    )
 
 
 def once(name: str, arm: str, minutes: float, seed: int, o: argparse.Namespace) -> dict[str, float]:
@@ -98,10 +84,10 @@ def once(name: str, arm: str, minutes: float, seed: int, o: argparse.Namespace) 
         words = ["pretrain", "--data", o.data / "train", "--out", out / "run", "--seed", seed]
         words += ["--backbone", "resnet18", "--pretext", arm.split(",")[0], "--num_workers", 0]
         words += ["--max_time", round(60 * minutes), *of_training, *ARMS[arm]]
-        command(words, o.core, o.before if FROM_THE_START in arm else ROOT)
+        vissl_lite(o.core, *words, code=o.before if FROM_THE_START in arm else ROOT)
         data = o.data / "train" if name == "cifar10" else o.data
         words = ["probe", "--encoder", out / "run", "--data", data, "--out", out / "probe"]
-        command([*words, "--leaks", "warn", *of_probe], o.core, ROOT)
+        vissl_lite(o.core, *words, "--leaks", "warn", *of_probe)
     scores, trained = results_of(out / "probe"), results_of(out / "run")
     speed = trained["epochs"] * trained["images"] / trained["seconds"]
     return {"knn": scores["knn"], "linear": scores["linear"], "images_per_second": speed}

@@ -66,8 +66,8 @@ class Queue(nn.Module):
         """The embeddings of a momentum teacher that has changed little since.
 
         Those of the last 1 / (4 (1 - m)) batches, a quarter of the steps that the teacher averages
-        over, and at least those of one batch. Keys of a teacher that changes quickly would be told
-        apart by their age, since the positive is the only key of the present step.
+        over, and at least those of one batch. Older keys would be told from the positive, which is
+        of the present step, by their age.
 
         Args:
             batch: Number of images of a batch on each device.
