@@ -1,5 +1,8 @@
 """The command line: words to options, configuration files, help."""
 
+import gc
+import subprocess
+import sys
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
@@ -192,3 +195,12 @@ def test_a_run_is_resumed_with_names_in_another_case() -> None:
     assert FinetuneOptions(data="a", out="b", task="Detection").resumed(saved).task == "detection"
     with pytest.raises(UserError, match="contradict"):
         FinetuneOptions(data="a", out="b", task="segmentation").resumed(saved)
+
+
+def test_only_the_program_keeps_its_modules_out_of_garbage_collection() -> None:
+    code = "import gc, vissl_lite.cli as cli; cli.main(); print(gc.get_freeze_count())"
+    command = [sys.executable, "-c", code, "list", "pretexts"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout.splitlines()[-1]) > 10_000
+    assert main(["list", "pretexts"]) == 0
+    assert gc.get_freeze_count() == 0

@@ -11,6 +11,7 @@ progressive resizing among them.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from work import Work
@@ -41,7 +42,8 @@ def train(work: Work) -> int:
     else:
         beside = BESIDE_TRAINING if work.image_size == 32 else BESIDE_FEW_IMAGES
         options += ["--max_time", round(work.seconds - beside)]
-    status = main(["pretrain", *map(str, options)])
+    sys.argv[1:] = ["pretrain", *map(str, options)]
+    status = main()  # as the program
     if status:
         raise SystemExit(status)
     (work.out / "encoder").unlink(missing_ok=True)
