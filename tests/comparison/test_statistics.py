@@ -43,7 +43,7 @@ def test_both_sources_add_in_squares_and_amounts_are_averaged() -> None:
     found = difference(arms, baselines)
     by_seed = (arms[0].values - baselines[0].values + arms[1].values - baselines[1].values) / 2
     seeds = difference([runs(by_seed.tolist())], [runs([0.0, 0.0, 0.0])])
-    right = np.array([[one.right for one in both] for both in (arms, baselines)], float)
+    right = np.array([[one.per_image for one in both] for both in (arms, baselines)], float)
     each = (right[0] - right[1]).mean(axis=(0, 1))
     images = 1.959964 * each.std(ddof=1) / np.sqrt(200)
     assert found.mean == pytest.approx(by_seed.mean())

@@ -13,15 +13,16 @@ CELL = Cell("runs/a", "linear", "10 per class", 3)
 ABOUT = {"weights": "abc", "labels": "def"}
 
 
-def test_a_score_reads_back_as_it_was(tmp_path: Path) -> None:
-    right = np.arange(13) % 3 == 0
-    score = Score(0.25, {"accuracy": 0.25}, {"penalty": 0.01}, right, {"layer1": 0.2})
+@pytest.mark.parametrize("per_image", [np.arange(13) % 3 == 0, np.linspace(-0.1, 1.3, 7)])
+def test_a_score_reads_back_as_it_was(per_image: np.ndarray, tmp_path: Path) -> None:
+    score = Score(0.25, {"accuracy": 0.25}, {"penalty": 0.01}, per_image, {"layer1": 0.2})
     store = Store(tmp_path)
     store.save(CELL, score, ABOUT)
     found = store.load(CELL, ABOUT)
     assert found is not None
-    assert found.right is not None
-    np.testing.assert_array_equal(found.right, right)
+    assert found.per_image is not None
+    np.testing.assert_array_equal(found.per_image, per_image)
+    assert found.per_image.dtype == per_image.dtype
     assert (found.value, found.metrics, found.chosen, found.layers) == (
         score.value,
         score.metrics,

@@ -134,6 +134,7 @@ def compare(options: CompareOptions) -> CompareResult:
             baseline,
             metric,
             data.groups("test"),
+            data.sampling_units(),
             ("with it", "without") if simulation is None else ("chosen by it", "random ones"),
         )
         outcome.write_csv(run / "runs.csv")

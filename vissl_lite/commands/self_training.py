@@ -300,9 +300,9 @@ def outcome(
 ) -> dict[str, Any]:
     """Whether pseudo-labels helped, for ``results.json``.
 
-    The last model with them is compared with the one without on the same test images. Where images
-    are right or wrong, the difference has a 95 % interval. It covers the choice of test images, not
-    the randomness of training, as there is one training each.
+    The last model with them is compared with the one without on the same test images. The
+    difference has a 95 % interval, unless some can't be read. It covers the choice of test images,
+    not the randomness of training, as there is one training each.
 
     Args:
         rounds: The trainings.
@@ -321,8 +321,8 @@ def outcome(
     before, after = first.metrics[metric], last.metrics[metric]
     found = {"mean": after - before}
     verdict, interval = "unknown", ""
-    if first.right is not None and last.right is not None and first.right.shape == last.right.shape:
-        gap = _paired(first.right, last.right, data.groups("test"))
+    gap = _paired(rounds[0].scores, rounds[-1].scores, data)
+    if gap is not None:
         found |= {"low": gap.low, "high": gap.high}
         verdict = gap.verdict
         interval = f", 95 % interval over the test images {gap.low:+.3f} to {gap.high:+.3f}"
@@ -358,7 +358,16 @@ def outcome(
     }
 
 
-def _paired(before: np.ndarray, after: np.ndarray, groups: np.ndarray | None) -> Difference:
-    """Difference of the accuracies of two models on the same images."""
-    one, other = (Runs(np.array([right.mean()]), right[None]) for right in (after, before))
-    return difference([one], [other], groups=groups)
+def _paired(first: Scores, last: Scores, data: LabelledDataset) -> Difference | None:
+    """Difference of the main metrics of two models on the same images; None without an interval."""
+    after, before = _as_runs(last, data), _as_runs(first, data)
+    if after is None or before is None:
+        return None
+    return difference([after], [before], groups=data.sampling_units())
+
+
+def _as_runs(scores: Scores, data: LabelledDataset) -> Runs | None:
+    """The main metric of a model; None without the part of each test image in it."""
+    if scores.per_image is None or len(scores.per_image) < len(data.test):
+        return None
+    return Runs(np.array([next(iter(scores.metrics.values()))]), scores.per_image[None])

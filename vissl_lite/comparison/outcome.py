@@ -57,8 +57,9 @@ class Outcome:
         seeds: Seeds of the draws of labels.
         baseline: Name of the encoder that the others are compared with.
         metric: Name of the metric of each protocol.
-        groups: ``(M,)`` group of each test image, over which intervals are taken; None for images
-            that are all apart.
+        groups: ``(M,)`` group of each test image; None for images that are all apart.
+        units: ``(M,)`` groups or blocks of test images, over which intervals are taken; default
+            ``groups``.
         with_it: What labels of an encoder, and of the baseline, are called in a sentence on how
             many of them are equal.
     """
@@ -73,12 +74,13 @@ class Outcome:
         baseline: str,
         metric: Mapping[str, str],
         groups: np.ndarray | None = None,
+        units: np.ndarray | None = None,
         with_it: tuple[str, str] = ("with it", "without"),
     ) -> None:
         self.with_it = with_it
         self.scores, self.encoders, self.protocols = scores, encoders, protocols
         self.labels, self.seeds, self.baseline, self.metric = labels, seeds, baseline, metric
-        self.groups = groups
+        self.groups, self.units = groups, groups if units is None else units
         self.compared = {
             protocol: {
                 encoder: self._compare(encoder, protocol)
@@ -91,9 +93,9 @@ class Outcome:
     def runs(self, encoder: str, protocol: str, amount: str) -> Runs:
         """Runs of an encoder with one amount of labels."""
         scores = [self.scores[Cell(encoder, protocol, amount, seed)] for seed in self.seeds]
-        rights = [score.right for score in scores if score.right is not None]
-        right = np.stack(rights) if len(rights) == len(scores) else None
-        return Runs(np.array([score.value for score in scores]), right)
+        parts = [score.per_image for score in scores if score.per_image is not None]
+        per_image = np.stack(parts) if len(parts) == len(scores) else None
+        return Runs(np.array([score.value for score in scores]), per_image)
 
     def by_part(self, encoder: str, protocol: str, amount: str) -> dict[str, float]:
         """Mean metric on training, held-out and test images, ``train``, ``val`` and ``test``.
@@ -124,10 +126,10 @@ class Outcome:
         ours = {amount: self.runs(encoder, protocol, amount) for amount in self.labels}
         theirs = {amount: self.runs(self.baseline, protocol, amount) for amount in self.labels}
         by_amount = {
-            name: difference([ours[name]], [theirs[name]], groups=self.groups)
+            name: difference([ours[name]], [theirs[name]], groups=self.units)
             for name in self.labels
         }
-        overall = difference(list(ours.values()), list(theirs.values()), groups=self.groups)
+        overall = difference(list(ours.values()), list(theirs.values()), groups=self.units)
         counts = [count.total for count in self.labels.values()]
         curve = [runs.mean for runs in theirs.values()]
         equivalent = {}
@@ -175,7 +177,7 @@ class Outcome:
     def _over_groups(self, protocol: str) -> str:
         """The number of groups that the intervals cover, in words; empty if they cover none."""
         runs = [self.runs(self.baseline, protocol, amount) for amount in self.labels]
-        if self.groups is None or any(one.right is None for one in runs):
+        if self.groups is None or any(one.per_image is None for one in runs):
             return ""
         count = len(np.unique(self.groups))
         return f", {count} groups of test images" if count > 1 else ", one group of test images"

@@ -38,15 +38,14 @@ class Score:
         value: Test metric that encoders are compared by.
         metrics: All test metrics, by name.
         chosen: Hyperparameters chosen on the validation images, such as ``{"penalty": 0.01}``.
-        right: ``(M,)`` bool: which test images were classified correctly, if ``value`` is the
-            accuracy; otherwise None.
+        per_image: ``(M,)`` part of each test image in ``value``; see ``Scores``.
         layers: Accuracy by stage, for frozen encoders and if requested.
     """
 
     value: float
     metrics: dict[str, float]
     chosen: dict[str, float] = field(default_factory=dict)
-    right: np.ndarray | None = None
+    per_image: np.ndarray | None = None
     layers: dict[str, float] = field(default_factory=dict)
 
 
@@ -145,8 +144,8 @@ def finetune_best(
     curves.mkdir(parents=True, exist_ok=True)
     fitted = fit_model(task, encoder, data, settings, rates, hardware, FitFiles(curves))
     scores: Scores = task.evaluate(fitted.model, data)
-    right, test = scores.right, data.paths("test")
-    if right is not None and len(right) < len(test):
+    per_image, test = scores.per_image, data.paths("test")
+    if per_image is not None and len(per_image) < len(test):
         _raise_missing([path for path in test if not is_image_path(path)] or test)
     name = task.metric_names(data)[0]
     parts = {"train": fitted.train_metrics, "val": fitted.chosen.metrics}
@@ -154,4 +153,4 @@ def finetune_best(
         f"{part}_{name}": found[name] for part, found in parts.items() if name in found
     }
     chosen = {name: float(value) for name, value in fitted.chosen.as_dict().items()}
-    return Score(scores.metrics[name], metrics, chosen, right)
+    return Score(scores.metrics[name], metrics, chosen, per_image)

@@ -17,12 +17,13 @@ class Runs:
 
     Attributes:
         values: ``(S,)`` test metric of each seed; larger is better.
-        right: ``(S, M)`` bool: which of the M test images were classified correctly, so that
-            ``values`` is its mean over images; None if the metric is not the accuracy.
+        per_image: ``(S, M)`` part of each of the M test images in ``values``: for accuracy whether
+            it was classified correctly, for other metrics jackknife pseudo-values; None if there is
+            neither.
     """
 
     values: np.ndarray
-    right: np.ndarray | None = None
+    per_image: np.ndarray | None = None
 
     @property
     def mean(self) -> float:
@@ -63,17 +64,17 @@ def difference(
     sample that all seeds share: normal interval over the per-image differences, averaged over
     seeds. Where images come in groups, such as those of a patient, the groups are the sample:
     Student's t interval over them, from the linearized variance of a mean over clusters of
-    different sizes (ratio-to-size estimate, Cochran 1977, "Sampling Techniques", chapter 9A). The
-    half-widths are added in quadrature, which makes the interval slightly too wide, as the
-    differences between seeds depend on the test images too. Without ``right``, only the variation
-    over seeds is covered.
+    different sizes (ratio-to-size estimate, Cochran 1977, "Sampling Techniques", chapter 9A);
+    likewise over the blocks of a jackknife. The half-widths are added in quadrature, which makes
+    the interval slightly too wide, as the differences between seeds depend on the test images too.
+    Without ``per_image``, only the variation over seeds is covered.
 
     Args:
         encoder: Runs of the encoder, for each amount of labels.
         baseline: Runs of the baseline, with the same amounts, seeds and test images.
         confidence: Confidence level of the interval.
-        groups: ``(M,)`` group of each test image; None for images that are all apart. If all are
-            in one group, only the variation over seeds is covered.
+        groups: ``(M,)`` group or block of each test image; None for images that are all apart. If
+            all are in one group, only the variation over seeds is covered.
     """
     by_seed = np.mean([a.values - b.values for a, b in zip(encoder, baseline, strict=True)], axis=0)
     tail = (1 + confidence) / 2
@@ -81,9 +82,9 @@ def difference(
     if len(by_seed) > 1:
         half = t.ppf(tail, len(by_seed) - 1) * by_seed.std(ddof=1) / np.sqrt(len(by_seed))
     pairs = [
-        (a.right.astype(np.float64) - b.right).mean(axis=0)
+        (a.per_image.astype(np.float64) - b.per_image).mean(axis=0)
         for a, b in zip(encoder, baseline, strict=True)
-        if a.right is not None and b.right is not None
+        if a.per_image is not None and b.per_image is not None
     ]
     if len(pairs) == len(encoder):
         half = float(np.hypot(half, _sampling(np.mean(pairs, axis=0), tail, groups)))

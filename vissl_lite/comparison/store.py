@@ -21,7 +21,7 @@ from vissl_lite.errors import UserError
 
 log = logging.getLogger(__name__)
 
-MAX_FILE_BYTES = 64 * 2**20  # a file holds one bit per test image
+MAX_FILE_BYTES = 64 * 2**20  # a file holds one bit, or one number, per test image
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,12 @@ class Store:
             "layers": score.layers,
             "about": inputs,
         }
-        if score.right is not None:
-            content["test_images"] = len(score.right)
-            content["right"] = np.packbits(score.right).tobytes().hex()
+        per_image = score.per_image
+        if per_image is not None and per_image.dtype == bool:
+            content["test_images"] = len(per_image)
+            content["right"] = np.packbits(per_image).tobytes().hex()
+        elif per_image is not None:
+            content["pseudo_values"] = per_image.tolist()
         write_atomically(file, json.dumps(content) + "\n")
 
     def load(self, cell: Cell, inputs: dict[str, Any]) -> Score | None:
@@ -101,9 +104,11 @@ class Store:
             content = read_json(file, MAX_FILE_BYTES)
             if content["about"] != inputs or content["arm"] != cell.encoder:
                 return None
-            right = None
+            per_image = None
             if "right" in content:
-                right = _unpack_bits(content["right"], content["test_images"])
+                per_image = _unpack_bits(content["right"], content["test_images"])
+            elif "pseudo_values" in content:
+                per_image = _check_list(content["pseudo_values"])
             metrics = [_check_numbers(content[name]) for name in ("metrics", "chosen", "layers")]
             (value,) = _check_numbers({"value": content["value"]}).values()
         except (UserError, ValueError, LookupError, TypeError) as error:
@@ -115,7 +120,7 @@ class Store:
                     extra={"code": "result.damaged"},
                 )
             return None
-        return Score(value, metrics[0], metrics[1], right, metrics[2])
+        return Score(value, metrics[0], metrics[1], per_image, metrics[2])
 
 
 def _check_numbers(found: Any) -> dict[str, float]:
@@ -126,6 +131,16 @@ def _check_numbers(found: Any) -> dict[str, float]:
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise TypeError(f"{str(value)[:60]!r} is not a number")
     return found
+
+
+def _check_list(found: Any) -> np.ndarray:
+    """Return numbers as an array; raise a TypeError or ValueError for anything else."""
+    if not isinstance(found, list):
+        raise TypeError("pseudo_values are no list")
+    values = np.array(found, np.float64)
+    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+        raise ValueError("pseudo_values are not finite numbers")
+    return values
 
 
 def _unpack_bits(text: Any, count: Any) -> np.ndarray:

@@ -55,7 +55,9 @@ class Scores(Protocol):
     Attributes:
         metrics: Metrics by name; the first one is the main metric of the task.
         per_class: Metrics by class, then by name.
-        right: ``(N,)`` bool: which images are classified rightly, if that is what is counted.
+        per_image: ``(N,)`` part of each image in the main metric: for accuracy bool, whether it is
+            classified correctly; for others jackknife pseudo-values over
+            ``LabelledDataset.sampling_units``; None if there is neither.
     """
 
     @property
@@ -65,7 +67,7 @@ class Scores(Protocol):
     def per_class(self) -> dict[str, dict[str, float]]: ...
 
     @property
-    def right(self) -> np.ndarray | None: ...
+    def per_image(self) -> np.ndarray | None: ...
 
 
 DatasetT = TypeVar("DatasetT", bound=LabelledDataset)

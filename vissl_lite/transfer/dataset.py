@@ -9,6 +9,7 @@ from typing import Generic, Self, TypeVar
 import numpy as np
 
 from vissl_lite.errors import UserError
+from vissl_lite.transfer.jackknife import jackknife_blocks
 from vissl_lite.transfer.sources.groups import Record, group_names
 from vissl_lite.transfer.sources.parts import PARTS, Split, take_share
 from vissl_lite.transfer.sources.reading_log import ReadingLog
@@ -50,6 +51,15 @@ class LabelledDataset(ABC):
             ``(N,)`` str; None if all images are apart.
         """
         return group_names(self.paths(part), self.reading.groups)
+
+    def sampling_units(self) -> np.ndarray | None:
+        """Groups or blocks of test images over which intervals of the main metric are taken.
+
+        Returns:
+            ``(N,)``: blocks of a jackknife; for the accuracy, which is a mean over images, the
+            groups; None if those are single images.
+        """
+        return jackknife_blocks(len(self.test), self.groups("test"))
 
     @abstractmethod
     def class_counts(self, part: Split) -> np.ndarray:

@@ -16,7 +16,11 @@ from vissl_lite.errors import UserError
 from vissl_lite.transfer.detection import metrics
 from vissl_lite.transfer.detection.data import BoxedImage
 from vissl_lite.transfer.detection.masks import MASK_SIDE, mask_loss, paste_mask
-from vissl_lite.transfer.detection.metrics import mask_precision, score_detector
+from vissl_lite.transfer.detection.metrics import (
+    average_precision,
+    coco_evaluation,
+    score_detector,
+)
 from vissl_lite.transfer.detection.model import Detections, Detector
 from vissl_lite.transfer.detection.options import DetectorSettings
 from vissl_lite.transfer.detection.task import Detection
@@ -277,6 +281,34 @@ def test_map_of_perfect_and_shifted_masks(
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("metric", ["mask_map", "map"])
+def test_each_image_has_its_part_in_the_mean_precision(
+    metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = truth()
+    found, wrong = answers(images), answers(images, 0.6)[1]
+    masks = ((found[1].masks or ())[0], (wrong.masks or ())[1])
+    boxes = found[1].boxes + np.array([[0] * 4, [20, 0, 20, 0]], np.float32)
+    found[1] = found[1]._replace(boxes=boxes, masks=masks)
+    found[2] = answers(images, 0.2)[2]._replace(
+        boxes=found[2].boxes + 4, scores=np.full(2, 0.95, np.float32)
+    )
+    if metric == "map":
+        found = [one._replace(masks=None) for one in found]
+    detector: Any = SimpleNamespace(classes=["a", "b"])
+
+    def score(numbers: list[int], units: np.ndarray | None = None) -> metrics.DetectionScores:
+        chosen = [found[number] for number in numbers]
+        monkeypatch.setattr(metrics, "detect", lambda *_: (chosen, np.ones(len(chosen), bool)))
+        return score_detector(detector, [images[number] for number in numbers], units=units)
+
+    scores = score([0, 1, 2], np.arange(3))
+    value = scores.metrics[metric]
+    without = [score(kept).metrics[metric] for kept in ([1, 2], [0, 2], [0, 1])]
+    assert len(set(without)) == 3
+    assert scores.per_image == pytest.approx([3 * value - 2 * one for one in without])
+
+
 def test_objects_without_a_shape_and_ignored_ones_do_not_count() -> None:
     images = truth()
     found = answers(images, 0.6)
@@ -287,12 +319,13 @@ def test_objects_without_a_shape_and_ignored_ones_do_not_count() -> None:
         shapes = (one.shapes[0], None)
         boxes = one.boxes + np.array([[0] * 4, [0, 0, 20, 0]], np.float32)
         images[index] = replace(one, shapes=shapes, boxes=boxes)
-    by_class, at_50 = mask_precision(found, images, 2)
+    by_class, at_50 = average_precision(coco_evaluation(found, images, 2, "segm"))
     assert by_class.tolist() == [1.0, -1.0]
     assert at_50 == 1.0
     images = [replace(one, ignored=np.array([False, True]), shapes=first.shapes)
               for one, first in zip(images, truth(), strict=True)]  # fmt: skip
-    assert mask_precision(found, images, 2)[0].tolist() == [1.0, -1.0]
+    again, _ = average_precision(coco_evaluation(found, images, 2, "segm"))
+    assert again.tolist() == [1.0, -1.0]
 
 
 @pytest.mark.slow

@@ -210,6 +210,21 @@ def test_pixels_are_counted_at_the_resolution_of_the_masks(data: LabelledMasks) 
     assert scores.confusion.sum(axis=1).tolist() == counts  # 255 is not counted
 
 
+def test_each_image_has_its_part_in_the_mean_iou(data: LabelledMasks) -> None:
+    encoder = build_encoder("test_resnet", 40)
+    segmenter = RedOrGreen(encoder, classes=["none", "red", "green"], channels=16)
+    part, blocks = data.train[:4], np.array([0, 1, 0, 2])
+    segmenter.eval()
+    scores = score_segmenter(segmenter, part, units=blocks)
+    expected = np.empty(4)
+    for block in range(3):
+        kept = [one for one, number in zip(part, blocks, strict=True) if number != block]
+        weight = 4 / (4 - len(kept))
+        without = score_segmenter(segmenter, kept).miou
+        expected[blocks == block] = weight * scores.miou - (weight - 1) * without
+    assert scores.per_image == pytest.approx(expected)
+
+
 def test_broken_images_are_skipped_and_logged(
     squares: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -95,6 +95,9 @@ class LabelledImages(LabelledDataset):
         """Whether an image may have several classes, or none."""
         return self.train.labels.ndim == 2
 
+    def sampling_units(self) -> np.ndarray | None:
+        return super().sampling_units() if self.multi_label else self.groups("test")
+
     def write(self, file: Path) -> None:
         """Write the splits, and groups if there are any, to a CSV file that ``--data`` accepts.
 

@@ -97,13 +97,14 @@ class TestScores:
             which are those that the means are over.
         confusion: ``(K, K)`` images, by true class (row) and predicted class (column); None with
             several labels.
-        right: ``(N,)`` bool: which images are classified rightly; None with several labels.
+        per_image: ``(N,)`` bool: which images are classified correctly; with several labels
+            jackknife pseudo-values of ``map``.
     """
 
     metrics: dict[str, float]
     per_class: dict[str, dict[str, float]]
     confusion: np.ndarray | None = None
-    right: np.ndarray | None = None
+    per_image: np.ndarray | None = None
 
     @property
     def top1(self) -> float:
@@ -170,6 +171,18 @@ def score_several(logits: Tensor, target: Tensor, classes: Sequence[str]) -> Tes
     }
     means = {"map": _mean(each["ap"]), "auroc": _mean(each["auroc"]), "macro_f1": _mean(each["f1"])}
     return TestScores(means, _by_class(each, names[scored].tolist()))
+
+
+def mean_average_precision(logits: Tensor, target: Tensor) -> float:
+    """Mean average precision over the classes that some images have and some have not.
+
+    Args:
+        logits: ``(N, K)``.
+        target: ``(N, K)`` of 0 and 1.
+    """
+    scored = np.flatnonzero(has_both(target.numpy()))
+    probabilities = logits.double().sigmoid()
+    return _mean([binary_average_precision(probabilities[:, k], target[:, k]) for k in scored])
 
 
 def _by_class(

@@ -1,6 +1,8 @@
 """The classifier, a timm model with named classes, and its model folder."""
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,14 @@ from vissl_lite.encoders.folder import load_model, save_model
 from vissl_lite.errors import UserError
 from vissl_lite.inference import predict_images
 from vissl_lite.transfer.classification.data import LabelledImages
-from vissl_lite.transfer.classification.metrics import TestScores, score_one, score_several
+from vissl_lite.transfer.classification.metrics import (
+    TestScores,
+    mean_average_precision,
+    score_one,
+    score_several,
+)
 from vissl_lite.transfer.finetuning import TransferModel, model_folder
+from vissl_lite.transfer.jackknife import pseudo_values
 
 
 class Classifier(TransferModel):
@@ -109,7 +117,15 @@ def score_classifier(classifier: Classifier, data: LabelledImages) -> TestScores
     """
     logits, good = class_logits(classifier, data.test.paths)
     target = torch.from_numpy(data.test.labels[good])
-    return (score_several if data.multi_label else score_one)(logits, target, data.classes)
+    if not data.multi_label:
+        return score_one(logits, target, data.classes)
+    scores, units = score_several(logits, target, data.classes), data.sampling_units()
+    if units is None or math.isnan(scores.metrics["map"]):
+        return scores
+    per_image = pseudo_values(
+        lambda kept: mean_average_precision(logits[kept], target[kept]), units[good]
+    )
+    return replace(scores, per_image=per_image)
 
 
 def save_classifier(classifier: Classifier, folder: Path, about: dict[str, Any]) -> None:

@@ -2,15 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from faster_coco_eval import COCO, COCOeval_faster
-from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_iou
 
 from vissl_lite.transfer.detection.data import BoxedImage
 from vissl_lite.transfer.detection.model import Detections, Detector, detect
+from vissl_lite.transfer.jackknife import pseudo_values
 from vissl_lite.transfer.sources.run_lengths import runs_of_mask, text_of_runs
 from vissl_lite.transfer.sources.shapes import as_coco
 
@@ -28,6 +29,8 @@ class DetectionScores:
         mask_map: Mean average precision of masks over IoU thresholds from 0.5 to 0.95, as COCO
             computes it; None without a mask head. ``per_class`` then has ``mask_ap``, too.
         mask_map_50: Mean average precision of masks at IoU 0.5.
+        per_image: ``(N,)`` jackknife pseudo-values of ``mask_map``, or ``map`` without a mask head;
+            None if they were not asked for.
     """
 
     map: float
@@ -37,7 +40,7 @@ class DetectionScores:
     images: list[BoxedImage]
     mask_map: float | None = None
     mask_map_50: float | None = None
-    right: None = None  # correctness is not defined per image
+    per_image: np.ndarray | None = None
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -52,6 +55,7 @@ def score_detector(
     detector: Detector,
     part: Sequence[BoxedImage],
     progress: Callable[[int], None] | None = None,
+    units: np.ndarray | None = None,
 ) -> DetectionScores:
     """Evaluate a detector on images with boxes.
 
@@ -59,125 +63,146 @@ def score_detector(
         detector: Detector to evaluate.
         part: Images with their boxes. Unreadable ones are skipped and logged.
         progress: Called with the number of images processed since the last call.
+        units: ``(N,)`` blocks of images for ``per_image``; None for none.
 
     Raises:
         UserError: If no image can be read.
     """
     found, good = detect(detector, [image.path for image in part], progress)
     images = [image for image, fine in zip(part, good, strict=True) if fine]
-    metric = MeanAveragePrecision(class_metrics=True, backend="faster_coco_eval")
-    metric.warn_on_many_detections = False
-    metric.update(
-        [
-            {
-                "boxes": torch.from_numpy(one.boxes),
-                "scores": torch.from_numpy(one.scores),
-                "labels": torch.from_numpy(one.labels),
-            }
-            for one in found
-        ],
-        [
-            {
-                "boxes": torch.from_numpy(image.boxes),
-                "labels": torch.from_numpy(image.labels),
-                "iscrowd": torch.from_numpy(image.ignored.astype(np.int64)),
-            }
-            for image in images
-        ],
-    )
-    values = metric.compute()
-    numbers, precisions = values["classes"].reshape(-1), values["map_per_class"].reshape(-1)
+    names = detector.classes
+    boxes = coco_evaluation(found, images, len(names), "bbox")
+    main, (by_class, map_50) = boxes, average_precision(boxes)
     per_class = {
-        detector.classes[int(number)]: {"ap": float(precision)}
-        for number, precision in zip(numbers, precisions, strict=True)
+        name: {"ap": precision}
+        for name, precision in zip(names, by_class.tolist(), strict=True)
         if precision >= 0
     }
     mask_map = mask_map_50 = None
     if any(one.masks is not None for one in found):
-        by_class, mask_map_50 = mask_precision(found, images, len(detector.classes))
-        known = by_class[by_class >= 0]
-        mask_map = float(known.mean()) if len(known) else 0.0
-        for name, precision in zip(detector.classes, by_class.tolist(), strict=True):
+        main = coco_evaluation(found, images, len(names), "segm")
+        of_masks, mask_map_50 = average_precision(main)
+        mask_map = mean_of_known(of_masks)
+        for name, precision in zip(names, of_masks.tolist(), strict=True):
             if name in per_class and precision >= 0:
                 per_class[name] = {"mask_ap": precision, **per_class[name]}
+    per_image = None
+    if units is not None:
+        per_image = pseudo_values(
+            lambda kept: mean_of_known(average_precision(main, kept)[0]), units[good]
+        )
     return DetectionScores(
-        max(0.0, float(values["map"])),
-        max(0.0, float(values["map_50"])),
+        mean_of_known(by_class),
+        map_50,
         per_class,
         found,
         images,
         mask_map,
         mask_map_50,
+        per_image,
     )
 
 
-def mask_precision(
-    found: Sequence[Detections], images: Sequence[BoxedImage], classes: int
-) -> tuple[np.ndarray, float]:
-    """Average precision of masks, as COCO computes it.
+def mean_of_known(by_class: np.ndarray) -> float:
+    """Mean over classes of what is not -1; 0 if there is none."""
+    known = by_class[by_class >= 0]
+    return float(known.mean()) if len(known) else 0.0
+
+
+def coco_evaluation(
+    found: Sequence[Detections],
+    images: Sequence[BoxedImage],
+    classes: int,
+    kind: Literal["bbox", "segm"],
+) -> COCOeval_faster:
+    """Prepare an evaluation as COCO's; image N has the number N + 1.
 
     Masks are compared as run lengths at the size of the image. Objects without a shape are ignored:
     what is found in their box counts neither for nor against the detector.
 
     Args:
-        found: Detections of each image, with masks.
-        images: Images with their shapes.
+        found: Detections of each image; with masks for ``segm``.
+        images: Images with their boxes, and with their shapes for ``segm``.
         classes: Number of classes K.
-
-    Returns:
-        Mean over IoU thresholds from 0.5 to 0.95 of each class, ``(K,)``, -1 for a class without
-        objects; and the mean over classes at IoU 0.5.
+        kind: Whether boxes or masks are compared.
     """
-    listed: list[dict[str, object]] = []
     truth: list[dict[str, object]] = []
     results: list[dict[str, object]] = []
     for number, (one, image) in enumerate(zip(found, images, strict=True), start=1):
-        height, width = image.size
-        listed.append({"id": number, "height": height, "width": width})
         drawn = image.has_shape
         for index, label in enumerate(image.labels.tolist()):
+            about: dict[str, object] = {
+                "id": len(truth) + 1,
+                "image_id": number,
+                "category_id": label,
+            }
             box = image.boxes[index]
-            if drawn[index]:
-                runs = runs_of_mask(image.mask(index) > 0)
+            left, top, width, height = _as_coco_box(box)
+            shape: dict[str, object]
+            if kind == "bbox":
+                shape = {"bbox": [left, top, width, height], "area": width * height}
             else:
-                left, top = np.floor(box[:2]).astype(int)
-                right, bottom = np.ceil(box[2:]).astype(int)
-                inside = np.ones((bottom - top, right - left), bool)
-                runs = runs_of_mask(inside, (left, top), image.size)
-            segmentation = {"size": [height, width], "counts": text_of_runs(runs)}
-            truth.append(
-                {
-                    "id": len(truth) + 1,
-                    "image_id": number,
-                    "category_id": label,
-                    "segmentation": segmentation,
-                    "area": int(runs[1::2].sum()),
-                    "bbox": [0, 0, width, height],  # not used for masks, but required
-                    "iscrowd": int(image.ignored[index] or not drawn[index]),
-                }
-            )
-        for label, score, mask in zip(
-            one.labels.tolist(), one.scores.tolist(), one.masks or (), strict=True
-        ):
-            results.append(
-                {
-                    "image_id": number,
-                    "category_id": label,
-                    "segmentation": as_coco(mask, image.size),
-                    "score": score,
-                }
-            )
-    content = {
-        "images": listed,
-        "annotations": truth,
-        "categories": [{"id": label, "name": str(label)} for label in range(classes)],
-    }
-    coco = COCO(content)
-    evaluation = COCOeval_faster(coco, coco.loadRes(results), "segm")
+                runs = _runs_of_object(image, index)
+                segmentation = {"size": list(image.size), "counts": text_of_runs(runs)}
+                shape = {"segmentation": segmentation, "area": int(runs[1::2].sum())}
+                shape["bbox"] = [left, top, width, height]  # not used, but required
+            ignored = image.ignored[index] or (kind == "segm" and not drawn[index])
+            truth.append({**about, **shape, "iscrowd": int(ignored)})
+        labels, scores = one.labels.tolist(), one.scores.tolist()
+        shapes: list[dict[str, object]] = (
+            [{"bbox": _as_coco_box(box)} for box in one.boxes]
+            if kind == "bbox"
+            else [{"segmentation": as_coco(mask, image.size)} for mask in one.masks or ()]
+        )
+        results += [
+            {"image_id": number, "category_id": label, "score": score, **shape}
+            for label, score, shape in zip(labels, scores, shapes, strict=True)
+        ]
+    listed = [
+        {"id": number, "height": image.size[0], "width": image.size[1]}
+        for number, image in enumerate(images, start=1)
+    ]
+    categories = [{"id": label, "name": str(label)} for label in range(classes)]
+    coco = COCO({"images": listed, "annotations": truth, "categories": categories})
+    evaluation = COCOeval_faster(coco, coco.loadRes(results), kind)
+    evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
+    evaluation.params.maxDets = [100]
+    return evaluation
+
+
+def _as_coco_box(box: np.ndarray) -> list[float]:
+    """Left, top, width and height of a box."""
+    left, top, right, bottom = box.tolist()
+    return [left, top, right - left, bottom - top]
+
+
+def _runs_of_object(image: BoxedImage, index: int) -> np.ndarray:
+    """Run lengths of an object's mask, or of its box if it has no shape."""
+    if image.has_shape[index]:
+        return runs_of_mask(image.mask(index) > 0)
+    left, top = np.floor(image.boxes[index][:2]).astype(int)
+    right, bottom = np.ceil(image.boxes[index][2:]).astype(int)
+    return runs_of_mask(np.ones((bottom - top, right - left), bool), (left, top), image.size)
+
+
+def average_precision(
+    evaluation: COCOeval_faster, images: np.ndarray | None = None
+) -> tuple[np.ndarray, float]:
+    """Average precision, as COCO computes it: 100 detections per image at most, of all sizes.
+
+    Args:
+        evaluation: See ``coco_evaluation``.
+        images: Indices of the images to evaluate on. Default: all.
+
+    Returns:
+        Mean over IoU thresholds from 0.5 to 0.95 of each class, ``(K,)``, -1 for a class without
+        objects; and the mean over classes at IoU 0.5, 0 without any object.
+    """
+    if images is not None:
+        evaluation.params.imgIds = (images + 1).tolist()
     evaluation.evaluate()
     evaluation.accumulate()
-    # thresholds, recalls, classes, all areas, up to 100 detections
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # thresholds, recalls, classes
     by_class = precision.mean(axis=(0, 1))  # -1 throughout for a class without objects
     at_50 = precision[0].mean(axis=0)[by_class >= 0]
     return by_class, float(at_50.mean()) if len(at_50) else 0.0

@@ -125,7 +125,7 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
         return read_pseudo_labels(folder, data)
 
     def evaluate(self, model: Detector, data: LabelledBoxes) -> DetectionScores:
-        return score_detector(model, data.test)
+        return score_detector(model, data.test, units=data.sampling_units())
 
     def save(self, model: Detector, folder: Path, about: dict[str, Any]) -> None:
         save_detector(model, folder, about)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from vissl_lite.data.image_reader import ImageReader
 from vissl_lite.data.images import BROKEN_IMAGE
 from vissl_lite.data.reading import reason
 from vissl_lite.inference import inference_mode, report_broken
+from vissl_lite.transfer.jackknife import pseudo_values
 from vissl_lite.transfer.segmentation.data import MaskedImage
 from vissl_lite.transfer.segmentation.mask_source import IGNORE_INDEX
 from vissl_lite.transfer.segmentation.model import (
@@ -39,6 +40,7 @@ class SegmentationScores:
         confusion: Number of pixels ``(K, K)`` by true class (row) and predicted class (column).
         volume_dice: Mean of ``volume_dice`` over all classes but the first, the background; None
             if there are no volumes.
+        per_image: ``(N,)`` jackknife pseudo-values of ``miou``; None if they were not asked for.
     """
 
     miou: float
@@ -48,7 +50,7 @@ class SegmentationScores:
     per_class: dict[str, dict[str, float]]
     confusion: np.ndarray
     volume_dice: float | None = None
-    right: None = None  # correctness is not defined per image
+    per_image: np.ndarray | None = None
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -89,6 +91,17 @@ def score_confusion(
     return SegmentationScores(miou, dice, accuracy, loss, per_class, confusion, volume_dice)
 
 
+def mean_iou(hits: np.ndarray, either: np.ndarray) -> float:
+    """Mean intersection over union of the classes that occur.
+
+    Args:
+        hits: ``(K,)`` pixels that have the class in truth and prediction.
+        either: ``(K,)`` pixels in truth plus pixels in prediction.
+    """
+    occurs = either > 0
+    return float((hits[occurs] / (either - hits)[occurs]).mean()) if occurs.any() else 0.0
+
+
 def _add_volumes(
     per_class: dict[str, dict[str, float]], classes: Sequence[str], volumes: Sequence[np.ndarray]
 ) -> float | None:
@@ -112,6 +125,7 @@ def score_segmenter(
     segmenter: Segmenter,
     part: Sequence[MaskedImage],
     progress: Callable[[int], None] | None = None,
+    units: np.ndarray | None = None,
 ) -> SegmentationScores:
     """Evaluate a segmenter at the resolution of the masks.
 
@@ -119,6 +133,7 @@ def score_segmenter(
         segmenter: Segmenter. It is moved to the accelerator, if there is one, and back afterwards.
         part: Images and masks. Unreadable ones are skipped and logged.
         progress: Called with the number of images processed since the last call.
+        units: ``(N,)`` blocks of images for ``per_image``; None for none.
 
     Raises:
         UserError: If no image can be read.
@@ -127,6 +142,7 @@ def score_segmenter(
     confusion = np.zeros((len(classes), len(classes)), np.int64)
     volumes: dict[str, np.ndarray] = {}
     losses: list[float] = []
+    pixels: list[np.ndarray] = []  # of each image: hits, and those in truth plus prediction
     faults: list[str | None] = []
     with inference_mode(segmenter) as device:
         for pairs in _read(part, segmenter.encoder.reader):
@@ -147,14 +163,24 @@ def score_segmenter(
                     ignore_index=IGNORE_INDEX,
                     validate_args=False,
                 )
-                confusion += counts.cpu().numpy()
+                of_image = counts.cpu().numpy()
+                confusion += of_image
+                if units is not None:
+                    either = of_image.sum(axis=0) + of_image.sum(axis=1)
+                    pixels.append(np.stack([np.diag(of_image), either]))
                 file, frame = split_path(path)
                 if frame is not None:
-                    volumes[file] = volumes.get(file, 0) + counts.cpu().numpy()
+                    volumes[file] = volumes.get(file, 0) + of_image
             if progress is not None:
                 progress(len(pairs))
     report_broken([one.path for one in part], faults)
-    return score_confusion(confusion, classes, float(np.mean(losses)), list(volumes.values()))
+    scores = score_confusion(confusion, classes, float(np.mean(losses)), list(volumes.values()))
+    if units is None:
+        return scores
+    counted = np.stack(pixels)
+    blocks = units[[fault is None for fault in faults]]
+    per_image = pseudo_values(lambda kept: mean_iou(*counted[kept].sum(axis=0)), blocks)
+    return replace(scores, per_image=per_image)
 
 
 def _read(

@@ -125,7 +125,7 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
         return read_pseudo_labels(folder, data)
 
     def evaluate(self, model: Segmenter, data: LabelledMasks) -> SegmentationScores:
-        return score_segmenter(model, data.test)
+        return score_segmenter(model, data.test, units=data.sampling_units())
 
     def save(self, model: Segmenter, folder: Path, about: dict[str, Any]) -> None:
         save_segmenter(model, folder, about)
