@@ -431,7 +431,45 @@ def peers_accuracy_table() -> str:
     return markdown_table(header, rows) + "\n\n" + provenance(results, command)
 
 
-TABLES = {"peers": peers_table, "in_short": in_short_table, "peers_accuracy": peers_accuracy_table}
+def minutes_table() -> str:
+    """For the README: the shortest of our runs that is as good as the best peer's, or the best."""
+    results = load("peers_accuracy")
+    rows = []
+    for name, tools in results["accuracy"].items():
+        images, backbone, side = name.split("-")
+        reached = {
+            tool: [(mean_of(seeds, "minutes"), mean_of(seeds, "linear"), mean_of(seeds, "knn"))
+                   for seeds in lengths.values() if seeds]
+            for tool, lengths in tools.items()
+        }  # fmt: skip
+        if not all(reached.get(tool) for tool in ("ours", *PEERS)):
+            continue
+        peer = max(PEERS, key=lambda tool: reached[tool][0][1])
+        minutes, linear, knn = reached[peer][0]
+        mine = sorted(reached["ours"])
+        best = next((one for one in mine if one[1] >= linear), max(mine, key=lambda one: one[1]))
+        rows.append([
+            f"{images}, {side} px, `{backbone}`",
+            f"{minutes:.1f} ({peer})", f"{linear:.3f} / {knn:.3f}",
+            f"{best[0]:.1f}", f"{best[1]:.3f} / {best[2]:.3f}", f"{best[0] / minutes:.2f}",
+        ])  # fmt: skip
+    header = [
+        "minutes of SimCLR", "best peer", "its linear / kNN", "vissl_lite", "linear / kNN", "ratio"
+    ]  # fmt: skip
+    command = "python -m benchmarks.peers.against_peers accuracy --data DATA --out RUNS ..."
+    return markdown_table(header, rows) + "\n\n" + provenance(results, command)
+
+
+def mean_of(seeds: dict[str, dict[str, float]], measure: str) -> float:
+    return statistics.mean(one[measure] for one in seeds.values())
+
+
+TABLES = {
+    "peers": peers_table,
+    "in_short": in_short_table,
+    "peers_accuracy": peers_accuracy_table,
+    "minutes_in_short": minutes_table,
+}
 
 
 def main() -> None:
