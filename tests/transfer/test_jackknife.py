@@ -29,8 +29,9 @@ def test_pseudo_values_of_a_mean_are_the_means_of_the_blocks() -> None:
     assert single == pytest.approx(values)
 
 
-def test_one_block_has_none() -> None:
+def test_one_block_has_none_and_an_undefined_metric_neither() -> None:
     assert pseudo_values(lambda kept: 1.0, np.zeros(4, int)) is None
+    assert pseudo_values(lambda kept: 1.0 if 0 in kept else np.nan, np.arange(4)) is None
 
 
 @pytest.mark.slow

@@ -39,7 +39,8 @@ def pseudo_values(metric: Callable[[np.ndarray], float], blocks: np.ndarray) -> 
         blocks: ``(N,)`` block of each image.
 
     Returns:
-        ``(N,)`` float64, equal within a block; None if there is one block only.
+        ``(N,)`` float64, equal within a block; None if there is one block only, or if the metric is
+        not defined without one of them.
     """
     names, numbers, sizes = np.unique(blocks, return_inverse=True, return_counts=True)
     if len(names) < 2:
@@ -48,4 +49,4 @@ def pseudo_values(metric: Callable[[np.ndarray], float], blocks: np.ndarray) -> 
     without = np.array([metric(np.flatnonzero(numbers != one)) for one in range(len(names))])
     share = len(blocks) / sizes
     values: np.ndarray = share * whole - (share - 1) * without
-    return values[numbers]
+    return values[numbers] if np.isfinite(values).all() else None

@@ -381,6 +381,21 @@ def test_norms_of_a_pretrained_encoder_are_frozen_where_images_are_few(
     assert tried(ClassifierSettings(pretrained=True), colored, vit) == [None]
 
 
+def test_each_image_has_its_part_in_the_mean_precision_of_several_labels(
+    colored: LabelledImages,
+) -> None:
+    torch.manual_seed(0)
+    encoder = build_encoder("test_resnet", 32)
+    model = build_classifier(encoder, colored, ClassifierSettings()).eval()
+    scores, count = score_classifier(model, colored), len(colored.test)
+    assert scores.per_image is not None
+    for image in (0, count - 1):
+        kept = [index for index in range(count) if index != image]
+        without = score_classifier(model, colored.take({"test": kept})).metrics["map"]
+        expected = count * scores.metrics["map"] - (count - 1) * without
+        assert scores.per_image[image] == pytest.approx(expected)
+
+
 @pytest.mark.slow
 def test_learns_several_labels_per_image(
     colored: LabelledImages, warnings: pytest.LogCaptureFixture, tmp_path: Path
