@@ -434,13 +434,13 @@ def test_npz_files_that_would_grow_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("per_image", [np.array([True, False, True]), np.array([0.5, -0.1, 1.25])])
 def test_a_damaged_cell_is_done_again_and_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    per_image: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store, about = Store(tmp_path), {"weights": "abc"}
     cell = Cell("runs/a", "knn", "1%", 0)
-    right = np.array([True, False, True])
-    score = Score(0.5, {"accuracy": 0.5}, {"penalty": 0.1}, right, {"layer1": 0.2})
+    score = Score(0.5, {"accuracy": 0.5}, {"penalty": 0.1}, per_image, {"layer1": 0.2})
     store.save(cell, score, about)
     file = store.path(cell).with_suffix(".json")
     whole = file.read_bytes()
@@ -451,7 +451,8 @@ def test_a_damaged_cell_is_done_again_and_said(
             raise UserError("is done again")
         assert all(isinstance(v, int | float) for v in found.metrics.values())
         assert isinstance(found.value, int | float)
-        assert found.right is None or found.right.dtype == bool
+        parts = found.per_image
+        assert parts is None or parts.dtype == bool or np.isfinite(parts).all()
 
     tried = Tried(load)
     tried.sweep_json(file)

@@ -135,10 +135,13 @@ def _check_numbers(found: Any) -> dict[str, float]:
 
 def _check_list(found: Any) -> np.ndarray:
     """Return numbers as an array; raise a TypeError or ValueError for anything else."""
-    if not isinstance(found, list):
-        raise TypeError("pseudo_values are no list")
-    values = np.array(found, np.float64)
-    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+    if not isinstance(found, list) or any(type(value) not in (int, float) for value in found):
+        raise TypeError("pseudo_values are no list of numbers")
+    try:
+        values = np.array(found, np.float64)
+    except OverflowError:
+        values = np.array([np.inf])
+    if not len(values) or not np.isfinite(values).all():
         raise ValueError("pseudo_values are not finite numbers")
     return values
 
