@@ -35,7 +35,7 @@ def train(work: Work) -> int:
     with fast_cpu_operators():
         while True:
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                loss = task.loss([task.normalize(view) for view in batch.views])
+                loss = task.loss([task.encoder.normalize(view) for view in batch.views])
             optimizer.zero_grad()
             loss.backward()
             task.on_after_backward()
