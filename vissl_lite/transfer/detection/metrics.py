@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -29,8 +30,8 @@ class DetectionScores:
         mask_map: Mean average precision of masks over IoU thresholds from 0.5 to 0.95, as COCO
             computes it; None without a mask head. ``per_class`` then has ``mask_ap``, too.
         mask_map_50: Mean average precision of masks at IoU 0.5.
-        per_image: ``(N,)`` jackknife pseudo-values of ``mask_map``, or ``map`` without a mask head;
-            None if they were not asked for.
+        evaluation: That of masks, or of boxes without a mask head.
+        units: ``(N,)`` blocks of the images for ``per_image``; None for none.
     """
 
     map: float
@@ -40,7 +41,21 @@ class DetectionScores:
     images: list[BoxedImage]
     mask_map: float | None = None
     mask_map_50: float | None = None
-    per_image: np.ndarray | None = None
+    evaluation: COCOeval_faster | None = None
+    units: np.ndarray | None = None
+
+    @cached_property
+    def per_image(self) -> np.ndarray | None:
+        """``(N,)`` jackknife pseudo-values of ``mask_map``, or ``map`` without a mask head.
+
+        Computed when they are asked for, as each block takes an evaluation.
+        """
+        evaluation = self.evaluation
+        if evaluation is None or self.units is None:
+            return None
+        return pseudo_values(
+            lambda kept: mean_of_known(average_precision(evaluation, kept)[0]), self.units
+        )
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -86,11 +101,6 @@ def score_detector(
         for name, precision in zip(names, of_masks.tolist(), strict=True):
             if name in per_class and precision >= 0:
                 per_class[name] = {"mask_ap": precision, **per_class[name]}
-    per_image = None
-    if units is not None:
-        per_image = pseudo_values(
-            lambda kept: mean_of_known(average_precision(main, kept)[0]), units[good]
-        )
     return DetectionScores(
         mean_of_known(by_class),
         map_50,
@@ -99,7 +109,8 @@ def score_detector(
         images,
         mask_map,
         mask_map_50,
-        per_image,
+        main,
+        None if units is None else units[good],
     )
 
 
@@ -142,7 +153,7 @@ def coco_evaluation(
             if kind == "bbox":
                 shape = {"bbox": [left, top, width, height], "area": width * height}
             else:
-                runs = _runs_of_object(image, index)
+                runs = _runs_of_object(image, index, drawn[index])
                 segmentation = {"size": list(image.size), "counts": text_of_runs(runs)}
                 shape = {"segmentation": segmentation, "area": int(runs[1::2].sum())}
                 shape["bbox"] = [left, top, width, height]  # not used, but required
@@ -176,9 +187,9 @@ def _as_coco_box(box: np.ndarray) -> list[float]:
     return [left, top, right - left, bottom - top]
 
 
-def _runs_of_object(image: BoxedImage, index: int) -> np.ndarray:
+def _runs_of_object(image: BoxedImage, index: int, drawn: bool) -> np.ndarray:
     """Run lengths of an object's mask, or of its box if it has no shape."""
-    if image.has_shape[index]:
+    if drawn:
         return runs_of_mask(image.mask(index) > 0)
     left, top = np.floor(image.boxes[index][:2]).astype(int)
     right, bottom = np.ceil(image.boxes[index][2:]).astype(int)
@@ -198,8 +209,8 @@ def average_precision(
         Mean over IoU thresholds from 0.5 to 0.95 of each class, ``(K,)``, -1 for a class without
         objects; and the mean over classes at IoU 0.5, 0 without any object.
     """
-    if images is not None:
-        evaluation.params.imgIds = (images + 1).tolist()
+    everything = evaluation.cocoGt.getImgIds()
+    evaluation.params.imgIds = everything if images is None else (images + 1).tolist()
     evaluation.evaluate()
     evaluation.accumulate()
     precision = evaluation.eval["precision"][:, :, :, 0, -1]  # thresholds, recalls, classes
