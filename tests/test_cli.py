@@ -198,9 +198,16 @@ def test_a_run_is_resumed_with_names_in_another_case() -> None:
 
 
 def test_only_the_program_keeps_its_modules_out_of_garbage_collection() -> None:
-    code = "import gc, vissl_lite.cli as cli; cli.main(); print(gc.get_freeze_count())"
+    code = (
+        "import gc, vissl_lite.cli as cli; run = cli._run\n"
+        "cli._run = lambda *words: (run(*words), print(gc.get_freeze_count()))\n"
+        "cli.main(); print(gc.get_freeze_count())"
+    )
     command = [sys.executable, "-c", code, "list", "pretexts"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert int(done.stdout.splitlines()[-1]) > 10_000
+    during, after = map(int, done.stdout.splitlines()[-2:])
+    assert during > 10_000
+    assert after == 0
+    assert done.stderr == ""
     assert main(["list", "pretexts"]) == 0
     assert gc.get_freeze_count() == 0

@@ -92,7 +92,11 @@ def _main(given: list[str], is_program: bool) -> int:
             # Modules stay until the end. Collecting garbage would write to each of their objects,
             # and so copy the memory that data workers share with this process (over 100 MB).
             gc.freeze()
-        _run(given[0], function, given[1:])
+        try:
+            _run(given[0], function, given[1:])
+        finally:
+            if is_program:
+                gc.unfreeze()  # else bindings report at exit that objects of theirs have leaked
     except MachineError as error:
         return _print_error(str(error), 1)
     except UserError as error:
