@@ -86,7 +86,8 @@ def main() -> None:
     )
     state = torch.load(weights, weights_only=True)
     student = timm.create_model(o.student, num_classes=0)
-    student.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
+    head = f"{student.pretrained_cfg['classifier']}."
+    student.load_state_dict({k: v for k, v in state.items() if not k.startswith(head)})
     config = json.loads((o.teacher / "config.json").read_text())["pretrained_cfg"]
     save_encoder(student, o.out / "encoder", o.image_size, config["mean"], config["std"])
     images = len([file for file in o.data.rglob("*") if file.is_file()])

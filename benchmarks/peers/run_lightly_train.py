@@ -71,7 +71,8 @@ def export(work: Work) -> int:
     )
     state = torch.load(weights, weights_only=True)
     encoder = timm.create_model(work.backbone, num_classes=0)
-    encoder.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
+    head = f"{encoder.pretrained_cfg['classifier']}."
+    encoder.load_state_dict({k: v for k, v in state.items() if not k.startswith(head)})
     # the normalization of its transforms' default
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     save_encoder(encoder, work.out / "encoder", work.image_size, mean, std)

@@ -20,11 +20,14 @@ from vissl_lite.evaluation.online import (
     MAX_IMAGES,
     MIN_IMAGES,
     ONLINE_METRICS,
+    QUICK_IMAGES,
+    QUICK_SECONDS,
     TIME_SHARE,
     EncoderMetrics,
     ImageCounts,
     OnlineEvaluation,
 )
+from vissl_lite.training.open_schedule import OpenSchedule
 from vissl_lite.training.schedule import Schedule
 from vissl_lite.transfer.classification.data import LabelledImages, Part, load_labelled
 from vissl_lite.transfer.sources.reading_log import ReadingLog
@@ -203,6 +206,60 @@ def test_two_images_are_enough(photos: Path, encoder: Encoder) -> None:
     assert np.isfinite(list(evaluate(online(find_images([photos])[:2]), encoder).values())).all()
 
 
+class Clock:
+    """A clock that only the passes of images through the encoder move.
+
+    Args:
+        monkeypatch: Undoes what is patched.
+        seconds: Duration of a pass.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+        self.now, self.seconds = 0.0, seconds
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+        self.evaluations: list[float] = []  # when each ended
+        monkeypatch.setattr(EncoderMetrics, "embed_views", self.embed_views)
+        monkeypatch.setattr(EncoderMetrics, "__call__", self.measure)
+
+    def embed_views(self, encoder: Any, count: int) -> None:
+        self.now += self.seconds * 2 * count
+
+    def measure(self, encoder: Any, counts: ImageCounts) -> dict[str, float]:
+        self.now += self.seconds * (3 * counts.unlabelled + counts.train + counts.val)
+        self.evaluations.append(self.now)
+        return {"feature_std": 1.0, "effective_rank": 10.0, "alignment": 1.0, "uniformity": -1.0}
+
+
+@pytest.mark.parametrize(
+    ("seconds_per_pass", "images", "waiting"),
+    [(0.1, QUICK_IMAGES, 11.2), (0.01, 64, QUICK_SECONDS + 0.16), (1e-4, 256, 0.1)],
+)
+def test_the_first_step_waits_for_seconds(
+    seconds_per_pass: float, images: int, waiting: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of a day, whose 2 % would do for any number of images. Two seconds are not enough for
+    100 images after the first 32: runs that use 64 can be compared with each other.
+    """
+    clock = Clock(monkeypatch, seconds_per_pass)
+    evaluation = online(["some.png"] * 1000, None, Schedule(0.1, 0.1, 0, None, 86400))
+    evaluate(evaluation, nn.Identity())  # type: ignore[arg-type]
+    assert evaluation.counts == ImageCounts(images, 0, 0)
+    assert clock.now <= waiting + 1e-6
+
+
+def test_labels_and_an_open_end_are_worth_waiting_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    Clock(monkeypatch, 0.01)
+    part = Part(["some.png"] * 6000, np.zeros(6000, np.int64))
+    data = LabelledImages(["a", "b"], part, part, part, READING)
+    labelled = online(["some.png"] * 1000, data, Schedule(0.1, 0.1, 0, None, 86400))
+    evaluate(labelled, nn.Identity())  # type: ignore[arg-type]
+    assert labelled.counts == MAX_IMAGES
+    ends_itself = online(["some.png"] * 1000, None, OpenSchedule(0.1, 0.1, 0, 10**6, 100, ()))
+    evaluate(ends_itself, nn.Identity())  # type: ignore[arg-type]
+    assert ends_itself.counts is not None
+    assert ends_itself.counts.unlabelled >= MIN_IMAGES.unlabelled
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("budget", "seconds_an_image", "seconds"),
@@ -212,9 +269,7 @@ def test_evaluation_stays_within_its_share(
     budget: str, seconds_an_image: float, seconds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run on a clock of our own, of 1000 steps; an evaluation takes as long as it has images."""
-    clock = 0.0
-    times: list[float] = []
-    monkeypatch.setattr(time, "monotonic", lambda: clock)
+    clock = Clock(monkeypatch, seconds_an_image)
     steps = 1000
     step = seconds / steps
     time_budget = seconds if budget == "time" else None
@@ -222,34 +277,26 @@ def test_evaluation_stays_within_its_share(
     part = Part(["some.png"] * 6000, np.zeros(6000, np.int64))
     data = LabelledImages(["a", "b"], part, part, part, READING)
     evaluation = online(["some.png"] * 1000, data, schedule)
-
-    def measure(self: EncoderMetrics, encoder: Any, counts: ImageCounts) -> dict[str, float]:
-        nonlocal clock
-        clock += seconds_an_image * (3 * counts.unlabelled + counts.train + counts.val)
-        self.seconds_per_image = step / BATCH_SIZE / 6  # a step of two views is six passes
-        times.append(clock)
-        return {"feature_std": 1.0, "effective_rank": 10.0}
-
-    monkeypatch.setattr(EncoderMetrics, "__call__", measure)
-    monkeypatch.setattr(EncoderMetrics, "embed_views", lambda self, encoder, count: [])
+    # a step of two views is six passes
+    evaluation._compute.seconds_per_image = step / BATCH_SIZE / 6
     running, module, batch = trainer(), Task(nn.Identity()), SimpleNamespace(broken=[])
     evaluation.on_train_start(running, module)  # type: ignore[arg-type]
     while not running.should_stop and schedule.batches < steps:
         schedule.on_train_batch_start(running, module, batch, 0)  # type: ignore[arg-type]
-        clock += step
+        clock.now += step
         schedule.on_train_batch_end(running, module, None, batch, 0)  # type: ignore[arg-type]
         evaluation.on_train_batch_end(running, module, None, batch, 0)  # type: ignore[arg-type]
     evaluation.on_train_end(running, module)  # type: ignore[arg-type]
     counts = ImageCounts(*evaluation.state_dict()["counts"])
     assert evaluation.share <= TIME_SHARE * 1.05 or counts == MIN_IMAGES
     if budget == "time":
-        assert clock == pytest.approx(seconds, abs=2 * step)
+        assert clock.now == pytest.approx(seconds, abs=2 * step)
     if seconds_an_image == 1e-6:
         assert counts == MAX_IMAGES
-        assert 80 <= len(times) <= 105  # cheap, but nobody needs more
+        assert 80 <= len(clock.evaluations) <= 105  # cheap, but nobody needs more
     if seconds_an_image == 1e-4:
-        assert len(times) > 6
-        between = np.diff(times[2:-1])  # the last one comes at the end
+        assert len(clock.evaluations) > 6
+        between = np.diff(clock.evaluations[2:-1])  # the last one comes at the end
         assert between.max() < 1.5 * between.min() + 5 * step
     resumed = online([], None, schedule)
     resumed.load_state_dict(evaluation.state_dict())

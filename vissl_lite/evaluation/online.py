@@ -100,6 +100,13 @@ class ImageCounts(NamedTuple):
 # Fewer would show noise instead of a trend.
 MIN_IMAGES, MAX_IMAGES = ImageCounts(64, 200, 100), ImageCounts(256, 5000, 1000)
 
+# Images that suffice where metrics neither compare labels nor end the run: they show a collapse.
+# The first step waits for the evaluation before it, which then takes this many seconds at most.
+QUICK_IMAGES, QUICK_SECONDS = 32, 3.0
+
+# Images of the pass that is not timed, as the first one is slow.
+WARM_UP_IMAGES = 8
+
 
 class EncoderMetrics:
     """Compute the metrics of an encoder, always on the same images and views.
@@ -359,8 +366,12 @@ class OnlineEvaluation(Callback):
 
     def _first(self, encoder: Encoder) -> None:
         """Evaluate with the fewest images, then with as many as the time allows."""
-        self._compute.embed_views(encoder, self._compute.fewest.unlabelled)  # slow: the first pass
-        self._timed(encoder, self._compute.fewest)
+        fewest, most_seconds = self._compute.fewest, math.inf
+        if self._open is None and not fewest.val:
+            fewest = fewest.at_most(fewest._replace(unlabelled=QUICK_IMAGES))
+            most_seconds = QUICK_SECONDS
+        self._compute.embed_views(encoder, WARM_UP_IMAGES)
+        self._timed(encoder, fewest)
         total = self._schedule.seconds
         # No step has been timed: one costs three passes through the encoder at least.
         step = 3 * self._compute.seconds_per_image * self._data.batch_size
@@ -371,9 +382,14 @@ class OnlineEvaluation(Callback):
         if self._open is not None:
             share, planned = OPEN_TIME_SHARE, OPEN_PLANNED_EVALUATIONS
         factor = share * total / planned / self._cost
-        if factor > 1:
-            more = ImageCounts(*(int(factor * count) for count in self._compute.fewest))
-            self._timed(encoder, more.at_most(self._compute.most))
+        affordable = min(factor, most_seconds / self._cost - 1)
+        if affordable > 1:
+            more = ImageCounts(*(int(affordable * count) for count in fewest))
+            # a power of two, so that runs use the same number and can be compared
+            unlabelled = max(fewest.unlabelled, 1 << (more.unlabelled.bit_length() - 1))
+            more = more._replace(unlabelled=unlabelled).at_most(self._compute.most)
+            if more != fewest:
+                self._timed(encoder, more)
         assert self.counts is not None
         unlabelled, train, val = self.counts
         labels = f", {train} labelled to fit to, {val} to score" if val else ""
