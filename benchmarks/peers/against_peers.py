@@ -418,7 +418,7 @@ def peers_accuracy_table() -> str:
                         "vissl_lite" if tool == "ours" else tool,
                         str(runs[0]["cores"]),
                         f"{mean['minutes']:.1f}",
-                        f"{mean[SPEED]:.0f}",
+                        f"{mean[SPEED]:.{0 if mean[SPEED] >= 10 else 1}f}",
                         over_seeds([r["knn"] for r in runs]),
                         over_seeds([r["linear"] for r in runs]),
                     ]

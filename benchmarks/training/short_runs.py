@@ -73,6 +73,9 @@ ARMS: dict[str, list[object]] = {
     "moco_v3, momentum 0.95 from the start": [*MOMENTUM, 0.95],
     "dino, momentum 0.95": [*MOMENTUM, 0.95],
     "dino": [],
+    "lejepa": [],
+    "lejepa, lambda 0.02": ["--pretext.lambd", 0.02],
+    "lejepa, lambda 0.1": ["--pretext.lambd", 0.1],
 }
 
 
