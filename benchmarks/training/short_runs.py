@@ -4,11 +4,11 @@
 
 The settings are searched on ``cifar10``: 32 pixels, each encoder evaluated on training images that
 the probe holds out, never on the test images. What is better there is confirmed on ``ucmerced`` (64
-pixels, test images), which the search does not see. Every run has the same wall-clock time on one
-core, the start of the command included, and ``resnet18`` with the defaults of ``pretrain`` but for
-what the arm changes. Arms with a momentum from the start need ``--before``, a checkout of commit
-26f006b: since then the momentum of teachers is smaller in the first steps. ``--arms`` picks some;
-runs that are there are kept.
+or 96 pixels, test images), which the search does not see. Every run has the same wall-clock time on
+one core, the start of the command included, and ``resnet18``, or a ViT in the sets that end with
+``-vit``, with the defaults of ``pretrain`` but for what the arm changes. Arms with a momentum from
+the start need ``--before``, a checkout of commit 26f006b: since then the momentum of teachers is
+smaller in the first steps. ``--arms`` picks some; runs that are there are kept.
 
 Results: benchmarks/results/short_runs.json.
 """
@@ -33,10 +33,15 @@ from benchmarks.common import (
 
 FROM_THE_START = "from the start"  # in names of arms that need --before
 
+CIFAR10: list[object] = ["--image_size", 32, "--fraction", 0.2]
+ROTATABLE: list[object] = ["--upright", "false", "--image_size"]
+
 # Options of pretrain and of probe for each set
 SETS: dict[str, tuple[list[object], list[object]]] = {
-    "cifar10": (["--image_size", 32], ["--image_size", 32, "--fraction", 0.2]),
-    "ucmerced": (["--image_size", 64, "--upright", "false"], ["--image_size", 64]),
+    "cifar10": (["--backbone", "resnet18", "--image_size", 32], CIFAR10),
+    "ucmerced": (["--backbone", "resnet18", *ROTATABLE, 64], ["--image_size", 64]),
+    "cifar10-vit": (["--backbone", "vit_slim_patch4_32", "--image_size", 32], CIFAR10),
+    "ucmerced-vit": (["--backbone", "vit_tiny_patch16_224", *ROTATABLE, 96], ["--image_size", 96]),
 }
 
 MOMENTUM: list[object] = ["--pretext.momentum"]
@@ -45,8 +50,12 @@ MOMENTUM: list[object] = ["--pretext.momentum"]
 ARMS: dict[str, list[object]] = {
     "simclr": [],
     "simclr, lr 0.0005": ["--lr", 0.0005],
+    "simclr, lr 0.0002": ["--lr", 0.0002],
     "simclr, lr 0.003": ["--lr", 0.003],
     "simclr, lr 0.006": ["--lr", 0.006],
+    "simclr, all tokens": ["--token_drop", 0],
+    "simclr, lr 0.0005, all tokens": ["--lr", 0.0005, "--token_drop", 0],
+    "simclr, gradients clipped to 1": ["--clip_norm", 1],
     "simclr, batch size 64": ["--batch_size", 64],
     "simclr, batch size 256": ["--batch_size", 256],
     "simclr, temperature 0.07": ["--pretext.temperature", 0.07],
@@ -85,10 +94,10 @@ def once(name: str, arm: str, minutes: float, seed: int, o: argparse.Namespace) 
     of_training, of_probe = SETS[name]
     if not (out / "probe" / "results.json").exists():
         words = ["pretrain", "--data", o.data / "train", "--out", out / "run", "--seed", seed]
-        words += ["--backbone", "resnet18", "--pretext", arm.split(",")[0], "--num_workers", 0]
+        words += ["--pretext", arm.split(",")[0], "--num_workers", 0]
         words += ["--max_time", round(60 * minutes), *of_training, *ARMS[arm]]
         vissl_lite(o.core, *words, code=o.before if FROM_THE_START in arm else ROOT)
-        data = o.data / "train" if name == "cifar10" else o.data
+        data = o.data / "train" if name.startswith("cifar10") else o.data
         words = ["probe", "--encoder", out / "run", "--data", data, "--out", out / "probe"]
         vissl_lite(o.core, *words, "--leaks", "warn", *of_probe)
     scores, trained = results_of(out / "probe"), results_of(out / "run")
@@ -115,7 +124,8 @@ def short_runs_table(name: str) -> str:
         rows.append([f"`{pretext}`{arm.removeprefix(pretext)}", *cells, seeds])
     header = [f"{minutes} min, {kind}" for minutes in lengths for kind in ("kNN", "linear")]
     header = ["", *header, "seeds"]
-    words = f"python -m benchmarks.training.short_runs {name} --data DATA/{name} --out RUNS ..."
+    data = f"DATA/{name.removesuffix('-vit')}"
+    words = f"python -m benchmarks.training.short_runs {name} --data {data} --out RUNS ..."
     return markdown_table(header, rows) + "\n\n" + provenance(found, words)
 
 

@@ -18,12 +18,20 @@ from safetensors.torch import load_file
 
 from tests.conftest import required, with_pictures
 from vissl_lite.cli import main
-from vissl_lite.commands.pretrain import batch_cost, choose_batch_size, loading_code, pretrain
+from vissl_lite.commands.pretrain import (
+    MIN_MAP_IMAGES,
+    batch_cost,
+    choose_batch_size,
+    images_on_map,
+    loading_code,
+    pretrain,
+)
 from vissl_lite.commands.pretrain_options import PretrainOptions, default_backbone, parse_time
 from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.encoders.folder import save_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.evaluation import online
+from vissl_lite.evaluation.embedding import MAP_IMAGES
 from vissl_lite.evaluation.online import ONLINE_METRICS, EncoderMetrics
 from vissl_lite.pretext import PRETEXTS
 from vissl_lite.pretext.base import check_backbone
@@ -668,3 +676,14 @@ def test_the_printed_lines_load_the_encoder(backbone: str, tmp_path: Path) -> No
     lines = loading_code(tmp_path, backbone)
     assert ("vissl_lite" in "\n".join(lines[:-1])) == (backbone != "test_resnet")
     exec("\n".join(lines))
+
+
+@pytest.mark.parametrize(
+    ("spent", "seconds_per_image", "images"),
+    [(300, 0.06, 150), (60, 0.1, MIN_MAP_IMAGES), (3600, 0.001, MAP_IMAGES), (60, 0, MAP_IMAGES)],
+)
+def test_the_map_of_a_short_run_has_fewer_images(
+    spent: float, seconds_per_image: float, images: int
+) -> None:
+    """Three hundredths of five minutes are nine seconds."""
+    assert images_on_map(spent, seconds_per_image) == images

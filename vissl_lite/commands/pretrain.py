@@ -30,6 +30,7 @@ from vissl_lite.encoders.folder import choose_slice_axis, save_encoder
 from vissl_lite.encoders.lora import merge_adapters
 from vissl_lite.errors import UserError
 from vissl_lite.evaluation.adaptation_monitor import AdaptationMonitor
+from vissl_lite.evaluation.embedding import MAP_IMAGES
 from vissl_lite.evaluation.online import (
     ONLINE_METRICS,
     EncoderMetrics,
@@ -76,6 +77,9 @@ from vissl_lite.training.token_drop import TokenDrop, dropped_at
 from vissl_lite.transfer.classification.data import LabelledImages, load_labelled
 
 log = logging.getLogger(__name__)
+
+# Share of the time of a run that its map of embeddings may take, where that is enough for these.
+MAP_SHARE, MIN_MAP_IMAGES = 0.03, 100
 
 CURVES = (
     "loss",
@@ -414,13 +418,27 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
     write_results(run, results)
     _log_next_steps(result, task.encoder.backbone, options.probe_data)
     add_pretext(run, task, paths, views, options.seed)
+    most = images_on_map(spent, compute.seconds_per_image)
     if labelled is None:
-        add_embeddings(run, trained, paths, seed=options.seed)
+        add_embeddings(run, trained, paths, seed=options.seed, most=most)
     else:
         part = labelled.val
-        add_embeddings(run, trained, part.paths, part.labels, labelled.classes)
+        add_embeddings(run, trained, part.paths, part.labels, labelled.classes, most=most)
     add_report(run)
     return result
+
+
+def images_on_map(spent: float, seconds_per_image: float) -> int:
+    """Largest number of images on the map of a run.
+
+    Args:
+        spent: Seconds of training.
+        seconds_per_image: Seconds in which the encoder embeds an image; 0 if that is not known, as
+            in a process that only resumed a complete run.
+    """
+    if not seconds_per_image:
+        return MAP_IMAGES
+    return min(max(int(MAP_SHARE * spent / seconds_per_image), MIN_MAP_IMAGES), MAP_IMAGES)
 
 
 def _stopped(online: OnlineEvaluation, schedule: Schedule) -> str | None:

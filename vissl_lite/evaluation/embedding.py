@@ -24,6 +24,9 @@ from vissl_lite.inference import check_outputs
 
 Method = Literal["pca", "umap"]
 
+# Images on a map; on that of a selection, of each kind: chosen, labelled and others.
+MAP_IMAGES = 1000
+
 NUM_NEIGHBORS = 10  # of each image, that a map knows
 THUMBNAIL_SIDE, JPEG_QUALITY = 64, 70  # side in pixels, of JPEG: about 1.3 kB a photograph
 
@@ -160,7 +163,7 @@ def make_map(
     paths: Sequence[str],
     labels: np.ndarray | None = None,
     classes: Sequence[str] = (),
-    most: int = 1000,
+    most: int = MAP_IMAGES,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
     unfold: bool = False,

@@ -13,7 +13,7 @@ from vissl_lite.data.images import BROKEN_IMAGE, read_image, resize_and_crop
 from vissl_lite.data.views import Views
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError
-from vissl_lite.evaluation.embedding import CHOSEN, make_map, map_of_features
+from vissl_lite.evaluation.embedding import CHOSEN, MAP_IMAGES, make_map, map_of_features
 from vissl_lite.faults import machine_error
 from vissl_lite.plots import CELL, Picture, plot_grid, plot_neighbors
 from vissl_lite.pretext.base import PretextTask
@@ -33,9 +33,8 @@ NEIGHBORS_SHOWN = 7
 # Images of each part that are shown with their labels, and the side of their cells in pixels.
 LABELS_SHOWN, LABELS_CELL = 6, 240
 
-# Chosen images on the contact sheet and in a row of it, and images of each kind (chosen, labelled,
-# others) on the map.
-SHEET, SHEET_ROW, MAP_IMAGES = 100, 10, 1000
+# Chosen images on the contact sheet and in a row of it.
+SHEET, SHEET_ROW = 100, 10
 
 
 def add_pretext(
@@ -69,6 +68,7 @@ def add_embeddings(
     labels: np.ndarray | None = None,
     classes: Sequence[str] = (),
     seed: int = 0,
+    most: int = MAP_IMAGES,
 ) -> None:
     """Write a map of images and a picture of nearest neighbors into a run, for its report.
 
@@ -77,13 +77,14 @@ def add_embeddings(
     Args:
         run: Run folder, which gets ``map.npz`` and ``neighbors.png``.
         encoder: Encoder that computes the embeddings.
-        paths: N image files, of which up to 1,000 are used.
+        paths: N image files.
         labels: Class indices ``(N,)``, if each image has one class.
         classes: Class names.
         seed: Seed that selects the images.
+        most: Of more images than these, a sample is used.
     """
     try:
-        image_map = make_map(encoder, paths, labels, classes, seed=seed)
+        image_map = make_map(encoder, paths, labels, classes, most, seed)
         image_map.save(run / MAP)
         count = min(NEIGHBORS_SHOWN, len(image_map.paths) - 1)
         if count < 1:
