@@ -451,7 +451,8 @@ def minutes_table() -> str:
         rows.append([
             f"{images}, {side} px, `{backbone}`",
             f"{minutes:.1f} ({peer})", f"{linear:.3f} / {knn:.3f}",
-            f"{best[0]:.1f}", f"{best[1]:.3f} / {best[2]:.3f}", f"{best[0] / minutes:.2f}",
+            f"{best[0]:.1f}", f"{best[1]:.3f} / {best[2]:.3f}",
+            f"{best[0] / minutes:.2f}" if best[1] >= linear else "not reached",
         ])  # fmt: skip
     header = [
         "minutes of SimCLR", "best peer", "its linear / kNN", "vissl_lite", "linear / kNN", "ratio"

@@ -6,7 +6,7 @@ The settings are searched on ``cifar10``: 32 pixels, each encoder evaluated on t
 the probe holds out, never on the test images. What is better there is confirmed on ``ucmerced`` (64
 or 96 pixels, test images), which the search does not see. Every run has the same wall-clock time on
 one core, the start of the command included, and ``resnet18``, or a ViT in the sets that end with
-``-vit``, with the defaults of ``pretrain`` but for what the arm changes. Arms with a momentum from
+``_vit``, with the defaults of ``pretrain`` but for what the arm changes. Arms with a momentum from
 the start need ``--before``, a checkout of commit 26f006b: since then the momentum of teachers is
 smaller in the first steps. ``--arms`` picks some; runs that are there are kept.
 
@@ -40,8 +40,8 @@ ROTATABLE: list[object] = ["--upright", "false", "--image_size"]
 SETS: dict[str, tuple[list[object], list[object]]] = {
     "cifar10": (["--backbone", "resnet18", "--image_size", 32], CIFAR10),
     "ucmerced": (["--backbone", "resnet18", *ROTATABLE, 64], ["--image_size", 64]),
-    "cifar10-vit": (["--backbone", "vit_slim_patch4_32", "--image_size", 32], CIFAR10),
-    "ucmerced-vit": (["--backbone", "vit_tiny_patch16_224", *ROTATABLE, 96], ["--image_size", 96]),
+    "cifar10_vit": (["--backbone", "vit_slim_patch4_32", "--image_size", 32], CIFAR10),
+    "ucmerced_vit": (["--backbone", "vit_tiny_patch16_224", *ROTATABLE, 96], ["--image_size", 96]),
 }
 
 MOMENTUM: list[object] = ["--pretext.momentum"]
@@ -124,7 +124,7 @@ def short_runs_table(name: str) -> str:
         rows.append([f"`{pretext}`{arm.removeprefix(pretext)}", *cells, seeds])
     header = [f"{minutes} min, {kind}" for minutes in lengths for kind in ("kNN", "linear")]
     header = ["", *header, "seeds"]
-    data = f"DATA/{name.removesuffix('-vit')}"
+    data = f"DATA/{name.removesuffix('_vit')}"
     words = f"python -m benchmarks.training.short_runs {name} --data {data} --out RUNS ..."
     return markdown_table(header, rows) + "\n\n" + provenance(found, words)
 
