@@ -21,7 +21,8 @@ from vissl_lite.pretext.modules.losses import nt_xent
 class SimCLR(PretextTask):
     """SimCLR.
 
-    The last layer of the head has a bias; the authors' code has a BatchNorm after it instead.
+    The last layer of the head has a bias; the authors' code has a BatchNorm after it instead, which
+    measured no better in short training (``benchmarks/README.md``, settings of short runs).
 
     Args:
         encoder: Encoder to train.
