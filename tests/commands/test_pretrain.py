@@ -415,7 +415,6 @@ def test_an_open_length_ends_by_itself(
         return dict.fromkeys(ONLINE_METRICS, 1.0) | {"effective_rank": 9.0, "knn": knn}
 
     monkeypatch.setattr(EncoderMetrics, "__call__", measure)
-    monkeypatch.setattr(EncoderMetrics, "embed_views", lambda self, encoder, count: [])
     monkeypatch.setattr(OpenSchedule, "evaluated", with_spacing_one(OpenSchedule.evaluated))
     out = tmp_path / "run"
     options = ["--data", photos, *SMALL, "--probe_data", labelled, "--num_workers", 0]

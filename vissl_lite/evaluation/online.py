@@ -104,7 +104,7 @@ MIN_IMAGES, MAX_IMAGES = ImageCounts(64, 200, 100), ImageCounts(256, 5000, 1000)
 # The first step waits for the evaluation before it, which then takes this many seconds at most.
 QUICK_IMAGES, QUICK_SECONDS = 32, 3.0
 
-# Images of the pass that is not timed, as the first one is slow.
+# Blank images of the pass that is not timed, as the first one is slow.
 WARM_UP_IMAGES = 8
 
 
@@ -162,6 +162,13 @@ class EncoderMetrics:
         if len(self._val):
             metrics |= self._accuracies(encoder, counts)
         return {name: metrics[name] for name in ONLINE_METRICS if name in metrics}
+
+    def warm_up(self, encoder: Encoder) -> None:
+        """Pass ``WARM_UP_IMAGES`` blank images through an encoder, which is left as it is."""
+        shape = (WARM_UP_IMAGES, encoder.reader.channels, encoder.image_size, encoder.image_size)
+        blank = torch.zeros(shape, dtype=torch.uint8)
+        with inference_mode(encoder) as device:
+            encoder(encoder.normalize(blank.to(device, memory_format=torch.channels_last)))
 
     def spread(self, encoder: Encoder, count: int) -> dict[str, float]:
         """``feature_std``, ``effective_rank`` and ``uniformity`` of unlabelled images.
@@ -370,7 +377,7 @@ class OnlineEvaluation(Callback):
         if self._open is None and not fewest.val:
             fewest = fewest.at_most(fewest._replace(unlabelled=QUICK_IMAGES))
             most_seconds = QUICK_SECONDS
-        self._compute.embed_views(encoder, WARM_UP_IMAGES)
+        self._compute.warm_up(encoder)
         self._timed(encoder, fewest)
         total = self._schedule.seconds
         # No step has been timed: one costs three passes through the encoder at least.
