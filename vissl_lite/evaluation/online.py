@@ -101,7 +101,7 @@ class ImageCounts(NamedTuple):
 MIN_IMAGES, MAX_IMAGES = ImageCounts(64, 200, 100), ImageCounts(256, 5000, 1000)
 
 # Images that suffice where metrics neither compare labels nor end the run: they show a collapse.
-# The first step waits for the evaluation before it, which then takes this many seconds at most.
+# The first step waits for the evaluation before it, which uses more only within these seconds.
 QUICK_IMAGES, QUICK_SECONDS = 32, 3.0
 
 # Blank images of the pass that is not timed, as the first one is slow.
