@@ -64,7 +64,7 @@ def main() -> None:
     import lightly_train
     import timm
     import torch
-    from timm_folder import save_encoder
+    from timm_folder import load_encoder, save_encoder
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     teacher = timm.create_model(f"local-dir:{o.teacher}", pretrained=True)
@@ -86,8 +86,7 @@ def main() -> None:
     )
     state = torch.load(weights, weights_only=True)
     student = timm.create_model(o.student, num_classes=0)
-    head = f"{student.pretrained_cfg['classifier']}."
-    student.load_state_dict({k: v for k, v in state.items() if not k.startswith(head)})
+    load_encoder(student, state)
     config = json.loads((o.teacher / "config.json").read_text())["pretrained_cfg"]
     save_encoder(student, o.out / "encoder", o.image_size, config["mean"], config["std"])
     images = len([file for file in o.data.rglob("*") if file.is_file()])

@@ -63,7 +63,7 @@ def export(work: Work) -> int:
     import lightly_train
     import timm
     import torch
-    from timm_folder import save_encoder
+    from timm_folder import load_encoder, save_encoder
 
     checkpoint, weights = work.out / "run/checkpoints/last.ckpt", work.out / "encoder.pt"
     lightly_train.export(
@@ -71,8 +71,7 @@ def export(work: Work) -> int:
     )
     state = torch.load(weights, weights_only=True)
     encoder = timm.create_model(work.backbone, num_classes=0)
-    head = f"{encoder.pretrained_cfg['classifier']}."
-    encoder.load_state_dict({k: v for k, v in state.items() if not k.startswith(head)})
+    load_encoder(encoder, state)
     # the normalization of its transforms' default
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     save_encoder(encoder, work.out / "encoder", work.image_size, mean, std)

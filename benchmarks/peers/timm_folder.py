@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from timm.models import save_for_hf
-from torch import nn
+from torch import Tensor, nn
 
 
 def save_encoder(
@@ -36,3 +36,9 @@ def save_encoder(
     cfg = config["pretrained_cfg"]
     config["pretrained_cfg"] = {key: cfg[key] for key in cfg if key in known}
     path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_encoder(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load the weights of a timm model into one without its classifier."""
+    head = f"{model.pretrained_cfg['classifier']}."
+    model.load_state_dict({k: v for k, v in state.items() if not k.startswith(head)})

@@ -375,7 +375,7 @@ class OnlineEvaluation(Callback):
         """Evaluate with the fewest images, then with as many as the time allows."""
         fewest, most_seconds = self._compute.fewest, math.inf
         if self._open is None and not fewest.val:
-            fewest = fewest.at_most(fewest._replace(unlabelled=QUICK_IMAGES))
+            fewest = fewest._replace(unlabelled=min(fewest.unlabelled, QUICK_IMAGES))
             most_seconds = QUICK_SECONDS
         self._compute.warm_up(encoder)
         self._timed(encoder, fewest)
