@@ -32,3 +32,11 @@ def test_the_weight_decay_of_lejepa_is_smaller_for_cnns() -> None:
         for name in ("test_vit", "test_resnet")
     ]
     assert decay == [5e-2, 5e-4]
+
+
+def test_the_regularization_of_lejepa_weighs_less_without_local_crops() -> None:
+    small, large = (build_encoder("test_resnet", size) for size in (32, 64))
+    assert [LeJEPA(one).lambd for one in (small, large)] == [0.02, 0.05]
+    assert LeJEPA(small, local_crops=2).lambd == 0.05
+    assert LeJEPA(large, local_crops=0).lambd == 0.02
+    assert LeJEPA(large, local_crops=0, lambd=0.3).lambd == 0.3

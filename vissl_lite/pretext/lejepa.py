@@ -14,7 +14,7 @@ from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import LARGEST_DEPTH, UserError, check_sizes
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import PretextInfo, PretextTask
-from vissl_lite.pretext.modules.crops import MultiCrop, forward_multi_crop
+from vissl_lite.pretext.modules.crops import MultiCrop, default_local_crops, forward_multi_crop
 from vissl_lite.pretext.modules.drop_path import add_drop_path
 from vissl_lite.pretext.modules.heads import ProjectionHead
 from vissl_lite.pretext.modules.losses import random_directions, sigreg
@@ -28,11 +28,11 @@ class LeJEPA(PretextTask):
     Args:
         encoder: Encoder to train.
         lambd: Weight of the regularization relative to the agreement of views, in (0, 1) (equation
-            LeJEPA, section 5; 0.05 is the authors' default, 0.02 in their small example). If all
-            views are equally far from each other, the agreement of two global crops alone (the
-            default below 64 pixels) is 0.4 times that of two global and six local ones; 0.02 then
-            weighs both terms as 0.05 does there, and measured better in two minutes on CIFAR-10
-            (``benchmarks/README.md``, settings of short runs).
+            LeJEPA, section 5); default 0.05 with local crops, as the authors', and 0.02 without, as
+            in their small example. If all views are equally far from each other, the agreement of
+            two global crops alone is 0.4 times that of two global and six local ones: 0.02 then
+            weighs both terms as 0.05 does with local crops. In two minutes on CIFAR-10 it measured
+            better (``benchmarks/README.md``, settings of short runs).
         directions: Number of random projections of the embeddings, drawn at every step; the paper
             uses 1024.
         hidden_size: Hidden size of the projection head; 2048 in the authors' example.
@@ -62,7 +62,7 @@ class LeJEPA(PretextTask):
     def __init__(
         self,
         encoder: Encoder,
-        lambd: float = 0.05,
+        lambd: float | None = None,
         directions: int = 256,
         hidden_size: int = 1024,
         projection_size: int = 64,
@@ -76,6 +76,10 @@ class LeJEPA(PretextTask):
         super().__init__(encoder)
         if encoder.patch_size is None:  # As the authors recommend for ResNets
             self.optimizer_settings = replace(self.optimizer_settings, weight_decay=5e-4)
+        if local_crops is None:
+            local_crops = default_local_crops(encoder)
+        if lambd is None:
+            lambd = 0.05 if local_crops else 0.02
         if not 0 < lambd < 1:
             raise UserError(f"--pretext.lambd {lambd} must be between 0 and 1")
         check_sizes(LARGEST_DEPTH, global_crops=global_crops)
