@@ -51,6 +51,18 @@ ARMS: dict[str, list[object]] = {
     "simclr": [],
     "simclr, lr 0.0005": ["--lr", 0.0005],
     "simclr, lr 0.0002": ["--lr", 0.0002],
+    "simclr, lr 0.0002, batch size 32": ["--lr", 0.0002, "--batch_size", 32],
+    "simclr, lr 0.0005, batch size 32": ["--lr", 0.0005, "--batch_size", 32],
+    "simclr, lr 0.0005, temperature 0.2": ["--lr", 0.0005, "--pretext.temperature", 0.2],
+    "simclr, lr 0.0005, color 0.5": ["--lr", 0.0005, "--pretext.color", 0.5],
+    "simclr, lr 0.0005, color 0.25": ["--lr", 0.0005, "--pretext.color", 0.25],
+    "simclr, color 0.1": ["--pretext.color", 0.1],
+    "simclr, color 0.25": ["--pretext.color", 0.25],
+    "simclr, color 0.25, smallest crop 0.4": [
+        *["--pretext.color", 0.25, "--pretext.min_crop_scale", 0.4]
+    ],
+    "simclr, color 0.5": ["--pretext.color", 0.5],
+    "simclr, color 1": ["--pretext.color", 1],
     "simclr, lr 0.003": ["--lr", 0.003],
     "simclr, lr 0.006": ["--lr", 0.006],
     "simclr, all tokens": ["--token_drop", 0],

@@ -36,6 +36,7 @@ from vissl_lite.evaluation.online import ONLINE_METRICS, EncoderMetrics
 from vissl_lite.pretext import PRETEXTS
 from vissl_lite.pretext.base import check_backbone
 from vissl_lite.pretext.simclr import SimCLR
+from vissl_lite.run import read_config
 from vissl_lite.training.checkpoints import Checkpoints, read_checkpoint
 from vissl_lite.training.open_schedule import OpenSchedule
 
@@ -242,6 +243,35 @@ def test_views_grow_to_their_size(photos: Path, tmp_path: Path) -> None:
     assert run(*options, "--out", tmp_path / "plain") == 0
     grown_weights, plain_weights = weights(tmp_path / "grown"), weights(tmp_path / "plain")
     assert not all(torch.equal(grown_weights[name], plain_weights[name]) for name in plain_weights)
+
+
+def test_short_runs_change_colors_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    def color(pretext: Any = "simclr", images: int = 1000, **given: Any) -> float | None:
+        options = PretrainOptions(data="x", out="y", pretext=pretext, **given)
+        return options.short_run(images).get("color")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert color(epochs=250) == color(max_time="00:30:00") == 0.25
+    assert color(epochs=251) is color(max_time="00:30:01") is color(max_time="auto") is None
+    assert color(epochs=1, encoder="timm:resnet18") is None
+    assert color(epochs=1, encoder="random:resnet18") == 0.25
+    assert color({"name": "simclr", "color": 0.5}, epochs=1) is None
+    assert color("byol", epochs=1) is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert color(epochs=250) == 0.25
+    assert color(max_time=60) is None  # a GPU sees many images in a minute
+
+
+def test_a_short_run_says_what_it_changes(photos: Path, tmp_path: Path) -> None:
+    options = ["--data", photos, "--backbone", "test_resnet", "--image_size", 32]
+    options += ["--batch_size", 8, "--epochs", 1, "--num_workers", 0]
+    said = "The run is short: --pretext.color is 0.25 by default"
+    assert run(*options, "--out", tmp_path / "short") == 0
+    assert read_config(tmp_path / "short")["pretext"]["color"] == 0.25
+    assert said in (tmp_path / "short" / "log.txt").read_text()
+    assert run(*options, "--pretext.color", 0.5, "--out", tmp_path / "given") == 0
+    assert read_config(tmp_path / "given")["pretext"]["color"] == 0.5
+    assert said not in (tmp_path / "given" / "log.txt").read_text()
 
 
 def test_views_grow_by_default_where_they_can_and_the_run_is_long_enough() -> None:

@@ -136,6 +136,7 @@ class _Training:
         cache: Plan of the cache of decoded images; None without a cache.
         fingerprints: Fingerprints of the images that the initial weights, or a teacher, were
             trained on; None if they are unknown.
+        short_run: Hyperparameters that differ from their defaults because the run is short.
     """
 
     options: PretrainOptions
@@ -147,6 +148,7 @@ class _Training:
     batch_size: int
     cache: CachePlan | None
     fingerprints: Fingerprints | None
+    short_run: dict[str, float]
 
 
 @command(PretrainOptions)
@@ -208,6 +210,8 @@ def _prepare(options: PretrainOptions, resume: bool) -> _Training:
             "themselves, or a --value_range for all"
         )
     train_only(encoder, options.train)
+    short_run = options.short_run(count)
+    options = options.with_hyperparameters(short_run)
     task = options.task(encoder)
     if images.shards is not None and task.reads_files:
         raise UserError(
@@ -233,7 +237,9 @@ def _prepare(options: PretrainOptions, resume: bool) -> _Training:
         batch_size=size,
         progressive_resizing=options.resizes(task, count // size),
     )
-    return _Training(options, hardware, images, labelled, task, views, size, cache, fingerprints)
+    return _Training(
+        options, hardware, images, labelled, task, views, size, cache, fingerprints, short_run
+    )
 
 
 def choose_batch_size(given: int | None, images: int, processes: int) -> int:
@@ -279,6 +285,8 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
         settings.name,
         settings.lr,
     )
+    for name, value in training.short_run.items():
+        log.info("The run is short: --pretext.%s is %g by default", name, value)
     if options.moves_pretrained:
         log.info(
             "The weights are pre-trained: the learning rate is %s; layer decay is %.3g",

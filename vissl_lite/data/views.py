@@ -207,7 +207,7 @@ def check_crop_scale(smallest: float) -> None:
 def distorted_crop(
     size: int,
     min_crop_scale: float,
-    color: float | None = None,
+    color: float = 0.5,
     blur_probability: float = 0.5,
     solarize: float = 0.0,
     upright: bool = True,
@@ -221,18 +221,18 @@ def distorted_crop(
     Args:
         size: Side in pixels.
         min_crop_scale: Smallest share of the image's area.
-        color: Strength of the color distortion, see ``color_distortion``; default 1, below 64
-            pixels 0.5 (SimCLR, appendix B.9).
-        blur_probability: Probability of being blurred; views below 64 pixels never are (likewise).
+        color: Strength of the color distortion, see ``color_distortion``. 0.5 is about that of
+            MoCo v2, BYOL and most methods after them; SimCLR has 1 on ImageNet and 0.5 on CIFAR-10
+            (appendix B.9).
+        blur_probability: Probability of being blurred; views below 64 pixels never are (SimCLR,
+            appendix B.9).
         solarize: Probability of inverting the bright values.
         upright: Whether the images have an up; see ``flip``.
         largest_crop: Largest share of the image's area.
     """
-    small = size < 64
-    strength = color if color is not None else (0.5 if small else 1.0)
     steps: list[Step] = [random_crop(size, min_crop_scale, largest_crop), flip(upright)]
-    steps += color_distortion(strength)
-    if blur_probability > 0 and not small:
+    steps += color_distortion(color)
+    if blur_probability > 0 and size >= 64:
         steps.append(blur(size, blur_probability))
     if solarize > 0:
         steps.append(Solarize(solarize))

@@ -53,7 +53,7 @@ class BarlowTwins(PretextTask):
         projection_size: int = 1024,
         bias_lr: float = 1.0,
         min_crop_scale: float = 0.2,
-        color: float | None = None,
+        color: float = 0.5,
     ) -> None:
         super().__init__(encoder)
         check_positive("pretext.lambd", lambd)

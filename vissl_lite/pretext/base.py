@@ -1,7 +1,8 @@
 """Base class of all pretext tasks: training step, normalization, optimizer."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,6 +61,8 @@ class PretextInfo:
             embeddings; see ``fix_positions``.
         encoders: Hyperparameters that name an encoder to learn from, as ``--encoder`` does. They
             are required.
+        short_run: Hyperparameters with None as default, and values that measured better in minutes
+            on a CPU from random weights; see ``PretrainOptions.short_run``.
     """
 
     name: str
@@ -73,6 +76,7 @@ class PretextInfo:
     token_drop: bool = False
     fixed_positions: bool = False
     encoders: tuple[str, ...] = ()
+    short_run: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

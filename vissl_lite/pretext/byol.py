@@ -64,7 +64,7 @@ class BYOL(PretextTask):
         projection_size: int = 256,
         local_crops: int = 0,
         min_crop_scale: float = 0.2,
-        color: float | None = None,
+        color: float = 0.5,
     ) -> None:
         super().__init__(encoder)
         check_share("pretext.momentum", momentum)

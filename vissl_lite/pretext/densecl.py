@@ -93,7 +93,7 @@ class DenseCL(PretextTask):
         projection_size: Size of the embeddings.
         dense_weight: Lambda, weight of the dense loss (equation 3; 0.5 in section 4.1).
         min_crop_scale: Smallest fraction of the image area in a view.
-        color: Strength of the color distortion.
+        color: Strength of the color distortion; the paper uses 0.5.
     """
 
     info = PretextInfo(
@@ -116,7 +116,7 @@ class DenseCL(PretextTask):
         projection_size: int = 128,
         dense_weight: float = 0.5,
         min_crop_scale: float = 0.2,
-        color: float | None = None,
+        color: float = 0.5,
     ) -> None:
         super().__init__(encoder)
         check_share("pretext.momentum", momentum)

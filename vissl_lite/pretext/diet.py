@@ -33,7 +33,7 @@ class DIET(PretextTask):
         label_smoothing: Share of the target that is spread over all images, in [0, 1); 0.3 as in
             DIET-CP (DIET from random weights uses 0.8).
         min_crop_scale: Smallest fraction of the image area in the view.
-        color: Strength of the color distortion; default 1, 0.5 for images below 64 pixels.
+        color: Strength of the color distortion.
     """
 
     info = PretextInfo(
@@ -53,7 +53,7 @@ class DIET(PretextTask):
         encoder: Encoder,
         label_smoothing: float = 0.3,
         min_crop_scale: float = 0.2,
-        color: float | None = None,
+        color: float = 0.5,
     ) -> None:
         super().__init__(encoder)
         check_warmup("pretext.label_smoothing", label_smoothing)

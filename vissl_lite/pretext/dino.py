@@ -91,7 +91,7 @@ class DINO(PretextTask):
         local_crops: int | None = None,
         min_crop_scale: float = 0.05,
         min_global_crop_scale: float = 0.3,
-        color: float | None = None,
+        color: float = 0.5,
         drop_path: float | None = None,
     ) -> None:
         super().__init__(encoder)

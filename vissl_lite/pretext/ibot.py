@@ -114,7 +114,7 @@ class IBOT(PretextTask):
         local_crops: int | None = None,
         min_crop_scale: float = 0.05,
         min_global_crop_scale: float = 0.32,
-        color: float | None = None,
+        color: float = 0.5,
         drop_path: float | None = None,
     ) -> None:
         super().__init__(encoder)

@@ -70,7 +70,7 @@ class MoCo(PretextTask):
         queue_size: int | None = None,
         projection_size: int = 128,
         min_crop_scale: float = 0.2,
-        color: float | None = None,
+        color: float = 0.5,
     ) -> None:
         super().__init__(encoder)
         check_share("pretext.momentum", momentum)

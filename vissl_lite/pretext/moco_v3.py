@@ -66,7 +66,7 @@ class MoCoV3(PretextTask):
         hidden_size: int = 1024,
         projection_size: int = 256,
         min_crop_scale: float = 0.2,
-        color: float | None = None,
+        color: float = 0.5,
     ) -> None:
         super().__init__(encoder)
         check_share("pretext.momentum", momentum)

@@ -51,7 +51,7 @@ class Multi(PretextTask):
         temperature: float = 0.1,
         projection_size: int = 128,
         min_crop_scale: float = 0.2,
-        color: float | None = None,
+        color: float = 0.5,
     ) -> None:
         super().__init__(encoder)
         check_positive("pretext.temperature", temperature)

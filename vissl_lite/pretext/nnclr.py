@@ -49,7 +49,7 @@ class NNCLR(PretextTask):
         projection_size: Size of the embeddings (section 4.1).
         prediction_hidden_size: Hidden size of the prediction head; the paper uses 4096.
         min_crop_scale: Smallest fraction of the image area in a view; the paper uses 0.08.
-        color: Strength of the color distortion.
+        color: Strength of the color distortion; the paper uses 1.
     """
 
     info = PretextInfo(
@@ -74,7 +74,7 @@ class NNCLR(PretextTask):
         projection_size: int = 256,
         prediction_hidden_size: int = 1024,
         min_crop_scale: float = 0.2,
-        color: float | None = None,
+        color: float = 0.5,
     ) -> None:
         super().__init__(encoder)
         check_positive("pretext.temperature", temperature)

@@ -52,7 +52,7 @@ class SimSiam(PretextTask):
         projection_size: int = 2048,
         hidden_size: int = 512,
         min_crop_scale: float = 0.2,
-        color: float | None = None,
+        color: float = 0.5,
     ) -> None:
         super().__init__(encoder)
         check_sizes(hidden_size=hidden_size, projection_size=projection_size)

@@ -45,7 +45,7 @@ class SwAV(PretextTask):
             the authors' code, of all of them together.
         min_crop_scale: Smallest fraction of the image area in a local crop (section 5).
         min_global_crop_scale: Smallest fraction in a global crop; the paper uses 0.14.
-        color: Strength of the color distortion.
+        color: Strength of the color distortion; the paper uses 1.
     """
 
     info = PretextInfo(
@@ -75,7 +75,7 @@ class SwAV(PretextTask):
         local_crops: int | None = None,
         min_crop_scale: float = 0.05,
         min_global_crop_scale: float = 0.2,
-        color: float | None = None,
+        color: float = 0.5,
     ) -> None:
         super().__init__(encoder)
         check_positive("pretext.temperature", temperature)

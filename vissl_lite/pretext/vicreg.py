@@ -57,7 +57,7 @@ class VICReg(PretextTask):
         projection_size: int = 1024,
         local_crops: int = 0,
         min_crop_scale: float = 0.2,
-        color: float | None = None,
+        color: float = 0.5,
     ) -> None:
         super().__init__(encoder)
         check_sizes(projection_size=projection_size)

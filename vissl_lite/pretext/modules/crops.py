@@ -24,13 +24,13 @@ def cropped_views(size: int, min_crop_scale: float, upright: bool) -> Views:
     return Views([one], shortest=crop_decode_size(size, min_crop_scale))
 
 
-def distorted_view(size: int, min_crop_scale: float, color: float | None, upright: bool) -> Views:
+def distorted_view(size: int, min_crop_scale: float, color: float, upright: bool) -> Views:
     """One view of each image: a crop with changed colors.
 
     Args:
         size: Side of the view in pixels.
         min_crop_scale: Smallest fraction of the image area in the view.
-        color: Strength of the color distortion; None for the default of ``distorted_crop``.
+        color: Strength of the color distortion; see ``distorted_crop``.
         upright: Whether the images have a natural orientation.
     """
     view = distorted_crop(size, min_crop_scale, color, upright=upright)
@@ -40,7 +40,7 @@ def distorted_view(size: int, min_crop_scale: float, color: float | None, uprigh
 def two_views(
     size: int,
     min_crop_scale: float,
-    color: float | None,
+    color: float,
     upright: bool,
     blur: tuple[float, float] = (0.5, 0.5),
     solarize: tuple[float, float] = (0.0, 0.0),
@@ -71,7 +71,7 @@ def local_views(
     encoder: Encoder,
     count: int,
     largest: float,
-    color: float | None,
+    color: float,
     upright: bool,
     smallest: float = 0.05,
     solarize: float = 0.0,
@@ -122,7 +122,7 @@ class MultiCrop:
     local_crops: int | None
     min_crop_scale: float
     min_global_scale: float
-    color: float | None
+    color: float
     solarize: bool = False
     solarize_all: float = 0.0
 
