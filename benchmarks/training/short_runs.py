@@ -4,11 +4,13 @@
 
 The settings are searched on ``cifar10``: 32 pixels, each encoder evaluated on training images that
 the probe holds out, never on the test images. What is better there is confirmed on ``ucmerced`` (64
-or 96 pixels, test images), which the search does not see. Every run has the same wall-clock time on
-one core, the start of the command included, and ``resnet18``, or a ViT in the sets that end with
-``_vit``, with the defaults of ``pretrain`` but for what the arm changes. Arms with a momentum from
-the start need ``--before``, a checkout of commit 26f006b: since then the momentum of teachers is
-smaller in the first steps. ``--arms`` picks some; runs that are there are kept.
+or 96 pixels, test images), which the search does not see. Sets that end with ``_color`` are the
+same ones, for arms that were measured beside each other on another machine. Every run has the same
+wall-clock time on one core, the start of the command included, and ``resnet18``, or a ViT in the
+sets that end with ``_vit``, with the defaults of ``pretrain`` but for what the arm changes and, in
+``simclr``, the color distortion of ``COLOR``. Arms with a momentum from the start need
+``--before``, a checkout of commit 26f006b: since then the momentum of teachers is smaller in the
+first steps. ``--arms`` picks some; runs that are there are kept.
 
 Results: benchmarks/results/short_runs.json.
 """
@@ -40,9 +42,14 @@ ROTATABLE: list[object] = ["--upright", "false", "--image_size"]
 SETS: dict[str, tuple[list[object], list[object]]] = {
     "cifar10": (["--backbone", "resnet18", "--image_size", 32], CIFAR10),
     "ucmerced": (["--backbone", "resnet18", *ROTATABLE, 64], ["--image_size", 64]),
+    "cifar10_color": (["--backbone", "resnet18", "--image_size", 32], CIFAR10),
+    "ucmerced_color": (["--backbone", "resnet18", *ROTATABLE, 64], ["--image_size", 64]),
     "cifar10_vit": (["--backbone", "vit_slim_patch4_32", "--image_size", 32], CIFAR10),
     "ucmerced_vit": (["--backbone", "vit_tiny_patch16_224", *ROTATABLE, 96], ["--image_size", 96]),
 }
+
+# Of SimCLR in arms that do not change it, by set: its default when they were measured.
+COLOR = {"cifar10": 0.5, "ucmerced": 1}
 
 MOMENTUM: list[object] = ["--pretext.momentum"]
 
@@ -108,6 +115,8 @@ def once(name: str, arm: str, minutes: float, seed: int, o: argparse.Namespace) 
         words = ["pretrain", "--data", o.data / "train", "--out", out / "run", "--seed", seed]
         words += ["--pretext", arm.split(",")[0], "--num_workers", 0]
         words += ["--max_time", round(60 * minutes), *of_training, *ARMS[arm]]
+        if arm.startswith("simclr") and "--pretext.color" not in ARMS[arm]:
+            words += ["--pretext.color", COLOR[name.split("_")[0]]]
         vissl_lite(o.core, *words, code=o.before if FROM_THE_START in arm else ROOT)
         data = o.data / "train" if name.startswith("cifar10") else o.data
         words = ["probe", "--encoder", out / "run", "--data", data, "--out", out / "probe"]
@@ -136,7 +145,7 @@ def short_runs_table(name: str) -> str:
         rows.append([f"`{pretext}`{arm.removeprefix(pretext)}", *cells, seeds])
     header = [f"{minutes} min, {kind}" for minutes in lengths for kind in ("kNN", "linear")]
     header = ["", *header, "seeds"]
-    data = f"DATA/{name.removesuffix('_vit')}"
+    data = f"DATA/{name.split('_')[0]}"
     words = f"python -m benchmarks.training.short_runs {name} --data {data} --out RUNS ..."
     return markdown_table(header, rows) + "\n\n" + provenance(found, words)
 
