@@ -11,7 +11,7 @@ Without ``--data`` it draws 640 x 480 JPEGs of a photograph's spectrum. Without 
 CPU, to see that it works:
 
     python -m benchmarks.gpu.throughput --backbones resnet18 vit_tiny_patch16_224 --image_size 64 \
-        --batch_size 8 --steps 3 --images 16 --out /tmp/throughput.json
+        --batch_size 8 --steps 3 --images 16 --out OUT/throughput.json
 
 Every finished row is kept at once. Results: benchmarks/results/gpu_throughput.json.
 """

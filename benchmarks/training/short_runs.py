@@ -102,7 +102,7 @@ ARMS: dict[str, list[object]] = {
     "dino, momentum 0.95": [*MOMENTUM, 0.95],
     "dino": [],
     "lejepa": [],
-    "lejepa, lambda 0.02": ["--pretext.lambd", 0.02],
+    "lejepa, lambda 0.05": ["--pretext.lambd", 0.05],
     "lejepa, lambda 0.1": ["--pretext.lambd", 0.1],
 }
 

@@ -116,9 +116,8 @@ class LossGuard(Callback):
             log.warning(
                 "%(title)s does no better than chance: its loss is %(loss).2f after "
                 "%(percent).0f %% of the run, where a random guess gives %(chance).2f. Try a lower "
-                "--lr, "
-                "a longer --warmup or a larger --batch_size, and check that the images are not "
-                "nearly identical.",
+                "--lr, a longer --warmup, views that differ less (--pretext.color) or a larger "
+                "--batch_size, and check that the images are not nearly identical.",
                 {
                     "title": self.title,
                     "loss": self._running,
