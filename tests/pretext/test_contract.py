@@ -312,6 +312,8 @@ def test_hyperparameters_are_documented_and_impossible_ones_the_users_mistake(
         assert parameter.default is not inspect.Parameter.empty
         assert parameter.annotation is not inspect.Parameter.empty
         assert f"{parameter.name}:" in (made.__doc__ or "")
+    for option_of_short_runs in made.info.short_run:
+        assert inspect.signature(made).parameters[option_of_short_runs].default is None
     encoder = build_encoder(EXAMPLES[made.info.backbones][-1], 32)
     known = [p.name for p in parameters if p.name in IMPOSSIBLE]
     known += ["lambd"] if name in ("lejepa", "visreg", "barlow_twins") else []
