@@ -16,7 +16,7 @@ from vissl_lite.data.workers import WorkerLoader
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import DivergedError, UserError
 from vissl_lite.training.cpu.operators import fast_cpu_operators
-from vissl_lite.training.hardware import cpu_has_bf16
+from vissl_lite.training.hardware import cpu_gains_from_bf16
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ def check_outputs(outputs: Iterable[Tensor | np.ndarray], place: str) -> None:
 
 @contextmanager
 def inference_mode(model: nn.Module) -> Iterator[torch.device]:
-    """Evaluation mode without gradients, in bf16 if the CPU has instructions for it.
+    """Evaluation mode without gradients, in bf16 if that is faster on this CPU.
 
     Args:
         model: Its own type is used if that is not float32, as with ``--precision 64-true``. Put on
@@ -167,7 +167,7 @@ def inference_mode(model: nn.Module) -> Iterator[torch.device]:
     modes = [(module, module.training) for module in model.modules()]  # parents before children
     device = torch.device("cuda") if torch.cuda.is_available() else place
     model.to(device).eval()
-    bf16 = device.type == "cuda" or cpu_has_bf16()
+    bf16 = device.type == "cuda" or cpu_gains_from_bf16()
     single = all(one.dtype == torch.float32 for one in model.parameters())
     try:
         half = torch.autocast(device.type, torch.bfloat16, enabled=bf16 and single)

@@ -114,7 +114,7 @@ def test_an_encoder_of_another_precision_is_evaluated_in_it(
     dtype: torch.dtype, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with ``--precision 64-true``, on a CPU that has instructions for bf16."""
-    monkeypatch.setattr("vissl_lite.inference.cpu_has_bf16", lambda: True)
+    monkeypatch.setattr("vissl_lite.inference.cpu_gains_from_bf16", lambda: True)
     encoder = build_encoder("test_resnet", 32).to(dtype)
     assert evaluate(online(find_images([photos])), encoder)["effective_rank"] > 1
 

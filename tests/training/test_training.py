@@ -24,11 +24,33 @@ from vissl_lite.training.hardware import choose_precision
 def test_auto_precision_on_the_cpu(
     backbone: str, has_bf16: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hardware, "cpu_has_bf16", lambda: has_bf16)
+    monkeypatch.setattr(hardware, "cpu_gains_from_bf16", lambda: has_bf16)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     model = timm.create_model(backbone, num_classes=0)
     assert choose_precision("auto", model) == expected
     assert choose_precision("64-true", model) == "64-true"
+
+
+@pytest.mark.parametrize(
+    ("supported", "seconds", "expected"),
+    [(True, (1, 2), True), (True, (2, 1), False), (False, (1, 2), False)],
+)
+def test_bf16_is_used_where_its_products_are_faster(
+    supported: bool, seconds: tuple[int, int], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = dict(zip((torch.bfloat16, torch.float32), seconds, strict=True))
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    monkeypatch.setattr(hardware, "_product_seconds", taken.__getitem__)
+    hardware.cpu_gains_from_bf16.cache_clear()
+    assert hardware.cpu_gains_from_bf16() is expected
+    hardware.cpu_gains_from_bf16.cache_clear()
+
+
+def test_a_product_takes_time_and_no_random_numbers() -> None:
+    state = torch.get_rng_state()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert 0 < hardware._product_seconds(torch.float32) < 10
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_checkpoint_that_fails_halfway_leaves_the_last_one(

@@ -3,9 +3,11 @@
 import logging
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -207,9 +209,9 @@ def _cores() -> int:
 def choose_precision(precision: str, model: nn.Module) -> str:
     """Choose the precision for ``auto``: bf16 if it is faster.
 
-    On CPUs with bf16 instructions it is faster for ordinary convolutions and transformers
-    (ResNet-18 at 224 pixels: 2.0 times as fast as float32), but not for depthwise convolutions
-    (MobileNet, EfficientNet, ConvNeXt).
+    On CPUs that multiply bf16 matrices faster than float32 ones, it is faster for ordinary
+    convolutions and transformers (ResNet-18 at 224 pixels: 2.0 times as fast as float32), but not
+    for depthwise convolutions (MobileNet, EfficientNet, ConvNeXt).
     """
     if precision != "auto":
         return precision
@@ -220,7 +222,7 @@ def choose_precision(precision: str, model: nn.Module) -> str:
     depthwise = any(
         isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1 for m in model.modules()
     )
-    return "bf16-mixed" if cpu_has_bf16() and not depthwise else "32-true"
+    return "bf16-mixed" if cpu_gains_from_bf16() and not depthwise else "32-true"
 
 
 @contextmanager
@@ -242,9 +244,30 @@ def tf32() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 matrices in hardware (AVX512-BF16, AMX)."""
+@cache
+def cpu_gains_from_bf16() -> bool:
+    """Whether this CPU multiplies bf16 matrices in hardware, and faster than float32 ones.
+
+    AMX, and AVX512-BF16 on AMD processors, are about twice as fast as float32 or more. Intel
+    processors with AVX512-BF16 alone, as in virtual machines without AMX, take up to twice the time
+    instead. So products of both kinds are timed, once per process (tens of milliseconds).
+    """
     try:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return False
     except (AttributeError, RuntimeError):  # Torch was built without oneDNN.
         return False
+    return _product_seconds(torch.bfloat16) < _product_seconds(torch.float32)
+
+
+@torch.no_grad()
+def _product_seconds(dtype: torch.dtype) -> float:
+    """Shortest of a few times that the CPU takes for a product of ``(512, 512)`` matrices."""
+    factor, times = torch.ones(512, 512, dtype=dtype, device="cpu"), []
+    with torch.autocast("cpu", enabled=False):
+        factor @ factor  # The first product compiles a kernel
+        for _ in range(7):
+            started = time.perf_counter()
+            factor @ factor
+            times.append(time.perf_counter() - started)
+    return min(times)
