@@ -464,8 +464,8 @@ class PretrainOptions(Options, ImageSettings):
         )
 
 
-# Measured up to 64,000 images of 32 pixels and eight minutes of one core, where the gain is half of
-# that after two minutes: it should end at about four times as much.
+# On CIFAR-10 the gain was half as large with 64,000 images (eight minutes of one core) as with
+# 17,000; longer runs were not measured, and it is expected to vanish at about this length.
 SHORT_RUN_IMAGES, SHORT_RUN_SECONDS = 250_000, 30 * 60
 
 # Runs of at least so many steps or seconds are long enough for views to grow in, from a side of at
