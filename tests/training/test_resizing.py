@@ -32,9 +32,14 @@ def test_views_are_small_for_half_of_the_run_and_whole_in_the_last_fifth() -> No
 def test_the_resolution_of_a_batch_follows_its_number_or_the_time() -> None:
     counted = Schedule(0.1, 0.0, 0, batches=100)
     assert [resolution_of(batch, counted) for batch in (0, 1, 60, 90)] == [0, 1, 2, 0]
-    timed = Schedule(0.1, 0.0, 0, seconds=100.0)
+    timed = Schedule(0.1, 0.0, 0, seconds=600.0)
     timed.fraction = 0.6
     assert [resolution_of(batch, timed) for batch in (0, 7)] == [0, 2]
+
+
+def test_short_runs_do_not_begin_with_a_whole_step() -> None:
+    schedule = Schedule(0.1, 0.0, 0, seconds=599.0)
+    assert [resolution_of(batch, schedule) for batch in (0, 7)] == [1, 1]
 
 
 @pytest.mark.parametrize("length", [{"batches": 100}, {"seconds": 1000.0}])

@@ -64,6 +64,13 @@ def test_the_student_sees_some_tokens_the_teacher_and_the_evaluation_all() -> No
     assert student[-1] == prefix + 64
 
 
+def test_short_runs_do_not_begin_with_a_whole_step() -> None:
+    steps = Steps(BYOL(build_encoder("vit_slim_patch4_32", 32)), share=0.5)
+    steps.schedule.total, steps.schedule.seconds = None, 599.0
+    steps.start(0, [torch.randn(2, 3, 32, 32)])
+    assert steps.logged == [0.5]
+
+
 def test_local_crops_keep_all_tokens() -> None:
     encoder = build_encoder("vit_slim_patch4_32", 32)
     task = BYOL(encoder)

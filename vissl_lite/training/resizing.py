@@ -44,8 +44,8 @@ def resolution_of(batch: int, schedule: Schedule) -> int:
         batch: Number of the batch.
         schedule: Schedule of the run.
     """
-    if batch == 0:
-        return 0  # a batch too large for the memory shows at once
+    if batch == 0 and schedule.tries_memory:
+        return 0
     return resolution_at(schedule.fraction_at(batch))
 
 

@@ -11,6 +11,9 @@ from lightning.pytorch.callbacks import Callback
 from vissl_lite.data.stream import Batch
 from vissl_lite.optim import cosine_with_warmup, set_lr, set_weight_decay
 
+# In shorter runs, a first step on whole views would take much of the time.
+TRIAL_SECONDS = 600
+
 
 class Schedule(Callback):
     """Track the progress of a run, set the learning rate, seed each step, keep the time budget.
@@ -82,6 +85,15 @@ class Schedule(Callback):
     def warmup_end(self) -> float:
         """Fraction of the run at which the warm-up of the encoder ends."""
         return self.freeze_share + (1 - self.freeze_share) * self.warmup
+
+    @property
+    def tries_memory(self) -> bool:
+        """Whether the first step is on whole views with all patches.
+
+        A batch that is too large for the memory then shows at once. Runs of less than
+        ``TRIAL_SECONDS`` begin with small views and few patches.
+        """
+        return self.seconds is None or self.seconds >= TRIAL_SECONDS
 
     @property
     def open_ended(self) -> bool:

@@ -62,8 +62,8 @@ class TokenDrop(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        # The first batch is a whole one: if it is too large for the memory, that shows at once.
-        self._now = dropped_at(self.schedule.fraction, self.share) if self.schedule.batches else 0.0
+        whole = self.schedule.batches == 0 and self.schedule.tries_memory
+        self._now = 0.0 if whole else dropped_at(self.schedule.fraction, self.share)
         self._largest_side = max(view.shape[-1] for view in batch.views)
         module.log("token_drop", self._now)
 
