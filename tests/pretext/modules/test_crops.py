@@ -10,7 +10,7 @@ from vissl_lite.pretext.modules.crops import MultiCrop, default_local_crops, for
 
 def test_large_crops_of_the_encoders_size_then_small_ones() -> None:
     encoder = build_encoder("test_resnet", 64)
-    views = MultiCrop(2, 3, 0.05, 0.3, None, solarize=True).views(encoder, upright=True)
+    views = MultiCrop(2, 3, 0.05, 0.3, 0.5, solarize=True).views(encoder, upright=True)
     image = np.random.default_rng(0).integers(0, 256, (80, 90, 3), dtype=np.uint8)
     sizes = [view.shape for view in views(image, 0, 0, 0)]
     assert sizes == [(64, 64, 3)] * 2 + [(24, 24, 3)] * 3
@@ -61,7 +61,7 @@ def test_each_local_crop_is_part_of_the_loss(name: str) -> None:
 def test_a_backbone_of_one_size_says_how_to_do_without_small_crops() -> None:
     encoder = build_encoder("mixer_s32_224", 224)
     with pytest.raises(UserError, match=r"--pretext\.local_crops 0 does without"):
-        MultiCrop(2, 2, 0.05, 0.3, None).views(encoder, upright=True)
+        MultiCrop(2, 2, 0.05, 0.3, 0.5).views(encoder, upright=True)
 
 
 def test_by_size_runs_once_for_each_size_and_keeps_the_order() -> None:
