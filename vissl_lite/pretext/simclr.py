@@ -37,8 +37,8 @@ class SimCLR(PretextTask):
         min_crop_scale: Smallest fraction of the image area in a view, largest in a local crop; the
             paper uses 0.08.
         color: Strength of the color distortion; default 0.5 as in the paper on CIFAR-10 (appendix
-            B.9; it uses 1 on ImageNet). From random weights, ``pretrain`` chooses 0.25 for runs of at
-            most 250,000 images, or 30 minutes without a GPU, which measured better in minutes
+            B.9; it uses 1 on ImageNet). From random weights, ``pretrain`` chooses 0.25 for runs of
+            at most 250,000 images, or 30 minutes without a GPU, which measured better in minutes
             (``benchmarks/README.md``, settings of short runs).
     """
 
