@@ -301,9 +301,8 @@ def test_a_detector_gives_the_boxes_and_masks_of_predict(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(
-        inference, "cpu_gains_from_bf16", lambda: False
-    )  # as the ONNX file computes
+    # as the ONNX file computes
+    monkeypatch.setattr(inference, "cpu_gains_from_bf16", lambda: False)
     detector = outspoken("mask_rcnn")
     detector.net.roi_heads.mask_predictor.mask_fcn_logits.weight.data *= 50
     save_detector(detector, tmp_path / "model", {})

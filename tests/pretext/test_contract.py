@@ -342,9 +342,8 @@ SEEN = {
 def test_showing_it_at_work_leaves_everything_as_it_was(
     name: str, backbone: str, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        inference, "cpu_gains_from_bf16", lambda: True
-    )  # what is most likely to break
+    # what is most likely to break
+    monkeypatch.setattr(inference, "cpu_gains_from_bf16", lambda: True)
     task, batch = task_and_batch(name, backbone, photos)
     task.training_step(batch, 0)  # queues and centers hold something
     next(task.encoder.model.children()).eval()  # as a user may have frozen a part

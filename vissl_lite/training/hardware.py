@@ -222,7 +222,7 @@ def choose_precision(precision: str, model: nn.Module) -> str:
     depthwise = any(
         isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1 for m in model.modules()
     )
-    return "bf16-mixed" if cpu_gains_from_bf16() and not depthwise else "32-true"
+    return "bf16-mixed" if not depthwise and cpu_gains_from_bf16() else "32-true"
 
 
 @contextmanager
