@@ -92,8 +92,8 @@ def evaluate(job: Job, encoder: str, seed: int, out: Path, given: Any) -> dict[s
     """Figures of an encoder: by name and labels per class, such as ``linear, 5 per class``."""
     figures: dict[str, float] = {}
     common = {
-        "data": found_in(job.labelled, given), "encoder": encoder, "seed": seed, "num_workers": 0,
-        "overwrite": True,
+        "data": found_in(job.labelled, given), "encoder": encoder, "seed": seed,
+        "leaks": "warn", "overwrite": True,
     }  # fmt: skip
     for shots in job.shots or (None,):
         labels = f", {shots} per class" if shots else ""
@@ -107,7 +107,7 @@ def evaluate(job: Job, encoder: str, seed: int, out: Path, given: Any) -> dict[s
         tuned = out / f"finetune-{shots or 'all'}"
         if not (tuned / "results.json").exists():
             vissl_lite.finetune(
-                out=str(tuned), shots=shots, upright=False, **common, **job.finetune
+                out=str(tuned), shots=shots, upright=False, num_workers=0, **common, **job.finetune
             )
         test = results_of(tuned)["test"]
         figures |= {f"fine-tuned {metric}{labels}": test[metric] for metric in job.metrics}
