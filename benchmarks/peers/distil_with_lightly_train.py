@@ -68,6 +68,9 @@ def main() -> None:
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     teacher = timm.create_model(f"local-dir:{o.teacher}", pretrained=True)
+    # Of an EfficientNet it takes a map without the last convolution, and fails as it expects the
+    # width of that convolution's output, which it gets so.
+    teacher.forward_intermediates = lambda images, **_: [teacher.forward_features(images)]
     pretrain(o, o.out / "trial", teacher, 1)  # what is imported and compiled but once
     taken = []
     for steps in TRIALS:
