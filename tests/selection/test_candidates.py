@@ -8,6 +8,7 @@ from PIL import Image
 from tests.conftest import blobs
 from vissl_lite.data.fingerprints import Fingerprints, fingerprints_of, similar_to
 from vissl_lite.selection import METHODS, Candidates
+from vissl_lite.selection.herding import herding
 
 
 def prints(folder: Path) -> Fingerprints:
@@ -42,6 +43,24 @@ def test_pictures_are_chosen_once(tmp_path: Path) -> None:
 def test_pictures_that_are_labelled_are_not_chosen(tmp_path: Path) -> None:
     candidates = Candidates(7, np.array([1, 6]), prints(tmp_path))
     assert np.flatnonzero(candidates.open).tolist() == [4, 5]
+
+
+def test_labelled_images_of_one_picture_do_not_narrow_the_kernel(tmp_path: Path) -> None:
+    """The second of them is a flipped copy whose features are nearly the same."""
+    labelled, found = np.array([0, 1, 6]), prints(tmp_path)
+    assert Candidates(7, labelled, found).distinct.tolist() == [0, 6]
+    assert Candidates(7, labelled).distinct.tolist() == [0, 1, 6]
+    angles = np.radians([0, 0.5, 275, 265, 180, 270, 20])
+    features = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    uncertainty = np.array([0, 0, 0.9, 0.9, 1, 0.9, 0], np.float32)  # three near 270 degrees
+
+    def chosen(prints: Fingerprints | None) -> list[int]:
+        candidates = Candidates(7, labelled, prints)
+        candidates.open[[2, 3]] = False
+        return herding(features, 1, labelled, uncertainty, candidates=candidates).indices.tolist()
+
+    assert chosen(found) == [5]
+    assert chosen(None) == [4]  # the most uncertain, as the kernel covers nothing beside an image
 
 
 def test_groups_have_so_many_images_labelled_ones_included() -> None:

@@ -48,7 +48,7 @@ def guard(
     }
     if groups:
         pretrained = {
-            encoder: groups_of_others(seen.paths, data.reading)
+            encoder: frozenset().union(*groups_of_others(seen.paths, data.reading))
             for encoder, seen in pretrained_on.items()
             if seen is not None
         }

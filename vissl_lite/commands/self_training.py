@@ -27,7 +27,7 @@ from vissl_lite.transfer.base import Scores, TrainedModel
 from vissl_lite.transfer.dataset import LabelledDataset
 from vissl_lite.transfer.fitting import FittedModel, rank_metrics
 from vissl_lite.transfer.prediction import Predictions
-from vissl_lite.transfer.sources.groups import group_of_others
+from vissl_lite.transfer.sources.groups import groups_of_others
 from vissl_lite.transfer.sources.parts import Split
 from vissl_lite.transfer.tasks import AnyTask
 from vissl_lite.transfer.trained_on import load_trained_on
@@ -111,7 +111,7 @@ def load_pseudo_labels(task: AnyTask, folder: Path, data: LabelledDataset) -> Ps
     prints, broken = read_fingerprints(paths)
     report_skipped(broken)
     gone = {one.path for one in broken}
-    groups = group_of_others(paths, data.reading)
+    groups = groups_of_others(paths, data.reading)
     left_out: dict[str, int] = {}
     parts: tuple[Split, ...] = ("test", "val", "train")
     for part in parts:
@@ -120,7 +120,11 @@ def load_pseudo_labels(task: AnyTask, folder: Path, data: LabelledDataset) -> Ps
         of_part = data.groups(part)
         if of_part is not None and part != "train":
             names = set(of_part.tolist())
-            same |= {path for path, group in zip(paths, groups, strict=True) if group in names}
+            same |= {
+                path
+                for path, of_path in zip(paths, groups, strict=True)
+                if not names.isdisjoint(of_path)
+            }
         left_out[part] = len(same - gone)
         gone |= same
     if left_out["test"] or left_out["val"]:

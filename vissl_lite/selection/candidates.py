@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from vissl_lite.data.fingerprints import Fingerprints, find_matches, similar_to
+from vissl_lite.data.fingerprints import Fingerprints, find_matches, repeats, similar_to
 
 NOTHING_LABELLED = np.empty(0, np.int64)
 
@@ -38,6 +38,7 @@ class Candidates:
 
     Attributes:
         open: ``(N,)`` bool: which images may be chosen.
+        distinct: ``(K,)`` indices of labelled images, one of each picture.
     """
 
     def __init__(
@@ -54,6 +55,10 @@ class Candidates:
         if prints is not None and len(labelled):
             known = {match.path for match in find_matches(prints, prints.take(labelled))}
             self.open &= [path not in known for path in prints.paths]
+        self.distinct = labelled
+        if prints is not None:
+            repeated = repeats(prints.take(labelled))
+            self.distinct = labelled[[prints.paths[i] not in repeated for i in labelled]]
         if groups is None or per_group is None:
             self._groups = None
         else:

@@ -59,7 +59,8 @@ def herding(
     if uncertainty is None:
         radius, weights = RADIUS, points.new_ones(len(points))
     else:
-        radius = adapted_radius(points, labelled, block)
+        # two labelled images of one picture, such as frames of a video, would narrow it to nothing
+        radius = adapted_radius(points, candidates.distinct, block)
         weights = torch.from_numpy(np.array(uncertainty, np.float32)).to(points.device)  # a copy
         weights[labelled] = 0
     kernel = gaussian(radius)

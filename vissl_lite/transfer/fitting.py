@@ -28,7 +28,7 @@ from vissl_lite.training.hardware import Hardware
 from vissl_lite.training.processes import of_main_process
 from vissl_lite.transfer.base import DatasetT, ModelT, ScoresT, SettingsT, Task
 from vissl_lite.transfer.confidence import Confidence, HeldOut
-from vissl_lite.transfer.sources.groups import group_of_others
+from vissl_lite.transfer.sources.groups import groups_of_others
 
 log = logging.getLogger(__name__)
 
@@ -211,9 +211,9 @@ class _Fitting(Generic[DatasetT, ModelT, SettingsT, ScoresT]):
     ) -> None:
         self.task, self.encoder = task, encoder
         self.hardware, self.monitor, self.added = hardware, monitor, added
-        self.groups: list[str | None] = []  # of the added images, if there are any groups
+        self.groups: list[frozenset[str]] = []  # of the added images, if there are any groups
         if added is not None and added.reading.groups:
-            self.groups = group_of_others(added.paths("train"), added.reading)
+            self.groups = groups_of_others(added.paths("train"), added.reading)
         self.candidates: list[Candidate] = []
         self.diverged: DivergedError | None = None  # the last of them
         self.best: Candidate | None = None
@@ -231,7 +231,7 @@ class _Fitting(Generic[DatasetT, ModelT, SettingsT, ScoresT]):
         if self.added is not None:
             held_out = data.groups("val") if self.groups else None
             names = set() if held_out is None else set(held_out.tolist())
-            kept = [i for i, group in enumerate(self.groups) if group not in names]
+            kept = [i for i, groups in enumerate(self.groups) if names.isdisjoint(groups)]
             data = data.with_train(self.added.take({"train": kept}) if names else self.added)
         size = settings.batch_size
         settings = replace(

@@ -103,13 +103,25 @@ def test_a_regular_expression_on_the_path_below_the_folder(
         assert "each image is a group of its own" in log.notes[-1]
 
 
-def test_groups_of_pretraining_images() -> None:
+def test_groups_of_images_that_are_not_of_the_data() -> None:
     paths = ["old/scan.nii.gz#3", "old/p7_1.png", "data/p1_0.png", "gone/x.png"]
-    assert groups_of_others(paths, ReadingLog("data", group_by=r"p(\d)_")) == {"7", "1"}
+
+    def found(log: ReadingLog) -> list[set[str]]:
+        return [set(groups) for groups in groups_of_others(paths, log)]
+
+    assert found(ReadingLog("data", group_by=r"p(\d)_")) == [set(), {"7"}, {"1"}, set()]
     by_file = ReadingLog("data", grouped_by="patients or volumes")
-    assert groups_of_others(paths, by_file) == {"old/scan.nii.gz"}
+    assert found(by_file) == [{"old/scan.nii.gz"}, set(), set(), set()]
     column = {"data/p1_0.png": "anna", "data/p2_0.png": "ben"}
-    assert groups_of_others(paths, ReadingLog("data", groups=column)) == {"anna"}
+    assert found(ReadingLog("data", groups=column)) == [set(), set(), {"anna"}, set()]
+
+
+def test_an_anchored_expression_matches_below_any_folder_of_others() -> None:
+    """In the data, paths are relative to their folder; that of other images is unknown."""
+    path = "/data/p3/new/p7/1.png"
+    for regex in ("^(p.)/", "^p.", r"p(\d)/"):
+        (groups,) = groups_of_others([path], ReadingLog("data", group_by=regex))
+        assert {group.removeprefix("p") for group in groups} == {"3", "7"}, regex
 
 
 def test_an_invalid_expression_is_an_error(tmp_path: Path) -> None:

@@ -125,31 +125,37 @@ def _group_in(name: str, pattern: re.Pattern[str]) -> str | None:
     return match[min(1, pattern.groups)] if match else None
 
 
-def groups_of_others(paths: Sequence[str], log: ReadingLog) -> set[str]:
+def groups_of_others(paths: Sequence[str], log: ReadingLog) -> list[frozenset[str]]:
     """Groups of images that are not of the data set, such as those of pre-training.
 
     Args:
-        paths: See ``group_of_others``, as for the other.
-        log: Result of ``find_groups``.
-    """
-    return {group for group in group_of_others(paths, log) if group is not None}
-
-
-def group_of_others(paths: Sequence[str], log: ReadingLog) -> list[str | None]:
-    """The group of each of some images that are not of the data set; None for one without.
-
-    Args:
         paths: Image files, which need not exist anymore.
-        log: Result of ``find_groups``. The same regular expression is searched in the whole path;
-            groups of a column are those of the same files.
+        log: Result of ``find_groups``. Its regular expression is for paths below the data folder.
+            As the folder of other images is unknown, it is searched in their paths below each of
+            the folders that they are in. Groups of a column are those of the same files.
+
+    Returns:
+        Groups that each image may belong to: at most one without a regular expression.
     """
     if log.group_by is not None:
         pattern = re.compile(log.group_by)
-        return [_group_in(Path(path).as_posix(), pattern) or None for path in paths]
+        return [
+            frozenset(group for name in _below_each(path) if (group := _group_in(name, pattern)))
+            for path in paths
+        ]
     if log.grouped_by == _OF_FILES:
-        return [default_group(path) for path in paths]
-    known = {os.path.abspath(path): group for path, group in log.groups.items()}
-    return [known.get(os.path.abspath(path)) for path in paths]
+        found = [default_group(path) for path in paths]
+    else:
+        known = {os.path.abspath(path): group for path, group in log.groups.items()}
+        found = [known.get(os.path.abspath(path)) for path in paths]
+    return [frozenset() if group is None else frozenset([group]) for group in found]
+
+
+def _below_each(path: str) -> list[str]:
+    """The whole path, and the path below each of its folders, such as ``a/b.png`` and ``b.png``."""
+    whole = Path(path).as_posix()
+    parts = whole.lstrip("/").split("/")
+    return [whole, *("/".join(parts[start:]) for start in range(len(parts)))]
 
 
 def _relative(path: str, folders: Sequence[Path]) -> str:
