@@ -394,6 +394,7 @@ def test_a_size_that_does_not_suit_the_backbone(
     given = ("--out", "run", "--image_size", 40)
     error = refused("pretrain", "--data", few, "--backbone", "test_vit", "--epochs", 1, *given)
     assert "test_vit can't be built for 40 pixels" in error
+    assert "32 pixels fit" in error
     for command in ("probe", "finetune"):
         error = refused(command, "--data", labelled, "--encoder", "random:test_vit", *given)
         assert "test_vit can't be built for 40 pixels" in error

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vissl_lite.encoders import encoder as module
-from vissl_lite.encoders.encoder import Encoder, build_encoder
+from vissl_lite.encoders.encoder import Encoder, build_encoder, patch_multiple
 from vissl_lite.encoders.folder import (
     load_encoder,
     load_model,
@@ -220,6 +220,42 @@ def test_files_of_the_hub_are_an_encoder_folder(tmp_path: Path) -> None:
     encoder = load_encoder(tmp_path).eval()
     expected = plain.forward_head(plain.forward_features(images()), pre_logits=True)
     torch.testing.assert_close(encoder(images()), expected)
+
+
+def test_a_vit_of_the_hub_takes_images_of_other_sizes(tmp_path: Path) -> None:
+    """timm's DINOv2 is strict about its 518 pixels unless it is asked not to be."""
+    arguments = {"img_size": 56, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    plain = timm.create_model("vit_small_patch14_reg4_dinov2", **arguments).eval()
+    timm.models.save_for_hf(plain, tmp_path, model_args=arguments, safe_serialization=True)
+    encoder = load_encoder(tmp_path).eval()
+    torch.testing.assert_close(encoder(images(size=56)), plain(images(size=56)))
+    encoder.use_image_size(84)
+    assert encoder(images(size=84)).shape == (2, 32)
+    with pytest.raises(UserError, match="can't be built for 64 pixels: .*; 70 pixels fit"):
+        encoder.use_image_size(64)
+
+
+def test_position_embeddings_in_a_file_are_resampled(tmp_path: Path) -> None:
+    plain = timm.create_model("test_vit", num_classes=0)  # of 160 pixels
+    torch.save(plain.state_dict(), tmp_path / "vit.pt")
+    encoder = build_encoder("test_vit", 64)
+    load_weights(encoder, tmp_path / "vit.pt")
+    own, given = dict(encoder.model.named_parameters()), dict(plain.named_parameters())
+    assert own["pos_embed"].shape[1] < given["pos_embed"].shape[1]
+    others = [name for name in own if name != "pos_embed"]
+    assert all(torch.equal(own[name], given[name]) for name in others)
+    # neighbors stay similar, opposite corners as different as before
+    patches = own["pos_embed"][0, -16:].unflatten(0, (4, 4))
+    before = given["pos_embed"][0, -100:].unflatten(0, (10, 10))
+    assert torch.cosine_similarity(patches[0, 0], before[0:2, 0:2].mean(dim=(0, 1)), dim=0) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("backbone", "size", "fits"),
+    [("vit_small_patch14_reg4_dinov2.lvd142m", 96, 98), (VIT, 100, 96), (CNN, 100, 100)],
+)
+def test_sizes_are_rounded_to_patches(backbone: str, size: int, fits: int) -> None:
+    assert patch_multiple(backbone, size) == fits
 
 
 def test_weights_that_are_not_on_the_hub_name_their_file(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from timm.models import VisionTransformer
 from vissl_lite.data.image_survey import ImageSet, ImageSettings
 from vissl_lite.data.images import suitable_size
 from vissl_lite.data.reading import MAX_PIXELS
-from vissl_lite.encoders.encoder import Encoder, build_encoder
+from vissl_lite.encoders.encoder import Encoder, build_encoder, patch_multiple
 from vissl_lite.encoders.folder import is_untrained, load_encoder, load_weights
 from vissl_lite.errors import (
     UserError,
@@ -554,6 +554,7 @@ def make_encoder(
     if source is None or Path(source).is_file():
         size = image_size or suitable_size(images.paths)
         name = backbone or default_backbone(pretext, size)
+        size = image_size or patch_multiple(name, size)
         encoder = build_encoder(name, size, reader=images.reader)
         if source is not None:
             load_weights(encoder, Path(source))
@@ -564,7 +565,9 @@ def make_encoder(
         if image_size is not None:
             encoder.use_image_size(image_size)
     elif source.startswith(("timm:", "random:")):
-        encoder = load_encoder(source, image_size or suitable_size(images.paths), images)
+        name = source.partition(":")[2]
+        size = image_size or patch_multiple(name, suitable_size(images.paths))
+        encoder = load_encoder(source, size, images)
     else:
         raise UserError(
             f"no encoder at {source}: give a run, an encoder folder, timm:NAME, random:NAME or a "

@@ -87,8 +87,11 @@ class Encoder(nn.Module):
             with self._dry_run(size, size) as blank:
                 self(blank)
         except (AssertionError, RuntimeError, ValueError) as error:
-            reason = first_line(error)
-            raise UserError(f"{self.backbone} can't be built for {size} pixels: {reason}") from None
+            fits = self.fitting_size(size)
+            advice = "" if self.patch_size is None or fits == size else f"; {fits} pixels fit"
+            raise UserError(
+                f"{self.backbone} can't be built for {size} pixels: {first_line(error)}{advice}"
+            ) from None
 
     @contextmanager
     def _dry_run(self, height: int, width: int) -> Iterator[Tensor]:
@@ -318,6 +321,22 @@ def build_encoder(
     if image_size is not None:
         encoder.use_image_size(image_size)
     return encoder
+
+
+def patch_multiple(backbone: str, size: int) -> int:
+    """Round a size to the nearest multiple of the patch size of a backbone.
+
+    Args:
+        backbone: Name of a timm architecture, with or without a tag; an unknown one has no patches.
+        size: Side of the images in pixels, returned as it is for a backbone without patches.
+    """
+    name = backbone.split(".")[0]
+    if not timm.is_model(name):
+        return size
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=0)
+    side = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    return size if side is None else max(1, round(size / side[0])) * int(side[0])
 
 
 def use_reader(model: nn.Module, reader: ImageReader) -> None:

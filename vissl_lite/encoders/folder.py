@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from vissl_lite.data.atomic_file import atomic_write
@@ -224,6 +226,9 @@ def load_model(folder: Path, num_classes: int | None = None) -> tuple[Encoder, d
     if classes == 0 and has_classes:
         shapes = _without_classifier(shapes, drawn)
     _compare(drawn, shapes, str(folder), name)
+    if isinstance(drawn, VisionTransformer | Eva) and drawn.patch_embed.strict_img_size:
+        # folders of the hub; build_encoder does the same for the names of their models
+        config["model_args"]["dynamic_img_size"] = True
     model = create(config, classes)
     weights = read_weights(folder / WEIGHTS)
     if classes == 0 and has_classes:
@@ -257,12 +262,16 @@ def load_weights(encoder: Encoder, file: Path) -> None:
     Args:
         encoder: Encoder to load into; a classifier in the file is ignored.
         file: A ``.safetensors`` file, or a state dict written by ``torch.save``, bare or under
-            the key ``state_dict`` or ``model``.
+            the key ``state_dict`` or ``model``. Those of a ViT may be in other formats that timm
+            converts, such as DINOv2's, and its position embeddings are resampled to the image size.
 
     Raises:
         UserError: If the file can't be read safely or belongs to another architecture.
     """
     weights = _without_classifier(read_weights(file), encoder.model)
+    if isinstance(encoder.model, VisionTransformer):
+        with suppress(*BUILD_ERRORS):  # those of another architecture are refused below
+            weights = checkpoint_filter_fn(weights, encoder.model)
     _load(encoder.model, weights, str(file), encoder.backbone)
 
 
