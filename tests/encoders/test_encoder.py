@@ -231,7 +231,7 @@ def test_a_vit_of_the_hub_takes_images_of_other_sizes(tmp_path: Path) -> None:
     torch.testing.assert_close(encoder(images(size=56)), plain(images(size=56)))
     encoder.use_image_size(84)
     assert encoder(images(size=84)).shape == (2, 32)
-    with pytest.raises(UserError, match="can't be built for 64 pixels: .*; 70 pixels fit"):
+    with pytest.raises(UserError, match=r"can't be built for 64 pixels: .*; 70 pixels fit"):
         encoder.use_image_size(64)
 
 

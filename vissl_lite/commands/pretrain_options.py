@@ -403,7 +403,9 @@ class PretrainOptions(Options, ImageSettings):
         """Whether the views start small and grow, by ``--progressive_resizing`` or its default."""
         if self.progressive_resizing is not None:
             return self.progressive_resizing
-        if self.pretrained or task.info.encoders:  # not measured; a teacher gains no speed by it
+        if self.pretrained:  # not measured
+            return False
+        if task.info.encoders and not task.reads_files:  # a teacher that sees views gains no speed
             return False
         if self.max_epochs is None:
             long = (self.seconds or 0) >= MIN_RESIZING_SECONDS
