@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, normalize
 
 from tests.conftest import blobs, without_pictures
 from vissl_lite.cli import main
@@ -147,6 +147,23 @@ def record(function: Callable[[Tensor], Tensor], seen: list[Tensor]) -> Callable
     return recorded
 
 
+def test_embeddings_are_centered_and_queued_after_the_loss() -> None:
+    task = Distillation(
+        build_encoder("test_resnet", 32), "random:test_resnet", queue_size=5, temperature=0.2
+    )
+    torch.nn.init.normal_(task.head.bias)
+    queue, mean = task.queue.items.clone(), torch.zeros(task.head.out_features)
+    for step in range(4):
+        pooled, target = torch.randn(2, task.head.in_features), torch.rand(2, len(mean))
+        found = task._global_loss(pooled, target)
+        target = normalize(target, dim=1)
+        expected = slow_similarity(task.head(pooled), target - mean, queue - mean, 0.2)
+        assert found.item() == pytest.approx(expected, rel=1e-3)
+        for one in range(2):
+            queue[(2 * step + one) % 5] = target[one]
+        mean = 0.9 * mean + 0.1 * target.mean(dim=0)
+
+
 def test_a_smaller_size_for_the_teacher(tmp_path: Path) -> None:
     student = build_encoder("test_resnet", 32)
     assert Teacher(str(saved(tmp_path)), None, student).encoder.image_size == 48
@@ -174,7 +191,7 @@ def test_both_networks_see_the_mixed_images(
 def test_the_teacher_stays_as_it_is_and_is_no_part_of_the_task(tmp_path: Path) -> None:
     task = Distillation(build_encoder("test_resnet", 32), str(saved(tmp_path)), queue_size=8)
     names = {name.split(".")[0] for name in task.state_dict()}
-    assert names == {"encoder", "head", "queue"}
+    assert names == {"encoder", "head", "queue", "center"}
     assert {name.split(".")[0] for name, _ in task.named_parameters()} == {"encoder", "head"}
     before = {name: one.clone() for name, one in task.teacher.encoder.state_dict().items()}
     task.train()
@@ -291,7 +308,7 @@ def test_a_run_as_teacher(photos: Path, tmp_path: Path, capsys: pytest.CaptureFi
     weights = load_file(student / "encoder" / "model.safetensors")
     assert weights.keys() == build_encoder("test_resnet", 32).model.state_dict().keys()
     kept = read_checkpoint(student / "checkpoints" / "last.ckpt")["state_dict"]
-    assert {name.split(".")[0] for name in kept} == {"encoder", "head", "queue"}
+    assert {name.split(".")[0] for name in kept} == {"encoder", "head", "queue", "center"}
     capsys.readouterr()
     assert pretrain(*distilled, "--out", teacher, "--overwrite") == 2
     assert f"--pretext.teacher {teacher} lies in --out" in capsys.readouterr().err
@@ -309,9 +326,11 @@ def test_fixed_views_show_the_teacher_each_image_once(photos: Path, tmp_path: Pa
         task.teacher.encoder, lambda x: [task.teacher.encoder(x)], task.teacher.encoder, paths
     )
     keys: list[Key] = [(0, index) for index in (5, 2, 11)]
-    batch, queue = collate([data[key] for key in keys]), task.queue.items.clone()
+    batch, mean = collate([data[key] for key in keys]), normalize(expected, dim=1).mean(dim=0)
+    queue = normalize(task.queue.items - mean, dim=1)
     predicted = task.head(task.encoder(task.encoder.normalize(batch.views[0])))
-    loss = similarity_distillation(predicted, expected[[5, 2, 11]], queue, task.temperature)
+    target = normalize(expected[[5, 2, 11]], dim=1) - mean
+    loss = similarity_distillation(predicted, target, queue, task.temperature)
     torch.testing.assert_close(task.training_step(batch, 0), loss, atol=1e-2, rtol=1e-2)
 
 

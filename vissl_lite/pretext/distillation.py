@@ -335,7 +335,8 @@ class Distillation(PretextTask):
                 with atomic_write(file) as part:
                     save_file(kept, part)
         self._embeddings, self._embeddings_file = kept[key], file
-        self.center.mean.copy_(kept[key].float().mean(dim=0))
+        embeddings = kept[key].float()
+        self.center.mean.copy_(embeddings[embeddings.any(dim=1)].mean(dim=0))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         if self._embeddings is None:
