@@ -334,6 +334,30 @@ def test_fixed_views_show_the_teacher_each_image_once(photos: Path, tmp_path: Pa
     torch.testing.assert_close(task.training_step(batch, 0), loss, atol=1e-2, rtol=1e-2)
 
 
+def test_other_processes_wait_for_the_main_one(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = build_encoder("test_resnet", 32)
+    main_one, other = (
+        Distillation(student, "random:test_vit", fixed_views=True, queue_size=8) for _ in range(2)
+    )
+    data = ViewDataset(find_images([photos]), other.views(), 0)
+    naps = []
+
+    def main_process_writes(seconds: float) -> None:
+        naps.append(seconds)
+        monkeypatch.setenv("RANK", "0")
+        main_one.prepare(data, tmp_path)
+
+    monkeypatch.setattr("vissl_lite.pretext.distillation.time.sleep", main_process_writes)
+    monkeypatch.setattr(other.teacher, "embeddings", None)  # it must not be called
+    monkeypatch.setenv("RANK", "1")
+    other.prepare(data, tmp_path)
+    assert len(naps) == 1
+    assert other._embeddings is not None
+    assert torch.equal(other._embeddings, main_one._embeddings)
+
+
 def test_a_resumed_run_finds_what_the_teacher_saw(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

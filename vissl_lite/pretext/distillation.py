@@ -13,6 +13,7 @@ those of a supervised network, which are not negative, are all similar otherwise
 
 import hashlib
 import logging
+import time
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -320,6 +321,8 @@ class Distillation(PretextTask):
     def prepare(self, images: Source, run: Path) -> None:
         """With ``fixed_views``, embed all images by the teacher, or load what a run has embedded.
 
+        Of several processes the main one embeds, and the others wait for its file.
+
         Args:
             images: Training images, files.
             run: Run folder, where the embeddings are kept until the training ends.
@@ -328,12 +331,14 @@ class Distillation(PretextTask):
             return
         file, key = run / TEACHER, f"{self.teacher.digest} {images.digest()}"
         kept = read_weights(file) if file.is_file() else {}
-        if key not in kept:
+        if key not in kept and is_main_process():
             log.info("The teacher sees each of the %d images once", len(images))
             kept = {key: self.teacher.embeddings(images)}
-            if is_main_process():
-                with atomic_write(file) as part:
-                    save_file(kept, part)
+            with atomic_write(file) as part:
+                save_file(kept, part)
+        while key not in kept:  # until the main process has written it; if that ends, all do
+            time.sleep(1)
+            kept = read_weights(file) if file.is_file() else {}
         self._embeddings, self._embeddings_file = kept[key], file
         embeddings = kept[key].float()
         self.center.mean.copy_(embeddings[embeddings.any(dim=1)].mean(dim=0))
