@@ -286,7 +286,7 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
         settings.lr,
     )
     for name, value in training.short_run.items():
-        log.info("The run is short: --pretext.%s is %g by default", name, value)
+        log.info("The run is short: --pretext.%s is %s by default", name, str(value).lower())
     if options.moves_pretrained:
         log.info(
             "The weights are pre-trained: the learning rate is %s; layer decay is %.3g",

@@ -229,7 +229,8 @@ class Distillation(PretextTask):
             uses 65536 and CompRess 128000, for 1.3 million images.
         map_weight: Weight of the loss between feature maps, the other loss having 1 (Liu et al.
             2019: 10); 0 for the loss between images alone.
-        mixup: Whether images are mixed with one another (Beyer et al. 2022).
+        mixup: Whether images are mixed with one another (Beyer et al. 2022). Default: true, but for
+            short runs.
         fixed_views: Show the teacher the middle of each image once (resized and center-cropped, as
             in evaluation) before the training, and not every view at every step, as CompRess does
             with cached features. Epochs then take as long as without a teacher; images are not
@@ -246,6 +247,7 @@ class Distillation(PretextTask):
         use="a good encoder exists, but is too large or of another architecture",
         any_size=True,
         encoders=("teacher",),
+        short_run={"mixup": False},
     )
     # SEED trains with SGD for 200 epochs; AdamW learns faster in short runs, as for moco. Of 0.002,
     # 0.006 and 0.012, the second was the best in two minutes on UC Merced.
@@ -259,7 +261,7 @@ class Distillation(PretextTask):
         temperature: float = 0.1,
         queue_size: int = 4096,
         map_weight: float = 10.0,
-        mixup: bool = True,
+        mixup: bool | None = None,
         fixed_views: bool = False,
         min_crop_scale: float = 0.2,
         color: float = 0.5,
@@ -281,7 +283,8 @@ class Distillation(PretextTask):
         self.head = nn.Linear(encoder.num_features, features)
         self.queue = Queue(queue_size, features)
         self.center = Center(features, CENTER_MOMENTUM)
-        self.temperature, self.map_weight, self.mixup = temperature, map_weight, mixup
+        self.temperature, self.map_weight = temperature, map_weight
+        self.mixup = mixup is None or mixup
         self.min_crop_scale, self.color = min_crop_scale, color
         self.reads_files = fixed_views
         self._embeddings: Tensor | None = None
