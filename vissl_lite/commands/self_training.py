@@ -2,8 +2,8 @@
 
 import logging
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from vissl_lite.commands.pseudo_label import (
 )
 from vissl_lite.comparison.statistics import Difference, Runs, difference
 from vissl_lite.data.fingerprints import find_matches, read_fingerprints
+from vissl_lite.data.image_survey import ImageSettings, override
 from vissl_lite.data.reading import report_skipped
 from vissl_lite.data.text_file import read_paths
 from vissl_lite.errors import UserError
@@ -46,11 +47,13 @@ class Unlabelled:
     Attributes:
         paths: All images, labelled or not.
         min_confidence, min_precision: See ``choose_cutoff``.
+        reading: How they are stored, where that differs from the training images.
     """
 
     paths: list[str]
     min_confidence: MinConfidence
     min_precision: float
+    reading: ImageSettings
 
 
 @dataclass(frozen=True)
@@ -211,11 +214,14 @@ def read_unlabelled(folder: Path) -> Unlabelled:
         min_confidence, min_precision = config["min_confidence"], float(config["min_precision"])
         if min_confidence != "auto":
             min_confidence = float(min_confidence)
+        names = [field.name for field in fields(ImageSettings)]
+        reading = ImageSettings(**{name: config[name] for name in names})
+        reading.check_images()
     except (KeyError, TypeError, ValueError):
         raise UserError(
             f"--rounds needs a data set of pseudo-label, which {folder} is not"
         ) from None
-    return Unlabelled(read_paths(folder / UNLABELLED), min_confidence, min_precision)
+    return Unlabelled(read_paths(folder / UNLABELLED), min_confidence, min_precision, reading)
 
 
 def self_train(
@@ -272,16 +278,22 @@ def _label_again(
     unlabelled: Unlabelled,
     folder: Path,
 ) -> PseudoLabels:
-    """Label images with a model, and read the labels."""
+    """Label images with a model, which is left as it is, and read the labels."""
     cutoff = choose_cutoff(
         fitted.confidence, unlabelled.min_confidence, unlabelled.min_precision, "the model"
     )
     report_cutoff(cutoff, unlabelled.min_confidence, unlabelled.min_precision)
     folder.mkdir(parents=True, exist_ok=True)
-    with progress_bar() as bar:
-        shown = bar.add_task("pseudo-label", total=len(unlabelled.paths), info="")
-        advance = partial(bar.advance, shown)
-        task.pseudo_label(fitted.model, cutoff, Predictions(unlabelled.paths, folder, 0, advance))
+    encoder = fitted.model.encoder
+    own = encoder.reader
+    encoder.reader = override(own, unlabelled.paths, unlabelled.reading)
+    try:
+        with progress_bar() as bar:
+            shown = bar.add_task("pseudo-label", total=len(unlabelled.paths), info="")
+            todo = Predictions(unlabelled.paths, folder, 0, partial(bar.advance, shown))
+            task.pseudo_label(fitted.model, cutoff, todo)
+    finally:
+        encoder.reader = own
     return load_pseudo_labels(task, folder, data)
 
 
@@ -304,9 +316,10 @@ def outcome(
 ) -> dict[str, Any]:
     """Whether pseudo-labels helped, for ``results.json``.
 
-    The last model with them is compared with the one without on the same test images. The
-    difference has a 95 % interval, unless some can't be read. It covers the choice of test images,
-    not the randomness of training, as there is one training each.
+    Each model with them is compared with the one without on the same test images. The difference
+    has a 95 % interval, unless some can't be read. It covers the choice of test images, not the
+    randomness of training, as there is one training each. The verdict is on the model that is kept,
+    or on the last one if that without pseudo-labels is.
 
     Args:
         rounds: The trainings.
@@ -315,51 +328,65 @@ def outcome(
         data: Labelled images.
 
     Returns:
-        ``rounds`` with the number of pseudo-labelled images, validation and test metrics of each;
-        ``kept``, ``monitor``, ``metric``, ``difference`` with its interval if there is one,
-        ``verdict`` (``helped``, ``no difference``, ``hurt``, or ``unknown`` without an interval),
-        and all of it in a ``sentence``.
+        ``rounds`` with the number of pseudo-labelled images, validation and test metrics of each,
+        and, of those with pseudo-labels, the ``difference`` with its interval if there is one and
+        its ``verdict`` (``helped``, ``no difference``, ``hurt``, or ``unknown`` without an
+        interval); ``kept``, ``monitor``, ``metric``; ``judged``, the number of the round that
+        ``difference`` and ``verdict`` are of; and all of it in a ``sentence``.
     """
-    first, last = rounds[0].scores, rounds[-1].scores
-    metric = next(iter(first.metrics))
-    before, after = first.metrics[metric], last.metrics[metric]
-    found = {"mean": after - before}
-    verdict, interval = "unknown", ""
-    gap = _paired(rounds[0].scores, rounds[-1].scores, data)
-    if gap is not None:
-        found |= {"low": gap.low, "high": gap.high}
-        verdict = gap.verdict
-        interval = f", 95 % interval over the test images {gap.low:+.3f} to {gap.high:+.3f}"
-    said = {
-        "helped": "they helped",
-        "hurt": "they did not help, but hurt",
-        "no difference": "the test images do not show that they helped",
-        "unknown": "whether that is more than chance, one training each does not tell",
-    }
-    images = rounds[-1].fitted.added
-    keeps = "without them" if kept == 0 else f"of round {kept}"
-    sentence = (
-        f"Pseudo-labels of {images:,} images: test {metric} {before:.3f} without them, "
-        f"{after:.3f} with them ({after - before:+.3f}{interval}): {said[verdict]}. "
-        f"Kept, by validation {monitor}, is the model {keeps}."
-    )
-    return {
-        "rounds": [
+    metric = next(iter(rounds[0].scores.metrics))
+    before = rounds[0].scores.metrics[metric]
+    figures: list[dict[str, Any]] = []
+    for number, one in enumerate(rounds):
+        figures.append(
             {
                 "pseudo_labelled": one.fitted.added,
                 "left_out": one.left_out,
                 "val": one.fitted.chosen.metrics,
                 "test": one.scores.metrics,
             }
-            for one in rounds
-        ],
+        )
+        if number == 0:
+            continue
+        found, verdict = {"mean": one.scores.metrics[metric] - before}, "unknown"
+        gap = _paired(rounds[0].scores, one.scores, data)
+        if gap is not None:
+            found |= {"low": gap.low, "high": gap.high}
+            verdict = gap.verdict
+        figures[-1] |= {"difference": found, "verdict": verdict}
+    judged = kept or len(rounds) - 1
+    result = {
         "kept": kept,
         "monitor": monitor,
         "metric": metric,
-        "difference": found,
-        "verdict": verdict,
-        "sentence": sentence,
+        "judged": judged,
+        "difference": figures[judged]["difference"],
+        "verdict": figures[judged]["verdict"],
     }
+    return {"rounds": figures, **result, "sentence": _sentence(figures, result)}
+
+
+def _sentence(rounds: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> str:
+    """Whether pseudo-labels helped, in words."""
+    said = {
+        "helped": "they helped",
+        "hurt": "they did not help, but hurt",
+        "no difference": "the test images do not show that they helped",
+        "unknown": "whether that is more than chance, one training each does not tell",
+    }
+    metric, found, judged = result["metric"], result["difference"], rounds[result["judged"]]
+    interval = ""
+    if "low" in found:
+        low, high = found["low"], found["high"]
+        interval = f", 95 % interval over the test images {low:+.3f} to {high:+.3f}"
+    of_round = f" (round {result['judged']})" if len(rounds) > 2 else ""
+    keeps = f"of round {result['kept']}" if result["kept"] else "without them"
+    return (
+        f"Pseudo-labels of {judged['pseudo_labelled']:,} images{of_round}: test {metric} "
+        f"{rounds[0]['test'][metric]:.3f} without them, {judged['test'][metric]:.3f} with them "
+        f"({found['mean']:+.3f}{interval}): {said[result['verdict']]}. "
+        f"Kept, by validation {result['monitor']}, is the model {keeps}."
+    )
 
 
 def _paired(first: Scores, last: Scores, data: LabelledDataset) -> Difference | None:
