@@ -69,7 +69,7 @@ def pretexts_page() -> str:
         lines.append(f"| {' | '.join([*cells, info.paper, info.use])} |")
     for name, pretext in PRETEXTS.items():
         own = [row for row in options.rows([{"pretext": name}]) if row.name.startswith("pretext.")]
-        about = (inspect.getdoc(pretext) or "").partition("\n")[0]
+        about = (inspect.getdoc(pretext) or "").partition("Args:\n")[0].strip()
         lines += [
             "",
             f"({name.replace('_', '-')})=",

@@ -496,8 +496,8 @@ def accumulation_note(info: PretextInfo, batch_size: int, accumulate: int) -> st
     note = f"each optimizer step uses {accumulate} batches of {batch_size} images"
     if info.negatives:
         note += (
-            f"; this does not add negatives: {info.name} compares an image only with the "
-            f"{batch_size - 1} others of its own batch"
+            f"; this does not add negatives: of these images, {info.name} compares one only with "
+            f"the {batch_size - 1} others of its own batch"
         )
     return note
 

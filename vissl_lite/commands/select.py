@@ -181,7 +181,7 @@ def select(options: SelectOptions) -> SelectResult:
         The paths of the chosen images.
 
     Raises:
-        UserError: An option is invalid; nothing is written then.
+        UserError: An option is invalid, and nothing is written; or no image is left to choose.
     """
     limit_pixels(options.max_pixels)
     choose_slice_axis(options.axis, options.encoder)

@@ -55,7 +55,8 @@ class MoCo(PretextTask):
         family="contrastive",
         views="2",
         paper="He et al. 2020, arXiv 1911.05722; v2 2003.04297",
-        use="small batches: negatives come from a queue, not from the batch",
+        use="small batches: most negatives come from a queue",
+        negatives=True,
         any_size=True,
         token_drop=True,
     )

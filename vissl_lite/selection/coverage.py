@@ -27,8 +27,8 @@ BLOCK = 2**24
 TOP = 64
 
 # Sizes of the random samples of images to cover and to choose from. The code of MaxHerding's
-# authors samples 35,000. With 20,000, choosing 50 of 100,000 synthetic images takes 19 s on one
-# core for a coverage of 0.366; with 10,000, 5 s for 0.363; with 5,000, 1 s for 0.359.
+# authors samples 35,000. With 20,000, choosing 50 of 100,000 synthetic images took 19 s on a core
+# for a coverage of 0.366; with 10,000, 5 s for 0.363; with 5,000, 1 s for 0.359.
 MAX_IMAGES = 20_000
 
 # The sample to choose from has at least so many images for each one to be chosen.
