@@ -10,7 +10,8 @@ train on the training images without labels, each for the same wall-clock minute
 - ``distillation``: with the ImageNet-trained ``tf_efficientnet_lite0`` of
   ``benchmarks.accuracy.domains``, which sees the student's views at 64 pixels;
 - ``fixed views``: the teacher sees every image once, whole, at its own 224 pixels
-  (``--pretext.fixed_views true``; the time for that counts);
+  (``--pretext.fixed_views true``; the time for that counts, and the 50,000 images of CIFAR-10 take
+  longer than five minutes, so ``--arms`` has to leave it out there);
 - ``lightly-train``: its distillation from the same teacher, with its own recipe
   (``benchmarks/peers/distil_with_lightly_train.py``), if there is ``--peer_python``.
 

@@ -10,7 +10,8 @@ wall-clock time on one core, the start of the command included, and ``resnet18``
 sets that end with ``_vit``, with the defaults of ``pretrain`` but for what the arm changes and, in
 ``simclr``, the color distortion of ``COLOR``. Arms with a momentum from the start need
 ``--before``, a checkout of commit 26f006b: since then the momentum of teachers is smaller in the
-first steps. ``--arms`` picks some; runs that are there are kept.
+first steps. Arms of ``distillation`` (``ucmerced_distillation``) need ``--teacher``, the folder
+``lite0`` of ``benchmarks.accuracy.domains``. ``--arms`` picks some; runs that are there are kept.
 
 Results: benchmarks/results/short_runs.json.
 """
@@ -46,12 +47,16 @@ SETS: dict[str, tuple[list[object], list[object]]] = {
     "ucmerced_vit": (["--backbone", "vit_tiny_patch16_224", *ROTATABLE, 96], ["--image_size", 96]),
 }
 
+_OPTIONS, _PROBE = SETS["ucmerced"]
+SETS["ucmerced_distillation"] = ([*_OPTIONS, "--batch_size", 64], _PROBE)
 SETS |= {f"{name}_color": SETS[name] for name in ("cifar10", "ucmerced")}
 
 # Of SimCLR in arms that do not change it, by set: its default when they were measured.
 COLOR = {"cifar10": 0.5, "ucmerced": 1}
 
 MOMENTUM: list[object] = ["--pretext.momentum"]
+SEES_VIEWS: list[object] = ["--pretext.teacher_size", 64]
+FIXED: list[object] = ["--pretext.fixed_views", "true"]
 
 # Name of an arm: a pretext and what is changed.
 ARMS: dict[str, list[object]] = {
@@ -100,6 +105,18 @@ ARMS: dict[str, list[object]] = {
     "lejepa": [],
     "lejepa, lambda 0.05": ["--pretext.lambd", 0.05],
     "lejepa, lambda 0.1": ["--pretext.lambd", 0.1],
+    "distillation": SEES_VIEWS,
+    "distillation, mixup": [*SEES_VIEWS, "--pretext.mixup", "true"],
+    "distillation, temperature 0.04": [*SEES_VIEWS, "--pretext.temperature", 0.04],
+    "distillation, lr 0.001": [*SEES_VIEWS, "--lr", 0.001],
+    "distillation, fixed views": FIXED,
+    "distillation, fixed views, one size": [*FIXED, "--progressive_resizing", "false"],
+    "distillation, fixed views, temperature 0.04": [*FIXED, "--pretext.temperature", 0.04],
+    "distillation, fixed views, temperature 0.2": [*FIXED, "--pretext.temperature", 0.2],
+    "distillation, fixed views, lr 0.001": [*FIXED, "--lr", 0.001],
+    "distillation, fixed views, lr 0.006": [*FIXED, "--lr", 0.006],
+    "distillation, fixed views, color 0.25": [*FIXED, "--pretext.color", 0.25],
+    "distillation, fixed views, smallest crop 0.4": [*FIXED, "--pretext.min_crop_scale", 0.4],
 }
 
 
@@ -113,6 +130,8 @@ def once(name: str, arm: str, minutes: float, seed: int, o: argparse.Namespace) 
         words += ["--max_time", round(60 * minutes), *of_training, *ARMS[arm]]
         if arm.startswith("simclr") and "--pretext.color" not in ARMS[arm]:
             words += ["--pretext.color", COLOR[name.split("_")[0]]]
+        if arm.startswith("distillation"):
+            words += ["--pretext.teacher", o.teacher]
         vissl_lite(o.core, *words, code=o.before if FROM_THE_START in arm else ROOT)
         data = o.data / "train" if name.startswith("cifar10") else o.data
         words = ["probe", "--encoder", out / "run", "--data", data, "--out", out / "probe"]
@@ -155,6 +174,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="with train/ and test/")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--before", type=Path, help="a checkout of commit 26f006b")
+    parser.add_argument("--teacher", type=Path, help="an encoder folder, for distillation")
     parser.add_argument("--minutes", type=float, nargs="+", default=[2, 8])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
@@ -163,7 +183,8 @@ def main() -> None:
     for seed in o.seeds:
         for minutes in o.minutes:
             for arm in o.arms:
-                if FROM_THE_START in arm and not o.before:
+                needs = o.before if FROM_THE_START in arm else o.teacher
+                if (FROM_THE_START in arm or arm.startswith("distillation")) and not needs:
                     continue
                 figures = once(o.set, arm, minutes, seed, o)
                 print(o.set, arm, minutes, seed, json.dumps(figures), flush=True)
