@@ -3,7 +3,10 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +15,10 @@ from PIL import Image
 import vissl_lite
 from tests.conftest import with_pictures
 from vissl_lite.cli import main
+from vissl_lite.commands import self_training
+from vissl_lite.commands.self_training import read_unlabelled
+from vissl_lite.data.image_reader import ImageReader
+from vissl_lite.data.image_survey import ImageSettings
 from vissl_lite.sample.dataset import make_sample_data
 
 
@@ -82,6 +89,26 @@ def test_a_number_is_taken_as_it_is(tuned: Path, pool: Path, tmp_path: Path) -> 
     result = vissl_lite.pseudo_label(model=tuned, data=pool, out=tmp_path, min_confidence=0)
     assert len(rows_of(result.labels)) == result.images == 33
     assert result.min_confidence == 0
+
+
+def test_later_rounds_read_the_images_as_pseudo_label_did(
+    pseudo_labels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert read_unlabelled(pseudo_labels).reading == ImageSettings()
+    other = tmp_path / "other"
+    shutil.copytree(pseudo_labels, other)
+    config = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(config.replace("nodata: null", "nodata: 7.0"))
+    unlabelled = replace(read_unlabelled(other), min_confidence=0.5)
+    assert unlabelled.reading.nodata == 7
+    own = ImageReader(bands=(0,), low=(0.0,), high=(9.0,), mean=(0.5,), std=(0.2,))
+    encoder, used = SimpleNamespace(reader=own), []
+    model: Any = SimpleNamespace(confidence=None, model=SimpleNamespace(encoder=encoder))
+    task: Any = SimpleNamespace(pseudo_label=lambda *_: used.append(encoder.reader.nodata))
+    monkeypatch.setattr(self_training, "load_pseudo_labels", lambda *_: None)
+    self_training._label_again(task, model, model, unlabelled, tmp_path / "2")
+    assert used == [7]
+    assert encoder.reader is own
 
 
 @pytest.mark.slow

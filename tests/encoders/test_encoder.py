@@ -18,6 +18,7 @@ from vissl_lite.encoders.folder import (
     load_encoder,
     load_model,
     load_weights,
+    made_here,
     read_weights,
     save_encoder,
     save_model,
@@ -228,6 +229,7 @@ def test_a_vit_of_the_hub_takes_images_of_other_sizes(tmp_path: Path) -> None:
     plain = timm.create_model("vit_small_patch14_reg4_dinov2", **arguments).eval()
     timm.models.save_for_hf(plain, tmp_path, model_args=arguments, safe_serialization=True)
     encoder = load_encoder(tmp_path).eval()
+    assert not made_here(tmp_path)
     torch.testing.assert_close(encoder(images(size=56)), plain(images(size=56)))
     encoder.use_image_size(84)
     assert encoder(images(size=84)).shape == (2, 32)
@@ -293,6 +295,7 @@ def test_a_random_encoder_follows_torchs_seed() -> None:
 def test_timm_loads_the_folder_with_the_same_outputs(backbone: str, tmp_path: Path) -> None:
     encoder = made(backbone)
     save_encoder(encoder, tmp_path / "e", {})
+    assert made_here(tmp_path / "e")
     loaded = timm.create_model(f"local-dir:{tmp_path / 'e'}", pretrained=True).eval()
     assert torch.equal(loaded(images()), encoder(images()))
     assert same_weights(loaded, encoder.model)

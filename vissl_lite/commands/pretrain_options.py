@@ -15,7 +15,7 @@ from vissl_lite.data.image_survey import ImageSet, ImageSettings
 from vissl_lite.data.images import suitable_size
 from vissl_lite.data.reading import MAX_PIXELS
 from vissl_lite.encoders.encoder import Encoder, build_encoder, patch_multiple
-from vissl_lite.encoders.folder import is_untrained, load_encoder, load_weights
+from vissl_lite.encoders.folder import is_untrained, load_encoder, load_weights, made_here
 from vissl_lite.errors import (
     UserError,
     annotations,
@@ -93,9 +93,8 @@ class PretrainOptions(Options, ImageSettings):
     """timm architecture. Default: that of --encoder; otherwise resnet18, or for pretexts that need
     a transformer vit_tiny_patch16_224 (vit_tiny_patch4_32 below 64 pixels)."""
     image_size: int | None = None
-    """Side length of the views in pixels. Default: that of the run or folder given as
-    --encoder, or the size of the images, at
-    most 224."""
+    """Side length of the views in pixels. Default: that of the run or encoder folder given as
+    --encoder, or, also with other weights, the size of the images, at most 224."""
     epochs: int | None = None
     """Number of passes over the images, or the largest one with --max_time auto. Default: 100,
     unless a time is given."""
@@ -543,8 +542,8 @@ def make_encoder(
 
     Args:
         backbone: timm name; None for the backbone of ``source``, or the default.
-        image_size: Side in pixels; None for that of the folder ``source``, or one that suits the
-            images.
+        image_size: Side in pixels; None for that of the run or encoder folder ``source``, or, of
+            other weights, one that suits the images.
         source: A run, an encoder folder, ``timm:NAME``, ``random:NAME``, or a state dict file; None
             for random weights.
         images: Training images.
@@ -564,6 +563,8 @@ def make_encoder(
     source = os.fspath(source)
     if Path(source).is_dir():
         encoder = load_encoder(source, None, images)
+        if image_size is None and not made_here(source):  # as for its name, such as timm:NAME
+            image_size = patch_multiple(encoder.backbone, suitable_size(images.paths))
         if image_size is not None:
             encoder.use_image_size(image_size)
     elif source.startswith(("timm:", "random:")):

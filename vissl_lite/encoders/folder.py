@@ -131,6 +131,19 @@ def is_untrained(source: str | os.PathLike[str]) -> bool:
     return os.fspath(source).startswith("random:")
 
 
+def made_here(source: str | os.PathLike[str]) -> bool:
+    """Whether a run or folder holds an encoder that vissl_lite has saved, not one of the hub.
+
+    Args:
+        source: A run or an encoder folder.
+
+    Raises:
+        UserError: The folder is damaged.
+    """
+    folder = _find_folder(source)
+    return folder is not None and "vissl_lite" in read_model_config(folder / ENCODER_CONFIG)
+
+
 def _find_folder(source: str | os.PathLike[str]) -> Path | None:
     """The encoder folder that a path is or holds, as a run does; None if there is none."""
     folders = (Path(source), Path(source) / "encoder")
