@@ -1,14 +1,12 @@
 """The limit: our training step alone, again and again on one batch that was made once.
 
-The same network, pretext, precision, optimizer and dropped tokens as a run's; no files, no data
-workers, no Lightning, no logging.
+The same network, pretext, precision and optimizer as a run's; no files, no data workers, no
+Lightning, no logging.
 """
 
 from __future__ import annotations
 
 import torch
-from timm.layers import PatchDropout
-from timm.models import VisionTransformer
 from work import Work
 
 from vissl_lite import __version__
@@ -19,7 +17,6 @@ from vissl_lite.optim import build_optimizer
 from vissl_lite.pretext import pretext_class
 from vissl_lite.training.cpu.operators import fast_cpu_operators
 from vissl_lite.training.hardware import choose_precision
-from vissl_lite.training.token_drop import DEFAULT_SHARE
 
 
 def about() -> dict[str, object]:
@@ -35,15 +32,6 @@ def train(work: Work) -> int:
     batch = collate([dataset[(0, index)] for index in range(work.batch_size)])
     optimizer = build_optimizer(task, task.optimizer_settings)
     bf16 = choose_precision("auto", task) == "bf16-mixed"
-    model = task.encoder.model
-    if task.info.token_drop and isinstance(model, VisionTransformer):
-        dropout = model.patch_drop = PatchDropout(DEFAULT_SHARE, model.num_prefix_tokens)
-        large = max(view.shape[-1] for view in batch.views)
-
-        def keep_local_crops_whole(encoder: object, inputs: tuple[torch.Tensor]) -> None:
-            dropout.prob = DEFAULT_SHARE if inputs[0].shape[-1] == large else 0.0
-
-        task.encoder.register_forward_pre_hook(keep_local_crops_whole)
     with fast_cpu_operators():
         while True:
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):

@@ -37,6 +37,13 @@ def test_the_resolution_of_a_batch_follows_its_number_or_the_time() -> None:
     assert [resolution_of(batch, timed) for batch in (0, 7)] == [0, 2]
 
 
+def test_batches_that_are_sent_ahead_have_the_resolution_of_their_time() -> None:
+    """In a short run, those on their way to the workers are a large part of it."""
+    timed = Schedule(0.1, 0.0, 0, seconds=100.0)
+    timed.batches, timed.fraction, timed._step_seconds = 10, 0.55, 6.0
+    assert [resolution_of(batch, timed) for batch in (10, 12, 15)] == [1, 3, 0]
+
+
 def test_short_runs_do_not_begin_with_a_whole_step() -> None:
     schedule = Schedule(0.1, 0.0, 0, seconds=599.0)
     assert [resolution_of(batch, schedule) for batch in (0, 7)] == [1, 1]

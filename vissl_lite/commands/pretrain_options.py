@@ -116,8 +116,8 @@ class PretrainOptions(Options, ImageSettings):
     """Train on views of half the side length in the first half of the run, on growing ones after
     that, and on full-size ones in the last fifth. Takes about half the time per epoch. Default:
     true from random weights for images of 64 pixels or more in runs of 200 steps or one minute, or
-    more, if the pretext and the backbone allow it; false from pre-trained weights and for pretexts
-    with a teacher of their own, where it was not measured."""
+    more, if the pretext and the backbone allow it and no crop is smaller; false from pre-trained
+    weights, where it was not measured, and for distillation whose teacher sees the views."""
     token_drop: float | Literal["auto"] | None = None
     """Share of the patches of a view that a ViT is trained without, in [0, 0.9], drawn at random
     at every step; half of it after 80 % of the run, and none after 90 %. Speeds up the training.
@@ -410,7 +410,8 @@ class PretrainOptions(Options, ImageSettings):
             long = (self.seconds or 0) >= MIN_RESIZING_SECONDS
         else:
             long = self.max_epochs * steps_per_epoch >= MIN_RESIZING_STEPS
-        if not long or task.encoder.image_size * INITIAL_SIDE < MIN_RESIZED_SIDE:
+        side = min(task.encoder.image_size, task.views().smallest_crop or task.encoder.image_size)
+        if not long or side * INITIAL_SIDE < MIN_RESIZED_SIDE:
             return False
         try:
             _check_resizing(task)  # runs the encoder once

@@ -37,8 +37,8 @@ def resolution_at(progress: float) -> int:
 def resolution_of(batch: int, schedule: Schedule) -> int:
     """Number of the resolution of the views of a batch.
 
-    With a time budget it follows the time that has passed when a batch is sent to a data worker;
-    the batches that are on their way at a change are still of the lower resolution.
+    With a time budget it follows the time at which the batch is expected when it is sent to a data
+    worker.
 
     Args:
         batch: Number of the batch.

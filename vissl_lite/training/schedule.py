@@ -91,7 +91,7 @@ class Schedule(Callback):
         """Whether the first step is on whole views with all patches.
 
         A batch that is too large for the memory then shows at once. Runs of less than
-        ``TRIAL_SECONDS`` begin with small views and few patches.
+        ``TRIAL_SECONDS`` begin as ``--progressive_resizing`` and ``--token_drop`` have it.
         """
         return self.seconds is None or self.seconds >= TRIAL_SECONDS
 
@@ -104,15 +104,23 @@ class Schedule(Callback):
         """Fraction of the run that is done after the last batch, in [0, 1]."""
         if self.seconds is None:
             return self.fraction_at(self.batches)
-        left = max(self.seconds - self.reserve - self._begun, 1e-9)
-        return min(1.0, (self.elapsed() - self._begun) / left)
+        return min(1.0, (self.elapsed() - self._begun) / self._length)
+
+    @property
+    def _length(self) -> float:
+        """Seconds from the first step to the end, with a time budget."""
+        assert self.seconds is not None
+        return max(self.seconds - self.reserve - self._begun, 1e-9)
 
     def fraction_at(self, batch: int) -> float:
         """Fraction of the run that is done before a batch, in [0, 1].
 
-        With a time budget it is that of the current batch: when others follow is not known.
+        With a time budget, later batches are expected to follow as fast as the last ones.
         """
-        return self.fraction if self.total is None else batch / self.total
+        if self.total is not None:
+            return batch / self.total
+        ahead = max(0, batch - self.batches) * self._step_seconds
+        return min(1.0, self.fraction + ahead / self._length)
 
     def encoder_factor(self) -> float:
         """Learning rate of the encoder in the current step, as a factor of the peak."""
@@ -179,7 +187,7 @@ class Schedule(Callback):
         )
         left = self.seconds - self.reserve - self.elapsed()
         if trainer.world_size > 1:
-            left = trainer.strategy.broadcast(left)
+            left, self._step_seconds = trainer.strategy.broadcast((left, self._step_seconds))
         whole_step = self.batches % self.accumulate == 0
         if whole_step and left < self.accumulate * self._step_seconds / 2:
             trainer.should_stop = True
