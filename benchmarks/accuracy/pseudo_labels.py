@@ -3,7 +3,8 @@
     python -m benchmarks.accuracy.pseudo_labels SET --data DATA/SET --encoder RUN --out OUT
 
 ``SET`` is ``cifar10`` (500 labels: 25 for training and 25 for validation per class) or ``bccd``
-(20 images with boxes). For each seed a model is trained on labels that the seed draws, it labels
+(20 images with boxes, of which 6 are held out: too few to choose a confidence, so that it is given).
+For each seed a model is trained on labels that the seed draws, it labels
 all training images, and a second one is trained on both: ``finetune``, ``pseudo-label`` and
 ``finetune --pseudo_labels``, with their defaults (``bccd``: with a time budget). The last command
 trains the model without pseudo-labels once more; its figures are those of the table. Runs that are
@@ -17,7 +18,7 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import vissl_lite
 from benchmarks.common import (
@@ -37,6 +38,10 @@ SETS: dict[str, dict[str, Any]] = {
 }
 # Seconds for the first command and for the last, which trains twice; None: its number of epochs
 TIMES: dict[str, tuple[int | None, int | None]] = {"cifar10": (None, None), "bccd": (480, 1200)}
+
+
+# From which confidence predictions are labels
+MIN_CONFIDENCE: dict[str, float | Literal["auto"]] = {"cifar10": "auto", "bccd": 0.8}
 
 
 def unlabelled(name: str, data: Path, out: Path) -> Path:
@@ -65,8 +70,9 @@ def once(name: str, given: argparse.Namespace, seed: int) -> dict[str, Any]:
         vissl_lite.finetune(out=str(place / "first"), max_time=time, **common)
         pool = unlabelled(name, given.data, place)
         vissl_lite.pseudo_label(
-            model=str(place / "first"), data=str(pool), out=str(place / "pseudo")
-        )
+            model=str(place / "first"), data=str(pool), out=str(place / "pseudo"),
+            min_confidence=MIN_CONFIDENCE[name],
+        )  # fmt: skip
         vissl_lite.finetune(
             out=str(again), pseudo_labels=str(place / "pseudo"), max_time=last_time, **common
         )

@@ -298,6 +298,7 @@ def trained(
         "knn": scores["knn"],
         "linear": scores["linear"],
         "cores": len(os.sched_getaffinity(0)),
+        **{key: value for key, value in where_and_when().items() if key != "versions"},
     }
 
 

@@ -77,8 +77,9 @@ def run(arm: str, epochs: int, seed: int, o: argparse.Namespace) -> None:
         seconds += command(*common, "--out", first, *start, "--pretext", "rotation",
                            "--epochs", epochs // 4)  # fmt: skip
         epochs_left = epochs - epochs // 4
-        # at the rate of random weights, for these are not yet good
-        start = ["--encoder", first, "--freeze_share", 0, "--lr", 1e-3]
+        # as from random weights, as the others of these short runs: the weights are not yet good
+        start = ["--encoder", first, "--freeze_share", 0, "--lr", 1e-3, "--layer_decay", 1]
+        start += ["--pretext.color", 0.25]
     else:
         epochs_left = epochs
     seconds += command(*common, "--out", folder / "run", *start, "--epochs", epochs_left)
