@@ -3,12 +3,11 @@
     python -m benchmarks.accuracy.pseudo_labels SET --data DATA/SET --encoder RUN --out OUT
 
 ``SET`` is ``cifar10`` (500 labels: 25 for training and 25 for validation per class) or ``bccd``
-(20 images with boxes, of which 6 are held out: too few to choose a confidence, so that it is given).
-For each seed a model is trained on labels that the seed draws, it labels
-all training images, and a second one is trained on both: ``finetune``, ``pseudo-label`` and
-``finetune --pseudo_labels``, with their defaults (``bccd``: with a time budget). The last command
-trains the model without pseudo-labels once more; its figures are those of the table. Runs that are
-there are kept.
+(20 images with boxes, of which 6 are held out: too few to choose a confidence, so it is given). For
+each seed a model is trained on labels that the seed draws, it labels all training images, and a
+second one is trained on both: ``finetune``, ``pseudo-label`` and ``finetune --pseudo_labels``, with
+their defaults (``bccd``: with a time budget). The last command trains the model without
+pseudo-labels once more; its figures are those of the table. Runs that are there are kept.
 
 Results: benchmarks/results/pseudo_labels.json.
 """
