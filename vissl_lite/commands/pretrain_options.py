@@ -565,7 +565,7 @@ def make_encoder(
     if Path(source).is_dir():
         encoder = load_encoder(source, None, images)
         if image_size is None and not made_here(source):  # as for its name, such as timm:NAME
-            image_size = patch_multiple(encoder.backbone, suitable_size(images.paths))
+            image_size = encoder.fitting_size(suitable_size(images.paths))
         if image_size is not None:
             encoder.use_image_size(image_size)
     elif source.startswith(("timm:", "random:")):

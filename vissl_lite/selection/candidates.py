@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -38,7 +39,6 @@ class Candidates:
 
     Attributes:
         open: ``(N,)`` bool: which images may be chosen.
-        distinct: ``(K,)`` indices of labelled images, one of each picture.
     """
 
     def __init__(
@@ -51,14 +51,11 @@ class Candidates:
     ) -> None:
         self.open = np.ones(images, bool)
         self.open[labelled] = False
+        self._labelled = labelled
         self._prints, self._left = prints, np.empty(0, np.int64)
         if prints is not None and len(labelled):
             known = {match.path for match in find_matches(prints, prints.take(labelled))}
             self.open &= [path not in known for path in prints.paths]
-        self.distinct = labelled
-        if prints is not None:
-            repeated = repeats(prints.take(labelled))
-            self.distinct = labelled[[prints.paths[i] not in repeated for i in labelled]]
         if groups is None or per_group is None:
             self._groups = None
         else:
@@ -66,6 +63,14 @@ class Candidates:
             taken = np.bincount(self._groups[labelled], minlength=len(names))
             self._left = per_group - taken
             self.open &= self._left[self._groups] > 0
+
+    @cached_property
+    def distinct(self) -> np.ndarray:
+        """``(K,)`` indices of labelled images, one of each picture; few methods need them."""
+        if self._prints is None:
+            return self._labelled
+        repeated = repeats(self._prints.take(self._labelled))
+        return self._labelled[[self._prints.paths[i] not in repeated for i in self._labelled]]
 
     @property
     def remaining(self) -> int:
