@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -16,7 +17,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def where_and_when() -> dict[str, str]:
-    """Hardware, versions, commit and date."""
+    """Hardware (``cpu``, with GPUs where there are any), versions, commit and date."""
     cpu = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -24,6 +25,10 @@ def where_and_when() -> dict[str, str]:
         flags = info.read_text()
         bf16 = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags] or ["no bf16"]
         cpu = f"{len(lines)} cores of {lines[0].split(':')[1].strip()} ({', '.join(bf16)})"
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        names = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+        cpu += f", {', '.join(names.strip().splitlines())}"
     asked = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )

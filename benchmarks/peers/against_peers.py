@@ -32,13 +32,14 @@ Start-up and what comes after the training count. With ``taskset`` seeds run sid
     python -m benchmarks.peers.against_peers accuracy --data DATA --out RUNS --peer_python PYTHON \
         --cases ucmerced-resnet18-224 --minutes 10 --ours_minutes 2.5 10 --seeds 0 1
 
-Results: benchmarks/results/peers.json and peers_accuracy.json.
+Results: benchmarks/results/peers.json and peers_accuracy.json (peers_accuracy_gpu.json on a GPU).
 """
 
 import argparse
 import contextlib
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -46,6 +47,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,9 @@ TRAINED = {
     "ucmerced-vit_small-224": Case("simclr", "vit_small_patch16_224", 224, 32, 840),
 }
 SPEED = "images_per_second"
+
+# Results of accuracy are kept apart where there is a GPU.
+ACCURACY = "peers_accuracy_gpu" if shutil.which("nvidia-smi") else "peers_accuracy"
 
 
 def sources(data: Path, case: Case) -> list[Path]:
@@ -212,7 +217,7 @@ def kept(name: str = "peers") -> dict[str, Any]:
     """What has been measured."""
     file = RESULTS / f"{name}.json"
     found = json.loads(file.read_text()) if file.exists() else {}
-    empty = {"accuracy": {}} if name == "peers_accuracy" else {"speed": {}, "help": {}}
+    empty = {"accuracy": {}} if name == ACCURACY else {"speed": {}, "help": {}}
     return {**empty, **found}
 
 
@@ -257,17 +262,23 @@ def speed(o: argparse.Namespace) -> None:
 
 def accuracy(o: argparse.Namespace) -> None:
     """Train for equal minutes, one after the other, and evaluate; what is there is left out."""
+    if o.anew:
+        results = kept(ACCURACY)
+        for name in o.cases:
+            for tool in o.tools:
+                results["accuracy"].get(name, {}).pop(tool, None)
+        keep(ACCURACY, results)
     for name in o.cases:
         for seed in o.seeds:
             for tool in o.tools:
                 shares = o.ours_minutes if tool == "ours" and o.ours_minutes else [o.minutes]
                 for minutes in shares:
-                    if str(seed) in runs_of(kept("peers_accuracy"), name, tool, minutes):
+                    if str(seed) in runs_of(kept(ACCURACY), name, tool, minutes):
                         continue
                     scores = trained(tool, name, minutes, seed, o)
-                    results = kept("peers_accuracy")  # again: another seed may run beside this one
+                    results = kept(ACCURACY)  # again: another seed may run beside this one
                     runs_of(results, name, tool, minutes)[str(seed)] = scores
-                    keep("peers_accuracy", results)
+                    keep(ACCURACY, results)
                     print(name, tool, minutes, seed, scores, flush=True)
 
 
@@ -403,12 +414,14 @@ def in_short_table() -> str:
     )
 
 
-def peers_accuracy_table() -> str:
+def peers_accuracy_table(name: str) -> str:
     """SimCLR for equal minutes: a row for each case, tool and number of minutes."""
-    results = load("peers_accuracy")
+    if not (RESULTS / f"{name}.json").exists():
+        return "Not measured yet; see [gpu/README.md](gpu/README.md)."
+    results = load(name)
     rows = []
-    for name, tools in results["accuracy"].items():
-        images, backbone, side = name.split("-")
+    for case, tools in results["accuracy"].items():
+        images, backbone, side = case.split("-")
         for tool, lengths in tools.items():
             for seeds in lengths.values():
                 runs = list(seeds.values())
@@ -417,6 +430,7 @@ def peers_accuracy_table() -> str:
                     [
                         f"{images}, {side} px, `{backbone}`",
                         "vissl_lite" if tool == "ours" else tool,
+                        processors(runs),
                         str(runs[0]["cores"]),
                         f"{mean['minutes']:.1f}",
                         f"{mean[SPEED]:.{0 if mean[SPEED] >= 10 else 1}f}",
@@ -428,7 +442,7 @@ def peers_accuracy_table() -> str:
         "python -m benchmarks.peers.against_peers accuracy --data DATA --out RUNS "
         "--peer_python PYTHON"
     )
-    header = ["images", "library", "cores", "minutes", "images/s", "kNN", "linear"]
+    header = ["images", "library", "processor", "cores", "minutes", "images/s", "kNN", "linear"]
     return markdown_table(header, rows) + "\n\n" + provenance(results, command)
 
 
@@ -462,6 +476,12 @@ def minutes_table() -> str:
     return markdown_table(header, rows) + "\n\n" + provenance(results, command)
 
 
+def processors(runs: list[dict[str, Any]]) -> str:
+    """What some runs ran on, such as ``AMD EPYC (avx512_bf16)``; a table may hold several."""
+    names = {run["cpu"].partition(" cores of ")[2].replace("(R)", "") for run in runs}
+    return " and ".join(sorted(names))
+
+
 def mean_of(seeds: dict[str, dict[str, float]], measure: str) -> float:
     return statistics.mean(one[measure] for one in seeds.values())
 
@@ -469,7 +489,8 @@ def mean_of(seeds: dict[str, dict[str, float]], measure: str) -> float:
 TABLES = {
     "peers": peers_table,
     "in_short": in_short_table,
-    "peers_accuracy": peers_accuracy_table,
+    "peers_accuracy": partial(peers_accuracy_table, "peers_accuracy"),
+    "gpu_peers": partial(peers_accuracy_table, "peers_accuracy_gpu"),
     "minutes_in_short": minutes_table,
 }
 
@@ -495,6 +516,7 @@ def main() -> None:
     evaluated.add_argument("--minutes", type=float, default=8)
     evaluated.add_argument("--ours_minutes", type=float, nargs="+", help="default --minutes")
     evaluated.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    evaluated.add_argument("--anew", action="store_true", help="forget what is there before")
     for one, tools in ((measured, TOOLS), (evaluated, ("ours", *PEERS))):
         one.add_argument("--data", type=Path, required=True)
         one.add_argument("--peer_python", required=True)

@@ -69,6 +69,9 @@ ARMS: dict[str, list[object]] = {
     "simclr, color 0.25, smallest crop 0.4": [
         *["--pretext.color", 0.25, "--pretext.min_crop_scale", 0.4]
     ],
+    "simclr, color 0.25, lr 0.003, smallest crop 0.4": [
+        *["--pretext.color", 0.25, "--lr", 0.003, "--pretext.min_crop_scale", 0.4]
+    ],
     "simclr, color 0.5": ["--pretext.color", 0.5],
     "simclr, color 1": ["--pretext.color", 1],
     "simclr, lr 0.003": ["--lr", 0.003],
@@ -117,6 +120,10 @@ ARMS: dict[str, list[object]] = {
     "distillation, fixed views, color 0.25": [*FIXED, "--pretext.color", 0.25],
     "distillation, fixed views, smallest crop 0.4": [*FIXED, "--pretext.min_crop_scale", 0.4],
 }
+# Without ``--arms`` the last ones are left out.
+DEFAULT_ARMS = list(ARMS)
+for pretext in ("byol", "moco", "vicreg", "barlow_twins", "dino", "nnclr", "swav", "simsiam"):
+    ARMS |= {pretext: [], f"{pretext}, color 0.25": ["--pretext.color", 0.25]}
 
 
 def once(name: str, arm: str, minutes: float, seed: int, o: argparse.Namespace) -> dict[str, float]:
@@ -175,7 +182,7 @@ def main() -> None:
     parser.add_argument("--before", type=Path, help="a checkout of commit 26f006b")
     parser.add_argument("--teacher", type=Path, help="an encoder folder, for distillation")
     parser.add_argument("--minutes", type=float, nargs="+", default=[2, 8])
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=DEFAULT_ARMS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--core", type=int, default=0, help="use this one core")
     o = parser.parse_args()

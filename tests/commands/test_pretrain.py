@@ -139,7 +139,7 @@ class KilledError(Exception):
 # What there is to save: weights alone, a queue and a teacher, a center, masks, another's teacher.
 STATES = (
     ("simclr", 1), ("simclr", 6), ("moco", 5), ("dino", 5), ("dinov2", 5), ("mae", 5),
-    ("distillation", 5),
+    ("diet", 5), ("distillation", 5), ("distillation --pretext.fixed_views=true", 5),
 )  # fmt: skip
 
 
@@ -157,7 +157,8 @@ def test_resume_continues_as_if_nothing_had_happened(
     """Killed in the middle of an epoch (of 3 steps) and at the end of one."""
     from vissl_lite.training.schedule import Schedule
 
-    options = ["--data", photos, *SMALL[2:], "--epochs", 3, "--pretext", pretext]
+    pretext, *words = pretext.split()
+    options = ["--data", photos, *SMALL[2:], "--epochs", 3, "--pretext", pretext, *words]
     options += ["--num_workers", 0, *backbone_for(pretext)]
     options += [f"--pretext.{name}={value}" for name, value in required(pretext).items()]
     assert run(*options, "--out", tmp_path / "whole") == 0

@@ -177,7 +177,7 @@ def test_an_average_is_nearly_the_encoder_after_the_first_steps(
 def test_gentle_rates_where_weights_are_pre_trained() -> None:
     def settings(backbone: str = "test_vit", **given: object) -> OptimizerSettings:
         options = PretrainOptions(data="images", out="run", **given)  # type: ignore[arg-type]
-        return options.optimizer_settings(options.task(build_encoder(backbone, 32)), 256)
+        return options.optimizer_settings(options.task(build_encoder(backbone, 32)), 256, 24)
 
     assert settings().lr == pytest.approx(SimCLR.optimizer_settings.lr)
     assert settings(encoder="random:test_vit") == settings()
@@ -196,7 +196,7 @@ def test_gentle_rates_where_weights_are_pre_trained() -> None:
 def test_layer_decay_is_that_of_the_encoder_alone() -> None:
     options = PretrainOptions(data="images", out="run", encoder="runs/a", layer_decay=0.5)
     task = options.task(build_encoder("test_vit", 32))
-    task.optimizer_settings = options.optimizer_settings(task, 256)
+    task.optimizer_settings = options.optimizer_settings(task, 256, 24)
     groups = task.configure_optimizers().param_groups
     scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
     blocks = task.encoder.model.blocks

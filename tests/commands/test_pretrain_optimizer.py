@@ -1,6 +1,7 @@
 """Optimizer and initial weights of ``vissl-lite pretrain`` through the command line."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from vissl_lite.commands.pretrain_options import PretrainOptions
 from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.encoders.folder import save_encoder
 from vissl_lite.optim import OptimizerSettings
+from vissl_lite.pretext import PRETEXTS
 from vissl_lite.pretext.modules.positions import sine_cosine_positions
 from vissl_lite.training.checkpoints import Checkpoints, read_checkpoint
 from vissl_lite.training.schedule import Schedule
@@ -78,9 +80,36 @@ def test_positions_are_fixed_with_random_weights_and_trained_with_others(
     assert 0 < (after - before).abs().max() < 0.1
 
 
-def settings(pretext: str, **given: object) -> OptimizerSettings:
+def settings(pretext: str, images: int = 1000, **given: object) -> OptimizerSettings:
     options = PretrainOptions(data="images", out="run", pretext=pretext, **given)  # type: ignore[arg-type]
-    return options.optimizer_settings(options.task(build_encoder("test_vit", 32)), 256)
+    return options.optimizer_settings(options.task(build_encoder("test_vit", 32)), 256, images)
+
+
+@pytest.mark.parametrize(
+    ("pretext", "of_paper"),
+    [
+        ("mae", 1.5e-4),
+        ("simmim", 1e-4),
+        ("ijepa", 1.25e-4),
+        ("moco_v3", 1.5e-4),
+        ("dino", 5e-4),
+        ("ibot", 5e-4),
+    ],
+)
+def test_the_learning_rate_of_long_runs_is_that_of_the_paper(pretext: str, of_paper: float) -> None:
+    lr = PRETEXTS[pretext].optimizer_settings.lr
+
+    def rate(images: int, **given: Any) -> float:
+        return settings(pretext, images, **given).lr
+
+    assert rate(1000, epochs=250) == lr
+    assert rate(1_281_167, epochs=200) == pytest.approx(of_paper)
+    # sqrt(250,000 * 128,000,000) images lie in the middle
+    assert rate(5_656_854, epochs=1) == pytest.approx((lr * of_paper) ** 0.5)
+    assert rate(1_281_167, epochs=200, lr=0.3) == 0.3
+    for length in ({"max_time": "48:00:00"}, {"max_time": "auto", "epochs": 200}):
+        assert rate(1_281_167, **length) == lr
+    assert rate(1_281_167, epochs=200, encoder="somewhere") == pytest.approx(lr / 10)
 
 
 def test_a_weight_decay_without_an_end_does_not_change() -> None:

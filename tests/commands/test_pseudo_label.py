@@ -1,6 +1,7 @@
 """Pseudo-labels, and training on them, through the command line."""
 
 import csv
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -16,10 +17,11 @@ import vissl_lite
 from tests.conftest import with_pictures
 from vissl_lite.cli import main
 from vissl_lite.commands import self_training
-from vissl_lite.commands.self_training import read_unlabelled
+from vissl_lite.commands.self_training import load_pseudo_labels, read_unlabelled
 from vissl_lite.data.image_reader import ImageReader
 from vissl_lite.data.image_survey import ImageSettings
 from vissl_lite.sample.dataset import make_sample_data
+from vissl_lite.transfer.tasks import TASKS
 
 
 def run(*words: object) -> int:
@@ -109,6 +111,32 @@ def test_later_rounds_read_the_images_as_pseudo_label_did(
     self_training._label_again(task, model, model, unlabelled, tmp_path / "2")
     assert used == [7]
     assert encoder.reader is own
+
+
+def test_images_of_groups_in_validation_and_test_are_left_out(tmp_path: Path) -> None:
+    """Other images of patients p3 and p4, in another folder and in one below it."""
+    random = np.random.default_rng(0)
+
+    def save(file: Path) -> Path:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file)
+        return file
+
+    patients = {"train": ("p1", "p2"), "val": ("p3",), "test": ("p4",)}
+    for part, name, sort in itertools.product(patients, ("a", "b"), range(2)):
+        for patient in patients[part]:
+            save(tmp_path / "data" / part / ("cat", "dog")[sort] / patient / f"{name}.png")
+    names = ("p1/c.png", "p3/c.png", "more/p4/c.png", "p5/c.png")
+    pool = [save(tmp_path / "pool" / name) for name in names]
+    lines = ["path,label,confidence", *(f"{path},cat,0.9" for path in pool)]
+    (tmp_path / "pseudo_labels.csv").write_text("\n".join(lines))
+    task = TASKS["classification"]
+    for group_by, kept in ((r"/(p\d)/", (0, 3)), (None, (0, 1, 2, 3))):
+        settings = task.settings(epochs=1, group_by=group_by)
+        data = task.load_data(str(tmp_path / "data"), settings)
+        found = load_pseudo_labels(task, tmp_path, data)
+        assert found.data.paths("train") == [str(pool[index]) for index in kept]
+        assert found.left_out == {"test": len(kept) == 2, "val": len(kept) == 2, "train": 0}
 
 
 @pytest.mark.slow

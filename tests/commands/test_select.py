@@ -288,6 +288,17 @@ def test_other_tasks_get_a_coco_file(encoder: Path, photos: Path, tmp_path: Path
     assert {(one["height"], one["width"]) for one in content["images"]} == {(40, 48)}
     assert content["annotations"] == []
     assert not (tmp_path / "run" / "label.html").exists()  # for one class per image
+    # a later round knows these two, which are too few for a training
+    box = {"id": 1, "image_id": content["images"][0]["id"], "category_id": 1, "bbox": [2, 2, 9, 9]}
+    content |= {"annotations": [box], "categories": [{"id": 1, "name": "cell"}]}
+    labelled = tmp_path / "labelled.json"
+    labelled.write_text(json.dumps(content))
+    given = ("--encoder", encoder, "--data", photos, "--out", tmp_path / "next")
+    assert run(*given, "--budget", 2, "--task", "detection", "--labelled", labelled) == 0
+    later = {row["path"] for row in rows(tmp_path / "next" / "selected.csv")}
+    assert len(later) == 2
+    assert not later & {row["path"] for row in chosen}
+    assert "validation part" not in (tmp_path / "next" / "log.txt").read_text()
 
 
 def test_mistakes_are_said_before_anything_is_written(

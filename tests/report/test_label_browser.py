@@ -1,5 +1,7 @@
 """The page for labelling in a real browser: by keys, by touch, and with hostile names."""
 
+import csv
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +10,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
+from vissl_lite.cli import main
 from vissl_lite.report.label_page import LabelImage, LabelledNeighbor, write_label_page
 from vissl_lite.transfer.classification.data import load_labelled
 
@@ -89,6 +92,32 @@ def test_images_are_labelled_by_keys_and_finetune_reads_the_csv(
     assert read.classes == ["fern", "moss"]
     assert [Path(path).stem for path in read.train.paths] == ["green", "purple", "red"]
     assert read.train.labels.tolist() == [1, 0, 0]
+
+
+def test_select_label_finetune_select_again(
+    page: Page, encoder: Path, photos: Path, tmp_path: Path
+) -> None:
+    """The whole way through the command line and the page."""
+    select = ["select", "--encoder", encoder, "--data", photos, "--budget", 12, "--out"]
+    assert main([str(word) for word in (*select, tmp_path / "first")]) == 0
+    show(page, tmp_path / "first" / "label.html")
+    for name in ("cat", "dog"):
+        press(page, "n")
+        page.keyboard.type(name)
+        press(page, "Enter")
+    press(page, *"1212121212")
+    expect(page.locator("#counter")).to_have_text("12 of 12 labelled")
+    table = tmp_path / "labels.csv"
+    saved(page, table)
+    tuned = ["finetune", "--encoder", encoder, "--data", table, "--epochs", 2, "--out"]
+    assert main([str(word) for word in (*tuned, tmp_path / "tuned")]) == 0
+    later = (tmp_path / "second", "--labelled", table, "--model", tmp_path / "tuned")
+    assert main([str(word) for word in (*select, *later)]) == 0
+    results = [json.loads((tmp_path / n / "results.json").read_text()) for n in ("first", "second")]
+    assert [one["labelled"] for one in results] == [0, 12]
+    chosen = [(tmp_path / n / "selected.csv").read_text() for n in ("first", "second")]
+    paths = [{row["path"] for row in csv.DictReader(text.splitlines())} for text in chosen]
+    assert len(paths[0] | paths[1]) == 24
 
 
 def test_progress_is_there_again_after_a_reload(opened: Page) -> None:

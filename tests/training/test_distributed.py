@@ -25,7 +25,7 @@ from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext import dinov2, mae, pretext_class
 from vissl_lite.training.checkpoints import read_checkpoint
 from vissl_lite.training.fit import fit
-from vissl_lite.training.freezing import train_only
+from vissl_lite.training.freezing import FrozenParts, train_only
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.training.processes import world
 from vissl_lite.training.schedule import Schedule
@@ -34,12 +34,16 @@ from vissl_lite.training.sync_batchnorm import SyncBatchNorm, Synchronized
 
 STEPS = 20
 
+# What is trained of an encoder that is frozen at first, and of which an average is kept.
+ADAPTED = "simclr, adapted"
+
 # A contrastive, a momentum, a clustering, a masked and a self-distilling pretext, one with a row of
-# weights for each image, one with a frozen teacher, and one with low-rank adapters, each with a
-# learning rate at which the loss falls: beyond, rounding errors double from step to step. The
-# queues fill up, and SwAV's takes part, within the 20 steps.
+# weights for each image, one with a frozen teacher, one with low-rank adapters, and one that is
+# adapted, each with a learning rate at which the loss falls: beyond, rounding errors double from
+# step to step. The queues fill up, and SwAV's takes part, within the 20 steps.
 PRETEXTS = {
     "simclr": ("test_resnet", "all", 2e-4, {"temperature": 0.5}),
+    ADAPTED: ("test_resnet", "blocks:2", 2e-4, {"temperature": 0.5}),
     "moco": ("test_resnet", "all", 1e-3, {"queue_size": 32}),
     "swav": ("test_resnet", "all", 1e-4, {"queue_size": 32, "prototypes": 16, "hidden_size": 64}),
     "mae": ("test_vit", "all", 0.1, {}),
@@ -100,10 +104,14 @@ def train(
     backbone, parts, lr, options = PRETEXTS[name]
     encoder = build_encoder(backbone, 32)
     train_only(encoder, parts)
-    task = pretext_class(name)(encoder, **options)
+    task = pretext_class(name.split(",")[0])(encoder, **options)
     # Adam makes steps of one size out of gradients that are rounding errors
     task.optimizer_settings = OptimizerSettings("sgd", lr=lr, weight_decay=1e-4)
-    schedule = Schedule(lr, 0.1, seed=0, batches=STEPS)
+    schedule = Schedule(lr, 0.1, seed=0, batches=STEPS, freeze_share=0.2 * (name == ADAPTED))
+    callbacks = []
+    if name == ADAPTED:
+        task.average_encoder(0.9)
+        callbacks.append(FrozenParts(schedule, encoder))
     dataset = ViewDataset(find_images([photos]), task.views(), seed=0)
     task.prepare(dataset, photos)
     data = StreamData(dataset, 8, None, schedule, workers=0)
@@ -111,7 +119,8 @@ def train(
     schedule.total = data.epochs * data.batches_per_epoch
     shared_mask.drawn = 0
     before = {key: weight.detach().clone() for key, weight in task.named_parameters()}
-    fit(task, data, schedule, Hardware("32-true", processes, strategy=strategy, num_workers=0))
+    hardware = Hardware("32-true", processes, strategy=strategy, num_workers=0)
+    fit(task, data, schedule, hardware, callbacks)
     if strategy == "fsdp":
         task = task.unsharded()
         if task.global_rank > 0:  # what it has are parts

@@ -116,6 +116,25 @@ def test_forecast_knows_that_later_batches_are_slower(
     assert "100 epochs take about 2:4" in message
 
 
+def test_forecast_says_that_later_batches_need_more_memory(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Longer runs have tried the largest batch first."""
+
+    def cost(fraction: float) -> float:
+        return 4.0 if fraction > 0.5 else 1.0
+
+    for seconds, end in (
+        (500, "so far 1.50 GiB, more with the larger batches to come"),
+        (700, "so far 1.50 GiB"),
+    ):
+        caplog.clear()
+        [message] = forecast(
+            Schedule(0.1, 0.1, 0, seconds=seconds, started=0.0), monkeypatch, caplog, cost
+        )
+        assert message.endswith(end)
+
+
 def test_forecast_of_a_resumed_run_is_of_what_is_left(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -220,7 +220,7 @@ def _prepare(options: PretrainOptions, resume: bool) -> _Training:
         )
     views = task.views(options.upright)
     task.optimizer_settings = options.optimizer_settings(
-        task, size * options.accumulate_grad_batches
+        task, size * options.accumulate_grad_batches, count
     )
     cache = None
     if options.cache:
@@ -287,6 +287,12 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
     )
     for name, value in training.short_run.items():
         log.info("The run is short: --pretext.%s is %s by default", name, str(value).lower())
+    factor = options.length_factor(task, count)
+    if factor < 0.995:
+        log.info(
+            "The run is long: the learning rate is %.2g times that of a short one; --lr sets it",
+            factor,
+        )
     if options.moves_pretrained:
         log.info(
             "The weights are pre-trained: the learning rate is %s; layer decay is %.3g",

@@ -50,7 +50,7 @@ class TrainingImages:
     ) -> Source:
         """Source of the images and their views for the data loader; see ``ViewDataset``."""
         if self.shards is not None:
-            return ShardSource(self.shards, views, seed, reader)
+            return ShardSource(self.shards, views, seed, reader, smaller)
         return ViewDataset(self.paths, views, seed, cache, reader, smaller)
 
     def keep_sample(self, run: Path) -> None:

@@ -1,6 +1,7 @@
 """Options of ``vissl-lite pretrain``, and the objects built from them."""
 
 import inspect
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -144,7 +145,8 @@ class PretrainOptions(Options, ImageSettings):
     lr: float | None = None
     """Peak learning rate. Default: that of the pretext, scaled to the batch size by the pretext's
     own rule; for an encoder with pre-trained weights a tenth of it, unless only adapters of them
-    are trained."""
+    are trained. With --epochs and random weights, that of mae, simmim, ijepa, moco_v3, dino and
+    ibot falls with the number of images that the run sees, down to the paper's for 256 images."""
     base_lr: float | None = None
     """Peak learning rate for a batch of 256 images, as given in papers. It is scaled linearly with
     the batch size. Use instead of --lr."""
@@ -411,7 +413,7 @@ class PretrainOptions(Options, ImageSettings):
         else:
             long = self.max_epochs * steps_per_epoch >= MIN_RESIZING_STEPS
         side = min(task.encoder.image_size, task.views().smallest_crop or task.encoder.image_size)
-        if not long or side * INITIAL_SIDE < MIN_RESIZED_SIDE:
+        if not long or task.encoder.fitting_size(side * INITIAL_SIDE) < MIN_RESIZED_SIDE:
             return False
         try:
             _check_resizing(task)  # runs the encoder once
@@ -429,8 +431,34 @@ class PretrainOptions(Options, ImageSettings):
             return 0.0
         return DEFAULT_SHARE
 
-    def optimizer_settings(self, task: PretextTask, batch_size: int) -> OptimizerSettings:
-        """Optimizer settings for a task; ``batch_size`` is the number of images per step."""
+    def length_factor(self, task: PretextTask, images: int) -> float:
+        """Factor on the default learning rate because of the length of the run.
+
+        1 with a time budget or an open end, as the number of images that the run will see is not
+        known, and from pre-trained weights, whose default rate is lower anyway.
+
+        Args:
+            task: Task to train.
+            images: Number of training images.
+        """
+        epochs = self.max_epochs
+        if not self.default_rate or self.pretrained or self.open_ended or epochs is None:
+            return 1.0
+        return float(task.info.long_run_lr ** long_share(epochs * images))
+
+    def optimizer_settings(
+        self, task: PretextTask, batch_size: int, images: int
+    ) -> OptimizerSettings:
+        """Optimizer settings for a task.
+
+        Args:
+            task: Task to train.
+            batch_size: Number of images per step.
+            images: Number of training images.
+
+        Raises:
+            UserError: The options do not go together.
+        """
         settings = task.optimizer_settings
         name = self.optimizer or settings.name
         if name != settings.name and self.default_rate:
@@ -451,6 +479,7 @@ class PretrainOptions(Options, ImageSettings):
             check_has_betas(name)
             betas = (self.betas[0], self.betas[1])
         lr, head_scale = self.lr or settings.scaled_lr(batch_size), 1.0
+        lr *= self.length_factor(task, images)
         if self.default_rate and self.moves_pretrained:
             lr, head_scale = lr * PRETRAINED_LR_FACTOR, 1 / PRETRAINED_LR_FACTOR
         layer_decay = self.layer_decay
@@ -470,9 +499,24 @@ class PretrainOptions(Options, ImageSettings):
 # 17,000; longer runs were not measured, and it is expected to vanish at about this length.
 SHORT_RUN_IMAGES, SHORT_RUN_SECONDS = 250_000, 30 * 60
 
+# The pretexts with a lower learning rate in long runs have that of their paper from so many images
+# on: 100 epochs of ImageNet. In between it falls with the logarithm of the number of images, which
+# was not measured.
+LONG_RUN_IMAGES = 128_000_000
+
 # Runs of at least so many steps or seconds are long enough for views to grow in, from a side of at
 # least so many pixels. (Views of fewer than 32 pixels have not been measured.)
 MIN_RESIZING_STEPS, MIN_RESIZING_SECONDS, MIN_RESIZED_SIDE = 200, 60, 32
+
+
+def long_share(images: int) -> float:
+    """Position of a run between a short one (0) and a long one (1), on a logarithmic scale.
+
+    Args:
+        images: Number of images that it sees, repeated ones included.
+    """
+    share = math.log(max(images, 1) / SHORT_RUN_IMAGES)
+    return min(1.0, max(0.0, share / math.log(LONG_RUN_IMAGES / SHORT_RUN_IMAGES)))
 
 
 def _check_resizing(task: PretextTask) -> None:

@@ -134,7 +134,7 @@ class Source(ABC):
             workers: Data workers.
             pin_memory: Whether batches lie where a GPU can fetch them from.
             weights: Sampling weights, where images come in any order; see ``StreamSampler``.
-            resolution: See ``StreamSampler``; a source whose views have one size takes no notice.
+            resolution: See ``StreamSampler``.
         """
 
     @abstractmethod

@@ -63,6 +63,7 @@ class PretextInfo:
             are required.
         short_run: Hyperparameters with None as default, and values that measured better in minutes
             on a CPU from random weights; see ``PretrainOptions.short_run``.
+        long_run_lr: Factor on the default learning rate in long runs; see ``long_share``.
     """
 
     name: str
@@ -77,6 +78,7 @@ class PretextInfo:
     fixed_positions: bool = False
     encoders: tuple[str, ...] = ()
     short_run: Mapping[str, float] = field(default_factory=dict)
+    long_run_lr: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ from vissl_lite.pretext.modules.losses import Center, swapped_prediction
 class DINO(PretextTask):
     """DINO.
 
-    The defaults are for runs of minutes to hours. For hundreds of epochs use the paper's rate
-    (``--base_lr 5e-4``) and more momentum, and see ``configs/imagenet/dino.yaml``.
+    The defaults are for runs of minutes to hours; the learning rate falls with the length of a run
+    to the paper's (5e-4 for 256 images). For hundreds of epochs use more momentum, and see
+    ``configs/imagenet/dino.yaml``.
 
     As in the authors' recipe for ViT-B, the prototypes are always normalized (their best ViT-S is
     trained without). Gradients are clipped by the norm of all parameters together, theirs by that
@@ -67,6 +68,7 @@ class DINO(PretextTask):
         use="ViTs and long runs; strong kNN features",
         any_size=True,
         token_drop=True,
+        long_run_lr=0.25,
     )
     # The paper uses 5e-4 at batches of 256 with linear scaling, for hundreds of epochs; gradients
     # are clipped at 3, and the weight decay rises from 0.04 to 0.4.

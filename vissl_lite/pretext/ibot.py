@@ -52,10 +52,11 @@ def draw_masks(batch: int, rows: int, columns: int) -> Tensor:
 class IBOT(PretextTask):
     """iBOT.
 
-    The defaults are for runs of minutes to hours. For hundreds of epochs use the paper's rate
-    (``--base_lr 5e-4``) and more momentum, and see ``configs/imagenet/ibot.yaml``. Normalization of
-    the prototypes, clipping, and decay of position embeddings differ from the authors' code as in
-    ``dino``. The center of the patches is that of masked ones, theirs that of all.
+    The defaults are for runs of minutes to hours; the learning rate falls with the length of a run
+    to the paper's (5e-4 for 256 images). For hundreds of epochs use more momentum, and see
+    ``configs/imagenet/ibot.yaml``. Normalization of the prototypes, clipping, and decay of position
+    embeddings differ from the authors' code as in ``dino``. The center of the patches is that of
+    masked ones, theirs that of all.
 
     Args:
         encoder: Encoder to train; a run saves the teacher, which has better features.
@@ -89,6 +90,7 @@ class IBOT(PretextTask):
         paper="Zhou et al. 2022, arXiv 2111.07832; DINOv2 2304.07193",
         use="ViTs and long runs; before detection or segmentation; trains patch features",
         backbones="any ViT",
+        long_run_lr=0.5,
     )
     # The paper uses 5e-4 at batches of 256 with linear scaling, for hundreds of epochs; gradients
     # are clipped at 3, and the weight decay rises from 0.04 to 0.4.

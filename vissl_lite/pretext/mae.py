@@ -38,8 +38,8 @@ class MAE(PretextTask):
     pooling layer with weights not at all. Fine-tuning benefits more from the pre-training than a
     linear probe (section 4.3).
 
-    The default learning rate is for runs of minutes to hours. For hundreds of epochs use the
-    paper's (``--base_lr 1.5e-4``), see ``configs/imagenet/mae.yaml``.
+    The default learning rate is for runs of minutes to hours, and falls with the length of a run to
+    the paper's (``--base_lr 1.5e-4``); for ImageNet see ``configs/imagenet/mae.yaml``.
 
     Args:
         encoder: Encoder to train; a plain ViT.
@@ -63,8 +63,10 @@ class MAE(PretextTask):
         use="ViTs that will be fine-tuned; the cheapest training step; needs long runs",
         backbones="ViT",
         fixed_positions=True,
+        long_run_lr=0.1,
     )
-    # Ten times the learning rate of the paper (table 8), which is for 800 epochs of ImageNet.
+    # Ten times the learning rate of the paper (table 8), which is for 800 epochs of ImageNet and
+    # the default in runs of that kind.
     optimizer_settings = OptimizerSettings(
         "adamw", lr=1.5e-3, weight_decay=0.05, scaling="linear", betas=(0.9, 0.95)
     )

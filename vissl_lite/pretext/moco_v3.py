@@ -23,11 +23,11 @@ from vissl_lite.pretext.modules.losses import contrast
 class MoCoV3(PretextTask):
     """MoCo v3.
 
-    The default learning rate is for runs of minutes to hours. For hundreds of epochs use the
-    paper's (``--base_lr 1.5e-4``), see ``configs/imagenet/moco_v3.yaml``. ViTs are timm's, with its
-    initial weights: the authors' ViT-S has 12 heads instead of 6, and Xavier-uniform weights.
-    Biases and norms do not decay, in the authors' code they do. Both views are in one batch for
-    BatchNorm, whose statistics the authors compute for each view.
+    The default learning rate is for runs of minutes to hours, and falls with the length of a run to
+    the paper's (1.5e-4 for 256 images); for ImageNet see ``configs/imagenet/moco_v3.yaml``. ViTs
+    are timm's, with its initial weights: the authors' ViT-S has 12 heads instead of 6, and
+    Xavier-uniform weights. Biases and norms do not decay, in the authors' code they do. Both views
+    are in one batch for BatchNorm, whose statistics the authors compute for each view.
 
     Args:
         encoder: Encoder to train. The patch projection of a ViT is not trained, for stability
@@ -54,6 +54,7 @@ class MoCoV3(PretextTask):
         any_size=True,
         token_drop=True,
         fixed_positions=True,
+        long_run_lr=0.15,
     )
     # Appendix A uses AdamW with 1.5e-4 and decay 0.1, for batches of 4096 and 300 epochs
     optimizer_settings = OptimizerSettings("adamw", lr=1e-3, weight_decay=0.05, scaling="sqrt")

@@ -74,8 +74,8 @@ class SimMIM(PretextTask):
     last feature map are not trained: a class token is trained only through attention, a pooling
     layer with weights not at all.
 
-    The default learning rate is for runs of minutes to hours. For a hundred epochs or more use the
-    paper's (``--base_lr 1e-4``), see ``configs/imagenet/simmim.yaml``.
+    The default learning rate is for runs of minutes to hours, and falls with the length of a run to
+    the paper's (``--base_lr 1e-4``); for ImageNet see ``configs/imagenet/simmim.yaml``.
 
     Args:
         encoder: Encoder to train; a ViT or a Swin Transformer.
@@ -92,9 +92,10 @@ class SimMIM(PretextTask):
         paper="Xie et al. 2021, arXiv 2111.09886",
         use="Swin Transformers, and ViTs that will be fine-tuned; needs long runs",
         backbones="patches",
+        long_run_lr=0.1,
     )
     # The paper uses 8e-4 for batches of 2048, so 1e-4 for 256 (section 4.1), for long runs on
-    # ImageNet. The authors' code clips gradients at 5.
+    # ImageNet, and so do we there. The authors' code clips gradients at 5.
     optimizer_settings = OptimizerSettings(
         "adamw", lr=1e-3, weight_decay=0.05, scaling="linear", clip_norm=5.0
     )

@@ -42,7 +42,6 @@ _NOISE = (
     ".*ended before the epoch ended.*",
     ".*module.s. in eval mode at the start of training.*",
     ".*isinstance.treespec, LeafSpec.*",
-    ".*`IterableDataset` has `__len__`.*",
     ".*broadcast_buffers. is deprecated.*",  # Older torches lack its replacement.
 )
 

@@ -294,7 +294,12 @@ class Forecast(Callback):
         with suppress(OverflowError):  # after the year 9999
             expected = "latest" if schedule.open_ended else "expected"
             text += f", {expected} end {datetime.now() + timedelta(seconds=left):%Y-%m-%d %H:%M:%S}"
-        return text if memory is None else f"{text}; peak memory so far {memory / 2**30:.2f} GiB"
+        if memory is None:
+            return text
+        text += f"; peak memory so far {memory / 2**30:.2f} GiB"
+        if costs.max() > 1 and not (schedule.tries_memory and self._first == 0):
+            text += ", more with the larger batches to come"
+        return text
 
 
 def _duration(seconds: float) -> str:

@@ -72,8 +72,8 @@ def shrink(views: Tensor, side: int) -> Tensor:
 class ProgressiveResizing(Callback):
     """Log the side of the views as ``view_size``, and downscale those that were not drawn smaller.
 
-    Data workers draw views at their resolution (``Views.resized``). Those of shards and those that
-    do not begin with a random crop come in full size, and are downscaled on the device.
+    Data workers draw views at their resolution (``Views.resized``). Those that do not begin with a
+    random crop come in full size, and are downscaled on the device.
 
     Args:
         schedule: Schedule of the run.

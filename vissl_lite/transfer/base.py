@@ -104,12 +104,13 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
         return self.settings(**common, **own)
 
     @abstractmethod
-    def load_data(self, source: str, settings: SettingsT) -> DatasetT:
+    def load_data(self, source: str, settings: SettingsT, complete: bool = True) -> DatasetT:
         """Read a labelled data set.
 
         Args:
             source: Folder or file, as the user gave it.
             settings: The seed of splits that are made here, and the task's own options.
+            complete: Whether missing validation and test parts are made, which takes three images.
 
         Raises:
             UserError: Nothing is there, or it can't be used.
@@ -125,7 +126,7 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
         Raises:
             UserError: Nothing is there, or it can't be used.
         """
-        data = self.load_data(source, settings)
+        data = self.load_data(source, settings, complete=False)
         return KnownImages([path for part in PARTS for path in data.paths(part)], data.classes)
 
     @abstractmethod

@@ -180,12 +180,33 @@ def test_starting_later_opens_no_shard_that_is_not_needed(
 
 
 def test_a_stream_without_end_goes_on(made: Path) -> None:
-    stream = ShardStream(found(made), views(), 0, BATCH)
+    loader = ShardSource(found(made), views(), 0).loader(BATCH, None, 0, 0, 1, 0, pin_memory=False)
     with pytest.raises(TypeError, match="no end"):
-        len(stream)
-    batches = iter(stream)
+        len(loader)
+    batches = iter(loader)
     first = [next(batches) for _ in range(EPOCHS * PER_EPOCH)]
     assert content(first) == content(read(made))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_views_are_drawn_at_the_resolution_of_their_batch(workers: int, made: Path) -> None:
+    one = views()
+    source = ShardSource(found(made), one, 0, smaller=[one.resized(0.5, round)])
+    loader = source.loader(BATCH, 1, 1, 0, 1, workers, False, resolution=lambda batch: batch % 2)
+    batches = list(loader)
+    whole = read(made, workers, start=1, epochs=1)
+    assert numbers(batches) == numbers(whole)
+    sides = [batch.views[0].shape[-1] for batch in batches]
+    assert sides == [
+        whole[0].views[0].shape[-1] // (1 + batch % 2) for batch in range(1, PER_EPOCH)
+    ]
+
+
+def test_a_batch_that_is_not_the_next_one_can_be_asked_for(made: Path) -> None:
+    stream = ShardStream(found(made), views(), 0, BATCH)
+    whole = read(made)
+    for batch in (3, 4, 1, PER_EPOCH):
+        assert content([stream[batch, 0]]) == content([whole[batch]])
 
 
 @pytest.mark.parametrize(("images", "window"), [(1000, 100), (50, 100), (1, 1)])

@@ -1,4 +1,5 @@
 import math
+import random
 
 import numpy as np
 import pytest
@@ -258,6 +259,51 @@ def test_blocks_are_few_rectangles_and_mask_no_more_than_asked_for() -> None:
     assert np.mean(shares) > 50
     # of 60 patches masked one by one, 0.3 ** 4 would have all four neighbors masked
     assert np.mean(neighbors) > 0.25
+
+
+def literal_blocks(
+    rows: int, columns: int, count: int, draw: random.Random
+) -> set[tuple[int, int]]:
+    """Masked patches by BEiT's algorithm 1 with iBOT's numbers, patch by patch.
+
+    A block has at least a third of the shorter side squared and an aspect ratio of 0.3 to 1/0.3; it
+    must mask something new, and no more than is left. After ten blocks in a row that do not fit,
+    the mask is what it is.
+    """
+    masked: set[tuple[int, int]] = set()
+    while len(masked) < count:
+        left = count - len(masked)
+        for _ in range(10):
+            area = draw.uniform((min(rows, columns) // 3) ** 2, left)
+            aspect = math.exp(draw.uniform(math.log(0.3), -math.log(0.3)))
+            height, width = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+            if height >= rows or width >= columns:
+                continue
+            top, start = draw.randint(0, rows - height), draw.randint(0, columns - width)
+            block = {(top + y, start + x) for y in range(height) for x in range(width)}
+            if 0 < len(block - masked) <= left:
+                masked |= block
+                break
+        else:
+            break
+    return masked
+
+
+@pytest.mark.parametrize(("rows", "columns", "count"), [(14, 14, 60), (8, 12, 30)])
+def test_blocks_are_distributed_as_those_of_ibot(rows: int, columns: int, count: int) -> None:
+    """How many patches are masked, where, and how often both of two neighbors are."""
+    rng, draw, images = np.random.default_rng(0), random.Random(0), 2000
+    ours = np.stack([block_mask(rows, columns, count, rng) for _ in range(images)])
+    theirs = np.zeros_like(ours)
+    for mask in theirs:
+        for place in literal_blocks(rows, columns, count, draw):
+            mask[place] = True
+    numbers = [masks.sum(axis=(1, 2)) for masks in (ours, theirs)]
+    assert numbers[0].mean() == pytest.approx(numbers[1].mean(), abs=0.4)
+    assert numbers[0].std() == pytest.approx(numbers[1].std(), abs=0.4)
+    np.testing.assert_allclose(ours.mean(axis=0), theirs.mean(axis=0), atol=0.06)
+    pairs = [(masks[:, 1:] & masks[:, :-1]).mean() for masks in (ours, theirs)]
+    assert pairs[0] == pytest.approx(pairs[1], abs=0.01)
 
 
 def test_no_block_is_masked_of_a_grid_without_room() -> None:

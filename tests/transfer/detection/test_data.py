@@ -316,7 +316,7 @@ def test_every_kind_of_invalid_box_is_counted_and_logged(
     for name in (*names, "4.png"):
         picture(tmp_path / name)
     with caplog.at_level(logging.INFO):
-        data = load_boxes(tmp_path, need_test=False)
+        data = load_boxes(tmp_path, complete=False)
     one = data.train[0]
     assert one.boxes.tolist() == [[1, 2, 4, 6], [1, 2, 4, 6], [10, 15, 20, 20], [0, 25, 10, 30]]
     assert one.labels.tolist() == [0, 1, 0, 0]
@@ -562,9 +562,9 @@ def test_without_a_test_part_the_validation_part_becomes_it(tmp_path: Path) -> N
         picture(tmp_path / split / f"{split}.png")
         coco(tmp_path / f"{split}.json", [f"{split}.png"], [(0, 3, (1, 1, 5, 5))])
     assert [Path(one.path).name for one in load_boxes(tmp_path).test] == ["val.png"]
-    assert load_boxes(tmp_path, need_test=False).test == []
+    assert load_boxes(tmp_path, complete=False).test == []
     (tmp_path / "train" / "train.png").unlink()
-    assert "no training images, only val" in refusal(tmp_path, need_test=False)
+    assert "no training images, only val" in refusal(tmp_path, complete=False)
 
 
 def test_nothing_to_train_on(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_pascal_voc_uses_only_the_listed_images(tmp_path: Path) -> None:
     lists.mkdir(parents=True)
     (lists / "train.txt").write_text("0\n2\n3\n")
     (lists / "val.txt").write_text("1\n5\n")
-    data = load_masks(tmp_path, need_test=False)
+    data = load_masks(tmp_path, complete=False)
     assert [Path(one.path).stem for one in data.train] == ["0", "2", "3"]
     assert [Path(one.path).stem for one in data.val] == ["1", "5"]
     assert_paired(data)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from vissl_lite.data.fingerprints import EXACT_BYTES, LOOK_BYTES, Fingerprints, fingerprint
 from vissl_lite.data.image_reader import PHOTOGRAPHS, ImageReader
@@ -128,19 +128,21 @@ def mixed(images: int, window: int, first: int, seed: Sequence[int]) -> Iterator
         yield waiting.pop()
 
 
-class ShardStream(IterableDataset[Batch]):
-    """Batches of one rank; see the module docstring. Workers alternate, one batch each.
+class ShardStream(Dataset[Batch]):
+    """Batches of one rank by (number, resolution); see the module docstring.
+
+    Workers alternate, one batch each, and read on from batch to batch: a batch that is not the next
+    one of its worker is found from the beginning of its epoch.
 
     Args:
         shards: Shards with the images.
         views: Augmentations.
         seed: Seed of the run.
         batch_size: Images per batch over all ranks, a multiple of ``world``.
-        epochs: Number of epochs; None for an infinite stream.
-        start: Index of the first batch; resuming is exact for the same ``world`` and workers.
         rank: Rank of this process.
         world: Number of processes.
         reader: How the images are read.
+        smaller: Augmentations at other resolutions, from number 1.
     """
 
     def __init__(
@@ -149,51 +151,48 @@ class ShardStream(IterableDataset[Batch]):
         views: Views,
         seed: int,
         batch_size: int,
-        epochs: int | None = None,
-        start: int = 0,
         rank: int = 0,
         world: int = 1,
         reader: ImageReader = PHOTOGRAPHS,
+        smaller: Sequence[Views] = (),
     ) -> None:
-        self.shards, self.views, self.seed, self.reader = shards, views, seed, reader
-        self.share, self.epochs, self.start, self.rank = batch_size // world, epochs, start, rank
+        self.shards, self.views, self.seed, self.reader = shards, (views, *smaller), seed, reader
+        self.share, self.rank = batch_size // world, rank
         self.per_epoch = len(shards) // batch_size
         images = WINDOW_BYTES / shards.image_bytes if shards.image_bytes else DEFAULT_WINDOW
         self.window = max(MIN_WINDOW, min(MAX_WINDOW, int(images)))
+        self._next: int | None = None
 
-    def __len__(self) -> int:
-        if self.epochs is None:
-            raise TypeError("this stream has no end")
-        return self.epochs * self.per_epoch
-
-    def __iter__(self) -> Iterator[Batch]:
+    def __getitem__(self, key: tuple[int, int]) -> Batch:
+        number, resolution = key
         info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
-        lost: list[Lost] = []
-        found = self._found((self.start + worker) % workers, workers, lost)
-        ahead: deque[Found] = deque()
-        for number in counting(self.start + worker, workers):
-            if self.epochs is not None and number >= len(self):
-                return
-            epoch = number // self.per_epoch
-            items = [self._item(epoch, ahead, found) for _ in range(self.share)]
-            yield collate(items)._replace(lost=list(lost))
-            lost.clear()
+        workers = 1 if info is None else info.num_workers
+        due, self._next = self._next, None  # an error leaves the images where they are not expected
+        if number != due:
+            self._lost: list[Lost] = []
+            self._images = self._found(number, workers, self._lost)
+            self._ahead: deque[Found] = deque()
+        epoch, views = number // self.per_epoch, self.views[resolution]
+        batch = collate([self._item(epoch, views) for _ in range(self.share)])
+        self._next = number + workers
+        batch = batch._replace(lost=list(self._lost))
+        self._lost.clear()
+        return batch
 
-    def _found(self, turn: int, workers: int, lost: list[Lost]) -> Iterator[Found]:
-        """Yield the images of one worker, epoch after epoch, without end.
+    def _found(self, batch: int, workers: int, lost: list[Lost]) -> Iterator[Found]:
+        """Yield the images of every ``workers``-th batch, epoch after epoch, without end.
 
         Args:
-            turn: The worker yields the batches whose index modulo ``workers`` is this.
+            batch: First batch.
             workers: Number of workers of the rank.
             lost: List to which unreadable parts of shards are appended.
         """
-        epoch, done = divmod(self.start, self.per_epoch)
+        turn, (epoch, done) = batch % workers, divmod(batch, self.per_epoch)
         while True:
             first = epoch * self.per_epoch
             shares = [range((t - first) % workers, self.per_epoch, workers) for t in range(workers)]
             begin = self.rank * self.per_epoch + sum(map(len, shares[:turn]))
-            skip = sum(batch < done for batch in shares[turn])
+            skip = sum(number < done for number in shares[turn])
             images = len(shares[turn]) * self.share
             order = mixed(images, self.window, self.share, (self.seed, epoch, self.rank, turn))
             left = np.ones(images, bool)
@@ -210,21 +209,45 @@ class ShardStream(IterableDataset[Batch]):
                 yield held.pop(place)
             epoch, done = epoch + 1, 0
 
-    def _item(self, epoch: int, ahead: deque[Found], found: Iterator[Found]) -> Item:
+    def _item(self, epoch: int, views: Views) -> Item:
         """Views of the next image; a broken image is replaced by its successor."""
         broken: list[Broken] = []
         while True:
-            if len(broken) == len(ahead):
-                ahead.append(next(found))
-            one = ahead[len(broken)]
+            if len(broken) == len(self._ahead):
+                self._ahead.append(next(self._images))
+            one = self._ahead[len(broken)]
             try:
-                item = _item(one, self.views, self.seed, epoch, self.reader)
-                ahead.popleft()
+                item = _item(one, views, self.seed, epoch, self.reader)
+                self._ahead.popleft()
                 return item._replace(broken=broken)
             except BROKEN_IMAGE as error:
                 broken.append(Broken(one.name, reason(error, one.name)))
                 if len(broken) == len(self.shards):
                     raise
+
+
+class BatchKeys(Sampler[tuple[int, int]]):
+    """Keys of ``ShardStream``: the batches of a run in order.
+
+    Args:
+        start: Number of the first batch; resuming is exact for the same processes and workers.
+        batches: Number of batches of the run; None for an infinite stream.
+        resolution: See ``StreamSampler``.
+    """
+
+    def __init__(
+        self, start: int, batches: int | None, resolution: Callable[[int], int] | None = None
+    ) -> None:
+        self.start, self.batches, self.resolution = start, batches, resolution
+
+    def __len__(self) -> int:
+        if self.batches is None:
+            raise TypeError("this stream has no end")
+        return self.batches
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for batch in counting(self.start) if self.batches is None else range(self.start, len(self)):
+            yield batch, 0 if self.resolution is None else self.resolution(batch)
 
 
 def _item(found: Found, views: Views, seed: int, epoch: int, reader: ImageReader) -> Item:
@@ -245,12 +268,19 @@ class ShardSource(Source):
         views: Augmentations.
         seed: Seed of the run.
         reader: How the images are read.
+        smaller: Augmentations at other resolutions, from number 1.
     """
 
     def __init__(
-        self, shards: Shards, views: Views, seed: int, reader: ImageReader = PHOTOGRAPHS
+        self,
+        shards: Shards,
+        views: Views,
+        seed: int,
+        reader: ImageReader = PHOTOGRAPHS,
+        smaller: Sequence[Views] = (),
     ) -> None:
         self.shards, self.views, self.seed, self.reader = shards, views, seed, reader
+        self.smaller = smaller
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -279,21 +309,22 @@ class ShardSource(Source):
         resolution: Callable[[int], int] | None = None,
     ) -> WorkerLoader[Batch]:
         assert weights is None, "shards are read from front to back"
+        batches = None if epochs is None else epochs * (len(self) // batch_size)
         return WorkerLoader(
             ShardStream(
                 self.shards,
                 self.views,
                 self.seed,
                 batch_size,
-                epochs,
-                start,
                 rank,
                 world,
                 self.reader,
+                self.smaller,
             ),
             _identity,  # Batches are collated by the stream
             workers,
             batch_size=None,
+            sampler=BatchKeys(start, batches, resolution),
             pin_memory=pin_memory,
             prefetch_factor=4 if workers else None,
         )

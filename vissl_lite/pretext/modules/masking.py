@@ -110,7 +110,7 @@ def block_mask(rows: int, columns: int, count: int, rng: np.random.Generator) ->
     tries = BLOCK_TRIES
     while tries and (left := count - int(mask.sum())) > 0:
         tries -= 1
-        area = rng.uniform(min(smallest, left), left)
+        area = rng.uniform(*sorted((smallest, left)))
         aspect = math.exp(rng.uniform(-MAX_LOG_ASPECT, MAX_LOG_ASPECT))
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if not (1 <= height < rows and 1 <= width < columns):

@@ -67,8 +67,12 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
     curves = ("loss", "val_loss", "val_top1", "val_map", "lr")
     takes_shots = True
 
-    def load_data(self, source: str, settings: ClassifierSettings) -> LabelledImages:
-        return load_labelled(source, settings.seed, multi_label=True, options=settings)
+    def load_data(
+        self, source: str, settings: ClassifierSettings, complete: bool = True
+    ) -> LabelledImages:
+        return load_labelled(
+            source, settings.seed, complete, complete, multi_label=True, options=settings
+        )
 
     def labelled_images(self, source: str, settings: ClassifierSettings) -> KnownImages:
         """Also of images that are too few to train on."""

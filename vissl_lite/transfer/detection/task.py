@@ -66,10 +66,12 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
     settings = DetectorSettings
     curves = ("loss", "val_mask_map", "val_mask_map_50", "val_map", "val_map_50", "lr")
 
-    def load_data(self, source: str, settings: DetectorSettings) -> LabelledBoxes:
+    def load_data(
+        self, source: str, settings: DetectorSettings, complete: bool = True
+    ) -> LabelledBoxes:
         with_shapes = settings.detector == "mask_rcnn"
         return load_boxes(
-            source, settings.annotations, settings.seed, options=settings, with_shapes=with_shapes
+            source, settings.annotations, settings.seed, complete, settings, with_shapes
         )
 
     def image_size(self, data: LabelledBoxes, settings: DetectorSettings) -> int | None:

@@ -79,7 +79,7 @@ class MaskedImage:
 class LabelledMasks(ListDataset[MaskedImage]):
     """Segmentation data set: class names in the order of their indices, and three splits.
 
-    ``test`` may be empty only if ``need_test`` is False.
+    ``val`` and ``test`` may be empty only if missing parts were not made, or by single images.
     """
 
     def class_counts(self, part: Split) -> np.ndarray:
@@ -135,7 +135,7 @@ def load_masks(
     source: StrPath,
     annotations: StrPath | None = None,
     seed: int = 0,
-    need_test: bool = True,
+    complete: bool = True,
     options: SourceOptions = DEFAULT_SOURCE,
 ) -> LabelledMasks:
     """Read a segmentation data set and check all of its masks.
@@ -158,12 +158,12 @@ def load_masks(
         annotations: Folder of the masks or shapes, or COCO's JSON file, if ``source`` is the folder
             of the images.
         seed: Seed for holding out validation images, if there are none.
-        need_test: Whether a missing test part is made.
+        complete: Whether missing validation and test parts are made.
         options: How a table is read.
 
     Returns:
         The data set. Images without a mask and masks without an image are left out and counted.
-        Missing parts are made, see ``complete_parts``.
+        Missing parts are made if ``complete``, see ``complete_parts``.
 
     Raises:
         UserError: There are no images with masks, most do not pair, a mask differs in size from its
@@ -201,9 +201,9 @@ def load_masks(
         images, names = _of_files(found, tree, folders, reading)
     paths = [one.path for some in images.values() for one in some]
     groups = find_groups(paths, [source], options.group_by, reading)
-    made = complete_parts(images, _rarest_classes, False, seed, reading, need_test, groups=groups)
+    made = complete_parts(images, _rarest_classes, False, seed, reading, complete, complete, groups)
     present = {number for one in made["train"] for number in one.classes}
-    if len(present) < 2:
+    if complete and len(present) < 2:
         raise UserError(
             f"the training masks of {source} hold {len(present)} class: two or more are needed"
         )

@@ -74,8 +74,10 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
     settings = SegmenterSettings
     curves = ("loss", "val_loss", "val_miou", "val_dice", "lr")
 
-    def load_data(self, source: str, settings: SegmenterSettings) -> LabelledMasks:
-        return load_masks(source, settings.annotations, settings.seed, options=settings)
+    def load_data(
+        self, source: str, settings: SegmenterSettings, complete: bool = True
+    ) -> LabelledMasks:
+        return load_masks(source, settings.annotations, settings.seed, complete, settings)
 
     def image_size(self, data: LabelledMasks, settings: SegmenterSettings) -> int | None:
         return suitable_size(data.paths("train"))

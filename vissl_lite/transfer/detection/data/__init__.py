@@ -82,8 +82,9 @@ class LabelledBoxes(ListDataset[BoxedImage]):
     Attributes:
         classes: Class names.
         train: Training images.
-        val: Validation images, for model selection; empty only if there is one training image.
-        test: Test images, never used for selection; may be empty if ``need_test`` is False.
+        val: Validation images, for model selection; empty only if there is one training image, or
+            if missing parts were not made.
+        test: Test images, never used for selection; empty only if missing parts were not made.
         with_shapes: Whether objects have shapes, for instance segmentation.
     """
 
@@ -144,7 +145,7 @@ def load_boxes(
     source: StrPath,
     annotations: StrPath | None = None,
     seed: int = 0,
-    need_test: bool = True,
+    complete: bool = True,
     options: SourceOptions = DEFAULT_SOURCE,
     with_shapes: bool = False,
 ) -> LabelledBoxes:
@@ -170,14 +171,15 @@ def load_boxes(
             the folder of the images, searched recursively.
         annotations: File of annotations, or a folder of them.
         seed: Seed for holding out validation images, if the annotations name none.
-        need_test: Whether a missing test part is made.
+        complete: Whether missing validation and test parts are made.
         options: How tables are read.
         with_shapes: Whether the shapes of objects are read, too: polygons of COCO, YOLO, LabelMe
             and CVAT, and run lengths of COCO. Objects that have a box only are counted.
 
     Returns:
-        The data set. Missing parts are made, see ``complete_parts``. An image listed in several
-        splits is kept only in the last of train, val and test, so that no test image is trained on.
+        The data set. Missing parts are made if ``complete``, see ``complete_parts``. An image
+        listed in several splits is kept only in the last of train, val and test, so that no test
+        image is trained on.
 
     Raises:
         UserError: If there are no annotations, annotations in more than one format, a damaged
@@ -212,12 +214,13 @@ def load_boxes(
             f"annotations with --annotations"
         )
     groups = find_groups(sorted(by_image), [source], options.group_by, reading)
-    parts = complete_parts(images, _rarest_labels, False, seed, reading, need_test, groups=groups)
+    parts = complete_parts(images, _rarest_labels, False, seed, reading, complete, complete, groups)
     data = LabelledBoxes(classes, **parts, reading=reading, with_shapes=with_shapes)
     reading.report()
-    if with_shapes:
-        _check_shapes(data, str(source))
-    _check_boxes(data, str(source), "add some, or give the annotations with --annotations")
+    if complete:
+        if with_shapes:
+            _check_shapes(data, str(source))
+        _check_boxes(data, str(source), "add some, or give the annotations with --annotations")
     return data
 
 
