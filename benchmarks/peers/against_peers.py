@@ -217,7 +217,7 @@ def kept(name: str = "peers") -> dict[str, Any]:
     """What has been measured."""
     file = RESULTS / f"{name}.json"
     found = json.loads(file.read_text()) if file.exists() else {}
-    empty = {"accuracy": {}} if name == ACCURACY else {"speed": {}, "help": {}}
+    empty: dict[str, Any] = {"accuracy": {}} if name == ACCURACY else {"speed": {}, "help": {}}
     return {**empty, **found}
 
 
@@ -447,28 +447,30 @@ def peers_accuracy_table(name: str) -> str:
 
 
 def minutes_table() -> str:
-    """For the README: the shortest of our runs that is as good as the best peer's, or the best."""
+    """For the README: the shortest of our runs that is as good as the best peer's, or the best.
+
+    A row for each length of the peers' runs.
+    """
     results = load("peers_accuracy")
     rows = []
     for name, tools in results["accuracy"].items():
         images, backbone, side = name.split("-")
-        reached = {
-            tool: [(mean_of(seeds, "minutes"), mean_of(seeds, "linear"), mean_of(seeds, "knn"))
-                   for seeds in lengths.values() if seeds]
-            for tool, lengths in tools.items()
-        }  # fmt: skip
-        if not all(reached.get(tool) for tool in ("ours", *PEERS)):
-            continue
-        of_peers = [(tool, run) for tool in PEERS for run in reached[tool]]
-        peer, (minutes, linear, knn) = max(of_peers, key=lambda one: one[1][1])
-        mine = sorted(reached["ours"])
-        best = next((one for one in mine if one[1] >= linear), max(mine, key=lambda one: one[1]))
-        rows.append([
-            f"{images}, {side} px, `{backbone}`",
-            f"{minutes:.1f} ({peer})", f"{linear:.3f} / {knn:.3f}",
-            f"{best[0]:.1f}", f"{best[1]:.3f} / {best[2]:.3f}",
-            f"{best[0] / minutes:.2f}" if best[1] >= linear else "not reached",
-        ])  # fmt: skip
+        mine = sorted(map(scores_of, tools["ours"].values()))
+        lengths = {minutes for tool in PEERS for minutes in tools.get(tool, {})}
+        for length in sorted(lengths, key=float):
+            runs = [
+                (peer, scores_of(tools[peer][length]))
+                for peer in PEERS
+                if length in tools.get(peer, {})
+            ]
+            peer, (minutes, linear, knn) = max(runs, key=lambda one: one[1][1])
+            best = next((one for one in mine if one[1] >= linear), max(mine, key=lambda r: r[1]))
+            rows.append([
+                f"{images}, {side} px, `{backbone}`",
+                f"{minutes:.1f} ({peer})", f"{linear:.3f} / {knn:.3f}",
+                f"{best[0]:.1f}", f"{best[1]:.3f} / {best[2]:.3f}",
+                f"{best[0] / minutes:.2f}" if best[1] >= linear else "not reached",
+            ])  # fmt: skip
     header = [
         "minutes of SimCLR", "best peer", "its linear / kNN", "vissl_lite", "linear / kNN", "ratio"
     ]  # fmt: skip
@@ -482,8 +484,13 @@ def processors(runs: list[dict[str, Any]]) -> str:
     return " and ".join(sorted(names))
 
 
-def mean_of(seeds: dict[str, dict[str, float]], measure: str) -> float:
-    return statistics.mean(one[measure] for one in seeds.values())
+def scores_of(seeds: dict[str, dict[str, float]]) -> tuple[float, float, float]:
+    """Minutes, linear and kNN accuracy, each the mean over seeds."""
+    minutes, linear, knn = (
+        statistics.mean(one[measure] for one in seeds.values())
+        for measure in ("minutes", "linear", "knn")
+    )
+    return minutes, linear, knn
 
 
 TABLES = {

@@ -11,6 +11,8 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
 from vissl_lite.cli import main
+from vissl_lite.encoders.encoder import build_encoder
+from vissl_lite.encoders.folder import save_encoder
 from vissl_lite.report.label_page import LabelImage, LabelledNeighbor, write_label_page
 from vissl_lite.transfer.classification.data import load_labelled
 
@@ -94,10 +96,10 @@ def test_images_are_labelled_by_keys_and_finetune_reads_the_csv(
     assert read.train.labels.tolist() == [1, 0, 0]
 
 
-def test_select_label_finetune_select_again(
-    page: Page, encoder: Path, photos: Path, tmp_path: Path
-) -> None:
+def test_select_label_finetune_select_again(page: Page, photos: Path, tmp_path: Path) -> None:
     """The whole way through the command line and the page."""
+    encoder = tmp_path / "encoder"
+    save_encoder(build_encoder("test_resnet", 32), encoder, {})
     select = ["select", "--encoder", encoder, "--data", photos, "--budget", 12, "--out"]
     assert main([str(word) for word in (*select, tmp_path / "first")]) == 0
     show(page, tmp_path / "first" / "label.html")
