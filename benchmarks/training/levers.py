@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -121,8 +122,35 @@ def collect(o: argparse.Namespace) -> None:
         print(row)
 
 
+def minutes_to(target: float, rows: list[dict[str, Any]], measure: str) -> str:
+    """Minutes at which an arm reaches an accuracy, interpolated between its runs.
+
+    Args:
+        target: Accuracy to reach.
+        rows: Rows of the arm.
+        measure: ``knn`` or ``linear``.
+    """
+    points = sorted((row["minutes"], row[measure]) for row in rows)
+    if points[0][1] >= target:
+        return f"at most {points[0][0]:.1f}"
+    for (before, low), (after, high) in pairwise(points):
+        if high >= target:
+            share = (target - low) / (high - low)
+            return f"{before * (after / before) ** share:.1f}"
+    return "not reached"
+
+
 def levers_table(backbone: str) -> str:
     results = load("levers")[backbone]
+    arms = {
+        row["arm"]: [r for r in results["rows"] if r["arm"] == row["arm"]]
+        for row in results["rows"]
+    }
+    targets = {m: max(row[m] for row in arms["one size"]) for m in ("knn", "linear")}
+    reached = [
+        [arm, *(minutes_to(target, runs, m) for m, target in targets.items())]
+        for arm, runs in arms.items()
+    ]
     rows = [
         [row["arm"], str(row["epochs"]), str(row["seeds"]), f"{row['minutes']:.1f}",
          f"{row['knn']:.3f}", f"{row['linear']:.3f}"]
@@ -134,7 +162,9 @@ def levers_table(backbone: str) -> str:
         f"--backbone {backbone}"
     )
     picture = f"![accuracy against minutes](results/levers-{backbone}.png)"
-    return markdown_table(header, rows) + f"\n\n{picture}\n\n" + provenance(results, command)
+    to = [f"minutes to {target:.3f} {m.replace('knn', 'kNN')}" for m, target in targets.items()]
+    parts = (markdown_table(header, rows), markdown_table(["", *to], reached), picture)
+    return "\n\n".join([*parts, provenance(results, command)])
 
 
 TABLES = {f"levers_{backbone}": partial(levers_table, backbone) for backbone in BACKBONES}
