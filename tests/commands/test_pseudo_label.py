@@ -232,7 +232,7 @@ def test_a_labeller_that_knows_test_images_is_refused(
         if path.parent.name != "blue" or path.stem != "7"
     ]
     table.write_text("\n".join(["path,label,split", *lines]))
-    message = "was trained on 5 of 5 test images: give the same --data, --seed, --fraction and"
+    message = "was trained on 5 of 5 test images: give the same --data, --test_fold and"
     status, error = tried(table, pseudo_labels)
     assert status == 2
     assert message in error

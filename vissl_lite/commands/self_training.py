@@ -194,7 +194,7 @@ def check_labeller(folder: Path, data: LabelledDataset) -> list[str]:
     if leaks:
         raise UserError(
             f"the model that made the pseudo-labels in {folder} was trained on {len(leaks)} of "
-            f"{len(test)} test images: give the same --data, --seed, --fraction and --shots as for "
+            f"{len(test)} test images: give the same --data, --test_fold and --group_by as for "
             f"that model, or a test part of its own"
         )
     return listed
