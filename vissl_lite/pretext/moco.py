@@ -47,7 +47,8 @@ class MoCo(PretextTask):
             of the images, see ``suitable_size``. The paper uses 65536, for 1.3 million images.
         projection_size: Size of the embeddings.
         min_crop_scale: Smallest fraction of the image area in a view.
-        color: Strength of the color distortion; the paper uses 0.5.
+        color: Strength of the color distortion; default 0.5, and 0.25 in short runs, which measured
+            better. The paper uses 0.5.
     """
 
     info = PretextInfo(
@@ -59,6 +60,7 @@ class MoCo(PretextTask):
         negatives=True,
         any_size=True,
         token_drop=True,
+        short_run={"color": 0.25},
     )
     # The paper uses SGD, 0.03 at 256, for hundreds of epochs; AdamW learns faster in short runs.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
@@ -71,9 +73,10 @@ class MoCo(PretextTask):
         queue_size: int | None = None,
         projection_size: int = 128,
         min_crop_scale: float = 0.2,
-        color: float = 0.5,
+        color: float | None = None,
     ) -> None:
         super().__init__(encoder)
+        color = 0.5 if color is None else color
         check_share("pretext.momentum", momentum)
         check_positive("pretext.temperature", temperature)
         check_sizes(LARGEST_QUEUE, queue_size=queue_size)

@@ -33,7 +33,8 @@ class VICReg(PretextTask):
             is matched with both views (multi-crop; SwAV, Caron et al. 2020, arXiv 2006.09882).
         min_crop_scale: Smallest fraction of the image area in a view, largest in a local crop; the
             paper uses 0.08.
-        color: Strength of the color distortion; the paper uses about 0.5.
+        color: Strength of the color distortion; default 0.5, and 0.25 in short runs, which measured
+            better. The paper uses about 0.5.
     """
 
     info = PretextInfo(
@@ -44,6 +45,7 @@ class VICReg(PretextTask):
         use="batches of 128 to 1024; three interpretable loss terms",
         any_size=True,
         token_drop=True,
+        short_run={"color": 0.25},
     )
     # The paper trains with LARS on batches of 2048; at 64 to 256 AdamW learns faster.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
@@ -57,9 +59,10 @@ class VICReg(PretextTask):
         projection_size: int = 1024,
         local_crops: int = 0,
         min_crop_scale: float = 0.2,
-        color: float = 0.5,
+        color: float | None = None,
     ) -> None:
         super().__init__(encoder)
+        color = 0.5 if color is None else color
         check_sizes(projection_size=projection_size)
         size = projection_size
         self.projector = ProjectionHead(encoder.num_features, size, size, size)
