@@ -31,8 +31,7 @@ class BarlowTwins(PretextTask):
         bias_lr: Factor on the learning rate of biases and norms. The paper uses 0.024 with LARS
             (0.0048 instead of 0.2, section 2.2), which adapts the rate of all other parameters.
         min_crop_scale: Smallest fraction of the image area in a view; the paper uses 0.08.
-        color: Strength of the color distortion; default 0.5, and 0.25 in short runs, which measured
-            better. The paper uses about 0.5.
+        color: Strength of the color distortion; the paper uses about 0.5.
     """
 
     info = PretextInfo(
@@ -43,7 +42,6 @@ class BarlowTwins(PretextTask):
         use="batches of 128 to 1024; needs no negatives and no teacher",
         any_size=True,
         token_drop=True,
-        short_run={"color": 0.25},
     )
     # The paper trains with LARS on batches of 2048; at 64 to 256 AdamW learns faster.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
@@ -55,10 +53,9 @@ class BarlowTwins(PretextTask):
         projection_size: int = 1024,
         bias_lr: float = 1.0,
         min_crop_scale: float = 0.2,
-        color: float | None = None,
+        color: float = 0.5,
     ) -> None:
         super().__init__(encoder)
-        color = 0.5 if color is None else color
         check_positive("pretext.lambd", lambd)
         check_positive("pretext.bias_lr", bias_lr)
         check_sizes(projection_size=projection_size)
