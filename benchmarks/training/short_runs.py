@@ -77,6 +77,7 @@ ARMS: dict[str, list[object]] = {
     "simclr, lr 0.003": ["--lr", 0.003],
     "simclr, lr 0.006": ["--lr", 0.006],
     "simclr, half of the patches": ["--token_drop", "auto"],
+    "simclr, color 0.25, half of the patches": ["--pretext.color", 0.25, "--token_drop", "auto"],
     "simclr, gradients clipped to 1": ["--clip_norm", 1],
     "simclr, batch size 64": ["--batch_size", 64],
     "simclr, batch size 256": ["--batch_size", 256],
