@@ -34,7 +34,7 @@ from vissl_lite.training.sync_batchnorm import SyncBatchNorm, Synchronized
 
 STEPS = 20
 
-# What is trained of an encoder that is frozen at first, and of which an average is kept.
+# SimCLR on the last blocks of an encoder that is frozen at first, with a moving average of it.
 ADAPTED = "simclr, adapted"
 
 # A contrastive, a momentum, a clustering, a masked and a self-distilling pretext, one with a row of

@@ -131,8 +131,8 @@ def mixed(images: int, window: int, first: int, seed: Sequence[int]) -> Iterator
 class ShardStream(Dataset[Batch]):
     """Batches of one rank by (number, resolution); see the module docstring.
 
-    Workers alternate, one batch each, and read on from batch to batch: a batch that is not the next
-    one of its worker is found from the beginning of its epoch.
+    Workers alternate, one batch each, and read on from batch to batch. For a batch that is not the
+    next one of its worker, the order of its epoch is computed anew.
 
     Args:
         shards: Shards with the images.

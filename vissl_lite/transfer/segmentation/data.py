@@ -79,7 +79,7 @@ class MaskedImage:
 class LabelledMasks(ListDataset[MaskedImage]):
     """Segmentation data set: class names in the order of their indices, and three splits.
 
-    ``val`` and ``test`` may be empty only if missing parts were not made, or by single images.
+    ``test`` is empty only if missing parts were not made; ``val`` also with one training image.
     """
 
     def class_counts(self, part: Split) -> np.ndarray:
