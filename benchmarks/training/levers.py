@@ -1,9 +1,8 @@
 """Accuracy against time: what makes a short pre-training reach an accuracy sooner?
 
-SimCLR on UC Merced's training images without their labels, for several numbers of epochs, with one
-setting changed (``ARMS``); each encoder is evaluated by ``probe`` on the test images. Time is that
-of the processor over the whole command, start, workers, pictures and report included, so that other
-work on the machine matters little.
+SimCLR on UC Merced's training images without their labels, for several times (``--max_time``), with
+some settings changed (``ARMS``); each encoder is evaluated by ``probe`` on the test images. Time is
+that of the processor over the whole command, start, workers, pictures and report included.
 
     OMP_NUM_THREADS=1 taskset -c 0 python -m benchmarks.training.levers \
         --data DATA/ucmerced --out RUNS [--backbone vit_tiny_patch16_224]
@@ -28,8 +27,8 @@ from matplotlib.figure import Figure
 from benchmarks.common import RESULTS, keep, load, markdown_table, provenance, where_and_when
 from vissl_lite.data.images import find_images
 
-SMALL = ["--progressive_resizing", "true"]
-LARGE = ["--progressive_resizing", "false"]
+SMALL = ["--progressive_resizing", "true", "--token_drop", 0]
+LARGE = ["--progressive_resizing", "false", "--token_drop", 0]
 
 # Name of a row, and options of pretrain
 ARMS: dict[str, list[object]] = {
@@ -41,11 +40,11 @@ ARMS: dict[str, list[object]] = {
     "progressive resizing, rotation first": SMALL,
 }
 OF_TRANSFORMERS: dict[str, list[object]] = {
-    "one size, half of the tokens": [*LARGE, "--token_drop", 0.5],
-    "progressive resizing, half of the tokens": [*SMALL, "--token_drop", 0.5],
+    "one size, half of the patches": [*LARGE[:2], "--token_drop", 0.5],
+    "progressive resizing, half of the patches": [*SMALL[:2], "--token_drop", 0.5],
 }
-ROTATION = "rotation first"  # a quarter of the epochs with the cheapest pretext, then SimCLR
-BACKBONES = {"resnet10t": 128, "vit_tiny_patch16_224": 128}  # and the image size
+ROTATION = "rotation first"  # a quarter of the time with the cheapest pretext, then SimCLR
+BACKBONES = {"resnet10t": 96, "vit_tiny_patch16_224": 96}  # and the image size
 
 
 def arms_of(backbone: str) -> dict[str, list[object]]:
@@ -60,9 +59,9 @@ def command(*words: object) -> float:
     return sum(getattr(after, n) - getattr(before, n) for n in ("children_user", "children_system"))
 
 
-def run(arm: str, epochs: int, seed: int, o: argparse.Namespace) -> None:
+def run(arm: str, minutes: float, seed: int, o: argparse.Namespace) -> None:
     """Train and evaluate one encoder, if that has not been done yet."""
-    folder = o.out / f"{o.backbone}-{arm.replace(', ', '-').replace(' ', '_')}-{epochs}-{seed}"
+    folder = o.out / f"{o.backbone}-{arm.replace(', ', '-').replace(' ', '_')}-{minutes:g}-{seed}"
     done = folder / "figures.json"
     if done.exists():
         return
@@ -71,24 +70,23 @@ def run(arm: str, epochs: int, seed: int, o: argparse.Namespace) -> None:
         "--image_size", BACKBONES[o.backbone], "--batch_size", 64, "--seed", seed,
         "--upright", "false", *arms_of(o.backbone)[arm],
     ]  # fmt: skip
-    seconds = 0.0
+    spent = 0.0
+    given = 60 * minutes
     start: list[object] = ["--backbone", o.backbone]
     if arm.endswith(ROTATION):
         first = folder / "rotation"
-        seconds += command(*common, "--out", first, *start, "--pretext", "rotation",
-                           "--epochs", epochs // 4)  # fmt: skip
-        epochs_left = epochs - epochs // 4
+        spent += command(*common, "--out", first, *start, "--pretext", "rotation",
+                         "--max_time", given / 4)  # fmt: skip
+        given *= 3 / 4
         # as from random weights, as the others of these short runs: the weights are not yet good
         start = ["--encoder", first, "--freeze_share", 0, "--lr", 1e-3, "--layer_decay", 1]
         start += ["--pretext.color", 0.25]
-    else:
-        epochs_left = epochs
-    seconds += command(*common, "--out", folder / "run", *start, "--epochs", epochs_left)
+    spent += command(*common, "--out", folder / "run", *start, "--max_time", given)
     command("probe", "--encoder", folder / "run", "--data", o.data, "--out", folder / "probe",
             "--leaks", "warn", "--overwrite", "true")  # fmt: skip
     scores = json.loads((folder / "probe" / "results.json").read_text())
-    figures = {name: scores[name] for name in ("knn", "linear")} | {"minutes": seconds / 60}
-    done.write_text(json.dumps({"arm": arm, "epochs": epochs, "seed": seed, **figures}))
+    figures = {name: scores[name] for name in ("knn", "linear")} | {"minutes": spent / 60}
+    done.write_text(json.dumps({"arm": arm, "given": minutes, "seed": seed, **figures}))
 
 
 def collect(o: argparse.Namespace) -> None:
@@ -97,10 +95,10 @@ def collect(o: argparse.Namespace) -> None:
     runs = [json.loads(file.read_text()) for file in files]
     rows: list[dict[str, Any]] = []
     for arm in arms_of(o.backbone):
-        for epochs in sorted({r["epochs"] for r in runs if r["arm"] == arm}):
-            same = [r for r in runs if (r["arm"], r["epochs"]) == (arm, epochs)]
+        for given in sorted({r["given"] for r in runs if r["arm"] == arm}):
+            same = [r for r in runs if (r["arm"], r["given"]) == (arm, given)]
             means = {name: mean(r[name] for r in same) for name in ("minutes", "knn", "linear")}
-            rows.append({"arm": arm, "epochs": epochs, "seeds": len(same), **means})
+            rows.append({"arm": arm, "given": given, "seeds": len(same), **means})
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     for axes, measure in zip(figure.subplots(1, 2), ("knn", "linear"), strict=True):
         for arm in dict.fromkeys(row["arm"] for row in rows):
@@ -152,11 +150,11 @@ def levers_table(backbone: str) -> str:
         for arm, runs in arms.items()
     ]
     rows = [
-        [row["arm"], str(row["epochs"]), str(row["seeds"]), f"{row['minutes']:.1f}",
+        [row["arm"], str(row["seeds"]), f"{row['minutes']:.1f}",
          f"{row['knn']:.3f}", f"{row['linear']:.3f}"]
         for row in results["rows"]
     ]  # fmt: skip
-    header = ["", "epochs", "seeds", "minutes of one core", "kNN", "linear"]
+    header = ["", "seeds", "minutes of one core", "kNN", "linear"]
     command = (
         f"python -m benchmarks.training.levers --data DATA/ucmerced --out RUNS "
         f"--backbone {backbone}"
@@ -175,15 +173,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="with train/ and test/")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS | OF_TRANSFORMERS))
-    parser.add_argument("--epochs", type=int, nargs="+", default=[8, 16, 32, 64])
+    parser.add_argument("--minutes", type=float, nargs="+", default=[1, 3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--backbone", choices=BACKBONES, default="resnet10t")
     parser.add_argument("--collect", action="store_true", help="only write down what is there")
     o = parser.parse_args()
     for seed in o.seeds:
-        for epochs in o.epochs:
+        for minutes in o.minutes:
             for arm in () if o.collect else o.arms or arms_of(o.backbone):
-                run(arm, epochs, seed, o)
+                run(arm, minutes, seed, o)
     collect(o)
 
 
