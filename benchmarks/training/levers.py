@@ -76,12 +76,12 @@ def run(arm: str, minutes: float, seed: int, o: argparse.Namespace) -> None:
     if arm.endswith(ROTATION):
         first = folder / "rotation"
         spent += command(*common, "--out", first, *start, "--pretext", "rotation",
-                         "--max_time", given / 4)  # fmt: skip
+                         "--max_time", round(given / 4))  # fmt: skip
         given *= 3 / 4
         # as from random weights, as the others of these short runs: the weights are not yet good
         start = ["--encoder", first, "--freeze_share", 0, "--lr", 1e-3, "--layer_decay", 1]
         start += ["--pretext.color", 0.25]
-    spent += command(*common, "--out", folder / "run", *start, "--max_time", given)
+    spent += command(*common, "--out", folder / "run", *start, "--max_time", round(given))
     command("probe", "--encoder", folder / "run", "--data", o.data, "--out", folder / "probe",
             "--leaks", "warn", "--overwrite", "true")  # fmt: skip
     scores = json.loads((folder / "probe" / "results.json").read_text())
