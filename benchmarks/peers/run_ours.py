@@ -37,7 +37,7 @@ def train(work: Work) -> int:
     else:
         options += ["--config", RECIPE]
     if work.seconds is None:
-        options += ["--epochs", work.epochs, "--progressive_resizing", "false"]
+        options += ["--epochs", work.epochs, "--progressive_resizing", "false", "--token_drop", 0]
     else:
         options += ["--max_time", round(work.seconds - BESIDE_TRAINING)]
     sys.argv[1:] = ["pretrain", *map(str, options)]

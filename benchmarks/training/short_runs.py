@@ -37,14 +37,18 @@ from benchmarks.common import (
 FROM_THE_START = "from the start"  # in names of arms that need --before
 
 CIFAR10: list[object] = ["--image_size", 32, "--fraction", 0.2]
+WHOLE: list[object] = ["--token_drop", 0]
 ROTATABLE: list[object] = ["--upright", "false", "--image_size"]
 
 # Options of pretrain and of probe for each set
 SETS: dict[str, tuple[list[object], list[object]]] = {
     "cifar10": (["--backbone", "resnet18", "--image_size", 32], CIFAR10),
     "ucmerced": (["--backbone", "resnet18", *ROTATABLE, 64], ["--image_size", 64]),
-    "cifar10_vit": (["--backbone", "vit_slim_patch4_32", "--image_size", 32], CIFAR10),
-    "ucmerced_vit": (["--backbone", "vit_tiny_patch16_224", *ROTATABLE, 96], ["--image_size", 96]),
+    "cifar10_vit": (["--backbone", "vit_slim_patch4_32", *WHOLE, "--image_size", 32], CIFAR10),
+    "ucmerced_vit": (
+        ["--backbone", "vit_tiny_patch16_224", *WHOLE, *ROTATABLE, 96],
+        ["--image_size", 96],
+    ),
 }
 
 _OPTIONS, _PROBE = SETS["ucmerced"]
@@ -54,6 +58,7 @@ SETS |= {f"{name}_color": SETS[name] for name in ("cifar10", "ucmerced")}
 # Of SimCLR in arms that do not change it, by set: its default when they were measured.
 COLOR = {"cifar10": 0.5, "ucmerced": 1}
 
+HALF: list[object] = ["--token_drop", 0.5]
 MOMENTUM: list[object] = ["--pretext.momentum"]
 SEES_VIEWS: list[object] = ["--pretext.teacher_size", 64]
 FIXED: list[object] = ["--pretext.fixed_views", "true"]
@@ -76,8 +81,8 @@ ARMS: dict[str, list[object]] = {
     "simclr, color 1": ["--pretext.color", 1],
     "simclr, lr 0.003": ["--lr", 0.003],
     "simclr, lr 0.006": ["--lr", 0.006],
-    "simclr, half of the patches": ["--token_drop", "auto"],
-    "simclr, color 0.25, half of the patches": ["--pretext.color", 0.25, "--token_drop", "auto"],
+    "simclr, half of the patches": HALF,
+    "simclr, color 0.25, half of the patches": ["--pretext.color", 0.25, *HALF],
     "simclr, gradients clipped to 1": ["--clip_norm", 1],
     "simclr, batch size 64": ["--batch_size", 64],
     "simclr, batch size 256": ["--batch_size", 256],
@@ -125,6 +130,8 @@ ARMS: dict[str, list[object]] = {
 DEFAULT_ARMS = list(ARMS)
 for pretext in ("byol", "moco", "vicreg", "barlow_twins", "dino", "nnclr", "swav", "simsiam"):
     ARMS |= {pretext: [], f"{pretext}, color 0.25": ["--pretext.color", 0.25]}
+for pretext in ("dino", "moco_v3", "rotation"):
+    ARMS |= {pretext: [], f"{pretext}, half of the patches": HALF}
 
 
 def once(name: str, arm: str, minutes: float, seed: int, o: argparse.Namespace) -> dict[str, float]:

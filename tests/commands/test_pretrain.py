@@ -318,14 +318,13 @@ def test_masked_views_can_not_grow(
         ("mae", "test_vit", 0.5, "mae needs all tokens of its views; rotation, diet, simclr"),
         ("densecl", "test_vit", 0.5, "densecl needs all tokens of its views"),
         ("simclr", "test_resnet", 0.5, "needs a plain ViT, which test_resnet is not: try one of"),
-        ("simclr", "test_vit", 0.95, r"--token_drop 0.95 must be in [0, 0.9], or auto"),
-        ("simclr", "test_vit", "half", "--token_drop half is not of the type float or auto"),
+        ("simclr", "test_vit", 0.95, r"--token_drop 0.95 must be in [0, 0.9]"),
     ],
 )
 def test_tokens_that_can_not_be_dropped(
     pretext: str,
     backbone: str,
-    share: float | str,
+    share: float,
     message: str,
     photos: Path,
     tmp_path: Path,
@@ -341,27 +340,35 @@ def test_tokens_that_can_not_be_dropped(
 
 
 @pytest.mark.parametrize(
-    ("given", "pretext", "backbone", "share"),
+    ("given", "pretext", "backbone", "steps", "share"),
     [
-        ("auto", "simclr", "vit_slim_patch4_32", 0.5),
-        ("auto", "simclr", "test_resnet", 0.0),
-        ("auto", "mae", "vit_slim_patch4_32", 0.0),
-        (0.3, "simclr", "vit_slim_patch4_32", 0.3),
-        (0.0, "mae", "vit_slim_patch4_32", 0.0),
-        (None, "simclr", "vit_slim_patch4_32", 0.0),
+        (None, "simclr", "vit_slim_patch4_32", 2, 0.5),
+        (None, "simclr", "vit_slim_patch4_32", 1, 0.0),  # 100 steps are too few to begin with less
+        (None, "simclr", "test_resnet", 2, 0.0),
+        (None, "mae", "vit_slim_patch4_32", 2, 0.0),
+        (0.3, "simclr", "vit_slim_patch4_32", 1, 0.3),
+        (0.0, "simclr", "vit_slim_patch4_32", 2, 0.0),
     ],
 )
 def test_tokens_are_dropped_where_possible(
-    given: float | str | None, pretext: str, backbone: str, share: float
+    given: float | None, pretext: str, backbone: str, steps: int, share: float
 ) -> None:
-    options = PretrainOptions(data="images", out="run", pretext=pretext, token_drop=given)
-    assert options.dropped_tokens(options.task(build_encoder(backbone, 32))) == share
+    options = PretrainOptions(
+        data="images", out="run", pretext=pretext, token_drop=given, epochs=100
+    )
+    assert options.dropped_tokens(options.task(build_encoder(backbone, 32)), steps) == share
+
+
+def test_pretrained_weights_see_all_tokens_by_default() -> None:
+    options = PretrainOptions(data="images", out="run", encoder="timm:vit_tiny_patch16_224")
+    task = options.task(build_encoder("vit_slim_patch4_32", 32))
+    assert options.dropped_tokens(task, steps_per_epoch=1000) == 0
 
 
 @pytest.mark.slow
 def test_a_run_sees_more_tokens_towards_its_end(photos: Path, tmp_path: Path) -> None:
     options = ["--data", photos, *SMALL[2:], "--epochs", 4, "--num_workers", 0]
-    options += ["--backbone", "vit_slim_patch4_32", "--token_drop", "auto"]
+    options += ["--backbone", "vit_slim_patch4_32", "--token_drop", 0.5]
     assert run(*options, "--out", tmp_path) == 0
     shares = [float(row["token_drop"]) for row in rows(tmp_path) if row["token_drop"]]
     assert shares == [0.0] + [0.5] * 9 + [0.25] + [0.0]

@@ -355,7 +355,7 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
         schedule,
         stop_on_collapse=options.on_collapse == "stop",
     )
-    dropped = options.dropped_tokens(task)
+    dropped = options.dropped_tokens(task, count // size)
     callbacks = [
         Forecast(stream, schedule, partial(batch_cost, options, dropped), lambda: online.seconds),
         online,
@@ -373,11 +373,6 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
             100 * dropped,
         )
         callbacks.append(TokenDrop(schedule, task.encoder, dropped))
-    elif options.token_drop == "auto":
-        log.info(
-            "Views keep all of their patches: --token_drop needs a ViT and a pretext that compares "
-            "pooled features"
-        )
     if options.frozen_share or options.train != ALL_PARTS:
         callbacks.append(FrozenParts(schedule, task.encoder))
     metrics = MetricsFile(run / METRICS) if is_main_process() else None

@@ -119,10 +119,11 @@ class PretrainOptions(Options, ImageSettings):
     true from random weights for images of 64 pixels or more in runs of 200 steps or one minute, or
     more, if the pretext and the backbone allow it and no crop is smaller; false from pre-trained
     weights, where it was not measured, and for distillation whose teacher sees the views."""
-    token_drop: float | Literal["auto"] | None = None
+    token_drop: float | None = None
     """Share of the patches of a view that a ViT is trained without, in [0, 0.9], drawn at random
     at every step; half of it after 80 % of the run, and none after 90 %. Speeds up the training.
-    auto: 0.5 if the pretext and the backbone allow it. Default: none."""
+    Default: 0.5 from random weights in runs of 200 steps or one minute, or more, if the pretext
+    and the backbone allow it; 0 from pre-trained weights, where it was not measured."""
     encoder: StrPath | None = None
     """Weights to start from: a run, an encoder folder, timm:NAME (pre-trained weights), random:NAME
     (untrained), or a file with a timm state dict of --backbone. Default: random weights of
@@ -215,8 +216,8 @@ class PretrainOptions(Options, ImageSettings):
             check_count(name, getattr(self, name))
         check_count("accumulate_grad_batches", self.accumulate_grad_batches, MAX_ACCUMULATION)
         check_image_size(self.image_size)
-        if isinstance(self.token_drop, int | float) and not 0 <= self.token_drop <= MAX_SHARE:
-            raise UserError(f"--token_drop {self.token_drop} must be in [0, {MAX_SHARE}], or auto")
+        if self.token_drop is not None and not 0 <= self.token_drop <= MAX_SHARE:
+            raise UserError(f"--token_drop {self.token_drop} must be in [0, {MAX_SHARE}]")
         seconds = self.seconds
         if self.epochs is not None and seconds is not None:
             raise UserError(
@@ -367,7 +368,7 @@ class PretrainOptions(Options, ImageSettings):
         task = cls(encoder, **given)
         if self.progressive_resizing:
             _check_resizing(task)
-        if self.token_drop and self.token_drop != "auto":
+        if self.token_drop:
             _check_token_drop(task)
         if self.ema is not None:
             task.average_encoder(self.ema)
@@ -408,12 +409,9 @@ class PretrainOptions(Options, ImageSettings):
             return False
         if task.info.encoders and not task.reads_files:  # a teacher that sees views gains no speed
             return False
-        if self.max_epochs is None:
-            long = (self.seconds or 0) >= MIN_RESIZING_SECONDS
-        else:
-            long = self.max_epochs * steps_per_epoch >= MIN_RESIZING_STEPS
         side = min(task.encoder.image_size, task.views().smallest_crop or task.encoder.image_size)
-        if not long or task.encoder.fitting_size(side * INITIAL_SIDE) < MIN_RESIZED_SIDE:
+        small = task.encoder.fitting_size(side * INITIAL_SIDE)
+        if small < MIN_RESIZED_SIDE or not self._has_phases(steps_per_epoch):
             return False
         try:
             _check_resizing(task)  # runs the encoder once
@@ -421,10 +419,18 @@ class PretrainOptions(Options, ImageSettings):
             return False
         return True
 
-    def dropped_tokens(self, task: PretextTask) -> float:
-        """Share of the patch tokens to drop, by ``--token_drop``; ``auto`` chooses it."""
-        if self.token_drop != "auto":
-            return self.token_drop or 0.0
+    def _has_phases(self, steps_per_epoch: int) -> bool:
+        """Whether the run is long enough to begin with less of each image than it ends with."""
+        if self.max_epochs is None:
+            return (self.seconds or 0) >= MIN_PHASES_SECONDS
+        return self.max_epochs * steps_per_epoch >= MIN_PHASES_STEPS
+
+    def dropped_tokens(self, task: PretextTask, steps_per_epoch: int) -> float:
+        """Share of the patch tokens to drop at first, by ``--token_drop`` or its default."""
+        if self.token_drop is not None:
+            return self.token_drop
+        if self.pretrained or not self._has_phases(steps_per_epoch):
+            return 0.0
         try:
             _check_token_drop(task)
         except UserError:
@@ -504,9 +510,10 @@ SHORT_RUN_IMAGES, SHORT_RUN_SECONDS = 250_000, 30 * 60
 # was not measured.
 LONG_RUN_IMAGES = 128_000_000
 
-# Runs of at least so many steps or seconds are long enough for views to grow in, from a side of at
-# least so many pixels. (Views of fewer than 32 pixels have not been measured.)
-MIN_RESIZING_STEPS, MIN_RESIZING_SECONDS, MIN_RESIZED_SIDE = 200, 60, 32
+# Runs of at least so many steps or seconds are long enough to begin with small views, of a side of
+# at least so many pixels, and with a part of the patches. (Views of fewer than 32 pixels have not
+# been measured.)
+MIN_PHASES_STEPS, MIN_PHASES_SECONDS, MIN_RESIZED_SIDE = 200, 60, 32
 
 
 def long_share(images: int) -> float:
