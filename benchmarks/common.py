@@ -14,6 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+HAS_GPU = shutil.which("nvidia-smi") is not None  # results are then kept apart
 
 
 def where_and_when() -> dict[str, str]:
@@ -25,7 +26,7 @@ def where_and_when() -> dict[str, str]:
         flags = info.read_text()
         bf16 = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags] or ["no bf16"]
         cpu = f"{len(lines)} cores of {lines[0].split(':')[1].strip()} ({', '.join(bf16)})"
-    if shutil.which("nvidia-smi"):
+    if HAS_GPU:
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         names = subprocess.run(query, capture_output=True, text=True, check=False).stdout
         cpu += f", {', '.join(names.strip().splitlines())}"

@@ -39,7 +39,6 @@ import argparse
 import contextlib
 import json
 import os
-import shutil
 import signal
 import statistics
 import subprocess
@@ -52,6 +51,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import (
+    HAS_GPU,
     RESULTS,
     keep,
     load,
@@ -107,8 +107,7 @@ TRAINED = {
 }
 SPEED = "images_per_second"
 
-# Results of accuracy are kept apart where there is a GPU.
-ACCURACY = "peers_accuracy_gpu" if shutil.which("nvidia-smi") else "peers_accuracy"
+ACCURACY = "peers_accuracy_gpu" if HAS_GPU else "peers_accuracy"
 
 
 def sources(data: Path, case: Case) -> list[Path]:

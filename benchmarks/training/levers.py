@@ -2,13 +2,15 @@
 
 SimCLR on UC Merced's training images without their labels, for several times (``--max_time``), with
 some settings changed (``ARMS``); each encoder is evaluated by ``probe`` on the test images. Time is
-that of the processor over the whole command, start, workers, pictures and report included.
+that of the processor over the whole command, start, workers, pictures and report included; with a
+GPU, it is that of the clock.
 
     OMP_NUM_THREADS=1 taskset -c 0 python -m benchmarks.training.levers \
         --data DATA/ucmerced --out RUNS [--backbone vit_tiny_patch16_224]
 
 ``--arms`` and ``--seeds`` pick some, for a core each; finished runs are kept. Results:
-benchmarks/results/levers.json and levers-BACKBONE.png, a table and a picture for each backbone.
+benchmarks/results/levers.json (levers_gpu.json on a GPU) and levers-BACKBONE.png, a table and a
+picture for each backbone.
 """
 
 import argparse
@@ -24,7 +26,15 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.common import RESULTS, keep, load, markdown_table, provenance, where_and_when
+from benchmarks.common import (
+    HAS_GPU,
+    RESULTS,
+    keep,
+    load,
+    markdown_table,
+    provenance,
+    where_and_when,
+)
 from vissl_lite.data.images import find_images
 
 SMALL = ["--progressive_resizing", "true", "--token_drop", 0]
@@ -44,7 +54,10 @@ OF_TRANSFORMERS: dict[str, list[object]] = {
     "progressive resizing, half of the patches": [*SMALL[:2], "--token_drop", 0.5],
 }
 ROTATION = "rotation first"  # a quarter of the time with the cheapest pretext, then SimCLR
-BACKBONES = {"resnet10t": 96, "vit_tiny_patch16_224": 96}  # and the image size
+ON_CPU = {"resnet10t": 96, "vit_tiny_patch16_224": 96}  # and the image size
+ON_GPU = {"resnet50": 224, "vit_small_patch16_224": 224}
+BACKBONES = ON_CPU | ON_GPU
+NAME, UNIT = ("levers_gpu", "minutes") if HAS_GPU else ("levers", "minutes of one core")
 
 
 def arms_of(backbone: str) -> dict[str, list[object]]:
@@ -52,10 +65,12 @@ def arms_of(backbone: str) -> dict[str, list[object]]:
 
 
 def command(*words: object) -> float:
-    """Run a command; the seconds of processor time that it took, those of its workers included."""
+    """Run a command; the seconds that it took: of processors, or with a GPU, of the clock."""
     before = os.times()
     subprocess.run([sys.executable, "-m", "vissl_lite", *map(str, words)], check=True)
     after = os.times()
+    if HAS_GPU:
+        return after.elapsed - before.elapsed
     return sum(getattr(after, n) - getattr(before, n) for n in ("children_user", "children_system"))
 
 
@@ -107,7 +122,7 @@ def collect(o: argparse.Namespace) -> None:
             line = axes.plot([r["minutes"] for r in mine], [r[measure] for r in mine], label=arm)
             axes.plot([r["minutes"] for r in dots], [r[measure] for r in dots], ".",
                       color=line[0].get_color())  # fmt: skip
-        axes.set_xlabel("minutes of one core")
+        axes.set_xlabel(UNIT)
         axes.set_title(f"{measure} accuracy")
         axes.set_xscale("log")
         axes.grid(alpha=0.3)
@@ -115,7 +130,7 @@ def collect(o: argparse.Namespace) -> None:
     figure.savefig(RESULTS / f"levers-{o.backbone}.png", dpi=100)
     images = len(find_images([o.data / "train"]))
     found = {"rows": rows, "runs": runs, "images": images, "made": where_and_when()}
-    keep("levers", {o.backbone: found})
+    keep(NAME, {o.backbone: found})
     for row in rows:
         print(row)
 
@@ -138,8 +153,10 @@ def minutes_to(target: float, rows: list[dict[str, Any]], measure: str) -> str:
     return "not reached"
 
 
-def levers_table(backbone: str) -> str:
-    results = load("levers")[backbone]
+def levers_table(name: str, backbone: str) -> str:
+    if not (RESULTS / f"{name}.json").exists() or backbone not in load(name):
+        return "Not measured yet; see [gpu/README.md](gpu/README.md)."
+    results = load(name)[backbone]
     arms = {
         row["arm"]: [r for r in results["rows"] if r["arm"] == row["arm"]]
         for row in results["rows"]
@@ -154,7 +171,13 @@ def levers_table(backbone: str) -> str:
          f"{row['knn']:.3f}", f"{row['linear']:.3f}"]
         for row in results["rows"]
     ]  # fmt: skip
-    header = ["", "seeds", "minutes of one core", "kNN", "linear"]
+    header = [
+        "",
+        "seeds",
+        "minutes of one core" if name == "levers" else "minutes",
+        "kNN",
+        "linear",
+    ]
     command = (
         f"python -m benchmarks.training.levers --data DATA/ucmerced --out RUNS "
         f"--backbone {backbone}"
@@ -165,7 +188,11 @@ def levers_table(backbone: str) -> str:
     return "\n\n".join([*parts, provenance(results, command)])
 
 
-TABLES = {f"levers_{backbone}": partial(levers_table, backbone) for backbone in BACKBONES}
+TABLES = {
+    f"{name}_{backbone}": partial(levers_table, name, backbone)
+    for name, backbones in (("levers", ON_CPU), ("levers_gpu", ON_GPU))
+    for backbone in backbones
+}
 
 
 def main() -> None:
