@@ -353,7 +353,7 @@ def test_a_selection_shows_its_coverage_and_its_images(tmp_path: Path) -> None:
     run = make(tmp_path / "run", "select", chosen=2, coverage=coverage)
     (run / "selected.csv").write_text("rank,path,reason,covers\n1,/a/b.png,because,7\n")
     shown = words(run)
-    assert "from 2 images on, each further one adds less" in shown
+    assert "beyond 2 images, each further one adds less" in shown
     assert "1 /a/b.png because 7" in shown
     straight = make(tmp_path / "straight", "select", coverage={**coverage, "knee": 0})
     assert "knee" not in words(straight).partition("Provenance")[0]

@@ -294,7 +294,10 @@ def select(options: SelectOptions) -> SelectResult:
         )
         if coverage.knee:
             log.info(
-                "From %d images on, a further one covers less than the average one", coverage.knee
+                "The knee of the coverage curve is at %d chosen image%s: each further one adds "
+                "less than the average one",
+                coverage.knee,
+                "s" * (coverage.knee > 1),
             )
         log.info("Written: %s, %s", run / SELECTED, skeleton)
         if page:

@@ -37,8 +37,9 @@ def coverage_by_budget(run: RunFolder) -> list[Block]:
     )
     if knee:
         note += (
-            f" The dashed line is the knee: from {knee} images on, each further one adds less than "
-            "the average one in this range. If the curve is nearly straight, it means little."
+            f" The dashed line is the knee: beyond {knee} image{'s' * (knee > 1)}, each further "
+            "one adds less than the average one in this range. If the curve is nearly straight, it "
+            "means little."
         )
     return [Block("Coverage by number of images", coverage(lines, knee), note)]
 
