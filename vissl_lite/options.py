@@ -4,6 +4,7 @@ import ast
 import functools
 import inspect
 import os
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -40,6 +41,8 @@ from vissl_lite.session import session
 # A file or folder, or a result object with a path, such as ``PretrainResult``.
 StrPath = str | os.PathLike[str]
 Paths = StrPath | Sequence[StrPath]
+
+MAX_TRAINING_DAYS = 3650
 
 
 class OptionRow(NamedTuple):
@@ -417,3 +420,29 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def parse_time(text: str | int | None, accepted: str = "HH:MM:SS or seconds") -> float | None:
+    """Convert ``HH:MM:SS``, ``MM:SS``, seconds, or ``D-HH:MM:SS`` with days to seconds.
+
+    Args:
+        text: Time; None for none.
+        accepted: What the option takes, for the error.
+
+    Raises:
+        UserError: The text has another format, or the time is 0 or longer than ten years.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"(?:(?:(?:(\d+)[-:])?(\d+):)?(\d+):)?(\d+)", str(text).strip())
+    if match is None:
+        raise UserError(f"--max_time {brief(text)} is not a time: give {accepted}")
+    if len(match[0]) > 20:
+        raise UserError(f"--max_time {brief(text)} is longer than {MAX_TRAINING_DAYS} days")
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    if total == 0:
+        raise UserError(f"--max_time {text} must be longer than 0 seconds")
+    if total > MAX_TRAINING_DAYS * 24 * 60 * 60:
+        raise UserError(f"--max_time {text} is longer than {MAX_TRAINING_DAYS} days")
+    return float(total)

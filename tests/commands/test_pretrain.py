@@ -26,13 +26,21 @@ from vissl_lite.commands.pretrain import (
     loading_code,
     pretrain,
 )
-from vissl_lite.commands.pretrain_options import PretrainOptions, default_backbone, parse_time
+from vissl_lite.commands.pretrain_options import PretrainOptions
+from vissl_lite.commands.pretrain_setup import (
+    default_backbone,
+    dropped_tokens,
+    make_task,
+    short_run_defaults,
+    uses_small_views,
+)
 from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.encoders.folder import save_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.evaluation import online
 from vissl_lite.evaluation.embedding import MAP_IMAGES
 from vissl_lite.evaluation.online import ONLINE_METRICS, EncoderMetrics
+from vissl_lite.options import parse_time
 from vissl_lite.pretext import PRETEXTS
 from vissl_lite.pretext.base import check_backbone
 from vissl_lite.pretext.simclr import SimCLR
@@ -249,7 +257,7 @@ def test_views_grow_to_their_size(photos: Path, tmp_path: Path) -> None:
 def test_short_runs_change_colors_less(monkeypatch: pytest.MonkeyPatch) -> None:
     def color(pretext: Any = "simclr", images: int = 1000, **given: Any) -> float | None:
         options = PretrainOptions(data="x", out="y", pretext=pretext, **given)
-        return options.short_run(images).get("color")
+        return short_run_defaults(options, images).get("color")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert color(epochs=250) == color(max_time="00:30:00") == 0.25
@@ -279,7 +287,7 @@ def test_views_grow_by_default_where_they_can_and_the_run_is_long_enough() -> No
     def resizes(pretext: Any = "simclr", size: int = 64, steps: int = 50, **given: Any) -> bool:
         backbone = backbones.get(str(pretext), "test_resnet")
         options = PretrainOptions(data="x", out="y", pretext=pretext, **given)
-        return options.resizes(options.task(build_encoder(backbone, size)), steps)
+        return uses_small_views(options, make_task(options, build_encoder(backbone, size)), steps)
 
     backbones = {"mae": "test_vit", "dino": "test_convnext"}
 
@@ -356,13 +364,13 @@ def test_tokens_are_dropped_where_possible(
     options = PretrainOptions(
         data="images", out="run", pretext=pretext, token_drop=given, epochs=100
     )
-    assert options.dropped_tokens(options.task(build_encoder(backbone, 32)), steps) == share
+    assert dropped_tokens(options, make_task(options, build_encoder(backbone, 32)), steps) == share
 
 
 def test_pretrained_weights_see_all_tokens_by_default() -> None:
     options = PretrainOptions(data="images", out="run", encoder="timm:vit_tiny_patch16_224")
-    task = options.task(build_encoder("vit_slim_patch4_32", 32))
-    assert options.dropped_tokens(task, steps_per_epoch=1000) == 0
+    task = make_task(options, build_encoder("vit_slim_patch4_32", 32))
+    assert dropped_tokens(options, task, steps_per_epoch=1000) == 0
 
 
 @pytest.mark.slow

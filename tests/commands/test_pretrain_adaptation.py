@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from vissl_lite.cli import main
 from vissl_lite.commands.pretrain_options import PretrainOptions
+from vissl_lite.commands.pretrain_setup import make_task, optimizer_settings
 from vissl_lite.encoders.encoder import Encoder, build_encoder
 from vissl_lite.encoders.folder import load_encoder, save_encoder
 from vissl_lite.evaluation.online import ONLINE_METRICS, EncoderMetrics
@@ -177,7 +178,7 @@ def test_an_average_is_nearly_the_encoder_after_the_first_steps(
 def test_gentle_rates_where_weights_are_pre_trained() -> None:
     def settings(backbone: str = "test_vit", **given: object) -> OptimizerSettings:
         options = PretrainOptions(data="images", out="run", **given)  # type: ignore[arg-type]
-        return options.optimizer_settings(options.task(build_encoder(backbone, 32)), 256, 24)
+        return optimizer_settings(options, make_task(options, build_encoder(backbone, 32)), 256, 24)
 
     assert settings().lr == pytest.approx(SimCLR.optimizer_settings.lr)
     assert settings(encoder="random:test_vit") == settings()
@@ -195,8 +196,8 @@ def test_gentle_rates_where_weights_are_pre_trained() -> None:
 
 def test_layer_decay_is_that_of_the_encoder_alone() -> None:
     options = PretrainOptions(data="images", out="run", encoder="runs/a", layer_decay=0.5)
-    task = options.task(build_encoder("test_vit", 32))
-    task.optimizer_settings = options.optimizer_settings(task, 256, 24)
+    task = make_task(options, build_encoder("test_vit", 32))
+    task.optimizer_settings = optimizer_settings(options, task, 256, 24)
     groups = task.configure_optimizers().param_groups
     scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
     blocks = task.encoder.model.blocks

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from vissl_lite.cli import main
 from vissl_lite.commands.pretrain_options import PretrainOptions
+from vissl_lite.commands.pretrain_setup import make_task, optimizer_settings
 from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.encoders.folder import save_encoder
 from vissl_lite.optim import OptimizerSettings
@@ -82,7 +83,9 @@ def test_positions_are_fixed_with_random_weights_and_trained_with_others(
 
 def settings(pretext: str, images: int = 1000, **given: object) -> OptimizerSettings:
     options = PretrainOptions(data="images", out="run", pretext=pretext, **given)  # type: ignore[arg-type]
-    return options.optimizer_settings(options.task(build_encoder("test_vit", 32)), 256, images)
+    return optimizer_settings(
+        options, make_task(options, build_encoder("test_vit", 32)), 256, images
+    )
 
 
 @pytest.mark.parametrize(

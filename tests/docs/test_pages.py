@@ -124,6 +124,7 @@ def test_commands_of_readme_are_those_that_there_are() -> None:
         "leaks",
         "pretrain_data",
         "pretrain_options",
+        "pretrain_setup",
         "self_training",
     }
 

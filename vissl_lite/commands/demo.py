@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 from vissl_lite.commands.compare import CompareResult, compare
 from vissl_lite.commands.pretrain import PretrainResult, pretrain
-from vissl_lite.commands.pretrain_options import parse_time
 from vissl_lite.errors import UserError, check_count
-from vissl_lite.options import Options, StrPath, command
+from vissl_lite.options import Options, StrPath, command, parse_time
 from vissl_lite.report.additions import add_report
 from vissl_lite.run import check_out, open_run, read_results, write_results
 from vissl_lite.sample.dataset import make_sample_data

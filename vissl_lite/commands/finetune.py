@@ -13,7 +13,6 @@ from rich.table import Table
 from vissl_lite import __version__
 from vissl_lite.commands.labelled import dry_run, show_data
 from vissl_lite.commands.leaks import guard
-from vissl_lite.commands.pretrain_options import parse_time
 from vissl_lite.commands.self_training import (
     ROUNDS,
     Round,
@@ -37,7 +36,7 @@ from vissl_lite.errors import (
 )
 from vissl_lite.metrics_file import MetricsFile
 from vissl_lite.optim import canonical_optimizer, check_rates
-from vissl_lite.options import Options, StrPath, command
+from vissl_lite.options import Options, StrPath, command, parse_time
 from vissl_lite.plots import plot_curves
 from vissl_lite.report.additions import add_report, add_test_embeddings, add_test_pictures
 from vissl_lite.run import (

@@ -13,10 +13,16 @@ import torch
 from vissl_lite import __version__
 from vissl_lite.commands.labelled import show_data
 from vissl_lite.commands.pretrain_data import TrainingImages, find_training_images
-from vissl_lite.commands.pretrain_options import (
+from vissl_lite.commands.pretrain_options import PretrainOptions
+from vissl_lite.commands.pretrain_setup import (
     PRETRAINED_LR_FACTOR,
-    PretrainOptions,
+    dropped_tokens,
+    length_factor,
     make_encoder,
+    make_task,
+    optimizer_settings,
+    short_run_defaults,
+    uses_small_views,
 )
 from vissl_lite.data.cache import CachePlan, forks_workers, plan_cache
 from vissl_lite.data.fingerprints import Fingerprints
@@ -210,17 +216,17 @@ def _prepare(options: PretrainOptions, resume: bool) -> _Training:
             "themselves, or a --value_range for all"
         )
     train_only(encoder, options.train)
-    short_run = options.short_run(count)
+    short_run = short_run_defaults(options, count)
     options = options.with_hyperparameters(short_run)
-    task = options.task(encoder)
+    task = make_task(options, encoder)
     if images.shards is not None and task.reads_files:
         raise UserError(
             f"{options.pretext_name} reads images before the training, and shards are read "
             f"sequentially: give the files themselves, or other hyperparameters"
         )
     views = task.views(options.upright)
-    task.optimizer_settings = options.optimizer_settings(
-        task, size * options.accumulate_grad_batches, count
+    task.optimizer_settings = optimizer_settings(
+        options, task, size * options.accumulate_grad_batches, count
     )
     cache = None
     if options.cache:
@@ -235,7 +241,7 @@ def _prepare(options: PretrainOptions, resume: bool) -> _Training:
         backbone=options.backbone or encoder.backbone,
         image_size=encoder.image_size,
         batch_size=size,
-        progressive_resizing=options.resizes(task, count // size),
+        progressive_resizing=uses_small_views(options, task, count // size),
     )
     return _Training(
         options, hardware, images, labelled, task, views, size, cache, fingerprints, short_run
@@ -287,7 +293,7 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
     )
     for name, value in training.short_run.items():
         log.info("The run is short: --pretext.%s is %s by default", name, str(value).lower())
-    factor = options.length_factor(task, count)
+    factor = length_factor(options, task, count)
     if factor < 0.995:
         log.info(
             "The run is long: the learning rate is %.2g times that of a short one; --lr sets it",
@@ -355,7 +361,7 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
         schedule,
         stop_on_collapse=options.on_collapse == "stop",
     )
-    dropped = options.dropped_tokens(task, count // size)
+    dropped = dropped_tokens(options, task, count // size)
     callbacks = [
         Forecast(stream, schedule, partial(batch_cost, options, dropped), lambda: online.seconds),
         online,

@@ -1,22 +1,14 @@
-"""Options of ``vissl-lite pretrain``, and the objects built from them."""
+"""Options of ``vissl-lite pretrain``."""
 
 import inspect
-import math
 import os
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-import torch
-from timm.models import VisionTransformer
-
-from vissl_lite.data.image_survey import ImageSet, ImageSettings
-from vissl_lite.data.images import suitable_size
+from vissl_lite.data.image_survey import ImageSettings
 from vissl_lite.data.reading import MAX_PIXELS
-from vissl_lite.encoders.encoder import Encoder, build_encoder, patch_multiple
-from vissl_lite.encoders.folder import is_untrained, load_encoder, load_weights, made_here
+from vissl_lite.encoders.folder import is_untrained
 from vissl_lite.errors import (
     UserError,
     annotations,
@@ -34,11 +26,8 @@ from vissl_lite.errors import (
 )
 from vissl_lite.optim import (
     LARGEST_RATE,
-    OptimizerSettings,
     canonical_optimizer,
-    check_has_betas,
     check_rates,
-    default_layer_decay,
 )
 from vissl_lite.options import (
     OptionRow,
@@ -46,31 +35,23 @@ from vissl_lite.options import (
     Paths,
     StrPath,
     option_row,
+    parse_time,
     parse_value,
     path_list,
     unknown_option,
 )
 from vissl_lite.pretext import PRETEXTS, pretext_class
-from vissl_lite.pretext.base import BACKBONE_KINDS, PretextTask
-from vissl_lite.pretext.modules.positions import fix_positions
 from vissl_lite.training.freezing import ALL_PARTS, check_parts, lora_rank
 from vissl_lite.training.loggers import canonical_loggers, logger_names
-from vissl_lite.training.resizing import INITIAL_SIDE
-from vissl_lite.training.token_drop import DEFAULT_SHARE, MAX_SHARE
+from vissl_lite.training.token_drop import MAX_SHARE
 
 DEFAULT_PRETEXT = "simclr"
-MAX_TRAINING_DAYS = 3650
 DEFAULT_EPOCHS = 100
 AUTO_TIME = "auto"
 MAX_ACCUMULATION = 100_000
 
 # Share of a run from pre-trained weights in which the heads are trained alone.
 FREEZE_SHARE = 0.05
-
-# Factor on the default learning rates of the pretexts, which are for random weights, for encoders
-# with pre-trained ones. The heads are random in any case. A choice that was not measured on several
-# data sets.
-PRETRAINED_LR_FACTOR = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,7 +295,7 @@ class PretrainOptions(Options, ImageSettings):
             source |= chosen
         values = super().merged(sources)
         if pretext:
-            kinds = {"name": str, **hyperparameters(name)}
+            kinds = {"name": str, **hyperparameters_of(name)}
             for one in pretext:
                 if one not in kinds:
                     raise unknown_option(f"pretext.{one}", [f"pretext.{known}" for known in kinds])
@@ -331,7 +312,7 @@ class PretrainOptions(Options, ImageSettings):
             *super().rows(layers),
             *(
                 option_row(f"pretext.{name}", kind, defaults[name].default, docs.get(name, ""))
-                for name, kind in hyperparameters(pretext.info.name).items()
+                for name, kind in hyperparameters_of(pretext.info.name).items()
             ),
         ]
 
@@ -352,297 +333,21 @@ class PretrainOptions(Options, ImageSettings):
         return str(_as_mapping(self.pretext)["name"])
 
     @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """Hyperparameters of the pretext."""
+        return {k: v for k, v in _as_mapping(self.pretext).items() if k != "name"}
+
+    @property
     def sources(self) -> dict[str, str]:
         """Encoders that the run learns from, by option: initial weights, and a pretext's own."""
-        given = {f"pretext.{name}": value for name, value in _as_mapping(self.pretext).items()}
+        given = {f"pretext.{name}": value for name, value in self.hyperparameters.items()}
         names = [f"pretext.{name}" for name in pretext_class(self.pretext_name).info.encoders]
         found = {"encoder": self.encoder, **{name: given[name] for name in names}}
         return {name: os.fspath(one) for name, one in found.items() if one is not None}
 
-    def task(self, encoder: Encoder) -> PretextTask:
-        """Build the pretext task around an encoder."""
-        given = {k: v for k, v in _as_mapping(self.pretext).items() if k != "name"}
-        cls = pretext_class(self.pretext_name)
-        if cls.info.fixed_positions and not self.pretrained:
-            fix_positions(encoder)
-        task = cls(encoder, **given)
-        if self.progressive_resizing:
-            _check_resizing(task)
-        if self.token_drop:
-            _check_token_drop(task)
-        if self.ema is not None:
-            task.average_encoder(self.ema)
-        return task
-
-    def short_run(self, images: int) -> dict[str, float]:
-        """Hyperparameters of the pretext that a short run has instead of their defaults.
-
-        A run is short if it sees at most ``SHORT_RUN_IMAGES`` or, without a GPU, ends within
-        ``SHORT_RUN_SECONDS``; runs from pre-trained weights, or of open length, never are.
-
-        Args:
-            images: Number of training images.
-
-        Returns:
-            Those of ``PretextInfo.short_run`` that the options leave to their default.
-        """
-        if self.pretrained or self.open_ended:
-            return {}
-        epochs, seconds = self.max_epochs, self.seconds
-        few = epochs is not None and epochs * images <= SHORT_RUN_IMAGES
-        soon = seconds is not None and seconds <= SHORT_RUN_SECONDS
-        if not few and (not soon or torch.cuda.is_available()):
-            return {}
-        given = _as_mapping(self.pretext)
-        better = pretext_class(self.pretext_name).info.short_run
-        return {name: value for name, value in better.items() if given[name] is None}
-
     def with_hyperparameters(self, values: Mapping[str, float]) -> Self:
         """Return a copy with some hyperparameters of the pretext changed."""
         return self.replace(pretext={**_as_mapping(self.pretext), **values})
-
-    def resizes(self, task: PretextTask, steps_per_epoch: int) -> bool:
-        """Whether the views start small and grow, by ``--progressive_resizing`` or its default."""
-        if self.progressive_resizing is not None:
-            return self.progressive_resizing
-        if self.pretrained:  # not measured
-            return False
-        if task.info.encoders and not task.reads_files:  # a teacher that sees views gains no speed
-            return False
-        side = min(task.encoder.image_size, task.views().smallest_crop or task.encoder.image_size)
-        small = task.encoder.fitting_size(side * INITIAL_SIDE)
-        if small < MIN_RESIZED_SIDE or not self._has_phases(steps_per_epoch):
-            return False
-        try:
-            _check_resizing(task)  # runs the encoder once
-        except UserError:
-            return False
-        return True
-
-    def _has_phases(self, steps_per_epoch: int) -> bool:
-        """Whether the run is long enough to begin with less of each image than it ends with."""
-        if self.max_epochs is None:
-            return (self.seconds or 0) >= MIN_PHASES_SECONDS
-        return self.max_epochs * steps_per_epoch >= MIN_PHASES_STEPS
-
-    def dropped_tokens(self, task: PretextTask, steps_per_epoch: int) -> float:
-        """Share of the patch tokens to drop at first, by ``--token_drop`` or its default."""
-        if self.token_drop is not None:
-            return self.token_drop
-        if self.pretrained or not self._has_phases(steps_per_epoch):
-            return 0.0
-        try:
-            _check_token_drop(task)
-        except UserError:
-            return 0.0
-        return DEFAULT_SHARE
-
-    def length_factor(self, task: PretextTask, images: int) -> float:
-        """Factor on the default learning rate because of the length of the run.
-
-        1 with a time budget or an open end, as the number of images that the run will see is not
-        known, and from pre-trained weights, whose default rate is lower anyway.
-
-        Args:
-            task: Task to train.
-            images: Number of training images.
-        """
-        epochs = self.max_epochs
-        if not self.default_rate or self.pretrained or self.open_ended or epochs is None:
-            return 1.0
-        return float(task.info.long_run_lr ** long_share(epochs * images))
-
-    def optimizer_settings(
-        self, task: PretextTask, batch_size: int, images: int
-    ) -> OptimizerSettings:
-        """Optimizer settings for a task.
-
-        Args:
-            task: Task to train.
-            batch_size: Number of images per step.
-            images: Number of training images.
-
-        Raises:
-            UserError: The options do not go together.
-        """
-        settings = task.optimizer_settings
-        name = self.optimizer or settings.name
-        if name != settings.name and self.default_rate:
-            raise UserError(
-                f"--optimizer {name} needs an --lr: the default {settings.lr} of {task.info.name} "
-                f"is for {settings.name}"
-            )
-        if self.base_lr is not None:  # papers that give a base rate scale it linearly
-            settings = replace(settings, lr=self.base_lr, scaling="linear")
-        if self.weight_decay is not None:
-            settings = replace(settings, weight_decay=self.weight_decay, weight_decay_end=None)
-        if self.weight_decay_end is not None:
-            settings = replace(settings, weight_decay_end=self.weight_decay_end)
-        if self.clip_norm is not None:
-            settings = replace(settings, clip_norm=self.clip_norm)
-        betas = settings.betas if name == settings.name else None
-        if self.betas is not None:
-            check_has_betas(name)
-            betas = (self.betas[0], self.betas[1])
-        lr, head_scale = self.lr or settings.scaled_lr(batch_size), 1.0
-        lr *= self.length_factor(task, images)
-        if self.default_rate and self.moves_pretrained:
-            lr, head_scale = lr * PRETRAINED_LR_FACTOR, 1 / PRETRAINED_LR_FACTOR
-        layer_decay = self.layer_decay
-        if layer_decay is None:
-            layer_decay = default_layer_decay(task.encoder.model) if self.moves_pretrained else 1.0
-        return replace(
-            settings,
-            name=name,
-            lr=lr,
-            layer_decay=layer_decay,
-            betas=betas,
-            head_scale=head_scale,
-        )
-
-
-# On CIFAR-10 the gain was half as large with 64,000 images (eight minutes of one core) as with
-# 17,000; longer runs were not measured, and it is expected to vanish at about this length.
-SHORT_RUN_IMAGES, SHORT_RUN_SECONDS = 250_000, 30 * 60
-
-# The pretexts with a lower learning rate in long runs have that of their paper from so many images
-# on: 100 epochs of ImageNet. In between it falls with the logarithm of the number of images, which
-# was not measured.
-LONG_RUN_IMAGES = 128_000_000
-
-# Runs of at least so many steps or seconds are long enough to begin with small views, of a side of
-# at least so many pixels, and with a part of the patches. (Views of fewer than 32 pixels have not
-# been measured.)
-MIN_PHASES_STEPS, MIN_PHASES_SECONDS, MIN_RESIZED_SIDE = 200, 60, 32
-
-
-def long_share(images: int) -> float:
-    """Position of a run between a short one (0) and a long one (1), on a logarithmic scale.
-
-    Args:
-        images: Number of images that it sees, repeated ones included.
-    """
-    share = math.log(max(images, 1) / SHORT_RUN_IMAGES)
-    return min(1.0, max(0.0, share / math.log(LONG_RUN_IMAGES / SHORT_RUN_IMAGES)))
-
-
-def _check_resizing(task: PretextTask) -> None:
-    if not task.info.any_size:
-        supported = ", ".join(name for name, cls in PRETEXTS.items() if cls.info.any_size)
-        raise UserError(
-            f"--progressive_resizing: the views of {task.info.name} can't change their size; "
-            f"those of {supported} can"
-        )
-    encoder = task.encoder
-    sides = {encoder.image_size, task.views().smallest_crop or encoder.image_size}
-    try:
-        for side in sides:
-            encoder.check_image_size(encoder.fitting_size(side * INITIAL_SIDE))
-    except UserError as error:
-        raise UserError(f"--progressive_resizing: {error}") from None
-
-
-def _check_token_drop(task: PretextTask) -> None:
-    if not task.info.token_drop:
-        supported = ", ".join(name for name, cls in PRETEXTS.items() if cls.info.token_drop)
-        raise UserError(
-            f"--token_drop: {task.info.name} needs all tokens of its views; "
-            f"{supported} can be trained without some"
-        )
-    if not isinstance(task.encoder.model, VisionTransformer):
-        kind, examples = BACKBONE_KINDS["ViT"]
-        raise UserError(
-            f"--token_drop needs {kind}, which {task.encoder.backbone} is not: "
-            f"try one of {examples}, or leave it out"
-        )
-
-
-def parse_time(text: str | int | None, accepted: str = "HH:MM:SS or seconds") -> float | None:
-    """Convert ``HH:MM:SS``, ``MM:SS``, seconds, or ``D-HH:MM:SS`` with days to seconds.
-
-    Args:
-        text: Time; None for none.
-        accepted: What the option takes, for the error.
-
-    Raises:
-        UserError: The text has another format, or the time is 0 or longer than ten years.
-    """
-    if text is None:
-        return None
-    match = re.fullmatch(r"(?:(?:(?:(\d+)[-:])?(\d+):)?(\d+):)?(\d+)", str(text).strip())
-    if match is None:
-        raise UserError(f"--max_time {brief(text)} is not a time: give {accepted}")
-    if len(match[0]) > 20:
-        raise UserError(f"--max_time {brief(text)} is longer than {MAX_TRAINING_DAYS} days")
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-    if total == 0:
-        raise UserError(f"--max_time {text} must be longer than 0 seconds")
-    if total > MAX_TRAINING_DAYS * 24 * 60 * 60:
-        raise UserError(f"--max_time {text} is longer than {MAX_TRAINING_DAYS} days")
-    return float(total)
-
-
-def make_encoder(
-    backbone: str | None,
-    image_size: int | None,
-    source: StrPath | None,
-    images: ImageSet,
-    pretext: str,
-) -> Encoder:
-    """Build or load the encoder that the training starts from.
-
-    Args:
-        backbone: timm name; None for the backbone of ``source``, or the default.
-        image_size: Side in pixels; None for that of the run or encoder folder ``source``, or, of
-            other weights, one that suits the images.
-        source: A run, an encoder folder, ``timm:NAME``, ``random:NAME``, or a state dict file; None
-            for random weights.
-        images: Training images.
-        pretext: Name of the pretext, which decides the default backbone.
-
-    Raises:
-        UserError: ``source`` does not exist, or has another backbone than ``backbone``.
-    """
-    if source is None or Path(source).is_file():
-        size = image_size or suitable_size(images.paths)
-        name = backbone or default_backbone(pretext, size)
-        size = image_size or patch_multiple(name, size)
-        encoder = build_encoder(name, size, reader=images.reader)
-        if source is not None:
-            load_weights(encoder, Path(source))
-        return encoder
-    source = os.fspath(source)
-    if Path(source).is_dir():
-        encoder = load_encoder(source, None, images)
-        if image_size is None and not made_here(source):  # as for its name, such as timm:NAME
-            image_size = encoder.fitting_size(suitable_size(images.paths))
-        if image_size is not None:
-            encoder.use_image_size(image_size)
-    elif source.startswith(("timm:", "random:")):
-        name = source.partition(":")[2]
-        size = image_size or patch_multiple(name, suitable_size(images.paths))
-        encoder = load_encoder(source, size, images)
-    else:
-        raise UserError(
-            f"no encoder at {source}: give a run, an encoder folder, timm:NAME, random:NAME or a "
-            f"state dict file"
-        )
-    if backbone is not None and backbone.split(".")[0] != encoder.backbone:
-        raise UserError(f"--encoder {source} is a {encoder.backbone}, not --backbone {backbone}")
-    return encoder
-
-
-def default_backbone(pretext: str, image_size: int) -> str:
-    """Name of a small backbone that works with a pretext.
-
-    Args:
-        pretext: Name of the pretext.
-        image_size: Side in pixels.
-    """
-    if pretext_class(pretext).info.backbones in ("any", "CNN"):
-        return "resnet18"
-    return "vit_tiny_patch16_224" if image_size >= 64 else "vit_tiny_patch4_32"
 
 
 def complete_pretext(pretext: str | Mapping[str, Any]) -> dict[str, Any]:
@@ -655,7 +360,7 @@ def complete_pretext(pretext: str | Mapping[str, Any]) -> dict[str, Any]:
     name = given.pop("name", DEFAULT_PRETEXT)
     cls = pretext_class(name)
     defaults = inspect.signature(cls).parameters
-    known = {one: defaults[one].default for one in hyperparameters(name)}
+    known = {one: defaults[one].default for one in hyperparameters_of(name)}
     for one in given:
         if one not in known:
             raise UserError(f"unknown option --pretext.{one} of {name}: {did_you_mean(one, known)}")
@@ -664,7 +369,7 @@ def complete_pretext(pretext: str | Mapping[str, Any]) -> dict[str, Any]:
     return {"name": name, **known, **given}
 
 
-def hyperparameters(name: str) -> dict[str, Any]:
+def hyperparameters_of(name: str) -> dict[str, Any]:
     """Types of the hyperparameters of a pretext, by name.
 
     Raises:
