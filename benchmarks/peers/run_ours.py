@@ -1,7 +1,8 @@
 """vissl_lite as its README runs it: the command ``vissl-lite pretrain``.
 
-Given are the images, the pretext, the backbone, the size and the batch, and that images are counted
-at their full size; all else is the default, as are DINO's two views of 224 pixels and six of 96.
+Given are the images, the pretext, the backbone, the size and the batch, and where speed is measured
+that views have their full size and all of their patches; all else is the default, as are DINO's two
+views of 224 pixels and six of 96.
 (``precision`` is bf16 where the CPU has it.)
 For --minutes, which count start-up and the report, too, ``--max_time`` is what these leave. At 32
 pixels the recipe is configs/cifar10_minutes.yaml; larger images are trained on by the defaults,

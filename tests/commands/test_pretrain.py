@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import required, with_pictures
 from vissl_lite.cli import main
+from vissl_lite.commands import pretrain_setup
 from vissl_lite.commands.pretrain import (
     MIN_MAP_IMAGES,
     batch_cost,
@@ -30,6 +31,7 @@ from vissl_lite.commands.pretrain_options import PretrainOptions
 from vissl_lite.commands.pretrain_setup import (
     default_backbone,
     dropped_tokens,
+    long_run_defaults,
     make_task,
     short_run_defaults,
     uses_small_views,
@@ -271,6 +273,25 @@ def test_short_runs_change_colors_less(monkeypatch: pytest.MonkeyPatch) -> None:
     assert color(max_time=60) is None  # a GPU sees many images in a minute
 
 
+def test_the_momentum_of_a_teacher_rises_with_the_length_of_the_run() -> None:
+    def momentum(pretext: Any, images: int, **given: Any) -> float | None:
+        options = PretrainOptions(data="x", out="y", pretext=pretext, **given)
+        return long_run_defaults(options, images).get("momentum")
+
+    assert momentum("dino", 2500, epochs=100) is None  # short
+    assert momentum("dino", 1_280_000, epochs=100) == momentum("ibot", 10**7, epochs=100) == 0.9995
+    assert momentum("dinov2", 1_280_000, epochs=100) == 0.994
+    middle = math.sqrt(250_000 * 128_000_000)
+    between = 1 - math.sqrt(0.01 * 0.0005)
+    assert momentum("dino", round(middle), epochs=1) == pytest.approx(between, abs=1e-5)
+    assert momentum({"name": "dino", "momentum": 0.99}, 10**7, epochs=100) is None
+    assert (
+        momentum("dino", 10**7, max_time=3600) is momentum("dino", 10**7, max_time="auto") is None
+    )
+    assert momentum("dino", 10**7, epochs=100, encoder="timm:test_vit") is None
+    assert momentum("byol", 10**7, epochs=100) is None
+
+
 def test_a_short_run_says_what_it_changes(photos: Path, tmp_path: Path) -> None:
     options = ["--data", photos, "--backbone", "test_resnet", "--image_size", 32]
     options += ["--batch_size", 8, "--epochs", 1, "--num_workers", 0]
@@ -353,6 +374,7 @@ def test_tokens_that_can_not_be_dropped(
         (None, "simclr", "vit_slim_patch4_32", 2, 0.5),
         (None, "simclr", "vit_slim_patch4_32", 1, 0.0),  # 100 steps are too few to begin with less
         (None, "simclr", "test_resnet", 2, 0.0),
+        (None, "byol", "vit_slim_patch4_32", 2, 0.0),  # not measured
         (None, "mae", "vit_slim_patch4_32", 2, 0.0),
         (0.3, "simclr", "vit_slim_patch4_32", 1, 0.3),
         (0.0, "simclr", "vit_slim_patch4_32", 2, 0.0),
@@ -367,10 +389,42 @@ def test_tokens_are_dropped_where_possible(
     assert dropped_tokens(options, make_task(options, build_encoder(backbone, 32)), steps) == share
 
 
-def test_pretrained_weights_see_all_tokens_by_default() -> None:
-    options = PretrainOptions(data="images", out="run", encoder="timm:vit_tiny_patch16_224")
-    task = make_task(options, build_encoder("vit_slim_patch4_32", 32))
-    assert dropped_tokens(options, task, steps_per_epoch=1000) == 0
+@pytest.mark.parametrize(
+    ("size", "given", "share"),
+    [
+        (96, {}, 0.5),
+        (96, {"progressive_resizing": True}, 0.5),  # four of nine patches are left at first
+        (64, {}, 0.5),
+        (64, {"progressive_resizing": True}, 0.0),  # two of four would be
+        (96, {"encoder": "timm:test_vit"}, 0.0),
+        (96, {"encoder": "random:test_vit"}, 0.5),
+        (96, {"max_time": "00:00:59", "epochs": None}, 0.0),
+        (96, {"max_time": "00:01:00", "epochs": None}, 0.5),
+    ],
+)
+def test_tokens_are_dropped_by_default_where_enough_are_left(
+    size: int, given: dict[str, Any], share: float
+) -> None:
+    options = PretrainOptions(**{"data": "images", "out": "run", "epochs": 100, **given})
+    task = make_task(options, build_encoder("test_vit", size))
+    assert dropped_tokens(options, task, steps_per_epoch=2) == share
+
+
+@pytest.mark.slow
+def test_a_vit_starts_with_small_views_and_half_of_their_patches(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default, and ``config.yaml`` says so, so that ``--resume`` goes on in the same way."""
+    monkeypatch.setattr(pretrain_setup, "MIN_PHASES_STEPS", 1)
+    options = ["--data", photos, "--backbone", "test_vit", "--image_size", 96, "--batch_size", 8]
+    assert run(*options, "--epochs", 4, "--num_workers", 0, "--out", tmp_path) == 0
+    config = read_config(tmp_path)
+    assert (config["progressive_resizing"], config["token_drop"]) == (True, 0.5)
+    found = [(float(r["view_size"]), float(r["token_drop"])) for r in rows(tmp_path) if r["loss"]]
+    assert found[0] == (96, 0)  # a whole step, to try out the memory
+    assert found[1] == (48, 0.5)
+    assert found[-1] == (96, 0)
+    assert "without 50 % of the patches" in (tmp_path / "log.txt").read_text()
 
 
 @pytest.mark.slow

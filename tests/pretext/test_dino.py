@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 
 from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.optim import build_optimizer
@@ -54,6 +55,16 @@ def test_the_teacher_is_what_a_run_saves() -> None:
     task = made()
     assert task.trained_encoder() is task.teacher_encoder
     assert task.trained_encoder() is not task.encoder
+
+
+def test_the_batch_norm_of_the_head_sees_all_crops_at_once() -> None:
+    """As ``MultiCropWrapper`` of the authors' code, which runs the head on all outputs."""
+    task = made()
+    assert isinstance(task.head.layers[1], nn.BatchNorm1d)
+    sizes: list[int] = []
+    task.head.layers[1].register_forward_hook(lambda _, given, __: sizes.append(len(given[0])))
+    task.loss([torch.randn(3, 3, side, side) for side in (32, 32, 16)])
+    assert sizes == [9]
 
 
 @pytest.mark.slow

@@ -45,6 +45,13 @@ def test_loss_equals_the_papers_equation() -> None:
     assert ours.item() == pytest.approx(total / elements, rel=1e-5)
 
 
+def test_the_number_of_masked_squares_is_rounded_up() -> None:
+    """As in the authors' code: ``np.ceil(self.token_count * self.mask_ratio)``."""
+    task = simmim(size=112)  # 7 x 7 squares
+    mask = task.draw_mask(torch.randn(2, 3, 112, 112))
+    assert mask.flatten(1).sum(dim=1).tolist() == [30, 30]  # 29.4 of 49
+
+
 def test_visible_pixels_do_not_count() -> None:
     images, mask = torch.randn(2, 3, 32, 32), enlarge(HALF, 16)
     wrong = images + 2.0 * mask[:, None] + 100.0 * ~mask[:, None]

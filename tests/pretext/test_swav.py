@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 
 from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.pretext.modules.losses import swapped_prediction
@@ -45,6 +46,16 @@ def test_the_prototypes_are_not_trained_at_first(progress: float, trained: bool)
     task.loss([torch.randn(8, 3, 32, 32) for _ in range(2)]).backward()
     task.on_after_backward()
     assert (task.prototypes.weight.grad is not None) == trained
+
+
+def test_the_batch_norm_of_the_head_sees_all_crops_at_once() -> None:
+    """As in the authors' code: ``forward_head`` gets the outputs for all crops."""
+    task = SwAV(build_encoder("test_resnet", 32))
+    sizes: list[int] = []
+    assert isinstance(task.head[1], nn.BatchNorm1d)
+    task.head[1].register_forward_hook(lambda _, given, __: sizes.append(len(given[0])))
+    task.loss([torch.randn(8, 3, side, side) for side in (32, 32, 16)])
+    assert sizes == [24]
 
 
 def test_without_a_queue() -> None:

@@ -18,6 +18,7 @@ from vissl_lite.commands.pretrain_setup import (
     PRETRAINED_LR_FACTOR,
     dropped_tokens,
     length_factor,
+    long_run_defaults,
     make_encoder,
     make_task,
     optimizer_settings,
@@ -132,7 +133,8 @@ class _Training:
     """Everything a run needs, prepared before anything is written.
 
     Attributes:
-        options: Options, with the backbone, image size and batch size filled in.
+        options: Options, with what they leave open filled in: backbone, sizes, hyperparameters,
+            ``progressive_resizing``, ``token_drop``.
         hardware: Devices and precision.
         images: Training images.
         labelled: Labelled images for the online evaluation; None for none.
@@ -143,6 +145,7 @@ class _Training:
         fingerprints: Fingerprints of the images that the initial weights, or a teacher, were
             trained on; None if they are unknown.
         short_run: Hyperparameters that differ from their defaults because the run is short.
+        long_run: Those that do because it is long.
     """
 
     options: PretrainOptions
@@ -155,6 +158,7 @@ class _Training:
     cache: CachePlan | None
     fingerprints: Fingerprints | None
     short_run: dict[str, float]
+    long_run: dict[str, float]
 
 
 @command(PretrainOptions)
@@ -217,7 +221,8 @@ def _prepare(options: PretrainOptions, resume: bool) -> _Training:
         )
     train_only(encoder, options.train)
     short_run = short_run_defaults(options, count)
-    options = options.with_hyperparameters(short_run)
+    long_run = long_run_defaults(options, count)
+    options = options.with_hyperparameters({**short_run, **long_run})
     task = make_task(options, encoder)
     if images.shards is not None and task.reads_files:
         raise UserError(
@@ -243,8 +248,19 @@ def _prepare(options: PretrainOptions, resume: bool) -> _Training:
         batch_size=size,
         progressive_resizing=uses_small_views(options, task, count // size),
     )
+    options = options.replace(token_drop=dropped_tokens(options, task, count // size))
     return _Training(
-        options, hardware, images, labelled, task, views, size, cache, fingerprints, short_run
+        options,
+        hardware,
+        images,
+        labelled,
+        task,
+        views,
+        size,
+        cache,
+        fingerprints,
+        short_run,
+        long_run,
     )
 
 
@@ -293,6 +309,8 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
     )
     for name, value in training.short_run.items():
         log.info("The run is short: --pretext.%s is %s by default", name, str(value).lower())
+    for name, value in training.long_run.items():
+        log.info("The run is long: --pretext.%s is %s by default", name, value)
     factor = length_factor(options, task, count)
     if factor < 0.995:
         log.info(
@@ -361,7 +379,8 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
         schedule,
         stop_on_collapse=options.on_collapse == "stop",
     )
-    dropped = dropped_tokens(options, task, count // size)
+    dropped = options.token_drop
+    assert dropped is not None  # ``_prepare`` has decided
     callbacks = [
         Forecast(stream, schedule, partial(batch_cost, options, dropped), lambda: online.seconds),
         online,

@@ -20,7 +20,6 @@ from vissl_lite.pretext import PRETEXTS, pretext_class
 from vissl_lite.pretext.base import BACKBONE_KINDS, PretextTask
 from vissl_lite.pretext.modules.positions import fix_positions
 from vissl_lite.training.resizing import INITIAL_SIDE
-from vissl_lite.training.token_drop import DEFAULT_SHARE
 
 # Factor on the default learning rates of the pretexts, which are for random weights, for encoders
 # with pre-trained ones. The heads are random in any case. A choice that was not measured on several
@@ -40,6 +39,10 @@ LONG_RUN_IMAGES = 128_000_000
 # at least so many pixels, and with a part of the patches. (Views of fewer than 32 pixels have not
 # been measured.)
 MIN_PHASES_STEPS, MIN_PHASES_SECONDS, MIN_RESIZED_SIDE = 200, 60, 32
+
+# Patches that a view has left at least where some are dropped by default. (Fewer have not been
+# measured.)
+MIN_PATCHES = 4
 
 
 def make_encoder(
@@ -126,6 +129,7 @@ def short_run_defaults(options: PretrainOptions, images: int) -> dict[str, float
     ``SHORT_RUN_SECONDS``; runs from pre-trained weights, or of open length, never are.
 
     Args:
+        options: Options of the run.
         images: Number of training images.
 
     Returns:
@@ -141,6 +145,31 @@ def short_run_defaults(options: PretrainOptions, images: int) -> dict[str, float
     given = options.hyperparameters
     better = pretext_class(options.pretext_name).info.short_run
     return {name: value for name, value in better.items() if given[name] is None}
+
+
+def long_run_defaults(options: PretrainOptions, images: int) -> dict[str, float]:
+    """Momentum of the teacher in a long run of ``--epochs`` instead of its default.
+
+    1 - momentum falls geometrically from its value in short runs to that in long ones; see
+    ``long_share``. Runs from pre-trained weights, of open length or with a time budget keep the
+    default.
+
+    Args:
+        options: Options of the run.
+        images: Number of training images.
+
+    Returns:
+        ``momentum``, if the pretext has one that depends on the length and the options leave it to
+        its default; else nothing.
+    """
+    bounds, epochs = pretext_class(options.pretext_name).info.momentum, options.max_epochs
+    if bounds is None or options.hyperparameters["momentum"] is not None:
+        return {}
+    if options.pretrained or options.open_ended or epochs is None:
+        return {}
+    share = long_share(epochs * images)
+    short, long = (1 - momentum for momentum in bounds)
+    return {"momentum": round(1 - short ** (1 - share) * long**share, 5)} if share else {}
 
 
 def uses_small_views(options: PretrainOptions, task: PretextTask, steps_per_epoch: int) -> bool:
@@ -163,16 +192,28 @@ def uses_small_views(options: PretrainOptions, task: PretextTask, steps_per_epoc
 
 
 def dropped_tokens(options: PretrainOptions, task: PretextTask, steps_per_epoch: int) -> float:
-    """Share of the patch tokens to drop at first, by ``--token_drop`` or its default."""
+    """Share of the patch tokens to drop at first, by ``--token_drop`` or its default.
+
+    Args:
+        options: Options of the run, with ``progressive_resizing``.
+        task: Task to train.
+        steps_per_epoch: Steps per epoch.
+    """
     if options.token_drop is not None:
         return options.token_drop
-    if options.pretrained or not _has_phases(options, steps_per_epoch):
+    share, encoder = task.info.token_drop or 0.0, task.encoder
+    if not share or options.pretrained or not _has_phases(options, steps_per_epoch):
         return 0.0
     try:
         _check_token_drop(task)
     except UserError:
         return 0.0
-    return DEFAULT_SHARE
+    assert encoder.patch_size is not None  # as all ViTs have
+    side = encoder.image_size
+    if options.progressive_resizing:
+        side = encoder.fitting_size(side * INITIAL_SIDE)
+    kept = int((1 - share) * (side // encoder.patch_size) ** 2)
+    return share if kept >= MIN_PATCHES else 0.0
 
 
 def _has_phases(options: PretrainOptions, steps_per_epoch: int) -> bool:
@@ -189,6 +230,7 @@ def length_factor(options: PretrainOptions, task: PretextTask, images: int) -> f
     known, and from pre-trained weights, whose default rate is lower anyway.
 
     Args:
+        options: Options of the run.
         task: Task to train.
         images: Number of training images.
     """
@@ -214,6 +256,7 @@ def optimizer_settings(
     """Optimizer settings for a task.
 
     Args:
+        options: Options of the run.
         task: Task to train.
         batch_size: Number of images per step.
         images: Number of training images.
@@ -274,8 +317,10 @@ def _check_resizing(task: PretextTask) -> None:
 
 
 def _check_token_drop(task: PretextTask) -> None:
-    if not task.info.token_drop:
-        supported = ", ".join(name for name, cls in PRETEXTS.items() if cls.info.token_drop)
+    if task.info.token_drop is None:
+        supported = ", ".join(
+            name for name, cls in PRETEXTS.items() if cls.info.token_drop is not None
+        )
         raise UserError(
             f"--token_drop: {task.info.name} needs all tokens of its views; "
             f"{supported} can be trained without some"

@@ -41,7 +41,7 @@ class BarlowTwins(PretextTask):
         paper="Zbontar et al. 2021, arXiv 2103.03230",
         use="batches of 128 to 1024; needs no negatives and no teacher",
         any_size=True,
-        token_drop=True,
+        token_drop=0.0,
     )
     # The paper trains with LARS on batches of 2048; at 64 to 256 AdamW learns faster.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")

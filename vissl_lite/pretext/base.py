@@ -55,15 +55,17 @@ class PretextInfo:
         negatives: Whether images of a batch are compared with one another, so that gradient
             accumulation is not equivalent to a larger batch.
         any_size: Whether views may be smaller than the encoder's image size.
-        token_drop: Whether a ViT may see a random part of the patches of a view, as the loss uses
-            nothing but pooled features of whole views.
+        token_drop: Default of ``--token_drop`` where it measured better than all patches, else 0;
+            None if a ViT has to see all, as the loss uses more than pooled features of whole views.
         fixed_positions: Whether a ViT with random weights gets fixed sine-cosine position
             embeddings; see ``fix_positions``.
         encoders: Hyperparameters that name an encoder to learn from, as ``--encoder`` does. They
             are required.
         short_run: Hyperparameters with None as default, and values that measured better in minutes
-            on a CPU from random weights; see ``PretrainOptions.short_run``.
+            on a CPU from random weights; see ``short_run_defaults``.
         long_run_lr: Factor on the default learning rate in long runs; see ``long_share``.
+        momentum: Default momentum of the teacher in short and in long runs, of pretexts where it
+            depends on the length; see ``long_run_defaults``.
     """
 
     name: str
@@ -74,11 +76,19 @@ class PretextInfo:
     backbones: Backbones = "any"
     negatives: bool = False
     any_size: bool = False
-    token_drop: bool = False
+    token_drop: float | None = None
     fixed_positions: bool = False
     encoders: tuple[str, ...] = ()
     short_run: Mapping[str, float] = field(default_factory=dict)
     long_run_lr: float = 1.0
+    momentum: tuple[float, float] | None = None
+
+    def default_momentum(self, given: float | None) -> float:
+        """A hyperparameter ``momentum``, or without one the default of short runs."""
+        if given is not None:
+            return given
+        assert self.momentum is not None
+        return self.momentum[0]
 
 
 @dataclass(frozen=True)

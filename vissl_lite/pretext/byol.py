@@ -51,7 +51,7 @@ class BYOL(PretextTask):
         paper="Grill et al. 2020, arXiv 2006.07733",
         use="small batches and long runs; needs no negatives",
         any_size=True,
-        token_drop=True,
+        token_drop=0.0,
     )
     # The paper trains with LARS on batches of 4096; at 64 to 256 AdamW learns faster.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")

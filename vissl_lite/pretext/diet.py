@@ -43,7 +43,7 @@ class DIET(PretextTask):
         paper="Ibrahim et al. 2024, arXiv 2406.10743; DIET-CP 2509.06990",
         use="hundreds or thousands of images, from pre-trained weights",
         any_size=True,
-        token_drop=True,
+        token_drop=0.0,
     )
     # As of the other pretexts that classify; DIET uses 1e-3 for batches of 256 and long runs.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=0.05, scaling="sqrt")

@@ -24,13 +24,14 @@ from vissl_lite.pretext.modules.losses import Center, swapped_prediction
 class DINO(PretextTask):
     """DINO.
 
-    The defaults are for runs of minutes to hours; the learning rate falls with the length of a run
-    to the paper's (5e-4 for 256 images). For hundreds of epochs use more momentum, and see
-    ``configs/imagenet/dino.yaml``.
+    The defaults are for runs of minutes to hours; with ``--epochs`` the learning rate falls with
+    the length of the run to the paper's (5e-4 for 256 images), and the momentum rises. For ImageNet
+    see ``configs/imagenet/dino.yaml``.
 
     As in the authors' recipe for ViT-B, the prototypes are always normalized (their best ViT-S is
-    trained without). Gradients are clipped by the norm of all parameters together, theirs by that
-    of each, which makes little difference to AdamW; and position embeddings do not decay.
+    trained without). Two differences come from the optimizer that all pretexts share, and were not
+    measured: gradients are clipped by the norm of all parameters together, theirs by that of each;
+    and position embeddings do not decay.
 
     Args:
         encoder: Encoder to train; a run saves the teacher, which has better features.
@@ -41,16 +42,17 @@ class DINO(PretextTask):
         warm_teacher_temperature: Initial softmax temperature of the teacher.
         temperature_warmup: Fraction of the run in which the teacher temperature is warmed up; the
             paper uses 30 epochs of 300 or more.
-        momentum: Initial momentum of the teacher; increases to 1 along a cosine. The paper uses
-            0.996, for batches of 1024 and hundreds of epochs; the authors' code advises more for
-            smaller batches in such runs, for example 0.9995 at 256. In a short run the teacher
-            would then hardly leave its initial weights.
+        momentum: Initial momentum of the teacher; increases to 1 along a cosine. Default 0.99; with
+            ``--epochs`` it rises with the length of the run to 0.9995, which the authors' code
+            advises for hundreds of epochs at batches of 256. (The paper uses 0.996, at 1024.) In a
+            short run the teacher would then hardly leave its initial weights.
         center_momentum: Momentum of the center of the teacher's outputs (equation 4).
         freeze_last_layer: Fraction of the run in which the last layer is not trained; the paper
             uses one epoch of a hundred (appendix C).
         hidden_size: Hidden size of the heads (appendix C: 2048).
         bottleneck_size: Number of features before the last layer (appendix C).
-        head_norm: Whether the heads use BatchNorm; default for CNNs only, which need it.
+        head_norm: Whether the heads use BatchNorm; default for CNNs only, as in the authors' recipe
+            for ResNet-50.
         local_crops: Number of local crops besides the two global ones; default 6, none below 64
             pixels; the paper uses 8 to 10.
         min_crop_scale: Smallest fraction of the image area in a local crop.
@@ -67,8 +69,9 @@ class DINO(PretextTask):
         paper="Caron et al. 2021, arXiv 2104.14294",
         use="ViTs and long runs; strong kNN features",
         any_size=True,
-        token_drop=True,
+        token_drop=0.0,
         long_run_lr=0.25,
+        momentum=(0.99, 0.9995),
     )
     # The paper uses 5e-4 at batches of 256 with linear scaling, for hundreds of epochs; gradients
     # are clipped at 3, and the weight decay rises from 0.04 to 0.4.
@@ -84,7 +87,7 @@ class DINO(PretextTask):
         teacher_temperature: float = 0.04,
         warm_teacher_temperature: float = 0.04,
         temperature_warmup: float = 0.1,
-        momentum: float = 0.99,
+        momentum: float | None = None,
         center_momentum: float = 0.9,
         freeze_last_layer: float = 0.01,
         hidden_size: int = 1024,
@@ -112,7 +115,10 @@ class DINO(PretextTask):
         add_drop_path(encoder, drop_path)
         self.center = Center(prototypes, center_momentum)
         self.teacher_schedule = TeacherSchedule(
-            momentum, warm_teacher_temperature, teacher_temperature, temperature_warmup
+            self.info.default_momentum(momentum),
+            warm_teacher_temperature,
+            teacher_temperature,
+            temperature_warmup,
         )
         self.temperature, self.freeze_last_layer = temperature, freeze_last_layer
         self.crops = MultiCrop(
@@ -123,7 +129,8 @@ class DINO(PretextTask):
         return self.crops.views(self.encoder, upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
-        scores = forward_multi_crop(lambda images: self.head(self.encoder(images)), views)
+        features = forward_multi_crop(self.encoder, views)
+        scores = self.head(torch.cat(features)).chunk(len(views))  # one BatchNorm for all crops
         with torch.no_grad():
             outputs = self.teacher_head(self.teacher_encoder(torch.cat(views[:2])))
             temperature = self.teacher_schedule.temperature_at(self.progress)

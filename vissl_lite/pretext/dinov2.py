@@ -34,6 +34,7 @@ from vissl_lite.pretext.modules.masking import (
 # Share of the global crops with a mask, smallest and largest share of patches masked in one, and
 # number of Sinkhorn-Knopp iterations (section 4; ``ssl_default_config.yaml``).
 MASKED_CROPS, MIN_MASKED, MAX_MASKED = 0.5, 0.1, 0.5
+SMALLEST_BLOCK = 4  # patches (``masking.py``)
 SINKHORN_ITERATIONS = 3
 
 
@@ -56,7 +57,7 @@ def draw_masks(batch: int, rows: int, columns: int) -> Tensor:
     edges = np.linspace(MIN_MASKED, MAX_MASKED, int(MASKED_CROPS * batch) + 1)
     shares = np.zeros(batch)
     shares[: len(edges) - 1] = rng.uniform(edges[:-1], edges[1:])
-    return block_masks(rng.permutation(shares), rows, columns, rng)
+    return block_masks(rng.permutation(shares), rows, columns, rng, SMALLEST_BLOCK)
 
 
 class DINOv2(PretextTask):
@@ -69,11 +70,11 @@ class DINOv2(PretextTask):
     part in attention only. timm's weights lack the mask token and the heads, which start anew.
 
     The defaults are for runs of minutes to hours. For long runs on ImageNet see
-    ``configs/imagenet/dinov2.yaml``. Clipping, and decay of position embeddings, differ from the
-    authors' code as in ``dino``; stochastic depth is timm's, theirs has the same rate in all
-    blocks. The smallest block of a mask is that of ``ibot``, (side // 3)^2 patches, theirs 4
-    patches; and the patch embedding has no learning rate of its own, theirs 0.2 times that of the
-    lowest layer.
+    ``configs/imagenet/dinov2.yaml``. These differences from the authors' code follow timm and the
+    optimizer that all pretexts share, and were not measured: gradients are clipped by the norm of
+    all parameters together, theirs by that of the backbone and of each head; position embeddings do
+    not decay; stochastic depth rises from block to block, theirs has the same rate in all; and the
+    patch embedding has no learning rate of its own, theirs 0.2 times that of the lowest layer.
 
     Args:
         encoder: Encoder to train; a run saves the teacher, which has better features.
@@ -87,8 +88,9 @@ class DINOv2(PretextTask):
         warm_teacher_temperature: Initial softmax temperature of the teacher.
         temperature_warmup: Fraction of the run in which the teacher temperature is warmed up; the
             authors' code uses 30 epochs of 100 or 500.
-        momentum: Initial momentum of the teacher; increases to 1 along a cosine. The authors' code
-            uses 0.992 to 0.994, for batches of 1024 and more and 125,000 steps and more.
+        momentum: Initial momentum of the teacher; increases to 1 along a cosine. Default 0.99; with
+            ``--epochs`` it rises with the length of the run to 0.994. The authors' code uses 0.992
+            to 0.994, for batches of 1024 and more and 125,000 steps and more.
         freeze_last_layer: Fraction of the run in which the last layers of the heads are not
             trained; the authors' code uses one epoch of 100 or 500.
         hidden_size: Hidden size of the heads; 2048 in the authors' code.
@@ -109,6 +111,7 @@ class DINOv2(PretextTask):
         paper="Oquab et al. 2023, arXiv 2304.07193",
         use="ViTs and long runs; to go on from weights of DINOv2 or DINOv3",
         backbones="any ViT",
+        momentum=(0.99, 0.994),
     )
     # The authors' code uses 2e-3 for 256, for ViT-L and 125,000 steps; gradients are clipped at 3,
     # and the weight decay rises from 0.04 to 0.4 or 0.2.
@@ -126,7 +129,7 @@ class DINOv2(PretextTask):
         teacher_temperature: float = 0.07,
         warm_teacher_temperature: float = 0.04,
         temperature_warmup: float = 0.3,
-        momentum: float = 0.99,
+        momentum: float | None = None,
         freeze_last_layer: float = 0.01,
         hidden_size: int = 1024,
         bottleneck_size: int = 256,
@@ -156,7 +159,10 @@ class DINOv2(PretextTask):
         self.patch_weight, self.koleo_weight = patch_weight, koleo_weight
         self.temperature, self.freeze_last_layer = temperature, freeze_last_layer
         self.teacher_schedule = TeacherSchedule(
-            momentum, warm_teacher_temperature, teacher_temperature, temperature_warmup
+            self.info.default_momentum(momentum),
+            warm_teacher_temperature,
+            teacher_temperature,
+            temperature_warmup,
         )
         self.crops = MultiCrop(
             2, local_crops, min_crop_scale, min_global_crop_scale, color, solarize=True

@@ -52,11 +52,12 @@ def draw_masks(batch: int, rows: int, columns: int) -> Tensor:
 class IBOT(PretextTask):
     """iBOT.
 
-    The defaults are for runs of minutes to hours; the learning rate falls with the length of a run
-    to the paper's (5e-4 for 256 images). For hundreds of epochs use more momentum, and see
-    ``configs/imagenet/ibot.yaml``. Normalization of the prototypes, clipping, and decay of position
-    embeddings differ from the authors' code as in ``dino``. The center of the patches is that of
-    masked ones, theirs that of all.
+    The defaults are for runs of minutes to hours; with ``--epochs`` the learning rate falls with
+    the length of the run to the paper's (5e-4 for 256 images), and the momentum rises. For ImageNet
+    see ``configs/imagenet/ibot.yaml``. Normalization of the prototypes, clipping, and decay of
+    position embeddings differ from the authors' code as in ``dino``. The center of the patches is
+    that of masked ones, the only ones whose teacher outputs are computed; theirs is that of all.
+    This was not measured.
 
     Args:
         encoder: Encoder to train; a run saves the teacher, which has better features.
@@ -69,8 +70,9 @@ class IBOT(PretextTask):
         warm_teacher_temperature: Initial softmax temperature of the teacher.
         temperature_warmup: Fraction of the run in which the teacher temperature is warmed up; the
             paper uses 30 epochs of 800.
-        momentum: Initial momentum of the teacher; increases to 1 along a cosine. The paper uses
-            0.996, for batches of 1024 and hundreds of epochs; see ``dino`` for smaller ones.
+        momentum: Initial momentum of the teacher; increases to 1 along a cosine. Default 0.99; with
+            ``--epochs`` it rises with the length of the run to 0.9995, as in ``dino``. The paper
+            uses 0.996, for batches of 1024 and hundreds of epochs.
         center_momentum: Momentum of the centers of the teacher's outputs.
         freeze_last_layer: Fraction of the run in which the last layer is not trained.
         hidden_size: Hidden size of the head, which is shared by images and patches (section 4.1).
@@ -78,7 +80,8 @@ class IBOT(PretextTask):
         local_crops: Number of local crops besides the two global ones; default 6, none below 64
             pixels; the paper uses 10.
         min_crop_scale: Smallest fraction of the image area in a local crop.
-        min_global_crop_scale: Smallest fraction in a global crop (0.32 in the authors' recipes).
+        min_global_crop_scale: Smallest fraction in a global crop (0.25 in the authors' recipe for
+            ViT-S, 0.32 for larger ones).
         color: Strength of the color distortion; the paper uses about 0.5.
         drop_path: Rate of stochastic depth in the student; default 0.1 as in the paper.
     """
@@ -91,6 +94,7 @@ class IBOT(PretextTask):
         use="ViTs and long runs; before detection or segmentation; trains patch features",
         backbones="any ViT",
         long_run_lr=0.5,
+        momentum=(0.99, 0.9995),
     )
     # The paper uses 5e-4 at batches of 256 with linear scaling, for hundreds of epochs; gradients
     # are clipped at 3, and the weight decay rises from 0.04 to 0.4.
@@ -108,7 +112,7 @@ class IBOT(PretextTask):
         teacher_temperature: float = 0.04,
         warm_teacher_temperature: float = 0.04,
         temperature_warmup: float = 0.1,
-        momentum: float = 0.99,
+        momentum: float | None = None,
         center_momentum: float = 0.9,
         freeze_last_layer: float = 0.01,
         hidden_size: int = 1024,
@@ -137,7 +141,10 @@ class IBOT(PretextTask):
         self.patch_center = Center(prototypes, center_momentum)
         self.patch_weight, self.koleo_weight = patch_weight, koleo_weight
         self.teacher_schedule = TeacherSchedule(
-            momentum, warm_teacher_temperature, teacher_temperature, temperature_warmup
+            self.info.default_momentum(momentum),
+            warm_teacher_temperature,
+            teacher_temperature,
+            temperature_warmup,
         )
         self.temperature, self.freeze_last_layer = temperature, freeze_last_layer
         self.crops = MultiCrop(

@@ -38,8 +38,10 @@ class MAE(PretextTask):
     pooling layer with weights not at all. Fine-tuning benefits more from the pre-training than a
     linear probe (section 4.3).
 
-    The default learning rate is for runs of minutes to hours, and falls with the length of a run to
-    the paper's (``--base_lr 1.5e-4``); for ImageNet see ``configs/imagenet/mae.yaml``.
+    The default learning rate is for runs of minutes to hours; with ``--epochs`` it falls with the
+    length of the run to the paper's (``--base_lr 1.5e-4``). For ImageNet see
+    ``configs/imagenet/mae.yaml``. The encoder has timm's initial weights, in the authors' code
+    Xavier-uniform ones; this was not measured.
 
     Args:
         encoder: Encoder to train; a plain ViT.

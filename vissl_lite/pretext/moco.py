@@ -59,7 +59,7 @@ class MoCo(PretextTask):
         use="small batches: most negatives come from a queue",
         negatives=True,
         any_size=True,
-        token_drop=True,
+        token_drop=0.0,
         short_run={"color": 0.25},
     )
     # The paper uses SGD, 0.03 at 256, for hundreds of epochs; AdamW learns faster in short runs.

@@ -52,7 +52,7 @@ class MoCoV3(PretextTask):
         use="ViTs with batches of 256 and more",
         negatives=True,
         any_size=True,
-        token_drop=True,
+        token_drop=0.0,
         fixed_positions=True,
         long_run_lr=0.15,
     )

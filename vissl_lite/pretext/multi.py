@@ -40,7 +40,7 @@ class Multi(PretextTask):
         use="rotation and simclr together, on photographs with a natural orientation",
         negatives=True,
         any_size=True,
-        token_drop=True,
+        token_drop=0.0,
     )
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
 

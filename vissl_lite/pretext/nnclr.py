@@ -60,7 +60,7 @@ class NNCLR(PretextTask):
         use="data sets with few classes, where nearest neighbors are good positives",
         negatives=True,
         any_size=True,
-        token_drop=True,
+        token_drop=0.0,
     )
     # The paper trains with LARS on batches of 4096; at 64 to 256 AdamW learns faster.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")

@@ -96,7 +96,7 @@ class Rotation(PretextTask):
         paper="Gidaris et al. 2018, arXiv 1803.07728",
         use="photographs with a natural orientation; learns quickly",
         any_size=True,
-        token_drop=True,
+        token_drop=0.0,
     )
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
 

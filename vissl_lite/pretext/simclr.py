@@ -50,7 +50,7 @@ class SimCLR(PretextTask):
         use="the first to try: simple, stable, good in short runs",
         negatives=True,
         any_size=True,
-        token_drop=True,
+        token_drop=0.5,
         short_run={"color": 0.25},
     )
     # The paper trains with LARS on batches of thousands; at 64 to 256 AdamW learns faster.

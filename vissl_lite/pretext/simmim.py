@@ -4,6 +4,8 @@ Xie, Zhang, Cao, Lin, Bao, Yao, Dai & Hu 2021, "SimMIM: A Simple Framework for M
 Modeling", arXiv 2111.09886.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -74,8 +76,9 @@ class SimMIM(PretextTask):
     last feature map are not trained: a class token is trained only through attention, a pooling
     layer with weights not at all.
 
-    The default learning rate is for runs of minutes to hours, and falls with the length of a run to
-    the paper's (``--base_lr 1e-4``); for ImageNet see ``configs/imagenet/simmim.yaml``.
+    The default learning rate is for runs of minutes to hours; with ``--epochs`` it falls with the
+    length of the run to the paper's (``--base_lr 1e-4``). For ImageNet see
+    ``configs/imagenet/simmim.yaml``.
 
     Args:
         encoder: Encoder to train; a ViT or a Swin Transformer.
@@ -154,7 +157,8 @@ class SimMIM(PretextTask):
     def draw_mask(self, images: Tensor) -> Tensor:
         """Draw a random mask for each image: ``(B, S / unit, S / unit)``, true where masked."""
         side = self.encoder.image_size // self.unit
-        _, masked = random_mask(len(images), side**2, self.mask_ratio, images.device)
+        # rounded up, as in the authors' code
+        _, masked = random_mask(len(images), side**2, self.mask_ratio, images.device, math.ceil)
         return indices_to_mask(masked, side**2).unflatten(1, (side, side))
 
     def predict(self, images: Tensor, mask: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class SimSiam(PretextTask):
         paper="Chen & He 2021, arXiv 2011.10566",
         use="when memory is limited: no negatives, no teacher",
         any_size=True,
-        token_drop=True,
+        token_drop=0.0,
     )
     # SGD with momentum, not that of Nesterov (section 3)
     optimizer_settings = OptimizerSettings("momentum", lr=0.05, weight_decay=1e-4)

@@ -50,7 +50,7 @@ class VISReg(PretextTask):
         paper="Wu et al. 2026, arXiv 2606.02572",
         use="small, noisy or long-tailed data: the gradient does not vanish at collapse",
         any_size=True,
-        token_drop=True,
+        token_drop=0.0,
     )
     # The authors' recipe: AdamW, weight decay 0.05, gradients clipped at 1.
     optimizer_settings = OptimizerSettings(

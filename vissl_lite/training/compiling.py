@@ -50,7 +50,9 @@ def compiled(module: nn.Module) -> Iterator[None]:
     try:
         for owner, name in owners:
             setattr(owner, name, _compiled_in_training(owner, getattr(owner, name)))
-        yield
+        # A program for each size of views and number of patches: more than the default of 8.
+        with torch._dynamo.config.patch(recompile_limit=64):
+            yield
     finally:
         for owner, name in owners:
             owner.__dict__.pop(name, None)

@@ -1,4 +1,8 @@
-"""Token drop: a ViT that sees a random part of the patches of a view during most of a training."""
+"""Token drop: a ViT that sees a random part of the patches of a view during most of a training.
+
+FLIP (Li et al. 2022, arXiv 2212.00794) trains on a half or a quarter of the patches; the half was
+the more accurate.
+"""
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -10,9 +14,8 @@ from vissl_lite.data.stream import Batch
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.training.schedule import Schedule
 
-# FLIP (Li et al. 2022, arXiv 2212.00794) trains on a half or a quarter of the patches; the half was
-# the more accurate. Of the 64 patches of a small image nine tenths leave six.
-DEFAULT_SHARE, MAX_SHARE = 0.5, 0.9
+# Of the 64 patches of a small image nine tenths leave six.
+MAX_SHARE = 0.9
 
 # When half as many tokens are dropped, and when none, as shares of the run. Evaluation and
 # fine-tuning see all tokens, so training ends with all, as FLIP's does ("unmasked tuning"). Few
@@ -68,6 +71,14 @@ class TokenDrop(Callback):
         module.log("token_drop", self._now)
 
     def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._restore()
+
+    def on_exception(
+        self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self._restore()  # the batch size that fits into memory is looked for with all patches
+
+    def _restore(self) -> None:
         self.encoder.model.patch_drop = nn.Identity()
         if self._hook is not None:
             self._hook.remove()

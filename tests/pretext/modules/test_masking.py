@@ -10,6 +10,7 @@ from torch import nn
 from vissl_lite.encoders.encoder import Encoder, build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.pretext.base import PretextInfo
+from vissl_lite.pretext.dinov2 import SMALLEST_BLOCK
 from vissl_lite.pretext.modules.masking import (
     PatchPredictor,
     block_mask,
@@ -262,19 +263,19 @@ def test_blocks_are_few_rectangles_and_mask_no_more_than_asked_for() -> None:
 
 
 def literal_blocks(
-    rows: int, columns: int, count: int, draw: random.Random
+    rows: int, columns: int, count: int, smallest: int, draw: random.Random
 ) -> set[tuple[int, int]]:
-    """Masked patches by BEiT's algorithm 1 with iBOT's numbers, patch by patch.
+    """Masked patches by BEiT's algorithm 1 with the numbers of iBOT and DINOv2, patch by patch.
 
-    A block has at least a third of the shorter side squared and an aspect ratio of 0.3 to 1/0.3; it
-    must mask something new, and no more than is left. After ten blocks in a row that do not fit,
+    A block has an aspect ratio of 0.3 to 1/0.3 and about as many patches as the smallest, or more;
+    it must mask something new, and no more than is left. After ten blocks in a row that do not fit,
     the mask is what it is.
     """
     masked: set[tuple[int, int]] = set()
     while len(masked) < count:
         left = count - len(masked)
         for _ in range(10):
-            area = draw.uniform((min(rows, columns) // 3) ** 2, left)
+            area = draw.uniform(smallest, left)
             aspect = math.exp(draw.uniform(math.log(0.3), -math.log(0.3)))
             height, width = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
             if height >= rows or width >= columns:
@@ -289,14 +290,20 @@ def literal_blocks(
     return masked
 
 
-@pytest.mark.parametrize(("rows", "columns", "count"), [(14, 14, 60), (8, 12, 30)])
-def test_blocks_are_distributed_as_those_of_ibot(rows: int, columns: int, count: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "columns", "count", "given", "smallest"),
+    [(14, 14, 60, None, 16), (8, 12, 30, None, 4), (14, 14, 60, SMALLEST_BLOCK, 4)],
+    ids=["ibot", "ibot, not square", "dinov2"],
+)
+def test_blocks_are_distributed_as_the_authors(
+    rows: int, columns: int, count: int, given: int | None, smallest: int
+) -> None:
     """How many patches are masked, where, and how often both of two neighbors are."""
     rng, draw, images = np.random.default_rng(0), random.Random(0), 2000
-    ours = np.stack([block_mask(rows, columns, count, rng) for _ in range(images)])
+    ours = np.stack([block_mask(rows, columns, count, rng, given) for _ in range(images)])
     theirs = np.zeros_like(ours)
     for mask in theirs:
-        for place in literal_blocks(rows, columns, count, draw):
+        for place in literal_blocks(rows, columns, count, smallest, draw):
             mask[place] = True
     numbers = [masks.sum(axis=(1, 2)) for masks in (ours, theirs)]
     assert numbers[0].mean() == pytest.approx(numbers[1].mean(), abs=0.4)

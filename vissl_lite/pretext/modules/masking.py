@@ -1,7 +1,7 @@
 """Shared parts of masked pretexts: masks, patches, encoding of visible patches, a predictor."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,18 +60,23 @@ def check_patches(info: PretextInfo, encoder: Encoder) -> int:
     return patch
 
 
-def num_masked(count: int, ratio: float) -> int:
+def num_masked(count: int, ratio: float, rounded: Callable[[float], int] = round) -> int:
     """Number of patches to mask, such that at least one is masked and one visible.
 
     Args:
         count: Number of patches of an image; at least 2.
         ratio: Fraction of the patches to mask.
+        rounded: How a number of patches is rounded.
     """
-    return min(max(round(ratio * count), 1), count - 1)
+    return min(max(rounded(ratio * count), 1), count - 1)
 
 
 def random_mask(
-    batch: int, count: int, ratio: float, device: torch.device
+    batch: int,
+    count: int,
+    ratio: float,
+    device: torch.device,
+    rounded: Callable[[float], int] = round,
 ) -> tuple[Tensor, Tensor]:
     """Choose random patches to mask, the same number in each image.
 
@@ -80,33 +85,39 @@ def random_mask(
         count: N, number of patches of an image; at least 2.
         ratio: Fraction of the patches to mask; see ``num_masked``.
         device: Device to draw on.
+        rounded: See ``num_masked``.
 
     Returns:
         ``(B, N - M)`` indices of the visible patches and ``(B, M)`` of the masked ones, both
         ascending.
     """
-    masked = num_masked(count, ratio)
+    masked = num_masked(count, ratio, rounded)
     shuffled = torch.rand(batch, count, device=device, dtype=torch.float32).argsort(dim=1)
     return shuffled[:, masked:].sort(dim=1).values, shuffled[:, :masked].sort(dim=1).values
 
 
-def block_mask(rows: int, columns: int, count: int, rng: np.random.Generator) -> np.ndarray:
+def block_mask(
+    rows: int, columns: int, count: int, rng: np.random.Generator, smallest: int | None = None
+) -> np.ndarray:
     """Mask rectangles of patches until enough are masked, or none that fits is found.
 
-    Bao et al. 2022 (BEiT), arXiv 2106.08254, algorithm 1; smallest block and number of tries as in
-    the code of iBOT (``loader.py``).
+    Bao et al. 2022 (BEiT), arXiv 2106.08254, algorithm 1; number of tries as in the code of iBOT
+    (``loader.py``) and DINOv2 (``masking.py``).
 
     Args:
         rows: Number of rows of patches.
         columns: Number of columns of patches.
         count: Number of patches to mask at most.
         rng: Generator to draw from.
+        smallest: Patches of the smallest block; default (side // 3)^2, of the shorter side, as in
+            the code of iBOT.
 
     Returns:
         ``(rows, columns)`` bool, true where masked.
     """
     mask = np.zeros((rows, columns), dtype=bool)
-    smallest = (min(rows, columns) // 3) ** 2
+    if smallest is None:
+        smallest = (min(rows, columns) // 3) ** 2
     tries = BLOCK_TRIES
     while tries and (left := count - int(mask.sum())) > 0:
         tries -= 1
@@ -124,7 +135,11 @@ def block_mask(rows: int, columns: int, count: int, rng: np.random.Generator) ->
 
 
 def block_masks(
-    shares: Iterable[float], rows: int, columns: int, rng: np.random.Generator
+    shares: Iterable[float],
+    rows: int,
+    columns: int,
+    rng: np.random.Generator,
+    smallest: int | None = None,
 ) -> Tensor:
     """Mask a share of the patches of each image, in blocks; see ``block_mask``.
 
@@ -133,14 +148,14 @@ def block_masks(
         rows: Number of rows of patches.
         columns: Number of columns of patches.
         rng: Generator to draw from.
+        smallest: See ``block_mask``.
 
     Returns:
         ``(B, rows, columns)`` bool on the CPU, true where masked; at least one patch of the batch
         is.
     """
-    mask = np.stack(
-        [block_mask(rows, columns, round(share * rows * columns), rng) for share in shares]
-    )
+    counts = [round(share * rows * columns) for share in shares]
+    mask = np.stack([block_mask(rows, columns, count, rng, smallest) for count in counts])
     if not mask.any():
         mask[0, rng.integers(rows), rng.integers(columns)] = True
     return torch.from_numpy(mask)
