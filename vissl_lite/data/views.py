@@ -221,9 +221,9 @@ def distorted_crop(
     Args:
         size: Side in pixels.
         min_crop_scale: Smallest share of the image's area.
-        color: Strength of the color distortion, see ``color_distortion``. 0.5 is about that of
-            MoCo v2, BYOL and most methods after them; SimCLR has 1 on ImageNet and 0.5 on CIFAR-10
-            (appendix B.9).
+        color: Strength of the color distortion, see ``color_distortion``. 0.5 is that of MoCo v2,
+            and of BYOL and most methods after it but for the saturation, which they change half as
+            much; SimCLR has 1 on ImageNet and 0.5 on CIFAR-10 (appendix B.9).
         blur_probability: Probability of being blurred; views below 64 pixels never are (SimCLR,
             appendix B.9).
         solarize: Probability of inverting the bright values.

@@ -111,9 +111,10 @@ class IJEPA(PretextTask):
     register tokens, and its features are the mean over the patches. If the encoder has such tokens,
     they are inputs of the predictor, and are trained through attention only.
 
-    The default learning rate is for runs of minutes to hours, and falls with the length of a run to
-    the paper's (``--base_lr 1.25e-4``); for ImageNet see ``configs/imagenet/ijepa.yaml``. Weights
-    are initialized as by timm; the authors' code rescales those of residual branches.
+    The default learning rate is for runs of minutes to hours; with ``--epochs`` it falls with the
+    length of the run to the paper's (``--base_lr 1.25e-4``). For ImageNet see
+    ``configs/imagenet/ijepa.yaml``. Weights are initialized as by timm; the authors' code rescales
+    those of residual branches. This was not measured.
 
     Args:
         encoder: Encoder to train; a plain ViT.
@@ -134,7 +135,8 @@ class IJEPA(PretextTask):
             as the paper's 6 for 12 of ViT-B, or a quarter below the width of ViT-S (384), because
             the predictor runs once per target.
         min_crop_scale: Smallest fraction of the image area in a view; 0.3 as in the authors' code
-            (configs), which does not flip.
+            (configs). That does not flip views; here they are flipped as in the other pretexts,
+            which was not measured.
     """
 
     info = PretextInfo(

@@ -23,17 +23,19 @@ from vissl_lite.pretext.modules.losses import contrast
 class MoCoV3(PretextTask):
     """MoCo v3.
 
-    The default learning rate is for runs of minutes to hours, and falls with the length of a run to
-    the paper's (1.5e-4 for 256 images); for ImageNet see ``configs/imagenet/moco_v3.yaml``. ViTs
-    are timm's, with its initial weights: the authors' ViT-S has 12 heads instead of 6, and
-    Xavier-uniform weights. Biases and norms do not decay, in the authors' code they do. Both views
+    The default learning rate is for runs of minutes to hours; with ``--epochs`` it falls with the
+    length of the run to the paper's (1.5e-4 for 256 images). For ImageNet see
+    ``configs/imagenet/moco_v3.yaml``. ViTs are timm's, with its initial weights, so that the
+    encoder is plain timm: the authors' ViT-S has 12 heads instead of 6, and Xavier-uniform weights.
+    Biases and norms do not decay, as in all pretexts here; in the authors' code they do. None of
+    this was measured. Both views
     are in one batch for BatchNorm, whose statistics the authors compute for each view.
 
     Args:
         encoder: Encoder to train. The patch projection of a ViT is not trained, for stability
             (section 4.2). Other encoders have heads of two layers, without a last norm in the
             predictor, as ResNets do in the authors' code (``moco/builder.py``).
-        temperature: Softmax temperature (appendix A: 0.2); 0.1 is better in short training.
+        temperature: Softmax temperature (appendix A: 0.2). 0.1 was not compared with it.
         momentum: Initial momentum of the teacher; increases to 1 along a cosine (appendix A). In
             the first steps it is smaller, see ``momentum_after``. The teacher follows each step
             with the momentum of that step; the authors' code does it in the middle of the next

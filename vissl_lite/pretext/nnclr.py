@@ -39,7 +39,8 @@ def nearest_neighbors(embeddings: Tensor, support: Tensor) -> Tensor:
 class NNCLR(PretextTask):
     """NNCLR.
 
-    Both views are in one batch for BatchNorm, as in SimCLR.
+    Both views are in one batch for BatchNorm, as in SimCLR; the authors compute its statistics for
+    each view.
 
     Args:
         encoder: Encoder to train.
