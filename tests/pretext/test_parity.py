@@ -5,8 +5,8 @@ them: which network sees which view, when teachers, queues and centers change, a
 temperature a step has. The first step gives the same loss whatever changes afterwards, hence three.
 
 Each literal version has the networks of a copy of the pretext, with the same weights and views, and
-writes everything else out. Where ours differs from the authors' code, a comment says so. MAE,
-SimMIM, SparK and I-JEPA, whose networks differ in what they see, have theirs in files of their own.
+writes everything else out. Where ours differs from the authors' code, a comment says so. That of
+SparK, whose network differs in what it sees, is in a file of its own.
 """
 
 import copy
@@ -28,11 +28,14 @@ from vissl_lite.pretext.byol import BYOL
 from vissl_lite.pretext.densecl import DenseCL
 from vissl_lite.pretext.dino import DINO
 from vissl_lite.pretext.ibot import IBOT, draw_masks
+from vissl_lite.pretext.ijepa import IJEPA
 from vissl_lite.pretext.lejepa import LeJEPA
+from vissl_lite.pretext.mae import MAE
 from vissl_lite.pretext.moco import MoCo
 from vissl_lite.pretext.moco_v3 import MoCoV3
 from vissl_lite.pretext.nnclr import NNCLR
 from vissl_lite.pretext.simclr import SimCLR
+from vissl_lite.pretext.simmim import SimMIM
 from vissl_lite.pretext.simsiam import SimSiam
 from vissl_lite.pretext.swav import SwAV
 from vissl_lite.pretext.vicreg import VICReg
@@ -80,10 +83,12 @@ def losses(task: PretextTask, steps: Sequence[list[Tensor]]) -> list[float]:
     return found
 
 
-def assert_parity(task: PretextTask, steps: list[list[Tensor]], literal: list[float]) -> None:
+def assert_parity(
+    task: PretextTask, steps: list[list[Tensor]], literal: list[float], moved: float = 1e-3
+) -> None:
     ours = losses(task, steps)
     assert ours == pytest.approx(literal, rel=1e-4)
-    assert min(abs(a - b) for a, b in pairwise(ours)) > 1e-3  # it has moved
+    assert min(abs(a - b) for a, b in pairwise(ours)) > moved
 
 
 def descend(loss: Tensor, *networks: nn.Module) -> float:
@@ -298,17 +303,17 @@ def test_swav() -> None:
     """Equations 3 to 6 with a local crop; the queue gets a batch when it has been used.
 
     The authors' code normalizes the prototypes before a step, so that their gradient has a part
-    along the prototypes, which ours has not; and its head, with a BatchNorm, sees global and local
-    crops together. It fills its queue from the epoch on in which it uses it.
+    along the prototypes, which ours has not. It fills its queue from the epoch on in which it uses
+    it. The head, with a BatchNorm, sees global and local crops together.
     """
     options = {"prototypes": 5, "hidden_size": 32, "projection_size": 16, "local_crops": 1}
     task = made(SwAV, temperature=0.3, queue_size=6, queue_start=0.5, **options)
     steps, literal = batches(local_crops=1), []
-    network = nn.Sequential(*map(copy.deepcopy, (task.encoder, task.head)))
+    encoder, head = copy.deepcopy(task.encoder), copy.deepcopy(task.head)
     prototypes = copy.deepcopy(task.prototypes)
     queues = [list(queue.items) for queue in task.queues]
     for progress, views in zip(PROGRESS, steps, strict=True):
-        z = [unit(one) for one in (*both(network, views[:2]), network(views[2]))]
+        z = unit(head(torch.cat([encoder(view) for view in views]))).chunk(3)
         clusters = unit(prototypes.weight)
         terms = []
         for large in range(2):
@@ -320,7 +325,7 @@ def test_swav() -> None:
                 if view != large:
                     log = (z[view] @ clusters.T / 0.3).log_softmax(dim=1)
                     terms.append(-(code * log).sum(dim=1).mean())
-        literal.append(descend(mean(terms), network, prototypes))
+        literal.append(descend(mean(terms), encoder, head, prototypes))
     assert_parity(task, steps, literal)
 
 
@@ -582,3 +587,107 @@ def test_lejepa_and_visreg(
         regularity = mean(normality(one, directions) for one in z)
         literal.append(descend(0.7 * agreement + 0.3 * regularity, network))
     assert_parity(task, steps, literal)
+
+
+def square(image: Tensor, place: int, side: int) -> Tensor:
+    """The pixels of a patch, ``(C, side, side)``."""
+    row, column = side * (place // (32 // side)), side * (place % (32 // side))
+    return image[:, row : row + side, column : column + side]
+
+
+def lowest(count: int, patches: int) -> list[list[int]]:
+    """For each image, the places of the lowest of its random numbers, in the order of the image.
+
+    The authors of MAE keep these and remove the others; ours removes them and keeps the others.
+    """
+    noise = torch.rand(IMAGES, patches)
+    return [sorted(sorted(range(patches), key=list(row).__getitem__)[:count]) for row in noise]
+
+
+def encoded(model: Any, image: Tensor, places: list[int]) -> Tensor:
+    """``(1 + K, D)``: the class token and some patches, with their positions, after all blocks."""
+    placed = model._pos_embed(model.patch_embed(image[None]))[0]
+    sequence = torch.stack([placed[0], *(placed[1 + place] for place in places)])
+    return model.norm(model.blocks(sequence[None]))[0]
+
+
+def decoded(predictor: Any, latent: Tensor, seen: list[int], wanted: list[int]) -> Tensor:
+    """Outputs at wanted patches, for the class token and seen patches at their places."""
+    embedded = predictor.embed(latent)
+    rows = [embedded[0]]
+    rows += [embedded[1 + n] + predictor.positions[place] for n, place in enumerate(seen)]
+    rows += [predictor.mask_token + predictor.positions[place] for place in wanted]
+    return predictor.head(predictor.norm(predictor.blocks(torch.stack(rows)[None])))[
+        0, -len(wanted) :
+    ]
+
+
+def test_mae() -> None:
+    """Section 3 and ``models_mae.py``: the mean over the masked patches, each normalized."""
+    task, steps = made(MAE, "vit_slim_patch4_32", mask_ratio=0.75), batches(views=1)
+    encoder, decoder, literal = copy.deepcopy(task.encoder), copy.deepcopy(task.decoder), []
+    for step, (images,) in enumerate(steps):
+        torch.manual_seed(step)
+        errors = []
+        for image, masked in zip(images, lowest(48, 64), strict=True):
+            shown = [place for place in range(64) if place not in masked]
+            predicted = decoded(decoder, encoded(encoder.model, image, shown), shown, masked)
+            for output, place in zip(predicted, masked, strict=True):
+                pixels = square(image, place, 4).permute(1, 2, 0).flatten()
+                target = (pixels - pixels.mean()) / (pixels.var(unbiased=True) + 1e-6).sqrt()
+                errors.append((output - target).square().mean())
+        literal.append(descend(mean(errors), encoder, decoder))
+    assert_parity(task, steps, literal)
+
+
+def test_simmim() -> None:
+    """Section 3.4 and ``simmim.py``: the mean distance over masked pixels and their channels."""
+    task, steps = made(SimMIM, "vit_slim_patch4_32", mask_unit=8), batches(views=1)
+    encoder, head, literal = copy.deepcopy(task.encoder), copy.deepcopy(task.head), []
+    token = nn.ParameterList([task.mask_token.clone()])
+    for step, (images,) in enumerate(steps):
+        torch.manual_seed(step)
+        units = lowest(math.ceil(0.6 * 16), 16)
+        mask = torch.zeros(IMAGES, 8, 8, dtype=torch.bool)  # patches of 4 in units of 8 pixels
+        for one, places in zip(mask, units, strict=True):
+            for place in places:
+                row, column = 2 * (place // 4), 2 * (place % 4)
+                one[row : row + 2, column : column + 2] = True
+        outputs = tokens(encoder.model, images, mask, token[0])[:, 1:] @ head[0].weight.flatten(1).T
+        errors = []
+        for image, output, places in zip(images, outputs + head[0].bias, units, strict=True):
+            rows = output.view(8, 8, 3, 4, 4).permute(2, 0, 3, 1, 4).reshape(3, 32, 32)
+            for place in places:
+                errors.append((square(rows, place, 8) - square(image, place, 8)).abs().mean())
+        literal.append(descend(mean(errors), encoder, head, token))
+    assert_parity(task, steps, literal)
+
+
+def test_ijepa() -> None:
+    """Section 3 and ``train.py``: smooth L1 distance of each block from the normalized targets.
+
+    Blocks are ours: the authors' may overlap with the context where they would leave too little.
+    """
+    task, steps = made(IJEPA, "vit_slim_patch4_32", momentum=0.6), batches(views=1)
+    with torch.no_grad():  # so that it matters how the teacher follows
+        for weight in task.target_encoder.parameters():
+            weight += 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
+    encoder, predictor, literal = copy.deepcopy(task.encoder), copy.deepcopy(task.predictor), []
+    teacher = copy.deepcopy(task.target_encoder)
+    for step, (progress, (images,)) in enumerate(zip(PROGRESS, steps, strict=True)):
+        torch.manual_seed(step)
+        contexts, blocks = (one.tolist() for one in task.draw_blocks(IMAGES, torch.device("cpu")))
+        distances = []
+        for image, context, wanted in zip(images, contexts, blocks, strict=True):
+            whole = tokens(teacher.model, image[None])[0, 1:].detach()
+            latent = encoded(encoder.model, image, context)
+            for block in wanted:
+                for output, place in zip(
+                    decoded(predictor, latent, context, block), block, strict=True
+                ):
+                    spread = (whole[place].var(unbiased=False) + 1e-5).sqrt()
+                    error = (output - (whole[place] - whole[place].mean()) / spread).abs()
+                    distances.append(torch.where(error < 1, error**2 / 2, error - 0.5).mean())
+        literal.append(descend(mean(distances), encoder, predictor))
+        average(teacher, encoder, 0.6 + 0.4 * progress)
+    assert_parity(task, steps, literal, moved=3e-4)
