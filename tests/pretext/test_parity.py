@@ -101,8 +101,13 @@ def descend(loss: Tensor, *networks: nn.Module) -> float:
 
 
 @torch.no_grad()
-def average(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    for kept, new in zip(teacher.parameters(), student.parameters(), strict=True):
+def average(teacher: nn.Module, student: nn.Module, momentum: float, norms: bool = False) -> None:
+    """Average the parameters and, as EMAN does, the statistics of BatchNorms."""
+    pairs = [*zip(teacher.parameters(), student.parameters(), strict=True)]
+    if norms:
+        buffers = zip(teacher.buffers(), student.buffers(), strict=True)
+        pairs += [pair for pair in buffers if pair[0].is_floating_point()]
+    for kept, new in pairs:
         kept.copy_(momentum * kept + (1 - momentum) * new)
 
 
@@ -149,19 +154,22 @@ def test_simclr() -> None:
     assert_parity(task, steps, literal)
 
 
-def test_moco() -> None:
-    """Algorithm 1 of the paper: keys come from a teacher that has been updated already.
+@pytest.mark.parametrize("backbone", ["test_vit", "test_resnet"])
+def test_moco(backbone: str) -> None:
+    """Algorithm 1 of the paper: keys come from a teacher that has been updated already, in
+    evaluation mode with statistics of BatchNorms that follow the student's (EMAN).
 
     Other than there, the keys of the other images are negatives too, and of the queue only those of
     the last batch, since a teacher of this momentum changes quickly.
     """
-    task, steps = made(MoCo, temperature=0.3, momentum=0.6, queue_size=9), batches()
+    task, steps = made(MoCo, backbone, temperature=0.3, momentum=0.6, queue_size=9), batches()
     query = nn.Sequential(*map(copy.deepcopy, (task.encoder, task.head)))
     key = nn.Sequential(*map(copy.deepcopy, (task.teacher_encoder, task.teacher_head)))
+    key[0].eval()
     queue, literal = list(task.queue.items), []
     for first, second in steps:
+        average(key, query, 0.6, norms=True)
         q = unit(query(first))
-        average(key, query, 0.6)
         k = unit(key(second)).detach()
         terms = []
         for i in range(IMAGES):
