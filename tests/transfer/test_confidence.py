@@ -1,6 +1,8 @@
 """The precision of confident predictions, and the confidence that is chosen by it."""
 
 import json
+import math
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +20,20 @@ def test_the_bound_is_wilsons_interval(right: int, count: int) -> None:
     assert wilson(right / count, count) == pytest.approx(expected, abs=1e-4)
 
 
-def measured(confidences: list[float], right: list[bool], images: list[str] | None = None):
+def measured(
+    confidences: list[float],
+    right: list[bool],
+    images: list[str] | None = None,
+    labels: list[int] | None = None,
+) -> Confidence:
     names = images or [str(i) for i in range(len(right))]
     return Confidence.measured(
-        "images", np.array(confidences), np.array(right), np.array(names), 1.5
+        "images",
+        np.array(confidences),
+        np.array(right),
+        np.array(names),
+        1.5,
+        None if labels is None else np.array(labels),
     )
 
 
@@ -54,6 +66,50 @@ def test_no_confidence_below_those_that_were_held_out_is_chosen() -> None:
     assert measured([1.0] * 60, [True] * 60).choose(0.95).value == CUTOFFS[-1]
 
 
+def test_a_precision_that_is_too_low_everywhere_is_rarely_proven() -> None:
+    """Although many confidences are tried: about one time in twenty, as 95 % confidence has it."""
+    random, wrong = np.random.default_rng(0), 0
+    for _ in range(200):
+        confidences, right = random.random(400), random.random(400) < 0.949
+        with suppress(UserError):  # not even as observed
+            chosen = measured(confidences.tolist(), right.tolist()).choose(0.95)
+            wrong += chosen.lower_bound >= 0.95
+    assert 2 <= wrong <= 20
+
+
+def test_confidences_below_one_that_fails_are_not_tried() -> None:
+    # of the most confident 120 one in ten is wrong, of all 1,000 one in 83
+    confidences = [0.9] * 120 + [0.5] * 880
+    right = [False] * 12 + [True] * 988
+    chosen = measured(confidences, right).choose(0.95)
+    assert (chosen.value, chosen.precision) == (0.5, 0.988)
+    assert chosen.lower_bound == wilson(0.9, 120) < 0.95  # observed, but not proven
+    assert (
+        measured(confidences, [True] * 120 + [False] * 12 + [True] * 868).choose(0.95).value == 0.5
+    )
+
+
+@pytest.mark.parametrize(
+    ("confidence", "raised"),
+    [(0.7, {1: 0.9}), (0.95, {1: math.inf})],
+    ids=["higher", "left out"],
+)
+def test_a_rare_class_with_many_errors_has_a_confidence_of_its_own(
+    confidence: float, raised: dict[int, float]
+) -> None:
+    # class 0: 200 of 200 right; class 1: 12 wrong, and 12 right ones of 0.9; class 2: 4 of 8 wrong
+    confidences = [0.7] * 200 + [confidence] * 12 + [0.9] * 12 + [0.7] * 8
+    right = [True] * 200 + [False] * 12 + [True] * 12 + [True, False] * 4
+    labels = [0] * 200 + [1] * 24 + [2] * 8
+    chosen = measured(confidences, right, labels=labels).choose(0.85)
+    assert chosen.value == 0.7
+    assert chosen.raised == raised  # too little is known of class 2
+    expected = [0.7, next(iter(raised.values())), 0.7]
+    assert chosen.of(np.array([0, 1, 2])).tolist() == expected
+    assert measured(confidences, right).choose(0.85).raised == {}
+    assert measured(confidences, right, labels=labels).at(0.5).raised == {}
+
+
 def test_with_few_images_the_observed_precision_decides() -> None:
     found = measured([0.7] * 20 + [0.5] * 5, [True] * 20 + [False] * 5)
     chosen = found.choose(0.95)
@@ -71,11 +127,19 @@ def test_with_few_images_the_observed_precision_decides() -> None:
 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     assert Confidence.load(tmp_path) is None
-    found = measured([0.7] * 20, [True] * 20)
+    found = measured([0.7] * 20, [True] * 20, labels=[3] * 20)
+    assert set(found.by_class) == {3}
     found.save(tmp_path)
     assert Confidence.load(tmp_path) == found
     content = json.loads((tmp_path / CONFIDENCE).read_text())
-    for name, value in (("right", [1, 2]), ("temperature", 0), ("temperature", None), ("of", 3)):
+    classes = [("by_class", {name: value}) for name, value in (("3", [[1]]), ("a", [[0]] * 3))]
+    for name, value in (
+        ("right", [1, 2]),
+        ("temperature", 0),
+        ("temperature", None),
+        ("of", 3),
+        *classes,
+    ):
         (tmp_path / CONFIDENCE).write_text(json.dumps({**content, name: value}))
         with pytest.raises(UserError, match="is damaged"):
             Confidence.load(tmp_path)

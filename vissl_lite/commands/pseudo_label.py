@@ -1,11 +1,13 @@
 """``vissl-lite pseudo-label``: write the confident predictions of a model as a data set."""
 
 import logging
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from vissl_lite.data.image_survey import ImageSettings, override
 from vissl_lite.data.images import find_images
@@ -101,7 +103,8 @@ def pseudo_label(options: PseudoLabelOptions) -> PseudoLabelResult:
 
     With --min_confidence auto, the precision is measured on the validation images of finetune; it
     must be at least --min_precision with 95 % confidence (one-sided). If there are too few images
-    for that, the observed precision decides, and a warning says so.
+    for that, the observed precision decides, and a warning says so. A class whose own observed
+    precision on ten or more images is too low has a higher confidence, or is left out.
 
     Returns:
         Paths and numbers of labels.
@@ -124,7 +127,7 @@ def pseudo_label(options: PseudoLabelOptions) -> PseudoLabelResult:
     paths = find_images(sources)
     encoder.reader = override(encoder.reader, paths, options)
     with open_run(Path(options.out), "pseudo-label", options.as_config()) as run:
-        report_cutoff(cutoff, options.min_confidence, options.min_precision)
+        report_cutoff(cutoff, options.min_confidence, options.min_precision, loaded.classes)
         with progress_bar() as bar:
             shown = bar.add_task("pseudo-label", total=len(paths), info="")
             todo = Predictions(paths, run, options.pictures, partial(bar.advance, shown))
@@ -140,7 +143,7 @@ def pseudo_label(options: PseudoLabelOptions) -> PseudoLabelResult:
             "labels": sum(labelled.values()),
             "labelled": labelled,
             "classes": loaded.classes,
-            **cutoff_figures(cutoff),
+            **cutoff_figures(cutoff, loaded.classes),
         }
         write_results(run, results)
         missing = [name for name, number in labelled.items() if not number]
@@ -187,7 +190,9 @@ def choose_cutoff(
     return confidence.at(min_confidence)
 
 
-def report_cutoff(cutoff: Cutoff, min_confidence: MinConfidence, min_precision: float) -> None:
+def report_cutoff(
+    cutoff: Cutoff, min_confidence: MinConfidence, min_precision: float, classes: Sequence[str]
+) -> None:
     """Log how precise predictions of a confidence are, and on how many labels that rests."""
     if not cutoff.images:
         log.warning(
@@ -210,13 +215,32 @@ def report_cutoff(cutoff: Cutoff, min_confidence: MinConfidence, min_precision: 
         )
     else:
         log.info("%s", words)
+    for label, value in cutoff.raised.items():
+        if value < math.inf:
+            log.info(
+                "Those of the class %s are right less often: they are taken from a confidence of "
+                "%g on",
+                classes[label],
+                value,
+            )
+        else:
+            log.warning(
+                "no prediction of the class %(name)s is taken: at no confidence are enough of them "
+                "right on held-out images",
+                {"name": classes[label]},
+                extra={"code": "pseudo_labels.class_left_out"},
+            )
 
 
-def cutoff_figures(cutoff: Cutoff) -> dict[str, float | int | None]:
-    """Figures for ``results.json``."""
+def cutoff_figures(cutoff: Cutoff, classes: Sequence[str]) -> dict[str, Any]:
+    """Figures for ``results.json``; a class that is left out has no confidence (null)."""
     known = cutoff.predictions > 0
     return {
         "min_confidence": cutoff.value,
+        "min_confidence_of_classes": {
+            classes[label]: value if value < math.inf else None
+            for label, value in cutoff.raised.items()
+        },
         "temperature": cutoff.temperature,
         "precision": cutoff.precision if known else None,
         "precision_lower_bound": cutoff.lower_bound if known else None,

@@ -6,8 +6,8 @@ decide which predictions for unlabelled images are taken as labels.
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
@@ -28,7 +28,7 @@ TEMPERATURES = (-3.0, 3.0)
 # File in a model folder.
 CONFIDENCE = "confidence.json"
 
-MAX_CONFIDENCE_BYTES = 2**20
+MAX_CONFIDENCE_BYTES = 2**24
 
 # Confidences whose precision is measured.
 CUTOFFS = (*(step / 100 for step in range(100)), 0.995, 0.999)
@@ -38,6 +38,9 @@ Z_95 = 1.6449
 
 # With fewer held-out images above a confidence, its observed precision says nothing.
 MIN_IMAGES = 10
+
+# Numbers of predictions, of right ones and of their images at each cutoff.
+Counts: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -69,12 +72,14 @@ class Cutoff:
     """The confidence from which predictions are taken as labels.
 
     Attributes:
-        value: The smallest confidence that is taken.
+        value: The smallest confidence that is taken of any class.
         temperature: Divisor of the logits, see ``Confidence``.
         predictions: Number of held-out predictions of at least this confidence.
         images: Number of held-out images, or groups of them, that these are of.
         precision: Share of these predictions that are right; nan without any.
         lower_bound: Bound above which the precision is with 95 % confidence, see ``wilson``.
+        raised: Higher values of some classes, by index; infinite for a class of which nothing is
+            taken. (The counts above are those without them.)
     """
 
     value: float
@@ -83,6 +88,18 @@ class Cutoff:
     images: int
     precision: float
     lower_bound: float
+    raised: Mapping[int, float] = field(default_factory=dict)
+
+    def of(self, labels: np.ndarray) -> np.ndarray:
+        """The smallest confidence that is taken of each of some classes, an array of their shape.
+
+        Args:
+            labels: Class indices.
+        """
+        limits = np.full(labels.shape, self.value)
+        for label, value in self.raised.items():
+            limits[labels == label] = value
+        return limits
 
 
 @dataclass(frozen=True)
@@ -96,6 +113,8 @@ class Confidence:
         predictions: For each of ``CUTOFFS``, the number of predictions of at least this confidence.
         right: The number of these that are right.
         images: The number of images, or groups of them, that these are of.
+        by_class: The same for the predictions of single classes, by index, of those with enough
+            images to judge; without any where a prediction is of several classes.
     """
 
     of: str
@@ -103,6 +122,7 @@ class Confidence:
     predictions: tuple[int, ...]
     right: tuple[int, ...]
     images: tuple[int, ...]
+    by_class: Mapping[int, Counts] = field(default_factory=dict)
 
     @classmethod
     def measured(
@@ -112,6 +132,7 @@ class Confidence:
         right: np.ndarray,
         images: np.ndarray,
         temperature: float,
+        labels: np.ndarray | None = None,
     ) -> Self:
         """Count the predictions at each cutoff.
 
@@ -121,13 +142,14 @@ class Confidence:
             right: ``(N,)`` bool.
             images: ``(N,)`` str: the image, or group, of each prediction.
             temperature: Divisor of the logits that the confidences are of.
+            labels: ``(N,)`` predicted classes; None where each prediction is of several.
         """
-        counts = []
-        for cutoff in CUTOFFS:
-            sure = confidence >= cutoff
-            counts.append((int(sure.sum()), int(right[sure].sum()), len(np.unique(images[sure]))))
-        predictions, hits, apart = zip(*counts, strict=True)
-        return cls(of, temperature, predictions, hits, apart)
+        by_class = {}
+        for label in () if labels is None else np.unique(labels).tolist():
+            its = labels == label
+            if len(np.unique(images[its])) >= MIN_IMAGES:
+                by_class[label] = _counted(confidence[its], right[its], images[its])
+        return cls(of, temperature, *_counted(confidence, right, images), by_class)
 
     def at(self, value: float) -> Cutoff:
         """A confidence of the user's choice, and what is known of it.
@@ -140,11 +162,20 @@ class Confidence:
     def choose(self, min_precision: float) -> Cutoff:
         """The lowest confidence whose precision is large enough.
 
+        That it is large enough is judged by the lower bound of the precision, from high confidences
+        to low ones, until one fails: so the bound of the last one that passes holds with 95 %
+        confidence, although several were tried (a fixed sequence of tests; Bauer 1991, "Multiple
+        testing in clinical trials"). The first one has twice as many images as would do if all
+        predictions were right, or as many. If it fails, or held-out images are fewer, the lowest
+        confidence with an observed precision that is large enough, of at least ten images, is
+        chosen; ``Cutoff.lower_bound`` is then less than what was asked for.
+
         Of the cutoffs with the same held-out predictions it is the highest: nothing is known of
-        predictions that are less confident than all held-out ones. That the precision is large
-        enough is judged by the lower bound of the precision. If no confidence passes, as where
-        held-out images are few, it is judged by the observed precision of at least ten images;
-        ``Cutoff.lower_bound`` is then less than what was asked for.
+        predictions that are less confident than all held-out ones.
+
+        A precision over all classes may be that of the frequent ones. A class whose own observed
+        precision is too low there, of at least ten images, has the lowest higher confidence where
+        it is not, or none of its predictions are taken.
 
         Args:
             min_precision: Share of the predictions that must be right.
@@ -153,14 +184,17 @@ class Confidence:
             UserError: No confidence has this precision.
         """
         found = [self._cutoff(number, value) for number, value in enumerate(CUTOFFS)]
-        proven = [one for one in found if one.lower_bound >= min_precision]
+        proven, failed = _proven(found, min_precision)
         enough = [one for one in found if one.images >= MIN_IMAGES]
         seen = [one for one in enough if one.precision >= min_precision]
         if proven or seen:
             least = (proven or seen)[0].predictions
-            return max(
+            chosen = max(
                 (one for one in found if one.predictions == least), key=lambda one: one.value
             )
+            if not proven:
+                chosen = replace(chosen, lower_bound=min(chosen.lower_bound, failed))
+            return replace(chosen, raised=self._raised(chosen.value, min_precision))
         if not enough:
             raise UserError(
                 f"--min_precision {min_precision:g} can't be judged by {self.images[0]} held-out "
@@ -172,6 +206,26 @@ class Confidence:
             f"images; the best is {best.precision:.3f} from a confidence of {best.value:g} on: "
             f"give a lower --min_precision, or a number with --min_confidence"
         )
+
+    def _raised(self, value: float, min_precision: float) -> dict[int, float]:
+        """Confidences of the classes that need a higher one than ``value``; see ``choose``."""
+        raised = {}
+        for label, (predictions, right, images) in self.by_class.items():
+            here = CUTOFFS.index(value)
+            good = [
+                images[n] >= MIN_IMAGES and right[n] >= min_precision * predictions[n]
+                for n in range(len(CUTOFFS))
+            ]
+            if images[here] < MIN_IMAGES or good[here]:
+                continue
+            lowest = next((n for n in range(here, len(CUTOFFS)) if good[n]), None)
+            raised[label] = math.inf
+            if lowest is not None:
+                same = (
+                    n for n in range(lowest, len(CUTOFFS)) if predictions[n] == predictions[lowest]
+                )
+                raised[label] = CUTOFFS[max(same)]
+        return raised
 
     def _cutoff(self, number: int, value: float) -> Cutoff:
         predictions, right, images = (
@@ -205,17 +259,59 @@ class Confidence:
         counts = ("predictions", "right", "images")
         good = (
             isinstance(found, dict)
-            and found.keys() == {"of", "temperature", *counts}
+            and found.keys() == {"of", "temperature", "by_class", *counts}
             and isinstance(found["of"], str)
             and isinstance(found["temperature"], int | float)
             and 0 < found["temperature"] < math.inf
             and all(_are_counts(found[name]) for name in counts)
+            and isinstance(found["by_class"], dict)
+            and all(
+                label.isdecimal()
+                and isinstance(three, list)
+                and len(three) == len(counts)
+                and all(_are_counts(one) for one in three)
+                for label, three in found["by_class"].items()
+            )
         )
         if not good:
             raise UserError(f"{file} is damaged: it holds no counts of held-out predictions")
-        return cls(
-            found["of"], float(found["temperature"]), *(tuple(found[name]) for name in counts)
-        )
+        by_class = {
+            int(label): (tuple(three[0]), tuple(three[1]), tuple(three[2]))
+            for label, three in found["by_class"].items()
+        }
+        predictions, right, images = (tuple(found[name]) for name in counts)
+        temperature = float(found["temperature"])
+        return cls(found["of"], temperature, predictions, right, images, by_class)
+
+
+def _counted(confidence: np.ndarray, right: np.ndarray, images: np.ndarray) -> Counts:
+    """Count predictions, right ones and images at each of ``CUTOFFS``; see ``measured``."""
+    predictions, hits, apart = [], [], []
+    for cutoff in CUTOFFS:
+        sure = confidence >= cutoff
+        predictions.append(int(sure.sum()))
+        hits.append(int(right[sure].sum()))
+        apart.append(len(np.unique(images[sure])))
+    return tuple(predictions), tuple(hits), tuple(apart)
+
+
+def _proven(found: Sequence[Cutoff], min_precision: float) -> tuple[list[Cutoff], float]:
+    """The cutoffs that pass, ascending, and the bound of the first one; see ``choose``."""
+    needed = next(
+        (count for count in range(1, found[0].images + 1) if wilson(1, count) >= min_precision),
+        None,
+    )
+    if needed is None:
+        return [], math.inf
+    first = max(
+        number for number, one in enumerate(found) if one.images >= min(2 * needed, found[0].images)
+    )
+    passed: list[Cutoff] = []
+    for one in reversed(found[: first + 1]):
+        if one.lower_bound < min_precision:
+            break
+        passed.insert(0, one)
+    return passed, found[first].lower_bound
 
 
 def _are_counts(values: Any) -> bool:

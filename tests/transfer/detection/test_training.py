@@ -269,14 +269,15 @@ def test_boxes_of_ignored_objects_are_neither_right_nor_wrong() -> None:
     )
     empty = np.empty((0, 4), np.float32)
     none = BoxedImage("y", (40, 40), empty, np.empty(0, np.int64), np.zeros(0, bool))
-    scores, right, images = match_boxes([found, found], [truth, none])
+    scores, right, images, labels = match_boxes([found, found], [truth, none])
     # the first two are of the ignored object, the last is of another class
     np.testing.assert_allclose(scores, [0.7, 0.6, 0.9, 0.8, 0.7, 0.6])
     assert right.tolist() == [True] + [False] * 5
     assert images.tolist() == [0, 0, 1, 1, 1, 1]
+    assert labels.tolist() == [0, 1, 0, 0, 0, 1]
     assert best_threshold([found], [truth]) == pytest.approx(0.7)
     nothing = Detections(empty, np.empty(0, np.float32), np.empty(0, np.int64))
-    assert [len(one) for one in match_boxes([nothing], [truth])] == [0, 0, 0]
+    assert [len(one) for one in match_boxes([nothing], [truth])] == [0, 0, 0, 0]
 
 
 def test_errors_of_damaged_folders_and_large_batches(data: LabelledBoxes, tmp_path: Path) -> None:

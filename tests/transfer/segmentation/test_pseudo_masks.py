@@ -18,6 +18,8 @@ def test_uncertain_pixels_are_ignored() -> None:
     probabilities = np.stack([first, 1 - first])
     cutoff = Cutoff(0.9, 1.0, 0, 0, 1.0, 1.0)
     assert confident_mask(probabilities, cutoff).tolist() == [[0, 255], [255, 1]]
+    raised = Cutoff(0.9, 1.0, 0, 0, 1.0, 1.0, {1: 0.96})
+    assert confident_mask(probabilities, raised).tolist() == [[0, 255], [255, 255]]
     # at temperature 2 odds become their square roots: 99 becomes 9.9, 19 becomes 4.4
     cutoff = Cutoff(0.9, 2.0, 0, 0, 1.0, 1.0)
     assert confident_mask(probabilities, cutoff).tolist() == [[0, 255], [255, 255]]

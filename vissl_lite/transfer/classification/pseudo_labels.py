@@ -59,7 +59,10 @@ def measure_confidence(held_out: HeldOut) -> Confidence | None:
         truth = target
     confidence, found = confident_labels(logits / temperature, target.ndim == 2)
     right = (found == truth).all(dim=1).numpy()
-    return Confidence.measured("images", confidence.numpy(), right, held_out.images, temperature)
+    labels = found.argmax(dim=1).numpy() if target.ndim == 1 else None
+    return Confidence.measured(
+        "images", confidence.numpy(), right, held_out.images, temperature, labels
+    )
 
 
 def confident_labels(logits: Tensor, multi_label: bool) -> tuple[Tensor, Tensor]:
@@ -110,10 +113,11 @@ def write_pseudo_labels(
         def use(paths: list[str], outputs: list[Tensor]) -> None:
             check_outputs(outputs, f"{paths[0]} or one of the {len(paths)} images from there on")
             confidences, labels = confident_labels(outputs[0] / cutoff.temperature, multi_label)
-            for path, confidence, row in zip(
-                paths, confidences.tolist(), labels.numpy(), strict=True
+            limits = cutoff.of(labels.argmax(dim=1).numpy())  # of several labels all alike
+            for path, confidence, limit, row in zip(
+                paths, confidences.tolist(), limits.tolist(), labels.numpy(), strict=True
             ):
-                if confidence < cutoff.value:
+                if confidence < limit:
                     continue
                 counts[:] += row
                 names = SEPARATOR.join(classes[i] for i in np.flatnonzero(row))

@@ -221,7 +221,7 @@ def average_precision(
 
 def match_boxes(
     found: Sequence[Detections], images: Sequence[BoxedImage]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Find which boxes are right: of the class of a true box, at IoU 0.5, which no better box has.
 
     As in COCO's evaluation, other boxes that lie at least half in an ignored one of their class are
@@ -232,17 +232,19 @@ def match_boxes(
         images: Images with their true boxes.
 
     Returns:
-        Scores ``(N,)`` float64, ``(N,)`` bool, whether they are right, and ``(N,)`` int64, the
-        index of the image, of the boxes that count in all images, in their order.
+        Scores ``(N,)`` float64, ``(N,)`` bool, whether they are right, ``(N,)`` int64, the index of
+        the image, and ``(N,)`` int64, the class, of the boxes that count in all images, in their
+        order.
     """
-    scores, right, numbers = [], [], []
+    scores, right, numbers, labels = [], [], [], []
     for number, (one, image) in enumerate(zip(found, images, strict=True)):
         same = one.labels[:, None] == image.labels[None]
         overlap = box_iou(torch.from_numpy(one.boxes), torch.from_numpy(image.boxes)).numpy()
         overlap = np.where(same & ~image.ignored, overlap, 0)
         covered = _covered_share(one.boxes, image.boxes) >= 0.5
         beside = (covered & same & image.ignored).any(axis=1)
-        for row, score, may_be_ignored in zip(overlap, one.scores, beside, strict=True):
+        boxes = zip(overlap, one.scores, one.labels, beside, strict=True)
+        for row, score, label, may_be_ignored in boxes:
             best = int(row.argmax()) if len(row) else 0
             hit = len(row) > 0 and row[best] >= 0.5
             if hit:
@@ -252,7 +254,13 @@ def match_boxes(
             scores.append(float(score))
             right.append(bool(hit))
             numbers.append(number)
-    return np.array(scores, np.float64), np.array(right, bool), np.array(numbers, np.int64)
+            labels.append(int(label))
+    return (
+        np.array(scores, np.float64),
+        np.array(right, bool),
+        np.array(numbers, np.int64),
+        np.array(labels, np.int64),
+    )
 
 
 def _covered_share(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -274,7 +282,7 @@ def best_threshold(found: Sequence[Detections], images: Sequence[BoxedImage]) ->
     Returns:
         Minimum score of the boxes to keep; 0.5 if no detection is correct.
     """
-    scores, right, _ = match_boxes(found, images)
+    scores, right, *_ = match_boxes(found, images)
     wanted = sum(int((~image.ignored).sum()) for image in images)
     if not right.any():
         return 0.5

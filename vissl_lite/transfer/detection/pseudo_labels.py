@@ -27,18 +27,19 @@ ANNOTATIONS = "pseudo_labels.json"
 
 
 def held_out_boxes(detector: Detector, data: LabelledBoxes) -> HeldOut:
-    """Scores ``(N,)`` of the boxes in the validation images, and whether each is right.
+    """Scores and classes ``(N, 2)`` of the boxes in the validation images, and which are right.
 
     Those of ignored objects are left out; see ``match_boxes``.
     """
     part = sample(data.val)
     found, good = detect(detector, [image.path for image in part])
     images = [image for image, fine in zip(part, good, strict=True) if fine]
-    scores, right, numbers = match_boxes(found, images)
+    scores, right, numbers, labels = match_boxes(found, images)
     paths = [one.path for one in images]
     groups = group_names(paths, data.reading.groups)
     names = np.array(paths) if groups is None else groups
-    return HeldOut(torch.from_numpy(scores), torch.from_numpy(right), names[numbers])
+    outputs = torch.from_numpy(np.stack([scores, labels], axis=1))
+    return HeldOut(outputs, torch.from_numpy(right), names[numbers])
 
 
 def measure_confidence(held_out: HeldOut) -> Confidence:
@@ -46,11 +47,14 @@ def measure_confidence(held_out: HeldOut) -> Confidence:
 
     Scores need no temperature: their order, which it would not change, is all that is used.
     """
-    scores, right = held_out.outputs.numpy(), held_out.target.numpy()
-    return Confidence.measured("boxes", scores, right, held_out.images, 1.0)
+    scores, labels = held_out.outputs.numpy().T
+    right = held_out.target.numpy()
+    return Confidence.measured(
+        "boxes", scores, right, held_out.images, 1.0, labels.astype(np.int64)
+    )
 
 
-def confident_boxes(found: Detections, cutoff: float, shown: float) -> np.ndarray | None:
+def confident_boxes(found: Detections, cutoff: Cutoff, shown: float) -> np.ndarray | None:
     """Which boxes of an image are labels.
 
     An image enters a data set whole: what has no box in it is trained to be background. It is
@@ -59,13 +63,13 @@ def confident_boxes(found: Detections, cutoff: float, shown: float) -> np.ndarra
 
     Args:
         found: Boxes of the image.
-        cutoff: Score from which a box is a label.
+        cutoff: Scores from which a box is a label.
         shown: Score from which boxes are shown, ``Detector.threshold``.
 
     Returns:
         ``(N,)`` bool; None if the image is left out, or has no such box.
     """
-    sure = found.scores >= cutoff
+    sure = found.scores >= cutoff.of(found.labels)
     uncertain = (found.scores >= shown) & ~sure
     return None if uncertain.any() or not sure.any() else sure
 
@@ -88,7 +92,7 @@ def write_pseudo_labels(
 
     def use(paths: list[str], found: list[Detections], sizes: list[tuple[int, int]]) -> None:
         for path, one, size in zip(paths, found, sizes, strict=True):
-            sure = confident_boxes(one, cutoff.value, detector.threshold)
+            sure = confident_boxes(one, cutoff, detector.threshold)
             if sure is None:
                 continue
             labels = one.labels[sure]

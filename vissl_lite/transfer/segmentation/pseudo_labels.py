@@ -78,7 +78,9 @@ def measure_confidence(held_out: HeldOut) -> Confidence | None:
     temperature, _ = fit_temperature(logits, target, F.cross_entropy)
     confidence, best = (logits / temperature).softmax(dim=1).max(dim=1)
     right = (best == target).numpy()
-    return Confidence.measured("pixels", confidence.numpy(), right, held_out.images, temperature)
+    return Confidence.measured(
+        "pixels", confidence.numpy(), right, held_out.images, temperature, best.numpy()
+    )
 
 
 def confident_mask(probabilities: np.ndarray, cutoff: Cutoff) -> np.ndarray:
@@ -93,8 +95,8 @@ def confident_mask(probabilities: np.ndarray, cutoff: Cutoff) -> np.ndarray:
     """
     logits = log_probabilities(torch.from_numpy(probabilities))
     confidence, best = (logits / cutoff.temperature).softmax(dim=0).max(dim=0)
-    best[confidence < cutoff.value] = IGNORE_INDEX
-    return np.asarray(best.numpy(), np.uint8)
+    sure = confidence.numpy() >= cutoff.of(best.numpy())
+    return np.where(sure, best.numpy(), IGNORE_INDEX).astype(np.uint8)
 
 
 def write_pseudo_labels(
