@@ -108,7 +108,8 @@ def test_later_rounds_read_the_images_as_pseudo_label_did(
     model: Any = SimpleNamespace(confidence=None, model=SimpleNamespace(encoder=encoder))
     task: Any = SimpleNamespace(pseudo_label=lambda *_: used.append(encoder.reader.nodata))
     monkeypatch.setattr(self_training, "load_pseudo_labels", lambda *_: None)
-    self_training._label_again(task, model, model, unlabelled, tmp_path / "2")
+    data: Any = SimpleNamespace(classes=["cat", "dog"])
+    self_training._label_again(task, data, model, unlabelled, tmp_path / "2")
     assert used == [7]
     assert encoder.reader is own
 

@@ -109,6 +109,25 @@ def test_a_later_round_knows_what_is_labelled(
         assert one["suggestion"] in ("cat", "dog")
 
 
+@pytest.mark.parametrize("column", ["split", "patient_id"])
+def test_a_page_keeps_apart_what_its_table_would_mix(
+    column: str, encoder: Path, photos: Path, tmp_path: Path
+) -> None:
+    """Parts and groups; labels of test images are no suggestions either."""
+    known = sorted(photos.rglob("*.jpg"))[:8]
+    table, out = tmp_path / "labels.csv", tmp_path / "run"
+    given = ["train", "train", "train", "test"] if column == "split" else ["a", "b", "b", "c"]
+    lines = [f"{path},{'aabc'[i % 4]},{given[i % 4]}" for i, path in enumerate(known)]
+    table.write_text("\n".join([f"path,label,{column}", *lines]) + "\n")
+    options = ("--encoder", encoder, "--data", photos, "--labelled", table, "--budget", 3)
+    assert run(*options, "--out", out) == 0
+    content = page_content(out / "label.html")
+    assert content["labelled"] == []
+    suggested = {label for one in content["images"] for _, label, _ in one["neighbors"]}
+    assert suggested == ({"a", "b"} if column == "split" else {"a", "b", "c"})
+    assert not {one["path"] for one in content["images"]} & {*map(str, known)}
+
+
 def test_dropquery_fits_a_probe_to_the_labels(
     encoder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -197,11 +216,14 @@ def test_excluded_images_are_not_chosen(
     assert run(*given, "--out", tmp_path / "run") == 0
     chosen = {row["path"] for row in rows(tmp_path / "run" / "selected.csv")}
     assert chosen == {str(path) for path in known[:4]}
+    assert "are not among the images" not in (tmp_path / "run" / "log.txt").read_text()
     # as a spreadsheet saves it, with a row that is cut short and a name that is not UTF-8
     lines = ["not_usable;path", *(f"1;{path}" for path in known[5:]), "1;caf\udce9.jpg", "1"]
     table.write_text("\n".join(lines), errors="surrogateescape")
     assert run(*given, "--out", tmp_path / "again") == 0
+    said = (tmp_path / "again" / "log.txt").read_text()
     capsys.readouterr()
+    assert "1 of the 20 images that --exclude names are not among the images of --data" in said
     assert run(*given[:4], "--budget", 6, "--exclude", table, "--out", tmp_path / "many") == 2
     assert "there are 5 images without a label that --exclude does not" in capsys.readouterr().err
     table.write_text("file\na.png\n")

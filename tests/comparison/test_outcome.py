@@ -53,7 +53,11 @@ def test_groups_of_test_images_are_counted_where_intervals_are_taken_over_them()
 @pytest.mark.parametrize(
     ("rate", "verdict", "words"),
     [
-        (0.9, "helped", "6 training + 4 validation labels with it are better than all 100 without"),
+        (
+            0.9,
+            "helped",
+            "6 training + 4 validation labels with it are at least as good as all 100 without",
+        ),
         (0.5, "no difference", "made no difference that these seeds can show"),
         (0.2, "hurt", "good hurt: linear accuracy -0."),
     ],

@@ -191,7 +191,7 @@ def select(options: SelectOptions) -> SelectResult:
     check_out(out, [(name, config.get(name)) for name in names], overwrite=options.overwrite)
     task, model, temperature = _find_task(options)
     pool = _without(find_images(sources), path_list(options.exclude or []))
-    labelled = _read_labels(options, task)
+    labelled = _read_labels(options, task, model)
     if options.method == "dropquery" and options.labelled is not None:
         _check_probe_labels(labelled.labels)
     classes = labelled.classes if model is None else model.classes
@@ -232,8 +232,9 @@ def select(options: SelectOptions) -> SelectResult:
             )
         if options.method == "dropquery" and options.labelled is not None:
             known_classes = _classes_by_path(labelled)
-            known_names = [known_classes[absolute[i]] for i in labelled_at]
-            uncertainty = _probe_uncertainty(features, labelled_at, known_names, options.seed)
+            learned = np.array([i for i in labelled_at if absolute[i] in known_classes])
+            known_names = [known_classes[absolute[i]] for i in learned]
+            uncertainty = _probe_uncertainty(features, learned, known_names, options.seed)
         method = METHODS[options.method]
         selection = method(
             features, options.budget, labelled_at, uncertainty, options.seed, candidates
@@ -321,10 +322,11 @@ def _find_task(options: SelectOptions) -> tuple[AnyTask, TrainedModel | None, fl
     return task, model, 1.0 if confidence is None else confidence.temperature
 
 
-def _read_labels(options: SelectOptions, task: AnyTask) -> KnownImages:
+def _read_labels(options: SelectOptions, task: AnyTask, model: TrainedModel | None) -> KnownImages:
     """The labelled images of all parts."""
     if options.labelled is None:
-        return KnownImages([], [], [] if task.takes_shots else None)
+        one_class = task.takes_shots and not getattr(model, "multi_label", False)
+        return KnownImages([], [], [] if one_class else None)
     source = Path(options.labelled)
     if not source.exists():
         raise UserError(f"--labelled {source} does not exist")
@@ -344,8 +346,17 @@ def _without(pool: list[str], tables: Sequence[str]) -> list[str]:
         if column is None:
             raise UserError(f"--exclude {name} has no column path")
         folder = Path(name).parent
-        excluded |= {os.path.abspath(folder / path) for path in table.cells(column)}
-    return [path for path in pool if os.path.abspath(path) not in excluded]
+        excluded |= {os.path.abspath(folder / path) for path in table.cells(column) if path}
+    kept = [path for path in pool if os.path.abspath(path) not in excluded]
+    missing = len(excluded) - (len(pool) - len(kept))
+    if missing:
+        log.warning(
+            "%(missing)d of the %(excluded)d images that --exclude names are not among the images "
+            "of --data, which may have been moved since",
+            {"missing": missing, "excluded": len(excluded)},
+            extra={"code": "selection.not_excluded"},
+        )
+    return kept
 
 
 def _joined(pool: Sequence[str], labelled: Sequence[str]) -> list[str]:
@@ -460,8 +471,9 @@ def _probe_uncertainty(
 
 
 def _classes_by_path(labelled: KnownImages) -> dict[str, str]:
-    """Class of each labelled image, by absolute path."""
-    return dict(zip(map(os.path.abspath, labelled.paths), labelled.labels or (), strict=True))
+    """Class of each labelled image that is not for testing, by absolute path."""
+    pairs = zip(labelled.paths, labelled.labels or (), strict=labelled.labels is not None)
+    return {os.path.abspath(path): name for path, name in pairs if path not in labelled.test}
 
 
 def _covers(
@@ -493,6 +505,7 @@ def _write_page(
         classes: Names of the classes.
     """
     class_of = _classes_by_path(labelled)
+    labelled_at = np.array([i for i in labelled_at if paths[i] in class_of], dtype=int)
     images = [LabelImage(paths[index]) for index in chosen]
     if len(labelled_at):
         nearest = nearest_neighbors(features[labelled_at], features[chosen], NEIGHBORS)
@@ -506,8 +519,9 @@ def _write_page(
             )
             for index, near, similarities in zip(chosen, *nearest, strict=True)
         ]
-    # A table with all labels would mix training and test images that are kept apart.
-    before = [] if labelled.parts_given else [*class_of.items()]
+    # A table with all labels would mix training and test images that are kept apart, and has no
+    # groups.
+    before = [] if labelled.parts_given or labelled.grouped else [*class_of.items()]
     write_label_page(file, images, classes, f"{len(images)} images to label", before)
 
 

@@ -282,7 +282,7 @@ def _label_again(
     cutoff = choose_cutoff(
         fitted.confidence, unlabelled.min_confidence, unlabelled.min_precision, "the model"
     )
-    report_cutoff(cutoff, unlabelled.min_confidence, unlabelled.min_precision, fitted.model.classes)
+    report_cutoff(cutoff, unlabelled.min_confidence, unlabelled.min_precision, data.classes)
     folder.mkdir(parents=True, exist_ok=True)
     encoder = fitted.model.encoder
     own = encoder.reader

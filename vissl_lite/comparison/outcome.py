@@ -170,7 +170,11 @@ class Outcome:
         # Only for the smallest such amount, where pre-training matters most.
         for name, (equal, exact) in list(equivalent.items())[:1]:
             count = self.labels[name]
-            rest = f"equal about {equal:,.0f}" if exact else f"are better than all {equal:,.0f}"
+            rest = (
+                f"equal about {equal:,.0f}"
+                if exact
+                else f"are at least as good as all {equal:,.0f}"
+            )
             words += f" {count} {self.with_it[0]} {rest} {self.with_it[1]}."
         return words
 

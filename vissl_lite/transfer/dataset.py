@@ -263,12 +263,16 @@ class KnownImages:
         classes: Names of the classes.
         labels: Class of each image; None unless each image has one class.
         parts_given: Whether the source says which images are for training and which for testing.
+        test: Files of those for testing, if it does; their labels must not influence the training.
+        grouped: Whether the source has groups of images, such as a column ``patient_id``.
     """
 
     paths: list[str]
     classes: list[str]
     labels: list[str] | None = None
     parts_given: bool = False
+    test: frozenset[str] = frozenset()
+    grouped: bool = False
 
 
 def sample(images: list[RecordT], wanted: int = MAX_VALIDATION_IMAGES) -> list[RecordT]:

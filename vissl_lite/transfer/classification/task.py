@@ -86,6 +86,8 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
             sorted({*named, *found.classes}),
             labels if len(labels) == len(found.images) else None,
             any(image.part is not None for image in found.images),
+            frozenset(image.path for image in found.images if image.part == "test"),
+            bool(reading.groups),
         )
 
     def image_size(self, data: LabelledImages, settings: ClassifierSettings) -> int | None:
