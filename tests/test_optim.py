@@ -112,6 +112,13 @@ def test_by_default_only_a_plain_vit_has_layer_decay(backbone: str, decays: bool
     assert scales == pytest.approx([0.75**power for power in range(len(scales))])
 
 
+def test_layers_that_are_not_known_have_no_decay() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))  # as a timm model without ``group_matcher``
+    build_optimizer(model, OptimizerSettings(layer_decay=None))
+    with pytest.raises(UserError, match="--layer_decay: timm does not say which layers"):
+        build_optimizer(model, OptimizerSettings(layer_decay=0.5))
+
+
 def test_layer_decay_and_exemptions_of_an_encoder_in_a_model() -> None:
     encoder, head = timm.create_model("test_vit", num_classes=0), nn.Linear(8, 2)
     settings = OptimizerSettings(layer_decay=0.5, weight_decay=0.3)
@@ -248,6 +255,7 @@ def test_each_optimizer_moves_the_weights_downhill(name: str) -> None:
         ("adamww", "unknown optimizer adamww: did you mean .*adamw"),
         ("sdg", "did you mean .*sgd"),
         ("qqqqqqq", "none of the .* known names is close to it"),
+        ("adahessian", "needs second derivatives"),
     ],
 )
 def test_an_unknown_optimizer_is_a_mistake(name: str, message: str) -> None:

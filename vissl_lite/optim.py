@@ -81,6 +81,8 @@ def canonical_optimizer(name: str) -> str:
     found = canonical_name(name, known)
     if found not in known:
         raise UserError(f"unknown optimizer {name}: {did_you_mean(name, known)}")
+    if found == "adahessian":
+        raise UserError("--optimizer adahessian needs second derivatives, which are not computed")
     return found
 
 
@@ -186,8 +188,10 @@ def _layer_scales(model: nn.Module, decay: float | None) -> dict[str, float]:
     if decay is None:
         decay = default_layer_decay(model)
     matcher = getattr(model, "group_matcher", None)
-    if decay == 1 or matcher is None:
+    if decay == 1:
         return {}
+    if matcher is None:
+        raise UserError("--layer_decay: timm does not say which layers this backbone has")
     layers = group_parameters(model, matcher(coarse=True), reverse=True)
     last = max(layers.values())
     return {name: decay ** (last - layer) for name, layer in layers.items()}

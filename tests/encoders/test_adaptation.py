@@ -80,6 +80,10 @@ def test_weights_are_adapted_by_name_or_by_their_mean() -> None:
     others = [name for name in before if name != f"{FIRST}.weight"]
     assert others
     assert all(torch.equal(before[name], after[name]) for name in others)
+    swapped = adapt_encoder(encoder, reader(3, names=("nir", "green", "red")))
+    assert torch.equal(first_weight(swapped), old.flip(1))
+    unnamed = adapt_encoder(encoder, reader(3, names=("a", "b", "c")))  # as of photographs
+    assert torch.equal(first_weight(unnamed), old)
     one = adapt_encoder(build_encoder("test_vit", 32), reader(1))
     assert one.model(torch.zeros(1, 1, 32, 32)).shape == (1, one.num_features)
     assert one.mean == (0.25,)

@@ -60,3 +60,16 @@ def test_without_a_frozen_phase_both_follow_one_curve() -> None:
     for schedule.fraction in (0.0, 0.1, 0.25, 0.7, 1.0):
         assert schedule.encoder_factor() == schedule.head_factor()
     assert schedule.warmup_end == 0.25
+
+
+@pytest.mark.parametrize(("late", "warns"), [(9.0, False), (11.0, True)])
+def test_a_start_that_takes_all_of_the_time_is_said(
+    late: float, warns: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(schedule_module, "time", SimpleNamespace(monotonic=lambda: late))
+    trainer: Any = SimpleNamespace(world_size=1, global_rank=0, optimizers=[])
+    schedule = Schedule(0.1, 0.25, 0, seconds=10.0, started=0.0)
+    unused: Any = None
+    with caplog.at_level("WARNING"):
+        schedule.on_train_batch_start(trainer, SimpleNamespace(), unused, 0)  # type: ignore[arg-type]
+    assert ("leaves no time of --max_time" in caplog.text) == warns

@@ -116,4 +116,7 @@ def test_what_does_not_go_together_is_said_at_once() -> None:
         Hardware(strategy="fsdp", compile=True).check()
     with pytest.raises(UserError, match="give --strategy fsdp for networks that do not fit"):
         Hardware(strategy="deepspeed_stage_3").check()
+    with pytest.raises(UserError, match="--strategy ddp_spawn is not known: there are auto, ddp"):
+        Hardware(strategy="ddp_spawn").check()  # trains in child processes
     Hardware(strategy="fsdp", precision="bf16-mixed").check()
+    Hardware(strategy="ddp_find_unused_parameters_true").check()

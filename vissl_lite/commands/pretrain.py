@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -555,7 +556,6 @@ def _log_next_steps(result: PretrainResult, backbone: str, labelled: StrPath | N
     log.info("Next:")
     log.info(
         "  vissl-lite probe --encoder %s --data %s --out %s",
-        result.run,
-        labelled or "LABELLED",
-        beside(result.run, "probe"),
+        *(shlex.quote(str(one)) for one in (result.run, labelled or "LABELLED")),
+        shlex.quote(str(beside(result.run, "probe"))),
     )

@@ -376,7 +376,9 @@ def adapt_encoder(encoder: Encoder, reader: ImageReader) -> Encoder:
         args["in_chans"] = reader.channels
     model: Any = timm.create_model(encoder.backbone, num_classes=0, **args)
     state = old.state_dict()
-    if reader.channels != before.channels:
+    shared = sum(name in before.names for name in reader.names)
+    reordered = shared > 0 and reader.names != before.names
+    if reader.channels != before.channels or reordered:
         first = model.pretrained_cfg.get("first_conv")
         names = [first] if isinstance(first, str) else list(first or ())
         if not names or any(f"{name}.weight" not in state for name in names):
@@ -390,14 +392,13 @@ def adapt_encoder(encoder: Encoder, reader: ImageReader) -> Encoder:
     if reader.bands is None:
         model.pretrained_cfg = {**model.pretrained_cfg, "mean": _MEAN, "std": _STD}
     model.load_state_dict(state)
-    kept = sum(name in before.names for name in reader.names)
     log.info(
         "The encoder for %d bands is adapted to %d: %s",
         before.channels,
         reader.channels,
         "its weights are the same, the normalization is another"
-        if reader.channels == before.channels
-        else f"{kept} keep the weights of their names, {reader.channels - kept} get the mean",
+        if reader.channels == before.channels and not reordered
+        else f"{shared} keep the weights of their names, {reader.channels - shared} get the mean",
     )
     return Encoder(model, args, encoder.image_size, reader)
 

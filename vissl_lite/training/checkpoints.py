@@ -161,7 +161,8 @@ def _check_optimizer(saved: Any, module: pl.LightningModule) -> None:
         kinds.add(frozenset(state))
         for name, value in state.items():
             place = f"optimizer {str(name)[:60]}"
-            if name in _LIKE_WEIGHTS:
+            scalar = isinstance(value, Tensor) and not value.ndim  # as novograd has for a weight
+            if name in _LIKE_WEIGHTS and (plain or not scalar):
                 _check_like(value, weights[number].detach(), place)
             elif isinstance(value, Tensor):
                 _check_like(value, value, place)

@@ -72,7 +72,10 @@ class Hardware:
             )
         _check_precision(self.precision)
         names = StrategyRegistry.available_strategies()
-        known = ["auto", FSDP, *(name for name in names if name.startswith("ddp"))]
+        # those that train in child processes leave nothing here for the results of a run
+        children = ("fork", "spawn", "notebook")
+        ddp = [name for name in names if name.startswith("ddp")]
+        known = ["auto", FSDP, *(name for name in ddp if not any(one in name for one in children))]
         if self.strategy not in known:
             raise UserError(
                 f"--strategy {self.strategy} is not known: {did_you_mean(self.strategy, known)}"

@@ -11,7 +11,6 @@ from lightning.fabric.utilities import move_data_to_device
 
 from vissl_lite.data.stream import Source, collate
 from vissl_lite.errors import UserError
-from vissl_lite.training.sharding import is_sharded
 
 
 def peak_memory(device: torch.device) -> int | None:
@@ -44,7 +43,7 @@ def out_of_memory(
 ) -> UserError:
     """The error for a batch that did not fit, naming a size that does by trial.
 
-    Of a network in parts, whose processes can't try alone, it names none.
+    With several processes it names none: a trial would wait for the others, which may have room.
 
     Args:
         module: Module whose ``training_step`` ran out of memory.
@@ -54,7 +53,7 @@ def out_of_memory(
         accumulate: Batches an optimizer step.
     """
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "this machine"
-    if is_sharded(module):
+    if trainer.world_size > 1:
         return UserError(
             f"--batch_size {batch_size} does not fit into the memory of {where}: give a smaller "
             f"one, with --accumulate_grad_batches, or more devices"

@@ -1,5 +1,6 @@
 """The schedule of a run: progress, learning rate, seeds and end."""
 
+import logging
 import time
 from typing import Any
 
@@ -10,6 +11,8 @@ from lightning.pytorch.callbacks import Callback
 
 from vissl_lite.data.stream import Batch
 from vissl_lite.optim import cosine_with_warmup, set_lr, set_weight_decay
+
+log = logging.getLogger(__name__)
 
 # In shorter runs, a first step on whole views would take much of the time.
 TRIAL_SECONDS = 600
@@ -159,6 +162,13 @@ class Schedule(Callback):
         self._step_started = time.monotonic()
         if self.batches == 0 and self.seconds is not None:
             self._begun = self.elapsed()
+            if self.seconds - self.reserve <= self._begun:
+                log.warning(
+                    "Starting took %(begun).0f s, which leaves no time of --max_time to train: the "
+                    "encoder stays as it was but for one step. Give more time.",
+                    {"begun": self._begun},
+                    extra={"code": "training.no_time"},
+                )
         self.fraction = self.progress()
         if self.seconds is not None and trainer.world_size > 1:
             self.fraction = trainer.strategy.broadcast(self.fraction)
