@@ -147,3 +147,10 @@ def test_different_numbers_of_bands(tmp_path: Path) -> None:
     assert survey(paths, ImageSettings(bands="2,1")).bands == (1, 0)
     with pytest.raises(UserError, match=r"--bands 3: .*0.npy has 2 bands"):
         survey(paths, ImageSettings(bands="3"))
+
+
+def test_more_bands_than_opencv_resizes(tmp_path: Path) -> None:
+    (path,) = arrays(tmp_path, [1.0])
+    assert survey([path], ImageSettings(bands=",".join(["1"] * 512))).channels == 512
+    with pytest.raises(UserError, match=r"0.npy: 513 bands are too many.*choose some with --bands"):
+        survey([path], ImageSettings(bands=",".join(["1"] * 513)))

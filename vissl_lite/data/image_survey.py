@@ -45,6 +45,9 @@ WINDOWS: Mapping[str, tuple[float, float]] = {
 # Value ranges that are not two numbers.
 RANGES = ("percentile", "dtype", "image")
 
+# Bands that are read of an image, at most: those that an array of OpenCV can have.
+MAX_CHOSEN_BANDS = 512
+
 # Numbers of the bands of gray and of colored photographs.
 _PHOTOGRAPH_BANDS = (1, 3)
 
@@ -319,6 +322,11 @@ def _with_bands(
         raise UserError(
             f"--bands {settings.bands}: {first} has {one.bands} band{'s' * (one.bands > 1)}"
             + (f": {', '.join(names)}" if names else "")
+        )
+    if len(chosen) > MAX_CHOSEN_BANDS:
+        raise UserError(
+            f"{first}: {len(chosen)} bands are too many, OpenCV resizes at most "
+            f"{MAX_CHOSEN_BANDS}: choose some with --bands"
         )
     named = tuple(names[band] for band in chosen) if len(names) == one.bands else ()
     return ImageReader(bands=chosen, names=named, nodata=settings.nodata, axis=slice_axis())
