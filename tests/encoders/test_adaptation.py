@@ -60,6 +60,16 @@ def test_a_folder_of_an_encoder_of_bands(tmp_path: Path, name: str) -> None:
     assert plain.pretrained_cfg["mean"] == [0.25] * 4
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_bright_pixels_of_16_bits_are_finite_in_half_precision(kind: torch.dtype) -> None:
+    encoder = build_encoder("test_resnet", 32, reader=reader(1))
+    images = torch.tensor([0, 1000, 65535], dtype=torch.uint16).expand(1, 1, 3, 3)
+    expected = encoder.normalize(images)
+    found = encoder.to(kind).normalize(images)
+    assert found.dtype == kind
+    torch.testing.assert_close(found.float(), expected, atol=0.02, rtol=0.01)
+
+
 def test_a_folder_whose_bands_contradict_is_damaged(tmp_path: Path) -> None:
     save_encoder(build_encoder("test_resnet", 32, reader=reader(2)), tmp_path, {})
     config = json.loads((tmp_path / "config.json").read_text())

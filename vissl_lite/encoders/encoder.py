@@ -128,7 +128,10 @@ class Encoder(nn.Module):
             ``(B, C, H, W)`` images in the encoder's floating-point type and the memory format of
             ``images``.
         """
-        return torch.addcmul(self.shift, images.to(self.scale.dtype), self.scale)
+        kind = self.scale.dtype
+        exact = torch.float32 if images.dtype == torch.uint16 else kind  # float16 ends at 65504
+        shift, scale = self.shift.to(exact), self.scale.to(exact)
+        return torch.addcmul(shift, images.to(exact), scale).to(kind)
 
     def denormalize(self, images: Tensor) -> Tensor:
         """Turn normalized images into pictures.
