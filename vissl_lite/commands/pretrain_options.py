@@ -104,8 +104,8 @@ class PretrainOptions(Options, ImageSettings):
     """Share of the patches of a view that a ViT is trained without, in [0, 0.9], drawn at random
     at every step; half of it after 80 % of the run, and none after 90 %. Speeds up the training.
     Default: 0.5 for simclr with a ViT from random weights, in runs of 200 steps or one minute, or
-    more, if at least four patches are left of the smallest view; else 0, as for other pretexts and
-    pre-trained weights it was not measured."""
+    more, if at least four patches are left of the smallest view; else 0: other pretexts did not
+    gain by it or were not measured, nor were pre-trained weights."""
     encoder: StrPath | None = None
     """Weights to start from: a run, an encoder folder, timm:NAME (pre-trained weights), random:NAME
     (untrained), or a file with a timm state dict of --backbone. Default: random weights of
