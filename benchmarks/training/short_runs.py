@@ -132,8 +132,9 @@ for pretext in ("byol", "moco", "vicreg", "barlow_twins", "dino", "nnclr", "swav
     ARMS |= {pretext: [], f"{pretext}, color 0.25": ["--pretext.color", 0.25]}
 for pretext in ("dino", "moco_v3", "rotation"):
     ARMS |= {pretext: [], f"{pretext}, half of the patches": HALF}
-for pretext in ("byol", "vicreg"):
-    ARMS[f"{pretext}, two local crops"] = ["--pretext.local_crops", 2]
+CROPS: list[object] = ["--pretext.local_crops", 2]
+ARMS["byol, two local crops"] = CROPS
+ARMS["vicreg, color 0.25, two local crops"] = ["--pretext.color", 0.25, *CROPS]
 
 
 def once(name: str, arm: str, minutes: float, seed: int, o: argparse.Namespace) -> dict[str, float]:
