@@ -22,8 +22,8 @@ class BarlowTwins(PretextTask):
     """Barlow Twins.
 
     Both views are in one batch for BatchNorm, whose statistics the authors compute for each view.
-    This made no difference in two minutes on CIFAR-10: linear accuracy 0.273, and 0.274 with statistics
-    of each view (``benchmarks/README.md``, settings of short runs; one seed).
+    This made no clear difference in two minutes on CIFAR-10: linear accuracy 0.273, and 0.274 with
+    statistics of each view (``benchmarks/README.md``, settings of short runs; one seed).
 
     Args:
         encoder: Encoder to train.

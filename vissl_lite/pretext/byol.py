@@ -28,8 +28,8 @@ class BYOL(PretextTask):
     """BYOL.
 
     Both views are in one batch for BatchNorm, whose statistics the authors compute for each view.
-    This made no difference in two minutes on CIFAR-10: linear accuracy 0.243, and 0.253 with statistics
-    of each view (``benchmarks/README.md``, settings of short runs; one seed).
+    This made no clear difference in two minutes on CIFAR-10: linear accuracy 0.243, and 0.253 with
+    statistics of each view (``benchmarks/README.md``, settings of short runs; one seed).
 
     Args:
         encoder: Encoder to train.

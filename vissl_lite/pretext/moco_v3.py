@@ -28,8 +28,8 @@ class MoCoV3(PretextTask):
     ``configs/imagenet/moco_v3.yaml``. ViTs are timm's, with its initial weights, so that the
     encoder is plain timm: the authors' ViT-S has 12 heads instead of 6, and Xavier-uniform weights.
     Biases and norms do not decay, as in all pretexts here; in the authors' code they do. None of
-    this was measured. Both views
-    are in one batch for BatchNorm, whose statistics the authors compute for each view.
+    this was measured. Both views are in one batch for the heads' BatchNorms, whose statistics the
+    authors compute for each view; it made no clear difference in ``byol`` and ``simsiam``.
 
     Args:
         encoder: Encoder to train. The patch projection of a ViT is not trained, for stability

@@ -21,8 +21,8 @@ class SimSiam(PretextTask):
     """SimSiam.
 
     The learning rate of the predictor stays at its peak, which works better (section 4.2, table 1;
-    ``--fix-pred-lr`` of the authors' code). Biases and norms do not decay. Both views are
-    in one batch for BatchNorm, whose statistics the authors compute for each view. This made no
+    ``--fix-pred-lr`` of the authors' code). Biases and norms do not decay. Both views are in one
+    batch for BatchNorm, whose statistics the authors compute for each view. This made no clear
     difference in two minutes on CIFAR-10: linear accuracy 0.222, and 0.218 with statistics of each
     view (``benchmarks/README.md``, settings of short runs; one seed).
 

@@ -21,8 +21,8 @@ class VICReg(PretextTask):
 
     The two views are drawn alike, as in the paper; the authors' code draws them as BYOL does.
     Both views are in one batch for BatchNorm, whose statistics the authors compute for each view.
-    This made no difference in two minutes on CIFAR-10: linear accuracy 0.295, and 0.287 with statistics
-    of each view (``benchmarks/README.md``, settings of short runs; one seed).
+    This made no clear difference in two minutes on CIFAR-10: linear accuracy 0.295, and 0.287 with
+    statistics of each view (``benchmarks/README.md``, settings of short runs; one seed).
 
     Args:
         encoder: Encoder to train.
