@@ -162,12 +162,9 @@ def long_run_defaults(options: PretrainOptions, images: int) -> dict[str, float]
         ``momentum``, if the pretext has one that depends on the length and the options leave it to
         its default; else nothing.
     """
-    bounds, epochs = pretext_class(options.pretext_name).info.momentum, options.max_epochs
+    bounds, share = pretext_class(options.pretext_name).info.momentum, _length(options, images)
     if bounds is None or options.hyperparameters["momentum"] is not None:
         return {}
-    if options.pretrained or options.open_ended or epochs is None:
-        return {}
-    share = long_share(epochs * images)
     short, long = (1 - momentum for momentum in bounds)
     return {"momentum": round(1 - short ** (1 - share) * long**share, 5)} if share else {}
 
@@ -234,10 +231,17 @@ def length_factor(options: PretrainOptions, task: PretextTask, images: int) -> f
         task: Task to train.
         images: Number of training images.
     """
-    epochs = options.max_epochs
-    if not options.default_rate or options.pretrained or options.open_ended or epochs is None:
+    if not options.default_rate:
         return 1.0
-    return float(task.info.long_run_lr ** long_share(epochs * images))
+    return float(task.info.long_run_lr ** _length(options, images))
+
+
+def _length(options: PretrainOptions, images: int) -> float:
+    """``long_share`` of a run; 0 where the defaults of short runs apply to any length."""
+    epochs = options.max_epochs
+    if options.pretrained or options.open_ended or epochs is None:
+        return 0.0
+    return long_share(epochs * images)
 
 
 def long_share(images: int) -> float:
