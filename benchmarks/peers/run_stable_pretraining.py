@@ -7,8 +7,9 @@ function for named views and AdamW, as in benchmarks/imagenet10/dino-vit-small.p
 prototypes), with the views of benchmarks/imagenet100/dino-resnet18.py (two of 224 pixels and six of
 96; blurred by PIL, which is the faster of the recipes' blurs) and for ResNets its 4096 prototypes.
 (Its forward.dino does not work in release 0.1.8: it passes interpolate_pos_encoding to the
-backbone, which neither timm's nor torchvision's take.) Precision: the tour's bf16-mixed; the
-recipes' "16-mixed" is the same on a CPU, where Lightning replaces it by bf16-mixed.
+backbone, which neither timm's nor torchvision's take.) Precision: the tour's bf16-mixed (the
+recipes' "16-mixed" is the same on a CPU, where Lightning replaces it by bf16-mixed), but float32 on
+processors that multiply float32 matrices faster, such as Intel's with AVX512-BF16 and without AMX.
 
 What differs: backbones are timm's without a changed stem (spt.backbone.from_timm), at 32 pixels
 too, as for all tools; images are read from files by torchvision's ImageFolder and not from
@@ -19,17 +20,35 @@ none of the others has; no W&B. Its output stands in the scratch folder.
 from __future__ import annotations
 
 import os
+from functools import cache
 from importlib.metadata import version
+from timeit import Timer
 from types import MethodType
 from typing import Any
 
 from work import Work
 
 
+@cache
+def precision() -> str:
+    """bf16, unless this CPU multiplies float32 matrices faster."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "bf16-mixed"
+    seconds = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        factor = torch.ones(512, 512, dtype=dtype)
+        product = Timer(lambda factor=factor: factor @ factor)
+        product.timeit(1)
+        seconds[dtype] = min(product.repeat(7, 1))
+    return "bf16-mixed" if seconds[torch.bfloat16] < seconds[torch.float32] else "32-true"
+
+
 def about() -> dict[str, object]:
     return {
         "version": version("stable-pretraining"),
-        "precision": "bf16-mixed",
+        "precision": precision(),
         "workers": "one a core",
     }
 
@@ -70,7 +89,7 @@ def train(work: Work) -> int:
         **limits,
         num_sanity_val_steps=0,
         callbacks=callbacks,
-        precision="bf16-mixed",
+        precision=precision(),
         logger=pl.pytorch.loggers.CSVLogger(save_dir=str(work.out / "logs")),
         enable_checkpointing=False,
     )

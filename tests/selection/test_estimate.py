@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tests.selection.test_methods import LABELLED, distances, points
+from vissl_lite.selection.candidates import Candidates
 from vissl_lite.selection.estimate import estimate_coverage
 from vissl_lite.selection.herding import herding
 
@@ -31,6 +32,19 @@ def test_of_many_images_the_coverage_is_estimated() -> None:
     assert sampled.random == pytest.approx(exact.random, abs=0.02)
     assert sampled == again
     assert sampled.values != exact.values != other.values
+
+
+def test_it_is_continued_within_groups() -> None:
+    features = points()
+    groups = np.arange(60) % 4
+    candidates = Candidates(60, LABELLED, groups=groups, per_group=2)
+    chosen = herding(features, 3, LABELLED, candidates=candidates).indices
+    left = candidates.remaining
+    found = estimate_coverage(features, LABELLED, chosen, np.ones(60, bool), candidates=candidates)
+    assert left > 0
+    assert candidates.remaining == 0
+    assert len(found.values) == 1 + 4 * 2 - len(LABELLED)
+    assert len(found.random) == len(found.values)
 
 
 def test_the_first_label_of_all_is_no_bend() -> None:

@@ -249,7 +249,9 @@ def select(options: SelectOptions) -> SelectResult:
             )
         in_pool = set(map(os.path.abspath, pool))
         counted = np.array([path in in_pool for path in absolute])
-        coverage = estimate_coverage(features, labelled_at, chosen, counted, options.seed)
+        coverage = estimate_coverage(
+            features, labelled_at, chosen, counted, options.seed, candidates
+        )
         covers = _covers(features, labelled_at, chosen, counted)
         _write_table(run / SELECTED, absolute, selection, covers, uncertainty)
         skeleton = task.write_skeleton([absolute[i] for i in chosen], classes, run)

@@ -28,7 +28,7 @@ class CoverageEstimate:
 
     Attributes:
         values: 2 B + 1 values or fewer: before the first image, after each of the B chosen ones,
-            and after each further one, as ``herding`` would choose it.
+            and after each further one, as ``herding`` would choose it from what is left.
         random: As many values for images in random order.
         knee: Number of images from which on a further one adds less than the average one; 0 if
             the curve does not bend that way.
@@ -45,6 +45,7 @@ def estimate_coverage(
     chosen: np.ndarray,
     counted: np.ndarray,
     seed: int = 0,
+    candidates: Candidates | None = None,
     most: int = MAX_IMAGES,
 ) -> CoverageEstimate:
     """Compute the coverage at each budget up to twice that of a selection.
@@ -57,6 +58,8 @@ def estimate_coverage(
         chosen: ``(B,)`` indices of the selection, in order.
         counted: ``(N,)`` bool: which images the coverage is the mean of.
         seed: Seed of the random orders and of the samples.
+        candidates: What may be chosen after the selection; it is used up. Default: all but the
+            labelled and chosen images.
         most: Size of the samples, see ``greedy_cover``.
     """
     points, kernel = unit_features(features), gaussian(RADIUS)
@@ -66,7 +69,7 @@ def estimate_coverage(
         points,
         kernel,
         len(chosen),
-        Candidates(len(points), taken),
+        candidates or Candidates(len(points), taken),
         targets,
         cover(targets, points[taken], kernel),
         targets.new_ones(len(targets)),
