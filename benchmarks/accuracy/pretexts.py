@@ -2,9 +2,10 @@
 
 Each pretext trains on one core for the same wall-clock time, by configs/cifar10_minutes.yaml; as
 many run side by side as ``--jobs`` says. ViT pretexts train ``vit_slim_patch4_32``, all others
-``resnet18``. Then one probe evaluates all encoders: kNN (k = 200, T = 0.1) and linear, at every
+``resnet18``. Then a probe evaluates the encoder: kNN (k = 200, T = 0.1) and linear, at every
 stage, fitted to a fifth of the training labels (the penalty is chosen on some of these), on the
-test split. Encoders are those of the last step.
+test split. Encoders are those of the last step. Seeds and pretexts that are given are added to
+what was measured before.
 
     python -m benchmarks.accuracy.pretexts --data DATA/cifar10 --out RUNS
 
@@ -12,16 +13,27 @@ Results: benchmarks/results/pretexts.json, and layers.png: the stages of some en
 """
 
 import argparse
-import json
 import os
+import statistics
 import threading
 from pathlib import Path
 from queue import Empty, Queue
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.common import RESULTS, ROOT, keep, load, markdown_table, provenance, vissl_lite
+from benchmarks.common import (
+    RESULTS,
+    ROOT,
+    keep,
+    load,
+    markdown_table,
+    over_seeds,
+    provenance,
+    results_of,
+    vissl_lite,
+)
 from vissl_lite.pretext import PRETEXTS
 from vissl_lite.run import read_config
 
@@ -40,65 +52,85 @@ def backbone_of(name: str) -> str:
     return "resnet18" if convolutional else "vit_slim_patch4_32"
 
 
-def train(name: str, core: int, data: Path, out: Path, minutes: float) -> None:
+def train(name: str, seed: int, core: int, data: Path, out: Path, minutes: float) -> None:
     if name in UNTRAINED:
         return
-    settings: list[object] = ["--config", RECIPE, "--pretext", name]
+    settings: list[object] = ["--config", RECIPE, "--pretext", name, "--seed", seed]
     settings += ["--backbone", backbone_of(name)]
-    where = ["--data", data / "train", "--out", out / name]
+    where = ["--data", data / "train", "--out", out / f"{name}-{seed}"]
     vissl_lite(core, "pretrain", *settings, *where, "--max_time", round(60 * minutes))
 
 
-def evaluate(name: str, core: int, data: Path, out: Path) -> None:
-    run = out / f"probe-{name.replace(' ', '-')}"
-    encoder = f"random:{backbone_of(name)}" if name in UNTRAINED else str(out / name)
+def evaluate(name: str, seed: int, core: int, data: Path, out: Path) -> None:
+    trained, run = out / f"{name}-{seed}", out / f"probe-{name.replace(' ', '-')}-{seed}"
+    encoder = f"random:{backbone_of(name)}" if name in UNTRAINED else str(trained)
     vissl_lite(
         core, "probe", "--encoder", encoder, "--data", data, "--out", run, "--layers",
         "--k", 200, "--temperature", 0.1, "--image_size", 32, "--fraction", FRACTION,
+        "--seed", seed,
     )  # fmt: skip
-    scores = json.loads((run / "results.json").read_text())
-    best = max(scores["layers"], key=lambda layer: scores["layers"][layer]["linear"])
-    row = {
-        "backbone": backbone_of(name),
+    scores = results_of(run)
+    figures = {
         "knn": scores["knn"],
         "linear": scores["linear"],
-        "best_layer": best,
-        "best_layer_knn": scores["layers"][best]["knn"],
-        "best_layer_linear": scores["layers"][best]["linear"],
-        "layers": {layer: each["linear"] for layer, each in scores["layers"].items()},
+        "layers": {
+            layer: {"knn": each["knn"], "linear": each["linear"]}
+            for layer, each in scores["layers"].items()
+        },
     }
     if name not in UNTRAINED:
-        trained = json.loads((out / name / "results.json").read_text())
-        images = trained["steps"] * read_config(out / name)["batch_size"]
-        row |= {
-            "family": PRETEXTS[name].info.family,
-            "seconds": trained["seconds"],
-            "images_per_second": images / trained["seconds"],
-            "collapsed": trained["collapsed"],
+        ended = results_of(trained)
+        images = ended["steps"] * read_config(trained)["batch_size"]
+        figures |= {
+            "seconds": ended["seconds"],
+            "images_per_second": images / ended["seconds"],
+            "collapsed": ended["collapsed"],
         }
     with one_at_a_time:
-        keep("pretexts", {name: row})
+        before = load("pretexts") if (RESULTS / "pretexts.json").exists() else {}
+        seeds = before.get(name, {}).get("seeds", {}) | {str(seed): figures}
+        keep("pretexts", {name: {"backbone": backbone_of(name), "seeds": seeds}})
+
+
+def stages(row: dict[str, Any]) -> dict[str, float]:
+    """Mean linear accuracy of each stage, from the pixels up."""
+    runs = list(row["seeds"].values())
+    return {
+        stage: statistics.mean(run["layers"][stage]["linear"] for run in runs)
+        for stage in runs[0]["layers"]
+    }
 
 
 def pretexts_table() -> str:
     results = load("pretexts")
-    untrained = {r["backbone"]: r for name, r in results.items() if name.startswith("untrained")}
+    untrained = {
+        backbone_of(name): statistics.mean(run["linear"] for run in results[name]["seeds"].values())
+        for name in UNTRAINED
+    }
     rows = []
-    for name in [*(n for n in results if n.startswith("untrained")), *PRETEXTS]:
+    for name in [*UNTRAINED, *PRETEXTS]:
         if name not in results:
             continue
-        r = results[name]
-        best = f"{r['best_layer_knn']:.3f} / {r['best_layer_linear']:.3f} ({r['best_layer']})"
-        row = [f"`{name}`" if name in PRETEXTS else name.replace(" ", " `") + "`"]
+        row, runs = results[name], list(results[name]["seeds"].values())
+        linear = [run["linear"] for run in runs]
+        at_stage = stages(row)
+        best = max(at_stage, key=lambda stage: at_stage[stage])
+        best_knn = statistics.mean(run["layers"][best]["knn"] for run in runs)
+        about = [name.replace(" ", " `") + "`", "", ""]
+        gain = ""
         if name in PRETEXTS:
-            gain = r["linear"] - untrained[r["backbone"]]["linear"]
-            small = "ViT" if r["backbone"].startswith("vit") else ""
-            row += [small, f"{r['images_per_second']:.0f}", f"{r['knn']:.3f}", f"{r['linear']:.3f}"]
-            row.append(f"{gain:+.3f}")
-        else:
-            row += ["", "", f"{r['knn']:.3f}", f"{r['linear']:.3f}", ""]
-        rows.append([*row, best])
-    header = ["encoder", "", "images/s", "kNN", "linear", "gain", "best stage: kNN / linear"]
+            rate = statistics.mean(run["images_per_second"] for run in runs)
+            small = "ViT" if row["backbone"].startswith("vit") else ""
+            about = [f"`{name}`", small, f"{rate:.0f}"]
+            gain = f"{statistics.mean(linear) - untrained[row['backbone']]:+.3f}"
+        accuracies = [
+            over_seeds([run[figure] for run in runs]) if len(runs) > 1 else f"{runs[0][figure]:.3f}"
+            for figure in ("knn", "linear")
+        ]
+        of_best = f"{best_knn:.3f} / {at_stage[best]:.3f} ({best})"
+        rows.append([*about, *accuracies, gain, of_best, str(len(runs))])
+    figures = ["images/s", "kNN", "linear", "gain", "best stage: kNN / linear"]
+    header = ["encoder", "", *figures, "seeds"]
     return markdown_table(header, rows) + "\n\n" + provenance(results, COMMAND)
 
 
@@ -108,13 +140,13 @@ def plot_layers() -> None:
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for name in IN_PICTURE:
-        stages = results[name]["layers"]
-        values = list(stages.values())
+        at_stage = stages(results[name])
+        values = list(at_stage.values())
         axes.plot(values, "-" if name in PRETEXTS else "--", marker="o", label=name)
         best = int(np.argmax(values))
         axes.plot(best, values[best], "o", markersize=11, fillstyle="none",
                   color=axes.lines[-1].get_color())  # fmt: skip
-    axes.set_xticks(range(len(stages)), list(stages))
+    axes.set_xticks(range(len(at_stage)), list(at_stage))
     axes.set_ylabel("linear accuracy, 10,000 labels")
     axes.set_xlabel("stage, from the pixels up; circled: the best")
     axes.grid(alpha=0.3)
@@ -138,31 +170,29 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     alone = [name for name, made in PRETEXTS.items() if not made.info.encoders]
     parser.add_argument("--arms", nargs="+", default=[*UNTRAINED, *alone])
-    parser.add_argument("--steps", nargs="+", default=["train", "evaluate"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     options = parser.parse_args()
-    for step in options.steps:
-        waiting: Queue[str] = Queue()
+    waiting: Queue[tuple[int, str]] = Queue()
+    for seed in options.seeds:
         for name in options.arms:
-            waiting.put(name)
+            waiting.put((seed, name))
 
-        def work(core: int, step: str = step, waiting: Queue[str] = waiting) -> None:
-            while True:
-                try:
-                    name = waiting.get_nowait()
-                except Empty:
-                    return
-                print(step, name, flush=True)
-                if step == "train":
-                    train(name, core, options.data, options.out, options.minutes)
-                else:
-                    evaluate(name, core, options.data, options.out)
+    def work(core: int) -> None:
+        while True:
+            try:
+                seed, name = waiting.get_nowait()
+            except Empty:
+                return
+            print(seed, name, flush=True)
+            train(name, seed, core, options.data, options.out, options.minutes)
+            evaluate(name, seed, core, options.data, options.out)
 
-        cores = sorted(os.sched_getaffinity(0))[: options.jobs]
-        workers = [threading.Thread(target=work, args=(core,)) for core in cores]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
+    cores = sorted(os.sched_getaffinity(0))[: options.jobs]
+    workers = [threading.Thread(target=work, args=(core,)) for core in cores]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
     if all(name in load("pretexts") for name in IN_PICTURE):
         plot_layers()
 
