@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -192,6 +193,23 @@ def test_gentle_rates_where_weights_are_pre_trained() -> None:
     assert settings("test_resnet", encoder="runs/a").layer_decay == 1
     assert settings(encoder="runs/a", layer_decay=0.9).layer_decay == 0.9
     assert settings(encoder="runs/a", train="lora:4") == settings()
+
+
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        ({}, "all"),
+        ({"encoder": "random:test_vit"}, "all"),
+        ({"encoder": "runs/a"}, "blocks:2"),
+        ({"encoder": "runs/a", "train": "all"}, "all"),
+    ],
+)
+def test_diet_trains_the_last_blocks_of_pre_trained_weights(
+    given: dict[str, Any], parts: str
+) -> None:
+    options = PretrainOptions(data="images", out="run", pretext="diet", **given)
+    assert options.trained_parts == parts
+    assert PretrainOptions(data="images", out="run", encoder="runs/a").trained_parts == "all"
 
 
 def test_layer_decay_is_that_of_the_encoder_alone() -> None:

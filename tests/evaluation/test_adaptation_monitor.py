@@ -18,7 +18,7 @@ from vissl_lite.training.schedule import Schedule
 @pytest.mark.parametrize(
     ("uniformity", "rank", "said"),
     [
-        (-2.0, 50.0, "may serve without a further training"),
+        (-2.0, 50.0, "may serve without further training"),
         (-0.5, 10.0, "there is much to adapt"),
         (-2.0, 10.0, "The two measures disagree"),
         (-0.5, 50.0, "The two measures disagree"),

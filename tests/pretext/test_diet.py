@@ -40,3 +40,13 @@ def test_each_image_is_learned_under_its_number_in_the_data_set() -> None:
         optimizer.step()
     logits = task.head(task.encoder(task.encoder.normalize(batch.views[0])))
     assert logits.argmax(dim=1).tolist() == [5, 2]
+
+
+def test_many_images_are_too_many_classes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("vissl_lite.pretext.diet.MANY_IMAGES", 5)
+    for images in (5, 6):
+        assert not caplog.records
+        diet(images)
+    assert [getattr(record, "code", None) for record in caplog.records] == ["pretext.many_classes"]

@@ -271,6 +271,16 @@ def test_a_map_of_one_position_is_said_once_and_left_out(
     assert "resnet10t_slim, the student, at 32 pixels has fewer than 2x2" in caplog.text
 
 
+def test_small_views_of_progressive_resizing_are_not_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    task = Distillation(build_encoder("resnet10t_slim", 64), "random:test_vit")
+    with caplog.at_level(logging.INFO, "vissl_lite"):
+        for side in (32, 64):
+            task.loss([torch.randn(4, 3, side, side)])
+    assert not caplog.records
+
+
 def test_a_teacher_of_photographs_is_adapted_to_bands() -> None:
     bands = ImageReader(
         bands=(0, 1), low=(0.0, 0.0), high=(9.0, 9.0), mean=(0.5, 0.4), std=(0.2, 0.1)
@@ -364,13 +374,32 @@ def test_a_resumed_run_finds_what_the_teacher_saw(
     student, calls = build_encoder("test_resnet", 32), []
     embed = Teacher.embeddings
     monkeypatch.setattr(
-        Teacher, "embeddings", lambda self, images: calls.append(1) or embed(self, images)
+        Teacher, "embeddings", lambda self, *given: calls.append(1) or embed(self, *given)
     )
     data = ViewDataset(find_images([photos]), Distillation(student, "random:test_vit").views(), 0)
-    for seed in (0, 0, 1):  # the last one is another teacher
-        teacher = str(saved(tmp_path / str(seed), seed=seed))
+    for _ in range(2):
+        teacher = str(saved(tmp_path / "0", seed=0))
         Distillation(student, teacher, fixed_views=True).prepare(data, tmp_path)
-    assert len(calls) == 2
+    assert len(calls) == 1
+    other = Distillation(student, str(saved(tmp_path / "1", seed=1)), fixed_views=True)
+    with pytest.raises(UserError, match="is not the one that the run began with"):
+        other.prepare(data, tmp_path)
+
+
+@pytest.mark.parametrize("given", [{"mixup": True}, {"map_weight": 1.0}])
+def test_what_needs_views_of_the_teacher_is_refused_with_fixed_ones(given: dict[str, Any]) -> None:
+    encoder, (name,) = build_encoder("test_resnet", 32), given
+    with pytest.raises(UserError, match=f"--pretext.{name} needs a teacher that sees the views"):
+        Distillation(encoder, "random:test_vit", fixed_views=True, **given)
+
+
+def test_a_cpu_is_told_of_fixed_views(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = Distillation(build_encoder("test_resnet", 32), "random:test_vit")
+    with caplog.at_level(logging.INFO, "vissl_lite"):
+        task.prepare(ViewDataset(find_images([photos]), task.views(), 0), tmp_path)
+    assert ("--pretext.fixed_views true" in caplog.text) != torch.cuda.is_available()
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""A network in parts: every pretext trains so, in two processes, and is whole again."""
+"""A network in parts: pretexts of each kind train so in two processes, and are whole again."""
 
 import os
 from pathlib import Path

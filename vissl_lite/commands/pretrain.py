@@ -220,7 +220,7 @@ def _prepare(options: PretrainOptions, resume: bool) -> _Training:
             "the volumes are on scales of their own, and shards hold single images: give the files "
             "themselves, or a --value_range for all"
         )
-    train_only(encoder, options.train)
+    train_only(encoder, options.trained_parts)
     short_run = short_run_defaults(options, count)
     long_run = long_run_defaults(options, count)
     options = options.with_hyperparameters({**short_run, **long_run})
@@ -228,7 +228,7 @@ def _prepare(options: PretrainOptions, resume: bool) -> _Training:
     if images.shards is not None and task.reads_files:
         raise UserError(
             f"{options.pretext_name} reads images before the training, and shards are read "
-            f"sequentially: give the files themselves, or other hyperparameters"
+            f"sequentially: give the files themselves, or leave out --pretext.fixed_views"
         )
     views = task.views(options.upright)
     task.optimizer_settings = optimizer_settings(
@@ -245,6 +245,7 @@ def _prepare(options: PretrainOptions, resume: bool) -> _Training:
             fingerprints = seen if fingerprints is None else fingerprints.join(seen)
     options = options.replace(
         backbone=options.backbone or encoder.backbone,
+        train=options.trained_parts,
         image_size=encoder.image_size,
         batch_size=size,
         progressive_resizing=uses_small_views(options, task, count // size),
@@ -399,7 +400,7 @@ def _train(training: _Training, run: Path, resume: bool, started: float) -> Pret
             100 * dropped,
         )
         callbacks.append(TokenDrop(schedule, task.encoder, dropped))
-    if options.frozen_share or options.train != ALL_PARTS:
+    if options.frozen_share or options.trained_parts != ALL_PARTS:
         callbacks.append(FrozenParts(schedule, task.encoder))
     metrics = MetricsFile(run / METRICS) if is_main_process() else None
     trainer = fit(

@@ -110,12 +110,13 @@ class PretrainOptions(Options, ImageSettings):
     """Weights to start from: a run, an encoder folder, timm:NAME (pre-trained weights), random:NAME
     (untrained), or a file with a timm state dict of --backbone. Default: random weights of
     --backbone."""
-    train: str = ALL_PARTS
+    train: str | None = None
     """Weights of the encoder to train: all; blocks:N, the last N blocks of a ViT or stages of
     another backbone; norms, the scales and shifts of normalization layers; attn_proj, the output
     projections of attention layers; or lora:RANK (such as lora:16), low-rank adapters beside the
     weights of attention layers, which are merged into them when the encoder is saved. All others
-    stay as they are in --encoder. The heads of the pretext are always trained."""
+    stay as they are in --encoder. The heads of the pretext are always trained. Default: all, but
+    blocks:2 for diet from pre-trained weights."""
     freeze_share: float | None = None
     """Share of the run in which the whole encoder is frozen at first, while the heads of the
     pretext are trained; the warmup of the encoder follows. Default: 0.05 with pre-trained weights,
@@ -209,10 +210,11 @@ class PretrainOptions(Options, ImageSettings):
         check_warmup("freeze_share", self.freeze_share)
         check_positive_share("layer_decay", self.layer_decay)
         check_warmup("ema", self.ema)
-        check_parts(self.train)
+        if self.train is not None:
+            check_parts(self.train)
         if not self.pretrained:
             for name, frozen in (
-                ("train", self.train != ALL_PARTS),
+                ("train", self.trained_parts != ALL_PARTS),
                 ("freeze_share", self.freeze_share),
             ):
                 if frozen:
@@ -248,7 +250,14 @@ class PretrainOptions(Options, ImageSettings):
     @property
     def moves_pretrained(self) -> bool:
         """Whether pre-trained weights are trained themselves, rather than new adapters of them."""
-        return self.pretrained and lora_rank(self.train) is None
+        return self.pretrained and lora_rank(self.trained_parts) is None
+
+    @property
+    def trained_parts(self) -> str:
+        """Weights of the encoder that are trained, by ``--train`` or its default."""
+        if self.train is not None:
+            return self.train
+        return pretext_class(self.pretext_name).info.train if self.pretrained else ALL_PARTS
 
     @property
     def default_rate(self) -> bool:

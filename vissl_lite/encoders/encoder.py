@@ -358,6 +358,13 @@ def use_reader(model: nn.Module, reader: ImageReader) -> None:
         }  # fmt: skip
 
 
+def untrained_copy(encoder: Encoder) -> Encoder:
+    """An encoder of the same architecture, image size and bands with random weights."""
+    model: Any = timm.create_model(encoder.backbone, num_classes=0, **encoder.model_args)
+    use_reader(model, encoder.reader)
+    return Encoder(model, encoder.model_args, encoder.image_size, encoder.reader)
+
+
 def adapt_encoder(encoder: Encoder, reader: ImageReader) -> Encoder:
     """A copy of an encoder for images with other bands.
 

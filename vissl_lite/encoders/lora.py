@@ -6,7 +6,7 @@ have r rows or columns each and are trained.
 
 The adapted weight is a parametrization of torch, and not a layer that wraps another one as in
 ``peft``: timm's BEiT, EVA and Swin V2 read ``qkv.weight`` rather than call the layer, and would
-pass an adapter by. (``peft`` would also bring ``transformers`` and ``accelerate`` with it.)
+bypass an adapter. (``peft`` would also bring ``transformers`` and ``accelerate`` with it.)
 """
 
 import copy

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from vissl_lite.encoders.encoder import Encoder, build_encoder
+from vissl_lite.encoders.encoder import Encoder, untrained_copy
 from vissl_lite.evaluation.online import EncoderMetrics, OnlineEvaluation
 from vissl_lite.training.schedule import Schedule
 
@@ -32,7 +32,7 @@ def describe_spread(before: dict[str, float], untrained: dict[str, float], image
     if more_uniform and higher_rank:
         verdict = (
             "The pre-trained weights tell these images apart better than random ones, so they may "
-            "serve without a further training"
+            "serve without further training"
         )
     elif more_uniform or higher_rank:
         verdict = "The two measures disagree about the pre-trained weights"
@@ -81,8 +81,7 @@ class AdaptationMonitor(Callback):
         assert self._online.counts is not None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            source = self._encoder
-            untrained = build_encoder(source.backbone, source.image_size, reader=source.reader)
+            untrained = untrained_copy(self._encoder)
         images = self._online.counts.unlabelled
         measured = self._compute.spread(untrained.to(module.device), images)
         log.info("%s", describe_spread(self.before, measured, images))
@@ -106,7 +105,7 @@ class AdaptationMonitor(Callback):
             log.warning(
                 "The weights have become worse for --probe_data: the kNN accuracy on %(images)d "
                 "images fell from %(before).3f to %(after).3f. The weights that the run began with "
-                "may serve better; or try a lower --lr, --train blocks:2, or fewer --epochs.",
+                "may serve better; or try a lower --lr, --train blocks:2, or a shorter run.",
                 {"images": images, "before": before, "after": after},
                 extra={"code": "features.forgotten"},
             )

@@ -59,6 +59,7 @@ class PretextInfo:
             None if a ViT has to see all, as the loss uses more than pooled features of whole views.
         fixed_positions: Whether a ViT with random weights gets fixed sine-cosine position
             embeddings; see ``fix_positions``.
+        train: Default of ``--train`` from pre-trained weights.
         encoders: Hyperparameters that name an encoder to learn from, as ``--encoder`` does. They
             are required.
         short_run: Hyperparameters with None as default, and values that measured better in minutes
@@ -78,6 +79,7 @@ class PretextInfo:
     any_size: bool = False
     token_drop: float | None = None
     fixed_positions: bool = False
+    train: str = "all"
     encoders: tuple[str, ...] = ()
     short_run: Mapping[str, float] = field(default_factory=dict)
     long_run_lr: float = 1.0

@@ -154,7 +154,8 @@ class DenseCL(PretextTask):
         with torch.no_grad():
             pooled, map2 = self.teacher_encoder.pooled_and_map(views[1])
             key, dense_keys = self.teacher_head(pooled, map2)
-            self._check_map(map1)
+            if views[0].shape[-1] >= self.encoder.image_size:  # not small in progressive resizing
+                self._check_map(map1)
             partner = correspondence(map1.flatten(2), map2.flatten(2))
             dense_key = dense_keys.gather(2, partner[:, None].expand_as(dense_keys))
             dense_mean = dense_keys.mean(dim=2)  # one per image (section 3.3)

@@ -6,6 +6,7 @@ Rodas, Montesino, Ambsdorf, Klindt & Balestriero 2025, "DIET-CP: Lightweight and
 Supervised Continued Pretraining", arXiv 2509.06990.
 """
 
+import logging
 from pathlib import Path
 
 import torch
@@ -20,13 +21,20 @@ from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext.base import PretextInfo, PretextTask
 from vissl_lite.pretext.modules.crops import distorted_view
 
+log = logging.getLogger(__name__)
+
+# More images than this give a warning. With 50,000 (CIFAR-10, from random weights, four minutes),
+# the linear accuracy was 0.158; 0.234 before the training.
+MANY_IMAGES = 20_000
+
 
 class DIET(PretextTask):
     """DIET.
 
     The classifier has a row of weights for each training image, so it is for sets of hundreds or
-    thousands of images. ``--freeze_share`` and ``--train blocks:2`` do what DIET-CP does: first the
-    classifier is trained alone, then the last blocks of the encoder with it.
+    thousands of images. From pre-trained weights, first the classifier is trained alone, then the
+    last two blocks of the encoder with it, as in DIET-CP (the defaults of ``--freeze_share`` and
+    ``--train``).
 
     Args:
         encoder: Encoder to train.
@@ -44,6 +52,7 @@ class DIET(PretextTask):
         use="hundreds or thousands of images, from pre-trained weights",
         any_size=True,
         token_drop=0.0,
+        train="blocks:2",
     )
     # As of the other pretexts that classify; DIET uses 1e-3 for batches of 256 and long runs.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=0.05, scaling="sqrt")
@@ -63,6 +72,14 @@ class DIET(PretextTask):
         self._indices: Tensor  # (B,) numbers of the images of the current batch
 
     def prepare(self, images: Source, run: Path) -> None:
+        if len(images) > MANY_IMAGES:
+            log.warning(
+                "diet has a class for each of the %(images)d images and is made for hundreds or "
+                "thousands: with more, and from random weights, encoders became worse than "
+                "untrained ones; give another --pretext",
+                {"images": len(images)},
+                extra={"code": "pretext.many_classes"},
+            )
         self.head = nn.Linear(self.encoder.num_features, len(images), bias=False)
 
     def views(self, upright: bool = True) -> Views:

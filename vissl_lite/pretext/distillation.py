@@ -14,7 +14,8 @@ those of a supervised network, which are not negative, are all similar otherwise
 import hashlib
 import logging
 import time
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from vissl_lite.pretext.modules.crops import distorted_view
 from vissl_lite.pretext.modules.losses import Center
 from vissl_lite.pretext.modules.queue import Queue
 from vissl_lite.run import is_main_process
+from vissl_lite.training.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,9 @@ CENTER_MOMENTUM = 0.9
 
 # Feature maps are compared at this side at most: B pairs of h w x h w similarities take memory.
 LARGEST_MAP = 16
+
+# Default weight of the loss between feature maps, that of Liu et al. 2019.
+MAP_WEIGHT = 10.0
 
 
 def similarity_distillation(
@@ -177,11 +182,12 @@ class Teacher:
         images = _resized(images, [encoder.image_size] * 2)
         return encoder.pooled_and_map(encoder.normalize(images))
 
-    def embeddings(self, images: Source) -> Tensor:
+    def embeddings(self, images: Source, progress: Callable[[int], None] | None = None) -> Tensor:
         """Embed the middle of each image once: resized and center-cropped, as in evaluation.
 
         Args:
             images: N image files.
+            progress: Called with the number of images done since the last call.
 
         Returns:
             ``(N, D)`` float16 normalized embeddings on the CPU; zeros for unreadable images.
@@ -197,6 +203,7 @@ class Teacher:
             self.encoder,
             paths,
             lambda _, outputs: found.append(F.normalize(outputs[0], dim=1).half()),
+            progress,
         )
         embeddings = torch.zeros(len(paths), self.encoder.num_features, dtype=torch.float16)
         embeddings[torch.from_numpy(readable)] = torch.cat(found)
@@ -227,14 +234,14 @@ class Distillation(PretextTask):
             CompRess; with centered embeddings, two minutes on UC Merced show little difference).
         queue_size: Number of the teacher's latest embeddings that an image is compared with; SEED
             uses 65536 and CompRess 128000, for 1.3 million images.
-        map_weight: Weight of the loss between feature maps, the other loss having 1 (Liu et al.
-            2019: 10); 0 for the loss between images alone.
+        map_weight: Weight of the loss between feature maps, the other loss having 1; 0 for the loss
+            between images alone. Default: 10, as of Liu et al. 2019, or 0 with ``fixed_views``.
         mixup: Whether images are mixed with one another (Beyer et al. 2022). Default: true, but for
-            short runs.
+            short runs and with ``fixed_views``.
         fixed_views: Show the teacher the middle of each image once (resized and center-cropped, as
             in evaluation) before the training, and not every view at every step, as CompRess does
-            with cached features. Epochs then take as long as without a teacher; images are not
-            mixed, and feature maps not compared.
+            with cached features. Epochs then take as long as without a teacher; images cannot be
+            mixed, nor feature maps compared.
         min_crop_scale: Smallest fraction of the image area in a view.
         color: Strength of the color distortion; 0.5 is that of MoCo v2, which SEED uses.
     """
@@ -260,7 +267,7 @@ class Distillation(PretextTask):
         teacher_size: int | None = None,
         temperature: float = 0.1,
         queue_size: int = 4096,
-        map_weight: float = 10.0,
+        map_weight: float | None = None,
         mixup: bool | None = None,
         fixed_views: bool = False,
         min_crop_scale: float = 0.2,
@@ -271,6 +278,12 @@ class Distillation(PretextTask):
         check_sizes(LARGEST_QUEUE, queue_size=queue_size)
         check_sizes(LARGEST_IMAGE, teacher_size=teacher_size)
         check_not_negative("pretext.map_weight", map_weight)
+        for name, needs_views in (("mixup", mixup), ("map_weight", map_weight)):
+            if fixed_views and needs_views:
+                raise UserError(
+                    f"--pretext.{name} needs a teacher that sees the views: leave out --pretext."
+                    f"{name} or --pretext.fixed_views"
+                )
         if teacher is None:
             raise UserError(
                 "distillation needs a teacher: give --pretext.teacher with a run, an encoder "
@@ -283,13 +296,14 @@ class Distillation(PretextTask):
         self.head = nn.Linear(encoder.num_features, features)
         self.queue = Queue(queue_size, features)
         self.center = Center(features, CENTER_MOMENTUM)
-        self.temperature, self.map_weight = temperature, map_weight
+        self.temperature = temperature
+        self.map_weight = MAP_WEIGHT if map_weight is None else map_weight
         self.mixup = mixup is None or mixup
         self.min_crop_scale, self.color = min_crop_scale, color
         self.reads_files = fixed_views
         self._embeddings: Tensor | None = None
         self._embeddings_file: Path | None = None
-        self._maps_checked = map_weight == 0
+        self._maps_checked = self.map_weight == 0
 
     def views(self, upright: bool = True) -> Views:
         return distorted_view(self.encoder.image_size, self.min_crop_scale, self.color, upright)
@@ -301,7 +315,7 @@ class Distillation(PretextTask):
         raw = (view.float() - self.encoder.shift) / self.encoder.scale
         target, teacher_map = self.teacher(raw)
         loss = self._global_loss(pooled, target)
-        if self._have_positions(student_map, teacher_map):
+        if self._have_positions(view.shape[-1], student_map, teacher_map):
             dense = pairwise_distillation(student_map, teacher_map)
             self.measure("map_loss", dense)
             loss = loss + self.map_weight * dense
@@ -331,12 +345,22 @@ class Distillation(PretextTask):
             run: Run folder, where the embeddings are kept until the training ends.
         """
         if not self.reads_files:
+            if not torch.cuda.is_available():
+                log.info(
+                    "The teacher sees the views at every step. With --pretext.fixed_views true it "
+                    "sees each image once, before the training, and a run on a CPU trains on more "
+                    "images per second"
+                )
             return
         file, key = run / TEACHER, f"{self.teacher.digest} {images.digest()}"
         kept = read_weights(file) if file.is_file() else {}
+        if any(not one.startswith(self.teacher.digest) for one in kept):
+            raise _other_teacher()
         if key not in kept and is_main_process():
             log.info("The teacher sees each of the %d images once", len(images))
-            kept = {key: self.teacher.embeddings(images)}
+            with progress_bar() as bar:
+                task = bar.add_task("teacher", total=len(images), info="")
+                kept = {key: self.teacher.embeddings(images, partial(bar.advance, task))}
             with atomic_write(file) as part:
                 save_file(kept, part)
         while key not in kept:  # until the main process has written it; if that ends, all do
@@ -359,8 +383,14 @@ class Distillation(PretextTask):
         if self._embeddings_file is not None and self.global_rank == 0:
             self._embeddings_file.unlink(missing_ok=True)
 
-    def _have_positions(self, student_map: Tensor, teacher_map: Tensor) -> bool:
-        """Whether both maps have several positions to compare; if not, say so once."""
+    def _have_positions(self, side: int, student_map: Tensor, teacher_map: Tensor) -> bool:
+        """Whether both maps have several positions to compare; if not at full size, say so once.
+
+        Args:
+            side: Side of the views in pixels.
+            student_map: ``(B, C, h, w)`` features.
+            teacher_map: ``(B, C', h', w')`` features.
+        """
         few = [
             f"{encoder.backbone}, the {role}, at {encoder.image_size} pixels"
             for role, encoder, found in (
@@ -369,6 +399,8 @@ class Distillation(PretextTask):
             )
             if min(found.shape[2:]) < 2
         ]
+        if side < self.encoder.image_size:  # of progressive resizing: larger views follow
+            return self.map_weight > 0 and not few
         if few and not self._maps_checked:
             log.warning(
                 "distillation: the last feature map of %(backbone)s has fewer than 2x2 positions, "
@@ -385,7 +417,11 @@ class Distillation(PretextTask):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if checkpoint.get("teacher") != self.teacher.digest:
-            raise UserError(
-                "the --pretext.teacher is not the one that the run began with: put it back, or "
-                "start a new run with --overwrite"
-            )
+            raise _other_teacher()
+
+
+def _other_teacher() -> UserError:
+    return UserError(
+        "the --pretext.teacher is not the one that the run began with: put it back, or start a new "
+        "run with --overwrite"
+    )

@@ -7,7 +7,7 @@ import torch
 from timm.layers import DropPath
 from torch import nn
 
-from vissl_lite.encoders.encoder import build_encoder
+from vissl_lite.encoders.encoder import Encoder, build_encoder
 from vissl_lite.encoders.folder import load_encoder, save_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.pretext import pretext_class
@@ -51,6 +51,20 @@ def test_a_teacher_has_none(name: str) -> None:
     task = pretext_class(name)(build_encoder("test_vit", 32), drop_path=0.3)
     assert max(rates(task.encoder).values()) == pytest.approx(0.3)
     assert not rates(task.teacher_encoder)
+
+
+def test_zero_also_takes_away_what_a_backbone_has_by_default() -> None:
+    encoder = build_encoder("test_vit", 32)
+    add_drop_path(encoder, 0.3)
+    add_drop_path(encoder, 0)
+    assert set(rates(encoder.model).values()) == {0.0}
+
+
+def test_a_rate_among_the_arguments_of_the_model_is_replaced() -> None:
+    model = timm.create_model("test_vit", num_classes=0, img_size=32, drop_path_rate=0.5)
+    encoder = Encoder(model, {"img_size": 32, "drop_path_rate": 0.5}, 32)
+    add_drop_path(encoder, 0.2)
+    assert max(rates(encoder.model).values()) == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from timm.layers import DropPath
 
 from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.errors import UserError
@@ -24,6 +25,17 @@ def test_follow_moves_parameters_by_the_momentum_and_leaves_buffers() -> None:
         expected = 0.75 * before[name] + 0.25 * student.get_parameter(name)
         torch.testing.assert_close(parameter, expected)
     assert (teacher[1].running_mean == 0).all()
+
+
+def test_a_teacher_has_neither_dropout_nor_stochastic_depth() -> None:
+    student = build_encoder("test_vit", 32).model
+    student.drop_rate = 0.5  # as of GhostNet, before its classifier
+    student.blocks[0].drop_path1 = DropPath(0.5)
+    student.pos_drop = torch.nn.Dropout(0.5)
+    teacher, images = make_teacher(student).train(), torch.randn(4, 3, 32, 32)
+    assert not torch.equal(student.train()(images), student(images))
+    assert torch.equal(teacher(images), teacher(images))
+    assert torch.equal(teacher(images), student.eval()(images))
 
 
 def test_statistics_of_norms_follow_if_asked_for() -> None:

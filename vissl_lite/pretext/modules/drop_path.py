@@ -17,28 +17,31 @@ def add_drop_path(encoder: Encoder, rate: float | None) -> None:
     In training, residual branches are left out for random images: none of the first block, and more
     from block to block, as with timm's ``drop_path_rate``. Weights, their names, outputs in
     evaluation mode and a saved encoder are the same as without. A teacher, which is to use all
-    branches, must be copied from the encoder before.
+    branches, has none (``make_teacher``).
 
     Args:
         encoder: Changed in place.
         rate: Fraction of the images without the branches of the last block; None for 0.1 in
-            transformers, as in the methods above, and 0 in other backbones, for which their
-            authors' code has none.
+            transformers, as in the methods above, and for timm's own rate in other backbones, which
+            is 0 in nearly all.
 
     Raises:
         UserError: The rate is not in [0, 1], or timm has no stochastic depth for this backbone.
     """
     check_share("pretext.drop_path", rate)
-    default = DEFAULT_RATE if encoder.patch_size is not None else 0.0
-    chosen = default if rate is None else rate
+    chosen = DEFAULT_RATE if rate is None else rate
+    if rate is None and encoder.patch_size is None:
+        return
     if not chosen:
+        for module in encoder.modules():
+            if isinstance(module, DropPath):
+                module.drop_prob = 0.0
         return
     rates: dict[str, float] = {}
     try:
         with torch.device("meta"):  # The structure alone, without weights
-            model = timm.create_model(
-                encoder.backbone, num_classes=0, drop_path_rate=chosen, **encoder.model_args
-            )
+            args = {**encoder.model_args, "drop_path_rate": chosen}
+            model = timm.create_model(encoder.backbone, num_classes=0, **args)
         rates = {
             name: module.drop_prob
             for name, module in model.named_modules()

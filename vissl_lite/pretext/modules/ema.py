@@ -4,7 +4,9 @@ import copy
 from dataclasses import dataclass
 from typing import TypeVar
 
+from timm.layers import DropPath
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from vissl_lite.errors import check_positive, check_share
@@ -14,9 +16,10 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def make_teacher(student: Module) -> Module:
-    """Copy a network without gradients.
+    """Copy a network without gradients, dropout and stochastic depth.
 
-    Its BatchNorms use the statistics of its own batches as long as it is in training mode.
+    Some backbones of timm have stochastic depth or dropout by default, such as Swin Transformers.
+    BatchNorms of the copy use the statistics of its own batches as long as it is in training mode.
 
     Args:
         student: Network to copy.
@@ -24,6 +27,13 @@ def make_teacher(student: Module) -> Module:
     teacher = copy.deepcopy(student)
     for parameter in teacher.parameters():
         parameter.requires_grad_(False)
+    for module in teacher.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0
+        elif isinstance(module, _DropoutNd):
+            module.p = 0.0
+        elif isinstance(getattr(module, "drop_rate", None), float):
+            module.drop_rate = 0.0  # of timm's models, before their classifier
     return teacher
 
 
@@ -35,7 +45,7 @@ def ema_update(
     Args:
         teacher: Copy of the student by ``make_teacher``.
         student: Network of the same structure.
-        momentum: M, in [0, 1].
+        momentum: m, in [0, 1].
         norms: Whether the running statistics of BatchNorms are updated in the same way, for a
             teacher in evaluation mode (EMAN, Cai et al. 2021, arXiv 2101.08482, eq. 7). Without
             it, buffers are left alone.
