@@ -10,8 +10,9 @@ wall-clock time on one core, the start of the command included, and ``resnet18``
 sets that end with ``_vit``, with the defaults of ``pretrain`` but for what the arm changes and, in
 ``simclr``, the color distortion of ``COLOR``. Arms with a momentum from the start need
 ``--before``, a checkout of commit 26f006b: since then the momentum of teachers is smaller in the
-first steps. Arms of ``distillation`` (``ucmerced_distillation``) need ``--teacher``, the folder
-``lite0`` of ``benchmarks.accuracy.domains``. ``--arms`` picks some; runs that are there are kept.
+first steps. Arms of ``distillation`` (sets that end with ``_distillation``) need ``--teacher``, the
+folder ``lite0`` of ``benchmarks.accuracy.domains``; ``cifar10_distillation`` takes a folder with the
+first 500 training images of each class. ``--arms`` picks some; runs that are there are kept.
 
 Results: benchmarks/results/short_runs.json.
 """
@@ -53,6 +54,19 @@ SETS: dict[str, tuple[list[object], list[object]]] = {
 
 _OPTIONS, _PROBE = SETS["ucmerced"]
 SETS["ucmerced_distillation"] = ([*_OPTIONS, "--batch_size", 64], _PROBE)
+SETS["cifar10_distillation"] = (
+    [
+        "--backbone",
+        "resnet18",
+        "--image_size",
+        32,
+        "--batch_size",
+        64,
+        "--pretext.teacher_size",
+        64,
+    ],
+    ["--image_size", 32],
+)
 SETS |= {f"{name}_color": SETS[name] for name in ("cifar10", "ucmerced")}
 
 # Of SimCLR in arms that do not change it, by set: its default when they were measured.
@@ -125,6 +139,10 @@ ARMS: dict[str, list[object]] = {
     "distillation, fixed views, lr 0.006": [*FIXED, "--lr", 0.006],
     "distillation, fixed views, color 0.25": [*FIXED, "--pretext.color", 0.25],
     "distillation, fixed views, smallest crop 0.4": [*FIXED, "--pretext.min_crop_scale", 0.4],
+    "distillation, fixed views, smallest crop 0.4, color 0.25, temperature 0.04": [
+        *[*FIXED, "--pretext.min_crop_scale", 0.4],
+        *["--pretext.color", 0.25, "--pretext.temperature", 0.04],
+    ],
 }
 # Without ``--arms`` the last ones are left out.
 DEFAULT_ARMS = list(ARMS)
