@@ -11,8 +11,9 @@ sets that end with ``_vit``, with the defaults of ``pretrain`` but for what the 
 ``simclr``, the color distortion of ``COLOR``. Arms with a momentum from the start need
 ``--before``, a checkout of commit 26f006b: since then the momentum of teachers is smaller in the
 first steps. Arms of ``distillation`` (sets that end with ``_distillation``) need ``--teacher``, the
-folder ``lite0`` of ``benchmarks.accuracy.domains``; ``cifar10_distillation`` takes a folder with the
-first 500 training images of each class. ``--arms`` picks some; runs that are there are kept.
+folder ``lite0`` of ``benchmarks.accuracy.domains``. For ``cifar10_distillation``, ``--data`` is a
+folder with the first 500 training images of each class in train/. ``--arms`` picks some; runs that
+are there are kept.
 
 Results: benchmarks/results/short_runs.json.
 """
@@ -55,16 +56,7 @@ SETS: dict[str, tuple[list[object], list[object]]] = {
 _OPTIONS, _PROBE = SETS["ucmerced"]
 SETS["ucmerced_distillation"] = ([*_OPTIONS, "--batch_size", 64], _PROBE)
 SETS["cifar10_distillation"] = (
-    [
-        "--backbone",
-        "resnet18",
-        "--image_size",
-        32,
-        "--batch_size",
-        64,
-        "--pretext.teacher_size",
-        64,
-    ],
+    [*SETS["cifar10"][0], "--batch_size", 64, "--pretext.teacher_size", 64],
     ["--image_size", 32],
 )
 SETS |= {f"{name}_color": SETS[name] for name in ("cifar10", "ucmerced")}
