@@ -74,7 +74,9 @@ def comparison_tables(job: str) -> str:
 
 
 def command_of(job: str) -> str:
-    return f"python -m benchmarks.accuracy.compare {job} --data DATA/{job} --arm NAME=RUN --out OUT"
+    baseline = " --baseline untrained=random:resnet10t" if job == "cifar10" else ""
+    words = f"--data DATA/{job} --arm NAME=RUN{baseline} --out OUT"
+    return f"python -m benchmarks.accuracy.compare {job} {words}"
 
 
 TABLES = {

@@ -129,8 +129,9 @@ class PretrainOptions(Options, ImageSettings):
     lr: float | None = None
     """Peak learning rate. Default: that of the pretext, scaled to the batch size by the pretext's
     own rule; for an encoder with pre-trained weights a tenth of it, unless only adapters of them
-    are trained. With --epochs and random weights, that of mae, simmim, ijepa, moco_v3, dino and
-    ibot falls with the number of images that the run sees, down to the paper's for 256 images."""
+    are trained. With --epochs and random weights, that of mae, simmim, ijepa, moco_v3, lejepa,
+    dino and ibot falls with the number of images that the run sees, down to the paper's for 256
+    images."""
     base_lr: float | None = None
     """Peak learning rate for a batch of 256 images, as given in papers. It is scaled linearly with
     the batch size. Use instead of --lr."""
