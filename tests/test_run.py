@@ -339,3 +339,16 @@ def test_names_that_are_not_utf_8_are_logged(tmp_path: Path, capsys: Any) -> Non
     shown = capsys.readouterr().err
     assert "skipped: a\\udcff.png" in shown
     assert "Traceback" not in shown
+
+
+def test_replacing_a_run_removes_all_of_its_files(old_run: Path) -> None:
+    names = (
+        "checkpoints/lr-0.001-2/last.ckpt", "lr-0.001-frozen_norm.csv", "refit.csv",
+        "runs/untrained/10/metrics.csv", "split_masks/000001.png", "masks/a/scan.nii.gz",
+        "masks/scene.tif",
+    )  # fmt: skip
+    for name in names:
+        (old_run / name).parent.mkdir(parents=True, exist_ok=True)
+        (old_run / name).write_text("old")
+    with open_run(old_run, "probe", {"overwrite": True}, resume=False):
+        assert not [name for name in names if (old_run / name).exists()]

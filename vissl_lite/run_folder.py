@@ -34,7 +34,7 @@ LOCK, RUN_CONFIG = ".lock", "config.yaml"
 
 # Files that a run writes, relative to its folder. ``*`` matches a name, ``**`` any folders.
 _TRAINING = (
-    "checkpoints/last.ckpt",
+    "checkpoints/**/last.ckpt",
     "encoder/config.json",
     "encoder/model.safetensors",
     "cache.bin",
@@ -44,6 +44,8 @@ _TRAINING = (
     "fingerprints/*.names",
     "sample/*",
     "metrics.csv",
+    "lr-*.csv",
+    "refit.csv",
     "model/config.json",
     "model/model.safetensors",
     "model/confidence.json",
@@ -68,11 +70,12 @@ _RESULTS = (
     "map.npz",
     "leaks.csv",
     "split.csv",
+    "split_masks/*.png",
     "classes.txt",
     "split/*.json",
     "runs.csv",
     "runs/*/*.json",
-    "runs/*/*.csv",
+    "runs/**/*.csv",
     "predictions.csv",
     "predictions.json",
     "selected.csv",
@@ -89,6 +92,8 @@ _RESULTS = (
     "rounds/*/checkpoints/**/last.ckpt",
     "masks.csv",
     "masks/**/*.png",
+    "masks/**/*.nii.gz",
+    "masks/**/*.tif",
     "pictures/**/*.png",
     *(
         f"{name}.png"

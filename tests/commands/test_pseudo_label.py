@@ -17,9 +17,14 @@ import vissl_lite
 from tests.conftest import with_pictures
 from vissl_lite.cli import main
 from vissl_lite.commands import self_training
-from vissl_lite.commands.self_training import load_pseudo_labels, read_unlabelled
+from vissl_lite.commands.self_training import (
+    check_same_reading,
+    load_pseudo_labels,
+    read_unlabelled,
+)
 from vissl_lite.data.image_reader import ImageReader
 from vissl_lite.data.image_survey import ImageSettings
+from vissl_lite.errors import UserError
 from vissl_lite.sample.dataset import make_sample_data
 from vissl_lite.transfer.tasks import TASKS
 
@@ -112,6 +117,14 @@ def test_later_rounds_read_the_images_as_pseudo_label_did(
     self_training._label_again(task, data, model, unlabelled, tmp_path / "2")
     assert used == [7]
     assert encoder.reader is own
+
+
+def test_images_that_are_read_otherwise_are_refused(tmp_path: Path) -> None:
+    check_same_reading(tmp_path, ImageSettings())
+    (tmp_path / "config.yaml").write_text("bands: 2,3,4\naxis: null\n")
+    check_same_reading(tmp_path, ImageSettings(bands="2,3,4"))
+    with pytest.raises(UserError, match=r"were read with --bands 2,3,4, and all images"):
+        check_same_reading(tmp_path, ImageSettings())
 
 
 def test_images_of_groups_in_validation_and_test_are_left_out(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from vissl_lite.commands.self_training import (
     Round,
     best_round,
     check_labeller,
+    check_same_reading,
     load_pseudo_labels,
     outcome,
     read_unlabelled,
@@ -309,6 +310,7 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
     known_to_labeller: list[str] = []
     if options.pseudo_labels is not None:
         folder = Path(options.pseudo_labels)
+        check_same_reading(folder, options)
         known_to_labeller = check_labeller(folder, labelled)
         pseudo_labels = load_pseudo_labels(task, folder, labelled)
         unlabelled = read_unlabelled(folder) if options.rounds > 1 else None

@@ -23,6 +23,7 @@ from vissl_lite.data.reading import report_skipped
 from vissl_lite.data.text_file import read_paths
 from vissl_lite.errors import UserError
 from vissl_lite.run import read_config
+from vissl_lite.run_folder import RUN_CONFIG
 from vissl_lite.training.progress import progress_bar
 from vissl_lite.transfer.base import Scores, TrainedModel
 from vissl_lite.transfer.dataset import LabelledDataset
@@ -83,6 +84,26 @@ class Round:
     fitted: FittedModel[TrainedModel]
     scores: Scores
     left_out: dict[str, int]
+
+
+def check_same_reading(folder: Path, settings: ImageSettings) -> None:
+    """Raise a UserError if pseudo-labelled images were read otherwise than a training reads them.
+
+    Args:
+        folder: Folder of the data set of ``pseudo-label``.
+        settings: Options of the training, which reads all of its images in the same way.
+    """
+    if not (folder / RUN_CONFIG).is_file():
+        return
+    options = read_config(folder)
+    for one in fields(ImageSettings):
+        before, now = options.get(one.name), getattr(settings, one.name)
+        if before is not None and before != now:
+            raise UserError(
+                f"the images of {folder} were read with --{one.name} {before}, and all images of a "
+                f"training are read in the same way: give finetune --{one.name} {before} as well "
+                f"if this suits the labelled images, or leave the pseudo-labels out"
+            )
 
 
 def load_pseudo_labels(task: AnyTask, folder: Path, data: LabelledDataset) -> PseudoLabels:

@@ -747,3 +747,44 @@ def test_the_separator_that_excel_names(tmp_path: Path) -> None:
     rows = "".join(f"i/{n}.jpg;{('cat', 'dog')[n % 2]}\r\n" for n in range(6))
     (tmp_path / "labels.csv").write_text("sep=;\r\npath;label\r\n" + rows, newline="")
     assert load_labelled(tmp_path / "labels.csv").classes == ["cat", "dog"]
+
+
+def test_options_for_tables_are_not_passed_over_for_class_folders(tmp_path: Path) -> None:
+    make_class_folders(tmp_path, {"cat": 5, "dog": 5})
+    rows = [
+        [f"{name}/{number}.jpg", ("small", "large")[number % 2], str(number)]
+        for name in ("cat", "dog")
+        for number in range(5)
+    ]
+    write_csv(tmp_path, rows, "path,size,fold")
+    data = load_labelled(tmp_path, options=LabelOptions(test_fold="4", label_column="size"))
+    assert data.classes == ["large", "small"]
+    assert [Path(path).name for path in data.test.paths] == ["4.jpg", "4.jpg"]
+    with pytest.raises(UserError, match=r"--label_column is for a table of labels.*no such column"):
+        load_labelled(tmp_path, options=LabelOptions(label_column="sise"))
+    (tmp_path / "data.csv").unlink()
+    with pytest.raises(UserError, match=r"--test_fold is for a table of labels, and .* has none"):
+        load_labelled(tmp_path, options=LabelOptions(test_fold="4"))
+
+
+def test_folders_name_the_parts_of_a_table_without_parts(tmp_path: Path) -> None:
+    rows = [
+        [f"{part}/{number}.jpg", ("cat", "dog")[number % 2]]
+        for part in ("train", "test")
+        for number in range(6)
+    ]
+    data = load_labelled(write_csv(tmp_path, rows))
+    assert {Path(path).parent.name for path in data.test.paths} == {"test"}
+    assert len(data.test.paths) == 6
+    assert data.reading.origins["test"] == "folder names"
+
+
+def test_an_image_in_the_tables_of_two_parts_is_in_the_last(tmp_path: Path) -> None:
+    make_class_folders(tmp_path / "images", {"cat": 5, "dog": 5})
+    rows = [f"images/{name}/{n}.jpg,{name}" for n in range(5) for name in ("cat", "dog")]
+    for part, some in (("train", rows[:8]), ("test", rows[6:])):
+        (tmp_path / f"{part}.csv").write_text("\n".join(["path,label", *some]) + "\n")
+    data = load_labelled(tmp_path, options=LabelOptions(label_column="label"))
+    assert_disjoint(data)
+    assert len(data.test.paths) == 4
+    assert "image of several parts, left out of the first" in data.reading.counts

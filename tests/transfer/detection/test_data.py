@@ -12,6 +12,7 @@ from vissl_lite.data.images import read_image
 from vissl_lite.errors import UserError
 from vissl_lite.sample.dataset import make_sample_data
 from vissl_lite.transfer.detection.data import BoxedImage, LabelledBoxes, load_boxes
+from vissl_lite.transfer.options import SourceOptions
 
 HEIGHT, WIDTH = 30, 40
 Object = tuple[str, Sequence[float]]  # class, corners
@@ -575,3 +576,50 @@ def test_nothing_to_train_on(tmp_path: Path) -> None:
     assert "none of the 6 images in its annotations exists" in refusal(tmp_path)
     voc_set(tmp_path / "two", [("dog", (2, 3, 30, 20))], count=2)
     assert "2 images, too few to train, validate and test" in refusal(tmp_path / "two")
+
+
+def test_folders_name_the_parts_of_one_coco_file(tmp_path: Path) -> None:
+    names = [f"{part}/{number}.png" for part in ("train", "val", "test") for number in range(2)]
+    for name in names:
+        picture(tmp_path / name)
+    coco(tmp_path / "annotations.json", names, [(i, 3, (1, 1, 5, 5)) for i in range(len(names))])
+    data = load_boxes(tmp_path)
+    for part in ("train", "val", "test"):
+        assert {Path(one.path).parent.name for one in data.part(part)} == {part}
+
+
+def test_folders_name_the_parts_of_a_table_of_boxes(tmp_path: Path) -> None:
+    names = [f"{part}/{number}.png" for part in ("train", "val", "test") for number in range(2)]
+    for name in names:
+        picture(tmp_path / name)
+    rows = "".join(f"{name},1,1,20,20,dog\n" for name in names)
+    write(tmp_path / "boxes.csv", f"path,xmin,ymin,xmax,ymax,label\n{rows}")
+    data = load_boxes(tmp_path)
+    assert [len(data.part(part)) for part in ("train", "val", "test")] == [2, 2, 2]
+
+
+def test_a_fold_needs_a_table(tmp_path: Path) -> None:
+    for number in range(6):
+        picture(tmp_path / f"{number}.png")
+    coco(tmp_path / "a.json", [f"{n}.png" for n in range(6)], [(0, 3, (1, 1, 5, 5))])
+    with pytest.raises(UserError, match="--test_fold 1 is for a table with a column fold, and"):
+        load_boxes(tmp_path, options=SourceOptions(test_fold="1"))
+
+
+def test_turned_shapes_of_cvat_get_the_box_around_them(tmp_path: Path) -> None:
+    shapes = (
+        '<box label="dog" xtl="10" ytl="12" xbr="30" ybr="16" rotation="90"/>'
+        '<box label="dog" xtl="16" ytl="10" xbr="24" ybr="18" rotation="45"/>'
+        '<ellipse label="dog" cx="20" cy="14" rx="8" ry="2" rotation="90"/>'
+        '<ellipse label="dog" cx="20" cy="14" rx="5" ry="5" rotation="30"/>'
+    )
+    picture(tmp_path / "0.png")
+    image = f'<image name="0.png" width="{WIDTH}" height="{HEIGHT}">{shapes}</image>'
+    write(tmp_path / "annotations.xml", f"<annotations>{image}</annotations>")
+    (one,) = every(load_boxes(tmp_path, complete=False))
+    half = 4 * 2**0.5
+    expected = [
+        [18, 4, 22, 24], [20 - half, 14 - half, 20 + half, 14 + half], [18, 6, 22, 22],
+        [15, 9, 25, 19],
+    ]  # fmt: skip
+    np.testing.assert_allclose(one.boxes, expected, rtol=1e-5)

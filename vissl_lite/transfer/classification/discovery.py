@@ -43,8 +43,15 @@ def find_labels(source: Path, options: LabelOptions, reading: ReadingLog) -> Fou
     _warn_of_siblings(source, reading)
     tree = FileTree(source)
     described = any(path.rpartition("/")[2].lower() in METADATA for path in tree.others)
-    tables_first = described or options.label_column is not None or options.path_column is not None
+    of_tables = ("label_column", "path_column", "image_root", "test_fold")
+    chosen = next((name for name in of_tables if getattr(options, name) is not None), None)
+    tables_first = described or chosen is not None
     found = read_tables_of(tree, options, reading) if tables_first else FoundLabels([])
+    if chosen is not None and not found.images:
+        raise UserError(
+            f"--{chosen} is for a table of labels, and {source} has none that can be used"
+            f"{how_read(reading)}"
+        )
     found = found if found.images else read_class_folders(tree, options, reading)
     # no classes, or a folder of all images
     if not tables_first and len({one.names for one in found.images}) < 2:

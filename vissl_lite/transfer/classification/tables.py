@@ -10,7 +10,7 @@ from typing import NamedTuple
 from vissl_lite.errors import UserError, brief
 from vissl_lite.transfer.classification.labels import FoundImage, FoundLabels
 from vissl_lite.transfer.classification.options import LabelOptions
-from vissl_lite.transfer.sources.file_tree import FileTree
+from vissl_lite.transfer.sources.file_tree import FileTree, part_below
 from vissl_lite.transfer.sources.parts import PARTS, Split, part_of_file
 from vissl_lite.transfer.sources.reading_log import ReadingLog
 from vissl_lite.transfer.sources.tables import (
@@ -110,9 +110,14 @@ def read_tables_of(tree: FileTree, options: LabelOptions, log: ReadingLog) -> Fo
         log.absorb(tried)
     several = [labels for _, labels, _ in found.values()]
     log.layout = " and ".join(dict.fromkeys(tried.layout for _, _, tried in found.values()))
-    return FoundLabels(
+    images, multi_label = _merge_rows(
         [image for labels in several for image in labels.images],
         any(labels.multi_label for labels in several),
+        log,
+    )
+    return FoundLabels(
+        images,
+        multi_label,
         list(dict.fromkeys(name for labels in several for name in labels.classes)),
     )
 
@@ -151,6 +156,9 @@ def read_label_table(
     parts = [one or part for one in parts_of_rows(table, options, log)]
     labels = _labels(table, column, options, log)
     paths = find_images_of(table, column, parts, finder, log)
+    if not any(parts):
+        parts = [None if path is None else part_below(path, finder.tree) for path in paths]
+        log.origins.update({part: "folder names" for part in parts if part is not None})
     groups_of_rows(table, paths, {column, labels.column, *labels.classes}, log)
     images = []
     for path, names, in_part in zip(paths, labels.names, parts, strict=True):

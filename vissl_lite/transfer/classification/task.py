@@ -118,8 +118,10 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
         encoder that was pre-trained for minutes (``benchmarks/accuracy/recipes.py``).
         """
         undecided = settings.pretrained and not settings.frozen and settings.frozen_norm is None
-        if not undecided or len(data.train) >= FEW_IMAGES or not has_norms(encoder):
+        if not undecided or not has_norms(encoder):
             return [settings]
+        if len(data.train) >= FEW_IMAGES:  # folds may have fewer, and are trained like the model
+            return [replace(settings, frozen_norm=False)]
         return [replace(settings, frozen_norm=frozen) for frozen in (True, False)]
 
     def train(

@@ -47,7 +47,7 @@ from vissl_lite.transfer.sources.parts import (
     rarest_classes,
 )
 from vissl_lite.transfer.sources.reading_log import ReadingLog, count_endings
-from vissl_lite.transfer.sources.tables import TABLES
+from vissl_lite.transfer.sources.tables import TABLES, check_fold
 
 log = logging.getLogger(__name__)
 
@@ -195,6 +195,7 @@ def load_masks(
         folders = []
     else:
         raise UserError(f"{source} is neither a folder with images and masks nor a table")
+    check_fold(options, reading)
     if isinstance(found, Drawn):
         images, names = _of_shapes(found, reading)
     else:

@@ -13,6 +13,7 @@ from vissl_lite.data.images import BROKEN_IMAGE
 from vissl_lite.errors import UserError
 from vissl_lite.transfer.sources.file_tree import FileTree
 from vissl_lite.transfer.sources.parts import part_of_name
+from vissl_lite.transfer.sources.tables import PATH_COLUMNS, normalized
 
 # Files that ``datasets.save_to_disk`` writes for one part, and for a folder of several.
 INFO, SPLITS = "dataset_info.json", "dataset_dict.json"
@@ -92,8 +93,10 @@ def _extract(files: list[Path], target: Path) -> None:
             cells = {
                 name: _as_text(record[name], classes) for name, classes in columns.others.items()
             }
-            rows.append({"file_name": str(path.relative_to(target)), **cells, "split": part or ""})
+            cells["split"] = part or cells.get("split", "")
+            rows.append({**cells, "file_name": str(path.relative_to(target))})
     with (target / _TABLE).open("w", newline="", encoding="utf-8") as out:
+        others.pop("split", None)
         names = ["file_name", *others, *(["split"] if any(row["split"] for row in rows) else [])]
         writer = csv.DictWriter(out, names, restval="", extrasaction="ignore")
         writer.writeheader()
@@ -147,6 +150,8 @@ def _columns(file: Path, schema: Any) -> _Columns:
         kind = str(field.type)
         if kind in ("binary", "large_binary") or kind.startswith("struct<bytes: "):
             images.append(field.name)
+        elif normalized(field.name) in PATH_COLUMNS:  # of files that are not here
+            continue
         elif kind.startswith("list<") or kind in _SCALARS or "int" in kind:
             others[field.name] = _class_names(features, field.name)
     if not images:

@@ -42,6 +42,7 @@ class ReadingLog:
         group_by: The regular expression that takes groups from paths, if one was given.
         split: Sentence on the parts that were made because they were not given; may be empty.
         val_from_train: Whether the validation part was taken out of the training images.
+        folded: Whether the test part is a fold of a table.
     """
 
     source: str
@@ -57,6 +58,7 @@ class ReadingLog:
     group_by: str | None = None
     split: str = ""
     val_from_train: bool = False
+    folded: bool = False
     _first: dict[str, str] = field(default_factory=dict)
 
     def with_val_from_train(self) -> "ReadingLog":
@@ -104,6 +106,7 @@ class ReadingLog:
         self.groups |= other.groups
         self.grouped_by = other.grouped_by or self.grouped_by
         self.label = other.label or self.label
+        self.folded |= other.folded
 
     def left_out(self) -> list[str]:
         """Phrases with the count and the first file of each kind."""

@@ -457,6 +457,15 @@ def parts_of_rows(table: Table, options: SourceOptions, log: ReadingLog) -> list
     return parts
 
 
+def check_fold(options: SourceOptions, log: ReadingLog) -> None:
+    """Raise a UserError if ``--test_fold`` was given and nothing that was read has folds."""
+    if options.test_fold is not None and not log.folded:
+        raise UserError(
+            f"--test_fold {brief(options.test_fold)} is for a table with a column fold, and "
+            f"{log.source} was read as {log.layout}: give the table as --data"
+        )
+
+
 def _by_fold(table: Table, fold: str, log: ReadingLog) -> list[Split | None]:
     name = table.column(["fold", "kfold", "folds", *SPLIT_COLUMNS])
     cells = [] if name is None else table.cells(name)
@@ -465,4 +474,5 @@ def _by_fold(table: Table, fold: str, log: ReadingLog) -> list[Split | None]:
         has = f"the folds {brief(', '.join(sorted(set(plain))))}" if name else "no column fold"
         raise UserError(f"--test_fold {brief(fold)}: {table.file} has {has}")
     log.origins.update({"train": f"other values of {name}", "test": f"{name} {fold}"})
+    log.folded = True
     return ["test" if cell == fold else "train" for cell in plain]

@@ -23,7 +23,7 @@ from vissl_lite.transfer.sources.groups import find_groups
 from vissl_lite.transfer.sources.parts import PARTS, Split, complete_parts, rarest_classes
 from vissl_lite.transfer.sources.reading_log import ReadingLog
 from vissl_lite.transfer.sources.shapes import Shape, as_coco, draw_shape
-from vissl_lite.transfer.sources.tables import is_utf8
+from vissl_lite.transfer.sources.tables import check_fold, is_utf8
 
 log = logging.getLogger(__name__)
 
@@ -191,6 +191,7 @@ def load_boxes(
         source = unpack(source)
     given = None if annotations is None else Path(annotations)
     found = read_annotations(source, given, options, reading, with_shapes)
+    check_fold(options, reading)
     classes = list(dict.fromkeys(found.classes))
     for name in classes:
         if not is_utf8(name):  # names are written to models, tables and figures

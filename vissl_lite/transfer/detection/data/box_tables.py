@@ -16,7 +16,7 @@ from vissl_lite.transfer.detection.data.annotations import (
     to_number,
 )
 from vissl_lite.transfer.options import SourceOptions
-from vissl_lite.transfer.sources.file_tree import FileTree
+from vissl_lite.transfer.sources.file_tree import FileTree, part_below
 from vissl_lite.transfer.sources.parts import Split
 from vissl_lite.transfer.sources.reading_log import ReadingLog
 from vissl_lite.transfer.sources.tables import (
@@ -146,6 +146,8 @@ def read_box_tables(
         for path, part, row, some in zip(paths, parts, one.table.rows, boxes, strict=True):
             if path is None:
                 continue
+            if not any(parts):
+                part = part_below(path, finder.tree)
             size = RELATIVE_SIZE if relative else _size(row, one)
             new = ImageAnnotation(path, part, size, [], [], [], [])
             annotation = annotations.setdefault((path, part), new)

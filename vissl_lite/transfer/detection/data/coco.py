@@ -24,7 +24,7 @@ from vissl_lite.transfer.detection.data.annotations import (
     enclosing_box,
     to_number,
 )
-from vissl_lite.transfer.sources.file_tree import FileTree
+from vissl_lite.transfer.sources.file_tree import FileTree, part_below
 from vissl_lite.transfer.sources.parts import Split, part_of_file
 from vissl_lite.transfer.sources.reading_log import MISSING_IMAGE, ReadingLog
 from vissl_lite.transfer.sources.run_lengths import runs_of_text
@@ -81,7 +81,9 @@ def read_coco(
             repairs.add_group(image, one.get("group"))
         size = (to_number(one.get("height")), to_number(one.get("width")))
         annotations[identity] = (
-            None if image is None else ImageAnnotation(image, split, size, [], [], [], [])
+            None
+            if image is None
+            else ImageAnnotation(image, split or part_below(image, tree), size, [], [], [], [])
         )
     for one in content["annotations"]:
         box = _parse_box(one) if isinstance(one, dict) else None

@@ -1,5 +1,6 @@
 """Reader for boxes in the XML format "CVAT for images"."""
 
+import math
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -102,6 +103,20 @@ def _box(shape: ET.Element) -> Corners | None:
             x2, y2 = x1 + width, y1 + height
         else:
             return enclosing_box(_points(shape))
+        angle = math.radians(float(shape.get("rotation", 0)))
     except ValueError:
         return None
-    return x1, y1, x2, y2
+    if not angle:
+        return x1, y1, x2, y2
+    return _turned((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1, angle, shape.tag == "ellipse")
+
+
+def _turned(
+    x: float, y: float, width: float, height: float, angle: float, round_shape: bool
+) -> Corners:
+    """The box around a rectangle, or an ellipse, that is turned about its center by ``angle``."""
+    cos, sin = abs(math.cos(angle)), abs(math.sin(angle))
+    total = math.hypot if round_shape else lambda one, other: one + other
+    half_width = total(width * cos, height * sin) / 2
+    half_height = total(width * sin, height * cos) / 2
+    return x - half_width, y - half_height, x + half_width, y + half_height
