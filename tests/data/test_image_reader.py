@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
+from tests.data.formats.making import dicom, noise
 from vissl_lite.data.formats import RawImage
 from vissl_lite.data.image_reader import PHOTOGRAPHS, ImageReader, volume_range
 from vissl_lite.data.images import read_image
@@ -67,6 +68,14 @@ def test_a_range_of_each_volume(tmp_path: Path) -> None:
     dark, light = (one.read(f"{tmp_path}/a.npy#{number}") for number in (0, 1))
     assert dark.mean() < 0.6 * light.mean()
     assert one.read(f"{tmp_path}/b.npy#0").mean() == pytest.approx(dark.mean(), rel=1e-3)
+
+
+def test_multi_frame_files_of_one_series_have_ranges_of_their_own(tmp_path: Path) -> None:
+    for name, factor in (("a", 1), ("b", 10)):
+        (tmp_path / f"{name}.dcm").write_bytes(dicom(noise(4, 8, 8, high=400) * factor))
+    one = reader(1, scope="volume", low=(), high=())
+    highest = [volume_range(one, f"{tmp_path}/{name}.dcm#1")[1][0] for name in "ab"]
+    assert highest[1] == pytest.approx(10 * highest[0], rel=1e-3)
 
 
 def test_a_range_of_each_image_or_its_window() -> None:

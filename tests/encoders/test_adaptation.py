@@ -101,6 +101,15 @@ def test_weights_are_adapted_by_name_or_by_their_mean() -> None:
     assert (back.reader, len(back.mean)) == (PHOTOGRAPHS, 3)
 
 
+def test_bands_without_a_name_of_their_own_get_the_mean() -> None:
+    names = ("red", "", "", "ir", "ir")
+    encoder = build_encoder("test_resnet", 32, reader=reader(5, names=names))
+    adapted = adapt_encoder(encoder, reader(3, names=("red", "", "ir")))
+    old, new = (first_weight(one) for one in (encoder, adapted))
+    for band, weight in enumerate((old[:, 0], old.mean(dim=1), old.mean(dim=1))):
+        assert torch.allclose(new[:, band], weight * 5 / 3)
+
+
 def test_an_encoder_takes_the_reader_of_its_images(tmp_path: Path) -> None:
     values = np.random.default_rng(0).random((16, 16, 6)).astype(np.float32) * 300
     np.save(tmp_path / "a.npy", values)

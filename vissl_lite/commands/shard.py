@@ -199,7 +199,13 @@ def _common_folder(sources: Sequence[str], paths: Sequence[str]) -> str:
         folders = {os.path.abspath(source) for source in sources}
     else:
         folders = {os.path.dirname(os.path.abspath(path)) for path in paths}
-    return os.path.commonpath(folders)
+    try:
+        return os.path.commonpath(folders)
+    except ValueError:
+        raise UserError(
+            "--data names folders on several drives, which have no common folder: shard the images "
+            "of each drive into a folder of their own"
+        ) from None
 
 
 def _members(

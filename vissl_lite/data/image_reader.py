@@ -440,9 +440,12 @@ def volume_range(reader: ImageReader, path: str) -> ValueRange:
     file, volume = split_path(path)[0], volume_of(path)
     folder = Path(file).parent
     key = file if volume in (None, file) else f"{folder}\0{volume}"
+    if (file, reader) in _volume_ranges:
+        key = file
     if (key, reader) not in _volume_ranges:
         described = describe(path)
         if described.frames > 1:
+            key = file
             frames = np.unique(np.linspace(0, described.frames - 1, FRAMES).round().astype(int))
             paths = [f"{file}#{number}" for number in frames]
         elif volume is not None:

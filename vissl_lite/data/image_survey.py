@@ -45,8 +45,9 @@ WINDOWS: Mapping[str, tuple[float, float]] = {
 # Value ranges that are not two numbers.
 RANGES = ("percentile", "dtype", "image")
 
-# Bands that are read of an image, at most: those that an array of OpenCV can have.
-MAX_CHOSEN_BANDS = 512
+# Bands that are read of an image, at most: those that an array of OpenCV 5 can have
+# (of OpenCV 4: 512).
+MAX_CHOSEN_BANDS = 128
 
 # Numbers of the bands of gray and of colored photographs.
 _PHOTOGRAPH_BANDS = (1, 3)
@@ -399,7 +400,13 @@ def _with_statistics(
             for band, low, high in zip(samples, reader.low, reader.high, strict=True)
         ]
     else:
-        found = sampled(paths, lambda path: (reader.read(path).astype(np.float32) / BAND_MAX, None))
+
+        def scale(path: str) -> tuple[np.ndarray, np.ndarray | None]:
+            raw = read_raw(path)
+            _, valid = reader.select(raw, path)
+            return reader.scale(raw, path).astype(np.float32) / BAND_MAX, valid
+
+        found = sampled(paths, scale)
         scaled = joined((values for _, values in found), reader.channels)
     mean = tuple(float(band.mean()) if len(band) else 0.5 for band in scaled)
     std = tuple(max(float(band.std()), 1e-3) if len(band) else 1.0 for band in scaled)

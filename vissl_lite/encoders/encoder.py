@@ -386,7 +386,8 @@ def adapt_encoder(encoder: Encoder, reader: ImageReader) -> Encoder:
         args["in_chans"] = reader.channels
     model: Any = timm.create_model(encoder.backbone, num_classes=0, **args)
     state = old.state_dict()
-    shared = sum(name in before.names for name in reader.names)
+    places = _places(before)
+    shared = sum(name in places for name in reader.names)
     reordered = shared > 0 and reader.names != before.names
     if reader.channels != before.channels or reordered:
         first = model.pretrained_cfg.get("first_conv")
@@ -417,9 +418,15 @@ def adapt_encoder(encoder: Encoder, reader: ImageReader) -> Encoder:
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+def _places(reader: ImageReader) -> dict[str, int]:
+    """Positions of the bands that have names of their own."""
+    names = reader.names
+    return {name: n for n, name in enumerate(names) if name and names.count(name) == 1}
+
+
 def _adapt_weight(weight: Tensor, before: ImageReader, after: ImageReader) -> Tensor:
     """``(O, C, h, w)`` weights of the first convolution for other bands; see ``adapt_encoder``."""
-    places = {name: index for index, name in enumerate(before.names)}
+    places = _places(before)
     mean = weight.mean(dim=1)
     bands = [
         weight[:, places[name]] if name in places else mean

@@ -186,8 +186,14 @@ def map_layout(image_map: ImageMap, explore: bool = False, marked: str | None = 
 
 
 def common_folder(paths: Sequence[str]) -> str:
-    """Return the innermost common folder of absolute paths, with a trailing separator."""
-    return os.path.join(os.path.commonpath([os.path.dirname(path) for path in paths]), "")
+    """Return the innermost common folder of absolute paths, with a trailing separator.
+
+    Empty if there is none, as on two drives of Windows.
+    """
+    try:
+        return os.path.join(os.path.commonpath([os.path.dirname(path) for path in paths]), "")
+    except ValueError:
+        return ""
 
 
 def _source(image_map: ImageMap, skip: int) -> ColumnDataSource:

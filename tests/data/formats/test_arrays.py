@@ -61,6 +61,13 @@ def test_a_frame_alone_keeps_what_is_known_of_it(tmp_path: Path) -> None:
     assert arrays.encode(image) == data
 
 
+def test_a_frame_of_many_bands_is_no_stack(tmp_path: Path) -> None:
+    image = RawImage(noise(20, 30, 40))
+    (tmp_path / "a.npz").write_bytes(arrays.encode(image))
+    np.testing.assert_array_equal(read_raw(tmp_path / "a.npz").pixels, image.pixels)
+    assert describe(tmp_path / "a.npz").frames == 1
+
+
 def test_the_array_of_an_archive(tmp_path: Path) -> None:
     file = tmp_path / "a.npz"
     np.savez(file, labels=np.arange(5), images=noise(5, 20, 30, 1))

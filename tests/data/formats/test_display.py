@@ -17,6 +17,11 @@ def test_eight_bits_stay_as_they_are() -> None:
     np.testing.assert_array_equal(two, np.repeat(pixels[..., :1], 3, axis=2))
 
 
+def test_a_color_that_has_the_value_of_missing_data_in_a_band_is_kept() -> None:
+    pixels = np.array([[[255, 250, 245], [255, 255, 255]]], np.uint8)
+    assert to_rgb(RawImage(pixels, 255.0)).tolist() == [[[255, 250, 245], [0, 0, 0]]]
+
+
 def test_bands_are_stretched_each_on_its_own_and_without_nodata() -> None:
     ramp = np.linspace(0, 1000, 100 * 100, dtype=np.float32).reshape(100, 100)
     pixels = np.stack([ramp, 10 * ramp - 5, ramp, ramp], axis=2)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.data.formats.making import dicom, noise
 from vissl_lite.errors import UserError
 from vissl_lite.transfer.classification.data import load_labelled
 from vissl_lite.transfer.classification.linear_head import make_folds
@@ -62,15 +64,23 @@ def assert_together(data: LabelledDataset) -> None:
 # Where groups come from
 
 
+def test_dicom_files_that_are_named_by_their_uid_have_their_patient(tmp_path: Path) -> None:
+    file = tmp_path / "CT.1.2.840.113"
+    file.write_bytes(dicom(noise(8, 8)))
+    (tmp_path / "IM0001").write_bytes(dicom(noise(8, 8)))
+    assert default_group(str(file)) is not None
+    assert default_group(str(file)) == default_group(str(tmp_path / "IM0001"))
+
+
 def test_slices_of_a_volume_are_a_group() -> None:
-    assert default_group("a/scan.nii.gz#17") == "a/scan.nii.gz"
+    assert default_group("a/scan.nii.gz#17") == os.path.abspath("a/scan.nii.gz")
     assert default_group("a/scan.nii.gz") is None
     assert default_group("a/photo#x.png") is None
     log = ReadingLog("data")
     paths = [f"{name}.nii#{i}" for name in "ab" for i in range(2)]
     group = find_groups(paths, [Path("data")], None, log)
     assert group is not None
-    assert log.groups == {path: path[:5] for path in paths}
+    assert log.groups == {path: os.path.abspath(path[:5]) for path in paths}
     assert log.grouped_by == "patients or volumes"
 
 
@@ -111,7 +121,7 @@ def test_groups_of_images_that_are_not_of_the_data() -> None:
 
     assert found(ReadingLog("data", group_by=r"p(\d)_")) == [set(), {"7"}, {"1"}, set()]
     by_file = ReadingLog("data", grouped_by="patients or volumes")
-    assert found(by_file) == [{"old/scan.nii.gz"}, set(), set(), set()]
+    assert found(by_file) == [{os.path.abspath("old/scan.nii.gz")}, set(), set(), set()]
     column = {"data/p1_0.png": "anna", "data/p2_0.png": "ben"}
     assert found(ReadingLog("data", groups=column)) == [set(), set(), {"anna"}, set()]
 

@@ -29,6 +29,9 @@ from vissl_lite.data.formats.common import (
 MAX_BANDS = 16
 
 # Names of the array of pixels in an ``.npz`` file that holds several arrays.
+# Name of an array beside ``pixels`` that says that its last axis holds the bands, however many.
+_BANDS_LAST = "bands_last"
+
 _NAMES = ("pixels", "image", "images", "img", "imgs", "data", "x")
 
 _NPY = b"\x93NUMPY"
@@ -101,9 +104,11 @@ def _header(file: BinaryIO, path: str) -> _Header:
     return _Header(shape, dtype, fortran, opened.tell())
 
 
-def _layout(header: _Header, path: str) -> _Layout:
+def _layout(header: _Header, path: str, bands_last: bool = False) -> _Layout:
     shape = header.shape
-    if len(shape) == 2:
+    if bands_last and len(shape) == 3:
+        layout = _Layout(False, 2, 1, shape)
+    elif len(shape) == 2:
         layout = _Layout(False, None, 1, (shape[0], shape[1], 1))
     elif len(shape) == 3 and not {shape[0], shape[2]} & set(range(1, MAX_BANDS + 1)):
         layout = _Layout(True, None, shape[0], (shape[1], shape[2], 1))
@@ -182,7 +187,7 @@ def _open(source: Source) -> _Opened:
         nodata, window, bands = small("nodata"), small("window"), small("band_names")
         return _Opened(
             header,
-            _layout(header, source.path),
+            _layout(header, source.path, name == "pixels" and _BANDS_LAST in members),
             name,
             None if nodata is None else float(nodata),
             None if window is None else (float(window[0]), float(window[1])),
@@ -258,6 +263,8 @@ def encode(image: RawImage) -> bytes:
         The content of a file that ``read`` reads.
     """
     arrays: dict[str, np.ndarray] = {"pixels": image.pixels}
+    if image.pixels.shape[2] > MAX_BANDS:
+        arrays[_BANDS_LAST] = np.array(True)
     if image.nodata is not None:
         arrays["nodata"] = np.array(image.nodata)
     if image.window is not None:

@@ -30,7 +30,8 @@ def to_rgb(image: RawImage) -> np.ndarray:
     if pixels.dtype == np.uint8 and image.window is None:
         shown = pixels
         if image.nodata is not None:
-            shown = np.where(pixels == image.nodata, np.uint8(0), pixels)
+            missing = (pixels == image.nodata).all(axis=2, keepdims=True)
+            shown = np.where(missing, np.uint8(0), pixels)
     else:
         # a photograph of 16 bits keeps its colors, while bands of a satellite differ in scale
         together = image.pixels.shape[2] == 3 and pixels.dtype.kind == "u"

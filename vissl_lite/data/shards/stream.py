@@ -10,7 +10,6 @@ The order depends only on the number of images per shard and the seed, so a stre
 batch: the order of earlier images is recomputed without opening their shards.
 """
 
-import os
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ import numpy as np
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from vissl_lite.data.fingerprints import EXACT_BYTES, LOOK_BYTES, Fingerprints, fingerprint
+from vissl_lite.data.formats import split_suffix
 from vissl_lite.data.image_reader import PHOTOGRAPHS, ImageReader
 from vissl_lite.data.images import BROKEN_IMAGE, decode_image
 from vissl_lite.data.reading import Broken, reason
@@ -386,7 +386,7 @@ def write_sample(shards: Shards, folder: Path) -> None:
         each = min(-(-SAMPLE_IMAGES // len(some)), int(shards.counts[shard]))
         room = SAMPLE_BYTES // len(some)
         for found in read_images(shards, shards.starts[shard] + np.arange(each), lost):
-            suffix = os.path.splitext(found.name)[1]
+            suffix = split_suffix(found.name)[1]
             (folder / f"{found.number:09}{suffix}").write_bytes(found.data)
             room -= len(found.data)
             if room <= 0:

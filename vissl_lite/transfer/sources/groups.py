@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from vissl_lite.data.formats import DICOM_SUFFIXES, describe, split_path, split_suffix
-from vissl_lite.data.images import BROKEN_IMAGE
+from vissl_lite.data.images import BROKEN_IMAGE, EXTENSIONS
 from vissl_lite.errors import UserError, brief
 from vissl_lite.transfer.sources.reading_log import ReadingLog
 
@@ -29,16 +29,17 @@ def default_group(path: str) -> str | None:
         path: Image file, or a slice of it such as ``scan.nii.gz#17``.
 
     Returns:
-        Name of the group; None for an image that belongs to no other.
+        Name of the group, the absolute path of a volume; None for an image that belongs to no
+        other.
     """
     file, frame = split_path(path)
-    suffix = split_suffix(file)[1].lower()
-    if suffix and suffix not in DICOM_SUFFIXES:
-        return None if frame is None else file
+    if split_suffix(file)[1].lower() in EXTENSIONS - DICOM_SUFFIXES:
+        return None if frame is None else os.path.abspath(file)
     try:
-        return describe(path).group
+        group = describe(path).group
     except BROKEN_IMAGE:
         return None
+    return os.path.abspath(file) if group == file else group
 
 
 class Record(Protocol):
