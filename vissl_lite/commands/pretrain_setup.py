@@ -11,7 +11,12 @@ from timm.models import VisionTransformer
 from vissl_lite.commands.pretrain_options import PretrainOptions
 from vissl_lite.data.image_survey import ImageSet
 from vissl_lite.data.images import suitable_size
-from vissl_lite.encoders.encoder import Encoder, build_encoder, patch_multiple
+from vissl_lite.encoders.encoder import (
+    Encoder,
+    build_encoder,
+    open_residual_branches,
+    patch_multiple,
+)
 from vissl_lite.encoders.folder import load_encoder, load_weights, made_here
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings, check_has_betas, default_layer_decay
@@ -110,8 +115,10 @@ def default_backbone(pretext: str, image_size: int) -> str:
 def make_task(options: PretrainOptions, encoder: Encoder) -> PretextTask:
     """Build the pretext task around an encoder."""
     cls = pretext_class(options.pretext_name)
-    if cls.info.fixed_positions and not options.pretrained:
-        fix_positions(encoder)
+    if not options.pretrained:
+        open_residual_branches(encoder)
+        if cls.info.fixed_positions:
+            fix_positions(encoder)
     task = cls(encoder, **options.hyperparameters)
     if options.progressive_resizing:
         _check_resizing(task)
