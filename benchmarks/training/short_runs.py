@@ -8,12 +8,15 @@ or 96 pixels, test images), which the search does not see. Sets that end with ``
 same ones, for arms that were measured beside each other on another machine. Every run has the same
 wall-clock time on one core, the start of the command included, and ``resnet18``, or a ViT in the
 sets that end with ``_vit``, with the defaults of ``pretrain`` but for what the arm changes and, in
-``simclr``, the color distortion of ``COLOR``. Arms with a momentum from the start need
-``--before``, a checkout of commit 26f006b: since then the momentum of teachers is smaller in the
-first steps. Arms of ``distillation`` (sets that end with ``_distillation``) need ``--teacher``, the
-folder ``lite0`` of ``benchmarks.accuracy.domains``. For ``cifar10_distillation``, ``--data`` is a
-folder with the first 500 training images of each class in train/. ``--arms`` picks some; runs that
-are there are kept.
+``simclr``, the color distortion of ``COLOR``.
+
+Some arms need ``--before``, a checkout of an earlier commit: those with a momentum from the start
+26f006b, since when the momentum of teachers is smaller in the first steps; those with branches from
+zero (sets that end with ``_branches``) 7623125, since when residual branches of ResNets start at
+one. Arms of ``distillation`` (sets that end with ``_distillation``) need ``--teacher``, the folder
+``lite0`` of ``benchmarks.accuracy.domains``. For ``cifar10_distillation``, ``--data`` is a folder
+with the first 500 training images of each class in train/. ``--arms`` picks some; runs that are
+there are kept.
 
 Results: benchmarks/results/short_runs.json.
 """
@@ -36,7 +39,9 @@ from benchmarks.common import (
     where_and_when,
 )
 
-FROM_THE_START = "from the start"  # in names of arms that need --before
+# In names of arms that need --before: teachers without a small momentum at first, and residual
+# branches of ResNets that start at zero.
+FROM_THE_START, CLOSED = "from the start", "branches from zero"
 
 CIFAR10: list[object] = ["--image_size", 32, "--fraction", 0.2]
 WHOLE: list[object] = ["--token_drop", 0]
@@ -59,7 +64,8 @@ SETS["cifar10_distillation"] = (
     [*SETS["cifar10"][0], "--batch_size", 64, "--pretext.teacher_size", 64],
     ["--image_size", 32],
 )
-SETS |= {f"{name}_color": SETS[name] for name in ("cifar10", "ucmerced")}
+for kind in ("color", "branches"):
+    SETS |= {f"{name}_{kind}": SETS[name] for name in ("cifar10", "ucmerced")}
 
 # Of SimCLR in arms that do not change it, by set: its default when they were measured.
 COLOR = {"cifar10": 0.5, "ucmerced": 1}
@@ -77,6 +83,7 @@ ARMS: dict[str, list[object]] = {
     "simclr, lr 0.0005, color 0.25": ["--lr", 0.0005, "--pretext.color", 0.25],
     "simclr, color 0.1": ["--pretext.color", 0.1],
     "simclr, color 0.25": ["--pretext.color", 0.25],
+    f"simclr, color 0.25, {CLOSED}": ["--pretext.color", 0.25],
     "simclr, color 0.25, smallest crop 0.4": [
         *["--pretext.color", 0.25, "--pretext.min_crop_scale", 0.4]
     ],
@@ -104,6 +111,7 @@ ARMS: dict[str, list[object]] = {
     "simclr, two local crops": ["--pretext.local_crops", 2],
     "simclr, progressive resizing": ["--progressive_resizing", "true"],
     "byol": [],
+    f"byol, {CLOSED}": [],
     "byol, momentum 0.9 from the start": [*MOMENTUM, 0.9],
     "byol, momentum 0.95 from the start": [*MOMENTUM, 0.95],
     "byol, momentum 0.99 from the start": [*MOMENTUM, 0.99],
@@ -159,13 +167,18 @@ def once(name: str, arm: str, minutes: float, seed: int, o: argparse.Namespace) 
             words += ["--pretext.color", COLOR[name.split("_")[0]]]
         if arm.startswith("distillation"):
             words += ["--pretext.teacher", o.teacher]
-        vissl_lite(o.core, *words, code=o.before if FROM_THE_START in arm else ROOT)
+        vissl_lite(o.core, *words, code=o.before if needs_before(arm) else ROOT)
         data = o.data / "train" if name.startswith("cifar10") else o.data
         words = ["probe", "--encoder", out / "run", "--data", data, "--out", out / "probe"]
         vissl_lite(o.core, *words, "--leaks", "warn", *of_probe)
     scores, trained = results_of(out / "probe"), results_of(out / "run")
     speed = trained["epochs"] * trained["images"] / trained["seconds"]
     return {"knn": scores["knn"], "linear": scores["linear"], "images_per_second": speed}
+
+
+def needs_before(arm: str) -> bool:
+    """Whether an arm is a run of an earlier commit."""
+    return FROM_THE_START in arm or CLOSED in arm
 
 
 def short_runs_table(name: str) -> str:
@@ -200,7 +213,7 @@ def main() -> None:
     parser.add_argument("set", choices=SETS)
     parser.add_argument("--data", type=Path, required=True, help="with train/ and test/")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--before", type=Path, help="a checkout of commit 26f006b")
+    parser.add_argument("--before", type=Path, help="a checkout of an earlier commit")
     parser.add_argument("--teacher", type=Path, help="an encoder folder, for distillation")
     parser.add_argument("--minutes", type=float, nargs="+", default=[2, 8])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=DEFAULT_ARMS)
@@ -210,8 +223,9 @@ def main() -> None:
     for seed in o.seeds:
         for minutes in o.minutes:
             for arm in o.arms:
-                needs = o.before if FROM_THE_START in arm else o.teacher
-                if (FROM_THE_START in arm or arm.startswith("distillation")) and not needs:
+                if needs_before(arm) and not o.before:
+                    continue
+                if arm.startswith("distillation") and not o.teacher:
                     continue
                 figures = once(o.set, arm, minutes, seed, o)
                 print(o.set, arm, minutes, seed, json.dumps(figures), flush=True)
