@@ -90,11 +90,17 @@ def settings(pretext: str, images: int = 1000, **given: object) -> OptimizerSett
 
 def test_residual_branches_count_from_the_start_with_random_weights() -> None:
     last = ("layer1.0.bn2", "layer2.0.bn2", "layer3.0.bn3", "layer4.0.bn2")
-    for source, expected in ((None, 1), ("random:test_resnet", 1), ("runs/a", 0)):
+    for pretext, source, expected in (
+        ("simclr", None, 1),
+        ("simclr", "random:test_resnet", 1),
+        ("simclr", "runs/a", 0),
+        ("byol", None, 0),
+    ):
         encoder = build_encoder("test_resnet", 32)
         scales = [encoder.model.get_submodule(name).weight for name in last]
         assert not any(scale.any() for scale in scales)
-        make_task(PretrainOptions(data="images", out="run", encoder=source), encoder)
+        options = PretrainOptions(data="images", out="run", encoder=source, pretext=pretext)
+        make_task(options, encoder)
         assert all((scale == expected).all() for scale in scales)
 
 
