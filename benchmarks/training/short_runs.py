@@ -12,11 +12,11 @@ sets that end with ``_vit``, with the defaults of ``pretrain`` but for what the 
 
 Some arms need ``--before``, a checkout of an earlier commit: those with a momentum from the start
 26f006b, since when the momentum of teachers is smaller in the first steps; those with branches from
-zero (sets that end with ``_branches``) 7623125, since when residual branches of ResNets start at
-one. Arms of ``distillation`` (sets that end with ``_distillation``) need ``--teacher``, the folder
-``lite0`` of ``benchmarks.accuracy.domains``. For ``cifar10_distillation``, ``--data`` is a folder
-with the first 500 training images of each class in train/. ``--arms`` picks some; runs that are
-there are kept.
+zero 7623125, and from one 31d4d44 (sets that end with ``_branches``), since when residual branches
+of ResNets start at half of their scale in SimCLR. Arms of ``distillation`` (sets that end with
+``_distillation``) need ``--teacher``, the folder ``lite0`` of ``benchmarks.accuracy.domains``. For
+``cifar10_distillation``, ``--data`` is a folder with the first 500 training images of each class in
+train/. ``--arms`` picks some; runs that are there are kept.
 
 Results: benchmarks/results/short_runs.json.
 """
@@ -39,9 +39,9 @@ from benchmarks.common import (
     where_and_when,
 )
 
-# In names of arms that need --before: teachers without a small momentum at first, and residual
-# branches of ResNets that start at zero.
-FROM_THE_START, CLOSED = "from the start", "branches from zero"
+# In names of arms that need --before: teachers without a small momentum at first, and another scale
+# of the residual branches of ResNets at first.
+FROM_THE_START, BRANCHES = "from the start", "branches from"
 
 CIFAR10: list[object] = ["--image_size", 32, "--fraction", 0.2]
 WHOLE: list[object] = ["--token_drop", 0]
@@ -83,7 +83,8 @@ ARMS: dict[str, list[object]] = {
     "simclr, lr 0.0005, color 0.25": ["--lr", 0.0005, "--pretext.color", 0.25],
     "simclr, color 0.1": ["--pretext.color", 0.1],
     "simclr, color 0.25": ["--pretext.color", 0.25],
-    f"simclr, color 0.25, {CLOSED}": ["--pretext.color", 0.25],
+    f"simclr, color 0.25, {BRANCHES} zero": ["--pretext.color", 0.25],
+    f"simclr, color 0.25, {BRANCHES} one": ["--pretext.color", 0.25],
     "simclr, color 0.25, smallest crop 0.4": [
         *["--pretext.color", 0.25, "--pretext.min_crop_scale", 0.4]
     ],
@@ -111,7 +112,7 @@ ARMS: dict[str, list[object]] = {
     "simclr, two local crops": ["--pretext.local_crops", 2],
     "simclr, progressive resizing": ["--progressive_resizing", "true"],
     "byol": [],
-    f"byol, {CLOSED}": [],
+    f"byol, {BRANCHES} one": [],
     "byol, momentum 0.9 from the start": [*MOMENTUM, 0.9],
     "byol, momentum 0.95 from the start": [*MOMENTUM, 0.95],
     "byol, momentum 0.99 from the start": [*MOMENTUM, 0.99],
@@ -178,7 +179,7 @@ def once(name: str, arm: str, minutes: float, seed: int, o: argparse.Namespace) 
 
 def needs_before(arm: str) -> bool:
     """Whether an arm is a run of an earlier commit."""
-    return FROM_THE_START in arm or CLOSED in arm
+    return FROM_THE_START in arm or BRANCHES in arm
 
 
 def short_runs_table(name: str) -> str:

@@ -91,8 +91,8 @@ def settings(pretext: str, images: int = 1000, **given: object) -> OptimizerSett
 def test_residual_branches_count_from_the_start_with_random_weights() -> None:
     last = ("layer1.0.bn2", "layer2.0.bn2", "layer3.0.bn3", "layer4.0.bn2")
     for pretext, source, expected in (
-        ("simclr", None, 1),
-        ("simclr", "random:test_resnet", 1),
+        ("simclr", None, 0.5),
+        ("simclr", "random:test_resnet", 0.5),
         ("simclr", "runs/a", 0),
         ("byol", None, 0),
     ):
