@@ -104,6 +104,11 @@ def plus_minus(value: dict[str, float]) -> str:
 
 def over_seeds(values: list[float]) -> str:
     """Mean and standard deviation over seeds."""
+    return mean_and_spread(values) + (" (one seed)" if len(values) == 1 else "")
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """Mean and standard deviation; of one value itself, where a column counts the seeds."""
     if len(values) == 1:
-        return f"{values[0]:.3f} (one seed)"
+        return f"{values[0]:.3f}"
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"

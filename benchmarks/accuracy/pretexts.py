@@ -29,7 +29,7 @@ from benchmarks.common import (
     keep,
     load,
     markdown_table,
-    over_seeds,
+    mean_and_spread,
     provenance,
     results_of,
     vissl_lite,
@@ -123,10 +123,7 @@ def pretexts_table() -> str:
             small = "ViT" if row["backbone"].startswith("vit") else ""
             about = [f"`{name}`", small, f"{rate:.0f}"]
             gain = f"{statistics.mean(linear) - untrained[row['backbone']]:+.3f}"
-        accuracies = [
-            over_seeds([run[figure] for run in runs]) if len(runs) > 1 else f"{runs[0][figure]:.3f}"
-            for figure in ("knn", "linear")
-        ]
+        accuracies = [mean_and_spread([run[kind] for run in runs]) for kind in ("knn", "linear")]
         of_best = f"{best_knn:.3f} / {at_stage[best]:.3f} ({best})"
         rows.append([*about, *accuracies, gain, of_best, str(len(runs))])
     figures = ["images/s", "kNN", "linear", "gain", "best stage: kNN / linear"]

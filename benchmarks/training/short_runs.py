@@ -32,7 +32,7 @@ from benchmarks.common import (
     keep,
     load,
     markdown_table,
-    over_seeds,
+    mean_and_spread,
     provenance,
     results_of,
     vissl_lite,
@@ -193,7 +193,7 @@ def short_runs_table(name: str) -> str:
         for minutes in lengths:
             runs = list(found["arms"][arm].get(minutes, {}).values())
             cells += [
-                over_seeds([one[kind] for one in runs]).removesuffix(" (one seed)") if runs else ""
+                mean_and_spread([one[kind] for one in runs]) if runs else ""
                 for kind in ("knn", "linear")
             ]
         pretext = arm.split(",")[0]

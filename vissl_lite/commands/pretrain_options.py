@@ -211,8 +211,7 @@ class PretrainOptions(Options, ImageSettings):
         check_warmup("freeze_share", self.freeze_share)
         check_positive_share("layer_decay", self.layer_decay)
         check_warmup("ema", self.ema)
-        if self.train is not None:
-            check_parts(self.train)
+        check_parts(self.trained_parts)
         if not self.pretrained:
             for name, frozen in (
                 ("train", self.trained_parts != ALL_PARTS),

@@ -19,7 +19,6 @@ from vissl_lite.errors import UserError, WeightsUnavailableError, did_you_mean
 
 log = logging.getLogger(__name__)
 
-
 # Scale of the last BatchNorm of a residual branch, see ``open_residual_branches``.
 BRANCH_SCALE = 0.5
 
@@ -422,7 +421,7 @@ def adapt_encoder(encoder: Encoder, reader: ImageReader) -> Encoder:
                 f"bands: timm does not say which its first convolution is"
             )
         for name in names:
-            state[f"{name}.weight"] = _adapt_weight(state[f"{name}.weight"], before, reader)
+            state[f"{name}.weight"] = _adapt_weight(state[f"{name}.weight"], places, reader)
     use_reader(model, reader)
     if reader.bands is None:
         model.pretrained_cfg = {**model.pretrained_cfg, "mean": _MEAN, "std": _STD}
@@ -448,9 +447,8 @@ def _places(reader: ImageReader) -> dict[str, int]:
     return {name: n for n, name in enumerate(names) if name and names.count(name) == 1}
 
 
-def _adapt_weight(weight: Tensor, before: ImageReader, after: ImageReader) -> Tensor:
+def _adapt_weight(weight: Tensor, places: dict[str, int], after: ImageReader) -> Tensor:
     """``(O, C, h, w)`` weights of the first convolution for other bands; see ``adapt_encoder``."""
-    places = _places(before)
     mean = weight.mean(dim=1)
     bands = [
         weight[:, places[name]] if name in places else mean

@@ -399,9 +399,8 @@ class Distillation(PretextTask):
             )
             if min(found.shape[2:]) < 2
         ]
-        if side < self.encoder.image_size:  # of progressive resizing: larger views follow
-            return self.map_weight > 0 and not few
-        if few and not self._maps_checked:
+        full = side >= self.encoder.image_size  # else of progressive resizing: larger views follow
+        if few and full and not self._maps_checked:
             log.warning(
                 "distillation: the last feature map of %(backbone)s has fewer than 2x2 positions, "
                 "so that feature maps are not compared; give a larger --image_size or another "
@@ -409,7 +408,7 @@ class Distillation(PretextTask):
                 {"backbone": few[0]},
                 extra={"code": "pretext.one_location"},
             )
-        self._maps_checked = True
+        self._maps_checked |= full
         return self.map_weight > 0 and not few
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

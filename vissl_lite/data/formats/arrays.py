@@ -29,10 +29,10 @@ from vissl_lite.data.formats.common import (
 MAX_BANDS = 16
 
 # Names of the array of pixels in an ``.npz`` file that holds several arrays.
+_NAMES = ("pixels", "image", "images", "img", "imgs", "data", "x")
+
 # Name of an array beside ``pixels`` that says that its last axis holds the bands, however many.
 _BANDS_LAST = "bands_last"
-
-_NAMES = ("pixels", "image", "images", "img", "imgs", "data", "x")
 
 _NPY = b"\x93NUMPY"
 _HEADER_BYTES = 1 << 16

@@ -3,6 +3,7 @@
 import timm
 import torch
 from timm.layers import DropPath
+from torch import nn
 
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError, check_share
@@ -33,9 +34,7 @@ def add_drop_path(encoder: Encoder, rate: float | None) -> None:
     if rate is None and encoder.patch_size is None:
         return
     if not chosen:
-        for module in encoder.modules():
-            if isinstance(module, DropPath):
-                module.drop_prob = 0.0
+        remove_drop_path(encoder)
         return
     rates: dict[str, float] = {}
     try:
@@ -58,3 +57,10 @@ def add_drop_path(encoder: Encoder, rate: float | None) -> None:
     for name, one in rates.items():
         block, _, attribute = name.rpartition(".")
         setattr(encoder.model.get_submodule(block), attribute, DropPath(one))
+
+
+def remove_drop_path(network: nn.Module) -> None:
+    """Switch the stochastic depth of a network off."""
+    for module in network.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0

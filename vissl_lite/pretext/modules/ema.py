@@ -4,13 +4,13 @@ import copy
 from dataclasses import dataclass
 from typing import TypeVar
 
-from timm.layers import DropPath
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from vissl_lite.errors import check_positive, check_share
 from vissl_lite.optim import cosine_schedule, warmed_up
+from vissl_lite.pretext.modules.drop_path import remove_drop_path
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -27,10 +27,9 @@ def make_teacher(student: Module) -> Module:
     teacher = copy.deepcopy(student)
     for parameter in teacher.parameters():
         parameter.requires_grad_(False)
+    remove_drop_path(teacher)
     for module in teacher.modules():
-        if isinstance(module, DropPath):
-            module.drop_prob = 0.0
-        elif isinstance(module, _DropoutNd):
+        if isinstance(module, _DropoutNd):
             module.p = 0.0
         elif "drop_rate" in vars(module):  # of timm's models, before their classifier
             vars(module)["drop_rate"] = 0.0

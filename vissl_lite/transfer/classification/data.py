@@ -35,7 +35,7 @@ from vissl_lite.transfer.sources.parts import (
     take_share,
 )
 from vissl_lite.transfer.sources.reading_log import ReadingLog
-from vissl_lite.transfer.sources.tables import check_fold, group_column
+from vissl_lite.transfer.sources.tables import group_column
 
 # Cells of a table of images and classes, eight bytes each.
 MAX_TABLE_CELLS = 2**29
@@ -321,7 +321,6 @@ def load_labelled(
             f"{source} has several labels per image ({reading.label}): give finetune such data; "
             f"here each image needs one, in a column class"
         )
-    check_fold(options, reading)
     given: dict[Split | None, list[FoundImage]] = {}
     for image in sorted(found.images, key=lambda one: one.path):
         given.setdefault(image.part, []).append(image)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from vissl_lite.errors import UserError, brief
 from vissl_lite.transfer.classification.labels import FoundImage, FoundLabels
 from vissl_lite.transfer.classification.options import LabelOptions
-from vissl_lite.transfer.sources.file_tree import FileTree, part_below
+from vissl_lite.transfer.sources.file_tree import FileTree
 from vissl_lite.transfer.sources.parts import PARTS, Split, part_of_file
 from vissl_lite.transfer.sources.reading_log import ReadingLog
 from vissl_lite.transfer.sources.tables import (
@@ -24,6 +24,7 @@ from vissl_lite.transfer.sources.tables import (
     index_columns,
     is_utf8,
     normalized,
+    parts_by_folder,
     parts_of_rows,
     path_column,
     read_table,
@@ -157,7 +158,7 @@ def read_label_table(
     labels = _labels(table, column, options, log)
     paths = find_images_of(table, column, parts, finder, log)
     if not any(parts):
-        parts = [None if path is None else part_below(path, finder.tree) for path in paths]
+        parts = parts_by_folder(parts, paths, finder)
         log.origins.update({part: "folder names" for part in parts if part is not None})
     groups_of_rows(table, paths, {column, labels.column, *labels.classes}, log)
     images = []

@@ -17,7 +17,7 @@ from vissl_lite.data.text_file import read_bytes
 from vissl_lite.errors import UserError, brief
 from vissl_lite.options import StrPath
 from vissl_lite.transfer.options import SourceOptions
-from vissl_lite.transfer.sources.file_tree import FileTree
+from vissl_lite.transfer.sources.file_tree import FileTree, part_below
 from vissl_lite.transfer.sources.parts import Split, part_of_name
 from vissl_lite.transfer.sources.reading_log import MISSING_IMAGE, ReadingLog
 
@@ -455,6 +455,15 @@ def parts_of_rows(table: Table, options: SourceOptions, log: ReadingLog) -> list
         log.origins.update({str(part): f"column {name}" for part in found if part is not None})
         return found
     return parts
+
+
+def parts_by_folder(
+    parts: list[Split | None], paths: Sequence[str | None], finder: ImageFinder
+) -> list[Split | None]:
+    """The parts of rows; if no row names one, those that folders of the images name."""
+    if any(parts):
+        return parts
+    return [None if path is None else part_below(path, finder.tree) for path in paths]
 
 
 def check_fold(options: SourceOptions, log: ReadingLog) -> None:

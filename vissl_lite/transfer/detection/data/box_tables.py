@@ -16,7 +16,7 @@ from vissl_lite.transfer.detection.data.annotations import (
     to_number,
 )
 from vissl_lite.transfer.options import SourceOptions
-from vissl_lite.transfer.sources.file_tree import FileTree, part_below
+from vissl_lite.transfer.sources.file_tree import FileTree
 from vissl_lite.transfer.sources.parts import Split
 from vissl_lite.transfer.sources.reading_log import ReadingLog
 from vissl_lite.transfer.sources.tables import (
@@ -24,6 +24,7 @@ from vissl_lite.transfer.sources.tables import (
     Table,
     find_images_of,
     groups_of_rows,
+    parts_by_folder,
     parts_of_rows,
     path_column,
     read_table,
@@ -138,6 +139,7 @@ def read_box_tables(
         parts = [part or one.part for part in parts_of_rows(one.table, options, repairs)]
         finder = ImageFinder(one.table.file.parent, options.image_root, images)
         paths = find_images_of(one.table, one.image, parts, finder, repairs)
+        parts = parts_by_folder(parts, paths, finder)
         groups_of_rows(one.table, paths, {one.image, one.label, *one.corners}, repairs)
         listed += len(set(one.table.cells(one.image)))
         boxes = [_boxes_of(row, one) for row in one.table.rows]
@@ -146,8 +148,6 @@ def read_box_tables(
         for path, part, row, some in zip(paths, parts, one.table.rows, boxes, strict=True):
             if path is None:
                 continue
-            if not any(parts):
-                part = part_below(path, finder.tree)
             size = RELATIVE_SIZE if relative else _size(row, one)
             new = ImageAnnotation(path, part, size, [], [], [], [])
             annotation = annotations.setdefault((path, part), new)
