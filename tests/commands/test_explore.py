@@ -81,7 +81,10 @@ def test_folders_are_classes_where_they_look_like_it(tmp_path: Path) -> None:
     assert classes(plain) == ([0, 0, 1], ["cat", "dog"])
     assert classes(parts) == ([1, 0, 0], ["cat", "dog"])
     assert classes(plain, parts) == ([0, 0, 1, 1, 0, 0], ["cat", "dog"])
-    for folder in (deep, mixed, one, many):
+    named = tree(tmp_path / "named", "Training/cat/1.png", "eval/dog/1.png")
+    assert classes(named) == ([0, 1], ["cat", "dog"])
+    unsorted = tree(tmp_path / "unsorted", "train/1.png", "test/1.png")
+    for folder in (deep, mixed, one, many, unsorted):
         assert classes(folder) == (None, [])
     (tmp_path / "list.txt").write_text("plain/cat/1.png\nplain/dog/1.png\n")
     assert classes(tmp_path / "list.txt") == (None, [])

@@ -22,6 +22,7 @@ from vissl_lite.encoders.folder import save_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.transfer.classification.data import load_labelled
 from vissl_lite.transfer.segmentation.data import load_masks
+from vissl_lite.transfer.trained_on import save_trained_on
 
 COLORS = ("blue", "red")
 
@@ -135,6 +136,18 @@ def test_images_that_the_encoder_was_pretrained_on(
         where = [row["where"] for row in listed(out) if row["part"] == "test"]
         assert where.count("pretraining") == 4
         assert where.count("train") == 2
+
+
+def test_labels_that_a_fine_tuned_encoder_has_seen(
+    data: Path, encoder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Path(shutil.copytree(encoder, tmp_path / "model"))
+    tested = sorted((data / "test").glob("*/2.png"))
+    save_trained_on(model, map(str, tested))
+    _, found = guard(load_labelled(data, seed=0), [str(model)], "warn", None)
+    seen = {leak.path for leak in found.found if leak.where == "pretraining"}
+    assert seen == set(map(str, tested))
+    assert "true labels of 2 images" in caplog.text
 
 
 @pytest.mark.slow

@@ -165,7 +165,8 @@ def test_images_of_the_test_part_are_left_out_and_rounds_are_compared(
         for row in ({"path": path} for path in (everything / "unlabelled.txt").read_text().split())
     ]
     with (everything / "pseudo_labels.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["path", "label", "confidence", "weight"], *rows])
+        table = csv.writer(file, delimiter=";")  # as Excel writes it in some countries
+        table.writerows([["path", "label", "confidence", "weight"], *rows])
     with (everything / "trained_on.txt").open("a") as file:
         file.write("/elsewhere.png\n")
     common = ("--data", labelled, "--encoder", encoder, "--num_workers", 0, "--epochs", 2)
@@ -234,9 +235,11 @@ def test_what_can_not_be_used_is_refused(
 def test_a_labeller_that_knows_test_images_is_refused(
     pseudo_labels: Path, encoder: Path, labelled: Path, tmp_path: Path, capfd
 ) -> None:
-    def tried(data: Path, pseudo: Path) -> tuple[int, str]:
+    def tried(data: Path, pseudo: Path, *more: str) -> tuple[int, str]:
         common = ("--encoder", encoder, "--leaks", "exclude", "--out", tmp_path / "out")
-        status = run("finetune", "--data", data, "--pseudo_labels", pseudo, "--dry_run", *common)
+        status = run(
+            "finetune", "--data", data, "--pseudo_labels", pseudo, "--dry_run", *common, *more
+        )
         return status, " ".join(capfd.readouterr().err.split())
 
     table = tmp_path / "other_split.csv"  # five training images are tested on
@@ -259,6 +262,10 @@ def test_a_labeller_that_knows_test_images_is_refused(
         status, error = tried(data, pseudo_labels)
         assert status == 0
         assert "can't be checked" not in error
+        assert "true labels" not in error
+    status, error = tried(labelled, pseudo_labels, "--fraction", "0.5")
+    assert status == 0
+    assert "the true labels of 18 images that this training does not have" in error
     unknown = Path(shutil.copytree(pseudo_labels, tmp_path / "pseudo"))
     listed = unknown / "trained_on.txt"
     listed.write_text(listed.read_text().replace(str(labelled), "/gone"))

@@ -1,6 +1,7 @@
 """What a comparison says of its scores."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,18 @@ def test_groups_of_test_images_are_counted_where_intervals_are_taken_over_them()
     assert ours.overall.high != theirs.overall.high
 
 
+def test_seeds_that_gave_the_same_are_said_to_have() -> None:
+    found = outcome(("100%",))
+    assert "3 seeds)" in found.sentences()[0]
+    same = {cell: found.scores[replace(cell, seed=0)] for cell in found.scores}
+    protocols, metric = ["knn", "linear"], found.metric
+    again = Outcome(same, found.encoders, protocols, found.labels, [0, 1, 2], "random:net", metric)
+    assert (
+        "3 seeds, which all gave the same: it covers the test images alone)"
+        in (again.sentences()[0])
+    )
+
+
 @pytest.mark.parametrize(
     ("rate", "verdict", "words"),
     [
@@ -73,7 +86,7 @@ def test_a_verdict_that_differs_by_amount_is_one_statement() -> None:
     helped, none = Difference(0.1, 0.05, 0.15), Difference(0.01, -0.02, 0.04)
     found = outcome()._sentence("good", "knn", {"1%": helped, "10%": none}, none, {})
     assert found == (
-        "good helped at 1%, but made no difference that these seeds can show on average: knn "
+        "good helped at 1%, but made no difference that these seeds can show on average: kNN "
         "accuracy +0.010 against random:net (averaged over 2 amounts of labels, 95 % interval "
         "-0.020 to +0.040, 3 seeds)."
     )
@@ -133,7 +146,7 @@ def test_labels_are_not_said_to_be_worth_fewer_than_they_are() -> None:
     compared = found.compared["knn"]["good"]
     assert compared.by_amount["c"].verdict == "helped"
     assert compared.equivalent_labels == {}
-    assert compared.sentence.endswith("3 seeds).")
+    assert compared.sentence.endswith(" alone).")  # no sentence on labels follows
 
 
 def test_training_held_out_and_test_figures_stand_side_by_side() -> None:

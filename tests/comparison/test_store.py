@@ -39,13 +39,23 @@ def test_a_score_of_other_weights_or_labels_does_not_count(tmp_path: Path) -> No
     assert store.load(Cell("runs/a", "linear", "10 per class", 4), ABOUT) is None
 
 
+def test_amounts_that_are_no_whole_percents_have_files_of_their_own(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    cells = [Cell("a", "knn", amount, seed) for amount in ("0.5%", "0.1%") for seed in (0, 1)]
+    for number, cell in enumerate(cells):
+        store.save(cell, Score(number / 10, {}), ABOUT)
+    found = [store.load(cell, ABOUT) for cell in cells]
+    assert [one and one.value for one in found] == [0, 0.1, 0.2, 0.3]
+
+
 @pytest.mark.parametrize("damage", ["", "[]", '{"about": 1}'])
 def test_a_damaged_score_does_not_count(
     damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = Store(tmp_path)
     store.save(CELL, Score(0.5, {"miou": 0.5}), ABOUT)
-    store.path(CELL).with_suffix(".json").write_text(damage)
+    (file,) = tmp_path.glob("*/*.json")
+    file.write_text(damage)
     assert store.load(CELL, ABOUT) is None
 
 

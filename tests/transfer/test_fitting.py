@@ -63,7 +63,7 @@ class Guess:
     def build(self, encoder: object, data: LabelledImages, settings: TransferSettings) -> Number:
         return Number(torch.zeros(()))
 
-    def starts_fitted(self, model: Number, settings: TransferSettings) -> bool:
+    def starts_fitted(self, *given: Any) -> bool:
         return self.fitted
 
     def variants(self, *given: Any) -> list[TransferSettings]:
@@ -139,7 +139,7 @@ def test_a_share_is_a_candidate_only_if_every_round_has_a_fitted_probe() -> None
     """A probe can't be fitted where a fold leaves one class; the others must not gain by it."""
 
     class Partly(Guess):
-        def starts_fitted(self, model: Number, settings: TransferSettings) -> bool:
+        def starts_fitted(self, *given: Any) -> bool:
             return len(self.trained) != 1
 
     task = Partly()

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from vissl_lite.commands.compare import CompareResult, compare
 from vissl_lite.commands.pretrain import PretrainResult, pretrain
+from vissl_lite.comparison.outcome import PROTOCOL_WORDS
 from vissl_lite.errors import UserError, check_count
 from vissl_lite.options import Options, StrPath, command, parse_time
 from vissl_lite.report.additions import add_report
@@ -21,9 +22,6 @@ log = logging.getLogger(__name__)
 BACKBONE, IMAGE_SIZE = "resnet10t_slim", 48
 FINETUNE_EPOCHS, FINETUNE_LR = 20, 3e-3
 MAX_UNLABELLED = 10**6
-
-# Protocols of the comparison, and their names in results.json.
-PROTOCOLS = {"knn": "kNN", "linear": "linear", "finetune": "fine-tuned"}
 
 
 @dataclass(frozen=True)
@@ -150,7 +148,7 @@ def demo(options: DemoOptions) -> DemoResult:
 def _scores(protocols: dict[str, Any], pretrained: str) -> dict[str, dict[str, list[float]]]:
     """Test metric of each seed, by protocol and ``untrained`` or ``pre-trained``."""
     scores: dict[str, dict[str, list[float]]] = {}
-    for protocol, title in PROTOCOLS.items():
+    for protocol, title in PROTOCOL_WORDS.items():
         encoders: dict[str, Any] = protocols[protocol]["arms"]
         (trained,) = encoders[pretrained].values()  # there is only one amount of labels
         ((untrained,),) = (one.values() for name, one in encoders.items() if name != pretrained)

@@ -22,7 +22,7 @@ from vissl_lite.report.map import map_layout
 from vissl_lite.report.page import Block, write_page
 from vissl_lite.run import logged_to_console
 from vissl_lite.training.progress import progress_bar
-from vissl_lite.transfer.sources.parts import VAL_NAMES
+from vissl_lite.transfer.sources.parts import part_of_name
 
 log = logging.getLogger(__name__)
 
@@ -125,16 +125,15 @@ def folder_classes(
         ``(N,)`` class indices and the class names. None and an empty list unless every image is in
         ``<class>/`` or ``train/<class>/`` (or val or test) and there are 2 to 50 classes.
     """
-    parts = ("train", "test", *VAL_NAMES)
     names = []
     for path in paths:
         source = next((one for one in sources if Path(path).is_relative_to(one)), None)
         if source is None:  # from a list of paths
             return None, []
         folders = Path(path).relative_to(source).parts[:-1]
-        if len(folders) == 2 and folders[0].lower() in parts:
+        if len(folders) == 2 and part_of_name(folders[0]) is not None:
             folders = folders[1:]
-        if len(folders) != 1:
+        if len(folders) != 1 or part_of_name(folders[0]) is not None:
             return None, []
         names.append(folders[0])
     classes = sorted(set(names))

@@ -15,6 +15,7 @@ from vissl_lite.commands.labelled import dry_run, show_data
 from vissl_lite.commands.leaks import guard
 from vissl_lite.commands.self_training import (
     ROUNDS,
+    Labeller,
     Round,
     best_round,
     check_labeller,
@@ -307,11 +308,11 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
         labelled, [encoder], options.leaks, None if options.dry_run else str(out)
     )
     pseudo_labels, unlabelled = None, None
-    known_to_labeller: list[str] = []
+    labeller = Labeller([], 0)
     if options.pseudo_labels is not None:
         folder = Path(options.pseudo_labels)
         check_same_reading(folder, options)
-        known_to_labeller = check_labeller(folder, labelled)
+        labeller = check_labeller(folder, labelled)
         pseudo_labels = load_pseudo_labels(task, folder, labelled)
         unlabelled = read_unlabelled(folder) if options.rounds > 1 else None
     if options.dry_run:
@@ -341,7 +342,7 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
             kept = best_round(rounds, monitor)
             fitted = rounds[kept].fitted
             FitFiles(run).use_curve(f"{ROUNDS}/{kept}/{METRICS}")
-            helped = {"pseudo_labels": outcome(rounds, kept, monitor, labelled)}
+            helped = {"pseudo_labels": outcome(rounds, kept, monitor, labelled, labeller.others)}
         model: TrainedModel = fitted.model
         if not is_main_process():
             return FinetuneResult(run, run / "model", {}, {})
@@ -358,7 +359,7 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
             fitted.confidence.save(run / "model")
         trained_on = (labelled.merged() if fitted.refit else labelled).paths("train")
         # Pseudo-labels pass on what the model that made them was trained on.
-        indirectly = known_to_labeller if fitted.added else []
+        indirectly = labeller.trained_on if fitted.added else []
         save_trained_on(run / "model", [*trained_on, *indirectly])
         scores: Scores = rounds[kept].scores if rounds else task.evaluate(model, labelled)
         add_test_pictures(run, task, model, labelled, scores)

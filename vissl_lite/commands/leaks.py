@@ -1,11 +1,13 @@
 """Leak guard of ``probe``, ``finetune`` and ``compare``, which runs before any training."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from vissl_lite.data.fingerprints import Fingerprints, read_fingerprints
 from vissl_lite.errors import UserError
 from vissl_lite.leakage.groups import check_groups
 from vissl_lite.leakage.matching import LEAKS, Leaks, Policy, check_leaks, seen_by
@@ -13,6 +15,9 @@ from vissl_lite.training.progress import progress_bar
 from vissl_lite.transfer.base import DatasetT
 from vissl_lite.transfer.sources.groups import groups_of_others
 from vissl_lite.transfer.sources.parts import PARTS
+from vissl_lite.transfer.trained_on import load_trained_on
+
+log = logging.getLogger(__name__)
 
 
 def guard(
@@ -37,7 +42,7 @@ def guard(
             part, or all training images of a class, are unreadable.
     """
     parts: dict[str, list[str]] = {name: data.paths(name) for name in PARTS}
-    pretrained_on = {encoder: seen_by(encoder) for encoder in encoders}
+    pretrained_on = {encoder: _trained_on(encoder) for encoder in encoders}
     with progress_bar() as bar:
         task = bar.add_task("leaks", total=sum(map(len, parts.values())), info="")
         file = None if out is None else Path(out) / LEAKS
@@ -65,3 +70,26 @@ def guard(
     if any(found.left_out.values()) or any(found.broken.values()):
         data = data.without(found.left_out, found.broken)
     return data, found
+
+
+def _trained_on(encoder: str) -> Fingerprints | None:
+    """Fingerprints of the images that an encoder was trained on, if they are known.
+
+    Those of pre-training, or of the labelled images that a fine-tuned model has seen, of which a
+    warning is logged.
+    """
+    seen = seen_by(encoder)
+    if seen is not None:
+        return seen
+    folder = Path(encoder)
+    for model in (folder, *([folder.parent] if folder.name == "encoder" else [])):
+        listed = load_trained_on(model)
+        if listed is not None:
+            log.warning(
+                "%(encoder)s was trained with the true labels of %(images)d images, which count in "
+                "no amount of labels here: what it reaches does not say what pre-training reaches",
+                {"encoder": encoder, "images": len(listed)},
+                extra={"code": "encoder.supervised"},
+            )
+            return read_fingerprints(listed)[0]
+    return None

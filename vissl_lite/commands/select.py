@@ -184,7 +184,8 @@ def select(options: SelectOptions) -> SelectResult:
         UserError: An option is invalid, and nothing is written; or no image is left to choose.
     """
     limit_pixels(options.max_pixels)
-    choose_slice_axis(options.axis, options.encoder)
+    model_folder = None if options.model is None else find_model(Path(options.model))[1]
+    choose_slice_axis(options.axis, options.encoder, model_folder)
     out, sources = Path(options.out), path_list(options.data)
     config = options.as_config()
     names = ("encoder", "data", "labelled", "annotations", "model")
@@ -523,7 +524,14 @@ def _write_page(
         ]
     # A table with all labels would mix training and test images that are kept apart, and has no
     # groups.
-    before = [] if labelled.parts_given or labelled.grouped else [*class_of.items()]
+    separate = labelled.parts_given or labelled.grouped
+    before = [] if separate else [*class_of.items()]
+    if separate and class_of:
+        log.info(
+            "The table that %s saves has the new labels only, since the known ones have %s",
+            file.name,
+            "groups" if labelled.grouped else "a validation or test part",
+        )
     write_label_page(file, images, classes, f"{len(images)} images to label", before)
 
 

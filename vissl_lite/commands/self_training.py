@@ -17,7 +17,7 @@ from vissl_lite.commands.pseudo_label import (
     report_cutoff,
 )
 from vissl_lite.comparison.statistics import Difference, Runs, difference
-from vissl_lite.data.fingerprints import find_matches, read_fingerprints
+from vissl_lite.data.fingerprints import Fingerprints, find_matches, read_fingerprints
 from vissl_lite.data.image_survey import ImageSettings, override
 from vissl_lite.data.reading import report_skipped
 from vissl_lite.data.text_file import read_paths
@@ -69,6 +69,19 @@ class PseudoLabels:
 
     data: LabelledDataset
     left_out: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Labeller:
+    """The model that made pseudo-labels.
+
+    Attributes:
+        trained_on: Images that it was trained on, as far as the data set lists them.
+        others: How many of them are not among the labelled images, neither as files nor as copies.
+    """
+
+    trained_on: list[str]
+    others: int
 
 
 @dataclass(frozen=True)
@@ -170,18 +183,16 @@ def load_pseudo_labels(task: AnyTask, folder: Path, data: LabelledDataset) -> Ps
     return PseudoLabels(found.take({"train": kept}), left_out)
 
 
-def check_labeller(folder: Path, data: LabelledDataset) -> list[str]:
+def check_labeller(folder: Path, data: LabelledDataset) -> Labeller:
     """Check that the model that made pseudo-labels was not trained on what is a test image now.
 
     Its predictions are right for images like those that it was trained on. A model that learns from
-    them is better on these images than it will be on new ones.
+    them is better on these images than it will be on new ones. A warning is logged if it was
+    trained on labels that ``data`` do not have, such as those that ``--fraction`` leaves out.
 
     Args:
         folder: Folder of the data set of ``pseudo-label``.
         data: Labelled images.
-
-    Returns:
-        The images that the model was trained on, as far as the data set lists them.
 
     Raises:
         UserError: Test images, or copies of their files, are among them.
@@ -194,13 +205,14 @@ def check_labeller(folder: Path, data: LabelledDataset) -> list[str]:
             {"folder": str(folder)},
             extra={"code": "pseudo_labels.unchecked"},
         )
-        return []
+        return Labeller([], 0)
     test = {os.path.abspath(path): path for path in data.paths("test")}
-    known = {os.path.abspath(path) for part in ("train", "val") for path in data.paths(part)}
-    others = [path for path in listed if path not in known]
+    training: tuple[Split, ...] = ("train", "val")
+    known = [path for part in training for path in data.paths(part)]
+    others = set(listed).difference(map(os.path.abspath, known))
     leaks = {test[path] for path in others if path in test}
     if others and not leaks:
-        prints, broken = read_fingerprints(others)
+        prints, broken = read_fingerprints(sorted(others))
         if broken:
             log.warning(
                 "%(gone)d of %(images)d images that the model that made the pseudo-labels was "
@@ -210,15 +222,28 @@ def check_labeller(folder: Path, data: LabelledDataset) -> list[str]:
                 extra={"code": "pseudo_labels.unchecked"},
             )
         # Near-duplicates are a matter of the data set, of which the leak guard warns.
-        matches = find_matches(read_fingerprints(data.paths("test"))[0], prints)
-        leaks = {match.path for match in matches if match.kind == "exact"}
+        leaks = _copies(read_fingerprints(data.paths("test"))[0], prints)
+        others = set(prints.paths) - _copies(prints, read_fingerprints(known)[0])
     if leaks:
         raise UserError(
             f"the model that made the pseudo-labels in {folder} was trained on {len(leaks)} of "
             f"{len(test)} test images: give the same --data, --test_fold and --group_by as for "
             f"that model, or a test part of its own"
         )
-    return listed
+    if others:
+        log.warning(
+            "The model that made the pseudo-labels was trained on the true labels of %(others)d "
+            "images that this training does not have: a gain by pseudo-labels may come from them. "
+            "Give it the same --data, --fraction and --shots to see what pseudo-labels gain",
+            {"others": len(others)},
+            extra={"code": "pseudo_labels.more_labels"},
+        )
+    return Labeller(listed, len(others))
+
+
+def _copies(images: Fingerprints, bank: Fingerprints) -> set[str]:
+    """Paths of the images whose files are among those of the bank, byte for byte."""
+    return {match.path for match in find_matches(images, bank) if match.kind == "exact"}
 
 
 def read_unlabelled(folder: Path) -> Unlabelled:
@@ -333,7 +358,7 @@ def best_round(rounds: Sequence[Round], monitor: str) -> int:
 
 
 def outcome(
-    rounds: Sequence[Round], kept: int, monitor: str, data: LabelledDataset
+    rounds: Sequence[Round], kept: int, monitor: str, data: LabelledDataset, others: int
 ) -> dict[str, Any]:
     """Whether pseudo-labels helped, for ``results.json``.
 
@@ -347,13 +372,16 @@ def outcome(
         kept: Number of the round whose model is kept.
         monitor: Validation metric that was chosen by.
         data: Labelled images.
+        others: Number of labels of the model that made the first pseudo-labels which ``data`` do
+            not have.
 
     Returns:
         ``rounds`` with the number of pseudo-labelled images, validation and test metrics of each,
         and, of those with pseudo-labels, the ``difference`` with its interval if there is one and
         its ``verdict`` (``helped``, ``no difference``, ``hurt``, or ``unknown`` without an
         interval); ``kept``, ``monitor``, ``metric``; ``judged``, the number of the round that
-        ``difference`` and ``verdict`` are of; and all of it in a ``sentence``.
+        ``difference`` and ``verdict`` are of; ``more_labels``, which is ``others``; and all of it
+        in a ``sentence``.
     """
     metric = next(iter(rounds[0].scores.metrics))
     before = rounds[0].scores.metrics[metric]
@@ -383,6 +411,7 @@ def outcome(
         "judged": judged,
         "difference": figures[judged]["difference"],
         "verdict": figures[judged]["verdict"],
+        "more_labels": others,
     }
     return {"rounds": figures, **result, "sentence": _sentence(figures, result)}
 
@@ -390,8 +419,8 @@ def outcome(
 def _sentence(rounds: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> str:
     """Whether pseudo-labels helped, in words."""
     said = {
-        "helped": "they helped",
-        "hurt": "they did not help, but hurt",
+        "helped": "on these test images they helped, in one training each",
+        "hurt": "on these test images they hurt, in one training each",
         "no difference": "the test images do not show that they helped",
         "unknown": "whether that is more than chance, one training each does not tell",
     }
@@ -402,11 +431,17 @@ def _sentence(rounds: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) ->
         interval = f", 95 % interval over the test images {low:+.3f} to {high:+.3f}"
     of_round = f" (round {result['judged']})" if len(rounds) > 2 else ""
     keeps = f"of round {result['kept']}" if result["kept"] else "without them"
+    more = ""
+    if result["more_labels"]:
+        more = (
+            f" The model that made the pseudo-labels knew {result['more_labels']:,} more true "
+            f"labels, from which a gain may come."
+        )
     return (
         f"Pseudo-labels of {judged['pseudo_labelled']:,} images{of_round}: test {metric} "
         f"{rounds[0]['test'][metric]:.3f} without them, {judged['test'][metric]:.3f} with them "
         f"({found['mean']:+.3f}{interval}): {said[result['verdict']]}. "
-        f"Kept, by validation {result['monitor']}, is the model {keeps}."
+        f"Kept, by validation {result['monitor']}, is the model {keeps}.{more}"
     )
 
 

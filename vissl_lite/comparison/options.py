@@ -137,7 +137,7 @@ class CompareOptions(Options, ImageSettings, AllTaskOptions):
             raise UserError(f"--selection and --{given[0]} do not go together: give --budgets")
         if len(path_list(self.encoder)) > 1:
             raise UserError("--selection compares ways to choose images: give one --encoder")
-        if self.refit is False:
+        if self.refit is not None:
             raise UserError("--selection trains on all labels that are chosen: leave --refit out")
         if self.selectors() == ["random"]:
             raise UserError(

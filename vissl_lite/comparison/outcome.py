@@ -21,6 +21,9 @@ from vissl_lite.comparison.statistics import (
 from vissl_lite.comparison.store import Cell
 from vissl_lite.plots import plot_bars, verbatim
 
+PROTOCOL_WORDS = {"knn": "kNN", "linear": "linear", "finetune": "fine-tuned"}
+METRIC_WORDS = {"top1": "top-1 accuracy", "map": "mAP", "map_50": "mAP50", "miou": "mIoU"}
+
 
 @dataclass(frozen=True)
 class ComparedEncoder:
@@ -163,9 +166,9 @@ class Outcome:
             what = f"{' and '.join(exceptions)}, but {what} on average"
         over = f"averaged over {len(by_amount)} amounts of labels, " if len(by_amount) > 1 else ""
         words = (
-            f"{encoder} {what}: {protocol} {self.metric[protocol]} {overall.mean:+.3f} against "
+            f"{encoder} {what}: {self._in_words(protocol)} {overall.mean:+.3f} against "
             f"{self.baseline} ({over}95 % interval {overall.low:+.3f} to {overall.high:+.3f}, "
-            f"{len(self.seeds)} seeds{self._over_groups(protocol)})."
+            f"{self._seeds(encoder, protocol)}{self._over_groups(protocol)})."
         )
         # Only for the smallest such amount, where pre-training matters most.
         for name, (equal, exact) in list(equivalent.items())[:1]:
@@ -177,6 +180,23 @@ class Outcome:
             )
             words += f" {count} {self.with_it[0]} {rest} {self.with_it[1]}."
         return words
+
+    def _in_words(self, protocol: str) -> str:
+        """A protocol and its metric, such as ``fine-tuned top-1 accuracy``."""
+        metric = self.metric[protocol]
+        return f"{PROTOCOL_WORDS[protocol]} {METRIC_WORDS.get(metric, metric)}"
+
+    def _seeds(self, encoder: str, protocol: str) -> str:
+        """The number of seeds in words, and whether none of them made a difference."""
+        number = len(self.seeds)
+        runs = [
+            self.runs(name, protocol, amount).values
+            for name in (encoder, self.baseline)
+            for amount in self.labels
+        ]
+        if number > 1 and all(np.ptp(values) == 0 for values in runs):
+            return f"{number} seeds, which all gave the same: it covers the test images alone"
+        return f"{number} seeds"
 
     def _over_groups(self, protocol: str) -> str:
         """The number of groups that the intervals cover, in words; empty if they cover none."""

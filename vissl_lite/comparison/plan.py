@@ -78,14 +78,27 @@ class Plan:
     def choose_amounts(self, data: LabelledDataset) -> tuple[list[Amount], dict[str, LabelCount]]:
         """Amounts of labels, without duplicates, and the numbers of labels of each.
 
-        Where whole groups are drawn, seeds have different numbers of labels: the means count.
+        Where whole groups are drawn, seeds have different numbers of labels: the means count. An
+        amount that a seed can't draw, such as images without any boxes, is left out.
+
+        Raises:
+            UserError: No amount is left.
         """
-        grouped = data.groups("train") is not None
-        seeds = self.options.all_seeds() if grouped else [self.options.seed]
+        seeds = self.options.all_seeds()
         amounts: list[Amount] = []
         labels: dict[str, LabelCount] = {}
+        reasons: list[UserError] = []
         for amount in make_amounts(as_list(self.options.fractions), as_list(self.options.shots)):
-            drawn = [amount.subsample(data, seed) for seed in seeds]
+            try:
+                drawn = [amount.subsample(data, seed) for seed in seeds]
+            except UserError as error:
+                reasons.append(error)
+                log.warning(
+                    "left out: %(amount)s: %(why)s",
+                    {"amount": amount.name, "why": str(error)},
+                    extra={"code": "amount.left_out"},
+                )
+                continue
             train, val = (
                 round(sum(map(len, parts)) / len(seeds))
                 for parts in ([one.train for one in drawn], [one.val for one in drawn])
@@ -99,6 +112,8 @@ class Plan:
                 continue
             amounts.append(amount)
             labels[amount.name] = count
+        if not amounts:
+            raise reasons[0]
         return amounts, labels
 
     def load_encoders(

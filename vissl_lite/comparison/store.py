@@ -59,6 +59,10 @@ class Store:
         amount = re.sub(r"[^\w.]+", "-", cell.amount).strip("-")
         return self.folder / f"{encoder}-{digest}" / f"{cell.protocol}-{amount}-seed{cell.seed}"
 
+    def _file(self, cell: Cell) -> Path:
+        folder = self.path(cell)
+        return folder.with_name(f"{folder.name}.json")  # with_suffix would cut 0.5-seed0
+
     def save(self, cell: Cell, score: Score, inputs: dict[str, Any]) -> None:
         """Save the score of a finished cell.
 
@@ -67,7 +71,7 @@ class Store:
             score: Its score.
             inputs: Inputs of the cell, which ``load`` compares.
         """
-        file = self.path(cell).with_suffix(".json")
+        file = self._file(cell)
         file.parent.mkdir(parents=True, exist_ok=True)
         content = {
             "arm": cell.encoder,
@@ -99,7 +103,7 @@ class Store:
             The score; None if it is missing or damaged (a warning is logged), or if the inputs
             have changed.
         """
-        file = self.path(cell).with_suffix(".json")
+        file = self._file(cell)
         try:
             content = read_json(file, MAX_FILE_BYTES)
             if content["about"] != inputs or content["arm"] != cell.encoder:

@@ -168,7 +168,7 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
             settings: Settings of the training; the seed determines the new weights.
         """
 
-    def starts_fitted(self, model: ModelT, settings: SettingsT) -> bool:
+    def starts_fitted(self, model: ModelT, data: DatasetT, settings: SettingsT) -> bool:
         """Whether a model from ``build`` is fitted to the labels already.
 
         It is then a candidate beside the trained model, and so are interpolations between them.

@@ -262,7 +262,7 @@ class KnownImages:
         paths: Their files.
         classes: Names of the classes.
         labels: Class of each image; None unless each image has one class.
-        parts_given: Whether the source says which images are for training and which for testing.
+        parts_given: Whether the source has validation or test images of its own.
         test: Files of those for testing, if it does; their labels must not influence the training.
         grouped: Whether the source has groups of images, such as a column ``patient_id``.
     """

@@ -240,7 +240,7 @@ class _Fitting(Generic[DatasetT, ModelT, SettingsT, ScoresT]):
             batch_size=size and min(size, len(data.train)),
         )
         model = self.task.build(self.encoder, data, settings)
-        fitted = self.task.starts_fitted(model, settings)
+        fitted = self.task.starts_fitted(model, data, settings)
         start = deepcopy(model.state_dict()) if fitted else None
         self.task.train(model, data, settings, self.hardware, files)
         return _Trained(model, start, deepcopy(model.state_dict()) if fitted else {})

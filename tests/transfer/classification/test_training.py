@@ -318,7 +318,10 @@ def test_a_pretrained_encoder_starts_at_its_linear_probe(
     encoder = build_encoder(backbone, 32)
     settings = ClassifierSettings(pretrained=True)
     model = build_classifier(encoder, colored, settings)
-    assert Classification().starts_fitted(model, settings)
+    assert Classification().starts_fitted(model, colored, settings)
+    weights = np.ones(len(colored.train), np.float32)
+    weighted = replace(colored, train=replace(colored.train, weights=weights))
+    assert not Classification().starts_fitted(model, weighted, settings)
     features, _ = extract(encoder, colored.train.paths)
     head, _ = fit_linear(features["last"], colored.train.labels, len(colored.classes))
     expected = head.logits(features["last"])
@@ -326,7 +329,7 @@ def test_a_pretrained_encoder_starts_at_its_linear_probe(
     # bf16 where the processor has it: a value is exact to one part in 256
     np.testing.assert_allclose(found, expected, atol=0.01 * np.abs(expected).max())
     untrained = build_classifier(encoder, colored, ClassifierSettings())
-    assert not Classification().starts_fitted(untrained, ClassifierSettings())
+    assert not Classification().starts_fitted(untrained, colored, ClassifierSettings())
 
 
 def test_stochastic_depth_rises_over_the_blocks_and_is_off_in_evaluation() -> None:

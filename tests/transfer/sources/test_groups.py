@@ -106,10 +106,10 @@ def test_a_regular_expression_on_the_path_below_the_folder(
     find_groups(paths, [tmp_path], regex, log)
     expected = dict(zip(paths, groups, strict=True))
     matched = {path: group for path, group in expected.items() if group is not None}
-    assert log.groups == (matched if len(set(matched.values())) < len(matched) else {})
+    assert log.groups == matched
     if None in groups:
         assert f"{groups.count(None)} of 4 images do not match --group_by" in log.notes[0]
-    if not log.groups:
+    if len(set(matched.values())) == len(matched):
         assert "each image is a group of its own" in log.notes[-1]
 
 
@@ -124,6 +124,24 @@ def test_groups_of_images_that_are_not_of_the_data() -> None:
     assert found(by_file) == [{os.path.abspath("old/scan.nii.gz")}, set(), set(), set()]
     column = {"data/p1_0.png": "anna", "data/p2_0.png": "ben"}
     assert found(ReadingLog("data", groups=column)) == [set(), set(), {"anna"}, set()]
+
+
+def test_unlabelled_rows_of_a_table_have_groups(tmp_path: Path) -> None:
+    """Pre-training or pseudo-labels may have other images of a test patient."""
+    rows = [[f"{i}.png", "ab"[i % 2] if i < 8 else "", f"patient{i % 8}"] for i in range(16)]
+    data = load_labelled(table(tmp_path, "image,label,patient", rows), seed=0)
+    unlabelled = [str(tmp_path / f"{i}.png") for i in range(8, 16)]
+    names = [frozenset({f"patient{i}"}) for i in range(8)]
+    assert groups_of_others(unlabelled, data.reading) == names
+    tested = data.groups("test")
+    assert tested is not None
+    assert set(tested) < {f"patient{i}" for i in range(8)}
+
+
+def test_a_column_without_repetitions_has_no_groups(tmp_path: Path) -> None:
+    rows = [[f"{i}.png", "ab"[i % 2], f"case{i}"] for i in range(8)]
+    data = load_labelled(table(tmp_path, "image,label,patient", rows), seed=0)
+    assert data.groups("test") is None
 
 
 def test_an_anchored_expression_matches_below_any_folder_of_others() -> None:

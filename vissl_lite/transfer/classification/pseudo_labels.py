@@ -1,7 +1,6 @@
 """Pseudo-labels of classification: confident predictions as a table of images and classes."""
 
 import csv
-import io
 import math
 from dataclasses import replace
 from functools import partial
@@ -13,7 +12,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from vissl_lite.data.text_file import read_bytes
 from vissl_lite.errors import UserError, brief, did_you_mean
 from vissl_lite.inference import check_outputs, run_in_batches
 from vissl_lite.plots import draw_caption
@@ -22,6 +20,7 @@ from vissl_lite.transfer.classification.model import Classifier, class_logits
 from vissl_lite.transfer.confidence import Confidence, Cutoff, HeldOut, fit_temperature
 from vissl_lite.transfer.dataset import MAX_VALIDATION_IMAGES, spread
 from vissl_lite.transfer.prediction import Predictions, growing_file
+from vissl_lite.transfer.sources.tables import read_table
 
 TABLE = "pseudo_labels.csv"
 
@@ -150,22 +149,21 @@ def read_pseudo_labels(folder: Path, data: LabelledImages) -> LabelledImages:
             that is no positive number.
     """
     file = folder / TABLE
-    text = read_bytes(file).decode("utf-8", "surrogateescape")
-    table = csv.DictReader(io.StringIO(text, newline=""))
+    table = read_table(file, is_image=lambda cell: False, may_be_empty=True)  # with a header
     column = "labels" if data.multi_label else "label"
     for name in ("path", column):
-        if name not in (table.fieldnames or ()):
+        if name not in table.columns:
             raise UserError(
                 f"{file} has no column {name}: it must be written by a model for "
                 f"{'several labels' if data.multi_label else 'one class'} per image"
             )
-    weighted = "weight" in (table.fieldnames or ())
+    weighted = "weight" in table.columns
     numbers = {name: index for index, name in enumerate(data.classes)}
     paths: list[str] = []
     labels: list[np.ndarray] = []
     weights: list[float] = []
-    for line, row in enumerate(table, start=2):
-        label = row[column] or ""
+    for line, row in enumerate(table.rows, start=2):
+        label = row.get(column) or ""
         names = [name for name in label.split(SEPARATOR) if name] if data.multi_label else [label]
         for name in names:
             if name not in numbers:
@@ -173,10 +171,10 @@ def read_pseudo_labels(folder: Path, data: LabelledImages) -> LabelledImages:
                     f"{file}, line {line}: the data have no class {name!r}: "
                     f"{did_you_mean(name, data.classes)}"
                 )
-        paths.append(str(folder.absolute() / (row["path"] or "")))
+        paths.append(str(folder.absolute() / (row.get("path") or "")))
         labels.append(np.bincount([numbers[name] for name in names], minlength=len(numbers)))
         if weighted:
-            weights.append(_weight(row["weight"], f"{file}, line {line}"))
+            weights.append(_weight(row.get("weight"), f"{file}, line {line}"))
     known = np.array(labels, np.int64).reshape(len(paths), len(numbers))
     part = Part(
         paths,

@@ -85,7 +85,7 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
             [image.path for image in found.images],
             sorted({*named, *found.classes}),
             labels if len(labels) == len(found.images) else None,
-            any(image.part is not None for image in found.images),
+            bool({image.part for image in found.images} - {None, "train"}),
             frozenset(image.path for image in found.images if image.part == "test"),
             bool(reading.groups),
         )
@@ -105,9 +105,12 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
     ) -> Classifier:
         return build_classifier(encoder, data, settings)
 
-    def starts_fitted(self, model: Classifier, settings: ClassifierSettings) -> bool:
-        # The probe knows nothing of weights of classes.
-        return model.fitted and settings.class_weights is None and not settings.balanced
+    def starts_fitted(
+        self, model: Classifier, data: LabelledImages, settings: ClassifierSettings
+    ) -> bool:
+        # The probe knows nothing of weights, neither of classes nor of images.
+        weighted = settings.class_weights is not None or data.train.weights is not None
+        return model.fitted and not weighted and not settings.balanced
 
     def variants(
         self, encoder: Encoder, data: LabelledImages, settings: ClassifierSettings

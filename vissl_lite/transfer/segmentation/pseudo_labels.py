@@ -1,7 +1,6 @@
 """Pseudo-labels of segmentation: masks in which uncertain pixels are ignored."""
 
 import csv
-import io
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -16,7 +15,7 @@ from vissl_lite.data.atomic_file import atomic_write
 from vissl_lite.data.formats import image_header
 from vissl_lite.data.images import BROKEN_IMAGE
 from vissl_lite.data.reading import reason
-from vissl_lite.data.text_file import read_bytes, read_text
+from vissl_lite.data.text_file import read_text
 from vissl_lite.errors import UserError, did_you_mean
 from vissl_lite.inference import inference_mode, report_broken
 from vissl_lite.plots import draw_mask
@@ -27,6 +26,7 @@ from vissl_lite.transfer.segmentation.data import LabelledMasks, MaskedImage
 from vissl_lite.transfer.segmentation.mask_source import IGNORE_INDEX, MaskSource, read_mask
 from vissl_lite.transfer.segmentation.model import Segmenter, segment
 from vissl_lite.transfer.sources.groups import group_names
+from vissl_lite.transfer.sources.tables import read_table
 
 TABLE, CLASSES = "pseudo_labels.csv", "classes.txt"
 
@@ -169,14 +169,13 @@ def read_pseudo_labels(folder: Path, data: LabelledMasks) -> LabelledMasks:
     levels = np.full(256, IGNORE_INDEX, np.uint8)
     levels[: len(names)] = [data.classes.index(name) for name in names]
     known = {*range(len(names)), IGNORE_INDEX}
-    text = read_bytes(file).decode("utf-8", "surrogateescape")
-    table = csv.DictReader(io.StringIO(text, newline=""))
+    table = read_table(file, is_image=lambda cell: False, may_be_empty=True)  # with a header
     for column in ("path", "mask"):
-        if column not in (table.fieldnames or ()):
+        if column not in table.columns:
             raise UserError(f"{file} has no column {column}")
     images = []
-    for row in table:
-        path, place = (str(folder.absolute() / (row[name] or "")) for name in ("path", "mask"))
+    for row in table.rows:
+        path, place = (str(folder.absolute() / (row.get(name) or "")) for name in ("path", "mask"))
         try:
             mask = read_mask(place)
         except BROKEN_IMAGE as error:

@@ -7,7 +7,7 @@ regular expression (``--group_by``), or from the file itself (``default_group``)
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -55,11 +55,11 @@ def find_groups(
 ) -> Callable[[Sequence[Record]], np.ndarray] | None:
     """Complete the groups of the images in the log.
 
-    A regular expression takes precedence over a column, and a column over the files themselves.
-    Groups of one image each are no groups.
+    A regular expression takes precedence over a column, and a column over the files themselves. A
+    column in which no two rows have the same group is not one of groups.
 
     Args:
-        paths: All images.
+        paths: All labelled images.
         sources: Data folders, or files in them. The regular expression gets paths relative to the
             first folder that holds the image.
         group_by: The regular expression: its first capture group, or without one the whole match,
@@ -68,7 +68,7 @@ def find_groups(
 
     Returns:
         Function to the group of each of N images, ``(N,)`` str, as ``complete_parts`` takes it;
-        None if there are no groups.
+        None if no two labelled images belong to the same group.
 
     Raises:
         UserError: The regular expression is invalid, or no image matches.
@@ -81,14 +81,22 @@ def find_groups(
         found = {path: group for path in paths if (group := default_group(path)) is not None}
         log.groups, log.grouped_by = found, _OF_FILES
     kept = {path: log.groups[path] for path in paths if path in log.groups}
-    if max(Counter(kept.values()).values(), default=0) < 2:
+    others = {path: group for path, group in log.groups.items() if path not in kept}
+    of_column = log.group_by is None and log.grouped_by != _OF_FILES
+    if of_column and not _shared([*kept.values(), *others.values()]):
+        kept, others = {}, {}
+    log.groups, log.groups_of_unlabelled = kept, others
+    log.grouped_by = log.grouped_by if kept else ""
+    if not _shared(kept.values()):
         if group_by is not None:
             log.note(f"--group_by {brief(group_by)}: each image is a group of its own")
-        kept = {}
-    log.groups, log.grouped_by = kept, log.grouped_by if kept else ""
-    if not kept:
         return None
     return lambda images: _names([one.path for one in images], kept)
+
+
+def _shared(groups: Iterable[str]) -> bool:
+    """Whether any group occurs twice."""
+    return max(Counter(groups).values(), default=0) > 1
 
 
 def _matches(
@@ -133,7 +141,8 @@ def groups_of_others(paths: Sequence[str], log: ReadingLog) -> list[frozenset[st
         paths: Image files, which need not exist anymore.
         log: Result of ``find_groups``. Its regular expression is for paths below the data folder.
             As the folder of other images is unknown, it is searched in their paths below each of
-            the folders that they are in. Groups of a column are those of the same files.
+            the folders that they are in. A column has groups of the images of its table, labelled
+            or not.
 
     Returns:
         Groups that each image may belong to: at most one without a regular expression.
@@ -147,7 +156,8 @@ def groups_of_others(paths: Sequence[str], log: ReadingLog) -> list[frozenset[st
     if log.grouped_by == _OF_FILES:
         found = [default_group(path) for path in paths]
     else:
-        known = {os.path.abspath(path): group for path, group in log.groups.items()}
+        rows = {**log.groups_of_unlabelled, **log.groups}
+        known = {os.path.abspath(path): group for path, group in rows.items()}
         found = [known.get(os.path.abspath(path)) for path in paths]
     return [frozenset() if group is None else frozenset([group]) for group in found]
 

@@ -37,7 +37,8 @@ class ReadingLog:
         warnings: Code and sentence of what looks wrong.
         origins: Where each part (train, val, test) comes from.
         tables: Files of labels that were read.
-        groups: Group of each image file that belongs to others, such as those of a patient.
+        groups: Group of each labelled image that belongs to others, such as those of a patient.
+        groups_of_unlabelled: Groups of other images of a table, by a column.
         grouped_by: Where the groups come from, such as ``column patient_id``; may be empty.
         group_by: The regular expression that takes groups from paths, if one was given.
         split: Sentence on the parts that were made because they were not given; may be empty.
@@ -54,6 +55,7 @@ class ReadingLog:
     origins: dict[str, str] = field(default_factory=dict)
     tables: list[str] = field(default_factory=list)
     groups: dict[str, str] = field(default_factory=dict)
+    groups_of_unlabelled: dict[str, str] = field(default_factory=dict)
     grouped_by: str = ""
     group_by: str | None = None
     split: str = ""

@@ -102,7 +102,12 @@ def normalized(column: str) -> str:
     return re.sub(r"[\W_]+", "_", column.lower()).strip("_")
 
 
-def read_table(file: Path, is_image: Callable[[str], bool], known: Collection[str] = ()) -> Table:
+def read_table(
+    file: Path,
+    is_image: Callable[[str], bool],
+    known: Collection[str] = (),
+    may_be_empty: bool = False,
+) -> Table:
     """Read a table; the separator and whether there is a header are found out.
 
     The separator is a comma, a semicolon or a tab; in text files (``.txt``, ``.lst``) also white
@@ -114,6 +119,7 @@ def read_table(file: Path, is_image: Callable[[str], bool], known: Collection[st
             byte order mark, UTF-16; names of files need not be.
         is_image: Function that tells whether a cell names an existing image.
         known: Further normalized names of columns, by which a header is recognized.
+        may_be_empty: Whether a table without rows is no error.
 
     Raises:
         UserError: The file can't be read as a table, or has a column twice, or no rows.
@@ -138,7 +144,7 @@ def read_table(file: Path, is_image: Callable[[str], bool], known: Collection[st
     twice = [name for name, count in Counter(table.columns).items() if count > 1 and name.strip()]
     if twice:
         raise UserError(f"{file} has the column {brief(twice[0])} twice")
-    if not table.rows:
+    if not table.rows and not may_be_empty:
         raise UserError(f"{file} has no rows")
     return table
 
