@@ -36,7 +36,7 @@ from vissl_lite.commands.pretrain_setup import (
     short_run_defaults,
     uses_small_views,
 )
-from vissl_lite.encoders.encoder import build_encoder
+from vissl_lite.encoders.encoder import Encoder, build_encoder
 from vissl_lite.encoders.folder import save_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.evaluation import online
@@ -302,6 +302,48 @@ def test_a_short_run_says_what_it_changes(photos: Path, tmp_path: Path) -> None:
     assert run(*options, "--pretext.color", 0.5, "--out", tmp_path / "given") == 0
     assert read_config(tmp_path / "given")["pretext"]["color"] == 0.5
     assert said not in (tmp_path / "given" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("precision", "pretext", "more"),
+    [("bf16-true", "byol", []), ("16-true", "simclr", ["--ema", 0.9])],
+)
+def test_averages_of_coarse_weights_are_refused(
+    precision: str,
+    pretext: str,
+    more: list[object],
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["--data", photos, "--out", tmp_path / "out", "--backbone", "test_resnet"]
+    words += ["--pretext", pretext, "--precision", precision, *more]
+    assert run(*words) == 2
+    mixed = precision.replace("true", "mixed")
+    assert f"would stand still: give --precision {mixed}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_compiling_is_refused_where_it_has_no_effect(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--data", photos, "--out", tmp_path / "out", "--backbone", "test_resnet"]
+    assert run(*words, "--pretext", "spark", "--image_size", 64, "--compile", "true") == 2
+    assert "--compile: it makes spark no faster" in capsys.readouterr().err
+
+
+def test_views_that_fit_at_first_must_fit_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HRNet takes 32 and 64 pixels, and none of those between."""
+
+    def check(self: Encoder, size: int) -> None:
+        if size % 32:
+            raise UserError(f"{size} pixels")
+
+    options = PretrainOptions(data="x", out="y", epochs=4)
+    task = make_task(options, build_encoder("test_resnet", 64))
+    assert uses_small_views(options, task, 50)
+    monkeypatch.setattr(Encoder, "check_image_size", check)
+    assert not uses_small_views(options, task, 50)
 
 
 def test_views_grow_by_default_where_they_can_and_the_run_is_long_enough() -> None:

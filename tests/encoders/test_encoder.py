@@ -254,7 +254,13 @@ def test_position_embeddings_in_a_file_are_resampled(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("backbone", "size", "fits"),
-    [("vit_small_patch14_reg4_dinov2.lvd142m", 96, 98), (VIT, 100, 96), (CNN, 100, 100)],
+    [
+        ("vit_small_patch14_reg4_dinov2.lvd142m", 96, 98),
+        (VIT, 100, 96),
+        (CNN, 100, 100),
+        ("xcit_nano_12_p16_224", 100, 96),
+        ("pvt_v2_b0", 100, 100),  # its patches overlap
+    ],
 )
 def test_sizes_are_rounded_to_patches(backbone: str, size: int, fits: int) -> None:
     assert patch_multiple(backbone, size) == fits

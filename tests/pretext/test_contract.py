@@ -83,6 +83,27 @@ def test_learns_with_weights_and_buffers_in_bf16(name: str, backbone: str, photo
     assert loss.isfinite()
 
 
+@pytest.mark.parametrize(
+    ("name", "backbone"),
+    [
+        ("spark", "test_convnext"),
+        ("mae", "test_vit3"),
+        ("simmim", "test_vit2"),
+        ("ijepa", "test_vit4"),
+    ],
+)
+def test_layers_after_the_map_are_frozen_where_it_is_all_that_counts(
+    name: str, backbone: str, photos: Path
+) -> None:
+    """DistributedDataParallel waits for a gradient of each weight that is trained."""
+    task = pretext_class(name)(build_encoder(backbone, 64))
+    task.training_step(make_batch(task, photos), 0).backward()
+    assert all(p.grad is not None for p in task.parameters() if p.requires_grad)
+    frozen = {n for n, p in task.encoder.named_parameters() if not p.requires_grad}
+    assert frozen
+    assert all("fc_norm" in n or "attn_pool" in n or "head" in n for n in frozen - {"pos_embed"})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "backbone"), [pair for pair in FIRST if PRETEXTS[pair[0]].info.any_size]

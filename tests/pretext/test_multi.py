@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -6,6 +7,15 @@ from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.pretext.modules.losses import nt_xent
 from vissl_lite.pretext.multi import Multi
 from vissl_lite.pretext.rotation import all_rotations
+
+
+def test_views_are_not_turned_before_their_turn_is_to_be_predicted() -> None:
+    task = Multi(build_encoder("test_resnet", 32), min_crop_scale=0.9, color=0.0)
+    image = np.zeros((32, 32, 3), np.uint8)
+    image[:16] = 255
+    for index in range(20):
+        view = np.asarray(task.views(upright=False)(image, 0, 0, index)[0], np.float32)
+        assert view[:8].mean() > 200 > 50 > view[24:].mean()
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])

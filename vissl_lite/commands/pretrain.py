@@ -17,6 +17,7 @@ from vissl_lite.commands.pretrain_data import TrainingImages, find_training_imag
 from vissl_lite.commands.pretrain_options import PretrainOptions
 from vissl_lite.commands.pretrain_setup import (
     PRETRAINED_LR_FACTOR,
+    check_hardware,
     dropped_tokens,
     length_factor,
     long_run_defaults,
@@ -225,6 +226,7 @@ def _prepare(options: PretrainOptions, resume: bool) -> _Training:
     long_run = long_run_defaults(options, count)
     options = options.with_hyperparameters({**short_run, **long_run})
     task = make_task(options, encoder)
+    check_hardware(hardware, task)
     if images.shards is not None and task.reads_files:
         raise UserError(
             f"{options.pretext_name} reads images before the training, and shards are read "

@@ -23,8 +23,10 @@ from vissl_lite.optim import OptimizerSettings, check_has_betas, default_layer_d
 from vissl_lite.options import StrPath
 from vissl_lite.pretext import PRETEXTS, pretext_class
 from vissl_lite.pretext.base import BACKBONE_KINDS, PretextTask
+from vissl_lite.pretext.modules.ema import has_teacher
 from vissl_lite.pretext.modules.positions import fix_positions
-from vissl_lite.training.resizing import INITIAL_SIDE
+from vissl_lite.training.hardware import Hardware
+from vissl_lite.training.resizing import INITIAL_SIDE, SHARES
 
 # Factor on the default learning rates of the pretexts, which are for random weights, for encoders
 # with pre-trained ones. The heads are random in any case. A choice that was not measured on several
@@ -127,6 +129,19 @@ def make_task(options: PretrainOptions, encoder: Encoder) -> PretextTask:
     if options.ema is not None:
         task.average_encoder(options.ema)
     return task
+
+
+def check_hardware(hardware: Hardware, task: PretextTask) -> None:
+    """Raise a UserError if a task can't be trained with a precision, or gains nothing compiled."""
+    precision = hardware.precision
+    if precision in ("16-true", "bf16-true") and has_teacher(task):
+        raise UserError(
+            f"--precision {precision}: a step changes the moving average of the weights in "
+            f"{task.info.name} by less than these numbers can show, so that it would stand still: "
+            f"give --precision {precision.removesuffix('true')}mixed"
+        )
+    if hardware.compile and not task.info.compiles:
+        raise UserError(f"--compile: it makes {task.info.name} no faster: leave it out")
 
 
 def short_run_defaults(options: PretrainOptions, images: int) -> dict[str, float]:
@@ -321,8 +336,8 @@ def _check_resizing(task: PretextTask) -> None:
     encoder = task.encoder
     sides = {encoder.image_size, task.views().smallest_crop or encoder.image_size}
     try:
-        for side in sides:
-            encoder.check_image_size(encoder.fitting_size(side * INITIAL_SIDE))
+        for size in {encoder.fitting_size(side * share) for side in sides for share in SHARES}:
+            encoder.check_image_size(size)
     except UserError as error:
         raise UserError(f"--progressive_resizing: {error}") from None
 

@@ -68,9 +68,7 @@ class Encoder(nn.Module):
     @property
     def patch_size(self) -> int | None:
         """Patch size of a transformer in pixels; None for a convolutional backbone."""
-        embed = getattr(self.model, "patch_embed", None)
-        size = getattr(embed, "patch_size", None)
-        return int(size[0]) if size is not None else None
+        return _patch_side(self.model)
 
     def fitting_size(self, size: float) -> int:
         """Round a size to the nearest multiple of the patch size; for a CNN, to a multiple of 8.
@@ -172,6 +170,9 @@ class Encoder(nn.Module):
 
         Returns:
             ``(B, D)`` features and a ``(B, D', h, w)`` map; D' is ``map_features``.
+
+        Raises:
+            UserError: The backbone has no single map, such as CrossViT.
         """
         with _exact_if_tiny(images):
             last = self.model.forward_features(images)
@@ -209,9 +210,26 @@ class Encoder(nn.Module):
         with self._dry_run(self.image_size, self.image_size) as blank:
             return int(self.pooled_and_map(blank)[1].shape[-1])
 
+    def freeze_after_map(self) -> None:
+        """Freeze what follows the last feature map, for a pretext that is not trained on it.
+
+        On several devices, weights that no gradient reaches would stop the training.
+        """
+        trained = [one for one in self.model.parameters() if one.requires_grad]
+        with self._dry_run(self.image_size, self.image_size) as blank, torch.enable_grad():
+            total = self.model.forward_features(blank).sum()
+            reached = torch.autograd.grad(total, trained, allow_unused=True)
+        for parameter, gradient in zip(trained, reached, strict=True):
+            parameter.requires_grad_(gradient is not None)
+
     def _as_map(self, last: Tensor, images: Tensor) -> Tensor:
+        if not isinstance(last, Tensor):
+            raise UserError(f"{self.backbone} has several feature maps, and one is needed")
         if last.ndim == 3:  # Patch tokens follow class and register tokens
-            last = last[:, getattr(self.model, "num_prefix_tokens", 0) :]
+            prefix = getattr(self.model, "num_prefix_tokens", None)
+            if prefix is None:  # VOLO and CoaT have a class token and do not say so
+                prefix = last.shape[1] - math.isqrt(last.shape[1]) ** 2
+            last = last[:, prefix:]
             patch = self.patch_size or 1
             rows = images.shape[2] // patch
             if rows * (images.shape[3] // patch) != last.shape[1]:
@@ -342,8 +360,20 @@ def patch_multiple(backbone: str, size: int) -> int:
         return size
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=0)
-    side = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    return size if side is None else max(1, round(size / side[0])) * int(side[0])
+    side = _patch_side(model)
+    return size if side is None else max(1, round(size / side)) * side
+
+
+def _patch_side(model: nn.Module) -> int | None:
+    """Side of the patches that a model divides images into; None if it does not or they overlap."""
+    embed = getattr(model, "patch_embed", None)
+    size = getattr(embed, "patch_size", None)
+    if size is None:
+        return None
+    side = size if isinstance(size, int) else int(size[0])  # an int in XCiT
+    convolution = getattr(embed, "proj", None)
+    overlaps = isinstance(convolution, nn.Conv2d) and convolution.stride[0] != side  # in PVT v2
+    return None if overlaps else side
 
 
 def use_reader(model: nn.Module, reader: ImageReader) -> None:

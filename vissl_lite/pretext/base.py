@@ -61,6 +61,7 @@ class PretextInfo:
             embeddings; see ``fix_positions``.
         open_branches: Whether the residual branches of a ResNet with random weights count from the
             first step on, where that measured better; see ``open_residual_branches``.
+        compiles: Whether ``--compile`` has an effect: not where a CNN is run stage by stage.
         train: Default of ``--train`` from pre-trained weights.
         encoders: Hyperparameters that name an encoder to learn from, as ``--encoder`` does. They
             are required.
@@ -82,6 +83,7 @@ class PretextInfo:
     token_drop: float | None = None
     fixed_positions: bool = False
     open_branches: bool = False
+    compiles: bool = True
     train: str = "all"
     encoders: tuple[str, ...] = ()
     short_run: Mapping[str, float] = field(default_factory=dict)
@@ -251,6 +253,12 @@ class PretextTask(pl.LightningModule, ABC):
         1 outside a training run.
         """
         return 1.0 if trainer_of(self) is None else momentum_after(self.global_step)
+
+    @property
+    def batches_per_step(self) -> int:
+        """Number of batches of an optimizer step; 1 outside a training run."""
+        trainer = trainer_of(self)
+        return 1 if trainer is None else int(trainer.accumulate_grad_batches)
 
     def measure(self, name: str, value: Tensor) -> None:
         """Log a metric of this step; do nothing outside a training run, as in a notebook."""

@@ -159,8 +159,9 @@ class DenseCL(PretextTask):
             partner = correspondence(map1.flatten(2), map2.flatten(2))
             dense_key = dense_keys.gather(2, partner[:, None].expand_as(dense_keys))
             dense_mean = dense_keys.mean(dim=2)  # one per image (section 3.3)
-        queue = self.queue.fresh(len(key), self.teacher_momentum)
-        dense_queue = self.dense_queue.fresh(len(key), self.teacher_momentum)
+        images = len(key) * self.batches_per_step
+        queue = self.queue.fresh(images, self.teacher_momentum)
+        dense_queue = self.dense_queue.fresh(images, self.teacher_momentum)
         whole = info_nce(query, key, key, queue, self.temperature)
         dense = info_nce(
             dense_query.transpose(1, 2).flatten(0, 1),

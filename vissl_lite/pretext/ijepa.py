@@ -168,6 +168,7 @@ class IJEPA(PretextTask):
         min_crop_scale: float = 0.3,
     ) -> None:
         super().__init__(encoder)
+        encoder.freeze_after_map()
         patch = check_patches(self.info, encoder)
         check_sizes(LARGEST_DEPTH, targets=targets, predictor_depth=predictor_depth)
         check_sizes(predictor_width=predictor_width)

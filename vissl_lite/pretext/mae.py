@@ -83,6 +83,7 @@ class MAE(PretextTask):
         min_crop_scale: float = 0.2,
     ) -> None:
         super().__init__(encoder)
+        encoder.freeze_after_map()
         check_ratio(mask_ratio)
         check_sizes(decoder_width=decoder_width)
         check_sizes(LARGEST_DEPTH, decoder_depth=decoder_depth)

@@ -107,7 +107,7 @@ class MoCo(PretextTask):
         query = self.head(self.encoder(views[0]))
         with torch.no_grad():
             key = self.teacher_head(self.teacher_encoder(views[1]))
-        queue = self.queue.fresh(len(key), self.teacher_momentum)
+        queue = self.queue.fresh(len(key) * self.batches_per_step, self.teacher_momentum)
         loss = info_nce(query, key, key, queue, self.temperature)
         self.queue.push(key)
         return loss

@@ -7,7 +7,7 @@ arXiv 2104.02057.
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vissl_lite.data.views import Views
 from vissl_lite.encoders.encoder import Encoder
@@ -86,9 +86,10 @@ class MoCoV3(PretextTask):
         )
         self.teacher_encoder = make_teacher(encoder)
         self.teacher_projector = make_teacher(self.projector)
-        if is_vit:
-            for parameter in encoder.model.patch_embed.parameters():
-                parameter.requires_grad_(False)
+        projection = getattr(encoder.model.patch_embed, "proj", None) if is_vit else None
+        # Hybrid ViTs have a CNN in front of it.
+        if isinstance(projection, nn.Conv2d) and not hasattr(encoder.model.patch_embed, "backbone"):
+            projection.requires_grad_(False)
         self.temperature, self.momentum = temperature, momentum
         self.min_crop_scale, self.color = min_crop_scale, color
 

@@ -64,8 +64,9 @@ class Multi(PretextTask):
         self.min_crop_scale, self.color = min_crop_scale, color
 
     def views(self, upright: bool = True) -> Views:
+        # Not turned, even if the images have no natural orientation: the loss turns them.
         size = self.encoder.image_size
-        return two_views(size, self.min_crop_scale, self.color, upright)
+        return two_views(size, self.min_crop_scale, self.color, upright=True)
 
     def loss(self, views: list[Tensor]) -> Tensor:
         turned, labels = all_rotations(views[0])

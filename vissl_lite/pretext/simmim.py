@@ -111,6 +111,7 @@ class SimMIM(PretextTask):
         min_crop_scale: float = 0.67,
     ) -> None:
         super().__init__(encoder)
+        encoder.freeze_after_map()
         check_ratio(mask_ratio)
         size, patch = encoder.image_size, check_patches(self.info, encoder)
         unit = default_mask_unit(size, patch) if mask_unit is None else mask_unit

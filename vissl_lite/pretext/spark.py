@@ -338,6 +338,7 @@ class SparK(PretextTask):
         paper="Tian et al. 2023, arXiv 2301.03580",
         use="CNNs that will be fine-tuned, also for detection; needs long runs",
         backbones="CNN",
+        compiles=False,
     )
     # The paper trains with LAMB on batches of 4096 (appendix); at 64 to 256 AdamW learns faster.
     # Clipping and rising weight decay are those of the authors' code.
@@ -353,6 +354,7 @@ class SparK(PretextTask):
         min_crop_scale: float = 0.67,
     ) -> None:
         super().__init__(encoder)
+        encoder.freeze_after_map()
         check_ratio(mask_ratio)
         check_sizes(decoder_width=decoder_width)
         self.grid, maps = self._check_masking()

@@ -1,3 +1,5 @@
+from typing import Self
+
 import pytest
 import torch
 from timm.layers import DropPath
@@ -7,6 +9,7 @@ from vissl_lite.errors import UserError
 from vissl_lite.pretext.modules.ema import (
     TeacherSchedule,
     ema_update,
+    has_teacher,
     make_teacher,
     momentum_after,
 )
@@ -47,6 +50,36 @@ def test_statistics_of_norms_follow_if_asked_for() -> None:
     expected = 0.75 + 0.25 * student[1].running_var
     torch.testing.assert_close(teacher[1].running_var, expected)
     assert teacher[1].num_batches_tracked == 0
+
+
+def test_what_a_teacher_keeps_of_its_weights_is_computed_anew() -> None:
+    """timm's LeViT keeps its attention biases in evaluation mode until it is trained again."""
+
+    class Keeping(torch.nn.Linear):
+        kept: torch.Tensor | None = None
+
+        def train(self, mode: bool = True) -> Self:
+            self.kept = None if mode else self.kept
+            return super().train(mode)
+
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            self.kept = 2 * self.weight if self.kept is None else self.kept
+            return input @ self.kept.T
+
+    student = Keeping(2, 2)
+    teacher = make_teacher(student).eval()
+    teacher(torch.ones(1, 2))
+    with torch.no_grad():
+        student.weight.zero_()
+    ema_update(teacher, student, 0.0)
+    assert (teacher(torch.ones(1, 2)) == 0).all()
+    assert not teacher.training
+
+
+def test_a_teacher_in_a_module_is_found() -> None:
+    student = torch.nn.Linear(2, 2)
+    assert not has_teacher(torch.nn.ModuleList([student]))
+    assert has_teacher(torch.nn.ModuleList([student, make_teacher(student)]))
 
 
 def test_an_average_is_over_a_ninth_of_the_steps_so_far() -> None:

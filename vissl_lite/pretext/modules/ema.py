@@ -14,6 +14,9 @@ from vissl_lite.pretext.modules.drop_path import remove_drop_path
 
 Module = TypeVar("Module", bound=nn.Module)
 
+# Attribute of the copies that ``make_teacher`` makes.
+_MARK = "is_momentum_teacher"
+
 
 def make_teacher(student: Module) -> Module:
     """Copy a network without gradients, dropout and stochastic depth.
@@ -25,6 +28,7 @@ def make_teacher(student: Module) -> Module:
         student: Network to copy.
     """
     teacher = copy.deepcopy(student)
+    vars(teacher)[_MARK] = True
     for parameter in teacher.parameters():
         parameter.requires_grad_(False)
     remove_drop_path(teacher)
@@ -34,6 +38,11 @@ def make_teacher(student: Module) -> Module:
         elif "drop_rate" in vars(module):  # of timm's models, before their classifier
             vars(module)["drop_rate"] = 0.0
     return teacher
+
+
+def has_teacher(module: nn.Module) -> bool:
+    """Whether a module, or one in it, is a copy by ``make_teacher``."""
+    return any(_MARK in vars(one) for one in module.modules())
 
 
 def ema_update(
@@ -58,6 +67,9 @@ def ema_update(
         ]
         if statistics[0]:
             update(*statistics, None)
+    if not teacher.training:
+        # LeViT and others keep what they have computed from weights in evaluation mode.
+        teacher.train().eval()
 
 
 def momentum_after(steps: int) -> float:

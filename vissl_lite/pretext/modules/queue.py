@@ -70,7 +70,7 @@ class Queue(nn.Module):
         of the present step, by their age.
 
         Args:
-            batch: Number of images of a batch on each device.
+            batch: Number of images of an optimizer step on each device.
             momentum: Momentum m of the teacher in the present step, in [0, 1].
         """
         steps = max(1.0, FRESH / max(1 - momentum, 1e-9))
