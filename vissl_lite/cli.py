@@ -271,8 +271,16 @@ def _help(command: str, function: Callable[..., Any], layers: Sequence[Mapping[s
     """Return the text of ``vissl-lite COMMAND --help``."""
     width = min(100, shutil.get_terminal_size().columns)
     rows = options_of(function).rows(layers)
-    needed = [f"--{row.name} {row.values}" for row in rows if row.required]
-    usage = " ".join([f"usage: vissl-lite {command}", *needed, "[--option value ...]"])
+    positional = [one.name for one in fields(options_of(function)) if not one.kw_only]
+    words = [
+        f"{row.name.upper()}" if row.name in positional else f"--{row.name} {row.values}"
+        for row in rows
+        if row.required
+    ]
+    words += [
+        f"[{row.name.upper()}]" for row in rows if row.name in positional and not row.required
+    ]
+    usage = " ".join([f"usage: vissl-lite {command}", *words, "[--option value ...]"])
     about = (inspect.getdoc(function) or "").partition("\n\nArgs:")[0]
     paragraphs = [usage, *about.split("\n\n")]
     lines = ["\n\n".join(textwrap.fill(one, width) for one in paragraphs), "", "options:"]

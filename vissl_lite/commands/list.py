@@ -31,7 +31,7 @@ class ListOptions(Options):
 
 @command(ListOptions)
 def list_(options: ListOptions) -> list[str]:
-    """Print and return the names of pretexts (for --pretext) or backbones (for --backbone).
+    """Print the names that --pretext or --backbone accepts.
 
     Returns:
         The names.

@@ -63,8 +63,8 @@ class PretrainOptions(Options, ImageSettings):
     """
 
     data: Paths
-    """Folders of images (searched recursively; class folders are ignored) or .txt files of paths;
-    or shards, as local files or URLs, such as "train-{000000..000099}.tar"."""
+    """Folders of images (searched recursively; names of folders are not used as labels) or .txt
+    files of paths; or shards, as local files or URLs, such as "train-{000000..000099}.tar"."""
     out: StrPath
     """Run folder to write."""
     pretext: str | dict[str, Any] = "simclr"
@@ -97,14 +97,14 @@ class PretrainOptions(Options, ImageSettings):
     progressive_resizing: bool | None = None
     """Train on views of half the side length in the first half of the run, on growing ones after
     that, and on full-size ones in the last fifth. Takes about half the time per epoch. Default:
-    true from random weights for images of 64 pixels or more in runs of 200 steps or one minute, or
-    more, if the pretext and the backbone allow it and no crop is smaller; false from pre-trained
+    true from random weights for images of 64 pixels or more in runs of at least 200 steps or one
+    minute, if the pretext and the backbone allow it and no crop is smaller; false from pre-trained
     weights, where it was not measured, and for distillation whose teacher sees the views."""
     token_drop: float | None = None
     """Share of the patches of a view that a ViT is trained without, in [0, 0.9], drawn at random
     at every step; half of it after 80 % of the run, and none after 90 %. Speeds up the training.
-    Default: 0.5 for simclr with a ViT from random weights, in runs of 200 steps or one minute, or
-    more, if at least four patches are left of the smallest view; else 0: other pretexts did not
+    Default: 0.5 for simclr with a ViT from random weights, in runs of at least 200 steps or one
+    minute, if at least four patches are left of the smallest view; else 0: other pretexts did not
     gain by it or were not measured, nor were pre-trained weights."""
     encoder: StrPath | None = None
     """Weights to start from: a run, an encoder folder, timm:NAME (pre-trained weights), random:NAME
@@ -151,7 +151,7 @@ class PretrainOptions(Options, ImageSettings):
     a stage of other backbones) to the one below it. Default: 0.75 for plain ViTs with pre-trained
     weights, otherwise, as for adapters, 1 (no decrease)."""
     ema: float | None = None
-    """Momentum of an exponential moving average of the encoder's weights, such as 0.999; the run
+    """Decay of an exponential moving average of the encoder's weights, such as 0.999; the run
     then saves the average instead of the weights of the last step. Default: no average. Pretexts
     that save a momentum teacher have one already."""
     warmup: float = 0.1

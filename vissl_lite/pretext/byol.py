@@ -34,8 +34,8 @@ class BYOL(PretextTask):
     Args:
         encoder: Encoder to train.
         momentum: Initial momentum of the teacher; increases to 1 along a cosine (section 3.3: 0.996
-            for a thousand epochs, less for fewer). In the first steps it is smaller, see
-            ``momentum_after``.
+            for a thousand epochs, less for fewer). It is at most
+            (1 + n) / (10 + n) after n steps.
         hidden_size: Hidden size of both heads; the paper uses 4096.
         projection_size: Size of the embeddings (section 3.3).
         local_crops: Number of local crops (small views of small parts of the image), from which the

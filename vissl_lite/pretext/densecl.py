@@ -77,8 +77,8 @@ class DenseCL(PretextTask):
     """DenseCL.
 
     The teacher is in evaluation mode, so that BatchNorm does not tell the keys of the same batch
-    from those of the queues; see ``MoCo``. In four minutes on CIFAR-10 the linear accuracy was
-    0.316 so, and 0.327 with the statistics of the batch (one seed). Other than in the paper, the
+    from those of the queues, as in ``moco``. In four minutes on CIFAR-10 the linear accuracy was
+    0.316 this way, and 0.327 with the statistics of the batch (one seed). Unlike in the paper, the
     keys of the other images of the batch are negatives too (in the dense loss the mean over their
     locations, as in its queue), and those of the queues only if the teacher has changed little
     since: 0.370 (``benchmarks/README.md``, every pretext for the same minutes).
@@ -88,9 +88,9 @@ class DenseCL(PretextTask):
             that of ``resnet18`` has one, that of ``resnet18_cifar`` sixteen.
         temperature: Softmax temperature of both losses; the paper uses 0.2. 0.1 was not compared
             with it.
-        momentum: Momentum of the teacher; smaller in the first steps, see ``momentum_after``.
+        momentum: Momentum of the teacher; at most (1 + n) / (10 + n) after n steps.
         queue_size: Largest number of negatives of each loss from its queue; default 4096, but at
-            most a quarter of the images, see ``suitable_size``. The paper uses 65536, for 1.3
+            most a quarter of the images. The paper uses 65536, for 1.3
             million images.
         projection_size: Size of the embeddings.
         dense_weight: Lambda, weight of the dense loss (equation 3; 0.5 in section 4.1).

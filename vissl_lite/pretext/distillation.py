@@ -222,7 +222,7 @@ class Teacher:
 
 
 class Distillation(PretextTask):
-    """Learn to see the similarities between images, and between their parts, that a teacher sees.
+    """Match a teacher's similarities between images, and between locations of a feature map.
 
     Args:
         encoder: Encoder to train, the student.

@@ -51,7 +51,7 @@ class LeJEPA(PretextTask):
         family="non-contrastive",
         views="2 + 6 small",
         paper="Balestriero & LeCun 2025, arXiv 2511.08544",
-        use="any backbone, with a single hyperparameter; the loss indicates encoder quality",
+        use="any backbone, with one loss weight to tune; the loss indicates encoder quality",
         any_size=True,
         token_drop=0.0,
         long_run_lr=0.18,

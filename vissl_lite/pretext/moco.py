@@ -33,8 +33,8 @@ class MoCo(PretextTask):
     little difference: the linear accuracy was 0.316, and 0.310 with the statistics of the batch
     (``benchmarks/README.md``, every pretext for the same minutes; one seed).
 
-    Other than in the paper, the keys of the other images of the batch are negatives too, and those
-    of the queue only if the teacher has changed little since (``Queue.fresh``): if all negatives
+    Unlike in the paper, the keys of the other images of the batch are negatives too, and those
+    of the queue only if the teacher has changed little since: if all negatives
     are from earlier steps of a teacher that changes quickly, the positive is recognized by its age.
     In two minutes on CIFAR-10, the linear accuracy was 0.340 with these negatives, 0.277 with the
     whole queue of 4096 and the batch, and 0.226 with the queue alone, no more than untrained
@@ -44,9 +44,9 @@ class MoCo(PretextTask):
         encoder: Encoder to train.
         temperature: Softmax temperature; the paper uses 0.2 (v2, table 1). 0.1 was not compared
             with it.
-        momentum: Momentum m of the teacher; smaller in the first steps, see ``momentum_after``.
+        momentum: Momentum m of the teacher; at most (1 + n) / (10 + n) after n steps.
         queue_size: Largest number of negatives from the queue; default 4096, but at most a quarter
-            of the images, see ``suitable_size``. The paper uses 65536, for 1.3 million images.
+            of the images. The paper uses 65536, for 1.3 million images.
         projection_size: Size of the embeddings.
         min_crop_scale: Smallest fraction of the image area in a view.
         color: Strength of the color distortion; default 0.5, and 0.25 in short runs, which measured

@@ -36,9 +36,9 @@ class MoCoV3(PretextTask):
             (section 4.2). Other encoders have heads of two layers, without a last norm in the
             predictor, as ResNets do in the authors' code (``moco/builder.py``).
         temperature: Softmax temperature (appendix A: 0.2). 0.1 was not compared with it.
-        momentum: Initial momentum of the teacher; increases to 1 along a cosine (appendix A). In
-            the first steps it is smaller, see ``momentum_after``. The teacher follows each step
-            with the momentum of that step; the authors' code does it in the middle of the next
+        momentum: Initial momentum of the teacher; increases to 1 along a cosine (appendix A). It is
+            at most (1 + n) / (10 + n) after n steps. The teacher follows each step with the
+            momentum of that step; the authors' code does it in the middle of the next
             step, with the momentum of the next.
         hidden_size: Hidden size of the heads; the paper uses 4096.
         projection_size: Size of the embeddings; the paper uses 256.

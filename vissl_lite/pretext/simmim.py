@@ -84,7 +84,7 @@ class SimMIM(PretextTask):
         encoder: Encoder to train; a ViT or a Swin Transformer.
         mask_ratio: Fraction of the image to mask (table 1).
         mask_unit: Side of a masked square in pixels; default about a sixth of the image, as the
-            paper's 32 for 192, see ``default_mask_unit``.
+            paper's 32 for 192, that is a multiple of the patch size and divides the image size.
         min_crop_scale: Smallest fraction of the image area in a view (section 4.1).
     """
 

@@ -55,7 +55,7 @@ class SwAV(PretextTask):
         family="clustering",
         views="2 + 6 small",
         paper="Caron et al. 2020, arXiv 2006.09882",
-        use="images in groups of similar size; benefits from local crops",
+        use="data with clusters of similar size; benefits from local crops",
         any_size=True,
         token_drop=0.0,
     )
