@@ -168,19 +168,14 @@ class Teacher:
         encoder.to(memory_format=torch.channels_last)
         self.encoder = encoder.eval().requires_grad_(False)
 
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute features.
+    def see(self, images: Tensor) -> tuple[Encoder, Tensor]:
+        """The encoder, on the device of the images, and the images as it takes them.
 
         Args:
             images: ``(B, C, H, W)`` images of any size and floating-point type, not normalized.
-
-        Returns:
-            ``(B, D)`` pooled features and a ``(B, D', h, w)`` map, without gradient.
         """
         encoder = self.encoder.to(images.device)
-        images = _resized(images, [encoder.image_size] * 2)
-        return encoder.pooled_and_map(encoder.normalize(images))
+        return encoder, encoder.normalize(_resized(images, [encoder.image_size] * 2))
 
     def embeddings(self, images: Source, progress: Callable[[int], None] | None = None) -> Tensor:
         """Embed the middle of each image once: resized and center-cropped, as in evaluation.
@@ -303,17 +298,23 @@ class Distillation(PretextTask):
         self.reads_files = fixed_views
         self._embeddings: Tensor | None = None
         self._embeddings_file: Path | None = None
-        self._maps_checked = self.map_weight == 0
+        self._maps_checked = False
 
     def views(self, upright: bool = True) -> Views:
         return distorted_view(self.encoder.image_size, self.min_crop_scale, self.color, upright)
 
     def loss(self, views: list[Tensor]) -> Tensor:
         view = mixup(views[0]) if self.mixup else views[0]
-        pooled, student_map = self.encoder.pooled_and_map(view)
         # The teacher has its own normalization: undo the student's.
         raw = (view.float() - self.encoder.shift) / self.encoder.scale
-        target, teacher_map = self.teacher(raw)
+        teacher, shown = self.teacher.see(raw)
+        if not self.map_weight:
+            with torch.no_grad():
+                target = teacher(shown)
+            return self._global_loss(self.encoder(view), target)
+        pooled, student_map = self.encoder.pooled_and_map(view)
+        with torch.no_grad():
+            target, teacher_map = teacher.pooled_and_map(shown)
         loss = self._global_loss(pooled, target)
         if self._have_positions(view.shape[-1], student_map, teacher_map):
             dense = pairwise_distillation(student_map, teacher_map)
@@ -409,7 +410,7 @@ class Distillation(PretextTask):
                 extra={"code": "pretext.one_location"},
             )
         self._maps_checked |= full
-        return self.map_weight > 0 and not few
+        return not few
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["teacher"] = self.teacher.digest

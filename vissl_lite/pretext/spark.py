@@ -318,8 +318,8 @@ class SparK(PretextTask):
     """SparK.
 
     The mask has the resolution of the last stage, or on small images of a finer one with at least
-    4 x 4 locations. Running statistics of BatchNorm are those of visible locations. Layers after the
-    last feature map (as in the head of MobileNetV3) are not trained.
+    4 x 4 locations. Running statistics of BatchNorm are those of visible locations. Layers after
+    the last feature map (as in the head of MobileNetV3) are not trained.
 
     Args:
         encoder: Encoder to train; a convolutional network.
