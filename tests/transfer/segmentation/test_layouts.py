@@ -123,6 +123,18 @@ def test_pascal_voc_below_vocdevkit(tmp_path: Path) -> None:
     assert data.reading.layout == "Pascal VOC"
 
 
+def test_lists_of_pascal_voc_may_have_file_names_and_trainval_alone(tmp_path: Path) -> None:
+    pairs(tmp_path, numbered("JPEGImages/#.jpg", "SegmentationClass/#.png", 6))
+    lists = tmp_path / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "trainval.txt").write_text("0.jpg\n1.jpg\n2.jpg\n3.jpg\n")
+    (lists / "test.txt").write_text("4.jpg\n5.jpg\n")
+    data = load_masks(tmp_path)
+    assert sorted(Path(path).stem for path in data.paths("test")) == ["4", "5"]
+    (lists / "test.txt").unlink()
+    assert sizes(load_masks(tmp_path)) == [2, 1, 1]
+
+
 @pytest.mark.parametrize(
     "end",
     "_mask -mask _masks _label -label _labels _seg _segmentation _gt _L _labelIds _MASK".split(),
@@ -356,6 +368,57 @@ def test_polygons(write: Callable[[Path], None], tmp_path: Path) -> None:
     again = load_masks(tmp_path / "run" / "split.csv")
     assert again.classes == data.classes
     np.testing.assert_array_equal(again.train[0].mask.read(), drawn)
+
+
+def test_the_parts_of_a_yaml_file_are_kept(tmp_path: Path) -> None:
+    write_parts = {"site_a": "0 1 2 3", "site_b": "4 5"}
+    line = "0 " + " ".join(str(v / 10) for v in SQUARE)
+    for site, numbers in write_parts.items():
+        for n in numbers.split():
+            image(tmp_path / site / "images" / f"{n}.jpg")
+            label = tmp_path / site / "labels" / f"{n}.txt"
+            label.parent.mkdir(exist_ok=True)
+            label.write_text(line)
+    (tmp_path / "obj.names").write_text("cat\n")
+    content = "nc: 1\ntrain: {}/images\nval: site_b/images\n"
+    (tmp_path / "data.yaml").write_text(content.format("site_a"))
+    data = load_masks(tmp_path)
+    # Without test images, the validation part is that of testing.
+    assert {Path(path).stem for path in data.paths("test")} == {"4", "5"}
+    assert {Path(path).stem for path in (*data.paths("train"), *data.paths("val"))} == set("0123")
+    assert data.classes == ["background", "cat"]
+    (tmp_path / "data.yaml").write_text(content.format("/gone"))  # of another machine
+    assert sum(sizes(load_masks(tmp_path))) == 6
+
+
+def test_ids_of_coco_may_be_fractions_and_text(tmp_path: Path) -> None:
+    for n in range(5):
+        image(tmp_path / "images" / f"{n}.jpg")
+    content = coco(5)
+    for one in content["annotations"]:
+        one["image_id"] = float(one["image_id"])
+    content["categories"][0]["id"] = "7"
+    content["annotations"].append({"image_id": 99, "category_id": 7, "segmentation": [SQUARE]})
+    (tmp_path / "annotations.json").write_text(json.dumps(content))
+    data = load_masks(tmp_path)
+    assert all(one.classes == (0, 1) for one in data.train)
+    assert data.reading.counts == {"object of an image not listed, left out": 1}
+
+
+@pytest.mark.parametrize("damaged", ["0", "4"])
+def test_a_damaged_file_of_labelme_is_left_out(damaged: str, tmp_path: Path) -> None:
+    for n in range(5):
+        image(tmp_path / "images" / f"{n}.jpg")
+    write_labelme(tmp_path)
+    (tmp_path / "images" / f"{damaged}.json").write_text('{"shapes": [')
+    data = load_masks(tmp_path)
+    assert sum(sizes(data)) == 4
+    assert data.reading.counts["file not readable, left out"] == 1
+    write_coco(tmp_path)
+    (tmp_path / "annotations.json").write_text('{"images": [')
+    for file in (tmp_path / "images").glob("*.json"):
+        file.unlink()
+    assert "annotations.json" in refusal(tmp_path)
 
 
 def test_smaller_shapes_lie_on_larger_ones(tmp_path: Path) -> None:

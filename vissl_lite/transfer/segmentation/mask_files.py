@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 from vissl_lite.data.formats import split_suffix
 from vissl_lite.data.images import EXTENSIONS
-from vissl_lite.data.text_file import read_text
 from vissl_lite.errors import UserError, brief
 from vissl_lite.transfer.options import SourceOptions
 from vissl_lite.transfer.sources.file_tree import IMAGE_FOLDERS, MASK_FOLDERS, FileTree
@@ -31,6 +30,7 @@ from vissl_lite.transfer.sources.tables import (
     path_column,
     read_table,
 )
+from vissl_lite.transfer.sources.voc_lists import listed_images
 
 UNMASKED = "image without a mask, left out"
 UNPAIRED = "mask without an image, left out"
@@ -383,21 +383,16 @@ def _read_voc(tree: FileTree, folders: Sequence[str], log: ReadingLog) -> Parts:
         root = tree.folder / folder
         images, masks = (_by_stem(root / name) for name in ("JPEGImages", "SegmentationClass"))
         lists = root / "ImageSets" / "Segmentation"
-        both = not (lists / "train.txt").is_file() and not (lists / "val.txt").is_file()
-        listed: dict[str, Split] = {"train": "train", "val": "val", "test": "test"}
-        if both:
-            listed = {"trainval": "train", "test": "test"}
-        for name, part in listed.items():
-            file = lists / f"{name}.txt"
-            keys = sorted(set(read_text(file).split())) if file.is_file() else []
-            for key in keys:
+        for part, names in listed_images(lists).items():
+            for name in sorted(set(names)):
+                key = name if name in images else name.rpartition("/")[2]
                 if key not in images or key not in masks:
                     kind = "without an image" if key not in images else "without a mask"
-                    log.add(f"name {kind} in a list, left out", f"{file}: {key}")
+                    log.add(f"name {kind} in a list, left out", f"{lists}: {name}")
                     continue
                 rows.append((images[key], masks[key], part))
-            if keys:
-                log.origins[part] = f"ImageSets/Segmentation/{name}.txt"
+            if names and part is not None:
+                log.origins[part] = f"ImageSets/Segmentation, {part}"
     if not rows:
         raise UserError(
             f"the lists in {tree.folder / folders[0]}/ImageSets/Segmentation name no image in "

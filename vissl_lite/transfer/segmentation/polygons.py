@@ -1,11 +1,12 @@
 """Masks from shapes: COCO's polygons and RLE, YOLO's polygons, LabelMe's shapes."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vissl_lite.data.images import find_images
 from vissl_lite.data.json_file import read_json
 from vissl_lite.data.text_file import read_text
 from vissl_lite.data.yaml_file import read_yaml
@@ -24,11 +25,23 @@ from vissl_lite.transfer.sources.shapes import (
     coco_shape,
     labelme_shape,
     outline_of,
+    parse_id,
     positive_number,
+)
+from vissl_lite.transfer.sources.yolo import (
+    NAME_FILES,
+    SPLIT_KEYS,
+    data_yaml,
+    holds,
+    names_file,
+    read_list,
+    read_names,
+    resolve_entry,
 )
 
 _UNREADABLE = "object without a polygon or RLE that can be read, left out"
 _UNKNOWN_CLASS = "object of an unknown class, left out"
+_DAMAGED = "file not readable, left out"
 
 # Size in bytes of the largest text file of one image.
 _MAX_TEXT_BYTES = 2**26
@@ -82,14 +95,35 @@ def read_shapes(tree: FileTree, labels: FileTree, log: ReadingLog) -> Drawn | No
     Raises:
         UserError: A file is damaged.
     """
-    files = [labels.folder / path for path in labels.ending(".json")]
-    contents = ((file, read_json(file)) for file in files)
-    for file, content in contents:  # each file is parsed once, as they may be large
+    files = iter([labels.folder / path for path in labels.ending(".json")])
+    damaged: list[UserError] = []
+    for file in files:  # each file is parsed once, as they may be large
+        try:
+            content = read_json(file)
+        except UserError as error:
+            damaged.append(error)
+            continue
         kind = _kind(content)
-        if kind is not None:
-            read = _read_coco if kind == "COCO" else _read_labelme
-            return read(chain([(file, content)], contents), tree, log)
+        if kind == "LabelMe":  # a file for each image
+            log.add(_DAMAGED, labels.folder.name, len(damaged))
+            return _read_labelme(chain([(file, content)], _readable(files, log)), tree, log)
+        if damaged:
+            raise damaged[0]
+        if kind == "COCO":
+            rest = ((file, read_json(file)) for file in files)
+            return _read_coco(chain([(file, content)], rest), tree, log)
+    if damaged:
+        raise damaged[0]
     return _read_yolo(tree, labels, log)
+
+
+def _readable(files: Iterable[Path], log: ReadingLog) -> Iterator[tuple[Path, Any]]:
+    """The files with what they hold, without damaged ones."""
+    for file in files:
+        try:
+            yield file, read_json(file)
+        except UserError:
+            log.add(_DAMAGED, str(file))
 
 
 def _kind(content: Any) -> str | None:
@@ -150,12 +184,14 @@ def _read_coco(contents: _Contents, tree: FileTree, log: ReadingLog) -> Drawn:
         part = _part_of_annotations(file, tree)
         categories = _categories(content.get("categories"))
         classes.update(dict.fromkeys(categories.values()))
-        by_id: dict[Any, DrawnImage] = {}
+        by_id: dict[int | str | None, DrawnImage] = {}
+        listed = set()
         for one in content["images"]:
             name = one.get("file_name") if isinstance(one, dict) else None
             if not isinstance(name, str) or not name:
                 log.add("image without a file name, left out", str(file))
                 continue
+            listed.add(parse_id(one.get("id")))
             image = tree.image(name, part)
             if image is None:
                 log.add(MISSING_IMAGE, name)
@@ -166,12 +202,15 @@ def _read_coco(contents: _Contents, tree: FileTree, log: ReadingLog) -> Drawn:
             fresh = DrawnImage(image, own, str(file), size, [])
             if own is not None:
                 log.origins[own] = file.name
-            by_id[str(one.get("id"))] = found.setdefault(image, fresh)
+            by_id[parse_id(one.get("id"))] = found.setdefault(image, fresh)
         for one in content["annotations"]:
-            drawn = by_id.get(str(one.get("image_id"))) if isinstance(one, dict) else None
+            identity = parse_id(one.get("image_id")) if isinstance(one, dict) else None
+            if identity not in listed:
+                log.add("object of an image not listed, left out", str(file))
+            drawn = by_id.get(identity)
             if drawn is None:
                 continue
-            name = categories.get(str(one.get("category_id")))
+            name = categories.get(parse_id(one.get("category_id")))
             shape = coco_shape(one.get("segmentation"), drawn.size)
             if shape is None and one.get("bbox") and not one.get("segmentation"):
                 boxes += 1
@@ -191,11 +230,11 @@ def _part_of_annotations(file: Path, tree: FileTree) -> Split | None:
     return part_of_file(file.name)
 
 
-def _categories(listed: Any) -> dict[str, str]:
+def _categories(listed: Any) -> dict[int | str | None, str]:
     """Class names by id, in the order of ids."""
     rows = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
     rows.sort(key=lambda one: (positive_number(one.get("id")), str(one.get("id"))))
-    return {str(one.get("id")): str(one.get("name", one.get("id"))).strip() for one in rows}
+    return {parse_id(one.get("id")): str(one.get("name", one.get("id"))).strip() for one in rows}
 
 
 # LabelMe
@@ -255,7 +294,7 @@ def _read_yolo(tree: FileTree, labels: FileTree, log: ReadingLog) -> Drawn | Non
     if not texts:
         return None
     log.layout = "YOLO polygons"
-    names = _yolo_names([labels, tree])
+    names, given = _yolo_names([labels, tree]), _yolo_parts([labels, tree], log)
     images: list[DrawnImage] = []
     largest = -1
     boxes = 0
@@ -268,6 +307,9 @@ def _read_yolo(tree: FileTree, labels: FileTree, log: ReadingLog) -> Drawn | Non
             log.add(MISSING_IMAGE, file)
             continue
         matched.add(image)
+        if given and os.path.realpath(image) not in given:
+            log.add("image that no part in the YAML file names, left out", image)
+            continue
         shapes = []
         for line in read_text(file, _MAX_TEXT_BYTES).splitlines():
             words = line.split()
@@ -286,10 +328,10 @@ def _read_yolo(tree: FileTree, labels: FileTree, log: ReadingLog) -> Drawn | Non
                 continue
             largest = max(largest, number)
             shapes.append((str(number), Shape((outline,))))
-        own = part or part_below(image, tree)
+        own = given.get(os.path.realpath(image)) or part or part_below(image, tree)
         images.append(DrawnImage(image, own, file, RELATIVE_SIZE, shapes))
         if own is not None:
-            log.origins.setdefault(own, "folder names")
+            log.origins.setdefault(own, "a YAML file" if given else "folder names")
     for path in tree.images:
         if tree.absolute(path) not in matched:
             log.add("image without a text file, left out", path)
@@ -303,24 +345,57 @@ def _read_yolo(tree: FileTree, labels: FileTree, log: ReadingLog) -> Drawn | Non
 
 def _is_list(path: str) -> bool:
     name = os.path.splitext(os.path.basename(path))[0].lower()
-    known = name in ("classes", "labels", "obj_names", "readme", "license", "notes", "labelmap")
-    return known or name.startswith("readme") or part_of_name(name) is not None
+    known = name in ("labels", "obj_names", "readme", "license", "notes", "labelmap")
+    return (
+        known
+        or os.path.basename(path) in NAME_FILES
+        or name.startswith("readme")
+        or part_of_name(name) is not None
+    )
 
 
-def _yolo_names(trees: Sequence[FileTree]) -> dict[int, str]:
-    """Class names by number, from a YAML file or classes.txt, in a tree or above it."""
+def _yaml_files(trees: Sequence[FileTree]) -> Iterator[tuple[Path, FileTree]]:
+    """YAML files in a tree or above it, and the tree."""
     for tree in trees:
         places = [tree.folder / path for path in tree.ending(".yaml", ".yml")]
         places += [tree.folder.parent / "data.yaml", tree.folder.parent / "dataset.yaml"]
-        for file in places:
-            content = read_yaml(file) if file.is_file() else None
-            listed = content.get("names") if isinstance(content, dict) else None
-            if isinstance(listed, list):
-                return {number: str(name) for number, name in enumerate(listed[:IGNORE_INDEX])}
-            if isinstance(listed, dict):
-                keys = {str(key): str(name) for key, name in listed.items()}
-                return {n: keys[str(n)] for n in range(IGNORE_INDEX) if str(n) in keys}
-        for path in tree.ending("classes.txt"):
-            lines = [line.strip() for line in read_text(tree.folder / path).splitlines()]
-            return dict(enumerate(filter(None, lines)))
+        yield from ((file, tree) for file in places if file.is_file())
+
+
+def _yolo_names(trees: Sequence[FileTree]) -> dict[int, str]:
+    """Class names by number, from a YAML file or one such as classes.txt; see ``names_file``."""
+    for file, _ in _yaml_files(trees):
+        content = read_yaml(file)
+        listed = content.get("names") if isinstance(content, dict) else None
+        if isinstance(listed, list):
+            return {number: str(name) for number, name in enumerate(listed[:IGNORE_INDEX])}
+        if isinstance(listed, dict):
+            keys = {str(key): str(name) for key, name in listed.items()}
+            return {n: keys[str(n)] for n in range(IGNORE_INDEX) if str(n) in keys}
+    named = next((one for tree in trees if (one := names_file(tree)) is not None), None)
+    return {} if named is None else {int(key): name for key, name in read_names(named).items()}
+
+
+def _yolo_parts(trees: Sequence[FileTree], log: ReadingLog) -> dict[str, Split]:
+    """The part of each image, by its real path, as a ``data.yaml`` says; empty without one.
+
+    A file that names training images which do not exist says nothing, as it was written for another
+    machine; so does one that names the folder of everything.
+    """
+    for file, tree in _yaml_files(trees):
+        content = data_yaml(file)
+        if content is None:
+            continue
+        parts: dict[str, Split] = {}
+        for split, keys in SPLIT_KEYS.items():
+            value: Any = next((content[key] for key in keys if content.get(key)), [])
+            for entry in value if isinstance(value, list) else [value]:
+                place = resolve_entry(file.parent, str(content.get("path") or ""), str(entry))
+                if place is None or holds(place, file.parent):
+                    continue
+                is_folder = place.is_dir()
+                paths = find_images([place]) if is_folder else read_list(place, tree, split, log)
+                parts.update((os.path.realpath(path), split) for path in paths)
+        if "train" in parts.values():
+            return parts
     return {}

@@ -140,6 +140,17 @@ def positive_number(value: Any) -> float:
     return number if math.isfinite(number) and 0 < number < 1e9 else 0.0
 
 
+def parse_id(value: Any) -> int | str | None:
+    """Normalize an id, as some tools write the same id as a number and as text."""
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20:
+        return int(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return str(value)
+    return value if isinstance(value, int | str) and not isinstance(value, bool) else None
+
+
 def draw_shape(mask: np.ndarray, shape: Shape, size: tuple[float, float], value: int = 1) -> None:
     """Draw a shape into a mask.
 

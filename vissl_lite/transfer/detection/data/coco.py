@@ -6,7 +6,6 @@ invalid file. `datumaro` reads more formats, but brings many dependencies for wh
 files here.
 """
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from vissl_lite.transfer.sources.file_tree import FileTree, part_below
 from vissl_lite.transfer.sources.parts import Split, part_of_file
 from vissl_lite.transfer.sources.reading_log import MISSING_IMAGE, ReadingLog
 from vissl_lite.transfer.sources.run_lengths import runs_of_text
-from vissl_lite.transfer.sources.shapes import coco_shape
+from vissl_lite.transfer.sources.shapes import coco_shape, parse_id
 
 
 def missing_key(content: Any) -> str | None:
@@ -67,7 +66,7 @@ def read_coco(
     annotations: dict[int | str, ImageAnnotation | None] = {}  # None for missing images
     for one in content["images"]:
         one = one if isinstance(one, dict) else {}
-        name, identity = one.get("file_name") or one.get("coco_url"), _parse_id(one.get("id"))
+        name, identity = one.get("file_name") or one.get("coco_url"), parse_id(one.get("id"))
         if not (name and isinstance(name, str)) or identity is None:
             repairs.add("image without a file name or an id, left out", str(file))
             continue
@@ -90,11 +89,11 @@ def read_coco(
         if box is None:
             repairs.add(UNREADABLE_BOX, str(file))
             continue
-        (x, y, width, height), identity = box, _parse_id(one.get("image_id"))
+        (x, y, width, height), identity = box, parse_id(one.get("image_id"))
         if identity is None or identity not in annotations:
             repairs.add("box of an image not listed, left out", str(file))
             continue
-        annotation, category = annotations[identity], _parse_id(one.get("category_id"))
+        annotation, category = annotations[identity], parse_id(one.get("category_id"))
         if annotation is not None and (category is None or category not in categories):
             repairs.add(UNKNOWN_CLASS, annotation.image)
         elif annotation is not None and category is not None:
@@ -121,7 +120,7 @@ def _read_categories(file: Path, listed: list[Any], repairs: ReadingLog) -> dict
         raise UserError(f"{file} lists {len(listed)} categories, more than {MAX_CLASSES}")
     names: dict[int | str, str] = {}
     for one in listed:
-        identity = _parse_id(one.get("id")) if isinstance(one, dict) else None
+        identity = parse_id(one.get("id")) if isinstance(one, dict) else None
         if identity is None:
             repairs.add("category without an id, left out", str(file))
             continue
@@ -134,17 +133,6 @@ def _read_categories(file: Path, listed: list[Any], repairs: ReadingLog) -> dict
             continue
         names[identity] = str(name).strip()
     return names
-
-
-def _parse_id(value: Any) -> int | str | None:
-    """Normalize an id, as some tools write the same id as a number and as text."""
-    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20:
-        return int(value)
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, float) and math.isfinite(value):
-        return str(value)
-    return value if isinstance(value, int | str) and not isinstance(value, bool) else None
 
 
 def _parse_box(annotation: dict[str, Any]) -> Corners | None:

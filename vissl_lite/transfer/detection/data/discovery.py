@@ -9,9 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vissl_lite.data.images import EXTENSIONS
 from vissl_lite.data.json_file import read_json
-from vissl_lite.data.text_file import read_bytes, read_text
+from vissl_lite.data.text_file import read_bytes
 from vissl_lite.errors import UserError, brief
 from vissl_lite.transfer.detection.data.annotations import Annotations
 from vissl_lite.transfer.detection.data.box_tables import (
@@ -29,7 +28,6 @@ from vissl_lite.transfer.detection.data.labelme import (
 from vissl_lite.transfer.detection.data.voc import read_voc
 from vissl_lite.transfer.detection.data.yolo import (
     darknet_data,
-    data_yaml,
     label_files,
     looks_like_labels,
     read_labels,
@@ -39,7 +37,6 @@ from vissl_lite.transfer.options import SourceOptions
 from vissl_lite.transfer.sources.file_tree import IMAGE_FOLDERS, MASK_FOLDERS, FileTree
 from vissl_lite.transfer.sources.parts import (
     PARTS,
-    VAL_NAMES,
     Split,
     part_of_file,
     part_of_name,
@@ -47,9 +44,11 @@ from vissl_lite.transfer.sources.parts import (
 )
 from vissl_lite.transfer.sources.reading_log import ReadingLog, count_endings
 from vissl_lite.transfer.sources.tables import TABLES
+from vissl_lite.transfer.sources.voc_lists import listed_images
+from vissl_lite.transfer.sources.yolo import data_yaml
 
-# Suffixes of files that hold annotations.
-_ANNOTATIONS = (".json", ".xml", ".yaml", ".yml", *TABLES)
+# Folder of Pascal VOC's lists of the images of each part.
+_LISTS = "ImageSets/Main"
 
 # Besides instances_train2017.json, COCO has files of the same part without boxes.
 _NO_BOXES = ("captions", "panoptic", "stuff", "image_info")
@@ -315,7 +314,9 @@ def _find_voc(source: _Source) -> _Layout | None:
     paths = tree.ending(".xml")
     if not paths or _root_tag(tree, paths) == "annotations":
         return None
-    sets = _image_sets(source.images) or _image_sets(FileTree(tree.folder.parent))
+    sets = listed_images(source.images.folder / _LISTS) or listed_images(
+        tree.folder.parent / _LISTS
+    )
     if not sets:
         has_parts = any(part_of_path(path) == "train" for path in paths)
         files: list[tuple[str, Split | None]] = [(path, None) for path in paths]
@@ -327,7 +328,8 @@ def _find_voc(source: _Source) -> _Layout | None:
         for part, stems in sets.items():
             if part is not None:
                 log.origins[part] = f"ImageSets/Main, {part}"
-            for stem in stems:
+            for name in stems:
+                stem = name.rpartition("/")[2]
                 if stem in by_stem:
                     chosen.append((by_stem[stem], part))
                 else:
@@ -349,29 +351,6 @@ def _root_tag(tree: FileTree, paths: Sequence[str]) -> str:
         with suppress(UserError, ET.ParseError, ValueError, LookupError):
             return ET.fromstring(read_bytes(tree.absolute(path))).tag
     return ""
-
-
-def _image_sets(tree: FileTree) -> dict[Split | None, list[str]]:
-    """Stems listed in ``ImageSets/Main`` by part; by None for a lone ``trainval.txt``."""
-    sets: dict[str, list[str]] = {}
-    for name in ("train", *VAL_NAMES, "test", "trainval"):
-        file = tree.folder / "ImageSets" / "Main" / f"{name}.txt"
-        if not file.is_file():
-            continue
-        # some tools write paths or file names instead of stems
-        names = (
-            line.strip().replace("\\", "/").rpartition("/")[2]
-            for line in read_text(file).splitlines()
-        )
-        stems = [Path(n).stem if n.lower().endswith(tuple(EXTENSIONS)) else n for n in names if n]
-        sets["val" if name in VAL_NAMES else name] = stems
-    trainval = sets.pop("trainval", None)
-    parts: dict[Split | None, list[str]] = {one: sets[one] for one in PARTS if one in sets}
-    if trainval is not None and "train" not in parts:
-        others = {stem for stems in parts.values() for stem in stems}
-        rest = [stem for stem in trainval if stem not in others]
-        parts = {**parts, "train": rest} if parts else {None: rest}
-    return parts
 
 
 # YOLO

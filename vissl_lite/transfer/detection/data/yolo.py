@@ -11,7 +11,6 @@ from typing import Any
 
 from vissl_lite.data.images import find_images
 from vissl_lite.data.text_file import read_text
-from vissl_lite.data.yaml_file import read_yaml
 from vissl_lite.errors import UserError, brief
 from vissl_lite.transfer.detection.data.annotations import (
     MAX_CLASSES,
@@ -23,31 +22,18 @@ from vissl_lite.transfer.detection.data.annotations import (
     ImageAnnotation,
 )
 from vissl_lite.transfer.sources.file_tree import FileTree, part_below
-from vissl_lite.transfer.sources.parts import VAL_NAMES, Split, part_of_path
+from vissl_lite.transfer.sources.parts import Split, part_of_path
 from vissl_lite.transfer.sources.reading_log import MISSING_IMAGE, ReadingLog
 from vissl_lite.transfer.sources.shapes import Shape, outline_of
-
-_KEYS: dict[Split, tuple[str, ...]] = {
-    "train": ("train",),
-    "val": VAL_NAMES,
-    "test": ("test",),
-}
-
-# Files that name a class on each line, as tools write them, and their suffix for Darknet.
-NAME_FILES = ("classes.txt", "predefined_classes.txt", "class_names.txt", "_darknet.labels")
-_NAMES_SUFFIX = ".names"
-
-
-def data_yaml(file: Path) -> dict[str, Any] | None:
-    """Read a ``data.yaml``; None if the file is another YAML file.
-
-    Raises:
-        UserError: If the file is not YAML; see ``read_yaml``.
-    """
-    content = read_yaml(file)
-    if not isinstance(content, dict) or not ("names" in content or "nc" in content):
-        return None
-    return content if any(key in content for key in ("train", *VAL_NAMES)) else None
+from vissl_lite.transfer.sources.yolo import (
+    NAME_FILES,
+    SPLIT_KEYS,
+    holds,
+    names_file,
+    read_list,
+    read_names,
+    resolve_entry,
+)
 
 
 def darknet_data(file: Path) -> dict[str, Any] | None:
@@ -77,10 +63,10 @@ def read_yolo(
     names = _class_names(file, _listed_names(file, content.get("names"), tree))
     images: dict[tuple[str, Split], None] = {}  # path and split, in order
     folders_only = True  # whether no entry is a list of paths
-    for split, keys in _KEYS.items():
+    for split, keys in SPLIT_KEYS.items():
         value: Any = next((content[key] for key in keys if content.get(key)), [])
         for entry in value if isinstance(value, list) else [value]:
-            place = _resolve_entry(file.parent, str(content.get("path") or ""), str(entry))
+            place = resolve_entry(file.parent, str(content.get("path") or ""), str(entry))
             if place is not None and holds(place, file.parent):
                 raise UserError(
                     f"{file} names {brief(entry)} for {split}, a folder that holds the whole data "
@@ -93,7 +79,7 @@ def read_yolo(
                 continue
             folders_only = folders_only and place.is_dir()
             paths = (
-                find_images([place]) if place.is_dir() else _read_list(place, tree, split, repairs)
+                find_images([place]) if place.is_dir() else read_list(place, tree, split, repairs)
             )
             images.update(((path, split), None) for path in paths)
     annotations, labels = [], set()
@@ -131,8 +117,8 @@ def read_labels(
         repairs: Log to add repairs to.
         with_shapes: Whether polygons are read as such.
     """
-    listed = _names_file(labels) or _names_file(images)
-    names = None if listed is None else _read_names(listed)
+    listed = names_file(labels) or names_file(images)
+    names = None if listed is None else read_names(listed)
     repairs.label = "class numbers" if listed is None else f"names in {listed.name}"
     if listed is None:
         repairs.warn(
@@ -177,38 +163,17 @@ def looks_like_labels(file: str | Path) -> bool:
         return False
 
 
-def holds(folder: Path, other: Path) -> bool:
-    """Whether a folder is above another, as the root of the file system is."""
-    real = other.resolve()
-    return folder.is_dir() and folder.resolve() in real.parents
-
-
-def _names_file(tree: FileTree) -> Path | None:
-    """The file of class names in a folder; the least deep of several."""
-    found = [
-        path
-        for path in tree.others
-        if path.rpartition("/")[2] in NAME_FILES or path.endswith(_NAMES_SUFFIX)
-    ]
-    return Path(tree.absolute(min(found, key=lambda path: path.count("/")))) if found else None
-
-
-def _read_names(file: Path) -> dict[str, str]:
-    lines = enumerate(read_text(file).splitlines())
-    return {str(number): line.strip() for number, line in lines if line.strip()}
-
-
 def _listed_names(file: Path, names: Any, tree: FileTree) -> Any:
     """The names of a ``data.yaml``, which may be in another file."""
     if isinstance(names, str):
-        place = _resolve_entry(file.parent, "", names)
+        place = resolve_entry(file.parent, "", names)
         if place is None or not place.is_file():
             raise UserError(
                 f"{file} names {brief(names)} for the class names: there is no such file"
             )
-        return _read_names(place)
-    other = _names_file(tree) if names is None else None
-    return names if other is None else _read_names(other)
+        return read_names(place)
+    other = names_file(tree) if names is None else None
+    return names if other is None else read_names(other)
 
 
 def _class_names(file: Path, names: Any) -> dict[str, str] | None:
@@ -227,32 +192,6 @@ def _class_names(file: Path, names: Any) -> dict[str, str] | None:
         if not isinstance(name, str | int | float):
             raise UserError(f"{file}: the class name {brief(name)} is not text")
     return {key: str(name) for key, name in by_id.items()}
-
-
-def _resolve_entry(folder: Path, root: str, entry: str) -> Path | None:
-    """The existing folder or list file that an entry of a ``data.yaml`` refers to, or None."""
-    entry = entry.replace("\\", "/")
-    below = entry
-    while below.startswith("../"):
-        below = below[3:]
-    for base in (folder / root, folder.parent / root, folder, folder.parent):
-        for name in (below, entry, below.rpartition("/")[2]):
-            if name and os.path.exists(base / name):
-                return base / name
-    return None
-
-
-def _read_list(file: Path, tree: FileTree, split: Split, repairs: ReadingLog) -> list[str]:
-    """Read a text file of image paths, relative to it or to the data set."""
-    paths = []
-    for line in filter(None, map(str.strip, read_text(file).splitlines())):
-        beside = file.parent / line
-        path = str(beside) if os.path.isfile(beside) else tree.image(line, split)
-        if path is None:
-            repairs.add(MISSING_IMAGE, line)
-        else:
-            paths.append(path)
-    return paths
 
 
 def _label_file(image: str) -> str:
