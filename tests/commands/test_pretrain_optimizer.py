@@ -94,7 +94,7 @@ def test_residual_branches_count_from_the_start_with_random_weights() -> None:
         ("simclr", None, 0.5),
         ("simclr", "random:test_resnet", 0.5),
         ("simclr", "runs/a", 0),
-        ("byol", None, 0),
+        ("byol", None, 0.5),
     ):
         encoder = build_encoder("test_resnet", 32)
         scales = [encoder.model.get_submodule(name).weight for name in last]

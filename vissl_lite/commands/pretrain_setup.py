@@ -117,10 +117,10 @@ def default_backbone(pretext: str, image_size: int) -> str:
 def make_task(options: PretrainOptions, encoder: Encoder) -> PretextTask:
     """Build the pretext task around an encoder."""
     cls = pretext_class(options.pretext_name)
-    if cls.info.open_branches and not options.pretrained:
+    if not options.pretrained:
         open_residual_branches(encoder)
-    if cls.info.fixed_positions and not options.pretrained:
-        fix_positions(encoder)
+        if cls.info.fixed_positions:
+            fix_positions(encoder)
     task = cls(encoder, **options.hyperparameters)
     if options.progressive_resizing:
         _check_resizing(task)

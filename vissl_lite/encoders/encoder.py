@@ -400,8 +400,8 @@ def open_residual_branches(encoder: Encoder) -> None:
     1706.02677, section 5.1); torchvision starts them at one. In short runs branches that start at
     zero have no time to grow. Linear accuracy after two minutes of ``simclr`` with scales of 0,
     0.2, 0.5 and 1: CIFAR-10 0.334, 0.409, 0.430 and 0.393; UC Merced 0.395, 0.481, 0.488 and 0.467
-    (``resnet18``, one slow core, one seed). ``byol``, whose first targets come from a network with
-    random weights, was worse with 1 than with 0: 0.329 and 0.374 on UC Merced.
+    (``resnet18``, one slow core, one seed). Each of the other pretexts that were measured gains
+    with 0.5 as well (benchmarks/README.md, settings of short runs).
 
     Args:
         encoder: Changed in place.

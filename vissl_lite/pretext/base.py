@@ -59,8 +59,6 @@ class PretextInfo:
             None if a ViT has to see all, as the loss uses more than pooled features of whole views.
         fixed_positions: Whether a ViT with random weights gets fixed sine-cosine position
             embeddings; see ``fix_positions``.
-        open_branches: Whether the residual branches of a ResNet with random weights count from the
-            first step on, where that measured better; see ``open_residual_branches``.
         compiles: Whether ``--compile`` has an effect: not where a CNN is run stage by stage.
         train: Default of ``--train`` from pre-trained weights.
         encoders: Hyperparameters that name an encoder to learn from, as ``--encoder`` does. They
@@ -82,7 +80,6 @@ class PretextInfo:
     any_size: bool = False
     token_drop: float | None = None
     fixed_positions: bool = False
-    open_branches: bool = False
     compiles: bool = True
     train: str = "all"
     encoders: tuple[str, ...] = ()

@@ -52,7 +52,6 @@ class SimCLR(PretextTask):
         any_size=True,
         token_drop=0.5,
         short_run={"color": 0.25},
-        open_branches=True,
     )
     # The paper trains with LARS on batches of thousands; at 64 to 256 AdamW learns faster.
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
