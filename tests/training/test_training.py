@@ -1,14 +1,19 @@
 from pathlib import Path
-from typing import BinaryIO
+from types import SimpleNamespace
+from typing import Any, BinaryIO
 
+import lightning.pytorch as pl
 import pytest
 import timm
 import torch
 
+from vissl_lite.data.reading import Broken
+from vissl_lite.data.stream import Batch
 from vissl_lite.errors import UserError
 from vissl_lite.training import hardware
 from vissl_lite.training.checkpoints import AtomicCheckpointIO, read_checkpoint
 from vissl_lite.training.hardware import choose_precision
+from vissl_lite.training.stream import BrokenImages
 
 
 @pytest.mark.parametrize(
@@ -44,6 +49,23 @@ def test_bf16_is_used_where_its_products_are_faster(
     hardware.cpu_gains_from_bf16.cache_clear()
     assert hardware.cpu_gains_from_bf16() is expected
     hardware.cpu_gains_from_bf16.cache_clear()
+
+
+@pytest.mark.parametrize(("world", "batches"), [(1, 5), (4, 2)])
+def test_each_process_counts_broken_images_among_its_own(world: int, batches: int) -> None:
+    """A fifth of 40 images, or of the ten that one of four processes reads in an epoch."""
+    callback = BrokenImages(40)
+    trainer: Any = SimpleNamespace(world_size=world)
+
+    def step(number: int) -> None:
+        broken = [Broken(f"{number}-{i}.png", "cut short") for i in range(2)]
+        batch = Batch([], torch.arange(5), broken, [])
+        callback.on_train_batch_start(trainer, pl.LightningModule(), batch, number)
+
+    for number in range(batches - 1):
+        step(number)
+    with pytest.raises(UserError, match=f"^{2 * batches} of [0-9]+ images can't be read"):
+        step(batches)
 
 
 def test_a_product_takes_time_and_no_random_numbers() -> None:

@@ -102,6 +102,8 @@ class StreamData(pl.LightningDataModule):
 class BrokenImages(Callback):
     """Count and log images that cannot be read; too many of them stop the run.
 
+    Each process counts those that it was to read, which are a part of an epoch.
+
     Args:
         images: Number of images in the data set.
 
@@ -111,6 +113,7 @@ class BrokenImages(Callback):
 
     def __init__(self, images: int) -> None:
         self.images = images
+        self.seen = 0
         self.paths: dict[str, int] = {}
         self._first: Broken | None = None
 
@@ -129,5 +132,7 @@ class BrokenImages(Callback):
             self._first = self._first or one
             self.paths[one.path] = max(count, self.paths.get(one.path, 0))
         broken = sum(self.paths.values())
-        if self._first is not None and broken > BROKEN_SHARE * self.images:
-            raise too_many_broken(broken, self.images, self._first)
+        self.seen += len(batch.indices) + len(batch.broken)
+        share = max(self.images / trainer.world_size, min(self.seen, self.images))
+        if self._first is not None and broken > BROKEN_SHARE * share:
+            raise too_many_broken(broken, round(share), self._first)
