@@ -127,7 +127,7 @@ def test_config_yaml_holds_the_parameters_that_repeat_the_run(tmp_path: Path) ->
         "pretext": {"name": "simclr", "temperature": 0.2, "blur": None},
         "epochs": 3,
     }
-    with open_run(tmp_path / "run", "probe", {**config, "resume": False, "overwrite": True}) as out:
+    with open_run(tmp_path / "run", "probe", config) as out:
         text = (out / "config.yaml").read_text()  # there from the start
     assert yaml.safe_load(text) == config == read_config(tmp_path / "run")
     assert text.index("data") < text.index("pretext") < text.index("epochs")

@@ -174,24 +174,8 @@ def beside(run: Path, suffix: str) -> Path:
 
 
 def write_config(out: Path, config: Mapping[str, Any]) -> None:
-    """Write ``config.yaml``, the options that reproduce the run."""
-    kept = {k: v for k, v in plain(config).items() if k not in ("resume", "overwrite")}
-    write_atomically(out / RUN_CONFIG, yaml.safe_dump(kept, sort_keys=False))
-
-
-def plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert paths to text and tuples to lists, so that options can be written and compared."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Path):
-            return str(value)
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        if isinstance(value, Mapping):
-            return {name: plain(item) for name, item in value.items()}
-        return value
-
-    return {name: plain(value) for name, value in parameters.items()}
+    """Write ``config.yaml``, the options that reproduce the run, plain data."""
+    write_atomically(out / RUN_CONFIG, yaml.safe_dump(dict(config), sort_keys=False))
 
 
 def read_config(out: Path) -> dict[str, Any]:

@@ -297,7 +297,6 @@ def train(
     validate: Callable[[], Mapping[str, float]] | None,
     hardware: Hardware | None = None,
     files: TrainingFiles = NO_FILES,
-    title: str = "finetune",
     weights: np.ndarray | None = None,
 ) -> None:
     """Train a model; it holds the weights of the last step afterwards, or their moving average.
@@ -314,7 +313,6 @@ def train(
         validate: Function that evaluates the validation part, for the curve; None without one.
         hardware: Hardware to train on; default one device.
         files: Files for metrics and checkpoints.
-        title: Title of the progress bar.
         weights: Sampling weights; see ``StreamSampler``.
     """
     hardware = hardware or Hardware(devices=1)
@@ -330,7 +328,7 @@ def train(
         dataset, batch_size, None if seconds else epochs, schedule, hardware.workers(), weights
     )
     callbacks = [] if validate is None else [ValidationCurve(validate, schedule)]
-    fit(task, stream, schedule, hardware, callbacks, files, title=title)
+    fit(task, stream, schedule, hardware, callbacks, files, title="finetune")
     task.cpu()
     task.keep_average()
 

@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from vissl_lite.encoders.drop_path import remove_drop_path
 from vissl_lite.errors import check_positive, check_share
 from vissl_lite.optim import cosine_schedule, warmed_up
-from vissl_lite.pretext.modules.drop_path import remove_drop_path
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -11,13 +11,13 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from timm.layers import DropPath
 from torch import Tensor, nn
 
 from vissl_lite.data.image_reader import ImageReader
 from vissl_lite.data.rand_augment import RandAugment
 from vissl_lite.data.stream import Batch, ViewDataset
 from vissl_lite.data.views import Views, color_jitter, crop_decode_size, flip, random_crop
+from vissl_lite.encoders.drop_path import drop_path_rates, set_drop_path
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError, did_you_mean
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
@@ -181,7 +181,7 @@ class ClassifierTraining(TransferModule[Classifier, ClassifierSettings]):
         self.register_buffer("weights", weights, persistent=False)
         image_weights = torch.from_numpy(data.train.image_weights())
         self.register_buffer("image_weights", image_weights, persistent=False)
-        set_drop_path(classifier.network, settings.drop_path)
+        set_drop_path(classifier.encoder, settings.drop_path)
         if settings.frozen:
             heads = classifier.network.get_classifier()
             for head in heads if isinstance(heads, tuple) else (heads,):  # two of a distilled model
@@ -203,39 +203,18 @@ class ClassifierTraining(TransferModule[Classifier, ClassifierSettings]):
         return loss
 
 
-def residual_blocks(model: nn.Module) -> list[nn.Module]:
-    """Blocks of a timm model that ``set_drop_path`` knows, those of transformers."""
-    return [module for module in model.modules() if hasattr(module, "drop_path1")]
-
-
 def check_drop_path(rate: float, encoder: Encoder) -> None:
-    """Raise a UserError if an encoder has no blocks for stochastic depth.
+    """Raise a UserError if timm has no stochastic depth for an encoder.
 
     Args:
         rate: See ``set_drop_path``.
         encoder: Encoder to be trained.
     """
-    if rate and not residual_blocks(encoder.model):
+    if rate and not drop_path_rates(encoder, rate):
         raise UserError(
-            f"--drop_path {rate:g} needs a transformer, such as a ViT, which {encoder.backbone} is "
-            f"not: leave it out"
+            f"--drop_path {rate:g}: timm has no stochastic depth for {encoder.backbone}; leave it "
+            f"out"
         )
-
-
-def set_drop_path(model: nn.Module, rate: float) -> None:
-    """Set the stochastic depth (Huang et al. 2016) of a transformer of timm.
-
-    Args:
-        model: A timm model whose blocks have the branches ``drop_path1`` and ``drop_path2``.
-        rate: Probability of dropping a branch of the last block; it rises linearly from 0 in the
-            first block.
-    """
-    blocks = residual_blocks(model)
-    for index, block in enumerate(blocks):
-        here = rate * index / max(1, len(blocks) - 1)
-        for name in ("drop_path1", "drop_path2"):
-            if hasattr(block, name):
-                setattr(block, name, DropPath(here) if here else nn.Identity())
 
 
 def classifier_views(
@@ -306,7 +285,6 @@ def train_classifier(
     settings: ClassifierSettings,
     hardware: Hardware | None = None,
     files: TrainingFiles = NO_FILES,
-    title: str = "finetune",
 ) -> None:
     """Train a classifier from ``build_classifier``. The test part is not used.
 
@@ -316,7 +294,6 @@ def train_classifier(
         settings: Settings of the training.
         hardware: Hardware to train on; default one device.
         files: Files for metrics and checkpoints.
-        title: Title of the progress bar.
 
     Raises:
         UserError: The batch is larger than the training part, or settings do not suit the data.
@@ -342,9 +319,7 @@ def train_classifier(
     curve = None
     if len(data.val):
         curve = partial(validate_classifier, classifier, data.val, data.multi_label)
-    train(
-        training, classifier, dataset, batch_size, settings, curve, hardware, files, title, weights
-    )
+    train(training, classifier, dataset, batch_size, settings, curve, hardware, files, weights)
 
 
 def validate_classifier(classifier: Classifier, part: Part, multi_label: bool) -> dict[str, float]:

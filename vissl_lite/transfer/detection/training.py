@@ -196,7 +196,6 @@ def train_detector(
     settings: DetectorSettings,
     hardware: Hardware | None = None,
     files: TrainingFiles = NO_FILES,
-    title: str = "finetune",
 ) -> None:
     """Train a detector. The test images are not used.
 
@@ -206,7 +205,6 @@ def train_detector(
         settings: Training settings.
         hardware: Devices and precision; one device by default.
         files: Files for metrics and checkpoints.
-        title: Title of the progress bar.
 
     Raises:
         UserError: If the batch is larger than the training split.
@@ -215,7 +213,7 @@ def train_detector(
     task = DetectorTraining(detector, settings, batch_size)
     dataset = BoxDataset(data.train, detector.canvas, settings, detector.encoder.reader)
     curve = partial(validate_detector, detector, data.val) if data.val else None
-    train(task, detector, dataset, batch_size, settings, curve, hardware, files, title)
+    train(task, detector, dataset, batch_size, settings, curve, hardware, files)
 
 
 def validate_detector(detector: Detector, part: Sequence[BoxedImage]) -> dict[str, float]:

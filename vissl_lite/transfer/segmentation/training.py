@@ -158,7 +158,6 @@ def train_segmenter(
     settings: SegmenterSettings,
     hardware: Hardware | None = None,
     files: TrainingFiles = NO_FILES,
-    title: str = "finetune",
 ) -> None:
     """Train a segmenter. The test images are not used.
 
@@ -168,7 +167,6 @@ def train_segmenter(
         settings: Training settings.
         hardware: Devices and precision; one device by default.
         files: Files for metrics and checkpoints.
-        title: Title of the progress bar.
 
     Raises:
         UserError: If the batch is larger than the training split, or the class weights are invalid.
@@ -179,7 +177,7 @@ def train_segmenter(
     encoder = segmenter.encoder
     dataset = MaskDataset(data.train, encoder.image_size, settings, encoder.reader)
     curve = partial(validate_segmenter, segmenter, data.val) if data.val else None
-    train(task, segmenter, dataset, batch_size, settings, curve, hardware, files, title)
+    train(task, segmenter, dataset, batch_size, settings, curve, hardware, files)
 
 
 def validate_segmenter(segmenter: Segmenter, part: Sequence[MaskedImage]) -> dict[str, float]:
