@@ -13,8 +13,8 @@ sets that end with ``_vit``, with the defaults of ``pretrain`` but for what the 
 Some arms need ``--before``, a checkout of an earlier commit: those with a momentum from the start
 26f006b, since when the momentum of teachers is smaller in the first steps; those with branches from
 zero 7623125, and from one 31d4d44 (sets that end with ``_branches``), since when residual branches
-of ResNets start at half of their scale in SimCLR. Arms of ``distillation`` (sets that end with
-``_distillation``) need ``--teacher``, the folder ``lite0`` of ``benchmarks.accuracy.domains``. For
+of ResNets start at half of their scale, in SimCLR first. Arms of ``distillation`` need
+``--teacher``, the folder ``lite0`` of ``benchmarks.accuracy.domains``. For
 ``cifar10_distillation``, ``--data`` is a folder with the first 500 training images of each class in
 train/. ``--arms`` picks some; runs that are there are kept.
 
@@ -151,6 +151,11 @@ for pretext in ("byol", "moco", "vicreg", "barlow_twins", "dino", "nnclr", "swav
     ARMS |= {pretext: [], f"{pretext}, color 0.25": ["--pretext.color", 0.25]}
 for pretext in ("dino", "moco_v3", "rotation"):
     ARMS |= {pretext: [], f"{pretext}, half of the patches": HALF}
+FROM_ZERO = "moco vicreg barlow_twins nnclr visreg byol simsiam dino rotation".split()
+ARMS |= {f"{pretext}, {BRANCHES} zero": [] for pretext in FROM_ZERO}
+ARMS |= {pretext: [] for pretext in FROM_ZERO if pretext not in ARMS}
+for end in ("", f", {BRANCHES} zero"):
+    ARMS[f"distillation, fixed views, batch size 64{end}"] = [*FIXED, "--batch_size", 64]
 CROPS: list[object] = ["--pretext.local_crops", 2]
 ARMS["byol, two local crops"] = CROPS
 ARMS["vicreg, color 0.25, two local crops"] = ["--pretext.color", 0.25, *CROPS]

@@ -279,6 +279,8 @@ def test_ways_to_choose_images_are_compared_with_random_ones(
         (("--encoder", "random:test_vit", "random:test_resnet", "--selection", "herding"),
          "--selection compares ways to choose images: give one --encoder"),
         (("--encoder", "random:test_vit", "--selection", "herdin"), "none of random, herding"),
+        (("--encoder", "random:test_vit", "--selection", "herding", "--refit", "true"),
+         "--selection trains on all labels that are chosen: leave --refit out"),
         (("--encoder", "random:test_vit", "--selection", "random"),
          "--selection random has nothing that it is compared with"),
         (("--encoder", "random:test_vit", "--selection", "herding", "--budgets", 5000),

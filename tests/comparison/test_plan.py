@@ -10,8 +10,10 @@ from vissl_lite.comparison.options import CompareOptions
 from vissl_lite.comparison.plan import Plan
 from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.encoders.folder import save_encoder
+from vissl_lite.errors import UserError
 from vissl_lite.sample.dataset import make_sample_data
 from vissl_lite.transfer.classification.data import LabelledImages, Part
+from vissl_lite.transfer.detection.data import BoxedImage, LabelledBoxes
 from vissl_lite.transfer.sources.reading_log import ReadingLog
 
 
@@ -52,3 +54,22 @@ def test_labels_of_whole_groups_are_counted_over_all_seeds() -> None:
     assert len(set(drawn)) > 1
     _, labels = Plan(options).choose_amounts(data)
     assert labels == {"1%": (round(np.mean(drawn)), 0), "100%": (63, 0)}
+
+
+def test_amounts_that_a_seed_can_not_draw_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    """One image in eight has boxes, so that a seed may draw background alone."""
+    train = []
+    for i in range(64):
+        count = int(i % 8 == 0)
+        boxes, labels = np.full((count, 4), [0.0, 0, 4, 4]), np.zeros(count, np.int64)
+        train.append(BoxedImage(f"{i}.png", (8, 8), boxes, labels, np.zeros(count, bool)))
+    data = LabelledBoxes(["a"], train, [], train[:8], reading=ReadingLog("data"))
+    options = CompareOptions(
+        encoder=["random:a", "random:b"], data="data", out="run", task="detection", seeds=6,
+        fractions=[0.02, 0.9],
+    )  # fmt: skip
+    amounts, _ = Plan(options).choose_amounts(data)
+    assert [amount.name for amount in amounts] == ["90%"]
+    assert "left out: 2%: --fraction 0.02 has no boxes" in caplog.text
+    with pytest.raises(UserError, match="no boxes"):
+        Plan(options.replace(fractions=[0.02])).choose_amounts(data)
