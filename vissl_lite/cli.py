@@ -273,7 +273,7 @@ def _help(command: str, function: Callable[..., Any], layers: Sequence[Mapping[s
     rows = options_of(function).rows(layers)
     positional = [one.name for one in fields(options_of(function)) if not one.kw_only]
     words = [
-        f"{row.name.upper()}" if row.name in positional else f"--{row.name} {row.values}"
+        row.name.upper() if row.name in positional else f"--{row.name} {row.values}"
         for row in rows
         if row.required
     ]

@@ -70,6 +70,6 @@ def test_amounts_that_a_seed_can_not_draw_are_left_out(caplog: pytest.LogCapture
     )  # fmt: skip
     amounts, _ = Plan(options).choose_amounts(data)
     assert [amount.name for amount in amounts] == ["90%"]
-    assert "left out: 2%: --fraction 0.02 has no boxes" in caplog.text
+    assert "left out: 2%: with seed 0, --fraction 0.02 has no boxes" in caplog.text
     with pytest.raises(UserError, match="no boxes"):
         Plan(options.replace(fractions=[0.02])).choose_amounts(data)

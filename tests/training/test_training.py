@@ -8,7 +8,7 @@ import timm
 import torch
 
 from vissl_lite.data.reading import Broken
-from vissl_lite.data.stream import Batch
+from vissl_lite.data.stream import Batch, Lost
 from vissl_lite.errors import UserError
 from vissl_lite.training import hardware
 from vissl_lite.training.checkpoints import AtomicCheckpointIO, read_checkpoint
@@ -66,6 +66,17 @@ def test_each_process_counts_broken_images_among_its_own(world: int, batches: in
         step(number)
     with pytest.raises(UserError, match=f"^{2 * batches} of [0-9]+ images can't be read"):
         step(batches)
+
+
+def test_a_broken_shard_counts_among_all_images() -> None:
+    """Four of 40 images, all of a shard, of which each of eight processes was to read a part."""
+    callback = BrokenImages(40)
+    trainer: Any = SimpleNamespace(world_size=8)
+    batch = Batch([], torch.arange(5), [], [], lost=[Lost("a.tar", 4, "cut short")])
+    callback.on_train_batch_start(trainer, pl.LightningModule(), batch, 0)
+    batch = batch._replace(lost=[Lost("b.tar", 5, "cut short")])
+    with pytest.raises(UserError, match=r"^9 of 40 images can't be read"):
+        callback.on_train_batch_start(trainer, pl.LightningModule(), batch, 1)
 
 
 def test_a_product_takes_time_and_no_random_numbers() -> None:

@@ -42,7 +42,7 @@ def guard(
             part, or all training images of a class, are unreadable.
     """
     parts: dict[str, list[str]] = {name: data.paths(name) for name in PARTS}
-    pretrained_on = {encoder: _trained_on(encoder) for encoder in encoders}
+    pretrained_on = {encoder: trained_on(encoder) for encoder in encoders}
     with progress_bar() as bar:
         task = bar.add_task("leaks", total=sum(map(len, parts.values())), info="")
         file = None if out is None else Path(out) / LEAKS
@@ -72,7 +72,7 @@ def guard(
     return data, found
 
 
-def _trained_on(encoder: str) -> Fingerprints | None:
+def trained_on(encoder: str) -> Fingerprints | None:
     """Fingerprints of the images that an encoder was trained on, if they are known.
 
     Those of pre-training, or of the labelled images that a fine-tuned model has seen, of which a
@@ -86,10 +86,18 @@ def _trained_on(encoder: str) -> Fingerprints | None:
         listed = load_trained_on(model)
         if listed is not None:
             log.warning(
-                "%(encoder)s was trained with the true labels of %(images)d images, which count in "
-                "no amount of labels here: what it reaches does not say what pre-training reaches",
+                "%(encoder)s was trained with the true labels of %(images)d images, perhaps of "
+                "validation images too: what it reaches is not what pre-training alone reaches",
                 {"encoder": encoder, "images": len(listed)},
                 extra={"code": "encoder.supervised"},
             )
-            return read_fingerprints(listed)[0]
+            prints, broken = read_fingerprints(listed)
+            if broken:
+                log.warning(
+                    "%(gone)d of them can't be read, the first %(first)s: it can't be checked that "
+                    "they are not test images",
+                    {"gone": len(broken), "first": broken[0].path},
+                    extra={"code": "leak.unchecked"},
+                )
+            return prints
     return None

@@ -13,6 +13,7 @@ import torch
 
 from vissl_lite import __version__
 from vissl_lite.commands.labelled import show_data
+from vissl_lite.commands.leaks import trained_on
 from vissl_lite.commands.pretrain_data import TrainingImages, find_training_images
 from vissl_lite.commands.pretrain_options import PretrainOptions
 from vissl_lite.commands.pretrain_setup import (
@@ -47,7 +48,6 @@ from vissl_lite.evaluation.online import (
     open_measures,
 )
 from vissl_lite.leakage.callback import FingerprintCallback
-from vissl_lite.leakage.matching import seen_by
 from vissl_lite.metrics_file import MetricsFile
 from vissl_lite.options import StrPath, command
 from vissl_lite.plots import plot_curves
@@ -242,7 +242,7 @@ def _prepare(options: PretrainOptions, resume: bool) -> _Training:
     fingerprints: Fingerprints | None = None
     for source in filter(os.path.isdir, options.sources.values()):
         # Read now: with --overwrite, the folder may be deleted before the training.
-        seen = seen_by(source)
+        seen = trained_on(source)
         if seen is not None:
             fingerprints = seen if fingerprints is None else fingerprints.join(seen)
     options = options.replace(

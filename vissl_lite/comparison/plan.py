@@ -89,13 +89,15 @@ class Plan:
         labels: dict[str, LabelCount] = {}
         reasons: list[UserError] = []
         for amount in make_amounts(as_list(self.options.fractions), as_list(self.options.shots)):
+            drawn = []
             try:
-                drawn = [amount.subsample(data, seed) for seed in seeds]
+                for seed in seeds:
+                    drawn.append(amount.subsample(data, seed))
             except UserError as error:
                 reasons.append(error)
                 log.warning(
-                    "left out: %(amount)s: %(why)s",
-                    {"amount": amount.name, "why": str(error)},
+                    "left out: %(amount)s: with seed %(seed)d, %(why)s",
+                    {"amount": amount.name, "seed": seeds[len(drawn)], "why": str(error)},
                     extra={"code": "amount.left_out"},
                 )
                 continue

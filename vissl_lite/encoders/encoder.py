@@ -226,13 +226,14 @@ class Encoder(nn.Module):
         if not isinstance(last, Tensor):
             raise UserError(f"{self.backbone} has several feature maps, and one is needed")
         if last.ndim == 3:  # Patch tokens follow class and register tokens
+            patch, count = self.patch_size or 1, last.shape[1]
+            rows, columns = images.shape[2] // patch, images.shape[3] // patch
             prefix = getattr(self.model, "num_prefix_tokens", None)
             if prefix is None:  # VOLO and CoaT have a class token and do not say so
-                prefix = last.shape[1] - math.isqrt(last.shape[1]) ** 2
+                is_grid = rows * columns <= count
+                prefix = count - (rows * columns if is_grid else math.isqrt(count) ** 2)
             last = last[:, prefix:]
-            patch = self.patch_size or 1
-            rows = images.shape[2] // patch
-            if rows * (images.shape[3] // patch) != last.shape[1]:
+            if rows * columns != last.shape[1]:
                 rows = math.isqrt(last.shape[1])
             return last.transpose(1, 2).unflatten(2, (rows, -1))
         if getattr(self.model, "output_fmt", "NCHW") == "NHWC":
@@ -400,8 +401,8 @@ def open_residual_branches(encoder: Encoder) -> None:
     1706.02677, section 5.1); torchvision starts them at one. In short runs branches that start at
     zero have no time to grow. Linear accuracy after two minutes of ``simclr`` with scales of 0,
     0.2, 0.5 and 1: CIFAR-10 0.334, 0.409, 0.430 and 0.393; UC Merced 0.395, 0.481, 0.488 and 0.467
-    (``resnet18``, one slow core, one seed). Each of the other pretexts that were measured gains
-    with 0.5 as well (benchmarks/README.md, settings of short runs).
+    (``resnet18``, one slow core, one seed). The other pretexts that were measured gain with 0.5 as
+    well, but for ``byol`` on UC Merced (benchmarks/README.md, settings of short runs).
 
     Args:
         encoder: Changed in place.

@@ -32,9 +32,10 @@ class MoCoV3(PretextTask):
     authors compute for each view; it made no clear difference in ``byol`` and ``simsiam``.
 
     Args:
-        encoder: Encoder to train. The patch projection of a ViT is not trained, for stability
-            (section 4.2). Other encoders have heads of two layers, without a last norm in the
-            predictor, as ResNets do in the authors' code (``moco/builder.py``).
+        encoder: Encoder to train. The patch projection of a ViT, where it is one convolution of the
+            image, is not trained, for stability (section 4.2). Other encoders have heads of two
+            layers, without a last norm in the predictor, as ResNets do in the authors' code
+            (``moco/builder.py``).
         temperature: Softmax temperature (appendix A: 0.2). 0.1 was not compared with it.
         momentum: Initial momentum of the teacher; increases to 1 along a cosine (appendix A). It is
             at most (1 + n) / (10 + n) after n steps. The teacher follows each step with the

@@ -102,7 +102,8 @@ class StreamData(pl.LightningDataModule):
 class BrokenImages(Callback):
     """Count and log images that cannot be read; too many of them stop the run.
 
-    Each process counts those that it was to read, which are a part of an epoch.
+    Each process counts those that it was to read, which are a part of an epoch, and the images of
+    broken shards, of all of them.
 
     Args:
         images: Number of images in the data set.
@@ -116,6 +117,7 @@ class BrokenImages(Callback):
         self.seen = 0
         self.paths: dict[str, int] = {}
         self._first: Broken | None = None
+        self._shards: set[str] = set()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, batch_idx: int
@@ -131,8 +133,14 @@ class BrokenImages(Callback):
                 )
             self._first = self._first or one
             self.paths[one.path] = max(count, self.paths.get(one.path, 0))
+        self._shards.update(one.path for one, _ in shards)
         broken = sum(self.paths.values())
+        own = len(self.paths.keys() - self._shards)
         self.seen += len(batch.indices) + len(batch.broken)
         share = max(self.images / trainer.world_size, min(self.seen, self.images))
-        if self._first is not None and broken > BROKEN_SHARE * share:
-            raise too_many_broken(broken, round(share), self._first)
+        if self._first is None:
+            return
+        if broken > BROKEN_SHARE * self.images:
+            raise too_many_broken(broken, self.images, self._first)
+        if own > BROKEN_SHARE * share:
+            raise too_many_broken(own, round(share), self._first)

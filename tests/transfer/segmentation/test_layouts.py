@@ -379,7 +379,7 @@ def test_the_parts_of_a_yaml_file_are_kept(tmp_path: Path) -> None:
             label = tmp_path / site / "labels" / f"{n}.txt"
             label.parent.mkdir(exist_ok=True)
             label.write_text(line)
-    (tmp_path / "obj.names").write_text("cat\n")
+    (tmp_path / "Classes.txt").write_text("cat\n")
     content = "nc: 1\ntrain: {}/images\nval: site_b/images\n"
     (tmp_path / "data.yaml").write_text(content.format("site_a"))
     data = load_masks(tmp_path)
@@ -389,6 +389,9 @@ def test_the_parts_of_a_yaml_file_are_kept(tmp_path: Path) -> None:
     assert data.classes == ["background", "cat"]
     (tmp_path / "data.yaml").write_text(content.format("/gone"))  # of another machine
     assert sum(sizes(load_masks(tmp_path))) == 6
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "data.yaml").write_text(content.format("site_a") + "test: empty\n")
+    assert {Path(path).stem for path in load_masks(tmp_path).paths("test")} == {"4", "5"}
 
 
 def test_ids_of_coco_may_be_fractions_and_text(tmp_path: Path) -> None:
@@ -399,10 +402,14 @@ def test_ids_of_coco_may_be_fractions_and_text(tmp_path: Path) -> None:
         one["image_id"] = float(one["image_id"])
     content["categories"][0]["id"] = "7"
     content["annotations"].append({"image_id": 99, "category_id": 7, "segmentation": [SQUARE]})
+    content["annotations"].append(None)
     (tmp_path / "annotations.json").write_text(json.dumps(content))
     data = load_masks(tmp_path)
     assert all(one.classes == (0, 1) for one in data.train)
-    assert data.reading.counts == {"object of an image not listed, left out": 1}
+    assert data.reading.counts == {
+        "object of an image not listed, left out": 1,
+        "object without a polygon or RLE that can be read, left out": 1,
+    }
 
 
 @pytest.mark.parametrize("damaged", ["0", "4"])

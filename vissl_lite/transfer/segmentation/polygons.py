@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,9 +30,9 @@ from vissl_lite.transfer.sources.shapes import (
     positive_number,
 )
 from vissl_lite.transfer.sources.yolo import (
-    NAME_FILES,
     SPLIT_KEYS,
     data_yaml,
+    has_names,
     holds,
     names_file,
     read_list,
@@ -96,24 +97,25 @@ def read_shapes(tree: FileTree, labels: FileTree, log: ReadingLog) -> Drawn | No
         UserError: A file is damaged.
     """
     files = iter([labels.folder / path for path in labels.ending(".json")])
-    damaged: list[UserError] = []
+    damaged: list[tuple[Path, UserError]] = []
     for file in files:  # each file is parsed once, as they may be large
         try:
             content = read_json(file)
         except UserError as error:
-            damaged.append(error)
+            damaged.append((file, error))
             continue
         kind = _kind(content)
         if kind == "LabelMe":  # a file for each image
-            log.add(_DAMAGED, labels.folder.name, len(damaged))
+            for one, _ in damaged:
+                log.add(_DAMAGED, str(one))
             return _read_labelme(chain([(file, content)], _readable(files, log)), tree, log)
         if damaged:
-            raise damaged[0]
+            raise damaged[0][1]
         if kind == "COCO":
             rest = ((file, read_json(file)) for file in files)
             return _read_coco(chain([(file, content)], rest), tree, log)
     if damaged:
-        raise damaged[0]
+        raise damaged[0][1]
     return _read_yolo(tree, labels, log)
 
 
@@ -188,8 +190,8 @@ def _read_coco(contents: _Contents, tree: FileTree, log: ReadingLog) -> Drawn:
         listed = set()
         for one in content["images"]:
             name = one.get("file_name") if isinstance(one, dict) else None
-            if not isinstance(name, str) or not name:
-                log.add("image without a file name, left out", str(file))
+            if not isinstance(name, str) or not name or parse_id(one.get("id")) is None:
+                log.add("image without a file name or an id, left out", str(file))
                 continue
             listed.add(parse_id(one.get("id")))
             image = tree.image(name, part)
@@ -204,8 +206,11 @@ def _read_coco(contents: _Contents, tree: FileTree, log: ReadingLog) -> Drawn:
                 log.origins[own] = file.name
             by_id[parse_id(one.get("id"))] = found.setdefault(image, fresh)
         for one in content["annotations"]:
-            identity = parse_id(one.get("image_id")) if isinstance(one, dict) else None
-            if identity not in listed:
+            if not isinstance(one, dict):
+                log.add(_UNREADABLE, str(file))
+                continue
+            identity = parse_id(one.get("image_id"))
+            if identity is None or identity not in listed:
                 log.add("object of an image not listed, left out", str(file))
             drawn = by_id.get(identity)
             if drawn is None:
@@ -294,7 +299,7 @@ def _read_yolo(tree: FileTree, labels: FileTree, log: ReadingLog) -> Drawn | Non
     if not texts:
         return None
     log.layout = "YOLO polygons"
-    names, given = _yolo_names([labels, tree]), _yolo_parts([labels, tree], log)
+    names, given = _yolo_names([labels, tree]), _yolo_parts([labels, tree], tree)
     images: list[DrawnImage] = []
     largest = -1
     boxes = 0
@@ -346,12 +351,8 @@ def _read_yolo(tree: FileTree, labels: FileTree, log: ReadingLog) -> Drawn | Non
 def _is_list(path: str) -> bool:
     name = os.path.splitext(os.path.basename(path))[0].lower()
     known = name in ("labels", "obj_names", "readme", "license", "notes", "labelmap")
-    return (
-        known
-        or os.path.basename(path) in NAME_FILES
-        or name.startswith("readme")
-        or part_of_name(name) is not None
-    )
+    known = known or has_names(path) or name.startswith("readme")
+    return known or part_of_name(name) is not None
 
 
 def _yaml_files(trees: Sequence[FileTree]) -> Iterator[tuple[Path, FileTree]]:
@@ -376,11 +377,11 @@ def _yolo_names(trees: Sequence[FileTree]) -> dict[int, str]:
     return {} if named is None else {int(key): name for key, name in read_names(named).items()}
 
 
-def _yolo_parts(trees: Sequence[FileTree], log: ReadingLog) -> dict[str, Split]:
+def _yolo_parts(trees: Sequence[FileTree], images: FileTree) -> dict[str, Split]:
     """The part of each image, by its real path, as a ``data.yaml`` says; empty without one.
 
     A file that names training images which do not exist says nothing, as it was written for another
-    machine; so does one that names the folder of everything.
+    machine; so do one that names the folder of everything, and one of other images.
     """
     for file, tree in _yaml_files(trees):
         content = data_yaml(file)
@@ -393,9 +394,14 @@ def _yolo_parts(trees: Sequence[FileTree], log: ReadingLog) -> dict[str, Split]:
                 place = resolve_entry(file.parent, str(content.get("path") or ""), str(entry))
                 if place is None or holds(place, file.parent):
                     continue
-                is_folder = place.is_dir()
-                paths = find_images([place]) if is_folder else read_list(place, tree, split, log)
-                parts.update((os.path.realpath(path), split) for path in paths)
-        if "train" in parts.values():
+                with suppress(UserError):  # an empty folder
+                    paths = (
+                        find_images([place])
+                        if place.is_dir()
+                        else read_list(place, tree, split, ReadingLog(str(place)))
+                    )
+                    parts.update((os.path.realpath(path), split) for path in paths)
+        own = {os.path.realpath(tree.absolute(path)) for path in images.images}
+        if "train" in parts.values() and not own.isdisjoint(parts):
             return parts
     return {}

@@ -55,8 +55,9 @@ def find_groups(
 ) -> Callable[[Sequence[Record]], np.ndarray] | None:
     """Complete the groups of the images in the log.
 
-    A regular expression takes precedence over a column, and a column over the files themselves. A
-    column in which no two rows have the same group is not one of groups.
+    A regular expression takes precedence over a column, and a column over the files themselves.
+    Groups of one image each count only where they come from files, of which others may be of the
+    same patient or volume, or where rows of a table without a label share them.
 
     Args:
         paths: All labelled images.
@@ -82,8 +83,8 @@ def find_groups(
         log.groups, log.grouped_by = found, _OF_FILES
     kept = {path: log.groups[path] for path in paths if path in log.groups}
     others = {path: group for path, group in log.groups.items() if path not in kept}
-    of_column = log.group_by is None and log.grouped_by != _OF_FILES
-    if of_column and not _shared([*kept.values(), *others.values()]):
+    of_files = log.group_by is None and log.grouped_by == _OF_FILES
+    if not of_files and not _shared([*kept.values(), *others.values()]):
         kept, others = {}, {}
     log.groups, log.groups_of_unlabelled = kept, others
     log.grouped_by = log.grouped_by if kept else ""

@@ -66,13 +66,15 @@ def holds(folder: Path, other: Path) -> bool:
     return folder.is_dir() and folder.resolve() in real.parents
 
 
+def has_names(path: str) -> bool:
+    """Whether a file lists names of classes, such as ``classes.txt`` or ``obj.names``."""
+    name = path.rpartition("/")[2].lower()
+    return name.endswith((*NAME_FILES, _NAMES_SUFFIX))
+
+
 def names_file(tree: FileTree) -> Path | None:
     """The file of class names in a folder; the least deep of several."""
-    found = [
-        path
-        for path in tree.others
-        if path.rpartition("/")[2] in NAME_FILES or path.endswith(_NAMES_SUFFIX)
-    ]
+    found = [path for path in tree.others if has_names(path)]
     return Path(tree.absolute(min(found, key=lambda path: path.count("/")))) if found else None
 
 

@@ -26,8 +26,8 @@ from vissl_lite.transfer.sources.parts import Split, part_of_path
 from vissl_lite.transfer.sources.reading_log import MISSING_IMAGE, ReadingLog
 from vissl_lite.transfer.sources.shapes import Shape, outline_of
 from vissl_lite.transfer.sources.yolo import (
-    NAME_FILES,
     SPLIT_KEYS,
+    has_names,
     holds,
     names_file,
     read_list,
@@ -100,7 +100,7 @@ def read_yolo(
         if "labels" in Path(folder).parts and os.path.isdir(folder):
             there = {os.path.join(folder, name) for name in os.listdir(folder)}
             for lone in sorted(there - labels):
-                if lone.endswith(".txt") and not lone.endswith(NAME_FILES):
+                if lone.endswith(".txt") and not has_names(lone):
                     repairs.add(MISSING_IMAGE, lone)
     return _replace_ids(annotations, names, len(images), repairs)
 
@@ -150,7 +150,7 @@ def read_labels(
 
 def label_files(tree: FileTree) -> list[str]:
     """The files in a folder that are named like an image and may be YOLO's, relative to it."""
-    return [path for path in tree.ending(".txt") if Path(path).name not in NAME_FILES]
+    return [path for path in tree.ending(".txt") if not has_names(path)]
 
 
 def looks_like_labels(file: str | Path) -> bool:
