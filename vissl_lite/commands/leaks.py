@@ -10,7 +10,14 @@ import numpy as np
 from vissl_lite.data.fingerprints import Fingerprints, read_fingerprints
 from vissl_lite.errors import UserError
 from vissl_lite.leakage.groups import check_groups
-from vissl_lite.leakage.matching import LEAKS, Leaks, Policy, check_leaks, seen_by
+from vissl_lite.leakage.matching import (
+    LEAKS,
+    Leaks,
+    Policy,
+    check_leaks,
+    folders_of,
+    seen_by,
+)
 from vissl_lite.training.progress import progress_bar
 from vissl_lite.transfer.base import DatasetT
 from vissl_lite.transfer.sources.groups import groups_of_others
@@ -81,9 +88,8 @@ def trained_on(encoder: str) -> Fingerprints | None:
     seen = seen_by(encoder)
     if seen is not None:
         return seen
-    folder = Path(encoder)
-    for model in (folder, *([folder.parent] if folder.name == "encoder" else [])):
-        listed = load_trained_on(model)
+    for folder in folders_of(encoder):
+        listed = load_trained_on(folder)
         if listed is not None:
             log.warning(
                 "%(encoder)s was trained with the true labels of %(images)d images, perhaps of "

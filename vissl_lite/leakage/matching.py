@@ -99,6 +99,12 @@ class Leaks:
             rows.writerows(self.found)
 
 
+def folders_of(encoder: str) -> list[Path]:
+    """Folders that may say what an encoder was trained on: it, and the run or model around it."""
+    folder = Path(encoder)
+    return [folder, folder.parent] if folder.name == "encoder" else [folder]
+
+
 def seen_by(encoder: str) -> Fingerprints | None:
     """Load the fingerprints of the images that an encoder was pre-trained on.
 
@@ -111,8 +117,7 @@ def seen_by(encoder: str) -> Fingerprints | None:
     Raises:
         UserError: If the file is damaged.
     """
-    folder = Path(encoder)
-    for run in (folder, *([folder.parent] if folder.name == "encoder" else [])):
+    for run in folders_of(encoder):
         if (run / FINGERPRINTS).is_file():
             return Fingerprints.load(run / FINGERPRINTS)
     if not is_untrained(encoder):

@@ -394,6 +394,21 @@ def test_the_parts_of_a_yaml_file_are_kept(tmp_path: Path) -> None:
     assert {Path(path).stem for path in load_masks(tmp_path).paths("test")} == {"4", "5"}
 
 
+def test_a_yaml_file_beside_the_labels_names_the_parts_too(tmp_path: Path) -> None:
+    for n in range(6):
+        image(tmp_path / "images" / f"{n}.jpg")
+        label = tmp_path / "shapes" / f"{n}.txt"
+        label.parent.mkdir(exist_ok=True)
+        label.write_text("0 " + " ".join(str(v / 10) for v in SQUARE))
+    for part, numbers in (("train", range(4)), ("val", (4, 5))):
+        lines = [f"../images/{n}.jpg" for n in numbers]
+        (tmp_path / "shapes" / f"{part}.txt").write_text("\n".join(lines))
+    text = "names: [cat]\ntrain: train.txt\nval: val.txt\n"
+    (tmp_path / "shapes" / "data.yaml").write_text(text)
+    data = load_masks(tmp_path / "images", tmp_path / "shapes")
+    assert {Path(path).stem for path in data.paths("test")} == {"4", "5"}
+
+
 def test_ids_of_coco_may_be_fractions_and_text(tmp_path: Path) -> None:
     for n in range(5):
         image(tmp_path / "images" / f"{n}.jpg")

@@ -7,7 +7,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vissl_lite.data.images import find_images
 from vissl_lite.data.json_file import read_json
 from vissl_lite.data.text_file import read_text
 from vissl_lite.data.yaml_file import read_yaml
@@ -30,14 +29,13 @@ from vissl_lite.transfer.sources.shapes import (
     positive_number,
 )
 from vissl_lite.transfer.sources.yolo import (
-    SPLIT_KEYS,
     data_yaml,
     has_names,
     holds,
+    images_at,
     names_file,
-    read_list,
     read_names,
-    resolve_entry,
+    split_places,
 )
 
 _UNREADABLE = "object without a polygon or RLE that can be read, left out"
@@ -186,17 +184,17 @@ def _read_coco(contents: _Contents, tree: FileTree, log: ReadingLog) -> Drawn:
         part = _part_of_annotations(file, tree)
         categories = _categories(content.get("categories"))
         classes.update(dict.fromkeys(categories.values()))
-        by_id: dict[int | str | None, DrawnImage] = {}
-        listed = set()
+        by_id: dict[int | str, DrawnImage | None] = {}  # None for missing images
         for one in content["images"]:
             name = one.get("file_name") if isinstance(one, dict) else None
-            if not isinstance(name, str) or not name or parse_id(one.get("id")) is None:
+            identity = parse_id(one.get("id")) if isinstance(one, dict) else None
+            if not isinstance(name, str) or not name or identity is None:
                 log.add("image without a file name or an id, left out", str(file))
                 continue
-            listed.add(parse_id(one.get("id")))
             image = tree.image(name, part)
             if image is None:
                 log.add(MISSING_IMAGE, name)
+                by_id.setdefault(identity, None)
                 continue
             log.add_group(image, one.get("group"))
             size = (positive_number(one.get("height")), positive_number(one.get("width")))
@@ -204,15 +202,16 @@ def _read_coco(contents: _Contents, tree: FileTree, log: ReadingLog) -> Drawn:
             fresh = DrawnImage(image, own, str(file), size, [])
             if own is not None:
                 log.origins[own] = file.name
-            by_id[parse_id(one.get("id"))] = found.setdefault(image, fresh)
+            by_id[identity] = found.setdefault(image, fresh)
         for one in content["annotations"]:
             if not isinstance(one, dict):
                 log.add(_UNREADABLE, str(file))
                 continue
             identity = parse_id(one.get("image_id"))
-            if identity is None or identity not in listed:
+            if identity is None or identity not in by_id:
                 log.add("object of an image not listed, left out", str(file))
-            drawn = by_id.get(identity)
+                continue
+            drawn = by_id[identity]
             if drawn is None:
                 continue
             name = categories.get(parse_id(one.get("category_id")))
@@ -383,25 +382,18 @@ def _yolo_parts(trees: Sequence[FileTree], images: FileTree) -> dict[str, Split]
     A file that names training images which do not exist says nothing, as it was written for another
     machine; so do one that names the folder of everything, and one of other images.
     """
+    own = {os.path.realpath(images.absolute(path)) for path in images.images}
     for file, tree in _yaml_files(trees):
         content = data_yaml(file)
         if content is None:
             continue
         parts: dict[str, Split] = {}
-        for split, keys in SPLIT_KEYS.items():
-            value: Any = next((content[key] for key in keys if content.get(key)), [])
-            for entry in value if isinstance(value, list) else [value]:
-                place = resolve_entry(file.parent, str(content.get("path") or ""), str(entry))
-                if place is None or holds(place, file.parent):
-                    continue
-                with suppress(UserError):  # an empty folder
-                    paths = (
-                        find_images([place])
-                        if place.is_dir()
-                        else read_list(place, tree, split, ReadingLog(str(place)))
-                    )
-                    parts.update((os.path.realpath(path), split) for path in paths)
-        own = {os.path.realpath(tree.absolute(path)) for path in images.images}
+        for split, _, place in split_places(file, content):
+            if place is None or holds(place, file.parent):
+                continue
+            with suppress(UserError):  # an empty folder
+                found = images_at(place, tree, split, ReadingLog(str(place)))
+                parts.update((os.path.realpath(path), split) for path in found)
         if "train" in parts.values() and not own.isdisjoint(parts):
             return parts
     return {}

@@ -1,9 +1,11 @@
 """What data sets in YOLO's format say in ``data.yaml`` and beside it (docs.ultralytics.com)."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vissl_lite.data.images import find_images
 from vissl_lite.data.text_file import read_text
 from vissl_lite.data.yaml_file import read_yaml
 from vissl_lite.transfer.sources.file_tree import FileTree
@@ -32,6 +34,29 @@ def data_yaml(file: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict) or not ("names" in content or "nc" in content):
         return None
     return content if any(key in content for key in ("train", *VAL_NAMES)) else None
+
+
+def split_places(file: Path, content: dict[str, Any]) -> Iterator[tuple[Split, str, Path | None]]:
+    """The entries of each part in a ``data.yaml``, and the folder or list of each if it exists.
+
+    Args:
+        file: The ``data.yaml``.
+        content: What it holds.
+    """
+    root = str(content.get("path") or "")
+    for split, keys in SPLIT_KEYS.items():
+        value: Any = next((content[key] for key in keys if content.get(key)), [])
+        for entry in map(str, value if isinstance(value, list) else [value]):
+            yield split, entry, resolve_entry(file.parent, root, entry)
+
+
+def images_at(place: Path, tree: FileTree, split: Split, log: ReadingLog) -> list[str]:
+    """The images in a folder, or those that a text file lists.
+
+    Raises:
+        UserError: There are none in the folder, or the file can't be read.
+    """
+    return find_images([place]) if place.is_dir() else read_list(place, tree, split, log)
 
 
 def resolve_entry(folder: Path, root: str, entry: str) -> Path | None:

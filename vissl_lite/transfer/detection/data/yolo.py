@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vissl_lite.data.images import find_images
 from vissl_lite.data.text_file import read_text
 from vissl_lite.errors import UserError, brief
 from vissl_lite.transfer.detection.data.annotations import (
@@ -26,13 +25,13 @@ from vissl_lite.transfer.sources.parts import Split, part_of_path
 from vissl_lite.transfer.sources.reading_log import MISSING_IMAGE, ReadingLog
 from vissl_lite.transfer.sources.shapes import Shape, outline_of
 from vissl_lite.transfer.sources.yolo import (
-    SPLIT_KEYS,
     has_names,
     holds,
+    images_at,
     names_file,
-    read_list,
     read_names,
     resolve_entry,
+    split_places,
 )
 
 
@@ -63,25 +62,20 @@ def read_yolo(
     names = _class_names(file, _listed_names(file, content.get("names"), tree))
     images: dict[tuple[str, Split], None] = {}  # path and split, in order
     folders_only = True  # whether no entry is a list of paths
-    for split, keys in SPLIT_KEYS.items():
-        value: Any = next((content[key] for key in keys if content.get(key)), [])
-        for entry in value if isinstance(value, list) else [value]:
-            place = resolve_entry(file.parent, str(content.get("path") or ""), str(entry))
-            if place is not None and holds(place, file.parent):
-                raise UserError(
-                    f"{file} names {brief(entry)} for {split}, a folder that holds the whole data "
-                    f"set: name the folder of the images"
-                )
-            if place is None and split == "train":
-                raise UserError(f"{file} names {brief(entry)} for train, which does not exist")
-            if place is None:
-                repairs.add(f"folder of {split} images missing, left out", str(entry))
-                continue
-            folders_only = folders_only and place.is_dir()
-            paths = (
-                find_images([place]) if place.is_dir() else read_list(place, tree, split, repairs)
+    for split, entry, place in split_places(file, content):
+        if place is not None and holds(place, file.parent):
+            raise UserError(
+                f"{file} names {brief(entry)} for {split}, a folder that holds the whole data "
+                f"set: name the folder of the images"
             )
-            images.update(((path, split), None) for path in paths)
+        if place is None and split == "train":
+            raise UserError(f"{file} names {brief(entry)} for train, which does not exist")
+        if place is None:
+            repairs.add(f"folder of {split} images missing, left out", entry)
+            continue
+        folders_only = folders_only and place.is_dir()
+        found = images_at(place, tree, split, repairs)
+        images.update(((path, split), None) for path in found)
     annotations, labels = [], set()
     for path, split in images:
         label = _label_file(path)
