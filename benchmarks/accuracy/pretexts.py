@@ -9,13 +9,15 @@ what was measured before.
 
     python -m benchmarks.accuracy.pretexts --data DATA/cifar10 --out RUNS
 
-Results: benchmarks/results/pretexts.json, and layers.png: the stages of some encoders.
+Results: benchmarks/results/pretexts.json, by backbone, and layers.png: the stages of some encoders.
 """
 
 import argparse
 import os
 import statistics
 import threading
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
@@ -33,13 +35,15 @@ from benchmarks.common import (
     provenance,
     results_of,
     vissl_lite,
+    where_and_when,
 )
 from vissl_lite.pretext import PRETEXTS
 from vissl_lite.run import read_config
 
 COMMAND = "python -m benchmarks.accuracy.pretexts --data DATA/cifar10 --out RUNS"
 IN_PICTURE = ("rotation", "jigsaw", "colorization", "simclr", "untrained resnet18")
-UNTRAINED = ("untrained resnet18", "untrained vit_slim_patch4_32")
+BACKBONES = ("resnet18", "vit_slim_patch4_32")
+UNTRAINED = tuple(f"untrained {backbone}" for backbone in BACKBONES)
 RECIPE = ROOT / "configs" / "cifar10_minutes.yaml"
 FRACTION = 0.2  # of the training labels, for the probe
 one_at_a_time = threading.Lock()  # results go into one file
@@ -49,7 +53,7 @@ def backbone_of(name: str) -> str:
     if name in UNTRAINED:
         return name.split()[1]
     convolutional = PRETEXTS[name].info.backbones in ("any", "CNN")
-    return "resnet18" if convolutional else "vit_slim_patch4_32"
+    return BACKBONES[0] if convolutional else BACKBONES[1]
 
 
 def train(name: str, seed: int, core: int, data: Path, out: Path, minutes: float) -> None:
@@ -87,57 +91,60 @@ def evaluate(name: str, seed: int, core: int, data: Path, out: Path) -> None:
             "collapsed": ended["collapsed"],
         }
     with one_at_a_time:
-        before = load("pretexts") if (RESULTS / "pretexts.json").exists() else {}
-        seeds = before.get(name, {}).get("seeds", {}) | {str(seed): figures}
-        keep("pretexts", {name: {"backbone": backbone_of(name), "seeds": seeds}})
+        before = results_for(backbone_of(name))
+        seeds = before.get(name, {}) | {str(seed): figures}
+        keep("pretexts", {backbone_of(name): {**before, name: seeds, "made": where_and_when()}})
 
 
-def stages(row: dict[str, Any]) -> dict[str, float]:
-    """Mean linear accuracy of each stage, from the pixels up."""
-    runs = list(row["seeds"].values())
+def results_for(backbone: str) -> dict[str, Any]:
+    """Figures of the encoders with a backbone, by name and seed."""
+    there = (RESULTS / "pretexts.json").exists()
+    found: dict[str, Any] = load("pretexts").get(backbone, {}) if there else {}
+    return found
+
+
+def stages(runs: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Mean linear accuracy of each stage over some runs, from the pixels up."""
+    runs = list(runs)
     return {
         stage: statistics.mean(run["layers"][stage]["linear"] for run in runs)
         for stage in runs[0]["layers"]
     }
 
 
-def pretexts_table() -> str:
-    results = load("pretexts")
-    untrained = {
-        backbone_of(name): statistics.mean(run["linear"] for run in results[name]["seeds"].values())
-        for name in UNTRAINED
-    }
+def pretexts_table(backbone: str) -> str:
+    results = results_for(backbone)
+    untrained = f"untrained {backbone}"
+    baseline = statistics.mean(run["linear"] for run in results[untrained].values())
     rows = []
-    for name in [*UNTRAINED, *PRETEXTS]:
+    for name in [untrained, *PRETEXTS]:
         if name not in results:
             continue
-        row, runs = results[name], list(results[name]["seeds"].values())
+        runs = list(results[name].values())
         linear = [run["linear"] for run in runs]
-        at_stage = stages(row)
+        at_stage = stages(runs)
         best = max(at_stage, key=lambda stage: at_stage[stage])
         best_knn = statistics.mean(run["layers"][best]["knn"] for run in runs)
-        about = [name.replace(" ", " `") + "`", "", ""]
-        gain = ""
+        rate = gain = ""
         if name in PRETEXTS:
-            rate = statistics.mean(run["images_per_second"] for run in runs)
-            small = "ViT" if row["backbone"].startswith("vit") else ""
-            about = [f"`{name}`", small, f"{rate:.0f}"]
-            gain = f"{statistics.mean(linear) - untrained[row['backbone']]:+.3f}"
+            rate = f"{statistics.mean(run['images_per_second'] for run in runs):.0f}"
+            gain = f"{statistics.mean(linear) - baseline:+.3f}"
         accuracies = [mean_and_spread([run[kind] for run in runs]) for kind in ("knn", "linear")]
         of_best = f"{best_knn:.3f} / {at_stage[best]:.3f} ({best})"
-        rows.append([*about, *accuracies, gain, of_best, str(len(runs))])
+        label = f"`{name}`" if name in PRETEXTS else "untrained"
+        rows.append([label, rate, *accuracies, gain, of_best, str(len(runs))])
     figures = ["images/s", "kNN", "linear", "gain", "best stage: kNN / linear"]
-    header = ["encoder", "", *figures, "seeds"]
+    header = [f"`{backbone}`", *figures, "seeds"]
     return markdown_table(header, rows) + "\n\n" + provenance(results, COMMAND)
 
 
 def plot_layers() -> None:
     """Accuracy of a linear probe over the stages of ``IN_PICTURE``."""
-    results = load("pretexts")
+    results = results_for("resnet18")
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for name in IN_PICTURE:
-        at_stage = stages(results[name])
+        at_stage = stages(results[name].values())
         values = list(at_stage.values())
         axes.plot(values, "-" if name in PRETEXTS else "--", marker="o", label=name)
         best = int(np.argmax(values))
@@ -153,10 +160,13 @@ def plot_layers() -> None:
 
 def layers_table() -> str:
     picture = "![accuracy over the stages of five encoders](results/layers.png)"
-    return picture + "\n\n" + provenance(load("pretexts"), COMMAND)
+    return picture + "\n\n" + provenance(results_for("resnet18"), COMMAND)
 
 
-TABLES = {"pretexts": pretexts_table, "layers": layers_table}
+TABLES = {
+    **{f"pretexts_{name}": partial(pretexts_table, name) for name in BACKBONES},
+    "layers": layers_table,
+}
 
 
 def main() -> None:
@@ -190,7 +200,7 @@ def main() -> None:
         worker.start()
     for worker in workers:
         worker.join()
-    if all(name in load("pretexts") for name in IN_PICTURE):
+    if all(name in results_for("resnet18") for name in IN_PICTURE):
         plot_layers()
 
 
