@@ -3,10 +3,10 @@
     python -m benchmarks.accuracy.selection JOB --data DATA/SET --encoder RUN --out OUT
 
 ``JOB`` names the set and where the encoder is from: ``cifar10-ours``, ``ucmerced-ours`` and
-``ucmerced-ImageNet``. The budgets are 1, 5, 10 and 50 (UC Merced: 30) times the number of classes;
-no method knows how many images of each class there are. Each of five seeds has 80 % of the training
-images to choose from. ``--protocols`` takes ``linear`` and ``finetune``, the latter with a fixed
-learning rate and number of epochs.
+``ucmerced-ImageNet``, which are judged by linear probes, and ``ucmerced-ImageNet-finetuned``, with
+a fixed learning rate and number of epochs. The budgets are 1, 5, 10 and 50 (UC Merced: 30;
+fine-tuned: 1 and 5) times the number of classes; no method knows how many images of each class
+there are. Each of five seeds has 80 % of the training images to choose from.
 
 Results: benchmarks/results/selection.json. A comparison that was interrupted goes on.
 """
@@ -22,12 +22,17 @@ from typing import Any, get_args
 from benchmarks.common import keep, load, markdown_table, plus_minus, provenance, where_and_when
 from vissl_lite.comparison.simulation import Selector
 
-SETS: dict[str, list[object]] = {
-    "cifar10": ["--budgets", 10, 50, 100, 500, "--image_size", 32],
-    "ucmerced": ["--budgets", 21, 105, 210, 630, "--image_size", 64, "--upright", "false"],
-}
-JOBS = ("cifar10-ours", "ucmerced-ours", "ucmerced-ImageNet")
-TUNING = ["--lr", 0.001, "--epochs", 20]
+ALL = ["--selection", *get_args(Selector), "--protocols", "linear"]
+UCMERCED = ["--image_size", 64, "--upright", "false"]
+JOBS: dict[str, list[object]] = {
+    "cifar10-ours": [*ALL, "--budgets", 10, 50, 100, 500, "--image_size", 32],
+    "ucmerced-ours": [*ALL, "--budgets", 21, 105, 210, 630, *UCMERCED],
+    "ucmerced-ImageNet": [*ALL, "--budgets", 21, 105, 210, 630, *UCMERCED],
+    "ucmerced-ImageNet-finetuned": [
+        "--selection", "random", "herding", "typiclust", "--budgets", 21, 105, *UCMERCED,
+        "--protocols", "finetune", "--lr", 0.001, "--epochs", 20,
+    ],
+}  # fmt: skip
 
 
 def table(job: str) -> str:
@@ -60,14 +65,11 @@ def main() -> None:
     parser.add_argument("--encoder", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--protocols", nargs="+", default=["linear"])
     given = parser.parse_args()
     command = [
-        sys.executable, "-m", "vissl_lite", "compare", "--selection", *get_args(Selector),
+        sys.executable, "-m", "vissl_lite", "compare", *JOBS[given.job],
         "--encoder", given.encoder, "--data", given.data, "--out", given.out,
-        "--protocols", *given.protocols, "--seeds", given.seeds,
-        *SETS[given.job.split("-")[0]], *(TUNING if "finetune" in given.protocols else []),
-        *(["--resume"] if (given.out / "config.yaml").exists() else []),
+        "--seeds", given.seeds, *(["--resume"] if (given.out / "config.yaml").exists() else []),
     ]  # fmt: skip
     subprocess.run([str(word) for word in command], check=True)
     results: dict[str, Any] = json.loads((given.out / "results.json").read_text())
