@@ -1,7 +1,9 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from vissl_lite.plots import (
@@ -10,6 +12,7 @@ from vissl_lite.plots import (
     draw_boxes,
     draw_caption,
     draw_mask,
+    metrics_of_classes,
     plot_confusion,
     plot_grid,
     plot_neighbors,
@@ -69,6 +72,46 @@ def test_figures_are_written_whatever_their_number(tmp_path: Path) -> None:
         assert Image.open(tmp_path / f"{name}.png").width > 100
 
 
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures of Matplotlib, which are not drawn."""
+    found: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: found.append(figure))
+    return found
+
+
+def test_classes_without_a_metric_come_last(figures: list[Figure], tmp_path: Path) -> None:
+    scores = {"a": {"ap": 0.9}, "b": {"mask_ap": 0.2, "ap": 0.1}, "c": {"mask_ap": 0.8, "ap": 0.3}}
+    assert metrics_of_classes(scores) == ["mask_ap", "ap"]
+    plot_per_class(scores, tmp_path / "c.png")
+    axes: Any = figures[0].axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "c"]  # upwards
+    values = [bar.get_width() for bar in axes.patches]
+    assert np.nan_to_num(values, nan=-1).tolist() == [0.9, 0.1, 0.3, -1, 0.2, 0.8]
+
+
+def test_of_thousands_of_classes_the_best_and_the_worst_are_shown(
+    figures: list[Figure], tmp_path: Path
+) -> None:
+    plot_per_class({f"{n:04}": {"f1": n / 2000} for n in range(2000)}, tmp_path / "c.png")
+    (axes,) = figures[0].axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        f"{n:04}" for n in (*range(50), *range(1950, 2000))
+    ]
+    assert axes.get_title() == "the 50 best and the 50 worst of 2,000 classes"
+    assert figures[0].get_figheight() < 50
+
+
+def test_a_confusion_matrix_of_many_classes_has_no_names(
+    figures: list[Figure], tmp_path: Path
+) -> None:
+    for count in (100, 101):
+        plot_confusion(np.eye(count, dtype=int), [str(n) for n in range(count)], tmp_path / "m.png")
+    few, many = (figure.axes[0] for figure in figures)
+    assert len(few.get_xticklabels()) == len(few.get_yticklabels()) == 100
+    assert len(many.get_xticklabels()) == len(many.get_yticklabels()) == 0
+
+
 def test_a_legend_has_each_class_in_its_color(tmp_path: Path) -> None:
     legend = dict(zip([f"class {n}" for n in range(7)], class_colors(7), strict=True))
     for rows in (1, 5):
@@ -82,6 +125,17 @@ def test_a_legend_has_each_class_in_its_color(tmp_path: Path) -> None:
 def test_a_caption_that_is_too_long_is_cut(tmp_path: Path) -> None:
     plot_grid([[Picture(gray(), "x" * 500), Picture(gray(), "y")]], tmp_path / "p.png")
     assert Image.open(tmp_path / "p.png").width < 400
+
+
+def test_words_are_cut_to_the_width_of_what_they_belong_to(tmp_path: Path) -> None:
+    pictures = [[Picture(gray(), "x" * 500), Picture(gray())]]
+    legend = {"w" * 100: (255, 0, 0), "b": (0, 255, 0)}
+    plot_grid(pictures, tmp_path / "p.png", legend=legend, cell=320)
+    page = np.asarray(Image.open(tmp_path / "p.png")).min(axis=2)
+    captions, names = page[-36:-20], page[-20:]
+    ends = np.flatnonzero((captions < 100).any(axis=0))[-1]
+    assert 300 < ends < 326
+    assert (names[:, 165:176] == 255).all()  # up to the color of the second class
 
 
 def colors(file: Path) -> dict[tuple[int, ...], int]:

@@ -345,10 +345,28 @@ def test_replacing_a_run_removes_all_of_its_files(old_run: Path) -> None:
     names = (
         "checkpoints/lr-0.001-2/last.ckpt", "lr-0.001-frozen_norm.csv", "refit.csv",
         "runs/untrained/10/metrics.csv", "split_masks/000001.png", "masks/a/scan.nii.gz",
-        "masks/scene.tif",
+        "masks/scene.tif", "labels.png", "model/fingerprints.npz", "sample.part/000001.jpg",
+        "predictions.jsonl.part", "data/unlabelled/0.npy", "data/labelled/train/oak/0.npy",
     )  # fmt: skip
     for name in names:
         (old_run / name).parent.mkdir(parents=True, exist_ok=True)
         (old_run / name).write_text("old")
     with open_run(old_run, "probe", {"overwrite": True}, resume=False):
         assert not [name for name in names if (old_run / name).exists()]
+
+
+def test_replacing_a_run_removes_its_checkpoint_behind_a_link(
+    old_run: Path, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (disk / "last.ckpt").write_text("old")
+    (old_run / "checkpoints").symlink_to(disk)
+    with open_run(old_run, "probe", {"overwrite": True}, resume=False):
+        assert not (disk / "last.ckpt").exists()
+    assert disk.exists()
+
+
+def test_a_run_is_either_resumed_or_replaced(old_run: Path) -> None:
+    with pytest.raises(UserError, match="--resume continues a run and --overwrite replaces it"):
+        check_out(old_run, resume=True, overwrite=True)

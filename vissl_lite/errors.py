@@ -121,8 +121,8 @@ def check_arguments(
     """Check the arguments of a command or a pretext against the annotations of its signature.
 
     Each argument must be of its annotated type, so only options that may be None accept null.
-    Numbers must be finite and fit into 64 bits, text and lists must not be empty, and text must be
-    valid as a path.
+    Numbers must be finite and fit into 64 bits, text and lists must not be empty, and the text of
+    options for paths must be valid as a path.
 
     Args:
         function: A function with annotated parameters, or a class, whose ``__init__`` is used.
@@ -153,7 +153,7 @@ def check_argument(name: str, value: object, kind: Any) -> None:
     """
     if not _matches(value, kind):
         raise UserError(f"--{name} {brief(value)} is {_mismatch(kind)}")
-    _check_content(f"--{name}", value)
+    _check_content(f"--{name}", value, admits_path(kind))
 
 
 def kinds_of(kind: Any) -> tuple[Any, ...]:
@@ -164,6 +164,11 @@ def kinds_of(kind: Any) -> tuple[Any, ...]:
 def takes_any(kind: Any, origins: Sequence[Any]) -> bool:
     """Whether an annotation allows one of several generic types, such as ``LISTS``."""
     return any(get_origin(one) in origins for one in kinds_of(kind))
+
+
+def admits_path(kind: Any) -> bool:
+    """Whether an annotation allows a path, or several."""
+    return _is_path(kind) or any(map(admits_path, get_args(kind)))
 
 
 def _is_path(kind: Any) -> bool:
@@ -225,14 +230,14 @@ def _type_name(kind: Any) -> str:
     return str(kind) if get_origin(kind) is not None else kind.__name__
 
 
-def _check_content(name: str, value: object) -> None:
+def _check_content(name: str, value: object, is_path: bool) -> None:
     if isinstance(value, list | tuple | Mapping):
         if not value:
             raise UserError(f"{name} must not be empty: give a value, or leave it out")
         for one in [*value, *(value.values() if isinstance(value, Mapping) else ())]:
-            _check_content(name, one)
+            _check_content(name, one, is_path)
     elif isinstance(value, str | os.PathLike):
-        _check_text(name, os.fspath(value))
+        _check_text(name, os.fspath(value), is_path)
     elif isinstance(value, Integral):
         if abs(int(value)) >= 2**63:
             raise UserError(f"{name} {brief(value)} is too large a number")
@@ -240,7 +245,7 @@ def _check_content(name: str, value: object) -> None:
         raise UserError(f"{name} {value} must be a finite number")
 
 
-def _check_text(name: str, text: str) -> None:
+def _check_text(name: str, text: str, is_path: bool) -> None:
     if not text.strip():
         raise UserError(f"{name} must not be empty: give a value, or leave it out")
     if "\0" in text:
@@ -249,11 +254,17 @@ def _check_text(name: str, text: str) -> None:
         return
     encoded = text.encode("utf-8", "surrogatepass")
     longest = max(map(len, encoded.split(b"/")))
-    if longest > _NAME_BYTES or len(encoded) > _PATH_BYTES:
+    if is_path and (longest > _NAME_BYTES or len(encoded) > _PATH_BYTES):
         raise UserError(
             f"{name} {brief(text)} is too long: a path has at most {_PATH_BYTES} bytes, and "
             f"{_NAME_BYTES} in each of its parts"
         )
+    if len(encoded) > _PATH_BYTES:  # no other option needs more, and messages repeat their values
+        raise UserError(f"{name} {brief(text)} is too long: give at most {_PATH_BYTES} bytes")
+
+
+# More are meant by nobody, and their products with numbers of images would not be 64-bit numbers.
+MOST_EPOCHS = 10**9
 
 
 def check_count(name: str, value: int | None, most: int | None = None) -> None:

@@ -1,5 +1,6 @@
 """Plots of curves, tables and predictions, drawn with matplotlib without a display."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torchvision.utils import draw_bounding_boxes
 
 from vissl_lite.metrics_file import MetricsFile
+
+# Classes that a figure shows by name; of more, one row per class would make a picture of any size.
+MAX_NAMED_CLASSES = 100
 
 
 def plot_curves(metrics: MetricsFile, names: Sequence[str], file: Path) -> None:
@@ -41,7 +45,7 @@ def plot_curves(metrics: MetricsFile, names: Sequence[str], file: Path) -> None:
 def plot_confusion(
     counts: np.ndarray, classes: Sequence[str], file: Path, unit: str = "images"
 ) -> None:
-    """Plot a confusion matrix.
+    """Plot a confusion matrix; without the names of the classes if there are more than 100.
 
     Args:
         counts: Number of images or pixels by true class (row) and predicted class (column),
@@ -58,7 +62,7 @@ def plot_confusion(
     figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    names = [verbatim(name) for name in classes]
+    names = [verbatim(name) for name in classes] if len(classes) <= MAX_NAMED_CLASSES else []
     axes.set_xticks(range(len(names)), names, rotation=90)
     axes.set_yticks(range(len(names)), names)
     if len(classes) <= 20:
@@ -215,22 +219,39 @@ def draw_mask(image: np.ndarray, mask: np.ndarray, classes: int) -> np.ndarray:
     return drawn.round().astype(np.uint8)
 
 
-def plot_per_class(scores: Mapping[str, Mapping[str, float]], file: Path) -> None:
-    """Plot the metrics of each class as bars, best class first.
+def metrics_of_classes(scores: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Return the metrics that any class has, in the order of a class that has the most.
 
     Args:
-        scores: Values in [0, 1] by class, then by metric.
+        scores: Values by class, then by metric. Of masks or volumes, some classes have none.
+    """
+    rows = sorted(scores.values(), key=len, reverse=True)
+    return list(dict.fromkeys(metric for row in rows for metric in row))
+
+
+def plot_per_class(scores: Mapping[str, Mapping[str, float]], file: Path) -> None:
+    """Plot the metrics of each class as bars, best class first; of many, the best and the worst.
+
+    Args:
+        scores: Values in [0, 1] by class, then by metric. Classes without the first metric come
+            last.
         file: PNG file to write.
     """
-    metrics = list(next(iter(scores.values()), {}))
-    names = sorted(scores, key=lambda name: scores[name][metrics[0]])
+    metrics = metrics_of_classes(scores)
+    names = sorted(scores, key=lambda name: scores[name].get(metrics[0], -math.inf))
+    title, half = "", MAX_NAMED_CLASSES // 2
+    if len(names) > MAX_NAMED_CLASSES:
+        title = f"the {half} best and the {half} worst of {len(names):,} classes"
+        names = names[:half] + names[-half:]
     height = 1.2 + 0.16 * len(names) * (len(metrics) + 1)
     figure = Figure(figsize=(6.5, height), layout="constrained")
     axes = figure.add_subplot()
+    axes.set_title(title)
     thickness = 0.8 / max(1, len(metrics))
     for index, metric in enumerate(reversed(metrics)):
         at = np.arange(len(names)) + (index - (len(metrics) - 1) / 2) * thickness
-        bars = axes.barh(at, [scores[name][metric] for name in names], thickness, label=metric)
+        values = [scores[name].get(metric, math.nan) for name in names]
+        bars = axes.barh(at, values, thickness, label=metric)
         axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
     axes.set_yticks(range(len(names)), [verbatim(name) for name in names])
     axes.set_xlim(0, 1.08)
@@ -301,7 +322,7 @@ def plot_grid(
             left, upper = GAP + side * block + column * step, top + line * height
             if line == 0 and columns:
                 for number, words in enumerate(columns[column].splitlines()):
-                    _write(draw, (left, GAP // 2 + number * LINE), words, font)
+                    _write(draw, (left, GAP // 2 + number * LINE), words, font, cell)
             color = {None: BLACK, True: GREEN, False: RED}[picture.right]
             if picture.right is not None:
                 draw.rectangle((left - 3, upper - 3, left + cell + 2, upper + cell + 2), color)
@@ -309,11 +330,11 @@ def plot_grid(
             scaled = _scaled(picture.image, cell)
             corner = (left + (cell - scaled.width) // 2, upper + (cell - scaled.height) // 2)
             page.paste(scaled, corner)
-            _write(draw, (left, upper + cell + 3), picture.caption, font, color)
+            _write(draw, (left, upper + cell + 3), picture.caption, font, cell, color)
     for index, (name, color) in enumerate((legend or {}).items()):
         left, upper = index % per_line * LEGEND_ENTRY + GAP, bottom + index // per_line * LINE
         draw.rectangle((left, upper + 3, left + 12, upper + 15), color)
-        _write(draw, (left + 18, upper + 2), name, font)
+        _write(draw, (left + 18, upper + 2), name, font, LEGEND_ENTRY - 18 - GAP)
     page.save(file)
 
 
@@ -330,11 +351,12 @@ def _write(
     corner: tuple[int, int],
     text: str,
     font: ImageFont.FreeTypeFont,
+    width: int,
     color: tuple[int, int, int] = BLACK,
 ) -> None:
-    """Write a line of text, cut to the width of a cell."""
-    if font.getlength(text) > CELL:
-        while text and font.getlength(f"{text}…") > CELL:
+    """Write a line of text, cut to a width in pixels."""
+    if font.getlength(text) > width:
+        while text and font.getlength(f"{text}…") > width:
             text = text[:-1]
         text += "…"
     draw.text(corner, text, color, font)

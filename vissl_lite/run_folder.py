@@ -34,6 +34,7 @@ LOCK, RUN_CONFIG = ".lock", "config.yaml"
 
 # Files that a run writes, relative to its folder. ``*`` matches a name, ``**`` any folders.
 _TRAINING = (
+    "checkpoints/last.ckpt",  # listed, so that it is found behind a link
     "checkpoints/**/last.ckpt",
     "encoder/config.json",
     "encoder/model.safetensors",
@@ -43,6 +44,7 @@ _TRAINING = (
     "fingerprints/*.bin",
     "fingerprints/*.names",
     "sample/*",
+    "sample.part/*",
     "metrics.csv",
     "lr-*.csv",
     "refit.csv",
@@ -50,6 +52,7 @@ _TRAINING = (
     "model/model.safetensors",
     "model/confidence.json",
     "model/trained_on.txt",
+    "model/fingerprints.npz",
     "model/head.json",
     "model/head.safetensors",
     "model/encoder/config.json",
@@ -78,6 +81,7 @@ _RESULTS = (
     "runs/**/*.csv",
     "predictions.csv",
     "predictions.json",
+    "predictions.jsonl",
     "selected.csv",
     "to_label.csv",
     "to_label.json",
@@ -101,6 +105,7 @@ _RESULTS = (
             "compare",
             "confusion",
             "curves",
+            "labels",
             "neighbors",
             "per_class",
             "pretext",
@@ -115,8 +120,10 @@ _SAMPLE = (
     "classes.txt",
     "sample.json",
     "unlabelled/*.jpg",
+    "unlabelled/*.npy",
     "annotations/*.json",
     "labelled/*/*/*.jpg",
+    "labelled/*/*/*.npy",
     "masks/*/*/*.png",
 )
 OWNED = (
@@ -156,6 +163,8 @@ def check_folder(
             overwritten, if another process writes to it, if an input lies inside it or it lies
             inside an input, or if it is not writable.
     """
+    if resume and overwrite:
+        raise UserError("--resume continues a run and --overwrite replaces it: give one of them")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: --out must name a folder")
     check_place(out)

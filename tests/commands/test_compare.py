@@ -182,6 +182,29 @@ def test_the_same_weights_at_two_sizes_are_two_encoders(
     assert np.abs(used[0] - used[-1]).max() > 1e-3
 
 
+def test_the_same_weights_pooled_in_another_way_are_another_encoder(
+    labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = build_encoder("test_resnet", 32)
+    save_encoder(encoder, tmp_path / "mean", {})
+    save_encoder(encoder, tmp_path / "max", {})
+    config = tmp_path / "max" / "config.json"
+    content = json.loads(config.read_text())
+    content["model_args"] = {**content.get("model_args", {}), "global_pool": "max"}
+    config.write_text(json.dumps(content))
+    original, used = runner.evaluate_frozen, []
+
+    def noted(protocol: Any, features: Any, *more: Any) -> Any:
+        used.append(features.by_layer["last"])
+        return original(protocol, features, *more)
+
+    monkeypatch.setattr(runner, "evaluate_frozen", noted)
+    arms = ("--encoder", tmp_path / "mean", tmp_path / "max", "--baseline", tmp_path / "mean")
+    how = ("--protocols", "knn", "--shots", 2, "--out", tmp_path / "run")
+    assert run("compare", *arms, *how, "--data", labelled) == 0
+    assert np.abs(used[0] - used[-1]).max() > 1e-3
+
+
 @pytest.mark.slow
 def test_an_arm_that_can_not_be_had_is_left_out(
     labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any

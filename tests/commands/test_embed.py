@@ -7,6 +7,7 @@ import pytest
 from tests.conftest import blobs
 from vissl_lite.commands import embed as embed_module
 from vissl_lite.commands.embed import embed
+from vissl_lite.data.image_survey import NO_SETTINGS
 from vissl_lite.data.images import find_images
 from vissl_lite.encoders.folder import load_encoder
 from vissl_lite.errors import UserError
@@ -49,6 +50,11 @@ def test_a_stage_by_its_name(encoder: Path, photos: Path, tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"no layer layr2: did you mean layer"):
         embed(encoder=str(encoder), data=str(photos), out=str(tmp_path / "x.npz"), layer="layr2")
     assert not (tmp_path / "x.npz").exists()
+
+
+def test_the_size_of_the_images_fits_the_patches_of_an_untrained_encoder(photos: Path) -> None:
+    source, paths = "random:vit_small_patch14_dinov2", find_images([photos])
+    assert embed_module.encoder_for_images(source, None, paths, NO_SETTINGS).image_size == 28
 
 
 def test_broken_images_are_left_out_and_named(

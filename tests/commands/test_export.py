@@ -197,6 +197,17 @@ def test_a_copy_in_timms_format(kind: str, encoder: Path, tuned: Path, tmp_path:
     assert main(["export", *arguments, "--overwrite"]) == 0
 
 
+def test_of_a_folder_of_the_hub_the_encoder_is_written(tmp_path: Path) -> None:
+    """Its classes have no names, so that it is no model."""
+    hub, out = tmp_path / "hub", tmp_path / "copy"
+    timm.models.save_for_hf(timm.create_model("test_resnet"), hub, safe_serialization=True)
+    vissl_lite.export(encoder=hub, format="safetensors", out=out)
+    model = timm.create_model(f"local-dir:{out}", pretrained=True)
+    assert model.num_classes == 0
+    for name, tensor in load_encoder(hub).model.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
 # The first pixels of an image, as many as test_resnet has features.
 NO_ENCODER = """<ir_version: 8, opset_import: ["": 18]>
 pixels (uint8[batch, 3, 32, 32] images) => (float[batch, 96] features) {

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 import vissl_lite
 from tests.conftest import with_pictures
 from vissl_lite.cli import main
+from vissl_lite.commands import finetune as command
 from vissl_lite.errors import UserError
 from vissl_lite.transfer import fitting
 from vissl_lite.transfer.classification.task import Classification
@@ -28,6 +30,21 @@ def tuned(encoder: Path, labelled: Path, tmp_path_factory: pytest.TempPathFactor
     with with_pictures():
         assert main(["finetune", "--task", "classification", *map(str, arguments), *options]) == 0
     return out
+
+
+def test_a_table_of_classes_with_different_metrics(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of masks, only some classes have a metric."""
+    scores: Any = SimpleNamespace(
+        metrics={"map": 0.5}, per_class={"cat": {"ap": 0.25}, "dog": {"mask_ap": 0.5, "ap": 0.75}}
+    )
+    fitted: Any = SimpleNamespace(
+        train_images=2, train_metrics={}, val_images=1, chosen=SimpleNamespace(metrics={})
+    )
+    data: Any = SimpleNamespace(test=[1, 2], majority=lambda: None)
+    command._print_results(data, scores, fitted, "random:resnet18", Path("run"))
+    rows = [line.replace("│", " ").split() for line in capsys.readouterr().err.splitlines()]
+    assert ["cat", "0.250"] in rows
+    assert ["dog", "0.500", "0.750"] in rows
 
 
 @pytest.mark.slow

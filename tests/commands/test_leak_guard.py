@@ -220,6 +220,26 @@ def test_patients_on_both_sides_of_a_given_split(
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
+def test_a_fine_tuned_encoder_passes_on_what_it_was_pre_trained_on(
+    data: Path, tmp_path: Path
+) -> None:
+    encoder = tmp_path / "pretrained"
+    save_encoder(build_encoder("test_resnet", 32), encoder / "encoder", {})
+    inner = [str(data / "test" / "red" / f"{number}.png") for number in (1, 2)]
+    fingerprints_of(inner).save(encoder / "fingerprints.npz")
+    options = ("--data", data, "--epochs", 1, "--batch_size", 8, "--num_workers", 0)
+    run = tmp_path / "tuned"
+    given = ("--encoder", encoder, "--out", run, *options)
+    assert main(["finetune", *map(str, given)]) == 0
+    assert probe(data, tmp_path / "run", "--encoder", run / "model") == 0
+    rows = [row for row in listed(tmp_path / "run") if row["part"] == "test"]
+    found = [row["path"] for row in rows if row["where"] == "pretraining"]
+    # and the labelled images that fine-tuning saw, of which two are leaks already
+    assert set(inner) <= set(found)
+    assert len(found) == 4
+
+
 def test_groups_of_pretraining_are_leaks(data: Path, tmp_path: Path) -> None:
     for part in ("train", "test"):
         for file in (data / part).rglob("*.*"):

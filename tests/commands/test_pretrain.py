@@ -10,10 +10,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests.conftest import required, with_pictures
@@ -49,6 +51,7 @@ from vissl_lite.pretext.simclr import SimCLR
 from vissl_lite.run import read_config
 from vissl_lite.training.checkpoints import Checkpoints, read_checkpoint
 from vissl_lite.training.open_schedule import OpenSchedule
+from vissl_lite.transfer.classification.data import load_labelled
 
 SMALL = ["--backbone", "test_resnet", "--image_size", "32", "--batch_size", "8"]
 
@@ -449,7 +452,7 @@ def test_tokens_are_dropped_by_default_where_enough_are_left(
 ) -> None:
     options = PretrainOptions(**{"data": "images", "out": "run", "epochs": 100, **given})
     task = make_task(options, build_encoder("test_vit", size))
-    assert dropped_tokens(options, task, steps_per_epoch=2) == share
+    assert dropped_tokens(options, task, batches_per_epoch=2) == share
 
 
 @pytest.mark.slow
@@ -574,6 +577,47 @@ def test_an_open_length_ends_by_itself(
     assert yaml.safe_load((out / "config.yaml").read_text())["max_time"] == "auto"
 
 
+def test_watching_never_uses_the_test_images_of_probe(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Class folders without parts, of which every command makes the same test part."""
+    for channel, name in enumerate(("red", "green", "blue")):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for index in range(10):
+            color = np.eye(3)[channel] * (100 + 10 * index)
+            image = Image.fromarray(np.tile(color.astype(np.uint8), (32, 32, 1)))
+            image.save(tmp_path / "set" / name / f"{index}.png")
+    watched = []
+
+    class Noted(EncoderMetrics):
+        def __init__(self, paths: Any, labelled: Any, *more: Any) -> None:
+            watched.extend([*labelled.train.paths, *labelled.val.paths])
+            super().__init__(paths, labelled, *more)
+
+    monkeypatch.setattr("vissl_lite.commands.pretrain.EncoderMetrics", Noted)
+    options = ["--data", photos, *SMALL, "--num_workers", 0, "--epochs", 1]
+    assert run(*options, "--probe_data", tmp_path / "set", "--out", tmp_path / "run") == 0
+    test = set(load_labelled(tmp_path / "set").test.paths)
+    assert len(watched) == 24
+    assert len(test) == 6
+    assert not test.intersection(watched)
+
+
+def test_labelled_images_of_which_none_can_be_held_out_are_refused(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part, images in (("train", 1), ("test", 2)):
+        for channel, name in enumerate(("red", "green")):
+            (tmp_path / "set" / part / name).mkdir(parents=True)
+            for index in range(images):
+                color = np.eye(3)[channel] * (100 + 10 * index)
+                image = Image.fromarray(np.tile(color.astype(np.uint8), (32, 32, 1)))
+                image.save(tmp_path / "set" / part / name / f"{index}.png")
+    options = ["--data", photos, *SMALL, "--epochs", 1, "--out", tmp_path / "run"]
+    assert run(*options, "--probe_data", tmp_path / "set") == 2
+    assert "has no validation images, and each class has a single" in capsys.readouterr().err
+
+
 def with_spacing_one(evaluated: Callable[..., None]) -> Callable[..., None]:
     """``OpenSchedule.evaluated`` as if evaluations cost nothing."""
 
@@ -680,14 +724,15 @@ def test_a_collapse_is_said_in_plain_words(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("accumulate", "steps"), [(1, 14), (4, 4)])
+@pytest.mark.parametrize(("accumulate", "steps"), [(1, 14), (4, 5)])
 def test_a_collapse_may_end_the_run(
     accumulate: int, steps: int, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It ends cleanly, at the first evaluation after the warm-up, and its encoder is there.
 
-    Batch 14 of 24 is the first that collapses; a step of several batches is completed. If the run
-    is killed before it has written its results, it writes the same ones when it is resumed.
+    Batch 14 of 24 is the first that collapses, or of accumulated ones batch 17, as a step has the
+    progress of its start; a step of several batches is completed. If the run is killed before it
+    has written its results, it writes the same ones when it is resumed.
     """
     loss = SimCLR.loss
 

@@ -10,10 +10,12 @@ from safetensors.torch import load_file
 from vissl_lite.cli import main
 from vissl_lite.commands.pretrain_options import PretrainOptions
 from vissl_lite.commands.pretrain_setup import make_task, optimizer_settings
-from vissl_lite.encoders.encoder import build_encoder
+from vissl_lite.encoders.encoder import Encoder, build_encoder, open_residual_branches
 from vissl_lite.encoders.folder import save_encoder
+from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext import PRETEXTS
+from vissl_lite.pretext.base import PretextTask
 from vissl_lite.pretext.modules.positions import sine_cosine_positions
 from vissl_lite.training.checkpoints import Checkpoints, read_checkpoint
 from vissl_lite.training.schedule import Schedule
@@ -88,20 +90,44 @@ def settings(pretext: str, images: int = 1000, **given: object) -> OptimizerSett
     )
 
 
-def test_residual_branches_count_from_the_start_with_random_weights() -> None:
+def test_residual_branches_open_at_half_of_their_scale() -> None:
     last = ("layer1.0.bn2", "layer2.0.bn2", "layer3.0.bn3", "layer4.0.bn2")
-    for pretext, source, expected in (
-        ("simclr", None, 0.5),
-        ("simclr", "random:test_resnet", 0.5),
-        ("simclr", "runs/a", 0),
-        ("byol", None, 0.5),
-    ):
-        encoder = build_encoder("test_resnet", 32)
-        scales = [encoder.model.get_submodule(name).weight for name in last]
-        assert not any(scale.any() for scale in scales)
-        options = PretrainOptions(data="images", out="run", encoder=source, pretext=pretext)
-        make_task(options, encoder)
-        assert all((scale == expected).all() for scale in scales)
+    encoder = build_encoder("test_resnet", 32)
+    scales = [encoder.model.get_submodule(name).weight for name in last]
+    assert not any(scale.any() for scale in scales)
+    open_residual_branches(encoder)
+    assert all((scale == 0.5).all() for scale in scales)
+
+
+@pytest.mark.parametrize(
+    ("source", "epochs", "opened"),
+    [
+        ("random:test_resnet", "1", True),
+        ("random:test_resnet", "20000000", False),  # as in the papers
+        ("folder", "1", False),
+    ],
+)
+def test_branches_open_with_random_weights_unless_a_run_is_long(
+    source: str,
+    epochs: str,
+    opened: bool,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if source == "folder":
+        source = str(tmp_path / "folder")
+        save_encoder(build_encoder("test_resnet", 32), Path(source), {})
+    found = []
+
+    def make(options: PretrainOptions, encoder: Encoder) -> PretextTask:
+        found.append(bool(encoder.model.get_submodule("layer1.0.bn2").weight.any()))
+        raise UserError("enough")
+
+    monkeypatch.setattr("vissl_lite.commands.pretrain.make_task", make)
+    given = ("--data", photos, "--out", tmp_path / "run", "--encoder", source, "--epochs", epochs)
+    assert main(["pretrain", *map(str, given), "--batch_size", "8"]) == 2
+    assert found == [opened]
 
 
 @pytest.mark.parametrize(

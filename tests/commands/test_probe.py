@@ -44,6 +44,15 @@ def test_labels_can_be_few(labelled: Path, tmp_path: Path) -> None:
         assert result.linear > 0.4
 
 
+@pytest.mark.parametrize("command", ["probe", "finetune"])
+def test_the_size_of_the_images_fits_the_patches_of_an_untrained_encoder(
+    command: str, labelled: Path, tmp_path: Path
+) -> None:
+    """Images of 32 pixels, patches of 14."""
+    arguments = ["--encoder", "random:vit_small_patch14_dinov2", "--data", str(labelled)]
+    assert main([command, *arguments, "--out", str(tmp_path / "run"), "--dry_run"]) == 0
+
+
 @pytest.mark.parametrize("backbone", ["test_vit", "test_resnet"])
 def test_an_attentive_probe_stands_beside_the_others(
     labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backbone: str

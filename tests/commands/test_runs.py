@@ -41,9 +41,9 @@ def test_runs_are_listed_with_their_main_figures(
     make(tmp_path / "a", "pretrain", 1, loss=4.5, knn=0.25)
     make(tmp_path / "deep" / "b", "probe", 2, knn=0.5, linear=0.625, layers={"x": {"knn": 0.9}})
     make(tmp_path / "c", "finetune", 3, per_class={"cat": {"f1": 1}}, test={"top1": 0.75})
-    overall = {"overall": {"mean": 0.1, "low": 0, "high": 0.2}}
-    make(tmp_path / "d", "compare", 4, verdict="helped", protocols={"knn": {"differences": {
-        "runs/a": overall}}})  # fmt: skip
+    other = {"overall": {"mean": 0.3, "low": 0, "high": 0.6}}
+    make(tmp_path / "d", "compare", 4, verdict="helped", difference={"mean": 0.1},
+         protocols={"knn": {"differences": {"runs/a": other}}})  # fmt: skip
     scores = {"fine-tuned": {"untrained": [0.2, 0.4], "pre-trained": [0.5, 0.7]}}
     make(tmp_path / "e", "demo", 5, scores=scores)
     make(tmp_path / "e" / "pretrain", "pretrain", 6, loss=1.0)
@@ -85,6 +85,13 @@ def test_runs_are_sorted_by_a_figure(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "no run has the metric linnear: did you mean linear?" in capsys.readouterr().err
     assert main(["runs", str(tmp_path), "--sort", "xyz"]) == 2
     assert "there are knn, linear, loss, seconds, test.top1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("metric", ["alignment", "uniformity"])
+def test_lower_is_better_for_measures_of_features(metric: str, tmp_path: Path) -> None:
+    for name, value in (("bad", -0.5), ("good", -3.0)):
+        make(tmp_path / name, "pretrain", **{metric: value})
+    assert names(vissl_lite.runs(tmp_path, metric)) == ["good", "bad"]
 
 
 def test_damage_is_said_and_stops_nothing(tmp_path: Path) -> None:

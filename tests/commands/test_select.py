@@ -315,6 +315,11 @@ def test_other_tasks_get_a_coco_file(encoder: Path, photos: Path, tmp_path: Path
     content |= {"annotations": [box], "categories": [{"id": 1, "name": "cell"}]}
     labelled = tmp_path / "labelled.json"
     labelled.write_text(json.dumps(content))
+    # nor are these labels deleted where they were asked for
+    (tmp_path / "run" / "to_label.json").write_text(json.dumps(content))
+    again = (*given, "--budget", 2, "--task", "detection", "--method", "random", "--overwrite")
+    assert run(*again) == 2
+    assert json.loads((tmp_path / "run" / "to_label.json").read_text()) == content
     given = ("--encoder", encoder, "--data", photos, "--out", tmp_path / "next")
     assert run(*given, "--budget", 2, "--task", "detection", "--labelled", labelled) == 0
     later = {row["path"] for row in rows(tmp_path / "next" / "selected.csv")}

@@ -56,11 +56,18 @@ def test_seeds_that_gave_the_same_are_said_to_have() -> None:
     assert "3 seeds)" in found.sentences()[0]
     same = {cell: found.scores[replace(cell, seed=0)] for cell in found.scores}
     protocols, metric = ["knn", "linear"], found.metric
-    again = Outcome(same, found.encoders, protocols, found.labels, [0, 1, 2], "random:net", metric)
+    rest = (found.encoders, protocols, found.labels, [0, 1, 2], "random:net", metric)
+    again = Outcome(same, *rest)
     assert (
         "3 seeds, which all gave the same: it covers the test images alone)"
         in (again.sentences()[0])
     )
+    alone = Outcome(same, *rest, np.zeros(400, int))
+    assert (
+        "(no interval can be given, 3 seeds, which all gave the same, one group of test"
+        in (alone.sentences()[0])
+    )
+    assert alone.verdict == "no difference"
 
 
 @pytest.mark.parametrize(
@@ -69,7 +76,7 @@ def test_seeds_that_gave_the_same_are_said_to_have() -> None:
         (
             0.9,
             "helped",
-            "6 training + 4 validation labels with it are at least as good as all 100 without",
+            "6 training + 4 validation labels with it are at least as good as the 100 without",
         ),
         (0.5, "no difference", "made no difference that these seeds can show"),
         (0.2, "hurt", "good hurt: linear accuracy -0."),

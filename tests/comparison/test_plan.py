@@ -41,6 +41,20 @@ def test_an_untrained_encoder_gets_images_of_the_size_of_the_pretrained_one(
     assert plan.load(first, 0, data).image_size == expected
 
 
+def test_a_chosen_size_fits_the_patches_of_each_encoder(tmp_path: Path) -> None:
+    counts = {"unlabelled": 1, "train": 20, "val": 10, "test": 10}
+    make_sample_data(tmp_path / "data", **counts, size=48, processes=1)
+    save_encoder(build_encoder("test_resnet", 40), tmp_path / "encoder", {})
+    vit = "random:vit_small_patch14_dinov2"
+    for first, size in ((str(tmp_path / "encoder"), 42), ("random:test_resnet", 70)):
+        plan = Plan(
+            CompareOptions(
+                encoder=[first, vit], data=tmp_path / "data" / "labelled", out=tmp_path / "run"
+            )
+        )
+        assert plan.load(vit, 0, plan.load_data()).image_size == size
+
+
 def test_labels_of_whole_groups_are_counted_over_all_seeds() -> None:
     sizes = [1, 2, 4, 8, 16, 32]  # images of each patient
     paths = [f"p{patient}/{i}.png" for patient, size in enumerate(sizes) for i in range(size)]

@@ -85,15 +85,17 @@ def test_over_groups_it_agrees_with_a_slow_version() -> None:
     assert found.mean == pytest.approx(each.mean())
 
 
-def test_groups_of_one_image_are_images_and_one_group_has_no_spread() -> None:
+def test_groups_of_one_image_are_images_and_one_group_gives_no_interval() -> None:
     random = np.random.default_rng(5)
     each = random.integers(-1, 2, 4000).astype(float)
     ours, theirs = runs_of(each)
     plain = difference([ours], [theirs])
     alone = difference([ours], [theirs], groups=np.arange(4000))
     assert alone.high == pytest.approx(plain.high, rel=1e-3)  # t is nearly normal
+    ours, theirs = runs_of(each + 0.5)
+    assert difference([ours], [theirs]).verdict == "helped"
     one = difference([ours], [theirs], groups=np.zeros(4000, int))
-    assert one.low == one.mean == one.high
+    assert (one.low, one.high, one.verdict) == (None, None, "no difference")
 
 
 @pytest.mark.slow

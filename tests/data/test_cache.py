@@ -252,6 +252,27 @@ def test_memory_is_chosen_where_workers_are_forked(monkeypatch: pytest.MonkeyPat
     assert forks_workers(2) == (multiprocessing.get_all_start_methods()[0] == "fork")
 
 
+def test_processes_without_proc_plan_the_same_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They begin at different times; only another boot makes another file."""
+    paths = [write(tmp_path / "a.png")]
+    read_text = Path.read_text
+
+    def without_proc(self: Path, *rest: Any, **named: Any) -> str:
+        if self.is_relative_to("/proc"):
+            raise FileNotFoundError
+        return read_text(self, *rest, **named)
+
+    monkeypatch.setattr(Path, "read_text", without_proc)
+    digests = []
+    for now, up in ((10_000.0, 3000.0), (10_007.3, 3007.3), (10_900.0, 30.0)):
+        clock = SimpleNamespace(time=lambda now=now: now, monotonic=lambda up=up: up)
+        monkeypatch.setattr(cache_module, "time", clock)
+        digests.append(plan(paths, tmp_path, False).digest)
+    assert digests[0] == digests[1] != digests[2]
+
+
 def test_the_other_processes_wait_for_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,5 @@
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,20 @@ def test_a_range_of_each_volume(tmp_path: Path) -> None:
     assert one.read(f"{tmp_path}/b.npy#0").mean() == pytest.approx(dark.mean(), rel=1e-3)
 
 
+def test_a_volume_that_is_replaced_has_another_range(tmp_path: Path) -> None:
+    one = reader(1, scope="volume", low=(), high=())
+    stack, series = tmp_path / "a.npy", tmp_path / "series"
+    series.mkdir()
+    for factor in (1, 50):
+        np.save(stack, noise(6, 8, 8, 1, high=100) * factor)
+        os.utime(stack, (factor, factor))
+        for number in range(2):
+            (series / f"{number}.dcm").write_bytes(dicom(noise(8, 8, high=100) * factor))
+        os.utime(series, (factor, factor))
+        for path in (f"{stack}#1", f"{series}/0.dcm"):
+            assert volume_range(one, path).high[0] == pytest.approx(99 * factor, rel=0.02)
+
+
 def test_multi_frame_files_of_one_series_have_ranges_of_their_own(tmp_path: Path) -> None:
     for name, factor in (("a", 1), ("b", 10)):
         (tmp_path / f"{name}.dcm").write_bytes(dicom(noise(4, 8, 8, high=400) * factor))
@@ -87,6 +102,16 @@ def test_a_range_of_each_image_or_its_window() -> None:
     windowed = reader(1, scope="image", low=(), high=(), use_window=True)
     shown = windowed.scale(RawImage(pixels, window=(0.0, 20.0)), "a")
     assert ((shown > 0) & (shown < 65535)).mean() == pytest.approx(0.2, abs=0.01)
+
+
+def test_units_are_told_in_words() -> None:
+    assert PHOTOGRAPHS.units() == "uint8 RGB as decoded"
+    assert reader().units() == "float32, bands 1, 2 in the units of the files, missing data NaN"
+    assert reader(nodata=-9999.0).units().endswith(", missing data NaN or -9999")
+    volume = reader(low=(), high=(), scope="volume", nodata=-9999.0).units()
+    assert volume.endswith("from the percentiles 0.1 to 99.9 of its volume, missing data NaN")
+    window = reader(low=(), high=(), scope="image", use_window=True).units()
+    assert "from the window that its file names, else from the percentiles" in window
 
 
 def test_pictures_show_colors_or_gray() -> None:

@@ -1,9 +1,12 @@
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 
+from vissl_lite.data import image_survey
 from vissl_lite.data.image_reader import PHOTOGRAPHS
 from vissl_lite.data.image_survey import NO_SETTINGS, ImageSettings, override, survey, table
 from vissl_lite.errors import UserError
@@ -65,6 +68,18 @@ def test_volumes_on_their_own_scales_are_found(tmp_path: Path) -> None:
     assert survey(arrays(tmp_path, scales, 1, frames=4), together).scope == "dataset"
     alike = survey(arrays(tmp_path, [90.0, 100.0, 110.0], 1, frames=4), NO_SETTINGS)
     assert alike.scope == "dataset"
+
+
+def test_empty_slices_are_no_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The outer slices of a skull-stripped volume are empty, and few slices of each are drawn."""
+    monkeypatch.setattr(image_survey, "SAMPLE", 8)
+    paths = []
+    for number in range(8):
+        values = np.random.default_rng(number).random((40, 12, 12, 1)).astype(np.float32)
+        values[:16] = values[24:] = 0
+        np.save(tmp_path / f"{number}.npy", values)
+        paths += [f"{tmp_path}/{number}.npy#{k}" for k in range(40)]
+    assert survey(paths, NO_SETTINGS).scope == "dataset"
 
 
 def test_missing_data_is_found(tmp_path: Path) -> None:
@@ -137,6 +152,33 @@ def test_a_model_reads_images_that_are_stored_in_another_way(tmp_path: Path) -> 
         override(known, paths, ImageSettings(bands="all"))
     with pytest.raises(UserError, match="trained on photographs"):
         override(PHOTOGRAPHS, paths, ImageSettings(bands="4,1"))
+
+
+@pytest.mark.parametrize(
+    ("given", "nodata"),
+    [
+        ({"value_range": "0,1"}, 3.0),
+        ({"window": "0.5,1"}, 3.0),
+        ({"bands": "2,1"}, 3.0),
+        ({"value_range": "0,1", "nodata": 7.0}, 7.0),
+    ],
+)
+def test_a_model_keeps_its_value_for_missing_data(
+    given: dict[str, Any], nodata: float, tmp_path: Path
+) -> None:
+    known = survey(arrays(tmp_path, [1.0]), ImageSettings(nodata=3.0))
+    found = override(known, [f"{tmp_path}/0.npy"], ImageSettings(**given))
+    assert found.nodata == nodata
+
+
+def test_options_of_a_command_are_not_made_again(tmp_path: Path) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Options(ImageSettings):
+        def __post_init__(self) -> None:
+            assert self.bands is None
+
+    known = survey(arrays(tmp_path, [1.0]), NO_SETTINGS)
+    assert override(known, [f"{tmp_path}/0.npy"], Options(nodata=7.0)).nodata == 7
 
 
 def test_bands_of_images_that_cannot_be_read(tmp_path: Path) -> None:

@@ -87,6 +87,23 @@ def test_the_same_key_gives_the_same_mask() -> None:
     assert same(list(one(image, mask, 1, 2, 3)), list(other(image, mask, 1, 2, 3)))
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_views_of_a_long_image_come_from_all_of_it(axis: int) -> None:
+    halved = np.arange(200, dtype=np.uint8).repeat(2)  # the mask says where a pixel came from
+    mask = np.tile(halved, (64, 1)) if axis else np.tile(halved[:, None], (1, 64))
+    image = np.repeat(mask[..., None], 3, axis=2)
+    view = MaskView(mask_pipeline(48, 0.35, True), colors=None)
+    ends = []
+    for index in range(200):
+        places = view(image, mask, 0, 0, index)[1]
+        ends.append((int(places.min()), int(places.max())))
+    first, last = np.array(ends).T
+    assert first.min() < 15
+    assert last.max() > 185
+    assert (last - first).max() <= 43  # no longer than 4:3
+    assert len(set(last - first)) > 10
+
+
 @pytest.mark.parametrize("min_crop_scale", [1.0, 0.1])
 def test_a_view_at_its_own_scale_is_hardly_enlarged_or_shrunk(min_crop_scale: float) -> None:
     y = np.mgrid[:240, :240][0]

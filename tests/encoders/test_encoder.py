@@ -15,6 +15,7 @@ from torch import Tensor
 from vissl_lite.encoders import encoder as module
 from vissl_lite.encoders.encoder import Encoder, build_encoder, patch_multiple
 from vissl_lite.encoders.folder import (
+    fitting_size,
     load_encoder,
     load_model,
     load_weights,
@@ -237,6 +238,17 @@ def test_a_vit_of_the_hub_takes_images_of_other_sizes(tmp_path: Path) -> None:
         encoder.use_image_size(64)
 
 
+def test_a_swin_of_the_hub_takes_images_of_other_sizes(tmp_path: Path) -> None:
+    arguments = {"img_size": 56, "embed_dim": 24}
+    plain = timm.create_model("swin_tiny_patch4_window7_224", **arguments).eval()
+    timm.models.save_for_hf(plain, tmp_path, model_args=arguments, safe_serialization=True)
+    encoder = load_encoder(tmp_path).eval()
+    expected = plain.forward_head(plain.forward_features(images(size=56)), pre_logits=True)
+    torch.testing.assert_close(encoder(images(size=56)), expected)
+    encoder.use_image_size(96)
+    assert encoder(images(size=96)).shape == (2, 192)
+
+
 def test_position_embeddings_in_a_file_are_resampled(tmp_path: Path) -> None:
     plain = timm.create_model("test_vit", num_classes=0)  # of 160 pixels
     torch.save(plain.state_dict(), tmp_path / "vit.pt")
@@ -264,6 +276,29 @@ def test_position_embeddings_in_a_file_are_resampled(tmp_path: Path) -> None:
 )
 def test_sizes_are_rounded_to_patches(backbone: str, size: int, fits: int) -> None:
     assert patch_multiple(backbone, size) == fits
+
+
+@pytest.mark.parametrize(
+    ("source", "size", "fits"),
+    [
+        ("random:vit_small_patch14_dinov2", 416, 420),
+        ("timm:vit_small_patch14_dinov2.lvd142m", 96, 98),
+        ("random:test_resnet", 416, 416),
+        ("random:vit_small_patch14_dinov2", None, None),
+        ("nowhere", 416, 416),  # which is refused where it is loaded
+    ],
+)
+def test_sizes_chosen_for_images_fit_the_patches_of_any_source(
+    source: str, size: int | None, fits: int | None
+) -> None:
+    assert fitting_size(source, size) == fits
+
+
+def test_sizes_chosen_for_images_fit_the_patches_of_a_folder(tmp_path: Path) -> None:
+    model = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=28, depth=1)
+    save_encoder(Encoder(model, {"img_size": 28, "depth": 1}, 28), tmp_path / "encoder", {})
+    assert fitting_size(str(tmp_path), 64) == 70
+    assert fitting_size(str(tmp_path / "encoder"), 64) == 70
 
 
 def test_weights_that_are_not_on_the_hub_name_their_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -471,6 +506,33 @@ def test_weights_without_classifier_load_too(tmp_path: Path) -> None:
     assert same_weights(encoder, made(seed=3))
 
 
+def test_weights_of_clip_load_without_its_projection(tmp_path: Path) -> None:
+    model = timm.create_model(
+        "vit_base_patch32_clip_224", num_classes=0, img_size=64, embed_dim=32, depth=1, num_heads=2
+    )
+    state = {name: torch.randn_like(value) for name, value in model.state_dict().items()}
+    given = {
+        "token_embedding.weight": torch.zeros(5, 8),
+        "visual.proj": torch.zeros(32, 8),
+        "visual.class_embedding": state["cls_token"][0, 0],
+        "visual.positional_embedding": state["pos_embed"][0],
+    }
+    names = {
+        "patch_embed.proj": "conv1", "blocks.": "transformer.resblocks.", "norm_pre": "ln_pre",
+        "norm1": "ln_1", "norm2": "ln_2", "norm.": "ln_post.", "mlp.fc1": "mlp.c_fc",
+        "mlp.fc2": "mlp.c_proj", "attn.qkv.": "attn.in_proj_", "attn.proj": "attn.out_proj",
+    }  # fmt: skip
+    for name, value in state.items():
+        if name not in ("cls_token", "pos_embed"):
+            for ours, theirs in names.items():
+                name = name.replace(ours, theirs)
+            given[f"visual.{name}"] = value
+    torch.save(given, tmp_path / "clip.pt")
+    encoder = Encoder(model, {}, 64)
+    load_weights(encoder, tmp_path / "clip.pt")
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
 def test_another_architectures_file_is_a_mistake_and_changes_nothing(tmp_path: Path) -> None:
     torch.save(classifier_state(VIT), tmp_path / "w.pth")
     encoder = made()
@@ -579,3 +641,9 @@ def test_tokens_are_what_the_last_map_shows_and_the_class_token(backbone: str) -
     torch.testing.assert_close(tokens[:, extra:], last.flatten(2).transpose(1, 2))
     if extra:
         torch.testing.assert_close(tokens[:, 0], pooled)
+
+
+def test_a_backbone_with_several_maps_has_no_tokens() -> None:
+    encoder = build_encoder("crossvit_9_240")
+    with pytest.raises(UserError, match="crossvit_9_240 has several feature maps"):
+        encoder.token_shape()

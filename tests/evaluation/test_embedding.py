@@ -60,6 +60,17 @@ def test_near_duplicates_are_found_though_all_features_are_alike(block: int) -> 
     assert near_duplicates(given, 0.98, most=1, block=block).tolist() == [[2, 17]]
 
 
+@pytest.mark.parametrize("images", [2, 5])
+def test_images_with_the_same_features_are_duplicates_of_each_other(images: int) -> None:
+    given = np.repeat(features(1), images, axis=0)
+    given[-1] *= 1 + 1e-7
+    pairs = [[a, b] for a in range(images) for b in range(a + 1, images)]
+    assert near_duplicates(given, 0.98).tolist() == pairs
+    assert near_duplicates(features(2), 0.98).tolist() == []
+    two = np.concatenate([given, -given])  # whose mean is at neither of them
+    assert len(near_duplicates(two, 0.98)) == 2 * len(pairs)
+
+
 def test_pca_shows_the_two_largest_directions_of_unit_features() -> None:
     given = features(40) * [5, 3, 1, 1, 1, 1] + [0, 0, 9, 0, 0, 0]
     shown = flat_map(given, "pca", 0)

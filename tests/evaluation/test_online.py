@@ -101,7 +101,7 @@ def test_an_evaluation_gives_every_metric_and_is_the_same_twice(
     photos: Path, labelled: Path, encoder: Encoder
 ) -> None:
     paths = find_images([photos])
-    data = load_labelled(labelled, 0, need_test=False)
+    data = load_labelled(labelled, 0)
     first = evaluate(online(paths, data), encoder)
     assert first == evaluate(online(paths, data), encoder)
     assert tuple(first) == ONLINE_METRICS

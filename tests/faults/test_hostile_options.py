@@ -9,7 +9,7 @@ import inspect
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from types import NoneType
@@ -24,8 +24,17 @@ from tests.conftest import required
 from vissl_lite.cli import COMMANDS, find_command, main
 from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.encoders.folder import save_encoder
-from vissl_lite.errors import LISTS, UserError, annotations, kinds_of, takes_any
-from vissl_lite.options import option_types, options_of
+from vissl_lite.errors import (
+    LISTS,
+    MAPPINGS,
+    UserError,
+    admits_path,
+    annotations,
+    check_argument,
+    kinds_of,
+    takes_any,
+)
+from vissl_lite.options import Paths, StrPath, option_types, options_of
 from vissl_lite.pretext import PRETEXTS
 
 # Where commands begin to write, after all checks.
@@ -172,7 +181,7 @@ def hostile(kind: Any) -> list[str]:
     texts = any(str in kinds_of(part) for one in lists for part in get_args(one))
     values: list[str] = []
     if str in kinds or texts:
-        values += PATHS
+        values += [one for one in PATHS if one != LONG or admits_path(kind)]
     if texts:
         values += ["[]", "['']", "[1, 2", "[[a]]"]
     if {int, float}.intersection(kinds) and str not in kinds:
@@ -394,6 +403,19 @@ def test_the_functions_themselves_refuse_them() -> None:
         with pytest.raises(UserError) as refused:
             find_command(command)(**given)
         assert "\n" not in str(refused.value)
+
+
+def test_only_paths_are_limited_like_paths() -> None:
+    text = ",".join(str(number) for number in range(1, 129))
+    kind: Any
+    for kind in (str, str | None, Sequence[str], Mapping[str, float]):
+        value = {text: 1.0} if get_origin(kind) in MAPPINGS else text
+        check_argument("bands", [text] if get_origin(kind) in LISTS else value, kind)
+    for kind in (StrPath, StrPath | None, Paths):
+        with pytest.raises(UserError, match=r"1,2,3.* is too long: a path has at most"):
+            check_argument("data", text, kind)
+    with pytest.raises(UserError, match="is too long: give at most 4095 bytes"):
+        check_argument("bands", text * 20, str)
 
 
 @pytest.mark.slow

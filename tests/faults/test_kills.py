@@ -72,7 +72,7 @@ def test_a_finetuning_goes_on(
     tmp_path: Path,
 ) -> None:
     out, words = tmp_path / "killed", training("finetune", tmp_path / "killed", 4)
-    inside = ["--num_workers", 0]
+    inside = ["--num_workers", 0, "--ema", 0.9]
     killed = fork(*words, *inside, before=send_at(call, signal.SIGKILL, owner, name))
     assert killed.status() == -signal.SIGKILL, killed.text()
     assert fork(*words, *inside, "--resume").status() == 0

@@ -160,6 +160,13 @@ def test_excluding_everything_is_refused(parts: Parts) -> None:
         check(parts, "exclude", parts["test"])
 
 
+def test_excluding_all_but_an_unreadable_image_is_refused(parts: Parts) -> None:
+    seen = fingerprints_of(parts["test"])
+    Path(parts["test"][0]).write_bytes(b"no image")
+    with pytest.raises(UserError, match="leaves no test image: 5 test images are among"):
+        check_leaks(parts, {"run": seen}, "exclude", None)
+
+
 def test_encoders_are_told_apart(parts: Parts) -> None:
     shutil.copy(parts["train"][0], parts["test"][0])
     seen = {"a": fingerprints_of(parts["test"][:3]), "b": fingerprints_of(parts["test"][5:])}

@@ -14,7 +14,9 @@ from vissl_lite.cli import main
 from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.encoders.folder import save_encoder
 from vissl_lite.report.label_page import LabelImage, LabelledNeighbor, write_label_page
-from vissl_lite.transfer.classification.data import load_labelled
+from vissl_lite.transfer.classification.discovery import find_labels
+from vissl_lite.transfer.classification.options import DEFAULT_LABELS
+from vissl_lite.transfer.sources.reading_log import ReadingLog
 
 pytestmark = pytest.mark.slow
 
@@ -51,6 +53,12 @@ def show(page: Page, file: Path) -> None:
 def press(page: Page, *keys: str) -> None:
     for key in keys:
         page.keyboard.press(key)
+
+
+def classes_in(table: Path) -> dict[str, str]:
+    """The class of each image in a table, as ``finetune`` reads it."""
+    found = find_labels(table, DEFAULT_LABELS, ReadingLog(str(table)))
+    return {image.path: name for image in found.images for name in image.names}
 
 
 def saved(page: Page, to: Path, button: str = "#save") -> str:
@@ -90,10 +98,10 @@ def test_images_are_labelled_by_keys_and_finetune_reads_the_csv(
     )
     unusable = saved(opened, tmp_path / "not_usable.csv", "#save-unusable")
     assert unusable == lines(file, ("orange", "1"), header="path,not_usable")
-    read = load_labelled(tmp_path / "labels.csv", need_test=False, need_val=False)
-    assert read.classes == ["fern", "moss"]
-    assert [Path(path).stem for path in read.train.paths] == ["green", "purple", "red"]
-    assert read.train.labels.tolist() == [1, 0, 0]
+    read = classes_in(tmp_path / "labels.csv")
+    assert {Path(path).stem: label for path, label in read.items()} == {
+        "green": "moss", "purple": "fern", "red": "fern"
+    }  # fmt: skip
 
 
 def test_select_label_finetune_select_again(page: Page, photos: Path, tmp_path: Path) -> None:
@@ -298,7 +306,7 @@ def test_a_phone_is_enough(phone: Page, file: Path, tmp_path: Path) -> None:
     phone.evaluate("scrollTo(0, 400)")
     assert phone.locator("#picture").bounding_box()["y"] >= 0
     saved(phone, tmp_path / "labels.csv")
-    assert len(load_labelled(tmp_path / "labels.csv", need_test=False, need_val=False).train) == 3
+    assert len(classes_in(tmp_path / "labels.csv")) == 3
 
 
 def test_hostile_names_are_shown_as_text_and_written_as_they_are(
@@ -324,11 +332,7 @@ def test_hostile_names_are_shown_as_text_and_written_as_they_are(
     assert page.locator("#name").get_attribute("title") is not None
     text = saved(page, tmp_path / "labels.csv")
     assert f'"{paths[0]}","a,b"\r\n"{tmp_path}/a ""quoted"" name.png","""quoted"""\r\n' in text
-    read = load_labelled(tmp_path / "labels.csv", need_test=False, need_val=False)
-    found = dict(zip(read.train.paths, read.train.labels, strict=True))
-    assert {path: read.classes[label] for path, label in found.items()} == dict(
-        zip(paths, classes, strict=True)
-    )
+    assert classes_in(tmp_path / "labels.csv") == dict(zip(paths, classes, strict=True))
     press(page, *["Backspace"] * 9)
     page.set_input_files("#load", tmp_path / "labels.csv")
     expect(page.locator("#counter")).to_have_text("9 of 9 labelled")

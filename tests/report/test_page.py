@@ -286,6 +286,16 @@ def test_overfitting_is_shown(tmp_path: Path) -> None:
     assert "runs/a 1% 1.000 none 0.600 0.400" in shown
 
 
+def test_the_picture_of_a_comparison_is_named_after_what_it_shows(tmp_path: Path) -> None:
+    run = make(tmp_path / "run", "compare", labels={"1%": 10, "10%": 100})
+    Image.new("RGB", (8, 8)).save(run / "compare.png")
+    curves = words(run)
+    assert "Test results by number of labels Means over the seeds; bands are" in curves
+    bars = words(make(tmp_path / "run", "compare", labels={"100%": 1000}))
+    assert "Test results Bars are means over the seeds" in bars
+    assert "dashed" not in bars
+
+
 def test_large_pictures_become_small_ones(tmp_path: Path) -> None:
     run = make(tmp_path / "run", seconds=1)
     noise = np.random.default_rng(0).integers(0, 256, (150, 240, 3), dtype=np.uint8)

@@ -34,14 +34,22 @@ def test_speed_and_time_left(
         0.1, 0.1, 0, 1000 if budget == "epochs" else None, 500 if budget == "time" else None
     )
     schedule.load_state_dict(
-        {"batches": resumed_at, "elapsed": resumed_at / 2, "begun": 0.0, "ended": False}
+        {
+            "batches": resumed_at,
+            "elapsed": resumed_at / 2,
+            "begun": 0.0,
+            "step_seconds": 0.5,
+            "ended": False,
+        }
     )
     bar = ProgressBar("simclr", SimpleNamespace(batch_size=64, batches_per_epoch=100), schedule)  # type: ignore[arg-type]
     unused: Any = SimpleNamespace(world_size=1, optimizers=[], global_rank=0)
     bar.on_train_start(unused, unused)
+    clock += 0 if budget == "time" else 60  # an evaluation before the first batch
     with caplog.at_level(logging.INFO):
         for _ in range(100):
             schedule.on_train_batch_start(unused, unused, unused, 0)
+            bar.on_train_batch_start(unused, unused, unused, 0)
             clock += 0.5
             schedule.on_train_batch_end(unused, unused, unused, unused, 0)
             bar.on_train_batch_end(unused, unused, {"loss": torch.tensor(1.0)}, unused, 0)
@@ -135,11 +143,21 @@ def test_forecast_says_that_later_batches_need_more_memory(
         assert message.endswith(end)
 
 
+def test_forecast_says_that_a_frozen_encoder_will_need_more_memory(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    schedule = Schedule(0.1, 0.1, 0, batches=1000, started=0.0, freeze_share=0.05)
+    [message] = forecast(schedule, monkeypatch, caplog)
+    assert message.endswith("so far 1.50 GiB, more when the encoder is trained")
+
+
 def test_forecast_of_a_resumed_run_is_of_what_is_left(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     schedule = Schedule(0.1, 0.1, 0, batches=1000, started=0.0)
-    schedule.load_state_dict({"batches": 889, "elapsed": 1000.0, "begun": 0.0, "ended": False})
+    schedule.load_state_dict(
+        {"batches": 889, "elapsed": 1000.0, "begun": 0.0, "step_seconds": 0.5, "ended": False}
+    )
     [message] = forecast(schedule, monkeypatch, caplog)
     assert "10 epochs take about 0:19:46" in message  # 1000 + 136 + 50
 

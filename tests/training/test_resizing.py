@@ -41,6 +41,7 @@ def test_batches_that_are_sent_ahead_have_the_resolution_of_their_time() -> None
     """In a short run, those on their way to the workers are a large part of it."""
     timed = Schedule(0.1, 0.0, 0, seconds=100.0)
     timed.batches, timed.fraction, timed._step_seconds = 10, 0.55, 6.0
+    timed._fraction_of = 10
     assert [resolution_of(batch, timed) for batch in (10, 12, 15)] == [1, 3, 0]
 
 
@@ -53,7 +54,9 @@ def test_short_runs_do_not_begin_with_a_whole_step() -> None:
 def test_views_of_a_resumed_run_are_as_large_as_before(length: dict[str, Any]) -> None:
     """Those of the first batches are ordered before the first step."""
     schedule = Schedule(0.1, 0.0, 0, **length)
-    schedule.load_state_dict({"batches": 95, "elapsed": 950.0, "begun": 0.0, "ended": False})
+    schedule.load_state_dict(
+        {"batches": 95, "elapsed": 950.0, "begun": 0.0, "step_seconds": 10.0, "ended": False}
+    )
     assert resolution_of(95, schedule) == 0
 
 

@@ -73,3 +73,58 @@ def test_a_start_that_takes_all_of_the_time_is_said(
     with caplog.at_level("WARNING"):
         schedule.on_train_batch_start(trainer, SimpleNamespace(), unused, 0)  # type: ignore[arg-type]
     assert ("leaves no time of --max_time" in caplog.text) == warns
+
+
+def test_a_step_of_accumulated_batches_has_the_rate_of_its_start() -> None:
+    trainer: Any = SimpleNamespace(world_size=1, global_rank=0, optimizers=[])
+    unused: Any = None
+    rates: dict[int, list[float]] = {}
+    for accumulate in (1, 4):
+        schedule = Schedule(0.1, 0.25, 0, batches=8 * accumulate, accumulate=accumulate)
+        for batch in range(8 * accumulate):
+            schedule.on_train_batch_start(trainer, SimpleNamespace(), unused, batch)  # type: ignore[arg-type]
+            rates.setdefault(accumulate, []).append(schedule.current_lr)
+            schedule.on_train_batch_end(trainer, unused, unused, unused, batch)
+    assert rates[4] == [rate for rate in rates[1] for _ in range(4)]
+
+
+def test_views_are_ordered_by_the_time_of_batches_with_waiting_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A batch takes 1 s after 3 s of waiting; an evaluation of 20 s in between does not count."""
+    clock = 0.0
+    monkeypatch.setattr(schedule_module, "time", SimpleNamespace(monotonic=lambda: clock))
+    trainer: Any = SimpleNamespace(world_size=1, global_rank=0, optimizers=[])
+    unused: Any = None
+    schedule = Schedule(0.1, 0.25, 0, seconds=1000.0, started=0.0)
+    for batch in range(40):
+        clock += 3
+        schedule.on_train_batch_start(trainer, SimpleNamespace(), unused, batch)  # type: ignore[arg-type]
+        clock += 1
+        schedule.on_train_batch_end(trainer, unused, unused, unused, batch)
+        clock += 20 if batch == 30 else 0
+        schedule.step_ended()
+    # the fraction is that of the start of the last batch
+    ahead = schedule.fraction_at(schedule.batches + 10) - schedule.fraction
+    assert ahead == pytest.approx(11 * 4 / 1000, rel=0.01)
+    resumed = Schedule(0.1, 0.25, 0, seconds=1000.0, started=clock)
+    resumed.load_state_dict(schedule.state_dict())
+    ahead = resumed.fraction_at(resumed.batches + 10) - resumed.fraction
+    assert ahead == pytest.approx(10 * 4 / 1000, rel=0.01)
+
+
+def test_a_budget_of_one_accumulated_step_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = 0.0
+    monkeypatch.setattr(schedule_module, "time", SimpleNamespace(monotonic=lambda: clock))
+    trainer: Any = SimpleNamespace(world_size=1, global_rank=0, optimizers=[])
+    unused: Any = None
+    schedule = Schedule(0.1, 0.25, 0, seconds=10.0, started=0.0, accumulate=8)
+    while not getattr(trainer, "should_stop", False):
+        schedule.on_train_batch_start(trainer, SimpleNamespace(), unused, 0)  # type: ignore[arg-type]
+        clock += 2
+        schedule.on_train_batch_end(trainer, unused, unused, unused, 0)
+    schedule.on_train_end(trainer, unused)
+    assert schedule.batches == 8
+    assert "All of --max_time was one step of 8 accumulated batches" in caplog.text

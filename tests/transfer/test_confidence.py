@@ -7,10 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
 from scipy.stats import binomtest
 
 from vissl_lite.errors import UserError
-from vissl_lite.transfer.confidence import CONFIDENCE, CUTOFFS, Confidence, wilson
+from vissl_lite.transfer.confidence import (
+    CONFIDENCE,
+    CUTOFFS,
+    Confidence,
+    calibrated,
+    fit_temperature,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(("right", "count"), [(0, 5), (7, 9), (60, 60), (951, 1000)])
@@ -123,6 +132,21 @@ def test_with_few_images_the_observed_precision_decides() -> None:
         measured([0.7] * 90, [True] * 90, ["a", "b"] * 45).choose(0.95)
     with pytest.raises(UserError, match=r"the best is 0\.800 from a confidence of 0 on"):
         measured([0.7] * 20, [True] * 16 + [False] * 4).choose(0.95)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_predictions_that_are_all_right_are_not_all_certain(several: bool) -> None:
+    labels = torch.arange(60) % 2
+    target = F.one_hot(labels, 2)
+    gaps = torch.linspace(1, 5, 60, dtype=torch.float64)[:, None]
+    temperature = calibrated((target - 0.5) * gaps, target if several else labels, 60)
+    confidence = (gaps / (2 if several else 1) / temperature).sigmoid()
+    assert confidence.max() < 0.9999
+    assert 0.7 < confidence.min() < 0.95
+    # but with a wrong one the temperature is about that without smoothing
+    labels[0] = 1
+    plain, _ = fit_temperature((target - 0.5) * gaps, labels, F.cross_entropy)
+    assert calibrated((target - 0.5) * gaps, labels, 6000) == pytest.approx(plain, rel=0.1)
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:

@@ -5,9 +5,10 @@ import torch
 
 from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.transfer.finetuning import TransferModel, TransferSettings, freeze_norms
-from vissl_lite.transfer.pyramid import Pyramid, PyramidTraining, report_use
+from vissl_lite.transfer.pyramid import Pyramid, PyramidTraining, freeze_unused, report_use
 
 BACKBONES = ("test_resnet", "test_vit", "test_convnext", "vit_slim_patch4_32")
+PARTLY_USED = ("test_vit", "test_convnext", "test_efficientnet")
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -28,6 +29,12 @@ def test_maps_finer_than_requested_are_left_out() -> None:
     assert Pyramid(encoder, 32, finest=8).strides == [8, 16, 32]
 
 
+@pytest.mark.parametrize("size", [100, 300])
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_convnext"])
+def test_strides_where_the_image_size_is_no_multiple_of_them(backbone: str, size: int) -> None:
+    assert Pyramid(build_encoder(backbone, size), 32).strides == [4, 8, 16, 32]
+
+
 def test_the_two_coarsest_maps_are_always_kept() -> None:
     encoder = build_encoder("vit_slim_patch4_32", 32)
     assert Pyramid(encoder, 32, finest=8).strides == [4, 8]
@@ -44,6 +51,19 @@ def test_gradient_reaches_the_first_layer(backbone: str) -> None:
     assert first.grad is not None
     assert first.grad.abs().sum() > 0
     assert all(p.grad is not None for p in pyramid.parameters())
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", *PARTLY_USED])
+@pytest.mark.parametrize("finest", [4, 8])
+def test_what_no_gradient_reaches_is_frozen(backbone: str, finest: int) -> None:
+    encoder = build_encoder(backbone, 64)
+    freeze_unused(encoder)
+    pyramid = Pyramid(encoder, 32, finest)
+    maps = pyramid(encoder.stages(torch.rand(2, 3, 64, 64)))
+    torch.stack([level.sum() for level in maps]).sum().backward()
+    trained = [parameter.requires_grad for parameter in encoder.parameters()]
+    assert trained == [parameter.grad is not None for parameter in encoder.parameters()]
+    assert all(trained) == (backbone not in PARTLY_USED)
 
 
 def test_frozen_norms_keep_their_statistics_and_their_parameters() -> None:

@@ -66,11 +66,11 @@ def test_images_whose_size_differs_by_class_are_warned_of(
             for i in range(count):
                 pixels = np.zeros((size - i % 3, 8), np.uint8)
                 Image.fromarray(pixels).save(tmp_path / part / name / f"{i}.png")
-    warn_of_shortcuts(load_labelled(tmp_path, need_val=False))
+    warn_of_shortcuts(load_labelled(tmp_path, complete=False))
     assert caplog.messages == []  # sizes overlap
     for path in (tmp_path / "train" / "b").iterdir():
         Image.new("L", (16, 16)).save(path)
-    warn_of_shortcuts(load_labelled(tmp_path, need_val=False))
+    warn_of_shortcuts(load_labelled(tmp_path, complete=False))
     assert caplog.messages == [
         "The image size alone predicts the class of 100 % of the training images; the largest "
         "class has 50 %. A model may learn how the images were made instead of what they show."

@@ -1,6 +1,7 @@
 """How uncertain models are of images, by task."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,13 @@ def test_of_boxes_it_is_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
         return Detections(boxes, np.array(scores), np.zeros(count, np.int64))
 
     good = np.array([True, False, True])
-    monkeypatch.setattr(detection, "detect", lambda *_: ([found(0.5, 0.9), found()], good))
+
+    def detect(model: Any, paths: list[str], use: Any, advance: Any) -> np.ndarray:
+        use(paths[:1], [found(0.5, 0.9)], [(8, 8)])
+        use(paths[1:], [found()], [(8, 8)])
+        return good
+
+    monkeypatch.setattr(detection, "detect_in_batches", detect)
     uncertainty, read = TASKS["detection"].uncertainty(
         None, 1.0, ["a", "b", "c"], lambda done: None
     )

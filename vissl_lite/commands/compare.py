@@ -57,9 +57,9 @@ def compare(options: CompareOptions) -> CompareResult:
     """Compare encoders on the same few labels: did pre-training help, and by how much?
 
     Every encoder gets the same labels, seeds and budget. Hyperparameters such as learning rates are
-    chosen for each encoder on the validation images only. With --selection, ways to choose the
-    images that are labelled are compared instead: does choosing pay, and how many labels does it
-    save?
+    chosen for each encoder on labels that are held out of a training, never on test images. With
+    --selection, ways to choose the images that are labelled are compared instead: does choosing
+    pay, and how many labels does it save?
 
     Returns:
         Verdicts and differences.
@@ -200,7 +200,7 @@ def _print_results(outcome: Outcome, run: Path, compared: str) -> None:
             table.add_row(encoder, *(f"{one.mean:.3f} ± {one.std:.3f}" for one in runs))
             if encoder != outcome.baseline:
                 found = outcome.compared[protocol][encoder].by_amount.values()
-                gains = (f"{one.mean:+.3f}\n({one.low:+.3f} to {one.high:+.3f})" for one in found)
+                gains = (f"{one.mean:+.3f}\n({one.interval})" for one in found)
                 table.add_row("  difference (95 %)", *gains, style="dim")
         console.print(table)
         if outcome.by_part(outcome.encoders[0], protocol, next(iter(outcome.labels))):

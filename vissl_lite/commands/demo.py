@@ -46,7 +46,7 @@ class DemoOptions(Options):
     out: StrPath = "runs/demo"
     """Run folder to write."""
     shots: int = 10
-    """Number of labels per class."""
+    """Number of training and of validation labels per class, at most 50 and 20."""
     seeds: int = 3
     """Number of repetitions of the comparison, at least 3, each with other labels and other
     untrained weights. The pre-trained encoder is always the same."""
@@ -64,7 +64,7 @@ class DemoOptions(Options):
         if self.seeds < 3:
             raise UserError(f"--seeds {self.seeds} must be at least 3 to estimate the spread")
         check_count("seeds", self.seeds, 1000)
-        check_count("shots", self.shots)
+        check_count("shots", self.shots, 50)
         if not 2 <= self.unlabelled <= MAX_UNLABELLED:
             raise UserError(f"--unlabelled {self.unlabelled} must be from 2 to {MAX_UNLABELLED}")
         parse_time(self.max_time)

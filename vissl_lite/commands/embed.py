@@ -17,7 +17,7 @@ from vissl_lite.data.image_survey import ImageSet, ImageSettings
 from vissl_lite.data.images import find_images, suitable_size
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.encoders.encoder import Encoder
-from vissl_lite.encoders.folder import choose_slice_axis, encoder_for, is_untrained
+from vissl_lite.encoders.folder import choose_slice_axis, encoder_for, fitting_size, is_untrained
 from vissl_lite.errors import UserError, check_image_size, did_you_mean
 from vissl_lite.inference import check_outputs, predict_images
 from vissl_lite.options import Options, Paths, StrPath, command, path_list
@@ -138,7 +138,7 @@ def encoder_for_images(
     """
     torch.manual_seed(0)
     if image_size is None and is_untrained(source):
-        image_size = suitable_size(paths)
+        image_size = fitting_size(source, suitable_size(paths))
     return encoder_for(source, image_size, ImageSet(paths, settings))
 
 

@@ -26,11 +26,11 @@ from vissl_lite.data.images import BROKEN_IMAGE, find_images
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels, slice_along
 from vissl_lite.encoders.config import ENCODER_CONFIG, read_model_config
 from vissl_lite.encoders.encoder import first_line
-from vissl_lite.encoders.folder import WEIGHTS
+from vissl_lite.encoders.folder import WEIGHTS, save_encoder
 from vissl_lite.errors import UserError, check_image_size
 from vissl_lite.options import Options, Paths, StrPath, command, path_list
 from vissl_lite.run import console
-from vissl_lite.transfer.exporting import ExportModel, export_encoder
+from vissl_lite.transfer.exporting import ExportModel, Normalization, export_encoder
 from vissl_lite.transfer.tasks import find_model
 
 # Largest accepted difference from torch's outputs, relative to the largest output.
@@ -86,10 +86,11 @@ def export(options: ExportOptions) -> ExportResult:
     """Export an encoder or a fine-tuned model for use without vissl_lite, and check the outputs.
 
     An ONNX file takes decoded RGB images, (B, 3, H, W) uint8, or bands in the units of the files,
-    (B, C, H, W) float32, and normalizes them itself. Encoders return features, classifiers and
-    segmenters probabilities. Detectors return boxes (x1, y1, x2, y2 in pixels), scores and labels,
-    best first, 100 per image, padded with zeros; mask_rcnn also masks, (B, 100, 28, 28): the
-    probability that each of 28 x 28 equal cells of the box is inside the object.
+    (B, C, H, W) float32, with NaN for missing data, and normalizes them itself. Encoders return
+    features, classifiers and segmenters probabilities. Detectors return boxes (x1, y1, x2, y2 in
+    pixels), scores and labels, best first, 100 per image, padded with zeros; mask_rcnn also masks,
+    (B, 100, 28, 28): the probability that each of 28 x 28 equal cells of the box is inside the
+    object.
 
     Returns:
         What was written, and how far its outputs differ from torch's.
@@ -260,7 +261,10 @@ def _compare(expected: Sequence[Tensor], found: Sequence[Tensor], what: str) -> 
 
 
 def _make_timm_folder(network: ExportModel, batches: list[Tensor], draft: Path) -> float:
-    """Copy a network's folder in timm's format and load the copy with timm alone."""
+    """Copy a network's folder in timm's format and load the copy with timm alone.
+
+    Of a folder of the hub with a classifier only the encoder is written.
+    """
     folder = network.timm_folder
     if folder is None and network.task == "encoder":
         raise UserError(
@@ -272,12 +276,17 @@ def _make_timm_folder(network: ExportModel, batches: list[Tensor], draft: Path) 
             f"--format safetensors is for encoders and classifiers; the folder encoder of a model "
             f"for {network.task} is already in timm's format"
         )
-    shutil.copyfile(folder / WEIGHTS, draft / WEIGHTS)
-    # Only the checked entries: timm would act on any others.
-    config = read_model_config(folder / ENCODER_CONFIG)
-    del config["reader"]  # it is in the other entries
-    (draft / ENCODER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     normalize, _, last = network.layers
+    assert isinstance(normalize, Normalization)
+    config = read_model_config(folder / ENCODER_CONFIG)
+    if network.task == "encoder" and config["num_classes"] and "label_names" not in config:
+        # --model would not take it, as its classes have no names
+        save_encoder(normalize.encoder, draft, {})
+    else:
+        shutil.copyfile(folder / WEIGHTS, draft / WEIGHTS)
+        # Only the checked entries: timm would act on any others.
+        del config["reader"]  # it is in the other entries
+        (draft / ENCODER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     loaded = timm.create_model(f"local-dir:{draft}", pretrained=True).eval()
     expected = _finite_outputs(network.layers, batches)
     found = _outputs(nn.Sequential(normalize, loaded, last), batches)

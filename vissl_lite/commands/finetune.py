@@ -12,7 +12,7 @@ from rich.table import Table
 
 from vissl_lite import __version__
 from vissl_lite.commands.labelled import dry_run, show_data
-from vissl_lite.commands.leaks import guard
+from vissl_lite.commands.leaks import guard, labelled_for
 from vissl_lite.commands.self_training import (
     ROUNDS,
     Labeller,
@@ -27,8 +27,15 @@ from vissl_lite.commands.self_training import (
 )
 from vissl_lite.data.image_survey import ImageSet, ImageSettings
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
-from vissl_lite.encoders.folder import choose_slice_axis, encoder_for, is_untrained, load_encoder
+from vissl_lite.encoders.folder import (
+    choose_slice_axis,
+    encoder_for,
+    fitting_size,
+    is_untrained,
+    load_encoder,
+)
 from vissl_lite.errors import (
+    MOST_EPOCHS,
     UserError,
     check_count,
     check_image_size,
@@ -36,10 +43,11 @@ from vissl_lite.errors import (
     check_seed,
     check_warmup,
 )
+from vissl_lite.leakage.matching import FINGERPRINTS, seen_by
 from vissl_lite.metrics_file import MetricsFile
 from vissl_lite.optim import canonical_optimizer, check_rates
 from vissl_lite.options import Options, StrPath, command, parse_time
-from vissl_lite.plots import plot_curves
+from vissl_lite.plots import metrics_of_classes, plot_curves
 from vissl_lite.report.additions import add_report, add_test_embeddings, add_test_pictures
 from vissl_lite.run import (
     METRICS,
@@ -128,7 +136,7 @@ class FinetuneOptions(Options, ImageSettings, AllTaskOptions):
     """Side length of the input in pixels. Default for classification: that of the encoder, or for
     random:NAME that of the images; for detection: the longer side of the images, at most 416; for
     segmentation: their shorter side, at most 224 (images more than 1.5 times as large are segmented
-    in overlapping windows at their own scale)."""
+    in overlapping windows at their own scale). These are rounded to the patches of a ViT."""
     optimizer: str = "adamw"
     """timm optimizer."""
     lr: Sequence[float] | float = 1e-3
@@ -164,7 +172,7 @@ class FinetuneOptions(Options, ImageSettings, AllTaskOptions):
     upright: bool = True
     """Whether the images have a natural orientation (default true). Give --upright false for images
     without one, such as microscopy images: training images are then also rotated and flipped in all
-    directions."""
+    directions. They are mirrored, left for right, in any case."""
     leaks: Literal["warn", "exclude", "error"] = "warn"
     """What to do about test images that were used in pre-training or are also among the training
     images: warn, exclude them, or stop with an error."""
@@ -180,7 +188,8 @@ class FinetuneOptions(Options, ImageSettings, AllTaskOptions):
     strategy: Literal["auto", "ddp"] = "auto"
     """Strategy for training on several devices: auto or ddp."""
     num_workers: int | None = None
-    """Number of data loading workers per device. Default: chosen from the number of CPU cores."""
+    """Number of data loading workers per device. Default: 1 on a CPU, which computes beside them;
+    with GPUs, chosen from the number of CPU cores."""
     dry_run: bool = False
     """Only print what is read of the data, and write nothing."""
     resume: bool = False
@@ -203,7 +212,8 @@ class FinetuneOptions(Options, ImageSettings, AllTaskOptions):
             self._set("lr", sorted(self.lr) if len(self.lr) > 1 else self.lr[0])
         for rate in self.rates:
             check_rates(rate, self.weight_decay)
-        for name in ("epochs", "batch_size", "shots", "class_level", "rounds"):
+        check_count("epochs", self.epochs, MOST_EPOCHS)
+        for name in ("batch_size", "shots", "class_level", "rounds"):
             check_count(name, getattr(self, name))
         check_seed(self.seed)
         if self.epochs is not None and parse_time(self.max_time) is not None:
@@ -299,7 +309,8 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
     labelled = labelled.subsample(options.fraction, options.shots, options.seed)
     settings.batch(len(labelled.train), usual=1)  # checks the batch size before anything is written
     if image_size is None:
-        image_size = task.image_size(labelled, settings)
+        image_size = fitting_size(encoder, task.image_size(labelled, settings))
+    _warn_of_sides(labelled.classes)
     torch.manual_seed(options.seed)
     start = encoder_for(encoder, image_size, ImageSet(labelled.paths("train"), options))
     task.check(start, labelled, settings)
@@ -307,12 +318,14 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
     labelled, leaks = guard(
         labelled, [encoder], options.leaks, None if options.dry_run else str(out)
     )
+    # read now: with --overwrite, the folder may be deleted
+    pretrained_on, trained_before = seen_by(encoder), labelled_for(encoder)
     pseudo_labels, unlabelled = None, None
     labeller = Labeller([], 0)
     if options.pseudo_labels is not None:
         folder = Path(options.pseudo_labels)
         check_same_reading(folder, options)
-        labeller = check_labeller(folder, labelled)
+        labeller = check_labeller(folder, labelled, trained_before)
         pseudo_labels = load_pseudo_labels(task, folder, labelled)
         unlabelled = read_unlabelled(folder) if options.rounds > 1 else None
     if options.dry_run:
@@ -360,7 +373,9 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
         trained_on = (labelled.merged() if fitted.refit else labelled).paths("train")
         # Pseudo-labels pass on what the model that made them was trained on.
         indirectly = labeller.trained_on if fitted.added else []
-        save_trained_on(run / "model", [*trained_on, *indirectly])
+        save_trained_on(run / "model", [*trained_before, *trained_on, *indirectly])
+        if pretrained_on is not None:
+            pretrained_on.save(run / "model" / FINGERPRINTS)
         scores: Scores = rounds[kept].scores if rounds else task.evaluate(model, labelled)
         add_test_pictures(run, task, model, labelled, scores)
         plot_curves(MetricsFile(run / METRICS), task.curves, run / "curves.png")
@@ -396,6 +411,20 @@ def _majority(data: LabelledDataset) -> dict[str, float]:
     return {} if share is None else {"majority": share}
 
 
+def _warn_of_sides(classes: Sequence[str]) -> None:
+    """Warn of classes that mirrored images do not tell apart."""
+    lower = {name.lower() for name in classes}
+    left = [name for name in sorted(lower) if "left" in name]
+    sides = [name for name in left if name.replace("left", "right") in lower]
+    if sides:
+        log.warning(
+            "Training images are mirrored, so that the class %(left)s is learned from images of "
+            "%(right)s too: give both the same class, and tell them apart by their place",
+            {"left": sides[0], "right": sides[0].replace("left", "right")},
+            extra={"code": "data.sides"},
+        )
+
+
 def _print_results(
     data: LabelledDataset,
     scores: Scores,
@@ -422,10 +451,10 @@ def _print_results(
             soft_wrap=True,
         )
     if 1 < len(scores.per_class) <= 30:
-        names = list(next(iter(scores.per_class.values())))
+        names = metrics_of_classes(scores.per_class)
         by_class = Table("class", *names)
         for label, row in scores.per_class.items():
-            by_class.add_row(label, *(f"{row[name]:.3f}" for name in names))
+            by_class.add_row(label, *(f"{row[name]:.3f}" if name in row else "" for name in names))
         console.print(by_class)
     log.info("The model is in %s, test predictions in %s", run / "model", run / "test.png")
     log.info("Next:")

@@ -68,7 +68,8 @@ def guard(
         left_out = {part: set(paths) for part, paths in found.left_out.items()}
         for part, indices in shared.left_out.items():
             left_out[part].update(parts[part][i] for i in indices)
-        if shared.left_out and left_out["test"].issuperset(parts["test"]):
+        gone = left_out["test"] | set(found.broken["test"])
+        if shared.left_out and gone.issuperset(parts["test"]):
             raise UserError(
                 f"--leaks exclude leaves no test image: {found.count} are leaks, and others are of "
                 f"{shared.total} groups with images in several parts or in pre-training"
@@ -82,28 +83,31 @@ def guard(
 def trained_on(encoder: str) -> Fingerprints | None:
     """Fingerprints of the images that an encoder was trained on, if they are known.
 
-    Those of pre-training, or of the labelled images that a fine-tuned model has seen, of which a
+    Those of pre-training, and the labelled images that a fine-tuned model has seen, of which a
     warning is logged.
     """
     seen = seen_by(encoder)
-    if seen is not None:
+    listed = labelled_for(encoder)
+    if not listed:
         return seen
-    for folder in folders_of(encoder):
-        listed = load_trained_on(folder)
-        if listed is not None:
-            log.warning(
-                "%(encoder)s was trained with the true labels of %(images)d images, perhaps of "
-                "validation images too: what it reaches is not what pre-training alone reaches",
-                {"encoder": encoder, "images": len(listed)},
-                extra={"code": "encoder.supervised"},
-            )
-            prints, broken = read_fingerprints(listed)
-            if broken:
-                log.warning(
-                    "%(gone)d of them can't be read, the first %(first)s: it can't be checked that "
-                    "they are not test images",
-                    {"gone": len(broken), "first": broken[0].path},
-                    extra={"code": "leak.unchecked"},
-                )
-            return prints
-    return None
+    log.warning(
+        "%(encoder)s was trained with the true labels of %(images)d images, perhaps of "
+        "validation images too: what it reaches is not what pre-training alone reaches",
+        {"encoder": encoder, "images": len(listed)},
+        extra={"code": "encoder.supervised"},
+    )
+    prints, broken = read_fingerprints(listed)
+    if broken:
+        log.warning(
+            "%(gone)d of them can't be read, the first %(first)s: it can't be checked that "
+            "they are not test images",
+            {"gone": len(broken), "first": broken[0].path},
+            extra={"code": "leak.unchecked"},
+        )
+    return prints if seen is None else seen.join(prints)
+
+
+def labelled_for(encoder: str) -> list[str]:
+    """Images with true labels that an encoder was trained on, as far as they are known."""
+    listed = map(load_trained_on, folders_of(encoder))
+    return next((one for one in listed if one is not None), [])

@@ -78,8 +78,9 @@ def predict(options: PredictOptions) -> PredictResult:
     probabilities of classes, those of the classes of every pixel, or boxes with their scores.
 
     Writes predictions.csv for classification, predictions.json in COCO format for detection, and
-    for segmentation one indexed PNG per image in the folder masks. While running, predictions are
-    written to predictions.csv.part or predictions.jsonl.part, which remain after a failure.
+    for segmentation one indexed PNG per image in the folder masks (of a NIfTI volume a NIfTI file,
+    of a GeoTIFF a GeoTIFF). While running, predictions are written to predictions.csv.part or
+    predictions.jsonl.part, which remain after a failure.
 
     File names that are not UTF-8 are written to predictions.csv byte for byte (read it in Python
     with errors="surrogateescape"), and to predictions.json as escaped lone surrogates, which Python

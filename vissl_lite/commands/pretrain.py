@@ -25,6 +25,7 @@ from vissl_lite.commands.pretrain_setup import (
     make_encoder,
     make_task,
     optimizer_settings,
+    run_length,
     short_run_defaults,
     uses_small_views,
 )
@@ -36,6 +37,7 @@ from vissl_lite.data.path_list import PathList
 from vissl_lite.data.reading import limit_pixels
 from vissl_lite.data.views import Views
 from vissl_lite.encoders import backbones
+from vissl_lite.encoders.encoder import open_residual_branches
 from vissl_lite.encoders.folder import choose_slice_axis, save_encoder
 from vissl_lite.encoders.lora import merge_adapters
 from vissl_lite.errors import UserError
@@ -207,7 +209,13 @@ def _prepare(options: PretrainOptions, resume: bool) -> _Training:
     size = choose_batch_size(options.batch_size, count, hardware.processes())
     labelled = None
     if options.probe_data is not None:
-        labelled = load_labelled(os.fspath(options.probe_data), options.seed, need_test=False)
+        # with a test part that is set aside: the one that probe finds with its default options
+        labelled = load_labelled(os.fspath(options.probe_data), options.seed)
+        if not len(labelled.val):
+            raise UserError(
+                f"--probe_data {options.probe_data} has no validation images, and each class has a "
+                f"single training image, so that none can be held out"
+            )
     torch.manual_seed(options.seed)
     encoder = make_encoder(
         options.backbone,
@@ -225,8 +233,18 @@ def _prepare(options: PretrainOptions, resume: bool) -> _Training:
     short_run = short_run_defaults(options, count)
     long_run = long_run_defaults(options, count)
     options = options.with_hyperparameters({**short_run, **long_run})
+    # papers of long runs with large batches start them at zero, as timm does
+    if not options.pretrained and run_length(options, count) < 1:
+        open_residual_branches(encoder)
     task = make_task(options, encoder)
     check_hardware(hardware, task)
+    if task.info.orientation and not options.upright:
+        log.warning(
+            "%(pretext)s predicts how images are turned, which --upright false says can't be seen: "
+            "their views are not turned. Another pretext suits such images better",
+            {"pretext": options.pretext_name},
+            extra={"code": "pretext.orientation"},
+        )
     if images.shards is not None and task.reads_files:
         raise UserError(
             f"{options.pretext_name} reads images before the training, and shards are read "

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from vissl_lite.commands.pretrain_options import PretrainOptions
 from vissl_lite.data.cache import ImageCache
-from vissl_lite.data.image_reader import ImageReader
-from vissl_lite.data.images import find_images
+from vissl_lite.data.image_reader import ImageReader, volume_of
+from vissl_lite.data.images import BROKEN_IMAGE, find_images, walk
 from vissl_lite.data.path_list import PathList
+from vissl_lite.data.reading import slice_along
 from vissl_lite.data.shards.index import find_shards
 from vissl_lite.data.shards.source import Shards
 from vissl_lite.data.shards.stream import ShardSource, write_sample
@@ -62,11 +63,11 @@ class TrainingImages:
         shutil.copytree(self.temporary.name, part)
         part.rename(run / SAMPLE_FOLDER)  # atomic: a resumed run finds all files or none
         self.temporary.cleanup()
-        self.temporary, self.paths = None, PathList(find_images([run / SAMPLE_FOLDER]))
+        self.temporary, self.paths = None, _sample(run / SAMPLE_FOLDER)
 
 
 def find_training_images(options: PretrainOptions, run: Path, resume: bool) -> TrainingImages:
-    """Find the images of ``--data``.
+    """Find the images of ``--data``; slices are then along the axis of the shards.
 
     Args:
         options: Options of the run.
@@ -74,7 +75,7 @@ def find_training_images(options: PretrainOptions, run: Path, resume: bool) -> T
         resume: Whether to reuse the sample of shards in the run folder.
 
     Raises:
-        UserError: There are no images, or they can't be read.
+        UserError: There are no images, they can't be read, or --axis contradicts the shards.
     """
     sources = path_list(options.data)
     with show_warnings_early():
@@ -83,9 +84,30 @@ def find_training_images(options: PretrainOptions, run: Path, resume: bool) -> T
         return TrainingImages(PathList(find_images(sources)))
     if options.cache:
         raise UserError("--cache is for image files: shards are read sequentially, once per epoch")
+    if options.axis not in (None, shards.axis):
+        known = "its own axis" if shards.axis is None else f"axis {shards.axis}"
+        raise UserError(
+            f"--axis {options.axis}: the shards hold slices of each volume along {known}: leave it "
+            f"out, or write other shards with vissl-lite shard --axis {options.axis}"
+        )
+    slice_along(shards.axis)
     if resume and (run / SAMPLE_FOLDER).is_dir():
-        return TrainingImages(PathList(find_images([run / SAMPLE_FOLDER])), shards)
+        kept = _sample(run / SAMPLE_FOLDER)
+        if kept:
+            return TrainingImages(kept, shards)
     temporary = tempfile.TemporaryDirectory(prefix="vissl-lite-")
     with show_warnings_early():
         write_sample(shards, Path(temporary.name))
-    return TrainingImages(PathList(find_images([temporary.name])), shards, temporary)
+    return TrainingImages(_sample(Path(temporary.name)), shards, temporary)
+
+
+def _sample(folder: Path) -> PathList:
+    """The files of a sample of shards, those of a volume together."""
+
+    def volume(path: str) -> str:
+        try:
+            return volume_of(path) or ""
+        except BROKEN_IMAGE:
+            return ""
+
+    return PathList(sorted(walk(folder), key=volume))

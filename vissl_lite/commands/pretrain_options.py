@@ -10,6 +10,7 @@ from vissl_lite.data.image_survey import ImageSettings
 from vissl_lite.data.reading import MAX_PIXELS
 from vissl_lite.encoders.folder import is_untrained
 from vissl_lite.errors import (
+    MOST_EPOCHS,
     UserError,
     annotations,
     brief,
@@ -119,11 +120,11 @@ class PretrainOptions(Options, ImageSettings):
     blocks:2 for diet from pre-trained weights."""
     freeze_share: float | None = None
     """Share of the run in which the whole encoder is frozen at first, while the heads of the
-    pretext are trained; the warmup of the encoder follows. Default: 0.05 with pre-trained weights,
-    otherwise 0."""
+    pretext are trained; the warmup of the encoder follows. With --max_time auto, it is a share of
+    --epochs. Default: 0.05 with pre-trained weights, otherwise 0."""
     probe_data: StrPath | None = None
     """Labelled images for evaluating the encoder during training (kNN and linear probe accuracy on
-    validation images)."""
+    validation images; the test part that probe finds with its default options is not used)."""
     optimizer: str | None = None
     """timm optimizer. Default: that of the pretext."""
     lr: float | None = None
@@ -157,7 +158,7 @@ class PretrainOptions(Options, ImageSettings):
     warmup: float = 0.1
     """Fraction of the training used for learning rate warmup. With --freeze_share, it is that of
     the training of the encoder, and the heads have a warmup of the same fraction of the frozen
-    phase."""
+    phase. With --max_time auto, it is a fraction of 10 epochs or 1000 steps, whichever is more."""
     on_collapse: Literal["warn", "stop"] = "warn"
     """What to do when the features collapse (all images get nearly the same ones): warn or stop."""
     logger: str | Sequence[str] | None = None
@@ -165,8 +166,8 @@ class PretrainOptions(Options, ImageSettings):
     tensorboard if it is installed."""
     cache: bool = False
     """Cache decoded images for later epochs, downsized as far as the smallest crop allows: in
-    memory if they fit into half of the free memory, otherwise in a temporary file in the run
-    folder."""
+    memory if they fit into half of the free memory, for a single process whose data workers are
+    forked (as on Linux) or that has none; otherwise in a temporary file in the run folder."""
     max_pixels: int = MAX_PIXELS
     """Skip images with more pixels (height times width) than this; a small file can decode to
     billions of pixels. The default is Pillow's limit."""
@@ -182,7 +183,8 @@ class PretrainOptions(Options, ImageSettings):
     """Strategy for training on several devices: auto, ddp, fsdp (shards the weights of models that
     are too large for one device), or another one of Lightning's."""
     num_workers: int | None = None
-    """Number of data loading workers per device. Default: chosen from the number of CPU cores."""
+    """Number of data loading workers per device. Default: 1 on a CPU, which computes beside them;
+    with GPUs, chosen from the number of CPU cores."""
     compile: bool = False
     """Train the encoder with torch.compile. The first step takes a minute or more; later steps are
     faster on most GPUs. Requires Triton, or a C++ compiler if there is no GPU."""
@@ -196,8 +198,8 @@ class PretrainOptions(Options, ImageSettings):
         self.check_images()
         self._set("data", path_list(self.data))
         self._set("pretext", complete_pretext(self.pretext))
-        for name in ("epochs", "batch_size"):
-            check_count(name, getattr(self, name))
+        check_count("epochs", self.epochs, MOST_EPOCHS)
+        check_count("batch_size", self.batch_size)
         check_count("accumulate_grad_batches", self.accumulate_grad_batches, MAX_ACCUMULATION)
         check_image_size(self.image_size)
         if self.token_drop is not None and not 0 <= self.token_drop <= MAX_SHARE:

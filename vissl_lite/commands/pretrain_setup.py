@@ -14,7 +14,6 @@ from vissl_lite.data.images import suitable_size
 from vissl_lite.encoders.encoder import (
     Encoder,
     build_encoder,
-    open_residual_branches,
     patch_multiple,
 )
 from vissl_lite.encoders.folder import load_encoder, load_weights, made_here
@@ -117,10 +116,8 @@ def default_backbone(pretext: str, image_size: int) -> str:
 def make_task(options: PretrainOptions, encoder: Encoder) -> PretextTask:
     """Build the pretext task around an encoder."""
     cls = pretext_class(options.pretext_name)
-    if not options.pretrained:
-        open_residual_branches(encoder)
-        if cls.info.fixed_positions:
-            fix_positions(encoder)
+    if not options.pretrained and cls.info.fixed_positions:
+        fix_positions(encoder)
     task = cls(encoder, **options.hyperparameters)
     if options.progressive_resizing:
         _check_resizing(task)
@@ -184,14 +181,14 @@ def long_run_defaults(options: PretrainOptions, images: int) -> dict[str, float]
         ``momentum``, if the pretext has one that depends on the length and the options leave it to
         its default; else nothing.
     """
-    bounds, share = pretext_class(options.pretext_name).info.momentum, _length(options, images)
+    bounds, share = pretext_class(options.pretext_name).info.momentum, run_length(options, images)
     if bounds is None or options.hyperparameters["momentum"] is not None:
         return {}
     short, long = (1 - momentum for momentum in bounds)
     return {"momentum": round(1 - short ** (1 - share) * long**share, 5)} if share else {}
 
 
-def uses_small_views(options: PretrainOptions, task: PretextTask, steps_per_epoch: int) -> bool:
+def uses_small_views(options: PretrainOptions, task: PretextTask, batches_per_epoch: int) -> bool:
     """Whether the views start small and grow, by ``--progressive_resizing`` or its default."""
     if options.progressive_resizing is not None:
         return options.progressive_resizing
@@ -199,9 +196,11 @@ def uses_small_views(options: PretrainOptions, task: PretextTask, steps_per_epoc
         return False
     if task.info.encoders and not task.reads_files:  # a teacher that sees views gains no speed
         return False
-    side = min(task.encoder.image_size, task.views().smallest_crop or task.encoder.image_size)
-    small = task.encoder.fitting_size(side * INITIAL_SIDE)
-    if small < MIN_RESIZED_SIDE or not _has_phases(options, steps_per_epoch):
+    side = task.encoder.image_size
+    crop = task.encoder.fitting_size((task.views().smallest_crop or side) * INITIAL_SIDE)
+    if min(side * INITIAL_SIDE, crop) < MIN_RESIZED_SIDE:
+        return False
+    if not _has_phases(options, batches_per_epoch):
         return False
     try:
         _check_resizing(task)  # runs the encoder once
@@ -210,18 +209,18 @@ def uses_small_views(options: PretrainOptions, task: PretextTask, steps_per_epoc
     return True
 
 
-def dropped_tokens(options: PretrainOptions, task: PretextTask, steps_per_epoch: int) -> float:
+def dropped_tokens(options: PretrainOptions, task: PretextTask, batches_per_epoch: int) -> float:
     """Share of the patch tokens to drop at first, by ``--token_drop`` or its default.
 
     Args:
         options: Options of the run, with ``progressive_resizing``.
         task: Task to train.
-        steps_per_epoch: Steps per epoch.
+        batches_per_epoch: Batches per epoch.
     """
     if options.token_drop is not None:
         return options.token_drop
     share, encoder = task.info.token_drop or 0.0, task.encoder
-    if not share or options.pretrained or not _has_phases(options, steps_per_epoch):
+    if not share or options.pretrained or not _has_phases(options, batches_per_epoch):
         return 0.0
     try:
         _check_token_drop(task)
@@ -235,11 +234,12 @@ def dropped_tokens(options: PretrainOptions, task: PretextTask, steps_per_epoch:
     return share if kept >= MIN_PATCHES else 0.0
 
 
-def _has_phases(options: PretrainOptions, steps_per_epoch: int) -> bool:
+def _has_phases(options: PretrainOptions, batches_per_epoch: int) -> bool:
     """Whether the run is long enough to begin with less of each image than it ends with."""
     if options.max_epochs is None:
         return (options.seconds or 0) >= MIN_PHASES_SECONDS
-    return options.max_epochs * steps_per_epoch >= MIN_PHASES_STEPS
+    steps = options.max_epochs * batches_per_epoch // options.accumulate_grad_batches
+    return steps >= MIN_PHASES_STEPS
 
 
 def length_factor(options: PretrainOptions, task: PretextTask, images: int) -> float:
@@ -255,11 +255,16 @@ def length_factor(options: PretrainOptions, task: PretextTask, images: int) -> f
     """
     if not options.default_rate:
         return 1.0
-    return float(task.info.long_run_lr ** _length(options, images))
+    return float(task.info.long_run_lr ** run_length(options, images))
 
 
-def _length(options: PretrainOptions, images: int) -> float:
-    """``long_share`` of a run; 0 where the defaults of short runs apply to any length."""
+def run_length(options: PretrainOptions, images: int) -> float:
+    """``long_share`` of a run; 0 where the defaults of short runs apply to any length.
+
+    Args:
+        options: Options of the run.
+        images: Number of training images.
+    """
     epochs = options.max_epochs
     if options.pretrained or options.open_ended or epochs is None:
         return 0.0

@@ -17,7 +17,7 @@ from vissl_lite.data.image_survey import ImageSet, ImageSettings
 from vissl_lite.data.images import suitable_size
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels
 from vissl_lite.encoders.encoder import Encoder
-from vissl_lite.encoders.folder import choose_slice_axis, encoder_for, is_untrained
+from vissl_lite.encoders.folder import choose_slice_axis, encoder_for, fitting_size, is_untrained
 from vissl_lite.errors import (
     check_count,
     check_image_size,
@@ -97,7 +97,7 @@ class ProbeOptions(Options, ImageSettings, LabelOptions):
     fraction: float | None = None
     """Use this fraction of the labels."""
     shots: int | None = None
-    """Use this many labels per class."""
+    """Use this many training and validation labels per class."""
     image_size: int | None = None
     """Side length of the input in pixels. Default: that of the encoder, or for random:NAME that of
     the images."""
@@ -148,7 +148,7 @@ def probe(options: ProbeOptions) -> ProbeResult:
     torch.manual_seed(options.seed)
     size = options.image_size
     if size is None and is_untrained(name):
-        size = suitable_size(labelled.train.paths)
+        size = fitting_size(name, suitable_size(labelled.train.paths))
     encoder = encoder_for(name, size, ImageSet(labelled.train.paths, options))
     labelled, leaks = guard(labelled, [name], options.leaks, None if options.dry_run else str(out))
     used = labelled.for_probes(options.refit)
@@ -171,7 +171,7 @@ def probe(options: ProbeOptions) -> ProbeResult:
         trained_on = (
             f"Fitted to {len(used.train)} labels"
             f"{'' if groups is None else f' of {len(np.unique(groups))} groups'}; penalties are "
-            f"chosen by cross-validation of them."
+            f"chosen by cross-validation of them, where there are enough."
         )
         results: dict[str, Any] = {
             **last,

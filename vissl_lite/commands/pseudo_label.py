@@ -153,7 +153,8 @@ def pseudo_label(options: PseudoLabelOptions) -> PseudoLabelResult:
                 {"classes": ", ".join(missing)},
                 extra={"code": "pseudo_labels.no_class"},
             )
-        log.info("%d labels in %d images: %s", sum(labelled.values()), images, file)
+        total = sum(labelled.values())
+        log.info("%d labels, from %d images that were read: %s", total, images, file)
         log.info("Next:")
         log.info(
             "  vissl-lite finetune --data LABELLED --pseudo_labels %s --out %s",

@@ -38,7 +38,7 @@ MAIN_METRICS = {
 }
 
 # Endings of the names of metrics for which lower is better.
-LOWER_IS_BETTER = ("loss", "seconds", "leaks", "skipped")
+LOWER_IS_BETTER = ("loss", "seconds", "leaks", "skipped", "alignment", "uniformity")
 
 # Results with metrics per class, which are not offered for sorting.
 PER_CLASS = frozenset({"per_class"})
@@ -231,8 +231,8 @@ def _verdict(folder: Path, metrics: Mapping[str, float]) -> str:
     verdict = content.get("verdict") if isinstance(content, dict) else None
     if not isinstance(verdict, str):
         return ""
-    overall = [value for name, value in metrics.items() if name.endswith(".overall.mean")]
-    return f"{verdict} ({max(overall, key=abs):+.3f})" if overall else verdict
+    difference = metrics.get("difference.mean")
+    return verdict if difference is None else f"{verdict} ({difference:+.3f})"
 
 
 def _sorted(found: list[RunSummary], metric: str) -> list[RunSummary]:

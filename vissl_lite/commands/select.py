@@ -37,6 +37,7 @@ from vissl_lite.transfer.classification.options import LabelOptions
 from vissl_lite.transfer.confidence import Confidence
 from vissl_lite.transfer.dataset import KnownImages
 from vissl_lite.transfer.options import AnnotationsOption
+from vissl_lite.transfer.skeleton import filled_skeleton
 from vissl_lite.transfer.sources.groups import find_groups, group_names
 from vissl_lite.transfer.sources.opening import unpacked
 from vissl_lite.transfer.sources.reading_log import ReadingLog
@@ -190,12 +191,20 @@ def select(options: SelectOptions) -> SelectResult:
     config = options.as_config()
     names = ("encoder", "data", "labelled", "annotations", "model")
     check_out(out, [(name, config.get(name)) for name in names], overwrite=options.overwrite)
+    filled = filled_skeleton(out)
+    if filled is not None:
+        raise UserError(
+            f"{filled} has labels, which --overwrite would delete: move it elsewhere, or give "
+            f"another --out"
+        )
     task, model, temperature = _find_task(options)
     pool = _without(find_images(sources), path_list(options.exclude or []))
     labelled = _read_labels(options, task, model)
     if options.method == "dropquery" and options.labelled is not None:
         _check_probe_labels(labelled.labels)
-    classes = labelled.classes if model is None else model.classes
+    # of the model first, as its annotations are numbered
+    known_to_model = [] if model is None else model.classes
+    classes = list(dict.fromkeys([*known_to_model, *labelled.classes]))
     paths = _joined(pool, labelled.paths)
     known = set(map(os.path.abspath, labelled.paths))
     grouping = _groups(paths, options)
@@ -378,7 +387,7 @@ def _groups(paths: Sequence[str], options: SelectOptions) -> dict[str, str] | No
         sources = [*sources, os.fspath(options.labelled)]
     places = [unpacked(Path(one)) for one in sources]
     found = find_groups(paths, places, options.group_by, reading)
-    if found is None and options.group_by is None:
+    if found is None and options.group_by is None and not reading.groups:
         raise UserError(
             f"--per_group {options.per_group}: the images are not of volumes or patients: give "
             f"--group_by with a regular expression that finds the group in a path"

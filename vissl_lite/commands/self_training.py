@@ -183,7 +183,7 @@ def load_pseudo_labels(task: AnyTask, folder: Path, data: LabelledDataset) -> Ps
     return PseudoLabels(found.take({"train": kept}), left_out)
 
 
-def check_labeller(folder: Path, data: LabelledDataset) -> Labeller:
+def check_labeller(folder: Path, data: LabelledDataset, known_before: Sequence[str]) -> Labeller:
     """Check that the model that made pseudo-labels was not trained on what is a test image now.
 
     Its predictions are right for images like those that it was trained on. A model that learns from
@@ -193,6 +193,7 @@ def check_labeller(folder: Path, data: LabelledDataset) -> Labeller:
     Args:
         folder: Folder of the data set of ``pseudo-label``.
         data: Labelled images.
+        known_before: Images whose labels the encoder was trained with before.
 
     Raises:
         UserError: Test images, or copies of their files, are among them.
@@ -208,7 +209,7 @@ def check_labeller(folder: Path, data: LabelledDataset) -> Labeller:
         return Labeller([], 0)
     test = {os.path.abspath(path): path for path in data.paths("test")}
     training: tuple[Split, ...] = ("train", "val")
-    known = [path for part in training for path in data.paths(part)]
+    known = [path for part in training for path in data.paths(part)] + list(known_before)
     others = set(listed).difference(map(os.path.abspath, known))
     leaks = {test[path] for path in others if path in test}
     if others and not leaks:
@@ -399,7 +400,7 @@ def outcome(
             continue
         found, verdict = {"mean": one.scores.metrics[metric] - before}, "unknown"
         gap = _paired(rounds[0].scores, one.scores, data)
-        if gap is not None:
+        if gap is not None and gap.low is not None and gap.high is not None:
             found |= {"low": gap.low, "high": gap.high}
             verdict = gap.verdict
         figures[-1] |= {"difference": found, "verdict": verdict}

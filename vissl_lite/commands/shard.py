@@ -90,9 +90,9 @@ def shard(options: ShardOptions) -> ShardResult:
     Image files are copied unchanged, in a random but reproducible order, since shards are read
     sequentially and neighbors end up in one batch. They are not decoded; pretrain reports and skips
     broken ones. Slices of volumes, pages and frames are stored with their values as they are, so
-    --bands, --window and --value_range are options of pretrain. The file index.json lists the
-    number of images in each shard and is written last. Older shards are kept until all new ones are
-    written, so the disk needs room for both.
+    --bands, --window and --value_range are options of pretrain. The file index.json has --axis and
+    the number of images in each shard, and is written last. Older shards are kept until all new
+    ones are written, so the disk needs room for both.
 
     Returns:
         The folder, the index, and the numbers of shards and images.
@@ -120,7 +120,8 @@ def shard(options: ShardOptions) -> ShardResult:
                 written = _write_parts(
                     folder, chain([first], members), options.images_per_shard, most
                 )
-                (folder / INDEX_PART).write_text(index_text(written), encoding="utf-8")
+                text = index_text(written, options.axis)
+                (folder / INDEX_PART).write_text(text, encoding="utf-8")
             except BaseException:
                 _remove_parts(folder)
                 raise

@@ -9,7 +9,7 @@ from vissl_lite.comparison.protocols import Protocol
 from vissl_lite.comparison.simulation import Selector
 from vissl_lite.data.image_survey import ImageSettings
 from vissl_lite.data.reading import MAX_PIXELS
-from vissl_lite.errors import UserError, check_count, check_image_size, check_seed
+from vissl_lite.errors import MOST_EPOCHS, UserError, check_count, check_image_size, check_seed
 from vissl_lite.optim import check_rates
 from vissl_lite.options import Options, Paths, StrPath, path_list
 from vissl_lite.transfer.finetuning import TransferSettings, finetune_optimizer
@@ -43,7 +43,7 @@ class CompareOptions(Options, ImageSettings, AllTaskOptions):
     fractions: Sequence[float] | float | None = None
     """Fractions of the labels to use. Default: 0.01 0.05 0.1 1."""
     shots: Sequence[int] | int | None = None
-    """Numbers of labels per class to use, instead of --fractions."""
+    """Numbers of training and validation labels per class to use, instead of --fractions."""
     seeds: int = 3
     """Number of random draws of each amount of labels, at least 3. All encoders get the same
     draws."""
@@ -95,7 +95,8 @@ class CompareOptions(Options, ImageSettings, AllTaskOptions):
     precision: str = "auto"
     """Floating-point precision: auto, or one of Lightning's, such as 32-true or bf16-mixed."""
     num_workers: int | None = None
-    """Number of data loading workers of finetune. Default: chosen from the number of CPU cores."""
+    """Number of data loading workers of finetune. Default: 1 on a CPU, which computes beside them;
+    with GPUs, chosen from the number of CPU cores."""
     dry_run: bool = False
     """Only print what is read of the data, and write nothing."""
     resume: bool = False
@@ -114,7 +115,8 @@ class CompareOptions(Options, ImageSettings, AllTaskOptions):
         if self.seeds < 3:
             raise UserError(f"--seeds {self.seeds} must be at least 3 to estimate the spread")
         check_count("seeds", self.seeds, MAX_SEEDS)
-        for name in ("k", "epochs", "batch_size", "class_level"):
+        check_count("epochs", self.epochs, MOST_EPOCHS)
+        for name in ("k", "batch_size", "class_level"):
             check_count(name, getattr(self, name))
         check_image_size(self.image_size)
         for rate in as_list(self.lr) or ():

@@ -121,9 +121,14 @@ class Outcome:
         return {**means, "test": self.runs(encoder, protocol, amount).mean} if means else {}
 
     @property
+    def main(self) -> ComparedEncoder:
+        """The first encoder that is not the baseline, under the last protocol."""
+        return next(iter(self.compared[self.protocols[-1]].values()))
+
+    @property
     def verdict(self) -> Verdict:
         """Verdict on the first encoder that is not the baseline, under the last protocol."""
-        return next(iter(self.compared[self.protocols[-1]].values())).verdict
+        return self.main.verdict
 
     def _compare(self, encoder: str, protocol: str) -> ComparedEncoder:
         ours = {amount: self.runs(encoder, protocol, amount) for amount in self.labels}
@@ -165,9 +170,12 @@ class Outcome:
         if exceptions:
             what = f"{' and '.join(exceptions)}, but {what} on average"
         over = f"averaged over {len(by_amount)} amounts of labels, " if len(by_amount) > 1 else ""
+        interval = "no interval can be given"
+        if overall.low is not None:
+            interval = f"95 % interval {overall.interval}"
         words = (
             f"{encoder} {what}: {self._in_words(protocol)} {overall.mean:+.3f} against "
-            f"{self.baseline} ({over}95 % interval {overall.low:+.3f} to {overall.high:+.3f}, "
+            f"{self.baseline} ({over}{interval}, "
             f"{self._seeds(encoder, protocol)}{self._over_groups(protocol)})."
         )
         # Only for the smallest such amount, where pre-training matters most.
@@ -176,7 +184,7 @@ class Outcome:
             rest = (
                 f"equal about {equal:,.0f}"
                 if exact
-                else f"are at least as good as all {equal:,.0f}"
+                else f"are at least as good as the {equal:,.0f}"
             )
             words += f" {count} {self.with_it[0]} {rest} {self.with_it[1]}."
         return words
@@ -195,7 +203,12 @@ class Outcome:
             for amount in self.labels
         ]
         if number > 1 and all(np.ptp(values) == 0 for values in runs):
-            return f"{number} seeds, which all gave the same: it covers the test images alone"
+            same = f"{number} seeds, which all gave the same"
+            found = self.runs(encoder, protocol, next(iter(self.labels)))
+            images = 0 if found.per_image is None else found.per_image.shape[1]
+            units = images if self.units is None else len(np.unique(self.units))
+            covers_images = images > 0 and units > 1
+            return f"{same}: it covers the test images alone" if covers_images else same
         return f"{number} seeds"
 
     def _over_groups(self, protocol: str) -> str:
@@ -246,6 +259,7 @@ class Outcome:
         return {
             "arms": protocols[main]["arms"],
             "verdict": self.verdict,
+            "difference": vars(self.main.overall),
             "sentences": self.sentences(),
             "baseline": self.baseline,
             **({} if self.groups is None else {"test_groups": len(np.unique(self.groups))}),

@@ -13,7 +13,7 @@ from vissl_lite.comparison.simulation import FIRST_ROUND, SimulatedLabelling
 from vissl_lite.data.fingerprints import Fingerprints, repeats
 from vissl_lite.data.image_survey import ImageSet
 from vissl_lite.encoders.encoder import Encoder
-from vissl_lite.encoders.folder import encoder_for, is_untrained
+from vissl_lite.encoders.folder import encoder_for, fitting_size, is_untrained
 from vissl_lite.errors import (
     UserError,
     WeightsUnavailableError,
@@ -122,10 +122,10 @@ class Plan:
         self, encoders: Sequence[str], baseline: str, data: LabelledDataset
     ) -> tuple[list[str], dict[str, str]]:
         """Try to load each encoder: those that load, and why the others are not available."""
-        found, left_out = [], {}
+        found, left_out, backbones = [], {}, {}
         for name in encoders:
             try:
-                self.load(name, self.options.seed, data)
+                backbones[name] = self.load(name, self.options.seed, data).backbone
                 found.append(name)
             except WeightsUnavailableError as error:
                 left_out[name] = str(error)
@@ -135,6 +135,18 @@ class Plan:
             raise UserError(
                 f"nothing is left to compare with {baseline}: {next(iter(left_out.values()))}"
             )
+        for name in found:
+            if is_untrained(baseline) and backbones[name] != backbones[baseline]:
+                log.warning(
+                    "%(encoder)s is a %(backbone)s, and the baseline a %(other)s: their difference "
+                    "is that of two architectures as well, not of pre-training alone",
+                    {
+                        "encoder": name,
+                        "backbone": backbones[name],
+                        "other": backbones[baseline],
+                    },
+                    extra={"code": "baseline.backbone"},
+                )
         return found, left_out
 
     def load(self, name: str, seed: int, data: LabelledDataset) -> Encoder:
@@ -146,7 +158,7 @@ class Plan:
         return encoder_for(name, size, self.images)
 
     def _default_size(self, name: str, data: LabelledDataset) -> int | None:
-        """Image size of an encoder; None for its own.
+        """Image size of an encoder, rounded to its patches; None for its own.
 
         Where pre-trained encoders keep their own, an untrained one gets that of the first of them,
         so that its images have no more pixels, or fewer, than those it is compared with.
@@ -154,13 +166,14 @@ class Plan:
         pretrained = [one for one in self.encoders if not is_untrained(one)]
         size = self.task.image_size(data, self.options.settings(untrained=not pretrained))
         if size is not None or not is_untrained(name):
-            return size
+            return fitting_size(name, size)
         for one in pretrained:
             try:
-                return encoder_for(one, None).image_size
+                return fitting_size(name, encoder_for(one, None).image_size)
             except WeightsUnavailableError:  # left out of the comparison
                 continue
-        return self.task.image_size(data, self.options.settings(untrained=True))
+        size = self.task.image_size(data, self.options.settings(untrained=True))
+        return fitting_size(name, size)
 
     def simulate(
         self, data: LabelledDataset, prints: Mapping[str, Fingerprints]

@@ -37,7 +37,8 @@ class Score:
     Attributes:
         value: Test metric that encoders are compared by.
         metrics: All test metrics, by name.
-        chosen: Hyperparameters chosen on the validation images, such as ``{"penalty": 0.01}``.
+        chosen: Hyperparameters chosen on labels held out of a training, such as
+            ``{"penalty": 0.01}``.
         per_image: ``(M,)`` part of each test image in ``value``; see ``Scores``.
         layers: Accuracy by stage, for frozen encoders and if requested.
     """

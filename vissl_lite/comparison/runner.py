@@ -75,10 +75,9 @@ class Runner:
         for seed in self.plan.options.all_seeds():
             encoder = self.plan.load(name, seed, self.data)
             weights = digest_weights(encoder)
-            # Encoders of the same weights can differ in how they read images.
-            reads = (encoder.image_size, encoder.mean, encoder.std, encoder.reader.as_dict())
-            if (weights, *reads) != self._features_depend_on:
-                self._features_depend_on, self._features = (weights, *reads), None
+            depend_on = (weights, *self._beside_weights(encoder).values())
+            if depend_on != self._features_depend_on:
+                self._features_depend_on, self._features = depend_on, None
             for protocol in protocols:
                 for amount in self.amounts:
                     cell = Cell(arm, protocol, amount, seed)
@@ -116,10 +115,21 @@ class Runner:
         return {
             "weights": weights,
             "labels": digest_names(subset.identity()),
-            "image_size": encoder.image_size,
-            "images": encoder.reader.as_dict(),
+            **self._beside_weights(encoder),
             "layers": self.plan.options.layers,
             "refit": self.plan.options.refit,
+        }
+
+    @staticmethod
+    def _beside_weights(encoder: Encoder) -> dict[str, Any]:
+        """What encoders with the same weights can differ in."""
+        return {
+            "backbone": encoder.backbone,
+            "model_args": encoder.model_args,
+            "image_size": encoder.image_size,
+            "mean": list(encoder.mean),
+            "std": list(encoder.std),
+            "images": encoder.reader.as_dict(),
         }
 
     def _features_of(self, name: str, encoder: Encoder) -> Features:

@@ -38,16 +38,30 @@ class Runs:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean paired difference and its 95 % confidence interval."""
+    """Mean paired difference and its 95 % confidence interval.
+
+    Attributes:
+        mean: The difference.
+        low, high: Ends of the interval; None if nothing was varied, so that there is none.
+    """
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
     @property
     def verdict(self) -> Verdict:
-        """``helped`` or ``hurt`` if the interval excludes zero, else ``no difference``."""
+        """``helped`` or ``hurt`` if there is an interval without zero, else ``no difference``."""
+        if self.low is None or self.high is None:
+            return "no difference"
         return "helped" if self.low > 0 else "hurt" if self.high < 0 else "no difference"
+
+    @property
+    def interval(self) -> str:
+        """The interval in words."""
+        if self.low is None or self.high is None:
+            return "no interval"
+        return f"{self.low:+.3f} to {self.high:+.3f}"
 
 
 def difference(
@@ -75,10 +89,14 @@ def difference(
         confidence: Confidence level of the interval.
         groups: ``(M,)`` group or block of each test image; None for images that are all apart. If
             all are in one group, only the variation over seeds is covered.
+
+    Returns:
+        The difference. It has no interval if neither source varies: one seed, or seeds that all
+        gave the same difference, without ``per_image`` or with a single image or group.
     """
     by_seed = np.mean([a.values - b.values for a, b in zip(encoder, baseline, strict=True)], axis=0)
     tail = (1 + confidence) / 2
-    half = 0.0
+    half, covered = 0.0, bool(np.ptp(by_seed) > 1e-9)  # more than rounding
     if len(by_seed) > 1:
         half = t.ppf(tail, len(by_seed) - 1) * by_seed.std(ddof=1) / np.sqrt(len(by_seed))
     pairs = [
@@ -87,9 +105,11 @@ def difference(
         if a.per_image is not None and b.per_image is not None
     ]
     if len(pairs) == len(encoder):
-        half = float(np.hypot(half, _sampling(np.mean(pairs, axis=0), tail, groups)))
+        over_images = np.mean(pairs, axis=0)
+        covered |= (len(over_images) if groups is None else len(np.unique(groups))) > 1
+        half = float(np.hypot(half, _sampling(over_images, tail, groups)))
     mean = float(by_seed.mean())
-    return Difference(mean, mean - half, mean + half)
+    return Difference(mean, mean - half, mean + half) if covered else Difference(mean, None, None)
 
 
 def _sampling(values: np.ndarray, tail: float, groups: np.ndarray | None) -> float:

@@ -325,11 +325,11 @@ def _header(path: str) -> tuple[int, int, int, int]:
 
 
 def _boot() -> str:
-    """An identifier of the current boot of this machine."""
+    """An identifier of the current boot of this machine, the same for all processes of a run."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text()
-    except OSError:
-        return str(time.time())
+    except OSError:  # not Linux: the minute of the boot
+        return str(round((time.time() - time.monotonic()) / 60))
 
 
 def _check_disk(total: int, folder: Path) -> None:

@@ -7,6 +7,7 @@ reads images as its training did.
 """
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -212,15 +213,17 @@ class ImageReader:
         return low + values * (high - low)
 
     def units(self) -> str:
-        """What ``to_units`` returns, in words."""
+        """What ``to_units`` returns, and missing data beside it, in words."""
         if self.bands is None:
             return "uint8 RGB as decoded"
         numbers = ", ".join(str(band + 1) for band in self.bands)
         if self.scope == "dataset":
-            return f"float32, bands {numbers} in the units of the files"
+            missing = "" if self.nodata is None else f" or {self.nodata:.9g}"
+            return f"float32, bands {numbers} in the units of the files, missing data NaN{missing}"
+        window = "the window that its file names, else from " if self.use_window else ""
         return (
-            f"float32, bands {numbers}, each scaled to [0, 1] from the percentiles "
-            f"{PERCENTILES[0]} to {PERCENTILES[1]} of its {self.scope}"
+            f"float32, bands {numbers}, each scaled to [0, 1] from {window}the percentiles "
+            f"{PERCENTILES[0]} to {PERCENTILES[1]} of its {self.scope}, missing data NaN"
         )
 
     def picture_bands(self) -> list[int]:
@@ -417,14 +420,23 @@ def percentile_range(samples: Sequence[np.ndarray]) -> ValueRange:
     return ValueRange(low, high)
 
 
-# Volumes by file, and their ranges by volume and what of it is read, as each slice needs them.
-_volumes: dict[str, str | None] = {}
-_volume_ranges: dict[tuple[str, ImageReader], ValueRange] = {}
+# Name, bytes and time of change of a file or folder.
+_State = tuple[str, int, int]
+
+# Volumes by file, and ranges by the file, or the folder and its series, and what of it is read, as
+# each slice needs them.
+_volumes: dict[_State, str | None] = {}
+_volume_ranges: dict[tuple[_State, str | None, ImageReader], ValueRange] = {}
+
+
+def _state(path: str | Path) -> _State:
+    about = os.stat(path)
+    return os.fspath(path), about.st_size, about.st_mtime_ns
 
 
 def volume_of(path: str) -> str | None:
     """The volume of an image; see ``Description``. A file is described once."""
-    file = split_path(path)[0]
+    file = _state(split_path(path)[0])
     if file not in _volumes:
         _volumes[file] = describe(path).volume
     return _volumes[file]
@@ -439,13 +451,14 @@ def volume_range(reader: ImageReader, path: str) -> ValueRange:
     """
     file, volume = split_path(path)[0], volume_of(path)
     folder = Path(file).parent
-    key = file if volume in (None, file) else f"{folder}\0{volume}"
-    if (file, reader) in _volume_ranges:
-        key = file
-    if (key, reader) not in _volume_ranges:
+    own = _state(file), None, reader
+    key = own if volume in (None, file) else (_state(folder), volume, reader)
+    if own in _volume_ranges:
+        key = own
+    if key not in _volume_ranges:
         described = describe(path)
         if described.frames > 1:
-            key = file
+            key = own
             frames = np.unique(np.linspace(0, described.frames - 1, FRAMES).round().astype(int))
             paths = [f"{file}#{number}" for number in frames]
         elif volume is not None:
@@ -454,8 +467,8 @@ def volume_range(reader: ImageReader, path: str) -> ValueRange:
             paths = [path]
         found = sampled(paths, lambda one: reader.select(read_raw(one), one))
         samples = joined((values for _, values in found), reader.channels)
-        _volume_ranges[key, reader] = percentile_range(samples)
-    return _volume_ranges[key, reader]
+        _volume_ranges[key] = percentile_range(samples)
+    return _volume_ranges[key]
 
 
 def _series(folder: Path, volume: str) -> list[str]:

@@ -11,6 +11,7 @@ from vissl_lite.data.formats import Description, describe, read_raw
 from vissl_lite.data.image_reader import (
     BAND_MAX,
     BINS,
+    FRAMES,
     MAX_BANDS,
     PHOTOGRAPHS,
     ImageReader,
@@ -29,8 +30,8 @@ log = logging.getLogger(__name__)
 HEADERS, SAMPLE = 64, 300
 
 # Ratio of the values of volumes (90th to 10th percentile of their highest values) from which each
-# volume is taken to be on a scale of its own.
-OWN_SCALES = 3.0
+# volume is taken to be on a scale of its own, and volumes that are compared.
+OWN_SCALES, VOLUMES = 3.0, 32
 
 # Windows of computed tomography: center and width in Hounsfield units.
 WINDOWS: Mapping[str, tuple[float, float]] = {
@@ -48,9 +49,6 @@ RANGES = ("percentile", "dtype", "image")
 # Bands that are read of an image, at most: those that an array of OpenCV 5 can have
 # (of OpenCV 4: 512).
 MAX_CHOSEN_BANDS = 128
-
-# Numbers of the bands of gray and of colored photographs.
-_PHOTOGRAPH_BANDS = (1, 3)
 
 # Values in common use for pixels without data, where a file does not name its own.
 _NODATA = (-9999.0, -32768.0, -99999.0, float(np.finfo(np.float32).min))
@@ -196,7 +194,7 @@ def survey(paths: Sequence[str], settings: ImageSettings) -> ImageReader:
     """
     described = _described(_spread(paths, HEADERS))
     sample = _spread(paths, SAMPLE)
-    others = [path for path, one in described if not _is_photograph(one)]
+    others = [path for path, one in described if not one.is_photograph]
     if not settings.chosen() and len(others) <= len(described) / 2:
         if others:
             log.info(
@@ -215,14 +213,14 @@ def survey(paths: Sequence[str], settings: ImageSettings) -> ImageReader:
         reader = _with_ends(reader, *_dtype_range(described))
     elif settings.value_range == "image" or settings.window == "file":
         reader = replace(reader, scope="image", use_window=settings.window == "file")
-    samples, highest = _samples(reader, sample, described[0][0])
+    samples = _samples(reader, sample, described[0][0])
     nodata = _find_nodata(samples) if settings.nodata is None else None
     if nodata is not None:
         log.info("Pixels of value %g hold no data, it seems; --nodata gives another value", nodata)
         reader = replace(reader, nodata=nodata)
-        samples, highest = _samples(reader, sample, described[0][0])
+        samples = _samples(reader, sample, described[0][0])
     if reader.scope == "dataset" and not reader.low:
-        ratio = _ratio(highest) if settings.value_range is None else 1.0
+        ratio = _ratio(_highest(reader, paths)) if settings.value_range is None else 1.0
         if ratio >= OWN_SCALES:
             log.info(
                 "The volumes are on scales of their own: highest values differ %.3g times. Each is "
@@ -262,9 +260,12 @@ def override(reader: ImageReader, paths: Sequence[str], settings: ImageSettings)
             f"the model was trained on photographs and reads images as such: {options} cannot be "
             f"given"
         )
-    if settings.bands is None:
-        bands = ",".join(str(band + 1) for band in reader.bands)
-        settings = replace(settings, bands=bands)
+    settings = ImageSettings(
+        bands=settings.bands or ",".join(str(band + 1) for band in reader.bands),
+        window=settings.window,
+        value_range=settings.value_range,
+        nodata=reader.nodata if settings.nodata is None else settings.nodata,
+    )
     measures = bool(chosen & {"window", "value_range"})
     if measures:
         found = survey(paths, settings)
@@ -276,14 +277,17 @@ def override(reader: ImageReader, paths: Sequence[str], settings: ImageSettings)
             f"{', '.join(reader.names) or ', '.join(str(band + 1) for band in reader.bands)}"
         )
     if not measures:
-        nodata = reader.nodata if settings.nodata is None else settings.nodata
-        return replace(reader, bands=found.bands, names=found.names, nodata=nodata)
+        return replace(reader, bands=found.bands, names=found.names, nodata=found.nodata)
     return replace(found, mean=reader.mean, std=reader.std)
 
 
 def _spread(paths: Sequence[str], most: int) -> list[str]:
-    chosen = np.unique(np.linspace(0, len(paths) - 1, min(most, len(paths))).round().astype(int))
-    return [paths[int(number)] for number in chosen]
+    return [paths[index] for index in _spread_indices(len(paths), most)]
+
+
+def _spread_indices(count: int, most: int) -> list[int]:
+    indices = np.linspace(0, count - 1, min(most, count)).round().astype(int)
+    return np.unique(indices).tolist()
 
 
 def _described(paths: Sequence[str]) -> list[tuple[str, Description]]:
@@ -294,11 +298,6 @@ def _described(paths: Sequence[str]) -> list[tuple[str, Description]]:
         except BROKEN_IMAGE:
             continue
     return found
-
-
-def _is_photograph(one: Description) -> bool:
-    usual = one.format in ("photograph", "TIFF")
-    return usual and one.dtype == "uint8" and one.bands in _PHOTOGRAPH_BANDS
 
 
 def _with_bands(
@@ -345,10 +344,8 @@ def _dtype_range(described: Sequence[tuple[str, Description]]) -> tuple[float, f
     return float(min(one.min for one in limits)), float(max(one.max for one in limits))
 
 
-def _samples(
-    reader: ImageReader, paths: Sequence[str], first: str
-) -> tuple[list[np.ndarray], dict[str, float]]:
-    """Values of each band, and the highest values (99th percentile) of each volume."""
+def _samples(reader: ImageReader, paths: Sequence[str], first: str) -> list[np.ndarray]:
+    """Values of each band."""
 
     def read(path: str) -> tuple[np.ndarray, np.ndarray | None]:
         volume_of(path)  # a file that cannot be described is left out
@@ -357,17 +354,54 @@ def _samples(
     found = list(sampled(paths, read))
     if not found:
         raise UserError(f"none of {len(paths)} images can be read, the first {first}")
-    by_volume: dict[str, list[np.ndarray]] = {}
-    for path, values in found:
-        volume = volume_of(path)
+    return joined((values for _, values in found), reader.channels)
+
+
+def _highest(reader: ImageReader, paths: Sequence[str]) -> list[float]:
+    """The highest values (99th percentile) of some volumes."""
+    places: dict[str, int] = {}
+    for index in _spread_indices(len(paths), SAMPLE):
+        volume = _volume(paths[index])
         if volume is not None:
-            by_volume.setdefault(volume, []).extend(values)
-    highest = {}
-    for volume, parts in by_volume.items():
-        whole = np.concatenate(parts)
-        if len(whole):
-            highest[volume] = float(np.percentile(whole, 99))
-    return joined((values for _, values in found), reader.channels), highest
+            places[volume] = index
+    highest = []
+    for volume in _spread(list(places), VOLUMES):
+        slices = _slices(paths, places[volume], volume)
+        found = sampled(slices, lambda path: reader.select(read_raw(path), path))
+        values = np.concatenate([band for _, bands in found for band in bands] or [np.empty(0)])
+        if len(values):
+            highest.append(float(np.percentile(values, 99)))
+    return highest
+
+
+def _slices(paths: Sequence[str], index: int, volume: str) -> list[str]:
+    """Some images of a volume, evenly spread, as its outer slices may be empty.
+
+    Args:
+        paths: Image files; those of a volume follow one another.
+        index: Index of an image of the volume.
+        volume: The volume.
+    """
+    ends = []
+    for side in (-1, 1):
+        end, step = index, 1
+        while step:
+            ahead = end + side * step
+            if 0 <= ahead < len(paths) and _volume(paths[ahead]) == volume:
+                end, step = ahead, 2 * step
+            else:
+                step //= 2
+        ends.append(end)
+    spread = _spread_indices(ends[1] - ends[0] + 1, FRAMES)
+    slices = [paths[ends[0] + far] for far in spread]
+    return [path for path in slices if _volume(path) == volume]
+
+
+def _volume(path: str) -> str | None:
+    try:
+        return volume_of(path)
+    except BROKEN_IMAGE:
+        return None
 
 
 def _find_nodata(samples: Sequence[np.ndarray]) -> float | None:
@@ -382,11 +416,11 @@ def _find_nodata(samples: Sequence[np.ndarray]) -> float | None:
     return None
 
 
-def _ratio(highest: Mapping[str, float]) -> float:
+def _ratio(highest: Sequence[float]) -> float:
     """How many times the highest values of volumes differ; 1 for fewer than two volumes."""
     if len(highest) < 2:
         return 1.0
-    low, high = np.percentile(list(highest.values()), (10, 90))
+    low, high = np.percentile(highest, (10, 90))
     return float("inf") if low <= 0 < high else float(high / low) if low > 0 else 1.0
 
 

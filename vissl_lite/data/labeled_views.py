@@ -7,7 +7,7 @@ for every view, as that of the steps in ``view_steps`` is.
 
 from collections.abc import Sequence
 from random import Random
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import cv2
 import numpy as np
@@ -241,6 +241,26 @@ def box_pipeline(
     ]
 
 
+class _ResizedCrop(A.RandomResizedCrop):
+    """A random part of the image, or of a window at a random place in a longer one than 4:3.
+
+    Of a long image hardly any part is as large as asked for and yet of a moderate aspect ratio.
+    Albumentations would then take the center, always the same part.
+    """
+
+    def get_params_dependent_on_data(
+        self, params: dict[str, Any], data: dict[str, Any]
+    ) -> dict[str, tuple[int, int, int, int]]:
+        height, width = params["shape"][:2]
+        longest = round(self.ratio[1] * min(height, width))
+        window = min(height, longest), min(width, longest)
+        down, right = height - window[0], width - window[1]
+        top, left = (self.py_random.randint(0, room) if room else 0 for room in (down, right))
+        found = super().get_params_dependent_on_data({**params, "shape": window}, data)
+        x1, y1, x2, y2 = found["crop_coords"]
+        return {"crop_coords": (x1 + left, y1 + top, x2 + left, y2 + top)}
+
+
 def mask_pipeline(
     size: int, min_crop_scale: float, upright: bool, own_scale: bool = False
 ) -> list[A.BasicTransform]:
@@ -250,16 +270,14 @@ def mask_pipeline(
 
     Args:
         size: Side in pixels.
-        min_crop_scale: Smallest share of the image's area.
+        min_crop_scale: Smallest share of the area of the image, or of the window in a long one.
         upright: Whether the images have an up; see ``flip``.
         own_scale: For images more than 1.5 times as large as the view: the crop has about
             its size, enlarged or shrunk by as much as ``min_crop_scale`` does, but not more than
             1.5 times.
     """
     check_crop_scale(min_crop_scale)
-    crop = A.RandomResizedCrop(
-        (size, size), scale=(min_crop_scale, 1.0), area_for_downscale="image"
-    )
+    crop = _ResizedCrop((size, size), scale=(min_crop_scale, 1.0), area_for_downscale="image")
     if own_scale:
         zoom = min(OWN_SCALE_RATIO, min_crop_scale**-0.5)
         crop = A.RandomSizedCrop(

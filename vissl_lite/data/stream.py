@@ -142,6 +142,15 @@ class Source(ABC):
         """A digest of the images and their order, which must be equal for a resumed run."""
 
     @abstractmethod
+    def order(self, world: int, workers: int) -> dict[str, int]:
+        """What the order of images within an epoch depends on, beside their digest and the seed.
+
+        Args:
+            world: Number of processes.
+            workers: Data workers of each.
+        """
+
+    @abstractmethod
     def name(self, number: int) -> str:
         """Absolute path or URL of an image."""
 
@@ -209,6 +218,9 @@ class KeyedDataset(Dataset[Item], Source):
 
     def digest(self) -> str:
         return self.paths.digest()
+
+    def order(self, world: int, workers: int) -> dict[str, int]:
+        return {}
 
     def name(self, number: int) -> str:
         return os.path.abspath(self.paths[number])

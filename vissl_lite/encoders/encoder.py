@@ -187,10 +187,13 @@ class Encoder(nn.Module):
         Returns:
             ``(B, T, D')`` tokens of a transformer, class and register tokens first; for other
             backbones the positions of the last feature map. D' is ``map_features``.
+
+        Raises:
+            UserError: The backbone has no single map, such as CrossViT.
         """
         with _exact_if_tiny(images):
-            last: Tensor = self.model.forward_features(images)
-        if last.ndim == 3:
+            last: Any = self.model.forward_features(images)
+        if isinstance(last, Tensor) and last.ndim == 3:
             return last
         return self._as_map(last, images).flatten(2).transpose(1, 2)
 

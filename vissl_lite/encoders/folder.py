@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -29,7 +28,13 @@ from vissl_lite.encoders.config import (
     draw_up,
     read_model_config,
 )
-from vissl_lite.encoders.encoder import Encoder, adapt_encoder, build_encoder, first_line
+from vissl_lite.encoders.encoder import (
+    Encoder,
+    adapt_encoder,
+    build_encoder,
+    first_line,
+    patch_multiple,
+)
 from vissl_lite.errors import UserError, check_count
 
 log = logging.getLogger(__name__)
@@ -214,6 +219,27 @@ def encoder_for(source: str, image_size: int | None, images: ImageSet = ANY_IMAG
     return encoder
 
 
+def fitting_size(source: str, size: int | None) -> int | None:
+    """Round a size that was chosen for images to patches of an encoder; see ``patch_multiple``.
+
+    Args:
+        source: A run, an encoder folder, ``timm:NAME`` or ``random:NAME``.
+        size: Side of the images in pixels; None, for that of the encoder, stays None.
+
+    Raises:
+        UserError: The folder is damaged.
+    """
+    if size is None:
+        return None
+    kind, _, name = source.partition(":")
+    if not name or kind not in ("timm", "random"):
+        folder = _find_folder(source)
+        if folder is None:  # which is refused when it is loaded
+            return size
+        name = read_model_config(folder / ENCODER_CONFIG)["architecture"]
+    return patch_multiple(name, size)
+
+
 def load_model(folder: Path, num_classes: int | None = None) -> tuple[Encoder, dict[str, Any]]:
     """Build an encoder, perhaps with a classifier, from its folder and load its weights.
 
@@ -239,7 +265,7 @@ def load_model(folder: Path, num_classes: int | None = None) -> tuple[Encoder, d
     if classes == 0 and has_classes:
         shapes = _without_classifier(shapes, drawn)
     _compare(drawn, shapes, str(folder), name)
-    if isinstance(drawn, VisionTransformer | Eva) and drawn.patch_embed.strict_img_size:
+    if hasattr(drawn, "dynamic_img_size") and drawn.patch_embed.strict_img_size:
         # folders of the hub; build_encoder does the same for the names of their models
         config["model_args"]["dynamic_img_size"] = True
     model = create(config, classes)
@@ -281,10 +307,11 @@ def load_weights(encoder: Encoder, file: Path) -> None:
     Raises:
         UserError: If the file can't be read safely or belongs to another architecture.
     """
-    weights = _without_classifier(read_weights(file), encoder.model)
+    weights = read_weights(file)
     if isinstance(encoder.model, VisionTransformer):
         with suppress(*BUILD_ERRORS):  # those of another architecture are refused below
             weights = checkpoint_filter_fn(weights, encoder.model)
+    weights = _without_classifier(weights, encoder.model)  # CLIP's projection has become one
     _load(encoder.model, weights, str(file), encoder.backbone)
 
 

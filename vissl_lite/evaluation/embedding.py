@@ -37,6 +37,9 @@ UMAP_LEAST = 100
 # are kept, since an encoder that has collapsed finds all of them alike.
 DUPLICATE_SIMILARITY, MAX_PAIRS = 0.98, 200
 
+# Distance from the mean, relative to the features, up to which they differ by rounding only.
+SAME_FEATURES = 1e-6
+
 # Class of the images that ``select`` has chosen, which the page marks.
 CHOSEN = "chosen"
 
@@ -312,7 +315,8 @@ def near_duplicates(
     """Pairs of images whose features are nearly the same.
 
     The mean of all features is taken out first: an encoder that has learned little gives all images
-    a similarity of nearly 1, and what tells them apart is the rest.
+    a similarity of nearly 1, and what tells them apart is the rest. Images with nothing left have
+    the same features, and a similarity of 1.
 
     Args:
         features: ``(N, D)``.
@@ -324,7 +328,10 @@ def near_duplicates(
         ``(P, 2)`` int64 indices, the smaller first, the pairs most alike first.
     """
     finite = np.nan_to_num(features, nan=0, posinf=0, neginf=0)
-    keys = torch.from_numpy(unit(finite - finite.mean(axis=0)))
+    rest = finite - finite.mean(axis=0, dtype=np.float64)
+    at_mean = np.linalg.norm(rest, axis=1) <= SAME_FEATURES * np.linalg.norm(finite, axis=1)
+    rest[at_mean] = 0
+    keys = torch.from_numpy(np.column_stack([unit(rest), at_mean]).astype(np.float32))
     pairs, values = torch.empty(0, 2, dtype=torch.int64), torch.empty(0)
     for start in range(0, len(keys), block):
         similarity = (keys[start : start + block] @ keys.T).triu(start + 1)

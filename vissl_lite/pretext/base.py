@@ -68,6 +68,7 @@ class PretextInfo:
         long_run_lr: Factor on the default learning rate in long runs; see ``long_share``.
         momentum: Default momentum of the teacher in short and in long runs, of pretexts where it
             depends on the length; see ``long_run_defaults``.
+        orientation: Whether the network predicts how an image is turned.
     """
 
     name: str
@@ -86,6 +87,7 @@ class PretextInfo:
     short_run: Mapping[str, float] = field(default_factory=dict)
     long_run_lr: float = 1.0
     momentum: tuple[float, float] | None = None
+    orientation: bool = False
 
     def default_momentum(self, given: float | None) -> float:
         """A hyperparameter ``momentum``, or without one the default of short runs."""

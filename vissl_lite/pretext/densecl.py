@@ -43,7 +43,8 @@ def correspondence(map1: Tensor, map2: Tensor) -> Tensor:
         ``(B, N)`` indices of locations of the second map.
     """
     map1, map2 = F.normalize(map1.float(), dim=1), F.normalize(map2.float(), dim=1)
-    return (map1.transpose(1, 2) @ map2).argmax(dim=2)
+    with torch.autocast(map1.device.type, enabled=False):  # it would round to ties
+        return (map1.transpose(1, 2) @ map2).argmax(dim=2)
 
 
 class DenseHead(nn.Module):

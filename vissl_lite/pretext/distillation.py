@@ -13,6 +13,7 @@ those of a supervised network, which are not negative, are all similar otherwise
 
 import hashlib
 import logging
+import os
 import time
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -39,6 +40,7 @@ from vissl_lite.errors import (
 )
 from vissl_lite.inference import run_in_batches
 from vissl_lite.optim import OptimizerSettings
+from vissl_lite.options import StrPath
 from vissl_lite.pretext.base import PretextInfo, PretextTask
 from vissl_lite.pretext.modules.crops import distorted_view
 from vissl_lite.pretext.modules.losses import Center
@@ -258,7 +260,7 @@ class Distillation(PretextTask):
     def __init__(
         self,
         encoder: Encoder,
-        teacher: str | None = None,
+        teacher: StrPath | None = None,
         teacher_size: int | None = None,
         temperature: float = 0.1,
         queue_size: int = 4096,
@@ -284,7 +286,7 @@ class Distillation(PretextTask):
                 "distillation needs a teacher: give --pretext.teacher with a run, an encoder "
                 "folder or timm:NAME, such as timm:vit_small_patch14_dinov2.lvd142m"
             )
-        self.teacher = Teacher(teacher, teacher_size, encoder)
+        self.teacher = Teacher(os.fspath(teacher), teacher_size, encoder)
         features = self.teacher.encoder.num_features
         # Linear, as in CompRess (train_student_one_queue.py): what the teacher knows has to be in
         # the student's own features.

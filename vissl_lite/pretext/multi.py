@@ -38,6 +38,7 @@ class Multi(PretextTask):
         views="2",
         paper="Doersch & Zisserman 2017, arXiv 1708.07860",
         use="rotation and simclr together, on photographs with a natural orientation",
+        orientation=True,
         negatives=True,
         any_size=True,
         token_drop=0.0,

@@ -32,7 +32,8 @@ def nearest_neighbors(embeddings: Tensor, support: Tensor) -> Tensor:
     Returns:
         ``(B, D)`` normalized nearest neighbors, without gradient.
     """
-    similarity = F.normalize(embeddings.float(), dim=1) @ support.float().T
+    with torch.autocast(embeddings.device.type, enabled=False):  # it would round to ties
+        similarity = F.normalize(embeddings.float(), dim=1) @ support.float().T
     return support[similarity.argmax(dim=1)]
 
 

@@ -97,6 +97,7 @@ class Rotation(PretextTask):
         use="photographs with a natural orientation; learns quickly",
         any_size=True,
         token_drop=0.0,
+        orientation=True,
     )
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vissl_lite.data.views import Views
+from vissl_lite.encoders.drop_path import remove_drop_path
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
@@ -74,7 +75,8 @@ class SimMIM(PretextTask):
     The encoder processes all positions, including masked ones. This supports hierarchical
     transformers such as Swin, but costs several times as much as MAE for a ViT. Layers after the
     last feature map are not trained: a class token is trained only through attention, a pooling
-    layer with weights not at all.
+    layer with weights not at all. There is no stochastic depth, as in the authors' configuration of
+    Swin (their ViTs have 0.1); timm's Swin has 0.1 by default.
 
     The default learning rate is for runs of minutes to hours; with ``--epochs`` it falls with the
     length of the run to the paper's (``--base_lr 1e-4``). For ImageNet see
@@ -111,6 +113,7 @@ class SimMIM(PretextTask):
         min_crop_scale: float = 0.67,
     ) -> None:
         super().__init__(encoder)
+        remove_drop_path(encoder)
         encoder.freeze_after_map()
         check_ratio(mask_ratio)
         size, patch = encoder.image_size, check_patches(self.info, encoder)

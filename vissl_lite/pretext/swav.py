@@ -121,6 +121,8 @@ class SwAV(PretextTask):
         queue = self.queues[view]
         earlier = None
         if self.progress >= self.queue_start:
-            earlier = queue.items @ prototypes.T
+            with torch.autocast(z.device.type, enabled=False):
+                # not float32 with --precision bf16-true
+                earlier = queue.items.float() @ prototypes.T
         queue.push(z)
         return sinkhorn(scores, self.epsilon, self.sinkhorn_iterations, earlier)

@@ -116,7 +116,7 @@ def add_test_pictures(
 ) -> None:
     """Write pictures of test predictions into a run of ``finetune``.
 
-    Missing or broken images are logged as a warning.
+    A failure is logged as a warning; machine errors are raised.
 
     Args:
         run: Run folder.
@@ -127,7 +127,7 @@ def add_test_pictures(
     """
     try:
         task.visualize(model, data, scores, run)
-    except (UserError, *BROKEN_IMAGE) as error:
+    except Exception as error:  # the results of the training are still to be written
         _warn_or_raise("the pictures of the test images", error)
 
 

@@ -13,7 +13,7 @@ from vissl_lite.report.page import Block, render
 # Heading and note of the known pictures, in the order in which they are shown.
 PICTURES = {
     "compare.png": (
-        "Accuracy by number of labels",
+        "Test results by number of labels",
         "Means over the seeds; bands are one standard deviation. The dashed line is the baseline.",
     ),
     "labels.png": (
@@ -47,6 +47,9 @@ PICTURES = {
     ),
     "curves.png": ("Curves", ""),
 }
+
+# The same of compare.png with one amount of labels.
+COMPARED_ONCE = ("Test results", "Bars are means over the seeds, and dots single seeds.")
 
 # Maximum longer side of pictures and of thumbnails in pixels, and maximum number of thumbnails.
 PICTURE_SIDE, THUMBNAIL_SIDE, THUMBNAILS = 1800, 360, 24
@@ -89,6 +92,9 @@ def picture(run: RunFolder, name: str) -> list[Block]:
     if not run.has(name):
         return []
     heading, note = PICTURES.get(name, (Path(name).stem.replace("_", " ").capitalize(), ""))
+    labels = run.figures.get("labels")
+    if name == "compare.png" and isinstance(labels, dict) and len(labels) == 1:
+        heading, note = COMPARED_ONCE
     try:
         shown = {"source": data_uri(run.folder / name), "caption": ""}
     except BROKEN_IMAGE:

@@ -207,8 +207,10 @@ def _cell(figures: Any, difference: Any) -> tuple[str, str]:
 
 def _difference(found: Any) -> str:
     mean, low, high = (_mapping(found).get(name) for name in ("mean", "low", "high"))
-    if not (_is_figure(mean) and _is_figure(low) and _is_figure(high)):
+    if not _is_figure(mean):
         return ""
+    if not (_is_figure(low) and _is_figure(high)):
+        return f"{mean:+.3f} (no interval)"
     return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
 
 

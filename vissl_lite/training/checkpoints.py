@@ -331,7 +331,7 @@ class Checkpoints(Callback):
             extra={"code": "training.ended"},
         )
         if exception.signal == signal.SIGUSR1 and trainer.is_global_zero:
-            _requeue()
+            requeue()
 
     @property
     def signal(self) -> int:
@@ -358,7 +358,7 @@ class Checkpoints(Callback):
         self._seconds = self._saved_at - started
 
 
-def _requeue() -> None:
+def requeue() -> None:
     """Ask SLURM to requeue this job, or this task of a job array."""
     array, job = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ["SLURM_JOB_ID"]
     name = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job

@@ -24,6 +24,7 @@ from vissl_lite.training.checkpoints import (
     Stopping,
     check_checkpoint,
     read_checkpoint,
+    requeue,
 )
 from vissl_lite.training.compiling import compiled
 from vissl_lite.training.cpu.operators import fast_cpu_operators
@@ -136,7 +137,7 @@ def fit(
             last = files.checkpoints / CHECKPOINT
             saved = read_checkpoint(last)
             check_same_sharding(saved, hardware.sharded)
-    all_callbacks.append(StepEnd(monitor))
+    all_callbacks.append(StepEnd(monitor, schedule))
     precision = choose_precision(hardware.precision, module)
     if hardware.sharded and precision not in SHARDED_PRECISIONS:
         precision = "32-true"  # A GPU without bf16.
@@ -187,7 +188,9 @@ def fit(
             too_large = True  # Handled below, when the exception has released its tensors.
         if too_large:
             raise out_of_memory(module, trainer, data.dataset, data.batch_size, schedule.accumulate)
-    if checkpoints is not None and checkpoints.signal:
+    if checkpoints is not None and checkpoints.signal:  # received after the last step
+        if checkpoints.signal == signal.SIGUSR1 and trainer.is_global_zero:
+            requeue()
         raise _exception_of(checkpoints.signal)
     return trainer
 

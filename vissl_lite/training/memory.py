@@ -81,12 +81,15 @@ def out_of_memory(
     if not fits:
         return UserError(
             f"not even two images fit into the memory of {where}: give a smaller --image_size or "
-            f"--backbone"
+            f"another backbone"
         )
     times = -(-batch_size * accumulate // fits)
+    keeps = ""
+    if hasattr(module, "batches_per_step"):  # a pretext; fine-tuning does not accumulate
+        more = f"--batch_size {fits} --accumulate_grad_batches {times}"
+        keeps = f" ({more} keeps the optimizer's batch)"
     return UserError(
-        f"--batch_size {batch_size} does not fit into the memory of {where}; {fits} would "
-        f"(--batch_size {fits} --accumulate_grad_batches {times} keeps the optimizer's batch)"
+        f"--batch_size {batch_size} does not fit into the memory of {where}; {fits} would{keeps}"
     )
 
 

@@ -1,6 +1,7 @@
 """Throughput, metrics and progress of a training."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
@@ -67,7 +68,9 @@ class ThroughputMonitor(Callback):
         batch_idx: int,
     ) -> None:
         self._steps += 1
-        if self.schedule.batches % (self.log_every * self.schedule.accumulate) == 0:
+        due = self.schedule.batches % (self.log_every * self.schedule.accumulate) == 0
+        # Lightning writes a row after the last step too.
+        if due or trainer.should_stop:
             # Logged through the module: Lightning would log its own epoch otherwise, and a stream
             # is a single one. This waits for the GPU, so it is not done at every step.
             module.log("epoch", self.schedule.batches / self.data.batches_per_epoch)
@@ -90,11 +93,11 @@ class StepEnd(Callback):
     """Mark the end of a step, as the last of all callbacks.
 
     Args:
-        monitor: Monitor that measures the time spent waiting for data.
+        watching: Where the time spent waiting for data is measured.
     """
 
-    def __init__(self, monitor: ThroughputMonitor) -> None:
-        self.monitor = monitor
+    def __init__(self, *watching: ThroughputMonitor | Schedule) -> None:
+        self.watching = watching
 
     def on_train_batch_end(
         self,
@@ -104,7 +107,8 @@ class StepEnd(Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        self.monitor.step_ended()
+        for one in self.watching:
+            one.step_ended()
 
 
 class MetricsLogger(Logger):
@@ -161,8 +165,14 @@ class ProgressBar(Callback):
         if is_main_process():
             self._bar.start()
         self._task = self._bar.add_task(self.title, total=1.0, info="")
-        self._began, self._first = time.monotonic(), self.schedule.batches
+        self._began, self._first = math.nan, self.schedule.batches
         self._first_fraction: float | None = None
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        if math.isnan(self._began):  # not before, as an evaluation may come first
+            self._began = time.monotonic()
 
     def on_train_batch_end(
         self,
@@ -297,7 +307,9 @@ class Forecast(Callback):
         if memory is None:
             return text
         text += f"; peak memory so far {memory / 2**30:.2f} GiB"
-        if costs.max() > 1 and not (schedule.tries_memory and self._first == 0):
+        if schedule.encoder_frozen:
+            text += ", more when the encoder is trained"
+        elif costs.max() > 1 and not (schedule.tries_memory and self._first == 0):
             text += ", more with the larger batches to come"
         return text
 

@@ -72,7 +72,9 @@ class Schedule(Callback):
         self.reserve = 0.0
         self._earlier = 0.0  # Seconds of training before the run was resumed.
         self._begun = 0.0  # Seconds of the time budget before the first step.
-        self._step_seconds = 0.0
+        self._step_seconds = 0.0  # Mean time of a batch lately, with waiting for it.
+        self._waiting_since: float | None = None
+        self._fraction_of = 0  # Batch that ``fraction`` is of.
 
     @property
     def steps(self) -> int:
@@ -122,7 +124,7 @@ class Schedule(Callback):
         """
         if self.total is not None:
             return batch / self.total
-        ahead = max(0, batch - self.batches) * self._step_seconds
+        ahead = max(0, batch - self._fraction_of) * self._step_seconds
         return min(1.0, self.fraction + ahead / self._length)
 
     def encoder_factor(self) -> float:
@@ -154,12 +156,23 @@ class Schedule(Callback):
             trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.ended = True
+        again, self.ended = self.ended, True
+        one_step = self.seconds is not None and self.accumulate > 1 and self.steps == 1
+        if one_step and not self.current_lr and not again:
+            log.warning(
+                "All of --max_time was one step of %(batches)d accumulated batches, the first, at "
+                "a learning rate of 0: give more time, or a lower --accumulate_grad_batches",
+                {"batches": self.batches},
+                extra={"code": "training.no_time"},
+            )
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         self._step_started = time.monotonic()
+        # Time of other callbacks, such as evaluations, does not count.
+        if self._waiting_since is not None:
+            self._step_started = self._waiting_since
         if self.batches == 0 and self.seconds is not None:
             self._begun = self.elapsed()
             if self.seconds - self.reserve <= self._begun:
@@ -169,7 +182,13 @@ class Schedule(Callback):
                     {"begun": self._begun},
                     extra={"code": "training.no_time"},
                 )
-        self.fraction = self.progress()
+        if self.batches % self.accumulate == 0:  # a step has one rate, that of its start
+            self._begin_step(trainer, module)
+        step = np.random.SeedSequence((self.seed, self.batches, trainer.global_rank))
+        torch.manual_seed(int(step.generate_state(1, np.uint64)[0]) >> 1)
+
+    def _begin_step(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.fraction, self._fraction_of = self.progress(), self.batches
         if self.seconds is not None and trainer.world_size > 1:
             self.fraction = trainer.strategy.broadcast(self.fraction)
         self.current_lr = self.lr * self.encoder_factor()
@@ -177,8 +196,10 @@ class Schedule(Callback):
             set_lr(optimizer, self.current_lr, self.lr * self.head_factor())
             set_weight_decay(optimizer, self.fraction)
         module.progress = self.fraction  # type: ignore[assignment]
-        step = np.random.SeedSequence((self.seed, self.batches, trainer.global_rank))
-        torch.manual_seed(int(step.generate_state(1, np.uint64)[0]) >> 1)
+
+    def step_ended(self) -> None:
+        """Start counting the time until the next batch as waiting for it."""
+        self._waiting_since = time.monotonic()
 
     def on_train_batch_end(
         self,
@@ -207,11 +228,14 @@ class Schedule(Callback):
             "batches": self.batches,
             "elapsed": self.elapsed(),
             "begun": self._begun,
+            "step_seconds": self._step_seconds,
             "ended": self.ended,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.batches, self.ended = state_dict["batches"], state_dict["ended"]
+        self._fraction_of = self.batches
         self._earlier, self._begun = state_dict["elapsed"], state_dict["begun"]
+        self._step_seconds = state_dict["step_seconds"]
         if self.seconds is not None:  # asked for before the first step, by the data workers' views
             self.fraction = self.progress()

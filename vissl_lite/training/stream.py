@@ -59,6 +59,7 @@ class StreamData(pl.LightningDataModule):
         self.batches_per_epoch = len(dataset) // batch_size
         self.indices: Tensor
         self._loader: WorkerLoader[Batch] | None = None
+        self._saved_order: dict[str, int] | None = None
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         self.indices = batch.indices
@@ -69,6 +70,16 @@ class StreamData(pl.LightningDataModule):
         world = self.trainer.world_size
         if self.batch_size % world:
             raise UserError(f"--batch_size {self.batch_size} can't be divided by {world} devices")
+        before, now = self._saved_order or {}, self._order()
+        if now and before and now != before and self.schedule.batches % self.batches_per_epoch:
+            log.warning(
+                "the order of images in shards depends on the number of processes and of data "
+                "workers: there were %(processes_before)d with %(workers_before)d each, and are "
+                "%(processes)d with %(workers)d; some images of this epoch are repeated, and "
+                "others skipped",
+                {**{f"{name}_before": before[name] for name in now}, **now},
+                extra={"code": "shard.order"},
+            )
         self._loader = self.dataset.loader(
             self.batch_size,
             self.epochs,
@@ -87,11 +98,17 @@ class StreamData(pl.LightningDataModule):
         """Whether the training waits for the next batch at this moment."""
         return self._loader is not None and self._loader.waiting
 
+    def _order(self) -> dict[str, int]:
+        world = 1 if self.trainer is None else self.trainer.world_size
+        return self.dataset.order(world, self.workers)
+
     def state_dict(self) -> dict[str, Any]:
-        return {"images": len(self.dataset), "digest": self.dataset.digest()}
+        images = {"images": len(self.dataset), "digest": self.dataset.digest()}
+        return {**images, "order": self._order()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict != self.state_dict():
+        self._saved_order = state_dict["order"]
+        if state_dict != {**self.state_dict(), "order": self._saved_order}:
             raise UserError(
                 f"the training images are not those that the run began with "
                 f"({state_dict['images']} then, {len(self.dataset)} now): put them back, or start "

@@ -8,11 +8,13 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
@@ -358,3 +360,25 @@ def fit_temperature(logits: Tensor, target: Tensor, loss: LossFunction) -> tuple
 
     found = minimize_scalar(at, bounds=TEMPERATURES, method="bounded")
     return math.exp(float(found.x)), float(found.fun)
+
+
+def calibrated(logits: Tensor, target: Tensor, images: int) -> float:
+    """The temperature of held-out logits that confidences are measured with.
+
+    If all predictions are right, the cross-entropy is smallest at temperature 0, where all are
+    certain. So the true class has the probability (N + 1) / (N + 2) instead of 1, as if one of N
+    images more were wrong.
+
+    Source: Platt 1999, "Probabilistic outputs for support vector machines", section 2.2.
+
+    Args:
+        logits: ``(M, K)`` float64, finite.
+        target: ``(M,)`` classes, or ``(M, K)`` whether an image has each of several labels.
+        images: Number N of images, or of groups of them.
+    """
+    if target.ndim == 2:
+        smooth = (target.double() * images + 1) / (images + 2)
+        return fit_temperature(logits, smooth, F.binary_cross_entropy_with_logits)[0]
+    classes = logits.shape[1]
+    share = min(1.0, classes / max(1, classes - 1) / (images + 2))  # torch's is over all classes
+    return fit_temperature(logits, target, partial(F.cross_entropy, label_smoothing=share))[0]

@@ -73,7 +73,8 @@ class ExportModel:
 class Normalization(nn.Module):
     """``Encoder.normalize`` as the first layer of an exported network.
 
-    Bands are in the units of the files, and scaled first; see ``ImageReader.to_units``.
+    Bands are in the units of the files, and scaled first; see ``ImageReader.to_units``. Values that
+    are not finite, or ``nodata``, become the mean of their band, as in ``ImageReader.scale``.
     """
 
     def __init__(self, encoder: Encoder) -> None:
@@ -81,18 +82,24 @@ class Normalization(nn.Module):
         self.encoder = encoder
         self.low: Tensor
         self.width: Tensor
+        self.fill: Tensor
         reader = encoder.reader
         low, high = (torch.tensor(ends).view(1, -1, 1, 1) for ends in (reader.low, reader.high))
         self.register_buffer("low", low, persistent=False)
         self.register_buffer("width", high - low, persistent=False)
+        fill = (torch.tensor(encoder.mean) * reader.max_value).round().view(1, -1, 1, 1)
+        self.register_buffer("fill", fill, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """``(B, C, H, W)`` to what the backbone takes."""
         reader = self.encoder.reader
         if reader.bands is not None:
+            valid = images.isfinite()
             if reader.scope == "dataset":
+                if reader.nodata is not None:
+                    valid = valid & (images != reader.nodata)
                 images = (images - self.low) / self.width
-            images = images.clamp(0, 1) * reader.max_value
+            images = torch.where(valid, images.clamp(0, 1) * reader.max_value, self.fill)
         return self.encoder.normalize(images)
 
 

@@ -206,7 +206,9 @@ class TransferModule(pl.LightningModule, Generic[TransferModelT, SettingsT]):
                 model, multi_avg_fn=_ema(settings.ema), use_buffers=True
             ).requires_grad_(False)
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        # Not at the end of the batch: callbacks that save and evaluate come before that hook.
+        super().optimizer_step(*args, **kwargs)
         if self.average is not None:
             self.average.update_parameters(self.model)
 

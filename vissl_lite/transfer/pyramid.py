@@ -87,10 +87,15 @@ def pyramid_strides(encoder: Encoder, finest: int = 4) -> list[int]:
 
 def _stages(encoder: Encoder) -> tuple[list[int], list[int]]:
     """Channels and strides of the stages of an encoder."""
-    size = encoder.image_size
-    shapes = encoder.stage_shapes(size, size)
-    strides = [max(1, round(size / width)) for _, _, width in shapes]
-    return [depth for depth, _, _ in shapes], strides
+    before, stride = encoder.image_size, 1
+    depths, strides = [], []
+    for depth, _, width in encoder.stage_shapes(before, before):
+        # Step by step: halving 300 five times, rounded up, leaves 10, a thirtieth and not a 32nd
+        stride *= max(1, round(before / width))
+        before = width
+        depths.append(depth)
+        strides.append(stride)
+    return depths, strides
 
 
 def _is_plain(strides: list[int]) -> bool:
@@ -148,6 +153,33 @@ def report_use(encoder: Encoder, source: str) -> None:
     Raises:
         UserError: The gradient reaches none of them, so that the encoder would not be trained.
     """
+    used = _used_tensors(encoder)
+    unused = [name for name, reached in used.items() if not reached]
+    if len(unused) == len(used):
+        raise UserError(f"none of the {len(used)} tensors of {source} would be used")
+    log.info(
+        "%d of the %d tensors of %s are used%s",
+        len(used) - len(unused),
+        len(used),
+        source,
+        f"; not used: {', '.join(unused)}" if unused else "",
+    )
+
+
+def freeze_unused(encoder: Encoder) -> None:
+    """Freeze the tensors of an encoder that a pyramid's gradient does not reach.
+
+    On several devices, weights that no gradient reaches would stop the training.
+
+    Args:
+        encoder: Encoder of the model.
+    """
+    for name, reached in _used_tensors(encoder).items():
+        encoder.model.get_parameter(name).requires_grad_(reached)
+
+
+def _used_tensors(encoder: Encoder) -> dict[str, bool]:
+    """Whether a pyramid's gradient reaches each tensor of an encoder that is not frozen."""
     size = encoder.image_size
     device = next(encoder.parameters()).device
     was_training = encoder.training
@@ -156,18 +188,9 @@ def report_use(encoder: Encoder, source: str) -> None:
     named = [(name, p) for name, p in encoder.model.named_parameters() if p.requires_grad]
     total = sum(stage.sum() for stage in encoder.stages(images))
     assert isinstance(total, Tensor)
-    reached = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
+    gradients = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
     encoder.train(was_training)
-    unused = [name for (name, _), grad in zip(named, reached, strict=True) if grad is None]
-    if len(unused) == len(named):
-        raise UserError(f"none of the {len(named)} tensors of {source} would be used")
-    log.info(
-        "%d of the %d tensors of %s are used%s",
-        len(named) - len(unused),
-        len(named),
-        source,
-        f"; not used: {', '.join(unused)}" if unused else "",
-    )
+    return {name: grad is not None for (name, _), grad in zip(named, gradients, strict=True)}
 
 
 def shrunk(image: np.ndarray) -> np.ndarray:

@@ -61,6 +61,22 @@ def test_a_frame_alone_keeps_what_is_known_of_it(tmp_path: Path) -> None:
     assert arrays.encode(image) == data
 
 
+def test_a_frame_alone_may_be_a_photograph_or_a_slice(tmp_path: Path) -> None:
+    image = RawImage(noise(5, 6, 3, dtype=np.uint8, high=256))
+    data = arrays.encode(image)
+    for name, content in (
+        ("plain", data),
+        ("photo", arrays.encode(image, photograph=True)),
+        ("slice", arrays.with_volume(data, "a/scan")),
+    ):
+        file = tmp_path / f"{name}.npz"
+        file.write_bytes(content)
+        np.testing.assert_array_equal(read_raw(file).pixels, image.pixels)
+        found = describe(file)
+        assert found.is_photograph == (name == "photo")
+        assert found.volume == ("a/scan" if name == "slice" else None)
+
+
 def test_a_frame_of_many_bands_is_no_stack(tmp_path: Path) -> None:
     image = RawImage(noise(20, 30, 40))
     (tmp_path / "a.npz").write_bytes(arrays.encode(image))

@@ -8,6 +8,7 @@ import tifffile
 from PIL import Image
 
 from tests.data.formats.making import noise, tiff
+from vissl_lite.data import formats
 from vissl_lite.data.formats import describe, image_size, read_raw, write_masks
 from vissl_lite.errors import UserError
 
@@ -96,6 +97,42 @@ def test_eight_bit_pages_are_photographs(tmp_path: Path) -> None:
     raw = read_raw(f"{tmp_path}/a.tif#1")
     np.testing.assert_array_equal(raw.pixels, np.asarray(second))
     assert describe(tmp_path / "a.tif").bands == 3
+
+
+def test_a_page_is_read_without_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = [Image.fromarray(noise(9, 7, 3, dtype=np.uint8, high=256) // n) for n in (1, 2, 3)]
+    file = tmp_path / "a.tif"
+    for compression in (None, "tiff_lzw"):
+        pages[0].save(file, save_all=True, append_images=pages[1:], compression=compression)
+        monkeypatch.setattr(formats, "read_regular", lambda path: pytest.fail(f"{path} is read"))
+        for number, page in enumerate(pages):
+            np.testing.assert_array_equal(read_raw(f"{file}#{number}").pixels, np.asarray(page))
+
+
+def test_an_eight_bit_stack_behind_one_page_has_all_its_images(tmp_path: Path) -> None:
+    stack = noise(5, 9, 7, dtype=np.uint8, high=256)
+    file = tmp_path / "a.tif"
+    tifffile.imwrite(file, stack, imagej=True, truncate=True, metadata={"axes": "ZYX"})
+    found = describe(file)
+    assert (found.frames, found.bands, found.dtype) == (5, 1, "uint8")
+    for number, image in enumerate(stack):
+        np.testing.assert_array_equal(read_raw(f"{file}#{number}").pixels[..., 0], image)
+
+
+@pytest.mark.parametrize("placed", [True, False])
+def test_alpha_is_a_band_of_a_geotiff_alone(placed: bool, tmp_path: Path) -> None:
+    """GDAL tags the fourth of four 8-bit bands as alpha, also if it is near infrared."""
+    pixels = noise(9, 7, 4, dtype=np.uint8, high=256)
+    tags = [(33550, 12, 3, (10.0, 10.0, 0.0), True), (34735, 3, 4, (1, 1, 0, 0), True)]
+    data = tiff(pixels, photometric="rgb", extrasamples=[2], extratags=tags if placed else [])
+    file = write(data, tmp_path / "a.tif")
+    raw = read_raw(file)
+    assert describe(file).bands == raw.pixels.shape[2] == (4 if placed else 3)
+    if placed:
+        np.testing.assert_array_equal(raw.pixels, pixels)
+        assert raw.band_names == ("red", "green", "blue", "alpha")
+    else:
+        assert (raw.pixels >= 255 - pixels[..., 3:].astype(int)).all()  # laid over white
 
 
 def test_four_bands_of_eight_bits_without_alpha_stay(tmp_path: Path) -> None:

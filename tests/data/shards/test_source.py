@@ -11,6 +11,8 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ from vissl_lite.data.shards.stream import ShardSource, ShardStream, mixed, read_
 from vissl_lite.data.stream import Batch, ViewDataset
 from vissl_lite.data.views import Views, flip, random_crop
 from vissl_lite.errors import UserError
+from vissl_lite.training.stream import StreamData
 
 # three workers are to be tried on a machine with two cores as well
 pytestmark = pytest.mark.filterwarnings("ignore:.*suggested max number of worker.*")
@@ -401,6 +404,29 @@ def test_a_sample_comes_from_several_shards(
         f"{number:09}.jpg" for number in (0, 1, 8, 9, 26, 27)
     ]
     assert (tmp_path / "000000026.jpg").read_bytes() == jpeg(26)
+
+
+@pytest.mark.parametrize(
+    ("batches", "world", "workers", "warned"),
+    [(2, 1, 1, False), (2, 1, 0, False), (2, 1, 2, True), (2, 2, 1, True), (6, 2, 2, False)],
+)
+def test_another_order_within_an_epoch_is_warned_of(
+    batches: int, world: int, workers: int, warned: bool, made: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    schedule: Any = SimpleNamespace(batches=batches)
+    source = ShardSource(found(made), views(), 0)
+    saved = StreamData(source, BATCH, EPOCHS, schedule, workers=1).state_dict()
+    resumed = StreamData(source, BATCH, EPOCHS, schedule, workers)
+    trainer: Any = SimpleNamespace(world_size=world, global_rank=0)
+    resumed.trainer = trainer
+    resumed.load_state_dict(saved)
+    resumed.train_dataloader()
+    assert [record.code for record in caplog.records] == ["shard.order"] * warned
+    if warned:
+        assert f"there were 1 with 1 each, and are {world} with {workers}" in caplog.text
+    with pytest.raises(UserError, match="the training images are not those"):
+        resumed.load_state_dict(saved | {"digest": "another"})
 
 
 def test_names_and_fingerprints_by_number(made: Path, tmp_path: Path) -> None:

@@ -173,18 +173,6 @@ def test_one_class_is_not_enough(tmp_path: Path) -> None:
         load_labelled(make_class_folders(tmp_path, {"cats": 9}))
 
 
-def test_no_test_part_is_made_if_disabled(tmp_path: Path) -> None:
-    make_class_folders(tmp_path / "train", {"a": 5, "b": 5})
-    data = load_labelled(tmp_path, need_test=False)
-    assert [len(part) for part in parts(data)] == [8, 2, 0]
-
-
-def test_validation_images_are_not_held_out_if_disabled(labelled: Path) -> None:
-    data = load_labelled(labelled, need_val=False)
-    assert len(data.val) == 0
-    assert counts(data.train) == [12, 12, 12]
-
-
 @pytest.mark.parametrize("part", ["val", "test"])
 def test_a_class_without_training_images_is_an_error(part: str, tmp_path: Path) -> None:
     for name in ("train", "val", "test"):
@@ -396,7 +384,7 @@ def data(tmp_path: Path) -> LabelledImages:
 
 
 def test_val_is_held_out_of_train(data: LabelledImages, tmp_path: Path) -> None:
-    whole = load_labelled(tmp_path, need_val=False)
+    whole = load_labelled(tmp_path, complete=False)
     assert not set(data.train.paths) & set(data.val.paths)
     assert sorted(data.train.paths + data.val.paths) == sorted(whole.train.paths)
     assert [counts(data.train), counts(data.val)] == [[40, 16, 4], [10, 4, 1]]
@@ -558,7 +546,7 @@ def test_formats_of_several_labels(header: str, cells: list[list[str]], tmp_path
         for part in ("train", "test")
         for i, cell in enumerate(cells)
     ]
-    data = many(write_csv(tmp_path, rows, f"image,{header},split"), need_val=False)
+    data = many(write_csv(tmp_path, rows, f"image,{header},split"), complete=False)
     assert data.multi_label
     assert data.classes == ["cat", "dog"]
     assert data.train.labels.tolist() == data.test.labels.tolist() == TRUTH
@@ -630,7 +618,7 @@ def test_a_class_without_training_images_is_kept(tmp_path: Path) -> None:
         ["2.jpg", "b", "test"],
         ["3.jpg", "a", "test"],
     ]
-    data = many(write_csv(tmp_path, rows, "path,labels,split"), need_val=False)
+    data = many(write_csv(tmp_path, rows, "path,labels,split"), complete=False)
     assert data.classes == ["a", "b"]
     assert data.train.labels.tolist() == [[1, 0], [0, 0]]
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -171,7 +172,7 @@ def test_the_moving_average_of_the_weights() -> None:
         with torch.no_grad():
             weight.normal_()
             mean.normal_()
-        training.on_train_batch_end(None, None, step)
+        training.optimizer_step(0, step, SimpleNamespace(step=lambda closure: None))
         decay = min(0.5, (1 + step) / (10 + step))
         current = [weight.detach().clone(), mean.clone()]
         if step:

@@ -366,6 +366,18 @@ def test_boxes_annotated_before_the_exif_rotation_are_rotated(
     assert rotated == (orientation >= 5)
 
 
+@pytest.mark.parametrize("orientation", range(1, 5))
+def test_boxes_stay_where_the_size_is_swapped_and_the_image_is_not_on_its_side(
+    orientation: int, tmp_path: Path
+) -> None:
+    voc_set(tmp_path, [("dog", (0, 2, 20, 14))], size=(WIDTH, HEIGHT))
+    for number in range(6):
+        picture(tmp_path / "images" / f"{number}.png", orientation)
+    data = load_boxes(tmp_path)
+    assert all(one.boxes.tolist() == [[0, 2, 20, 14]] for one in every(data))
+    assert data.reading.counts == {"size with height and width swapped, read from the image": 6}
+
+
 @pytest.mark.parametrize("suffix", ["png", "webp", "tif", "gif", "bmp"])
 def test_sizes_are_those_of_the_decoded_image(suffix: str, tmp_path: Path) -> None:
     for number in range(3):
@@ -565,7 +577,8 @@ def test_without_a_test_part_the_validation_part_becomes_it(tmp_path: Path) -> N
     assert [Path(one.path).name for one in load_boxes(tmp_path).test] == ["val.png"]
     assert load_boxes(tmp_path, complete=False).test == []
     (tmp_path / "train" / "train.png").unlink()
-    assert "no training images, only val" in refusal(tmp_path, complete=False)
+    assert "no training images, only val" in refusal(tmp_path)
+    assert len(load_boxes(tmp_path, complete=False).val) == 1
 
 
 def test_nothing_to_train_on(tmp_path: Path) -> None:

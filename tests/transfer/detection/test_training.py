@@ -23,7 +23,7 @@ from vissl_lite.transfer.detection.model import (
     load_detector,
     save_detector,
 )
-from vissl_lite.transfer.detection.options import DetectorSettings
+from vissl_lite.transfer.detection.options import DetectorName, DetectorSettings
 from vissl_lite.transfer.detection.training import (
     BoxDataset,
     build_detector,
@@ -109,6 +109,19 @@ def test_learns_and_is_the_same_after_saving_and_loading(
         assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["fcos", "retinanet", "faster_rcnn"])
+def test_every_weight_to_be_trained_gets_a_gradient(
+    kind: DetectorName, data: LabelledBoxes
+) -> None:
+    settings = replace(SETTINGS, detector=kind)
+    detector = build_detector(build_encoder("test_vit", 64), data, settings).train()
+    target = {"boxes": torch.tensor([[4.0, 4, 30, 40]]), "labels": torch.tensor([1])}
+    losses = detector.losses(torch.rand(1, 3, 64, 64), [target])
+    torch.stack(list(losses.values())).sum().backward()
+    trained = {name: p for name, p in detector.named_parameters() if p.requires_grad}
+    assert not [name for name, parameter in trained.items() if parameter.grad is None]
+
+
 @pytest.mark.slow
 def test_frozen_leaves_the_encoder_as_it_was(data: LabelledBoxes) -> None:
     encoder = build_encoder("test_resnet", 64)
@@ -147,6 +160,15 @@ def test_boxes_follow_the_view_and_ignored_ones_are_left_out(data: LabelledBoxes
             assert middle[0] > middle[2] + 60  # still on the red square
             checked += 1
     assert checked > 10
+
+
+def test_boxes_of_a_reduced_photograph_are_scaled_along_each_side(tmp_path: Path) -> None:
+    Image.new("RGB", (128, 17)).save(tmp_path / "a.jpg")  # read as 64 by 9 pixels
+    boxes = np.array([[0, 0, 128, 17]], np.float32)
+    one = BoxedImage(str(tmp_path / "a.jpg"), (17, 128), boxes, np.array([0]), np.array([False]))
+    dataset = BoxDataset([one], (8, 64), DetectorSettings(detector="fcos", min_crop_scale=1.0))
+    (box,) = dataset[0, 0].target[0].tolist()
+    assert box == pytest.approx([0, 0, 57, 8], abs=0.1)
 
 
 @pytest.mark.parametrize("upright", [True, False])

@@ -1,9 +1,11 @@
 import csv
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from vissl_lite.errors import UserError
@@ -140,6 +142,19 @@ def test_written_data_is_read_back_unchanged(
         for one, other in zip(ours, theirs, strict=True):
             read = MaskSource((str(tmp_path / one.mask.file),), one.mask.levels).read()
             np.testing.assert_array_equal(read, other.mask.read())
+
+
+def test_the_identity_of_slices_is_that_of_their_volumes(tmp_path: Path) -> None:
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    for number in range(5):
+        volume = np.random.default_rng(number).integers(0, 3, (5, 16, 16)).astype(np.uint16)
+        pages: dict[str, Any] = {"photometric": "minisblack"}
+        tifffile.imwrite(tmp_path / "images" / f"{number}.tif", volume * 100, **pages)
+        tifffile.imwrite(tmp_path / "labels" / f"{number}.tif", volume.astype(np.uint8), **pages)
+    data = load_masks(tmp_path)
+    assert len(data.train) + len(data.val) + len(data.test) == 25
+    assert data.identity() == load_masks(tmp_path).identity()
 
 
 def test_other_masks_are_another_data_set(tmp_path: Path) -> None:

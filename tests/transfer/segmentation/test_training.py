@@ -1,5 +1,6 @@
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from vissl_lite.metrics_file import MetricsFile
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.training.fit import TrainingFiles
 from vissl_lite.training.hardware import Hardware
+from vissl_lite.transfer.segmentation import metrics
 from vissl_lite.transfer.segmentation.data import LabelledMasks, load_masks
 from vissl_lite.transfer.segmentation.mask_source import IGNORE_INDEX
 from vissl_lite.transfer.segmentation.metrics import score_confusion, score_segmenter
@@ -102,6 +104,14 @@ def test_learns_and_is_saved(backbone: str, data: LabelledMasks, tmp_path: Path)
             torch.testing.assert_close(
                 again.eval()(images), segmenter.eval()(images), atol=1e-4, rtol=1e-4
             )
+
+
+def test_every_weight_to_be_trained_gets_a_gradient(data: LabelledMasks) -> None:
+    segmenter = build_segmenter(build_encoder("test_vit", 32), data, settings(1)).train()
+    segmenter(torch.rand(2, 3, 32, 32)).square().sum().backward()
+    without = {name for name, p in segmenter.named_parameters() if p.grad is None}
+    assert without == {"encoder.model.norm.weight", "encoder.model.norm.bias"}
+    assert without == {name for name, p in segmenter.named_parameters() if not p.requires_grad}
 
 
 @pytest.mark.parametrize("kind", ["frozen", "frozen_norm"])
@@ -208,6 +218,24 @@ def test_pixels_are_counted_at_the_resolution_of_the_masks(data: LabelledMasks) 
     masks = [one.mask.read() for one in data.train]
     counts = [sum(int((mask == index).sum()) for mask in masks) for index in range(3)]
     assert scores.confusion.sum(axis=1).tolist() == counts  # 255 is not counted
+
+
+def test_large_images_are_segmented_one_by_one(
+    data: LabelledMasks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = build_encoder("test_resnet", 40)
+    segmenter = RedOrGreen(encoder, classes=["none", "red", "green"], channels=16)
+    segment_all, together = metrics.segment_all, []
+
+    def noted(segmenter: Segmenter, images: Sequence[np.ndarray], device: Any) -> Any:
+        together.append(len(images))
+        return segment_all(segmenter, images, device)
+
+    monkeypatch.setattr(metrics, "segment_all", noted)
+    whole = score_segmenter(segmenter, data.train[:5])
+    monkeypatch.setattr(metrics, "MOST_PROBABILITIES", 1)
+    assert score_segmenter(segmenter, data.train[:5]).metrics == whole.metrics
+    assert together == [5, 1, 1, 1, 1, 1]
 
 
 def test_each_image_has_its_part_in_the_mean_iou(data: LabelledMasks) -> None:

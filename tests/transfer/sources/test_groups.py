@@ -152,6 +152,12 @@ def test_an_anchored_expression_matches_below_any_folder_of_others() -> None:
         assert {group.removeprefix("p") for group in groups} == {"3", "7"}, regex
 
 
+def test_an_anchored_expression_matches_the_names_of_images_in_shards() -> None:
+    paths = ["/s/train-000000.tar!p1/a.jpg", "https://x.org/s/train-000001.tar!all/p2/a.jpg"]
+    groups = groups_of_others(paths, ReadingLog("data", group_by="^(p.)/"))
+    assert groups == [frozenset({"p1"}), frozenset({"p2"})]
+
+
 def test_an_invalid_expression_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--group_by \(p is not a regular expression"):
         find_groups(["p1.png"], [tmp_path], "(p", ReadingLog("data"))

@@ -45,10 +45,10 @@ def strata(items: Sequence[int]) -> np.ndarray:
 
 
 def complete(
-    given: dict[Split | None, list[int]], seed: int = 0, need_test: bool = True
+    given: dict[Split | None, list[int]], seed: int = 0, wanted: bool = True
 ) -> tuple[dict[Split, list[int]], ReadingLog]:
     log = ReadingLog("data")
-    return complete_parts(given, strata, True, seed, log, need_test), log
+    return complete_parts(given, strata, True, seed, log, complete=wanted), log
 
 
 def test_given_parts_stay_as_they_are() -> None:
@@ -78,9 +78,14 @@ def test_the_test_part_that_is_made_does_not_follow_the_seed() -> None:
     assert one["val"] != other["val"]
 
 
-def test_without_need_no_test_part_is_made() -> None:
-    parts, _ = complete({"train": [0, 1, 2, 3], "val": [4]}, need_test=False)
+def test_no_part_is_made_if_disabled() -> None:
+    parts, log = complete({"train": [0, 1, 2, 3], "val": [4]}, wanted=False)
     assert parts == {"train": [0, 1, 2, 3], "val": [4], "test": []}
+    assert log.split == ""
+    assert not log.val_from_train
+    parts, log = complete({"test": [1], None: [2, 3]}, wanted=False)
+    assert parts == {"train": [2, 3], "val": [], "test": [1]}
+    assert log.counts == {}
 
 
 def test_images_without_a_part_are_left_out_and_counted() -> None:

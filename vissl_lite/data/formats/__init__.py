@@ -99,7 +99,7 @@ def _family(source: Source) -> _Family:
     start = source.start
     if not photographs.is_usual(start):
         if is_tiff(start):
-            return _Family(tiff.describe, _read_tiff)
+            return _Family(tiff.describe, lambda file, frame, _: _read_tiff(file, frame or 0))
         if dicom.is_dicom(start) or dicom.may_be_dicom(start, source.path):
             return _Family(dicom.describe, lambda file, frame, _: dicom.read(file, frame or 0))
         if nifti.is_nifti(start):
@@ -136,12 +136,11 @@ def _read_nifti(source: Source, frame: int | None, content: Callable[[], bytes])
     return nifti.read(source, nifti.describe(source).default_frame if frame is None else frame)
 
 
-def _read_tiff(source: Source, frame: int | None, content: Callable[[], bytes]) -> RawImage:
-    frame = frame or 0
+def _read_tiff(source: Source, frame: int) -> RawImage:
     if tiff.is_photograph(source):
         page = tiff.photograph_page(source, frame)
         try:
-            return photographs.read(content(), source.path, page)
+            return photographs.read_page(source.file, source.path, page)
         except UnidentifiedImageError:  # a kind that Pillow does not know
             pass
     return tiff.read(source, frame)
@@ -183,7 +182,7 @@ def decode_reduced(
 
 def encode_frame(path: str | Path) -> bytes:
     """A frame as the content of a file of its own, an uncompressed ``.npz``; see ``read_raw``."""
-    return arrays.encode(read_raw(path))
+    return arrays.encode(read_raw(path), describe(path).is_photograph)
 
 
 def write_masks(path: str, masks: Mapping[int, np.ndarray], place: Path) -> Path | None:

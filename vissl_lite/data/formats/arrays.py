@@ -31,8 +31,10 @@ MAX_BANDS = 16
 # Names of the array of pixels in an ``.npz`` file that holds several arrays.
 _NAMES = ("pixels", "image", "images", "img", "imgs", "data", "x")
 
-# Name of an array beside ``pixels`` that says that its last axis holds the bands, however many.
+# Names of arrays beside ``pixels`` that say that its last axis holds the bands, however many, that
+# it is a photograph, and of which volume it is a slice.
 _BANDS_LAST = "bands_last"
+_PHOTOGRAPH, _VOLUME = "vissl_lite_photograph", "vissl_lite_volume"
 
 _NPY = b"\x93NUMPY"
 _HEADER_BYTES = 1 << 16
@@ -138,6 +140,8 @@ class _Opened(NamedTuple):
         nodata: Value of pixels without data.
         window: Center and width.
         band_names: Names of the bands.
+        photograph: Whether it was a photograph in its own file.
+        volume: Volume that it is a slice of.
     """
 
     header: _Header
@@ -146,6 +150,8 @@ class _Opened(NamedTuple):
     nodata: float | None = None
     window: tuple[float, float] | None = None
     band_names: tuple[str, ...] = ()
+    photograph: bool = False
+    volume: str | None = None
 
 
 def _open(source: Source) -> _Opened:
@@ -185,6 +191,7 @@ def _open(source: Source) -> _Opened:
             return np.lib.format.read_array(BytesIO(archive.read(one)), allow_pickle=False)
 
         nodata, window, bands = small("nodata"), small("window"), small("band_names")
+        volume = small(_VOLUME)
         return _Opened(
             header,
             _layout(header, source.path, name == "pixels" and _BANDS_LAST in members),
@@ -192,6 +199,8 @@ def _open(source: Source) -> _Opened:
             None if nodata is None else float(nodata),
             None if window is None else (float(window[0]), float(window[1])),
             () if bands is None else tuple(map(str, bands)),
+            name == "pixels" and _PHOTOGRAPH in members,
+            None if volume is None else str(volume),
         )
 
 
@@ -202,7 +211,7 @@ def describe(source: Source) -> Description:
     height, width, bands = layout.size
     dtype = native(np.empty(0, header.dtype)).dtype
     return Description(
-        "array",
+        "photograph" if opened.photograph else "array",
         layout.frames,
         height,
         width,
@@ -211,7 +220,7 @@ def describe(source: Source) -> Description:
         opened.band_names,
         opened.nodata,
         group=source.path if layout.stack else None,
-        volume=source.path if layout.stack else None,
+        volume=source.path if layout.stack else opened.volume,
         acquisition={"bit depth": str(8 * dtype.itemsize), "size": f"{width} x {height}"},
     )
 
@@ -254,10 +263,14 @@ def _whole(source: Source, header: _Header, member: str | None) -> tuple[np.ndar
     return np.frombuffer(data, header.dtype).reshape(header.shape, order=order), header.nbytes  # type: ignore[call-overload]
 
 
-def encode(image: RawImage) -> bytes:
+def encode(image: RawImage, photograph: bool = False) -> bytes:
     """Write one raw image as an ``.npz`` file of its own, uncompressed.
 
-    The bytes depend on the image alone: they hold no time.
+    The bytes depend on the image and on what it is alone: they hold no time.
+
+    Args:
+        image: The image.
+        photograph: Whether it is to be described as a photograph.
 
     Returns:
         The content of a file that ``read`` reads.
@@ -265,6 +278,8 @@ def encode(image: RawImage) -> bytes:
     arrays: dict[str, np.ndarray] = {"pixels": image.pixels}
     if image.pixels.shape[2] > MAX_BANDS:
         arrays[_BANDS_LAST] = np.array(True)
+    if photograph:
+        arrays[_PHOTOGRAPH] = np.array(True)
     if image.nodata is not None:
         arrays["nodata"] = np.array(image.nodata)
     if image.window is not None:
@@ -274,7 +289,26 @@ def encode(image: RawImage) -> bytes:
     out = BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
         for name, array in arrays.items():
-            part = BytesIO()
-            np.lib.format.write_array(part, np.asarray(array, order="C"), allow_pickle=False)
-            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), part.getbuffer())
+            _add(archive, name, array)
+    return out.getvalue()
+
+
+def _add(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
+    part = BytesIO()
+    np.lib.format.write_array(part, np.asarray(array, order="C"), allow_pickle=False)
+    archive.writestr(zipfile.ZipInfo(f"{name}.npy"), part.getbuffer())
+
+
+def with_volume(data: bytes, volume: str) -> bytes:
+    """Name the volume of an image, as ``describe`` then does.
+
+    It is not stored in shards: equal slices have equal bytes there, whatever their file is called.
+
+    Args:
+        data: Result of ``encode``.
+        volume: Name of the volume.
+    """
+    out = BytesIO(data)
+    with converting(volume), zipfile.ZipFile(out, "a") as archive:
+        _add(archive, _VOLUME, np.array(volume))
     return out.getvalue()

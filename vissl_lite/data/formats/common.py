@@ -33,6 +33,9 @@ MAX_DEFLATE_RATIO = 1040
 # Digits of a frame's number at most.
 _MAX_DIGITS = 9
 
+# Numbers of the bands of gray and of colored photographs.
+_PHOTOGRAPH_BANDS = (1, 3)
+
 
 class RawImage(NamedTuple):
     """One image with its values as the file means them.
@@ -89,6 +92,12 @@ class Description:
     position: float | None = None
     acquisition: Mapping[str, str] = field(default_factory=dict)
     default_frame: int = 0
+
+    @property
+    def is_photograph(self) -> bool:
+        """Whether an image is of 8 bits, gray or in color, in a format for such."""
+        usual = self.format in ("photograph", "TIFF")
+        return usual and self.dtype == "uint8" and self.bands in _PHOTOGRAPH_BANDS
 
 
 class NoImageError(ValueError):

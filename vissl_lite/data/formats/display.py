@@ -19,8 +19,8 @@ def to_rgb(image: RawImage) -> np.ndarray:
 
     One band is gray, and so is the first of two. Of more than three, those named red, green and
     blue are shown, else the first three. 8-bit values stay as they are; others are stretched from
-    their percentile 1 to 99, or to the file's own window: bands of color together, other bands
-    each on its own. Pixels without data are black.
+    their percentile 1 to 99, or to the file's own window: the bands of an image of exactly three
+    unsigned ones together, other bands each on its own. Pixels without data are black.
 
     Returns:
         ``(H, W, 3)`` uint8.

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -41,7 +42,7 @@ def is_usual(data: bytes) -> bool:
 
 
 def decode(
-    data: bytes, path: str | Path, times: Callable[[int, int], int], page: int = 0
+    data: bytes, path: str | Path, times: Callable[[int, int], int]
 ) -> tuple[np.ndarray, tuple[int, int]]:
     """Decode a photograph to 8-bit RGB, a JPEG no larger than needed.
 
@@ -50,7 +51,6 @@ def decode(
         path: Named in errors.
         times: Function from the displayed height and width of the whole image: how many times as
             large as needed it is. It is asked before anything is decoded, and for a JPEG only.
-        page: Number of the page of a TIFF.
 
     Returns:
         ``(H, W, 3)`` uint8, and the height and width of the whole image.
@@ -72,7 +72,7 @@ def decode(
     elif _is_plain_png(data):
         png_size(data, path)
     else:
-        pixels = _decode_others(data, path, page)
+        pixels = _decode_others(data, path)
         if pixels.dtype != np.uint8:
             pixels = to_rgb(RawImage(pixels))
         return pixels, (pixels.shape[0], pixels.shape[1])
@@ -86,12 +86,29 @@ def decode(
     return image, whole
 
 
-def read(data: bytes, path: str, page: int = 0) -> RawImage:
+def read(data: bytes, path: str) -> RawImage:
     """Decode a photograph as it is: 8-bit RGB, or one or three bands of more bits."""
     if not is_usual(data) or _is_deep_png(data):
-        pixels = _decode_others(data, path, page)
-    else:
-        pixels = decode(data, path, lambda height, width: 1)[0]
+        return _named(_decode_others(data, path))
+    return _named(decode(data, path, lambda height, width: 1)[0])
+
+
+def read_page(file: BinaryIO, path: str, page: int) -> RawImage:
+    """Decode a page of a TIFF as ``read`` does, without reading the others.
+
+    Args:
+        file: The file.
+        path: Named in errors.
+        page: Number of the page.
+    """
+    with opened_image(file, path) as image:
+        if page:
+            image.seek(page)
+            check_pixels(image.height, image.width, path)
+        return _named(_from_pillow(image))
+
+
+def _named(pixels: np.ndarray) -> RawImage:
     names = ("red", "green", "blue") if pixels.shape[2] == 3 else ()
     return RawImage(pixels, None, None, names)
 
@@ -146,7 +163,7 @@ def _is_deep_png(data: bytes) -> bool:
     return is_png(data) and data[24] == 16
 
 
-def _decode_others(data: bytes, path: str | Path, page: int) -> np.ndarray:
+def _decode_others(data: bytes, path: str | Path) -> np.ndarray:
     """``(H, W, 3)`` uint8, or ``(H, W, C)`` of another dtype."""
     if _is_deep_png(data):
         return _decode_deep_png(data, path)
@@ -154,9 +171,6 @@ def _decode_others(data: bytes, path: str | Path, page: int) -> np.ndarray:
     if pixels is not None:
         return pixels
     with opened_image(BytesIO(data), path) as image:
-        if page:
-            image.seek(page)
-            check_pixels(image.height, image.width, path)
         return _from_pillow(image)
 
 

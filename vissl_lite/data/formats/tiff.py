@@ -39,13 +39,17 @@ _SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 254, 256, 257, 25
 _WORDS, _MAKER, _MODEL, _OFFSETS, _ORIENTATION, _BANDS = 270, 271, 272, 273, 274, 277
 _COUNTS, _X_RESOLUTION, _Y_RESOLUTION, _PLANES, _UNIT, _SOFTWARE = 279, 282, 283, 284, 296, 305
 _PREDICTOR, _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS = 317, 322, 323, 324
-_TILE_COUNTS, _EXTRA, _FORMAT, _PIXEL_SCALE, _GDAL, _NODATA = 325, 338, 339, 33550, 42112, 42113
+_TILE_COUNTS, _EXTRA, _FORMAT, _GDAL, _NODATA = 325, 338, 339, 42112, 42113
 _ROWS = 278
+
+# Tags that place an image on the earth (GeoTIFF 1.1, 7.1).
+_PLACE_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
+
 _WANTED = frozenset(
     {_SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _WORDS, _MAKER, _MODEL}
     | {_OFFSETS, _ORIENTATION, _BANDS, _COUNTS, _X_RESOLUTION, _Y_RESOLUTION, _PLANES, _UNIT}
     | {_SOFTWARE, _PREDICTOR, _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_COUNTS, _EXTRA}
-    | {_FORMAT, _PIXEL_SCALE, _GDAL, _NODATA, _ROWS}
+    | {_FORMAT, _GDAL, _NODATA, _ROWS}
 )
 
 # NumPy's types of the field types (TIFF 6.0, section 2; 16 to 18 of BigTIFF); 5 and 10 are pairs.
@@ -215,6 +219,8 @@ def _walk(source: Source) -> list[Page]:
         for first in range(0, len(directory), entry):
             one = directory[first : first + entry]
             tag, kind = number(one[:2]), number(one[2:4])
+            if tag in _PLACE_TAGS:  # only that there are some; ``place_tags`` reads them
+                tags[tag] = ()
             if tag not in _WANTED or kind not in _TYPES:
                 continue
             dtype = np.dtype(order + _TYPES[kind])
@@ -243,19 +249,24 @@ def is_photograph(source: Source) -> bool:
     """Whether the first page is what Pillow turns into 8-bit RGB without any loss of meaning.
 
     8 bits or fewer per band, gray or in color, with or without transparency, and no value that
-    stands for missing data.
+    stands for missing data. GDAL tags the fourth band of a GeoTIFF as transparency even if it is
+    near infrared, so that it counts as a band there. Pillow knows pages, but not the images of a
+    stack that has a single one.
     """
     page = pages(source)[0]
     colors = {_RGB: 3, 5: 4, 6: 3, 8: 3}.get(page.one(_PHOTOMETRIC), 1)
     extra = page.many(_EXTRA)
-    with_alpha = page.bands == colors + 1 and len(extra) == 1 and extra[0] in _ALPHA
+    placed = any(tag in page.tags for tag in _PLACE_TAGS)
+    is_alpha = len(extra) == 1 and extra[0] in _ALPHA and not placed
+    channels, images, _ = _channels(page)
     return (
         page.bits <= 8
         and set(page.many(_FORMAT)) <= {1, 4}
         and page.one(_PHOTOMETRIC) in _PHOTOGRAPHIC
-        and (page.bands == colors or with_alpha)
+        and (page.bands == colors or (page.bands == colors + 1 and is_alpha))
         and _NODATA not in page.tags
-        and _channels(page)[0] == 1
+        and channels == 1
+        and not (images > 1 and _frames(source).virtual)
     )
 
 
@@ -600,10 +611,6 @@ def _read_without(source: Source, page: Page) -> np.ndarray:
             order = [2, 1, 0, 3][: decoded.shape[2]]
             return _with_bands(decoded[..., order], page, source.path)
     raise missing_extra(source.path, "tifffile", "tiff")
-
-
-# Tags that place an image on the earth (GeoTIFF 1.1, 7.1).
-_PLACE_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)
 
 
 def place_tags(path: str) -> list[tuple[int, int, int, Any, bool]]:

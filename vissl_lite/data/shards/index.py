@@ -48,11 +48,13 @@ class Entry(NamedTuple):
         url: URL or name as listed.
         images: Number of images.
         size: Size in bytes; None if unknown.
+        axis: Axis of the slices of volumes; None for each volume's own.
     """
 
     url: str
     images: int
     size: int | None
+    axis: int | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ def find_shards(sources: Sequence[str]) -> Shards | None:
         The shards, or None if no source is shards.
 
     Raises:
-        UserError: If only some sources are shards, or shards are missing, uncountable or empty.
+        UserError: If only some sources are shards, shards are missing, uncountable or empty, or
+            their slices are along different axes.
     """
     kinds = {are_shards(source): source for source in sources}
     if True not in kinds:
@@ -113,16 +116,20 @@ def find_shards(sources: Sequence[str]) -> Shards | None:
                 {"index": place, "why": index.why},
                 extra={"code": "index.unusable"},
             )
-    counts = np.array([count for count, _ in found], np.int64)
+    counts = np.array([entry.images for entry in found], np.int64)
     if counts.sum() > _MOST_IN_ALL:
         raise UserError(f"{len(urls)} shards are said to hold {counts.sum():,} images: they can't")
     if not counts.sum():
         if not urls:
             raise UserError(f"{sources[0]} lists no shards")
         raise UserError(f"no images found in {len(urls)} shards, the first {urls[0]}")
-    sized = [(size, count) for count, size in found if size]
+    sized = [(entry.size, entry.images) for entry in found if entry.size]
     mean = sum(s for s, _ in sized) / max(1, sum(c for _, c in sized)) if sized else None
-    return Shards(urls, counts, mean)
+    axes = {entry.axis: url for entry, url in zip(found, urls, strict=True)}
+    if len(axes) > 1:
+        words = ", ".join(f"{url}: {'none' if a is None else a}" for a, url in axes.items())
+        raise UserError(f"the shards hold slices along different axes ({words})")
+    return Shards(urls, counts, mean, found[0].axis)
 
 
 def _expand(source: str, known: dict[str, _Index]) -> list[str]:
@@ -158,8 +165,8 @@ def _beside(place: str, name: str) -> str:
     return re.sub(r"[^/]*$", "", _without_query(place)) + name
 
 
-def _look_up(url: str, known: dict[str, _Index]) -> tuple[int, int]:
-    """Number of images in a shard and its size in bytes, 0 if unknown."""
+def _look_up(url: str, known: dict[str, _Index]) -> Entry:
+    """The entry of a shard in an index; or else made by counting its images."""
     place = _beside(url, INDEX)
     index = _index(place, known)
     entry = None
@@ -167,9 +174,10 @@ def _look_up(url: str, known: dict[str, _Index]) -> tuple[int, int]:
         entry = index.entries.get(url) or index.named.get(_name(url))
     size = os.path.getsize(url) if os.path.isfile(url) else None
     if entry is not None and (None in (size, entry.size) or entry.size == size):
-        return entry.images, entry.size or 0
+        return entry
     if size is not None:  # No index, or it describes another file
-        return _count(url), size
+        of_others = next(iter((index.entries or {}).values()), None)
+        return Entry(url, _count(url), size, None if of_others is None else of_others.axis)
     if not is_remote(url):
         wrong = "is not a regular file" if os.path.exists(url) else "does not exist"
         raise UserError(f"{url} {wrong}")
@@ -244,7 +252,7 @@ def parse_index(content: bytes) -> list[Entry]:
 
     Args:
         content: JSON object with a list ``shardlist`` of objects with ``url``, ``nsamples`` and
-            optionally ``filesize``; other keys are ignored.
+            optionally ``filesize``, and optionally an ``axis``; other keys are ignored.
 
     Raises:
         ValueError: If the content is not a valid index.
@@ -256,6 +264,9 @@ def parse_index(content: bytes) -> list[Entry]:
     listed = read.get("shardlist") if isinstance(read, dict) else None
     if not isinstance(listed, list):
         raise ValueError("it has no list of shards, named shardlist")
+    axis = read.get("axis")
+    if axis is not None and (type(axis) is not int or not 0 <= axis <= 2):
+        raise ValueError("its axis is not 0, 1 or 2")
     entries = []
     for number, one in enumerate(listed):
         if not isinstance(one, dict):
@@ -269,7 +280,7 @@ def parse_index(content: bytes) -> list[Entry]:
             raise ValueError(f"{url} in it has a filesize that is not a number of bytes")
         if size is not None and images * _BLOCK > size:
             raise ValueError(f"{url} in it can't hold {images} images in {size} bytes")
-        entries.append(Entry(url, images, size))
+        entries.append(Entry(url, images, size, axis))
     return entries
 
 
@@ -319,17 +330,19 @@ def _count(file: str) -> int:
     return whole
 
 
-def index_text(shards: Sequence[tuple[str, int, int]]) -> str:
+def index_text(shards: Sequence[tuple[str, int, int]], axis: int | None = None) -> str:
     """Format an index.
 
     Args:
         shards: Name, number of images and size in bytes of each shard.
+        axis: Axis of the slices of volumes; None for each volume's own.
     """
     entries = [{"url": n, "nsamples": count, "filesize": size} for n, count, size in shards]
     content = {
         "__kind__": "wids-shard-index-v1",
         "wids_version": 1,
         "images": sum(count for _, count, _ in shards),
+        **({} if axis is None else {"axis": axis}),
         "shardlist": entries,
     }
     return json.dumps(content, indent=1) + "\n"

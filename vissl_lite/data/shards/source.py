@@ -60,11 +60,13 @@ class Shards:
         urls: S files or URLs.
         counts: ``(S,)`` int64 number of images in each shard.
         image_bytes: Mean size of an image file in bytes; None if unknown.
+        axis: Axis of the slices of volumes; None for each volume's own.
     """
 
     urls: list[str]
     counts: np.ndarray
     image_bytes: float | None = None
+    axis: int | None = None
 
     def __len__(self) -> int:
         return int(self.counts.sum())

@@ -6,11 +6,13 @@ that no image repeats and only an incomplete batch is dropped. A shard that span
 read for both. A worker shuffles its images within a moving window, so that only the window has to
 be in memory.
 
-The order depends only on the number of images per shard and the seed, so a stream can resume at any
-batch: the order of earlier images is recomputed without opening their shards.
+The order depends only on the number of images per shard, the seed, and the numbers of processes and
+data workers, so a stream can resume at any batch: the order of earlier images is recomputed without
+opening their shards.
 """
 
 import random
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -25,6 +27,8 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from vissl_lite.data.fingerprints import EXACT_BYTES, LOOK_BYTES, Fingerprints, fingerprint
 from vissl_lite.data.formats import split_suffix
+from vissl_lite.data.formats.arrays import with_volume
+from vissl_lite.data.formats.common import FRAME_SUFFIX
 from vissl_lite.data.image_reader import PHOTOGRAPHS, ImageReader
 from vissl_lite.data.images import BROKEN_IMAGE, decode_image
 from vissl_lite.data.reading import Broken, reason
@@ -40,6 +44,11 @@ WINDOW_BYTES, MIN_WINDOW, MAX_WINDOW, DEFAULT_WINDOW = 128 << 20, 16, 4096, 256
 
 # Sample for inspection: number of images, and maximum number of shards and bytes to read
 SAMPLE_IMAGES, SAMPLE_SHARDS, SAMPLE_BYTES = 512, 8, 256 << 20
+
+# Name of a slice of a volume in a shard, and number of slices in the sample that tell enough of the
+# values of a volume
+_SLICE = re.compile(rf"(.+)#\d+(?:-\d+)?{re.escape(FRAME_SUFFIX)}", re.DOTALL)
+MIN_SLICES = 3
 
 # Consecutive unreadable shards before an error: more are unlikely to be damage of the shards
 MAX_FAILED_SHARDS = 8
@@ -333,6 +342,9 @@ class ShardSource(Source):
         words = "\0".join([*self.shards.urls, str(self.shards.counts.tolist())])
         return blake2b(words.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
+    def order(self, world: int, workers: int) -> dict[str, int]:
+        return {"processes": world, "workers": max(1, workers)}
+
     def name(self, number: int) -> str:
         shard = int(np.searchsorted(np.cumsum(self.shards.counts), number, side="right"))
         return f"{self.shards.place(shard)}!{number - self.shards.starts[shard]}"
@@ -372,6 +384,8 @@ def read_images(
 def write_sample(shards: Shards, folder: Path) -> None:
     """Write some images from a few shards as files, for code that inspects images.
 
+    Slices name their volume, by its file, if there are several of it.
+
     Args:
         shards: Shards with the images.
         folder: Existing folder; files are named by the index of the image.
@@ -380,19 +394,26 @@ def write_sample(shards: Shards, folder: Path) -> None:
         UserError: If no image can be read.
     """
     some, lost = np.flatnonzero(shards.counts), list[str]()
+    volumes: dict[str, list[Path]] = {}
     if len(some) > SAMPLE_SHARDS:
         some = some[np.linspace(0, len(some) - 1, SAMPLE_SHARDS).astype(int)]
     for shard in some.tolist():
         each = min(-(-SAMPLE_IMAGES // len(some)), int(shards.counts[shard]))
         room = SAMPLE_BYTES // len(some)
         for found in read_images(shards, shards.starts[shard] + np.arange(each), lost):
-            suffix = split_suffix(found.name)[1]
-            (folder / f"{found.number:09}{suffix}").write_bytes(found.data)
+            file = folder / f"{found.number:09}{split_suffix(found.name)[1]}"
+            file.write_bytes(found.data)
+            if one := _SLICE.fullmatch(found.name.removeprefix(f"{shards.place(shard)}!")):
+                volumes.setdefault(one[1], []).append(file)
             room -= len(found.data)
             if room <= 0:
                 break
     if not any(folder.iterdir()):
         raise _unreadable(shards, lost[0])
+    for volume, slices in volumes.items():
+        for file in slices if len(slices) >= MIN_SLICES else []:
+            with suppress(*BROKEN_IMAGE):
+                file.write_bytes(with_volume(file.read_bytes(), volume))
 
 
 def _unreadable(shards: Shards, why: str) -> UserError:

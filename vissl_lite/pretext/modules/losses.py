@@ -1,4 +1,7 @@
-"""Losses as pure functions of embeddings; batch statistics are those of all processes together."""
+"""Losses as pure functions of embeddings; batch statistics are those of all processes together.
+
+Only ``koleo`` compares the embeddings of one process, as its authors do.
+"""
 
 from collections.abc import Sequence
 from typing import Any

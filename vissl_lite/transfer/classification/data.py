@@ -279,8 +279,7 @@ class LabelledImages(LabelledDataset):
 def load_labelled(
     source: str | Path,
     seed: int = 0,
-    need_test: bool = True,
-    need_val: bool = True,
+    complete: bool = True,
     multi_label: bool = False,
     options: LabelOptions = DEFAULT_LABELS,
 ) -> LabelledImages:
@@ -298,8 +297,7 @@ def load_labelled(
         source: A folder of class folders, below folders of parts or with folders of parts in them;
             a folder of images with a table in it; or a table. docs/data.md lists the layouts.
         seed: Seed of the parts that are made here.
-        need_test: Whether missing test images are made; see ``complete_parts``.
-        need_val: Whether to take a missing validation part out of the training part.
+        complete: Whether missing validation and test parts are made.
         multi_label: Whether the caller can take several labels per image.
         options: Columns, levels of folders, and so on.
 
@@ -331,17 +329,15 @@ def load_labelled(
         return rarest_classes(sets) if found.multi_label else np.array(sets, np.int64)[:, 0]
 
     groups = find_groups([one.path for one in found.images], [opened], options.group_by, reading)
-    parts = complete_parts(
-        given, strata, not found.multi_label, seed, reading, need_test, need_val, groups
-    )
+    parts = complete_parts(given, strata, not found.multi_label, seed, reading, groups, complete)
     classes = _classes(reading, found, parts)
     train, val, test = (_numbered(parts[name], classes, found.multi_label) for name in PARTS)
-    if need_test and len(test) == 0:
+    if complete and len(test) == 0:
         raise UserError(
             f"{source} has no test images: each class has one image only, so that none can be "
             f"held out; give a part test, or more images"
         )
-    if need_test and found.multi_label and not has_both(test.labels).any():
+    if complete and found.multi_label and not has_both(test.labels).any():
         raise UserError(
             f"{source}: of no class are there test images with it and without it, so "
             f"that no score can be given: more test images are needed{how_read(reading)}"

@@ -17,7 +17,7 @@ from vissl_lite.inference import check_outputs, run_in_batches
 from vissl_lite.plots import draw_caption
 from vissl_lite.transfer.classification.data import LabelledImages, Part
 from vissl_lite.transfer.classification.model import Classifier, class_logits
-from vissl_lite.transfer.confidence import Confidence, Cutoff, HeldOut, fit_temperature
+from vissl_lite.transfer.confidence import Confidence, Cutoff, HeldOut, calibrated
 from vissl_lite.transfer.dataset import MAX_VALIDATION_IMAGES, spread
 from vissl_lite.transfer.prediction import Predictions, growing_file
 from vissl_lite.transfer.sources.tables import read_table
@@ -49,13 +49,8 @@ def measure_confidence(held_out: HeldOut) -> Confidence | None:
     logits, target = held_out.outputs.double(), held_out.target
     if not logits.isfinite().all():
         return None
-    if target.ndim == 1:
-        temperature, _ = fit_temperature(logits, target, F.cross_entropy)
-        truth = F.one_hot(target, logits.shape[1])
-    else:
-        loss = F.binary_cross_entropy_with_logits
-        temperature, _ = fit_temperature(logits, target.double(), loss)
-        truth = target
+    temperature = calibrated(logits, target, len(np.unique(held_out.images)))
+    truth = F.one_hot(target, logits.shape[1]) if target.ndim == 1 else target
     confidence, found = confident_labels(logits / temperature, target.ndim == 2)
     right = (found == truth).all(dim=1).numpy()
     labels = found.argmax(dim=1).numpy() if target.ndim == 1 else None

@@ -196,7 +196,7 @@ def _labels(table: Table, path: str, options: LabelOptions, log: ReadingLog) -> 
     """Find the labels of a table and read them."""
     if options.label_column is not None:
         name = table.given_column("label_column", options.label_column)
-        return _read_column(table, name, log)
+        return _read_column(table, name, log, certain=True)
     named = [
         name
         for wanted in (*LABEL_COLUMNS, *MULTI_COLUMNS)
@@ -231,9 +231,10 @@ def _labels(table: Table, path: str, options: LabelOptions, log: ReadingLog) -> 
     )
 
 
-def _read_column(table: Table, name: str, log: ReadingLog) -> _Labels:
+def _read_column(table: Table, name: str, log: ReadingLog, certain: bool = False) -> _Labels:
+    """Read a column of labels; ``certain`` if the user named it, as the page for labelling does."""
     cells = _whole_numbers(table.cells(name))
-    _check_classes(table, name, cells)
+    _check_classes(table, name, cells, certain or normalized(name) == "class")
     source, kind = f"column {brief(name)}", normalized(name)
     if kind in MULTI_COLUMNS:
         separators = SEPARATORS
@@ -269,8 +270,11 @@ def _whole_numbers(cells: list[str]) -> list[str]:
     return cells
 
 
-def _check_classes(table: Table, name: str, cells: Sequence[str]) -> None:
-    """Raise a UserError if a column holds measurements or a different value for each image."""
+def _check_classes(table: Table, name: str, cells: Sequence[str], certain: bool) -> None:
+    """Raise a UserError if a column holds measurements or a different value for each image.
+
+    The latter may be a few images of many classes if it is certain that the column holds classes.
+    """
     filled = [cell for cell in cells if cell]
     distinct = set(filled)
     numbers = []
@@ -283,11 +287,12 @@ def _check_classes(table: Table, name: str, cells: Sequence[str]) -> None:
             f"regression, and not offered: for classes, give another column with --label_column, "
             f"or names instead of numbers"
         )
-    if len(distinct) == len(filled) > 10:
+    if len(distinct) == len(filled) > 10 and not certain:
         raise UserError(
             f"{table.file}: the column {brief(name)} has a different value for each of "
-            f"{len(filled)} images, such as {brief(filled[0])}, so it is not a class: give another "
-            f"column with --label_column; it has {brief(', '.join(table.columns))}"
+            f"{len(filled)} images, such as {brief(filled[0])}, so it seems to be no class: give "
+            f"another column, or this one, with --label_column; it has "
+            f"{brief(', '.join(table.columns))}"
         )
 
 

@@ -70,9 +70,7 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
     def load_data(
         self, source: str, settings: ClassifierSettings, complete: bool = True
     ) -> LabelledImages:
-        return load_labelled(
-            source, settings.seed, complete, complete, multi_label=True, options=settings
-        )
+        return load_labelled(source, settings.seed, complete, multi_label=True, options=settings)
 
     def labelled_images(self, source: str, settings: ClassifierSettings) -> KnownImages:
         """Also of images that are too few to train on."""
@@ -247,7 +245,8 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
         """1 minus the margin of the two most probable classes; of several labels the mean."""
         logits, good = class_logits(model, paths, advance)
         check_outputs([logits], f"one of {len(paths)} images")
-        probabilities = model.probabilities(logits / temperature)
+        # in float64, so that images that are nearly certain are still told apart
+        probabilities = model.probabilities(logits.double() / temperature)
         return margin_uncertainty(probabilities, model.multi_label).numpy(), good
 
     def write_skeleton(self, paths: Sequence[str], classes: Sequence[str], folder: Path) -> Path:

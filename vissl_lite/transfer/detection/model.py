@@ -43,6 +43,9 @@ from vissl_lite.transfer.sources.shapes import Shape
 # Boxes with a lower score are dropped. It is low because mean average precision needs weak boxes.
 MIN_SCORE = 0.05
 
+# Objects of an image at most, as COCO's metrics have it and torchvision's detectors by default.
+MAX_DETECTIONS = 100
+
 # Detectors that classify proposals, with class 0 as the background.
 TWO_STAGES = ("faster_rcnn", "mask_rcnn")
 
@@ -187,7 +190,7 @@ class Detector(TransferModel):
                 count,
                 anchor_generator=anchors,
                 score_thresh=MIN_SCORE,
-                detections_per_img=100,  # the default of the other two
+                detections_per_img=MAX_DETECTIONS,
                 **size_limits,
             )
             heads = [self.net.head]

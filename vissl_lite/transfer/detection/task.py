@@ -25,9 +25,9 @@ from vissl_lite.transfer.detection.data import BoxedImage, LabelledBoxes, load_b
 from vissl_lite.transfer.detection.export import ONNX_TRANSLATIONS, ExportableDetector
 from vissl_lite.transfer.detection.metrics import DetectionScores, score_detector
 from vissl_lite.transfer.detection.model import (
+    MAX_DETECTIONS,
     Detections,
     Detector,
-    detect,
     detect_in_batches,
     fit_into,
     load_detector,
@@ -80,6 +80,15 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
     def check(self, encoder: Encoder, data: LabelledBoxes, settings: DetectorSettings) -> None:
         if settings.multi_scale:
             check_rescaling(encoder)
+        crowded = [len(one.boxes) for one in data.train if len(one.boxes) > MAX_DETECTIONS]
+        if crowded:
+            log.warning(
+                "%(images)d training images have more than %(most)d boxes, up to %(boxes)d: a "
+                "detector gives at most %(most)d for an image, so smaller images, such as tiles, "
+                "would be better",
+                {"images": len(crowded), "most": MAX_DETECTIONS, "boxes": max(crowded)},
+                extra={"code": "data.many_boxes"},
+            )
 
     def report_use(self, encoder: Encoder, source: str) -> None:
         report_use(encoder, source)
@@ -244,8 +253,13 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
         Source: Brust et al. 2019 (arXiv 1809.09875): a measure per box, summed over the boxes of an
         image. An image without boxes is certain.
         """
-        found, good = detect(model, paths, advance)
-        sums = [float((1 - np.abs(2 * one.scores - 1)).sum()) for one in found]
+        sums: list[float] = []
+
+        def add(_: list[str], found: list[Detections], __: list[tuple[int, int]]) -> None:
+            sums.extend(float((1 - np.abs(2 * one.scores - 1)).sum()) for one in found)
+
+        # batch by batch, as the masks of all images would not fit into the memory
+        good = detect_in_batches(model, paths, add, advance)
         return np.array(sums, np.float32), good
 
     def export_model(self, model: Detector, folder: Path) -> ExportModel:

@@ -24,7 +24,7 @@ from vissl_lite.transfer.detection.metrics import best_threshold, score_detector
 from vissl_lite.transfer.detection.model import Detector, choose_canvas
 from vissl_lite.transfer.detection.options import DetectorSettings
 from vissl_lite.transfer.finetuning import train
-from vissl_lite.transfer.pyramid import PyramidTraining
+from vissl_lite.transfer.pyramid import PyramidTraining, freeze_unused
 
 # Smallest share of the area of an image in a training view.
 MIN_CROP_SCALE = 0.35
@@ -142,7 +142,7 @@ class BoxDataset(KeyedDataset):
         kept = ~truth.ignored
         if self.instances is not None:
             return self._item_with_masks(self.instances, epoch, index, image)
-        boxes = truth.boxes[kept] * (image.shape[1] / truth.size[1])
+        boxes = _scaled_boxes(truth, image)[kept]
         view, boxes, labels = self.view(image, boxes, truth.labels[kept], self.seed, epoch, index)
         large = ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(axis=1)
         target = torch.from_numpy(boxes[large]), torch.from_numpy(labels[large])
@@ -160,11 +160,9 @@ class BoxDataset(KeyedDataset):
         kept = np.flatnonzero(~truth.ignored)
         drawn = truth.has_shape[kept]
         masks = [truth.mask(number, size) for number in kept[drawn]]
-        boxes = truth.boxes[kept] * np.tile(np.divide(size, truth.size)[::-1], 2)
+        boxes = _scaled_boxes(truth, image)[kept]
         stacked = np.stack(masks) if masks else np.empty((0, *size), np.uint8)
-        made, boxes, pixels, numbers = view(
-            image, boxes.astype(np.float32), stacked, drawn, self.seed, epoch, index
-        )
+        made, boxes, pixels, numbers = view(image, boxes, stacked, drawn, self.seed, epoch, index)
         large = ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(axis=1)
         numbers = numbers[large]
         target = (
@@ -174,6 +172,12 @@ class BoxDataset(KeyedDataset):
             torch.from_numpy(drawn[numbers]),
         )
         return Item([made], index, [], target)
+
+
+def _scaled_boxes(truth: BoxedImage, image: np.ndarray) -> np.ndarray:
+    """The boxes of an image in pixels of a reduced one, whose sides are rounded one by one."""
+    height, width = np.divide(image.shape[:2], truth.size)
+    return (truth.boxes * (width, height, width, height)).astype(np.float32)
 
 
 def build_detector(encoder: Encoder, data: LabelledBoxes, settings: DetectorSettings) -> Detector:
@@ -186,8 +190,10 @@ def build_detector(encoder: Encoder, data: LabelledBoxes, settings: DetectorSett
     """
     canvas = choose_canvas(data.train, encoder)
     anchor_scale = choose_anchor_scale(data.train, settings.detector, canvas, encoder)
+    own = copy.deepcopy(encoder)
+    freeze_unused(own)
     torch.manual_seed(settings.seed)
-    return Detector(copy.deepcopy(encoder), data.classes, settings.detector, canvas, anchor_scale)
+    return Detector(own, data.classes, settings.detector, canvas, anchor_scale)
 
 
 def train_detector(

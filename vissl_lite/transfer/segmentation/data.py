@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vissl_lite.data.formats import image_header
+from vissl_lite.data.formats import file_of, image_header
 from vissl_lite.data.images import BROKEN_IMAGE
 from vissl_lite.data.reading import reason
 from vissl_lite.data.text_file import csv_writer, read_text
@@ -92,7 +92,8 @@ class LabelledMasks(ListDataset[MaskedImage]):
         digest = blake2b(digest_size=16)
         for name in PARTS:
             for one in self.part(name):
-                sizes = [os.stat(file).st_size for file in one.mask.files]
+                files = dict.fromkeys(map(file_of, one.mask.files))  # of slices, their volumes
+                sizes = [os.stat(file).st_size for file in files]
                 digest.update(repr((one.mask, one.classes, sizes)).encode())
         return [*super().identity(), digest.hexdigest()]
 
@@ -202,7 +203,7 @@ def load_masks(
         images, names = _of_files(found, tree, folders, reading)
     paths = [one.path for some in images.values() for one in some]
     groups = find_groups(paths, [source], options.group_by, reading)
-    made = complete_parts(images, _rarest_classes, False, seed, reading, complete, complete, groups)
+    made = complete_parts(images, _rarest_classes, False, seed, reading, groups, complete)
     present = {number for one in made["train"] for number in one.classes}
     if complete and len(present) < 2:
         raise UserError(

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from vissl_lite.data.formats import split_path
-from vissl_lite.data.image_reader import ImageReader
+from vissl_lite.data.image_reader import ImageReader, volume_of
 from vissl_lite.data.images import BROKEN_IMAGE
 from vissl_lite.data.reading import reason
 from vissl_lite.inference import inference_mode, report_broken
@@ -24,6 +24,10 @@ from vissl_lite.transfer.segmentation.model import (
 )
 
 IMAGES_PER_BATCH = 8  # read in parallel
+
+# Probabilities of the images that are segmented together at most: 256 MB. Large images are
+# segmented one by one.
+MOST_PROBABILITIES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,21 @@ def _add_volumes(
     return float(np.mean(means)) if means else None
 
 
+def _segmented(
+    segmenter: Segmenter, images: Sequence[np.ndarray], device: torch.device
+) -> Iterator[Tensor]:
+    """The probabilities of each image, of as many at once as ``MOST_PROBABILITIES`` allows."""
+    together: list[np.ndarray] = []
+    for image in images:
+        pixels = sum(one.shape[0] * one.shape[1] for one in [*together, image])
+        if together and pixels * len(segmenter.classes) > MOST_PROBABILITIES:
+            yield from segment_all(segmenter, together, device)
+            together = []
+        together.append(image)
+    if together:
+        yield from segment_all(segmenter, together, device)
+
+
 def score_segmenter(
     segmenter: Segmenter,
     part: Sequence[MaskedImage],
@@ -150,9 +169,8 @@ def score_segmenter(
             good = [p for p, pair in zip(paths, pairs, strict=True) if not isinstance(pair, str)]
             faults += [pair if isinstance(pair, str) else None for pair in pairs]
             found = [pair for pair in pairs if not isinstance(pair, str)]
-            images = [image for image, _ in found]
-            probabilities = segment_all(segmenter, images, device)
-            for path, (_, mask), one in zip(good, found, probabilities, strict=True):
+            segmented = _segmented(segmenter, [image for image, _ in found], device)
+            for path, (_, mask), one in zip(good, found, segmented, strict=True):
                 target = torch.from_numpy(mask).to(device).long()
                 logits = resize_probabilities(one, *mask.shape).clamp_min(1e-8).log()
                 losses.append(float(segmentation_loss(logits[None], target[None])))
@@ -168,9 +186,9 @@ def score_segmenter(
                 if units is not None:
                     either = of_image.sum(axis=0) + of_image.sum(axis=1)
                     pixels.append(np.stack([np.diag(of_image), either]))
-                file, frame = split_path(path)
-                if frame is not None:
-                    volumes[file] = volumes.get(file, 0) + of_image
+                volume = volume_of(path)
+                if volume is not None:
+                    volumes[volume] = volumes.get(volume, 0) + of_image
             if progress is not None:
                 progress(len(pairs))
     report_broken([one.path for one in part], faults)

@@ -233,7 +233,7 @@ def segment_all(
                 sums[n] = window.new_zeros(window.shape[0], *resized[n].shape[:2])
             sums[n][:, y : y + size, x : x + size] += window * weight
     # probabilities sum to one, so that the sum over classes is the total weight of a pixel
-    return [sums[n] / sums[n].sum(dim=0) for n in range(len(images))]
+    return [sums[n].div_(sums[n].sum(dim=0)) for n in range(len(images))]
 
 
 def resize_probabilities(probabilities: Tensor, height: int, width: int) -> Tensor:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
 from PIL import Image
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from vissl_lite.data.text_file import read_text
 from vissl_lite.errors import UserError, did_you_mean
 from vissl_lite.inference import inference_mode, report_broken
 from vissl_lite.plots import draw_mask
-from vissl_lite.transfer.confidence import Confidence, Cutoff, HeldOut, fit_temperature
+from vissl_lite.transfer.confidence import Confidence, Cutoff, HeldOut, calibrated
 from vissl_lite.transfer.dataset import sample
 from vissl_lite.transfer.prediction import Predictions, growing_file
 from vissl_lite.transfer.segmentation.data import LabelledMasks, MaskedImage
@@ -75,7 +74,7 @@ def measure_confidence(held_out: HeldOut) -> Confidence | None:
     logits, target = held_out.outputs.double(), held_out.target
     if not len(target):
         return None
-    temperature, _ = fit_temperature(logits, target, F.cross_entropy)
+    temperature = calibrated(logits, target, len(np.unique(held_out.images)))
     confidence, best = (logits / temperature).softmax(dim=1).max(dim=1)
     right = (best == target).numpy()
     return Confidence.measured(

@@ -36,6 +36,7 @@ from vissl_lite.transfer.exporting import ExportModel, Normalization
 from vissl_lite.transfer.prediction import Predictions
 from vissl_lite.transfer.pyramid import report_use, shrunk
 from vissl_lite.transfer.segmentation.data import LabelledMasks, load_masks
+from vissl_lite.transfer.segmentation.mask_values import BACKGROUND
 from vissl_lite.transfer.segmentation.metrics import SegmentationScores, score_segmenter
 from vissl_lite.transfer.segmentation.model import (
     Segmenter,
@@ -219,8 +220,9 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
         return np.array(means, np.float32), report_broken(paths, faults)
 
     def write_skeleton(self, paths: Sequence[str], classes: Sequence[str], folder: Path) -> Path:
-        # the first class is the background, which has no objects
-        return super().write_skeleton(paths, classes[1:], folder)
+        # the background has no objects
+        has_background = bool(classes) and classes[0].lower() in (*BACKGROUND, "0")
+        return super().write_skeleton(paths, classes[has_background:], folder)
 
     def export_model(self, model: Segmenter, folder: Path) -> ExportModel:
         encoder = model.encoder

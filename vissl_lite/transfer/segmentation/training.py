@@ -19,7 +19,7 @@ from vissl_lite.errors import UserError, did_you_mean
 from vissl_lite.training.fit import NO_FILES, TrainingFiles
 from vissl_lite.training.hardware import Hardware
 from vissl_lite.transfer.finetuning import train
-from vissl_lite.transfer.pyramid import PyramidTraining
+from vissl_lite.transfer.pyramid import PyramidTraining, freeze_unused
 from vissl_lite.transfer.segmentation.data import LabelledMasks, MaskedImage
 from vissl_lite.transfer.segmentation.metrics import score_segmenter
 from vissl_lite.transfer.segmentation.model import Segmenter, keeps_own_scale, segmentation_loss
@@ -148,8 +148,10 @@ def build_segmenter(
         data: Data set with the classes.
         settings: The seed determines the weights of the head.
     """
+    own = copy.deepcopy(encoder)
+    freeze_unused(own)
     torch.manual_seed(settings.seed)
-    return Segmenter(copy.deepcopy(encoder), data.classes)
+    return Segmenter(own, data.classes)
 
 
 def train_segmenter(

@@ -164,10 +164,12 @@ def groups_of_others(paths: Sequence[str], log: ReadingLog) -> list[frozenset[st
 
 
 def _below_each(path: str) -> list[str]:
-    """The whole path, and the path below each of its folders, such as ``a/b.png`` and ``b.png``."""
+    """The whole path, and the path below each of its folders, such as ``a/b.png`` and ``b.png``.
+
+    So is the name of an image in a shard, which stands behind ``!``.
+    """
     whole = Path(path).as_posix()
-    parts = whole.lstrip("/").split("/")
-    return [whole, *("/".join(parts[start:]) for start in range(len(parts)))]
+    return [whole, *(whole[mark.end() :] for mark in re.finditer("[/!]", whole))]
 
 
 def _relative(path: str, folders: Sequence[Path]) -> str:

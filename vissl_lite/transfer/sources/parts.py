@@ -87,9 +87,8 @@ def complete_parts(
     exclusive: bool,
     seed: int,
     log: ReadingLog,
-    need_test: bool = True,
-    need_val: bool = True,
     groups: Callable[[Sequence[T]], np.ndarray] | None = None,
+    complete: bool = True,
 ) -> dict[Split, list[T]]:
     """Make the parts that are not given; images of a given part never move to another.
 
@@ -106,10 +105,10 @@ def complete_parts(
         seed: Seed of a validation part that is made. The test part does not depend on it, so that
             it stays the same from run to run.
         log: Gets the origins of the parts, and the sentence on them.
-        need_test: Whether a missing test part is made.
-        need_val: Whether a missing validation part is made.
         groups: Function to the group ``(N,)`` of each of N items; no group is divided. None for
             items that are all apart.
+        complete: Whether missing parts are made; otherwise they stay empty, and images without a
+            part count as training images.
 
     Raises:
         UserError: There are no images to train on, or too few or too few groups to make a test
@@ -119,11 +118,13 @@ def complete_parts(
     parts = {name: list(given.get(name, ())) for name in PARTS}
     unnamed = list(given.get(None, ()))
     held_out = "20 % of the training images"
-    if any(parts.values()) and unnamed:
+    if not complete:
+        parts["train"] += unnamed
+    elif any(parts.values()) and unnamed:
         log.add("image without a part, left out", str(unnamed[0]), len(unnamed))
     elif unnamed:
         parts["train"] = unnamed
-    if not parts["train"]:
+    if not parts["train"] and (complete or not any(parts.values())):
         found = " and ".join(name for name in PARTS if parts[name])
         if not found:
             raise UserError(f"{log.source} has no labelled images that can be used")
@@ -134,7 +135,10 @@ def complete_parts(
     origins: dict[str, str] = {n: log.origins.get(n, "as given") for n in PARTS if parts[n]}
     together = ", no group in two parts" if groups else ""
     how = f"stratified by class{together}, seed 0"
-    if not parts["test"] and not parts["val"] and need_test:
+    if not complete:
+        log.origins = origins
+        return {name: parts[name] for name in PARTS}
+    if not parts["test"] and not parts["val"]:
         everything = parts["train"]
         _check_groups(everything, groups, log)
         rest, test = divide(everything, TEST_SHARE, 0)
@@ -157,11 +161,11 @@ def complete_parts(
                 f"{log.source} has {len(everything)} images, too few to train, validate and test: "
                 f"three or more are needed"
             )
-    elif not parts["test"] and need_test:
+    elif not parts["test"]:
         parts["test"], parts["val"] = parts["val"], []
         origins["test"] = f"validation part, {origins.pop('val')}"
         log.split = "No test part was found: the given validation part is the test part."
-    if not parts["val"] and need_val:
+    if not parts["val"]:
         parts["train"], parts["val"] = divide(parts["train"], VAL_SHARE, seed)
         origins["val"] = f"{held_out}, seed {seed}"
         log.val_from_train = True

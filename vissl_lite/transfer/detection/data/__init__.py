@@ -215,7 +215,7 @@ def load_boxes(
             f"annotations with --annotations"
         )
     groups = find_groups(sorted(by_image), [source], options.group_by, reading)
-    parts = complete_parts(images, _rarest_labels, False, seed, reading, complete, complete, groups)
+    parts = complete_parts(images, _rarest_labels, False, seed, reading, groups, complete)
     data = LabelledBoxes(classes, **parts, reading=reading, with_shapes=with_shapes)
     reading.report()
     if complete:

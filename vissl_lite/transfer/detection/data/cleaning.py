@@ -144,7 +144,7 @@ def _placement(
         repairs.add("size not given, read from the image", path)
         return lambda boxes: boxes
     if annotated_size == (width, height):
-        if orientation == 1:  # many tools swap the two, and few rotate images
+        if orientation not in ON_ITS_SIDE:  # many tools swap the two
             repairs.add("size with height and width swapped, read from the image", path)
             return lambda boxes: boxes
         repairs.add("image annotated before its EXIF rotation, boxes rotated", path)
