@@ -29,6 +29,7 @@ from benchmarks.common import (
     provenance,
     where_and_when,
 )
+from vissl_lite.comparison.statistics import Difference
 
 JOBS: dict[str, list[object]] = {
     "cifar10": ["--fractions", 0.001, 0.01, 0.1, 1, "--image_size", 32],
@@ -65,7 +66,7 @@ def comparison_tables(job: str) -> str:
             rows.append([arm, *(plus_minus(one) for one in by_amount.values())])
             if arm != results["baseline"]:
                 gains = [found["differences"][arm][amount] for amount in by_amount]
-                cells = [f"{g['mean']:+.3f} ({g['low']:+.3f} to {g['high']:+.3f})" for g in gains]
+                cells = [f"{g['mean']:+.3f} ({Difference(**g).interval})" for g in gains]
                 rows.append(["difference, 95 %", *cells])
         labels = [f"{count:,} labels ({amount})" for amount, count in results["labels"].items()]
         parts.append(markdown_table([f"{protocol}, test {found['metric']}", *labels], rows))

@@ -21,6 +21,7 @@ from typing import Any, get_args
 
 from benchmarks.common import keep, load, markdown_table, plus_minus, provenance, where_and_when
 from vissl_lite.comparison.simulation import Selector
+from vissl_lite.comparison.statistics import Difference
 
 ALL = ["--selection", *get_args(Selector), "--protocols", "linear"]
 UCMERCED = ["--image_size", 64, "--upright", "false"]
@@ -45,7 +46,7 @@ def table(job: str) -> str:
             rows.append([f"`{method}`", *(plus_minus(cell) for cell in by_amount.values())])
             if method != found["baseline"]:
                 gains = [one["differences"][method][amount] for amount in by_amount]
-                cells = [f"{g['mean']:+.3f} ({g['low']:+.3f} to {g['high']:+.3f})" for g in gains]
+                cells = [f"{g['mean']:+.3f} ({Difference(**g).interval})" for g in gains]
                 rows.append(["difference, 95 %", *cells])
         amounts = [f"{name}" for name in found["labels"]]
         parts.append(markdown_table([f"{protocol}, test {one['metric']}", *amounts], rows))
