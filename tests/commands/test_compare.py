@@ -185,7 +185,7 @@ def test_the_same_weights_at_two_sizes_are_two_encoders(
 def test_the_same_weights_pooled_in_another_way_are_another_encoder(
     labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder = build_encoder("test_resnet", 32)
+    encoder = build_encoder("test_resnet", 128)
     save_encoder(encoder, tmp_path / "mean", {})
     save_encoder(encoder, tmp_path / "max", {})
     config = tmp_path / "max" / "config.json"

@@ -11,7 +11,7 @@ from vissl_lite.cli import main
 from vissl_lite.commands.pretrain_options import PretrainOptions
 from vissl_lite.commands.pretrain_setup import make_task, optimizer_settings
 from vissl_lite.encoders.encoder import Encoder, build_encoder, open_residual_branches
-from vissl_lite.encoders.folder import save_encoder
+from vissl_lite.encoders.folder import load_encoder, save_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.optim import OptimizerSettings
 from vissl_lite.pretext import PRETEXTS
@@ -97,6 +97,9 @@ def test_residual_branches_open_at_half_of_their_scale() -> None:
     assert not any(scale.any() for scale in scales)
     open_residual_branches(encoder)
     assert all((scale == 0.5).all() for scale in scales)
+    # a baseline begins like the training that is compared with it
+    baseline = load_encoder("random:test_resnet", 32).model
+    assert (baseline.get_submodule(last[0]).weight == 0.5).all()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from vissl_lite.transfer.finetuning import TransferModel, TransferSettings, free
 from vissl_lite.transfer.pyramid import Pyramid, PyramidTraining, freeze_unused, report_use
 
 BACKBONES = ("test_resnet", "test_vit", "test_convnext", "vit_slim_patch4_32")
-PARTLY_USED = ("test_vit", "test_convnext", "test_efficientnet")
+PARTLY_USED = ("test_vit", "test_convnext", "test_efficientnet", "hrnet_w18_small")
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -57,8 +57,8 @@ def test_gradient_reaches_the_first_layer(backbone: str) -> None:
 @pytest.mark.parametrize("finest", [4, 8])
 def test_what_no_gradient_reaches_is_frozen(backbone: str, finest: int) -> None:
     encoder = build_encoder(backbone, 64)
-    freeze_unused(encoder)
     pyramid = Pyramid(encoder, 32, finest)
+    freeze_unused(encoder, pyramid)
     maps = pyramid(encoder.stages(torch.rand(2, 3, 64, 64)))
     torch.stack([level.sum() for level in maps]).sum().backward()
     trained = [parameter.requires_grad for parameter in encoder.parameters()]

@@ -33,6 +33,7 @@ from vissl_lite.encoders.encoder import (
     adapt_encoder,
     build_encoder,
     first_line,
+    open_residual_branches,
     patch_multiple,
 )
 from vissl_lite.errors import UserError, check_count
@@ -106,7 +107,8 @@ def load_encoder(
 
     Args:
         source: A run, an encoder folder, ``timm:NAME`` (pre-trained weights from the hub) or
-            ``random:NAME`` (untrained; reproducible through ``torch.manual_seed``).
+            ``random:NAME`` (untrained, with open residual branches; reproducible through
+            ``torch.manual_seed``).
         image_size: Side of the images in pixels for ``timm:`` and ``random:``; default: that of
             the backbone. Ignored for folders, which record their size.
         images: Images that it is used on. An encoder of photographs is adapted to images that are
@@ -117,7 +119,10 @@ def load_encoder(
     """
     kind, _, name = str(source).partition(":")
     if name and kind in ("timm", "random"):
-        return build_encoder(name, image_size, kind == "timm", images.reader)
+        encoder = build_encoder(name, image_size, kind == "timm", images.reader)
+        if kind == "random":  # as for pre-training, which is compared with it
+            open_residual_branches(encoder)
+        return encoder
     folder = Path(source)
     if not folder.exists():
         raise UserError(

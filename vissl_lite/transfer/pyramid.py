@@ -2,6 +2,7 @@
 
 import logging
 from collections import OrderedDict
+from collections.abc import Callable
 
 import cv2
 import numpy as np
@@ -153,7 +154,7 @@ def report_use(encoder: Encoder, source: str) -> None:
     Raises:
         UserError: The gradient reaches none of them, so that the encoder would not be trained.
     """
-    used = _used_tensors(encoder)
+    used = _used_tensors(encoder, list)
     unused = [name for name, reached in used.items() if not reached]
     if len(unused) == len(used):
         raise UserError(f"none of the {len(used)} tensors of {source} would be used")
@@ -166,27 +167,35 @@ def report_use(encoder: Encoder, source: str) -> None:
     )
 
 
-def freeze_unused(encoder: Encoder) -> None:
-    """Freeze the tensors of an encoder that a pyramid's gradient does not reach.
+def freeze_unused(encoder: Encoder, pyramid: Pyramid) -> None:
+    """Freeze the tensors of an encoder that the gradient of a pyramid does not reach.
 
     On several devices, weights that no gradient reaches would stop the training.
 
     Args:
         encoder: Encoder of the model.
+        pyramid: Pyramid over its stages.
     """
-    for name, reached in _used_tensors(encoder).items():
+    for name, reached in _used_tensors(encoder, pyramid).items():
         encoder.model.get_parameter(name).requires_grad_(reached)
 
 
-def _used_tensors(encoder: Encoder) -> dict[str, bool]:
-    """Whether a pyramid's gradient reaches each tensor of an encoder that is not frozen."""
+def _used_tensors(
+    encoder: Encoder, maps_of: Callable[[list[Tensor]], list[Tensor]]
+) -> dict[str, bool]:
+    """Whether the gradient of maps reaches each tensor of an encoder that is not frozen.
+
+    Args:
+        encoder: Encoder of the model.
+        maps_of: Makes the maps of the stages of the encoder.
+    """
     size = encoder.image_size
     device = next(encoder.parameters()).device
     was_training = encoder.training
     encoder.eval()
     images = torch.zeros(1, len(encoder.mean), size, size, device=device)
     named = [(name, p) for name, p in encoder.model.named_parameters() if p.requires_grad]
-    total = sum(stage.sum() for stage in encoder.stages(images))
+    total = sum(one.sum() for one in maps_of(encoder.stages(images)))
     assert isinstance(total, Tensor)
     gradients = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
     encoder.train(was_training)

@@ -190,10 +190,11 @@ def build_detector(encoder: Encoder, data: LabelledBoxes, settings: DetectorSett
     """
     canvas = choose_canvas(data.train, encoder)
     anchor_scale = choose_anchor_scale(data.train, settings.detector, canvas, encoder)
-    own = copy.deepcopy(encoder)
-    freeze_unused(own)
     torch.manual_seed(settings.seed)
-    return Detector(own, data.classes, settings.detector, canvas, anchor_scale)
+    own = copy.deepcopy(encoder)
+    detector = Detector(own, data.classes, settings.detector, canvas, anchor_scale)
+    freeze_unused(own, detector.net.backbone.pyramid)
+    return detector
 
 
 def train_detector(

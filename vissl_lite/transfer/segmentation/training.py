@@ -148,10 +148,10 @@ def build_segmenter(
         data: Data set with the classes.
         settings: The seed determines the weights of the head.
     """
-    own = copy.deepcopy(encoder)
-    freeze_unused(own)
     torch.manual_seed(settings.seed)
-    return Segmenter(own, data.classes)
+    segmenter = Segmenter(copy.deepcopy(encoder), data.classes)
+    freeze_unused(segmenter.encoder, segmenter.pyramid)
+    return segmenter
 
 
 def train_segmenter(
