@@ -161,6 +161,23 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(
     assert len(calls) == 4 * 2
 
 
+def features_used(
+    one: Path, other: Path, labelled: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[np.ndarray, np.ndarray]:
+    """The features by which a comparison judges two encoders first and last."""
+    original, used = runner.evaluate_frozen, []
+
+    def noted(protocol: Any, features: Any, *more: Any) -> Any:
+        used.append(features.by_layer["last"])
+        return original(protocol, features, *more)
+
+    monkeypatch.setattr(runner, "evaluate_frozen", noted)
+    arms = ("--encoder", one, other, "--baseline", one)
+    how = ("--protocols", "knn", "--shots", 2, "--out", one.parent / "run")
+    assert run("compare", *arms, *how, "--data", labelled) == 0
+    return used[0], used[-1]
+
+
 def test_the_same_weights_at_two_sizes_are_two_encoders(
     labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,17 +186,8 @@ def test_the_same_weights_at_two_sizes_are_two_encoders(
     larger = build_encoder("test_resnet", 64)
     larger.load_state_dict(encoder.state_dict())
     save_encoder(larger, tmp_path / "large", {})
-    original, used = runner.evaluate_frozen, []
-
-    def noted(protocol: Any, features: Any, *more: Any) -> Any:
-        used.append(features.by_layer["last"])
-        return original(protocol, features, *more)
-
-    monkeypatch.setattr(runner, "evaluate_frozen", noted)
-    arms = ("--encoder", tmp_path / "small", tmp_path / "large", "--baseline", tmp_path / "small")
-    how = ("--protocols", "knn", "--shots", 2, "--out", tmp_path / "run")
-    assert run("compare", *arms, *how, "--data", labelled) == 0
-    assert np.abs(used[0] - used[-1]).max() > 1e-3
+    first, last = features_used(tmp_path / "small", tmp_path / "large", labelled, monkeypatch)
+    assert np.abs(first - last).max() > 1e-3
 
 
 def test_the_same_weights_pooled_in_another_way_are_another_encoder(
@@ -192,17 +200,8 @@ def test_the_same_weights_pooled_in_another_way_are_another_encoder(
     content = json.loads(config.read_text())
     content["model_args"] = {**content.get("model_args", {}), "global_pool": "max"}
     config.write_text(json.dumps(content))
-    original, used = runner.evaluate_frozen, []
-
-    def noted(protocol: Any, features: Any, *more: Any) -> Any:
-        used.append(features.by_layer["last"])
-        return original(protocol, features, *more)
-
-    monkeypatch.setattr(runner, "evaluate_frozen", noted)
-    arms = ("--encoder", tmp_path / "mean", tmp_path / "max", "--baseline", tmp_path / "mean")
-    how = ("--protocols", "knn", "--shots", 2, "--out", tmp_path / "run")
-    assert run("compare", *arms, *how, "--data", labelled) == 0
-    assert np.abs(used[0] - used[-1]).max() > 1e-3
+    first, last = features_used(tmp_path / "mean", tmp_path / "max", labelled, monkeypatch)
+    assert np.abs(first - last).max() > 1e-3
 
 
 @pytest.mark.slow

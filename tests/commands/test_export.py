@@ -198,7 +198,7 @@ def test_a_copy_in_timms_format(kind: str, encoder: Path, tuned: Path, tmp_path:
 
 
 def test_of_a_folder_of_the_hub_the_encoder_is_written(tmp_path: Path) -> None:
-    """Its classes have no names, so that it is no model."""
+    """Its classes have no names, so it is not a model."""
     hub, out = tmp_path / "hub", tmp_path / "copy"
     timm.models.save_for_hf(timm.create_model("test_resnet"), hub, safe_serialization=True)
     vissl_lite.export(encoder=hub, format="safetensors", out=out)

@@ -32,6 +32,17 @@ def tuned(encoder: Path, labelled: Path, tmp_path_factory: pytest.TempPathFactor
     return out
 
 
+@pytest.mark.parametrize(
+    ("classes", "warned"),
+    [(["Left kidney", "spleen", "right kidney"], True), (["left turn", "cleft", "right"], False)],
+)
+def test_classes_of_two_sides_are_warned_of(
+    classes: list[str], warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    command._warn_of_sides(classes)
+    assert [getattr(one, "code", "") for one in caplog.records] == ["data.sides"] * warned
+
+
 def test_a_table_of_classes_with_different_metrics(capsys: pytest.CaptureFixture[str]) -> None:
     """Of masks, only some classes have a metric."""
     scores: Any = SimpleNamespace(

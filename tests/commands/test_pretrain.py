@@ -577,16 +577,21 @@ def test_an_open_length_ends_by_itself(
     assert yaml.safe_load((out / "config.yaml").read_text())["max_time"] == "auto"
 
 
+def color_folders(folder: Path, images: int) -> None:
+    """Write a class folder of each of three colors, with images of different brightness."""
+    for channel, name in enumerate(("red", "green", "blue")):
+        (folder / name).mkdir(parents=True)
+        for index in range(images):
+            color = np.eye(3)[channel] * (100 + 10 * index)
+            image = Image.fromarray(np.tile(color.astype(np.uint8), (32, 32, 1)))
+            image.save(folder / name / f"{index}.png")
+
+
 def test_watching_never_uses_the_test_images_of_probe(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Class folders without parts, of which every command makes the same test part."""
-    for channel, name in enumerate(("red", "green", "blue")):
-        (tmp_path / "set" / name).mkdir(parents=True)
-        for index in range(10):
-            color = np.eye(3)[channel] * (100 + 10 * index)
-            image = Image.fromarray(np.tile(color.astype(np.uint8), (32, 32, 1)))
-            image.save(tmp_path / "set" / name / f"{index}.png")
+    color_folders(tmp_path / "set", 10)
     watched = []
 
     class Noted(EncoderMetrics):
@@ -606,13 +611,8 @@ def test_watching_never_uses_the_test_images_of_probe(
 def test_labelled_images_of_which_none_can_be_held_out_are_refused(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for part, images in (("train", 1), ("test", 2)):
-        for channel, name in enumerate(("red", "green")):
-            (tmp_path / "set" / part / name).mkdir(parents=True)
-            for index in range(images):
-                color = np.eye(3)[channel] * (100 + 10 * index)
-                image = Image.fromarray(np.tile(color.astype(np.uint8), (32, 32, 1)))
-                image.save(tmp_path / "set" / part / name / f"{index}.png")
+    color_folders(tmp_path / "set" / "train", 1)
+    color_folders(tmp_path / "set" / "test", 2)
     options = ["--data", photos, *SMALL, "--epochs", 1, "--out", tmp_path / "run"]
     assert run(*options, "--probe_data", tmp_path / "set") == 2
     assert "has no validation images, and each class has a single" in capsys.readouterr().err

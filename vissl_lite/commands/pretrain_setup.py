@@ -90,10 +90,7 @@ def make_encoder(
     elif source.startswith(("timm:", "random:")):
         name = source.partition(":")[2]
         size = image_size or patch_multiple(name, suitable_size(images.paths))
-        if source.startswith("random:"):
-            encoder = build_encoder(name, size, reader=images.reader)
-        else:
-            encoder = load_encoder(source, size, images)
+        encoder = build_encoder(name, size, source.startswith("timm:"), images.reader)
     else:
         raise UserError(
             f"no encoder at {source}: give a run, an encoder folder, timm:NAME, random:NAME or a "

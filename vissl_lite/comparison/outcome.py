@@ -176,7 +176,7 @@ class Outcome:
         words = (
             f"{encoder} {what}: {self._in_words(protocol)} {overall.mean:+.3f} against "
             f"{self.baseline} ({over}{interval}, "
-            f"{self._seeds(encoder, protocol)}{self._over_groups(protocol)})."
+            f"{self._seeds(encoder, protocol, overall)}{self._over_groups(protocol)})."
         )
         # Only for the smallest such amount, where pre-training matters most.
         for name, (equal, exact) in list(equivalent.items())[:1]:
@@ -194,7 +194,7 @@ class Outcome:
         metric = self.metric[protocol]
         return f"{PROTOCOL_WORDS[protocol]} {METRIC_WORDS.get(metric, metric)}"
 
-    def _seeds(self, encoder: str, protocol: str) -> str:
+    def _seeds(self, encoder: str, protocol: str, overall: Difference) -> str:
         """The number of seeds in words, and whether none of them made a difference."""
         number = len(self.seeds)
         runs = [
@@ -204,11 +204,7 @@ class Outcome:
         ]
         if number > 1 and all(np.ptp(values) == 0 for values in runs):
             same = f"{number} seeds, which all gave the same"
-            found = self.runs(encoder, protocol, next(iter(self.labels)))
-            images = 0 if found.per_image is None else found.per_image.shape[1]
-            units = images if self.units is None else len(np.unique(self.units))
-            covers_images = images > 0 and units > 1
-            return f"{same}: it covers the test images alone" if covers_images else same
+            return same if overall.low is None else f"{same}: it covers the test images alone"
         return f"{number} seeds"
 
     def _over_groups(self, protocol: str) -> str:

@@ -32,6 +32,7 @@ from vissl_lite.transfer.detection.training import (
     train_detector,
 )
 from vissl_lite.transfer.sources.reading_log import ReadingLog
+from vissl_lite.transfer.tasks import TASKS
 
 
 def squares(folder: Path, count: int, seed: int) -> list[BoxedImage]:
@@ -84,6 +85,20 @@ def trained(encoder: Encoder, data: LabelledBoxes, settings: DetectorSettings) -
     train_detector(detector, data, settings)
     choose_threshold(detector, data)
     return detector
+
+
+@pytest.mark.parametrize("boxes", [100, 101])
+def test_more_boxes_than_a_detector_gives_are_warned_of(
+    boxes: int, data: LabelledBoxes, caplog: pytest.LogCaptureFixture
+) -> None:
+    crowd = BoxedImage(
+        "crowd.png", (64, 64), np.tile(np.float32([1, 1, 9, 9]), (boxes, 1)),
+        np.zeros(boxes, np.int64), np.zeros(boxes, bool),
+    )  # fmt: skip
+    crowded = replace(data, train=[*data.train, crowd])
+    TASKS["detection"].check(build_encoder("test_resnet", 64), crowded, SETTINGS)
+    codes = [getattr(record, "code", "") for record in caplog.records]
+    assert codes == ["data.many_boxes"] * (boxes > 100)
 
 
 @pytest.mark.slow

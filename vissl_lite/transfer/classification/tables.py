@@ -290,8 +290,8 @@ def _check_classes(table: Table, name: str, cells: Sequence[str], certain: bool)
     if len(distinct) == len(filled) > 10 and not certain:
         raise UserError(
             f"{table.file}: the column {brief(name)} has a different value for each of "
-            f"{len(filled)} images, such as {brief(filled[0])}, so it seems to be no class: give "
-            f"another column, or this one, with --label_column; it has "
+            f"{len(filled)} images, such as {brief(filled[0])}, so it does not seem to be a class: "
+            f"give another column, or this one, with --label_column; it has "
             f"{brief(', '.join(table.columns))}"
         )
 
