@@ -140,6 +140,12 @@ ARMS: dict[str, list[object]] = {
     "distillation, fixed views, lr 0.006": [*FIXED, "--lr", 0.006],
     "distillation, fixed views, color 0.25": [*FIXED, "--pretext.color", 0.25],
     "distillation, fixed views, smallest crop 0.4": [*FIXED, "--pretext.min_crop_scale", 0.4],
+    "distillation, fixed views, smallest crop 0.4, color 0.25": [
+        *[*FIXED, "--pretext.min_crop_scale", 0.4, "--pretext.color", 0.25]
+    ],
+    "distillation, fixed views, smallest crop 0.6, color 0.1": [
+        *[*FIXED, "--pretext.min_crop_scale", 0.6, "--pretext.color", 0.1]
+    ],
     "distillation, fixed views, smallest crop 0.4, color 0.25, temperature 0.04": [
         *[*FIXED, "--pretext.min_crop_scale", 0.4],
         *["--pretext.color", 0.25, "--pretext.temperature", 0.04],
