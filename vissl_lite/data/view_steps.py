@@ -77,7 +77,9 @@ class RandomResizedCrop(Step):
 
     Up to ``CROP_TRIES`` times it draws an area, uniformly, and the logarithm of an aspect ratio,
     uniformly; the first rectangle that fits into the image gets a random place: top, then left are
-    drawn. If none fits, the largest central part with an allowed aspect ratio is taken.
+    drawn. If none fits, as in most strips and panoramas, the largest part with an allowed aspect
+    ratio is taken, at a random place too, and not in the center as torchvision does: the ends of
+    long images would hardly ever be seen.
 
     Args:
         size: Height and width of the result in pixels.
@@ -102,10 +104,11 @@ class RandomResizedCrop(Step):
             rows = round(math.sqrt(share * area / ratio))
             columns = round(math.sqrt(share * area * ratio))
             if 0 < rows <= height and 0 < columns <= width:
-                top = random.randint(0, height - rows)
-                return Crop(top, random.randint(0, width - columns), rows, columns)
-        rows, columns = min(height, round(width / low)), min(width, round(height * high))
-        return Crop((height - rows) // 2, (width - columns) // 2, rows, columns)
+                break
+        else:
+            rows, columns = min(height, round(width / low)), min(width, round(height * high))
+        top = random.randint(0, height - rows)
+        return Crop(top, random.randint(0, width - columns), rows, columns)
 
     def cut(self, image: np.ndarray, crop: Crop, whole: tuple[int, int]) -> np.ndarray:
         """Crop and resize a part of an image.
