@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
@@ -274,17 +275,16 @@ def test_labels_of_earlier_rounds_are_in_the_csv(page: Page, tmp_path: Path) -> 
 
 
 @pytest.fixture
-def phone(browser: Browser, file: Path) -> Iterator[Page]:
+def phone(browser: Browser) -> Iterator[Page]:
     context = browser.new_context(
         viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True
     )
-    page = context.new_page()
-    show(page, file)
-    yield page
+    yield context.new_page()
     context.close()
 
 
 def test_a_phone_is_enough(phone: Page, file: Path, tmp_path: Path) -> None:
+    show(phone, file)
     phone.tap("#accept")
     phone.tap("#classes button:nth-child(3)")
     phone.tap("#skip")
@@ -307,6 +307,30 @@ def test_a_phone_is_enough(phone: Page, file: Path, tmp_path: Path) -> None:
     assert phone.locator("#picture").bounding_box()["y"] >= 0
     saved(phone, tmp_path / "labels.csv")
     assert len(classes_in(tmp_path / "labels.csv")) == 3
+
+
+def test_a_hundred_images_are_labelled_on_a_phone(phone: Page, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0)
+    paths = [str(tmp_path / f"{number}.jpg") for number in range(100)]
+    for path in paths:
+        Image.fromarray(noise.integers(0, 256, (120, 160, 3), np.uint8)).save(path)
+    classes, file = [f"class {number}" for number in range(12)], tmp_path / "label.html"
+    write_label_page(file, [LabelImage(path) for path in paths], classes, "Many")
+    show(phone, file)
+    for number in range(100):
+        phone.tap(f"#classes button:nth-child({number % 12 + 1})")
+        if number == 60:  # in the middle of the work, the phone is put away
+            phone.reload()
+            expect(phone.locator("#place")).to_have_text("62 / 100")
+        assert phone.evaluate("""() => {
+          const strip = document.getElementById("strip").getBoundingClientRect()
+          const current = document.querySelector("#strip [aria-current]").getBoundingClientRect()
+          return strip.left <= current.left && current.right <= strip.right
+        }""")
+    expect(phone.locator("#counter")).to_have_text("100 of 100 labelled")
+    saved(phone, tmp_path / "labels.csv")
+    found = classes_in(tmp_path / "labels.csv")
+    assert found == {path: classes[number % 12] for number, path in enumerate(paths)}
 
 
 def test_hostile_names_are_shown_as_text_and_written_as_they_are(
