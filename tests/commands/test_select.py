@@ -21,6 +21,7 @@ from vissl_lite.transfer.classification.model import (
 )
 from vissl_lite.transfer.confidence import Confidence
 from vissl_lite.transfer.tasks import TASKS
+from vissl_lite.transfer.trained_on import save_trained_on
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +227,10 @@ def test_excluded_images_are_not_chosen(
     assert "1 of the 20 images that --exclude names are not among the images of --data" in said
     assert run(*given[:4], "--budget", 6, "--exclude", table, "--out", tmp_path / "many") == 2
     assert "there are 5 images without a label that --exclude does not" in capsys.readouterr().err
+    table.write_text(f"path,not_usable\n{known[0]},1\n")
+    twice = ("--data", known[0].parent, photos)
+    assert run(*given[:2], *twice, *given[4:], "--out", tmp_path / "twice") == 0
+    assert "are not among the images" not in (tmp_path / "twice" / "log.txt").read_text()
     table.write_text("file\na.png\n")
     assert run(*given, "--out", tmp_path / "none") == 2
     assert f"--exclude {table} has no column path" in capsys.readouterr().err
@@ -288,6 +293,37 @@ def test_a_model_that_does_not_count_is_said(
     assert "k_center does not use the uncertainty" in (tmp_path / "run" / "log.txt").read_text()
 
 
+def test_images_that_a_model_knows_and_nobody_named_are_said(
+    encoder: Path, model: Path, photos: Path, tmp_path: Path
+) -> None:
+    known = sorted(photos.rglob("*.jpg"))[:4]
+    tuned = tmp_path / "tuned"
+    shutil.copytree(model, tuned)
+    save_trained_on(tuned / "model", [str(path) for path in known])
+    table = tmp_path / "labels.csv"
+    given = ("--encoder", encoder, "--data", photos, "--budget", 2, "--model", tuned)
+    for count in (3, 4):
+        lines = "".join(f"{path},cat\n" for path in known[:count])
+        table.write_text(f"path,class\n{lines}")
+        assert run(*given, "--labelled", table, "--out", tmp_path / str(count)) == 0
+    said = [(tmp_path / str(count) / "log.txt").read_text() for count in (3, 4)]
+    assert "1 images of --data are among those that --model was trained on" in said[0]
+    assert "that --model was trained on" not in said[1]
+
+
+def test_a_model_of_several_labels_gets_no_page_of_one_class(
+    encoder: Path, photos: Path, tmp_path: Path
+) -> None:
+    tuned, table = tmp_path / "tuned", tmp_path / "tags.csv"
+    several = Classifier(load_encoder(encoder), ["cat", "dog"], multi_label=True)
+    save_classifier(several, tuned / "model", {})
+    first = sorted(photos.rglob("*.jpg"))[:2]
+    table.write_text(f"path,labels\n{first[0]},cat\n{first[1]},dog\n")
+    given = ("--encoder", encoder, "--data", photos, "--budget", 2, "--model", tuned)
+    assert run(*given, "--labelled", table, "--out", tmp_path / "run") == 0
+    assert not (tmp_path / "run" / "label.html").exists()
+
+
 def test_a_page_of_too_many_images_is_not_written(
     encoder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,6 +335,33 @@ def test_a_page_of_too_many_images_is_not_written(
         assert (out / "label.html").exists() == written
         said = "No label.html is written" in (out / "log.txt").read_text()
         assert said != written
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("to_label.csv", b"path,label\n/a.png,cat\n/b.png,\n"),
+        ("to_label.csv", b"path;label\r\n/a.png;cat\r\n"),
+        ("to_label.csv", "path\tlabel\r\n/a.png\tcat\r\n".encode("utf-16")),
+        ("to_label.csv", "path,Class\n/a.png,mà\n".encode("cp1252")),
+        ("to_label.json", b'{"images": [], "annotations": [{"id": 1}], "categories": []}'),
+        ("to_label.json", b"<xml>"),
+    ],
+)
+def test_labels_that_were_filled_in_are_not_overwritten(
+    encoder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str,
+    content: bytes,
+) -> None:  # fmt: skip
+    task = "detection" if name.endswith("json") else "classification"
+    given = ("--encoder", encoder, "--data", photos, "--out", tmp_path / "run", "--budget", 2)
+    given = (*given, "--task", task, "--method", "random")
+    assert run(*given) == 0
+    assert run(*given, "--overwrite") == 0  # nothing was filled in
+    file = tmp_path / "run" / name
+    file.write_bytes(content)
+    assert run(*given, "--overwrite") == 2
+    assert f"{file} was changed since it was written" in capsys.readouterr().err
+    assert file.read_bytes() == content
 
 
 def test_other_tasks_get_a_coco_file(encoder: Path, photos: Path, tmp_path: Path) -> None:
@@ -315,11 +378,6 @@ def test_other_tasks_get_a_coco_file(encoder: Path, photos: Path, tmp_path: Path
     content |= {"annotations": [box], "categories": [{"id": 1, "name": "cell"}]}
     labelled = tmp_path / "labelled.json"
     labelled.write_text(json.dumps(content))
-    # nor are these labels deleted where they were asked for
-    (tmp_path / "run" / "to_label.json").write_text(json.dumps(content))
-    again = (*given, "--budget", 2, "--task", "detection", "--method", "random", "--overwrite")
-    assert run(*again) == 2
-    assert json.loads((tmp_path / "run" / "to_label.json").read_text()) == content
     given = ("--encoder", encoder, "--data", photos, "--out", tmp_path / "next")
     assert run(*given, "--budget", 2, "--task", "detection", "--labelled", labelled) == 0
     later = {row["path"] for row in rows(tmp_path / "next" / "selected.csv")}

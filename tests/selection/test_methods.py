@@ -114,7 +114,19 @@ def test_probcover_goes_on_when_all_is_covered() -> None:
     found = probcover(np.ones((12, 3), np.float32), 5)
     assert len(set(found.indices.tolist())) == 5
     assert found.reasons[0].startswith("12 images")
-    assert found.reasons[1].startswith("0 images")
+    assert found.reasons[1:] == ["random"] * 4
+
+
+def test_herding_covers_all_images_once_the_uncertain_ones_are_covered() -> None:
+    features = np.repeat(np.eye(20, dtype=np.float32), 3, axis=0)  # 20 pictures, each three times
+    uncertainty = np.zeros(60, np.float32)
+    uncertainty[[0, 1, 30]] = 1
+    found = herding(features, 22, uncertainty=uncertainty)
+    assert {index // 3 for index in found.indices[:2].tolist()} == {0, 10}
+    assert {index // 3 for index in found.indices[:20].tolist()} == set(range(20))
+    assert found.reasons[1].startswith("raises the coverage of uncertain images by 0.")
+    assert found.reasons[2].startswith("raises the coverage by 0.0")
+    assert found.reasons[20:] == ["random"] * 2
 
 
 def test_k_center_takes_the_farthest() -> None:

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +43,7 @@ from vissl_lite.transfer.sources.opening import unpacked
 from vissl_lite.transfer.sources.reading_log import ReadingLog
 from vissl_lite.transfer.sources.tables import read_table
 from vissl_lite.transfer.tasks import AnyTask, find_model, find_task, reading_settings
+from vissl_lite.transfer.trained_on import load_trained_on
 
 log = logging.getLogger(__name__)
 
@@ -194,8 +195,8 @@ def select(options: SelectOptions) -> SelectResult:
     filled = filled_skeleton(out)
     if filled is not None:
         raise UserError(
-            f"{filled} has labels, which --overwrite would delete: move it elsewhere, or give "
-            f"another --out"
+            f"{filled} was changed since it was written, for example by adding labels, which "
+            f"--overwrite would delete: move it elsewhere, or give another --out"
         )
     task, model, temperature = _find_task(options)
     pool = _without(find_images(sources), path_list(options.exclude or []))
@@ -209,6 +210,8 @@ def select(options: SelectOptions) -> SelectResult:
     known = set(map(os.path.abspath, labelled.paths))
     grouping = _groups(paths, options)
     _check_budget(options, paths, known, grouping)
+    if model_folder is not None:
+        _check_known(model_folder, pool, known)
     encoder = encoder_for_images(os.fspath(options.encoder), options.image_size, paths, options)
     if model is not None and options.method not in ("herding", "margin"):
         log.warning(
@@ -335,9 +338,9 @@ def _find_task(options: SelectOptions) -> tuple[AnyTask, TrainedModel | None, fl
 
 
 def _read_labels(options: SelectOptions, task: AnyTask, model: TrainedModel | None) -> KnownImages:
-    """The labelled images of all parts."""
+    """The labelled images of all parts; their classes if each has one, also for the model."""
+    one_class = task.takes_shots and not getattr(model, "multi_label", False)
     if options.labelled is None:
-        one_class = task.takes_shots and not getattr(model, "multi_label", False)
         return KnownImages([], [], [] if one_class else None)
     source = Path(options.labelled)
     if not source.exists():
@@ -345,7 +348,26 @@ def _read_labels(options: SelectOptions, task: AnyTask, model: TrainedModel | No
     # groups are those of all images, and splits do not matter
     settings = reading_settings(task, options.replace(group_by=None, per_group=None))
     found: KnownImages = task.labelled_images(str(unpacked(source)), settings)
-    return found
+    return found if one_class else replace(found, labels=None)
+
+
+def _check_known(model_folder: Path, pool: Sequence[str], known: set[str]) -> None:
+    """Warn of images that a model was trained on and that --labelled does not name.
+
+    Args:
+        model_folder: Folder of the model.
+        pool: Images to choose from.
+        known: Absolute paths of the labelled images.
+    """
+    trained_on = set(load_trained_on(model_folder) or [])
+    unnamed = trained_on.intersection(map(os.path.abspath, pool)) - known
+    if unnamed:
+        log.warning(
+            "%(images)d images of --data are among those that --model was trained on, and count as "
+            "not labelled: give what is labelled as --labelled",
+            {"images": len(unnamed)},
+            extra={"code": "selection.labelled_unknown"},
+        )
 
 
 def _without(pool: list[str], tables: Sequence[str]) -> list[str]:
@@ -360,7 +382,7 @@ def _without(pool: list[str], tables: Sequence[str]) -> list[str]:
         folder = Path(name).parent
         excluded |= {os.path.abspath(folder / path) for path in table.cells(column) if path}
     kept = [path for path in pool if os.path.abspath(path) not in excluded]
-    missing = len(excluded) - (len(pool) - len(kept))
+    missing = len(excluded.difference(map(os.path.abspath, pool)))
     if missing:
         log.warning(
             "%(missing)d of the %(excluded)d images that --exclude names are not among the images "

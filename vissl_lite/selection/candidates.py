@@ -25,6 +25,11 @@ class Selection:
     indices: np.ndarray
     reasons: list[str]
 
+    def then(self, later: "Selection") -> "Selection":
+        """This one, followed by another one."""
+        indices = np.concatenate([self.indices, later.indices])
+        return Selection(indices, [*self.reasons, *later.reasons])
+
 
 class Candidates:
     """The images that may still be chosen. A selection uses it up: make one for each.

@@ -137,12 +137,13 @@ def greedy_cover(
         targets: ``(M, D)`` unit vectors to cover: the points, or a ``sample`` of them.
         covered: ``(M,)`` similarity of each target to what covers it already.
         weights: ``(M,)`` weight of each target.
-        seed: Seed of the sample, and of what is chosen once no candidate in it gains anything.
+        seed: Seed of the sample.
         most: Maximum number of candidates that are considered, but ``POOL`` for each to be chosen.
         block: See ``blocks``.
 
     Returns:
-        Indices, and the gain of each: the sum over targets of weight times increase.
+        Indices, and the gain of each: the sum over targets of weight times increase. Fewer than
+        the budget if no further candidate gains anything.
     """
     pool = sample(candidates.open, max(most, POOL * budget), seed)
 
@@ -157,7 +158,6 @@ def greedy_cover(
     places = np.arange(len(pool))
     bounds = gains_of(pool)
     exact = np.ones(len(pool), bool)
-    at_random = np.random.default_rng(seed)
     chosen: list[int] = []
     gains: list[float] = []
     while len(chosen) < budget and candidates.remaining:
@@ -174,8 +174,7 @@ def greedy_cover(
             exact[top] = True
         index, gain = int(pool[best]), float(bounds[best])
         if gain <= 0:
-            index = int(at_random.choice(np.flatnonzero(candidates.open)))
-            gain = float(gains_of(np.array([index]))[0])
+            break
         chosen.append(index)
         gains.append(gain)
         candidates.take(index)

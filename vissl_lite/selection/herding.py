@@ -4,8 +4,10 @@ MaxHerding (Bae et al. 2024, arXiv 2407.12212, algorithm 1) chooses the images t
 best. Uncertainty Herding (Bae et al. 2025, arXiv 2412.20644, algorithm 1) weights the coverage of
 each image by how uncertain the model is of it, and narrows the kernel as labels become dense: to
 the smallest distance between two labelled images. With few labels that is representative sampling,
-with many it becomes uncertainty sampling. Of more than ``coverage.MAX_IMAGES`` images, random
-samples are considered, as in the code of the authors, BorealisAI/uherding.
+with many it becomes uncertainty sampling. Once all uncertain images are covered, as they soon are
+if a detector is certain of most, MaxHerding chooses the rest, and chance once all are covered. Of
+more than ``coverage.MAX_IMAGES`` images, random samples are considered, as in the code of the
+authors, BorealisAI/uherding.
 """
 
 import numpy as np
@@ -24,6 +26,7 @@ from vissl_lite.selection.coverage import (
     squared_distances,
     unit_features,
 )
+from vissl_lite.selection.uniform import uniform
 
 # Radius of the kernel on features of length 1, as in the code of the authors.
 RADIUS = 1.0
@@ -73,7 +76,15 @@ def herding(
     total = max(float(weights.sum()), 1e-12)
     what = "" if uncertainty is None else " of uncertain images"
     reasons = [f"raises the coverage{what} by {gain / total:.4f}" for gain in gains]
-    return Selection(np.array(chosen, np.int64), reasons)
+    found, missing = Selection(np.array(chosen, np.int64), reasons), budget - len(chosen)
+    if missing == 0:
+        return found
+    taken = np.concatenate([labelled, found.indices])
+    if uncertainty is None:
+        return found.then(uniform(features, missing, taken, seed=seed, candidates=candidates))
+    return found.then(
+        herding(features, missing, taken, seed=seed, candidates=candidates, most=most, block=block)
+    )
 
 
 def adapted_radius(points: Tensor, labelled: np.ndarray, block: int = BLOCK) -> float:

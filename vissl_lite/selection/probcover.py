@@ -21,6 +21,7 @@ from vissl_lite.selection.coverage import (
     top_hat,
     unit_features,
 )
+from vissl_lite.selection.uniform import uniform
 
 # Share of the balls that are to hold images of one cluster only (section 4.1).
 PURITY = 0.95
@@ -67,7 +68,9 @@ def probcover(
     reasons = [
         f"{gain:.0f} {what} within {radius:.3f} that no image before covers" for gain in gains
     ]
-    return Selection(np.array(chosen, np.int64), reasons)
+    found, missing = Selection(np.array(chosen, np.int64), reasons), budget - len(chosen)
+    taken = np.concatenate([labelled, found.indices])
+    return found.then(uniform(features, missing, taken, seed=seed, candidates=candidates))
 
 
 def pure_radius(points: Tensor, clusters: np.ndarray, block: int = BLOCK) -> float:

@@ -1,19 +1,21 @@
 """Files of images without labels, which people or labelling tools fill."""
 
 import csv
+import io
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from vissl_lite.data.atomic_file import write_atomically
 from vissl_lite.data.formats import image_size
 from vissl_lite.data.images import BROKEN_IMAGE
 from vissl_lite.data.json_file import read_json
-from vissl_lite.data.text_file import csv_writer, read_text
+from vissl_lite.data.text_file import csv_writer, read_bytes
 from vissl_lite.errors import UserError
 
 TABLE_SKELETON, COCO_SKELETON = "to_label.csv", "to_label.json"
+
+TABLE_HEADER = ["path", "label"]
 
 
 def write_table_skeleton(file: Path, paths: Sequence[str]) -> Path:
@@ -26,7 +28,7 @@ def write_table_skeleton(file: Path, paths: Sequence[str]) -> Path:
         paths: Image files.
     """
     with csv_writer(file) as rows:
-        rows.writerow(["path", "label"])
+        rows.writerow(TABLE_HEADER)
         rows.writerows([path, ""] for path in paths)
     return file
 
@@ -53,14 +55,30 @@ def write_coco_skeleton(file: Path, paths: Sequence[str], classes: Sequence[str]
 
 
 def filled_skeleton(folder: Path) -> Path | None:
-    """The file in a folder that somebody has added labels to; None if there is none."""
-    table, annotated = folder / TABLE_SKELETON, folder / COCO_SKELETON
-    with suppress(OSError, UserError, csv.Error):
-        rows = csv.DictReader(read_text(table).splitlines())
-        if any((row.get("label") or "").strip() for row in rows):
-            return table
-    with suppress(OSError, UserError):
-        content = read_json(annotated)
-        if isinstance(content, dict) and content.get("annotations"):
-            return annotated
+    """The file in a folder that somebody has changed since it was written; None if there is none.
+
+    Spreadsheets save tables with other separators, encodings and headers, and a tool may write a
+    file that is not JSON: whatever is not an empty skeleton may hold labels.
+    """
+    empty = {TABLE_SKELETON: _is_empty_table, COCO_SKELETON: _is_empty_coco}
+    for name, check in empty.items():
+        if (folder / name).exists() and not check(folder / name):
+            return folder / name
     return None
+
+
+def _is_empty_table(file: Path) -> bool:
+    try:
+        text = read_bytes(file).decode("utf-8", "surrogateescape")
+        header, *rows = csv.reader(io.StringIO(text, newline=""))
+    except (UserError, csv.Error, ValueError):  # ValueError: it has no rows
+        return False
+    return header == TABLE_HEADER and all(row[1:] == [""] for row in rows)
+
+
+def _is_empty_coco(file: Path) -> bool:
+    try:
+        content = read_json(file)
+    except UserError:
+        return False
+    return isinstance(content, dict) and content.get("annotations") == []
