@@ -246,6 +246,18 @@ def test_groups_have_so_many_images(encoder: Path, tmp_path: Path) -> None:
     chosen = rows(tmp_path / "run" / "selected.csv")
     groups = sorted(Path(row["path"]).parent.name for row in chosen)
     assert groups == ["p0", "p0", "p1", "p1", "p2", "p2", "p3", "p3"]
+    # the table that is filled in has them, too, and so has that of the page
+    table = rows(tmp_path / "run" / "to_label.csv")
+    assert [row["group"] for row in table] == [Path(row["path"]).parent.name for row in table]
+    known = page_content(tmp_path / "run" / "label.html")["groups"]
+    assert {known[row["path"]] for row in table} == {"p0", "p1", "p2", "p3"}
+    lines = [f"{row['path']},{'ab'[i % 2]},{row['group']}" for i, row in enumerate(table)]
+    (tmp_path / "labels.csv").write_text("\n".join(["path,class,group", *lines]) + "\n")
+    later = (*given[:4], "--out", tmp_path / "later", "--labelled", tmp_path / "labels.csv")
+    assert run(*later, "--budget", 4, "--per_group", 3, "--group_by", "(p.)/[0-9]+[.]png$") == 0
+    content = page_content(tmp_path / "later" / "label.html")
+    assert len(content["labelled"]) == 8
+    assert {content["groups"][path] for path, _ in content["labelled"]} == {"p0", "p1", "p2", "p3"}
 
 
 def test_groups_are_found_below_an_archive(encoder: Path, tmp_path: Path) -> None:

@@ -274,6 +274,22 @@ def test_labels_of_earlier_rounds_are_in_the_csv(page: Page, tmp_path: Path) -> 
     expect(page.locator("#message")).to_contain_text("Labels: 1 and 1 from before")
 
 
+def test_groups_are_a_column_of_the_csv(page: Page, tmp_path: Path) -> None:
+    paths = [str(tmp_path / f"{name}.png") for name in ("old", "new", "other")]
+    for path in paths:
+        Image.new("RGB", (8, 8), "red").save(path)
+    groups = {paths[0]: "p1", paths[1]: "p,2"}
+    file, images = tmp_path / "label.html", [LabelImage(path) for path in paths[1:]]
+    write_label_page(file, images, ["moss"], "Plants", [(paths[0], "moss")], groups)
+    show(page, file)
+    press(page, "1", "1")
+    assert saved(page, tmp_path / "labels.csv") == "".join(
+        f"{row}\r\n"
+        for row in ("path,class,group", f"{paths[0]},moss,p1", f'{paths[1]},moss,"p,2"',
+                    f"{paths[2]},moss,")
+    )  # fmt: skip
+
+
 @pytest.fixture
 def phone(browser: Browser) -> Iterator[Page]:
     context = browser.new_context(
@@ -376,6 +392,19 @@ def test_a_browser_that_keeps_nothing_says_so(page: Page, file: Path, tmp_path: 
     page.reload()
     assert asked == ["beforeunload"]
     expect(page.locator("#counter")).to_have_text("0 of 6 labelled")
+
+
+def test_progress_that_cannot_be_read_is_not_replaced(opened: Page, file: Path) -> None:
+    press(opened, "1", "1")
+    expect(opened.locator("#counter")).to_have_text("2 of 6 labelled")
+    fails = opened.context.new_page()
+    fails.add_init_script("IDBObjectStore.prototype.get = () => { throw new Error('busy') }")
+    opened.goto("about:blank")
+    show(fails, file)
+    expect(fails.locator("#no-storage")).to_be_visible()
+    press(fails, "3")
+    show(opened, file)
+    expect(opened.locator("#counter")).to_have_text("2 of 6 labelled")
 
 
 def test_the_same_page_in_two_windows_is_one(opened: Page, file: Path) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -267,7 +267,11 @@ def select(options: SelectOptions) -> SelectResult:
         )
         covers = _covers(features, labelled_at, chosen, counted)
         _write_table(run / SELECTED, absolute, selection, covers, uncertainty)
-        skeleton = task.write_skeleton([absolute[i] for i in chosen], classes, run)
+        # Only those of an expression: finetune finds patients and volumes in the files itself.
+        written = None
+        if grouping is not None and options.group_by is not None:
+            written = {os.path.abspath(path): group for path, group in grouping.items()}
+        skeleton = task.write_skeleton([absolute[i] for i in chosen], classes, run, written)
         results: dict[str, Any] = {
             "method": options.method,
             "task": task.name,
@@ -296,7 +300,14 @@ def select(options: SelectOptions) -> SelectResult:
             )  # fmt: skip
         if page:
             _write_page(
-                run / LABEL_PAGE, absolute, features, chosen, labelled, labelled_at, classes
+                run / LABEL_PAGE,
+                absolute,
+                features,
+                chosen,
+                labelled,
+                labelled_at,
+                classes,
+                written,
             )
         log.info(
             "%d of %d images are chosen by %s; coverage %.3f before, %.3f with them (%.3f with a "
@@ -526,6 +537,7 @@ def _write_page(
     labelled: KnownImages,
     labelled_at: np.ndarray,
     classes: Sequence[str],
+    groups: Mapping[str, str] | None,
 ) -> None:
     """Write the page in which a person labels the chosen images.
 
@@ -537,6 +549,7 @@ def _write_page(
         labelled: Labelled images, of one class each.
         labelled_at: Indices of those that can be read.
         classes: Names of the classes.
+        groups: Groups of all images by an expression; None without one.
     """
     class_of = _classes_by_path(labelled)
     labelled_at = np.array([i for i in labelled_at if paths[i] in class_of], dtype=int)
@@ -553,17 +566,17 @@ def _write_page(
             )
             for index, near, similarities in zip(chosen, *nearest, strict=True)
         ]
-    # A table with all labels would mix training and test images that are kept apart, and has no
-    # groups.
-    separate = labelled.parts_given or labelled.grouped
+    # A table with all labels would mix training and test images that are kept apart, and has the
+    # groups of a column for some images alone.
+    separate = labelled.parts_given or (labelled.grouped and groups is None)
     before = [] if separate else [*class_of.items()]
     if separate and class_of:
         log.info(
             "The table that %s saves has the new labels only, since the known ones have %s",
             file.name,
-            "groups" if labelled.grouped else "a validation or test part",
+            "a validation or test part" if labelled.parts_given else "groups",
         )
-    write_label_page(file, images, classes, f"{len(images)} images to label", before)
+    write_label_page(file, images, classes, f"{len(images)} images to label", before, groups)
 
 
 def _write_table(

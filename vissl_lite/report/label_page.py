@@ -4,7 +4,7 @@ import hashlib
 import json
 from base64 import b64encode
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from io import BytesIO
@@ -72,6 +72,7 @@ def write_label_page(
     classes: Sequence[str],
     title: str,
     labelled: Sequence[tuple[str, str]] = (),
+    groups: Mapping[str, str] | None = None,
 ) -> None:
     """Write the page atomically as one file, which loads nothing else.
 
@@ -92,6 +93,8 @@ def write_label_page(
         title: Title of the page.
         labelled: Path and class of images that were labelled before. ``labels.csv`` begins with
             them, so that one file has the labels of all rounds.
+        groups: Group of each path that has one, such as a patient, for a column ``group`` of
+            ``labels.csv``: ``load_labelled`` divides no group. None for no such column.
 
     Raises:
         UserError: None of the images can be read.
@@ -142,6 +145,7 @@ def write_label_page(
         "images": shown,
         "thumbnails": thumbnails,
         "labelled": [row for row in labelled if row[0] not in here],
+        "groups": groups,
     }
     # "<" would let a path end the script element; json.dumps escapes all that is not ASCII.
     script = Markup(json.dumps(content).replace("<", "\\u003c"))

@@ -5,7 +5,7 @@ docs/extending.md for one to start from.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -361,7 +361,13 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
         """
         raise UserError(f"--model: --task {self.name} has no measure of uncertainty")
 
-    def write_skeleton(self, paths: Sequence[str], classes: Sequence[str], folder: Path) -> Path:
+    def write_skeleton(
+        self,
+        paths: Sequence[str],
+        classes: Sequence[str],
+        folder: Path,
+        groups: Mapping[str, str] | None = None,
+    ) -> Path:
         """Write a file of images without labels, to be filled by hand or with a labelling tool.
 
         By default it is in COCO's format.
@@ -370,6 +376,8 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
             paths: Image files.
             classes: Names of the classes; empty if they are not known yet.
             folder: Folder to write to.
+            groups: Groups of images that have one; COCO's format has no place for them. None if
+                there are none.
 
         Returns:
             The file, ``to_label.json`` or ``to_label.csv``.

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vissl_lite.data.atomic_file import write_atomically
@@ -15,21 +15,25 @@ from vissl_lite.errors import UserError
 
 TABLE_SKELETON, COCO_SKELETON = "to_label.csv", "to_label.json"
 
-TABLE_HEADER = ["path", "label"]
+TABLE_HEADERS = (["path", "label"], ["path", "label", "group"])
 
 
-def write_table_skeleton(file: Path, paths: Sequence[str]) -> Path:
+def write_table_skeleton(
+    file: Path, paths: Sequence[str], groups: Mapping[str, str] | None = None
+) -> Path:
     """Write a table with the columns ``path`` and ``label``, which is empty.
 
-    ``finetune`` leaves out rows whose label is still empty.
+    ``finetune`` leaves out rows whose label is still empty, and divides no group.
 
     Args:
         file: CSV file to write.
         paths: Image files.
+        groups: Groups of images that have one, for a column ``group``; None for no such column.
     """
     with csv_writer(file) as rows:
-        rows.writerow(TABLE_HEADER)
-        rows.writerows([path, ""] for path in paths)
+        rows.writerow(TABLE_HEADERS[groups is not None])
+        more = [[] if groups is None else [groups.get(path, "")] for path in paths]
+        rows.writerows([path, "", *one] for path, one in zip(paths, more, strict=True))
     return file
 
 
@@ -73,7 +77,7 @@ def _is_empty_table(file: Path) -> bool:
         header, *rows = csv.reader(io.StringIO(text, newline=""))
     except (UserError, csv.Error, ValueError):  # ValueError: it has no rows
         return False
-    return header == TABLE_HEADER and all(row[1:] == [""] for row in rows)
+    return header in TABLE_HEADERS and all(len(row) > 1 and row[1] == "" for row in rows)
 
 
 def _is_empty_coco(file: Path) -> bool:

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -249,8 +249,14 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
         probabilities = model.probabilities(logits.double() / temperature)
         return margin_uncertainty(probabilities, model.multi_label).numpy(), good
 
-    def write_skeleton(self, paths: Sequence[str], classes: Sequence[str], folder: Path) -> Path:
-        return write_table_skeleton(folder / TABLE_SKELETON, paths)
+    def write_skeleton(
+        self,
+        paths: Sequence[str],
+        classes: Sequence[str],
+        folder: Path,
+        groups: Mapping[str, str] | None = None,
+    ) -> Path:
+        return write_table_skeleton(folder / TABLE_SKELETON, paths, groups)
 
     def export_model(self, model: Classifier, folder: Path) -> ExportModel:
         encoder = model.encoder

@@ -219,10 +219,16 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
                 means.append(float(1 - (first - second).mean()))
         return np.array(means, np.float32), report_broken(paths, faults)
 
-    def write_skeleton(self, paths: Sequence[str], classes: Sequence[str], folder: Path) -> Path:
+    def write_skeleton(
+        self,
+        paths: Sequence[str],
+        classes: Sequence[str],
+        folder: Path,
+        groups: Mapping[str, str] | None = None,
+    ) -> Path:
         # the background has no objects
         has_background = bool(classes) and classes[0].lower() in (*BACKGROUND, "0")
-        return super().write_skeleton(paths, classes[has_background:], folder)
+        return super().write_skeleton(paths, classes[has_background:], folder, groups)
 
     def export_model(self, model: Segmenter, folder: Path) -> ExportModel:
         encoder = model.encoder
