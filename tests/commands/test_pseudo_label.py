@@ -7,10 +7,11 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 import vissl_lite
@@ -18,9 +19,11 @@ from tests.conftest import with_pictures
 from vissl_lite.cli import main
 from vissl_lite.commands import self_training
 from vissl_lite.commands.self_training import (
+    PseudoLabels,
     check_same_reading,
     load_pseudo_labels,
     read_unlabelled,
+    self_train,
 )
 from vissl_lite.data.image_reader import ImageReader
 from vissl_lite.data.image_survey import ImageSettings
@@ -74,7 +77,9 @@ def rows_of(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(table))
 
 
-def test_confident_predictions_are_written_as_labels(pseudo_labels: Path, pool: Path) -> None:
+def test_confident_predictions_are_written_as_labels(
+    tuned: Path, pseudo_labels: Path, pool: Path
+) -> None:
     rows = rows_of(pseudo_labels / "pseudo_labels.csv")
     results = json.loads((pseudo_labels / "results.json").read_text())
     assert results["images"] == 33
@@ -90,6 +95,12 @@ def test_confident_predictions_are_written_as_labels(pseudo_labels: Path, pool: 
     assert {path.parents[1].name for path in trained_on} == {"train"}
     assert len(list((pseudo_labels / "pictures").iterdir())) == 2
     assert "report.html" in {path.name for path in pseudo_labels.iterdir()}
+    said = (pseudo_labels / "log.txt").read_text()
+    config = yaml.safe_load((tuned / "config.yaml").read_text())
+    assert (
+        f"vissl-lite finetune --task classification --encoder {config['encoder']} "
+        f"--data {config['data']} --pseudo_labels {pseudo_labels} --out"
+    ) in said
 
 
 def test_a_number_is_taken_as_it_is(tuned: Path, pool: Path, tmp_path: Path) -> None:
@@ -117,6 +128,59 @@ def test_later_rounds_read_the_images_as_pseudo_label_did(
     self_training._label_again(task, data, model, unlabelled, tmp_path / "2")
     assert used == [7]
     assert encoder.reader is own
+
+
+class Rounds:
+    """What ``self_train`` calls, with labels and models that are only counted."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: int = 99) -> None:
+        self.labelled, self.read, self.fails = 0, list[str](), fails
+        monkeypatch.setattr(self_training, "_label_again", self.label_again)
+        monkeypatch.setattr(self_training, "load_pseudo_labels", self.load)
+        self.task: Any = SimpleNamespace(evaluate=lambda *_: None)
+
+    def label_again(self, *given: Any) -> None:
+        self.labelled += 1
+        given[-1].mkdir(parents=True)
+        (given[-1] / "pseudo_labels.csv").write_text(f"labels {self.labelled}")
+
+    def load(self, task: Any, folder: Path, data: Any) -> PseudoLabels:
+        self.read.append((folder / "pseudo_labels.csv").read_text())
+        return PseudoLabels(data, {})
+
+    def train(self, run: Path, resume: bool = False) -> list[Any]:
+        def fit(data: Any, number: int) -> Any:
+            if number >= self.fails:
+                raise UserError("out of memory")
+            return SimpleNamespace(model=None, number=number)
+
+        none = cast("Any", None)
+        first, pool = PseudoLabels(none, {}), cast("Any", "unlabelled")
+        return self_train(self.task, none, first, pool, 2, run, fit, resume)
+
+
+def test_a_round_that_is_resumed_keeps_its_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds = Rounds(monkeypatch)
+    rounds.train(tmp_path)
+    rounds.train(tmp_path, resume=True)
+    assert rounds.read == ["labels 1", "labels 1"]
+    (tmp_path / "rounds" / "2" / "pseudo_labels.csv").rename(
+        tmp_path / "rounds" / "2" / "pseudo_labels.csv.part"
+    )
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: None)
+    rounds.train(tmp_path, resume=True)  # it was stopped while labelling
+    assert rounds.read[2:] == ["labels 2"]
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+def test_a_round_that_fails_ends_them_and_the_models_before_are_kept(
+    fails: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = Rounds(monkeypatch, fails).train(tmp_path)
+    assert [one.fitted.number for one in found] == list(range(fails))
+    assert f"There is no round {fails}: out of memory" in caplog.text
 
 
 def test_images_that_are_read_otherwise_are_refused(tmp_path: Path) -> None:
@@ -313,6 +377,7 @@ def test_boxes_and_masks_are_written_and_trained_on(
     assert run("finetune", *common, *options) == 0
     found = json.loads((out / "results.json").read_text())["pseudo_labels"]
     assert [one["pseudo_labelled"] for one in found["rounds"]] == [0, images]
+    assert all(one["steps"] > 0 for one in found["rounds"])
     gap = found["difference"]
     assert gap["low"] <= gap["mean"] <= gap["high"]
     assert found["verdict"] in ("helped", "no difference", "hurt")

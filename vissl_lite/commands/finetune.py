@@ -44,7 +44,7 @@ from vissl_lite.errors import (
     check_warmup,
 )
 from vissl_lite.leakage.matching import FINGERPRINTS, seen_by
-from vissl_lite.metrics_file import MetricsFile
+from vissl_lite.metrics_file import MetricsFile, read_metrics
 from vissl_lite.optim import canonical_optimizer, check_rates
 from vissl_lite.options import Options, StrPath, command, parse_time
 from vissl_lite.plots import metrics_of_classes, plot_curves
@@ -350,12 +350,17 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
         if pseudo_labels is None:
             fitted = fit(None, 0)
         else:
-            rounds = self_train(task, labelled, pseudo_labels, unlabelled, options.rounds, run, fit)
+            rounds = self_train(
+                task, labelled, pseudo_labels, unlabelled, options.rounds, run, fit, resume
+            )
             monitor = monitor_of(task, labelled, settings.monitor)
             kept = best_round(rounds, monitor)
             fitted = rounds[kept].fitted
             FitFiles(run).use_curve(f"{ROUNDS}/{kept}/{METRICS}")
-            helped = {"pseudo_labels": outcome(rounds, kept, monitor, labelled, labeller.others)}
+            if len(rounds) > 1:
+                steps = [_steps(run / ROUNDS / str(number)) for number in range(len(rounds))]
+                compared = outcome(rounds, kept, monitor, labelled, labeller.others, steps)
+                helped = {"pseudo_labels": compared}
         model: TrainedModel = fitted.model
         if not is_main_process():
             return FinetuneResult(run, run / "model", {}, {})
@@ -397,6 +402,13 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
         add_test_embeddings(run, load_encoder(run / "model"), labelled, options.seed)
         add_report(run)
     return FinetuneResult(run, run / "model", scores.metrics, scores.per_class)
+
+
+def _steps(folder: Path) -> int:
+    """Number of steps of the training that wrote the metrics in a folder."""
+    if not (folder / METRICS).is_file():
+        return 0
+    return 1 + max((int(row["step"]) for row in read_metrics(folder / METRICS)[1]), default=-1)
 
 
 def _finished(out: Path) -> FinetuneResult:

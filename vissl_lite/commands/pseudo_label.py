@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,8 @@ from vissl_lite.data.text_file import write_paths
 from vissl_lite.errors import UserError, check_not_negative, check_positive_share, check_share
 from vissl_lite.options import Options, Paths, StrPath, command, path_list
 from vissl_lite.report.additions import add_report
-from vissl_lite.run import beside, check_out, open_run, write_results
+from vissl_lite.run import beside, check_out, open_run, read_config, write_results
+from vissl_lite.run_folder import RUN_CONFIG
 from vissl_lite.training.progress import progress_bar
 from vissl_lite.transfer.base import TrainedModel
 from vissl_lite.transfer.confidence import Confidence, Cutoff
@@ -155,14 +157,26 @@ def pseudo_label(options: PseudoLabelOptions) -> PseudoLabelResult:
             )
         total = sum(labelled.values())
         log.info("%d labels, from %d images that were read: %s", total, images, file)
-        log.info("Next:")
-        log.info(
-            "  vissl-lite finetune --data LABELLED --pseudo_labels %s --out %s",
-            run,
-            beside(run, "model"),
-        )
+        if total:
+            log.info("Next:")
+            log.info("  %s", _next_command(task.name, folder.parent, run))
         add_report(run)
     return PseudoLabelResult(run, file, images, labelled, cutoff.value)
+
+
+def _next_command(task: str, trained: Path, run: Path) -> str:
+    """The command that trains with the pseudo-labels.
+
+    Args:
+        task: Task of the labels.
+        trained: Run folder of ``finetune``, whose options are given again.
+        run: Data set of the pseudo-labels.
+    """
+    before = read_config(trained) if (trained / RUN_CONFIG).is_file() else {}
+    encoder, data = before.get("encoder") or "ENCODER", before.get("data") or "LABELLED"
+    words = ["vissl-lite", "finetune", "--task", task, "--encoder", encoder, "--data", data]
+    words += ["--pseudo_labels", run, "--out", beside(run, "model")]
+    return shlex.join(map(str, words))
 
 
 def choose_cutoff(

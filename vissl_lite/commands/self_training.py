@@ -40,6 +40,9 @@ log = logging.getLogger(__name__)
 # Folder in a run that has a subfolder for each round.
 ROUNDS = "rounds"
 
+# From so many times the steps on, a longer training may be why pseudo-labels help.
+MUCH_LONGER = 1.25
+
 
 @dataclass(frozen=True)
 class Unlabelled:
@@ -134,7 +137,7 @@ def load_pseudo_labels(task: AnyTask, folder: Path, data: LabelledDataset) -> Ps
     Raises:
         UserError: The data set can't be read, or no image is left.
     """
-    if not any(folder.glob("pseudo_labels.*")):
+    if not _are_there(folder):
         raise UserError(
             f"no pseudo-labels at {folder}: give a folder that vissl-lite pseudo-label has written"
         )
@@ -181,6 +184,11 @@ def load_pseudo_labels(task: AnyTask, folder: Path, data: LabelledDataset) -> Ps
             f"or validation part"
         )
     return PseudoLabels(found.take({"train": kept}), left_out)
+
+
+def _are_there(folder: Path) -> bool:
+    """Whether a folder has pseudo-labels, which get their name when they are complete."""
+    return any(not file.name.endswith(".part") for file in folder.glob("pseudo_labels.*"))
 
 
 def check_labeller(folder: Path, data: LabelledDataset, known_before: Sequence[str]) -> Labeller:
@@ -279,6 +287,7 @@ def self_train(
     rounds: int,
     run: Path,
     fit: Callable[[LabelledDataset | None, int], FittedModel[TrainedModel]],
+    resume: bool = False,
 ) -> list[Round]:
     """Train without pseudo-labels, then with them, for some rounds.
 
@@ -291,9 +300,10 @@ def self_train(
         pseudo_labels: Pseudo-labels of the first round.
         unlabelled: What is labelled in further rounds; None if there are none.
         rounds: Number of trainings with pseudo-labels. There are fewer if the confident predictions
-            of a model are not precise enough for another one.
+            of a model are not precise enough for another one, or if one fails.
         run: Run folder, which gets the pseudo-labels of later rounds.
         fit: Function from the pseudo-labelled images, and the number of the round, to a model.
+        resume: Whether pseudo-labels of later rounds that are in the run folder are used.
 
     Returns:
         The training without pseudo-labels, then those with them.
@@ -301,18 +311,21 @@ def self_train(
     fitted = fit(None, 0)
     done = [Round(fitted, task.evaluate(fitted.model, data), {})]
     for number in range(1, rounds + 1):
-        if number > 1 and unlabelled is not None:
-            folder = run / ROUNDS / str(number)
-            try:
-                pseudo_labels = _label_again(task, data, fitted, unlabelled, folder)
-            except UserError as error:
-                log.warning(
-                    "There is no round %(number)d: %(why)s",
-                    {"number": number, "why": str(error)},
-                    extra={"code": "pseudo_labels.stopped"},
-                )
-                break
-        fitted = fit(pseudo_labels.data, number)
+        try:
+            if number > 1 and unlabelled is not None:
+                folder = run / ROUNDS / str(number)
+                # Labels that a training began with must stay: other hardware may give others.
+                if not (resume and _are_there(folder)):
+                    _label_again(task, data, fitted, unlabelled, folder)
+                pseudo_labels = load_pseudo_labels(task, folder, data)
+            fitted = fit(pseudo_labels.data, number)
+        except UserError as error:  # the models of the rounds before are not lost
+            log.warning(
+                "There is no round %(number)d: %(why)s",
+                {"number": number, "why": str(error)},
+                extra={"code": "pseudo_labels.stopped"},
+            )
+            break
         scores = task.evaluate(fitted.model, data)
         done.append(Round(fitted, scores, pseudo_labels.left_out))
     return done
@@ -324,8 +337,8 @@ def _label_again(
     fitted: FittedModel[TrainedModel],
     unlabelled: Unlabelled,
     folder: Path,
-) -> PseudoLabels:
-    """Label images with a model, which is left as it is, and read the labels."""
+) -> None:
+    """Label images with a model, which is left as it is."""
     cutoff = choose_cutoff(
         fitted.confidence, unlabelled.min_confidence, unlabelled.min_precision, "the model"
     )
@@ -341,7 +354,6 @@ def _label_again(
             task.pseudo_label(fitted.model, cutoff, todo)
     finally:
         encoder.reader = own
-    return load_pseudo_labels(task, folder, data)
 
 
 def best_round(rounds: Sequence[Round], monitor: str) -> int:
@@ -359,7 +371,12 @@ def best_round(rounds: Sequence[Round], monitor: str) -> int:
 
 
 def outcome(
-    rounds: Sequence[Round], kept: int, monitor: str, data: LabelledDataset, others: int
+    rounds: Sequence[Round],
+    kept: int,
+    monitor: str,
+    data: LabelledDataset,
+    others: int,
+    steps: Sequence[int],
 ) -> dict[str, Any]:
     """Whether pseudo-labels helped, for ``results.json``.
 
@@ -375,9 +392,11 @@ def outcome(
         data: Labelled images.
         others: Number of labels of the model that made the first pseudo-labels which ``data`` do
             not have.
+        steps: Number of steps of each training.
 
     Returns:
-        ``rounds`` with the number of pseudo-labelled images, validation and test metrics of each,
+        ``rounds`` with the number of pseudo-labelled images, steps, validation and test metrics of
+        each,
         and, of those with pseudo-labels, the ``difference`` with its interval if there is one and
         its ``verdict`` (``helped``, ``no difference``, ``hurt``, or ``unknown`` without an
         interval); ``kept``, ``monitor``, ``metric``; ``judged``, the number of the round that
@@ -391,6 +410,7 @@ def outcome(
         figures.append(
             {
                 "pseudo_labelled": one.fitted.added,
+                "steps": steps[number],
                 "left_out": one.left_out,
                 "val": one.fitted.chosen.metrics,
                 "test": one.scores.metrics,
@@ -437,6 +457,13 @@ def _sentence(rounds: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) ->
         more = (
             f" The model that made the pseudo-labels knew {result['more_labels']:,} more true "
             f"labels, from which a gain may come."
+        )
+    longer = judged["steps"] / max(1, rounds[0]["steps"])
+    if longer > MUCH_LONGER:
+        more += (
+            f" With them the training had {judged['steps']:,} steps instead of "
+            f"{rounds[0]['steps']:,}, from which a gain may come, too: --max_time gives both the "
+            f"same time."
         )
     return (
         f"Pseudo-labels of {judged['pseudo_labelled']:,} images{of_round}: test {metric} "

@@ -234,6 +234,25 @@ def test_invalid_csv_files(text: str, message: str, tmp_path: Path) -> None:
         load_labelled(tmp_path / "data.csv")
 
 
+@pytest.mark.parametrize("column", ["class", "score"])
+def test_grades_with_a_fraction_are_classes_if_the_user_says_so(
+    column: str, tmp_path: Path
+) -> None:
+    make_class_folders(tmp_path, {"a": 12})
+    lines = [f"a/{number}.jpg,{(1.5, 2.0, 2.5)[number % 3]}" for number in range(12)]
+    (tmp_path / "data.csv").write_text("\n".join([f"path,{column}", *lines]) + "\n")
+    options = LabelOptions(label_column=None if column == "class" else column)
+    assert load_labelled(tmp_path / "data.csv", options=options).classes == ["1.5", "2.0", "2.5"]
+
+
+def test_weights_of_images_that_are_not_used_are_said(tmp_path: Path) -> None:
+    make_class_folders(tmp_path, {"a": 12})
+    lines = [f"a/{number}.jpg,{'xy'[number % 2]},0.5" for number in range(12)]
+    (tmp_path / "data.csv").write_text("\n".join(["path,class,weight", *lines]) + "\n")
+    notes = load_labelled(tmp_path / "data.csv").reading.notes
+    assert any("The column weight of data.csv is not used" in note for note in notes)
+
+
 def test_a_csv_file_that_is_not_text_is_an_error(tmp_path: Path) -> None:
     make_class_folders(tmp_path, {"a": 1})
     (tmp_path / "data.csv").write_bytes(b"path,label\na/0.jpg,\xff\n")

@@ -43,6 +43,13 @@ MULTI_COLUMNS = ("labels", "tags", "classes", "finding_labels")
 # a name (a column class is never divided).
 SEPARATORS, LABEL_SEPARATORS = "[|;,]", "[|;]"
 
+# Columns that other tools write for weights of images in the loss.
+WEIGHT_COLUMNS = ("weight", "weights", "sample_weight")
+
+# Numbers with a fraction are classes if there are at most so many, or of few images each, and the
+# user says that they are.
+MANY_NUMBERS = 20
+
 # Tables that belong to a folder of images by Hugging Face's convention.
 METADATA = ("metadata.csv", "metadata.jsonl")
 
@@ -161,6 +168,12 @@ def read_label_table(
         parts = parts_by_folder(parts, paths, finder)
         log.origins.update({part: "folder names" for part in parts if part is not None})
     groups_of_rows(table, paths, {column, labels.column, *labels.classes}, log)
+    for name in table.columns:
+        if normalized(name) in WEIGHT_COLUMNS and name not in {labels.column, *labels.classes}:
+            log.note(
+                f"The column {brief(name)} of {table.file.name} is not used: only the table of "
+                f"--pseudo_labels has weights of images"
+            )
     images = []
     for path, names, in_part in zip(paths, labels.names, parts, strict=True):
         if path is not None and not names and not labels.multi_label:
@@ -273,14 +286,16 @@ def _whole_numbers(cells: list[str]) -> list[str]:
 def _check_classes(table: Table, name: str, cells: Sequence[str], certain: bool) -> None:
     """Raise a UserError if a column holds measurements or a different value for each image.
 
-    The latter may be a few images of many classes if it is certain that the column holds classes.
+    If it is certain that the column holds classes, these may be few grades such as 1.5, or the
+    images a few of many classes.
     """
     filled = [cell for cell in cells if cell]
     distinct = set(filled)
     numbers = []
     with suppress(ValueError):
         numbers = [float(cell) for cell in distinct]
-    if any(number % 1 for number in numbers):
+    few = certain and len(distinct) <= max(MANY_NUMBERS, len(filled) // 2)
+    if any(number % 1 for number in numbers) and not few:
         first = next(cell for cell in filled if float(cell) % 1)
         raise UserError(
             f"{table.file}: the column {brief(name)} holds numbers such as {first}, which is a "
