@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import Literal
+from typing import Any, Literal
 
 import timm.optim
 import torch
@@ -179,6 +179,20 @@ def default_layer_decay(model: nn.Module) -> float:
     return VIT_LAYER_DECAY if plain else 1.0
 
 
+def layer_matcher(model: nn.Module) -> Any:
+    """How timm groups the parameters of a model into layers; None where it does not say."""
+    matcher = getattr(model, "group_matcher", None)
+    try:
+        return None if matcher is None else matcher(coarse=True)
+    except (AssertionError, NotImplementedError):  # as of RDNet
+        return None
+
+
+def check_layer_decay(model: nn.Module, decay: float | None) -> None:
+    """Raise a UserError if timm does not say which layers a model has, and these matter."""
+    _layer_scales(model, decay)
+
+
 def _layer_scales(model: nn.Module, decay: float | None) -> dict[str, float]:
     """Factor on the learning rate of each parameter of a timm model; empty for 1.
 
@@ -187,12 +201,12 @@ def _layer_scales(model: nn.Module, decay: float | None) -> dict[str, float]:
     """
     if decay is None:
         decay = default_layer_decay(model)
-    matcher = getattr(model, "group_matcher", None)
     if decay == 1:
         return {}
+    matcher = layer_matcher(model)
     if matcher is None:
         raise UserError("--layer_decay: timm does not say which layers this backbone has")
-    layers = group_parameters(model, matcher(coarse=True), reverse=True)
+    layers = group_parameters(model, matcher, reverse=True)
     last = max(layers.values())
     return {name: decay ** (last - layer) for name, layer in layers.items()}
 

@@ -241,6 +241,10 @@ def test_layer_decay_is_that_of_the_encoder_alone() -> None:
         (["--ema", 1], "--ema 1 is not a share"),
         (["--layer_decay", 0], "--layer_decay 0 is not a share"),
         (["--ema", 0.9, "--pretext", "dino"], "dino saves its momentum teacher"),
+        (
+            ["--backbone", "poolformer_s12", "--layer_decay", 0.8],
+            "--layer_decay: timm does not say which layers",
+        ),
     ],
 )
 def test_mistakes(

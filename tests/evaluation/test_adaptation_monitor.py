@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vissl_lite.data.images import find_images
-from vissl_lite.encoders.encoder import build_encoder
+from vissl_lite.encoders.encoder import Encoder, build_encoder
 from vissl_lite.evaluation.adaptation_monitor import AdaptationMonitor, describe_spread
 from vissl_lite.evaluation.online import EncoderMetrics, ImageCounts
 from vissl_lite.training.schedule import Schedule
@@ -34,6 +34,22 @@ def test_the_spread_is_compared_with_that_of_random_weights(
     assert f"effective rank {rank:.1f} (random weights 20.0)" in message
     assert "64 training images" in message
     assert "weak hint" in message
+
+
+def test_random_weights_are_those_of_an_untrained_encoder(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[Encoder] = []
+    given: Any = monitor(photos, online(SPREAD))
+    monkeypatch.setattr(given, "_encoder", build_encoder("resnet10t", 32))
+    monkeypatch.setattr(
+        given._compute, "spread", lambda encoder, images: measured.append(encoder) or SPREAD
+    )
+    given.on_train_start(
+        SimpleNamespace(is_global_zero=True), SimpleNamespace(device=torch.device("cpu"))
+    )
+    branch = measured[0].model.get_parameter("layer1.0.bn2.weight")
+    assert (branch == 0.5).all()
 
 
 def monitor(photos: Path, online: Any, batches: int = 0) -> AdaptationMonitor:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from vissl_lite.encoders.encoder import build_encoder
+from vissl_lite.errors import UserError
 from vissl_lite.pretext.densecl import DenseCL, correspondence
 
 
@@ -36,6 +37,11 @@ def test_a_map_of_one_place_is_said_once(caplog: pytest.LogCaptureFixture) -> No
 
 
 @pytest.mark.slow
+def test_a_backbone_of_several_maps_is_refused_before_the_training() -> None:
+    with pytest.raises(UserError, match="crossvit_9_240 has several feature maps"):
+        DenseCL(build_encoder("crossvit_9_240"))
+
+
 def test_the_weight_mixes_both_losses() -> None:
     losses = []
     for weight in (0.0, 0.25, 1.0):

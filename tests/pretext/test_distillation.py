@@ -271,6 +271,14 @@ def test_a_map_of_one_position_is_said_once_and_left_out(
     assert "resnet10t_slim, the student, at 32 pixels has fewer than 2x2" in caplog.text
 
 
+def test_backbones_of_several_maps_are_refused_before_the_training() -> None:
+    student = build_encoder("crossvit_9_240")
+    with pytest.raises(UserError, match=r"several feature maps.*give --pretext.map_weight 0"):
+        Distillation(student, "random:test_resnet")
+    Distillation(student, "random:test_resnet", map_weight=0)
+    Distillation(student, "random:test_resnet", fixed_views=True)
+
+
 def test_small_views_of_progressive_resizing_are_not_warned_of(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

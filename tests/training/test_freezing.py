@@ -4,10 +4,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
-from vissl_lite.encoders.encoder import build_encoder
+from vissl_lite.encoders.encoder import Encoder, build_encoder
 from vissl_lite.errors import UserError
 from vissl_lite.pretext.byol import BYOL
 from vissl_lite.pretext.moco import MoCo
@@ -76,6 +77,17 @@ def test_attention_projections(backbone: str, place: str) -> None:
 def test_parts_that_a_backbone_lacks(parts: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         select_parameters(build_encoder("test_resnet", 32), parts)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "parts"), [("rdnet_tiny", "blocks:1"), ("poolformer_s12", "blocks:1"),
+                            ("dm_nfnet_f0", "norms")],
+)  # fmt: skip
+def test_what_timm_does_not_tell_apart_is_said_with_a_way_out(backbone: str, parts: str) -> None:
+    with torch.device("meta"):
+        encoder = Encoder(timm.create_model(backbone, num_classes=0), {}, 64)
+    with pytest.raises(UserError, match=f"{backbone} has no .*; --train all trains all of it"):
+        select_parameters(encoder, parts)
 
 
 @pytest.mark.parametrize("parts", ["blocks", "blocks:0", "lora", "lora:0", "lora:-1", "heads"])

@@ -153,7 +153,8 @@ class PretrainOptions(Options, ImageSettings):
     weights, otherwise, as for adapters, 1 (no decrease)."""
     ema: float | None = None
     """Decay of an exponential moving average of the encoder's weights, such as 0.999; the run
-    then saves the average instead of the weights of the last step. Default: no average. Pretexts
+    then saves the average instead of the weights of the last step. After n steps it is at most
+    (1 + n) / (10 + n), so that 0.999 is reached after 9,000 steps. Default: no average. Pretexts
     that save a momentum teacher have one already."""
     warmup: float = 0.1
     """Fraction of the training used for learning rate warmup. With --freeze_share, it is that of

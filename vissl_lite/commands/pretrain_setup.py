@@ -18,7 +18,12 @@ from vissl_lite.encoders.encoder import (
 )
 from vissl_lite.encoders.folder import load_encoder, load_weights, made_here
 from vissl_lite.errors import UserError
-from vissl_lite.optim import OptimizerSettings, check_has_betas, default_layer_decay
+from vissl_lite.optim import (
+    OptimizerSettings,
+    check_has_betas,
+    check_layer_decay,
+    default_layer_decay,
+)
 from vissl_lite.options import StrPath
 from vissl_lite.pretext import PRETEXTS, pretext_class
 from vissl_lite.pretext.base import BACKBONE_KINDS, PretextTask
@@ -321,6 +326,7 @@ def optimizer_settings(
     layer_decay = options.layer_decay
     if layer_decay is None:
         layer_decay = default_layer_decay(task.encoder.model) if options.moves_pretrained else 1.0
+    check_layer_decay(task.encoder.model, layer_decay)
     return replace(
         settings,
         name=name,

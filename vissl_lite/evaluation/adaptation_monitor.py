@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from vissl_lite.encoders.encoder import Encoder, untrained_copy
+from vissl_lite.encoders.encoder import Encoder, open_residual_branches, untrained_copy
 from vissl_lite.evaluation.online import EncoderMetrics, OnlineEvaluation
 from vissl_lite.training.schedule import Schedule
 
@@ -82,6 +82,7 @@ class AdaptationMonitor(Callback):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             untrained = untrained_copy(self._encoder)
+            open_residual_branches(untrained)
         images = self._online.counts.unlabelled
         measured = self._compute.spread(untrained.to(module.device), images)
         log.info("%s", describe_spread(self.before, measured, images))

@@ -128,6 +128,7 @@ class DenseCL(PretextTask):
         check_share("pretext.dense_weight", dense_weight)
         check_sizes(LARGEST_QUEUE, queue_size=queue_size)
         check_sizes(projection_size=projection_size)
+        encoder.map_side()  # raises now if there is no single map
         self.head = DenseHead(encoder.num_features, encoder.map_features, projection_size)
         self.teacher_encoder, self.teacher_head = make_teacher(encoder), make_teacher(self.head)
         self.queue_size, self.projection_size = queue_size, projection_size

@@ -51,15 +51,15 @@ class DINO(PretextTask):
             uses one epoch of a hundred (appendix C).
         hidden_size: Hidden size of the heads (appendix C: 2048).
         bottleneck_size: Number of features before the last layer (appendix C).
-        head_norm: Whether the heads use BatchNorm; default for CNNs only, as in the authors' recipe
-            for ResNet-50.
+        head_norm: Whether the heads use BatchNorm; default true, as in the authors' recipe for
+            ResNet-50, but for backbones of patch tokens such as ViT and Swin.
         local_crops: Number of local crops besides the two global ones; default 6, none below 64
             pixels; the paper uses 8 to 10.
         min_crop_scale: Smallest fraction of the image area in a local crop.
         min_global_crop_scale: Smallest fraction in a global crop (0.4 in the authors' recipes).
         color: Strength of the color distortion; the paper uses about 0.5.
-        drop_path: Rate of stochastic depth in the student; default 0.1 for transformers as in the
-            paper, and 0 for CNNs.
+        drop_path: Rate of stochastic depth in the student; default 0.1 for ViT, Swin and
+            the like as in the paper, and timm's rate, mostly 0, for other backbones.
     """
 
     info = PretextInfo(

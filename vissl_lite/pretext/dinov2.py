@@ -73,8 +73,9 @@ class DINOv2(PretextTask):
     ``configs/imagenet/dinov2.yaml``. These differences from the authors' code follow timm and the
     optimizer that all pretexts share, and were not measured: gradients are clipped by the norm of
     all parameters together, theirs by that of the backbone and of each head; position embeddings do
-    not decay; stochastic depth rises from block to block, theirs has the same rate in all; and the
-    patch embedding has no learning rate of its own, theirs 0.2 times that of the lowest layer.
+    not decay; stochastic depth rises from block to block, theirs has the same rate in all; the
+    patch embedding has no learning rate of its own, theirs 0.2 times that of the lowest layer; and
+    the mask token has the learning rate of the heads, theirs that of the lowest layer.
 
     Args:
         encoder: Encoder to train; a run saves the teacher, which has better features.

@@ -295,6 +295,12 @@ class Distillation(PretextTask):
         self.center = Center(features, CENTER_MOMENTUM)
         self.temperature = temperature
         self.map_weight = MAP_WEIGHT if map_weight is None else map_weight
+        if self.map_weight and not fixed_views:
+            for one in (encoder, self.teacher.encoder):
+                try:
+                    one.map_side()
+                except UserError as error:
+                    raise UserError(f"{error}: give --pretext.map_weight 0") from None
         self.mixup = mixup is None or mixup
         self.min_crop_scale, self.color = min_crop_scale, color
         self.reads_files = fixed_views

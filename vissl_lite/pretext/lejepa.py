@@ -42,8 +42,8 @@ class LeJEPA(PretextTask):
         min_crop_scale: Smallest fraction of the image area in a local crop.
         min_global_crop_scale: Smallest fraction in a global crop; the paper uses 0.3.
         color: Strength of the color distortion; the authors use 0.5, in their small example 1.
-        drop_path: Rate of stochastic depth; default 0.1 for transformers as in the authors'
-            examples, and 0 for CNNs.
+        drop_path: Rate of stochastic depth; default 0.1 for ViT, Swin and the like as in
+            the authors' examples, and timm's rate, mostly 0, for other backbones.
     """
 
     info = PretextInfo(

@@ -40,8 +40,8 @@ class VISReg(PretextTask):
         min_crop_scale: Smallest fraction of the image area in a local crop.
         min_global_crop_scale: Smallest fraction in a global crop.
         color: Strength of the color distortion; the authors use 0.5, and 1 on Imagenette.
-        drop_path: Rate of stochastic depth; default 0.1 for transformers as in the authors' code
-            (up to ViT-L), and 0 for CNNs.
+        drop_path: Rate of stochastic depth; default 0.1 for ViT, Swin and the like as in
+            the authors' code (up to ViT-L), and timm's rate, mostly 0, for other backbones.
     """
 
     info = PretextInfo(

@@ -15,6 +15,7 @@ from vissl_lite.data.stream import Batch
 from vissl_lite.encoders.encoder import Encoder
 from vissl_lite.encoders.lora import adapters, add_adapters
 from vissl_lite.errors import UserError, brief
+from vissl_lite.optim import layer_matcher
 from vissl_lite.training.schedule import Schedule
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def select_parameters(encoder: Encoder, parts: str) -> set[str]:
         found = {
             f"{place}.{name}"
             for place, module in model.named_modules()
-            if "norm" in type(module).__name__.lower()
+            if "norm" in (kind := type(module).__name__.lower()) and "normfree" not in kind
             for name, _ in module.named_parameters(recurse=False)
         }
         kind = "normalization layers with weights"
@@ -76,14 +77,16 @@ def select_parameters(encoder: Encoder, parts: str) -> set[str]:
         found = _last_blocks(encoder, int(parts.removeprefix("blocks:")))
         kind = "blocks or stages that timm tells apart"
     if not found:
-        raise UserError(f"--train {parts}: {encoder.backbone} has no {kind}")
+        raise UserError(
+            f"--train {parts}: {encoder.backbone} has no {kind}; --train all trains all of it"
+        )
     return found
 
 
 def _last_blocks(encoder: Encoder, count: int) -> set[str]:
     """Parameters of the last blocks, by the layers that layer-wise decay is based on as well."""
     model = encoder.model
-    matcher = model.group_matcher(coarse=True) if hasattr(model, "group_matcher") else None
+    matcher = layer_matcher(model)
     if not isinstance(matcher, dict) or not matcher.get("blocks"):
         return set()
     layers = group_parameters(model, matcher, reverse=True)

@@ -13,8 +13,8 @@ def add_drop_path(encoder: Encoder, rate: float | None) -> None:
 
     Args:
         encoder: Changed in place.
-        rate: See ``set_drop_path``; None for 0.1 in transformers, as in the methods above, and for
-            timm's own rate in other backbones, which is 0 in nearly all.
+        rate: See ``set_drop_path``; None for 0.1 in backbones of patch tokens such as ViT and Swin,
+            as in the methods above, and for timm's own rate in others, which is 0 in nearly all.
 
     Raises:
         UserError: The rate is not in [0, 1], or timm has no stochastic depth for this backbone.

@@ -37,6 +37,8 @@ def make_teacher(student: Module) -> Module:
             module.p = 0.0
         elif "drop_rate" in vars(module):  # of timm's models, before their classifier
             vars(module)["drop_rate"] = 0.0
+        elif "aug_active" in vars(module):  # random scales of rotary positions, as in Sapiens 2
+            vars(module)["aug_active"] = False
     return teacher
 
 
