@@ -1,6 +1,8 @@
 """The commands on images with bands: from files to an encoder, a segmenter and their use."""
 
+import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,9 @@ def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_from_volumes_to_predicted_volumes(volumes: Path, tmp_path: Path) -> None:
+def test_from_volumes_to_predicted_volumes(
+    volumes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     common: dict[str, Any] = {"num_workers": 0, "epochs": 1, "upright": False}
     pretrained = vissl_lite.pretrain(
         data=volumes / "images", out=tmp_path / "pre", backbone="test_resnet", image_size=32,
@@ -71,6 +75,27 @@ def test_from_volumes_to_predicted_volumes(volumes: Path, tmp_path: Path) -> Non
     assert predicted.shape == (12, 12, 12)
     assert np.allclose(predicted.affine, image.affine)
     assert set(np.unique(np.asarray(predicted.dataobj))) <= {0, 1}
+    # a list that goes to and fro, and two volumes of one name
+    other = tmp_path / "images" / "scan1.nii"
+    other.parent.mkdir()
+    for number in (0, 1):
+        shutil.copy(volumes / "images" / f"scan{number}.nii.gz", other.parent)
+    other.write_bytes(gzip.decompress((other.parent / "scan1.nii.gz").read_bytes()))
+    places = [("scan0.nii.gz", 3), ("scan1.nii", 2), ("scan0.nii.gz", 4), ("scan1.nii.gz", 5)]
+    lines = [f"{other.parent / name}#{number}" for name, number in places]
+    (tmp_path / "list.txt").write_text("\n".join(lines) + "\n")
+    words = ["--model", found.run, "--data", tmp_path / "list.txt", "--out", tmp_path / "again"]
+    written: dict[str, list[int]] = {}
+
+    def keep(path: str, masks: dict[int, np.ndarray], file: Path) -> None:
+        written[file.name.removesuffix(".part")] = sorted(masks)
+        file.write_bytes(b"")
+
+    monkeypatch.setattr("vissl_lite.data.formats.nifti.write_masks", keep)
+    assert main(["predict", *map(str, words)]) == 0
+    assert written == {
+        "scan0.nii.gz": [3, 4], "scan1.nii.nii.gz": [2], "scan1.nii.gz": [5]
+    }  # fmt: skip
 
 
 @pytest.mark.slow

@@ -3,15 +3,23 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import tifffile
-from PIL import Image
+from PIL import Image, ImageOps
 
+from vissl_lite.data.formats import read_raw
 from vissl_lite.errors import UserError
 from vissl_lite.sample.dataset import make_sample_data
 from vissl_lite.transfer.segmentation.data import LabelledMasks, load_masks
-from vissl_lite.transfer.segmentation.mask_source import IGNORE_INDEX, MaskSource, read_mask
+from vissl_lite.transfer.segmentation.mask_source import (
+    IGNORE_INDEX,
+    MaskSource,
+    color_codes,
+    read_colors,
+    read_mask,
+)
 
 HEIGHT, WIDTH = 6, 8
 
@@ -155,6 +163,76 @@ def test_the_identity_of_slices_is_that_of_their_volumes(tmp_path: Path) -> None
     data = load_masks(tmp_path)
     assert len(data.train) + len(data.val) + len(data.test) == 25
     assert data.identity() == load_masks(tmp_path).identity()
+
+
+@pytest.mark.parametrize("name", ["ct_{}_mask", "mask_ct_{}", "ct_{}"])
+def test_names_of_masks_of_pages_have_their_usual_ends(name: str, tmp_path: Path) -> None:
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    for number in range(4):
+        volume = np.random.default_rng(number).integers(0, 3, (3, 16, 16)).astype(np.uint8)
+        mask_name = name.format(number)
+        for file in (f"images/ct_{number}_img.tif", f"masks/{mask_name}.tif"):
+            tifffile.imwrite(tmp_path / file, volume, photometric="minisblack")
+    data = load_masks(tmp_path)
+    pairs = [
+        (one.path, one.mask.file) for part in (data.train, data.val, data.test) for one in part
+    ]
+    assert len(pairs) == 12
+    for image, of in pairs:
+        stem, _, page = Path(image).name.partition(".tif#")
+        number = stem.split("_")[1]
+        assert Path(of).name == f"{name.format(number)}.tif#{page}"
+
+
+def volume_pair(
+    folder: Path, number: int, image_affine: np.ndarray, mask_affine: np.ndarray
+) -> None:
+    """A volume with a bright cube off the center, and its mask of the same voxels."""
+    for kind in ("images", "labels"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    cube = np.zeros((8, 8, 8), np.uint8)
+    cube[1:4, 1:4] = 1
+    name = f"scan{number}.nii.gz"
+    image = (cube * 100 + number).astype(np.int16)
+    nib.save(nib.Nifti1Image(image, image_affine), folder / "images" / name)
+    nib.save(nib.Nifti1Image(cube, mask_affine), folder / "labels" / name)
+
+
+@pytest.mark.parametrize(
+    ("of_image", "of_mask", "said"),
+    [
+        ((-1, -1, 1), (1, 1, 1), r"\(RAS, .*\) than its image .*\(LPS, "),
+        ((1, 1, 1), (1, 3, 1), r".*along axis 1\) than its image .*along axis 2\)"),
+    ],
+)
+def test_volumes_and_masks_of_other_orientations_are_refused(
+    of_image: tuple[int, ...], of_mask: tuple[int, ...], said: str, tmp_path: Path
+) -> None:
+    one, other = (np.diag([*spacing, 1]).astype(float) for spacing in (of_image, of_mask))
+    for number in range(4):
+        volume_pair(tmp_path / "good", number, one, one)
+        volume_pair(tmp_path / "bad", number, one, other)
+    data = load_masks(tmp_path / "good")
+    first = data.train[0]
+    assert ((read_raw(first.path).pixels[..., 0] >= 100) == first.mask.read()).all()
+    with pytest.raises(UserError, match=f"another orientation {said}"):
+        load_masks(tmp_path / "bad")
+
+
+@pytest.mark.parametrize("color", [False, True])
+def test_masks_are_turned_as_their_exif_data_say(color: bool, tmp_path: Path) -> None:
+    stored = np.zeros((6, 8), np.uint8)
+    stored[0, :3] = 1
+    pixels = stored[..., None] * np.array([200, 0, 0], np.uint8) if color else stored
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "mask.png", exif=exif)
+    found = read_colors(tmp_path / "mask.png") if color else read_mask(tmp_path / "mask.png")
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "mask.png")))
+    expected = color_codes(upright) if color else upright
+    assert found.shape == (8, 6)
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_other_masks_are_another_data_set(tmp_path: Path) -> None:

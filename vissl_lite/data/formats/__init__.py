@@ -185,31 +185,51 @@ def encode_frame(path: str | Path) -> bytes:
     return arrays.encode(read_raw(path), describe(path).is_photograph)
 
 
-def write_masks(path: str, masks: Mapping[int, np.ndarray], place: Path) -> Path | None:
+def write_masks(
+    path: str, masks: Mapping[int, np.ndarray], place: Path, whole_name: bool = False
+) -> Path | None:
     """Write predicted masks at the place in space or on the earth that their image has.
 
     Args:
         path: A NIfTI volume, or a GeoTIFF.
         masks: ``(H, W)`` uint8 by the number of the slice; 0 for a single image.
-        place: File to write, without a suffix for its format.
+        place: File to write, with the name of the image.
+        whole_name: Whether a suffix of the image that is not that of the file stays in the name.
 
     Returns:
         The file; None for an image that has no such place.
     """
     suffix = split_suffix(path)[1].lower()
     volume, tagged = suffix in NIFTI_SUFFIXES, suffix in TIFF_SUFFIXES
+    stays = whole_name and suffix not in (".nii.gz", ".tif")
+    name = place.name if stays else split_suffix(place.name)[0]
     if volume:
-        file = place.with_name(f"{split_suffix(place.name)[0]}.nii.gz")
+        file = place.with_name(f"{name}.nii.gz")
         with atomic_write(file) as part:
             nifti.write_masks(path, masks, part)
         return file
     tags = tiff.place_tags(path) if tagged and len(masks) == 1 else []
     if not tags:
         return None
-    file = place.with_name(f"{split_suffix(place.name)[0]}.tif")
+    file = place.with_name(f"{name}.tif")
     with atomic_write(file) as part:
         tiff.write_mask(next(iter(masks.values())), tags, part)
     return file
+
+
+def volume_layout(path: str | Path) -> str | None:
+    """How the volume of a path is stored and sliced, in words; None if it is no NIfTI volume.
+
+    Slices of two volumes show the same places only if both say the same.
+
+    Raises:
+        OSError, ValueError: It can't be read (``BROKEN_IMAGE``).
+    """
+    file = file_of(path)
+    if split_suffix(file)[1].lower() not in NIFTI_SUFFIXES:
+        return None
+    with Source(file) as source:
+        return nifti.layout(source)
 
 
 def image_size(path: str | Path) -> tuple[int, int]:

@@ -186,6 +186,15 @@ def _plane(header: _Header, path: str) -> tuple[int, int, int, int]:
     return along, sides[along], sides[up], sides[right]
 
 
+def layout(source: Source) -> str:
+    """How a volume is stored and sliced, such as ``LPS, slices along axis 2``."""
+    import nibabel as nib
+
+    header = _header(source)
+    letters = "".join(nib.orientations.ornt2axcodes(header.orientation))
+    return f"{letters}, slices along axis {header.axis}"
+
+
 def describe(source: Source) -> Description:
     """Describe a volume by its header."""
     header = _header(source)

@@ -54,6 +54,8 @@ _IMAGE_STARTS = re.compile("^(?:image|img)[_-]", re.IGNORECASE)
 # Files beside the masks of class numbers of Cityscapes.
 _CITYSCAPES_OTHERS = re.compile("_gt(?:Fine|Coarse)_(?:color|instance(?:Train)?Ids)$")
 
+_FRAME = re.compile("(?:#[0-9]+)?$")  # of a slice or page
+
 Pairs = list[tuple[str, tuple[str, ...]]]  # image file, mask files
 Parts = dict[Split | None, Pairs]
 
@@ -192,14 +194,24 @@ def _parse(tree: FileTree) -> list[_File]:
     return files
 
 
+def _without(pattern: re.Pattern[str], stem: str) -> str:
+    """A stem without what a pattern matches; the number of a slice or page stays behind it."""
+    frame = _FRAME.search(stem)
+    end = len(stem) if frame is None else frame.start()
+    return pattern.sub("", stem[:end]) + stem[end:]
+
+
 def _pair_in_folder(files: Sequence[_File], log: ReadingLog) -> Parts:
     """Pair masks with the images of the same folder by the ends of their names."""
     there = {(one.folders, one.part, one.is_mask, one.stem) for one in files}
 
     def is_mask(one: _File) -> bool:
-        bases = [_MASK_ENDS.sub("", one.stem), _MASK_STARTS.sub("", one.stem)]
-        names = [name for base in bases for name in (base, f"{base}_sat", f"{base}_image")]
-        names += [f"image_{bases[1]}", f"img_{bases[1]}"]
+        bases = [_without(_MASK_ENDS, one.stem), _without(_MASK_STARTS, one.stem)]
+        frame = _FRAME.search(one.stem)
+        number = "" if frame is None else frame[0]
+        bases = [base.removesuffix(number) for base in bases]
+        names = [f"{base}{end}{number}" for base in bases for end in ("", "_sat", "_image")]
+        names += [f"image_{bases[1]}{number}", f"img_{bases[1]}{number}"]
         return any(
             name != one.stem and (one.folders, one.part, one.is_mask, name) in there
             for name in names
@@ -232,7 +244,7 @@ class _Index:
     def add_short_names(self, images: Iterable[_File]) -> None:
         for image in images:
             for pattern in (_IMAGE_ENDS, _IMAGE_STARTS):
-                stem = pattern.sub("", image.stem)
+                stem = _without(pattern, image.stem)
                 if stem != image.stem:
                     self.exact.setdefault((image.part, image.folders, stem), image)
                     self.loose[stem].append(image)
@@ -242,8 +254,8 @@ class _Index:
             dict.fromkeys(
                 [
                     mask.stem,
-                    _MASK_ENDS.sub("", mask.stem),
-                    _MASK_STARTS.sub("", mask.stem),
+                    _without(_MASK_ENDS, mask.stem),
+                    _without(_MASK_STARTS, mask.stem),
                 ]
             )
         )
@@ -335,8 +347,8 @@ def _adopt(
 
 def _are_numbered(masks: Sequence[_File]) -> bool:
     """Whether the names say that masks are pieces of one: numbered, or of any name."""
-    bases = {_MASK_ENDS.sub("", one.stem) for one in masks}
-    ends = [_MASK_ENDS.search(one.stem) for one in masks]
+    bases = {_without(_MASK_ENDS, one.stem) for one in masks}
+    ends = [_MASK_ENDS.search(_FRAME.sub("", one.stem)) for one in masks]
     numbered = sum(end is not None and end["number"] is not None for end in ends)
     if len(bases) == 1:
         return numbered >= len(masks) - 1 and all(end is not None for end in ends)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from vissl_lite.data import formats
 from vissl_lite.data.formats import image_header, is_photograph_path, split_path
-from vissl_lite.data.headers import ON_ITS_SIDE, opened_image, turned
+from vissl_lite.data.headers import ON_ITS_SIDE, opened_image, orientation, turned
 from vissl_lite.data.reading import check_pixels, read_regular
 from vissl_lite.errors import UserError
 from vissl_lite.transfer.sources.shapes import Shape, draw_shape
@@ -128,7 +128,7 @@ def color_name(code: int) -> str:
 
 
 def read_colors(path: str | Path) -> np.ndarray:
-    """Read the colors of a mask.
+    """Read the colors of a mask, turned as its EXIF data say.
 
     Returns:
         ``65536 R + 256 G + B`` ``(H, W)`` uint32.
@@ -139,10 +139,13 @@ def read_colors(path: str | Path) -> np.ndarray:
     """
     with opened_image(BytesIO(read_regular(path)), path) as image:
         _refuse_lossy(image, path)
+        image.load()  # by which a TIFF is turned; what it leaves to be turned is turned here
+        turn = orientation(image)
         if image.mode.startswith("I"):  # 16 bits, which Pillow would clip
-            return np.asarray(image).astype(np.uint32) * np.uint32(0x010101)
-        channels = np.asarray(image.convert("RGB"))
-    return color_codes(channels)
+            codes = np.asarray(image).astype(np.uint32) * np.uint32(0x010101)
+        else:
+            codes = color_codes(np.asarray(image.convert("RGB")))
+    return np.ascontiguousarray(turned(codes, turn))
 
 
 def color_codes(channels: np.ndarray) -> np.ndarray:
@@ -176,7 +179,7 @@ class RawMask(NamedTuple):
 
 
 def read_raw(path: str | Path) -> RawMask:
-    """Read a mask file as it is; three equal channels are made one.
+    """Read a mask file as it is, turned as its EXIF data say; three equal channels are made one.
 
     Args:
         path: Gray, palette or color image, a slice of a NIfTI volume such as ``mask.nii.gz#17``, or
@@ -195,9 +198,11 @@ def read_raw(path: str | Path) -> RawMask:
     else:
         with opened_image(BytesIO(read_regular(path)), path) as image:
             _refuse_lossy(image, path)
+            image.load()  # see ``read_colors``
+            turn = orientation(image)
             if image.mode == "CMYK":
                 image = image.convert("RGB")
-            mode, values = image.mode, np.asarray(image)
+            mode, values = image.mode, turned(np.asarray(image), turn)
         if mode in ("LA", "PA", "RGBA"):
             values = values[..., :-1]
     if values.ndim == 3:

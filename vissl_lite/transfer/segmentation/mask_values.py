@@ -10,7 +10,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from vissl_lite.data.formats import image_size
+from vissl_lite.data.formats import image_size, volume_layout
 from vissl_lite.data.images import BROKEN_IMAGE
 from vissl_lite.data.reading import reason
 from vissl_lite.errors import UserError, brief
@@ -220,6 +220,7 @@ def _values_of(image: str, file: str, max_colors: int) -> _FileValues:
             f"the mask {file} has {width} x {height} pixels, its image "
             f"{image} has {size[1]} x {size[0]} after its EXIF rotation"
         )
+    _check_layout(image, file)
     if in_color:
         if len(colors) > max_colors:
             raise UserError(
@@ -230,6 +231,22 @@ def _values_of(image: str, file: str, max_colors: int) -> _FileValues:
         return _FileValues(None, colors)
     counts = cv2.calcHist([raw.values], [0], None, [256], [0, 256]).ravel().astype(np.int64)
     return _FileValues(counts, colors)
+
+
+def _check_layout(image: str, file: str) -> None:
+    """Raise a UserError if a mask is a volume that is stored otherwise than that of its image.
+
+    Voxels of the same number then are other places, and slices would be mirrored or turned.
+    """
+    try:
+        of_mask, of_image = volume_layout(file), volume_layout(image)
+    except BROKEN_IMAGE:  # the mask could be read, and images are checked when they are read
+        return
+    if of_mask is not None and of_image is not None and of_mask != of_image:
+        raise UserError(
+            f"the mask {file} has another orientation ({of_mask}) than its image {image} "
+            f"({of_image}): save the mask with the affine of the image"
+        )
 
 
 def _count_colors(codes: np.ndarray) -> dict[int, int]:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import count, pairwise
@@ -14,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from vissl_lite.data.atomic_file import atomic_write
-from vissl_lite.data.formats import file_of, split_path, write_masks
+from vissl_lite.data.formats import file_of, split_path, split_suffix, write_masks
 from vissl_lite.data.images import BROKEN_IMAGE, read_image, suitable_size
 from vissl_lite.data.reading import reason
 from vissl_lite.encoders.encoder import Encoder
@@ -174,9 +175,15 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
         reader, classes = model.encoder.reader, len(model.classes)
         faults: list[str | None] = []
         numbers = count()
-        masks: dict[str, np.ndarray] = {}  # of one file, whose slices come in a row
+        by_file: dict[str, list[str]] = {}  # its slices in a row, wherever a list has them
+        for path in predictions.paths:
+            by_file.setdefault(file_of(path), []).append(path)
+        paths = [path for slices in by_file.values() for path in slices]
+        # of files such as scan.nii and scan.nii.gz, which would have masks of the same name
+        stems = Counter(split_suffix(os.path.abspath(file))[0] for file in by_file)
+        masks: dict[str, np.ndarray] = {}  # of one file
         with inference_mode(model):
-            for path, following in pairwise([*predictions.paths, ""]):
+            for path, following in pairwise([*paths, ""]):
                 predictions.advance(1)
                 try:
                     image = reader.read(path)
@@ -189,9 +196,10 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
                     drawn = partial(draw_mask, mask=masks[path], classes=classes)
                     predictions.draw(next(numbers), path, drawn)
                 if masks and file_of(following) != file_of(path):
-                    _write_masks(masks, predictions, classes)
+                    whole_name = stems[split_suffix(os.path.abspath(file_of(path)))[0]] > 1
+                    _write_masks(masks, predictions, classes, whole_name)
                     masks = {}
-        good = report_broken(predictions.paths, faults)
+        good = report_broken(paths, faults)
         return predictions.run / "masks", int(good.sum())
 
     def uncertainty(
@@ -252,11 +260,14 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
         )
 
 
-def _write_masks(masks: Mapping[str, np.ndarray], predictions: Predictions, classes: int) -> None:
-    """Write the masks of the images of one file, by path."""
+def _write_masks(
+    masks: Mapping[str, np.ndarray], predictions: Predictions, classes: int, whole_name: bool
+) -> None:
+    """Write the masks of the images of one file, by path; see ``write_masks``."""
     file = file_of(next(iter(masks)))
     by_frame = {split_path(path)[1] or 0: mask for path, mask in masks.items()}
-    if write_masks(file, by_frame, predictions.place(file, "masks", str)) is not None:
+    place = predictions.place(file, "masks", str)
+    if write_masks(file, by_frame, place, whole_name) is not None:
         return
     palette = np.array(class_colors(classes), np.uint8)
     palette[0] = 0
