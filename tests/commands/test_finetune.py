@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import timm
@@ -19,6 +19,7 @@ from vissl_lite.commands import finetune as command
 from vissl_lite.errors import UserError
 from vissl_lite.transfer import fitting
 from vissl_lite.transfer.classification.task import Classification
+from vissl_lite.transfer.finetuning import TransferSettings
 from vissl_lite.transfer.prediction import Predictions
 
 
@@ -245,3 +246,43 @@ def test_training_on_two_processes(encoder: Path, labelled: Path, tmp_path: Path
     results = json.loads((out / "results.json").read_text())
     assert results["train_images"] == 36  # of training and validation part
     assert (out / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--devices", 2, "--batch_size", 9], "--batch_size 9 can't be divided by 2 devices"),
+        (["--devices", 3, "--shots", 1], "there are 2 training images, fewer than 3 devices"),
+    ],
+)
+def test_batches_that_the_devices_cannot_share_are_refused_before_the_run(
+    options: list[object],
+    message: str,
+    labelled: Path,
+    encoder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("vissl_lite.training.hardware._cores", lambda: 4)
+    words = ["--data", labelled, "--encoder", encoder, "--out", tmp_path / "run", *options]
+    assert main(["finetune", *map(str, words)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("processes", "expected"), [(1, 31), (2, 30), (40, 40)])
+def test_the_batch_of_a_small_fold_is_a_multiple_of_the_devices(
+    processes: int, expected: int
+) -> None:
+    seen: list[int | None] = []
+    task: Any = SimpleNamespace(
+        build=lambda encoder, data, settings: seen.append(settings.batch_size) or torch.nn.ReLU(),
+        starts_fitted=lambda *_: False,
+        train=lambda *_: None,
+    )
+    hardware: Any = SimpleNamespace(processes=lambda: processes)
+    data: Any = SimpleNamespace(train=range(31))
+    one = fitting._Fitting(task, cast("Any", None), hardware, "loss", None)
+    one.train(TransferSettings(batch_size=64), data, 0.1, cast("Any", None))
+    assert seen == [expected]

@@ -92,6 +92,11 @@ def test_weights_are_adapted_by_name_or_by_their_mean() -> None:
     assert all(torch.equal(before[name], after[name]) for name in others)
     swapped = adapt_encoder(encoder, reader(3, names=("nir", "green", "red")))
     assert torch.equal(first_weight(swapped), old.flip(1))
+    photographs = build_encoder("test_resnet", 32)
+    bands = adapt_encoder(photographs, reader(4, names=("blue", "green", "red", "nir")))
+    rgb = first_weight(photographs)
+    for band, weight in enumerate((rgb[:, 2], rgb[:, 1], rgb[:, 0], rgb.mean(dim=1))):
+        assert torch.allclose(first_weight(bands)[:, band], weight * 3 / 4)
     unnamed = adapt_encoder(encoder, reader(3, names=("a", "b", "c")))  # as of photographs
     assert torch.equal(first_weight(unnamed), old)
     one = adapt_encoder(build_encoder("test_vit", 32), reader(1))

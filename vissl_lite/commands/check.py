@@ -55,7 +55,7 @@ class CheckOptions(Options, LabelOptions, AnnotationsOption):
     """Skip images with more pixels (height times width) than this; a small file can decode to
     billions of pixels. The default is Pillow's limit."""
     seed: int = 0
-    """Random seed of a validation part that is made."""
+    """Random seed of a validation part that is made where there is a test part."""
     overwrite: bool = False
     """Replace an existing run in --out."""
 

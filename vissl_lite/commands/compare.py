@@ -19,6 +19,7 @@ from vissl_lite.encoders.folder import choose_slice_axis
 from vissl_lite.options import command
 from vissl_lite.report.additions import add_report, add_test_embeddings
 from vissl_lite.run import (
+    RESULTS,
     check_out,
     console,
     open_run,
@@ -104,6 +105,7 @@ def compare(options: CompareOptions) -> CompareResult:
         show_data(data, leaks)
         if resume:
             write_config(run, config)  # encoders and seeds may have been added
+            (run / RESULTS).unlink(missing_ok=True)  # the report would show them as the new ones
         for name, why in left_out.items():
             log.warning(
                 "left out: %(encoder)s: %(why)s",

@@ -307,7 +307,9 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
         settings = replace(settings, seconds=settings.seconds / (options.rounds + 1))
     labelled: LabelledDataset = task.load_data(data, settings)
     labelled = labelled.subsample(options.fraction, options.shots, options.seed)
-    settings.batch(len(labelled.train), usual=1)  # checks the batch size before anything is written
+    # checks of the batch size before anything is written
+    settings.batch(len(labelled.train), usual=1)
+    _check_devices(hardware.processes(), settings.batch_size, len(labelled.train))
     if image_size is None:
         image_size = fitting_size(encoder, task.image_size(labelled, settings))
     _warn_of_sides(labelled.classes)
@@ -402,6 +404,20 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
         add_test_embeddings(run, load_encoder(run / "model"), labelled, options.seed)
         add_report(run)
     return FinetuneResult(run, run / "model", scores.metrics, scores.per_class)
+
+
+def _check_devices(processes: int, batch_size: int | None, images: int) -> None:
+    """Raise a UserError if a batch can't be divided by the devices."""
+    if batch_size is not None and batch_size % processes:
+        raise UserError(
+            f"--batch_size {batch_size} can't be divided by {processes} devices: give a multiple "
+            f"of {processes}"
+        )
+    if images < processes:
+        raise UserError(
+            f"there are {images} training images, fewer than {processes} devices: give a lower "
+            f"--devices"
+        )
 
 
 def _steps(folder: Path) -> int:

@@ -446,8 +446,9 @@ def adapt_encoder(encoder: Encoder, reader: ImageReader) -> Encoder:
     model: Any = timm.create_model(encoder.backbone, num_classes=0, **args)
     state = old.state_dict()
     places = _places(before)
-    shared = sum(name in places for name in reader.names)
-    reordered = shared > 0 and reader.names != before.names
+    names_after = _band_names(reader)
+    shared = sum(name in places for name in names_after)
+    reordered = shared > 0 and names_after != _band_names(before)
     if reader.channels != before.channels or reordered:
         first = model.pretrained_cfg.get("first_conv")
         names = [first] if isinstance(first, str) else list(first or ())
@@ -477,9 +478,14 @@ def adapt_encoder(encoder: Encoder, reader: ImageReader) -> Encoder:
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+def _band_names(reader: ImageReader) -> tuple[str, ...]:
+    """Names of the bands, those of photographs included; empty if they are not known."""
+    return ("red", "green", "blue") if reader.bands is None else reader.names
+
+
 def _places(reader: ImageReader) -> dict[str, int]:
     """Positions of the bands that have names of their own."""
-    names = reader.names
+    names = _band_names(reader)
     return {name: n for n, name in enumerate(names) if name and names.count(name) == 1}
 
 
@@ -488,7 +494,7 @@ def _adapt_weight(weight: Tensor, places: dict[str, int], after: ImageReader) ->
     mean = weight.mean(dim=1)
     bands = [
         weight[:, places[name]] if name in places else mean
-        for name in after.names or ("",) * after.channels
+        for name in _band_names(after) or ("",) * after.channels
     ]
     return torch.stack(bands, dim=1) * (weight.shape[1] / after.channels)
 

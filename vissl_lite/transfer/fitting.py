@@ -233,11 +233,14 @@ class _Fitting(Generic[DatasetT, ModelT, SettingsT, ScoresT]):
             names = set() if held_out is None else set(held_out.tolist())
             kept = [i for i, groups in enumerate(self.groups) if names.isdisjoint(groups)]
             data = data.with_train(self.added.take({"train": kept}) if names else self.added)
+        # A fold may have fewer images than a batch; it stays a multiple of the devices.
+        processes = 1 if self.hardware is None else self.hardware.processes()
+        most = max(processes, len(data.train) // processes * processes)
         size = settings.batch_size
         settings = replace(
             settings,
             optimizer=replace(settings.optimizer, lr=rate),
-            batch_size=size and min(size, len(data.train)),
+            batch_size=size and min(size, most),
         )
         model = self.task.build(self.encoder, data, settings)
         fitted = self.task.starts_fitted(model, data, settings)

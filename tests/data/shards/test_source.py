@@ -316,6 +316,17 @@ def test_shards_without_an_index_are_counted(copied: Path) -> None:
     assert set(numbers(batches)) == set(range(21))
 
 
+def test_images_with_dots_in_their_names_are_said_to_be_left_out(
+    copied: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (copied / "index.json").unlink()
+    members = {"a.jpg": jpeg(0), "T32_2020.01.05.jpg": jpeg(1), "b.seg.png": jpeg(2)}
+    write_tar(copied / "train-000001.tar", members)
+    assert found(copied).counts[1] == 1
+    said = f"2 images of {copied}/train-000001.tar are left out, the first T32_2020.01.05.jpg"
+    assert said in caplog.text
+
+
 def test_an_index_of_other_files_is_not_believed(copied: Path) -> None:
     write_tar(copied / "train-000001.tar", {f"{i}.png": jpeg(i) for i in range(20)})
     assert found(copied).counts.tolist() == [7, 20, 13, 5, 11]

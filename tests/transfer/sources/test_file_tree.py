@@ -1,3 +1,4 @@
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,14 @@ def test_litter_is_not_listed(tmp_path: Path) -> None:
 def test_the_image_of_an_annotation(name: str, found: str | None, tmp_path: Path) -> None:
     tree = tree_of(tmp_path, "train/1.jpg", "val/1.jpg", "val/2.jpg")
     assert tree.image(name) == (None if found is None else str(tmp_path / found))
+
+
+@pytest.mark.parametrize("stored", ["NFC", "NFD"])
+def test_names_in_either_unicode_form_are_found(stored: str, tmp_path: Path) -> None:
+    names = {form: unicodedata.normalize(form, "Prüfung/Tür.jpg") for form in ("NFC", "NFD")}
+    tree = tree_of(tmp_path, names[stored])
+    for name in names.values():
+        assert tree.image(name) == str(tmp_path / names[stored])
 
 
 def test_an_image_of_another_part_is_not_taken(tmp_path: Path) -> None:

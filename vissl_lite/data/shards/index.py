@@ -321,6 +321,13 @@ def _count(file: str) -> int:
             {"images": whole, "shard": file, "why": why},
             extra={"code": "shard.unreadable"},
         )
+    if images.dotted:
+        log.warning(
+            "%(images)d images of %(shard)s are left out, the first %(first)s: a name must have no "
+            "dot but that of its extension; vissl-lite shard writes such shards",
+            {"images": images.dotted, "shard": file, "first": images.first_dotted},
+            extra={"code": "shard.dotted"},
+        )
     if complete and not whole:
         log.warning(
             "holds no images: %(shard)s (%(bytes)d bytes)",

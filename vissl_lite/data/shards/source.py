@@ -134,17 +134,26 @@ class ImageMembers:
 
     Attributes:
         count: Number of images so far.
+        dotted: Number of members that end like images but do not count, since WebDataset's
+            extension begins at the first dot of a name.
+        first_dotted: Name of the first of them.
     """
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count = self.dotted = 0
+        self.first_dotted = ""
         self._key: str | None = None
 
     def __call__(self, name: str) -> bool:
         folder, _, file = name.rpartition("/")
         stem, _, extension = file.partition(".")
         # WebDataset skips names like __meta__/ as its own metadata
-        if not stem or f".{extension.lower()}" not in _SUFFIXES or re.match(r"__[^/]*__/", name):
+        if not stem or re.match(r"__[^/]*__/", name):
+            return False
+        if f".{extension.lower()}" not in _SUFFIXES:
+            if f".{extension.rpartition('.')[2].lower()}" in _SUFFIXES:
+                self.dotted += 1
+                self.first_dotted = self.first_dotted or name
             return False
         key = f"{folder}/{stem}"
         if key == self._key:  # Another image of the same sample

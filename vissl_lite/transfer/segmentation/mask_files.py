@@ -12,7 +12,7 @@ from vissl_lite.data.formats import split_suffix
 from vissl_lite.data.images import EXTENSIONS
 from vissl_lite.errors import UserError, brief
 from vissl_lite.transfer.options import SourceOptions
-from vissl_lite.transfer.sources.file_tree import IMAGE_FOLDERS, MASK_FOLDERS, FileTree
+from vissl_lite.transfer.sources.file_tree import IMAGE_FOLDERS, MASK_FOLDERS, FileTree, composed
 from vissl_lite.transfer.sources.parts import (
     PARTS,
     Split,
@@ -185,11 +185,11 @@ def _parse(tree: FileTree) -> list[_File]:
             if own is not None:
                 part, named = own, name
             if role is None and own is None:
-                folders.append(name)
+                folders.append(composed(name))
         if part is None:  # as in train/data/images and train/data/masks
             for name in steps[:kept]:
                 part = part_of_name(name) or part
-        stem = split_suffix(steps[-1])[0]
+        stem = composed(split_suffix(steps[-1])[0])
         files.append(_File(tree.absolute(path), tuple(folders), stem, part, is_mask, named))
     return files
 

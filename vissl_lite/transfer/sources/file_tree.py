@@ -1,6 +1,7 @@
 """The files below a folder, and the search for the image that an annotation or a row means."""
 
 import os
+import unicodedata
 from collections import defaultdict
 from functools import cached_property
 from pathlib import Path
@@ -75,10 +76,10 @@ class FileTree:
 
     @cached_property
     def _by_stem(self) -> dict[str, list[str]]:
-        """Image files by stem and by ``folder/stem``."""
+        """Image files by stem and by ``folder/stem``, composed (NFC)."""
         images = defaultdict(list)
         for path in self.images:
-            stem = split_suffix(path)[0]
+            stem = composed(split_suffix(path)[0])
             for depth in (1, 2):
                 key = "/".join(stem.split("/")[-depth:])
                 images[key].append(path)
@@ -96,8 +97,8 @@ class FileTree:
 
     @cached_property
     def _folders(self) -> set[str]:
-        """Names of the folders that hold images."""
-        return {os.path.basename(os.path.dirname(path)) for path in self.images}
+        """Names of the folders that hold images, composed (NFC)."""
+        return {composed(os.path.basename(os.path.dirname(path))) for path in self.images}
 
     def image(self, name: str, part: Split | None = None) -> str | None:
         """The image file of an annotation.
@@ -105,7 +106,8 @@ class FileTree:
         Of several files with the name, the one is taken that shares most folders with it, then one
         in a folder of the part, then one in a folder of images, such as ``images``, then the one
         least deep. A file in a folder of another part is not taken. Neither is one in another
-        folder than the name says, if the tree has images in a folder of that name.
+        folder than the name says, if the tree has images in a folder of that name. Composed and
+        decomposed characters are the same: names from a Mac may have ü as u and a diaeresis.
 
         Args:
             name: A path, absolute or not, perhaps of another machine; or one without its suffix.
@@ -120,7 +122,7 @@ class FileTree:
         name = name.replace("\\", "/")
         if os.path.isabs(name) and is_image_path(name):
             return name
-        parts = [part for part in name.split("/") if part not in ("", ".", "..")]
+        parts = [part for part in composed(name).split("/") if part not in ("", ".", "..")]
         if not parts:
             return None
         stem, suffix = split_suffix(parts[-1])
@@ -132,7 +134,7 @@ class FileTree:
             found = self._ending(stem, suffix)
         ranked = []
         for path in found:
-            own = split_suffix(path)[0].split("/")
+            own = composed(split_suffix(path)[0]).split("/")
             shared = 0
             while shared < min(len(own), len(stems)) and own[-shared - 1] == stems[-shared - 1]:
                 shared += 1
@@ -146,6 +148,11 @@ class FileTree:
         if not ranked or (len(ranked) > 1 and ranked[0][0] == ranked[1][0]):
             return None
         return os.path.join(self.folder, ranked[0][1])
+
+
+def composed(name: str) -> str:
+    """A name in Unicode's normal form C."""
+    return unicodedata.normalize("NFC", name)
 
 
 def part_below(image: str, tree: FileTree) -> Split | None:

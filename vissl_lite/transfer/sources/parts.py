@@ -102,8 +102,8 @@ def complete_parts(
         strata: Function to a stratum ``(N,)`` int64 for each of N items.
         exclusive: Whether a stratum is the only class of its items: each class with two or more
             items then has one in every part that is made from it.
-        seed: Seed of a validation part that is made. The test part does not depend on it, so that
-            it stays the same from run to run.
+        seed: Seed of a validation part that is made where a test part is given. A test part that
+            is made, and a validation part with it, stay the same from run to run.
         log: Gets the origins of the parts, and the sentence on them.
         groups: Function to the group ``(N,)`` of each of N items; no group is divided. None for
             items that are all apart.
