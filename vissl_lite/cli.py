@@ -8,6 +8,7 @@ works, and negative numbers need no special form. ``--image-size`` is read as ``
 import gc
 import importlib
 import inspect
+import os
 import shutil
 import signal
 import sys
@@ -39,6 +40,7 @@ from vissl_lite.options import (
     required,
     unknown_option,
 )
+from vissl_lite.slurm import requeue, under_slurm
 
 COMMANDS = {
     "demo": "run the whole workflow on sample data, in minutes",
@@ -71,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         interrupted, 143 when stopped by SIGTERM.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    with _sigterm_raises():
+    with _signals_raise():
         return _main(given, is_program=arguments is None)
 
 
@@ -122,20 +124,28 @@ def _print_error(message: str, status: int, stop: BaseException | None = None) -
 
 
 @contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """Turn SIGTERM into an exception, so that half-written files are removed."""
+def _signals_raise() -> Iterator[None]:
+    """Turn SIGTERM into an exception, so that half-written files are removed.
+
+    Under SLURM also SIGUSR1, which puts the job into the queue again: its time can be up before and
+    after a training, too, which handles the signals itself (``Checkpoints``).
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def terminate(number: int, _: Any) -> None:
+        if number == signal.SIGUSR1 and os.environ.get("SLURM_PROCID", "0") == "0":
+            requeue()
         raise Terminated(number)
 
-    previous = signal.signal(signal.SIGTERM, terminate)
+    numbers = [signal.SIGTERM, *([signal.SIGUSR1] if under_slurm() else [])]
+    previous = {number: signal.signal(number, terminate) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _overview() -> str:

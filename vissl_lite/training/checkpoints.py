@@ -4,7 +4,6 @@ import logging
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -24,7 +23,7 @@ from vissl_lite.encoders.folder import read_torch
 from vissl_lite.errors import UserError
 from vissl_lite.metrics_file import MetricsFile
 from vissl_lite.run import CHECKPOINT
-from vissl_lite.training.hardware import under_slurm
+from vissl_lite.slurm import requeue, under_slurm
 from vissl_lite.training.sharding import mark_sharding
 from vissl_lite.training.stream import StreamData
 
@@ -356,20 +355,3 @@ class Checkpoints(Callback):
         trainer.save_checkpoint(self.folder / CHECKPOINT, weights_only=False)
         self._saved_at = time.monotonic()
         self._seconds = self._saved_at - started
-
-
-def requeue() -> None:
-    """Ask SLURM to requeue this job, or this task of a job array."""
-    array, job = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ["SLURM_JOB_ID"]
-    name = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job
-    try:
-        subprocess.run(["scontrol", "requeue", name], check=True)
-        log.warning(
-            "job %(job)s is in the queue again", {"job": name}, extra={"code": "slurm.requeued"}
-        )
-    except (OSError, subprocess.CalledProcessError) as error:
-        log.warning(
-            "job %(job)s is not in the queue again: %(why)s",
-            {"job": name, "why": error},
-            extra={"code": "slurm.not_requeued"},
-        )

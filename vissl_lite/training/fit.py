@@ -18,13 +18,13 @@ from vissl_lite.errors import Terminated, UserError
 from vissl_lite.faults import is_out_of_memory
 from vissl_lite.metrics_file import MetricsFile
 from vissl_lite.run import CHECKPOINT
+from vissl_lite.slurm import requeue
 from vissl_lite.training.checkpoints import (
     AtomicCheckpointIO,
     Checkpoints,
     Stopping,
     check_checkpoint,
     read_checkpoint,
-    requeue,
 )
 from vissl_lite.training.compiling import compiled
 from vissl_lite.training.cpu.operators import fast_cpu_operators

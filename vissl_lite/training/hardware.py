@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy, StrategyRegistry
 from torch import nn
 
 from vissl_lite.errors import UserError, check_count, did_you_mean
+from vissl_lite.slurm import under_slurm
 from vissl_lite.training.compiling import check_compiler
 from vissl_lite.training.sharding import FSDP, check_sharding, sharded_strategy
 
@@ -195,12 +196,6 @@ def _started() -> tuple[str, int, int] | None:
         here = int(tasks) if tasks else int(os.environ["SLURM_NTASKS"]) // machines
         return "SLURM", here, machines
     return None
-
-
-def under_slurm() -> bool:
-    """Whether SLURM runs this process as a task and not in an interactive shell."""
-    interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
-    return "SLURM_NTASKS" in os.environ and not interactive
 
 
 def _cores() -> int:
