@@ -35,7 +35,13 @@ def receive(number: signal.Signals) -> None:
 
 @pytest.mark.parametrize(
     ("number", "process", "expected"),
-    [(signal.SIGUSR1, "0", "requeue 4711\n"), (signal.SIGUSR1, "1", ""), (signal.SIGTERM, "0", "")],
+    [
+        (signal.SIGUSR1, "SLURM_PROCID=0", "requeue 4711\n"),
+        (signal.SIGUSR1, "SLURM_PROCID=1", ""),
+        (signal.SIGUSR1, "RANK=1", ""),
+        (signal.SIGUSR1, "LOCAL_RANK=1", ""),
+        (signal.SIGTERM, "SLURM_PROCID=0", ""),
+    ],
 )
 def test_a_job_whose_time_is_up_outside_of_a_training_is_queued_again_once(
     number: signal.Signals,
@@ -44,7 +50,7 @@ def test_a_job_whose_time_is_up_outside_of_a_training_is_queued_again_once(
     asked: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("SLURM_PROCID", process)
+    monkeypatch.setenv(*process.split("="))
     before = signal.getsignal(number)
     with pytest.raises(Terminated) as stopped:
         receive(number)

@@ -134,8 +134,14 @@ def _signals_raise() -> Iterator[None]:
         yield
         return
 
+    owner = os.getpid()
+
     def terminate(number: int, _: Any) -> None:
-        if number == signal.SIGUSR1 and os.environ.get("SLURM_PROCID", "0") == "0":
+        if number == signal.SIGUSR1 and os.getpid() != owner:  # a data worker
+            return
+        # launchers below SLURM have processes of their own, which inherit SLURM's number
+        places = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+        if number == signal.SIGUSR1 and all(place == "0" for place in places):
             requeue()
         raise Terminated(number)
 

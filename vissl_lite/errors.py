@@ -64,6 +64,10 @@ class DivergedError(UserError):
     """The loss or the outputs of a model are no longer finite numbers."""
 
 
+class OutOfMemoryError(UserError):
+    """A batch does not fit into the memory of the one device that trains."""
+
+
 class Terminated(SystemExit):
     """The process was stopped by a signal; the exit status is 128 plus the signal number.
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import subprocess
 
 log = logging.getLogger(__name__)
@@ -14,9 +15,14 @@ def under_slurm() -> bool:
 
 
 def requeue() -> None:
-    """Ask SLURM to requeue this job, or this task of a job array."""
+    """Ask SLURM to requeue this job, or this task of a job array.
+
+    To be called by the main thread. SIGTERM is ignored meanwhile, in ``scontrol`` as well: SLURM
+    may send it as soon as another process of the job has ended.
+    """
     array, job = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ["SLURM_JOB_ID"]
     name = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         subprocess.run(["scontrol", "requeue", name], check=True)
         log.warning(
@@ -28,3 +34,5 @@ def requeue() -> None:
             {"job": name, "why": error},
             extra={"code": "slurm.not_requeued"},
         )
+    finally:
+        signal.signal(signal.SIGTERM, before)

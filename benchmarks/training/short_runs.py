@@ -75,6 +75,9 @@ MOMENTUM: list[object] = ["--pretext.momentum"]
 SEES_VIEWS: list[object] = ["--pretext.teacher_size", 64]
 FIXED: list[object] = ["--pretext.fixed_views", "true"]
 
+# Of distillation in arms that do not change it: its defaults when they were measured.
+DISTILLATION = {"--lr": 0.003, "--pretext.min_crop_scale": 0.2, "--pretext.color": 0.5}
+
 # Name of an arm: a pretext and what is changed.
 ARMS: dict[str, list[object]] = {
     "simclr": [],
@@ -146,6 +149,9 @@ ARMS: dict[str, list[object]] = {
     "distillation, fixed views, smallest crop 0.6, color 0.1": [
         *[*FIXED, "--pretext.min_crop_scale", 0.6, "--pretext.color", 0.1]
     ],
+    "distillation, fixed views, smallest crop 0.6, color 0.1, lr 0.001": [
+        *[*FIXED, "--pretext.min_crop_scale", 0.6, "--pretext.color", 0.1, "--lr", 0.001]
+    ],
     "distillation, fixed views, smallest crop 0.4, color 0.25, temperature 0.04": [
         *[*FIXED, "--pretext.min_crop_scale", 0.4],
         *["--pretext.color", 0.25, "--pretext.temperature", 0.04],
@@ -179,6 +185,8 @@ def once(name: str, arm: str, minutes: float, seed: int, o: argparse.Namespace) 
             words += ["--pretext.color", COLOR[name.split("_")[0]]]
         if arm.startswith("distillation"):
             words += ["--pretext.teacher", o.teacher]
+            for option, value in DISTILLATION.items():
+                words += [] if option in ARMS[arm] else [option, value]
         vissl_lite(o.core, *words, code=o.before if needs_before(arm) else ROOT)
         data = o.data / "train" if name.startswith("cifar10") else o.data
         words = ["probe", "--encoder", out / "run", "--data", data, "--out", out / "probe"]

@@ -27,7 +27,7 @@ from vissl_lite.commands.self_training import (
 )
 from vissl_lite.data.image_reader import ImageReader
 from vissl_lite.data.image_survey import ImageSettings
-from vissl_lite.errors import UserError
+from vissl_lite.errors import OutOfMemoryError, UserError
 from vissl_lite.sample.dataset import make_sample_data
 from vissl_lite.transfer.tasks import TASKS
 
@@ -133,8 +133,11 @@ def test_later_rounds_read_the_images_as_pseudo_label_did(
 class Rounds:
     """What ``self_train`` calls, with labels and models that are only counted."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: int = 99) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, fails: int = 99, error: UserError | None = None
+    ) -> None:
         self.labelled, self.read, self.fails = 0, list[str](), fails
+        self.error = error or OutOfMemoryError("out of memory")
         monkeypatch.setattr(self_training, "_label_again", self.label_again)
         monkeypatch.setattr(self_training, "load_pseudo_labels", self.load)
         self.task: Any = SimpleNamespace(evaluate=lambda *_: None)
@@ -151,7 +154,7 @@ class Rounds:
     def train(self, run: Path, resume: bool = False) -> list[Any]:
         def fit(data: Any, number: int) -> Any:
             if number >= self.fails:
-                raise UserError("out of memory")
+                raise self.error
             return SimpleNamespace(model=None, number=number)
 
         none = cast("Any", None)
@@ -181,6 +184,13 @@ def test_a_round_that_fails_ends_them_and_the_models_before_are_kept(
     found = Rounds(monkeypatch, fails).train(tmp_path)
     assert [one.fitted.number for one in found] == list(range(fails))
     assert f"There is no round {fails}: out of memory" in caplog.text
+
+
+def test_a_round_whose_checkpoint_is_damaged_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="is damaged"):
+        Rounds(monkeypatch, 1, UserError("last.ckpt is damaged")).train(tmp_path)
 
 
 def test_images_that_are_read_otherwise_are_refused(tmp_path: Path) -> None:

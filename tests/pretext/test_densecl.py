@@ -36,12 +36,12 @@ def test_a_map_of_one_place_is_said_once(caplog: pytest.LogCaptureFixture) -> No
     assert "has a single location" in caplog.text
 
 
-@pytest.mark.slow
 def test_a_backbone_of_several_maps_is_refused_before_the_training() -> None:
     with pytest.raises(UserError, match="crossvit_9_240 has several feature maps"):
         DenseCL(build_encoder("crossvit_9_240"))
 
 
+@pytest.mark.slow
 def test_the_weight_mixes_both_losses() -> None:
     losses = []
     for weight in (0.0, 0.25, 1.0):

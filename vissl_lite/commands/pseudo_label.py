@@ -5,7 +5,8 @@ import math
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -21,7 +22,9 @@ from vissl_lite.run import beside, check_out, open_run, read_config, write_resul
 from vissl_lite.run_folder import RUN_CONFIG
 from vissl_lite.training.progress import progress_bar
 from vissl_lite.transfer.base import TrainedModel
+from vissl_lite.transfer.classification.options import LabelOptions
 from vissl_lite.transfer.confidence import Confidence, Cutoff
+from vissl_lite.transfer.options import AnnotationsOption
 from vissl_lite.transfer.prediction import Predictions
 from vissl_lite.transfer.tasks import find_model
 from vissl_lite.transfer.trained_on import load_trained_on, save_trained_on
@@ -169,12 +172,22 @@ def _next_command(task: str, trained: Path, run: Path) -> str:
 
     Args:
         task: Task of the labels.
-        trained: Run folder of ``finetune``, whose options are given again.
+        trained: Run folder of ``finetune``, whose encoder, data, and options of how these are read
+            and divided are given again.
         run: Data set of the pseudo-labels.
     """
-    before = read_config(trained) if (trained / RUN_CONFIG).is_file() else {}
+    before: dict[str, Any] = {}
+    if (trained / RUN_CONFIG).is_file():
+        with suppress(UserError):  # it is damaged, and the labels are written
+            before = read_config(trained)
     encoder, data = before.get("encoder") or "ENCODER", before.get("data") or "LABELLED"
     words = ["vissl-lite", "finetune", "--task", task, "--encoder", encoder, "--data", data]
+    for one in (*fields(LabelOptions), *fields(AnnotationsOption), *fields(ImageSettings)):
+        if one.name in before and before[one.name] != one.default:
+            words += [f"--{one.name}", before[one.name]]
+    for name in ("fraction", "shots"):
+        if before.get(name) is not None:
+            words += [f"--{name}", before[name]]
     words += ["--pseudo_labels", run, "--out", beside(run, "model")]
     return shlex.join(map(str, words))
 

@@ -21,7 +21,7 @@ from vissl_lite.data.fingerprints import Fingerprints, find_matches, read_finger
 from vissl_lite.data.image_survey import ImageSettings, override
 from vissl_lite.data.reading import report_skipped
 from vissl_lite.data.text_file import read_paths
-from vissl_lite.errors import UserError
+from vissl_lite.errors import DivergedError, MachineError, OutOfMemoryError, UserError
 from vissl_lite.run import read_config
 from vissl_lite.run_folder import RUN_CONFIG
 from vissl_lite.training.progress import progress_bar
@@ -311,24 +311,35 @@ def self_train(
     fitted = fit(None, 0)
     done = [Round(fitted, task.evaluate(fitted.model, data), {})]
     for number in range(1, rounds + 1):
-        try:
-            if number > 1 and unlabelled is not None:
-                folder = run / ROUNDS / str(number)
+        if number > 1 and unlabelled is not None:
+            folder = run / ROUNDS / str(number)
+            try:
                 # Labels that a training began with must stay: other hardware may give others.
                 if not (resume and _are_there(folder)):
                     _label_again(task, data, fitted, unlabelled, folder)
                 pseudo_labels = load_pseudo_labels(task, folder, data)
+            except MachineError:
+                raise
+            except UserError as error:
+                _stop(number, error)
+                break
+        try:
             fitted = fit(pseudo_labels.data, number)
-        except UserError as error:  # the models of the rounds before are not lost
-            log.warning(
-                "There is no round %(number)d: %(why)s",
-                {"number": number, "why": str(error)},
-                extra={"code": "pseudo_labels.stopped"},
-            )
+        except (DivergedError, OutOfMemoryError) as error:  # others end the run, to be resumed
+            _stop(number, error)
             break
         scores = task.evaluate(fitted.model, data)
         done.append(Round(fitted, scores, pseudo_labels.left_out))
     return done
+
+
+def _stop(number: int, error: UserError) -> None:
+    """Say why there is no further round; the models of the rounds before are not lost."""
+    log.warning(
+        "There is no round %(number)d: %(why)s",
+        {"number": number, "why": str(error)},
+        extra={"code": "pseudo_labels.stopped"},
+    )
 
 
 def _label_again(
@@ -395,13 +406,12 @@ def outcome(
         steps: Number of steps of each training.
 
     Returns:
-        ``rounds`` with the number of pseudo-labelled images, steps, validation and test metrics of
-        each,
-        and, of those with pseudo-labels, the ``difference`` with its interval if there is one and
-        its ``verdict`` (``helped``, ``no difference``, ``hurt``, or ``unknown`` without an
-        interval); ``kept``, ``monitor``, ``metric``; ``judged``, the number of the round that
-        ``difference`` and ``verdict`` are of; ``more_labels``, which is ``others``; and all of it
-        in a ``sentence``.
+        ``rounds`` with the number of pseudo-labelled images, the number of steps, validation and
+        test metrics of each, and, of those with pseudo-labels, the ``difference`` with its interval
+        if there is one and its ``verdict`` (``helped``, ``no difference``, ``hurt``, or ``unknown``
+        without an interval); ``kept``, ``monitor``, ``metric``; ``judged``, the number of the round
+        that ``difference`` and ``verdict`` are of; ``more_labels``, which is ``others``; and all of
+        it in a ``sentence``.
     """
     metric = next(iter(rounds[0].scores.metrics))
     before = rounds[0].scores.metrics[metric]

@@ -78,9 +78,9 @@ def write_label_page(
 
     The person gives each image a class, skips it, or marks it as not usable. Progress is kept in
     the browser's ``IndexedDB``, by a hash of the images' paths. The page saves ``labels.csv``
-    with the columns ``path`` and ``class``, which ``load_labelled`` reads (a column ``class`` is
-    not divided at ``|`` and ``;``, unlike one called ``label``), and ``not_usable.csv`` with the
-    columns ``path`` and ``not_usable``, which is 1.
+    with the columns ``path`` and ``class``, and ``group`` if groups are given, which
+    ``load_labelled`` reads (a column ``class`` is not divided at ``|`` and ``;``, unlike one called
+    ``label``), and ``not_usable.csv`` with the columns ``path`` and ``not_usable``, which is 1.
 
     Pictures are reduced to 512 pixels, so that 100 photographs take about 4 MB. Images that can't
     be read are left out, and named in the log. Names that are not UTF-8 are saved as they are.
@@ -136,6 +136,7 @@ def write_label_page(
         raise UserError(f"none of the {len(images)} images to label can be read")
     paths = [str(one["path"]) for one in shown]
     here = set(paths)
+    named = [*paths, *(path for path, _ in labelled)]
     digest = hashlib.sha256(json.dumps(paths).encode()).hexdigest()
     labels = [one.label for image in images for one in image.neighbors]
     labels += [label for _, label in labelled]
@@ -145,7 +146,7 @@ def write_label_page(
         "images": shown,
         "thumbnails": thumbnails,
         "labelled": [row for row in labelled if row[0] not in here],
-        "groups": groups,
+        "groups": None if groups is None else {p: groups[p] for p in named if p in groups},
     }
     # "<" would let a path end the script element; json.dumps escapes all that is not ASCII.
     script = Markup(json.dumps(content).replace("<", "\\u003c"))

@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 
 from vissl_lite.data.stream import Source, collate
-from vissl_lite.errors import UserError
+from vissl_lite.errors import OutOfMemoryError, UserError
 
 
 def peak_memory(device: torch.device) -> int | None:
@@ -79,7 +79,7 @@ def out_of_memory(
     devices = trainer.world_size
     fits = devices * largest_that_fits(try_out, clean, batch_size // devices)
     if not fits:
-        return UserError(
+        return OutOfMemoryError(
             f"not even two images fit into the memory of {where}: give a smaller --image_size or "
             f"another backbone"
         )
@@ -88,7 +88,7 @@ def out_of_memory(
     if hasattr(module, "batches_per_step"):  # a pretext; fine-tuning does not accumulate
         more = f"--batch_size {fits} --accumulate_grad_batches {times}"
         keeps = f" ({more} keeps the optimizer's batch)"
-    return UserError(
+    return OutOfMemoryError(
         f"--batch_size {batch_size} does not fit into the memory of {where}; {fits} would{keeps}"
     )
 

@@ -85,4 +85,7 @@ def _is_empty_coco(file: Path) -> bool:
         content = read_json(file)
     except UserError:
         return False
-    return isinstance(content, dict) and content.get("annotations") == []
+    if not isinstance(content, dict) or set(content) != {"images", "annotations", "categories"}:
+        return False
+    own = {"id", "file_name", "height", "width"}
+    return content["annotations"] == [] and all(set(one) == own for one in content["images"])

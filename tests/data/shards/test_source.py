@@ -320,10 +320,10 @@ def test_images_with_dots_in_their_names_are_said_to_be_left_out(
     copied: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (copied / "index.json").unlink()
-    members = {"a.jpg": jpeg(0), "T32_2020.01.05.jpg": jpeg(1), "b.seg.png": jpeg(2)}
-    write_tar(copied / "train-000001.tar", members)
+    names = "T32_2020.01.05.jpg T32_2020.01.10.jpg a.cls.png a.jpg a.seg.png b.1.png".split()
+    write_tar(copied / "train-000001.tar", {name: jpeg(0) for name in names})
     assert found(copied).counts[1] == 1
-    said = f"2 images of {copied}/train-000001.tar are left out, the first T32_2020.01.05.jpg"
+    said = f"3 images of {copied}/train-000001.tar are left out, the first T32_2020.01.05.jpg"
     assert said in caplog.text
 
 

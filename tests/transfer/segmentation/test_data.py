@@ -220,6 +220,18 @@ def test_volumes_and_masks_of_other_orientations_are_refused(
         load_masks(tmp_path / "bad")
 
 
+def test_masks_that_are_stored_otherwise_at_the_same_place_are_read(tmp_path: Path) -> None:
+    affine = np.diag([-1.0, -1, 3, 1])
+    affine[:3, 3] = 10, 20, 30
+    for number in range(4):
+        volume_pair(tmp_path, number, affine, affine)
+        place = tmp_path / "labels" / f"scan{number}.nii.gz"
+        nib.save(nib.as_closest_canonical(nib.load(place)), tmp_path / "turned.nii.gz")
+        (tmp_path / "turned.nii.gz").replace(place)
+    for one in load_masks(tmp_path).train:
+        assert ((read_raw(one.path).pixels[..., 0] >= 100) == one.mask.read()).all()
+
+
 @pytest.mark.parametrize("color", [False, True])
 def test_masks_are_turned_as_their_exif_data_say(color: bool, tmp_path: Path) -> None:
     stored = np.zeros((6, 8), np.uint8)

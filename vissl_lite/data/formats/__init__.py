@@ -217,10 +217,8 @@ def write_masks(
     return file
 
 
-def volume_layout(path: str | Path) -> str | None:
-    """How the volume of a path is stored and sliced, in words; None if it is no NIfTI volume.
-
-    Slices of two volumes show the same places only if both say the same.
+def volume_layout(path: str | Path) -> nifti.Layout | None:
+    """How the volume of a path is stored and sliced; None if it is not a NIfTI volume.
 
     Raises:
         OSError, ValueError: It can't be read (``BROKEN_IMAGE``).

@@ -186,13 +186,42 @@ def _plane(header: _Header, path: str) -> tuple[int, int, int, int]:
     return along, sides[along], sides[up], sides[right]
 
 
-def layout(source: Source) -> str:
-    """How a volume is stored and sliced, such as ``LPS, slices along axis 2``."""
+class Layout(NamedTuple):
+    """How a volume is stored and sliced.
+
+    Attributes:
+        orientation: Directions of the stored axes, such as ``LPS``.
+        axis: Axis of the slices, counted in the canonical orientation.
+        place: ``(4, 4)`` affine of the volume in the canonical orientation.
+    """
+
+    orientation: str
+    axis: int
+    place: np.ndarray
+
+    def matches(self, other: "Layout") -> bool:
+        """Whether slices of the same number show the same places, as far as the headers tell.
+
+        Volumes that are stored alike are taken to: many masks lack the place of their image.
+        """
+        if self.axis != other.axis:
+            return False
+        voxel = np.abs(self.place[:3, :3]).max()
+        alike = np.allclose(self.place, other.place, rtol=0, atol=voxel / 2)
+        return self.orientation == other.orientation or alike
+
+    def __str__(self) -> str:
+        return f"{self.orientation}, slices along axis {self.axis}"
+
+
+def layout(source: Source) -> Layout:
+    """How a volume is stored and sliced."""
     import nibabel as nib
 
     header = _header(source)
     letters = "".join(nib.orientations.ornt2axcodes(header.orientation))
-    return f"{letters}, slices along axis {header.axis}"
+    to_stored = nib.orientations.inv_ornt_aff(header.orientation, header.shape[:3])
+    return Layout(letters, header.axis, header.affine @ to_stored)
 
 
 def describe(source: Source) -> Description:

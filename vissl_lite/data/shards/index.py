@@ -325,7 +325,7 @@ def _count(file: str) -> int:
         log.warning(
             "%(images)d images of %(shard)s are left out, the first %(first)s: a name must have no "
             "dot but that of its extension; vissl-lite shard writes such shards",
-            {"images": images.dotted, "shard": file, "first": images.first_dotted},
+            {"images": len(images.dotted), "shard": file, "first": images.dotted[0]},
             extra={"code": "shard.dotted"},
         )
     if complete and not whole:

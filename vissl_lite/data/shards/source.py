@@ -134,15 +134,22 @@ class ImageMembers:
 
     Attributes:
         count: Number of images so far.
-        dotted: Number of members that end like images but do not count, since WebDataset's
-            extension begins at the first dot of a name.
-        first_dotted: Name of the first of them.
     """
 
     def __init__(self) -> None:
-        self.count = self.dotted = 0
-        self.first_dotted = ""
-        self._key: str | None = None
+        self.count = 0
+        self._key: str | None = None  # of the last image
+        self._sample: str | None = None  # key of the last member
+        self._lone: list[str] = []
+        self._waiting: list[str] = []  # of the sample, which may have an image yet
+
+    @property
+    def dotted(self) -> list[str]:
+        """Members that end like images and do not count, of samples without an image.
+
+        WebDataset's extension begins at the first dot: ``0001.seg.png`` is of the sample ``0001``.
+        """
+        return self._lone + (self._waiting if self._key != self._sample else [])
 
     def __call__(self, name: str) -> bool:
         folder, _, file = name.rpartition("/")
@@ -150,12 +157,13 @@ class ImageMembers:
         # WebDataset skips names like __meta__/ as its own metadata
         if not stem or re.match(r"__[^/]*__/", name):
             return False
+        key = f"{folder}/{stem}"
+        if key != self._sample:
+            self._lone, self._waiting, self._sample = self.dotted, [], key
         if f".{extension.lower()}" not in _SUFFIXES:
             if f".{extension.rpartition('.')[2].lower()}" in _SUFFIXES:
-                self.dotted += 1
-                self.first_dotted = self.first_dotted or name
+                self._waiting.append(name)
             return False
-        key = f"{folder}/{stem}"
         if key == self._key:  # Another image of the same sample
             return False
         self._key = key

@@ -46,8 +46,7 @@ SEPARATORS, LABEL_SEPARATORS = "[|;,]", "[|;]"
 # Columns that other tools write for weights of images in the loss.
 WEIGHT_COLUMNS = ("weight", "weights", "sample_weight")
 
-# Numbers with a fraction are classes if there are at most so many, or of few images each, and the
-# user says that they are.
+# Numbers with a fraction are classes if there are at most so many, and the user says that they are.
 MANY_NUMBERS = 20
 
 # Tables that belong to a folder of images by Hugging Face's convention.
@@ -294,7 +293,7 @@ def _check_classes(table: Table, name: str, cells: Sequence[str], certain: bool)
     numbers = []
     with suppress(ValueError):
         numbers = [float(cell) for cell in distinct]
-    few = certain and len(distinct) <= max(MANY_NUMBERS, len(filled) // 2)
+    few = certain and len(distinct) <= MANY_NUMBERS
     if any(number % 1 for number in numbers) and not few:
         first = next(cell for cell in filled if float(cell) % 1)
         raise UserError(

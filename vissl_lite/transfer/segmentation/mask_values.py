@@ -234,18 +234,18 @@ def _values_of(image: str, file: str, max_colors: int) -> _FileValues:
 
 
 def _check_layout(image: str, file: str) -> None:
-    """Raise a UserError if a mask is a volume that is stored otherwise than that of its image.
+    """Raise a UserError if a mask is a volume that shows other places than that of its image.
 
-    Voxels of the same number then are other places, and slices would be mirrored or turned.
+    Its slices would be mirrored or turned.
     """
     try:
         of_mask, of_image = volume_layout(file), volume_layout(image)
     except BROKEN_IMAGE:  # the mask could be read, and images are checked when they are read
         return
-    if of_mask is not None and of_image is not None and of_mask != of_image:
+    if of_mask is not None and of_image is not None and not of_mask.matches(of_image):
         raise UserError(
             f"the mask {file} has another orientation ({of_mask}) than its image {image} "
-            f"({of_image}): save the mask with the affine of the image"
+            f"({of_image}), and another place: save the mask with the affine of the image"
         )
 
 
