@@ -256,7 +256,7 @@ class Distillation(PretextTask):
         short_run={"mixup": False, "min_crop_scale": 0.6, "color": 0.1},
     )
     # SEED trains with SGD for 200 epochs; AdamW learns faster in short runs, as for moco. With
-    # fixed views, three times this rate and half of it were worse (benchmarks/README.md).
+    # fixed views, three times this rate was worse, and six times even more (benchmarks/README.md).
     optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
 
     def __init__(
