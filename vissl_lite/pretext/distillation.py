@@ -239,10 +239,10 @@ class Distillation(PretextTask):
             in evaluation) before the training, and not every view at every step, as CompRess does
             with cached features. Epochs then take as long as without a teacher; images cannot be
             mixed, nor feature maps compared.
-        min_crop_scale: Smallest fraction of the image area in a view; default 0.2, as of SEED.
-        color: Strength of the color distortion; default 0.5, that of MoCo v2, which SEED uses. In
-            short runs from random weights, ``pretrain`` chooses 0.6 and 0.1 for the two and no
-            mixup: with fixed views that learns much more in minutes (``benchmarks/README.md``).
+        min_crop_scale: Smallest fraction of the image area in a view. With fixed views, 0.6 and a
+            color of 0.1 are better in few epochs (``benchmarks/README.md``, settings of short
+            runs).
+        color: Strength of the color distortion; 0.5 is that of MoCo v2, which SEED uses.
     """
 
     info = PretextInfo(
@@ -253,11 +253,11 @@ class Distillation(PretextTask):
         use="a good encoder exists, but is too large or of another architecture",
         any_size=True,
         encoders=("teacher",),
-        short_run={"mixup": False, "min_crop_scale": 0.6, "color": 0.1},
+        short_run={"mixup": False},
     )
-    # SEED trains with SGD for 200 epochs; AdamW learns faster in short runs, as for moco. With
-    # fixed views, three times this rate was worse, and six times even more (benchmarks/README.md).
-    optimizer_settings = OptimizerSettings("adamw", lr=2e-3, weight_decay=1e-4, scaling="sqrt")
+    # SEED trains with SGD for 200 epochs; AdamW learns faster in short runs, as for moco. A third of
+    # this rate was better in two epochs on 5,000 images, and worse in 70 on 600.
+    optimizer_settings = OptimizerSettings("adamw", lr=6e-3, weight_decay=1e-4, scaling="sqrt")
 
     def __init__(
         self,
@@ -269,8 +269,8 @@ class Distillation(PretextTask):
         map_weight: float | None = None,
         mixup: bool | None = None,
         fixed_views: bool = False,
-        min_crop_scale: float | None = None,
-        color: float | None = None,
+        min_crop_scale: float = 0.2,
+        color: float = 0.5,
     ) -> None:
         super().__init__(encoder)
         check_positive("pretext.temperature", temperature)
@@ -304,8 +304,7 @@ class Distillation(PretextTask):
                 except UserError as error:
                     raise UserError(f"{error}: give --pretext.map_weight 0") from None
         self.mixup = mixup is None or mixup
-        self.min_crop_scale = 0.2 if min_crop_scale is None else min_crop_scale
-        self.color = 0.5 if color is None else color
+        self.min_crop_scale, self.color = min_crop_scale, color
         self.reads_files = fixed_views
         self._embeddings: Tensor | None = None
         self._embeddings_file: Path | None = None
