@@ -255,8 +255,8 @@ class Distillation(PretextTask):
         encoders=("teacher",),
         short_run={"mixup": False},
     )
-    # SEED trains with SGD for 200 epochs; AdamW learns faster in short runs, as for moco. A third of
-    # this rate was better in two epochs on 5,000 images, and worse in 70 on 600.
+    # SEED trains with SGD for 200 epochs; AdamW learns faster in short runs, as for moco. A third
+    # of this rate was better in two epochs on 5,000 images, and worse in 70 on 600.
     optimizer_settings = OptimizerSettings("adamw", lr=6e-3, weight_decay=1e-4, scaling="sqrt")
 
     def __init__(
