@@ -62,7 +62,7 @@ from vissl_lite.run import (
     say_finished,
     write_results,
 )
-from vissl_lite.training.hardware import Hardware
+from vissl_lite.training.hardware import Hardware, check_batch_size
 from vissl_lite.transfer.base import Scores, TrainedModel
 from vissl_lite.transfer.dataset import LabelledDataset
 from vissl_lite.transfer.finetuning import TransferSettings, finetune_optimizer
@@ -408,11 +408,7 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
 
 def _check_devices(processes: int, batch_size: int | None, images: int) -> None:
     """Raise a UserError if a batch can't be divided by the devices."""
-    if batch_size is not None and batch_size % processes:
-        raise UserError(
-            f"--batch_size {batch_size} can't be divided by {processes} devices: give a multiple "
-            f"of {processes}"
-        )
+    check_batch_size(batch_size, processes)
     if images < processes:
         raise UserError(
             f"there are {images} training images, fewer than {processes} devices: give a lower "
@@ -421,9 +417,7 @@ def _check_devices(processes: int, batch_size: int | None, images: int) -> None:
 
 
 def _steps(folder: Path) -> int:
-    """Number of steps of the training that wrote the metrics in a folder."""
-    if not (folder / METRICS).is_file():
-        return 0
+    """Number of steps of the training that wrote the metrics in a folder; 0 without any."""
     return 1 + max((int(row["step"]) for row in read_metrics(folder / METRICS)[1]), default=-1)
 
 

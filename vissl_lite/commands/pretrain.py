@@ -71,7 +71,7 @@ from vissl_lite.run import (
 )
 from vissl_lite.training.fit import TrainingFiles, fit
 from vissl_lite.training.freezing import ALL_PARTS, FrozenParts, train_only
-from vissl_lite.training.hardware import Hardware
+from vissl_lite.training.hardware import Hardware, check_batch_size
 from vissl_lite.training.loggers import logger_names, make_loggers
 from vissl_lite.training.open_schedule import OpenSchedule
 from vissl_lite.training.progress import Forecast
@@ -300,11 +300,7 @@ def choose_batch_size(given: int | None, images: int, processes: int) -> int:
     """
     if given is not None and given > images:
         raise UserError(f"--batch_size {given} is larger than the data set: {images} images")
-    if given is not None and given % processes:
-        raise UserError(
-            f"--batch_size {given} can't be divided by {processes} devices: give a multiple of "
-            f"{processes}"
-        )
+    check_batch_size(given, processes)
     if given == 1:
         raise UserError("--batch_size 1 is too small: pre-training needs at least 2")
     size = given or min(max(128, processes), images) // processes * processes

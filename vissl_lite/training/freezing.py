@@ -59,7 +59,7 @@ def select_parameters(encoder: Encoder, parts: str) -> set[str]:
         found = {
             f"{place}.{name}"
             for place, module in model.named_modules()
-            if "norm" in (kind := type(module).__name__.lower()) and "normfree" not in kind
+            if _is_norm(module)
             for name, _ in module.named_parameters(recurse=False)
         }
         kind = "normalization layers with weights"
@@ -81,6 +81,12 @@ def select_parameters(encoder: Encoder, parts: str) -> set[str]:
             f"--train {parts}: {encoder.backbone} has no {kind}; --train all trains all of it"
         )
     return found
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalization layer by its name, unlike a block without any."""
+    name = type(module).__name__.lower()
+    return "norm" in name and "normfree" not in name
 
 
 def _last_blocks(encoder: Encoder, count: int) -> set[str]:

@@ -185,6 +185,15 @@ def _check_devices(devices: int | str) -> None:
         raise UserError(f"--devices {devices} must be auto or from 1 to {there} {kind}")
 
 
+def check_batch_size(batch_size: int | None, processes: int) -> None:
+    """Raise a UserError if a given batch size is not a multiple of the number of processes."""
+    if batch_size is not None and batch_size % processes:
+        raise UserError(
+            f"--batch_size {batch_size} can't be divided by {processes} devices: give a multiple "
+            f"of {processes}"
+        )
+
+
 def _started() -> tuple[str, int, int] | None:
     """The launcher of this process: its name, processes per machine, machines; None for none."""
     if "TORCHELASTIC_RUN_ID" in os.environ:

@@ -196,9 +196,14 @@ def _parse(tree: FileTree) -> list[_File]:
 
 def _without(pattern: re.Pattern[str], stem: str) -> str:
     """A stem without what a pattern matches; the number of a slice or page stays behind it."""
-    frame = _FRAME.search(stem)
-    end = len(stem) if frame is None else frame.start()
-    return pattern.sub("", stem[:end]) + stem[end:]
+    name, frame = _split_frame(stem)
+    return pattern.sub("", name) + frame
+
+
+def _split_frame(stem: str) -> tuple[str, str]:
+    """A stem, and the number of a slice or page behind it, such as ``#17``; else empty."""
+    name = _FRAME.sub("", stem)
+    return name, stem[len(name) :]
 
 
 def _pair_in_folder(files: Sequence[_File], log: ReadingLog) -> Parts:
@@ -206,10 +211,8 @@ def _pair_in_folder(files: Sequence[_File], log: ReadingLog) -> Parts:
     there = {(one.folders, one.part, one.is_mask, one.stem) for one in files}
 
     def is_mask(one: _File) -> bool:
-        bases = [_without(_MASK_ENDS, one.stem), _without(_MASK_STARTS, one.stem)]
-        frame = _FRAME.search(one.stem)
-        number = "" if frame is None else frame[0]
-        bases = [base.removesuffix(number) for base in bases]
+        stem, number = _split_frame(one.stem)
+        bases = [_MASK_ENDS.sub("", stem), _MASK_STARTS.sub("", stem)]
         names = [f"{base}{end}{number}" for base in bases for end in ("", "_sat", "_image")]
         names += [f"image_{bases[1]}{number}", f"img_{bases[1]}{number}"]
         return any(
@@ -348,7 +351,7 @@ def _adopt(
 def _are_numbered(masks: Sequence[_File]) -> bool:
     """Whether the names say that masks are pieces of one: numbered, or of any name."""
     bases = {_without(_MASK_ENDS, one.stem) for one in masks}
-    ends = [_MASK_ENDS.search(_FRAME.sub("", one.stem)) for one in masks]
+    ends = [_MASK_ENDS.search(_split_frame(one.stem)[0]) for one in masks]
     numbered = sum(end is not None and end["number"] is not None for end in ends)
     if len(bases) == 1:
         return numbered >= len(masks) - 1 and all(end is not None for end in ends)
