@@ -350,6 +350,8 @@ def test_fixed_views_show_the_teacher_each_image_once(photos: Path, tmp_path: Pa
     target = normalize(expected[[5, 2, 11]], dim=1) - mean
     loss = similarity_distillation(predicted, target, queue, task.temperature)
     torch.testing.assert_close(task.training_step(batch, 0), loss, atol=1e-2, rtol=1e-2)
+    # The mean over all images stays the center.
+    torch.testing.assert_close(task.center.mean, mean, atol=1e-3, rtol=1e-3)
 
 
 def test_other_processes_wait_for_the_main_one(

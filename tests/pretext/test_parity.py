@@ -27,6 +27,7 @@ from vissl_lite.pretext.base import PretextTask
 from vissl_lite.pretext.byol import BYOL
 from vissl_lite.pretext.densecl import DenseCL
 from vissl_lite.pretext.dino import DINO
+from vissl_lite.pretext.distillation import Distillation
 from vissl_lite.pretext.ibot import IBOT, draw_masks
 from vissl_lite.pretext.ijepa import IJEPA
 from vissl_lite.pretext.lejepa import LeJEPA
@@ -47,10 +48,10 @@ PROGRESS = (0.25, 0.5, 0.75)  # fractions of the run at which its three steps ar
 Network = Callable[[Tensor], Tensor]
 
 
-def batches(views: int = 2, local_crops: int = 0) -> list[list[Tensor]]:
+def batches(views: int = 2, local_crops: int = 0, side: int = 32) -> list[list[Tensor]]:
     """Views of each step; local crops have half the side."""
     random = torch.Generator().manual_seed(1)
-    sides = [32] * views + [16] * local_crops
+    sides = [side] * views + [side // 2] * local_crops
     return [
         [torch.randn(IMAGES, 3, side, side, generator=random) for side in sides] for _ in PROGRESS
     ]
@@ -256,15 +257,17 @@ def test_nnclr() -> None:
     assert_parity(task, steps, literal)
 
 
-def test_densecl() -> None:
+@pytest.mark.parametrize(("backbone", "side"), [("test_vit", 32), ("test_resnet", 64)])
+def test_densecl(backbone: str, side: int) -> None:
     """Equations 2 to 4: the dense queue gets one embedding per image, the mean over its map.
 
-    The negatives are those of ``test_moco``.
+    The negatives, and the statistics of the teacher's BatchNorms, are those of ``test_moco``.
     """
     options = {"temperature": 0.3, "momentum": 0.6, "queue_size": 9, "dense_weight": 0.7}
-    task, steps = made(DenseCL, **options), batches()
+    task, steps = made(DenseCL, backbone, **options), batches(side=side)
     query = nn.ModuleList(map(copy.deepcopy, (task.encoder, task.head)))
     key = nn.ModuleList(map(copy.deepcopy, (task.teacher_encoder, task.teacher_head)))
+    key[0].eval()
     queue, dense_queue, literal = list(task.queue.items), list(task.dense_queue.items), []
 
     def outputs(network: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -275,8 +278,8 @@ def test_densecl() -> None:
         return whole, features.flatten(2).transpose(1, 2), dense.transpose(1, 2)
 
     for first, second in steps:
+        average(key, query, 0.6, norms=True)
         q, q_map, q_dense = outputs(query, first)
-        average(key, query, 0.6)
         k, k_map, k_dense = (one.detach() for one in outputs(key, second))
         k_mean = unit(k_dense.mean(dim=1))
         whole, dense = [], []
@@ -294,6 +297,43 @@ def test_densecl() -> None:
                 dense.append(of_first(scores, 0.3))
         literal.append(descend(0.3 * mean(whole) + 0.7 * mean(dense), query))
         queue, dense_queue = [*queue, *unit(k)], [*dense_queue, *k_mean]
+    assert_parity(task, steps, literal)
+
+
+def test_distillation() -> None:
+    """SEED, equations 3 to 5: the similarities to the image itself and to a queue that holds no
+    embedding of the batch; the queue, and the center that ours has, follow after the loss.
+
+    The distributions have the same temperature, as CompRess' have. Maps: Liu et al. 2019, eq. 3.
+    """
+    options = {"teacher": "random:test_vit", "teacher_size": 32, "mixup": False, "map_weight": 2.0}
+    task = made(Distillation, temperature=0.3, queue_size=6, **options)
+    steps = batches(views=1)
+    student = nn.ModuleList(map(copy.deepcopy, (task.encoder, task.head)))
+    teacher, center, literal = task.teacher.encoder, torch.zeros(task.head.out_features), []
+    queue = list(task.queue.items)
+    for (views,) in steps:
+        pooled, student_map = student[0].pooled_and_map(views)
+        # Both networks have the same normalization.
+        target, teacher_map = (one.detach() for one in teacher.pooled_and_map(views))
+        target, predicted = unit(target), unit(student[1](pooled))
+        divergences, differences = [], []
+        for own, wanted in zip(predicted, unit(target - center), strict=True):
+            others = [wanted, *(unit(old - center) for old in queue)]
+            of_student, of_teacher = (
+                (torch.stack([one @ other for other in others]) / 0.3).log_softmax(dim=0)
+                for one in (own, wanted)
+            )
+            divergences.append((of_teacher.exp() * (of_teacher - of_student)).sum())
+        for one, other in zip(student_map, teacher_map, strict=True):
+            similarities = []
+            for features in (one, other):
+                places = unit(features.flatten(1).T)
+                similarities.append(torch.stack([place @ places.T for place in places]))
+            differences.append((similarities[0] - similarities[1]).square().mean())
+        literal.append(descend(mean(divergences) + 2 * mean(differences), student))
+        queue = [*queue, *target][-6:]
+        center = 0.9 * center + 0.1 * target.mean(dim=0)
     assert_parity(task, steps, literal)
 
 

@@ -114,9 +114,10 @@ class PretextTask(pl.LightningModule, ABC):
     """Base class of self-supervised tasks that train an encoder.
 
     Each subclass has a module of its own. Its hyperparameters are the arguments of ``__init__``
-    after ``encoder``, with the defaults of the paper. Random augmentations belong in ``views``,
-    which runs in the data workers; random labels of the task belong in ``loss``. State that must
-    survive a resumed run (queues, centers, teachers) is a buffer or a module.
+    after ``encoder``. Their defaults suit runs of minutes to hours; the docstrings say where those
+    of the paper differ, and ``configs/imagenet`` has these. Random augmentations belong in
+    ``views``, which runs in the data workers; random labels of the task belong in ``loss``. State
+    that must survive a resumed run (queues, centers, teachers) is a buffer or a module.
 
     Args:
         encoder: Encoder to train.

@@ -100,7 +100,8 @@ class DINO(PretextTask):
         drop_path: float | None = None,
     ) -> None:
         super().__init__(encoder)
-        if encoder.patch_size is None:  # As in the authors' recipe for ResNet-50
+        if encoder.patch_size is None:
+            # The authors' recipe for ResNet-50 has a constant weight decay, too: 1e-4, with SGD.
             self.optimizer_settings = replace(self.optimizer_settings, weight_decay_end=None)
         check_share("pretext.center_momentum", center_momentum)
         check_share("pretext.freeze_last_layer", freeze_last_layer)

@@ -343,7 +343,8 @@ class Distillation(PretextTask):
         others = F.normalize(self.queue.items.float() - mean, dim=1)
         loss = similarity_distillation(self.head(pooled), target - mean, others, self.temperature)
         self.queue.push(target)
-        self.center.update(target)
+        if self._embeddings is None:  # else the center is the mean over all images
+            self.center.update(target)
         return loss
 
     def prepare(self, images: Source, run: Path) -> None:

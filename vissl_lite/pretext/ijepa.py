@@ -113,8 +113,14 @@ class IJEPA(PretextTask):
 
     The default learning rate is for runs of minutes to hours; with ``--epochs`` it falls with the
     length of the run to the paper's (``--base_lr 1.25e-4``). For ImageNet see
-    ``configs/imagenet/ijepa.yaml``. Weights are initialized as by timm; the authors' code rescales
-    those of residual branches. This was not measured.
+    ``configs/imagenet/ijepa.yaml``. Weights of the encoder are initialized as by timm, those of the
+    predictor as MAE's decoder; the authors' code rescales those of residual branches in both. This
+    was not measured.
+
+    Sizes of blocks are as in the authors' code, but for three details that the paper does not have:
+    there, one random number gives both the scale and the aspect ratio of a target, no block touches
+    the last row or column, and contexts are cut to equal length at their end instead of at random
+    patches.
 
     Args:
         encoder: Encoder to train; a plain ViT.
@@ -220,7 +226,7 @@ class IJEPA(PretextTask):
         scale, aspect = uniform(self.target_scale), uniform(self.target_aspect)
         size = block_size(side, scale, aspect, largest=side - 1)
         targets = place_blocks(batch, self.count, side, size, device)
-        size = block_size(side, uniform(self.context_scale), 1.0, largest=side)
+        size = block_size(side, uniform(self.context_scale), 1.0, largest=side - 1)
         context = place_blocks(batch, 1, side, size, device)[:, 0]
         return draw_context(indices_to_mask(context, side * side), targets, side)
 

@@ -25,6 +25,9 @@ SOLARIZE = 0.2  # Probability for each view, in the authors' recipe
 class LeJEPA(PretextTask):
     """LeJEPA.
 
+    The test statistic is an integral from -5 to 5, as in algorithm 1 of the paper; the authors'
+    code stops at 3, where the weight of the integrand has fallen to a hundredth.
+
     Args:
         encoder: Encoder to train.
         lambd: Weight of the regularization relative to the agreement of views, in (0, 1) (equation

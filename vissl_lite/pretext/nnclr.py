@@ -41,7 +41,8 @@ class NNCLR(PretextTask):
     """NNCLR.
 
     Both views are in one batch for BatchNorm, as in SimCLR; the authors compute its statistics for
-    each view.
+    each view. For ``byol`` and ``simsiam`` this made little difference (see there); for NNCLR it
+    was not measured.
 
     Args:
         encoder: Encoder to train.

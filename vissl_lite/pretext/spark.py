@@ -254,8 +254,10 @@ class Decoder(nn.Module):
     """Light U-Net decoder that upsamples from the coarsest map to the finest (section 3.2).
 
     At each resolution, masked locations are filled with a learned token ("densified") before the
-    map is added. The decoder of the paper upsamples to the full resolution; this one ends at the
-    finest map, where each location predicts its pixels, which is faster.
+    map is added. The decoder of the paper upsamples to the full resolution, by transposed
+    convolutions; this one repeats locations, and ends at the finest map, where each location
+    predicts its pixels, which is faster. Before densifying, maps of all backbones are normalized by
+    BatchNorm; the authors' code has LayerNorm for ConvNeXt.
 
     Args:
         channels: Number of channels of the feature maps, fine to coarse.

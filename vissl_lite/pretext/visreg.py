@@ -17,7 +17,9 @@ from vissl_lite.pretext.modules.drop_path import add_drop_path
 from vissl_lite.pretext.modules.heads import ProjectionHead
 from vissl_lite.pretext.modules.losses import random_directions, visreg
 
-SOLARIZE = 0.2  # Probability for each view, in the authors' code
+# Probability for each view. The authors' code gives 0.2 to a transform that then inverts half of
+# the images, as torchvision's default is: in effect 0.1.
+SOLARIZE = 0.1
 
 
 class VISReg(PretextTask):
@@ -53,7 +55,8 @@ class VISReg(PretextTask):
         any_size=True,
         token_drop=0.0,
     )
-    # The authors' recipe: AdamW, weight decay 0.05, gradients clipped at 1.
+    # The authors' recipe: AdamW, weight decay 0.05, gradients clipped at 1, and a learning rate of
+    # 9e-4 for 100 epochs of ImageNet, whose batch size they do not give: see its configuration.
     optimizer_settings = OptimizerSettings(
         "adamw", lr=2e-3, weight_decay=0.05, scaling="sqrt", clip_norm=1.0
     )

@@ -339,6 +339,14 @@ def test_sinkhorn_stays_finite_where_every_image_likes_one_prototype() -> None:
     torch.testing.assert_close(codes.sum(dim=1), torch.ones(8))
 
 
+def test_sinkhorn_stays_finite_where_an_image_is_far_below_the_others() -> None:
+    scores = torch.full((3, 4), -1.0)
+    scores[0, 0], scores[1, 1] = 1.0, 0.95
+    scores[2] = torch.tensor([-1.0, -0.98, -0.96, -0.94])
+    torch.testing.assert_close(sinkhorn(scores, 0.05, 3), literal_sinkhorn(scores, 0.05, 3))
+    torch.testing.assert_close(sinkhorn(scores, 0.005, 3).sum(dim=1), torch.ones(3))
+
+
 def test_cross_entropy_and_center_equal_the_paper() -> None:
     """DINO, eq. 2 and 4, and algorithm 1."""
     teacher, student = torch.randn(4, 6), torch.randn(4, 6)
@@ -381,6 +389,7 @@ def test_koleo_is_the_mean_log_distance_to_the_nearest() -> None:
     for i in range(6):
         total -= math.log(min((unit[i] - unit[j]).norm().item() for j in range(6) if j != i))
     assert koleo(z).item() == pytest.approx(total / 6, rel=1e-4)
+    assert koleo(z[:1]).item() == 0
 
 
 def free_port() -> int:

@@ -333,19 +333,25 @@ def sinkhorn(
         codes = scores.float()
         if earlier is not None:
             codes = torch.cat([codes, earlier.float()])
-        highest = codes.max()
+        highest_of_row = codes.amax(dim=1, keepdim=True)
+        highest = highest_of_row.max()
         if processes > 1:
             dist.all_reduce(highest, dist.ReduceOp.MAX)
-        codes = ((codes - highest) / epsilon).exp()
+        # The sizes of rows are kept apart: a row far below the highest score would underflow to
+        # zeros, whose sum nothing can be divided by.
+        codes = ((codes - highest_of_row) / epsilon).exp()
+        sizes = ((highest_of_row - highest) / epsilon).exp()
         for _ in range(iterations):
             # Each process keeps its own rows: only the sums of columns are communicated.
-            columns = codes[:size].sum(dim=0)
+            weighted = sizes * codes
+            columns = weighted[:size].sum(dim=0)
             if processes > 1:
                 dist.all_reduce(columns)
-            columns += codes[size:].sum(dim=0)  # Equal in all processes.
+            columns += weighted[size:].sum(dim=0)  # Equal in all processes.
             # Avoid a division by zero for prototypes whose column underflows.
             codes = codes / (columns.clamp_min(1e-30) * codes.shape[1])
             codes = codes / codes.sum(dim=1, keepdim=True)
+            sizes = torch.ones_like(sizes)
         return codes[:size]
 
 
@@ -413,11 +419,14 @@ def koleo(z: Tensor) -> Tensor:
     Spreads embeddings evenly.
 
     Args:
-        z: ``(B, D)`` embeddings of this process; B at least 2.
+        z: ``(B, D)`` embeddings of this process.
 
     Returns:
-        Negative mean log distance to the nearest neighbor. Computed in float32.
+        Negative mean log distance to the nearest neighbor; 0 for a single embedding. Computed in
+        float32.
     """
+    if len(z) < 2:
+        return 0 * z.float().sum()
     with torch.autocast(z.device.type, enabled=False):
         z = F.normalize(z.float(), dim=1)
         similarity = (z @ z.T).detach().fill_diagonal_(-2)

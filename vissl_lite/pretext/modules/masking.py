@@ -366,7 +366,7 @@ class PatchPredictor(nn.Module):
         self.blocks = nn.Sequential(
             *(Block(width, num_heads=width // 32, qkv_bias=True) for _ in range(depth))
         )
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(width, eps=1e-6)  # as in the blocks
         self.head = nn.Linear(width, outputs)
         nn.init.normal_(self.mask_token, std=0.02)
         for module in self.modules():
