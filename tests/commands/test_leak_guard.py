@@ -253,4 +253,4 @@ def test_groups_of_pretraining_are_leaks(data: Path, tmp_path: Path) -> None:
     assert results(tmp_path / "run")["leaking_groups"] == 1
     warnings = json.loads((tmp_path / "run" / "run.json").read_text())["warnings"]
     (leak,) = [one for one in warnings if "1 group" in one["message"]]
-    assert f"1 group is in the pre-training images of {encoder} and the test" in leak["message"]
+    assert f"1 group is in the training images of {encoder} and the test" in leak["message"]

@@ -4,13 +4,14 @@ import csv
 import itertools
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -18,6 +19,8 @@ import vissl_lite
 from tests.conftest import with_pictures
 from vissl_lite.cli import main
 from vissl_lite.commands import self_training
+from vissl_lite.commands.finetune import FinetuneOptions
+from vissl_lite.commands.pseudo_label import REPEATED, _next_command
 from vissl_lite.commands.self_training import (
     PseudoLabels,
     check_same_reading,
@@ -25,11 +28,17 @@ from vissl_lite.commands.self_training import (
     read_unlabelled,
     self_train,
 )
+from vissl_lite.data.fingerprints import Fingerprints, fingerprints_of
 from vissl_lite.data.image_reader import ImageReader
 from vissl_lite.data.image_survey import ImageSettings
+from vissl_lite.data.text_file import read_paths
+from vissl_lite.encoders.encoder import build_encoder
 from vissl_lite.errors import OutOfMemoryError, UserError
 from vissl_lite.sample.dataset import make_sample_data
+from vissl_lite.transfer.classification.model import Classifier, save_classifier
 from vissl_lite.transfer.tasks import TASKS
+
+NO_PRINTS = fingerprints_of([])
 
 
 def run(*words: object) -> int:
@@ -83,7 +92,9 @@ def test_confident_predictions_are_written_as_labels(
     rows = rows_of(pseudo_labels / "pseudo_labels.csv")
     results = json.loads((pseudo_labels / "results.json").read_text())
     assert results["images"] == 33
-    assert len(rows) == results["labels"] == sum(results["labelled"].values()) >= 11
+    assert len(rows) == results["labelled_images"] == sum(results["labelled"].values()) >= 11
+    assert results["trained_on_images"] == 0  # a copy is another file
+    assert "excluded" not in results
     assert all(float(row["confidence"]) >= results["min_confidence"] - 1e-4 for row in rows)
     right = [Path(row["path"]).name.startswith(row["label"]) for row in rows]
     assert sum(right) > len(rows) / 2
@@ -96,6 +107,7 @@ def test_confident_predictions_are_written_as_labels(
     assert len(list((pseudo_labels / "pictures").iterdir())) == 2
     assert "report.html" in {path.name for path in pseudo_labels.iterdir()}
     said = (pseudo_labels / "log.txt").read_text()
+    assert f"{len(rows)} of 33 images that were read have pseudo-labels: " in said
     config = yaml.safe_load((tuned / "config.yaml").read_text())
     assert (
         f"vissl-lite finetune --task classification --encoder {config['encoder']} "
@@ -107,6 +119,111 @@ def test_a_number_is_taken_as_it_is(tuned: Path, pool: Path, tmp_path: Path) -> 
     result = vissl_lite.pseudo_label(model=tuned, data=pool, out=tmp_path, min_confidence=0)
     assert len(rows_of(result.labels)) == result.images == 33
     assert result.min_confidence == 0
+
+
+def test_images_that_the_model_was_trained_on_are_counted(
+    tuned: Path, labelled: Path, tmp_path: Path
+) -> None:
+    result = vissl_lite.pseudo_label(model=tuned, data=labelled, out=tmp_path, min_confidence=0)
+    assert json.loads((tmp_path / "results.json").read_text())["trained_on_images"] == 36
+    said = (tmp_path / "log.txt").read_text()
+    assert (
+        f"{result.images} of {result.images} images that were read have pseudo-labels (the model "
+        f"was trained on 36 of them): {result.labels}"
+    ) in said
+
+
+def test_images_without_any_class_count_as_labelled(
+    encoder: Path, pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With several labels per image, "none of them" is a label, too."""
+    folder = tmp_path / "tuned" / "model"
+    model = build_encoder("test_resnet", 32)
+    save_classifier(Classifier(model, ["red", "green"], multi_label=True), folder, {})
+    none = lambda logits, multi_label: (  # noqa: E731
+        torch.ones(len(logits)),
+        torch.zeros(logits.shape, dtype=torch.long),
+    )
+    place = "vissl_lite.transfer.classification.pseudo_labels.confident_labels"
+    monkeypatch.setattr(place, none)
+    out = tmp_path / "pseudo"
+    result = vissl_lite.pseudo_label(model=folder, data=pool, out=out, min_confidence=0.5)
+    assert len(rows_of(result.labels)) == 33
+    assert result.labelled == {"red": 0, "green": 0}
+    said = (out / "log.txt").read_text()
+    assert "33 of 33 images that were read have pseudo-labels: " in said
+    assert "vissl-lite finetune --task classification" in said
+
+
+def test_excluded_images_and_copies_of_them_get_no_label(
+    tuned: Path, pool: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    images = Path(shutil.copytree(pool, tmp_path / "images"))
+    Image.open(images / "red-0.png").resize((64, 64)).save(images / "larger.png")
+    (images / "broken.png").write_bytes(b"no image")
+    table = tmp_path / "not_usable.csv"
+    named = [images / "red-0.png", images / "broken.png", tmp_path / "gone.png"]
+    table.write_text("\n".join(["path,not_usable", *(f"{path},1" for path in named)]) + "\n")
+    words = ("--model", tuned, "--data", images, "--min_confidence", 0, "--exclude", table)
+    assert run("pseudo-label", *words, "--out", tmp_path / "out") == 0
+    left_out = {"red-0.png", "larger.png", "broken.png"}
+    expected = {path.name for path in images.iterdir()} - left_out
+    rows = rows_of(tmp_path / "out" / "pseudo_labels.csv")
+    assert {Path(row["path"]).name for row in rows} == expected
+    assert {Path(path).name for path in read_paths(tmp_path / "out" / "unlabelled.txt")} == expected
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (results["excluded"], results["skipped"]) == (3, 0)
+    said = (tmp_path / "out" / "log.txt").read_text()
+    assert "Left out by --exclude: 2 images that it names, and 1 near-duplicates of them" in said
+    assert "1 of the 3 images that --exclude names are not among the images of --data" in said
+    table.write_text("\n".join(["path", *map(str, images.iterdir())]) + "\n")
+    assert run("pseudo-label", *words, "--out", tmp_path / "none") == 2
+    assert "--exclude leaves none of the 35 images of --data" in capfd.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_next_command_trains_the_same_model_on_the_same_labels(tmp_path: Path) -> None:
+    options = FinetuneOptions(
+        data="boxes",
+        out="run",
+        encoder="runs/a b",
+        task="detection",
+        detector="mask_rcnn",
+        fraction=0.5,
+        seed=3,
+        frozen=True,
+        upright=False,
+        lr=0.01,
+    )
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(options.as_config()))
+    words = _next_command(TASKS["detection"], tmp_path, tmp_path / "pseudo")
+    assert words == (
+        f"vissl-lite finetune --task detection --encoder 'runs/a b' --data boxes "
+        f"--detector mask_rcnn --fraction 0.5 --seed 3 --frozen true --upright false "
+        f"--pseudo_labels {tmp_path / 'pseudo'} --out {tmp_path / 'pseudo-model'}"
+    )
+    options = FinetuneOptions(
+        data="labels.csv", out="run", shots=4, class_weights={"cat": 2.0}, path_column="where"
+    )
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(options.as_config()))
+    words = _next_command(TASKS["classification"], tmp_path, tmp_path / "pseudo")
+    assert "--class_weights.cat 2.0 --path_column where --shots 4 --pseudo" in words
+
+
+def test_options_that_are_repeated_have_the_defaults_of_finetune() -> None:
+    defaults = {one.name: one.default for one in fields(FinetuneOptions)}
+    assert {name: defaults[name] for name in REPEATED} == REPEATED
+
+
+def test_paths_with_line_breaks_stay_whole(tuned: Path, pool: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    names = ["two\nlines.png", "plain.png"]
+    for name in names:
+        shutil.copy(pool / "red-0.png", images / name)
+    out = tmp_path / "out"
+    vissl_lite.pseudo_label(model=tuned, data=images, out=out, min_confidence=0)
+    assert set(read_unlabelled(out).paths) == {str(images / name) for name in names}
 
 
 def test_later_rounds_read_the_images_as_pseudo_label_did(
@@ -149,7 +266,7 @@ class Rounds:
 
     def load(self, task: Any, folder: Path, data: Any) -> PseudoLabels:
         self.read.append((folder / "pseudo_labels.csv").read_text())
-        return PseudoLabels(data, {})
+        return PseudoLabels(data, {}, NO_PRINTS)
 
     def train(self, run: Path, resume: bool = False) -> list[Any]:
         def fit(data: Any, number: int) -> Any:
@@ -158,7 +275,7 @@ class Rounds:
             return SimpleNamespace(model=None, number=number)
 
         none = cast("Any", None)
-        first, pool = PseudoLabels(none, {}), cast("Any", "unlabelled")
+        first, pool = PseudoLabels(none, {}, NO_PRINTS), cast("Any", "unlabelled")
         return self_train(self.task, none, first, pool, 2, run, fit, resume)
 
 
@@ -224,7 +341,52 @@ def test_images_of_groups_in_validation_and_test_are_left_out(tmp_path: Path) ->
         data = task.load_data(str(tmp_path / "data"), settings)
         found = load_pseudo_labels(task, tmp_path, data)
         assert found.data.paths("train") == [str(pool[index]) for index in kept]
+        assert found.prints.paths == found.data.paths("train")
         assert found.left_out == {"test": len(kept) == 2, "val": len(kept) == 2, "train": 0}
+
+
+@pytest.mark.slow
+def test_pseudo_labelled_images_are_training_images_for_the_leak_guard(
+    tuned: Path,
+    pseudo_labels: Path,
+    encoder: Path,
+    labelled: Path,
+    pool: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    everything = Path(shutil.copytree(pseudo_labels, tmp_path / "pseudo"))
+    lines = [f"{path},{path.name.split('-')[0]},0.9" for path in sorted(pool.iterdir())]
+    (everything / "pseudo_labels.csv").write_text("\n".join(["path,label,confidence", *lines]))
+    start = Path(shutil.copytree(encoder, tmp_path / "start"))
+    pretrained = sorted(map(str, labelled.glob("train/red/*.png")))[:2]
+    fingerprints_of(pretrained).save(start / "fingerprints.npz")
+    monkeypatch.setattr("vissl_lite.commands.finetune.best_round", lambda *_: 1)
+    common = ("--data", labelled, "--encoder", start, "--epochs", 1, "--num_workers", 0)
+    more = ("--frozen_norm", "true", "--pseudo_labels", everything)
+    out = tmp_path / "run"
+    assert run("finetune", *common, *more, "--out", out) == 0
+    added = {str(path) for path in pool.iterdir() if "copy" not in path.name}
+    assert set(Fingerprints.load(out / "model" / "fingerprints.npz").paths) == added | {*pretrained}
+    assert added.isdisjoint(read_paths(out / "model" / "trained_on.txt"))
+    # as a test part, they are leaks of this model, but not of the one without pseudo-labels
+    tested = tmp_path / "tested.csv"
+    lines = [f"{path},{path.parent.name},train" for path in sorted(labelled.glob("train/*/*.png"))]
+    lines += [f"{path},{Path(path).name.split('-')[0]},test" for path in sorted(added)]
+    tested.write_text("\n".join(["path,label,split", *lines]))
+    for model, count in ((out / "model", 30), (tuned / "model", 0)):
+        probed = tmp_path / f"probe-{count}"
+        assert run("probe", "--encoder", model, "--data", tested, "--out", probed) == 0
+        assert json.loads((probed / "results.json").read_text())["leaks"] == count
+        said = "30 test images are among the images that the encoder was trained on (30 exact)"
+        assert (said in (probed / "log.txt").read_text()) == (count > 0)
+    # what is done with this model on the same images goes on as before
+    words = ("--model", out, "--data", pool)
+    assert run("predict", *words, "--out", tmp_path / "predicted") == 0
+    assert run("pseudo-label", *words, "--min_confidence", 0, "--out", tmp_path / "again") == 0
+    assert "Leaks" not in (tmp_path / "again" / "log.txt").read_text()
+    words = ("finetune", "--data", labelled, "--encoder", start, "--dry_run", "--leaks", "error")
+    assert run(*words, "--pseudo_labels", tmp_path / "again", "--out", tmp_path / "next") == 0
 
 
 @pytest.mark.slow
@@ -323,7 +485,11 @@ def test_a_labeller_that_knows_test_images_is_refused(
         if path.parent.name != "blue" or path.stem != "7"
     ]
     table.write_text("\n".join(["path,label,split", *lines]))
-    message = "was trained on 5 of 5 test images: give the same --data, --test_fold and"
+    message = (
+        "was trained on 5 of 5 test images, perhaps since the test part is made anew when labels "
+        "are added: train a model on these labels and make the pseudo-labels again, or give the "
+        "same --data, --test_fold and --group_by as for that model, or a test part that it was not"
+    )
     status, error = tried(table, pseudo_labels)
     assert status == 2
     assert message in error
@@ -340,6 +506,7 @@ def test_a_labeller_that_knows_test_images_is_refused(
     status, error = tried(labelled, pseudo_labels, "--fraction", "0.5")
     assert status == 0
     assert "the true labels of 18 images that this training does not have" in error
+    assert "the same --fraction or --shots with the same --seed" in error
     unknown = Path(shutil.copytree(pseudo_labels, tmp_path / "pseudo"))
     listed = unknown / "trained_on.txt"
     listed.write_text(listed.read_text().replace(str(labelled), "/gone"))
@@ -376,12 +543,14 @@ def test_boxes_and_masks_are_written_and_trained_on(
     assert len(list((pseudo / "pictures").rglob("*.png"))) == 1
     if task == "detection":
         found = json.loads((pseudo / "pseudo_labels.json").read_text())
-        assert len(found["annotations"]) == results["labels"] > 0
+        assert len(found["annotations"]) == sum(results["labelled"].values()) > 0
+        assert results["labelled_images"] == len(found["images"])
         assert all(one["score"] >= 0.06 for one in found["annotations"])
         images = len(found["images"])
     else:
         rows = rows_of(pseudo / "pseudo_labels.csv")
         images = len(rows)
+        assert results["labelled_images"] == images
         assert all((pseudo / row["mask"]).is_file() for row in rows)
     options = ("--pseudo_labels", pseudo, "--epochs", 1, "--out", out)
     assert run("finetune", *common, *options) == 0

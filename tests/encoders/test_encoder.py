@@ -405,6 +405,13 @@ def test_nothing_there_is_a_mistake(tmp_path: Path) -> None:
         load_encoder(tmp_path)
 
 
+def test_a_run_of_finetune_is_refused_with_its_model_folder(tmp_path: Path) -> None:
+    save_encoder(build_encoder("test_resnet", 32), tmp_path / "model" / "encoder", {})
+    with pytest.raises(UserError, match=rf"a fine-tuned model: give {tmp_path / 'model'} to use"):
+        load_encoder(tmp_path)
+    load_encoder(tmp_path / "model")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "null", "3", '{"architecture": "test_resnet"}', "\x00\x01", '"text"']

@@ -47,7 +47,7 @@ def test_groups_of_pretraining_are_found() -> None:
     # of a test group that is left out, the validation images can stay
     both = {**apart, "val": np.array(["p2", "p4"])}
     assert check_groups(both, "column patient", "exclude", seen) == (1, {"test": [1], "val": []})
-    with pytest.raises(UserError, match="1 group is in the pre-training images of runs/a and the"):
+    with pytest.raises(UserError, match="1 group is in the training images of runs/a and the"):
         check_groups(apart, "column patient", "error", seen)
 
 

@@ -85,9 +85,12 @@ def test_every_place_is_looked_at(
     assert found.count == 4
     assert found.left_out == {"test": set(), "val": set()}
     assert [record.levelname for record in log.records] == ["INFO", "WARNING"]
-    assert log.messages[0] == "Validation images among the pre-training images, as is usual: 2"
+    assert (
+        log.messages[0]
+        == "Validation images among the images that the encoder was trained on, as is usual: 2"
+    )
     for words in (
-        "3 test images are among the pre-training images (2 exact, 1 similar)",
+        "3 test images are among the images that the encoder was trained on (2 exact, 1 similar)",
         "1 test image is in the training part (1 exact)",
         "1 test image is in the validation part (1 exact)",
         "1 validation image is in the training part (1 exact)",

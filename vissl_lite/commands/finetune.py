@@ -381,6 +381,9 @@ def finetune(options: FinetuneOptions) -> FinetuneResult:
         # Pseudo-labels pass on what the model that made them was trained on.
         indirectly = labeller.trained_on if fitted.added else []
         save_trained_on(run / "model", [*trained_before, *trained_on, *indirectly])
+        added = rounds[kept].prints if rounds else None
+        if added is not None:
+            pretrained_on = added if pretrained_on is None else pretrained_on.join(added)
         if pretrained_on is not None:
             pretrained_on.save(run / "model" / FINGERPRINTS)
         scores: Scores = rounds[kept].scores if rounds else task.evaluate(model, labelled)

@@ -11,22 +11,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from vissl_lite.commands.excluded import read_excluded
+from vissl_lite.data.fingerprints import find_matches, read_fingerprints
 from vissl_lite.data.image_survey import ImageSettings, override
 from vissl_lite.data.images import find_images
 from vissl_lite.data.reading import MAX_PIXELS, limit_pixels, slice_along
 from vissl_lite.data.text_file import write_paths
 from vissl_lite.errors import UserError, check_not_negative, check_positive_share, check_share
-from vissl_lite.options import Options, Paths, StrPath, command, path_list
+from vissl_lite.options import Options, Paths, StrPath, command, flatten, path_list
 from vissl_lite.report.additions import add_report
 from vissl_lite.run import beside, check_out, open_run, read_config, write_results
 from vissl_lite.run_folder import RUN_CONFIG
 from vissl_lite.training.progress import progress_bar
 from vissl_lite.transfer.base import TrainedModel
-from vissl_lite.transfer.classification.options import LabelOptions
 from vissl_lite.transfer.confidence import Confidence, Cutoff
-from vissl_lite.transfer.options import AnnotationsOption
 from vissl_lite.transfer.prediction import Predictions
-from vissl_lite.transfer.tasks import find_model
+from vissl_lite.transfer.tasks import AnyTask, find_model
 from vissl_lite.transfer.trained_on import load_trained_on, save_trained_on
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,19 @@ MinConfidence: TypeAlias = float | Literal["auto"]
 
 # File in the data set that lists all images that were given, labelled or not.
 UNLABELLED = "unlabelled.txt"
+
+# Options of finetune, beside those of tasks and of reading, that decide which labels are used and
+# which model is trained, with their defaults.
+REPEATED = {
+    "fraction": None,
+    "shots": None,
+    "seed": 0,
+    "leaks": "warn",
+    "refit": None,
+    "frozen": False,
+    "image_size": None,
+    "upright": True,
+}
 
 
 @dataclass(frozen=True)
@@ -45,7 +58,8 @@ class PseudoLabelResult:
         run: Folder of the data set.
         labels: File of the labels in it.
         images: Number of images that were read.
-        labelled: Number of labels by class: of images, or of boxes.
+        labelled: By class, the number of images in which it occurs; for detection the number of its
+            boxes.
         min_confidence: Confidence from which predictions were taken.
     """
 
@@ -69,6 +83,9 @@ class PseudoLabelOptions(Options, ImageSettings):
     """Folders of unlabelled images (searched recursively) or .txt files of paths."""
     out: StrPath
     """Folder of the data set to write, for --pseudo_labels of finetune."""
+    exclude: Paths | None = None
+    """Images that are not to be labelled, such as those that are not usable: tables (.csv) with a
+    column path. Near-duplicates of them are left out, too."""
     min_confidence: MinConfidence = "auto"
     """Take predictions of at least this calibrated probability, or score of a box. auto: the lowest
     one that has the precision --min_precision on labelled images that were not trained on, and not
@@ -129,23 +146,27 @@ def pseudo_label(options: PseudoLabelOptions) -> PseudoLabelResult:
     trained_on = load_trained_on(folder)
     encoder = loaded.encoder
     slice_along(encoder.reader.axis if options.axis is None else options.axis)
-    paths = find_images(sources)
+    pool = find_images(sources)
+    paths = pool if options.exclude is None else _without(pool, path_list(options.exclude))
     encoder.reader = override(encoder.reader, paths, options)
     with open_run(Path(options.out), "pseudo-label", options.as_config()) as run:
         report_cutoff(cutoff, options.min_confidence, options.min_precision, loaded.classes)
         with progress_bar() as bar:
             shown = bar.add_task("pseudo-label", total=len(paths), info="")
             todo = Predictions(paths, run, options.pictures, partial(bar.advance, shown))
-            file, images, counts = task.pseudo_label(loaded, cutoff, todo)
+            found = task.pseudo_label(loaded, cutoff, todo)
         write_paths(run / UNLABELLED, [str(Path(path).absolute()) for path in paths])
         if trained_on is not None:
             save_trained_on(run, trained_on)
-        labelled = dict(zip(loaded.classes, counts.tolist(), strict=True))
+        known = len(set(map(os.path.abspath, found.paths)).intersection(trained_on or ()))
+        labelled = dict(zip(loaded.classes, found.counts.tolist(), strict=True))
         results = {
             "task": task.name,
-            "images": images,
-            "skipped": len(paths) - images,
-            "labels": sum(labelled.values()),
+            "images": found.images,
+            "skipped": len(paths) - found.images,
+            **({} if options.exclude is None else {"excluded": len(pool) - len(paths)}),
+            "labelled_images": len(found.paths),
+            "trained_on_images": known,
             "labelled": labelled,
             "classes": loaded.classes,
             **cutoff_figures(cutoff, loaded.classes),
@@ -158,22 +179,56 @@ def pseudo_label(options: PseudoLabelOptions) -> PseudoLabelResult:
                 {"classes": ", ".join(missing)},
                 extra={"code": "pseudo_labels.no_class"},
             )
-        total = sum(labelled.values())
-        log.info("%d labels, from %d images that were read: %s", total, images, file)
-        if total:
+        log.info(
+            "%d of %d images that were read have pseudo-labels%s: %s",
+            len(found.paths),
+            found.images,
+            f" (the model was trained on {known} of them)" if known else "",
+            found.file,
+        )
+        if found.paths:
             log.info("Next:")
-            log.info("  %s", _next_command(task.name, folder.parent, run))
+            log.info("  %s", _next_command(task, folder.parent, run))
         add_report(run)
-    return PseudoLabelResult(run, file, images, labelled, cutoff.value)
+    return PseudoLabelResult(run, found.file, found.images, labelled, cutoff.value)
 
 
-def _next_command(task: str, trained: Path, run: Path) -> str:
+def _without(pool: list[str], tables: Sequence[str]) -> list[str]:
+    """The images that no table names, and that are not near-duplicates of such images.
+
+    Raises:
+        UserError: A table can't be read, or no image is left.
+    """
+    excluded = read_excluded(tables, pool)
+    usable = [path for path in pool if os.path.abspath(path) not in excluded]
+    with progress_bar() as bar:
+        shown = bar.add_task("near-duplicates", total=len(usable) + len(excluded), info="")
+        # Those that can't be read are reported when they are predicted; of excluded ones that is a
+        # usual reason.
+        unusable, _ = read_fingerprints(sorted(excluded), partial(bar.advance, shown))
+        prints, _ = read_fingerprints(usable, partial(bar.advance, shown))
+    copies = {match.path for match in find_matches(prints, unusable)}
+    kept = [path for path in usable if path not in copies]
+    if not kept:
+        raise UserError(
+            f"--exclude leaves none of the {len(pool)} images of --data: it names "
+            f"{len(pool) - len(usable)}, and {len(copies)} are near-duplicates of these"
+        )
+    log.info(
+        "Left out by --exclude: %d images that it names, and %d near-duplicates of them",
+        len(pool) - len(usable),
+        len(copies),
+    )
+    return kept
+
+
+def _next_command(task: AnyTask, trained: Path, run: Path) -> str:
     """The command that trains with the pseudo-labels.
 
     Args:
         task: Task of the labels.
-        trained: Run folder of ``finetune``, whose encoder, data, and options of how these are read
-            and divided are given again.
+        trained: Run folder of ``finetune``. Its encoder and data are given again, and those of its
+            options that decide which labels are used and which model is trained.
         run: Data set of the pseudo-labels.
     """
     before: dict[str, Any] = {}
@@ -181,13 +236,16 @@ def _next_command(task: str, trained: Path, run: Path) -> str:
         with suppress(UserError):  # it is damaged, and the labels are written
             before = read_config(trained)
     encoder, data = before.get("encoder") or "ENCODER", before.get("data") or "LABELLED"
-    words = ["vissl-lite", "finetune", "--task", task, "--encoder", encoder, "--data", data]
-    for one in (*fields(LabelOptions), *fields(AnnotationsOption), *fields(ImageSettings)):
-        if one.name in before and before[one.name] != one.default:
-            words += [f"--{one.name}", before[one.name]]
-    for name in ("fraction", "shots"):
-        if before.get(name) is not None:
-            words += [f"--{name}", before[name]]
+    words = ["vissl-lite", "finetune", "--task", task.name, "--encoder", encoder, "--data", data]
+    own = {one.name: one.default for one in (*fields(task.options), *fields(ImageSettings))}
+    defaults = own | REPEATED
+    changed = {
+        name: before[name]
+        for name, default in defaults.items()
+        if name in before and before[name] != default
+    }
+    for name, value in flatten(changed).items():
+        words += [f"--{name}", str(value).lower() if isinstance(value, bool) else value]
     words += ["--pseudo_labels", run, "--out", beside(run, "model")]
     return shlex.join(map(str, words))
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vissl_lite.commands.embed import encoder_for_images
+from vissl_lite.commands.excluded import read_excluded
 from vissl_lite.data.fingerprints import Fingerprints, read_fingerprints
 from vissl_lite.data.image_survey import ImageSettings, override
 from vissl_lite.data.images import find_images
@@ -41,7 +42,6 @@ from vissl_lite.transfer.skeleton import filled_skeleton
 from vissl_lite.transfer.sources.groups import find_groups, group_names
 from vissl_lite.transfer.sources.opening import unpacked
 from vissl_lite.transfer.sources.reading_log import ReadingLog
-from vissl_lite.transfer.sources.tables import read_table
 from vissl_lite.transfer.tasks import AnyTask, find_model, find_task, reading_settings
 from vissl_lite.transfer.trained_on import load_trained_on
 
@@ -383,25 +383,8 @@ def _check_known(model_folder: Path, pool: Sequence[str], known: set[str]) -> No
 
 def _without(pool: list[str], tables: Sequence[str]) -> list[str]:
     """The images that no table names, for --exclude."""
-    excluded: set[str] = set()
-    for name in tables:
-        # The first line is a header, whatever it says.
-        table = read_table(Path(name), is_image=lambda cell: False)
-        column = table.column(["path"])
-        if column is None:
-            raise UserError(f"--exclude {name} has no column path")
-        folder = Path(name).parent
-        excluded |= {os.path.abspath(folder / path) for path in table.cells(column) if path}
-    kept = [path for path in pool if os.path.abspath(path) not in excluded]
-    missing = len(excluded.difference(map(os.path.abspath, pool)))
-    if missing:
-        log.warning(
-            "%(missing)d of the %(excluded)d images that --exclude names are not among the images "
-            "of --data, which may have been moved since",
-            {"missing": missing, "excluded": len(excluded)},
-            extra={"code": "selection.not_excluded"},
-        )
-    return kept
+    excluded = read_excluded(tables, pool)
+    return [path for path in pool if os.path.abspath(path) not in excluded]
 
 
 def _joined(pool: Sequence[str], labelled: Sequence[str]) -> list[str]:

@@ -68,10 +68,12 @@ class PseudoLabels:
         data: Its training part has the images; the others are empty.
         left_out: Number of images that were left out, by the part of the true labels in which they
             are, too, or images of the same group.
+        prints: Fingerprints of the images of ``data``.
     """
 
     data: LabelledDataset
     left_out: dict[str, int]
+    prints: Fingerprints
 
 
 @dataclass(frozen=True)
@@ -94,12 +96,14 @@ class Round:
     Attributes:
         fitted: The model.
         scores: Its test scores.
-        left_out: See ``PseudoLabels``.
+        left_out: See ``PseudoLabels``; empty for the first training.
+        prints: Fingerprints of the pseudo-labelled images; None for the first training.
     """
 
     fitted: FittedModel[TrainedModel]
     scores: Scores
     left_out: dict[str, int]
+    prints: Fingerprints | None = None
 
 
 def check_same_reading(folder: Path, settings: ImageSettings) -> None:
@@ -183,7 +187,8 @@ def load_pseudo_labels(task: AnyTask, folder: Path, data: LabelledDataset) -> Ps
             f"{len(broken)} can't be read, and the others have a true label or are in the test "
             f"or validation part"
         )
-    return PseudoLabels(found.take({"train": kept}), left_out)
+    used = np.array([path not in gone for path in prints.paths])
+    return PseudoLabels(found.take({"train": kept}), left_out, prints.take(np.flatnonzero(used)))
 
 
 def _are_there(folder: Path) -> bool:
@@ -236,14 +241,17 @@ def check_labeller(folder: Path, data: LabelledDataset, known_before: Sequence[s
     if leaks:
         raise UserError(
             f"the model that made the pseudo-labels in {folder} was trained on {len(leaks)} of "
-            f"{len(test)} test images: give the same --data, --test_fold and --group_by as for "
-            f"that model, or a test part of its own"
+            f"{len(test)} test images, perhaps since the test part is made anew when labels are "
+            f"added: train a model on these labels and make the pseudo-labels again, or give the "
+            f"same --data, --test_fold and --group_by as for that model, or a test part that it "
+            f"was not trained on"
         )
     if others:
         log.warning(
             "The model that made the pseudo-labels was trained on the true labels of %(others)d "
             "images that this training does not have: a gain by pseudo-labels may come from them. "
-            "Give it the same --data, --fraction and --shots to see what pseudo-labels gain",
+            "Give it the same --data, and the same --fraction or --shots with the same --seed, to "
+            "see what pseudo-labels gain",
             {"others": len(others)},
             extra={"code": "pseudo_labels.more_labels"},
         )
@@ -329,7 +337,7 @@ def self_train(
             _stop(number, error)
             break
         scores = task.evaluate(fitted.model, data)
-        done.append(Round(fitted, scores, pseudo_labels.left_out))
+        done.append(Round(fitted, scores, pseudo_labels.left_out, pseudo_labels.prints))
     return done
 
 

@@ -1,6 +1,7 @@
 """Reading of text files that may be damaged or malicious."""
 
 import csv
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,8 +48,12 @@ def read_text(file: str | Path, largest: int = MAX_TEXT_BYTES, name: str | None 
 
 
 def write_paths(file: Path, paths: Iterable[str]) -> None:
-    """Write paths, one per line; names that are not UTF-8 keep their bytes."""
-    lines = "".join(f"{path}\n" for path in paths)
+    """Write paths, one per line; names that are not UTF-8 keep their bytes.
+
+    A path with a line break, or one that begins with a quotation mark, is written as a JSON string.
+    """
+    quoted = (json.dumps(one) if "\n" in one or one.startswith('"') else one for one in paths)
+    lines = "".join(f"{line}\n" for line in quoted)
     file.write_text(lines, encoding="utf-8", errors="surrogateescape")
 
 
@@ -56,11 +61,15 @@ def read_paths(file: Path) -> list[str]:
     """Read what ``write_paths`` has written.
 
     Raises:
-        UserError: The file can't be read.
+        UserError: The file can't be read, or is damaged.
     """
     text = read_bytes(file).decode("utf-8", "surrogateescape")
-    # str.splitlines would divide a name at further characters
-    return text.split("\n")[:-1]
+    try:
+        # str.splitlines would divide a name at further characters
+        lines = text.split("\n")[:-1]
+        return [str(json.loads(one)) if one.startswith('"') else one for one in lines]
+    except ValueError as error:
+        raise UserError(f"{file} is damaged: {error}") from None
 
 
 @contextmanager

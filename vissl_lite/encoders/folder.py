@@ -131,6 +131,12 @@ def load_encoder(
     inside = _find_folder(folder)
     if inside is not None:
         return use_on(load_model(inside, num_classes=0)[0], images)
+    tuned = folder / "model"  # of a run of finetune
+    if _find_folder(tuned) is not None:
+        raise UserError(
+            f"{source} holds no encoder of its own, but a fine-tuned model: give {tuned} to use "
+            f"the encoder in it"
+        )
     raise UserError(
         f"{source} holds no encoder: neither {ENCODER_CONFIG} nor encoder/{ENCODER_CONFIG} is there"
     )

@@ -41,7 +41,7 @@ def check_groups(
         leaks: ``warn`` logs a warning; ``error`` raises; ``exclude`` leaves out test images of
             groups in the training part or in pre-training, and validation images of groups in the
             training part or among the test images that are left.
-        pretrained: Groups of the pre-training images of each encoder.
+        pretrained: Groups of the images that each encoder was trained on.
 
     Raises:
         UserError: There are such groups and the policy is ``error``.
@@ -61,7 +61,7 @@ def check_groups(
                 if found
             ),
             *(
-                _in_words(f"the pre-training images of {brief(encoder)}", "test", found)
+                _in_words(f"the training images of {brief(encoder)}", "test", found)
                 for encoder, found in seen.items()
                 if found
             ),

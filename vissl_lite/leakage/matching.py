@@ -24,7 +24,7 @@ Policy = Literal["warn", "exclude", "error"]
 
 # Phrases for messages
 _PLACES = {
-    "pretraining": "among the pre-training images",
+    "pretraining": "among the images that the encoder was trained on",
     "train": "in the training part",
     "val": "in the validation part",
 }
@@ -36,8 +36,9 @@ class Leak(NamedTuple):
     Attributes:
         part: Part of the evaluation image, ``test`` or ``val``.
         path: Evaluation image file.
-        where: ``pretraining``, or the labeled part ``train`` or ``val``.
-        encoder: Encoder whose pre-training used the image; empty for a labeled part.
+        where: ``pretraining`` (images that the encoder was trained on, those of a fine-tuning
+            included), or the labeled part ``train`` or ``val``.
+        encoder: Encoder that was trained on the image; empty for a labeled part.
         twin: Matching file.
         kind: ``exact`` (the same bytes) or ``similar`` (visually near-identical).
         similarity: Similarity of the images; 1 for an exact match.
@@ -106,10 +107,12 @@ def folders_of(encoder: str) -> list[Path]:
 
 
 def seen_by(encoder: str) -> Fingerprints | None:
-    """Load the fingerprints of the images that an encoder was pre-trained on.
+    """Load the fingerprints of the images that an encoder was trained on without true labels.
+
+    These are images of pre-training, and those that a fine-tuned model had pseudo-labels of.
 
     Args:
-        encoder: A run, or the encoder folder in it; other sources have no fingerprints.
+        encoder: A run, or the encoder or model folder in it; other sources have no fingerprints.
 
     Returns:
         The fingerprints, or None if there are none.
@@ -168,7 +171,10 @@ def check_leaks(
     usual = {leak.path for leak in found if (leak.part, leak.where) == ("val", "pretraining")}
     harm = [leak for leak in found if (leak.part, leak.where) != ("val", "pretraining")]
     if usual:
-        log.info("Validation images among the pre-training images, as is usual: %d", len(usual))
+        log.info(
+            "Validation images among the images that the encoder was trained on, as is usual: %d",
+            len(usual),
+        )
     if not harm:
         return result
     first = harm[0]

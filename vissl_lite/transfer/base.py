@@ -23,7 +23,7 @@ from vissl_lite.transfer.dataset import KnownImages, LabelledDataset
 from vissl_lite.transfer.exporting import ExportModel
 from vissl_lite.transfer.finetuning import TransferSettings
 from vissl_lite.transfer.options import TaskOptions
-from vissl_lite.transfer.prediction import Predictions
+from vissl_lite.transfer.prediction import Predictions, PseudoLabelled
 from vissl_lite.transfer.skeleton import COCO_SKELETON, write_coco_skeleton
 from vissl_lite.transfer.sources.parts import PARTS, Split
 
@@ -250,17 +250,13 @@ class Task(ABC, Generic[DatasetT, ModelT, SettingsT, ScoresT]):
 
     def pseudo_label(
         self, model: ModelT, cutoff: Cutoff, predictions: Predictions
-    ) -> tuple[Path, int, np.ndarray]:
+    ) -> PseudoLabelled:
         """Write the confident predictions as a data set for ``read_pseudo_labels``.
 
         Args:
             model: Model from ``load``.
             cutoff: Which predictions are confident.
             predictions: The images, and the folder of the data set.
-
-        Returns:
-            The file of the labels; how many images could be read; and ``(K,)`` int64, how many
-            images (of boxes: how many boxes) have each class.
 
         Raises:
             UserError: The task can't make pseudo-labels.

@@ -93,6 +93,24 @@ class Predictions:
                 Image.fromarray(drawn(image)).save(part, "PNG")
 
 
+@dataclass(frozen=True)
+class PseudoLabelled:
+    """The pseudo-labels that a task has written.
+
+    Attributes:
+        file: File of the labels.
+        images: Number of images that could be read.
+        paths: Absolute paths of the images that the file has, those without any class included.
+        counts: ``(K,)`` int64, number of these images in which each class occurs; of boxes, number
+            of boxes of each class.
+    """
+
+    file: Path
+    images: int
+    paths: list[str]
+    counts: np.ndarray
+
+
 @contextmanager
 def growing_file(file: Path) -> Iterator[TextIO]:
     """Open a text file that is named ``FILE.part`` until it is complete.

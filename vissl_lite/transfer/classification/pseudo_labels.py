@@ -19,7 +19,7 @@ from vissl_lite.transfer.classification.data import LabelledImages, Part
 from vissl_lite.transfer.classification.model import Classifier, class_logits
 from vissl_lite.transfer.confidence import Confidence, Cutoff, HeldOut, calibrated
 from vissl_lite.transfer.dataset import MAX_VALIDATION_IMAGES, spread
-from vissl_lite.transfer.prediction import Predictions, growing_file
+from vissl_lite.transfer.prediction import Predictions, PseudoLabelled, growing_file
 from vissl_lite.transfer.sources.tables import read_table
 
 TABLE = "pseudo_labels.csv"
@@ -80,16 +80,13 @@ def confident_labels(logits: Tensor, multi_label: bool) -> tuple[Tensor, Tensor]
 
 def write_pseudo_labels(
     classifier: Classifier, cutoff: Cutoff, predictions: Predictions
-) -> tuple[Path, int, np.ndarray]:
+) -> PseudoLabelled:
     """Write ``pseudo_labels.csv`` with ``path``, ``label`` (or ``labels``) and ``confidence``.
 
     Args:
         classifier: Model that predicts.
         cutoff: Which images are labelled.
         predictions: The images, and the folder to write to.
-
-    Returns:
-        The file, the number of readable images, and ``(K,)`` labels of each class.
 
     Raises:
         UserError: A class of several has the separator in its name, or outputs are not finite.
@@ -100,6 +97,7 @@ def write_pseudo_labels(
             raise UserError(f"the class {name!r} has a {SEPARATOR} in its name: rename it")
     file = predictions.run / TABLE
     counts, numbers = np.zeros(len(classes), np.int64), count()
+    written: list[str] = []
     with growing_file(file) as out:
         rows = csv.writer(out)
         rows.writerow(["path", "labels" if multi_label else "label", "confidence"])
@@ -115,7 +113,8 @@ def write_pseudo_labels(
                     continue
                 counts[:] += row
                 names = SEPARATOR.join(classes[i] for i in np.flatnonzero(row))
-                rows.writerow([Path(path).absolute(), names, f"{confidence:.4f}"])
+                written.append(str(Path(path).absolute()))
+                rows.writerow([written[-1], names, f"{confidence:.4f}"])
                 caption = f"{names or 'none'} {confidence:.2f}"
                 predictions.draw(next(numbers), path, partial(draw_caption, caption=caption))
             out.flush()
@@ -128,7 +127,7 @@ def write_pseudo_labels(
             use,
             predictions.advance,
         )
-    return file, int(good.sum()), counts
+    return PseudoLabelled(file, int(good.sum()), written, counts)
 
 
 def read_pseudo_labels(folder: Path, data: LabelledImages) -> LabelledImages:

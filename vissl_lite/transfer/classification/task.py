@@ -50,7 +50,7 @@ from vissl_lite.transfer.confidence import Confidence, Cutoff, HeldOut
 from vissl_lite.transfer.dataset import KnownImages, spread
 from vissl_lite.transfer.exporting import ExportModel, Normalization
 from vissl_lite.transfer.finetuning import has_norms
-from vissl_lite.transfer.prediction import Predictions, growing_file
+from vissl_lite.transfer.prediction import Predictions, PseudoLabelled, growing_file
 from vissl_lite.transfer.skeleton import TABLE_SKELETON, write_table_skeleton
 from vissl_lite.transfer.sources.parts import Split
 from vissl_lite.transfer.sources.reading_log import ReadingLog
@@ -148,7 +148,7 @@ class Classification(Task[LabelledImages, Classifier, ClassifierSettings, TestSc
 
     def pseudo_label(
         self, model: Classifier, cutoff: Cutoff, predictions: Predictions
-    ) -> tuple[Path, int, np.ndarray]:
+    ) -> PseudoLabelled:
         return write_pseudo_labels(model, cutoff, predictions)
 
     def read_pseudo_labels(self, folder: Path, data: LabelledImages) -> LabelledImages:

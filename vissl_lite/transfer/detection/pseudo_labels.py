@@ -18,7 +18,7 @@ from vissl_lite.transfer.detection.data.cleaning import clean
 from vissl_lite.transfer.detection.data.coco import read_coco
 from vissl_lite.transfer.detection.metrics import match_boxes
 from vissl_lite.transfer.detection.model import Detections, Detector, detect, detect_in_batches
-from vissl_lite.transfer.prediction import Predictions
+from vissl_lite.transfer.prediction import Predictions, PseudoLabelled
 from vissl_lite.transfer.sources.file_tree import FileTree
 from vissl_lite.transfer.sources.groups import group_names
 from vissl_lite.transfer.sources.reading_log import ReadingLog
@@ -76,16 +76,13 @@ def confident_boxes(found: Detections, cutoff: Cutoff, shown: float) -> np.ndarr
 
 def write_pseudo_labels(
     detector: Detector, cutoff: Cutoff, predictions: Predictions
-) -> tuple[Path, int, np.ndarray]:
+) -> PseudoLabelled:
     """Write ``pseudo_labels.json`` in COCO's format, with a score for each annotation.
 
     Args:
         detector: Model that predicts.
         cutoff: Which boxes are labels.
         predictions: The images, and the folder to write to.
-
-    Returns:
-        The file, the number of readable images, and ``(K,)`` boxes of each class.
     """
     images: list[BoxedImage] = []
     scores: list[float] = []
@@ -117,7 +114,12 @@ def write_pseudo_labels(
     file = predictions.run / ANNOTATIONS
     write_atomically(file, json.dumps(content) + "\n")
     labels = np.concatenate([np.empty(0, np.int64), *(one.labels for one in images)])
-    return file, int(good.sum()), np.bincount(labels, minlength=len(detector.classes))
+    return PseudoLabelled(
+        file,
+        int(good.sum()),
+        [str(Path(one.path).absolute()) for one in images],
+        np.bincount(labels, minlength=len(detector.classes)),
+    )
 
 
 def read_pseudo_labels(folder: Path, data: LabelledBoxes) -> LabelledBoxes:

@@ -48,7 +48,7 @@ from vissl_lite.transfer.detection.training import (
     validate_detector,
 )
 from vissl_lite.transfer.exporting import ExportModel, Normalization
-from vissl_lite.transfer.prediction import Predictions, growing_file
+from vissl_lite.transfer.prediction import Predictions, PseudoLabelled, growing_file
 from vissl_lite.transfer.pyramid import report_use, shrunk
 from vissl_lite.transfer.sources.parts import Split
 from vissl_lite.transfer.sources.shapes import as_coco
@@ -129,7 +129,7 @@ class Detection(Task[LabelledBoxes, Detector, DetectorSettings, DetectionScores]
 
     def pseudo_label(
         self, model: Detector, cutoff: Cutoff, predictions: Predictions
-    ) -> tuple[Path, int, np.ndarray]:
+    ) -> PseudoLabelled:
         return write_pseudo_labels(model, cutoff, predictions)
 
     def read_pseudo_labels(self, folder: Path, data: LabelledBoxes) -> LabelledBoxes:

@@ -20,7 +20,7 @@ from vissl_lite.inference import inference_mode, report_broken
 from vissl_lite.plots import draw_mask
 from vissl_lite.transfer.confidence import Confidence, Cutoff, HeldOut, calibrated
 from vissl_lite.transfer.dataset import sample
-from vissl_lite.transfer.prediction import Predictions, growing_file
+from vissl_lite.transfer.prediction import Predictions, PseudoLabelled, growing_file
 from vissl_lite.transfer.segmentation.data import LabelledMasks, MaskedImage
 from vissl_lite.transfer.segmentation.mask_source import IGNORE_INDEX, MaskSource, read_mask
 from vissl_lite.transfer.segmentation.model import Segmenter, segment
@@ -100,7 +100,7 @@ def confident_mask(probabilities: np.ndarray, cutoff: Cutoff) -> np.ndarray:
 
 def write_pseudo_labels(
     segmenter: Segmenter, cutoff: Cutoff, predictions: Predictions
-) -> tuple[Path, int, np.ndarray]:
+) -> PseudoLabelled:
     """Write a PNG of class indices per image, and ``pseudo_labels.csv`` with their paths.
 
     Images without a confident pixel are left out. ``classes.txt`` has the names of the classes.
@@ -109,13 +109,11 @@ def write_pseudo_labels(
         segmenter: Model that predicts.
         cutoff: Which pixels are labelled.
         predictions: The images, and the folder to write to.
-
-    Returns:
-        The table, the number of readable images, and ``(K,)`` images in which each class occurs.
     """
     classes = segmenter.classes
     counts, numbers = np.zeros(len(classes), np.int64), count()
     faults: list[str | None] = []
+    written: list[str] = []
     file = predictions.run / TABLE
     with growing_file(file) as out, inference_mode(segmenter):
         rows = csv.writer(out)
@@ -137,13 +135,14 @@ def write_pseudo_labels(
             with atomic_write(place) as part:
                 Image.fromarray(mask).save(part, "PNG")
             inside = place.relative_to(predictions.run).as_posix()
-            rows.writerow([Path(path).absolute(), inside, f"{sure.mean():.4f}"])
+            written.append(str(Path(path).absolute()))
+            rows.writerow([written[-1], inside, f"{sure.mean():.4f}"])
             drawn = partial(draw_mask, mask=mask, classes=len(classes))
             predictions.draw(next(numbers), path, drawn)
     names = "".join(f"{name}\n" for name in classes)
     (predictions.run / CLASSES).write_text(names, encoding="utf-8")
     good = report_broken(predictions.paths, faults)
-    return file, int(good.sum()), counts
+    return PseudoLabelled(file, int(good.sum()), written, counts)
 
 
 def read_pseudo_labels(folder: Path, data: LabelledMasks) -> LabelledMasks:

@@ -34,7 +34,7 @@ from vissl_lite.transfer.base import Task
 from vissl_lite.transfer.confidence import Confidence, Cutoff, HeldOut
 from vissl_lite.transfer.dataset import sample, spread
 from vissl_lite.transfer.exporting import ExportModel, Normalization
-from vissl_lite.transfer.prediction import Predictions
+from vissl_lite.transfer.prediction import Predictions, PseudoLabelled
 from vissl_lite.transfer.pyramid import report_use, shrunk
 from vissl_lite.transfer.segmentation.data import LabelledMasks, load_masks
 from vissl_lite.transfer.segmentation.mask_values import BACKGROUND
@@ -122,7 +122,7 @@ class Segmentation(Task[LabelledMasks, Segmenter, SegmenterSettings, Segmentatio
 
     def pseudo_label(
         self, model: Segmenter, cutoff: Cutoff, predictions: Predictions
-    ) -> tuple[Path, int, np.ndarray]:
+    ) -> PseudoLabelled:
         return write_pseudo_labels(model, cutoff, predictions)
 
     def read_pseudo_labels(self, folder: Path, data: LabelledMasks) -> LabelledMasks:
