@@ -230,7 +230,7 @@ def select(options: SelectOptions) -> SelectResult:
         labelled_at = np.flatnonzero(has_label)
         groups = None if grouping is None else group_names(prints.paths, grouping)
         candidates = Candidates(len(prints), labelled_at, prints, groups, options.per_group)
-        open_before = candidates.remaining
+        before, open_before = candidates.copy(), candidates.remaining
         if open_before == 0:
             raise UserError(
                 "no image is left to choose: all without a label show the same as labelled ones, "
@@ -263,7 +263,7 @@ def select(options: SelectOptions) -> SelectResult:
         in_pool = set(map(os.path.abspath, pool))
         counted = np.array([path in in_pool for path in absolute])
         coverage = estimate_coverage(
-            features, labelled_at, chosen, counted, options.seed, candidates
+            features, labelled_at, chosen, counted, options.seed, candidates, before
         )
         covers = _covers(features, labelled_at, chosen, counted)
         _write_table(run / SELECTED, absolute, selection, covers, uncertainty)
