@@ -117,7 +117,8 @@ def write_pseudo_labels(
                 names = SEPARATOR.join(classes[i] for i in np.flatnonzero(row))
                 rows.writerow([Path(path).absolute(), names, f"{confidence:.4f}"])
                 caption = f"{names or 'none'} {confidence:.2f}"
-                predictions.draw(next(numbers), path, partial(draw_caption, caption=caption))
+                drawn = partial(draw_caption, caption=caption)
+                predictions.draw(next(numbers), path, classifier.encoder.reader, drawn)
             out.flush()
 
         good = run_in_batches(
